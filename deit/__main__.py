@@ -1,0 +1,8 @@
+"""`python -m deit`: the same program as the console script `deit`."""
+
+import sys
+
+from deit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

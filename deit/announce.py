@@ -1,0 +1,101 @@
+"""What a training run says: before the first step, and after each epoch."""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from deit.config import is_transformer, peak_lr
+from deit.console import clock, percent, say, warn
+from deit.parts import Parts
+
+
+def announce(parts: Parts, environment: dict[str, Any]) -> None:
+    """Print what is about to happen, with the arithmetic people get wrong."""
+    config, optim, loader = parts.config, parts.config.optim, parts.loader
+    splits, accelerator = parts.splits, parts.accelerator
+    network = accelerator.unwrap_model(parts.student).network
+    used = loader.steps_per_epoch * optim.batch_size
+    scaled = optim.lr_reference_batch
+    number = accelerator.num_processes
+    processes = "1 process" if number == 1 else f"{number} processes"
+    arithmetic = f" = {optim.lr:g} x {optim.batch_size} / {scaled}" if scaled else ""
+    say(
+        f"student   {config.student.name}: {size_of(network)} parameters, "
+        f"input {config.student.image_size} px"
+    )
+    if parts.teacher is None:
+        say("teacher   none (loss.kind none)")
+    say(
+        f"data      {config.data.source}: {len(splits.class_names)} classes; "
+        f"{len(splits.train.labels)} train, {len(splits.validation.labels)} validation, "
+        f"{len(splits.test.labels)} test" + "".join(f"; {note}" for note in splits.notes)
+    )
+    say(
+        f"batch     {optim.batch_size} = {processes} x "
+        f"{optim.accumulate} accumulated x {loader.block}; {loader.steps_per_epoch} updates and "
+        f"{used} of {len(splits.train.labels)} images an epoch"
+    )
+    say(
+        f"schedule  {optim.epochs} epochs, peak learning rate {peak_lr(optim):.3g}{arithmetic}, "
+        f"warm-up {optim.warmup_epochs:g} epochs"
+    )
+    threads = environment["threads"]
+    say(
+        f"machine   {environment['device_name']}, {environment['precision']}, "
+        f"{threads} thread{'s' * (threads > 1)}; seed {config.run.seed}"
+    )
+    _warn_of_idle_cores(accelerator)
+    if not is_transformer(config.student):
+        return
+    tokens = (config.student.image_size // config.student.patch_size) ** 2
+    if tokens < 16:
+        warn(
+            f"student.patch_size = {config.student.patch_size} leaves {tokens} patch tokens of a "
+            f"{config.student.image_size} px image; fewer than 16 rarely train well"
+        )
+
+
+def _warn_of_idle_cores(accelerator: Accelerator) -> None:
+    """`accelerate launch` sets OMP_NUM_THREADS=1 unasked: a lone process then idles the others."""
+    cores = os.cpu_count() or 1
+    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    if (
+        alone
+        and "ACCELERATE_MIXED_PRECISION" in os.environ
+        and torch.get_num_threads() == 1 < cores
+    ):
+        warn(
+            f"accelerate launch left this process one thread of {cores}; plain python, or "
+            f"OMP_NUM_THREADS={cores} accelerate launch ..., is faster"
+        )
+
+
+def size_of(network: nn.Module) -> str:
+    """The number of a network's parameters, in millions or thousands."""
+    number = sum(parameter.numel() for parameter in network.parameters())
+    return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number / 1e3:.1f} k"
+
+
+def report(row: dict[str, Any], epochs: int) -> None:
+    """One line for a finished epoch, from its row of metrics."""
+    train = row["train"]
+    parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"loss {train['loss']:.3f}"]
+    named = [
+        f"{name.removeprefix('loss_')} {value:.3f}"
+        for name, value in train.items()
+        if name.startswith("loss_")
+    ]
+    if len(named) > 1:
+        parts[-1] += f" ({', '.join(named)})"
+    if "validation" in row:
+        shown = [
+            f"{name.removesuffix('_top1')} {percent(value)}"
+            for name, value in row["validation"].items()
+        ]
+        parts.append(f"validation {', '.join(shown)}")
+    remaining = row["seconds"] / row["epoch"] * (epochs - row["epoch"])
+    parts += [f"{row['images_per_s']:.0f} images/s", f"ETA {clock(remaining)}"]
+    say(" | ".join(parts))

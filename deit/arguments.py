@@ -1,0 +1,198 @@
+"""The command-line grammar of a run: a recipe, then any field of its configuration."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from deit.config import OBJECTIVES, Config, to_dict
+from deit.errors import ConfigError
+from deit.recipes import RECIPES, find_recipe
+from deit.text import nearest
+from deit.validation import Problem, build, unknown_field
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """What a command line says of a run."""
+
+    recipe: str
+    config: Config
+    out: Path
+    resume: bool
+    dry_run: bool
+    print_config: bool
+
+
+class _Typed(NamedTuple):
+    """The words typed after a flag; the configuration's types convert them, so that every wrong
+    value of a command line is reported in one message."""
+
+    words: tuple[str, ...]
+    many: bool
+
+    @property
+    def text(self) -> str:
+        return ",".join(self.words)
+
+
+_RUN_REGISTRY = ConstructorRegistry()
+
+
+@_RUN_REGISTRY.primitive_rule
+def _as_typed(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if dataclasses.is_dataclass(info.type) or info.type is bool:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=_metavar(info.type),
+        instance_from_str=lambda arguments: _Typed(
+            tuple(arguments), typing.get_origin(info.type) is tuple
+        ),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [_shown(value)],
+    )
+
+
+def _metavar(kind: Any) -> str:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "{" + ",".join(map(str, inner)) + "}"
+    if origin in (types.UnionType, typing.Union):
+        return "|".join("none" if part is type(None) else _metavar(part) for part in inner)
+    if origin is Annotated:
+        return _metavar(inner[0])
+    if origin is tuple:
+        return "A,B,..." if inner[-1] is Ellipsis else ",".join(_metavar(part) for part in inner)
+    return {int: "INT", float: "FLOAT"}.get(kind, "TEXT")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(map(_shown, value)) or "all"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class _Options:
+    out: str | None = None
+    """Run folder. None: checkpoints/RECIPE below the working directory."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with the run in the folder, after its last finished epoch."""
+    objective: str | None = None
+    """A whole loss section by name: deit-hard, deit-soft, class-hard, class-soft or none."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One training and one evaluation step; nothing is written."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the resolved configuration as JSON and stop."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+def parse_run(arguments: list[str], *, program: str, about: str) -> RunArguments:
+    """The checked arguments of a run: RECIPE first, options after it.
+
+    Raises ConfigError naming every problem; `--help` prints and raises SystemExit(0).
+    """
+    helps = {"-h", "--help"} & set(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        recipe, rest = arguments[0], arguments[1:]
+    elif helps:
+        recipe, rest = "digits", arguments
+    else:
+        raise ConfigError(
+            f"name a recipe first: {program} RECIPE [options]; recipes are "
+            f"{', '.join(RECIPES)}, FILE.py:FUNCTION, or a run's config.json"
+        )
+    base = find_recipe(recipe)
+    options, unknown = tyro.cli(
+        _Options,
+        prog=f"{program} RECIPE",
+        description=f"{about}\n\nRECIPE: {', '.join(RECIPES)}, FILE.py:FUNCTION, or a run's "
+        f"config.json. Defaults shown are those of {recipe!r}.",
+        default=_Options(config=base),
+        args=rest,
+        return_unknown_args=True,
+        use_underscores=True,
+        registry=_RUN_REGISTRY,
+    )
+    problems = _unknown(unknown)
+    values = to_dict(base)
+    if (name := _plain(options.objective)) is not None:
+        if name in OBJECTIVES:
+            values["loss"] = dataclasses.asdict(OBJECTIVES[name])
+        else:
+            advice = f"should be one of {', '.join(OBJECTIVES)}{nearest(name, OBJECTIVES)}"
+            problems.append(Problem("--objective", name, advice))
+    problems += _merge(values, base, options.config)
+    out = _plain(options.out)
+    if out == "":
+        problems.append(Problem("--out", out, "needs a folder"))
+    return RunArguments(
+        recipe=recipe,
+        config=build(values, problems),
+        out=Path(out) if out else Path("checkpoints") / _run_name(recipe),
+        resume=options.resume,
+        dry_run=options.dry_run,
+        print_config=options.print_config,
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value.text if isinstance(value, _Typed) else value
+
+
+def _merge(values: dict[str, dict[str, Any]], base: Config, parsed: Config) -> list[Problem]:
+    """Put what was typed over the recipe's values; the rest of a section may be a preset's.
+
+    Returns a problem for each flag without a value.
+    """
+    problems = []
+    for section in dataclasses.fields(Config):
+        before, after = getattr(base, section.name), getattr(parsed, section.name)
+        for leaf in dataclasses.fields(section.type):
+            typed = getattr(after, leaf.name)
+            if isinstance(typed, _Typed) and not typed.words:
+                problems.append(Problem(f"--{section.name}.{leaf.name}", "", "needs a value"))
+            elif isinstance(typed, _Typed) and len(typed.words) > 1 and not typed.many:
+                words = " ".join(typed.words)
+                advice = "takes one value; a value with spaces needs quotes"
+                problems.append(Problem(f"{section.name}.{leaf.name}", words, advice))
+            elif isinstance(typed, _Typed) or typed != getattr(before, leaf.name):
+                values[section.name][leaf.name] = _plain(typed)
+    return problems
+
+
+def _unknown(arguments: list[str]) -> list[Problem]:
+    """A problem for each flag that does not exist, and for each word that belongs to none."""
+    problems, after_flag = [], False
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].split("=")[0].replace("-", "_")
+            problems.append(unknown_field(name))
+        elif not after_flag:
+            problems.append(Problem("arguments", argument, "belongs to no option"))
+        after_flag = argument.startswith("--") and "=" not in argument
+    return problems
+
+
+def _run_name(recipe: str) -> str:
+    """`digits` for the recipe digits, `mine` for mine.py:mine or mine.py."""
+    return recipe.rsplit(":", 1)[-1] if ".py:" in recipe else Path(recipe).stem
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for the commands without a configuration: errors become ours, nothing is guessed."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")

@@ -1,0 +1,189 @@
+"""The command line: one grammar behind `deit` and the root scripts; errors become exit codes."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import deit
+from deit.arguments import Parser, parse_run
+from deit.config import to_dict
+from deit.console import is_main_process, say, table
+from deit.errors import ConfigError, DeitError
+from deit.recipes import RECIPES
+from deit.text import nearest
+
+# torch and what needs it are imported inside the commands: --help and every mistake in the
+# arguments answer at once.
+
+
+def train(arguments: list[str], program: str) -> None:
+    """Train a student (or a teacher) by a recipe."""
+    run = parse_run(arguments, program=program, about="Train by a recipe, with or without teacher.")
+    if run.print_config:
+        say(json.dumps(to_dict(run.config), indent=1))
+        return
+    from deit.run import train
+
+    train(
+        run.config,
+        run.out,
+        resume=run.resume,
+        dry_run=run.dry_run,
+        arguments=[program, *arguments],
+    )
+
+
+def finetune(arguments: list[str], program: str) -> None:
+    """Fine-tune a run at higher resolution (not in this version yet)."""
+    message = (
+        f"{program}: fine-tuning is not in version {deit.__version__} yet; train at the final "
+        "resolution with --student.image_size and --data.image_size"
+    )
+    if {"-h", "--help"} & set(arguments):
+        say(message)
+        return
+    raise ConfigError(message)
+
+
+def evaluate(arguments: list[str], program: str) -> None:
+    """Measure a finished run, head by head."""
+    parser = Parser(prog=program, description="Measure a run on its test split, head by head.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--teacher", metavar="SOURCE", help="teacher to agree with; none: without")
+    parser.add_argument("--run.device", dest="device", choices=("auto", "cpu", "cuda"))
+    options = parser.parse_args(arguments)
+    from deit.evaluation import check_json, evaluate, print_evaluation, write_evaluation
+
+    check_json(options.json)
+    found = evaluate(
+        options.run,
+        checkpoint=options.checkpoint,
+        split=options.split,
+        root=options.root,
+        teacher=options.teacher,
+        device=options.device,
+    )
+    print_evaluation(found)
+    if options.json is not None:
+        write_evaluation(options.json, found)
+
+
+def compare(arguments: list[str], program: str) -> None:
+    """Teacher, distilled student and undistilled student of a recipe in one table."""
+    seeds, json_file, rest = _compare_options(arguments)
+    run = parse_run(
+        rest,
+        program=program,
+        about="Train a recipe's teacher, its student, and the same student without the teacher; "
+        "evaluate all three on the test split. Also: --seeds 0,1,2 (all of them, mean and std) "
+        "and --json FILE. data.* and run.* apply to the teacher too. A finished run is not "
+        "trained again.",
+    )
+    from deit.comparison import compare
+
+    compare(run, seeds=seeds, json_file=json_file, arguments=arguments)
+
+
+def _compare_options(arguments: list[str]) -> tuple[list[int], Path | None, list[str]]:
+    parser = Parser(add_help=False)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--json", type=Path)
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {options.seeds}: should be numbers with commas") from None
+    return seeds, options.json, rest
+
+
+def recipes(arguments: list[str], program: str) -> None:
+    """The named recipes and what they are."""
+    Parser(prog=program, description="List the named recipes.").parse_args(arguments)
+    rows = []
+    for name, recipe in RECIPES.items():
+        config = recipe()
+        student = f"{config.student.name} {config.student.image_size} px"
+        epochs = str(config.optim.epochs)
+        rows.append((name, student, epochs, (recipe.__doc__ or "").strip().split("\n")[0]))
+    table("recipes", ("name", "student", "epochs", "what"), rows, text=True)
+
+
+COMMANDS: dict[str, Callable[[list[str], str], None]] = {
+    "train": train,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "compare": compare,
+    "recipes": recipes,
+}
+"""Every command by name: (its arguments, the program's name for messages)."""
+
+
+def run_command(name: str, arguments: list[str], program: str) -> int:
+    """Run one command; the exit code. Errors are one message, with a traceback only for --debug."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        COMMANDS[name](arguments, program)
+        _leave_processes()
+        return 0
+    except DeitError as error:
+        _complain(str(error), debug, everywhere=not isinstance(error, ConfigError))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted; a run goes on from its last finished epoch with --resume", debug)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # nobody reads any more: say nothing on the way out
+        return 1
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
+        _complain(message, debug, everywhere=True)
+        return 1
+
+
+def _leave_processes() -> None:
+    """After success only: after an error, the others may be waiting for this process."""
+    if "deit.environment" in sys.modules:
+        from deit.environment import leave_processes
+
+        leave_processes()
+
+
+def _complain(message: str, debug: bool, *, everywhere: bool = False) -> None:
+    """One message; of an error that may be this process's alone also from the other processes."""
+    if is_main_process():
+        prefix = "deit: error"
+    elif everywhere:
+        prefix = f"deit: error in process {os.environ['RANK']}"
+    else:
+        return
+    if debug:
+        traceback.print_exc()
+    print(f"{prefix}: {message}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """The console script `deit COMMAND ...`; returns the exit code."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in COMMANDS:
+        return run_command(arguments[0], arguments[1:], f"deit {arguments[0]}")
+    if arguments == ["--version"]:
+        say(f"deit {deit.__version__}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        say("usage: deit COMMAND [options]     (deit COMMAND --help tells more)\n")
+        for name, command in COMMANDS.items():
+            say(f"  {name:<10} {(command.__doc__ or '').strip()}")
+        return 0 if arguments else 2
+    _complain(
+        f"no command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}; see deit --help", False
+    )
+    return 2

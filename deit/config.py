@@ -1,0 +1,288 @@
+"""The configuration of a run: frozen sections of typed fields."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+
+
+def _words(value: object) -> object:
+    """Command-line text for a list: words with commas between; nothing for the empty list."""
+    if isinstance(value, str):
+        return tuple(word.strip() for word in value.split(",") if word.strip())
+    return value
+
+
+def _none(value: object) -> object:
+    return None if isinstance(value, str) and value.lower() == "none" else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_words)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Range = Annotated[
+    tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], BeforeValidator(_words)
+]
+Colour = Annotated[tuple[float, float, float] | None, BeforeValidator(lambda v: _words(_none(v)))]
+OptionalCount = Annotated[Count | None, BeforeValidator(_none)]
+OptionalPositive = Annotated[Positive | None, BeforeValidator(_none)]
+OptionalText = Annotated[str | None, BeforeValidator(_none)]
+
+_STRICT = ConfigDict(extra="forbid")
+
+SIZES = ("micro", "tiny", "small", "base")
+STUDENTS = (
+    *(f"deit_{size}" for size in SIZES),
+    *(f"vit_{size}" for size in SIZES),
+    "small_convnet",
+    "regnety_002_small_stem",
+    "regnety_004_small_stem",
+)
+"""Every network that can be trained by name; `timm:NAME` trains any other timm model."""
+
+Source = Literal["digits", "cifar10", "cifar100", "folder"]
+Crop = Literal["none", "padded", "random_resized"]
+Kind = Literal["hard", "soft", "none"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are split."""
+
+    __pydantic_config__ = _STRICT
+    source: Source = "digits"
+    """Where the images come from. `folder` is any ImageFolder layout."""
+    root: str = "data"
+    """Folder of the images (not read by digits)."""
+    download: bool = False
+    """Allow CIFAR to be downloaded into root; its checksum is verified."""
+    image_size: Count = 32
+    """Side [px] of the square images kept in memory; views are cut from these."""
+    classes: Names = ()
+    """Class names to keep, with commas between, or @FILE with one name a line. Empty: all."""
+    validation_fraction: Fraction = 0.1
+    """Share of each training class set aside for model selection, unless the folder has one."""
+    test_fraction: Fraction = 0.2
+    """Share of each class set aside for the final number in a folder without splits."""
+    train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each remaining training class that is used: below 1 studies scarce labels."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of all splits, apart from run.seed so that seeds share their splits."""
+    memory_fraction: Fraction = 0.5
+    """Share of the free memory the decoded images may take."""
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """What a network sees of an image in training: a function of (seed, epoch, sample)."""
+
+    __pydantic_config__ = _STRICT
+    crop: Crop = "none"
+    """none; padded: shift by up to crop_padding; random_resized: cut a box and resize it."""
+    crop_padding: Count = 4
+    """Border of zeros [px] around the image for crop padded."""
+    crop_scale: Range = (0.08, 1.0)
+    """Smallest and largest area of the box, as a share of the image, for crop random_resized."""
+    crop_ratio: Range = (0.75, 1.3333333333333333)
+    """Narrowest and widest aspect ratio of the box (width / height)."""
+    flip: Probability = 0.5
+    """Probability of a horizontal flip."""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation [degrees], either way."""
+    mixup_alpha: NonNegative = 0.0
+    """Beta(alpha, alpha) of the mixup weight; 0 switches mixup off."""
+    cutmix_alpha: NonNegative = 0.0
+    """Beta(alpha, alpha) of the kept area in cutmix; 0 switches cutmix off."""
+    mix_probability: Probability = 1.0
+    """Probability that a pair of samples is mixed at all."""
+    cutmix_share: Probability = 0.5
+    """Where both are on: probability that a mixed pair takes cutmix and not mixup."""
+    mean: Colour = None
+    """Mean of the student's normalisation, per channel. None: of the training images."""
+    std: Colour = None
+    """Standard deviation of the student's normalisation. None: of the training images."""
+    evaluation_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Evaluation resizes to image size / this, then cuts the centre."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The network that is trained."""
+
+    __pydantic_config__ = _STRICT
+    name: str = "deit_tiny"
+    """deit_*: class and distillation token; vit_*: class token; a ConvNet; or timm:NAME."""
+    image_size: Count = 32
+    """Side [px] of the student's input."""
+    patch_size: Count = 4
+    """Side [px] of a patch (deit_* and vit_*)."""
+    embed_dim: OptionalCount = None
+    """Width of the tokens. None: that of the named size (deit_* and vit_*)."""
+    depth: OptionalCount = None
+    """Number of blocks. None: that of the named size (deit_* and vit_*)."""
+    num_heads: OptionalCount = None
+    """Number of attention heads. None: that of the named size (deit_* and vit_*)."""
+    initialisation: Literal["timm", "scaled"] = "timm"
+    """timm: 0.02 everywhere, as in the paper. scaled: for narrow students on few images, linear
+    layers that keep the variance and a position embedding that counts (deit_* and vit_*)."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth rate of the last block, rising linearly from 0."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen network whose answers the student learns."""
+
+    __pydantic_config__ = _STRICT
+    source: OptionalText = None
+    """A run folder of ours, a timm name or folder, a checkpoint file, or FILE.py:FUNCTION."""
+    architecture: OptionalText = None
+    """Network of a checkpoint file: a name that student.name accepts."""
+    image_size: OptionalCount = None
+    """Side [px] of the teacher's input. None: what it was trained at."""
+    mean: Colour = None
+    """Mean of its normalisation. None: what it was trained with."""
+    std: Colour = None
+    """Standard deviation of its normalisation. None: what it was trained with."""
+    allow_weak: bool = False
+    """Go on although the teacher is near chance on the validation split."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective: labels, teacher, and which head hears which."""
+
+    __pydantic_config__ = _STRICT
+    kind: Kind = "hard"
+    """hard: the teacher's argmax (DeiT eq. 3); soft: its distribution (eq. 2); none: labels."""
+    through: Literal["distillation", "class"] = "distillation"
+    """Head that learns from the teacher."""
+    distillation_weight: Probability = 0.5
+    """Weight of the teacher's term; the label's term has the rest."""
+    temperature: Positive = 1.0
+    """Temperature of the soft objective, applied to both logits."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Smoothing of the true labels; the teacher's are never smoothed."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    __pydantic_config__ = _STRICT
+    epochs: Count = 300
+    """Passes over the training images."""
+    batch_size: Count = 1024
+    """Global batch: images per update over all processes and accumulation."""
+    accumulate: Count = 1
+    """Micro-batches per update on each process."""
+    lr: Positive = 5e-4
+    """Peak learning rate, before lr_reference_batch."""
+    lr_reference_batch: OptionalCount = 512
+    """The peak is lr * batch_size / this. None: lr as it stands."""
+    warmup_epochs: NonNegative = 5.0
+    """Epochs of linear warm-up."""
+    warmup_lr: NonNegative = 1e-6
+    """Learning rate of the first update (not scaled)."""
+    min_lr: NonNegative = 1e-5
+    """Learning rate after the last update (not scaled)."""
+    weight_decay: NonNegative = 0.05
+    """Decoupled decay; not on biases, norms, tokens and position embedding."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of AdamW's second moment."""
+    clip_norm: OptionalPositive = None
+    """Largest global gradient norm. None: no clipping."""
+    ema_epochs: NonNegative = 0.0
+    """Horizon of the weight average [epochs]; 0 switches it off."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Seed, device and rhythm of the run."""
+
+    __pydantic_config__ = _STRICT
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides initial weights, order, views and drop path."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a CUDA device where there is one, else the processor."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: what `accelerate launch --mixed_precision` says, else fp32."""
+    evaluate_every: Count = 1
+    """Epochs between evaluations on the validation split; the last epoch always counts."""
+    evaluation_batch: Count = 256
+    """Images per process in an evaluation step."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the result of a run."""
+
+    __pydantic_config__ = _STRICT
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+OBJECTIVES: dict[str, LossConfig] = {
+    "deit-hard": LossConfig(kind="hard", through="distillation", distillation_weight=0.5),
+    "deit-soft": LossConfig(
+        kind="soft", through="distillation", distillation_weight=0.1, temperature=3.0
+    ),
+    "class-hard": LossConfig(kind="hard", through="class", distillation_weight=0.5),
+    "class-soft": LossConfig(
+        kind="soft", through="class", distillation_weight=0.1, temperature=3.0
+    ),
+    "none": LossConfig(kind="none"),
+}
+"""The rows of the paper's Table 3 (soft: tau 3, lambda 0.1), as whole loss sections."""
+
+
+def derive(config: Config, **sections: dict[str, Any]) -> Config:
+    """A copy with fields changed: `derive(digits(), optim={"lr": 1e-3})`.
+
+    Raises TypeError on an unknown section or field.
+    """
+    changed = {
+        name: dataclasses.replace(getattr(config, name), **fields)
+        if isinstance(fields, dict)
+        else fields
+        for name, fields in sections.items()
+    }
+    return dataclasses.replace(config, **changed)
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Plain nested values, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def has_distillation_token(student: StudentConfig) -> bool:
+    """Whether the named student carries a distillation token."""
+    return student.name.startswith("deit_") or "distilled" in student.name
+
+
+def is_transformer(student: StudentConfig) -> bool:
+    """Whether the name is one of our ViT sizes, so that patch and width fields apply."""
+    return student.name.startswith(("deit_", "vit_"))
+
+
+def mixes(views: ViewsConfig) -> bool:
+    """Whether any training view is mixed with its partner."""
+    return (views.mixup_alpha > 0 or views.cutmix_alpha > 0) and views.mix_probability > 0
+
+
+def peak_lr(optim: OptimConfig) -> float:
+    """The learning rate after warm-up: lr * batch_size / lr_reference_batch."""
+    if optim.lr_reference_batch is None:
+        return optim.lr
+    return optim.lr * optim.batch_size / optim.lr_reference_batch

@@ -1,0 +1,118 @@
+"""The facts of the machine a run happens on: devices, precision, versions, commit."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+
+import deit
+from deit.config import RunConfig
+from deit.errors import EnvironmentFault
+
+_PACKAGES = ("torchvision", "timm", "accelerate", "safetensors", "numpy", "pillow")
+_ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def choose_precision(run: RunConfig, device_type: str) -> str:
+    """fp32, bf16 or fp16: the configured one, or what the launcher asked for.
+
+    Raises EnvironmentFault where the device cannot compute in it.
+    """
+    precision = run.precision
+    if precision == "auto":
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        names = {theirs: ours for ours, theirs in _ACCELERATE_NAMES.items()}
+        if asked not in names:
+            raise EnvironmentFault(f"--mixed_precision {asked}: not supported; use no, bf16, fp16")
+        precision = names[asked]
+    if precision == "fp16" and device_type == "cpu":
+        raise EnvironmentFault("run.precision = 'fp16': a CPU cannot; use fp32")
+    if precision == "bf16" and device_type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise EnvironmentFault("run.precision = 'bf16': this GPU cannot; use fp16 or fp32")
+    return precision
+
+
+def choose_device(run: RunConfig) -> str:
+    """`cuda` or `cpu`. Raises EnvironmentFault if cuda is asked for and not there."""
+    available = torch.cuda.is_available()
+    if run.device == "cuda" and not available:
+        raise EnvironmentFault("run.device = 'cuda': no CUDA device here; use --run.device cpu")
+    if run.device == "auto":
+        return "cuda" if available else "cpu"
+    return run.device
+
+
+def create_accelerator(run: RunConfig, *, accumulate: int = 1) -> Accelerator:
+    """Accelerate's object for this device, precision and accumulation.
+
+    Raises EnvironmentFault where the machine cannot do what the configuration asks.
+    """
+    device = choose_device(run)
+    precision = choose_precision(run, device)
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=_ACCELERATE_NAMES[precision],
+        # As a plugin: the plain argument is overruled by an environment variable of the launcher.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulate, sync_with_dataloader=False
+        ),
+    )
+
+
+def leave_processes() -> None:
+    """Join the threads of the process group while the interpreter still stands.
+
+    Left to the end of the process, a thread of Gloo that holds a Python object may ask for the
+    interpreter after it is gone, and the process of a finished run then ends by SIGABRT.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def describe(accelerator: Accelerator, arguments: list[str]) -> dict[str, Any]:
+    """Versions, commit, device and arguments of a run; no environment variables, no user names."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "arguments": arguments,
+        "deit": deit.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {
+            **{package: metadata.version(package) for package in _PACKAGES},
+            "torch": str(torch.__version__),  # tells the CUDA build apart, its metadata does not
+        },
+        "device": device.type,
+        "device_name": name,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "precision": {v: k for k, v in _ACCELERATE_NAMES.items()}[accelerator.mixed_precision],
+    }
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with `-dirty` if it has changes; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

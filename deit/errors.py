@@ -1,0 +1,37 @@
+"""The errors a user can cause, each with the exit code a script can rely on."""
+
+
+class DeitError(Exception):
+    """A mistake or mishap outside the code: shown as one message, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(DeitError):
+    """A setting, recipe or option is wrong."""
+
+    exit_code = 2
+
+
+class DataError(DeitError):
+    """The images or the teacher do not keep the contract of the run."""
+
+    exit_code = 3
+
+
+class CheckpointError(DeitError):
+    """A checkpoint is unreadable, incomplete or made for another model."""
+
+    exit_code = 4
+
+
+class EnvironmentFault(DeitError):
+    """Device, precision, disk or permission cannot do what was asked."""
+
+    exit_code = 5
+
+
+class NumericsError(DeitError):
+    """A loss or gradient is no longer finite."""
+
+    exit_code = 6

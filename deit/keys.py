@@ -1,0 +1,127 @@
+"""Counter-based randomness: every random number is a function of (seed, stream, epoch, sample).
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written in
+int64 tensor operations, so the same words come out on every device, in any order, at any batch size
+and process count, and nothing has to be saved to resume.
+"""
+
+import math
+import zlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+class Keys(NamedTuple):
+    """Names the random numbers of a batch: one row of numbers for each sample.
+
+    seed: integer in [0, 2**64).
+    epoch: integer in [0, 2**32).
+    samples: int64 [batch], each in [0, 2**32).
+    """
+
+    seed: int
+    epoch: int
+    samples: Tensor
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
+    """Four 32-bit words for each counter.
+
+    counter: four int64 tensors of one shape, each value in [0, 2**32).
+    seed: the 64-bit key.
+    Returns four int64 tensors of that shape, values in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(_ROUNDS):
+        # int64 products wrap modulo 2**64, so both halves of the 32 x 32 bit product are exact.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
+            product1 & _MASK,
+            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
+            product0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def words(keys: Keys, stream: str, count: int) -> Tensor:
+    """Random words, int64 [batch, count], uniform over [0, 2**32).
+
+    stream: the name of the consumer. Streams are independent, so a new augmentation never shifts
+    the numbers of the others.
+    """
+    blocks = -(-count // 4)
+    samples = keys.samples.unsqueeze(1).expand(-1, blocks)
+    block = torch.arange(blocks, device=samples.device).expand_as(samples)
+    epoch = torch.full_like(samples, keys.epoch)
+    stream_id = torch.full_like(samples, zlib.crc32(stream.encode()))
+    drawn = philox((samples, epoch, stream_id, block), keys.seed)
+    return torch.stack(drawn, dim=-1).flatten(1)[:, :count]
+
+
+def uniform(keys: Keys, stream: str, count: int) -> Tensor:
+    """Numbers uniform over [0, 1) on a grid of 2**-32, float64 [batch, count]."""
+    return words(keys, stream, count).double() * 2.0**-32
+
+
+def permutation(seed: int, epoch: int, size: int) -> Tensor:
+    """A random order of range(size), int64 [size], for one epoch of one seed (on the CPU).
+
+    Sorted by 63 random bits, ties broken by index.
+    """
+    keys = Keys(seed, epoch, torch.arange(size))
+    high, low = words(keys, "order", 2).unbind(dim=1)
+    return torch.argsort(((high >> 1) << 32) | low, stable=True)
+
+
+_BETA_ATTEMPTS = 12
+
+
+def _log_gamma(keys: Keys, stream: str, shape: float) -> Tensor:
+    """Logarithms of Gamma(shape) variates, float64 [batch], by Marsaglia and Tsang (ACM TOMS 26,
+    2000).
+
+    A fixed number of attempts keeps it a tensor operation: each is accepted with probability over
+    0.95, so 12 fail together less often than once in 10**15 draws (the last attempt then stands).
+    """
+    boosted = shape + 1 if shape < 1 else shape  # the method needs a shape of at least 1
+    d = boosted - 1 / 3
+    c = 1 / math.sqrt(9 * d)
+    draws = 1 - uniform(keys, stream, 3 * _BETA_ATTEMPTS + 1)  # in (0, 1]
+    u1, u2, u3 = draws[:, :-1].reshape(-1, _BETA_ATTEMPTS, 3).unbind(dim=2)
+    normal = torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)  # Box-Muller
+    v = (1 + c * normal) ** 3
+    log_v = torch.log(v.clamp_min(1e-300))
+    accepted = (v > 0) & (torch.log(u3) < 0.5 * normal**2 + d * (1 - v + log_v))
+    first = torch.where(accepted.any(dim=1), accepted.int().argmax(dim=1), _BETA_ATTEMPTS - 1)
+    log_variate = math.log(d) + log_v.gather(1, first.unsqueeze(1)).squeeze(1)
+    return log_variate + torch.log(draws[:, -1]) / shape if shape < 1 else log_variate
+
+
+def beta(keys: Keys, stream: str, alpha: float) -> Tensor:
+    """Beta(alpha, alpha) variates in [0, 1], float64 [batch]; alpha must be positive.
+
+    A ratio of two gammas, taken in logarithms: with a small alpha the gammas themselves underflow.
+    """
+    first = _log_gamma(keys, f"{stream}/first", alpha)
+    second = _log_gamma(keys, f"{stream}/second", alpha)
+    return torch.sigmoid(first - second)
+
+
+def step_seed(seed: int, step: int, part: int) -> int:
+    """A 63-bit seed for what torch draws itself inside one step (drop path, dropout).
+
+    part: tells the processes and micro-batches of one step apart.
+    """
+    keys = Keys(seed, part, torch.tensor([step]))
+    high, low = words(keys, "step", 2)[0].tolist()
+    return ((high >> 1) << 32) | low

@@ -1,0 +1,89 @@
+"""AdamW's parameter groups, the learning rate as a function of the step, and the weight average."""
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+from deit.config import OptimConfig, peak_lr
+
+_UNDECAYED_TOKENS = ("cls_token", "dist_token", "pos_embed")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: decayed, and not (biases, norms, tokens and position embedding).
+
+    One-dimensional parameters are biases and norms; the tokens go by timm's names.
+    """
+    decayed, undecayed = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        token = name.rpartition(".")[2] in _UNDECAYED_TOKENS
+        (undecayed if token or parameter.ndim <= 1 else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019); its learning rate is written by the loop."""
+    groups = parameter_groups(model, optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=1e-8)
+
+
+def lr_at(step: int, *, optim: OptimConfig, steps_per_epoch: int) -> float:
+    """The learning rate of update `step` (0 is the first).
+
+    Linear from warmup_lr to the peak, which the first update after the warm-up takes, then a half
+    cosine that reaches min_lr with the last update.
+    """
+    peak = peak_lr(optim)
+    warmup = round(optim.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return optim.warmup_lr + (peak - optim.warmup_lr) * step / warmup
+    last = optim.epochs * steps_per_epoch - 1
+    progress = (step - warmup) / max(last - warmup, 1)
+    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return optim.min_lr + (peak - optim.min_lr) * cosine
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Write the learning rate into every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def average_decay(updates: int, *, horizon: float) -> float:
+    """Decay of the weight average at its update number `updates` (0 is the first).
+
+    horizon: updates after which a weight's share has fallen by e. The decay grows as
+    (1 + updates) / (10 + updates) until it gets there, so that a short run is not held back by
+    its initial weights.
+    """
+    return min(math.exp(-1 / horizon), (1 + updates) / (10 + updates))
+
+
+class WeightAverage:
+    """An exponential moving average of a model's weights and buffers, itself a model."""
+
+    def __init__(self, model: nn.Module, *, horizon: float) -> None:
+        """horizon: in updates."""
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.horizon = horizon
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move towards the model; integer buffers are copied."""
+        decay = average_decay(self.updates, horizon=self.horizon)
+        ours = list(self.model.state_dict().values())
+        theirs = list(model.state_dict().values())
+        pairs = [pair for pair in zip(ours, theirs) if pair[0].is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
+        for mine, other in zip(ours, theirs):
+            if not mine.is_floating_point():
+                mine.copy_(other)
+        self.updates += 1

@@ -1,0 +1,52 @@
+"""The parts of a training run, built once and handed from stage to stage."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from pydantic import ConfigDict
+from torch import Tensor, nn
+
+from deit import checkpoint
+from deit.config import Config
+from deit.datasets.loader import TrainLoader
+from deit.datasets.splits import Splits
+from deit.models.saved import Facts
+from deit.models.teachers import Teacher
+from deit.optim import WeightAverage
+
+
+@dataclass
+class State:
+    """How far a run has come; everything a resumed run must know beside tensors."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    format_version: int = checkpoint.FORMAT_VERSION
+    epoch: int = 0
+    step: int = 0
+    samples_seen: int = 0
+    seconds: float = 0.0
+    best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "top1": -1.0})
+    average_updates: int = 0
+    fingerprint: str = ""
+    scaler: dict[str, Any] | None = None
+
+
+@dataclass
+class Parts:
+    """Everything a run works with; `student` and `optimizer` are prepared by Accelerate."""
+
+    config: Config
+    out: Path
+    accelerator: Accelerator
+    splits: Splits
+    facts: Facts
+    teacher: Teacher | None
+    loader: TrainLoader
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    state: State
+    teacher_answers: Tensor | None = None

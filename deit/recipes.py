@@ -1,0 +1,227 @@
+"""The named experiments: functions that return a whole configuration, derived from one another."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from deit.config import (
+    OBJECTIVES,
+    Config,
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    ViewsConfig,
+    derive,
+)
+from deit.errors import ConfigError
+from deit.files import import_file
+from deit.text import nearest
+from deit.validation import load
+
+
+def digits_teacher() -> Config:
+    """A 0.3 M ConvNet on scikit-learn's handwritten digits: the teacher of `digits`."""
+    return Config(
+        data=DataConfig(source="digits", image_size=8),
+        views=ViewsConfig(crop="padded", crop_padding=1, flip=0.0, rotation=10.0),
+        student=StudentConfig(name="small_convnet", image_size=8),
+        loss=OBJECTIVES["none"],
+        optim=OptimConfig(
+            epochs=20, batch_size=64, lr=3e-3, lr_reference_batch=None, warmup_epochs=2
+        ),
+        run=RunConfig(evaluate_every=2),
+    )
+
+
+def digits() -> Config:
+    """A small DeiT distilled from `digits-teacher`: minutes on a laptop, nothing to download."""
+    return Config(
+        data=DataConfig(source="digits", image_size=8),
+        views=ViewsConfig(
+            crop="padded",
+            crop_padding=1,
+            flip=0.0,
+            rotation=7.5,
+            mixup_alpha=0.8,
+            cutmix_alpha=1.0,
+        ),
+        student=StudentConfig(
+            name="deit_micro",
+            image_size=8,
+            patch_size=2,
+            embed_dim=64,
+            depth=4,
+            num_heads=4,
+            initialisation="scaled",
+        ),
+        teacher=TeacherConfig(source="checkpoints/digits-teacher"),
+        loss=LossConfig(kind="soft", distillation_weight=0.5, temperature=3.0),
+        optim=OptimConfig(
+            epochs=60, batch_size=32, lr=1e-3, lr_reference_batch=None, warmup_epochs=5
+        ),
+        run=RunConfig(evaluate_every=5),
+    )
+
+
+def cifar10_teacher() -> Config:
+    """RegNetY-400MF with a stem of stride 1 on CIFAR-10: the teacher of `cifar10`."""
+    return Config(
+        data=DataConfig(source="cifar10", root="data", image_size=32),
+        views=ViewsConfig(crop="padded", crop_padding=4, mixup_alpha=0.2, cutmix_alpha=1.0),
+        student=StudentConfig(name="regnety_004_small_stem", image_size=32, drop_path=0.1),
+        loss=OBJECTIVES["none"],
+        optim=OptimConfig(
+            epochs=200,
+            batch_size=256,
+            lr=2e-3,
+            lr_reference_batch=None,
+            warmup_epochs=5,
+            clip_norm=1.0,
+        ),
+    )
+
+
+def cifar10() -> Config:
+    """DeiT-Ti with patches of 4 px distilled from `cifar10-teacher` for 300 epochs (one GPU)."""
+    return Config(
+        data=DataConfig(source="cifar10", root="data", image_size=32),
+        views=ViewsConfig(crop="padded", crop_padding=4, mixup_alpha=0.8, cutmix_alpha=1.0),
+        student=StudentConfig(name="deit_tiny", image_size=32, patch_size=4, drop_path=0.1),
+        teacher=TeacherConfig(source="checkpoints/cifar10-teacher"),
+        loss=OBJECTIVES["deit-hard"],
+        optim=OptimConfig(epochs=300, batch_size=1024, lr=5e-4, warmup_epochs=5, clip_norm=1.0),
+    )
+
+
+def cifar10_micro_teacher() -> Config:
+    """RegNetY-200MF on CIFAR-10 in 12 epochs: the teacher of `cifar10-micro` (a laptop)."""
+    return derive(
+        cifar10_teacher(),
+        views={"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
+        student={"name": "regnety_002_small_stem", "drop_path": 0.0},
+        optim={"epochs": 12, "batch_size": 128, "warmup_epochs": 1},
+    )
+
+
+def cifar10_micro() -> Config:
+    """A micro DeiT distilled from `cifar10-micro-teacher` in 8 epochs (a laptop, half an hour)."""
+    return derive(
+        cifar10(),
+        views={"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
+        student={"name": "deit_micro", "drop_path": 0.0, "initialisation": "scaled"},
+        teacher={"source": "checkpoints/cifar10-micro-teacher"},
+        optim={
+            "epochs": 8,
+            "batch_size": 128,
+            "lr": 1e-3,
+            "lr_reference_batch": None,
+            "warmup_epochs": 1,
+        },
+    )
+
+
+def cifar100_teacher() -> Config:
+    """RegNetY-400MF with a stem of stride 1 on CIFAR-100: the teacher of `cifar100`."""
+    return derive(cifar10_teacher(), data={"source": "cifar100"})
+
+
+def cifar100() -> Config:
+    """DeiT-Ti with patches of 4 px distilled from `cifar100-teacher` for 300 epochs (one GPU)."""
+    return derive(
+        cifar10(), data={"source": "cifar100"}, teacher={"source": "checkpoints/cifar100-teacher"}
+    )
+
+
+def folder_teacher() -> Config:
+    """RegNetY-400MF at 64 px on your class folders (--data.root): the teacher of `folder`."""
+    return derive(
+        cifar10_teacher(),
+        data={"source": "folder", "image_size": 72},
+        views={"crop": "random_resized", "crop_scale": (0.25, 1.0), "evaluation_crop": 64 / 72},
+        student={"image_size": 64},
+        optim={"batch_size": 64, "lr": 1e-3},
+    )
+
+
+def folder() -> Config:
+    """DeiT-Ti with patches of 8 px at 64 px on your class folders (--data.root)."""
+    return derive(
+        cifar10(),
+        data={"source": "folder", "image_size": 72},
+        views={"crop": "random_resized", "crop_scale": (0.25, 1.0), "evaluation_crop": 64 / 72},
+        student={"image_size": 64, "patch_size": 8},
+        teacher={"source": "checkpoints/folder-teacher"},
+        optim={"batch_size": 64, "lr": 5e-4, "lr_reference_batch": None},
+    )
+
+
+def imagenet_subset() -> Config:
+    """DeiT-Ti/16 at 224 px on an ImageNet subset in class folders, timm's RegNetY-16GF teaching."""
+    return derive(
+        folder(),
+        data={"image_size": 256},
+        views={"crop_scale": (0.08, 1.0), "evaluation_crop": 0.875},
+        student={"image_size": 224, "patch_size": 16},
+        teacher={"source": "regnety_160.deit_in1k"},
+        optim={"batch_size": 1024, "lr_reference_batch": 512},
+    )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    "digits": digits,
+    "digits-teacher": digits_teacher,
+    "cifar10": cifar10,
+    "cifar10-teacher": cifar10_teacher,
+    "cifar10-micro": cifar10_micro,
+    "cifar10-micro-teacher": cifar10_micro_teacher,
+    "cifar100": cifar100,
+    "cifar100-teacher": cifar100_teacher,
+    "folder": folder,
+    "folder-teacher": folder_teacher,
+    "imagenet-subset": imagenet_subset,
+}
+"""Every recipe by its name on the command line."""
+
+TEACHERS: dict[str, str] = {
+    "digits": "digits-teacher",
+    "cifar10": "cifar10-teacher",
+    "cifar10-micro": "cifar10-micro-teacher",
+    "cifar100": "cifar100-teacher",
+    "folder": "folder-teacher",
+}
+"""The recipe that trains the teacher of a recipe; the others bring their own teacher."""
+
+
+def find_recipe(name: str) -> Config:
+    """The configuration of a named recipe, of FILE.py:FUNCTION (or FILE.py with a function named
+    `recipe`), or of a run's config.json. Raises ConfigError.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    if name.endswith(".json"):
+        return load(Path(name))
+    if name.endswith(".py") or ".py:" in name:
+        return _from_file(name)
+    raise ConfigError(
+        f"no recipe {name!r}{nearest(name, RECIPES)}; recipes are {', '.join(RECIPES)}, "
+        "FILE.py:FUNCTION, or a run's config.json"
+    )
+
+
+def _from_file(name: str) -> Config:
+    file, _, function = name.partition(".py:")
+    path = Path(file if file.endswith(".py") else f"{file}.py")
+    function = function or "recipe"
+    if not path.is_file():
+        raise ConfigError(f"recipe {name}: no file {path}")
+    try:
+        config = getattr(import_file(path), function)()
+    except Exception as error:  # the user's own code may raise anything
+        raise ConfigError(f"recipe {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"recipe {name}: should return a Config, returned {type(config).__name__}"
+        )
+    return config

@@ -1,0 +1,255 @@
+"""The wiring of a training run, from a configuration to a finished run folder."""
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from deit import checkpoint
+from deit.announce import announce, report, size_of
+from deit.config import Config, to_dict
+from deit.console import clock, percent, progress, say, warn
+from deit.datasets.loader import TrainLoader
+from deit.datasets.sources import Images
+from deit.datasets.splits import load_splits
+from deit.engine import Job, train_epoch
+from deit.environment import create_accelerator, describe
+from deit.errors import ConfigError, DataError, NumericsError
+from deit.metrics import agreement, chance, near_chance, topk_accuracy
+from deit.models.saved import Facts, build_student
+from deit.models.student import has_two_heads
+from deit.models.teachers import Teacher, load_teacher, locate
+from deit.optim import WeightAverage, build_optimizer
+from deit.parts import Parts, State
+from deit.prediction import answers_of
+from deit.records import head_logits
+from deit.saving import restore, save
+from deit.validation import validate
+
+
+def train(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    arguments: list[str] | None = None,
+) -> dict[str, Any]:
+    """Train the student of a configuration and leave a run folder. Returns its state.
+
+    dry_run: one training and one evaluation step, nothing written.
+    Raises the errors of deit.errors; everything a check can find is found before the first step.
+    """
+    config = validate(config)
+    if not dry_run:
+        checkpoint.check_folder(out, resume=resume)
+        checkpoint.check_writable(out, option="--out")
+    accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
+    parts = _furnish(config, out, accelerator)
+    environment = describe(accelerator, arguments or [])
+    announce(parts, environment)
+    if parts.teacher is not None:
+        parts.teacher_answers = _preflight(parts, parts.teacher)
+    if dry_run:
+        _dry_run(parts)
+        return asdict(parts.state)
+    # Nothing was written so far; and every process has checked the folder before one fills it.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        checkpoint.open_folder(out)
+    accelerator.wait_for_everyone()
+    if resume:
+        restore(parts)
+    if accelerator.is_main_process and parts.state.epoch < config.optim.epochs:
+        checkpoint.write_json(out / checkpoint.CONFIG, to_dict(config))
+        first = "environment.json" if parts.state.epoch == 0 else "environment-resumed.json"
+        checkpoint.write_json(out / first, environment)
+    _fit(parts)
+    say(f"finished in {clock(parts.state.seconds)}; next: python evaluate_deit.py {out}")
+    accelerator.wait_for_everyone()
+    return asdict(parts.state)
+
+
+def _furnish(config: Config, out: Path, accelerator: Accelerator) -> Parts:
+    """Build every part of a run."""
+    if config.loss.kind != "none":
+        locate(config.teacher.source)  # before the images are read
+    splits = load_splits(config.data)
+    if len(splits.validation.labels) < accelerator.num_processes:
+        raise DataError("data.validation_fraction: fewer validation images than processes")
+    facts = Facts(
+        student=config.student,
+        class_names=splits.class_names,
+        mean=config.views.mean or splits.mean,
+        std=config.views.std or splits.std,
+        evaluation_crop=config.views.evaluation_crop,
+    )
+    loader = TrainLoader(
+        splits.train,
+        len(splits.class_names),
+        views=config.views,
+        optim=config.optim,
+        image_size=config.student.image_size,
+        seed=config.run.seed,
+        process=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        device=accelerator.device,
+    )
+    teacher = None
+    if config.loss.kind != "none":
+        teacher = load_teacher(
+            config.teacher, splits.class_names, image_size=config.student.image_size
+        ).to(accelerator.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.run.seed)
+        student = build_student(facts).to(accelerator.device)
+    _check_student(config, student)
+    average = None
+    if config.optim.ema_epochs > 0:
+        # Copied before Accelerate binds its own forward to the student.
+        horizon = config.optim.ema_epochs * loader.steps_per_epoch
+        average = WeightAverage(student, horizon=horizon)
+    optimizer = build_optimizer(student, config.optim)
+    student, optimizer = accelerator.prepare(student, optimizer)
+    return Parts(
+        config=config,
+        out=out,
+        accelerator=accelerator,
+        splits=splits,
+        facts=facts,
+        teacher=teacher,
+        loader=loader,
+        student=student,
+        optimizer=optimizer,
+        average=average,
+        state=State(fingerprint=splits.fingerprint),
+    )
+
+
+def _check_student(config: Config, student: nn.Module) -> None:
+    """What the name of a timm model cannot promise, the built network must show."""
+    name, side = config.student.name, config.student.image_size
+    taught = config.loss.kind != "none" and config.loss.through == "distillation"
+    if taught and not has_two_heads(student.network):
+        raise ConfigError(f"student.name = {name!r}: has no distillation head to distil through")
+    images = torch.zeros(2, 3, side, side, device=next(student.parameters()).device)
+    try:
+        with torch.no_grad():
+            student.eval()(images)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"student.image_size = {side}: {name} cannot take images of this size "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+
+
+def _preflight(parts: Parts, teacher: Teacher) -> Tensor:
+    """Measure the teacher on the validation split; its answers, int64 [number].
+
+    Raises DataError if it is near chance, or answers with something that is not finite.
+    """
+    labels = parts.splits.validation.labels
+    validation = parts.splits.validation
+    logits = answers_of(parts.accelerator, teacher, validation, parts.config, "teacher")
+    if not logits.class_logits.isfinite().all():
+        raise DataError(f"teacher {teacher.description}: its logits are not finite")
+    accuracy = topk_accuracy(logits.class_logits, labels)
+    guess = chance(labels, len(parts.splits.class_names))
+    size = "any" if teacher.image_size is None else f"{teacher.image_size} px"
+    say(
+        f"teacher   {teacher.description}: {size_of(teacher)} parameters, input {size}, "
+        f"validation top-1 {percent(accuracy)} % (chance {percent(guess)} %)"
+    )
+    if near_chance(accuracy, guess, len(labels)):
+        message = (
+            f"teacher {teacher.description}: {percent(accuracy)} % top-1 on the validation split "
+            f"is near chance ({percent(guess)} %): wrong weights, normalisation or class order?"
+        )
+        if not parts.config.teacher.allow_weak:
+            raise DataError(f"{message} --teacher.allow_weak goes on all the same")
+        warn(message)
+    return logits.class_logits.argmax(dim=1)
+
+
+def _dry_run(parts: Parts) -> None:
+    """One training epoch of one update and one evaluation step."""
+    config = parts.config
+    batches = parts.loader.epoch(0)
+    first = (next(batches) for _ in range(config.optim.accumulate))
+    means = train_epoch(_job(parts), first, step=0, steps=parts.loader.steps_per_epoch)
+    few = Images(*(part[: config.run.evaluation_batch] for part in parts.splits.validation))
+    answers_of(parts.accelerator, parts.student, few, config, "dry run")
+    say(f"dry run: one update (loss {means['loss']:.4f}) and one evaluation step; nothing written")
+
+
+def _job(parts: Parts) -> Job:
+    return Job(
+        accelerator=parts.accelerator,
+        student=parts.student,
+        teacher=parts.teacher,
+        optimizer=parts.optimizer,
+        average=parts.average,
+        loss=parts.config.loss,
+        optim=parts.config.optim,
+        seed=parts.config.run.seed,
+    )
+
+
+def _fit(parts: Parts) -> None:
+    """Train, evaluate, log and save, epoch by epoch."""
+    config, state, loader = parts.config, parts.state, parts.loader
+    epochs, steps = config.optim.epochs, loader.steps_per_epoch
+    if state.epoch == epochs:
+        say(f"{parts.out}: already complete after {epochs} epochs")
+    for epoch in range(state.epoch, epochs):
+        started = time.monotonic()
+        batches = progress(
+            loader.epoch(epoch),
+            total=steps * config.optim.accumulate,
+            title=f"epoch {epoch + 1}/{epochs}",
+        )
+        means = train_epoch(_job(parts), batches, step=state.step, steps=steps)
+        trained_s = time.monotonic() - started
+        if not math.isfinite(means["loss"]):
+            raise NumericsError(
+                f"epoch {epoch + 1}: the training loss is {means['loss']}; {parts.out} keeps the "
+                f"{epoch} epochs before; a lower optim.lr or optim.clip_norm 1 usually helps"
+            )
+        state.epoch, state.step = epoch + 1, state.step + steps
+        state.samples_seen += steps * config.optim.batch_size
+        row = {"epoch": state.epoch, "step": state.step, "train": means}
+        row["images_per_s"] = steps * config.optim.batch_size / trained_s
+        due = state.epoch % config.run.evaluate_every == 0 or state.epoch == epochs
+        if due:
+            row["validation"] = _validate_heads(parts)
+        state.seconds += time.monotonic() - started
+        row["seconds"] = state.seconds
+        save(parts, row)
+        report(row, epochs)
+
+
+def _validate_heads(parts: Parts) -> dict[str, float]:
+    """Top-1 by head on the validation split, of the average too where there is one, and how often
+    the fused (or only) head agrees with the teacher."""
+    labels = parts.splits.validation.labels
+    models = {"": parts.student}
+    if parts.average is not None:
+        models["average_"] = parts.average.model
+    found: dict[str, float] = {}
+    for prefix, model in models.items():
+        outputs = answers_of(
+            parts.accelerator, model, parts.splits.validation, parts.config, "evaluating"
+        )
+        heads = head_logits(outputs)
+        heads.pop("fused_softmax", None)
+        for name, logits in heads.items():
+            found[f"{prefix}{name}_top1"] = topk_accuracy(logits, labels)
+        if parts.teacher_answers is not None:
+            fused = heads.get("fused", heads["class"]).argmax(dim=1)
+            found[f"{prefix}agreement"] = agreement(fused, parts.teacher_answers)
+    return found

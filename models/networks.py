@@ -1,0 +1,108 @@
+"""The networks that can be trained, by name; `timm:NAME` reaches every other timm model."""
+
+from collections.abc import Callable
+
+import timm
+from torch import nn
+
+from deit.config import StudentConfig, has_distillation_token
+from deit.errors import ConfigError
+from deit.models.small_convnet import SmallConvNet
+from deit.text import nearest
+
+SIZES: dict[str, dict[str, int]] = {
+    "micro": {"embed_dim": 96, "depth": 6, "num_heads": 3},
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+}
+"""Width, depth and heads of the ViT sizes; tiny, small and base are the paper's (Table 1)."""
+
+
+def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
+    """timm's ViT, with the distillation token for deit_*, at any image and patch size.
+
+    Parameter names are timm's own, so its weights load in both directions.
+    """
+    distilled = has_distillation_token(student)
+    shape = dict(SIZES[student.name.split("_")[1]])
+    for name in shape:
+        shape[name] = getattr(student, name) or shape[name]
+    if shape["embed_dim"] % shape["num_heads"]:
+        raise ConfigError(
+            f"student.num_heads = {shape['num_heads']}: should divide "
+            f"student.embed_dim ({shape['embed_dim']})"
+        )
+    network = timm.create_model(
+        "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224",
+        num_classes=num_classes,
+        img_size=student.image_size,
+        patch_size=student.patch_size,
+        drop_path_rate=student.drop_path,
+        **shape,
+    )
+    if student.initialisation == "scaled":
+        _scale_initial_weights(network)
+    return network
+
+
+def _scale_initial_weights(network: nn.Module) -> None:
+    """Initial weights for narrow transformers (docs/log.md has the measurements).
+
+    A standard deviation of 0.02 suits a width of 768. At 64 it is a sixth of what keeps the
+    variance (LeCun et al. 1998), and the position embedding drowns in patch embeddings of about
+    0.6: for many epochs no token knows where it lies. The heads stay as they are.
+    """
+    for block in network.blocks:
+        for layer in block.modules():
+            if isinstance(layer, nn.Linear):
+                std = layer.in_features**-0.5
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.normal_(network.pos_embed, std=0.5)
+
+
+def create_small_convnet(student: StudentConfig, num_classes: int) -> nn.Module:
+    """The ConvNet for handwritten digits; it has no drop path."""
+    if student.drop_path:
+        raise ConfigError(f"student.drop_path = {student.drop_path}: small_convnet has none")
+    return SmallConvNet(num_classes)
+
+
+def create_regnety_small_stem(student: StudentConfig, num_classes: int) -> nn.Module:
+    """timm's RegNetY with a stem of stride 1: for 32 px images, where stride 2 loses too much."""
+    name = student.name.removesuffix("_small_stem")
+    network = timm.create_model(name, num_classes=num_classes, drop_path_rate=student.drop_path)
+    network.stem.conv.stride = (1, 1)
+    return network
+
+
+def create_timm(student: StudentConfig, num_classes: int) -> nn.Module:
+    """Any timm model with random weights: student.name is `timm:NAME`. Raises ConfigError."""
+    name = student.name.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise ConfigError(
+            f"student.name = {student.name!r}: timm has no model {name!r}"
+            + nearest(name, timm.list_models())
+        )
+    settings = {"drop_path_rate": student.drop_path} if student.drop_path else {}
+    # Models with a position embedding are built for one size; the others refuse the argument.
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        settings["img_size"] = student.image_size
+    return timm.create_model(name, num_classes=num_classes, **settings)
+
+
+NETWORKS: dict[str, Callable[[StudentConfig, int], nn.Module]] = {
+    **{f"{kind}_{size}": create_vit for kind in ("deit", "vit") for size in SIZES},
+    "small_convnet": create_small_convnet,
+    "regnety_002_small_stem": create_regnety_small_stem,
+    "regnety_004_small_stem": create_regnety_small_stem,
+}
+"""Every named network: (student section, number of classes) -> module with random weights."""
+
+
+def create_network(student: StudentConfig, num_classes: int) -> nn.Module:
+    """The network of a student section, with random weights from torch's generator.
+
+    Raises ConfigError on an unknown name or an impossible shape.
+    """
+    return NETWORKS.get(student.name, create_timm)(student, num_classes)

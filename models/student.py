@@ -1,0 +1,44 @@
+"""The student: a network that takes images in [0, 1] and answers with every head it has."""
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
+
+from deit.records import Outputs
+
+
+class Student(nn.Module):
+    """Wraps a network: normalises for it, and always returns Outputs.
+
+    The type of the answer never depends on training or evaluation, unlike timm's forward. The
+    wrapped network's own parameter names are what checkpoints hold (`student.network`).
+    """
+
+    def __init__(
+        self, network: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", _per_channel(mean), persistent=False)
+        self.register_buffer("std", _per_channel(std), persistent=False)
+
+    def forward(self, images: Tensor) -> Outputs:
+        """images: float [batch, 3, height, width] in [0, 1]. Logits are [batch, classes]."""
+        normalised = (images - self.mean) / self.std
+        network = self.network
+        if not isinstance(network, VisionTransformerDistilled):
+            return Outputs(network(normalised))
+        tokens = network.forward_features(normalised)  # class token, distillation token, patches
+        return Outputs(
+            network.head(network.head_drop(tokens[:, 0])),
+            network.head_dist(network.head_drop(tokens[:, 1])),
+        )
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+
+
+def has_two_heads(network: nn.Module) -> bool:
+    """Whether the network answers with a distillation head beside the class head."""
+    return isinstance(network, VisionTransformerDistilled)

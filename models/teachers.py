@@ -1,0 +1,289 @@
+"""Teachers: frozen networks of any origin behind one call, images in [0, 1] to logits."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from deit.config import STUDENTS, StudentConfig, TeacherConfig
+from deit.errors import ConfigError, DataError
+from deit.files import import_file
+from deit.models.networks import create_network
+from deit.models.saved import find_saved, load_student
+from deit.models.student import Student
+from deit.models.weights import load_weights, read_weights
+from deit.records import head_logits
+from deit.text import nearest
+
+
+class Origin(NamedTuple):
+    """A network as it was found, with what is known of its training.
+
+    class_names is None where the origin does not say.
+    """
+
+    network: nn.Module
+    description: str
+    image_size: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...] | None
+
+
+class Teacher(nn.Module):
+    """A frozen network with its own input size and normalisation; never in training mode.
+
+    It is not part of the student, is not handed to `accelerator.prepare`, and is in no checkpoint.
+    """
+
+    def __init__(self, origin: Origin, columns: tuple[int, ...] | None = None) -> None:
+        """columns: which of its classes are the data's, in the data's order; None: all."""
+        super().__init__()
+        self.network = origin.network
+        self.description = origin.description
+        self.image_size = origin.image_size
+        self.columns = None if columns is None else list(columns)
+        self.normalisation = (origin.mean, origin.std)
+        for name, values in (("mean", origin.mean), ("std", origin.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in evaluation mode whatever a container asks for: its statistics are fixed."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """images: float [batch, 3, height, width] in [0, 1]. Logits, float32 [batch, classes]."""
+        if self.image_size is not None and images.shape[-1] != self.image_size:
+            size = (self.image_size, self.image_size)
+            images = interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        answer = self.network((images - self.mean) / self.std)
+        logits = answer.float()
+        return logits if self.columns is None else logits[:, self.columns]
+
+
+def load_teacher(
+    config: TeacherConfig, class_names: tuple[str, ...], *, image_size: int
+) -> Teacher:
+    """The teacher of a configuration, checked against the classes of the data.
+
+    image_size: side [px] of the images it will be given if it does not say its own.
+
+    Raises DataError where it is missing, has no real weights, or its classes differ;
+    CheckpointError where its file is unreadable or made for another network.
+    """
+    origin = _find(config, class_names)
+    if config.image_size is not None:
+        origin = origin._replace(image_size=config.image_size)
+    if config.mean is not None and config.std is not None:
+        origin = origin._replace(mean=config.mean, std=config.std)
+    return Teacher(origin, _match_classes(origin, class_names, image_size))
+
+
+def locate(source: str) -> str:
+    """What a teacher.source is: callable, run, timm or file; cheap, before any data is read.
+
+    Raises DataError where there is nothing.
+    """
+    path = Path(source).expanduser()
+    if ".py:" in source:
+        if not Path(source.rsplit(":", 1)[0]).expanduser().is_file():
+            raise DataError(f"teacher.source {source}: no such file")
+        return "callable"
+    if path.is_dir():
+        if find_saved(path):
+            return "run"
+        if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
+            return "timm"
+        raise DataError(
+            f"teacher.source {source}: holds no trained network (no best/model.safetensors of "
+            "ours, no config.json of timm); let the run finish, or train it with train_deit.py"
+        )
+    if path.is_file():
+        return "file"
+    if timm.is_model(source):
+        return "timm"
+    if "/" in source or path.suffix:
+        recipe = "digits-teacher" if "digits" in source else "RECIPE"
+        raise DataError(
+            f"teacher.source {source}: no such file or folder; train a teacher first "
+            f"(python train_deit.py {recipe} --out {source}), or give another teacher.source"
+        )
+    raise DataError(
+        f"teacher.source {source}: no such file, folder or timm model"
+        + nearest(source, timm.list_models())
+    )
+
+
+def _find(config: TeacherConfig, class_names: tuple[str, ...]) -> Origin:
+    source = config.source or ""
+    path = Path(source).expanduser()
+    kind = locate(source)
+    if kind == "callable":
+        return _from_callable(source)
+    if kind == "run":
+        return _from_run(find_saved(path), source)
+    if kind == "file":
+        return _from_file(path, config, class_names)
+    return _from_timm(f"local-dir:{path}" if path.is_dir() else source, source)
+
+
+class _FusedLogits(nn.Module):
+    """A student of ours as a plain network: images normalised by it, one answer, fused."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, images: Tensor) -> Tensor:
+        heads = head_logits(self.student(images))
+        return heads.get("fused", heads["class"])
+
+
+def _from_run(folder: Path, source: str) -> Origin:
+    student, facts = load_student(folder)
+    mean, std = facts.mean, facts.std
+    # The Teacher normalises; the student inside must not do it again.
+    student.mean.zero_()
+    student.std.fill_(1)
+    return Origin(
+        _FusedLogits(student),
+        f"{facts.student.name} from {source}",
+        facts.student.image_size,
+        mean,
+        std,
+        facts.class_names,
+    )
+
+
+def _from_timm(name: str, source: str) -> Origin:
+    try:
+        network = timm.create_model(name, pretrained=True)
+    except Exception as error:  # hub, network, parsing and shape errors of many types
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"teacher.source {source}: its weights could not be loaded ({reason}); give a local "
+            "folder or checkpoint file instead"
+        ) from None
+    known = network.pretrained_cfg
+    if not any(known.get(place) for place in ("file", "url", "hf_hub_id", "state_dict")):
+        raise DataError(f"teacher.source {source}: timm has no trained weights for this model")
+    names = known.get("label_names")
+    if names is None and network.num_classes == 1000:
+        names = ImageNetInfo().label_names()
+    return Origin(
+        network,
+        f"timm {name}",
+        known["input_size"][-1],
+        tuple(known["mean"]),
+        tuple(known["std"]),
+        None if names is None else tuple(names),
+    )
+
+
+def _from_file(path: Path, config: TeacherConfig, class_names: tuple[str, ...]) -> Origin:
+    name = config.architecture
+    if name is None:
+        raise ConfigError(
+            f"teacher.architecture = None: the checkpoint file {path} needs its architecture, "
+            f"timm:NAME or one of {', '.join(STUDENTS)}"
+        )
+    if name not in STUDENTS and not name.startswith("timm:"):
+        raise ConfigError(
+            f"teacher.architecture = {name!r}: should be timm:NAME or one of "
+            f"{', '.join(STUDENTS)}{nearest(name, STUDENTS)}"
+        )
+    weights = read_weights(path)
+    known: dict = {}
+    if name.startswith("timm:") and timm.is_model(name.removeprefix("timm:")):
+        known = timm.get_pretrained_cfg(name.removeprefix("timm:")).to_dict()
+    size = config.image_size or known.get("input_size", (3, None, None))[-1]
+    mean, std = config.mean or known.get("mean"), config.std or known.get("std")
+    if size is None or mean is None:
+        raise ConfigError(
+            f"teacher.image_size, teacher.mean and teacher.std: the checkpoint file {path} does "
+            "not say what it was trained with; give all three"
+        )
+    student = StudentConfig(name=name, image_size=size)
+    network = create_network(student, len(class_names))
+    load_weights(network, weights, origin=f"teacher.source {path}")
+    return Origin(network, f"{name} from {path}", size, tuple(mean), tuple(std), None)
+
+
+def _from_callable(source: str) -> Origin:
+    file, function = source.rsplit(":", 1)
+    path = Path(file).expanduser()
+    try:
+        network = getattr(import_file(path), function)()
+    except Exception as error:  # the user's own code may raise anything
+        raise DataError(f"teacher.source {source}: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise DataError(
+            f"teacher.source {source}: should return a torch.nn.Module, "
+            f"returned {type(network).__name__}"
+        )
+    names = getattr(network, "class_names", None)
+    return Origin(
+        network,
+        f"{function} from {path}",
+        None,
+        (0.0, 0.0, 0.0),
+        (1.0, 1.0, 1.0),
+        None if names is None else tuple(names),
+    )
+
+
+def _match_classes(
+    origin: Origin, class_names: tuple[str, ...], image_size: int
+) -> tuple[int, ...] | None:
+    """Columns of the teacher's logits for the data's classes; None if they agree as they are."""
+    count = _count_outputs(origin, image_size)
+    if origin.class_names is not None and count != len(origin.class_names):
+        raise DataError(
+            f"teacher {origin.description}: answers with {count} classes and names "
+            f"{len(origin.class_names)}"
+        )
+    if origin.class_names is None:
+        if count != len(class_names):
+            raise DataError(
+                f"teacher {origin.description}: answers with {count} classes, the data has "
+                f"{len(class_names)}, and it carries no class names to match them by"
+            )
+        return None
+    if origin.class_names == class_names:
+        return None
+    column = {name: index for index, name in enumerate(origin.class_names)}
+    missing = [name for name in class_names if name not in column]
+    if missing:
+        shown = ", ".join(repr(name) for name in missing[:5])
+        raise DataError(
+            f"teacher {origin.description}: knows {len(column)} classes, but of the data's "
+            f"{len(class_names)} it lacks {len(missing)}: {shown}"
+            f"{nearest(missing[0], column)}"
+        )
+    return tuple(column[name] for name in class_names)
+
+
+def _count_outputs(origin: Origin, image_size: int) -> int:
+    side = origin.image_size or image_size
+    origin.network.eval()
+    try:
+        with torch.no_grad():
+            answer = origin.network(torch.zeros(2, 3, side, side))
+    except Exception as error:  # a network of any origin may raise anything
+        raise DataError(
+            f"teacher {origin.description}: cannot answer images of {side} px "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); teacher.image_size sets it"
+        ) from error
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != 2:
+        raise DataError(
+            f"teacher {origin.description}: should answer with logits [batch, classes], answered "
+            f"with {tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__}"
+        )
+    return answer.shape[1]

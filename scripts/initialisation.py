@@ -1,0 +1,75 @@
+"""Why narrow students stall: accuracy on whole and on shuffled patches, by initialisation."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from einops import rearrange  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from deit.config import OBJECTIVES, Config, derive  # noqa: E402
+from deit.datasets.splits import load_splits  # noqa: E402
+from deit.metrics import topk_accuracy  # noqa: E402
+from deit.models.saved import load_student  # noqa: E402
+from deit.models.student import Student  # noqa: E402
+from deit.recipes import digits  # noqa: E402
+from deit.records import head_logits  # noqa: E402
+from deit.run import train  # noqa: E402
+
+
+def shuffled_patches(images: Tensor, patch: int) -> Tensor:
+    """Each image [batch, 3, side, side] with its patches in an order of its own."""
+    grid = images.shape[-1] // patch
+    split = "b c (h p) (w q) -> b (h w) c p q"
+    patches = rearrange(images, split, p=patch, q=patch)
+    order = torch.rand(patches.shape[:2], generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    mixed = patches[torch.arange(len(images))[:, None], order]
+    return rearrange(mixed, "b (h w) c p q -> b c (h p) (w q)", h=grid)
+
+
+def measure(config: Config, student: Student) -> str:
+    """Accuracy on the training images, whole and shuffled, and how loud the positions are."""
+    images, labels = load_splits(config.data).train
+    whole = images.float() / 255
+    found = []
+    with torch.no_grad():
+        for view in (whole, shuffled_patches(whole, config.student.patch_size)):
+            found.append(topk_accuracy(head_logits(student.eval()(view))["fused"], labels))
+        patches = student.network.patch_embed((whole - student.mean) / student.std).std()
+        positions = student.network.pos_embed.std()
+    return (
+        f"whole {100 * found[0]:5.1f} %, shuffled {100 * found[1]:5.1f} %, standard deviation of "
+        f"positions {positions:.3f} and of patch embeddings {patches:.2f}"
+    )
+
+
+def main() -> None:
+    """Train digits without a teacher for a few epochs under both initialisations."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[6, 12, 24])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    for initialisation in ("timm", "scaled"):
+        for seed in options.seeds:
+            for epochs in options.epochs:
+                config = derive(
+                    digits(),
+                    student={"initialisation": initialisation},
+                    views={"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
+                    loss=OBJECTIVES["none"],
+                    optim={"epochs": epochs, "warmup_epochs": 2},
+                    run={"seed": seed, "evaluate_every": epochs},
+                )
+                with tempfile.TemporaryDirectory() as folder:
+                    train(config, Path(folder))
+                    student, _ = load_student(Path(folder) / "last")
+                print(f"{initialisation}, seed {seed}, {epochs} epochs: {measure(config, student)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Write README's result tables and pictures from the JSON files in docs/results/."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from deit.report import COLUMNS, comparison_cells, draw_comparison, markdown_table  # noqa: E402
+
+TITLES = {
+    "digits": "Digits: mixup and cutmix, soft distillation (the quickstart)",
+    "digits-strong-views": "Digits: strong views (15 degrees, quarter-width shifts), soft labels",
+    "cifar10-micro": "CIFAR-10 (JPEG 75): RegNetY-200MF (12 epochs) into a micro DeiT (8 epochs)",
+}
+BEGIN, END = "<!-- results: written by scripts/results.py -->", "<!-- end of results -->"
+
+
+def section(name: str, result: dict) -> str:
+    """One comparison as Markdown: title, table, how it was measured."""
+    seeds = result["seeds"]
+    environment = result["environment"]
+    spread = f"mean +- standard deviation of seeds {', '.join(map(str, seeds))}"
+    how = spread if len(seeds) > 1 else f"seed {seeds[0]}"
+    threads = environment["threads"]
+    rows = [comparison_cells(row, values) for row, values in result["rows"].items()]
+    return (
+        f"**{TITLES[name]}** ([{name}.json](docs/results/{name}.json))\n\n"
+        f"{markdown_table(COLUMNS, rows)}\n\n"
+        f"Test top-1 in %, {result['num_samples']} images, {how}; {environment['device_name']}, "
+        f"{environment['precision']}, {threads} thread{'s' * (threads > 1)}, torch "
+        f"{environment['packages']['torch']}, commit {environment['commit']}.\n"
+        f"`{result['command']}`\n"
+    )
+
+
+def written(readme: str, results: dict[str, dict]) -> str:
+    """The README with its results section renewed. Raises ValueError without the two marks."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    sections = "\n".join(section(name, result) for name, result in results.items())
+    return f"{before}{BEGIN}\n\n{sections}\n{END}{after}"
+
+
+def load_results() -> dict[str, dict]:
+    """Every comparison in docs/results/, by file name, in the order of TITLES."""
+    files = {file.stem: file for file in (ROOT / "docs" / "results").glob("*.json")}
+    return {name: json.loads(files[name].read_text()) for name in TITLES}
+
+
+def main() -> None:
+    """Write the README and one picture for each result; `--check` only compares the README."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 if README is not up to date")
+    check = parser.parse_args().check
+    results, readme = load_results(), ROOT / "README.md"
+    new = written(readme.read_text(), results)
+    if check:
+        sys.exit(new != readme.read_text())
+    readme.write_text(new)
+    for name, result in results.items():
+        draw_comparison(result, ROOT / "docs" / "images" / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

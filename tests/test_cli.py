@@ -1,0 +1,461 @@
+"""The command lines as a user runs them: a fresh process in another folder, codes and messages."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import deit
+from deit.config import StudentConfig
+from deit.models.saved import Facts, build_student, save_student
+from deit.recipes import RECIPES
+from deit.validation import field_names
+
+ROOT = Path(__file__).parents[1]
+TRAIN, EVALUATE, FINETUNE = "train_deit.py", "evaluate_deit.py", "finetune_deit.py"
+# A run of seconds: a fifth of the training digits in two updates.
+QUICK = (
+    *("--optim.epochs=1", "--optim.warmup_epochs=0", "--optim.batch_size=128"),
+    "--data.train_fraction=0.2",
+)
+SMALL = ("--student.embed_dim=16", "--student.depth=1", "--student.num_heads=2")
+TEN = tuple("0123456789")
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run_in(folder: Path, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A program of ours (a root script, or `deit`) in a folder, on a machine without GPU."""
+    start = ["-m", "deit"] if program == "deit" else [str(ROOT / program)]
+    hidden = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, *start, *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def bound(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return run_in(tmp_path, program, *arguments)
+
+    return bound
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything in a folder: the bytes of files, None for folders."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """One message on stderr, whatever else of it in indented lines, with the words it must name."""
+    assert done.returncode == code, done.stdout + done.stderr
+    first, *others = done.stderr.splitlines()
+    assert first.startswith("deit: error: "), done.stderr
+    assert all(line.startswith("  ") for line in others), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.fixture
+def refused(run: Run, tmp_path: Path) -> Callable[..., None]:
+    """Asserts that a command is refused with this code and these words, and writes nothing."""
+
+    def check(code: int, words: tuple[str, ...], *command: object) -> None:
+        before = tree(tmp_path)
+        assert_refused(run(*command), code, *words)
+        assert tree(tmp_path) == before, "something was written"
+
+    return check
+
+
+BAD_ARGUMENTS = {
+    "no recipe": ([TRAIN], "name a recipe first", "digits-teacher"),
+    "option before recipe": ([TRAIN, "--optim.epochs", "3"], "name a recipe first"),
+    "unknown recipe": ([TRAIN, "digtis"], "'digtis'", "did you mean digits?"),
+    "unknown field": ([TRAIN, "digits", "--optim.epoch", "3"], "did you mean optim.epochs?"),
+    "unknown option": ([TRAIN, "digits", "--rezume"], "rezume", "unknown"),
+    "stray word": ([TRAIN, "digits", "stray"], "'stray'", "belongs to no option"),
+    "several": (
+        [TRAIN, "digits", "--optim.epochs=0", "--optim.batch_sise=3", "--views.flip=2"],
+        "3 problems",
+        "optim.epochs = '0'",
+        "did you mean optim.batch_size?",
+        "views.flip = '2'",
+    ),
+    "wrong type": ([TRAIN, "digits", "--optim.epochs=many"], "optim.epochs = 'many'", "integer"),
+    "out of range": ([TRAIN, "digits", "--views.flip=1.5"], "views.flip = '1.5'", "equal to 1"),
+    "not a number": ([TRAIN, "digits", "--optim.lr=nan"], "optim.lr = 'nan'", "finite"),
+    "wrong word": ([TRAIN, "digits", "--run.device=cdua"], "'cdua'", "did you mean cuda?"),
+    "no value": ([TRAIN, "digits", "--optim.epochs"], "optim.epochs"),
+    "no output named": ([TRAIN, "digits", "--out"], "--out"),
+    "objective": ([TRAIN, "digits", "--objective=deit-hrad"], "did you mean deit-hard?"),
+    "student": ([TRAIN, "digits", "--student.name=deit_tniy"], "did you mean deit_tiny?"),
+    "no token": ([TRAIN, "digits", "--student.name=vit_micro"], "use student.name deit_micro"),
+    "untrained head": ([TRAIN, "digits", "--objective=class-hard"], "use student.name vit_micro"),
+    "no teacher": ([TRAIN, "digits", "--teacher.source=none"], "teacher.source", "objective none"),
+    "odd micro-batch": (
+        [TRAIN, "digits", "--views.mixup_alpha=0.8", "--optim.batch_size=63"],
+        "optim.batch_size = 63",
+        "even",
+    ),
+    "accumulation": ([TRAIN, "digits", "--optim.accumulate=5"], "divide optim.batch_size (32)"),
+    "patch": ([TRAIN, "digits", "--student.patch_size=3"], "divide student.image_size (8)"),
+    "no recipe file": ([TRAIN, "mine.py:mine"], "no file mine.py"),
+    "no configuration": ([TRAIN, "gone/config.json"], "gone/config.json"),
+    "fine-tuning": ([FINETUNE, "digits"], "not in version", "--student.image_size"),
+    "evaluate nothing": ([EVALUATE], "RUN", "--help"),
+    "evaluate split": ([EVALUATE, "run", "--split=train"], "'train'", "validation"),
+    "evaluate option": ([EVALUATE, "run", "--jsno=x"], "--jsno=x", "--help"),
+    "command": (["deit", "trian"], "'trian'", "did you mean train?"),
+    "recipes option": (["deit", "recipes", "--long"], "--long", "--help"),
+    "seeds": (["deit", "compare", "digits", "--seeds=a"], "--seeds a", "numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_argument_is_refused(case, refused):
+    command, *words = BAD_ARGUMENTS[case]
+    refused(2, words, *command)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def mine():\n    return 3", ("mine.py:mine", "should return a Config", "int")),
+        ("def other():\n    pass", ("mine.py:mine", "'mine'")),
+        ("import nothing_like_this", ("mine.py:mine", "nothing_like_this")),
+    ],
+    ids=["no configuration", "no function", "broken"],
+)
+def test_bad_recipe_file_is_refused(source, words, refused, tmp_path):
+    (tmp_path / "mine.py").write_text(source)
+    refused(2, words, TRAIN, "mine.py:mine")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"optim": {"epochs": -1}, "nonsense": {}}'])
+def test_bad_configuration_file_is_refused(text, refused, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    words = ("optim.epochs", "nonsense") if "nonsense" in text else ("config.json",)
+    refused(2, words, TRAIN, "config.json")
+
+
+def test_debug_shows_where(run):
+    done = run(TRAIN, "digits", "--optim.epochs=0", "--debug")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert done.stderr.count("deit: error: ") == 1
+
+
+@pytest.mark.parametrize("command", [(TRAIN,), (TRAIN, "cifar10"), ("deit", "train", "folder")])
+def test_help_shows_every_field_and_its_default(run, command):
+    done = run(*command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    _, *options = re.split(r"\n\S --", done.stdout)  # a border, then no indentation
+    for name in ("out", "resume", "objective", "dry_run", "print_config", *field_names()):
+        texts = [text for text in options if re.match(rf"{re.escape(name)}[,\s]", text)]
+        assert len(texts) == 1, name
+        assert "(default:" in texts[0], name
+
+
+@pytest.mark.parametrize("program", [EVALUATE, "deit"])
+def test_help_of_the_other_programs(run, program):
+    done = run(program, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage" in done.stdout
+
+
+def test_deit_lists_recipes_and_version(run, tmp_path):
+    listed = run("deit", "recipes")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert [name for name in RECIPES if f" {name} " not in listed.stdout] == []
+    version = run("deit", "--version")
+    assert (version.returncode, version.stdout) == (0, f"deit {deit.__version__}\n")
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("recipe", ["digits", "imagenet-subset"])
+def test_printed_configuration_is_a_recipe(run, recipe, tmp_path):
+    options = ("--optim.lr=0.00123", "--data.classes=1,2", "--views.mean=0.1,0.2,0.3")
+    options += ("--views.std=1,2,3", "--optim.clip_norm=none", "--objective=deit-soft")
+    first = run(TRAIN, recipe, *options, "--print_config")
+    assert (first.returncode, first.stderr) == (0, "")
+    values = json.loads(first.stdout)
+    assert values["optim"]["lr"] == 0.00123
+    assert values["data"]["classes"] == ["1", "2"]
+    assert values["loss"]["temperature"] == 3
+    assert tree(tmp_path) == {}
+    (tmp_path / "config.json").write_text(first.stdout)
+    again = run(TRAIN, "config.json", "--print_config")
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+
+
+def test_a_file_of_the_user_is_a_recipe(run, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from deit.config import derive\nfrom deit.recipes import digits\n\n"
+        "def short():\n    return derive(digits(), optim={'epochs': 7, 'warmup_epochs': 1})\n"
+    )
+    done = run(TRAIN, "mine.py:short", "--run.seed=3", "--print_config")
+    assert (done.returncode, done.stderr) == (0, "")
+    values = json.loads(done.stdout)
+    assert (values["optim"]["epochs"], values["run"]["seed"]) == (7, 3)
+
+
+def fake_teacher(folder: Path, class_names: tuple[str, ...]) -> Path:
+    """A saved ConvNet of ours that answers every image with the first class."""
+    student = StudentConfig(name="small_convnet", image_size=8)
+    facts = Facts(student, class_names, (0.5,) * 3, (0.5,) * 3, 1.0)
+    weights = build_student(facts).network.state_dict()
+    folder.mkdir(parents=True)
+    save_student(folder, {name: torch.zeros_like(value) for name, value in weights.items()}, facts)
+    return folder
+
+
+def folders(root: Path, *names: str, number: int = 6) -> Path:
+    """A folder of class folders with grey images."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for index in range(number):
+            Image.new("RGB", (8, 8), (20 * index,) * 3).save(root / name / f"{index}.png")
+    return root
+
+
+FOLDER = ("folder-teacher", "--data.root=images", "--out=run", "--optim.batch_size=2")
+
+
+def test_missing_folder_is_named(refused):
+    refused(3, ("data.root images", "train/CLASS/IMAGE"), TRAIN, *FOLDER)
+
+
+def test_missing_cifar_says_how_to_get_it(refused):
+    words = ("data.root data", "cifar-10-batches-py", "--data.download")
+    refused(3, words, TRAIN, "cifar10-micro-teacher", "--out=run")
+
+
+def test_empty_folder_is_named(refused, tmp_path):
+    (tmp_path / "images").mkdir()
+    refused(3, ("images", "no class folders", "CLASS/IMAGE"), TRAIN, *FOLDER)
+
+
+def test_empty_class_is_named(refused, tmp_path):
+    folders(tmp_path / "images", "ant", "bee")
+    (tmp_path / "images" / "cat").mkdir()
+    refused(3, ("images/cat", "no images"), TRAIN, *FOLDER)
+
+
+def test_corrupt_image_is_named(refused, tmp_path):
+    folders(tmp_path / "images", "ant", "bee")
+    (tmp_path / "images" / "bee" / "3.png").write_bytes(b"no image at all")
+    refused(3, ("images/bee/3.png", "not a readable image"), TRAIN, *FOLDER)
+
+
+def test_batch_larger_than_the_data_is_refused(refused):
+    command = (TRAIN, "digits-teacher", "--out=run", "--optim.batch_size=5000")
+    refused(3, ("optim.batch_size = 5000", "1295", "smaller batch"), *command)
+
+
+def test_missing_teacher_says_how_to_train_one(refused):
+    words = ("teacher.source checkpoints/digits-teacher", "train_deit.py digits-teacher")
+    refused(3, words, TRAIN, "digits", "--out=run")
+
+
+def test_teacher_of_other_classes_is_refused(refused, tmp_path):
+    fake_teacher(tmp_path / "teacher", ("zero", *TEN[1:]))
+    words = ("from teacher", "lacks 1", "'0'")
+    refused(3, words, TRAIN, "digits", "--out=run", "--teacher.source=teacher")
+
+
+def test_teacher_near_chance_is_refused_unless_allowed(run, tmp_path):
+    fake_teacher(tmp_path / "teacher", TEN)
+    before = tree(tmp_path)
+    command = (TRAIN, "digits", *QUICK, *SMALL, "--out=run", "--teacher.source=teacher")
+    done = run(*command)
+    assert_refused(done, 3, "from teacher", "near chance", "--teacher.allow")
+    assert tree(tmp_path) == before, "something was written"
+    allowed = run(*command, "--dry_run", re.search(r"--teacher\.allow.weak", done.stderr)[0])
+    assert allowed.returncode == 0, allowed.stderr
+    assert "deit: warning: teacher" in allowed.stderr
+    assert tree(tmp_path) == before, "the dry run wrote something"
+
+
+FILE_TEACHER = ("--teacher.architecture=small_convnet", "--teacher.image_size=8")
+FILE_TEACHER += ("--teacher.mean=0.5,0.5,0.5", "--teacher.std=0.5,0.5,0.5")
+
+
+class Malicious:
+    """Unpickled, it would run a command that leaves a canary."""
+
+    def __reduce__(self):
+        return os.system, ("touch canary",)
+
+
+def garbage(folder: Path) -> Path:
+    path = folder / "teacher.pth"
+    path.write_bytes(bytes(range(256)) * 40)
+    return path
+
+
+def truncated(folder: Path) -> Path:
+    path = folder / "teacher.safetensors"
+    save_file({"weight": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+def malicious(folder: Path) -> Path:
+    path = folder / "teacher.pth"
+    torch.save({"model": Malicious()}, path)
+    return path
+
+
+def plain_pickle(folder: Path) -> Path:
+    path = folder / "teacher.pth"
+    path.write_bytes(b"\x80\x04cposix\nsystem\n(S'touch canary'\ntR.")
+    return path
+
+
+def other_network(folder: Path) -> Path:
+    path = folder / "teacher.safetensors"
+    facts = Facts(StudentConfig(name="small_convnet"), TEN[1:], (0.5,) * 3, (0.5,) * 3, 1.0)
+    weights = build_student(facts).network.state_dict()
+    save_file({**weights, "stranger": torch.zeros(1)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (garbage, ("not a readable weight file",)),
+        (truncated, ("not a readable weight file",)),
+        (malicious, ("more than tensors", "state_dict")),
+        (plain_pickle, ("more than tensors", "state_dict")),
+        (other_network, ("another network", "(9,) in the file, (10,)", "unexpected: stranger")),
+    ],
+)
+def test_unusable_teacher_file_is_refused(spoil, words, refused, tmp_path):
+    path = spoil(tmp_path)
+    command = (TRAIN, "digits", "--out=run", f"--teacher.source={path.name}", *FILE_TEACHER)
+    refused(4, (path.name, *words), *command)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_half_precision_on_a_processor_is_refused(refused):
+    command = (TRAIN, "digits-teacher", "--run.precision=fp16", "--out=run")
+    refused(5, ("run.precision = 'fp16'", "use fp32"), *command)
+
+
+def test_missing_gpu_is_refused(refused):
+    command = (TRAIN, "digits-teacher", "--run.device=cuda", "--out=run")
+    refused(5, ("run.device = 'cuda'", "--run.device cpu"), *command)
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_output_that_is_no_folder_is_refused(out, refused, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    refused(5, (f"--out {out}",), TRAIN, "digits-teacher", f"--out={out}")
+
+
+def test_output_that_nobody_may_write_is_refused(refused):
+    out = "/proc/deit-run"  # not even root
+    refused(5, (f"--out {out}", "cannot be written"), TRAIN, "digits-teacher", f"--out={out}")
+
+
+def test_filled_output_folder_is_refused(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("precious")
+    refused(2, ("--out run", "--resume", "another --out"), TRAIN, "digits-teacher", "--out=run")
+
+
+@pytest.mark.parametrize("place", ["gone", "empty"])
+def test_evaluating_what_is_no_run_is_refused(place, refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(4, (place, "run folder"), EVALUATE, place)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher of two epochs and a student of one, trained by the root script."""
+    place = tmp_path_factory.mktemp("runs")
+    teacher = run_in(
+        place,
+        *(TRAIN, "digits-teacher", "--out=teacher", "--optim.epochs=2", "--optim.batch_size=64"),
+        *("--optim.warmup_epochs=0", "--data.train_fraction=0.3"),
+    )
+    assert teacher.returncode == 0, teacher.stdout + teacher.stderr
+    student = run_in(
+        place, TRAIN, "digits", *QUICK, *SMALL, "--out=student", "--teacher.source=teacher"
+    )
+    assert student.returncode == 0, student.stdout + student.stderr
+    assert student.stderr == ""
+    return place
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("teacher", 2), ("student", 1)])
+def test_run_folder_holds_json_and_safetensors_only(runs, name, epochs):
+    files = {name for name, content in tree(runs / name).items() if content is not None}
+    facts = {"config.json", "environment.json", "metrics.jsonl"}
+    saved = {f"{place}/{file}" for place in ("last", "best") for file in SAVED}
+    assert files == facts | saved | {"last/optimizer.safetensors"}
+    rows = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, epochs + 1))
+    environment = json.loads((runs / name / "environment.json").read_text())
+    assert environment["arguments"][0] == TRAIN
+    assert environment["deit"] == deit.__version__
+
+
+SAVED = ("model.safetensors", "model.json", "state.json")
+
+
+def test_evaluation_measures_every_head(runs, tmp_path):
+    before = tree(runs)
+    done = run_in(runs, EVALUATE, "student", f"--json={tmp_path / 'numbers.json'}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert tree(runs) == before
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["num_samples"] == 359
+    for head in ("class", "distillation", "fused"):
+        assert 0 <= numbers["heads"][head]["top1"] <= numbers["heads"][head]["top5"] <= 1
+        hits = sum(row["num_samples"] * row[head] for row in numbers["per_class"].values())
+        assert hits / 359 == pytest.approx(numbers["heads"][head]["top1"])
+    assert sum(row["num_samples"] for row in numbers["per_class"].values()) == 359
+    assert tuple(numbers["per_class"]) == TEN
+    assert numbers["throughput_img_s"] > 0
+    assert numbers["teacher"]["top1"] > 0.2
+    assert "359 images" in done.stdout
+
+
+def test_resuming_another_configuration_is_refused(runs):
+    before = tree(runs)
+    done = run_in(
+        runs,
+        *(TRAIN, "digits", *QUICK, *SMALL, "--out=student", "--teacher.source=teacher"),
+        *("--optim.lr=0.5", "--resume"),
+    )
+    assert_refused(done, 2, "--resume", "optim.lr: 0.001 before, 0.5 now", "another --out")
+    assert tree(runs) == before
+
+
+def test_dry_run_writes_nothing(run, tmp_path):
+    done = run(TRAIN, "digits-teacher", *QUICK, "--dry_run", "--out=run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "nothing written" in done.stdout
+    assert tree(tmp_path) == {}

@@ -1,0 +1,167 @@
+"""Configurations: every problem in one message, text converted by type, round trips."""
+
+import json
+
+import pytest
+
+from deit.arguments import parse_run
+from deit.config import OBJECTIVES, Config, derive, peak_lr, to_dict
+from deit.errors import ConfigError
+from deit.recipes import RECIPES, digits, find_recipe
+from deit.validation import build, field_names, load, validate
+
+
+def problems(**sections):
+    """The message of a configuration that is wrong, from plain values."""
+    values = to_dict(digits())
+    for section, fields in sections.items():
+        values.setdefault(section, {}).update(fields)
+    with pytest.raises(ConfigError) as caught:
+        build(values)
+    return str(caught.value)
+
+
+def test_every_problem_stands_in_one_message_with_field_value_and_advice():
+    message = problems(
+        optim={"lr": "fast", "epochz": 3},
+        run={"precision": "fp33"},
+        views={"crop_scale": "0.1,2,3"},
+        student={"patch_size": 0},
+        data={"download": True},
+        nonsense={},
+    )
+    assert "7 problems" in message
+    # Sections without a broken field are held against each other all the same.
+    assert "data.download = True: only cifar10 and cifar100" in message
+    assert "optim.lr = 'fast': should be a valid number" in message
+    assert "optim.epochz: unknown field; did you mean optim.epochs?" in message
+    assert "run.precision = 'fp33': should be 'auto', 'fp32', 'bf16' or 'fp16'" in message
+    assert "did you mean fp32?" in message
+    assert "views.crop_scale" in message
+    assert "student.patch_size = 0: should be greater than or equal to 1" in message
+    assert "nonsense: unknown field" in message
+
+
+@pytest.mark.parametrize(
+    ("sections", "advice"),
+    [
+        ({"student": {"name": "deit_tinny"}}, "did you mean deit_tiny?"),
+        ({"student": {"name": "vit_micro"}}, "use student.name deit_micro, or loss.through class"),
+        ({"loss": {"through": "class"}}, "use student.name vit_micro"),
+        ({"loss": {"distillation_weight": 1}}, "class head of deit_micro untrained"),
+        ({"loss": {"distillation_weight": 0}}, "leaves the teacher no say"),
+        ({"loss": {"kind": "hard", "temperature": 3}}, "no effect on a hard label"),
+        ({"teacher": {"source": "none"}}, "needs a teacher"),
+        ({"loss": {"kind": "none"}}, "--objective none clears it"),
+        ({"student": {"patch_size": 3}}, "should divide student.image_size (8)"),
+        ({"student": {"num_heads": 5}}, "should divide student.embed_dim (64)"),
+        ({"student": {"name": "small_convnet"}}, "only deit_* and vit_* take it"),
+        ({"views": {"crop_scale": "0.9,0.1"}}, "should go from low to high"),
+        ({"views": {"crop_scale": "0.9,1.5"}}, "cannot exceed the image"),
+        ({"views": {"mean": "0.5,0.5,0.5"}}, "goes together with views.std"),
+        ({"teacher": {"mean": "0,0,0", "std": "1,0,1"}}, "should be positive"),
+        ({"views": {"flip": 1.5}}, "less than or equal to 1"),
+        ({"optim": {"accumulate": 3}}, "should divide optim.batch_size (32)"),
+        ({"optim": {"warmup_epochs": 500}}, "should be less than optim.epochs"),
+        ({"optim": {"min_lr": 1}}, "should not exceed the peak learning rate"),
+        ({"optim": {"ema_epochs": 1000}}, "longer than the run"),
+        ({"optim": {"lr": float("nan")}}, "finite number"),
+        ({"optim": {"batch_size": 2.5}}, "valid integer"),
+        ({"run": {"seed": -1}}, "greater than or equal to 0"),
+        ({"run": {"seed": 2**63}}, "less than"),
+    ],
+)
+def test_contradictions_and_limits_are_explained(sections, advice):
+    assert advice in problems(**sections)
+
+
+def test_mixing_needs_even_micro_batches():
+    message = problems(views={"mixup_alpha": 0.8}, optim={"batch_size": 6, "accumulate": 2})
+    assert "each micro-batch should be even" in message
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_are_valid_with_the_student_they_are_for(name):
+    student = {"name": "vit_micro" if OBJECTIVES[name].through == "class" else "deit_micro"}
+    validate(derive(digits(), student=student, loss=OBJECTIVES[name]))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_configuration_survives_json(name, tmp_path):
+    config = RECIPES[name]()
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    assert load(tmp_path / "config.json") == config
+    assert find_recipe(str(tmp_path / "config.json")) == config
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"optim": {"lr": -1}}', '{"optim": 3}'])
+def test_a_broken_file_is_a_configuration_error(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError):
+        load(tmp_path / "config.json")
+
+
+def parse(*arguments):
+    return parse_run(list(arguments), program="train", about="").config
+
+
+def test_text_becomes_what_its_field_wants():
+    config = parse(
+        "digits",
+        *("--optim.lr", "5e-4", "--optim.epochs=7", "--data.classes", "1, 2,3"),
+        *("--views.crop_scale", "0.25,1", "--views.mean", "none", "--optim.clip_norm", "1"),
+        *(
+            "--optim.lr_reference_batch",
+            "none",
+            "--teacher.allow_weak",
+            "--student.embed-dim",
+            "32",
+        ),
+    )
+    assert config.optim.lr == 5e-4
+    assert config.optim.epochs == 7
+    assert config.data.classes == ("1", "2", "3")
+    assert config.teacher.allow_weak is True
+    assert config.views.crop_scale == (0.25, 1.0)
+    assert config.views.mean is None
+    assert config.optim.clip_norm == 1.0
+    assert config.optim.lr_reference_batch is None
+    assert config.student.embed_dim == 32
+
+
+def test_fields_refine_a_preset_and_a_preset_replaces_the_recipes_section():
+    config = parse("digits", "--objective", "deit-soft", "--loss.temperature", "4")
+    assert config.loss.kind == "soft"
+    assert config.loss.temperature == 4
+    assert config.loss.distillation_weight == 0.1
+    assert config.optim == digits().optim
+
+
+def test_nothing_is_abbreviated_or_guessed():
+    with pytest.raises(ConfigError, match=r"optim\.epoch: unknown field; did you mean .*epochs"):
+        parse("digits", "--optim.epoch", "3")
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from deit.recipes import digits\nfrom deit.config import derive\n"
+        "def recipe():\n    return derive(digits(), optim={'lr': 2e-3})\n"
+        "def other():\n    return 3\n"
+    )
+    assert find_recipe(str(file)).optim.lr == 2e-3
+    assert find_recipe(f"{file}:recipe").optim.lr == 2e-3
+    with pytest.raises(ConfigError, match="should return a Config, returned int"):
+        find_recipe(f"{file}:other")
+    with pytest.raises(ConfigError, match="no attribute 'nobody'"):
+        find_recipe(f"{file}:nobody")
+    with pytest.raises(ConfigError, match="no file"):
+        find_recipe(str(tmp_path / "missing.py"))
+    with pytest.raises(ConfigError, match="did you mean digits"):
+        find_recipe("digit")
+
+
+def test_the_peak_learning_rate_follows_the_global_batch():
+    optim = derive(Config(), optim={"lr": 5e-4, "batch_size": 1024}).optim
+    assert peak_lr(optim) == 1e-3
+    assert len(field_names()) == len(set(field_names())) > 50

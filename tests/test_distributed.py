@@ -1,0 +1,123 @@
+"""Two processes against one: the same learning rate, the same order, losses equal to rounding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn")
+ROOT = Path(__file__).parents[1]
+SETTINGS = (
+    *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
+    *("--views.mixup_alpha", "0.8", "--views.cutmix_alpha", "1", "--optim.batch_size", "64"),
+    *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.evaluate_every", "1"),
+    # 143 validation images: two chunks in the first of two processes, one in the second.
+    *("--run.evaluation_batch", "71"),
+)
+
+
+def launch(number, *arguments, cwd, **variables):
+    program = [sys.executable]
+    if number > 1:
+        program += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(number)]
+        program += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(
+        [*program, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A student trained by one process, and by two, against the same teacher."""
+    place = tmp_path_factory.mktemp("runs")
+    script = ROOT / "train_deit.py"
+    launch(1, script, "digits-teacher", "--optim.epochs", 3, "--out", "teacher", cwd=place)
+    outputs = {}
+    for number in (1, 2):
+        outputs[number] = launch(
+            number,
+            *(script, "digits", "--teacher.source", "teacher", "--out", f"of-{number}", *SETTINGS),
+            cwd=place,
+        )
+    return place, outputs
+
+
+def rows(place, number):
+    lines = (place / f"of-{number}" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_two_processes_train_as_one(runs):
+    place, _ = runs
+    one, two = rows(place, 1), rows(place, 2)
+    assert len(one) == len(two) == 2
+    for ours, theirs in zip(two, one):
+        assert ours["step"] == theirs["step"]
+        assert ours["train"]["lr"] == theirs["train"]["lr"]
+        for name, value in theirs["train"].items():
+            assert ours["train"][name] == pytest.approx(value, abs=1e-5), name
+        for name, value in theirs["validation"].items():
+            assert ours["validation"][name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_only_the_main_process_speaks_and_the_batch_is_explained(runs):
+    _, outputs = runs
+    assert outputs[2].count("epoch 1/2") == 1
+    assert "64 = 2 processes x 1 accumulated x 32" in outputs[2]
+    assert "64 = 1 process x 1 accumulated x 64" in outputs[1]
+
+
+def test_evaluation_by_two_processes_counts_each_image_once(runs):
+    place, _ = runs
+    found = {}
+    for number in (1, 2):
+        file = place / f"evaluation-{number}.json"
+        launch(number, ROOT / "evaluate_deit.py", "of-1", "--json", file, cwd=place)
+        found[number] = json.loads(file.read_text())
+    assert found[2]["num_samples"] == found[1]["num_samples"] == 359
+    assert found[2]["heads"] == found[1]["heads"]
+    assert found[2]["per_class"] == found[1]["per_class"]
+    assert found[2]["agreement"] == found[1]["agreement"]
+
+
+def test_a_command_leaves_the_process_group_before_the_interpreter_ends(tmp_path):
+    code = (
+        "import sys, torch.distributed as d\n"
+        "from deit.cli import run_command\n"
+        "arguments = ['digits-teacher', '--dry_run', '--out', 'dry']\n"
+        "assert run_command('train', arguments, 'deit train') == 0\n"
+        "assert not d.is_initialized()"
+    )
+    (tmp_path / "main.py").write_text(code)
+    launch(2, tmp_path / "main.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
+
+
+def test_accelerate_launch_runs_the_same_script(runs):
+    place, _ = runs
+    out = place / "launched"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+            *("--num_machines", "1", "--mixed_precision", "bf16", "--dynamo_backend", "no"),
+            *(str(ROOT / "train_deit.py"), "digits", "--teacher.source", "teacher"),
+            *("--out", str(out), *SETTINGS, "--optim.epochs", "1", "--optim.warmup_epochs", "0"),
+        ],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["precision"] == "bf16"  # what the launcher said

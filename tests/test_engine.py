@@ -1,0 +1,200 @@
+"""The training step: what it learns, what it leaves alone, and that layouts do not matter."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from deit.config import OBJECTIVES, LossConfig, OptimConfig, StudentConfig, ViewsConfig
+from deit.datasets.loader import TrainLoader
+from deit.datasets.sources import Images
+from deit.engine import Job, predict, train_epoch
+from deit.models.saved import Facts, build_student
+from deit.models.teachers import Origin, Teacher
+from deit.optim import WeightAverage, build_optimizer, lr_at
+
+CLASSES = 4
+IMAGES = Images(
+    torch.randint(
+        256, (32, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    ),
+    torch.arange(32) % CLASSES,
+)
+
+
+class Shown(nn.Module):
+    """A teacher that keeps what it is shown; it has statistics that training would move."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(3, CLASSES)
+        self.shown = []
+
+    def forward(self, images):
+        self.shown.append(images.clone())
+        return self.head(self.norm(images).mean(dim=(2, 3)))
+
+
+def make_job(
+    loss=OBJECTIVES["deit-hard"],
+    *,
+    optim=None,
+    name="deit_micro",
+    average=None,
+    drop_path=0.0,
+    **loader,
+):
+    torch.manual_seed(0)
+    optim = optim or OptimConfig(
+        epochs=40, batch_size=16, lr=3e-3, lr_reference_batch=None, warmup_epochs=1
+    )
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=optim.accumulate)
+    student_config = StudentConfig(
+        name=name, image_size=16, embed_dim=24, depth=2, drop_path=drop_path
+    )
+    facts = Facts(student_config, tuple("abcd"), (0.5,) * 3, (0.25,) * 3, 1.0)
+    student = build_student(facts)
+    teacher = Teacher(Origin(Shown(), "shown", None, (0.0,) * 3, (1.0,) * 3, None))
+    weights = None if average is None else WeightAverage(student, horizon=average)
+    optimizer = build_optimizer(student, optim)
+    prepared, optimizer = accelerator.prepare(student, optimizer)
+    data = TrainLoader(
+        IMAGES,
+        CLASSES,
+        views=loader.get("views", ViewsConfig(flip=0)),
+        optim=optim,
+        image_size=16,
+        seed=0,
+    )
+    job = Job(accelerator, prepared, teacher, optimizer, weights, loss, optim, 0)
+    return job, data
+
+
+def train(job, data, epochs):
+    step, means = 0, {}
+    for epoch in range(epochs):
+        means = train_epoch(job, data.epoch(epoch), step=step, steps=data.steps_per_epoch)
+        step += data.steps_per_epoch
+    return means
+
+
+def test_it_learns_32_images_by_heart_and_imitates_the_teacher():
+    job, data = make_job(LossConfig(kind="hard", label_smoothing=0.0))
+    means = train(job, data, 40)
+    assert means["class_top1"] == 1.0
+    assert means["loss_teacher"] < 0.1
+    assert means["loss"] == pytest.approx((means["loss_class"] + means["loss_teacher"]) / 2)
+
+
+def test_the_teacher_sees_the_very_tensor_of_the_student_and_stays_as_it_was():
+    views = ViewsConfig(crop="padded", crop_padding=2, mixup_alpha=0.8, cutmix_alpha=1.0)
+    job, data = make_job(views=views)
+    before = copy.deepcopy(job.teacher.state_dict())
+    seen = []
+    job.student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    train(job, data, 2)
+    shown = job.teacher.network.shown
+    assert len(shown) == len(seen) == 4
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen, shown))
+    after = job.teacher.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in job.teacher.parameters())
+
+
+def test_the_teacher_is_in_neither_optimizer_nor_prepared_models():
+    job, _ = make_job()
+    taught = {id(parameter) for parameter in job.teacher.parameters()}
+    optimised = {id(p) for group in job.optimizer.param_groups for p in group["params"]}
+    assert not taught & optimised
+    assert job.teacher not in job.accelerator._models
+
+
+def test_without_a_teacher_there_is_no_agreement():
+    job, data = make_job(OBJECTIVES["none"])
+    means = train(job._replace(teacher=None), data, 1)
+    assert "agreement" not in means
+    assert {"loss", "class_top1", "distillation_top1", "fused_top1"} <= means.keys()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_parameter_of_the_student_learns(name):
+    single = OBJECTIVES[name].through == "class"
+    job, data = make_job(OBJECTIVES[name], name="vit_micro" if single else "deit_micro")
+    before = copy.deepcopy(dict(job.student.named_parameters()))
+    train(job, data, 2)
+    for parameter_name, parameter in job.student.named_parameters():
+        assert not torch.equal(parameter, before[parameter_name]), parameter_name
+
+
+def test_accumulation_is_the_large_batch():
+    weights = []
+    for accumulate in (1, 4):
+        optim = OptimConfig(
+            epochs=3, batch_size=16, accumulate=accumulate, lr=1e-3, warmup_epochs=1, clip_norm=0.5
+        )
+        views = ViewsConfig(flip=0.5, mixup_alpha=0.8, cutmix_alpha=1.0)
+        job, data = make_job(optim=optim, views=views)
+        means = train(job, data, 2)
+        weights.append((job.student.network.head.weight.detach(), means["loss"]))
+    assert torch.allclose(weights[0][0], weights[1][0], atol=1e-5)
+    assert weights[0][1] == pytest.approx(weights[1][1], abs=1e-4)
+
+
+def test_the_loop_writes_the_learning_rate_of_its_step():
+    job, data = make_job()
+    means = train_epoch(job, data.epoch(5), step=10, steps=data.steps_per_epoch)
+    expected = lr_at(11, optim=job.optim, steps_per_epoch=2)
+    assert means["lr"] == expected
+    assert all(group["lr"] == expected for group in job.optimizer.param_groups)
+
+
+def test_drop_path_is_a_function_of_seed_and_step():
+    weights = []
+    for waste in (0, 5):
+        job, data = make_job(drop_path=0.5)
+        torch.rand(waste)
+        train(job, data, 1)
+        weights.append(job.student.network.head.weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+def test_clipping_bounds_the_first_step():
+    optim = OptimConfig(epochs=2, batch_size=16, lr=1e-3, warmup_epochs=0, clip_norm=1e-3)
+    job, data = make_job(optim=optim)
+    norms = []
+    job.optimizer.optimizer.register_step_pre_hook(
+        lambda optimizer, *rest: norms.append(
+            torch.cat(
+                [p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]
+            ).norm()
+        )
+    )
+    train(job, data, 1)
+    assert norms
+    assert all(norm <= 1.001e-3 for norm in norms)
+
+
+def test_the_average_follows_the_student():
+    job, data = make_job(average=1e9)
+    train(job, data, 1)
+    assert job.average.updates == 2
+    raw = job.student.network.head.weight
+    averaged = job.average.model.network.head.weight
+    assert not torch.equal(raw, averaged)
+    assert not averaged.requires_grad
+
+
+def test_a_prediction_keeps_the_order_of_the_split_and_both_heads():
+    job, _ = make_job()
+    images = IMAGES.pixels.float() / 255
+    outputs = predict(job.accelerator, job.student, iter(images.split(5)), 32)
+    with torch.no_grad():
+        expected = job.student.eval()(images)
+    assert torch.allclose(outputs.class_logits, expected.class_logits, atol=1e-5)
+    assert torch.allclose(outputs.distillation_logits, expected.distillation_logits, atol=1e-5)
+    logits = predict(job.accelerator, job.teacher, iter(images.split(5)), 32)
+    assert logits.distillation_logits is None
+    assert logits.class_logits.shape == (32, CLASSES)

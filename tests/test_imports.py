@@ -1,0 +1,329 @@
+"""The floor plan: who may import whom, what no file may do, and whose `datasets` is found."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("deit", "models", "datasets", "scripts")
+
+
+class Place(NamedTuple):
+    """A module's floor (0 lowest), its third-party packages, and its doors on the same floor."""
+
+    floor: int
+    packages: frozenset[str] = frozenset()
+    doors: frozenset[str] = frozenset()
+
+
+def place(floor: int, packages: str = "", doors: str = "") -> Place:
+    return Place(floor, frozenset(packages.split()), frozenset(doors.split()))
+
+
+def network(doors: str = "") -> Place:
+    return place(
+        1,
+        "torch timm safetensors pydantic",
+        " ".join(f"deit.models.{door}" for door in doors.split()),
+    )
+
+
+def image(doors: str = "") -> Place:
+    return place(
+        1,
+        "torch torchvision numpy einops PIL psutil sklearn",
+        " ".join(f"deit.datasets.{door}" for door in doors.split()),
+    )
+
+
+PLAN = {
+    "deit": place(0),
+    "deit.errors": place(0),
+    "deit.text": place(0),
+    "deit.files": place(0),
+    "deit.typed_json": place(0, "pydantic", "deit.errors"),
+    "deit.console": place(0, "rich"),
+    "deit.config": place(0, "pydantic"),
+    "deit.records": place(0, "torch"),
+    "deit.keys": place(0, "torch"),
+    "deit.validation": place(1, "pydantic"),
+    "deit.losses": place(1, "torch"),
+    "deit.optim": place(1, "torch"),
+    "deit.metrics": place(1, "torch"),
+    "deit.report": place(1, "matplotlib"),
+    "deit.models.small_convnet": network(),
+    "deit.models.student": network(),
+    "deit.models.weights": network(),
+    "deit.models.networks": network("small_convnet"),
+    "deit.models.saved": network("networks student weights"),
+    "deit.models.teachers": network("networks saved student weights"),
+    "deit.datasets.sources": image(),
+    "deit.datasets.mixing": image(),
+    "deit.datasets.views": image(),
+    "deit.datasets.splits": image("sources"),
+    "deit.datasets.loader": image("mixing sources views"),
+    "deit.recipes": place(2),
+    "deit.environment": place(2, "torch accelerate"),
+    "deit.checkpoint": place(2, "torch safetensors"),
+    "deit.engine": place(2, "torch accelerate einops"),
+    "deit.arguments": place(3, "tyro"),
+    "deit.prediction": place(3, "torch accelerate"),
+    "deit.parts": place(3, "torch accelerate pydantic"),
+    "deit.announce": place(4, "torch accelerate"),
+    "deit.saving": place(4),
+    "deit.evaluation": place(4, "torch"),
+    "deit.run": place(5, "torch accelerate"),
+    "deit.comparison": place(6),
+    "deit.cli": place(7),
+    "deit.__main__": place(8),
+    "train_deit": place(8),
+    "finetune_deit": place(8),
+    "evaluate_deit": place(8),
+    "scripts.results": place(8),
+    "scripts.initialisation": place(8, "torch einops"),
+}
+
+
+def library() -> dict[str, Path]:
+    """Every file of the library and the root scripts by the name it is imported by."""
+    files = {path.stem: path for path in ROOT.glob("*.py")}
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            prefix = ("deit",) if folder in ("models", "datasets") else ()
+            name = ".".join(prefix + parts).removesuffix(".__init__")
+            files[name] = path
+    return files
+
+
+LIBRARY = library()
+EVERYTHING = {**LIBRARY, **{path.stem: path for path in (ROOT / "tests").rglob("*.py")}}
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names of all imports, also of those inside functions; `.` leads a relative one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = "." * node.level + (node.module or "")
+            for alias in node.names:
+                child = f"{origin}.{alias.name}"
+                yield child if child in PLAN else origin
+
+
+def floor_violations(name: str, source: str) -> list[str]:
+    here, found = PLAN[name], []
+    for target in imported(ast.parse(source)):
+        package = target.split(".")[0]
+        if target.startswith("."):
+            found.append(f"{name}: relative import of {target}")
+        elif package == "deit" or target in PLAN:
+            there = PLAN.get(target)
+            if there is None:
+                found.append(f"{name}: {target} is not on the plan")
+            elif there.floor >= here.floor and target not in here.doors:
+                found.append(f"{name}: no door to {target}")
+        elif package not in sys.stdlib_module_names and package not in here.packages:
+            found.append(f"{name}: {package} is not for this file")
+    return found
+
+
+UNSAFE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "system"}
+
+
+def unsafe_lines(source: str) -> list[str]:
+    """What could run foreign code: pickles, torch.load of more than tensors, shells, eval."""
+    found = []
+    tree = ast.parse(source)
+    for name in imported(tree):
+        if name.split(".")[0] in UNSAFE_MODULES:
+            found.append(f"imports {name}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in ("torch", "os"):
+            names = {alias.name for alias in node.names}
+            found += [f"from {node.module} import {name}" for name in names & {"load", "system"}]
+        if not isinstance(node, ast.Call):
+            continue
+        called, keywords = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+        if called in UNSAFE_CALLS:
+            found.append(f"line {node.lineno}: {called}")
+        if called.endswith("torch.load") and not _true(keywords.get("weights_only")):
+            found.append(f"line {node.lineno}: torch.load without weights_only=True")
+        for keyword in ("shell", "allow_pickle"):
+            if keyword in keywords:
+                found.append(f"line {node.lineno}: {keyword}=")
+    return found
+
+
+def _true(value: ast.expr | None) -> bool:
+    return isinstance(value, ast.Constant) and value.value is True
+
+
+def bare_imports(source: str) -> list[str]:
+    return [
+        name for name in imported(ast.parse(source)) if name.split(".")[0] in ("models", "datasets")
+    ]
+
+
+def test_every_file_is_on_the_plan_and_nothing_else():
+    assert set(LIBRARY) == set(PLAN)
+
+
+def test_doors_lead_to_the_same_floor():
+    for name, here in PLAN.items():
+        assert all(PLAN[door].floor == here.floor for door in here.doors), name
+
+
+@pytest.mark.parametrize("name", sorted(LIBRARY))
+def test_imports_point_down(name):
+    assert name in PLAN, f"{LIBRARY[name]} is not on the plan"
+    assert floor_violations(name, LIBRARY[name].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("deit.losses", "from deit.run import train"),
+        ("deit.losses", "from deit import run"),
+        ("deit.losses", "import deit.engine"),
+        ("deit.losses", "from deit.optim import lr_at"),
+        ("deit.losses", "def late():\n    import deit.cli"),
+        ("deit.losses", "import timm"),
+        ("deit.config", "import torch"),
+        ("deit.records", "from . import text"),
+        ("deit.models.student", "from deit.datasets.views import training_views"),
+        ("deit.models.student", "from deit.models.teachers import Teacher"),
+        ("deit.datasets.views", "import deit.models.weights"),
+        ("deit.cli", "import train_deit"),
+        ("deit.run", "import deit.tests.test_imports"),
+    ],
+)
+def test_a_planted_import_is_reported(name, source):
+    assert len(floor_violations(name, source)) == 1
+
+
+def test_allowed_imports_are_not_reported():
+    source = "import math\nimport torch\nfrom torch import nn\nfrom deit import config\nimport deit"
+    assert floor_violations("deit.losses", source) == []
+
+
+@pytest.mark.parametrize("name", sorted(LIBRARY))
+def test_no_file_can_run_foreign_code(name):
+    assert unsafe_lines(LIBRARY[name].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch\ntorch.load('x')",
+        "import torch\ntorch.load('x', weights_only=False)",
+        "from torch import load",
+        "eval('1')",
+        "exec('1')",
+        "import os\nos.system('ls')",
+        "import subprocess\nsubprocess.run('ls', shell=True)",
+        "import numpy\nnumpy.load('x', allow_pickle=True)",
+    ],
+)
+def test_a_planted_danger_is_reported(source):
+    assert len(unsafe_lines(source)) == 1
+
+
+def test_safe_calls_are_not_reported():
+    assert unsafe_lines("network.eval()\ntorch.load('x', weights_only=True)") == []
+
+
+@pytest.mark.parametrize("name", sorted(EVERYTHING))
+def test_no_file_imports_models_or_datasets_bare(name):
+    assert bare_imports(EVERYTHING[name].read_text()) == []
+
+
+def test_a_planted_bare_import_is_reported():
+    source = "import datasets\nfrom models import student\nimport models.student"
+    assert bare_imports(source) == ["datasets", "models", "models.student"]
+
+
+@pytest.mark.parametrize("folder", ["models", "datasets"])
+def test_rooms_are_no_packages(folder):
+    assert list((ROOT / folder).rglob("__init__.py")) == []
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter in the root of the checkout, as a user starts one."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command_line_is_parsed_without_torch():
+    code = (
+        "import sys, deit.cli, deit.config, deit.validation, deit.recipes, deit.arguments\n"
+        "print(sorted({'torch', 'timm', 'accelerate', 'numpy'} & set(sys.modules)))"
+    )
+    done = python("-c", code)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+@pytest.fixture
+def hugging_face(tmp_path: Path) -> dict[str, str]:
+    """A stand-in for Hugging Face's distribution on the path; it says when it is imported."""
+    package, facts = tmp_path / "site" / "datasets", tmp_path / "site" / "datasets-9.9.9.dist-info"
+    package.mkdir(parents=True)
+    facts.mkdir()
+    (package / "__init__.py").write_text(
+        "print('stand-in imported')\nclass Dataset: pass\nclass IterableDataset: pass\n"
+    )
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 9.9.9\n")
+    return {"PYTHONPATH": str(tmp_path / "site")}
+
+
+def test_hugging_face_datasets_is_not_shadowed(hugging_face):
+    code = (
+        "import datasets, deit.datasets.views\n"
+        "print(datasets.__file__, deit.datasets.views.__file__, sep='\\n')"
+    )
+    done = python("-c", code, **hugging_face)
+    assert done.returncode == 0, done.stderr
+    theirs, ours = map(Path, done.stdout.split()[-2:])
+    assert theirs == Path(hugging_face["PYTHONPATH"]) / "datasets" / "__init__.py"
+    assert ours == ROOT / "datasets" / "views.py"
+
+
+def test_accelerate_finds_hugging_face_datasets_from_our_root(hugging_face):
+    code = (
+        "from accelerate.data_loader import prepare_data_loader\n"
+        "from torch.utils.data import DataLoader\n"
+        "prepare_data_loader(DataLoader([0, 1]), num_processes=2, process_index=0)"
+    )
+    done = python("-c", code, **hugging_face)
+    assert (done.returncode, done.stdout.strip()) == (0, "stand-in imported"), done.stderr
+
+
+def test_two_processes_train_beside_hugging_face_datasets(hugging_face, tmp_path):
+    out = tmp_path / "run"
+    launch = "-m torch.distributed.run --nnodes 1 --nproc_per_node 2 --master_port 0"
+    rendezvous = "--rdzv-backend c10d --rdzv-endpoint localhost:0"
+    options = "--optim.epochs 1 --optim.warmup_epochs 0 --optim.batch_size 128"
+    done = python(
+        *f"{launch} {rendezvous} train_deit.py digits-teacher {options}".split(),
+        "--data.train_fraction=0.2",
+        f"--out={out}",
+        **hugging_face,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (out / "best" / "model.safetensors").is_file()

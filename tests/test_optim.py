@@ -1,0 +1,98 @@
+"""Parameter groups, the schedule and the weight average against hand arithmetic."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import timm.optim
+import torch
+from torch import nn
+
+from deit.config import OptimConfig, StudentConfig
+from deit.models.networks import create_network
+from deit.optim import WeightAverage, average_decay, build_optimizer, lr_at, parameter_groups
+
+OPTIM = OptimConfig(
+    epochs=10, batch_size=256, lr=1e-3, lr_reference_batch=512, warmup_epochs=2, warmup_lr=1e-6
+)
+
+
+def lrs(optim, steps_per_epoch):
+    total = optim.epochs * steps_per_epoch
+    return [lr_at(step, optim=optim, steps_per_epoch=steps_per_epoch) for step in range(total)]
+
+
+def test_schedule_by_hand():
+    curve = lrs(OPTIM, 5)  # 50 updates, 10 of warm-up, peak 1e-3 * 256 / 512
+    assert curve[0] == 1e-6
+    assert curve[5] == pytest.approx(1e-6 + (5e-4 - 1e-6) / 2)
+    assert curve[10] == pytest.approx(5e-4)
+    assert curve[-1] == pytest.approx(1e-5)
+    # update 23 is 13 of 39 steps down the cosine: (1 + cos 60 degrees) / 2 = 3/4
+    assert curve[23] == pytest.approx(1e-5 + (5e-4 - 1e-5) * 0.75)
+    assert all(a < b for a, b in pairwise(curve[:11]))
+    assert all(a > b for a, b in pairwise(curve[10:]))
+
+
+def test_schedule_without_warmup_starts_at_the_peak():
+    optim = OptimConfig(epochs=2, batch_size=512, lr=1e-3, warmup_epochs=0)
+    assert lrs(optim, 4)[0] == pytest.approx(1e-3)
+
+
+def test_schedule_of_a_single_update():
+    optim = OptimConfig(epochs=1, batch_size=512, lr=1e-3, warmup_epochs=0)
+    assert lr_at(0, optim=optim, steps_per_epoch=1) == pytest.approx(1e-3)
+
+
+def test_no_decay_on_biases_norms_tokens_and_positions_as_in_timm():
+    network = create_network(StudentConfig(name="deit_micro"), 10)
+    decayed, undecayed = parameter_groups(network, 0.05)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    free = {names[id(parameter)] for parameter in undecayed["params"]}
+    assert {"cls_token", "dist_token", "pos_embed", "norm.weight", "head.bias"} <= free
+    held = {names[id(parameter)] for parameter in decayed["params"]}
+    assert {"head.weight", "head_dist.weight", "patch_embed.proj.weight"} <= held
+    assert len(free) + len(held) == len(names)
+    reference = timm.optim.param_groups_weight_decay(
+        network, 0.05, no_weight_decay_list=network.no_weight_decay()
+    )
+    of_timm = {
+        names[id(p)] for group in reference if not group["weight_decay"] for p in group["params"]
+    }
+    assert free == of_timm | {"dist_token"}
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.05, 0.0)
+
+
+def test_optimizer_updates_as_the_adamw_formula():
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(2.0)
+    optim = OptimConfig(weight_decay=0.1, beta1=0.9, beta2=0.99)
+    optimizer = build_optimizer(layer, optim)
+    optimizer.param_groups[0]["lr"] = 0.01
+    layer.weight.grad = torch.tensor([[3.0]])
+    optimizer.step()
+    # First update: both moments are corrected to g and g**2, so the step is lr * g / |g|.
+    by_hand = 2.0 * (1 - 0.01 * 0.1) - 0.01 * 3.0 / (3.0 + 1e-8)
+    assert layer.weight.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_average_decay_warms_up_to_its_horizon():
+    assert average_decay(0, horizon=1000) == pytest.approx(0.1)
+    assert average_decay(90, horizon=1000) == pytest.approx(0.91)
+    assert average_decay(10**6, horizon=1000) == pytest.approx(math.exp(-1 / 1000))
+
+
+def test_weight_average_by_hand_and_buffers_follow():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    average = WeightAverage(model, horizon=1e9)
+    start = model[0].weight.item()
+    model[0].weight.data.fill_(5.0)
+    model[1].num_batches_tracked.fill_(7)
+    average.update(model)
+    assert average.model[0].weight.item() == pytest.approx(0.1 * start + 0.9 * 5.0)
+    average.update(model)
+    second = 2 / 11 * (0.1 * start + 0.9 * 5.0) + 9 / 11 * 5.0
+    assert average.model[0].weight.item() == pytest.approx(second)
+    assert average.model[1].num_batches_tracked == 7
+    assert not any(parameter.requires_grad for parameter in average.model.parameters())
+    assert model[0].weight.requires_grad

@@ -1,0 +1,179 @@
+"""Packaging: metadata in one place, dependencies as imported, wheel and editable install."""
+
+import ast
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import deit
+
+ROOT = Path(__file__).parents[1]
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+CHECK = (
+    "import deit.models.student, deit.datasets.views as views\n"
+    "print(deit.__file__, deit.models.student.__file__, views.__file__, sep='\\n')"
+)
+
+
+def settings() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def requirements(text: str) -> set[str]:
+    """The distributions of a requirement list, without versions and comments."""
+    lines = (line.split(" #")[0].strip() for line in text.splitlines())
+    return {re.match(r"[\w.-]+", line)[0].lower() for line in lines if line}
+
+
+def imported_distributions() -> set[str]:
+    """What the library and the scripts import from elsewhere, by distribution."""
+    found = set()
+    files = [*ROOT.glob("*.py")]
+    for folder in ("deit", "models", "datasets", "scripts"):
+        files += (ROOT / folder).rglob("*.py")
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.split(".")[0])
+    third_party = found - set(sys.stdlib_module_names) - {"deit"}
+    return {DISTRIBUTIONS.get(name, name) for name in third_party}
+
+
+def test_metadata_lives_in_setup_cfg():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(pyproject) == {"build-system", "tool"}
+    assert set(pyproject["tool"]) == {"ruff"}
+    metadata = settings()["metadata"]
+    assert metadata["name"] == "deit"
+    assert metadata["version"] == "attr: deit.__version__"
+    assert metadata["license"] == "Apache-2.0"
+
+
+def test_files_named_in_the_metadata_exist():
+    metadata = settings()["metadata"]
+    assert (ROOT / metadata["long_description"].removeprefix("file:").strip()).is_file()
+    assert (ROOT / metadata["license_files"]).is_file()
+
+
+def test_every_import_is_declared():
+    declared = requirements(settings()["options"]["install_requires"])
+    for extra, text in settings()["options.extras_require"].items():
+        if extra != "dev":
+            declared |= requirements(text)
+    assert imported_distributions() - declared == set()
+
+
+def test_every_requirement_is_imported():
+    required = requirements(settings()["options"]["install_requires"])
+    assert required - imported_distributions() == set()
+
+
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    """The output of a command that must succeed, with no path to the checkout and no network."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**inherited, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def copy_checkout(target: Path) -> Path:
+    """The files a build reads, elsewhere, so that the checkout stays clean."""
+    for folder in ("deit", "models", "datasets"):
+        shutil.copytree(
+            ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, target)
+    return target
+
+
+def python_files(folder: str) -> set[str]:
+    return {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("setuptools")
+    place = tmp_path_factory.mktemp("wheel")
+    checkout = copy_checkout(place / "checkout")
+    build = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
+    run(*build, "-w", place, checkout, cwd=place)
+    (file,) = place.glob("*.whl")
+    return file
+
+
+def test_wheel_holds_exactly_the_library(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {name for name in names if name.endswith(".py")}
+    inside = {f"deit/{name}" for name in python_files("models") | python_files("datasets")}
+    assert modules == python_files("deit") | inside
+    facts = f"deit-{deit.__version__}.dist-info"
+    assert f"{facts}/licenses/LICENSE" in names
+    assert all(name in modules or name.startswith(f"{facts}/") for name in names)
+
+
+def test_wheel_says_what_setup_cfg_says(wheel):
+    facts = f"deit-{deit.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        entry_points = archive.read(f"{facts}/entry_points.txt").decode()
+        metadata = Parser().parsestr(archive.read(f"{facts}/METADATA").decode())
+    assert entry_points.split() == ["[console_scripts]", "deit", "=", "deit.cli:main"]
+    assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
+    needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    wanted = requirements(settings()["options"]["install_requires"])
+    assert requirements("\n".join(needed)) == wanted
+    assert set(metadata.get_all("Provides-Extra")) == set(settings()["options.extras_require"])
+
+
+def test_installed_wheel_works_far_from_the_checkout(wheel, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    install = (sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel)
+    run(*install, cwd=elsewhere)
+    found = run(sys.executable, "-c", CHECK, cwd=elsewhere, PYTHONPATH=str(site))
+    wanted = ["deit/__init__.py", "deit/models/student.py", "deit/datasets/views.py"]
+    assert found.split() == [str(site / name) for name in wanted]
+    listed = run(sys.executable, "-m", "deit", "recipes", cwd=elsewhere, PYTHONPATH=str(site))
+    assert "digits-teacher" in listed
+    version = run(site / "bin" / "deit", "--version", cwd=elsewhere, PYTHONPATH=str(site))
+    assert version.split() == ["deit", deit.__version__]
+
+
+def test_editable_install_follows_the_checkout(tmp_path):
+    pytest.importorskip("setuptools")
+    checkout = copy_checkout(tmp_path / "checkout")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    # torch and the others are found in the environment that runs the tests.
+    (site / "shared.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    install = (python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", checkout)
+    run(*install, cwd=elsewhere)
+    found = run(python, "-c", CHECK, cwd=elsewhere)
+    wanted = ["deit/__init__.py", "models/student.py", "datasets/views.py"]
+    assert found.split() == [str(checkout / name) for name in wanted]
+    assert "digits-teacher" in run(python.with_name("deit"), "recipes", cwd=elsewhere)

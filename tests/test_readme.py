@@ -1,0 +1,178 @@
+"""Every command of the README is executed, shortened; its tables and links are up to date."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deit.cli import COMMANDS, run_command
+
+pytest.importorskip("sklearn")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+QUICK = shlex.split("--optim.epochs 1 --optim.warmup_epochs 0 --run.evaluate_every 1")
+PICTURES = shlex.split("--data.image_size 8 --student.image_size 8 --optim.batch_size 8")
+SMALL = {
+    "digits-teacher": ["--optim.epochs", "2", "--optim.warmup_epochs", "1"],
+    "digits": [*QUICK, "--student.depth", "1"],
+    "cifar10-micro": [
+        *(*QUICK, "--student.depth", "1", "--optim.batch_size", "64", "--teacher.allow_weak"),
+    ],
+    "mine.py:narrow": [*QUICK, "--student.depth", "1"],
+    "folder-teacher": [
+        *(*QUICK, *PICTURES),
+        *("--student.name", "small_convnet", "--student.drop_path", "0"),
+    ],
+    "folder": [
+        *(*QUICK, *PICTURES, "--teacher.allow_weak", "--optim.min_lr", "0"),
+        *("--student.depth", "1", "--student.patch_size", "2"),
+    ],
+}
+PROGRAMS = ("python", "make", "deit", "torchrun", "accelerate", "pip", "source")
+
+
+def readme_commands():
+    """The commands of the README in order: lines of sh blocks and code spans that start as one."""
+    found = []
+    for block, span in re.findall(r"```sh\n(.*?)```|`([^`\n]+)`", README, re.DOTALL):
+        for line in (block or span).splitlines():
+            command = line.split("   #")[0].strip()
+            named_only = re.fullmatch(r"deit (train|evaluate)", command)
+            if command.split(" ")[0] in PROGRAMS and " " in command and not named_only:
+                found.append(command)
+    return list(dict.fromkeys(found))
+
+
+def test_the_readme_has_commands_and_the_first_screen_has_picture_and_two_of_them():
+    assert len(OURS) > 10
+    assert len(OTHERS) > 3
+    screen = README.split("## ")[0]
+    assert screen.count("make ") == 3  # two commands, one of them named again
+    assert "docs/images/digits.png" in screen
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with what the README's commands expect: pictures, names, a recipe of one's own."""
+    from tests.test_sources import folder
+
+    place = tmp_path_factory.mktemp("readme")
+    folder(place / "pictures", number=12)
+    folder(place / "data" / "cifar10", number=80, size=(32, 32))
+    (place / "names.txt").write_text("ant\nbee\n")
+    recipe = re.search(r"```python\n(# mine\.py\n.*?)```", README, re.DOTALL).group(1)
+    (place / "mine.py").write_text(recipe)
+    return place
+
+
+def as_ours(command):
+    """(name of our command, its arguments) of a README command line, or None."""
+    words = shlex.split(command)
+    if words[0] == "python" and words[1].endswith("_deit.py"):
+        return words[1].removesuffix("_deit.py"), words[2:]
+    if words[0] == "deit" and words[1] in COMMANDS:
+        return words[1], words[2:]
+    return None
+
+
+OURS = [command for command in readme_commands() if as_ours(command)]
+OTHERS = [command for command in readme_commands() if not as_ours(command)]
+
+
+def test_our_commands_run_in_the_readmes_order(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    codes = {}
+    for command in OURS:
+        name, arguments = as_ours(command)
+        if name == "compare":
+            arguments = [*arguments, *SMALL[arguments[0]], "--seeds", "0"]
+        elif name == "train":
+            arguments = [*arguments, *SMALL[arguments[0]]]
+        if "--help" in arguments:
+            with pytest.raises(SystemExit) as stopped:
+                run_command(name, arguments, name)
+            codes[command] = stopped.value.code
+        else:
+            codes[command] = run_command(name, arguments, name)
+    errors = capsys.readouterr().err
+    assert codes == dict.fromkeys(OURS, 0), errors
+    assert (place / "digits.json").is_file()
+    assert (place / "checkpoints" / "compare" / "comparison.png").stat().st_size > 10_000
+
+
+def test_the_other_commands_are_real(place):
+    for command in OTHERS:
+        words = shlex.split(command)
+        if words[0] == "make":
+            planned = subprocess.run(
+                ["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
+            assert {"quickstart": "deit compare digits", "test": "-m pytest"}[words[1]] in planned
+        elif words[0] in ("torchrun", "accelerate"):
+            dry_run(words, place)
+        else:
+            assert words[0] == "source" or words[:2] in (
+                ["pip", "install"],
+                ["python", "scripts/results.py"],
+            )
+
+
+def dry_run(words, place):
+    """Run a launcher's line for one step, on the CPU, as many processes as it says up to two."""
+    script = words.index("train_deit.py")
+    if words[0] == "torchrun":
+        launcher = [sys.executable, "-m", "torch.distributed.run", *words[1:script]]
+        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        recipe = words[script + 1 :]
+    else:
+        # No eight GPUs here: the same line with --cpu and one process, and a recipe without data.
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines"]
+        launcher += [
+            "1",
+            "--num_processes",
+            "1",
+            "--mixed_precision",
+            "bf16",
+            "--dynamo_backend",
+            "no",
+        ]
+        assert "--mixed_precision bf16" in " ".join(words[1:script])
+        recipe = ["digits"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "train_deit.py"), *recipe, "--dry_run", "--out", "dry"],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dry run: one update" in done.stdout
+
+
+def test_links_and_pictures_of_the_documents_exist():
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_results_are_those_of_the_files():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "results.py", "--check"],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, "run: python scripts/results.py"
+
+
+def test_every_file_of_the_code_stands_in_the_architecture():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for folder in ("deit", "models", "datasets"):
+        for file in (ROOT / folder).glob("*.py"):
+            if not file.name.startswith("__"):
+                assert f"`{folder}/{file.name}`" in text, file

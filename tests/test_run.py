@@ -1,0 +1,339 @@
+"""Whole runs in one process: the folder they leave, resuming, the checks before the first step."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit import checkpoint
+from deit.config import OBJECTIVES, derive
+from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault, NumericsError
+from deit.evaluation import evaluate
+from deit.models.saved import load_student
+from deit.recipes import RECIPES, TEACHERS, digits, digits_teacher
+from deit.run import train
+from deit.saving import read_state
+from deit.validation import validate
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "teacher"
+    train(derive(digits_teacher(), optim={"epochs": 3}), folder)
+    return folder
+
+
+def small(teacher, **optim):
+    """A digits student that trains in seconds."""
+    return derive(
+        digits(),
+        student={"depth": 1, "embed_dim": 16, "num_heads": 2, "drop_path": 0.1},
+        views={"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+        teacher={"source": str(teacher)},
+        optim={"epochs": 4, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 1, **optim},
+        run={"evaluate_every": 1},
+    )
+
+
+def tensors(folder):
+    """Every tensor of a checkpoint by file and name."""
+    return {
+        f"{file.name}/{name}": value
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+def test_a_run_folder_holds_json_and_safetensors_only(teacher, tmp_path, monkeypatch):
+    from deit import saving
+
+    out = tmp_path / "run"
+    # Every epoch ties, and a tie goes to the later one: best is the last epoch.
+    monkeypatch.setattr(saving, "selected_top1", lambda validation: 0.5)
+    train(small(teacher), out, arguments=["train_deit.py", "digits"])
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    state = {"model.json", "model.safetensors", "state.json"}
+    assert found == {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        *(f"best/{name}" for name in state),
+        *(f"last/{name}" for name in state),
+        "last/average.safetensors",
+        "last/optimizer.safetensors",
+    }
+    rows = checkpoint.read_metrics(out)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert {"loss", "loss_class", "loss_teacher", "agreement", "lr"} <= rows[-1]["train"].keys()
+    assert {"class_top1", "distillation_top1", "fused_top1", "average_fused_top1"} <= rows[-1][
+        "validation"
+    ].keys()
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["arguments"] == ["train_deit.py", "digits"]
+    # With an average, best holds the average of its epoch (here the last), last holds both.
+    assert read_state(out / "best").epoch == 4
+    best, last = tensors(out / "best"), tensors(out / "last")
+    name = "head.weight"
+    assert torch.equal(best[f"model.safetensors/{name}"], last[f"average.safetensors/{name}"])
+    assert not torch.equal(best[f"model.safetensors/{name}"], last[f"model.safetensors/{name}"])
+    assert not any("teacher" in name for name in last)
+
+
+def test_two_epochs_and_a_resume_are_four_epochs_to_the_bit(teacher, tmp_path):
+    config = small(teacher)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train(config, straight)
+
+    class Stop(Exception):
+        pass
+
+    def stop(target, write):
+        # Killed in epoch 3 between the line of metrics and the checkpoint.
+        if target.name == "last" and len(checkpoint.read_metrics(broken)) == 3:
+            raise Stop
+        original(target, write)
+
+    original = checkpoint.replace_folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "replace_folder", stop)
+        with pytest.raises(Stop):
+            train(config, broken)
+    torch.rand(17)  # a resumed process has another random state
+    train(config, broken, resume=True)
+    ours, theirs = tensors(broken / "last"), tensors(straight / "last")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    timing = ("seconds", "images_per_s")
+    for one, other in zip(checkpoint.read_metrics(broken), checkpoint.read_metrics(straight)):
+        assert {k: v for k, v in one.items() if k not in timing} == {
+            k: v for k, v in other.items() if k not in timing
+        }
+    for name in ("epoch", "step", "samples_seen", "best", "average_updates"):
+        ours, theirs = read_state(broken / "last"), read_state(straight / "last")
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_resuming_a_finished_run_changes_nothing(teacher, tmp_path):
+    out = tmp_path / "run"
+    config = small(teacher, epochs=2)
+    train(config, out)
+    before = tensors(out / "last"), (out / "metrics.jsonl").read_text()
+    state = train(config, out, resume=True)
+    assert state["epoch"] == 2
+    assert (out / "metrics.jsonl").read_text() == before[1]
+    assert all(torch.equal(v, before[0][n]) for n, v in tensors(out / "last").items())
+
+
+def test_resuming_with_other_settings_or_data_is_refused(teacher, tmp_path):
+    out = tmp_path / "run"
+    config = small(teacher, epochs=2)
+    train(config, out)
+    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.001 before, 0\.5 now"):
+        train(derive(config, optim={"lr": 0.5}), out, resume=True)
+    state = json.loads((out / "last" / "state.json").read_text())
+    (out / "last" / "state.json").write_text(json.dumps({**state, "fingerprint": "other"}))
+    with pytest.raises(DataError, match="images differ"):
+        train(config, out, resume=True)
+    (out / "last" / "state.json").write_text(json.dumps({**state, "format_version": 99}))
+    with pytest.raises(CheckpointError, match="format version 99"):
+        train(config, out, resume=True)
+    (out / "last" / "state.json").write_text(json.dumps({**state, "oops": 1}))
+    with pytest.raises(CheckpointError, match="oops: "):
+        train(config, out, resume=True)
+
+
+def test_only_a_run_can_be_resumed_and_nothing_else_is_touched(teacher, tmp_path):
+    for name in (".new-x", ".old-y", "y", "last"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    with pytest.raises(ConfigError, match="no run to resume"):
+        train(small(teacher), tmp_path, resume=True)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not a readable configuration"):
+        train(small(teacher), tmp_path, resume=True)
+    assert len(list(tmp_path.rglob("mine"))) == 4
+
+
+def test_a_line_of_metrics_that_was_cut_off_is_left_out(tmp_path):
+    checkpoint.append_metrics(tmp_path, {"epoch": 1, "loss": float("nan")})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "lo')
+    assert checkpoint.read_metrics(tmp_path) == [{"epoch": 1, "loss": None}]
+
+
+def test_an_environment_variable_does_not_overrule_the_accumulation(teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "64")
+    train(small(teacher, epochs=2), tmp_path / "run")
+    assert checkpoint.read_metrics(tmp_path / "run")[-1]["train"]["lr"] > 0
+
+
+def test_images_too_small_for_the_network_are_refused(tmp_path):
+    config = derive(digits_teacher(), student={"name": "timm:vgg11"})
+    with pytest.raises(ConfigError, match=r"vgg11 cannot take images of this size"):
+        train(config, tmp_path / "run")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(teacher, tmp_path):
+    (tmp_path / "precious.txt").write_text("do not lose")
+    with pytest.raises(ConfigError, match="--resume"):
+        train(small(teacher), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_dry_run_writes_nothing(teacher, tmp_path):
+    train(small(teacher), tmp_path / "run", dry_run=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_tokens_are_warned_about(teacher, tmp_path, capsys):
+    config = derive(small(teacher), student={"patch_size": 4})
+    train(config, tmp_path / "run", dry_run=True)
+    assert "leaves 4 patch tokens" in capsys.readouterr().err
+    train(small(teacher), tmp_path / "run", dry_run=True)
+    assert "patch tokens" not in capsys.readouterr().err
+
+
+def test_the_arithmetic_is_printed_before_the_first_step(teacher, tmp_path, capsys):
+    config = derive(small(teacher), optim={"accumulate": 2, "lr_reference_batch": 512})
+    train(config, tmp_path / "run", dry_run=True)
+    shown = capsys.readouterr().out
+    assert "64 = 1 process x 2 accumulated x 32" in shown
+    assert "20 updates and 1280 of 1295 images an epoch" in shown
+    assert "peak learning rate 0.000125 = 0.001 x 64 / 512" in shown
+    assert "chance 10.5 %" in shown
+    assert shown.index("peak learning rate") < shown.index("dry run: one update")
+
+
+def test_a_teacher_near_chance_stops_the_run_unless_allowed(tmp_path):
+    train(
+        derive(
+            digits_teacher(),
+            optim={"epochs": 1, "lr": 1e-9, "min_lr": 0, "warmup_lr": 0, "warmup_epochs": 0},
+        ),
+        tmp_path / "weak",
+    )
+    config = small(tmp_path / "weak", epochs=2)
+    with pytest.raises(DataError, match="near chance"):
+        train(config, tmp_path / "run")
+    state = train(derive(config, teacher={"allow_weak": True}), tmp_path / "other")
+    assert state["epoch"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
+    teacher, tmp_path, monkeypatch
+):
+    from deit import run
+
+    original = run.train_epoch
+
+    def poisoned(job, batches, **settings):
+        means = original(job, batches, **settings)
+        return {**means, "loss": float("nan")} if settings["step"] else means
+
+    monkeypatch.setattr(run, "train_epoch", poisoned)
+    with pytest.raises(NumericsError, match="epoch 2"):
+        train(small(teacher), tmp_path / "run")
+    assert read_state(tmp_path / "run" / "last").epoch == 1
+
+
+def test_an_interrupted_save_leaves_a_complete_checkpoint(tmp_path):
+    target = tmp_path / "last"
+    checkpoint.replace_folder(target, lambda folder: (folder / "a").write_text("old"))
+
+    def fails(folder):
+        (folder / "a").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(EnvironmentFault, match="No space left"):
+        checkpoint.replace_folder(target, fails)
+    assert (target / "a").read_text() == "old"
+    # Killed between the two renames: the old folder is put back when the run is opened again.
+    target.rename(tmp_path / ".old-last")
+    checkpoint.open_folder(tmp_path)
+    assert (target / "a").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last"]
+
+
+def test_evaluation_counts_each_test_image_once(teacher):
+    found = evaluate(teacher)
+    assert found["num_samples"] == 359
+    assert sum(row["num_samples"] for row in found["per_class"].values()) == 359
+    assert sum(map(sum, found["confusion"])) == 359
+    correct = sum(found["confusion"][i][i] for i in range(10))
+    assert found["heads"]["class"]["top1"] == pytest.approx(correct / 359)
+    assert found["heads"]["fused"] == found["heads"]["class"]
+    assert found["heads"]["distillation"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_evaluation_is_the_saved_students_own_accuracy(teacher, tmp_path):
+    from deit.datasets.splits import load_splits
+    from deit.records import head_logits
+
+    out = tmp_path / "run"
+    config = small(teacher, epochs=2)
+    train(config, out)
+    found = evaluate(out)
+    student, _ = load_student(out / "best")
+    test = load_splits(config.data).test
+    with torch.no_grad():
+        heads = head_logits(student.eval()(test.pixels.float() / 255))
+    for name, logits in heads.items():
+        expected = (logits.argmax(dim=1) == test.labels).double().mean().item()
+        assert found["heads"][name]["top1"] == pytest.approx(expected)
+    answers = {name: logits.argmax(dim=1) for name, logits in heads.items()}
+    both = (answers["class"] == answers["distillation"]).double().mean().item()
+    assert found["agreement"]["class"]["distillation"] == pytest.approx(both)
+    assert found["teacher"]["top1"] == pytest.approx(evaluate(teacher)["heads"]["class"]["top1"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid(name):
+    assert validate(RECIPES[name]())
+    assert RECIPES[name].__doc__
+    if name in TEACHERS:
+        assert RECIPES[name]().teacher.source == f"checkpoints/{TEACHERS[name]}"
+        teacher, student = RECIPES[TEACHERS[name]](), RECIPES[name]()
+        assert teacher.loss == OBJECTIVES["none"]
+        assert teacher.data.source == student.data.source
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("imagenet")])
+def test_every_recipe_takes_a_step(name, tmp_path):
+    """On a few synthetic images in its own shape, with an untrained teacher allowed."""
+    from tests.test_sources import folder
+
+    config = RECIPES[name]()
+    size = (config.data.image_size, config.data.image_size)
+    folder(tmp_path / "data", number=12, size=size)
+    stub = tmp_path / "stub.py"
+    stub.write_text(
+        "import torch\n"
+        "def teacher():\n"
+        "    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())\n"
+    )
+    changes = {"teacher": {"source": f"{stub}:teacher", "allow_weak": True}}
+    config = derive(
+        config,
+        data={"source": "folder", "root": str(tmp_path / "data")},
+        optim={"batch_size": 4, "lr": 1e-3, "lr_reference_batch": None},
+        **(changes if config.loss.kind != "none" else {}),
+    )
+    train(config, tmp_path / "run", dry_run=True)
+
+
+def test_best_is_the_latest_of_the_epochs_with_the_highest_validation(
+    teacher, tmp_path, monkeypatch
+):
+    from deit import run
+
+    shares = iter([0.5, 0.9, 0.9, 0.7])
+    monkeypatch.setattr(run, "_validate_heads", lambda parts: {"fused_top1": next(shares)})
+    state = train(small(teacher, ema_epochs=0), tmp_path / "run")
+    assert state["best"]["epoch"] == 3
+    assert read_state(tmp_path / "run" / "best").epoch == 3
+    assert read_state(tmp_path / "run" / "last").epoch == 4

@@ -1,0 +1,303 @@
+"""Sources and splits: real digits, class folders, CIFAR's layout, classes by name."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deit.config import DataConfig, Source
+from deit.datasets.sources import SOURCES, decode_image
+from deit.datasets.splits import channel_statistics, choose, load_splits
+from deit.errors import DataError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def folder(root, classes=("ant", "bee", "cat"), number=4, size=(10, 8), splits=("train", "test")):
+    generator = np.random.default_rng(0)
+    for split in splits:
+        for name in classes:
+            place = root / split / name
+            place.mkdir(parents=True)
+            for index in range(number):
+                pixels = generator.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{index}.png")
+    return root
+
+
+def config(root, **changes):
+    return DataConfig(source="folder", root=str(root), image_size=8, **changes)
+
+
+def test_names_of_configuration_and_sources_agree():
+    assert set(SOURCES) == set(Source.__args__)
+
+
+def test_digits_are_the_real_ones_in_a_fixed_stratified_split():
+    pytest.importorskip("sklearn")
+    splits = load_splits(DataConfig(source="digits", image_size=8))
+    sizes = [len(split.labels) for split in (splits.train, splits.validation, splits.test)]
+    assert sum(sizes) == 1797
+    assert sizes == [1295, 143, 359]
+    for split in (splits.train, splits.validation, splits.test):
+        counts = torch.bincount(split.labels, minlength=10)
+        assert counts.min() / counts.max() > 0.75
+    assert splits.class_names == tuple("0123456789")
+    assert splits.train.pixels.max() == 255
+    again = load_splits(DataConfig(source="digits", image_size=8))
+    assert splits.fingerprint == again.fingerprint
+    other = load_splits(DataConfig(source="digits", image_size=8, split_seed=1))
+    assert splits.fingerprint != other.fingerprint
+
+
+def test_setting_aside_takes_a_share_of_every_class():
+    labels, identities = torch.arange(103) % 5, torch.arange(103)
+    taken = choose(labels, identities, 0.2, 0, "validation")
+    assert torch.bincount(labels[taken]).tolist() == [4] * 5
+    assert not torch.equal(taken, choose(labels, identities, 0.2, 0, "test"))
+    assert not torch.equal(taken, choose(labels, identities, 0.2, 1, "validation"))
+
+
+def test_what_is_set_aside_depends_on_neither_order_nor_the_other_classes():
+    labels, identities = torch.arange(100) % 5, torch.arange(100) * 977
+    taken = choose(labels, identities, 0.3, 0, "test")
+    order = torch.randperm(100)
+    assert torch.equal(choose(labels[order], identities[order], 0.3, 0, "test"), taken[order])
+    some = labels < 2
+    assert torch.equal(choose(labels[some], identities[some], 0.3, 0, "test"), taken[some])
+
+
+def test_the_test_images_of_some_classes_are_test_images_of_all():
+    whole = load_splits(DataConfig(source="digits", image_size=8)).test
+    some = load_splits(DataConfig(source="digits", image_size=8, classes=("0", "1", "7"))).test
+    known = {pixels.numpy().tobytes() for pixels in whole.pixels}
+    assert all(pixels.numpy().tobytes() in known for pixels in some.pixels)
+
+
+def test_setting_aside_leaves_at_least_one_image_on_either_side():
+    labels = torch.tensor([0, 0, 1, 1, 1, 1])
+    for fraction in (0.01, 0.99):
+        taken = choose(labels, torch.arange(6), fraction, 0, "x")
+        assert set(labels[taken].tolist()) == set(labels[~taken].tolist()) == {0, 1}
+
+
+def test_a_class_of_one_image_cannot_be_split(tmp_path):
+    folder(tmp_path, number=1)
+    with pytest.raises(DataError, match="class 'ant' has 1 image"):
+        load_splits(config(tmp_path))
+
+
+def test_channel_statistics_are_numpys():
+    pixels = torch.randint(256, (20, 3, 5, 4), dtype=torch.uint8)
+    mean, std = channel_statistics(pixels)
+    scaled = pixels.numpy() / 255
+    assert mean == pytest.approx(scaled.mean(axis=(0, 2, 3)))
+    assert std == pytest.approx(scaled.std(axis=(0, 2, 3)))
+    assert channel_statistics(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))[1] == (1.0, 1.0, 1.0)
+
+
+def test_folders_are_read_by_class_name_in_code_point_order(tmp_path):
+    folder(tmp_path, classes=("10", "2", "Dog", "cat"))
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    splits = load_splits(config(tmp_path))
+    assert splits.class_names == ("10", "2", "Dog", "cat")
+    assert len(splits.test.labels) == 16
+    assert (len(splits.train.labels), len(splits.validation.labels)) == (12, 4)
+
+
+def test_a_folders_own_validation_split_is_used_and_val_alone_is_the_test(tmp_path):
+    three = folder(tmp_path / "three", splits=("train", "val", "test"))
+    assert [len(s.labels) for s in load_splits(config(three))[1:4]] == [12, 12, 12]
+    two = load_splits(config(folder(tmp_path / "two", splits=("train", "val"))))
+    assert [len(s.labels) for s in two[1:4]] == [9, 3, 12]
+
+
+def test_a_folder_without_splits_is_carved_twice(tmp_path):
+    folder(tmp_path, splits=(".",), number=10)
+    splits = load_splits(config(tmp_path))
+    assert [len(s.labels) for s in splits[1:4]] == [21, 3, 6]
+    assert len(splits.notes) == 2
+
+
+def test_images_are_cut_square_at_the_size_asked_for(tmp_path):
+    folder(tmp_path, size=(40, 20))
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (10, 0, 30, 20))
+    image.save(tmp_path / "train" / "ant" / "0.png")
+    image.convert("L").save(tmp_path / "train" / "ant" / "1.png")
+    splits = load_splits(config(tmp_path, validation_fraction=0.01))
+    assert splits.train.pixels.shape[1:] == (3, 8, 8)
+    blue = torch.tensor([0, 0, 255], dtype=torch.uint8)
+    everywhere = torch.cat([splits.train.pixels, splits.validation.pixels])
+    assert any(
+        torch.equal(pixels[:, 4, 4], blue) and pixels[2].min() > 200 for pixels in everywhere
+    )
+
+
+def test_classes_can_be_chosen_by_list_or_file(tmp_path):
+    folder(tmp_path)
+    assert load_splits(config(tmp_path, classes=("cat", "ant"))).class_names == ("ant", "cat")
+    names = tmp_path / "names.tsv"
+    names.write_text("bee\tan insect\ncat\ta pet\n")
+    assert load_splits(config(tmp_path, classes=(f"@{names}",))).class_names == ("bee", "cat")
+    with pytest.raises(DataError, match="no class 'beee' in the data; did you mean bee"):
+        load_splits(config(tmp_path, classes=("beee",)))
+    digits = DataConfig(source="digits", image_size=8, classes=("3", "7"))
+    splits = load_splits(digits)
+    assert splits.class_names == ("3", "7")
+    assert set(splits.test.labels.tolist()) == {0, 1}
+
+
+def test_fewer_training_images_leave_the_other_splits_alone(tmp_path):
+    folder(tmp_path, number=20)
+    whole, scarce = load_splits(config(tmp_path)), load_splits(config(tmp_path, train_fraction=0.5))
+    assert len(scarce.train.labels) == len(whole.train.labels) // 2
+    assert torch.equal(whole.validation.pixels, scarce.validation.pixels)
+    assert torch.equal(whole.test.pixels, scarce.test.pixels)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", "no such folder"),
+        ("empty", "no class folders"),
+        ("empty class", r"bee: no images"),
+        ("corrupt", r"1\.png: not a readable image"),
+        ("truncated", r"1\.png: not a readable image"),
+        ("class missing in test", "no folder for class 'bee'"),
+    ],
+)
+def test_a_damaged_folder_is_named(tmp_path, damage, message):
+    root = tmp_path / "data"
+    if damage == "empty":
+        root.mkdir()
+    elif damage != "missing":
+        folder(root)
+        victim = root / "train" / "bee"
+        if damage == "empty class":
+            for file in victim.iterdir():
+                file.unlink()
+        elif damage == "corrupt":
+            (victim / "1.png").write_bytes(b"no picture")
+        elif damage == "truncated":
+            content = (victim / "1.png").read_bytes()
+            (victim / "1.png").write_bytes(content[: len(content) // 2])
+        else:
+            for file in (root / "test" / "bee").iterdir():
+                file.unlink()
+            (root / "test" / "bee").rmdir()
+    with pytest.raises(DataError, match=message):
+        load_splits(config(root))
+
+
+def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_resized(tmp_path):
+    folder(tmp_path)
+    with pytest.raises(DataError, match=r"lower data\.image_size"):
+        load_splits(config(tmp_path, memory_fraction=1e-12))
+
+
+def test_splits_by_another_name_and_classes_without_training_images_are_refused(tmp_path):
+    folder(tmp_path / "a", splits=("training", "testing"))
+    with pytest.raises(DataError, match="'testing' looks like a split"):
+        load_splits(config(tmp_path / "a"))
+    folder(tmp_path / "b")
+    folder(tmp_path / "b", classes=("zebra",), splits=("test",))
+    with pytest.raises(DataError, match="zebra: this class has no training images"):
+        load_splits(config(tmp_path / "b"))
+    assert load_splits(config(tmp_path / "b", classes=("ant", "bee"))).class_names == ("ant", "bee")
+    folder(tmp_path / "c", classes=("ant",))
+    with pytest.raises(DataError, match="only one class"):
+        load_splits(config(tmp_path / "c"))
+
+
+def test_odd_images_are_read_right_or_refused(tmp_path):
+    left_red = Image.new("RGB", (8, 8), "blue")
+    left_red.paste("red", (0, 0, 4, 8))
+    exif = Image.Exif()
+    exif[274] = 6  # stored lying: a quarter turn clockwise makes it upright
+    left_red.save(tmp_path / "turned.png", exif=exif)
+    turned = decode_image(tmp_path / "turned.png", 8)
+    assert turned[0, 0, 0] == 255  # the left edge is the top now
+    assert turned[2, 7, 0] == 255
+    clear = Image.new("RGBA", (8, 8), (200, 100, 50, 0))
+    clear.save(tmp_path / "clear.png")
+    assert decode_image(tmp_path / "clear.png", 8).sum() == 0
+    Image.new("L", (8, 8), 77).save(tmp_path / "grey.png")
+    assert (decode_image(tmp_path / "grey.png", 8) == 77).all()
+    Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "print.jpg")
+    assert (decode_image(tmp_path / "print.jpg", 8) == 255).all()
+    Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match=r"deep\.png: has more than 8 bits"):
+        decode_image(tmp_path / "deep.png", 8)
+
+
+def test_enlarging_beyond_the_memory_is_refused_for_every_source():
+    config = DataConfig(source="digits", image_size=64, memory_fraction=1e-12)
+    with pytest.raises(DataError, match=r"1797 images need .* lower data\.image_size"):
+        load_splits(config)
+
+
+def test_a_share_of_the_training_images_keeps_every_class(tmp_path):
+    folder(tmp_path, number=2)
+    with pytest.raises(DataError, match=r"has 2 image.*3 are needed"):
+        load_splits(config(tmp_path, train_fraction=0.5))
+
+
+@pytest.mark.parametrize("source", ["cifar10", "cifar100"])
+def test_missing_cifar_says_where_it_should_lie_and_how_to_get_it(tmp_path, source):
+    with pytest.raises(DataError) as caught:
+        load_splits(DataConfig(source=source, root=str(tmp_path)))
+    message = str(caught.value)
+    assert "md5" in message
+    assert "--data.download" in message
+    assert str(tmp_path) in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data at {SHARED}")
+def test_real_cifar_images_from_an_archive(tmp_path):
+    images = []
+    with tarfile.open(SHARED / "cifar10-jpeg75.tar.xz") as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith(".jpg"):
+                archive.extract(member, tmp_path, filter="data")
+                images.append(tmp_path / member.name)
+            if len(images) == 6:
+                break
+    for copy in ("train/airplane", "train/bird"):
+        (tmp_path / "small" / copy).mkdir(parents=True)
+        for image in images:
+            (tmp_path / "small" / copy / image.name).write_bytes(image.read_bytes())
+    splits = load_splits(
+        DataConfig(source="folder", root=str(tmp_path / "small" / "train"), image_size=32)
+    )
+    expected = np.array(Image.open(images[0]).convert("RGB"))
+    everywhere = torch.cat([s.pixels for s in splits[1:4]]).permute(0, 2, 3, 1).numpy()
+    assert any(np.array_equal(expected, found) for found in everywhere)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data at {SHARED}")
+def test_real_tiny_imagenet_folders(tmp_path):
+    """Train and val of an ImageNet subset: val is the test, validation is carved from train."""
+    with tarfile.open(SHARED / "tiny-imagenet-200.part1of4.tar.xz") as archive:
+        for number, member in enumerate(archive):
+            archive.extract(member, tmp_path, filter="data")
+            if number == 1900:
+                break
+    root = tmp_path / "tiny-imagenet-200"
+    classes = sorted(child.name for child in (root / "train").iterdir())[:2]
+    (root / "val").mkdir(exist_ok=True)
+    for name in classes:
+        (root / "val" / name).mkdir(exist_ok=True)
+        source = next((root / "train" / name).glob("*.JPEG"))
+        (root / "val" / name / "copy.JPEG").write_bytes(source.read_bytes())
+    splits = load_splits(
+        DataConfig(source="folder", root=str(root), image_size=64, classes=tuple(classes))
+    )
+    assert splits.class_names == tuple(classes)
+    assert classes[0].startswith("n0")
+    assert len(splits.train.labels) == 9 * len(splits.validation.labels)
+    assert splits.train.pixels.shape[1:] == (3, 64, 64)
