@@ -19,17 +19,23 @@ class Mix(NamedTuple):
 
     own_weight: float64 [pairs], the share an image keeps of itself, 1 where nothing is mixed.
     cut: bool [pairs], cutmix where true, mixup where false.
-    boxes: int64 [pairs, 4], top, left, bottom, right of the pasted region.
+    boxes: float64 [pairs, 4], top, left, bottom, right of the pasted region, as shares of the
+    image: whole pixels at the student's size, the same region at the teacher's.
     """
 
     own_weight: Tensor
     cut: Tensor
     boxes: Tensor
 
+    def select(self, pairs: slice) -> "Mix":
+        """The mixing of some of the pairs."""
+        return Mix(*(values[pairs] for values in self))
 
-def sample_mix(keys: Keys, *, views: ViewsConfig, height: int, width: int) -> Mix:
+
+def sample_mix(keys: Keys, *, views: ViewsConfig, size: int) -> Mix:
     """The mixing of each pair; `keys.samples` holds the number of the pair in the epoch.
 
+    size: side [px] of the student's image.
     mixup (Zhang et al. 2018): weight ~ Beta(alpha, alpha). cutmix (Yun et al. 2019): a box of
     area 1 - weight with a uniform centre; cut off at the border, so that the weight is
     corrected to the area that is really kept.
@@ -38,47 +44,54 @@ def sample_mix(keys: Keys, *, views: ViewsConfig, height: int, width: int) -> Mi
     ones = torch.ones_like(switch[:, 0])
     mixup_weight = beta(keys, "mix/mixup", views.mixup_alpha) if views.mixup_alpha > 0 else ones
     cut_weight = beta(keys, "mix/cutmix", views.cutmix_alpha) if views.cutmix_alpha > 0 else ones
-    boxes = _boxes(uniform(keys, "mix/box", 2), cut_weight, height, width)
+    boxes = _boxes(uniform(keys, "mix/box", 2), cut_weight, size)
     top, left, bottom, right = boxes.unbind(dim=1)
-    kept = 1 - ((bottom - top) * (right - left)).double() / (height * width)
+    kept = 1 - ((bottom - top) * (right - left)).double() / size**2
     if views.mixup_alpha > 0 and views.cutmix_alpha > 0:
         cut = switch[:, 1] < views.cutmix_share
     else:
         cut = torch.full_like(switch[:, 1], views.cutmix_alpha > 0, dtype=torch.bool)
     mixed = switch[:, 0] < views.mix_probability
     own_weight = torch.where(mixed, torch.where(cut, kept, mixup_weight), ones)
-    return Mix(own_weight, cut, boxes)
+    return Mix(own_weight, cut, boxes.double() / size)
 
 
-def _boxes(centres: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
-    side = (1 - weight).sqrt()
-    edges = []
-    for axis, extent in ((0, height), (1, width)):
-        centre, half = (centres[:, axis] * extent).long(), (side * extent).long() // 2
-        edges += [(centre - half).clamp(0, extent), (centre + half).clamp(0, extent)]
-    top, bottom, left, right = edges
-    return torch.stack([top, left, bottom, right], dim=1)
+def _boxes(centres: Tensor, weight: Tensor, size: int) -> Tensor:
+    half = ((1 - weight).sqrt() * size).long()[:, None] // 2
+    middle = (centres * size).long()
+    first, last = (middle - half).clamp(0, size), (middle + half).clamp(0, size)
+    return torch.cat([first, last], dim=1)
 
 
-def apply_mix(images: Tensor, targets: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
-    """Mix each image [batch, 3, height, width] and target [batch, classes] with its partner.
+def mix_images(images: Tensor, mix: Mix) -> Tensor:
+    """Mix each image, float [batch, 3, height, width], with its partner, rows 2k and 2k + 1.
 
-    Rows 2k and 2k + 1 are partners. The inputs are left as they are.
+    The input is left as it is.
     """
-    partner = torch.arange(len(images), device=images.device) ^ 1
-    own = repeat(mix.own_weight, "pair -> (pair 2)").to(images.dtype)
-    cut = repeat(mix.cut, "pair -> (pair 2) 1 1 1")
-    weight = rearrange(own, "row -> row 1 1 1")
-    blended = weight * images + (1 - weight) * images[partner]
-    inside = repeat(_inside(mix.boxes, *images.shape[-2:]), "pair h w -> (pair 2) 1 h w")
-    pasted = torch.where(inside & (weight < 1), images[partner], images)
-    mixed = torch.where(cut, pasted, blended)
-    return mixed, own[:, None] * targets + (1 - own[:, None]) * targets[partner]
+    pairs = rearrange(images, "(pair own) c h w -> pair own c h w", own=2)
+    others = pairs.flip(1)
+    weight = rearrange(mix.own_weight.to(images.dtype), "pair -> pair 1 1 1 1")
+    blended = weight * pairs + (1 - weight) * others
+    inside = _inside(mix.boxes, *images.shape[-2:])[:, None, None] & (weight < 1)
+    pasted = torch.where(inside, others, pairs)
+    mixed = torch.where(mix.cut[:, None, None, None, None], pasted, blended)
+    return rearrange(mixed, "pair own c h w -> (pair own) c h w")
+
+
+def mix_targets(targets: Tensor, mix: Mix) -> Tensor:
+    """Mix each target, float [batch, classes], with its partner's by the corrected weight."""
+    own = repeat(mix.own_weight, "pair -> (pair 2) 1").to(targets.dtype)
+    partner = torch.arange(len(targets), device=targets.device) ^ 1
+    return own * targets + (1 - own) * targets[partner]
 
 
 def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Mask [pairs, height, width] of the pixels within each box."""
+    """Mask [pairs, height, width] of the pixels whose middle lies within each box."""
     top, left, bottom, right = rearrange(boxes, "pair edge -> edge pair 1 1")
-    rows = torch.arange(height, device=boxes.device)[:, None]
-    columns = torch.arange(width, device=boxes.device)
+    rows = _middles(height, boxes)[:, None]
+    columns = _middles(width, boxes)
     return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+
+
+def _middles(extent: int, like: Tensor) -> Tensor:
+    return (torch.arange(extent, device=like.device, dtype=like.dtype) + 0.5) / extent

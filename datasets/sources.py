@@ -1,35 +1,21 @@
-"""The image sources: each loads labelled uint8 images and the splits they come with."""
+"""The image sources: each finds labelled images and the splits they come with."""
 
-import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, VisionDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import functional as transforms
 
 from deit.config import DataConfig
-from deit.console import progress
+from deit.datasets.folders import list_folder
+from deit.datasets.images import Encoded, Images, Store
+from deit.datasets.listing import Listing, known
+from deit.datasets.readers import list_reader
+from deit.datasets.shards import list_shards
 from deit.errors import DataError, EnvironmentFault
-from deit.text import nearest
-
-
-class Images(NamedTuple):
-    """Labelled images in memory.
-
-    pixels: uint8 [number, 3, size, size].
-    labels: int64 [number], an index into the class names.
-    """
-
-    pixels: Tensor
-    labels: Tensor
 
 
 class Loaded(NamedTuple):
@@ -37,13 +23,15 @@ class Loaded(NamedTuple):
 
     identities: int64 [number of training images] in [0, 2**32), a number for each training image
     that does not depend on which others are there: what is set aside is chosen by it.
+    left_out: bool [positions of the store], the images in quarantine; None without a list.
     """
 
     class_names: tuple[str, ...]
     identities: Tensor
-    train: Images
-    validation: Images | None
-    test: Images | None
+    train: Images | Encoded
+    validation: Images | Encoded | None
+    test: Images | Encoded | None
+    left_out: Tensor | None = None
 
 
 def load_digits(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
@@ -100,163 +88,67 @@ def _load_cifar(dataset: type[VisionDataset], config: DataConfig, keep: tuple[st
 
 
 def load_folder(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
-    """Images in class folders: ROOT/train/CLASS/*, or ROOT/CLASS/* without splits.
+    """Images in class folders; see `list_folder`."""
+    return _load_encoded(list_folder(config, keep), config)
 
-    ROOT/val (or validation) and ROOT/test are optional. A labelled `val` without a `test` is the
-    final test, as is the custom with ImageNet; selection then uses a part of `train`. Each image
-    is resized to its shorter side and cut square at data.image_size.
-    Classes are sorted by name in code point order. Hidden folders are ignored.
-    Raises DataError on a missing or empty root, classes that differ between the splits, an empty
-    class, an unreadable image, or more images than fit in memory.
-    """
-    root = Path(config.root)
-    if not root.is_dir():
-        raise DataError(f"data.root {root}: no such folder; expected {root}/train/CLASS/IMAGE")
-    folders = {child.name: child for child in root.iterdir() if child.is_dir()}
-    train = folders.get("train", root)
-    validation = folders.get("val") or folders.get("validation")
-    test = folders.get("test")
-    if train is root:
-        validation = test = None
-    elif test is None:
-        validation, test = None, validation
-    classes = _class_folders(train)
-    splits = [folder for folder in (train, validation, test) if folder is not None]
-    if train is root and (split := next((n for n in classes if n.lower() in _SPLITS), None)):
-        raise DataError(
-            f"data.root {root}: {split!r} looks like a split and not a class; name the folder of "
-            f"the training images {root}/train"
-        )
-    if keep:
-        classes = tuple(name for name in classes if name in _known(keep, classes))
-    for folder in splits:
-        _check_classes(folder, classes, others=bool(keep))
-    files = {folder: _class_files(folder, classes) for folder in splits}
-    check_memory(sum(map(len, files.values())), config)
-    images = {folder: _decode_all(folder, files[folder], config.image_size) for folder in splits}
-    # The path below the split, so that an image keeps its place whatever comes and goes around it.
-    paths = [path.relative_to(train).as_posix() for path, _ in files[train]]
-    identities = [zlib.crc32(path.encode()) for path in paths]
+
+def load_shards(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
+    """Images in tar shards; see `list_shards`."""
+    return _load_encoded(list_shards(config, keep), config)
+
+
+def load_reader(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
+    """What a timm reader finds; see `list_reader`."""
+    return _load_encoded(list_reader(config, keep), config)
+
+
+def _load_encoded(listing: Listing, config: DataConfig) -> Loaded:
+    encoded = {
+        split: Encoded(listing.labels[rows], listing.store, rows)
+        for split, rows in listing.splits.items()
+    }
+    left_out = None
+    if config.quarantine is not None:
+        left_out = quarantined(Path(config.quarantine), listing.store)
     return Loaded(
-        classes,
-        torch.tensor(identities),
-        images[train],
-        images.get(validation),
-        images.get(test),
+        listing.class_names,
+        listing.identities[listing.splits["train"]],
+        encoded["train"],
+        encoded.get("validation"),
+        encoded.get("test"),
+        left_out,
     )
 
 
-_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "eval")
+def quarantined(path: Path, store: Store) -> Tensor:
+    """Which positions of a store a quarantine list names, bool [positions].
 
-
-def check_memory(number: int, config: DataConfig) -> None:
-    """Refuse so many images before they are decoded or enlarged. Raises DataError.
-
-    Counted twice: setting a split aside copies.
-    """
-    needed = 2 * number * 3 * config.image_size**2
-    allowed = psutil.virtual_memory().available * config.memory_fraction
-    if needed > allowed:
-        raise DataError(
-            f"{number} images need {needed / 2**30:.1f} GiB at data.image_size "
-            f"{config.image_size}, allowed are {allowed / 2**30:.1f} GiB; lower data.image_size, "
-            "keep fewer data.classes, or raise data.memory_fraction"
-        )
-
-
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    names = sorted(
-        child.name
-        for child in folder.iterdir()
-        if child.is_dir() and not child.name.startswith((".", "__"))
-    )
-    if not names:
-        raise DataError(f"{folder}: no class folders; expected {folder}/CLASS/IMAGE")
-    return tuple(names)
-
-
-def _check_classes(folder: Path, classes: tuple[str, ...], *, others: bool) -> None:
-    """Every split must have these classes, and no others unless they were left out on purpose."""
-    found = _class_folders(folder)
-    for name in classes:
-        if name not in found:
-            raise DataError(f"{folder}: no folder for class {name!r}, which the others have")
-    for name in found:
-        if name not in classes and not others:
-            raise DataError(f"{folder / name}: this class has no training images")
-
-
-def _class_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
-    """The image files of a split and their labels, in the order of their names."""
-    files: list[tuple[Path, int]] = []
-    for label, name in enumerate(classes):
-        members = sorted(
-            path
-            for path in (folder / name).rglob("*")
-            if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
-        )
-        if not members:
-            raise DataError(f"{folder / name}: no images in this class folder")
-        files += [(path, label) for path in members]
-    return files
-
-
-def _decode_all(folder: Path, files: list[tuple[Path, int]], size: int) -> Images:
-    pixels = torch.empty((len(files), 3, size, size), dtype=torch.uint8)
-
-    def decode(index: int) -> None:
-        pixels[index] = decode_image(files[index][0], size)
-
-    with ThreadPoolExecutor() as pool:
-        done = pool.map(decode, range(len(files)))
-        try:
-            for _ in progress(done, total=len(files), title=f"reading {folder}"):
-                pass
-        except DataError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return Images(pixels, torch.tensor([label for _, label in files]))
-
-
-def decode_image(path: Path, size: int) -> Tensor:
-    """An image as uint8 [3, size, size]: shorter side to size, bicubic, the centre cut square.
-
-    Turned as its EXIF orientation says; transparent parts become black. Raises DataError naming
-    the file if it is unreadable or has more than 8 bits a channel.
+    The list: one name below data.root a line; `#` begins a comment line. Raises DataError for a
+    name that is not in the data, so that a list for other data cannot pass unnoticed.
     """
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise DataError(
-                    f"{path}: has more than 8 bits a channel (mode {image.mode}); convert it first"
-                )
-            upright = ImageOps.exif_transpose(image)
-            if upright.has_transparency_data:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "black"), upright)
-            square = transforms.resize(upright.convert("RGB"), size, _BICUBIC)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({_first_line(error)})") from None
-    square = transforms.center_crop(square, [size, size])
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
-
-
-_BICUBIC = transforms.InterpolationMode.BICUBIC
-
-
-def _known(keep: tuple[str, ...], names: tuple[str, ...]) -> set[str]:
-    """The wanted classes; raises DataError for one the data does not have."""
-    for name in keep:
-        if name not in names:
-            raise DataError(f"data.classes: no class {name!r} in the data{nearest(name, names)}")
-    return set(keep)
+        lines = path.read_text(errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise DataError(f"data.quarantine {path}: not readable ({error.strerror})") from None
+    names = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+    listed = torch.zeros(len(store), dtype=torch.bool)
+    for position in range(len(store)) if names else ():
+        if (name := store.key(position)) in names:
+            listed[position] = True
+            names.discard(name)
+    if names:
+        raise DataError(
+            f"data.quarantine {path}: {min(names)!r} is not in the data; names are relative to "
+            "data.root, as `deit scan --write` writes them"
+        )
+    return listed
 
 
 def _keep_classes(loaded: Loaded, keep: tuple[str, ...]) -> Loaded:
     """Only the wanted classes, in the order of the source; all of them if none are named."""
     if not keep:
         return loaded
-    wanted = _known(keep, loaded.class_names)
+    wanted = known(keep, loaded.class_names)
     old = [index for index, name in enumerate(loaded.class_names) if name in wanted]
     new_label = torch.full((len(loaded.class_names),), -1)
     new_label[old] = torch.arange(len(old))
@@ -265,11 +157,11 @@ def _keep_classes(loaded: Loaded, keep: tuple[str, ...]) -> Loaded:
         if images is None:
             return None
         labels = new_label[images.labels]
-        return Images(images.pixels[labels >= 0], labels[labels >= 0])
+        return Images(images.pixels, labels).select(labels >= 0)
 
     names = tuple(loaded.class_names[index] for index in old)
     identities = loaded.identities[new_label[loaded.train.labels] >= 0]
-    train, validation, test = (filtered(images) for images in loaded[2:])
+    train, validation, test = map(filtered, (loaded.train, loaded.validation, loaded.test))
     return Loaded(names, identities, train, validation, test)
 
 
@@ -282,5 +174,14 @@ SOURCES: dict[str, Callable[[DataConfig, tuple[str, ...]], Loaded]] = {
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
     "folder": load_folder,
+    "shards": load_shards,
+    "reader": load_reader,
 }
 """Every source by its name in data.source: (config, class names to keep or none) -> Loaded."""
+
+LISTINGS: dict[str, Callable[..., Listing]] = {
+    "folder": list_folder,
+    "shards": list_shards,
+    "reader": list_reader,
+}
+"""The sources of encoded images: (config, class names to keep or none, complain) -> Listing."""

@@ -4,29 +4,33 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from deit.config import DataConfig
-from deit.datasets.sources import SOURCES, Images, Loaded, check_memory
+from deit.datasets.decoding import decode_all, in_threads
+from deit.datasets.images import Encoded, Images
+from deit.datasets.sources import SOURCES, Loaded
 from deit.errors import DataError
 from deit.keys import Keys, words
 
 
 class Splits(NamedTuple):
-    """The images of a run.
+    """The images of a run; all three splits are in memory, or all three stay encoded.
 
     class_names: one name for each label.
     mean, std: per channel over the training images, in [0, 1].
     notes: what was set aside from what, in words.
-    fingerprint: SHA-256 over class names, pixels and labels of all three splits.
+    fingerprint: SHA-256 over class names, labels and pixels of all three splits; of encoded images
+    over names and sizes [bytes] in place of pixels.
     """
 
     class_names: tuple[str, ...]
-    train: Images
-    validation: Images
-    test: Images
+    train: Images | Encoded
+    validation: Images | Encoded
+    test: Images | Encoded
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     notes: tuple[str, ...]
@@ -37,38 +41,117 @@ def load_splits(config: DataConfig) -> Splits:
     """Load the source and set aside what it does not bring. Raises DataError."""
     loaded = SOURCES[config.source](config, _class_list(config.classes))
     train, validation, test = loaded.train, loaded.validation, loaded.test
+    identities, notes = loaded.identities, []
     _check_counts(loaded, config)
-    if train.pixels.shape[-1] != config.image_size:  # folders are checked before they are decoded
-        check_memory(sum(len(split.labels) for split in loaded[2:] if split is not None), config)
-    notes = []
     free = torch.ones(len(train.labels), dtype=torch.bool)  # not yet in any split
 
-    def take(fraction: float, stream: str) -> Images:
+    def take(fraction: float, stream: str) -> Tensor:
         mine = free.clone()
         mine[free] = choose(
-            train.labels[free], loaded.identities[free], fraction, config.split_seed, stream
+            train.labels[free], identities[free], fraction, config.split_seed, stream
         )
         free[mine] = False
-        return Images(train.pixels[mine], train.labels[mine])
+        return mine
 
     if test is None:
-        test = take(config.test_fraction, "test")
+        test = train.select(take(config.test_fraction, "test"))
         notes.append(f"test: {config.test_fraction:.0%} of each class, set aside")
     if validation is None:
-        validation = take(config.validation_fraction, "validation")
+        validation = train.select(take(config.validation_fraction, "validation"))
         notes.append(f"validation: {config.validation_fraction:.0%} of each class, set aside")
     if config.train_fraction < 1:
-        train = take(config.train_fraction, "scarce")
+        free = take(config.train_fraction, "scarce")
         notes.append(f"train: {config.train_fraction:.2%} of what remained")
+    train, identities = train.select(free), identities[free]
+    if loaded.left_out is not None:
+        # Only now: without the images in quarantine, all others stay in the split they were in.
+        before = len(train.labels) + len(validation.labels) + len(test.labels)
+        kept = ~loaded.left_out[train.rows]
+        train, identities = train.select(kept), identities[kept]
+        validation, test = (
+            split.select(~loaded.left_out[split.rows]) for split in (validation, test)
+        )
+        _check_remaining(loaded.class_names, train)
+        number = before - len(train.labels) - len(validation.labels) - len(test.labels)
+        notes.append(f"quarantine: {number} images left out, listed in {config.quarantine}")
+    splits = (train, validation, test)
+    if isinstance(train, Images):
+        splits = _squares(splits, config)
+    elif _in_memory(splits, config):
+        splits = tuple(
+            decode_all(split, config.image_size, f"reading {name} images")
+            for name, split in zip(("training", "validation", "test"), splits)
+        )
     else:
-        train = Images(train.pixels[free], train.labels[free])
-    train, validation, test = (
-        Images(_resized(split.pixels, config.image_size), split.labels)
-        for split in (train, validation, test)
-    )
-    mean, std = channel_statistics(train.pixels)
-    fingerprint = _fingerprint(loaded.class_names, (train, validation, test))
-    return Splits(loaded.class_names, train, validation, test, mean, std, tuple(notes), fingerprint)
+        notes.append("images stay encoded (data.storage files)")
+    if isinstance(splits[0], Images):
+        mean, std = channel_statistics(splits[0].pixels)
+    else:
+        sample = _sample(identities, config.split_seed)
+        measured = decode_all(train.select(sample), config.image_size, "measuring mean and std")
+        mean, std = channel_statistics(measured.pixels)
+        if len(sample) < len(train.labels):
+            notes.append(f"mean and std: measured on {len(sample)} training images")
+    fingerprint = _fingerprint(loaded.class_names, splits)
+    return Splits(loaded.class_names, *splits, mean, std, tuple(notes), fingerprint)
+
+
+AUTO_BYTES = 2 * 2**30
+"""With data.storage auto, larger sets of squares stay files. The size alone decides, not the free
+memory of the moment: every process and every resumption of a run must come to the same."""
+
+
+def _in_memory(splits: tuple[Encoded, ...], config: DataConfig) -> bool:
+    """Whether the squares of encoded images are to be held in memory. Raises DataError where they
+    should and do not fit."""
+    number = sum(len(split.labels) for split in splits)
+    fits = number * 3 * config.image_size**2 <= AUTO_BYTES
+    if config.storage == "files" or (config.storage == "auto" and not fits):
+        return False
+    check_memory(number, config)
+    return True
+
+
+def check_memory(number: int, config: DataConfig) -> None:
+    """Refuse so many images before they are decoded or enlarged. Raises DataError."""
+    needed = number * 3 * config.image_size**2
+    allowed = psutil.virtual_memory().available * config.memory_fraction
+    if needed > allowed:
+        advice = "" if config.source in ("digits", "cifar10", "cifar100") else _STAY_FILES
+        raise DataError(
+            f"{number} images need {needed / 2**30:.1f} GiB at data.image_size "
+            f"{config.image_size}, allowed are {allowed / 2**30:.1f} GiB; {advice}lower "
+            "data.image_size, keep fewer data.classes, or raise data.memory_fraction"
+        )
+
+
+_STAY_FILES = "use data.storage files, "
+
+
+def _squares(splits: tuple[Images, ...], config: DataConfig) -> tuple[Images, ...]:
+    """Images that came in memory, at the size asked for."""
+    if splits[0].pixels.shape[-1] != config.image_size:
+        check_memory(sum(len(split.labels) for split in splits), config)
+    return tuple(Images(_resized(pixels, config.image_size), labels) for pixels, labels in splits)
+
+
+_MEASURED = 2048
+
+
+def _sample(identities: Tensor, seed: int) -> Tensor:
+    """Which images are measured for mean and deviation: int64, the same whatever their order."""
+    rank = words(Keys(seed, 0, identities), "statistics", 1).squeeze(1)
+    return rank.argsort(stable=True)[:_MEASURED]
+
+
+def _check_remaining(class_names: tuple[str, ...], train: Encoded) -> None:
+    counts = torch.bincount(train.labels, minlength=len(class_names))
+    for name, number in zip(class_names, counts.tolist()):
+        if number == 0:
+            raise DataError(
+                f"class {name!r}: data.quarantine leaves no training image; leave the class out "
+                "with data.classes"
+            )
 
 
 def choose(labels: Tensor, identities: Tensor, fraction: float, seed: int, stream: str) -> Tensor:
@@ -137,16 +220,28 @@ def _class_list(classes: tuple[str, ...]) -> tuple[str, ...]:
 def _resized(pixels: Tensor, size: int) -> Tensor:
     if pixels.shape[-1] == size:
         return pixels
-    resized = [
-        interpolate(part, (size, size), mode="bicubic", antialias=True)
-        for part in pixels.split(512)
-    ]
-    return torch.cat(resized)
+    resized = torch.empty((len(pixels), 3, size, size), dtype=torch.uint8)
+    for part, target in zip(pixels.split(512), resized.split(512)):
+        target[:] = interpolate(part, (size, size), mode="bicubic", antialias=True)
+    return resized
 
 
-def _fingerprint(class_names: tuple[str, ...], splits: tuple[Images, ...]) -> str:
+def _fingerprint(class_names: tuple[str, ...], splits: tuple[Images | Encoded, ...]) -> str:
     digest = hashlib.sha256("\n".join(class_names).encode())
     for split in splits:
-        digest.update(split.pixels.contiguous().numpy())
+        if isinstance(split, Images):
+            digest.update(split.pixels.contiguous().numpy())
+        else:
+            _digest_names(digest, split)
         digest.update(split.labels.numpy())
     return digest.hexdigest()
+
+
+def _digest_names(digest: "hashlib._Hash", split: Encoded) -> None:
+    """Name and size of every file, in place of the pixels."""
+
+    def fact(position: int) -> str:
+        return f"{split.store.key(position)}\n{split.store.size(position)}\n"
+
+    for line in in_threads(fact, split.rows.tolist(), "looking at the files"):
+        digest.update(line.encode(errors="surrogateescape"))

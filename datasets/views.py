@@ -1,39 +1,112 @@
-"""Views: how an image looks to a network, per sample and in batches, by tensor operations.
+"""Views: how an image looks to a network, per sample and in batches, in whole grey levels.
 
 Each augmentation is a pair: `sample_*` turns keys into parameters, `apply_*` turns images and
-parameters into images. Neither reads any random state.
+parameters into images. Neither reads any random state, and every view is the same uint8 image
+whatever the batch, the process count or the device.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample, interpolate, pad
+from torch.nn.functional import pad
 
 from deit.config import ViewsConfig
-from deit.keys import Keys, uniform
+from deit.datasets.operations import Canvas, apply_operations
+from deit.datasets.policies import sample_policy
+from deit.datasets.resizing import resize, resize_boxes
+from deit.keys import Keys, uniform, words
+
+Extent = int | Tensor
+"""Height or width [px]: one for all images, or float64 [batch]."""
 
 
-def training_views(pixels: Tensor, keys: Keys, *, views: ViewsConfig, size: int) -> Tensor:
-    """The training views of a batch, before mixing.
+class Colours(NamedTuple):
+    """Mean and standard deviation of the data per channel, in [0, 1]: what fills gaps."""
 
-    pixels: uint8 [batch, 3, height, width]. Returns float32 [batch, 3, size, size] in [0, 1].
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class ViewParameters(NamedTuple):
+    """Everything that was drawn for the views of a batch; None where it takes no part.
+
+    boxes: int64 [batch, 4], top, left, height, width of the crop in the source.
+    offsets: int64 [batch, 2], top and left of the crop in the padded image.
+    flipped: bool [batch].
+    codes: int64 [batch, layers], on the CPU; arguments: float32 [batch, layers]: see policies.
+    erased: int64 [batch, 4], on the CPU: top, left, height, width, of height 0 where nothing is.
+    noise: int64 [batch], the word the noise of the erased box grows from.
     """
-    images = pixels.float() / 255
-    height, width = images.shape[-2:]
-    if views.crop == "padded":
-        offsets = sample_padded_crop(keys, views.crop_padding)
-        images = apply_padded_crop(images, offsets, views.crop_padding)
-    elif views.crop == "random_resized":
+
+    boxes: Tensor | None
+    offsets: Tensor | None
+    flipped: Tensor | None
+    codes: Tensor
+    arguments: Tensor
+    erased: Tensor | None
+    noise: Tensor | None
+
+    def select(self, rows: slice) -> "ViewParameters":
+        """The parameters of some of the views."""
+        return ViewParameters(*(None if values is None else values[rows] for values in self))
+
+
+def sample_views(
+    keys: Keys, views: ViewsConfig, *, height: Extent, width: Extent, size: int
+) -> ViewParameters:
+    """Draw the views of a batch from images of height x width pixels, to be size x size."""
+    boxes = offsets = flipped = erased = noise = None
+    if views.crop == "random_resized":
         boxes = sample_resized_crop(
             keys, height, width, scale=views.crop_scale, ratio=views.crop_ratio
         )
-        images = apply_resized_crop(images, boxes, size)
+    elif views.crop == "padded":
+        offsets = sample_padded_crop(keys, views.crop_padding)
     if views.flip > 0:
-        images = apply_flip(images, sample_flip(keys, views.flip))
-    if views.rotation > 0:
-        images = apply_rotation(images, sample_rotation(keys, views.rotation))
-    return _resize(images, size)
+        flipped = sample_flip(keys, views.flip)
+    codes, arguments = sample_policy(keys, views)
+    if views.erasing > 0:
+        erased, noise = sample_erasing(keys, views, size)
+        erased = erased.cpu()
+    return ViewParameters(boxes, offsets, flipped, codes.cpu(), arguments, erased, noise)
+
+
+def apply_views(
+    pixels: Tensor, drawn: ViewParameters, views: ViewsConfig, *, size: int, colours: Colours
+) -> Tensor:
+    """The training views of a batch, before mixing.
+
+    pixels: uint8 [batch, 3, height, width]. Returns uint8 [batch, 3, size, size].
+    """
+    if drawn.boxes is not None:
+        pixels = resize_boxes(pixels, drawn.boxes, size, views.interpolation)
+    elif drawn.offsets is not None:
+        pixels = apply_padded_crop(pixels, drawn.offsets, views.crop_padding)
+    images = resize(pixels, size, size, views.interpolation)
+    if drawn.flipped is not None:
+        images = apply_flip(images, drawn.flipped)
+    canvas = Canvas(fill=_fill(views, colours), interpolation=views.interpolation)
+    for layer in range(drawn.codes.shape[1]):
+        codes, arguments = drawn.codes[:, layer], drawn.arguments[:, layer]
+        images = apply_operations(images, codes, arguments, canvas)
+    if drawn.erased is not None and drawn.noise is not None:
+        images = apply_erasing(images, drawn.erased, drawn.noise, views, colours)
+    return images
+
+
+def _fill(views: ViewsConfig, colours: Colours) -> Tensor:
+    """What moves in from outside: the mean colour under a policy (as timm's), else black."""
+    if views.policy == "none":
+        return torch.zeros(3, dtype=torch.uint8)
+    return (torch.tensor(colours.mean) * 255).round().to(torch.uint8)
+
+
+def unit(images: Tensor) -> Tensor:
+    """uint8 to float32 in [0, 1]: level / 255, the same number on every device."""
+    # A product: CUDA divides by a number by multiplying with its reciprocal, a CPU does not.
+    return images.float() * (1 / 255)
 
 
 def evaluation_views(pixels: Tensor, *, size: int, crop: float) -> Tensor:
@@ -41,16 +114,10 @@ def evaluation_views(pixels: Tensor, *, size: int, crop: float) -> Tensor:
 
     pixels: uint8 [batch, 3, height, width]. Returns float32 [batch, 3, size, size] in [0, 1].
     """
-    resized = _resize(pixels.float() / 255, round(size / crop))
-    start = (resized.shape[-1] - size) // 2
-    return resized[..., start : start + size, start : start + size]
-
-
-def _resize(images: Tensor, size: int) -> Tensor:
-    if images.shape[-1] == size and images.shape[-2] == size:
-        return images
-    resized = interpolate(images, (size, size), mode="bicubic", antialias=True)
-    return resized.clamp(0, 1)  # the bicubic kernel overshoots at edges
+    whole = round(size / crop)
+    resized = resize(pixels, whole, whole, "bicubic")
+    start = (whole - size) // 2
+    return unit(resized[..., start : start + size, start : start + size])
 
 
 def sample_padded_crop(keys: Keys, padding: int) -> Tensor:
@@ -72,65 +139,59 @@ def apply_padded_crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
     ]
 
 
-_CROP_ATTEMPTS = 10
+_ATTEMPTS = 10
 
 
 def sample_resized_crop(
-    keys: Keys, height: int, width: int, *, scale: tuple[float, float], ratio: tuple[float, float]
+    keys: Keys,
+    height: Extent,
+    width: Extent,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> Tensor:
     """Boxes (top, left, height, width) in pixels, int64 [batch, 4] (Inception-style crop).
 
     Area is uniform in scale, the logarithm of the aspect ratio uniform in log(ratio); the first
     of ten boxes that fits is taken, else the largest central one, as torchvision does.
     """
-    draws = uniform(keys, "crop", 2 * _CROP_ATTEMPTS + 2)
-    area_draw, ratio_draw = draws[:, :-2].reshape(-1, _CROP_ATTEMPTS, 2).unbind(dim=2)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = torch.exp(low + (high - low) * ratio_draw)
-    widths, heights = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
+    draws = uniform(keys, "crop", 2 * _ATTEMPTS + 2)
+    height, width = _extents(keys, height), _extents(keys, width)
+    heights, widths = _box_sides(draws[:, :-2], height, width, scale, ratio)
+    fits = (widths >= 1) & (widths <= width[:, None])
+    fits &= (heights >= 1) & (heights <= height[:, None])
     first = fits.int().argmax(dim=1, keepdim=True)
     # The largest central box within the ratio, for a sample whose ten attempts all failed.
     whole = width / height
-    central_height = round(width / ratio[0]) if whole < ratio[0] else height
-    central_width = round(height * ratio[1]) if whole > ratio[1] else width
+    central_height = torch.where(whole < ratio[0], (width / ratio[0]).round(), height)
+    central_width = torch.where(whole > ratio[1], (height * ratio[1]).round(), width)
     found = fits.any(dim=1)
-    box_height = torch.where(found, heights.gather(1, first).squeeze(1), central_height).long()
-    box_width = torch.where(found, widths.gather(1, first).squeeze(1), central_width).long()
-    top_draw = torch.where(found, draws[:, -2], 0.5)
-    left_draw = torch.where(found, draws[:, -1], 0.5)
-    top = (top_draw * (height - box_height + 1)).long()
-    left = (left_draw * (width - box_width + 1)).long()
-    return torch.stack([top, left, box_height, box_width], dim=1)
+    box_height = torch.where(found, heights.gather(1, first).squeeze(1), central_height)
+    box_width = torch.where(found, widths.gather(1, first).squeeze(1), central_width)
+    top = (torch.where(found, draws[:, -2], 0.5) * (height - box_height + 1)).long()
+    left = (torch.where(found, draws[:, -1], 0.5) * (width - box_width + 1)).long()
+    return torch.stack([top, left, box_height.long(), box_width.long()], dim=1)
 
 
-def apply_resized_crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut each box and resize it to size x size, bilinear with antialiasing.
-
-    Bilinear resizing is separable: two batched products with one weight matrix per sample.
-    """
-    height, width = images.shape[-2:]
-    top, left, box_height, box_width = boxes.unbind(dim=1)
-    rows = _resize_weights(top, box_height, height, size).to(images.dtype)
-    columns = _resize_weights(left, box_width, width, size).to(images.dtype)
-    return torch.einsum("boh,bchw,bpw->bcop", rows, images, columns)
+def _extents(keys: Keys, extent: Extent) -> Tensor:
+    """One extent for each image, float64 [batch]."""
+    device = keys.samples.device
+    return torch.as_tensor(extent, dtype=torch.float64, device=device).expand(len(keys.samples))
 
 
-def _resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
-    """Weights [batch, target, source] of a triangle filter over pixels start ... start + length."""
-    step = (length / target).double()[:, None, None]
-    centre = start[:, None, None] + (_steps(target, start)[None, :, None] + 0.5) * step
-    position = _steps(source, start)[None, None, :] + 0.5
-    weights = (1 - (position - centre).abs() / step.clamp_min(1)).clamp_min(0)
-    end = (start + length)[:, None, None]
-    inside = (position > start[:, None, None]) & (position < end)
-    weights = weights * inside
-    return weights / weights.sum(dim=-1, keepdim=True)
-
-
-def _steps(number: int, like: Tensor) -> Tensor:
-    return torch.arange(number, device=like.device, dtype=torch.float64)
+def _box_sides(
+    draws: Tensor,
+    height: Tensor,
+    width: Tensor,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """Heights and widths of the attempts, whole float64 [batch, attempts], from two draws each."""
+    area_draw, ratio_draw = draws.reshape(len(draws), -1, 2).unbind(dim=2)
+    area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * area_draw)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + (high - low) * ratio_draw)
+    return (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
 
 
 def sample_flip(keys: Keys, probability: float) -> Tensor:
@@ -143,22 +204,76 @@ def apply_flip(images: Tensor, flipped: Tensor) -> Tensor:
     return torch.where(flipped[:, None, None, None], images.flip(-1), images)
 
 
-def sample_rotation(keys: Keys, degrees: float) -> Tensor:
-    """Angles [radians], counter-clockwise, float64 [batch], uniform in +-degrees."""
-    return (2 * uniform(keys, "rotation", 1).squeeze(1) - 1) * math.radians(degrees)
+def sample_erasing(keys: Keys, views: ViewsConfig, size: int) -> tuple[Tensor, Tensor]:
+    """Boxes (top, left, height, width), int64 [batch, 4], of height 0 where nothing is erased, and
+    a random word for each image, int64 [batch] (Zhong et al. 2017).
+
+    The first of ten boxes that is smaller than the image either way is taken, as timm does.
+    """
+    draws = uniform(keys, "erasing", 2 * _ATTEMPTS + 3)
+    extent = _extents(keys, size)
+    heights, widths = _box_sides(
+        draws[:, 3:], extent, extent, views.erasing_scale, views.erasing_ratio
+    )
+    fits = (heights >= 1) & (widths >= 1) & (heights < size) & (widths < size)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    erased = (draws[:, 0] < views.erasing) & fits.any(dim=1)
+    box_height = torch.where(erased, heights.gather(1, first).squeeze(1), 0.0)
+    box_width = torch.where(erased, widths.gather(1, first).squeeze(1), 0.0)
+    top = (draws[:, 1] * (size - box_height + 1)).long()
+    left = (draws[:, 2] * (size - box_width + 1)).long()
+    boxes = torch.stack([top, left, box_height.long(), box_width.long()], dim=1)
+    return boxes, words(keys, "erasing/noise", 1).squeeze(1)
 
 
-def apply_rotation(images: Tensor, angles: Tensor) -> Tensor:
-    """Rotate each image about its centre, bilinear; what moves in is black."""
-    height, width = images.shape[-2:]
-    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
-    # affine_grid works in coordinates scaled to [-1, 1]: non-square images need the side ratio.
-    matrix = torch.stack(
-        [
-            torch.stack([cos, -sin * height / width, zero], dim=1),
-            torch.stack([sin * width / height, cos, zero], dim=1),
-        ],
-        dim=1,
-    ).to(images.dtype)
-    grid = affine_grid(matrix, list(images.shape), align_corners=False)
-    return grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+def apply_erasing(
+    images: Tensor, boxes: Tensor, noise: Tensor, views: ViewsConfig, colours: Colours
+) -> Tensor:
+    """Fill each box with noise of the data's mean and deviation, or with the mean colour.
+
+    images: uint8 [batch, 3, height, width]. boxes: as sampled, on the CPU. timm erases after
+    normalising, with N(0, 1); here the grey levels are cut at 0 and 255, so that the teacher, who
+    may normalise otherwise, sees the same.
+    """
+    rows = (boxes[:, 2] > 0).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return images
+    boxes, rows = boxes[rows].to(images.device), rows.to(images.device)
+    some = images[rows]
+    if views.erasing_fill == "noise":
+        filled = _noise(noise[rows], some.shape, colours)
+    else:
+        mean = (torch.tensor(colours.mean) * 255).round().to(images)
+        filled = mean[:, None, None].expand_as(some)
+    result = images.clone()
+    inside = inside_boxes(boxes, *images.shape[-2:])[:, None]
+    result[rows] = torch.where(inside, filled, some)
+    return result
+
+
+def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Mask [batch, height, width] of the pixels within boxes (top, left, height, width)."""
+    top, left, box_height, box_width = boxes[:, :, None, None].unbind(dim=1)
+    rows = torch.arange(height, device=boxes.device)[:, None]
+    columns = torch.arange(width, device=boxes.device)
+    return (
+        (rows >= top) & (rows < top + box_height) & (columns >= left) & (columns < left + box_width)
+    )
+
+
+def _noise(seeds: Tensor, shape: torch.Size, colours: Colours) -> Tensor:
+    """Grey levels mean + std * z, uint8, z a sum of four bytes of a hash of (seed, place).
+
+    A sum of four uniform numbers is close to normal (no tail beyond 3.4 deviations); the hash
+    (Mueller's mixing function of 32 bits) is a tenth of the work of Philox.
+    """
+    number, channels, height, width = shape
+    place = torch.arange(channels * height * width, device=seeds.device)
+    word = (seeds[:, None] + place * 0x9E3779B9) & 0xFFFFFFFF
+    for _ in range(2):
+        word = (((word >> 16) ^ word) * 0x45D9F3B) & 0xFFFFFFFF
+    word = (word >> 16) ^ word
+    total = (word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24)
+    z = (total - 510).float().view(shape) * (1 / math.sqrt(4 * (256**2 - 1) / 12))
+    mean, std = (torch.tensor(c, device=z.device)[:, None, None] * 255 for c in colours)
+    return (mean + std * z).add_(0.5).clamp_(0, 255).to(torch.uint8)

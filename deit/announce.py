@@ -9,6 +9,8 @@ from torch import nn
 
 from deit.config import is_transformer, peak_lr
 from deit.console import clock, percent, say, warn
+from deit.datasets.images import Images
+from deit.datasets.reading import worker_count
 from deit.parts import Parts
 
 
@@ -17,7 +19,7 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
     config, optim, loader = parts.config, parts.config.optim, parts.loader
     splits, accelerator = parts.splits, parts.accelerator
     network = accelerator.unwrap_model(parts.student).network
-    used = loader.steps_per_epoch * optim.batch_size
+    views = loader.steps_per_epoch * optim.batch_size
     scaled = optim.lr_reference_batch
     number = accelerator.num_processes
     processes = "1 process" if number == 1 else f"{number} processes"
@@ -36,8 +38,10 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
     say(
         f"batch     {optim.batch_size} = {processes} x "
         f"{optim.accumulate} accumulated x {loader.block}; {loader.steps_per_epoch} updates and "
-        f"{used} of {len(splits.train.labels)} images an epoch"
+        f"{views} views of {loader.images_per_epoch} unique images (of "
+        f"{len(splits.train.labels)}) an epoch"
     )
+    say(f"views     {_of_views(parts)}")
     say(
         f"schedule  {optim.epochs} epochs, peak learning rate {peak_lr(optim):.3g}{arithmetic}, "
         f"warm-up {optim.warmup_epochs:g} epochs"
@@ -56,6 +60,34 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
             f"student.patch_size = {config.student.patch_size} leaves {tokens} patch tokens of a "
             f"{config.student.image_size} px image; fewer than 16 rarely train well"
         )
+
+
+def _of_views(parts: Parts) -> str:
+    """Sizes, where the images lie, and what is done to them."""
+    views, sizes, images = parts.config.views, parts.loader.sizes, parts.splits.train
+    told = [f"{sizes.view} px"]
+    if sizes.view != sizes.student:
+        told[0] += f", student {sizes.student} px"
+    if parts.teacher is not None and sizes.teacher != sizes.student:
+        told[0] += f", teacher {sizes.teacher} px"
+    if isinstance(images, Images):
+        gib = images.pixels.numel() / 2**30
+        told.append(f"from {images.pixels.shape[-1]} px in memory ({gib:.2f} GiB)")
+    else:
+        told.append(f"decoded by {worker_count(parts.config.data)} workers")
+    steps = {
+        f"crop {views.crop}": views.crop != "none",
+        f"flip {views.flip:g}": views.flip > 0,
+        f"rotation {views.rotation:g}": views.rotation > 0,
+        views.policy: views.policy != "none",
+        f"colour jitter {views.color_jitter:g}": views.color_jitter > 0,
+        f"erasing {views.erasing:g}": views.erasing > 0,
+        f"mixup {views.mixup_alpha:g}": views.mixup_alpha > 0,
+        f"cutmix {views.cutmix_alpha:g}": views.cutmix_alpha > 0,
+        f"{views.repeats} views of an image in a batch": views.repeats > 1,
+    }
+    told.append(", ".join(step for step, on in steps.items() if on) or "plain")
+    return "; ".join(told)
 
 
 def _warn_of_idle_cores(accelerator: Accelerator) -> None:
@@ -97,5 +129,6 @@ def report(row: dict[str, Any], epochs: int) -> None:
         ]
         parts.append(f"validation {', '.join(shown)}")
     remaining = row["seconds"] / row["epoch"] * (epochs - row["epoch"])
-    parts += [f"{row['images_per_s']:.0f} images/s", f"ETA {clock(remaining)}"]
+    loading = percent(row["loader"]["share"])
+    parts += [f"{row['images_per_s']:.0f} images/s (loader {loading} %)", f"ETA {clock(remaining)}"]
     say(" | ".join(parts))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from deit.config import OBJECTIVES, Config, to_dict
+from deit.config import AUGMENTATIONS, OBJECTIVES, Config, to_dict
 from deit.errors import ConfigError
 from deit.recipes import RECIPES, find_recipe
 from deit.text import nearest
@@ -89,6 +89,9 @@ class _Options:
     """Go on with the run in the folder, after its last finished epoch."""
     objective: str | None = None
     """A whole loss section by name: deit-hard, deit-soft, class-hard, class-soft or none."""
+    augmentation: str | None = None
+    """Policy, jitter, erasing, mixing and repeats of the views by name: deit, deit3, mix or none;
+    crop and flip stay the recipe's."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One training and one evaluation step; nothing is written."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -125,12 +128,7 @@ def parse_run(arguments: list[str], *, program: str, about: str) -> RunArguments
     )
     problems = _unknown(unknown)
     values = to_dict(base)
-    if (name := _plain(options.objective)) is not None:
-        if name in OBJECTIVES:
-            values["loss"] = dataclasses.asdict(OBJECTIVES[name])
-        else:
-            advice = f"should be one of {', '.join(OBJECTIVES)}{nearest(name, OBJECTIVES)}"
-            problems.append(Problem("--objective", name, advice))
+    problems += _put_presets(values, options)
     problems += _merge(values, base, options.config)
     out = _plain(options.out)
     if out == "":
@@ -143,6 +141,26 @@ def parse_run(arguments: list[str], *, program: str, about: str) -> RunArguments
         dry_run=options.dry_run,
         print_config=options.print_config,
     )
+
+
+_PRESETS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "objective": ("loss", {name: dataclasses.asdict(loss) for name, loss in OBJECTIVES.items()}),
+    "augmentation": ("views", AUGMENTATIONS),
+}
+"""The section each preset flag changes, and the fields it sets, by the name that is typed."""
+
+
+def _put_presets(values: dict[str, dict[str, Any]], options: _Options) -> list[Problem]:
+    """Put presets over the recipe's values; a problem for each name that does not exist."""
+    problems = []
+    for flag, (section, presets) in _PRESETS.items():
+        name = _plain(getattr(options, flag))
+        if name in presets:
+            values[section] |= presets[name]
+        elif name is not None:
+            advice = f"should be one of {', '.join(presets)}{nearest(name, presets)}"
+            problems.append(Problem(f"--{flag}", name, advice))
+    return problems
 
 
 def _plain(value: Any) -> Any:

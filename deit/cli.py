@@ -1,5 +1,6 @@
 """The command line: one grammar behind `deit` and the root scripts; errors become exit codes."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import deit
 from deit.arguments import Parser, parse_run
-from deit.config import to_dict
+from deit.config import DataConfig, to_dict
 from deit.console import is_main_process, say, table
 from deit.errors import ConfigError, DeitError
 from deit.recipes import RECIPES
@@ -103,6 +104,45 @@ def _compare_options(arguments: list[str]) -> tuple[list[int], Path | None, list
     return seeds, options.json, rest
 
 
+def scan(arguments: list[str], program: str) -> None:
+    """Look at every image of a data set: what is there, what is bad, what lies there twice."""
+    parser = Parser(
+        prog=program,
+        description="Decode every image of every split; exit code 3 if any cannot be used.",
+    )
+    parser.add_argument("root", metavar="DATA", help="as data.root: the folder of the images")
+    parser.add_argument("--source", choices=("folder", "shards", "reader"), default="folder")
+    parser.add_argument("--reader", metavar="NAME", help="as data.reader")
+    parser.add_argument("--download", action="store_true", help="as data.download")
+    parser.add_argument("--quarantine", metavar="FILE", help="leave out the images listed here")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="list the bad images here")
+    parser.add_argument("--force", action="store_true", help="let --write replace a file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all findings here")
+    options = parser.parse_args(arguments)
+    if (options.source == "reader") != (options.reader is not None):
+        raise ConfigError("--source reader and --reader NAME go together")
+    from deit.evaluation import check_json, write_evaluation
+    from deit.scan import check_new, print_scan, require_sound, scan, write_quarantine
+
+    check_json(options.json)
+    check_new(options.write, force=options.force)
+    found = scan(
+        DataConfig(
+            source=options.source,
+            root=options.root,
+            reader=options.reader,
+            download=options.download,
+            quarantine=options.quarantine,
+        )
+    )
+    print_scan(found)
+    if options.write is not None:
+        write_quarantine(options.write, found)
+    if options.json is not None:
+        write_evaluation(options.json, dataclasses.asdict(found))
+    require_sound(found)
+
+
 def recipes(arguments: list[str], program: str) -> None:
     """The named recipes and what they are."""
     Parser(prog=program, description="List the named recipes.").parse_args(arguments)
@@ -120,6 +160,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "finetune": finetune,
     "evaluate": evaluate,
     "compare": compare,
+    "scan": scan,
     "recipes": recipes,
 }
 """Every command by name: (its arguments, the program's name for messages)."""

@@ -29,6 +29,7 @@ Range = Annotated[
 ]
 Colour = Annotated[tuple[float, float, float] | None, BeforeValidator(lambda v: _words(_none(v)))]
 OptionalCount = Annotated[Count | None, BeforeValidator(_none)]
+OptionalWhole = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_none)]
 OptionalPositive = Annotated[Positive | None, BeforeValidator(_none)]
 OptionalText = Annotated[str | None, BeforeValidator(_none)]
 
@@ -44,8 +45,12 @@ STUDENTS = (
 )
 """Every network that can be trained by name; `timm:NAME` trains any other timm model."""
 
-Source = Literal["digits", "cifar10", "cifar100", "folder"]
+Source = Literal["digits", "cifar10", "cifar100", "folder", "shards", "reader"]
+Storage = Literal["auto", "memory", "files"]
 Crop = Literal["none", "padded", "random_resized"]
+Interpolation = Literal["bilinear", "bicubic"]
+Policy = Literal["none", "randaugment", "three_augment"]
+Fill = Literal["noise", "mean"]
 Kind = Literal["hard", "soft", "none"]
 
 
@@ -55,11 +60,22 @@ class DataConfig:
 
     __pydantic_config__ = _STRICT
     source: Source = "digits"
-    """Where the images come from. `folder` is any ImageFolder layout."""
+    """Where the images come from. folder: any ImageFolder layout; shards: tar files of KEY.jpg and
+    KEY.cls (WebDataset); reader: what timm reads, see data.reader."""
     root: str = "data"
     """Folder of the images (not read by digits)."""
+    reader: OptionalText = None
+    """For source reader: folder, tar (a tar of class folders), hfds/NAME or torch/NAME."""
     download: bool = False
-    """Allow CIFAR to be downloaded into root; its checksum is verified."""
+    """Allow CIFAR (its checksum is verified) or what data.reader names to be downloaded."""
+    storage: Storage = "auto"
+    """memory: uint8 squares of image_size. files: encoded until each view needs them (folder,
+    shards, reader). auto: memory up to 2 GiB of squares, else files."""
+    workers: OptionalWhole = None
+    """Processes that decode images for one training process, with storage files. None: one for
+    each of its processor cores, at most 8."""
+    quarantine: OptionalText = None
+    """Text file of images to leave out, one name below root a line, as `deit scan` writes it."""
     image_size: Count = 32
     """Side [px] of the square images kept in memory; views are cut from these."""
     classes: Names = ()
@@ -93,6 +109,31 @@ class ViewsConfig:
     """Probability of a horizontal flip."""
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Largest rotation [degrees], either way."""
+    interpolation: Interpolation = "bicubic"
+    """How pixels between pixels are found, in crops, resizes, shears and rotations."""
+    policy: Policy = "none"
+    """randaugment: timm's rand-m9-mstd0.5-inc1 with the next four; three_augment: DeiT III's."""
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
+    """Mean magnitude of RandAugment, in 0 ... 10."""
+    magnitude_std: NonNegative = 0.5
+    """Standard deviation of RandAugment's magnitude."""
+    layers: Count = 2
+    """Operations of RandAugment an image may go through, one after the other."""
+    layer_probability: Probability = 0.5
+    """Probability that an image takes part in a layer of RandAugment (timm: 0.5)."""
+    color_jitter: Probability = 0.0
+    """Brightness, contrast and saturation vary by up to this share (after the policy)."""
+    erasing: Probability = 0.0
+    """Probability that a box of an image is erased (Zhong et al. 2017)."""
+    erasing_fill: Fill = "noise"
+    """What an erased box holds: noise of the data's mean and deviation, or the mean colour."""
+    erasing_scale: Range = (0.02, 0.3333333333333333)
+    """Smallest and largest area of the erased box, as a share of the image."""
+    erasing_ratio: Range = (0.3, 3.3333333333333335)
+    """Narrowest and widest aspect ratio of the erased box."""
+    repeats: Annotated[int, Field(ge=1, lt=2**16)] = 1
+    """Views of each image in a batch (repeated augmentation, Hoffer et al. 2020); DeiT has 3. An
+    epoch keeps its number of views, so it sees fewer images."""
     mixup_alpha: NonNegative = 0.0
     """Beta(alpha, alpha) of the mixup weight; 0 switches mixup off."""
     cutmix_alpha: NonNegative = 0.0
@@ -245,6 +286,25 @@ OBJECTIVES: dict[str, LossConfig] = {
     "none": LossConfig(kind="none"),
 }
 """The rows of the paper's Table 3 (soft: tau 3, lambda 0.1), as whole loss sections."""
+
+
+_FULL_MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probability": 1.0, "cutmix_share": 0.5}
+_NO_MIX = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "mix_probability": 1.0, "cutmix_share": 0.5}
+_PLAIN = {"policy": "none", "color_jitter": 0.0, "erasing": 0.0, "repeats": 1}
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "deit": {**_PLAIN, **_FULL_MIX, "policy": "randaugment", "erasing": 0.25, "repeats": 3},
+    "deit3": {
+        **_PLAIN,
+        **_FULL_MIX,
+        "policy": "three_augment",
+        "color_jitter": 0.3,
+        "repeats": 3,
+    },
+    "mix": {**_PLAIN, **_FULL_MIX},
+    "none": {**_PLAIN, **_NO_MIX},
+}
+"""Fields of the views by name: the DeiT paper's (Table 9), DeiT III's, mixup and cutmix alone, and
+nothing. Crop, flip, rotation and normalisation belong to the data and stay as they are."""
 
 
 def derive(config: Config, **sections: dict[str, Any]) -> Config:

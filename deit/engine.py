@@ -46,7 +46,7 @@ def train_epoch(job: Job, batches: Iterator[Batch], *, step: int, steps: int) ->
         seed_torch(job, step, part)
         with accelerator.accumulate(student):
             outputs = student(batch.images)
-            teacher_logits = answers(job, batch.images)
+            teacher_logits = answers(job, batch.teacher_images)
             losses = objective(outputs, batch.targets, teacher_logits, job.loss)
             accelerator.backward(losses["total"])
             if accelerator.sync_gradients:
@@ -65,7 +65,7 @@ def train_epoch(job: Job, batches: Iterator[Batch], *, step: int, steps: int) ->
 
 
 def answers(job: Job, images: Tensor) -> Tensor | None:
-    """The teacher's logits on the very images the student sees; None without a teacher."""
+    """The teacher's logits on the very views the student sees; None without a teacher."""
     if job.teacher is None:
         return None
     with job.accelerator.autocast():

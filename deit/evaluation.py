@@ -10,7 +10,8 @@ from torch import Tensor
 from deit import checkpoint
 from deit.config import Config, derive
 from deit.console import is_main_process, percent, say, table, warn
-from deit.datasets.sources import Images
+from deit.datasets.images import Encoded, Images
+from deit.datasets.loader import view_sizes
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator, describe
 from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault
@@ -55,11 +56,11 @@ def evaluate(
             f"{run}: was trained on other classes than the data has: "
             f"{_first_difference(facts.class_names, splits.class_names)}"
         )
-    images: Images = getattr(splits, split)
+    images: Images | Encoded = getattr(splits, split)
     if len(images.labels) < accelerator.num_processes:
         raise DataError(f"the {split} split has fewer images than processes")
     student = student.to(accelerator.device)
-    few = Images(*(part[: config.run.evaluation_batch] for part in images))
+    few = images.select(slice(config.run.evaluation_batch))
     if len(few.labels) >= accelerator.num_processes:
         answers_of(accelerator, student, few, config, "warming up")
     started = time.perf_counter()
@@ -117,7 +118,7 @@ def _teacher_logits(
     config: Config,
     source: str | None,
     class_names: tuple[str, ...],
-    images: Images,
+    images: Images | Encoded,
 ) -> Tensor | None:
     """The teacher's answers, None without one; the run's own may be gone, which only warns."""
     own = source is None
@@ -133,7 +134,9 @@ def _teacher_logits(
         warn(f"the run's teacher is left out: {error}")
         return None
     teacher = teacher.to(accelerator.device)
-    return answers_of(accelerator, teacher, images, config, "teacher").class_logits
+    source = images.pixels.shape[-1] if isinstance(images, Images) else None
+    size = view_sizes(config.student.image_size, teacher.image_size, source).teacher
+    return answers_of(accelerator, teacher, images, config, "teacher", size=size).class_logits
 
 
 def _measure(logits: Tensor | None, labels: Tensor) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""Counter-based randomness: every random number is a function of (seed, stream, epoch, sample).
+"""Counter-based randomness: every number is a function of (seed, stream, epoch, sample, repeat).
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written in
 int64 tensor operations, so the same words come out on every device, in any order, at any batch size
@@ -16,6 +16,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_BLOCK_BITS = 16  # of the counter's last word; the upper ones hold the repeat
 
 
 class Keys(NamedTuple):
@@ -24,11 +25,13 @@ class Keys(NamedTuple):
     seed: integer in [0, 2**64).
     epoch: integer in [0, 2**32).
     samples: int64 [batch], each in [0, 2**32).
+    repeats: int64 [batch], each in [0, 2**16): which of the views of a sample this is; None: all 0.
     """
 
     seed: int
     epoch: int
     samples: Tensor
+    repeats: Tensor | None = None
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
@@ -62,6 +65,8 @@ def words(keys: Keys, stream: str, count: int) -> Tensor:
     blocks = -(-count // 4)
     samples = keys.samples.unsqueeze(1).expand(-1, blocks)
     block = torch.arange(blocks, device=samples.device).expand_as(samples)
+    if keys.repeats is not None:
+        block = block + (keys.repeats << _BLOCK_BITS).unsqueeze(1)
     epoch = torch.full_like(samples, keys.epoch)
     stream_id = torch.full_like(samples, zlib.crc32(stream.encode()))
     drawn = philox((samples, epoch, stream_id, block), keys.seed)
@@ -71,6 +76,13 @@ def words(keys: Keys, stream: str, count: int) -> Tensor:
 def uniform(keys: Keys, stream: str, count: int) -> Tensor:
     """Numbers uniform over [0, 1) on a grid of 2**-32, float64 [batch, count]."""
     return words(keys, stream, count).double() * 2.0**-32
+
+
+def normal(keys: Keys, stream: str, count: int) -> Tensor:
+    """Standard normal variates, float64 [batch, count] (Box and Muller, 1958)."""
+    draws = 1 - uniform(keys, stream, 2 * count)  # in (0, 1]
+    radius = torch.sqrt(-2 * torch.log(draws[:, :count]))
+    return radius * torch.cos(2 * math.pi * draws[:, count:])
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:

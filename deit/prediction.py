@@ -8,29 +8,52 @@ from torch import Tensor, nn
 
 from deit.config import Config
 from deit.console import progress
-from deit.datasets.sources import Images
+from deit.datasets.images import Encoded, Images
+from deit.datasets.reading import Reader, Squares, Wanted, worker_count
 from deit.datasets.views import evaluation_views
 from deit.engine import predict
 from deit.records import Outputs
 
 
 def answers_of(
-    accelerator: Accelerator, model: nn.Module, images: Images, config: Config, title: str
+    accelerator: Accelerator,
+    model: nn.Module,
+    images: Images | Encoded,
+    config: Config,
+    title: str,
+    *,
+    size: int | None = None,
 ) -> Outputs:
     """A model's answers on the evaluation views of a split, on the CPU, float32.
 
-    title: what the progress bar says.
+    title: what the progress bar says. size: side [px] of what it is shown; None: the student's.
     """
     number = len(images.labels)
+    size = size or config.student.image_size
+    crop = config.views.evaluation_crop
     mine = torch.arange(accelerator.process_index, number, accelerator.num_processes)
     chunks = mine.split(config.run.evaluation_batch)
 
     def batches() -> Iterator[Tensor]:
-        for chunk in progress(chunks, total=len(chunks), title=title):
-            yield evaluation_views(
-                images.pixels[chunk].to(accelerator.device),
-                size=config.student.image_size,
-                crop=config.views.evaluation_crop,
-            )
+        pixels = _pixels(images, chunks, round(size / crop), accelerator.device, config)
+        for part in progress(pixels, total=len(chunks), title=title):
+            yield evaluation_views(part, size=size, crop=crop)
 
     return predict(accelerator, model, batches(), number)
+
+
+def _pixels(
+    images: Images | Encoded,
+    chunks: tuple[Tensor, ...],
+    size: int,
+    device: torch.device,
+    config: Config,
+) -> Iterator[Tensor]:
+    """The images of each chunk, on the device; encoded ones are read ahead as squares of `size`."""
+    if isinstance(images, Images):
+        yield from (images.pixels[chunk].to(device) for chunk in chunks)
+        return
+    workers = min(worker_count(config.data), len(chunks))
+    reader = Reader(Squares(images, size), workers=workers, pin=device.type == "cuda")
+    wanted = [Wanted(0, chunk, torch.zeros_like(chunk)) for chunk in chunks]
+    yield from (read.pixels.to(device, non_blocking=True) for read in reader.read(wanted))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deit.config import (
+    AUGMENTATIONS,
     OBJECTIVES,
     Config,
     DataConfig,
@@ -87,7 +88,7 @@ def cifar10() -> Config:
     """DeiT-Ti with patches of 4 px distilled from `cifar10-teacher` for 300 epochs (one GPU)."""
     return Config(
         data=DataConfig(source="cifar10", root="data", image_size=32),
-        views=ViewsConfig(crop="padded", crop_padding=4, mixup_alpha=0.8, cutmix_alpha=1.0),
+        views=ViewsConfig(crop="padded", crop_padding=4, **AUGMENTATIONS["deit"]),
         student=StudentConfig(name="deit_tiny", image_size=32, patch_size=4, drop_path=0.1),
         teacher=TeacherConfig(source="checkpoints/cifar10-teacher"),
         loss=OBJECTIVES["deit-hard"],
@@ -109,7 +110,7 @@ def cifar10_micro() -> Config:
     """A micro DeiT distilled from `cifar10-micro-teacher` in 8 epochs (a laptop, half an hour)."""
     return derive(
         cifar10(),
-        views={"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
+        views=AUGMENTATIONS["none"],
         student={"name": "deit_micro", "drop_path": 0.0, "initialisation": "scaled"},
         teacher={"source": "checkpoints/cifar10-micro-teacher"},
         optim={
@@ -134,6 +135,54 @@ def cifar100() -> Config:
     )
 
 
+def tiny_imagenet_teacher() -> Config:
+    """RegNetY-400MF at 64 px on Tiny-ImageNet: the teacher of `tiny-imagenet` (one GPU)."""
+    return derive(
+        cifar10_teacher(),
+        data={"source": "folder", "root": "data/tiny-imagenet-200", "image_size": 64},
+        views={"crop": "random_resized", "crop_scale": (0.25, 1.0)},
+        student={"image_size": 64},
+        optim={"epochs": 100},
+    )
+
+
+def tiny_imagenet() -> Config:
+    """DeiT-Ti with patches of 8 px distilled from `tiny-imagenet-teacher` by DeiT's recipe."""
+    return derive(
+        cifar10(),
+        data={"source": "folder", "root": "data/tiny-imagenet-200", "image_size": 64},
+        views={"crop": "random_resized", "crop_scale": (0.25, 1.0)},
+        student={"image_size": 64, "patch_size": 8},
+        teacher={"source": "checkpoints/tiny-imagenet-teacher"},
+    )
+
+
+def tiny_imagenet_micro_teacher() -> Config:
+    """RegNetY-200MF at 64 px in 10 epochs: the teacher of `tiny-imagenet-micro` (a laptop)."""
+    return derive(
+        tiny_imagenet_teacher(),
+        views=AUGMENTATIONS["none"],
+        student={"name": "timm:regnety_002", "drop_path": 0.0},
+        optim={"epochs": 10, "batch_size": 128, "warmup_epochs": 1},
+    )
+
+
+def tiny_imagenet_micro() -> Config:
+    """A micro DeiT by DeiT's whole recipe in 8 epochs (a laptop; made for a part of the classes)."""
+    return derive(
+        tiny_imagenet(),
+        student={"name": "deit_micro", "drop_path": 0.0, "initialisation": "scaled"},
+        teacher={"source": "checkpoints/tiny-imagenet-micro-teacher"},
+        optim={
+            "epochs": 8,
+            "batch_size": 128,
+            "lr": 1e-3,
+            "lr_reference_batch": None,
+            "warmup_epochs": 1,
+        },
+    )
+
+
 def folder_teacher() -> Config:
     """RegNetY-400MF at 64 px on your class folders (--data.root): the teacher of `folder`."""
     return derive(
@@ -150,7 +199,12 @@ def folder() -> Config:
     return derive(
         cifar10(),
         data={"source": "folder", "image_size": 72},
-        views={"crop": "random_resized", "crop_scale": (0.25, 1.0), "evaluation_crop": 64 / 72},
+        views={
+            "crop": "random_resized",
+            "crop_scale": (0.25, 1.0),
+            "repeats": 1,
+            "evaluation_crop": 64 / 72,
+        },
         student={"image_size": 64, "patch_size": 8},
         teacher={"source": "checkpoints/folder-teacher"},
         optim={"batch_size": 64, "lr": 5e-4, "lr_reference_batch": None},
@@ -162,7 +216,7 @@ def imagenet_subset() -> Config:
     return derive(
         folder(),
         data={"image_size": 256},
-        views={"crop_scale": (0.08, 1.0), "evaluation_crop": 0.875},
+        views={"crop_scale": (0.08, 1.0), "repeats": 3, "evaluation_crop": 0.875},
         student={"image_size": 224, "patch_size": 16},
         teacher={"source": "regnety_160.deit_in1k"},
         optim={"batch_size": 1024, "lr_reference_batch": 512},
@@ -178,6 +232,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "cifar10-micro-teacher": cifar10_micro_teacher,
     "cifar100": cifar100,
     "cifar100-teacher": cifar100_teacher,
+    "tiny-imagenet": tiny_imagenet,
+    "tiny-imagenet-teacher": tiny_imagenet_teacher,
+    "tiny-imagenet-micro": tiny_imagenet_micro,
+    "tiny-imagenet-micro-teacher": tiny_imagenet_micro_teacher,
     "folder": folder,
     "folder-teacher": folder_teacher,
     "imagenet-subset": imagenet_subset,
@@ -189,6 +247,8 @@ TEACHERS: dict[str, str] = {
     "cifar10": "cifar10-teacher",
     "cifar10-micro": "cifar10-micro-teacher",
     "cifar100": "cifar100-teacher",
+    "tiny-imagenet": "tiny-imagenet-teacher",
+    "tiny-imagenet-micro": "tiny-imagenet-micro-teacher",
     "folder": "folder-teacher",
 }
 """The recipe that trains the teacher of a recipe; the others bring their own teacher."""

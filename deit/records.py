@@ -10,11 +10,13 @@ class Batch(NamedTuple):
     """A batch of training views.
 
     images: float32 [batch, 3, height, width] in [0, 1]; each network normalises for itself.
+    teacher_images: the same views at the teacher's size; the same tensor where the sizes agree.
     targets: float32 [batch, classes], the label distribution after mixing, before smoothing.
     samples: int64 [batch], index of each image within its training split.
     """
 
     images: Tensor
+    teacher_images: Tensor
     targets: Tensor
     samples: Tensor
 

@@ -14,9 +14,11 @@ from deit import checkpoint
 from deit.announce import announce, report, size_of
 from deit.config import Config, to_dict
 from deit.console import clock, percent, progress, say, warn
-from deit.datasets.loader import TrainLoader
-from deit.datasets.sources import Images
+from deit.datasets.images import Images
+from deit.datasets.loader import TrainLoader, view_sizes
+from deit.datasets.reading import worker_count
 from deit.datasets.splits import load_splits
+from deit.datasets.views import Colours
 from deit.engine import Job, train_epoch
 from deit.environment import create_accelerator, describe
 from deit.errors import ConfigError, DataError, NumericsError
@@ -89,22 +91,28 @@ def _furnish(config: Config, out: Path, accelerator: Accelerator) -> Parts:
         std=config.views.std or splits.std,
         evaluation_crop=config.views.evaluation_crop,
     )
-    loader = TrainLoader(
-        splits.train,
-        len(splits.class_names),
-        views=config.views,
-        optim=config.optim,
-        image_size=config.student.image_size,
-        seed=config.run.seed,
-        process=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        device=accelerator.device,
-    )
     teacher = None
     if config.loss.kind != "none":
         teacher = load_teacher(
             config.teacher, splits.class_names, image_size=config.student.image_size
         ).to(accelerator.device)
+    loader = TrainLoader(
+        splits.train,
+        len(splits.class_names),
+        views=config.views,
+        optim=config.optim,
+        sizes=view_sizes(
+            config.student.image_size,
+            None if teacher is None else teacher.image_size,
+            splits.train.pixels.shape[-1] if isinstance(splits.train, Images) else None,
+        ),
+        colours=Colours(facts.mean, facts.std),
+        seed=config.run.seed,
+        process=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        device=accelerator.device,
+        workers=worker_count(config.data),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
         student = build_student(facts).to(accelerator.device)
@@ -155,7 +163,14 @@ def _preflight(parts: Parts, teacher: Teacher) -> Tensor:
     """
     labels = parts.splits.validation.labels
     validation = parts.splits.validation
-    logits = answers_of(parts.accelerator, teacher, validation, parts.config, "teacher")
+    logits = answers_of(
+        parts.accelerator,
+        teacher,
+        validation,
+        parts.config,
+        "teacher",
+        size=parts.loader.sizes.teacher,
+    )
     if not logits.class_logits.isfinite().all():
         raise DataError(f"teacher {teacher.description}: its logits are not finite")
     accuracy = topk_accuracy(logits.class_logits, labels)
@@ -182,7 +197,7 @@ def _dry_run(parts: Parts) -> None:
     batches = parts.loader.epoch(0)
     first = (next(batches) for _ in range(config.optim.accumulate))
     means = train_epoch(_job(parts), first, step=0, steps=parts.loader.steps_per_epoch)
-    few = Images(*(part[: config.run.evaluation_batch] for part in parts.splits.validation))
+    few = parts.splits.validation.select(slice(config.run.evaluation_batch))
     answers_of(parts.accelerator, parts.student, few, config, "dry run")
     say(f"dry run: one update (loss {means['loss']:.4f}) and one evaluation step; nothing written")
 
@@ -224,6 +239,7 @@ def _fit(parts: Parts) -> None:
         state.samples_seen += steps * config.optim.batch_size
         row = {"epoch": state.epoch, "step": state.step, "train": means}
         row["images_per_s"] = steps * config.optim.batch_size / trained_s
+        row["loader"] = _of_loader(loader, trained_s)
         due = state.epoch % config.run.evaluate_every == 0 or state.epoch == epochs
         if due:
             row["validation"] = _validate_heads(parts)
@@ -231,6 +247,14 @@ def _fit(parts: Parts) -> None:
         row["seconds"] = state.seconds
         save(parts, row)
         report(row, epochs)
+
+
+def _of_loader(loader: TrainLoader, trained_s: float) -> dict[str, Any]:
+    """Images/s of each stage (`reading`: of one worker) and the share of the time they took; both
+    of the main process."""
+    seconds = loader.stages.seconds()
+    own = sum(took for stage, took in seconds.items() if stage != "reading")
+    return {"share": own / trained_s, "images_per_s": loader.stages.rates()}
 
 
 def _validate_heads(parts: Parts) -> dict[str, float]:

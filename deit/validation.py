@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from deit.config import (
     STUDENTS,
     Config,
+    ViewsConfig,
     has_distillation_token,
     is_transformer,
     mixes,
@@ -165,11 +166,24 @@ def _without_effect(
 
 
 def _check_data(config: Config) -> list[Problem]:
-    if config.data.source.startswith("cifar"):
-        return []
-    return _without_effect(
-        "data", config.data, ("download",), "only cifar10 and cifar100 can be downloaded"
-    )
+    data, found = config.data, []
+    if data.source == "reader":
+        if data.reader is None:
+            advice = "data.source 'reader' needs one: folder, tar, hfds/NAME or torch/NAME"
+            found.append(Problem("data.reader", None, advice))
+    else:
+        advice = f"only data.source 'reader' takes it, data.source is {data.source!r}"
+        found += _without_effect("data", data, ("reader",), advice)
+    if data.source not in ("cifar10", "cifar100", "reader"):
+        advice = "only cifar10, cifar100 and what data.reader names can be downloaded"
+        found += _without_effect("data", data, ("download",), advice)
+    if data.source not in ("folder", "shards", "reader"):
+        advice = f"only image files take it, data.source {data.source!r} is always in memory"
+        found += _without_effect("data", data, ("storage", "workers", "quarantine"), advice)
+    elif data.storage == "memory":
+        advice = "has no effect, data.storage is 'memory'"
+        found += _without_effect("data", data, ("workers",), advice)
+    return found
 
 
 def _check_objective(config: Config) -> list[Problem]:
@@ -237,14 +251,17 @@ def _check_objective(config: Config) -> list[Problem]:
 def _check_views(config: Config) -> list[Problem]:
     views = config.views
     found = []
-    for leaf in ("crop_scale", "crop_ratio"):
+    for leaf in ("crop_scale", "crop_ratio", "erasing_scale", "erasing_ratio"):
         low, high = getattr(views, leaf)
         if low > high:
             found.append(Problem(f"views.{leaf}", (low, high), "should go from low to high"))
-    if views.crop_scale[1] > 1:
-        found.append(
-            Problem("views.crop_scale", views.crop_scale, "a box cannot exceed the image (1.0)")
-        )
+    for leaf in ("crop_scale", "erasing_scale"):
+        if getattr(views, leaf)[1] > 1:
+            advice = "a box cannot exceed the image (1.0)"
+            found.append(Problem(f"views.{leaf}", getattr(views, leaf), advice))
+    for leaves, on, advice in _effects(views):
+        if not on:
+            found += _without_effect("views", views, leaves, advice)
     for leaf in ("views", "teacher"):
         section = getattr(config, leaf)
         if (section.mean is None) != (section.std is None):
@@ -252,6 +269,22 @@ def _check_views(config: Config) -> list[Problem]:
         if section.std is not None and min(section.std) <= 0:
             found.append(Problem(f"{leaf}.std", section.std, "should be positive"))
     return found
+
+
+def _effects(views: ViewsConfig) -> list[tuple[tuple[str, ...], bool, str]]:
+    """Fields of the views, whether they take effect, and why they would not."""
+    return [
+        (
+            ("magnitude", "magnitude_std", "layers", "layer_probability"),
+            views.policy == "randaugment",
+            "has an effect with views.policy randaugment only",
+        ),
+        (
+            ("erasing_fill", "erasing_scale", "erasing_ratio"),
+            views.erasing > 0,
+            "has no effect, views.erasing is 0",
+        ),
+    ]
 
 
 def _check_optim(config: Config) -> list[Problem]:

@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from deit.config import OBJECTIVES, LossConfig, OptimConfig, StudentConfig, ViewsConfig
-from deit.datasets.loader import TrainLoader
-from deit.datasets.sources import Images
+from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.images import Images
+from deit.datasets.views import Colours
 from deit.engine import Job, predict, train_epoch
 from deit.models.saved import Facts, build_student
 from deit.models.teachers import Origin, Teacher
@@ -66,7 +67,8 @@ def make_job(
         CLASSES,
         views=loader.get("views", ViewsConfig(flip=0)),
         optim=optim,
-        image_size=16,
+        sizes=Sizes(16, 16, 16),
+        colours=Colours((0.5,) * 3, (0.25,) * 3),
         seed=0,
     )
     job = Job(accelerator, prepared, teacher, optimizer, weights, loss, optim, 0)

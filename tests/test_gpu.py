@@ -3,10 +3,18 @@
 import pytest
 import torch
 
-from deit.config import derive
+from deit.config import AUGMENTATIONS, Crop, OptimConfig, ViewsConfig, derive
+from deit.datasets.images import Images
+from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.mixing import sample_mix
+from deit.datasets.operations import CODES, Canvas, apply_operations
+from deit.datasets.views import Colours, apply_views, sample_views
 from deit.keys import Keys, beta, words
 from deit.recipes import digits_teacher
 from deit.run import train
+from tests.test_operations import pixels_of, real_images
+
+COLOURS = Colours((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,6 +27,75 @@ def test_keys_give_the_same_words_on_the_gpu():
     here, there = Keys(3, 1, samples), Keys(3, 1, samples.cuda())
     assert torch.equal(words(here, "crop", 9), words(there, "crop", 9).cpu())
     assert torch.allclose(beta(here, "mix", 0.8), beta(there, "mix", 0.8).cpu(), atol=1e-12)
+
+
+def views_of(preset, crop):
+    return ViewsConfig(crop=crop, rotation=10, **AUGMENTATIONS[preset])
+
+
+@pytest.mark.parametrize("crop", Crop.__args__)
+@pytest.mark.parametrize("preset", AUGMENTATIONS)
+def test_parameters_are_equal_and_pixels_within_one_level_on_the_gpu(preset, crop):
+    views = views_of(preset, crop)
+    pixels = pixels_of([image.resize((40, 40)) for image in real_images()]).repeat(20, 1, 1, 1)
+    samples = torch.arange(len(pixels))
+    sizes = {"height": 40, "width": 40, "size": 32}
+    here = sample_views(Keys(3, 1, samples), views, **sizes)
+    there = sample_views(Keys(3, 1, samples.cuda()), views, **sizes)
+    for ours, theirs in zip(here, there):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs.cpu())
+    settings = {"views": views, "size": 32, "colours": COLOURS}
+    difference = (
+        apply_views(pixels, here, **settings).int()
+        - apply_views(pixels.cuda(), there, **settings).cpu().int()
+    ).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_operations_are_equal_on_the_gpu(name):
+    pixels = pixels_of(real_images())
+    codes = torch.full((len(pixels),), CODES[name])
+    arguments = torch.linspace(0.1, 1.9, len(pixels))
+    for interpolation in ("bilinear", "bicubic"):
+        canvas = Canvas(torch.tensor([9, 8, 7], dtype=torch.uint8), interpolation)
+        here = apply_operations(pixels, codes, arguments, canvas)
+        there = apply_operations(pixels.cuda(), codes, arguments.cuda(), canvas).cpu()
+        assert torch.equal(here, there), interpolation
+
+
+def test_pairs_are_mixed_alike_on_the_gpu():
+    pairs, views = torch.arange(10_000), views_of("deit", "padded")
+    here = sample_mix(Keys(3, 1, pairs), views=views, size=32)
+    there = sample_mix(Keys(3, 1, pairs.cuda()), views=views, size=32)
+    assert torch.equal(here.boxes, there.boxes.cpu())
+    assert torch.equal(here.cut, there.cut.cpu())
+    assert torch.allclose(here.own_weight, there.own_weight.cpu(), atol=1e-12)
+
+
+def test_a_loader_gives_the_same_batches_from_the_gpu():
+    images = Images(torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 4)
+
+    def batches(device):
+        loader = TrainLoader(
+            images,
+            4,
+            views=views_of("deit", "random_resized"),
+            optim=OptimConfig(batch_size=16),
+            sizes=Sizes(32, 32, 24),
+            colours=COLOURS,
+            seed=1,
+            device=device,
+        )
+        found = [[part.cpu() for part in batch] for batch in loader.epoch(0)]
+        assert loader.stages.rates()["views"] > 0
+        return found
+
+    for here, there in zip(batches("cpu"), batches("cuda")):
+        for ours, theirs in zip(here, there):
+            assert torch.allclose(ours.double(), theirs.double(), atol=1.01 / 255)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

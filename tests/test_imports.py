@@ -34,10 +34,10 @@ def network(doors: str = "") -> Place:
     )
 
 
-def image(doors: str = "") -> Place:
+def image(doors: str = "", packages: str = "") -> Place:
     return place(
         1,
-        "torch torchvision numpy einops PIL psutil sklearn",
+        f"torch torchvision numpy einops PIL psutil sklearn {packages}",
         " ".join(f"deit.datasets.{door}" for door in doors.split()),
     )
 
@@ -63,12 +63,25 @@ PLAN = {
     "deit.models.networks": network("small_convnet"),
     "deit.models.saved": network("networks student weights"),
     "deit.models.teachers": network("networks saved student weights"),
-    "deit.datasets.sources": image(),
+    "deit.datasets.images": image(),
+    "deit.datasets.decoding": image("images"),
+    "deit.datasets.stores": image(),
+    "deit.datasets.listing": image("images"),
+    "deit.datasets.folders": image("decoding listing stores"),
+    "deit.datasets.shards": image("listing stores"),
+    "deit.datasets.readers": image("listing stores", "timm"),
+    "deit.datasets.sources": image("folders images listing readers shards"),
     "deit.datasets.mixing": image(),
-    "deit.datasets.views": image(),
-    "deit.datasets.splits": image("sources"),
-    "deit.datasets.loader": image("mixing sources views"),
+    "deit.datasets.stages": image(),
+    "deit.datasets.resizing": image(),
+    "deit.datasets.operations": image("resizing"),
+    "deit.datasets.policies": image("operations resizing"),
+    "deit.datasets.views": image("operations policies resizing"),
+    "deit.datasets.reading": image("decoding images views"),
+    "deit.datasets.splits": image("decoding images sources"),
+    "deit.datasets.loader": image("images mixing reading resizing stages views"),
     "deit.recipes": place(2),
+    "deit.scan": place(2, "torch"),
     "deit.environment": place(2, "torch accelerate"),
     "deit.checkpoint": place(2, "torch safetensors"),
     "deit.engine": place(2, "torch accelerate einops"),
@@ -199,7 +212,7 @@ def test_imports_point_down(name):
         ("deit.losses", "import timm"),
         ("deit.config", "import torch"),
         ("deit.records", "from . import text"),
-        ("deit.models.student", "from deit.datasets.views import training_views"),
+        ("deit.models.student", "from deit.datasets.views import unit"),
         ("deit.models.student", "from deit.models.teachers import Teacher"),
         ("deit.datasets.views", "import deit.models.weights"),
         ("deit.cli", "import train_deit"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deit.keys import Keys, beta, permutation, philox, step_seed, uniform, words
+from deit.keys import Keys, beta, normal, permutation, philox, step_seed, uniform, words
 
 # Known-answer tests of Philox4x32-10 from the Random123 distribution (kat_vectors).
 VECTORS = [
@@ -39,6 +39,23 @@ def test_words_are_philox_of_sample_epoch_stream_and_block():
         counter = tuple(torch.tensor([value]) for value in (11, 3, stream, block))
         by_hand += [int(word) for word in philox(counter, 7)]
     assert drawn == by_hand[:6]
+
+
+def test_repeats_are_views_of_their_own_and_the_first_is_the_plain_one():
+    samples = torch.arange(50)
+    plain = words(Keys(7, 3, samples), "crop", 9)
+    first, second = (words(Keys(7, 3, samples, torch.full((50,), r)), "crop", 9) for r in (0, 1))
+    assert torch.equal(plain, first)
+    assert len(set(plain.flatten().tolist()) & set(second.flatten().tolist())) == 0
+    mixed = words(Keys(7, 3, samples, samples % 2), "crop", 9)
+    assert torch.equal(mixed[::2], first[::2])
+    assert torch.equal(mixed[1::2], second[1::2])
+
+
+def test_normal_is_normal():
+    stats = pytest.importorskip("scipy.stats")
+    drawn = normal(Keys(0, 0, torch.arange(10_000)), "x", 2)
+    assert stats.kstest(drawn.flatten().numpy(), "norm").pvalue > 1e-3
 
 
 def test_numbers_depend_on_the_sample_not_on_its_place_in_the_batch():

@@ -1,34 +1,50 @@
 """The order of an epoch and the batches of any number of processes."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from deit.config import OptimConfig, ViewsConfig
-from deit.datasets.loader import TrainLoader
-from deit.datasets.sources import Images
+from deit.config import AUGMENTATIONS, OptimConfig, ViewsConfig
+from deit.datasets.images import Images
+from deit.datasets.loader import Sizes, TrainLoader, view_sizes
+from deit.datasets.views import Colours
 from deit.errors import ConfigError, DataError
 
 IMAGES = Images(torch.randint(256, (53, 3, 8, 8), dtype=torch.uint8), torch.arange(53) % 4)
 MIXED = ViewsConfig(crop="padded", crop_padding=1, mixup_alpha=0.8, cutmix_alpha=1.0)
+FULL = dataclasses.replace(MIXED, crop="random_resized", **AUGMENTATIONS["deit"])
 
 
-def loader(process=0, num_processes=1, accumulate=1, batch_size=16, views=MIXED, seed=5):
+def loader(
+    process=0,
+    num_processes=1,
+    accumulate=1,
+    batch_size=16,
+    views=MIXED,
+    seed=5,
+    images=IMAGES,
+    sizes=Sizes(8, 8, 8),  # noqa: B008 - a tuple
+    **settings,
+):
     return TrainLoader(
-        IMAGES,
+        images,
         4,
         views=views,
         optim=OptimConfig(batch_size=batch_size, accumulate=accumulate),
-        image_size=8,
+        sizes=sizes,
+        colours=Colours((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
         seed=seed,
         process=process,
         num_processes=num_processes,
+        **settings,
     )
 
 
-def global_batches(num_processes, accumulate, epoch=3):
+def global_batches(num_processes, accumulate, views, epoch=3):
     """All micro-batches of an epoch, put together to global batches."""
     parts = [
-        list(loader(process, num_processes, accumulate).epoch(epoch))
+        list(loader(process, num_processes, accumulate, views=views).epoch(epoch))
         for process in range(num_processes)
     ]
     together = []
@@ -42,14 +58,122 @@ def global_batches(num_processes, accumulate, epoch=3):
     return together
 
 
+@pytest.mark.parametrize("views", [MIXED, FULL], ids=["mixed", "full"])
 @pytest.mark.parametrize(("num_processes", "accumulate"), [(1, 2), (2, 1), (2, 2), (4, 1), (8, 1)])
-def test_any_layout_sees_the_same_global_batches(num_processes, accumulate):
-    expected, found = global_batches(1, 1), global_batches(num_processes, accumulate)
+def test_any_layout_sees_the_same_global_batches_to_the_bit(num_processes, accumulate, views):
+    expected = global_batches(1, 1, views)
+    found = global_batches(num_processes, accumulate, views)
     assert len(found) == len(expected) == 3
     for ours, theirs in zip(found, expected):
-        assert torch.equal(ours[2], theirs[2])  # samples
-        assert torch.equal(ours[1], theirs[1])  # targets, mixed with the same partner and weight
-        assert torch.allclose(ours[0], theirs[0], atol=1e-6)  # images
+        # Images, the teacher's images, targets (same partner and weight), samples.
+        assert all(torch.equal(*parts) for parts in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [2, 14, 16])
+@pytest.mark.parametrize("number", [7, 16, 53, 255])
+def test_repeats_show_so_many_different_views_of_so_many_fewer_images(number, batch_size, repeats):
+    images = Images(torch.randint(256, (number, 3, 8, 8), dtype=torch.uint8), torch.arange(number))
+    views = ViewsConfig(crop="padded", crop_padding=3, repeats=repeats)
+    unique = -(-batch_size // repeats)
+    if unique > number:
+        with pytest.raises(DataError, match=f"takes {unique} images"):
+            loader(images=images, views=views, batch_size=batch_size)
+        return
+    made = TrainLoader(
+        images,
+        number,
+        views=views,
+        optim=OptimConfig(batch_size=batch_size),
+        sizes=Sizes(8, 8, 8),
+        colours=Colours((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        seed=1,
+    )
+    batches = list(made.epoch(0))
+    assert len(batches) == made.steps_per_epoch == max(number // batch_size, 1)
+    everyone = []
+    for batch in batches:
+        assert len(batch.samples) == batch_size
+        counts = batch.samples.unique(return_counts=True)[1]
+        assert len(counts) == unique
+        assert counts.max() <= repeats
+        assert counts.max() - counts.min() <= 1 or batch_size % unique
+        if unique > 1:  # neighbours are mixed with each other
+            assert (batch.samples[::2] != batch.samples[1::2]).all()
+        everyone += batch.samples.unique().tolist()
+    # No image comes back in another batch of the epoch.
+    assert len(everyone) == len(set(everyone)) == made.images_per_epoch
+
+
+def test_the_views_of_an_image_in_a_batch_differ_and_the_first_is_the_plain_one():
+    views = ViewsConfig(crop="padded", crop_padding=3, repeats=2)
+    plain = dataclasses.replace(views, repeats=1)
+    twice = next(loader(views=views).epoch(0))
+    assert torch.equal(twice.samples[:8], twice.samples[8:])
+    assert not torch.equal(twice.images[:8], twice.images[8:])
+    once = next(loader(views=plain).epoch(0))
+    assert torch.equal(once.images[:8], twice.images[:8])
+
+
+def test_the_teacher_sees_the_same_views_at_its_size():
+    sizes = view_sizes(student=8, teacher=16, source=16)
+    assert sizes == Sizes(view=16, student=8, teacher=16)
+    pixels = torch.randint(256, (53, 3, 16, 16), dtype=torch.uint8)
+    views = dataclasses.replace(FULL, erasing=0.0, policy="none")
+    large = Images(pixels, IMAGES.labels)
+    both = next(loader(images=large, sizes=sizes, views=views).epoch(0))
+    assert both.images.shape[-1] == 8
+    assert both.teacher_images.shape[-1] == 16
+    smaller = torch.nn.functional.avg_pool2d(both.teacher_images, 2)
+    # The same crops, flips, weights and regions: what differs is the filter.
+    assert (smaller - both.images).abs().mean() < 0.06
+    shuffled = (smaller.roll(2, dims=0) - both.images).abs().mean()
+    assert shuffled > 3 * (smaller - both.images).abs().mean()
+    same = next(loader(images=large, sizes=Sizes(16, 16, 16), views=views).epoch(0))
+    assert torch.equal(same.teacher_images, same.images)
+    assert torch.equal(same.targets[:, 0] > 0, both.targets[:, 0] > 0)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "source", "expected"),
+    [
+        (32, None, 32, (32, 32, 32)),
+        (32, 32, 40, (32, 32, 32)),
+        (64, 72, 72, (72, 64, 72)),
+        (64, 32, 64, (64, 64, 32)),
+        (32, 224, 32, (32, 32, 32)),  # nothing to gain from enlarging: the teacher does it itself
+        (224, 384, None, (384, 224, 384)),
+        (64, 32, 32, (64, 64, 32)),
+    ],
+)
+def test_sizes(student, teacher, source, expected):
+    assert view_sizes(student, teacher, source) == Sizes(*expected)
+
+
+def test_nothing_grows_with_the_epochs():
+    import gc
+
+    made = loader(views=FULL)
+
+    def after(epoch):
+        for _ in made.epoch(epoch):
+            pass
+        gc.collect()
+        return sum(
+            tensor.numel() for tensor in gc.get_objects() if issubclass(type(tensor), torch.Tensor)
+        )
+
+    assert after(0) == after(1) == after(7)
+
+
+def test_the_time_of_the_views_is_measured():
+    made = loader()
+    assert made.stages.rates() == {}
+    list(made.epoch(0))
+    assert made.stages.images["views"] == 48
+    assert made.stages.rates()["views"] > 0
+    list(made.epoch(1))
+    assert made.stages.images["views"] == 48  # of this epoch
 
 
 def test_an_epoch_sees_each_image_at_most_once_and_the_order_changes():
@@ -86,5 +210,5 @@ def test_a_batch_that_cannot_be_cut_is_refused():
         loader(num_processes=3)
     with pytest.raises(ConfigError, match="even"):
         loader(num_processes=8, accumulate=2)
-    with pytest.raises(DataError, match="more than the 53 training images"):
+    with pytest.raises(DataError, match="takes 64 images at once, there are 53"):
         loader(batch_size=64)

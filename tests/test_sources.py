@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from deit.config import DataConfig, Source
-from deit.datasets.sources import SOURCES, decode_image
+from deit.datasets.sources import SOURCES
 from deit.datasets.splits import channel_statistics, choose, load_splits
 from deit.errors import DataError
 
@@ -211,27 +211,6 @@ def test_splits_by_another_name_and_classes_without_training_images_are_refused(
     folder(tmp_path / "c", classes=("ant",))
     with pytest.raises(DataError, match="only one class"):
         load_splits(config(tmp_path / "c"))
-
-
-def test_odd_images_are_read_right_or_refused(tmp_path):
-    left_red = Image.new("RGB", (8, 8), "blue")
-    left_red.paste("red", (0, 0, 4, 8))
-    exif = Image.Exif()
-    exif[274] = 6  # stored lying: a quarter turn clockwise makes it upright
-    left_red.save(tmp_path / "turned.png", exif=exif)
-    turned = decode_image(tmp_path / "turned.png", 8)
-    assert turned[0, 0, 0] == 255  # the left edge is the top now
-    assert turned[2, 7, 0] == 255
-    clear = Image.new("RGBA", (8, 8), (200, 100, 50, 0))
-    clear.save(tmp_path / "clear.png")
-    assert decode_image(tmp_path / "clear.png", 8).sum() == 0
-    Image.new("L", (8, 8), 77).save(tmp_path / "grey.png")
-    assert (decode_image(tmp_path / "grey.png", 8) == 77).all()
-    Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "print.jpg")
-    assert (decode_image(tmp_path / "print.jpg", 8) == 255).all()
-    Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(DataError, match=r"deep\.png: has more than 8 bits"):
-        decode_image(tmp_path / "deep.png", 8)
 
 
 def test_enlarging_beyond_the_memory_is_refused_for_every_source():

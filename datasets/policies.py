@@ -1,0 +1,127 @@
+"""Augmentation policies: which operations each image undergoes, and how strongly.
+
+A policy is a function of keys that fills one or more layers: for each layer the number of an
+operation (see operations.CODES) and its argument, for each image.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deit.config import ViewsConfig
+from deit.datasets.operations import CODES
+from deit.datasets.resizing import MAX_SIGMA
+from deit.keys import Keys, normal, uniform
+
+Layers = tuple[Tensor, Tensor]
+"""codes int64 [batch, layers], arguments float32 [batch, layers]."""
+
+
+def sample_policy(keys: Keys, views: ViewsConfig) -> Layers:
+    """Every layer a view goes through, in order: rotation, policy, colour jitter."""
+    layers = []
+    if views.rotation > 0:
+        layers.append(sample_rotation(keys, views.rotation))
+    if views.policy != "none":
+        layers.append(POLICIES[views.policy](keys, views))
+    if views.color_jitter > 0:
+        layers.append(sample_color_jitter(keys, views.color_jitter))
+    if not layers:
+        nothing = torch.zeros(len(keys.samples), 0, device=keys.samples.device)
+        return nothing.long(), nothing
+    codes, arguments = zip(*layers)
+    return torch.cat(codes, dim=1), torch.cat(arguments, dim=1)
+
+
+def sample_rotation(keys: Keys, degrees: float) -> Layers:
+    """One layer: turned by an angle uniform in +-degrees."""
+    angles = ((2 * uniform(keys, "rotation", 1) - 1) * degrees).float()
+    return torch.full_like(keys.samples, CODES["rotate"])[:, None], angles
+
+
+def sample_randaugment(keys: Keys, views: ViewsConfig) -> Layers:
+    """RandAugment (Cubuk et al. 2020) with timm's magnitudes, increasing set (`inc1`).
+
+    Each of `views.layers` takes one of 15 operations with `views.layer_probability`, at a magnitude
+    drawn from a normal distribution and kept within 0 and 10. Source of the scales: timm's
+    `rand-m9-mstd0.5-inc1`, the setting of the DeiT paper (Table 9).
+    """
+    codes, arguments = [], []
+    for layer in range(views.layers):
+        draws = uniform(keys, f"randaugment/{layer}", 3)
+        noise = normal(keys, f"randaugment/{layer}/magnitude", 1).squeeze(1)
+        level = (views.magnitude + views.magnitude_std * noise).clamp(0, 10) / 10
+        sign = torch.where(draws[:, 2] < 0.5, -1.0, 1.0)
+        choice = (draws[:, 1] * len(RANDAUGMENT)).long()
+        taken = draws[:, 0] < views.layer_probability
+        chosen = torch.tensor([CODES[name] for name in RANDAUGMENT], device=choice.device)[choice]
+        scales = torch.stack([scale(level, sign) for scale in RANDAUGMENT.values()], dim=1)
+        codes.append(torch.where(taken, chosen, 0))
+        arguments.append(scales.gather(1, choice[:, None]).squeeze(1).float())
+    return torch.stack(codes, dim=1), torch.stack(arguments, dim=1)
+
+
+def _no_argument(level: Tensor, sign: Tensor) -> Tensor:
+    return torch.zeros_like(level)
+
+
+def _share(level: Tensor, sign: Tensor) -> Tensor:
+    """Of the image in a blend: away from 1 by up to 0.9 either way."""
+    return (1 + sign * 0.9 * level).clamp_min(0.1)
+
+
+def _up_to(limit: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda level, sign: sign * limit * level
+
+
+RANDAUGMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "auto_contrast": _no_argument,
+    "equalize": _no_argument,
+    "invert": _no_argument,
+    "rotate": _up_to(30),
+    # 4 bits at level 0, 1 at level 1; timm's own formula arrives at 0 bits, a black image.
+    "posterize": lambda level, sign: (4 - torch.floor(4 * level)).clamp_min(1),
+    "solarize": lambda level, sign: 256 - torch.floor(256 * level).clamp_max(256),
+    "solarize_add": lambda level, sign: torch.floor(110 * level).clamp_max(128),
+    "color": _share,
+    "contrast": _share,
+    "brightness": _share,
+    "sharpness": _share,
+    "shear_x": _up_to(0.3),
+    "shear_y": _up_to(0.3),
+    "translate_x": _up_to(0.45),
+    "translate_y": _up_to(0.45),
+}
+"""RandAugment's operations: (level in [0, 1], sign -1 or 1), float64 [batch] -> argument."""
+
+
+def sample_three_augment(keys: Keys, views: ViewsConfig) -> Layers:
+    """3-Augment (Touvron et al. 2022, "DeiT III"): grey, solarised at 128, or blurred by a Gaussian
+    of sigma 0.1 ... 2 px, each as often. Its colour jitter is `views.color_jitter` (0.3)."""
+    draws = uniform(keys, "three_augment", 2)
+    choice = (draws[:, :1] * 3).long()
+    names = ("grayscale", "solarize", "gaussian_blur")
+    codes = torch.tensor([CODES[name] for name in names], device=choice.device)[choice]
+    sigma = (0.1 + (MAX_SIGMA - 0.1) * draws[:, 1:]).float()
+    return codes, torch.where(choice == 1, 128.0, sigma)
+
+
+def sample_color_jitter(keys: Keys, strength: float) -> Layers:
+    """Brightness, contrast and saturation, each blended by a share uniform in 1 +- strength, in an
+    order of each image's own (torchvision's ColorJitter)."""
+    draws = uniform(keys, "color_jitter", 4)
+    order = torch.tensor(_ORDERS, device=draws.device)[(draws[:, 3] * len(_ORDERS)).long()]
+    shares = ((1 - strength) + 2 * strength * draws[:, :3]).clamp_min(0).float()
+    names = ("brightness", "contrast", "color")
+    codes = torch.tensor([CODES[name] for name in names], device=draws.device)
+    return codes[order], shares.gather(1, order)
+
+
+_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+
+POLICIES: dict[str, Callable[[Keys, ViewsConfig], Layers]] = {
+    "randaugment": sample_randaugment,
+    "three_augment": sample_three_augment,
+}
+"""Every policy by its name in views.policy."""

@@ -1,0 +1,255 @@
+"""One pass over every image of a data set: what there is, what is bad, what lies there twice."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from deit.config import DataConfig
+from deit.console import say, table, warn
+from deit.datasets.decoding import in_threads, read_picture
+from deit.datasets.images import Store
+from deit.datasets.sources import LISTINGS, quarantined
+from deit.errors import DataError, EnvironmentFault
+
+_EXAMPLES = 3
+
+MODES = {
+    "1": "black and white",
+    "L": "grey",
+    "LA": "grey with transparency",
+    "P": "palette",
+    "PA": "palette with transparency",
+    "RGBA": "RGB with transparency",
+    "I;16": "16-bit grey",
+}
+"""Words for Pillow's modes; the others (RGB, CMYK, YCbCr) speak for themselves."""
+
+
+class _Seen(NamedTuple):
+    """What decoding one image showed; reason: why it cannot be used, or nothing."""
+
+    reason: str = ""
+    size: tuple[int, int] = (0, 0)
+    format: str = ""
+    mode: str = ""
+    digest: bytes = b""
+
+
+class _Place(NamedTuple):
+    """Where a picture lies."""
+
+    split: str
+    label: int
+    row: int
+
+
+@dataclass
+class SplitFacts:
+    """What a split holds. smallest, median, largest: width and height [px], ordered by area."""
+
+    images: int
+    classes: int
+    smallest: tuple[int, int]
+    median: tuple[int, int]
+    largest: tuple[int, int]
+    formats: dict[str, int]
+    modes: dict[str, int]
+
+
+@dataclass
+class Duplicates:
+    """Pictures that are there more than once: how many more, and the keys of the first groups."""
+
+    number: int = 0
+    examples: list[list[str]] = field(default_factory=list)
+
+    def add(self, keys: list[str], number: int) -> None:
+        """Count so many more of the pictures with these keys."""
+        self.number += number
+        if number and len(self.examples) < _EXAMPLES:
+            self.examples.append(keys)
+
+
+@dataclass
+class Scan:
+    """The findings, as plain values.
+
+    problems: what is wrong with the layout. unreadable: key -> reason.
+    within_split, across_splits, across_classes: the same picture again in its own split, in
+    another split (what is measured there was trained on), under another class (one is wrong).
+    """
+
+    root: str
+    class_names: tuple[str, ...]
+    splits: dict[str, SplitFacts]
+    problems: list[str]
+    unreadable: dict[str, str]
+    within_split: Duplicates
+    across_splits: Duplicates
+    across_classes: Duplicates
+    quarantined: int = 0
+
+
+def scan(config: DataConfig) -> Scan:
+    """Decode every image of every split of a folder, shards or reader source.
+
+    Goes on after what is bad; raises DataError only where there is nothing to look at.
+    """
+    problems: list[str] = []
+    listing = LISTINGS[config.source](config, (), problems.append)
+    store = listing.store
+    wanted = torch.ones(len(store), dtype=torch.bool)
+    if config.quarantine is not None:
+        wanted = ~quarantined(Path(config.quarantine), store)
+
+    def look(row: int) -> _Seen:
+        try:
+            picture = read_picture(store.read(row), store.name(row))
+        except DataError as error:
+            return _Seen(reason=str(error).removeprefix(f"{store.name(row)}: "))
+        image = picture.image
+        content = hashlib.blake2b(str(image.size).encode(), digest_size=16)
+        content.update(image.tobytes())
+        return _Seen("", image.size, picture.format, picture.mode, content.digest())
+
+    splits: dict[str, SplitFacts] = {}
+    unreadable: dict[str, str] = {}
+    copies = defaultdict(list)  # digest -> where the picture lies
+    for split, rows in listing.splits.items():
+        rows = rows[wanted[rows]].tolist()
+        seen = list(in_threads(look, rows, f"scanning {split}"))
+        labels = listing.labels[rows].tolist()
+        splits[split] = _facts([one for one in seen if not one.reason], len(set(labels)))
+        for row, label, one in zip(rows, labels, seen):
+            if one.reason:
+                unreadable[store.key(row)] = one.reason
+            else:
+                copies[one.digest].append(_Place(split, label, row))
+    within, across, mislabelled = _duplicates(copies.values(), store)
+    return Scan(
+        root=config.root,
+        class_names=listing.class_names,
+        splits=splits,
+        problems=problems,
+        unreadable=unreadable,
+        within_split=within,
+        across_splits=across,
+        across_classes=mislabelled,
+        quarantined=int((~wanted).sum()),
+    )
+
+
+def _facts(seen: list[_Seen], classes: int) -> SplitFacts:
+    sizes = sorted((one.size for one in seen), key=lambda size: size[0] * size[1]) or [(0, 0)]
+    return SplitFacts(
+        images=len(seen),
+        classes=classes,
+        smallest=sizes[0],
+        median=sizes[len(sizes) // 2],
+        largest=sizes[-1],
+        formats=dict(Counter(one.format for one in seen).most_common()),
+        modes=dict(Counter(MODES.get(one.mode, one.mode) for one in seen).most_common()),
+    )
+
+
+def _duplicates(copies: Iterable[list[_Place]], store: Store) -> tuple[Duplicates, ...]:
+    """Copies within their split, in a later split, and under another class than the first."""
+    within, across, mislabelled = Duplicates(), Duplicates(), Duplicates()
+    for places in copies:
+        if len(places) == 1:
+            continue
+        keys = [store.key(place.row) for place in places]
+        splits = Counter(place.split for place in places)
+        first = places[0]
+        within.add(keys, len(places) - len(splits))
+        across.add(keys, sum(place.split != first.split for place in places))
+        mislabelled.add(keys, sum(place.label != first.label for place in places))
+    return within, across, mislabelled
+
+
+def print_scan(found: Scan) -> None:
+    """A table of what is there, every bad image with its reason, warnings of duplicates."""
+    rows = [
+        (
+            name,
+            str(split.classes),
+            str(split.images),
+            *(f"{width} x {height}" for width, height in (split.smallest, split.median)),
+            f"{split.largest[0]} x {split.largest[1]}",
+            _counts(split.formats),
+            _counts(split.modes),
+        )
+        for name, split in found.splits.items()
+    ]
+    columns = (
+        "split",
+        "classes",
+        "images",
+        "smallest",
+        "median",
+        "largest",
+        "formats",
+        "stored as",
+    )
+    table(found.root, columns, rows, text=True)
+    for problem in found.problems:
+        say(f"bad: {problem}")
+    for key, reason in found.unreadable.items():
+        say(f"bad: {key}: {reason}")
+    for duplicates, where in (
+        (found.within_split, "more than once in their split"),
+        (found.across_splits, "also in another split: what is measured there was trained on"),
+        (found.across_classes, "also under another class: one of the labels is wrong"),
+    ):
+        if duplicates.number:
+            examples = "; ".join(" = ".join(keys[:_EXAMPLES]) for keys in duplicates.examples)
+            warn(f"{duplicates.number} pictures are there {where} ({examples})")
+    if found.quarantined:
+        say(f"{found.quarantined} images in quarantine were not looked at")
+
+
+def _counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
+
+
+def check_new(path: Path | None, *, force: bool) -> None:
+    """Refuse a list that could not be written, or would replace one. Raises EnvironmentFault."""
+    if path is None:
+        return
+    if path.is_dir() or (path.exists() and not force):
+        kind = "is a folder" if path.is_dir() else "exists already; --force replaces it"
+        raise EnvironmentFault(f"--write {path}: {kind}")
+    if not path.absolute().parent.is_dir():
+        raise EnvironmentFault(f"--write {path}: no folder {path.absolute().parent}")
+
+
+def write_quarantine(path: Path, found: Scan) -> None:
+    """The unreadable images as a list for data.quarantine, each under its reason.
+
+    Raises DataError for a name that a line of text cannot hold, EnvironmentFault where the disk
+    refuses.
+    """
+    lines = [f"# images of {found.root} to leave out: --data.quarantine takes this list"]
+    for key, reason in found.unreadable.items():
+        if key.splitlines() != [key.strip()] or key.startswith("#"):
+            raise DataError(f"{key!r}: a name that a line of {path} cannot hold; rename the file")
+        lines += [f"# {reason}", key]
+    try:
+        path.write_text("\n".join(lines) + "\n", errors="surrogateescape")
+    except OSError as error:
+        raise EnvironmentFault(f"--write {path}: {error.strerror}") from None
+    say(f"wrote {path}: {len(found.unreadable)} images")
+
+
+def require_sound(found: Scan) -> None:
+    """Raises DataError if anything was unreadable, with what to do about it."""
+    bad = [f"{len(found.unreadable)} unreadable images"] if found.unreadable else []
+    bad += [f"{len(found.problems)} problems of the layout"] if found.problems else []
+    if bad:
+        advice = "--write FILE lists the images for --data.quarantine" if found.unreadable else ""
+        raise DataError(f"{found.root}: {' and '.join(bad)}{advice and '; '}{advice}")

@@ -1,0 +1,93 @@
+"""Resizing against Pillow and torchvision on real images, exact at every batch size."""
+
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode, functional
+
+from deit.datasets.resizing import resize, resize_boxes
+from tests.test_operations import PILLOW, pixels_of, real_images
+
+BOXES = torch.tensor(
+    [[(7 * n) % 20, (5 * n) % 30, 8 + (11 * n) % 21, 5 + (13 * n) % 26] for n in range(12)]
+)
+
+
+@pytest.mark.parametrize("size", [13, 32, 64])
+@pytest.mark.parametrize("interpolation", PILLOW)
+def test_boxes_are_pillows_crop_and_resize(interpolation, size):
+    images, how = real_images(), PILLOW[interpolation]
+    found = resize_boxes(pixels_of(images), BOXES, size, interpolation)
+    expected = []
+    for image, (top, left, height, width) in zip(images, BOXES.tolist()):
+        cut = image.crop((left, top, left + width, top + height))
+        # One direction after the other: Pillow's own order depends on the sizes.
+        expected.append(cut.resize((size, height), how).resize((size, size), how))
+    difference = (found.int() - pixels_of(expected).int()).abs()
+    # Both round to grey levels twice, halves not always the same way.
+    assert difference.max() <= 2
+    assert (difference > 0).double().mean() < 0.05
+
+
+@pytest.mark.parametrize("interpolation", PILLOW)
+def test_boxes_are_torchvisions_resized_crop(interpolation):
+    images = pixels_of(real_images())
+    found = resize_boxes(images, BOXES, 32, interpolation).float()
+    how = InterpolationMode(interpolation)
+    for image, box, one in zip(images, BOXES.tolist(), found):
+        expected = functional.resized_crop(image.float(), *box, [32, 32], how, antialias=True)
+        difference = (one - expected.clamp(0, 255)).abs()
+        # torchvision keeps what overshoots between its two directions, Pillow and we cut it.
+        assert difference.max() < (8 if interpolation == "bicubic" else 1.51)
+        assert difference.mean() < 0.4
+
+
+@pytest.mark.parametrize("interpolation", PILLOW)
+@pytest.mark.parametrize(("height", "width"), [(24, 30), (96, 120), (31, 77)])
+def test_whole_images_are_pillows_resize(interpolation, height, width):
+    images, how = real_images(), PILLOW[interpolation]
+    found = resize(pixels_of(images), height, width, interpolation)
+    expected = [i.resize((width, i.height), how).resize((width, height), how) for i in images]
+    difference = (found.int() - pixels_of(expected).int()).abs()
+    assert difference.max() <= 2
+    assert (difference > 0).double().mean() < 0.1
+
+
+@pytest.mark.parametrize("interpolation", PILLOW)
+def test_resizing_is_exact_whatever_the_batch_and_the_threads(interpolation):
+    images = pixels_of(real_images())
+    together = resize_boxes(images, BOXES, 40, interpolation)
+    alone = [
+        resize_boxes(image[None], box[None], 40, interpolation) for image, box in zip(images, BOXES)
+    ]
+    assert torch.equal(torch.cat(alone), together)
+    torch.set_num_threads(1)
+    assert torch.equal(resize_boxes(images, BOXES, 40, interpolation), together)
+    wide = resize(images, 50, 44, interpolation)
+    assert torch.equal(wide, torch.cat([resize(i[None], 50, 44, interpolation) for i in images]))
+
+
+def test_the_extremes_stay_and_the_same_size_is_the_same_image():
+    for level in (0, 255):
+        flat = torch.full((1, 3, 17, 9), level, dtype=torch.uint8)
+        assert torch.equal(resize(flat, 5, 40, "bicubic"), torch.full((1, 3, 5, 40), level))
+    image = torch.randint(256, (2, 3, 9, 9), dtype=torch.uint8)
+    assert resize(image, 9, 9, "bicubic") is image
+    whole = torch.tensor([[0, 0, 9, 9]] * 2)
+    assert torch.equal(resize_boxes(image, whole, 9, "bicubic"), image)
+
+
+def test_sums_of_weights_times_levels_are_exact_in_single_precision():
+    from deit.datasets.resizing import _filter
+
+    for source, target in ((64, 7), (9, 50), (256, 224), (500, 32)):
+        start, length = torch.tensor([0]), torch.tensor([source])
+        for interpolation in PILLOW:
+            weights = _filter(start, length, source, target, interpolation)
+            assert torch.equal(weights, weights.round())
+            assert weights.abs().sum(dim=-1).max() * 255 < 2**24
+
+
+def test_one_pixel_boxes_are_that_pixel():
+    image = torch.randint(256, (1, 3, 6, 6), dtype=torch.uint8)
+    found = resize_boxes(image, torch.tensor([[2, 3, 1, 1]]), 4, "bicubic")
+    assert torch.equal(found, image[:, :, 2:3, 3:4].expand(1, 3, 4, 4))
