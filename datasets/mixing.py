@@ -69,12 +69,9 @@ def mix_images(images: Tensor, mix: Mix) -> Tensor:
     The input is left as it is.
     """
     pairs = rearrange(images, "(pair own) c h w -> pair own c h w", own=2)
-    others = pairs.flip(1)
-    weight = rearrange(mix.own_weight.to(images.dtype), "pair -> pair 1 1 1 1")
-    blended = weight * pairs + (1 - weight) * others
-    inside = _inside(mix.boxes, *images.shape[-2:])[:, None, None] & (weight < 1)
-    pasted = torch.where(inside, others, pairs)
-    mixed = torch.where(mix.cut[:, None, None, None, None], pasted, blended)
+    own = rearrange(_own_share(mix, *images.shape[-2:]).to(images.dtype), "p h w -> p 1 1 h w")
+    # Exact where an image keeps all or nothing: x * 1 + y * 0.
+    mixed = (pairs * own).add_(pairs.flip(1).mul_(1 - own))
     return rearrange(mixed, "pair own c h w -> (pair own) c h w")
 
 
@@ -85,12 +82,16 @@ def mix_targets(targets: Tensor, mix: Mix) -> Tensor:
     return own * targets + (1 - own) * targets[partner]
 
 
-def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Mask [pairs, height, width] of the pixels whose middle lies within each box."""
-    top, left, bottom, right = rearrange(boxes, "pair edge -> edge pair 1 1")
-    rows = _middles(height, boxes)[:, None]
-    columns = _middles(width, boxes)
-    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+def _own_share(mix: Mix, height: int, width: int) -> Tensor:
+    """What each pixel keeps of its own image [pairs, height, width]: the weight in mixup, all or
+    nothing in cutmix, nothing where its middle lies within the box."""
+    top, left, bottom, right = rearrange(mix.boxes, "pair edge -> edge pair 1")
+    rows, columns = _middles(height, mix.boxes), _middles(width, mix.boxes)
+    rows = ((rows >= top) & (rows < bottom)).double()
+    columns = ((columns >= left) & (columns < right)).double()
+    pasted = (mix.cut & (mix.own_weight < 1))[:, None, None] * rows[:, :, None] * columns[:, None]
+    blended = torch.where(mix.cut, 1.0, mix.own_weight)[:, None, None]
+    return blended - pasted
 
 
 def _middles(extent: int, like: Tensor) -> Tensor:

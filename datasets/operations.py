@@ -27,97 +27,52 @@ class Canvas(NamedTuple):
     interpolation: Interpolation
 
 
-# Tables: the new grey level depends on the old one alone, [batch, 3, 256] for each image.
-
-
-def _levels(images: Tensor) -> Tensor:
-    return torch.arange(256, device=images.device)
-
-
-def _same_for_channels(table: Tensor) -> Tensor:
-    return repeat(table, "b level -> b 3 level")
+# A picture at a time: each is (images uint8 [n, 3, h, w], arguments float32 [n]) -> images.
+# Comparisons and selections are several times slower than arithmetic on a CPU, and so is turning
+# single precision into bytes at once: hence masks by shifting signs, and 16-bit numbers on the way.
 
 
 def invert(images: Tensor, arguments: Tensor) -> Tensor:
     """255 - level."""
-    return _same_for_channels((255 - _levels(images)).expand(len(images), -1))
+    return ~images
 
 
 def solarize(images: Tensor, arguments: Tensor) -> Tensor:
     """Levels from the argument (a threshold in 0 ... 256) upwards are inverted."""
-    levels = _levels(images)
-    return _same_for_channels(torch.where(levels < arguments[:, None], levels, 255 - levels))
+    levels = images.to(torch.int16)
+    below = (levels - _each(arguments.to(torch.int16))) >> 15  # all ones where it is, else zero
+    return (levels ^ (~below & 255)).to(torch.uint8)
 
 
 def solarize_add(images: Tensor, arguments: Tensor) -> Tensor:
     """The argument (in 0 ... 255) is added to levels below 128, at most 255."""
-    levels = _levels(images)
-    added = (levels + arguments[:, None].long()).clamp_max(255)
-    return _same_for_channels(torch.where(levels < 128, added, levels))
+    levels = images.to(torch.int16)
+    below = (levels - 128) >> 15
+    added = levels + (below & _each(arguments.to(torch.int16)))
+    return added.clamp_max_(255).to(torch.uint8)
 
 
 def posterize(images: Tensor, arguments: Tensor) -> Tensor:
     """The argument is the number of bits kept, 1 ... 8; fewer than 1 would leave black."""
     bits = arguments.clamp(1, 8).long()
-    return _same_for_channels(_levels(images) & (256 - (1 << (8 - bits)))[:, None])
+    return images & _each((256 - (1 << (8 - bits))).to(torch.uint8))
 
 
 def brightness(images: Tensor, arguments: Tensor) -> Tensor:
     """Black blended with the image; the argument is the image's share (1: unchanged)."""
-    levels = _levels(images).float()
-    return _same_for_channels(_blend(torch.zeros_like(levels), levels, arguments[:, None]))
+    return _bytes(images.float().mul_(_each(arguments)))
 
 
 def contrast(images: Tensor, arguments: Tensor) -> Tensor:
     """The mean grey of the image blended with it; the argument is the image's share."""
-    grey = _grey(images)
-    number = grey[0].numel()
-    mean = torch.floor(grey.flatten(1).sum(dim=1).double() / number + 0.5).float()
-    levels = _levels(images).float()
-    return _same_for_channels(_blend(mean[:, None], levels, arguments[:, None]))
-
-
-def auto_contrast(images: Tensor, arguments: Tensor) -> Tensor:
-    """Each channel stretched so that its darkest pixel is 0 and its brightest 255."""
-    lowest, highest = (found.double()[..., None] for found in images.flatten(2).aminmax(dim=2))
-    # Not `255 / tensor`: torch turns that into a product with a rounded reciprocal.
-    scale = torch.full_like(lowest, 255).div_(highest - lowest)
-    levels = _levels(images)
-    stretched = (levels * scale + -lowest * scale).clamp(0, 255).long()
-    return torch.where(highest > lowest, stretched, levels)
-
-
-def equalize(images: Tensor, arguments: Tensor) -> Tensor:
-    """Each channel's histogram flattened, with Pillow's whole-number steps."""
-    counts = _histogram(images)
-    last = counts.gather(2, _last_level(counts))
-    step = (counts.sum(dim=2, keepdim=True) - last) // 255
-    before = counts.cumsum(dim=2) - counts
-    flat = ((step // 2 + before) // step.clamp_min(1)).clamp_max(255)
-    return torch.where(step > 0, flat, _levels(images))
-
-
-def _histogram(images: Tensor) -> Tensor:
-    """Pixels of each level, int64 [batch, 3, 256]."""
-    number, channels = images.shape[:2]
-    levels = images.flatten(2).long()
-    counts = torch.zeros(number, channels, 256, dtype=torch.int64, device=images.device)
-    return counts.scatter_add_(2, levels, torch.ones_like(levels))
-
-
-def _last_level(counts: Tensor) -> Tensor:
-    """The highest level that occurs, int64 [batch, 3, 1]."""
-    levels = torch.arange(256, device=counts.device)
-    return torch.where(counts > 0, levels, 0).amax(dim=2, keepdim=True)
-
-
-# Images: the result is the image.
+    grey = _grey(images).flatten(1)
+    mean = torch.floor(grey.sum(dim=1).double() / grey.shape[1] + 0.5).float()
+    return _blend(_each(mean), images.float(), arguments)
 
 
 def color(images: Tensor, arguments: Tensor) -> Tensor:
     """Grey blended with the image; the argument is the image's share (0: grey, 1: unchanged)."""
-    grey = _grey(images)[:, None].float()
-    return _blend(grey, images.float(), arguments[:, None, None, None]).to(torch.uint8)
+    return _blend(_grey(images)[:, None].float(), images.float(), arguments)
 
 
 def grayscale(images: Tensor, arguments: Tensor) -> Tensor:
@@ -132,16 +87,56 @@ def sharpness(images: Tensor, arguments: Tensor) -> Tensor:
         return images
     rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
     around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
-    inner = wide[..., 1:-1, 1:-1]
     smooth = wide.clone()
     # The 3x3 kernel of ones with 5 in the middle, over 13; whole numbers, never half way between.
-    smooth[..., 1:-1, 1:-1] = torch.floor((around + 4 * inner) / 13 + 0.5)
-    return _blend(smooth, wide, arguments[:, None, None, None]).to(torch.uint8)
+    inner = around.add_(wide[..., 1:-1, 1:-1] * 4).div_(_thirteen(images)).add_(0.5).floor_()
+    smooth[..., 1:-1, 1:-1] = inner
+    return _blend(smooth, wide, arguments)
+
+
+def _thirteen(images: Tensor) -> Tensor:
+    # As a tensor: CUDA divides by a number by multiplying with its rounded reciprocal.
+    return torch.full((1,), 13.0, device=images.device)
 
 
 def gaussian_blur(images: Tensor, arguments: Tensor) -> Tensor:
     """A true Gaussian; the argument is sigma [px], at most 2."""
     return blur(images, arguments)
+
+
+def auto_contrast(images: Tensor, arguments: Tensor) -> Tensor:
+    """Each channel stretched so that its darkest pixel is 0 and its brightest 255."""
+    lowest, highest = (found.double()[..., None] for found in images.flatten(2).aminmax(dim=2))
+    # Not `255 / tensor`: torch turns that into a product with a rounded reciprocal.
+    scale = torch.full_like(lowest, 255).div_(highest - lowest)
+    levels = torch.arange(256, device=images.device)
+    stretched = (levels * scale + -lowest * scale).clamp(0, 255).to(torch.uint8)
+    return _looked_up(images, torch.where(highest > lowest, stretched, levels.to(torch.uint8)))
+
+
+def equalize(images: Tensor, arguments: Tensor) -> Tensor:
+    """Each channel's histogram flattened, with Pillow's whole-number steps."""
+    levels = torch.arange(256, device=images.device)
+    counts = _histogram(images)
+    last = counts.gather(2, torch.where(counts > 0, levels, 0).amax(dim=2, keepdim=True))
+    step = (counts.sum(dim=2, keepdim=True) - last) // 255
+    before = counts.cumsum(dim=2) - counts
+    flat = ((step // 2 + before) // step.clamp_min(1)).clamp_max(255)
+    return _looked_up(images, torch.where(step > 0, flat, levels).to(torch.uint8))
+
+
+def _histogram(images: Tensor) -> Tensor:
+    """Pixels of each level, int64 [batch, 3, 256]."""
+    number, channels = images.shape[:2]
+    levels = images.flatten(2).long()
+    counts = torch.zeros(number, channels, 256, dtype=torch.int64, device=images.device)
+    return counts.scatter_add_(2, levels, torch.ones_like(levels))
+
+
+def _looked_up(images: Tensor, tables: Tensor) -> Tensor:
+    """The level that a table [batch, 3, 256] has for each pixel."""
+    found = tables.gather(2, images.flatten(2).long())
+    return rearrange(found, "b c (h w) -> b c h w", h=images.shape[-2])
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -151,8 +146,18 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _blend(degenerate: Tensor, images: Tensor, share: Tensor) -> Tensor:
-    """degenerate + share * (images - degenerate), cut to grey levels; float32 whole numbers."""
-    return (degenerate + share * (images - degenerate)).clamp_(0, 255).floor_()
+    """degenerate + share * (images - degenerate), cut to grey levels."""
+    return _bytes((images - degenerate).mul_(_each(share)).add_(degenerate))
+
+
+def _each(values: Tensor) -> Tensor:
+    """A value for each image, [batch, 1, 1, 1]."""
+    return values[:, None, None, None]
+
+
+def _bytes(levels: Tensor) -> Tensor:
+    """Single precision cut to grey levels, uint8."""
+    return levels.clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
 # Moves: pixels come from elsewhere.
@@ -193,12 +198,11 @@ def _move_rows(images: Tensor, offsets: Tensor, canvas: Canvas) -> Tensor:
     place = torch.arange(first, first + width + len(taps) - 1, device=images.device)
     place = (place + whole.long()[..., None]).clamp_(0, width - 1)
     lines = images.gather(3, place[:, None].expand(-1, images.shape[1], -1, -1)).float()
-    moved = sum(
-        weight[:, None, :, None] * lines[..., shift : shift + width]
-        for shift, weight in enumerate(taps)
-    )
+    moved = taps[0][:, None, :, None] * lines[..., :width]
+    for shift, weight in enumerate(taps[1:], start=1):
+        moved += weight[:, None, :, None] * lines[..., shift : shift + width]
     middle = torch.arange(width, device=images.device) + 0.5 + offsets[..., None]
-    return _painted(moved, ((middle >= 0) & (middle < width))[:, None], canvas)
+    return _painted(moved, (middle >= 0) & (middle < width), canvas)
 
 
 def rotate(images: Tensor, arguments: Tensor, canvas: Canvas) -> Tensor:
@@ -217,16 +221,16 @@ def rotate(images: Tensor, arguments: Tensor, canvas: Canvas) -> Tensor:
     column_taps = _taps(across - left, canvas.interpolation)
     row_taps = _taps(down - top, canvas.interpolation)
     first = -1 if canvas.interpolation == "bicubic" else 0
-    flat = images.flatten(2)
+    flat = images.flatten(2).float()
     turned = torch.zeros(images.shape, dtype=torch.float32, device=images.device)
     for row, row_weight in enumerate(row_taps, start=first):
         from_row = (top.long() + row).clamp_(0, height - 1) * width
         for column, column_weight in enumerate(column_taps, start=first):
             place = from_row + (left.long() + column).clamp_(0, width - 1)
-            place = repeat(place, "b h w -> b c (h w)", c=images.shape[1])
-            pixels = flat.gather(2, place).view(images.shape).float()
-            turned += (row_weight * column_weight)[:, None] * pixels
-    return _painted(turned, inside[:, None], canvas)
+            place = place.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+            pixels = flat.gather(2, place).view(images.shape)
+            turned += pixels.mul_((row_weight * column_weight)[:, None])
+    return _painted(turned, inside, canvas)
 
 
 def _taps(fraction: Tensor, interpolation: Interpolation) -> list[Tensor]:
@@ -242,17 +246,20 @@ def _taps(fraction: Tensor, interpolation: Interpolation) -> list[Tensor]:
 
 
 def _painted(moved: Tensor, inside: Tensor, canvas: Canvas) -> Tensor:
-    """Grey levels of what was found inside; a hair is added where arithmetic fell short of one."""
+    """Grey levels of what was found inside [batch, height, width], the fill elsewhere."""
+    inside = inside[:, None].float()
     fill = canvas.fill.to(moved.device).float()[:, None, None]
-    return torch.where(inside, (moved + _HAIR).clamp_(0, 255).floor_(), fill).to(torch.uint8)
+    # A hair is added where single precision fell short of a whole level.
+    moved = moved.add_(_HAIR).mul_(inside).add_((1 - inside) * fill)
+    return _bytes(moved)
 
 
 _HAIR = 2.0**-13
 
-Table = Callable[[Tensor, Tensor], Tensor]
+Operation = Callable[[Tensor, Tensor], Tensor]
 Move = Callable[[Tensor, Tensor, Canvas], Tensor]
 
-TABLES: dict[str, Table] = {
+LEVELS: dict[str, Operation] = {
     "invert": invert,
     "solarize": solarize,
     "solarize_add": solarize_add,
@@ -261,16 +268,12 @@ TABLES: dict[str, Table] = {
     "contrast": contrast,
     "auto_contrast": auto_contrast,
     "equalize": equalize,
-}
-"""(images uint8 [n, 3, h, w], arguments float32 [n]) -> new levels [n, 3, 256]."""
-
-PICTURES: dict[str, Table] = {
     "color": color,
     "grayscale": grayscale,
     "sharpness": sharpness,
     "gaussian_blur": gaussian_blur,
 }
-"""(images, arguments) -> images."""
+"""What changes the levels of pixels: (images, arguments) -> images."""
 
 MOVES: dict[str, Move] = {
     "shear_x": shear_x,
@@ -279,9 +282,9 @@ MOVES: dict[str, Move] = {
     "translate_y": translate_y,
     "rotate": rotate,
 }
-"""(images, arguments, canvas) -> images."""
+"""What moves pixels: (images, arguments, canvas) -> images."""
 
-CODES = {name: code for code, name in enumerate(("identity", *TABLES, *PICTURES, *MOVES))}
+CODES = {name: code for code, name in enumerate(("identity", *LEVELS, *MOVES))}
 """The number of every operation by its name; 0 leaves an image as it is."""
 
 
@@ -294,28 +297,19 @@ def apply_operations(images: Tensor, codes: Tensor, arguments: Tensor, canvas: C
     """
     if not codes.any():
         return images
-    result = images.clone()
-    table_rows, tables = [], []
-    for name, code in CODES.items():
-        rows = (codes == code).nonzero().squeeze(1)
-        if code == 0 or len(rows) == 0:
+    order = codes.argsort(stable=True)
+    counts = torch.bincount(codes, minlength=len(CODES)).tolist()
+    rows = order.to(images.device, non_blocking=True).split(counts)
+    parts = []
+    for name, some in zip(CODES, rows):
+        if len(some) == 0:
             continue
-        rows = rows.to(images.device, non_blocking=True)
-        some, few = images[rows], arguments[rows]
-        if name in TABLES:
-            table_rows.append(rows)
-            tables.append(TABLES[name](some, few).to(torch.uint8))
-        elif name in PICTURES:
-            result[rows] = PICTURES[name](some, few)
-        else:
-            result[rows] = MOVES[name](some, few, canvas)
-    if tables:
-        rows = torch.cat(table_rows)
-        result[rows] = _looked_up(images[rows], torch.cat(tables))
-    return result
-
-
-def _looked_up(images: Tensor, tables: Tensor) -> Tensor:
-    """The level that a table [batch, 3, 256] has for each pixel."""
-    found = tables.gather(2, images.flatten(2).long())
-    return rearrange(found, "b c (h w) -> b c h w", h=images.shape[-2])
+        few, strengths = images.index_select(0, some), arguments.index_select(0, some)
+        if name in LEVELS:
+            few = LEVELS[name](few, strengths)
+        elif name in MOVES:
+            few = MOVES[name](few, strengths, canvas)
+        parts.append(few)
+    # Back into their places: faster than writing into them.
+    places = order.argsort().to(images.device, non_blocking=True)
+    return torch.cat(parts).index_select(0, places)

@@ -1,5 +1,6 @@
 """Lists what timm's readers find, for reading in any order: folders, tars, Hugging Face, torch."""
 
+import importlib.util
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -46,11 +47,6 @@ def list_reader(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
         store, found = _READERS[kind](name, config)
     except (ConfigError, DataError, EnvironmentFault):
         raise
-    except ImportError as error:
-        missing = error.name or kind
-        raise EnvironmentFault(
-            f"data.reader {config.reader}: {missing} is missing; pip install {missing}"
-        ) from None
     except Exception as error:  # every reader raises its own
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(
@@ -78,6 +74,7 @@ def _folders(name: str, config: DataConfig) -> tuple[FolderStore, dict[str, Foun
             for path, (_, label) in zip(reader.filenames(), reader.samples)
             if not any(map(is_hidden, path.split("/")))
         ]
+        rows.sort(key=lambda row: row[0].split("/"))  # the order of `folder`, not of timm's version
         if any("/" not in path for path, _ in rows):
             raise DataError(f"{folder}: has images outside class folders")
         found[split] = Found(folder, [label for _, label in rows], [path for path, _ in rows])
@@ -98,6 +95,7 @@ def _tars(name: str, config: DataConfig) -> tuple[ShardStore, dict[str, Found]]:
             for (member, _, outer), label in zip(reader.samples, reader.targets)
             if not any(map(is_hidden, member.name.split("/")))
         ]
+        rows.sort(key=lambda row: row[0].name.split("/"))
         labels = [label for *_, label in rows]
         found[split] = Found(path, labels, [member.name for member, *_ in rows])
         members += found[split].names
@@ -128,6 +126,12 @@ def _hugging_face(name: str, config: DataConfig) -> tuple[ReaderStore, dict[str,
         raise DataError(
             f"data.reader {config.reader}: comes from the Hub (or its cache in data.root); allow "
             "that with --data.download"
+        )
+    # In a checkout, our own folder of that name is importable too: it has no file of its own.
+    library = importlib.util.find_spec("datasets")
+    if library is None or library.origin is None:
+        raise EnvironmentFault(
+            f"data.reader {config.reader}: Hugging Face's library is missing; pip install datasets"
         )
     train = _create(f"hfds/{name}", Path(config.root))
     offered = train.dataset.info.splits or {}

@@ -1,9 +1,11 @@
 """Resizing in whole numbers: the same grey levels on every device and at every batch size.
 
-A float32 holds integers up to 2**24 exactly. Filter weights are rounded to multiples of 2**-15 and
-multiplied by grey levels, so that every partial sum of a matrix product is a whole number below
-2**24: the order of summation, which differs between devices and batch sizes, cannot matter.
+A float32 holds 24 binary digits. Filter weights are rounded to multiples of 2**-15 and multiplied
+by grey levels, so that every partial sum of a matrix product is a multiple of 2**-15 below 2**9 and
+held exactly: the order of summation, which differs between devices and batch sizes, cannot matter.
 """
+
+from functools import lru_cache
 
 import torch
 from einops import rearrange
@@ -11,21 +13,29 @@ from torch import Tensor
 
 from deit.config import Interpolation
 
-_ONE = 2.0**15  # 255 * 2**15 * 1.3 (the absolute weights of a bicubic filter) is below 2**24
+_ONE = 2.0**15  # 255 * 1.3 (the absolute weights of a bicubic filter) is below 2**9
 MAX_SIGMA = 2.0  # of a blur [px]; its filter is cut off at four sigmas
 _REACH = int(4 * MAX_SIGMA)
+_BANK_BYTES = 64 * 2**20
 
 
-def resize_boxes(images: Tensor, boxes: Tensor, size: int, interpolation: Interpolation) -> Tensor:
+def resize_boxes(
+    images: Tensor,
+    boxes: Tensor,
+    size: int,
+    interpolation: Interpolation,
+    flipped: Tensor | None = None,
+) -> Tensor:
     """Cut a box out of each image and resize it with antialiasing, as Pillow does on the cut box.
 
     images: uint8 [batch, 3, height, width]. boxes: int64 [batch, 4], top, left, height, width.
+    flipped: bool [batch], which results are mirrored left to right; that costs nothing here.
     Returns uint8 [batch, 3, size, size].
     """
     height, width = images.shape[-2:]
     top, left, box_height, box_width = boxes.unbind(dim=1)
-    columns = _filter(left, box_width, width, size, interpolation)
-    rows = _filter(top, box_height, height, size, interpolation)
+    rows = _filters(top, box_height, height, size, interpolation)
+    columns = _filters(left, box_width, width, size, interpolation, flipped)
     return _resample(images, rows, columns)
 
 
@@ -37,7 +47,8 @@ def resize(images: Tensor, height: int, width: int, interpolation: Interpolation
     start = torch.zeros(1, dtype=torch.int64, device=images.device)
     rows = _filter(start, start + old_height, old_height, height, interpolation)
     columns = _filter(start, start + old_width, old_width, width, interpolation)
-    return _resample(images, rows, columns)
+    number = len(images)
+    return _resample(images, rows.expand(number, -1, -1), columns.expand(number, -1, -1))
 
 
 def blur(images: Tensor, sigmas: Tensor) -> Tensor:
@@ -54,19 +65,49 @@ def blur(images: Tensor, sigmas: Tensor) -> Tensor:
 def _resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """First along the rows of pixels, then along the columns, rounding to grey levels twice.
 
-    rows, columns: whole numbers, float32 [batch or 1, target, source].
+    rows, columns: multiples of 2**-15, float32 [batch, target, source].
     """
     channels = images.shape[1]
-    lines = rearrange(images.float(), "b c h w -> b (c h) w")
-    across = _grey_levels(torch.matmul(lines, columns.mT))
-    stacked = rearrange(across, "b (c h) w -> b h (c w)", c=channels)
-    down = _grey_levels(torch.matmul(rows, stacked))
-    return rearrange(down, "b h (c w) -> b c h w", c=channels).contiguous().to(torch.uint8)
+    half = torch.full((1, 1, 1), 0.5, device=images.device)  # rounds, with the floor that follows
+    lines = rearrange(images, "b c h w -> b h c w").float().flatten(1, 2)
+    across = torch.baddbmm(half, lines, columns.mT).clamp_(0, 255).floor_()
+    stacked = rearrange(across, "b (h c) w -> b h (c w)", c=channels)
+    down = torch.baddbmm(half, rows, stacked).clamp_(0, 255)
+    return rearrange(down.to(torch.uint8), "b h (c w) -> b c h w", c=channels).contiguous()
 
 
-def _grey_levels(sums: Tensor) -> Tensor:
-    """Weighted sums rounded to grey levels, half upwards."""
-    return sums.add_(_ONE / 2).div_(_ONE).floor_().clamp_(0, 255)
+def _filters(
+    start: Tensor,
+    length: Tensor,
+    source: int,
+    target: int,
+    interpolation: Interpolation,
+    flipped: Tensor | None = None,
+) -> Tensor:
+    """Weights of a batch of boxes, from a bank of all possible ones where that is small."""
+    if source * (source + 1) // 2 * source * target * 4 * 2 > _BANK_BYTES:
+        weights = _filter(start, length, source, target, interpolation)
+        if flipped is None:
+            return weights
+        return torch.where(flipped[:, None, None], weights.flip(1), weights)
+    bank = _bank(source, target, interpolation, start.device)
+    # Boxes ordered by length: source boxes of length 1, source - 1 of length 2, ...
+    before = (length - 1) * (2 * source - length + 2) // 2
+    entry = before + start
+    if flipped is not None:
+        entry = entry + flipped * (len(bank) // 2)
+    return bank.index_select(0, entry)
+
+
+@lru_cache(maxsize=4)
+def _bank(source: int, target: int, interpolation: Interpolation, device: torch.device) -> Tensor:
+    """The filters of every box within `source` pixels, ordered by length and start, then all of
+    them mirrored: float32 [source * (source + 1), target, source]."""
+    lengths = torch.arange(1, source + 1, device=device)
+    length = lengths.repeat_interleave(source + 1 - lengths)
+    start = torch.cat([torch.arange(source + 1 - n, device=device) for n in range(1, source + 1)])
+    weights = _filter(start, length, source, target, interpolation)
+    return torch.cat([weights, weights.flip(1)])
 
 
 def _filter(
@@ -83,7 +124,7 @@ def _filter(
     centre = begin + (steps[None, :, None] + 0.5) * step
     distance = (position - centre).abs() / step.clamp_min(1)
     weights = _kernel(distance, interpolation) * ((position > begin) & (position < end))
-    return _whole(weights / weights.sum(dim=-1, keepdim=True))
+    return _rounded(weights / weights.sum(dim=-1, keepdim=True))
 
 
 def _kernel(distance: Tensor, interpolation: Interpolation) -> Tensor:
@@ -105,9 +146,9 @@ def _gaussian(sigmas: Tensor, extent: int) -> Tensor:
     inside = weights[..., _REACH:-_REACH].clone()
     inside[..., 0] += weights[..., :_REACH].sum(dim=-1)
     inside[..., -1] += weights[..., -_REACH:].sum(dim=-1)
-    return _whole(inside / inside.sum(dim=-1, keepdim=True))
+    return _rounded(inside / inside.sum(dim=-1, keepdim=True))
 
 
-def _whole(weights: Tensor) -> Tensor:
-    """The nearest multiples of 2**-15, as whole numbers in float32."""
-    return torch.round(weights * _ONE).float()
+def _rounded(weights: Tensor) -> Tensor:
+    """The nearest multiples of 2**-15, float32."""
+    return (torch.round(weights * _ONE) / _ONE).float()

@@ -80,13 +80,17 @@ def apply_views(
 
     pixels: uint8 [batch, 3, height, width]. Returns uint8 [batch, 3, size, size].
     """
+    how = views.interpolation
     if drawn.boxes is not None:
-        pixels = resize_boxes(pixels, drawn.boxes, size, views.interpolation)
+        images = resize_boxes(pixels, drawn.boxes, size, how, drawn.flipped)
     elif drawn.offsets is not None:
-        pixels = apply_padded_crop(pixels, drawn.offsets, views.crop_padding)
-    images = resize(pixels, size, size, views.interpolation)
-    if drawn.flipped is not None:
-        images = apply_flip(images, drawn.flipped)
+        offsets, flipped = drawn.offsets, drawn.flipped
+        images = resize(
+            apply_padded_crop(pixels, offsets, views.crop_padding, flipped), size, size, how
+        )
+    else:
+        images = resize(pixels, size, size, how)
+        images = images if drawn.flipped is None else apply_flip(images, drawn.flipped)
     canvas = Canvas(fill=_fill(views, colours), interpolation=views.interpolation)
     for layer in range(drawn.codes.shape[1]):
         codes, arguments = drawn.codes[:, layer], drawn.arguments[:, layer]
@@ -125,18 +129,23 @@ def sample_padded_crop(keys: Keys, padding: int) -> Tensor:
     return (uniform(keys, "crop", 2) * (2 * padding + 1)).long()
 
 
-def apply_padded_crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
-    """Shift each image by offsets - padding pixels; what moves in is black."""
-    number, channels, height, width = images.shape
-    padded = pad(images, (padding, padding, padding, padding))
-    rows = offsets[:, 0, None] + torch.arange(height, device=images.device)
-    columns = offsets[:, 1, None] + torch.arange(width, device=images.device)
-    return padded[
-        torch.arange(number, device=images.device)[:, None, None, None],
-        torch.arange(channels, device=images.device)[:, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
+def apply_padded_crop(
+    images: Tensor, offsets: Tensor, padding: int, flipped: Tensor | None = None
+) -> Tensor:
+    """Shift each image by offsets - padding pixels; what moves in is black.
+
+    flipped: bool [batch], which results are mirrored left to right.
+    """
+    height, width = images.shape[-2:]
+    padded = pad(images, (padding, padding, padding, padding)).flatten(2)
+    column = torch.arange(width, device=images.device)
+    columns = column.expand(len(images), -1)
+    if flipped is not None:
+        columns = torch.where(flipped[:, None], width - 1 - column, column)
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)
+    place = (rows * (width + 2 * padding))[:, :, None] + (offsets[:, 1:] + columns)[:, None]
+    place = place.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    return padded.gather(2, place).view(images.shape)
 
 
 _ATTEMPTS = 10
@@ -243,22 +252,22 @@ def apply_erasing(
     if views.erasing_fill == "noise":
         filled = _noise(noise[rows], some.shape, colours)
     else:
-        mean = (torch.tensor(colours.mean) * 255).round().to(images)
-        filled = mean[:, None, None].expand_as(some)
-    result = images.clone()
+        filled = (torch.tensor(colours.mean) * 255).round().to(torch.uint8)[:, None, None]
+        filled = filled.to(images.device)
     inside = inside_boxes(boxes, *images.shape[-2:])[:, None]
-    result[rows] = torch.where(inside, filled, some)
-    return result
+    # Bits of the filling within the box, of the image elsewhere.
+    return images.index_copy(0, rows, some ^ ((some ^ filled) & inside))
 
 
 def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Mask [batch, height, width] of the pixels within boxes (top, left, height, width)."""
-    top, left, box_height, box_width = boxes[:, :, None, None].unbind(dim=1)
-    rows = torch.arange(height, device=boxes.device)[:, None]
+    """255 for the pixels within boxes (top, left, height, width), else 0; uint8 [batch, height,
+    width]."""
+    top, left, box_height, box_width = boxes[:, :, None].unbind(dim=1)
+    rows = torch.arange(height, device=boxes.device)
     columns = torch.arange(width, device=boxes.device)
-    return (
-        (rows >= top) & (rows < top + box_height) & (columns >= left) & (columns < left + box_width)
-    )
+    rows = (rows >= top) & (rows < top + box_height)
+    columns = (columns >= left) & (columns < left + box_width)
+    return (rows.to(torch.uint8) * 255)[:, :, None] & (columns.to(torch.uint8) * 255)[:, None]
 
 
 def _noise(seeds: Tensor, shape: torch.Size, colours: Colours) -> Tensor:
@@ -267,13 +276,17 @@ def _noise(seeds: Tensor, shape: torch.Size, colours: Colours) -> Tensor:
     A sum of four uniform numbers is close to normal (no tail beyond 3.4 deviations); the hash
     (Mueller's mixing function of 32 bits) is a tenth of the work of Philox.
     """
-    number, channels, height, width = shape
-    place = torch.arange(channels * height * width, device=seeds.device)
-    word = (seeds[:, None] + place * 0x9E3779B9) & 0xFFFFFFFF
+    number = shape[1:].numel()
+    place = torch.arange(number, device=seeds.device) * 0x9E3779B9
+    # 32-bit products wrap around; the sign is made an ordinary bit by masking after each shift.
+    word = seeds.to(torch.int32)[:, None] + place.to(torch.int32)
     for _ in range(2):
-        word = (((word >> 16) ^ word) * 0x45D9F3B) & 0xFFFFFFFF
-    word = (word >> 16) ^ word
-    total = (word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24)
-    z = (total - 510).float().view(shape) * (1 / math.sqrt(4 * (256**2 - 1) / 12))
+        word ^= (word >> 16) & 0xFFFF
+        word *= 0x45D9F3B
+    word ^= (word >> 16) & 0xFFFF
+    pairs = (word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF)
+    total = (pairs & 0xFFFF) + (pairs >> 16)
+    z = (total - 510).float().view(shape).mul_(1 / math.sqrt(4 * (256**2 - 1) / 12))
     mean, std = (torch.tensor(c, device=z.device)[:, None, None] * 255 for c in colours)
-    return (mean + std * z).add_(0.5).clamp_(0, 255).to(torch.uint8)
+    levels = z.mul_(std).add_(mean + 0.5).clamp_(0, 255)
+    return levels.to(torch.int16).to(torch.uint8)

@@ -60,6 +60,18 @@ def check_writable(out: Path, *, option: str) -> None:
         raise EnvironmentFault(f"{option} {out}: cannot be written ({error.strerror})") from None
 
 
+def check_new(path: Path | None, *, option: str, force: bool) -> None:
+    """Refuse a file that could not be written, or would replace one. Raises EnvironmentFault."""
+    if path is None:
+        return
+    if path.is_dir() or (path.exists() and not force):
+        kind = "is a folder" if path.is_dir() else "exists already; --force replaces it"
+        raise EnvironmentFault(f"{option} {path}: {kind}")
+    if not path.absolute().parent.is_dir():
+        raise EnvironmentFault(f"{option} {path}: no folder {path.absolute().parent}")
+    check_writable(path.absolute().parent, option=option)
+
+
 def open_folder(out: Path) -> None:
     """Create the folder; finish or undo a save that was cut off. Raises EnvironmentFault."""
     try:

@@ -121,10 +121,12 @@ def scan(arguments: list[str], program: str) -> None:
     options = parser.parse_args(arguments)
     if (options.source == "reader") != (options.reader is not None):
         raise ConfigError("--source reader and --reader NAME go together")
-    from deit.evaluation import check_json, write_evaluation
     from deit.scan import check_new, print_scan, require_sound, scan, write_quarantine
 
-    check_json(options.json)
+    if options.json is not None:
+        from deit.evaluation import check_json, write_evaluation
+
+        check_json(options.json)
     check_new(options.write, force=options.force)
     found = scan(
         DataConfig(
@@ -140,7 +142,32 @@ def scan(arguments: list[str], program: str) -> None:
         write_quarantine(options.write, found)
     if options.json is not None:
         write_evaluation(options.json, dataclasses.asdict(found))
-    require_sound(found)
+    require_sound(found, options.write)
+
+
+def views(arguments: list[str], program: str) -> None:
+    """Draw what student and teacher see of the first views of an epoch."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--out", type=Path, default=Path("views.png"))
+    parser.add_argument("--force", action="store_true")
+    parser.add_argument("--epoch", type=int, default=0)
+    parser.add_argument("--number", type=int, default=12)
+    options, rest = parser.parse_known_args(arguments)
+    run = parse_run(
+        rest,
+        program=program,
+        about="Draw what student and teacher see of the first training views of an epoch, with "
+        "labels, mixing weights and the teacher's answers. Also: --out FILE.png (views.png), "
+        "--force (replace it), --epoch N (0), --number VIEWS (12).",
+    )
+    if options.epoch < 0 or options.number < 1:
+        raise ConfigError("--epoch counts from 0, --number from 1")
+    from deit.checkpoint import check_new
+    from deit.contact_sheet import check_picture, draw_views
+
+    check_picture(options.out)
+    check_new(options.out, option="--out", force=options.force)
+    draw_views(run.config, options.out, epoch=options.epoch, number=options.number)
 
 
 def recipes(arguments: list[str], program: str) -> None:
@@ -161,6 +188,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "evaluate": evaluate,
     "compare": compare,
     "scan": scan,
+    "views": views,
     "recipes": recipes,
 }
 """Every command by name: (its arguments, the program's name for messages)."""

@@ -168,7 +168,7 @@ def tiny_imagenet_micro_teacher() -> Config:
 
 
 def tiny_imagenet_micro() -> Config:
-    """A micro DeiT by DeiT's whole recipe in 8 epochs (a laptop; made for a part of the classes)."""
+    """A micro DeiT by the whole recipe in 8 epochs (a laptop; for a part of the classes)."""
     return derive(
         tiny_imagenet(),
         student={"name": "deit_micro", "drop_path": 0.0, "initialisation": "scaled"},

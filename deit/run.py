@@ -14,21 +14,19 @@ from deit import checkpoint
 from deit.announce import announce, report, size_of
 from deit.config import Config, to_dict
 from deit.console import clock, percent, progress, say, warn
-from deit.datasets.images import Images
-from deit.datasets.loader import TrainLoader, view_sizes
-from deit.datasets.reading import worker_count
+from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
-from deit.datasets.views import Colours
 from deit.engine import Job, train_epoch
 from deit.environment import create_accelerator, describe
 from deit.errors import ConfigError, DataError, NumericsError
 from deit.metrics import agreement, chance, near_chance, topk_accuracy
-from deit.models.saved import Facts, build_student
+from deit.models.saved import build_student
 from deit.models.student import has_two_heads
-from deit.models.teachers import Teacher, load_teacher, locate
+from deit.models.teachers import Teacher, locate
 from deit.optim import WeightAverage, build_optimizer
 from deit.parts import Parts, State
 from deit.prediction import answers_of
+from deit.preparation import facts_of, loader_of, teacher_of
 from deit.records import head_logits
 from deit.saving import restore, save
 from deit.validation import validate
@@ -84,35 +82,9 @@ def _furnish(config: Config, out: Path, accelerator: Accelerator) -> Parts:
     splits = load_splits(config.data)
     if len(splits.validation.labels) < accelerator.num_processes:
         raise DataError("data.validation_fraction: fewer validation images than processes")
-    facts = Facts(
-        student=config.student,
-        class_names=splits.class_names,
-        mean=config.views.mean or splits.mean,
-        std=config.views.std or splits.std,
-        evaluation_crop=config.views.evaluation_crop,
-    )
-    teacher = None
-    if config.loss.kind != "none":
-        teacher = load_teacher(
-            config.teacher, splits.class_names, image_size=config.student.image_size
-        ).to(accelerator.device)
-    loader = TrainLoader(
-        splits.train,
-        len(splits.class_names),
-        views=config.views,
-        optim=config.optim,
-        sizes=view_sizes(
-            config.student.image_size,
-            None if teacher is None else teacher.image_size,
-            splits.train.pixels.shape[-1] if isinstance(splits.train, Images) else None,
-        ),
-        colours=Colours(facts.mean, facts.std),
-        seed=config.run.seed,
-        process=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        device=accelerator.device,
-        workers=worker_count(config.data),
-    )
+    facts = facts_of(config, splits)
+    teacher = teacher_of(config, splits, accelerator)
+    loader = loader_of(config, splits, teacher, accelerator)
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
         student = build_student(facts).to(accelerator.device)

@@ -202,13 +202,13 @@ def print_scan(found: Scan) -> None:
     for key, reason in found.unreadable.items():
         say(f"bad: {key}: {reason}")
     for duplicates, where in (
-        (found.within_split, "more than once in their split"),
-        (found.across_splits, "also in another split: what is measured there was trained on"),
-        (found.across_classes, "also under another class: one of the labels is wrong"),
+        (found.within_split, "in the same split"),
+        (found.across_splits, "in another split, so that it measures what was trained on"),
+        (found.across_classes, "under another class, so that one of the labels is wrong"),
     ):
         if duplicates.number:
             examples = "; ".join(" = ".join(keys[:_EXAMPLES]) for keys in duplicates.examples)
-            warn(f"{duplicates.number} pictures are there {where} ({examples})")
+            warn(f"copies of pictures: {duplicates.number} {where} ({examples})")
     if found.quarantined:
         say(f"{found.quarantined} images in quarantine were not looked at")
 
@@ -246,10 +246,18 @@ def write_quarantine(path: Path, found: Scan) -> None:
     say(f"wrote {path}: {len(found.unreadable)} images")
 
 
-def require_sound(found: Scan) -> None:
-    """Raises DataError if anything was unreadable, with what to do about it."""
+def require_sound(found: Scan, listed: Path | None = None) -> None:
+    """Raises DataError if anything was unreadable, with what to do about it.
+
+    listed: where the unreadable images were listed.
+    """
     bad = [f"{len(found.unreadable)} unreadable images"] if found.unreadable else []
     bad += [f"{len(found.problems)} problems of the layout"] if found.problems else []
-    if bad:
-        advice = "--write FILE lists the images for --data.quarantine" if found.unreadable else ""
-        raise DataError(f"{found.root}: {' and '.join(bad)}{advice and '; '}{advice}")
+    if not bad:
+        return
+    advice = ""
+    if found.unreadable and listed is None:
+        advice = "; replace them, or list them with --write FILE for --data.quarantine FILE"
+    elif found.unreadable:
+        advice = f"; replace them, or leave them out with --data.quarantine {listed}"
+    raise DataError(f"{found.root}: {' and '.join(bad)}{advice}")

@@ -175,7 +175,7 @@ def _check_data(config: Config) -> list[Problem]:
         advice = f"only data.source 'reader' takes it, data.source is {data.source!r}"
         found += _without_effect("data", data, ("reader",), advice)
     if data.source not in ("cifar10", "cifar100", "reader"):
-        advice = "only cifar10, cifar100 and what data.reader names can be downloaded"
+        advice = "only cifar10 and cifar100, or what data.reader names, can be downloaded"
         found += _without_effect("data", data, ("download",), advice)
     if data.source not in ("folder", "shards", "reader"):
         advice = f"only image files take it, data.source {data.source!r} is always in memory"

@@ -88,6 +88,8 @@ PLAN = {
     "deit.arguments": place(3, "tyro"),
     "deit.prediction": place(3, "torch accelerate"),
     "deit.parts": place(3, "torch accelerate pydantic"),
+    "deit.preparation": place(3, "accelerate"),
+    "deit.contact_sheet": place(4, "torch numpy PIL"),
     "deit.announce": place(4, "torch accelerate"),
     "deit.saving": place(4),
     "deit.evaluation": place(4, "torch"),

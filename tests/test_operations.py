@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from deit.datasets.operations import CODES, MOVES, PICTURES, TABLES, Canvas, apply_operations
+from deit.datasets.operations import CODES, LEVELS, MOVES, Canvas, apply_operations
 
 FILL = (124, 116, 104)
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -160,7 +160,7 @@ def test_the_images_given_are_left_as_they_are():
 
 
 def test_every_operation_has_one_number_and_one_kind():
-    names = [*TABLES, *PICTURES, *MOVES]
+    names = [*LEVELS, *MOVES]
     assert sorted(names) == sorted(set(names))
     assert sorted(CODES.values()) == list(range(len(names) + 1))
     assert CODES["identity"] == 0

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from deit.config import DataConfig, Source
+from deit.datasets.images import Encoded, Images
 from deit.datasets.sources import SOURCES
 from deit.datasets.splits import channel_statistics, choose, load_splits
 from deit.errors import DataError
@@ -211,6 +212,108 @@ def test_splits_by_another_name_and_classes_without_training_images_are_refused(
     folder(tmp_path / "c", classes=("ant",))
     with pytest.raises(DataError, match="only one class"):
         load_splits(config(tmp_path / "c"))
+
+
+def key(splits, split, index):
+    encoded = getattr(splits, split)
+    return encoded.store.key(int(encoded.rows[index]))
+
+
+def keys(splits):
+    """For each split, the files of its images."""
+    return {
+        split: {key(splits, split, index) for index in range(len(getattr(splits, split).labels))}
+        for split in ("train", "validation", "test")
+    }
+
+
+def test_storage_decides_what_a_split_holds(tmp_path, monkeypatch):
+    folder(tmp_path, number=6)
+    assert isinstance(load_splits(config(tmp_path)).train, Images)
+    assert isinstance(load_splits(config(tmp_path, storage="memory")).train, Images)
+    assert isinstance(load_splits(config(tmp_path, storage="files")).train, Encoded)
+    monkeypatch.setattr("deit.datasets.splits.AUTO_BYTES", 36 * 3 * 8 * 8 - 1)
+    assert isinstance(load_splits(config(tmp_path)).train, Encoded)
+    assert isinstance(load_splits(config(tmp_path, storage="memory")).train, Images)
+    monkeypatch.setattr("deit.datasets.splits.AUTO_BYTES", 36 * 3 * 8 * 8)
+    assert isinstance(load_splits(config(tmp_path)).train, Images)
+
+
+@pytest.mark.parametrize("storage", ["auto", "memory"])
+def test_the_free_memory_of_the_moment_never_changes_the_storage(tmp_path, storage):
+    """Processes and resumptions of one run would disagree: it is refused, with the way out."""
+    folder(tmp_path)
+    with pytest.raises(DataError, match=r"use data\.storage files, lower data\.image_size"):
+        load_splits(config(tmp_path, storage=storage, memory_fraction=1e-12))
+    assert load_splits(config(tmp_path, storage="files", memory_fraction=1e-12)).notes
+
+
+def test_mean_and_deviation_of_many_files_are_those_of_a_sample(tmp_path, monkeypatch):
+    folder(tmp_path, number=20)
+    whole = load_splits(config(tmp_path, storage="memory"))
+    monkeypatch.setattr("deit.datasets.splits._MEASURED", 30)
+    files = load_splits(config(tmp_path, storage="files"))
+    assert "mean and std: measured on 30 training images" in files.notes
+    assert files.mean == pytest.approx(whole.mean, abs=0.02)
+    assert files.mean != whole.mean
+    assert files.mean == load_splits(config(tmp_path, storage="files")).mean
+
+
+def test_a_quarantined_image_is_left_out_and_moves_no_other(tmp_path):
+    folder(tmp_path / "data", number=20, splits=("train",))
+    files = {"storage": "files", "train_fraction": 0.5}
+    before = load_splits(config(tmp_path / "data", **files))
+    bad = {key(before, split, 0) for split in ("train", "validation", "test")}
+    for name in bad:
+        (tmp_path / "data" / name).write_bytes(b"")
+    listed = tmp_path / "bad.txt"
+    listed.write_text("# why\n\n" + "\n".join(bad) + "\n")
+    after = load_splits(config(tmp_path / "data", **files, quarantine=str(listed)))
+    assert keys(after) == {split: names - bad for split, names in keys(before).items()}
+    assert f"quarantine: 3 images left out, listed in {listed}" in after.notes
+    assert after.fingerprint != before.fingerprint
+    memory = load_splits(config(tmp_path / "data", quarantine=str(listed)))
+    assert sum(len(split.labels) for split in memory[1:4]) == 60 - 3
+
+
+def test_a_quarantine_list_for_other_data_is_refused(tmp_path):
+    folder(tmp_path / "data")
+    listed = tmp_path / "bad.txt"
+    listed.write_text("train/ant/77.png\n")
+    with pytest.raises(DataError, match=r"'train/ant/77\.png' is not in the data"):
+        load_splits(config(tmp_path / "data", quarantine=str(listed)))
+    with pytest.raises(DataError, match=r"nothing\.txt: not readable"):
+        load_splits(config(tmp_path / "data", quarantine=str(tmp_path / "nothing.txt")))
+    listed.write_text("".join(f"train/ant/{index}.png\n" for index in range(4)))
+    with pytest.raises(DataError, match=r"class 'ant': data\.quarantine leaves no training image"):
+        load_splits(config(tmp_path / "data", quarantine=str(listed)))
+    # Of a class that is not kept, a name is still a name of the data.
+    load_splits(config(tmp_path / "data", quarantine=str(listed), classes=("bee", "cat")))
+
+
+def test_what_systems_leave_behind_is_no_image_and_no_class(tmp_path):
+    folder(tmp_path / "data")
+    train = tmp_path / "data" / "train"
+    for name in (".ipynb_checkpoints", "__MACOSX", "ant/.ipynb_checkpoints", "ant/__MACOSX"):
+        (train / name).mkdir()
+        (train / name / "0.png").write_bytes(b"no picture")
+    (train / "ant" / "._0.png").write_bytes(b"no picture")
+    (train / "ant" / "Thumbs.db").write_bytes(b"no picture")
+    (tmp_path / "elsewhere").mkdir()
+    (train / "bee").rename(tmp_path / "elsewhere" / "bees")
+    (train / "bee").symlink_to(tmp_path / "elsewhere" / "bees", target_is_directory=True)
+    splits = load_splits(config(tmp_path / "data"))
+    assert splits.class_names == ("ant", "bee", "cat")
+    assert [len(split.labels) for split in splits[1:4]] == [9, 3, 12]
+
+
+def test_images_below_a_class_folder_belong_to_it(tmp_path):
+    folder(tmp_path)
+    deep = tmp_path / "train" / "ant" / "more" / "of them"
+    deep.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(deep / "x.PNG")
+    splits = load_splits(config(tmp_path, storage="files"))
+    assert "train/ant/more/of them/x.PNG" in set.union(*keys(splits).values())
 
 
 def test_enlarging_beyond_the_memory_is_refused_for_every_source():

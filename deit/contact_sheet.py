@@ -1,0 +1,156 @@
+"""A picture of training views: the image, what student and teacher see of it, and the labels."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from deit.config import Config
+from deit.console import say, warn
+from deit.datasets.decoding import decode_square
+from deit.datasets.images import Encoded, Images
+from deit.datasets.splits import load_splits
+from deit.environment import create_accelerator
+from deit.errors import CheckpointError, ConfigError, DataError
+from deit.models.teachers import Teacher, locate
+from deit.preparation import loader_of, teacher_of
+from deit.records import Batch
+from deit.validation import validate
+
+_TILE = 128  # side of a picture on the sheet [px]
+_GAP = 8
+_LINE = 16
+_INK, _PAPER, _FAINT = (20, 20, 20), (255, 255, 255), (120, 120, 120)
+_SHOWN_LABELS = 2
+
+
+class _Cell(NamedTuple):
+    """One view: its pictures from left to right, and the lines below them."""
+
+    pictures: list[Image.Image]
+    lines: list[str]
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a name that is no picture's before the work. Raises ConfigError."""
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ConfigError(f"--out {path}: should end in .png, .jpg or .webp")
+
+
+def draw_views(config: Config, out: Path, *, epoch: int = 0, number: int = 12) -> None:
+    """Write a sheet of the first `number` views of an epoch, as a run would train on them.
+
+    Each shows the image as it is stored, the student's view and the teacher's, with their sizes;
+    below, the label's weights after mixing and the teacher's answer. A teacher that is not there
+    yet is left out with a warning. Raises the errors of deit.errors.
+    """
+    config = validate(config)
+    accelerator = create_accelerator(config.run)
+    splits = load_splits(config.data)
+    teacher = None
+    if config.loss.kind != "none":
+        try:
+            locate(config.teacher.source or "")
+            teacher = teacher_of(config, splits, accelerator)
+        except (DataError, CheckpointError) as error:
+            warn(f"the teacher is left out: {error}")
+    loader = loader_of(config, splits, teacher, accelerator)
+    batches = loader.epoch(epoch)
+    first = next(batches)
+    while len(first.samples) < number and (more := next(batches, None)) is not None:
+        first = Batch(*(torch.cat(parts) for parts in zip(first, more)))
+    batch = Batch(*(part[:number] for part in first))
+    answers = None if teacher is None else teacher(batch.teacher_images).softmax(dim=1).cpu()
+    cells = [
+        _cell(splits.train, batch, row, splits.class_names, answers)
+        for row in range(len(batch.samples))
+    ]
+    seen = ["image", f"student {batch.images.shape[-1]} px"]
+    if teacher is not None:
+        seen.append(f"teacher {_input_size(teacher, batch)} px")
+    title = f"epoch {epoch}, seed {config.run.seed}: {' | '.join(seen)}"
+    _sheet(cells, title).save(out)
+    say(f"wrote {out}: {len(cells)} views")
+
+
+def _input_size(teacher: Teacher, batch: Batch) -> int:
+    return teacher.image_size or batch.teacher_images.shape[-1]
+
+
+def _cell(
+    images: Images | Encoded,
+    batch: Batch,
+    row: int,
+    class_names: tuple[str, ...],
+    answers: Tensor | None,
+) -> _Cell:
+    sample = int(batch.samples[row])
+    pictures = [_picture(_stored(images, sample)), _picture(batch.images[row])]
+    if answers is not None:
+        pictures.append(_picture(batch.teacher_images[row]))
+    own = class_names[int(images.labels[sample])]
+    lines = [f"#{sample} {own}", f"label    {_labels(batch.targets[row].cpu(), class_names)}"]
+    if answers is not None:
+        lines.append(f"teacher  {_labels(answers[row], class_names)}")
+    return _Cell(pictures, lines)
+
+
+def _stored(images: Images | Encoded, index: int) -> Tensor:
+    if isinstance(images, Images):
+        return images.pixels[index]
+    return decode_square(images.read(index), images.name(index), _TILE)
+
+
+def _labels(weights: Tensor, class_names: tuple[str, ...]) -> str:
+    """The heaviest labels with their weights: `0.62 cat + 0.38 dog`."""
+    found, labels = weights.topk(min(_SHOWN_LABELS, len(weights)))
+    return " + ".join(
+        f"{weight:.2f} {class_names[label]}"
+        for weight, label in zip(found.tolist(), labels.tolist())
+        if weight >= 0.005
+    )
+
+
+def _picture(image: Tensor) -> Image.Image:
+    """uint8, or float in [0, 1], [3, height, width], as a tile; whole pixels where it is small."""
+    levels = image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(levels.cpu().permute(1, 2, 0).numpy()))
+    small = picture.width <= _TILE // 2
+    how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    return picture.resize((_TILE, _TILE), how)
+
+
+def _sheet(cells: list[_Cell], title: str) -> Image.Image:
+    """The cells in a grid about as wide as it is high, under a title."""
+    font = ImageFont.load_default(size=13)
+    across = len(cells[0].pictures) * (_TILE + 2) + _GAP
+    down = _TILE + len(cells[0].lines) * _LINE + 2 * _GAP
+    columns = max(1, min(len(cells), round((len(cells) * down / across) ** 0.5)))
+    rows = -(-len(cells) // columns)
+    header = _LINE + 2 * _GAP
+    sheet = Image.new("RGB", (columns * across + _GAP, rows * down + header), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, _GAP), title, fill=_INK, font=font)
+    for index, cell in enumerate(cells):
+        left = _GAP + index % columns * across
+        top = header + index // columns * down
+        for place, picture in enumerate(cell.pictures):
+            sheet.paste(picture, (left + place * (_TILE + 2), top))
+        for place, line in enumerate(cell.lines):
+            at = (left, top + _TILE + 2 + place * _LINE)
+            draw.text(
+                at, _fitted(line, across - _GAP, font), fill=_INK if place else _FAINT, font=font
+            )
+    return sheet
+
+
+def _fitted(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """The line, cut off where it would run into the next cell."""
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(f"{line}...") > width:
+        line = line[:-1]
+    return f"{line}..."

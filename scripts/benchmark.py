@@ -1,0 +1,301 @@
+"""Measure our speed beside a peer's, on this machine, in turns: `benchmark.py data`."""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from deit.config import OptimConfig, StudentConfig, ViewsConfig  # noqa: E402
+from deit.console import say, table  # noqa: E402
+from deit.datasets.images import Encoded, Images  # noqa: E402
+from deit.datasets.loader import Sizes, TrainLoader  # noqa: E402
+from deit.datasets.stores import FolderStore  # noqa: E402
+from deit.datasets.views import Colours  # noqa: E402
+from deit.environment import create_accelerator, describe  # noqa: E402
+from deit.models.saved import Facts, build_student  # noqa: E402
+
+COLOURS = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CROP_AND_FLIP = ViewsConfig(crop="random_resized", flip=0.5)
+RANDAUGMENT = ViewsConfig(crop="random_resized", flip=0.5, policy="randaugment")
+DEIT = ViewsConfig(crop="random_resized", flip=0.5, policy="randaugment", erasing=0.25)
+_BATCH = 128
+_NUMBER = 2048  # images in memory
+
+
+class Case(NamedTuple):
+    """One row: what is compared, and for each side a function that makes batches without end."""
+
+    name: str
+    ours: Callable[[], Iterator[int]]
+    theirs: Callable[[], Iterator[int]]
+    peer: str
+
+
+def photographs(number: int, side: int) -> np.ndarray:
+    """Real image content without a download: parts of scikit-learn's two photographs, uint8
+    [number, side, side, 3]."""
+    from sklearn.datasets import load_sample_images
+
+    pictures = [Image.fromarray(array) for array in load_sample_images().images]
+    generator = np.random.default_rng(0)
+    parts = []
+    for index in range(number):
+        picture = pictures[index % len(pictures)]
+        extent = int(generator.integers(min(side, 200), min(picture.size)))
+        left = int(generator.integers(picture.width - extent + 1))
+        top = int(generator.integers(picture.height - extent + 1))
+        part = picture.crop((left, top, left + extent, top + extent))
+        parts.append(np.array(part.resize((side, side), Image.Resampling.BICUBIC)))
+    return np.stack(parts)
+
+
+def our_loader(images: Images | Encoded, views: ViewsConfig, side: int, workers: int) -> Any:
+    """Our loader as a run would build it."""
+    return TrainLoader(
+        images,
+        10,
+        views=views,
+        optim=OptimConfig(batch_size=_BATCH),
+        sizes=Sizes(side, side, side),
+        colours=COLOURS,
+        seed=0,
+        workers=workers,
+    )
+
+
+def ours(
+    images: Images | Encoded, views: ViewsConfig, side: int, workers: int = 0
+) -> Iterator[int]:
+    """Our loader and the normalisation a network of ours does, batch after batch."""
+    loader = our_loader(images, views, side, workers)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in COLOURS)
+    for epoch in range(10**9):
+        for batch in loader.epoch(epoch):
+            yield len((batch.images - mean) / std)
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """What timm's loader reads: Pillow images from memory, or from files."""
+
+    def __init__(self, source: np.ndarray | list[Path]) -> None:
+        self.source = source
+        self.transform: Callable | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        entry = self.source[index]
+        picture = Image.open(entry).convert("RGB") if isinstance(entry, Path) else None
+        picture = picture or Image.fromarray(entry)
+        return self.transform(picture), index % 10
+
+
+def timms(
+    source: np.ndarray | list[Path], views: ViewsConfig, side: int, workers: int = 0
+) -> Iterator[int]:
+    """timm's create_loader with the same augmentation and its fast collation, batch after batch."""
+    from timm.data import auto_augment, create_loader
+
+    # Pillow 13 refuses to keep 0 bits, which timm asks for at magnitude 10: at least 1, as ours.
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **settings: (
+        auto_augment.posterize(image, max(bits, 1), **settings)
+    )
+    loader = create_loader(
+        _Pictures(source),
+        input_size=(3, side, side),
+        batch_size=_BATCH,
+        is_training=True,
+        use_prefetcher=True,
+        re_prob=views.erasing,
+        re_mode="pixel",
+        scale=views.crop_scale,
+        ratio=views.crop_ratio,
+        hflip=views.flip,
+        color_jitter=None,
+        auto_augment="rand-m9-mstd0.5-inc1" if views.policy == "randaugment" else None,
+        interpolation=views.interpolation,
+        mean=COLOURS.mean,
+        std=COLOURS.std,
+        num_workers=workers,
+        pin_memory=False,
+        device=torch.device("cpu"),
+        persistent_workers=workers > 0,
+    )
+    while True:
+        for images, _ in loader:
+            yield len(images)
+
+
+def rate(batches: Iterator[int], seconds: float) -> float:
+    """Images per second over so many seconds."""
+    started, number = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        number += next(batches)
+    return number / (time.perf_counter() - started)
+
+
+def measured(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
+    """Both sides in turns; the ratio of each turn, so that a busy moment meets both."""
+    sides = case.ours(), case.theirs()
+    for side in sides:
+        next(side)  # warm up: workers, caches
+    pairs = [(rate(sides[0], seconds), rate(sides[1], seconds)) for _ in range(rounds)]
+    ratios = [one / other for one, other in pairs]
+    mine, other = (statistics.mean(values) for values in zip(*pairs))
+    return {
+        "name": case.name,
+        "peer": case.peer,
+        "ours_images_per_s": mine,
+        "peer_images_per_s": other,
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "n": rounds,
+    }
+
+
+def memory_case(title: str, views: ViewsConfig, side: int, source: int) -> Case:
+    """Images in memory, one thread each."""
+    arrays = photographs(_NUMBER, source)
+    labels = torch.arange(_NUMBER) % 10
+    images = Images(torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous(), labels)
+    return Case(
+        f"{side} px in memory: {title}",
+        lambda: ours(images, views, side),
+        lambda: timms(arrays, views, side),
+        "timm create_loader",
+    )
+
+
+def file_case(title: str, views: ViewsConfig, side: int, folder: Path) -> Case:
+    """JPEG files of 400 px, one worker process each."""
+    paths = []
+    for index, array in enumerate(photographs(3 * _BATCH, 400)):
+        paths.append(folder / f"{index}.jpg")
+        Image.fromarray(array).save(paths[-1], quality=90)
+    store = FolderStore(folder, tuple(path.name for path in paths))
+    images = Encoded(torch.arange(len(paths)) % 10, store, torch.arange(len(paths)))
+    return Case(
+        f"{side} px from JPEG files of 400 px, 1 worker: {title}",
+        lambda: ours(images, views, side, workers=1),
+        lambda: timms(paths, views, side, workers=1),
+        "timm create_loader",
+    )
+
+
+def step_case(name: str, patch: int, side: int) -> Case:
+    """A training step fed by our loader, beside the same step on a batch that is there already."""
+    array = photographs(_NUMBER, side)
+    images = Images(
+        torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), torch.arange(_NUMBER) % 10
+    )
+    classes = tuple(str(label) for label in range(10))
+    config = StudentConfig(name=name, image_size=side, patch_size=patch)
+    student = build_student(Facts(config, classes, *COLOURS, 1.0))
+    optimizer = torch.optim.AdamW(student.parameters())
+
+    def step(pictures: Tensor, targets: Tensor) -> int:
+        outputs = student(pictures)
+        loss = torch.nn.functional.cross_entropy(outputs.class_logits, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return len(pictures)
+
+    def fed() -> Iterator[int]:
+        loader = our_loader(images, DEIT, side, 0)
+        for epoch in range(10**9):
+            for batch in loader.epoch(epoch):
+                yield step(batch.images, batch.targets)
+
+    def ready() -> Iterator[int]:
+        batch = next(our_loader(images, DEIT, side, 0).epoch(0))
+        while True:
+            yield step(batch.images, batch.targets)
+
+    return Case(f"{side} px: training step of {name}, full views", fed, ready, "no loader at all")
+
+
+def data(rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Every row of `benchmark.py data`."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        cases = [
+            lambda: memory_case("crop, flip", CROP_AND_FLIP, 32, 32),
+            lambda: memory_case("crop, flip, RandAugment", RANDAUGMENT, 32, 32),
+            lambda: memory_case("crop, flip, RandAugment, erasing", DEIT, 32, 32),
+            lambda: memory_case("crop, flip, RandAugment, erasing", DEIT, 64, 64),
+            lambda: file_case("crop, flip, RandAugment, erasing", DEIT, 224, Path(folder)),
+            lambda: step_case("deit_micro", 4, 32),
+            lambda: step_case("deit_tiny", 4, 32),
+        ]
+        for number, case in enumerate(cases, start=1):
+            row = measured(case(), rounds=rounds, seconds=seconds)
+            rows.append(row)
+            say(
+                f"{number}/{len(cases)} {row['name']}: {row['ours_images_per_s']:.0f} images/s, "
+                f"{row['peer']} {row['peer_images_per_s']:.0f}, ratio {row['ratio']:.2f}"
+            )
+    return rows
+
+
+def main() -> None:
+    """Print a table; with --json also write it, with command, machine and commit."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("data",), help="data: loaders, one thread a side")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (7)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn (3)")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("--rounds and --seconds should be positive")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: no folder {options.json.absolute().parent}")
+    torch.set_num_threads(1)
+    rows = data(options.rounds, options.seconds)
+    table(
+        "images/s of one thread, median ratio of the turns (least to greatest)",
+        ("what", "ours", "peer", "ratio", "range", "beside"),
+        [
+            (
+                row["name"],
+                f"{row['ours_images_per_s']:.0f}",
+                f"{row['peer_images_per_s']:.0f}",
+                f"{row['ratio']:.2f}",
+                f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}",
+                row["peer"],
+            )
+            for row in rows
+        ],
+    )
+    if options.json is not None:
+        from deit.config import RunConfig
+
+        facts = {
+            "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+            "rounds": options.rounds,
+            "seconds": options.seconds,
+            "batch_size": _BATCH,
+            "rows": rows,
+            "environment": describe(create_accelerator(RunConfig(device="cpu")), []),
+        }
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        say(f"wrote {options.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""`deit scan` as a user runs it: everything bad in one pass, and a list that training accepts."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deit.cli import run_command
+from deit.config import DataConfig
+from deit.datasets.splits import load_splits
+from tests.test_cli import run_in
+
+
+def picture(seed: int, size: tuple[int, int] = (12, 10)) -> Image.Image:
+    generator = np.random.default_rng(seed)
+    return Image.fromarray(generator.integers(256, size=(size[1], size[0], 3), dtype=np.uint8))
+
+
+def sound(root: Path) -> Path:
+    """Three classes, 6 training and 2 test images each, all different."""
+    seed = 0
+    for split, number in (("train", 6), ("val", 2)):
+        for name in ("ant", "bee", "cat"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(number):
+                seed += 1
+                picture(seed).save(root / split / name / f"{index}.png")
+    return root
+
+
+def spoil(root: Path) -> dict[str, str]:
+    """Damage some images; key -> what scan should say of it."""
+    train = root / "train"
+    (train / "ant" / "0.png").write_bytes(b"")
+    (train / "ant" / "1.png").write_text("<html>404</html>")
+    content = (train / "bee" / "2.png").read_bytes()
+    (train / "bee" / "2.png").write_bytes(content[: len(content) // 2])
+    frames = [picture(90), picture(91)]
+    frames[0].save(root / "val" / "cat" / "0.png", "GIF", save_all=True, append_images=frames[1:])
+    return {
+        "train/ant/0.png": "the file is empty",
+        "train/ant/1.png": "16 bytes that are no JPEG",
+        "train/bee/2.png": "not a readable image",
+        "val/cat/0.png": "GIF with 2 pictures",
+    }
+
+
+def test_a_sound_data_set_is_described(tmp_path):
+    root = sound(tmp_path / "data")
+    picture(50).convert("L").save(root / "train" / "ant" / "grey.png")
+    picture(51, (40, 30)).convert("CMYK").save(root / "train" / "ant" / "print.jpg")
+    done = run_in(tmp_path, "deit", "scan", "data", "--json", "found.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "train" in done.stdout
+    assert "12 x 10" in done.stdout
+    assert "PNG 19, JPEG 1" in done.stdout
+    assert "RGB 18, grey 1, CMYK 1" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["class_names"] == ["ant", "bee", "cat"]
+    train = found["splits"]["train"]
+    assert (train["images"], train["classes"]) == (20, 3)
+    assert (train["smallest"], train["median"], train["largest"]) == ([12, 10], [12, 10], [40, 30])
+    assert found["splits"]["test"]["images"] == 6
+    assert found["unreadable"] == {}
+
+
+def test_every_bad_image_is_listed_and_the_list_is_accepted(tmp_path, monkeypatch, capsys):
+    root = sound(tmp_path / "data")
+    bad = spoil(root)
+    done = run_in(tmp_path, "deit", "scan", "data", "--write", "bad.txt")
+    assert done.returncode == 3
+    assert "4 unreadable images; replace them, or leave them out with" in done.stderr
+    assert "--data.quarantine bad.txt" in done.stderr
+    for key, reason in bad.items():
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"bad: {key}: "))
+        assert reason in line
+    listed = (tmp_path / "bad.txt").read_text().splitlines()
+    assert [line for line in listed if not line.startswith("#")] == list(bad)
+
+    monkeypatch.chdir(tmp_path)
+    assert run_command("scan", ["data", "--write", "bad.txt"], "deit scan") == 5
+    assert "bad.txt: exists already; --force replaces it" in capsys.readouterr().err
+    assert run_command("scan", ["data", "--write", "bad.txt", "--force"], "deit scan") == 3
+    capsys.readouterr()
+    assert run_command("scan", ["data", "--quarantine", "bad.txt"], "deit scan") == 0
+    assert "4 images in quarantine were not looked at" in capsys.readouterr().out
+
+    config = DataConfig(
+        source="folder", root=str(root), image_size=8, quarantine=str(tmp_path / "bad.txt")
+    )
+    splits = load_splits(config)
+    assert sum(len(split.labels) for split in splits[1:4]) == 24 - 4
+    assert any(note.startswith("quarantine: 4 images left out") for note in splits.notes)
+
+
+def test_bad_class_folders_are_listed_together(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    root = sound(tmp_path / "data")
+    (root / "train" / "empty").mkdir()
+    (root / "val" / "zebra").mkdir()
+    picture(70).save(root / "val" / "zebra" / "0.png")
+    assert run_command("scan", ["data"], "deit scan") == 3
+    said = capsys.readouterr()
+    lines = [line for line in said.out.splitlines() if line.startswith("bad: ")]
+    assert [line.split(": ", 1)[1] for line in lines] == [
+        "data/train/empty: no images in this class folder",
+        "data/val: no folder for class 'empty', which the others have",
+        "data/val/zebra: this class has no training images",
+    ]
+    assert "3 problems of the layout" in said.err
+
+
+def test_duplicates_are_warned_of_by_where_they_lie(tmp_path):
+    root = sound(tmp_path / "data")
+    ant = root / "train" / "ant"
+    with Image.open(ant / "0.png") as image:
+        image.save(ant / "again.png", compress_level=1)  # other bytes, the same picture
+        image.save(root / "val" / "ant" / "leak.png")
+        image.save(root / "val" / "cat" / "mislabelled.png")
+    done = run_in(tmp_path, "deit", "scan", "data", "--json", "found.json")
+    assert done.returncode == 0
+    assert "copies of pictures: 2 in the same split" in done.stderr
+    assert "copies of pictures: 2 in another split" in done.stderr
+    assert "copies of pictures: 1 under another class" in done.stderr
+    assert "train/ant/0.png = train/ant/again.png = val/ant/leak.png" in done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["across_splits"]["number"] == 2
+
+
+def test_shards_and_readers_are_scanned_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    root = sound(tmp_path / "data")
+    bad = spoil(root)
+    shards = tmp_path / "shards"
+    for split in ("train", "val"):
+        (shards / split).mkdir(parents=True)
+        with tarfile.open(shards / split / "0.tar", "w") as archive:
+            for path in sorted((root / split).rglob("*.png")):
+                name = path.relative_to(root / split)
+                archive.add(path, name)
+                label = tmp_path / "label"
+                label.write_text(name.parts[0])
+                archive.add(label, name.with_suffix(".cls"))
+    from_shards = ["shards", "--source", "shards"]
+    assert run_command("scan", [*from_shards, "--write", "bad.txt"], "deit scan") == 3
+    lines = (tmp_path / "bad.txt").read_text().splitlines()
+    expected = [key.replace("train/", "train/0.tar/").replace("val/", "val/0.tar/") for key in bad]
+    assert [line for line in lines if not line.startswith("#")] == expected
+    assert run_command("scan", [*from_shards, "--quarantine", "bad.txt"], "deit scan") == 0
+    capsys.readouterr()
+    options = ["data", "--source", "reader", "--reader", "folder"]
+    assert run_command("scan", options, "deit scan") == 3
+    assert "4 unreadable images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("nowhere",), 3, "data.root nowhere: no such folder"),
+        ((), 2, "DATA"),
+        (("data", "--source", "reader"), 2, "--source reader and --reader NAME go together"),
+        (("data", "--reader", "folder"), 2, "--source reader and --reader NAME go together"),
+        (("data", "--source", "cifar10"), 2, "invalid choice"),
+        (("data", "--write", "missing/bad.txt"), 5, "--write missing/bad.txt: no folder"),
+        (("data", "--json", "missing/x.json"), 5, "--json missing/x.json: no folder"),
+        (("data", "--quarantine", "missing.txt"), 3, "data.quarantine missing.txt: not readable"),
+    ],
+)
+def test_mistakes_have_their_exit_codes(options, code, message, tmp_path, monkeypatch, capsys):
+    sound(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert run_command("scan", list(options), "deit scan") == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
