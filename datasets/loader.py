@@ -21,7 +21,7 @@ from deit.keys import Keys, permutation
 from deit.records import Batch
 
 _DRAWN_AT_ONCE = 4096  # views; they are small numbers, and drawing few costs as much as many
-_SHOWN_AT_ONCE = 256  # views; smaller micro-batches are made together, for the same reason
+_SHOWN_AT_ONCE = 2 * 2**20  # bytes of views; smaller micro-batches are made together, likewise
 
 
 class Sizes(NamedTuple):
@@ -148,7 +148,9 @@ class TrainLoader:
         order = self.order(epoch)
         rows = self._rows()
         read = self._read(epoch, order, rows) if self.reader is not None else None
-        together = max(_SHOWN_AT_ONCE // self.block, 1) if read is None else 1
+        together = 1
+        if read is None:
+            together = max(_SHOWN_AT_ONCE // (3 * self.sizes.view**2 * self.block), 1)
         for stretch in rows.split(max(_DRAWN_AT_ONCE // self.block // together, 1) * together):
             with self.stages.time("views", 0):
                 drawn = self._draw(epoch, order, stretch.flatten())

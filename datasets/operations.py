@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deit.config import Interpolation
 from deit.datasets.resizing import blur
@@ -220,16 +221,18 @@ def rotate(images: Tensor, arguments: Tensor, canvas: Canvas) -> Tensor:
     left, top = torch.floor(across), torch.floor(down)
     column_taps = _taps(across - left, canvas.interpolation)
     row_taps = _taps(down - top, canvas.interpolation)
-    first = -1 if canvas.interpolation == "bicubic" else 0
-    flat = images.flatten(2).float()
+    # With the border repeated around the image, a neighbour is the same place in a shifted view.
+    margin = len(row_taps) // 2
+    framed = pad(images.float(), (margin,) * 4, mode="replicate")
+    frame = framed.shape[-1]
+    first = (top.long() + 1).clamp_(0, height) * frame + (left.long() + 1).clamp_(0, width)
+    first = first.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    flat = framed.flatten(2)
     turned = torch.zeros(images.shape, dtype=torch.float32, device=images.device)
-    for row, row_weight in enumerate(row_taps, start=first):
-        from_row = (top.long() + row).clamp_(0, height - 1) * width
-        for column, column_weight in enumerate(column_taps, start=first):
-            place = from_row + (left.long() + column).clamp_(0, width - 1)
-            place = place.flatten(1)[:, None].expand(-1, images.shape[1], -1)
-            pixels = flat.gather(2, place).view(images.shape)
-            turned += pixels.mul_((row_weight * column_weight)[:, None])
+    for row, row_weight in enumerate(row_taps):
+        for column, column_weight in enumerate(column_taps):
+            neighbours = flat[..., row * frame + column :].gather(2, first).view(images.shape)
+            turned += neighbours.mul_((row_weight * column_weight)[:, None])
     return _painted(turned, inside, canvas)
 
 

@@ -73,7 +73,8 @@ def _resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     across = torch.baddbmm(half, lines, columns.mT).clamp_(0, 255).floor_()
     stacked = rearrange(across, "b (h c) w -> b h (c w)", c=channels)
     down = torch.baddbmm(half, rows, stacked).clamp_(0, 255)
-    return rearrange(down.to(torch.uint8), "b h (c w) -> b c h w", c=channels).contiguous()
+    levels = down.to(torch.int16).to(torch.uint8)  # faster in two steps
+    return rearrange(levels, "b h (c w) -> b c h w", c=channels).contiguous()
 
 
 def _filters(

@@ -24,7 +24,7 @@ from deit.datasets.images import Encoded, Images  # noqa: E402
 from deit.datasets.loader import Sizes, TrainLoader  # noqa: E402
 from deit.datasets.stores import FolderStore  # noqa: E402
 from deit.datasets.views import Colours  # noqa: E402
-from deit.environment import create_accelerator, describe  # noqa: E402
+from deit.environment import create_accelerator, describe, keep_freed_memory  # noqa: E402
 from deit.models.saved import Facts, build_student  # noqa: E402
 
 COLOURS = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -266,6 +266,7 @@ def main() -> None:
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"--json {options.json}: no folder {options.json.absolute().parent}")
     torch.set_num_threads(1)
+    keep_freed_memory()  # for both sides
     rows = data(options.rounds, options.seconds)
     table(
         "images/s of one thread, median ratio of the turns (least to greatest)",
