@@ -125,12 +125,12 @@ class TrainLoader:
         self.pixels, self.reader = None, None
         if isinstance(images, Encoded):
             cropped = views.crop == "random_resized"
-            dataset = (
+            cutter = (
                 Crops(images, views=views, size=sizes.view, seed=seed)
                 if cropped
                 else Squares(images, sizes.view)
             )
-            self.reader = Reader(dataset, workers=workers, pin=self.device.type == "cuda")
+            self.reader = Reader(cutter, workers=workers, pin=self.device.type == "cuda")
             self.source_size = sizes.view
             if cropped:  # by the workers, whose images have sizes of their own
                 self.views = replace(views, crop="none")

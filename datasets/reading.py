@@ -2,9 +2,12 @@
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +17,7 @@ from deit.config import DataConfig, ViewsConfig
 from deit.datasets.decoding import decode_square, open_image
 from deit.datasets.images import Encoded
 from deit.datasets.views import sample_resized_crop
+from deit.errors import DataError
 from deit.keys import Keys
 
 
@@ -23,7 +27,14 @@ def worker_count(config: DataConfig) -> int:
     if config.workers is not None:
         return config.workers
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(8, (os.cpu_count() or 1) // processes))
+    return max(1, min(8, _cores() // processes))
+
+
+def _cores() -> int:
+    """Cores this process may run on: in a container or a job often a few of many."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Wanted(NamedTuple):
@@ -44,14 +55,15 @@ class Read(NamedTuple):
     seconds: float
 
 
-class Squares(Dataset):
+class Squares:
     """Whole images: shorter side to `size`, the centre cut square."""
 
     def __init__(self, images: Encoded, size: int) -> None:
         self.images = images
         self.size = size
 
-    def __getitem__(self, wanted: Wanted) -> Read:
+    def read(self, wanted: Wanted) -> Read:
+        """Raises DataError at an unreadable image."""
         started = time.perf_counter()
         squares = [
             decode_square(self.images.read(index), self.images.name(index), self.size)
@@ -60,7 +72,7 @@ class Squares(Dataset):
         return Read(torch.stack(squares), time.perf_counter() - started)
 
 
-class Crops(Dataset):
+class Crops:
     """The random resized crop of each view, cut from the image as it is on disk."""
 
     def __init__(self, images: Encoded, *, views: ViewsConfig, size: int, seed: int) -> None:
@@ -69,7 +81,8 @@ class Crops(Dataset):
         self.size = size
         self.seed = seed
 
-    def __getitem__(self, wanted: Wanted) -> Read:
+    def read(self, wanted: Wanted) -> Read:
+        """Raises DataError at an unreadable image."""
         started = time.perf_counter()
         whole = [
             open_image(self.images.read(index), self.images.name(index))
@@ -93,39 +106,76 @@ class Crops(Dataset):
         return Read(torch.stack(crops), time.perf_counter() - started)
 
 
+class _Work(Dataset):
+    """What a worker does. An unreadable image is its answer and not raised there: DataLoader would
+    put a traceback of the worker before the message."""
+
+    def __init__(self, cutter: Squares | Crops) -> None:
+        self.cutter = cutter
+
+    def __getitem__(self, wanted: tuple[int, np.ndarray, np.ndarray]) -> Read | DataError:
+        epoch, samples, repeats = wanted
+        try:
+            return self.cutter.read(
+                Wanted(epoch, torch.from_numpy(samples), torch.from_numpy(repeats))
+            )
+        except DataError as error:
+            return error
+
+
 class _Schedule:
-    """The batches of the coming epoch; a sampler for DataLoader, whose workers outlive an epoch."""
+    """The batches of the coming epoch; a sampler for DataLoader, whose workers outlive an epoch.
+
+    As arrays: a tensor would travel as shared memory, whose file stays open while it lives.
+    """
 
     def __init__(self) -> None:
         self.batches: list[Wanted] = []
 
-    def __iter__(self) -> Iterator[Wanted]:
-        return iter(self.batches)
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        for epoch, samples, repeats in self.batches:
+            yield epoch, samples.numpy(), repeats.numpy()
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """DataLoader warns of more workers than cores; the number was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*worker processes in total")
+        yield
+
+
 class Reader:
     """Reads batches ahead, in order, with a number of worker processes (0: in this one)."""
 
-    def __init__(self, dataset: Dataset, *, workers: int, pin: bool) -> None:
+    def __init__(self, cutter: Squares | Crops, *, workers: int, pin: bool) -> None:
         self._schedule = _Schedule()
         settings: dict[str, Any] = {}
         if workers > 0:
             settings = {"persistent_workers": True, "prefetch_factor": 2}
-        self._loader = DataLoader(
-            dataset,
-            batch_size=None,  # a sample of this dataset is a whole batch
-            sampler=self._schedule,
-            num_workers=workers,
-            pin_memory=pin,
-            # DataLoader draws a seed for its workers: from here, not from torch's global state.
-            generator=torch.Generator(),
-            **settings,
-        )
+        with _without_advice():
+            self._loader = DataLoader(
+                _Work(cutter),
+                batch_size=None,  # a sample of this dataset is a whole batch
+                sampler=self._schedule,
+                num_workers=workers,
+                pin_memory=pin,
+                # DataLoader draws a seed for its workers: from here, not torch's global state.
+                generator=torch.Generator(),
+                **settings,
+            )
 
     def read(self, batches: list[Wanted]) -> Iterator[Read]:
-        """The batches, in their order."""
+        """The batches, in their order. Raises DataError at an unreadable image."""
         self._schedule.batches = batches
-        return iter(self._loader)
+        with _without_advice():
+            answers = iter(self._loader)
+        for answer in answers:
+            if isinstance(answer, DataError):
+                # Not the answer itself: its traceback would hold this frame, which holds the answer,
+                # and workers that only the collector of cycles finds take seconds to leave.
+                raise DataError(str(answer))
+            yield answer

@@ -16,7 +16,7 @@ from deit.config import Interpolation
 _ONE = 2.0**15  # 255 * 1.3 (the absolute weights of a bicubic filter) is below 2**9
 MAX_SIGMA = 2.0  # of a blur [px]; its filter is cut off at four sigmas
 _REACH = int(4 * MAX_SIGMA)
-_BANK_BYTES = 64 * 2**20
+_BANK_BYTES = 80 * 2**20  # sources of up to 64 px resized to their own size
 
 
 def resize_boxes(

@@ -74,7 +74,9 @@ def _of_views(parts: Parts) -> str:
         gib = images.pixels.numel() / 2**30
         told.append(f"from {images.pixels.shape[-1]} px in memory ({gib:.2f} GiB)")
     else:
-        told.append(f"decoded by {worker_count(parts.config.data)} workers")
+        number = worker_count(parts.config.data)
+        workers = {0: "the training process", 1: "1 worker"}.get(number, f"{number} workers")
+        told.append(f"decoded by {workers}")
     steps = {
         f"crop {views.crop}": views.crop != "none",
         f"flip {views.flip:g}": views.flip > 0,

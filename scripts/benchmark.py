@@ -168,20 +168,20 @@ def measured(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def memory_case(title: str, views: ViewsConfig, side: int, source: int) -> Case:
+def memory_case(name: str, views: ViewsConfig, side: int, source: int) -> Case:
     """Images in memory, one thread each."""
     arrays = photographs(_NUMBER, source)
     labels = torch.arange(_NUMBER) % 10
     images = Images(torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous(), labels)
     return Case(
-        f"{side} px in memory: {title}",
+        name,
         lambda: ours(images, views, side),
         lambda: timms(arrays, views, side),
         "timm create_loader",
     )
 
 
-def file_case(title: str, views: ViewsConfig, side: int, folder: Path) -> Case:
+def file_case(name: str, views: ViewsConfig, side: int, folder: Path) -> Case:
     """JPEG files of 400 px, one worker process each."""
     paths = []
     for index, array in enumerate(photographs(3 * _BATCH, 400)):
@@ -190,21 +190,21 @@ def file_case(title: str, views: ViewsConfig, side: int, folder: Path) -> Case:
     store = FolderStore(folder, tuple(path.name for path in paths))
     images = Encoded(torch.arange(len(paths)) % 10, store, torch.arange(len(paths)))
     return Case(
-        f"{side} px from JPEG files of 400 px, 1 worker: {title}",
+        name,
         lambda: ours(images, views, side, workers=1),
         lambda: timms(paths, views, side, workers=1),
         "timm create_loader",
     )
 
 
-def step_case(name: str, patch: int, side: int) -> Case:
+def step_case(name: str, network: str, patch: int, side: int) -> Case:
     """A training step fed by our loader, beside the same step on a batch that is there already."""
     array = photographs(_NUMBER, side)
     images = Images(
         torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), torch.arange(_NUMBER) % 10
     )
     classes = tuple(str(label) for label in range(10))
-    config = StudentConfig(name=name, image_size=side, patch_size=patch)
+    config = StudentConfig(name=network, image_size=side, patch_size=patch)
     student = build_student(Facts(config, classes, *COLOURS, 1.0))
     optimizer = torch.optim.AdamW(student.parameters())
 
@@ -227,24 +227,30 @@ def step_case(name: str, patch: int, side: int) -> Case:
         while True:
             yield step(batch.images, batch.targets)
 
-    return Case(f"{side} px: training step of {name}, full views", fed, ready, "no loader at all")
+    return Case(name, fed, ready, "no loader at all")
 
 
-def data(rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Every row of `benchmark.py data`."""
+def data(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]:
+    """The rows of `benchmark.py data` whose name holds the wanted text."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        cases = [
-            lambda: memory_case("crop, flip", CROP_AND_FLIP, 32, 32),
-            lambda: memory_case("crop, flip, RandAugment", RANDAUGMENT, 32, 32),
-            lambda: memory_case("crop, flip, RandAugment, erasing", DEIT, 32, 32),
-            lambda: memory_case("crop, flip, RandAugment, erasing", DEIT, 64, 64),
-            lambda: file_case("crop, flip, RandAugment, erasing", DEIT, 224, Path(folder)),
-            lambda: step_case("deit_micro", 4, 32),
-            lambda: step_case("deit_tiny", 4, 32),
-        ]
-        for number, case in enumerate(cases, start=1):
-            row = measured(case(), rounds=rounds, seconds=seconds)
+        full, micro, tiny = "crop, flip, RandAugment, erasing", "deit_micro", "deit_tiny"
+        jpeg = "224 px from JPEG files of 400 px, 1 worker"
+        step = "32 px: training step of"
+        cases: dict[str, Callable[[str], Case]] = {
+            "32 px in memory: crop, flip": lambda name: memory_case(name, CROP_AND_FLIP, 32, 32),
+            "32 px in memory: crop, flip, RandAugment": lambda name: memory_case(
+                name, RANDAUGMENT, 32, 32
+            ),
+            f"32 px in memory: {full}": lambda name: memory_case(name, DEIT, 32, 32),
+            f"64 px in memory: {full}": lambda name: memory_case(name, DEIT, 64, 64),
+            f"{jpeg}: {full}": lambda name: file_case(name, DEIT, 224, Path(folder)),
+            f"{step} {micro}, full views": lambda name: step_case(name, micro, 4, 32),
+            f"{step} {tiny}, full views": lambda name: step_case(name, tiny, 4, 32),
+        }
+        cases = {name: case for name, case in cases.items() if wanted in name}
+        for number, (name, case) in enumerate(cases.items(), start=1):
+            row = measured(case(name), rounds=rounds, seconds=seconds)
             rows.append(row)
             say(
                 f"{number}/{len(cases)} {row['name']}: {row['ours_images_per_s']:.0f} images/s, "
@@ -260,6 +266,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (7)")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn (3)")
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only those whose name holds it")
     options = parser.parse_args()
     if options.rounds < 1 or options.seconds <= 0:
         parser.error("--rounds and --seconds should be positive")
@@ -267,7 +274,9 @@ def main() -> None:
         parser.error(f"--json {options.json}: no folder {options.json.absolute().parent}")
     torch.set_num_threads(1)
     keep_freed_memory()  # for both sides
-    rows = data(options.rounds, options.seconds)
+    rows = data(options.rounds, options.seconds, options.rows)
+    if not rows:
+        parser.error(f"--rows {options.rows!r}: no row's name holds it")
     table(
         "images/s of one thread, median ratio of the turns (least to greatest)",
         ("what", "ours", "peer", "ratio", "range", "beside"),

@@ -13,9 +13,11 @@ from deit.report import COLUMNS, comparison_cells, draw_comparison, markdown_tab
 TITLES = {
     "digits": "Digits: mixup and cutmix, soft distillation (the quickstart)",
     "digits-strong-views": "Digits: strong views (15 degrees, quarter-width shifts), soft labels",
+    "tiny-imagenet-micro": "Tiny-ImageNet, 50 classes: the whole recipe, 8 epochs on a CPU",
     "cifar10-micro": "CIFAR-10 (JPEG 75): RegNetY-200MF (12 epochs) into a micro DeiT (8 epochs)",
 }
-BEGIN, END = "<!-- results: written by scripts/results.py -->", "<!-- end of results -->"
+RESULTS = ("<!-- results: written by scripts/results.py -->", "<!-- end of results -->")
+BENCHMARK = ("<!-- benchmark: written by scripts/results.py -->", "<!-- end of benchmark -->")
 
 
 def section(name: str, result: dict) -> str:
@@ -36,12 +38,38 @@ def section(name: str, result: dict) -> str:
     )
 
 
-def written(readme: str, results: dict[str, dict]) -> str:
-    """The README with its results section renewed. Raises ValueError without the two marks."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
+def benchmark_section(result: dict) -> str:
+    """The loader benchmark as Markdown."""
+    environment = result["environment"]
+    rows = [
+        (
+            row["name"],
+            f"{row['ours_images_per_s']:,.0f}",
+            f"{row['peer_images_per_s']:,.0f}",
+            f"**{row['ratio']:.2f}** ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",
+            row["peer"],
+        )
+        for row in result["rows"]
+    ]
+    columns = ("images/s, one thread a side", "ours", "beside", "ratio (range)", "beside whom")
+    return (
+        f"{markdown_table(columns, rows)}\n\n"
+        f"Median of {result['rounds']} turns of {result['seconds']:g} s in alternation, batches of "
+        f"{result['batch_size']}, views normalised on both sides; {environment['device_name']}, "
+        f"torch {environment['packages']['torch']}, commit {environment['commit']}. "
+        "[benchmark-data.json](docs/results/benchmark-data.json):\n`"
+        f"{result['command']}`\n"
+    )
+
+
+def written(readme: str, results: dict[str, dict], benchmark: dict) -> str:
+    """The README with its two sections renewed. Raises ValueError without their marks."""
     sections = "\n".join(section(name, result) for name, result in results.items())
-    return f"{before}{BEGIN}\n\n{sections}\n{END}{after}"
+    for (begin, end), text in ((RESULTS, sections), (BENCHMARK, benchmark_section(benchmark))):
+        before, rest = readme.split(begin)
+        _, after = rest.split(end)
+        readme = f"{before}{begin}\n\n{text}\n{end}{after}"
+    return readme
 
 
 def load_results() -> dict[str, dict]:
@@ -56,7 +84,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 if README is not up to date")
     check = parser.parse_args().check
     results, readme = load_results(), ROOT / "README.md"
-    new = written(readme.read_text(), results)
+    benchmark = json.loads((ROOT / "docs" / "results" / "benchmark-data.json").read_text())
+    new = written(readme.read_text(), results, benchmark)
     if check:
         sys.exit(new != readme.read_text())
     readme.write_text(new)

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from deit.config import OBJECTIVES, LossConfig, OptimConfig, StudentConfig, ViewsConfig
-from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.images import Images
+from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.views import Colours
 from deit.engine import Job, predict, train_epoch
 from deit.models.saved import Facts, build_student

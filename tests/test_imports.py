@@ -102,6 +102,7 @@ PLAN = {
     "evaluate_deit": place(8),
     "scripts.results": place(8),
     "scripts.initialisation": place(8, "torch einops"),
+    "scripts.benchmark": place(8, "torch numpy PIL sklearn timm"),
 }
 
 

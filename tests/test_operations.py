@@ -55,7 +55,7 @@ ARGUMENTS = {
 
 
 def real_images(width=60, height=48):
-    """Twelve photographs in one: crops of scikit-learn's two pictures, or of a smooth random one."""
+    """Twelve parts of the two photographs that come with scikit-learn."""
     datasets = pytest.importorskip("sklearn.datasets")
     pictures = [Image.fromarray(array) for array in datasets.load_sample_images().images]
     found = []

@@ -27,6 +27,9 @@ SMALL = {
         *(*QUICK, *PICTURES),
         *("--student.name", "small_convnet", "--student.drop_path", "0"),
     ],
+    "tiny-imagenet-micro": [
+        *(*QUICK, "--student.depth", "1", "--optim.batch_size", "64", "--teacher.allow_weak"),
+    ],
     "folder": [
         *(*QUICK, *PICTURES, "--teacher.allow_weak", "--optim.min_lr", "0"),
         *("--student.depth", "1", "--student.patch_size", "2"),
@@ -63,6 +66,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("readme")
     folder(place / "pictures", number=12)
     folder(place / "data" / "cifar10", number=80, size=(32, 32))
+    folder(place / "data" / "tiny-imagenet-200", number=80, size=(64, 64), splits=("train", "val"))
     (place / "names.txt").write_text("ant\nbee\n")
     recipe = re.search(r"```python\n(# mine\.py\n.*?)```", README, re.DOTALL).group(1)
     (place / "mine.py").write_text(recipe)

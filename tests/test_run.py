@@ -107,7 +107,7 @@ def test_two_epochs_and_a_resume_are_four_epochs_to_the_bit(teacher, tmp_path):
     ours, theirs = tensors(broken / "last"), tensors(straight / "last")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    timing = ("seconds", "images_per_s")
+    timing = ("seconds", "images_per_s", "loader")
     for one, other in zip(checkpoint.read_metrics(broken), checkpoint.read_metrics(straight)):
         assert {k: v for k, v in one.items() if k not in timing} == {
             k: v for k, v in other.items() if k not in timing
@@ -202,7 +202,14 @@ def test_the_arithmetic_is_printed_before_the_first_step(teacher, tmp_path, caps
     train(config, tmp_path / "run", dry_run=True)
     shown = capsys.readouterr().out
     assert "64 = 1 process x 2 accumulated x 32" in shown
-    assert "20 updates and 1280 of 1295 images an epoch" in shown
+    assert "20 updates and 1280 views of 1280 unique images (of 1295) an epoch" in shown
+
+
+def test_repeated_augmentation_says_how_many_images_an_epoch_sees(teacher, tmp_path, capsys):
+    train(derive(small(teacher), views={"repeats": 3}), tmp_path / "run", dry_run=True)
+    shown = capsys.readouterr().out
+    assert "20 updates and 1280 views of 440 unique images (of 1295) an epoch" in shown
+    assert "3 views of an image in a batch" in shown
     assert "peak learning rate 0.000125 = 0.001 x 64 / 512" in shown
     assert "chance 10.5 %" in shown
     assert shown.index("peak learning rate") < shown.index("dry run: one update")

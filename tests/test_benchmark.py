@@ -1,0 +1,47 @@
+"""The benchmark script measures both sides of a row and writes them down."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn")
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+
+
+def benchmark(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "data", "--rounds", "1", "--seconds", "0.05", *arguments],
+        cwd=folder,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_rows_hold_both_sides_and_the_file_says_where_they_were_measured(tmp_path):
+    done = benchmark(tmp_path, "--rows", "32 px in memory: crop, flip, Rand", "--json", "x.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert [row["name"] for row in found["rows"]] == [
+        "32 px in memory: crop, flip, RandAugment",
+        "32 px in memory: crop, flip, RandAugment, erasing",
+    ]
+    for row in found["rows"]:
+        ratio = row["ours_images_per_s"] / row["peer_images_per_s"]
+        assert row["peer"] == "timm create_loader"
+        assert row["ratio"] == pytest.approx(ratio)
+        assert row["ratio_min"] == row["ratio"] == row["ratio_max"]
+        assert row["name"] in done.stdout
+    assert found["command"].endswith("--json x.json")
+    assert found["environment"]["device_name"]
+
+
+def test_no_row_of_that_name_is_refused(tmp_path):
+    done = benchmark(tmp_path, "--rows", "65 px")
+    assert done.returncode == 2
+    assert "--rows '65 px'" in done.stderr

@@ -1,0 +1,182 @@
+"""The sheet of `deit views`: its cells, its texts, what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image, ImageFont
+
+from deit import contact_sheet
+from deit.config import Config, DataConfig, OptimConfig, RunConfig, StudentConfig, ViewsConfig
+from deit.config import LossConfig
+from deit.contact_sheet import draw_views
+from deit.datasets.splits import load_splits
+from deit.preparation import loader_of
+from tests.test_cli import TEN, assert_refused, fake_teacher, run, run_in, tree  # noqa: F401
+from tests.test_reading import write_pictures
+
+TILE, GAP, LINE = contact_sheet._TILE, contact_sheet._GAP, contact_sheet._LINE
+HEADER = LINE + 2 * GAP
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("data") / "images", number=8)
+
+
+def configuration(root, storage="memory", **views):
+    """15 training images of 3 classes in batches of 4."""
+    return Config(
+        data=DataConfig(source="folder", root=str(root), storage=storage, image_size=16, workers=1),
+        views=ViewsConfig(**{"crop": "random_resized", "mixup_alpha": 0.8, **views}),
+        student=StudentConfig(name="deit_micro", image_size=16),
+        loss=LossConfig(kind="none"),
+        optim=OptimConfig(batch_size=4, epochs=3, warmup_epochs=0, lr_reference_batch=None),
+        run=RunConfig(device="cpu", seed=11),
+    )
+
+
+def tile(sheet, number, across, pictures=2, lines=2):
+    """A picture of the sheet: of cell `number`, `across` from the left; int64 [side, side, 3]."""
+    width = pictures * (TILE + 2) + GAP
+    height = TILE + lines * LINE + 2 * GAP
+    columns = (sheet.width - GAP) // width
+    left = GAP + number % columns * width + across * (TILE + 2)
+    top = HEADER + number // columns * height
+    return np.asarray(sheet)[top : top + TILE, left : left + TILE].astype(int)
+
+
+@pytest.mark.parametrize("storage", ["memory", "files"])
+def test_tiles_are_the_image_and_the_view_of_the_batch(storage, root, tmp_path, capsys):
+    config = configuration(root, storage)
+    draw_views(config, tmp_path / "sheet.png", epoch=2, number=7)
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'sheet.png'}: 7 views\n"
+    sheet = Image.open(tmp_path / "sheet.png")
+    splits = load_splits(config.data)
+    batches = loader_of(config, splits, None, Accelerator(cpu=True)).epoch(2)
+    fields = [torch.cat(field)[:7] for field in zip(next(batches), next(batches))]
+    enlarged = np.ones((TILE // 16, TILE // 16), dtype=int)
+    for number, (image, sample) in enumerate(zip(fields[0], fields[3].tolist())):
+        levels = (image * 255).round().long()
+        view = np.stack([np.kron(channel, enlarged) for channel in levels.numpy()], axis=-1)
+        assert np.array_equal(tile(sheet, number, 1), view)
+        found = tile(sheet, number, 0)
+        if storage == "memory":
+            stored = splits.train.pixels[sample].numpy()
+            whole = np.stack([np.kron(channel, enlarged) for channel in stored], axis=-1)
+            assert np.array_equal(found, whole)
+        else:
+            # The whole picture at the tile's size, not a square made small before.
+            with Image.open(splits.train.name(sample)) as picture:
+                side = min(picture.size)
+                left, top = (picture.width - side) // 2, (picture.height - side) // 2
+                square = picture.convert("RGB").crop((left, top, left + side, top + side))
+            close = np.asarray(square.resize((TILE, TILE), Image.Resampling.BICUBIC)).astype(int)
+            assert np.abs(found - close).mean() < 4
+
+
+@pytest.mark.parametrize("wanted", [1, 4, 6, 99])
+def test_as_many_cells_as_wanted_and_no_more_than_an_epoch_has(wanted, root, tmp_path, capsys):
+    draw_views(configuration(root), tmp_path / "sheet.png", number=wanted)
+    views = min(wanted, 12)  # three batches of 4 of 15 images
+    assert f"{views} views" in capsys.readouterr().out
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    # Below each cell lies text; right of its two pictures and below the last cell, paper.
+    width, height = 2 * (TILE + 2) + GAP, TILE + 2 * LINE + 2 * GAP
+    columns, rows = (sheet.shape[1] - GAP) // width, (sheet.shape[0] - HEADER) // height
+    assert columns * rows >= views > columns * (rows - 1)
+    for number in range(columns * rows):
+        left, top = GAP + number % columns * width, HEADER + number // columns * height
+        cell = sheet[top : top + height, left : left + width]
+        assert (cell[:TILE, :TILE].std() > 5) == (number < views)
+        assert (cell[TILE + 2 : TILE + 2 + 2 * LINE].min() < 130) == (number < views)
+
+
+def test_labels_are_the_heaviest_two_that_count():
+    names = ("ant", "bee", "cat")
+    assert contact_sheet._labels(torch.tensor([0.38, 0.0, 0.62]), names) == "0.62 cat + 0.38 ant"
+    assert contact_sheet._labels(torch.tensor([0.0, 1.0, 0.0]), names) == "1.00 bee"
+    assert contact_sheet._labels(torch.tensor([0.2, 0.3, 0.5]), names) == "0.50 cat + 0.30 bee"
+    assert contact_sheet._labels(torch.tensor([0.996, 0.004, 0.0]), names) == "1.00 ant"
+
+
+@pytest.mark.parametrize("width", [60, 200, 268])
+def test_long_lines_are_cut_where_they_would_run_into_the_next_cell(width):
+    font = ImageFont.load_default(size=13)
+    assert contact_sheet._fitted("bee", width, font) == "bee"
+    line = f"#3 {'hippopotamus ' * 9}"
+    cut = contact_sheet._fitted(line, width, font)
+    assert cut.endswith("...")
+    assert line.startswith(cut[:-3])
+    assert width - 15 < font.getlength(cut) <= width
+
+
+def test_long_class_names_and_titles_stay_within_their_cells(tmp_path):
+    names = ("a" * 90, "b" * 90)
+    root = write_pictures(tmp_path / "images", classes=names, number=8)
+    config = configuration(root, mixup_alpha=0.0)
+    draw_views(config, tmp_path / "long.png", number=4)
+    sheet = np.asarray(Image.open(tmp_path / "long.png"))
+    width, height = 2 * (TILE + 2) + GAP, TILE + 2 * LINE + 2 * GAP
+    for number in range(4):
+        left, top = GAP + number % 2 * width, HEADER + number // 2 * height
+        gap = sheet[top + TILE : top + height, left + width - GAP : left + width]
+        assert (gap == 255).all()
+
+
+def test_a_class_name_that_is_no_text_is_drawn_all_the_same(tmp_path):
+    root = write_pictures(tmp_path / "images", classes=("ant", "b\udce9te"), number=8)
+    draw_views(configuration(root), tmp_path / "sheet.png", number=8)
+    assert Image.open(tmp_path / "sheet.png").format == "PNG"
+
+
+def test_views_of_digits_are_drawn_without_and_with_their_teacher(run, tmp_path):  # noqa: F811
+    alone = run("deit", "views", "digits", "--out", "alone.png", "--epoch", "3")
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stdout == "wrote alone.png: 12 views\n"
+    [warning] = alone.stderr.splitlines()
+    assert warning.startswith("deit: warning: the teacher is left out: ")
+    fake_teacher(tmp_path / "teacher", TEN)
+    command = ("views", "digits", "--teacher.source=teacher", "--number=33")
+    taught = run("deit", *command, "--out", "taught.webp")
+    assert (taught.returncode, taught.stderr) == (0, "")
+    assert taught.stdout == "wrote taught.webp: 33 views\n"  # more than the batch of 32
+    with Image.open(tmp_path / "alone.png") as sheet, Image.open(tmp_path / "taught.webp") as other:
+        # 12 cells of two pictures and two lines, 33 of three and three.
+        assert (sheet.width - GAP) % (2 * (TILE + 2) + GAP) == 0
+        assert (other.width - GAP) % (3 * (TILE + 2) + GAP) == 0
+        assert (other.height - HEADER) % (TILE + 3 * LINE + 2 * GAP) == 0
+        assert max(*sheet.size, *other.size) < 3000
+    assert set(tree(tmp_path)) >= {"alone.png", "taught.webp"}
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "arguments"),
+    [
+        (5, ("--out precious.png", "exists already", "--force"), ["--out=precious.png"]),
+        (5, ("--out folder.png", "is a folder"), ["--out=folder.png", "--force"]),
+        (5, ("--out gone/x.png", "no folder"), ["--out=gone/x.png"]),
+        (2, ("--out sheet.txt", ".png"), ["--out=sheet.txt"]),
+        (2, ("--epoch", "--number"), ["--number=0"]),
+        (2, ("--number many", "--help"), ["--number=many"]),
+        (2, ("did you mean optim.epochs?",), ["--optim.epoch=3"]),
+    ],
+    ids=["exists", "folder", "missing folder", "suffix", "number", "no number", "field"],
+)
+def test_refused_before_any_work(code, words, arguments, tmp_path):
+    (tmp_path / "precious.png").write_text("precious")
+    (tmp_path / "folder.png").mkdir()
+    before = tree(tmp_path)
+    assert_refused(run_in(tmp_path, "deit", "views", "digits", *arguments), code, *words)
+    assert tree(tmp_path) == before
+
+
+def test_force_replaces_a_picture(root, tmp_path):
+    (tmp_path / "sheet.png").write_text("old")
+    command = ("deit", "views", "folder-teacher", f"--data.root={root}", "--data.storage=files")
+    done = run_in(
+        tmp_path, *command, "--optim.batch_size=2", "--out=sheet.png", "--force", "--number=3"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG"

@@ -1,0 +1,262 @@
+"""Images that stay encoded: the same views from any number of workers, processes and epochs."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from deit.config import AUGMENTATIONS, Config, DataConfig, OptimConfig, RunConfig, ViewsConfig
+from deit.datasets import reading
+from deit.datasets.decoding import decode_square, open_image
+from deit.datasets.images import Encoded, Images
+from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.reading import Reader, Squares, Wanted, worker_count
+from deit.datasets.splits import load_splits
+from deit.datasets.views import Colours, sample_resized_crop
+from deit.errors import DataError
+from deit.keys import Keys
+from deit.prediction import answers_of
+
+COLOURS = Colours((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+PLAIN = ViewsConfig(crop="random_resized", crop_scale=(0.2, 1.0), flip=0.0)
+FULL = dataclasses.replace(PLAIN, flip=0.5, **{**AUGMENTATIONS["deit"], "repeats": 2})
+SIDE = 12
+
+
+def write_pictures(root, classes=("ant", "bee", "cat"), number=18):
+    """Class folders of JPEG and PNG files of many sizes, smooth so that sizes matter."""
+    generator = np.random.default_rng(3)
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for index in range(number):
+            small = generator.integers(256, size=(4, 5, 3), dtype=np.uint8)
+            small[..., label % 3] //= 4
+            size = tuple(int(side) for side in generator.integers(20, 41, size=2))
+            ending = "jpg" if index % 2 else "png"
+            Image.fromarray(small).resize(size).save(root / name / f"{index:02d}.{ending}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def images(root):
+    """The training images, which stay in their files."""
+    splits = load_splits(
+        DataConfig(source="folder", root=str(root), storage="files", image_size=SIDE)
+    )
+    assert isinstance(splits.train, Encoded)
+    assert len(splits.train.labels) == 39
+    return splits.train
+
+
+def loader(images, process=0, num_processes=1, accumulate=1, batch_size=16, views=FULL, workers=0):
+    return TrainLoader(
+        images,
+        3,
+        views=views,
+        optim=OptimConfig(batch_size=batch_size, accumulate=accumulate),
+        sizes=Sizes(16, SIDE, 16),
+        colours=COLOURS,
+        seed=5,
+        process=process,
+        num_processes=num_processes,
+        workers=workers,
+    )
+
+
+def global_epoch(images, num_processes=1, accumulate=1, epoch=3, **settings):
+    """The global batches of an epoch, one after the other: every field of a batch as one tensor."""
+    parts = [
+        list(loader(images, process, num_processes, accumulate, **settings).epoch(epoch))
+        for process in range(num_processes)
+    ]
+    blocks = [block for blocks in zip(*parts) for block in blocks]
+    return [torch.cat(field) for field in zip(*blocks)]
+
+
+def same(ours, theirs):
+    """Whether images, the teacher's images, targets and samples are equal to the bit."""
+    return [torch.equal(*fields) for fields in zip(ours, theirs)] == [True] * 4
+
+
+@pytest.fixture(scope="module")
+def expected(images):
+    """Two epochs read by the training process itself."""
+    return {epoch: global_epoch(images, epoch=epoch) for epoch in (0, 1)}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_that_outlive_an_epoch_read_what_the_process_itself_would(
+    workers, images, expected
+):
+    made = loader(images, workers=workers)
+    for epoch in (0, 1, 0):
+        found = [torch.cat(field) for field in zip(*made.epoch(epoch))]
+        assert found[0].shape == (32, 3, SIDE, SIDE)
+        assert same(found, expected[epoch])
+    assert not torch.equal(expected[0][0], expected[1][0])
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "accumulate", "workers"),
+    [(1, 2, 1), (2, 1, 0), (2, 1, 1), (2, 4, 0), (4, 1, 0), (4, 2, 1)],
+)
+def test_any_layout_sees_the_same_global_batches(
+    num_processes, accumulate, workers, images, expected
+):
+    found = global_epoch(images, num_processes, accumulate, epoch=1, workers=workers)
+    assert same(found, expected[1])
+
+
+def test_the_view_of_a_sample_is_the_box_of_its_key_cut_by_pillow(images):
+    sizes = Sizes(SIDE, SIDE, SIDE)
+    views = dataclasses.replace(PLAIN, repeats=2)
+    made = TrainLoader(
+        images,
+        3,
+        views=views,
+        optim=OptimConfig(batch_size=16),
+        sizes=sizes,
+        colours=COLOURS,
+        seed=9,
+        workers=1,
+    )
+    seen = set()
+    for batch in made.epoch(4):
+        assert torch.equal(batch.samples[:8], batch.samples[8:])
+        assert (batch.images[:8] != batch.images[8:]).flatten(1).any(dim=1).all()
+        for row, sample in enumerate(batch.samples.tolist()):
+            picture = open_image(images.read(sample), images.name(sample))
+            keys = Keys(9, 4, torch.tensor([sample]), torch.tensor([row // 8]))
+            box = sample_resized_crop(
+                keys, picture.height, picture.width, scale=(0.2, 1.0), ratio=views.crop_ratio
+            )
+            top, left, height, width = box[0].tolist()
+            cut = picture.crop((left, top, left + width, top + height))
+            cut = np.array(cut.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+            levels = (batch.images[row] * 255).round().to(torch.uint8).permute(1, 2, 0)
+            assert np.array_equal(levels.numpy(), cut)
+            seen.add((height, width))
+    assert len(seen) > 16
+
+
+@pytest.mark.parametrize("crop", ["none", "padded"])
+def test_other_crops_are_cut_from_the_square_of_the_whole_image(crop, images):
+    views = ViewsConfig(crop=crop, crop_padding=2, mixup_alpha=0.8)
+    squares = Images(
+        torch.stack(
+            [decode_square(images.read(i), images.name(i), 16) for i in range(len(images.labels))]
+        ),
+        images.labels,
+    )
+    theirs = global_epoch(squares, views=views)
+    assert same(global_epoch(images, views=views, workers=1), theirs)
+
+
+def test_a_dropped_epoch_leaves_nothing_behind(images, expected):
+    made = loader(images, accumulate=2, workers=2)
+    for _ in range(2):
+        epoch = made.epoch(0)
+        next(epoch)
+        del epoch
+        found = [torch.cat(field) for field in zip(*made.epoch(1))]
+        assert same(found, expected[1])
+
+
+def test_no_random_state_is_read_or_moved(images):
+    before = torch.random.get_rng_state()
+    first = global_epoch(images, workers=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(77)
+    assert same(global_epoch(images, workers=1), first)
+
+
+def test_reading_ahead_opens_no_more_files_the_longer_the_epoch(images):
+    # Tensors that wait in a queue are shared memory, and each holds a file open.
+    reader = Reader(Squares(images, 4), workers=1, pin=False)
+    one = torch.zeros(1, dtype=torch.int64)
+    batches = reader.read([Wanted(0, one.clone(), one.clone()) for _ in range(120)])
+    opened = [len(os.listdir("/proc/self/fd")) for _ in batches]
+    assert len(opened) == 120
+    assert max(opened[60:]) <= max(opened[:10]) + 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("views", [PLAIN, ViewsConfig()], ids=["cropped", "whole"])
+def test_a_broken_file_is_named_in_one_line(workers, views, tmp_path):
+    root = write_pictures(tmp_path / "images", number=8)
+    data = DataConfig(source="folder", root=str(root), storage="files", image_size=SIDE)
+    train = load_splits(data).train
+    broken, number = Path(train.name(7)), len(train.labels)
+    made = loader(train, batch_size=number, views=views, workers=workers)
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+        DataError, match=f"^{re.escape(str(broken))}: not a readable image.*$"
+    ) as caught:
+        list(made.epoch(0))
+    assert "\n" not in str(caught.value)
+    broken.unlink()
+    with pytest.raises(DataError, match=f"^{re.escape(str(broken))}: not readable .No such file"):
+        list(made.epoch(0))
+    broken.write_bytes(content)
+    assert len(next(made.epoch(1)).images) == number  # and the workers go on
+
+
+def answers(images, config):
+    """What a network that only flattens makes of a split: every pixel of every view, in order."""
+    accelerator = Accelerator(cpu=True)
+    return answers_of(accelerator, torch.nn.Flatten(), images, config, "reading").class_logits
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_answers_the_same_from_memory_and_from_files(workers, root):
+    data = DataConfig(source="folder", root=str(root), image_size=SIDE, workers=workers)
+    found = {}
+    for storage in ("memory", "files"):
+        config = Config(
+            data=dataclasses.replace(data, storage=storage),
+            views=ViewsConfig(evaluation_crop=10 / SIDE),
+            run=RunConfig(evaluation_batch=4, device="cpu"),
+        )
+        config = dataclasses.replace(
+            config, student=dataclasses.replace(config.student, image_size=10)
+        )
+        splits = load_splits(config.data)
+        assert isinstance(splits.train, Images) == (storage == "memory")
+        found[storage] = answers(splits.test, config)
+        assert len(found[storage]) == len(splits.test.labels) == 12
+    # Whole images, in order and once each: no two of these pictures are alike.
+    assert torch.equal(found["files"], found["memory"])
+    assert len(found["files"].unique(dim=0)) == 12
+
+
+def test_worker_count_is_a_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(reading.os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert worker_count(DataConfig()) == 8
+    assert worker_count(DataConfig(workers=0)) == 0
+    assert worker_count(DataConfig(workers=20)) == 20
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert worker_count(DataConfig()) == 3
+    assert worker_count(DataConfig(workers=5)) == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert worker_count(DataConfig()) == 1
+
+
+def test_every_stage_is_measured(images):
+    made = loader(images, accumulate=2, workers=1)
+    list(made.epoch(0))
+    assert made.stages.images == {"views": 32, "reading": 32, "waiting": 32}
+    assert made.stages.rates().keys() == {"views", "reading", "waiting"}
+    assert min(made.stages.rates().values()) > 0
