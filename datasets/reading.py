@@ -175,7 +175,7 @@ class Reader:
             answers = iter(self._loader)
         for answer in answers:
             if isinstance(answer, DataError):
-                # Not the answer itself: its traceback would hold this frame, which holds the answer,
-                # and workers that only the collector of cycles finds take seconds to leave.
+                # Not the answer itself: its traceback would hold this frame, which holds the
+                # answer, and workers that the collector of cycles ends take seconds to leave.
                 raise DataError(str(answer))
             yield answer

@@ -7,8 +7,15 @@ from accelerate import Accelerator
 from PIL import Image, ImageFont
 
 from deit import contact_sheet
-from deit.config import Config, DataConfig, OptimConfig, RunConfig, StudentConfig, ViewsConfig
-from deit.config import LossConfig
+from deit.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    RunConfig,
+    StudentConfig,
+    ViewsConfig,
+)
 from deit.contact_sheet import draw_views
 from deit.datasets.splits import load_splits
 from deit.preparation import loader_of
