@@ -6,6 +6,7 @@ numbers are used, so the result depends neither on the device nor on who else is
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from deit.config import Interpolation
+from deit.datasets.pieces import in_pieces
 from deit.datasets.resizing import blur
 
 
@@ -309,9 +311,9 @@ def apply_operations(images: Tensor, codes: Tensor, arguments: Tensor, canvas: C
             continue
         few, strengths = images.index_select(0, some), arguments.index_select(0, some)
         if name in LEVELS:
-            few = LEVELS[name](few, strengths)
+            few = in_pieces(LEVELS[name], few, strengths)
         elif name in MOVES:
-            few = MOVES[name](few, strengths, canvas)
+            few = in_pieces(partial(MOVES[name], canvas=canvas), few, strengths)
         parts.append(few)
     # Back into their places: faster than writing into them.
     places = order.argsort().to(images.device, non_blocking=True)

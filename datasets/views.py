@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from deit.config import ViewsConfig
 from deit.datasets.operations import Canvas, apply_operations
+from deit.datasets.pieces import in_pieces
 from deit.datasets.policies import sample_policy
 from deit.datasets.resizing import resize, resize_boxes
 from deit.keys import Keys, uniform, words
@@ -248,15 +249,16 @@ def apply_erasing(
     if len(rows) == 0:
         return images
     boxes, rows = boxes[rows].to(images.device), rows.to(images.device)
-    some = images[rows]
-    if views.erasing_fill == "noise":
-        filled = _noise(noise[rows], some.shape, colours)
-    else:
-        filled = (torch.tensor(colours.mean) * 255).round().to(torch.uint8)[:, None, None]
-        filled = filled.to(images.device)
-    inside = inside_boxes(boxes, *images.shape[-2:])[:, None]
-    # Bits of the filling within the box, of the image elsewhere.
-    return images.index_copy(0, rows, some ^ ((some ^ filled) & inside))
+    mean = (torch.tensor(colours.mean) * 255).round().to(torch.uint8)[:, None, None]
+
+    def erase(some: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
+        noisy = views.erasing_fill == "noise"
+        filled = _noise(seeds, some.shape, colours) if noisy else mean.to(some.device)
+        inside = inside_boxes(boxes, *some.shape[-2:])[:, None]
+        # Bits of the filling within the box, of the image elsewhere.
+        return some ^ ((some ^ filled) & inside)
+
+    return images.index_copy(0, rows, in_pieces(erase, images[rows], boxes, noise[rows]))
 
 
 def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:

@@ -78,7 +78,7 @@ def evaluate(arguments: list[str], program: str) -> None:
 
 def compare(arguments: list[str], program: str) -> None:
     """Teacher, distilled student and undistilled student of a recipe in one table."""
-    seeds, json_file, rest = _compare_options(arguments)
+    seeds, json_file, rest = _compare_options(arguments, program)
     run = parse_run(
         rest,
         program=program,
@@ -92,8 +92,10 @@ def compare(arguments: list[str], program: str) -> None:
     compare(run, seeds=seeds, json_file=json_file, arguments=arguments)
 
 
-def _compare_options(arguments: list[str]) -> tuple[list[int], Path | None, list[str]]:
-    parser = Parser(add_help=False)
+def _compare_options(
+    arguments: list[str], program: str
+) -> tuple[list[int], Path | None, list[str]]:
+    parser = Parser(prog=program, add_help=False)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--json", type=Path)
     options, rest = parser.parse_known_args(arguments)
@@ -147,7 +149,7 @@ def scan(arguments: list[str], program: str) -> None:
 
 def views(arguments: list[str], program: str) -> None:
     """Draw what student and teacher see of the first views of an epoch."""
-    parser = Parser(add_help=False)
+    parser = Parser(prog=program, add_help=False)
     parser.add_argument("--out", type=Path, default=Path("views.png"))
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--epoch", type=int, default=0)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_cli import assert_refused, run_in
+from tests.test_reading import write_pictures
+
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
@@ -121,3 +124,43 @@ def test_accelerate_launch_runs_the_same_script(runs):
     assert done.returncode == 0, done.stdout + done.stderr
     environment = json.loads((out / "environment.json").read_text())
     assert environment["precision"] == "bf16"  # what the launcher said
+
+
+def test_images_in_files_train_the_same_on_two_processes(tmp_path):
+    write_pictures(tmp_path / "images", number=16)
+    command = (
+        *(ROOT / "train_deit.py", "folder", "--data.root", "images", "--objective", "none"),
+        *("--student.name", "vit_micro", "--student.depth", "1", "--student.embed_dim", "16"),
+        *("--student.num_heads", "2", "--student.image_size", "16", "--data.image_size", "18"),
+        *("--optim.batch_size", "16", "--optim.epochs", "1", "--optim.warmup_epochs", "0"),
+        *("--run.evaluation_batch", "2"),
+    )
+    files = ("--data.storage", "files", "--data.workers", "1")
+    said = {
+        number: launch(number, *command, *files, "--out", f"of-{number}", cwd=tmp_path)
+        for number in (1, 2)
+    }
+    assert "; decoded by 1 worker; " in said[1]
+    for ours, theirs in zip(rows(tmp_path, 2), rows(tmp_path, 1), strict=True):
+        assert ours["train"] == pytest.approx(theirs["train"], abs=1e-5)
+        assert ours["validation"] == pytest.approx(theirs["validation"], abs=1e-9)
+        assert {"reading", "waiting", "views"} <= ours["loader"]["images_per_s"].keys()
+    launch(1, *command, "--data.storage", "memory", "--out", "of-3", cwd=tmp_path)
+    assert rows(tmp_path, 3)[-1]["train"]["loss"] > 0
+
+
+def test_a_file_that_a_worker_cannot_read_is_one_line(tmp_path):
+    for split in ("train", "val", "test"):
+        write_pictures(tmp_path / "images" / split, number=8)
+    broken = tmp_path / "images" / "val" / "bee" / "03.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    done = run_in(
+        tmp_path,
+        *("train_deit.py", "folder", "--data.root=images", "--objective=none", "--out=run"),
+        *("--student.name=vit_micro", "--student.depth=1", "--student.image_size=16"),
+        "--student.patch_size=4",
+        *("--data.image_size=18", "--optim.batch_size=8", "--optim.epochs=1"),
+        *("--optim.warmup_epochs=0", "--data.storage=files", "--data.workers=2"),
+    )
+    assert_refused(done, 3, "images/val/bee/03.jpg: not a readable image")
+    assert len(done.stderr.splitlines()) == 1

@@ -201,11 +201,9 @@ def test_a_broken_file_is_named_in_one_line(workers, views, tmp_path):
     made = loader(train, batch_size=number, views=views, workers=workers)
     content = broken.read_bytes()
     broken.write_bytes(content[: len(content) // 2])
-    with pytest.raises(
-        DataError, match=f"^{re.escape(str(broken))}: not a readable image.*$"
-    ) as caught:
+    # One line; and nothing here holds the error, whose traceback would keep the workers.
+    with pytest.raises(DataError, match=rf"\A{re.escape(str(broken))}: not a readable .*\Z"):
         list(made.epoch(0))
-    assert "\n" not in str(caught.value)
     broken.unlink()
     with pytest.raises(DataError, match=f"^{re.escape(str(broken))}: not readable .No such file"):
         list(made.epoch(0))
