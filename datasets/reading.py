@@ -17,7 +17,7 @@ from deit.config import DataConfig, ViewsConfig
 from deit.datasets.decoding import decode_square, open_image
 from deit.datasets.images import Encoded
 from deit.datasets.views import sample_resized_crop
-from deit.errors import DataError
+from deit.errors import DataError, EnvironmentFault
 from deit.keys import Keys
 
 
@@ -169,13 +169,31 @@ class Reader:
             )
 
     def read(self, batches: list[Wanted]) -> Iterator[Read]:
-        """The batches, in their order. Raises DataError at an unreadable image."""
+        """The batches, in their order. Raises DataError at an unreadable image, EnvironmentFault
+        where a worker was killed."""
         self._schedule.batches = batches
         with _without_advice():
             answers = iter(self._loader)
-        for answer in answers:
+        for answer in _of_living(answers):
             if isinstance(answer, DataError):
                 # Not the answer itself: its traceback would hold this frame, which holds the
                 # answer, and workers that the collector of cycles ends take seconds to leave.
                 raise DataError(str(answer))
             yield answer
+
+
+def _of_living(answers: Iterator[Any]) -> Iterator[Any]:
+    """The workers' answers; a worker that the system ended is named with the usual reasons."""
+    while True:
+        try:
+            yield next(answers)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise EnvironmentFault(
+                "data.workers: the system ended a worker process; usually /dev/shm is too small "
+                "(in a container: --shm-size 2g) or the memory is used up: fewer data.workers, a "
+                "smaller optim.batch_size, or data.workers 0"
+            ) from None

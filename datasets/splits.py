@@ -227,7 +227,7 @@ def _resized(pixels: Tensor, size: int) -> Tensor:
 
 
 def _fingerprint(class_names: tuple[str, ...], splits: tuple[Images | Encoded, ...]) -> str:
-    digest = hashlib.sha256("\n".join(class_names).encode())
+    digest = hashlib.sha256("\n".join(class_names).encode(errors="surrogateescape"))
     for split in splits:
         if isinstance(split, Images):
             digest.update(split.pixels.contiguous().numpy())

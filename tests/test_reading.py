@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.reading import Reader, Squares, Wanted, worker_count
 from deit.datasets.splits import load_splits
 from deit.datasets.views import Colours, sample_resized_crop
-from deit.errors import DataError
+from deit.errors import DataError, EnvironmentFault
 from deit.keys import Keys
 from deit.prediction import answers_of
 
@@ -258,3 +259,13 @@ def test_every_stage_is_measured(images):
     assert made.stages.images == {"views": 32, "reading": 32, "waiting": 32}
     assert made.stages.rates().keys() == {"views", "reading", "waiting"}
     assert min(made.stages.rates().values()) > 0
+
+
+def test_a_worker_that_was_killed_is_a_clear_fault():
+    class Deadly:
+        def read(self, wanted):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    wanted = [Wanted(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
+    with pytest.raises(EnvironmentFault, match=r"data\.workers: the system ended a worker"):
+        list(Reader(Deadly(), workers=1, pin=False).read(wanted))
