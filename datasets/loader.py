@@ -90,8 +90,12 @@ class TrainLoader:
         num_processes: int = 1,
         device: torch.device | str = "cpu",
         workers: int = 0,
+        square: int | None = None,
     ) -> None:
-        """Raises ConfigError where the batch cannot be cut into equal (for mixing: even) blocks,
+        """square: side [px] to which encoded images are decoded where no crop is cut from them as
+        they are on disk (data.image_size); None: the view's.
+
+        Raises ConfigError where the batch cannot be cut into equal (for mixing: even) blocks,
         and DataError where it needs more images than there are."""
         blocks = num_processes * optim.accumulate
         self.block = optim.batch_size // blocks
@@ -119,6 +123,11 @@ class TrainLoader:
         self.seed = seed
         self.process = process
         self.num_processes = num_processes
+        if mixes(views) and self.images_per_batch < 2:
+            raise ConfigError(
+                f"views.repeats = {views.repeats}: a batch of {optim.batch_size} would hold one "
+                "image and mix it with itself; fewer repeats, a larger batch, or no mixing"
+            )
         # An epoch keeps its number of views: with repeats it holds so many images fewer.
         self.steps_per_epoch = max(self.number // optim.batch_size, 1)
         self.images_per_epoch = self.steps_per_epoch * self.images_per_batch
@@ -128,10 +137,10 @@ class TrainLoader:
             cutter = (
                 Crops(images, views=views, size=sizes.view, seed=seed)
                 if cropped
-                else Squares(images, sizes.view)
+                else Squares(images, square or sizes.view)
             )
             self.reader = Reader(cutter, workers=workers, pin=self.device.type == "cuda")
-            self.source_size = sizes.view
+            self.source_size = sizes.view if cropped else square or sizes.view
             if cropped:  # by the workers, whose images have sizes of their own
                 self.views = replace(views, crop="none")
         else:
@@ -169,7 +178,6 @@ class TrainLoader:
         """The image of each row, and which of its views it is."""
         batch, place = rows // self.optim.batch_size, rows % self.optim.batch_size
         image = batch * self.images_per_batch + place % self.images_per_batch
-        # Fewer images than a batch leave one step, which wraps around nothing: see the check above.
         return order[image], place // self.images_per_batch
 
     def _draw(self, epoch: int, order: Tensor, rows: Tensor) -> _Drawn:

@@ -19,17 +19,18 @@ class Mix(NamedTuple):
 
     own_weight: float64 [pairs], the share an image keeps of itself, 1 where nothing is mixed.
     cut: bool [pairs], cutmix where true, mixup where false.
-    boxes: float64 [pairs, 4], top, left, bottom, right of the pasted region, as shares of the
-    image: whole pixels at the student's size, the same region at the teacher's.
+    boxes: int64 [pairs, 4], top, left, bottom, right of the pasted region, in pixels of an image
+    of size x size (the student's); of another size it is the same region.
     """
 
     own_weight: Tensor
     cut: Tensor
     boxes: Tensor
+    size: int
 
     def select(self, pairs: slice) -> "Mix":
         """The mixing of some of the pairs."""
-        return Mix(*(values[pairs] for values in self))
+        return Mix(self.own_weight[pairs], self.cut[pairs], self.boxes[pairs], self.size)
 
 
 def sample_mix(keys: Keys, *, views: ViewsConfig, size: int) -> Mix:
@@ -46,14 +47,15 @@ def sample_mix(keys: Keys, *, views: ViewsConfig, size: int) -> Mix:
     cut_weight = beta(keys, "mix/cutmix", views.cutmix_alpha) if views.cutmix_alpha > 0 else ones
     boxes = _boxes(uniform(keys, "mix/box", 2), cut_weight, size)
     top, left, bottom, right = boxes.unbind(dim=1)
-    kept = 1 - ((bottom - top) * (right - left)).double() / size**2
+    pasted = (bottom - top) * (right - left)
+    kept = (size**2 - pasted) / torch.full_like(switch[:, 0], size**2)
     if views.mixup_alpha > 0 and views.cutmix_alpha > 0:
         cut = switch[:, 1] < views.cutmix_share
     else:
         cut = torch.full_like(switch[:, 1], views.cutmix_alpha > 0, dtype=torch.bool)
     mixed = switch[:, 0] < views.mix_probability
     own_weight = torch.where(mixed, torch.where(cut, kept, mixup_weight), ones)
-    return Mix(own_weight, cut, boxes.double() / size)
+    return Mix(own_weight, cut, boxes, size)
 
 
 def _boxes(centres: Tensor, weight: Tensor, size: int) -> Tensor:
@@ -85,14 +87,12 @@ def mix_targets(targets: Tensor, mix: Mix) -> Tensor:
 def _own_share(mix: Mix, height: int, width: int) -> Tensor:
     """What each pixel keeps of its own image [pairs, height, width]: the weight in mixup, all or
     nothing in cutmix, nothing where its middle lies within the box."""
-    top, left, bottom, right = rearrange(mix.boxes, "pair edge -> edge pair 1")
-    rows, columns = _middles(height, mix.boxes), _middles(width, mix.boxes)
-    rows = ((rows >= top) & (rows < bottom)).double()
-    columns = ((columns >= left) & (columns < right)).double()
+    top, left, bottom, right = rearrange(2 * mix.boxes, "pair edge -> edge pair 1")
+    # (place + 1/2) / extent against edge / size, in whole numbers.
+    rows = (2 * torch.arange(height, device=top.device) + 1) * mix.size
+    columns = (2 * torch.arange(width, device=top.device) + 1) * mix.size
+    rows = ((rows >= top * height) & (rows < bottom * height)).double()
+    columns = ((columns >= left * width) & (columns < right * width)).double()
     pasted = (mix.cut & (mix.own_weight < 1))[:, None, None] * rows[:, :, None] * columns[:, None]
     blended = torch.where(mix.cut, 1.0, mix.own_weight)[:, None, None]
     return blended - pasted
-
-
-def _middles(extent: int, like: Tensor) -> Tensor:
-    return (torch.arange(extent, device=like.device, dtype=like.dtype) + 0.5) / extent

@@ -69,7 +69,8 @@ def brightness(images: Tensor, arguments: Tensor) -> Tensor:
 def contrast(images: Tensor, arguments: Tensor) -> Tensor:
     """The mean grey of the image blended with it; the argument is the image's share."""
     grey = _grey(images).flatten(1)
-    mean = torch.floor(grey.sum(dim=1).double() / grey.shape[1] + 0.5).float()
+    number = grey.shape[1]
+    mean = ((2 * grey.sum(dim=1) + number) // (2 * number)).float()  # rounded, half upwards
     return _blend(_each(mean), images.float(), arguments)
 
 

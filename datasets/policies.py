@@ -51,7 +51,8 @@ def sample_randaugment(keys: Keys, views: ViewsConfig) -> Layers:
     for layer in range(views.layers):
         draws = uniform(keys, f"randaugment/{layer}", 3)
         noise = normal(keys, f"randaugment/{layer}/magnitude", 1).squeeze(1)
-        level = (views.magnitude + views.magnitude_std * noise).clamp(0, 10) / 10
+        level = (views.magnitude + views.magnitude_std * noise).clamp(0, 10)
+        level = level / torch.full_like(level, 10)  # by a tensor: see resizing
         sign = torch.where(draws[:, 2] < 0.5, -1.0, 1.0)
         choice = (draws[:, 1] * len(RANDAUGMENT)).long()
         taken = draws[:, 0] < views.layer_probability

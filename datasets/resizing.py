@@ -5,6 +5,8 @@ by grey levels, so that every partial sum of a matrix product is a multiple of 2
 held exactly: the order of summation, which differs between devices and batch sizes, cannot matter.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -71,11 +73,26 @@ def _resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     channels = images.shape[1]
     half = torch.full((1, 1, 1), 0.5, device=images.device)  # rounds, with the floor that follows
     lines = rearrange(images, "b c h w -> b h c w").float().flatten(1, 2)
-    across = torch.baddbmm(half, lines, columns.mT).clamp_(0, 255).floor_()
-    stacked = rearrange(across, "b (h c) w -> b h (c w)", c=channels)
-    down = torch.baddbmm(half, rows, stacked).clamp_(0, 255)
+    with _full_precision(images.device.type):
+        across = torch.baddbmm(half, lines, columns.mT).clamp_(0, 255).floor_()
+        stacked = rearrange(across, "b (h c) w -> b h (c w)", c=channels)
+        down = torch.baddbmm(half, rows, stacked).clamp_(0, 255)
     levels = down.to(torch.int16).to(torch.uint8)  # faster in two steps
     return rearrange(levels, "b h (c w) -> b c h w", c=channels).contiguous()
+
+
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Products of 24 bits, whatever the run allows its networks (bf16, TF32)."""
+    allowed = torch.get_float32_matmul_precision()
+    if allowed != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        if allowed != "highest":
+            torch.set_float32_matmul_precision(allowed)
 
 
 def _filters(
@@ -101,7 +118,7 @@ def _filters(
     return bank.index_select(0, entry)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _bank(source: int, target: int, interpolation: Interpolation, device: torch.device) -> Tensor:
     """The filters of every box within `source` pixels, ordered by length and start, then all of
     them mirrored: float32 [source * (source + 1), target, source]."""
@@ -119,9 +136,12 @@ def _filter(
 
     The filter is widened when the image shrinks, cut off at the ends of the box and normalised.
     """
-    step = (length.float() / target)[:, None, None]
-    steps = torch.arange(target, device=start.device, dtype=torch.float32)
-    position = torch.arange(source, device=start.device, dtype=torch.float32) + 0.5
+    # In double precision, and dividing by a tensor (a GPU divides by a number by multiplying with
+    # its reciprocal): what differs in the last bit is the same multiple of 2**-15.
+    sides = torch.full_like(length, target, dtype=torch.float64)
+    step = (length / sides)[:, None, None]
+    steps = torch.arange(target, device=start.device, dtype=torch.float64)
+    position = torch.arange(source, device=start.device, dtype=torch.float64) + 0.5
     begin, end = start[:, None, None], (start + length)[:, None, None]
     centre = begin + (steps[None, :, None] + 0.5) * step
     distance = (position - centre).abs() / step.clamp_min(1)
@@ -152,5 +172,6 @@ def _gaussian(sigmas: Tensor, extent: int) -> Tensor:
 
 
 def _rounded(weights: Tensor) -> Tensor:
-    """The nearest multiples of 2**-15, float32."""
-    return (torch.round(weights * _ONE) / _ONE).float()
+    """The nearest multiples of 2**-15, float32; a hair more, so that halves do not hang on the last
+    bit."""
+    return (torch.round(weights * _ONE + 2.0**-20) * (1 / _ONE)).float()

@@ -130,6 +130,8 @@ def quarantined(path: Path, store: Store) -> Tensor:
         lines = path.read_text(errors="surrogateescape").splitlines()
     except OSError as error:
         raise DataError(f"data.quarantine {path}: not readable ({error.strerror})") from None
+    if any("\0" in line for line in lines):
+        raise DataError(f"data.quarantine {path}: not a text list of names, one a line")
     names = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
     listed = torch.zeros(len(store), dtype=torch.bool)
     for position in range(len(store)) if names else ():

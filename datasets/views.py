@@ -173,7 +173,9 @@ def sample_resized_crop(
     first = fits.int().argmax(dim=1, keepdim=True)
     # The largest central box within the ratio, for a sample whose ten attempts all failed.
     whole = width / height
-    central_height = torch.where(whole < ratio[0], (width / ratio[0]).round(), height)
+    central_height = torch.where(
+        whole < ratio[0], (width / torch.full_like(width, ratio[0])).round(), height
+    )
     central_width = torch.where(whole > ratio[1], (height * ratio[1]).round(), width)
     found = fits.any(dim=1)
     box_height = torch.where(found, heights.gather(1, first).squeeze(1), central_height)

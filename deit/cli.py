@@ -162,8 +162,10 @@ def views(arguments: list[str], program: str) -> None:
         "labels, mixing weights and the teacher's answers. Also: --out FILE.png (views.png), "
         "--force (replace it), --epoch N (0), --number VIEWS (12).",
     )
-    if options.epoch < 0 or options.number < 1:
-        raise ConfigError("--epoch counts from 0, --number from 1")
+    if not 0 <= options.epoch < 2**32:
+        raise ConfigError(f"--epoch {options.epoch}: should be in 0 ... 4294967295")
+    if options.number < 1:
+        raise ConfigError(f"--number {options.number}: should be at least 1")
     from deit.checkpoint import check_new
     from deit.contact_sheet import check_picture, draw_views
 

@@ -92,9 +92,9 @@ def _cell(
     if answers is not None:
         pictures.append(_picture(batch.teacher_images[row]))
     own = class_names[int(images.labels[sample])]
-    lines = [f"#{sample} {own}", f"label    {_labels(batch.targets[row].cpu(), class_names)}"]
+    lines = [f"#{sample} {own}", f"label: {_labels(batch.targets[row].cpu(), class_names)}"]
     if answers is not None:
-        lines.append(f"teacher  {_labels(answers[row], class_names)}")
+        lines.append(f"teacher: {_labels(answers[row], class_names)}")
     return _Cell(pictures, lines)
 
 

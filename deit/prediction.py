@@ -12,6 +12,7 @@ from deit.datasets.images import Encoded, Images
 from deit.datasets.reading import Reader, Squares, Wanted, worker_count
 from deit.datasets.views import evaluation_views
 from deit.engine import predict
+from deit.errors import DataError
 from deit.records import Outputs
 
 
@@ -26,11 +27,14 @@ def answers_of(
 ) -> Outputs:
     """A model's answers on the evaluation views of a split, on the CPU, float32.
 
+    Raises DataError with fewer images than processes.
     title: what the progress bar says. size: side [px] of what it is shown; None: the student's.
     """
     number = len(images.labels)
     size = size or config.student.image_size
     crop = config.views.evaluation_crop
+    if number < accelerator.num_processes:
+        raise DataError(f"{title}: {number} images are fewer than the processes")
     mine = torch.arange(accelerator.process_index, number, accelerator.num_processes)
     chunks = mine.split(config.run.evaluation_batch)
 

@@ -36,6 +36,7 @@ def loader_of(
 ) -> TrainLoader:
     """This process's training views. Raises ConfigError and DataError as TrainLoader does."""
     facts, images = facts_of(config, splits), splits.train
+    whole = config.views.crop == "random_resized" and not isinstance(images, Images)
     return TrainLoader(
         images,
         len(splits.class_names),
@@ -44,7 +45,7 @@ def loader_of(
         sizes=view_sizes(
             config.student.image_size,
             None if teacher is None else teacher.image_size,
-            images.pixels.shape[-1] if isinstance(images, Images) else None,
+            None if whole else config.data.image_size,
         ),
         colours=Colours(facts.mean, facts.std),
         seed=config.run.seed,
@@ -52,4 +53,5 @@ def loader_of(
         num_processes=accelerator.num_processes,
         device=accelerator.device,
         workers=worker_count(config.data),
+        square=config.data.image_size,
     )

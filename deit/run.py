@@ -169,7 +169,8 @@ def _dry_run(parts: Parts) -> None:
     batches = parts.loader.epoch(0)
     first = (next(batches) for _ in range(config.optim.accumulate))
     means = train_epoch(_job(parts), first, step=0, steps=parts.loader.steps_per_epoch)
-    few = parts.splits.validation.select(slice(config.run.evaluation_batch))
+    number = max(config.run.evaluation_batch, parts.accelerator.num_processes)
+    few = parts.splits.validation.select(slice(number))
     answers_of(parts.accelerator, parts.student, few, config, "dry run")
     say(f"dry run: one update (loss {means['loss']:.4f}) and one evaluation step; nothing written")
 

@@ -32,6 +32,8 @@ CROP_AND_FLIP = ViewsConfig(crop="random_resized", flip=0.5)
 RANDAUGMENT = ViewsConfig(crop="random_resized", flip=0.5, policy="randaugment")
 DEIT = ViewsConfig(crop="random_resized", flip=0.5, policy="randaugment", erasing=0.25)
 _BATCH = 128
+_FILES_BATCH = 32
+_PREFETCH = 2  # batches a worker is ahead, on both sides
 _NUMBER = 2048  # images in memory
 
 
@@ -42,6 +44,7 @@ class Case(NamedTuple):
     ours: Callable[[], Iterator[int]]
     theirs: Callable[[], Iterator[int]]
     peer: str
+    ahead: int = 0  # batches that lie ready when a turn begins: not counted
 
 
 def photographs(number: int, side: int) -> np.ndarray:
@@ -68,7 +71,7 @@ def our_loader(images: Images | Encoded, views: ViewsConfig, side: int, workers:
         images,
         10,
         views=views,
-        optim=OptimConfig(batch_size=_BATCH),
+        optim=OptimConfig(batch_size=_FILES_BATCH if workers else _BATCH),
         sizes=Sizes(side, side, side),
         colours=COLOURS,
         seed=0,
@@ -117,7 +120,7 @@ def timms(
     loader = create_loader(
         _Pictures(source),
         input_size=(3, side, side),
-        batch_size=_BATCH,
+        batch_size=_FILES_BATCH if workers else _BATCH,
         is_training=True,
         use_prefetcher=True,
         re_prob=views.erasing,
@@ -153,7 +156,14 @@ def measured(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
     sides = case.ours(), case.theirs()
     for side in sides:
         next(side)  # warm up: workers, caches
-    pairs = [(rate(sides[0], seconds), rate(sides[1], seconds)) for _ in range(rounds)]
+    pairs = []
+    for _ in range(rounds):
+        turns = []
+        for side in sides:
+            for _ in range(case.ahead):  # what a worker made while the other side was measured
+                next(side)
+            turns.append(rate(side, seconds))
+        pairs.append(turns)
     ratios = [one / other for one, other in pairs]
     mine, other = (statistics.mean(values) for values in zip(*pairs))
     return {
@@ -194,6 +204,7 @@ def file_case(name: str, views: ViewsConfig, side: int, folder: Path) -> Case:
         lambda: ours(images, views, side, workers=1),
         lambda: timms(paths, views, side, workers=1),
         "timm create_loader",
+        ahead=_PREFETCH + 1,
     )
 
 

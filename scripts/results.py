@@ -42,6 +42,8 @@ def section(name: str, result: dict) -> str:
 def benchmark_section(result: dict) -> str:
     """The loader benchmark as Markdown."""
     environment = result["environment"]
+    if result["rounds"] < 5 or environment["commit"].endswith("-dirty"):
+        raise ValueError("benchmark-data.json: a claim needs 5 rounds and a committed state")
     rows = [
         (
             row["name"],

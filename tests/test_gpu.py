@@ -8,6 +8,7 @@ from deit.datasets.images import Images
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.mixing import sample_mix
 from deit.datasets.operations import CODES, Canvas, apply_operations
+from deit.datasets.resizing import resize_boxes
 from deit.datasets.views import Colours, apply_views, sample_views
 from deit.keys import Keys, beta, words
 from deit.recipes import digits_teacher
@@ -52,6 +53,20 @@ def test_parameters_are_equal_and_pixels_within_one_level_on_the_gpu(preset, cro
     ).abs()
     assert difference.max() <= 1
     assert (difference > 0).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("size", [24, 32, 72, 96, 224])
+def test_resizing_is_exact_on_the_gpu_whatever_it_may_round(size):
+    pixels = pixels_of(real_images(64, 64))
+    boxes = torch.tensor([[n, 2 * n, 40 - n, 30 + n] for n in range(12)])
+    here = resize_boxes(pixels, boxes, size, "bicubic")
+    torch.set_float32_matmul_precision("high")  # TF32
+    try:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            there = resize_boxes(pixels.cuda(), boxes.cuda(), size, "bicubic")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(here, there.cpu())
 
 
 @pytest.mark.parametrize("name", CODES)

@@ -105,6 +105,12 @@ def test_repeats_show_so_many_different_views_of_so_many_fewer_images(number, ba
     assert len(everyone) == len(set(everyone)) == made.images_per_epoch
 
 
+def test_an_image_is_never_mixed_with_itself():
+    with pytest.raises(ConfigError, match=r"views\.repeats = 16: .* mix it with itself"):
+        loader(views=dataclasses.replace(MIXED, repeats=16))
+    loader(views=ViewsConfig(repeats=16))
+
+
 def test_the_views_of_an_image_in_a_batch_differ_and_the_first_is_the_plain_one():
     views = ViewsConfig(crop="padded", crop_padding=3, repeats=2)
     plain = dataclasses.replace(views, repeats=1)

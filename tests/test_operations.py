@@ -116,6 +116,16 @@ def test_posterize_never_leaves_black(argument):
     assert done("posterize", before, argument).max() == 128
 
 
+@pytest.mark.parametrize("side", [6, 28])
+def test_contrast_rounds_the_mean_half_upwards(side):
+    # Half of the pixels one level brighter: the mean lies exactly half way.
+    pixels = torch.full((1, 3, side, side), 100, dtype=torch.uint8)
+    pixels[..., : side // 2] = 101
+    assert done("contrast", pixels, 0).unique().tolist() == [101]
+    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    assert np.array(ImageEnhance.Contrast(image).enhance(0)).max() == 101
+
+
 def test_constant_images_survive_what_divides_by_their_range():
     flat = torch.full((2, 3, 8, 8), 77, dtype=torch.uint8)
     for name in ("auto_contrast", "equalize"):

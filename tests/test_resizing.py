@@ -79,6 +79,34 @@ def test_mirrored_boxes_are_the_mirrored_results(source, size):
         assert torch.equal(one, other.flip(-1) if mirrored else other)
 
 
+def test_what_a_run_allows_its_networks_does_not_touch_the_views():
+    images = pixels_of(real_images())
+    plain = resize_boxes(images, BOXES, 40, "bicubic")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(resize_boxes(images, BOXES, 40, "bicubic"), plain)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("target", [24, 32, 72, 224])
+def test_filters_do_not_hang_on_the_last_bit(target, monkeypatch):
+    from deit.datasets import resizing
+
+    start, length = torch.arange(60), torch.arange(60) + 3
+    plain = resizing._filter(start, length, 224, target, "bicubic")
+    rounded = torch.round
+
+    def nudged(weights):
+        return rounded(weights * (1 + 2.0**-51))
+
+    monkeypatch.setattr(torch, "round", nudged)
+    assert torch.equal(resizing._filter(start, length, 224, target, "bicubic"), plain)
+
+
 def test_the_extremes_stay_and_the_same_size_is_the_same_image():
     for level in (0, 255):
         flat = torch.full((1, 3, 17, 9), level, dtype=torch.uint8)
