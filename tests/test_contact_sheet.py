@@ -158,7 +158,7 @@ def test_views_of_digits_are_drawn_without_and_with_their_teacher(tmp_path):
         (5, ("--out folder.png", "is a folder"), ["--out=folder.png", "--force"]),
         (5, ("--out gone/x.png", "no folder"), ["--out=gone/x.png"]),
         (2, ("--out sheet.txt", ".png"), ["--out=sheet.txt"]),
-        (2, ("--epoch", "--number"), ["--number=0"]),
+        (2, ("--number 0", "at least 1"), ["--number=0"]),
         (2, ("--number", "'many'", "deit views --help"), ["--number=many"]),
         (2, ("did you mean optim.epochs?",), ["--optim.epoch=3"]),
     ],

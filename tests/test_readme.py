@@ -118,6 +118,16 @@ def test_the_other_commands_are_real(place):
             assert {"quickstart": "deit compare digits", "test": "-m pytest"}[words[1]] in planned
         elif words[0] in ("torchrun", "accelerate"):
             dry_run(words, place)
+        elif words[:2] == ["python", "scripts/benchmark.py"]:
+            # It takes minutes: here its options, in test_benchmark.py what it does.
+            done = subprocess.run(
+                [sys.executable, *words[1:], "--rows", "no such row"],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert "no such row" in done.stderr
         else:
             assert words[0] == "source" or words[:2] in (
                 ["pip", "install"],
