@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from deit.datasets.images import Store
 from deit.errors import DataError
 from deit.text import nearest
 
+Part = TypeVar("Part")
 Complain = Callable[[str], None]
 """Takes what is wrong with the layout: raises it, or collects it and lets the listing go on."""
 
@@ -63,14 +64,25 @@ def split_folders(root: Path) -> dict[str, Path]:
     A labelled `val` without a `test` is the test, as is the custom with ImageNet.
     """
     folders = {child.name: child for child in root.iterdir() if child.is_dir()}
-    if "train" not in folders:
-        return {"train": root}
-    validation = folders.get("val") or folders.get("validation")
-    test = folders.get("test")
-    if test is None:
-        validation, test = None, validation
-    found = {"train": folders["train"], "validation": validation, "test": test}
-    return {split: folder for split, folder in found.items() if folder is not None}
+    return named_splits(folders) if "train" in folders else {"train": root}
+
+
+def named_splits(
+    offered: dict[str, Part], validation: tuple[str, ...] = ("val", "validation")
+) -> dict[str, Part]:
+    """`train`, `validation` and `test` out of what has such names.
+
+    validation: the names it may have, the first that is there counts; without a `test` it is the
+    test.
+    """
+    parts = {
+        "train": offered["train"],
+        "validation": next((offered[name] for name in validation if name in offered), None),
+        "test": offered.get("test"),
+    }
+    if parts["test"] is None:
+        parts = {"train": parts["train"], "test": parts["validation"]}
+    return {split: part for split, part in parts.items() if part is not None}
 
 
 def known(keep: tuple[str, ...], names: Sequence[str]) -> set[str]:

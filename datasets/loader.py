@@ -112,6 +112,11 @@ class TrainLoader:
                 f"optim.batch_size = {optim.batch_size}: takes {self.images_per_batch} images at "
                 f"once, there are {self.number} for training; give a smaller batch or more data"
             )
+        if mixes(views) and self.images_per_batch < 2:
+            raise ConfigError(
+                f"views.repeats = {views.repeats}: a batch of {optim.batch_size} would hold one "
+                "image and mix it with itself; fewer repeats, a larger batch, or no mixing"
+            )
         self.device = torch.device(device)
         self.stages = Stages(self.device)
         self.labels = images.labels.to(self.device)
@@ -123,11 +128,6 @@ class TrainLoader:
         self.seed = seed
         self.process = process
         self.num_processes = num_processes
-        if mixes(views) and self.images_per_batch < 2:
-            raise ConfigError(
-                f"views.repeats = {views.repeats}: a batch of {optim.batch_size} would hold one "
-                "image and mix it with itself; fewer repeats, a larger batch, or no mixing"
-            )
         # An epoch keeps its number of views: with repeats it holds so many images fewer.
         self.steps_per_epoch = max(self.number // optim.batch_size, 1)
         self.images_per_epoch = self.steps_per_epoch * self.images_per_batch

@@ -13,11 +13,12 @@ from deit.datasets.listing import (
     Listing,
     assemble,
     is_hidden,
+    named_splits,
     refuse,
     split_folders,
 )
 from deit.datasets.stores import FolderStore, ReaderStore, ShardStore
-from deit.errors import ConfigError, DataError, EnvironmentFault
+from deit.errors import ConfigError, DataError, EnvironmentFault, reason_of
 
 _STREAMS = {
     "wds": "WebDataset shards are read by --data.source shards",
@@ -48,9 +49,8 @@ def list_reader(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     except (ConfigError, DataError, EnvironmentFault):
         raise
     except Exception as error:  # every reader raises its own
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(
-            f"data.reader {config.reader}: cannot read data.root {config.root} ({reason})"
+            f"data.reader {config.reader}: cannot read data.root {config.root} ({reason_of(error)})"
         ) from None
     return assemble(store, found, keep, complain)
 
@@ -108,11 +108,7 @@ def _split_tars(root: Path) -> dict[str, Path]:
     tars = {path.stem: path for path in sorted(root.glob("*.tar"))}
     if "train" not in tars:
         raise DataError(f"data.root {root}: no train.tar; expected one, or the path of a tar file")
-    validation, test = tars.get("val") or tars.get("validation"), tars.get("test")
-    if test is None:
-        validation, test = None, validation
-    found = {"train": tars["train"], "validation": validation, "test": test}
-    return {split: path for split, path in found.items() if path is not None}
+    return named_splits(tars)
 
 
 def _offset(member: tarfile.TarInfo, outer: tarfile.TarInfo | None) -> int:
@@ -134,15 +130,12 @@ def _hugging_face(name: str, config: DataConfig) -> tuple[ReaderStore, dict[str,
             f"data.reader {config.reader}: Hugging Face's library is missing; pip install datasets"
         )
     train = _create(f"hfds/{name}", Path(config.root))
-    offered = train.dataset.info.splits or {}
-    validation = next((split for split in ("validation", "val", "valid") if split in offered), None)
-    test = "test" if "test" in offered else None
-    if test is None:
-        validation, test = None, validation
-    readers = {"train": train}
-    for split, theirs in (("validation", validation), ("test", test)):
-        if theirs is not None:
-            readers[split] = _create(f"hfds/{name}", Path(config.root), split=theirs)
+    offered = {"train": "train"} | {split: split for split in train.dataset.info.splits or {}}
+    parts = named_splits(offered, validation=("validation", "val", "valid"))
+    readers = {
+        split: train if split == "train" else _create(f"hfds/{name}", Path(config.root), theirs)
+        for split, theirs in parts.items()
+    }
     found = {}
     for split, reader in readers.items():
         names = _names(reader.class_to_idx)

@@ -19,7 +19,7 @@ from deit.datasets.listing import (
     split_folders,
 )
 from deit.datasets.stores import ShardStore
-from deit.errors import DataError
+from deit.errors import DataError, reason_of
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$")
@@ -57,9 +57,9 @@ def list_shards(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
             indexed[path] = list(read_index(path, complain))
         except (OSError, tarfile.TarError, ValueError) as error:
             indexed[path] = []
-            reason = str(error).split("\n")[0]
             complain(
-                f"{path}: not a complete, uncompressed tar file ({reason}); fetch or unpack it"
+                f"{path}: not a complete, uncompressed tar file ({reason_of(error)}); fetch or "
+                "unpack it"
             )
     samples = [sample for path in paths for sample in indexed[path]]
     numbered = all(sample.label.isdecimal() for sample in samples)

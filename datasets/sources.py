@@ -15,7 +15,7 @@ from deit.datasets.images import Encoded, Images, Store
 from deit.datasets.listing import Listing, known
 from deit.datasets.readers import list_reader
 from deit.datasets.shards import list_shards
-from deit.errors import DataError, EnvironmentFault
+from deit.errors import DataError, EnvironmentFault, reason_of
 
 
 class Loaded(NamedTuple):
@@ -72,7 +72,7 @@ def _load_cifar(dataset: type[VisionDataset], config: DataConfig, keep: tuple[st
     except Exception as error:  # torchvision raises RuntimeError, urllib and tarfile their own
         expected = root / dataset.base_folder
         raise DataError(
-            f"data.root {root}: no {dataset.__name__} here ({_first_line(error)}); expected "
+            f"data.root {root}: no {dataset.__name__} here ({reason_of(error)}); expected "
             f"{expected} (archive {dataset.filename}, md5 {dataset.tgz_md5}). Fetch it with "
             "--data.download, or point --data.root at it; images in class folders are read by "
             "--data.source folder"
@@ -87,22 +87,9 @@ def _load_cifar(dataset: type[VisionDataset], config: DataConfig, keep: tuple[st
     return _keep_classes(found, keep)
 
 
-def load_folder(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
-    """Images in class folders; see `list_folder`."""
-    return _load_encoded(list_folder(config, keep), config)
-
-
-def load_shards(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
-    """Images in tar shards; see `list_shards`."""
-    return _load_encoded(list_shards(config, keep), config)
-
-
-def load_reader(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
-    """What a timm reader finds; see `list_reader`."""
-    return _load_encoded(list_reader(config, keep), config)
-
-
-def _load_encoded(listing: Listing, config: DataConfig) -> Loaded:
+def load_listed(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
+    """Images that stay encoded, as the listing of their source finds them."""
+    listing = LISTINGS[config.source](config, keep)
     encoded = {
         split: Encoded(listing.labels[rows], listing.store, rows)
         for split, rows in listing.splits.items()
@@ -167,23 +154,17 @@ def _keep_classes(loaded: Loaded, keep: tuple[str, ...]) -> Loaded:
     return Loaded(names, identities, train, validation, test)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-SOURCES: dict[str, Callable[[DataConfig, tuple[str, ...]], Loaded]] = {
-    "digits": load_digits,
-    "cifar10": load_cifar10,
-    "cifar100": load_cifar100,
-    "folder": load_folder,
-    "shards": load_shards,
-    "reader": load_reader,
-}
-"""Every source by its name in data.source: (config, class names to keep or none) -> Loaded."""
-
 LISTINGS: dict[str, Callable[..., Listing]] = {
     "folder": list_folder,
     "shards": list_shards,
     "reader": list_reader,
 }
 """The sources of encoded images: (config, class names to keep or none, complain) -> Listing."""
+
+SOURCES: dict[str, Callable[[DataConfig, tuple[str, ...]], Loaded]] = {
+    "digits": load_digits,
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+    **dict.fromkeys(LISTINGS, load_listed),
+}
+"""Every source by its name in data.source: (config, class names to keep or none) -> Loaded."""

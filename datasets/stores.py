@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deit.errors import DataError
+from deit.errors import DataError, reason_of
 
 
 class Texts:
@@ -165,5 +165,5 @@ def _encode(image: Image.Image) -> bytes:
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
-    reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+    reason = getattr(error, "strerror", None) or reason_of(error)
     return DataError(f"{name}: not readable ({reason})")

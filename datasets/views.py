@@ -105,6 +105,11 @@ def _fill(views: ViewsConfig, colours: Colours) -> Tensor:
     """What moves in from outside: the mean colour under a policy (as timm's), else black."""
     if views.policy == "none":
         return torch.zeros(3, dtype=torch.uint8)
+    return _mean_levels(colours)
+
+
+def _mean_levels(colours: Colours) -> Tensor:
+    """The mean colour, uint8 [3], on the CPU."""
     return (torch.tensor(colours.mean) * 255).round().to(torch.uint8)
 
 
@@ -251,7 +256,7 @@ def apply_erasing(
     if len(rows) == 0:
         return images
     boxes, rows = boxes[rows].to(images.device), rows.to(images.device)
-    mean = (torch.tensor(colours.mean) * 255).round().to(torch.uint8)[:, None, None]
+    mean = _mean_levels(colours)[:, None, None]
 
     def erase(some: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
         noisy = views.erasing_fill == "noise"

@@ -60,13 +60,15 @@ def check_writable(out: Path, *, option: str) -> None:
         raise EnvironmentFault(f"{option} {out}: cannot be written ({error.strerror})") from None
 
 
-def check_new(path: Path | None, *, option: str, force: bool) -> None:
-    """Refuse a file that could not be written, or would replace one. Raises EnvironmentFault."""
+def check_file(path: Path | None, *, option: str, replace: bool) -> None:
+    """Refuse, before the long work, a file that could not be written or (unless it may be replaced)
+    is there already. Raises EnvironmentFault."""
     if path is None:
         return
-    if path.is_dir() or (path.exists() and not force):
-        kind = "is a folder" if path.is_dir() else "exists already; --force replaces it"
-        raise EnvironmentFault(f"{option} {path}: {kind}")
+    if path.is_dir():
+        raise EnvironmentFault(f"{option} {path}: is a folder, not a file")
+    if path.exists() and not replace:
+        raise EnvironmentFault(f"{option} {path}: exists already; --force replaces it")
     if not path.absolute().parent.is_dir():
         raise EnvironmentFault(f"{option} {path}: no folder {path.absolute().parent}")
     check_writable(path.absolute().parent, option=option)

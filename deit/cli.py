@@ -60,9 +60,10 @@ def evaluate(arguments: list[str], program: str) -> None:
     parser.add_argument("--teacher", metavar="SOURCE", help="teacher to agree with; none: without")
     parser.add_argument("--run.device", dest="device", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args(arguments)
-    from deit.evaluation import check_json, evaluate, print_evaluation, write_evaluation
+    from deit.checkpoint import check_file
+    from deit.evaluation import evaluate, print_evaluation, write_evaluation
 
-    check_json(options.json)
+    check_file(options.json, option="--json", replace=True)
     found = evaluate(
         options.run,
         checkpoint=options.checkpoint,
@@ -123,13 +124,11 @@ def scan(arguments: list[str], program: str) -> None:
     options = parser.parse_args(arguments)
     if (options.source == "reader") != (options.reader is not None):
         raise ConfigError("--source reader and --reader NAME go together")
-    from deit.scan import check_new, print_scan, require_sound, scan, write_quarantine
+    from deit.checkpoint import check_file, write_json
+    from deit.scan import print_scan, require_sound, scan, write_quarantine
 
-    if options.json is not None:
-        from deit.evaluation import check_json, write_evaluation
-
-        check_json(options.json)
-    check_new(options.write, force=options.force)
+    check_file(options.json, option="--json", replace=True)
+    check_file(options.write, option="--write", replace=options.force)
     found = scan(
         DataConfig(
             source=options.source,
@@ -143,7 +142,8 @@ def scan(arguments: list[str], program: str) -> None:
     if options.write is not None:
         write_quarantine(options.write, found)
     if options.json is not None:
-        write_evaluation(options.json, dataclasses.asdict(found))
+        write_json(options.json, dataclasses.asdict(found))
+        say(f"wrote {options.json}")
     require_sound(found, options.write)
 
 
@@ -166,11 +166,11 @@ def views(arguments: list[str], program: str) -> None:
         raise ConfigError(f"--epoch {options.epoch}: should be in 0 ... 4294967295")
     if options.number < 1:
         raise ConfigError(f"--number {options.number}: should be at least 1")
-    from deit.checkpoint import check_new
+    from deit.checkpoint import check_file
     from deit.contact_sheet import check_picture, draw_views
 
     check_picture(options.out)
-    check_new(options.out, option="--out", force=options.force)
+    check_file(options.out, option="--out", replace=options.force)
     draw_views(run.config, options.out, epoch=options.epoch, number=options.number)
 
 

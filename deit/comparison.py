@@ -10,7 +10,7 @@ from deit.arguments import RunArguments
 from deit.config import OBJECTIVES, Config, derive
 from deit.console import is_main_process, say, table
 from deit.errors import ConfigError, EnvironmentFault
-from deit.evaluation import check_json, evaluate
+from deit.evaluation import evaluate
 from deit.recipes import RECIPES, TEACHERS
 from deit.report import COLUMNS, HEADS, comparison_cells, draw_comparison
 from deit.run import train
@@ -32,7 +32,7 @@ def compare(
         raise ConfigError(f"compare {run.recipe}: its objective has no teacher to measure")
     if run.print_config or run.dry_run:
         raise ConfigError("compare takes neither --print_config nor --dry_run; give them to train")
-    check_json(json_file)
+    checkpoint.check_file(json_file, option="--json", replace=True)
     rows: dict[str, dict[str, Any]] = {}
     for seed in seeds:
         folder = run.out if len(seeds) == 1 else run.out / f"seed-{seed}"

@@ -35,3 +35,8 @@ class NumericsError(DeitError):
     """A loss or gradient is no longer finite."""
 
     exit_code = 6
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what another library says, or the name of its error."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

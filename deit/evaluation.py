@@ -11,14 +11,14 @@ from deit import checkpoint
 from deit.config import Config, derive
 from deit.console import is_main_process, percent, say, table, warn
 from deit.datasets.images import Encoded, Images
-from deit.datasets.loader import view_sizes
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator, describe
-from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault
+from deit.errors import CheckpointError, ConfigError, DataError
 from deit.metrics import agreement, calibration_error, confusion, topk_accuracy
 from deit.models.saved import find_saved, load_student
 from deit.models.teachers import load_teacher
 from deit.prediction import answers_of
+from deit.preparation import sizes_of
 from deit.records import head_logits
 from deit.validation import load
 
@@ -134,8 +134,7 @@ def _teacher_logits(
         warn(f"the run's teacher is left out: {error}")
         return None
     teacher = teacher.to(accelerator.device)
-    source = images.pixels.shape[-1] if isinstance(images, Images) else None
-    size = view_sizes(config.student.image_size, teacher.image_size, source).teacher
+    size = sizes_of(config, images, teacher).teacher
     return answers_of(accelerator, teacher, images, config, "teacher", size=size).class_logits
 
 
@@ -171,16 +170,6 @@ def _per_class(
             correct = int((answer[members] == label).sum())
             found[name][head] = correct / number if number else None
     return found
-
-
-def check_json(path: Path | None) -> None:
-    """Refuse a file that could not be written, before the long work. Raises EnvironmentFault."""
-    if path is not None:
-        if path.is_dir():
-            raise EnvironmentFault(f"--json {path}: is a folder, not a file")
-        if not path.absolute().parent.is_dir():
-            raise EnvironmentFault(f"--json {path}: no folder {path.absolute().parent}")
-        checkpoint.check_writable(path.absolute().parent, option="--json")
 
 
 def write_evaluation(path: Path, found: dict[str, Any]) -> None:

@@ -3,8 +3,8 @@
 from accelerate import Accelerator
 
 from deit.config import Config
-from deit.datasets.images import Images
-from deit.datasets.loader import TrainLoader, view_sizes
+from deit.datasets.images import Encoded, Images
+from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.reading import worker_count
 from deit.datasets.splits import Splits
 from deit.datasets.views import Colours
@@ -31,22 +31,27 @@ def teacher_of(config: Config, splits: Splits, accelerator: Accelerator) -> Teac
     return load_teacher(config.teacher, splits.class_names, image_size=size).to(accelerator.device)
 
 
+def sizes_of(config: Config, images: Images | Encoded, teacher: Teacher | None) -> Sizes:
+    """What the networks are shown of these images, in training as in evaluation."""
+    on_disk = isinstance(images, Encoded) and config.views.crop == "random_resized"
+    return view_sizes(
+        config.student.image_size,
+        None if teacher is None else teacher.image_size,
+        None if on_disk else config.data.image_size,
+    )
+
+
 def loader_of(
     config: Config, splits: Splits, teacher: Teacher | None, accelerator: Accelerator
 ) -> TrainLoader:
     """This process's training views. Raises ConfigError and DataError as TrainLoader does."""
     facts, images = facts_of(config, splits), splits.train
-    whole = config.views.crop == "random_resized" and not isinstance(images, Images)
     return TrainLoader(
         images,
         len(splits.class_names),
         views=config.views,
         optim=config.optim,
-        sizes=view_sizes(
-            config.student.image_size,
-            None if teacher is None else teacher.image_size,
-            None if whole else config.data.image_size,
-        ),
+        sizes=sizes_of(config, images, teacher),
         colours=Colours(facts.mean, facts.std),
         seed=config.run.seed,
         process=accelerator.process_index,

@@ -106,6 +106,15 @@ def cifar10_micro_teacher() -> Config:
     )
 
 
+_SHORT = {
+    "epochs": 8,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "lr_reference_batch": None,
+    "warmup_epochs": 1,
+}
+
+
 def cifar10_micro() -> Config:
     """A micro DeiT distilled from `cifar10-micro-teacher` in 8 epochs (a laptop, half an hour)."""
     return derive(
@@ -113,13 +122,7 @@ def cifar10_micro() -> Config:
         views=AUGMENTATIONS["none"],
         student={"name": "deit_micro", "drop_path": 0.0, "initialisation": "scaled"},
         teacher={"source": "checkpoints/cifar10-micro-teacher"},
-        optim={
-            "epochs": 8,
-            "batch_size": 128,
-            "lr": 1e-3,
-            "lr_reference_batch": None,
-            "warmup_epochs": 1,
-        },
+        optim=_SHORT,
     )
 
 
@@ -173,13 +176,7 @@ def tiny_imagenet_micro() -> Config:
         tiny_imagenet(),
         student={"name": "deit_micro", "drop_path": 0.0, "initialisation": "scaled"},
         teacher={"source": "checkpoints/tiny-imagenet-micro-teacher"},
-        optim={
-            "epochs": 8,
-            "batch_size": 128,
-            "lr": 1e-3,
-            "lr_reference_batch": None,
-            "warmup_epochs": 1,
-        },
+        optim=_SHORT,
     )
 
 

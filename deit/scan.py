@@ -217,17 +217,6 @@ def _counts(numbers: dict[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
 
-def check_new(path: Path | None, *, force: bool) -> None:
-    """Refuse a list that could not be written, or would replace one. Raises EnvironmentFault."""
-    if path is None:
-        return
-    if path.is_dir() or (path.exists() and not force):
-        kind = "is a folder" if path.is_dir() else "exists already; --force replaces it"
-        raise EnvironmentFault(f"--write {path}: {kind}")
-    if not path.absolute().parent.is_dir():
-        raise EnvironmentFault(f"--write {path}: no folder {path.absolute().parent}")
-
-
 def write_quarantine(path: Path, found: Scan) -> None:
     """The unreadable images as a list for data.quarantine, each under its reason.
 

@@ -15,17 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from deit.config import OptimConfig, StudentConfig, ViewsConfig  # noqa: E402
-from deit.console import say, table  # noqa: E402
-from deit.datasets.images import Encoded, Images  # noqa: E402
-from deit.datasets.loader import Sizes, TrainLoader  # noqa: E402
-from deit.datasets.stores import FolderStore  # noqa: E402
-from deit.datasets.views import Colours  # noqa: E402
-from deit.environment import create_accelerator, describe, keep_freed_memory  # noqa: E402
-from deit.models.saved import Facts, build_student  # noqa: E402
+from deit.config import OptimConfig, StudentConfig, ViewsConfig
+from deit.console import say, table
+from deit.datasets.images import Encoded, Images
+from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.stores import FolderStore
+from deit.datasets.views import Colours
+from deit.environment import create_accelerator, describe, keep_freed_memory
+from deit.models.saved import Facts, build_student
 
 COLOURS = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CROP_AND_FLIP = ViewsConfig(crop="random_resized", flip=0.5)

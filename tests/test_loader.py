@@ -11,6 +11,7 @@ from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.views import Colours
 from deit.errors import ConfigError, DataError
 
+SIZES = Sizes(8, 8, 8)
 IMAGES = Images(torch.randint(256, (53, 3, 8, 8), dtype=torch.uint8), torch.arange(53) % 4)
 MIXED = ViewsConfig(crop="padded", crop_padding=1, mixup_alpha=0.8, cutmix_alpha=1.0)
 FULL = dataclasses.replace(MIXED, crop="random_resized", **AUGMENTATIONS["deit"])
@@ -24,7 +25,7 @@ def loader(
     views=MIXED,
     seed=5,
     images=IMAGES,
-    sizes=Sizes(8, 8, 8),  # noqa: B008 - a tuple
+    sizes=SIZES,
     **settings,
 ):
     return TrainLoader(
