@@ -191,7 +191,11 @@ def decode_square(encoded: bytes, name: str, size: int) -> Tensor:
 
     Raises DataError as `read_picture` does.
     """
-    picture = open_image(encoded, name)
+    return square_of(open_image(encoded, name), size)
+
+
+def square_of(picture: Image.Image, size: int) -> Tensor:
+    """An RGB picture as uint8 [3, size, size]: shorter side to size, the centre cut square."""
     shorter = min(picture.size)
     if max(picture.size) > 8 * shorter:  # of a long strip, only what reaches the square is resized
         picture = transforms.center_crop(

@@ -15,6 +15,10 @@ class Images(NamedTuple):
     pixels: Tensor
     labels: Tensor
 
+    def name(self, index: int) -> str:
+        """What a person finds an image of this split by."""
+        return f"image {index}"
+
     def select(self, which: Tensor) -> "Images":
         """Some of the images: bool [number], or int64 positions in any order."""
         return Images(self.pixels[which], self.labels[which])

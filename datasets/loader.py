@@ -1,21 +1,21 @@
 """Training batches: the same sequence of global batches on any number of processes."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from deit.config import OptimConfig, ViewsConfig, mixes
+from deit.config import OptimConfig, ViewsConfig, fixed, mixes
 from deit.datasets.images import Encoded, Images
+from deit.datasets.looks import DrawnLook, Look, teacher_look
 from deit.datasets.mixing import Mix, mix_images, mix_targets, sample_mix
-from deit.datasets.reading import Crops, Reader, Squares, Wanted
+from deit.datasets.reading import Cutter, Read, Reader, Wanted
 from deit.datasets.resizing import resize
 from deit.datasets.stages import Stages
-from deit.datasets.views import Colours, ViewParameters, apply_views, sample_views, unit
+from deit.datasets.views import Colours, ViewParameters, unit
 from deit.errors import ConfigError, DataError
 from deit.keys import Keys, permutation
 from deit.records import Batch
@@ -45,12 +45,30 @@ def view_sizes(student: int, teacher: int | None, source: int | None) -> Sizes:
     return Sizes(view=max(student, wanted), student=student, teacher=wanted)
 
 
+class Shown(NamedTuple):
+    """What the teacher is shown.
+
+    images: float32 [batch, 3, height, width] in [0, 1], after mixing.
+    views: uint8 [batch, 3, height, width], the whole grey levels before mixing.
+    mix: how the pairs are mixed; None where nothing is.
+    samples, epoch, places: as in Batch.
+    """
+
+    images: Tensor
+    views: Tensor
+    mix: Mix | None
+    samples: Tensor
+    epoch: int
+    places: Tensor
+
+
 class _Drawn(NamedTuple):
     """What a stretch of rows will look like."""
 
     samples: Tensor
-    repeats: Tensor
-    views: ViewParameters
+    places: Tensor
+    student: ViewParameters
+    teacher: ViewParameters | None
     mix: Mix | None
 
     def select(self, rows: slice) -> "_Drawn":
@@ -58,8 +76,9 @@ class _Drawn(NamedTuple):
         pairs = slice(rows.start // 2, rows.stop // 2)
         return _Drawn(
             self.samples[rows],
-            self.repeats[rows],
-            self.views.select(rows),
+            self.places[rows],
+            self.student.select(rows),
+            None if self.teacher is None else self.teacher.select(rows),
             None if self.mix is None else self.mix.select(pairs),
         )
 
@@ -91,9 +110,11 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         workers: int = 0,
         square: int | None = None,
+        for_teacher: bool = True,
     ) -> None:
         """square: side [px] to which encoded images are decoded where no crop is cut from them as
-        they are on disk (data.image_size); None: the view's.
+        they are on disk (data.image_size); None: the view's. for_teacher: whether batches carry
+        what the teacher sees.
 
         Raises ConfigError where the batch cannot be cut into equal (for mixing: even) blocks,
         and DataError where it needs more images than there are."""
@@ -119,33 +140,40 @@ class TrainLoader:
             )
         self.device = torch.device(device)
         self.stages = Stages(self.device)
+        self.images = images
         self.labels = images.labels.to(self.device)
         self.num_classes = num_classes
         self.views = views
         self.optim = optim
         self.sizes = sizes
-        self.colours = colours
         self.seed = seed
         self.process = process
         self.num_processes = num_processes
+        self.workers = workers
         # An epoch keeps its number of views: with repeats it holds so many images fewer.
         self.steps_per_epoch = max(self.number // optim.batch_size, 1)
         self.images_per_epoch = self.steps_per_epoch * self.images_per_batch
-        self.pixels, self.reader = None, None
-        if isinstance(images, Encoded):
-            cropped = views.crop == "random_resized"
-            cutter = (
-                Crops(images, views=views, size=sizes.view, seed=seed)
-                if cropped
-                else Squares(images, square or sizes.view)
-            )
-            self.reader = Reader(cutter, workers=workers, pin=self.device.type == "cuda")
-            self.source_size = sizes.view if cropped else square or sizes.view
-            if cropped:  # by the workers, whose images have sizes of their own
-                self.views = replace(views, crop="none")
-        else:
-            self.pixels = images.pixels.to(self.device)
-            self.source_size = images.pixels.shape[-1]
+        look = {"square": square, "colours": colours, "seed": seed}
+        self.student_look = DrawnLook(images, views, size=sizes.view, **look)
+        self.teacher_look = teacher_look(images, views, size=sizes.teacher, **look)
+        self.for_teacher = for_teacher
+        self.watch: Callable[[Shown], None] | None = None
+        """Called with what is shown, where the teacher sees the student's views."""
+        self.pixels = images.pixels.to(self.device) if isinstance(images, Images) else None
+        self._readers: dict[tuple[Cutter, ...], Reader] = {}
+
+    @property
+    def places(self) -> int:
+        """Places in an epoch: how many answers of the teacher a store of it can hold.
+
+        Without repeats they are all images (less one if that makes a pair), so that they do not
+        depend on the batch; where the teacher's view is fixed, always all images.
+        """
+        if fixed(self.views):
+            return self.number
+        if self.views.repeats > 1:
+            return self.steps_per_epoch * self.optim.batch_size
+        return self.number - self.number % 2 if mixes(self.views) else self.number
 
     def order(self, epoch: int) -> Tensor:
         """The images of an epoch in the order they are taken, int64 [number], on the CPU."""
@@ -156,17 +184,42 @@ class TrainLoader:
         self.stages.reset()
         order = self.order(epoch)
         rows = self._rows()
-        read = self._read(epoch, order, rows) if self.reader is not None else None
+        own = self.teacher_look if self.for_teacher else None
+        looks = [self.student_look] + ([] if own is None else [own])
+        wanted = (Wanted(epoch, *self._locate(order, block)) for block in rows)
+        read = self._read(looks, wanted)
         together = 1
         if read is None:
             together = max(_SHOWN_AT_ONCE // (3 * self.sizes.view**2 * self.block), 1)
         for stretch in rows.split(max(_DRAWN_AT_ONCE // self.block // together, 1) * together):
             with self.stages.time("views", 0):
-                drawn = self._draw(epoch, order, stretch.flatten())
+                drawn = self._draw(epoch, order, stretch.flatten(), own)
             for first in range(0, len(stretch), together):
                 shown = slice(first * self.block, min(first + together, len(stretch)) * self.block)
-                batch = self._show(drawn.select(shown), None if read is None else next(read))
-                yield from map(Batch._make, zip(*(part.split(self.block) for part in batch)))
+                pixels = None if read is None else next(read)
+                yield from self._show(epoch, drawn.select(shown), pixels, own)
+
+    def shown(self, epoch: int, places: Tensor, *, block: int, repeat: int = 0) -> Iterator[Shown]:
+        """What the teacher is shown at some places of an epoch, in blocks of so many.
+
+        places: int64 [number], on the CPU; with mixing whole pairs, 2k before 2k + 1, and an even
+        block. repeat: which of the views of an image, where the teacher's view is fixed.
+        """
+        look = self.teacher_look or self.student_look
+        order = None if fixed(self.views) else self.order(epoch)
+        located = self._locate(order, places, repeat)
+        blocks = zip(*(part.split(block) for part in located))
+        read = self._read([look], (Wanted(epoch, *part) for part in blocks))
+        for stretch in torch.arange(len(places)).split(max(_DRAWN_AT_ONCE // block, 1) * block):
+            samples, repeats = (part[stretch].to(self.device) for part in located)
+            drawn, mix = look.draw(epoch, samples, repeats), self._draw_mix(epoch, places[stretch])
+            for first in range(0, len(stretch), block):
+                rows = slice(first, min(first + block, len(stretch)))
+                pixels = self.pixels[samples[rows]] if read is None else next(read)[0]
+                views = look.show(pixels, None if drawn is None else drawn.select(rows))
+                pairs = None if mix is None else mix.select(slice(rows.start // 2, rows.stop // 2))
+                images = self._as_seen(views, self.sizes.teacher, pairs)
+                yield Shown(images, views, pairs, samples[rows], epoch, places[stretch][rows])
 
     def _rows(self) -> Tensor:
         """The rows of an epoch that are this process's, int64 [micro-batches, block]."""
@@ -174,54 +227,86 @@ class TrainLoader:
         rows = rows.view(-1, self.num_processes, self.block)
         return rows[:, self.process]
 
-    def _locate(self, order: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The image of each row, and which of its views it is."""
+    def _locate(self, order: Tensor | None, rows: Tensor, repeat: int = 0) -> tuple[Tensor, Tensor]:
+        """The image of each row, and which of its views it is; without an order rows are images."""
+        if order is None:
+            return rows, torch.full_like(rows, repeat)
+        if self.views.repeats == 1:
+            return order[rows], torch.zeros_like(rows)
         batch, place = rows // self.optim.batch_size, rows % self.optim.batch_size
         image = batch * self.images_per_batch + place % self.images_per_batch
         return order[image], place // self.images_per_batch
 
-    def _draw(self, epoch: int, order: Tensor, rows: Tensor) -> _Drawn:
-        samples, repeats = (part.to(self.device) for part in self._locate(order, rows))
-        keys = Keys(self.seed, epoch, samples, repeats)
-        size = self.source_size
-        views = sample_views(keys, self.views, height=size, width=size, size=self.sizes.view)
-        mix = None
-        if mixes(self.views):
-            pairs = Keys(self.seed, epoch, (rows[::2] // 2).to(self.device))
-            mix = sample_mix(pairs, views=self.views, size=self.sizes.student)
-        return _Drawn(samples, repeats, views, mix)
+    def _draw(self, epoch: int, order: Tensor, rows: Tensor, own: Look | None) -> _Drawn:
+        found, repeats = self._locate(order, rows)
+        samples, repeats = found.to(self.device), repeats.to(self.device)
+        return _Drawn(
+            samples,
+            found if fixed(self.views) else rows,
+            self.student_look.draw(epoch, samples, repeats),
+            None if own is None else own.draw(epoch, samples, repeats),
+            self._draw_mix(epoch, rows),
+        )
 
-    def _read(self, epoch: int, order: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        """Decoded micro-batches, on the device; how long they took and were waited for."""
-        wanted = [Wanted(epoch, *self._locate(order, block)) for block in rows]
-        batches = self.reader.read(wanted)
+    def _draw_mix(self, epoch: int, rows: Tensor) -> Mix | None:
+        if not mixes(self.views):
+            return None
+        pairs = Keys(self.seed, epoch, (rows[::2] // 2).to(self.device))
+        return sample_mix(pairs, views=self.views, size=self.sizes.student)
+
+    def _read(
+        self, looks: list[Look], wanted: Iterable[Wanted]
+    ) -> Iterator[tuple[Tensor, ...]] | None:
+        """Decoded blocks, for each look, on the device; None for images in memory. How long they
+        took and were waited for is measured."""
+        if isinstance(self.images, Images):
+            return None
+        cutters = tuple(look.cutter for look in looks)
+        if cutters not in self._readers:
+            pin = self.device.type == "cuda"
+            self._readers[cutters] = Reader(self.images, cutters, workers=self.workers, pin=pin)
+        return self._measured(self._readers[cutters].read(list(wanted)))
+
+    def _measured(self, batches: Iterator[Read]) -> Iterator[tuple[Tensor, ...]]:
         while True:
             started = time.perf_counter()
             read = next(batches, None)
             if read is None:
                 return
-            number = len(read.pixels)
+            number = len(read.pixels[0])
             self.stages.add("waiting", number, time.perf_counter() - started)
             self.stages.add("reading", number, float(read.seconds))
-            yield read.pixels.to(self.device, non_blocking=True)
+            yield tuple(pixels.to(self.device, non_blocking=True) for pixels in read.pixels)
 
-    def _show(self, drawn: _Drawn, pixels: Tensor | None) -> Batch:
+    def _show(
+        self, epoch: int, drawn: _Drawn, read: tuple[Tensor, ...] | None, own: Look | None
+    ) -> Iterator[Batch]:
         """Make the views of one or more micro-batches."""
-        samples = drawn.samples
+        samples, mix = drawn.samples, drawn.mix
         with self.stages.time("views", len(samples)):
-            if pixels is None:
-                pixels = self.pixels[samples]
-            views = apply_views(
-                pixels, drawn.views, self.views, size=self.sizes.view, colours=self.colours
-            )
+            pixels = self.pixels[samples] if read is None else read[0]
+            views = self.student_look.show(pixels, drawn.student)
+            images = self._as_seen(views, self.sizes.student, mix)
             targets = one_hot(self.labels[samples], self.num_classes).float()
-            images = unit(self._resized(views, self.sizes.student))
-            same = self.sizes.teacher == self.sizes.student
-            teacher_images = images if same else unit(self._resized(views, self.sizes.teacher))
-            if drawn.mix is not None:
-                images, targets = mix_images(images, drawn.mix), mix_targets(targets, drawn.mix)
-                teacher_images = images if same else mix_images(teacher_images, drawn.mix)
-        return Batch(images, teacher_images, targets, samples)
+            if mix is not None:
+                targets = mix_targets(targets, mix)
+            teacher_images = None
+            if self.for_teacher and own is not None:
+                pixels = pixels if read is None else read[1]
+                teacher_images = unit(own.show(pixels, drawn.teacher))
+            elif self.for_teacher and self.sizes.teacher == self.sizes.student:
+                teacher_images = images
+            elif self.for_teacher:
+                teacher_images = self._as_seen(views, self.sizes.teacher, mix)
+            if self.watch is not None and self.teacher_look is None:
+                self.watch(Shown(images, views, mix, samples, epoch, drawn.places))
+        parts = [part.split(self.block) for part in (images, targets, samples, drawn.places)]
+        taught = None if teacher_images is None else teacher_images.split(self.block)
+        for index, (images, targets, samples, places) in enumerate(zip(*parts)):
+            seen = None if taught is None else taught[index]
+            yield Batch(images, seen, targets, samples, epoch, places)
 
-    def _resized(self, views: Tensor, size: int) -> Tensor:
-        return resize(views, size, size, "bicubic")
+    def _as_seen(self, views: Tensor, size: int, mix: Mix | None) -> Tensor:
+        """Grey levels as a network gets them: resized, in [0, 1], mixed."""
+        images = unit(resize(views, size, size, "bicubic"))
+        return images if mix is None else mix_images(images, mix)

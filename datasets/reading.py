@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as transforms
 
-from deit.config import DataConfig, ViewsConfig
-from deit.datasets.decoding import decode_square, open_image
+from deit.config import DataConfig, Interpolation, ViewsConfig
+from deit.datasets.decoding import open_image, square_of
 from deit.datasets.images import Encoded
-from deit.datasets.views import sample_resized_crop
+from deit.datasets.views import sample_boxes
 from deit.errors import DataError, EnvironmentFault
 from deit.keys import Keys
 
@@ -48,79 +49,86 @@ class Wanted(NamedTuple):
 class Read(NamedTuple):
     """What a worker sends back.
 
-    pixels: uint8 [batch, 3, size, size]. seconds: how long one worker took for them.
+    pixels: uint8 [batch, 3, size, size], one for each cutter. seconds: how long one worker took.
     """
 
-    pixels: Tensor
+    pixels: tuple[Tensor, ...]
     seconds: float
 
 
-class Squares:
-    """Whole images: shorter side to `size`, the centre cut square."""
+class Squares(NamedTuple):
+    """Cuts whole images: shorter side to `size`, the centre cut square."""
 
-    def __init__(self, images: Encoded, size: int) -> None:
-        self.images = images
-        self.size = size
+    size: int
 
-    def read(self, wanted: Wanted) -> Read:
-        """Raises DataError at an unreadable image."""
-        started = time.perf_counter()
-        squares = [
-            decode_square(self.images.read(index), self.images.name(index), self.size)
-            for index in wanted.samples.tolist()
+    def cut(self, pictures: list[Image.Image], wanted: Wanted) -> Tensor:
+        """uint8 [batch, 3, size, size]."""
+        return torch.stack([square_of(picture, self.size) for picture in pictures])
+
+
+class Wholes(NamedTuple):
+    """Cuts nothing: all of the image, squeezed into a square."""
+
+    size: int
+    interpolation: Interpolation
+
+    def cut(self, pictures: list[Image.Image], wanted: Wanted) -> Tensor:
+        """uint8 [batch, 3, size, size]."""
+        boxes = [(0, 0, picture.height, picture.width) for picture in pictures]
+        return _resized(pictures, boxes, self.size, self.interpolation)
+
+
+class Crops(NamedTuple):
+    """Cuts the random crop of each view from the image as it is on disk."""
+
+    views: ViewsConfig
+    size: int
+    seed: int
+
+    def cut(self, pictures: list[Image.Image], wanted: Wanted) -> Tensor:
+        """uint8 [batch, 3, size, size]."""
+        width, height = torch.tensor([image.size for image in pictures], dtype=torch.float64).T
+        keys = Keys(self.seed, wanted.epoch, wanted.samples, wanted.repeats)
+        boxes = sample_boxes(keys, self.views, height=height, width=width)
+        return _resized(pictures, boxes.tolist(), self.size, self.views.interpolation)
+
+
+def _resized(
+    pictures: list[Image.Image], boxes: list[Any], size: int, interpolation: Interpolation
+) -> Tensor:
+    how = transforms.InterpolationMode(interpolation)
+    return torch.stack(
+        [
+            transforms.pil_to_tensor(transforms.resized_crop(picture, *box, [size, size], how))
+            for picture, box in zip(pictures, boxes)
         ]
-        return Read(torch.stack(squares), time.perf_counter() - started)
+    )
 
 
-class Crops:
-    """The random resized crop of each view, cut from the image as it is on disk."""
-
-    def __init__(self, images: Encoded, *, views: ViewsConfig, size: int, seed: int) -> None:
-        self.images = images
-        self.views = views
-        self.size = size
-        self.seed = seed
-
-    def read(self, wanted: Wanted) -> Read:
-        """Raises DataError at an unreadable image."""
-        started = time.perf_counter()
-        whole = [
-            open_image(self.images.read(index), self.images.name(index))
-            for index in wanted.samples.tolist()
-        ]
-        width, height = torch.tensor([image.size for image in whole], dtype=torch.float64).T
-        boxes = sample_resized_crop(
-            Keys(self.seed, wanted.epoch, wanted.samples, wanted.repeats),
-            height,
-            width,
-            scale=self.views.crop_scale,
-            ratio=self.views.crop_ratio,
-        )
-        how = transforms.InterpolationMode(self.views.interpolation)
-        crops = [
-            transforms.pil_to_tensor(
-                transforms.resized_crop(image, *box, [self.size, self.size], how)
-            )
-            for image, box in zip(whole, boxes.tolist())
-        ]
-        return Read(torch.stack(crops), time.perf_counter() - started)
+Cutter = Squares | Wholes | Crops
 
 
 class _Work(Dataset):
     """What a worker does. An unreadable image is its answer and not raised there: DataLoader would
     put a traceback of the worker before the message."""
 
-    def __init__(self, cutter: Squares | Crops) -> None:
-        self.cutter = cutter
+    def __init__(self, images: Encoded, cutters: tuple[Cutter, ...]) -> None:
+        self.images = images
+        self.cutters = cutters
 
     def __getitem__(self, wanted: tuple[int, np.ndarray, np.ndarray]) -> Read | DataError:
         epoch, samples, repeats = wanted
+        started = time.perf_counter()
         try:
-            return self.cutter.read(
-                Wanted(epoch, torch.from_numpy(samples), torch.from_numpy(repeats))
-            )
+            pictures = [
+                open_image(self.images.read(index), self.images.name(index))
+                for index in samples.tolist()
+            ]
         except DataError as error:
             return error
+        views = Wanted(epoch, torch.from_numpy(samples), torch.from_numpy(repeats))
+        pixels = tuple(cutter.cut(pictures, views) for cutter in self.cutters)
+        return Read(pixels, time.perf_counter() - started)
 
 
 class _Schedule:
@@ -151,14 +159,16 @@ def _without_advice() -> Iterator[None]:
 class Reader:
     """Reads batches ahead, in order, with a number of worker processes (0: in this one)."""
 
-    def __init__(self, cutter: Squares | Crops, *, workers: int, pin: bool) -> None:
+    def __init__(
+        self, images: Encoded, cutters: tuple[Cutter, ...], *, workers: int, pin: bool
+    ) -> None:
         self._schedule = _Schedule()
         settings: dict[str, Any] = {}
         if workers > 0:
             settings = {"persistent_workers": True, "prefetch_factor": 2}
         with _without_advice():
             self._loader = DataLoader(
-                _Work(cutter),
+                _Work(images, cutters),
                 batch_size=None,  # a sample of this dataset is a whole batch
                 sampler=self._schedule,
                 num_workers=workers,

@@ -19,6 +19,10 @@ from deit.datasets.policies import sample_policy
 from deit.datasets.resizing import resize, resize_boxes
 from deit.keys import Keys, uniform, words
 
+VERSION = 1
+"""Of the pixels: raised with every change that makes a view of the same key look otherwise, so that
+stored answers to the old views are refused."""
+
 Extent = int | Tensor
 """Height or width [px]: one for all images, or float64 [batch]."""
 
@@ -58,12 +62,9 @@ def sample_views(
     keys: Keys, views: ViewsConfig, *, height: Extent, width: Extent, size: int
 ) -> ViewParameters:
     """Draw the views of a batch from images of height x width pixels, to be size x size."""
-    boxes = offsets = flipped = erased = noise = None
-    if views.crop == "random_resized":
-        boxes = sample_resized_crop(
-            keys, height, width, scale=views.crop_scale, ratio=views.crop_ratio
-        )
-    elif views.crop == "padded":
+    offsets = flipped = erased = noise = None
+    boxes = sample_boxes(keys, views, height=height, width=width)
+    if views.crop == "padded":
         offsets = sample_padded_crop(keys, views.crop_padding)
     if views.flip > 0:
         flipped = sample_flip(keys, views.flip)
@@ -72,6 +73,18 @@ def sample_views(
         erased, noise = sample_erasing(keys, views, size)
         erased = erased.cpu()
     return ViewParameters(boxes, offsets, flipped, codes.cpu(), arguments, erased, noise)
+
+
+def sample_boxes(keys: Keys, views: ViewsConfig, *, height: Extent, width: Extent) -> Tensor | None:
+    """The boxes (top, left, height, width) that are cut from images, int64 [batch, 4]; None where
+    the crop cuts none."""
+    if views.crop == "random_resized":
+        return sample_resized_crop(
+            keys, height, width, scale=views.crop_scale, ratio=views.crop_ratio
+        )
+    if views.crop == "random":
+        return sample_random_crop(keys, height, width, side=views.crop_side)
+    return None
 
 
 def apply_views(
@@ -120,14 +133,19 @@ def unit(images: Tensor) -> Tensor:
 
 
 def evaluation_views(pixels: Tensor, *, size: int, crop: float) -> Tensor:
+    """`evaluation_squares` as float32 [batch, 3, size, size] in [0, 1]."""
+    return unit(evaluation_squares(pixels, size=size, crop=crop))
+
+
+def evaluation_squares(pixels: Tensor, *, size: int, crop: float) -> Tensor:
     """The one view of an image in evaluation: resize to size / crop, cut the centre.
 
-    pixels: uint8 [batch, 3, height, width]. Returns float32 [batch, 3, size, size] in [0, 1].
+    pixels: uint8 [batch, 3, height, width]. Returns uint8 [batch, 3, size, size].
     """
     whole = round(size / crop)
     resized = resize(pixels, whole, whole, "bicubic")
     start = (whole - size) // 2
-    return unit(resized[..., start : start + size, start : start + size])
+    return resized[..., start : start + size, start : start + size]
 
 
 def sample_padded_crop(keys: Keys, padding: int) -> Tensor:
@@ -152,6 +170,20 @@ def apply_padded_crop(
     place = (rows * (width + 2 * padding))[:, :, None] + (offsets[:, 1:] + columns)[:, None]
     place = place.flatten(1)[:, None].expand(-1, images.shape[1], -1)
     return padded.gather(2, place).view(images.shape)
+
+
+def sample_random_crop(keys: Keys, height: Extent, width: Extent, *, side: float) -> Tensor:
+    """Squares (top, left, side, side) in pixels, int64 [batch, 4], anywhere in the image.
+
+    side: of the square, as a share of the image's shorter one. Resizing to S and cutting s
+    anywhere, as in Beyer et al. 2022 (160 and 128), is a side of s / S.
+    """
+    draws = uniform(keys, "crop", 2)
+    height, width = _extents(keys, height), _extents(keys, width)
+    extent = (torch.minimum(height, width) * side).round().clamp_min(1)
+    top = (draws[:, 0] * (height - extent + 1)).long()
+    left = (draws[:, 1] * (width - extent + 1)).long()
+    return torch.stack([top, left, extent.long(), extent.long()], dim=1)
 
 
 _ATTEMPTS = 10

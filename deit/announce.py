@@ -28,7 +28,7 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
         f"student   {config.student.name}: {size_of(network)} parameters, "
         f"input {config.student.image_size} px"
     )
-    if parts.teacher is None:
+    if parts.panel is None:
         say("teacher   none (loss.kind none)")
     say(
         f"data      {config.data.source}: {len(splits.class_names)} classes; "
@@ -68,8 +68,10 @@ def _of_views(parts: Parts) -> str:
     told = [f"{sizes.view} px"]
     if sizes.view != sizes.student:
         told[0] += f", student {sizes.student} px"
-    if parts.teacher is not None and sizes.teacher != sizes.student:
+    if parts.panel is not None and sizes.teacher != sizes.student:
         told[0] += f", teacher {sizes.teacher} px"
+    if parts.panel is not None and views.teacher_view != "same":
+        told[0] += f", the teacher's {_TEACHER_VIEWS[views.teacher_view]}"
     if isinstance(images, Images):
         gib = images.pixels.numel() / 2**30
         told.append(f"from {images.pixels.shape[-1]} px in memory ({gib:.2f} GiB)")
@@ -90,6 +92,14 @@ def _of_views(parts: Parts) -> str:
     }
     told.append(", ".join(step for step, on in steps.items() if on) or "plain")
     return "; ".join(told)
+
+
+_TEACHER_VIEWS = {
+    "independent": "drawn apart",
+    "resized": "always the whole image",
+    "center": "always the centre",
+    "crops": "a mean over crops",
+}
 
 
 def _warn_of_idle_cores(accelerator: Accelerator) -> None:

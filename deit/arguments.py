@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from deit.config import AUGMENTATIONS, OBJECTIVES, Config, to_dict
+from deit.config import AUGMENTATIONS, OBJECTIVES, TEACHING, Config, to_dict
 from deit.errors import ConfigError
 from deit.recipes import RECIPES, find_recipe
 from deit.text import nearest
@@ -77,7 +78,7 @@ def _shown(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, tuple):
-        return ",".join(map(_shown, value)) or "all"
+        return ",".join(map(_shown, value)) or "(none)"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -88,10 +89,14 @@ class _Options:
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with the run in the folder, after its last finished epoch."""
     objective: str | None = None
-    """A whole loss section by name: deit-hard, deit-soft, class-hard, class-soft or none."""
+    """A whole loss section by name: deit-hard, deit-soft, class-hard, class-soft,
+    function-matching, usi, dkd or none."""
     augmentation: str | None = None
-    """Policy, jitter, erasing, mixing and repeats of the views by name: deit, deit3, mix or none;
-    crop and flip stay the recipe's."""
+    """Policy, jitter, erasing, mixing and repeats of the views by name: deit, deit3, mix, usi or
+    none; crop and flip stay the recipe's."""
+    teaching: str | None = None
+    """What the teacher sees beside the student, with crop and mixing, by name: fix/rs, fix/cc,
+    fix/ic_ens, ind/rc, ind/ic, same/rc, same/ic or function-matching."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One training and one evaluation step; nothing is written."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -99,9 +104,12 @@ class _Options:
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
-def parse_run(arguments: list[str], *, program: str, about: str) -> RunArguments:
+def parse_run(
+    arguments: list[str], *, program: str, about: str, online: bool = True
+) -> RunArguments:
     """The checked arguments of a run: RECIPE first, options after it.
 
+    online: whether its teachers will answer in training, as `deit.validation.build` takes it.
     Raises ConfigError naming every problem; `--help` prints and raises SystemExit(0).
     """
     helps = {"-h", "--help"} & set(arguments)
@@ -135,7 +143,7 @@ def parse_run(arguments: list[str], *, program: str, about: str) -> RunArguments
         problems.append(Problem("--out", out, "needs a folder"))
     return RunArguments(
         recipe=recipe,
-        config=build(values, problems),
+        config=build(values, problems, online=online),
         out=Path(out) if out else Path("checkpoints") / _run_name(recipe),
         resume=options.resume,
         dry_run=options.dry_run,
@@ -143,22 +151,34 @@ def parse_run(arguments: list[str], *, program: str, about: str) -> RunArguments
     )
 
 
-_PRESETS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "objective": ("loss", {name: dataclasses.asdict(loss) for name, loss in OBJECTIVES.items()}),
-    "augmentation": ("views", AUGMENTATIONS),
+class _Preset(NamedTuple):
+    """What a preset flag does: the section it changes, its names, and for one of them the fields
+    that it sets over those of the recipe."""
+
+    section: str
+    names: Iterable[str]
+    fields: Callable[[str, dict[str, Any]], dict[str, Any]]
+
+
+_PRESETS = {
+    "objective": _Preset(
+        "loss", OBJECTIVES, lambda name, loss: dataclasses.asdict(OBJECTIVES[name])
+    ),
+    "augmentation": _Preset("views", AUGMENTATIONS, lambda name, views: AUGMENTATIONS[name]),
+    "teaching": _Preset("views", TEACHING, lambda name, views: TEACHING[name].fields(views)),
 }
-"""The section each preset flag changes, and the fields it sets, by the name that is typed."""
+"""By flag, in the order in which they are applied."""
 
 
 def _put_presets(values: dict[str, dict[str, Any]], options: _Options) -> list[Problem]:
     """Put presets over the recipe's values; a problem for each name that does not exist."""
     problems = []
-    for flag, (section, presets) in _PRESETS.items():
+    for flag, preset in _PRESETS.items():
         name = _plain(getattr(options, flag))
-        if name in presets:
-            values[section] |= presets[name]
+        if name in preset.names:
+            values[preset.section] |= preset.fields(name, values[preset.section])
         elif name is not None:
-            advice = f"should be one of {', '.join(presets)}{nearest(name, presets)}"
+            advice = f"should be one of {', '.join(preset.names)}{nearest(name, preset.names)}"
             problems.append(Problem(f"--{flag}", name, advice))
     return problems
 

@@ -6,7 +6,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -115,6 +115,39 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         raise EnvironmentFault(
             f"{target}: could not be saved ({reason}); the one before is intact"
         ) from None
+
+
+def put_file(path: Path, content: bytes) -> None:
+    """Write a file to the disk under another name and rename it: it is there whole or not at all.
+
+    Raises FileNotFoundError where its folder is gone, EnvironmentFault where the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            sync(file)
+        temporary.replace(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise EnvironmentFault(f"{path}: could not be written ({error.strerror})") from None
+    sync_folder(path.parent)
+
+
+def sync(file: BinaryIO) -> None:
+    """Bring what was written to the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring new names to the disk itself, where a folder can be opened for that."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,5 +1,6 @@
 """The command line: one grammar behind `deit` and the root scripts; errors become exit codes."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -78,33 +79,44 @@ def evaluate(arguments: list[str], program: str) -> None:
 
 
 def compare(arguments: list[str], program: str) -> None:
-    """Teacher, distilled student and undistilled student of a recipe in one table."""
-    seeds, json_file, rest = _compare_options(arguments, program)
+    """What the teacher is worth, or another study of a recipe, in one table."""
+    options, seeds, rest = _compare_options(arguments, program)
     run = parse_run(
         rest,
         program=program,
-        about="Train a recipe's teacher, its student, and the same student without the teacher; "
-        "evaluate all three on the test split. Also: --seeds 0,1,2 (all of them, mean and std) "
-        "and --json FILE. data.* and run.* apply to the teacher too. A finished run is not "
+        about="Train a recipe's teachers and several students beside each other, and evaluate all "
+        "on the test split. Also: --study worth (the student with and without teacher; the "
+        "default), teaching (every teaching mode), patience (epochs) or ensemble (teachers "
+        "together and alone); --only A,B (some students of the study); --seeds 0,1,2 (mean and "
+        "std); --json FILE. data.* and run.* apply to the teachers too. A finished run is not "
         "trained again.",
     )
     from deit.comparison import compare
 
-    compare(run, seeds=seeds, json_file=json_file, arguments=arguments)
+    compare(
+        run,
+        study=options.study,
+        only=tuple(name.strip() for name in options.only.split(",") if name.strip()),
+        seeds=seeds,
+        json_file=options.json,
+        arguments=arguments,
+    )
 
 
 def _compare_options(
     arguments: list[str], program: str
-) -> tuple[list[int], Path | None, list[str]]:
+) -> tuple[argparse.Namespace, list[int], list[str]]:
     parser = Parser(prog=program, add_help=False)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--study", default="worth")
+    parser.add_argument("--only", default="")
     options, rest = parser.parse_known_args(arguments)
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds {options.seeds}: should be numbers with commas") from None
-    return seeds, options.json, rest
+    return options, seeds, rest
 
 
 def scan(arguments: list[str], program: str) -> None:
@@ -161,6 +173,7 @@ def views(arguments: list[str], program: str) -> None:
         about="Draw what student and teacher see of the first training views of an epoch, with "
         "labels, mixing weights and the teacher's answers. Also: --out FILE.png (views.png), "
         "--force (replace it), --epoch N (0), --number VIEWS (12).",
+        online=False,
     )
     if not 0 <= options.epoch < 2**32:
         raise ConfigError(f"--epoch {options.epoch}: should be in 0 ... 4294967295")
@@ -172,6 +185,73 @@ def views(arguments: list[str], program: str) -> None:
     check_picture(options.out)
     check_file(options.out, option="--out", replace=options.force)
     draw_views(run.config, options.out, epoch=options.epoch, number=options.number)
+
+
+def targets(arguments: list[str], program: str) -> None:
+    """Store a teacher's answers to every view, or verify a store of them."""
+    actions = {"write": _write_targets, "verify": _verify_targets}
+    if arguments and arguments[0] in actions:
+        actions[arguments[0]](arguments[1:], f"{program} {arguments[0]}")
+        return
+    if {"-h", "--help"} & set(arguments[:1]):
+        say(f"usage: {program} write RECIPE --out STORE [options]\n       {program} verify STORE")
+        say("(each with --help tells more)")
+        return
+    found = f"{arguments[0]!r}{nearest(arguments[0], actions)}" if arguments else "nothing"
+    raise ConfigError(f"{program}: should be followed by write or verify, not by {found}")
+
+
+def _write_targets(arguments: list[str], program: str) -> None:
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--records")
+    parser.add_argument("--shard", default="0/1")
+    options, rest = parser.parse_known_args(arguments)
+    run = parse_run(
+        rest,
+        program=program,
+        about="Write the answers of a recipe's teachers to its training views into a store, for "
+        "--teacher.targets. Also: --out STORE (a folder), --epochs N (all that are trained), "
+        "--records hard, full or top-K (what the objective needs), --shard I/N (part I of N, from "
+        "0, each written by a command of its own, at any time). Interrupted, the same command "
+        "goes on.",
+        online=False,
+    )
+    from deit.target_writer import check_records, parse_shard, write_targets
+
+    if options.out is None:
+        raise ConfigError(f"{program} {run.recipe}: needs --out STORE, the folder to write")
+    if options.epochs is not None and not 0 < options.epochs < 2**32:
+        raise ConfigError(f"--epochs {options.epochs}: should be at least 1")
+    if run.print_config:
+        say(json.dumps(to_dict(run.config), indent=1))
+        return
+    write_targets(
+        run.config,
+        options.out,
+        epochs=options.epochs,
+        records=check_records(options.records),
+        shard=parse_shard(options.shard),
+    )
+
+
+def _verify_targets(arguments: list[str], program: str) -> None:
+    parser = Parser(
+        prog=program,
+        description="Read a store whole: its checksums, then a sample of its views, made anew from "
+        "the data, and of its answers, asked of the teacher anew. Exit code 3 or 4 if one differs.",
+    )
+    parser.add_argument("store", type=Path, metavar="STORE", help="folder of the store")
+    parser.add_argument("--root", metavar="DIR", help="where the images lie now")
+    parser.add_argument("--teacher", metavar="A,B", help="where the teachers lie now; or none")
+    parser.add_argument("--rows", type=int, default=2048, help="answers to ask anew (2048)")
+    options = parser.parse_args(arguments)
+    if options.rows < 1:
+        raise ConfigError(f"--rows {options.rows}: should be at least 1")
+    from deit.target_verifier import verify_targets
+
+    verify_targets(options.store, root=options.root, teacher=options.teacher, rows=options.rows)
 
 
 def recipes(arguments: list[str], program: str) -> None:
@@ -193,6 +273,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "compare": compare,
     "scan": scan,
     "views": views,
+    "targets": targets,
     "recipes": recipes,
 }
 """Every command by name: (its arguments, the program's name for messages)."""

@@ -1,13 +1,14 @@
-"""What a teacher is worth: teacher, distilled and undistilled student of a recipe in one table."""
+"""The students of a study beside each other and their teachers, in one table and one picture."""
 
 import dataclasses
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 from deit import checkpoint
 from deit.arguments import RunArguments
-from deit.config import OBJECTIVES, Config, derive
+from deit.config import Config, derive
 from deit.console import is_main_process, say, table
 from deit.errors import ConfigError, EnvironmentFault
 from deit.evaluation import evaluate
@@ -15,38 +16,64 @@ from deit.recipes import RECIPES, TEACHERS
 from deit.report import COLUMNS, HEADS, comparison_cells, draw_comparison
 from deit.run import train
 from deit.saving import selected_top1
+from deit.studies import STUDIES
+from deit.target_writer import write_targets
+from deit.text import nearest
 
 
 def compare(
-    run: RunArguments, *, seeds: list[int], json_file: Path | None, arguments: list[str]
+    run: RunArguments,
+    *,
+    study: str,
+    only: tuple[str, ...],
+    seeds: list[int],
+    json_file: Path | None,
+    arguments: list[str],
 ) -> dict[str, Any]:
-    """Train and evaluate the three for each seed; print the table and write the numbers.
+    """Train and evaluate a recipe's teachers and the arms of a study for each seed; print the table
+    and write the numbers.
 
-    A finished run in the folder is not trained again, an interrupted one goes on.
-    Returns, for each of teacher, distilled and undistilled, `top1` by head, `agreement` with the
-    teacher, `seconds` of training and `curves` of validation top-1 by epoch, each a list over the
-    seeds.
+    study: a name in STUDIES. only: the arms to train, empty for all. A finished run in the folder
+    is not trained again, an interrupted one goes on.
+    Returns, for each teacher and arm, `top1` by head, `agreement` with the teacher, `seconds` of
+    training and `curves` of validation top-1 by epoch, each a list over the seeds; and `epochs`.
     Raises ConfigError for a recipe whose objective has no teacher.
     """
     if run.config.loss.kind == "none":
         raise ConfigError(f"compare {run.recipe}: its objective has no teacher to measure")
     if run.print_config or run.dry_run:
         raise ConfigError("compare takes neither --print_config nor --dry_run; give them to train")
+    _arms(run.config, study, only)  # a wrong name or arm is told before the work
     checkpoint.check_file(json_file, option="--json", replace=True)
     rows: dict[str, dict[str, Any]] = {}
     for seed in seeds:
         folder = run.out if len(seeds) == 1 else run.out / f"seed-{seed}"
-        for name, config in _runs(run, folder, seed).items():
-            say(f"\n{name}, seed {seed}: {folder / name}")
-            state = train(config, folder / name, resume=True)
-            found = evaluate(folder / name)
-            row = rows.setdefault(name, {"top1": [], "agreement": [], "seconds": [], "curves": []})
+        teachers, student = _teachers(run, folder, seed)
+        arms = _arms(student, study, only)
+        for name, config in {**teachers, **arms}.items():
+            out = folder / _slug(name)
+            say(f"\n{name}, seed {seed}: {out}")
+            config = _with_targets(config, folder / f"targets-{_slug(name)}")
+            state = train(config, out, resume=True)
+            found = evaluate(out)
+            row = rows.setdefault(
+                name,
+                {
+                    "top1": [],
+                    "agreement": [],
+                    "seconds": [],
+                    "curves": [],
+                    "epochs": config.optim.epochs,
+                    "teacher": name in teachers,
+                },
+            )
             row["top1"].append(_top1(found))
             row["agreement"].append(_agreement(found))
             row["seconds"].append(state["seconds"])
-            row["curves"].append(_curve(folder / name))
+            row["curves"].append(_curve(out))
     result = {
         "recipe": run.recipe,
+        "study": study,
         "split": found["split"],
         "num_samples": found["num_samples"],
         "seeds": seeds,
@@ -57,25 +84,52 @@ def compare(
     _print(result)
     if is_main_process():
         _write(result, run.out, json_file)
-    _say_next(run.recipe, folder, config)
+    if study == "worth":
+        _say_next(run.recipe, folder, student)
     return result
 
 
-def _runs(run: RunArguments, folder: Path, seed: int) -> dict[str, Config]:
-    """What to train, in order; the teacher only where the recipe has one and none was given."""
+def _arms(student: Config, study: str, only: tuple[str, ...]) -> dict[str, Config]:
+    """The configurations of a study. Raises ConfigError on an unknown name."""
+    if study not in STUDIES:
+        known = ", ".join(STUDIES)
+        raise ConfigError(f"--study {study}: should be one of {known}{nearest(study, STUDIES)}")
+    arms = STUDIES[study](student)
+    for name in only:
+        if name not in arms:
+            known = ", ".join(arms)
+            raise ConfigError(f"--only {name}: should be of {known}{nearest(name, arms)}")
+    return {name: arm for name, arm in arms.items() if not only or name in only}
+
+
+def _teachers(run: RunArguments, folder: Path, seed: int) -> tuple[dict[str, Config], Config]:
+    """The teachers to train, where the recipe has some and none were given; and the student."""
     student = derive(run.config, run={"seed": seed})
-    runs: dict[str, Config] = {}
-    if run.recipe in TEACHERS and student.teacher.source == RECIPES[run.recipe]().teacher.source:
-        teacher = RECIPES[TEACHERS[run.recipe]]()
-        machine = {"seed": seed, "device": student.run.device, "precision": student.run.precision}
-        runs["teacher"] = derive(teacher, data=dataclasses.asdict(student.data), run=machine)
-        student = derive(student, teacher={"source": str(folder / "teacher")})
-    runs["distilled"] = student
-    # The teacher stays in the configuration: training ignores it, evaluation compares with it.
-    smoothing = student.loss.label_smoothing
-    labels = dataclasses.replace(OBJECTIVES["none"], label_smoothing=smoothing)
-    runs["undistilled"] = dataclasses.replace(student, loss=labels)
-    return runs
+    recipes = TEACHERS.get(run.recipe, ())
+    if not recipes or student.teacher.source != RECIPES[run.recipe]().teacher.source:
+        return {}, student
+    machine = {"seed": seed, "device": student.run.device, "precision": student.run.precision}
+    names = ("teacher",) if len(recipes) == 1 else recipes
+    teachers = {
+        name: derive(RECIPES[recipe](), data=dataclasses.asdict(student.data), run=machine)
+        for name, recipe in zip(names, recipes)
+    }
+    sources = tuple(str(folder / _slug(name)) for name in names)
+    return teachers, derive(student, teacher={"source": sources})
+
+
+def _with_targets(config: Config, store: Path) -> Config:
+    """The configuration with stored targets, written now, where its teaching needs them."""
+    needed = config.views.teacher_view == "crops" and not config.teacher.targets
+    if config.loss.kind == "none" or not needed:
+        return config
+    write_targets(config, store)
+    return derive(config, teacher={"targets": (str(store),)})
+
+
+def _slug(name: str) -> str:
+    """A name as part of a path: `fix/rs` is fix-rs."""
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
 
 
 def _top1(found: dict[str, Any]) -> dict[str, float | None]:
@@ -120,7 +174,7 @@ def _say_next(recipe: str, folder: Path, config: Config) -> None:
         "\nNext:\n"
         f"  python evaluate_deit.py {folder / 'distilled'}      every head, class by class\n"
         f"  python train_deit.py {recipe} --objective deit-hard "
-        f"--teacher.source {config.teacher.source} --out checkpoints/hard\n"
+        f"--teacher.source {','.join(config.teacher.source)} --out checkpoints/hard\n"
         "  python train_deit.py --help      every setting\n"
         "  deit recipes      the other experiments"
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
@@ -18,6 +18,18 @@ def _none(value: object) -> object:
     return None if isinstance(value, str) and value.lower() == "none" else value
 
 
+def _listed(value: object) -> object:
+    """As `_words`; one value alone is a list of one, and none of them an empty one."""
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
+        return ()
+    return (value,) if isinstance(value, int | float) else _words(value)
+
+
+def _each_or_none(value: object) -> object:
+    listed = _listed(value)
+    return tuple(_none(item) for item in listed) if isinstance(listed, tuple | list) else listed
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -28,9 +40,16 @@ Range = Annotated[
     tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], BeforeValidator(_words)
 ]
 Colour = Annotated[tuple[float, float, float] | None, BeforeValidator(lambda v: _words(_none(v)))]
+Several = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+"""None, one, or several, one for each teacher."""
 OptionalCount = Annotated[Count | None, BeforeValidator(_none)]
 OptionalWhole = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_none)]
 OptionalPositive = Annotated[Positive | None, BeforeValidator(_none)]
+OptionalNonNegative = Annotated[NonNegative | None, BeforeValidator(_none)]
+Sides = Annotated[tuple[Count | None, ...], BeforeValidator(_each_or_none)]
+Numbers = Annotated[
+    tuple[Annotated[float, Field(allow_inf_nan=False)], ...], BeforeValidator(_listed)
+]
 OptionalText = Annotated[str | None, BeforeValidator(_none)]
 
 _STRICT = ConfigDict(extra="forbid")
@@ -42,16 +61,24 @@ STUDENTS = (
     "small_convnet",
     "regnety_002_small_stem",
     "regnety_004_small_stem",
+    "rednet_micro",
+    "rednet_26",
+    "rednet_38",
+    "rednet_50",
+    "rednet_26_small_stem",
 )
 """Every network that can be trained by name; `timm:NAME` trains any other timm model."""
 
 Source = Literal["digits", "cifar10", "cifar100", "folder", "shards", "reader"]
 Storage = Literal["auto", "memory", "files"]
-Crop = Literal["none", "padded", "random_resized"]
+Crop = Literal["none", "padded", "random", "random_resized"]
+TeacherView = Literal["same", "independent", "resized", "center", "crops"]
 Interpolation = Literal["bilinear", "bicubic"]
 Policy = Literal["none", "randaugment", "three_augment"]
 Fill = Literal["noise", "mean"]
-Kind = Literal["hard", "soft", "none"]
+Kind = Literal["hard", "soft", "cross_entropy", "dkd", "none"]
+Through = Literal["distillation", "class", "all"]
+Combine = Literal["probabilities", "logits", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -98,9 +125,12 @@ class ViewsConfig:
 
     __pydantic_config__ = _STRICT
     crop: Crop = "none"
-    """none; padded: shift by up to crop_padding; random_resized: cut a box and resize it."""
+    """none; padded: shift by up to crop_padding; random: a square of crop_side anywhere;
+    random_resized: cut a box of any size and shape. Boxes are resized to the view."""
     crop_padding: Count = 4
     """Border of zeros [px] around the image for crop padded."""
+    crop_side: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Side of the square of crop random, as a share of the image's shorter side."""
     crop_scale: Range = (0.08, 1.0)
     """Smallest and largest area of the box, as a share of the image, for crop random_resized."""
     crop_ratio: Range = (0.75, 1.3333333333333333)
@@ -142,6 +172,14 @@ class ViewsConfig:
     """Probability that a pair of samples is mixed at all."""
     cutmix_share: Probability = 0.5
     """Where both are on: probability that a mixed pair takes cutmix and not mixup."""
+    teacher_view: TeacherView = "same"
+    """What the teacher sees. same: the student's view; independent: one drawn apart; and always the
+    same of an image: resized: all of it; center: its centre; crops: the mean of teacher_crops."""
+    teacher_crops: Count = 1000
+    """Random resized crops of an image over which teacher_view crops takes the mean answer."""
+    seed: Annotated[Annotated[int, Field(ge=0, lt=2**63)] | None, BeforeValidator(_none)] = None
+    """Seed of order and views, so that runs of other seeds can share stored targets. None:
+    run.seed."""
     mean: Colour = None
     """Mean of the student's normalisation, per channel. None: of the training images."""
     std: Colour = None
@@ -167,6 +205,9 @@ class StudentConfig:
     """Number of blocks. None: that of the named size (deit_* and vit_*)."""
     num_heads: OptionalCount = None
     """Number of attention heads. None: that of the named size (deit_* and vit_*)."""
+    distillation_tokens: Count = 1
+    """Distillation tokens with a head each; one for each teacher with teacher.combine tokens
+    (deit_*)."""
     initialisation: Literal["timm", "scaled"] = "timm"
     """timm: 0.02 everywhere, as in the paper. scaled: for narrow students on few images, linear
     layers that keep the variance and a position embedding that counts (deit_* and vit_*)."""
@@ -176,21 +217,71 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The frozen network whose answers the student learns."""
+    """The frozen networks whose answers the student learns; several are an ensemble.
+
+    With several, a list holds one value for each in the order of source; a single value is for all.
+    """
 
     __pydantic_config__ = _STRICT
-    source: OptionalText = None
-    """A run folder of ours, a timm name or folder, a checkpoint file, or FILE.py:FUNCTION."""
-    architecture: OptionalText = None
+    source: Several = ()
+    """A run folder of ours, a timm name or folder, a checkpoint file, or FILE.py:FUNCTION; several
+    with commas between."""
+    architecture: Several = ()
     """Network of a checkpoint file: a name that student.name accepts."""
-    image_size: OptionalCount = None
+    image_size: Sides = ()
     """Side [px] of the teacher's input. None: what it was trained at."""
-    mean: Colour = None
-    """Mean of its normalisation. None: what it was trained with."""
-    std: Colour = None
-    """Standard deviation of its normalisation. None: what it was trained with."""
+    mean: Numbers = ()
+    """Mean of its normalisation, three numbers a teacher. None: what it was trained with."""
+    std: Numbers = ()
+    """Standard deviation of its normalisation, likewise."""
+    weight: Numbers = ()
+    """Weight of each teacher in the ensemble; only their proportion counts. None: all the same."""
+    combine: Combine = "probabilities"
+    """The ensemble's answer: mean of the probabilities (at loss.temperature), mean of the logits,
+    or tokens: none, each teacher has a distillation token of its own."""
+    targets: Several = ()
+    """Stores of answers (`deit targets write`) that replace the networks; with several teachers
+    one for each, `none` for one that answers itself."""
     allow_weak: bool = False
     """Go on although the teacher is near chance on the validation split."""
+
+
+class Member(NamedTuple):
+    """One teacher of an ensemble. source is None where only its stored targets are known."""
+
+    source: str | None
+    architecture: str | None
+    image_size: int | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    weight: float
+    targets: str | None
+
+
+def members(teacher: TeacherConfig) -> tuple[Member, ...]:
+    """The teachers one by one; their weights sum to 1."""
+    number = max(len(teacher.source), len(teacher.targets))
+
+    def spread(values: tuple, empty: Any) -> tuple:
+        return (values or (empty,)) * (number if len(values) < 2 else 1)
+
+    def triples(values: tuple[float, ...]) -> tuple:
+        return spread(tuple(values[at : at + 3] for at in range(0, len(values), 3)), None)
+
+    weights = spread(teacher.weight, 1.0)
+    return tuple(
+        Member(source, architecture, size, mean, std, weight / sum(weights), _none(targets))
+        for source, architecture, size, mean, std, weight, targets in zip(
+            teacher.source or (None,) * number,
+            spread(teacher.architecture, None),
+            spread(teacher.image_size, None),
+            triples(teacher.mean),
+            triples(teacher.std),
+            weights,
+            teacher.targets or (None,) * number,
+            strict=True,
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -199,13 +290,24 @@ class LossConfig:
 
     __pydantic_config__ = _STRICT
     kind: Kind = "hard"
-    """hard: the teacher's argmax (DeiT eq. 3); soft: its distribution (eq. 2); none: labels."""
-    through: Literal["distillation", "class"] = "distillation"
-    """Head that learns from the teacher."""
-    distillation_weight: Probability = 0.5
-    """Weight of the teacher's term; the label's term has the rest."""
+    """hard: the teacher's argmax (DeiT eq. 3); soft: its distribution (eq. 2); cross_entropy: the
+    same without the teacher's entropy; dkd: decoupled (Zhao et al. 2022); none: labels."""
+    through: Through = "distillation"
+    """Head that learns from the teacher; all: every head the student has."""
+    distillation_weight: NonNegative = 0.5
+    """Weight of the teacher's term."""
+    label_weight: OptionalNonNegative = None
+    """Weight of the label's term. None: what distillation_weight leaves of 1."""
+    distillation_warmup: NonNegative = 0.0
+    """Epochs over which the teacher's term grows from nothing to its weight."""
     temperature: Positive = 1.0
-    """Temperature of the soft objective, applied to both logits."""
+    """Temperature of the soft objectives, applied to both logits."""
+    standardise: bool = False
+    """Give each row of logits mean 0 and deviation 1 before the temperature (Sun et al. 2024)."""
+    target_weight: NonNegative = 1.0
+    """dkd: weight of how sure the teacher is of the true class (alpha)."""
+    others_weight: NonNegative = 8.0
+    """dkd: weight of what it says of the other classes (beta)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Smoothing of the true labels; the teacher's are never smoothed."""
 
@@ -233,6 +335,9 @@ class OptimConfig:
     """Learning rate after the last update (not scaled)."""
     weight_decay: NonNegative = 0.05
     """Decoupled decay; not on biases, norms, tokens and position embedding."""
+    independent_decay: bool = False
+    """Decay by weight_decay times the schedule, whatever the learning rate (big_vision's rule);
+    else by weight_decay times the learning rate (torch's)."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of AdamW's first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -274,23 +379,39 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+_TOKEN = {"through": "distillation", "distillation_weight": 0.5}
+_HEAD = {"through": "class", "distillation_weight": 0.5}
+_ALPHA = {"distillation_weight": 0.1, "temperature": 3.0}
 OBJECTIVES: dict[str, LossConfig] = {
-    "deit-hard": LossConfig(kind="hard", through="distillation", distillation_weight=0.5),
-    "deit-soft": LossConfig(
-        kind="soft", through="distillation", distillation_weight=0.1, temperature=3.0
+    "deit-hard": LossConfig(kind="hard", **_TOKEN),
+    "deit-soft": LossConfig(kind="soft", **_TOKEN | _ALPHA),
+    "class-hard": LossConfig(kind="hard", **_HEAD),
+    "class-soft": LossConfig(kind="soft", **_HEAD | _ALPHA),
+    "function-matching": LossConfig(
+        kind="soft", through="all", distillation_weight=1.0, label_smoothing=0.0
     ),
-    "class-hard": LossConfig(kind="hard", through="class", distillation_weight=0.5),
-    "class-soft": LossConfig(
-        kind="soft", through="class", distillation_weight=0.1, temperature=3.0
+    "usi": LossConfig(
+        kind="soft", through="all", distillation_weight=5.0, label_weight=1.0, label_smoothing=0.0
+    ),
+    "dkd": LossConfig(
+        kind="dkd",
+        through="all",
+        distillation_weight=1.0,
+        label_weight=1.0,
+        distillation_warmup=20.0,
+        temperature=4.0,
+        label_smoothing=0.0,
     ),
     "none": LossConfig(kind="none"),
 }
-"""The rows of the paper's Table 3 (soft: tau 3, lambda 0.1), as whole loss sections."""
+"""Whole loss sections by name: the rows of the DeiT paper's Table 3 (soft: tau 3, lambda 0.1);
+function matching (Beyer et al. 2022: KL alone); USI (Ridnik et al. 2022: CE + 5 KL); decoupled
+distillation as on CIFAR-100 (Zhao et al. 2022)."""
 
 
 _FULL_MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probability": 1.0, "cutmix_share": 0.5}
 _NO_MIX = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "mix_probability": 1.0, "cutmix_share": 0.5}
-_PLAIN = {"policy": "none", "color_jitter": 0.0, "erasing": 0.0, "repeats": 1}
+_PLAIN = {"policy": "none", "magnitude": 9.0, "color_jitter": 0.0, "erasing": 0.0, "repeats": 1}
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "deit": {**_PLAIN, **_FULL_MIX, "policy": "randaugment", "erasing": 0.25, "repeats": 3},
     "deit3": {
@@ -302,9 +423,58 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
     },
     "mix": {**_PLAIN, **_FULL_MIX},
     "none": {**_PLAIN, **_NO_MIX},
+    "usi": {
+        **_PLAIN,
+        **_FULL_MIX,
+        "policy": "randaugment",
+        "magnitude": 7.0,
+        "color_jitter": 0.4,
+        "repeats": 3,
+    },
 }
-"""Fields of the views by name: the DeiT paper's (Table 9), DeiT III's, mixup and cutmix alone, and
-nothing. Crop, flip, rotation and normalisation belong to the data and stay as they are."""
+"""Fields of the views by name: the DeiT paper's (Table 9), DeiT III's, mixup and cutmix alone,
+nothing, and USI's. Crop, flip, rotation and normalisation belong to the data and stay as they
+are."""
+
+
+class Teaching(NamedTuple):
+    """A way of showing an image to teacher and student (Beyer et al. 2022, section 3.1.1).
+
+    crop: the student's: none, mild or inception. mixup: alpha, 0 for none.
+    """
+
+    teacher_view: TeacherView
+    crop: Literal["none", "mild", "inception"]
+    mixup: float = 0.0
+
+    def fields(self, views: dict[str, Any]) -> dict[str, Any]:
+        """The fields it sets over those of a recipe; policy, flip and erasing stay the recipe's.
+
+        A mild crop of small images is to shift them: where the recipe's crop is `padded`, it stays.
+        Inception's crop has at least 5 % of the area, unless the recipe sets its own crop_scale.
+        """
+        own = tuple(views["crop_scale"])
+        scale = (0.05, 1.0) if own == ViewsConfig.crop_scale else own
+        crops: dict[str, dict[str, Any]] = {
+            "none": {"crop": "none"},
+            "mild": {"crop": "padded" if views["crop"] == "padded" else "random"},
+            "inception": {"crop": "random_resized", "crop_scale": scale},
+        }
+        mixing = {**_NO_MIX, "mixup_alpha": self.mixup}
+        return {"teacher_view": self.teacher_view, **crops[self.crop], **mixing}
+
+
+TEACHING: dict[str, Teaching] = {
+    "fix/rs": Teaching("resized", "none"),
+    "fix/cc": Teaching("center", "mild"),
+    "fix/ic_ens": Teaching("crops", "inception"),
+    "ind/rc": Teaching("independent", "mild"),
+    "ind/ic": Teaching("independent", "inception"),
+    "same/rc": Teaching("same", "mild"),
+    "same/ic": Teaching("same", "inception"),
+    "function-matching": Teaching("same", "inception", mixup=1.0),
+}
+"""The teaching modes by the paper's names."""
 
 
 def derive(config: Config, **sections: dict[str, Any]) -> Config:
@@ -334,6 +504,21 @@ def has_distillation_token(student: StudentConfig) -> bool:
 def is_transformer(student: StudentConfig) -> bool:
     """Whether the name is one of our ViT sizes, so that patch and width fields apply."""
     return student.name.startswith(("deit_", "vit_"))
+
+
+def fixed(views: ViewsConfig) -> bool:
+    """Whether the teacher sees an image always the same way."""
+    return views.teacher_view in ("resized", "center", "crops")
+
+
+def views_seed(config: Config) -> int:
+    """The seed of order and views."""
+    return config.run.seed if config.views.seed is None else config.views.seed
+
+
+def label_weight(loss: LossConfig) -> float:
+    """The weight of the label's term."""
+    return 1 - loss.distillation_weight if loss.label_weight is None else loss.label_weight
 
 
 def mixes(views: ViewsConfig) -> bool:

@@ -1,10 +1,12 @@
 """A picture of training views: the image, what student and teacher see of it, and the labels."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -12,11 +14,12 @@ from deit.config import Config
 from deit.console import say, warn
 from deit.datasets.decoding import decode_square
 from deit.datasets.images import Encoded, Images
-from deit.datasets.splits import load_splits
+from deit.datasets.splits import Splits, load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.models.teachers import Teacher, locate
-from deit.preparation import loader_of, teacher_of
+from deit.panel import NetworkVoice
+from deit.preparation import loader_of, panel_of, teacher_input, teachers_of
 from deit.records import Batch
 from deit.validation import validate
 
@@ -47,37 +50,55 @@ def draw_views(config: Config, out: Path, *, epoch: int = 0, number: int = 12) -
     below, the label's weights after mixing and the teacher's answer. A teacher that is not there
     yet is left out with a warning. Raises the errors of deit.errors.
     """
-    config = validate(config)
+    config = validate(config, online=False)
     accelerator = create_accelerator(config.run)
     splits = load_splits(config.data)
-    teacher = None
-    if config.loss.kind != "none":
-        try:
-            locate(config.teacher.source or "")
-            teacher = teacher_of(config, splits, accelerator)
-        except (DataError, CheckpointError) as error:
-            warn(f"the teacher is left out: {error}")
-    loader = loader_of(config, splits, teacher, accelerator)
-    batches = loader.epoch(epoch)
-    first = next(batches)
-    while len(first.samples) < number and (more := next(batches, None)) is not None:
-        first = Batch(*(torch.cat(parts) for parts in zip(first, more)))
-    batch = Batch(*(part[:number] for part in first))
-    answers = None if teacher is None else teacher(batch.teacher_images).softmax(dim=1).cpu()
+    teachers = _teachers(config, splits, accelerator)
+    wanted = teacher_input([teacher.image_size for teacher in teachers])
+    loader = loader_of(config, splits, accelerator, teacher_size=wanted)
+    batch = _first(loader.epoch(epoch), number)
+    panel = panel_of(config, splits, [NetworkVoice(one, accelerator) for one in teachers])
+    answers = None
+    if panel is not None:
+        panel.wants_logits, panel.temperature = True, 1.0
+        answers = panel(batch).logits.softmax(dim=2).mean(dim=1).cpu()
     cells = [
         _cell(splits.train, batch, row, splits.class_names, answers)
         for row in range(len(batch.samples))
     ]
     seen = ["image", f"student {batch.images.shape[-1]} px"]
-    if teacher is not None:
-        seen.append(f"teacher {_input_size(teacher, batch)} px")
+    if teachers:
+        seen.append(f"teacher {wanted or batch.teacher_images.shape[-1]} px")
     title = f"epoch {epoch}, seed {config.run.seed}: {' | '.join(seen)}"
     _sheet(cells, title).save(out)
     say(f"wrote {out}: {len(cells)} views")
 
 
-def _input_size(teacher: Teacher, batch: Batch) -> int:
-    return teacher.image_size or batch.teacher_images.shape[-1]
+def _teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:
+    """The teachers; none, with a warning, if one of them is not there yet."""
+    if config.loss.kind == "none":
+        return []
+    try:
+        for source in config.teacher.source:
+            locate(source)
+        return teachers_of(config, splits, accelerator)
+    except (DataError, CheckpointError) as error:
+        warn(f"the teacher is left out: {error}")
+        return []
+
+
+def _first(batches: Iterator[Batch], number: int) -> Batch:
+    """The first so many views of an epoch as one batch."""
+    parts: list[Batch] = []
+    for batch in batches:
+        parts.append(batch)
+        if sum(len(part.samples) for part in parts) >= number:
+            break
+    together = {
+        name: torch.cat([getattr(part, name) for part in parts])[:number]
+        for name in ("images", "teacher_images", "targets", "samples", "places")
+    }
+    return Batch(**together, epoch=parts[0].epoch)
 
 
 def _cell(

@@ -12,19 +12,20 @@ from deit.config import LossConfig, OptimConfig
 from deit.keys import step_seed
 from deit.losses import Losses, objective
 from deit.optim import WeightAverage, lr_at, set_lr
-from deit.records import Batch, Outputs, head_logits
+from deit.panel import Panel
+from deit.records import Answers, Batch, Outputs, head_logits
 
 
 class Job(NamedTuple):
     """What a training epoch works with.
 
-    student: prepared by Accelerate. teacher: not prepared; None without one.
+    student: prepared by Accelerate. teach: what the teachers say of a batch; None without any.
     optimizer: prepared. average: of the unwrapped student; None if it is off.
     """
 
     accelerator: Accelerator
     student: nn.Module
-    teacher: nn.Module | None
+    teach: Panel | None
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
     loss: LossConfig
@@ -46,8 +47,8 @@ def train_epoch(job: Job, batches: Iterator[Batch], *, step: int, steps: int) ->
         seed_torch(job, step, part)
         with accelerator.accumulate(student):
             outputs = student(batch.images)
-            teacher_logits = answers(job, batch.teacher_images)
-            losses = objective(outputs, batch.targets, teacher_logits, job.loss)
+            answers = None if job.teach is None else job.teach(batch)
+            losses = objective(outputs, batch.targets, answers, job.loss, epoch=step / steps)
             accelerator.backward(losses["total"])
             if accelerator.sync_gradients:
                 lr = lr_at(step, optim=job.optim, steps_per_epoch=steps)
@@ -56,20 +57,14 @@ def train_epoch(job: Job, batches: Iterator[Batch], *, step: int, steps: int) ->
                     accelerator.clip_grad_norm_(student.parameters(), job.optim.clip_norm)
             job.optimizer.step()
             job.optimizer.zero_grad()
-        tally.add(losses, outputs, batch.targets, teacher_logits)
+        tally.add(losses, outputs, batch.targets, answers)
         if accelerator.sync_gradients:
             step += 1
             if job.average is not None and not job.optimizer.step_was_skipped:
                 job.average.update(accelerator.unwrap_model(student))
+    if job.teach is not None:
+        job.teach.check()
     return {**tally.means(accelerator), "lr": lr}
-
-
-def answers(job: Job, images: Tensor) -> Tensor | None:
-    """The teacher's logits on the very views the student sees; None without a teacher."""
-    if job.teacher is None:
-        return None
-    with job.accelerator.autocast():
-        return job.teacher(images)
 
 
 def seed_torch(job: Job, step: int, part: int) -> None:
@@ -92,9 +87,9 @@ class Tally:
         self.number = 0
 
     def add(
-        self, losses: Losses, outputs: Outputs, targets: Tensor, teacher_logits: Tensor | None
+        self, losses: Losses, outputs: Outputs, targets: Tensor, answers: Answers | None
     ) -> None:
-        """Add a micro-batch; losses are means over it."""
+        """Add a micro-batch; losses are means over it. With several voices, the mean over them."""
         number = len(targets)
         labels = targets.argmax(dim=1)
         heads = head_logits(Outputs(*(None if o is None else o.detach() for o in outputs)))
@@ -102,11 +97,11 @@ class Tally:
             self._sum(f"loss_{name}" if name != "total" else "loss", loss.detach() * number)
         for name, logits in heads.items():
             self._sum(f"{name}_top1", (logits.argmax(dim=1) == labels).sum())
-        if teacher_logits is not None:
-            taught = teacher_logits.argmax(dim=1)
+        if answers is not None:
+            taught, voices = answers.labels, answers.labels.shape[1]
             student = heads.get("fused", heads["class"]).argmax(dim=1)
-            self._sum("agreement", (student == taught).sum())
-            self._sum("teacher_top1", (taught == labels).sum())
+            self._sum("agreement", (student[:, None] == taught).sum() / voices)
+            self._sum("teacher_top1", (taught == labels[:, None]).sum() / voices)
         self.number += number
 
     def _sum(self, name: str, value: Tensor) -> None:
@@ -145,13 +140,13 @@ def predict(
 
 
 def _gathered(accelerator: Accelerator, parts: list[Tensor], number: int) -> Tensor:
-    """Rows of all processes in the order of the split, float32 [number, classes]."""
+    """Rows of all processes in the order of the split, float32 [number, ..., classes]."""
     rows = torch.cat(parts).float()
     processes = accelerator.num_processes
     longest = -(-number // processes)
-    padded = rows.new_zeros((longest, rows.shape[1]))
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: len(rows)] = rows
     everyone = accelerator.gather(padded)
     # Row r of process p is sample r * processes + p; the padding ends up behind the last sample.
-    ordered = rearrange(everyone, "(process row) c -> (row process) c", process=processes)
+    ordered = rearrange(everyone, "(process row) ... -> (row process) ...", process=processes)
     return ordered[:number].cpu()

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint
-from deit.config import Config, derive
+from deit.config import Config, TeacherConfig, derive, members
 from deit.console import is_main_process, percent, say, table, warn
 from deit.datasets.images import Encoded, Images
 from deit.datasets.splits import load_splits
+from deit.ensembles import combine
 from deit.environment import create_accelerator, describe
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.metrics import agreement, calibration_error, confusion, topk_accuracy
 from deit.models.saved import find_saved, load_student
 from deit.models.teachers import load_teacher
 from deit.prediction import answers_of
-from deit.preparation import sizes_of
+from deit.preparation import sizes_of, teacher_input
 from deit.records import head_logits
 from deit.validation import load
 
@@ -82,10 +83,16 @@ def evaluate(
         "throughput_img_s": len(images.labels) / elapsed_s,
         "environment": describe(accelerator, []),
     }
-    teacher_logits = _teacher_logits(accelerator, config, teacher, facts.class_names, images)
-    if teacher_logits is not None:
-        found["teacher"] = _measure(teacher_logits, images.labels)
-        answers["teacher"] = teacher_logits.argmax(dim=1)
+    said = _teacher_logits(accelerator, config, teacher, facts.class_names, images)
+    if said:
+        together = torch.stack(list(said.values()), dim=1)
+        combined = _combined(config, together)
+        found["teacher"] = _measure(combined, images.labels)
+        answers["teacher"] = combined.argmax(dim=1)
+        if len(said) > 1:
+            found["teachers"] = {
+                name: _measure(logits, images.labels) for name, logits in said.items()
+            }
     found["agreement"] = _agreements(answers, images.labels)
     final = answers.get("fused", answers["class"])
     found["per_class"] = _per_class(answers, images.labels, facts.class_names)
@@ -119,23 +126,42 @@ def _teacher_logits(
     source: str | None,
     class_names: tuple[str, ...],
     images: Images | Encoded,
-) -> Tensor | None:
-    """The teacher's answers, None without one; the run's own may be gone, which only warns."""
+) -> dict[str, Tensor]:
+    """The teachers' logits by description, none without one; the run's own may be gone, which only
+    warns."""
     own = source is None
+    asked = config.teacher
     if not own:
-        config = derive(config, teacher={"source": source})
-    if config.teacher.source in (None, "none"):
-        return None
+        asked = TeacherConfig(source=() if source == "none" else (source,))
+    if not asked.source:
+        return {}
+    side = config.student.image_size
     try:
-        teacher = load_teacher(config.teacher, class_names, image_size=config.student.image_size)
+        teachers = [load_teacher(one, class_names, image_size=side) for one in members(asked)]
     except (DataError, CheckpointError, ConfigError) as error:
         if not own:
             raise
         warn(f"the run's teacher is left out: {error}")
-        return None
-    teacher = teacher.to(accelerator.device)
-    size = sizes_of(config, images, teacher).teacher
-    return answers_of(accelerator, teacher, images, config, "teacher", size=size).class_logits
+        return {}
+    wanted = teacher_input([teacher.image_size for teacher in teachers])
+    size = sizes_of(config, images, wanted).teacher
+    found: dict[str, Tensor] = {}
+    for teacher in teachers:
+        outputs = answers_of(
+            accelerator, teacher.to(accelerator.device), images, config, "teacher", size=size
+        )
+        found[teacher.description] = outputs.class_logits
+    return found
+
+
+def _combined(config: Config, logits: Tensor) -> Tensor:
+    """What teachers [number, teachers, classes] say together, [number, classes]."""
+    teachers = logits.shape[1]
+    weights = tuple(member.weight for member in members(config.teacher))
+    if len(weights) != teachers:
+        weights = (1 / teachers,) * teachers
+    how = "logits" if config.teacher.combine == "logits" else "probabilities"
+    return combine(logits, weights, how, temperature=1.0).logits[:, 0]
 
 
 def _measure(logits: Tensor | None, labels: Tensor) -> dict[str, float] | None:

@@ -129,6 +129,12 @@ def beta(keys: Keys, stream: str, alpha: float) -> Tensor:
     return torch.sigmoid(first - second)
 
 
+def derived_seed(seed: int, name: str) -> int:
+    """Another 63-bit seed for a purpose of its own."""
+    high, low = words(Keys(seed, 0, torch.tensor([0])), f"seed/{name}", 2)[0].tolist()
+    return ((high >> 1) << 32) | low
+
+
 def step_seed(seed: int, step: int, part: int) -> int:
     """A 63-bit seed for what torch draws itself inside one step (drop path, dropout).
 

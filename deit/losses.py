@@ -1,17 +1,19 @@
 """The objectives of distillation, as pure functions of logits and targets, in float32.
 
 Sources: DeiT (Touvron et al. 2021, arXiv 2012.12877), equations 2 and 3; knowledge distillation
-(Hinton et al. 2015); label smoothing (Szegedy et al. 2016).
+(Hinton et al. 2015); label smoothing (Szegedy et al. 2016); decoupled distillation (Zhao et al.
+2022, arXiv 2203.08679), equation 7; logit standardisation (Sun et al. 2024, arXiv 2403.01427).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from deit.config import LossConfig
-from deit.records import Outputs
+from deit.config import LossConfig, label_weight
+from deit.records import Answers, Outputs
 
 Losses = dict[str, Tensor]
 
@@ -26,12 +28,9 @@ def label_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     return cross_entropy(logits.float(), smooth(targets.float(), smoothing))
 
 
-def hard_teacher_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Cross-entropy with the teacher's argmax, never smoothed (DeiT eq. 3), a scalar.
-
-    Both logits are [batch, classes]; no gradient reaches the teacher's.
-    """
-    return cross_entropy(logits.float(), teacher_logits.argmax(dim=1))
+def hard_teacher_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with the teacher's classes, int64 [batch], never smoothed (DeiT eq. 3)."""
+    return cross_entropy(logits.float(), labels)
 
 
 def soft_teacher_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -46,62 +45,153 @@ def soft_teacher_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
     return temperature**2 * kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def no_teacher(
-    outputs: Outputs, targets: Tensor, teacher_logits: Tensor | None, loss: LossConfig
-) -> Losses:
-    """Labels alone. With two heads each learns from the label, with half the weight, so that
-    both stay classifiers and every parameter has a gradient."""
+def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """temperature**2 * cross-entropy with the teacher's distribution at that temperature.
+
+    `soft_teacher_loss` plus the teacher's entropy: another number, the same gradient.
+    """
+    teacher = (teacher_logits.detach().float() / temperature).softmax(dim=1)
+    return temperature**2 * cross_entropy(logits.float() / temperature, teacher)
+
+
+def decoupled_losses(
+    logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Target-class and other-class distillation, each temperature**2 * KL, means over the batch.
+
+    labels: int64 [batch], the one true class. The first compares (p, 1 - p) of the true class, the
+    second the distributions over the other classes alone (Zhao et al. 2022, eq. 7).
+    """
+    student, s_others = _decoupled(logits.float() / temperature, labels)
+    teacher, t_others = _decoupled(teacher_logits.detach().float() / temperature, labels)
+    target = kl_div(student, teacher, reduction="batchmean", log_target=True)
+    others = kl_div(s_others, t_others, reduction="batchmean", log_target=True)
+    return temperature**2 * target, temperature**2 * others
+
+
+def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """log (p, 1 - p) of the true class [batch, 2], and the log-distribution over the others [batch,
+    classes - 1]; in logarithms throughout, so that a sure answer stays finite."""
+    true = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], True)
+    others = logits[~true].view(len(logits), -1)
+    both = torch.stack([logits[true], others.logsumexp(dim=1)], dim=1)
+    return log_softmax(both, dim=1), log_softmax(others, dim=1)
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """Logits [batch, classes] with mean 0 and deviation 1 in each row (Sun et al. 2024, algorithm
+    1; the deviation of all classes, not of a sample of them)."""
+    logits = logits.float()
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    return centred / (centred.square().mean(dim=1, keepdim=True).sqrt() + 1e-7)
+
+
+def _hard(logits: Tensor, voice: Answers, targets: Tensor, loss: LossConfig) -> Tensor:
+    """Hard-label distillation (DeiT eq. 3)."""
+    return hard_teacher_loss(logits, voice.labels)
+
+
+def _soft(logits: Tensor, voice: Answers, targets: Tensor, loss: LossConfig) -> Tensor:
+    """Soft distillation (DeiT eq. 2)."""
+    return soft_teacher_loss(*_both(logits, voice, loss), loss.temperature)
+
+
+def _cross_entropy(logits: Tensor, voice: Answers, targets: Tensor, loss: LossConfig) -> Tensor:
+    """Soft labels without the teacher's entropy."""
+    return soft_cross_entropy(*_both(logits, voice, loss), loss.temperature)
+
+
+def _dkd(logits: Tensor, voice: Answers, targets: Tensor, loss: LossConfig) -> Tensor:
+    """Decoupled distillation: alpha * target class + beta * other classes."""
+    labels = targets.argmax(dim=1)
+    target, others = decoupled_losses(*_both(logits, voice, loss), labels, loss.temperature)
+    return loss.target_weight * target + loss.others_weight * others
+
+
+def _both(logits: Tensor, voice: Answers, loss: LossConfig) -> tuple[Tensor, Tensor]:
+    """The student's and the teacher's logits, standardised if that is asked for."""
+    both = (logits, voice.logits)
+    return tuple(map(standardised, both)) if loss.standardise else both
+
+
+TEACHER_TERMS: dict[str, Callable[[Tensor, Answers, Tensor, LossConfig], Tensor]] = {
+    "hard": _hard,
+    "soft": _soft,
+    "cross_entropy": _cross_entropy,
+    "dkd": _dkd,
+}
+"""What a head learns from a teacher, by loss.kind: (its logits [batch, classes], one voice with
+labels [batch] and logits [batch, classes], targets [batch, classes], section) -> a scalar."""
+
+
+def needs_logits(loss: LossConfig) -> bool:
+    """Whether the objective asks the teachers for more than a label."""
+    return loss.kind not in ("none", "hard")
+
+
+def no_teacher(outputs: Outputs, targets: Tensor, loss: LossConfig) -> Losses:
+    """Labels alone. With several heads each learns from the label, with an equal share of the
+    weight, so that all stay classifiers and every parameter has a gradient."""
     losses = {"class": label_loss(outputs.class_logits, targets, loss.label_smoothing)}
     if outputs.distillation_logits is None:
         return {"total": losses["class"], **losses}
-    losses["distillation"] = label_loss(outputs.distillation_logits, targets, loss.label_smoothing)
-    return {"total": (losses["class"] + losses["distillation"]) / 2, **losses}
-
-
-def _with_teacher(
-    outputs: Outputs,
-    targets: Tensor,
-    loss: LossConfig,
-    teacher_loss: Callable[[Tensor], Tensor],
-) -> Losses:
-    student_logits = (
-        outputs.distillation_logits if loss.through == "distillation" else outputs.class_logits
-    )
-    label = label_loss(outputs.class_logits, targets, loss.label_smoothing)
-    teacher = teacher_loss(student_logits)
-    weight = loss.distillation_weight
-    return {"total": (1 - weight) * label + weight * teacher, "class": label, "teacher": teacher}
-
-
-def hard(outputs: Outputs, targets: Tensor, teacher_logits: Tensor, loss: LossConfig) -> Losses:
-    """Hard-label distillation (DeiT eq. 3): (1 - w) CE(label) + w CE(teacher's argmax)."""
-    return _with_teacher(
-        outputs, targets, loss, lambda logits: hard_teacher_loss(logits, teacher_logits)
-    )
-
-
-def soft(outputs: Outputs, targets: Tensor, teacher_logits: Tensor, loss: LossConfig) -> Losses:
-    """Soft distillation (DeiT eq. 2): (1 - w) CE(label) + w T**2 KL(teacher || student)."""
-    return _with_teacher(
-        outputs,
-        targets,
-        loss,
-        lambda logits: soft_teacher_loss(logits, teacher_logits, loss.temperature),
-    )
-
-
-KINDS: dict[str, Callable[[Outputs, Tensor, Tensor | None, LossConfig], Losses]] = {
-    "hard": hard,
-    "soft": soft,
-    "none": no_teacher,
-}
-"""Every objective by its name in loss.kind. Each returns scalars by name, `total` to be derived:
-(outputs, targets [batch, classes], teacher logits [batch, classes] or None, section) -> losses."""
+    tokens = outputs.distillation_logits.unbind(dim=1)
+    each = [label_loss(logits, targets, loss.label_smoothing) for logits in tokens]
+    losses["distillation"] = torch.stack(each).mean()
+    total = (losses["class"] + sum(each)) / (1 + len(each))
+    return {"total": total, **losses}
 
 
 def objective(
-    outputs: Outputs, targets: Tensor, teacher_logits: Tensor | None, loss: LossConfig
+    outputs: Outputs,
+    targets: Tensor,
+    answers: Answers | None,
+    loss: LossConfig,
+    *,
+    epoch: float = math.inf,
 ) -> Losses:
-    """The configured objective, outside autocast: scalars by name, of which `total` is derived."""
+    """The configured objective, outside autocast: scalars by name, of which `total` is derived.
+
+    label weight * CE(label) + distillation weight * mean over the taught heads of the teacher's
+    term. targets: [batch, classes]. answers: None without a teacher; no gradient reaches them.
+    epoch: how many have passed, for loss.distillation_warmup.
+    """
     with torch.autocast(outputs.class_logits.device.type, enabled=False):
-        return KINDS[loss.kind](outputs, targets, teacher_logits, loss)
+        if answers is None:
+            return no_teacher(outputs, targets, loss)
+        terms = [
+            TEACHER_TERMS[loss.kind](logits, voice, targets, loss)
+            for logits, voice in _lessons(outputs, answers, loss)
+        ]
+        losses = {
+            "class": label_loss(outputs.class_logits, targets, loss.label_smoothing),
+            "teacher": torch.stack(terms).mean(),
+        }
+        if answers.labels.shape[1] > 1:
+            losses |= {f"teacher_{number}": term for number, term in enumerate(terms, start=1)}
+        weight = loss.distillation_weight * _warmth(loss, epoch)
+        total = label_weight(loss) * losses["class"] + weight * losses["teacher"]
+        return {"total": total, **losses}
+
+
+def _warmth(loss: LossConfig, epoch: float) -> float:
+    """The share of its weight that the teacher's term has at an epoch."""
+    return min(1.0, epoch / loss.distillation_warmup) if loss.distillation_warmup > 0 else 1.0
+
+
+def _lessons(outputs: Outputs, answers: Answers, loss: LossConfig) -> list[tuple[Tensor, Answers]]:
+    """Which head hears which voice: each token its own where there are several voices."""
+    voices = [
+        Answers(answers.labels[:, voice], None if answers.logits is None else logits)
+        for voice, logits in enumerate(_unbound(answers))
+    ]
+    tokens = outputs.distillation_logits
+    heads = [] if loss.through == "distillation" else [outputs.class_logits]
+    if loss.through != "class" and tokens is not None:
+        heads += tokens.unbind(dim=1)
+    return list(zip(heads, voices if len(voices) > 1 else voices * len(heads), strict=True))
+
+
+def _unbound(answers: Answers) -> tuple[Tensor | None, ...]:
+    number = answers.labels.shape[1]
+    return (None,) * number if answers.logits is None else answers.logits.unbind(dim=1)

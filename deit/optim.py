@@ -29,8 +29,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); its learning rate is written by the loop."""
-    groups = parameter_groups(model, optim.weight_decay)
+    """AdamW (Loshchilov and Hutter 2019); its learning rate is written by the loop.
+
+    torch's AdamW takes lr_t * weight_decay off a weight, big_vision schedule_t * weight_decay with
+    schedule_t = lr_t / peak (Beyer et al. 2022): the same with weight_decay / peak.
+    """
+    independent = optim.independent_decay
+    decay = optim.weight_decay / peak_lr(optim) if independent else optim.weight_decay
+    groups = parameter_groups(model, decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=1e-8)
 
 

@@ -14,8 +14,8 @@ from deit.config import Config
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
 from deit.models.saved import Facts
-from deit.models.teachers import Teacher
 from deit.optim import WeightAverage
+from deit.panel import Panel
 
 
 @dataclass
@@ -43,10 +43,12 @@ class Parts:
     accelerator: Accelerator
     splits: Splits
     facts: Facts
-    teacher: Teacher | None
+    panel: Panel | None
     loader: TrainLoader
     student: nn.Module
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
     state: State
     teacher_answers: Tensor | None = None
+    view_epochs: int | None = None
+    """Epochs of views that come round again and again; None: each epoch has its own."""

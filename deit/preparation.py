@@ -1,15 +1,17 @@
-"""From a configuration and its images to the teacher and the loader of training views."""
+"""From a configuration and its images to the teachers and the loader of training views."""
 
 from accelerate import Accelerator
 
-from deit.config import Config
+from deit.config import Config, Member, members, views_seed
 from deit.datasets.images import Encoded, Images
 from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.reading import worker_count
 from deit.datasets.splits import Splits
 from deit.datasets.views import Colours
+from deit.losses import needs_logits
 from deit.models.saved import Facts
 from deit.models.teachers import Teacher, load_teacher
+from deit.panel import Panel, Voice
 
 
 def facts_of(config: Config, splits: Splits) -> Facts:
@@ -23,40 +25,76 @@ def facts_of(config: Config, splits: Splits) -> Facts:
     )
 
 
-def teacher_of(config: Config, splits: Splits, accelerator: Accelerator) -> Teacher | None:
-    """The teacher on its device, None if the objective has none. Raises as load_teacher does."""
-    if config.loss.kind == "none":
-        return None
+def teacher_of(member: Member, config: Config, splits: Splits, accelerator: Accelerator) -> Teacher:
+    """A teacher on its device. Raises as load_teacher does."""
     size = config.student.image_size
-    return load_teacher(config.teacher, splits.class_names, image_size=size).to(accelerator.device)
+    return load_teacher(member, splits.class_names, image_size=size).to(accelerator.device)
 
 
-def sizes_of(config: Config, images: Images | Encoded, teacher: Teacher | None) -> Sizes:
-    """What the networks are shown of these images, in training as in evaluation."""
-    on_disk = isinstance(images, Encoded) and config.views.crop == "random_resized"
-    return view_sizes(
-        config.student.image_size,
-        None if teacher is None else teacher.image_size,
-        None if on_disk else config.data.image_size,
-    )
+def teachers_of(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:
+    """All teachers of a configuration, none if its objective has none. Raises as load_teacher."""
+    if config.loss.kind == "none":
+        return []
+    return [teacher_of(one, config, splits, accelerator) for one in members(config.teacher)]
+
+
+def teacher_input(sizes: list[int | None]) -> int | None:
+    """The side [px] at which teachers are shown the view, of those they want: the largest (each
+    makes it smaller itself), None where none of them minds."""
+    return max((size for size in sizes if size is not None), default=None)
+
+
+def sizes_of(config: Config, images: Images | Encoded, teacher_size: int | None) -> Sizes:
+    """What the networks are shown of these images, in training as in evaluation.
+
+    teacher_size: what `teacher_input` says; None also without a teacher.
+    """
+    on_disk = isinstance(images, Encoded) and config.views.crop in ("random_resized", "random")
+    source = None if on_disk else config.data.image_size
+    return view_sizes(config.student.image_size, teacher_size, source)
 
 
 def loader_of(
-    config: Config, splits: Splits, teacher: Teacher | None, accelerator: Accelerator
+    config: Config,
+    splits: Splits,
+    accelerator: Accelerator,
+    *,
+    teacher_size: int | None,
+    for_teacher: bool = True,
+    alone: bool = False,
 ) -> TrainLoader:
-    """This process's training views. Raises ConfigError and DataError as TrainLoader does."""
+    """This process's training views; `alone`: those of all processes.
+
+    teacher_size: as in `sizes_of`. for_teacher: whether batches carry what the teacher sees.
+    Raises ConfigError and DataError as TrainLoader does.
+    """
     facts, images = facts_of(config, splits), splits.train
     return TrainLoader(
         images,
         len(splits.class_names),
         views=config.views,
         optim=config.optim,
-        sizes=sizes_of(config, images, teacher),
+        sizes=sizes_of(config, images, teacher_size),
         colours=Colours(facts.mean, facts.std),
-        seed=config.run.seed,
-        process=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+        seed=views_seed(config),
+        process=0 if alone else accelerator.process_index,
+        num_processes=1 if alone else accelerator.num_processes,
         device=accelerator.device,
         workers=worker_count(config.data),
         square=config.data.image_size,
+        for_teacher=for_teacher,
+    )
+
+
+def panel_of(config: Config, splits: Splits, voices: list[Voice]) -> Panel | None:
+    """The teachers as one call; None without any."""
+    if not voices:
+        return None
+    return Panel(
+        voices,
+        weights=tuple(member.weight for member in members(config.teacher)),
+        how=config.teacher.combine,
+        temperature=config.loss.temperature,
+        wants_logits=needs_logits(config.loss),
+        name=splits.train.name,
     )

@@ -1,11 +1,13 @@
 """The named experiments: functions that return a whole configuration, derived from one another."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from deit.config import (
     AUGMENTATIONS,
     OBJECTIVES,
+    TEACHING,
     Config,
     DataConfig,
     LossConfig,
@@ -57,13 +59,35 @@ def digits() -> Config:
             num_heads=4,
             initialisation="scaled",
         ),
-        teacher=TeacherConfig(source="checkpoints/digits-teacher"),
+        teacher=TeacherConfig(source=("checkpoints/digits-teacher",)),
         loss=LossConfig(kind="soft", distillation_weight=0.5, temperature=3.0),
         optim=OptimConfig(
             epochs=60, batch_size=32, lr=1e-3, lr_reference_batch=None, warmup_epochs=5
         ),
         run=RunConfig(evaluate_every=5),
     )
+
+
+def digits_involution_teacher() -> Config:
+    """A 0.1 M network of involutions on digits: the other teacher of `digits-ensemble`."""
+    return derive(digits_teacher(), student={"name": "rednet_micro"})
+
+
+def digits_ensemble() -> Config:
+    """`digits` with two teachers, a ConvNet and an involution network, each with its own token."""
+    return derive(
+        digits(),
+        student={"distillation_tokens": 2},
+        teacher={
+            "source": ("checkpoints/digits-teacher", "checkpoints/digits-involution-teacher"),
+            "combine": "tokens",
+        },
+    )
+
+
+def digits_function_matching() -> Config:
+    """`digits` by function matching: the teacher's answers alone, mixup, ten times the epochs."""
+    return _function_matching(digits(), epochs=600, crop_scale=(0.35, 1.0))
 
 
 def cifar10_teacher() -> Config:
@@ -90,9 +114,71 @@ def cifar10() -> Config:
         data=DataConfig(source="cifar10", root="data", image_size=32),
         views=ViewsConfig(crop="padded", crop_padding=4, **AUGMENTATIONS["deit"]),
         student=StudentConfig(name="deit_tiny", image_size=32, patch_size=4, drop_path=0.1),
-        teacher=TeacherConfig(source="checkpoints/cifar10-teacher"),
+        teacher=TeacherConfig(source=("checkpoints/cifar10-teacher",)),
         loss=OBJECTIVES["deit-hard"],
         optim=OptimConfig(epochs=300, batch_size=1024, lr=5e-4, warmup_epochs=5, clip_norm=1.0),
+    )
+
+
+def cifar10_involution_teacher() -> Config:
+    """RedNet-26 with a stem of stride 1 on CIFAR-10: the other teacher of `cifar10-ensemble`."""
+    return derive(cifar10_teacher(), student={"name": "rednet_26_small_stem", "drop_path": 0.0})
+
+
+def cifar10_ensemble() -> Config:
+    """`cifar10` with two teachers, a RegNet and an involution network, each with its own token."""
+    return derive(
+        cifar10(),
+        student={"distillation_tokens": 2},
+        teacher={
+            "source": ("checkpoints/cifar10-teacher", "checkpoints/cifar10-involution-teacher"),
+            "combine": "tokens",
+        },
+    )
+
+
+def cifar10_function_matching() -> Config:
+    """`cifar10` by function matching, 1,200 epochs: a patient teacher (one GPU)."""
+    return _function_matching(cifar10(), epochs=1200, crop_scale=(0.05, 1.0))
+
+
+def _function_matching(config: Config, *, epochs: int, crop_scale: tuple[float, float]) -> Config:
+    """A recipe turned into function matching (Beyer et al. 2022): inception crops and mixup for
+    teacher and student alike, the divergence alone, patience, and weight decay by their rule."""
+    views = {**AUGMENTATIONS["none"], "crop_scale": crop_scale, "interpolation": "bilinear"}
+    config = derive(config, views=views)
+    return derive(
+        config,
+        views=TEACHING["function-matching"].fields(dataclasses.asdict(config.views)),
+        loss=dataclasses.replace(OBJECTIVES["function-matching"], temperature=2.0),
+        optim={
+            "epochs": epochs,
+            "lr": 1e-3,
+            "lr_reference_batch": None,
+            "weight_decay": 1e-4,
+            "independent_decay": True,
+            "clip_norm": 1.0,
+            "min_lr": 0.0,
+        },
+    )
+
+
+def cifar10_usi() -> Config:
+    """RegNetY-200MF as the student of `cifar10-teacher` by USI, the one scheme for any backbone."""
+    return derive(
+        cifar10(),
+        views=AUGMENTATIONS["usi"],
+        student=StudentConfig(name="regnety_002_small_stem", image_size=32),
+        loss=OBJECTIVES["usi"],
+        optim={
+            "lr": 2e-3,
+            "lr_reference_batch": None,
+            "weight_decay": 0.02,
+            "warmup_lr": 1e-4,
+            "min_lr": 1e-6,
+            "clip_norm": None,
+            "ema_epochs": 20.0,  # 0.99996 a step on ImageNet: some 20 epochs of 1,251 steps
+        },
     )
 
 
@@ -121,7 +207,7 @@ def cifar10_micro() -> Config:
         cifar10(),
         views=AUGMENTATIONS["none"],
         student={"name": "deit_micro", "drop_path": 0.0, "initialisation": "scaled"},
-        teacher={"source": "checkpoints/cifar10-micro-teacher"},
+        teacher={"source": ("checkpoints/cifar10-micro-teacher",)},
         optim=_SHORT,
     )
 
@@ -134,7 +220,9 @@ def cifar100_teacher() -> Config:
 def cifar100() -> Config:
     """DeiT-Ti with patches of 4 px distilled from `cifar100-teacher` for 300 epochs (one GPU)."""
     return derive(
-        cifar10(), data={"source": "cifar100"}, teacher={"source": "checkpoints/cifar100-teacher"}
+        cifar10(),
+        data={"source": "cifar100"},
+        teacher={"source": ("checkpoints/cifar100-teacher",)},
     )
 
 
@@ -156,7 +244,7 @@ def tiny_imagenet() -> Config:
         data={"source": "folder", "root": "data/tiny-imagenet-200", "image_size": 64},
         views={"crop": "random_resized", "crop_scale": (0.25, 1.0)},
         student={"image_size": 64, "patch_size": 8},
-        teacher={"source": "checkpoints/tiny-imagenet-teacher"},
+        teacher={"source": ("checkpoints/tiny-imagenet-teacher",)},
     )
 
 
@@ -175,7 +263,7 @@ def tiny_imagenet_micro() -> Config:
     return derive(
         tiny_imagenet(),
         student={"name": "deit_micro", "drop_path": 0.0, "initialisation": "scaled"},
-        teacher={"source": "checkpoints/tiny-imagenet-micro-teacher"},
+        teacher={"source": ("checkpoints/tiny-imagenet-micro-teacher",)},
         optim=_SHORT,
     )
 
@@ -203,7 +291,7 @@ def folder() -> Config:
             "evaluation_crop": 64 / 72,
         },
         student={"image_size": 64, "patch_size": 8},
-        teacher={"source": "checkpoints/folder-teacher"},
+        teacher={"source": ("checkpoints/folder-teacher",)},
         optim={"batch_size": 64, "lr": 5e-4, "lr_reference_batch": None},
     )
 
@@ -215,7 +303,7 @@ def imagenet_subset() -> Config:
         data={"image_size": 256},
         views={"crop_scale": (0.08, 1.0), "repeats": 3, "evaluation_crop": 0.875},
         student={"image_size": 224, "patch_size": 16},
-        teacher={"source": "regnety_160.deit_in1k"},
+        teacher={"source": ("regnety_160.deit_in1k",)},
         optim={"batch_size": 1024, "lr_reference_batch": 512},
     )
 
@@ -223,8 +311,15 @@ def imagenet_subset() -> Config:
 RECIPES: dict[str, Callable[[], Config]] = {
     "digits": digits,
     "digits-teacher": digits_teacher,
+    "digits-involution-teacher": digits_involution_teacher,
+    "digits-ensemble": digits_ensemble,
+    "digits-function-matching": digits_function_matching,
     "cifar10": cifar10,
     "cifar10-teacher": cifar10_teacher,
+    "cifar10-involution-teacher": cifar10_involution_teacher,
+    "cifar10-ensemble": cifar10_ensemble,
+    "cifar10-function-matching": cifar10_function_matching,
+    "cifar10-usi": cifar10_usi,
     "cifar10-micro": cifar10_micro,
     "cifar10-micro-teacher": cifar10_micro_teacher,
     "cifar100": cifar100,
@@ -239,16 +334,22 @@ RECIPES: dict[str, Callable[[], Config]] = {
 }
 """Every recipe by its name on the command line."""
 
-TEACHERS: dict[str, str] = {
-    "digits": "digits-teacher",
-    "cifar10": "cifar10-teacher",
-    "cifar10-micro": "cifar10-micro-teacher",
-    "cifar100": "cifar100-teacher",
-    "tiny-imagenet": "tiny-imagenet-teacher",
-    "tiny-imagenet-micro": "tiny-imagenet-micro-teacher",
-    "folder": "folder-teacher",
+TEACHERS: dict[str, tuple[str, ...]] = {
+    "digits": ("digits-teacher",),
+    "digits-ensemble": ("digits-teacher", "digits-involution-teacher"),
+    "digits-function-matching": ("digits-teacher",),
+    "cifar10": ("cifar10-teacher",),
+    "cifar10-ensemble": ("cifar10-teacher", "cifar10-involution-teacher"),
+    "cifar10-function-matching": ("cifar10-teacher",),
+    "cifar10-usi": ("cifar10-teacher",),
+    "cifar10-micro": ("cifar10-micro-teacher",),
+    "cifar100": ("cifar100-teacher",),
+    "tiny-imagenet": ("tiny-imagenet-teacher",),
+    "tiny-imagenet-micro": ("tiny-imagenet-micro-teacher",),
+    "folder": ("folder-teacher",),
 }
-"""The recipe that trains the teacher of a recipe; the others bring their own teacher."""
+"""The recipes that train the teachers of a recipe, in the order of its teacher.source; the others
+bring their own."""
 
 
 def find_recipe(name: str) -> Config:

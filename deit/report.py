@@ -43,21 +43,103 @@ def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str
 def draw_comparison(result: dict[str, Any], path: Path) -> None:
     """Validation accuracy over the epochs, and final test accuracy by head, as a PNG.
 
-    result: what deit.comparison.compare returns. Raises EnvironmentFault without matplotlib.
+    Of other studies than `worth` one accuracy of each arm. result: what deit.comparison.compare
+    returns. Raises EnvironmentFault without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    curves, heads = figure.subplots(1, 2, width_ratios=(3, 2))
-    _draw_curves(curves, result)
-    _draw_heads(heads, result)
     seeds = len(result["seeds"])
-    figure.suptitle(
-        f"{result['recipe']}: what the teacher is worth ({seeds} seed{'s' * (seeds > 1)})"
-    )
+    study = result.get("study", "worth")
+    title = f"{result['recipe']}: {_TITLES[study]} ({seeds} seed{'s' * (seeds > 1)})"
+    if study == "worth":
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        curves, heads = figure.subplots(1, 2, width_ratios=(3, 2))
+        _draw_curves(curves, result)
+        _draw_heads(heads, result)
+    elif study == "patience":
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        _draw_patience(figure.subplots(), result)
+    else:
+        figure = Figure(figsize=(7, 1.2 + 0.32 * len(result["rows"])), layout="constrained")
+        _draw_arms(figure.subplots(), result)
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+_TITLES = {
+    "worth": "what the teacher is worth",
+    "teaching": "what teacher and student see",
+    "patience": "accuracy against epochs",
+    "ensemble": "teachers together and alone",
+}
+
+
+def _final(row: dict[str, Any]) -> list[float]:
+    """Test top-1 in %, a value a seed, of the fused answer or the only head."""
+    return [
+        100 * (top1["class"] if top1["fused"] is None else top1["fused"]) for top1 in row["top1"]
+    ]
+
+
+def _draw_arms(axes: Any, result: dict[str, Any]) -> None:
+    """Test accuracy of each arm: a dot a seed, the mean as a bar with its number; the best on top,
+    teachers as dashed lines."""
+    arms = {name: _final(row) for name, row in result["rows"].items() if not row["teacher"]}
+    order = sorted(arms, key=lambda name: statistics.mean(arms[name]))
+    for place, name in enumerate(order):
+        mean = statistics.mean(arms[name])
+        colour = _COLOURS["undistilled" if name == "none" else "distilled"]
+        axes.plot(arms[name], [place] * len(arms[name]), ".", color=colour, alpha=0.6)
+        axes.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=3)
+        axes.annotate(
+            f"{mean:.1f}",
+            (1.01, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+            color=colour,
+        )
+    styles = ("--", ":", "-.")
+    for style, (name, row) in zip(styles * 9, result["rows"].items()):
+        if row["teacher"]:
+            mean = statistics.mean(_final(row))
+            axes.axvline(
+                mean, color=_COLOURS["teacher"], linestyle=style, label=f"{name}, {mean:.1f}"
+            )
+    axes.set_yticks(range(len(order)), order)
+    axes.set(xlabel="test top-1 %")
+    axes.grid(axis="x", alpha=0.25)
+    axes.legend(loc="lower left", frameon=False, fontsize=8)
+
+
+def _draw_patience(axes: Any, result: dict[str, Any]) -> None:
+    """Test accuracy against the epochs of training, with the teacher and without."""
+    for kind in ("distilled", "undistilled"):
+        rows = [row for name, row in result["rows"].items() if name.startswith(f"{kind},")]
+        if not rows:
+            continue
+        epochs = [row["epochs"] for row in rows]
+        means = [statistics.mean(_final(row)) for row in rows]
+        axes.plot(epochs, means, color=_COLOURS[kind], label=kind)
+        for row in rows:
+            values = _final(row)
+            dots = [row["epochs"]] * len(values)
+            axes.plot(dots, values, ".", color=_COLOURS[kind], alpha=0.6)
+    for name, row in result["rows"].items():
+        if row["teacher"]:
+            mean = statistics.mean(_final(row))
+            axes.axhline(
+                mean, color=_COLOURS["teacher"], linestyle="--", label=f"{name}, {mean:.1f}"
+            )
+    ticks = sorted({row["epochs"] for row in result["rows"].values() if not row["teacher"]})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="epochs", ylabel="test top-1 %")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", frameon=False)
 
 
 def _draw_curves(axes: Any, result: dict[str, Any]) -> None:

@@ -8,27 +8,27 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from deit import checkpoint
-from deit.announce import announce, report, size_of
+from deit.announce import announce, report
 from deit.config import Config, to_dict
-from deit.console import clock, percent, progress, say, warn
+from deit.console import clock, progress, say
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
 from deit.engine import Job, train_epoch
 from deit.environment import create_accelerator, describe
 from deit.errors import ConfigError, DataError, NumericsError
-from deit.metrics import agreement, chance, near_chance, topk_accuracy
+from deit.metrics import agreement, topk_accuracy
 from deit.models.saved import build_student
 from deit.models.student import has_two_heads
-from deit.models.teachers import Teacher, locate
 from deit.optim import WeightAverage, build_optimizer
 from deit.parts import Parts, State
 from deit.prediction import answers_of
-from deit.preparation import facts_of, loader_of, teacher_of
+from deit.preparation import facts_of
 from deit.records import head_logits
 from deit.saving import restore, save
+from deit.teaching import Faculty
 from deit.validation import validate
 
 
@@ -50,11 +50,12 @@ def train(
         checkpoint.check_folder(out, resume=resume)
         checkpoint.check_writable(out, option="--out")
     accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
-    parts = _furnish(config, out, accelerator)
+    faculty = Faculty(config)
+    parts = _furnish(config, out, accelerator, faculty)
     environment = describe(accelerator, arguments or [])
     announce(parts, environment)
-    if parts.teacher is not None:
-        parts.teacher_answers = _preflight(parts, parts.teacher)
+    parts.teacher_answers = faculty.check(parts.splits, accelerator, parts.loader)
+    parts.view_epochs = faculty.stored_epochs
     if dry_run:
         _dry_run(parts)
         return asdict(parts.state)
@@ -75,16 +76,13 @@ def train(
     return asdict(parts.state)
 
 
-def _furnish(config: Config, out: Path, accelerator: Accelerator) -> Parts:
+def _furnish(config: Config, out: Path, accelerator: Accelerator, faculty: Faculty) -> Parts:
     """Build every part of a run."""
-    if config.loss.kind != "none":
-        locate(config.teacher.source)  # before the images are read
     splits = load_splits(config.data)
     if len(splits.validation.labels) < accelerator.num_processes:
         raise DataError("data.validation_fraction: fewer validation images than processes")
     facts = facts_of(config, splits)
-    teacher = teacher_of(config, splits, accelerator)
-    loader = loader_of(config, splits, teacher, accelerator)
+    loader, panel = faculty.load(splits, accelerator)
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
         student = build_student(facts).to(accelerator.device)
@@ -102,7 +100,7 @@ def _furnish(config: Config, out: Path, accelerator: Accelerator) -> Parts:
         accelerator=accelerator,
         splits=splits,
         facts=facts,
-        teacher=teacher,
+        panel=panel,
         loader=loader,
         student=student,
         optimizer=optimizer,
@@ -128,41 +126,6 @@ def _check_student(config: Config, student: nn.Module) -> None:
         ) from None
 
 
-def _preflight(parts: Parts, teacher: Teacher) -> Tensor:
-    """Measure the teacher on the validation split; its answers, int64 [number].
-
-    Raises DataError if it is near chance, or answers with something that is not finite.
-    """
-    labels = parts.splits.validation.labels
-    validation = parts.splits.validation
-    logits = answers_of(
-        parts.accelerator,
-        teacher,
-        validation,
-        parts.config,
-        "teacher",
-        size=parts.loader.sizes.teacher,
-    )
-    if not logits.class_logits.isfinite().all():
-        raise DataError(f"teacher {teacher.description}: its logits are not finite")
-    accuracy = topk_accuracy(logits.class_logits, labels)
-    guess = chance(labels, len(parts.splits.class_names))
-    size = "any" if teacher.image_size is None else f"{teacher.image_size} px"
-    say(
-        f"teacher   {teacher.description}: {size_of(teacher)} parameters, input {size}, "
-        f"validation top-1 {percent(accuracy)} % (chance {percent(guess)} %)"
-    )
-    if near_chance(accuracy, guess, len(labels)):
-        message = (
-            f"teacher {teacher.description}: {percent(accuracy)} % top-1 on the validation split "
-            f"is near chance ({percent(guess)} %): wrong weights, normalisation or class order?"
-        )
-        if not parts.config.teacher.allow_weak:
-            raise DataError(f"{message} --teacher.allow_weak goes on all the same")
-        warn(message)
-    return logits.class_logits.argmax(dim=1)
-
-
 def _dry_run(parts: Parts) -> None:
     """One training epoch of one update and one evaluation step."""
     config = parts.config
@@ -179,7 +142,7 @@ def _job(parts: Parts) -> Job:
     return Job(
         accelerator=parts.accelerator,
         student=parts.student,
-        teacher=parts.teacher,
+        teach=parts.panel,
         optimizer=parts.optimizer,
         average=parts.average,
         loss=parts.config.loss,
@@ -197,7 +160,7 @@ def _fit(parts: Parts) -> None:
     for epoch in range(state.epoch, epochs):
         started = time.monotonic()
         batches = progress(
-            loader.epoch(epoch),
+            loader.epoch(epoch if parts.view_epochs is None else epoch % parts.view_epochs),
             total=steps * config.optim.accumulate,
             title=f"epoch {epoch + 1}/{epochs}",
         )

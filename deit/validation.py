@@ -11,9 +11,11 @@ from pydantic import TypeAdapter, ValidationError
 from deit.config import (
     STUDENTS,
     Config,
+    LossConfig,
     ViewsConfig,
     has_distillation_token,
     is_transformer,
+    label_weight,
     mixes,
     peak_lr,
     to_dict,
@@ -46,10 +48,13 @@ def field_names() -> list[str]:
     ]
 
 
-def build(values: dict[str, Any], extra: typing.Iterable[Problem] = ()) -> Config:
+def build(
+    values: dict[str, Any], extra: typing.Iterable[Problem] = (), *, online: bool = True
+) -> Config:
     """A checked configuration from nested values (text from a command line is converted).
 
-    extra: problems found earlier, reported in the same message.
+    extra: problems found earlier, reported in the same message. online: whether teachers without
+    stored targets will answer in training; else targets are written.
     Raises ConfigError naming every problem.
     """
     problems, broken = list(extra), set()
@@ -63,7 +68,7 @@ def build(values: dict[str, Any], extra: typing.Iterable[Problem] = ()) -> Confi
         config = adapter.validate_python(
             {name: fields for name, fields in values.items() if name not in broken}
         )
-    for check, sections in _CHECKS.items():
+    for check, sections in {**_CHECKS, **(_ONLINE_CHECKS if online else {})}.items():
         if not sections & broken:
             problems += check(config)
     if problems:
@@ -71,9 +76,9 @@ def build(values: dict[str, Any], extra: typing.Iterable[Problem] = ()) -> Confi
     return config
 
 
-def validate(config: Config) -> Config:
-    """The same configuration, checked. Raises ConfigError naming every problem."""
-    return build(to_dict(config))
+def validate(config: Config, *, online: bool = True) -> Config:
+    """The same configuration, checked as `build` does. Raises ConfigError naming every problem."""
+    return build(to_dict(config), online=online)
 
 
 def load(path: Path) -> Config:
@@ -138,6 +143,9 @@ def _check_student(config: Config) -> list[Problem]:
                     f"should divide student.image_size ({student.image_size})",
                 )
             )
+        if not has_distillation_token(student):
+            advice = f"only deit_* take it, student.name is {student.name!r}"
+            found += _without_effect("student", student, ("distillation_tokens",), advice)
         if student.embed_dim and student.num_heads and student.embed_dim % student.num_heads:
             found.append(
                 Problem(
@@ -149,6 +157,7 @@ def _check_student(config: Config) -> list[Problem]:
     else:
         only = f"only deit_* and vit_* take it, student.name is {student.name!r}"
         shape = ("patch_size", "embed_dim", "depth", "num_heads", "initialisation")
+        shape = (*shape, "distillation_tokens")
         found += _without_effect("student", student, shape, only)
     return found
 
@@ -187,13 +196,17 @@ def _check_data(config: Config) -> list[Problem]:
 
 
 def _check_objective(config: Config) -> list[Problem]:
-    loss, student = config.loss, config.student
+    loss, student, teacher = config.loss, config.student, config.teacher
     if loss.kind == "none":
-        teaching = ("through", "distillation_weight", "temperature")
+        leaves = tuple(
+            leaf.name
+            for leaf in dataclasses.fields(LossConfig)
+            if leaf.name not in ("kind", "label_smoothing")
+        )
         advice = "has no effect, loss.kind is 'none'; --objective none clears it"
-        return _without_effect("loss", loss, teaching, advice)
-    found = []
-    if config.teacher.source is None:
+        return _without_effect("loss", loss, leaves, advice)
+    found = _check_loss(loss)
+    if not teacher.source and not teacher.targets:
         found.append(
             Problem(
                 "teacher.source",
@@ -201,6 +214,9 @@ def _check_objective(config: Config) -> list[Problem]:
                 f"loss.kind {loss.kind!r} needs a teacher; give one, or --objective none",
             )
         )
+    if loss.kind == "dkd" and mixes(config.views):
+        advice = "needs one true class, mixed views have two; use --augmentation none, or soft"
+        found.append(Problem("loss.kind", "dkd", advice))
     if student.name not in STUDENTS and not student.name.startswith("timm:"):
         return found  # which heads an unknown name has, nobody knows
     token = has_distillation_token(student)
@@ -226,25 +242,106 @@ def _check_objective(config: Config) -> list[Problem]:
                 f"{suggestion}, or loss.through distillation",
             )
         )
+    if label_weight(loss) == 0 and token and loss.through == "distillation":
+        found.append(
+            Problem(
+                "loss.distillation_weight",
+                loss.distillation_weight,
+                f"would leave the class head of {student.name} untrained; use less than 1, or "
+                "loss.through all",
+            )
+        )
+    return found
+
+
+def _check_loss(loss: LossConfig) -> list[Problem]:
+    """What the fields of the loss section say against each other."""
+    found = []
     if loss.distillation_weight == 0:
         found.append(
             Problem(
                 "loss.distillation_weight", 0, "leaves the teacher no say; use --objective none"
             )
         )
-    if loss.distillation_weight == 1 and token:
-        found.append(
-            Problem(
-                "loss.distillation_weight",
-                1,
-                f"would leave the class head of {student.name} untrained; use less than 1, or a "
-                "vit_* student with loss.through class",
-            )
+    if label_weight(loss) < 0:
+        advice = "leaves the label less than nothing; give loss.label_weight as well"
+        found.append(Problem("loss.distillation_weight", loss.distillation_weight, advice))
+    if loss.kind == "hard":
+        advice = "has no effect on a hard label; use 1"
+        found += _without_effect("loss", loss, ("temperature",), advice)
+        found += _without_effect("loss", loss, ("standardise",), "has no effect on a hard label")
+    if loss.kind != "dkd":
+        advice = "has an effect with loss.kind dkd only"
+        found += _without_effect("loss", loss, ("target_weight", "others_weight"), advice)
+    return found
+
+
+def _check_teachers(config: Config) -> list[Problem]:
+    teacher, student, found = config.teacher, config.student, []
+    number = max(len(teacher.source), len(teacher.targets))
+    counts = {"source": (0, number), "targets": (0, number)}
+    counts |= dict.fromkeys(("architecture", "image_size", "weight"), (0, 1, number))
+    counts |= dict.fromkeys(("mean", "std"), (0, 3, 3 * number))
+    for leaf, allowed in counts.items():
+        if len(getattr(teacher, leaf)) not in allowed:
+            advice = f"should hold {allowed[-1]} values for {number} teacher(s)"
+            found.append(Problem(f"teacher.{leaf}", getattr(teacher, leaf), advice))
+    if bool(teacher.mean) != bool(teacher.std):
+        found.append(Problem("teacher.mean", teacher.mean, "goes together with teacher.std"))
+    for leaf in ("std", "weight"):
+        if any(value <= 0 for value in getattr(teacher, leaf)):
+            found.append(Problem(f"teacher.{leaf}", getattr(teacher, leaf), "should be positive"))
+    if "none" in teacher.targets and not teacher.source:
+        advice = "'none' answers itself and needs its teacher.source"
+        found.append(Problem("teacher.targets", teacher.targets, advice))
+    if number < 2:
+        advice = "has no effect with one teacher"
+        found += _without_effect("teacher", teacher, ("weight", "combine"), advice)
+    elif teacher.combine == "tokens":
+        found += _check_tokens(config, number)
+    if student.distillation_tokens > 1 and (number < 2 or teacher.combine != "tokens"):
+        advice = "needs as many teachers, and teacher.combine tokens"
+        found.append(Problem("student.distillation_tokens", student.distillation_tokens, advice))
+    return found
+
+
+def _check_tokens(config: Config, number: int) -> list[Problem]:
+    """A distillation token for each of several teachers."""
+    found = []
+    if config.loss.kind != "none" and config.student.distillation_tokens != number:
+        advice = f"should be {number}, one for each teacher (teacher.combine tokens)"
+        tokens = config.student.distillation_tokens
+        found.append(Problem("student.distillation_tokens", tokens, advice))
+    if config.loss.kind != "none" and config.loss.through != "distillation":
+        advice = "one teacher a token (teacher.combine tokens) needs loss.through distillation"
+        found.append(Problem("loss.through", config.loss.through, advice))
+    return found
+
+
+def _check_teacher_view(config: Config) -> list[Problem]:
+    """A teacher's view of its own beside mixing, which shows the student two images."""
+    view = config.views.teacher_view
+    # Without an objective for it training ignores the teacher's view, as it does the teacher.
+    if config.loss.kind == "none" or view == "same" or not mixes(config.views):
+        return []
+    advice = (
+        "shows the teacher one image, mixing shows the student two; use --augmentation none or a "
+        "mode of --teaching, or views.teacher_view same"
+    )
+    return [Problem("views.teacher_view", view, advice)]
+
+
+def _check_crops(config: Config) -> list[Problem]:
+    """The mean over many crops is not to be had within a training step."""
+    views, stored, found = config.views, config.teacher.targets, []
+    if config.loss.kind == "none":
+        return found
+    if views.teacher_view == "crops" and (not stored or "none" in stored):
+        advice = (
+            f"takes {views.teacher_crops} answers of the teacher for each image: once, by "
+            "`deit targets write`, then give teacher.targets"
         )
-    if loss.kind == "hard" and loss.temperature != 1:
-        found.append(
-            Problem("loss.temperature", loss.temperature, "has no effect on a hard label; use 1")
-        )
+        found.append(Problem("views.teacher_view", "crops", advice))
     return found
 
 
@@ -262,12 +359,10 @@ def _check_views(config: Config) -> list[Problem]:
     for leaves, on, advice in _effects(views):
         if not on:
             found += _without_effect("views", views, leaves, advice)
-    for leaf in ("views", "teacher"):
-        section = getattr(config, leaf)
-        if (section.mean is None) != (section.std is None):
-            found.append(Problem(f"{leaf}.mean", section.mean, f"goes together with {leaf}.std"))
-        if section.std is not None and min(section.std) <= 0:
-            found.append(Problem(f"{leaf}.std", section.std, "should be positive"))
+    if (views.mean is None) != (views.std is None):
+        found.append(Problem("views.mean", views.mean, "goes together with views.std"))
+    if views.std is not None and min(views.std) <= 0:
+        found.append(Problem("views.std", views.std, "should be positive"))
     return found
 
 
@@ -283,6 +378,12 @@ def _effects(views: ViewsConfig) -> list[tuple[tuple[str, ...], bool, str]]:
             ("erasing_fill", "erasing_scale", "erasing_ratio"),
             views.erasing > 0,
             "has no effect, views.erasing is 0",
+        ),
+        (("crop_side",), views.crop == "random", "has an effect with views.crop random only"),
+        (
+            ("teacher_crops",),
+            views.teacher_view == "crops",
+            "has an effect with views.teacher_view crops only",
         ),
     ]
 
@@ -340,7 +441,12 @@ _CHECKS = {
     _check_data: {"data"},
     _check_student: {"student"},
     _check_objective: {"loss", "student", "teacher"},
-    _check_views: {"views", "teacher"},
+    _check_teachers: {"teacher", "student", "loss"},
+    _check_views: {"views"},
+    _check_teacher_view: {"views", "teacher", "loss"},
     _check_optim: {"optim", "views"},
 }
 """What single fields cannot say, and the sections each check reads."""
+
+_ONLINE_CHECKS = {_check_crops: {"views", "teacher", "loss"}}
+"""Likewise, where targets are not about to be written."""

@@ -3,10 +3,13 @@
 from collections.abc import Callable
 
 import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from deit.config import StudentConfig, has_distillation_token
 from deit.errors import ConfigError
+from deit.models.rednet import DEPTHS, RedNet
 from deit.models.small_convnet import SmallConvNet
 from deit.text import nearest
 
@@ -41,9 +44,24 @@ def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
         drop_path_rate=student.drop_path,
         **shape,
     )
+    if student.distillation_tokens > 1:
+        _add_tokens(network, student.distillation_tokens)
     if student.initialisation == "scaled":
         _scale_initial_weights(network)
     return network
+
+
+def _add_tokens(network: VisionTransformerDistilled, number: int) -> None:
+    """Give timm's network so many distillation tokens, each with its own position and head, one a
+    teacher (Co-advise, Ren et al. 2022; tokens here start at random, not from stems of their own).
+    """
+    width, classes = network.embed_dim, network.num_classes
+    network.num_prefix_tokens = 1 + number
+    network.dist_token = nn.Parameter(torch.empty(1, number, width))
+    positions = network.patch_embed.num_patches + network.num_prefix_tokens
+    network.pos_embed = nn.Parameter(torch.empty(1, positions, width))
+    network.head_dist = nn.ModuleList(nn.Linear(width, classes) for _ in range(number))
+    network.init_weights()
 
 
 def _scale_initial_weights(network: nn.Module) -> None:
@@ -66,6 +84,16 @@ def create_small_convnet(student: StudentConfig, num_classes: int) -> nn.Module:
     if student.drop_path:
         raise ConfigError(f"student.drop_path = {student.drop_path}: small_convnet has none")
     return SmallConvNet(num_classes)
+
+
+def create_rednet(student: StudentConfig, num_classes: int) -> nn.Module:
+    """The involution networks; they have no drop path. micro is for handwritten digits."""
+    if student.drop_path:
+        raise ConfigError(f"student.drop_path = {student.drop_path}: {student.name} has none")
+    size, small_stem = student.name.split("_")[1], student.name.endswith("_small_stem")
+    if size == "micro":
+        return RedNet(num_classes, depths=(1, 1), width=32, side=5, small_stem=True)
+    return RedNet(num_classes, depths=DEPTHS[size], small_stem=small_stem)
 
 
 def create_regnety_small_stem(student: StudentConfig, num_classes: int) -> nn.Module:
@@ -94,6 +122,9 @@ def create_timm(student: StudentConfig, num_classes: int) -> nn.Module:
 NETWORKS: dict[str, Callable[[StudentConfig, int], nn.Module]] = {
     **{f"{kind}_{size}": create_vit for kind in ("deit", "vit") for size in SIZES},
     "small_convnet": create_small_convnet,
+    "rednet_micro": create_rednet,
+    **{f"rednet_{depth}": create_rednet for depth in DEPTHS},
+    "rednet_26_small_stem": create_rednet,
     "regnety_002_small_stem": create_regnety_small_stem,
     "regnety_004_small_stem": create_regnety_small_stem,
 }

@@ -23,16 +23,24 @@ class Student(nn.Module):
         self.register_buffer("std", _per_channel(std), persistent=False)
 
     def forward(self, images: Tensor) -> Outputs:
-        """images: float [batch, 3, height, width] in [0, 1]. Logits are [batch, classes]."""
+        """images: float [batch, 3, height, width] in [0, 1]."""
         normalised = (images - self.mean) / self.std
         network = self.network
         if not isinstance(network, VisionTransformerDistilled):
             return Outputs(network(normalised))
-        tokens = network.forward_features(normalised)  # class token, distillation token, patches
-        return Outputs(
-            network.head(network.head_drop(tokens[:, 0])),
-            network.head_dist(network.head_drop(tokens[:, 1])),
-        )
+        tokens = network.forward_features(normalised)  # class, distillation token(s), patches
+        heads = network.head_dist if isinstance(network.head_dist, nn.ModuleList) else None
+        if heads is None:
+            taught = network.head_dist(network.head_drop(tokens[:, 1]))[:, None]
+        else:
+            taught = torch.stack(
+                [
+                    head(network.head_drop(tokens[:, place]))
+                    for place, head in enumerate(heads, start=1)
+                ],
+                dim=1,
+            )
+        return Outputs(network.head(network.head_drop(tokens[:, 0])), taught)
 
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:

@@ -1,7 +1,8 @@
 """Teachers: frozen networks of any origin behind one call, images in [0, 1] to logits."""
 
+import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -9,7 +10,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from deit.config import STUDENTS, StudentConfig, TeacherConfig
+from deit.config import STUDENTS, Member, StudentConfig
 from deit.errors import ConfigError, DataError
 from deit.files import import_file
 from deit.models.networks import create_network
@@ -53,6 +54,22 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, as plain values: SHA-256 of the weights by name, input size,
+        normalisation, and which of its classes are the data's."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        mean, std = self.normalisation
+        return {
+            "weights": digest.hexdigest(),
+            "image_size": self.image_size,
+            "mean": list(mean),
+            "std": list(std),
+            "classes": self.columns,
+        }
+
     def train(self, mode: bool = True) -> "Teacher":
         """Stays in evaluation mode whatever a container asks for: its statistics are fixed."""
         return super().train(False)
@@ -68,10 +85,8 @@ class Teacher(nn.Module):
         return logits if self.columns is None else logits[:, self.columns]
 
 
-def load_teacher(
-    config: TeacherConfig, class_names: tuple[str, ...], *, image_size: int
-) -> Teacher:
-    """The teacher of a configuration, checked against the classes of the data.
+def load_teacher(config: Member, class_names: tuple[str, ...], *, image_size: int) -> Teacher:
+    """A teacher of a configuration, checked against the classes of the data.
 
     image_size: side [px] of the images it will be given if it does not say its own.
 
@@ -121,7 +136,7 @@ def locate(source: str) -> str:
     )
 
 
-def _find(config: TeacherConfig, class_names: tuple[str, ...]) -> Origin:
+def _find(config: Member, class_names: tuple[str, ...]) -> Origin:
     source = config.source or ""
     path = Path(source).expanduser()
     kind = locate(source)
@@ -187,7 +202,7 @@ def _from_timm(name: str, source: str) -> Origin:
     )
 
 
-def _from_file(path: Path, config: TeacherConfig, class_names: tuple[str, ...]) -> Origin:
+def _from_file(path: Path, config: Member, class_names: tuple[str, ...]) -> Origin:
     name = config.architecture
     if name is None:
         raise ConfigError(

@@ -60,10 +60,13 @@ def test_tiles_are_the_image_and_the_view_of_the_batch(storage, root, tmp_path, 
     assert capsys.readouterr().out == f"wrote {tmp_path / 'sheet.png'}: 7 views\n"
     sheet = Image.open(tmp_path / "sheet.png")
     splits = load_splits(config.data)
-    batches = loader_of(config, splits, None, Accelerator(cpu=True)).epoch(2)
-    fields = [torch.cat(field)[:7] for field in zip(next(batches), next(batches))]
+    batches = loader_of(config, splits, Accelerator(cpu=True), teacher_size=None).epoch(2)
+    pair = next(batches), next(batches)
+    images, samples = (
+        torch.cat([getattr(batch, field) for batch in pair])[:7] for field in ("images", "samples")
+    )
     enlarged = np.ones((TILE // 16, TILE // 16), dtype=int)
-    for number, (image, sample) in enumerate(zip(fields[0], fields[3].tolist())):
+    for number, (image, sample) in enumerate(zip(images, samples.tolist())):
         levels = (image * 255).round().long()
         view = np.stack([np.kron(channel, enlarged) for channel in levels.numpy()], axis=-1)
         assert np.array_equal(tile(sheet, number, 1), view)

@@ -12,9 +12,11 @@ from deit.datasets.images import Images
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.views import Colours
 from deit.engine import Job, predict, train_epoch
+from deit.losses import needs_logits
 from deit.models.saved import Facts, build_student
 from deit.models.teachers import Origin, Teacher
 from deit.optim import WeightAverage, build_optimizer, lr_at
+from deit.panel import NetworkVoice, Panel
 
 CLASSES = 4
 IMAGES = Images(
@@ -39,6 +41,21 @@ class Shown(nn.Module):
         return self.head(self.norm(images).mean(dim=(2, 3)))
 
 
+def panel_of(teacher, accelerator, loss):
+    return Panel(
+        [NetworkVoice(teacher, accelerator)],
+        weights=(1.0,),
+        how="probabilities",
+        temperature=loss.temperature,
+        wants_logits=needs_logits(loss),
+        name="image {}".format,
+    )
+
+
+def teacher_of(job):
+    return job.teach.voices[0].teacher
+
+
 def make_job(
     loss=OBJECTIVES["deit-hard"],
     *,
@@ -59,6 +76,7 @@ def make_job(
     facts = Facts(student_config, tuple("abcd"), (0.5,) * 3, (0.25,) * 3, 1.0)
     student = build_student(facts)
     teacher = Teacher(Origin(Shown(), "shown", None, (0.0,) * 3, (1.0,) * 3, None))
+    panel = None if loss.kind == "none" else panel_of(teacher, accelerator, loss)
     weights = None if average is None else WeightAverage(student, horizon=average)
     optimizer = build_optimizer(student, optim)
     prepared, optimizer = accelerator.prepare(student, optimizer)
@@ -71,7 +89,7 @@ def make_job(
         colours=Colours((0.5,) * 3, (0.25,) * 3),
         seed=0,
     )
-    job = Job(accelerator, prepared, teacher, optimizer, weights, loss, optim, 0)
+    job = Job(accelerator, prepared, panel, optimizer, weights, loss, optim, 0)
     return job, data
 
 
@@ -94,29 +112,29 @@ def test_it_learns_32_images_by_heart_and_imitates_the_teacher():
 def test_the_teacher_sees_the_very_tensor_of_the_student_and_stays_as_it_was():
     views = ViewsConfig(crop="padded", crop_padding=2, mixup_alpha=0.8, cutmix_alpha=1.0)
     job, data = make_job(views=views)
-    before = copy.deepcopy(job.teacher.state_dict())
+    before = copy.deepcopy(teacher_of(job).state_dict())
     seen = []
     job.student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     train(job, data, 2)
-    shown = job.teacher.network.shown
+    shown = teacher_of(job).network.shown
     assert len(shown) == len(seen) == 4
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen, shown))
-    after = job.teacher.state_dict()
+    after = teacher_of(job).state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert all(parameter.grad is None for parameter in job.teacher.parameters())
+    assert all(parameter.grad is None for parameter in teacher_of(job).parameters())
 
 
 def test_the_teacher_is_in_neither_optimizer_nor_prepared_models():
     job, _ = make_job()
-    taught = {id(parameter) for parameter in job.teacher.parameters()}
+    taught = {id(parameter) for parameter in teacher_of(job).parameters()}
     optimised = {id(p) for group in job.optimizer.param_groups for p in group["params"]}
     assert not taught & optimised
-    assert job.teacher not in job.accelerator._models
+    assert teacher_of(job) not in job.accelerator._models
 
 
 def test_without_a_teacher_there_is_no_agreement():
     job, data = make_job(OBJECTIVES["none"])
-    means = train(job._replace(teacher=None), data, 1)
+    means = train(job._replace(teach=None), data, 1)
     assert "agreement" not in means
     assert {"loss", "class_top1", "distillation_top1", "fused_top1"} <= means.keys()
 
@@ -197,6 +215,6 @@ def test_a_prediction_keeps_the_order_of_the_split_and_both_heads():
         expected = job.student.eval()(images)
     assert torch.allclose(outputs.class_logits, expected.class_logits, atol=1e-5)
     assert torch.allclose(outputs.distillation_logits, expected.distillation_logits, atol=1e-5)
-    logits = predict(job.accelerator, job.teacher, iter(images.split(5)), 32)
+    logits = predict(job.accelerator, teacher_of(job), iter(images.split(5)), 32)
     assert logits.distillation_logits is None
     assert logits.class_logits.shape == (32, CLASSES)

@@ -42,6 +42,12 @@ def loader(
     )
 
 
+def joined(blocks):
+    """What several batches hold, each field as one tensor."""
+    fields = ("images", "teacher_images", "targets", "samples", "places")
+    return [torch.cat([getattr(block, field) for block in blocks]) for field in fields]
+
+
 def global_batches(num_processes, accumulate, views, epoch=3):
     """All micro-batches of an epoch, put together to global batches."""
     parts = [
@@ -55,7 +61,7 @@ def global_batches(num_processes, accumulate, views, epoch=3):
             for part in range(accumulate)
             for process in range(num_processes)
         ]
-        together.append([torch.cat(field) for field in zip(*blocks)])
+        together.append(joined(blocks))
     return together
 
 

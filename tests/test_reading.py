@@ -75,6 +75,13 @@ def loader(images, process=0, num_processes=1, accumulate=1, batch_size=16, view
     )
 
 
+def joined(blocks):
+    """What several batches hold, each field as one tensor."""
+    fields = ("images", "teacher_images", "targets", "samples", "places")
+    blocks = list(blocks)
+    return [torch.cat([getattr(block, field) for block in blocks]) for field in fields]
+
+
 def global_epoch(images, num_processes=1, accumulate=1, epoch=3, **settings):
     """The global batches of an epoch, one after the other: every field of a batch as one tensor."""
     parts = [
@@ -82,12 +89,12 @@ def global_epoch(images, num_processes=1, accumulate=1, epoch=3, **settings):
         for process in range(num_processes)
     ]
     blocks = [block for blocks in zip(*parts) for block in blocks]
-    return [torch.cat(field) for field in zip(*blocks)]
+    return joined(blocks)
 
 
 def same(ours, theirs):
-    """Whether images, the teacher's images, targets and samples are equal to the bit."""
-    return [torch.equal(*fields) for fields in zip(ours, theirs)] == [True] * 4
+    """Whether images, the teacher's images, targets, samples and places are equal to the bit."""
+    return [torch.equal(*fields) for fields in zip(ours, theirs)] == [True] * 5
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +109,7 @@ def test_workers_that_outlive_an_epoch_read_what_the_process_itself_would(
 ):
     made = loader(images, workers=workers)
     for epoch in (0, 1, 0):
-        found = [torch.cat(field) for field in zip(*made.epoch(epoch))]
+        found = joined(made.epoch(epoch))
         assert found[0].shape == (32, 3, SIDE, SIDE)
         assert same(found, expected[epoch])
     assert not torch.equal(expected[0][0], expected[1][0])
@@ -170,7 +177,7 @@ def test_a_dropped_epoch_leaves_nothing_behind(images, expected):
         epoch = made.epoch(0)
         next(epoch)
         del epoch
-        found = [torch.cat(field) for field in zip(*made.epoch(1))]
+        found = joined(made.epoch(1))
         assert same(found, expected[1])
 
 
@@ -184,7 +191,7 @@ def test_no_random_state_is_read_or_moved(images):
 
 def test_reading_ahead_opens_no_more_files_the_longer_the_epoch(images):
     # Tensors that wait in a queue are shared memory, and each holds a file open.
-    reader = Reader(Squares(images, 4), workers=1, pin=False)
+    reader = Reader(images, (Squares(4),), workers=1, pin=False)
     one = torch.zeros(1, dtype=torch.int64)
     batches = reader.read([Wanted(0, one.clone(), one.clone()) for _ in range(120)])
     opened = [len(os.listdir("/proc/self/fd")) for _ in batches]
@@ -261,11 +268,11 @@ def test_every_stage_is_measured(images):
     assert min(made.stages.rates().values()) > 0
 
 
-def test_a_worker_that_was_killed_is_a_clear_fault():
+def test_a_worker_that_was_killed_is_a_clear_fault(images):
     class Deadly:
-        def read(self, wanted):
+        def cut(self, pictures, wanted):
             os.kill(os.getpid(), signal.SIGKILL)
 
     wanted = [Wanted(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
     with pytest.raises(EnvironmentFault, match=r"data\.workers: the system ended a worker"):
-        list(Reader(Deadly(), workers=1, pin=False).read(wanted))
+        list(Reader(images, (Deadly(),), workers=1, pin=False).read(wanted))

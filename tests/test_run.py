@@ -303,10 +303,11 @@ def test_every_recipe_is_valid(name):
     assert validate(RECIPES[name]())
     assert RECIPES[name].__doc__
     if name in TEACHERS:
-        assert RECIPES[name]().teacher.source == f"checkpoints/{TEACHERS[name]}"
-        teacher, student = RECIPES[TEACHERS[name]](), RECIPES[name]()
-        assert teacher.loss == OBJECTIVES["none"]
-        assert teacher.data.source == student.data.source
+        student = RECIPES[name]()
+        assert student.teacher.source == tuple(f"checkpoints/{one}" for one in TEACHERS[name])
+        for teacher in map(RECIPES.get, TEACHERS[name]):
+            assert teacher().loss == OBJECTIVES["none"]
+            assert teacher().data.source == student.data.source
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("imagenet")])
@@ -323,7 +324,8 @@ def test_every_recipe_takes_a_step(name, tmp_path):
         "def teacher():\n"
         "    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())\n"
     )
-    changes = {"teacher": {"source": f"{stub}:teacher", "allow_weak": True}}
+    sources = (f"{stub}:teacher",) * len(config.teacher.source)
+    changes = {"teacher": {"source": sources, "allow_weak": True}}
     config = derive(
         config,
         data={"source": "folder", "root": str(tmp_path / "data")},

@@ -1,25 +1,28 @@
 """Teachers: frozen, in evaluation for ever, their own size and normalisation, matched classes."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from deit.config import StudentConfig, TeacherConfig
+from deit.config import Config, StudentConfig, TeacherConfig, derive, members
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.models.saved import Facts, build_student, save_student
 from deit.models.teachers import Origin, Teacher
 from deit.models.teachers import load_teacher as load_teacher_at
 from deit.records import head_logits
+from deit.validation import validate
 
 NAMES = ("ant", "bee", "cat")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 def load_teacher(config, class_names, image_size=16):
-    return load_teacher_at(config, class_names, image_size=image_size)
+    (member,) = members(validate(derive(Config(), teacher=asdict(config))).teacher)
+    return load_teacher_at(member, class_names, image_size=image_size)
 
 
 class Recorder(nn.Module):

@@ -1,0 +1,169 @@
+"""Stored answers in a run: opened before the work, held against data, views and teacher."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deit.config import Config, fixed, members
+from deit.datasets.loader import Shown, TrainLoader
+from deit.datasets.splits import Splits
+from deit.errors import ConfigError, DataError
+from deit.fingerprint import fingerprint_of, teachers_fingerprint
+from deit.losses import needs_logits
+from deit.models.teachers import Teacher
+from deit.panel import Panel
+from deit.records import Answers, Batch
+from deit.targets import Store, decode, differences, open_store
+
+Answer = Callable[[Shown], Answers]
+_SPOTS = 16  # places looked at before training, spread over all epochs
+_ROWS = 32  # answers held against the teacher at each of them
+_AGREEMENT = 0.995
+_IN_TWO_MINDS = 0.1  # two answers so close in log-probability may change places by rounding
+
+
+def open_stores(config: Config) -> list[Store | None]:
+    """The store of each teacher, None for one that answers itself.
+
+    Raises DataError and CheckpointError where a store is not there, not complete or damaged, and
+    ConfigError where its records are not what the objective needs.
+    """
+    if config.loss.kind == "none":
+        return []
+    found: list[Store | None] = []
+    for member in members(config.teacher):
+        store = None if member.targets is None else open_store(Path(member.targets))
+        if store is not None:
+            _check_records(store, config)
+        found.append(store)
+    return found
+
+
+def _check_records(store: Store, config: Config) -> None:
+    """Whether the objective can be had from these records. Raises ConfigError."""
+    layout, loss, where = store.layout, config.loss, f"teacher.targets {store.path}"
+    averaged = len(members(config.teacher)) > 1 and config.teacher.combine != "tokens"
+    if layout.records == "hard" and (needs_logits(loss) or averaged):
+        wanted = "a mean of several teachers" if averaged else f"loss.kind {loss.kind!r}"
+        raise ConfigError(
+            f"{where}: holds hard labels, {wanted} needs probabilities; write the store with "
+            "--records full, or use loss.kind hard"
+        )
+    inexact = loss.temperature != 1 or loss.standardise or loss.kind == "dkd"
+    if layout.kept is not None and needs_logits(loss) and inexact:
+        raise ConfigError(
+            f"{where}: holds the {layout.kept} largest answers of {layout.num_classes}; at another "
+            "temperature than 1, standardised or decoupled, the others count; write the store with "
+            "--records full"
+        )
+    mean = store.fingerprint.get("combine") == "probabilities"
+    if mean and needs_logits(loss) and loss.temperature != 1:
+        raise ConfigError(
+            f"{where}: holds a mean of probabilities, which is another at loss.temperature "
+            f"{loss.temperature:g}; write a store for each teacher and give all of them, or use "
+            "teacher.combine logits"
+        )
+
+
+def stored_epochs(config: Config, stores: list[Store | None]) -> int | None:
+    """How many epochs of views have answers; None where that sets no limit."""
+    if fixed(config.views):
+        return None
+    return min((store.layout.epochs for store in stores if store is not None), default=None)
+
+
+def answer_to(config: Config, loader: TrainLoader, panel: Panel) -> Answer:
+    """What the teachers say of what they are shown, as a store keeps it: of the mean over all crops
+    of an image, where that is the teacher's view."""
+
+    def ask(shown: Shown) -> Answers:
+        nothing = shown.images[:0]
+        batch = Batch(nothing, shown.images, nothing, shown.samples, shown.epoch, shown.places)
+        return panel(batch)
+
+    def ask_for_crops(shown: Shown) -> Answers:
+        mean = ask(shown).logits.softmax(dim=2)
+        for crop in range(1, config.views.teacher_crops):
+            (other,) = loader.shown(0, shown.places, block=len(shown.places), repeat=crop)
+            mean += ask(other).logits.softmax(dim=2)
+        logits = (mean / config.views.teacher_crops).log()
+        return Answers(logits.argmax(dim=2), logits)
+
+    return ask_for_crops if config.views.teacher_view == "crops" else ask
+
+
+def check_store(
+    store: Store,
+    config: Config,
+    splits: Splits,
+    loader: TrainLoader,
+    *,
+    teachers: list[Teacher] | None,
+    answer: Answer | None,
+    spots: int = _SPOTS,
+    rows: int = _ROWS,
+) -> float | None:
+    """Hold a store against a run: fingerprints, canaries and, where the teacher is there, answers.
+
+    teachers: those the store should be of, None where they are not there. answer: what they say of
+    what they are shown. Returns the share of answers that agree, None without the teacher.
+    Raises DataError naming what differs.
+    """
+    here = fingerprint_of(config, splits, loader, None)
+    there = dict(store.fingerprint)
+    about_teachers = {key: there.pop(key, None) for key in ("teacher", "combine", "weight")}
+    found = differences(there, here)
+    if teachers is not None:
+        stored = {key: value for key, value in about_teachers.items() if value is not None}
+        found += differences(stored, teachers_fingerprint(config, teachers))
+    if found:
+        lines = "".join(f"\n  {line}" for line in found)
+        hint = "\n  (views.seed sets the seed of the views apart from the run's)"
+        raise DataError(
+            f"teacher.targets {store.path}: holds answers to something else; "
+            f"write a store for this, or train what it was written for:{lines}"
+            + (hint if any(line.startswith("seed:") for line in found) else "")
+        )
+    agreed = counted = 0
+    for epoch, place in _spots(store, spots):
+        last = min(place + max(rows, 2), store.layout.places)
+        places = torch.arange(place, last)
+        for shown in loader.shown(epoch, places, block=len(places)):
+            store.check_canary(shown, 0)
+            if answer is not None:
+                same = _agreeing(store, epoch, places, answer(shown))
+                agreed, counted = agreed + int(same.sum()), counted + len(same)
+    if not counted:
+        return None
+    if agreed < _AGREEMENT * counted:
+        raise DataError(
+            f"teacher.targets {store.path}: the teacher answers otherwise now: of {counted} views, "
+            f"{agreed} have the stored answer; another precision, device or library version? "
+            "write the store anew"
+        )
+    return agreed / counted
+
+
+def _spots(store: Store, number: int) -> list[tuple[int, int]]:
+    """(epoch, place) of so many canaries, the first and the last among them."""
+    layout = store.layout
+    total = layout.epochs * len(layout.canary_places)
+    chosen = torch.linspace(0, total - 1, min(number, total)).round().long().tolist()
+    return [
+        (
+            index // len(layout.canary_places),
+            layout.canary_places[index % len(layout.canary_places)],
+        )
+        for index in chosen
+    ]
+
+
+def _agreeing(store: Store, epoch: int, places: Tensor, now: Answers) -> Tensor:
+    """Which stored labels are the teacher's now, bool [rows]; one that he holds almost as likely as
+    his first counts as the same."""
+    labels, _ = decode(store.layout, store.records(epoch)[places.numpy()])
+    scores = now.logits[:, 0].log_softmax(dim=1).cpu()
+    chosen = scores.gather(1, labels[:, None]).squeeze(1)
+    return scores.max(dim=1).values - chosen <= _IN_TWO_MINDS

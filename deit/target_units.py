@@ -1,0 +1,193 @@
+"""A store while it is written: units committed one by one, and put together when all are there."""
+
+import hashlib
+import json
+import shutil
+import struct
+import uuid
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deit.checkpoint import put_file, sync
+from deit.console import percent, progress, say, warn
+from deit.errors import CheckpointError, ConfigError, EnvironmentFault
+from deit.targets import (
+    CHECKS,
+    FORMAT,
+    MANIFEST,
+    TARGETS,
+    UNITS,
+    Layout,
+    differences,
+    read_manifest,
+)
+
+_MAGIC = b"deit-unit"
+_HEADER = struct.Struct("<9sB16sIIII")  # magic, format, digest, unit, rows, canaries, CRC-32
+_TRACE = struct.Struct("<II")
+_OUTLIER = 6.0  # standard deviations
+
+
+class Unit(NamedTuple):
+    """A piece of the answers, with what proves it.
+
+    canaries: uint32, of the canary places it covers. right, counted: how often the teacher named
+    the true label, over views that are (almost) one image.
+    """
+
+    records: np.ndarray
+    canaries: np.ndarray
+    right: int
+    counted: int
+
+
+class Units:
+    """The folder of a store that is being written, by any number of processes."""
+
+    def __init__(self, store: Path, manifest: dict[str, Any]) -> None:
+        self.store = store
+        self.manifest = manifest
+        self.layout = Layout(**manifest["layout"])
+        common = {key: manifest[key] for key in ("format", "fingerprint", "layout")}
+        # Every unit carries it: none of another store can slip in.
+        self.digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).digest()[:16]
+
+    def claim(self) -> bool:
+        """Make the folder a store of this manifest, or find that it is one; whether it is complete.
+
+        Raises ConfigError where it is one of something else or holds other things.
+        """
+        try:
+            found = read_manifest(self.store)
+        except FileNotFoundError:
+            self._make()
+            return False
+        keys = ("fingerprint", "layout")
+        differing = differences(*({k: one[k] for k in keys} for one in (found, self.manifest)))
+        if differing:
+            raise ConfigError(
+                f"--out {self.store}: is a store of something else; give another --out:"
+                + "".join(f"\n  {line}" for line in differing)
+            )
+        return found["complete"]
+
+    def _make(self) -> None:
+        out = self.store
+        if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
+            raise ConfigError(f"--out {out}: the folder is not empty; give another --out")
+        try:
+            (out / UNITS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EnvironmentFault(f"--out {out}: cannot be made ({error.strerror})") from None
+        put_file(out / MANIFEST, _json(self.manifest))
+
+    def path(self, unit: int) -> Path:
+        """Where a unit lies; it is written if that is there."""
+        return self.store / UNITS / f"{unit:06d}.bin"
+
+    def commit(self, unit: int, made: Unit) -> None:
+        """Write a unit: whole, or not at all."""
+        trace = _TRACE.pack(made.right, made.counted)
+        payload = made.records.tobytes() + made.canaries.astype("<u4").tobytes() + trace
+        sizes = (unit, len(made.records), len(made.canaries), zlib.crc32(payload))
+        header = _HEADER.pack(_MAGIC, FORMAT, self.digest, *sizes)
+        try:
+            put_file(self.path(unit), header + payload)
+        except FileNotFoundError:
+            if not self._complete():  # another process wrote the same and finished the store
+                raise
+
+    def read(self, unit: int) -> Unit:
+        """A unit that was committed. Raises CheckpointError if it is damaged or another store's."""
+        content = self.path(unit).read_bytes()
+        payload = content[_HEADER.size :]
+        known, rows, canaries, crc = (), 0, 0, -1
+        if len(content) > _HEADER.size:
+            *known, rows, canaries, crc = _HEADER.unpack(content[: _HEADER.size])
+        if known != [_MAGIC, FORMAT, self.digest, unit] or zlib.crc32(payload) != crc:
+            raise CheckpointError(
+                f"{self.path(unit)}: damaged; delete it and run the same command again"
+            )
+        at = rows * self.layout.dtype.itemsize
+        return Unit(
+            np.frombuffer(payload[:at], self.layout.dtype),
+            np.frombuffer(payload[at : at + 4 * canaries], "<u4"),
+            *_TRACE.unpack(payload[at + 4 * canaries :]),
+        )
+
+    def _complete(self) -> bool:
+        return read_manifest(self.store)["complete"]
+
+    def finish(self) -> None:
+        """Put the units together if all are there. Any number of processes may at once: they write
+        the same. Raises CheckpointError at a damaged unit."""
+        number = self.layout.units
+        there = sum(self.path(unit).is_file() for unit in range(number))
+        try:
+            if there == number:
+                self._put_together()
+            elif not self._complete():
+                say(
+                    f"{self.store}: {there} of {number} units are written, {number - there} missing"
+                )
+        except FileNotFoundError:
+            if not self._complete():
+                raise
+
+    def _put_together(self) -> None:
+        sums, canaries, traces = [], [], []
+        temporary = self.store / f".{TARGETS}.{uuid.uuid4().hex}"
+        units = range(self.layout.units)
+        try:
+            with temporary.open("wb") as file:
+                for number in progress(units, total=len(units), title="finishing"):
+                    unit = self.read(number)
+                    file.write(unit.records.tobytes())
+                    sums.append(zlib.crc32(unit.records.tobytes()))
+                    canaries.append(unit.canaries)
+                    traces.append((unit.right, unit.counted))
+                sync(file)
+            trace = np.array(traces, "<u4")
+            checks = np.concatenate([np.array(sums, "<u4"), *canaries, trace.ravel()])
+            put_file(self.store / CHECKS, checks.tobytes())
+            temporary.replace(self.store / TARGETS)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            reason = f"could not be written ({error.strerror})"
+            raise EnvironmentFault(f"{self.store}: {reason}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        right, counted = (int(part) for part in trace.sum(axis=0, dtype=np.int64))
+        top1 = right / counted if counted else None
+        finished = {**self.manifest, "complete": True, "teacher_top1": top1}
+        put_file(self.store / MANIFEST, _json(finished))
+        shutil.rmtree(self.store / UNITS, ignore_errors=True)
+        self._warn_of_outliers(trace)
+        size = sum((self.store / name).stat().st_size for name in (TARGETS, CHECKS, MANIFEST))
+        layout = self.layout
+        epochs = f"{layout.epochs} epoch{'s' * (layout.epochs > 1)}"
+        say(
+            f"{self.store}: complete, {layout.rows} answers ({layout.records}, {epochs} of "
+            f"{layout.places}) in {size / 1e6:.2f} MB; the teacher names {percent(top1)} % of the "
+            f"labels\nnext: the same recipe with --teacher.targets {self.store}"
+        )
+
+    def _warn_of_outliers(self, trace: np.ndarray) -> None:
+        """Where the teacher is far better or worse than elsewhere, the pairing is in doubt."""
+        right, counted = trace.astype(np.float64).T
+        mean = right.sum() / max(counted.sum(), 1)
+        spread = np.sqrt(np.maximum(counted * mean * (1 - mean), 1e-12))
+        for unit in np.flatnonzero(np.abs(right - counted * mean) > _OUTLIER * spread):
+            warn(
+                f"{self.store}: in unit {unit} the teacher names {right[unit]:.0f} of "
+                f"{counted[unit]:.0f} labels, elsewhere {percent(mean)} %; look at it with "
+                "`deit targets verify`"
+            )
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()

@@ -1,0 +1,71 @@
+"""Verifies a store: every checksum, and a sample of its views and answers made anew."""
+
+from pathlib import Path
+
+from deit.config import derive, members
+from deit.console import percent, say
+from deit.datasets.splits import load_splits
+from deit.environment import create_accelerator
+from deit.errors import CheckpointError
+from deit.models.teachers import Teacher, locate
+from deit.panel import NetworkVoice
+from deit.preparation import loader_of, panel_of, teacher_input, teachers_of
+from deit.stored import answer_to, check_store
+from deit.targets import open_store
+from deit.validation import build
+
+_ROWS_A_SPOT = 32
+_ROWS_A_SPOT_OF_CROPS = 2  # each asks for teacher_crops answers
+
+
+def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, rows: int) -> None:
+    """Prove a store, or raise what it fails by: DataError for other data, views or teachers,
+    CheckpointError for damaged files.
+
+    root, teacher: where images and teachers lie now, if not where the store was written; teacher
+    `none` leaves the answers unasked. rows: how many answers to ask for anew.
+    """
+    store = open_store(store_path)
+    layout = store.layout
+    store.check_sums()
+    say(f"checksums {layout.units} units, {layout.rows} {layout.records} answers: whole")
+    try:
+        config = build(store.about["config"], online=False)
+    except Exception as error:  # of another release, or edited by hand
+        raise CheckpointError(
+            f"{store_path}: its configuration is not readable ({error})"
+        ) from None
+    if root is not None:
+        config = derive(config, data={"root": root})
+    if teacher not in (None, "none"):
+        config = derive(config, teacher={"source": tuple(teacher.split(","))})
+    accelerator = create_accelerator(config.run)
+    teachers: list[Teacher] | None = None
+    if teacher != "none":
+        for member in members(config.teacher):
+            locate(member.source)
+    splits = load_splits(config.data)
+    sizes = store.input_sizes
+    if teacher != "none":
+        teachers = teachers_of(config, splits, accelerator)
+        sizes = [one.image_size for one in teachers]
+    size = teacher_input(sizes)
+    loader = loader_of(config, splits, accelerator, teacher_size=size, alone=True)
+    answer = None
+    if teachers is not None:
+        voices = [NetworkVoice(one, accelerator) for one in teachers]
+        panel = panel_of(config, splits, voices)
+        panel.wants_logits, panel.temperature = True, 1.0
+        answer = answer_to(config, loader, panel)
+    crops = config.views.teacher_view == "crops"
+    spot = _ROWS_A_SPOT_OF_CROPS if crops else _ROWS_A_SPOT
+    spots = max(rows // spot, 1)
+    agreed = check_store(
+        store, config, splits, loader, teachers=teachers, answer=answer, spots=spots, rows=spot
+    )
+    epochs = f"{layout.epochs} epoch{'s' * (layout.epochs > 1)}"
+    say(f"data      fingerprint as stored; {spots} views of {epochs} made anew: the same pixels")
+    if agreed is None:
+        say("teacher   not asked")
+    else:
+        say(f"teacher   the same weights; {percent(agreed)} % of {spots * spot} answers as stored")

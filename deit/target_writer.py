@@ -1,0 +1,222 @@
+"""Asks the teachers for their answers to every training view, and writes them into a store."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deit.checkpoint import check_writable
+from deit.config import Config, derive, fixed, members, mixes, to_dict
+from deit.console import clock, progress, say
+from deit.datasets.loader import Shown, TrainLoader
+from deit.datasets.splits import load_splits
+from deit.environment import create_accelerator, describe
+from deit.errors import ConfigError, EnvironmentFault
+from deit.fingerprint import fingerprint_of
+from deit.losses import needs_logits
+from deit.models.teachers import Teacher, locate
+from deit.panel import NetworkVoice, Panel
+from deit.preflight import measure
+from deit.preparation import loader_of, panel_of, teacher_input, teachers_of
+from deit.stored import answer_to
+from deit.target_units import Unit, Units
+from deit.targets import FORMAT, Layout, canary, encode
+from deit.validation import validate
+
+_ALMOST_ONE = 0.9  # a mixed view counts as one image from this weight on
+_MOST_CLASSES = 2**16
+
+
+def write_targets(
+    config: Config,
+    out: Path,
+    *,
+    epochs: int | None = None,
+    records: str | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> None:
+    """Write the answers of a configuration's teachers to its training views, and finish the store
+    when no unit of it is missing any more. What is there already is not written again.
+
+    epochs: to write; None: all that are trained. records: hard, full or top-K; None: what the
+    objective needs. shard: (number from 0, of how many): which part of the units is written here.
+    Raises the errors of deit.errors.
+    """
+    config = _for_writing(config)
+    for member in members(config.teacher):
+        locate(member.source)  # before the images are read
+    if out.exists() and not out.is_dir():
+        raise EnvironmentFault(f"--out {out}: is a file, not a folder")
+    check_writable(out, option="--out")
+    accelerator = create_accelerator(config.run)
+    splits = load_splits(config.data)
+    teachers = teachers_of(config, splits, accelerator)
+    size = teacher_input([teacher.image_size for teacher in teachers])
+    loader = loader_of(config, splits, accelerator, teacher_size=size, alone=True)
+    layout = _layout(config, loader, len(splits.class_names), epochs, records)
+    units = Units(
+        out,
+        {
+            "format": FORMAT,
+            "complete": False,
+            "fingerprint": fingerprint_of(config, splits, loader, teachers),
+            "layout": layout._asdict(),
+            "teacher_top1": None,
+            "about": _about(config, teachers, describe(accelerator, [])),
+        },
+    )
+    if units.claim():
+        say(f"{out}: complete already")
+        return
+    measure(config, splits, accelerator, teachers, size=loader.sizes.teacher)
+    panel = panel_of(config, splits, [NetworkVoice(one, accelerator) for one in teachers])
+    panel.wants_logits = True
+    part, parts = shard
+    processes = accelerator.num_processes
+    part, parts = part * processes + accelerator.process_index, parts * processes
+    block = max(config.run.evaluation_batch // 2 * 2, 2)
+    writer = _Writer(units, loader, panel, config, splits.train.labels, block)
+    writer.write([unit for unit in range(layout.units) if unit % parts == part])
+    units.finish()
+
+
+def _for_writing(config: Config) -> Config:
+    """The configuration, if there is something to write of it. Raises ConfigError."""
+    config = validate(derive(config, teacher={"targets": ()}), online=False)
+    if config.loss.kind == "none":
+        raise ConfigError("loss.kind = 'none': there is no teacher to ask")
+    if not config.teacher.source:
+        raise ConfigError("teacher.source = None: there is no teacher to ask; give one")
+    if len(config.teacher.source) > 1 and config.teacher.combine == "tokens":
+        raise ConfigError(
+            "teacher.combine = 'tokens': nothing is combined; write a store for each teacher "
+            "(--teacher.source ONE), then train with --teacher.targets A,B"
+        )
+    return config
+
+
+def _layout(
+    config: Config,
+    loader: TrainLoader,
+    num_classes: int,
+    epochs: int | None,
+    records: str | None,
+) -> Layout:
+    """What will be written. Raises ConfigError."""
+    if records is None:
+        full = "full" if num_classes <= 100 else "top-10"
+        records = full if needs_logits(config.loss) else "hard"
+    if num_classes > _MOST_CLASSES:
+        raise ConfigError(f"{num_classes} classes: a store can tell {_MOST_CLASSES} apart")
+    if fixed(config.views):
+        if epochs not in (None, 1):
+            raise ConfigError(
+                f"--epochs {epochs}: views.teacher_view {config.views.teacher_view} is the same in "
+                "every epoch; 1 is all there is"
+            )
+        epochs = 1
+    layout = Layout(
+        records=records,
+        num_classes=num_classes,
+        epochs=epochs or config.optim.epochs,
+        places=loader.places,
+        paired=mixes(config.views),
+    )
+    if layout.kept is not None and layout.kept >= num_classes:
+        raise ConfigError(f"--records {records}: there are {num_classes} classes; use full")
+    return layout
+
+
+def _about(config: Config, teachers: list[Teacher], environment: dict[str, Any]) -> dict[str, Any]:
+    """What a person wants to know of a store, and what verifying it needs."""
+    return {
+        "teachers": [teacher.description for teacher in teachers],
+        "precision": environment["precision"],
+        "device": environment["device"],
+        "packages": environment["packages"],
+        "config": to_dict(config),
+    }
+
+
+class _Writer:
+    """Asks for the answers of units and commits them."""
+
+    def __init__(
+        self,
+        units: Units,
+        loader: TrainLoader,
+        panel: Panel,
+        config: Config,
+        labels: Tensor,
+        block: int,
+    ) -> None:
+        self.units = units
+        self.layout = units.layout
+        self.loader = loader
+        self.panel = panel
+        self.answer = answer_to(config, loader, panel)
+        self.labels = labels
+        self.block = block
+
+    def write(self, mine: list[int]) -> None:
+        """Write those of the units that are not there yet."""
+        missing = [unit for unit in mine if not self.units.path(unit).is_file()]
+        if len(missing) < len(mine):
+            say(f"{len(mine) - len(missing)} of {len(mine)} units are there already")
+        stretches = [piece for unit in missing for piece in self.layout.stretches(unit)]
+        rows = sum(last - first for _, first, last in stretches)
+        blocks = sum(-(-(last - first) // self.block) for _, first, last in stretches)
+        ticks = progress(range(blocks), total=blocks, title="asking the teacher")
+        started = time.monotonic()
+        for unit in missing:
+            self.units.commit(unit, self._ask(unit, ticks))
+        next(ticks, None)  # lets the bar go
+        took = time.monotonic() - started
+        if rows:
+            say(f"asked for {rows} answers in {clock(took)}: {rows / took:.0f} images/s")
+
+    def _ask(self, unit: int, ticks: Iterator[int]) -> Unit:
+        """The answers of a unit. Raises NumericsError naming the images where one is not finite."""
+        records, canaries, right, counted = [], [], 0, 0
+        for epoch, first, last in self.layout.stretches(unit):
+            for shown in self.loader.shown(epoch, torch.arange(first, last), block=self.block):
+                next(ticks, None)
+                answers = self.answer(shown)
+                records.append(encode(self.layout, answers.logits[:, 0]))
+                canaries += [
+                    canary(shown, row)
+                    for row, place in enumerate(shown.places.tolist())
+                    if place in self.layout.canary_places
+                ]
+                clear = _clear(shown)
+                same = answers.labels[:, 0].cpu() == self.labels[shown.samples.cpu()]
+                right, counted = right + int((same & clear).sum()), counted + int(clear.sum())
+        self.panel.check()
+        return Unit(np.concatenate(records), np.array(canaries, "<u4"), right, counted)
+
+
+def _clear(shown: Shown) -> Tensor:
+    """Which views are (almost) one image alone, bool [rows], on the CPU."""
+    if shown.mix is None:
+        return torch.ones(len(shown.places), dtype=torch.bool)
+    return (shown.mix.own_weight > _ALMOST_ONE).repeat_interleave(2).cpu()
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`2/8` as (2, 8): part 2, counted from 0, of 8. Raises ConfigError."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ConfigError(f"--shard {text}: should be I/N with I in 0 ... N - 1, as in 0/4")
+    return int(part), int(parts)
+
+
+def check_records(text: str | None) -> str | None:
+    """hard, full or top-K. Raises ConfigError."""
+    kept = (text or "").removeprefix("top-")
+    if text in (None, "hard", "full") or (kept != text and kept.isdecimal() and int(kept) > 0):
+        return text
+    raise ConfigError(f"--records {text}: should be hard, full or top-K, as in top-10")
