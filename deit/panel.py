@@ -63,13 +63,14 @@ class Panel:
         """What the student hears. Raises NumericsError, on a GPU some batches later, where an
         answer is not finite."""
         said = [voice(batch) for voice in self.voices]
+        self._watch(batch.samples, [logits for _, logits in said if logits is not None])
+        labels = torch.stack([labels for labels, _ in said], dim=1)
         if not self.wants_logits:
-            logits = [answer for _, answer in said if answer is not None]
-            self._watch(batch.samples, logits)
-            return Answers(torch.stack([labels for labels, _ in said], dim=1), None)
-        logits = torch.stack([answer for _, answer in said], dim=1)
-        self._watch(batch.samples, [logits])
-        return combine(logits, self.weights, self.how, temperature=self.temperature)
+            return Answers(labels, None)
+        logits = torch.stack([logits for _, logits in said], dim=1)
+        answers = combine(logits, self.weights, self.how, temperature=self.temperature)
+        # Where nothing was combined, the label as it was said: rounding a stored answer may tie.
+        return Answers(labels, logits) if answers.labels.shape == labels.shape else answers
 
     def _watch(self, samples: Tensor, logits: list[Tensor]) -> None:
         for answers in logits:

@@ -76,7 +76,9 @@ class Units:
 
     def _make(self) -> None:
         out = self.store
-        if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
+        # A process that was killed here before may have left the folder of units.
+        others = [entry for entry in (out.iterdir() if out.is_dir() else ()) if entry.name != UNITS]
+        if any(not entry.name.startswith(f".{MANIFEST}.") for entry in others):
             raise ConfigError(f"--out {out}: the folder is not empty; give another --out")
         try:
             (out / UNITS).mkdir(parents=True, exist_ok=True)

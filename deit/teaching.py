@@ -1,9 +1,11 @@
 """The teachers of a run: networks and stores, brought together, checked, and heard as one panel."""
 
+import dataclasses
+
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config import Config, Member, derive, members
+from deit.config import Config, Member, TeacherConfig, members
 from deit.console import percent, say
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
@@ -96,7 +98,8 @@ class Faculty:
         answer = None
         if teacher is not None:
             # Alone: what its store holds is what it says by itself.
-            alone = derive(self.config, teacher={"source": (member.source,), "weight": ()})
+            one = TeacherConfig(source=(member.source,))
+            alone = dataclasses.replace(self.config, teacher=one)
             panel = panel_of(alone, splits, [NetworkVoice(teacher, accelerator)])
             panel.wants_logits = True
             answer = answer_to(self.config, loader, panel)

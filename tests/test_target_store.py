@@ -1,0 +1,588 @@
+"""A store of targets from end to end: written by any processes, killed and resumed, refused when it
+is not the run's, and trained from as if the teacher were there."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deit.config import OBJECTIVES, TEACHING, derive, to_dict
+from deit.datasets.splits import load_splits
+from deit.environment import create_accelerator
+from deit.errors import CheckpointError, ConfigError, DataError, NumericsError
+from deit.models.teachers import Teacher
+from deit.recipes import digits, digits_teacher
+from deit.run import train
+from deit.stored import open_stores
+from deit.target_units import Units
+from deit.target_verifier import verify_targets
+from deit.target_writer import write_targets
+from deit.targets import CHECKS, MANIFEST, TARGETS, UNITS, open_store
+from deit.teaching import Faculty
+
+pytest.importorskip("sklearn")
+ROOT = Path(__file__).parents[1]
+EPOCHS = 7  # of 1,294 places: three units
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Two teachers of digits, of two seeds."""
+    place = tmp_path_factory.mktemp("teachers")
+    for seed in (0, 1):
+        config = derive(
+            digits_teacher(), optim={"epochs": 3, "warmup_epochs": 1}, run={"seed": seed}
+        )
+        train(config, place / str(seed))
+    return [str(place / str(seed)) for seed in (0, 1)]
+
+
+def configuration(teacher, **sections):
+    config = derive(
+        digits(),
+        student={"depth": 1, "embed_dim": 16, "num_heads": 2},
+        optim={"epochs": EPOCHS, "warmup_epochs": 1},
+        run={"evaluate_every": EPOCHS},
+        teacher={"source": (teacher,)},
+        loss=OBJECTIVES["deit-hard"],
+    )
+    return derive(config, **sections)
+
+
+@pytest.fixture(scope="module")
+def store(teachers, tmp_path_factory):
+    """A hard store of seven epochs, written by one process."""
+    out = tmp_path_factory.mktemp("stores") / "hard"
+    write_targets(configuration(teachers[0]), out)
+    return out
+
+
+def content(store):
+    """Every file of a store and its bytes."""
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*.*")}
+
+
+def copied(store, tmp_path):
+    return Path(shutil.copytree(store, tmp_path / "store"))
+
+
+def with_targets(config, *stores):
+    return derive(config, teacher={"targets": tuple(map(str, stores))})
+
+
+def check(config):
+    """Everything a run does before its first step."""
+    faculty = Faculty(config)
+    accelerator = create_accelerator(config.run)
+    splits = load_splits(config.data)
+    loader, panel = faculty.load(splits, accelerator)
+    faculty.check(splits, accelerator, loader)
+    return loader, panel, faculty
+
+
+def test_a_store_is_three_files(store):
+    assert sorted(content(store)) == [CHECKS, MANIFEST, TARGETS]
+    assert (store / TARGETS).stat().st_size == EPOCHS * 1294
+    manifest = json.loads((store / MANIFEST).read_text())
+    assert manifest["complete"]
+    assert 0.5 < manifest["teacher_top1"] <= 1
+
+
+# ---- written by several processes, killed, gone on with
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_parts_written_apart_make_the_same_bytes(order, teachers, store, tmp_path, capsys):
+    out = tmp_path / "parts"
+    for done, part in enumerate(order, start=1):
+        write_targets(configuration(teachers[0]), out, shard=(part, 3))
+        said = capsys.readouterr().out
+        assert ("complete, 9058 answers" in said) is (done == 3)
+        assert ("1 of 3 units are written, 2 missing" in said) is (done == 1)
+    assert content(out) == content(store)
+    write_targets(configuration(teachers[0]), out)
+    assert "complete already" in capsys.readouterr().out
+    assert content(out) == content(store)
+
+
+def command(teacher, out, *more):
+    recipe = (
+        *("digits", "--objective", "deit-hard", "--teacher.source", teacher, "--out", str(out)),
+        *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
+        *("--optim.epochs", str(EPOCHS), "--optim.warmup_epochs", "1"),
+        *("--run.evaluate_every", str(EPOCHS)),
+    )
+    return [*recipe, *more]
+
+
+def launched(arguments, processes=1):
+    program = [sys.executable, "-m"]
+    if processes > 1:
+        program += ["torch.distributed.run", "--nproc_per_node", str(processes), "-m"]
+        program[2:2] = []
+    return [*program, "deit", "targets", "write", *arguments]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_torchrun_writes_the_same_bytes(teachers, tmp_path):
+    outs = {processes: tmp_path / f"by-{processes}" for processes in (1, 2)}
+    for processes, out in outs.items():
+        done = subprocess.run(
+            launched(command(teachers[0], out), processes),
+            env=ENVIRONMENT,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert content(outs[2]) == content(outs[1])
+
+
+def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(teachers, tmp_path):
+    """kill -9 at random moments until a writer is left to finish; two shards at once."""
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    subprocess.run(
+        launched(command(teachers[0], alone)), env=ENVIRONMENT, cwd=tmp_path, check=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    moments = random.Random(7)
+    for attempt in range(4):
+        writers = [
+            subprocess.Popen(
+                launched(command(teachers[0], killed, "--shard", f"{part}/2")),
+                env=ENVIRONMENT,
+                cwd=tmp_path,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for part in (0, 1)
+        ]
+        started = time.monotonic()
+        # At first from the beginning, then ever later: into reading, asking, committing.
+        while time.monotonic() - started < 20 and not (killed / UNITS).is_dir():
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.15) * attempt)
+        for writer in writers:
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+    for part in (0, 1):
+        subprocess.run(
+            launched(command(teachers[0], killed, "--shard", f"{part}/2")),
+            env=ENVIRONMENT, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+    finished, expected = content(killed), content(alone)
+    assert {name: finished[name] for name in expected} == expected
+
+
+class _KilledError(BaseException):
+    """A stand-in for the end of a process."""
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_an_end_at_any_file_operation_leaves_no_partial_unit(
+    moment, teachers, store, tmp_path, monkeypatch
+):
+    """The process ends at the moment-th fsync or rename; the next one finishes the store."""
+    out, left = tmp_path / "store", [moment]
+    replace, fsync = Path.replace, os.fsync
+
+    def counted(do):
+        def instead(*arguments):
+            if left[0] == 0:
+                raise _KilledError
+            left[0] -= 1
+            return do(*arguments)
+
+        return instead
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", counted(replace))
+        patched.setattr(os, "fsync", counted(fsync))
+        with pytest.raises(_KilledError):
+            write_targets(configuration(teachers[0]), out)
+    with pytest.raises(DataError, match=r"not complete|holds no store"):
+        open_store(out)
+    write_targets(configuration(teachers[0]), out)
+    finished, expected = content(out), content(store)
+    assert {name: finished[name] for name in expected} == expected
+
+
+def test_a_damaged_unit_is_named_and_nothing_is_finished(teachers, tmp_path):
+    out = tmp_path / "store"
+    write_targets(configuration(teachers[0]), out, shard=(0, 3))
+    unit = next((out / UNITS).glob("[0-9]*.bin"))
+    damaged = bytearray(unit.read_bytes())
+    damaged[500] ^= 1
+    unit.write_bytes(damaged)
+    for part in (1, 2):
+        if part == 2:
+            with pytest.raises(CheckpointError, match=rf"{unit}: damaged; delete it"):
+                write_targets(configuration(teachers[0]), out, shard=(part, 3))
+        else:
+            write_targets(configuration(teachers[0]), out, shard=(part, 3))
+    unit.unlink()
+    write_targets(configuration(teachers[0]), out)
+    assert open_store(out).layout.units == 3
+
+
+def test_a_unit_of_another_store_does_not_slip_in(teachers, tmp_path):
+    for number, seed in enumerate((0, 3)):
+        config = configuration(teachers[0], views={"seed": seed})
+        write_targets(config, tmp_path / str(number), shard=(0, 3))
+    first, second = (tmp_path / str(n) / UNITS / "000000.bin" for n in (0, 1))
+    shutil.copy(first, second)
+    units = Units(tmp_path / "1", json.loads((tmp_path / "1" / MANIFEST).read_text()))
+    with pytest.raises(CheckpointError, match="damaged"):
+        units.read(0)
+
+
+def test_a_folder_with_other_things_or_another_store_is_refused(teachers, store, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("all of it")
+    with pytest.raises(ConfigError, match="not empty"):
+        write_targets(configuration(teachers[0]), tmp_path / "full")
+    before = content(store)
+    with pytest.raises(ConfigError, match=r"something else(.|\n)*views.crop_padding: 1 in the"):
+        write_targets(configuration(teachers[0], views={"crop_padding": 2}), store)
+    assert content(store) == before
+
+
+# ---- refused where it is not the run's
+
+
+def flipped(path, place):
+    damaged = bytearray(path.read_bytes())
+    damaged[place] ^= 4
+    path.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("place", [0, 4096, 9057])
+def test_one_flipped_byte_is_found(place, store, tmp_path):
+    copy = copied(store, tmp_path)
+    flipped(copy / TARGETS, place)
+    with pytest.raises(CheckpointError, match=f"unit {place // 4096} .* is damaged"):
+        verify_targets(copy, root=None, teacher="none", rows=16)
+
+
+@pytest.mark.parametrize("name", [TARGETS, CHECKS])
+def test_a_file_that_was_cut_off_is_found_at_once(name, store, tmp_path):
+    copy = copied(store, tmp_path)
+    (copy / name).write_bytes((copy / name).read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{name}: has \d+ bytes, should have \d+"):
+        open_store(copy)
+
+
+FOREIGN = {
+    "seed": ({"run": {"seed": 4}}, "seed: 0 in the store, 4 here"),
+    "interpolation": (
+        {"views": {"interpolation": "bilinear"}},
+        "views.interpolation: 'bicubic' in the store, 'bilinear' here",
+    ),
+    "rotation": ({"views": {"rotation": 3.0}}, "views.rotation: 7.5 in the store, 3.0 here"),
+    "mixing": ({"views": {"mixup_alpha": 0.2}}, "views.mixup_alpha"),
+    "repeats": ({"views": {"repeats": 2}}, "batch_size: None in the store, 32 here"),
+    "data": ({"data": {"train_fraction": 0.5}}, "images: 1295 in the store"),
+    "classes": ({"data": {"classes": ("0", "1", "2")}}, "classes: "),
+    "size": ({"student": {"image_size": 4}}, "student_size: 8 in the store, 4 here"),
+    "teacher's view": (
+        {"views": {"teacher_view": "center", **TEACHING["fix/cc"].fields(
+            to_dict(digits())["views"])}},
+        "views.teacher_view",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_store_of_something_else_is_refused_with_what_differs(name, store, teachers):
+    sections, expected = FOREIGN[name]
+    config = with_targets(configuration(teachers[0], **sections), store)
+    with pytest.raises(DataError, match="holds answers to something else") as caught:
+        check(config)
+    assert expected in str(caught.value)
+
+
+def test_another_teacher_is_refused(store, teachers):
+    config = with_targets(configuration(teachers[1]), store)
+    with pytest.raises(DataError, match=r"teacher\.1\.weights: \w{12}\.\.\. in the store, \w{12}"):
+        check(config)
+
+
+def test_another_normalisation_is_refused(store, teachers):
+    config = derive(configuration(teachers[0]), teacher={"mean": (0.5,) * 3, "std": (0.5,) * 3})
+    with pytest.raises(DataError, match=r"teacher\.1\.mean"):
+        check(with_targets(config, store))
+
+
+def forged(store, change):
+    """Change a store so that its manifest and checksums still fit: what only views can show."""
+    opened = open_store(store)
+    layout = opened.layout
+    records = np.fromfile(store / TARGETS, layout.dtype)
+    records, canaries = change(records.reshape(layout.epochs, -1), opened.canaries.copy())
+    records.tofile(store / TARGETS)
+    size = layout.unit_rows * layout.dtype.itemsize
+    whole = records.tobytes()
+    sums = [zlib.crc32(whole[unit * size : (unit + 1) * size]) for unit in range(layout.units)]
+    checks = np.fromfile(store / CHECKS, "<u4")
+    checks[: layout.units] = sums
+    checks[layout.units : -2 * layout.units] = canaries.ravel()
+    checks.tofile(store / CHECKS)
+
+
+def test_a_shifted_epoch_is_noticed(store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+    forged(copy, lambda records, canaries: (np.roll(records, 1, 0), np.roll(canaries, 1, 0)))
+    with pytest.raises(DataError, match="the view at place 0 of epoch 0 is not the one"):
+        check(with_targets(configuration(teachers[0]), copy))
+    with pytest.raises(DataError, match="is not the one the teacher answered"):
+        verify_targets(copy, root=None, teacher="none", rows=64)
+
+
+def test_a_forged_interpolation_is_noticed_by_its_pixels(store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["fingerprint"]["views"]["interpolation"] = "bilinear"
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    config = configuration(teachers[0], views={"interpolation": "bilinear"})
+    with pytest.raises(DataError, match="is not the one the teacher answered"):
+        check(with_targets(config, copy))
+
+
+def test_answers_that_are_not_the_teachers_are_noticed(store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+
+    def other_answers(records, canaries):
+        records["label"] = (records["label"] + 1) % 10
+        return records, canaries
+
+    forged(copy, other_answers)
+    with pytest.raises(DataError, match="the teacher answers otherwise now: of 458 views, "):
+        check(with_targets(configuration(teachers[0]), copy))
+
+
+def test_answers_in_another_order_are_noticed(store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+    forged(copy, lambda records, canaries: (np.roll(records, 2, 1), canaries))
+    with pytest.raises(DataError, match="the teacher answers otherwise now"):
+        check(with_targets(configuration(teachers[0]), copy))
+
+
+def test_what_is_wrong_within_an_epoch_is_noticed_while_it_is_trained(store, teachers):
+    """A loader whose views came out otherwise than when they were checked."""
+    loader, _, _ = check(with_targets(configuration(teachers[0]), store))
+    for _ in loader.epoch(2):
+        pass
+    loader.student_look.seed += 1
+    with pytest.raises(DataError, match="of epoch 3 is not the one the teacher answered"):
+        for _ in loader.epoch(3):
+            pass
+
+
+def test_an_incomplete_store_is_refused_with_how_much_is_missing(teachers, tmp_path):
+    write_targets(configuration(teachers[0]), tmp_path / "part", shard=(1, 3))
+    config = with_targets(configuration(teachers[0]), tmp_path / "part")
+    with pytest.raises(DataError, match="not complete, 1 of 3 units are written"):
+        open_stores(config)
+    with pytest.raises(DataError, match="holds no store of targets"):
+        open_stores(with_targets(config, tmp_path / "none"))
+
+
+def test_a_store_that_verifies_says_so(store, capsys):
+    verify_targets(store, root=None, teacher=None, rows=128)
+    said = capsys.readouterr().out
+    assert "3 units, 9058 hard answers: whole" in said
+    assert "the same pixels" in said
+    assert "the same weights; 100.0 % of 128 answers as stored" in said
+
+
+# ---- trained from as if the teacher were there
+
+
+def last_rows(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train"] for line in lines]
+
+
+def weights(out):
+    return (out / "last" / "model.safetensors").read_bytes()
+
+
+def quick(config, **sections):
+    return derive(config, optim={"epochs": 3}, **sections)
+
+
+@pytest.mark.parametrize("source", ["with its teacher", "without"])
+def test_hard_targets_train_to_the_same_bits_as_the_teacher_itself(
+    source, store, teachers, tmp_path, capsys
+):
+    config = quick(configuration(teachers[0]))
+    train(config, tmp_path / "online")
+    stored = with_targets(config, store)
+    if source == "without":
+        stored = derive(stored, teacher={"source": ()})
+    capsys.readouterr()
+    train(stored, tmp_path / "stored")
+    said = capsys.readouterr().out
+    assert "hard answers of 7 epochs" in said
+    assert ("taken on trust" in said) is (source == "without")
+    assert weights(tmp_path / "stored") == weights(tmp_path / "online")
+    ours, theirs = last_rows(tmp_path / "stored"), last_rows(tmp_path / "online")
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("mode", TEACHING)
+def test_every_mode_trains_from_a_store_as_online(mode, teachers, tmp_path):
+    base = configuration(teachers[0], loss=OBJECTIVES["function-matching"])
+    views = {**TEACHING[mode].fields(to_dict(base)["views"]), "crop_scale": (0.5, 1.0)}
+    if mode == "fix/ic_ens":
+        views["teacher_crops"] = 5
+    config = quick(base, views=views)
+    write_targets(config, tmp_path / "store")
+    train(with_targets(config, tmp_path / "store"), tmp_path / "stored")
+    stored = last_rows(tmp_path / "stored")
+    layout = open_store(tmp_path / "store").layout
+    assert layout.records == "full"
+    assert layout.epochs == (1 if mode.startswith("fix/") else 3)
+    if mode != "fix/ic_ens":
+        train(config, tmp_path / "online")
+        for ours, theirs in zip(stored, last_rows(tmp_path / "online"), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
+            assert ours["teacher_top1"] == theirs["teacher_top1"]
+
+
+def test_fewer_stored_epochs_come_round_again_and_the_run_says_so(
+    store, teachers, tmp_path, capsys
+):
+    config = with_targets(configuration(teachers[0], optim={"epochs": 9}), store)
+    *_, faculty = check(config)
+    assert faculty.stored_epochs == EPOCHS
+    assert "9 epochs are trained on the views of 7, over and over" in capsys.readouterr().out
+    train(config, tmp_path / "cycled")
+    rows = last_rows(tmp_path / "cycled")
+    assert rows[7]["teacher_top1"] == rows[0]["teacher_top1"]
+    assert rows[8]["teacher_top1"] == rows[1]["teacher_top1"]
+
+
+def test_a_seed_of_the_views_lets_other_seeds_share_a_store(store, teachers, tmp_path):
+    config = with_targets(configuration(teachers[0], run={"seed": 4}, views={"seed": 0}), store)
+    train(quick(config), tmp_path / "run")
+    assert last_rows(tmp_path / "run")
+
+
+def test_hard_records_refuse_what_they_cannot_give(store, teachers):
+    config = with_targets(configuration(teachers[0], loss=OBJECTIVES["deit-soft"]), store)
+    with pytest.raises(ConfigError, match=r"holds hard labels, loss\.kind 'soft' needs"):
+        open_stores(config)
+    both = derive(
+        configuration(teachers[0]),
+        teacher={"source": tuple(teachers), "targets": (str(store), str(store))},
+    )
+    with pytest.raises(ConfigError, match="a mean of several teachers needs probabilities"):
+        open_stores(both)
+
+
+def test_top_k_refuses_a_temperature(teachers, tmp_path):
+    config = configuration(teachers[0], loss=OBJECTIVES["deit-soft"])
+    write_targets(config, tmp_path / "top", epochs=1, records="top-3")
+    with pytest.raises(ConfigError, match="holds the 3 largest answers of 10; at another temp"):
+        open_stores(with_targets(config, tmp_path / "top"))
+    plain = derive(config, loss={"temperature": 1.0})
+    assert open_stores(with_targets(plain, tmp_path / "top"))
+
+
+def test_a_store_of_a_mean_of_probabilities_refuses_another_temperature(teachers, tmp_path):
+    config = derive(
+        configuration(teachers[0], loss=OBJECTIVES["deit-soft"]),
+        teacher={"source": tuple(teachers)},
+    )
+    write_targets(config, tmp_path / "mean", epochs=1)
+    alone = derive(config, teacher={"source": (), "targets": (str(tmp_path / "mean"),)})
+    with pytest.raises(ConfigError, match="mean of probabilities, which is another at loss"):
+        open_stores(alone)
+    assert check(derive(alone, loss={"temperature": 1.0}, optim={"epochs": 1, "warmup_epochs": 0}))
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "logits", "tokens"])
+def test_an_ensemble_from_stores_is_the_ensemble_online(combine, teachers, tmp_path):
+    soft = dataclasses.replace(OBJECTIVES["deit-soft"], temperature=2.0)
+    config = derive(
+        quick(configuration(teachers[0], loss=soft)),
+        student={"distillation_tokens": 2 if combine == "tokens" else 1},
+        teacher={"source": tuple(teachers), "weight": (0.7, 0.3), "combine": combine},
+    )
+    stores = []
+    for number, teacher in enumerate(teachers):
+        alone = derive(
+            config,
+            teacher={"source": (teacher,), "weight": (), "combine": "probabilities"},
+            student={"distillation_tokens": 1},
+        )
+        write_targets(alone, tmp_path / str(number))
+        stores.append(tmp_path / str(number))
+    train(config, tmp_path / "online")
+    train(with_targets(config, *stores), tmp_path / "stored")
+    train(with_targets(config, stores[0], "none"), tmp_path / "half")
+    expected = last_rows(tmp_path / "online")
+    for name in ("stored", "half"):
+        for ours, theirs in zip(last_rows(tmp_path / name), expected, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
+    if combine == "tokens":
+        assert {"loss_teacher_1", "loss_teacher_2"} <= expected[0].keys()
+
+
+def test_an_answer_that_is_not_finite_is_not_written(teachers, tmp_path, monkeypatch):
+    answer = Teacher.forward
+
+    def broken(self, images):
+        logits = answer(self, images)
+        if len(logits) == 256:  # a whole block of training views
+            logits[3] = float("nan")
+        return logits
+
+    monkeypatch.setattr(Teacher, "forward", broken)
+    with pytest.raises(NumericsError, match=r"not finite for image \d+"):
+        write_targets(configuration(teachers[0]), tmp_path / "store")
+    assert not list((tmp_path / "store" / UNITS).glob("[0-9]*.bin"))
+
+
+def test_what_cannot_be_written_is_refused(teachers, tmp_path):
+    config = configuration(teachers[0])
+    with pytest.raises(ConfigError, match="no teacher to ask"):
+        write_targets(dataclasses.replace(config, loss=OBJECTIVES["none"]), tmp_path / "s")
+    several = derive(
+        config,
+        teacher={"source": tuple(teachers), "combine": "tokens"},
+        student={"distillation_tokens": 2},
+    )
+    with pytest.raises(ConfigError, match="write a store for each teacher"):
+        write_targets(several, tmp_path / "s")
+    with pytest.raises(ConfigError, match="there are 10 classes; use full"):
+        write_targets(config, tmp_path / "s", records="top-10")
+    views = TEACHING["fix/cc"].fields(to_dict(config)["views"])
+    with pytest.raises(ConfigError, match="1 is all there is"):
+        write_targets(derive(config, views=views), tmp_path / "s", epochs=4)
+    assert not (tmp_path / "s").exists()
+
+
+def test_memory_of_a_reader_does_not_grow_with_the_store(store, teachers):
+    """One epoch is mapped at a time, whatever the number of epochs."""
+    _, panel, _ = check(with_targets(configuration(teachers[0]), store))
+    (reader,) = panel.voices
+    whole = (store / TARGETS).read_bytes()
+    for epoch in (0, 6, 2):
+        records = reader.records(epoch)
+        assert isinstance(records, np.memmap)
+        assert records.tobytes() == whole[epoch * 1294 : (epoch + 1) * 1294]
