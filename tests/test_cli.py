@@ -129,6 +129,32 @@ BAD_ARGUMENTS = {
     "command": (["deit", "trian"], "'trian'", "did you mean train?"),
     "recipes option": (["deit", "recipes", "--long"], "--long", "--help"),
     "seeds": (["deit", "compare", "digits", "--seeds=a"], "--seeds a", "numbers"),
+    "study": (["deit", "compare", "digits", "--study=patiance"], "did you mean patience?"),
+    "arm": (["deit", "compare", "digits", "--study=teaching", "--only=same/cc"], "--only same/cc"),
+    "no arm": (["deit", "compare", "digits", "--only=same/rc"], "--only same/rc", "undistilled"),
+    "teaching": ([TRAIN, "digits", "--teaching=same"], "--teaching = 'same'", "same/rc"),
+    "crops online": ([TRAIN, "digits", "--teaching=fix/ic_ens"], "deit targets write"),
+    "two views of a pair": (
+        [TRAIN, "digits", "--views.teacher_view=independent"],
+        "views.teacher_view = 'independent'",
+        "--teaching",
+    ),
+    "two classes": ([TRAIN, "digits", "--objective=dkd"], "loss.kind = 'dkd'", "one true class"),
+    "targets": (["deit", "targets"], "write or verify"),
+    "targets action": (["deit", "targets", "wriet", "digits"], "'wriet'", "did you mean write?"),
+    "no store": (["deit", "targets", "write", "digits"], "--out STORE"),
+    "shard": (["deit", "targets", "write", "digits", "--out=s", "--shard=4/4"], "--shard 4/4"),
+    "records": (
+        ["deit", "targets", "write", "digits", "--out=s", "--records=soft"],
+        "--records soft",
+        "hard, full or top-K",
+    ),
+    "no epochs": (["deit", "targets", "write", "digits", "--out=s", "--epochs=0"], "--epochs 0"),
+    "nothing to ask": (
+        ["deit", "targets", "write", "digits-teacher", "--out=s"],
+        "there is no teacher to ask",
+    ),
+    "rows": (["deit", "targets", "verify", "s", "--rows=0"], "--rows 0", "at least 1"),
 }
 
 

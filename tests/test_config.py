@@ -5,7 +5,18 @@ import json
 import pytest
 
 from deit.arguments import parse_run
-from deit.config import AUGMENTATIONS, OBJECTIVES, Config, derive, peak_lr, to_dict
+from deit.config import (
+    AUGMENTATIONS,
+    OBJECTIVES,
+    TEACHING,
+    Config,
+    Member,
+    derive,
+    members,
+    mixes,
+    peak_lr,
+    to_dict,
+)
 from deit.errors import ConfigError
 from deit.recipes import RECIPES, digits, find_recipe
 from deit.validation import build, field_names, load, validate
@@ -69,6 +80,38 @@ def test_every_problem_stands_in_one_message_with_field_value_and_advice():
         ({"optim": {"batch_size": 2.5}}, "valid integer"),
         ({"run": {"seed": -1}}, "greater than or equal to 0"),
         ({"run": {"seed": 2**63}}, "less than"),
+        ({"loss": {"kind": "hard", "standardise": True}}, "no effect on a hard label"),
+        ({"loss": {"others_weight": 2}}, "with loss.kind dkd only"),
+        ({"loss": {"distillation_weight": 5}}, "give loss.label_weight as well"),
+        ({"loss": {"kind": "dkd", "temperature": 4}}, "needs one true class, mixed views have two"),
+        (
+            {"teacher": {"source": "a,b", "weight": "1,2,3"}},
+            "should hold 2 values for 2 teacher(s)",
+        ),
+        ({"teacher": {"source": "a,b", "weight": "1,0"}}, "should be positive"),
+        ({"teacher": {"source": "a,b", "mean": "1,2,3,4", "std": "1,1,1"}}, "should hold 6 values"),
+        ({"teacher": {"mean": "0,0,0"}}, "goes together with teacher.std"),
+        ({"teacher": {"targets": "a,b"}}, "should hold 2 values for 2 teacher(s)"),
+        ({"teacher": {"source": "none", "targets": "a,none"}}, "needs its teacher.source"),
+        ({"teacher": {"combine": "tokens"}}, "has no effect with one teacher"),
+        ({"teacher": {"source": "a,b", "combine": "tokens"}}, "should be 2, one for each teacher"),
+        ({"student": {"distillation_tokens": 2}}, "needs as many teachers"),
+        (
+            {
+                "student": {"distillation_tokens": 2},
+                "teacher": {"source": "a,b", "combine": "tokens"},
+                "loss": {"through": "all"},
+            },
+            "needs loss.through distillation",
+        ),
+        ({"student": {"name": "vit_micro", "distillation_tokens": 2}}, "only deit_* take it"),
+        ({"views": {"teacher_view": "center"}}, "mixing shows the student two"),
+        ({"views": {"crop_side": 0.5}}, "with views.crop random only"),
+        ({"views": {"teacher_crops": 5}}, "with views.teacher_view crops only"),
+        (
+            {"views": {"teacher_view": "crops", "mixup_alpha": 0, "cutmix_alpha": 0}},
+            "once, by `deit targets write`, then give teacher.targets",
+        ),
     ],
 )
 def test_contradictions_and_limits_are_explained(sections, advice):
@@ -136,6 +179,75 @@ def test_fields_refine_a_preset_and_a_preset_replaces_the_recipes_section():
     assert config.loss.temperature == 4
     assert config.loss.distillation_weight == 0.1
     assert config.optim == digits().optim
+
+
+def test_every_teaching_mode_is_valid_over_every_recipe_with_a_teacher():
+    for recipe in RECIPES.values():
+        config = recipe()
+        if config.loss.kind == "none":
+            continue
+        for name, mode in TEACHING.items():
+            fields = mode.fields(to_dict(config)["views"])
+            online = name != "fix/ic_ens"
+            found = validate(derive(config, views=fields), online=online)
+            assert mixes(found.views) is (name == "function-matching")
+            if config.views.crop == "padded" and name.endswith(("/rc", "/cc")):
+                assert found.views.crop == "padded"  # the mild crop of small images
+            if not online:
+                with pytest.raises(ConfigError, match="deit targets write"):
+                    validate(found)
+
+
+def test_modes_have_the_papers_crops():
+    views = to_dict(digits())["views"] | {"crop": "none"}
+    assert TEACHING["fix/rs"].fields(views)["crop"] == "none"
+    assert TEACHING["same/rc"].fields(views)["crop"] == "random"
+    assert TEACHING["same/ic"].fields(views)["crop_scale"] == (0.05, 1.0)
+    own = views | {"crop_scale": [0.3, 1.0]}
+    assert TEACHING["same/ic"].fields(own)["crop_scale"] == (0.3, 1.0)
+
+
+def test_presets_are_put_over_each_other_and_refined():
+    config = parse(
+        "cifar10",
+        *("--augmentation", "usi", "--teaching", "function-matching"),
+        *("--objective", "function-matching", "--loss.temperature", "2", "--views.repeats", "1"),
+    )
+    assert config.views.policy == "randaugment"
+    assert config.views.magnitude == 7.0
+    assert (config.views.mixup_alpha, config.views.cutmix_alpha) == (1.0, 0.0)
+    assert config.views.repeats == 1
+    assert (config.loss.through, config.loss.temperature) == ("all", 2.0)
+    with pytest.raises(ConfigError, match=r"--teaching = 'same/cc': .*did you mean same/"):
+        parse("digits", "--teaching", "same/cc")
+
+
+def test_teachers_are_spread_one_by_one():
+    config = parse(
+        "digits-ensemble",
+        *("--teacher.source", "a, b", "--teacher.weight", "1,3", "--teacher.image_size", "none,64"),
+        *("--teacher.mean", "0.1,0.2,0.3,0.4,0.5,0.6", "--teacher.std", "1,1,1"),
+        *("--teacher.architecture", "timm:resnet18", "--teacher.targets", "store,none"),
+    )
+    one, two = members(config.teacher)
+    assert one == Member(
+        "a", "timm:resnet18", None, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), 0.25, "store"
+    )
+    assert two == Member("b", "timm:resnet18", 64, (0.4, 0.5, 0.6), (1.0, 1.0, 1.0), 0.75, None)
+
+
+def test_a_configuration_of_before_ensembles_is_still_read(tmp_path):
+    values = to_dict(digits())
+    values["teacher"] = {
+        "source": "checkpoints/digits-teacher",
+        "architecture": None,
+        "image_size": None,
+        "mean": None,
+        "std": None,
+        "allow_weak": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert load(tmp_path / "config.json") == digits()
 
 
 def test_nothing_is_abbreviated_or_guessed():

@@ -12,6 +12,7 @@ from deit.datasets.images import Images
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.views import Colours
 from deit.engine import Job, predict, train_epoch
+from deit.errors import NumericsError
 from deit.losses import needs_logits
 from deit.models.saved import Facts, build_student
 from deit.models.teachers import Origin, Teacher
@@ -63,6 +64,7 @@ def make_job(
     name="deit_micro",
     average=None,
     drop_path=0.0,
+    tokens=1,
     **loader,
 ):
     torch.manual_seed(0)
@@ -71,7 +73,12 @@ def make_job(
     )
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=optim.accumulate)
     student_config = StudentConfig(
-        name=name, image_size=16, embed_dim=24, depth=2, drop_path=drop_path
+        name=name,
+        image_size=16,
+        embed_dim=24,
+        depth=2,
+        drop_path=drop_path,
+        distillation_tokens=tokens,
     )
     facts = Facts(student_config, tuple("abcd"), (0.5,) * 3, (0.25,) * 3, 1.0)
     student = build_student(facts)
@@ -218,3 +225,27 @@ def test_a_prediction_keeps_the_order_of_the_split_and_both_heads():
     logits = predict(job.accelerator, teacher_of(job), iter(images.split(5)), 32)
     assert logits.distillation_logits is None
     assert logits.class_logits.shape == (32, CLASSES)
+
+
+def test_a_token_for_each_teacher_learns_from_it_alone():
+    loss = OBJECTIVES["deit-hard"]
+    job, data = make_job(loss, tokens=2)
+    panel = job.teach
+    panel.voices = [
+        lambda batch, answer=answer: (torch.full((16,), answer), None) for answer in (1, 2)
+    ]
+    panel.how = "tokens"
+    means = train(job, data, 10)
+    assert {"loss_teacher_1", "loss_teacher_2", "distillation_1_top1"} <= means.keys()
+    outputs = predict(job.accelerator, job.student, iter([IMAGES.pixels.float() / 255]), 32)
+    assert outputs.distillation_logits.argmax(dim=2).unique(dim=0).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_answer_that_is_not_finite_stops_the_run_before_the_update(value):
+    job, data = make_job()
+    teacher_of(job).network.head.bias.data[2] = value
+    before = job.student.network.head.weight.detach().clone()
+    with pytest.raises(NumericsError, match=r"not finite for image \d+, image \d+.* and 11 more"):
+        train(job, data, 1)
+    assert torch.equal(job.student.network.head.weight, before)

@@ -1,5 +1,7 @@
 """Networks, students and weight files against timm and safetensors."""
 
+import dataclasses
+
 import pytest
 import timm
 import torch
@@ -213,3 +215,34 @@ def test_differences_are_listed_before_anything_is_copied(tmp_path):
     assert "unexpected: extra" in message
     assert "head.weight: (2, 24) in the file, (3, 24) in the network" in message
     assert torch.equal(network.state_dict()["head.bias"], before)
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_several_tokens_each_have_position_and_head_and_take_part(tokens):
+    student = dataclasses.replace(MICRO, distillation_tokens=tokens)
+    one, many = create_network(MICRO, 3), create_network(student, 3)
+    assert many.pos_embed.shape == (1, 16 + 1 + tokens, 24)
+    more = sum(p.numel() for p in many.parameters()) - sum(p.numel() for p in one.parameters())
+    assert more == (tokens - 1) * (2 * 24 + 24 * 3 + 3)  # token, position, head
+    wrapped = Student(many, mean=MEAN, std=STD)
+    outputs = wrapped(torch.rand(5, 3, 16, 16))
+    assert outputs.distillation_logits.shape == (5, tokens, 3)
+    heads = head_logits(outputs)
+    everyone = [outputs.class_logits, *outputs.distillation_logits.unbind(dim=1)]
+    assert torch.allclose(heads["fused"], sum(everyone) / (1 + tokens), atol=1e-6)
+    assert torch.equal(heads["distillation_2"], outputs.distillation_logits[:, 1])
+    probabilities = sum(logits.softmax(dim=1) for logits in everyone) / (1 + tokens)
+    assert torch.allclose(heads["fused_softmax"].exp(), probabilities, atol=1e-6)
+    # Each head reads its own token: the gradient of one reaches only its own weights.
+    outputs.distillation_logits[:, 0].sum().backward()
+    assert many.head_dist[0].weight.grad.any()
+    assert not many.head_dist[1].weight.grad.any()
+
+
+def test_several_tokens_survive_saving(tmp_path):
+    student = dataclasses.replace(MICRO, distillation_tokens=2, initialisation="scaled")
+    made = build_student(facts(student)).eval()
+    save_student(tmp_path, made.network.state_dict(), facts(student))
+    again, _ = load_student(tmp_path)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(again.eval()(images)[1], made(images)[1])

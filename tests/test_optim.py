@@ -96,3 +96,19 @@ def test_weight_average_by_hand_and_buffers_follow():
     assert average.model[1].num_batches_tracked == 7
     assert not any(parameter.requires_grad for parameter in average.model.parameters())
     assert model[0].weight.requires_grad
+
+
+def test_independent_decay_is_the_schedules_share_of_the_weight():
+    """big_vision's rule: a weight loses schedule * weight_decay of itself, at any learning rate."""
+    for lr in (1e-3, 1e-2):
+        optim = OptimConfig(
+            epochs=2, lr=lr, lr_reference_batch=None, weight_decay=1e-3, independent_decay=True
+        )
+        layer = nn.Linear(4, 4, bias=False)
+        before = layer.weight.detach().clone()
+        optimizer = build_optimizer(layer, optim)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * lr  # half of the schedule
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        optimizer.step()
+        assert torch.allclose(layer.weight, before * (1 - 0.5 * 1e-3), rtol=1e-6)
