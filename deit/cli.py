@@ -291,7 +291,8 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
         _complain(str(error), debug, everywhere=not isinstance(error, ConfigError))
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted; a run goes on from its last finished epoch with --resume", debug)
+        run = "a run goes on from its last finished epoch with --resume"
+        _complain(f"interrupted; {'the same command goes on' if name == 'targets' else run}", debug)
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads any more: say nothing on the way out

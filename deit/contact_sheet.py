@@ -57,10 +57,10 @@ def draw_views(config: Config, out: Path, *, epoch: int = 0, number: int = 12) -
     wanted = teacher_input([teacher.image_size for teacher in teachers])
     loader = loader_of(config, splits, accelerator, teacher_size=wanted)
     batch = _first(loader.epoch(epoch), number)
-    panel = panel_of(config, splits, [NetworkVoice(one, accelerator) for one in teachers])
+    voices = [NetworkVoice(one, accelerator) for one in teachers]
+    panel = panel_of(config, splits, voices, whole=True)
     answers = None
     if panel is not None:
-        panel.wants_logits, panel.temperature = True, 1.0
         answers = panel(batch).logits.softmax(dim=2).mean(dim=1).cpu()
     cells = [
         _cell(splits.train, batch, row, splits.class_names, answers)

@@ -132,7 +132,7 @@ def _teacher_logits(
     own = source is None
     asked = config.teacher
     if not own:
-        asked = TeacherConfig(source=() if source == "none" else (source,))
+        asked = TeacherConfig(source=() if source == "none" else tuple(source.split(",")))
     if not asked.source:
         return {}
     side = config.student.image_size

@@ -86,15 +86,18 @@ def loader_of(
     )
 
 
-def panel_of(config: Config, splits: Splits, voices: list[Voice]) -> Panel | None:
-    """The teachers as one call; None without any."""
+def panel_of(
+    config: Config, splits: Splits, voices: list[Voice], *, whole: bool = False
+) -> Panel | None:
+    """The teachers as one call; None without any. whole: with logits at temperature 1, as a store
+    keeps them, whatever the objective needs."""
     if not voices:
         return None
     return Panel(
         voices,
         weights=tuple(member.weight for member in members(config.teacher)),
         how=config.teacher.combine,
-        temperature=config.loss.temperature,
-        wants_logits=needs_logits(config.loss),
+        temperature=1.0 if whole else config.loss.temperature,
+        wants_logits=whole or needs_logits(config.loss),
         name=splits.train.name,
     )

@@ -63,8 +63,7 @@ class Units:
         try:
             found = read_manifest(self.store)
         except FileNotFoundError:
-            self._make()
-            return False
+            return self._make()
         keys = ("fingerprint", "layout")
         differing = differences(*({k: one[k] for k in keys} for one in (found, self.manifest)))
         if differing:
@@ -74,17 +73,20 @@ class Units:
             )
         return found["complete"]
 
-    def _make(self) -> None:
+    def _make(self) -> bool:
         out = self.store
         # A process that was killed here before may have left the folder of units.
-        others = [entry for entry in (out.iterdir() if out.is_dir() else ()) if entry.name != UNITS]
-        if any(not entry.name.startswith(f".{MANIFEST}.") for entry in others):
+        there = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+        if MANIFEST in there:
+            return self.claim()  # another process was faster
+        if any(name != UNITS and not name.startswith(f".{MANIFEST}.") for name in there):
             raise ConfigError(f"--out {out}: the folder is not empty; give another --out")
         try:
             (out / UNITS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EnvironmentFault(f"--out {out}: cannot be made ({error.strerror})") from None
         put_file(out / MANIFEST, _json(self.manifest))
+        return False
 
     def path(self, unit: int) -> Path:
         """Where a unit lies; it is written if that is there."""

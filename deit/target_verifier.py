@@ -54,9 +54,7 @@ def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, r
     answer = None
     if teachers is not None:
         voices = [NetworkVoice(one, accelerator) for one in teachers]
-        panel = panel_of(config, splits, voices)
-        panel.wants_logits, panel.temperature = True, 1.0
-        answer = answer_to(config, loader, panel)
+        answer = answer_to(config, loader, panel_of(config, splits, voices, whole=True))
     crops = config.views.teacher_view == "crops"
     spot = _ROWS_A_SPOT_OF_CROPS if crops else _ROWS_A_SPOT
     spots = max(rows // spot, 1)

@@ -22,6 +22,7 @@ from deit.models.teachers import Teacher, locate
 from deit.panel import NetworkVoice, Panel
 from deit.preflight import measure
 from deit.preparation import loader_of, panel_of, teacher_input, teachers_of
+from deit.records import Answers
 from deit.stored import answer_to
 from deit.target_units import Unit, Units
 from deit.targets import FORMAT, Layout, canary, encode
@@ -69,17 +70,19 @@ def write_targets(
             "about": _about(config, teachers, describe(accelerator, [])),
         },
     )
-    if units.claim():
+    complete = torch.tensor(float(units.claim()), device=accelerator.device)
+    # Together: what follows measures the teachers with all processes.
+    if accelerator.reduce(complete, reduction="sum").item() > 0:
         say(f"{out}: complete already")
         return
     measure(config, splits, accelerator, teachers, size=loader.sizes.teacher)
-    panel = panel_of(config, splits, [NetworkVoice(one, accelerator) for one in teachers])
-    panel.wants_logits = True
+    voices = [NetworkVoice(one, accelerator) for one in teachers]
+    panel = panel_of(config, splits, voices, whole=True)
     part, parts = shard
     processes = accelerator.num_processes
     part, parts = part * processes + accelerator.process_index, parts * processes
     block = max(config.run.evaluation_batch // 2 * 2, 2)
-    writer = _Writer(units, loader, panel, config, splits.train.labels, block)
+    writer = Writer(units, loader, panel, config, splits.train.labels, block)
     writer.write([unit for unit in range(layout.units) if unit % parts == part])
     units.finish()
 
@@ -142,7 +145,7 @@ def _about(config: Config, teachers: list[Teacher], environment: dict[str, Any])
     }
 
 
-class _Writer:
+class Writer:
     """Asks for the answers of units and commits them."""
 
     def __init__(
@@ -186,17 +189,23 @@ class _Writer:
             for shown in self.loader.shown(epoch, torch.arange(first, last), block=self.block):
                 next(ticks, None)
                 answers = self.answer(shown)
-                records.append(encode(self.layout, answers.logits[:, 0]))
-                canaries += [
-                    canary(shown, row)
-                    for row, place in enumerate(shown.places.tolist())
-                    if place in self.layout.canary_places
-                ]
+                encoded, marks = recorded(self.layout, shown, answers)
+                records.append(encoded)
+                canaries += marks
                 clear = _clear(shown)
                 same = answers.labels[:, 0].cpu() == self.labels[shown.samples.cpu()]
                 right, counted = right + int((same & clear).sum()), counted + int(clear.sum())
         self.panel.check()
         return Unit(np.concatenate(records), np.array(canaries, "<u4"), right, counted)
+
+
+def recorded(layout: Layout, shown: Shown, answers: Answers) -> tuple[np.ndarray, list[int]]:
+    """The records of a block, and the canaries that fall into it."""
+    marked = (shown.places % layout.canary_step == 0).nonzero().flatten().tolist()
+    canaries = [
+        canary(shown, row) for row in marked if int(shown.places[row]) in layout.canary_places
+    ]
+    return encode(layout, answers.logits[:, 0]), canaries
 
 
 def _clear(shown: Shown) -> Tensor:

@@ -186,6 +186,7 @@ class Store:
         self.layout = Layout(**manifest["layout"])
         self.teacher_top1: float | None = manifest["teacher_top1"]
         self._epoch, self._records = -1, np.empty(0, self.layout.dtype)
+        self._watched = -1  # the epoch of views that was held against a canary last
         self._checks = np.fromfile(path / CHECKS, "<u4")
 
     @property
@@ -223,10 +224,17 @@ class Store:
         return labels.to(device, non_blocking=True), scores
 
     def watch(self, shown: Shown) -> None:
-        """Hold the first canary among what is shown against the store's. Raises DataError."""
-        step = self.layout.canary_step
-        for row in (shown.places % step == 0).nonzero().flatten().tolist()[:1]:
-            self.check_canary(shown, row)
+        """Hold the first canary of each epoch that is shown against the store's. Raises DataError.
+
+        Not all of them: each makes a GPU wait.
+        """
+        if shown.epoch == self._watched:
+            return
+        for row in (shown.places % self.layout.canary_step == 0).nonzero().flatten().tolist():
+            if int(shown.places[row]) in self.layout.canary_places:
+                self._watched = shown.epoch
+                self.check_canary(shown, row)
+                return
 
     def check_canary(self, shown: Shown, row: int) -> None:
         """Hold one view against the store's canary. Raises DataError."""

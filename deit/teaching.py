@@ -100,9 +100,8 @@ class Faculty:
             # Alone: what its store holds is what it says by itself.
             one = TeacherConfig(source=(member.source,))
             alone = dataclasses.replace(self.config, teacher=one)
-            panel = panel_of(alone, splits, [NetworkVoice(teacher, accelerator)])
-            panel.wants_logits = True
-            answer = answer_to(self.config, loader, panel)
+            voices: list[Voice] = [NetworkVoice(teacher, accelerator)]
+            answer = answer_to(self.config, loader, panel_of(alone, splits, voices, whole=True))
         agreed = check_store(
             store,
             self.config,

@@ -1,6 +1,7 @@
-"""Measure our speed beside a peer's, on this machine, in turns: `benchmark.py data`."""
+"""Measure our speed beside a peer's, on this machine, in turns: `benchmark.py data`, `targets`."""
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -15,14 +16,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deit.config import OptimConfig, StudentConfig, ViewsConfig
+from deit.config import OBJECTIVES, Config, OptimConfig, StudentConfig, ViewsConfig, derive
 from deit.console import say, table
 from deit.datasets.images import Encoded, Images
 from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.splits import load_splits
 from deit.datasets.stores import FolderStore
 from deit.datasets.views import Colours
+from deit.engine import Job, train_epoch
 from deit.environment import create_accelerator, describe, keep_freed_memory
+from deit.models.networks import create_network
 from deit.models.saved import Facts, build_student
+from deit.optim import build_optimizer
+from deit.panel import NetworkVoice
+from deit.preparation import facts_of, loader_of, panel_of, teachers_of
+from deit.recipes import cifar10_micro
+from deit.stored import answer_to
+from deit.target_writer import recorded, write_targets
+from deit.targets import Layout
+from deit.teaching import Faculty
 
 COLOURS = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CROP_AND_FLIP = ViewsConfig(crop="random_resized", flip=0.5)
@@ -238,9 +250,120 @@ def step_case(name: str, network: str, patch: int, side: int) -> Case:
     return Case(name, fed, ready, "no loader at all")
 
 
+def target_config(folder: Path, student: str) -> Config:
+    """CIFAR-10's shape and recipe on scikit-learn's photographs, in class folders."""
+    root = folder / "pictures"
+    if not root.exists():
+        for index, array in enumerate(photographs(_NUMBER, 32)):
+            place = root / f"class {index % 10}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(place / f"{index:05d}.png")
+    return derive(
+        cifar10_micro(),
+        data={"source": "folder", "root": str(root), "test_fraction": 0.05},
+        student={"name": student},
+        teacher={"source": (f"{Path(__file__)}:regnet",), "allow_weak": True},
+        optim={"epochs": 4},
+        run={"device": "cpu"},
+    )
+
+
+def regnet() -> torch.nn.Module:
+    """A teacher of CIFAR's size with random weights: its answers do not matter here."""
+    torch.manual_seed(0)
+    return create_network(StudentConfig(name="regnety_002_small_stem", image_size=32), 10)
+
+
+def stored_case(name: str, student: str, folder: Path) -> Case:
+    """Training with stored hard targets beside training without any teacher."""
+    config = target_config(folder, student)
+    store = folder / f"store-{student}"
+    write_targets(config, store)
+    taught = derive(config, teacher={"source": (), "targets": (str(store),)})
+    alone = dataclasses.replace(config, loss=OBJECTIVES["none"])
+    return Case(name, lambda: trained(taught), lambda: trained(alone), "no teacher at all")
+
+
+def trained(config: Config) -> Iterator[int]:
+    """Training steps as a run takes them, one after the other."""
+    faculty = Faculty(config)
+    accelerator = create_accelerator(config.run)
+    splits = load_splits(config.data)
+    loader, panel = faculty.load(splits, accelerator)
+    faculty.check(splits, accelerator, loader)
+    student = build_student(facts_of(config, splits))
+    optimizer = build_optimizer(student, config.optim)
+    student, optimizer = accelerator.prepare(student, optimizer)
+    job = Job(accelerator, student, panel, optimizer, None, config.loss, config.optim, 0)
+    for epoch in range(10**9):
+        for batch in loader.epoch(epoch % config.optim.epochs):
+            train_epoch(job, iter([batch]), step=0, steps=1)
+            yield len(batch.samples)
+
+
+def writing_case(name: str, folder: Path) -> Case:
+    """Writing targets beside the teacher's bare forward pass on a batch that is there already."""
+    config = target_config(folder, "deit_micro")
+    splits = load_splits(config.data)
+    accelerator = create_accelerator(config.run)
+    (teacher,) = teachers_of(config, splits, accelerator)
+    loader = loader_of(config, splits, accelerator, teacher_size=None, alone=True)
+
+    def written() -> Iterator[int]:
+        voices = [NetworkVoice(teacher, accelerator)]
+        answer = answer_to(config, loader, panel_of(config, splits, voices, whole=True))
+        layout = Layout("hard", 10, config.optim.epochs, loader.places, False)
+        for unit in range(10**9):
+            for epoch, first, last in layout.stretches(unit % layout.units):
+                places = torch.arange(first, last)
+                for shown in loader.shown(epoch, places, block=config.run.evaluation_batch):
+                    recorded(layout, shown, answer(shown))
+                    yield len(shown.places)
+
+    def bare() -> Iterator[int]:
+        block = config.run.evaluation_batch
+        shown = next(loader.shown(0, torch.arange(block), block=block))
+        while True:
+            teacher(shown.images)
+            yield block
+
+    return Case(name, written, bare, "the teacher's forward pass")
+
+
+def targets(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]:
+    """The rows of `benchmark.py targets` whose name holds the wanted text."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        cases: dict[str, Callable[[str], Case]] = {
+            "training deit_micro with stored hard targets": lambda name: stored_case(
+                name, "deit_micro", place
+            ),
+            "training deit_tiny with stored hard targets": lambda name: stored_case(
+                name, "deit_tiny", place
+            ),
+            "writing targets of RegNetY-200MF": lambda name: writing_case(name, place),
+        }
+        return run_cases(cases, rounds, seconds, wanted)
+
+
+def run_cases(
+    cases: dict[str, Callable[[str], Case]], rounds: int, seconds: float, wanted: str
+) -> list[dict[str, Any]]:
+    """Measure those cases whose name holds the wanted text, one after the other."""
+    rows = []
+    cases = {name: case for name, case in cases.items() if wanted in name}
+    for number, (name, case) in enumerate(cases.items(), start=1):
+        row = measured(case(name), rounds=rounds, seconds=seconds)
+        rows.append(row)
+        say(
+            f"{number}/{len(cases)} {row['name']}: {row['ours_images_per_s']:.0f} images/s, "
+            f"{row['peer']} {row['peer_images_per_s']:.0f}, ratio {row['ratio']:.2f}"
+        )
+    return rows
+
+
 def data(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]:
     """The rows of `benchmark.py data` whose name holds the wanted text."""
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         full, micro, tiny = "crop, flip, RandAugment, erasing", "deit_micro", "deit_tiny"
         jpeg = "224 px from JPEG files of 400 px, 1 worker"
@@ -256,21 +379,20 @@ def data(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]:
             f"{step} {micro}, full views": lambda name: step_case(name, micro, 4, 32),
             f"{step} {tiny}, full views": lambda name: step_case(name, tiny, 4, 32),
         }
-        cases = {name: case for name, case in cases.items() if wanted in name}
-        for number, (name, case) in enumerate(cases.items(), start=1):
-            row = measured(case(name), rounds=rounds, seconds=seconds)
-            rows.append(row)
-            say(
-                f"{number}/{len(cases)} {row['name']}: {row['ours_images_per_s']:.0f} images/s, "
-                f"{row['peer']} {row['peer_images_per_s']:.0f}, ratio {row['ratio']:.2f}"
-            )
-    return rows
+        return run_cases(cases, rounds, seconds, wanted)
+
+
+WHAT = {"data": data, "targets": targets}
 
 
 def main() -> None:
     """Print a table; with --json also write it, with command, machine and commit."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("data",), help="data: loaders, one thread a side")
+    parser.add_argument(
+        "what",
+        choices=tuple(WHAT),
+        help="one thread a side. data: loaders; targets: writing and reading a teacher's answers",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (7)")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn (3)")
@@ -282,7 +404,7 @@ def main() -> None:
         parser.error(f"--json {options.json}: no folder {options.json.absolute().parent}")
     torch.set_num_threads(1)
     keep_freed_memory()  # for both sides
-    rows = data(options.rounds, options.seconds, options.rows)
+    rows = WHAT[options.what](options.rounds, options.seconds, options.rows)
     if not rows:
         parser.error(f"--rows {options.rows!r}: no row's name holds it")
     table(

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,8 +18,7 @@ TITLES = {
     "tiny-imagenet-micro": "Tiny-ImageNet, 50 classes: the whole recipe, 8 epochs on a CPU",
     "cifar10-micro": "CIFAR-10 (JPEG 75): RegNetY-200MF (12 epochs) into a micro DeiT (8 epochs)",
 }
-RESULTS = ("<!-- results: written by scripts/results.py -->", "<!-- end of results -->")
-BENCHMARK = ("<!-- benchmark: written by scripts/results.py -->", "<!-- end of benchmark -->")
+BENCHMARKS = ("benchmark-data", "benchmark-targets")
 
 
 def section(name: str, result: dict) -> str:
@@ -39,11 +39,11 @@ def section(name: str, result: dict) -> str:
     )
 
 
-def benchmark_section(result: dict) -> str:
-    """The loader benchmark as Markdown."""
+def benchmark_section(name: str, result: dict) -> str:
+    """A benchmark as Markdown."""
     environment = result["environment"]
     if result["rounds"] < 5 or environment["commit"].endswith("-dirty"):
-        raise ValueError("benchmark-data.json: a claim needs 5 rounds and a committed state")
+        raise ValueError(f"{name}.json: a claim needs 5 rounds and a committed state")
     rows = [
         (
             row["name"],
@@ -60,25 +60,27 @@ def benchmark_section(result: dict) -> str:
         f"Median of {result['rounds']} turns of {result['seconds']:g} s in alternation, batches of "
         f"{result['batch_size']}, views normalised on both sides; {environment['device_name']}, "
         f"torch {environment['packages']['torch']}, commit {environment['commit']}. "
-        "[benchmark-data.json](docs/results/benchmark-data.json):\n`"
+        f"[{name}.json](docs/results/{name}.json):\n`"
         f"{result['command']}`\n"
     )
 
 
-def written(readme: str, results: dict[str, dict], benchmark: dict) -> str:
-    """The README with its two sections renewed. Raises ValueError without their marks."""
-    sections = "\n".join(section(name, result) for name, result in results.items())
-    for (begin, end), text in ((RESULTS, sections), (BENCHMARK, benchmark_section(benchmark))):
+def written(readme: str, results: dict[str, dict], benchmarks: dict[str, dict]) -> str:
+    """The README with its sections renewed. Raises ValueError without their marks."""
+    texts = {"results": "\n".join(section(name, result) for name, result in results.items())}
+    texts |= {name: benchmark_section(name, result) for name, result in benchmarks.items()}
+    for name, text in texts.items():
+        begin, end = f"<!-- {name}: written by scripts/results.py -->", f"<!-- end of {name} -->"
         before, rest = readme.split(begin)
         _, after = rest.split(end)
         readme = f"{before}{begin}\n\n{text}\n{end}{after}"
     return readme
 
 
-def load_results() -> dict[str, dict]:
-    """Every comparison in docs/results/, by file name, in the order of TITLES."""
-    files = {file.stem: file for file in (ROOT / "docs" / "results").glob("*.json")}
-    return {name: json.loads(files[name].read_text()) for name in TITLES}
+def load(names: Iterable[str]) -> dict[str, dict]:
+    """Files of docs/results/ by name."""
+    folder = ROOT / "docs" / "results"
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
 
 
 def main() -> None:
@@ -86,9 +88,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 if README is not up to date")
     check = parser.parse_args().check
-    results, readme = load_results(), ROOT / "README.md"
-    benchmark = json.loads((ROOT / "docs" / "results" / "benchmark-data.json").read_text())
-    new = written(readme.read_text(), results, benchmark)
+    results, readme = load(TITLES), ROOT / "README.md"
+    new = written(readme.read_text(), results, load(BENCHMARKS))
     if check:
         sys.exit(new != readme.read_text())
     readme.write_text(new)

@@ -12,9 +12,9 @@ pytest.importorskip("sklearn")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 
 
-def benchmark(folder, *arguments):
+def benchmark(folder, *arguments, what="data"):
     return subprocess.run(
-        [sys.executable, str(SCRIPT), "data", "--rounds", "1", "--seconds", "0.05", *arguments],
+        [sys.executable, str(SCRIPT), what, "--rounds", "1", "--seconds", "0.05", *arguments],
         cwd=folder,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -39,6 +39,16 @@ def test_rows_hold_both_sides_and_the_file_says_where_they_were_measured(tmp_pat
         assert row["name"] in done.stdout
     assert found["command"].endswith("--json x.json")
     assert found["environment"]["device_name"]
+
+
+def test_targets_are_measured_beside_no_teacher_and_beside_its_forward_pass(tmp_path):
+    done = benchmark(tmp_path, "--json", "x.json", what="targets")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert [row["peer"] for row in found["rows"]] == [
+        *("no teacher at all", "no teacher at all", "the teacher's forward pass")
+    ]
+    assert all(0.3 < row["ratio"] < 3 for row in found["rows"])
 
 
 def test_no_row_of_that_name_is_refused(tmp_path):

@@ -19,6 +19,7 @@ PICTURES = shlex.split("--data.image_size 8 --student.image_size 8 --optim.batch
 SMALL = {
     "digits-teacher": ["--optim.epochs", "2", "--optim.warmup_epochs", "1"],
     "digits": [*QUICK, "--student.depth", "1"],
+    "digits-ensemble": [*QUICK, "--student.depth", "1", "--teacher.allow_weak"],
     "cifar10-micro": [
         *(*QUICK, "--student.depth", "1", "--optim.batch_size", "64", "--teacher.allow_weak"),
     ],
@@ -96,6 +97,8 @@ def test_our_commands_run_in_the_readmes_order(place, monkeypatch, capsys):
             arguments = [*arguments, *SMALL[arguments[0]], "--seeds", "0"]
         elif name == "train":
             arguments = [*arguments, *SMALL[arguments[0]]]
+        elif name == "targets" and arguments[0] == "write":
+            arguments = [*arguments, *SMALL[arguments[1]]]
         if "--help" in arguments:
             with pytest.raises(SystemExit) as stopped:
                 run_command(name, arguments, name)

@@ -346,3 +346,49 @@ def test_best_is_the_latest_of_the_epochs_with_the_highest_validation(
     assert state["best"]["epoch"] == 3
     assert read_state(tmp_path / "run" / "best").epoch == 3
     assert read_state(tmp_path / "run" / "last").epoch == 4
+
+
+def test_an_ensemble_is_measured_teacher_by_teacher_and_together(teacher, tmp_path, capsys):
+    other = tmp_path / "other"
+    train(derive(digits_teacher(), optim={"epochs": 3}, run={"seed": 1}), other)
+    config = derive(
+        small(teacher, epochs=2, ema_epochs=0),
+        teacher={"source": (str(teacher), str(other)), "weight": (0.6, 0.4)},
+    )
+    capsys.readouterr()
+    train(config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "teachers on 143 validation images" in said
+    assert "together" in said
+    assert "of all errors, shared %" in said
+    found = evaluate(tmp_path / "run")
+    assert len(found["teachers"]) == 2
+    alone = [evaluate(tmp_path / "run", teacher=str(one))["teacher"] for one in (teacher, other)]
+    assert list(found["teachers"].values()) == alone
+    both = evaluate(tmp_path / "run", teacher=f"{teacher},{other}")["teacher"]
+    assert both["top1"] >= min(one["top1"] for one in alone)
+
+
+WITHOUT_TOKEN = {
+    "small_convnet": {"image_size": 8},
+    "timm:mixer_s16_224": {"image_size": 16},
+    "vit_micro": {"image_size": 8, "patch_size": 2, "depth": 2, "initialisation": "scaled"},
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_TOKEN)
+def test_any_backbone_without_a_token_learns_by_usi(name, teacher, tmp_path):
+    config = derive(
+        digits_teacher(),
+        data={"image_size": 8},
+        student={"name": name, **WITHOUT_TOKEN[name]},
+        views={"mixup_alpha": 0.8},
+        teacher={"source": (str(teacher),)},
+        loss=OBJECTIVES["usi"],
+        optim={"epochs": 4, "warmup_epochs": 1, "lr": 1e-3},
+    )
+    if "mixer" in name:
+        train(config, tmp_path / "run", dry_run=True)
+        return
+    train(config, tmp_path / "run")
+    assert evaluate(tmp_path / "run")["heads"]["class"]["top1"] > 0.4

@@ -1,5 +1,9 @@
 """The layout of a store, its records and canaries, by arithmetic."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -175,3 +179,54 @@ def test_differences_are_named_by_their_path():
         "new: None in the store, 3 here",
     ]
     assert differences(one, one) == []
+
+
+GROWTH = """
+import sys
+from pathlib import Path
+import torch
+from deit.records import Batch
+from deit.targets import Layout, Store
+import numpy as np
+
+place, epochs = Path(sys.argv[1]), int(sys.argv[2])
+layout = Layout("full", 10, epochs, 20_000, False)
+with (place / "targets.bin").open("wb") as file:
+    for _ in range(epochs):
+        file.write(bytes(layout.places * layout.dtype.itemsize))
+checks = 3 * layout.units + layout.epochs * len(layout.canary_places)
+np.zeros(checks, "<u4").tofile(place / "checks.bin")
+manifest = {"fingerprint": {}, "about": {}, "layout": layout._asdict(), "teacher_top1": None}
+store = Store(place, manifest)
+images = torch.zeros(20_000, 0)
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+def read(epoch):
+    store(Batch(images, None, images, images, epoch, torch.arange(20_000)))
+
+read(0)
+before = resident()
+for epoch in range(epochs):
+    read(epoch)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
+def test_the_memory_of_a_reader_does_not_grow_with_the_store(tmp_path):
+    grown = {}
+    for epochs in (3, 150):  # 1.3 MB and 63 MB
+        place = tmp_path / str(epochs)
+        place.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", GROWTH, place, str(epochs)],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        grown[epochs] = int(done.stdout)
+    assert grown[150] < 4_000, grown  # KiB
