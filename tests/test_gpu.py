@@ -1,9 +1,19 @@
 """What only a GPU can show: the same keys, half precision, a run like the CPU's."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from deit.config import AUGMENTATIONS, Crop, OptimConfig, ViewsConfig, derive
+from deit.config import (
+    AUGMENTATIONS,
+    OBJECTIVES,
+    TEACHING,
+    Crop,
+    OptimConfig,
+    ViewsConfig,
+    derive,
+)
 from deit.datasets.images import Images
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.mixing import sample_mix
@@ -11,8 +21,11 @@ from deit.datasets.operations import CODES, Canvas, apply_operations
 from deit.datasets.resizing import resize_boxes
 from deit.datasets.views import Colours, apply_views, sample_views
 from deit.keys import Keys, beta, words
-from deit.recipes import digits_teacher
+from deit.models.rednet import involve
+from deit.recipes import digits, digits_teacher
 from deit.run import train
+from deit.target_writer import write_targets
+from deit.targets import canary
 from tests.test_operations import pixels_of, real_images
 
 COLOURS = Colours((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
@@ -104,13 +117,63 @@ def test_a_loader_gives_the_same_batches_from_the_gpu():
             seed=1,
             device=device,
         )
-        found = [[part.cpu() for part in batch] for batch in loader.epoch(0)]
+        fields = ("images", "teacher_images", "targets", "samples", "places")
+        found = [[getattr(batch, name).cpu() for name in fields] for batch in loader.epoch(0)]
         assert loader.stages.rates()["views"] > 0
         return found
 
     for here, there in zip(batches("cpu"), batches("cuda")):
         for ours, theirs in zip(here, there):
             assert torch.allclose(ours.double(), theirs.double(), atol=1.01 / 255)
+
+
+@pytest.mark.parametrize("mode", TEACHING)
+def test_canaries_of_a_store_are_the_same_on_the_gpu(mode):
+    images = Images(torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 4)
+    views = views_of("deit", "random_resized")
+    views = dataclasses.replace(views, **TEACHING[mode].fields(dataclasses.asdict(views)))
+
+    def canaries(device):
+        loader = TrainLoader(
+            images,
+            4,
+            views=views,
+            optim=OptimConfig(batch_size=16),
+            sizes=Sizes(32, 32, 24),
+            colours=COLOURS,
+            seed=1,
+            device=device,
+        )
+        shown = loader.shown(0, torch.arange(64), block=16)
+        return [canary(part, row) for part in shown for row in range(0, 16, 2)]
+
+    assert canaries("cpu") == canaries("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_involutions_agree_on_the_gpu(dtype):
+    features = torch.randn(4, 32, 15, 15).to(dtype)
+    kernels = torch.randn(4, 2, 49, 8, 8).to(dtype)
+    here = involve(features.float(), kernels.float(), stride=2)
+    there = involve(features.cuda(), kernels.cuda(), stride=2).cpu()
+    assert there.dtype == dtype
+    assert torch.allclose(here, there.float(), rtol=0.02, atol=0.05)
+
+
+def test_a_store_written_on_a_cpu_teaches_on_the_gpu(tmp_path):
+    teacher = derive(digits_teacher(), optim={"epochs": 3}, run={"device": "cpu"})
+    train(teacher, tmp_path / "teacher")
+    config = derive(
+        digits(),
+        student={"depth": 1},
+        teacher={"source": (str(tmp_path / "teacher"),)},
+        loss=OBJECTIVES["deit-hard"],
+        optim={"epochs": 2, "warmup_epochs": 1},
+        run={"device": "cpu"},
+    )
+    write_targets(config, tmp_path / "store")
+    stored = derive(config, teacher={"targets": (str(tmp_path / "store"),)}, run={"device": "cuda"})
+    train(stored, tmp_path / "run")  # its canaries and answers are held against the GPU's
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
