@@ -221,6 +221,10 @@ class TrainLoader:
                 images = self._as_seen(views, self.sizes.teacher, pairs)
                 yield Shown(images, views, pairs, samples[rows], epoch, places[stretch][rows])
 
+    def release_workers(self) -> None:
+        """End the worker processes; what is read next starts them anew."""
+        self._readers.clear()
+
     def _rows(self) -> Tensor:
         """The rows of an epoch that are this process's, int64 [micro-batches, block]."""
         rows = torch.arange(self.steps_per_epoch * self.optim.batch_size)

@@ -18,7 +18,7 @@ def combine(
     tokens: nothing is combined, a voice for each teacher.
     """
     if how == "tokens" or logits.shape[1] == 1:
-        return Answers(logits.argmax(dim=2), logits)
+        return Answers(logits.argmax(dim=2), logits, weights)
     shares = torch.tensor(weights, device=logits.device)[:, None]
     if how == "logits":
         mean = (shares * logits).sum(dim=1, keepdim=True)

@@ -153,7 +153,8 @@ def objective(
     """The configured objective, outside autocast: scalars by name, of which `total` is derived.
 
     label weight * CE(label) + distillation weight * mean over the taught heads of the teacher's
-    term. targets: [batch, classes]. answers: None without a teacher; no gradient reaches them.
+    term, weighted by their teachers where each head has its own. targets: [batch, classes].
+    answers: None without a teacher; no gradient reaches them.
     epoch: how many have passed, for loss.distillation_warmup.
     """
     with torch.autocast(outputs.class_logits.device.type, enabled=False):
@@ -163,11 +164,13 @@ def objective(
             TEACHER_TERMS[loss.kind](logits, voice, targets, loss)
             for logits, voice in _lessons(outputs, answers, loss)
         ]
+        several = len(answers.weights) > 1
+        shares = answers.weights if several else (1 / len(terms),) * len(terms)
         losses = {
             "class": label_loss(outputs.class_logits, targets, loss.label_smoothing),
-            "teacher": torch.stack(terms).mean(),
+            "teacher": sum(share * term for share, term in zip(shares, terms)),
         }
-        if answers.labels.shape[1] > 1:
+        if several:
             losses |= {f"teacher_{number}": term for number, term in enumerate(terms, start=1)}
         weight = loss.distillation_weight * _warmth(loss, epoch)
         total = label_weight(loss) * losses["class"] + weight * losses["teacher"]

@@ -66,11 +66,11 @@ class Panel:
         self._watch(batch.samples, [logits for _, logits in said if logits is not None])
         labels = torch.stack([labels for labels, _ in said], dim=1)
         if not self.wants_logits:
-            return Answers(labels, None)
+            return Answers(labels, None, self.weights)
         logits = torch.stack([logits for _, logits in said], dim=1)
         answers = combine(logits, self.weights, self.how, temperature=self.temperature)
         # Where nothing was combined, the label as it was said: rounding a stored answer may tie.
-        return Answers(labels, logits) if answers.labels.shape == labels.shape else answers
+        return answers._replace(labels=labels) if len(answers.weights) == len(said) else answers
 
     def _watch(self, samples: Tensor, logits: list[Tensor]) -> None:
         for answers in logits:

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deit.announce import size_of
-from deit.config import Config, members
+from deit.config import Config
 from deit.console import percent, say, table, warn
 from deit.datasets.splits import Splits
 from deit.ensembles import combine, error_overlap
@@ -23,13 +23,14 @@ def measure(
     accelerator: Accelerator,
     teachers: list[Teacher],
     *,
+    weights: tuple[float, ...],
     size: int,
 ) -> Tensor:
     """What the teachers answer on the validation split, int64 [number]: the class that their
     combination holds most likely. Says how good each is; of several also how their errors overlap.
 
-    size: side [px] at which they are shown the images. Raises DataError where one is near chance,
-    or answers with something that is not finite.
+    weights: one a teacher. size: side [px] at which they are shown the images.
+    Raises DataError where one is near chance, or answers with something that is not finite.
     """
     validation = splits.validation
     guess = chance(validation.labels, len(splits.class_names))
@@ -39,7 +40,6 @@ def measure(
         logits.append(answers.class_logits)
         _judge(config, teacher, answers.class_logits, validation.labels, guess)
     together = torch.stack(logits, dim=1)
-    weights = tuple(member.weight for member in members(config.teacher))[: len(teachers)]
     # One token a teacher: the mean of what they say is what the fused heads could learn.
     how = "probabilities" if config.teacher.combine == "tokens" else config.teacher.combine
     combined = combine(together, weights, how, temperature=1.0).labels[:, 0]

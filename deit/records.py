@@ -44,10 +44,12 @@ class Answers(NamedTuple):
     labels: int64 [batch, voices], the class each holds most likely.
     logits: float32 [batch, voices, classes]; their softmax at the temperature of the objective is
     what the student learns. None where only labels were stored.
+    weights: one a voice, of sum 1: how much each counts in the teacher's term.
     """
 
     labels: Tensor
     logits: Tensor | None
+    weights: tuple[float, ...] = (1.0,)
 
 
 def head_logits(outputs: Outputs) -> dict[str, Tensor]:

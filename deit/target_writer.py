@@ -75,7 +75,9 @@ def write_targets(
     if accelerator.reduce(complete, reduction="sum").item() > 0:
         say(f"{out}: complete already")
         return
-    measure(config, splits, accelerator, teachers, size=loader.sizes.teacher)
+    weights = tuple(member.weight for member in members(config.teacher))
+    size = loader.sizes.teacher
+    measure(config, splits, accelerator, teachers, weights=weights, size=size)
     voices = [NetworkVoice(one, accelerator) for one in teachers]
     panel = panel_of(config, splits, voices, whole=True)
     part, parts = shard

@@ -73,18 +73,26 @@ class Faculty:
         for number, store in enumerate(self.stores):
             if store is not None:
                 self._check_store(number, store, splits, accelerator, loader)
-        here = [teacher for teacher in self.teachers if teacher is not None]
+        here = [
+            (teacher, member.weight)
+            for teacher, member in zip(self.teachers, self.members)
+            if teacher is not None
+        ]
         answers = None
-        if here and len(here) == len(self.members):
+        if here:
+            teachers, weights = zip(*here)
             size = loader.sizes.teacher
-            answers = measure(self.config, splits, accelerator, here, size=size)
+            answers = measure(
+                self.config, splits, accelerator, list(teachers), weights=weights, size=size
+            )
         watching = [store for store in self.stores if store is not None]
         if watching:
             loader.watch = watching[0].watch
         self.teachers = [
             teacher if store is None else None for teacher, store in zip(self.teachers, self.stores)
         ]
-        return answers
+        loader.release_workers()  # those that read what only the teachers look at
+        return answers if len(here) == len(self.members) else None
 
     def _check_store(
         self,

@@ -234,7 +234,7 @@ def test_a_token_for_each_teacher_learns_from_it_alone():
     panel.voices = [
         lambda batch, answer=answer: (torch.full((16,), answer), None) for answer in (1, 2)
     ]
-    panel.how = "tokens"
+    panel.how, panel.weights = "tokens", (0.5, 0.5)
     means = train(job, data, 10)
     assert {"loss_teacher_1", "loss_teacher_2", "distillation_1_top1"} <= means.keys()
     outputs = predict(job.accelerator, job.student, iter([IMAGES.pixels.float() / 255]), 32)

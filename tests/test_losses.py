@@ -248,7 +248,7 @@ def test_the_teachers_term_warms_up():
 
 def test_each_token_hears_its_own_teacher():
     outputs = two_heads(tokens=2)
-    voices = Answers(torch.tensor([[0, 1], [1, 1], [2, 0], [0, 2]]), None)
+    voices = Answers(torch.tensor([[0, 1], [1, 1], [2, 0], [0, 2]]), None, (0.75, 0.25))
     losses = objective(outputs, TARGETS, voices, OBJECTIVES["deit-hard"])
     each = [
         hard_teacher_loss(outputs.distillation_logits[:, voice], voices.labels[:, voice])
@@ -256,7 +256,7 @@ def test_each_token_hears_its_own_teacher():
     ]
     assert torch.allclose(losses["teacher_1"], each[0])
     assert torch.allclose(losses["teacher_2"], each[1])
-    assert torch.allclose(losses["teacher"], (each[0] + each[1]) / 2)
+    assert torch.allclose(losses["teacher"], 0.75 * each[0] + 0.25 * each[1])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
