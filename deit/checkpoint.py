@@ -136,6 +136,27 @@ def put_file(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def put_first(path: Path, content: bytes) -> bool:
+    """Write a file as `put_file` does, unless there is one; whether there was none.
+
+    Of several processes one is the first. Raises EnvironmentFault where the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            sync(file)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: could not be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
 def sync(file: BinaryIO) -> None:
     """Bring what was written to the disk itself."""
     file.flush()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import deit
-from deit.arguments import Parser, parse_run
+from deit.arguments import Parser, RunArguments, parse_run
 from deit.config import DataConfig, to_dict
 from deit.console import is_main_process, say, table
 from deit.errors import ConfigError, DeitError
@@ -179,6 +179,7 @@ def views(arguments: list[str], program: str) -> None:
         raise ConfigError(f"--epoch {options.epoch}: should be in 0 ... 4294967295")
     if options.number < 1:
         raise ConfigError(f"--number {options.number}: should be at least 1")
+    _refuse_run_flags(run, program)
     from deit.checkpoint import check_file
     from deit.contact_sheet import check_picture, draw_views
 
@@ -220,6 +221,7 @@ def _write_targets(arguments: list[str], program: str) -> None:
     )
     from deit.target_writer import check_records, parse_shard, write_targets
 
+    _refuse_run_flags(run, program)
     if options.out is None:
         raise ConfigError(f"{program} {run.recipe}: needs --out STORE, the folder to write")
     if options.epochs is not None and not 0 < options.epochs < 2**32:
@@ -234,6 +236,13 @@ def _write_targets(arguments: list[str], program: str) -> None:
         records=check_records(options.records),
         shard=parse_shard(options.shard),
     )
+
+
+def _refuse_run_flags(run: RunArguments, program: str) -> None:
+    """What only training can do. Raises ConfigError."""
+    if run.dry_run or run.resume:
+        flag = "--dry_run" if run.dry_run else "--resume"
+        raise ConfigError(f"{program}: takes no {flag}; give it to deit train")
 
 
 def _verify_targets(arguments: list[str], program: str) -> None:

@@ -19,6 +19,7 @@ from deit.saving import selected_top1
 from deit.studies import STUDIES
 from deit.target_writer import write_targets
 from deit.text import nearest
+from deit.validation import validate
 
 
 def compare(
@@ -43,7 +44,11 @@ def compare(
         raise ConfigError(f"compare {run.recipe}: its objective has no teacher to measure")
     if run.print_config or run.dry_run:
         raise ConfigError("compare takes neither --print_config nor --dry_run; give them to train")
-    _arms(run.config, study, only)  # a wrong name or arm is told before the work
+    for name, arm in _arms(run.config, study, only).items():
+        try:
+            validate(arm, online=False)  # before the teachers are trained
+        except ConfigError as error:
+            raise ConfigError(f"--study {study}, {name}: {error}") from None
     checkpoint.check_file(json_file, option="--json", replace=True)
     rows: dict[str, dict[str, Any]] = {}
     for seed in seeds:
@@ -106,7 +111,8 @@ def _teachers(run: RunArguments, folder: Path, seed: int) -> tuple[dict[str, Con
     """The teachers to train, where the recipe has some and none were given; and the student."""
     student = derive(run.config, run={"seed": seed})
     recipes = TEACHERS.get(run.recipe, ())
-    if not recipes or student.teacher.source != RECIPES[run.recipe]().teacher.source:
+    own = student.teacher.targets or student.teacher.source != RECIPES[run.recipe]().teacher.source
+    if not recipes or own:
         return {}, student
     machine = {"seed": seed, "device": student.run.device, "precision": student.run.precision}
     names = ("teacher",) if len(recipes) == 1 else recipes

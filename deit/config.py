@@ -22,7 +22,10 @@ def _listed(value: object) -> object:
     """As `_words`; one value alone is a list of one, and none of them an empty one."""
     if value is None or (isinstance(value, str) and value.lower() == "none"):
         return ()
-    return (value,) if isinstance(value, int | float) else _words(value)
+    listed = (value,) if isinstance(value, int | float) else _words(value)
+    if not isinstance(listed, tuple | list):
+        return listed
+    return tuple("none" if str(item).lower() == "none" else item for item in listed)
 
 
 def _each_or_none(value: object) -> object:
@@ -175,8 +178,8 @@ class ViewsConfig:
     teacher_view: TeacherView = "same"
     """What the teacher sees. same: the student's view; independent: one drawn apart; and always the
     same of an image: resized: all of it; center: its centre; crops: the mean of teacher_crops."""
-    teacher_crops: Count = 1000
-    """Random resized crops of an image over which teacher_view crops takes the mean answer."""
+    teacher_crops: Annotated[int, Field(ge=1, lt=2**16)] = 1000
+    """Crops of an image over which teacher_view crops takes the mean answer (at temperature 1)."""
     seed: Annotated[Annotated[int, Field(ge=0, lt=2**63)] | None, BeforeValidator(_none)] = None
     """Seed of order and views, so that runs of other seeds can share stored targets. None:
     run.seed."""
@@ -241,7 +244,7 @@ class TeacherConfig:
     or tokens: none, each teacher has a distillation token of its own."""
     targets: Several = ()
     """Stores of answers (`deit targets write`) that replace the networks; with several teachers
-    one for each, `none` for one that answers itself."""
+    one for each, `none` for one that answers itself, or one of their combined answers."""
     allow_weak: bool = False
     """Go on although the teacher is near chance on the validation split."""
 
@@ -255,7 +258,17 @@ class Member(NamedTuple):
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     weight: float
+
+
+class Seat(NamedTuple):
+    """What speaks with one voice in training: a teacher, or a store of what one or more said.
+
+    weight: of the voice; those of all seats sum to 1.
+    """
+
+    members: tuple[Member, ...]
     targets: str | None
+    weight: float
 
 
 def members(teacher: TeacherConfig) -> tuple[Member, ...]:
@@ -270,18 +283,26 @@ def members(teacher: TeacherConfig) -> tuple[Member, ...]:
 
     weights = spread(teacher.weight, 1.0)
     return tuple(
-        Member(source, architecture, size, mean, std, weight / sum(weights), _none(targets))
-        for source, architecture, size, mean, std, weight, targets in zip(
+        Member(source, architecture, size, mean, std, weight / sum(weights))
+        for source, architecture, size, mean, std, weight in zip(
             teacher.source or (None,) * number,
             spread(teacher.architecture, None),
             spread(teacher.image_size, None),
             triples(teacher.mean),
             triples(teacher.std),
             weights,
-            teacher.targets or (None,) * number,
             strict=True,
         )
     )
+
+
+def seats(teacher: TeacherConfig) -> tuple[Seat, ...]:
+    """The voices of a configuration: one for each teacher, or one store of several together."""
+    everyone = members(teacher)
+    if len(everyone) > 1 and len(teacher.targets) == 1:
+        return (Seat(everyone, teacher.targets[0], 1.0),)
+    targets = teacher.targets or (None,) * len(everyone)
+    return tuple(Seat((one,), _none(stored), one.weight) for one, stored in zip(everyone, targets))
 
 
 @dataclass(frozen=True)
@@ -460,8 +481,11 @@ class Teaching(NamedTuple):
             "mild": {"crop": "padded" if views["crop"] == "padded" else "random"},
             "inception": {"crop": "random_resized", "crop_scale": scale},
         }
+        fields = crops[self.crop]
+        if fields["crop"] != "random":
+            fields = {**fields, "crop_side": ViewsConfig.crop_side}
         mixing = {**_NO_MIX, "mixup_alpha": self.mixup}
-        return {"teacher_view": self.teacher_view, **crops[self.crop], **mixing}
+        return {"teacher_view": self.teacher_view, **fields, **mixing}
 
 
 TEACHING: dict[str, Teaching] = {

@@ -18,8 +18,7 @@ from deit.datasets.splits import Splits, load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.models.teachers import Teacher, locate
-from deit.panel import NetworkVoice
-from deit.preparation import loader_of, panel_of, teacher_input, teachers_of
+from deit.preparation import chorus, loader_of, teacher_input, teachers_of
 from deit.records import Batch
 from deit.validation import validate
 
@@ -57,10 +56,9 @@ def draw_views(config: Config, out: Path, *, epoch: int = 0, number: int = 12) -
     wanted = teacher_input([teacher.image_size for teacher in teachers])
     loader = loader_of(config, splits, accelerator, teacher_size=wanted)
     batch = _first(loader.epoch(epoch), number)
-    voices = [NetworkVoice(one, accelerator) for one in teachers]
-    panel = panel_of(config, splits, voices, whole=True)
     answers = None
-    if panel is not None:
+    if teachers:
+        panel = chorus(config, splits, teachers, accelerator)
         answers = panel(batch).logits.softmax(dim=2).mean(dim=1).cpu()
     cells = [
         _cell(splits.train, batch, row, splits.class_names, answers)
@@ -68,7 +66,9 @@ def draw_views(config: Config, out: Path, *, epoch: int = 0, number: int = 12) -
     ]
     seen = ["image", f"student {batch.images.shape[-1]} px"]
     if teachers:
-        seen.append(f"teacher {wanted or batch.teacher_images.shape[-1]} px")
+        crops = config.views.teacher_crops
+        one = f" (crop 1 of {crops})" if config.views.teacher_view == "crops" else ""
+        seen.append(f"teacher {wanted or batch.teacher_images.shape[-1]} px{one}")
     title = f"epoch {epoch}, seed {config.run.seed}: {' | '.join(seen)}"
     _sheet(cells, title).save(out)
     say(f"wrote {out}: {len(cells)} views")
@@ -76,7 +76,7 @@ def draw_views(config: Config, out: Path, *, epoch: int = 0, number: int = 12) -
 
 def _teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:
     """The teachers; none, with a warning, if one of them is not there yet."""
-    if config.loss.kind == "none":
+    if config.loss.kind == "none" or not config.teacher.source:
         return []
     try:
         for source in config.teacher.source:

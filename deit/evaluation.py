@@ -1,6 +1,7 @@
 """Evaluation of a finished run: every head, the teacher beside it, each sample counted once."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def evaluate(
     heads = head_logits(outputs)
     answers = {name: logits.argmax(dim=1) for name, logits in heads.items()}
     named_heads = {name: _measure(heads.get(name), images.labels) for name in HEADS}
+    tokens = [name for name in heads if name.startswith("distillation_")]
+    named_heads |= {name: _measure(heads[name], images.labels) for name in tokens}
     if "fused" not in heads:
         named_heads["fused"] = named_heads["class"]
     found: dict[str, Any] = {
@@ -132,7 +135,9 @@ def _teacher_logits(
     own = source is None
     asked = config.teacher
     if not own:
-        asked = TeacherConfig(source=() if source == "none" else tuple(source.split(",")))
+        sources = () if source == "none" else tuple(source.split(","))
+        same = len(sources) == len(asked.source)  # moved: what the run says of it still holds
+        asked = replace(asked, source=sources) if same else TeacherConfig(source=sources)
     if not asked.source:
         return {}
     side = config.student.image_size
@@ -150,7 +155,8 @@ def _teacher_logits(
         outputs = answers_of(
             accelerator, teacher.to(accelerator.device), images, config, "teacher", size=size
         )
-        found[teacher.description] = outputs.class_logits
+        name = teacher.description
+        found[f"{name} ({len(found) + 1})" if name in found else name] = outputs.class_logits
     return found
 
 
@@ -210,11 +216,13 @@ _SHOWN_CLASSES = 20
 
 def print_evaluation(found: dict[str, Any]) -> None:
     """Heads and teacher, the weakest classes and the commonest confusions, for a person."""
-    rows = {name: found["heads"][name] for name in HEADS if found["heads"][name]}
+    rows = {name: measured for name, measured in found["heads"].items() if measured}
     if found["heads"]["distillation"] is None:
         del rows["fused"]  # the class head once more
     if found["teacher"]:
         rows["teacher"] = found["teacher"]
+    for name, measured in found.get("teachers", {}).items():
+        say(f"teacher {name}: top-1 {percent(measured['top1'])} %")
     partners = [name for name in ("teacher", "truth") if name in found["agreement"]]
     table(
         f"{found['run']} ({found['checkpoint']}), {found['split']}: {found['num_samples']} images",
@@ -230,7 +238,7 @@ def print_evaluation(found: dict[str, Any]) -> None:
             for name, row in rows.items()
         ],
     )
-    if "distillation" in found["agreement"]:
+    if "distillation" in found["agreement"] and "distillation_1" not in found["agreement"]:
         same = found["agreement"]["class"]["distillation"]
         say(f"the two heads agree on {percent(same)} % of the images")
     _print_classes(found)

@@ -31,6 +31,7 @@ class State:
     best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "top1": -1.0})
     average_updates: int = 0
     fingerprint: str = ""
+    targets: list[str] = field(default_factory=list)
     scaler: dict[str, Any] | None = None
 
 

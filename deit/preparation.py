@@ -11,7 +11,7 @@ from deit.datasets.views import Colours
 from deit.losses import needs_logits
 from deit.models.saved import Facts
 from deit.models.teachers import Teacher, load_teacher
-from deit.panel import Panel, Voice
+from deit.panel import NetworkVoice, Panel, Voice
 
 
 def facts_of(config: Config, splits: Splits) -> Facts:
@@ -36,6 +36,17 @@ def teachers_of(config: Config, splits: Splits, accelerator: Accelerator) -> lis
     if config.loss.kind == "none":
         return []
     return [teacher_of(one, config, splits, accelerator) for one in members(config.teacher)]
+
+
+def chorus(
+    config: Config, splits: Splits, teachers: list[Teacher], accelerator: Accelerator
+) -> Panel:
+    """Teachers answering themselves, together, as a store of them keeps it."""
+    voices: list[Voice] = [NetworkVoice(teacher, accelerator) for teacher in teachers]
+    weights = tuple(member.weight for member in members(config.teacher))
+    if len(weights) != len(teachers):  # some of them alone
+        weights = (1 / len(teachers),) * len(teachers)
+    return panel_of(config, splits, voices, weights=weights, whole=True)
 
 
 def teacher_input(sizes: list[int | None]) -> int | None:
@@ -87,15 +98,20 @@ def loader_of(
 
 
 def panel_of(
-    config: Config, splits: Splits, voices: list[Voice], *, whole: bool = False
+    config: Config,
+    splits: Splits,
+    voices: list[Voice],
+    *,
+    weights: tuple[float, ...],
+    whole: bool = False,
 ) -> Panel | None:
-    """The teachers as one call; None without any. whole: with logits at temperature 1, as a store
-    keeps them, whatever the objective needs."""
+    """The teachers as one call; None without any. weights: one a voice. whole: with logits at
+    temperature 1, as a store keeps them, whatever the objective needs."""
     if not voices:
         return None
     return Panel(
         voices,
-        weights=tuple(member.weight for member in members(config.teacher)),
+        weights=weights,
         how=config.teacher.combine,
         temperature=1.0 if whole else config.loss.temperature,
         wants_logits=whole or needs_logits(config.loss),

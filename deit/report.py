@@ -111,13 +111,14 @@ def _draw_arms(axes: Any, result: dict[str, Any]) -> None:
     axes.set_yticks(range(len(order)), order)
     axes.set(xlabel="test top-1 %")
     axes.grid(axis="x", alpha=0.25)
-    axes.legend(loc="lower left", frameon=False, fontsize=8)
+    if any(row["teacher"] for row in result["rows"].values()):
+        axes.legend(loc="upper left", frameon=False, fontsize=8)
 
 
 def _draw_patience(axes: Any, result: dict[str, Any]) -> None:
     """Test accuracy against the epochs of training, with the teacher and without."""
     for kind in ("distilled", "undistilled"):
-        rows = [row for name, row in result["rows"].items() if name.startswith(f"{kind},")]
+        rows = [row for name, row in result["rows"].items() if name.startswith(f"{kind}-")]
         if not rows:
             continue
         epochs = [row["epochs"] for row in rows]

@@ -105,7 +105,7 @@ def _furnish(config: Config, out: Path, accelerator: Accelerator, faculty: Facul
         student=student,
         optimizer=optimizer,
         average=average,
-        state=State(fingerprint=splits.fingerprint),
+        state=State(fingerprint=splits.fingerprint, targets=faculty.digests),
     )
 
 

@@ -90,6 +90,11 @@ def restore(parts: Parts) -> None:
             f"{parts.out}: the images differ from those the run started with (class names, pixels "
             "or labels); resume with the same data, or start anew in another --out"
         )
+    if state.targets != parts.state.targets:
+        raise DataError(
+            f"{parts.out}: the stored targets differ from those the run started with; resume with "
+            "the same store, or start anew in another --out"
+        )
     student = parts.accelerator.unwrap_model(parts.student)
     load_weights(student.network, read_weights(last / WEIGHTS), origin=str(last / WEIGHTS))
     checkpoint.load_optimizer(last / checkpoint.OPTIMIZER, parts.optimizer, student.network)

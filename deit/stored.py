@@ -1,12 +1,14 @@
 """Stored answers in a run: opened before the work, held against data, views and teacher."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deit.config import Config, fixed, members
+from deit.config import Config, fixed, seats
 from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import Splits
 from deit.errors import ConfigError, DataError
@@ -18,14 +20,16 @@ from deit.records import Answers, Batch
 from deit.targets import Store, decode, differences, open_store
 
 Answer = Callable[[Shown], Answers]
-_SPOTS = 16  # places looked at before training, spread over all epochs
-_ROWS = 32  # answers held against the teacher at each of them
+# Before training: places looked at, spread over all epochs, and answers asked at each of them.
+_USUAL = (16, 32)
+_OF_CROPS = (4, 2)  # each asks for teacher_crops answers
 _AGREEMENT = 0.995
+_VARIATION = 0.01
 _IN_TWO_MINDS = 0.1  # two answers so close in log-probability may change places by rounding
 
 
 def open_stores(config: Config) -> list[Store | None]:
-    """The store of each teacher, None for one that answers itself.
+    """The store of each seat, None for a teacher that answers itself.
 
     Raises DataError and CheckpointError where a store is not there, not complete or damaged, and
     ConfigError where its records are not what the objective needs.
@@ -33,8 +37,8 @@ def open_stores(config: Config) -> list[Store | None]:
     if config.loss.kind == "none":
         return []
     found: list[Store | None] = []
-    for member in members(config.teacher):
-        store = None if member.targets is None else open_store(Path(member.targets))
+    for seat in seats(config.teacher):
+        store = None if seat.targets is None else open_store(Path(seat.targets))
         if store is not None:
             _check_records(store, config)
         found.append(store)
@@ -44,7 +48,7 @@ def open_stores(config: Config) -> list[Store | None]:
 def _check_records(store: Store, config: Config) -> None:
     """Whether the objective can be had from these records. Raises ConfigError."""
     layout, loss, where = store.layout, config.loss, f"teacher.targets {store.path}"
-    averaged = len(members(config.teacher)) > 1 and config.teacher.combine != "tokens"
+    averaged = len(seats(config.teacher)) > 1 and config.teacher.combine != "tokens"
     if layout.records == "hard" and (needs_logits(loss) or averaged):
         wanted = "a mean of several teachers" if averaged else f"loss.kind {loss.kind!r}"
         raise ConfigError(
@@ -52,18 +56,19 @@ def _check_records(store: Store, config: Config) -> None:
             "--records full, or use loss.kind hard"
         )
     inexact = loss.temperature != 1 or loss.standardise or loss.kind == "dkd"
+    inexact |= averaged and config.teacher.combine == "logits"
     if layout.kept is not None and needs_logits(loss) and inexact:
         raise ConfigError(
             f"{where}: holds the {layout.kept} largest answers of {layout.num_classes}; at another "
-            "temperature than 1, standardised or decoupled, the others count; write the store with "
-            "--records full"
+            "temperature than 1, standardised, decoupled or in a mean of logits the others count; "
+            "write the store with --records full"
         )
     mean = store.fingerprint.get("combine") == "probabilities"
     if mean and needs_logits(loss) and loss.temperature != 1:
         raise ConfigError(
             f"{where}: holds a mean of probabilities, which is another at loss.temperature "
-            f"{loss.temperature:g}; write a store for each teacher and give all of them, or use "
-            "teacher.combine logits"
+            f"{loss.temperature:g}; write a store for each teacher and give all of them, or write "
+            "one with --teacher.combine logits"
         )
 
 
@@ -84,14 +89,22 @@ def answer_to(config: Config, loader: TrainLoader, panel: Panel) -> Answer:
         return panel(batch)
 
     def ask_for_crops(shown: Shown) -> Answers:
-        mean = ask(shown).logits.softmax(dim=2)
+        total = ask(shown).logits.log_softmax(dim=2)
         for crop in range(1, config.views.teacher_crops):
             (other,) = loader.shown(0, shown.places, block=len(shown.places), repeat=crop)
-            mean += ask(other).logits.softmax(dim=2)
-        logits = (mean / config.views.teacher_crops).log()
+            total = torch.logaddexp(total, ask(other).logits.log_softmax(dim=2))
+        logits = total - math.log(config.views.teacher_crops)
         return Answers(logits.argmax(dim=2), logits)
 
     return ask_for_crops if config.views.teacher_view == "crops" else ask
+
+
+class Checked(NamedTuple):
+    """What was held against a store: views made anew, answers asked anew, and how many agreed."""
+
+    views: int
+    asked: int
+    agreed: int
 
 
 def check_store(
@@ -102,14 +115,14 @@ def check_store(
     *,
     teachers: list[Teacher] | None,
     answer: Answer | None,
-    spots: int = _SPOTS,
-    rows: int = _ROWS,
-) -> float | None:
+    spots: int | None = None,
+    rows: int | None = None,
+) -> Checked:
     """Hold a store against a run: fingerprints, canaries and, where the teacher is there, answers.
 
     teachers: those the store should be of, None where they are not there. answer: what they say of
-    what they are shown. Returns the share of answers that agree, None without the teacher.
-    Raises DataError naming what differs.
+    what they are shown. spots, rows: how many canaries to look at, over all epochs, and how many
+    answers at each. Raises DataError naming what differs.
     """
     here = fingerprint_of(config, splits, loader, None)
     there = dict(store.fingerprint)
@@ -126,24 +139,25 @@ def check_store(
             f"write a store for this, or train what it was written for:{lines}"
             + (hint if any(line.startswith("seed:") for line in found) else "")
         )
-    agreed = counted = 0
-    for epoch, place in _spots(store, spots):
-        last = min(place + max(rows, 2), store.layout.places)
+    crops = config.views.teacher_view == "crops"
+    usual = _OF_CROPS if crops else _USUAL
+    views = asked = agreed = 0
+    for epoch, place in _spots(store, spots or usual[0]):
+        last = min(place + max(rows or usual[1], 2), store.layout.places)
         places = torch.arange(place, last)
         for shown in loader.shown(epoch, places, block=len(places)):
             store.check_canary(shown, 0)
+            views += 1
             if answer is not None:
                 same = _agreeing(store, epoch, places, answer(shown))
-                agreed, counted = agreed + int(same.sum()), counted + len(same)
-    if not counted:
-        return None
-    if agreed < _AGREEMENT * counted:
+                agreed, asked = agreed + int(same.sum()), asked + len(same)
+    if agreed < _AGREEMENT * asked:
         raise DataError(
-            f"teacher.targets {store.path}: the teacher answers otherwise now: of {counted} views, "
-            f"{agreed} have the stored answer; another precision, device or library version? "
-            "write the store anew"
+            f"teacher.targets {store.path}: the teacher answers otherwise now: of {asked} views, "
+            f"{agreed} have the stored answer. It was asked in {store.asked['precision']}; other "
+            "code, another device or library? Write the store anew"
         )
-    return agreed / counted
+    return Checked(views, asked, agreed)
 
 
 def _spots(store: Store, number: int) -> list[tuple[int, int]]:
@@ -161,9 +175,18 @@ def _spots(store: Store, number: int) -> list[tuple[int, int]]:
 
 
 def _agreeing(store: Store, epoch: int, places: Tensor, now: Answers) -> Tensor:
-    """Which stored labels are the teacher's now, bool [rows]; one that he holds almost as likely as
-    his first counts as the same."""
-    labels, _ = decode(store.layout, store.records(epoch)[places.numpy()])
-    scores = now.logits[:, 0].log_softmax(dim=1).cpu()
-    chosen = scores.gather(1, labels[:, None]).squeeze(1)
-    return scores.max(dim=1).values - chosen <= _IN_TWO_MINDS
+    """Which stored answers are the teacher's now, bool [rows].
+
+    A label that he holds almost as likely as his first counts as the same; probabilities, where
+    they are stored, may differ by a hundredth in total (half the sum of the differences).
+    """
+    labels, scores = decode(store.layout, store.records(epoch)[places.numpy()])
+    exact = now.logits[:, 0].float().cpu().log_softmax(dim=1)
+    chosen = exact.gather(1, labels[:, None]).squeeze(1)
+    same = exact.max(dim=1).values - chosen <= _IN_TWO_MINDS
+    if scores is None:
+        return same
+    difference = (scores.exp() - exact.exp()).abs()
+    if store.layout.kept is not None:  # the others are not his, but what is left in equal parts
+        difference = difference.gather(1, exact.topk(store.layout.kept, dim=1).indices)
+    return same & (difference.sum(dim=1) / 2 <= _VARIATION)

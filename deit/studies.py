@@ -3,7 +3,16 @@
 import dataclasses
 from collections.abc import Callable
 
-from deit.config import OBJECTIVES, TEACHING, Config, LossConfig, derive, has_distillation_token
+from deit.config import (
+    OBJECTIVES,
+    TEACHING,
+    Config,
+    LossConfig,
+    TeacherConfig,
+    derive,
+    has_distillation_token,
+)
+from deit.errors import ConfigError
 
 Arms = dict[str, Config]
 
@@ -22,6 +31,9 @@ def worth(config: Config) -> Arms:
 
 def teaching(config: Config) -> Arms:
     """Every teaching mode (the divergence alone) beside DeiT's hard and soft labels and none."""
+    if config.teacher.combine == "tokens":  # the modes teach every head the same
+        combined = {"combine": "probabilities"}
+        config = derive(config, student={"distillation_tokens": 1}, teacher=combined)
     matching = dataclasses.replace(
         OBJECTIVES["function-matching"], temperature=config.loss.temperature
     )
@@ -55,27 +67,53 @@ def patience(config: Config) -> Arms:
             "warmup_epochs": min(config.optim.warmup_epochs, epochs / 4),
             "ema_epochs": min(config.optim.ema_epochs, epochs / 2),
         }
-        arms[f"distilled, {epochs} epochs"] = derive(config, optim=fields)
-        arms[f"undistilled, {epochs} epochs"] = derive(undistilled(config), optim=fields)
+        warmup = min(config.loss.distillation_warmup, epochs / 4)
+        arms[f"distilled-{epochs}"] = derive(
+            config, optim=fields, loss={"distillation_warmup": warmup}
+        )
+        arms[f"undistilled-{epochs}"] = derive(undistilled(config), optim=fields)
     return arms
 
 
 def ensemble(config: Config) -> Arms:
-    """Several teachers together, by each way of combining them, beside each alone and none."""
-    sources, one = config.teacher.source, {"distillation_tokens": 1}
+    """Several teachers together, by each way of combining them, beside each alone and none.
+
+    Raises ConfigError with fewer than two teachers.
+    """
+    teacher, one = config.teacher, {"distillation_tokens": 1}
+    if len(teacher.source) < 2:
+        raise ConfigError("--study ensemble: needs several teachers (--teacher.source A,B)")
     arms: Arms = {}
-    if len(sources) > 1:
-        for combine in ("probabilities", "logits"):
-            arms[f"mean of {combine}"] = derive(config, student=one, teacher={"combine": combine})
-        if has_distillation_token(config.student) and config.loss.through == "distillation":
-            tokens = {"distillation_tokens": len(sources)}
-            arms["a token each"] = derive(config, student=tokens, teacher={"combine": "tokens"})
-    for source in sources:
-        alone = {"source": (source,), "weight": (), "combine": "probabilities"}
-        name = source.rstrip("/").rpartition("/")[2]
-        arms[f"only {name}"] = derive(config, student=one, teacher=alone)
+    for combine in ("probabilities", "logits"):
+        arms[f"mean of {combine}"] = derive(config, student=one, teacher={"combine": combine})
+    if has_distillation_token(config.student) and config.loss.through == "distillation":
+        tokens = {"distillation_tokens": len(teacher.source)}
+        arms["a token each"] = derive(config, student=tokens, teacher={"combine": "tokens"})
+    names = [source.rstrip("/").rpartition("/")[2] for source in teacher.source]
+    if len(set(names)) < len(names):
+        names = list(teacher.source)
+    for place, name in enumerate(names):
+        alone = dataclasses.replace(config, teacher=_only(teacher, place))
+        arms[f"only {name}"] = derive(alone, student=one)
     arms["none"] = undistilled(config)
     return arms
+
+
+def _only(teacher: TeacherConfig, place: int) -> TeacherConfig:
+    """One of several teachers, with what was said of it."""
+
+    def own(values: tuple, each: int = 1) -> tuple:
+        return values if len(values) <= each else values[place * each : (place + 1) * each]
+
+    return TeacherConfig(
+        source=own(teacher.source),
+        architecture=own(teacher.architecture),
+        image_size=own(teacher.image_size),
+        mean=own(teacher.mean, 3),
+        std=own(teacher.std, 3),
+        targets=() if own(teacher.targets) == ("none",) else own(teacher.targets),
+        allow_weak=teacher.allow_weak,
+    )
 
 
 STUDIES: dict[str, Callable[[Config], Arms]] = {

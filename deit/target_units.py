@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deit.checkpoint import put_file, sync
+from deit.checkpoint import put_file, put_first, sync
 from deit.console import percent, progress, say, warn
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.targets import (
@@ -29,6 +29,7 @@ _MAGIC = b"deit-unit"
 _HEADER = struct.Struct("<9sB16sIIII")  # magic, format, digest, unit, rows, canaries, CRC-32
 _TRACE = struct.Struct("<II")
 _OUTLIER = 6.0  # standard deviations
+_PASSING = (f".{MANIFEST}.", ".probe-")  # files that are there for a moment, of other writers
 
 
 class Unit(NamedTuple):
@@ -51,7 +52,7 @@ class Units:
         self.store = store
         self.manifest = manifest
         self.layout = Layout(**manifest["layout"])
-        common = {key: manifest[key] for key in ("format", "fingerprint", "layout")}
+        common = {key: manifest[key] for key in ("format", "fingerprint", "asked", "layout")}
         # Every unit carries it: none of another store can slip in.
         self.digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).digest()[:16]
 
@@ -64,7 +65,7 @@ class Units:
             found = read_manifest(self.store)
         except FileNotFoundError:
             return self._make()
-        keys = ("fingerprint", "layout")
+        keys = ("fingerprint", "asked", "layout")
         differing = differences(*({k: one[k] for k in keys} for one in (found, self.manifest)))
         if differing:
             raise ConfigError(
@@ -75,17 +76,19 @@ class Units:
 
     def _make(self) -> bool:
         out = self.store
-        # A process that was killed here before may have left the folder of units.
         there = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
         if MANIFEST in there:
             return self.claim()  # another process was faster
-        if any(name != UNITS and not name.startswith(f".{MANIFEST}.") for name in there):
+        # A process that was killed may have left the folder of units, or a passing file.
+        others = [name for name in there if name != UNITS and not name.startswith(_PASSING)]
+        if others:
             raise ConfigError(f"--out {out}: the folder is not empty; give another --out")
         try:
             (out / UNITS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EnvironmentFault(f"--out {out}: cannot be made ({error.strerror})") from None
-        put_file(out / MANIFEST, _json(self.manifest))
+        if not put_first(out / MANIFEST, _json(self.manifest)):
+            return self.claim()
         return False
 
     def path(self, unit: int) -> Path:
@@ -111,6 +114,11 @@ class Units:
         known, rows, canaries, crc = (), 0, 0, -1
         if len(content) > _HEADER.size:
             *known, rows, canaries, crc = _HEADER.unpack(content[: _HEADER.size])
+        if len(known) == 4 and known[:2] == [_MAGIC, FORMAT] and known[2] != self.digest:
+            raise CheckpointError(
+                f"{self.path(unit)}: was written for another store; delete it and run the same "
+                "command again"
+            )
         if known != [_MAGIC, FORMAT, self.digest, unit] or zlib.crc32(payload) != crc:
             raise CheckpointError(
                 f"{self.path(unit)}: damaged; delete it and run the same command again"
@@ -170,6 +178,9 @@ class Units:
         finished = {**self.manifest, "complete": True, "teacher_top1": top1}
         put_file(self.store / MANIFEST, _json(finished))
         shutil.rmtree(self.store / UNITS, ignore_errors=True)
+        for name in (TARGETS, CHECKS, MANIFEST):  # of processes that were killed at this point
+            for left in self.store.glob(f".{name}.*"):
+                left.unlink(missing_ok=True)
         self._warn_of_outliers(trace)
         size = sum((self.store / name).stat().st_size for name in (TARGETS, CHECKS, MANIFEST))
         layout = self.layout

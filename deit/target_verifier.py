@@ -8,11 +8,10 @@ from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError
 from deit.models.teachers import Teacher, locate
-from deit.panel import NetworkVoice
-from deit.preparation import loader_of, panel_of, teacher_input, teachers_of
+from deit.preparation import chorus, loader_of, teacher_input, teachers_of
 from deit.stored import answer_to, check_store
 from deit.targets import open_store
-from deit.validation import build
+from deit.validation import build, validate
 
 _ROWS_A_SPOT = 32
 _ROWS_A_SPOT_OF_CROPS = 2  # each asks for teacher_crops answers
@@ -39,6 +38,7 @@ def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, r
         config = derive(config, data={"root": root})
     if teacher not in (None, "none"):
         config = derive(config, teacher={"source": tuple(teacher.split(","))})
+        config = validate(config, online=False)
     accelerator = create_accelerator(config.run)
     teachers: list[Teacher] | None = None
     if teacher != "none":
@@ -53,17 +53,18 @@ def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, r
     loader = loader_of(config, splits, accelerator, teacher_size=size, alone=True)
     answer = None
     if teachers is not None:
-        voices = [NetworkVoice(one, accelerator) for one in teachers]
-        answer = answer_to(config, loader, panel_of(config, splits, voices, whole=True))
+        answer = answer_to(config, loader, chorus(config, splits, teachers, accelerator))
     crops = config.views.teacher_view == "crops"
     spot = _ROWS_A_SPOT_OF_CROPS if crops else _ROWS_A_SPOT
-    spots = max(rows // spot, 1)
-    agreed = check_store(
+    spots = -(-rows // spot)
+    checked = check_store(
         store, config, splits, loader, teachers=teachers, answer=answer, spots=spots, rows=spot
     )
     epochs = f"{layout.epochs} epoch{'s' * (layout.epochs > 1)}"
-    say(f"data      fingerprint as stored; {spots} views of {epochs} made anew: the same pixels")
-    if agreed is None:
-        say("teacher   not asked")
+    made = f"{checked.views} views of {epochs} made anew: the same pixels"
+    say(f"data      fingerprint as stored; {made}")
+    if checked.asked:
+        share = percent(checked.agreed / checked.asked)
+        say(f"teacher   the same weights; {share} % of {checked.asked} answers as stored")
     else:
-        say(f"teacher   the same weights; {percent(agreed)} % of {spots * spot} answers as stored")
+        say("teacher   not asked")

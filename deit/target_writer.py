@@ -19,9 +19,9 @@ from deit.errors import ConfigError, EnvironmentFault
 from deit.fingerprint import fingerprint_of
 from deit.losses import needs_logits
 from deit.models.teachers import Teacher, locate
-from deit.panel import NetworkVoice, Panel
+from deit.panel import Panel
 from deit.preflight import measure
-from deit.preparation import loader_of, panel_of, teacher_input, teachers_of
+from deit.preparation import chorus, loader_of, teacher_input, teachers_of
 from deit.records import Answers
 from deit.stored import answer_to
 from deit.target_units import Unit, Units
@@ -50,6 +50,7 @@ def write_targets(
     config = _for_writing(config)
     for member in members(config.teacher):
         locate(member.source)  # before the images are read
+    out = out.resolve()
     if out.exists() and not out.is_dir():
         raise EnvironmentFault(f"--out {out}: is a file, not a folder")
     check_writable(out, option="--out")
@@ -59,15 +60,19 @@ def write_targets(
     size = teacher_input([teacher.image_size for teacher in teachers])
     loader = loader_of(config, splits, accelerator, teacher_size=size, alone=True)
     layout = _layout(config, loader, len(splits.class_names), epochs, records)
+    block = max(config.run.evaluation_batch // 2 * 2, 2)
+    environment = describe(accelerator, [])
     units = Units(
         out,
         {
             "format": FORMAT,
             "complete": False,
+            # The last bits of an answer depend on these, so all writers of a store share them.
+            "asked": {"precision": environment["precision"], "block": block},
             "fingerprint": fingerprint_of(config, splits, loader, teachers),
             "layout": layout._asdict(),
             "teacher_top1": None,
-            "about": _about(config, teachers, describe(accelerator, [])),
+            "about": _about(config, teachers, environment),
         },
     )
     complete = torch.tensor(float(units.claim()), device=accelerator.device)
@@ -78,15 +83,15 @@ def write_targets(
     weights = tuple(member.weight for member in members(config.teacher))
     size = loader.sizes.teacher
     measure(config, splits, accelerator, teachers, weights=weights, size=size)
-    voices = [NetworkVoice(one, accelerator) for one in teachers]
-    panel = panel_of(config, splits, voices, whole=True)
+    panel = chorus(config, splits, teachers, accelerator)
     part, parts = shard
     processes = accelerator.num_processes
     part, parts = part * processes + accelerator.process_index, parts * processes
-    block = max(config.run.evaluation_batch // 2 * 2, 2)
     writer = Writer(units, loader, panel, config, splits.train.labels, block)
     writer.write([unit for unit in range(layout.units) if unit % parts == part])
-    units.finish()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        units.finish()
 
 
 def _for_writing(config: Config) -> Config:
@@ -100,6 +105,13 @@ def _for_writing(config: Config) -> Config:
         raise ConfigError(
             "teacher.combine = 'tokens': nothing is combined; write a store for each teacher "
             "(--teacher.source ONE), then train with --teacher.targets A,B"
+        )
+    mean = len(config.teacher.source) > 1 and config.teacher.combine == "probabilities"
+    if mean and needs_logits(config.loss) and config.loss.temperature != 1:
+        raise ConfigError(
+            f"loss.temperature = {config.loss.temperature:g}: a mean of probabilities is another "
+            "at each temperature; write a store for each teacher (--teacher.source ONE), then "
+            "train with --teacher.targets A,B; or use --teacher.combine logits"
         )
     return config
 
@@ -140,7 +152,6 @@ def _about(config: Config, teachers: list[Teacher], environment: dict[str, Any])
     """What a person wants to know of a store, and what verifying it needs."""
     return {
         "teachers": [teacher.description for teacher in teachers],
-        "precision": environment["precision"],
         "device": environment["device"],
         "packages": environment["packages"],
         "config": to_dict(config),

@@ -5,6 +5,7 @@ place alone. That the place means the same view to writer and reader is proven b
 by canaries: checksums of the grey levels of every so many-th view.
 """
 
+import hashlib
 import json
 import math
 import struct
@@ -183,6 +184,7 @@ class Store:
         self.path = path
         self.fingerprint: dict[str, Any] = manifest["fingerprint"]
         self.about: dict[str, Any] = manifest["about"]
+        self.asked: dict[str, Any] = manifest["asked"]
         self.layout = Layout(**manifest["layout"])
         self.teacher_top1: float | None = manifest["teacher_top1"]
         self._epoch, self._records = -1, np.empty(0, self.layout.dtype)
@@ -193,6 +195,12 @@ class Store:
     def input_sizes(self) -> list[int | None]:
         """The side [px] at which each of its teachers wants images; None where any will do."""
         return [one["image_size"] for one in self.fingerprint["teacher"].values()]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its manifest and checksums: of every answer, by way of them."""
+        content = (self.path / MANIFEST).read_bytes() + self._checks.tobytes()
+        return hashlib.sha256(content).hexdigest()
 
     @property
     def canaries(self) -> np.ndarray:
@@ -243,10 +251,12 @@ class Store:
             return
         epoch = shown.epoch % self.layout.epochs
         if canary(shown, row) != int(self.canaries[epoch][place // self.layout.canary_step]):
+            written = self.about["packages"]
             raise DataError(
-                f"teacher.targets {self.path}: the view at place {place} of epoch {epoch} is not "
-                "the one the teacher answered (its grey levels or mixing differ): other versions "
-                f"of the decoding libraries? It was written with {self.about['packages']}"
+                f"teacher.targets {self.path}: the view at place {place} of epoch {epoch}, of "
+                f"training image {int(shown.samples[row])}, is not what the teacher saw: grey "
+                "levels or mixing differ; has the image changed, or how it is decoded (then: "
+                f"pillow {written['pillow']}, torchvision {written['torchvision']})?"
             )
 
     def check_sums(self) -> None:
@@ -289,7 +299,13 @@ def open_store(path: Path) -> Store:
             f"teacher.targets {path}: holds no store of targets (no {MANIFEST}); write one with "
             "`deit targets write RECIPE --out STORE`"
         ) from None
-    layout = Layout(**manifest["layout"])
+    try:
+        layout = Layout(**manifest["layout"])
+        missing = {"fingerprint", "about", "asked", "complete", "teacher_top1"} - set(manifest)
+        if missing:
+            raise KeyError(*sorted(missing))
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: incomplete ({error}); write it anew") from None
     if not manifest["complete"]:
         done = len(list((path / UNITS).glob("[0-9]*.bin")))
         raise DataError(

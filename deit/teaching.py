@@ -5,24 +5,24 @@ import dataclasses
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config import Config, Member, TeacherConfig, members
-from deit.console import percent, say
-from deit.datasets.loader import TrainLoader
+from deit.config import Config, Seat, TeacherConfig, seats
+from deit.console import percent, say, warn
+from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import Splits
-from deit.errors import DataError
+from deit.errors import DeitError
 from deit.models.teachers import Teacher, locate
 from deit.panel import NetworkVoice, Panel, Voice
 from deit.preflight import measure
-from deit.preparation import loader_of, panel_of, teacher_input, teacher_of
-from deit.stored import answer_to, check_store, open_stores, stored_epochs
+from deit.preparation import chorus, loader_of, panel_of, teacher_input, teacher_of
+from deit.stored import Checked, answer_to, check_store, open_stores, stored_epochs
 from deit.targets import Store
 
 
 class Faculty:
     """The teachers of a configuration; empty where its objective has none.
 
-    members, stores and teachers go side by side: a store is None for a teacher that answers
-    itself, a teacher None for one of which only the store is here.
+    seats, stores and teachers go side by side: a store is None for a teacher that answers itself;
+    teachers are empty where only the store is here.
     """
 
     def __init__(self, config: Config) -> None:
@@ -30,30 +30,33 @@ class Faculty:
         CheckpointError and ConfigError where one of them is not what it should be."""
         self.config = config
         self.stores: list[Store | None] = open_stores(config)
-        self.members: tuple[Member, ...] = members(config.teacher) if self.stores else ()
-        self.teachers: list[Teacher | None] = []
-        for member, store in zip(self.members, self.stores):
+        self.seats: tuple[Seat, ...] = seats(config.teacher) if self.stores else ()
+        self.teachers: list[list[Teacher]] = []
+        for seat, store in zip(self.seats, self.stores):
             if store is None:
-                locate(member.source)
+                locate(seat.members[0].source)
 
     @property
     def stored_epochs(self) -> int | None:
         """How many epochs of views have answers; None where that sets no limit."""
         return stored_epochs(self.config, self.stores)
 
+    @property
+    def digests(self) -> list[str]:
+        """Of the stores: a resumed run goes on with the same."""
+        return [store.digest for store in self.stores if store is not None]
+
     def load(self, splits: Splits, accelerator: Accelerator) -> tuple[TrainLoader, Panel | None]:
         """Load the networks; the views they and the student see, and what they say of them."""
         self.teachers = [
-            teacher_of(member, self.config, splits, accelerator)
-            if store is None or _is_there(member)
-            else None
-            for member, store in zip(self.members, self.stores)
+            self._of_seat(seat, store, splits, accelerator)
+            for seat, store in zip(self.seats, self.stores)
         ]
         sizes: list[int | None] = []
         voices: list[Voice] = []
-        for teacher, store in zip(self.teachers, self.stores):
-            sizes += [teacher.image_size] if store is None else store.input_sizes
-            voices.append(NetworkVoice(teacher, accelerator) if store is None else store)
+        for teachers, store in zip(self.teachers, self.stores):
+            sizes += store.input_sizes if store is not None else [teachers[0].image_size]
+            voices.append(store if store is not None else NetworkVoice(teachers[0], accelerator))
         loader = loader_of(
             self.config,
             splits,
@@ -61,7 +64,22 @@ class Faculty:
             teacher_size=teacher_input(sizes),
             for_teacher=None in self.stores,
         )
-        return loader, panel_of(self.config, splits, voices)
+        weights = tuple(seat.weight for seat in self.seats)
+        return loader, panel_of(self.config, splits, voices, weights=weights)
+
+    def _of_seat(
+        self, seat: Seat, store: Store | None, splits: Splits, accelerator: Accelerator
+    ) -> list[Teacher]:
+        """The networks of a seat. Beside a store they need not be here: its answers speak."""
+        try:
+            if store is not None and None in (one.source for one in seat.members):
+                return []
+            return [teacher_of(one, self.config, splits, accelerator) for one in seat.members]
+        except DeitError as error:
+            if store is None:
+                raise
+            warn(f"beside its stored targets, the teacher is left out: {error}")
+            return []
 
     def check(self, splits: Splits, accelerator: Accelerator, loader: TrainLoader) -> Tensor | None:
         """Hold every store against data, views and teacher, and measure the teachers; afterwards
@@ -70,81 +88,75 @@ class Faculty:
         Returns what they answer on the validation split together, int64 [number]; None unless all
         of them are here. Raises DataError and CheckpointError.
         """
-        for number, store in enumerate(self.stores):
+        for seat, teachers, store in zip(self.seats, self.teachers, self.stores):
             if store is not None:
-                self._check_store(number, store, splits, accelerator, loader)
+                if accelerator.is_main_process:
+                    store.check_sums()
+                self._check_store(seat, teachers, store, splits, accelerator, loader)
         here = [
-            (teacher, member.weight)
-            for teacher, member in zip(self.teachers, self.members)
-            if teacher is not None
+            (teacher, one.weight)
+            for seat, teachers in zip(self.seats, self.teachers)
+            for teacher, one in zip(teachers, seat.members)
         ]
         answers = None
         if here:
-            teachers, weights = zip(*here)
+            networks, weights = zip(*here)
             size = loader.sizes.teacher
             answers = measure(
-                self.config, splits, accelerator, list(teachers), weights=weights, size=size
+                self.config, splits, accelerator, list(networks), weights=weights, size=size
             )
-        watching = [store for store in self.stores if store is not None]
-        if watching:
-            loader.watch = watching[0].watch
+        stores = [store for store in self.stores if store is not None]
+
+        def watch(shown: Shown) -> None:
+            for store in stores:
+                store.watch(shown)
+
+        loader.watch = watch if stores else None
+        everyone = all(self.teachers)
         self.teachers = [
-            teacher if store is None else None for teacher, store in zip(self.teachers, self.stores)
+            teachers if store is None else [] for teachers, store in zip(self.teachers, self.stores)
         ]
         loader.release_workers()  # those that read what only the teachers look at
-        return answers if len(here) == len(self.members) else None
+        return answers if everyone else None
 
     def _check_store(
         self,
-        number: int,
+        seat: Seat,
+        teachers: list[Teacher],
         store: Store,
         splits: Splits,
         accelerator: Accelerator,
         loader: TrainLoader,
     ) -> None:
-        teacher, member = self.teachers[number], self.members[number]
+        config = self.config
+        if len(seat.members) < len(config.teacher.source):
+            # One of several: what its store holds is what it says by itself.
+            source = tuple(one.source for one in seat.members if one.source is not None)
+            config = dataclasses.replace(config, teacher=TeacherConfig(source=source))
         answer = None
-        if teacher is not None:
-            # Alone: what its store holds is what it says by itself.
-            one = TeacherConfig(source=(member.source,))
-            alone = dataclasses.replace(self.config, teacher=one)
-            voices: list[Voice] = [NetworkVoice(teacher, accelerator)]
-            answer = answer_to(self.config, loader, panel_of(alone, splits, voices, whole=True))
-        agreed = check_store(
-            store,
-            self.config,
-            splits,
-            loader,
-            teachers=None if teacher is None else [teacher],
-            answer=answer,
+        if teachers:
+            answer = answer_to(config, loader, chorus(config, splits, teachers, accelerator))
+        checked = check_store(
+            store, config, splits, loader, teachers=teachers or None, answer=answer
         )
-        self._announce(store, member, agreed)
+        self._announce(store, checked, accelerator)
 
-    def _announce(self, store: Store, member: Member, agreed: float | None) -> None:
+    def _announce(self, store: Store, checked: Checked, accelerator: Accelerator) -> None:
         layout = store.layout
         epochs = f"{layout.epochs} epoch{'s' * (layout.epochs > 1)}"
         said = [f"{layout.records} answers of {epochs}", *store.about["teachers"]]
-        if agreed is None:
-            found = f"{member.source} is not here" if member.source else "no teacher.source given"
-            said.append(f"taken on trust ({found})")
+        if checked.asked:
+            share = percent(checked.agreed / checked.asked)
+            said.append(f"{share} % of {checked.asked} asked anew are as stored")
         else:
-            said.append(f"{percent(agreed)} % of those looked at are the teacher's now")
+            said.append("taken on trust, for the teacher itself is not here")
+        precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+        if store.asked["precision"] != precision:
+            said.append(f"asked in {store.asked['precision']}, this run is in {precision}")
         say(f"targets   {store.path}: {'; '.join(said)}")
-        trained = self.config.optim.epochs
-        limit = self.stored_epochs
+        trained, limit = self.config.optim.epochs, self.stored_epochs
         if limit is not None and layout.epochs == limit < trained:
             say(
                 f"targets   {trained} epochs are trained on the views of {limit}, over and over: "
                 "an approximation, for each view comes back"
             )
-
-
-def _is_there(member: Member) -> bool:
-    """Whether the teacher itself is here, beside its store."""
-    if member.source is None:
-        return False
-    try:
-        locate(member.source)
-    except DataError:
-        return False
-    return True

@@ -279,7 +279,8 @@ def _check_loss(loss: LossConfig) -> list[Problem]:
 def _check_teachers(config: Config) -> list[Problem]:
     teacher, student, found = config.teacher, config.student, []
     number = max(len(teacher.source), len(teacher.targets))
-    counts = {"source": (0, number), "targets": (0, number)}
+    together = (1,) if teacher.combine != "tokens" else ()  # one store of what all say
+    counts = {"source": (0, number), "targets": (0, *together, number)}
     counts |= dict.fromkeys(("architecture", "image_size", "weight"), (0, 1, number))
     counts |= dict.fromkeys(("mean", "std"), (0, 3, 3 * number))
     for leaf, allowed in counts.items():
@@ -380,11 +381,6 @@ def _effects(views: ViewsConfig) -> list[tuple[tuple[str, ...], bool, str]]:
             "has no effect, views.erasing is 0",
         ),
         (("crop_side",), views.crop == "random", "has an effect with views.crop random only"),
-        (
-            ("teacher_crops",),
-            views.teacher_view == "crops",
-            "has an effect with views.teacher_view crops only",
-        ),
     ]
 
 
@@ -415,6 +411,10 @@ def _check_optim(config: Config) -> list[Problem]:
                 f"should be less than optim.epochs ({optim.epochs}); 0 is no warm-up",
             )
         )
+    if config.loss.distillation_warmup > optim.epochs:
+        advice = f"would never be over; should be at most optim.epochs ({optim.epochs})"
+        warmup = config.loss.distillation_warmup
+        found.append(Problem("loss.distillation_warmup", warmup, advice))
     for leaf in ("min_lr", "warmup_lr"):
         if getattr(optim, leaf) > peak_lr(optim):
             found.append(
@@ -444,7 +444,7 @@ _CHECKS = {
     _check_teachers: {"teacher", "student", "loss"},
     _check_views: {"views"},
     _check_teacher_view: {"views", "teacher", "loss"},
-    _check_optim: {"optim", "views"},
+    _check_optim: {"optim", "views", "loss"},
 }
 """What single fields cannot say, and the sections each check reads."""
 

@@ -1,6 +1,7 @@
 """Teachers: frozen networks of any origin behind one call, images in [0, 1] to logits."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,15 +56,18 @@ class Teacher(nn.Module):
         self.eval()
 
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on, as plain values: SHA-256 of the weights by name, input size,
-        normalisation, and which of its classes are the data's."""
+        """What its answers depend on, as plain values: SHA-256 of the weights by name and of the
+        layers (strides and the like have no weights), input size, normalisation, and which of its
+        classes are the data's. What a network of one's own computes besides is not in it."""
         digest = hashlib.sha256()
         for name, value in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         mean, std = self.normalisation
+        layers = re.sub(r"0x[0-9a-f]+", "", repr(self.network))  # addresses differ by process
         return {
             "weights": digest.hexdigest(),
+            "layers": hashlib.sha256(layers.encode()).hexdigest(),
             "image_size": self.image_size,
             "mean": list(mean),
             "std": list(std),

@@ -28,8 +28,7 @@ from deit.environment import create_accelerator, describe, keep_freed_memory
 from deit.models.networks import create_network
 from deit.models.saved import Facts, build_student
 from deit.optim import build_optimizer
-from deit.panel import NetworkVoice
-from deit.preparation import facts_of, loader_of, panel_of, teachers_of
+from deit.preparation import chorus, facts_of, loader_of, teachers_of
 from deit.recipes import cifar10_micro
 from deit.stored import answer_to
 from deit.target_writer import recorded, write_targets
@@ -310,8 +309,7 @@ def writing_case(name: str, folder: Path) -> Case:
     loader = loader_of(config, splits, accelerator, teacher_size=None, alone=True)
 
     def written() -> Iterator[int]:
-        voices = [NetworkVoice(teacher, accelerator)]
-        answer = answer_to(config, loader, panel_of(config, splits, voices, whole=True))
+        answer = answer_to(config, loader, chorus(config, splits, [teacher], accelerator))
         layout = Layout("hard", 10, config.optim.epochs, loader.places, False)
         for unit in range(10**9):
             for epoch, first, last in layout.stretches(unit % layout.units):

@@ -154,6 +154,12 @@ BAD_ARGUMENTS = {
         ["deit", "targets", "write", "digits-teacher", "--out=s"],
         "there is no teacher to ask",
     ),
+    "dry writing": (
+        ["deit", "targets", "write", "digits", "--out=s", "--dry_run"],
+        "takes no --dry_run",
+    ),
+    "resumed views": (["deit", "views", "digits", "--resume"], "takes no --resume"),
+    "lone ensemble": (["deit", "compare", "digits", "--study=ensemble"], "needs several teachers"),
     "rows": (["deit", "targets", "verify", "s", "--rows=0"], "--rows 0", "at least 1"),
 }
 

@@ -11,10 +11,12 @@ from deit.config import (
     TEACHING,
     Config,
     Member,
+    Seat,
     derive,
     members,
     mixes,
     peak_lr,
+    seats,
     to_dict,
 )
 from deit.errors import ConfigError
@@ -107,7 +109,8 @@ def test_every_problem_stands_in_one_message_with_field_value_and_advice():
         ({"student": {"name": "vit_micro", "distillation_tokens": 2}}, "only deit_* take it"),
         ({"views": {"teacher_view": "center"}}, "mixing shows the student two"),
         ({"views": {"crop_side": 0.5}}, "with views.crop random only"),
-        ({"views": {"teacher_crops": 5}}, "with views.teacher_view crops only"),
+        ({"views": {"teacher_crops": 65536}}, "less than 65536"),
+        ({"loss": {"distillation_warmup": 61}}, "would never be over; should be at most optim.ep"),
         (
             {"views": {"teacher_view": "crops", "mixup_alpha": 0, "cutmix_alpha": 0}},
             "once, by `deit targets write`, then give teacher.targets",
@@ -199,10 +202,11 @@ def test_every_teaching_mode_is_valid_over_every_recipe_with_a_teacher():
 
 
 def test_modes_have_the_papers_crops():
-    views = to_dict(digits())["views"] | {"crop": "none"}
+    views = to_dict(Config())["views"]
     assert TEACHING["fix/rs"].fields(views)["crop"] == "none"
     assert TEACHING["same/rc"].fields(views)["crop"] == "random"
     assert TEACHING["same/ic"].fields(views)["crop_scale"] == (0.05, 1.0)
+    assert TEACHING["same/ic"].fields(views | {"crop_side": 0.5})["crop_side"] == 0.8
     own = views | {"crop_scale": [0.3, 1.0]}
     assert TEACHING["same/ic"].fields(own)["crop_scale"] == (0.3, 1.0)
 
@@ -230,10 +234,27 @@ def test_teachers_are_spread_one_by_one():
         *("--teacher.architecture", "timm:resnet18", "--teacher.targets", "store,none"),
     )
     one, two = members(config.teacher)
-    assert one == Member(
-        "a", "timm:resnet18", None, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), 0.25, "store"
+    assert one == Member("a", "timm:resnet18", None, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), 0.25)
+    assert two == Member("b", "timm:resnet18", 64, (0.4, 0.5, 0.6), (1.0, 1.0, 1.0), 0.75)
+    assert seats(config.teacher) == (Seat((one,), "store", 0.25), Seat((two,), None, 0.75))
+
+
+def test_one_store_may_hold_what_several_teachers_say_together():
+    config = parse(
+        "digits-ensemble",
+        *("--teacher.combine", "logits", "--student.distillation_tokens", "1"),
+        *("--teacher.source", "a,b", "--teacher.targets", "store"),
     )
-    assert two == Member("b", "timm:resnet18", 64, (0.4, 0.5, 0.6), (1.0, 1.0, 1.0), 0.75, None)
+    (seat,) = seats(config.teacher)
+    assert (seat.targets, seat.weight, len(seat.members)) == ("store", 1.0, 2)
+    with pytest.raises(ConfigError, match="should hold 2 values for 2 teacher"):
+        parse("digits-ensemble", "--teacher.source", "a,b", "--teacher.targets", "store")
+
+
+@pytest.mark.parametrize("word", ["none", "None", "NONE"])
+def test_none_is_none_however_it_is_written(word):
+    config = parse("digits", "--teacher.source", "a,b", "--teacher.targets", f"{word},store")
+    assert [seat.targets for seat in seats(config.teacher)] == [None, "store"]
 
 
 def test_a_configuration_of_before_ensembles_is_still_read(tmp_path):

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from deit.config import OBJECTIVES, TEACHING, derive, to_dict
+from deit.config import OBJECTIVES, TEACHING, StudentConfig, derive, to_dict
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError, DataError, NumericsError
@@ -245,7 +246,7 @@ def test_a_unit_of_another_store_does_not_slip_in(teachers, tmp_path):
     first, second = (tmp_path / str(n) / UNITS / "000000.bin" for n in (0, 1))
     shutil.copy(first, second)
     units = Units(tmp_path / "1", json.loads((tmp_path / "1" / MANIFEST).read_text()))
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="was written for another store"):
         units.read(0)
 
 
@@ -345,9 +346,11 @@ def forged(store, change):
 def test_a_shifted_epoch_is_noticed(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     forged(copy, lambda records, canaries: (np.roll(records, 1, 0), np.roll(canaries, 1, 0)))
-    with pytest.raises(DataError, match="the view at place 0 of epoch 0 is not the one"):
+    with pytest.raises(
+        DataError, match=r"the view at place 0 of epoch 0, of training image \d+, is not what"
+    ):
         check(with_targets(configuration(teachers[0]), copy))
-    with pytest.raises(DataError, match="is not the one the teacher answered"):
+    with pytest.raises(DataError, match="is not what the teacher saw"):
         verify_targets(copy, root=None, teacher="none", rows=64)
 
 
@@ -357,7 +360,7 @@ def test_a_forged_interpolation_is_noticed_by_its_pixels(store, teachers, tmp_pa
     manifest["fingerprint"]["views"]["interpolation"] = "bilinear"
     (copy / MANIFEST).write_text(json.dumps(manifest))
     config = configuration(teachers[0], views={"interpolation": "bilinear"})
-    with pytest.raises(DataError, match="is not the one the teacher answered"):
+    with pytest.raises(DataError, match="is not what the teacher saw"):
         check(with_targets(config, copy))
 
 
@@ -386,7 +389,9 @@ def test_what_is_wrong_within_an_epoch_is_noticed_while_it_is_trained(store, tea
     for _ in loader.epoch(2):
         pass
     loader.student_look.seed += 1
-    with pytest.raises(DataError, match="of epoch 3 is not the one the teacher answered"):
+    with pytest.raises(
+        DataError, match=r"of epoch 3, of training image .* is not what the teacher saw"
+    ):
         for _ in loader.epoch(3):
             pass
 
@@ -405,7 +410,9 @@ def test_a_store_that_verifies_says_so(store, capsys):
     said = capsys.readouterr().out
     assert "3 units, 9058 hard answers: whole" in said
     assert "the same pixels" in said
-    assert "the same weights; 100.0 % of 128 answers as stored" in said
+    assert "4 views of 7 epochs made anew" in said
+    # 3 spots of 32 answers, and the last canary stands 14 places before the end.
+    assert "the same weights; 100.0 % of 110 answers as stored" in said
 
 
 # ---- trained from as if the teacher were there
@@ -508,7 +515,9 @@ def test_a_store_of_a_mean_of_probabilities_refuses_another_temperature(teachers
         configuration(teachers[0], loss=OBJECTIVES["deit-soft"]),
         teacher={"source": tuple(teachers)},
     )
-    write_targets(config, tmp_path / "mean", epochs=1)
+    with pytest.raises(ConfigError, match="is another at each temperature"):
+        write_targets(config, tmp_path / "mean", epochs=1)
+    write_targets(derive(config, loss={"temperature": 1.0}), tmp_path / "mean", epochs=1)
     alone = derive(config, teacher={"source": (), "targets": (str(tmp_path / "mean"),)})
     with pytest.raises(ConfigError, match="mean of probabilities, which is another at loss"):
         open_stores(alone)
@@ -541,6 +550,161 @@ def test_an_ensemble_from_stores_is_the_ensemble_online(combine, teachers, tmp_p
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
     if combine == "tokens":
         assert {"loss_teacher_1", "loss_teacher_2"} <= expected[0].keys()
+
+
+def test_one_store_of_what_several_say_together_is_the_ensemble_online(teachers, tmp_path, capsys):
+    config = derive(
+        quick(configuration(teachers[0], loss=OBJECTIVES["deit-soft"])),
+        teacher={"source": tuple(teachers), "weight": (2.0, 1.0), "combine": "logits"},
+    )
+    write_targets(config, tmp_path / "together")
+    train(config, tmp_path / "online")
+    capsys.readouterr()
+    train(with_targets(config, tmp_path / "together"), tmp_path / "stored")
+    said = capsys.readouterr().out
+    assert "100.0 % of 446 asked anew are as stored" in said
+    assert "teachers on 143 validation images" in said
+    for ours, theirs in zip(last_rows(tmp_path / "stored"), last_rows(tmp_path / "online")):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
+    other = derive(config, teacher={"weight": (1.0, 1.0)})
+    with pytest.raises(DataError, match=r"weight: \[0.66.* in the store, \[0.5, 0.5\] here"):
+        check(with_targets(other, tmp_path / "together"))
+    turned = derive(config, teacher={"source": tuple(reversed(teachers))})
+    with pytest.raises(DataError, match=r"teacher\.1\.weights"):
+        check(with_targets(turned, tmp_path / "together"))
+
+
+def test_probabilities_that_are_not_the_teachers_are_noticed(teachers, tmp_path):
+    """Its labels are right, what it holds of the other classes is not."""
+    config = quick(configuration(teachers[0], loss=OBJECTIVES["deit-soft"]))
+    for records in ("full", "top-3"):
+        store = tmp_path / records
+        plain = derive(config, loss={"temperature": 1.0})
+        write_targets(plain, store, records=records)
+        assert check(with_targets(plain, store))
+
+        def flatter(records, canaries):
+            records["scores"] = np.float16(0.5) * records["scores"]
+            return records, canaries
+
+        forged(store, flatter)
+        with pytest.raises(DataError, match="the teacher answers otherwise now"):
+            check(with_targets(plain, store))
+
+
+@pytest.mark.parametrize("place", [3, 9000])
+def test_training_reads_the_checksums_before_its_first_step(place, store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+    flipped(copy / TARGETS, place)
+    config = derive(configuration(teachers[0]), teacher={"source": ()})
+    with pytest.raises(CheckpointError, match="is damaged: its checksum differs"):
+        train(with_targets(config, copy), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["about", "asked", "fingerprint"])
+def test_an_edited_manifest_is_one_clear_line(key, store, tmp_path):
+    copy = copied(store, tmp_path)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    del manifest[key]
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=rf"store\.json: incomplete \('{key}'\)"):
+        open_store(copy)
+    manifest = json.loads((store / MANIFEST).read_text())
+    del manifest["layout"]["epochs"]
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"store\.json: incomplete .*epochs"):
+        open_store(copy)
+
+
+def test_the_same_weights_in_another_network_are_another_teacher():
+    """Strides have no weights."""
+    from deit.models.networks import create_network
+    from deit.models.teachers import Origin
+
+    def identity(name):
+        torch.manual_seed(0)
+        network = create_network(StudentConfig(name=name, image_size=32), 10)
+        return Teacher(Origin(network, name, 32, (0.0,) * 3, (1.0,) * 3, None)).identity()
+
+    one, two = identity("regnety_002_small_stem"), identity("timm:regnety_002")
+    assert one["weights"] == two["weights"]
+    assert one["layers"] != two["layers"]
+    assert identity("timm:regnety_002") == two
+
+
+def test_parts_that_were_asked_otherwise_do_not_mix(teachers, tmp_path):
+    """Blocks of another size, like another precision, may change the last bits of an answer."""
+    write_targets(configuration(teachers[0]), tmp_path / "s", shard=(0, 3))
+    other = configuration(teachers[0], run={"evaluation_batch": 64})
+    expected = r"something else(.|\n)*asked\.block: 256 in the store, 64 here"
+    with pytest.raises(ConfigError, match=expected):
+        write_targets(other, tmp_path / "s", shard=(1, 3))
+
+
+def test_of_two_writers_of_different_things_the_first_has_the_folder(
+    teachers, tmp_path, monkeypatch
+):
+    """The second comes between the first's look at the folder and its manifest."""
+    from deit import target_units
+
+    put_first, other = target_units.put_first, []
+
+    def slow(path, content):
+        if not other:
+            other.append(True)
+            write_targets(configuration(teachers[0], run={"seed": 1}), tmp_path / "s", shard=(0, 3))
+        return put_first(path, content)
+
+    monkeypatch.setattr(target_units, "put_first", slow)
+    with pytest.raises(ConfigError, match=r"something else(.|\n)*seed: 1 in the store, 0 here"):
+        write_targets(configuration(teachers[0]), tmp_path / "s")
+    assert json.loads((tmp_path / "s" / MANIFEST).read_text())["fingerprint"]["seed"] == 1
+
+
+def test_a_way_round_through_a_missing_folder_overwrites_nothing(teachers, store, tmp_path):
+    copy = copied(store, tmp_path)
+    before = content(copy)
+    with pytest.raises(ConfigError, match="something else"):
+        write_targets(configuration(teachers[0], run={"seed": 5}), tmp_path / "no" / ".." / "store")
+    assert content(copy) == before
+
+
+def test_what_a_killed_writer_left_is_cleared_away(teachers, store, tmp_path):
+    out = tmp_path / "store"
+    write_targets(configuration(teachers[0]), out, shard=(0, 2))
+    (out / f".{TARGETS}.0123").write_bytes(b"x" * 100)
+    (out / ".probe-77").write_text("probe")
+    write_targets(configuration(teachers[0]), out)
+    assert not list(out.glob(f".{TARGETS}*"))
+    assert (out / TARGETS).read_bytes() == (store / TARGETS).read_bytes()
+
+
+def test_a_resumed_run_wants_the_store_it_started_with(teachers, store, tmp_path):
+    copy = copied(store, tmp_path)
+    config = with_targets(configuration(teachers[0], optim={"epochs": 2}), copy)
+    train(config, tmp_path / "run")
+    forged(
+        copy, lambda records, canaries: (np.where(records == records, records, records), canaries)
+    )
+    train(config, tmp_path / "run", resume=True)  # the same answers: complete already
+    manifest = json.loads((copy / MANIFEST).read_text())
+    (copy / MANIFEST).write_text(json.dumps({**manifest, "teacher_top1": 0.5}))
+    with pytest.raises(DataError, match="the stored targets differ from those the run started"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_a_store_speaks_for_a_teacher_that_cannot_be_loaded(teachers, store, tmp_path, capsys):
+    empty = tmp_path / "weights.pth"
+    empty.write_bytes(b"not weights")
+    config = derive(
+        configuration(str(empty), optim={"epochs": 1, "warmup_epochs": 0}),
+        teacher={"architecture": ("small_convnet",), "image_size": (8,)},
+    )
+    assert check(with_targets(config, store))
+    said = capsys.readouterr()
+    assert "the teacher is left out" in said.err
+    assert "taken on trust" in said.out
 
 
 def test_an_answer_that_is_not_finite_is_not_written(teachers, tmp_path, monkeypatch):

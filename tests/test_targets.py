@@ -196,7 +196,8 @@ with (place / "targets.bin").open("wb") as file:
         file.write(bytes(layout.places * layout.dtype.itemsize))
 checks = 3 * layout.units + layout.epochs * len(layout.canary_places)
 np.zeros(checks, "<u4").tofile(place / "checks.bin")
-manifest = {"fingerprint": {}, "about": {}, "layout": layout._asdict(), "teacher_top1": None}
+manifest = dict.fromkeys(("fingerprint", "about", "asked", "teacher_top1"), {})
+manifest["layout"] = layout._asdict()
 store = Store(place, manifest)
 images = torch.zeros(20_000, 0)
 
