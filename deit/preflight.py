@@ -71,13 +71,12 @@ def _judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, gue
 def _compare(teachers: list[Teacher], answers: Tensor, combined: Tensor, labels: Tensor) -> None:
     """Each teacher alone and all together; and for each pair how often they agree and err alike."""
     top1 = [percent(agreement(theirs, labels)) for theirs in answers.unbind(dim=1)]
-    rows = [(teacher.description, value) for teacher, value in zip(teachers, top1)]
-    rows.append(("together", percent(agreement(combined, labels))))
+    described = [f"{place}: {one.description}" for place, one in enumerate(teachers, start=1)]
+    rows = [*zip(described, top1), ("together", percent(agreement(combined, labels)))]
     table(f"teachers on {len(labels)} validation images", ("", "top-1 %"), rows)
     pairs = []
     for one, other in itertools.combinations(range(len(teachers)), 2):
         first, second = answers[:, one], answers[:, other]
-        names = f"{teachers[one].description} and {teachers[other].description}"
         overlap = percent(error_overlap(first, second, labels))
-        pairs.append((names, percent(agreement(first, second)), overlap))
-    table("pairs", ("", "same answer %", "of all errors, shared %"), pairs)
+        pairs.append((f"{one + 1} and {other + 1}", percent(agreement(first, second)), overlap))
+    table("pairs of teachers", ("", "same answer %", "of all errors, shared %"), pairs)
