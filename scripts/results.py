@@ -16,6 +16,8 @@ TITLES = {
     "digits-strong-views": "Digits: strong views (15 degrees, quarter-width shifts), soft labels",
     "digits-deit": "Digits: DeiT's whole augmentation (RandAugment, erasing, mixing, 3 repeats)",
     "digits-teaching": "Digits: teaching modes (divergence alone, temperature 3) beside labels",
+    "digits-ensemble": "Digits: a ConvNet and an involution network, together and alone",
+    "cifar10-teaching": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: teaching modes",
     "tiny-imagenet-micro": "Tiny-ImageNet, 50 classes: the whole recipe, 8 epochs on a CPU",
     "cifar10-micro": "CIFAR-10 (JPEG 75): RegNetY-200MF (12 epochs) into a micro DeiT (8 epochs)",
 }
