@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,8 +39,21 @@ def section(name: str, result: dict) -> str:
         f"Test top-1 in %, {result['num_samples']} images, {how}; {environment['device_name']}, "
         f"{environment['precision']}, {threads} thread{'s' * (threads > 1)}, torch "
         f"{environment['packages']['torch']}, commit {environment['commit']}.\n"
-        f"`{result['command']}`\n"
+        f"{shown_command(name, result['command'])}\n"
     )
+
+
+def shown_command(name: str, command: str) -> str:
+    """The command as anyone would type it: where it wrote to does not change the numbers. One that
+    names a teacher of its own is left to the file."""
+    if "--teacher.source" in command:
+        return f"(Its command names a teacher of its own: see {name}.json.)"
+    words = shlex.split(command)
+    for option in ("--out", "--json"):
+        if option in words:
+            place = words.index(option)
+            del words[place : place + 2]
+    return f"`{shlex.join([*words, '--out', f'checkpoints/{name}'])}`"
 
 
 def benchmark_section(name: str, result: dict) -> str:

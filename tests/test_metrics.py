@@ -76,7 +76,7 @@ def test_binomial_tail_is_scipys(least, number, share):
 
 def test_fused_heads_are_mean_of_logits_and_mean_of_softmax():
     one, other = torch.tensor([[2.0, 0.0, 1.9]]), torch.tensor([[0.0, 4.0, 2.2]])
-    heads = head_logits(Outputs(one, other))
+    heads = head_logits(Outputs(one, other[:, None]))
     assert torch.allclose(heads["fused"], (one + other) / 2)
     assert torch.allclose(heads["fused_softmax"].exp(), (one.softmax(1) + other.softmax(1)) / 2)
     # The two rules are not the same rule: here they differ.

@@ -95,6 +95,7 @@ def test_our_commands_run_in_the_readmes_order(place, monkeypatch, capsys):
         name, arguments = as_ours(command)
         if name == "compare":
             arguments = [*arguments, *SMALL[arguments[0]], "--seeds", "0"]
+            arguments += ["--views.teacher_crops", "3"] if "teaching" in arguments else []
         elif name == "train":
             arguments = [*arguments, *SMALL[arguments[0]]]
         elif name == "targets" and arguments[0] == "write":
