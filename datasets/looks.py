@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from deit.config import ViewsConfig, fixed
+from deit.config import ViewsConfig
 from deit.datasets.images import Encoded, Images
 from deit.datasets.reading import Crops, Cutter, Squares, Wholes
 from deit.datasets.resizing import resize
@@ -102,7 +102,7 @@ def teacher_look(
     """
     if views.teacher_view == "same":
         return None
-    if fixed(views) and views.teacher_view != "crops":
+    if views.teacher_view in ("resized", "center"):
         return FixedLook(views, size=size)
     if views.teacher_view == "crops":
         views = replace(views, policy="none", color_jitter=0.0, erasing=0.0)

@@ -226,6 +226,22 @@ def _run_name(recipe: str) -> str:
     return recipe.rsplit(":", 1)[-1] if ".py:" in recipe else Path(recipe).stem
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """`2/8` as (2, 8): part 2, counted from 0, of 8. Raises ConfigError."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ConfigError(f"--shard {text}: should be I/N with I in 0 ... N - 1, as in 0/4")
+    return int(part), int(parts)
+
+
+def check_records(text: str | None) -> str | None:
+    """hard, full or top-K. Raises ConfigError."""
+    kept = (text or "").removeprefix("top-")
+    if text in (None, "hard", "full") or (kept != text and kept.isdecimal() and int(kept) > 0):
+        return text
+    raise ConfigError(f"--records {text}: should be hard, full or top-K, as in top-10")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for the commands without a configuration: errors become ours, nothing is guessed."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import deit
-from deit.arguments import Parser, RunArguments, parse_run
+from deit.arguments import Parser, RunArguments, check_records, parse_run, parse_shard
 from deit.config import DataConfig, to_dict
 from deit.console import is_main_process, say, table
 from deit.errors import ConfigError, DeitError
@@ -219,9 +219,8 @@ def _write_targets(arguments: list[str], program: str) -> None:
         "goes on.",
         online=False,
     )
-    from deit.target_writer import check_records, parse_shard, write_targets
-
     _refuse_run_flags(run, program)
+    records, shard = check_records(options.records), parse_shard(options.shard)
     if options.out is None:
         raise ConfigError(f"{program} {run.recipe}: needs --out STORE, the folder to write")
     if options.epochs is not None and not 0 < options.epochs < 2**32:
@@ -229,13 +228,9 @@ def _write_targets(arguments: list[str], program: str) -> None:
     if run.print_config:
         say(json.dumps(to_dict(run.config), indent=1))
         return
-    write_targets(
-        run.config,
-        options.out,
-        epochs=options.epochs,
-        records=check_records(options.records),
-        shard=parse_shard(options.shard),
-    )
+    from deit.target_writer import write_targets
+
+    write_targets(run.config, options.out, epochs=options.epochs, records=records, shard=shard)
 
 
 def _refuse_run_flags(run: RunArguments, program: str) -> None:

@@ -111,8 +111,9 @@ def _teachers(run: RunArguments, folder: Path, seed: int) -> tuple[dict[str, Con
     """The teachers to train, where the recipe has some and none were given; and the student."""
     student = derive(run.config, run={"seed": seed})
     recipes = TEACHERS.get(run.recipe, ())
-    own = student.teacher.targets or student.teacher.source != RECIPES[run.recipe]().teacher.source
-    if not recipes or own:
+    if not recipes or student.teacher.targets:
+        return {}, student
+    if student.teacher.source != RECIPES[run.recipe]().teacher.source:
         return {}, student
     machine = {"seed": seed, "device": student.run.device, "precision": student.run.precision}
     names = ("teacher",) if len(recipes) == 1 else recipes

@@ -115,14 +115,13 @@ def check_store(
     *,
     teachers: list[Teacher] | None,
     answer: Answer | None,
-    spots: int | None = None,
-    rows: int | None = None,
+    number: int | None = None,
 ) -> Checked:
     """Hold a store against a run: fingerprints, canaries and, where the teacher is there, answers.
 
     teachers: those the store should be of, None where they are not there. answer: what they say of
-    what they are shown. spots, rows: how many canaries to look at, over all epochs, and how many
-    answers at each. Raises DataError naming what differs.
+    what they are shown. number: of answers to ask anew, some at each of so many canaries; None: as
+    many as are soon had. Raises DataError naming what differs.
     """
     here = fingerprint_of(config, splits, loader, None)
     there = dict(store.fingerprint)
@@ -140,10 +139,12 @@ def check_store(
             + (hint if any(line.startswith("seed:") for line in found) else "")
         )
     crops = config.views.teacher_view == "crops"
-    usual = _OF_CROPS if crops else _USUAL
+    spots, rows = _OF_CROPS if crops else _USUAL
+    if number is not None:
+        spots = -(-number // rows)
     views = asked = agreed = 0
-    for epoch, place in _spots(store, spots or usual[0]):
-        last = min(place + max(rows or usual[1], 2), store.layout.places)
+    for epoch, place in _spots(store, spots):
+        last = min(place + rows, store.layout.places)
         places = torch.arange(place, last)
         for shown in loader.shown(epoch, places, block=len(places)):
             store.check_canary(shown, 0)

@@ -6,15 +6,12 @@ from deit.config import derive, members
 from deit.console import percent, say
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
-from deit.errors import CheckpointError
+from deit.errors import CheckpointError, ConfigError
 from deit.models.teachers import Teacher, locate
 from deit.preparation import chorus, loader_of, teacher_input, teachers_of
 from deit.stored import answer_to, check_store
 from deit.targets import open_store
 from deit.validation import build, validate
-
-_ROWS_A_SPOT = 32
-_ROWS_A_SPOT_OF_CROPS = 2  # each asks for teacher_crops answers
 
 
 def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, rows: int) -> None:
@@ -30,7 +27,8 @@ def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, r
     say(f"checksums {layout.units} units, {layout.rows} {layout.records} answers: whole")
     try:
         config = build(store.about["config"], online=False)
-    except Exception as error:  # of another release, or edited by hand
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        # Of another release, or edited by hand.
         raise CheckpointError(
             f"{store_path}: its configuration is not readable ({error})"
         ) from None
@@ -54,11 +52,8 @@ def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, r
     answer = None
     if teachers is not None:
         answer = answer_to(config, loader, chorus(config, splits, teachers, accelerator))
-    crops = config.views.teacher_view == "crops"
-    spot = _ROWS_A_SPOT_OF_CROPS if crops else _ROWS_A_SPOT
-    spots = -(-rows // spot)
     checked = check_store(
-        store, config, splits, loader, teachers=teachers, answer=answer, spots=spots, rows=spot
+        store, config, splits, loader, teachers=teachers, answer=answer, number=rows
     )
     epochs = f"{layout.epochs} epoch{'s' * (layout.epochs > 1)}"
     made = f"{checked.views} views of {epochs} made anew: the same pixels"

@@ -67,3 +67,16 @@ def test_a_teacher_alone_keeps_what_was_said_of_it():
         assert member == members(config.teacher)[place]._replace(weight=1.0)
     assert (one.teacher.targets, two.teacher.targets) == ((), ("store",))
     assert isinstance(one.teacher, TeacherConfig)
+
+
+def test_a_recipe_of_ones_own_brings_its_teacher_to_a_comparison(tmp_path):
+    from deit.arguments import parse_run
+    from deit.comparison import _teachers
+
+    file = tmp_path / "mine.py"
+    file.write_text("from deit.recipes import digits\n\n\ndef recipe():\n    return digits()\n")
+    run = parse_run([str(file)], program="compare", about="")
+    teachers, student = _teachers(run, tmp_path, seed=3)
+    assert teachers == {}
+    assert student.teacher == digits().teacher
+    assert student.run.seed == 3
