@@ -65,6 +65,7 @@ STUDENTS = (
     "regnety_002_small_stem",
     "regnety_004_small_stem",
     "rednet_micro",
+    "rednet_tiny",
     "rednet_26",
     "rednet_38",
     "rednet_50",

@@ -212,6 +212,23 @@ def cifar10_micro() -> Config:
     )
 
 
+def cifar10_micro_involution_teacher() -> Config:
+    """A 0.5 M network of involutions on CIFAR-10 in 12 epochs: the other teacher of
+    `cifar10-micro-ensemble` (a laptop)."""
+    return derive(cifar10_micro_teacher(), student={"name": "rednet_tiny"})
+
+
+def cifar10_micro_ensemble() -> Config:
+    """`cifar10-micro` with two teachers, a RegNet and an involution network, each with its own
+    token (a laptop)."""
+    sources = ("checkpoints/cifar10-micro-teacher", "checkpoints/cifar10-micro-involution-teacher")
+    return derive(
+        cifar10_micro(),
+        student={"distillation_tokens": 2},
+        teacher={"source": sources, "combine": "tokens"},
+    )
+
+
 def cifar100_teacher() -> Config:
     """RegNetY-400MF with a stem of stride 1 on CIFAR-100: the teacher of `cifar100`."""
     return derive(cifar10_teacher(), data={"source": "cifar100"})
@@ -322,6 +339,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "cifar10-usi": cifar10_usi,
     "cifar10-micro": cifar10_micro,
     "cifar10-micro-teacher": cifar10_micro_teacher,
+    "cifar10-micro-ensemble": cifar10_micro_ensemble,
+    "cifar10-micro-involution-teacher": cifar10_micro_involution_teacher,
     "cifar100": cifar100,
     "cifar100-teacher": cifar100_teacher,
     "tiny-imagenet": tiny_imagenet,
@@ -343,6 +362,7 @@ TEACHERS: dict[str, tuple[str, ...]] = {
     "cifar10-function-matching": ("cifar10-teacher",),
     "cifar10-usi": ("cifar10-teacher",),
     "cifar10-micro": ("cifar10-micro-teacher",),
+    "cifar10-micro-ensemble": ("cifar10-micro-teacher", "cifar10-micro-involution-teacher"),
     "cifar100": ("cifar100-teacher",),
     "tiny-imagenet": ("tiny-imagenet-teacher",),
     "tiny-imagenet-micro": ("tiny-imagenet-micro-teacher",),

@@ -87,13 +87,16 @@ def create_small_convnet(student: StudentConfig, num_classes: int) -> nn.Module:
 
 
 def create_rednet(student: StudentConfig, num_classes: int) -> nn.Module:
-    """The involution networks; they have no drop path. micro is for handwritten digits."""
+    """The involution networks; they have no drop path. micro is for handwritten digits, tiny for
+    32 px without a GPU."""
     if student.drop_path:
         raise ConfigError(f"student.drop_path = {student.drop_path}: {student.name} has none")
     size, small_stem = student.name.split("_")[1], student.name.endswith("_small_stem")
     if size == "micro":
-        return RedNet(num_classes, depths=(1, 1), width=32, side=5, small_stem=True)
-    return RedNet(num_classes, depths=DEPTHS[size], small_stem=small_stem)
+        return RedNet(num_classes, depths=(1, 1), width=32, side=5, stem_stride=1)
+    if size == "tiny":
+        return RedNet(num_classes, depths=(1, 2, 2), width=32, side=5, stem_stride=2)
+    return RedNet(num_classes, depths=DEPTHS[size], stem_stride=1 if small_stem else 4)
 
 
 def create_regnety_small_stem(student: StudentConfig, num_classes: int) -> nn.Module:
@@ -123,6 +126,7 @@ NETWORKS: dict[str, Callable[[StudentConfig, int], nn.Module]] = {
     **{f"{kind}_{size}": create_vit for kind in ("deit", "vit") for size in SIZES},
     "small_convnet": create_small_convnet,
     "rednet_micro": create_rednet,
+    "rednet_tiny": create_rednet,
     **{f"rednet_{depth}": create_rednet for depth in DEPTHS},
     "rednet_26_small_stem": create_rednet,
     "regnety_002_small_stem": create_regnety_small_stem,

@@ -141,21 +141,21 @@ class RedNet(nn.Module):
         depths: tuple[int, ...],
         width: int = 64,
         side: int = 7,
-        small_stem: bool = False,
+        stem_stride: int = 4,
     ) -> None:
         """depths: blocks in each stage. width: channels of the stem, and within the first stage's
-        blocks. side: of the kernels, odd. small_stem: keeps the image's side, for 32 px and less,
-        where the stem would else make a quarter of it."""
+        blocks. side: of the kernels, odd. stem_stride: 4 as published, for 32 px 2 or 1; what the
+        stem divides the image's side by."""
         super().__init__()
         half = width // 2
         self.num_classes = num_classes
         self.stem = nn.Sequential(
-            _convolution(3, half, 3, stride=1 if small_stem else 2),
+            _convolution(3, half, 3, stride=1 if stem_stride == 1 else 2),
             Involution(half, 3),
             nn.BatchNorm2d(half),
             nn.ReLU(),
             _convolution(half, width, 3),
-            nn.Identity() if small_stem else nn.MaxPool2d(3, 2, padding=1),
+            nn.MaxPool2d(3, 2, padding=1) if stem_stride == 4 else nn.Identity(),
         )
         channels_in, blocks = width, []
         for stage, depth in enumerate(depths):

@@ -66,7 +66,7 @@ def test_half_precision_sums_in_float32(dtype):
 
 
 def test_a_network_trains_under_autocast():
-    network = RedNet(5, depths=(1, 1), width=32, side=5, small_stem=True)
+    network = RedNet(5, depths=(1, 1), width=32, side=5, stem_stride=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = network(torch.rand(4, 3, 9, 9))
         loss = logits.float().square().mean()
@@ -83,7 +83,9 @@ def test_the_published_number_of_parameters(name, millions):
     assert number / 1e6 == pytest.approx(millions, abs=0.005)
 
 
-@pytest.mark.parametrize(("small_stem", "side"), [(True, 32), (True, 15), (False, 64), (False, 51)])
-def test_any_size_of_image(small_stem, side):
-    network = RedNet(3, depths=(1, 1, 1, 1), width=32, small_stem=small_stem).eval()
+@pytest.mark.parametrize(
+    ("stem_stride", "side"), [(1, 32), (1, 15), (2, 32), (2, 17), (4, 64), (4, 51)]
+)
+def test_any_size_of_image(stem_stride, side):
+    network = RedNet(3, depths=(1, 1, 1, 1), width=32, stem_stride=stem_stride).eval()
     assert network(torch.rand(2, 3, side, side)).shape == (2, 3)
