@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from deit.config import AUGMENTATIONS, OBJECTIVES, TEACHING, Config, to_dict
+from deit.config import Config, to_dict
 from deit.errors import ConfigError
+from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.recipes import RECIPES, find_recipe
 from deit.text import nearest
 from deit.validation import Problem, build, unknown_field

@@ -5,9 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deit.config import (
-    AUGMENTATIONS,
-    OBJECTIVES,
-    TEACHING,
     Config,
     DataConfig,
     LossConfig,
@@ -20,6 +17,7 @@ from deit.config import (
 )
 from deit.errors import ConfigError
 from deit.files import import_file
+from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.text import nearest
 from deit.validation import load
 

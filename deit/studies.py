@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable
 
 from deit.config import (
-    OBJECTIVES,
-    TEACHING,
     Config,
     LossConfig,
     TeacherConfig,
@@ -13,6 +11,7 @@ from deit.config import (
     has_distillation_token,
 )
 from deit.errors import ConfigError
+from deit.presets import OBJECTIVES, TEACHING
 
 Arms = dict[str, Config]
 

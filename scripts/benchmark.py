@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deit.config import OBJECTIVES, Config, OptimConfig, StudentConfig, ViewsConfig, derive
+from deit.config import Config, OptimConfig, StudentConfig, ViewsConfig, derive
 from deit.console import say, table
 from deit.datasets.images import Encoded, Images
 from deit.datasets.loader import Sizes, TrainLoader
@@ -29,6 +29,7 @@ from deit.models.networks import create_network
 from deit.models.saved import Facts, build_student
 from deit.optim import build_optimizer
 from deit.preparation import chorus, facts_of, loader_of, teachers_of
+from deit.presets import OBJECTIVES
 from deit.recipes import cifar10_micro
 from deit.stored import answer_to
 from deit.target_writer import recorded, write_targets

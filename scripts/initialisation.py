@@ -12,11 +12,12 @@ import torch  # noqa: E402
 from einops import rearrange  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from deit.config import OBJECTIVES, Config, derive  # noqa: E402
+from deit.config import Config, derive  # noqa: E402
 from deit.datasets.splits import load_splits  # noqa: E402
 from deit.metrics import topk_accuracy  # noqa: E402
 from deit.models.saved import load_student  # noqa: E402
 from deit.models.student import Student  # noqa: E402
+from deit.presets import OBJECTIVES  # noqa: E402
 from deit.recipes import digits  # noqa: E402
 from deit.records import head_logits  # noqa: E402
 from deit.run import train  # noqa: E402

@@ -6,9 +6,6 @@ import pytest
 
 from deit.arguments import parse_run
 from deit.config import (
-    AUGMENTATIONS,
-    OBJECTIVES,
-    TEACHING,
     Config,
     Member,
     Seat,
@@ -20,6 +17,7 @@ from deit.config import (
     to_dict,
 )
 from deit.errors import ConfigError
+from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.recipes import RECIPES, digits, find_recipe
 from deit.validation import build, field_names, load, validate
 

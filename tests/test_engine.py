@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from deit.config import OBJECTIVES, LossConfig, OptimConfig, StudentConfig, ViewsConfig
+from deit.config import LossConfig, OptimConfig, StudentConfig, ViewsConfig
 from deit.datasets.images import Images
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.views import Colours
@@ -18,6 +18,7 @@ from deit.models.saved import Facts, build_student
 from deit.models.teachers import Origin, Teacher
 from deit.optim import WeightAverage, build_optimizer, lr_at
 from deit.panel import NetworkVoice, Panel
+from deit.presets import OBJECTIVES
 
 CLASSES = 4
 IMAGES = Images(

@@ -5,15 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from deit.config import (
-    AUGMENTATIONS,
-    OBJECTIVES,
-    TEACHING,
-    Crop,
-    OptimConfig,
-    ViewsConfig,
-    derive,
-)
+from deit.config import Crop, OptimConfig, ViewsConfig, derive
 from deit.datasets.images import Images
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.mixing import sample_mix
@@ -22,6 +14,7 @@ from deit.datasets.resizing import resize_boxes
 from deit.datasets.views import Colours, apply_views, sample_views
 from deit.keys import Keys, beta, words
 from deit.models.rednet import involve
+from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.recipes import digits, digits_teacher
 from deit.run import train
 from deit.target_writer import write_targets

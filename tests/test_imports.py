@@ -52,6 +52,7 @@ PLAN = {
     "deit.config": place(0, "pydantic"),
     "deit.records": place(0, "torch"),
     "deit.keys": place(0, "torch"),
+    "deit.presets": place(1),
     "deit.validation": place(1, "pydantic"),
     "deit.losses": place(1, "torch"),
     "deit.ensembles": place(1, "torch"),

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from deit.config import AUGMENTATIONS, OptimConfig, ViewsConfig
+from deit.config import OptimConfig, ViewsConfig
 from deit.datasets.images import Images
 from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.views import Colours
 from deit.errors import ConfigError, DataError
+from deit.presets import AUGMENTATIONS
 
 SIZES = Sizes(8, 8, 8)
 IMAGES = Images(torch.randint(256, (53, 3, 8, 8), dtype=torch.uint8), torch.arange(53) % 4)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deit.config import AUGMENTATIONS, TEACHING, DataConfig, OptimConfig, ViewsConfig, mixes
+from deit.config import DataConfig, OptimConfig, ViewsConfig, mixes
 from deit.datasets.decoding import open_image, square_of
 from deit.datasets.images import Encoded, Images
 from deit.datasets.loader import Sizes, TrainLoader
@@ -15,6 +15,7 @@ from deit.datasets.resizing import resize
 from deit.datasets.splits import load_splits
 from deit.datasets.views import Colours, evaluation_squares, sample_random_crop, unit
 from deit.keys import Keys
+from deit.presets import AUGMENTATIONS, TEACHING
 from tests.test_reading import joined, write_pictures
 
 MEMORY = Images(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from deit.config import OBJECTIVES, LossConfig
+from deit.config import LossConfig
 from deit.losses import (
     TEACHER_TERMS,
     decoupled_losses,
@@ -17,6 +17,7 @@ from deit.losses import (
     soft_teacher_loss,
     standardised,
 )
+from deit.presets import OBJECTIVES
 from deit.records import Answers, Outputs
 
 LN2, LN3 = math.log(2), math.log(3)

@@ -12,7 +12,13 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from deit.config import AUGMENTATIONS, Config, DataConfig, OptimConfig, RunConfig, ViewsConfig
+from deit.config import (
+    Config,
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+    ViewsConfig,
+)
 from deit.datasets import reading
 from deit.datasets.decoding import decode_square, open_image
 from deit.datasets.images import Encoded, Images
@@ -23,6 +29,7 @@ from deit.datasets.views import Colours, sample_resized_crop
 from deit.errors import DataError, EnvironmentFault
 from deit.keys import Keys
 from deit.prediction import answers_of
+from deit.presets import AUGMENTATIONS
 
 COLOURS = Colours((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 PLAIN = ViewsConfig(crop="random_resized", crop_scale=(0.2, 1.0), flip=0.0)

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from deit import checkpoint
-from deit.config import OBJECTIVES, derive
+from deit.config import derive
 from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault, NumericsError
 from deit.evaluation import evaluate
 from deit.models.saved import load_student
+from deit.presets import OBJECTIVES
 from deit.recipes import RECIPES, TEACHERS, digits, digits_teacher
 from deit.run import train
 from deit.saving import read_state

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from deit.config import OBJECTIVES, TEACHING, StudentConfig, derive, to_dict
+from deit.config import StudentConfig, derive, to_dict
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError, DataError, NumericsError
 from deit.models.teachers import Teacher
+from deit.presets import OBJECTIVES, TEACHING
 from deit.recipes import digits, digits_teacher
 from deit.run import train
 from deit.stored import open_stores

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms import functional
 
-from deit.config import AUGMENTATIONS, Crop, Fill, ViewsConfig, derive
+from deit.config import Crop, Fill, ViewsConfig, derive
 from deit.datasets.views import (
     Colours,
     apply_erasing,
@@ -25,6 +25,7 @@ from deit.datasets.views import (
     unit,
 )
 from deit.keys import Keys
+from deit.presets import AUGMENTATIONS
 from deit.recipes import digits
 from tests.test_operations import pixels_of, real_images
 

@@ -1,0 +1,105 @@
+"""Whole sections of a configuration by name: objectives, augmentations, teaching modes."""
+
+from typing import Any, Literal, NamedTuple
+
+from deit.config import LossConfig, TeacherView, ViewsConfig
+
+_TOKEN = {"through": "distillation", "distillation_weight": 0.5}
+_HEAD = {"through": "class", "distillation_weight": 0.5}
+_ALPHA = {"distillation_weight": 0.1, "temperature": 3.0}
+OBJECTIVES: dict[str, LossConfig] = {
+    "deit-hard": LossConfig(kind="hard", **_TOKEN),
+    "deit-soft": LossConfig(kind="soft", **_TOKEN | _ALPHA),
+    "class-hard": LossConfig(kind="hard", **_HEAD),
+    "class-soft": LossConfig(kind="soft", **_HEAD | _ALPHA),
+    "function-matching": LossConfig(
+        kind="soft", through="all", distillation_weight=1.0, label_smoothing=0.0
+    ),
+    "usi": LossConfig(
+        kind="soft", through="all", distillation_weight=5.0, label_weight=1.0, label_smoothing=0.0
+    ),
+    "dkd": LossConfig(
+        kind="dkd",
+        through="all",
+        distillation_weight=1.0,
+        label_weight=1.0,
+        distillation_warmup=20.0,
+        temperature=4.0,
+        label_smoothing=0.0,
+    ),
+    "none": LossConfig(kind="none"),
+}
+"""Whole loss sections by name: the rows of the DeiT paper's Table 3 (soft: tau 3, lambda 0.1);
+function matching (Beyer et al. 2022: KL alone); USI (Ridnik et al. 2022: CE + 5 KL); decoupled
+distillation as on CIFAR-100 (Zhao et al. 2022)."""
+
+
+_FULL_MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probability": 1.0, "cutmix_share": 0.5}
+_NO_MIX = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "mix_probability": 1.0, "cutmix_share": 0.5}
+_PLAIN = {"policy": "none", "magnitude": 9.0, "color_jitter": 0.0, "erasing": 0.0, "repeats": 1}
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "deit": {**_PLAIN, **_FULL_MIX, "policy": "randaugment", "erasing": 0.25, "repeats": 3},
+    "deit3": {
+        **_PLAIN,
+        **_FULL_MIX,
+        "policy": "three_augment",
+        "color_jitter": 0.3,
+        "repeats": 3,
+    },
+    "mix": {**_PLAIN, **_FULL_MIX},
+    "none": {**_PLAIN, **_NO_MIX},
+    "usi": {
+        **_PLAIN,
+        **_FULL_MIX,
+        "policy": "randaugment",
+        "magnitude": 7.0,
+        "color_jitter": 0.4,
+        "repeats": 3,
+    },
+}
+"""Fields of the views by name: the DeiT paper's (Table 9), DeiT III's, mixup and cutmix alone,
+nothing, and USI's. Crop, flip, rotation and normalisation belong to the data and stay as they
+are."""
+
+
+class Teaching(NamedTuple):
+    """A way of showing an image to teacher and student (Beyer et al. 2022, section 3.1.1).
+
+    crop: the student's: none, mild or inception. mixup: alpha, 0 for none.
+    """
+
+    teacher_view: TeacherView
+    crop: Literal["none", "mild", "inception"]
+    mixup: float = 0.0
+
+    def fields(self, views: dict[str, Any]) -> dict[str, Any]:
+        """The fields it sets over those of a recipe; policy, flip and erasing stay the recipe's.
+
+        A mild crop of small images is to shift them: where the recipe's crop is `padded`, it stays.
+        Inception's crop has at least 5 % of the area, unless the recipe sets its own crop_scale.
+        """
+        own = tuple(views["crop_scale"])
+        scale = (0.05, 1.0) if own == ViewsConfig.crop_scale else own
+        crops: dict[str, dict[str, Any]] = {
+            "none": {"crop": "none"},
+            "mild": {"crop": "padded" if views["crop"] == "padded" else "random"},
+            "inception": {"crop": "random_resized", "crop_scale": scale},
+        }
+        fields = crops[self.crop]
+        if fields["crop"] != "random":
+            fields = {**fields, "crop_side": ViewsConfig.crop_side}
+        mixing = {**_NO_MIX, "mixup_alpha": self.mixup}
+        return {"teacher_view": self.teacher_view, **fields, **mixing}
+
+
+TEACHING: dict[str, Teaching] = {
+    "fix/rs": Teaching("resized", "none"),
+    "fix/cc": Teaching("center", "mild"),
+    "fix/ic_ens": Teaching("crops", "inception"),
+    "ind/rc": Teaching("independent", "mild"),
+    "ind/ic": Teaching("independent", "inception"),
+    "same/rc": Teaching("same", "mild"),
+    "same/ic": Teaching("same", "inception"),
+    "function-matching": Teaching("same", "inception", mixup=1.0),
+}
+"""The teaching modes by the paper's names."""
