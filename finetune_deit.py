@@ -1,4 +1,4 @@
-"""Fine-tune a finished run at higher resolution (not in this version yet)."""
+"""Fine-tune a run or a checkpoint: finetune_deit.py --from RUN [RECIPE] [options]."""
 
 import sys
 

@@ -28,6 +28,7 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
         f"student   {config.student.name}: {size_of(network)} parameters, "
         f"input {config.student.image_size} px"
     )
+    _of_start(parts)
     if parts.panel is None:
         say("teacher   none (loss.kind none)")
     say(
@@ -60,6 +61,22 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
             f"student.patch_size = {config.student.patch_size} leaves {tokens} patch tokens of a "
             f"{config.student.image_size} px image; fewer than 16 rarely train well"
         )
+
+
+def _of_start(parts: Parts) -> None:
+    """What the student starts from, everything that was done to it, and what is trained."""
+    notes, optim = parts.start_notes, parts.config.optim
+    if notes is not None:
+        say(f"start     {notes['found']}")
+        for note in notes["notes"]:
+            say(f"          {note}")
+    told = [] if optim.trained == "all" else [f"{optim.trained} only"]
+    if optim.layer_decay < 1:
+        told.append(f"learning rate times {optim.layer_decay:g} a layer from the heads down")
+    if told:
+        network = parts.accelerator.unwrap_model(parts.student).network
+        number = sum(one.numel() for one in network.parameters() if one.requires_grad)
+        say(f"trained   {'; '.join(told)}: {number:,} parameters")
 
 
 def _of_views(parts: Parts) -> str:

@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from deit.checks import Problem
 from deit.config import Config, to_dict
 from deit.errors import ConfigError
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.recipes import RECIPES, find_recipe
 from deit.text import nearest
-from deit.validation import Problem, build, unknown_field
+from deit.validation import build, unknown_field
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,19 @@ class _Options:
 
 
 def parse_run(
-    arguments: list[str], *, program: str, about: str, online: bool = True
+    arguments: list[str],
+    *,
+    program: str,
+    about: str,
+    online: bool = True,
+    adapt: Callable[[Config], Config] | None = None,
+    out: Path | None = None,
 ) -> RunArguments:
     """The checked arguments of a run: RECIPE first, options after it.
 
     online: whether its teachers will answer in training, as `deit.validation.build` takes it.
+    adapt: what is done to the recipe before the fields of the command line are put over it.
+    out: the run folder where none is named; None: checkpoints/RECIPE.
     Raises ConfigError naming every problem; `--help` prints and raises SystemExit(0).
     """
     helps = {"-h", "--help"} & set(arguments)
@@ -124,6 +133,8 @@ def parse_run(
             f"{', '.join(RECIPES)}, FILE.py:FUNCTION, or a run's config.json"
         )
     base = find_recipe(recipe)
+    if adapt is not None:
+        base = adapt(base)
     options, unknown = tyro.cli(
         _Options,
         prog=f"{program} RECIPE",
@@ -139,13 +150,13 @@ def parse_run(
     values = to_dict(base)
     problems += _put_presets(values, options)
     problems += _merge(values, base, options.config)
-    out = _plain(options.out)
-    if out == "":
-        problems.append(Problem("--out", out, "needs a folder"))
+    named = _plain(options.out)
+    if named == "":
+        problems.append(Problem("--out", named, "needs a folder"))
     return RunArguments(
         recipe=recipe,
         config=build(values, problems, online=online),
-        out=Path(out) if out else Path("checkpoints") / _run_name(recipe),
+        out=Path(named) if named else out or Path("checkpoints") / _run_name(recipe),
         resume=options.resume,
         dry_run=options.dry_run,
         print_config=options.print_config,

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import deit
 from deit.arguments import Parser, RunArguments, check_records, parse_run, parse_shard
-from deit.config import DataConfig, to_dict
+from deit.config import Config, DataConfig, StudentConfig, is_transformer, to_dict
 from deit.console import is_main_process, say, table
-from deit.errors import ConfigError, DeitError
+from deit.errors import CheckpointError, ConfigError, DeitError
 from deit.recipes import RECIPES
 from deit.text import nearest
+from deit.tuning import TUNING, at_resolution, begin_from
 
 # torch and what needs it are imported inside the commands: --help and every mistake in the
 # arguments answer at once.
@@ -24,30 +25,99 @@ from deit.text import nearest
 def train(arguments: list[str], program: str) -> None:
     """Train a student (or a teacher) by a recipe."""
     run = parse_run(arguments, program=program, about="Train by a recipe, with or without teacher.")
+    _train(run, [program, *arguments])
+
+
+def _train(run: RunArguments, arguments: list[str]) -> None:
+    """Train as a command line says, or print its configuration. arguments: for the record."""
     if run.print_config:
         say(json.dumps(to_dict(run.config), indent=1))
         return
     from deit.run import train
 
-    train(
-        run.config,
-        run.out,
-        resume=run.resume,
-        dry_run=run.dry_run,
-        arguments=[program, *arguments],
-    )
+    train(run.config, run.out, resume=run.resume, dry_run=run.dry_run, arguments=arguments)
+
+
+_NO_START = "{}: needs --from, what to start from (a run, a folder or a weight file)"
 
 
 def finetune(arguments: list[str], program: str) -> None:
-    """Fine-tune a run at higher resolution (not in this version yet)."""
-    message = (
-        f"{program}: fine-tuning is not in version {deit.__version__} yet; train at the final "
-        "resolution with --student.image_size and --data.image_size"
+    """Fine-tune a run or a checkpoint: at a higher resolution, or on other images."""
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--from", dest="source", metavar="SOURCE")
+    parser.add_argument("--resolution", type=int, metavar="PX")
+    parser.add_argument("--tuning", metavar="NAME")
+    options, rest = parser.parse_known_args(arguments)
+    if options.tuning is not None and options.tuning not in TUNING:
+        known = ", ".join(TUNING)
+        raise ConfigError(
+            f"--tuning {options.tuning}: should be one of {known}{nearest(options.tuning, TUNING)}"
+        )
+    if options.resolution is not None and options.resolution < 1:
+        raise ConfigError(f"--resolution {options.resolution}: should be at least 1")
+    out, tuning = None, options.tuning
+    helps = {"-h", "--help"} & set(arguments)
+    if not helps and (not rest or rest[0].startswith("-")):
+        own = _config_of(options.source, program)
+        rest, out = [str(own), *rest], Path(f"checkpoints/{own.parent.name}-finetuned")
+        tuning = tuning or "short"
+
+    def adapt(config: Config) -> Config:
+        source = options.source or config.start.source
+        if helps:
+            return config
+        if source is None:
+            raise ConfigError(
+                f"{program}: needs --from, what to start from (a run, file or folder)"
+            )
+        from deit.models.start import find_start
+
+        config = begin_from(config, source, find_start(source).student)
+        if options.resolution is not None:
+            _check_patches(options.resolution, config.student)
+            config = at_resolution(config, options.resolution)
+        return config if tuning is None else TUNING[tuning](config)
+
+    run = parse_run(
+        rest,
+        program=f"{program} --from SOURCE",
+        about="Train on from given weights. SOURCE: a run folder of ours, a timm folder, a weight "
+        "file (.safetensors, .pth), a timm name; its network and normalisation are taken over. "
+        "Without RECIPE the configuration of the run at SOURCE. Also: --resolution PX (the "
+        "student's; images, borders and the teachers' input follow) and --tuning "
+        f"{', '.join(TUNING)} (a schedule; without RECIPE: short).",
+        adapt=adapt,
+        out=out,
     )
-    if {"-h", "--help"} & set(arguments):
-        say(message)
-        return
-    raise ConfigError(message)
+    _train(run, [program, *arguments])
+
+
+def _check_patches(side: int, student: StudentConfig) -> None:
+    """Refuse a resolution that the patches of the weights do not divide. Raises CheckpointError."""
+    patch = student.patch_size
+    if is_transformer(student) and side % patch:
+        below = side // patch * patch
+        nearest = f"{below} or {below + patch}" if below else f"{patch}"
+        raise CheckpointError(
+            f"--resolution {side}: the weights have patches of {patch} px, which do not divide it; "
+            f"try {nearest}"
+        )
+
+
+def _config_of(source: str | None, program: str) -> Path:
+    """The config.json of the run to start from, which stands for a recipe. Raises ConfigError."""
+    if source is None:
+        raise ConfigError(_NO_START.format(program))
+    folder = Path(source).expanduser()
+    if not folder.exists() and ("/" in source or folder.suffix):
+        raise CheckpointError(f"--from {source}: no such file or folder")
+    folder = folder.parent if folder.name in ("best", "last") else folder
+    if not (folder / "config.json").is_file() or not (folder / "best").is_dir():
+        raise ConfigError(
+            f"{program} --from {source}: is no run of ours, so name a recipe for data and "
+            f"schedule: {program} --from {source} RECIPE"
+        )
+    return folder / "config.json"
 
 
 def evaluate(arguments: list[str], program: str) -> None:

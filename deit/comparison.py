@@ -1,7 +1,5 @@
 """The students of a study beside each other and their teachers, in one table and one picture."""
 
-import dataclasses
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from deit.config import Config, derive
 from deit.console import is_main_process, say, table
 from deit.errors import ConfigError, EnvironmentFault
 from deit.evaluation import evaluate
-from deit.recipes import RECIPES, TEACHERS
+from deit.ground import Ground, slug
 from deit.report import COLUMNS, HEADS, comparison_cells, draw_comparison
 from deit.run import train
 from deit.saving import selected_top1
@@ -53,12 +51,13 @@ def compare(
     rows: dict[str, dict[str, Any]] = {}
     for seed in seeds:
         folder = run.out if len(seeds) == 1 else run.out / f"seed-{seed}"
-        teachers, student = _teachers(run, folder, seed)
-        arms = _arms(student, study, only)
-        for name, config in {**teachers, **arms}.items():
-            out = folder / _slug(name)
+        student = derive(run.config, run={"seed": seed})
+        ground = Ground(run, student, folder)
+        arms = {name: ground.laid(arm) for name, arm in _arms(student, study, only).items()}
+        for name, config in {**ground.runs, **arms}.items():
+            out = folder / slug(name)
             say(f"\n{name}, seed {seed}: {out}")
-            config = _with_targets(config, folder / f"targets-{_slug(name)}")
+            config = _with_targets(config, folder / f"targets-{slug(name)}")
             state = train(config, out, resume=True)
             found = evaluate(out)
             row = rows.setdefault(
@@ -69,7 +68,7 @@ def compare(
                     "seconds": [],
                     "curves": [],
                     "epochs": config.optim.epochs,
-                    "teacher": name in teachers,
+                    "teacher": name in ground.teachers,
                 },
             )
             row["top1"].append(_top1(found))
@@ -90,7 +89,7 @@ def compare(
     if is_main_process():
         _write(result, run.out, json_file)
     if study == "worth":
-        _say_next(run.recipe, folder, student)
+        _say_next(run.recipe, folder, next(iter(arms.values())))
     return result
 
 
@@ -107,24 +106,6 @@ def _arms(student: Config, study: str, only: tuple[str, ...]) -> dict[str, Confi
     return {name: arm for name, arm in arms.items() if not only or name in only}
 
 
-def _teachers(run: RunArguments, folder: Path, seed: int) -> tuple[dict[str, Config], Config]:
-    """The teachers to train, where the recipe has some and none were given; and the student."""
-    student = derive(run.config, run={"seed": seed})
-    recipes = TEACHERS.get(run.recipe, ())
-    if not recipes or student.teacher.targets:
-        return {}, student
-    if student.teacher.source != RECIPES[run.recipe]().teacher.source:
-        return {}, student
-    machine = {"seed": seed, "device": student.run.device, "precision": student.run.precision}
-    names = ("teacher",) if len(recipes) == 1 else recipes
-    teachers = {
-        name: derive(RECIPES[recipe](), data=dataclasses.asdict(student.data), run=machine)
-        for name, recipe in zip(names, recipes)
-    }
-    sources = tuple(str(folder / _slug(name)) for name in names)
-    return teachers, derive(student, teacher={"source": sources})
-
-
 def _with_targets(config: Config, store: Path) -> Config:
     """The configuration with stored targets, written now, where its teaching needs them."""
     needed = config.views.teacher_view == "crops" and not config.teacher.targets
@@ -132,11 +113,6 @@ def _with_targets(config: Config, store: Path) -> Config:
         return config
     write_targets(config, store)
     return derive(config, teacher={"targets": (str(store),)})
-
-
-def _slug(name: str) -> str:
-    """A name as part of a path: `fix/rs` is fix-rs."""
-    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
 
 
 def _top1(found: dict[str, Any]) -> dict[str, float | None]:

@@ -83,6 +83,8 @@ Fill = Literal["noise", "mean"]
 Kind = Literal["hard", "soft", "cross_entropy", "dkd", "none"]
 Through = Literal["distillation", "class", "all"]
 Combine = Literal["probabilities", "logits", "tokens"]
+Kernel = Literal["deit", "timm"]
+Trained = Literal["all", "heads", "attention"]
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,22 @@ class StudentConfig:
     layers that keep the variance and a position embedding that counts (deit_* and vit_*)."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth rate of the last block, rising linearly from 0."""
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """What the student starts from: the weights of another training, or random ones."""
+
+    __pydantic_config__ = _STRICT
+    source: OptionalText = None
+    """A run folder of ours, a timm or transformers folder, a weight file, or a timm name. None:
+    random weights."""
+    heads: Literal["keep", "new"] = "keep"
+    """keep: classes are matched by name, or must be as many where the weights name none. new:
+    random heads, for other classes."""
+    kernel: Kernel = "deit"
+    """How a position embedding is resized: bicubic as DeiT's code does it, or as timm, with
+    antialiasing."""
 
 
 @dataclass(frozen=True)
@@ -366,6 +384,12 @@ class OptimConfig:
     """Decay of AdamW's second moment."""
     clip_norm: OptionalPositive = None
     """Largest global gradient norm. None: no clipping."""
+    trained: Trained = "all"
+    """What is trained: all; heads (the rest frozen, in evaluation mode); attention: with the heads
+    every attention layer."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the learning rate from a layer to the one before it, counted from the heads; 1: the
+    same for all."""
     ema_epochs: NonNegative = 0.0
     """Horizon of the weight average [epochs]; 0 switches it off."""
 
@@ -395,6 +419,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -18,7 +18,14 @@ from deit.datasets.splits import Splits, load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.models.teachers import Teacher, locate
-from deit.preparation import chorus, loader_of, teacher_input, teachers_of
+from deit.preparation import (
+    chorus,
+    found_start,
+    loader_of,
+    settled,
+    teacher_input,
+    teachers_of,
+)
 from deit.records import Batch
 from deit.validation import validate
 
@@ -50,6 +57,7 @@ def draw_views(config: Config, out: Path, *, epoch: int = 0, number: int = 12) -
     yet is left out with a warning. Raises the errors of deit.errors.
     """
     config = validate(config, online=False)
+    config = settled(config, found_start(config))
     accelerator = create_accelerator(config.run)
     splits = load_splits(config.data)
     teachers = _teachers(config, splits, accelerator)

@@ -11,32 +11,48 @@ from deit.config import OptimConfig, peak_lr
 _UNDECAYED_TOKENS = ("cls_token", "dist_token", "pos_embed")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: decayed, and not (biases, norms, tokens and position embedding).
+def parameter_groups(
+    model: nn.Module, weight_decay: float, scales: dict[str, float] | None = None
+) -> list[dict]:
+    """Groups by decay (none on biases, norms, tokens and position embedding) and by the factor of
+    the learning rate, `lr_scale`; parameters that take no gradient are in none.
 
-    One-dimensional parameters are biases and norms; the tokens go by timm's names.
+    scales: a factor for each parameter by its name; None: 1 for all. One-dimensional parameters
+    are biases and norms; the tokens go by timm's names.
     """
-    decayed, undecayed = [], []
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         token = name.rpartition(".")[2] in _UNDECAYED_TOKENS
-        (undecayed if token or parameter.ndim <= 1 else decayed).append(parameter)
+        decay = 0.0 if token or parameter.ndim <= 1 else weight_decay
+        scale = 1.0 if scales is None else scales[name]
+        groups.setdefault((scale, decay), []).append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (scale, decay), parameters in groups.items()
     ]
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+def layer_scales(depths: dict[str, int], layer_decay: float) -> dict[str, float]:
+    """The factor of the learning rate of each parameter, layer_decay ** (layers above its own)
+    (Clark et al. 2020, "ELECTRA"). depths: its layer, 0 the nearest to the image."""
+    top = max(depths.values())
+    return {name: layer_decay ** (top - depth) for name, depth in depths.items()}
+
+
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, scales: dict[str, float] | None = None
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019); its learning rate is written by the loop.
 
+    scales: as in `parameter_groups`.
     torch's AdamW takes lr_t * weight_decay off a weight, big_vision schedule_t * weight_decay with
     schedule_t = lr_t / peak (Beyer et al. 2022): the same with weight_decay / peak.
     """
     independent = optim.independent_decay
     decay = optim.weight_decay / peak_lr(optim) if independent else optim.weight_decay
-    groups = parameter_groups(model, decay)
+    groups = parameter_groups(model, decay, scales)
     return torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=1e-8)
 
 
@@ -57,9 +73,9 @@ def lr_at(step: int, *, optim: OptimConfig, steps_per_epoch: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Write the learning rate into every group."""
+    """Write the learning rate into every group, times the group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 def average_decay(updates: int, *, horizon: float) -> float:

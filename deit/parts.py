@@ -50,6 +50,9 @@ class Parts:
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
     state: State
+    start_notes: dict[str, Any] | None = None
+    """What the student started from, and what was done to fit it; None: random weights, or a
+    resumed run."""
     teacher_answers: Tensor | None = None
     view_epochs: int | None = None
     """Epochs of views that come round again and again; None: each epoch has its own."""

@@ -54,6 +54,9 @@ def _judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, gue
         raise DataError(f"teacher {teacher.description}: its logits are not finite")
     accuracy = topk_accuracy(logits, labels)
     size = "any" if teacher.image_size is None else f"{teacher.image_size} px"
+    enlarged = teacher.trained_size not in (None, teacher.image_size)
+    if enlarged:
+        size += f" (trained at {teacher.trained_size} px)"
     say(
         f"teacher   {teacher.description}: {size_of(teacher)} parameters, input {size}, "
         f"validation top-1 {percent(accuracy)} % (chance {percent(guess)} %)"
@@ -63,6 +66,12 @@ def _judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, gue
             f"teacher {teacher.description}: {percent(accuracy)} % top-1 on the validation split "
             f"is near chance ({percent(guess)} %): wrong weights, normalisation or class order?"
         )
+        if enlarged:
+            message += (
+                f" Or the size: it was trained at {teacher.trained_size} px; fit it to "
+                f"{teacher.image_size} px first (finetune_deit.py --from TEACHER --resolution "
+                f"{teacher.image_size}), or --teacher.image_size none."
+            )
         if not config.teacher.allow_weak:
             raise DataError(f"{message} --teacher.allow_weak goes on all the same")
         warn(message)

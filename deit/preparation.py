@@ -1,8 +1,11 @@
 """From a configuration and its images to the teachers and the loader of training views."""
 
-from accelerate import Accelerator
+from typing import Any
 
-from deit.config import Config, Member, members, views_seed
+from accelerate import Accelerator
+from torch import nn
+
+from deit.config import Config, Member, derive, members, views_seed
 from deit.datasets.images import Encoded, Images
 from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.reading import worker_count
@@ -10,7 +13,9 @@ from deit.datasets.splits import Splits
 from deit.datasets.views import Colours
 from deit.losses import needs_logits
 from deit.models.saved import Facts
+from deit.models.start import Found, find_start, fit
 from deit.models.teachers import Teacher, load_teacher
+from deit.models.weights import digest_of, load_weights
 from deit.panel import NetworkVoice, Panel, Voice
 
 
@@ -23,6 +28,48 @@ def facts_of(config: Config, splits: Splits) -> Facts:
         std=config.views.std or splits.std,
         evaluation_crop=config.views.evaluation_crop,
     )
+
+
+def found_start(config: Config) -> Found | None:
+    """The weights a configuration starts from; None: random ones. Raises CheckpointError."""
+    return None if config.start.source is None else find_start(config.start.source)
+
+
+def settled(config: Config, found: Found | None) -> Config:
+    """The configuration with the normalisation its start was trained with, unless it says one."""
+    if found is None or config.views.mean is not None or found.mean is None or found.std is None:
+        return config
+    return derive(config, views={"mean": found.mean, "std": found.std})
+
+
+def begin(network: nn.Module, found: Found, config: Config, facts: Facts) -> dict[str, Any]:
+    """Put the weights a student starts from into its network; what was done to fit them.
+
+    Raises CheckpointError listing the first ten differences, before any is copied.
+    """
+    fitted = fit(found, network, facts.class_names, config.start)
+    load_weights(network, fitted.weights, origin=f"start.source {config.start.source}")
+    notes = list(fitted.notes)
+    colours = ((found.mean, facts.mean), (found.std, facts.std))
+    if any(theirs is not None and not _close(theirs, ours) for theirs, ours in colours):
+        notes.append(
+            f"it was trained with mean {_shown(found.mean)} and std {_shown(found.std)}, this run "
+            f"normalises with {_shown(facts.mean)} and {_shown(facts.std)} (--views.mean, .std)"
+        )
+    return {
+        "source": config.start.source,
+        "found": found.description,
+        "weights": digest_of(found.weights),
+        "notes": notes,
+    }
+
+
+def _close(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(abs(a - b) < 1e-3 for a, b in zip(one, other))
+
+
+def _shown(values: tuple[float, ...] | None) -> str:
+    return "?" if values is None else ",".join(f"{value:.3g}" for value in values)
 
 
 def teacher_of(member: Member, config: Config, splits: Splits, accelerator: Accelerator) -> Teacher:

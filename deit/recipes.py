@@ -10,6 +10,7 @@ from deit.config import (
     LossConfig,
     OptimConfig,
     RunConfig,
+    StartConfig,
     StudentConfig,
     TeacherConfig,
     ViewsConfig,
@@ -19,6 +20,7 @@ from deit.errors import ConfigError
 from deit.files import import_file
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.text import nearest
+from deit.tuning import at_resolution, deit, short
 from deit.validation import load
 
 
@@ -87,6 +89,23 @@ def digits_ensemble() -> Config:
 def digits_function_matching() -> Config:
     """`digits` by function matching: the teacher's answers alone, mixup, ten times the epochs."""
     return _function_matching(digits(), epochs=600)
+
+
+def digits_finetune() -> Config:
+    """`digits` at twice its resolution, still taught: by `digits-finetune-teacher` at 16 px."""
+    return _finetune(digits(), 16, start="digits", teacher="digits-finetune-teacher")
+
+
+def digits_finetune_teacher() -> Config:
+    """`digits-teacher` fitted to 16 px, the teacher of `digits-finetune`."""
+    return _finetune(digits_teacher(), 16, start="digits-teacher")
+
+
+def _finetune(config: Config, side: int, *, start: str, teacher: str | None = None) -> Config:
+    """A recipe turned into its fine-tuning at `side` px, from the run of another."""
+    sources = () if teacher is None else (f"checkpoints/{teacher}",)
+    config = derive(config, teacher={"source": sources}, start={"source": f"checkpoints/{start}"})
+    return short(at_resolution(config, side))
 
 
 def cifar10_teacher() -> Config:
@@ -227,6 +246,23 @@ def cifar10_micro_ensemble() -> Config:
     )
 
 
+def cifar10_micro_finetune() -> Config:
+    """`cifar10-micro` at 48 px, still taught: by `cifar10-micro-finetune-teacher` (a laptop)."""
+    teacher = "cifar10-micro-finetune-teacher"
+    return _finetune(cifar10_micro(), 48, start="cifar10-micro", teacher=teacher)
+
+
+def cifar10_micro_finetune_teacher() -> Config:
+    """`cifar10-micro-teacher` fitted to 48 px, the teacher of `cifar10-micro-finetune`."""
+    return _finetune(cifar10_micro_teacher(), 48, start="cifar10-micro-teacher")
+
+
+def cifar10_finetune() -> Config:
+    """`cifar10` at 48 px by DeiT's schedule, its teacher at the same resolution (one GPU)."""
+    config = derive(cifar10(), start={"source": "checkpoints/cifar10"})
+    return deit(at_resolution(config, 48))
+
+
 def cifar100_teacher() -> Config:
     """RegNetY-400MF with a stem of stride 1 on CIFAR-100: the teacher of `cifar100`."""
     return derive(cifar10_teacher(), data={"source": "cifar100"})
@@ -323,22 +359,87 @@ def imagenet_subset() -> Config:
     )
 
 
+def imagenet_384() -> Config:
+    """DeiT (--from WEIGHTS) at 384 px by the paper's schedule, RegNetY-16GF at 384 px teaching."""
+    return deit(at_resolution(imagenet_subset(), 384))
+
+
+def transfer_cifar10() -> Config:
+    """A DeiT of ImageNet (--from WEIGHTS) on CIFAR-10 at 224 px: AdamW of dino's issue 81."""
+    return Config(
+        data=DataConfig(source="cifar10", root="data", image_size=32),
+        views=ViewsConfig(crop="random_resized", **AUGMENTATIONS["mix"]),
+        student=StudentConfig(name="deit_base", image_size=224, patch_size=16, drop_path=0.1),
+        start=StartConfig(heads="new"),
+        loss=OBJECTIVES["none"],
+        optim=OptimConfig(
+            epochs=1000,
+            batch_size=768,
+            lr=7.5e-6,
+            lr_reference_batch=None,
+            warmup_epochs=5,
+            warmup_lr=1e-6,
+            min_lr=1e-6,
+        ),
+    )
+
+
+def transfer_cifar100() -> Config:
+    """A DeiT of ImageNet (--from WEIGHTS) on CIFAR-100 at 224 px: AdamW of deit's issue 117."""
+    return derive(
+        transfer_cifar10(), data={"source": "cifar100"}, views={"repeats": 3}, optim={"lr": 5e-6}
+    )
+
+
+def transfer_flowers() -> Config:
+    """A DeiT of ImageNet (--from WEIGHTS) on Flowers-102 in class folders; nobody published a
+    recipe for it, these are CIFAR's numbers."""
+    return _transfer_to("flowers", epochs=1000, lr=7.5e-6)
+
+
+def transfer_cars() -> Config:
+    """A DeiT of ImageNet (--from WEIGHTS) on Stanford Cars in class folders: deit's issue 45, with
+    AdamW."""
+    return _transfer_to("cars", epochs=1000, lr=7.5e-6)
+
+
+def transfer_inaturalist() -> Config:
+    """A DeiT of ImageNet (--from WEIGHTS) on iNaturalist 2018 or 2019 in class folders: deit's
+    issues 105 and 141."""
+    config = _transfer_to("inaturalist", epochs=360, lr=7.5e-5)
+    return derive(config, views={"erasing": 0.1}, optim={"min_lr": 1e-5})
+
+
+def _transfer_to(name: str, *, epochs: int, lr: float) -> Config:
+    return derive(
+        transfer_cifar10(),
+        data={"source": "folder", "root": f"data/{name}", "image_size": 256},
+        views={"evaluation_crop": 0.875},
+        optim={"epochs": epochs, "lr": lr},
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "digits": digits,
     "digits-teacher": digits_teacher,
     "digits-involution-teacher": digits_involution_teacher,
     "digits-ensemble": digits_ensemble,
     "digits-function-matching": digits_function_matching,
+    "digits-finetune": digits_finetune,
+    "digits-finetune-teacher": digits_finetune_teacher,
     "cifar10": cifar10,
     "cifar10-teacher": cifar10_teacher,
     "cifar10-involution-teacher": cifar10_involution_teacher,
     "cifar10-ensemble": cifar10_ensemble,
     "cifar10-function-matching": cifar10_function_matching,
     "cifar10-usi": cifar10_usi,
+    "cifar10-finetune": cifar10_finetune,
     "cifar10-micro": cifar10_micro,
     "cifar10-micro-teacher": cifar10_micro_teacher,
     "cifar10-micro-ensemble": cifar10_micro_ensemble,
     "cifar10-micro-involution-teacher": cifar10_micro_involution_teacher,
+    "cifar10-micro-finetune": cifar10_micro_finetune,
+    "cifar10-micro-finetune-teacher": cifar10_micro_finetune_teacher,
     "cifar100": cifar100,
     "cifar100-teacher": cifar100_teacher,
     "tiny-imagenet": tiny_imagenet,
@@ -348,26 +449,20 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "folder": folder,
     "folder-teacher": folder_teacher,
     "imagenet-subset": imagenet_subset,
+    "imagenet-384": imagenet_384,
+    "transfer-cifar10": transfer_cifar10,
+    "transfer-cifar100": transfer_cifar100,
+    "transfer-flowers": transfer_flowers,
+    "transfer-cars": transfer_cars,
+    "transfer-inaturalist": transfer_inaturalist,
 }
 """Every recipe by its name on the command line."""
 
-TEACHERS: dict[str, tuple[str, ...]] = {
-    "digits": ("digits-teacher",),
-    "digits-ensemble": ("digits-teacher", "digits-involution-teacher"),
-    "digits-function-matching": ("digits-teacher",),
-    "cifar10": ("cifar10-teacher",),
-    "cifar10-ensemble": ("cifar10-teacher", "cifar10-involution-teacher"),
-    "cifar10-function-matching": ("cifar10-teacher",),
-    "cifar10-usi": ("cifar10-teacher",),
-    "cifar10-micro": ("cifar10-micro-teacher",),
-    "cifar10-micro-ensemble": ("cifar10-micro-teacher", "cifar10-micro-involution-teacher"),
-    "cifar100": ("cifar100-teacher",),
-    "tiny-imagenet": ("tiny-imagenet-teacher",),
-    "tiny-imagenet-micro": ("tiny-imagenet-micro-teacher",),
-    "folder": ("folder-teacher",),
-}
-"""The recipes that train the teachers of a recipe, in the order of its teacher.source; the others
-bring their own."""
+
+def recipe_of(source: str | None) -> str | None:
+    """The recipe whose run lies at `source` where nobody said another --out; None: none of ours."""
+    folder, _, name = (source or "").rpartition("/")
+    return name if folder == "checkpoints" and name in RECIPES else None
 
 
 def find_recipe(name: str) -> Config:

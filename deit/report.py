@@ -53,7 +53,7 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
     seeds = len(result["seeds"])
     study = result.get("study", "worth")
     title = f"{result['recipe']}: {_TITLES[study]} ({seeds} seed{'s' * (seeds > 1)})"
-    if study == "worth":
+    if study == "worth" and set(result["rows"]) <= set(_COLOURS):
         figure = Figure(figsize=(10, 4), layout="constrained")
         curves, heads = figure.subplots(1, 2, width_ratios=(3, 2))
         _draw_curves(curves, result)
@@ -73,6 +73,7 @@ _TITLES = {
     "teaching": "what teacher and student see",
     "patience": "accuracy against epochs",
     "ensemble": "teachers together and alone",
+    "resolution": "fine-tuning at another resolution",
 }
 
 

@@ -20,14 +20,16 @@ from deit.engine import Job, train_epoch
 from deit.environment import create_accelerator, describe
 from deit.errors import ConfigError, DataError, NumericsError
 from deit.metrics import agreement, topk_accuracy
+from deit.models.layers import depths_of, hold_still
 from deit.models.saved import build_student
+from deit.models.start import Found
 from deit.models.student import has_two_heads
-from deit.optim import WeightAverage, build_optimizer
+from deit.optim import WeightAverage, build_optimizer, layer_scales
 from deit.parts import Parts, State
 from deit.prediction import answers_of
-from deit.preparation import facts_of
+from deit.preparation import begin, facts_of, found_start, settled
 from deit.records import head_logits
-from deit.saving import restore, save
+from deit.saving import as_begun, restore, save
 from deit.teaching import Faculty
 from deit.validation import validate
 
@@ -49,9 +51,13 @@ def train(
     if not dry_run:
         checkpoint.check_folder(out, resume=resume)
         checkpoint.check_writable(out, option="--out")
+    # A run that goes on has weights of its own: what it started from may be gone by now.
+    begun = resume and (out / "last").is_dir()
+    found = None if begun else found_start(config)
+    config = as_begun(config, out) if begun else settled(config, found)
     accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
     faculty = Faculty(config)
-    parts = _furnish(config, out, accelerator, faculty)
+    parts = _furnish(config, out, accelerator, faculty, found)
     environment = describe(accelerator, arguments or [])
     announce(parts, environment)
     parts.teacher_answers = faculty.check(parts.splits, accelerator, parts.loader)
@@ -70,14 +76,18 @@ def train(
         checkpoint.write_json(out / checkpoint.CONFIG, to_dict(config))
         first = "environment.json" if parts.state.epoch == 0 else "environment-resumed.json"
         checkpoint.write_json(out / first, environment)
+        if parts.start_notes is not None:
+            checkpoint.write_json(out / "start.json", parts.start_notes)
     _fit(parts)
     say(f"finished in {clock(parts.state.seconds)}; next: python evaluate_deit.py {out}")
     accelerator.wait_for_everyone()
     return asdict(parts.state)
 
 
-def _furnish(config: Config, out: Path, accelerator: Accelerator, faculty: Faculty) -> Parts:
-    """Build every part of a run."""
+def _furnish(
+    config: Config, out: Path, accelerator: Accelerator, faculty: Faculty, found: Found | None
+) -> Parts:
+    """Build every part of a run. found: what the student starts from; None: random weights."""
     splits = load_splits(config.data)
     if len(splits.validation.labels) < accelerator.num_processes:
         raise DataError("data.validation_fraction: fewer validation images than processes")
@@ -85,14 +95,18 @@ def _furnish(config: Config, out: Path, accelerator: Accelerator, faculty: Facul
     loader, panel = faculty.load(splits, accelerator)
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
-        student = build_student(facts).to(accelerator.device)
+        student = build_student(facts)
+    notes = None if found is None else begin(student.network, found, config, facts)
+    hold_still(student.network, config.optim.trained)
+    student.still = config.optim.trained == "heads"
+    student = student.to(accelerator.device)
     _check_student(config, student)
     average = None
     if config.optim.ema_epochs > 0:
         # Copied before Accelerate binds its own forward to the student.
         horizon = config.optim.ema_epochs * loader.steps_per_epoch
         average = WeightAverage(student, horizon=horizon)
-    optimizer = build_optimizer(student, config.optim)
+    optimizer = build_optimizer(student, config.optim, _scales(config, student))
     student, optimizer = accelerator.prepare(student, optimizer)
     return Parts(
         config=config,
@@ -106,7 +120,16 @@ def _furnish(config: Config, out: Path, accelerator: Accelerator, faculty: Facul
         optimizer=optimizer,
         average=average,
         state=State(fingerprint=splits.fingerprint, targets=faculty.digests),
+        start_notes=notes,
     )
+
+
+def _scales(config: Config, student: nn.Module) -> dict[str, float] | None:
+    """The factor of the learning rate of each of the student's parameters; None: 1 for all."""
+    if config.optim.layer_decay == 1:
+        return None
+    scales = layer_scales(depths_of(student.network), config.optim.layer_decay)
+    return {f"network.{name}": scale for name, scale in scales.items()}
 
 
 def _check_student(config: Config, student: nn.Module) -> None:

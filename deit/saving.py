@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deit import checkpoint
-from deit.config import Config, to_dict
+from deit.config import Config, derive, to_dict
 from deit.console import say
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.models.saved import WEIGHTS, save_student, save_weights
@@ -72,6 +72,15 @@ def read_state(folder: Path) -> State:
             f"{checkpoint.FORMAT_VERSION}"
         )
     return state
+
+
+def as_begun(config: Config, out: Path) -> Config:
+    """The configuration with the normalisation that the run in `out` took over from its start."""
+    saved = out / checkpoint.CONFIG
+    if config.start.source is None or config.views.mean is not None or not saved.is_file():
+        return config
+    before = load(saved).views
+    return derive(config, views={"mean": before.mean, "std": before.std})
 
 
 def restore(parts: Parts) -> None:

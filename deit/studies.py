@@ -12,6 +12,7 @@ from deit.config import (
 )
 from deit.errors import ConfigError
 from deit.presets import OBJECTIVES, TEACHING
+from deit.recipes import RECIPES, recipe_of
 
 Arms = dict[str, Config]
 
@@ -98,6 +99,31 @@ def ensemble(config: Config) -> Arms:
     return arms
 
 
+def resolution(config: Config) -> Arms:
+    """Fine-tuning taught by teachers fitted to the resolution, by the same merely shown larger
+    images, by them at the size they were trained at; and by labels alone.
+
+    Raises ConfigError without a start.
+    """
+    if config.start.source is None:
+        raise ConfigError("--study resolution: the recipe starts from nothing (start.source)")
+    arms: Arms = {}
+    before = tuple(map(_before_fitting, config.teacher.source))
+    if None not in before:
+        arms["teacher fitted"] = config
+        config = derive(config, teacher={"source": before})
+    arms["teacher resized"] = config
+    arms["teacher as trained"] = derive(config, teacher={"image_size": ()})
+    arms["none"] = undistilled(config)
+    return arms
+
+
+def _before_fitting(source: str) -> str | None:
+    """What a teacher of our recipes was fine-tuned from; None where it was not."""
+    recipe = recipe_of(source)
+    return None if recipe is None else RECIPES[recipe]().start.source
+
+
 def _only(teacher: TeacherConfig, place: int) -> TeacherConfig:
     """One of several teachers, with what was said of it."""
 
@@ -120,5 +146,6 @@ STUDIES: dict[str, Callable[[Config], Arms]] = {
     "teaching": teaching,
     "patience": patience,
     "ensemble": ensemble,
+    "resolution": resolution,
 }
 """Every study by its name on the command line: recipe -> configurations by name."""

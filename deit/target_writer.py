@@ -21,7 +21,14 @@ from deit.losses import needs_logits
 from deit.models.teachers import Teacher, locate
 from deit.panel import Panel
 from deit.preflight import measure
-from deit.preparation import chorus, loader_of, teacher_input, teachers_of
+from deit.preparation import (
+    chorus,
+    found_start,
+    loader_of,
+    settled,
+    teacher_input,
+    teachers_of,
+)
 from deit.records import Answers
 from deit.stored import answer_to
 from deit.target_units import Unit, Units
@@ -48,6 +55,7 @@ def write_targets(
     Raises the errors of deit.errors.
     """
     config = _for_writing(config)
+    config = settled(config, found_start(config))
     for member in members(config.teacher):
         locate(member.source)  # before the images are read
     out = out.resolve()

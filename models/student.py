@@ -19,8 +19,17 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
+        self.still = False
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
+
+    def train(self, mode: bool = True) -> "Student":
+        """As any module; with `still` the network stays in evaluation mode: where only its heads
+        are trained, statistics and drop path of the rest are part of what is fixed."""
+        super().train(mode)
+        if self.still:
+            self.network.eval()
+        return self
 
     def forward(self, images: Tensor) -> Outputs:
         """images: float [batch, 3, height, width] in [0, 1]."""

@@ -17,7 +17,7 @@ from deit.files import import_file
 from deit.models.networks import create_network
 from deit.models.saved import find_saved, load_student
 from deit.models.student import Student
-from deit.models.weights import load_weights, read_weights
+from deit.models.weights import digest_of, load_weights, read_weights
 from deit.records import head_logits
 from deit.text import nearest
 
@@ -42,9 +42,17 @@ class Teacher(nn.Module):
     It is not part of the student, is not handed to `accelerator.prepare`, and is in no checkpoint.
     """
 
-    def __init__(self, origin: Origin, columns: tuple[int, ...] | None = None) -> None:
-        """columns: which of its classes are the data's, in the data's order; None: all."""
+    def __init__(
+        self,
+        origin: Origin,
+        columns: tuple[int, ...] | None = None,
+        trained_size: int | None = None,
+    ) -> None:
+        """columns: which of its classes are the data's, in the data's order; None: all.
+        trained_size: side [px] of the images it learned from, where that is another than its
+        input's."""
         super().__init__()
+        self.trained_size = origin.image_size if trained_size is None else trained_size
         self.network = origin.network
         self.description = origin.description
         self.image_size = origin.image_size
@@ -59,14 +67,10 @@ class Teacher(nn.Module):
         """What its answers depend on, as plain values: SHA-256 of the weights by name and of the
         layers (strides and the like have no weights), input size, normalisation, and which of its
         classes are the data's. What a network of one's own computes besides is not in it."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         mean, std = self.normalisation
         layers = re.sub(r"0x[0-9a-f]+", "", repr(self.network))  # addresses differ by process
         return {
-            "weights": digest.hexdigest(),
+            "weights": digest_of(self.network.state_dict()),
             "layers": hashlib.sha256(layers.encode()).hexdigest(),
             "image_size": self.image_size,
             "mean": list(mean),
@@ -98,11 +102,12 @@ def load_teacher(config: Member, class_names: tuple[str, ...], *, image_size: in
     CheckpointError where its file is unreadable or made for another network.
     """
     origin = _find(config, class_names)
+    trained = origin.image_size
     if config.image_size is not None:
         origin = origin._replace(image_size=config.image_size)
     if config.mean is not None and config.std is not None:
         origin = origin._replace(mean=config.mean, std=config.std)
-    return Teacher(origin, _match_classes(origin, class_names, image_size))
+    return Teacher(origin, _match_classes(origin, class_names, image_size), trained)
 
 
 def locate(source: str) -> str:

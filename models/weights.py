@@ -1,5 +1,6 @@
 """Weight files of any origin, read without running code from them, loaded without silent gaps."""
 
+import hashlib
 import warnings
 from pathlib import Path
 
@@ -55,6 +56,15 @@ def _unprefixed(name: str) -> str:
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     return name
+
+
+def digest_of(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors by name, type and shape."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], *, origin: str) -> None:

@@ -9,8 +9,18 @@ import torch
 from torch import nn
 
 from deit.config import OptimConfig, StudentConfig
+from deit.errors import ConfigError
+from deit.models.layers import depths_of
 from deit.models.networks import create_network
-from deit.optim import WeightAverage, average_decay, build_optimizer, lr_at, parameter_groups
+from deit.optim import (
+    WeightAverage,
+    average_decay,
+    build_optimizer,
+    layer_scales,
+    lr_at,
+    parameter_groups,
+    set_lr,
+)
 
 OPTIM = OptimConfig(
     epochs=10, batch_size=256, lr=1e-3, lr_reference_batch=512, warmup_epochs=2, warmup_lr=1e-6
@@ -46,7 +56,7 @@ def test_schedule_of_a_single_update():
 
 def test_no_decay_on_biases_norms_tokens_and_positions_as_in_timm():
     network = create_network(StudentConfig(name="deit_micro"), 10)
-    decayed, undecayed = parameter_groups(network, 0.05)
+    undecayed, decayed = sorted(parameter_groups(network, 0.05), key=lambda g: g["weight_decay"])
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     free = {names[id(parameter)] for parameter in undecayed["params"]}
     assert {"cls_token", "dist_token", "pos_embed", "norm.weight", "head.bias"} <= free
@@ -112,3 +122,36 @@ def test_independent_decay_is_the_schedules_share_of_the_weight():
         layer.weight.grad = torch.zeros_like(layer.weight)
         optimizer.step()
         assert torch.allclose(layer.weight, before * (1 - 0.5 * 1e-3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["deit_micro", "vit_micro", "regnety_002_small_stem"])
+def test_layer_decay_scales_as_in_timm(name):
+    network = create_network(StudentConfig(name=name), 10)
+    scales = layer_scales(depths_of(network), 0.75)
+    free = network.no_weight_decay() if hasattr(network, "no_weight_decay") else set()
+    reference = timm.optim.param_groups_layer_decay(
+        network, 0.05, no_weight_decay_list=free, layer_decay=0.75
+    )
+    theirs = {id(p): group["lr_scale"] for group in reference for p in group["params"]}
+    for part, parameter in network.named_parameters():
+        assert scales[part] == pytest.approx(theirs[id(parameter)])
+    ours = parameter_groups(network, 0.05, scales)
+    assert {id(p): group["lr_scale"] for group in ours for p in group["params"]} == {
+        key: pytest.approx(value) for key, value in theirs.items()
+    }
+
+
+def test_the_learning_rate_of_a_layer_is_the_schedules_times_its_factor():
+    network = create_network(StudentConfig(name="deit_micro", depth=2), 10)
+    scales = layer_scales(depths_of(network), 0.5)
+    assert scales["head.weight"] == scales["head_dist.bias"] == 1
+    assert scales["blocks.1.attn.qkv.weight"] == scales["norm.weight"] == 0.5
+    assert scales["blocks.0.attn.qkv.weight"] == 0.25
+    assert scales["cls_token"] == scales["dist_token"] == scales["patch_embed.proj.bias"] == 0.125
+    optimizer = build_optimizer(network, OptimConfig(), scales)
+    set_lr(optimizer, 0.8)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in network.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(0.8 * scales[name])
+    with pytest.raises(ConfigError, match="does not tell its layers apart"):
+        depths_of(create_network(StudentConfig(name="small_convnet"), 10))

@@ -2,9 +2,11 @@
 
 import pytest
 
+from deit.arguments import parse_run
 from deit.config import TeacherConfig, derive, members
 from deit.errors import ConfigError
-from deit.recipes import RECIPES, digits, digits_ensemble
+from deit.ground import Ground
+from deit.recipes import RECIPES, cifar10_finetune, digits, digits_ensemble, digits_finetune
 from deit.studies import STUDIES
 from deit.validation import validate
 
@@ -15,8 +17,13 @@ TAUGHT = [name for name, recipe in RECIPES.items() if recipe().loss.kind != "non
 @pytest.mark.parametrize("name", TAUGHT)
 def test_every_arm_is_valid_and_has_the_same_budget(name, study):
     config = RECIPES[name]()
-    if study == "ensemble" and len(config.teacher.source) < 2:
-        with pytest.raises(ConfigError, match="needs several teachers"):
+    impossible = {
+        "ensemble": (len(config.teacher.source) < 2, "needs several teachers"),
+        "resolution": (config.start.source is None, "starts from nothing"),
+    }
+    cannot, reason = impossible.get(study, (False, ""))
+    if cannot:
+        with pytest.raises(ConfigError, match=reason):
             STUDIES[study](config)
         return
     arms = STUDIES[study](config)
@@ -30,9 +37,23 @@ def test_every_arm_is_valid_and_has_the_same_budget(name, study):
 
 
 def test_the_arms_of_a_study_can_be_named_on_a_command_line():
+    config = derive(digits_ensemble(), start={"source": "checkpoints/digits"})
     for study in STUDIES.values():
-        for name in study(digits_ensemble()):
+        for name in study(config):
             assert "," not in name
+
+
+def test_a_teacher_fitted_to_the_resolution_is_compared_with_itself_before():
+    arms = STUDIES["resolution"](digits_finetune())
+    seen = {name: (arm.teacher.source, arm.teacher.image_size) for name, arm in arms.items()}
+    assert seen == {
+        "teacher fitted": (("checkpoints/digits-finetune-teacher",), (16,)),
+        "teacher resized": (("checkpoints/digits-teacher",), (16,)),
+        "teacher as trained": (("checkpoints/digits-teacher",), ()),
+        "none": (("checkpoints/digits-teacher",), (16,)),
+    }
+    assert arms["none"].loss.kind == "none"
+    assert "teacher fitted" not in STUDIES["resolution"](cifar10_finetune())
 
 
 def test_patience_scales_what_is_counted_in_epochs():
@@ -69,14 +90,47 @@ def test_a_teacher_alone_keeps_what_was_said_of_it():
     assert isinstance(one.teacher, TeacherConfig)
 
 
-def test_a_recipe_of_ones_own_brings_its_teacher_to_a_comparison(tmp_path):
-    from deit.arguments import parse_run
-    from deit.comparison import _teachers
+def ground(arguments, folder, seed=3):
+    run = parse_run(arguments, program="compare", about="")
+    return Ground(run, derive(run.config, run={"seed": seed}), folder), run.config
 
+
+def test_a_recipe_of_ones_own_brings_its_teacher_to_a_comparison(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from deit.recipes import digits\n\n\ndef recipe():\n    return digits()\n")
-    run = parse_run([str(file)], program="compare", about="")
-    teachers, student = _teachers(run, tmp_path, seed=3)
-    assert teachers == {}
-    assert student.teacher == digits().teacher
-    assert student.run.seed == 3
+    prepared, config = ground([str(file)], tmp_path)
+    assert prepared.laid(config) == config
+    assert prepared.runs == {}
+
+
+def test_a_teacher_that_was_named_is_not_trained(tmp_path):
+    prepared, config = ground(["digits", "--teacher.source", "mine"], tmp_path)
+    assert prepared.laid(config).teacher.source == ("mine",)
+    assert prepared.runs == {}
+
+
+def test_the_one_teacher_of_a_recipe_is_called_so(tmp_path):
+    prepared, config = ground(["digits", "--data.train_fraction", "0.5"], tmp_path)
+    assert prepared.laid(config).teacher.source == (str(tmp_path / "teacher"),)
+    (teacher,) = prepared.runs.values()
+    assert teacher.data.train_fraction == 0.5
+    assert teacher.run.seed == 3
+    assert prepared.teachers == {"teacher"}
+
+
+def test_a_fine_tuning_builds_on_runs_that_build_on_others(tmp_path):
+    prepared, config = ground(["digits-finetune", "--data.train_fraction", "0.5"], tmp_path)
+    arms = [prepared.laid(arm) for arm in STUDIES["resolution"](config).values()]
+    assert list(prepared.runs) == ["digits-teacher", "digits-finetune-teacher", "digits"]
+    folders = {name: str(tmp_path / name) for name in prepared.runs}
+    fitted = prepared.runs["digits-finetune-teacher"]
+    assert fitted.start.source == folders["digits-teacher"]
+    assert prepared.runs["digits"].teacher.source == (folders["digits-teacher"],)
+    assert {arm.start.source for arm in arms} == {folders["digits"]}
+    assert arms[0].teacher.source == (folders["digits-finetune-teacher"],)
+    assert arms[1].teacher.source == (folders["digits-teacher"],)
+    assert prepared.teachers == {"digits-teacher", "digits-finetune-teacher"}
+    sizes = {name: run.data.image_size for name, run in prepared.runs.items()}
+    assert sizes == {"digits-teacher": 8, "digits-finetune-teacher": 16, "digits": 8}
+    assert all(run.data.train_fraction == 0.5 for run in prepared.runs.values())
+    assert all(run.run.seed == 3 for run in prepared.runs.values())

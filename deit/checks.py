@@ -1,0 +1,374 @@
+"""The checks of a configuration: what single fields cannot say, each problem with what to do."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from deit.config import (
+    STUDENTS,
+    Config,
+    LossConfig,
+    ViewsConfig,
+    has_distillation_token,
+    is_transformer,
+    label_weight,
+    mixes,
+    peak_lr,
+)
+from deit.text import nearest
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a configuration: the field, its value, and what to do."""
+
+    field: str
+    value: Any
+    advice: str
+
+    def __str__(self) -> str:
+        shown = "" if self.value is NO_VALUE else f" = {self.value!r}"
+        return f"{self.field}{shown}: {self.advice}"
+
+
+NO_VALUE = object()
+
+
+def _check_student(config: Config) -> list[Problem]:
+    student = config.student
+    found = []
+    if student.name not in STUDENTS and not student.name.startswith("timm:"):
+        found.append(
+            Problem(
+                "student.name",
+                student.name,
+                f"should be one of {', '.join(STUDENTS)}, or timm:NAME"
+                + nearest(student.name, STUDENTS),
+            )
+        )
+    elif is_transformer(student):
+        if student.image_size % student.patch_size:
+            found.append(
+                Problem(
+                    "student.patch_size",
+                    student.patch_size,
+                    f"should divide student.image_size ({student.image_size})",
+                )
+            )
+        if not has_distillation_token(student):
+            advice = f"only deit_* take it, student.name is {student.name!r}"
+            found += _without_effect("student", student, ("distillation_tokens",), advice)
+        if student.embed_dim and student.num_heads and student.embed_dim % student.num_heads:
+            found.append(
+                Problem(
+                    "student.num_heads",
+                    student.num_heads,
+                    f"should divide student.embed_dim ({student.embed_dim})",
+                )
+            )
+    else:
+        only = f"only deit_* and vit_* take it, student.name is {student.name!r}"
+        shape = ("patch_size", "embed_dim", "depth", "num_heads", "initialisation")
+        shape = (*shape, "distillation_tokens")
+        found += _without_effect("student", student, shape, only)
+    return found
+
+
+def _without_effect(
+    section: str, values: Any, leaves: tuple[str, ...], advice: str
+) -> list[Problem]:
+    """A problem for each field that was changed although it cannot take effect."""
+    defaults = type(values)()
+    return [
+        Problem(f"{section}.{leaf}", getattr(values, leaf), advice)
+        for leaf in leaves
+        if getattr(values, leaf) != getattr(defaults, leaf)
+    ]
+
+
+def _check_start(config: Config) -> list[Problem]:
+    if config.start.source is not None:
+        return []
+    advice = "has no effect, start.source is none (the student starts from random weights)"
+    found = _without_effect("start", config.start, ("heads", "kernel"), advice)
+    if config.optim.trained != "all":
+        advice = "would leave the rest of the student at random weights; give start.source"
+        found.append(Problem("optim.trained", config.optim.trained, advice))
+    return found
+
+
+def _check_data(config: Config) -> list[Problem]:
+    data, found = config.data, []
+    if data.source == "reader":
+        if data.reader is None:
+            advice = "data.source 'reader' needs one: folder, tar, hfds/NAME or torch/NAME"
+            found.append(Problem("data.reader", None, advice))
+    else:
+        advice = f"only data.source 'reader' takes it, data.source is {data.source!r}"
+        found += _without_effect("data", data, ("reader",), advice)
+    if data.source not in ("cifar10", "cifar100", "reader"):
+        advice = "only cifar10 and cifar100, or what data.reader names, can be downloaded"
+        found += _without_effect("data", data, ("download",), advice)
+    if data.source not in ("folder", "shards", "reader"):
+        advice = f"only image files take it, data.source {data.source!r} is always in memory"
+        found += _without_effect("data", data, ("storage", "workers", "quarantine"), advice)
+    elif data.storage == "memory":
+        advice = "has no effect, data.storage is 'memory'"
+        found += _without_effect("data", data, ("workers",), advice)
+    return found
+
+
+def _check_objective(config: Config) -> list[Problem]:
+    loss, student, teacher = config.loss, config.student, config.teacher
+    if loss.kind == "none":
+        leaves = tuple(
+            leaf.name
+            for leaf in dataclasses.fields(LossConfig)
+            if leaf.name not in ("kind", "label_smoothing")
+        )
+        advice = "has no effect, loss.kind is 'none'; --objective none clears it"
+        return _without_effect("loss", loss, leaves, advice)
+    found = _check_loss(loss)
+    if not teacher.source and not teacher.targets:
+        found.append(
+            Problem(
+                "teacher.source",
+                None,
+                f"loss.kind {loss.kind!r} needs a teacher; give one, or --objective none",
+            )
+        )
+    if loss.kind == "dkd" and mixes(config.views):
+        advice = "needs one true class, mixed views have two; use --augmentation none, or soft"
+        found.append(Problem("loss.kind", "dkd", advice))
+    if student.name not in STUDENTS and not student.name.startswith("timm:"):
+        return found  # which heads an unknown name has, nobody knows
+    token = has_distillation_token(student)
+    if loss.through == "distillation" and not token:
+        twin = student.name.replace("vit_", "deit_")
+        suggestion = f"student.name {twin}" if twin in STUDENTS else "a deit_* student"
+        found.append(
+            Problem(
+                "student.name",
+                student.name,
+                "has no distillation token to distil through; use "
+                f"{suggestion}, or loss.through class",
+            )
+        )
+    if loss.through == "class" and token:
+        twin = student.name.replace("deit_", "vit_")
+        suggestion = f"student.name {twin}" if twin in STUDENTS else "a student without the token"
+        found.append(
+            Problem(
+                "loss.through",
+                "class",
+                f"would leave the distillation head of {student.name} untrained; use "
+                f"{suggestion}, or loss.through distillation",
+            )
+        )
+    if label_weight(loss) == 0 and token and loss.through == "distillation":
+        found.append(
+            Problem(
+                "loss.distillation_weight",
+                loss.distillation_weight,
+                f"would leave the class head of {student.name} untrained; use less than 1, or "
+                "loss.through all",
+            )
+        )
+    return found
+
+
+def _check_loss(loss: LossConfig) -> list[Problem]:
+    """What the fields of the loss section say against each other."""
+    found = []
+    if loss.distillation_weight == 0:
+        found.append(
+            Problem(
+                "loss.distillation_weight", 0, "leaves the teacher no say; use --objective none"
+            )
+        )
+    if label_weight(loss) < 0:
+        advice = "leaves the label less than nothing; give loss.label_weight as well"
+        found.append(Problem("loss.distillation_weight", loss.distillation_weight, advice))
+    if loss.kind == "hard":
+        advice = "has no effect on a hard label; use 1"
+        found += _without_effect("loss", loss, ("temperature",), advice)
+        found += _without_effect("loss", loss, ("standardise",), "has no effect on a hard label")
+    if loss.kind != "dkd":
+        advice = "has an effect with loss.kind dkd only"
+        found += _without_effect("loss", loss, ("target_weight", "others_weight"), advice)
+    return found
+
+
+def _check_teachers(config: Config) -> list[Problem]:
+    teacher, student, found = config.teacher, config.student, []
+    number = max(len(teacher.source), len(teacher.targets))
+    together = (1,) if teacher.combine != "tokens" else ()  # one store of what all say
+    counts = {"source": (0, number), "targets": (0, *together, number)}
+    counts |= dict.fromkeys(("architecture", "image_size", "weight"), (0, 1, number))
+    counts |= dict.fromkeys(("mean", "std"), (0, 3, 3 * number))
+    for leaf, allowed in counts.items():
+        if len(getattr(teacher, leaf)) not in allowed:
+            advice = f"should hold {allowed[-1]} values for {number} teacher(s)"
+            found.append(Problem(f"teacher.{leaf}", getattr(teacher, leaf), advice))
+    if bool(teacher.mean) != bool(teacher.std):
+        found.append(Problem("teacher.mean", teacher.mean, "goes together with teacher.std"))
+    for leaf in ("std", "weight"):
+        if any(value <= 0 for value in getattr(teacher, leaf)):
+            found.append(Problem(f"teacher.{leaf}", getattr(teacher, leaf), "should be positive"))
+    if "none" in teacher.targets and not teacher.source:
+        advice = "'none' answers itself and needs its teacher.source"
+        found.append(Problem("teacher.targets", teacher.targets, advice))
+    if number < 2:
+        advice = "has no effect with one teacher"
+        found += _without_effect("teacher", teacher, ("weight", "combine"), advice)
+    elif teacher.combine == "tokens":
+        found += _check_tokens(config, number)
+    if student.distillation_tokens > 1 and (number < 2 or teacher.combine != "tokens"):
+        advice = "needs as many teachers, and teacher.combine tokens"
+        found.append(Problem("student.distillation_tokens", student.distillation_tokens, advice))
+    return found
+
+
+def _check_tokens(config: Config, number: int) -> list[Problem]:
+    """A distillation token for each of several teachers."""
+    found = []
+    if config.loss.kind != "none" and config.student.distillation_tokens != number:
+        advice = f"should be {number}, one for each teacher (teacher.combine tokens)"
+        tokens = config.student.distillation_tokens
+        found.append(Problem("student.distillation_tokens", tokens, advice))
+    if config.loss.kind != "none" and config.loss.through != "distillation":
+        advice = "one teacher a token (teacher.combine tokens) needs loss.through distillation"
+        found.append(Problem("loss.through", config.loss.through, advice))
+    return found
+
+
+def _check_teacher_view(config: Config) -> list[Problem]:
+    """A teacher's view of its own beside mixing, which shows the student two images."""
+    view = config.views.teacher_view
+    # Without an objective for it training ignores the teacher's view, as it does the teacher.
+    if config.loss.kind == "none" or view == "same" or not mixes(config.views):
+        return []
+    advice = (
+        "shows the teacher one image, mixing shows the student two; use --augmentation none or a "
+        "mode of --teaching, or views.teacher_view same"
+    )
+    return [Problem("views.teacher_view", view, advice)]
+
+
+def _check_crops(config: Config) -> list[Problem]:
+    """The mean over many crops is not to be had within a training step."""
+    views, stored, found = config.views, config.teacher.targets, []
+    if config.loss.kind == "none":
+        return found
+    if views.teacher_view == "crops" and (not stored or "none" in stored):
+        advice = (
+            f"takes {views.teacher_crops} answers of the teacher for each image: once, by "
+            "`deit targets write`, then give teacher.targets"
+        )
+        found.append(Problem("views.teacher_view", "crops", advice))
+    return found
+
+
+def _check_views(config: Config) -> list[Problem]:
+    views = config.views
+    found = []
+    for leaf in ("crop_scale", "crop_ratio", "erasing_scale", "erasing_ratio"):
+        low, high = getattr(views, leaf)
+        if low > high:
+            found.append(Problem(f"views.{leaf}", (low, high), "should go from low to high"))
+    for leaf in ("crop_scale", "erasing_scale"):
+        if getattr(views, leaf)[1] > 1:
+            advice = "a box cannot exceed the image (1.0)"
+            found.append(Problem(f"views.{leaf}", getattr(views, leaf), advice))
+    for leaves, on, advice in _effects(views):
+        if not on:
+            found += _without_effect("views", views, leaves, advice)
+    if (views.mean is None) != (views.std is None):
+        found.append(Problem("views.mean", views.mean, "goes together with views.std"))
+    if views.std is not None and min(views.std) <= 0:
+        found.append(Problem("views.std", views.std, "should be positive"))
+    return found
+
+
+def _effects(views: ViewsConfig) -> list[tuple[tuple[str, ...], bool, str]]:
+    """Fields of the views, whether they take effect, and why they would not."""
+    return [
+        (
+            ("magnitude", "magnitude_std", "layers", "layer_probability"),
+            views.policy == "randaugment",
+            "has an effect with views.policy randaugment only",
+        ),
+        (
+            ("erasing_fill", "erasing_scale", "erasing_ratio"),
+            views.erasing > 0,
+            "has no effect, views.erasing is 0",
+        ),
+        (("crop_side",), views.crop == "random", "has an effect with views.crop random only"),
+    ]
+
+
+def _check_optim(config: Config) -> list[Problem]:
+    optim = config.optim
+    found = []
+    if optim.batch_size % optim.accumulate:
+        found.append(
+            Problem(
+                "optim.accumulate",
+                optim.accumulate,
+                f"should divide optim.batch_size ({optim.batch_size})",
+            )
+        )
+    elif mixes(config.views) and (optim.batch_size // optim.accumulate) % 2:
+        found.append(
+            Problem(
+                "optim.batch_size",
+                optim.batch_size,
+                "mixing takes pairs: each micro-batch should be even",
+            )
+        )
+    if optim.warmup_epochs >= optim.epochs:
+        found.append(
+            Problem(
+                "optim.warmup_epochs",
+                optim.warmup_epochs,
+                f"should be less than optim.epochs ({optim.epochs}); 0 is no warm-up",
+            )
+        )
+    if config.loss.distillation_warmup > optim.epochs:
+        advice = f"would never be over; should be at most optim.epochs ({optim.epochs})"
+        warmup = config.loss.distillation_warmup
+        found.append(Problem("loss.distillation_warmup", warmup, advice))
+    for leaf in ("min_lr", "warmup_lr"):
+        if getattr(optim, leaf) > peak_lr(optim):
+            found.append(
+                Problem(
+                    f"optim.{leaf}",
+                    getattr(optim, leaf),
+                    f"should not exceed the peak learning rate ({peak_lr(optim):.3g} = "
+                    "optim.lr * optim.batch_size / optim.lr_reference_batch)",
+                )
+            )
+    if optim.ema_epochs > optim.epochs:
+        found.append(
+            Problem(
+                "optim.ema_epochs",
+                optim.ema_epochs,
+                "an average longer than the run keeps the initial weights; "
+                f"should be at most optim.epochs ({optim.epochs})",
+            )
+        )
+    return found
+
+
+CHECKS = {
+    _check_data: {"data"},
+    _check_student: {"student"},
+    _check_start: {"start", "optim"},
+    _check_objective: {"loss", "student", "teacher"},
+    _check_teachers: {"teacher", "student", "loss"},
+    _check_views: {"views"},
+    _check_teacher_view: {"views", "teacher", "loss"},
+    _check_optim: {"optim", "views", "loss"},
+}
+"""What single fields cannot say, and the sections each check reads."""
+
+ONLINE_CHECKS = {_check_crops: {"views", "teacher", "loss"}}
+"""Likewise, where targets are not about to be written."""

@@ -1,0 +1,75 @@
+"""The runs that a comparison builds on: teachers, starts, and what these build on in their turn."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from deit.arguments import RunArguments
+from deit.config import Config, derive
+from deit.recipes import RECIPES, recipe_of
+
+
+def slug(name: str) -> str:
+    """A name as part of a path: `fix/rs` is fix-rs."""
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
+
+
+class Ground:
+    """The runs that the arms of a recipe of ours build on: its teachers and what it starts from,
+    and whatever these build on.
+
+    runs: their configurations by name, in the order in which they are trained. teachers: which of
+    them teach. What a command line names itself is taken as it lies, and is not trained here.
+    """
+
+    def __init__(self, run: RunArguments, student: Config, folder: Path) -> None:
+        self.runs: dict[str, Config] = {}
+        self.teachers: set[str] = set()
+        self.folder, self.student = folder, student
+        self.recipe = RECIPES[run.recipe]() if run.recipe in RECIPES else student
+        self.own: set[str] = set()
+        if run.recipe in RECIPES and not student.teacher.targets:
+            for name in ("teacher", "start"):
+                if getattr(student, name).source == getattr(self.recipe, name).source:
+                    self._reach(getattr(self.recipe, name).source)
+        self.alone = len(self.own) == 1 and self.recipe.start.source is None
+
+    def _reach(self, sources: tuple[str, ...] | str | None) -> None:
+        """Note the recipes behind sources, and those behind these."""
+        for source in (sources,) if isinstance(sources, str) else sources or ():
+            name = recipe_of(source)
+            if name is not None and name not in self.own:
+                self.own.add(name)
+                config = RECIPES[name]()
+                self._reach(config.teacher.source)
+                self._reach(config.start.source)
+
+    def laid(self, config: Config) -> Config:
+        """A configuration whose sources are runs in this folder, where they are of our recipes."""
+        taught = tuple(self._moved(source, teaches=True) for source in config.teacher.source)
+        start = self._moved(config.start.source, teaches=False)
+        return derive(config, teacher={"source": taught}, start={"source": start})
+
+    def _moved(self, source: str | None, *, teaches: bool) -> str | None:
+        recipe = recipe_of(source)
+        if recipe is None or recipe not in self.own:
+            return source
+        name = "teacher" if self.alone else recipe
+        if name not in self.runs:
+            config = self.laid(self._with_data(RECIPES[recipe]()))
+            self.runs[name] = config
+        if teaches:
+            self.teachers.add(name)
+        return str(self.folder / slug(name))
+
+    def _with_data(self, config: Config) -> Config:
+        """The data and the machine that the command line asked for; images of another size keep
+        theirs."""
+        asked = dataclasses.asdict(self.student.data)
+        default = dataclasses.asdict(self.recipe.data)
+        changed = {name: value for name, value in asked.items() if value != default[name]}
+        if config.data.image_size != default["image_size"]:
+            changed.pop("image_size", None)
+        run = self.student.run
+        machine = {"seed": run.seed, "device": run.device, "precision": run.precision}
+        return derive(config, data=changed, run=machine)

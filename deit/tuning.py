@@ -1,0 +1,104 @@
+"""A configuration turned into one of fine-tuning: from given weights, at another resolution."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from deit.config import Config, StudentConfig, derive, is_transformer, peak_lr
+from deit.presets import AUGMENTATIONS, OBJECTIVES
+
+_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads")
+
+
+def begin_from(config: Config, source: str, student: StudentConfig | None) -> Config:
+    """The configuration with a start, and its network.
+
+    student: the network of the weights, None where it is not known. Size of the image, drop path
+    and distillation tokens stay the configuration's: the weights are fitted to them.
+    """
+    own = config.student
+    if student is not None and is_transformer(student) and is_transformer(own):
+        kind, size = own.name.split("_")[0], student.name.split("_")[1]
+        shape = {name: getattr(student, name) for name in _SHAPE}
+        own = replace(own, name=f"{kind}_{size}", **shape)
+    elif student is not None:
+        own = replace(student, image_size=own.image_size, drop_path=own.drop_path)
+    return derive(config, student=own, start={"source": source})
+
+
+def at_resolution(config: Config, side: int) -> Config:
+    """The configuration with a student of `side` px: the images and the border of crop padded in
+    proportion, and the teachers, as in the paper, at the student's resolution."""
+    share = side / config.student.image_size
+    padding = config.views.crop_padding
+    if config.views.crop == "padded":
+        padding = max(round(padding * share), 1)
+    return derive(
+        config,
+        data={"image_size": round(config.data.image_size * share)},
+        views={"crop_padding": padding},
+        student={"image_size": side},
+        teacher={"image_size": (side,) if config.teacher.source else ()},
+    )
+
+
+def deit(config: Config) -> Config:
+    """DeiT's schedule at 384 px (its README): 30 epochs at a constant 5e-6 for a batch of 512,
+    hardly any weight decay; the views stay."""
+    return _constant(config, lr=5e-6, epochs=30, batch_size=512, weight_decay=1e-8)
+
+
+def deit3(config: Config) -> Config:
+    """DeiT III's schedule at a higher resolution (its README): 20 epochs at a constant 1e-5 for a
+    batch of 512, RandAugment, no repeats."""
+    config = derive(config, views={"policy": "randaugment", "color_jitter": 0.3, "repeats": 1})
+    return _constant(config, lr=1e-5, epochs=20, batch_size=512, weight_decay=0.1)
+
+
+def short(config: Config) -> Config:
+    """A sixth of the epochs at a constant tenth of the peak learning rate, for small runs of one's
+    own, for which DeiT's learning rate would move nothing (docs/log.md)."""
+    optim = config.optim
+    epochs = max(round(optim.epochs / 6), 1)
+    return _constant(
+        config,
+        lr=peak_lr(optim) / 10,
+        epochs=epochs,
+        batch_size=optim.batch_size,
+        weight_decay=optim.weight_decay,
+    )
+
+
+def linear_probe(config: Config) -> Config:
+    """The heads alone, on frozen features, by labels, with neither policy nor mixing."""
+    labels = OBJECTIVES["none"]
+    config = derive(config, views=AUGMENTATIONS["none"], optim={"trained": "heads"}, loss=labels)
+    return derive(config, optim={"weight_decay": 0.0})
+
+
+def _constant(
+    config: Config, *, lr: float, epochs: int, batch_size: int, weight_decay: float
+) -> Config:
+    """A learning rate that stays, after at most five epochs (a sixth of them) of warm-up."""
+    return derive(
+        config,
+        optim={
+            "lr": lr,
+            "min_lr": lr,
+            "lr_reference_batch": None,
+            "warmup_lr": lr / 5,
+            "warmup_epochs": min(5.0, epochs / 6),
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "weight_decay": weight_decay,
+            "ema_epochs": min(config.optim.ema_epochs, epochs / 2),
+        },
+    )
+
+
+TUNING: dict[str, Callable[[Config], Config]] = {
+    "deit": deit,
+    "deit3": deit3,
+    "short": short,
+    "linear-probe": linear_probe,
+}
+"""Schedules of fine-tuning by name: configuration -> configuration."""

@@ -1,0 +1,58 @@
+"""Parts of a network by the names of its parameters: its heads, its depth, what is held still."""
+
+from timm.models import group_parameters
+from torch import nn
+
+from deit.config import Trained
+from deit.errors import ConfigError
+
+
+def heads_of(network: nn.Module) -> tuple[str, ...]:
+    """The names of the linear layers that answer with classes, the class head first.
+
+    timm's models name theirs; ours call it `head`.
+    """
+    known = getattr(network, "pretrained_cfg", None) or {}
+    roots = known.get("classifier") or "head"
+    roots = (roots,) if isinstance(roots, str) else tuple(roots)
+    return tuple(
+        name
+        for root in roots
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and (name == root or name.startswith(f"{root}."))
+    )
+
+
+def hold_still(network: nn.Module, trained: Trained) -> None:
+    """Train a part of the network only; the other parameters take no gradient.
+
+    heads: the class layers. attention: these and every attention (Touvron et al. 2022, "Three
+    things everyone should know about vision transformers", section 4). Raises ConfigError where a
+    network has no such part.
+    """
+    if trained == "all":
+        return
+    kept = [f"{name}." for name in heads_of(network)]
+    if not kept:
+        raise ConfigError(f"optim.trained = {trained!r}: this network's head is not known by name")
+    found = False
+    for name, parameter in network.named_parameters():
+        attention = trained == "attention" and ".attn." in name
+        found |= attention
+        parameter.requires_grad_(attention or name.startswith(tuple(kept)))
+    if trained == "attention" and not found:
+        raise ConfigError("optim.trained = 'attention': this network has none; use all or heads")
+
+
+def depths_of(network: nn.Module) -> dict[str, int]:
+    """For each parameter the number of its layer, 0 the nearest to the image: tokens, patch and
+    position embedding first, then block by block, the last norm with the last block, and heads.
+
+    The layers are timm's. Raises ConfigError for a network that does not say what they are.
+    """
+    matcher = getattr(network, "group_matcher", None)
+    if matcher is None:
+        raise ConfigError(
+            f"optim.layer_decay: {type(network).__name__} does not tell its layers apart; use 1"
+        )
+    return dict(group_parameters(network, matcher(coarse=False), reverse=True))

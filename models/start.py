@@ -1,0 +1,306 @@
+"""What a student starts from: weights of any origin, found, understood, and fitted to it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from deit.config import Kernel, StartConfig, StudentConfig
+from deit.errors import CheckpointError, reason_of
+from deit.models.layers import heads_of
+from deit.models.networks import SIZES
+from deit.models.positions import grid_side, resize_positions
+from deit.models.saved import FACTS, WEIGHTS, Facts, find_saved
+from deit.models.weights import read_weights
+from deit.text import nearest
+from deit.typed_json import read_typed
+
+Weights = dict[str, Tensor]
+
+
+class Found(NamedTuple):
+    """Weights as they were found, with what is known of them.
+
+    student: their network, as a student section; None where it is not one of ours.
+    class_names, mean, std: None where the origin does not say.
+    """
+
+    weights: Weights
+    description: str
+    student: StudentConfig | None
+    class_names: tuple[str, ...] | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+def find_start(source: str) -> Found:
+    """The weights a start.source names: a run folder of ours, a timm folder, a weight file, a timm
+    name with its published weights.
+
+    Raises CheckpointError where there is nothing, or it cannot be read without running code.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        saved = find_saved(path)
+        if saved is not None:
+            return _from_run(saved, source)
+        if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
+            return _from_folder(path, source)
+        raise CheckpointError(
+            f"start.source {source}: holds no trained network (no best/model.safetensors of ours, "
+            "no config.json of timm or transformers); let the run finish first"
+        )
+    if path.is_file():
+        weights = read_weights(path)
+        return Found(weights, f"{path}", student_of(weights), None, None, None)
+    if timm.is_model(source):
+        return _from_timm(source)
+    known = "" if "/" in source or path.suffix else nearest(source, timm.list_models())
+    raise CheckpointError(f"start.source {source}: no such file, folder or timm model{known}")
+
+
+def _from_run(folder: Path, source: str) -> Found:
+    facts = read_typed(folder / FACTS, Facts)
+    weights = read_weights(folder / WEIGHTS)
+    names, mean, std = facts.class_names, facts.mean, facts.std
+    return Found(weights, f"{facts.student.name} from {source}", facts.student, names, mean, std)
+
+
+def _from_folder(folder: Path, source: str) -> Found:
+    """A folder as timm writes it."""
+    try:
+        about = json.loads((folder / "config.json").read_text())
+        architecture = about["architecture"]
+        known = about.get("pretrained_cfg", {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"start.source {folder / 'config.json'}: not timm's ({type(error).__name__}: {error})"
+        ) from None
+    files = [folder / WEIGHTS, *sorted(folder.glob("*.safetensors")), folder / "pytorch_model.bin"]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise CheckpointError(f"start.source {source}: no {WEIGHTS} in it")
+    weights = read_weights(file)
+    student = student_of(weights, heads=_attention_heads(architecture, about.get("model_args")))
+    names = about.get("label_names") or known.get("label_names")
+    return Found(
+        weights,
+        f"{architecture} from {source}",
+        student,
+        None if names is None else tuple(names),
+        _colour(known.get("mean")),
+        _colour(known.get("std")),
+    )
+
+
+def _from_timm(name: str) -> Found:
+    try:
+        network = timm.create_model(name, pretrained=True)
+    except Exception as error:  # hub, network, parsing and shape errors of many types
+        raise CheckpointError(
+            f"start.source {name}: its weights could not be loaded ({reason_of(error)}); give a "
+            "local folder or file instead"
+        ) from None
+    weights, known = network.state_dict(), network.pretrained_cfg
+    names = known.get("label_names")
+    return Found(
+        weights,
+        f"timm {name}",
+        student_of(weights, heads=_heads_within(network)),
+        None if names is None else tuple(names),
+        _colour(known.get("mean")),
+        _colour(known.get("std")),
+    )
+
+
+def _colour(values: Any) -> tuple[float, ...] | None:
+    return tuple(map(float, values)) if values is not None and len(values) == 3 else None
+
+
+def _attention_heads(architecture: str, settings: dict[str, Any] | None) -> int | None:
+    """How many attention heads a network of timm has; None where it has none, or timm does not
+    know it."""
+    if not timm.is_model(architecture):
+        return None
+    return _heads_within(timm.create_model(architecture, **(settings or {})))
+
+
+def _heads_within(network: nn.Module) -> int | None:
+    counts = (getattr(module, "num_heads", None) for module in network.modules())
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+_PLAIN_VIT = re.compile(
+    r"cls_token|dist_token|pos_embed|patch_embed\.proj\.(weight|bias)"
+    r"|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+    r"|norm\.(weight|bias)|(head|head_dist(\.\d+)?)\.(weight|bias)"
+)
+
+
+def student_of(weights: Weights, heads: int | None = None) -> StudentConfig | None:
+    """The deit_* or vit_* that has weights of these names and shapes; None if it is no plain ViT.
+
+    heads: attention heads, which leave no trace in the shapes. None: those of the named size of
+    this width, else one for every 64 channels, as in all of DeiT's.
+    """
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    if any(name not in weights for name in needed):
+        return None
+    if not all(_PLAIN_VIT.fullmatch(name) for name in weights):
+        return None
+    width = weights["cls_token"].shape[-1]
+    if weights["blocks.0.mlp.fc1.weight"].shape[0] != 4 * width:
+        return None
+    tokens = _tokens_of(weights)
+    patch = weights["patch_embed.proj.weight"].shape[-1]
+    side = grid_side(weights["pos_embed"].shape[1], 1 + tokens)
+    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    named = {shape["embed_dim"]: size for size, shape in SIZES.items()}
+    size = named.get(width, "tiny")
+    usual = SIZES[size]["num_heads"] if width in named else max(width // 64, 1)
+    shape = {"embed_dim": width, "depth": depth, "num_heads": heads or usual}
+    return StudentConfig(
+        name=f"{'deit' if tokens else 'vit'}_{size}",
+        image_size=side * patch,
+        patch_size=patch,
+        distillation_tokens=max(tokens, 1),
+        **{name: None if SIZES[size][name] == value else value for name, value in shape.items()},
+    )
+
+
+def _tokens_of(weights: Weights) -> int:
+    """Distillation tokens among these weights."""
+    return weights["dist_token"].shape[1] if "dist_token" in weights else 0
+
+
+class Fitted(NamedTuple):
+    """Weights that fit a network by name and shape, and what was done to them, for a person."""
+
+    weights: Weights
+    notes: tuple[str, ...]
+
+
+def fit(
+    found: Found, network: nn.Module, class_names: tuple[str, ...], start: StartConfig
+) -> Fitted:
+    """Weights fitted to a network with random weights: positions resized, distillation tokens put
+    in or left out, class rows matched by name, other heads left random where that was asked for.
+
+    What still differs in name or shape is for `load_weights` to refuse.
+    Raises CheckpointError where the classes do not match.
+    """
+    own = network.state_dict()
+    weights = {
+        name: value.to(own[name].dtype) if name in own else value
+        for name, value in found.weights.items()
+    }
+    notes: list[str] = []
+    if "pos_embed" in weights and "pos_embed" in own:
+        weights = _fit_tokens(weights, own, notes)
+        weights = _fit_positions(weights, network, start.kernel, notes)
+    weights = _fit_heads(weights, network, found.class_names, class_names, start, notes)
+    return Fitted(weights, tuple(notes))
+
+
+def _fit_tokens(weights: Weights, own: Weights, notes: list[str]) -> Weights:
+    """As many distillation tokens as the network has: the last are left out, or the class token is
+    copied, with its row of the position embedding and its head."""
+    before, after = _tokens_of(weights), _tokens_of(own)
+    if before == after:
+        return weights
+    weights = dict(weights)
+    positions = weights.pop("pos_embed")
+    heads = {kind: _taught_heads(weights, kind) for kind in ("weight", "bias")}
+    tokens = weights.pop("dist_token", weights["cls_token"][:, :0])
+    kept = min(before, after)
+    copies = [1] * (after - kept)
+    rows = positions[:, 1 : 1 + kept], positions[:, [0] * len(copies)]
+    weights["pos_embed"] = torch.cat([positions[:, :1], *rows, positions[:, 1 + before :]], dim=1)
+    if after:
+        cls = weights["cls_token"]
+        weights["dist_token"] = torch.cat([tokens[:, :kept], *(cls for _ in copies)], dim=1)
+    for kind, values in heads.items():
+        values = values[:kept] + [weights[f"head.{kind}"]] * len(copies)
+        for place, value in enumerate(values):
+            name = f"head_dist.{kind}" if after == 1 else f"head_dist.{place}.{kind}"
+            weights[name] = value
+    if after > before:
+        said = "a copy of the class token, with its position and head"
+        notes.append(f"{after - before} distillation token(s) put in: {said}")
+    else:
+        notes.append(f"{before - after} distillation token(s) left out, with position and head")
+    return weights
+
+
+def _taught_heads(weights: Weights, kind: str) -> list[Tensor]:
+    """Takes the distillation heads' weights or biases out, in the order of their tokens."""
+    names = [name for name in weights if re.fullmatch(rf"head_dist(\.\d+)?\.{kind}", name)]
+    return [weights.pop(name) for name in sorted(names, key=lambda n: (len(n), n))]
+
+
+def _fit_positions(
+    weights: Weights, network: nn.Module, kernel: Kernel, notes: list[str]
+) -> Weights:
+    theirs, ours = weights["pos_embed"], network.state_dict()["pos_embed"]
+    if theirs.shape[-1] != ours.shape[-1]:
+        return weights  # another width: `load_weights` will list it with the others
+    # In some networks of timm's the tokens before the patches have no position.
+    bare = getattr(network, "no_embed_class", False)
+    prefix = 0 if bare else getattr(network, "num_prefix_tokens", 0)
+    side = grid_side(ours.shape[1], prefix)
+    resized = resize_positions(theirs, prefix=prefix, side=side, kernel=kernel)
+    before, after = resized.sides
+    if before != after:
+        norms = f"mean norm {resized.norms[0]:.3f} -> {resized.norms[1]:.3f}"
+        notes.append(
+            f"position embedding {before} x {before} -> {after} x {after} patches ({kernel}'s "
+            f"bicubic kernel; {norms}), the rows of its {prefix} token(s) as they were"
+        )
+    return {**weights, "pos_embed": resized.positions}
+
+
+def _fit_heads(
+    weights: Weights,
+    network: nn.Module,
+    known: tuple[str, ...] | None,
+    wanted: tuple[str, ...],
+    start: StartConfig,
+    notes: list[str],
+) -> Weights:
+    """The rows of the heads for the data's classes, or none of them."""
+    own = network.state_dict()
+    names = [f"{head}.{kind}" for head in heads_of(network) for kind in ("weight", "bias")]
+    names = [name for name in names if name in own]
+    if start.heads == "new":
+        said = "the start had" if known is None else f"the start knew {len(known)}, and had"
+        had = sum(name in weights for name in names if name.endswith("weight"))
+        notes.append(f"{len(wanted)} classes: new heads, random ({said} {had} head(s))")
+        return {**weights, **{name: own[name] for name in names}}
+    present = [name for name in names if name in weights]
+    if known is None:
+        counts = {len(weights[name]) for name in present} - {len(wanted)}
+        if counts:
+            raise CheckpointError(
+                f"start.source: its heads answer with {counts.pop()} classes, the data has "
+                f"{len(wanted)}, and no names say which is which; --start.heads new begins with "
+                "random heads"
+            )
+        notes.append(f"{len(wanted)} classes, taken to be in the data's order: it names none")
+        return weights
+    if known == wanted:
+        return weights
+    rows = {name: row for row, name in enumerate(known)}
+    missing = [name for name in wanted if name not in rows]
+    if missing:
+        raise CheckpointError(
+            f"start.source: knows {len(known)} classes, but of the data's {len(wanted)} it lacks "
+            f"{len(missing)}: {', '.join(map(repr, missing[:5]))}{nearest(missing[0], rows)}; "
+            "--start.heads new begins with random heads"
+        )
+    picked = torch.tensor([rows[name] for name in wanted])
+    notes.append(f"{len(wanted)} classes: their rows of its {len(known)}, by name")
+    return {**weights, **{name: weights[name][picked] for name in present}}

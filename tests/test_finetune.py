@@ -1,0 +1,341 @@
+"""Fine-tuning: from a run at a higher resolution, taught or not, in whole or in part."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit import checkpoint
+from deit.cli import run_command
+from deit.config import Config, StudentConfig, derive, peak_lr
+from deit.errors import CheckpointError, ConfigError
+from deit.evaluation import evaluate
+from deit.models.positions import resize_positions
+from deit.presets import OBJECTIVES
+from deit.recipes import RECIPES, digits, digits_teacher
+from deit.run import train
+from deit.target_writer import write_targets
+from deit.tuning import TUNING, at_resolution, begin_from
+from deit.validation import load, validate
+
+pytest.importorskip("sklearn")
+SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
+BRIEF = {"epochs": 2, "batch_size": 64, "warmup_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A teacher and a student at 8 px, and the teacher fitted to 16 px."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(derive(digits_teacher(), optim={"epochs": 3}), folder / "teacher")
+    source = str(folder / "teacher")
+    student = derive(digits(), student=SMALL, teacher={"source": (source,)}, optim=BRIEF)
+    train(student, folder / "student")
+    fitted = derive(at_resolution(digits_teacher(), 16), start={"source": source})
+    train(derive(fitted, optim={"epochs": 3}), folder / "teacher16")
+    return folder
+
+
+def finer(runs, **sections):
+    """The student at 16 px, taught at 16 px."""
+    config = load(runs / "student" / "config.json")
+    config = begin_from(config, str(runs / "student"), None)
+    config = at_resolution(config, 16)
+    config = derive(config, teacher={"source": (str(runs / "teacher16"),)}, optim=BRIEF)
+    return derive(config, **sections)
+
+
+def weights(run, name="last"):
+    return load_file(run / name / "model.safetensors")
+
+
+def test_a_run_goes_on_at_twice_its_resolution(runs, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(finer(runs), out)
+    said = capsys.readouterr().out
+    assert "position embedding 4 x 4 -> 8 x 8 patches (deit's bicubic kernel; mean norm" in said
+    assert "input 16 px, validation top-1" in said
+    notes = json.loads((out / "start.json").read_text())
+    assert notes["source"] == str(runs / "student")
+    assert len(notes["notes"]) == 1
+    assert weights(out)["pos_embed"].shape == (1, 66, 16)
+    found = evaluate(out)
+    assert found["heads"]["distillation"]["top1"] > 0
+    assert checkpoint.read_metrics(out)[0]["train"]["loss_teacher"] > 0
+
+
+def test_it_begins_where_the_other_run_ended(runs, tmp_path):
+    """With a learning rate of next to nothing, the weights are those it started from."""
+    config = finer(runs, optim={"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0})
+    train(config, tmp_path / "run")
+    before, after = weights(runs / "student", "best"), weights(tmp_path / "run")
+    for name, value in before.items():
+        if name == "pos_embed":
+            value = resize_positions(value, prefix=2, side=8, kernel="deit").positions
+        torch.testing.assert_close(after[name], value, atol=1e-8, rtol=0)
+
+
+def test_the_other_kernel_gives_other_positions(runs, tmp_path):
+    still = {"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0, "epochs": 2}
+    train(finer(runs, optim=still, start={"kernel": "timm"}), tmp_path / "run")
+    before, after = weights(runs / "student", "best"), weights(tmp_path / "run")
+    expected = resize_positions(before["pos_embed"], prefix=2, side=8, kernel="timm").positions
+    torch.testing.assert_close(after["pos_embed"], expected, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("trained", ["heads", "attention"])
+def test_what_is_held_still_stays_to_the_bit(trained, runs, tmp_path):
+    config = finer(runs, student={"drop_path": 0.2}, optim={"trained": trained, "ema_epochs": 1.0})
+    train(config, tmp_path / "run")
+    before, after = weights(runs / "student", "best"), weights(tmp_path / "run")
+    average = load_file(tmp_path / "run" / "last" / "average.safetensors")
+    for name, value in before.items():
+        moved = name.startswith("head") or (trained == "attention" and ".attn." in name)
+        if name == "pos_embed":
+            value = resize_positions(value, prefix=2, side=8, kernel="deit").positions
+        assert torch.equal(after[name], value) != moved, name
+        if not moved:
+            torch.testing.assert_close(average[name], value, atol=1e-7, rtol=1e-6)
+
+
+def test_held_still_it_resumes_to_the_bit(runs, tmp_path):
+    config = finer(runs, optim={"trained": "heads", "layer_decay": 0.5})
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train(config, straight)
+    train(config, broken)
+    # Back to the first epoch's end: what a kill in the second leaves.
+    shutil.rmtree(broken)
+    first = derive(config)
+    original = checkpoint.append_metrics
+
+    def stop(out, row):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+        original(out, row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "append_metrics", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(first, broken)
+    train(config, broken, resume=True)
+    ours, theirs = weights(broken), weights(straight)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_resumed_run_needs_its_start_no_more(runs, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(runs / "student", start)
+    config = finer(runs, start={"source": str(start)})
+    train(config, tmp_path / "run")
+    shutil.rmtree(start)
+    train(config, tmp_path / "run", resume=True)
+    with pytest.raises(CheckpointError, match="no such file"):
+        train(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_layer_decay_slows_the_layers_near_the_image(runs, tmp_path):
+    """With Adam, the first steps are as large as the learning rate, whatever the gradient."""
+    quiet = {"weight_decay": 0.0, "epochs": 1, "warmup_epochs": 0, "lr": 1e-4, "min_lr": 1e-4}
+    moved = {}
+    for decay in (1.0, 0.1):
+        out = tmp_path / str(decay)
+        train(finer(runs, optim={**quiet, "layer_decay": decay}), out)
+        before, after = weights(runs / "student", "best"), weights(out)
+        for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight"):
+            moved[decay, name] = (after[name] - before[name]).abs().mean().item()
+    ratio = {name: moved[0.1, name] / moved[1.0, name] for _, name in moved}
+    assert ratio["head.weight"] == pytest.approx(1, rel=0.3)
+    assert ratio["blocks.0.mlp.fc1.weight"] == pytest.approx(0.1, rel=0.3)
+    assert ratio["patch_embed.proj.weight"] == pytest.approx(0.01, rel=0.5)
+
+
+def test_by_labels_alone_and_onto_other_classes(runs, tmp_path, capsys):
+    few = {"classes": ("1", "3", "7")}
+    config = finer(runs, data=few, loss=OBJECTIVES["none"])
+    train(config, tmp_path / "subset")
+    assert "3 classes: their rows of its 10, by name" in capsys.readouterr().out
+    assert weights(tmp_path / "subset")["head_dist.weight"].shape == (3, 16)
+    train(derive(config, start={"heads": "new"}), tmp_path / "new")
+    assert "3 classes: new heads, random" in capsys.readouterr().out
+
+
+def test_stored_targets_train_to_the_same_bits(runs, tmp_path):
+    config = finer(runs, loss=OBJECTIVES["deit-hard"])
+    train(config, tmp_path / "online")
+    write_targets(config, tmp_path / "store")
+    stored = derive(config, teacher={"targets": (str(tmp_path / "store"),)})
+    train(stored, tmp_path / "stored")
+    ours, theirs = weights(tmp_path / "stored"), weights(tmp_path / "online")
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_plain_vit_becomes_a_distilled_student(runs, tmp_path, capsys):
+    plain = derive(
+        digits(), student={"name": "vit_micro", **SMALL}, loss=OBJECTIVES["none"], optim=BRIEF
+    )
+    train(plain, tmp_path / "plain")
+    config = finer(runs, start={"source": str(tmp_path / "plain")})
+    capsys.readouterr()
+    train(config, tmp_path / "run")
+    assert "1 distillation token(s) put in: a copy of the class token" in capsys.readouterr().out
+
+
+def test_a_start_with_another_normalisation_is_told(runs, tmp_path, capsys):
+    train(finer(runs, views={"mean": (0.5,) * 3, "std": (0.5,) * 3}), tmp_path / "r", dry_run=True)
+    said = capsys.readouterr().out
+    assert "this run normalises with 0.5,0.5,0.5 and 0.5,0.5,0.5 (--views.mean, .std)" in said
+
+
+# the configuration of a fine-tuning
+
+
+def test_at_resolution_everything_follows():
+    config = at_resolution(derive(digits(), views={"crop_padding": 2}), 24)
+    assert config.student.image_size == 24
+    assert config.data.image_size == 24
+    assert config.views.crop_padding == 6
+    assert config.teacher.image_size == (24,)
+    larger = derive(RECIPES["folder"](), student={"image_size": 64}, data={"image_size": 72})
+    assert at_resolution(larger, 128).data.image_size == 144
+    assert at_resolution(digits_teacher(), 16).teacher.image_size == ()
+
+
+@pytest.mark.parametrize("name", TUNING)
+@pytest.mark.parametrize("recipe", ["digits", "digits-teacher", "cifar10", "tiny-imagenet"])
+def test_every_schedule_suits_every_recipe(name, recipe):
+    config = derive(RECIPES[recipe](), start={"source": "somewhere"})
+    tuned = validate(TUNING[name](config))
+    assert tuned.start == config.start
+    assert tuned.data == config.data
+    if name != "linear-probe":
+        assert peak_lr(tuned.optim) == tuned.optim.min_lr  # constant after the warm-up
+
+
+def test_deits_schedule_at_higher_resolution():
+    optim = TUNING["deit"](RECIPES["cifar10"]()).optim
+    assert (optim.epochs, optim.batch_size, optim.weight_decay) == (30, 512, 1e-8)
+    assert (peak_lr(optim), optim.min_lr) == (5e-6, 5e-6)
+    assert optim.warmup_lr == pytest.approx(1e-6)
+    assert optim.warmup_epochs == 5
+
+
+def test_a_linear_probe_is_heads_and_labels():
+    probe = TUNING["linear-probe"](derive(digits(), start={"source": "x"}))
+    assert (probe.optim.trained, probe.loss.kind) == ("heads", "none")
+    assert (probe.views.mixup_alpha, probe.views.cutmix_alpha) == (0, 0)
+
+
+def test_the_network_of_the_weights_is_taken_over():
+    base = RECIPES["cifar10"]()
+    odd = StudentConfig(name="vit_small", image_size=224, patch_size=16, depth=9)
+    config = begin_from(base, "w.pth", odd)
+    assert config.start.source == "w.pth"
+    assert config.student == StudentConfig(
+        name="deit_small", image_size=32, patch_size=16, depth=9, drop_path=0.1
+    )
+    assert begin_from(base, "w.pth", None).student == base.student
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "problem"),
+    [
+        ("start", {"heads": "new"}, "start.heads"),
+        ("start", {"kernel": "timm"}, "start.kernel"),
+        ("optim", {"trained": "heads"}, "optim.trained"),
+    ],
+)
+def test_what_needs_a_start_says_so(section, fields, problem):
+    with pytest.raises(ConfigError, match=f"{problem} = "):
+        validate(derive(digits(), **{section: fields}))
+
+
+# the command
+
+
+@pytest.fixture
+def command(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        code = run_command("finetune", [str(word) for word in arguments], "finetune_deit.py")
+        return code, capsys.readouterr()
+
+    return run
+
+
+def test_without_a_recipe_the_runs_own_goes_on(runs, tmp_path, command):
+    taught = ("--teacher.source", runs / "teacher16", "--optim.epochs", "1")
+    code, said = command("--from", runs / "student", "--resolution", "16", *taught)
+    assert code == 0, said.err
+    config = load(tmp_path / "checkpoints" / "student-finetuned" / "config.json")
+    before = load(runs / "student" / "config.json")
+    assert isinstance(config, Config)
+    assert config.student == derive(before, student={"image_size": 16}).student
+    assert config.optim.epochs == 1
+    assert config.optim.lr == pytest.approx(peak_lr(before.optim) / 10)
+
+
+def test_the_normalisation_of_the_start_is_taken_over(runs, tmp_path):
+    facts = json.loads((runs / "student" / "best" / "model.json").read_text())
+    train(finer(runs), tmp_path / "run")
+    saved = load(tmp_path / "run" / "config.json")
+    assert saved.views.mean == tuple(facts["mean"])
+    assert saved.views.std == tuple(facts["std"])
+    model = json.loads((tmp_path / "run" / "best" / "model.json").read_text())
+    assert (model["mean"], model["std"]) == (facts["mean"], facts["std"])
+
+
+def test_a_file_needs_a_recipe_and_takes_its_network_from_the_weights(runs, tmp_path, command):
+    file = runs / "student" / "best" / "model.safetensors"
+    code, said = command("--from", file)
+    assert code == 2
+    assert "name a recipe" in said.err
+    words = ("digits", "--from", file, "--objective", "none", "--dry_run")
+    code, said = command(*words)
+    assert code == 0, said.err
+    assert "10 classes, taken to be in the data's order: it names none" in said.out
+    shape = "--student.embed_dim", "32", "--student.num_heads", "2"
+    code, said = command(*words, *shape)
+    assert code == 4
+    assert "made for another network" in said.err
+    assert "and " in said.err.splitlines()[-1]
+
+
+BAD = {
+    "no start": ((), 2, "needs --from"),
+    "no such start": (("--from", "runs/none"), 4, "no such file or folder"),
+    "patches": (("--from", "STUDENT", "--resolution", "15"), 4, "try 14 or 16"),
+    "no resolution": (("--from", "STUDENT", "--resolution", "0"), 2, "at least 1"),
+    "tuning": (("--from", "STUDENT", "--tuning", "shrot"), 2, "did you mean short?"),
+    "classes": (
+        ("--from", "STUDENT", "digits", "--data.classes=1,2", "--objective=deit-hard", "--dry_run"),
+        3,
+        "teacher",
+    ),
+    "teacher at another size": (
+        ("--from", "STUDENT", "--resolution", "32", "--dry_run"),
+        3,
+        "it was trained at 8 px",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_anything_is_written(name, runs, tmp_path, command):
+    words, expected, message = BAD[name]
+    code, said = command(*(runs / "student" if w == "STUDENT" else w for w in words))
+    assert (code, message in said.err) == (expected, True), said.err
+    assert not any(tmp_path.iterdir())
+
+
+def test_class_counts_that_differ_are_refused(runs, tmp_path, command):
+    file = runs / "student" / "best" / "model.safetensors"
+    words = ("digits", "--from", file, "--objective", "none", "--data.classes", "1,2,3")
+    code, said = command(*words)
+    assert code == 4
+    assert "10 classes, the data has 3" in said.err
+    assert "--start.heads new" in said.err
+    assert not any(tmp_path.iterdir())
