@@ -115,6 +115,9 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         raise EnvironmentFault(
             f"{target}: could not be saved ({reason}); the one before is intact"
         ) from None
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 def put_file(path: Path, content: bytes) -> None:

@@ -148,6 +148,44 @@ def evaluate(arguments: list[str], program: str) -> None:
         write_evaluation(options.json, found)
 
 
+def export(arguments: list[str], program: str) -> None:
+    """Write a run for timm, transformers, ONNX Runtime or torch.export; verified, with a card."""
+    parser = Parser(
+        prog=program,
+        description="Write a finished run in another format, load it without our code, hold its "
+        "answers against the run's on test images, and keep it only if they are the same.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--format", required=True, metavar="NAME", help=f"{', '.join(EXPORTS)}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (RUN/export-FORMAT)")
+    parser.add_argument("--force", action="store_true", help="let --out replace a folder")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--images", type=int, default=256, help="test images to verify on (256)")
+    parser.add_argument("--license", dest="licence", metavar="NAME", help="of the weights")
+    options = parser.parse_args(arguments)
+    if options.format not in EXPORTS:
+        advice = f"should be one of {', '.join(EXPORTS)}{nearest(options.format, EXPORTS)}"
+        raise ConfigError(f"--format {options.format}: {advice}")
+    if options.images < 1:
+        raise ConfigError(f"--images {options.images}: should be at least 1")
+    from deit.export import export
+
+    export(
+        options.run,
+        options.out,
+        name=options.format,
+        checkpoint=options.checkpoint,
+        root=options.root,
+        images=options.images,
+        licence=options.licence,
+        force=options.force,
+    )
+
+
+EXPORTS = ("timm", "transformers", "onnx", "pt2")
+
+
 def compare(arguments: list[str], program: str) -> None:
     """What the teacher is worth, or another study of a recipe, in one table."""
     options, seeds, rest = _compare_options(arguments, program)
@@ -344,6 +382,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "train": train,
     "finetune": finetune,
     "evaluate": evaluate,
+    "export": export,
     "compare": compare,
     "scan": scan,
     "views": views,

@@ -45,7 +45,7 @@ def evaluate(
     top1, top5, calibration_error in [0, 1]. A student with one head has that head as `fused` too,
     and None for the others. Raises the errors of deit.errors.
     """
-    config, saved = _find(run, checkpoint)
+    config, saved = find_run(run, checkpoint)
     if root is not None:
         config = derive(config, data={"root": root})
     if device is not None:
@@ -103,8 +103,11 @@ def evaluate(
     return found
 
 
-def _find(run: Path, name: str) -> tuple[Config, Path]:
-    """The configuration and the checkpoint folder of a run."""
+def find_run(run: Path, name: str) -> tuple[Config, Path]:
+    """The configuration and the checkpoint folder of a run; also where `run` is that folder.
+
+    name: best or last. Raises CheckpointError and ConfigError.
+    """
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run folder")
     if not (run / checkpoint.CONFIG).is_file() and run.name in ("best", "last"):

@@ -31,19 +31,30 @@ def answers_of(
     title: what the progress bar says. size: side [px] of what it is shown; None: the student's.
     """
     number = len(images.labels)
-    size = size or config.student.image_size
-    crop = config.views.evaluation_crop
     if number < accelerator.num_processes:
         raise DataError(f"{title}: {number} images are fewer than the processes")
     mine = torch.arange(accelerator.process_index, number, accelerator.num_processes)
     chunks = mine.split(config.run.evaluation_batch)
+    views = shown(images, chunks, config, device=accelerator.device, size=size)
+    return predict(accelerator, model, progress(views, total=len(chunks), title=title), number)
 
-    def batches() -> Iterator[Tensor]:
-        pixels = _pixels(images, chunks, round(size / crop), accelerator.device, config)
-        for part in progress(pixels, total=len(chunks), title=title):
-            yield evaluation_views(part, size=size, crop=crop)
 
-    return predict(accelerator, model, batches(), number)
+def shown(
+    images: Images | Encoded,
+    chunks: tuple[Tensor, ...],
+    config: Config,
+    *,
+    device: torch.device,
+    size: int | None = None,
+) -> Iterator[Tensor]:
+    """The evaluation views of the images of each chunk, float32 [images, 3, size, size] in [0, 1].
+
+    chunks: int64, the places of images in their split. size: as in `answers_of`.
+    """
+    size = size or config.student.image_size
+    crop = config.views.evaluation_crop
+    for part in _pixels(images, chunks, round(size / crop), device, config):
+        yield evaluation_views(part, size=size, crop=crop)
 
 
 def _pixels(

@@ -15,6 +15,7 @@ from deit.models.layers import heads_of
 from deit.models.networks import SIZES
 from deit.models.positions import grid_side, resize_positions
 from deit.models.saved import FACTS, WEIGHTS, Facts, find_saved
+from deit.models.transformers_format import from_transformers
 from deit.models.weights import read_weights
 from deit.text import nearest
 from deit.typed_json import read_typed
@@ -71,20 +72,19 @@ def _from_run(folder: Path, source: str) -> Found:
 
 
 def _from_folder(folder: Path, source: str) -> Found:
-    """A folder as timm writes it."""
+    """A folder as timm or transformers writes it."""
     try:
         about = json.loads((folder / "config.json").read_text())
+        if about.get("model_type") in ("deit", "vit"):
+            return _from_transformers(folder, about, source)
         architecture = about["architecture"]
         known = about.get("pretrained_cfg", {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"start.source {folder / 'config.json'}: not timm's ({type(error).__name__}: {error})"
+            f"start.source {folder / 'config.json'}: neither timm's nor transformers' of a DeiT or "
+            f"ViT ({type(error).__name__}: {error})"
         ) from None
-    files = [folder / WEIGHTS, *sorted(folder.glob("*.safetensors")), folder / "pytorch_model.bin"]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise CheckpointError(f"start.source {source}: no {WEIGHTS} in it")
-    weights = read_weights(file)
+    weights = read_weights(_weights_in(folder, source))
     student = student_of(weights, heads=_attention_heads(architecture, about.get("model_args")))
     names = about.get("label_names") or known.get("label_names")
     return Found(
@@ -94,6 +94,35 @@ def _from_folder(folder: Path, source: str) -> Found:
         None if names is None else tuple(names),
         _colour(known.get("mean")),
         _colour(known.get("std")),
+    )
+
+
+def _weights_in(folder: Path, source: str) -> Path:
+    files = [folder / WEIGHTS, *sorted(folder.glob("*.safetensors")), folder / "pytorch_model.bin"]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise CheckpointError(f"start.source {source}: no {WEIGHTS} in it")
+    return file
+
+
+def _from_transformers(folder: Path, about: dict[str, Any], source: str) -> Found:
+    """A DeiT or ViT as transformers writes it, with its preprocessing where that is beside it."""
+    file = _weights_in(folder, source)
+    try:
+        weights = from_transformers(read_weights(file))
+    except CheckpointError as error:
+        raise CheckpointError(f"start.source {file}: {error}") from None
+    names = about.get("id2label") or {}
+    labels = tuple(names[key] for key in sorted(names, key=int))
+    prepared = folder / "preprocessor_config.json"
+    colours = json.loads(prepared.read_text()) if prepared.is_file() else {}
+    return Found(
+        weights,
+        f"transformers' {about['model_type']} from {source}",
+        student_of(weights, heads=about.get("num_attention_heads")),
+        None if not labels or labels[0] == "LABEL_0" else labels,
+        _colour(colours.get("image_mean")),
+        _colour(colours.get("image_std")),
     )
 
 

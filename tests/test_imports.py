@@ -68,7 +68,11 @@ PLAN = {
     "deit.models.saved": network("networks student weights"),
     "deit.models.positions": place(1, "torch einops"),
     "deit.models.layers": network(),
-    "deit.models.start": network("layers networks positions saved weights"),
+    "deit.models.start": network("layers networks positions saved transformers_format weights"),
+    "deit.models.timm_format": network("layers networks saved"),
+    "deit.models.transformers_format": place(
+        1, "torch transformers", "deit.models.networks deit.models.saved"
+    ),
     "deit.models.teachers": network("networks saved student weights"),
     "deit.datasets.images": image(),
     "deit.datasets.decoding": image("images"),
@@ -111,6 +115,9 @@ PLAN = {
     "deit.contact_sheet": place(4, "torch numpy PIL accelerate"),
     "deit.preflight": place(5, "torch accelerate"),
     "deit.evaluation": place(5, "torch"),
+    "deit.formats": place(2, "torch onnx onnxruntime"),
+    "deit.model_card": place(2, "huggingface_hub"),
+    "deit.export": place(6, "torch"),
     "deit.teaching": place(6, "torch accelerate"),
     "deit.target_writer": place(6, "torch numpy"),
     "deit.target_verifier": place(6),

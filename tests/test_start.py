@@ -354,7 +354,7 @@ def test_bad_starts_are_refused_in_one_line(tmp_path, capsys):
         "cut.safetensors": "not a readable weight file",
         "cut.pth": "not a readable weight file",
         "empty": "holds no trained network",
-        "other": "config.json: not timm's",
+        "other": "config.json: neither timm's nor transformers'",
         "broken": "model.json",
         "nowhere": "no such file, folder or timm model",
     }

@@ -1,0 +1,156 @@
+"""A finished run written for other tools, and held against the original before it may stay."""
+
+import dataclasses
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deit.checkpoint import check_writable, replace_folder
+from deit.config import Config
+from deit.console import say
+from deit.datasets.splits import load_splits
+from deit.errors import CheckpointError, EnvironmentFault
+from deit.evaluation import evaluate, find_run
+from deit.formats import FORMATS, Answer, Graph, Heads, outputs_of
+from deit.model_card import write_card
+from deit.models.saved import load_student
+from deit.models.student import Student
+from deit.prediction import shown
+
+_BATCHES = (1, 5, 64)
+
+
+class Verified(NamedTuple):
+    """What came of holding an export against the original: by which package it was loaded, on how
+    many images, the largest difference of a logit, and the largest that was allowed."""
+
+    loader: str
+    images: int
+    difference: float
+    allowed: float
+
+
+def export(
+    run: Path,
+    out: Path | None,
+    *,
+    name: str,
+    checkpoint: str = "best",
+    root: str | None = None,
+    images: int = 256,
+    licence: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a run's student in a format, with a model card; the folder.
+
+    name: of the format. out: None: export-NAME in the run's folder. root: where the images lie now.
+    images: of the test split, on which the export has to answer as the original does.
+    licence: of the weights, for the card. force: replaces a folder.
+
+    Raises ConfigError where the format cannot hold the network, EnvironmentFault where a package
+    is missing or the folder cannot be written, CheckpointError where the export answers otherwise;
+    nothing is left behind then.
+    """
+    form = FORMATS[name]
+    config, saved = find_run(run, checkpoint)
+    student, facts = load_student(saved)
+    form.check(student, facts)
+    missing = [package for package in form.needs if find_spec(package) is None]
+    if missing:
+        raise EnvironmentFault(
+            f"--format {name} needs {', '.join(missing)}; pip install 'deit[export]'"
+        )
+    folder = out or saved.parent / f"export-{name}"
+    if folder.exists() and not force:
+        raise EnvironmentFault(f"--out {folder}: exists already; --force replaces it")
+    check_writable(folder, option="--out")
+    found = evaluate(run, checkpoint=checkpoint, root=root, device="cpu")
+    views = _views(config, root, images)
+    inputs, bare = _normalised(student, views)
+    expected = _answers(Graph(bare), outputs_of(bare), inputs)
+    verified: list[Verified] = []
+
+    def write(place: Path) -> None:
+        form.write(place, bare, facts)
+        for loader, load in form.load.items():
+            if find_spec(loader) is None:
+                say(f"          not tried with {loader}: it is not installed")
+                continue
+            one = verify(loader, load(place), inputs, expected, tolerance=form.tolerance)
+            say(
+                f"verified  {one.loader}: {one.images} test images in batches of "
+                f"{', '.join(map(str, _BATCHES))}; logits differ by {one.difference:.1e} at most "
+                f"({one.allowed:.1e} is allowed), no answer differs"
+            )
+            verified.append(one)
+        write_card(
+            place / "README.md",
+            run=saved.parent,
+            name=name,
+            config=config,
+            facts=facts,
+            found=found,
+            verified=[one._asdict() for one in verified],
+            licence=licence,
+        )
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(folder, write)
+    files = sorted(folder.iterdir())
+    size = sum(file.stat().st_size for file in files) / 1e6
+    say(f"exported  {folder}: {', '.join(file.name for file in files)} ({size:.1f} MB)")
+    return folder
+
+
+def _views(config: Config, root: str | None, number: int) -> Tensor:
+    """The evaluation views of the first images of the test split, float32 in [0, 1]."""
+    data = config.data if root is None else dataclasses.replace(config.data, root=root)
+    test = load_splits(data).test
+    chunks = torch.arange(min(number, len(test.labels))).split(64)
+    return torch.cat(list(shown(test, chunks, config, device=torch.device("cpu"))))
+
+
+def _normalised(student: Student, views: Tensor) -> tuple[Tensor, Student]:
+    """The images as an exported network takes them, and the student made to take them so."""
+    inputs = (views - student.mean) / student.std
+    student.mean.zero_()
+    student.std.fill_(1)
+    return inputs, student.eval()
+
+
+@torch.no_grad()
+def _answers(graph: Graph, names: tuple[str, ...], inputs: Tensor) -> Heads:
+    parts = [graph(part) for part in inputs.split(64)]
+    return {name: torch.cat(values) for name, values in zip(names, zip(*parts))}
+
+
+@torch.no_grad()
+def verify(
+    loader: str, answer: Answer, inputs: Tensor, expected: Heads, *, tolerance: float
+) -> Verified:
+    """Hold an export against the original, in batches of several sizes.
+
+    expected: the original's logits [images, classes] by output. tolerance: of a logit where the
+    largest is below 1, else in proportion to it. Raises CheckpointError where a logit differs by
+    more, or an answer at all.
+    """
+    allowed = tolerance * max(1.0, *(float(logits.abs().max()) for logits in expected.values()))
+    largest, done, sizes = 0.0, 0, iter(_BATCHES)
+    while done < len(inputs):
+        part = slice(done, done + next(sizes, _BATCHES[-1]))
+        for name, theirs in answer(inputs[part]).items():
+            ours = expected[name][part]
+            where = f"the export, loaded by {loader}, differs on images from {done}: {name}"
+            if theirs.shape != ours.shape:
+                raise CheckpointError(f"{where} has the shape {tuple(theirs.shape)}")
+            difference = float((theirs - ours).abs().max())
+            if not difference <= allowed:  # nor a NaN
+                raise CheckpointError(f"{where} by {difference:.2g}, {allowed:.2g} is allowed")
+            if not torch.equal(theirs.argmax(dim=1), ours.argmax(dim=1)):
+                raise CheckpointError(f"{where} answers with another class")
+            largest = max(largest, difference)
+        done = part.stop
+    return Verified(loader, len(inputs), largest, allowed)
