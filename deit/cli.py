@@ -148,6 +148,48 @@ def evaluate(arguments: list[str], program: str) -> None:
         write_evaluation(options.json, found)
 
 
+def predict(arguments: list[str], program: str) -> None:
+    """A run's answers to pictures of your own, head by head, and what its tokens look at."""
+    parser = Parser(
+        prog=program,
+        description="The likeliest classes of pictures by each head of a finished run.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "pictures", type=Path, nargs="+", metavar="IMAGE", help="pictures, or folders of them"
+    )
+    parser.add_argument("--top", type=int, default=5, help="classes to show (5)")
+    parser.add_argument(
+        "--teacher", metavar="SOURCE", help="ask a teacher as well; run: the run's own"
+    )
+    parser.add_argument(
+        "--attention", type=Path, metavar="FILE.png", help="draw what each token looks at"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the answers here")
+    parser.add_argument("--force", action="store_true", help="let --attention replace a file")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    options = parser.parse_args(arguments)
+    if options.top < 1:
+        raise ConfigError(f"--top {options.top}: should be at least 1")
+    from deit.checkpoint import check_file
+    from deit.contact_sheet import check_picture
+    from deit.predict import predict
+
+    check_file(options.json, option="--json", replace=True)
+    if options.attention is not None:
+        check_picture(options.attention)
+        check_file(options.attention, option="--attention", replace=options.force)
+    predict(
+        options.run,
+        options.pictures,
+        name=options.checkpoint,
+        teacher=options.teacher,
+        top=options.top,
+        attention=options.attention,
+        json_file=options.json,
+    )
+
+
 def export(arguments: list[str], program: str) -> None:
     """Write a run for timm, transformers, ONNX Runtime or torch.export; verified, with a card."""
     parser = Parser(
@@ -382,6 +424,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "train": train,
     "finetune": finetune,
     "evaluate": evaluate,
+    "predict": predict,
     "export": export,
     "compare": compare,
     "scan": scan,

@@ -112,7 +112,8 @@ def resolution(config: Config) -> Arms:
     if None not in before:
         arms["teacher fitted"] = config
         config = derive(config, teacher={"source": before})
-    arms["teacher resized"] = config
+    # Shown images of a size it never saw, a ConvNet may fall to chance: this arm shows it.
+    arms["teacher resized"] = derive(config, teacher={"allow_weak": True})
     arms["teacher as trained"] = derive(config, teacher={"image_size": ()})
     arms["none"] = undistilled(config)
     return arms

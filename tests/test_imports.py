@@ -73,6 +73,7 @@ PLAN = {
     "deit.models.transformers_format": place(
         1, "torch transformers", "deit.models.networks deit.models.saved"
     ),
+    "deit.models.attention": place(1, "torch timm einops"),
     "deit.models.teachers": network("networks saved student weights"),
     "deit.datasets.images": image(),
     "deit.datasets.decoding": image("images"),
@@ -116,6 +117,8 @@ PLAN = {
     "deit.preflight": place(5, "torch accelerate"),
     "deit.evaluation": place(5, "torch"),
     "deit.formats": place(2, "torch onnx onnxruntime"),
+    "deit.pictures": place(1, "matplotlib"),
+    "deit.predict": place(5, "torch"),
     "deit.model_card": place(2, "huggingface_hub"),
     "deit.export": place(6, "torch"),
     "deit.teaching": place(6, "torch accelerate"),
