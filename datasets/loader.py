@@ -160,7 +160,7 @@ class TrainLoader:
         self.watch: Callable[[Shown], None] | None = None
         """Called with what is shown, where the teacher sees the student's views."""
         self.pixels = images.pixels.to(self.device) if isinstance(images, Images) else None
-        self._readers: dict[tuple[Cutter, ...], Reader] = {}
+        self._readers: dict[tuple[tuple[Cutter, ...], bool], Reader] = {}
 
     @property
     def places(self) -> int:
@@ -203,13 +203,15 @@ class TrainLoader:
         """What the teacher is shown at some places of an epoch, in blocks of so many.
 
         places: int64 [number], on the CPU; with mixing whole pairs, 2k before 2k + 1, and an even
-        block. repeat: which of the views of an image, where the teacher's view is fixed.
+        block. repeat: which of the views of an image, where the teacher's view is fixed; the
+        further ones may be read while the first is.
         """
         look = self.teacher_look or self.student_look
         order = None if fixed(self.views) else self.order(epoch)
         located = self._locate(order, places, repeat)
         blocks = zip(*(part.split(block) for part in located))
-        read = self._read([look], (Wanted(epoch, *part) for part in blocks))
+        wanted = (Wanted(epoch, *part) for part in blocks)
+        read = self._read([look], wanted, further=repeat > 0)
         for stretch in torch.arange(len(places)).split(max(_DRAWN_AT_ONCE // block, 1) * block):
             samples, repeats = (part[stretch].to(self.device) for part in located)
             drawn, mix = look.draw(epoch, samples, repeats), self._draw_mix(epoch, places[stretch])
@@ -259,17 +261,20 @@ class TrainLoader:
         return sample_mix(pairs, views=self.views, size=self.sizes.student)
 
     def _read(
-        self, looks: list[Look], wanted: Iterable[Wanted]
+        self, looks: list[Look], wanted: Iterable[Wanted], *, further: bool = False
     ) -> Iterator[tuple[Tensor, ...]] | None:
         """Decoded blocks, for each look, on the device; None for images in memory. How long they
-        took and were waited for is measured."""
+        took and were waited for is measured. further: by workers of their own, for a reader has
+        one reading at a time."""
         if isinstance(self.images, Images):
             return None
         cutters = tuple(look.cutter for look in looks)
-        if cutters not in self._readers:
+        reader = self._readers.get((cutters, further))
+        if reader is None:
             pin = self.device.type == "cuda"
-            self._readers[cutters] = Reader(self.images, cutters, workers=self.workers, pin=pin)
-        return self._measured(self._readers[cutters].read(list(wanted)))
+            reader = Reader(self.images, cutters, workers=self.workers, pin=pin)
+            self._readers[cutters, further] = reader
+        return self._measured(reader.read(list(wanted)))
 
     def _measured(self, batches: Iterator[Read]) -> Iterator[tuple[Tensor, ...]]:
         while True:

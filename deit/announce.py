@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from deit.config import is_transformer, peak_lr
+from deit.config import LossConfig, is_transformer, label_weight, peak_lr
 from deit.console import clock, percent, say, warn
 from deit.datasets.images import Images
 from deit.datasets.reading import worker_count
@@ -140,14 +140,14 @@ def size_of(network: nn.Module) -> str:
     return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number / 1e3:.1f} k"
 
 
-def report(row: dict[str, Any], epochs: int) -> None:
-    """One line for a finished epoch, from its row of metrics."""
+def report(row: dict[str, Any], epochs: int, loss: LossConfig) -> None:
+    """One line for a finished epoch, from its row of metrics; a term without weight is left out."""
     train = row["train"]
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"loss {train['loss']:.3f}"]
     named = [
         f"{name.removeprefix('loss_')} {value:.3f}"
         for name, value in train.items()
-        if name.startswith("loss_")
+        if name.startswith("loss_") and not (name == "loss_class" and label_weight(loss) == 0)
     ]
     if len(named) > 1:
         parts[-1] += f" ({', '.join(named)})"

@@ -227,6 +227,16 @@ def _check_teachers(config: Config) -> list[Problem]:
     return found
 
 
+def _check_mean(config: Config) -> list[Problem]:
+    """A mean of probabilities is taken at a temperature, which standardised logits do not have."""
+    teacher, loss = config.teacher, config.loss
+    several = max(len(teacher.source), len(teacher.targets)) > 1
+    if not (several and loss.standardise and teacher.combine == "probabilities"):
+        return []
+    advice = "is not defined for a mean of probabilities; use teacher.combine logits or tokens"
+    return [Problem("loss.standardise", True, advice)]
+
+
 def _check_tokens(config: Config, number: int) -> list[Problem]:
     """A distillation token for each of several teachers."""
     found = []
@@ -364,6 +374,7 @@ CHECKS = {
     _check_start: {"start", "optim"},
     _check_objective: {"loss", "student", "teacher"},
     _check_teachers: {"teacher", "student", "loss"},
+    _check_mean: {"teacher", "loss"},
     _check_views: {"views"},
     _check_teacher_view: {"views", "teacher", "loss"},
     _check_optim: {"optim", "views", "loss"},

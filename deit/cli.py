@@ -358,6 +358,7 @@ def _write_targets(arguments: list[str], program: str) -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--records")
     parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--only", type=int)
     options, rest = parser.parse_known_args(arguments)
     run = parse_run(
         rest,
@@ -365,7 +366,8 @@ def _write_targets(arguments: list[str], program: str) -> None:
         about="Write the answers of a recipe's teachers to its training views into a store, for "
         "--teacher.targets. Also: --out STORE (a folder), --epochs N (all that are trained), "
         "--records hard, full or top-K (what the objective needs), --shard I/N (part I of N, from "
-        "0, each written by a command of its own, at any time). Interrupted, the same command "
+        "0, each written by a command of its own, at any time), --only N (of several teachers the "
+        "answers of one, counted from 1, to the views that all see). Interrupted, the same command "
         "goes on.",
         online=False,
     )
@@ -380,7 +382,14 @@ def _write_targets(arguments: list[str], program: str) -> None:
         return
     from deit.target_writer import write_targets
 
-    write_targets(run.config, options.out, epochs=options.epochs, records=records, shard=shard)
+    write_targets(
+        run.config,
+        options.out,
+        epochs=options.epochs,
+        records=records,
+        shard=shard,
+        only=options.only,
+    )
 
 
 def _refuse_run_flags(run: RunArguments, program: str) -> None:

@@ -155,9 +155,10 @@ def _print(result: dict[str, Any]) -> None:
 def _say_next(recipe: str, folder: Path, config: Config) -> None:
     say(
         "\nNext:\n"
-        f"  python evaluate_deit.py {folder / 'distilled'}      every head, class by class\n"
+        f"  python evaluate_deit.py {shlex.quote(str(folder / 'distilled'))}      "
+        "every head, class by class\n"
         f"  python train_deit.py {recipe} --objective deit-hard "
-        f"--teacher.source {','.join(config.teacher.source)} --out checkpoints/hard\n"
+        f"--teacher.source {shlex.quote(','.join(config.teacher.source))} --out checkpoints/hard\n"
         "  python train_deit.py --help      every setting\n"
         "  deit recipes      the other experiments"
     )

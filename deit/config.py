@@ -315,6 +315,23 @@ def members(teacher: TeacherConfig) -> tuple[Member, ...]:
     )
 
 
+def alone(teacher: TeacherConfig, place: int) -> TeacherConfig:
+    """One of several teachers, with what was said of it."""
+
+    def own(values: tuple, each: int = 1) -> tuple:
+        return values if len(values) <= each else values[place * each : (place + 1) * each]
+
+    return TeacherConfig(
+        source=own(teacher.source),
+        architecture=own(teacher.architecture),
+        image_size=own(teacher.image_size),
+        mean=own(teacher.mean, 3),
+        std=own(teacher.std, 3),
+        targets=() if own(teacher.targets) == ("none",) else own(teacher.targets),
+        allow_weak=teacher.allow_weak,
+    )
+
+
 def seats(teacher: TeacherConfig) -> tuple[Seat, ...]:
     """The voices of a configuration: one for each teacher, or one store of several together."""
     everyone = members(teacher)

@@ -19,6 +19,10 @@ class DataError(DeitError):
     exit_code = 3
 
 
+class NotThereError(DataError):
+    """What was named is not there, or cannot be reached."""
+
+
 class CheckpointError(DeitError):
     """A checkpoint is unreadable, incomplete or made for another model."""
 

@@ -67,7 +67,8 @@ def teachers_fingerprint(config: Config, teachers: list[Teacher]) -> dict[str, A
     found: dict[str, Any] = {"teacher": named}
     if len(teachers) > 1:
         found["combine"] = config.teacher.combine
-        found["weight"] = [member.weight for member in members(config.teacher)]
+        # Rounded: 3,1 and 0.3,0.1 are the same proportion, but not the same last bits.
+        found["weight"] = [round(member.weight, 9) for member in members(config.teacher)]
     return found
 
 

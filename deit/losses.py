@@ -80,10 +80,11 @@ def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def standardised(logits: Tensor) -> Tensor:
     """Logits [batch, classes] with mean 0 and deviation 1 in each row (Sun et al. 2024, algorithm
-    1; the deviation of all classes, not of a sample of them)."""
+    1; the deviation of all classes, not of a sample of them). Equal logits become zeros."""
     logits = logits.float()
     centred = logits - logits.mean(dim=1, keepdim=True)
-    return centred / (centred.square().mean(dim=1, keepdim=True).sqrt() + 1e-7)
+    # Within the root: a head that begins at zero has equal logits, and a root of zero no gradient.
+    return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()
 
 
 def _hard(logits: Tensor, voice: Answers, targets: Tensor, loss: LossConfig) -> Tensor:

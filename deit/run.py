@@ -1,6 +1,7 @@
 """The wiring of a training run, from a configuration to a finished run folder."""
 
 import math
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -79,7 +80,10 @@ def train(
         if parts.start_notes is not None:
             checkpoint.write_json(out / "start.json", parts.start_notes)
     _fit(parts)
-    say(f"finished in {clock(parts.state.seconds)}; next: python evaluate_deit.py {out}")
+    say(
+        f"finished in {clock(parts.state.seconds)}; "
+        f"next: python evaluate_deit.py {shlex.quote(str(out))}"
+    )
     accelerator.wait_for_everyone()
     return asdict(parts.state)
 
@@ -205,7 +209,7 @@ def _fit(parts: Parts) -> None:
         state.seconds += time.monotonic() - started
         row["seconds"] = state.seconds
         save(parts, row)
-        report(row, epochs)
+        report(row, epochs, config.loss)
 
 
 def _of_loader(loader: TrainLoader, trained_s: float) -> dict[str, Any]:

@@ -16,7 +16,13 @@ from deit.validation import load
 
 AVERAGE = "average.safetensors"
 # Settings that say where and how to compute, not what: a resumed run may change them.
-RESUMABLE = ("data.root", "data.download", "data.memory_fraction", "run.device")
+RESUMABLE = (
+    "data.root",
+    "data.download",
+    "data.memory_fraction",
+    "run.device",
+    "teacher.targets",  # that it is the same store is told by its digest
+)
 
 
 def selected_top1(validation: dict[str, float]) -> float:

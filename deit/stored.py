@@ -17,7 +17,7 @@ from deit.losses import needs_logits
 from deit.models.teachers import Teacher
 from deit.panel import Panel
 from deit.records import Answers, Batch
-from deit.targets import Store, decode, differences, open_store
+from deit.targets import Layout, Store, decode, differences, open_store
 
 Answer = Callable[[Shown], Answers]
 # Before training: places looked at, spread over all epochs, and answers asked at each of them.
@@ -38,22 +38,26 @@ def open_stores(config: Config) -> list[Store | None]:
         return []
     found: list[Store | None] = []
     for seat in seats(config.teacher):
-        store = None if seat.targets is None else open_store(Path(seat.targets))
+        store = None if seat.targets is None else open_store(Path(seat.targets).expanduser())
         if store is not None:
-            _check_records(store, config)
+            where = f"teacher.targets {store.path}"
+            check_records(store.layout, config, store.fingerprint.get("combine"), where=where)
         found.append(store)
     return found
 
 
-def _check_records(store: Store, config: Config) -> None:
-    """Whether the objective can be had from these records. Raises ConfigError."""
-    layout, loss, where = store.layout, config.loss, f"teacher.targets {store.path}"
+def check_records(layout: Layout, config: Config, combine: str | None, *, where: str) -> None:
+    """Whether the objective can be had from these records. Raises ConfigError.
+
+    combine: how the answers in the store were combined; None: they are one teacher's.
+    """
+    loss = config.loss
     averaged = len(seats(config.teacher)) > 1 and config.teacher.combine != "tokens"
     if layout.records == "hard" and (needs_logits(loss) or averaged):
         wanted = "a mean of several teachers" if averaged else f"loss.kind {loss.kind!r}"
         raise ConfigError(
-            f"{where}: holds hard labels, {wanted} needs probabilities; write the store with "
-            "--records full, or use loss.kind hard"
+            f"{where}: holds hard labels, {wanted} needs probabilities; write a store with "
+            "--records full, or give the objective they are for (--objective deit-hard)"
         )
     inexact = loss.temperature != 1 or loss.standardise or loss.kind == "dkd"
     inexact |= averaged and config.teacher.combine == "logits"
@@ -63,12 +67,12 @@ def _check_records(store: Store, config: Config) -> None:
             "temperature than 1, standardised, decoupled or in a mean of logits the others count; "
             "write the store with --records full"
         )
-    mean = store.fingerprint.get("combine") == "probabilities"
+    mean = combine == "probabilities"
     if mean and needs_logits(loss) and loss.temperature != 1:
         raise ConfigError(
             f"{where}: holds a mean of probabilities, which is another at loss.temperature "
-            f"{loss.temperature:g}; write a store for each teacher and give all of them, or write "
-            "one with --teacher.combine logits"
+            f"{loss.temperature:g}; write a store for each teacher (--only 1, --only 2) and give "
+            "all of them, or write one with --teacher.combine logits"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from deit.config import (
     Config,
     LossConfig,
-    TeacherConfig,
+    alone,
     derive,
     has_distillation_token,
 )
@@ -83,6 +83,11 @@ def ensemble(config: Config) -> Arms:
     teacher, one = config.teacher, {"distillation_tokens": 1}
     if len(teacher.source) < 2:
         raise ConfigError("--study ensemble: needs several teachers (--teacher.source A,B)")
+    if len(teacher.targets) == 1:
+        raise ConfigError(
+            "--study ensemble: one store of what all teachers say together serves neither one "
+            "alone nor another mean; give a store for each (`deit targets write ... --only 1`)"
+        )
     arms: Arms = {}
     for combine in ("probabilities", "logits"):
         arms[f"mean of {combine}"] = derive(config, student=one, teacher={"combine": combine})
@@ -93,8 +98,8 @@ def ensemble(config: Config) -> Arms:
     if len(set(names)) < len(names):
         names = list(teacher.source)
     for place, name in enumerate(names):
-        alone = dataclasses.replace(config, teacher=_only(teacher, place))
-        arms[f"only {name}"] = derive(alone, student=one)
+        one_alone = dataclasses.replace(config, teacher=alone(teacher, place))
+        arms[f"only {name}"] = derive(one_alone, student=one)
     arms["none"] = undistilled(config)
     return arms
 
@@ -123,23 +128,6 @@ def _before_fitting(source: str) -> str | None:
     """What a teacher of our recipes was fine-tuned from; None where it was not."""
     recipe = recipe_of(source)
     return None if recipe is None else RECIPES[recipe]().start.source
-
-
-def _only(teacher: TeacherConfig, place: int) -> TeacherConfig:
-    """One of several teachers, with what was said of it."""
-
-    def own(values: tuple, each: int = 1) -> tuple:
-        return values if len(values) <= each else values[place * each : (place + 1) * each]
-
-    return TeacherConfig(
-        source=own(teacher.source),
-        architecture=own(teacher.architecture),
-        image_size=own(teacher.image_size),
-        mean=own(teacher.mean, 3),
-        std=own(teacher.std, 3),
-        targets=() if own(teacher.targets) == ("none",) else own(teacher.targets),
-        allow_weak=teacher.allow_weak,
-    )
 
 
 STUDIES: dict[str, Callable[[Config], Arms]] = {

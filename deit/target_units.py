@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 import struct
 import uuid
@@ -56,20 +57,36 @@ class Units:
         # Every unit carries it: none of another store can slip in.
         self.digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).digest()[:16]
 
+    def found(self) -> bool:
+        """Whether the folder is a store of this manifest, and complete; looks only.
+
+        Raises ConfigError where it is a store of something else.
+        """
+        try:
+            return self._compared()
+        except FileNotFoundError:
+            return False
+
     def claim(self) -> bool:
         """Make the folder a store of this manifest, or find that it is one; whether it is complete.
 
         Raises ConfigError where it is one of something else or holds other things.
         """
         try:
-            found = read_manifest(self.store)
+            return self._compared()
         except FileNotFoundError:
             return self._make()
+
+    def _compared(self) -> bool:
+        """Whether the store that is there is complete. Raises FileNotFoundError and ConfigError."""
+        found = read_manifest(self.store)
         keys = ("fingerprint", "asked", "layout")
         differing = differences(*({k: one[k] for k in keys} for one in (found, self.manifest)))
         if differing:
+            written = any((self.store / UNITS).glob("[0-9]*.bin")) or found["complete"]
+            advice = "give another --out" if written else "it holds no answers yet, delete it"
             raise ConfigError(
-                f"--out {self.store}: is a store of something else; give another --out:"
+                f"--out {self.store}: is a store of something else; {advice}:"
                 + "".join(f"\n  {line}" for line in differing)
             )
         return found["complete"]
@@ -177,10 +194,7 @@ class Units:
         top1 = right / counted if counted else None
         finished = {**self.manifest, "complete": True, "teacher_top1": top1}
         put_file(self.store / MANIFEST, _json(finished))
-        shutil.rmtree(self.store / UNITS, ignore_errors=True)
-        for name in (TARGETS, CHECKS, MANIFEST):  # of processes that were killed at this point
-            for left in self.store.glob(f".{name}.*"):
-                left.unlink(missing_ok=True)
+        self.tidy()
         self._warn_of_outliers(trace)
         size = sum((self.store / name).stat().st_size for name in (TARGETS, CHECKS, MANIFEST))
         layout = self.layout
@@ -188,8 +202,15 @@ class Units:
         say(
             f"{self.store}: complete, {layout.rows} answers ({layout.records}, {epochs} of "
             f"{layout.places}) in {size / 1e6:.2f} MB; the teacher names {percent(top1)} % of the "
-            f"labels\nnext: the same recipe with --teacher.targets {self.store}"
+            f"labels\nnext: the same recipe with --teacher.targets {shlex.quote(str(self.store))}"
         )
+
+    def tidy(self) -> None:
+        """Remove what a finished store needs no more, also of processes that were killed."""
+        shutil.rmtree(self.store / UNITS, ignore_errors=True)
+        for name in (TARGETS, CHECKS, MANIFEST):
+            for left in self.store.glob(f".{name}.*"):
+                left.unlink(missing_ok=True)
 
     def _warn_of_outliers(self, trace: np.ndarray) -> None:
         """Where the teacher is far better or worse than elsewhere, the pairing is in doubt."""

@@ -8,7 +8,7 @@ from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError
 from deit.models.teachers import Teacher, locate
-from deit.preparation import chorus, loader_of, teacher_input, teachers_of
+from deit.preparation import chorus, loader_of, teachers_of
 from deit.stored import answer_to, check_store
 from deit.targets import open_store
 from deit.validation import build, validate
@@ -43,11 +43,10 @@ def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, r
         for member in members(config.teacher):
             locate(member.source)
     splits = load_splits(config.data)
-    sizes = store.input_sizes
     if teacher != "none":
         teachers = teachers_of(config, splits, accelerator)
-        sizes = [one.image_size for one in teachers]
-    size = teacher_input(sizes)
+    # Not the teachers' own: several may have been shown one view, and each be smaller than it.
+    size = store.fingerprint["teacher_size"]
     loader = loader_of(config, splits, accelerator, teacher_size=size, alone=True)
     answer = None
     if teachers is not None:

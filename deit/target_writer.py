@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deit.checkpoint import check_writable
-from deit.config import Config, derive, fixed, members, mixes, to_dict
+from deit.config import Config, alone, derive, fixed, members, mixes, to_dict
 from deit.console import clock, progress, say
 from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import load_splits
@@ -30,7 +31,7 @@ from deit.preparation import (
     teachers_of,
 )
 from deit.records import Answers
-from deit.stored import answer_to
+from deit.stored import answer_to, check_records
 from deit.target_units import Unit, Units
 from deit.targets import FORMAT, Layout, canary, encode
 from deit.validation import validate
@@ -46,15 +47,18 @@ def write_targets(
     epochs: int | None = None,
     records: str | None = None,
     shard: tuple[int, int] = (0, 1),
+    only: int | None = None,
 ) -> None:
     """Write the answers of a configuration's teachers to its training views, and finish the store
     when no unit of it is missing any more. What is there already is not written again.
 
     epochs: to write; None: all that are trained. records: hard, full or top-K; None: what the
     objective needs. shard: (number from 0, of how many): which part of the units is written here.
+    only: number, from 1, of the one of several teachers whose answers are written, to the views
+    that all of them see together; None: what all say.
     Raises the errors of deit.errors.
     """
-    config = _for_writing(config)
+    config = _for_writing(config, only)
     config = settled(config, found_start(config))
     for member in members(config.teacher):
         locate(member.source)  # before the images are read
@@ -67,6 +71,9 @@ def write_targets(
     teachers = teachers_of(config, splits, accelerator)
     size = teacher_input([teacher.image_size for teacher in teachers])
     loader = loader_of(config, splits, accelerator, teacher_size=size, alone=True)
+    if only is not None:
+        teachers = teachers[only - 1 : only]
+        config = _of_one(config, only)
     layout = _layout(config, loader, len(splits.class_names), epochs, records)
     block = max(config.run.evaluation_batch // 2 * 2, 2)
     environment = describe(accelerator, [])
@@ -83,28 +90,46 @@ def write_targets(
             "about": _about(config, teachers, environment),
         },
     )
-    complete = torch.tensor(float(units.claim()), device=accelerator.device)
+    complete = torch.tensor(float(units.found()), device=accelerator.device)
     # Together: what follows measures the teachers with all processes.
     if accelerator.reduce(complete, reduction="sum").item() > 0:
+        if accelerator.is_main_process:
+            units.tidy()
         say(f"{out}: complete already")
         return
     weights = tuple(member.weight for member in members(config.teacher))
     size = loader.sizes.teacher
     measure(config, splits, accelerator, teachers, weights=weights, size=size)
+    units.claim()  # not before: teachers that will not do leave no folder behind
     panel = chorus(config, splits, teachers, accelerator)
     part, parts = shard
     processes = accelerator.num_processes
     part, parts = part * processes + accelerator.process_index, parts * processes
     writer = Writer(units, loader, panel, config, splits.train.labels, block)
-    writer.write([unit for unit in range(layout.units) if unit % parts == part])
+    mine = [unit for unit in range(layout.units) if unit % parts == part]
+    if not mine:
+        say(f"this part is empty: there are {layout.units} units for {parts} parts")
+    writer.write(mine)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         units.finish()
 
 
-def _for_writing(config: Config) -> Config:
+def _of_one(config: Config, only: int) -> Config:
+    """The configuration with one of its teachers, counted from 1."""
+    config = replace(config, teacher=alone(config.teacher, only - 1))
+    return derive(config, student={"distillation_tokens": 1})
+
+
+def _for_writing(config: Config, only: int | None) -> Config:
     """The configuration, if there is something to write of it. Raises ConfigError."""
     config = validate(derive(config, teacher={"targets": ()}), online=False)
+    if only is not None:
+        number = len(config.teacher.source)
+        if not 1 <= only <= number:
+            raise ConfigError(f"--only {only}: should be in 1 ... {number}, the number of teachers")
+        _for_writing(_of_one(config, only), None)
+        return config
     if config.loss.kind == "none":
         raise ConfigError("loss.kind = 'none': there is no teacher to ask")
     if not config.teacher.source:
@@ -112,13 +137,13 @@ def _for_writing(config: Config) -> Config:
     if len(config.teacher.source) > 1 and config.teacher.combine == "tokens":
         raise ConfigError(
             "teacher.combine = 'tokens': nothing is combined; write a store for each teacher "
-            "(--teacher.source ONE), then train with --teacher.targets A,B"
+            "(--only 1, --only 2), then train with --teacher.targets A,B"
         )
     mean = len(config.teacher.source) > 1 and config.teacher.combine == "probabilities"
     if mean and needs_logits(config.loss) and config.loss.temperature != 1:
         raise ConfigError(
             f"loss.temperature = {config.loss.temperature:g}: a mean of probabilities is another "
-            "at each temperature; write a store for each teacher (--teacher.source ONE), then "
+            "at each temperature; write a store for each teacher (--only 1, --only 2), then "
             "train with --teacher.targets A,B; or use --teacher.combine logits"
         )
     return config
@@ -133,8 +158,12 @@ def _layout(
 ) -> Layout:
     """What will be written. Raises ConfigError."""
     if records is None:
-        full = "full" if num_classes <= 100 else "top-10"
-        records = full if needs_logits(config.loss) else "hard"
+        # Of many classes the largest, where the objective can be had from them exactly enough.
+        loss = config.loss
+        exact = loss.temperature == 1 and not loss.standardise and loss.kind != "dkd"
+        exact &= len(config.teacher.source) < 2 or config.teacher.combine != "logits"
+        full = "top-10" if num_classes > 100 and exact else "full"
+        records = full if needs_logits(loss) else "hard"
     if num_classes > _MOST_CLASSES:
         raise ConfigError(f"{num_classes} classes: a store can tell {_MOST_CLASSES} apart")
     if fixed(config.views):
@@ -153,6 +182,9 @@ def _layout(
     )
     if layout.kept is not None and layout.kept >= num_classes:
         raise ConfigError(f"--records {records}: there are {num_classes} classes; use full")
+    combine = config.teacher.combine if len(config.teacher.source) > 1 else None
+    single = config if combine is None else replace(config, teacher=alone(config.teacher, 0))
+    check_records(layout, single, combine, where=f"--records {records}")
     return layout
 
 

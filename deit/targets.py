@@ -198,8 +198,10 @@ class Store:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of its manifest and checksums: of every answer, by way of them."""
-        content = (self.path / MANIFEST).read_bytes() + self._checks.tobytes()
+        """SHA-256 of what it answers and of its checksums: of every answer, by way of them. The
+        same for a store that was moved, or written again to the same bytes."""
+        about = {"fingerprint": self.fingerprint, "layout": self.layout._asdict()}
+        content = json.dumps(about, sort_keys=True).encode() + self._checks.tobytes()
         return hashlib.sha256(content).hexdigest()
 
     @property
@@ -284,7 +286,31 @@ def read_manifest(path: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"{file}: format {found}, this release reads {FORMAT}")
+    try:
+        _check_manifest(manifest)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file}: not a store's ({type(error).__name__}: {error}); write it anew"
+        ) from None
     return manifest
+
+
+_PARTS = {"fingerprint": dict, "about": dict, "asked": dict, "layout": dict, "complete": bool}
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raises KeyError, TypeError, ValueError or AttributeError where something is missing or is
+    not what it should be."""
+    for name, kind in _PARTS.items():
+        if not isinstance(manifest[name], kind):
+            raise TypeError(f"{name} is {manifest[name]!r}")
+    manifest["teacher_top1"]
+    layout = Layout(**manifest["layout"])
+    counts = (layout.num_classes, layout.epochs, layout.places)
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise ValueError(f"layout {tuple(layout)}")
+    if layout.records not in ("hard", "full") and layout.kept is None:
+        raise ValueError(f"records {layout.records!r}")
 
 
 def open_store(path: Path) -> Store:
@@ -297,13 +323,7 @@ def open_store(path: Path) -> Store:
             f"teacher.targets {path}: holds no store of targets (no {MANIFEST}); write one with "
             "`deit targets write RECIPE --out STORE`"
         ) from None
-    try:
-        layout = Layout(**manifest["layout"])
-        missing = {"fingerprint", "about", "asked", "complete", "teacher_top1"} - set(manifest)
-        if missing:
-            raise KeyError(*sorted(missing))
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: incomplete ({error}); write it anew") from None
+    layout = Layout(**manifest["layout"])
     if not manifest["complete"]:
         done = len(list((path / UNITS).glob("[0-9]*.bin")))
         raise DataError(
@@ -317,7 +337,7 @@ def open_store(path: Path) -> Store:
     }
     for name, size in sizes.items():
         file = path / name
-        found = file.stat().st_size if file.is_file() else 0
-        if found != size:
-            raise CheckpointError(f"{file}: has {found} bytes, should have {size}; write it anew")
+        found = f"has {file.stat().st_size} bytes" if file.is_file() else "is not there"
+        if found != f"has {size} bytes":
+            raise CheckpointError(f"{file}: {found}, should have {size} bytes; write it anew")
     return Store(path, manifest)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from deit.config import Config, Seat, TeacherConfig, seats
 from deit.console import percent, say, warn
 from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import Splits
-from deit.errors import DeitError
+from deit.errors import CheckpointError, NotThereError
 from deit.models.teachers import Teacher, locate
 from deit.panel import NetworkVoice, Panel, Voice
 from deit.preflight import measure
@@ -75,7 +76,7 @@ class Faculty:
             if store is not None and None in (one.source for one in seat.members):
                 return []
             return [teacher_of(one, self.config, splits, accelerator) for one in seat.members]
-        except DeitError as error:
+        except NotThereError as error:
             if store is None:
                 raise
             warn(f"beside its stored targets, the teacher is left out: {error}")
@@ -90,8 +91,7 @@ class Faculty:
         """
         for seat, teachers, store in zip(self.seats, self.teachers, self.stores):
             if store is not None:
-                if accelerator.is_main_process:
-                    store.check_sums()
+                _check_sums(store, accelerator)
                 self._check_store(seat, teachers, store, splits, accelerator, loader)
         here = [
             (teacher, one.weight)
@@ -160,3 +160,16 @@ class Faculty:
                 f"targets   {trained} epochs are trained on the views of {limit}, over and over: "
                 "an approximation, for each view comes back"
             )
+
+
+def _check_sums(store: Store, accelerator: Accelerator) -> None:
+    """Read the store whole, in one process; all go on together, or none. Raises CheckpointError."""
+    damaged: CheckpointError | None = None
+    if accelerator.is_main_process:
+        try:
+            store.check_sums()
+        except CheckpointError as error:
+            damaged = error
+    verdict = torch.tensor(float(damaged is not None), device=accelerator.device)
+    if accelerator.reduce(verdict, reduction="sum").item() > 0:
+        raise damaged or CheckpointError(f"teacher.targets {store.path}: damaged, see process 0")

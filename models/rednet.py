@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 _GROUP_CHANNELS = 16  # channels that share a kernel
@@ -48,6 +49,7 @@ class _ShiftedSum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         padded, kernels = ctx.saved_tensors
         of_padded, of_kernels = torch.zeros_like(padded), torch.empty_like(kernels)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from deit.config import STUDENTS, Member, StudentConfig
-from deit.errors import ConfigError, DataError
+from deit.errors import ConfigError, DataError, NotThereError
 from deit.files import import_file
 from deit.models.networks import create_network
 from deit.models.saved import find_saved, load_student
@@ -113,19 +113,19 @@ def load_teacher(config: Member, class_names: tuple[str, ...], *, image_size: in
 def locate(source: str) -> str:
     """What a teacher.source is: callable, run, timm or file; cheap, before any data is read.
 
-    Raises DataError where there is nothing.
+    Raises NotThereError where there is nothing.
     """
     path = Path(source).expanduser()
     if ".py:" in source:
         if not Path(source.rsplit(":", 1)[0]).expanduser().is_file():
-            raise DataError(f"teacher.source {source}: no such file")
+            raise NotThereError(f"teacher.source {source}: no such file")
         return "callable"
     if path.is_dir():
         if find_saved(path):
             return "run"
         if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
             return "timm"
-        raise DataError(
+        raise NotThereError(
             f"teacher.source {source}: holds no trained network (no best/model.safetensors of "
             "ours, no config.json of timm); let the run finish, or train it with train_deit.py"
         )
@@ -135,11 +135,11 @@ def locate(source: str) -> str:
         return "timm"
     if "/" in source or path.suffix:
         recipe = "digits-teacher" if "digits" in source else "RECIPE"
-        raise DataError(
+        raise NotThereError(
             f"teacher.source {source}: no such file or folder; train a teacher first "
             f"(python train_deit.py {recipe} --out {source}), or give another teacher.source"
         )
-    raise DataError(
+    raise NotThereError(
         f"teacher.source {source}: no such file, folder or timm model"
         + nearest(source, timm.list_models())
     )
@@ -191,7 +191,9 @@ def _from_timm(name: str, source: str) -> Origin:
         network = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network, parsing and shape errors of many types
         reason = str(error).strip().split("\n")[0]
-        raise DataError(
+        # A folder that is there is broken; a name is one of the hub's, which is not reached.
+        kind = DataError if name.startswith("local-dir:") else NotThereError
+        raise kind(
             f"teacher.source {source}: its weights could not be loaded ({reason}); give a local "
             "folder or checkpoint file instead"
         ) from None

@@ -77,9 +77,16 @@ def benchmark_section(name: str, result: dict) -> str:
         f"Median of {result['rounds']} turns of {result['seconds']:g} s in alternation, batches of "
         f"{result['batch_size']}, views normalised on both sides; {environment['device_name']}, "
         f"torch {environment['packages']['torch']}, commit {environment['commit']}. "
-        f"[{name}.json](docs/results/{name}.json):\n`"
-        f"{result['command']}`\n"
+        f"[{name}.json](docs/results/{name}.json):\n`{_written_here(name, result['command'])}`\n"
     )
+
+
+def _written_here(name: str, command: str) -> str:
+    """A benchmark's command with its file where it lies now."""
+    words = shlex.split(command)
+    if "--json" in words:
+        words[words.index("--json") + 1] = f"docs/results/{name}.json"
+    return shlex.join(words)
 
 
 def written(readme: str, results: dict[str, dict], benchmarks: dict[str, dict]) -> str:

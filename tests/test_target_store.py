@@ -505,10 +505,10 @@ def test_hard_records_refuse_what_they_cannot_give(store, teachers):
 
 def test_top_k_refuses_a_temperature(teachers, tmp_path):
     config = configuration(teachers[0], loss=OBJECTIVES["deit-soft"])
-    write_targets(config, tmp_path / "top", epochs=1, records="top-3")
+    plain = derive(config, loss={"temperature": 1.0})
+    write_targets(plain, tmp_path / "top", epochs=1, records="top-3")
     with pytest.raises(ConfigError, match="holds the 3 largest answers of 10; at another temp"):
         open_stores(with_targets(config, tmp_path / "top"))
-    plain = derive(config, loss={"temperature": 1.0})
     assert open_stores(with_targets(plain, tmp_path / "top"))
 
 
@@ -604,21 +604,6 @@ def test_training_reads_the_checksums_before_its_first_step(place, store, teache
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("key", ["about", "asked", "fingerprint"])
-def test_an_edited_manifest_is_one_clear_line(key, store, tmp_path):
-    copy = copied(store, tmp_path)
-    manifest = json.loads((copy / MANIFEST).read_text())
-    del manifest[key]
-    (copy / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=rf"store\.json: incomplete \('{key}'\)"):
-        open_store(copy)
-    manifest = json.loads((store / MANIFEST).read_text())
-    del manifest["layout"]["epochs"]
-    (copy / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"store\.json: incomplete .*epochs"):
-        open_store(copy)
-
-
 def test_the_same_weights_in_another_network_are_another_teacher():
     """Strides have no weights."""
     from deit.models.networks import create_network
@@ -682,6 +667,12 @@ def test_what_a_killed_writer_left_is_cleared_away(teachers, store, tmp_path):
     assert (out / TARGETS).read_bytes() == (store / TARGETS).read_bytes()
 
 
+def _turned(records):
+    """One answer of 9,058 is another: too few for the answers asked anew to notice."""
+    records["label"][4, 700] = 9 - records["label"][4, 700]
+    return records
+
+
 def test_a_resumed_run_wants_the_store_it_started_with(teachers, store, tmp_path):
     copy = copied(store, tmp_path)
     config = with_targets(configuration(teachers[0], optim={"epochs": 2}), copy)
@@ -690,19 +681,19 @@ def test_a_resumed_run_wants_the_store_it_started_with(teachers, store, tmp_path
         copy, lambda records, canaries: (np.where(records == records, records, records), canaries)
     )
     train(config, tmp_path / "run", resume=True)  # the same answers: complete already
-    manifest = json.loads((copy / MANIFEST).read_text())
-    (copy / MANIFEST).write_text(json.dumps({**manifest, "teacher_top1": 0.5}))
+    forged(copy, lambda records, canaries: (_turned(records), canaries))
     with pytest.raises(DataError, match="the stored targets differ from those the run started"):
         train(config, tmp_path / "run", resume=True)
 
 
-def test_a_store_speaks_for_a_teacher_that_cannot_be_loaded(teachers, store, tmp_path, capsys):
-    empty = tmp_path / "weights.pth"
-    empty.write_bytes(b"not weights")
-    config = derive(
-        configuration(str(empty), optim={"epochs": 1, "warmup_epochs": 0}),
-        teacher={"architecture": ("small_convnet",), "image_size": (8,)},
-    )
+def test_a_store_speaks_for_a_teacher_that_cannot_be_reached(store, capsys, monkeypatch):
+    """A timm name without network: its weights are not here, but its answers are."""
+
+    def unreachable(name, **settings):
+        raise OSError(f"no hub for {name}")
+
+    monkeypatch.setattr("deit.models.teachers.timm.create_model", unreachable)
+    config = configuration("resnet18", optim={"epochs": 1, "warmup_epochs": 0})
     assert check(with_targets(config, store))
     said = capsys.readouterr()
     assert "the teacher is left out" in said.err

@@ -1,0 +1,303 @@
+"""Stores of targets at their edges: workers, sizes, moved folders, broken manifests."""
+
+import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit.announce import report
+from deit.config import LossConfig, derive
+from deit.errors import CheckpointError, ConfigError, DataError
+from deit.losses import standardised
+from deit.presets import OBJECTIVES, TEACHING
+from deit.recipes import digits, digits_ensemble, digits_teacher
+from deit.run import train
+from deit.studies import STUDIES
+from deit.target_verifier import verify_targets
+from deit.target_writer import _layout, write_targets
+from deit.targets import MANIFEST, TARGETS, UNITS, open_store
+from deit.teaching import _check_sums
+from deit.validation import validate
+from tests import test_target_store as usual
+from tests.test_sources import folder
+from tests.test_target_store import (
+    check,
+    configuration,
+    content,
+    copied,
+    flipped,
+    quick,
+    with_targets,
+)
+
+teachers, store = usual.teachers, usual.store
+
+
+@pytest.fixture
+def constant(tmp_path):
+    """A teacher of any classes that always answers the same."""
+    file = tmp_path / "constant.py"
+    file.write_text(
+        "import torch\n"
+        "class Constant(torch.nn.Module):\n"
+        "    def forward(self, images):\n"
+        "        return torch.zeros(len(images), {classes}) + torch.arange({classes})\n"
+        "def teacher():\n"
+        "    return Constant()\n"
+    )
+
+    def of(classes):
+        text = file.read_text().replace("{classes}", str(classes))
+        (tmp_path / f"of{classes}.py").write_text(text)
+        return f"{tmp_path / f'of{classes}.py'}:teacher"
+
+    return of
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_crops_of_images_that_workers_read(workers, constant, tmp_path):
+    """Several blocks: while one is read, its further crops are read as well."""
+    images = folder(tmp_path / "data", number=24, size=(12, 12))
+    config = derive(
+        digits(),
+        data={"source": "folder", "root": str(images), "storage": "files", "workers": workers},
+        views=TEACHING["fix/ic_ens"].fields(dataclasses.asdict(digits().views)),
+        teacher={"source": (constant(3),), "allow_weak": True},
+        loss=OBJECTIVES["function-matching"],
+        optim={"epochs": 1, "warmup_epochs": 0, "batch_size": 4},
+        run={"evaluation_batch": 4},
+    )
+    config = derive(config, views={"teacher_crops": 3})
+    write_targets(config, tmp_path / "store")
+    opened = open_store(tmp_path / "store")
+    assert opened.layout.places > 8
+    verify_targets(tmp_path / "store", root=None, teacher=None, rows=8)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ({"temperature": 1.0}, "top-10"),
+        ({"temperature": 3.0}, "full"),
+        ({"temperature": 1.0, "standardise": True}, "full"),
+        ({"kind": "dkd"}, "full"),
+        ({"kind": "hard"}, "hard"),
+    ],
+)
+def test_what_is_written_by_default_can_be_trained_from(loss, expected):
+    config = derive(configuration("a"), loss={"kind": "soft", **loss})
+    loader = SimpleNamespace(places=500)
+    assert _layout(config, loader, 101, None, None).records == expected
+    several = derive(config, teacher={"source": ("a", "b"), "combine": "logits"})
+    assert _layout(several, loader, 101, None, None).records in ("full", "hard")
+
+
+@pytest.mark.parametrize("records", ["hard", "top-3"])
+def test_records_that_the_objective_cannot_use_are_not_written(records, teachers, tmp_path):
+    config = configuration(teachers[0], loss=OBJECTIVES["deit-soft"])
+    with pytest.raises(ConfigError, match=f"--records {records}: holds"):
+        write_targets(config, tmp_path / "out", records=records)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """Two teachers of digits at 8 and at 16 px."""
+    place = tmp_path_factory.mktemp("sizes")
+    for side in (8, 16):
+        config = derive(digits_teacher(), student={"image_size": side}, data={"image_size": side})
+        train(derive(config, optim={"epochs": 2, "warmup_epochs": 1}), place / str(side))
+    return tuple(str(place / str(side)) for side in (8, 16))
+
+
+@pytest.mark.parametrize("combine", ["tokens", "probabilities"])
+def test_stores_of_teachers_of_two_sizes_are_used_together(combine, sizes, tmp_path, capsys):
+    config = derive(
+        digits_ensemble(),
+        data={"image_size": 16},
+        student={"depth": 1, "embed_dim": 16, "num_heads": 2},
+        teacher={"source": sizes, "combine": combine},
+        optim={"epochs": 1, "warmup_epochs": 0},
+        loss=OBJECTIVES["deit-hard" if combine == "tokens" else "deit-soft"],
+    )
+    if combine != "tokens":
+        config = derive(config, student={"distillation_tokens": 1})
+    stores = []
+    for number in (1, 2):
+        stores.append(str(tmp_path / f"store{number}"))
+        write_targets(config, tmp_path / f"store{number}", only=number)
+        verify_targets(tmp_path / f"store{number}", root=None, teacher=None, rows=32)
+    assert "100.0 % of 32 answers as stored" in capsys.readouterr().out
+    train(config, tmp_path / "online")
+    expected = load_file(tmp_path / "online" / "last" / "model.safetensors")
+    for name, targets in {"stored": tuple(stores), "half": ("none", stores[1])}.items():
+        train(derive(config, teacher={"targets": targets}), tmp_path / name)
+        for key, value in load_file(tmp_path / name / "last" / "model.safetensors").items():
+            if combine == "tokens":  # hard labels: the very same training
+                assert torch.equal(value, expected[key])
+            else:
+                torch.testing.assert_close(value, expected[key], atol=2e-3, rtol=0)
+    for wrong in (0, 3):
+        with pytest.raises(ConfigError, match=rf"--only {wrong}: should be in 1 \.\.\. 2"):
+            write_targets(config, tmp_path / "x", only=wrong)
+
+
+def test_equal_logits_have_a_gradient_when_standardised():
+    logits = torch.zeros(3, 5, requires_grad=True)
+    (standardised(logits) * torch.randn(3, 5)).sum().backward()
+    assert logits.grad.isfinite().all()
+    assert torch.equal(standardised(logits), torch.zeros(3, 5))
+
+
+def test_a_teacher_that_will_not_do_leaves_no_folder(constant, teachers, tmp_path):
+    with pytest.raises(DataError, match="near chance"):
+        write_targets(configuration(constant(10)), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    write_targets(configuration(teachers[0]), tmp_path / "store", epochs=1)
+
+
+def test_a_store_without_answers_may_be_deleted(teachers, tmp_path):
+    out = tmp_path / "store"
+    write_targets(configuration(teachers[0]), out, shard=(8, 9))
+    with pytest.raises(ConfigError, match="it holds no answers yet, delete it"):
+        write_targets(configuration(teachers[1]), out)
+
+
+def test_a_part_without_units_says_so(teachers, tmp_path, capsys):
+    write_targets(configuration(teachers[0]), tmp_path / "store", shard=(6, 7))
+    assert "this part is empty: there are 3 units for 7 parts" in capsys.readouterr().out
+
+
+def test_a_finished_store_is_tidied(store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+    (copy / UNITS).mkdir()
+    (copy / UNITS / "000000.bin").write_bytes(b"left")
+    (copy / f".{TARGETS}.abc").write_bytes(b"left")
+    write_targets(configuration(teachers[0]), copy)
+    assert content(copy) == content(store)
+
+
+def test_a_teacher_that_is_there_but_another_is_not_passed_over(
+    constant,
+    store,
+    teachers,
+    tmp_path,
+    capsys,
+):
+    of_three = derive(configuration(constant(3)), teacher={"targets": (str(store),)})
+    with pytest.raises(DataError, match="answers with 3 classes"):
+        check(of_three)
+    broken = tmp_path / "broken"
+    shutil.copytree(teachers[0], broken)
+    (broken / "best" / "model.safetensors").write_bytes(b"rubb")
+    with pytest.raises(CheckpointError, match="not a readable weight file"):
+        check(derive(configuration(str(broken)), teacher={"targets": (str(store),)}))
+    gone = derive(configuration("gone/teacher"), teacher={"targets": (str(store),)})
+    check(gone)
+    assert "beside its stored targets, the teacher is left out" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_store_elsewhere(store, teachers, tmp_path):
+    config = configuration(teachers[0], optim={"epochs": 2, "warmup_epochs": 1})
+    copy = copied(store, tmp_path)
+    train(with_targets(config, store), tmp_path / "run")
+    train(with_targets(config, copy), tmp_path / "run", resume=True)
+    with pytest.raises(DataError, match="the stored targets differ"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_only_the_proportion_of_the_weights_counts(teachers, tmp_path):
+    config = derive(
+        quick(configuration(teachers[0])),
+        teacher={"source": tuple(teachers), "weight": (3.0, 1.0), "combine": "logits"},
+    )
+    write_targets(config, tmp_path / "store")
+    other = derive(config, teacher={"weight": (0.3, 0.1)})
+    assert check(with_targets(other, tmp_path / "store"))
+
+
+def test_every_process_stops_at_a_damaged_store(store, tmp_path):
+    copy = copied(store, tmp_path)
+    flipped(copy / TARGETS, 500)
+    opened = open_store(copy)
+
+    def process(main, others):
+        return SimpleNamespace(
+            is_main_process=main,
+            device=torch.device("cpu"),
+            reduce=lambda value, reduction: value + others,
+        )
+
+    with pytest.raises(CheckpointError, match="its checksum differs"):
+        _check_sums(opened, process(main=True, others=0))
+    with pytest.raises(CheckpointError, match="see process 0"):
+        _check_sums(opened, process(main=False, others=1))
+    _check_sums(open_store(store), process(main=True, others=0))
+
+
+BROKEN = {
+    "no fingerprint": lambda manifest: manifest.pop("fingerprint"),
+    "text as fingerprint": lambda manifest: manifest.update(fingerprint="x"),
+    "no layout": lambda manifest: manifest.update(layout={}),
+    "no places": lambda manifest: manifest["layout"].update(places=0, epochs=0),
+    "text as places": lambda manifest: manifest["layout"].update(places="many"),
+    "unknown records": lambda manifest: manifest["layout"].update(records="soft"),
+    "no format": lambda manifest: [manifest.pop(key) for key in list(manifest) if key != "format"],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_manifest_is_one_line(name, store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    BROKEN[name](manifest)
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    for attempt in (
+        lambda: open_store(copy),
+        lambda: write_targets(configuration(teachers[0]), copy),
+        lambda: verify_targets(copy, root=None, teacher=None, rows=1),
+    ):
+        with pytest.raises(CheckpointError, match=r"store\.json: not a store's") as refused:
+            attempt()
+        assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_of_a_store_is_named(store, tmp_path):
+    copy = copied(store, tmp_path)
+    (copy / TARGETS).unlink()
+    with pytest.raises(CheckpointError, match=r"targets\.bin: is not there, should have 9058"):
+        open_store(copy)
+
+
+def test_an_ensemble_study_needs_a_store_for_each():
+    config = derive(digits_ensemble(), teacher={"targets": ("both",), "combine": "logits"})
+    with pytest.raises(ConfigError, match="serves neither one alone"):
+        STUDIES["ensemble"](derive(config, student={"distillation_tokens": 1}))
+
+
+def test_standardised_logits_have_no_mean_of_probabilities():
+    soft = dataclasses.replace(OBJECTIVES["deit-soft"], standardise=True)
+    config = derive(digits_ensemble(), loss=soft)
+    assert validate(config)  # a token each
+    one = derive(config, student={"distillation_tokens": 1})
+    assert validate(derive(one, teacher={"combine": "logits"}))
+    with pytest.raises(ConfigError, match="not defined for a mean of probabilities"):
+        validate(derive(one, teacher={"combine": "probabilities"}))
+
+
+def test_a_term_without_weight_is_not_shown(capsys):
+    row = {
+        "epoch": 1,
+        "seconds": 1.0,
+        "images_per_s": 1.0,
+        "loader": {"share": 0.0},
+        "train": {"loss": 1.75, "loss_class": 2.3, "loss_teacher": 1.75},
+    }
+    report(row, 1, OBJECTIVES["function-matching"])
+    assert "2.3" not in capsys.readouterr().out
+    report(row, 1, LossConfig(kind="soft"))
+    assert "(class 2.300, teacher 1.750)" in capsys.readouterr().out
