@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 from deit.config import (
     Config,
@@ -13,6 +14,7 @@ from deit.config import (
 from deit.errors import ConfigError
 from deit.presets import OBJECTIVES, TEACHING
 from deit.recipes import RECIPES, recipe_of
+from deit.validation import load
 
 Arms = dict[str, Config]
 
@@ -125,9 +127,14 @@ def resolution(config: Config) -> Arms:
 
 
 def _before_fitting(source: str) -> str | None:
-    """What a teacher of our recipes was fine-tuned from; None where it was not."""
-    recipe = recipe_of(source)
-    return None if recipe is None else RECIPES[recipe]().start.source
+    """What a teacher, a run of ours, was fine-tuned from; None where it was not."""
+    recipe, saved = recipe_of(source), Path(source).expanduser() / "config.json"
+    if recipe is None and not saved.is_file():
+        return None
+    try:
+        return (load(saved) if recipe is None else RECIPES[recipe]()).start.source
+    except ConfigError:
+        return None  # another's config.json: timm's folders have one as well
 
 
 STUDIES: dict[str, Callable[[Config], Arms]] = {

@@ -19,6 +19,7 @@ TITLES = {
     "digits-teaching": "Digits: teaching modes (divergence alone, temperature 3) beside labels",
     "digits-ensemble": "Digits: a ConvNet and an involution network, together and alone",
     "cifar10-teaching": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: teaching modes",
+    "cifar10-ensemble": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: two teachers",
     "tiny-imagenet-micro": "Tiny-ImageNet, 50 classes: the whole recipe, 8 epochs on a CPU",
     "cifar10-micro": "CIFAR-10 (JPEG 75): RegNetY-200MF (12 epochs) into a micro DeiT (8 epochs)",
 }

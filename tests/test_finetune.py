@@ -210,7 +210,7 @@ def test_every_schedule_suits_every_recipe(name, recipe):
     tuned = validate(TUNING[name](config))
     assert tuned.start == config.start
     assert tuned.data == config.data
-    if name != "linear-probe":
+    if name in ("deit", "deit3"):
         assert peak_lr(tuned.optim) == tuned.optim.min_lr  # constant after the warm-up
 
 
@@ -275,7 +275,7 @@ def test_without_a_recipe_the_runs_own_goes_on(runs, tmp_path, command):
     assert isinstance(config, Config)
     assert config.student == derive(before, student={"image_size": 16}).student
     assert config.optim.epochs == 1
-    assert config.optim.lr == pytest.approx(peak_lr(before.optim) / 10)
+    assert config.optim.lr == before.optim.lr
 
 
 def test_the_normalisation_of_the_start_is_taken_over(runs, tmp_path):

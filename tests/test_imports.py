@@ -74,6 +74,7 @@ PLAN = {
         1, "torch transformers", "deit.models.networks deit.models.saved"
     ),
     "deit.models.attention": place(1, "torch timm einops"),
+    "deit.models.cost": place(1, "torch"),
     "deit.models.teachers": network("networks saved student weights"),
     "deit.datasets.images": image(),
     "deit.datasets.decoding": image("images"),
@@ -93,6 +94,7 @@ PLAN = {
     "deit.datasets.reading": image("decoding images views"),
     "deit.datasets.looks": image("images reading resizing views"),
     "deit.datasets.splits": image("decoding images sources"),
+    "deit.datasets.variants": image("folders images", "timm"),
     "deit.datasets.loader": image("images looks mixing reading resizing stages views"),
     "deit.tuning": place(2),
     "deit.recipes": place(3),
