@@ -64,7 +64,8 @@ def load_variant(name: str, root: str, class_names: tuple[str, ...]) -> Variant:
             f"--data.root {root}: ImageNet's variant {name} has {len(expected)} classes in folders "
             f"named by synset, here are {len(found)}{told}"
         )
-    columns = tuple(column for column, one in enumerate(class_names) if one in set(found))
+    there = set(found)
+    columns = tuple(column for column, one in enumerate(class_names) if one in there)
     if not columns:
         raise DataError(
             f"the network knows none of the classes of variant {name}; its own are named "

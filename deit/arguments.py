@@ -254,6 +254,23 @@ def check_records(text: str | None) -> str | None:
     raise ConfigError(f"--records {text}: should be hard, full or top-K, as in top-10")
 
 
+def read_numbers(text: str | None, option: str, *, whole: bool) -> tuple[Any, ...]:
+    """`8,16` as numbers: counts, or shares in (0, 1]. Raises ConfigError."""
+    found = []
+    for word in (text or "").split(","):
+        if not word:
+            continue
+        try:
+            value = int(word) if whole else float(word)
+        except ValueError:
+            value = 0
+        if value <= 0 or (not whole and value > 1):
+            kind = "whole numbers from 1" if whole else "shares in (0, 1]"
+            raise ConfigError(f"{option} {text}: should be {kind}, with commas")
+        found.append(value)
+    return tuple(found)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for the commands without a configuration: errors become ours, nothing is guessed."""
 

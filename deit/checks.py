@@ -87,7 +87,7 @@ def _without_effect(
 def _check_start(config: Config) -> list[Problem]:
     if config.start.source is not None:
         return []
-    advice = "has no effect, start.source is none (the student starts from random weights)"
+    advice = "has no effect on random weights; give start.source (finetune_deit.py --from)"
     found = _without_effect("start", config.start, ("heads", "kernel"), advice)
     if config.optim.trained != "all":
         advice = "would leave the rest of the student at random weights; give start.source"

@@ -10,7 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import deit
-from deit.arguments import Parser, RunArguments, check_records, parse_run, parse_shard
+from deit.arguments import (
+    Parser,
+    RunArguments,
+    check_records,
+    parse_run,
+    parse_shard,
+    read_numbers,
+)
 from deit.config import Config, DataConfig, StudentConfig, is_transformer, to_dict
 from deit.console import is_main_process, say, table
 from deit.errors import CheckpointError, ConfigError, DeitError
@@ -67,9 +74,7 @@ def finetune(arguments: list[str], program: str) -> None:
         if helps:
             return config
         if source is None:
-            raise ConfigError(
-                f"{program}: needs --from, what to start from (a run, file or folder)"
-            )
+            raise ConfigError(_NO_START.format(program))
         from deit.models.start import find_start
 
         config = begin_from(config, source, find_start(source).student)
@@ -122,26 +127,71 @@ def _config_of(source: str | None, program: str) -> Path:
 
 def evaluate(arguments: list[str], program: str) -> None:
     """Measure a finished run, head by head."""
-    parser = Parser(prog=program, description="Measure a run on its test split, head by head.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser = Parser(
+        prog=program,
+        description="Measure a run on its test split, head by head; or several runs, resolutions "
+        "and crops in one table.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
     parser.add_argument("--teacher", metavar="SOURCE", help="teacher to agree with; none: without")
     parser.add_argument("--run.device", dest="device", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--resolution", metavar="A,B", help="sides of the input [px]; positions are resized"
+    )
+    parser.add_argument("--crop", metavar="A,B", help="evaluation crops, as views.evaluation_crop")
+    parser.add_argument(
+        "--variant", metavar="NAME", help=f"ImageNet's {', '.join(TEST_SETS)}, from --data.root"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw throughput against accuracy"
+    )
+    parser.add_argument("--force", action="store_true", help="let --plot replace a file")
     options = parser.parse_args(arguments)
+    sides = read_numbers(options.resolution, "--resolution", whole=True)
+    crops = read_numbers(options.crop, "--crop", whole=False)
+    if options.variant is not None and options.variant not in TEST_SETS:
+        advice = f"should be one of {', '.join(TEST_SETS)}{nearest(options.variant, TEST_SETS)}"
+        raise ConfigError(f"--variant {options.variant}: {advice}")
+    if options.variant is not None and options.root is None:
+        raise ConfigError(f"--variant {options.variant}: needs --data.root, where its images lie")
     from deit.checkpoint import check_file
+    from deit.contact_sheet import check_picture
     from deit.evaluation import evaluate, print_evaluation, write_evaluation
 
     check_file(options.json, option="--json", replace=True)
+    if options.plot is not None:
+        check_picture(options.plot, option="--plot")
+        check_file(options.plot, option="--plot", replace=options.force)
+    asked = {
+        "checkpoint": options.checkpoint,
+        "split": options.split,
+        "root": options.root,
+        "teacher": options.teacher,
+        "device": options.device,
+        "variant": options.variant,
+    }
+    if len(options.runs) > 1 or len(sides) > 1 or len(crops) > 1 or options.plot is not None:
+        from deit.survey import survey
+
+        survey(
+            options.runs,
+            resolutions=sides,
+            crops=crops,
+            plot=options.plot,
+            json_file=options.json,
+            **asked,
+        )
+        return
     found = evaluate(
-        options.run,
-        checkpoint=options.checkpoint,
-        split=options.split,
-        root=options.root,
-        teacher=options.teacher,
-        device=options.device,
+        options.runs[0],
+        resolution=sides[0] if sides else None,
+        crop=crops[0] if crops else None,
+        cost=True,
+        **asked,
     )
     print_evaluation(found)
     if options.json is not None:
@@ -177,7 +227,7 @@ def predict(arguments: list[str], program: str) -> None:
 
     check_file(options.json, option="--json", replace=True)
     if options.attention is not None:
-        check_picture(options.attention)
+        check_picture(options.attention, option="--attention")
         check_file(options.attention, option="--attention", replace=options.force)
     predict(
         options.run,
@@ -225,6 +275,7 @@ def export(arguments: list[str], program: str) -> None:
     )
 
 
+TEST_SETS = ("real", "v2", "a", "r", "sketch")
 EXPORTS = ("timm", "transformers", "onnx", "pt2")
 
 
@@ -333,7 +384,7 @@ def views(arguments: list[str], program: str) -> None:
     from deit.checkpoint import check_file
     from deit.contact_sheet import check_picture, draw_views
 
-    check_picture(options.out)
+    check_picture(options.out, option="--out")
     check_file(options.out, option="--out", replace=options.force)
     draw_views(run.config, options.out, epoch=options.epoch, number=options.number)
 

@@ -43,10 +43,10 @@ class _Cell(NamedTuple):
     lines: list[str]
 
 
-def check_picture(path: Path) -> None:
+def check_picture(path: Path, *, option: str) -> None:
     """Refuse a name that is no picture's before the work. Raises ConfigError."""
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ConfigError(f"--out {path}: should end in .png, .jpg or .webp")
+        raise ConfigError(f"{option} {path}: should end in .png, .jpg or .webp")
 
 
 def draw_views(config: Config, out: Path, *, epoch: int = 0, number: int = 12) -> None:

@@ -3,25 +3,32 @@
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deit import checkpoint
-from deit.config import Config, TeacherConfig, derive, members
+from deit.config import Config, StartConfig, TeacherConfig, derive, is_transformer, members
 from deit.console import is_main_process, percent, say, table, warn
 from deit.datasets.images import Encoded, Images
 from deit.datasets.splits import load_splits
+from deit.datasets.variants import load_variant
 from deit.ensembles import combine
 from deit.environment import create_accelerator, describe
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.metrics import agreement, calibration_error, confusion, topk_accuracy
-from deit.models.saved import find_saved, load_student
+from deit.models.attention import token_cosines
+from deit.models.cost import cost_of
+from deit.models.saved import Facts, build_student, find_saved, load_student
+from deit.models.start import Found, fit
+from deit.models.student import Student, has_two_heads
 from deit.models.teachers import load_teacher
-from deit.prediction import answers_of
+from deit.models.weights import load_weights
+from deit.prediction import answers_of, shown
 from deit.preparation import sizes_of, teacher_input
 from deit.records import head_logits
+from deit.tuning import at_resolution
 from deit.validation import load
 
 HEADS = ("class", "distillation", "fused", "fused_softmax")
@@ -35,23 +42,144 @@ def evaluate(
     root: str | None = None,
     teacher: str | None = None,
     device: str | None = None,
+    resolution: int | None = None,
+    crop: float | None = None,
+    variant: str | None = None,
+    cost: bool = False,
 ) -> dict[str, Any]:
     """Measure a run's student on a split, as plain values ready for JSON.
 
     checkpoint: `best` or `last`. root: where the images lie now, if not where the run found them.
-    teacher: whom to agree with; None: the run's own teacher, "none": nobody.
+    teacher: whom to agree with; None: the run's own teacher, "none": nobody. resolution: side [px]
+    of its input, if not what it was trained at; its position embedding is resized. crop: as
+    views.evaluation_crop. variant: one of ImageNet's other test sets, from `root`; without a
+    teacher. cost: whether parameters, arithmetic, memory and speed are measured.
 
     `heads` holds class, distillation, fused (mean of logits) and fused_softmax (mean of softmax):
     top1, top5, calibration_error in [0, 1]. A student with one head has that head as `fused` too,
     and None for the others. Raises the errors of deit.errors.
     """
+    return examine(
+        run,
+        checkpoint=checkpoint,
+        split=split,
+        root=root,
+        teacher=teacher,
+        device=device,
+        resolution=resolution,
+        crop=crop,
+        variant=variant,
+        cost=cost,
+    ).found
+
+
+class Examined(NamedTuple):
+    """What evaluation found, and the answers it counted, int64 [images], by head and `teacher`.
+
+    labels: int64 [images]; None where several answers are right.
+    """
+
+    found: dict[str, Any]
+    answers: dict[str, Tensor]
+    labels: Tensor | None
+
+
+def examine(
+    run: Path,
+    *,
+    checkpoint: str,
+    split: str,
+    root: str | None,
+    teacher: str | None,
+    device: str | None,
+    resolution: int | None,
+    crop: float | None,
+    variant: str | None,
+    cost: bool,
+) -> Examined:
+    """As `evaluate`, with the answers themselves."""
     config, saved = find_run(run, checkpoint)
-    if root is not None:
-        config = derive(config, data={"root": root})
-    if device is not None:
-        config = derive(config, run={"device": device})
-    student, facts = load_student(saved)
+    student, facts = student_at(saved, resolution)
+    config = _asked(config, root=root, device=device, resolution=resolution, crop=crop)
     accelerator = create_accelerator(config.run)
+    asked = _images(config, facts, run, split, variant, root)
+    if len(asked.images.labels) < accelerator.num_processes:
+        raise DataError(f"the {split} split has fewer images than processes")
+    student = student.to(accelerator.device)
+    few = asked.images.select(slice(config.run.evaluation_batch))
+    if len(few.labels) >= accelerator.num_processes:
+        answers_of(accelerator, student, few, config, "warming up")
+    started = time.perf_counter()
+    outputs = answers_of(accelerator, student, asked.images, config, f"evaluating {asked.name}")
+    elapsed_s = time.perf_counter() - started
+    heads = {name: logits[:, asked.columns] for name, logits in head_logits(outputs).items()}
+    answers = {name: logits.argmax(dim=1) for name, logits in heads.items()}
+    named_heads = {name: _measure(heads.get(name), asked.labels) for name in HEADS}
+    tokens = [name for name in heads if name.startswith("distillation_")]
+    named_heads |= {name: _measure(heads[name], asked.labels) for name in tokens}
+    if "fused" not in heads:
+        named_heads["fused"] = named_heads["class"]
+    found: dict[str, Any] = {
+        "run": str(run),
+        "checkpoint": checkpoint,
+        "split": asked.name,
+        "image_size": config.student.image_size,
+        "evaluation_crop": config.views.evaluation_crop,
+        "num_samples": len(asked.images.labels),
+        "class_names": [facts.class_names[column] for column in asked.columns],
+        "heads": named_heads,
+        "teacher": None,
+        "token_cosine": _token_cosine(student, few, config),
+        "throughput_img_s": len(asked.images.labels) / elapsed_s,
+        "environment": describe(accelerator, []),
+    }
+    if asked.note:
+        found["note"] = asked.note
+    if cost:
+        side, batch = config.student.image_size, min(config.run.evaluation_batch, 64)
+        found["cost"] = cost_of(student, side=side, batch=batch)._asdict()
+    said = {}
+    if variant is None:
+        said = _teacher_logits(accelerator, config, teacher, facts.class_names, asked.images)
+    if said:
+        together = torch.stack(list(said.values()), dim=1)
+        combined = _combined(config, together)
+        found["teacher"] = _measure(combined, asked.labels)
+        answers["teacher"] = combined.argmax(dim=1)
+        if len(said) > 1:
+            found["teachers"] = {
+                name: _measure(logits, asked.labels) for name, logits in said.items()
+            }
+    if asked.labels.dtype == torch.bool:
+        return Examined(found, answers, None)
+    found["agreement"] = _agreements(answers, asked.labels)
+    final = answers.get("fused", answers["class"])
+    found["per_class"] = _per_class(answers, asked.labels, tuple(found["class_names"]))
+    found["confusion"] = confusion(final, asked.labels, len(asked.columns)).tolist()
+    return Examined(found, answers, asked.labels)
+
+
+class _Asked(NamedTuple):
+    """What is evaluated: images, which classes may be answered, and what is right: int64 [images]
+    of these, or bool [images, classes]; what it is called, and what was left out."""
+
+    images: Images | Encoded
+    columns: list[int]
+    labels: Tensor
+    name: str
+    note: str = ""
+
+
+def _images(
+    config: Config, facts: Facts, run: Path, split: str, variant: str | None, root: str | None
+) -> _Asked:
+    """The images of a split, or of one of ImageNet's variants. Raises DataError."""
+    if variant is not None:
+        loaded = load_variant(variant, root or config.data.root, facts.class_names)
+        single = bool((loaded.accepted.sum(dim=1) == 1).all()) and variant != "real"
+        labels = loaded.accepted.long().argmax(dim=1) if single else loaded.accepted
+        name = f"ImageNet {variant}"
+        return _Asked(loaded.images, list(loaded.columns), labels, name, loaded.note)
     splits = load_splits(config.data)
     if splits.class_names != facts.class_names:
         raise DataError(
@@ -59,48 +187,64 @@ def evaluate(
             f"{_first_difference(facts.class_names, splits.class_names)}"
         )
     images: Images | Encoded = getattr(splits, split)
-    if len(images.labels) < accelerator.num_processes:
-        raise DataError(f"the {split} split has fewer images than processes")
-    student = student.to(accelerator.device)
-    few = images.select(slice(config.run.evaluation_batch))
-    if len(few.labels) >= accelerator.num_processes:
-        answers_of(accelerator, student, few, config, "warming up")
-    started = time.perf_counter()
-    outputs = answers_of(accelerator, student, images, config, f"evaluating {split}")
-    elapsed_s = time.perf_counter() - started
-    heads = head_logits(outputs)
-    answers = {name: logits.argmax(dim=1) for name, logits in heads.items()}
-    named_heads = {name: _measure(heads.get(name), images.labels) for name in HEADS}
-    tokens = [name for name in heads if name.startswith("distillation_")]
-    named_heads |= {name: _measure(heads[name], images.labels) for name in tokens}
-    if "fused" not in heads:
-        named_heads["fused"] = named_heads["class"]
-    found: dict[str, Any] = {
-        "run": str(run),
-        "checkpoint": checkpoint,
-        "split": split,
-        "num_samples": len(images.labels),
-        "class_names": list(facts.class_names),
-        "heads": named_heads,
-        "teacher": None,
-        "throughput_img_s": len(images.labels) / elapsed_s,
-        "environment": describe(accelerator, []),
-    }
-    said = _teacher_logits(accelerator, config, teacher, facts.class_names, images)
-    if said:
-        together = torch.stack(list(said.values()), dim=1)
-        combined = _combined(config, together)
-        found["teacher"] = _measure(combined, images.labels)
-        answers["teacher"] = combined.argmax(dim=1)
-        if len(said) > 1:
-            found["teachers"] = {
-                name: _measure(logits, images.labels) for name, logits in said.items()
-            }
-    found["agreement"] = _agreements(answers, images.labels)
-    final = answers.get("fused", answers["class"])
-    found["per_class"] = _per_class(answers, images.labels, facts.class_names)
-    found["confusion"] = confusion(final, images.labels, len(facts.class_names)).tolist()
-    return found
+    return _Asked(images, list(range(len(facts.class_names))), images.labels, split)
+
+
+def _asked(
+    config: Config,
+    *,
+    root: str | None,
+    device: str | None,
+    resolution: int | None,
+    crop: float | None,
+) -> Config:
+    """The run's configuration with what evaluation was asked to do otherwise."""
+    teacher = config.teacher
+    if resolution is not None:
+        config = replace(at_resolution(config, resolution), teacher=teacher)
+    if crop is not None:
+        config = derive(config, views={"evaluation_crop": crop})
+        enough = round(config.student.image_size / crop)
+        side = max(config.data.image_size, enough) if crop < 1 else config.data.image_size
+        config = derive(config, data={"image_size": side})
+    if root is not None:
+        config = derive(config, data={"root": root})
+    if device is not None:
+        config = derive(config, run={"device": device})
+    return config
+
+
+def student_at(saved: Path, side: int | None) -> tuple[Student, Facts]:
+    """A saved student, for images of another side [px] with its position embedding resized; None:
+    of its own. Raises CheckpointError where its patches do not divide the side."""
+    student, facts = load_student(saved)
+    own = facts.student
+    if side is None or side == own.image_size:
+        return student, facts
+    if is_transformer(own) and side % own.patch_size:
+        raise CheckpointError(
+            f"--resolution {side}: the patches of {own.name} ({own.patch_size} px) do not divide it"
+        )
+    facts = replace(facts, student=replace(own, image_size=side))
+    larger, names = build_student(facts), facts.class_names
+    weights = Found(student.network.state_dict(), own.name, own, names, facts.mean, facts.std)
+    fitted = fit(weights, larger.network, names, StartConfig(source=str(saved)))
+    load_weights(larger.network, fitted.weights, origin=str(saved))
+    return larger, facts
+
+
+def _token_cosine(student: Student, images: Images | Encoded, config: Config) -> list[float] | None:
+    """Mean cosine of class and distillation token before the first block and after each; None for
+    a student without both."""
+    if not has_two_heads(student.network):
+        return None
+    device = next(student.parameters()).device
+    chunks = torch.arange(len(images.labels)).split(64)
+    cosines = [
+        token_cosines(student.network, (views - student.mean) / student.std)
+        for views in shown(images, chunks, config, device=device)
+    ]
+    return torch.cat(cosines).mean(dim=0).tolist()
 
 
 def find_run(run: Path, name: str) -> tuple[Config, Path]:
@@ -218,7 +362,8 @@ _SHOWN_CLASSES = 20
 
 
 def print_evaluation(found: dict[str, Any]) -> None:
-    """Heads and teacher, the weakest classes and the commonest confusions, for a person."""
+    """Heads and teacher, who disagrees with whom, the weakest classes and the commonest confusions,
+    for a person."""
     rows = {name: measured for name, measured in found["heads"].items() if measured}
     if found["heads"]["distillation"] is None:
         del rows["fused"]  # the class head once more
@@ -226,26 +371,53 @@ def print_evaluation(found: dict[str, Any]) -> None:
         rows["teacher"] = found["teacher"]
     for name, measured in found.get("teachers", {}).items():
         say(f"teacher {name}: top-1 {percent(measured['top1'])} %")
-    partners = [name for name in ("teacher", "truth") if name in found["agreement"]]
+    side = found["image_size"]
+    where = f"{found['num_samples']} {found['split']} images at {side} px"
+    if "note" in found:
+        say(f"{found['split']}: {found['note']}")
     table(
-        f"{found['run']} ({found['checkpoint']}), {found['split']}: {found['num_samples']} images",
-        ("head", "top-1 %", "top-5 %", "calibration error %", *(f"= {p} %" for p in partners)),
+        f"{found['run']} ({found['checkpoint']}), {where}",
+        ("head", "top-1 %", "top-5 %", "calibration error %"),
         [
-            (
-                name,
-                percent(row["top1"]),
-                percent(row["top5"]),
-                percent(row["calibration_error"]),
-                *(percent(found["agreement"][name][partner]) for partner in partners),
-            )
+            (name, *(percent(row[key]) for key in ("top1", "top5", "calibration_error")))
             for name, row in rows.items()
         ],
     )
-    if "distillation" in found["agreement"] and "distillation_1" not in found["agreement"]:
-        same = found["agreement"]["class"]["distillation"]
-        say(f"the two heads agree on {percent(same)} % of the images")
-    _print_classes(found)
-    say(f"{found['throughput_img_s']:.0f} images/s")
+    if "agreement" in found:
+        print_disagreement(found["agreement"], [name for name in _VOICES if name in rows])
+        _print_classes(found)
+    cosines = found["token_cosine"]
+    if cosines:
+        say(
+            "cosine of class and distillation token, before the first block and after each: "
+            + " ".join(f"{value:.2f}" for value in cosines)
+        )
+    if "cost" in found:
+        say(told_cost(found["cost"]))
+
+
+_VOICES = ("teacher", "class", "distillation", "fused")
+
+
+def print_disagreement(agreement: dict[str, dict[str, float]], names: list[str]) -> None:
+    """Share of different answers for each pair, the truth among them (the paper's Table 4)."""
+    everyone = ["truth", *names]
+    if len(everyone) < 3:
+        return
+    table(
+        "different answers, % of the images",
+        ("", *everyone),
+        [(one, *(percent(1 - agreement[one][o]) for o in everyone)) for one in everyone],
+    )
+
+
+def told_cost(cost: dict[str, Any]) -> str:
+    """Parameters, arithmetic, memory and speed in a line."""
+    low, high = cost["spread"]
+    return (
+        f"{cost['parameters'] / 1e6:.2f} M parameters, {cost['gmacs']:.3g} GMACs an image, "
+        f"{cost['memory_mb']:.0f} MB, {cost['images_per_s']:.0f} images/s ({low:.0f} to {high:.0f})"
+    )
 
 
 def _print_classes(found: dict[str, Any]) -> None:

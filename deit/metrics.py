@@ -9,10 +9,16 @@ from torch import Tensor
 def topk_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
     """Share of samples whose label is among the k largest logits [number, classes]; in [0, 1].
 
-    k is cut to the number of classes.
+    labels: int64 [number]; or bool [number, classes], where several answers are right. k is cut to
+    the number of classes.
     """
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return (top == labels[:, None]).any(dim=1).double().mean().item()
+    return right(top, labels).any(dim=1).double().mean().item()
+
+
+def right(answers: Tensor, labels: Tensor) -> Tensor:
+    """Which answers int64 [number, k] are right, bool [number, k]. labels: as in topk_accuracy."""
+    return labels.gather(1, answers) if labels.dtype == torch.bool else answers == labels[:, None]
 
 
 def agreement(first: Tensor, second: Tensor) -> float:
@@ -28,9 +34,9 @@ def confusion(answers: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Expected calibration error (Guo et al. 2017): mean over samples of |confidence - accuracy|
-    of their bin, bins of equal width; in [0, 1]."""
+    of their bin, bins of equal width; in [0, 1]. labels: as in topk_accuracy."""
     confidence, answers = logits.double().softmax(dim=1).max(dim=1)
-    correct = (answers == labels).double()
+    correct = right(answers[:, None], labels)[:, 0].double()
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.float64).index_add(0, index, confidence - correct)
     return (gap.abs().sum() / len(labels)).item()

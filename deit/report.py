@@ -144,6 +144,55 @@ def _draw_patience(axes: Any, result: dict[str, Any]) -> None:
     axes.legend(loc="lower right", frameon=False)
 
 
+def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Accuracy against images/s, a point a row (the figure of the DeiT paper), as a PNG.
+
+    rows: by name, what deit.evaluation.evaluate returns, with `cost`; bars go from the slowest to
+    the fastest round. Raises EnvironmentFault without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    runs = list(dict.fromkeys(row["run"] for row in rows.values()))
+    palette = ("#0f766e", "#c2410c", "#6b7280", "#1d4ed8", "#a21caf", "#4d7c0f")
+    for run, colour in zip(runs, palette * len(runs)):
+        own = {name: row for name, row in rows.items() if row["run"] == run}
+        speeds = [row["cost"]["images_per_s"] for row in own.values()]
+        shares = [100 * row["heads"]["fused"]["top1"] for row in own.values()]
+        spread = [row["cost"]["spread"] for row in own.values()]
+        errors = [
+            [speed - low for speed, (low, _) in zip(speeds, spread)],
+            [high - speed for speed, (_, high) in zip(speeds, spread)],
+        ]
+        label, *_ = next(iter(own)).split(", ")
+        axes.errorbar(
+            speeds, shares, xerr=errors, fmt="o-", color=colour, alpha=0.8, capsize=2, label=label
+        )
+        for name, speed, share in zip(own, speeds, shares):
+            _, _, changed = name.partition(", ")  # the run itself is in the legend
+            axes.annotate(
+                changed,
+                (speed, share),
+                textcoords="offset points",
+                xytext=(5, 5),
+                fontsize=8,
+                color=colour,
+            )
+    first = next(iter(rows.values()))
+    axes.set_xscale("log")
+    axes.margins(x=0.2, y=0.15)
+    axes.set(
+        xlabel=f"images/s ({first['environment']['device_name']})",
+        ylabel=f"{first['split']} top-1 %",
+    )
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
 def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
     """Validation accuracy over the epochs, one line a seed; the teacher as a level."""
     shown = []

@@ -18,6 +18,8 @@ TITLES = {
     "digits-deit": "Digits: DeiT's whole augmentation (RandAugment, erasing, mixing, 3 repeats)",
     "digits-teaching": "Digits: teaching modes (divergence alone, temperature 3) beside labels",
     "digits-ensemble": "Digits: a ConvNet and an involution network, together and alone",
+    "digits-patience": "Digits: patience, 15 to 120 epochs with the teacher and without",
+    "digits-finetune": "Digits: fine-tuning from 8 to 16 px, 20 epochs, by three teachers and none",
     "cifar10-teaching": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: teaching modes",
     "cifar10-ensemble": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: two teachers",
     "tiny-imagenet-micro": "Tiny-ImageNet, 50 classes: the whole recipe, 8 epochs on a CPU",

@@ -122,7 +122,7 @@ BAD_ARGUMENTS = {
     "patch": ([TRAIN, "digits", "--student.patch_size=3"], "divide student.image_size (8)"),
     "no recipe file": ([TRAIN, "mine.py:mine"], "no file mine.py"),
     "no configuration": ([TRAIN, "gone/config.json"], "gone/config.json"),
-    "fine-tuning": ([FINETUNE, "digits"], "not in version", "--student.image_size"),
+    "fine-tuning": ([FINETUNE, "digits"], "needs --from", "a run, a folder or a weight file"),
     "evaluate nothing": ([EVALUATE], "RUN", "--help"),
     "evaluate split": ([EVALUATE, "run", "--split=train"], "'train'", "validation"),
     "evaluate option": ([EVALUATE, "run", "--jsno=x"], "--jsno=x", "--help"),
@@ -472,7 +472,7 @@ def test_evaluation_measures_every_head(runs, tmp_path):
     assert tuple(numbers["per_class"]) == TEN
     assert numbers["throughput_img_s"] > 0
     assert numbers["teacher"]["top1"] > 0.2
-    assert "359 images" in done.stdout
+    assert "359 test images" in done.stdout
 
 
 def test_resuming_another_configuration_is_refused(runs):

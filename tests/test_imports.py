@@ -123,6 +123,7 @@ PLAN = {
     "deit.predict": place(5, "torch"),
     "deit.model_card": place(2, "huggingface_hub"),
     "deit.export": place(6, "torch"),
+    "deit.survey": place(6, "torch"),
     "deit.teaching": place(6, "torch accelerate"),
     "deit.target_writer": place(6, "torch numpy"),
     "deit.target_verifier": place(6),

@@ -98,6 +98,8 @@ def test_our_commands_run_in_the_readmes_order(place, monkeypatch, capsys):
             arguments += ["--views.teacher_crops", "3"] if "teaching" in arguments else []
         elif name == "train":
             arguments = [*arguments, *SMALL[arguments[0]]]
+        elif name == "finetune":
+            arguments = [*arguments, *QUICK, "--teacher.allow_weak"]
         elif name == "targets" and arguments[0] == "write":
             arguments = [*arguments, *SMALL[arguments[1]]]
         if "--help" in arguments:

@@ -1,0 +1,123 @@
+"""Several evaluations beside each other: one table, throughput against accuracy, who disagrees."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit.checkpoint import write_json
+from deit.console import is_main_process, percent, say, table
+from deit.evaluation import Examined, examine, print_disagreement
+from deit.metrics import agreement
+from deit.report import draw_throughput
+
+_HEADS = ("class", "distillation", "fused")
+
+
+def survey(
+    runs: list[Path],
+    *,
+    checkpoint: str,
+    split: str,
+    root: str | None,
+    teacher: str | None,
+    device: str | None,
+    resolutions: tuple[int, ...],
+    crops: tuple[float, ...],
+    variant: str | None,
+    plot: Path | None,
+    json_file: Path | None,
+) -> dict[str, Any]:
+    """Evaluate runs at resolutions and crops, each with each; print one table, and of several runs
+    on the same images who disagrees with whom.
+
+    resolutions, crops: empty: each run's own. plot: a PNG of throughput against accuracy. The
+    others: as deit.evaluation.evaluate takes them. Returns `rows`, what evaluation found, and
+    `disagreement`, shares by name. Raises the errors of deit.errors.
+    """
+    examined: dict[str, Examined] = {}
+    for run, side, crop in product(runs, resolutions or (None,), crops or (None,)):
+        name = _name(run, runs, side, crop)
+        say(f"{name}")
+        examined[name] = examine(
+            run,
+            checkpoint=checkpoint,
+            split=split,
+            root=root,
+            teacher=teacher,
+            device=device,
+            resolution=side,
+            crop=crop,
+            variant=variant,
+            cost=True,
+        )
+    rows = {name: one.found for name, one in examined.items()}
+    _print(rows)
+    result: dict[str, Any] = {"rows": rows}
+    voices = _voices(examined)
+    if len(voices) > 1:
+        shares = {a: {b: agreement(x, y) for b, y in voices.items()} for a, x in voices.items()}
+        print_disagreement(shares, [name for name in voices if name != "truth"])
+        result["agreement"] = shares
+    if is_main_process() and plot is not None:
+        draw_throughput(rows, plot)
+        say(f"drew {plot}")
+    if is_main_process() and json_file is not None:
+        write_json(json_file, result)
+        say(f"wrote {json_file}")
+    return result
+
+
+def _name(run: Path, runs: list[Path], side: int | None, crop: float | None) -> str:
+    """A row's name: the run's folder, in full where two are called the same; what was changed."""
+    short = [one.name if one.name not in ("best", "last") else one.parent.name for one in runs]
+    own = run.name if run.name not in ("best", "last") else run.parent.name
+    told = [own if short.count(own) == 1 else str(run)]
+    told += [f"{side} px"] if side is not None else []
+    told += [f"crop {crop:g}"] if crop is not None else []
+    return ", ".join(told)
+
+
+def _voices(examined: dict[str, Examined]) -> dict[str, Tensor]:
+    """Final answers by name, with the truth and the teacher, where all are of the same images."""
+    first, *others = examined.values()
+    same = all(one.labels is not None for one in examined.values()) and all(
+        torch.equal(one.labels, first.labels) for one in others
+    )
+    if not same:
+        return {}
+    voices = {"truth": first.labels}
+    if "teacher" in first.answers:
+        voices["teacher"] = first.answers["teacher"]
+    for name, one in examined.items():
+        voices[name] = one.answers.get("fused", one.answers["class"])
+    return voices
+
+
+def _print(rows: dict[str, dict[str, Any]]) -> None:
+    cells = []
+    for name, found in rows.items():
+        cost, heads = found["cost"], found["heads"]
+        two = heads["distillation"] is not None
+        shares = [heads[head] if two or head == "class" else None for head in _HEADS]
+        cells.append(
+            (
+                name,
+                f"{found['image_size']}",
+                *("-" if share is None else percent(share["top1"]) for share in shares),
+                f"{cost['parameters'] / 1e6:.2f}",
+                f"{cost['gmacs']:.3g}",
+                f"{cost['memory_mb']:.0f}",
+                f"{cost['images_per_s']:.0f}",
+            )
+        )
+    number = {found["num_samples"] for found in rows.values()}
+    images = f"{number.pop()} images" if len(number) == 1 else "images of each"
+    split = next(iter(rows.values()))["split"]
+    table(
+        f"top-1 % on the {images} of {split}",
+        ("", "px", *_HEADS, "M parameters", "GMACs", "MB", "images/s"),
+        cells,
+    )

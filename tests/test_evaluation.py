@@ -1,0 +1,311 @@
+"""Evaluation further: other resolutions and crops, several runs, ImageNet's variants, costs."""
+
+import json
+import time
+from functools import cache
+
+import pytest
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, RealLabelsImagenet
+from torch import nn
+
+from deit.cli import TEST_SETS, run_command
+from deit.config import StudentConfig, derive
+from deit.datasets.splits import load_splits
+from deit.datasets.variants import VARIANTS, _synsets, load_variant
+from deit.errors import CheckpointError, DataError
+from deit.evaluation import evaluate, student_at
+from deit.metrics import calibration_error, topk_accuracy
+from deit.models.cost import cost_of
+from deit.models.networks import create_network
+from deit.models.positions import resize_positions
+from deit.models.saved import load_student
+from deit.prediction import shown
+from deit.presets import OBJECTIVES
+from deit.recipes import digits, digits_teacher
+from deit.records import head_logits
+from deit.run import train
+from deit.validation import load
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A teacher, its student, and the same by labels alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(derive(digits_teacher(), optim={"epochs": 3}), folder / "teacher")
+    config = derive(
+        digits(),
+        student={"depth": 2, "embed_dim": 32, "num_heads": 2},
+        teacher={"source": (str(folder / "teacher"),)},
+        optim={"epochs": 4, "batch_size": 64, "warmup_epochs": 1, "lr": 3e-3},
+    )
+    train(config, folder / "student")
+    train(derive(config, loss=OBJECTIVES["none"]), folder / "labels")
+    return folder
+
+
+@pytest.mark.parametrize("crop", [None, 0.8])
+def test_another_resolution_by_hand(crop, runs):
+    found = evaluate(runs / "student", resolution=16, crop=crop)
+    student, facts = load_student(runs / "student" / "best")
+    larger, at = student_at(runs / "student" / "best", 16)
+    assert (facts.student.image_size, at.student.image_size) == (8, 16)
+    expected = resize_positions(student.network.pos_embed, prefix=2, side=8, kernel="deit")
+    assert torch.equal(larger.network.pos_embed, expected.positions)
+    config = load(runs / "student" / "config.json")
+    stored = round(16 / (crop or 1))
+    config = derive(
+        config,
+        data={"image_size": stored},
+        student={"image_size": 16},
+        views={"evaluation_crop": crop or 1.0},
+    )
+    test = load_splits(config.data).test
+    chunks = torch.arange(len(test.labels)).split(100)
+    views = torch.cat(list(shown(test, chunks, config, device=torch.device("cpu"))))
+    assert views.shape[-1] == 16
+    with torch.no_grad():
+        heads = head_logits(larger.eval()(views))
+    for name in ("class", "distillation", "fused"):
+        assert found["heads"][name]["top1"] == pytest.approx(
+            topk_accuracy(heads[name], test.labels)
+        )
+    assert (found["image_size"], found["evaluation_crop"]) == (16, crop or 1.0)
+    with pytest.raises(CheckpointError, match="do not divide it"):
+        evaluate(runs / "student", resolution=15)
+
+
+def test_the_tokens_over_depth_are_told(runs, capsys):
+    found = evaluate(runs / "student")
+    assert len(found["token_cosine"]) == 3
+    assert all(-1 <= value <= 1 for value in found["token_cosine"])
+    assert evaluate(runs / "teacher")["token_cosine"] is None
+    assert run_command("evaluate", [str(runs / "student")], "evaluate") == 0
+    said = capsys.readouterr().out
+    assert "cosine of class and distillation token, before the first block" in said
+    assert "different answers, % of the images" in said
+    assert "GMACs an image" in said
+
+
+def test_several_runs_and_resolutions_in_one_table(runs, tmp_path, capsys):
+    names = ("student", "labels")
+    arguments = [*(str(runs / name) for name in names), "--resolution", "8,16"]
+    arguments += ["--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "found.json")]
+    assert run_command("evaluate", arguments, "evaluate") == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = found["rows"]
+    assert list(rows) == ["student, 8 px", "student, 16 px", "labels, 8 px", "labels, 16 px"]
+    alone = evaluate(runs / "labels", resolution=16)
+    assert rows["labels, 16 px"]["heads"] == alone["heads"]
+    shares = found["agreement"]
+    assert set(shares) == {"truth", "teacher", *rows}
+    for name, row in rows.items():
+        assert shares["truth"][name] == pytest.approx(row["heads"]["fused"]["top1"])
+        assert shares[name][name] == 1
+        assert shares["teacher"][name] == shares[name]["teacher"]
+        assert row["cost"]["parameters"] > 0
+        assert name in said
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.width > 500
+    assert run_command("evaluate", arguments, "evaluate") == 5
+    assert "--force replaces it" in capsys.readouterr().err
+
+
+def test_runs_of_other_images_are_not_held_against_each_other(runs, tmp_path):
+    few = derive(digits_teacher(), data={"classes": ("1", "2")}, optim={"epochs": 1})
+    train(derive(few, optim={"warmup_epochs": 0}), tmp_path / "few")
+    arguments = [str(runs / "labels"), str(tmp_path / "few"), "--json", str(tmp_path / "f.json")]
+    assert run_command("evaluate", arguments, "evaluate") == 0
+    assert "agreement" not in json.loads((tmp_path / "f.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--resolution", "8,x"), 2, "--resolution 8,x: should be whole numbers"),
+        (("--resolution", "0"), 2, "should be whole numbers from 1"),
+        (("--crop", "1.5"), 2, "should be shares in (0, 1]"),
+        (("--variant", "b", "--data.root", "x"), 2, "should be one of real, v2, a, r, sketch"),
+        (("--variant", "a"), 2, "needs --data.root"),
+        (("--variant", "a", "--data.root", "none"), 3, "no such folder"),
+        (("--plot", "x.txt"), 2, "--plot x.txt: should end in .png"),
+        (("--resolution", "15"), 4, "do not divide it"),
+    ],
+)
+def test_bad_options_are_one_line(words, code, message, runs, capsys):
+    assert run_command("evaluate", [str(runs / "student"), *words], "evaluate") == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+
+
+# ImageNet's variants
+
+
+@cache
+def synsets():
+    return tuple(ImageNetInfo().label_names())
+
+
+def pictures(root, names, files=("a.png",)):
+    for index, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for file in files:
+            Image.new("RGB", (4, 4), (index % 256, 0, 0)).save(root / name / file)
+    return root
+
+
+def test_the_variants_are_those_of_the_command_line():
+    assert tuple(VARIANTS) == TEST_SETS
+
+
+@pytest.mark.parametrize(("name", "number"), [("a", 200), ("r", 200), ("sketch", 1000)])
+def test_a_variant_is_cut_to_its_classes(name, number, tmp_path):
+    expected = _synsets(VARIANTS[name])
+    assert len(expected) == number
+    root = pictures(tmp_path / name, expected)
+    found = load_variant(name, str(root), synsets())
+    assert len(found.columns) == number
+    assert {synsets()[column] for column in found.columns} == set(expected)
+    # Every image's right answer is the column of its own folder.
+    for row in (0, number // 2, number - 1):
+        column = found.columns[int(found.accepted[row].long().argmax())]
+        assert f"/{synsets()[column]}/" in found.images.name(row).replace("\\", "/")
+        assert found.accepted[row].sum() == 1
+
+
+def test_v2_is_named_by_number(tmp_path):
+    root = pictures(tmp_path / "v2", [str(number) for number in range(1000)])
+    found = load_variant("v2", str(root), synsets())
+    assert found.columns == tuple(range(1000))
+    for row in (0, 11, 999):
+        number = int(found.images.name(row).replace("\\", "/").split("/")[-2])
+        assert int(found.accepted[row].long().argmax()) == number
+
+
+def test_a_network_of_some_classes_sees_their_images_alone(tmp_path):
+    expected = _synsets(VARIANTS["a"])
+    root = pictures(tmp_path / "a", expected)
+    known = (expected[7], "n00000000", expected[3])
+    found = load_variant("a", str(root), known)
+    assert found.columns == (0, 2)
+    assert len(found.images.labels) == 2
+    assert "2 of 200 images, of 2 of 200 classes" in found.note
+
+
+def test_real_has_several_right_answers(tmp_path):
+    names = [f"ILSVRC2012_val_{number + 1:08d}.JPEG" for number in range(50_000)]
+    labels = RealLabelsImagenet(names).real_labels
+    several = next(name for name in names if len(labels[name]) > 1)
+    nothing = next(name for name in names if not labels[name])
+    single = next(name for name in names if len(labels[name]) == 1)
+    root = pictures(tmp_path / "real", synsets())
+    for file in root.rglob("a.png"):
+        file.rename(file.with_name(single))
+    folder = root / synsets()[0]
+    for name in (several, nothing):
+        Image.new("RGB", (4, 4)).save(folder / name)
+    found = load_variant("real", str(root), synsets())
+    assert len(found.images.labels) == 1001  # the image without a label is left out
+    rows = {found.images.name(row).rpartition("/")[2]: row for row in range(1001)}
+    accepted = found.accepted[rows[several]]
+    assert accepted.nonzero().flatten().tolist() == sorted(labels[several])
+    (folder / several).rename(folder / "other.JPEG")
+    with pytest.raises(DataError, match="ReaL knows images as"):
+        load_variant("real", str(root), synsets())
+
+
+def test_another_folder_is_refused(tmp_path):
+    root = pictures(tmp_path / "cats", ["cat", "dog"])
+    with pytest.raises(DataError, match=r"a has 200 classes .* here are 2, among them 'cat'"):
+        load_variant("a", str(root), synsets())
+    whole = pictures(tmp_path / "a", _synsets(VARIANTS["a"]))
+    with pytest.raises(DataError, match="knows none of the classes"):
+        load_variant("a", str(whole), ("ant", "bee"))
+
+
+def test_a_variant_is_evaluated_from_the_command_line(tmp_path, capsys):
+    """A student of three ImageNet classes, on ImageNet-A; the numbers by hand."""
+    expected = _synsets(VARIANTS["a"])
+    names = sorted(expected[:3])
+    for split in ("train", "test"):
+        pictures(tmp_path / "data" / split, names, [f"{n}.png" for n in range(12)])
+    config = derive(
+        digits_teacher(),
+        data={"source": "folder", "root": str(tmp_path / "data")},
+        optim={"epochs": 1, "warmup_epochs": 0, "batch_size": 8},
+    )
+    train(config, tmp_path / "run")
+    root = pictures(tmp_path / "a", expected, ("x.png", "y.png"))
+    arguments = [str(tmp_path / "run"), "--variant", "a", "--data.root", str(root)]
+    code = run_command("evaluate", [*arguments, "--json", str(tmp_path / "f.json")], "evaluate")
+    assert code == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert (found["split"], found["num_samples"]) == ("ImageNet a", 6)
+    assert "6 of 400 images, of 3 of 200 classes" in capsys.readouterr().out
+    assert found["teacher"] is None
+
+
+# metrics and costs
+
+
+def test_several_right_answers_count_by_hand():
+    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0]])
+    accepted = torch.tensor([[True, True, False], [True, False, True], [True, False, False]])
+    assert topk_accuracy(logits, accepted) == pytest.approx(1 / 3)
+    assert topk_accuracy(logits, accepted, k=2) == pytest.approx(2 / 3)
+    single = torch.tensor([0, 2, 0])
+    as_bool = nn.functional.one_hot(single, 3).bool()
+    assert topk_accuracy(logits, as_bool) == topk_accuracy(logits, single)
+    assert calibration_error(logits, as_bool) == calibration_error(logits, single)
+
+
+def test_costs_by_hand():
+    """DeiT's own arithmetic: patch embedding, and in each block qkv, attention, projection, MLP."""
+    student = StudentConfig(name="deit_micro", image_size=32, patch_size=8, depth=3)
+    network = create_network(student, 10)
+    width, tokens = 96, 18
+    block = tokens * 3 * width**2 + 2 * tokens**2 * width + tokens * width**2
+    block += 2 * tokens * 4 * width**2
+    macs = 16 * 3 * 64 * width + 3 * block + 2 * width * 10
+    cost = cost_of(network, side=32, batch=4)
+    assert cost.gmacs * 1e9 == pytest.approx(macs, rel=1e-6)
+    assert cost.parameters == sum(one.numel() for one in network.parameters())
+    assert cost.spread[0] <= cost.images_per_s <= cost.spread[1]
+
+
+def test_memory_is_weights_and_what_is_held_at_once():
+    class Chain(nn.Module):
+        """Holds input-sized tensors: at most two at once, whatever the depth."""
+
+        def __init__(self, depth):
+            super().__init__()
+            self.depth = depth
+            self.weight = nn.Parameter(torch.ones(1000))
+
+        def forward(self, images):
+            for _ in range(self.depth):
+                images = images + 1
+            return images
+
+    size = 2 * 3 * 16 * 16 * 4
+    for depth in (2, 9):
+        cost = cost_of(Chain(depth), side=16, batch=2)
+        assert cost.memory_mb * 1e6 == pytest.approx(4000 + 2 * size, abs=1)
+
+
+def test_the_rate_is_that_of_the_network():
+    class Sleeper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, images):
+            time.sleep(0.02)
+            return images
+
+    assert cost_of(Sleeper(), side=4, batch=8).images_per_s == pytest.approx(400, rel=0.3)
