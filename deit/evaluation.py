@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deit import checkpoint
 from deit.config import Config, StartConfig, TeacherConfig, derive, is_transformer, members
-from deit.console import is_main_process, percent, say, table, warn
+from deit.console import warn
 from deit.datasets.images import Encoded, Images
 from deit.datasets.splits import load_splits
 from deit.datasets.variants import load_variant
@@ -349,91 +349,3 @@ def _per_class(
             correct = int((answer[members] == label).sum())
             found[name][head] = correct / number if number else None
     return found
-
-
-def write_evaluation(path: Path, found: dict[str, Any]) -> None:
-    """Write the numbers as JSON, from the main process. Raises EnvironmentFault."""
-    if is_main_process():
-        checkpoint.write_json(path, found)
-        say(f"wrote {path}")
-
-
-_SHOWN_CLASSES = 20
-
-
-def print_evaluation(found: dict[str, Any]) -> None:
-    """Heads and teacher, who disagrees with whom, the weakest classes and the commonest confusions,
-    for a person."""
-    rows = {name: measured for name, measured in found["heads"].items() if measured}
-    if found["heads"]["distillation"] is None:
-        del rows["fused"]  # the class head once more
-    if found["teacher"]:
-        rows["teacher"] = found["teacher"]
-    for name, measured in found.get("teachers", {}).items():
-        say(f"teacher {name}: top-1 {percent(measured['top1'])} %")
-    side = found["image_size"]
-    where = f"{found['num_samples']} {found['split']} images at {side} px"
-    if "note" in found:
-        say(f"{found['split']}: {found['note']}")
-    table(
-        f"{found['run']} ({found['checkpoint']}), {where}",
-        ("head", "top-1 %", "top-5 %", "calibration error %"),
-        [
-            (name, *(percent(row[key]) for key in ("top1", "top5", "calibration_error")))
-            for name, row in rows.items()
-        ],
-    )
-    if "agreement" in found:
-        print_disagreement(found["agreement"], [name for name in _VOICES if name in rows])
-        _print_classes(found)
-    cosines = found["token_cosine"]
-    if cosines:
-        say(
-            "cosine of class and distillation token, before the first block and after each: "
-            + " ".join(f"{value:.2f}" for value in cosines)
-        )
-    if "cost" in found:
-        say(told_cost(found["cost"]))
-
-
-_VOICES = ("teacher", "class", "distillation", "fused")
-
-
-def print_disagreement(agreement: dict[str, dict[str, float]], names: list[str]) -> None:
-    """Share of different answers for each pair, the truth among them (the paper's Table 4)."""
-    everyone = ["truth", *names]
-    if len(everyone) < 3:
-        return
-    table(
-        "different answers, % of the images",
-        ("", *everyone),
-        [(one, *(percent(1 - agreement[one][o]) for o in everyone)) for one in everyone],
-    )
-
-
-def told_cost(cost: dict[str, Any]) -> str:
-    """Parameters, arithmetic, memory and speed in a line."""
-    low, high = cost["spread"]
-    return (
-        f"{cost['parameters'] / 1e6:.2f} M parameters, {cost['gmacs']:.3g} GMACs an image, "
-        f"{cost['memory_mb']:.0f} MB, {cost['images_per_s']:.0f} images/s ({low:.0f} to {high:.0f})"
-    )
-
-
-def _print_classes(found: dict[str, Any]) -> None:
-    names = found["class_names"]
-    head = "fused" if "fused" in found["agreement"] else "class"
-    order = sorted(names, key=lambda name: found["per_class"][name][head] or 0.0)
-    shown = names if len(names) <= _SHOWN_CLASSES else order[:_SHOWN_CLASSES]
-    title = "per class" if len(shown) == len(names) else f"the {len(shown)} weakest classes"
-    heads = [name for name in (*HEADS[:3], "teacher") if name in found["agreement"]]
-    counts = torch.tensor(found["confusion"])
-    rows = []
-    for name in shown:
-        row = found["per_class"][name]
-        mistakes = counts[names.index(name)].clone()
-        mistakes[names.index(name)] = 0
-        worst = int(mistakes.argmax())
-        taken = f"{names[worst]} ({int(mistakes[worst])})" if mistakes[worst] else "-"
-        rows.append((name, str(row["num_samples"]), *(percent(row[h]) for h in heads), taken))
-    table(title, ("class", "images", *(f"{h} %" for h in heads), "most taken for"), rows)

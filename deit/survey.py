@@ -9,11 +9,10 @@ from torch import Tensor
 
 from deit.checkpoint import write_json
 from deit.console import is_main_process, percent, say, table
-from deit.evaluation import Examined, examine, print_disagreement
+from deit.evaluation import Examined, examine
+from deit.evaluation_tables import HEADS, print_disagreement
 from deit.metrics import agreement
 from deit.report import draw_throughput
-
-_HEADS = ("class", "distillation", "fused")
 
 
 def survey(
@@ -101,7 +100,7 @@ def _print(rows: dict[str, dict[str, Any]]) -> None:
     for name, found in rows.items():
         cost, heads = found["cost"], found["heads"]
         two = heads["distillation"] is not None
-        shares = [heads[head] if two or head == "class" else None for head in _HEADS]
+        shares = [heads[head] if two or head == "class" else None for head in HEADS]
         cells.append(
             (
                 name,
@@ -118,6 +117,6 @@ def _print(rows: dict[str, dict[str, Any]]) -> None:
     split = next(iter(rows.values()))["split"]
     table(
         f"top-1 % on the {images} of {split}",
-        ("", "px", *_HEADS, "M parameters", "GMACs", "MB", "images/s"),
+        ("", "px", *HEADS, "M parameters", "GMACs", "MB", "images/s"),
         cells,
     )

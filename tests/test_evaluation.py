@@ -10,7 +10,8 @@ from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
 
-from deit.cli import TEST_SETS, run_command
+from deit.cli import run_command
+from deit.commands import TEST_SETS
 from deit.config import StudentConfig, derive
 from deit.datasets.splits import load_splits
 from deit.datasets.variants import VARIANTS, _synsets, load_variant
@@ -29,6 +30,11 @@ from deit.run import train
 from deit.validation import load
 
 pytest.importorskip("sklearn")
+
+
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch):
+    monkeypatch.setattr("deit.models.cost._ROUND_S", 0.05)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from deit.cli import EXPORTS, run_command
+from deit.cli import run_command
+from deit.commands import EXPORTS
 from deit.config import StudentConfig, derive
 from deit.datasets.splits import load_splits
 from deit.errors import CheckpointError, ConfigError

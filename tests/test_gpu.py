@@ -5,20 +5,25 @@ import dataclasses
 import pytest
 import torch
 
-from deit.config import Crop, OptimConfig, ViewsConfig, derive
+from deit.config import Crop, OptimConfig, StudentConfig, ViewsConfig, derive
 from deit.datasets.images import Images
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.mixing import sample_mix
 from deit.datasets.operations import CODES, Canvas, apply_operations
 from deit.datasets.resizing import resize_boxes
 from deit.datasets.views import Colours, apply_views, sample_views
+from deit.evaluation import evaluate
 from deit.keys import Keys, beta, words
+from deit.models.attention import rollout, token_cosines
+from deit.models.cost import cost_of
+from deit.models.networks import create_network
 from deit.models.rednet import involve
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.recipes import digits, digits_teacher
 from deit.run import train
 from deit.target_writer import write_targets
 from deit.targets import canary
+from deit.tuning import at_resolution
 from tests.test_operations import pixels_of, real_images
 
 COLOURS = Colours((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
@@ -174,3 +179,33 @@ def test_a_run_learns_in_every_precision(tmp_path, precision):
     config = derive(digits_teacher(), run={"device": "cuda", "precision": precision})
     state = train(config, tmp_path / precision)
     assert state["best"]["top1"] > 0.97
+
+
+def test_the_cost_of_a_network_on_the_device():
+    network = create_network(StudentConfig(name="deit_micro"), 10)
+    here = cost_of(network, side=32, batch=8)
+    there = cost_of(network.to("cuda"), side=32, batch=8)
+    assert (there.parameters, there.gmacs) == (here.parameters, here.gmacs)
+    assert there.memory_mb > 4 * there.parameters / 1e6
+    assert there.images_per_s > here.images_per_s
+
+
+def test_attention_rolled_out_on_the_device():
+    torch.manual_seed(0)
+    network = create_network(StudentConfig(name="deit_micro", depth=3), 10).eval()
+    images = torch.rand(4, 3, 32, 32)
+    here, cosines = rollout(network, images), token_cosines(network, images)
+    network = network.to("cuda")
+    there = rollout(network, images.cuda())
+    torch.testing.assert_close(there.maps, here.maps, atol=1e-4, rtol=1e-3)
+    again = token_cosines(network, images.cuda())
+    torch.testing.assert_close(again, cosines, atol=1e-4, rtol=1e-3)
+
+
+def test_a_fine_tuning_on_the_device(tmp_path):
+    quick = {"epochs": 1, "warmup_epochs": 0}
+    train(derive(digits_teacher(), optim=quick), tmp_path / "teacher")
+    config = derive(digits_teacher(), optim=quick, run={"device": "cuda"})
+    finer = derive(at_resolution(config, 16), start={"source": str(tmp_path / "teacher")})
+    train(derive(finer, optim={"trained": "heads"}), tmp_path / "finer")
+    assert evaluate(tmp_path / "finer", cost=True)["cost"]["images_per_s"] > 0

@@ -1,0 +1,492 @@
+"""The commands and their options, one function each; what they do lies elsewhere."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from deit.arguments import (
+    Parser,
+    RunArguments,
+    check_records,
+    parse_run,
+    parse_shard,
+    read_numbers,
+)
+from deit.config import Config, DataConfig, StudentConfig, is_transformer, to_dict
+from deit.console import say, table
+from deit.errors import CheckpointError, ConfigError
+from deit.recipes import RECIPES
+from deit.text import nearest
+from deit.tuning import TUNING, at_resolution, begin_from
+
+# torch and what needs it are imported inside the commands: --help and every mistake in the
+# arguments answer at once.
+
+
+def train(arguments: list[str], program: str) -> None:
+    """Train a student (or a teacher) by a recipe."""
+    run = parse_run(arguments, program=program, about="Train by a recipe, with or without teacher.")
+    _train(run, [program, *arguments])
+
+
+def _train(run: RunArguments, arguments: list[str]) -> None:
+    """Train as a command line says, or print its configuration. arguments: for the record."""
+    if run.print_config:
+        say(json.dumps(to_dict(run.config), indent=1))
+        return
+    from deit.run import train
+
+    train(run.config, run.out, resume=run.resume, dry_run=run.dry_run, arguments=arguments)
+
+
+_NO_START = "{}: needs --from, what to start from (a run, a folder or a weight file)"
+
+
+def finetune(arguments: list[str], program: str) -> None:
+    """Fine-tune a run or a checkpoint: at a higher resolution, or on other images."""
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--from", dest="source", metavar="SOURCE")
+    parser.add_argument("--resolution", type=int, metavar="PX")
+    parser.add_argument("--tuning", metavar="NAME")
+    options, rest = parser.parse_known_args(arguments)
+    if options.tuning is not None and options.tuning not in TUNING:
+        known = ", ".join(TUNING)
+        raise ConfigError(
+            f"--tuning {options.tuning}: should be one of {known}{nearest(options.tuning, TUNING)}"
+        )
+    if options.resolution is not None and options.resolution < 1:
+        raise ConfigError(f"--resolution {options.resolution}: should be at least 1")
+    out, tuning = None, options.tuning
+    helps = {"-h", "--help"} & set(arguments)
+    if not helps and (not rest or rest[0].startswith("-")):
+        own = _config_of(options.source, program)
+        rest, out = [str(own), *rest], Path(f"checkpoints/{own.parent.name}-finetuned")
+        tuning = tuning or "short"
+
+    def adapt(config: Config) -> Config:
+        source = options.source or config.start.source
+        if helps:
+            return config
+        if source is None:
+            raise ConfigError(_NO_START.format(program))
+        from deit.models.start import find_start
+
+        config = begin_from(config, source, find_start(source).student)
+        if options.resolution is not None:
+            _check_patches(options.resolution, config.student)
+            config = at_resolution(config, options.resolution)
+        return config if tuning is None else TUNING[tuning](config)
+
+    run = parse_run(
+        rest,
+        program=f"{program} --from SOURCE",
+        about="Train on from given weights. SOURCE: a run folder of ours, a timm folder, a weight "
+        "file (.safetensors, .pth), a timm name; its network and normalisation are taken over. "
+        "Without RECIPE the configuration of the run at SOURCE. Also: --resolution PX (the "
+        "student's; images, borders and the teachers' input follow) and --tuning "
+        f"{', '.join(TUNING)} (a schedule; without RECIPE: short).",
+        adapt=adapt,
+        out=out,
+    )
+    _train(run, [program, *arguments])
+
+
+def _check_patches(side: int, student: StudentConfig) -> None:
+    """Refuse a resolution that the patches of the weights do not divide. Raises CheckpointError."""
+    patch = student.patch_size
+    if is_transformer(student) and side % patch:
+        below = side // patch * patch
+        nearest = f"{below} or {below + patch}" if below else f"{patch}"
+        raise CheckpointError(
+            f"--resolution {side}: the weights have patches of {patch} px, which do not divide it; "
+            f"try {nearest}"
+        )
+
+
+def _config_of(source: str | None, program: str) -> Path:
+    """The config.json of the run to start from, which stands for a recipe. Raises ConfigError."""
+    if source is None:
+        raise ConfigError(_NO_START.format(program))
+    folder = Path(source).expanduser()
+    if not folder.exists() and ("/" in source or folder.suffix):
+        raise CheckpointError(f"--from {source}: no such file or folder")
+    folder = folder.parent if folder.name in ("best", "last") else folder
+    if not (folder / "config.json").is_file() or not (folder / "best").is_dir():
+        raise ConfigError(
+            f"{program} --from {source}: is no run of ours, so name a recipe for data and "
+            f"schedule: {program} --from {source} RECIPE"
+        )
+    return folder / "config.json"
+
+
+def evaluate(arguments: list[str], program: str) -> None:
+    """Measure a finished run, head by head."""
+    parser = Parser(
+        prog=program,
+        description="Measure a run on its test split, head by head; or several runs, resolutions "
+        "and crops in one table.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--teacher", metavar="SOURCE", help="teacher to agree with; none: without")
+    parser.add_argument("--run.device", dest="device", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--resolution", metavar="A,B", help="sides of the input [px]; positions are resized"
+    )
+    parser.add_argument("--crop", metavar="A,B", help="evaluation crops, as views.evaluation_crop")
+    parser.add_argument(
+        "--variant", metavar="NAME", help=f"ImageNet's {', '.join(TEST_SETS)}, from --data.root"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw throughput against accuracy"
+    )
+    parser.add_argument("--force", action="store_true", help="let --plot replace a file")
+    options = parser.parse_args(arguments)
+    sides = read_numbers(options.resolution, "--resolution", whole=True)
+    crops = read_numbers(options.crop, "--crop", whole=False)
+    if options.variant is not None and options.variant not in TEST_SETS:
+        advice = f"should be one of {', '.join(TEST_SETS)}{nearest(options.variant, TEST_SETS)}"
+        raise ConfigError(f"--variant {options.variant}: {advice}")
+    if options.variant is not None and options.root is None:
+        raise ConfigError(f"--variant {options.variant}: needs --data.root, where its images lie")
+    from deit.checkpoint import check_file
+    from deit.contact_sheet import check_picture
+    from deit.evaluation import evaluate
+    from deit.evaluation_tables import print_evaluation, write_evaluation
+
+    check_file(options.json, option="--json", replace=True)
+    if options.plot is not None:
+        check_picture(options.plot, option="--plot")
+        check_file(options.plot, option="--plot", replace=options.force)
+    asked = {
+        "checkpoint": options.checkpoint,
+        "split": options.split,
+        "root": options.root,
+        "teacher": options.teacher,
+        "device": options.device,
+        "variant": options.variant,
+    }
+    if len(options.runs) > 1 or len(sides) > 1 or len(crops) > 1 or options.plot is not None:
+        from deit.survey import survey
+
+        survey(
+            options.runs,
+            resolutions=sides,
+            crops=crops,
+            plot=options.plot,
+            json_file=options.json,
+            **asked,
+        )
+        return
+    found = evaluate(
+        options.runs[0],
+        resolution=sides[0] if sides else None,
+        crop=crops[0] if crops else None,
+        cost=True,
+        **asked,
+    )
+    print_evaluation(found)
+    if options.json is not None:
+        write_evaluation(options.json, found)
+
+
+def predict(arguments: list[str], program: str) -> None:
+    """A run's answers to pictures of your own, head by head, and what its tokens look at."""
+    parser = Parser(
+        prog=program,
+        description="The likeliest classes of pictures by each head of a finished run.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "pictures", type=Path, nargs="+", metavar="IMAGE", help="pictures, or folders of them"
+    )
+    parser.add_argument("--top", type=int, default=5, help="classes to show (5)")
+    parser.add_argument(
+        "--teacher", metavar="SOURCE", help="ask a teacher as well; run: the run's own"
+    )
+    parser.add_argument(
+        "--attention", type=Path, metavar="FILE.png", help="draw what each token looks at"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the answers here")
+    parser.add_argument("--force", action="store_true", help="let --attention replace a file")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    options = parser.parse_args(arguments)
+    if options.top < 1:
+        raise ConfigError(f"--top {options.top}: should be at least 1")
+    from deit.checkpoint import check_file
+    from deit.contact_sheet import check_picture
+    from deit.predict import predict
+
+    check_file(options.json, option="--json", replace=True)
+    if options.attention is not None:
+        check_picture(options.attention, option="--attention")
+        check_file(options.attention, option="--attention", replace=options.force)
+    predict(
+        options.run,
+        options.pictures,
+        name=options.checkpoint,
+        teacher=options.teacher,
+        top=options.top,
+        attention=options.attention,
+        json_file=options.json,
+    )
+
+
+def export(arguments: list[str], program: str) -> None:
+    """Write a run for timm, transformers, ONNX Runtime or torch.export; verified, with a card."""
+    parser = Parser(
+        prog=program,
+        description="Write a finished run in another format, load it without our code, hold its "
+        "answers against the run's on test images, and keep it only if they are the same.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--format", required=True, metavar="NAME", help=f"{', '.join(EXPORTS)}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (RUN/export-FORMAT)")
+    parser.add_argument("--force", action="store_true", help="let --out replace a folder")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--images", type=int, default=256, help="test images to verify on (256)")
+    parser.add_argument("--license", dest="licence", metavar="NAME", help="of the weights")
+    options = parser.parse_args(arguments)
+    if options.format not in EXPORTS:
+        advice = f"should be one of {', '.join(EXPORTS)}{nearest(options.format, EXPORTS)}"
+        raise ConfigError(f"--format {options.format}: {advice}")
+    if options.images < 1:
+        raise ConfigError(f"--images {options.images}: should be at least 1")
+    from deit.export import export
+
+    export(
+        options.run,
+        options.out,
+        name=options.format,
+        checkpoint=options.checkpoint,
+        root=options.root,
+        images=options.images,
+        licence=options.licence,
+        force=options.force,
+    )
+
+
+TEST_SETS = ("real", "v2", "a", "r", "sketch")
+EXPORTS = ("timm", "transformers", "onnx", "pt2")
+
+
+def compare(arguments: list[str], program: str) -> None:
+    """What the teacher is worth, or another study of a recipe, in one table."""
+    options, seeds, rest = _compare_options(arguments, program)
+    run = parse_run(
+        rest,
+        program=program,
+        about="Train a recipe's teachers and several students beside each other, and evaluate all "
+        "on the test split. Also: --study worth (the student with and without teacher; the "
+        "default), teaching (every teaching mode), patience (epochs) or ensemble (teachers "
+        "together and alone); --only A,B (some students of the study); --seeds 0,1,2 (mean and "
+        "std); --json FILE. data.* and run.* apply to the teachers too. A finished run is not "
+        "trained again.",
+    )
+    from deit.comparison import compare
+
+    compare(
+        run,
+        study=options.study,
+        only=tuple(name.strip() for name in options.only.split(",") if name.strip()),
+        seeds=seeds,
+        json_file=options.json,
+        arguments=arguments,
+    )
+
+
+def _compare_options(
+    arguments: list[str], program: str
+) -> tuple[argparse.Namespace, list[int], list[str]]:
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--study", default="worth")
+    parser.add_argument("--only", default="")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {options.seeds}: should be numbers with commas") from None
+    return options, seeds, rest
+
+
+def scan(arguments: list[str], program: str) -> None:
+    """Look at every image of a data set: what is there, what is bad, what lies there twice."""
+    parser = Parser(
+        prog=program,
+        description="Decode every image of every split; exit code 3 if any cannot be used.",
+    )
+    parser.add_argument("root", metavar="DATA", help="as data.root: the folder of the images")
+    parser.add_argument("--source", choices=("folder", "shards", "reader"), default="folder")
+    parser.add_argument("--reader", metavar="NAME", help="as data.reader")
+    parser.add_argument("--download", action="store_true", help="as data.download")
+    parser.add_argument("--quarantine", metavar="FILE", help="leave out the images listed here")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="list the bad images here")
+    parser.add_argument("--force", action="store_true", help="let --write replace a file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all findings here")
+    options = parser.parse_args(arguments)
+    if (options.source == "reader") != (options.reader is not None):
+        raise ConfigError("--source reader and --reader NAME go together")
+    from deit.checkpoint import check_file, write_json
+    from deit.scan import print_scan, require_sound, scan, write_quarantine
+
+    check_file(options.json, option="--json", replace=True)
+    check_file(options.write, option="--write", replace=options.force)
+    found = scan(
+        DataConfig(
+            source=options.source,
+            root=options.root,
+            reader=options.reader,
+            download=options.download,
+            quarantine=options.quarantine,
+        )
+    )
+    print_scan(found)
+    if options.write is not None:
+        write_quarantine(options.write, found)
+    if options.json is not None:
+        write_json(options.json, dataclasses.asdict(found))
+        say(f"wrote {options.json}")
+    require_sound(found, options.write)
+
+
+def views(arguments: list[str], program: str) -> None:
+    """Draw what student and teacher see of the first views of an epoch."""
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--out", type=Path, default=Path("views.png"))
+    parser.add_argument("--force", action="store_true")
+    parser.add_argument("--epoch", type=int, default=0)
+    parser.add_argument("--number", type=int, default=12)
+    options, rest = parser.parse_known_args(arguments)
+    run = parse_run(
+        rest,
+        program=program,
+        about="Draw what student and teacher see of the first training views of an epoch, with "
+        "labels, mixing weights and the teacher's answers. Also: --out FILE.png (views.png), "
+        "--force (replace it), --epoch N (0), --number VIEWS (12).",
+        online=False,
+    )
+    if not 0 <= options.epoch < 2**32:
+        raise ConfigError(f"--epoch {options.epoch}: should be in 0 ... 4294967295")
+    if options.number < 1:
+        raise ConfigError(f"--number {options.number}: should be at least 1")
+    _refuse_run_flags(run, program)
+    from deit.checkpoint import check_file
+    from deit.contact_sheet import check_picture, draw_views
+
+    check_picture(options.out, option="--out")
+    check_file(options.out, option="--out", replace=options.force)
+    draw_views(run.config, options.out, epoch=options.epoch, number=options.number)
+
+
+def targets(arguments: list[str], program: str) -> None:
+    """Store a teacher's answers to every view, or verify a store of them."""
+    actions = {"write": _write_targets, "verify": _verify_targets}
+    if arguments and arguments[0] in actions:
+        actions[arguments[0]](arguments[1:], f"{program} {arguments[0]}")
+        return
+    if {"-h", "--help"} & set(arguments[:1]):
+        say(f"usage: {program} write RECIPE --out STORE [options]\n       {program} verify STORE")
+        say("(each with --help tells more)")
+        return
+    found = f"{arguments[0]!r}{nearest(arguments[0], actions)}" if arguments else "nothing"
+    raise ConfigError(f"{program}: should be followed by write or verify, not by {found}")
+
+
+def _write_targets(arguments: list[str], program: str) -> None:
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--records")
+    parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--only", type=int)
+    options, rest = parser.parse_known_args(arguments)
+    run = parse_run(
+        rest,
+        program=program,
+        about="Write the answers of a recipe's teachers to its training views into a store, for "
+        "--teacher.targets. Also: --out STORE (a folder), --epochs N (all that are trained), "
+        "--records hard, full or top-K (what the objective needs), --shard I/N (part I of N, from "
+        "0, each written by a command of its own, at any time), --only N (of several teachers the "
+        "answers of one, counted from 1, to the views that all see). Interrupted, the same command "
+        "goes on.",
+        online=False,
+    )
+    _refuse_run_flags(run, program)
+    records, shard = check_records(options.records), parse_shard(options.shard)
+    if options.out is None:
+        raise ConfigError(f"{program} {run.recipe}: needs --out STORE, the folder to write")
+    if options.epochs is not None and not 0 < options.epochs < 2**32:
+        raise ConfigError(f"--epochs {options.epochs}: should be at least 1")
+    if run.print_config:
+        say(json.dumps(to_dict(run.config), indent=1))
+        return
+    from deit.target_writer import write_targets
+
+    write_targets(
+        run.config,
+        options.out,
+        epochs=options.epochs,
+        records=records,
+        shard=shard,
+        only=options.only,
+    )
+
+
+def _refuse_run_flags(run: RunArguments, program: str) -> None:
+    """What only training can do. Raises ConfigError."""
+    if run.dry_run or run.resume:
+        flag = "--dry_run" if run.dry_run else "--resume"
+        raise ConfigError(f"{program}: takes no {flag}; give it to deit train")
+
+
+def _verify_targets(arguments: list[str], program: str) -> None:
+    parser = Parser(
+        prog=program,
+        description="Read a store whole: its checksums, then a sample of its views, made anew from "
+        "the data, and of its answers, asked of the teacher anew. Exit code 3 or 4 if one differs.",
+    )
+    parser.add_argument("store", type=Path, metavar="STORE", help="folder of the store")
+    parser.add_argument("--root", metavar="DIR", help="where the images lie now")
+    parser.add_argument("--teacher", metavar="A,B", help="where the teachers lie now; or none")
+    parser.add_argument("--rows", type=int, default=2048, help="answers to ask anew (2048)")
+    options = parser.parse_args(arguments)
+    if options.rows < 1:
+        raise ConfigError(f"--rows {options.rows}: should be at least 1")
+    from deit.target_verifier import verify_targets
+
+    verify_targets(options.store, root=options.root, teacher=options.teacher, rows=options.rows)
+
+
+def recipes(arguments: list[str], program: str) -> None:
+    """The named recipes and what they are."""
+    Parser(prog=program, description="List the named recipes.").parse_args(arguments)
+    rows = []
+    for name, recipe in RECIPES.items():
+        config = recipe()
+        student = f"{config.student.name} {config.student.image_size} px"
+        epochs = str(config.optim.epochs)
+        rows.append((name, student, epochs, (recipe.__doc__ or "").strip().split("\n")[0]))
+    table("recipes", ("name", "student", "epochs", "what"), rows, text=True)
+
+
+COMMANDS: dict[str, Callable[[list[str], str], None]] = {
+    "train": train,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
+    "compare": compare,
+    "scan": scan,
+    "views": views,
+    "targets": targets,
+    "recipes": recipes,
+}
+"""Every command by name: (its arguments, the program's name for messages)."""
