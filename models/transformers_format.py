@@ -144,12 +144,13 @@ def transformers_config(facts: Facts) -> dict[str, Any]:
 def preprocessor_config(facts: Facts) -> dict[str, Any]:
     """The preprocessor_config.json: the shorter side resized, the centre cut, values normalised.
 
-    A size of height and width, as transformers' own checkpoints of DeiT have it, would squash
-    pictures that are no squares.
+    CLIP's processor: DeiT's takes a shorter side from transformers 5 on only, and with the height
+    and width of its own checkpoints it would squash pictures that are no squares.
     """
     side = facts.student.image_size
     return {
-        "image_processor_type": "DeiTImageProcessor",
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": round(side / facts.evaluation_crop)},
         "resample": 3,  # bicubic

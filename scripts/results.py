@@ -22,6 +22,7 @@ TITLES = {
     "digits-finetune": "Digits: fine-tuning from 8 to 16 px, 20 epochs, by three teachers and none",
     "cifar10-teaching": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: teaching modes",
     "cifar10-ensemble": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: two teachers",
+    "cifar10-finetune": "CIFAR-10 (JPEG 75), a tenth of the images: from 32 to 48 px in 6 epochs",
     "tiny-imagenet-micro": "Tiny-ImageNet, 50 classes: the whole recipe, 8 epochs on a CPU",
     "cifar10-micro": "CIFAR-10 (JPEG 75): RegNetY-200MF (12 epochs) into a micro DeiT (8 epochs)",
 }
