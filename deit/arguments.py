@@ -156,7 +156,7 @@ def parse_run(
     return RunArguments(
         recipe=recipe,
         config=build(values, problems, online=online),
-        out=Path(named) if named else out or Path("checkpoints") / _run_name(recipe),
+        out=Path(named) if named else out or Path("checkpoints") / run_name(recipe),
         resume=options.resume,
         dry_run=options.dry_run,
         print_config=options.print_config,
@@ -233,7 +233,7 @@ def _unknown(arguments: list[str]) -> list[Problem]:
     return problems
 
 
-def _run_name(recipe: str) -> str:
+def run_name(recipe: str) -> str:
     """`digits` for the recipe digits, `mine` for mine.py:mine or mine.py."""
     return recipe.rsplit(":", 1)[-1] if ".py:" in recipe else Path(recipe).stem
 
@@ -264,7 +264,7 @@ def read_numbers(text: str | None, option: str, *, whole: bool) -> tuple[Any, ..
             value = int(word) if whole else float(word)
         except ValueError:
             value = 0
-        if value <= 0 or (not whole and value > 1):
+        if not value > 0 or (not whole and value > 1):  # nor a NaN
             kind = "whole numbers from 1" if whole else "shares in (0, 1]"
             raise ConfigError(f"{option} {text}: should be {kind}, with commas")
         found.append(value)

@@ -143,7 +143,8 @@ def _check_objective(config: Config) -> list[Problem]:
     token = has_distillation_token(student)
     if loss.through == "distillation" and not token:
         twin = student.name.replace("vit_", "deit_")
-        suggestion = f"student.name {twin}" if twin in STUDENTS else "a deit_* student"
+        other = twin in STUDENTS and twin != student.name
+        suggestion = f"student.name {twin}" if other else "a deit_* student"
         found.append(
             Problem(
                 "student.name",

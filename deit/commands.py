@@ -13,6 +13,7 @@ from deit.arguments import (
     parse_run,
     parse_shard,
     read_numbers,
+    run_name,
 )
 from deit.config import Config, DataConfig, StudentConfig, is_transformer, to_dict
 from deit.console import say, table
@@ -58,6 +59,9 @@ def finetune(arguments: list[str], program: str) -> None:
         )
     if options.resolution is not None and options.resolution < 1:
         raise ConfigError(f"--resolution {options.resolution}: should be at least 1")
+    if "--resume" in rest and (folder := _begun(rest, options.source)) is not None:
+        _go_on(rest, folder, options, [program, *arguments])
+        return
     out, tuning = None, options.tuning
     helps = {"-h", "--help"} & set(arguments)
     if not helps and (not rest or rest[0].startswith("-")):
@@ -73,7 +77,8 @@ def finetune(arguments: list[str], program: str) -> None:
             raise ConfigError(_NO_START.format(program))
         from deit.models.start import find_start
 
-        config = begin_from(config, source, find_start(source).student)
+        found = find_start(source)
+        config = begin_from(config, source, found.student, heads_known=found.heads_known)
         if options.resolution is not None:
             _check_patches(options.resolution, config.student)
             config = at_resolution(config, options.resolution)
@@ -91,6 +96,39 @@ def finetune(arguments: list[str], program: str) -> None:
         out=out,
     )
     _train(run, [program, *arguments])
+
+
+def _begun(rest: list[str], source: str | None) -> Path | None:
+    """The folder of the run that a command line would resume; None where there is none yet."""
+    named = [rest[place + 1] for place, word in enumerate(rest[:-1]) if word == "--out"]
+    named += [word.partition("=")[2] for word in rest if word.startswith("--out=")]
+    if named:
+        folder = Path(named[-1])
+    elif rest and not rest[0].startswith("-"):
+        folder = Path("checkpoints") / run_name(rest[0])
+    else:
+        folder = Path(f"checkpoints/{_folder_of(source or '').name}-finetuned")
+    return folder if (folder / "config.json").is_file() and (folder / "last").is_dir() else None
+
+
+def _go_on(
+    rest: list[str], folder: Path, options: argparse.Namespace, arguments: list[str]
+) -> None:
+    """Resume a fine-tuning by its own configuration: what it started from may be gone."""
+    rest = rest if rest[0].startswith("-") else rest[1:]
+    saved = folder / "config.json"
+    run = parse_run([str(saved), *rest], program=arguments[0], about="", out=folder)
+    side = run.config.student.image_size
+    if options.resolution not in (None, side):
+        raise ConfigError(
+            f"--resume: the run in {folder} is at {side} px, not {options.resolution}"
+        )
+    _train(run, arguments)
+
+
+def _folder_of(source: str) -> Path:
+    folder = Path(source).expanduser()
+    return folder.parent if folder.name in ("best", "last") else folder
 
 
 def _check_patches(side: int, student: StudentConfig) -> None:
@@ -112,7 +150,7 @@ def _config_of(source: str | None, program: str) -> Path:
     folder = Path(source).expanduser()
     if not folder.exists() and ("/" in source or folder.suffix):
         raise CheckpointError(f"--from {source}: no such file or folder")
-    folder = folder.parent if folder.name in ("best", "last") else folder
+    folder = _folder_of(source)
     if not (folder / "config.json").is_file() or not (folder / "best").is_dir():
         raise ConfigError(
             f"{program} --from {source}: is no run of ours, so name a recipe for data and "
@@ -250,7 +288,7 @@ def export(arguments: list[str], program: str) -> None:
     parser.add_argument("--force", action="store_true", help="let --out replace a folder")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
-    parser.add_argument("--images", type=int, default=256, help="test images to verify on (256)")
+    parser.add_argument("--images", type=int, default=512, help="test images to verify on (512)")
     parser.add_argument("--license", dest="licence", metavar="NAME", help="of the weights")
     options = parser.parse_args(arguments)
     if options.format not in EXPORTS:
@@ -284,10 +322,10 @@ def compare(arguments: list[str], program: str) -> None:
         program=program,
         about="Train a recipe's teachers and several students beside each other, and evaluate all "
         "on the test split. Also: --study worth (the student with and without teacher; the "
-        "default), teaching (every teaching mode), patience (epochs) or ensemble (teachers "
-        "together and alone); --only A,B (some students of the study); --seeds 0,1,2 (mean and "
-        "std); --json FILE. data.* and run.* apply to the teachers too. A finished run is not "
-        "trained again.",
+        "default), teaching (every teaching mode), patience (epochs), ensemble (teachers together "
+        "and alone) or resolution (a fine-tuning by its teachers and none); --only A,B (some "
+        "students of the study); --seeds 0,1,2 (mean and std); --json FILE. data.* and run.* apply "
+        "to the teachers too. A finished run is not trained again.",
     )
     from deit.comparison import compare
 

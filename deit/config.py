@@ -57,7 +57,13 @@ OptionalText = Annotated[str | None, BeforeValidator(_none)]
 
 _STRICT = ConfigDict(extra="forbid")
 
-SIZES = ("micro", "tiny", "small", "base")
+SIZES: dict[str, dict[str, int]] = {
+    "micro": {"embed_dim": 96, "depth": 6, "num_heads": 3},
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+}
+"""Width, depth and heads of the ViT sizes; tiny, small and base are the paper's (Table 1)."""
 STUDENTS = (
     *(f"deit_{size}" for size in SIZES),
     *(f"vit_{size}" for size in SIZES),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint
-from deit.config import Config, StartConfig, TeacherConfig, derive, is_transformer, members
+from deit.config import Config, StartConfig, TeacherConfig, derive, members
 from deit.console import warn
 from deit.datasets.images import Encoded, Images
 from deit.datasets.splits import load_splits
@@ -221,10 +221,7 @@ def student_at(saved: Path, side: int | None) -> tuple[Student, Facts]:
     own = facts.student
     if side is None or side == own.image_size:
         return student, facts
-    if is_transformer(own) and side % own.patch_size:
-        raise CheckpointError(
-            f"--resolution {side}: the patches of {own.name} ({own.patch_size} px) do not divide it"
-        )
+    check_side(student, facts, side)
     facts = replace(facts, student=replace(own, image_size=side))
     larger, names = build_student(facts), facts.class_names
     weights = Found(student.network.state_dict(), own.name, own, names, facts.mean, facts.std)
@@ -233,9 +230,20 @@ def student_at(saved: Path, side: int | None) -> tuple[Student, Facts]:
     return larger, facts
 
 
+def check_side(student: Student, facts: Facts, side: int) -> None:
+    """Refuse a side [px] that a network's patches do not divide. Raises CheckpointError."""
+    embedding = getattr(student.network, "patch_embed", None)
+    patch = getattr(embedding, "patch_size", (1,))[0]
+    if side % patch:
+        name = facts.student.name
+        raise CheckpointError(
+            f"--resolution {side}: the patches of {name} ({patch} px) do not divide it"
+        )
+
+
 def _token_cosine(student: Student, images: Images | Encoded, config: Config) -> list[float] | None:
-    """Mean cosine of class and distillation token before the first block and after each; None for
-    a student without both."""
+    """Mean cosine of class and distillation token before the first block and after each, over the
+    images of one evaluation step; None for a student without both."""
     if not has_two_heads(student.network):
         return None
     device = next(student.parameters()).device

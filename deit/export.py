@@ -40,7 +40,7 @@ def export(
     name: str,
     checkpoint: str = "best",
     root: str | None = None,
-    images: int = 256,
+    images: int = 512,
     licence: str | None = None,
     force: bool = False,
 ) -> Path:
@@ -64,8 +64,10 @@ def export(
             f"--format {name} needs {', '.join(missing)}; pip install 'deit[export]'"
         )
     folder = out or saved.parent / f"export-{name}"
-    if folder.exists() and not force:
-        raise EnvironmentFault(f"--out {folder}: exists already; --force replaces it")
+    if folder.exists():
+        if not force:
+            raise EnvironmentFault(f"--out {folder}: exists already; --force replaces it")
+        _check_replaceable(folder)
     check_writable(folder, option="--out")
     found = evaluate(run, checkpoint=checkpoint, root=root, device="cpu")
     views = _views(config, root, images)
@@ -81,8 +83,8 @@ def export(
                 continue
             one = verify(loader, load(place), inputs, expected, tolerance=form.tolerance)
             say(
-                f"verified  {one.loader}: {one.images} test images in batches of "
-                f"{', '.join(map(str, _BATCHES))}; logits differ by {one.difference:.1e} at most "
+                f"verified  {one.loader}: {one.images} test images in batches of up to "
+                f"{max(_BATCHES)}; logits differ by {one.difference:.1e} at most "
                 f"({one.allowed:.1e} is allowed), no answer differs"
             )
             verified.append(one)
@@ -105,11 +107,29 @@ def export(
     return folder
 
 
+_OURS = {
+    *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
+    *("model.onnx", "model.pt2"),
+}
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace what is no export: a run, or anything else of somebody's."""
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
+    if names and not ("README.md" in names and names <= _OURS):
+        raise EnvironmentFault(
+            f"--out {folder}: holds other things than an export "
+            f"({', '.join(sorted(names - _OURS)[:3]) or 'no README.md'}); --force replaces exports "
+            "only"
+        )
+
+
 def _views(config: Config, root: str | None, number: int) -> Tensor:
-    """The evaluation views of the first images of the test split, float32 in [0, 1]."""
+    """The evaluation views of so many images, spread over the test split, float32 in [0, 1]."""
     data = config.data if root is None else dataclasses.replace(config.data, root=root)
     test = load_splits(data).test
-    chunks = torch.arange(min(number, len(test.labels))).split(64)
+    last = len(test.labels) - 1
+    chunks = torch.linspace(0, last, min(number, last + 1)).round().long().split(64)
     return torch.cat(list(shown(test, chunks, config, device=torch.device("cpu"))))
 
 
@@ -141,7 +161,10 @@ def verify(
     largest, done, sizes = 0.0, 0, iter(_BATCHES)
     while done < len(inputs):
         part = slice(done, done + next(sizes, _BATCHES[-1]))
-        for name, theirs in answer(inputs[part]).items():
+        found = answer(inputs[part])
+        if "logits" not in found:
+            raise CheckpointError(f"the export, loaded by {loader}, gives no logits")
+        for name, theirs in found.items():
             ours = expected[name][part]
             where = f"the export, loaded by {loader}, differs on images from {done}: {name}"
             if theirs.shape != ours.shape:

@@ -32,7 +32,9 @@ def draw_attention(
         side = image.shape[0]
         extent = (-0.5, side - 0.5, side - 0.5, -0.5)
         _show(grid[row][0], image, side)
-        grid[row][0].set_title(f"{caption}\n{_told(said)}", fontsize=8, loc="left")
+        # File and class names are no formulas.
+        text = f"{caption}\n{_told(said)}"
+        grid[row][0].set_title(text, fontsize=8, loc="left", parse_math=False)
         for place, (name, values) in enumerate(zip(names, tokens), start=1):
             axes = grid[row][place]
             _show(axes, image.mean(axis=-1), side, cmap="gray", vmin=0, vmax=1)

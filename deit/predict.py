@@ -29,11 +29,12 @@ class Picture(NamedTuple):
     """A picture and what was answered to it.
 
     views: float32 [3, side, side] in [0, 1], as the student sees it. heads: logits [classes] by
-    head, the teacher's as `teacher`. looks: float32 [tokens, side, side]; None unless asked for.
+    head, the teacher's as `teacher`. looks: float32 [tokens, side, side]. Views and looks are None
+    unless they will be drawn.
     """
 
     path: Path
-    views: Tensor
+    views: Tensor | None
     heads: dict[str, Tensor]
     looks: Tensor | None
 
@@ -61,17 +62,19 @@ def predict(
     other = _teacher(run, teacher, facts)
     pictures, names = [], ()
     for part in progress(_blocks(files), total=-(-len(files) // _BLOCK), title="predicting"):
-        found, names = _answer(part, student.eval(), facts, other, attention is not None)
+        look = attention is not None and len(pictures) < _MOST_DRAWN
+        found, looked = _answer(part, student.eval(), facts, other, look)
+        names = names or looked
         pictures += found
     rows = [_plain(picture, facts, top) for picture in pictures]
     result = {"run": str(run), "checkpoint": name, "pictures": rows}
     for row in rows:
         _print(row)
-    if attention is not None:
-        _draw(pictures, rows, names, attention)
     if json_file is not None:
         checkpoint.write_json(json_file, result)
         say(f"wrote {json_file}")
+    if attention is not None:
+        _draw(pictures, rows, names, attention)
     return result
 
 
@@ -143,7 +146,7 @@ def _answer(
     pictures = [
         Picture(
             file,
-            views[row],
+            views[row] if look else None,
             {name: logits[row] for name, logits in heads.items()},
             None if looks is None else looks.maps[row],
         )

@@ -5,12 +5,13 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from deit.config import Config, Member, derive, members, views_seed
+from deit.config import Config, Member, derive, is_transformer, members, views_seed
 from deit.datasets.images import Encoded, Images
 from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.reading import worker_count
 from deit.datasets.splits import Splits
 from deit.datasets.views import Colours
+from deit.errors import CheckpointError, reason_of
 from deit.losses import needs_logits
 from deit.models.saved import Facts
 from deit.models.start import Found, find_start, fit
@@ -47,9 +48,20 @@ def begin(network: nn.Module, found: Found, config: Config, facts: Facts) -> dic
 
     Raises CheckpointError listing the first ten differences, before any is copied.
     """
-    fitted = fit(found, network, facts.class_names, config.start)
+    try:
+        fitted = fit(found, network, facts.class_names, config.start)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:  # shapes of unknown make
+        raise CheckpointError(
+            f"start.source {config.start.source}: made for another network ({reason_of(error)})"
+        ) from None
     load_weights(network, fitted.weights, origin=f"start.source {config.start.source}")
     notes = list(fitted.notes)
+    if not found.heads_known and is_transformer(config.student):
+        heads = network.blocks[0].attn.num_heads
+        notes.append(
+            f"its attention heads leave no trace in the weights: {heads} are taken "
+            "(--student.num_heads)"
+        )
     colours = ((found.mean, facts.mean), (found.std, facts.std))
     if any(theirs is not None and not _close(theirs, ours) for theirs, ours in colours):
         notes.append(

@@ -188,6 +188,9 @@ def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:
         xlabel=f"images/s ({first['environment']['device_name']})",
         ylabel=f"{first['split']} top-1 %",
     )
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("{x:,.0f}")
+    axes.tick_params(axis="x", which="both", labelsize=7, labelrotation=30)
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

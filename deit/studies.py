@@ -116,13 +116,14 @@ def resolution(config: Config) -> Arms:
         raise ConfigError("--study resolution: the recipe starts from nothing (start.source)")
     arms: Arms = {}
     before = tuple(map(_before_fitting, config.teacher.source))
+    labels = undistilled(config)
     if None not in before:
         arms["teacher fitted"] = config
         config = derive(config, teacher={"source": before})
     # Shown images of a size it never saw, a ConvNet may fall to chance: this arm shows it.
     arms["teacher resized"] = derive(config, teacher={"allow_weak": True})
     arms["teacher as trained"] = derive(config, teacher={"image_size": ()})
-    arms["none"] = undistilled(config)
+    arms["none"] = labels
     return arms
 
 

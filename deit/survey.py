@@ -9,9 +9,11 @@ from torch import Tensor
 
 from deit.checkpoint import write_json
 from deit.console import is_main_process, percent, say, table
-from deit.evaluation import Examined, examine
+from deit.errors import ConfigError
+from deit.evaluation import Examined, check_side, examine, find_run
 from deit.evaluation_tables import HEADS, print_disagreement
 from deit.metrics import agreement
+from deit.models.saved import load_student
 from deit.report import draw_throughput
 
 
@@ -34,8 +36,9 @@ def survey(
 
     resolutions, crops: empty: each run's own. plot: a PNG of throughput against accuracy. The
     others: as deit.evaluation.evaluate takes them. Returns `rows`, what evaluation found, and
-    `disagreement`, shares by name. Raises the errors of deit.errors.
+    `agreement`, shares of equal answers by name. Raises the errors of deit.errors.
     """
+    _check(runs, checkpoint, resolutions)
     examined: dict[str, Examined] = {}
     for run, side, crop in product(runs, resolutions or (None,), crops or (None,)):
         name = _name(run, runs, side, crop)
@@ -69,11 +72,24 @@ def survey(
     return result
 
 
+def _check(runs: list[Path], checkpoint: str, resolutions: tuple[int, ...]) -> None:
+    """What can be wrong with the runs, before the first is evaluated."""
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise ConfigError("a run is named twice; once is enough")
+    for run in runs:
+        _, saved = find_run(run, checkpoint)
+        student, facts = load_student(saved)
+        for side in resolutions:
+            check_side(student, facts, side)
+
+
 def _name(run: Path, runs: list[Path], side: int | None, crop: float | None) -> str:
     """A row's name: the run's folder, in full where two are called the same; what was changed."""
     short = [one.name if one.name not in ("best", "last") else one.parent.name for one in runs]
     own = run.name if run.name not in ("best", "last") else run.parent.name
-    told = [own if short.count(own) == 1 else str(run)]
+    # "truth" and "teacher" are others' names in the table of disagreement.
+    clear = short.count(own) == 1 and not own.startswith(("truth", "teacher"))
+    told = [own if clear else str(run)]
     told += [f"{side} px"] if side is not None else []
     told += [f"crop {crop:g}"] if crop is not None else []
     return ", ".join(told)
@@ -88,8 +104,10 @@ def _voices(examined: dict[str, Examined]) -> dict[str, Tensor]:
     if not same:
         return {}
     voices = {"truth": first.labels}
-    if "teacher" in first.answers:
-        voices["teacher"] = first.answers["teacher"]
+    for name, one in examined.items():
+        said = one.answers.get("teacher")
+        if said is not None and not any(torch.equal(said, other) for other in voices.values()):
+            voices[f"teacher of {name}"] = said
     for name, one in examined.items():
         voices[name] = one.answers.get("fused", one.answers["class"])
     return voices

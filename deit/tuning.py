@@ -3,15 +3,19 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from deit.config import Config, StudentConfig, derive, is_transformer
+from deit.config import SIZES, Config, StudentConfig, derive, is_transformer
 from deit.presets import AUGMENTATIONS, OBJECTIVES
 
 _SHAPE = ("patch_size", "embed_dim", "depth", "num_heads")
 
 
-def begin_from(config: Config, source: str, student: StudentConfig | None) -> Config:
+def begin_from(
+    config: Config, source: str, student: StudentConfig | None, *, heads_known: bool = True
+) -> Config:
     """The configuration with a start, and its network.
 
+    heads_known: whether the number of attention heads is that of the weights; else it is the
+    configuration's where the width is the same, and the usual one of the width where not.
     student: the network of the weights, None where it is not known. Size of the image, drop path
     and distillation tokens stay the configuration's: the weights are fitted to them.
     """
@@ -19,10 +23,17 @@ def begin_from(config: Config, source: str, student: StudentConfig | None) -> Co
     if student is not None and is_transformer(student) and is_transformer(own):
         kind, size = own.name.split("_")[0], student.name.split("_")[1]
         shape = {name: getattr(student, name) for name in _SHAPE}
+        if not heads_known and _usual(own, "embed_dim") == _usual(student, "embed_dim"):
+            shape["num_heads"] = _usual(own, "num_heads")
         own = replace(own, name=f"{kind}_{size}", **shape)
     elif student is not None:
         own = replace(student, image_size=own.image_size, drop_path=own.drop_path)
     return derive(config, student=own, start={"source": source})
+
+
+def _usual(student: StudentConfig, name: str) -> int:
+    """A number of a ViT's shape: its own, or that of the named size."""
+    return getattr(student, name) or SIZES[student.name.split("_")[1]][name]
 
 
 def at_resolution(config: Config, side: int) -> Config:

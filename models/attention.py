@@ -45,16 +45,24 @@ def rollout(network: nn.Module, images: Tensor) -> Looks:
     patches = rolled[:, :prefix, prefix:]
     side = round(patches.shape[-1] ** 0.5)
     maps = rearrange(patches, "b t (h w) -> b t h w", h=side)
-    taught = (
-        tuple(f"distillation {n}" for n in range(1, prefix)) if prefix > 2 else ("distillation",)
-    )
-    return Looks(maps.float().cpu(), ("class", *taught)[:prefix])
+    return Looks(maps.float().cpu(), _token_names(network))
+
+
+def _token_names(network: nn.Module) -> tuple[str, ...]:
+    """What the prefix tokens are called, in their order."""
+    names = ["class"] if network.cls_token is not None else []
+    taught = network.dist_token.shape[1] if hasattr(network, "dist_token") else 0
+    names += ["distillation"] if taught == 1 else [f"distillation {n + 1}" for n in range(taught)]
+    others = network.num_prefix_tokens - len(names)
+    return (*names, *(f"register {n + 1}" for n in range(others)))
 
 
 def check_attention(network: nn.Module) -> None:
     """Raises ConfigError where there is no attention to look at."""
-    if not isinstance(network, VisionTransformer) or not all(
-        isinstance(block.attn, Attention) for block in network.blocks
+    if (
+        not isinstance(network, VisionTransformer)
+        or not network.num_prefix_tokens
+        or not all(isinstance(block.attn, Attention) for block in network.blocks)
     ):
         raise ConfigError(
             f"{type(network).__name__} has no tokens whose attention could be shown; it takes a "

@@ -7,19 +7,11 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from deit.config import StudentConfig, has_distillation_token
+from deit.config import SIZES, StudentConfig, has_distillation_token
 from deit.errors import ConfigError
 from deit.models.rednet import DEPTHS, RedNet
 from deit.models.small_convnet import SmallConvNet
 from deit.text import nearest
-
-SIZES: dict[str, dict[str, int]] = {
-    "micro": {"embed_dim": 96, "depth": 6, "num_heads": 3},
-    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-}
-"""Width, depth and heads of the ViT sizes; tiny, small and base are the paper's (Table 1)."""
 
 
 def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:

@@ -9,10 +9,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from deit.config import Kernel, StartConfig, StudentConfig
+from deit.config import SIZES, Kernel, StartConfig, StudentConfig
+from deit.console import say
 from deit.errors import CheckpointError, reason_of
 from deit.models.layers import heads_of
-from deit.models.networks import SIZES
 from deit.models.positions import grid_side, resize_positions
 from deit.models.saved import FACTS, WEIGHTS, Facts, find_saved
 from deit.models.transformers_format import from_transformers
@@ -36,14 +36,37 @@ class Found(NamedTuple):
     class_names: tuple[str, ...] | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    heads_known: bool = True
+    """Whether the origin says how many attention heads there are: they leave no trace in shapes."""
+
+
+_FOREIGN = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
+"""What reading a file of unknown make may stumble over."""
 
 
 def find_start(source: str) -> Found:
-    """The weights a start.source names: a run folder of ours, a timm folder, a weight file, a timm
-    name with its published weights.
+    """The weights a start.source names: a run folder of ours, a timm or transformers folder, a
+    weight file, a timm name with its published weights.
 
-    Raises CheckpointError where there is nothing, or it cannot be read without running code.
+    Raises CheckpointError where there is nothing, it cannot be read without running code, or its
+    numbers are not finite.
     """
+    try:
+        found = _found(source)
+    except _FOREIGN as error:
+        raise CheckpointError(
+            f"start.source {source}: not what its names say ({type(error).__name__}: "
+            f"{reason_of(error)})"
+        ) from None
+    for name, value in found.weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise CheckpointError(
+                f"start.source {source}: {name} holds numbers that are not finite"
+            )
+    return found
+
+
+def _found(source: str) -> Found:
     path = Path(source).expanduser()
     if path.is_dir():
         saved = find_saved(path)
@@ -55,9 +78,11 @@ def find_start(source: str) -> Found:
             f"start.source {source}: holds no trained network (no best/model.safetensors of ours, "
             "no config.json of timm or transformers); let the run finish first"
         )
+    if path.is_file() and path.name == WEIGHTS and (path.parent / FACTS).is_file():
+        return _from_run(path.parent, source)  # what it is stands beside it
     if path.is_file():
         weights = read_weights(path)
-        return Found(weights, f"{path}", student_of(weights), None, None, None)
+        return Found(weights, f"{path}", student_of(weights), None, None, None, heads_known=False)
     if timm.is_model(source):
         return _from_timm(source)
     known = "" if "/" in source or path.suffix else nearest(source, timm.list_models())
@@ -85,16 +110,43 @@ def _from_folder(folder: Path, source: str) -> Found:
             f"ViT ({type(error).__name__}: {error})"
         ) from None
     weights = read_weights(_weights_in(folder, source))
-    student = student_of(weights, heads=_attention_heads(architecture, about.get("model_args")))
-    names = about.get("label_names") or known.get("label_names")
+    settings = about.get("model_args") or {}
+    heads = _attention_heads(architecture, settings)
+    student = student_of(weights, heads=heads)
+    strange = sorted(set(settings) - _SETTINGS)
+    if student is not None and strange:
+        raise CheckpointError(
+            f"start.source {source}: its model_args set {', '.join(strange)}, which a deit_* or "
+            "vit_* does not have"
+        )
     return Found(
         weights,
         f"{architecture} from {source}",
         student,
-        None if names is None else tuple(names),
+        _names(about.get("label_names") or known.get("label_names")),
         _colour(known.get("mean")),
         _colour(known.get("std")),
+        heads_known=heads is not None,
     )
+
+
+_SETTINGS = {
+    *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes", "in_chans"),
+    *("drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate"),
+    "dynamic_img_size",
+}
+"""Arguments of timm's that a deit_* or vit_* has as well, or that change nothing in evaluation."""
+
+
+def _names(labels: Any) -> tuple[str, ...] | None:
+    """Class names, None for none. Raises ValueError where they are no list of different ones."""
+    if labels is None:
+        return None
+    if not isinstance(labels, list) or not all(isinstance(one, str) for one in labels):
+        raise ValueError(f"class names {str(labels)[:40]!r}")
+    if len(set(labels)) != len(labels):
+        raise ValueError("two classes of one name")
+    return tuple(labels)
 
 
 def _weights_in(folder: Path, source: str) -> Path:
@@ -102,12 +154,19 @@ def _weights_in(folder: Path, source: str) -> Path:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise CheckpointError(f"start.source {source}: no {WEIGHTS} in it")
+    if "-of-" in file.name:
+        raise CheckpointError(f"start.source {source}: its weights lie in several files; join them")
     return file
 
 
 def _from_transformers(folder: Path, about: dict[str, Any], source: str) -> Found:
     """A DeiT or ViT as transformers writes it, with its preprocessing where that is beside it."""
     file = _weights_in(folder, source)
+    if about.get("hidden_act", "gelu") != "gelu":
+        raise CheckpointError(
+            f"start.source {source}: its activation is {about['hidden_act']}, that of a deit_* or "
+            "vit_* gelu"
+        )
     try:
         weights = from_transformers(read_weights(file))
     except CheckpointError as error:
@@ -120,13 +179,14 @@ def _from_transformers(folder: Path, about: dict[str, Any], source: str) -> Foun
         weights,
         f"transformers' {about['model_type']} from {source}",
         student_of(weights, heads=about.get("num_attention_heads")),
-        None if not labels or labels[0] == "LABEL_0" else labels,
+        None if not labels or labels[0] == "LABEL_0" else _names(list(labels)),
         _colour(colours.get("image_mean")),
         _colour(colours.get("image_std")),
     )
 
 
 def _from_timm(name: str) -> Found:
+    say(f"start     fetching timm's {name}")
     try:
         network = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network, parsing and shape errors of many types
@@ -150,12 +210,15 @@ def _colour(values: Any) -> tuple[float, ...] | None:
     return tuple(map(float, values)) if values is not None and len(values) == 3 else None
 
 
-def _attention_heads(architecture: str, settings: dict[str, Any] | None) -> int | None:
+def _attention_heads(architecture: str, settings: dict[str, Any]) -> int | None:
     """How many attention heads a network of timm has; None where it has none, or timm does not
-    know it."""
+    know it. Of the folder's own settings only that number is believed: others could name files."""
+    if isinstance(settings.get("num_heads"), int):
+        return settings["num_heads"]
     if not timm.is_model(architecture):
         return None
-    return _heads_within(timm.create_model(architecture, **(settings or {})))
+    with torch.device("meta"):
+        return _heads_within(timm.create_model(architecture))
 
 
 def _heads_within(network: nn.Module) -> int | None:
@@ -253,7 +316,8 @@ def _fit_tokens(weights: Weights, own: Weights, notes: list[str]) -> Weights:
         cls = weights["cls_token"]
         weights["dist_token"] = torch.cat([tokens[:, :kept], *(cls for _ in copies)], dim=1)
     for kind, values in heads.items():
-        values = values[:kept] + [weights[f"head.{kind}"]] * len(copies)
+        if f"head.{kind}" in weights:
+            values = values[:kept] + [weights[f"head.{kind}"]] * len(copies)
         for place, value in enumerate(values):
             name = f"head_dist.{kind}" if after == 1 else f"head_dist.{place}.{kind}"
             weights[name] = value
@@ -310,6 +374,12 @@ def _fit_heads(
         notes.append(f"{len(wanted)} classes: new heads, random ({said} {had} head(s))")
         return {**weights, **{name: own[name] for name in names}}
     present = [name for name in names if name in weights]
+    if not present:
+        raise CheckpointError(
+            "start.source: has no head; --start.heads new begins with random ones"
+        )
+    if known is not None and any(len(weights[name]) != len(known) for name in present):
+        raise CheckpointError(f"start.source: names {len(known)} classes, its heads have others")
     if known is None:
         counts = {len(weights[name]) for name in present} - {len(wanted)}
         if counts:

@@ -1,15 +1,15 @@
 """A network as a folder of timm's, which transformers loads as well: its config.json."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import timm
 from torch import nn
 
-from deit.config import has_distillation_token, is_transformer
+from deit.config import SIZES, has_distillation_token, is_transformer
 from deit.errors import ConfigError
 from deit.models.layers import heads_of
-from deit.models.networks import SIZES
 from deit.models.saved import Facts
 
 
@@ -33,7 +33,7 @@ def timm_config(facts: Facts, network: nn.Module) -> dict[str, Any]:
             "input_size": [3, side, side],
             "fixed_input_size": bool(known.get("fixed_input_size")),
             "interpolation": "bicubic",
-            "crop_pct": facts.evaluation_crop,
+            "crop_pct": _crop_share(side, facts.evaluation_crop),
             "crop_mode": "center",
             "mean": list(facts.mean),
             "std": list(facts.std),
@@ -44,6 +44,12 @@ def timm_config(facts: Facts, network: nn.Module) -> dict[str, Any]:
             "classifier": list(heads) if len(heads) > 1 else heads[0],
         },
     }
+
+
+def _crop_share(side: int, crop: float) -> float:
+    """A crop_pct by which timm, which rounds down, resizes to the edge that we round to."""
+    edge = round(side / crop)
+    return side / edge if math.floor(side / (side / edge)) == edge else side / (edge + 0.5)
 
 
 def _timm_name(facts: Facts) -> tuple[str, dict[str, Any]]:

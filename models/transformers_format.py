@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit.config import has_distillation_token, is_transformer
+from deit.config import SIZES, has_distillation_token, is_transformer
 from deit.errors import CheckpointError, ConfigError
-from deit.models.networks import SIZES
 from deit.models.saved import Facts
 
 Weights = dict[str, Tensor]
@@ -76,7 +75,7 @@ def from_transformers(weights: Weights) -> Weights:
     (kind,) = kinds
     back = {new: old for old, new in _EMBEDDINGS.items()}
     layers = {new: old for old, new in _LAYER.items()}
-    heads = {new: old for old, new in _HEADS[kind].items()}
+    heads = {new: old for old, new in _HEADS[kind].items()} | {"classifier": "head"}
     found: Weights = {}
     parts: dict[tuple[str, str], Weights] = {}
     for name, value in weights.items():

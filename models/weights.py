@@ -1,5 +1,6 @@
 """Weight files of any origin, read without running code from them, loaded without silent gaps."""
 
+import argparse
 import hashlib
 import warnings
 from pathlib import Path
@@ -27,7 +28,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of old pickles; ours is the message
-                content = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+                # What DeiT's and timm's scripts save beside the weights: plain arguments.
+                with torch.serialization.safe_globals([argparse.Namespace]):
+                    content = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such weight file") from None
     except (SafetensorError, OSError, EOFError) as error:
@@ -46,15 +49,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no named tensors")
-    weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    weights = {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     if not weights:
         raise CheckpointError(f"{path}: holds no named tensors")
     return {_unprefixed(name): value for name, value in weights.items()}
 
 
 def _unprefixed(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
     return name
 
 

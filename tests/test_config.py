@@ -134,6 +134,8 @@ def test_objectives_are_valid_with_the_student_they_are_for(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_configuration_survives_json(name, tmp_path):
     config = RECIPES[name]()
+    if name.startswith("transfer"):  # not valid without what it starts from
+        config = derive(config, start={"source": "weights.pth"})
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     assert load(tmp_path / "config.json") == config
     assert find_recipe(str(tmp_path / "config.json")) == config

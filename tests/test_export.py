@@ -1,6 +1,7 @@
 """Exports: loaded by other tools without our code, equal in their answers, refused where not."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from deit.cli import run_command
 from deit.commands import EXPORTS
 from deit.config import StudentConfig, derive
+from deit.datasets.decoding import decode_square
 from deit.datasets.splits import load_splits
+from deit.datasets.views import evaluation_views
 from deit.errors import CheckpointError, ConfigError
 from deit.export import export, verify
 from deit.formats import FORMATS
@@ -37,6 +40,7 @@ from deit.validation import load
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
+NAMES = tuple("abc")
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 4}
 BRIEF = {"epochs": 4, "batch_size": 64, "warmup_epochs": 1, "lr": 3e-3}
 ALONE = {"loss": OBJECTIVES["none"], "teacher": {"source": ()}}
@@ -194,8 +198,8 @@ def test_the_pipeline_of_transformers_answers_on_pictures(runs, exports, tmp_pat
                 assert scores[str(label)] == pytest.approx(expected[row, label].item(), abs=1e-4)
 
 
-def test_timm_and_transformers_prepare_a_picture_alike(exports):
-    """One that is no square, cut to four fifths."""
+def test_timm_and_transformers_prepare_a_picture_alike(exports, tmp_path):
+    """One that is no square, cut to four fifths. (Of an odd border each takes another half.)"""
     from transformers import AutoImageProcessor
 
     generator = torch.Generator().manual_seed(0)
@@ -208,6 +212,22 @@ def test_timm_and_transformers_prepare_a_picture_alike(exports):
     one = prepare(picture)
     assert one.shape == other.shape == (3, 8, 8)
     assert (one - other).abs().mean() < 0.02
+    student, facts = load_student(exports["cropped", "timm"].parent / "best")
+    picture.save(tmp_path / "picture.png")
+    square = decode_square((tmp_path / "picture.png").read_bytes(), "picture", 10)
+    ours = evaluation_views(square[None], size=8, crop=facts.evaluation_crop)
+    ours = ((ours - student.mean) / student.std)[0]
+    assert (one - ours).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("side", [8, 16, 32, 48, 64, 224, 384])
+@pytest.mark.parametrize("crop", [1.0, 0.95, 0.9, 0.875, 0.8, 64 / 72])
+def test_timm_resizes_to_the_edge_that_we_round_to(side, crop):
+    facts = Facts(StudentConfig(image_size=side, patch_size=4), NAMES, (0.5,) * 3, (0.5,) * 3, crop)
+    share = timm_config(facts, build_student(facts).network)["pretrained_cfg"]["crop_pct"]
+    assert math.floor(side / share) == round(side / crop)
+    if crop == 1:
+        assert share == 1
 
 
 # the names of transformers, there and back
@@ -382,6 +402,20 @@ def test_refusals_come_before_the_work_and_leave_nothing(runs, tmp_path, capsys)
     refused(4, "no such run folder", runs / "none", "--format", "timm")
     (tmp_path / "there").mkdir()
     refused(5, "--force replaces it", run, "--format", "pt2", "--out", tmp_path / "there")
+    refused(5, "holds other things than an export", run, "--format", "pt2", "--out", run, "--force")
+    (tmp_path / "there" / "thesis.txt").write_text("years of work")
+    mine = ("--out", tmp_path / "there", "--force")
+    refused(5, "holds other things than an export (thesis.txt)", run, "--format", "pt2", *mine)
+
+
+def test_an_export_is_replaced_by_force(runs, tmp_path):
+    folder = export(runs / "distilled", tmp_path / "out", name="pt2")
+    export(runs / "distilled", folder, name="timm", force=True)
+    assert {file.name for file in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
 
 
 def test_a_missing_package_is_named(runs, tmp_path, monkeypatch):

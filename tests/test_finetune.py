@@ -289,7 +289,8 @@ def test_the_normalisation_of_the_start_is_taken_over(runs, tmp_path):
 
 
 def test_a_file_needs_a_recipe_and_takes_its_network_from_the_weights(runs, tmp_path, command):
-    file = runs / "student" / "best" / "model.safetensors"
+    file = tmp_path / "weights.safetensors"  # without the facts that lie beside it in a run
+    shutil.copy(runs / "student" / "best" / "model.safetensors", file)
     code, said = command("--from", file)
     assert code == 2
     assert "name a recipe" in said.err
@@ -331,11 +332,39 @@ def test_bad_input_is_refused_before_anything_is_written(name, runs, tmp_path, c
     assert not any(tmp_path.iterdir())
 
 
+def test_a_bare_file_keeps_the_recipes_attention_heads(runs, tmp_path, command):
+    """Its width is the recipe's, and how many heads it has only the recipe can know."""
+    alone = tmp_path / "weights.safetensors"
+    shutil.copy(runs / "student" / "best" / "model.safetensors", alone)
+    shape = ("--student.embed_dim", "16", "--student.num_heads", "2")
+    words = ("digits", "--from", alone, "--objective", "none", "--out", "run")
+    code, said = command(*words, *shape, "--optim.epochs", "1", "--optim.warmup_epochs", "0")
+    assert code == 0, said.err
+    assert "its attention heads leave no trace in the weights: 2 are taken" in said.out
+
+
+def test_the_command_goes_on_without_its_start(runs, tmp_path, command):
+    start = tmp_path / "start"
+    shutil.copytree(runs / "student", start)
+    words = ("--from", start, "--resolution", "16", "--objective", "none", "--out", "run")
+    quick = ("--optim.epochs", "1", "--optim.warmup_epochs", "0")
+    assert command(*words, *quick)[0] == 0
+    shutil.rmtree(start)
+    code, said = command(*words, *quick, "--resume")
+    assert code == 0, said.err
+    assert "already complete" in said.out
+    other = ("--from", start, "--resolution", "24", "--out", "run", "--resume")
+    code, said = command(*other)
+    assert code == 2
+    assert "is at 16 px, not 24" in said.err
+
+
 def test_class_counts_that_differ_are_refused(runs, tmp_path, command):
-    file = runs / "student" / "best" / "model.safetensors"
+    file = tmp_path / "weights.safetensors"
+    shutil.copy(runs / "student" / "best" / "model.safetensors", file)
     words = ("digits", "--from", file, "--objective", "none", "--data.classes", "1,2,3")
     code, said = command(*words)
     assert code == 4
     assert "10 classes, the data has 3" in said.err
     assert "--start.heads new" in said.err
-    assert not any(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [file]

@@ -97,6 +97,14 @@ def test_the_attention_is_drawn(place, predict, tmp_path):
     assert "--force replaces it" in said.err
 
 
+def test_a_name_is_no_formula(place, predict, tmp_path):
+    odd = tmp_path / "$\\foo$ $x$.png"
+    odd.write_bytes((place / "pictures" / "0.png").read_bytes())
+    code, said = predict(place / "run", odd, "--attention", "a.png", "--json", "a.json")
+    assert code == 0, said.err
+    assert (tmp_path / "a.json").is_file()
+
+
 def test_top_more_than_there_are_classes_shows_all(place, predict, tmp_path):
     code, _ = predict(
         place / "teacher", place / "pictures" / "0.png", "--top", "99", "--json", "f.json"

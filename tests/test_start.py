@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 
 import pytest
 import timm
@@ -9,14 +10,16 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from deit.config import StartConfig, StudentConfig
+from deit.config import SIZES, StartConfig, StudentConfig, derive
 from deit.errors import CheckpointError, ConfigError
 from deit.models.layers import heads_of, hold_still
-from deit.models.networks import SIZES, create_network
+from deit.models.networks import create_network
 from deit.models.positions import resize_positions
 from deit.models.saved import Facts, build_student, save_student
 from deit.models.start import Found, find_start, fit, student_of
 from deit.models.weights import load_weights
+from deit.preparation import begin
+from deit.recipes import digits
 from deit.records import head_logits
 
 KEEP = StartConfig(source="here")
@@ -329,6 +332,92 @@ def test_a_timm_folder(tmp_path):
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(after.eval()(images), theirs.eval()(images))
+
+
+def test_the_numbers_beside_a_file_are_believed(tmp_path):
+    student = saved(tmp_path / "run" / "best", embed_dim=48, num_heads=4)
+    found = find_start(str(tmp_path / "run" / "best" / "model.safetensors"))
+    assert (found.student.num_heads, found.heads_known) == (4, True)
+    save_file(student.network.state_dict(), tmp_path / "alone.safetensors")
+    assert not find_start(str(tmp_path / "alone.safetensors")).heads_known
+
+
+def test_what_training_scripts_save_beside_the_weights_does_no_harm(tmp_path):
+    student = saved(tmp_path / "run" / "best")
+    content = {"model": student.network.state_dict(), "args": Namespace(lr=1.0), "epoch": 3}
+    torch.save(content, tmp_path / "official.pth")
+    found = find_start(str(tmp_path / "official.pth"))
+    assert found.student == section()
+
+
+def test_prefixes_in_any_order(tmp_path):
+    student = saved(tmp_path / "run" / "best")
+    for prefix in ("_orig_mod.module.", "module._orig_mod.", "module.module."):
+        weights = {f"{prefix}{name}": value for name, value in student.network.state_dict().items()}
+        torch.save(weights, tmp_path / "wrapped.pth")
+        assert find_start(str(tmp_path / "wrapped.pth")).student == section()
+
+
+def test_a_backbone_without_heads_gets_new_ones_if_asked():
+    weights = {n: v for n, v in network("vit_micro").state_dict().items() if "head" not in n}
+    found = Found(weights, "a backbone", None, None, None, None)
+    after = network(seed=1)
+    with pytest.raises(CheckpointError, match=r"has no head; --start\.heads new"):
+        fitted(found, after)
+    notes = fitted(found, after, StartConfig(source="here", heads="new"))
+    assert "new heads, random (the start had 0 head(s))" in notes[-1]
+    assert torch.equal(after.dist_token, weights["cls_token"])
+
+
+def timm_folder(folder, weights, **about):
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    name = "deit_tiny_distilled_patch16_224"
+    (folder / "config.json").write_text(json.dumps({"architecture": name, **about}))
+    return str(folder)
+
+
+BAD_FOLDERS = {
+    "a file to load": {"model_args": {"checkpoint_path": "evil.pth"}},
+    "another function": {"model_args": {"act_layer": "relu"}},
+    "no settings": {"model_args": [1, 2]},
+    "a text of classes": {"label_names": "abcde"},
+    "one class twice": {"label_names": list("aabcd")},
+    "a colour of text": {"pretrained_cfg": {"mean": "abc"}},
+    "no configuration": {"pretrained_cfg": "x"},
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_a_foreign_folder_is_refused_not_believed(name, tmp_path):
+    """What it names is neither loaded nor run; torch.load of the file would fail loudly."""
+    torch.save(Runs(), tmp_path / "evil.pth")
+    source = timm_folder(tmp_path / "folder", network().state_dict(), **BAD_FOLDERS[name])
+    with pytest.raises(CheckpointError) as refused:
+        find_start(source)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cls_token", torch.tensor(1.0)),
+        ("pos_embed", torch.zeros(3)),
+        ("head.weight", torch.tensor(1.0)),
+        ("norm.weight", torch.full((96,), float("nan"))),
+    ],
+)
+def test_damaged_tensors_are_refused(name, value, tmp_path):
+    save_file({**network().state_dict(), name: value}, tmp_path / "w.safetensors")
+    config = derive(digits(), student=section(), start={"source": "here"})
+    facts = Facts(section(), NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
+
+    def whole():
+        found = find_start(str(tmp_path / "w.safetensors"))
+        begin(network(seed=1), found, config, facts)
+
+    with pytest.raises(CheckpointError):
+        whole()
 
 
 class Runs:

@@ -50,7 +50,7 @@ def test_a_teacher_fitted_to_the_resolution_is_compared_with_itself_before():
         "teacher fitted": (("checkpoints/digits-finetune-teacher",), (16,)),
         "teacher resized": (("checkpoints/digits-teacher",), (16,)),
         "teacher as trained": (("checkpoints/digits-teacher",), ()),
-        "none": (("checkpoints/digits-teacher",), (16,)),
+        "none": (("checkpoints/digits-finetune-teacher",), (16,)),
     }
     assert arms["none"].loss.kind == "none"
     assert "teacher fitted" not in STUDIES["resolution"](cifar10_finetune())
