@@ -21,6 +21,11 @@ SMALL = {
     "digits-teacher": ["--optim.epochs", "2", "--optim.warmup_epochs", "1"],
     "digits": [*QUICK, "--student.depth", "1"],
     "digits-ensemble": [*QUICK, "--student.depth", "1", "--teacher.allow_weak"],
+    # Its start and teachers: runs that the commands before it leave.
+    "digits-finetune": [
+        *(*QUICK, "--student.depth", "1", "--start.source", "checkpoints/digits/best"),
+        *("--teacher.source", "checkpoints/teacher-16", "--teacher.allow_weak"),
+    ],
     "cifar10-micro": [
         *(*QUICK, "--student.depth", "1", "--optim.batch_size", "64", "--teacher.allow_weak"),
     ],
@@ -37,6 +42,13 @@ SMALL = {
         *("--student.depth", "1", "--student.patch_size", "2"),
     ],
 }
+TEACHERS_OF = {
+    "digits": lambda out: ["--teacher.source", f"{out}/teacher"],
+    "digits-ensemble": lambda out: [
+        "--teacher.source",
+        f"{out}/digits-teacher,{out}/digits-involution-teacher",
+    ],
+}
 PROGRAMS = ("python", "make", "deit", "torchrun", "accelerate", "pip", "source")
 
 
@@ -46,7 +58,7 @@ def readme_commands():
     for block, span in re.findall(r"```sh\n(.*?)```|`([^`\n]+)`", README, re.DOTALL):
         for line in (block or span).splitlines():
             command = line.split("   #")[0].strip()
-            named_only = re.fullmatch(r"deit (train|evaluate)", command)
+            named_only = re.fullmatch(r"deit (?!recipes)\w+", command)
             if command.split(" ")[0] in PROGRAMS and " " in command and not named_only:
                 found.append(command)
     return list(dict.fromkeys(found))
@@ -92,11 +104,15 @@ OTHERS = [command for command in readme_commands() if not as_ours(command)]
 def test_our_commands_run_in_the_readmes_order(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setattr("deit.models.cost._ROUND_S", 0.05)
-    codes = {}
+    codes, taught = {}, {}
     for command in OURS:
         name, arguments = as_ours(command)
         if name == "compare":
-            arguments = [*arguments, *SMALL[arguments[0]], "--seeds", "0"]
+            recipe, out = arguments[0], arguments[arguments.index("--out") + 1]
+            arguments = [*arguments, *SMALL[recipe], "--seeds", "0"]
+            # The first comparison of a recipe trains its teachers, the others take those.
+            arguments += taught.get(recipe, [])
+            taught.setdefault(recipe, TEACHERS_OF.get(recipe, lambda out: [])(out))
             arguments += ["--views.teacher_crops", "3"] if "teaching" in arguments else []
         elif name == "train":
             arguments = [*arguments, *SMALL[arguments[0]]]
