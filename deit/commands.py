@@ -118,7 +118,11 @@ def _go_on(
     rest = rest if rest[0].startswith("-") else rest[1:]
     saved = folder / "config.json"
     run = parse_run([str(saved), *rest], program=arguments[0], about="", out=folder)
-    side = run.config.student.image_size
+    side, start = run.config.student.image_size, run.config.start.source
+    if options.source not in (None, start):
+        raise ConfigError(
+            f"--resume: the run in {folder} started from {start}, not from {options.source}"
+        )
     if options.resolution not in (None, side):
         raise ConfigError(
             f"--resume: the run in {folder} is at {side} px, not {options.resolution}"

@@ -357,6 +357,9 @@ def test_the_command_goes_on_without_its_start(runs, tmp_path, command):
     code, said = command(*other)
     assert code == 2
     assert "is at 16 px, not 24" in said.err
+    code, said = command("--from", runs / "student", "--out", "run", "--resume")
+    assert code == 2
+    assert f"started from {start}, not from {runs / 'student'}" in said.err
 
 
 def test_class_counts_that_differ_are_refused(runs, tmp_path, command):
