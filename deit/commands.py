@@ -26,6 +26,11 @@ from deit.tuning import TUNING, at_resolution, begin_from
 # arguments answer at once.
 
 
+# Names that options take, without importing what they name; tests hold them to that.
+TEST_SETS = ("real", "v2", "a", "r", "sketch")
+EXPORTS = ("timm", "transformers", "onnx", "pt2")
+
+
 def train(arguments: list[str], program: str) -> None:
     """Train a student (or a teacher) by a recipe."""
     run = parse_run(arguments, program=program, about="Train by a recipe, with or without teacher.")
@@ -312,10 +317,6 @@ def export(arguments: list[str], program: str) -> None:
         licence=options.licence,
         force=options.force,
     )
-
-
-TEST_SETS = ("real", "v2", "a", "r", "sketch")
-EXPORTS = ("timm", "transformers", "onnx", "pt2")
 
 
 def compare(arguments: list[str], program: str) -> None:

@@ -34,45 +34,6 @@ from deit.validation import load
 HEADS = ("class", "distillation", "fused", "fused_softmax")
 
 
-def evaluate(
-    run: Path,
-    *,
-    checkpoint: str = "best",
-    split: str = "test",
-    root: str | None = None,
-    teacher: str | None = None,
-    device: str | None = None,
-    resolution: int | None = None,
-    crop: float | None = None,
-    variant: str | None = None,
-    cost: bool = False,
-) -> dict[str, Any]:
-    """Measure a run's student on a split, as plain values ready for JSON.
-
-    checkpoint: `best` or `last`. root: where the images lie now, if not where the run found them.
-    teacher: whom to agree with; None: the run's own teacher, "none": nobody. resolution: side [px]
-    of its input, if not what it was trained at; its position embedding is resized. crop: as
-    views.evaluation_crop. variant: one of ImageNet's other test sets, from `root`; without a
-    teacher. cost: whether parameters, arithmetic, memory and speed are measured.
-
-    `heads` holds class, distillation, fused (mean of logits) and fused_softmax (mean of softmax):
-    top1, top5, calibration_error in [0, 1]. A student with one head has that head as `fused` too,
-    and None for the others. Raises the errors of deit.errors.
-    """
-    return examine(
-        run,
-        checkpoint=checkpoint,
-        split=split,
-        root=root,
-        teacher=teacher,
-        device=device,
-        resolution=resolution,
-        crop=crop,
-        variant=variant,
-        cost=cost,
-    ).found
-
-
 class Examined(NamedTuple):
     """What evaluation found, and the answers it counted, int64 [images], by head and `teacher`.
 
@@ -84,20 +45,36 @@ class Examined(NamedTuple):
     labels: Tensor | None
 
 
+def evaluate(run: Path, **asked: Any) -> dict[str, Any]:
+    """Measure a run's student, as plain values ready for JSON. asked: as `examine` takes it."""
+    return examine(run, **asked).found
+
+
 def examine(
     run: Path,
     *,
-    checkpoint: str,
-    split: str,
-    root: str | None,
-    teacher: str | None,
-    device: str | None,
-    resolution: int | None,
-    crop: float | None,
-    variant: str | None,
-    cost: bool,
+    checkpoint: str = "best",
+    split: str = "test",
+    root: str | None = None,
+    teacher: str | None = None,
+    device: str | None = None,
+    resolution: int | None = None,
+    crop: float | None = None,
+    variant: str | None = None,
+    cost: bool = False,
 ) -> Examined:
-    """As `evaluate`, with the answers themselves."""
+    """Measure a run's student on a split.
+
+    checkpoint: `best` or `last`. root: where the images lie now, if not where the run found them.
+    teacher: whom to agree with; None: the run's own teacher, "none": nobody. resolution: side [px]
+    of its input, if not what it was trained at; its position embedding is resized. crop: as
+    views.evaluation_crop. variant: one of ImageNet's other test sets, from `root`; without a
+    teacher. cost: whether parameters, arithmetic, memory and speed are measured.
+
+    `heads` holds class, distillation, fused (mean of logits) and fused_softmax (mean of softmax):
+    top1, top5, calibration_error in [0, 1]. A student with one head has that head as `fused` too,
+    and None for the others. Raises the errors of deit.errors.
+    """
     config, saved = find_run(run, checkpoint)
     student, facts = student_at(saved, resolution)
     config = _asked(config, root=root, device=device, resolution=resolution, crop=crop)

@@ -115,7 +115,7 @@ def _write_onnx(folder: Path, student: Student, facts: Facts) -> None:
     import onnx
 
     graph, example, shapes = _traced(student, facts)
-    with _quiet():
+    with _tracing():
         program = torch.onnx.export(
             graph,
             example,
@@ -147,9 +147,10 @@ def _with_onnxruntime(folder: Path) -> Answer:
 
 def _write_pt2(folder: Path, student: Student, facts: Facts) -> None:
     graph, example, shapes = _traced(student, facts)
-    with _quiet():
+    with _tracing():
         program = torch.export.export(graph, example, dynamic_shapes=shapes)
-        extra = {"metadata.json": json.dumps(metadata(facts), indent=1)}
+    extra = {"metadata.json": json.dumps(metadata(facts), indent=1)}
+    with _quiet():
         torch.export.save(program, folder / "model.pt2", extra_files=extra)
 
 
@@ -191,10 +192,18 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Exception as error:  # exporters raise types of their own
-        raise CheckpointError(f"the network cannot be traced: {reason_of(error)}") from error
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Quietly; what an exporter cannot follow is one clear message. Raises CheckpointError."""
+    try:
+        with _quiet():
+            yield
+    except Exception as error:  # exporters raise types of their own
+        raise CheckpointError(f"the network cannot be traced: {reason_of(error)}") from error
 
 
 def _takes_any(student: Student, facts: Facts) -> None:

@@ -20,22 +20,18 @@ from deit.report import draw_throughput
 def survey(
     runs: list[Path],
     *,
-    checkpoint: str,
-    split: str,
-    root: str | None,
-    teacher: str | None,
-    device: str | None,
     resolutions: tuple[int, ...],
     crops: tuple[float, ...],
-    variant: str | None,
     plot: Path | None,
     json_file: Path | None,
+    checkpoint: str = "best",
+    **asked: Any,
 ) -> dict[str, Any]:
     """Evaluate runs at resolutions and crops, each with each; print one table, and of several runs
     on the same images who disagrees with whom.
 
     resolutions, crops: empty: each run's own. plot: a PNG of throughput against accuracy. The
-    others: as deit.evaluation.evaluate takes them. Returns `rows`, what evaluation found, and
+    others: as deit.evaluation.examine takes them. Returns `rows`, what evaluation found, and
     `agreement`, shares of equal answers by name. Raises the errors of deit.errors.
     """
     _check(runs, checkpoint, resolutions)
@@ -44,16 +40,7 @@ def survey(
         name = _name(run, runs, side, crop)
         say(f"{name}")
         examined[name] = examine(
-            run,
-            checkpoint=checkpoint,
-            split=split,
-            root=root,
-            teacher=teacher,
-            device=device,
-            resolution=side,
-            crop=crop,
-            variant=variant,
-            cost=True,
+            run, checkpoint=checkpoint, resolution=side, crop=crop, cost=True, **asked
         )
     rows = {name: one.found for name, one in examined.items()}
     _print(rows)
