@@ -1,8 +1,9 @@
 """The model card of an export: what it is, how good, how it was trained, how to load it."""
 
 import json
+import re
 import shlex
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -45,8 +46,8 @@ def write_card(
         eval_results=[
             EvalResult(
                 task_type="image-classification",
-                dataset_type=config.data.source,
-                dataset_name=config.data.source,
+                dataset_type=_data(config),
+                dataset_name=_data(config),
                 dataset_split=found["split"],
                 metric_type="accuracy",
                 metric_value=round(best["top1"], 4),
@@ -66,17 +67,38 @@ def write_card(
     ModelCard("\n\n".join(sections) + "\n").save(path)
 
 
+def _data(config: Config) -> str:
+    """What the images are called: the data set, or the folder that holds them."""
+    data = config.data
+    named = {"folder": Path(data.root).resolve().name, "shards": Path(data.root).resolve().name}
+    return named.get(data.source) or data.reader or data.source
+
+
+def _public(word: str) -> str:
+    """A word of a command, or a source, without the folders that it lies in: a card goes out into
+    the world, the names of somebody's home do not."""
+    option, sign, value = word.rpartition("=")
+    private = value.startswith("~") or PurePath(value).is_absolute()
+    return f"{option}{sign}{PurePath(value).name}" if private else word
+
+
+def _escaped(text: str) -> str:
+    """Somebody's text as Markdown that shows it, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>()#!|~])", r"\\\1", " ".join(text.split()))
+
+
 def _taught(config: Config) -> bool:
     return config.loss.kind != "none"
 
 
 def _what(config: Config, facts: Facts) -> str:
     student = facts.student
-    teachers = " and ".join(one.source or "stored answers" for one in members(config.teacher))
+    sources = (_public(one.source or "stored answers") for one in members(config.teacher))
+    teachers = " and ".join(sources)
     taught = f", distilled from {teachers}" if _taught(config) else ", trained by labels alone"
     return (
         f"`{student.name}` at {student.image_size} px for {len(facts.class_names)} classes of "
-        f"`{config.data.source}`{taught}."
+        f"`{_data(config)}`{taught}."
     )
 
 
@@ -109,7 +131,7 @@ def _training(run: Path, config: Config) -> str:
         f"seed {config.run.seed}",
     ]
     if config.start.source is not None:
-        told.insert(0, f"from the weights of {config.start.source}")
+        told.insert(0, f"from the weights of {_public(config.start.source)}")
     environment = run / "environment.json"
     if environment.is_file():
         about = json.loads(environment.read_text())
@@ -118,12 +140,12 @@ def _training(run: Path, config: Config) -> str:
             f"{about['commit']}"
         )
         if about["arguments"]:
-            told.append(f"command: `{shlex.join(about['arguments'])}`")
+            told.append(f"command: `{shlex.join(map(_public, about['arguments']))}`")
     return "\n".join(f"- {line}" for line in told)
 
 
 def _limits(facts: Facts, found: dict[str, Any]) -> str:
-    shown = ", ".join(facts.class_names[:20])
+    shown = ", ".join(_escaped(name) for name in facts.class_names[:20])
     more = f" and {len(facts.class_names) - 20} more" if len(facts.class_names) > 20 else ""
     return (
         f"One of: {shown}{more}. Every picture gets one of these answers, whatever it shows; "

@@ -24,6 +24,7 @@ from deit.datasets.views import evaluation_views
 from deit.errors import CheckpointError, ConfigError
 from deit.export import export, verify
 from deit.formats import FORMATS
+from deit.model_card import write_card
 from deit.models.networks import create_network
 from deit.models.saved import Facts, build_student, load_student
 from deit.models.start import find_start, fit
@@ -455,3 +456,31 @@ def test_the_card_tells_and_its_snippets_run(form, runs, exports, tmp_path):
         assert done.returncode == 0, done.stderr
         said = done.stdout.strip()
         assert said == answer or f"'label': '{answer}'" in said.split("}")[0]
+
+
+def test_a_card_names_nobodys_folders_and_shows_class_names_as_they_are(tmp_path):
+    home = "/home/ann"
+    config = derive(
+        digits(),
+        data={"source": "folder", "root": f"{home}/data/pets"},
+        teacher={"source": (f"{home}/runs/convnet", "checkpoints/other")},
+        start={"source": f"{home}/weights.pth"},
+    )
+    names = ("a|b", "<script>", "snow_leopard_", "two\nlines")
+    facts = Facts(config.student, names, (0.5,) * 3, (0.5,) * 3, 1.0)
+    command = ["train_deit.py", "digits", f"--data.root={home}/data/pets", "--out", "~/runs/pets"]
+    about = {"device_name": "CPU", "packages": {"torch": "2"}, "commit": "c", "arguments": command}
+    (tmp_path / "environment.json").write_text(json.dumps(about))
+    measured = {"top1": 0.5, "top5": 1.0, "calibration_error": 0.1}
+    heads = dict.fromkeys(("class", "distillation", "fused"), measured)
+    found = {"heads": heads, "teacher": None, "num_samples": 4, "split": "test"}
+    card = tmp_path / "README.md"
+    told = {"config": config, "facts": facts, "found": found, "verified": [], "licence": None}
+    write_card(card, run=tmp_path, name="onnx", **told)
+    text = card.read_text()
+    assert home not in text
+    assert "~" not in text
+    assert "4 classes of `pets`, distilled from convnet and checkpoints/other" in text
+    assert "from the weights of weights.pth" in text
+    assert "`train_deit.py digits --data.root=pets --out pets`" in text
+    assert r"One of: a\|b, \<script\>, snow\_leopard\_, two lines." in text
