@@ -179,11 +179,14 @@ class TrainLoader:
         """The images of an epoch in the order they are taken, int64 [number], on the CPU."""
         return permutation(self.seed, epoch, self.number)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """This process's micro-batches of an epoch, `optim.accumulate` to an update."""
+    def epoch(self, epoch: int, *, done: int = 0) -> Iterator[Batch]:
+        """This process's micro-batches of an epoch, `optim.accumulate` to an update.
+
+        done: updates of it that lie behind; their images are not even read.
+        """
         self.stages.reset()
         order = self.order(epoch)
-        rows = self._rows()
+        rows = self._rows()[done * self.optim.accumulate :]
         own = self.teacher_look if self.for_teacher else None
         looks = [self.student_look] + ([] if own is None else [own])
         wanted = (Wanted(epoch, *self._locate(order, block)) for block in rows)

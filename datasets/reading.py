@@ -1,6 +1,7 @@
 """Encoded images read, decoded and cropped by worker processes, each view by its own key."""
 
 import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -156,6 +157,13 @@ def _without_advice() -> Iterator[None]:
         yield
 
 
+def _leave_signals(worker: int) -> None:
+    """Signals to a whole group of processes are for the training process, which ends its workers
+    when it is done with them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Reader:
     """Reads batches ahead, in order, with a number of worker processes (0: in this one)."""
 
@@ -165,7 +173,11 @@ class Reader:
         self._schedule = _Schedule()
         settings: dict[str, Any] = {}
         if workers > 0:
-            settings = {"persistent_workers": True, "prefetch_factor": 2}
+            settings = {
+                "persistent_workers": True,
+                "prefetch_factor": 2,
+                "worker_init_fn": _leave_signals,
+            }
         with _without_advice():
             self._loader = DataLoader(
                 _Work(images, cutters),

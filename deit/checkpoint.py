@@ -1,37 +1,38 @@
-"""The run folder: what is written, in which order, and how it is found again."""
+"""The run folder: its names, its checkpoints written whole, and the newest sound one found."""
 
-import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
+from deit import manifest
+from deit.console import warn
+from deit.disk import GONE, LOCK, replace_folder
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
+from deit.faults import reach
+from deit.typed_json import read_typed
 
-FORMAT_VERSION = 1
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+RESUMED = "environment-resumed.json"
+RESULT = "result.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
-METRICS = "metrics.jsonl"
-CONFIG = "config.json"
-CHECKPOINTS = ("last", "best")
-_ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
+BEST = "best"
+NAMES = ("best", "last")
+"""What a checkpoint may be asked for by: the best so far, the newest."""
+_PREFIX, _ASIDE = "checkpoint-", "damaged-"
 
 
 def check_folder(out: Path, *, resume: bool) -> None:
     """Refuse a folder that would be overwritten, before anything is written or loaded.
 
-    Raises ConfigError if it is not empty and resuming was not asked for, or holds no run.
+    Raises ConfigError if it is not empty and resuming was not asked for, or holds no run;
+    CheckpointError where its run was made by an earlier release.
     """
     if out.exists() and not out.is_dir():
         raise EnvironmentFault(f"--out {out}: is a file, not a folder")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or {path.name for path in out.iterdir()} <= {LOCK}:
         return
     if not resume:
         raise ConfigError(
@@ -42,225 +43,137 @@ def check_folder(out: Path, *, resume: bool) -> None:
         raise ConfigError(
             f"--out {out}: holds something, but no run to resume (no {CONFIG}); give another --out"
         )
-
-
-def check_writable(out: Path, *, option: str) -> None:
-    """Prove that a file can be written, synced and renamed where `out` is or will be.
-
-    Leaves nothing behind. option: the flag that named it. Raises EnvironmentFault.
-    """
-    place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    probe = place / f".probe-{uuid.uuid4().hex}"
-    try:
-        with probe.open("w") as file:
-            file.write("probe")
-            os.fsync(file.fileno())
-        probe.rename(probe.with_suffix(".renamed")).unlink()
-    except OSError as error:
-        raise EnvironmentFault(f"{option} {out}: cannot be written ({error.strerror})") from None
-
-
-def check_file(path: Path | None, *, option: str, replace: bool) -> None:
-    """Refuse, before the long work, a file that could not be written or (unless it may be replaced)
-    is there already. Raises EnvironmentFault."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise EnvironmentFault(f"{option} {path}: is a folder, not a file")
-    if path.exists() and not replace:
-        raise EnvironmentFault(f"{option} {path}: exists already; --force replaces it")
-    if not path.absolute().parent.is_dir():
-        raise EnvironmentFault(f"{option} {path}: no folder {path.absolute().parent}")
-    check_writable(path.absolute().parent, option=option)
+    if (out / "last").is_dir():
+        raise CheckpointError(
+            f"--out {out}: a run of an earlier release (it has a folder `last`), which this one "
+            "does not resume; its best/ can be evaluated and fine-tuned; give another --out"
+        )
 
 
 def open_folder(out: Path) -> None:
-    """Create the folder; finish or undo a save that was cut off. Raises EnvironmentFault."""
+    """Create the folder of a run. Raises EnvironmentFault."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentFault(f"--out {out}: cannot be made ({error.strerror})") from None
-    for name in CHECKPOINTS:
-        target, new, old = out / name, out / f".new-{name}", out / f".old-{name}"
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
 
 
-def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a new folder by `write` and put it in the place of `target`.
+def result_of(out: Path) -> dict[str, Any] | None:
+    """What a finished run came to; None of one that is not. Raises CheckpointError."""
+    path = out / RESULT
+    return read_typed(path, dict[str, Any]) if path.is_file() else None
 
-    The files are synced before the rename, and the old folder is removed only after it, so that
-    at every moment a complete one exists. Raises EnvironmentFault if the disk refuses.
+
+def folder_of(out: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return out / f"{_PREFIX}{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def found(out: Path) -> list[tuple[int, Path]]:
+    """The checkpoints in a run folder with their steps, the newest first; by name, for clocks and
+    copies make times of files meaningless."""
+    steps = []
+    for path in out.glob(f"{_PREFIX}*"):
+        number = path.name.removeprefix(_PREFIX)
+        if number.isdecimal() and path.is_dir():
+            steps.append((int(number), path))
+    return sorted(steps, reverse=True)
+
+
+Fill = Callable[[Path], dict[str, manifest.Content] | None]
+"""Writes files into the folder it is given; returns what it knows of their digests already."""
+
+
+def write(out: Path, step: int, fill: Fill, *, keep: int) -> None:
+    """Write the checkpoint of a step, whole or not at all; then remove all but the newest `keep`.
+
+    Nothing is removed before the new one is
+    held against its manifest. Raises EnvironmentFault where the disk refuses; the checkpoints
+    before are left then.
     """
-    new = target.with_name(f".new-{target.name}")
-    old = target.with_name(f".old-{target.name}")
-    try:
-        if new.exists():
-            shutil.rmtree(new)
-        new.mkdir()
-        write(new)
-        for file in new.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-        if old.exists():
-            shutil.rmtree(old)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise EnvironmentFault(
-            f"{target}: could not be saved ({reason}); the one before is intact"
-        ) from None
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+    target = folder_of(out, step)
+    seal_folder(target, fill, step=step)
+    manifest.check(target)
+    rotate(out, keep=keep)
 
 
-def put_file(path: Path, content: bytes) -> None:
-    """Write a file to the disk under another name and rename it: it is there whole or not at all.
+def seal_folder(target: Path, fill: Fill, *, step: int) -> None:
+    """Fill a new folder, with a manifest, and put it in the place of `target`.
 
-    Raises FileNotFoundError where its folder is gone, EnvironmentFault where the disk refuses.
+    Raises EnvironmentFault where the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            sync(file)
-        temporary.replace(path)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EnvironmentFault(f"{path}: could not be written ({error.strerror})") from None
-    sync_folder(path.parent)
+
+    def write(folder: Path) -> None:
+        known = fill(folder) or {}
+        names = {file.name for file in folder.iterdir()}
+        files = known | manifest.digests(folder, names - known.keys())
+        manifest.seal(folder, files, step=step)
+        reach("manifest")
+
+    replace_folder(target, write)
 
 
-def put_first(path: Path, content: bytes) -> bool:
-    """Write a file as `put_file` does, unless there is one; whether there was none.
+def rotate(out: Path, *, keep: int) -> None:
+    """Remove all but the newest checkpoints; what a kill leaves of that, the next start clears."""
+    for _, path in found(out)[keep:]:
+        aside = path.with_name(f"{GONE}{path.name}")
+        path.rename(aside)
+        reach("rotate")
+        shutil.rmtree(aside, ignore_errors=True)
 
-    Of several processes one is the first. Raises EnvironmentFault where the disk refuses.
+
+def newest(out: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; None where there is none at all.
+
+    Damaged ones are named and passed over. Raises CheckpointError where all are damaged.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            sync(file)
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise EnvironmentFault(f"{path}: could not be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return True
-
-
-def sync(file: BinaryIO) -> None:
-    """Bring what was written to the disk itself."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring new names to the disk itself, where a folder can be opened for that."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename. Raises EnvironmentFault."""
-    try:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise EnvironmentFault(f"{path}: could not be written ({error.strerror})") from None
-
-
-def append_metrics(out: Path, row: dict[str, Any]) -> None:
-    """One line of JSON for an epoch; what is not finite becomes null. Raises EnvironmentFault."""
-    try:
-        with (out / METRICS).open("a") as file:
-            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
-    except OSError as error:
-        raise EnvironmentFault(f"{out / METRICS}: {error.strerror}") from None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
-        return None
-    return value
-
-
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, oldest first; an empty list without the file.
-
-    A line that a kill cut off is left out.
-    """
-    path = out / METRICS
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    damages = []
+    for step, path in found(out):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def cut_metrics(out: Path, epochs: int) -> None:
-    """Drop rows of epochs that the checkpoint does not hold, so that none appears twice."""
-    kept = [row for row in read_metrics(out) if row["epoch"] <= epochs]
-    temporary = out / f".{METRICS}.tmp"
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    temporary.replace(out / METRICS)
-
-
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """AdamW's state by parameter name, as tensors."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter, {})
-        for kind in _ADAM_TENSORS:
-            if kind in state:
-                tensors[f"{kind}/{name}"] = state[kind].detach().cpu().contiguous()
-    save_file(tensors, path)
-
-
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Put AdamW's state back. Raises CheckpointError if names or shapes differ."""
-    tensors = read_tensors(path)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+            check(path, step)
+        except CheckpointError as error:
+            damages.append(str(error))
             continue
-        found = {kind: tensors.pop(f"{kind}/{name}", None) for kind in _ADAM_TENSORS}
-        if any(value is None for value in found.values()):
-            raise CheckpointError(f"{path}: no optimizer state for {name}")
-        if found["exp_avg"].shape != parameter.shape:
-            raise CheckpointError(
-                f"{path}: {name} is {tuple(found['exp_avg'].shape)} in the file, "
-                f"{tuple(parameter.shape)} in the network"
-            )
-        optimizer.state[parameter] = {
-            "step": found["step"],  # stays on the CPU: AdamW reads it there
-            "exp_avg": found["exp_avg"].to(parameter.device),
-            "exp_avg_sq": found["exp_avg_sq"].to(parameter.device),
-        }
-    if tensors:
-        raise CheckpointError(f"{path}: state of an unknown parameter: {next(iter(tensors))}")
+        for damage in damages:
+            warn(f"passed over: {damage}")
+        return path
+    if damages:
+        raise CheckpointError(
+            f"{out}: no checkpoint is sound, so the run cannot go on:\n  " + "\n  ".join(damages)
+        )
+    return None
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file. Raises CheckpointError."""
-    try:
-        return load_file(path)
-    except Exception as error:  # OSError or SafetensorError
-        raise CheckpointError(f"{path}: not readable ({error})") from None
+def check(path: Path, step: int) -> None:
+    """Hold a checkpoint against its manifest and its name. Raises CheckpointError."""
+    said = manifest.check(path).step
+    if said != step:
+        raise CheckpointError(f"{path}: holds step {said}, so it is not where it was written")
+
+
+def set_aside(out: Path, *, after: int) -> None:
+    """Rename the checkpoints of later steps, which are damaged, so that nothing counts them."""
+    for step, path in found(out):
+        if step > after:
+            aside = path.with_name(f"{_ASIDE}{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            warn(f"{path} is damaged and was set aside as {aside.name}")
+
+
+def is_one(folder: Path) -> bool:
+    """Whether a path is named as a checkpoint in a run folder is."""
+    number = folder.name.removeprefix(_PREFIX)
+    return folder.name == BEST or (folder.name.startswith(_PREFIX) and number.isdecimal())
+
+
+def at(out: Path, name: str) -> Path | None:
+    """The folder of the checkpoint asked for by one of NAMES; None where there is none."""
+    if name == "last":
+        return newest(out)
+    return out / name if (out / name).is_dir() else None

@@ -1,13 +1,19 @@
 """The command line: one grammar behind `deit` and the root scripts; errors become exit codes."""
 
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import deit
 from deit.commands import COMMANDS
 from deit.console import is_main_process, say
-from deit.errors import ConfigError, DeitError
+from deit.errors import ConfigError, DeitError, Stopped
+from deit.faults import arm
 from deit.text import nearest
 
 
@@ -16,16 +22,18 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        COMMANDS[name](arguments, program)
+        arm(os.environ.get("DEIT_FAULT"))
+        with _leaving():
+            COMMANDS[name](arguments, program)
         _leave_processes()
         return 0
+    except Stopped as stop:
+        going_on = "; the same command goes on" if name in ("targets", "compare") else ""
+        _complain(f"{stop}{going_on}", debug)
+        return stop.exit_code
     except DeitError as error:
         _complain(str(error), debug, everywhere=not isinstance(error, ConfigError))
         return error.exit_code
-    except KeyboardInterrupt:
-        run = "a run goes on from its last finished epoch with --resume"
-        _complain(f"interrupted; {'the same command goes on' if name == 'targets' else run}", debug)
-        return 130
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads any more: say nothing on the way out
         return 1
@@ -34,6 +42,28 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
         message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
         _complain(message, debug, everywhere=True)
         return 1
+
+
+@contextmanager
+def _leaving() -> Iterator[None]:
+    """While it is entered, a signal that asks to stop is an error: what is open is closed, what is
+    unfinished removed. SIGUSR1, which SLURM sends as a warning and which would end the process, is
+    for training alone. Signals that are ignored, by nohup for instance, stay so."""
+
+    def leave(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, leave)
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave_processes() -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from deit import checkpoint
 from deit.arguments import (
     Parser,
     RunArguments,
@@ -15,6 +16,7 @@ from deit.arguments import (
     read_numbers,
     run_name,
 )
+from deit.checkpoint import CONFIG
 from deit.config import Config, DataConfig, StudentConfig, is_transformer, to_dict
 from deit.console import say, table
 from deit.errors import CheckpointError, ConfigError
@@ -113,7 +115,7 @@ def _begun(rest: list[str], source: str | None) -> Path | None:
         folder = Path("checkpoints") / run_name(rest[0])
     else:
         folder = Path(f"checkpoints/{_folder_of(source or '').name}-finetuned")
-    return folder if (folder / "config.json").is_file() and (folder / "last").is_dir() else None
+    return folder if (folder / CONFIG).is_file() and checkpoint.found(folder) else None
 
 
 def _go_on(
@@ -137,7 +139,7 @@ def _go_on(
 
 def _folder_of(source: str) -> Path:
     folder = Path(source).expanduser()
-    return folder.parent if folder.name in ("best", "last") else folder
+    return folder.parent if checkpoint.is_one(folder) else folder
 
 
 def _check_patches(side: int, student: StudentConfig) -> None:
@@ -160,7 +162,7 @@ def _config_of(source: str | None, program: str) -> Path:
     if not folder.exists() and ("/" in source or folder.suffix):
         raise CheckpointError(f"--from {source}: no such file or folder")
     folder = _folder_of(source)
-    if not (folder / "config.json").is_file() or not (folder / "best").is_dir():
+    if not (folder / CONFIG).is_file() or not (folder / "best").is_dir():
         raise ConfigError(
             f"{program} --from {source}: is no run of ours, so name a recipe for data and "
             f"schedule: {program} --from {source} RECIPE"
@@ -178,7 +180,7 @@ def evaluate(arguments: list[str], program: str) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
     parser.add_argument("--teacher", metavar="SOURCE", help="teacher to agree with; none: without")
     parser.add_argument("--run.device", dest="device", choices=("auto", "cpu", "cuda"))
@@ -201,8 +203,8 @@ def evaluate(arguments: list[str], program: str) -> None:
         raise ConfigError(f"--variant {options.variant}: {advice}")
     if options.variant is not None and options.root is None:
         raise ConfigError(f"--variant {options.variant}: needs --data.root, where its images lie")
-    from deit.checkpoint import check_file
     from deit.contact_sheet import check_picture
+    from deit.disk import check_file
     from deit.evaluation import evaluate
     from deit.evaluation_tables import print_evaluation, write_evaluation
 
@@ -261,12 +263,12 @@ def predict(arguments: list[str], program: str) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the answers here")
     parser.add_argument("--force", action="store_true", help="let --attention replace a file")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
     options = parser.parse_args(arguments)
     if options.top < 1:
         raise ConfigError(f"--top {options.top}: should be at least 1")
-    from deit.checkpoint import check_file
     from deit.contact_sheet import check_picture
+    from deit.disk import check_file
     from deit.predict import predict
 
     check_file(options.json, option="--json", replace=True)
@@ -295,7 +297,7 @@ def export(arguments: list[str], program: str) -> None:
     parser.add_argument("--format", required=True, metavar="NAME", help=f"{', '.join(EXPORTS)}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder (RUN/export-FORMAT)")
     parser.add_argument("--force", action="store_true", help="let --out replace a folder")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
     parser.add_argument("--images", type=int, default=512, help="test images to verify on (512)")
     parser.add_argument("--license", dest="licence", metavar="NAME", help="of the weights")
@@ -377,7 +379,7 @@ def scan(arguments: list[str], program: str) -> None:
     options = parser.parse_args(arguments)
     if (options.source == "reader") != (options.reader is not None):
         raise ConfigError("--source reader and --reader NAME go together")
-    from deit.checkpoint import check_file, write_json
+    from deit.disk import check_file, write_json
     from deit.scan import print_scan, require_sound, scan, write_quarantine
 
     check_file(options.json, option="--json", replace=True)
@@ -421,8 +423,8 @@ def views(arguments: list[str], program: str) -> None:
     if options.number < 1:
         raise ConfigError(f"--number {options.number}: should be at least 1")
     _refuse_run_flags(run, program)
-    from deit.checkpoint import check_file
     from deit.contact_sheet import check_picture, draw_views
+    from deit.disk import check_file
 
     check_picture(options.out, option="--out")
     check_file(options.out, option="--out", replace=options.force)

@@ -4,10 +4,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from deit import checkpoint
+from deit import journal
 from deit.arguments import RunArguments
 from deit.config import Config, derive
 from deit.console import is_main_process, say, table
+from deit.disk import check_file, write_json
 from deit.errors import ConfigError, EnvironmentFault
 from deit.evaluation import evaluate
 from deit.ground import Ground, slug
@@ -47,7 +48,7 @@ def compare(
             validate(arm, online=False)  # before the teachers are trained
         except ConfigError as error:
             raise ConfigError(f"--study {study}, {name}: {error}") from None
-    checkpoint.check_file(json_file, option="--json", replace=True)
+    check_file(json_file, option="--json", replace=True)
     rows: dict[str, dict[str, Any]] = {}
     for seed in seeds:
         folder = run.out if len(seeds) == 1 else run.out / f"seed-{seed}"
@@ -127,14 +128,14 @@ def _agreement(found: dict[str, Any]) -> float | None:
 
 def _curve(folder: Path) -> list[tuple[int, float]]:
     """Validation top-1 by epoch, of the weights and head that select the best checkpoint."""
-    rows = checkpoint.read_metrics(folder)
+    rows = journal.read(folder / journal.METRICS)
     return [(row["epoch"], selected_top1(row["validation"])) for row in rows if "validation" in row]
 
 
 def _write(result: dict[str, Any], out: Path, json_file: Path | None) -> None:
     """The numbers where they were asked for, the picture beside the runs."""
     if json_file is not None:
-        checkpoint.write_json(json_file, result)
+        write_json(json_file, result)
         say(f"wrote {json_file}")
     try:
         draw_comparison(result, out / "comparison.png")

@@ -432,6 +432,14 @@ class RunConfig:
     """Epochs between evaluations on the validation split; the last epoch always counts."""
     evaluation_batch: Count = 256
     """Images per process in an evaluation step."""
+    save_every: OptionalCount = None
+    """Updates between checkpoints within an epoch; None: one at the end of each epoch alone."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints that stay: a damaged one must never be the only one."""
+    max_skipped: Count = 10
+    """Updates in a row that may be left out because loss or gradient is not finite."""
+    timeout: Positive = 300.0
+    """Seconds after which a process that does not answer counts as lost."""
 
 
 @dataclass(frozen=True)

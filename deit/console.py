@@ -41,17 +41,20 @@ def clock(seconds: float) -> str:
     return f"{total // 3600} h {total % 3600 // 60:02d} min"
 
 
-def progress(items: Iterable[Item], *, total: int, title: str) -> Iterator[Item]:
-    """The same items, with a progress bar on a terminal and a line now and then elsewhere."""
+def progress(items: Iterable[Item], *, total: int, title: str, done: int = 0) -> Iterator[Item]:
+    """The same items, with a progress bar on a terminal and a line now and then elsewhere.
+
+    done: how many of the total lie behind already.
+    """
     if not is_main_process():
         yield from items
     elif sys.stderr.isatty():
-        yield from _bar(items, total, title)
+        yield from _bar(items, total, title, done)
     else:
-        yield from _lines(items, total, title)
+        yield from _lines(items, total, title, done)
 
 
-def _bar(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
+def _bar(items: Iterable[Item], total: int, title: str, done: int) -> Iterator[Item]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -61,20 +64,20 @@ def _bar(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(title, total=total, completed=done)
         for item in items:
             yield item
             bar.advance(task)
 
 
-def _lines(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
+def _lines(items: Iterable[Item], total: int, title: str, behind: int) -> Iterator[Item]:
     started = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
+    for number, item in enumerate(items, start=1):
         yield item
-        now = time.monotonic()
+        now, done = time.monotonic(), behind + number
         if now - last >= _PLAIN_INTERVAL_S and done < total:
             last = now
-            eta = clock((now - started) / done * (total - done))
+            eta = clock((now - started) / number * (total - done))
             print(f"{title}: {done}/{total}, ETA {eta}", file=sys.stderr, flush=True)
 
 

@@ -1,5 +1,6 @@
 """The training step, the epoch and the prediction of a split: the only file that calls backward."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -7,8 +8,10 @@ import torch
 from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from deit.config import LossConfig, OptimConfig
+from deit.faults import spoil
 from deit.keys import step_seed
 from deit.losses import Losses, objective
 from deit.optim import WeightAverage, lr_at, set_lr
@@ -33,38 +36,68 @@ class Job(NamedTuple):
     seed: int
 
 
-def train_epoch(job: Job, batches: Iterator[Batch], *, step: int, steps: int) -> dict[str, float]:
-    """One pass: `steps` updates, of which the first is update number `step` of the run.
+class Update(NamedTuple):
+    """What became of an update.
 
-    Returns the epoch's means over all processes: losses by name, `<head>_top1` against the
-    label that dominates each view, `agreement` with the teacher, `teacher_top1`, and `lr`.
+    applied: False where loss or gradient was not finite in any process; nothing moved then.
+    suspects: int64 [images], this process's training images behind that; empty where it was.
     """
+
+    applied: bool
+    suspects: Tensor
+
+
+def train_epoch(
+    job: Job, batches: Iterator[Batch], tally: "Tally", *, step: int, steps: int
+) -> Iterator[Update]:
+    """Train on the batches of an epoch; an item after each update, the first number `step` of the
+    run. steps: updates of a whole epoch. tally: takes up what was applied."""
     accelerator, student = job.accelerator, job.student
     student.train()
-    tally = Tally(accelerator.device)
-    lr = 0.0
     for part, batch in enumerate(batches):
         seed_torch(job, step, part)
         with accelerator.accumulate(student):
             outputs = student(batch.images)
             answers = None if job.teach is None else job.teach(batch)
             losses = objective(outputs, batch.targets, answers, job.loss, epoch=step / steps)
-            accelerator.backward(losses["total"])
-            if accelerator.sync_gradients:
-                lr = lr_at(step, optim=job.optim, steps_per_epoch=steps)
-                set_lr(job.optimizer, lr)
-                if job.optim.clip_norm is not None:
-                    accelerator.clip_grad_norm_(student.parameters(), job.optim.clip_norm)
-            job.optimizer.step()
-            job.optimizer.zero_grad()
-        tally.add(losses, outputs, batch.targets, answers)
+            accelerator.backward(_noticed(spoil("loss", losses["total"])))
+        tally.add(losses, outputs, batch, answers)
         if accelerator.sync_gradients:
+            applied = _apply(job, step, steps)
+            yield Update(applied, tally.settle(applied=applied))
             step += 1
-            if job.average is not None and not job.optimizer.step_was_skipped:
-                job.average.update(accelerator.unwrap_model(student))
     if job.teach is not None:
         job.teach.check()
-    return {**tally.means(accelerator), "lr": lr}
+
+
+def _noticed(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite, one whose gradient is not either, so that by the sum over
+    the processes all notice. (A factor of exactly 1 else: the gradient stays to the bit.)"""
+    return loss * (1 + 0 * loss.detach())
+
+
+def _apply(job: Job, step: int, steps: int) -> bool:
+    """Move the weights along the gradient, unless it is not finite; whether they moved.
+
+    The gradient is the same in all processes here, and so is the answer.
+    """
+    accelerator, optimizer = job.accelerator, job.optimizer
+    set_lr(optimizer, lr_at(step, optim=job.optim, steps_per_epoch=steps))
+    parameters = list(job.student.parameters())
+    if job.optim.clip_norm is not None:
+        norm = accelerator.clip_grad_norm_(parameters, job.optim.clip_norm)
+    else:
+        accelerator.unscale_gradients()
+        norm = get_total_norm([one.grad for one in parameters if one.grad is not None])
+    sound = bool(norm.isfinite())
+    if sound or accelerator.scaler is not None:
+        # In fp16 the scaler leaves such an update out, and lowers its scale.
+        optimizer.step()
+        sound = not optimizer.step_was_skipped
+    optimizer.zero_grad()
+    if sound and job.average is not None:
+        job.average.update(accelerator.unwrap_model(job.student))
+    return sound
 
 
 def seed_torch(job: Job, step: int, part: int) -> None:
@@ -79,42 +112,76 @@ def seed_torch(job: Job, step: int, part: int) -> None:
 
 
 class Tally:
-    """Sums over an epoch, kept on the device so that no step waits for them."""
+    """Sums over an epoch, kept on the device so that no step waits for them.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.sums: dict[str, Tensor] = {}
-        self.number = 0
+    What a micro-batch adds counts once its update was applied.
+    """
 
-    def add(
-        self, losses: Losses, outputs: Outputs, targets: Tensor, answers: Answers | None
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, begun: dict[str, list[float]]) -> None:
+        """begun: what `dump` gave in the middle of the epoch; empty at its start. Sums of another
+        number of processes all go to the first."""
+        self.accelerator = accelerator
+        own, several = accelerator.process_index, accelerator.num_processes
+        self.sums = {
+            name: torch.tensor(
+                values[own] if len(values) == several else sum(values) * (own == 0),
+                dtype=torch.float64,
+                device=accelerator.device,
+            )
+            for name, values in begun.items()
+        }
+        self._pending: list[dict[str, Tensor]] = []
+        self._behind: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, losses: Losses, outputs: Outputs, batch: Batch, answers: Answers | None) -> None:
         """Add a micro-batch; losses are means over it. With several voices, the mean over them."""
-        number = len(targets)
-        labels = targets.argmax(dim=1)
+        number = len(batch.targets)
+        labels = batch.targets.argmax(dim=1)
         heads = head_logits(Outputs(*(None if o is None else o.detach() for o in outputs)))
-        for name, loss in losses.items():
-            self._sum(f"loss_{name}" if name != "total" else "loss", loss.detach() * number)
+        found = {
+            f"loss_{name}" if name != "total" else "loss": loss.detach().double() * number
+            for name, loss in losses.items()
+        }
         for name, logits in heads.items():
-            self._sum(f"{name}_top1", (logits.argmax(dim=1) == labels).sum())
+            found[f"{name}_top1"] = (logits.argmax(dim=1) == labels).sum()
         if answers is not None:
             taught, voices = answers.labels, answers.labels.shape[1]
             student = heads.get("fused", heads["class"]).argmax(dim=1)
-            self._sum("agreement", (student[:, None] == taught).sum() / voices)
-            self._sum("teacher_top1", (taught == labels[:, None]).sum() / voices)
-        self.number += number
+            found["agreement"] = (student[:, None] == taught).sum() / voices
+            found["teacher_top1"] = (taught == labels[:, None]).sum() / voices
+        found["number"] = labels.new_tensor(number)
+        self._pending.append(found)
+        self._behind.append((batch.samples, losses["total"].detach(), heads["class"]))
 
-    def _sum(self, name: str, value: Tensor) -> None:
-        before = self.sums.get(name)
-        value = value.double()
-        self.sums[name] = value if before is None else before + value
+    def settle(self, *, applied: bool) -> Tensor:
+        """Count the update's micro-batches, or leave them out; the images behind the latter, int64
+        [images]: those without a finite answer, all where every answer is finite."""
+        suspects = [self._behind[0][0][:0]]
+        for found in self._pending if applied else ():
+            for name, value in found.items():
+                before = self.sums.get(name)
+                self.sums[name] = value.double() if before is None else before + value
+        if not applied:
+            bad = [samples[~logits.isfinite().all(dim=1)] for samples, _, logits in self._behind]
+            some = any(len(part) for part in bad)
+            suspects = bad if some else [samples for samples, _, _ in self._behind]
+        self._pending, self._behind = [], []
+        return torch.cat(suspects)
 
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over the samples of all processes."""
-        number = torch.tensor(self.number, dtype=torch.float64, device=self.device)
-        totals = torch.stack([*self.sums.values(), number])
-        totals = accelerator.reduce(totals, reduction="sum").tolist()
-        return {name: total / totals[-1] for name, total in zip(self.sums, totals)}
+    def dump(self) -> dict[str, list[float]]:
+        """The sums of each process by name, the same in all of them."""
+        if not self.sums:
+            return {}
+        own = torch.stack(list(self.sums.values()))
+        everyone = self.accelerator.gather(own[None]).T.tolist()
+        return dict(zip(self.sums, everyone))
+
+    def means(self) -> dict[str, float]:
+        """Means over the samples of all processes: losses by name, `<head>_top1` against the label
+        that dominates each view, `agreement` with the teacher and `teacher_top1`."""
+        totals = {name: math.fsum(values) for name, values in self.dump().items()}
+        number = totals.pop("number", 0)
+        return {name: total / number for name, total in totals.items()} or {"loss": math.nan}
 
 
 @torch.no_grad()

@@ -4,13 +4,14 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 import deit
 from deit.config import RunConfig
@@ -65,6 +66,7 @@ def create_accelerator(run: RunConfig, *, accumulate: int = 1) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=accumulate, sync_with_dataloader=False
         ),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout))],
     )
 
 
@@ -86,6 +88,22 @@ def leave_processes() -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device or the processor had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether processes could not talk: one is gone, or did not answer in time.
+
+    Gloo says so by a plain RuntimeError, in words of its own.
+    """
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def describe(accelerator: Accelerator, arguments: list[str]) -> dict[str, Any]:

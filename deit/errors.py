@@ -1,5 +1,7 @@
 """The errors a user can cause, each with the exit code a script can rely on."""
 
+from signal import Signals
+
 
 class DeitError(Exception):
     """A mistake or mishap outside the code: shown as one message, without a traceback."""
@@ -39,6 +41,21 @@ class NumericsError(DeitError):
     """A loss or gradient is no longer finite."""
 
     exit_code = 6
+
+
+class PeerError(DeitError):
+    """Another process of the run is gone, or did not answer in time."""
+
+    exit_code = 7
+
+
+class Stopped(DeitError):
+    """A signal asked to stop."""
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message or f"stopped by {Signals(number).name}")
+        self.number = number
+        self.exit_code = 128 + number
 
 
 def reason_of(error: Exception) -> str:

@@ -239,12 +239,13 @@ def find_run(run: Path, name: str) -> tuple[Config, Path]:
     """
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run folder")
-    if not (run / checkpoint.CONFIG).is_file() and run.name in ("best", "last"):
-        run, name = run.parent, run.name
+    saved = None
+    if not (run / checkpoint.CONFIG).is_file() and checkpoint.is_one(run):
+        run, saved = run.parent, run
     if not (run / checkpoint.CONFIG).is_file():
         raise CheckpointError(f"{run}: not a run folder (no {checkpoint.CONFIG})")
-    saved = run / name
-    if find_saved(saved) != saved:
+    saved = saved or checkpoint.at(run, name)
+    if saved is None or find_saved(saved) != saved:
         raise CheckpointError(f"{run}: has no finished checkpoint {name!r} yet")
     return load(run / checkpoint.CONFIG), saved
 

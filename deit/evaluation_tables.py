@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from deit.checkpoint import write_json
 from deit.console import is_main_process, percent, say, table
+from deit.disk import write_json
 
 HEADS = ("class", "distillation", "fused")
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deit.checkpoint import check_writable, replace_folder
 from deit.config import Config
 from deit.console import say
 from deit.datasets.splits import load_splits
+from deit.disk import check_writable, replace_folder
 from deit.errors import CheckpointError, EnvironmentFault
 from deit.evaluation import evaluate, find_run
 from deit.formats import FORMATS, Answer, Graph, Heads, outputs_of

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from deit import checkpoint
 from deit.config import Config
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
+from deit.manifest import FORMAT_VERSION
 from deit.models.saved import Facts
 from deit.optim import WeightAverage
 from deit.panel import Panel
@@ -20,19 +20,39 @@ from deit.panel import Panel
 
 @dataclass
 class State:
-    """How far a run has come; everything a resumed run must know beside tensors."""
+    """How far a run has come; everything a resumed run must know beside tensors.
+
+    No random state is among it: order, views, mixing and drop path are functions of the seed and
+    of where the run is.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    format_version: int = checkpoint.FORMAT_VERSION
+    format_version: int = FORMAT_VERSION
     epoch: int = 0
+    """Epochs that are trained, evaluated and logged."""
     step: int = 0
+    """Updates so far, those skipped among them."""
     samples_seen: int = 0
     seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "top1": -1.0})
     average_updates: int = 0
+    skipped: int = 0
+    """Updates left out because loss or gradient was not finite; `skipped_in_a_row` of them without
+    a good one between."""
+    skipped_in_a_row: int = 0
+    tally: dict[str, list[float]] = field(default_factory=dict)
+    """Sums of the epoch under way: by name, of each process."""
     fingerprint: str = ""
+    """Of the images, labels and class names."""
     targets: list[str] = field(default_factory=list)
+    """Digests of the stores of targets."""
     scaler: dict[str, Any] | None = None
+    """Of the gradients in fp16."""
+    metrics_bytes: int = 0
+    """Length of the log of metrics; what is behind it was written later."""
+    chain_bytes: int = 0
+    chain: str = ""
+    """The latest link of the chain of hashes."""
 
 
 @dataclass

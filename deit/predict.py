@@ -12,6 +12,7 @@ from deit.config import TeacherConfig, members
 from deit.console import percent, progress, say, table
 from deit.datasets.decoding import EXTENSIONS, decode_square
 from deit.datasets.views import evaluation_views
+from deit.disk import write_json
 from deit.errors import CheckpointError, ConfigError, DataError, reason_of
 from deit.models.attention import Looks, check_attention, rollout
 from deit.models.saved import Facts, find_saved, load_student
@@ -71,7 +72,7 @@ def predict(
     for row in rows:
         _print(row)
     if json_file is not None:
-        checkpoint.write_json(json_file, result)
+        write_json(json_file, result)
         say(f"wrote {json_file}")
     if attention is not None:
         _draw(pictures, rows, names, attention)
@@ -82,7 +83,7 @@ def _saved(run: Path, name: str) -> Path:
     """The folder with the student. Raises CheckpointError."""
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run folder")
-    saved = run / name if (run / name).is_dir() else run
+    saved = checkpoint.at(run, name) or run
     if find_saved(saved) != saved:
         raise CheckpointError(f"{run}: holds no finished checkpoint {name!r} of ours")
     return saved
@@ -114,7 +115,7 @@ def _teacher(run: Path, source: str | None, facts: Facts) -> Teacher | None:
         return None
     asked = TeacherConfig(source=(source,))
     if source == "run":
-        file = (run.parent if run.name in ("best", "last") else run) / checkpoint.CONFIG
+        file = (run.parent if checkpoint.is_one(run) else run) / checkpoint.CONFIG
         asked = load(file).teacher
         if len(asked.source) != 1:
             raise ConfigError(

@@ -1,6 +1,6 @@
 """A model's answers on a whole split, in its order, whatever the number of processes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +13,7 @@ from deit.datasets.reading import Reader, Squares, Wanted, worker_count
 from deit.datasets.views import evaluation_views
 from deit.engine import predict
 from deit.errors import DataError
+from deit.faults import reach
 from deit.records import Outputs
 
 
@@ -24,11 +25,13 @@ def answers_of(
     title: str,
     *,
     size: int | None = None,
+    watch: Callable[[], None] | None = None,
 ) -> Outputs:
     """A model's answers on the evaluation views of a split, on the CPU, float32.
 
     Raises DataError with fewer images than processes.
     title: what the progress bar says. size: side [px] of what it is shown; None: the student's.
+    watch: called before each batch that all processes have, equally often in all of them.
     """
     number = len(images.labels)
     if number < accelerator.num_processes:
@@ -36,7 +39,16 @@ def answers_of(
     mine = torch.arange(accelerator.process_index, number, accelerator.num_processes)
     chunks = mine.split(config.run.evaluation_batch)
     views = shown(images, chunks, config, device=accelerator.device, size=size)
-    return predict(accelerator, model, progress(views, total=len(chunks), title=title), number)
+    common = number // accelerator.num_processes // config.run.evaluation_batch
+
+    def watched() -> Iterator[Tensor]:
+        for index, part in enumerate(progress(views, total=len(chunks), title=title)):
+            reach("evaluation")
+            if watch is not None and index < common:
+                watch()
+            yield part
+
+    return predict(accelerator, model, watched(), number)
 
 
 def shown(

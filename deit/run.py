@@ -1,8 +1,8 @@
 """The wiring of a training run, from a configuration to a finished run folder."""
 
-import math
 import shlex
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,33 @@ from deit.config import Config, to_dict
 from deit.console import clock, progress, say
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
-from deit.engine import Job, train_epoch
+from deit.disk import check_space, check_writable, finish_replacing, hold, write_json
+from deit.engine import Job, Tally, train_epoch
 from deit.environment import create_accelerator, describe
-from deit.errors import ConfigError, DataError, NumericsError
+from deit.errors import ConfigError, DataError, Stopped
+from deit.faults import reach
+from deit.interruption import STOPPING, Interruption
 from deit.metrics import agreement, topk_accuracy
+from deit.mishaps import understood, watch_numbers
 from deit.models.layers import depths_of, hold_still
 from deit.models.saved import build_student
 from deit.models.start import Found
 from deit.models.student import has_two_heads
-from deit.optim import WeightAverage, build_optimizer, layer_scales
+from deit.optim import WeightAverage, build_optimizer, layer_scales, lr_at
 from deit.parts import Parts, State
 from deit.prediction import answers_of
 from deit.preparation import begin, facts_of, found_start, settled
 from deit.records import head_logits
-from deit.saving import as_begun, restore, save
+from deit.saving import (
+    as_begun,
+    check_same_run,
+    close_epoch,
+    finish,
+    restore,
+    save,
+    space_of,
+    warn_of_another_machine,
+)
 from deit.teaching import Faculty
 from deit.validation import validate
 
@@ -43,7 +56,8 @@ def train(
     dry_run: bool = False,
     arguments: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Train the student of a configuration and leave a run folder. Returns its state.
+    """Train the student of a configuration and leave a run folder. Returns what its result.json
+    holds.
 
     dry_run: one training and one evaluation step, nothing written.
     Raises the errors of deit.errors; everything a check can find is found before the first step.
@@ -51,9 +65,9 @@ def train(
     config = validate(config)
     if not dry_run:
         checkpoint.check_folder(out, resume=resume)
-        checkpoint.check_writable(out, option="--out")
+        check_writable(out, option="--out")
     # A run that goes on has weights of its own: what it started from may be gone by now.
-    begun = resume and (out / "last").is_dir()
+    begun = resume and bool(checkpoint.found(out))
     found = None if begun else found_start(config)
     config = as_begun(config, out) if begun else settled(config, found)
     accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
@@ -61,31 +75,53 @@ def train(
     parts = _furnish(config, out, accelerator, faculty, found)
     environment = describe(accelerator, arguments or [])
     announce(parts, environment)
+    if not dry_run:
+        check_space(out, space_of(parts), option="--out")
     parts.teacher_answers = faculty.check(parts.splits, accelerator, parts.loader)
     parts.view_epochs = faculty.stored_epochs
     if dry_run:
         _dry_run(parts)
         return asdict(parts.state)
+    finished = checkpoint.result_of(out) if resume else None
+    if finished is not None:
+        check_same_run(parts, finished)
+        say(f"{out}: already complete after {finished['epochs']} epochs")
+        return finished
     # Nothing was written so far; and every process has checked the folder before one fills it.
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        checkpoint.open_folder(out)
-    accelerator.wait_for_everyone()
-    if resume:
-        restore(parts)
-    if accelerator.is_main_process and parts.state.epoch < config.optim.epochs:
-        checkpoint.write_json(out / checkpoint.CONFIG, to_dict(config))
-        first = "environment.json" if parts.state.epoch == 0 else "environment-resumed.json"
-        checkpoint.write_json(out / first, environment)
-        if parts.start_notes is not None:
-            checkpoint.write_json(out / "start.json", parts.start_notes)
-    _fit(parts)
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            checkpoint.open_folder(out)
+            stack.enter_context(hold(out, option="--out"))
+            finish_replacing(out)
+        accelerator.wait_for_everyone()
+        interruption = stack.enter_context(Interruption(accelerator))
+        stack.enter_context(understood(parts))
+        _begin(parts, environment, resume=resume)
+        _fit(parts, interruption)
+        result = finish(parts)
+        accelerator.wait_for_everyone()
     say(
-        f"finished in {clock(parts.state.seconds)}; "
+        f"finished in {clock(result['seconds'])}; "
         f"next: python evaluate_deit.py {shlex.quote(str(out))}"
     )
-    accelerator.wait_for_everyone()
-    return asdict(parts.state)
+    return result
+
+
+def _begin(parts: Parts, environment: dict[str, Any], *, resume: bool) -> None:
+    """Go back to where the run was, and write down what it is and where it goes on."""
+    out = parts.out
+    first = not (out / checkpoint.CONFIG).is_file()
+    if resume and not first:
+        restore(parts)
+        warn_of_another_machine(out, environment)
+    parts.accelerator.wait_for_everyone()
+    if parts.accelerator.is_main_process:
+        name = checkpoint.ENVIRONMENT if first else checkpoint.RESUMED
+        write_json(out / checkpoint.CONFIG, to_dict(parts.config))
+        write_json(out / name, environment)
+        if parts.start_notes is not None:
+            write_json(out / "start.json", parts.start_notes)
 
 
 def _furnish(
@@ -158,11 +194,16 @@ def _dry_run(parts: Parts) -> None:
     config = parts.config
     batches = parts.loader.epoch(0)
     first = (next(batches) for _ in range(config.optim.accumulate))
-    means = train_epoch(_job(parts), first, step=0, steps=parts.loader.steps_per_epoch)
+    tally = Tally(parts.accelerator, {})
+    for update in train_epoch(
+        _job(parts), first, tally, step=0, steps=parts.loader.steps_per_epoch
+    ):
+        watch_numbers(parts, update)
     number = max(config.run.evaluation_batch, parts.accelerator.num_processes)
     few = parts.splits.validation.select(slice(number))
     answers_of(parts.accelerator, parts.student, few, config, "dry run")
-    say(f"dry run: one update (loss {means['loss']:.4f}) and one evaluation step; nothing written")
+    loss = tally.means()["loss"]
+    say(f"dry run: one update (loss {loss:.4f}) and one evaluation step; nothing written")
 
 
 def _job(parts: Parts) -> Job:
@@ -178,38 +219,61 @@ def _job(parts: Parts) -> Job:
     )
 
 
-def _fit(parts: Parts) -> None:
-    """Train, evaluate, log and save, epoch by epoch."""
-    config, state, loader = parts.config, parts.state, parts.loader
-    epochs, steps = config.optim.epochs, loader.steps_per_epoch
-    if state.epoch == epochs:
-        say(f"{parts.out}: already complete after {epochs} epochs")
-    for epoch in range(state.epoch, epochs):
+def _fit(parts: Parts, interruption: Interruption) -> None:
+    """Train, save, evaluate and log, epoch by epoch, from wherever the state is.
+
+    Saved before the evaluation: a run that is killed there evaluates again, and trains nothing
+    again. Raises Stopped, after a checkpoint, where a signal asks for it.
+    """
+    config, state, steps = parts.config, parts.state, parts.loader.steps_per_epoch
+    while state.epoch < config.optim.epochs:
+        tally = Tally(parts.accelerator, state.tally)
+        speed = _train_rest(parts, tally, interruption)
         started = time.monotonic()
-        batches = progress(
-            loader.epoch(epoch if parts.view_epochs is None else epoch % parts.view_epochs),
-            total=steps * config.optim.accumulate,
-            title=f"epoch {epoch + 1}/{epochs}",
-        )
-        means = train_epoch(_job(parts), batches, step=state.step, steps=steps)
-        trained_s = time.monotonic() - started
-        if not math.isfinite(means["loss"]):
-            raise NumericsError(
-                f"epoch {epoch + 1}: the training loss is {means['loss']}; {parts.out} keeps the "
-                f"{epoch} epochs before; a lower optim.lr or optim.clip_norm 1 usually helps"
-            )
-        state.epoch, state.step = epoch + 1, state.step + steps
-        state.samples_seen += steps * config.optim.batch_size
-        row = {"epoch": state.epoch, "step": state.step, "train": means}
-        row["images_per_s"] = steps * config.optim.batch_size / trained_s
-        row["loader"] = _of_loader(loader, trained_s)
-        due = state.epoch % config.run.evaluate_every == 0 or state.epoch == epochs
-        if due:
-            row["validation"] = _validate_heads(parts)
+        state.epoch += 1
+        last = lr_at(state.step - 1, optim=config.optim, steps_per_epoch=steps)
+        row = {"epoch": state.epoch, "step": state.step, "train": {**tally.means(), "lr": last}}
+        row |= speed
+        if state.epoch % config.run.evaluate_every == 0 or state.epoch == config.optim.epochs:
+            row["validation"] = _validate_heads(parts, interruption)
+        state.tally = {}
         state.seconds += time.monotonic() - started
         row["seconds"] = state.seconds
-        save(parts, row)
-        report(row, epochs, config.loss)
+        close_epoch(parts, row)
+        report(row, config.optim.epochs, config.loss)
+
+
+def _train_rest(parts: Parts, tally: Tally, interruption: Interruption) -> dict[str, Any]:
+    """Train what is left of the epoch, with a checkpoint at its end; how fast that was."""
+    config, state, loader = parts.config, parts.state, parts.loader
+    epoch, steps = state.epoch, loader.steps_per_epoch
+    begun = state.step - epoch * steps
+    if begun == steps:
+        return {}  # a resumed run that was evaluating
+    views = epoch if parts.view_epochs is None else epoch % parts.view_epochs
+    batches = progress(
+        loader.epoch(views, done=begun),
+        total=steps * config.optim.accumulate,
+        done=begun * config.optim.accumulate,
+        title=f"epoch {epoch + 1}/{config.optim.epochs}",
+    )
+    started, before = time.monotonic(), state.seconds
+    for update in train_epoch(_job(parts), batches, tally, step=state.step, steps=steps):
+        state.step += 1
+        state.samples_seen += config.optim.batch_size
+        state.seconds = before + time.monotonic() - started
+        watch_numbers(parts, update)
+        reach("update")
+        ended = state.step == (epoch + 1) * steps
+        every = config.run.save_every
+        regular = ended or (every is not None and state.step % every == 0)
+        signal = interruption.asked()
+        if regular or signal:
+            save(parts, tally, regular=regular)
+        if signal in STOPPING:
+            raise Stopped(signal)
+    trained_s, trained = state.seconds - before, (steps - begun) * config.optim.batch_size
+    return {"images_per_s": trained / trained_s, "loader": _of_loader(loader, trained_s)}
 
 
 def _of_loader(loader: TrainLoader, trained_s: float) -> dict[str, Any]:
@@ -220,7 +284,7 @@ def _of_loader(loader: TrainLoader, trained_s: float) -> dict[str, Any]:
     return {"share": own / trained_s, "images_per_s": loader.stages.rates()}
 
 
-def _validate_heads(parts: Parts) -> dict[str, float]:
+def _validate_heads(parts: Parts, interruption: Interruption) -> dict[str, float]:
     """Top-1 by head on the validation split, of the average too where there is one, and how often
     the fused (or only) head agrees with the teacher."""
     labels = parts.splits.validation.labels
@@ -230,7 +294,12 @@ def _validate_heads(parts: Parts) -> dict[str, float]:
     found: dict[str, float] = {}
     for prefix, model in models.items():
         outputs = answers_of(
-            parts.accelerator, model, parts.splits.validation, parts.config, "evaluating"
+            parts.accelerator,
+            model,
+            parts.splits.validation,
+            parts.config,
+            "evaluating",
+            watch=interruption.check,
         )
         heads = head_logits(outputs)
         heads.pop("fused_softmax", None)

@@ -1,15 +1,23 @@
-"""Saving a run after each epoch, and putting a stopped one back to where it was."""
+"""A run written down, at any update, and put back to where it was."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deit import checkpoint
+import torch
+from accelerate import Accelerator
+
+from deit import checkpoint, journal
 from deit.config import Config, derive, to_dict
-from deit.console import say
+from deit.console import say, warn
+from deit.disk import write_json
+from deit.engine import Tally
 from deit.errors import CheckpointError, ConfigError, DataError
+from deit.faults import reach
+from deit.manifest import FORMAT_VERSION, Content, digests
 from deit.models.saved import WEIGHTS, save_student, save_weights
 from deit.models.weights import load_weights, read_weights
+from deit.optimizer_state import load_optimizer, save_optimizer
 from deit.parts import Parts, State
 from deit.typed_json import read_typed
 from deit.validation import load
@@ -20,8 +28,14 @@ RESUMABLE = (
     "data.root",
     "data.download",
     "data.memory_fraction",
-    "run.device",
+    "data.workers",
     "teacher.targets",  # that it is the same store is told by its digest
+    "optim.accumulate",  # the batch stays
+    "run.device",
+    "run.evaluation_batch",
+    "run.save_every",
+    "run.keep_checkpoints",
+    "run.timeout",
 )
 
 
@@ -33,15 +47,14 @@ def selected_top1(validation: dict[str, float]) -> float:
     return validation["class_top1"]
 
 
-def save(parts: Parts, row: dict[str, Any]) -> None:
-    """Write `last`, and `best` unless the selected accuracy fell; then the epoch's metrics."""
+def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
+    """Write the checkpoint of this update.
+
+    regular: whether every run of this configuration saves here; the hashes of its state then go
+    into the chain, by which two runs can be held beside each other. Raises EnvironmentFault.
+    """
     state, accelerator = parts.state, parts.accelerator
-    top1 = selected_top1(row["validation"]) if "validation" in row else float("-inf")
-    # A tie goes to the later epoch: on a small validation split it comes early by luck, and the
-    # weights still move a lot then.
-    improved = top1 >= state.best["top1"]
-    if improved:
-        state.best = {"epoch": state.epoch, "top1": top1, **row["validation"]}
+    state.tally = tally.dump()  # of all processes
     if not accelerator.is_main_process:
         return
     student = accelerator.unwrap_model(parts.student)
@@ -49,33 +62,94 @@ def save(parts: Parts, row: dict[str, Any]) -> None:
         state.average_updates = parts.average.updates
     state.scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
 
-    def write_best(folder: Path) -> None:
-        chosen = student if parts.average is None else parts.average.model
-        save_student(folder, chosen.network.state_dict(), parts.facts)
-        checkpoint.write_json(folder / checkpoint.STATE, asdict(state))
-
-    def write_last(folder: Path) -> None:
+    def fill(folder: Path) -> dict[str, Content]:
         save_student(folder, student.network.state_dict(), parts.facts)
-        checkpoint.save_optimizer(folder / checkpoint.OPTIMIZER, parts.optimizer, student.network)
+        reach("model")
+        save_optimizer(folder / checkpoint.OPTIMIZER, parts.optimizer, student.network)
+        reach("optimizer")
         if parts.average is not None:
             save_weights(folder / AVERAGE, parts.average.model.network.state_dict())
-        checkpoint.write_json(folder / checkpoint.STATE, asdict(state))
+            reach("average")
+        hashed = digests(folder, (path.name for path in folder.glob("*.safetensors")))
+        if regular:
+            _link(parts, hashed)
+        write_json(folder / checkpoint.STATE, asdict(state))
+        reach("state")
+        return hashed
 
-    # In this order a kill at any point loses nothing: resuming drops the rows beyond `last`.
-    checkpoint.append_metrics(parts.out, row)
+    checkpoint.write(parts.out, state.step, fill, keep=parts.config.run.keep_checkpoints)
+
+
+def _link(parts: Parts, files: dict[str, Content]) -> None:
+    """Add the hashes of a state's tensors to the chain."""
+    state = parts.state
+    hashes = {name.removesuffix(".safetensors"): one.sha256 for name, one in files.items()}
+    state.chain = journal.link(state.chain, state.step, hashes)
+    row = {"step": state.step, **hashes, "chain": state.chain}
+    state.chain_bytes = journal.append(parts.out / journal.CHAIN, row)
+
+
+def close_epoch(parts: Parts, row: dict[str, Any]) -> None:
+    """Note a finished epoch: `best`, unless the selected accuracy fell, then the row of metrics."""
+    state = parts.state
+    top1 = selected_top1(row["validation"]) if "validation" in row else float("-inf")
+    # A tie goes to the later epoch: on a small validation split it comes early by luck, and the
+    # weights still move a lot then.
+    improved = top1 >= state.best["top1"]
     if improved:
-        checkpoint.replace_folder(parts.out / "best", write_best)
-    checkpoint.replace_folder(parts.out / "last", write_last)
+        state.best = {"epoch": state.epoch, "top1": top1, **row["validation"]}
+    if not parts.accelerator.is_main_process:
+        return
+
+    def fill(folder: Path) -> None:
+        student = parts.accelerator.unwrap_model(parts.student)
+        chosen = student if parts.average is None else parts.average.model
+        save_student(folder, chosen.network.state_dict(), parts.facts)
+        write_json(folder / checkpoint.STATE, asdict(state))
+
+    if improved:
+        checkpoint.seal_folder(parts.out / checkpoint.BEST, fill, step=state.step)
+    state.metrics_bytes = journal.append(parts.out / journal.METRICS, row)
+    reach("metrics")
+
+
+def finish(parts: Parts) -> dict[str, Any]:
+    """Mark the run as finished; what came of it, as plain values."""
+    state = parts.state
+    result = {
+        "epochs": state.epoch,
+        "step": state.step,
+        "samples_seen": state.samples_seen,
+        "seconds": state.seconds,
+        "skipped": state.skipped,
+        "best": state.best,
+        "chain": state.chain,
+        "fingerprint": state.fingerprint,
+        "targets": state.targets,
+    }
+    if parts.accelerator.is_main_process:
+        reach("finish")
+        write_json(parts.out / checkpoint.RESULT, result)
+    return result
+
+
+def space_of(parts: Parts) -> int:
+    """What a run writes at most [bytes]: its checkpoints, one more while that is written, and the
+    best twice likewise."""
+    network = parts.accelerator.unwrap_model(parts.student).network
+    weights = sum(value.nbytes for value in network.state_dict().values())
+    moments = 2 * sum(one.nbytes for one in network.parameters() if one.requires_grad)
+    whole = weights * (2 if parts.average is not None else 1) + moments
+    return (parts.config.run.keep_checkpoints + 1) * whole + 2 * weights
 
 
 def read_state(folder: Path) -> State:
     """The state.json of a checkpoint. Raises CheckpointError."""
     path = folder / checkpoint.STATE
     state = read_typed(path, State)
-    if state.format_version != checkpoint.FORMAT_VERSION:
+    if state.format_version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format version {state.format_version}, this release reads "
-            f"{checkpoint.FORMAT_VERSION}"
+            f"{path}: format version {state.format_version}, this release reads {FORMAT_VERSION}"
         )
     return state
 
@@ -90,46 +164,119 @@ def as_begun(config: Config, out: Path) -> Config:
 
 
 def restore(parts: Parts) -> None:
-    """Put a run back to its last finished epoch; the configuration and data must be the same."""
-    saved = parts.out / checkpoint.CONFIG
-    if not saved.is_file():
-        return  # an empty folder: the same command serves for the first start
-    _check_same(load(saved), parts.config)
-    last = parts.out / "last"
-    if not last.is_dir():
-        say(f"{parts.out}: no finished epoch yet, starting from the beginning")
+    """Put a run back to its newest sound checkpoint; the configuration and data must be the same.
+
+    Raises CheckpointError where there were checkpoints and none is sound: a run never starts over
+    unasked.
+    """
+    _check_config(parts)
+    folder = _chosen(parts.out, parts.accelerator)
+    if folder is None:
+        _check_fresh(parts.out)
+        say(f"{parts.out}: no checkpoint yet, starting from the beginning")
+        _cut(parts, State())
         return
-    state = read_state(last)
-    if state.fingerprint != parts.splits.fingerprint:
+    state = read_state(folder)
+    _check_data(parts, state.fingerprint, state.targets)
+    steps = parts.loader.steps_per_epoch
+    if not state.epoch * steps < state.step <= (state.epoch + 1) * steps:
+        raise CheckpointError(
+            f"{folder}: update {state.step} is not in epoch {state.epoch + 1} of {steps} updates"
+        )
+    if (state.scaler is None) != (parts.accelerator.scaler is None):
+        raise CheckpointError(
+            f"{folder}: the scale of fp16 gradients is in only one of checkpoint and run; resume "
+            "in the same precision"
+        )
+    student = parts.accelerator.unwrap_model(parts.student)
+    load_weights(student.network, _finite(folder / WEIGHTS), origin=str(folder / WEIGHTS))
+    load_optimizer(folder / checkpoint.OPTIMIZER, parts.optimizer, student.network)
+    if parts.average is not None:
+        weights = _finite(folder / AVERAGE)
+        load_weights(parts.average.model.network, weights, origin=str(folder / AVERAGE))
+        parts.average.updates = state.average_updates
+    if state.scaler is not None:
+        parts.accelerator.scaler.load_state_dict(state.scaler)
+    parts.state = state
+    _cut(parts, state)
+    epochs = parts.config.optim.epochs
+    say(
+        f"{parts.out}: resuming after update {state.step} of {epochs * steps} "
+        f"(epoch {state.epoch + 1} of {epochs})"
+    )
+
+
+def _finite(path: Path) -> dict[str, torch.Tensor]:
+    """Weights without a NaN or an infinity. Raises CheckpointError."""
+    weights = read_weights(path)
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{path}: {name} is not finite, so training cannot go on from it")
+    return weights
+
+
+def _cut(parts: Parts, state: State) -> None:
+    """Drop the rows of the logs that the checkpoint does not know."""
+    if parts.accelerator.is_main_process:
+        journal.cut(parts.out / journal.METRICS, state.metrics_bytes)
+        journal.cut(parts.out / journal.CHAIN, state.chain_bytes)
+
+
+def _chosen(out: Path, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to go on from, the same in all processes; damaged later ones are set aside.
+
+    Raises CheckpointError.
+    """
+    step, damage = -1, None
+    if accelerator.is_main_process:
+        try:
+            folder = checkpoint.newest(out)
+            if folder is not None:
+                step = checkpoint.step_of(folder)
+                checkpoint.set_aside(out, after=step)
+        except CheckpointError as error:
+            step, damage = -2, error
+    told = torch.tensor(step, device=accelerator.device) * accelerator.is_main_process
+    step = int(accelerator.reduce(told, reduction="sum"))
+    if step == -2:
+        raise damage or CheckpointError(f"{out}: no checkpoint is sound, see process 0")
+    return None if step < 0 else checkpoint.folder_of(out, step)
+
+
+def _check_fresh(out: Path) -> None:
+    """Refuse a run that had checkpoints, and has none. Raises CheckpointError."""
+    if (out / checkpoint.BEST).is_dir() or journal.read(out / journal.METRICS):
+        raise CheckpointError(
+            f"{out}: its checkpoints are gone, so the run cannot go on; give another --out to "
+            "start anew"
+        )
+
+
+def check_same_run(parts: Parts, finished: dict[str, Any]) -> None:
+    """Hold the configuration and the data against those of a finished run. Raises ConfigError and
+    DataError."""
+    _check_config(parts)
+    _check_data(parts, finished["fingerprint"], finished["targets"])
+
+
+def _check_data(parts: Parts, fingerprint: str, targets: list[str]) -> None:
+    if fingerprint != parts.splits.fingerprint:
         raise DataError(
             f"{parts.out}: the images differ from those the run started with (class names, pixels "
             "or labels); resume with the same data, or start anew in another --out"
         )
-    if state.targets != parts.state.targets:
+    if targets != parts.state.targets:
         raise DataError(
             f"{parts.out}: the stored targets differ from those the run started with; resume with "
             "the same store, or start anew in another --out"
         )
-    student = parts.accelerator.unwrap_model(parts.student)
-    load_weights(student.network, read_weights(last / WEIGHTS), origin=str(last / WEIGHTS))
-    checkpoint.load_optimizer(last / checkpoint.OPTIMIZER, parts.optimizer, student.network)
-    if parts.average is not None:
-        weights = read_weights(last / AVERAGE)
-        load_weights(parts.average.model.network, weights, origin=str(last / AVERAGE))
-        parts.average.updates = state.average_updates
-    if parts.accelerator.scaler is not None and state.scaler is not None:
-        parts.accelerator.scaler.load_state_dict(state.scaler)
-    parts.state = state
-    if parts.accelerator.is_main_process:
-        checkpoint.cut_metrics(parts.out, state.epoch)
-    say(f"{parts.out}: resuming after epoch {state.epoch} of {parts.config.optim.epochs}")
 
 
-def _check_same(before: Config, now: Config) -> None:
+def _check_config(parts: Parts) -> None:
     differences = []
-    for section, values in to_dict(before).items():
+    for section, values in to_dict(load(parts.out / checkpoint.CONFIG)).items():
         for leaf, value in values.items():
-            current = getattr(getattr(now, section), leaf)
+            current = getattr(getattr(parts.config, section), leaf)
             if current != value and f"{section}.{leaf}" not in RESUMABLE:
                 differences.append(f"\n  {section}.{leaf}: {value!r} before, {current!r} now")
     if differences:
@@ -137,3 +284,24 @@ def _check_same(before: Config, now: Config) -> None:
             "--resume: the configuration differs from the run's; give the same one, or another "
             f"--out:{''.join(differences)}"
         )
+
+
+def warn_of_another_machine(out: Path, now: dict[str, Any]) -> None:
+    """Say where a run began on other ground: it goes on, but no longer to the bit.
+
+    now: what deit.environment.describe returns.
+    """
+    path = out / checkpoint.ENVIRONMENT
+    if not path.is_file():
+        return
+    before = read_typed(path, dict[str, Any])
+    told = [
+        f"{name} {before.get(name)} before, {now[name]} now"
+        for name in ("device_name", "processes", "threads", "precision")
+        if before.get(name) != now[name]
+    ]
+    versions = before.get("packages", {}).get("torch"), now["packages"]["torch"]
+    if versions[0] != versions[1]:
+        told.append(f"torch {versions[0]} before, {versions[1]} now")
+    if told:
+        warn(f"{out}: goes on from where it was, but not to the bit: {'; '.join(told)}")

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.checkpoint import write_json
+from deit.checkpoint import is_one
 from deit.console import is_main_process, percent, say, table
+from deit.disk import write_json
 from deit.errors import ConfigError
 from deit.evaluation import Examined, check_side, examine, find_run
 from deit.evaluation_tables import HEADS, print_disagreement
@@ -72,8 +73,8 @@ def _check(runs: list[Path], checkpoint: str, resolutions: tuple[int, ...]) -> N
 
 def _name(run: Path, runs: list[Path], side: int | None, crop: float | None) -> str:
     """A row's name: the run's folder, in full where two are called the same; what was changed."""
-    short = [one.name if one.name not in ("best", "last") else one.parent.name for one in runs]
-    own = run.name if run.name not in ("best", "last") else run.parent.name
+    short = [one.parent.name if is_one(one) else one.name for one in runs]
+    own = run.parent.name if is_one(run) else run.name
     # "truth" and "teacher" are others' names in the table of disagreement.
     clear = short.count(own) == 1 and not own.startswith(("truth", "teacher"))
     told = [own if clear else str(run)]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deit.checkpoint import put_file, put_first, sync
 from deit.console import percent, progress, say, warn
+from deit.disk import put_file, put_first, sync
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.targets import (
     CHECKS,

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deit.checkpoint import check_writable
 from deit.config import Config, alone, derive, fixed, members, mixes, to_dict
 from deit.console import clock, progress, say
 from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import load_splits
+from deit.disk import check_writable
 from deit.environment import create_accelerator, describe
 from deit.errors import ConfigError, EnvironmentFault
 from deit.fingerprint import fingerprint_of

@@ -8,6 +8,7 @@ from pydantic import ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deit import manifest
 from deit.config import StudentConfig
 from deit.models.networks import create_network
 from deit.models.student import Student
@@ -53,7 +54,10 @@ def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
 
 
 def load_student(folder: Path) -> tuple[Student, Facts]:
-    """Rebuild a saved student. Raises CheckpointError."""
+    """Rebuild a saved student. Raises CheckpointError, also where the folder has a manifest and is
+    not as it was written."""
+    if (folder / manifest.MANIFEST).is_file():
+        manifest.check(folder)
     facts = read_typed(folder / FACTS, Facts)
     student = build_student(facts)
     load_weights(student.network, read_weights(folder / WEIGHTS), origin=str(folder / WEIGHTS))

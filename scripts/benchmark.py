@@ -23,7 +23,7 @@ from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.splits import load_splits
 from deit.datasets.stores import FolderStore
 from deit.datasets.views import Colours
-from deit.engine import Job, train_epoch
+from deit.engine import Job, Tally, train_epoch
 from deit.environment import create_accelerator, describe, keep_freed_memory
 from deit.models.networks import create_network
 from deit.models.saved import Facts, build_student
@@ -296,9 +296,9 @@ def trained(config: Config) -> Iterator[int]:
     student, optimizer = accelerator.prepare(student, optimizer)
     job = Job(accelerator, student, panel, optimizer, None, config.loss, config.optim, 0)
     for epoch in range(10**9):
-        for batch in loader.epoch(epoch % config.optim.epochs):
-            train_epoch(job, iter([batch]), step=0, steps=1)
-            yield len(batch.samples)
+        batches = loader.epoch(epoch % config.optim.epochs)
+        for _ in train_epoch(job, batches, Tally(accelerator, {}), step=0, steps=10**6):
+            yield config.optim.batch_size
 
 
 def writing_case(name: str, folder: Path) -> Case:

@@ -12,6 +12,7 @@ import torch  # noqa: E402
 from einops import rearrange  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from deit import checkpoint  # noqa: E402
 from deit.config import Config, derive  # noqa: E402
 from deit.datasets.splits import load_splits  # noqa: E402
 from deit.metrics import topk_accuracy  # noqa: E402
@@ -68,7 +69,7 @@ def main() -> None:
                 )
                 with tempfile.TemporaryDirectory() as folder:
                     train(config, Path(folder))
-                    student, _ = load_student(Path(folder) / "last")
+                    student, _ = load_student(checkpoint.newest(Path(folder)))
                 print(f"{initialisation}, seed {seed}, {epochs} epochs: {measure(config, student)}")
 
 

@@ -1,4 +1,4 @@
-"""What every test shares: two threads, a fixed generator, no network."""
+"""What every test shares: one thread, a fixed generator, no network."""
 
 import socket
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
     connect = socket.socket.connect

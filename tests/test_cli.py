@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import deit
+from deit import checkpoint
 from deit.config import StudentConfig
 from deit.models.saved import Facts, build_student, save_student
 from deit.recipes import RECIPES
@@ -444,9 +445,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("name", "epochs"), [("teacher", 2), ("student", 1)])
 def test_run_folder_holds_json_and_safetensors_only(runs, name, epochs):
     files = {name for name, content in tree(runs / name).items() if content is not None}
-    facts = {"config.json", "environment.json", "metrics.jsonl"}
-    saved = {f"{place}/{file}" for place in ("last", "best") for file in SAVED}
-    assert files == facts | saved | {"last/optimizer.safetensors"}
+    facts = {"config.json", "environment.json", "metrics.jsonl", "chain.jsonl", "result.json"}
+    places = [folder.name for _, folder in checkpoint.found(runs / name)]
+    assert len(places) == min(epochs, 2)
+    saved = {f"{place}/{file}" for place in ("best", *places) for file in SAVED}
+    saved |= {f"{place}/optimizer.safetensors" for place in places}
+    assert files == facts | saved | {".lock"}
     rows = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, epochs + 1))
     environment = json.loads((runs / name / "environment.json").read_text())
@@ -454,7 +458,7 @@ def test_run_folder_holds_json_and_safetensors_only(runs, name, epochs):
     assert environment["deit"] == deit.__version__
 
 
-SAVED = ("model.safetensors", "model.json", "state.json")
+SAVED = ("model.safetensors", "model.json", "state.json", "manifest.json")
 
 
 def test_evaluation_measures_every_head(runs, tmp_path):

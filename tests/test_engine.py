@@ -11,7 +11,7 @@ from deit.config import LossConfig, OptimConfig, StudentConfig, ViewsConfig
 from deit.datasets.images import Images
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.views import Colours
-from deit.engine import Job, predict, train_epoch
+from deit.engine import Job, Tally, predict, train_epoch
 from deit.errors import NumericsError
 from deit.losses import needs_logits
 from deit.models.saved import Facts, build_student
@@ -102,11 +102,13 @@ def make_job(
 
 
 def train(job, data, epochs):
-    step, means = 0, {}
+    step, steps = 0, data.steps_per_epoch
     for epoch in range(epochs):
-        means = train_epoch(job, data.epoch(epoch), step=step, steps=data.steps_per_epoch)
-        step += data.steps_per_epoch
-    return means
+        tally = Tally(job.accelerator, {})
+        updates = list(train_epoch(job, data.epoch(epoch), tally, step=step, steps=steps))
+        assert [update.applied for update in updates] == [True] * steps
+        step += steps
+    return tally.means()
 
 
 def test_it_learns_32_images_by_heart_and_imitates_the_teacher():
@@ -173,10 +175,12 @@ def test_accumulation_is_the_large_batch():
 
 def test_the_loop_writes_the_learning_rate_of_its_step():
     job, data = make_job()
-    means = train_epoch(job, data.epoch(5), step=10, steps=data.steps_per_epoch)
-    expected = lr_at(11, optim=job.optim, steps_per_epoch=2)
-    assert means["lr"] == expected
-    assert all(group["lr"] == expected for group in job.optimizer.param_groups)
+    tally = Tally(job.accelerator, {})
+    updates = train_epoch(job, data.epoch(5), tally, step=10, steps=data.steps_per_epoch)
+    for step, _ in enumerate(updates, start=10):
+        expected = lr_at(step, optim=job.optim, steps_per_epoch=2)
+        assert all(group["lr"] == expected for group in job.optimizer.param_groups)
+    assert step == 11
 
 
 def test_drop_path_is_a_function_of_seed_and_step():

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deit import checkpoint
+from deit import checkpoint, faults, journal
 from deit.cli import run_command
 from deit.config import Config, StudentConfig, derive, peak_lr
-from deit.errors import CheckpointError, ConfigError
+from deit.errors import CheckpointError, ConfigError, Stopped
 from deit.evaluation import evaluate
 from deit.models.positions import resize_positions
 from deit.presets import OBJECTIVES
@@ -48,7 +48,7 @@ def finer(runs, **sections):
 
 
 def weights(run, name="last"):
-    return load_file(run / name / "model.safetensors")
+    return load_file(checkpoint.at(run, name) / "model.safetensors")
 
 
 def test_a_run_goes_on_at_twice_its_resolution(runs, tmp_path, capsys):
@@ -63,7 +63,7 @@ def test_a_run_goes_on_at_twice_its_resolution(runs, tmp_path, capsys):
     assert weights(out)["pos_embed"].shape == (1, 66, 16)
     found = evaluate(out)
     assert found["heads"]["distillation"]["top1"] > 0
-    assert checkpoint.read_metrics(out)[0]["train"]["loss_teacher"] > 0
+    assert journal.read(out / journal.METRICS)[0]["train"]["loss_teacher"] > 0
 
 
 def test_it_begins_where_the_other_run_ended(runs, tmp_path):
@@ -90,7 +90,7 @@ def test_what_is_held_still_stays_to_the_bit(trained, runs, tmp_path):
     config = finer(runs, student={"drop_path": 0.2}, optim={"trained": trained, "ema_epochs": 1.0})
     train(config, tmp_path / "run")
     before, after = weights(runs / "student", "best"), weights(tmp_path / "run")
-    average = load_file(tmp_path / "run" / "last" / "average.safetensors")
+    average = load_file(checkpoint.newest(tmp_path / "run") / "average.safetensors")
     for name, value in before.items():
         moved = name.startswith("head") or (trained == "attention" and ".attn." in name)
         if name == "pos_embed":
@@ -104,21 +104,10 @@ def test_held_still_it_resumes_to_the_bit(runs, tmp_path):
     config = finer(runs, optim={"trained": "heads", "layer_decay": 0.5})
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train(config, straight)
-    train(config, broken)
-    # Back to the first epoch's end: what a kill in the second leaves.
-    shutil.rmtree(broken)
-    first = derive(config)
-    original = checkpoint.append_metrics
-
-    def stop(out, row):
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt
-        original(out, row)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "append_metrics", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(first, broken)
+    faults.arm("metrics:1:int")
+    with pytest.raises(Stopped):
+        train(config, broken)
+    faults.arm(None)
     train(config, broken, resume=True)
     ours, theirs = weights(broken), weights(straight)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from deit.checkpoint import newest
 from deit.config import StudentConfig, derive, to_dict
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
@@ -426,7 +427,7 @@ def last_rows(out):
 
 
 def weights(out):
-    return (out / "last" / "model.safetensors").read_bytes()
+    return (newest(out) / "model.safetensors").read_bytes()
 
 
 def quick(config, **sections):

@@ -1,0 +1,224 @@
+"""Files that are there whole or not at all; what a disk allows is proven before the work."""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+from deit.errors import EnvironmentFault
+from deit.faults import reach
+
+LOCK = ".lock"
+_NEW, _OLD, GONE = ".deit-new-", ".deit-old-", ".deit-gone-"
+"""What folders are called while they are written, replaced and removed."""
+
+
+def check_writable(out: Path, *, option: str) -> None:
+    """Prove that a file can be written, synced and renamed where `out` is or will be.
+
+    Leaves nothing behind. option: the flag that named it. Raises EnvironmentFault.
+    """
+    probe = _standing(out) / f".probe-{uuid.uuid4().hex}"
+    try:
+        with probe.open("w") as file:
+            file.write("probe")
+            os.fsync(file.fileno())
+        probe.rename(probe.with_suffix(".renamed")).unlink()
+    except OSError as error:
+        raise EnvironmentFault(f"{option} {out}: cannot be written ({error.strerror})") from None
+
+
+def _standing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
+def check_space(out: Path, needed: int, *, option: str) -> None:
+    """Refuse a disk with less than `needed` bytes free where `out` is or will be. Raises
+    EnvironmentFault."""
+    free = shutil.disk_usage(_standing(out)).free
+    if free < needed:
+        raise EnvironmentFault(
+            f"{option} {out}: {size(free)} are free there, {size(needed)} are needed; make "
+            "room, or give another place"
+        )
+
+
+def size(number: float) -> str:
+    """Bytes as a person reads them: `12.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            break
+        number, unit = number / 1000, "TB"
+    return f"{number:.3g} {unit}"
+
+
+def check_file(path: Path | None, *, option: str, replace: bool) -> None:
+    """Refuse, before the long work, a file that could not be written or (unless it may be replaced)
+    is there already. Raises EnvironmentFault."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise EnvironmentFault(f"{option} {path}: is a folder, not a file")
+    if path.exists() and not replace:
+        raise EnvironmentFault(f"{option} {path}: exists already; --force replaces it")
+    if not path.absolute().parent.is_dir():
+        raise EnvironmentFault(f"{option} {path}: no folder {path.absolute().parent}")
+    check_writable(path.absolute().parent, option=option)
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Fill a new folder by `write` and put it in the place of `target`.
+
+    The files are synced before the rename, and the old folder is removed only after it, so that
+    at every moment a complete one exists. What a kill leaves behind, `finish_replacing` clears.
+    Raises EnvironmentFault if the disk refuses.
+    """
+    new = target.with_name(f"{_NEW}{target.name}")
+    old = target.with_name(f"{_OLD}{target.name}")
+    try:
+        if new.exists():
+            shutil.rmtree(new)
+        new.mkdir()
+        write(new)
+        for file in new.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        sync_folder(new)
+        reach("rename")
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        reach("renamed")
+        sync_folder(target.parent)
+        if old.exists():
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise EnvironmentFault(
+            f"{target}: could not be saved ({why(error, target)}); the one before is intact"
+        ) from None
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def finish_replacing(folder: Path) -> None:
+    """Clear what kills left in a folder: what was being written or removed goes, an old folder
+    whose place is empty goes back there."""
+    for unfinished in (*folder.glob(f"{_NEW}*"), *folder.glob(f"{GONE}*")):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for old in folder.glob(f"{_OLD}*"):
+        target = old.with_name(old.name.removeprefix(_OLD))
+        if not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def why(error: Exception, place: Path) -> str:
+    """What a failed write says, with the room that is left where that is the reason."""
+    reason = str(getattr(error, "strerror", None) or error)
+    full = getattr(error, "errno", None) in _FULL or "No space left" in reason
+    if not full:
+        return reason
+    return f"{reason}; {size(shutil.disk_usage(_standing(place)).free)} are free"
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def put_file(path: Path, content: bytes) -> None:
+    """Write a file to the disk under another name and rename it: it is there whole or not at all.
+
+    Raises FileNotFoundError where its folder is gone, EnvironmentFault where the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            sync(file)
+        temporary.replace(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise EnvironmentFault(f"{path}: could not be written ({error.strerror})") from None
+    sync_folder(path.parent)
+
+
+def put_first(path: Path, content: bytes) -> bool:
+    """Write a file as `put_file` does, unless there is one; whether there was none.
+
+    Of several processes one is the first. Raises EnvironmentFault where the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            sync(file)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: could not be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def sync(file: BinaryIO) -> None:
+    """Bring what was written to the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring new names to the disk itself, where a folder can be opened for that."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename. Raises EnvironmentFault."""
+    try:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: could not be written ({error.strerror})") from None
+
+
+@contextmanager
+def hold(folder: Path, *, option: str) -> Iterator[None]:
+    """Keep other processes from working in a folder. Raises EnvironmentFault where one does.
+
+    A POSIX lock: it ends with its process, however that ends, and forked workers do not inherit it
+    (they would hold a lock of flock's for some seconds longer than a killed parent).
+    """
+    file = (folder / LOCK).open("a+")
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise EnvironmentFault(
+                f"{option} {folder}: another run works in it ({file.read().strip() or 'unknown'})"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+    finally:
+        file.close()

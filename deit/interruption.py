@@ -1,0 +1,106 @@
+"""Signals that ask a run to stop or to save: noted at once, obeyed by all processes together."""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from deit.errors import Stopped
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAVING = signal.SIGUSR1
+_ASK_EVERY_S = 0.25  # how often processes talk about it, at most
+_MOST_BETWEEN = 50  # steps
+_STUCK_S = 20.0  # torchrun kills 30 s after SIGTERM
+_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+
+
+class Interruption(AbstractContextManager):
+    """While it is entered: signals are noted, and `asked` tells what to do about them.
+
+    SIGTERM, SIGINT and SIGHUP ask to stop; SIGUSR1, SLURM's warning, to save and go on. A second
+    one that asks to stop ends this process at once. A signal that was ignored (by nohup, in a
+    background job) stays so. Where a launcher that started this process is gone, that is as good
+    as SIGTERM: `accelerate launch` leaves its process behind when it is terminated.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._noted = 0
+        self._before: dict[int, Any] = {}
+        self._parent = os.getppid() if any(name in os.environ for name in _LAUNCHERS) else None
+        self._group = None
+        self._several = accelerator.num_processes > 1
+        if self._several and accelerator.device.type != "cpu":
+            # Talking by way of the GPU would make every step wait for it.
+            self._group = torch.distributed.new_group(backend="gloo")
+        self._wait = self._between = 1
+        self._last = time.monotonic()
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            self._before[SAVING] = signal.signal(SAVING, self._note)
+            for number in STOPPING:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+        if self._noted in STOPPING:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _note(self, number: int, frame: object) -> None:
+        if number == SAVING:
+            self._noted = self._noted or number
+            return
+        if self._noted in STOPPING:
+            os.write(2, b"deit: a second signal: leaving at once\n")
+            os._exit(128 + number)
+        self._noted = number
+        # Where this process hangs and will be killed, say where.
+        faulthandler.dump_traceback_later(_STUCK_S, file=sys.__stderr__)
+
+    def asked(self) -> int:
+        """The signal to obey now, 0 for none; the same in all processes, where all ask equally
+        often. They talk at most a few times a second, so it may come some steps later."""
+        if self._parent not in (None, os.getppid()):
+            self._noted = self._noted or signal.SIGTERM
+        number = self._agreed() if self._several else self._noted
+        if number == SAVING:
+            self._noted = 0
+        return number
+
+    def check(self) -> None:
+        """Raises Stopped where stopping was asked for, as `asked` tells."""
+        number = self.asked()
+        if number in STOPPING:
+            raise Stopped(number)
+
+    def _agreed(self) -> int:
+        self._wait -= 1
+        if self._wait > 0:
+            return 0
+        now = time.monotonic()
+        took, self._last = (now - self._last) / self._between, now
+        said = torch.tensor([_RANK[self._noted], took], dtype=torch.float64)
+        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, group=self._group)
+        # All have the same number here, so all wait equally many steps until they talk again.
+        steps = int(_ASK_EVERY_S / max(float(said[1]), 1e-6))
+        self._wait = self._between = min(max(steps, 1), _MOST_BETWEEN)
+        number = _SIGNALS[int(said[0])]
+        if number in STOPPING:
+            self._noted = number
+        return number
+
+
+_SIGNALS = (0, SAVING, *STOPPING)
+_RANK = {number: rank for rank, number in enumerate(_SIGNALS)}

@@ -1,0 +1,66 @@
+"""The logs of a run, a line of JSON a row: written, read, and cut where a resumed run goes on."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from deit.console import warn
+from deit.disk import sync, why
+from deit.errors import EnvironmentFault
+
+METRICS = "metrics.jsonl"
+CHAIN = "chain.jsonl"
+ANOMALIES = "anomalies.jsonl"
+
+
+def append(path: Path, row: dict[str, Any]) -> int:
+    """Add a row and bring it to the disk; what is not finite becomes null. The length of the file
+    then [bytes]. Raises EnvironmentFault."""
+    try:
+        with path.open("ab") as file:
+            file.write(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")
+            sync(file)
+            return file.tell()
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: could not be written ({why(error, path)})") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows, oldest first; an empty list without the file. What follows a line that a kill cut
+    off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def cut(path: Path, length: int) -> None:
+    """Drop the rows behind `length` [bytes]: a resumed run writes them anew."""
+    found = path.stat().st_size if path.is_file() else 0
+    if found < length:
+        warn(f"{path}: shorter than it was, so some rows are lost; the run itself is not affected")
+    elif found > length:
+        os.truncate(path, length)
+
+
+def link(before: str, step: int, digests: dict[str, str]) -> str:
+    """The next link of a chain of hashes: SHA-256 of the one before, the step and what is now.
+
+    before: "" for the first. digests: of the parts of a state by name.
+    """
+    parts = " ".join(f"{name}={digest}" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(f"{before} {step} {parts}".encode()).hexdigest()

@@ -1,0 +1,103 @@
+"""What a folder holds, by size and digest: damage is found before anything of it is used."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import ConfigDict
+
+from deit.errors import CheckpointError
+from deit.typed_json import read_typed
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 2
+_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")  # of a file right here: no path, nothing hidden
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file's size [bytes] and SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """step: updates before the folder was written. sha256: of all the rest of the manifest."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    format_version: int
+    step: int
+    files: dict[str, Content]
+    sha256: str
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, Content]:
+    """Size and digest of files in a folder, by name in order."""
+    names = sorted(names)
+    with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter to others
+        return dict(zip(names, pool.map(_digest, (folder / name for name in names))))
+
+
+def _digest(path: Path) -> Content:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return Content(file.tell(), sha256)
+
+
+def seal(folder: Path, files: dict[str, Content], *, step: int) -> None:
+    """Write the manifest of a folder, its last file; all are on the disk then."""
+    for name in files:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+    content = {"format_version": FORMAT_VERSION, "step": step}
+    content["files"] = {name: asdict(one) for name, one in files.items()}
+    content["sha256"] = hashlib.sha256(_text(content)).hexdigest()
+    with (folder / MANIFEST).open("wb") as file:
+        file.write(_text(content))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _text(content: dict) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def check(folder: Path) -> Manifest:
+    """Hold a folder against its manifest, every byte of it.
+
+    Raises CheckpointError that says what is missing, cut off or changed.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST}, so it was not finished")
+    manifest = read_typed(path, Manifest)
+    if manifest.format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {manifest.format_version}, this release reads {FORMAT_VERSION}"
+        )
+    content = asdict(manifest)
+    said = content.pop("sha256")
+    own = hashlib.sha256(_text(content)).hexdigest()
+    if said != own or path.read_bytes() != _text(content | {"sha256": own}):
+        raise CheckpointError(f"{path}: damaged (its own digest differs)")
+    for name, expected in manifest.files.items():
+        file = folder / name
+        if not _NAME.fullmatch(name):
+            raise CheckpointError(f"{path}: {name!r} is no name of a file of ours")
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        if file.stat().st_size != expected.bytes:
+            raise CheckpointError(
+                f"{file}: {file.stat().st_size} bytes, {expected.bytes} were written"
+            )
+    for name, found in digests(folder, manifest.files).items():
+        if found != manifest.files[name]:
+            raise CheckpointError(f"{folder / name}: damaged (its digest differs)")
+    return manifest

@@ -1,0 +1,124 @@
+"""What goes wrong in the middle of a run: counted, named, and said so that a person can act."""
+
+import math
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from deit import journal
+from deit.config import mixes
+from deit.console import warn
+from deit.engine import Update
+from deit.environment import lost_peer, out_of_memory
+from deit.errors import DeitError, EnvironmentFault, NumericsError, PeerError, Stopped
+from deit.parts import Parts
+
+
+def watch_numbers(parts: Parts, update: Update) -> None:
+    """Count an update that was left out, because loss or gradient was not finite, and note its
+    images; raises NumericsError where there are too many in a row, or fp16 has no scale left.
+
+    The same in all processes, but for the images: each notes its own.
+    """
+    state = parts.state
+    if update.applied:
+        state.skipped_in_a_row = 0
+        return
+    state.skipped += 1
+    state.skipped_in_a_row += 1
+    scaler = parts.accelerator.scaler
+    if scaler is not None and scaler.get_scale() < 1:
+        raise NumericsError(
+            f"update {state.step}: gradients overflow fp16 at any scale; use --run.precision bf16 "
+            "or fp32, or a lower optim.lr"
+        )
+    fp16_searches = scaler is not None and state.skipped_in_a_row < parts.config.run.max_skipped
+    if fp16_searches:
+        return  # the first scales are meant to be too large
+    images = update.suspects.tolist()
+    row = {
+        "step": state.step,
+        "process": parts.accelerator.process_index,
+        "images": images,
+        "names": [parts.splits.train.name(index) for index in images],
+    }
+    if parts.out.is_dir():
+        journal.append(parts.out / journal.ANOMALIES, row)
+    named = ", ".join(row["names"][:5]) + (f" and {len(images) - 5} more" if images[5:] else "")
+    if state.skipped_in_a_row >= parts.config.run.max_skipped:
+        raise NumericsError(
+            f"update {state.step}: loss or gradient is not finite, number {state.skipped_in_a_row} "
+            f"in a row; its images: {named}. The weights are as before these updates. A "
+            "lower optim.lr or optim.clip_norm 1 usually helps; all of them: "
+            f"{parts.out / journal.ANOMALIES}"
+        )
+    warn(
+        f"update {state.step}: loss or gradient is not finite, so it is left out "
+        f"({state.skipped_in_a_row} of at most {parts.config.run.max_skipped} in a row); its "
+        f"images: {named}"
+    )
+
+
+@contextmanager
+def understood(parts: Parts) -> Iterator[None]:
+    """Turn what stops a run in its middle into an error of deit.errors that tells what is kept and
+    what to do."""
+    try:
+        yield
+    except Stopped as stop:
+        raise Stopped(stop.number, f"{stop}; {_kept(parts)}") from None
+    except DeitError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+            raise _memory_fault(parts) from None
+        if parts.accelerator.num_processes > 1 and lost_peer(error):
+            raise PeerError(
+                f"another process of the run is gone or did not answer for "
+                f"{parts.config.run.timeout:g} s; {_kept(parts)}"
+            ) from None
+        raise
+
+
+def _kept(parts: Parts) -> str:
+    return f"the same command with --resume goes on with {parts.out}"
+
+
+def _memory_fault(parts: Parts) -> EnvironmentFault:
+    optim, block = parts.config.optim, parts.loader.block
+    fitting = _fitting(parts)
+    told = f"out of memory with {block} images at once"
+    if fitting is None:
+        return EnvironmentFault(f"{told}, and with fewer too; a smaller student or teacher is left")
+    accumulate = optim.accumulate * block // fitting
+    return EnvironmentFault(
+        f"{told}; {fitting} fit (without a teacher beside them): --optim.accumulate {accumulate} "
+        f"makes micro-batches of that size and keeps the batch of {optim.batch_size}; "
+        f"{_kept(parts)}"
+    )
+
+
+def _fitting(parts: Parts) -> int | None:
+    """The largest half, quarter, ... of a micro-batch that the student can learn from, by trying;
+    None: not even the smallest. Without the other processes."""
+    student = parts.accelerator.unwrap_model(parts.student)
+    side, device = parts.config.student.image_size, parts.accelerator.device
+    smallest = 2 if mixes(parts.config.views) else 1
+    number = parts.loader.block
+    while number % 2 == 0 and number // 2 % smallest == 0 and number > smallest:
+        number //= 2
+        parts.optimizer.zero_grad()
+        with suppress(RuntimeError):
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            with parts.accelerator.autocast():
+                outputs = student(torch.zeros(number, 3, side, side, device=device))
+            total = sum(one.float().sum() for one in outputs if one is not None)
+            total.backward()
+            if math.isfinite(float(total)):
+                parts.optimizer.zero_grad()
+                return number
+    return None

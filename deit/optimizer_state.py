@@ -1,0 +1,56 @@
+"""AdamW's state as tensors by parameter name, in a file other libraries read."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deit.errors import CheckpointError
+
+_ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """AdamW's state by parameter name, as tensors."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        for kind in _ADAM_TENSORS:
+            if kind in state:
+                tensors[f"{kind}/{name}"] = state[kind].detach().cpu().contiguous()
+    save_file(tensors, path)
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Put AdamW's state back. Raises CheckpointError if names or shapes differ."""
+    tensors = read_tensors(path)
+    if not tensors:
+        return  # saved before the first update that was not skipped
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        found = {kind: tensors.pop(f"{kind}/{name}", None) for kind in _ADAM_TENSORS}
+        if any(value is None for value in found.values()):
+            raise CheckpointError(f"{path}: no optimizer state for {name}")
+        for kind in ("exp_avg", "exp_avg_sq"):
+            if found[kind].shape != parameter.shape:
+                raise CheckpointError(
+                    f"{path}: {name} is {tuple(found[kind].shape)} in the file, "
+                    f"{tuple(parameter.shape)} in the network"
+                )
+        optimizer.state[parameter] = {
+            "step": found["step"],  # stays on the CPU: AdamW reads it there
+            "exp_avg": found["exp_avg"].to(parameter.device),
+            "exp_avg_sq": found["exp_avg_sq"].to(parameter.device),
+        }
+    if tensors:
+        raise CheckpointError(f"{path}: state of an unknown parameter: {next(iter(tensors))}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file. Raises CheckpointError."""
+    try:
+        return load_file(path)
+    except Exception as error:  # OSError or SafetensorError
+        raise CheckpointError(f"{path}: not readable ({error})") from None

@@ -1,0 +1,147 @@
+"""Commands in processes of their own, forked from one that has imported everything already."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Done(NamedTuple):
+    """How a command ended: its exit code, or minus the signal that killed it."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Running:
+    """A command under way."""
+
+    def __init__(self, zygote: "Zygote", pid: int, out: Path, err: Path) -> None:
+        self.zygote, self.pid, self.out, self.err = zygote, pid, out, err
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def wait_for(self, words: str, *, timeout: float = 60) -> None:
+        """Wait until it has said something."""
+        until = time.monotonic() + timeout
+        while words not in self.out.read_text() + self.err.read_text():
+            assert time.monotonic() < until, f"never said: {words}"
+            time.sleep(0.02)
+
+    def wait(self, *, timeout: float = 120) -> Done:
+        """Wait for its end; it is killed where that takes too long."""
+        code = self.zygote.ask({"wait": self.pid, "timeout": timeout})["code"]
+        return Done(code, self.out.read_text(), self.err.read_text())
+
+
+class Zygote:
+    """Forks a process for each command. It runs no operation of torch itself, whose threads a
+    fork would not take along."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.number = 0
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment.pop("DEIT_FAULT", None)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """One question, one answer."""
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, *arguments: object, cwd: Path | None = None, **environment: str) -> Running:
+        """Start `deit ARGUMENTS`."""
+        self.number += 1
+        out, err = (self.folder / f"{self.number}.{name}" for name in ("out", "err"))
+        question = {
+            "arguments": [str(argument) for argument in arguments],
+            "environment": environment,
+            "cwd": str(cwd or self.folder),
+            "out": str(out),
+            "err": str(err),
+        }
+        out.touch()
+        err.touch()
+        return Running(self, self.ask(question)["pid"], out, err)
+
+    def run(self, *arguments: object, cwd: Path | None = None, **environment: str) -> Done:
+        """Run `deit ARGUMENTS` to its end."""
+        return self.start(*arguments, cwd=cwd, **environment).wait()
+
+    def close(self) -> None:
+        """End the process that forks."""
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def _become(question: dict[str, Any]) -> None:
+    """In the child: run the command and leave."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(question[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(question["environment"])
+    os.chdir(question["cwd"])
+    from deit.cli import main
+
+    sys.argv = ["deit", *question["arguments"]]
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _end_of(pid: int, timeout: float) -> int:
+    until = time.monotonic() + timeout
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+            return -9
+        time.sleep(0.005)
+
+
+def _serve() -> None:
+    import sklearn.datasets  # noqa: F401
+    import torch
+
+    import deit.comparison
+    import deit.export
+    import deit.target_writer  # noqa: F401
+
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "wait" in question:
+            answer = {"code": _end_of(question["wait"], question["timeout"])}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                sys.stdin.close()
+                _become(question)
+            answer = {"pid": pid}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

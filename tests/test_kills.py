@@ -1,0 +1,239 @@
+"""Processes that are killed, stopped or starved at named points, and what they leave behind."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from deit import checkpoint, faults, journal
+from deit.errors import ConfigError
+from tests.forks import Done, Zygote
+
+pytest.importorskip("sklearn")
+STEPS = 5
+SMALL = (
+    *("digits", "--objective", "none", "--teacher.source", "none", "--views.policy", "randaugment"),
+    *("--student.depth", "2", "--student.embed_dim", "24", "--student.num_heads", "2"),
+    *("--student.drop_path", "0.2", "--optim.batch_size", "256", "--optim.epochs", "2"),
+    *("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--run.evaluate_every", "1"),
+)
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory):
+    zygote = Zygote(tmp_path_factory.mktemp("kills"))
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def straight(zygote) -> Path:
+    """The run that nothing happens to."""
+    done = zygote.run("train", *SMALL, "--out", "straight")
+    assert done.code == 0, done.err
+    return zygote.folder / "straight"
+
+
+def same(out: Path, straight: Path) -> None:
+    """The two runs left the same: every link of the chain, and the best weights."""
+    for name in (journal.CHAIN, "best/model.safetensors"):
+        assert (out / name).read_bytes() == (straight / name).read_bytes()
+    steps = [row["step"] for row in journal.read(out / journal.METRICS)]
+    assert steps == [STEPS, 2 * STEPS]
+    assert not [path for path in out.rglob(".*") if path.name != ".lock"]
+
+
+def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> Done:
+    return zygote.run("train", *SMALL, "--out", out, "--resume", *more, DEIT_FAULT=fault)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *("update:1", "update:5", "update:7", "evaluation:1", "evaluation:4", "metrics:1"),
+        *("model:1", "optimizer:2", "average:2", "state:1", "state:2", "manifest:1", "manifest:2"),
+        # 1: the first checkpoint, 2: best, 3: the second checkpoint, 4: best
+        *("rename:1", "rename:2", "rename:3", "renamed:1", "renamed:2", "renamed:4", "finish:1"),
+    ],
+)
+def test_killed_anywhere_the_same_command_ends_with_the_same_bits(
+    fault, zygote, straight, tmp_path
+):
+    out = tmp_path / "run"
+    killed = run(zygote, out, f"{fault}:kill")
+    assert killed.code == -signal.SIGKILL
+    done = run(zygote, out)
+    assert done.code == 0, done.err
+    same(out, straight)
+
+
+def test_killed_while_old_checkpoints_are_removed(zygote, straight, tmp_path):
+    out, every = tmp_path / "run", ("--run.save_every", "2")
+    assert run(zygote, out, "rotate:2:kill", *every).code == -signal.SIGKILL
+    assert run(zygote, out, "", *every).code == 0
+    assert [step for step, _ in checkpoint.found(out)] == [10, 8]
+    assert not list(out.glob(".deit-*"))
+    assert (out / "best" / "model.safetensors").read_bytes() == (
+        straight / "best" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_sigterm_from_outside_is_a_checkpoint_and_143(zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    running = zygote.start("train", *SMALL, "--out", out, "--resume", DEIT_FAULT="update:2:slow")
+    while not (out / "config.json").is_file():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    running.signal(signal.SIGTERM)
+    done = running.wait()
+    assert done.code == 143
+    assert "stopped by SIGTERM; the same command with --resume goes on" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert run(zygote, out).code == 0
+    same(out, straight)
+
+
+def test_before_the_first_update_there_is_nothing_to_save(zygote, tmp_path):
+    running = zygote.start(
+        "train", *SMALL, "--out", tmp_path / "run", DEIT_FAULT="evaluation:1:slow"
+    )
+    time.sleep(0.3)
+    running.signal(signal.SIGTERM)
+    assert running.wait().code == 143
+
+
+def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    running = zygote.start("train", *SMALL, "--out", out, DEIT_FAULT="update:7:hang")
+    while not list(out.glob("checkpoint-*")):
+        time.sleep(0.02)
+    time.sleep(1)
+    running.signal(signal.SIGTERM)
+    time.sleep(0.3)
+    running.signal(signal.SIGINT)
+    done = running.wait(timeout=10)
+    assert done.code == 130
+    assert "a second signal" in done.err
+    assert run(zygote, out).code == 0
+    same(out, straight)
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(zygote, straight, tmp_path):
+    import subprocess
+    import sys
+
+    out = tmp_path / "run"
+    code = (
+        "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
+        "from deit.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", *SMALL, "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DEIT_FAULT": "update:3:hup"}
+        | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    same(out, straight)
+
+
+def test_one_run_a_folder_at_a_time_and_no_lock_is_left_behind(zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    running = zygote.start("train", *SMALL, "--out", out, DEIT_FAULT="update:2:hang")
+    while not (out / "config.json").is_file():
+        time.sleep(0.02)
+    started = time.monotonic()
+    second = run(zygote, out)
+    assert second.code == 5
+    assert f"another run works in it (process {running.pid} on " in second.err
+    assert time.monotonic() - started < 10
+    running.signal(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
+    assert run(zygote, out).code == 0
+    same(out, straight)
+
+
+def test_a_full_disk_leaves_what_was_saved_before(zygote, straight, tmp_path):
+    for fault in ("optimizer:2:full", "manifest:3:full", "rename:3:full"):
+        out = tmp_path / fault.replace(":", "-")
+        full = run(zygote, out, fault)
+        assert full.code == 5
+        assert "could not be saved (No space left on device; " in full.err
+        assert "are free); the one before is intact" in full.err
+        assert [step for step, _ in checkpoint.found(out)] == [5]
+        assert not list(out.glob(".deit-*"))
+        assert run(zygote, out).code == 0
+        same(out, straight)
+
+
+def test_out_of_memory_names_the_batch_that_fits(zygote, tmp_path):
+    done = run(zygote, tmp_path / "run", "update:3:memory")
+    assert done.code == 5
+    assert "out of memory with 256 images at once; 128 fit" in done.err
+    assert "--optim.accumulate 2 makes micro-batches of that size and keeps the batch of 256" in (
+        done.err
+    )
+    assert run(zygote, tmp_path / "run", "", "--optim.accumulate", "2").code == 0
+
+
+def test_losses_that_are_not_finite_stop_the_run_and_name_their_images(zygote, tmp_path):
+    out = tmp_path / "run"
+    done = run(zygote, out, "loss:0:nan", "--run.max_skipped", "3")
+    assert done.code == 6
+    assert "update 3: loss or gradient is not finite, number 3 in a row; its images: " in (done.err)
+    rows = journal.read(out / journal.ANOMALIES)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(len(row["images"]) == len(row["names"]) == 256 for row in rows)
+
+
+def test_a_skipped_update_leaves_the_weights_and_is_counted(zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    done = run(zygote, out, "loss:2:nan")
+    assert done.code == 0
+    assert (
+        "update 2: loss or gradient is not finite, so it is left out (1 of at most 10" in done.err
+    )
+    assert json.loads((out / "result.json").read_text())["skipped"] == 1
+    for row in journal.read(out / journal.METRICS):
+        assert row["train"]["loss"] is not None
+
+
+@pytest.mark.parametrize(
+    "text", ["update", "update:1", "nothing:1:kill", "update:x:kill", "update@a:1:kill"]
+)
+def test_a_fault_that_is_none_is_refused(text, zygote, tmp_path):
+    with pytest.raises(ConfigError, match="DEIT_FAULT="):
+        faults.arm(text)
+    done = zygote.run("recipes", DEIT_FAULT=text)
+    assert done.code == 2
+
+
+def test_a_disk_without_room_is_refused_before_the_first_step(zygote, tmp_path, monkeypatch):
+    from deit.disk import check_space
+    from deit.errors import EnvironmentFault
+
+    with pytest.raises(EnvironmentFault, match=r"are free there, 1e\+03 TB are needed"):
+        check_space(tmp_path / "a" / "b", 10**15, option="--out")
+    check_space(tmp_path / "a" / "b", 1000, option="--out")
+
+
+def test_a_run_is_moved_as_it_is(zygote, straight, tmp_path):
+    """No path of the folder is inside it; and read-only checkpoints are read."""
+    out = tmp_path / "run"
+    assert run(zygote, out, "update:7:kill").code == -signal.SIGKILL
+    moved = tmp_path / "elsewhere" / "a b"
+    moved.parent.mkdir()
+    shutil.move(out, moved)
+    for path in moved.glob("checkpoint-*/*"):
+        path.chmod(0o444)
+    assert run(zygote, moved).code == 0
+    same(moved, straight)
+    assert str(out) not in "".join(
+        path.read_text() for path in moved.rglob("*.json") if "environment" not in path.name
+    )

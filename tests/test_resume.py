@@ -1,0 +1,350 @@
+"""A run stopped at any update and resumed is the uninterrupted run, to the bit."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from deit import checkpoint, faults, journal, saving
+from deit.config import Config, derive
+from deit.errors import CheckpointError, ConfigError, DataError, DeitError, NumericsError, Stopped
+from deit.parts import State
+from deit.recipes import digits, digits_teacher
+from deit.run import train
+from deit.target_writer import write_targets
+
+EPOCHS, STEPS = 3, 4
+LAST = EPOCHS * STEPS
+TIMING = ("seconds", "images_per_s", "loader")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    """Everything that draws at random, a weight average and stored targets, on images in files."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("resume")
+    generator = torch.Generator().manual_seed(0)
+    for split, number in (("train", 26), ("val", 6)):
+        for label in range(3):
+            place = folder / "pictures" / split / f"class{label}"
+            place.mkdir(parents=True)
+            for index in range(number):
+                noise = torch.randint(0, 120, (12, 12, 3), generator=generator)
+                noise[..., label] += 100
+                Image.fromarray(noise.to(torch.uint8).numpy()).save(place / f"{index}.png")
+    data = {"source": "folder", "root": str(folder / "pictures"), "image_size": 12, "workers": 0}
+    data |= {"storage": "files", "validation_fraction": 0.2}
+    teacher = derive(digits_teacher(), data=data, student={"image_size": 12}, optim={"epochs": 3})
+    train(derive(teacher, optim={"batch_size": 16}), folder / "teacher")
+    config = derive(
+        digits(),
+        data=data,
+        views={"policy": "randaugment", "erasing": 0.25, "mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+        student={"image_size": 12, "depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path": 0.3},
+        teacher={"source": (str(folder / "teacher"),)},
+        optim={"epochs": EPOCHS, "batch_size": 14, "warmup_epochs": 1, "ema_epochs": 1.0},
+        run={"evaluate_every": 1},
+    )
+    write_targets(config, folder / "targets")
+    return derive(config, teacher={"targets": (str(folder / "targets"),)})
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory) -> Path:
+    """The uninterrupted run."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert train(config, out)["step"] == LAST
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_steady):
+    torch.set_num_threads(1)  # with two threads the bits are others
+    yield
+    faults.arm(None)
+
+
+def stop_at(config: Config, out: Path, fault: str) -> None:
+    faults.arm(fault)
+    with pytest.raises(Stopped) as stop:
+        train(config, out)
+    assert stop.value.exit_code == 143
+    faults.arm(None)
+
+
+def results(out: Path) -> dict:
+    """What a run leaves behind, without times."""
+    rows = [
+        {name: value for name, value in row.items() if name not in TIMING}
+        for row in journal.read(out / journal.METRICS)
+    ]
+    result = json.loads((out / checkpoint.RESULT).read_text())
+    return {
+        "rows": rows,
+        "chain": (out / journal.CHAIN).read_bytes(),
+        "result": {name: value for name, value in result.items() if name not in TIMING},
+        "best": (out / "best" / "model.safetensors").read_bytes(),
+        "last": {
+            path.name: path.read_bytes() for path in checkpoint.newest(out).glob("*.safetensors")
+        },
+    }
+
+
+@pytest.mark.parametrize("step", range(1, LAST + 1))
+def test_stopped_at_any_update_and_resumed_is_the_same_run(step, config, straight, tmp_path):
+    out = tmp_path / "run"
+    stop_at(config, out, f"update:{step}:term")
+    assert checkpoint.step_of(checkpoint.newest(out)) == step
+    torch.rand(17)  # a resumed process has another random state
+    workers = 2 if step == 6 else 1 if step == 7 else 0
+    train(derive(config, data={"workers": workers}), out, resume=True)
+    assert results(out) == results(straight)
+
+
+# the test has teeth: whatever is left out of a checkpoint, it notices
+
+HARD = 6  # in the middle of the second epoch, after a skipped update
+
+
+@pytest.fixture(scope="module")
+def hard(config, tmp_path_factory) -> tuple[Config, Path, Path]:
+    """A run in which every field of the state matters, whole and stopped: update 6 is skipped, and
+    the best epoch is the first."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("hard")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "selected_top1", falling)
+        faults.arm(f"loss:{HARD}:nan")
+        train(config, folder / "straight")
+        faults.arm(f"loss:{HARD}:nan,update:{HARD}:term")
+        with pytest.raises(Stopped):
+            train(config, folder / "stopped")
+        faults.arm(None)
+    return config, folder / "straight", folder / "stopped"
+
+
+def falling(validation: dict) -> float:
+    return 1 - validation["class_top1"]
+
+
+def reseal(folder: Path) -> None:
+    """A manifest for files that were changed."""
+    from deit import manifest
+
+    step = checkpoint.step_of(folder)
+    names = [path.name for path in folder.iterdir() if path.name != manifest.MANIFEST]
+    manifest.seal(folder, manifest.digests(folder, names), step=step)
+
+
+def resumed(hard, tmp_path, monkeypatch, change) -> dict | str:
+    """What a resumed run leaves after a change of its checkpoint, or the name of its error."""
+    config, _, stopped = hard
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    folder = checkpoint.newest(out)
+    change(folder)
+    reseal(folder)
+    monkeypatch.setattr(saving, "selected_top1", falling)
+    try:
+        train(config, out, resume=True)
+    except DeitError as error:
+        return type(error).__name__
+    return results(out)
+
+
+def test_an_unchanged_checkpoint_goes_on_to_the_bit(hard, tmp_path, monkeypatch):
+    assert resumed(hard, tmp_path, monkeypatch, lambda folder: None) == results(hard[1])
+    found = results(hard[1])["result"]
+    assert (found["skipped"], found["best"]["epoch"]) == (1, 1)
+
+
+# Told apart by themselves below, or of no consequence: `seconds` is a time.
+ALONE = {"seconds", "scaler", "skipped_in_a_row"}
+
+
+@pytest.mark.parametrize(
+    "name", [one.name for one in dataclasses.fields(State) if one.name not in ALONE]
+)
+def test_a_field_left_out_of_the_state_is_noticed(name, hard, tmp_path, monkeypatch):
+    default = dataclasses.asdict(State())[name]
+
+    def drop(folder: Path) -> None:
+        content = json.loads((folder / "state.json").read_text())
+        value = {"format_version": 1}.get(name, default)
+        assert content[name] != value, "the run does not use it: this test could not notice"
+        content[name] = value
+        (folder / "state.json").write_text(json.dumps(content))
+
+    assert resumed(hard, tmp_path, monkeypatch, drop) != results(hard[1])
+
+
+@pytest.mark.parametrize("file", ["model", "average", "optimizer"])
+def test_tensors_left_as_they_start_are_noticed(file, hard, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    def reset(folder: Path) -> None:
+        path = folder / f"{file}.safetensors"
+        metadata = {"format": "pt"}
+        zeros = {name: torch.zeros_like(value) for name, value in load_file(path).items()}
+        save_file(zeros, path, metadata=metadata)
+
+    assert resumed(hard, tmp_path, monkeypatch, reset) != results(hard[1])
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"]
+)
+def test_a_file_left_out_is_an_error(file, hard, tmp_path, monkeypatch):
+    found = resumed(hard, tmp_path, monkeypatch, lambda folder: (folder / file).unlink())
+    assert found == "CheckpointError"
+
+
+def test_skipped_updates_are_counted_over_a_stop(config, tmp_path):
+    """The one field that only shows where a run fails: two in a row, one on each side of a stop."""
+    config = derive(config, run={"max_skipped": 2})
+    faults.arm("loss:5:nan,loss:6:nan")
+    with pytest.raises(NumericsError, match=r"update 6: .* number 2 in a row"):
+        train(config, tmp_path / "straight")
+    stop_at(config, tmp_path / "run", "loss:5:nan,update:5:term")
+    faults.arm("loss:1:nan")
+    with pytest.raises(NumericsError, match=r"update 6: .* number 2 in a row"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_another_machine_is_told(config, tmp_path, capsys):
+    stop_at(config, tmp_path / "run", "update:1:term")
+    path = tmp_path / "run" / "environment.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({**before, "threads": 7, "device_name": "an abacus"}))
+    faults.arm("update:1:term")
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "run", resume=True)
+    said = capsys.readouterr().err
+    assert "not to the bit: device_name an abacus before" in said
+    assert "threads 7 before, 1 now" in said
+    assert "precision" not in said
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(config, straight, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    (out / "result.json").unlink()
+    for _, folder in checkpoint.found(out):
+        shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="its checkpoints are gone"):
+        train(config, out, resume=True)
+
+
+def test_a_finished_run_stays_as_it_is_to_the_very_times_of_its_files(config, straight):
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in sorted(straight.rglob("*"))}
+
+    before = times()
+    result = train(config, straight, resume=True)
+    assert times() == before
+    assert result == json.loads((straight / "result.json").read_text())
+
+
+def test_one_damaged_checkpoint_is_passed_over_and_set_aside(config, straight, tmp_path, capsys):
+    out = tmp_path / "run"
+    stop_at(config, out, "update:6:term")
+    newest = checkpoint.newest(out)
+    assert [step for step, _ in checkpoint.found(out)] == [6, 4]
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    train(config, out, resume=True)
+    said = capsys.readouterr()
+    assert "model.safetensors: damaged (its digest differs)" in said.err
+    assert "resuming after update 4 of 12" in said.out
+    assert (out / "damaged-checkpoint-00000006" / "model.safetensors").read_bytes() == content
+    assert results(out) == results(straight)
+
+
+def test_where_all_are_damaged_the_run_stops_and_nothing_is_moved(config, tmp_path):
+    out = tmp_path / "run"
+    stop_at(config, out, "update:6:term")
+    (out / "checkpoint-00000004" / "manifest.json").unlink()
+    (out / "checkpoint-00000006" / "optimizer.safetensors").write_bytes(b"")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(CheckpointError) as error:
+        train(config, out, resume=True)
+    assert "optimizer.safetensors: 0 bytes, " in str(error.value)
+    assert "checkpoint-00000004: no manifest.json, so it was not finished" in str(error.value)
+    assert error.value.exit_code == 4
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_warning_signal_saves_and_the_run_goes_on(config, straight, tmp_path, monkeypatch):
+    steps = []
+    write = checkpoint.write
+    monkeypatch.setattr(
+        checkpoint,
+        "write",
+        lambda out, step, *a, **k: (steps.append(step), write(out, step, *a, **k)),
+    )
+    faults.arm("update:6:usr1")
+    train(config, tmp_path / "run")
+    assert steps == [4, 6, 8, 12]
+    assert results(tmp_path / "run") == results(straight)
+
+
+def test_checkpoints_within_an_epoch_stay_as_few_as_asked_for(config, straight, tmp_path):
+    out = tmp_path / "run"
+    train(derive(config, run={"save_every": 3, "keep_checkpoints": 3}), out)
+    assert [step for step, _ in checkpoint.found(out)] == [12, 9, 8]
+    chain = [row["step"] for row in journal.read(out / journal.CHAIN)]
+    assert chain == [3, 4, 6, 8, 9, 12]
+    ours, theirs = ({**results(one), "chain": b""} for one in (out, straight))
+    ours["result"].pop("chain"), theirs["result"].pop("chain")
+    assert ours == theirs
+
+
+def test_with_one_checkpoint_to_keep_a_damaged_one_would_be_all(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"run\.keep_checkpoints"):
+        train(derive(config, run={"keep_checkpoints": 1}), tmp_path / "run")
+
+
+def test_data_that_changed_since_is_refused(config, tmp_path):
+    out, pictures = tmp_path / "run", tmp_path / "pictures"
+    shutil.copytree(config.data.root, pictures)
+    moved = derive(config, data={"root": str(pictures)})
+    stop_at(moved, out, "update:6:term")
+    (pictures / "train" / "class1" / "3.png").unlink()
+    with pytest.raises(DataError):
+        train(moved, out, resume=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_other_signals_stop_as_well_each_with_its_code(number, config, tmp_path):
+    name = signal.Signals(number).name.removeprefix("SIG").lower()
+    faults.arm(f"update:2:{name}")
+    with pytest.raises(Stopped) as stop:
+        train(config, tmp_path / "run")
+    assert stop.value.exit_code == 128 + number
+    assert "the same command with --resume goes on" in str(stop.value)
+
+
+def test_a_stop_in_an_evaluation_evaluates_again_and_trains_nothing_again(
+    config, straight, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    small = derive(config, run={"evaluation_batch": 4})
+    stop_at(small, out, "evaluation:6:term")  # the first four are of the teacher
+    capsys.readouterr()
+    faults.arm("update:1:term")
+    with pytest.raises(Stopped):
+        train(small, out, resume=True)
+    assert "resuming after update 4 of 12 (epoch 1 of 3)" in capsys.readouterr().out
+    assert [row["epoch"] for row in journal.read(out / journal.METRICS)] == [1]
+    assert checkpoint.step_of(checkpoint.newest(out)) == 5
+    faults.arm(None)
+    train(small, out, resume=True)
+    assert results(out) == results(straight)
