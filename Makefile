@@ -29,8 +29,9 @@ quickstart: .venv/quickstart.stamp
 	$(BIN)/deit compare digits --out checkpoints/quickstart
 	@echo; echo "To type these as they stand: source .venv/bin/activate"
 
+# Two at a time, one thread each: threads that wait for each other's cores cost most of the time.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

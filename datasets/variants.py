@@ -42,6 +42,15 @@ class Variant(NamedTuple):
     note: str
 
 
+def check_known(name: str, class_names: tuple[str, ...]) -> None:
+    """Refuse a network that knows none of a variant's classes. Raises DataError."""
+    if set(class_names).isdisjoint(_synsets(VARIANTS[name])):
+        raise DataError(
+            f"the network knows none of the classes of variant {name}; its own are named "
+            f"{', '.join(map(repr, class_names[:3]))}, not by synset"
+        )
+
+
 def load_variant(name: str, root: str, class_names: tuple[str, ...]) -> Variant:
     """A variant from ROOT/CLASS/*, its classes named by synset (V2: or by their number).
 
@@ -49,6 +58,7 @@ def load_variant(name: str, root: str, class_names: tuple[str, ...]) -> Variant:
     the network knows none of its classes.
     """
     listing = list_folder(DataConfig(source="folder", root=root), ())
+    check_known(name, class_names)
     rows = torch.cat(list(listing.splits.values()))
     images = Encoded(listing.labels[rows], listing.store, rows)
     expected, everyone = _synsets(VARIANTS[name]), ImageNetInfo().label_names()
@@ -67,10 +77,7 @@ def load_variant(name: str, root: str, class_names: tuple[str, ...]) -> Variant:
     there = set(found)
     columns = tuple(column for column, one in enumerate(class_names) if one in there)
     if not columns:
-        raise DataError(
-            f"the network knows none of the classes of variant {name}; its own are named "
-            f"{', '.join(map(repr, class_names[:3]))}, not by synset"
-        )
+        raise DataError(f"--data.root {root}: holds none of the classes that the network knows")
     place = {class_names[column]: index for index, column in enumerate(columns)}
     if name == "real":
         accepted = _anew(images, [place.get(one, -1) for one in everyone], len(columns))

@@ -268,6 +268,8 @@ def read_numbers(text: str | None, option: str, *, whole: bool) -> tuple[Any, ..
             kind = "whole numbers from 1" if whole else "shares in (0, 1]"
             raise ConfigError(f"{option} {text}: should be {kind}, with commas")
         found.append(value)
+    if len({f"{value:g}" for value in found}) < len(found):
+        raise ConfigError(f"{option} {text}: names one of them twice")
     return tuple(found)
 
 

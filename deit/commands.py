@@ -52,13 +52,18 @@ def _train(run: RunArguments, arguments: list[str]) -> None:
 _NO_START = "{}: needs --from, what to start from (a run, a folder or a weight file)"
 
 
-def finetune(arguments: list[str], program: str) -> None:
-    """Fine-tune a run or a checkpoint: at a higher resolution, or on other images."""
+def _start_parser(program: str = "") -> Parser:
+    """The options of fine-tuning that are none of the configuration."""
     parser = Parser(prog=program, add_help=False)
     parser.add_argument("--from", dest="source", metavar="SOURCE")
     parser.add_argument("--resolution", type=int, metavar="PX")
     parser.add_argument("--tuning", metavar="NAME")
-    options, rest = parser.parse_known_args(arguments)
+    return parser
+
+
+def finetune(arguments: list[str], program: str) -> None:
+    """Fine-tune a run or a checkpoint: at a higher resolution, or on other images."""
+    options, rest = _start_parser(program).parse_known_args(arguments)
     if options.tuning is not None and options.tuning not in TUNING:
         known = ", ".join(TUNING)
         raise ConfigError(
@@ -72,8 +77,8 @@ def finetune(arguments: list[str], program: str) -> None:
     out, tuning = None, options.tuning
     helps = {"-h", "--help"} & set(arguments)
     if not helps and (not rest or rest[0].startswith("-")):
-        own = _config_of(options.source, program)
-        rest, out = [str(own), *rest], Path(f"checkpoints/{own.parent.name}-finetuned")
+        own = _config_of(options.source, program, rest)
+        rest, out = [str(own), *rest], Path(f"checkpoints/{own.resolve().parent.name}-finetuned")
         tuning = tuning or "short"
 
     def adapt(config: Config) -> Config:
@@ -114,7 +119,7 @@ def _begun(rest: list[str], source: str | None) -> Path | None:
     elif rest and not rest[0].startswith("-"):
         folder = Path("checkpoints") / run_name(rest[0])
     else:
-        folder = Path(f"checkpoints/{_folder_of(source or '').name}-finetuned")
+        folder = Path(f"checkpoints/{_folder_of(source or '').resolve().name}-finetuned")
     return folder if (folder / CONFIG).is_file() and checkpoint.found(folder) else None
 
 
@@ -122,19 +127,44 @@ def _go_on(
     rest: list[str], folder: Path, options: argparse.Namespace, arguments: list[str]
 ) -> None:
     """Resume a fine-tuning by its own configuration: what it started from may be gone."""
-    rest = rest if rest[0].startswith("-") else rest[1:]
+    recipe = None if rest[0].startswith("-") else rest[0]
+    rest = rest if recipe is None else rest[1:]
     saved = folder / "config.json"
     run = parse_run([str(saved), *rest], program=arguments[0], about="", out=folder)
     side, start = run.config.student.image_size, run.config.start.source
-    if options.source not in (None, start):
+    if options.source is not None and not _same_source(options.source, start):
         raise ConfigError(
             f"--resume: the run in {folder} started from {start}, not from {options.source}"
         )
+    _check_as_before(folder, recipe, options.tuning)
     if options.resolution not in (None, side):
         raise ConfigError(
             f"--resume: the run in {folder} is at {side} px, not {options.resolution}"
         )
     _train(run, arguments)
+
+
+def _same_source(one: str, other: str | None) -> bool:
+    if other is None:
+        return False
+    paths = [Path(source).expanduser() for source in (one, other)]
+    return one == other or (paths[0].exists() and paths[0].resolve() == paths[1].resolve())
+
+
+def _check_as_before(folder: Path, recipe: str | None, tuning: str | None) -> None:
+    """Refuse a recipe or a schedule other than the command named that began the run: its
+    configuration says neither. Raises ConfigError."""
+    environment = folder / checkpoint.ENVIRONMENT
+    words = json.loads(environment.read_text())["arguments"] if environment.is_file() else []
+    parser = _start_parser()
+    before, rest = parser.parse_known_args(words[1:])
+    named = rest[0] if rest and not rest[0].startswith("-") else None
+    for option, was, now in (("RECIPE", named, recipe), ("--tuning", before.tuning, tuning)):
+        if words and was != now:
+            raise ConfigError(
+                f"--resume: the run in {folder} was begun with {option} {was}, not {now}; the same "
+                "command goes on"
+            )
 
 
 def _folder_of(source: str) -> Path:
@@ -154,8 +184,10 @@ def _check_patches(side: int, student: StudentConfig) -> None:
         )
 
 
-def _config_of(source: str | None, program: str) -> Path:
+def _config_of(source: str | None, program: str, rest: list[str]) -> Path:
     """The config.json of the run to start from, which stands for a recipe. Raises ConfigError."""
+    if late := [word for word in rest if word in RECIPES]:
+        raise ConfigError(f"{program}: the recipe comes before its options; move {late[0]} there")
     if source is None:
         raise ConfigError(_NO_START.format(program))
     folder = Path(source).expanduser()
@@ -194,13 +226,17 @@ def evaluate(arguments: list[str], program: str) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw throughput against accuracy"
     )
-    parser.add_argument("--force", action="store_true", help="let --plot replace a file")
+    parser.add_argument("--force", action="store_true", help="let --json and --plot replace files")
     options = parser.parse_args(arguments)
     sides = read_numbers(options.resolution, "--resolution", whole=True)
     crops = read_numbers(options.crop, "--crop", whole=False)
     if options.variant is not None and options.variant not in TEST_SETS:
         advice = f"should be one of {', '.join(TEST_SETS)}{nearest(options.variant, TEST_SETS)}"
         raise ConfigError(f"--variant {options.variant}: {advice}")
+    if options.variant is not None and (options.teacher or options.split != "test"):
+        raise ConfigError(
+            "--variant is a test set of its own: neither --teacher nor --split go with it"
+        )
     if options.variant is not None and options.root is None:
         raise ConfigError(f"--variant {options.variant}: needs --data.root, where its images lie")
     from deit.contact_sheet import check_picture
@@ -208,7 +244,7 @@ def evaluate(arguments: list[str], program: str) -> None:
     from deit.evaluation import evaluate
     from deit.evaluation_tables import print_evaluation, write_evaluation
 
-    check_file(options.json, option="--json", replace=True)
+    check_file(options.json, option="--json", replace=options.force)
     if options.plot is not None:
         check_picture(options.plot, option="--plot")
         check_file(options.plot, option="--plot", replace=options.force)
@@ -262,7 +298,9 @@ def predict(arguments: list[str], program: str) -> None:
         "--attention", type=Path, metavar="FILE.png", help="draw what each token looks at"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the answers here")
-    parser.add_argument("--force", action="store_true", help="let --attention replace a file")
+    parser.add_argument(
+        "--force", action="store_true", help="let --json and --attention replace files"
+    )
     parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
     options = parser.parse_args(arguments)
     if options.top < 1:
@@ -271,7 +309,7 @@ def predict(arguments: list[str], program: str) -> None:
     from deit.disk import check_file
     from deit.predict import predict
 
-    check_file(options.json, option="--json", replace=True)
+    check_file(options.json, option="--json", replace=options.force)
     if options.attention is not None:
         check_picture(options.attention, option="--attention")
         check_file(options.attention, option="--attention", replace=options.force)
@@ -374,7 +412,7 @@ def scan(arguments: list[str], program: str) -> None:
     parser.add_argument("--download", action="store_true", help="as data.download")
     parser.add_argument("--quarantine", metavar="FILE", help="leave out the images listed here")
     parser.add_argument("--write", type=Path, metavar="FILE", help="list the bad images here")
-    parser.add_argument("--force", action="store_true", help="let --write replace a file")
+    parser.add_argument("--force", action="store_true", help="let --json and --write replace files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all findings here")
     options = parser.parse_args(arguments)
     if (options.source == "reader") != (options.reader is not None):
@@ -382,7 +420,7 @@ def scan(arguments: list[str], program: str) -> None:
     from deit.disk import check_file, write_json
     from deit.scan import print_scan, require_sound, scan, write_quarantine
 
-    check_file(options.json, option="--json", replace=True)
+    check_file(options.json, option="--json", replace=options.force)
     check_file(options.write, option="--write", replace=options.force)
     found = scan(
         DataConfig(

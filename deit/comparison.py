@@ -1,5 +1,6 @@
 """The students of a study beside each other and their teachers, in one table and one picture."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ def compare(
         except ConfigError as error:
             raise ConfigError(f"--study {study}, {name}: {error}") from None
     check_file(json_file, option="--json", replace=True)
+    if json_file is not None and json_file.exists() and not _is_result(json_file):
+        raise EnvironmentFault(
+            f"--json {json_file}: exists already and is no result of a comparison; give another"
+        )
     rows: dict[str, dict[str, Any]] = {}
     for seed in seeds:
         folder = run.out if len(seeds) == 1 else run.out / f"seed-{seed}"
@@ -92,6 +97,14 @@ def compare(
     if study == "worth":
         _say_next(run.recipe, folder, next(iter(arms.values())))
     return result
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file is of an earlier comparison: the same command, going on, writes it again."""
+    try:
+        return {"recipe", "rows"} <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _arms(student: Config, study: str, only: tuple[str, ...]) -> dict[str, Config]:

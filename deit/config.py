@@ -486,6 +486,16 @@ def is_transformer(student: StudentConfig) -> bool:
     return student.name.startswith(("deit_", "vit_"))
 
 
+def width_of(student: StudentConfig) -> int:
+    """The width of a ViT of ours: its own, or that of the named size."""
+    return student.embed_dim or SIZES[student.name.split("_")[1]]["embed_dim"]
+
+
+def heads_in(student: StudentConfig) -> int:
+    """The attention heads of a ViT of ours: its own, or those of the named size."""
+    return student.num_heads or SIZES[student.name.split("_")[1]]["num_heads"]
+
+
 def fixed(views: ViewsConfig) -> bool:
     """Whether the teacher sees an image always the same way."""
     return views.teacher_view in ("resized", "center", "crops")

@@ -56,7 +56,7 @@ def progress(items: Iterable[Item], *, total: int, title: str, done: int = 0) ->
 
 def _bar(items: Iterable[Item], total: int, title: str, done: int) -> Iterator[Item]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
@@ -88,14 +88,16 @@ def table(
     all of them left."""
     if not is_main_process():
         return
-    grid = Table(title=title, title_justify="left")
+    grid = Table()
     for index, column in enumerate(columns):
         grid.add_column(column, justify="left" if text or index == 0 else "right")
     for row in rows:
         grid.add_row(*row)
     # A file or a pipe has no width: never wrap a table there.
     width = None if sys.stdout.isatty() else 160
-    Console(width=width, highlight=False).print(grid)
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    console.print(title, style="italic", soft_wrap=True)  # in a narrow table it would be broken
+    console.print(grid)
 
 
 def percent(share: float | None) -> str:

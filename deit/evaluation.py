@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint
-from deit.config import Config, StartConfig, TeacherConfig, derive, members
+from deit.config import Config, DataConfig, StartConfig, TeacherConfig, derive, members
 from deit.console import warn
 from deit.datasets.images import Encoded, Images
 from deit.datasets.splits import load_splits
@@ -37,12 +37,14 @@ HEADS = ("class", "distillation", "fused", "fused_softmax")
 class Examined(NamedTuple):
     """What evaluation found, and the answers it counted, int64 [images], by head and `teacher`.
 
-    labels: int64 [images]; None where several answers are right.
+    labels: int64 [images]; None where several answers are right. images: what picks the images and
+    numbers the classes, the same for the same ones.
     """
 
     found: dict[str, Any]
     answers: dict[str, Tensor]
     labels: Tensor | None
+    images: tuple[Any, ...]
 
 
 def evaluate(run: Path, **asked: Any) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def examine(
         named_heads["fused"] = named_heads["class"]
     found: dict[str, Any] = {
         "run": str(run),
-        "checkpoint": checkpoint,
+        "checkpoint": saved.name,
         "split": asked.name,
         "image_size": config.student.image_size,
         "evaluation_crop": config.views.evaluation_crop,
@@ -128,12 +130,19 @@ def examine(
                 name: _measure(logits, asked.labels) for name, logits in said.items()
             }
     if asked.labels.dtype == torch.bool:
-        return Examined(found, answers, None)
+        return Examined(found, answers, None, ())
     found["agreement"] = _agreements(answers, asked.labels)
     final = answers.get("fused", answers["class"])
     found["per_class"] = _per_class(answers, asked.labels, tuple(found["class_names"]))
     found["confusion"] = confusion(final, asked.labels, len(asked.columns)).tolist()
-    return Examined(found, answers, asked.labels)
+    return Examined(found, answers, asked.labels, _picks(config.data, asked.name, found))
+
+
+def _picks(data: DataConfig, split: str, found: dict[str, Any]) -> tuple[Any, ...]:
+    root = None if data.source == "digits" else Path(data.root).resolve()
+    fractions = (data.validation_fraction, data.test_fraction, data.split_seed)
+    chosen = (data.classes, data.quarantine)
+    return (data.source, root, data.reader, *fractions, *chosen, split, *found["class_names"])
 
 
 class _Asked(NamedTuple):
@@ -181,9 +190,9 @@ def _asked(
         config = replace(at_resolution(config, resolution), teacher=teacher)
     if crop is not None:
         config = derive(config, views={"evaluation_crop": crop})
-        enough = round(config.student.image_size / crop)
-        side = max(config.data.image_size, enough) if crop < 1 else config.data.image_size
-        config = derive(config, data={"image_size": side})
+    # The size from which the view is cut: resized once, as `deit predict` and an export do it.
+    side = round(config.student.image_size / config.views.evaluation_crop)
+    config = derive(config, data={"image_size": side})
     if root is not None:
         config = derive(config, data={"root": root})
     if device is not None:

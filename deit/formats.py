@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deit.errors import CheckpointError, reason_of
+from deit.errors import ConfigError, reason_of
 from deit.models.saved import WEIGHTS, Facts, save_weights
 from deit.models.student import Student, has_two_heads
 from deit.models.timm_format import load_from_timm, timm_config
@@ -198,12 +198,18 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _tracing() -> Iterator[None]:
-    """Quietly; what an exporter cannot follow is one clear message. Raises CheckpointError."""
+    """Quietly; what an exporter cannot follow is one clear message. Raises ConfigError."""
     try:
         with _quiet():
             yield
     except Exception as error:  # exporters raise types of their own
-        raise CheckpointError(f"the network cannot be traced: {reason_of(error)}") from error
+        first: BaseException = error
+        while first.__cause__ is not None:  # the outermost only says in which step it was
+            first = first.__cause__
+        raise ConfigError(
+            f"the exporter cannot follow this network ({type(first).__name__}: "
+            f"{reason_of(first)}); --format timm keeps a network of timm, weights and all"
+        ) from error
 
 
 def _takes_any(student: Student, facts: Facts) -> None:

@@ -215,7 +215,9 @@ print(pipeline("image-classification", model=".")("picture.png"))
 ```
 
 The class is made for inference: it has no loss. Its outputs hold `cls_logits` and
-`distillation_logits` beside `logits`, where there are two heads.""",
+`distillation_logits` beside `logits`, where there are two heads. The numbers above are of
+pictures cut as torchvision cuts them; of some that are not square its processor cuts the centre
+a pixel aside.""",
     "onnx": """```python
 import json
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from deit.errors import CheckpointError
@@ -19,7 +19,7 @@ def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Modul
         for kind in _ADAM_TENSORS:
             if kind in state:
                 tensors[f"{kind}/{name}"] = state[kind].detach().cpu().contiguous()
-    save_file(tensors, path)
+    path.write_bytes(save(tensors))
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -56,7 +56,8 @@ def predict(
     the run's own. top: classes to show. attention: a PNG to draw.
     Raises the errors of deit.errors; a picture that cannot be read is named.
     """
-    student, facts = load_student(_saved(run, name))
+    saved = _saved(run, name)
+    student, facts = load_student(saved)
     if attention is not None:
         check_attention(student.network)
     files = _files(paths)
@@ -68,7 +69,7 @@ def predict(
         names = names or looked
         pictures += found
     rows = [_plain(picture, facts, top) for picture in pictures]
-    result = {"run": str(run), "checkpoint": name, "pictures": rows}
+    result = {"run": str(run), "checkpoint": saved.name, "pictures": rows}
     for row in rows:
         _print(row)
     if json_file is not None:

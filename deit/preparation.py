@@ -5,7 +5,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from deit.config import Config, Member, derive, is_transformer, members, views_seed
+from deit.config import Config, Member, derive, heads_in, is_transformer, members, views_seed
 from deit.datasets.images import Encoded, Images
 from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.reading import worker_count
@@ -56,11 +56,23 @@ def begin(network: nn.Module, found: Found, config: Config, facts: Facts) -> dic
         ) from None
     load_weights(network, fitted.weights, origin=f"start.source {config.start.source}")
     notes = list(fitted.notes)
-    if not found.heads_known and is_transformer(config.student):
-        heads = network.blocks[0].attn.num_heads
+    heads = network.blocks[0].attn.num_heads if is_transformer(config.student) else None
+    if heads is not None and found.heads_known and found.student is not None:
+        theirs = heads_in(found.student)
+        if theirs != heads:
+            raise CheckpointError(
+                f"start.source {config.start.source}: was trained with {theirs} attention heads, "
+                f"the student has {heads}; give --student.num_heads {theirs}"
+            )
+    elif heads is not None:
         notes.append(
             f"its attention heads leave no trace in the weights: {heads} are taken "
             "(--student.num_heads)"
+        )
+    if found.mean is None or found.std is None:
+        notes.append(
+            f"its normalisation is not told; {_shown(facts.mean)} and {_shown(facts.std)} are "
+            "taken (--views.mean, .std)"
         )
     colours = ((found.mean, facts.mean), (found.std, facts.std))
     if any(theirs is not None and not _close(theirs, ours) for theirs, ours in colours):

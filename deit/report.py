@@ -169,8 +169,12 @@ def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:
         ]
         label, *_ = next(iter(own)).split(", ")
         axes.errorbar(
-            speeds, shares, xerr=errors, fmt="o-", color=colour, alpha=0.8, capsize=2, label=label
+            speeds, shares, xerr=errors, fmt="o", color=colour, alpha=0.8, capsize=2, label=label
         )
+        for crop in {row["evaluation_crop"] for row in own.values()}:
+            same = [row["evaluation_crop"] == crop for row in own.values()]
+            line = [[x for x, here in zip(xs, same) if here] for xs in (speeds, shares)]
+            axes.plot(*line, color=colour, alpha=0.5)
         for name, speed, share in zip(own, speeds, shares):
             _, _, changed = name.partition(", ")  # the run itself is in the legend
             axes.annotate(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deit.checkpoint import is_one
 from deit.console import is_main_process, percent, say, table
+from deit.datasets.variants import check_known
 from deit.disk import write_json
 from deit.errors import ConfigError
 from deit.evaluation import Examined, check_side, examine, find_run
@@ -35,7 +36,7 @@ def survey(
     others: as deit.evaluation.examine takes them. Returns `rows`, what evaluation found, and
     `agreement`, shares of equal answers by name. Raises the errors of deit.errors.
     """
-    _check(runs, checkpoint, resolutions)
+    _check(runs, checkpoint, resolutions, asked.get("variant"))
     examined: dict[str, Examined] = {}
     for run, side, crop in product(runs, resolutions or (None,), crops or (None,)):
         name = _name(run, runs, side, crop)
@@ -60,7 +61,9 @@ def survey(
     return result
 
 
-def _check(runs: list[Path], checkpoint: str, resolutions: tuple[int, ...]) -> None:
+def _check(
+    runs: list[Path], checkpoint: str, resolutions: tuple[int, ...], variant: str | None
+) -> None:
     """What can be wrong with the runs, before the first is evaluated."""
     if len({run.resolve() for run in runs}) < len(runs):
         raise ConfigError("a run is named twice; once is enough")
@@ -69,12 +72,14 @@ def _check(runs: list[Path], checkpoint: str, resolutions: tuple[int, ...]) -> N
         student, facts = load_student(saved)
         for side in resolutions:
             check_side(student, facts, side)
+        if variant is not None:
+            check_known(variant, facts.class_names)
 
 
 def _name(run: Path, runs: list[Path], side: int | None, crop: float | None) -> str:
     """A row's name: the run's folder, in full where two are called the same; what was changed."""
-    short = [one.parent.name if is_one(one) else one.name for one in runs]
-    own = run.parent.name if is_one(run) else run.name
+    short = [_folder(one).name for one in runs]
+    own = _folder(run).name
     # "truth" and "teacher" are others' names in the table of disagreement.
     clear = short.count(own) == 1 and not own.startswith(("truth", "teacher"))
     told = [own if clear else str(run)]
@@ -83,11 +88,15 @@ def _name(run: Path, runs: list[Path], side: int | None, crop: float | None) -> 
     return ", ".join(told)
 
 
+def _folder(run: Path) -> Path:
+    return run.resolve().parent if is_one(run) else run.resolve()
+
+
 def _voices(examined: dict[str, Examined]) -> dict[str, Tensor]:
     """Final answers by name, with the truth and the teacher, where all are of the same images."""
     first, *others = examined.values()
     same = all(one.labels is not None for one in examined.values()) and all(
-        torch.equal(one.labels, first.labels) for one in others
+        one.images == first.images and torch.equal(one.labels, first.labels) for one in others
     )
     if not same:
         return {}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from deit.config import SIZES, Config, StudentConfig, derive, is_transformer
+from deit.config import Config, StudentConfig, derive, heads_in, is_transformer, width_of
 from deit.presets import AUGMENTATIONS, OBJECTIVES
 
 _SHAPE = ("patch_size", "embed_dim", "depth", "num_heads")
@@ -23,17 +23,12 @@ def begin_from(
     if student is not None and is_transformer(student) and is_transformer(own):
         kind, size = own.name.split("_")[0], student.name.split("_")[1]
         shape = {name: getattr(student, name) for name in _SHAPE}
-        if not heads_known and _usual(own, "embed_dim") == _usual(student, "embed_dim"):
-            shape["num_heads"] = _usual(own, "num_heads")
+        if not heads_known and width_of(own) == width_of(student):
+            shape["num_heads"] = heads_in(own)
         own = replace(own, name=f"{kind}_{size}", **shape)
     elif student is not None:
         own = replace(student, image_size=own.image_size, drop_path=own.drop_path)
     return derive(config, student=own, start={"source": source})
-
-
-def _usual(student: StudentConfig, name: str) -> int:
-    """A number of a ViT's shape: its own, or that of the named size."""
-    return getattr(student, name) or SIZES[student.name.split("_")[1]][name]
 
 
 def at_resolution(config: Config, side: int) -> Config:

@@ -36,8 +36,12 @@ def cost_of(network: nn.Module, *, side: int, batch: int = 64) -> Cost:
     network = network.eval()
     device = next(network.parameters()).device
     images = torch.rand(batch, 3, side, side, device=device)
+    wanted = [one for one in network.parameters() if one.requires_grad]
+    network.requires_grad_(False)  # the counter trips over parameters that modules hand on
     with FlopCounterMode(display=False) as counted:
         network(images[:1])
+    for one in wanted:
+        one.requires_grad_(True)
     weights = sum(value.nbytes for value in network.state_dict().values())
     rates = _rates(network, images)
     return Cost(

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import ConfigDict
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from deit import manifest
@@ -50,7 +50,8 @@ def save_student(folder: Path, weights: dict[str, Tensor], facts: Facts) -> None
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write tensors by name as safetensors that other libraries read."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    # Not save_file: its files are nobody else's to read, whatever the umask says.
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def load_student(folder: Path) -> tuple[Student, Facts]:

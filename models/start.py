@@ -59,6 +59,10 @@ def find_start(source: str) -> Found:
             f"{reason_of(error)})"
         ) from None
     for name, value in found.weights.items():
+        if value.layout != torch.strided or value.is_meta:
+            raise CheckpointError(
+                f"start.source {source}: {name} is no plain tensor with its numbers in the file"
+            )
         if value.is_floating_point() and not value.isfinite().all():
             raise CheckpointError(
                 f"start.source {source}: {name} holds numbers that are not finite"
@@ -167,6 +171,11 @@ def _from_transformers(folder: Path, about: dict[str, Any], source: str) -> Foun
             f"start.source {source}: its activation is {about['hidden_act']}, that of a deit_* or "
             "vit_* gelu"
         )
+    if not 0 < about.get("layer_norm_eps", 1e-12) <= 1e-5:
+        raise CheckpointError(
+            f"start.source {source}: its layer_norm_eps is {about['layer_norm_eps']}, that of a "
+            "deit_* or vit_* 1e-6"
+        )
     try:
         weights = from_transformers(read_weights(file))
     except CheckpointError as error:
@@ -214,6 +223,8 @@ def _attention_heads(architecture: str, settings: dict[str, Any]) -> int | None:
     """How many attention heads a network of timm has; None where it has none, or timm does not
     know it. Of the folder's own settings only that number is believed: others could name files."""
     if isinstance(settings.get("num_heads"), int):
+        if settings["num_heads"] < 1:
+            raise ValueError(f"num_heads {settings['num_heads']}")
         return settings["num_heads"]
     if not timm.is_model(architecture):
         return None
@@ -250,9 +261,13 @@ def student_of(weights: Weights, heads: int | None = None) -> StudentConfig | No
     tokens = _tokens_of(weights)
     patch = weights["patch_embed.proj.weight"].shape[-1]
     side = grid_side(weights["pos_embed"].shape[1], 1 + tokens)
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+    depth = len(blocks)
+    if max(blocks) >= depth:
+        raise ValueError(f"block {max(blocks)} is there, and {depth} blocks in all")
     named = {shape["embed_dim"]: size for size, shape in SIZES.items()}
-    size = named.get(width, "tiny")
+    nearest_width = min(named, key=lambda known: (abs(known - width), known))
+    size = named[nearest_width]
     usual = SIZES[size]["num_heads"] if width in named else max(width // 64, 1)
     shape = {"embed_dim": width, "depth": depth, "num_heads": heads or usual}
     return StudentConfig(
@@ -365,7 +380,7 @@ def _fit_heads(
     notes: list[str],
 ) -> Weights:
     """The rows of the heads for the data's classes, or none of them."""
-    own = network.state_dict()
+    own, where = network.state_dict(), f"start.source {start.source}:"
     names = [f"{head}.{kind}" for head in heads_of(network) for kind in ("weight", "bias")]
     names = [name for name in names if name in own]
     if start.heads == "new":
@@ -375,16 +390,14 @@ def _fit_heads(
         return {**weights, **{name: own[name] for name in names}}
     present = [name for name in names if name in weights]
     if not present:
-        raise CheckpointError(
-            "start.source: has no head; --start.heads new begins with random ones"
-        )
+        raise CheckpointError(f"{where} has no head; --start.heads new begins with random ones")
     if known is not None and any(len(weights[name]) != len(known) for name in present):
-        raise CheckpointError(f"start.source: names {len(known)} classes, its heads have others")
+        raise CheckpointError(f"{where} names {len(known)} classes, its heads have others")
     if known is None:
         counts = {len(weights[name]) for name in present} - {len(wanted)}
         if counts:
             raise CheckpointError(
-                f"start.source: its heads answer with {counts.pop()} classes, the data has "
+                f"{where} its heads answer with {counts.pop()} classes, the data has "
                 f"{len(wanted)}, and no names say which is which; --start.heads new begins with "
                 "random heads"
             )
@@ -396,7 +409,7 @@ def _fit_heads(
     missing = [name for name in wanted if name not in rows]
     if missing:
         raise CheckpointError(
-            f"start.source: knows {len(known)} classes, but of the data's {len(wanted)} it lacks "
+            f"{where} knows {len(known)} classes, but of the data's {len(wanted)} it lacks "
             f"{len(missing)}: {', '.join(map(repr, missing[:5]))}{nearest(missing[0], rows)}; "
             "--start.heads new begins with random heads"
         )

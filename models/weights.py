@@ -34,7 +34,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such weight file") from None
     except (SafetensorError, OSError, EOFError) as error:
-        raise CheckpointError(f"{path}: not a readable weight file ({error})") from None
+        reason = str(error) or "it is empty"
+        raise CheckpointError(f"{path}: not a readable weight file ({reason})") from None
     except Exception as error:  # torch raises RuntimeError, KeyError, UnpicklingError and more
         # torch names the global or class it refused; every other reason is a damaged file.
         if "GLOBAL" in str(error) or "Unsupported class" in str(error):
@@ -56,7 +57,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     }
     if not weights:
         raise CheckpointError(f"{path}: holds no named tensors")
-    return {_unprefixed(name): value for name, value in weights.items()}
+    bare = {_unprefixed(name): value for name, value in weights.items()}
+    if len(bare) < len(weights):
+        twice = next(name for name in weights if name not in bare)
+        raise CheckpointError(
+            f"{path}: holds {_unprefixed(twice)} twice, also as {twice}; which of them counts is "
+            "not said"
+        )
+    return bare
 
 
 def _unprefixed(name: str) -> str:

@@ -5,6 +5,8 @@ import socket
 import pytest
 import torch
 
+torch.set_num_threads(1)  # for fixtures of whole files, which come before that of a test
+
 
 @pytest.fixture(autouse=True)
 def _steady(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -95,6 +96,8 @@ def _become(question: dict[str, Any]) -> None:
     """In the child: run the command and leave."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(question[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # whatever the tests themselves were started with
     os.environ.update(question["environment"])
     os.chdir(question["cwd"])
     from deit.cli import main

@@ -41,3 +41,14 @@ def test_only_the_main_process_speaks(monkeypatch, capsys):
 def test_a_table_in_a_pipe_is_not_wrapped(capsys):
     console.table("title", ("name", "value"), [("row", "x" * 100)])
     assert "x" * 100 in capsys.readouterr().out
+
+
+def test_a_table_shows_names_as_they_are_and_its_title_whole(capsys):
+    console.table(
+        "a title much longer than its table: IMG[red].png, :dog: [/b]",
+        ("", "[x]"),
+        [("a[blue]", "1")],
+    )
+    said = capsys.readouterr().out
+    for words in ("its table: IMG[red].png, :dog: [/b]\n", "a[blue]", "[x]"):
+        assert words in said

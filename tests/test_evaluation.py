@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
 
+from deit.checkpoint import newest
 from deit.cli import run_command
 from deit.commands import TEST_SETS
 from deit.config import StudentConfig, derive
@@ -139,6 +140,12 @@ def test_runs_of_other_images_are_not_held_against_each_other(runs, tmp_path):
         (("--variant", "b", "--data.root", "x"), 2, "should be one of real, v2, a, r, sketch"),
         (("--variant", "a"), 2, "needs --data.root"),
         (("--variant", "a", "--data.root", "none"), 3, "no such folder"),
+        (
+            ("--variant", "a", "--data.root", "x", "--split", "validation"),
+            2,
+            "a test set of its own",
+        ),
+        (("--crop", "0.875,0.8750001"), 2, "names one of them twice"),
         (("--plot", "x.txt"), 2, "--plot x.txt: should end in .png"),
         (("--resolution", "15"), 4, "do not divide it"),
         (("--resolution", "8,15"), 4, "do not divide it"),
@@ -318,3 +325,86 @@ def test_the_rate_is_that_of_the_network():
             return images
 
     assert cost_of(Sleeper(), side=4, batch=8).images_per_s == pytest.approx(400, rel=0.3)
+
+
+@pytest.mark.parametrize("word", ["evaluate", "predict"])
+def test_files_that_are_there_are_not_replaced_unasked(word, runs, tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    mine = tmp_path / "mine.json"
+    mine.write_text("mine")
+    words = [str(runs / "student"), *([str(picture)] if word == "predict" else [])]
+    words += ["--json", str(mine)]
+    assert run_command(word, words, word) == 5
+    assert "exists already; --force replaces it" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    assert run_command(word, [*words, "--force"], word) == 0
+    assert mine.read_text().startswith("{")
+
+
+def test_other_images_of_the_same_labels_are_not_held_against_each_other(tmp_path):
+    """Two sets of two classes, as many images of each."""
+    quick = {"epochs": 1, "batch_size": 4, "warmup_epochs": 0}
+    for name, classes in (("one", "ab"), ("other", "cd")):
+        for label in classes:
+            place = tmp_path / f"pictures-{name}" / label
+            place.mkdir(parents=True)
+            for index in range(10):
+                noise = torch.randint(256, (8, 8, 3), dtype=torch.uint8)
+                Image.fromarray(noise.numpy()).save(place / f"{index}.png")
+        data = {"source": "folder", "root": str(tmp_path / f"pictures-{name}"), "image_size": 8}
+        train(derive(digits_teacher(), data=data, optim=quick), tmp_path / name)
+    runs = [tmp_path / name for name in ("one", "other")]
+    labels = [load_splits(load(run / "config.json").data).test.labels for run in runs]
+    assert torch.equal(*labels)
+    words = [*map(str, runs), "--json", str(tmp_path / "f.json")]
+    assert run_command("evaluate", words, "evaluate") == 0
+    assert "agreement" not in json.loads((tmp_path / "f.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "pit_ti_distilled_224", "test_vit3"])
+def test_networks_that_hand_parameters_on_are_counted(name):
+    network = create_network(StudentConfig(name=f"timm:{name}", image_size=224), 10)
+    wanted = [one.requires_grad for one in network.parameters()]
+    assert cost_of(network, side=224, batch=1).gmacs > 0
+    assert [one.requires_grad for one in network.parameters()] == wanted
+
+
+def test_the_checkpoint_that_was_measured_is_named(runs):
+    newest_one = newest(runs / "student")
+    assert evaluate(newest_one)["checkpoint"] == newest_one.name
+    assert evaluate(runs / "student", checkpoint="last")["checkpoint"] == newest_one.name
+    assert evaluate(runs / "student" / "best", checkpoint="last")["checkpoint"] == "best"
+
+
+def test_a_survey_of_a_variant_begins_with_its_mistakes(runs, tmp_path, capsys):
+    words = [str(runs / "labels"), str(runs / "student"), "--variant", "a"]
+    assert run_command("evaluate", [*words, "--data.root", str(tmp_path)], "evaluate") == 3
+    said = capsys.readouterr()
+    assert "knows none of the classes of variant a" in said.err
+    assert said.out == ""
+
+
+STORAGE = {"memory": {"storage": "memory"}, "files": {"storage": "files", "workers": 0}}
+
+
+@pytest.mark.parametrize("crop", [None, 0.8, 1.0])
+def test_a_picture_is_resized_once_wherever_it_lies(crop, tmp_path):
+    """From memory and from files, at any crop, the views are the same."""
+    for label in "ab":
+        place = tmp_path / "pictures" / label
+        place.mkdir(parents=True)
+        for index in range(8):
+            noise = torch.randint(256, (40 + index, 50, 3), dtype=torch.uint8)
+            Image.fromarray(noise.numpy()).save(place / f"{index}.png")
+    data = {"source": "folder", "root": str(tmp_path / "pictures"), "image_size": 24}
+    config = derive(digits_teacher(), data=data, student={"image_size": 16})
+    config = derive(config, optim={"epochs": 1, "batch_size": 4, "warmup_epochs": 0})
+    found = []
+    for storage in ("memory", "files"):
+        train(derive(config, data=STORAGE[storage]), tmp_path / storage)
+        (tmp_path / storage / "best").rename(tmp_path / f"best-{storage}")
+    for storage in ("memory", "files"):  # the same weights for both
+        (tmp_path / storage / "best").symlink_to(tmp_path / "best-memory")
+        found.append(evaluate(tmp_path / storage, crop=crop)["heads"]["class"])
+    assert found[0] == found[1]

@@ -104,7 +104,7 @@ def test_held_still_it_resumes_to_the_bit(runs, tmp_path):
     config = finer(runs, optim={"trained": "heads", "layer_decay": 0.5})
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train(config, straight)
-    faults.arm("metrics:1:int")
+    faults.arm("metrics:1:term")
     with pytest.raises(Stopped):
         train(config, broken)
     faults.arm(None)
@@ -296,6 +296,7 @@ def test_a_file_needs_a_recipe_and_takes_its_network_from_the_weights(runs, tmp_
 
 BAD = {
     "no start": ((), 2, "needs --from"),
+    "late recipe": (("--from", "STUDENT", "--out", "x", "digits"), 2, "comes before its options"),
     "no such start": (("--from", "runs/none"), 4, "no such file or folder"),
     "patches": (("--from", "STUDENT", "--resolution", "15"), 4, "try 14 or 16"),
     "no resolution": (("--from", "STUDENT", "--resolution", "0"), 2, "at least 1"),
@@ -346,6 +347,10 @@ def test_the_command_goes_on_without_its_start(runs, tmp_path, command):
     code, said = command(*other)
     assert code == 2
     assert "is at 16 px, not 24" in said.err
+    for more in ((*words, "--tuning", "deit"), ("--from", start, "digits", "--out", "run")):
+        code, said = command(*more, *quick, "--resume")
+        assert code == 2
+        assert "the run in run was begun with" in said.err
     code, said = command("--from", runs / "student", "--out", "run", "--resume")
     assert code == 2
     assert f"started from {start}, not from {runs / 'student'}" in said.err

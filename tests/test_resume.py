@@ -324,10 +324,12 @@ def test_data_that_changed_since_is_refused(config, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_other_signals_stop_as_well_each_with_its_code(number, config, tmp_path):
+    before = signal.signal(number, signal.SIG_DFL)  # where the tests run in the background
     name = signal.Signals(number).name.removeprefix("SIG").lower()
     faults.arm(f"update:2:{name}")
     with pytest.raises(Stopped) as stop:
         train(config, tmp_path / "run")
+    assert signal.signal(number, before) == signal.SIG_DFL  # put back
     assert stop.value.exit_code == 128 + number
     assert "the same command with --resume goes on" in str(stop.value)
 

@@ -507,3 +507,54 @@ def test_a_still_student_stays_in_evaluation_mode():
     images = torch.rand(8, 3, 16, 16)
     one, other = student(images), student(images)  # no drop path
     assert torch.equal(one.class_logits, other.class_logits)
+
+
+def test_a_block_far_beyond_the_others_is_refused_at_once(tmp_path):
+    weights = network("deit_micro").state_dict()
+    weights["blocks.99999999.norm1.weight"] = weights["blocks.0.norm1.weight"].clone()
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="block 99999999 is there, and 2 blocks in all"):
+        find_start(str(tmp_path / "w.safetensors"))
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path):
+    weights = network("deit_micro").state_dict()
+    weights["module.head.weight"] = torch.zeros_like(weights["head.weight"])
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds head\.weight twice, also as module\.head"):
+        find_start(str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_without_plain_numbers_are_refused(kind, tmp_path):
+    weights = network("deit_micro").state_dict()
+    value = weights["head.weight"]
+    weights["head.weight"] = value.to_sparse() if kind == "sparse" else value.to("meta")
+    torch.save(weights, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"head\.weight is no plain tensor|not a readable"):
+        find_start(str(tmp_path / "w.pth"))
+
+
+def test_an_empty_file_is_called_so(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="not a readable weight file"):
+        find_start(str(tmp_path / "w.pth"))
+
+
+def test_another_number_of_attention_heads_is_refused():
+    own = section(embed_dim=48, num_heads=4)
+    built = network(embed_dim=48, num_heads=4)
+    found = Found(built.state_dict(), "a run", own, NAMES, (0.5,) * 3, (0.5,) * 3)
+    config = derive(digits(), student={"image_size": 16}, start={"source": "a run"})
+    config = derive(config, student=section(embed_dim=48, num_heads=2))
+    facts = Facts(config.student, NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
+    with pytest.raises(CheckpointError, match="trained with 4 attention heads, the student has 2"):
+        begin(network(embed_dim=48, num_heads=2), found, config, facts)
+
+
+def test_a_normalisation_that_is_not_told_is_named():
+    built = network()
+    config = derive(digits(), student=section(), start={"source": "w.pth"})
+    facts = Facts(config.student, NAMES, (0.1, 0.2, 0.3), (0.4,) * 3, 1.0)
+    notes = begin(built, found_in(built), config, facts)["notes"]
+    assert any("its normalisation is not told; 0.1,0.2,0.3 and" in note for note in notes)
