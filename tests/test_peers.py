@@ -1,0 +1,155 @@
+"""Two processes: they stop together, skip together, and none waits for ever for another."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from deit import checkpoint, journal
+from tests.forks import ROOT, Done, Running, Zygote
+from tests.test_kills import SMALL, STEPS, same
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory):
+    zygote = Zygote(tmp_path_factory.mktemp("peers"))
+    yield zygote
+    zygote.close()
+
+
+def start(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Running]:
+    """Both processes of a run, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(port), "DEIT_FAULT": fault}
+    words = ("train", *SMALL, "--out", out, "--resume", "--run.timeout", "20", *more)
+    return [zygote.start(*words, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)]
+
+
+def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Done]:
+    return [process.wait() for process in start(zygote, out, fault, *more)]
+
+
+@pytest.fixture(scope="module")
+def straight(zygote) -> Path:
+    """The run of two processes that nothing happens to."""
+    for done in run(zygote, zygote.folder / "straight"):
+        assert done.code == 0, done.err
+    return zygote.folder / "straight"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_stops_both_at_the_same_update(rank, zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    done = run(zygote, out, f"update@{rank}:2:term")
+    assert [one.code for one in done] == [143, 143]
+    assert "the same command with --resume goes on" in done[0].err
+    assert done[1].err == ""
+    assert 2 <= checkpoint.step_of(checkpoint.newest(out)) < 2 * STEPS
+    assert [one.code for one in run(zygote, out)] == [0, 0]
+    same(out, straight)
+
+
+def test_it_goes_on_with_another_number_of_processes(zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    run(zygote, out, "update:6:term")
+    stopped = checkpoint.step_of(checkpoint.newest(out))
+    assert 6 <= stopped < 2 * STEPS
+    alone = ("train", *SMALL, "--out", out, "--resume", "--optim.accumulate", "2")
+    done = zygote.run(*alone)
+    assert done.code == 0, done.err
+    assert "not to the bit: processes 2 before, 1 now" in done.err
+    ours, theirs = (
+        load_file(checkpoint.newest(one) / "model.safetensors") for one in (out, straight)
+    )
+    for name, value in theirs.items():
+        assert (ours[name] - value).abs().max() < 1e-4, name
+    rows = [journal.read(one / journal.METRICS) for one in (out, straight)]
+    for mine, other in zip(*rows, strict=True):
+        assert mine["step"] == other["step"]
+        assert mine["train"] == pytest.approx(other["train"], abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    done = run(zygote, out, "loss@1:3:nan")
+    assert [one.code for one in done] == [0, 0]
+    assert json.loads((out / "result.json").read_text())["skipped"] == 1
+    for value in load_file(checkpoint.newest(out) / "model.safetensors").values():
+        assert value.isfinite().all()
+    chains = [journal.read(one / journal.CHAIN)[0]["model"] for one in (out, straight)]
+    assert chains[0] != chains[1]  # an update is missing
+    found = journal.read(out / journal.ANOMALIES)
+    assert sorted(row["process"] for row in found) == [0, 1]
+    assert {row["step"] for row in found} == {3}
+
+
+def test_too_many_in_a_row_stop_both_with_the_same_code(zygote, tmp_path):
+    done = run(zygote, tmp_path / "run", "loss@1:0:nan", "--run.max_skipped", "2")
+    assert [one.code for one in done] == [6, 6]
+
+
+def test_of_two_the_one_that_is_left_ends_with_7(zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    started = time.monotonic()
+    first, second = run(zygote, out, "update@1:7:kill")
+    assert second.code == -signal.SIGKILL
+    assert first.code == 7, first.err
+    assert "another process of the run is gone or did not answer for 20 s" in first.err
+    assert time.monotonic() - started < 20
+    assert [one.code for one in run(zygote, out)] == [0, 0]
+    same(out, straight)
+
+
+def test_one_that_hangs_is_not_waited_for_for_ever(zygote, tmp_path):
+    first, second = start(zygote, tmp_path / "run", "update@1:2:hang", "--run.timeout", "4")
+    done = first.wait(timeout=60)
+    assert done.code == 7, done.err
+    assert "did not answer for 4 s" in done.err
+    second.signal(signal.SIGKILL)
+    second.wait()
+
+
+def test_a_mistake_that_one_finds_is_the_end_of_both(zygote, straight, tmp_path):
+    """All checkpoints are damaged, which the first process alone looks at."""
+    out = tmp_path / "run"
+    run(zygote, out, "update:7:term")
+    for _, folder in checkpoint.found(out):
+        (folder / "state.json").write_text("{}")
+    done = run(zygote, out)
+    assert [one.code for one in done] == [4, 4]
+    assert "no checkpoint is sound" in done[0].err
+    assert "see process 0" in done[1].err
+
+
+def test_a_launcher_that_is_terminated_takes_its_process_along(tmp_path):
+    """accelerate launch does not hand the signal on: the training process would go on for ever."""
+    out = tmp_path / "run"
+    launcher = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *(str(ROOT / "train_deit.py"), *SMALL, "--out", str(out), "--optim.epochs", "4000"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(out.glob("checkpoint-*")):
+        time.sleep(0.05)
+    launcher.terminate()
+    _, said = launcher.communicate(timeout=60)  # until the training process closes it as well
+    assert "stopped by SIGTERM" in said
+    assert checkpoint.newest(out) is not None
