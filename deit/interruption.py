@@ -69,12 +69,15 @@ class Interruption(AbstractContextManager):
         # Where this process hangs and will be killed, say where.
         faulthandler.dump_traceback_later(_STUCK_S, file=sys.__stderr__)
 
-    def asked(self) -> int:
+    def asked(self, *, now: bool = False) -> int:
         """The signal to obey now, 0 for none; the same in all processes, where all ask equally
-        often. They talk at most a few times a second, so it may come some steps later."""
+        often. They talk at most a few times a second, so it may come some steps later.
+
+        now: talk in any case.
+        """
         if self._parent not in (None, os.getppid()):
             self._noted = self._noted or signal.SIGTERM
-        number = self._agreed() if self._several else self._noted
+        number = self._agreed(now) if self._several else self._noted
         if number == SAVING:
             self._noted = 0
         return number
@@ -85,12 +88,13 @@ class Interruption(AbstractContextManager):
         if number in STOPPING:
             raise Stopped(number)
 
-    def _agreed(self) -> int:
+    def _agreed(self, now: bool) -> int:
         self._wait -= 1
-        if self._wait > 0:
+        if self._wait > 0 and not now:
             return 0
-        now = time.monotonic()
-        took, self._last = (now - self._last) / self._between, now
+        moment = time.monotonic()
+        took = (moment - self._last) / (self._between - self._wait)
+        self._last = moment
         said = torch.tensor([_RANK[self._noted], took], dtype=torch.float64)
         torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, group=self._group)
         # All have the same number here, so all wait equally many steps until they talk again.

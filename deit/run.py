@@ -267,7 +267,7 @@ def _train_rest(parts: Parts, tally: Tally, interruption: Interruption) -> dict[
         ended = state.step == (epoch + 1) * steps
         every = config.run.save_every
         regular = ended or (every is not None and state.step % every == 0)
-        signal = interruption.asked()
+        signal = interruption.asked(now=ended)
         if regular or signal:
             save(parts, tally, regular=regular)
         if signal in STOPPING:

@@ -15,6 +15,7 @@ import numpy as np
 from deit.console import percent, progress, say, warn
 from deit.disk import put_file, put_first, sync
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
+from deit.faults import reach
 from deit.targets import (
     CHECKS,
     FORMAT,
@@ -118,6 +119,7 @@ class Units:
         payload = made.records.tobytes() + made.canaries.astype("<u4").tobytes() + trace
         sizes = (unit, len(made.records), len(made.canaries), zlib.crc32(payload))
         header = _HEADER.pack(_MAGIC, FORMAT, self.digest, *sizes)
+        reach("targets")
         try:
             put_file(self.path(unit), header + payload)
         except FileNotFoundError:

@@ -5,6 +5,8 @@ import socket
 import pytest
 import torch
 
+from tests.forks import Zygote
+
 torch.set_num_threads(1)  # for fixtures of whole files, which come before that of a test
 
 
@@ -21,3 +23,11 @@ def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory):
+    """Starts commands without the seconds of their imports."""
+    zygote = Zygote(tmp_path_factory.mktemp("commands"))
+    yield zygote
+    zygote.close()

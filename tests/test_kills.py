@@ -24,18 +24,12 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def zygote(tmp_path_factory):
-    zygote = Zygote(tmp_path_factory.mktemp("kills"))
-    yield zygote
-    zygote.close()
-
-
-@pytest.fixture(scope="module")
-def straight(zygote) -> Path:
+def straight(zygote, tmp_path_factory) -> Path:
     """The run that nothing happens to."""
-    done = zygote.run("train", *SMALL, "--out", "straight")
+    out = tmp_path_factory.mktemp("straight") / "run"
+    done = zygote.run("train", *SMALL, "--out", out)
     assert done.code == 0, done.err
-    return zygote.folder / "straight"
+    return out
 
 
 def same(out: Path, straight: Path) -> None:
@@ -237,3 +231,11 @@ def test_a_run_is_moved_as_it_is(zygote, straight, tmp_path):
     assert str(out) not in "".join(
         path.read_text() for path in moved.rglob("*.json") if "environment" not in path.name
     )
+
+
+def test_the_faults_are_documented():
+    text = (Path(__file__).parents[1] / "docs" / "run-folder.md").read_text()
+    for name, about in faults.POINTS.items():
+        assert f"| `{name}` | {about} |" in text
+    _, _, actions = text.partition("\nActions: ")
+    assert all(f"`{name}`" in actions.split("\n\n")[0] for name in faults.ACTIONS)

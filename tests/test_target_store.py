@@ -155,40 +155,41 @@ def test_torchrun_writes_the_same_bytes(teachers, tmp_path):
     assert content(outs[2]) == content(outs[1])
 
 
-def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(teachers, tmp_path):
+def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(teachers, tmp_path, zygote):
     """kill -9 at random moments until a writer is left to finish; two shards at once."""
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    subprocess.run(
-        launched(command(teachers[0], alone)), env=ENVIRONMENT, cwd=tmp_path, check=True,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+
+    def write(out, *more):
+        return zygote.start("targets", "write", *command(teachers[0], out, *more))
+
+    assert write(alone).wait().code == 0
     moments = random.Random(7)
     for attempt in range(4):
-        writers = [
-            subprocess.Popen(
-                launched(command(teachers[0], killed, "--shard", f"{part}/2")),
-                env=ENVIRONMENT,
-                cwd=tmp_path,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            for part in (0, 1)
-        ]
+        writers = [write(killed, "--shard", f"{part}/2") for part in (0, 1)]
         started = time.monotonic()
         # At first from the beginning, then ever later: into reading, asking, committing.
         while time.monotonic() - started < 20 and not (killed / UNITS).is_dir():
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.15) * attempt)
         for writer in writers:
-            writer.send_signal(signal.SIGKILL)
+            writer.signal(signal.SIGKILL)
             writer.wait()
     for part in (0, 1):
-        subprocess.run(
-            launched(command(teachers[0], killed, "--shard", f"{part}/2")),
-            env=ENVIRONMENT, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        assert write(killed, "--shard", f"{part}/2").wait().code == 0
     finished, expected = content(killed), content(alone)
     assert {name: finished[name] for name in expected} == expected
+
+
+def test_sigterm_in_the_middle_keeps_what_is_written(teachers, tmp_path, zygote):
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    words = ("targets", "write")
+    assert zygote.run(*words, *command(teachers[0], alone)).code == 0
+    done = zygote.run(*words, *command(teachers[0], stopped), DEIT_FAULT="targets:3:term")
+    assert done.code == 143
+    assert done.err.splitlines() == ["deit: error: stopped by SIGTERM; the same command goes on"]
+    assert len(list((stopped / UNITS).glob("0*.bin"))) == 2
+    assert zygote.run(*words, *command(teachers[0], stopped)).code == 0
+    assert content(stopped) == content(alone)
 
 
 class _KilledError(BaseException):
