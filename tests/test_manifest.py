@@ -1,0 +1,196 @@
+"""Manifests: every byte of a folder is covered, and nothing of a damaged one is believed."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deit import checkpoint, manifest
+from deit.checkpoint import check, newest, seal_folder, write
+from deit.errors import CheckpointError
+
+MUTATIONS = 2000
+
+
+def fill(folder: Path) -> None:
+    save_file({"a": torch.arange(50.0), "b": torch.zeros(3, 3)}, folder / "model.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": 3, "best": [0.25, None]}, indent=1))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    seal_folder(tmp_path / "checkpoint-00000003", fill, step=3)
+    return tmp_path / "checkpoint-00000003"
+
+
+def test_what_was_written_is_what_is_found(folder):
+    found = manifest.check(folder)
+    assert (found.step, sorted(found.files)) == (3, ["model.safetensors", "state.json"])
+    for name, content in found.files.items():
+        assert (folder / name).stat().st_size == content.bytes
+
+
+def mutate(path: Path, how: random.Random) -> None:
+    """Change a file: a bit, a byte, a stretch; cut it off; append; empty it; remove it."""
+    content = bytearray(path.read_bytes())
+    place = how.randrange(len(content))
+    kind = how.choice(("bit", "byte", "stretch", "cut", "append", "twice", "empty", "remove"))
+    if kind == "bit":
+        content[place] ^= 1 << how.randrange(8)
+    elif kind == "byte":
+        content[place] = (content[place] + how.randrange(1, 256)) % 256
+    elif kind == "stretch":
+        stretch = bytes(how.randrange(256) for _ in range(how.randrange(1, 20)))
+        content[place : place + len(stretch)] = stretch
+    elif kind == "cut":
+        del content[place:]
+    elif kind == "append":
+        content += bytes(how.randrange(256) for _ in range(how.randrange(1, 9)))
+    elif kind == "twice":
+        content[place:place] = content[place : place + how.randrange(1, 30)]
+    elif kind == "empty":
+        content.clear()
+    if kind == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content)
+
+
+def test_no_mutation_of_any_file_goes_unnoticed(folder):
+    how = random.Random(0)
+    whole = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    for _ in range(MUTATIONS):
+        path = how.choice(list(whole))
+        mutate(path, how)
+        if path.is_file() and path.read_bytes() == whole[path]:
+            continue  # a stretch of the same bytes
+        with pytest.raises(CheckpointError):
+            check(folder, 3)
+        path.write_bytes(whole[path])
+    check(folder, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "Invalid JSON"),
+        ("[" * 100_000, "Invalid JSON"),
+        ("{}", "Field required"),
+        ('{"format_version": NaN, "step": 3, "files": {}, "sha256": ""}', "valid integer"),
+        ('{"format_version": 2, "step": "3", "files": {}, "sha256": ""}', "valid integer"),
+        ('{"format_version": 2, "step": 3, "files": [], "sha256": ""}', r"files: Input should be"),
+        ('{"format_version": 99, "step": 3, "files": {}, "sha256": ""}', "format version 99, this"),
+        (
+            '{"format_version": 2, "step": 3, "files": {}, "sha256": "", "more": 1}',
+            r"more: Unexpected",
+        ),
+        ('{"format_version": 2, "step": 3, "files": {}, "sha256": ""}', "its own digest differs"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(text, words, folder):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=words):
+        manifest.check(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", ".hidden", "A.bin", "a/b", ""])
+def test_a_name_that_leads_elsewhere_is_refused(name, folder):
+    (folder.parent / "secret").write_text("secret")
+    contents = {name: manifest.Content(6, "0" * 64)}
+    content = {"format_version": manifest.FORMAT_VERSION, "step": 3}
+    content["files"] = {key: vars(value) for key, value in contents.items()}
+    content["sha256"] = manifest.hashlib.sha256(manifest._text(content)).hexdigest()
+    (folder / "manifest.json").write_bytes(manifest._text(content))
+    with pytest.raises(CheckpointError, match="is no name of a file of ours"):
+        manifest.check(folder)
+
+
+def test_a_folder_under_another_steps_name_is_not_that_step(folder):
+    moved = folder.rename(folder.with_name("checkpoint-00000009"))
+    with pytest.raises(CheckpointError, match="holds step 3, so it is not where it was written"):
+        check(moved, 9)
+
+
+def test_strays_are_left_alone_and_count_for_nothing(folder, tmp_path):
+    for name in ("checkpoint-", "checkpoint-x", "checkpoint-00000004.bak", "checkpoint", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-00000099").write_text("a file")
+    (folder / "pytorch_model.bin").write_bytes(b"a stray pickle")
+    assert newest(tmp_path) == folder
+    for step in (5, 6, 7):
+        write(tmp_path, step, fill, keep=2)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert [name for name in kept if name[-1].isdigit()] == [
+        *("checkpoint-00000006", "checkpoint-00000007", "checkpoint-00000099"),
+    ]
+    assert {"checkpoint-", "checkpoint-x", "checkpoint-00000004.bak", "notes"} < set(kept)
+
+
+def test_the_times_of_files_mean_nothing(tmp_path):
+    import os
+
+    for step, when in ((3, 2e9), (4, 1e9), (5, 0)):
+        write(tmp_path, step, fill, keep=3)
+        os.utime(checkpoint.folder_of(tmp_path, step), (when, when))
+    assert newest(tmp_path) == tmp_path / "checkpoint-00000005"
+
+
+def test_files_reach_the_disk_before_the_name_and_the_name_before_anything_goes(
+    tmp_path, monkeypatch
+):
+    """What a power cut leaves is the order of fsync and rename."""
+    import os
+
+    calls: list[str] = []
+    real_fsync, real_rename, real_rmtree = os.fsync, Path.rename, shutil.rmtree
+
+    def fsync(handle: int) -> None:
+        calls.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        real_fsync(handle)
+
+    def rename(self: Path, target: Path) -> Path:
+        calls.append(f"rename to {Path(target).name}")
+        return real_rename(self, target)
+
+    def rmtree(path: Path, **settings: object) -> None:
+        calls.append(f"remove {Path(path).name}")
+        real_rmtree(path, **settings)
+
+    write(tmp_path, 3, fill, keep=2)
+    write(tmp_path, 4, fill, keep=2)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    write(tmp_path, 5, fill, keep=2)
+    named = calls.index("rename to checkpoint-00000005")
+    before, after = calls[:named], calls[named + 1 :]
+    first = {name: before.index(f"fsync {name}") for name in ("model.safetensors", "state.json")}
+    assert all(place < before.index("fsync manifest.json") for place in first.values())
+    assert before[-1] == "fsync .deit-new-checkpoint-00000005"
+    assert after[0] == f"fsync {tmp_path.name}"
+    assert after[-1] == "remove .deit-gone-checkpoint-00000003"
+
+
+def test_a_planted_pickle_is_never_opened(folder, tmp_path):
+    """Under every name of a checkpoint's files, and beside them."""
+    import pickle  # noqa: TID251
+
+    class Canary:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "canary",))
+
+    payload = pickle.dumps(Canary())
+    for name in ("model.safetensors", "state.json", "manifest.json", "random_states_0.pkl"):
+        whole = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).write_bytes(payload)
+        if whole is None:
+            check(folder, 3)
+            continue
+        with pytest.raises(CheckpointError):
+            check(folder, 3)
+        (folder / name).write_bytes(whole)
+    assert not (tmp_path / "canary").exists()
