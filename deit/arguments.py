@@ -13,7 +13,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from deit.checks import Problem
-from deit.config import Config, to_dict
+from deit.config import Config, code_of, to_dict
 from deit.errors import ConfigError
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.recipes import RECIPES, find_recipe
@@ -153,9 +153,16 @@ def parse_run(
     named = _plain(options.out)
     if named == "":
         problems.append(Problem("--out", named, "needs a folder"))
+    config = build(values, problems, online=online)
+    if recipe.endswith(".json") and config.teacher == base.teacher and code_of(config.teacher):
+        named = ",".join(config.teacher.source)
+        raise ConfigError(
+            f"{recipe}: its teacher {named} is code, which no file but the command line may have "
+            f"run; add --teacher.source {named} if you trust it"
+        )
     return RunArguments(
         recipe=recipe,
-        config=build(values, problems, online=online),
+        config=config,
         out=Path(named) if named else out or Path("checkpoints") / run_name(recipe),
         resume=options.resume,
         dry_run=options.dry_run,

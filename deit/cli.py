@@ -16,6 +16,9 @@ from deit.errors import ConfigError, DeitError, Stopped
 from deit.faults import arm
 from deit.text import nearest
 
+# Before any library is imported that would otherwise count its users.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
 
 def run_command(name: str, arguments: list[str], program: str) -> int:
     """Run one command; the exit code. Errors are one message, with a traceback only for --debug."""

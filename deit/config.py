@@ -486,6 +486,11 @@ def is_transformer(student: StudentConfig) -> bool:
     return student.name.startswith(("deit_", "vit_"))
 
 
+def code_of(teacher: TeacherConfig) -> tuple[str, ...]:
+    """The sources of teachers that are somebody's code, FILE.py:FUNCTION."""
+    return tuple(source for source in teacher.source if source is not None and ".py:" in source)
+
+
 def width_of(student: StudentConfig) -> int:
     """The width of a ViT of ours: its own, or that of the named size."""
     return student.embed_dim or SIZES[student.name.split("_")[1]]["embed_dim"]

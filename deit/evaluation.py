@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint
-from deit.config import Config, DataConfig, StartConfig, TeacherConfig, derive, members
+from deit.config import Config, DataConfig, StartConfig, TeacherConfig, code_of, derive, members
 from deit.console import warn
 from deit.datasets.images import Encoded, Images
 from deit.datasets.splits import load_splits
@@ -281,6 +281,12 @@ def _teacher_logits(
         same = len(sources) == len(asked.source)  # moved: what the run says of it still holds
         asked = replace(asked, source=sources) if same else TeacherConfig(source=sources)
     if not asked.source:
+        return {}
+    if own and code_of(asked):
+        warn(
+            f"the run's teacher is left out: {', '.join(code_of(asked))} is code; --teacher names "
+            "it if you trust it"
+        )
         return {}
     side = config.student.image_size
     try:

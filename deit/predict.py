@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint
-from deit.config import TeacherConfig, members
+from deit.config import TeacherConfig, code_of, members
 from deit.console import percent, progress, say, table
 from deit.datasets.decoding import EXTENSIONS, decode_square
 from deit.datasets.views import evaluation_views
@@ -121,6 +121,11 @@ def _teacher(run: Path, source: str | None, facts: Facts) -> Teacher | None:
         if len(asked.source) != 1:
             raise ConfigError(
                 f"--teacher run: the run has {len(asked.source)} teachers; name one to ask"
+            )
+        if code_of(asked):
+            raise ConfigError(
+                f"--teacher run: the run's teacher {asked.source[0]} is code; name it yourself if "
+                "you trust it"
             )
     (member,) = members(asked)
     return load_teacher(member, facts.class_names, image_size=facts.student.image_size)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deit.config import derive, members
+from deit.config import code_of, derive, members
 from deit.console import percent, say
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
@@ -37,6 +37,11 @@ def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, r
     if teacher not in (None, "none"):
         config = derive(config, teacher={"source": tuple(teacher.split(","))})
         config = validate(config, online=False)
+    if teacher is None and code_of(config.teacher):
+        raise ConfigError(
+            f"{store_path}: its teacher {', '.join(code_of(config.teacher))} is code; name it with "
+            "--teacher if you trust it, or leave the answers unasked with --teacher none"
+        )
     accelerator = create_accelerator(config.run)
     teachers: list[Teacher] | None = None
     if teacher != "none":

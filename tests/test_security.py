@@ -1,0 +1,328 @@
+"""Nothing is run from a file, nothing asked of the network: a canary is planted everywhere."""
+
+import io
+import json
+import os
+import pickle  # noqa: TID251
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deit import checkpoint
+from tests.forks import ROOT
+from tests.test_kills import SMALL
+
+pytest.importorskip("sklearn")
+
+
+class Canary:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.place}",))
+
+
+def plain(canary: Canary) -> bytes:
+    return pickle.dumps(canary)
+
+
+def saved(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def old_tar(canary: Canary) -> bytes:
+    """torch's format of 2016."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            content = pickle.dumps(canary)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def torchscript(canary: Canary) -> bytes:
+    """A zip as torch.jit.save writes one, with a pickle of ours."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(canary))
+        archive.writestr("archive/constants.pkl", pickle.dumps(canary))
+        archive.writestr("archive/version", "3")
+        archive.writestr(
+            "archive/code/__torch__.py", f"import os\nos.system('touch {canary.place}')"
+        )
+    return file.getvalue()
+
+
+def array(canary: Canary) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([canary], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+PAYLOADS = {
+    "a pickle": plain,
+    "among tensors": lambda canary: saved({"model": {"a": torch.zeros(2)}, "args": canary}),
+    "deep inside": lambda canary: saved({"model": {"a": [{"b": (canary,)}]}}),
+    "old tar": old_tar,
+    "torchscript": torchscript,
+    "an array of objects": array,
+    "eval": lambda canary: (
+        b"cbuiltins\neval\n(V__import__('os').system('touch %s')\ntR." % str(canary.place).encode()
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def run(zygote, tmp_path_factory) -> Path:
+    """A small finished run."""
+    out = tmp_path_factory.mktemp("secure") / "run"
+    done = zygote.run("train", *SMALL, "--out", out)
+    assert done.code == 0, done.err
+    return out
+
+
+ARCHITECTURE = (
+    *("--teacher.architecture", "timm:resnet10t", "--teacher.image_size", "32"),
+    *("--teacher.mean", "0.5,0.5,0.5", "--teacher.std", "0.5,0.5,0.5"),
+)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_no_weight_file_runs_code(payload, run, zygote, tmp_path):
+    canary = tmp_path / "canary"
+    files = [tmp_path / name for name in ("w.pth", "w.pt", "w.bin", "w.safetensors", "w.npy")]
+    for file in files:
+        file.write_bytes(PAYLOADS[payload](Canary(canary)))
+    digits = ("digits", "--out", tmp_path / "out")
+    for file in files:
+        commands = (
+            ("finetune", "--from", file, *digits, "--objective", "none"),
+            ("train", *digits, "--teacher.source", file, *ARCHITECTURE),
+        )
+        for words in commands:
+            done = zygote.run(*words)
+            assert done.code == 4, done.err
+            assert len(done.err.splitlines()) == 1
+    assert not canary.exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("payload", ["a pickle", "among tensors", "torchscript"])
+def test_no_folder_of_others_runs_code(payload, run, zygote, tmp_path):
+    """timm's and transformers' folders, with every name that weights have there."""
+    canary = tmp_path / "canary"
+    for kind in ({"architecture": "resnet10t", "num_classes": 10}, {"model_type": "deit"}):
+        for name in ("pytorch_model.bin", "model.safetensors", "open_clip_pytorch_model.bin"):
+            folder = tmp_path / "folder"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            custom = {"custom_load": True, "hf_hub_filename": name, "file": str(folder / name)}
+            about = {**kind, "pretrained_cfg": custom, "auto_map": {"AutoModel": "evil.Evil"}}
+            (folder / "config.json").write_text(json.dumps(about))
+            (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+            (folder / name).write_bytes(PAYLOADS[payload](Canary(canary)))
+            digits = ("digits", "--out", tmp_path / "out")
+            for words in (
+                ("finetune", "--from", folder, *digits, "--objective", "none"),
+                ("train", *digits, "--teacher.source", folder),
+            ):
+                done = zygote.run(*words)
+                assert done.code in (3, 4), done.err
+    assert not canary.exists()
+
+
+def evil(folder: Path) -> tuple[Path, Path]:
+    """A teacher that is code, and what it leaves when it is run."""
+    canary = folder / "canary"
+    code = folder / "evil.py"
+    code.write_text(f"open({str(canary)!r}, 'w')\ndef teacher():\n    raise SystemExit\n")
+    return code, canary
+
+
+def test_code_named_in_a_run_is_not_run(run, zygote, tmp_path):
+    """Somebody else's run folder says that its teacher is a function in a file beside it."""
+    folder = tmp_path / "theirs"
+    shutil.copytree(run, folder)
+    code, canary = evil(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["teacher"]["source"] = [f"{code}:teacher"]
+    config["loss"]["kind"] = "soft"
+    config["loss"]["through"] = "distillation"
+    (folder / "config.json").write_text(json.dumps(config))
+    done = zygote.run("evaluate", folder)
+    assert done.code == 0, done.err
+    assert "the run's teacher is left out" in done.err
+    (tmp_path / "p.png").write_bytes(PNG)
+    for words in (
+        ("train", folder / "config.json", "--out", tmp_path / "out"),
+        ("finetune", "--from", folder, "--out", tmp_path / "out"),
+        ("targets", "write", folder / "config.json", "--out", tmp_path / "out"),
+        ("views", folder / "config.json", "--out", tmp_path / "views.png"),
+        ("compare", folder / "config.json", "--out", tmp_path / "out"),
+        ("predict", folder, tmp_path / "p.png", "--teacher", "run"),
+    ):
+        done = zygote.run(*words)
+        assert done.code == 2, (words, done.err)
+        assert "is code" in done.err
+    assert not canary.exists()
+    # Named by the person at the keyboard it is run: the test would notice.
+    zygote.run("train", "digits", "--teacher.source", f"{code}:teacher", "--out", tmp_path / "out")
+    assert canary.exists()
+
+
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
+    "0000000c4944415408d763606060000000040001f61738550000000049454e44ae426082"
+)
+
+
+def test_code_named_in_a_store_of_targets_is_not_run(zygote, tmp_path):
+    teacher = ("digits-teacher", "--optim.epochs", "1", "--optim.warmup_epochs", "0")
+    assert zygote.run("train", *teacher, "--out", tmp_path / "teacher").code == 0
+    store = tmp_path / "store"
+    words = ("--teacher.source", tmp_path / "teacher", "--teacher.allow_weak")
+    words += ("--optim.epochs", "1", "--optim.warmup_epochs", "0")
+    done = zygote.run("targets", "write", "digits", "--out", store, *words)
+    assert done.code == 0, done.err
+    code, canary = evil(store)
+    about = json.loads((store / "store.json").read_text())
+    about["about"]["config"]["teacher"]["source"] = [f"{code}:teacher"]
+    (store / "store.json").write_text(json.dumps(about))
+    done = zygote.run("targets", "verify", store)
+    assert done.code in (2, 4), done.err
+    payload = PAYLOADS["a pickle"](Canary(canary))
+    for name in ("store.json", "targets.bin", "checks.bin"):
+        whole = (store / name).read_bytes()
+        (store / name).write_bytes(payload)
+        assert zygote.run("targets", "verify", store).code == 4
+        done = zygote.run("train", "digits", "--teacher.targets", store, "--out", tmp_path / "o")
+        assert done.code == 4
+        (store / name).write_bytes(whole)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("source", ["cifar10", "cifar100"])
+def test_no_archive_of_pictures_runs_code(source, zygote, tmp_path):
+    """CIFAR's own files are pickles: of another checksum they are not opened."""
+    canary = tmp_path / "canary"
+    payload = PAYLOADS["a pickle"](Canary(canary))
+    names = {
+        "cifar10": [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch", "batches.meta"],
+        "cifar100": ["train", "test", "meta"],
+    }[source]
+    folder = tmp_path / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[source]
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(payload)
+    words = ("train", f"{source}-teacher" if source == "cifar10" else source)
+    done = zygote.run(*words, "--data.root", tmp_path, "--out", tmp_path / "o", "--objective=none")
+    assert done.code == 3, done.err
+    assert not canary.exists()
+
+
+def test_a_tar_of_pictures_writes_nothing_and_leads_nowhere(zygote, tmp_path):
+    """Shards are read where they lie: no member becomes a file, no link is followed."""
+    root = tmp_path / "shards"
+    root.mkdir()
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(PNG)
+    with tarfile.open(root / "a.tar", "w") as archive:
+        for index in range(8):
+            for name, content in ((f"../../{index}.png", PNG), (f"../../{index}.cls", b"0")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        for kind, name in ((tarfile.SYMTYPE, "l.png"), (tarfile.LNKTYPE, "h.png")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, str(secret)
+            archive.addfile(link)
+        for kind in (tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            device = tarfile.TarInfo(f"device{kind!r}.png")
+            device.type = kind
+            archive.addfile(device)
+    before = sorted(tmp_path.rglob("*"))
+    shards = ("--data.source", "shards", "--data.root", root, "--objective", "none")
+    done = zygote.run("train", "folder", *shards, "--out", tmp_path / "out", "--dry_run")
+    assert done.code == 3, done.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "result.json"])
+def test_files_of_a_run_that_are_pickles_are_refused(name, run, zygote, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    canary = tmp_path / "canary"
+    (folder / name).write_bytes(PAYLOADS["a pickle"](Canary(canary)))
+    done = zygote.run("train", *SMALL, "--out", folder, "--resume")
+    assert done.code in (0, 2, 4), done.err
+    for saved_one in (folder / "best", checkpoint.newest(folder)):
+        (saved_one / "extra.pkl").write_bytes(PAYLOADS["a pickle"](Canary(canary)))
+    zygote.run("evaluate", folder)
+    assert not canary.exists()
+
+
+OFFLINE = """
+import socket, sys
+def refuse(*asked, **more):
+    print("NETWORK", asked, file=sys.stderr)
+    raise OSError("no network")
+real = socket.socket.connect
+def connect(self, address):
+    return real(self, address) if self.family == socket.AF_UNIX else refuse(address)
+socket.socket.connect = connect
+socket.socket.connect_ex = refuse
+socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
+from deit.cli import main
+sys.exit(main())
+"""
+
+
+def offline(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command with every way to the network closed, and nothing that says so beforehand."""
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))
+    }
+    return subprocess.run(
+        [sys.executable, "-c", OFFLINE, *map(str, words)],
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_nothing_asks_the_network(run, tmp_path):
+    done = offline("train", *SMALL, "--out", "run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = offline("evaluate", "run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = offline("export", "run", "--format", "timm", cwd=tmp_path)
+    assert (done.returncode, "NETWORK" in done.stderr) == (0, False), done.stderr
+
+
+def test_libraries_are_told_to_count_nobody(tmp_path):
+    code = "import deit.cli, os; print(os.environ['HF_HUB_DISABLE_TELEMETRY'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "1"
