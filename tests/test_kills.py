@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import time
@@ -63,6 +64,29 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bits(
     done = run(zygote, out)
     assert done.code == 0, done.err
     same(out, straight)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_at_random_moments_change_nothing(zygote, tmp_path):
+    """Until a hundred have hit, in as many runs as that takes; each run must end with its bits."""
+    long = ("--optim.epochs", "60", "--run.save_every", "3", "--views.mixup_alpha", "0.8")
+    moments, kills, runs = random.Random(0), 0, 0
+    straight = tmp_path / "straight"
+    assert run(zygote, straight, "", *long).code == 0
+    while kills < 100:
+        out, runs = tmp_path / f"run-{runs}", runs + 1
+        done = None
+        while done is None or done.code != 0:
+            running = zygote.start("train", *SMALL, "--out", out, "--resume", *long)
+            if kills < 100:
+                time.sleep(moments.uniform(0.1, 2.5))
+                running.signal(signal.SIGKILL)
+            done = running.wait()
+            assert done.code in (0, -signal.SIGKILL), done.err
+            kills += done.code == -signal.SIGKILL
+        for name in (journal.CHAIN, "best/model.safetensors"):
+            assert (out / name).read_bytes() == (straight / name).read_bytes()
+    print(f"{kills} kills over {runs} runs")
 
 
 def test_killed_while_old_checkpoints_are_removed(zygote, straight, tmp_path):

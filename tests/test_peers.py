@@ -55,6 +55,18 @@ def test_a_signal_to_one_stops_both_at_the_same_update(rank, zygote, straight, t
     same(out, straight)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, 2 * STEPS + 1))
+def test_killed_after_any_update_both_go_on_to_the_same_bits(step, zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    every = ("--run.save_every", "1")
+    for done in run(zygote, out, f"update:{step}:kill", *every):
+        assert done.code in (-signal.SIGKILL, 7)
+    assert [one.code for one in run(zygote, out, "", *every)] == [0, 0]
+    for name in ("best/model.safetensors", f"checkpoint-{2 * STEPS:08d}/model.safetensors"):
+        assert (out / name).read_bytes() == (straight / name).read_bytes()
+
+
 def test_it_goes_on_with_another_number_of_processes(zygote, straight, tmp_path):
     out = tmp_path / "run"
     run(zygote, out, "update:6:term")
