@@ -1,0 +1,185 @@
+"""What it costs that a run can be trusted: of a training step, and of a checkpoint of DeiT-S."""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deit.config import RunConfig, StudentConfig, derive
+from deit.console import say
+from deit.datasets.splits import load_splits
+from deit.disk import size
+from deit.engine import Job, Tally, seed_torch, train_epoch
+from deit.environment import create_accelerator, describe, keep_freed_memory
+from deit.interruption import Interruption
+from deit.losses import objective
+from deit.models.saved import build_student
+from deit.optim import WeightAverage, build_optimizer, lr_at, set_lr
+from deit.parts import Parts, State
+from deit.preparation import facts_of, loader_of
+from deit.presets import OBJECTIVES
+from deit.recipes import digits
+from deit.records import Batch
+from deit.saving import save
+
+
+def job_of(name: str, side: int, batch: int) -> tuple[Job, list[Batch], Parts]:
+    """A student of CIFAR's or ImageNet's size, without a teacher, and batches of noise for it."""
+    config = derive(
+        digits(),
+        student=StudentConfig(name=name, image_size=side, patch_size=16 if side > 64 else 4),
+        loss=OBJECTIVES["none"],
+        optim={"batch_size": batch, "ema_epochs": 1.0},
+        run={"device": "cpu"},
+    )
+    accelerator = create_accelerator(config.run)
+    splits = load_splits(config.data)
+    facts = facts_of(config, splits)
+    student = build_student(facts)
+    average = WeightAverage(student, horizon=100)
+    optimizer = build_optimizer(student, config.optim)
+    student, optimizer = accelerator.prepare(student, optimizer)
+    loss, optim = config.loss, config.optim
+    job = Job(accelerator, student, None, optimizer, average, loss, optim, 0)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch, 3, side, side, generator=generator)
+    targets = torch.eye(10)[torch.arange(batch) % 10]
+    places = torch.arange(batch)
+    batches = [Batch(images, None, targets, places, 0, places)]
+    loader = loader_of(config, splits, accelerator, teacher_size=None, for_teacher=False)
+    parts = Parts(
+        config=config,
+        out=Path(),
+        accelerator=accelerator,
+        splits=splits,
+        facts=facts,
+        panel=None,
+        loader=loader,
+        student=student,
+        optimizer=optimizer,
+        average=average,
+        state=State(),
+    )
+    return job, batches, parts
+
+
+def guarded(job: Job, batches: list[Batch], interruption: Interruption) -> Iterator[None]:
+    """Updates as a run makes them: noticed where they are not finite, stopped by signals."""
+    endless = (batches[0] for _ in range(10**9))
+    for _ in train_epoch(job, endless, Tally(job.accelerator, {}), step=0, steps=10**6):
+        interruption.asked()
+        yield
+
+
+def bare(job: Job, batches: list[Batch]) -> Iterator[None]:
+    """The same updates and the same sums, believed to be finite."""
+    tally, student, optimizer = Tally(job.accelerator, {}), job.student, job.optimizer
+    student.train()
+    for step in range(10**9):
+        seed_torch(job, step, 0)
+        with job.accelerator.accumulate(student):
+            outputs = student(batches[0].images)
+            losses = objective(outputs, batches[0].targets, None, job.loss, epoch=0.0)
+            job.accelerator.backward(losses["total"])
+        tally.add(losses, outputs, batches[0], None)
+        tally.settle(applied=True)
+        set_lr(optimizer, lr_at(step, optim=job.optim, steps_per_epoch=10**6))
+        optimizer.step()
+        optimizer.zero_grad()
+        job.average.update(job.accelerator.unwrap_model(student))
+        yield
+
+
+def in_turns(
+    ours: Iterator[None], theirs: Iterator[None], rounds: int, seconds: float
+) -> dict[str, Any]:
+    """Seconds of an update of each side, in turns, and the share that ours takes more."""
+
+    def turn(side: Iterator[None]) -> float:
+        started, done = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            next(side)
+            done += 1
+        return (time.perf_counter() - started) / done
+
+    for side in (ours, theirs):
+        turn(side)  # warm
+    pairs = []
+    for number in range(rounds):
+        sides = (ours, theirs) if number % 2 else (theirs, ours)
+        took = {id(side): turn(side) for side in sides}
+        pairs.append((took[id(ours)], took[id(theirs)]))
+    shares = [mine / other - 1 for mine, other in pairs]
+    return {
+        "guarded_s": statistics.median(mine for mine, _ in pairs),
+        "bare_s": statistics.median(other for _, other in pairs),
+        "cost": statistics.median(shares),
+        "cost_range": [min(shares), max(shares)],
+    }
+
+
+def checkpoint_cost(rounds: int) -> dict[str, Any]:
+    """Seconds of a whole checkpoint of DeiT-S at 224 px (weights, AdamW, average): written, synced,
+    read back, verified, the one before the last removed."""
+    job, batches, parts = job_of("deit_small", 224, 2)
+    next(guarded(job, batches, Interruption(job.accelerator)))
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        parts.out = Path(folder)
+        took = []
+        for step in range(1, rounds + 3):
+            parts.state.step = step
+            started = time.perf_counter()
+            save(parts, Tally(job.accelerator, {}), regular=True)
+            took.append(time.perf_counter() - started)
+        newest = max(parts.out.glob("checkpoint-*"))
+        number = sum(path.stat().st_size for path in newest.iterdir())
+    took = took[2:]  # the first two have nothing to remove
+    return {"bytes": number, "seconds": statistics.median(took), "range": [min(took), max(took)]}
+
+
+def main() -> None:
+    """Print both; with --json also write them, with command, machine and commit."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each side (9)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn (4)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    found: dict[str, Any] = {"steps": {}}
+    for name, batch in (("deit_micro", 128), ("deit_tiny", 64)):
+        sides: list[Callable[[Job, list[Batch]], Iterator[None]]] = []
+        job, batches, _ = job_of(name, 32, batch)
+        other, same, _ = job_of(name, 32, batch)
+        sides = [guarded(job, batches, Interruption(job.accelerator)), bare(other, same)]
+        row = in_turns(*sides, rounds=options.rounds, seconds=options.seconds)
+        found["steps"][name] = row
+        low, high = row["cost_range"]
+        say(
+            f"{name}, batch {batch}: an update takes {1000 * row['guarded_s']:.1f} ms, unguarded "
+            f"{1000 * row['bare_s']:.1f} ms: {100 * row['cost']:+.1f} % "
+            f"({100 * low:+.1f} to {100 * high:+.1f}, n = {options.rounds})"
+        )
+    row = found["checkpoint"] = checkpoint_cost(options.rounds)
+    low, high = row["range"]
+    say(
+        f"checkpoint of DeiT-S with AdamW and average, {size(row['bytes'])}: "
+        f"{row['seconds']:.2f} s ({low:.2f} to {high:.2f}, n = {options.rounds})"
+    )
+    if options.json is not None:
+        found["command"] = " ".join(["python", "scripts/trust_cost.py", *sys.argv[1:]])
+        found["rounds"] = options.rounds
+        found["environment"] = describe(create_accelerator(RunConfig(device="cpu")), [])
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        say(f"wrote {options.json}")
+
+
+if __name__ == "__main__":
+    main()
