@@ -140,7 +140,9 @@ def _hugging_face(name: str, config: DataConfig) -> tuple[ReaderStore, dict[str,
     for split, reader in readers.items():
         names = _names(reader.class_to_idx)
         column = reader.dataset.remove_columns(reader.image_key)[reader.label_key]
-        labels = [names.get(label, str(label)) for label in column]
+        labels = [
+            _class(label, names, f"{config.reader} {split}", n) for n, label in enumerate(column)
+        ]
         found[split] = Found(f"{config.reader} {split}", labels, list(map(str, range(len(reader)))))
     return ReaderStore(config.reader, readers), found
 
@@ -161,10 +163,22 @@ def _torchvision(name: str, config: DataConfig) -> tuple[ReaderStore, dict[str, 
         splits[split] = data
         found[split] = Found(
             f"{config.reader} {split}",
-            [names[int(label)] for label in data.targets],
+            [
+                _class(int(label), dict(enumerate(names)), f"{config.reader} {split}", number)
+                for number, label in enumerate(data.targets)
+            ],
             list(map(str, range(len(data)))),
         )
     return ReaderStore(config.reader, splits), found
+
+
+def _class(label: Any, names: dict[int, str], where: str, number: int) -> str:
+    """The class of an image; a text is its own name. Raises DataError at a number without one."""
+    if isinstance(label, str):
+        return label
+    if label not in names:
+        raise DataError(f"{where}: image {number} has the label {label}, of {len(names)} classes")
+    return names[label]
 
 
 def _names(class_to_idx: dict[str, int]) -> dict[int, str]:

@@ -163,7 +163,7 @@ def parse_run(
     return RunArguments(
         recipe=recipe,
         config=config,
-        out=Path(named) if named else out or Path("checkpoints") / run_name(recipe),
+        out=Path(named).expanduser() if named else out or Path("checkpoints") / run_name(recipe),
         resume=options.resume,
         dry_run=options.dry_run,
         print_config=options.print_config,

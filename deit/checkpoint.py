@@ -30,7 +30,11 @@ def check_folder(out: Path, *, resume: bool) -> None:
     Raises ConfigError if it is not empty and resuming was not asked for, or holds no run;
     CheckpointError where its run was made by an earlier release.
     """
-    if out.exists() and not out.is_dir():
+    try:
+        there = out.exists()
+    except OSError as error:  # a name that no disk takes
+        raise EnvironmentFault(f"--out {out}: {error.strerror}") from None
+    if there and not out.is_dir():
         raise EnvironmentFault(f"--out {out}: is a file, not a folder")
     if not out.is_dir() or {path.name for path in out.iterdir()} <= {LOCK}:
         return
@@ -89,20 +93,21 @@ Fill = Callable[[Path], dict[str, manifest.Content] | None]
 """Writes files into the folder it is given; returns what it knows of their digests already."""
 
 
-def write(out: Path, step: int, fill: Fill, *, keep: int) -> None:
+def write(out: Path, step: int, fill: Fill, *, keep: int, needs: int = 0) -> None:
     """Write the checkpoint of a step, whole or not at all; then remove all but the newest `keep`.
 
+    needs: about how many bytes, for the message of a full disk.
     Nothing is removed before the new one is
     held against its manifest. Raises EnvironmentFault where the disk refuses; the checkpoints
     before are left then.
     """
     target = folder_of(out, step)
-    seal_folder(target, fill, step=step)
+    seal_folder(target, fill, step=step, needs=needs)
     manifest.check(target)
     rotate(out, keep=keep)
 
 
-def seal_folder(target: Path, fill: Fill, *, step: int) -> None:
+def seal_folder(target: Path, fill: Fill, *, step: int, needs: int = 0) -> None:
     """Fill a new folder, with a manifest, and put it in the place of `target`.
 
     Raises EnvironmentFault where the disk refuses.
@@ -115,7 +120,7 @@ def seal_folder(target: Path, fill: Fill, *, step: int) -> None:
         manifest.seal(folder, files, step=step)
         reach("manifest")
 
-    replace_folder(target, write)
+    replace_folder(target, write, needs=needs)
 
 
 def rotate(out: Path, *, keep: int) -> None:
@@ -141,6 +146,8 @@ def newest(out: Path) -> Path | None:
             continue
         for damage in damages:
             warn(f"passed over: {damage}")
+        for stray in sorted(manifest.strays(path)):
+            warn(f"{path / stray}: none of ours, and not read")
         return path
     if damages:
         raise CheckpointError(

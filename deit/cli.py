@@ -12,7 +12,7 @@ from typing import Any
 import deit
 from deit.commands import COMMANDS
 from deit.console import is_main_process, say
-from deit.errors import ConfigError, DeitError, Stopped
+from deit.errors import ConfigError, DeitError, PeerError, Stopped
 from deit.faults import arm
 from deit.text import nearest
 
@@ -41,6 +41,10 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
         sys.stderr.close()  # nobody reads any more: say nothing on the way out
         return 1
     except Exception as error:
+        if _lost_peer(error):
+            message = "another process is gone or did not answer; see what it said"
+            _complain(message, debug, everywhere=True)
+            return PeerError.exit_code
         reason = str(error).strip().split("\n")[0]
         message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
         _complain(message, debug, everywhere=True)
@@ -67,6 +71,14 @@ def _leaving() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _lost_peer(error: Exception) -> bool:
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "deit.environment" not in sys.modules:
+        return False
+    from deit.environment import lost_peer
+
+    return lost_peer(error)
 
 
 def _leave_processes() -> None:

@@ -397,6 +397,8 @@ def _compare_options(
         seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds {options.seeds}: should be numbers with commas") from None
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {options.seeds}: names one of them twice")
     return options, seeds, rest
 
 

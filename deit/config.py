@@ -1,10 +1,11 @@
 """The configuration of a run: frozen sections of typed fields."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 
 def _words(value: object) -> object:
@@ -39,10 +40,11 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Range = Annotated[
-    tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], BeforeValidator(_words)
+Range = Annotated[tuple[Positive, Positive], BeforeValidator(_words)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Colour = Annotated[
+    tuple[Finite, Finite, Finite] | None, BeforeValidator(lambda v: _words(_none(v)))
 ]
-Colour = Annotated[tuple[float, float, float] | None, BeforeValidator(lambda v: _words(_none(v)))]
 Several = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 """None, one, or several, one for each teacher."""
 OptionalCount = Annotated[Count | None, BeforeValidator(_none)]
@@ -50,9 +52,8 @@ OptionalWhole = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_n
 OptionalPositive = Annotated[Positive | None, BeforeValidator(_none)]
 OptionalNonNegative = Annotated[NonNegative | None, BeforeValidator(_none)]
 Sides = Annotated[tuple[Count | None, ...], BeforeValidator(_each_or_none)]
-Numbers = Annotated[
-    tuple[Annotated[float, Field(allow_inf_nan=False)], ...], BeforeValidator(_listed)
-]
+Numbers = Annotated[tuple[Finite, ...], BeforeValidator(_listed)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 OptionalText = Annotated[str | None, BeforeValidator(_none)]
 
 _STRICT = ConfigDict(extra="forbid")
@@ -101,7 +102,7 @@ class DataConfig:
     source: Source = "digits"
     """Where the images come from. folder: any ImageFolder layout; shards: tar files of KEY.jpg and
     KEY.cls (WebDataset); reader: what timm reads, see data.reader."""
-    root: str = "data"
+    root: Place = "data"
     """Folder of the images (not read by digits)."""
     reader: OptionalText = None
     """For source reader: folder, tar (a tar of class folders), hfds/NAME or torch/NAME."""

@@ -76,12 +76,13 @@ def check_file(path: Path | None, *, option: str, replace: bool) -> None:
     check_writable(path.absolute().parent, option=option)
 
 
-def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+def replace_folder(target: Path, write: Callable[[Path], None], *, needs: int = 0) -> None:
     """Fill a new folder by `write` and put it in the place of `target`.
 
     The files are synced before the rename, and the old folder is removed only after it, so that
     at every moment a complete one exists. What a kill leaves behind, `finish_replacing` clears.
-    Raises EnvironmentFault if the disk refuses.
+    needs: about how many bytes that takes, for the message. Raises EnvironmentFault if the disk
+    refuses.
     """
     new = target.with_name(f"{_NEW}{target.name}")
     old = target.with_name(f"{_OLD}{target.name}")
@@ -105,7 +106,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise EnvironmentFault(
-            f"{target}: could not be saved ({why(error, target)}); the one before is intact"
+            f"{target}: could not be saved ({why(error, target, needs)}); the one before is intact"
         ) from None
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -124,13 +125,14 @@ def finish_replacing(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def why(error: Exception, place: Path) -> str:
+def why(error: Exception, place: Path, needs: int = 0) -> str:
     """What a failed write says, with the room that is left where that is the reason."""
     reason = str(getattr(error, "strerror", None) or error)
     full = getattr(error, "errno", None) in _FULL or "No space left" in reason
     if not full:
         return reason
-    return f"{reason}; {size(shutil.disk_usage(_standing(place)).free)} are free"
+    needed = f", about {size(needs)} are needed" if needs else ""
+    return f"{reason}; {size(shutil.disk_usage(_standing(place)).free)} are free{needed}"
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

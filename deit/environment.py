@@ -92,7 +92,8 @@ def leave_processes() -> None:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether a device or the processor had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def lost_peer(error: Exception) -> bool:

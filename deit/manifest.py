@@ -69,6 +69,12 @@ def _text(content: dict) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
+def strays(folder: Path) -> set[str]:
+    """Names in a folder that its manifest does not know."""
+    known = read_typed(folder / MANIFEST, Manifest).files.keys()
+    return {path.name for path in folder.iterdir()} - known - {MANIFEST}
+
+
 def check(folder: Path) -> Manifest:
     """Hold a folder against its manifest, every byte of it.
 
@@ -91,6 +97,8 @@ def check(folder: Path) -> Manifest:
         file = folder / name
         if not _NAME.fullmatch(name):
             raise CheckpointError(f"{path}: {name!r} is no name of a file of ours")
+        if file.is_symlink():
+            raise CheckpointError(f"{file}: is a link, and may lead anywhere")
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
         if file.stat().st_size != expected.bytes:

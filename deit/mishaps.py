@@ -50,9 +50,9 @@ def watch_numbers(parts: Parts, update: Update) -> None:
     if state.skipped_in_a_row >= parts.config.run.max_skipped:
         raise NumericsError(
             f"update {state.step}: loss or gradient is not finite, number {state.skipped_in_a_row} "
-            f"in a row; its images: {named}. The weights are as before these updates. A "
-            "lower optim.lr or optim.clip_norm 1 usually helps; all of them: "
-            f"{parts.out / journal.ANOMALIES}"
+            f"in a row from update {state.step - state.skipped_in_a_row + 1} on; its images: "
+            f"{named}. The checkpoints in {parts.out} are of before; a lower optim.lr or "
+            f"optim.clip_norm 1 usually helps; all images: {parts.out / journal.ANOMALIES}"
         )
     warn(
         f"update {state.step}: loss or gradient is not finite, so it is left out "

@@ -25,6 +25,9 @@ def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Modul
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Put AdamW's state back. Raises CheckpointError if names or shapes differ."""
     tensors = read_tensors(path)
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{path}: {name} is not finite, so training cannot go on from it")
     if not tensors:
         return  # saved before the first update that was not skipped
     for name, parameter in model.named_parameters():

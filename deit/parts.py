@@ -46,6 +46,8 @@ class State:
     """Of the images, labels and class names."""
     targets: list[str] = field(default_factory=list)
     """Digests of the stores of targets."""
+    teachers: list[str] = field(default_factory=list)
+    """Digests of the teachers' weights; "" for one whose stored answers alone are here."""
     scaler: dict[str, Any] | None = None
     """Of the gradients in fp16."""
     metrics_bytes: int = 0

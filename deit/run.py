@@ -14,7 +14,7 @@ from torch import nn
 from deit import checkpoint
 from deit.announce import announce, report
 from deit.config import Config, to_dict
-from deit.console import clock, progress, say
+from deit.console import clock, is_main_process, progress, say
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
 from deit.disk import check_space, check_writable, finish_replacing, hold, write_json
@@ -66,33 +66,36 @@ def train(
     if not dry_run:
         checkpoint.check_folder(out, resume=resume)
         check_writable(out, option="--out")
+    finished = checkpoint.result_of(out) if resume else None
     # A run that goes on has weights of its own: what it started from may be gone by now.
     begun = resume and bool(checkpoint.found(out))
-    found = None if begun else found_start(config)
-    config = as_begun(config, out) if begun else settled(config, found)
-    accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
-    faculty = Faculty(config)
-    parts = _furnish(config, out, accelerator, faculty, found)
-    environment = describe(accelerator, arguments or [])
-    announce(parts, environment)
-    if not dry_run:
-        check_space(out, space_of(parts), option="--out")
-    parts.teacher_answers = faculty.check(parts.splits, accelerator, parts.loader)
-    parts.view_epochs = faculty.stored_epochs
-    if dry_run:
-        _dry_run(parts)
-        return asdict(parts.state)
-    finished = checkpoint.result_of(out) if resume else None
-    if finished is not None:
-        check_same_run(parts, finished)
-        say(f"{out}: already complete after {finished['epochs']} epochs")
-        return finished
-    # Nothing was written so far; and every process has checked the folder before one fills it.
-    accelerator.wait_for_everyone()
     with ExitStack() as stack:
+        if begun and finished is None and not dry_run and is_main_process():
+            stack.enter_context(hold(out, option="--out"))  # at once: the work below takes a while
+        found = None if begun else found_start(config)
+        config = as_begun(config, out) if begun else settled(config, found)
+        accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
+        faculty = Faculty(config)
+        parts = _furnish(config, out, accelerator, faculty, found)
+        environment = describe(accelerator, arguments or [])
+        announce(parts, environment)
+        if not dry_run:
+            check_space(out, space_of(parts), option="--out")
+        parts.teacher_answers = faculty.check(parts.splits, accelerator, parts.loader)
+        parts.view_epochs = faculty.stored_epochs
+        if dry_run:
+            _dry_run(parts)
+            return asdict(parts.state)
+        if finished is not None:
+            check_same_run(parts, finished)
+            say(f"{out}: already complete after {finished['epochs']} epochs")
+            return finished
+        # Nothing was written so far; and every process has checked the folder before one fills it.
+        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             checkpoint.open_folder(out)
-            stack.enter_context(hold(out, option="--out"))
+            if not begun:
+                stack.enter_context(hold(out, option="--out"))
             finish_replacing(out)
         accelerator.wait_for_everyone()
         interruption = stack.enter_context(Interruption(accelerator))
@@ -159,7 +162,9 @@ def _furnish(
         student=student,
         optimizer=optimizer,
         average=average,
-        state=State(fingerprint=splits.fingerprint, targets=faculty.digests),
+        state=State(
+            fingerprint=splits.fingerprint, targets=faculty.digests, teachers=faculty.weights
+        ),
         start_notes=notes,
     )
 

@@ -1,5 +1,7 @@
 """A run written down, at any update, and put back to where it was."""
 
+import dataclasses
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from accelerate import Accelerator
 
 from deit import checkpoint, journal
 from deit.config import Config, derive, to_dict
-from deit.console import say, warn
+from deit.console import clock, say, warn
 from deit.disk import write_json
 from deit.engine import Tally
 from deit.errors import CheckpointError, ConfigError, DataError
@@ -23,6 +25,7 @@ from deit.typed_json import read_typed
 from deit.validation import load
 
 AVERAGE = "average.safetensors"
+_SLOW_S = 10.0
 # Settings that say where and how to compute, not what: a resumed run may change them.
 RESUMABLE = (
     "data.root",
@@ -77,7 +80,14 @@ def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
         reach("state")
         return hashed
 
-    checkpoint.write(parts.out, state.step, fill, keep=parts.config.run.keep_checkpoints)
+    started = time.monotonic()
+    keep = parts.config.run.keep_checkpoints
+    checkpoint.write(parts.out, state.step, fill, keep=keep, needs=checkpoint_bytes(parts))
+    if (took := time.monotonic() - started) > _SLOW_S:
+        warn(
+            f"the checkpoint of update {state.step} took {clock(took)} to write; launchers often "
+            "kill 30 s after a signal, and then the one before it is what is left"
+        )
 
 
 def _link(parts: Parts, files: dict[str, Content]) -> None:
@@ -126,6 +136,7 @@ def finish(parts: Parts) -> dict[str, Any]:
         "chain": state.chain,
         "fingerprint": state.fingerprint,
         "targets": state.targets,
+        "teachers": state.teachers,
     }
     if parts.accelerator.is_main_process:
         reach("finish")
@@ -133,20 +144,32 @@ def finish(parts: Parts) -> dict[str, Any]:
     return result
 
 
+def checkpoint_bytes(parts: Parts) -> int:
+    """About what a checkpoint takes [bytes]."""
+    network = parts.accelerator.unwrap_model(parts.student).network
+    moments = 2 * sum(one.nbytes for one in network.parameters() if one.requires_grad)
+    return _weights_bytes(parts) * (2 if parts.average is not None else 1) + moments
+
+
+def _weights_bytes(parts: Parts) -> int:
+    network = parts.accelerator.unwrap_model(parts.student).network
+    return sum(value.nbytes for value in network.state_dict().values())
+
+
 def space_of(parts: Parts) -> int:
     """What a run writes at most [bytes]: its checkpoints, one more while that is written, and the
     best twice likewise."""
-    network = parts.accelerator.unwrap_model(parts.student).network
-    weights = sum(value.nbytes for value in network.state_dict().values())
-    moments = 2 * sum(one.nbytes for one in network.parameters() if one.requires_grad)
-    whole = weights * (2 if parts.average is not None else 1) + moments
-    return (parts.config.run.keep_checkpoints + 1) * whole + 2 * weights
+    number = parts.config.run.keep_checkpoints + 1
+    return number * checkpoint_bytes(parts) + 2 * _weights_bytes(parts)
 
 
 def read_state(folder: Path) -> State:
     """The state.json of a checkpoint. Raises CheckpointError."""
     path = folder / checkpoint.STATE
     state = read_typed(path, State)
+    for one in dataclasses.fields(State):
+        if one.name not in read_typed(path, dict[str, Any]):
+            raise CheckpointError(f"{path}: {one.name}: is missing")
     if state.format_version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {state.format_version}, this release reads {FORMAT_VERSION}"
@@ -178,6 +201,7 @@ def restore(parts: Parts) -> None:
         return
     state = read_state(folder)
     _check_data(parts, state.fingerprint, state.targets)
+    _check_teachers(parts, state.teachers)
     steps = parts.loader.steps_per_epoch
     if not state.epoch * steps < state.step <= (state.epoch + 1) * steps:
         raise CheckpointError(
@@ -270,6 +294,16 @@ def _check_data(parts: Parts, fingerprint: str, targets: list[str]) -> None:
             f"{parts.out}: the stored targets differ from those the run started with; resume with "
             "the same store, or start anew in another --out"
         )
+
+
+def _check_teachers(parts: Parts, before: list[str]) -> None:
+    """Of a teacher that only its stored answers speak for, nothing is known here: "" then."""
+    for was, now in zip(before, parts.state.teachers):
+        if was and now and was != now:
+            raise DataError(
+                f"{parts.out}: a teacher's weights differ from those the run started with; resume "
+                "with the same teacher, or start anew in another --out"
+            )
 
 
 def _check_config(parts: Parts) -> None:

@@ -12,6 +12,7 @@ from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import Splits
 from deit.errors import CheckpointError, NotThereError
 from deit.models.teachers import Teacher, locate
+from deit.models.weights import digest_of
 from deit.panel import NetworkVoice, Panel, Voice
 from deit.preflight import measure
 from deit.preparation import chorus, loader_of, panel_of, teacher_input, teacher_of
@@ -46,6 +47,14 @@ class Faculty:
     def digests(self) -> list[str]:
         """Of the stores: a resumed run goes on with the same."""
         return [store.digest for store in self.stores if store is not None]
+
+    @property
+    def weights(self) -> list[str]:
+        """Digests of the teachers that are here, "" for the others."""
+        return [
+            digest_of({**teachers[0].state_dict()}) if teachers else ""
+            for teachers in self.teachers
+        ]
 
     def load(self, splits: Splits, accelerator: Accelerator) -> tuple[TrainLoader, Panel | None]:
         """Load the networks; the views they and the student see, and what they say of them."""

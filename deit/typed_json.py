@@ -1,13 +1,36 @@
-"""Reads a JSON file of ours into the dataclass that wrote it."""
+"""Reads JSON as it was meant: into the dataclass that wrote it, nothing twice, no NaN."""
 
+import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from deit.errors import CheckpointError
 
 Kind = TypeVar("Kind")
+
+
+def strict_json(text: str) -> Any:
+    """JSON, and not what Python's reader takes for it: no key twice, neither NaN nor Infinity.
+
+    Raises ValueError, also where it is nested too deep.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{max(names, key=names.count)!r} stands there twice")
+        return found
+
+    def number(word: str) -> NoReturn:
+        raise ValueError(f"{word} is no number of JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=number)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def read_typed(path: Path, kind: type[Kind]) -> Kind:

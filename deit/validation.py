@@ -1,7 +1,6 @@
 """Checks a configuration as a whole: every problem found at once, each with what to do."""
 
 import dataclasses
-import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from deit.checks import CHECKS, NO_VALUE, ONLINE_CHECKS, Problem
 from deit.config import Config, to_dict
 from deit.errors import ConfigError
 from deit.text import nearest
+from deit.typed_json import strict_json
 
 
 def field_names() -> list[str]:
@@ -59,7 +59,7 @@ def validate(config: Config, *, online: bool = True) -> Config:
 def load(path: Path) -> Config:
     """A configuration from the config.json of a run. Raises ConfigError."""
     try:
-        values = json.loads(path.read_text())
+        values = strict_json(path.read_text())
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable configuration ({error})") from None
     if not isinstance(values, dict):

@@ -299,3 +299,39 @@ def test_the_peak_learning_rate_follows_the_global_batch():
     optim = derive(Config(), optim={"lr": 5e-4, "batch_size": 1024}).optim
     assert peak_lr(optim) == 1e-3
     assert len(field_names()) == len(set(field_names())) > 50
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"run": {"seed": 1, "seed": 2}}', "'seed' stands there twice"),
+        ('{"optim": {"lr": NaN}}', "NaN is no number of JSON"),
+        ('{"views": {"crop_ratio": [1, Infinity]}}', "Infinity is no number of JSON"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"run": {"seed": 1}', "not a readable configuration"),
+        ("!!python/object/apply:os.system [ls]", "not a readable configuration"),
+        ("[]", "a configuration is a JSON object of sections"),
+    ],
+)
+def test_json_that_means_nothing_is_refused(text, words, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        *(("loss", "temperature", value) for value in (0, -1, "nan", "inf")),
+        *(("loss", "distillation_weight", value) for value in (-0.1, 1.5, "nan")),
+        *(("views", "mixup_alpha", value) for value in (-1, "nan", "inf")),
+        *(("views", "crop_ratio", value) for value in ("1,inf", "nan,2", "-1,1")),
+        *(("run", "seed", value) for value in (-1, 2**64, 2**63, "1.5")),
+        *(("run", "keep_checkpoints", value) for value in (0, 1)),
+        *(("run", "timeout", value) for value in (0, -1, "inf")),
+        ("run", "max_skipped", 0),
+    ],
+)
+def test_a_number_outside_its_range_is_refused_by_name(section, field, value):
+    with pytest.raises(ConfigError, match=rf"{section}\.{field} = "):
+        build({section: {field: value}})

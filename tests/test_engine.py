@@ -1,6 +1,7 @@
 """The training step: what it learns, what it leaves alone, and that layouts do not matter."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from deit.models.teachers import Origin, Teacher
 from deit.optim import WeightAverage, build_optimizer, lr_at
 from deit.panel import NetworkVoice, Panel
 from deit.presets import OBJECTIVES
+from deit.records import Outputs
 
 CLASSES = 4
 IMAGES = Images(
@@ -254,3 +256,89 @@ def test_an_answer_that_is_not_finite_stops_the_run_before_the_update(value):
     with pytest.raises(NumericsError, match=r"not finite for image \d+, image \d+.* and 11 more"):
         train(job, data, 1)
     assert torch.equal(job.student.network.head.weight, before)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_an_update_that_is_not_finite_moves_nothing(value, accumulate, clip_norm, monkeypatch):
+    """Neither weights nor moments nor average, nor the sums of the epoch; the next one does."""
+    optim = OptimConfig(
+        epochs=3,
+        batch_size=16,
+        accumulate=accumulate,
+        lr=1e-3,
+        warmup_epochs=1,
+        clip_norm=clip_norm,
+    )
+    job, data = make_job(optim=optim, average=10)
+    tally = Tally(job.accelerator, {})
+    bad = iter([False] * accumulate + [True] + [False] * 9)
+
+    def spoiled(point, loss):
+        return loss * float(value) if next(bad) else loss
+
+    monkeypatch.setattr("deit.engine.spoil", spoiled)
+    updates = train_epoch(job, data.epoch(0), tally, step=0, steps=data.steps_per_epoch)
+    assert next(updates).applied
+
+    def everything():
+        moments = [v for state in job.optimizer.state.values() for v in state.values()]
+        tensors = [*job.student.parameters(), *job.average.model.parameters(), *moments]
+        return [one.detach().clone() for one in (*tensors, *tally.sums.values())]
+
+    before = everything()
+    found = next(updates)
+    assert not found.applied
+    assert len(found.suspects) == 16
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    assert all(one.grad is None for one in job.student.parameters())
+    assert next(iter(train_epoch(job, data.epoch(1), tally, step=2, steps=2))).applied
+    assert not all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+
+
+def test_the_images_with_an_answer_that_is_not_finite_are_told_apart():
+    job, data = make_job()
+    tally = Tally(job.accelerator, {})
+    batch = next(data.epoch(0))
+    logits = torch.zeros(16, CLASSES)
+    logits[3, 1], logits[7] = float("nan"), float("inf")
+    tally.add({"total": logits.sum()}, Outputs(logits), batch, None)
+    assert torch.equal(tally.settle(applied=False), batch.samples[[3, 7]])
+    assert tally.means()["loss"] != tally.means()["loss"]  # nothing was counted
+
+
+def test_sums_go_on_where_they_were_and_to_other_processes():
+    job, data = make_job()
+    whole, first = Tally(job.accelerator, {}), Tally(job.accelerator, {})
+    logits = torch.randn(16, CLASSES)
+    for index, batch in enumerate(data.epoch(0)):
+        for tally in (whole, first):
+            tally.add({"total": logits.sum() / 3}, Outputs(logits), batch, None)
+            tally.settle(applied=True)
+        if index == 0:
+            first = Tally(job.accelerator, json.loads(json.dumps(first.dump())))
+    assert first.means() == whole.means()
+    of_two = {"loss": [1.0, 2.5], "number": [2.0, 2.0]}
+    assert Tally(job.accelerator, of_two).means() == {"loss": 3.5 / 4}
+
+
+def test_fp16_without_a_scale_left_stops():
+    """After endless infinities the scale is 0, and good gradients would become NaN."""
+    from types import SimpleNamespace
+
+    from deit.engine import Update
+    from deit.mishaps import watch_numbers
+    from deit.parts import State
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.ones(()))
+    accelerator = SimpleNamespace(scaler=scaler)
+    run = SimpleNamespace(max_skipped=10)
+    parts = SimpleNamespace(state=State(), accelerator=accelerator, config=SimpleNamespace(run=run))
+    skipped = Update(applied=False, suspects=torch.zeros(0, dtype=torch.long))
+    watch_numbers(parts, skipped)  # a scale of 2: it is still looking for one
+    scaler.update(0.5)
+    with pytest.raises(NumericsError, match="overflow fp16 at any scale"):
+        watch_numbers(parts, skipped)
+    assert parts.state.skipped == 2

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import pytest
 
 from deit import checkpoint, faults, journal
 from deit.errors import ConfigError
-from tests.forks import Done, Zygote
+from tests.forks import ROOT, Done, Zygote
+from tests.test_reading import write_pictures
 
 pytest.importorskip("sklearn")
 STEPS = 5
@@ -141,9 +144,6 @@ def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(zygote, straight,
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(zygote, straight, tmp_path):
-    import subprocess
-    import sys
-
     out = tmp_path / "run"
     code = (
         "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_what_was_saved_before(zygote, straight, tmp_path):
         full = run(zygote, out, fault)
         assert full.code == 5
         assert "could not be saved (No space left on device; " in full.err
-        assert "are free); the one before is intact" in full.err
+        assert "are needed); the one before is intact" in full.err
         assert [step for step, _ in checkpoint.found(out)] == [5]
         assert not list(out.glob(".deit-*"))
         assert run(zygote, out).code == 0
@@ -204,7 +204,9 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_their_images(zygote, t
     out = tmp_path / "run"
     done = run(zygote, out, "loss:0:nan", "--run.max_skipped", "3")
     assert done.code == 6
-    assert "update 3: loss or gradient is not finite, number 3 in a row; its images: " in (done.err)
+    assert "update 3: loss or gradient is not finite, number 3 in a row from update 1 on; " in (
+        done.err
+    )
     rows = journal.read(out / journal.ANOMALIES)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(len(row["images"]) == len(row["names"]) == 256 for row in rows)
@@ -263,3 +265,149 @@ def test_the_faults_are_documented():
         assert f"| `{name}` | {about} |" in text
     _, _, actions = text.partition("\nActions: ")
     assert all(f"`{name}`" in actions.split("\n\n")[0] for name in faults.ACTIONS)
+
+
+def test_a_hung_process_says_where_before_it_is_killed(capfd, monkeypatch):
+    """After a signal that it does not come round to obey."""
+    from accelerate import Accelerator
+
+    from deit import interruption
+
+    monkeypatch.setattr(interruption, "_STUCK_S", 0.2)
+    with interruption.Interruption(Accelerator(cpu=True)) as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        assert asked.asked() == signal.SIGTERM
+    said = capfd.readouterr().err
+    assert "test_a_hung_process_says_where" in said
+
+
+PICTURES = (
+    *("folder", "--objective", "none", "--student.name", "vit_micro", "--student.depth", "1"),
+    *("--student.embed_dim", "16", "--student.num_heads", "2", "--student.image_size", "16"),
+    *("--student.patch_size", "4", "--data.image_size", "18", "--optim.batch_size", "8"),
+    *("--optim.epochs", "40", "--optim.warmup_epochs", "0", "--data.storage", "files"),
+    *("--data.workers", "2"),
+)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(one) for one in found]
+
+
+@pytest.fixture
+def with_workers(zygote, tmp_path):
+    """A run under way whose images are read by two workers."""
+    write_pictures(tmp_path / "pictures", number=16)
+    words = (*PICTURES, "--data.root", tmp_path / "pictures", "--out", tmp_path / "run")
+    running = zygote.start("train", *words)
+    while not list((tmp_path / "run").glob("checkpoint-*")):
+        time.sleep(0.02)
+    assert len(children(running.pid)) == 2
+    return running, words
+
+
+def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(with_workers, zygote, tmp_path):
+    running, _words = with_workers
+    os.kill(children(running.pid)[0], signal.SIGKILL)
+    done = running.wait(timeout=30)
+    assert done.code == 5
+    assert "data.workers: the system ended a worker process" in done.err
+    assert checkpoint.newest(tmp_path / "run") is not None
+
+
+def test_killed_with_workers_alive_the_folder_is_free_at_once(with_workers, zygote, tmp_path):
+    running, words = with_workers
+    running.signal(signal.SIGKILL)
+    running.wait()
+    done = zygote.run("train", *words, "--resume")
+    assert done.code == 0, done.err
+
+
+def test_a_stopped_run_leaves_no_worker_behind(with_workers, tmp_path):
+    running, _ = with_workers
+    workers = children(running.pid)
+    os.kill(workers[0], signal.SIGTERM)  # as a signal to the whole group comes to them as well
+    os.kill(workers[1], signal.SIGINT)
+    running.signal(signal.SIGTERM)
+    assert running.wait().code == 143
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_folder_that_is_deleted_in_training_is_one_line(zygote, tmp_path):
+    out = tmp_path / "run"
+    running = zygote.start("train", *SMALL, "--out", out, DEIT_FAULT="update:7:slow")
+    while not list(out.glob("checkpoint-*")):
+        time.sleep(0.02)
+    time.sleep(0.5)
+    shutil.rmtree(out)
+    done = running.wait()
+    assert done.code == 5, done.err
+    assert len(done.err.splitlines()) == 1
+    assert str(out) in done.err
+
+
+def test_nothing_of_the_environment_is_written_down(zygote, tmp_path):
+    out = tmp_path / "run"
+    marks = {"HF_TOKEN": "secret-of-mine", "USER": "ann-the-user", "WANDB_API_KEY": "another-one"}
+    assert zygote.run("train", *SMALL, "--out", out, **marks).code == 0
+    for path in out.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert not any(mark.encode() in content for mark in marks.values()), path
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_are_for_whom_the_umask_says(mask, zygote, tmp_path):
+    """Also the weights: whoever shares a folder wants to read them."""
+    out = tmp_path / "run"
+    before = os.umask(mask)
+    try:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c", "from deit.cli import main; main()", "train", *SMALL),
+                *("--out", str(out), "--optim.epochs", "1", "--optim.warmup_epochs", "0"),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            check=False,
+        )
+    finally:
+        os.umask(before)
+    assert done.returncode == 0, done.stderr
+    for path in (*out.rglob("*.safetensors"), *out.rglob("*.json"), *out.rglob("*.jsonl")):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
+
+
+def test_without_home_and_room_for_temporary_files(zygote, tmp_path):
+    """What is temporary lies beside what it becomes."""
+    out = tmp_path / "run"
+    environment = {"TMPDIR": "/dev/null/nowhere", "HOME": "/dev/null/nobody"}
+    done = zygote.run("train", *SMALL, "--out", out, **environment)
+    assert done.code == 0, done.err
+
+
+def test_a_name_too_long_for_any_disk_is_one_line(zygote, tmp_path):
+    for name in ("x" * 300, "a/" + "y" * 300):
+        done = zygote.run("train", *SMALL, "--out", tmp_path / name)
+        assert done.code == 5, done.err
+        assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["with space", "ünïcödé", "new\nline", "-dash", "a.b", "x" * 200])
+def test_any_name_of_a_folder_will_do(name, zygote, straight, tmp_path):
+    out = tmp_path / name
+    assert run(zygote, out, "update:7:kill").code == -signal.SIGKILL
+    done = run(zygote, out)
+    assert done.code == 0, done.err
+    same(out, straight)
+
+
+def test_the_users_home_is_found(zygote, tmp_path):
+    done = zygote.run("train", *SMALL, "--out=~/run", HOME=str(tmp_path))
+    assert done.code == 0, done.err
+    assert (tmp_path / "run" / "result.json").is_file()

@@ -133,11 +133,11 @@ def falling(validation: dict) -> float:
     return 1 - validation["class_top1"]
 
 
-def reseal(folder: Path) -> None:
+def reseal(folder: Path, step: int | None = None) -> None:
     """A manifest for files that were changed."""
     from deit import manifest
 
-    step = checkpoint.step_of(folder)
+    step = checkpoint.step_of(folder) if step is None else step
     names = [path.name for path in folder.iterdir() if path.name != manifest.MANIFEST]
     manifest.seal(folder, manifest.digests(folder, names), step=step)
 
@@ -331,6 +331,7 @@ def test_other_signals_stop_as_well_each_with_its_code(number, config, tmp_path)
         train(config, tmp_path / "run")
     assert signal.signal(number, before) == signal.SIG_DFL  # put back
     assert stop.value.exit_code == 128 + number
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) == 2
     assert "the same command with --resume goes on" in str(stop.value)
 
 
@@ -350,3 +351,147 @@ def test_a_stop_in_an_evaluation_evaluates_again_and_trains_nothing_again(
     faults.arm(None)
     train(small, out, resume=True)
     assert results(out) == results(straight)
+
+
+CHANGED = {
+    "optim.lr": {"optim": {"lr": 0.5}},
+    "optim.batch_size": {"optim": {"batch_size": 12}},
+    "optim.epochs": {"optim": {"epochs": 5}},
+    "optim.ema_epochs": {"optim": {"ema_epochs": 0.0}},
+    "run.seed": {"run": {"seed": 1}},
+    "student.depth": {"student": {"depth": 1}},
+    "student.embed_dim": {"student": {"embed_dim": 48}},
+    "student.image_size": {"student": {"image_size": 24}},
+    "views.policy": {"views": {"policy": "none"}},
+    "loss.temperature": {"loss": {"temperature": 2.0}},
+    "data.classes": {"data": {"classes": ("class0", "class1")}},
+}
+
+
+@pytest.mark.parametrize("field", CHANGED)
+def test_another_setting_is_refused_by_name(field, config, tmp_path):
+    out = tmp_path / "run"
+    alone = derive(config, teacher={"targets": ()})
+    stop_at(alone, out, "update:1:term")
+    with pytest.raises((ConfigError, CheckpointError, DataError)) as error:
+        train(derive(alone, **CHANGED[field]), out, resume=True)
+    if isinstance(error.value, ConfigError):
+        assert f"{field}: " in str(error.value)
+
+
+def test_a_teacher_with_other_weights_under_the_same_name_is_refused(config, tmp_path):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "teacher"
+    shutil.copytree(config.teacher.source[0], folder)
+    alone = derive(config, teacher={"targets": (), "source": (str(folder),)})
+    stop_at(alone, tmp_path / "run", "update:1:term")
+    weights = folder / "best" / "model.safetensors"
+    content = {name: value * 1.001 for name, value in load_file(weights).items()}
+    save_file(content, weights)
+    reseal(folder / "best", step=checkpoint_step(folder / "best"))
+    with pytest.raises(DataError, match="a teacher's weights differ"):
+        train(alone, tmp_path / "run", resume=True)
+
+
+def checkpoint_step(folder: Path) -> int:
+    return json.loads((folder / "manifest.json").read_text())["step"]
+
+
+@pytest.mark.parametrize("place", ["model", "average", "optimizer"])
+def test_numbers_that_are_not_finite_are_not_gone_on_from(place, hard, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    def spoil(folder: Path) -> None:
+        path = folder / f"{place}.safetensors"
+        tensors = load_file(path)
+        next(reversed(tensors.values())).view(-1)[0] = float("inf")
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    assert resumed(hard, tmp_path, monkeypatch, spoil) == "CheckpointError"
+
+
+@pytest.mark.parametrize("how", ["missing", "shape", "unknown"])
+def test_the_state_of_another_optimizer_is_refused(how, hard, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    def change(folder: Path) -> None:
+        path = folder / "optimizer.safetensors"
+        tensors = load_file(path)
+        name = "exp_avg/head.weight"
+        value = tensors.pop(name)
+        if how == "shape":
+            tensors[name] = value[:1].clone()
+        if how == "unknown":
+            tensors |= {name: value, "exp_avg/other": value.clone()}
+        save_file(tensors, path)
+
+    assert resumed(hard, tmp_path, monkeypatch, change) == "CheckpointError"
+
+
+def test_a_scale_of_fp16_belongs_to_both_or_to_none(hard, tmp_path, monkeypatch):
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps({**content, "scaler": {"scale": 1.0}}))
+
+    assert resumed(hard, tmp_path, monkeypatch, change) == "CheckpointError"
+
+
+def test_a_field_that_is_not_there_is_an_error_not_a_default(hard, tmp_path, monkeypatch):
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "state.json").read_text())
+        content.pop("average_updates")
+        (folder / "state.json").write_text(json.dumps(content))
+
+    assert resumed(hard, tmp_path, monkeypatch, change) == "CheckpointError"
+
+
+def test_a_slow_checkpoint_is_told(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(saving, "_SLOW_S", 0.0)
+    stop_at(config, tmp_path / "run", "update:1:term")
+    said = capsys.readouterr().err
+    assert "the checkpoint of update 1 took " in said
+
+
+def test_strangers_in_a_checkpoint_are_told_and_not_read(config, straight, tmp_path, capsys):
+    out = tmp_path / "run"
+    stop_at(config, out, "update:6:term")
+    (checkpoint.newest(out) / "optimizer.pt").write_bytes(b"no")
+    train(config, out, resume=True)
+    assert "optimizer.pt: none of ours, and not read" in capsys.readouterr().err
+    assert results(out) == results(straight)
+
+
+def test_a_link_in_a_checkpoint_is_refused(config, tmp_path):
+    stop_at(config, tmp_path / "run", "update:1:term")
+    path = checkpoint.newest(tmp_path / "run") / "model.safetensors"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link, and may lead anywhere"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_is_no_folder_for_a_run(config, tmp_path):
+    stop_at(config, tmp_path / "run", "update:1:term")
+    with pytest.raises(ConfigError, match="no run to resume"):
+        train(config, checkpoint.newest(tmp_path / "run"), resume=True)
+
+
+def test_the_other_version_of_torch_is_told(config, tmp_path, capsys):
+    stop_at(config, tmp_path / "run", "update:1:term")
+    path = tmp_path / "run" / "environment.json"
+    before = json.loads(path.read_text())
+    before["packages"]["torch"] = "1.0"
+    path.write_text(json.dumps(before))
+    faults.arm("update:1:term")
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "run", resume=True)
+    assert "torch 1.0 before, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("top1", [float("nan"), 0.5])
+def test_an_accuracy_that_is_no_number_is_never_the_best(top1, config, tmp_path, monkeypatch):
+    values = iter([0.25, top1, 0.2])
+    monkeypatch.setattr(saving, "selected_top1", lambda validation: next(values))
+    best = train(config, tmp_path / "run")["best"]["epoch"]
+    assert best == (2 if top1 == 0.5 else 1)
