@@ -89,6 +89,7 @@ def test_no_mutation_of_any_file_goes_unnoticed(folder):
             r"more: Unexpected",
         ),
         ('{"format_version": 2, "step": 3, "files": {}, "sha256": ""}', "its own digest differs"),
+        ('{"format_version": 2, "step": 1, "step": 3, "files": {}, "sha256": ""}', "own digest"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(text, words, folder):

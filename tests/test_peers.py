@@ -139,6 +139,28 @@ def test_a_mistake_that_one_finds_is_the_end_of_both(zygote, straight, tmp_path)
     assert "see process 0" in done[1].err
 
 
+@pytest.mark.parametrize("fault", ["model@0:1:full", "evaluation@1:1:full"])
+def test_where_one_fails_alone_the_other_does_not_wait(fault, zygote, tmp_path):
+    """While a checkpoint is written; and before the first update, while teachers are measured."""
+    done = run(zygote, tmp_path / "run", fault)
+    failed = int(fault.split("@")[1][0])
+    assert done[failed].code in (1, 5)
+    assert done[1 - failed].code == 7, done[1 - failed].err
+
+
+def test_from_one_process_to_two(zygote, tmp_path):
+    out, other = tmp_path / "run", tmp_path / "alone"
+    split = ("--optim.accumulate", "2")
+    alone = ("train", *SMALL, *split, "--resume")
+    assert zygote.run(*alone, "--out", other).code == 0
+    assert zygote.run(*alone, "--out", out, DEIT_FAULT="update:4:term").code == 143
+    done = run(zygote, out)
+    assert [one.code for one in done] == [0, 0], done[0].err
+    ours, theirs = (load_file(checkpoint.newest(one) / "model.safetensors") for one in (out, other))
+    for name, value in theirs.items():
+        assert (ours[name] - value).abs().max() < 1e-4, name
+
+
 def test_a_launcher_that_is_terminated_takes_its_process_along(tmp_path):
     """accelerate launch does not hand the signal on: the training process would go on for ever."""
     out = tmp_path / "run"

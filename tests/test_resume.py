@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from deit import checkpoint, faults, journal, saving
 from deit.config import Config, derive
 from deit.errors import CheckpointError, ConfigError, DataError, DeitError, NumericsError, Stopped
+from deit.models.saved import load_student
 from deit.parts import State
 from deit.recipes import digits, digits_teacher
 from deit.run import train
 from deit.target_writer import write_targets
+from deit.validation import load
 
 EPOCHS, STEPS = 3, 4
 LAST = EPOCHS * STEPS
@@ -495,3 +497,46 @@ def test_an_accuracy_that_is_no_number_is_never_the_best(top1, config, tmp_path,
     monkeypatch.setattr(saving, "selected_top1", lambda validation: next(values))
     best = train(config, tmp_path / "run")["best"]["epoch"]
     assert best == (2 if top1 == 0.5 else 1)
+
+
+@pytest.mark.parametrize("fault", ["optimizer:1:term", "manifest:1:term", "metrics:1:term"])
+def test_a_signal_during_a_save_stops_after_it(fault, config, straight, tmp_path):
+    out = tmp_path / "run"
+    stop_at(config, out, fault)
+    assert checkpoint.step_of(checkpoint.newest(out)) in (4, 5)
+    train(config, out, resume=True)
+    assert results(out) == results(straight)
+
+
+def test_one_other_pixel_in_memory_is_noticed(config, tmp_path):
+    pictures = tmp_path / "pictures"
+    shutil.copytree(config.data.root, pictures)
+    data = {"root": str(pictures), "storage": "memory", "workers": None}
+    moved = derive(config, data=data, teacher={"targets": ()})
+    stop_at(moved, tmp_path / "run", "update:6:term")
+    path = pictures / "train" / "class1" / "3.png"
+    with Image.open(path) as image:
+        image.putpixel((5, 5), (1, 2, 3))
+        image.save(path)
+    with pytest.raises(DataError, match="the images differ"):
+        train(moved, tmp_path / "run", resume=True)
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("release", sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
+def test_a_run_of_every_format_goes_on(release, tmp_path):
+    """Written once by the release that brought the format, never again: tests/golden/README.md."""
+    pytest.importorskip("sklearn")
+    out = tmp_path / "run"
+    shutil.copytree(GOLDEN / release, out)
+    known = json.loads((out / "known.json").read_text())
+    (out / "known.json").unlink()
+    state = saving.read_state(checkpoint.newest(out))
+    assert [state.step, state.epoch, state.best["epoch"]] == known["state"]
+    result = train(load(out / "config.json"), out, resume=True)
+    assert [result["step"], result["epochs"]] == known["end"]
+    student, _ = load_student(checkpoint.newest(out))
+    total = sum(float(value.double().sum()) for value in student.state_dict().values())
+    assert total == pytest.approx(known["sum"], rel=1e-3)

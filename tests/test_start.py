@@ -18,6 +18,7 @@ from deit.models.positions import resize_positions
 from deit.models.saved import Facts, build_student, save_student
 from deit.models.start import Found, find_start, fit, student_of
 from deit.models.weights import load_weights
+from deit.optimizer_state import read_tensors
 from deit.preparation import begin
 from deit.recipes import digits
 from deit.records import head_logits
@@ -558,3 +559,39 @@ def test_a_normalisation_that_is_not_told_is_named():
     facts = Facts(config.student, NAMES, (0.1, 0.2, 0.3), (0.4,) * 3, 1.0)
     notes = begin(built, found_in(built), config, facts)["notes"]
     assert any("its normalisation is not told; 0.1,0.2,0.3 and" in note for note in notes)
+
+
+def header(text: bytes, size: int | None = None) -> bytes:
+    return (len(text) if size is None else size).to_bytes(8, "little") + text
+
+
+HOSTILE = {
+    "a header of 2**63 bytes": header(b"{}", 2**63),
+    "a header beyond the file": header(b"{}", 10**6),
+    "no JSON": header(b"{[}"),
+    "overlapping": header(
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
+    )
+    + bytes(12),
+    "with a hole": header(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"b":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}'
+    )
+    + bytes(12),
+    "a shape too large": header(
+        b'{"a":{"dtype":"F32","shape":[1099511627776,1099511627776],"data_offsets":[0,4]}}'
+    )
+    + bytes(4),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_of_safetensors_are_refused(name, tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(HOSTILE[name])
+    with pytest.raises(CheckpointError, match="not a readable weight file"):
+        find_start(str(path))
+    with pytest.raises(CheckpointError, match="not readable"):
+        read_tensors(path)

@@ -452,3 +452,12 @@ def test_labels_point_into_the_sorted_names(tmp_path):
     names = [Path(train.name(index)).parent.name for index in range(len(train.labels))]
     assert [CLASSES[label] for label in train.labels] == names
     assert torch.bincount(train.labels).tolist() == [10] * 4
+
+
+@pytest.mark.parametrize("label", [-100, -1, 3])
+def test_a_label_without_a_class_is_named(label):
+    from deit.datasets.readers import _class
+
+    assert _class(2, {0: "a", 1: "b", 2: "c"}, "torch/x train", 7) == "c"
+    with pytest.raises(DataError, match=f"torch/x train: image 7 has the label {label}, of 3"):
+        _class(label, {0: "a", 1: "b", 2: "c"}, "torch/x train", 7)
