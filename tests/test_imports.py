@@ -145,6 +145,7 @@ PLAN = {
     "evaluate_deit": place(11),
     "scripts.results": place(11),
     "scripts.trust_cost": place(11, "torch"),
+    "scripts.faults": place(11),
     "scripts.two_hosts": place(11),
     "scripts.initialisation": place(11, "torch einops"),
     "scripts.benchmark": place(11, "torch numpy PIL sklearn timm"),
