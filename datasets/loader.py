@@ -118,14 +118,9 @@ class TrainLoader:
 
         Raises ConfigError where the batch cannot be cut into equal (for mixing: even) blocks,
         and DataError where it needs more images than there are."""
-        blocks = num_processes * optim.accumulate
-        self.block = optim.batch_size // blocks
-        if optim.batch_size % blocks or (mixes(views) and self.block % 2):
-            kind = "equal, even" if mixes(views) else "equal"
-            raise ConfigError(
-                f"optim.batch_size = {optim.batch_size}: cannot be cut into {kind} micro-batches "
-                f"for {num_processes} processes and optim.accumulate {optim.accumulate}"
-            )
+        self.views = views
+        self.num_processes = num_processes
+        self.cut(optim)
         self.number = len(images.labels)
         self.images_per_batch = -(-optim.batch_size // views.repeats)
         if self.images_per_batch > self.number:
@@ -143,12 +138,9 @@ class TrainLoader:
         self.images = images
         self.labels = images.labels.to(self.device)
         self.num_classes = num_classes
-        self.views = views
-        self.optim = optim
         self.sizes = sizes
         self.seed = seed
         self.process = process
-        self.num_processes = num_processes
         self.workers = workers
         # An epoch keeps its number of views: with repeats it holds so many images fewer.
         self.steps_per_epoch = max(self.number // optim.batch_size, 1)
@@ -161,6 +153,19 @@ class TrainLoader:
         """Called with what is shown, where the teacher sees the student's views."""
         self.pixels = images.pixels.to(self.device) if isinstance(images, Images) else None
         self._readers: dict[tuple[tuple[Cutter, ...], bool], Reader] = {}
+
+    def cut(self, optim: OptimConfig) -> None:
+        """Cut the same batches into other micro-batches. Raises ConfigError where they would not be
+        equal (for mixing: even)."""
+        blocks = self.num_processes * optim.accumulate
+        block = optim.batch_size // blocks
+        if optim.batch_size % blocks or (mixes(self.views) and block % 2):
+            kind = "equal, even" if mixes(self.views) else "equal"
+            raise ConfigError(
+                f"optim.batch_size = {optim.batch_size}: cannot be cut into {kind} micro-batches "
+                f"for {self.num_processes} processes and optim.accumulate {optim.accumulate}"
+            )
+        self.optim, self.block = optim, block
 
     @property
     def places(self) -> int:

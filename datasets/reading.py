@@ -204,6 +204,18 @@ class Reader:
             yield answer
 
 
+LOST_WORKER = (
+    "data.workers: the system ended a worker process; usually /dev/shm is too small (in a "
+    "container: --shm-size 2g) or the memory is used up: fewer data.workers, a smaller "
+    "optim.batch_size, or data.workers 0"
+)
+
+
+def lost_worker(error: Exception) -> bool:
+    """Whether a worker process ended; torch says so wherever the main process happens to be."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
 def _of_living(answers: Iterator[Any]) -> Iterator[Any]:
     """The workers' answers; a worker that the system ended is named with the usual reasons."""
     while True:
@@ -212,10 +224,6 @@ def _of_living(answers: Iterator[Any]) -> Iterator[Any]:
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not lost_worker(error):
                 raise
-            raise EnvironmentFault(
-                "data.workers: the system ended a worker process; usually /dev/shm is too small "
-                "(in a container: --shm-size 2g) or the memory is used up: fewer data.workers, a "
-                "smaller optim.batch_size, or data.workers 0"
-            ) from None
+            raise EnvironmentFault(LOST_WORKER) from None

@@ -437,6 +437,9 @@ class RunConfig:
     """Updates between checkpoints within an epoch; None: one at the end of each epoch alone."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Checkpoints that stay: a damaged one must never be the only one."""
+    fit_memory: bool = False
+    """Halve the micro-batches (optim.accumulate twice as large) until one fits, before the first
+    update; the batch stays."""
     max_skipped: Count = 10
     """Updates in a row that may be left out because loss or gradient is not finite."""
     timeout: Positive = 300.0

@@ -12,6 +12,7 @@ from deit.errors import ConfigError
 POINTS = {
     "update": "after an update of the weights",
     "loss": "the loss of a micro-batch (action nan)",
+    "fit": "before a micro-batch is tried (run.fit_memory)",
     "evaluation": "before a batch of an evaluation",
     "targets": "before a unit of stored targets is committed",
     "model": "a checkpoint's weights are written",

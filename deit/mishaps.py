@@ -1,19 +1,21 @@
 """What goes wrong in the middle of a run: counted, named, and said so that a person can act."""
 
-import math
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from deit import journal
-from deit.config import mixes
-from deit.console import warn
+from deit.config import derive, mixes
+from deit.console import say, warn
+from deit.datasets.reading import LOST_WORKER, lost_worker
 from deit.engine import Update
 from deit.environment import lost_peer, out_of_memory
 from deit.errors import DeitError, EnvironmentFault, NumericsError, PeerError, Stopped
+from deit.faults import reach
 from deit.parts import Parts
+from deit.records import Batch, Outputs
 
 
 def watch_numbers(parts: Parts, update: Update) -> None:
@@ -75,6 +77,8 @@ def understood(parts: Parts) -> Iterator[None]:
         if out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
             raise _memory_fault(parts) from None
+        if lost_worker(error):
+            raise EnvironmentFault(f"{LOST_WORKER}; {_kept(parts)}") from None
         if parts.accelerator.num_processes > 1 and lost_peer(error):
             raise PeerError(
                 f"another process of the run is gone or did not answer for "
@@ -103,22 +107,69 @@ def _memory_fault(parts: Parts) -> EnvironmentFault:
 
 def _fitting(parts: Parts) -> int | None:
     """The largest half, quarter, ... of a micro-batch that the student can learn from, by trying;
-    None: not even the smallest. Without the other processes."""
+    None: not even the smallest. Without teachers, and without the other processes."""
     student = parts.accelerator.unwrap_model(parts.student)
     side, device = parts.config.student.image_size, parts.accelerator.device
-    smallest = 2 if mixes(parts.config.views) else 1
     number = parts.loader.block
-    while number % 2 == 0 and number // 2 % smallest == 0 and number > smallest:
+    while number % 2 == 0 and number > _smallest(parts):
         number //= 2
-        parts.optimizer.zero_grad()
-        with suppress(RuntimeError):
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            with parts.accelerator.autocast():
-                outputs = student(torch.zeros(number, 3, side, side, device=device))
-            total = sum(one.float().sum() for one in outputs if one is not None)
-            total.backward()
-            if math.isfinite(float(total)):
-                parts.optimizer.zero_grad()
-                return number
+        images = torch.zeros(number, 3, side, side, device=device)
+        if _tried(parts, lambda: student(images)):  # noqa: B023 (called at once)
+            return number
     return None
+
+
+def _smallest(parts: Parts) -> int:
+    return 2 if mixes(parts.config.views) else 1
+
+
+def fit_memory(parts: Parts) -> None:
+    """Halve micro-batches until all processes can take one with their teachers; the batch stays.
+
+    Changes the configuration's optim.accumulate. Raises EnvironmentFault where none fits.
+    """
+    student, loader = parts.accelerator.unwrap_model(parts.student), parts.loader
+    while True:
+        batch = next(loader.epoch(0))
+
+        def answer(batch: Batch = batch) -> Outputs:
+            reach("fit")
+            if parts.panel is not None:
+                parts.panel(batch)
+            return student(batch.images)
+
+        failed = torch.tensor(float(not _tried(parts, answer)), device=parts.accelerator.device)
+        if parts.accelerator.reduce(failed, reduction="sum").item() == 0:
+            return
+        if loader.block % 2 or loader.block <= _smallest(parts):
+            raise EnvironmentFault(
+                f"run.fit_memory: out of memory even with {loader.block} images at once; a smaller "
+                "student or teacher is left"
+            )
+        optim = parts.config.optim
+        parts.config = derive(parts.config, optim={"accumulate": 2 * optim.accumulate})
+        parts.accelerator.gradient_accumulation_steps = parts.config.optim.accumulate
+        loader.cut(parts.config.optim)
+        say(
+            f"memory    too little for {2 * loader.block} images at once; optim.accumulate "
+            f"{parts.config.optim.accumulate}: {loader.block} images, the batch stays"
+        )
+
+
+def _tried(parts: Parts, answer: Callable[[], Outputs]) -> bool:
+    """Whether there is memory to learn from an answer; nothing is learnt."""
+    if parts.accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    student = parts.accelerator.unwrap_model(parts.student)
+    try:
+        with parts.accelerator.autocast():
+            outputs = answer()
+        sum(one.float().sum() for one in outputs if one is not None).backward()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        return False
+    finally:
+        student.zero_grad()
+    return True

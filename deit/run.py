@@ -24,7 +24,7 @@ from deit.errors import ConfigError, DataError, Stopped
 from deit.faults import reach
 from deit.interruption import STOPPING, Interruption
 from deit.metrics import agreement, topk_accuracy
-from deit.mishaps import understood, watch_numbers
+from deit.mishaps import fit_memory, understood, watch_numbers
 from deit.models.layers import depths_of, hold_still
 from deit.models.saved import build_student
 from deit.models.start import Found
@@ -83,6 +83,8 @@ def train(
             check_space(out, space_of(parts), option="--out")
         parts.teacher_answers = faculty.check(parts.splits, accelerator, parts.loader)
         parts.view_epochs = faculty.stored_epochs
+        if config.run.fit_memory:
+            fit_memory(parts)
         if dry_run:
             _dry_run(parts)
             return asdict(parts.state)

@@ -38,6 +38,7 @@ RESUMABLE = (
     "run.evaluation_batch",
     "run.save_every",
     "run.keep_checkpoints",
+    "run.fit_memory",
     "run.timeout",
 )
 

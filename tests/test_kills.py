@@ -413,3 +413,24 @@ def test_the_users_home_is_found(zygote, tmp_path):
     done = zygote.run("train", *SMALL, "--out=~/run", HOME=str(tmp_path))
     assert done.code == 0, done.err
     assert (tmp_path / "run" / "result.json").is_file()
+
+
+def test_micro_batches_are_halved_until_one_fits(zygote, tmp_path):
+    """Only what fits changes: the run is that of the smaller micro-batches, to the bit."""
+    fitted, given = tmp_path / "fitted", tmp_path / "given"
+    done = run(zygote, fitted, "fit:1:memory,fit:2:memory", "--run.fit_memory")
+    assert done.code == 0, done.err
+    assert "too little for 256 images at once; optim.accumulate 2: 128 images" in done.out
+    assert "optim.accumulate 4: 64 images, the batch stays" in done.out
+    assert run(zygote, given, "", "--optim.accumulate", "4").code == 0
+    same(fitted, given)
+    plain = tmp_path / "plain"
+    assert run(zygote, plain, "", "--run.fit_memory").code == 0
+    assert json.loads((plain / "config.json").read_text())["optim"]["accumulate"] == 1
+
+
+def test_where_no_micro_batch_fits_nothing_is_begun(zygote, tmp_path):
+    done = run(zygote, tmp_path / "run", "fit:0:memory", "--run.fit_memory")
+    assert done.code == 5
+    assert "out of memory even with 2 images at once" in done.err
+    assert not (tmp_path / "run").exists()

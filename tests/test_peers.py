@@ -181,3 +181,9 @@ def test_a_launcher_that_is_terminated_takes_its_process_along(tmp_path):
     _, said = launcher.communicate(timeout=60)  # until the training process closes it as well
     assert "stopped by SIGTERM" in said
     assert checkpoint.newest(out) is not None
+
+
+def test_where_one_has_less_memory_both_halve(zygote, tmp_path):
+    done = run(zygote, tmp_path / "run", "fit@1:1:memory", "--run.fit_memory")
+    assert [one.code for one in done] == [0, 0], done[0].err
+    assert "optim.accumulate 2: 64 images, the batch stays" in done[0].out
