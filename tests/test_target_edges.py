@@ -76,7 +76,7 @@ def test_crops_of_images_that_workers_read(workers, constant, tmp_path):
     write_targets(config, tmp_path / "store")
     opened = open_store(tmp_path / "store")
     assert opened.layout.places > 8
-    verify_targets(tmp_path / "store", root=None, teacher=None, rows=8)
+    verify_targets(tmp_path / "store", root=None, teacher=str(config.teacher.source[0]), rows=8)
 
 
 @pytest.mark.parametrize(
