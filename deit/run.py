@@ -20,7 +20,7 @@ from deit.datasets.splits import load_splits
 from deit.disk import check_space, check_writable, finish_replacing, hold, write_json
 from deit.engine import Job, Tally, train_epoch
 from deit.environment import create_accelerator, describe
-from deit.errors import ConfigError, DataError, Stopped
+from deit.errors import ConfigError, DataError, NumericsError, Stopped
 from deit.faults import reach
 from deit.interruption import STOPPING, Interruption
 from deit.metrics import agreement, topk_accuracy
@@ -98,6 +98,7 @@ def train(
             checkpoint.open_folder(out)
             if not begun:
                 stack.enter_context(hold(out, option="--out"))
+                checkpoint.check_folder(out, resume=resume)  # another may have been quicker
             finish_replacing(out)
         accelerator.wait_for_everyone()
         interruption = stack.enter_context(Interruption(accelerator))
@@ -202,10 +203,10 @@ def _dry_run(parts: Parts) -> None:
     batches = parts.loader.epoch(0)
     first = (next(batches) for _ in range(config.optim.accumulate))
     tally = Tally(parts.accelerator, {})
-    for update in train_epoch(
-        _job(parts), first, tally, step=0, steps=parts.loader.steps_per_epoch
-    ):
-        watch_numbers(parts, update)
+    steps = parts.loader.steps_per_epoch
+    for update in train_epoch(_job(parts), first, tally, step=0, steps=steps):
+        if not update.applied:
+            raise NumericsError("the loss or gradient of the first update is not finite")
     number = max(config.run.evaluation_batch, parts.accelerator.num_processes)
     few = parts.splits.validation.select(slice(number))
     answers_of(parts.accelerator, parts.student, few, config, "dry run")

@@ -434,3 +434,25 @@ def test_where_no_micro_batch_fits_nothing_is_begun(zygote, tmp_path):
     assert done.code == 5
     assert "out of memory even with 2 images at once" in done.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_what_is_not_finite_says_so_and_writes_nothing(zygote, tmp_path):
+    (tmp_path / "run").mkdir()
+    done = zygote.run(
+        "train", *SMALL, "--out", tmp_path / "run", "--dry_run", DEIT_FAULT="loss:1:nan"
+    )
+    assert done.code == 6
+    assert "first update is not finite" in done.err
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_of_two_that_start_together_one_has_the_folder(zygote, straight, tmp_path):
+    """Both see it empty; the slower one comes when the other is done, and leaves that alone."""
+    out = tmp_path / "run"
+    words = ("train", *SMALL, "--out", out)
+    slower = zygote.start(*words, "--run.fit_memory", DEIT_FAULT="fit:1:slow")
+    assert zygote.run(*words).code == 0
+    done = slower.wait()
+    assert done.code == 2
+    assert "the folder is not empty" in done.err
+    same(out, straight)
