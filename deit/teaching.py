@@ -50,11 +50,8 @@ class Faculty:
 
     @property
     def weights(self) -> list[str]:
-        """Digests of the teachers that are here, "" for the others."""
-        return [
-            digest_of({**teachers[0].state_dict()}) if teachers else ""
-            for teachers in self.teachers
-        ]
+        """Digests of the teachers of each seat, "" where none of them is here."""
+        return [_digest(teachers) if teachers else "" for teachers in self.teachers]
 
     def load(self, splits: Splits, accelerator: Accelerator) -> tuple[TrainLoader, Panel | None]:
         """Load the networks; the views they and the student see, and what they say of them."""
@@ -169,6 +166,16 @@ class Faculty:
                 f"targets   {trained} epochs are trained on the views of {limit}, over and over: "
                 "an approximation, for each view comes back"
             )
+
+
+def _digest(teachers: list[Teacher]) -> str:
+    return digest_of(
+        {
+            f"{place}.{name}": value
+            for place, teacher in enumerate(teachers)
+            for name, value in teacher.state_dict().items()
+        }
+    )
 
 
 def _check_sums(store: Store, accelerator: Accelerator) -> None:
