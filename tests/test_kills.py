@@ -21,6 +21,7 @@ pytest.importorskip("sklearn")
 STEPS = 5
 SMALL = (
     *("digits", "--objective", "none", "--teacher.source", "none", "--views.policy", "randaugment"),
+    *("--views.mixup_alpha", "0.8", "--views.cutmix_alpha", "1"),
     *("--student.depth", "2", "--student.embed_dim", "24", "--student.num_heads", "2"),
     *("--student.drop_path", "0.2", "--optim.batch_size", "256", "--optim.epochs", "2"),
     *("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--run.evaluate_every", "1"),

@@ -109,6 +109,17 @@ def test_stopped_at_any_update_and_resumed_is_the_same_run(step, config, straigh
     assert results(out) == results(straight)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("step", range(1, LAST + 1))
+def test_with_any_number_of_workers_too(step, workers, config, straight, tmp_path):
+    out = tmp_path / "run"
+    config = derive(config, data={"workers": workers})
+    stop_at(config, out, f"update:{step}:term")
+    train(config, out, resume=True)
+    assert results(out) == results(straight)
+
+
 # the test has teeth: whatever is left out of a checkpoint, it notices
 
 HARD = 6  # in the middle of the second epoch, after a skipped update
