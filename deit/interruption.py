@@ -18,6 +18,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVING = signal.SIGUSR1
 _ASK_EVERY_S = 0.25  # how often processes talk about it, at most
 _MOST_BETWEEN = 50  # steps
+_SAME_S = 2.0
 _STUCK_S = 20.0  # torchrun kills 30 s after SIGTERM
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
@@ -25,14 +26,17 @@ _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 class Interruption(AbstractContextManager):
     """While it is entered: signals are noted, and `asked` tells what to do about them.
 
-    SIGTERM, SIGINT and SIGHUP ask to stop; SIGUSR1, SLURM's warning, to save and go on. A second
-    one that asks to stop ends this process at once. A signal that was ignored (by nohup, in a
-    background job) stays so. Where a launcher that started this process is gone, that is as good
-    as SIGTERM: `accelerate launch` leaves its process behind when it is terminated.
+    SIGTERM, SIGINT and SIGHUP ask to stop; SIGUSR1, SLURM's warning, to save and go on. Another one
+    that asks to stop, two seconds later or more, ends this process at once; sooner it is the same
+    one again, for Ctrl-C reaches torchrun's processes from the terminal and from torchrun. A signal
+    that was ignored (by nohup, in a background job) stays so. Where a launcher that started this
+    process is gone, that is as good as SIGTERM: `accelerate launch` leaves its process behind when
+    it is terminated.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._noted = 0
+        self._first: float | None = None  # when this process was asked to stop itself
         self._before: dict[int, Any] = {}
         self._parent = os.getppid() if any(name in os.environ for name in _LAUNCHERS) else None
         self._group = None
@@ -62,10 +66,13 @@ class Interruption(AbstractContextManager):
         if number == SAVING:
             self._noted = self._noted or number
             return
-        if self._noted in STOPPING:
+        now = time.monotonic()
+        if self._first is not None and now - self._first < _SAME_S:
+            return
+        if self._first is not None:
             os.write(2, b"deit: a second signal: leaving at once\n")
             os._exit(128 + number)
-        self._noted = number
+        self._noted, self._first = number, now
         # Where this process hangs and will be killed, say where.
         faulthandler.dump_traceback_later(_STUCK_S, file=sys.__stderr__)
 

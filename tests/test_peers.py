@@ -208,3 +208,29 @@ def test_where_one_has_less_memory_both_halve(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "fit@1:1:memory", "--run.fit_memory")
     assert [one.code for one in done] == [0, 0], done[0].err
     assert "optim.accumulate 2: 64 images, the batch stays" in done[0].out
+
+
+def test_ctrl_c_under_torchrun_saves_once(tmp_path):
+    """The terminal sends it to everybody, and torchrun to its processes once more."""
+    out = tmp_path / "run"
+    torchrun = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+            *(str(ROOT / "train_deit.py"), *SMALL, "--out", str(out), "--optim.epochs", "4000"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while not list(out.glob("checkpoint-*")):
+        time.sleep(0.05)
+    os.killpg(torchrun.pid, signal.SIGINT)
+    _, said = torchrun.communicate(timeout=60)
+    assert "stopped by SIGINT; the same command with --resume goes on" in said
+    assert "a second signal" not in said
+    step = checkpoint.step_of(checkpoint.newest(out))
+    assert step > len(journal.read(out / journal.METRICS)) * STEPS  # of its very update
