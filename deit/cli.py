@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,15 +25,20 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
     """Run one command; the exit code. Errors are one message, with a traceback only for --debug."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    with _leaving():
+        return _outcome(name, arguments, program, debug)
+
+
+def _outcome(name: str, arguments: list[str], program: str, debug: bool) -> int:
     try:
         arm(os.environ.get("DEIT_FAULT"))
-        with _leaving():
-            COMMANDS[name](arguments, program)
+        COMMANDS[name](arguments, program)
         _leave_processes()
         return 0
     except Stopped as stop:
-        going_on = "; the same command goes on" if name in ("targets", "compare") else ""
-        _complain(f"{stop}{going_on}", debug)
+        known = {"targets": "; the same command goes on", "compare": "; the same command goes on"}
+        word = f"stopped by {signal.Signals(stop.number).name}"
+        _complain(word + known[name] if name in known else str(stop), debug)
         return stop.exit_code
     except DeitError as error:
         _complain(str(error), debug, everywhere=not isinstance(error, ConfigError))
@@ -51,14 +57,26 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
         return 1
 
 
+_SAME_S = 2.0
+
+
 @contextmanager
 def _leaving() -> Iterator[None]:
     """While it is entered, a signal that asks to stop is an error: what is open is closed, what is
-    unfinished removed. SIGUSR1, which SLURM sends as a warning and which would end the process, is
-    for training alone. Signals that are ignored, by nohup for instance, stay so."""
+    unfinished removed. Another within two seconds is the same one again (torchrun hands on what
+    the terminal has sent already), a later one ends the process at once.
+
+    SIGUSR1, which SLURM sends as a warning and which would end the process, is for training alone.
+    Signals that are ignored, by nohup for instance, stay so.
+    """
+    first: list[float] = []
 
     def leave(number: int, frame: object) -> None:
-        raise Stopped(number)
+        first.append(time.monotonic())
+        if first[-1] - first[0] >= _SAME_S:
+            os._exit(128 + number)
+        if len(first) == 1:
+            raise Stopped(number)
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():

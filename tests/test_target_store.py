@@ -188,6 +188,11 @@ def test_sigterm_in_the_middle_keeps_what_is_written(teachers, tmp_path, zygote)
     assert done.code == 143
     assert done.err.splitlines() == ["deit: error: stopped by SIGTERM; the same command goes on"]
     assert len(list((stopped / UNITS).glob("0*.bin"))) == 2
+    again = zygote.run(
+        *words, *command(teachers[0], stopped), DEIT_FAULT="targets:1:term,targets:1:int"
+    )
+    assert again.code == 143  # two at once are one
+    assert again.err == done.err
     assert zygote.run(*words, *command(teachers[0], stopped)).code == 0
     assert content(stopped) == content(alone)
 
