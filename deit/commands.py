@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from deit import checkpoint
 from deit.arguments import (
@@ -23,6 +24,7 @@ from deit.errors import CheckpointError, ConfigError
 from deit.recipes import RECIPES
 from deit.text import nearest
 from deit.tuning import TUNING, at_resolution, begin_from
+from deit.typed_json import read_typed
 
 # torch and what needs it are imported inside the commands: --help and every mistake in the
 # arguments answer at once.
@@ -155,7 +157,8 @@ def _check_as_before(folder: Path, recipe: str | None, tuning: str | None) -> No
     """Refuse a recipe or a schedule other than the command named that began the run: its
     configuration says neither. Raises ConfigError."""
     environment = folder / checkpoint.ENVIRONMENT
-    words = json.loads(environment.read_text())["arguments"] if environment.is_file() else []
+    told = read_typed(environment, dict[str, Any]) if environment.is_file() else {}
+    words = told.get("arguments") or []
     parser = _start_parser()
     before, rest = parser.parse_known_args(words[1:])
     named = rest[0] if rest and not rest[0].startswith("-") else None
