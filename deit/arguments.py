@@ -89,7 +89,7 @@ class _Options:
     out: str | None = None
     """Run folder. None: checkpoints/RECIPE below the working directory."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on with the run in the folder, after its last finished epoch."""
+    """Go on with the run in the folder, from its newest sound checkpoint."""
     objective: str | None = None
     """A whole loss section by name: deit-hard, deit-soft, class-hard, class-soft,
     function-matching, usi, dkd or none."""

@@ -84,7 +84,7 @@ def found(out: Path) -> list[tuple[int, Path]]:
     steps = []
     for path in out.glob(f"{_PREFIX}*"):
         number = path.name.removeprefix(_PREFIX)
-        if number.isdecimal() and path.is_dir():
+        if number.isdecimal() and path.is_dir() and path == folder_of(out, int(number)):
             steps.append((int(number), path))
     return sorted(steps, reverse=True)
 
@@ -177,6 +177,11 @@ def is_one(folder: Path) -> bool:
     """Whether a path is named as a checkpoint in a run folder is."""
     number = folder.name.removeprefix(_PREFIX)
     return folder.name == BEST or (folder.name.startswith(_PREFIX) and number.isdecimal())
+
+
+def set_aside_in(out: Path) -> list[Path]:
+    """The checkpoints that `set_aside` has put away."""
+    return sorted(out.glob(f"{_ASIDE}{_PREFIX}*"))
 
 
 def at(out: Path, name: str) -> Path | None:

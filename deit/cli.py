@@ -15,6 +15,7 @@ from deit.commands import COMMANDS
 from deit.console import is_main_process, say
 from deit.errors import ConfigError, DeitError, PeerError, Stopped
 from deit.faults import arm
+from deit.launcher import follow
 from deit.text import nearest
 
 # Before any library is imported that would otherwise count its users.
@@ -26,6 +27,7 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     with _leaving():
+        follow()
         return _outcome(name, arguments, program, debug)
 
 

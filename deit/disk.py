@@ -106,7 +106,7 @@ def replace_folder(target: Path, write: Callable[[Path], None], *, needs: int = 
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise EnvironmentFault(
-            f"{target}: could not be saved ({why(error, target, needs)}); the one before is intact"
+            f"{target}: could not be saved ({why(error, target, needs)}); what was there is intact"
         ) from None
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -193,12 +193,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename. Raises EnvironmentFault."""
+    """Write JSON as `put_file` does. Raises EnvironmentFault, also where the folder is gone."""
     try:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
-    except OSError as error:
+        put_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    except FileNotFoundError as error:
         raise EnvironmentFault(f"{path}: could not be written ({error.strerror})") from None
 
 
@@ -209,11 +207,18 @@ def hold(folder: Path, *, option: str) -> Iterator[None]:
     A POSIX lock: it ends with its process, however that ends, and forked workers do not inherit it
     (they would hold a lock of flock's for some seconds longer than a killed parent).
     """
-    file = (folder / LOCK).open("a+")
+    try:
+        file = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise EnvironmentFault(f"{option} {folder}: cannot be locked ({error.strerror})") from None
     try:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise EnvironmentFault(
+                    f"{option} {folder}: cannot be locked ({error.strerror})"
+                ) from None
             file.seek(0)
             raise EnvironmentFault(
                 f"{option} {folder}: another run works in it ({file.read().strip() or 'unknown'})"

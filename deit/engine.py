@@ -54,6 +54,8 @@ def train_epoch(
     run. steps: updates of a whole epoch. tally: takes up what was applied."""
     accelerator, student = job.accelerator, job.student
     student.train()
+    statistics = list(accelerator.unwrap_model(student).buffers())
+    before = [one.clone() for one in statistics]
     for part, batch in enumerate(batches):
         seed_torch(job, step, part)
         with accelerator.accumulate(student):
@@ -64,6 +66,9 @@ def train_epoch(
         tally.add(losses, outputs, batch, answers)
         if accelerator.sync_gradients:
             applied = _apply(job, step, steps)
+            # The forward pass alone has moved the statistics of batch norms.
+            for one, kept in zip(statistics, before):
+                kept.copy_(one) if applied else one.copy_(kept)
             yield Update(applied, tally.settle(applied=applied))
             step += 1
     if job.teach is not None:

@@ -49,8 +49,9 @@ class PeerError(DeitError):
     exit_code = 7
 
 
-class Stopped(DeitError):
-    """A signal asked to stop."""
+class Stopped(BaseException):
+    """A signal asked to stop. Like KeyboardInterrupt no Exception: it may come at any line, and
+    whoever handles mishaps there must not take it for one."""
 
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(message or f"stopped by {Signals(number).name}")

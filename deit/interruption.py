@@ -13,14 +13,14 @@ import torch
 from accelerate import Accelerator
 
 from deit.errors import Stopped
+from deit.launcher import gone
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVING = signal.SIGUSR1
 _ASK_EVERY_S = 0.25  # how often processes talk about it, at most
-_MOST_BETWEEN = 50  # steps
+_MOST_BETWEEN = 10  # steps: some may take much longer than those before
 _SAME_S = 2.0
 _STUCK_S = 20.0  # torchrun kills 30 s after SIGTERM
-_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
 
 class Interruption(AbstractContextManager):
@@ -38,7 +38,6 @@ class Interruption(AbstractContextManager):
         self._noted = 0
         self._first: float | None = None  # when this process was asked to stop itself
         self._before: dict[int, Any] = {}
-        self._parent = os.getppid() if any(name in os.environ for name in _LAUNCHERS) else None
         self._group = None
         self._several = accelerator.num_processes > 1
         if self._several and accelerator.device.type != "cpu":
@@ -82,12 +81,22 @@ class Interruption(AbstractContextManager):
 
         now: talk in any case.
         """
-        if self._parent not in (None, os.getppid()):
+        if gone():
             self._noted = self._noted or signal.SIGTERM
         number = self._agreed(now) if self._several else self._noted
         if number == SAVING:
             self._noted = 0
         return number
+
+    def begin(self) -> None:
+        """Something of another pace begins, in all processes: what was measured counts no more."""
+        self._wait = self._between = 1
+        self._last = time.monotonic()
+
+    def leave(self) -> None:
+        """Raises Stopped where this process was asked to stop and had nothing left to stop."""
+        if self._noted in STOPPING:
+            raise Stopped(self._noted)
 
     def check(self) -> None:
         """Raises Stopped where stopping was asked for, as `asked` tells."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.console import warn
-from deit.disk import sync, why
+from deit.disk import put_file, sync, why
 from deit.errors import EnvironmentFault
 
 METRICS = "metrics.jsonl"
@@ -55,6 +55,14 @@ def cut(path: Path, length: int) -> None:
         warn(f"{path}: shorter than it was, so some rows are lost; the run itself is not affected")
     elif found > length:
         os.truncate(path, length)
+
+
+def cut_steps(path: Path, step: int) -> None:
+    """Drop the rows of later updates than `step`."""
+    rows = read(path)
+    kept = [row for row in rows if row["step"] <= step]
+    if len(kept) < len(rows):
+        put_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
 def link(before: str, step: int, digests: dict[str, str]) -> str:

@@ -53,8 +53,9 @@ def watch_numbers(parts: Parts, update: Update) -> None:
         raise NumericsError(
             f"update {state.step}: loss or gradient is not finite, number {state.skipped_in_a_row} "
             f"in a row from update {state.step - state.skipped_in_a_row + 1} on; its images: "
-            f"{named}. The checkpoints in {parts.out} are of before; a lower optim.lr or "
-            f"optim.clip_norm 1 usually helps; all images: {parts.out / journal.ANOMALIES}"
+            f"{named} (all: {parts.out / journal.ANOMALIES}). The checkpoints in {parts.out} are "
+            "of before; a lower optim.lr or optim.clip_norm 1 usually helps, in a run from the "
+            "start or from a checkpoint (finetune_deit.py --from), with another --out"
         )
     warn(
         f"update {state.step}: loss or gradient is not finite, so it is left out "
@@ -81,7 +82,7 @@ def understood(parts: Parts) -> Iterator[None]:
             raise EnvironmentFault(f"{LOST_WORKER}; {_kept(parts)}") from None
         if parts.accelerator.num_processes > 1 and lost_peer(error):
             raise PeerError(
-                f"another process of the run is gone or did not answer for "
+                f"another process of the run is gone, or did not answer within "
                 f"{parts.config.run.timeout:g} s; {_kept(parts)}"
             ) from None
         raise

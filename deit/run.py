@@ -79,6 +79,10 @@ def train(
         parts = _furnish(config, out, accelerator, faculty, found)
         environment = describe(accelerator, arguments or [])
         announce(parts, environment)
+        if finished is not None and not dry_run:
+            check_same_run(parts, finished)
+            say(f"{out}: already complete after {finished['epochs']} epochs")
+            return finished
         if not dry_run:
             check_space(out, space_of(parts), option="--out")
         parts.teacher_answers = faculty.check(parts.splits, accelerator, parts.loader)
@@ -88,10 +92,6 @@ def train(
         if dry_run:
             _dry_run(parts)
             return asdict(parts.state)
-        if finished is not None:
-            check_same_run(parts, finished)
-            say(f"{out}: already complete after {finished['epochs']} epochs")
-            return finished
         # Nothing was written so far; and every process has checked the folder before one fills it.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -107,10 +107,11 @@ def train(
         _fit(parts, interruption)
         result = finish(parts)
         accelerator.wait_for_everyone()
-    say(
-        f"finished in {clock(result['seconds'])}; "
-        f"next: python evaluate_deit.py {shlex.quote(str(out))}"
-    )
+        say(
+            f"finished in {clock(result['seconds'])}; "
+            f"next: python evaluate_deit.py {shlex.quote(str(out))}"
+        )
+        interruption.leave()  # who called may have more to do, and should not
     return result
 
 
@@ -120,7 +121,7 @@ def _begin(parts: Parts, environment: dict[str, Any], *, resume: bool) -> None:
     first = not (out / checkpoint.CONFIG).is_file()
     if resume and not first:
         restore(parts)
-        warn_of_another_machine(out, environment)
+        warn_of_another_machine(out, environment, parts.config.optim.accumulate)
     parts.accelerator.wait_for_everyone()
     if parts.accelerator.is_main_process:
         name = checkpoint.ENVIRONMENT if first else checkpoint.RESUMED
@@ -266,6 +267,7 @@ def _train_rest(parts: Parts, tally: Tally, interruption: Interruption) -> dict[
         title=f"epoch {epoch + 1}/{config.optim.epochs}",
     )
     started, before = time.monotonic(), state.seconds
+    interruption.begin()
     for update in train_epoch(_job(parts), batches, tally, step=state.step, steps=steps):
         state.step += 1
         state.samples_seen += config.optim.batch_size
@@ -301,6 +303,7 @@ def _validate_heads(parts: Parts, interruption: Interruption) -> dict[str, float
         models["average_"] = parts.average.model
     found: dict[str, float] = {}
     for prefix, model in models.items():
+        interruption.begin()
         outputs = answers_of(
             parts.accelerator,
             model,

@@ -17,6 +17,7 @@ from deit.engine import Tally
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.faults import reach
 from deit.manifest import FORMAT_VERSION, Content, digests
+from deit.manifest import check as check_manifest
 from deit.models.saved import WEIGHTS, save_student, save_weights
 from deit.models.weights import load_weights, read_weights
 from deit.optimizer_state import load_optimizer, save_optimizer
@@ -158,10 +159,11 @@ def _weights_bytes(parts: Parts) -> int:
 
 
 def space_of(parts: Parts) -> int:
-    """What a run writes at most [bytes]: its checkpoints, one more while that is written, and the
-    best twice likewise."""
-    number = parts.config.run.keep_checkpoints + 1
-    return number * checkpoint_bytes(parts) + 2 * _weights_bytes(parts)
+    """What a run still adds to its folder at most [bytes]: checkpoints until all that stay are
+    there, one more while that is written, and the best likewise."""
+    number = max(parts.config.run.keep_checkpoints - len(checkpoint.found(parts.out)), 0) + 1
+    best = 1 if (parts.out / checkpoint.BEST).is_dir() else 2
+    return number * checkpoint_bytes(parts) + best * _weights_bytes(parts)
 
 
 def read_state(folder: Path) -> State:
@@ -223,12 +225,25 @@ def restore(parts: Parts) -> None:
     if state.scaler is not None:
         parts.accelerator.scaler.load_state_dict(state.scaler)
     parts.state = state
+    _check_best(parts)
     _cut(parts, state)
     epochs = parts.config.optim.epochs
     say(
         f"{parts.out}: resuming after update {state.step} of {epochs * steps} "
         f"(epoch {state.epoch + 1} of {epochs})"
     )
+
+
+def _check_best(parts: Parts) -> None:
+    """Where the best weights so far are gone or damaged, the next evaluation takes their place."""
+    best = parts.out / checkpoint.BEST
+    if parts.state.best["epoch"] == 0 or not parts.accelerator.is_main_process:
+        return
+    try:
+        check_manifest(best)
+    except CheckpointError as error:
+        warn(f"{error}; the next evaluation takes its place")
+        parts.state.best = State().best
 
 
 def _finite(path: Path) -> dict[str, torch.Tensor]:
@@ -245,6 +260,7 @@ def _cut(parts: Parts, state: State) -> None:
     if parts.accelerator.is_main_process:
         journal.cut(parts.out / journal.METRICS, state.metrics_bytes)
         journal.cut(parts.out / journal.CHAIN, state.chain_bytes)
+        journal.cut_steps(parts.out / journal.ANOMALIES, state.step)
 
 
 def _chosen(out: Path, accelerator: Accelerator) -> Path | None:
@@ -270,7 +286,9 @@ def _chosen(out: Path, accelerator: Accelerator) -> Path | None:
 
 def _check_fresh(out: Path) -> None:
     """Refuse a run that had checkpoints, and has none. Raises CheckpointError."""
-    if (out / checkpoint.BEST).is_dir() or journal.read(out / journal.METRICS):
+    # One link of the chain may be of a first checkpoint that a kill kept from being there.
+    several = len(journal.read(out / journal.CHAIN)) > 1 or bool(checkpoint.set_aside_in(out))
+    if several or (out / checkpoint.BEST).is_dir() or journal.read(out / journal.METRICS):
         raise CheckpointError(
             f"{out}: its checkpoints are gone, so the run cannot go on; give another --out to "
             "start anew"
@@ -321,7 +339,7 @@ def _check_config(parts: Parts) -> None:
         )
 
 
-def warn_of_another_machine(out: Path, now: dict[str, Any]) -> None:
+def warn_of_another_machine(out: Path, now: dict[str, Any], accumulate: int) -> None:
     """Say where a run began on other ground: it goes on, but no longer to the bit.
 
     now: what deit.environment.describe returns.
@@ -330,7 +348,9 @@ def warn_of_another_machine(out: Path, now: dict[str, Any]) -> None:
     if not path.is_file():
         return
     before = read_typed(path, dict[str, Any])
-    told = [
+    cut = load(out / checkpoint.CONFIG).optim.accumulate
+    told = [] if cut == accumulate else [f"optim.accumulate {cut} before, {accumulate} now"]
+    told += [
         f"{name} {before.get(name)} before, {now[name]} now"
         for name in ("device_name", "processes", "threads", "precision")
         if before.get(name) != now[name]

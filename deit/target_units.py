@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deit.console import percent, progress, say, warn
-from deit.disk import put_file, put_first, sync
+from deit.disk import put_file, put_first, sync, why
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.faults import reach
 from deit.targets import (
@@ -119,12 +119,15 @@ class Units:
         payload = made.records.tobytes() + made.canaries.astype("<u4").tobytes() + trace
         sizes = (unit, len(made.records), len(made.canaries), zlib.crc32(payload))
         header = _HEADER.pack(_MAGIC, FORMAT, self.digest, *sizes)
-        reach("targets")
         try:
+            reach("targets")
             put_file(self.path(unit), header + payload)
         except FileNotFoundError:
             if not self._complete():  # another process wrote the same and finished the store
                 raise
+        except OSError as error:
+            reason = why(error, self.store)
+            raise EnvironmentFault(f"{self.path(unit)}: could not be written ({reason})") from None
 
     def read(self, unit: int) -> Unit:
         """A unit that was committed. Raises CheckpointError if it is damaged or another store's."""

@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from deit import checkpoint, faults, journal
+from deit.config import derive
 from deit.errors import ConfigError
 from tests.forks import ROOT, Done, Zygote
 from tests.test_reading import write_pictures
@@ -188,7 +190,7 @@ def test_a_full_disk_leaves_what_was_saved_before(zygote, straight, tmp_path):
         full = run(zygote, out, fault)
         assert full.code == 5
         assert "could not be saved (No space left on device; " in full.err
-        assert "are needed); the one before is intact" in full.err
+        assert "are needed); what was there is intact" in full.err
         assert [step for step, _ in checkpoint.found(out)] == [5]
         assert not list(out.glob(".deit-*"))
         assert run(zygote, out).code == 0
@@ -459,3 +461,60 @@ def test_of_two_that_start_together_one_has_the_folder(zygote, straight, tmp_pat
     assert done.code == 2
     assert "the folder is not empty" in done.err
     same(out, straight)
+
+
+def test_the_statistics_of_batch_norms_do_not_keep_what_was_left_out(zygote, tmp_path, monkeypatch):
+    """A forward pass that overflows has moved them before anybody notices."""
+    from deit.recipes import digits_teacher
+    from deit.run import train
+
+    config = derive(digits_teacher(), optim={"epochs": 2, "warmup_epochs": 1})
+    calls = iter(range(10**6))
+
+    def overflowing(images):
+        return images * float("inf") if next(calls) == 3 else images
+
+    from deit.models import student
+
+    original = student.Student.forward
+    monkeypatch.setattr(
+        student.Student, "forward", lambda self, images: original(self, overflowing(images))
+    )
+    assert train(config, tmp_path / "run")["skipped"] == 1
+    for folder in (tmp_path / "run" / "best", checkpoint.newest(tmp_path / "run")):
+        for name, value in load_file(folder / "model.safetensors").items():
+            assert value.isfinite().all(), name
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_the_best_so_far_that_is_lost_is_told(how, zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    assert run(zygote, out, "update:7:term").code == 143
+    if how == "gone":
+        shutil.rmtree(out / "best")
+    else:
+        (out / "best" / "model.safetensors").write_bytes(b"")
+    done = run(zygote, out)
+    assert done.code == 0
+    assert "the next evaluation takes its place" in done.err
+    assert zygote.run("evaluate", out).code == 0
+
+
+def test_checkpoints_that_are_gone_within_the_first_epoch_are_missed(zygote, tmp_path):
+    out = tmp_path / "run"
+    assert run(zygote, out, "update:4:kill", "--run.save_every", "1").code == -signal.SIGKILL
+    for _, folder in checkpoint.found(out):
+        shutil.rmtree(folder)
+    done = run(zygote, out, "", "--run.save_every", "1")
+    assert done.code == 4
+    assert "its checkpoints are gone" in done.err
+
+
+def test_a_comparison_that_is_asked_to_stop_stops(zygote, tmp_path):
+    """Also where the signal comes when a run of it has just come to its end."""
+    words = ("compare", "digits", "--only", "distilled", "--out", tmp_path / "compare")
+    words += ("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--optim.batch_size", "256")
+    done = zygote.run(*words, DEIT_FAULT="finish:1:term")
+    assert done.code == 143, done.err
+    assert (tmp_path / "compare" / "teacher" / "result.json").is_file()
+    assert not (tmp_path / "compare" / "distilled").exists()

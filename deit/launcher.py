@@ -1,0 +1,26 @@
+"""The launcher that started this process: where it is gone, this process should stop as well."""
+
+import ctypes
+import os
+import signal
+import sys
+
+_NAMES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+_PARENT = os.getppid()  # as early as may be: a launcher may die while torch is still imported
+_PR_SET_PDEATHSIG = 1
+
+
+def launched() -> bool:
+    """Whether torchrun or accelerate launch started this process."""
+    return any(name in os.environ for name in _NAMES)
+
+
+def follow() -> None:
+    """Ask the system for SIGTERM when the launcher dies, where it offers that."""
+    if launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def gone() -> bool:
+    """Whether the launcher that was there at first is no more."""
+    return launched() and os.getppid() != _PARENT
