@@ -14,7 +14,7 @@ from deit.config import Config, alone, derive, fixed, members, mixes, to_dict
 from deit.console import clock, progress, say
 from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import load_splits
-from deit.disk import check_writable
+from deit.disk import check_space, check_writable
 from deit.environment import create_accelerator, describe
 from deit.errors import ConfigError, EnvironmentFault
 from deit.fingerprint import fingerprint_of
@@ -33,7 +33,7 @@ from deit.preparation import (
 from deit.records import Answers
 from deit.stored import answer_to, check_records
 from deit.target_units import Unit, Units
-from deit.targets import FORMAT, Layout, canary, encode
+from deit.targets import FORMAT, UNITS, Layout, canary, encode
 from deit.validation import validate
 
 _ALMOST_ONE = 0.9  # a mixed view counts as one image from this weight on
@@ -97,6 +97,9 @@ def write_targets(
             units.tidy()
         say(f"{out}: complete already")
         return
+    # The units, and beside them the file that they are put together in.
+    written = sum(file.stat().st_size for file in (out / UNITS).glob("*.bin"))
+    check_space(out, 2 * layout.rows * layout.dtype.itemsize - written, option="--out")
     weights = tuple(member.weight for member in members(config.teacher))
     size = loader.sizes.teacher
     measure(config, splits, accelerator, teachers, weights=weights, size=size)

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from deit.checkpoint import newest
+from deit.cli import run_command
 from deit.config import StudentConfig, derive, to_dict
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
@@ -750,3 +751,21 @@ def test_memory_of_a_reader_does_not_grow_with_the_store(store, teachers):
         records = reader.records(epoch)
         assert isinstance(records, np.memmap)
         assert records.tobytes() == whole[epoch * 1294 : (epoch + 1) * 1294]
+
+
+def test_a_disk_without_room_for_the_store_is_refused_before_anything_is_asked(
+    teachers, tmp_path, zygote, monkeypatch
+):
+    import shutil as system
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 100, 100)
+    monkeypatch.setattr(system, "disk_usage", lambda place: usage)
+    assert run_command("targets", ["write", *command(teachers[0], tmp_path / "s")], "deit") == 5
+    assert not (tmp_path / "s").exists()
+    monkeypatch.undo()
+    done = zygote.run(
+        *("targets", "write", *command(teachers[0], tmp_path / "s")), DEIT_FAULT="targets:2:full"
+    )
+    assert done.code == 5
+    assert "could not be written (No space left on device; " in done.err
