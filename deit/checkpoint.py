@@ -65,7 +65,13 @@ def open_folder(out: Path) -> None:
 def result_of(out: Path) -> dict[str, Any] | None:
     """What a finished run came to; None of one that is not. Raises CheckpointError."""
     path = out / RESULT
-    return read_typed(path, dict[str, Any]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    found = read_typed(path, dict[str, Any])
+    for name in ("epochs", "fingerprint", "targets"):
+        if name not in found:
+            raise CheckpointError(f"{path}: {name}: is missing")
+    return found
 
 
 def folder_of(out: Path, step: int) -> Path:

@@ -99,6 +99,9 @@ def test_resuming_with_other_settings_or_data_is_refused(teacher, tmp_path):
     (out / "result.json").write_text(json.dumps({**result, "fingerprint": "other"}))
     with pytest.raises(DataError, match="images differ"):
         train(config, out, resume=True)
+    (out / "result.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"result\.json: epochs: is missing"):
+        train(config, out, resume=True)
     (out / "result.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"result\.json: Invalid JSON"):
         train(config, out, resume=True)
