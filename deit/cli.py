@@ -15,7 +15,7 @@ from deit.commands import COMMANDS
 from deit.console import is_main_process, say
 from deit.errors import ConfigError, DeitError, PeerError, Stopped
 from deit.faults import arm
-from deit.launcher import follow
+from deit.launcher import SAME_SIGNAL_S, follow
 from deit.text import nearest
 
 # Before any library is imported that would otherwise count its users.
@@ -59,9 +59,6 @@ def _outcome(name: str, arguments: list[str], program: str, debug: bool) -> int:
         return 1
 
 
-_SAME_S = 2.0
-
-
 @contextmanager
 def _leaving() -> Iterator[None]:
     """While it is entered, a signal that asks to stop is an error: what is open is closed, what is
@@ -75,7 +72,7 @@ def _leaving() -> Iterator[None]:
 
     def leave(number: int, frame: object) -> None:
         first.append(time.monotonic())
-        if first[-1] - first[0] >= _SAME_S:
+        if first[-1] - first[0] >= SAME_SIGNAL_S:
             os._exit(128 + number)
         if len(first) == 1:
             raise Stopped(number)

@@ -13,13 +13,12 @@ import torch
 from accelerate import Accelerator
 
 from deit.errors import Stopped
-from deit.launcher import gone
+from deit.launcher import SAME_SIGNAL_S, gone
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVING = signal.SIGUSR1
 _ASK_EVERY_S = 0.25  # how often processes talk about it, at most
 _MOST_BETWEEN = 10  # steps: some may take much longer than those before
-_SAME_S = 2.0
 _STUCK_S = 20.0  # torchrun kills 30 s after SIGTERM
 
 
@@ -66,7 +65,7 @@ class Interruption(AbstractContextManager):
             self._noted = self._noted or number
             return
         now = time.monotonic()
-        if self._first is not None and now - self._first < _SAME_S:
+        if self._first is not None and now - self._first < SAME_SIGNAL_S:
             return
         if self._first is not None:
             os.write(2, b"deit: a second signal: leaving at once\n")

@@ -8,6 +8,9 @@ import sys
 _NAMES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 _PARENT = os.getppid()  # as early as may be: a launcher may die while torch is still imported
 _PR_SET_PDEATHSIG = 1
+SAME_SIGNAL_S = 2.0
+"""Within so many seconds another signal is the same one again: torchrun hands on to its processes
+what the terminal has sent them already."""
 
 
 def launched() -> bool:

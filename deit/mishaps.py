@@ -114,8 +114,8 @@ def _fitting(parts: Parts) -> int | None:
     number = parts.loader.block
     while number % 2 == 0 and number > _smallest(parts):
         number //= 2
-        images = torch.zeros(number, 3, side, side, device=device)
-        if _tried(parts, lambda: student(images)):  # noqa: B023 (called at once)
+        shape = (number, 3, side, side)
+        if _tried(parts, lambda shape=shape: student(torch.zeros(shape, device=device))):
             return number
     return None
 

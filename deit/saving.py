@@ -170,8 +170,9 @@ def read_state(folder: Path) -> State:
     """The state.json of a checkpoint. Raises CheckpointError."""
     path = folder / checkpoint.STATE
     state = read_typed(path, State)
+    there = read_typed(path, dict[str, Any])  # the dataclass would fill in what is missing
     for one in dataclasses.fields(State):
-        if one.name not in read_typed(path, dict[str, Any]):
+        if one.name not in there:
             raise CheckpointError(f"{path}: {one.name}: is missing")
     if state.format_version != FORMAT_VERSION:
         raise CheckpointError(

@@ -6,10 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
+
+
+def until(condition: Callable[[], object], *, timeout: float = 60) -> None:
+    """Wait for something that another process does; not for ever."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.02)
 
 
 class Done(NamedTuple):
@@ -29,13 +38,6 @@ class Running:
     def signal(self, number: int) -> None:
         """Send it a signal."""
         os.kill(self.pid, number)
-
-    def wait_for(self, words: str, *, timeout: float = 60) -> None:
-        """Wait until it has said something."""
-        until = time.monotonic() + timeout
-        while words not in self.out.read_text() + self.err.read_text():
-            assert time.monotonic() < until, f"never said: {words}"
-            time.sleep(0.02)
 
     def wait(self, *, timeout: float = 120) -> Done:
         """Wait for its end; it is killed where that takes too long."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from deit import checkpoint, faults, journal
 from deit.config import derive
 from deit.errors import ConfigError
-from tests.forks import ROOT, Done, Zygote
+from tests.forks import ROOT, Done, Zygote, until
 from tests.test_reading import write_pictures
 
 pytest.importorskip("sklearn")
@@ -111,8 +111,7 @@ def test_killed_while_old_checkpoints_are_removed(zygote, straight, tmp_path):
 def test_sigterm_from_outside_is_a_checkpoint_and_143(zygote, straight, tmp_path):
     out = tmp_path / "run"
     running = zygote.start("train", *SMALL, "--out", out, "--resume", DEIT_FAULT="update:2:slow")
-    while not (out / "config.json").is_file():
-        time.sleep(0.01)
+    until(lambda: (out / "config.json").is_file())
     time.sleep(0.5)
     running.signal(signal.SIGTERM)
     done = running.wait()
@@ -135,8 +134,7 @@ def test_before_the_first_update_there_is_nothing_to_save(zygote, tmp_path):
 def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(zygote, straight, tmp_path):
     out = tmp_path / "run"
     running = zygote.start("train", *SMALL, "--out", out, DEIT_FAULT="update:7:hang")
-    while not list(out.glob("checkpoint-*")):
-        time.sleep(0.02)
+    until(lambda: list(out.glob("checkpoint-*")))
     time.sleep(1)
     for _ in range(5):  # the same one again, as launchers hand it on
         running.signal(signal.SIGTERM)
@@ -171,8 +169,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(zygote, straight, tmp_path):
 def test_one_run_a_folder_at_a_time_and_no_lock_is_left_behind(zygote, straight, tmp_path):
     out = tmp_path / "run"
     running = zygote.start("train", *SMALL, "--out", out, DEIT_FAULT="update:2:hang")
-    while not (out / "config.json").is_file():
-        time.sleep(0.02)
+    until(lambda: (out / "config.json").is_file())
     started = time.monotonic()
     second = run(zygote, out)
     assert second.code == 5
@@ -310,8 +307,7 @@ def with_workers(zygote, tmp_path):
     write_pictures(tmp_path / "pictures", number=16)
     words = (*PICTURES, "--data.root", tmp_path / "pictures", "--out", tmp_path / "run")
     running = zygote.start("train", *words)
-    while not list((tmp_path / "run").glob("checkpoint-*")):
-        time.sleep(0.02)
+    until(lambda: list((tmp_path / "run").glob("checkpoint-*")))
     assert len(children(running.pid)) == 2
     return running, words
 
@@ -349,8 +345,7 @@ def test_a_stopped_run_leaves_no_worker_behind(with_workers, tmp_path):
 def test_a_folder_that_is_deleted_in_training_is_one_line(zygote, tmp_path):
     out = tmp_path / "run"
     running = zygote.start("train", *SMALL, "--out", out, DEIT_FAULT="update:7:slow")
-    while not list(out.glob("checkpoint-*")):
-        time.sleep(0.02)
+    until(lambda: list(out.glob("checkpoint-*")))
     time.sleep(0.5)
     shutil.rmtree(out)
     done = running.wait()

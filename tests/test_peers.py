@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from deit import checkpoint, journal
-from tests.forks import ROOT, Done, Running, Zygote
+from tests.forks import ROOT, Done, Running, Zygote, until
 from tests.test_kills import SMALL, STEPS, same
 
 pytest.importorskip("sklearn")
@@ -196,8 +196,7 @@ def test_a_launcher_that_is_terminated_takes_its_process_along(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not list(out.glob("checkpoint-*")):
-        time.sleep(0.05)
+    until(lambda: list(out.glob("checkpoint-*")))
     launcher.terminate()
     _, said = launcher.communicate(timeout=60)  # until the training process closes it as well
     assert "stopped by SIGTERM" in said
@@ -226,8 +225,7 @@ def test_ctrl_c_under_torchrun_saves_once(tmp_path):
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    while not list(out.glob("checkpoint-*")):
-        time.sleep(0.05)
+    until(lambda: list(out.glob("checkpoint-*")))
     os.killpg(torchrun.pid, signal.SIGINT)
     _, said = torchrun.communicate(timeout=60)
     assert "stopped by SIGINT; the same command with --resume goes on" in said
