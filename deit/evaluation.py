@@ -1,6 +1,7 @@
 """Evaluation of a finished run: every head, the teacher beside it, each sample counted once."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from deit.datasets.variants import load_variant
 from deit.ensembles import combine
 from deit.environment import create_accelerator, describe
 from deit.errors import CheckpointError, ConfigError, DataError
+from deit.interruption import Interruption
 from deit.metrics import agreement, calibration_error, confusion, topk_accuracy
 from deit.models.attention import token_cosines
 from deit.models.cost import cost_of
@@ -86,11 +88,20 @@ def examine(
         raise DataError(f"the {split} split has fewer images than processes")
     student = student.to(accelerator.device)
     few = asked.images.select(slice(config.run.evaluation_batch))
-    if len(few.labels) >= accelerator.num_processes:
-        answers_of(accelerator, student, few, config, "warming up")
-    started = time.perf_counter()
-    outputs = answers_of(accelerator, student, asked.images, config, f"evaluating {asked.name}")
-    elapsed_s = time.perf_counter() - started
+    with Interruption(accelerator) as interruption:
+        watch = interruption.check
+        if len(few.labels) >= accelerator.num_processes:
+            answers_of(accelerator, student, few, config, "warming up")
+        started = time.perf_counter()
+        title = f"evaluating {asked.name}"
+        outputs = answers_of(accelerator, student, asked.images, config, title, watch=watch)
+        elapsed_s = time.perf_counter() - started
+        said = {}
+        if variant is None:
+            said = _teacher_logits(
+                accelerator, config, teacher, facts.class_names, asked.images, watch
+            )
+        interruption.check(now=True)
     heads = {name: logits[:, asked.columns] for name, logits in head_logits(outputs).items()}
     answers = {name: logits.argmax(dim=1) for name, logits in heads.items()}
     named_heads = {name: _measure(heads.get(name), asked.labels) for name in HEADS}
@@ -117,9 +128,6 @@ def examine(
     if cost:
         side, batch = config.student.image_size, min(config.run.evaluation_batch, 64)
         found["cost"] = cost_of(student, side=side, batch=batch)._asdict()
-    said = {}
-    if variant is None:
-        said = _teacher_logits(accelerator, config, teacher, facts.class_names, asked.images)
     if said:
         together = torch.stack(list(said.values()), dim=1)
         combined = _combined(config, together)
@@ -271,6 +279,7 @@ def _teacher_logits(
     source: str | None,
     class_names: tuple[str, ...],
     images: Images | Encoded,
+    watch: Callable[[], None],
 ) -> dict[str, Tensor]:
     """The teachers' logits by description, none without one; the run's own may be gone, which only
     warns."""
@@ -300,8 +309,9 @@ def _teacher_logits(
     size = sizes_of(config, images, wanted).teacher
     found: dict[str, Tensor] = {}
     for teacher in teachers:
+        network = teacher.to(accelerator.device)
         outputs = answers_of(
-            accelerator, teacher.to(accelerator.device), images, config, "teacher", size=size
+            accelerator, network, images, config, "teacher", size=size, watch=watch
         )
         name = teacher.description
         found[f"{name} ({len(found) + 1})" if name in found else name] = outputs.class_logits

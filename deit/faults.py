@@ -14,6 +14,7 @@ POINTS = {
     "loss": "the loss of a micro-batch (action nan)",
     "fit": "before a micro-batch is tried (run.fit_memory)",
     "evaluation": "before a batch of an evaluation",
+    "answers": "before teachers are asked for a block of stored targets",
     "targets": "before a unit of stored targets is committed",
     "model": "a checkpoint's weights are written",
     "optimizer": "a checkpoint's optimizer state is written",

@@ -92,14 +92,9 @@ class Interruption(AbstractContextManager):
         self._wait = self._between = 1
         self._last = time.monotonic()
 
-    def leave(self) -> None:
-        """Raises Stopped where this process was asked to stop and had nothing left to stop."""
-        if self._noted in STOPPING:
-            raise Stopped(self._noted)
-
-    def check(self) -> None:
+    def check(self, *, now: bool = False) -> None:
         """Raises Stopped where stopping was asked for, as `asked` tells."""
-        number = self.asked()
+        number = self.asked(now=now)
         if number in STOPPING:
             raise Stopped(number)
 

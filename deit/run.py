@@ -65,8 +65,9 @@ def train(
     config = validate(config)
     if not dry_run:
         checkpoint.check_folder(out, resume=resume)
-        check_writable(out, option="--out")
     finished = checkpoint.result_of(out) if resume else None
+    if not dry_run and finished is None:
+        check_writable(out, option="--out")
     # A run that goes on has weights of its own: what it started from may be gone by now.
     begun = resume and bool(checkpoint.found(out))
     with ExitStack() as stack:
@@ -111,7 +112,7 @@ def train(
             f"finished in {clock(result['seconds'])}; "
             f"next: python evaluate_deit.py {shlex.quote(str(out))}"
         )
-        interruption.leave()  # who called may have more to do, and should not
+        interruption.check(now=True)  # who called may have more to do, and should not
     return result
 
 

@@ -40,6 +40,7 @@ RESUMABLE = (
     "run.save_every",
     "run.keep_checkpoints",
     "run.fit_memory",
+    "run.max_skipped",
     "run.timeout",
 )
 

@@ -1,7 +1,7 @@
 """Asks the teachers for their answers to every training view, and writes them into a store."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from deit.datasets.splits import load_splits
 from deit.disk import check_space, check_writable
 from deit.environment import create_accelerator, describe
 from deit.errors import ConfigError, EnvironmentFault
+from deit.faults import reach
 from deit.fingerprint import fingerprint_of
+from deit.interruption import Interruption
 from deit.losses import needs_logits
 from deit.models.teachers import Teacher, locate
 from deit.panel import Panel
@@ -108,12 +110,18 @@ def write_targets(
     part, parts = shard
     processes = accelerator.num_processes
     part, parts = part * processes + accelerator.process_index, parts * processes
-    writer = Writer(units, loader, panel, config, splits.train.labels, block)
     mine = [unit for unit in range(layout.units) if unit % parts == part]
     if not mine:
         say(f"this part is empty: there are {layout.units} units for {parts} parts")
-    writer.write(mine)
-    accelerator.wait_for_everyone()
+    writer = Writer(units, mine, loader, panel, config, splits.train.labels, block)
+    blocks = torch.tensor([writer.blocks], device=accelerator.device)
+    longest = int(accelerator.gather(blocks).max())
+    with Interruption(accelerator) as interruption:
+        writer.write(interruption.check)
+        # The others may have more to ask for: what stops them stops this process as well.
+        for _ in range(longest - writer.blocks):
+            interruption.check()
+        interruption.check(now=True)
     if accelerator.is_main_process:
         units.finish()
 
@@ -202,11 +210,15 @@ def _about(config: Config, teachers: list[Teacher], environment: dict[str, Any])
 
 
 class Writer:
-    """Asks for the answers of units and commits them."""
+    """Asks for the answers of those units that are not there yet, and commits them.
+
+    mine: the units to care for. blocks: how many blocks of `block` views that takes.
+    """
 
     def __init__(
         self,
         units: Units,
+        mine: list[int],
         loader: TrainLoader,
         panel: Panel,
         config: Config,
@@ -220,25 +232,32 @@ class Writer:
         self.answer = answer_to(config, loader, panel)
         self.labels = labels
         self.block = block
+        self.missing = [unit for unit in mine if not units.path(unit).is_file()]
+        if len(self.missing) < len(mine):
+            say(f"{len(mine) - len(self.missing)} of {len(mine)} units are there already")
+        stretches = [piece for unit in self.missing for piece in self.layout.stretches(unit)]
+        self.rows = sum(last - first for _, first, last in stretches)
+        self.blocks = sum(-(-(last - first) // block) for _, first, last in stretches)
 
-    def write(self, mine: list[int]) -> None:
-        """Write those of the units that are not there yet."""
-        missing = [unit for unit in mine if not self.units.path(unit).is_file()]
-        if len(missing) < len(mine):
-            say(f"{len(mine) - len(missing)} of {len(mine)} units are there already")
-        stretches = [piece for unit in missing for piece in self.layout.stretches(unit)]
-        rows = sum(last - first for _, first, last in stretches)
-        blocks = sum(-(-(last - first) // self.block) for _, first, last in stretches)
-        ticks = progress(range(blocks), total=blocks, title="asking the teacher")
+    def write(self, watch: Callable[[], None]) -> None:
+        """Write the units. watch: called before each block."""
+
+        def watched() -> Iterator[None]:
+            for _ in progress(range(self.blocks), total=self.blocks, title="asking the teacher"):
+                reach("answers")
+                watch()
+                yield
+
+        ticks = watched()
         started = time.monotonic()
-        for unit in missing:
+        for unit in self.missing:
             self.units.commit(unit, self._ask(unit, ticks))
         next(ticks, None)  # lets the bar go
         took = time.monotonic() - started
-        if rows:
-            say(f"asked for {rows} answers in {clock(took)}: {rows / took:.0f} images/s")
+        if self.rows:
+            say(f"asked for {self.rows} answers in {clock(took)}: {self.rows / took:.0f} images/s")
 
-    def _ask(self, unit: int, ticks: Iterator[int]) -> Unit:
+    def _ask(self, unit: int, ticks: Iterator[None]) -> Unit:
         """The answers of a unit. Raises NumericsError naming the images where one is not finite."""
         records, canaries, right, counted = [], [], 0, 0
         for epoch, first, last in self.layout.stretches(unit):

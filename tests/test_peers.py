@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,15 +20,19 @@ from tests.test_kills import SMALL, STEPS, same
 pytest.importorskip("sklearn")
 
 
-def start(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Running]:
-    """Both processes of a run, as torchrun starts them."""
+def both(zygote: Zygote, *words: object, fault: str = "") -> list[Running]:
+    """Both processes of a command, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(port), "DEIT_FAULT": fault}
-    words = ("train", *SMALL, "--out", out, "--resume", "--run.timeout", "20", *more)
     return [zygote.start(*words, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)]
+
+
+def start(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Running]:
+    words = ("train", *SMALL, "--out", out, "--resume", "--run.timeout", "20", *more)
+    return both(zygote, *words, fault=fault)
 
 
 def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Done]:
@@ -56,15 +61,27 @@ def test_a_signal_to_one_stops_both_at_the_same_update(rank, zygote, straight, t
 
 
 @pytest.fixture(scope="module")
-def taught(zygote, tmp_path_factory) -> tuple[str, ...]:
-    """Options by which the student learns from stored targets."""
-    place = tmp_path_factory.mktemp("taught")
-    teacher = ("digits-teacher", "--optim.epochs", "3", "--out", place / "teacher")
-    assert zygote.run("train", *teacher).code == 0
-    source = ("--objective", "deit-hard", "--teacher.source", str(place / "teacher"))
-    done = zygote.run("targets", "write", *SMALL, *source, "--out", place / "targets")
+def teacher(zygote, tmp_path_factory) -> tuple[str, ...]:
+    """Options that name a teacher."""
+    out = tmp_path_factory.mktemp("teacher") / "teacher"
+    done = zygote.run("train", "digits-teacher", "--optim.epochs", "3", "--out", out)
     assert done.code == 0, done.err
-    return (*source, "--teacher.targets", str(place / "targets"), "--run.save_every", "1")
+    return ("--objective", "deit-hard", "--teacher.source", str(out))
+
+
+@pytest.fixture(scope="module")
+def store(zygote, teacher, tmp_path_factory) -> Path:
+    """The targets that one process writes."""
+    out = tmp_path_factory.mktemp("store") / "targets"
+    done = zygote.run("targets", "write", *SMALL, *teacher, "--out", out)
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def taught(teacher, store) -> tuple[str, ...]:
+    """Options by which the student learns from stored targets."""
+    return (*teacher, "--teacher.targets", str(store), "--run.save_every", "1")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +103,37 @@ def test_killed_after_any_update_both_go_on_to_the_same_bits(
         assert done.code in (-signal.SIGKILL, 7)
     assert [one.code for one in run(zygote, out, "", *taught)] == [0, 0]
     same(out, taught_straight)
+
+
+@pytest.mark.parametrize(("rank", "block"), [(0, 1), (1, 2), (0, 24)])
+def test_a_signal_to_one_stops_both_that_write_targets(rank, block, zygote, teacher, tmp_path):
+    """There are three units: at the end the second process waits for the first."""
+    alone, out = tmp_path / "alone", tmp_path / "targets"
+    words = ("targets", "write", *SMALL, *teacher, "--epochs", "9", "--run.evaluation_batch", "256")
+    assert zygote.run(*words, "--out", alone).code == 0
+    words += ("--out", out)
+    done = [one.wait() for one in both(zygote, *words, fault=f"answers@{rank}:{block}:term")]
+    assert [one.code for one in done] == [143, 143], done[0].err
+    assert done[0].err == "deit: error: stopped by SIGTERM; the same command goes on\n"
+    assert done[1].err == ""
+    assert not (out / "targets.bin").exists()
+    again = [one.wait() for one in both(zygote, *words)]
+    assert [one.code for one in again] == [0, 0], again[0].err
+    for name in ("targets.bin", "checks.bin"):
+        assert (out / name).read_bytes() == (alone / name).read_bytes()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_stops_both_that_evaluate(rank, zygote, straight, tmp_path):
+    out = shutil.copytree(straight, tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    config["run"]["evaluation_batch"] = 16
+    (out / "config.json").write_text(json.dumps(config))
+    running = both(zygote, "evaluate", out, fault=f"evaluation@{rank}:4:term")
+    done = [one.wait() for one in running]
+    assert [one.code for one in done] == [143, 143], done[0].err
+    assert done[0].err == "deit: error: stopped by SIGTERM\n"
+    assert done[1].err == ""
 
 
 def test_it_goes_on_with_another_number_of_processes(zygote, straight, tmp_path):

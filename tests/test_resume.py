@@ -230,6 +230,15 @@ def test_skipped_updates_are_counted_over_a_stop(config, tmp_path):
         train(config, tmp_path / "run", resume=True)
 
 
+def test_a_run_that_ended_so_goes_on_where_more_are_allowed(config, tmp_path):
+    faults.arm("loss:5:nan,loss:6:nan")
+    with pytest.raises(NumericsError):
+        train(derive(config, run={"max_skipped": 2}), tmp_path / "run")
+    faults.arm("loss:1:nan,loss:2:nan")
+    config = derive(config, run={"max_skipped": 3})
+    assert train(config, tmp_path / "run", resume=True)["skipped"] == 2
+
+
 def test_another_machine_is_told(config, tmp_path, capsys):
     stop_at(config, tmp_path / "run", "update:1:term")
     path = tmp_path / "run" / "environment.json"
@@ -256,7 +265,8 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_over(config, straight, 
 
 def test_a_finished_run_stays_as_it_is_to_the_very_times_of_its_files(config, straight):
     def times() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in sorted(straight.rglob("*"))}
+        everything = (straight, *straight.rglob("*"))
+        return {path: path.stat().st_mtime_ns for path in everything}
 
     before = times()
     result = train(config, straight, resume=True)
