@@ -22,15 +22,19 @@ PARTS = {
 }
 
 
+_WORSE = ("pass", "skipped", "FAIL")
+
+
 def rows() -> list[dict[str, Any]]:
     """The matrix: `id`, `fault`, `behaviour`, `tests` that prove it, and `open`, what is not."""
     return json.loads(MATRIX.read_text())
 
 
-def outcomes(tests: list[str], *, slow: bool) -> tuple[dict[str, bool], float]:
-    """Whether each test passed, with all its parameters; how long all of them took [s].
+def outcomes(tests: list[str], *, slow: bool) -> tuple[dict[str, str], float]:
+    """What became of each test, with all its parameters: the worst of `pass`, `skipped` and `FAIL`;
+    how long all of them took [s].
 
-    A test that did not run is not among them.
+    A test that was not asked for, being slow, is not among them.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -50,24 +54,24 @@ def outcomes(tests: list[str], *, slow: bool) -> tuple[dict[str, bool], float]:
         took = time.monotonic() - started
         if code not in (0, 1) or not report.is_file():
             sys.exit(f"pytest could not run all of them (exit code {code}); see what it said above")
-        found: dict[str, bool] = {}
+        found: dict[str, str] = {}
         for case in ElementTree.parse(report).iter("testcase"):
             file = case.get("classname", "").replace(".", "/")
             name = f"{file}.py::{case.get('name', '').partition('[')[0]}"
-            if case.find("skipped") is None:
-                whole = case.find("failure") is None and case.find("error") is None
-                found[name] = found.get(name, True) and whole
+            failed = case.find("failure") is not None or case.find("error") is not None
+            said = "FAIL" if failed else "pass" if case.find("skipped") is None else "skipped"
+            found[name] = max(said, found.get(name, said), key=_WORSE.index)
         return found, took
 
 
-def verdict(row: dict[str, Any], found: dict[str, bool]) -> str:
-    """`pass`, `FAIL`, `open`, or `not run` where a slow test alone would prove it."""
+def verdict(row: dict[str, Any], found: dict[str, str]) -> str:
+    """`pass`, `FAIL`, `open`, `skipped` where a proof was, or `not run` where a slow test alone
+    would prove it."""
     told = [found[test] for test in row["tests"] if test in found]
-    if not all(told):
-        return "FAIL"
-    if "open" in row:
-        return "open"
-    return "pass" if told else "not run"
+    if not told:
+        return "open" if "open" in row else "not run"
+    worst = max(told, key=_WORSE.index)
+    return worst if worst == "FAIL" or "open" not in row else "open"
 
 
 def page(matrix: list[dict[str, Any]]) -> str:
@@ -123,7 +127,9 @@ def main() -> int:
         )
     summary = ", ".join(f"{number} {said}" for said, number in sorted(counts.items()))
     print(f"\n{len(matrix)} rows: {summary}; {len(found)} tests in {took / 60:.1f} min")
-    return 1 if counts.get("FAIL") or (options.slow and counts.get("not run")) else 0
+    return (
+        1 if counts.get("FAIL") or (options.slow and {"not run", "skipped"} & counts.keys()) else 0
+    )
 
 
 if __name__ == "__main__":

@@ -38,11 +38,15 @@ def test_the_page_is_made_from_the_matrix():
 @pytest.mark.parametrize(
     ("row", "found", "said"),
     [
-        ({"tests": ["a", "b"]}, {"a": True, "b": True}, "pass"),
-        ({"tests": ["a", "b"]}, {"a": True, "b": False}, "FAIL"),
-        ({"tests": ["a"], "open": "why"}, {"a": True}, "open"),
-        ({"tests": ["a"], "open": "why"}, {"a": False}, "FAIL"),
+        ({"tests": ["a", "b"]}, {"a": "pass", "b": "pass"}, "pass"),
+        ({"tests": ["a", "b"]}, {"a": "pass", "b": "FAIL"}, "FAIL"),
+        ({"tests": ["a"], "open": "why"}, {"a": "pass"}, "open"),
+        ({"tests": ["a"], "open": "why"}, {"a": "FAIL"}, "FAIL"),
         ({"tests": ["a"]}, {}, "not run"),
+        ({"tests": ["a", "b"]}, {"a": "pass", "b": "skipped"}, "skipped"),
+        ({"tests": ["a", "b"]}, {"a": "pass"}, "pass"),
+        ({"tests": ["a"], "open": "why"}, {"a": "skipped"}, "open"),
+        ({"tests": ["a"], "open": "why"}, {}, "open"),
     ],
 )
 def test_a_row_is_as_good_as_its_tests(row, found, said):
