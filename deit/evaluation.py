@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint
-from deit.config import Config, DataConfig, StartConfig, TeacherConfig, code_of, derive, members
+from deit.config import Config, DataConfig, StartConfig, TeacherConfig, code_of, derive
 from deit.console import warn
 from deit.datasets.images import Encoded, Images
 from deit.datasets.splits import load_splits
@@ -30,6 +30,7 @@ from deit.models.weights import load_weights
 from deit.prediction import answers_of, shown
 from deit.preparation import sizes_of, teacher_input
 from deit.records import head_logits
+from deit.seats import members
 from deit.tuning import at_resolution
 from deit.validation import load
 

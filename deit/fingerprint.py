@@ -4,12 +4,13 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from deit.config import Config, ViewsConfig, fixed, members, views_seed
+from deit.config import Config, ViewsConfig, fixed, views_seed
 from deit.datasets import views as view_code
 from deit.datasets.images import Images
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
 from deit.models.teachers import Teacher
+from deit.seats import members
 
 # Of the views section, what the teacher's view does not depend on.
 _NEVER = ("mean", "std", "seed")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint
-from deit.config import TeacherConfig, code_of, members
+from deit.config import TeacherConfig, code_of
 from deit.console import percent, progress, say, table
 from deit.datasets.decoding import EXTENSIONS, decode_square
 from deit.datasets.views import evaluation_views
@@ -20,6 +20,7 @@ from deit.models.student import Student
 from deit.models.teachers import Teacher, load_teacher
 from deit.pictures import draw_attention
 from deit.records import head_logits
+from deit.seats import members
 from deit.validation import load
 
 _BLOCK = 32

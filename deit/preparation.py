@@ -5,7 +5,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from deit.config import Config, Member, derive, heads_in, is_transformer, members, views_seed
+from deit.config import Config, derive, heads_in, is_transformer, views_seed
 from deit.datasets.images import Encoded, Images
 from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.reading import worker_count
@@ -18,6 +18,7 @@ from deit.models.start import Found, find_start, fit
 from deit.models.teachers import Teacher, load_teacher
 from deit.models.weights import digest_of, load_weights
 from deit.panel import NetworkVoice, Panel, Voice
+from deit.seats import Member, members
 
 
 def facts_of(config: Config, splits: Splits) -> Facts:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deit.config import Config, fixed, seats
+from deit.config import Config, fixed
 from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import Splits
 from deit.errors import ConfigError, DataError
@@ -17,6 +17,7 @@ from deit.losses import needs_logits
 from deit.models.teachers import Teacher
 from deit.panel import Panel
 from deit.records import Answers, Batch
+from deit.seats import seats
 from deit.targets import Layout, Store, decode, differences, open_store
 
 Answer = Callable[[Shown], Answers]

@@ -4,16 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from deit.config import (
-    Config,
-    LossConfig,
-    alone,
-    derive,
-    has_distillation_token,
-)
+from deit.config import Config, LossConfig, derive, has_distillation_token
 from deit.errors import ConfigError
 from deit.presets import OBJECTIVES, TEACHING
 from deit.recipes import RECIPES, recipe_of
+from deit.seats import alone
 from deit.validation import load
 
 Arms = dict[str, Config]

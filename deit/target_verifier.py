@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from deit.config import code_of, derive, members
+from deit.config import code_of, derive
 from deit.console import percent, say
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError
 from deit.models.teachers import Teacher, locate
 from deit.preparation import chorus, loader_of, teachers_of
+from deit.seats import members
 from deit.stored import answer_to, check_store
 from deit.targets import open_store
 from deit.validation import build, validate

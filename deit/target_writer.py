@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deit.config import Config, alone, derive, fixed, members, mixes, to_dict
+from deit.config import Config, derive, fixed, mixes, to_dict
 from deit.console import clock, progress, say
 from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import load_splits
@@ -33,6 +33,7 @@ from deit.preparation import (
     teachers_of,
 )
 from deit.records import Answers
+from deit.seats import alone, members
 from deit.stored import answer_to, check_records
 from deit.target_units import Unit, Units
 from deit.targets import FORMAT, UNITS, Layout, canary, encode

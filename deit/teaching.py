@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config import Config, Seat, TeacherConfig, seats
+from deit.config import Config, TeacherConfig
 from deit.console import percent, say, warn
 from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import Splits
@@ -16,6 +16,7 @@ from deit.models.weights import digest_of
 from deit.panel import NetworkVoice, Panel, Voice
 from deit.preflight import measure
 from deit.preparation import chorus, loader_of, panel_of, teacher_input, teacher_of
+from deit.seats import Seat, seats
 from deit.stored import Checked, answer_to, check_store, open_stores, stored_epochs
 from deit.targets import Store
 

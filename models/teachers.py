@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from deit.config import STUDENTS, Member, StudentConfig
+from deit.config import STUDENTS, StudentConfig
 from deit.errors import ConfigError, DataError, NotThereError
 from deit.files import import_file
 from deit.models.networks import create_network
@@ -19,6 +19,7 @@ from deit.models.saved import find_saved, load_student
 from deit.models.student import Student
 from deit.models.weights import digest_of, load_weights, read_weights
 from deit.records import head_logits
+from deit.seats import Member
 from deit.text import nearest
 
 

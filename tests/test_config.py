@@ -5,20 +5,11 @@ import json
 import pytest
 
 from deit.arguments import parse_run
-from deit.config import (
-    Config,
-    Member,
-    Seat,
-    derive,
-    members,
-    mixes,
-    peak_lr,
-    seats,
-    to_dict,
-)
+from deit.config import Config, derive, mixes, peak_lr, to_dict
 from deit.errors import ConfigError
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.recipes import RECIPES, digits, find_recipe
+from deit.seats import Member, Seat, members, seats
 from deit.validation import build, field_names, load, validate
 
 

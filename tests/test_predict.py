@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from deit.cli import run_command
-from deit.config import derive, members
+from deit.config import derive
 from deit.datasets.splits import load_splits
 from deit.models.saved import load_student
 from deit.models.teachers import load_teacher
@@ -15,6 +15,7 @@ from deit.presets import OBJECTIVES
 from deit.recipes import digits, digits_teacher
 from deit.records import head_logits
 from deit.run import train
+from deit.seats import members
 from deit.validation import load
 
 pytest.importorskip("sklearn")

@@ -3,10 +3,11 @@
 import pytest
 
 from deit.arguments import parse_run
-from deit.config import TeacherConfig, derive, members
+from deit.config import TeacherConfig, derive
 from deit.errors import ConfigError
 from deit.ground import Ground
 from deit.recipes import RECIPES, cifar10_finetune, digits, digits_ensemble, digits_finetune
+from deit.seats import members
 from deit.studies import STUDIES
 from deit.validation import validate
 

@@ -8,12 +8,13 @@ import timm
 import torch
 from torch import nn
 
-from deit.config import Config, StudentConfig, TeacherConfig, derive, members
+from deit.config import Config, StudentConfig, TeacherConfig, derive
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.models.saved import Facts, build_student, save_student
 from deit.models.teachers import Origin, Teacher
 from deit.models.teachers import load_teacher as load_teacher_at
 from deit.records import head_logits
+from deit.seats import members
 from deit.validation import validate
 
 NAMES = ("ant", "bee", "cat")

@@ -1,0 +1,170 @@
+"""The command line of fine-tuning: what is started from, and whose configuration goes on."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from deit import checkpoint
+from deit.arguments import Parser, RunArguments, parse_run, run_name
+from deit.checkpoint import CONFIG
+from deit.config import Config, StudentConfig, is_transformer
+from deit.errors import CheckpointError, ConfigError
+from deit.recipes import RECIPES
+from deit.text import nearest
+from deit.tuning import TUNING, at_resolution, begin_from
+from deit.typed_json import read_typed
+
+_NO_START = "{}: needs --from, what to start from (a run, a folder or a weight file)"
+
+
+def _start_parser(program: str = "") -> Parser:
+    """The options of fine-tuning that are none of the configuration."""
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--from", dest="source", metavar="SOURCE")
+    parser.add_argument("--resolution", type=int, metavar="PX")
+    parser.add_argument("--tuning", metavar="NAME")
+    return parser
+
+
+def parse_finetune(arguments: list[str], program: str) -> RunArguments:
+    """What a command line of fine-tuning says: without a recipe, the configuration of the run that
+    is started from; with --resume, that of the run that goes on.
+
+    Raises ConfigError, and CheckpointError where there is nothing to start from.
+    """
+    options, rest = _start_parser(program).parse_known_args(arguments)
+    if options.tuning is not None and options.tuning not in TUNING:
+        known = ", ".join(TUNING)
+        raise ConfigError(
+            f"--tuning {options.tuning}: should be one of {known}{nearest(options.tuning, TUNING)}"
+        )
+    if options.resolution is not None and options.resolution < 1:
+        raise ConfigError(f"--resolution {options.resolution}: should be at least 1")
+    if "--resume" in rest and (folder := _begun(rest, options.source)) is not None:
+        return _go_on(rest, folder, options, program)
+    out, tuning = None, options.tuning
+    helps = {"-h", "--help"} & set(arguments)
+    if not helps and (not rest or rest[0].startswith("-")):
+        own = _config_of(options.source, program, rest)
+        rest, out = [str(own), *rest], Path(f"checkpoints/{own.resolve().parent.name}-finetuned")
+        tuning = tuning or "short"
+
+    def adapt(config: Config) -> Config:
+        source = options.source or config.start.source
+        if helps:
+            return config
+        if source is None:
+            raise ConfigError(_NO_START.format(program))
+        from deit.models.start import find_start
+
+        found = find_start(source)
+        config = begin_from(config, source, found.student, heads_known=found.heads_known)
+        if options.resolution is not None:
+            _check_patches(options.resolution, config.student)
+            config = at_resolution(config, options.resolution)
+        return config if tuning is None else TUNING[tuning](config)
+
+    return parse_run(
+        rest,
+        program=f"{program} --from SOURCE",
+        about="Train on from given weights. SOURCE: a run folder of ours, a timm folder, a weight "
+        "file (.safetensors, .pth), a timm name; its network and normalisation are taken over. "
+        "Without RECIPE the configuration of the run at SOURCE. Also: --resolution PX (the "
+        "student's; images, borders and the teachers' input follow) and --tuning "
+        f"{', '.join(TUNING)} (a schedule; without RECIPE: short).",
+        adapt=adapt,
+        out=out,
+    )
+
+
+def _begun(rest: list[str], source: str | None) -> Path | None:
+    """The folder of the run that a command line would resume; None where there is none yet."""
+    named = [rest[place + 1] for place, word in enumerate(rest[:-1]) if word == "--out"]
+    named += [word.partition("=")[2] for word in rest if word.startswith("--out=")]
+    if named:
+        folder = Path(named[-1])
+    elif rest and not rest[0].startswith("-"):
+        folder = Path("checkpoints") / run_name(rest[0])
+    else:
+        folder = Path(f"checkpoints/{_folder_of(source or '').resolve().name}-finetuned")
+    return folder if (folder / CONFIG).is_file() and checkpoint.found(folder) else None
+
+
+def _go_on(
+    rest: list[str], folder: Path, options: argparse.Namespace, program: str
+) -> RunArguments:
+    """Resume a fine-tuning by its own configuration: what it started from may be gone."""
+    recipe = None if rest[0].startswith("-") else rest[0]
+    rest = rest if recipe is None else rest[1:]
+    saved = folder / "config.json"
+    run = parse_run([str(saved), *rest], program=program, about="", out=folder)
+    side, start = run.config.student.image_size, run.config.start.source
+    if options.source is not None and not _same_source(options.source, start):
+        raise ConfigError(
+            f"--resume: the run in {folder} started from {start}, not from {options.source}"
+        )
+    _check_as_before(folder, recipe, options.tuning)
+    if options.resolution not in (None, side):
+        raise ConfigError(
+            f"--resume: the run in {folder} is at {side} px, not {options.resolution}"
+        )
+    return run
+
+
+def _same_source(one: str, other: str | None) -> bool:
+    if other is None:
+        return False
+    paths = [Path(source).expanduser() for source in (one, other)]
+    return one == other or (paths[0].exists() and paths[0].resolve() == paths[1].resolve())
+
+
+def _check_as_before(folder: Path, recipe: str | None, tuning: str | None) -> None:
+    """Refuse a recipe or a schedule other than the command named that began the run: its
+    configuration says neither. Raises ConfigError."""
+    environment = folder / checkpoint.ENVIRONMENT
+    told = read_typed(environment, dict[str, Any]) if environment.is_file() else {}
+    words = told.get("arguments") or []
+    parser = _start_parser()
+    before, rest = parser.parse_known_args(words[1:])
+    named = rest[0] if rest and not rest[0].startswith("-") else None
+    for option, was, now in (("RECIPE", named, recipe), ("--tuning", before.tuning, tuning)):
+        if words and was != now:
+            raise ConfigError(
+                f"--resume: the run in {folder} was begun with {option} {was}, not {now}; the same "
+                "command goes on"
+            )
+
+
+def _folder_of(source: str) -> Path:
+    folder = Path(source).expanduser()
+    return folder.parent if checkpoint.is_one(folder) else folder
+
+
+def _check_patches(side: int, student: StudentConfig) -> None:
+    """Refuse a resolution that the patches of the weights do not divide. Raises CheckpointError."""
+    patch = student.patch_size
+    if is_transformer(student) and side % patch:
+        below = side // patch * patch
+        nearest = f"{below} or {below + patch}" if below else f"{patch}"
+        raise CheckpointError(
+            f"--resolution {side}: the weights have patches of {patch} px, which do not divide it; "
+            f"try {nearest}"
+        )
+
+
+def _config_of(source: str | None, program: str, rest: list[str]) -> Path:
+    """The config.json of the run to start from, which stands for a recipe. Raises ConfigError."""
+    if late := [word for word in rest if word in RECIPES]:
+        raise ConfigError(f"{program}: the recipe comes before its options; move {late[0]} there")
+    if source is None:
+        raise ConfigError(_NO_START.format(program))
+    folder = Path(source).expanduser()
+    if not folder.exists() and ("/" in source or folder.suffix):
+        raise CheckpointError(f"--from {source}: no such file or folder")
+    folder = _folder_of(source)
+    if not (folder / CONFIG).is_file() or not (folder / "best").is_dir():
+        raise ConfigError(
+            f"{program} --from {source}: is no run of ours, so name a recipe for data and "
+            f"schedule: {program} --from {source} RECIPE"
+        )
+    return folder / "config.json"

@@ -1,0 +1,81 @@
+"""Who teaches, one by one: the teachers of a configuration, and which of them speak together."""
+
+from typing import Any, NamedTuple
+
+from deit.config import TeacherConfig
+
+
+class Member(NamedTuple):
+    """One teacher of an ensemble. source is None where only its stored targets are known."""
+
+    source: str | None
+    architecture: str | None
+    image_size: int | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    weight: float
+
+
+class Seat(NamedTuple):
+    """What speaks with one voice in training: a teacher, or a store of what one or more said.
+
+    weight: of the voice; those of all seats sum to 1.
+    """
+
+    members: tuple[Member, ...]
+    targets: str | None
+    weight: float
+
+
+def members(teacher: TeacherConfig) -> tuple[Member, ...]:
+    """The teachers one by one; their weights sum to 1."""
+    number = max(len(teacher.source), len(teacher.targets))
+
+    def spread(values: tuple, empty: Any) -> tuple:
+        return (values or (empty,)) * (number if len(values) < 2 else 1)
+
+    def triples(values: tuple[float, ...]) -> tuple:
+        return spread(tuple(values[at : at + 3] for at in range(0, len(values), 3)), None)
+
+    weights = spread(teacher.weight, 1.0)
+    return tuple(
+        Member(source, architecture, size, mean, std, weight / sum(weights))
+        for source, architecture, size, mean, std, weight in zip(
+            teacher.source or (None,) * number,
+            spread(teacher.architecture, None),
+            spread(teacher.image_size, None),
+            triples(teacher.mean),
+            triples(teacher.std),
+            weights,
+            strict=True,
+        )
+    )
+
+
+def alone(teacher: TeacherConfig, place: int) -> TeacherConfig:
+    """One of several teachers, with what was said of it."""
+
+    def own(values: tuple, each: int = 1) -> tuple:
+        return values if len(values) <= each else values[place * each : (place + 1) * each]
+
+    return TeacherConfig(
+        source=own(teacher.source),
+        architecture=own(teacher.architecture),
+        image_size=own(teacher.image_size),
+        mean=own(teacher.mean, 3),
+        std=own(teacher.std, 3),
+        targets=() if own(teacher.targets) == ("none",) else own(teacher.targets),
+        allow_weak=teacher.allow_weak,
+    )
+
+
+def seats(teacher: TeacherConfig) -> tuple[Seat, ...]:
+    """The voices of a configuration: one for each teacher, or one store of several together."""
+    everyone = members(teacher)
+    if len(everyone) > 1 and len(teacher.targets) == 1:
+        return (Seat(everyone, teacher.targets[0], 1.0),)
+    targets = teacher.targets or (None,) * len(everyone)
+    return tuple(
+        Seat((one,), None if stored == "none" else stored, one.weight)
+        for one, stored in zip(everyone, targets)
+    )
