@@ -7,7 +7,7 @@ from typing import Any
 
 from deit import manifest
 from deit.console import warn
-from deit.disk import GONE, LOCK, replace_folder
+from deit.disk import GONE, LOCK, is_passing, replace_folder
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.faults import reach
 from deit.typed_json import read_typed
@@ -28,7 +28,7 @@ def check_folder(out: Path, *, resume: bool) -> None:
     """Refuse a folder that would be overwritten, before anything is written or loaded.
 
     Raises ConfigError if it is not empty and resuming was not asked for, or holds no run;
-    CheckpointError where its run was made by an earlier release.
+    CheckpointError where its run was made by an earlier release, or a name of ours is a link.
     """
     try:
         there = out.exists()
@@ -36,13 +36,16 @@ def check_folder(out: Path, *, resume: bool) -> None:
         raise EnvironmentFault(f"--out {out}: {error.strerror}") from None
     if there and not out.is_dir():
         raise EnvironmentFault(f"--out {out}: is a file, not a folder")
-    if not out.is_dir() or {path.name for path in out.iterdir()} <= {LOCK}:
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    if all(name == LOCK or is_passing(name) for name in names):
+        _refuse_links(out, names)
         return
     if not resume:
         raise ConfigError(
             f"--out {out}: the folder is not empty; add --resume to go on with the run in it, "
             "or give another --out"
         )
+    _refuse_links(out, names)
     if not (out / CONFIG).is_file():
         raise ConfigError(
             f"--out {out}: holds something, but no run to resume (no {CONFIG}); give another --out"
@@ -52,6 +55,20 @@ def check_folder(out: Path, *, resume: bool) -> None:
             f"--out {out}: a run of an earlier release (it has a folder `last`), which this one "
             "does not resume; its best/ can be evaluated and fine-tuned; give another --out"
         )
+
+
+def _refuse_links(out: Path, names: list[str]) -> None:
+    """What is written, cut and removed in a run folder must not lead out of it."""
+    for name in names:
+        ours = (
+            name == BEST
+            or name.startswith((_PREFIX, _ASIDE, "."))
+            or name.endswith((".json", ".jsonl"))
+        )
+        if ours and (out / name).is_symlink():
+            raise CheckpointError(
+                f"{out / name}: is a link, and may lead anywhere; put what it leads to in its place"
+            )
 
 
 def open_folder(out: Path) -> None:
@@ -68,9 +85,9 @@ def result_of(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = read_typed(path, dict[str, Any])
-    for name in ("epochs", "fingerprint", "targets"):
-        if name not in found:
-            raise CheckpointError(f"{path}: {name}: is missing")
+    for name, kind in (("epochs", int), ("fingerprint", str), ("targets", list)):
+        if not isinstance(found.get(name), kind):
+            raise CheckpointError(f"{path}: {name}: is missing, or not of its type")
     return found
 
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -34,7 +35,13 @@ def check_writable(out: Path, *, option: str) -> None:
             os.fsync(file.fileno())
         probe.rename(probe.with_suffix(".renamed")).unlink()
     except OSError as error:
+        probe.unlink(missing_ok=True)
         raise EnvironmentFault(f"{option} {out}: cannot be written ({error.strerror})") from None
+
+
+def is_passing(name: str) -> bool:
+    """Whether a file of this name is there for a moment only, unless a kill leaves it behind."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{32}|\.probe-.*", name) is not None
 
 
 def _standing(path: Path) -> Path:
@@ -105,6 +112,8 @@ def replace_folder(target: Path, write: Callable[[Path], None], *, needs: int = 
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise EnvironmentFault(
             f"{target}: could not be saved ({why(error, target, needs)}); what was there is intact"
         ) from None
@@ -114,11 +123,14 @@ def replace_folder(target: Path, write: Callable[[Path], None], *, needs: int = 
 
 
 def finish_replacing(folder: Path) -> None:
-    """Clear what kills left in a folder: what was being written or removed goes, an old folder
-    whose place is empty goes back there."""
+    """Clear what kills left in a folder that nobody else works in: what was being written or
+    removed goes, an old folder whose place is empty goes back there."""
     for unfinished in (*folder.glob(f"{_NEW}*"), *folder.glob(f"{GONE}*")):
         shutil.rmtree(unfinished, ignore_errors=True)
-    for old in folder.glob(f"{_OLD}*"):
+    for file in folder.iterdir():
+        if is_passing(file.name) and file.is_file():
+            file.unlink(missing_ok=True)
+    for old in folder.glob(f"{_OLD}?*"):
         target = old.with_name(old.name.removeprefix(_OLD))
         if not target.exists():
             old.rename(target)
@@ -201,8 +213,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def hold(folder: Path, *, option: str) -> Iterator[None]:
+def hold(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
     """Keep other processes from working in a folder. Raises EnvironmentFault where one does.
+
+    Gives a function that raises EnvironmentFault where the folder is no longer the one that is
+    held, because it was moved away, or removed and made anew.
 
     A POSIX lock: it ends with its process, however that ends, and forked workers do not inherit it
     (they would hold a lock of flock's for some seconds longer than a killed parent).
@@ -226,6 +241,19 @@ def hold(folder: Path, *, option: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
-        yield
+        held = os.fstat(file.fileno())
+
+        def check() -> None:
+            try:
+                same = os.path.samestat(held, (folder / LOCK).stat())
+            except OSError:
+                same = False
+            if not same:
+                raise EnvironmentFault(
+                    f"{option} {folder}: was moved, removed or replaced while this run worked in "
+                    "it; nothing more is written there"
+                )
+
+        yield check
     finally:
         file.close()

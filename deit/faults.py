@@ -25,6 +25,8 @@ POINTS = {
     "renamed": "after a finished folder took its name, before the disk knows",
     "rotate": "an old checkpoint was set aside to be removed",
     "metrics": "a row of metrics was written",
+    "chain": "a link of the chain was written",
+    "anomalies": "an update that was left out was noted",
     "finish": "before a run is marked as finished",
 }
 """Where a fault can be placed, and what has just happened or is about to there."""

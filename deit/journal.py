@@ -10,6 +10,7 @@ from typing import Any
 from deit.console import warn
 from deit.disk import put_file, sync, why
 from deit.errors import EnvironmentFault
+from deit.faults import reach
 
 METRICS = "metrics.jsonl"
 CHAIN = "chain.jsonl"
@@ -23,6 +24,7 @@ def append(path: Path, row: dict[str, Any]) -> int:
         with path.open("ab") as file:
             file.write(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")
             sync(file)
+            reach(path.stem)
             return file.tell()
     except OSError as error:
         raise EnvironmentFault(f"{path}: could not be written ({why(error, path)})") from None
@@ -37,14 +39,17 @@ def _finite(value: Any) -> Any:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows, oldest first; an empty list without the file. What follows a line that a kill cut
-    off is left out."""
+    """The rows, oldest first; an empty list without the file. What follows a line that is no row,
+    because a kill cut it off for instance, is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 
@@ -53,15 +58,20 @@ def cut(path: Path, length: int) -> None:
     found = path.stat().st_size if path.is_file() else 0
     if found < length:
         warn(f"{path}: shorter than it was, so some rows are lost; the run itself is not affected")
+        if found:
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # half a row would spoil the next
     elif found > length:
         os.truncate(path, length)
 
 
 def cut_steps(path: Path, step: int) -> None:
     """Drop the rows of later updates than `step`."""
-    rows = read(path)
+    lines = len(path.read_bytes().splitlines()) if path.is_file() else 0
+    rows = [row for row in read(path) if isinstance(row.get("step"), int)]
+    if len(rows) < lines:
+        warn(f"{path}: some rows cannot be read and are left out; the run itself is not affected")
     kept = [row for row in rows if row["step"] <= step]
-    if len(kept) < len(rows):
+    if len(kept) < lines:
         put_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from deit.typed_json import read_typed
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
+_LOOKS, _MOMENT_S = 5, 0.02
 _NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")  # of a file right here: no path, nothing hidden
 
 
@@ -45,9 +47,12 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, Content]:
 
 
 def _digest(path: Path) -> Content:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return Content(file.tell(), sha256)
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            return Content(file.tell(), sha256)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def seal(folder: Path, files: dict[str, Content], *, step: int) -> None:
@@ -71,8 +76,26 @@ def strays(folder: Path) -> set[str]:
 def check(folder: Path) -> Manifest:
     """Hold a folder against its manifest, every byte of it.
 
+    A folder that is replaced by another meanwhile is looked at again.
     Raises CheckpointError that says what is missing, cut off or changed.
     """
+    for _ in range(_LOOKS):
+        before = _identity(folder)
+        try:
+            return _checked(folder)
+        except CheckpointError as error:
+            damage = error
+        if _identity(folder) == before:
+            break
+        time.sleep(_MOMENT_S)
+    raise damage
+
+
+def _identity(folder: Path) -> int | None:
+    return folder.stat().st_ino if folder.is_dir() else None
+
+
+def _checked(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {MANIFEST}, so it was not finished")

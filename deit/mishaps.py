@@ -94,10 +94,14 @@ def _kept(parts: Parts) -> str:
 
 def _memory_fault(parts: Parts) -> EnvironmentFault:
     optim, block = parts.config.optim, parts.loader.block
-    fitting = _fitting(parts)
+    tried = _smaller(parts)
+    fitting = next((number for number in tried if _learns(parts, number)), None)
     told = f"out of memory with {block} images at once"
     if fitting is None:
-        return EnvironmentFault(f"{told}, and with fewer too; a smaller student or teacher is left")
+        too = f", and with {tried[-1]}" if tried else ""
+        return EnvironmentFault(
+            f"{told}{too}; a smaller student or teacher is left; {_kept(parts)}"
+        )
     accumulate = optim.accumulate * block // fitting
     return EnvironmentFault(
         f"{told}; {fitting} fit (without a teacher beside them): --optim.accumulate {accumulate} "
@@ -106,26 +110,29 @@ def _memory_fault(parts: Parts) -> EnvironmentFault:
     )
 
 
-def _fitting(parts: Parts) -> int | None:
-    """The largest half, quarter, ... of a micro-batch that the student can learn from, by trying;
-    None: not even the smallest. Without teachers, and without the other processes."""
+def _smaller(parts: Parts) -> list[int]:
+    """Sizes into which a micro-batch can be cut (for mixing: even ones), each at most half of the
+    one before."""
+    block, even = parts.loader.block, 2 if mixes(parts.config.views) else 1
+    found = [block]
+    for number in range(block // 2, 0, -1):
+        if block % number == 0 and number % even == 0 and number <= found[-1] // 2:
+            found.append(number)
+    return found[1:]
+
+
+def _learns(parts: Parts, number: int) -> bool:
+    """Whether the student can learn from so many images at once, by trying: without teachers, and
+    without the other processes."""
     student = parts.accelerator.unwrap_model(parts.student)
     side, device = parts.config.student.image_size, parts.accelerator.device
-    number = parts.loader.block
-    while number % 2 == 0 and number > _smallest(parts):
-        number //= 2
-        shape = (number, 3, side, side)
-        if _tried(parts, lambda shape=shape: student(torch.zeros(shape, device=device))):
-            return number
-    return None
-
-
-def _smallest(parts: Parts) -> int:
-    return 2 if mixes(parts.config.views) else 1
+    shape = (number, 3, side, side)
+    return _tried(parts, lambda: student(torch.zeros(shape, device=device)))
 
 
 def fit_memory(parts: Parts) -> None:
-    """Halve micro-batches until all processes can take one with their teachers; the batch stays.
+    """Cut micro-batches, to half where that is whole, until all processes can take one with their
+    teachers; the batch stays.
 
     Changes the configuration's optim.accumulate. Raises EnvironmentFault where none fits.
     """
@@ -142,17 +149,19 @@ def fit_memory(parts: Parts) -> None:
         failed = torch.tensor(float(not _tried(parts, answer)), device=parts.accelerator.device)
         if parts.accelerator.reduce(failed, reduction="sum").item() == 0:
             return
-        if loader.block % 2 or loader.block <= _smallest(parts):
+        before, smaller = loader.block, _smaller(parts)
+        if not smaller:
             raise EnvironmentFault(
                 f"run.fit_memory: out of memory even with {loader.block} images at once; a smaller "
                 "student or teacher is left"
             )
         optim = parts.config.optim
-        parts.config = derive(parts.config, optim={"accumulate": 2 * optim.accumulate})
+        accumulate = optim.accumulate * before // smaller[0]
+        parts.config = derive(parts.config, optim={"accumulate": accumulate})
         parts.accelerator.gradient_accumulation_steps = parts.config.optim.accumulate
         loader.cut(parts.config.optim)
         say(
-            f"memory    too little for {2 * loader.block} images at once; optim.accumulate "
+            f"memory    too little for {before} images at once; optim.accumulate "
             f"{parts.config.optim.accumulate}: {loader.block} images, the batch stays"
         )
 

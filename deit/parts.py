@@ -1,5 +1,6 @@
 """The parts of a training run, built once and handed from stage to stage."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,5 +77,7 @@ class Parts:
     """What the student started from, and what was done to fit it; None: random weights, or a
     resumed run."""
     teacher_answers: Tensor | None = None
+    guard: Callable[[], None] | None = None
+    """Raises where the run's folder is no longer this run's; in the main process."""
     view_epochs: int | None = None
     """Epochs of views that come round again and again; None: each epoch has its own."""

@@ -36,6 +36,7 @@ from deit.preparation import begin, facts_of, found_start, settled
 from deit.records import head_logits
 from deit.saving import (
     as_begun,
+    check_best,
     check_same_run,
     close_epoch,
     finish,
@@ -71,8 +72,9 @@ def train(
     # A run that goes on has weights of its own: what it started from may be gone by now.
     begun = resume and bool(checkpoint.found(out))
     with ExitStack() as stack:
+        guard = None
         if begun and finished is None and not dry_run and is_main_process():
-            stack.enter_context(hold(out, option="--out"))  # at once: the work below takes a while
+            guard = stack.enter_context(hold(out, option="--out"))  # the work below takes a while
         found = None if begun else found_start(config)
         config = as_begun(config, out) if begun else settled(config, found)
         accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
@@ -82,6 +84,7 @@ def train(
         announce(parts, environment)
         if finished is not None and not dry_run:
             check_same_run(parts, finished)
+            check_best(parts)
             say(f"{out}: already complete after {finished['epochs']} epochs")
             return finished
         if not dry_run:
@@ -98,9 +101,10 @@ def train(
         if accelerator.is_main_process:
             checkpoint.open_folder(out)
             if not begun:
-                stack.enter_context(hold(out, option="--out"))
+                guard = stack.enter_context(hold(out, option="--out"))
                 checkpoint.check_folder(out, resume=resume)  # another may have been quicker
             finish_replacing(out)
+            parts.guard = guard
         accelerator.wait_for_everyone()
         interruption = stack.enter_context(Interruption(accelerator))
         stack.enter_context(understood(parts))

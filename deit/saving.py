@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ RESUMABLE = (
     "data.memory_fraction",
     "data.workers",
     "teacher.targets",  # that it is the same store is told by its digest
+    "teacher.source",  # and the same teacher by that of its weights
     "optim.accumulate",  # the batch stays
     "run.device",
     "run.evaluation_batch",
@@ -63,6 +64,7 @@ def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
     state.tally = tally.dump()  # of all processes
     if not accelerator.is_main_process:
         return
+    _guard(parts)
     student = accelerator.unwrap_model(parts.student)
     if parts.average is not None:
         state.average_updates = parts.average.updates
@@ -113,6 +115,7 @@ def close_epoch(parts: Parts, row: dict[str, Any]) -> None:
         state.best = {"epoch": state.epoch, "top1": top1, **row["validation"]}
     if not parts.accelerator.is_main_process:
         return
+    _guard(parts)
 
     def fill(folder: Path) -> None:
         student = parts.accelerator.unwrap_model(parts.student)
@@ -123,7 +126,11 @@ def close_epoch(parts: Parts, row: dict[str, Any]) -> None:
     if improved:
         checkpoint.seal_folder(parts.out / checkpoint.BEST, fill, step=state.step)
     state.metrics_bytes = journal.append(parts.out / journal.METRICS, row)
-    reach("metrics")
+
+
+def _guard(parts: Parts) -> None:
+    if parts.guard is not None:
+        parts.guard()
 
 
 def finish(parts: Parts) -> dict[str, Any]:
@@ -142,6 +149,7 @@ def finish(parts: Parts) -> dict[str, Any]:
         "teachers": state.teachers,
     }
     if parts.accelerator.is_main_process:
+        _guard(parts)
         reach("finish")
         write_json(parts.out / checkpoint.RESULT, result)
     return result
@@ -227,7 +235,7 @@ def restore(parts: Parts) -> None:
     if state.scaler is not None:
         parts.accelerator.scaler.load_state_dict(state.scaler)
     parts.state = state
-    _check_best(parts)
+    check_best(parts)
     _cut(parts, state)
     epochs = parts.config.optim.epochs
     say(
@@ -236,16 +244,31 @@ def restore(parts: Parts) -> None:
     )
 
 
-def _check_best(parts: Parts) -> None:
-    """Where the best weights so far are gone or damaged, the next evaluation takes their place."""
-    best = parts.out / checkpoint.BEST
-    if parts.state.best["epoch"] == 0 or not parts.accelerator.is_main_process:
+def check_best(parts: Parts) -> None:
+    """Where the best weights so far are gone, damaged or of another evaluation than the state
+    knows, the next evaluation takes their place; in a finished run they are only told."""
+    best, known = parts.out / checkpoint.BEST, parts.state.best
+    finished = checkpoint.result_of(parts.out) is not None
+    if not parts.accelerator.is_main_process or (known["epoch"] == 0 and not finished):
         return
+    advice = "the next evaluation takes its place"
+    if finished:
+        advice = "the newest checkpoint is there still (--checkpoint last)"
     try:
         check_manifest(best)
+        there = read_state(best)
     except CheckpointError as error:
-        warn(f"{error}; the next evaluation takes its place")
-        parts.state.best = State().best
+        warn(f"{error}; {advice}")
+    else:
+        if finished or there.best == known:
+            return
+        # That of this very moment: the run ended between it and the next checkpoint.
+        if there.step != parts.state.step:
+            warn(
+                f"{best}: holds the weights of epoch {there.epoch}, where the run goes on from the "
+                f"best was of epoch {known['epoch']}; {advice}"
+            )
+    parts.state.best = State().best
 
 
 def _finite(path: Path) -> dict[str, torch.Tensor]:
@@ -302,6 +325,7 @@ def check_same_run(parts: Parts, finished: dict[str, Any]) -> None:
     DataError."""
     _check_config(parts)
     _check_data(parts, finished["fingerprint"], finished["targets"])
+    _check_teachers(parts, finished.get("teachers", parts.state.teachers))
 
 
 def _check_data(parts: Parts, fingerprint: str, targets: list[str]) -> None:
@@ -319,12 +343,12 @@ def _check_data(parts: Parts, fingerprint: str, targets: list[str]) -> None:
 
 def _check_teachers(parts: Parts, before: list[str]) -> None:
     """Of a teacher that only its stored answers speak for, nothing is known here: "" then."""
-    for was, now in zip(before, parts.state.teachers):
-        if was and now and was != now:
-            raise DataError(
-                f"{parts.out}: a teacher's weights differ from those the run started with; resume "
-                "with the same teacher, or start anew in another --out"
-            )
+    now = parts.state.teachers
+    if len(before) != len(now) or any(a and b and a != b for a, b in zip(before, now)):
+        raise DataError(
+            f"{parts.out}: a teacher's weights differ from those the run started with; resume "
+            "with the same teacher, or start anew in another --out"
+        )
 
 
 def _check_config(parts: Parts) -> None:
@@ -341,6 +365,17 @@ def _check_config(parts: Parts) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Machine:
+    """What deit.environment.describe says that a result depends on to the bit."""
+
+    device_name: str | None = None
+    processes: int | None = None
+    threads: int | None = None
+    precision: str | None = None
+    packages: dict[str, str] = field(default_factory=dict)
+
+
 def warn_of_another_machine(out: Path, now: dict[str, Any], accumulate: int) -> None:
     """Say where a run began on other ground: it goes on, but no longer to the bit.
 
@@ -349,15 +384,19 @@ def warn_of_another_machine(out: Path, now: dict[str, Any], accumulate: int) -> 
     path = out / checkpoint.ENVIRONMENT
     if not path.is_file():
         return
-    before = read_typed(path, dict[str, Any])
+    try:
+        before = read_typed(path, _Machine)
+    except CheckpointError as error:
+        warn(f"{error}; so whether it goes on to the bit is not known")
+        return
     cut = load(out / checkpoint.CONFIG).optim.accumulate
     told = [] if cut == accumulate else [f"optim.accumulate {cut} before, {accumulate} now"]
     told += [
-        f"{name} {before.get(name)} before, {now[name]} now"
+        f"{name} {getattr(before, name)} before, {now[name]} now"
         for name in ("device_name", "processes", "threads", "precision")
-        if before.get(name) != now[name]
+        if getattr(before, name) != now[name]
     ]
-    versions = before.get("packages", {}).get("torch"), now["packages"]["torch"]
+    versions = before.packages.get("torch"), now["packages"]["torch"]
     if versions[0] != versions[1]:
         told.append(f"torch {versions[0]} before, {versions[1]} now")
     if told:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deit.console import percent, progress, say, warn
-from deit.disk import put_file, put_first, sync, why
+from deit.disk import is_passing, put_file, put_first, sync, why
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.faults import reach
 from deit.targets import (
@@ -31,7 +31,6 @@ _MAGIC = b"deit-unit"
 _HEADER = struct.Struct("<9sB16sIIII")  # magic, format, digest, unit, rows, canaries, CRC-32
 _TRACE = struct.Struct("<II")
 _OUTLIER = 6.0  # standard deviations
-_PASSING = (f".{MANIFEST}.", ".probe-")  # files that are there for a moment, of other writers
 
 
 class Unit(NamedTuple):
@@ -98,7 +97,7 @@ class Units:
         if MANIFEST in there:
             return self.claim()  # another process was faster
         # A process that was killed may have left the folder of units, or a passing file.
-        others = [name for name in there if name != UNITS and not name.startswith(_PASSING)]
+        others = [name for name in there if name != UNITS and not is_passing(name)]
         if others:
             raise ConfigError(f"--out {out}: the folder is not empty; give another --out")
         try:

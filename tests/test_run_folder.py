@@ -1,0 +1,264 @@
+"""What others may do to a run folder, or leave in it: links, garbage, another run, a moved one."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from deit import checkpoint, disk, journal, manifest
+from deit.errors import CheckpointError, EnvironmentFault
+from tests.forks import Done, Zygote, until
+from tests.test_kills import SMALL, STEPS, run, same, straight  # noqa: F401
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def stopped(zygote, tmp_path_factory) -> Path:
+    """A run that was killed in its second epoch."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    assert run(zygote, out, "update:7:kill", "--run.save_every", "2").code == -signal.SIGKILL
+    return out
+
+
+@pytest.fixture
+def out(stopped, tmp_path) -> Path:
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+def again(zygote: Zygote, out: Path) -> Done:
+    return run(zygote, out, "", "--run.save_every", "2")
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "metrics.jsonl", "chain.jsonl", "anomalies.jsonl", "config.json"]
+)
+def test_a_link_in_the_place_of_a_file_of_ours_is_refused(name, out, zygote, tmp_path):
+    """It was followed: a resume cut the file it led to, or wrote into it."""
+    victim = tmp_path / "victim"
+    victim.write_bytes((out / name).read_bytes() if name == "config.json" else b"precious\n" * 900)
+    before = victim.read_bytes()
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(victim)
+    done = again(zygote, out)
+    assert done.code == 4
+    assert f"{out / name}: is a link, and may lead anywhere" in done.err
+    assert victim.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["best", "newest"])
+def test_a_link_in_the_place_of_a_folder_of_ours_is_refused(name, out, zygote, tmp_path):
+    folder = checkpoint.newest(out) if name == "newest" else out / name
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    done = again(zygote, out)
+    assert done.code == 4
+    assert f"{folder}: is a link" in done.err
+
+
+def test_links_of_other_names_are_none_of_ours(out, zygote, tmp_path):
+    (out / "latest").symlink_to(tmp_path)
+    assert again(zygote, out).code == 0
+    assert (out / "latest").is_symlink()
+
+
+def test_the_best_of_a_branch_that_was_given_up_is_not_the_best(zygote, tmp_path):
+    """The newest checkpoint is damaged, the one before it serves: `best` holds what came later."""
+    out, more = tmp_path / "run", ("--optim.epochs", "3", "--run.keep_checkpoints", "3")
+    assert run(zygote, out, "finish:1:kill", *more).code == -signal.SIGKILL
+    late = manifest.check(out / "best").step
+    assert late > 2 * STEPS  # else this shows nothing
+    state = out / "best" / "state.json"
+    wanted = json.loads(state.read_text())["best"]
+    (checkpoint.newest(out) / "model.safetensors").write_bytes(b"")
+    done = run(zygote, out, "loss:0:nan", *more, "--run.max_skipped", "100")
+    assert done.code == 0, done.err
+    assert f"holds the weights of epoch {wanted['epoch']}" in done.err
+    best = json.loads((out / "result.json").read_text())["best"]
+    assert json.loads(state.read_text())["best"] == best != wanted
+
+
+def test_a_kill_after_the_best_was_written_says_nothing_of_it(zygote, straight, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    run(zygote, out, "metrics:1:kill")
+    done = run(zygote, out)
+    assert (done.code, done.err) == (0, "")
+    same(out, straight)
+
+
+@pytest.mark.parametrize("how", ["moved", "replaced"])
+def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, zygote, tmp_path):
+    """It was moved away, or removed and taken by another run: what lies there now stays so."""
+    out = tmp_path / "run"
+    first = zygote.start("train", *SMALL, "--out", out, DEIT_FAULT="update:7:slow")
+    until(lambda: list(out.glob("checkpoint-*")) and (out / "metrics.jsonl").is_file())
+    time.sleep(0.3)
+    if how == "moved":
+        out.rename(tmp_path / "elsewhere")
+        out.mkdir()
+    else:
+        shutil.rmtree(out)
+        assert zygote.run("train", *SMALL, "--run.seed", "5", "--out", out).code == 0
+    content = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = first.wait()
+    assert done.code == 5, done.err
+    assert f"--out {out}: was moved, removed or replaced while this run worked in it" in done.err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == content
+
+
+def test_a_full_disk_leaves_no_probe_behind(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk.os, "fsync", full)
+    with pytest.raises(EnvironmentFault, match="No space left"):
+        disk.check_writable(tmp_path, option="--out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_a_kill_leaves_of_the_first_file_is_no_run(resume, zygote, tmp_path):
+    """The process died between writing config.json and its rename: the same command goes on."""
+    out = tmp_path / "run"
+    out.mkdir()
+    left = out / f".config.json.{'0' * 32}"
+    left.write_text("{")
+    words = ("train", *SMALL, "--out", out, *(["--resume"] if resume else []))
+    done = zygote.run(*words, DEIT_FAULT="update:1:term")
+    assert done.code == 143, done.err
+    assert not left.exists()
+
+
+def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(out, monkeypatch, capsys):
+    newest = checkpoint.newest(out)
+    digest = manifest.hashlib.file_digest
+
+    def broken(file, kind):
+        if file.name == str(newest / "model.safetensors"):
+            raise OSError(5, "Input/output error")
+        return digest(file, kind)
+
+    monkeypatch.setattr(manifest.hashlib, "file_digest", broken)
+    found = checkpoint.newest(out)
+    assert found is not None
+    assert found != newest
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "cannot be read (Input/output error)" in said
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(out, monkeypatch):
+    """By the run that works in it: not damage."""
+    best, look = out / "best", manifest._checked
+    shutil.copytree(best, out / "later")
+    looks = []
+
+    def replaced(folder):
+        looks.append(folder)
+        if len(looks) == 1:
+            shutil.rmtree(best)
+            (out / "later").rename(best)
+            raise CheckpointError("half of one, half of the other")
+        return look(folder)
+
+    monkeypatch.setattr(manifest, "_checked", replaced)
+    manifest.check(best)
+    assert len(looks) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("environment.json", b"", "so whether it goes on to the bit is not known"),
+        ("environment.json", b'{"packages": []}', "so whether it goes on to the bit is not known"),
+        ("anomalies.jsonl", b"5\n", "some rows cannot be read"),
+        ("anomalies.jsonl", b'{"a": 1}\n', "some rows cannot be read"),
+        ("anomalies.jsonl", b"\xff\xfe\x00", "some rows cannot be read"),
+        ("metrics.jsonl", b"\xff\xfe\x00", "shorter than it was"),
+    ],
+)
+def test_files_that_only_inform_do_not_stop_a_run(name, content, words, out, zygote):
+    (out / name).write_bytes(content)
+    done = again(zygote, out)
+    assert done.code == 0, done.err
+    assert words in done.err.replace("\n", " ")
+
+
+def test_a_folder_of_a_strange_name_does_no_harm(out, zygote):
+    (out / ".deit-old-").mkdir()
+    assert again(zygote, out).code == 0
+
+
+def test_after_a_line_that_was_cut_off_the_next_rows_are_whole(out, zygote):
+    rows = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(rows[: len(rows) - 20])
+    assert again(zygote, out).code == 0
+    assert [row["epoch"] for row in journal.read(out / "metrics.jsonl")] == [2]
+
+
+def test_a_finished_run_whose_best_is_damaged_says_so(zygote, straight, tmp_path):  # noqa: F811
+    out = shutil.copytree(straight, tmp_path / "run")
+    (out / "best" / "model.safetensors").write_bytes(b"")
+    done = run(zygote, out)
+    assert done.code == 0
+    said = done.err.replace("\n", " ")
+    assert "0 bytes" in said
+    assert "--checkpoint last" in said
+    assert zygote.run("evaluate", out, "--checkpoint", "last").code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", None), ("fingerprint", 3), ("targets", "a")]
+)
+def test_a_result_that_is_none_is_named(name, value, zygote, straight, tmp_path):  # noqa: F811
+    out = shutil.copytree(straight, tmp_path / "run")
+    result = json.loads((out / "result.json").read_text())
+    (out / "result.json").write_text(json.dumps({**result, name: value}))
+    done = run(zygote, out)
+    assert done.code == 4
+    assert f"result.json: {name}: is missing, or not of its type" in done.err
+
+
+def test_a_full_disk_at_a_log_is_a_full_disk(zygote, tmp_path):
+    done = run(zygote, tmp_path / "run", "metrics:1:full")
+    assert done.code == 5
+    assert "could not be written (No space left on device" in done.err
+
+
+@pytest.fixture(scope="module")
+def teachers(zygote, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teachers")
+    for seed in (0, 1):
+        words = ("--optim.epochs", "3", "--run.seed", seed, "--out", folder / str(seed))
+        assert zygote.run("train", "digits-teacher", *words).code == 0
+    return folder
+
+
+def test_a_teacher_that_was_moved_is_the_same_teacher(teachers, zygote, tmp_path):
+    """Its weights tell; others under a new name do not pass, in a finished run either."""
+    moved, out = shutil.copytree(teachers / "0", tmp_path / "moved"), tmp_path / "run"
+    taught = ("--objective", "deit-hard", "--teacher.allow_weak", "--teacher.source")
+    assert run(zygote, out, "update:7:term", *taught, teachers / "0").code == 143
+    other = run(zygote, out, "", *taught, teachers / "1")
+    assert other.code == 3
+    assert "a teacher's weights differ" in other.err
+    assert run(zygote, out, "", *taught, moved).code == 0
+    assert run(zygote, out, "", *taught, teachers / "0").code == 0
+    assert run(zygote, out, "", *taught, teachers / "1").code == 3
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        (63, "63 images at once; 21 fit"),
+        (1, "1 images at once; a smaller student"),
+    ],
+)
+def test_out_of_memory_says_only_what_was_tried(block, said, zygote, tmp_path):
+    words = ("digits-teacher", "--optim.epochs", "3", "--optim.batch_size", block)
+    done = zygote.run("train", *words, "--out", tmp_path / "run", DEIT_FAULT="update:3:memory")
+    assert done.code == 5
+    assert f"out of memory with {said}" in done.err
+    assert "with fewer" not in done.err
