@@ -9,7 +9,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +35,8 @@ def check_writable(out: Path, *, option: str) -> None:
             os.fsync(file.fileno())
         probe.rename(probe.with_suffix(".renamed")).unlink()
     except OSError as error:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink()
         raise EnvironmentFault(f"{option} {out}: cannot be written ({error.strerror})") from None
 
 
