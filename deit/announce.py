@@ -50,7 +50,8 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
     threads = environment["threads"]
     say(
         f"machine   {environment['device_name']}, {environment['precision']}, "
-        f"{threads} thread{'s' * (threads > 1)}; seed {config.run.seed}"
+        f"{threads} thread{'s' * (threads > 1)}"
+        f"{', linear layers by oneDNN' * (config.run.linear == 'onednn')}; seed {config.run.seed}"
     )
     _warn_of_idle_cores(accelerator)
     if not is_transformer(config.student):

@@ -91,6 +91,7 @@ Kind = Literal["hard", "soft", "cross_entropy", "dkd", "none"]
 Through = Literal["distillation", "class", "all"]
 Combine = Literal["probabilities", "logits", "tokens"]
 Kernel = Literal["deit", "timm"]
+Linear = Literal["auto", "torch", "onednn"]
 Trained = Literal["all", "heads", "attention"]
 
 
@@ -356,6 +357,9 @@ class RunConfig:
     """auto: a CUDA device where there is one, else the processor."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: what `accelerate launch --mixed_precision` says, else fp32."""
+    linear: Linear = "auto"
+    """Who computes the student's linear layers on a CPU in fp32: torch, or oneDNN called directly.
+    auto: the faster by far as the run begins, else torch; a resumed run keeps to it."""
     evaluate_every: Count = 1
     """Epochs between evaluations on the validation split; the last epoch always counts."""
     evaluation_batch: Count = 256

@@ -37,14 +37,22 @@ class Job(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What became of an update.
+    """What became of an update; the device may not have come to it yet.
 
-    applied: False where loss or gradient was not finite in any process; nothing moved then.
-    suspects: int64 [images], this process's training images behind that; empty where it was.
+    applied: bool scalar, False where loss or gradient was not finite in any process; nothing moved
+    then. heard: of each of this process's micro-batches, the images, int64 [block], and what the
+    student said of them, float [block, classes].
     """
 
-    applied: bool
-    suspects: Tensor
+    applied: Tensor
+    heard: list[tuple[Tensor, Tensor]]
+
+    def suspects(self) -> Tensor:
+        """Of an update that was not applied, int64 [images]: those without a finite answer, all
+        where every answer is finite."""
+        bad = [samples[~logits.isfinite().all(dim=1)] for samples, logits in self.heard]
+        some = any(len(part) for part in bad)
+        return torch.cat(bad if some else [samples for samples, _ in self.heard])
 
 
 def train_epoch(
@@ -68,8 +76,8 @@ def train_epoch(
             applied = _apply(job, step, steps)
             # The forward pass alone has moved the statistics of batch norms.
             for one, kept in zip(statistics, before):
-                kept.copy_(one) if applied else one.copy_(kept)
-            yield Update(applied, tally.settle(applied=applied))
+                one.copy_(kept.copy_(torch.where(applied, one, kept)))
+            yield Update(applied, tally.settle(applied))
             step += 1
     if job.teach is not None:
         job.teach.check()
@@ -81,8 +89,9 @@ def _noticed(loss: Tensor) -> Tensor:
     return loss * (1 + 0 * loss.detach())
 
 
-def _apply(job: Job, step: int, steps: int) -> bool:
-    """Move the weights along the gradient, unless it is not finite; whether they moved.
+def _apply(job: Job, step: int, steps: int) -> Tensor:
+    """Move the weights along the gradient, unless it is not finite; whether they moved, a bool
+    scalar on the device: nothing here waits for it.
 
     The gradient is the same in all processes here, and so is the answer.
     """
@@ -94,14 +103,13 @@ def _apply(job: Job, step: int, steps: int) -> bool:
     else:
         accelerator.unscale_gradients()
         norm = get_total_norm([one.grad for one in parameters if one.grad is not None])
-    sound = bool(norm.isfinite())
-    if sound or accelerator.scaler is not None:
-        # In fp16 the scaler leaves such an update out, and lowers its scale.
-        optimizer.step()
-        sound = not optimizer.step_was_skipped
+    sound = norm.isfinite()
+    if accelerator.scaler is None:  # which tells the optimizer itself, and lowers its scale
+        optimizer.optimizer.found_inf = (~sound).float()
+    optimizer.step()
     optimizer.zero_grad()
-    if sound and job.average is not None:
-        job.average.update(accelerator.unwrap_model(job.student))
+    if job.average is not None:
+        job.average.update(accelerator.unwrap_model(job.student), applied=sound)
     return sound
 
 
@@ -127,16 +135,14 @@ class Tally:
         number of processes all go to the first."""
         self.accelerator = accelerator
         own, several = accelerator.process_index, accelerator.num_processes
-        self.sums = {
-            name: torch.tensor(
-                values[own] if len(values) == several else sum(values) * (own == 0),
-                dtype=torch.float64,
-                device=accelerator.device,
-            )
-            for name, values in begun.items()
-        }
-        self._pending: list[dict[str, Tensor]] = []
-        self._behind: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.names = tuple(begun)
+        values = [
+            values[own] if len(values) == several else sum(values) * (own == 0)
+            for values in begun.values()
+        ]
+        self.sums = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+        self._pending: list[Tensor] = []
+        self._heard: list[tuple[Tensor, Tensor]] = []
 
     def add(self, losses: Losses, outputs: Outputs, batch: Batch, answers: Answers | None) -> None:
         """Add a micro-batch; losses are means over it. With several voices, the mean over them."""
@@ -154,39 +160,36 @@ class Tally:
             student = heads.get("fused", heads["class"]).argmax(dim=1)
             found["agreement"] = (student[:, None] == taught).sum() / voices
             found["teacher_top1"] = (taught == labels[:, None]).sum() / voices
-        found["number"] = labels.new_tensor(number)
-        self._pending.append(found)
-        self._behind.append((batch.samples, losses["total"].detach(), heads["class"]))
+        found["number"] = torch.full_like(labels[0], number)
+        if not self.names:
+            self.names = tuple(found)
+            self.sums = self.sums.new_zeros(len(found))
+        self._pending.append(torch.stack([found[name].double() for name in self.names]))
+        self._heard.append((batch.samples, heads["class"]))
 
-    def settle(self, *, applied: bool) -> Tensor:
-        """Count the update's micro-batches, or leave them out; the images behind the latter, int64
-        [images]: those without a finite answer, all where every answer is finite."""
-        suspects = [self._behind[0][0][:0]]
-        for found in self._pending if applied else ():
-            for name, value in found.items():
-                before = self.sums.get(name)
-                self.sums[name] = value.double() if before is None else before + value
-        if not applied:
-            bad = [samples[~logits.isfinite().all(dim=1)] for samples, _, logits in self._behind]
-            some = any(len(part) for part in bad)
-            suspects = bad if some else [samples for samples, _, _ in self._behind]
-        self._pending, self._behind = [], []
-        return torch.cat(suspects)
+    def settle(self, applied: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Count the update's micro-batches, unless it was not applied (a bool scalar); their images
+        and what the student said of them, as in Update."""
+        for found in self._pending:
+            self.sums = self.sums + torch.where(applied, found, 0.0)
+        heard, self._pending, self._heard = self._heard, [], []
+        return heard
 
     def dump(self) -> dict[str, list[float]]:
         """The sums of each process by name, the same in all of them."""
-        if not self.sums:
+        if not self.names:
             return {}
-        own = torch.stack(list(self.sums.values()))
-        everyone = self.accelerator.gather(own[None]).T.tolist()
-        return dict(zip(self.sums, everyone))
+        everyone = self.accelerator.gather(self.sums[None]).T.tolist()
+        return dict(zip(self.names, everyone))
 
     def means(self) -> dict[str, float]:
         """Means over the samples of all processes: losses by name, `<head>_top1` against the label
         that dominates each view, `agreement` with the teacher and `teacher_top1`."""
         totals = {name: math.fsum(values) for name, values in self.dump().items()}
         number = totals.pop("number", 0)
-        return {name: total / number for name, total in totals.items()} or {"loss": math.nan}
+        if not number:
+            return {"loss": math.nan}
+        return {name: total / number for name, total in totals.items()}
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 import deit
 from deit.config import RunConfig
 from deit.errors import EnvironmentFault
+from deit.models import linear
 
 _PACKAGES = ("torchvision", "timm", "accelerate", "safetensors", "numpy", "pillow")
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -68,6 +69,22 @@ def create_accelerator(run: RunConfig, *, accumulate: int = 1) -> Accelerator:
         ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout))],
     )
+
+
+def choose_linear(run: RunConfig, accelerator: Accelerator) -> str:
+    """torch or onednn: the configured one, or what measures faster in the main process.
+
+    Raises EnvironmentFault where oneDNN is asked for and not there.
+    """
+    if run.linear == "onednn" and not linear.available():
+        raise EnvironmentFault("run.linear = 'onednn': this PyTorch has no oneDNN; use torch")
+    if run.linear != "auto":
+        return run.linear
+    if accelerator.device.type != "cpu" or accelerator.mixed_precision != "no":
+        return "torch"
+    measured = accelerator.is_main_process and linear.pays()
+    faster = accelerator.reduce(torch.tensor(float(measured)), reduction="sum").item() > 0
+    return "onednn" if faster else "torch"
 
 
 def keep_freed_memory() -> None:

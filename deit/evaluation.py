@@ -22,6 +22,7 @@ from deit.interruption import Interruption
 from deit.metrics import agreement, calibration_error, confusion, topk_accuracy
 from deit.models.attention import token_cosines
 from deit.models.cost import cost_of
+from deit.models.linear import use_onednn
 from deit.models.saved import Facts, build_student, find_saved, load_student
 from deit.models.start import Found, fit
 from deit.models.student import Student, has_two_heads
@@ -87,6 +88,8 @@ def examine(
     asked = _images(config, facts, run, split, variant, root)
     if len(asked.images.labels) < accelerator.num_processes:
         raise DataError(f"the {split} split has fewer images than processes")
+    if config.run.linear == "onednn":
+        use_onednn(student)
     student = student.to(accelerator.device)
     few = asked.images.select(slice(config.run.evaluation_batch))
     with Interruption(accelerator) as interruption:

@@ -1,10 +1,12 @@
 """What goes wrong in the middle of a run: counted, named, and said so that a person can act."""
 
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from deit import journal
 from deit.config import derive, mixes
@@ -17,15 +19,50 @@ from deit.faults import reach
 from deit.parts import Parts
 from deit.records import Batch, Outputs
 
+_BEHIND = 4  # updates
 
-def watch_numbers(parts: Parts, update: Update) -> None:
-    """Count an update that was left out, because loss or gradient was not finite, and note its
-    images; raises NumericsError where there are too many in a row, or fp16 has no scale left.
 
-    The same in all processes, but for the images: each notes its own.
+class NumberWatch:
+    """Counts updates that were left out, because loss or gradient was not finite.
+
+    Told of each update, it looks at the one some updates before: a device that works behind the
+    loop is not waited for. Which one does not depend on how fast it is, so all processes come to
+    the same end at the same update.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.behind = 0 if parts.accelerator.device.type == "cpu" else _BEHIND
+        self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None, Update]] = deque()
+
+    def __call__(self, step: int, update: Update) -> None:
+        """Take the update of a step up. Raises NumericsError as `_count` does."""
+        told, event = update.applied, None
+        if told.device.type == "cuda":
+            told = torch.empty((), dtype=torch.bool, pin_memory=True)
+            told.copy_(update.applied, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((step, told, event, update))
+        self.settle(self.behind)
+
+    def settle(self, behind: int = 0) -> None:
+        """Look at all updates but the latest so many. Raises NumericsError as `_count` does."""
+        while len(self._waiting) > behind:
+            step, told, event, update = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            _count(self.parts, step, None if told else update)
+
+
+def _count(parts: Parts, step: int, left_out: Update | None) -> None:
+    """Count an update that was left out, and note its images; None: one that was not.
+
+    Raises NumericsError where there are too many in a row, or fp16 has no scale left. The same in
+    all processes, but for the images: each notes its own.
     """
     state = parts.state
-    if update.applied:
+    if left_out is None:
         state.skipped_in_a_row = 0
         return
     state.skipped += 1
@@ -33,15 +70,15 @@ def watch_numbers(parts: Parts, update: Update) -> None:
     scaler = parts.accelerator.scaler
     if scaler is not None and scaler.get_scale() < 1:
         raise NumericsError(
-            f"update {state.step}: gradients overflow fp16 at any scale; use --run.precision bf16 "
+            f"update {step}: gradients overflow fp16 at any scale; use --run.precision bf16 "
             "or fp32, or a lower optim.lr"
         )
     fp16_searches = scaler is not None and state.skipped_in_a_row < parts.config.run.max_skipped
     if fp16_searches:
         return  # the first scales are meant to be too large
-    images = update.suspects.tolist()
+    images = left_out.suspects().tolist()
     row = {
-        "step": state.step,
+        "step": step,
         "process": parts.accelerator.process_index,
         "images": images,
         "names": [parts.splits.train.name(index) for index in images],
@@ -51,14 +88,14 @@ def watch_numbers(parts: Parts, update: Update) -> None:
     named = ", ".join(row["names"][:5]) + (f" and {len(images) - 5} more" if images[5:] else "")
     if state.skipped_in_a_row >= parts.config.run.max_skipped:
         raise NumericsError(
-            f"update {state.step}: loss or gradient is not finite, number {state.skipped_in_a_row} "
-            f"in a row from update {state.step - state.skipped_in_a_row + 1} on; its images: "
+            f"update {step}: loss or gradient is not finite, number {state.skipped_in_a_row} "
+            f"in a row from update {step - state.skipped_in_a_row + 1} on; its images: "
             f"{named} (all: {parts.out / journal.ANOMALIES}). The checkpoints in {parts.out} are "
             "of before; a lower optim.lr or optim.clip_norm 1 usually helps, in a run from the "
             "start or from a checkpoint (finetune_deit.py --from), with another --out"
         )
     warn(
-        f"update {state.step}: loss or gradient is not finite, so it is left out "
+        f"update {step}: loss or gradient is not finite, so it is left out "
         f"({state.skipped_in_a_row} of at most {parts.config.run.max_skipped} in a row); its "
         f"images: {named}"
     )

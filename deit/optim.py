@@ -4,7 +4,7 @@ import copy
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deit.config import OptimConfig, peak_lr
 
@@ -53,7 +53,9 @@ def build_optimizer(
     independent = optim.independent_decay
     decay = optim.weight_decay / peak_lr(optim) if independent else optim.weight_decay
     groups = parameter_groups(model, decay, scales)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=1e-8)
+    betas = (optim.beta1, optim.beta2)
+    # Fused: one pass over the weights, which it leaves alone where the loop says so (found_inf).
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
 def lr_at(step: int, *, optim: OptimConfig, steps_per_epoch: int) -> float:
@@ -78,14 +80,14 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def average_decay(updates: int, *, horizon: float) -> float:
-    """Decay of the weight average at its update number `updates` (0 is the first).
+def average_decay(updates: Tensor, *, horizon: float) -> Tensor:
+    """Decay of the weight average at its update number `updates` (0 is the first), a scalar.
 
     horizon: updates after which a weight's share has fallen by e. The decay grows as
     (1 + updates) / (10 + updates) until it gets there, so that a short run is not held back by
     its initial weights.
     """
-    return min(math.exp(-1 / horizon), (1 + updates) / (10 + updates))
+    return ((1 + updates) / (10 + updates)).clamp(max=math.exp(-1 / horizon))
 
 
 class WeightAverage:
@@ -95,17 +97,24 @@ class WeightAverage:
         """horizon: in updates."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.horizon = horizon
-        self.updates = 0
+        device = next(model.parameters()).device
+        self.updates = torch.zeros((), dtype=torch.float64, device=device)
+        self._of: nn.Module | None = None
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move towards the model; integer buffers are copied."""
-        decay = average_decay(self.updates, horizon=self.horizon)
-        ours = list(self.model.state_dict().values())
-        theirs = list(model.state_dict().values())
-        pairs = [pair for pair in zip(ours, theirs) if pair[0].is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
-        for mine, other in zip(ours, theirs):
-            if not mine.is_floating_point():
-                mine.copy_(other)
-        self.updates += 1
+    def update(self, model: nn.Module, *, applied: Tensor) -> None:
+        """Move towards the model, unless its update was not applied (a bool scalar); integer
+        buffers are copied. Nothing here waits for the device."""
+        if self._of is not model:  # a walk through all modules, at every update, takes its time
+            pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+            moving = [pair for pair in pairs if pair[0].is_floating_point()]
+            self._ours, self._theirs = ([pair[side] for pair in moving] for side in (0, 1))
+            self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+            self._of = model
+        weight = (1 - average_decay(self.updates, horizon=self.horizon)) * applied
+        ways = torch._foreach_sub(self._theirs, self._ours)
+        torch._foreach_mul_(ways, weight.float())
+        torch._foreach_add_(self._ours, ways)
+        for mine, other in self._counts:
+            mine.copy_(other)
+        self.updates += applied

@@ -43,7 +43,7 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Modul
                     f"{tuple(parameter.shape)} in the network"
                 )
         optimizer.state[parameter] = {
-            "step": found["step"],  # stays on the CPU: AdamW reads it there
+            "step": found["step"].to(parameter.device),
             "exp_avg": found["exp_avg"].to(parameter.device),
             "exp_avg_sq": found["exp_avg_sq"].to(parameter.device),
         }

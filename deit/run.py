@@ -13,19 +13,20 @@ from torch import nn
 
 from deit import checkpoint
 from deit.announce import announce, report
-from deit.config import Config, to_dict
+from deit.config import Config, derive, to_dict
 from deit.console import clock, is_main_process, progress, say
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
 from deit.disk import check_space, check_writable, finish_replacing, hold, write_json
 from deit.engine import Job, Tally, train_epoch
-from deit.environment import create_accelerator, describe
+from deit.environment import choose_linear, create_accelerator, describe
 from deit.errors import ConfigError, DataError, NumericsError, Stopped
 from deit.faults import reach
 from deit.interruption import STOPPING, Interruption
 from deit.metrics import agreement, topk_accuracy
-from deit.mishaps import fit_memory, understood, watch_numbers
+from deit.mishaps import NumberWatch, fit_memory, understood
 from deit.models.layers import depths_of, hold_still
+from deit.models.linear import use_onednn
 from deit.models.saved import build_student
 from deit.models.start import Found
 from deit.models.student import has_two_heads
@@ -78,6 +79,7 @@ def train(
         found = None if begun else found_start(config)
         config = as_begun(config, out) if begun else settled(config, found)
         accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
+        config = derive(config, run={"linear": choose_linear(config.run, accelerator)})
         faculty = Faculty(config)
         parts = _furnish(config, out, accelerator, faculty, found)
         environment = describe(accelerator, arguments or [])
@@ -126,7 +128,7 @@ def _begin(parts: Parts, environment: dict[str, Any], *, resume: bool) -> None:
     first = not (out / checkpoint.CONFIG).is_file()
     if resume and not first:
         restore(parts)
-        warn_of_another_machine(out, environment, parts.config.optim.accumulate)
+        warn_of_another_machine(out, environment, parts.config)
     parts.accelerator.wait_for_everyone()
     if parts.accelerator.is_main_process:
         name = checkpoint.ENVIRONMENT if first else checkpoint.RESUMED
@@ -151,6 +153,8 @@ def _furnish(
     notes = None if found is None else begin(student.network, found, config, facts)
     hold_still(student.network, config.optim.trained)
     student.still = config.optim.trained == "heads"
+    if config.run.linear == "onednn":
+        use_onednn(student)
     student = student.to(accelerator.device)
     _check_student(config, student)
     average = None
@@ -273,17 +277,19 @@ def _train_rest(parts: Parts, tally: Tally, interruption: Interruption) -> dict[
     )
     started, before = time.monotonic(), state.seconds
     interruption.begin()
+    watch = NumberWatch(parts)
     for update in train_epoch(_job(parts), batches, tally, step=state.step, steps=steps):
         state.step += 1
         state.samples_seen += config.optim.batch_size
         state.seconds = before + time.monotonic() - started
-        watch_numbers(parts, update)
+        watch(state.step, update)
         reach("update")
         ended = state.step == (epoch + 1) * steps
         every = config.run.save_every
         regular = ended or (every is not None and state.step % every == 0)
         signal = interruption.asked(now=ended)
         if regular or signal:
+            watch.settle()
             save(parts, tally, regular=regular)
         if signal in STOPPING:
             raise Stopped(signal)

@@ -37,6 +37,7 @@ RESUMABLE = (
     "teacher.source",  # and the same teacher by that of its weights
     "optim.accumulate",  # the batch stays
     "run.device",
+    "run.linear",
     "run.evaluation_batch",
     "run.save_every",
     "run.keep_checkpoints",
@@ -67,7 +68,7 @@ def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
     _guard(parts)
     student = accelerator.unwrap_model(parts.student)
     if parts.average is not None:
-        state.average_updates = parts.average.updates
+        state.average_updates = int(parts.average.updates)
     state.scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
 
     def fill(folder: Path) -> dict[str, Content]:
@@ -191,12 +192,17 @@ def read_state(folder: Path) -> State:
 
 
 def as_begun(config: Config, out: Path) -> Config:
-    """The configuration with the normalisation that the run in `out` took over from its start."""
-    saved = out / checkpoint.CONFIG
-    if config.start.source is None or config.views.mean is not None or not saved.is_file():
+    """The configuration with what the run in `out` settled when it began: the normalisation of its
+    start, and who computes linear layers (torch in runs that do not say)."""
+    if not (out / checkpoint.CONFIG).is_file():
         return config
-    before = load(saved).views
-    return derive(config, views={"mean": before.mean, "std": before.std})
+    before = load(out / checkpoint.CONFIG)
+    if config.start.source is not None and config.views.mean is None:
+        config = derive(config, views={"mean": before.views.mean, "std": before.views.std})
+    if config.run.linear == "auto":
+        known = "torch" if before.run.linear == "auto" else before.run.linear
+        config = derive(config, run={"linear": known})
+    return config
 
 
 def restore(parts: Parts) -> None:
@@ -231,7 +237,7 @@ def restore(parts: Parts) -> None:
     if parts.average is not None:
         weights = _finite(folder / AVERAGE)
         load_weights(parts.average.model.network, weights, origin=str(folder / AVERAGE))
-        parts.average.updates = state.average_updates
+        parts.average.updates.fill_(state.average_updates)
     if state.scaler is not None:
         parts.accelerator.scaler.load_state_dict(state.scaler)
     parts.state = state
@@ -376,7 +382,7 @@ class _Machine:
     packages: dict[str, str] = field(default_factory=dict)
 
 
-def warn_of_another_machine(out: Path, now: dict[str, Any], accumulate: int) -> None:
+def warn_of_another_machine(out: Path, now: dict[str, Any], config: Config) -> None:
     """Say where a run began on other ground: it goes on, but no longer to the bit.
 
     now: what deit.environment.describe returns.
@@ -389,8 +395,14 @@ def warn_of_another_machine(out: Path, now: dict[str, Any], accumulate: int) -> 
     except CheckpointError as error:
         warn(f"{error}; so whether it goes on to the bit is not known")
         return
-    cut = load(out / checkpoint.CONFIG).optim.accumulate
-    told = [] if cut == accumulate else [f"optim.accumulate {cut} before, {accumulate} now"]
+    begun = as_begun(load(out / checkpoint.CONFIG), out)
+    settings = {
+        "optim.accumulate": (begun.optim.accumulate, config.optim.accumulate),
+        "run.linear": (begun.run.linear, config.run.linear),
+    }
+    told = [
+        f"{name} {was} before, {is_} now" for name, (was, is_) in settings.items() if was != is_
+    ]
     told += [
         f"{name} {getattr(before, name)} before, {now[name]} now"
         for name in ("device_name", "processes", "threads", "precision")

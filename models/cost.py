@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from deit.models.linear import FLOPS
+
 _ROUNDS = 5
 _ROUND_S = 0.4
 
@@ -38,7 +40,7 @@ def cost_of(network: nn.Module, *, side: int, batch: int = 64) -> Cost:
     images = torch.rand(batch, 3, side, side, device=device)
     wanted = [one for one in network.parameters() if one.requires_grad]
     network.requires_grad_(False)  # the counter trips over parameters that modules hand on
-    with FlopCounterMode(display=False) as counted:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counted:
         network(images[:1])
     for one in wanted:
         one.requires_grad_(True)

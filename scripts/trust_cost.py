@@ -89,11 +89,11 @@ def bare(job: Job, batches: list[Batch]) -> Iterator[None]:
             losses = objective(outputs, batches[0].targets, None, job.loss, epoch=0.0)
             job.accelerator.backward(losses["total"])
         tally.add(losses, outputs, batches[0], None)
-        tally.settle(applied=True)
+        tally.settle(torch.tensor(True))
         set_lr(optimizer, lr_at(step, optim=job.optim, steps_per_epoch=10**6))
         optimizer.step()
         optimizer.zero_grad()
-        job.average.update(job.accelerator.unwrap_model(student))
+        job.average.update(job.accelerator.unwrap_model(student), applied=torch.tensor(True))
         yield
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from deit.config import LossConfig, OptimConfig, StudentConfig, ViewsConfig
 from deit.datasets.images import Images
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.views import Colours
-from deit.engine import Job, Tally, predict, train_epoch
+from deit.engine import Job, Tally, Update, predict, train_epoch
 from deit.errors import NumericsError
 from deit.losses import needs_logits
 from deit.models.saved import Facts, build_student
@@ -108,7 +109,7 @@ def train(job, data, epochs):
     for epoch in range(epochs):
         tally = Tally(job.accelerator, {})
         updates = list(train_epoch(job, data.epoch(epoch), tally, step=step, steps=steps))
-        assert [update.applied for update in updates] == [True] * steps
+        assert [bool(update.applied) for update in updates] == [True] * steps
         step += steps
     return tally.means()
 
@@ -285,12 +286,12 @@ def test_an_update_that_is_not_finite_moves_nothing(value, accumulate, clip_norm
     def everything():
         moments = [v for state in job.optimizer.state.values() for v in state.values()]
         tensors = [*job.student.parameters(), *job.average.model.parameters(), *moments]
-        return [one.detach().clone() for one in (*tensors, *tally.sums.values())]
+        return [one.detach().clone() for one in (*tensors, tally.sums)]
 
     before = everything()
     found = next(updates)
     assert not found.applied
-    assert len(found.suspects) == 16
+    assert len(found.suspects()) == 16
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
     assert all(one.grad is None for one in job.student.parameters())
     assert next(iter(train_epoch(job, data.epoch(1), tally, step=2, steps=2))).applied
@@ -304,7 +305,8 @@ def test_the_images_with_an_answer_that_is_not_finite_are_told_apart():
     logits = torch.zeros(16, CLASSES)
     logits[3, 1], logits[7] = float("nan"), float("inf")
     tally.add({"total": logits.sum()}, Outputs(logits), batch, None)
-    assert torch.equal(tally.settle(applied=False), batch.samples[[3, 7]])
+    no = torch.tensor(False)
+    assert torch.equal(Update(no, tally.settle(no)).suspects(), batch.samples[[3, 7]])
     assert tally.means()["loss"] != tally.means()["loss"]  # nothing was counted
 
 
@@ -315,7 +317,7 @@ def test_sums_go_on_where_they_were_and_to_other_processes():
     for index, batch in enumerate(data.epoch(0)):
         for tally in (whole, first):
             tally.add({"total": logits.sum() / 3}, Outputs(logits), batch, None)
-            tally.settle(applied=True)
+            tally.settle(torch.tensor(True))
         if index == 0:
             first = Tally(job.accelerator, json.loads(json.dumps(first.dump())))
     assert first.means() == whole.means()
@@ -327,18 +329,46 @@ def test_fp16_without_a_scale_left_stops():
     """After endless infinities the scale is 0, and good gradients would become NaN."""
     from types import SimpleNamespace
 
-    from deit.engine import Update
-    from deit.mishaps import watch_numbers
+    from deit.mishaps import NumberWatch
     from deit.parts import State
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     scaler.scale(torch.ones(()))
-    accelerator = SimpleNamespace(scaler=scaler)
+    accelerator = SimpleNamespace(scaler=scaler, device=torch.device("cpu"))
     run = SimpleNamespace(max_skipped=10)
     parts = SimpleNamespace(state=State(), accelerator=accelerator, config=SimpleNamespace(run=run))
-    skipped = Update(applied=False, suspects=torch.zeros(0, dtype=torch.long))
-    watch_numbers(parts, skipped)  # a scale of 2: it is still looking for one
+    skipped, watch = Update(torch.tensor(False), []), NumberWatch(parts)
+    watch(1, skipped)  # a scale of 2: it is still looking for one
     scaler.update(0.5)
-    with pytest.raises(NumericsError, match="overflow fp16 at any scale"):
-        watch_numbers(parts, skipped)
+    with pytest.raises(NumericsError, match="update 2: gradients overflow fp16 at any scale"):
+        watch(2, skipped)
     assert parts.state.skipped == 2
+
+
+def test_what_the_device_decides_is_looked_at_some_updates_later():
+    """Always the same number of them, so that several processes stop at the same update."""
+    from types import SimpleNamespace
+
+    from deit.mishaps import NumberWatch
+    from deit.parts import State
+
+    parts = SimpleNamespace(
+        state=State(),
+        accelerator=SimpleNamespace(scaler=None, device=torch.device("cpu"), process_index=0),
+        config=SimpleNamespace(run=SimpleNamespace(max_skipped=2)),
+        splits=SimpleNamespace(train=SimpleNamespace(name="image {}".format)),
+        out=Path("nowhere"),
+    )
+    watch = NumberWatch(parts)
+    watch.behind = 3
+    heard = [(torch.tensor([4, 9]), torch.zeros(2, 3))]
+    good, bad = Update(torch.tensor(True), heard), Update(torch.tensor(False), heard)
+    for step, update in enumerate((good, bad, bad, good, good), start=1):
+        if step < 5:
+            watch(step, update)
+            assert parts.state.skipped == 0
+        else:
+            watch(step, update)
+            assert parts.state.skipped == 1
+    with pytest.raises(NumericsError, match=r"update 3: .* from update 2 on; its images: image 4"):
+        watch.settle()

@@ -72,6 +72,7 @@ PLAN = {
     "deit.models.student": network(),
     "deit.models.weights": network(),
     "deit.models.rednet": place(1, "torch einops"),
+    "deit.models.linear": place(1, "torch"),
     "deit.models.networks": network("rednet small_convnet"),
     "deit.models.saved": network("networks student weights"),
     "deit.models.positions": place(1, "torch einops"),
@@ -82,7 +83,7 @@ PLAN = {
         1, "torch transformers", "deit.models.networks deit.models.saved"
     ),
     "deit.models.attention": place(1, "torch timm einops"),
-    "deit.models.cost": place(1, "torch"),
+    "deit.models.cost": place(1, "torch", "deit.models.linear"),
     "deit.models.teachers": network("networks saved student weights"),
     "deit.datasets.images": image(),
     "deit.datasets.decoding": image("images"),
@@ -151,7 +152,11 @@ PLAN = {
     "scripts.faults": place(11),
     "scripts.two_hosts": place(11),
     "scripts.initialisation": place(11, "torch einops"),
-    "scripts.benchmark": place(11, "torch numpy PIL sklearn timm"),
+    "scripts.turns": place(9, "numpy PIL sklearn"),
+    "scripts.benchmark_data": place(10, "torch numpy PIL timm"),
+    "scripts.benchmark_targets": place(10, "torch PIL"),
+    "scripts.benchmark_train": place(10, "torch PIL timm"),
+    "scripts.benchmark": place(11, "torch"),
 }
 
 

@@ -87,9 +87,9 @@ def test_optimizer_updates_as_the_adamw_formula():
 
 
 def test_average_decay_warms_up_to_its_horizon():
-    assert average_decay(0, horizon=1000) == pytest.approx(0.1)
-    assert average_decay(90, horizon=1000) == pytest.approx(0.91)
-    assert average_decay(10**6, horizon=1000) == pytest.approx(math.exp(-1 / 1000))
+    for updates, decay in ((0, 0.1), (90, 0.91), (10**6, math.exp(-1 / 1000))):
+        found = average_decay(torch.tensor(float(updates)), horizon=1000)
+        assert found.item() == pytest.approx(decay)
 
 
 def test_weight_average_by_hand_and_buffers_follow():
@@ -98,9 +98,13 @@ def test_weight_average_by_hand_and_buffers_follow():
     start = model[0].weight.item()
     model[0].weight.data.fill_(5.0)
     model[1].num_batches_tracked.fill_(7)
-    average.update(model)
+    yes, no = torch.tensor(True), torch.tensor(False)
+    average.update(model, applied=yes)
     assert average.model[0].weight.item() == pytest.approx(0.1 * start + 0.9 * 5.0)
-    average.update(model)
+    average.update(model, applied=no)
+    assert average.model[0].weight.item() == pytest.approx(0.1 * start + 0.9 * 5.0)
+    assert average.updates == 1
+    average.update(model, applied=yes)
     second = 2 / 11 * (0.1 * start + 0.9 * 5.0) + 9 / 11 * 5.0
     assert average.model[0].weight.item() == pytest.approx(second)
     assert average.model[1].num_batches_tracked == 7

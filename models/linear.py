@@ -1,0 +1,106 @@
+"""Linear layers by oneDNN, for processors on which PyTorch's own matrix products are slow."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+_FASTER = 1.3  # from this ratio on: far from what a busy moment makes of equal ones
+_TRIES = 7
+
+
+def available() -> bool:
+    """Whether this build of PyTorch has what these layers are made of."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def pays(width: int = 96) -> bool:
+    """Whether a layer of this width is clearly faster so, here and now: some 20 ms of measuring.
+
+    MKL, which PyTorch's own products come from, does not use the wide registers of processors that
+    are not Intel's: there oneDNN's take less than half the time. Elsewhere both take the same.
+    """
+    if not available():
+        return False
+    inputs, weight, bias = torch.randn(4096, width), torch.randn(3 * width, width), torch.zeros(1)
+    bias = bias.expand(3 * width).contiguous()
+    best = dict.fromkeys((linear, _product), float("inf"))
+    for _ in range(_TRIES):
+        for product in best:
+            started = time.perf_counter()
+            product(inputs, weight, bias)
+            # The shortest: what else the machine does only ever makes it longer.
+            best[product] = min(best[product], time.perf_counter() - started)
+    return best[linear] > _FASTER * best[_product]
+
+
+FLOPS: dict[Any, Callable[..., int]] = {}
+"""How torch's counter of operations counts these layers."""
+if available():
+
+    def _flops(rows: torch.Size, weight: torch.Size, *rest: Any, **more: Any) -> int:
+        return 2 * rows[0] * rows[1] * weight[0]
+
+    FLOPS[torch.ops.mkldnn._linear_pointwise] = _flops
+
+
+def use_onednn(network: nn.Module) -> None:
+    """Let a network's linear layers be computed by oneDNN on the CPU, in float32.
+
+    Names, weights and what is saved stay as they are; the last bits of the results do not.
+    """
+    for layer in network.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = OneDNNLinear
+
+
+class OneDNNLinear(nn.Linear):
+    """A linear layer whose products, forward and backward, are oneDNN's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: float [..., in_features]. What is not float32 on the CPU goes PyTorch's way."""
+        plain = input.dtype == self.weight.dtype == torch.float32 and input.device.type == "cpu"
+        if not plain or torch.is_autocast_enabled("cpu") or not input.numel():
+            return super().forward(input)
+        return _Linear.apply(input, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = _rows(inputs)
+        ctx.save_for_backward(rows, weight)
+        ctx.shape = inputs.shape
+        return _product(rows, weight, bias).view(*inputs.shape[:-1], len(weight))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        gradient = _rows(gradient)
+        of_inputs = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_inputs = _product(gradient, weight.t(), None).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            # oneDNN is faster where the longer side of the product is its last.
+            if weight.shape[0] > weight.shape[1]:
+                of_weight = _product(rows.t(), gradient.t(), None).t().contiguous()
+            else:
+                of_weight = _product(gradient.t(), rows.t(), None)
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum(dim=0)
+        return of_inputs, of_weight, of_bias
+
+
+def _rows(values: Tensor) -> Tensor:
+    """[number, features], one behind the other: for expanded gradients, of a mean for instance,
+    oneDNN has nothing but a slow reference."""
+    return values.reshape(-1, values.shape[-1]).contiguous()
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows [number, in] times the transpose of weight [out, in], plus bias [out]."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")

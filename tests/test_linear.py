@@ -1,0 +1,141 @@
+"""Linear layers by oneDNN: the same products, gradients and names as PyTorch's own."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from deit.config import StudentConfig
+from deit.models import linear
+from deit.models.linear import OneDNNLinear, use_onednn
+from deit.models.networks import create_network
+
+pytestmark = pytest.mark.skipif(not linear.available(), reason="no oneDNN in this PyTorch")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 17), (17, 5), (8, 8), (1, 3)])
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (4, 1, 2)])
+def test_values_and_gradients_are_those_of_torch(shape, inputs, outputs, bias):
+    """In float64 by torch, to the precision of float32."""
+    torch.manual_seed(0)
+    ours = nn.Linear(inputs, outputs, bias=bias)
+    theirs = copy.deepcopy(ours).double()
+    use_onednn(ours)
+    assert type(ours) is OneDNNLinear
+    mine = torch.randn(*shape, inputs, requires_grad=True)
+    other = mine.detach().double().requires_grad_()
+    out, expected = ours(mine), theirs(other)
+    assert torch.allclose(out.double(), expected, atol=1e-5)
+    seed = torch.randn_like(out)
+    out.backward(seed)
+    expected.backward(seed.double())
+    pairs = [(mine, other), *zip(ours.parameters(), theirs.parameters())]
+    for one, reference in pairs:
+        assert torch.allclose(one.grad.double(), reference.grad, atol=1e-4)
+        assert one.grad.is_contiguous()
+
+
+def test_inputs_that_lie_strangely_in_memory():
+    layer, plain = nn.Linear(6, 4), nn.Linear(6, 4)
+    plain.load_state_dict(layer.state_dict())
+    use_onednn(layer)
+    images = torch.randn(6, 5, 3).permute(1, 2, 0)
+    spread = torch.randn(3, 12)[:, ::2]
+    for inputs in (images, spread, torch.randn(1, 6).expand(4, 6), torch.randn(0, 6)):
+        assert torch.allclose(layer(inputs), plain(inputs), atol=1e-6)
+        layer(inputs).sum().backward()
+        plain(inputs).sum().backward()
+    assert torch.allclose(layer.weight.grad, plain.weight.grad, atol=1e-5)
+
+
+def test_only_the_gradients_that_are_asked_for():
+    layer = nn.Linear(3, 2).requires_grad_(False)
+    use_onednn(layer)
+    inputs = torch.randn(4, 3, requires_grad=True)
+    layer(inputs).sum().backward()
+    assert inputs.grad is not None
+    assert layer.weight.grad is None
+    layer.bias.requires_grad_(True)
+    layer(torch.randn(4, 3)).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is not None
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_other_precisions_go_the_way_of_torch(kind):
+    layer = nn.Linear(3, 2).to(kind)
+    use_onednn(layer)
+    inputs = torch.randn(4, 3).to(kind)
+    assert torch.equal(layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias))
+
+
+def test_under_autocast_it_is_autocast():
+    layer = nn.Linear(3, 2)
+    use_onednn(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(4, 3)).dtype == torch.bfloat16
+
+
+def test_a_network_keeps_its_names_and_its_answers():
+    torch.manual_seed(0)
+    plain = create_network(StudentConfig(name="deit_micro", depth=2, embed_dim=24), 10).eval()
+    ours = copy.deepcopy(plain)
+    use_onednn(ours)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    assert sum(type(layer) is OneDNNLinear for layer in ours.modules()) == 2 * 4 + 2
+    images = torch.rand(3, 3, 32, 32)
+    for one, other in zip(ours.forward_features(images), plain.forward_features(images)):
+        assert torch.allclose(one, other, atol=1e-5)
+    copied = copy.deepcopy(ours)
+    assert torch.equal(copied.forward_features(images), ours.forward_features(images))
+
+
+def test_its_arithmetic_is_counted():
+    plain = create_network(StudentConfig(name="deit_micro", depth=2, embed_dim=24), 10)
+    ours = copy.deepcopy(plain)
+    use_onednn(ours)
+    counts = []
+    for network in (plain, ours):
+        with FlopCounterMode(display=False, custom_mapping=linear.FLOPS) as counted:
+            network.train()(torch.rand(2, 3, 32, 32))[0].sum().backward()
+        counts.append(counted.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_the_same_product_twice_is_the_same_to_the_bit():
+    """Exact resume stands on it."""
+    layer = nn.Linear(96, 288)
+    use_onednn(layer)
+    inputs = torch.randn(128 * 66, 96)
+    found = []
+    for _ in range(2):
+        layer.zero_grad()
+        out = layer(inputs)
+        out.sum().backward()
+        found.append((out.detach(), layer.weight.grad.clone()))
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
+def test_it_pays_where_it_is_much_faster(monkeypatch):
+    """On a clock of our own."""
+    now = [0.0]
+    took = {"torch": 2.0, "onednn": 1.0}
+
+    def product(name):
+        def run(*arguments):
+            now[0] += took[name]
+
+        return run
+
+    monkeypatch.setattr(linear.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(linear, "linear", product("torch"))
+    monkeypatch.setattr(linear, "_product", product("onednn"))
+    assert linear.pays()
+    took["torch"] = 1.2
+    assert not linear.pays()
+    monkeypatch.setattr(linear, "available", lambda: False)
+    took["torch"] = 9.0
+    assert not linear.pays()
