@@ -1,0 +1,123 @@
+"""What stored targets cost beside no teacher at all: the rows of `benchmark.py targets`."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from deit.config import Config, StudentConfig, derive
+from deit.datasets.splits import load_splits
+from deit.engine import Job, Tally, train_epoch
+from deit.environment import create_accelerator
+from deit.models.networks import create_network
+from deit.models.saved import build_student
+from deit.optim import build_optimizer
+from deit.preparation import chorus, facts_of, loader_of, teachers_of
+from deit.presets import OBJECTIVES
+from deit.recipes import cifar10_micro
+from deit.stored import answer_to
+from deit.target_writer import recorded, write_targets
+from deit.targets import Layout
+from deit.teaching import Faculty
+from scripts.turns import Case, photographs, run_cases
+
+_NUMBER = 2048  # images
+
+
+def target_config(folder: Path, student: str) -> Config:
+    """CIFAR-10's shape and recipe on scikit-learn's photographs, in class folders."""
+    root = folder / "pictures"
+    if not root.exists():
+        for index, array in enumerate(photographs(_NUMBER, 32)):
+            place = root / f"class {index % 10}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(place / f"{index:05d}.png")
+    return derive(
+        cifar10_micro(),
+        data={"source": "folder", "root": str(root), "test_fraction": 0.05},
+        student={"name": student},
+        teacher={"source": (f"{Path(__file__)}:regnet",), "allow_weak": True},
+        optim={"epochs": 4},
+        run={"device": "cpu"},
+    )
+
+
+def regnet() -> torch.nn.Module:
+    """A teacher of CIFAR's size with random weights: its answers do not matter here."""
+    torch.manual_seed(0)
+    return create_network(StudentConfig(name="regnety_002_small_stem", image_size=32), 10)
+
+
+def stored_case(name: str, student: str, folder: Path) -> Case:
+    """Training with stored hard targets beside training without any teacher."""
+    config = target_config(folder, student)
+    store = folder / f"store-{student}"
+    write_targets(config, store)
+    taught = derive(config, teacher={"source": (), "targets": (str(store),)})
+    alone = dataclasses.replace(config, loss=OBJECTIVES["none"])
+    return Case(name, lambda: trained(taught), lambda: trained(alone), "no teacher at all")
+
+
+def trained(config: Config) -> Iterator[int]:
+    """Training steps as a run takes them, one after the other."""
+    faculty = Faculty(config)
+    accelerator = create_accelerator(config.run)
+    splits = load_splits(config.data)
+    loader, panel = faculty.load(splits, accelerator)
+    faculty.check(splits, accelerator, loader)
+    student = build_student(facts_of(config, splits))
+    optimizer = build_optimizer(student, config.optim)
+    student, optimizer = accelerator.prepare(student, optimizer)
+    job = Job(accelerator, student, panel, optimizer, None, config.loss, config.optim, 0)
+    for epoch in range(10**9):
+        batches = loader.epoch(epoch % config.optim.epochs)
+        for _ in train_epoch(job, batches, Tally(accelerator, {}), step=0, steps=10**6):
+            yield config.optim.batch_size
+
+
+def writing_case(name: str, folder: Path) -> Case:
+    """Writing targets beside the teacher's bare forward pass on a batch that is there already."""
+    config = target_config(folder, "deit_micro")
+    splits = load_splits(config.data)
+    accelerator = create_accelerator(config.run)
+    (teacher,) = teachers_of(config, splits, accelerator)
+    loader = loader_of(config, splits, accelerator, teacher_size=None, alone=True)
+
+    def written() -> Iterator[int]:
+        answer = answer_to(config, loader, chorus(config, splits, [teacher], accelerator))
+        layout = Layout("hard", 10, config.optim.epochs, loader.places, False)
+        for unit in range(10**9):
+            for epoch, first, last in layout.stretches(unit % layout.units):
+                places = torch.arange(first, last)
+                for shown in loader.shown(epoch, places, block=config.run.evaluation_batch):
+                    recorded(layout, shown, answer(shown))
+                    yield len(shown.places)
+
+    def bare() -> Iterator[int]:
+        block = config.run.evaluation_batch
+        shown = next(loader.shown(0, torch.arange(block), block=block))
+        while True:
+            teacher(shown.images)
+            yield block
+
+    return Case(name, written, bare, "the teacher's forward pass")
+
+
+def targets(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]:
+    """The rows of `benchmark.py targets` whose name holds the wanted text."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        cases: dict[str, Callable[[str], Case]] = {
+            "training deit_micro with stored hard targets": lambda name: stored_case(
+                name, "deit_micro", place
+            ),
+            "training deit_tiny with stored hard targets": lambda name: stored_case(
+                name, "deit_tiny", place
+            ),
+            "writing targets of RegNetY-200MF": lambda name: writing_case(name, place),
+        }
+        return run_cases(cases, rounds, seconds, wanted)

@@ -1,0 +1,390 @@
+"""Our training beside one made of timm's own parts: the rows of `benchmark.py train`.
+
+timm's side is its TokenDistillationTask, its loader and its optimizer factory, called in the order
+of its train script, and read as that script does: the loss at every update. Once as it comes, once
+with its best settings for the machine. Both sides start from the same weights and see the same
+sizes, batches and kinds of views; the loss of the first step must be the same.
+"""
+
+import dataclasses
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from deit.config import Config, ViewsConfig, derive
+from deit.console import say
+from deit.datasets.splits import load_splits
+from deit.engine import Job, Tally, train_epoch
+from deit.environment import choose_linear, create_accelerator
+from deit.losses import objective
+from deit.models.cost import cost_of
+from deit.models.linear import use_onednn
+from deit.models.saved import build_student
+from deit.optim import build_optimizer
+from deit.preparation import facts_of
+from deit.presets import OBJECTIVES
+from deit.recipes import cifar10_micro
+from deit.records import Batch
+from deit.target_writer import write_targets
+from deit.teaching import Faculty
+from scripts.turns import Case, photographs, rate
+
+NUMBER = 6400  # images: fifty updates an epoch
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+VIEWS = ViewsConfig(
+    crop="random_resized",
+    crop_scale=(0.8, 1.0),
+    flip=0.5,
+    policy="randaugment",
+    erasing=0.25,
+    mixup_alpha=0.8,
+    cutmix_alpha=1.0,
+    mean=MEAN,
+    std=STD,
+)
+_SAME_LOSS = 1e-3
+
+
+def teacher() -> nn.Module:
+    """ResNet-18 with random weights: how it answers does not matter for the speed."""
+    torch.manual_seed(0)
+    network = timm.create_model("resnet18", num_classes=10)
+    network.pretrained_cfg.update(mean=MEAN, std=STD)
+    return network.eval()
+
+
+def configuration(folder: Path, *, student: str, batch: int, device: str) -> Config:
+    """CIFAR-10's shape and DeiT's augmentation, on scikit-learn's photographs in class folders."""
+    root = folder / "pictures"
+    if not root.exists():
+        for index, array in enumerate(photographs(NUMBER, 32)):
+            place = root / "train" / f"class {index % 10}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(place / f"{index:05d}.png")
+            if index < 320:
+                place = root / "validation" / f"class {index % 10}"
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(place / f"{index:05d}.png")
+    return derive(
+        cifar10_micro(),
+        data={"source": "folder", "root": str(root)},
+        views=VIEWS,
+        student={"name": student, "drop_path": 0.1, "initialisation": "timm"},
+        teacher={
+            "source": (f"{Path(__file__)}:teacher",),
+            "allow_weak": True,
+            "mean": MEAN,
+            "std": STD,
+        },
+        loss=OBJECTIVES["deit-hard"],
+        optim={"epochs": 2, "batch_size": batch, "weight_decay": 0.05},
+        run={"device": device},
+    )
+
+
+class Ours(NamedTuple):
+    """What a run of ours trains with."""
+
+    job: Job
+    batches: Callable[[], Iterator[Batch]]
+    steps: int
+
+
+def our_side(config: Config) -> Ours:
+    """The parts of a run, built as `deit train` builds them."""
+    accelerator = create_accelerator(config.run)
+    faculty = Faculty(config)
+    splits = load_splits(config.data)
+    loader, panel = faculty.load(splits, accelerator)
+    torch.manual_seed(0)
+    student = build_student(facts_of(config, splits))
+    if choose_linear(config.run, accelerator) == "onednn":
+        use_onednn(student)
+    student = student.to(accelerator.device)
+    optimizer = build_optimizer(student, config.optim)
+    student, optimizer = accelerator.prepare(student, optimizer)
+    job = Job(accelerator, student, panel, optimizer, None, config.loss, config.optim, 0)
+
+    def endless() -> Iterator[Batch]:
+        for epoch in range(10**9):
+            yield from loader.epoch(epoch % config.optim.epochs)
+
+    return Ours(job, endless, loader.steps_per_epoch)
+
+
+def ours(config: Config, *, resident: bool) -> Iterator[int]:
+    """Updates of ours, the images of each. resident: always on the same batch."""
+    side = our_side(config)
+    batches = side.batches()
+    if resident:
+        batch = next(batches)
+        batches = (batch for _ in range(10**9))
+    tally = Tally(side.job.accelerator, {})
+    for update in train_epoch(side.job, batches, tally, step=0, steps=side.steps):
+        assert bool(update.applied)
+        yield config.optim.batch_size
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """What timm's loader reads: Pillow images from memory."""
+
+    def __init__(self, arrays: Any) -> None:
+        self.arrays = arrays
+        self.transform: Callable | None = None
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(Image.fromarray(self.arrays[index])), index % 10
+
+
+def timm_loader(config: Config) -> Any:
+    """timm's loader with its collation of mixed batches, one worker."""
+    from timm.data import FastCollateMixup, auto_augment, create_loader
+
+    # Pillow 13 refuses to keep 0 bits, which timm asks for at magnitude 10: at least 1, as ours.
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **settings: (
+        auto_augment.posterize(image, max(bits, 1), **settings)
+    )
+    views, device = config.views, torch.device(config.run.device)
+    return create_loader(
+        _Pictures(photographs(NUMBER, 32)),
+        input_size=(3, 32, 32),
+        batch_size=config.optim.batch_size,
+        is_training=True,
+        use_prefetcher=True,
+        re_prob=views.erasing,
+        re_mode="pixel",
+        scale=views.crop_scale,
+        hflip=views.flip,
+        color_jitter=None,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation=views.interpolation,
+        mean=MEAN,
+        std=STD,
+        num_workers=_workers(config),
+        collate_fn=FastCollateMixup(
+            mixup_alpha=views.mixup_alpha,
+            cutmix_alpha=views.cutmix_alpha,
+            label_smoothing=config.loss.label_smoothing,
+            num_classes=10,
+        ),
+        pin_memory=device.type == "cuda",
+        device=device,
+        persistent_workers=True,
+    )
+
+
+def _workers(config: Config) -> int:
+    return 16 if config.run.device == "cuda" else 1
+
+
+class Theirs(NamedTuple):
+    """What timm's train script trains with. autocast: whether forward passes are in bf16."""
+
+    task: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    autocast: bool
+
+
+def timm_side(config: Config, *, best: bool) -> Theirs:
+    """timm's parts, with the weights our student starts from. best: with the settings that are
+    fastest for it on this kind of machine, else as they come."""
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.task import TokenDistillationTask
+
+    device = torch.device(config.run.device)
+    splits = load_splits(config.data)
+    torch.manual_seed(0)
+    own = build_student(facts_of(config, splits)).network
+    width, depth = own.embed_dim, len(own.blocks)
+    model = timm.create_model(
+        "deit_tiny_distilled_patch16_224",
+        num_classes=10,
+        img_size=32,
+        patch_size=4,
+        embed_dim=width,
+        depth=depth,
+        num_heads=own.blocks[0].attn.num_heads,
+        drop_path_rate=config.student.drop_path,
+    )
+    model.load_state_dict(own.state_dict())
+    model.pretrained_cfg.update(mean=MEAN, std=STD)
+    model.to(device)
+    task = TokenDistillationTask(
+        model,
+        teacher_model=teacher().to(device),
+        criterion=SoftTargetCrossEntropy(),
+        distill_type="hard",
+        task_loss_weight=0.5,
+        device=device,
+        verbose=False,
+    )
+    optimizer = create_optimizer_v2(
+        model, opt="adamw", lr=1e-4, weight_decay=0.05, **({"fused": True} if best else {})
+    )
+    if best and device.type == "cuda":
+        task.compile()
+    return Theirs(task, optimizer, device, device.type == "cuda")
+
+
+def theirs(config: Config, *, best: bool, resident: bool, alone: bool = False) -> Iterator[int]:
+    """Updates of timm's, the images of each. alone: the student's own, on labels."""
+    side = timm_side(config, best=best)
+    batches: Iterator[tuple[Tensor, Tensor]] = _endless(timm_loader(config))
+    if resident:
+        batch = next(batches)
+        batches = (batch for _ in range(10**9))
+    side.task.train()
+    for images, targets in batches:
+        with torch.autocast(side.device.type, torch.bfloat16, enabled=side.autocast):
+            if alone:
+                found = sum(side.task.trainable_module(images)) / 2
+                loss = side.task.criterion(found, targets)
+            else:
+                loss = side.task(images, targets)["loss"]
+        loss.backward()
+        side.optimizer.step()
+        loss.item()  # its loop adds up the loss of every update
+        side.optimizer.zero_grad()
+        yield len(images)
+
+
+def _endless(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from loader
+
+
+def first_losses(config: Config) -> tuple[float, float]:
+    """The loss of the first step of either side, on one batch of ours, without drop path."""
+    config = derive(config, student={"drop_path": 0.0})
+    side = our_side(config)
+    batch = next(side.batches())
+    job = side.job
+    job.student.train()
+    losses = objective(job.student(batch.images), batch.targets, job.teach(batch), job.loss)
+    task = timm_side(config, best=False).task.train()
+    mean, std = (torch.tensor(v, device=batch.images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    smoothed = batch.targets * (1 - job.loss.label_smoothing) + job.loss.label_smoothing / 10
+    return losses["total"].item(), task((batch.images - mean) / std, smoothed)["loss"].item()
+
+
+def train(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]:
+    """The rows of `benchmark.py train` whose name holds the wanted text."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student, batch = ("deit_tiny", 1024) if device == "cuda" else ("deit_micro", 128)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = configuration(folder, student=student, batch=batch, device=device)
+        mine, other = first_losses(config)
+        if abs(mine - other) > _SAME_LOSS:
+            raise SystemExit(f"the sides do not compute the same: {mine:.5f}, {other:.5f}")
+        say(f"loss of the first step: ours {mine:.5f}, timm's {other:.5f}")
+        alone = dataclasses.replace(config, loss=OBJECTIVES["none"])
+        store = folder / "store"
+
+        def stored() -> Config:
+            if not store.exists():
+                write_targets(config, store)
+            return derive(config, teacher={"source": (), "targets": (str(store),)})
+
+        what = f"{student} 32 px, batch {batch}"
+        step, whole = "step on one batch", "end to end"
+        best, plain = "timm, best settings", "timm, as it comes"
+        rows: list[tuple[str, str, Callable[[], Iterator[int]], Callable[[], Iterator[int]]]] = []
+        for peer, fast in ((best, True), (plain, False)):
+            rows += [
+                (
+                    f"{what}: {step}, no teacher",
+                    peer,
+                    partial(ours, alone, resident=True),
+                    partial(theirs, config, best=fast, resident=True, alone=True),
+                ),
+                (
+                    f"{what}: {step}, ResNet-18",
+                    peer,
+                    partial(ours, config, resident=True),
+                    partial(theirs, config, best=fast, resident=True),
+                ),
+                (
+                    f"{what}: {whole}, ResNet-18 online",
+                    peer,
+                    partial(ours, config, resident=False),
+                    partial(theirs, config, best=fast, resident=False),
+                ),
+                (
+                    f"{what}: {whole}, its answers stored",
+                    peer,
+                    lambda: ours(stored(), resident=False),
+                    partial(theirs, config, best=fast, resident=False),
+                ),
+            ]
+        flops = 3 * 2e9 * _gmacs(config)
+        found = []
+        rows = [row for row in rows if wanted in row[0]]
+        for number, (name, peer, one, another) in enumerate(rows, start=1):
+            row = _measured(Case(name, one, another, peer), rounds, seconds)
+            row |= {"gflop_of_an_image": flops / 1e9, "student_gflop_s": row["ours_images_per_s"]}
+            row["student_gflop_s"] *= flops / 1e9
+            found.append(row)
+            say(
+                f"{number}/{len(rows)} {name}: {row['ours_images_per_s']:.0f} images/s, {peer} "
+                f"{row['peer_images_per_s']:.0f}, ratio {row['ratio']:.2f}"
+            )
+        return found
+
+
+def _gmacs(config: Config) -> float:
+    student = build_student(facts_of(config, load_splits(config.data)))
+    return cost_of(student, side=config.student.image_size, batch=2).gmacs
+
+
+def _measured(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+    """Both sides in turns; what the first update of each took, with all that is built for it."""
+    starts, sides = [], []
+    for make in (case.ours, case.theirs):
+        began = time.perf_counter()
+        side = make()
+        next(side)
+        starts.append(time.perf_counter() - began)
+        sides.append(side)
+    pairs = []
+    for _ in range(rounds):
+        turns = []
+        for side in sides:
+            for _ in range(_AHEAD):  # what workers made while the other side was measured
+                next(side)
+            turns.append(rate(side, seconds))
+        pairs.append(turns)
+    ratios = [one / other for one, other in pairs]
+    medians = [statistics.median(values) for values in zip(*pairs)]
+    del sides
+    gc.collect()
+    return {
+        "name": case.name,
+        "peer": case.peer,
+        "ours_images_per_s": medians[0],
+        "peer_images_per_s": medians[1],
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "ours_first_update_s": starts[0],
+        "peer_first_update_s": starts[1],
+        "n": rounds,
+    }
+
+
+_AHEAD = 3  # batches
