@@ -369,6 +369,13 @@ def _check_optim(config: Config) -> list[Problem]:
     return found
 
 
+def _check_run(config: Config) -> list[Problem]:
+    run = config.run
+    if run.linear == "onednn" and run.compile != "none":
+        return [Problem("run.linear", run.linear, "is not for compiled networks; leave it at auto")]
+    return []
+
+
 CHECKS = {
     _check_data: {"data"},
     _check_student: {"student"},
@@ -379,6 +386,7 @@ CHECKS = {
     _check_views: {"views"},
     _check_teacher_view: {"views", "teacher", "loss"},
     _check_optim: {"optim", "views", "loss"},
+    _check_run: {"run"},
 }
 """What single fields cannot say, and the sections each check reads."""
 

@@ -91,6 +91,7 @@ Kind = Literal["hard", "soft", "cross_entropy", "dkd", "none"]
 Through = Literal["distillation", "class", "all"]
 Combine = Literal["probabilities", "logits", "tokens"]
 Kernel = Literal["deit", "timm"]
+Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
 Linear = Literal["auto", "torch", "onednn"]
 Trained = Literal["all", "heads", "attention"]
 
@@ -360,6 +361,11 @@ class RunConfig:
     linear: Linear = "auto"
     """Who computes the student's linear layers on a CPU in fp32: torch, or oneDNN called directly.
     auto: the faster by far as the run begins, else torch; a resumed run keeps to it."""
+    compile: Compile = "none"
+    """Mode of torch.compile for student and teachers: default fuses; reduce-overhead also records
+    CUDA graphs, which pays with small batches; max-autotune tries kernels first. none: eager."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """bf16: processes exchange their gradients in half the bytes, rounded to bfloat16."""
     evaluate_every: Count = 1
     """Epochs between evaluations on the validation split; the last epoch always counts."""
     evaluation_batch: Count = 256

@@ -23,7 +23,8 @@ class Job(NamedTuple):
     """What a training epoch works with.
 
     student: prepared by Accelerate. teach: what the teachers say of a batch; None without any.
-    optimizer: prepared. average: of the unwrapped student; None if it is off.
+    optimizer: prepared. average: of the unwrapped student; None if it is off. graphs: whether
+    student and teachers are recorded as CUDA graphs.
     """
 
     accelerator: Accelerator
@@ -34,6 +35,7 @@ class Job(NamedTuple):
     loss: LossConfig
     optim: OptimConfig
     seed: int
+    graphs: bool = False
 
 
 class Update(NamedTuple):
@@ -66,6 +68,8 @@ def train_epoch(
     before = [one.clone() for one in statistics]
     for part, batch in enumerate(batches):
         seed_torch(job, step, part)
+        if job.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with accelerator.accumulate(student):
             outputs = student(batch.images)
             answers = None if job.teach is None else job.teach(batch)
@@ -165,7 +169,8 @@ class Tally:
             self.names = tuple(found)
             self.sums = self.sums.new_zeros(len(found))
         self._pending.append(torch.stack([found[name].double() for name in self.names]))
-        self._heard.append((batch.samples, heads["class"]))
+        # A copy: a CUDA graph's answers are gone with the next ones.
+        self._heard.append((batch.samples, heads["class"].clone()))
 
     def settle(self, applied: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Count the update's micro-batches, unless it was not applied (a bool scalar); their images

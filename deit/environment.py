@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+from torch import nn
 
 import deit
 from deit.config import RunConfig
@@ -67,7 +73,21 @@ def create_accelerator(run: RunConfig, *, accumulate: int = 1) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=accumulate, sync_with_dataloader=False
         ),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout)),
+            _exchange_of_gradients(run),
+        ],
+    )
+
+
+def _exchange_of_gradients(run: RunConfig) -> DistributedDataParallelKwargs:
+    """In pieces of 4 MiB, so that the exchange begins while gradients are still computed: the 21 MB
+    of a DeiT-Ti would be one piece by default. And without a copy: gradients lie in the pieces."""
+    hooks = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
+    return DistributedDataParallelKwargs(
+        bucket_cap_mb=4,
+        gradient_as_bucket_view=True,
+        comm_hook=hooks[run.gradient_compression],
     )
 
 
@@ -80,11 +100,24 @@ def choose_linear(run: RunConfig, accelerator: Accelerator) -> str:
         raise EnvironmentFault("run.linear = 'onednn': this PyTorch has no oneDNN; use torch")
     if run.linear != "auto":
         return run.linear
-    if accelerator.device.type != "cpu" or accelerator.mixed_precision != "no":
+    fp32_on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
+    if not fp32_on_cpu or run.compile != "none":
         return "torch"
     measured = accelerator.is_main_process and linear.pays()
     faster = accelerator.reduce(torch.tensor(float(measured)), reduction="sum").item() > 0
     return "onednn" if faster else "torch"
+
+
+def compiled(network: nn.Module, mode: str) -> None:
+    """Let torch compile a network's forward and backward pass at its first call, in a mode of
+    run.compile. In its place: names, weights and copies of it stay as they are."""
+    network.compile(mode=None if mode == "default" else mode)
+
+
+def records_graphs(run: RunConfig) -> bool:
+    """Whether compiled networks are recorded as CUDA graphs: their answers lie where the next ones
+    will."""
+    return run.compile in ("reduce-overhead", "max-autotune")
 
 
 def keep_freed_memory() -> None:

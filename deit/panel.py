@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deit.config import Combine
 from deit.ensembles import combine
+from deit.environment import compiled
 from deit.errors import NumericsError
 from deit.models.teachers import Teacher
 from deit.records import Answers, Batch
@@ -71,6 +72,12 @@ class Panel:
         answers = combine(logits, self.weights, self.how, temperature=self.temperature)
         # Where nothing was combined, the label as it was said: rounding a stored answer may tie.
         return answers._replace(labels=labels) if len(answers.weights) == len(said) else answers
+
+    def compile(self, mode: str) -> None:
+        """Have the networks compiled, as deit.environment.compiled does."""
+        for voice in self.voices:
+            if isinstance(voice, NetworkVoice):
+                compiled(voice.teacher, mode)
 
     def _watch(self, samples: Tensor, logits: list[Tensor]) -> None:
         for answers in logits:

@@ -19,7 +19,7 @@ from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
 from deit.disk import check_space, check_writable, finish_replacing, hold, write_json
 from deit.engine import Job, Tally, train_epoch
-from deit.environment import choose_linear, create_accelerator, describe
+from deit.environment import choose_linear, compiled, create_accelerator, describe, records_graphs
 from deit.errors import ConfigError, DataError, NumericsError, Stopped
 from deit.faults import reach
 from deit.interruption import STOPPING, Interruption
@@ -93,6 +93,8 @@ def train(
             check_space(out, space_of(parts), option="--out")
         parts.teacher_answers = faculty.check(parts.splits, accelerator, parts.loader)
         parts.view_epochs = faculty.stored_epochs
+        if config.run.compile != "none" and parts.panel is not None:
+            parts.panel.compile(config.run.compile)  # not before: it was shown other batches
         if config.run.fit_memory:
             fit_memory(parts)
         if dry_run:
@@ -163,6 +165,11 @@ def _furnish(
         horizon = config.optim.ema_epochs * loader.steps_per_epoch
         average = WeightAverage(student, horizon=horizon)
     optimizer = build_optimizer(student, config.optim, _scales(config, student))
+    if config.run.compile != "none":
+        compiled(student, config.run.compile)
+    if accelerator.ddp_handler is not None:
+        # Else 24 bytes of normalisation are sent around before every forward pass.
+        accelerator.ddp_handler.broadcast_buffers = any(True for _ in student.network.buffers())
     student, optimizer = accelerator.prepare(student, optimizer)
     return Parts(
         config=config,
@@ -234,6 +241,7 @@ def _job(parts: Parts) -> Job:
         loss=parts.config.loss,
         optim=parts.config.optim,
         seed=parts.config.run.seed,
+        graphs=records_graphs(parts.config.run),
     )
 
 

@@ -38,6 +38,7 @@ RESUMABLE = (
     "optim.accumulate",  # the batch stays
     "run.device",
     "run.linear",
+    "run.compile",
     "run.evaluation_batch",
     "run.save_every",
     "run.keep_checkpoints",
@@ -199,7 +200,7 @@ def as_begun(config: Config, out: Path) -> Config:
     before = load(out / checkpoint.CONFIG)
     if config.start.source is not None and config.views.mean is None:
         config = derive(config, views={"mean": before.views.mean, "std": before.views.std})
-    if config.run.linear == "auto":
+    if config.run.linear == "auto" and config.run.compile == "none":
         known = "torch" if before.run.linear == "auto" else before.run.linear
         config = derive(config, run={"linear": known})
     return config
@@ -399,6 +400,7 @@ def warn_of_another_machine(out: Path, now: dict[str, Any], config: Config) -> N
     settings = {
         "optim.accumulate": (begun.optim.accumulate, config.optim.accumulate),
         "run.linear": (begun.run.linear, config.run.linear),
+        "run.compile": (begun.run.compile, config.run.compile),
     }
     told = [
         f"{name} {was} before, {is_} now" for name, (was, is_) in settings.items() if was != is_

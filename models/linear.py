@@ -27,14 +27,14 @@ def pays(width: int = 96) -> bool:
         return False
     inputs, weight, bias = torch.randn(4096, width), torch.randn(3 * width, width), torch.zeros(1)
     bias = bias.expand(3 * width).contiguous()
-    best = dict.fromkeys((linear, _product), float("inf"))
+    best = dict.fromkeys((linear, product), float("inf"))
     for _ in range(_TRIES):
-        for product in best:
+        for way in best:
             started = time.perf_counter()
-            product(inputs, weight, bias)
+            way(inputs, weight, bias)
             # The shortest: what else the machine does only ever makes it longer.
-            best[product] = min(best[product], time.perf_counter() - started)
-    return best[linear] > _FASTER * best[_product]
+            best[way] = min(best[way], time.perf_counter() - started)
+    return best[linear] > _FASTER * best[product]
 
 
 FLOPS: dict[Any, Callable[..., int]] = {}
@@ -74,7 +74,7 @@ class _Linear(torch.autograd.Function):
         rows = _rows(inputs)
         ctx.save_for_backward(rows, weight)
         ctx.shape = inputs.shape
-        return _product(rows, weight, bias).view(*inputs.shape[:-1], len(weight))
+        return product(rows, weight, bias).view(*inputs.shape[:-1], len(weight))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -83,13 +83,13 @@ class _Linear(torch.autograd.Function):
         gradient = _rows(gradient)
         of_inputs = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_inputs = _product(gradient, weight.t(), None).view(ctx.shape)
+            of_inputs = product(gradient, weight.t(), None).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             # oneDNN is faster where the longer side of the product is its last.
             if weight.shape[0] > weight.shape[1]:
-                of_weight = _product(rows.t(), gradient.t(), None).t().contiguous()
+                of_weight = product(rows.t(), gradient.t(), None).t().contiguous()
             else:
-                of_weight = _product(gradient.t(), rows.t(), None)
+                of_weight = product(gradient.t(), rows.t(), None)
         if ctx.needs_input_grad[2]:
             of_bias = gradient.sum(dim=0)
         return of_inputs, of_weight, of_bias
@@ -101,6 +101,6 @@ def _rows(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1]).contiguous()
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """rows [number, in] times the transpose of weight [out, in], plus bias [out]."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")

@@ -8,6 +8,7 @@ sizes, batches and kinds of views; the loss of the first step must be the same.
 
 import dataclasses
 import gc
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -28,7 +29,7 @@ from deit.engine import Job, Tally, train_epoch
 from deit.environment import choose_linear, create_accelerator
 from deit.losses import objective
 from deit.models.cost import cost_of
-from deit.models.linear import use_onednn
+from deit.models.linear import available, product, use_onednn
 from deit.models.saved import build_student
 from deit.optim import build_optimizer
 from deit.preparation import facts_of
@@ -37,7 +38,7 @@ from deit.recipes import cifar10_micro
 from deit.records import Batch
 from deit.target_writer import write_targets
 from deit.teaching import Faculty
-from scripts.turns import Case, photographs, rate
+from scripts.turns import photographs, rate
 
 NUMBER = 6400  # images: fifty updates an epoch
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
@@ -282,10 +283,37 @@ def first_losses(config: Config) -> tuple[float, float]:
     return losses["total"].item(), task((batch.images - mean) / std, smoothed)["loss"].item()
 
 
+class Row(NamedTuple):
+    """One comparison. taught: by `no teacher`, `ResNet-18` at every step, or its stored answers."""
+
+    what: str
+    taught: str
+    peer: str
+
+    @property
+    def resident(self) -> bool:
+        """Whether all updates are on one batch: the step alone."""
+        return self.what == _STEP
+
+
+_STEP, _WHOLE = "step on one batch", "end to end"
+_NONE, _ONLINE, _STORED = "no teacher", "ResNet-18 online", "its answers stored"
+_BEST, _PLAIN = "timm, best settings", "timm, as it comes"
+_KINDS = ((_STEP, _NONE), (_STEP, _ONLINE), (_WHOLE, _ONLINE), (_WHOLE, _STORED))
+
+
 def train(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]:
     """The rows of `benchmark.py train` whose name holds the wanted text."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student, batch = ("deit_tiny", 1024) if device == "cuda" else ("deit_micro", 128)
+    rows = {
+        f"{student} 32 px, batch {batch}: {what}, {taught}, beside {peer}": Row(what, taught, peer)
+        for peer in (_BEST, _PLAIN)
+        for what, taught in _KINDS
+    }
+    rows = {name: row for name, row in rows.items() if wanted in name}
+    if not rows:
+        return []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = configuration(folder, student=student, batch=batch, device=device)
@@ -293,56 +321,34 @@ def train(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]
         if abs(mine - other) > _SAME_LOSS:
             raise SystemExit(f"the sides do not compute the same: {mine:.5f}, {other:.5f}")
         say(f"loss of the first step: ours {mine:.5f}, timm's {other:.5f}")
-        alone = dataclasses.replace(config, loss=OBJECTIVES["none"])
-        store = folder / "store"
-
-        def stored() -> Config:
-            if not store.exists():
-                write_targets(config, store)
-            return derive(config, teacher={"source": (), "targets": (str(store),)})
-
-        what = f"{student} 32 px, batch {batch}"
-        step, whole = "step on one batch", "end to end"
-        best, plain = "timm, best settings", "timm, as it comes"
-        rows: list[tuple[str, str, Callable[[], Iterator[int]], Callable[[], Iterator[int]]]] = []
-        for peer, fast in ((best, True), (plain, False)):
-            rows += [
-                (
-                    f"{what}: {step}, no teacher",
-                    peer,
-                    partial(ours, alone, resident=True),
-                    partial(theirs, config, best=fast, resident=True, alone=True),
-                ),
-                (
-                    f"{what}: {step}, ResNet-18",
-                    peer,
-                    partial(ours, config, resident=True),
-                    partial(theirs, config, best=fast, resident=True),
-                ),
-                (
-                    f"{what}: {whole}, ResNet-18 online",
-                    peer,
-                    partial(ours, config, resident=False),
-                    partial(theirs, config, best=fast, resident=False),
-                ),
-                (
-                    f"{what}: {whole}, its answers stored",
-                    peer,
-                    lambda: ours(stored(), resident=False),
-                    partial(theirs, config, best=fast, resident=False),
-                ),
-            ]
-        flops = 3 * 2e9 * _gmacs(config)
+        configs = {_NONE: dataclasses.replace(config, loss=OBJECTIVES["none"]), _ONLINE: config}
+        if any(row.taught == _STORED for row in rows.values()):
+            write_targets(config, folder / "store")
+            stored = {"source": (), "targets": (str(folder / "store"),)}
+            configs[_STORED] = derive(config, teacher=stored)
+        work, peak = 3 * 2 * _gmacs(config), _peak_gflop_s(device)
         found = []
-        rows = [row for row in rows if wanted in row[0]]
-        for number, (name, peer, one, another) in enumerate(rows, start=1):
-            row = _measured(Case(name, one, another, peer), rounds, seconds)
-            row |= {"gflop_of_an_image": flops / 1e9, "student_gflop_s": row["ours_images_per_s"]}
-            row["student_gflop_s"] *= flops / 1e9
-            found.append(row)
+        for number, (name, row) in enumerate(rows.items(), start=1):
+            sides = (
+                partial(ours, configs[row.taught], resident=row.resident),
+                partial(
+                    theirs,
+                    config,
+                    best=row.peer == _BEST,
+                    resident=row.resident,
+                    alone=row.taught == _NONE,
+                ),
+            )
+            said = _measured(sides, rounds, seconds) | {"name": name, "peer": row.peer}
+            said |= {"batch_size": batch, "gflop_of_an_image": work, "peak_gflop_s": peak}
+            said["share_of_peak"] = said["ours_images_per_s"] * work / peak
+            said["losses_of_first_step"] = [mine, other]
+            if row.what == _WHOLE:
+                said |= dict(zip(("ours_memory_mb", "peer_memory_mb"), map(_memory_mb, sides)))
+            found.append(said)
             say(
-                f"{number}/{len(rows)} {name}: {row['ours_images_per_s']:.0f} images/s, {peer} "
-                f"{row['peer_images_per_s']:.0f}, ratio {row['ratio']:.2f}"
+                f"{number}/{len(rows)} {name}: {said['ours_images_per_s']:.0f} images/s, timm "
+                f"{said['peer_images_per_s']:.0f}, ratio {said['ratio']:.2f}"
             )
         return found
 
@@ -352,30 +358,51 @@ def _gmacs(config: Config) -> float:
     return cost_of(student, side=config.student.image_size, batch=2).gmacs
 
 
-def _measured(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
-    """Both sides in turns; what the first update of each took, with all that is built for it."""
-    starts, sides = [], []
-    for make in (case.ours, case.theirs):
+def _peak_gflop_s(device: str) -> float:
+    """What matrix products reach here, in the precision of the run: the floor of a step is its
+    arithmetic at that speed."""
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+    ways: list[Callable[..., Tensor]] = [torch.matmul]
+    if device == "cpu" and available():
+        ways.append(partial(product, bias=None))
+    best = float("inf")
+    for way in ways * 5:
+        started = time.perf_counter()
+        way(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best / 1e9
+
+
+def _measured(
+    sides: tuple[Callable[[], Iterator[int]], ...], rounds: int, seconds: float
+) -> dict[str, Any]:
+    """Both sides in turns; and what the first update of each took, with all that is built for it
+    (data, networks, workers, compilation)."""
+    starts, running = [], []
+    for make in sides:
         began = time.perf_counter()
         side = make()
         next(side)
         starts.append(time.perf_counter() - began)
-        sides.append(side)
+        running.append(side)
     pairs = []
     for _ in range(rounds):
         turns = []
-        for side in sides:
+        for side in running:
             for _ in range(_AHEAD):  # what workers made while the other side was measured
                 next(side)
             turns.append(rate(side, seconds))
         pairs.append(turns)
     ratios = [one / other for one, other in pairs]
     medians = [statistics.median(values) for values in zip(*pairs)]
-    del sides
+    for side in running:
+        side.close()
     gc.collect()
     return {
-        "name": case.name,
-        "peer": case.peer,
         "ours_images_per_s": medians[0],
         "peer_images_per_s": medians[1],
         "ratio": statistics.median(ratios),
@@ -385,6 +412,34 @@ def _measured(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
         "peer_first_update_s": starts[1],
         "n": rounds,
     }
+
+
+def _memory_mb(make: Callable[[], Iterator[int]]) -> float:
+    """The most memory [10**6 bytes] that three updates in a process of their own take: of the GPU,
+    or of that process (not its workers)."""
+    context = multiprocessing.get_context("spawn")
+    answer = context.SimpleQueue()
+    process = context.Process(target=_report_memory, args=(make, torch.get_num_threads(), answer))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit("a side ended with an error in a process of its own; see above")
+    return answer.get()
+
+
+def _report_memory(make: Callable, threads: int, answer: Any) -> None:
+    torch.set_num_threads(threads)
+    multiprocessing.set_start_method("fork", force=True)  # for workers: as in any training
+    side = make()
+    for _ in range(3):
+        next(side)
+    # Not getrusage: what it tells begins with the memory of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    most = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    if torch.cuda.is_available():
+        most = torch.cuda.max_memory_allocated()
+    answer.put(most / 1e6)
+    side.close()
 
 
 _AHEAD = 3  # batches

@@ -57,3 +57,21 @@ def test_no_row_of_that_name_is_refused(tmp_path):
     done = benchmark(tmp_path, "--rows", "65 px")
     assert done.returncode == 2
     assert "--rows '65 px'" in done.stderr
+
+
+def test_training_is_measured_beside_timms_parts_with_the_same_loss(tmp_path):
+    row = "end to end, ResNet-18 online, beside timm, best"
+    done = benchmark(tmp_path, "--rows", row, "--json", "train.json", what="train")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "train.json").read_text())
+    (row,) = found["rows"]
+    assert row["peer"] == "timm, best settings"
+    assert row["ratio"] == pytest.approx(row["ours_images_per_s"] / row["peer_images_per_s"])
+    ours, theirs = row["losses_of_first_step"]
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    assert 0 < row["share_of_peak"] < 1
+    assert row["gflop_of_an_image"] == pytest.approx(0.294, abs=0.01)
+    for name in ("first_update_s", "memory_mb"):
+        assert row[f"ours_{name}"] > 0
+        assert row[f"peer_{name}"] > 0
+    assert found["threads"] == os.cpu_count()

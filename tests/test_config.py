@@ -110,6 +110,11 @@ def test_contradictions_and_limits_are_explained(sections, advice):
     assert advice in problems(**sections)
 
 
+def test_a_compiled_network_computes_its_linear_layers_itself():
+    advice = "is not for compiled networks; leave it at auto"
+    assert advice in problems(run={"linear": "onednn", "compile": "default"})
+
+
 def test_mixing_needs_even_micro_batches():
     message = problems(views={"mixup_alpha": 0.8}, optim={"batch_size": 6, "accumulate": 2})
     assert "each micro-batch should be even" in message

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.test_cli import assert_refused, run_in
 from tests.test_reading import write_pictures
@@ -164,3 +166,60 @@ def test_a_file_that_a_worker_cannot_read_is_one_line(tmp_path):
     )
     assert_refused(done, 3, "images/val/bee/03.jpg: not a readable image")
     assert len(done.stderr.splitlines()) == 1
+
+
+EXCHANGE = """
+import json, sys
+import torch
+from safetensors.torch import save_file
+from deit.config import OptimConfig, RunConfig, StudentConfig
+from deit.environment import create_accelerator, leave_processes
+from deit.models.saved import Facts, build_student
+from deit.optim import build_optimizer
+
+sent = []
+reduce = torch.distributed.all_reduce
+def counted(tensor, *rest, **more):
+    sent.append(tensor.nbytes)
+    return reduce(tensor, *rest, **more)
+torch.distributed.all_reduce = counted
+
+accelerator = create_accelerator(RunConfig(device="cpu", gradient_compression=sys.argv[1]))
+torch.manual_seed(0)
+config = StudentConfig(name="deit_tiny", image_size=32, patch_size=4)
+student = build_student(Facts(config, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3, 1.0))
+number = sum(parameter.numel() for parameter in student.parameters())
+student, optimizer = accelerator.prepare(student, build_optimizer(student, OptimConfig()))
+torch.manual_seed(accelerator.process_index)
+images = torch.rand(2, 3, 32, 32)
+for _ in range(3):
+    sent.clear()
+    outputs = student(images)
+    accelerator.backward(outputs.class_logits.sum() + outputs.distillation_logits.square().sum())
+    gradient = torch.cat([one.grad.flatten() for one in student.parameters()])
+    optimizer.zero_grad()
+if accelerator.is_main_process:
+    facts = student._get_ddp_logging_data()
+    pieces = [int(size) for size in facts["rebuilt_bucket_sizes"].split(", ")]
+    save_file({"gradient": gradient}, sys.argv[2])
+    print(json.dumps({"parameters": number, "pieces": pieces, "sent": sent}))
+leave_processes()
+"""
+
+
+def test_an_update_exchanges_four_bytes_a_parameter_and_half_of_it_compressed(tmp_path):
+    """In pieces, so that the exchange may begin before the last gradient is there."""
+    script = tmp_path / "exchange.py"
+    script.write_text(EXCHANGE)
+    found = {}
+    for kind in ("none", "bf16"):
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        said = launch(2, script, kind, f"{kind}.pt", cwd=tmp_path, PYTHONPATH=path)
+        found[kind] = json.loads(said.splitlines()[-1])
+        assert sum(found[kind]["pieces"]) == 4 * found[kind]["parameters"]
+        assert len(found[kind]["pieces"]) >= 5
+    assert found["none"]["sent"] == []  # torch's own exchange, in those pieces
+    assert sum(found["bf16"]["sent"]) == 2 * found["bf16"]["parameters"]
+    exact, rounded = (load_file(tmp_path / f"{kind}.pt")["gradient"] for kind in found)
+    assert torch.allclose(exact, rounded, rtol=2**-6, atol=1e-3 * exact.abs().max().item())
+    assert not torch.equal(exact, rounded)

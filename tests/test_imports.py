@@ -112,7 +112,7 @@ PLAN = {
     "deit.environment": place(2, "torch accelerate"),
     "deit.evaluation_tables": place(3),
     "deit.interruption": place(2, "torch accelerate"),
-    "deit.panel": place(2, "torch accelerate"),
+    "deit.panel": place(2, "torch accelerate", "deit.environment"),
     "deit.targets": place(2, "torch numpy"),
     "deit.engine": place(3, "torch accelerate einops"),
     "deit.arguments": place(4, "tyro"),

@@ -124,15 +124,15 @@ def test_it_pays_where_it_is_much_faster(monkeypatch):
     now = [0.0]
     took = {"torch": 2.0, "onednn": 1.0}
 
-    def product(name):
+    def way(name):
         def run(*arguments):
             now[0] += took[name]
 
         return run
 
     monkeypatch.setattr(linear.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(linear, "linear", product("torch"))
-    monkeypatch.setattr(linear, "_product", product("onednn"))
+    monkeypatch.setattr(linear, "linear", way("torch"))
+    monkeypatch.setattr(linear, "product", way("onednn"))
     assert linear.pays()
     took["torch"] = 1.2
     assert not linear.pays()

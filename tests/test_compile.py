@@ -1,0 +1,105 @@
+"""Compiled networks: the same numbers and names, and exact resume; what is compiled."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+
+from deit import environment, faults, journal
+from deit.config import derive
+from deit.environment import compiled, records_graphs
+from deit.errors import Stopped
+from deit.recipes import digits, digits_teacher
+from deit.run import train
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture
+def graphs_alone(monkeypatch):
+    """Tracing as it is, without the compiler behind it: seconds instead of half a minute."""
+    seen = []
+
+    def traced(network, mode):
+        seen.append((type(network).__name__, mode))
+        network.compile(backend="eager")
+
+    for place in ("deit.run.compiled", "deit.panel.compiled"):
+        monkeypatch.setattr(place, traced)
+    yield seen
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("compile") / "teacher"
+    train(derive(digits_teacher(), optim={"epochs": 3}), out)
+    return derive(
+        digits(),
+        student={"depth": 2, "embed_dim": 24, "num_heads": 2, "drop_path": 0.3},
+        teacher={"source": (str(out),)},
+        optim={"epochs": 2, "batch_size": 256, "warmup_epochs": 1, "ema_epochs": 1.0},
+        run={"evaluate_every": 1, "linear": "torch", "device": "cpu"},
+    )
+
+
+def rows(out):
+    return [row["train"] | row["validation"] for row in journal.read(out / "metrics.jsonl")]
+
+
+def test_student_and_teacher_are_traced_and_the_run_is_the_same(config, graphs_alone, tmp_path):
+    train(config, tmp_path / "eager")
+    assert graphs_alone == []
+    train(derive(config, run={"compile": "default"}), tmp_path / "traced")
+    assert graphs_alone == [("Student", "default"), ("Teacher", "default")]
+    for one, other in zip(rows(tmp_path / "eager"), rows(tmp_path / "traced"), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_a_copy_of_a_compiled_network_is_a_network(config):
+    layer = torch.nn.Linear(3, 2)
+    names = list(layer.state_dict())
+    compiled(layer, "default")
+    assert list(layer.state_dict()) == names
+    assert copy.deepcopy(layer)(torch.zeros(1, 3)).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "graphs"),
+    [("none", False), ("default", False), ("reduce-overhead", True), ("max-autotune", True)],
+)
+def test_which_modes_record_graphs(mode, graphs, config):
+    assert records_graphs(derive(config, run={"compile": mode}).run) is graphs
+
+
+def test_a_compiled_student_computes_its_linear_layers_itself(
+    config, graphs_alone, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(environment.linear, "pays", lambda: True)
+    made = []
+    monkeypatch.setattr("deit.run.use_onednn", lambda student: made.append(student))
+    faults.arm("update:1:term")
+    for mode in ("default", "none"):
+        wanted = derive(config, run={"linear": "auto", "compile": mode})
+        with pytest.raises(Stopped):
+            train(wanted, tmp_path / mode)
+        assert len(made) == (mode == "none")
+        faults.arm("update:1:term")
+    faults.arm(None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_compiled_stopped_and_resumed_is_the_same_run(config, tmp_path):
+    config = derive(config, run={"compile": "default"})
+    train(config, tmp_path / "straight")
+    faults.arm("update:7:term")
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "run")
+    faults.arm(None)
+    torch._dynamo.reset()
+    train(config, tmp_path / "run", resume=True)
+    chains = [(tmp_path / name / journal.CHAIN).read_bytes() for name in ("straight", "run")]
+    assert chains[0] == chains[1]
