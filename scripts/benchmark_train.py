@@ -30,9 +30,9 @@ from deit.environment import choose_linear, create_accelerator
 from deit.losses import objective
 from deit.models.cost import cost_of
 from deit.models.linear import available, product, use_onednn
-from deit.models.saved import build_student
+from deit.models.saved import Facts, build_student
+from deit.models.student import Student
 from deit.optim import build_optimizer
-from deit.preparation import facts_of
 from deit.presets import OBJECTIVES
 from deit.recipes import cifar10_micro
 from deit.records import Batch
@@ -93,6 +93,13 @@ def configuration(folder: Path, *, student: str, batch: int, device: str) -> Con
     )
 
 
+def our_student(config: Config) -> Student:
+    """The student that both sides start from."""
+    names = tuple(f"class {label}" for label in range(10))
+    torch.manual_seed(0)
+    return build_student(Facts(config.student, names, MEAN, STD, 1.0))
+
+
 class Ours(NamedTuple):
     """What a run of ours trains with."""
 
@@ -107,8 +114,7 @@ def our_side(config: Config) -> Ours:
     faculty = Faculty(config)
     splits = load_splits(config.data)
     loader, panel = faculty.load(splits, accelerator)
-    torch.manual_seed(0)
-    student = build_student(facts_of(config, splits))
+    student = our_student(config)
     if choose_linear(config.run, accelerator) == "onednn":
         use_onednn(student)
     student = student.to(accelerator.device)
@@ -208,9 +214,7 @@ def timm_side(config: Config, *, best: bool) -> Theirs:
     from timm.task import TokenDistillationTask
 
     device = torch.device(config.run.device)
-    splits = load_splits(config.data)
-    torch.manual_seed(0)
-    own = build_student(facts_of(config, splits)).network
+    own = our_student(config).network
     width, depth = own.embed_dim, len(own.blocks)
     model = timm.create_model(
         "deit_tiny_distilled_patch16_224",
@@ -326,7 +330,8 @@ def train(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]
             write_targets(config, folder / "store")
             stored = {"source": (), "targets": (str(folder / "store"),)}
             configs[_STORED] = derive(config, teacher=stored)
-        work, peak = 3 * 2 * _gmacs(config), _peak_gflop_s(device)
+        cost = cost_of(our_student(config), side=config.student.image_size, batch=2)
+        work, peak = 3 * 2 * cost.gmacs, _peak_gflop_s(device)
         found = []
         for number, (name, row) in enumerate(rows.items(), start=1):
             sides = (
@@ -351,11 +356,6 @@ def train(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]
                 f"{said['peer_images_per_s']:.0f}, ratio {said['ratio']:.2f}"
             )
         return found
-
-
-def _gmacs(config: Config) -> float:
-    student = build_student(facts_of(config, load_splits(config.data)))
-    return cost_of(student, side=config.student.image_size, batch=2).gmacs
 
 
 def _peak_gflop_s(device: str) -> float:

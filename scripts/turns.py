@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ class Case(NamedTuple):
     ahead: int = 0  # batches that lie ready when a turn begins: not counted
 
 
+@cache
 def photographs(number: int, side: int) -> np.ndarray:
     """Real image content without a download: parts of scikit-learn's two photographs, uint8
     [number, side, side, 3]."""

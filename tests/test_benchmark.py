@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import benchmark_train
+
 pytest.importorskip("sklearn")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 
@@ -59,6 +61,15 @@ def test_no_row_of_that_name_is_refused(tmp_path):
     assert "--rows '65 px'" in done.stderr
 
 
+def test_both_sides_of_training_begin_with_the_same_loss(tmp_path, monkeypatch):
+    """Ours and timm's: the same weights, batch, teacher and objective."""
+    monkeypatch.setattr(benchmark_train, "NUMBER", 640)
+    config = benchmark_train.configuration(tmp_path, student="deit_micro", batch=64, device="cpu")
+    ours, theirs = benchmark_train.first_losses(config)
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.slow
 def test_training_is_measured_beside_timms_parts_with_the_same_loss(tmp_path):
     row = "end to end, ResNet-18 online, beside timm, best"
     done = benchmark(tmp_path, "--rows", row, "--json", "train.json", what="train")
