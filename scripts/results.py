@@ -26,7 +26,7 @@ TITLES = {
     "tiny-imagenet-micro": "Tiny-ImageNet, 50 classes: the whole recipe, 8 epochs on a CPU",
     "cifar10-micro": "CIFAR-10 (JPEG 75): RegNetY-200MF (12 epochs) into a micro DeiT (8 epochs)",
 }
-BENCHMARKS = ("benchmark-data", "benchmark-targets")
+BENCHMARKS = ("benchmark-data", "benchmark-targets", "benchmark-train")
 
 
 def section(name: str, result: dict) -> str:
@@ -75,13 +75,39 @@ def benchmark_section(name: str, result: dict) -> str:
         )
         for row in result["rows"]
     ]
-    columns = ("images/s, one thread a side", "ours", "beside", "ratio (range)", "beside whom")
+    threads = {1: "one thread", 2: "two threads"}[result.get("threads", 1)]
+    columns = (f"images/s, {threads} a side", "ours", "beside", "ratio (range)", "beside whom")
     return (
-        f"{markdown_table(columns, rows)}\n\n"
+        f"{markdown_table(columns, rows)}\n\n{_besides(result['rows'])}"
         f"Median of {result['rounds']} turns of {result['seconds']:g} s in alternation, batches of "
         f"{result['batch_size']}, views normalised on both sides; {environment['device_name']}, "
         f"torch {environment['packages']['torch']}, commit {environment['commit']}. "
         f"[{name}.json](docs/results/{name}.json):\n`{_written_here(name, result['command'])}`\n"
+    )
+
+
+def _besides(rows: list[dict]) -> str:
+    """What whole trainings take besides, where it was measured."""
+    whole = [row for row in rows if "ours_memory_mb" in row]
+    if not whole:
+        return ""
+    columns = ("besides (ours, beside)", "s to the first update", "memory [MB]", "share of peak")
+    cells = [
+        (
+            row["name"],
+            f"{row['ours_first_update_s']:.1f}, {row['peer_first_update_s']:.1f}",
+            f"{row['ours_memory_mb']:,.0f}, {row['peer_memory_mb']:,.0f}",
+            f"{100 * row['share_of_peak']:.0f} %",
+        )
+        for row in whole
+    ]
+    row = whole[0]
+    ours, theirs = row["losses_of_first_step"]
+    return (
+        f"{markdown_table(columns, cells)}\n\n"
+        f"Loss of the first step {ours:.5f} and {theirs:.5f}. Share of peak: the student's arithmetic "
+        f"({row['gflop_of_an_image']:.2f} GFLOP an image, forward and backward) at our speed, of what "
+        f"matrix products reach here ({row['peak_gflop_s']:,.0f} GFLOP/s). "
     )
 
 

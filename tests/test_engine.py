@@ -372,3 +372,48 @@ def test_what_the_device_decides_is_looked_at_some_updates_later():
             assert parts.state.skipped == 1
     with pytest.raises(NumericsError, match=r"update 3: .* from update 2 on; its images: image 4"):
         watch.settle()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("average", [None, 10.0])
+def test_an_update_asks_the_device_for_nothing(name, average):
+    """No number is read back: on a GPU the loop would wait for it. (The teacher's answers are
+    looked at from time to time, on a CPU always.)"""
+    from torch.profiler import ProfilerActivity, profile
+
+    single = OBJECTIVES[name].through == "class"
+    optim = OptimConfig(epochs=9, batch_size=16, accumulate=2, warmup_epochs=1, clip_norm=1.0)
+    views = ViewsConfig(
+        crop="random_resized",
+        policy="none" if name == "dkd" else "randaugment",
+        erasing=0.5,
+        mixup_alpha=0 if name == "dkd" else 0.8,
+        cutmix_alpha=0 if name == "dkd" else 1.0,
+    )
+    job, data = make_job(
+        OBJECTIVES[name],
+        optim=optim,
+        name="vit_micro" if single else "deit_micro",
+        average=average,
+        drop_path=0.2,
+        views=views,
+    )
+    if job.teach is not None:
+        job.teach._watch = lambda samples, logits: None
+    tally = Tally(job.accelerator, {})
+    batches = list(data.epoch(0))
+    list(train_epoch(job, iter(batches), tally, step=0, steps=2))
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        list(train_epoch(job, iter(batches), tally, step=2, steps=2))
+    called = {event.name for event in seen.events()}
+    assert {"aten::_fused_adamw_", "aten::native_layer_norm"} <= called
+    waits = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+    found = [event for event in seen.events() if event.name in waits]
+    # AdamW's kernel for CPUs reads its own step, the one for GPUs does not.
+    assert {"aten::_fused_adamw_"} >= {_outermost(event) for event in found}
+
+
+def _outermost(event):
+    while event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::"):
+        event = event.cpu_parent
+    return event.name
