@@ -72,9 +72,11 @@ def decoupled_losses(
 def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """log (p, 1 - p) of the true class [batch, 2], and the log-distribution over the others [batch,
     classes - 1]; in logarithms throughout, so that a sure answer stays finite."""
-    true = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], True)
-    others = logits[~true].view(len(logits), -1)
-    both = torch.stack([logits[true], others.logsumexp(dim=1)], dim=1)
+    # By place, not by a mask: how many a mask picks, a GPU would have to tell first.
+    places = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
+    others = logits.gather(1, places + (places >= labels[:, None]).long())
+    true = logits.gather(1, labels[:, None])[:, 0]
+    both = torch.stack([true, others.logsumexp(dim=1)], dim=1)
     return log_softmax(both, dim=1), log_softmax(others, dim=1)
 
 

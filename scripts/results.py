@@ -105,9 +105,9 @@ def _besides(rows: list[dict]) -> str:
     ours, theirs = row["losses_of_first_step"]
     return (
         f"{markdown_table(columns, cells)}\n\n"
-        f"Loss of the first step {ours:.5f} and {theirs:.5f}. Share of peak: the student's arithmetic "
-        f"({row['gflop_of_an_image']:.2f} GFLOP an image, forward and backward) at our speed, of what "
-        f"matrix products reach here ({row['peak_gflop_s']:,.0f} GFLOP/s). "
+        f"Loss of the first step {ours:.5f} and {theirs:.5f}. Share of peak: the student's "
+        f"arithmetic ({row['gflop_of_an_image']:.2f} GFLOP an image, forward and backward) at our "
+        f"speed, of what matrix products reach here ({row['peak_gflop_s']:,.0f} GFLOP/s). "
     )
 
 
