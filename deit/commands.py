@@ -16,7 +16,7 @@ from deit.arguments import (
     read_numbers,
 )
 from deit.config import DataConfig, to_dict
-from deit.console import say, table
+from deit.console import is_main_process, say, table
 from deit.errors import ConfigError
 from deit.finetune_arguments import parse_finetune
 from deit.recipes import RECIPES
@@ -400,6 +400,36 @@ def _verify_targets(arguments: list[str], program: str) -> None:
     verify_targets(options.store, root=options.root, teacher=options.teacher, rows=options.rows)
 
 
+def profile(arguments: list[str], program: str) -> None:
+    """Where the time of an update goes, by part and by operation, with a trace to look into."""
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--updates", type=int, default=10)
+    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--force", action="store_true")
+    options, rest = parser.parse_known_args(arguments)
+    run = parse_run(
+        rest,
+        program=program,
+        about="Train some updates of a recipe and print where their time went: views, teacher, "
+        "student, backward pass, optimizer, average, and the operations by their own time. Also: "
+        "--updates N (10), --trace FILE.json (for ui.perfetto.dev), --json FILE (the numbers), "
+        "--force (replace them). Nothing else is written.",
+    )
+    _refuse_run_flags(run, program)
+    if options.updates < 1:
+        raise ConfigError(f"--updates {options.updates}: should be at least 1")
+    from deit.disk import check_file, write_json
+    from deit.profiling import profile_run
+
+    for option, path in (("--trace", options.trace), ("--json", options.json)):
+        check_file(path, option=option, replace=options.force)
+    found = profile_run(run.config, updates=options.updates, trace=options.trace)
+    if options.json is not None and is_main_process():
+        write_json(options.json, found)
+        say(f"wrote {options.json}")
+
+
 def recipes(arguments: list[str], program: str) -> None:
     """The named recipes and what they are."""
     Parser(prog=program, description="List the named recipes.").parse_args(arguments)
@@ -422,6 +452,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "scan": scan,
     "views": views,
     "targets": targets,
+    "profile": profile,
     "recipes": recipes,
 }
 """Every command by name: (its arguments, the program's name for messages)."""

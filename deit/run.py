@@ -35,17 +35,14 @@ from deit.parts import Parts, State
 from deit.prediction import answers_of
 from deit.preparation import begin, facts_of, found_start, settled
 from deit.records import head_logits
-from deit.saving import (
+from deit.restoring import (
     as_begun,
     check_best,
     check_same_run,
-    close_epoch,
-    finish,
     restore,
-    save,
-    space_of,
     warn_of_another_machine,
 )
+from deit.saving import close_epoch, finish, save, space_of
 from deit.teaching import Faculty
 from deit.validation import validate
 
@@ -81,7 +78,7 @@ def train(
         accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
         config = derive(config, run={"linear": choose_linear(config.run, accelerator)})
         faculty = Faculty(config)
-        parts = _furnish(config, out, accelerator, faculty, found)
+        parts = furnish(config, out, accelerator, faculty, found)
         environment = describe(accelerator, arguments or [])
         announce(parts, environment)
         if finished is not None and not dry_run:
@@ -140,7 +137,7 @@ def _begin(parts: Parts, environment: dict[str, Any], *, resume: bool) -> None:
             write_json(out / "start.json", parts.start_notes)
 
 
-def _furnish(
+def furnish(
     config: Config, out: Path, accelerator: Accelerator, faculty: Faculty, found: Found | None
 ) -> Parts:
     """Build every part of a run. found: what the student starts from; None: random weights."""
@@ -221,7 +218,7 @@ def _dry_run(parts: Parts) -> None:
     first = (next(batches) for _ in range(config.optim.accumulate))
     tally = Tally(parts.accelerator, {})
     steps = parts.loader.steps_per_epoch
-    for update in train_epoch(_job(parts), first, tally, step=0, steps=steps):
+    for update in train_epoch(job_of(parts), first, tally, step=0, steps=steps):
         if not update.applied:
             raise NumericsError("the loss or gradient of the first update is not finite")
     number = max(config.run.evaluation_batch, parts.accelerator.num_processes)
@@ -231,7 +228,8 @@ def _dry_run(parts: Parts) -> None:
     say(f"dry run: one update (loss {loss:.4f}) and one evaluation step; nothing written")
 
 
-def _job(parts: Parts) -> Job:
+def job_of(parts: Parts) -> Job:
+    """What the training loop needs of a run's parts."""
     return Job(
         accelerator=parts.accelerator,
         student=parts.student,
@@ -286,7 +284,7 @@ def _train_rest(parts: Parts, tally: Tally, interruption: Interruption) -> dict[
     started, before = time.monotonic(), state.seconds
     interruption.begin()
     watch = NumberWatch(parts)
-    for update in train_epoch(_job(parts), batches, tally, step=state.step, steps=steps):
+    for update in train_epoch(job_of(parts), batches, tally, step=state.step, steps=steps):
         state.step += 1
         state.samples_seen += config.optim.batch_size
         state.seconds = before + time.monotonic() - started

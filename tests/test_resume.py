@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from deit import checkpoint, faults, journal, saving
+from deit import checkpoint, faults, journal, restoring, saving
 from deit.config import Config, derive
 from deit.errors import CheckpointError, ConfigError, DataError, DeitError, NumericsError, Stopped
 from deit.models.saved import load_student
@@ -554,7 +554,7 @@ def test_a_run_of_every_format_goes_on(release, tmp_path):
     shutil.copytree(GOLDEN / release, out)
     known = json.loads((out / "known.json").read_text())
     (out / "known.json").unlink()
-    state = saving.read_state(checkpoint.newest(out))
+    state = restoring.read_state(checkpoint.newest(out))
     assert [state.step, state.epoch, state.best["epoch"]] == known["state"]
     result = train(load(out / "config.json"), out, resume=True)
     assert [result["step"], result["epochs"]] == known["end"]

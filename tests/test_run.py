@@ -14,8 +14,8 @@ from deit.evaluation import evaluate
 from deit.models.saved import load_student
 from deit.presets import OBJECTIVES
 from deit.recipes import RECIPES, digits, digits_teacher, recipe_of
+from deit.restoring import read_state
 from deit.run import train
-from deit.saving import read_state
 from deit.validation import validate
 
 pytest.importorskip("sklearn")

@@ -1,0 +1,189 @@
+"""Where the time of an update goes: by part, by operation, and as a trace to look into."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from deit.announce import announce
+from deit.config import Config, derive
+from deit.console import is_main_process, say, table
+from deit.engine import Job, Tally, train_epoch
+from deit.environment import choose_linear, create_accelerator, describe
+from deit.parts import Parts
+from deit.preparation import found_start, settled
+from deit.records import Batch
+from deit.run import furnish, job_of
+from deit.teaching import Faculty
+from deit.validation import validate
+
+PARTS = ("views", "teacher", "student", "backward", "optimizer", "average")
+"""What an update is made of; the rest is loss, sums and the loop itself."""
+_WARM_UP = 4  # updates: caches, compilation
+_OPERATIONS = 15  # rows
+_WAITS = ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize")
+
+
+def profile_run(config: Config, *, updates: int, trace: Path | None) -> dict[str, Any]:
+    """Train some updates of a configuration and print where their time went; nothing is saved but
+    the trace. Returns what was printed: seconds of an update by part and by operation.
+
+    trace: a JSON file for chrome://tracing or ui.perfetto.dev. Raises the errors of deit.errors.
+    """
+    config = validate(config)
+    found = found_start(config)
+    config = settled(config, found)
+    accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
+    config = derive(config, run={"linear": choose_linear(config.run, accelerator)})
+    faculty = Faculty(config)
+    parts = furnish(config, Path("nowhere"), accelerator, faculty, found)
+    announce(parts, describe(accelerator, []))
+    faculty.check(parts.splits, accelerator, parts.loader)
+    parts.view_epochs = faculty.stored_epochs
+    if config.run.compile != "none" and parts.panel is not None:
+        parts.panel.compile(config.run.compile)
+    job = _noted(job_of(parts), parts)
+    batches = _endless(parts)
+    _train(job, batches, _WARM_UP)
+    started = time.perf_counter()
+    _train(job, batches, updates)
+    update_s = (time.perf_counter() - started) / updates
+    on_gpu = accelerator.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    with profile(activities=activities) as seen:
+        _train(job, batches, updates)
+    result = _read(seen, update_s, updates, on_gpu)
+    _print(result, config)
+    if trace is not None and is_main_process():
+        seen.export_chrome_trace(str(trace))
+        say(f"wrote {trace}; look at it in https://ui.perfetto.dev")
+    return result
+
+
+def _endless(parts: Parts) -> Iterator[Batch]:
+    """Micro-batches without end, what they take noted as `views`."""
+    for epoch in itertools.count():
+        epochs = parts.view_epochs or parts.config.optim.epochs
+        batches = parts.loader.epoch(epoch % epochs)
+        while True:
+            with record_function("views"):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            yield batch
+
+
+def _train(job: Job, batches: Iterator[Batch], updates: int) -> None:
+    own = itertools.islice(batches, updates * job.optim.accumulate)
+    for _ in train_epoch(job, own, Tally(job.accelerator, {}), step=0, steps=10**6):
+        pass
+    if job.accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _noted(job: Job, parts: Parts) -> Job:
+    """The same job, with what its parts take noted by their names."""
+    accelerator, average = job.accelerator, job.average
+    backward, student = accelerator.backward, accelerator.unwrap_model(job.student)
+
+    def noted_backward(loss: torch.Tensor) -> None:
+        with record_function("backward"):
+            backward(loss)
+
+    accelerator.backward = noted_backward
+    running: list[Any] = []
+
+    def begin(*ignored: Any) -> None:
+        running.append(record_function("student"))
+        running[-1].__enter__()
+
+    student.register_forward_pre_hook(begin)
+    student.register_forward_hook(lambda *ignored: running.pop().__exit__(None, None, None))
+    if average is not None:
+        update = average.update
+
+        def noted_update(*arguments: Any, **options: Any) -> None:
+            with record_function("average"):
+                update(*arguments, **options)
+
+        average.update = noted_update
+    panel = parts.panel
+    return job if panel is None else job._replace(teach=_NotedPanel(panel))
+
+
+class _NotedPanel:
+    def __init__(self, panel: Any) -> None:
+        self.panel = panel
+        self.check = panel.check
+
+    def __call__(self, batch: Batch) -> Any:
+        with record_function("teacher"):
+            return self.panel(batch)
+
+
+def _read(seen: profile, update_s: float, updates: int, on_gpu: bool) -> dict[str, Any]:
+    """Seconds of an update: of the GPU where there is one, else of the CPU."""
+    total, own = ("device_time_total", "self_device_time_total")
+    if not on_gpu:
+        total, own = ("cpu_time_total", "self_cpu_time_total")
+    events = {event.key: event for event in seen.key_averages()}
+    names = {name: name for name in PARTS}
+    names["optimizer"] = "Optimizer.step#AdamW.step"
+    by_part = {
+        part: getattr(events[name], total) / updates / 1e6
+        for part, name in names.items()
+        if name in events
+    }
+    operations = sorted(
+        (event for key, event in events.items() if key not in names.values()),
+        key=lambda event: -getattr(event, own),
+    )
+    return {
+        "update_s": update_s,
+        "parts": by_part,
+        "operations": {
+            event.key: {
+                "seconds": getattr(event, own) / updates / 1e6,
+                "calls": event.count / updates,
+            }
+            for event in operations[:_OPERATIONS]
+        },
+        "launches": events["cudaLaunchKernel"].count / updates
+        if "cudaLaunchKernel" in events
+        else None,
+        "waits": sum(events[name].count for name in _WAITS if name in events) / updates,
+    }
+
+
+def _print(result: dict[str, Any], config: Config) -> None:
+    whole, parts = result["update_s"], result["parts"]
+    rows = [
+        (name, f"{1e3 * took:.2f}", f"{100 * took / whole:.1f}") for name, took in parts.items()
+    ]
+    rest = whole - sum(parts.values())
+    rows.append(("the rest", f"{1e3 * rest:.2f}", f"{100 * rest / whole:.1f}"))
+    images = config.optim.batch_size
+    table(
+        f"an update of {images} images: {1e3 * whole:.1f} ms, {images / whole:.0f} images/s",
+        ("part", "ms", "%"),
+        rows,
+    )
+    table(
+        "operations by their own time",
+        ("operation", "ms", "%", "calls"),
+        [
+            (
+                name,
+                f"{1e3 * one['seconds']:.2f}",
+                f"{100 * one['seconds'] / whole:.1f}",
+                f"{one['calls']:g}",
+            )
+            for name, one in result["operations"].items()
+        ],
+    )
+    if result["launches"] is not None:
+        say(f"{result['launches']:.0f} launches an update")
