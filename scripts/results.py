@@ -67,7 +67,7 @@ def benchmark_section(name: str, result: dict) -> str:
         raise ValueError(f"{name}.json: a claim needs 5 rounds and a committed state")
     rows = [
         (
-            row["name"],
+            row["name"].partition(", beside ")[0],
             f"{row['ours_images_per_s']:,.0f}",
             f"{row['peer_images_per_s']:,.0f}",
             f"**{row['ratio']:.2f}** ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",

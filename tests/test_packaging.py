@@ -49,7 +49,7 @@ def imported_distributions() -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
-    third_party = found - set(sys.stdlib_module_names) - {"deit"}
+    third_party = found - set(sys.stdlib_module_names) - {"deit", "scripts"}
     return {DISTRIBUTIONS.get(name, name) for name in third_party}
 
 

@@ -61,7 +61,8 @@ def test_without_teacher_and_average_they_are_no_parts(zygote, tmp_path):
 )
 def test_mistakes_are_told_before_any_work(words, code, said, zygote, tmp_path):
     (tmp_path / "there.json").write_text("mine")
-    done = zygote.run("profile", "digits", "--teacher.source", "none", *words, cwd=tmp_path)
+    alone = ("--objective", "none", "--teacher.source", "none")
+    done = zygote.run("profile", "digits", *alone, *words, cwd=tmp_path)
     assert done.code == code
     assert said in done.err
     assert (tmp_path / "there.json").read_text() == "mine"
