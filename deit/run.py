@@ -164,9 +164,6 @@ def furnish(
     optimizer = build_optimizer(student, config.optim, _scales(config, student))
     if config.run.compile != "none":
         compiled(student, config.run.compile)
-    if accelerator.ddp_handler is not None:
-        # Else 24 bytes of normalisation are sent around before every forward pass.
-        accelerator.ddp_handler.broadcast_buffers = any(True for _ in student.network.buffers())
     student, optimizer = accelerator.prepare(student, optimizer)
     return Parts(
         config=config,

@@ -22,6 +22,8 @@ class Student(nn.Module):
         self.still = False
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
+        # Else several processes send them around before every forward pass.
+        self._ddp_params_and_buffers_to_ignore = ["mean", "std"]
 
     def train(self, mode: bool = True) -> "Student":
         """As any module; with `still` the network stays in evaluation mode: where only its heads

@@ -196,6 +196,7 @@ for _ in range(3):
     sent.clear()
     outputs = student(images)
     accelerator.backward(outputs.class_logits.sum() + outputs.distillation_logits.square().sum())
+    assert student.modules_buffers == []
     gradient = torch.cat([one.grad.flatten() for one in student.parameters()])
     optimizer.zero_grad()
 if accelerator.is_main_process:
