@@ -25,7 +25,6 @@ PARTS = ("views", "teacher", "student", "backward", "optimizer", "average")
 """What an update is made of; the rest is loss, sums and the loop itself."""
 _WARM_UP = 4  # updates: caches, compilation
 _OPERATIONS = 15  # rows
-_WAITS = ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize")
 
 
 def profile_run(config: Config, *, updates: int, trace: Path | None) -> dict[str, Any]:
@@ -155,7 +154,6 @@ def _read(seen: profile, update_s: float, updates: int, on_gpu: bool) -> dict[st
         "launches": events["cudaLaunchKernel"].count / updates
         if "cudaLaunchKernel" in events
         else None,
-        "waits": sum(events[name].count for name in _WAITS if name in events) / updates,
     }
 
 

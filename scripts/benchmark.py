@@ -65,14 +65,15 @@ def main() -> None:
         ],
     )
     if options.json is not None:
+        device = "auto" if options.what == "train" else "cpu"
         facts = {
             "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
             "rounds": options.rounds,
             "seconds": options.seconds,
             "threads": threads,
-            "batch_size": BATCH,
+            "batch_size": rows[0].get("batch_size", BATCH),
             "rows": rows,
-            "environment": describe(create_accelerator(RunConfig(device="cpu")), []),
+            "environment": describe(create_accelerator(RunConfig(device=device)), []),
         }
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
         say(f"wrote {options.json}")

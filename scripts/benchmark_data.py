@@ -16,6 +16,7 @@ from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.stores import FolderStore
 from deit.datasets.views import Colours
 from deit.models.saved import Facts, build_student
+from scripts.sides import timm_loader
 from scripts.turns import Case, photographs, run_cases
 
 BATCH = 128
@@ -53,53 +54,20 @@ def ours(
             yield len((batch.images - mean) / std)
 
 
-class _Pictures(torch.utils.data.Dataset):
-    """What timm's loader reads: Pillow images from memory, or from files."""
-
-    def __init__(self, source: np.ndarray | list[Path]) -> None:
-        self.source = source
-        self.transform: Callable | None = None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        entry = self.source[index]
-        picture = Image.open(entry).convert("RGB") if isinstance(entry, Path) else None
-        picture = picture or Image.fromarray(entry)
-        return self.transform(picture), index % 10
-
-
 def timms(
     source: np.ndarray | list[Path], views: ViewsConfig, side: int, workers: int = 0
 ) -> Iterator[int]:
     """timm's create_loader with the same augmentation and its fast collation, batch after batch."""
-    from timm.data import auto_augment, create_loader
-
-    # Pillow 13 refuses to keep 0 bits, which timm asks for at magnitude 10: at least 1, as ours.
-    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **settings: (
-        auto_augment.posterize(image, max(bits, 1), **settings)
-    )
-    loader = create_loader(
-        _Pictures(source),
-        input_size=(3, side, side),
+    loader = timm_loader(
+        source,
+        views,
+        side,
+        workers=workers,
         batch_size=_FILES_BATCH if workers else BATCH,
-        is_training=True,
-        use_prefetcher=True,
-        re_prob=views.erasing,
-        re_mode="pixel",
-        scale=views.crop_scale,
-        ratio=views.crop_ratio,
-        hflip=views.flip,
-        color_jitter=None,
-        auto_augment="rand-m9-mstd0.5-inc1" if views.policy == "randaugment" else None,
-        interpolation=views.interpolation,
         mean=COLOURS.mean,
         std=COLOURS.std,
-        num_workers=workers,
         pin_memory=False,
         device=torch.device("cpu"),
-        persistent_workers=workers > 0,
     )
     while True:
         for images, _ in loader:

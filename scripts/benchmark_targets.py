@@ -11,18 +11,15 @@ from PIL import Image
 
 from deit.config import Config, StudentConfig, derive
 from deit.datasets.splits import load_splits
-from deit.engine import Job, Tally, train_epoch
 from deit.environment import create_accelerator
 from deit.models.networks import create_network
-from deit.models.saved import build_student
-from deit.optim import build_optimizer
-from deit.preparation import chorus, facts_of, loader_of, teachers_of
+from deit.preparation import chorus, loader_of, teachers_of
 from deit.presets import OBJECTIVES
 from deit.recipes import cifar10_micro
 from deit.stored import answer_to
 from deit.target_writer import recorded, write_targets
 from deit.targets import Layout
-from deit.teaching import Faculty
+from scripts.sides import ours
 from scripts.turns import Case, photographs, run_cases
 
 _NUMBER = 2048  # images
@@ -59,24 +56,7 @@ def stored_case(name: str, student: str, folder: Path) -> Case:
     write_targets(config, store)
     taught = derive(config, teacher={"source": (), "targets": (str(store),)})
     alone = dataclasses.replace(config, loss=OBJECTIVES["none"])
-    return Case(name, lambda: trained(taught), lambda: trained(alone), "no teacher at all")
-
-
-def trained(config: Config) -> Iterator[int]:
-    """Training steps as a run takes them, one after the other."""
-    faculty = Faculty(config)
-    accelerator = create_accelerator(config.run)
-    splits = load_splits(config.data)
-    loader, panel = faculty.load(splits, accelerator)
-    faculty.check(splits, accelerator, loader)
-    student = build_student(facts_of(config, splits))
-    optimizer = build_optimizer(student, config.optim)
-    student, optimizer = accelerator.prepare(student, optimizer)
-    job = Job(accelerator, student, panel, optimizer, None, config.loss, config.optim, 0)
-    for epoch in range(10**9):
-        batches = loader.epoch(epoch % config.optim.epochs)
-        for _ in train_epoch(job, batches, Tally(accelerator, {}), step=0, steps=10**6):
-            yield config.optim.batch_size
+    return Case(name, lambda: ours(taught), lambda: ours(alone), "no teacher at all")
 
 
 def writing_case(name: str, folder: Path) -> Case:

@@ -7,9 +7,7 @@ sizes, batches and kinds of views; the loss of the first step must be the same.
 """
 
 import dataclasses
-import gc
 import multiprocessing
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,21 +22,17 @@ from torch import Tensor, nn
 
 from deit.config import Config, ViewsConfig, derive
 from deit.console import say
-from deit.datasets.splits import load_splits
-from deit.engine import Job, Tally, train_epoch
-from deit.environment import choose_linear, create_accelerator
 from deit.losses import objective
 from deit.models.cost import cost_of
-from deit.models.linear import available, product, use_onednn
+from deit.models.linear import available, product
 from deit.models.saved import Facts, build_student
 from deit.models.student import Student
-from deit.optim import build_optimizer
 from deit.presets import OBJECTIVES
 from deit.recipes import cifar10_micro
-from deit.records import Batch
+from deit.run import job_of
 from deit.target_writer import write_targets
-from deit.teaching import Faculty
-from scripts.turns import photographs, rate
+from scripts.sides import our_parts, ours, timm_loader
+from scripts.turns import Case, measured, photographs
 
 NUMBER = 6400  # images: fifty updates an epoch
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
@@ -54,6 +48,8 @@ VIEWS = ViewsConfig(
     std=STD,
 )
 _SAME_LOSS = 1e-3
+_ON_GPU = {"precision": "bf16", "compile": "default"}
+_AHEAD = 3  # batches that workers made while the other side was measured
 
 
 def teacher() -> nn.Module:
@@ -88,8 +84,8 @@ def configuration(folder: Path, *, student: str, batch: int, device: str) -> Con
             "std": STD,
         },
         loss=OBJECTIVES["deit-hard"],
-        optim={"epochs": 2, "batch_size": batch, "weight_decay": 0.05},
-        run={"device": device},
+        optim={"epochs": 2, "batch_size": batch, "weight_decay": 0.05, "ema_epochs": 0.0},
+        run={"device": device, **(_ON_GPU if device == "cuda" else {})},
     )
 
 
@@ -100,87 +96,19 @@ def our_student(config: Config) -> Student:
     return build_student(Facts(config.student, names, MEAN, STD, 1.0))
 
 
-class Ours(NamedTuple):
-    """What a run of ours trains with."""
+def _timm_batches(config: Config) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mixed batches of timm's loader without end; one worker, on a GPU's machine sixteen."""
+    from timm.data import FastCollateMixup
 
-    job: Job
-    batches: Callable[[], Iterator[Batch]]
-    steps: int
-
-
-def our_side(config: Config) -> Ours:
-    """The parts of a run, built as `deit train` builds them."""
-    accelerator = create_accelerator(config.run)
-    faculty = Faculty(config)
-    splits = load_splits(config.data)
-    loader, panel = faculty.load(splits, accelerator)
-    student = our_student(config)
-    if choose_linear(config.run, accelerator) == "onednn":
-        use_onednn(student)
-    student = student.to(accelerator.device)
-    optimizer = build_optimizer(student, config.optim)
-    student, optimizer = accelerator.prepare(student, optimizer)
-    job = Job(accelerator, student, panel, optimizer, None, config.loss, config.optim, 0)
-
-    def endless() -> Iterator[Batch]:
-        for epoch in range(10**9):
-            yield from loader.epoch(epoch % config.optim.epochs)
-
-    return Ours(job, endless, loader.steps_per_epoch)
-
-
-def ours(config: Config, *, resident: bool) -> Iterator[int]:
-    """Updates of ours, the images of each. resident: always on the same batch."""
-    side = our_side(config)
-    batches = side.batches()
-    if resident:
-        batch = next(batches)
-        batches = (batch for _ in range(10**9))
-    tally = Tally(side.job.accelerator, {})
-    for update in train_epoch(side.job, batches, tally, step=0, steps=side.steps):
-        assert bool(update.applied)
-        yield config.optim.batch_size
-
-
-class _Pictures(torch.utils.data.Dataset):
-    """What timm's loader reads: Pillow images from memory."""
-
-    def __init__(self, arrays: Any) -> None:
-        self.arrays = arrays
-        self.transform: Callable | None = None
-
-    def __len__(self) -> int:
-        return len(self.arrays)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(Image.fromarray(self.arrays[index])), index % 10
-
-
-def timm_loader(config: Config) -> Any:
-    """timm's loader with its collation of mixed batches, one worker."""
-    from timm.data import FastCollateMixup, auto_augment, create_loader
-
-    # Pillow 13 refuses to keep 0 bits, which timm asks for at magnitude 10: at least 1, as ours.
-    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **settings: (
-        auto_augment.posterize(image, max(bits, 1), **settings)
-    )
     views, device = config.views, torch.device(config.run.device)
-    return create_loader(
-        _Pictures(photographs(NUMBER, 32)),
-        input_size=(3, 32, 32),
+    loader = timm_loader(
+        photographs(NUMBER, 32),
+        views,
+        32,
+        workers=16 if device.type == "cuda" else 1,
         batch_size=config.optim.batch_size,
-        is_training=True,
-        use_prefetcher=True,
-        re_prob=views.erasing,
-        re_mode="pixel",
-        scale=views.crop_scale,
-        hflip=views.flip,
-        color_jitter=None,
-        auto_augment="rand-m9-mstd0.5-inc1",
-        interpolation=views.interpolation,
         mean=MEAN,
         std=STD,
-        num_workers=_workers(config),
         collate_fn=FastCollateMixup(
             mixup_alpha=views.mixup_alpha,
             cutmix_alpha=views.cutmix_alpha,
@@ -189,12 +117,9 @@ def timm_loader(config: Config) -> Any:
         ),
         pin_memory=device.type == "cuda",
         device=device,
-        persistent_workers=True,
     )
-
-
-def _workers(config: Config) -> int:
-    return 16 if config.run.device == "cuda" else 1
+    while True:
+        yield from loader
 
 
 class Theirs(NamedTuple):
@@ -249,7 +174,7 @@ def timm_side(config: Config, *, best: bool) -> Theirs:
 def theirs(config: Config, *, best: bool, resident: bool, alone: bool = False) -> Iterator[int]:
     """Updates of timm's, the images of each. alone: the student's own, on labels."""
     side = timm_side(config, best=best)
-    batches: Iterator[tuple[Tensor, Tensor]] = _endless(timm_loader(config))
+    batches = _timm_batches(config)
     if resident:
         batch = next(batches)
         batches = (batch for _ in range(10**9))
@@ -268,17 +193,11 @@ def theirs(config: Config, *, best: bool, resident: bool, alone: bool = False) -
         yield len(images)
 
 
-def _endless(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    while True:
-        yield from loader
-
-
 def first_losses(config: Config) -> tuple[float, float]:
     """The loss of the first step of either side, on one batch of ours, without drop path."""
     config = derive(config, student={"drop_path": 0.0})
-    side = our_side(config)
-    batch = next(side.batches())
-    job = side.job
+    parts = our_parts(config)
+    batch, job = next(parts.loader.epoch(0)), job_of(parts)
     job.student.train()
     losses = objective(job.student(batch.images), batch.targets, job.teach(batch), job.loss)
     task = timm_side(config, best=False).task.train()
@@ -344,7 +263,7 @@ def train(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]
                     alone=row.taught == _NONE,
                 ),
             )
-            said = _measured(sides, rounds, seconds) | {"name": name, "peer": row.peer}
+            said = measured(Case(name, *sides, row.peer, _AHEAD), rounds=rounds, seconds=seconds)
             said |= {"batch_size": batch, "gflop_of_an_image": work, "peak_gflop_s": peak}
             said["share_of_peak"] = said["ours_images_per_s"] * work / peak
             said["losses_of_first_step"] = [mine, other]
@@ -377,43 +296,6 @@ def _peak_gflop_s(device: str) -> float:
     return 2 * side**3 / best / 1e9
 
 
-def _measured(
-    sides: tuple[Callable[[], Iterator[int]], ...], rounds: int, seconds: float
-) -> dict[str, Any]:
-    """Both sides in turns; and what the first update of each took, with all that is built for it
-    (data, networks, workers, compilation)."""
-    starts, running = [], []
-    for make in sides:
-        began = time.perf_counter()
-        side = make()
-        next(side)
-        starts.append(time.perf_counter() - began)
-        running.append(side)
-    pairs = []
-    for _ in range(rounds):
-        turns = []
-        for side in running:
-            for _ in range(_AHEAD):  # what workers made while the other side was measured
-                next(side)
-            turns.append(rate(side, seconds))
-        pairs.append(turns)
-    ratios = [one / other for one, other in pairs]
-    medians = [statistics.median(values) for values in zip(*pairs)]
-    for side in running:
-        side.close()
-    gc.collect()
-    return {
-        "ours_images_per_s": medians[0],
-        "peer_images_per_s": medians[1],
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "ours_first_update_s": starts[0],
-        "peer_first_update_s": starts[1],
-        "n": rounds,
-    }
-
-
 def _memory_mb(make: Callable[[], Iterator[int]]) -> float:
     """The most memory [10**6 bytes] that three updates in a process of their own take: of the GPU,
     or of that process (not its workers)."""
@@ -440,6 +322,3 @@ def _report_memory(make: Callable, threads: int, answer: Any) -> None:
         most = torch.cuda.max_memory_allocated()
     answer.put(most / 1e6)
     side.close()
-
-
-_AHEAD = 3  # batches

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from deit.console import say
@@ -42,18 +43,25 @@ def photographs(number: int, side: int) -> np.ndarray:
 
 
 def rate(batches: Iterator[int], seconds: float) -> float:
-    """Images per second over so many seconds."""
+    """Images per second over so many seconds, with what a GPU still has to do then."""
     started, number = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
         number += next(batches)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return number / (time.perf_counter() - started)
 
 
 def measured(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
-    """Both sides in turns; the ratio of each turn, so that a busy moment meets both."""
-    sides = case.ours(), case.theirs()
-    for side in sides:
-        next(side)  # warm up: workers, caches
+    """Both sides in turns; the ratio of each turn, so that a busy moment meets both. And what the
+    first update (or batch) of each took, with all that is built for it: data, networks, workers,
+    compilation."""
+    starts, sides = [], []
+    for make in (case.ours, case.theirs):
+        began = time.perf_counter()
+        sides.append(make())
+        next(sides[-1])
+        starts.append(time.perf_counter() - began)
     pairs = []
     for _ in range(rounds):
         turns = []
@@ -63,7 +71,9 @@ def measured(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
             turns.append(rate(side, seconds))
         pairs.append(turns)
     ratios = [one / other for one, other in pairs]
-    mine, other = (statistics.mean(values) for values in zip(*pairs))
+    mine, other = (statistics.median(values) for values in zip(*pairs))
+    for side in sides:
+        side.close()
     return {
         "name": case.name,
         "peer": case.peer,
@@ -72,6 +82,8 @@ def measured(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
+        "ours_first_update_s": starts[0],
+        "peer_first_update_s": starts[1],
         "n": rounds,
     }
 

@@ -11,9 +11,17 @@ import pytest
 from deit import checkpoint, disk, journal, manifest
 from deit.errors import CheckpointError, EnvironmentFault
 from tests.forks import Done, Zygote, until
-from tests.test_kills import SMALL, STEPS, run, same, straight  # noqa: F401
+from tests.test_kills import SMALL, STEPS, run, same
 
 pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def straight(zygote, tmp_path_factory) -> Path:
+    """The run that nothing happens to."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert run(zygote, out).code == 0
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +89,7 @@ def test_the_best_of_a_branch_that_was_given_up_is_not_the_best(zygote, tmp_path
     assert json.loads(state.read_text())["best"] == best != wanted
 
 
-def test_a_kill_after_the_best_was_written_says_nothing_of_it(zygote, straight, tmp_path):  # noqa: F811
+def test_a_kill_after_the_best_was_written_says_nothing_of_it(zygote, straight, tmp_path):
     out = tmp_path / "run"
     run(zygote, out, "metrics:1:kill")
     done = run(zygote, out)
@@ -198,7 +206,7 @@ def test_after_a_line_that_was_cut_off_the_next_rows_are_whole(out, zygote):
     assert [row["epoch"] for row in journal.read(out / "metrics.jsonl")] == [2]
 
 
-def test_a_finished_run_whose_best_is_damaged_says_so(zygote, straight, tmp_path):  # noqa: F811
+def test_a_finished_run_whose_best_is_damaged_says_so(zygote, straight, tmp_path):
     out = shutil.copytree(straight, tmp_path / "run")
     (out / "best" / "model.safetensors").write_bytes(b"")
     done = run(zygote, out)
@@ -212,7 +220,7 @@ def test_a_finished_run_whose_best_is_damaged_says_so(zygote, straight, tmp_path
 @pytest.mark.parametrize(
     ("name", "value"), [("epochs", None), ("fingerprint", 3), ("targets", "a")]
 )
-def test_a_result_that_is_none_is_named(name, value, zygote, straight, tmp_path):  # noqa: F811
+def test_a_result_that_is_none_is_named(name, value, zygote, straight, tmp_path):
     out = shutil.copytree(straight, tmp_path / "run")
     result = json.loads((out / "result.json").read_text())
     (out / "result.json").write_text(json.dumps({**result, name: value}))
