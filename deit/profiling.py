@@ -10,15 +10,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from deit.announce import announce
-from deit.config import Config, derive
+from deit.config import Config
 from deit.console import is_main_process, say, table
 from deit.engine import Job, Tally, train_epoch
-from deit.environment import choose_linear, create_accelerator, describe
+from deit.environment import describe
 from deit.parts import Parts
-from deit.preparation import found_start, settled
 from deit.records import Batch
-from deit.run import furnish, job_of
-from deit.teaching import Faculty
+from deit.run import job_of, parts_of
 from deit.validation import validate
 
 PARTS = ("views", "teacher", "student", "backward", "optimizer", "average")
@@ -33,18 +31,9 @@ def profile_run(config: Config, *, updates: int, trace: Path | None) -> dict[str
 
     trace: a JSON file for chrome://tracing or ui.perfetto.dev. Raises the errors of deit.errors.
     """
-    config = validate(config)
-    found = found_start(config)
-    config = settled(config, found)
-    accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
-    config = derive(config, run={"linear": choose_linear(config.run, accelerator)})
-    faculty = Faculty(config)
-    parts = furnish(config, Path("nowhere"), accelerator, faculty, found)
+    parts = parts_of(validate(config))
+    accelerator = parts.accelerator
     announce(parts, describe(accelerator, []))
-    faculty.check(parts.splits, accelerator, parts.loader)
-    parts.view_epochs = faculty.stored_epochs
-    if config.run.compile != "none" and parts.panel is not None:
-        parts.panel.compile(config.run.compile)
     job = _noted(job_of(parts), parts)
     batches = _endless(parts)
     _train(job, batches, _WARM_UP)
@@ -56,7 +45,7 @@ def profile_run(config: Config, *, updates: int, trace: Path | None) -> dict[str
     with profile(activities=activities) as seen:
         _train(job, batches, updates)
     result = _read(seen, update_s, updates, on_gpu)
-    _print(result, config)
+    _print(result, parts.config)
     if trace is not None and is_main_process():
         seen.export_chrome_trace(str(trace))
         say(f"wrote {trace}; look at it in https://ui.perfetto.dev")

@@ -78,7 +78,7 @@ def train(
         accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
         config = derive(config, run={"linear": choose_linear(config.run, accelerator)})
         faculty = Faculty(config)
-        parts = furnish(config, out, accelerator, faculty, found)
+        parts = _furnish(config, out, accelerator, faculty, found)
         environment = describe(accelerator, arguments or [])
         announce(parts, environment)
         if finished is not None and not dry_run:
@@ -88,10 +88,7 @@ def train(
             return finished
         if not dry_run:
             check_space(out, space_of(parts), option="--out")
-        parts.teacher_answers = faculty.check(parts.splits, accelerator, parts.loader)
-        parts.view_epochs = faculty.stored_epochs
-        if config.run.compile != "none" and parts.panel is not None:
-            parts.panel.compile(config.run.compile)  # not before: it was shown other batches
+        _ask_teachers(parts, faculty)
         if config.run.fit_memory:
             fit_memory(parts)
         if dry_run:
@@ -121,6 +118,30 @@ def train(
     return result
 
 
+def parts_of(config: Config) -> Parts:
+    """The parts of a run that is only to be looked at: as `train` builds them, teachers and stores
+    checked, networks compiled if that is asked for; nothing is written, `out` is no folder.
+
+    Raises the errors of deit.errors.
+    """
+    found = found_start(config)
+    config = settled(config, found)
+    accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
+    config = derive(config, run={"linear": choose_linear(config.run, accelerator)})
+    faculty = Faculty(config)
+    parts = _furnish(config, Path("nowhere"), accelerator, faculty, found)
+    _ask_teachers(parts, faculty)
+    return parts
+
+
+def _ask_teachers(parts: Parts, faculty: Faculty) -> None:
+    """Check teachers and stores, and have the networks compiled that stay."""
+    parts.teacher_answers = faculty.check(parts.splits, parts.accelerator, parts.loader)
+    parts.view_epochs = faculty.stored_epochs
+    if parts.config.run.compile != "none" and parts.panel is not None:
+        parts.panel.compile(parts.config.run.compile)  # not before: it was shown other batches
+
+
 def _begin(parts: Parts, environment: dict[str, Any], *, resume: bool) -> None:
     """Go back to where the run was, and write down what it is and where it goes on."""
     out = parts.out
@@ -137,7 +158,7 @@ def _begin(parts: Parts, environment: dict[str, Any], *, resume: bool) -> None:
             write_json(out / "start.json", parts.start_notes)
 
 
-def furnish(
+def _furnish(
     config: Config, out: Path, accelerator: Accelerator, faculty: Faculty, found: Found | None
 ) -> Parts:
     """Build every part of a run. found: what the student starts from; None: random weights."""

@@ -29,9 +29,9 @@ from deit.models.saved import Facts, build_student
 from deit.models.student import Student
 from deit.presets import OBJECTIVES
 from deit.recipes import cifar10_micro
-from deit.run import job_of
+from deit.run import job_of, parts_of
 from deit.target_writer import write_targets
-from scripts.sides import our_parts, ours, timm_loader
+from scripts.sides import ours, timm_loader
 from scripts.turns import Case, measured, photographs
 
 NUMBER = 6400  # images: fifty updates an epoch
@@ -196,7 +196,7 @@ def theirs(config: Config, *, best: bool, resident: bool, alone: bool = False) -
 def first_losses(config: Config) -> tuple[float, float]:
     """The loss of the first step of either side, on one batch of ours, without drop path."""
     config = derive(config, student={"drop_path": 0.0})
-    parts = our_parts(config)
+    parts = parts_of(config)
     batch, job = next(parts.loader.epoch(0)), job_of(parts)
     job.student.train()
     losses = objective(job.student(batch.images), batch.targets, job.teach(batch), job.loss)

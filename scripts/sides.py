@@ -8,30 +8,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit.config import Config, ViewsConfig, derive
+from deit.config import Config, ViewsConfig
 from deit.engine import Tally, train_epoch
-from deit.environment import choose_linear, create_accelerator
-from deit.parts import Parts
 from deit.records import Batch
-from deit.run import furnish, job_of
-from deit.teaching import Faculty
-
-
-def our_parts(config: Config) -> Parts:
-    """What a run of ours trains with, teachers and stores checked; nothing is written."""
-    accelerator = create_accelerator(config.run)
-    config = derive(config, run={"linear": choose_linear(config.run, accelerator)})
-    faculty = Faculty(config)
-    parts = furnish(config, Path("nowhere"), accelerator, faculty, None)
-    faculty.check(parts.splits, accelerator, parts.loader)
-    if config.run.compile != "none" and parts.panel is not None:
-        parts.panel.compile(config.run.compile)
-    return parts
+from deit.run import job_of, parts_of
 
 
 def ours(config: Config, *, resident: bool = False) -> Iterator[int]:
     """Updates of ours, the images of each. resident: always on the same batch."""
-    parts = our_parts(config)
+    parts = parts_of(config)
 
     def endless() -> Iterator[Batch]:
         for epoch in range(10**9):
