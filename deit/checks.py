@@ -203,7 +203,7 @@ def _check_teachers(config: Config) -> list[Problem]:
     number = max(len(teacher.source), len(teacher.targets))
     together = (1,) if teacher.combine != "tokens" else ()  # one store of what all say
     counts = {"source": (0, number), "targets": (0, *together, number)}
-    counts |= dict.fromkeys(("architecture", "image_size", "weight"), (0, 1, number))
+    counts |= dict.fromkeys(("architecture", "image_size", "weight", "layout"), (0, 1, number))
     counts |= dict.fromkeys(("mean", "std"), (0, 3, 3 * number))
     for leaf, allowed in counts.items():
         if len(getattr(teacher, leaf)) not in allowed:

@@ -93,6 +93,9 @@ Combine = Literal["probabilities", "logits", "tokens"]
 Kernel = Literal["deit", "timm"]
 Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
 Linear = Literal["auto", "torch", "onednn"]
+Layouts = Annotated[
+    tuple[Literal["auto", "contiguous", "channels_last"], ...], BeforeValidator(_listed)
+]
 Trained = Literal["all", "heads", "attention"]
 
 
@@ -270,6 +273,10 @@ class TeacherConfig:
     combine: Combine = "probabilities"
     """The ensemble's answer: mean of the probabilities (at loss.temperature), mean of the logits,
     or tokens: none, each teacher has a distillation token of its own."""
+    layout: Layouts = ()
+    """How images lie in a teacher's memory: contiguous, or channels_last, in which some networks
+    compute faster and some slower. None, auto: what measures faster as the run begins; a resumed
+    run keeps to it."""
     targets: Several = ()
     """Stores of answers (`deit targets write`) that replace the networks; with several teachers
     one for each, `none` for one that answers itself, or one of their combined answers."""

@@ -31,8 +31,9 @@ class NetworkVoice:
         self.accelerator = accelerator
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        with self.accelerator.autocast():
+        with torch.inference_mode(), self.accelerator.autocast():
             logits = self.teacher(batch.teacher_images)
+        logits = logits.clone()  # what autograd may keep: made outside of inference mode
         return logits.argmax(dim=1), logits
 
 

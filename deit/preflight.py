@@ -57,6 +57,8 @@ def _judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, gue
     enlarged = teacher.trained_size not in (None, teacher.image_size)
     if enlarged:
         size += f" (trained at {teacher.trained_size} px)"
+    if teacher.layout == "channels_last":
+        size += ", channels last in memory"
     say(
         f"teacher   {teacher.description}: {size_of(teacher)} parameters, input {size}, "
         f"validation top-1 {percent(accuracy)} % (chance {percent(guess)} %)"

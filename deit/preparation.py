@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -13,12 +14,15 @@ from deit.datasets.splits import Splits
 from deit.datasets.views import Colours
 from deit.errors import CheckpointError, reason_of
 from deit.losses import needs_logits
+from deit.models.layout import faster_layout
 from deit.models.saved import Facts
 from deit.models.start import Found, find_start, fit
 from deit.models.teachers import Teacher, load_teacher
 from deit.models.weights import digest_of, load_weights
 from deit.panel import NetworkVoice, Panel, Voice
 from deit.seats import Member, members
+
+_ANY_SIDE = 32  # px: of what a teacher that takes any is measured with
 
 
 def facts_of(config: Config, splits: Splits) -> Facts:
@@ -108,6 +112,25 @@ def teachers_of(config: Config, splits: Splits, accelerator: Accelerator) -> lis
     if config.loss.kind == "none":
         return []
     return [teacher_of(one, config, splits, accelerator) for one in members(config.teacher)]
+
+
+def lay_out(
+    teachers: list[Teacher], layouts: tuple[str, ...], accelerator: Accelerator, *, images: int
+) -> tuple[str, ...]:
+    """Have teachers compute in these layouts; for auto in what measures faster in the main process
+    with so many images at once. What it came to, one a teacher."""
+    for teacher, layout in zip(teachers, layouts, strict=True):
+        if layout == "auto":
+            faster = False
+            if accelerator.is_main_process:
+                side = teacher.image_size or teacher.trained_size or _ANY_SIDE
+                shown = torch.rand(images, 3, side, side, device=accelerator.device)
+                with accelerator.autocast():
+                    faster = faster_layout(teacher.network, shown) == "channels_last"
+            told = accelerator.reduce(torch.tensor(float(faster)), reduction="sum").item()
+            layout = "channels_last" if told else "contiguous"
+        teacher.lay(layout)
+    return tuple(teacher.layout for teacher in teachers)
 
 
 def chorus(

@@ -32,6 +32,7 @@ RESUMABLE = (
     "teacher.source",  # and the same teacher by that of its weights
     "optim.accumulate",  # the batch stays
     "run.device",
+    "teacher.layout",
     "run.linear",
     "run.compile",
     "run.evaluation_batch",
@@ -60,7 +61,8 @@ def read_state(folder: Path) -> State:
 
 def as_begun(config: Config, out: Path) -> Config:
     """The configuration with what the run in `out` settled when it began: the normalisation of its
-    start, and who computes linear layers (torch in runs that do not say)."""
+    start, who computes linear layers (torch in runs that do not say), and the teachers' layouts
+    (contiguous)."""
     if not (out / checkpoint.CONFIG).is_file():
         return config
     before = load(out / checkpoint.CONFIG)
@@ -69,6 +71,10 @@ def as_begun(config: Config, out: Path) -> Config:
     if config.run.linear == "auto" and config.run.compile == "none":
         known = "torch" if before.run.linear == "auto" else before.run.linear
         config = derive(config, run={"linear": known})
+    if set(config.teacher.layout) <= {"auto"}:
+        number = max(len(before.teacher.source), len(before.teacher.targets))
+        known = before.teacher.layout or ("contiguous",) * number
+        config = derive(config, teacher={"layout": known})
     return config
 
 
@@ -267,6 +273,7 @@ def warn_of_another_machine(out: Path, now: dict[str, Any], config: Config) -> N
         "optim.accumulate": (begun.optim.accumulate, config.optim.accumulate),
         "run.linear": (begun.run.linear, config.run.linear),
         "run.compile": (begun.run.compile, config.run.compile),
+        "teacher.layout": tuple(",".join(one.teacher.layout) for one in (begun, config)),
     }
     told = [
         f"{name} {was} before, {is_} now" for name, (was, is_) in settings.items() if was != is_

@@ -167,6 +167,7 @@ def _furnish(
         raise DataError("data.validation_fraction: fewer validation images than processes")
     facts = facts_of(config, splits)
     loader, panel = faculty.load(splits, accelerator)
+    config = derive(config, teacher={"layout": faculty.layouts})
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
         student = build_student(facts)

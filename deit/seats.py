@@ -14,6 +14,7 @@ class Member(NamedTuple):
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     weight: float
+    layout: str
 
 
 class Seat(NamedTuple):
@@ -39,14 +40,15 @@ def members(teacher: TeacherConfig) -> tuple[Member, ...]:
 
     weights = spread(teacher.weight, 1.0)
     return tuple(
-        Member(source, architecture, size, mean, std, weight / sum(weights))
-        for source, architecture, size, mean, std, weight in zip(
+        Member(source, architecture, size, mean, std, weight / sum(weights), layout)
+        for source, architecture, size, mean, std, weight, layout in zip(
             teacher.source or (None,) * number,
             spread(teacher.architecture, None),
             spread(teacher.image_size, None),
             triples(teacher.mean),
             triples(teacher.std),
             weights,
+            spread(teacher.layout, "auto"),
             strict=True,
         )
     )
@@ -64,6 +66,7 @@ def alone(teacher: TeacherConfig, place: int) -> TeacherConfig:
         image_size=own(teacher.image_size),
         mean=own(teacher.mean, 3),
         std=own(teacher.std, 3),
+        layout=own(teacher.layout),
         targets=() if own(teacher.targets) == ("none",) else own(teacher.targets),
         allow_weak=teacher.allow_weak,
     )

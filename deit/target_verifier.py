@@ -8,7 +8,7 @@ from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError
 from deit.models.teachers import Teacher, locate
-from deit.preparation import chorus, loader_of, teachers_of
+from deit.preparation import chorus, lay_out, loader_of, teachers_of
 from deit.seats import members
 from deit.stored import answer_to, check_store
 from deit.targets import open_store
@@ -51,6 +51,7 @@ def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, r
     splits = load_splits(config.data)
     if teacher != "none":
         teachers = teachers_of(config, splits, accelerator)
+        lay_out(teachers, store.layouts, accelerator, images=0)
     # Not the teachers' own: several may have been shown one view, and each be smaller than it.
     size = store.fingerprint["teacher_size"]
     loader = loader_of(config, splits, accelerator, teacher_size=size, alone=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from deit.config import Config, derive, fixed, mixes, to_dict
@@ -27,6 +28,7 @@ from deit.preflight import measure
 from deit.preparation import (
     chorus,
     found_start,
+    lay_out,
     loader_of,
     settled,
     teacher_input,
@@ -36,7 +38,15 @@ from deit.records import Answers
 from deit.seats import alone, members
 from deit.stored import answer_to, check_records
 from deit.target_units import Unit, Units
-from deit.targets import FORMAT, UNITS, Layout, canary, encode
+from deit.targets import (
+    FORMAT,
+    UNITS,
+    Layout,
+    canary,
+    encode,
+    layouts_asked,
+    read_manifest,
+)
 from deit.validation import validate
 
 _ALMOST_ONE = 0.9  # a mixed view counts as one image from this weight on
@@ -80,19 +90,20 @@ def write_targets(
     layout = _layout(config, loader, len(splits.class_names), epochs, records)
     block = max(config.run.evaluation_batch // 2 * 2, 2)
     environment = describe(accelerator, [])
-    units = Units(
-        out,
-        {
-            "format": FORMAT,
-            "complete": False,
-            # The last bits of an answer depend on these, so all writers of a store share them.
-            "asked": {"precision": environment["precision"], "block": block},
-            "fingerprint": fingerprint_of(config, splits, loader, teachers),
-            "layout": layout._asdict(),
-            "teacher_top1": None,
-            "about": _about(config, teachers, environment),
-        },
-    )
+    manifest = {
+        "format": FORMAT,
+        "complete": False,
+        # The last bits of an answer depend on these, so all writers of a store share them.
+        "asked": {"precision": environment["precision"], "block": block},
+        "fingerprint": fingerprint_of(config, splits, loader, teachers),
+        "layout": layout._asdict(),
+        "teacher_top1": None,
+        "about": _about(config, teachers, environment),
+    }
+    wanted = tuple(member.layout for member in members(config.teacher))
+    layouts = _layouts(out, wanted, wanted)
+    layouts = lay_out(teachers, layouts, accelerator, images=block)
+    units = _units(out, manifest, layouts)
     complete = torch.tensor(float(units.found()), device=accelerator.device)
     # Together: what follows measures the teachers with all processes.
     if accelerator.reduce(complete, reduction="sum").item() > 0:
@@ -106,6 +117,9 @@ def write_targets(
     weights = tuple(member.weight for member in members(config.teacher))
     size = loader.sizes.teacher
     measure(config, splits, accelerator, teachers, weights=weights, size=size)
+    # Who writes another part of this store may have settled it meanwhile.
+    layouts = lay_out(teachers, _layouts(out, wanted, layouts), accelerator, images=block)
+    units = _units(out, manifest, layouts)
     units.claim()  # not before: teachers that will not do leave no folder behind
     panel = chorus(config, splits, teachers, accelerator)
     part, parts = shard
@@ -125,6 +139,26 @@ def write_targets(
         interruption.check(now=True)
     if accelerator.is_main_process:
         units.finish()
+
+
+def _layouts(out: Path, wanted: tuple[str, ...], otherwise: tuple[str, ...]) -> tuple[str, ...]:
+    """The wanted layouts, those left open as in what is written of this store; where nothing is, as
+    in `otherwise`. The same in all processes."""
+    try:
+        written = read_manifest(out)["asked"]
+    except FileNotFoundError:
+        written = None
+    known = otherwise if written is None else layouts_asked(written, len(wanted))
+    layouts = tuple(known if want == "auto" else want for want, known in zip(wanted, known))
+    return broadcast_object_list([layouts])[0]
+
+
+def _units(out: Path, manifest: dict[str, Any], layouts: tuple[str, ...]) -> Units:
+    """The store that is to be written. Stores of contiguous teachers do not say so."""
+    asked = manifest["asked"]
+    if set(layouts) != {"contiguous"}:
+        asked = {**asked, "layouts": list(layouts)}
+    return Units(out, {**manifest, "asked": asked})
 
 
 def _of_one(config: Config, only: int) -> Config:

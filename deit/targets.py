@@ -20,6 +20,7 @@ from torch import Tensor
 from deit.console import progress
 from deit.datasets.loader import Shown
 from deit.errors import CheckpointError, DataError
+from deit.models.layout import LAYOUTS
 from deit.records import Batch
 
 FORMAT = 1
@@ -197,6 +198,11 @@ class Store:
         return [one["image_size"] for one in self.fingerprint["teacher"].values()]
 
     @property
+    def layouts(self) -> tuple[str, ...]:
+        """In which layout each of its teachers computed."""
+        return layouts_asked(self.asked, len(self.input_sizes))
+
+    @property
     def digest(self) -> str:
         """SHA-256 of what it answers and of its checksums: of every answer, by way of them. The
         same for a store that was moved, or written again to the same bytes."""
@@ -274,6 +280,12 @@ class Store:
                     )
 
 
+def layouts_asked(asked: dict[str, Any], number: int) -> tuple[str, ...]:
+    """The layouts of so many teachers in the `asked` of a manifest; stores that do not say are of
+    contiguous ones."""
+    return tuple(asked.get("layouts") or ("contiguous",) * number)
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a store, complete or not. Raises FileNotFoundError and CheckpointError."""
     file = path / MANIFEST
@@ -305,6 +317,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         if not isinstance(manifest[name], kind):
             raise TypeError(f"{name} is {manifest[name]!r}")
     manifest["teacher_top1"]
+    if not set(layouts_asked(manifest["asked"], 0)) <= LAYOUTS.keys():
+        raise ValueError(f"asked.layouts {manifest['asked']['layouts']!r}")
     layout = Layout(**manifest["layout"])
     counts = (layout.num_classes, layout.epochs, layout.places)
     if not all(isinstance(count, int) and count > 0 for count in counts):

@@ -15,7 +15,7 @@ from deit.models.teachers import Teacher, locate
 from deit.models.weights import digest_of
 from deit.panel import NetworkVoice, Panel, Voice
 from deit.preflight import measure
-from deit.preparation import chorus, loader_of, panel_of, teacher_input, teacher_of
+from deit.preparation import chorus, lay_out, loader_of, panel_of, teacher_input, teacher_of
 from deit.seats import Seat, seats
 from deit.stored import Checked, answer_to, check_store, open_stores, stored_epochs
 from deit.targets import Store
@@ -43,6 +43,18 @@ class Faculty:
     def stored_epochs(self) -> int | None:
         """How many epochs of views have answers; None where that sets no limit."""
         return stored_epochs(self.config, self.stores)
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """teacher.layout as it is settled, one a teacher; of those whose stored answers speak it
+        makes no difference."""
+        if not self.seats:
+            return self.config.teacher.layout
+        found: list[str] = []
+        for seat, store, teachers in zip(self.seats, self.stores, self.teachers):
+            said = [one.layout for one in (teachers if store is None else seat.members)]
+            found += ["contiguous" if layout == "auto" else layout for layout in said]
+        return tuple(found)
 
     @property
     def digests(self) -> list[str]:
@@ -82,12 +94,18 @@ class Faculty:
         try:
             if store is not None and None in (one.source for one in seat.members):
                 return []
-            return [teacher_of(one, self.config, splits, accelerator) for one in seat.members]
+            teachers = [teacher_of(one, self.config, splits, accelerator) for one in seat.members]
         except NotThereError as error:
             if store is None:
                 raise
             warn(f"beside its stored targets, the teacher is left out: {error}")
             return []
+        optim = self.config.optim
+        images = optim.batch_size // (optim.accumulate * accelerator.num_processes)
+        asked = tuple(one.layout for one in seat.members)
+        layouts = asked if store is None else store.layouts
+        lay_out(teachers, layouts, accelerator, images=images)
+        return teachers
 
     def check(self, splits: Splits, accelerator: Accelerator, loader: TrainLoader) -> Tensor | None:
         """Hold every store against data, views and teacher, and measure the teachers; afterwards

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from deit.config import STUDENTS, StudentConfig
 from deit.errors import ConfigError, DataError, NotThereError
 from deit.files import import_file
+from deit.models.layout import MemoryFormat, laid, lay
 from deit.models.networks import create_network
 from deit.models.saved import find_saved, load_student
 from deit.models.student import Student
@@ -63,6 +64,12 @@ class Teacher(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
         self.requires_grad_(False)
         self.eval()
+        self.layout: MemoryFormat = "contiguous"
+
+    def lay(self, layout: MemoryFormat) -> None:
+        """Have its convolutions compute in this layout: the same answers but for the last bits."""
+        self.layout = layout
+        lay(self.network, layout)
 
     def identity(self) -> dict[str, Any]:
         """What its answers depend on, as plain values: SHA-256 of the weights by name and of the
@@ -89,7 +96,7 @@ class Teacher(nn.Module):
         if self.image_size is not None and images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        answer = self.network((images - self.mean) / self.std)
+        answer = self.network(laid((images - self.mean) / self.std, self.layout))
         logits = answer.float()
         return logits if self.columns is None else logits[:, self.columns]
 
@@ -108,7 +115,10 @@ def load_teacher(config: Member, class_names: tuple[str, ...], *, image_size: in
         origin = origin._replace(image_size=config.image_size)
     if config.mean is not None and config.std is not None:
         origin = origin._replace(mean=config.mean, std=config.std)
-    return Teacher(origin, _match_classes(origin, class_names, image_size), trained)
+    teacher = Teacher(origin, _match_classes(origin, class_names, image_size), trained)
+    if config.layout == "channels_last":
+        teacher.lay("channels_last")
+    return teacher
 
 
 def locate(source: str) -> str:

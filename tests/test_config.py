@@ -228,10 +228,12 @@ def test_teachers_are_spread_one_by_one():
         *("--teacher.source", "a, b", "--teacher.weight", "1,3", "--teacher.image_size", "none,64"),
         *("--teacher.mean", "0.1,0.2,0.3,0.4,0.5,0.6", "--teacher.std", "1,1,1"),
         *("--teacher.architecture", "timm:resnet18", "--teacher.targets", "store,none"),
+        *("--teacher.layout", "auto,channels_last"),
     )
     one, two = members(config.teacher)
-    assert one == Member("a", "timm:resnet18", None, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), 0.25)
-    assert two == Member("b", "timm:resnet18", 64, (0.4, 0.5, 0.6), (1.0, 1.0, 1.0), 0.75)
+    assert one == Member("a", "timm:resnet18", None, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), 0.25, "auto")
+    colours = ((0.4, 0.5, 0.6), (1.0, 1.0, 1.0))
+    assert two == Member("b", "timm:resnet18", 64, *colours, 0.75, "channels_last")
     assert seats(config.teacher) == (Seat((one,), "store", 0.25), Seat((two,), None, 0.75))
 
 

@@ -1,0 +1,231 @@
+"""The layout in memory a teacher computes in: chosen by measuring, kept, and without a say in what
+it answers."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from deit import preparation
+from deit.checkpoint import CONFIG, newest
+from deit.config import LossConfig, StudentConfig, derive
+from deit.environment import create_accelerator
+from deit.errors import CheckpointError, ConfigError, Stopped
+from deit.losses import objective
+from deit.models import layout
+from deit.models.layout import LAYOUTS, faster_layout
+from deit.models.networks import create_network
+from deit.models.teachers import Origin, Teacher
+from deit.panel import NetworkVoice
+from deit.presets import OBJECTIVES
+from deit.recipes import digits, digits_teacher
+from deit.records import Answers, Batch, Outputs
+from deit.run import train
+from deit.target_verifier import verify_targets
+from deit.target_writer import write_targets
+from deit.targets import MANIFEST, open_store
+
+LAST = torch.channels_last
+
+
+class Noting(nn.Module):
+    """A convolution that notes how its images lay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3)
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append((images.is_contiguous(memory_format=LAST), torch.is_inference(images)))
+        return self.convolution(images).mean((2, 3))
+
+
+def teacher_of(network):
+    size, channels = 8, (0.5, 0.5, 0.5)
+    return Teacher(Origin(network, "noting", size, channels, channels, None))
+
+
+@pytest.mark.parametrize(
+    ("took", "expected"),
+    [
+        ({"contiguous": 1.0, "channels_last": 0.5}, "channels_last"),
+        ({"contiguous": 1.0, "channels_last": 0.9}, "contiguous"),
+        ({"contiguous": 0.5, "channels_last": 1.0}, "contiguous"),
+        # Too short to be worth it, whatever the ratio.
+        ({"contiguous": 1e-3, "channels_last": 1e-4}, "contiguous"),
+    ],
+)
+def test_the_layout_that_measures_clearly_faster_is_taken(monkeypatch, took, expected):
+    """On a clock of our own."""
+    network, now = Noting(), [0.0]
+
+    def forward(images):
+        assert network.convolution.weight.is_contiguous(memory_format=LAST) == (
+            images.is_contiguous(memory_format=LAST)
+        )
+        last = images.is_contiguous(memory_format=LAST)
+        now[0] += took["channels_last" if last else "contiguous"] / 2
+
+    monkeypatch.setattr(network, "forward", forward)
+    monkeypatch.setattr(layout.time, "perf_counter", lambda: now[0])
+    assert faster_layout(network, torch.rand(4, 3, 8, 8)) == expected
+    last = network.convolution.weight.is_contiguous(memory_format=LAST)
+    assert last == (expected == "channels_last")
+
+
+def test_a_network_that_takes_one_layout_only_keeps_it():
+    class Flat(Noting):
+        def forward(self, images):
+            return super().forward(images.view(-1).view(images.shape))
+
+    network = Flat()
+    assert faster_layout(network, torch.rand(4, 3, 8, 8)) == "contiguous"
+    assert network.convolution.weight.is_contiguous()
+
+
+def test_measuring_shows_no_more_pixels_than_it_must():
+    shown = []
+
+    class Counting(Noting):
+        def forward(self, images):
+            shown.append(len(images))
+            return super().forward(images)
+
+    faster_layout(Counting(), torch.rand(64, 3, 256, 256))
+    assert set(shown) == {layout._PIXELS_OF_A_CPU // 256**2}
+
+
+@pytest.mark.parametrize("name", ["small_convnet", "regnety_002_small_stem", "rednet_micro"])
+def test_a_teacher_answers_the_same_in_every_layout(name):
+    network = create_network(StudentConfig(name=name, image_size=16), 10)
+    teacher, images = teacher_of(network), torch.rand(4, 3, 16, 16)
+    before, known = teacher(images), teacher.identity()
+    for one in LAYOUTS:
+        teacher.lay(one)
+        assert torch.allclose(teacher(images), before, atol=1e-4), one
+        assert teacher.identity() == known
+
+
+def test_a_voice_asks_in_inference_mode_and_what_it_says_can_be_learnt_from():
+    network = Noting()
+    teacher = teacher_of(network)
+    teacher.lay("channels_last")
+    voice = NetworkVoice(teacher, create_accelerator(digits().run))
+    images = torch.rand(4, 3, 8, 8)
+    batch = Batch(images, images, torch.eye(4), torch.arange(4), 0, torch.arange(4))
+    labels, logits = voice(batch)
+    assert network.seen == [(True, True)]
+    assert not logits.is_inference()
+    assert not labels.is_inference()
+    student = torch.randn(4, 4, requires_grad=True)
+    answers = Answers(labels[:, None], logits[:, None])
+    soft = LossConfig(kind="soft", through="class")
+    loss = objective(Outputs(student), batch.targets, answers, soft, epoch=0.0)
+    loss["total"].backward()
+    assert student.grad.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    place = tmp_path_factory.mktemp("teacher") / "teacher"
+    train(derive(digits_teacher(), optim={"epochs": 3, "warmup_epochs": 1}), place)
+    return str(place)
+
+
+def configuration(teacher, **sections):
+    config = derive(
+        digits(),
+        student={"depth": 1, "embed_dim": 16, "num_heads": 2},
+        optim={"epochs": 2, "warmup_epochs": 1},
+        run={"evaluate_every": 2},
+        teacher={"source": (teacher,)},
+        loss=OBJECTIVES["deit-hard"],
+    )
+    return derive(config, **sections)
+
+
+def stop(*arguments):
+    raise Stopped(15)
+
+
+def settled(out):
+    return json.loads((out / CONFIG).read_text())["teacher"]["layout"]
+
+
+def test_a_run_measures_once_and_keeps_to_it(teacher, tmp_path, monkeypatch, capsys):
+    config = configuration(teacher)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    monkeypatch.setattr(preparation, "faster_layout", lambda *arguments: "channels_last")
+    train(config, whole)
+    assert settled(whole) == ["channels_last"]
+    assert "channels last in memory" in capsys.readouterr().out
+
+    with monkeypatch.context() as patch:
+        patch.setattr("deit.run.close_epoch", stop)
+        with pytest.raises(Stopped):
+            train(config, cut)
+
+    def asked(*arguments):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(preparation, "faster_layout", asked)
+    train(config, cut, resume=True)
+    assert settled(cut) == ["channels_last"]
+    weights = [newest(out) / "model.safetensors" for out in (whole, cut)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_run_in_another_layout_goes_on_and_says_so(teacher, tmp_path, monkeypatch, capsys):
+    config = derive(configuration(teacher), teacher={"layout": ("contiguous",)})
+    with monkeypatch.context() as patch:
+        patch.setattr("deit.run.close_epoch", stop)
+        with pytest.raises(Stopped):
+            train(config, tmp_path / "run")
+    other = derive(config, teacher={"layout": ("channels_last",)})
+    train(other, tmp_path / "run", resume=True)
+    assert "teacher.layout contiguous before, channels_last now" in capsys.readouterr().err
+
+
+def test_a_store_says_how_it_was_asked_and_later_parts_follow(teacher, tmp_path, monkeypatch):
+    config, out = configuration(teacher), tmp_path / "store"
+    monkeypatch.setattr(preparation, "faster_layout", lambda *arguments: "channels_last")
+    write_targets(config, out, shard=(0, 2))
+    monkeypatch.setattr(preparation, "faster_layout", lambda *arguments: "contiguous")
+    with pytest.raises(ConfigError, match=r"asked\.layouts"):
+        write_targets(derive(config, teacher={"layout": ("contiguous",)}), out, shard=(1, 2))
+    write_targets(config, out, shard=(1, 2))
+    assert open_store(out).layouts == ("channels_last",)
+
+    layouts = []
+    real = Teacher.lay
+    monkeypatch.setattr(
+        Teacher, "lay", lambda self, layout: (layouts.append(layout), real(self, layout))
+    )
+    verify_targets(out, root=None, teacher=None, rows=8)
+    assert layouts == ["channels_last"]
+    layouts.clear()
+    trained = tmp_path / "run"
+    train(derive(config, teacher={"targets": (str(out),)}), trained)
+    assert layouts == ["channels_last"]  # for the check, as it was asked
+    assert settled(trained) == ["contiguous"]
+
+
+def test_a_store_of_contiguous_teachers_does_not_say_so(teacher, tmp_path, monkeypatch):
+    """So that it is the same, to the byte, as of releases that knew no other."""
+    out = tmp_path / "store"
+    monkeypatch.setattr(preparation, "faster_layout", lambda *arguments: "contiguous")
+    write_targets(configuration(teacher), out)
+    assert json.loads((out / MANIFEST).read_text())["asked"] == {"precision": "fp32", "block": 256}
+    assert open_store(out).layouts == ("contiguous",)
+
+
+def test_a_manifest_with_an_unknown_layout_is_refused(teacher, tmp_path):
+    out = tmp_path / "store"
+    write_targets(configuration(teacher), out)
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["asked"]["layouts"] = ["sideways"]
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="sideways"):
+        open_store(out)
