@@ -154,7 +154,8 @@ def parse_run(
     if named == "":
         problems.append(Problem("--out", named, "needs a folder"))
     config = build(values, problems, online=online)
-    if recipe.endswith(".json") and config.teacher == base.teacher and code_of(config.teacher):
+    typed = isinstance(options.config.teacher.source, _Typed)
+    if recipe.endswith(".json") and not typed and code_of(config.teacher):
         named = ",".join(config.teacher.source)
         raise ConfigError(
             f"{recipe}: its teacher {named} is code, which no file but the command line may have "

@@ -219,7 +219,8 @@ def compare(arguments: list[str], program: str) -> None:
         "on the test split. Also: --study worth (the student with and without teacher; the "
         "default), teaching (every teaching mode), patience (epochs), ensemble (teachers together "
         "and alone) or resolution (a fine-tuning by its teachers and none); --only A,B (some "
-        "students of the study); --seeds 0,1,2 (mean and std); --json FILE. data.* and run.* apply "
+        "students of the study); --seeds 0,1,2 (mean and std); --at_once N (N runs at a time share "
+        "the machine: small students cannot fill it alone); --json FILE. data.* and run.* apply "
         "to the teachers too. A finished run is not trained again.",
     )
     from deit.comparison import compare
@@ -229,6 +230,7 @@ def compare(arguments: list[str], program: str) -> None:
         study=options.study,
         only=tuple(name.strip() for name in options.only.split(",") if name.strip()),
         seeds=seeds,
+        at_once=options.at_once,
         json_file=options.json,
         arguments=arguments,
     )
@@ -242,6 +244,7 @@ def _compare_options(
     parser.add_argument("--json", type=Path)
     parser.add_argument("--study", default="worth")
     parser.add_argument("--only", default="")
+    parser.add_argument("--at_once", type=int, default=1, metavar="N")
     options, rest = parser.parse_known_args(arguments)
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]

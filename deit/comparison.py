@@ -1,12 +1,14 @@
 """The students of a study beside each other and their teachers, in one table and one picture."""
 
+import itertools
 import json
 import shlex
 from pathlib import Path
 from typing import Any
 
-from deit import journal
+from deit import checkpoint, journal
 from deit.arguments import RunArguments
+from deit.at_once import Planned, check_number, train_at_once
 from deit.config import Config, derive
 from deit.console import is_main_process, say, table
 from deit.disk import check_file, write_json
@@ -28,6 +30,7 @@ def compare(
     study: str,
     only: tuple[str, ...],
     seeds: list[int],
+    at_once: int,
     json_file: Path | None,
     arguments: list[str],
 ) -> dict[str, Any]:
@@ -35,13 +38,14 @@ def compare(
     and write the numbers.
 
     study: a name in STUDIES. only: the arms to train, empty for all. A finished run in the folder
-    is not trained again, an interrupted one goes on.
+    is not trained again, an interrupted one goes on. at_once: how many runs share the machine.
     Returns, for each teacher and arm, `top1` by head, `agreement` with the teacher, `seconds` of
     training and `curves` of validation top-1 by epoch, each a list over the seeds; and `epochs`.
     Raises ConfigError for a recipe whose objective has no teacher.
     """
     if run.config.loss.kind == "none":
         raise ConfigError(f"compare {run.recipe}: its objective has no teacher to measure")
+    check_number(at_once, option="--at_once")
     if run.print_config or run.dry_run:
         raise ConfigError("compare takes neither --print_config nor --dry_run; give them to train")
     for name, arm in _arms(run.config, study, only).items():
@@ -54,33 +58,18 @@ def compare(
         raise EnvironmentFault(
             f"--json {json_file}: exists already and is no result of a comparison; give another"
         )
+    plans = [_Plan(run, seed, study, only, alone=len(seeds) == 1) for seed in seeds]
+    # What runs build on before them; of all seeds, those that come first in theirs.
+    for stage in itertools.zip_longest(*(plan.ground.values() for plan in plans)):
+        _train([planned for planned in stage if planned is not None], at_once)
+    for plan in plans:
+        plan.write_targets()
+    _train([planned for plan in plans for planned in plan.arms.values()], at_once)
     rows: dict[str, dict[str, Any]] = {}
-    for seed in seeds:
-        folder = run.out if len(seeds) == 1 else run.out / f"seed-{seed}"
-        student = derive(run.config, run={"seed": seed})
-        ground = Ground(run, student, folder)
-        arms = {name: ground.laid(arm) for name, arm in _arms(student, study, only).items()}
-        for name, config in {**ground.runs, **arms}.items():
-            out = folder / slug(name)
-            say(f"\n{name}, seed {seed}: {out}")
-            config = _with_targets(config, folder / f"targets-{slug(name)}")
-            state = train(config, out, resume=True)
-            found = evaluate(out)
-            row = rows.setdefault(
-                name,
-                {
-                    "top1": [],
-                    "agreement": [],
-                    "seconds": [],
-                    "curves": [],
-                    "epochs": config.optim.epochs,
-                    "teacher": name in ground.teachers,
-                },
-            )
-            row["top1"].append(_top1(found))
-            row["agreement"].append(_agreement(found))
-            row["seconds"].append(state["seconds"])
-            row["curves"].append(_curve(out))
+    for plan in plans:
+        for name, planned in {**plan.ground, **plan.arms}.items():
+            found = evaluate(planned.out)
+            _note(rows, name, planned, found, teacher=name in plan.teachers)
     result = {
         "recipe": run.recipe,
         "study": study,
@@ -95,7 +84,7 @@ def compare(
     if is_main_process():
         _write(result, run.out, json_file)
     if study == "worth":
-        _say_next(run.recipe, folder, next(iter(arms.values())))
+        _say_next(run.recipe, next(iter(plans[-1].arms.values())))
     return result
 
 
@@ -120,13 +109,67 @@ def _arms(student: Config, study: str, only: tuple[str, ...]) -> dict[str, Confi
     return {name: arm for name, arm in arms.items() if not only or name in only}
 
 
-def _with_targets(config: Config, store: Path) -> Config:
-    """The configuration with stored targets, written now, where its teaching needs them."""
-    needed = config.views.teacher_view == "crops" and not config.teacher.targets
-    if config.loss.kind == "none" or not needed:
-        return config
-    write_targets(config, store)
-    return derive(config, teacher={"targets": (str(store),)})
+class _Plan:
+    """The runs of one seed, by their names in the table: what the arms build on, and the arms."""
+
+    def __init__(
+        self, run: RunArguments, seed: int, study: str, only: tuple[str, ...], *, alone: bool
+    ) -> None:
+        """alone: whether there is no other seed."""
+        folder = run.out if alone else run.out / f"seed-{seed}"
+        student = derive(run.config, run={"seed": seed})
+        ground = Ground(run, student, folder)
+
+        def planned(name: str, config: Config) -> Planned:
+            return Planned(f"{name}, seed {seed}", config, folder / slug(name))
+
+        self.arms = {
+            name: planned(name, ground.laid(arm))
+            for name, arm in _arms(student, study, only).items()
+        }
+        # After the arms: they say what they build on.
+        self.ground = {name: planned(name, config) for name, config in ground.runs.items()}
+        self.teachers = ground.teachers
+
+    def write_targets(self) -> None:
+        """Write the stored targets of those arms whose teaching needs them."""
+        for name, (title, config, out) in self.arms.items():
+            needed = config.views.teacher_view == "crops" and not config.teacher.targets
+            if config.loss.kind != "none" and needed:
+                store = out.with_name(f"targets-{out.name}")
+                write_targets(config, store)
+                config = derive(config, teacher={"targets": (str(store),)})
+                self.arms[name] = Planned(title, config, out)
+
+
+def _train(runs: list[Planned], at_once: int) -> None:
+    """Train them, unless they are finished: one after the other here, or so many at once."""
+    if at_once > 1:
+        train_at_once(runs, number=at_once)
+        return
+    for title, config, out in runs:
+        say(f"\n{title}: {out}")
+        train(config, out, resume=True)
+
+
+def _note(
+    rows: dict[str, dict[str, Any]],
+    name: str,
+    planned: Planned,
+    found: dict[str, Any],
+    *,
+    teacher: bool,
+) -> None:
+    """Add what a run came to, to the row of its name."""
+    lists = ("top1", "agreement", "seconds", "curves")
+    epochs = planned.config.optim.epochs
+    row = rows.setdefault(
+        name, {**{key: [] for key in lists}, "epochs": epochs, "teacher": teacher}
+    )
+    row["top1"].append(_top1(found))
+    row["agreement"].append(_agreement(found))
+    row["seconds"].append(checkpoint.result_of(planned.out)["seconds"])
+    row["curves"].append(_curve(planned.out))
 
 
 def _top1(found: dict[str, Any]) -> dict[str, float | None]:
@@ -166,7 +209,8 @@ def _print(result: dict[str, Any]) -> None:
     table(title, COLUMNS, [comparison_cells(name, row) for name, row in result["rows"].items()])
 
 
-def _say_next(recipe: str, folder: Path, config: Config) -> None:
+def _say_next(recipe: str, arm: Planned) -> None:
+    folder, config = arm.out.parent, arm.config
     say(
         "\nNext:\n"
         f"  python evaluate_deit.py {shlex.quote(str(folder / 'distilled'))}      "

@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 
-_NAMES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+FOLLOWED = "DEIT_AT_ONCE"
+"""In the environment of a run that was started beside others by one of our commands."""
+_NAMES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", FOLLOWED)
 _PARENT = os.getppid()  # as early as may be: a launcher may die while torch is still imported
 _PR_SET_PDEATHSIG = 1
 SAME_SIGNAL_S = 2.0
@@ -14,7 +16,7 @@ what the terminal has sent them already."""
 
 
 def launched() -> bool:
-    """Whether torchrun or accelerate launch started this process."""
+    """Whether torchrun, accelerate launch or a command of ours started this process."""
     return any(name in os.environ for name in _NAMES)
 
 

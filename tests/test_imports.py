@@ -141,6 +141,7 @@ PLAN = {
     "deit.target_writer": place(6, "torch numpy accelerate"),
     "deit.target_verifier": place(6),
     "deit.run": place(7, "torch accelerate"),
+    "deit.at_once": place(2, "torch"),
     "deit.comparison": place(8),
     "deit.finetune_arguments": place(5),
     "deit.profiling": place(8, "torch"),

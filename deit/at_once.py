@@ -1,0 +1,170 @@
+"""Several runs at once on one machine: each a process of its own, with its share of the cores."""
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+import deit
+from deit.config import Config, code_of, to_dict
+from deit.console import clock, say, warn
+from deit.disk import write_json
+from deit.errors import ConfigError, DeitError
+from deit.launcher import FOLLOWED
+
+_Heard: TypeAlias = "queue.Queue[tuple[_Child, str | None]]"
+"""Lines of runs as they come; None at a run's end."""
+
+
+class Planned(NamedTuple):
+    """A run that is to be trained. name: what messages call it."""
+
+    name: str
+    config: Config
+    out: Path
+
+
+def check_number(number: int, *, option: str) -> None:
+    """Refuse a number of runs at once that cannot be. Raises ConfigError."""
+    if number < 1:
+        raise ConfigError(f"{option} {number}: should be at least 1")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if number > 1 and processes > 1:
+        raise ConfigError(
+            f"{option} {number}: each run is a process of its own then, so start it without "
+            f"torchrun (there are {processes} processes)"
+        )
+
+
+def train_at_once(runs: list[Planned], *, number: int) -> None:
+    """Train runs, so many at a time, each as `deit train --resume` would alone with its share of
+    the cores; several GPUs are given out in turn. What they print is in NAME.log beside each.
+
+    One that fails does not stop the others. Raises DeitError with the exit code of the first that
+    failed when all have ended, and Stopped, when those under way have saved, where that is asked.
+    """
+    waiting, failed, started, done = list(reversed(runs)), [], time.monotonic(), 0
+    with TemporaryDirectory(prefix="deit-") as folder, _Here(number, Path(folder)) as here:
+        while waiting or here.children:
+            while waiting and len(here.children) < number:
+                here.start(waiting.pop())
+            child, line = here.heard.get()
+            if line is not None:
+                child.hear(line)
+                continue
+            here.children.remove(child)
+            code, done = child.process.wait(), done + 1
+            if code:
+                failed.append((child, code))
+            left = (time.monotonic() - started) / done * (len(runs) - done)
+            end = f"ended with exit code {code}" if code else "finished"
+            say(f"{child.name}: {end}; {done} of {len(runs)} runs, ETA {clock(left)}")
+    if failed:
+        raise _failure(failed)
+
+
+def _failure(failed: list[tuple["_Child", int]]) -> DeitError:
+    told = "".join(f"\n  {child.name} ({child.log}): {child.error}" for child, _ in failed)
+    runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+    error = DeitError(f"{runs} failed; the same command goes on with the others:{told}")
+    error.exit_code = failed[0][1] if failed[0][1] > 0 else 1
+    return error
+
+
+class _Child:
+    """A run under way. error: what it last complained of."""
+
+    def __init__(self, name: str, log: Path, process: subprocess.Popen, heard: _Heard) -> None:
+        self.name, self.log, self.process = name, log, process
+        self.error, self._complaining = "it gave no reason", False
+        self.listener = threading.Thread(target=self._listen, args=(heard,), daemon=True)
+        self.listener.start()
+
+    def _listen(self, heard: _Heard) -> None:
+        """Keep every line in the log and hand it on; None at the end."""
+        with self.process.stdout as lines, self.log.open("a") as log:
+            for line in lines:
+                log.write(line)
+                log.flush()
+                heard.put((self, line.rstrip("\n")))
+        heard.put((self, None))
+
+    def hear(self, line: str) -> None:
+        """Tell what is worth telling."""
+        if line.startswith("deit: error: "):
+            self.error = line.removeprefix("deit: error: ")
+        elif line.startswith("  ") and self._complaining:
+            self.error += f"\n  {line}"
+        elif line.startswith("deit: warning: "):
+            warn(f"{self.name}: {line.removeprefix('deit: warning: ')}")
+        elif line.startswith("epoch "):
+            say(f"{self.name}: {line}")
+        self._complaining = line.startswith("deit: error: ") or (
+            self._complaining and line.startswith("  ")
+        )
+
+
+class _Here:
+    """This machine and the runs under way on it. folder: for their configurations."""
+
+    def __init__(self, number: int, folder: Path) -> None:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        allowed = int(os.environ.get("OMP_NUM_THREADS") or cores)
+        self.threads = max(min(allowed, cores // number), 1)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        count = torch.cuda.device_count()
+        self.gpus = visible.split(",") if visible else [str(place) for place in range(count)]
+        self.folder = folder
+        self.heard: _Heard = queue.Queue()
+        self.children: list[_Child] = []
+        self._begun = 0
+
+    def start(self, run: Planned) -> None:
+        """Start a run."""
+        run.out.parent.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{self._begun}.json"
+        write_json(file, to_dict(run.config))
+        arguments = ["train", str(file), "--out", str(run.out), "--resume"]
+        if code_of(run.config.teacher):  # who named it to us has said that it may run
+            arguments += ["--teacher.source", ",".join(run.config.teacher.source)]
+        root = str(Path(deit.__file__).resolve().parent.parent)
+        environment = {
+            **os.environ,
+            FOLLOWED: "1",
+            "OMP_NUM_THREADS": str(self.threads),
+            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if len(self.gpus) > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[self._begun % len(self.gpus)]
+        self._begun += 1
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deit", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+        )
+        log = run.out.with_name(f"{run.out.name}.log")
+        self.children.append(_Child(run.name, log, process, self.heard))
+        say(f"{run.name}: {run.out}, all it says in {log}")
+
+    def __enter__(self) -> "_Here":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ask those still under way to save and stop, and wait until they have."""
+        for child in self.children:
+            child.process.terminate()
+        for child in self.children:
+            child.process.wait()
+            child.listener.join()

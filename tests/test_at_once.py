@@ -1,0 +1,193 @@
+"""Several runs at once: the bits of each alone, failures that stop no other, signals that reach
+all."""
+
+import io
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from deit import at_once, checkpoint, journal
+from deit.at_once import Planned, check_number, train_at_once
+from deit.config import derive
+from deit.disk import hold
+from deit.errors import ConfigError, DeitError, EnvironmentFault
+from deit.presets import OBJECTIVES
+from deit.recipes import digits, digits_teacher
+from deit.run import train
+from tests.forks import until
+
+pytest.importorskip("sklearn")
+SMALL = (
+    *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
+    *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.evaluate_every", "2"),
+)
+
+
+def config(**sections):
+    small = derive(
+        digits(),
+        student={"depth": 1, "embed_dim": 16, "num_heads": 2},
+        teacher={"source": ()},
+        loss=OBJECTIVES["none"],
+        optim={"epochs": 2, "warmup_epochs": 1},
+    )
+    return derive(small, **sections)
+
+
+def chain(out):
+    return (out / journal.CHAIN).read_bytes()
+
+
+def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, tmp_path):
+    words = ("compare", "digits", *SMALL, "--seeds", "0,1", "--data.train_fraction", "0.2")
+    outs = [tmp_path / "after", tmp_path / "once"]
+    for out, number in zip(outs, ("1", "2")):
+        more = ("--at_once", number, "--out", out, "--json", f"{out}.json")
+        done = zygote.run(*words, *more)
+        assert done.code == 0, done.err
+    assert "4 of 4 runs, ETA 0 s" in done.out
+    assert "distilled, seed 1: epoch 2/2" in done.out
+    for seed in (0, 1):
+        for name in ("teacher", "distilled", "undistilled"):
+            one, other = (out / f"seed-{seed}" / name for out in outs)
+            assert chain(one) == chain(other)
+            assert "finished in" in (other.parent / f"{name}.log").read_text()
+    one, other = (json.loads(Path(f"{out}.json").read_text()) for out in outs)
+    for name, row in one["rows"].items():
+        for key in ("top1", "agreement", "curves", "epochs", "teacher"):
+            assert row[key] == other["rows"][name][key]
+
+
+def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(tmp_path, capsys):
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "import torch\n"
+        "def teacher():\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))\n"
+    )
+    teacher = {"source": (f"{code}:teacher",), "allow_weak": True}
+    configs = {
+        "lost": config(data={"source": "folder", "root": str(tmp_path / "nowhere")}),
+        "wrong": config(optim={"epochs": 1, "warmup_epochs": 2.0}, student={"patch_size": 7}),
+        "coarse": config(),
+        # Its file alone may not name code; who planned the run did.
+        "taught": config(teacher=teacher, loss=OBJECTIVES["deit-hard"]),
+    }
+    runs = [Planned(name, one, tmp_path / name) for name, one in configs.items()]
+    with pytest.raises(DeitError, match="2 runs failed") as failure:
+        train_at_once(runs, number=2)
+    said = capsys.readouterr()
+    assert failure.value.exit_code in (2, 3)  # of the one that failed first
+    lines = str(failure.value).splitlines()
+    (lost,) = [line for line in lines if line.startswith(f"  lost ({tmp_path / 'lost.log'}): ")]
+    assert "nowhere" in lost
+    assert any("student.patch_size" in line for line in lines)
+    assert any("optim.warmup_epochs" in line for line in lines)
+    assert "lost: ended with exit code 3; " in said.out
+    assert "wrong: ended with exit code 2; " in said.out
+    assert "taught: epoch 2/2 | " in said.out
+    assert "deit: warning: taught: teacher teacher from " in said.err
+    assert "4 of 4 runs, ETA 0 s" in said.out
+    for name in configs:
+        trained = checkpoint.result_of(tmp_path / name) is not None
+        assert trained == (name in ("coarse", "taught"))
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes_on(
+    zygote, tmp_path, number
+):
+    # The teacher first: it is trained before the two students that run beside each other.
+    train(derive(digits_teacher(), optim={"epochs": 1, "warmup_epochs": 0}), tmp_path / "teacher")
+    words = ("compare", "digits", *SMALL, "--optim.epochs", "40", "--run.evaluate_every", "40")
+    words += ("--teacher.source", tmp_path / "teacher", "--at_once", "2", "--out", tmp_path / "out")
+    running = zygote.start(*words)
+    names = ("distilled", "undistilled")
+    until(lambda: all(checkpoint.found(tmp_path / "out" / name) for name in names))
+    running.signal(number)
+    done = running.wait()
+    assert done.code == 128 + number
+    assert "the same command goes on" in done.err
+    logs = [(tmp_path / "out" / f"{name}.log").read_text() for name in names]
+    assert all("stopped by" in log for log in logs)
+    short = [*words, "--only", "undistilled"]
+    assert zygote.run(*short).code == 0
+    assert "resuming after update" in (tmp_path / "out" / "undistilled.log").read_text()
+
+
+def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_path):
+    words = ("compare", "digits", *SMALL, "--optim.epochs", "3000", "--run.evaluate_every", "3000")
+    train(derive(digits_teacher(), optim={"epochs": 1, "warmup_epochs": 0}), tmp_path / "teacher")
+    words += ("--teacher.source", tmp_path / "teacher", "--at_once", "2", "--out", tmp_path / "out")
+    running = zygote.start(*words)
+    names = ("distilled", "undistilled")
+    until(lambda: all(checkpoint.found(tmp_path / "out" / name) for name in names))
+    running.signal(signal.SIGKILL)
+    running.wait()
+    # They hold their folders until they have ended.
+    for name in names:
+        out = tmp_path / "out" / name
+        number = len(checkpoint.found(out))
+        assert number
+        deadline = time.monotonic() + 30
+        while _held(out):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def _held(out):
+    try:
+        with hold(out, option="--out"):
+            return False
+    except EnvironmentFault:
+        return True
+
+
+def test_a_number_that_cannot_be_is_refused(monkeypatch):
+    check_number(1, option="--at_once")
+    with pytest.raises(ConfigError, match="--at_once 0: should be at least 1"):
+        check_number(0, option="--at_once")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_number(1, option="--at_once")
+    with pytest.raises(ConfigError, match="there are 2 processes"):
+        check_number(2, option="--at_once")
+
+
+@pytest.mark.parametrize(
+    ("cores", "asked", "number", "threads"),
+    [(8, None, 2, 4), (8, None, 3, 2), (2, None, 4, 1), (8, "1", 2, 1), (8, "16", 2, 4)],
+)
+def test_each_gets_its_share_of_the_cores(monkeypatch, tmp_path, cores, asked, number, threads):
+    monkeypatch.setattr(at_once.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert at_once._Here(number, tmp_path).threads == threads
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [(None, 1, ["-"] * 3), (None, 2, ["0", "1", "0"]), ("3,5", 2, ["3", "5", "3"])],
+)
+def test_several_gpus_are_given_out_in_turn(monkeypatch, tmp_path, visible, count, expected):
+    given = []
+
+    class Started:
+        def __init__(self, command, *, env, **more):
+            self.stdout = io.StringIO()
+            given.append(env.get("CUDA_VISIBLE_DEVICES", "-"))
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(at_once.torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(at_once.subprocess, "Popen", Started)
+    here = at_once._Here(3, tmp_path)
+    for seed in range(3):
+        here.start(Planned(f"run {seed}", config(), tmp_path / str(seed)))
+    assert given == expected
