@@ -371,6 +371,9 @@ class RunConfig:
     compile: Compile = "none"
     """Mode of torch.compile for student and teachers: default fuses; reduce-overhead also records
     CUDA graphs, which pays with small batches; max-autotune tries kernels first. none: eager."""
+    recompute: bool = False
+    """Forget what the student's blocks computed, compute it again in the backward pass: the same
+    bits for a fraction of the memory and a third more arithmetic."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """bf16: processes exchange their gradients in half the bytes, rounded to bfloat16."""
     evaluate_every: Count = 1

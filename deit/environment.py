@@ -57,11 +57,30 @@ def choose_device(run: RunConfig) -> str:
     return run.device
 
 
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
+def _check_launcher() -> None:
+    """Refuse what would train something else than it says. Raises EnvironmentFault."""
+    for variable, name in _SHARDING.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise EnvironmentFault(
+                f"the launcher asks for {name}: students are not sharded, up to ViT-H they fit one "
+                "GPU of 24 GB (--run.recompute true, --optim.accumulate; docs/scaling.md); launch "
+                "with distributed_type MULTI_GPU"
+            )
+
+
 def create_accelerator(run: RunConfig, *, accumulate: int = 1) -> Accelerator:
     """Accelerate's object for this device, precision and accumulation.
 
     Raises EnvironmentFault where the machine cannot do what the configuration asks.
     """
+    _check_launcher()
     device = choose_device(run)
     precision = choose_precision(run, device)
     if device == "cpu":

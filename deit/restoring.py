@@ -35,6 +35,7 @@ RESUMABLE = (
     "teacher.layout",
     "run.linear",
     "run.compile",
+    "run.recompute",
     "run.evaluation_batch",
     "run.save_every",
     "run.keep_checkpoints",

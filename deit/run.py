@@ -176,6 +176,8 @@ def _furnish(
     student.still = config.optim.trained == "heads"
     if config.run.linear == "onednn":
         use_onednn(student)
+    if config.run.recompute:
+        _recompute(config, student.network)
     student = student.to(accelerator.device)
     _check_student(config, student)
     average = None
@@ -203,6 +205,17 @@ def _furnish(
         ),
         start_notes=notes,
     )
+
+
+def _recompute(config: Config, network: nn.Module) -> None:
+    """Have a network compute its blocks again in the backward pass. Raises ConfigError."""
+    try:
+        network.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):  # timm's way to say that it cannot
+        raise ConfigError(
+            f"run.recompute = True: {config.student.name} has no blocks that it could compute "
+            "again; --optim.accumulate saves memory too"
+        ) from None
 
 
 def _scales(config: Config, student: nn.Module) -> dict[str, float] | None:

@@ -1,0 +1,17 @@
+#!/bin/bash
+# sbatch scripts/launch/slurm.sh RECIPE [options of train_deit.py], from the folder of train_deit.py.
+# Begins the run, or goes on with it where the job was put into the queue again.
+#SBATCH --job-name=deit
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# One launcher a node; SLURM's SIGTERM at the end of the time saves a checkpoint of that very update.
+exec srun --kill-on-bad-exit=1 torchrun \
+  --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" \
+  --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:${DEIT_PORT:-29500}" \
+  train_deit.py "$@" --resume

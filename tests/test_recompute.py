@@ -1,0 +1,64 @@
+"""Blocks that are computed again in the backward pass: the same bits, for less memory."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from deit.checkpoint import newest
+from deit.config import derive
+from deit.errors import ConfigError
+from deit.presets import OBJECTIVES
+from deit.recipes import digits, digits_teacher
+from deit.run import parts_of, train
+
+pytest.importorskip("sklearn")
+
+
+def config(**sections):
+    small = derive(
+        digits(),
+        student={"depth": 4, "embed_dim": 24, "num_heads": 2, "drop_path": 0.3},
+        teacher={"source": ()},
+        loss=OBJECTIVES["none"],
+        optim={"epochs": 1, "warmup_epochs": 0},
+    )
+    return derive(small, **sections)
+
+
+def kept_bytes(config):
+    """What a forward pass keeps for the backward pass, beside the weights [bytes]."""
+    student, kept = parts_of(config).student.train(), {}
+    weights = {one.untyped_storage().data_ptr() for one in student.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = student(torch.rand(32, 3, 8, 8))
+        assert outputs.class_logits.requires_grad
+    return sum(kept.values())
+
+
+def test_a_fraction_of_the_memory_is_kept():
+    often, once = (kept_bytes(config(run={"recompute": again})) for again in (False, True))
+    assert once < 0.15 * often
+
+
+@pytest.mark.parametrize("linear", ["torch", "onednn"])
+def test_a_run_ends_with_the_same_bits(tmp_path, linear):
+    """With drop path: the second time it drops the same."""
+    weights = []
+    for again in (False, True):
+        out = tmp_path / str(again)
+        train(config(run={"recompute": again, "linear": linear}), out)
+        weights.append((newest(out) / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_a_network_without_blocks_is_refused():
+    wanted = derive(digits_teacher(), run={"recompute": True})
+    with pytest.raises(ConfigError, match=r"run\.recompute = True: small_convnet has no blocks"):
+        parts_of(wanted)
