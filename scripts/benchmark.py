@@ -14,6 +14,7 @@ from deit.config import RunConfig
 from deit.console import say, table
 from deit.environment import create_accelerator, describe, keep_freed_memory
 from scripts.benchmark_data import BATCH, data
+from scripts.benchmark_picture import draw_benchmark
 from scripts.benchmark_targets import targets
 from scripts.benchmark_train import train
 
@@ -21,7 +22,7 @@ WHAT = {"data": data, "targets": targets, "train": train}
 
 
 def main() -> None:
-    """Print a table; with --json also write it, with command, machine and commit."""
+    """Print a table; with --json also write it, with command, machine and commit; --plot draws."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "what",
@@ -30,6 +31,7 @@ def main() -> None:
         "beside timm's parts",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (7)")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn (3)")
     parser.add_argument(
@@ -39,8 +41,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < 1 or options.seconds <= 0:
         parser.error("--rounds and --seconds should be positive")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: no folder {options.json.absolute().parent}")
+    for name in ("json", "plot"):
+        file = getattr(options, name)
+        if file is not None and not file.absolute().parent.is_dir():
+            parser.error(f"--{name} {file}: no folder {file.absolute().parent}")
     cores = (os.cpu_count() or 1) if options.what == "train" else 1
     torch.set_num_threads(options.threads or cores)
     threads = torch.get_num_threads()
@@ -64,19 +68,22 @@ def main() -> None:
             for row in rows
         ],
     )
+    device = "auto" if options.what == "train" else "cpu"
+    facts = {
+        "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "threads": threads,
+        "batch_size": rows[0].get("batch_size", BATCH),
+        "rows": rows,
+        "environment": describe(create_accelerator(RunConfig(device=device)), []),
+    }
     if options.json is not None:
-        device = "auto" if options.what == "train" else "cpu"
-        facts = {
-            "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
-            "rounds": options.rounds,
-            "seconds": options.seconds,
-            "threads": threads,
-            "batch_size": rows[0].get("batch_size", BATCH),
-            "rows": rows,
-            "environment": describe(create_accelerator(RunConfig(device=device)), []),
-        }
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
         say(f"wrote {options.json}")
+    if options.plot is not None:
+        draw_benchmark(facts, options.plot)
+        say(f"drew {options.plot}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from deit.report import COLUMNS, comparison_cells, draw_comparison, markdown_table  # noqa: E402
+from scripts.benchmark_picture import draw_benchmark  # noqa: E402
 
 TITLES = {
     "digits": "Digits: mixup and cutmix, soft distillation (the quickstart)",
@@ -91,23 +92,32 @@ def _besides(rows: list[dict]) -> str:
     whole = [row for row in rows if "ours_memory_mb" in row]
     if not whole:
         return ""
-    columns = ("besides (ours, beside)", "s to the first update", "memory [MB]", "share of peak")
+    columns = ["besides (ours, beside)", "s to the first update", "memory [MB]", "share of peak"]
+    keys = [("first_update_s", ".1f"), ("memory_mb", ",.0f")]
+    if "ours_memory_with_workers_mb" in whole[0]:
+        columns.insert(3, "with workers [MB]")
+        keys.append(("memory_with_workers_mb", ",.0f"))
     cells = [
         (
             row["name"],
-            f"{row['ours_first_update_s']:.1f}, {row['peer_first_update_s']:.1f}",
-            f"{row['ours_memory_mb']:,.0f}, {row['peer_memory_mb']:,.0f}",
+            *(f"{row[f'ours_{key}']:{how}}, {row[f'peer_{key}']:{how}}" for key, how in keys),
             f"{100 * row['share_of_peak']:.0f} %",
         )
         for row in whole
     ]
     row = whole[0]
     ours, theirs = row["losses_of_first_step"]
+    floor = ""
+    if "floor_images_per_s" in row:
+        floor = (
+            f"With its traffic ({1e3 * row['gb_of_an_image']:.0f} MB an image, "
+            f"{row['copy_gb_s']:.0f} GB/s) the floor is {row['floor_images_per_s']:,.0f} images/s. "
+        )
     return (
         f"{markdown_table(columns, cells)}\n\n"
         f"Loss of the first step {ours:.5f} and {theirs:.5f}. Share of peak: the student's "
         f"arithmetic ({row['gflop_of_an_image']:.2f} GFLOP an image, forward and backward) at our "
-        f"speed, of what matrix products reach here ({row['peak_gflop_s']:,.0f} GFLOP/s). "
+        f"speed, of what matrix products reach here ({row['peak_gflop_s']:,.0f} GFLOP/s). {floor}"
     )
 
 
@@ -149,6 +159,8 @@ def main() -> None:
     readme.write_text(new)
     for name, result in results.items():
         draw_comparison(result, ROOT / "docs" / "images" / f"{name}.png")
+    for name, result in load(BENCHMARKS).items():
+        draw_benchmark(result, ROOT / "docs" / "images" / f"{name}.png")
 
 
 if __name__ == "__main__":

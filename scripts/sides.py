@@ -10,6 +10,7 @@ from PIL import Image
 
 from deit.config import Config, ViewsConfig
 from deit.engine import Tally, train_epoch
+from deit.parts import Parts
 from deit.records import Batch
 from deit.run import job_of, parts_of
 
@@ -17,18 +18,24 @@ from deit.run import job_of, parts_of
 def ours(config: Config, *, resident: bool = False) -> Iterator[int]:
     """Updates of ours, the images of each. resident: always on the same batch."""
     parts = parts_of(config)
-
-    def endless() -> Iterator[Batch]:
-        for epoch in range(10**9):
-            yield from parts.loader.epoch(epoch % config.optim.epochs)
-
-    batches = endless()
+    batches = _endless(parts)
     if resident:
         batch = next(batches)
         batches = (batch for _ in range(10**9))
     tally = Tally(parts.accelerator, {})
     for _ in train_epoch(job_of(parts), batches, tally, step=0, steps=10**6):
         yield config.optim.batch_size
+
+
+def our_batches(config: Config) -> Iterator[int]:
+    """Batches of ours, the images of each; nothing is trained."""
+    for batch in _endless(parts_of(config)):
+        yield len(batch.images)
+
+
+def _endless(parts: Parts) -> Iterator[Batch]:
+    for epoch in range(10**9):
+        yield from parts.loader.epoch(epoch % parts.config.optim.epochs)
 
 
 class _Pictures(torch.utils.data.Dataset):

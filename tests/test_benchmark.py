@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import benchmark_train
+from scripts import training_sides
 
 pytest.importorskip("sklearn")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
@@ -26,8 +26,17 @@ def benchmark(folder, *arguments, what="data"):
 
 
 def test_rows_hold_both_sides_and_the_file_says_where_they_were_measured(tmp_path):
-    done = benchmark(tmp_path, "--rows", "32 px in memory: crop, flip, Rand", "--json", "x.json")
+    done = benchmark(
+        tmp_path,
+        "--rows",
+        "32 px in memory: crop, flip, Rand",
+        "--json",
+        "x.json",
+        "--plot",
+        "x.png",
+    )
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     found = json.loads((tmp_path / "x.json").read_text())
     assert [row["name"] for row in found["rows"]] == [
         "32 px in memory: crop, flip, RandAugment",
@@ -39,7 +48,7 @@ def test_rows_hold_both_sides_and_the_file_says_where_they_were_measured(tmp_pat
         assert row["ratio"] == pytest.approx(ratio)
         assert row["ratio_min"] == row["ratio"] == row["ratio_max"]
         assert row["name"] in done.stdout
-    assert found["command"].endswith("--json x.json")
+    assert found["command"].endswith("--json x.json --plot x.png")
     assert found["environment"]["device_name"]
 
 
@@ -63,9 +72,9 @@ def test_no_row_of_that_name_is_refused(tmp_path):
 
 def test_both_sides_of_training_begin_with_the_same_loss(tmp_path, monkeypatch):
     """Ours and timm's: the same weights, batch, teacher and objective."""
-    monkeypatch.setattr(benchmark_train, "NUMBER", 640)
-    config = benchmark_train.configuration(tmp_path, student="deit_micro", batch=64, device="cpu")
-    ours, theirs = benchmark_train.first_losses(config)
+    monkeypatch.setattr(training_sides, "number_of", lambda side: 640)
+    config = training_sides.configuration(tmp_path, student="deit_micro", batch=64, device="cpu")
+    ours, theirs = training_sides.first_losses(config)
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
@@ -82,7 +91,8 @@ def test_training_is_measured_beside_timms_parts_with_the_same_loss(tmp_path):
     assert ours == pytest.approx(theirs, abs=1e-3)
     assert 0 < row["share_of_peak"] < 1
     assert row["gflop_of_an_image"] == pytest.approx(0.294, abs=0.01)
-    for name in ("first_update_s", "memory_mb"):
+    for name in ("first_update_s", "memory_mb", "memory_with_workers_mb"):
         assert row[f"ours_{name}"] > 0
         assert row[f"peer_{name}"] > 0
+    assert row["peer_memory_with_workers_mb"] > row["peer_memory_mb"] / 2
     assert found["threads"] == os.cpu_count()

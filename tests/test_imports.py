@@ -160,7 +160,10 @@ PLAN = {
     "scripts.sides": place(9, "torch numpy PIL timm"),
     "scripts.benchmark_data": place(10, "torch numpy PIL"),
     "scripts.benchmark_targets": place(10, "torch PIL"),
-    "scripts.benchmark_train": place(10, "torch PIL timm"),
+    "scripts.benchmark_picture": place(9, "matplotlib"),
+    "scripts.memory": place(9, "torch"),
+    "scripts.training_sides": place(10, "torch PIL timm"),
+    "scripts.benchmark_train": place(10, "torch", "scripts.training_sides"),
     "scripts.benchmark": place(11, "torch"),
 }
 

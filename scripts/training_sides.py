@@ -1,0 +1,207 @@
+"""Both sides of a training: the same student, teacher and views; ours, and one of timm's own parts.
+
+timm's side is its TokenDistillationTask, its loader and its optimizer factory, called in the order
+of its train script, and read as that script does: the loss at every update. Once as it comes, once
+with its best settings for the machine.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from deit.config import Config, ViewsConfig, derive
+from deit.losses import objective
+from deit.models.saved import Facts, build_student
+from deit.models.student import Student
+from deit.presets import OBJECTIVES
+from deit.recipes import cifar10_micro
+from deit.run import job_of, parts_of
+from scripts.sides import timm_loader
+from scripts.turns import photographs
+
+PIXELS = 6400 * 32**2  # of all images: at 32 px fifty updates of 128 an epoch
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+VIEWS = ViewsConfig(
+    crop="random_resized",
+    crop_scale=(0.8, 1.0),
+    flip=0.5,
+    policy="randaugment",
+    erasing=0.25,
+    mixup_alpha=0.8,
+    cutmix_alpha=1.0,
+    mean=MEAN,
+    std=STD,
+)
+_ON_GPU = {"precision": "bf16", "compile": "default"}
+
+
+def teacher() -> nn.Module:
+    """ResNet-18 with random weights: how it answers does not matter for the speed."""
+    torch.manual_seed(0)
+    network = timm.create_model("resnet18", num_classes=10)
+    network.pretrained_cfg.update(mean=MEAN, std=STD)
+    return network.eval()
+
+
+def number_of(side: int) -> int:
+    """How many images of a side [px] a training has: as many pixels, but at least 2,560 images."""
+    return max(PIXELS // side**2, 2560)
+
+
+def configuration(folder: Path, *, student: str, batch: int, device: str, side: int = 32) -> Config:
+    """CIFAR-10's or ImageNet's shape and DeiT's augmentation, on scikit-learn's photographs in
+    class folders."""
+    root = folder / f"pictures-{side}"
+    if not root.exists():
+        for index, array in enumerate(photographs(number_of(side), side)):
+            place = root / "train" / f"class {index % 10}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(place / f"{index:05d}.png")
+            if index < 320:
+                place = root / "validation" / f"class {index % 10}"
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(place / f"{index:05d}.png")
+    return derive(
+        cifar10_micro(),
+        data={"source": "folder", "root": str(root), "image_size": side, "storage": "memory"},
+        views=VIEWS,
+        student={
+            "name": student,
+            "image_size": side,
+            "patch_size": 4 if side < 64 else 16,
+            "drop_path": 0.1,
+            "initialisation": "timm",
+        },
+        teacher={
+            "source": (f"{Path(__file__)}:teacher",),
+            "allow_weak": True,
+            "mean": MEAN,
+            "std": STD,
+        },
+        loss=OBJECTIVES["deit-hard"],
+        optim={"epochs": 2, "batch_size": batch, "weight_decay": 0.05, "ema_epochs": 0.0},
+        run={"device": device, **(_ON_GPU if device == "cuda" else {})},
+    )
+
+
+def our_student(config: Config) -> Student:
+    """The student that both sides start from."""
+    names = tuple(f"class {label}" for label in range(10))
+    torch.manual_seed(0)
+    return build_student(Facts(config.student, names, MEAN, STD, 1.0))
+
+
+def timm_batches(config: Config) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mixed batches of timm's loader without end; one worker, on a GPU's machine sixteen."""
+    from timm.data import FastCollateMixup
+
+    views, device = config.views, torch.device(config.run.device)
+    side = config.student.image_size
+    loader = timm_loader(
+        photographs(number_of(side), side),
+        views,
+        side,
+        workers=16 if device.type == "cuda" else 1,
+        batch_size=config.optim.batch_size,
+        mean=MEAN,
+        std=STD,
+        collate_fn=FastCollateMixup(
+            mixup_alpha=views.mixup_alpha,
+            cutmix_alpha=views.cutmix_alpha,
+            label_smoothing=config.loss.label_smoothing,
+            num_classes=10,
+        ),
+        pin_memory=device.type == "cuda",
+        device=device,
+    )
+    while True:
+        yield from loader
+
+
+class Theirs(NamedTuple):
+    """What timm's train script trains with. autocast: whether forward passes are in bf16."""
+
+    task: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    autocast: bool
+
+
+def timm_side(config: Config, *, best: bool) -> Theirs:
+    """timm's parts, with the weights our student starts from. best: with the settings that are
+    fastest for it on this kind of machine, else as they come."""
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.task import TokenDistillationTask
+
+    device = torch.device(config.run.device)
+    own = our_student(config).network
+    width, depth = own.embed_dim, len(own.blocks)
+    model = timm.create_model(
+        "deit_tiny_distilled_patch16_224",
+        num_classes=10,
+        img_size=config.student.image_size,
+        patch_size=config.student.patch_size,
+        embed_dim=width,
+        depth=depth,
+        num_heads=own.blocks[0].attn.num_heads,
+        drop_path_rate=config.student.drop_path,
+    )
+    model.load_state_dict(own.state_dict())
+    model.pretrained_cfg.update(mean=MEAN, std=STD)
+    model.to(device)
+    task = TokenDistillationTask(
+        model,
+        teacher_model=teacher().to(device),
+        criterion=SoftTargetCrossEntropy(),
+        distill_type="hard",
+        task_loss_weight=0.5,
+        device=device,
+        verbose=False,
+    )
+    optimizer = create_optimizer_v2(
+        model, opt="adamw", lr=1e-4, weight_decay=0.05, **({"fused": True} if best else {})
+    )
+    if best and device.type == "cuda":
+        task.compile()
+    return Theirs(task, optimizer, device, device.type == "cuda")
+
+
+def theirs(config: Config, *, best: bool, resident: bool, alone: bool = False) -> Iterator[int]:
+    """Updates of timm's, the images of each. alone: the student's own, on labels."""
+    side = timm_side(config, best=best)
+    batches = timm_batches(config)
+    if resident:
+        batch = next(batches)
+        batches = (batch for _ in range(10**9))
+    side.task.train()
+    for images, targets in batches:
+        with torch.autocast(side.device.type, torch.bfloat16, enabled=side.autocast):
+            if alone:
+                found = sum(side.task.trainable_module(images)) / 2
+                loss = side.task.criterion(found, targets)
+            else:
+                loss = side.task(images, targets)["loss"]
+        loss.backward()
+        side.optimizer.step()
+        loss.item()  # its loop adds up the loss of every update
+        side.optimizer.zero_grad()
+        yield len(images)
+
+
+def first_losses(config: Config) -> tuple[float, float]:
+    """The loss of the first step of either side, on one batch of ours, without drop path."""
+    config = derive(config, student={"drop_path": 0.0})
+    parts = parts_of(config)
+    batch, job = next(parts.loader.epoch(0)), job_of(parts)
+    job.student.train()
+    losses = objective(job.student(batch.images), batch.targets, job.teach(batch), job.loss)
+    task = timm_side(config, best=False).task.train()
+    mean, std = (torch.tensor(v, device=batch.images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    smoothed = batch.targets * (1 - job.loss.label_smoothing) + job.loss.label_smoothing / 10
+    return losses["total"].item(), task((batch.images - mean) / std, smoothed)["loss"].item()
