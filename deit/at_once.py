@@ -98,17 +98,16 @@ class _Child:
 
     def hear(self, line: str) -> None:
         """Tell what is worth telling."""
-        if line.startswith("deit: error: "):
+        begun = line.startswith("deit: error: ")
+        self._complaining = begun or (self._complaining and line.startswith("  "))
+        if begun:
             self.error = line.removeprefix("deit: error: ")
-        elif line.startswith("  ") and self._complaining:
+        elif self._complaining:
             self.error += f"\n  {line}"
         elif line.startswith("deit: warning: "):
             warn(f"{self.name}: {line.removeprefix('deit: warning: ')}")
         elif line.startswith("epoch "):
             say(f"{self.name}: {line}")
-        self._complaining = line.startswith("deit: error: ") or (
-            self._complaining and line.startswith("  ")
-        )
 
 
 class _Here:

@@ -1,5 +1,6 @@
 """The facts of the machine a run happens on: devices, precision, versions, commit."""
 
+import gc
 import os
 import platform
 import subprocess
@@ -153,9 +154,11 @@ def leave_processes() -> None:
     """Join the threads of the process group while the interpreter still stands.
 
     Left to the end of the process, a thread of Gloo that holds a Python object may ask for the
-    interpreter after it is gone, and the process of a finished run then ends by SIGABRT.
+    interpreter after it is gone, and the process of a finished run then ends by SIGABRT. They live
+    as long as any network wrapped for several processes does: the caller keeps none.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # a wrapped network may be in a cycle of references
         torch.distributed.destroy_process_group()
 
 

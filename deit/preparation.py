@@ -118,8 +118,9 @@ def lay_out(
     teachers: list[Teacher], layouts: tuple[str, ...], accelerator: Accelerator, *, images: int
 ) -> tuple[str, ...]:
     """Have teachers compute in these layouts; for auto in what measures faster in the main process
-    with so many images at once. What it came to, one a teacher."""
-    for teacher, layout in zip(teachers, layouts, strict=True):
+    with so many images at once. What it came to, one a teacher. (The layouts of a store may be of
+    another number of teachers: its fingerprint tells, a little later.)"""
+    for teacher, layout in zip(teachers, layouts):
         if layout == "auto":
             faster = False
             if accelerator.is_main_process:
@@ -127,8 +128,9 @@ def lay_out(
                 shown = torch.rand(images, 3, side, side, device=accelerator.device)
                 with accelerator.autocast():
                     faster = faster_layout(teacher.network, shown) == "channels_last"
-            told = accelerator.reduce(torch.tensor(float(faster)), reduction="sum").item()
-            layout = "channels_last" if told else "contiguous"
+            told = torch.tensor(float(faster), device=accelerator.device)
+            last = accelerator.reduce(told, reduction="sum").item() > 0
+            layout = "channels_last" if last else "contiguous"
         teacher.lay(layout)
     return tuple(teacher.layout for teacher in teachers)
 

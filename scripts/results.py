@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deit.report import COLUMNS, comparison_cells, draw_comparison, markdown_table  # noqa: E402
-from scripts.benchmark_picture import draw_benchmark  # noqa: E402
+from deit.report import COLUMNS, comparison_cells, draw_comparison, markdown_table
+from scripts.benchmark_picture import draw_benchmark
 
+ROOT = Path(__file__).resolve().parents[1]
 TITLES = {
     "digits": "Digits: mixup and cutmix, soft distillation (the quickstart)",
     "digits-strong-views": "Digits: strong views (15 degrees, quarter-width shifts), soft labels",

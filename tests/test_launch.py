@@ -19,11 +19,6 @@ pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "scripts" / "launch"
 CONFIGS = sorted(path.name for path in LAUNCH.glob("*.yaml"))
-EXPECTED = {
-    "one_gpu.yaml": {"ACCELERATE_MIXED_PRECISION": "bf16"},
-    "eight_gpus.yaml": {"ACCELERATE_MIXED_PRECISION": "bf16"},
-    "four_nodes.yaml": {"ACCELERATE_MIXED_PRECISION": "bf16"},
-}
 STARTS = {
     "eight_gpus.yaml": {"nproc_per_node": "8"},
     "four_nodes.yaml": {
@@ -54,8 +49,7 @@ def test_accelerate_launch_understands_every_configuration(name, monkeypatch):
     else:
         command, environment = prepare_simple_launcher_cmd_env(arguments)
         assert command[-2:] == ["train_deit.py", "cifar10"]
-    for key, value in EXPECTED[name].items():
-        assert environment[key] == value
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
 def test_a_run_starts_by_the_configuration_of_one_gpu(tmp_path):

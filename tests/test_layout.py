@@ -11,7 +11,7 @@ from deit import preparation
 from deit.checkpoint import CONFIG, newest
 from deit.config import LossConfig, StudentConfig, derive
 from deit.environment import create_accelerator
-from deit.errors import CheckpointError, ConfigError, Stopped
+from deit.errors import CheckpointError, ConfigError, DataError, Stopped
 from deit.losses import objective
 from deit.models import layout
 from deit.models.layout import LAYOUTS, faster_layout
@@ -229,3 +229,10 @@ def test_a_manifest_with_an_unknown_layout_is_refused(teacher, tmp_path):
     (out / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="sideways"):
         open_store(out)
+
+
+def test_a_store_of_another_number_of_teachers_is_refused_by_name(teacher, tmp_path):
+    out = tmp_path / "store"
+    write_targets(configuration(teacher), out)
+    with pytest.raises(DataError, match="holds answers to something else"):
+        verify_targets(out, root=None, teacher=f"{teacher},{teacher}", rows=8)
