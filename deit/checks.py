@@ -370,10 +370,21 @@ def _check_optim(config: Config) -> list[Problem]:
 
 
 def _check_run(config: Config) -> list[Problem]:
-    run = config.run
+    run, found = config.run, []
     if run.linear == "onednn" and run.compile != "none":
-        return [Problem("run.linear", run.linear, "is not for compiled networks; leave it at auto")]
-    return []
+        advice = "is not for compiled networks; leave it at auto"
+        found.append(Problem("run.linear", run.linear, advice))
+    if run.shard != "none":
+        whole = "is for students that are whole in every process; leave run.shard at none"
+        off = {"precision": "fp16", "fit_memory": True}
+        found += [
+            Problem(f"run.{leaf}", value, whole)
+            for leaf, value in off.items()
+            if getattr(run, leaf) == value
+        ]
+        if run.compile != "none":
+            found.append(Problem("run.compile", run.compile, whole))
+    return found
 
 
 CHECKS = {

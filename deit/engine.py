@@ -17,6 +17,7 @@ from deit.losses import Losses, objective
 from deit.optim import WeightAverage, lr_at, set_lr
 from deit.panel import Panel
 from deit.records import Answers, Batch, Outputs, head_logits
+from deit.sharding import assembled, total
 
 
 class Job(NamedTuple):
@@ -107,7 +108,7 @@ def _apply(job: Job, step: int, steps: int) -> Tensor:
     else:
         accelerator.unscale_gradients()
         norm = get_total_norm([one.grad for one in parameters if one.grad is not None])
-    sound = norm.isfinite()
+    sound = total(norm).isfinite()
     if accelerator.scaler is None:  # which tells the optimizer itself, and lowers its scale
         optimizer.optimizer.found_inf = (~sound).float()
     optimizer.step()
@@ -210,10 +211,11 @@ def predict(
     # Unwrapped: DDP exchanges buffers at every forward, and processes may differ in their number.
     model = accelerator.unwrap_model(model).eval()
     parts: list[Outputs] = []
-    for images in batches:
-        with accelerator.autocast():
-            answer = model(images)
-        parts.append(answer if isinstance(answer, Outputs) else Outputs(answer))
+    with assembled(model):
+        for images in batches:
+            with accelerator.autocast():
+                answer = model(images)
+            parts.append(answer if isinstance(answer, Outputs) else Outputs(answer))
     if any(part.distillation_logits is not None for part in parts):
         return Outputs(*(_gathered(accelerator, list(heads), number) for heads in zip(*parts)))
     return Outputs(_gathered(accelerator, [part.class_logits for part in parts], number))

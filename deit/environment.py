@@ -70,9 +70,9 @@ def _check_launcher() -> None:
     for variable, name in _SHARDING.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise EnvironmentFault(
-                f"the launcher asks for {name}: students are not sharded, up to ViT-H they fit one "
-                "GPU of 24 GB (--run.recompute true, --optim.accumulate; docs/scaling.md); launch "
-                "with distributed_type MULTI_GPU"
+                f"the launcher asks for {name}; a student is divided among processes by "
+                "--run.shard full (what FSDP2 and ZeRO's stage 3 do; docs/scaling.md) under a "
+                "launcher of distributed_type MULTI_GPU, or torchrun"
             )
 
 

@@ -18,6 +18,7 @@ from deit.errors import DeitError, EnvironmentFault, NumericsError, PeerError, S
 from deit.faults import reach
 from deit.parts import Parts
 from deit.records import Batch, Outputs
+from deit.sharding import is_divided
 
 _BEHIND = 4  # updates
 
@@ -131,7 +132,8 @@ def _kept(parts: Parts) -> str:
 
 def _memory_fault(parts: Parts) -> EnvironmentFault:
     optim, block = parts.config.optim, parts.loader.block
-    tried = _smaller(parts)
+    student = parts.accelerator.unwrap_model(parts.student)
+    tried = [] if is_divided(student) else _smaller(parts)  # which computes with all processes
     fitting = next((number for number in tried if _learns(parts, number)), None)
     told = f"out of memory with {block} images at once"
     if fitting is None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deit.config import OptimConfig, peak_lr
+from deit.sharding import own_part
 
 _UNDECAYED_TOKENS = ("cls_token", "dist_token", "pos_embed")
 
@@ -106,7 +107,8 @@ class WeightAverage:
         """Move towards the model, unless its update was not applied (a bool scalar); integer
         buffers are copied. Nothing here waits for the device."""
         if self._of is not model:  # a walk through all modules, at every update, takes its time
-            pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+            both = (map(own_part, one.state_dict().values()) for one in (self.model, model))
+            pairs = list(zip(*both))
             moving = [pair for pair in pairs if pair[0].is_floating_point()]
             self._ours, self._theirs = ([pair[side] for pair in moving] for side in (0, 1))
             self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]

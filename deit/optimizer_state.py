@@ -7,19 +7,25 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from deit.errors import CheckpointError
+from deit.sharding import divided_like
 
 _ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """AdamW's state by parameter name, as tensors."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """AdamW's state by kind and parameter name, `exp_avg/blocks.0.norm1.weight` for instance."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {})
         for kind in _ADAM_TENSORS:
             if kind in state:
-                tensors[f"{kind}/{name}"] = state[kind].detach().cpu().contiguous()
-    path.write_bytes(save(tensors))
+                tensors[f"{kind}/{name}"] = state[kind].detach()
+    return tensors
+
+
+def save_optimizer(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write what `optimizer_tensors` gave."""
+    path.write_bytes(save({name: one.cpu().contiguous() for name, one in tensors.items()}))
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -44,8 +50,8 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Modul
                 )
         optimizer.state[parameter] = {
             "step": found["step"].to(parameter.device),
-            "exp_avg": found["exp_avg"].to(parameter.device),
-            "exp_avg_sq": found["exp_avg_sq"].to(parameter.device),
+            "exp_avg": divided_like(found["exp_avg"].to(parameter.device), parameter),
+            "exp_avg_sq": divided_like(found["exp_avg_sq"].to(parameter.device), parameter),
         }
     if tensors:
         raise CheckpointError(f"{path}: state of an unknown parameter: {next(iter(tensors))}")

@@ -36,6 +36,7 @@ RESUMABLE = (
     "run.linear",
     "run.compile",
     "run.recompute",
+    "run.shard",
     "run.evaluation_batch",
     "run.save_every",
     "run.keep_checkpoints",
@@ -274,6 +275,7 @@ def warn_of_another_machine(out: Path, now: dict[str, Any], config: Config) -> N
         "optim.accumulate": (begun.optim.accumulate, config.optim.accumulate),
         "run.linear": (begun.run.linear, config.run.linear),
         "run.compile": (begun.run.compile, config.run.compile),
+        "run.shard": (begun.run.shard, config.run.shard),
         "teacher.layout": tuple(",".join(one.teacher.layout) for one in (begun, config)),
     }
     told = [

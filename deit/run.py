@@ -43,6 +43,7 @@ from deit.restoring import (
     warn_of_another_machine,
 )
 from deit.saving import close_epoch, finish, save, space_of
+from deit.sharding import divide, mesh_of
 from deit.teaching import Faculty
 from deit.validation import validate
 
@@ -185,10 +186,16 @@ def _furnish(
         # Copied before Accelerate binds its own forward to the student.
         horizon = config.optim.ema_epochs * loader.steps_per_epoch
         average = WeightAverage(student, horizon=horizon)
+    shared = config.run.shard != "none" and accelerator.num_processes > 1
+    if shared:
+        mesh = mesh_of(config.run.shard, accelerator.num_processes, accelerator.device)
+        for model in (student, average.model) if average is not None else (student,):
+            divide(model, mesh, compressed=config.run.gradient_compression == "bf16")
     optimizer = build_optimizer(student, config.optim, _scales(config, student))
     if config.run.compile != "none":
         compiled(student, config.run.compile)
-    student, optimizer = accelerator.prepare(student, optimizer)
+    student = accelerator.prepare_model(student, evaluation_mode=shared)  # if so, not in DDP too
+    optimizer = accelerator.prepare_optimizer(optimizer)
     return Parts(
         config=config,
         out=out,

@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from deit import checkpoint, journal
 from deit.console import clock, warn
 from deit.disk import write_json
@@ -12,8 +14,9 @@ from deit.engine import Tally
 from deit.faults import reach
 from deit.manifest import Content, digests
 from deit.models.saved import save_student, save_weights
-from deit.optimizer_state import save_optimizer
+from deit.optimizer_state import optimizer_tensors, save_optimizer
 from deit.parts import Parts
+from deit.sharding import whole
 
 AVERAGE = "average.safetensors"
 _SLOW_S = 10.0
@@ -35,21 +38,26 @@ def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
     """
     state, accelerator = parts.state, parts.accelerator
     state.tally = tally.dump()  # of all processes
+    student = accelerator.unwrap_model(parts.student)
+    weights = _whole(parts, student.network.state_dict())
+    moments = _whole(parts, optimizer_tensors(parts.optimizer, student.network))
+    averaged = {}
+    if parts.average is not None:
+        averaged = _whole(parts, parts.average.model.network.state_dict())
     if not accelerator.is_main_process:
         return
     _guard(parts)
-    student = accelerator.unwrap_model(parts.student)
     if parts.average is not None:
         state.average_updates = int(parts.average.updates)
     state.scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
 
     def fill(folder: Path) -> dict[str, Content]:
-        save_student(folder, student.network.state_dict(), parts.facts)
+        save_student(folder, weights, parts.facts)
         reach("model")
-        save_optimizer(folder / checkpoint.OPTIMIZER, parts.optimizer, student.network)
+        save_optimizer(folder / checkpoint.OPTIMIZER, moments)
         reach("optimizer")
-        if parts.average is not None:
-            save_weights(folder / AVERAGE, parts.average.model.network.state_dict())
+        if averaged:
+            save_weights(folder / AVERAGE, averaged)
             reach("average")
         hashed = digests(folder, (path.name for path in folder.glob("*.safetensors")))
         if regular:
@@ -84,21 +92,28 @@ def close_epoch(parts: Parts, row: dict[str, Any]) -> None:
     # A tie goes to the later epoch: on a small validation split it comes early by luck, and the
     # weights still move a lot then.
     improved = top1 >= state.best["top1"]
+    chosen = {}
     if improved:
         state.best = {"epoch": state.epoch, "top1": top1, **row["validation"]}
+        student = parts.accelerator.unwrap_model(parts.student)
+        model = student if parts.average is None else parts.average.model
+        chosen = _whole(parts, model.network.state_dict())
     if not parts.accelerator.is_main_process:
         return
     _guard(parts)
 
     def fill(folder: Path) -> None:
-        student = parts.accelerator.unwrap_model(parts.student)
-        chosen = student if parts.average is None else parts.average.model
-        save_student(folder, chosen.network.state_dict(), parts.facts)
+        save_student(folder, chosen, parts.facts)
         write_json(folder / checkpoint.STATE, asdict(state))
 
     if improved:
         checkpoint.seal_folder(parts.out / checkpoint.BEST, fill, step=state.step)
     state.metrics_bytes = journal.append(parts.out / journal.METRICS, row)
+
+
+def _whole(parts: Parts, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the main process writes of them; {} in the others, which give it their parts."""
+    return whole(tensors, wanted=parts.accelerator.is_main_process)
 
 
 def _guard(parts: Parts) -> None:

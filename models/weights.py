@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deit.errors import CheckpointError
+from deit.sharding import divided_like
 
 _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -99,4 +100,6 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], *, origin: str)
         shown = "".join(f"\n  {line}" for line in differences[:10])
         more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
         raise CheckpointError(f"{origin}: made for another network:{shown}{more}")
-    network.load_state_dict(weights)
+    network.load_state_dict(
+        {name: divided_like(value, expected[name]) for name, value in weights.items()}
+    )

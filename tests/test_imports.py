@@ -57,6 +57,7 @@ PLAN = {
     "deit.seats": place(0, doors="deit.config"),
     "deit.records": place(0, "torch"),
     "deit.keys": place(0, "torch"),
+    "deit.sharding": place(0, "torch"),
     "deit.presets": place(1),
     "deit.checks": place(1),
     "deit.validation": place(1, "pydantic", "deit.checks"),

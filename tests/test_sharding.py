@@ -1,0 +1,244 @@
+"""A student divided among processes: the numbers of a whole one, whole files, exact resume."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit import checkpoint, journal
+from deit.config import derive
+from deit.errors import ConfigError
+from deit.models.saved import load_student
+from deit.recipes import digits
+from deit.validation import validate
+from tests.forks import Done, Zygote
+from tests.test_distributed import launch
+from tests.test_kills import SMALL, STEPS, same
+
+ROOT = Path(__file__).parents[1]
+WORDS = (
+    *("0" if word == "0.2" else word for word in SMALL),  # drop path: another on other processes
+    # Accumulated micro-batches, a gradient that is clipped, every update to be looked at.
+    *("--optim.accumulate", "2", "--optim.clip_norm", "0.5", "--run.timeout", "30"),
+    *("--run.save_every", "1", "--run.keep_checkpoints", "20"),
+)
+
+
+def run(
+    zygote: Zygote,
+    out: Path,
+    *more: object,
+    recipe: tuple[str, ...] = WORDS,
+    processes: int = 2,
+    of_node: int = 2,
+    fault: str = "",
+) -> list[Done]:
+    """The processes of a run, as torchrun would start them on nodes of so many."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(of_node)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DEIT_FAULT": fault}
+    if processes == 1:
+        shared = {"DEIT_FAULT": fault}
+    words = ("train", *recipe, "--out", out, "--resume", *more)
+    started = [
+        zygote.start(*words, **shared, **({"RANK": str(rank)} if processes > 1 else {}))
+        for rank in range(processes)
+    ]
+    return [process.wait() for process in started]
+
+
+def done(*arguments, **options) -> None:
+    for one in run(*arguments, **options):
+        assert one.code == 0, one.err
+
+
+@pytest.fixture(scope="module")
+def runs(zygote, tmp_path_factory) -> dict[str, Path]:
+    """The same run of two processes, by value of run.shard."""
+    place = tmp_path_factory.mktemp("sharded")
+    for kind in ("none", "full"):
+        done(zygote, place / kind, "--run.shard", kind)
+    return {kind: place / kind for kind in ("none", "full")}
+
+
+def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
+    """Weights, moments and average after an update."""
+    files = sorted(checkpoint.folder_of(out, step).glob("*.safetensors"))
+    assert len(files) == 3
+    return {
+        f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()
+    }
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """To rounding: tensors after the first updates; later, as AdamW makes whole steps of rounding
+    where a gradient is zero, the losses."""
+    for step in (1, 2):
+        theirs, ours = tensors(one, step), tensors(other, step)
+        assert theirs.keys() == ours.keys()
+        for name, value in theirs.items():
+            assert ours[name].shape == value.shape, name
+            if name.endswith("qkv.bias") and not name.startswith("optimizer"):
+                continue  # a third of it, the key's, has no gradient but rounding
+            assert torch.allclose(ours[name], value, rtol=1e-4, atol=1e-7), name
+    rows = [journal.read(out / journal.METRICS) for out in (one, other)]
+    assert len(rows[0]) == len(rows[1]) == 2
+    for theirs, ours in zip(*rows):
+        for name, value in theirs["train"].items():
+            assert ours["train"][name] == pytest.approx(value, abs=0.01 if "top1" in name else 1e-5)
+        assert ours["validation"] == pytest.approx(theirs["validation"], abs=1.5)
+
+
+def test_divided_it_learns_what_the_whole_one_learns(runs):
+    assert_close(runs["none"], runs["full"])
+
+
+def test_its_files_are_whole_and_load_alone(runs):
+    for name in ("best", f"checkpoint-{2 * STEPS:08d}"):
+        student, _ = load_student(runs["full"] / name)
+        answer = student.eval()(torch.rand(3, 3, 8, 8))
+        assert answer.class_logits.shape == (3, 10)
+
+
+def test_stopped_in_the_middle_it_ends_with_the_same_bits(zygote, runs, tmp_path):
+    out = tmp_path / "run"
+    codes = [one.code for one in run(zygote, out, "--run.shard", "full", fault="update@1:3:term")]
+    assert codes == [143, 143]
+    assert 3 <= checkpoint.step_of(checkpoint.newest(out)) < 2 * STEPS
+    done(zygote, out, "--run.shard", "full")
+    same(out, runs["full"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_divided_run_goes_on_whole_and_the_other_way_round(processes, zygote, runs, tmp_path):
+    for first, then in (("full", "none"), ("none", "full")):
+        out = tmp_path / first
+        assert run(zygote, out, "--run.shard", first, fault="update@0:5:term")[0].code == 143
+        ended = run(zygote, out, "--run.shard", then, processes=processes)
+        assert [one.code for one in ended] == [0] * processes, ended[0].err
+        assert f"run.shard {first} before, {then} now" in ended[0].err
+        assert_close(runs["none"], out)
+
+
+def test_an_update_that_is_not_finite_is_left_out_in_every_part(zygote, runs, tmp_path):
+    for kind in runs:
+        done(zygote, tmp_path / kind, "--run.shard", kind, fault="loss@1:4:nan")
+        assert checkpoint.result_of(tmp_path / kind)["skipped"] == 1
+    assert_close(tmp_path / "none", tmp_path / "full")
+    before, after = tensors(tmp_path / "full", 1), tensors(tmp_path / "full", 2)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--run.recompute",),
+        ("--run.linear", "onednn"),
+        ("--optim.clip_norm", "none"),
+        ("--optim.trained", "attention", "--start.source", "best"),
+    ],
+    ids=lambda more: more[0].rpartition(".")[2],
+)
+def test_with_what_else_changes_a_student(more, zygote, runs, tmp_path):
+    """Blocks computed again, other layers, frozen weights."""
+    best = runs["none"] / "best"
+    more = [str(best) if word == "best" else word for word in more]
+    for kind in runs:
+        done(zygote, tmp_path / kind, "--run.shard", kind, *more)
+    assert_close(tmp_path / "none", tmp_path / "full")
+
+
+def test_a_network_without_blocks_and_with_statistics(zygote, tmp_path):
+    """Batch norm: those of the first process count, as they do in DDP."""
+    network = (
+        *("digits-teacher", "--optim.batch_size", "256", "--optim.epochs", "2"),
+        *("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--run.evaluate_every", "1"),
+        *("--run.save_every", "1", "--run.keep_checkpoints", "30"),
+    )
+    for kind in ("none", "full"):
+        done(zygote, tmp_path / kind, "--run.shard", kind, recipe=network)
+    assert_close(tmp_path / "none", tmp_path / "full")
+
+
+def test_gradients_travel_in_half_the_bytes(zygote, runs, tmp_path):
+    out = tmp_path / "run"
+    done(zygote, out, "--run.shard", "full", "--run.gradient_compression", "bf16")
+    exact, rounded = tensors(runs["full"], 1), tensors(out, 1)
+    moments = [name for name in exact if "/exp_avg/" in name]
+    assert moments
+    assert any(not torch.equal(exact[name], rounded[name]) for name in moments)
+    for name in moments:
+        scale = exact[name].abs().max().item()
+        assert torch.allclose(exact[name], rounded[name], rtol=2**-6, atol=0.01 * scale), name
+    rows = [journal.read(one / journal.METRICS) for one in (runs["full"], out)]
+    for theirs, ours in zip(*rows, strict=True):
+        assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], abs=0.02)
+
+
+def test_divided_among_the_processes_of_each_node(zygote, runs, tmp_path):
+    out = tmp_path / "run"
+    done(zygote, out, "--run.shard", "node", processes=4, of_node=2)
+    assert_close(runs["none"], out)
+
+
+def test_one_process_has_the_whole_student(zygote, tmp_path):
+    for kind in ("none", "full"):
+        done(zygote, tmp_path / kind, "--run.shard", kind, processes=1)
+    same(tmp_path / "full", tmp_path / "none")
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+from deit.environment import leave_processes
+from deit.recipes import digits
+from deit.config import derive
+from deit.presets import OBJECTIVES
+from deit.run import job_of, parts_of
+from deit.engine import Tally, train_epoch
+from deit.sharding import own_part
+
+def held(kind):
+    small = derive(
+        digits(), student={"depth": 4, "embed_dim": 64, "num_heads": 2}, teacher={"source": ()},
+        loss=OBJECTIVES["none"], optim={"ema_epochs": 1}, run={"shard": kind, "device": "cpu"})
+    parts = parts_of(small)
+    tally = Tally(parts.accelerator, {})
+    batches = (batch for batch, _ in zip(parts.loader.epoch(0), range(1)))
+    for update in train_epoch(job_of(parts), batches, tally, step=0, steps=10):
+        assert update.applied
+    student = parts.accelerator.unwrap_model(parts.student)
+    moments = [state[name] for state in parts.optimizer.state.values()
+               for name in ("exp_avg", "exp_avg_sq")]
+    tensors = [*student.parameters(), *parts.average.model.parameters(), *moments]
+    return sum(own_part(one).numel() for one in tensors)
+
+print(json.dumps([held("none"), held("full")]))
+leave_processes()
+"""
+
+
+def test_each_process_holds_its_part_alone(tmp_path):
+    """Weights, average and both moments: half of all, but for what does not divide."""
+    script = tmp_path / "memory.py"
+    script.write_text(MEMORY)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    said = launch(2, script, cwd=tmp_path, PYTHONPATH=path)
+    line = next(line for line in said.splitlines() if line.startswith("["))
+    often, once = json.loads(line)
+    assert once / often == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("precision", "fp16"), ("fit_memory", True), ("compile", "default")]
+)
+def test_what_needs_the_whole_student_is_refused(field, value):
+    config = derive(digits(), run={"shard": "full", field: value}, teacher={"source": ("x",)})
+    with pytest.raises(ConfigError, match=f"run.{field} = .*leave run.shard at none"):
+        validate(config)
