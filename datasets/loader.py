@@ -19,6 +19,7 @@ from deit.datasets.views import Colours, ViewParameters, unit
 from deit.errors import ConfigError, DataError
 from deit.keys import Keys, permutation
 from deit.records import Batch
+from deit.transfer import sent
 
 _DRAWN_AT_ONCE = 4096  # views; they are small numbers, and drawing few costs as much as many
 _SHOWN_AT_ONCE = 2 * 2**20  # bytes of views; smaller micro-batches are made together, likewise
@@ -221,7 +222,7 @@ class TrainLoader:
         wanted = (Wanted(epoch, *part) for part in blocks)
         read = self._read([look], wanted, further=repeat > 0)
         for stretch in torch.arange(len(places)).split(max(_DRAWN_AT_ONCE // block, 1) * block):
-            samples, repeats = (part[stretch].to(self.device) for part in located)
+            samples, repeats = (sent(part[stretch], self.device) for part in located)
             drawn, mix = look.draw(epoch, samples, repeats), self._draw_mix(epoch, places[stretch])
             for first in range(0, len(stretch), block):
                 rows = slice(first, min(first + block, len(stretch)))
@@ -253,7 +254,7 @@ class TrainLoader:
 
     def _draw(self, epoch: int, order: Tensor, rows: Tensor, own: Look | None) -> _Drawn:
         found, repeats = self._locate(order, rows)
-        samples, repeats = found.to(self.device), repeats.to(self.device)
+        samples, repeats = sent(found, self.device), sent(repeats, self.device)
         return _Drawn(
             samples,
             found if fixed(self.views) else rows,
@@ -265,7 +266,7 @@ class TrainLoader:
     def _draw_mix(self, epoch: int, rows: Tensor) -> Mix | None:
         if not mixes(self.views):
             return None
-        pairs = Keys(self.seed, epoch, (rows[::2] // 2).to(self.device))
+        pairs = Keys(self.seed, epoch, sent(rows[::2] // 2, self.device))
         return sample_mix(pairs, views=self.views, size=self.sizes.student)
 
     def _read(

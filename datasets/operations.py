@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from deit.config import Interpolation
 from deit.datasets.pieces import in_pieces
 from deit.datasets.resizing import blur
+from deit.transfer import sent
 
 
 class Canvas(NamedTuple):
@@ -254,7 +255,7 @@ def _taps(fraction: Tensor, interpolation: Interpolation) -> list[Tensor]:
 def _painted(moved: Tensor, inside: Tensor, canvas: Canvas) -> Tensor:
     """Grey levels of what was found inside [batch, height, width], the fill elsewhere."""
     inside = inside[:, None].float()
-    fill = canvas.fill.to(moved.device).float()[:, None, None]
+    fill = sent(canvas.fill, moved.device).float()[:, None, None]
     # A hair is added where single precision fell short of a whole level.
     moved = moved.add_(_HAIR).mul_(inside).add_((1 - inside) * fill)
     return _bytes(moved)
@@ -305,7 +306,7 @@ def apply_operations(images: Tensor, codes: Tensor, arguments: Tensor, canvas: C
         return images
     order = codes.argsort(stable=True)
     counts = torch.bincount(codes, minlength=len(CODES)).tolist()
-    rows = order.to(images.device, non_blocking=True).split(counts)
+    rows = sent(order, images.device).split(counts)
     parts = []
     for name, some in zip(CODES, rows):
         if len(some) == 0:
@@ -317,5 +318,5 @@ def apply_operations(images: Tensor, codes: Tensor, arguments: Tensor, canvas: C
             few = in_pieces(partial(MOVES[name], canvas=canvas), few, strengths)
         parts.append(few)
     # Back into their places: faster than writing into them.
-    places = order.argsort().to(images.device, non_blocking=True)
+    places = sent(order.argsort(), images.device)
     return torch.cat(parts).index_select(0, places)

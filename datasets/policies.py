@@ -4,7 +4,7 @@ A policy is a function of keys that fills one or more layers: for each layer the
 operation (see operations.CODES) and its argument, for each image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from deit.config import ViewsConfig
 from deit.datasets.operations import CODES
 from deit.datasets.resizing import MAX_SIGMA
 from deit.keys import Keys, normal, uniform
+from deit.transfer import constant
 
 Layers = tuple[Tensor, Tensor]
 """codes int64 [batch, layers], arguments float32 [batch, layers]."""
@@ -56,7 +57,7 @@ def sample_randaugment(keys: Keys, views: ViewsConfig) -> Layers:
         sign = torch.where(draws[:, 2] < 0.5, -1.0, 1.0)
         choice = (draws[:, 1] * len(RANDAUGMENT)).long()
         taken = draws[:, 0] < views.layer_probability
-        chosen = torch.tensor([CODES[name] for name in RANDAUGMENT], device=choice.device)[choice]
+        chosen = _codes(RANDAUGMENT, choice.device)[choice]
         scales = torch.stack([scale(level, sign) for scale in RANDAUGMENT.values()], dim=1)
         codes.append(torch.where(taken, chosen, 0))
         arguments.append(scales.gather(1, choice[:, None]).squeeze(1).float())
@@ -103,7 +104,7 @@ def sample_three_augment(keys: Keys, views: ViewsConfig) -> Layers:
     draws = uniform(keys, "three_augment", 2)
     choice = (draws[:, :1] * 3).long()
     names = ("grayscale", "solarize", "gaussian_blur")
-    codes = torch.tensor([CODES[name] for name in names], device=choice.device)[choice]
+    codes = _codes(names, choice.device)[choice]
     sigma = (0.1 + (MAX_SIGMA - 0.1) * draws[:, 1:]).float()
     return codes, torch.where(choice == 1, 128.0, sigma)
 
@@ -112,11 +113,14 @@ def sample_color_jitter(keys: Keys, strength: float) -> Layers:
     """Brightness, contrast and saturation, each blended by a share uniform in 1 +- strength, in an
     order of each image's own (torchvision's ColorJitter)."""
     draws = uniform(keys, "color_jitter", 4)
-    order = torch.tensor(_ORDERS, device=draws.device)[(draws[:, 3] * len(_ORDERS)).long()]
+    order = constant(_ORDERS, draws.device)[(draws[:, 3] * len(_ORDERS)).long()]
     shares = ((1 - strength) + 2 * strength * draws[:, :3]).clamp_min(0).float()
     names = ("brightness", "contrast", "color")
-    codes = torch.tensor([CODES[name] for name in names], device=draws.device)
-    return codes[order], shares.gather(1, order)
+    return _codes(names, draws.device)[order], shares.gather(1, order)
+
+
+def _codes(names: Iterable[str], device: torch.device) -> Tensor:
+    return constant(tuple(CODES[name] for name in names), device)
 
 
 _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))

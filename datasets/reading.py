@@ -21,6 +21,7 @@ from deit.datasets.images import Encoded
 from deit.datasets.views import sample_boxes
 from deit.errors import DataError, EnvironmentFault
 from deit.keys import Keys
+from deit.launcher import sharing
 
 
 def worker_count(config: DataConfig) -> int:
@@ -28,8 +29,7 @@ def worker_count(config: DataConfig) -> int:
     most."""
     if config.workers is not None:
         return config.workers
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(8, _cores() // processes))
+    return max(1, min(8, _cores() // sharing()))
 
 
 def _cores() -> int:

@@ -15,6 +15,7 @@ from deit.datasets.images import Encoded, Images
 from deit.datasets.sources import SOURCES, Loaded
 from deit.errors import DataError
 from deit.keys import Keys, words
+from deit.launcher import sharing
 
 
 class Splits(NamedTuple):
@@ -115,7 +116,7 @@ def _in_memory(splits: tuple[Encoded, ...], config: DataConfig) -> bool:
 def check_memory(number: int, config: DataConfig) -> None:
     """Refuse so many images before they are decoded or enlarged. Raises DataError."""
     needed = number * 3 * config.image_size**2
-    allowed = psutil.virtual_memory().available * config.memory_fraction
+    allowed = psutil.virtual_memory().available * config.memory_fraction / sharing()
     if needed > allowed:
         advice = "" if config.source in ("digits", "cifar10", "cifar100") else _STAY_FILES
         raise DataError(

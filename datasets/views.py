@@ -18,6 +18,7 @@ from deit.datasets.pieces import in_pieces
 from deit.datasets.policies import sample_policy
 from deit.datasets.resizing import resize, resize_boxes
 from deit.keys import Keys, uniform, words
+from deit.transfer import constant, sent
 
 VERSION = 1
 """Of the pixels: raised with every change that makes a view of the same key look otherwise, so that
@@ -287,12 +288,12 @@ def apply_erasing(
     rows = (boxes[:, 2] > 0).nonzero().squeeze(1)
     if len(rows) == 0:
         return images
-    boxes, rows = boxes[rows].to(images.device), rows.to(images.device)
+    boxes, rows = sent(boxes[rows], images.device), sent(rows, images.device)
     mean = _mean_levels(colours)[:, None, None]
 
     def erase(some: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
         noisy = views.erasing_fill == "noise"
-        filled = _noise(seeds, some.shape, colours) if noisy else mean.to(some.device)
+        filled = _noise(seeds, some.shape, colours) if noisy else sent(mean, some.device)
         inside = inside_boxes(boxes, *some.shape[-2:])[:, None]
         # Bits of the filling within the box, of the image elsewhere.
         return some ^ ((some ^ filled) & inside)
@@ -328,6 +329,6 @@ def _noise(seeds: Tensor, shape: torch.Size, colours: Colours) -> Tensor:
     pairs = (word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF)
     total = (pairs & 0xFFFF) + (pairs >> 16)
     z = (total - 510).float().view(shape).mul_(1 / math.sqrt(4 * (256**2 - 1) / 12))
-    mean, std = (torch.tensor(c, device=z.device)[:, None, None] * 255 for c in colours)
+    mean, std = (constant(tuple(c), z.device)[:, None, None] * 255 for c in colours)
     levels = z.mul_(std).add_(mean + 0.5).clamp_(0, 255)
     return levels.to(torch.int16).to(torch.uint8)

@@ -12,6 +12,7 @@ from deit.console import clock, percent, say, warn
 from deit.datasets.images import Images
 from deit.datasets.reading import worker_count
 from deit.parts import Parts
+from deit.sharding import number_of_parts
 
 
 def announce(parts: Parts, environment: dict[str, Any]) -> None:
@@ -53,6 +54,9 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
         f"{threads} thread{'s' * (threads > 1)}"
         f"{', linear layers by oneDNN' * (config.run.linear == 'onednn')}; seed {config.run.seed}"
     )
+    pieces = number_of_parts(config.run.shard, number)
+    if pieces > 1:
+        say(f"          student, gradients and optimizer divided into {pieces} parts")
     _warn_of_idle_cores(accelerator)
     if not is_transformer(config.student):
         return

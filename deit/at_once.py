@@ -45,7 +45,7 @@ def check_number(number: int, *, option: str) -> None:
 
 def train_at_once(runs: list[Planned], *, number: int) -> None:
     """Train runs, so many at a time, each as `deit train --resume` would alone with its share of
-    the cores; several GPUs are given out in turn. What they print is in NAME.log beside each.
+    the cores, on the GPU that has the fewest. What they print is in NAME.log beside each.
 
     One that fails does not stop the others. Raises DeitError with the exit code of the first that
     failed when all have ended, and Stopped, when those under way have saved, where that is asked.
@@ -79,10 +79,12 @@ def _failure(failed: list[tuple["_Child", int]]) -> DeitError:
 
 
 class _Child:
-    """A run under way. error: what it last complained of."""
+    """A run under way. error: what it last complained of. gpu: the one it has, of several."""
 
-    def __init__(self, name: str, log: Path, process: subprocess.Popen, heard: _Heard) -> None:
-        self.name, self.log, self.process = name, log, process
+    def __init__(
+        self, name: str, log: Path, process: subprocess.Popen, heard: _Heard, gpu: str | None
+    ) -> None:
+        self.name, self.log, self.process, self.gpu = name, log, process, gpu
         self.error, self._complaining = "it gave no reason", False
         self.listener = threading.Thread(target=self._listen, args=(heard,), daemon=True)
         self.listener.start()
@@ -116,6 +118,7 @@ class _Here:
     def __init__(self, number: int, folder: Path) -> None:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         allowed = int(os.environ.get("OMP_NUM_THREADS") or cores)
+        self.number = number
         self.threads = max(min(allowed, cores // number), 1)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         count = torch.cuda.device_count()
@@ -136,13 +139,15 @@ class _Here:
         root = str(Path(deit.__file__).resolve().parent.parent)
         environment = {
             **os.environ,
-            FOLLOWED: "1",
+            FOLLOWED: str(self.number),
             "OMP_NUM_THREADS": str(self.threads),
             "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
             "PYTHONUNBUFFERED": "1",
         }
-        if len(self.gpus) > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[self._begun % len(self.gpus)]
+        taken = [child.gpu for child in self.children]
+        gpu = min(self.gpus, key=taken.count) if len(self.gpus) > 1 else None
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         self._begun += 1
         process = subprocess.Popen(
             [sys.executable, "-m", "deit", *arguments],
@@ -154,7 +159,7 @@ class _Here:
             env=environment,
         )
         log = run.out.with_name(f"{run.out.name}.log")
-        self.children.append(_Child(run.name, log, process, self.heard))
+        self.children.append(_Child(run.name, log, process, self.heard, gpu))
         say(f"{run.name}: {run.out}, all it says in {log}")
 
     def __enter__(self) -> "_Here":

@@ -384,6 +384,13 @@ def _check_run(config: Config) -> list[Problem]:
         ]
         if run.compile != "none":
             found.append(Problem("run.compile", run.compile, whole))
+    several = config.optim.accumulate > 1 or run.fit_memory
+    if run.compile in ("reduce-overhead", "max-autotune") and several:
+        advice = (
+            "records gradients where the next micro-batch overwrites them; use default, or neither "
+            "optim.accumulate nor run.fit_memory"
+        )
+        found.append(Problem("run.compile", run.compile, advice))
     return found
 
 
@@ -397,7 +404,7 @@ CHECKS = {
     _check_views: {"views"},
     _check_teacher_view: {"views", "teacher", "loss"},
     _check_optim: {"optim", "views", "loss"},
-    _check_run: {"run"},
+    _check_run: {"run", "optim"},
 }
 """What single fields cannot say, and the sections each check reads."""
 

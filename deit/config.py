@@ -375,8 +375,8 @@ class RunConfig:
     """Forget what the student's blocks computed, compute it again in the backward pass: the same
     bits for a fraction of the memory and a third more arithmetic."""
     shard: Literal["none", "full", "node"] = "none"
-    """Divide the student, its gradients and the optimizer's state among all processes (full) or
-    those of each node (node), for students that no GPU holds whole."""
+    """Divide the student, its gradients, AdamW's state and the average among all processes (full)
+    or those of each node (node), where together they do not fit a GPU."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """bf16: processes exchange their gradients in half the bytes, rounded to bfloat16."""
     evaluate_every: Count = 1

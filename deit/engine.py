@@ -82,6 +82,8 @@ def train_epoch(
             # The forward pass alone has moved the statistics of batch norms.
             for one, kept in zip(statistics, before):
                 one.copy_(kept.copy_(torch.where(applied, one, kept)))
+            if job.average is not None:
+                job.average.update(accelerator.unwrap_model(student), applied=applied)
             yield Update(applied, tally.settle(applied))
             step += 1
     if job.teach is not None:
@@ -113,8 +115,6 @@ def _apply(job: Job, step: int, steps: int) -> Tensor:
         optimizer.optimizer.found_inf = (~sound).float()
     optimizer.step()
     optimizer.zero_grad()
-    if job.average is not None:
-        job.average.update(accelerator.unwrap_model(job.student), applied=sound)
     return sound
 
 
@@ -213,9 +213,13 @@ def predict(
     parts: list[Outputs] = []
     with assembled(model):
         for images in batches:
+            if model._compiled_call_impl is not None:
+                torch.compiler.cudagraph_mark_step_begin()
             with accelerator.autocast():
                 answer = model(images)
-            parts.append(answer if isinstance(answer, Outputs) else Outputs(answer))
+            heads = answer if isinstance(answer, Outputs) else Outputs(answer)
+            # Copies: a CUDA graph's answers lie where the next ones will.
+            parts.append(Outputs(*(None if head is None else head.clone() for head in heads)))
     if any(part.distillation_logits is not None for part in parts):
         return Outputs(*(_gathered(accelerator, list(heads), number) for heads in zip(*parts)))
     return Outputs(_gathered(accelerator, [part.class_logits for part in parts], number))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from deit.config import Combine
 from deit.records import Answers
+from deit.transfer import constant
 
 
 def combine(
@@ -19,7 +20,7 @@ def combine(
     """
     if how == "tokens" or logits.shape[1] == 1:
         return Answers(logits.argmax(dim=2), logits, weights)
-    shares = torch.tensor(weights, device=logits.device)[:, None]
+    shares = constant(weights, logits.device)[:, None]
     if how == "logits":
         mean = (shares * logits).sum(dim=1, keepdim=True)
         return Answers(mean.argmax(dim=2), mean)

@@ -74,6 +74,12 @@ def _check_launcher() -> None:
                 "--run.shard full (what FSDP2 and ZeRO's stage 3 do; docs/scaling.md) under a "
                 "launcher of distributed_type MULTI_GPU, or torchrun"
             )
+    asked = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if asked.lower() != "no":
+        raise EnvironmentFault(
+            f"the launcher asks for torch.compile (dynamo_backend {asked}); launch without, and "
+            "give --run.compile default"
+        )
 
 
 def create_accelerator(run: RunConfig, *, accumulate: int = 1) -> Accelerator:
@@ -84,6 +90,8 @@ def create_accelerator(run: RunConfig, *, accumulate: int = 1) -> Accelerator:
     _check_launcher()
     device = choose_device(run)
     precision = choose_precision(run, device)
+    if precision == "fp16" and run.shard != "none":
+        raise EnvironmentFault("run.shard: not with fp16, which the launcher asks for; use bf16")
     if device == "cpu":
         keep_freed_memory()
     return Accelerator(

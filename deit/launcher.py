@@ -6,7 +6,7 @@ import signal
 import sys
 
 FOLLOWED = "DEIT_AT_ONCE"
-"""In the environment of a run that was started beside others by one of our commands."""
+"""In the environment of a run that one of our commands started: how many run beside each other."""
 _NAMES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", FOLLOWED)
 _PARENT = os.getppid()  # as early as may be: a launcher may die while torch is still imported
 _PR_SET_PDEATHSIG = 1
@@ -18,6 +18,12 @@ what the terminal has sent them already."""
 def launched() -> bool:
     """Whether torchrun, accelerate launch or a command of ours started this process."""
     return any(name in os.environ for name in _NAMES)
+
+
+def sharing() -> int:
+    """How many processes of ours share this machine, this one among them."""
+    beside = int(os.environ.get(FOLLOWED, "1"))
+    return beside * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def follow() -> None:

@@ -136,10 +136,17 @@ def _memory_fault(parts: Parts) -> EnvironmentFault:
     tried = [] if is_divided(student) else _smaller(parts)  # which computes with all processes
     fitting = next((number for number in tried if _learns(parts, number)), None)
     told = f"out of memory with {block} images at once"
+    if fitting is None and is_divided(student):
+        return EnvironmentFault(
+            f"{told}, which is not tried smaller in a student that is divided (run.shard): "
+            f"--optim.accumulate {2 * optim.accumulate} halves the micro-batch, --run.recompute "
+            f"keeps less of each image; {_kept(parts)}"
+        )
     if fitting is None:
         too = f", and with {tried[-1]}" if tried else ""
         return EnvironmentFault(
-            f"{told}{too}; a smaller student or teacher is left; {_kept(parts)}"
+            f"{told}{too}; --run.recompute, or a smaller "
+            "student or teacher, is left; {_kept(parts)}"
         )
     accumulate = optim.accumulate * block // fitting
     return EnvironmentFault(

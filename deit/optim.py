@@ -94,18 +94,21 @@ def average_decay(updates: Tensor, *, horizon: float) -> Tensor:
 class WeightAverage:
     """An exponential moving average of a model's weights and buffers, itself a model."""
 
-    def __init__(self, model: nn.Module, *, horizon: float) -> None:
-        """horizon: in updates."""
+    def __init__(
+        self, model: nn.Module, *, horizon: float, device: torch.device | None = None
+    ) -> None:
+        """horizon: in updates. device: where the model will be; None: where it is."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.horizon = horizon
-        device = next(model.parameters()).device
+        device = next(model.parameters()).device if device is None else device
         self.updates = torch.zeros((), dtype=torch.float64, device=device)
         self._of: nn.Module | None = None
 
     @torch.no_grad()
     def update(self, model: nn.Module, *, applied: Tensor) -> None:
-        """Move towards the model, unless its update was not applied (a bool scalar); integer
-        buffers are copied. Nothing here waits for the device."""
+        """Move towards the model, unless its update was not applied (a bool scalar; the model must
+        then be as it was before it); integer buffers are copied. Nothing here waits for the
+        device."""
         if self._of is not model:  # a walk through all modules, at every update, takes its time
             both = (map(own_part, one.state_dict().values()) for one in (self.model, model))
             pairs = list(zip(*both))

@@ -80,8 +80,9 @@ def as_begun(config: Config, out: Path) -> Config:
     return config
 
 
-def restore(parts: Parts) -> None:
+def restore(parts: Parts) -> bool:
     """Put a run back to its newest sound checkpoint; the configuration and data must be the same.
+    Whether there was one.
 
     Raises CheckpointError where there were checkpoints and none is sound: a run never starts over
     unasked.
@@ -92,7 +93,7 @@ def restore(parts: Parts) -> None:
         _check_fresh(parts.out)
         say(f"{parts.out}: no checkpoint yet, starting from the beginning")
         _cut(parts, State())
-        return
+        return False
     state = read_state(folder)
     _check_data(parts, state.fingerprint, state.targets)
     _check_teachers(parts, state.teachers)
@@ -123,15 +124,25 @@ def restore(parts: Parts) -> None:
         f"{parts.out}: resuming after update {state.step} of {epochs * steps} "
         f"(epoch {state.epoch + 1} of {epochs})"
     )
+    return True
 
 
 def check_best(parts: Parts) -> None:
     """Where the best weights so far are gone, damaged or of another evaluation than the state
     knows, the next evaluation takes their place; in a finished run they are only told."""
+    accelerator = parts.accelerator
+    lost = accelerator.is_main_process and _best_is_lost(parts)
+    told = torch.tensor(float(lost), device=accelerator.device)
+    if accelerator.reduce(told, reduction="sum").item() > 0:
+        parts.state.best = State().best  # in all processes: they decide alike what is better
+
+
+def _best_is_lost(parts: Parts) -> bool:
+    """Tell what is wrong with the best weights so far; whether they are to be forgotten."""
     best, known = parts.out / checkpoint.BEST, parts.state.best
     finished = checkpoint.result_of(parts.out) is not None
-    if not parts.accelerator.is_main_process or (known["epoch"] == 0 and not finished):
-        return
+    if known["epoch"] == 0 and not finished:
+        return False
     advice = "the next evaluation takes its place"
     if finished:
         advice = "the newest checkpoint is there still (--checkpoint last)"
@@ -142,14 +153,14 @@ def check_best(parts: Parts) -> None:
         warn(f"{error}; {advice}")
     else:
         if finished or there.best == known:
-            return
+            return False
         # That of this very moment: the run ended between it and the next checkpoint.
         if there.step != parts.state.step:
             warn(
                 f"{best}: holds the weights of epoch {there.epoch}, where the run goes on from the "
                 f"best was of epoch {known['epoch']}; {advice}"
             )
-    parts.state.best = State().best
+    return True
 
 
 def _finite(path: Path) -> dict[str, torch.Tensor]:
@@ -275,9 +286,11 @@ def warn_of_another_machine(out: Path, now: dict[str, Any], config: Config) -> N
         "optim.accumulate": (begun.optim.accumulate, config.optim.accumulate),
         "run.linear": (begun.run.linear, config.run.linear),
         "run.compile": (begun.run.compile, config.run.compile),
-        "run.shard": (begun.run.shard, config.run.shard),
-        "teacher.layout": tuple(",".join(one.teacher.layout) for one in (begun, config)),
     }
+    if max(before.processes or 1, now["processes"]) > 1:
+        settings["run.shard"] = begun.run.shard, config.run.shard
+    if config.loss.kind != "none":
+        settings["teacher.layout"] = tuple(",".join(one.teacher.layout) for one in (begun, config))
     told = [
         f"{name} {was} before, {is_} now" for name, (was, is_) in settings.items() if was != is_
     ]

@@ -43,7 +43,7 @@ from deit.restoring import (
     warn_of_another_machine,
 )
 from deit.saving import close_epoch, finish, save, space_of
-from deit.sharding import divide, mesh_of
+from deit.sharding import divide, mesh_of, number_of_parts
 from deit.teaching import Faculty
 from deit.validation import validate
 
@@ -147,8 +147,7 @@ def _begin(parts: Parts, environment: dict[str, Any], *, resume: bool) -> None:
     """Go back to where the run was, and write down what it is and where it goes on."""
     out = parts.out
     first = not (out / checkpoint.CONFIG).is_file()
-    if resume and not first:
-        restore(parts)
+    if resume and not first and restore(parts):
         warn_of_another_machine(out, environment, parts.config)
     parts.accelerator.wait_for_everyone()
     if parts.accelerator.is_main_process:
@@ -179,22 +178,23 @@ def _furnish(
         use_onednn(student)
     if config.run.recompute:
         _recompute(config, student.network)
-    student = student.to(accelerator.device)
+    pieces = number_of_parts(config.run.shard, accelerator.num_processes)
+    if pieces == 1:  # else no device is asked to hold it whole, not even for a moment
+        student = student.to(accelerator.device)
     _check_student(config, student)
     average = None
     if config.optim.ema_epochs > 0:
         # Copied before Accelerate binds its own forward to the student.
         horizon = config.optim.ema_epochs * loader.steps_per_epoch
-        average = WeightAverage(student, horizon=horizon)
-    shared = config.run.shard != "none" and accelerator.num_processes > 1
-    if shared:
-        mesh = mesh_of(config.run.shard, accelerator.num_processes, accelerator.device)
+        average = WeightAverage(student, horizon=horizon, device=accelerator.device)
+    if pieces > 1:
+        mesh = mesh_of(pieces, accelerator.num_processes, accelerator.device, config.run.timeout)
         for model in (student, average.model) if average is not None else (student,):
             divide(model, mesh, compressed=config.run.gradient_compression == "bf16")
     optimizer = build_optimizer(student, config.optim, _scales(config, student))
     if config.run.compile != "none":
         compiled(student, config.run.compile)
-    student = accelerator.prepare_model(student, evaluation_mode=shared)  # if so, not in DDP too
+    student = accelerator.prepare_model(student, evaluation_mode=pieces > 1)  # then not in DDP too
     optimizer = accelerator.prepare_optimizer(optimizer)
     return Parts(
         config=config,

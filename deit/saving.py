@@ -5,8 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from deit import checkpoint, journal
 from deit.console import clock, warn
 from deit.disk import write_json
@@ -39,12 +37,13 @@ def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
     state, accelerator = parts.state, parts.accelerator
     state.tally = tally.dump()  # of all processes
     student = accelerator.unwrap_model(parts.student)
-    weights = _whole(parts, student.network.state_dict())
-    moments = _whole(parts, optimizer_tensors(parts.optimizer, student.network))
+    main = accelerator.is_main_process
+    weights = whole(student.network.state_dict(), wanted=main)
+    moments = whole(optimizer_tensors(parts.optimizer, student.network), wanted=main)
     averaged = {}
     if parts.average is not None:
-        averaged = _whole(parts, parts.average.model.network.state_dict())
-    if not accelerator.is_main_process:
+        averaged = whole(parts.average.model.network.state_dict(), wanted=main)
+    if not main:
         return
     _guard(parts)
     if parts.average is not None:
@@ -97,7 +96,7 @@ def close_epoch(parts: Parts, row: dict[str, Any]) -> None:
         state.best = {"epoch": state.epoch, "top1": top1, **row["validation"]}
         student = parts.accelerator.unwrap_model(parts.student)
         model = student if parts.average is None else parts.average.model
-        chosen = _whole(parts, model.network.state_dict())
+        chosen = whole(model.network.state_dict(), wanted=parts.accelerator.is_main_process)
     if not parts.accelerator.is_main_process:
         return
     _guard(parts)
@@ -109,11 +108,6 @@ def close_epoch(parts: Parts, row: dict[str, Any]) -> None:
     if improved:
         checkpoint.seal_folder(parts.out / checkpoint.BEST, fill, step=state.step)
     state.metrics_bytes = journal.append(parts.out / journal.METRICS, row)
-
-
-def _whole(parts: Parts, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the main process writes of them; {} in the others, which give it their parts."""
-    return whole(tensors, wanted=parts.accelerator.is_main_process)
 
 
 def _guard(parts: Parts) -> None:

@@ -3,10 +3,13 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from deit.errors import EnvironmentFault
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
@@ -14,16 +17,41 @@ if TYPE_CHECKING:
 # The imports inside the functions take half a second, and most commands divide nothing.
 
 
-def mesh_of(among: str, processes: int, device: torch.device) -> "DeviceMesh":
-    """The processes as torch's sharding wants them: [processes], or for among = "node" [nodes,
-    processes of a node], where each node holds everything once."""
-    from torch.distributed import DeviceMesh
+def number_of_parts(among: str, processes: int) -> int:
+    """Into how many parts run.shard divides a student: 1 for none, and for one process.
 
-    everyone = torch.arange(processes)
-    if among == "node":
-        everyone = everyone.view(-1, int(os.environ["LOCAL_WORLD_SIZE"]))
-    names = ("copies", "parts")[-everyone.ndim :]
-    return DeviceMesh(device.type, everyone, mesh_dim_names=names)
+    Raises EnvironmentFault where nodes are asked for and the launcher does not say what they are.
+    """
+    if among == "none" or processes == 1:
+        return 1
+    if among == "full":
+        return processes
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if of_node < 2 or processes % of_node:
+        raise EnvironmentFault(
+            f"run.shard = 'node': needs several processes on each node, as many on all; the "
+            f"launcher says {of_node} of {processes} (LOCAL_WORLD_SIZE; torchrun "
+            "--nproc_per_node); use run.shard full"
+        )
+    return of_node
+
+
+def mesh_of(parts: int, processes: int, device: torch.device, timeout_s: float) -> "DeviceMesh":
+    """The processes as torch's sharding wants them: [processes], or with fewer parts [nodes,
+    parts], where each node holds everything once. All processes ask together."""
+    from torch.distributed import DeviceMesh, new_subgroups_by_enumeration
+
+    if parts == processes:
+        return DeviceMesh.from_group(torch.distributed.group.WORLD, device.type)
+    nodes = torch.arange(processes).view(-1, parts)
+    # Made here, because a mesh makes groups that wait for a lost process as long as they like.
+    timeout = timedelta(seconds=timeout_s)
+    groups = [
+        new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0]
+        for ranks in (nodes.T, nodes)
+    ]
+    names = ("copies", "parts")
+    return DeviceMesh.from_group(groups, device.type, mesh=nodes, mesh_dim_names=names)
 
 
 def divide(model: nn.Module, mesh: "DeviceMesh", *, compressed: bool = False) -> None:
@@ -33,7 +61,8 @@ def divide(model: nn.Module, mesh: "DeviceMesh", *, compressed: bool = False) ->
 
     Gradients come out as means over the processes, each with its own part; compressed: exchanged
     in bfloat16. To be called before an optimizer is built; the weights must be the same in all
-    processes. Source: Zhao et al. 2023, "PyTorch FSDP"; Rajbhandari et al. 2020, "ZeRO", stage 3.
+    processes, and may lie on the CPU: block by block they come to the mesh's device. Source: Zhao
+    et al. 2023, "PyTorch FSDP"; Rajbhandari et al. 2020, "ZeRO", stage 3.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -84,8 +84,15 @@ def _translate(error: dict[str, Any]) -> Problem:
     if error["type"] == "literal_error" and isinstance(value, str):
         section, leaf = name.split(".")
         annotation = typing.get_type_hints(_section_type(section))[leaf]
-        advice += nearest(value, typing.get_args(annotation))
+        advice += nearest(value, _words_of(annotation))
     return Problem(name, value, advice)
+
+
+def _words_of(annotation: Any) -> tuple[str, ...]:
+    """The words a field takes, also where it takes several of them."""
+    if isinstance(annotation, str):
+        return (annotation,)
+    return tuple(word for part in typing.get_args(annotation) for word in _words_of(part))
 
 
 def _section_type(name: str) -> type:

@@ -74,7 +74,9 @@ class _Linear(torch.autograd.Function):
         rows = _rows(inputs)
         ctx.save_for_backward(rows, weight)
         ctx.shape = inputs.shape
-        return product(rows, weight, bias).view(*inputs.shape[:-1], len(weight))
+        found = product(rows, weight, bias)
+        # Of a matrix no view: torch warns where a divided network returns one.
+        return found if inputs.ndim == 2 else found.view(*inputs.shape[:-1], len(weight))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

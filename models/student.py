@@ -40,17 +40,13 @@ class Student(nn.Module):
         if not isinstance(network, VisionTransformerDistilled):
             return Outputs(network(normalised))
         tokens = network.forward_features(normalised)  # class, distillation token(s), patches
-        heads = network.head_dist if isinstance(network.head_dist, nn.ModuleList) else None
-        if heads is None:
-            taught = network.head_dist(network.head_drop(tokens[:, 1]))[:, None]
-        else:
-            taught = torch.stack(
-                [
-                    head(network.head_drop(tokens[:, place]))
-                    for place, head in enumerate(heads, start=1)
-                ],
-                dim=1,
-            )
+        several = isinstance(network.head_dist, nn.ModuleList)
+        heads = network.head_dist if several else [network.head_dist]
+        taught = [
+            head(network.head_drop(tokens[:, place])) for place, head in enumerate(heads, start=1)
+        ]
+        # Stacked even if it is one: torch warns where a divided network returns a view.
+        taught = torch.stack(taught, dim=1)
         return Outputs(network.head(network.head_drop(tokens[:, 0])), taught)
 
 

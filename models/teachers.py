@@ -22,6 +22,7 @@ from deit.models.weights import digest_of, load_weights, read_weights
 from deit.records import head_logits
 from deit.seats import Member
 from deit.text import nearest
+from deit.transfer import constant
 
 
 class Origin(NamedTuple):
@@ -98,7 +99,9 @@ class Teacher(nn.Module):
             images = interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         answer = self.network(laid((images - self.mean) / self.std, self.layout))
         logits = answer.float()
-        return logits if self.columns is None else logits[:, self.columns]
+        if self.columns is None:
+            return logits
+        return logits[:, constant(tuple(self.columns), logits.device)]
 
 
 def load_teacher(config: Member, class_names: tuple[str, ...], *, image_size: int) -> Teacher:

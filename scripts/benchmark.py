@@ -12,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deit.config import RunConfig
 from deit.console import say, table
+from deit.disk import check_file
 from deit.environment import create_accelerator, describe, keep_freed_memory
+from deit.errors import EnvironmentFault
 from scripts.benchmark_data import BATCH, data
 from scripts.benchmark_picture import draw_benchmark
 from scripts.benchmark_targets import targets
@@ -38,13 +40,17 @@ def main() -> None:
         "--threads", type=int, help="of each side (1; with train as many as there are cores)"
     )
     parser.add_argument("--rows", default="", metavar="TEXT", help="only those whose name holds it")
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
     options = parser.parse_args()
-    if options.rounds < 1 or options.seconds <= 0:
-        parser.error("--rounds and --seconds should be positive")
-    for name in ("json", "plot"):
-        file = getattr(options, name)
-        if file is not None and not file.absolute().parent.is_dir():
-            parser.error(f"--{name} {file}: no folder {file.absolute().parent}")
+    if options.rounds < 1 or options.seconds <= 0 or (options.threads or 1) < 1:
+        parser.error("--rounds, --seconds and --threads should be positive")
+    try:
+        for name in ("json", "plot"):
+            check_file(getattr(options, name), option=f"--{name}", replace=options.force)
+    except EnvironmentFault as error:
+        parser.error(str(error))
+    if options.plot is not None and options.plot.suffix != ".png":
+        parser.error(f"--plot {options.plot}: should end in .png")
     cores = (os.cpu_count() or 1) if options.what == "train" else 1
     torch.set_num_threads(options.threads or cores)
     threads = torch.get_num_threads()

@@ -21,16 +21,19 @@ from deit.target_writer import write_targets
 from scripts.memory import memory_of
 from scripts.sides import our_batches, ours
 from scripts.training_sides import (
+    TIMM_WORKERS,
     configuration,
     first_losses,
     our_student,
     theirs,
     timm_batches,
 )
-from scripts.turns import Case, measured
+from scripts.turns import Case, measured, rate
 
 _SAME_LOSS = 1e-3
 _AHEAD = 3  # batches that workers made while the other side was measured
+_FEW, _MANY = (0, 1, 2), (4, 8, 16)  # workers that are tried, without and with a GPU
+_LOOK_S = 4.0
 _ON_CPU = (("deit_micro", 32, 128),)
 _ON_GPU = (("deit_tiny", 32, 1024), ("deit_tiny", 32, 128), ("deit_small", 224, 256))
 """Students, sides [px] of their images, and batches."""
@@ -102,9 +105,10 @@ def _rows(
     floor = 1 / (work / peak + moved / copy)
     found = []
     for number, (name, row) in enumerate(rows.items(), start=1):
-        sides = _sides(row, config, configs[row.taught])
+        sides, workers = _sides(row, config, configs[row.taught])
         said = measured(Case(name, *sides, row.peer, _AHEAD), rounds=rounds, seconds=seconds)
         said |= {"what": row.what, "taught": row.taught, "batch_size": batch}
+        said["peer_workers"] = workers
         said |= {"gflop_of_an_image": work, "peak_gflop_s": peak}
         said |= {"gb_of_an_image": moved, "copy_gb_s": copy, "floor_images_per_s": floor}
         if row.what != _DATA:
@@ -112,8 +116,7 @@ def _rows(
         said["losses_of_first_step"] = [mine, other]
         if row.what == _WHOLE:
             for whose, memory in zip(("ours", "peer"), map(memory_of, sides)):
-                said[f"{whose}_memory_mb"] = memory.own
-                said[f"{whose}_memory_with_workers_mb"] = memory.with_workers
+                said[f"{whose}_memory_mb"] = memory
         found.append(said)
         say(
             f"{number}/{len(rows)} {name}: {said['ours_images_per_s']:.0f} images/s, timm "
@@ -122,17 +125,35 @@ def _rows(
     return found
 
 
-def _sides(row: Row, config: Config, own: Config) -> tuple[Callable, Callable]:
-    """What makes ours and what makes timm's; both can be sent to another process."""
+def _sides(row: Row, config: Config, own: Config) -> tuple[tuple[Callable, Callable], int]:
+    """What makes ours and what makes timm's (both can be sent to another process), and how many
+    workers timm's loader has: as many as its train script comes with, or, for its best settings,
+    those that measure fastest for this very row."""
     if row.what == _DATA:
-        return partial(our_batches, own), partial(_timm_sizes, config)
-    alone = row.taught == _NONE
-    other = {"best": row.peer == _BEST, "resident": row.resident, "alone": alone}
-    return partial(ours, own, resident=row.resident), partial(theirs, config, **other)
+        mine, other = partial(our_batches, own), partial(_timm_sizes, config)
+    else:
+        mine = partial(ours, own, resident=row.resident)
+        settings = {"best": row.peer == _BEST, "resident": row.resident}
+        other = partial(theirs, config, alone=row.taught == _NONE, **settings)
+    workers = TIMM_WORKERS
+    if row.peer == _BEST and not row.resident:
+        tried = _MANY if config.run.device == "cuda" else _FEW
+        workers = max(tried, key=lambda number: _short_look(partial(other, workers=number)))
+    return (mine, partial(other, workers=workers)), workers
 
 
-def _timm_sizes(config: Config) -> Iterator[int]:
-    for images, _ in timm_batches(config):
+def _short_look(make: Callable) -> float:
+    """About how many images/s a side has, once it is under way."""
+    side = make()
+    for _ in range(1 + _AHEAD):
+        next(side)
+    found = rate(side, _LOOK_S)
+    side.close()
+    return found
+
+
+def _timm_sizes(config: Config, *, workers: int) -> Iterator[int]:
+    for images, _ in timm_batches(config, workers=workers):
         yield len(images)
 
 

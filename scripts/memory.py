@@ -1,11 +1,12 @@
 """The most memory that a side of a benchmark takes, in a process of its own."""
 
+import contextlib
 import multiprocessing
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -13,16 +14,10 @@ _EVERY_S = 0.02
 _UPDATES = 6
 
 
-class Memory(NamedTuple):
-    """The most at any moment [10**6 bytes]. own: of the process, or of the GPU. with_workers: the
-    processor's memory of the process and its workers, what several share counted once."""
-
-    own: float
-    with_workers: float
-
-
-def memory_of(make: Callable) -> Memory:
-    """What some updates of a side take. make: a function that can be sent to another process."""
+def memory_of(make: Callable) -> float:
+    """The most that some updates of a side take [10**6 bytes]: on a GPU's machine of the GPU, else
+    of the process, with what its workers have for themselves. make: a function that can be sent to
+    another process."""
     context = multiprocessing.get_context("spawn")
     answer = context.SimpleQueue()
     process = context.Process(target=_report, args=(make, torch.get_num_threads(), answer))
@@ -30,7 +25,7 @@ def memory_of(make: Callable) -> Memory:
     process.join()
     if process.exitcode:
         raise SystemExit("a side ended with an error in a process of its own; see above")
-    return Memory(*answer.get())
+    return answer.get()
 
 
 def _report(make: Callable, threads: int, answer: Any) -> None:
@@ -40,7 +35,7 @@ def _report(make: Callable, threads: int, answer: Any) -> None:
 
     def look() -> None:
         while not ended.wait(_EVERY_S):
-            most[0] = max(most[0], _shared_fairly("self"))
+            most[0] = max(most[0], _of_workers("self"))
 
     watcher = threading.Thread(target=look)
     watcher.start()
@@ -52,20 +47,20 @@ def _report(make: Callable, threads: int, answer: Any) -> None:
     watcher.join()
     # Not getrusage: what it tells begins with the memory of the process that started this one.
     status = Path("/proc/self/status").read_text()
-    own = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    found = 1024 * int(status.partition("VmHWM:")[2].split()[0]) + most[0]
     if torch.cuda.is_available():
-        own = torch.cuda.max_memory_allocated()
-    answer.put((own / 1e6, most[0] / 1e6))
+        found = torch.cuda.max_memory_allocated()
+    answer.put(found / 1e6)
     side.close()
 
 
-def _shared_fairly(process: str) -> float:
-    """Memory of a process and those it started [bytes]: of a page that n share, an n-th each."""
-    place = Path("/proc") / process
-    try:
-        told = (place / "smaps_rollup").read_text()
-        children = " ".join(file.read_text() for file in place.glob("task/*/children"))
-    except OSError:
-        return 0.0  # it has just ended
-    own = 1024 * int(told.partition("\nPss:")[2].split()[0])
-    return own + sum(map(_shared_fairly, children.split()))
+def _of_workers(process: str) -> int:
+    """What the processes that one started hold and share with none [bytes]."""
+    found = 0
+    for file in (Path("/proc") / process).glob("task/*/children"):
+        for child in file.read_text().split():
+            with contextlib.suppress(OSError):  # it has just ended
+                rows = (Path("/proc") / child / "smaps_rollup").read_text().splitlines()
+                private = [row.split()[1] for row in rows if row.startswith("Private_")]
+                found += 1024 * sum(map(int, private)) + _of_workers(child)
+    return found

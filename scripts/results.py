@@ -80,7 +80,8 @@ def benchmark_section(name: str, result: dict) -> str:
     columns = (f"images/s, {threads} a side", "ours", "beside", "ratio (range)", "beside whom")
     return (
         f"{markdown_table(columns, rows)}\n\n{_besides(result['rows'])}"
-        f"Median of {result['rounds']} turns of {result['seconds']:g} s in alternation, batches of "
+        f"Medians, of the ratios too, of {result['rounds']} turns of {result['seconds']:g} s in "
+        f"alternation, batches of "
         f"{result['batch_size']}, views normalised on both sides; {environment['device_name']}, "
         f"torch {environment['packages']['torch']}, commit {environment['commit']}. "
         f"[{name}.json](docs/results/{name}.json):\n`{_written_here(name, result['command'])}`\n"
@@ -94,9 +95,6 @@ def _besides(rows: list[dict]) -> str:
         return ""
     columns = ["besides (ours, beside)", "s to the first update", "memory [MB]", "share of peak"]
     keys = [("first_update_s", ".1f"), ("memory_mb", ",.0f")]
-    if "ours_memory_with_workers_mb" in whole[0]:
-        columns.insert(3, "with workers [MB]")
-        keys.append(("memory_with_workers_mb", ",.0f"))
     cells = [
         (
             row["name"],

@@ -24,6 +24,8 @@ from deit.run import job_of, parts_of
 from scripts.sides import timm_loader
 from scripts.turns import photographs
 
+TIMM_WORKERS = 4
+"""Of the loader, as timm's train script comes."""
 PIXELS = 6400 * 32**2  # of all images: at 32 px fifty updates of 128 an epoch
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 VIEWS = ViewsConfig(
@@ -96,8 +98,8 @@ def our_student(config: Config) -> Student:
     return build_student(Facts(config.student, names, MEAN, STD, 1.0))
 
 
-def timm_batches(config: Config) -> Iterator[tuple[Tensor, Tensor]]:
-    """Mixed batches of timm's loader without end; one worker, on a GPU's machine sixteen."""
+def timm_batches(config: Config, *, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mixed batches of timm's loader without end."""
     from timm.data import FastCollateMixup
 
     views, device = config.views, torch.device(config.run.device)
@@ -106,7 +108,7 @@ def timm_batches(config: Config) -> Iterator[tuple[Tensor, Tensor]]:
         photographs(number_of(side), side),
         views,
         side,
-        workers=16 if device.type == "cuda" else 1,
+        workers=workers,
         batch_size=config.optim.batch_size,
         mean=MEAN,
         std=STD,
@@ -172,10 +174,13 @@ def timm_side(config: Config, *, best: bool) -> Theirs:
     return Theirs(task, optimizer, device, device.type == "cuda")
 
 
-def theirs(config: Config, *, best: bool, resident: bool, alone: bool = False) -> Iterator[int]:
-    """Updates of timm's, the images of each. alone: the student's own, on labels."""
+def theirs(
+    config: Config, *, best: bool, resident: bool, alone: bool = False, workers: int = 1
+) -> Iterator[int]:
+    """Updates of timm's, the images of each. alone: the student's own, on labels. workers: of its
+    loader."""
     side = timm_side(config, best=best)
-    batches = timm_batches(config)
+    batches = timm_batches(config, workers=workers)
     if resident:
         batch = next(batches)
         batches = (batch for _ in range(10**9))

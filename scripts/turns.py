@@ -68,6 +68,8 @@ def measured(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
         for side in sides:
             for _ in range(case.ahead):  # what a worker made while the other side was measured
                 next(side)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # nor what of it is still queued
             turns.append(rate(side, seconds))
         pairs.append(turns)
     ratios = [one / other for one, other in pairs]

@@ -174,7 +174,7 @@ def test_each_gets_its_share_of_the_cores(monkeypatch, tmp_path, cores, asked, n
     ("visible", "count", "expected"),
     [(None, 1, ["-"] * 3), (None, 2, ["0", "1", "0"]), ("3,5", 2, ["3", "5", "3"])],
 )
-def test_several_gpus_are_given_out_in_turn(monkeypatch, tmp_path, visible, count, expected):
+def test_each_run_gets_the_gpu_that_has_the_fewest(monkeypatch, tmp_path, visible, count, expected):
     given = []
 
     class Started:
@@ -191,3 +191,6 @@ def test_several_gpus_are_given_out_in_turn(monkeypatch, tmp_path, visible, coun
     for seed in range(3):
         here.start(Planned(f"run {seed}", config(), tmp_path / str(seed)))
     assert given == expected
+    del here.children[1]  # it ends first
+    here.start(Planned("another", config(), tmp_path / "another"))
+    assert given[3] == expected[1]

@@ -48,6 +48,9 @@ def test_every_problem_stands_in_one_message_with_field_value_and_advice():
     ("sections", "advice"),
     [
         ({"student": {"name": "deit_tinny"}}, "did you mean deit_tiny?"),
+        ({"teacher": {"layout": ("channel_last",)}}, "did you mean channels_last?"),
+        ({"run": {"compile": "reduce-overhead"}, "optim": {"accumulate": 2}}, "micro-batch over"),
+        ({"run": {"compile": "max-autotune", "fit_memory": True}}, "use default, or neither"),
         ({"student": {"name": "vit_micro"}}, "use student.name deit_micro, or loss.through class"),
         ({"loss": {"through": "class"}}, "use student.name vit_micro"),
         ({"loss": {"distillation_weight": 1}}, "class head of deit_micro untrained"),

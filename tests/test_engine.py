@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ IMAGES = Images(
     ),
     torch.arange(32) % CLASSES,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 class Shown(nn.Module):
@@ -411,6 +414,42 @@ def test_an_update_asks_the_device_for_nothing(name, average):
     found = [event for event in seen.events() if event.name in waits]
     # AdamW's kernel for CPUs reads its own step, the one for GPUs does not.
     assert {"aten::_fused_adamw_"} >= {_outermost(event) for event in found}
+
+
+@pytest.mark.parametrize("policy", ["randaugment", "three_augment", "none"])
+@pytest.mark.parametrize("fill", ["noise", "mean"])
+def test_nothing_is_copied_in_a_way_that_a_gpu_waits_for(policy, fill, monkeypatch):
+    """Once views are drawn and an update was made: an ordinary copy to a GPU waits until all that
+    is queued there is done; what comes by deit/transfer.py does not."""
+    erasing = {"erasing": 0.9, "erasing_fill": fill, "rotation": 10.0, "color_jitter": 0.3}
+    views = ViewsConfig(crop="random_resized", policy=policy, mixup_alpha=0.8, **erasing)
+    optim = OptimConfig(epochs=9, batch_size=16, warmup_epochs=1)
+    job, data = make_job(OBJECTIVES["deit-soft"], optim=optim, views=views)
+    updates = train_epoch(job, data.epoch(0), Tally(job.accelerator, {}), step=0, steps=4)
+    next(updates)
+    found, tensor, to = [], torch.tensor, torch.Tensor.to
+
+    def note(target):
+        frame = sys._getframe(2)
+        own = str(ROOT) in frame.f_code.co_filename
+        if target is not None and own and not frame.f_code.co_filename.endswith("transfer.py"):
+            found.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+
+    def made(*arguments, **options):
+        note(options.get("device"))
+        return tensor(*arguments, **options)
+
+    def brought(self, *arguments, **options):
+        note(next((one for one in arguments if isinstance(one, torch.device)), None))
+        return to(self, *arguments, **options)
+
+    monkeypatch.setattr(torch, "tensor", made)
+    monkeypatch.setattr(torch.Tensor, "to", brought)
+    next(updates)
+    assert found == []
+    torch.tensor(0, device="cpu")
+    torch.ones(1).to(torch.device("cpu"))
+    assert len(found) == 2, "the test cannot fail"
 
 
 def _outermost(event):

@@ -463,7 +463,8 @@ def test_the_statistics_of_batch_norms_do_not_keep_what_was_left_out(zygote, tmp
     from deit.recipes import digits_teacher
     from deit.run import train
 
-    config = derive(digits_teacher(), optim={"epochs": 2, "warmup_epochs": 1})
+    epochs = {"epochs": 2, "warmup_epochs": 1, "ema_epochs": 1}
+    config = derive(digits_teacher(), optim=epochs)
     calls = iter(range(10**6))
 
     def overflowing(images):
@@ -476,8 +477,11 @@ def test_the_statistics_of_batch_norms_do_not_keep_what_was_left_out(zygote, tmp
         student.Student, "forward", lambda self, images: original(self, overflowing(images))
     )
     assert train(config, tmp_path / "run")["skipped"] == 1
-    for folder in (tmp_path / "run" / "best", checkpoint.newest(tmp_path / "run")):
-        for name, value in load_file(folder / "model.safetensors").items():
+    folders = (tmp_path / "run" / "best", checkpoint.newest(tmp_path / "run"))
+    files = [file for folder in folders for file in folder.glob("*.safetensors")]
+    assert len(files) == 4  # the average among them
+    for file in files:
+        for name, value in load_file(file).items():
             assert value.isfinite().all(), name
 
 

@@ -77,7 +77,10 @@ def free_port():
 
 def test_the_script_for_slurm_begins_a_run_and_goes_on_with_it(tmp_path):
     """Under stand-ins for srun and scontrol, with two processes in the place of a node's GPUs."""
-    commands = {"srun": 'shift; exec "$@"', "scontrol": "echo localhost"}
+    commands = {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "scontrol": "echo localhost",
+    }
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in commands.items():
@@ -121,6 +124,7 @@ def test_the_script_for_slurm_begins_a_run_and_goes_on_with_it(tmp_path):
 @pytest.mark.parametrize(
     ("variable", "named"),
     [
+        ("ACCELERATE_DYNAMO_BACKEND", "torch.compile"),
         ("ACCELERATE_USE_FSDP", "FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),

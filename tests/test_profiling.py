@@ -30,8 +30,8 @@ def test_every_part_of_an_update_is_told(teacher, zygote, tmp_path):
     assert tuple(found["parts"]) == PARTS
     assert all(took > 0 for took in found["parts"].values())
     assert found["parts"]["backward"] > found["parts"]["optimizer"]
-    # Under the profiler an update takes longer than without it, by which shares are told.
-    assert sum(found["parts"].values()) < 4 * found["update_s"]
+    assert 0.5 < sum(found["parts"].values()) / found["watched_s"] <= 1
+    assert found["update_s"] > 0
     names = found["operations"]
     assert "aten::_fused_adamw_" in names or len(names) == 15
     assert not set(PARTS) & names.keys()

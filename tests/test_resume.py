@@ -13,7 +13,15 @@ from safetensors.torch import load_file
 
 from deit import checkpoint, faults, journal, restoring, saving
 from deit.config import Config, derive
-from deit.errors import CheckpointError, ConfigError, DataError, DeitError, NumericsError, Stopped
+from deit.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeitError,
+    EnvironmentFault,
+    NumericsError,
+    Stopped,
+)
 from deit.models.saved import load_student
 from deit.parts import State
 from deit.recipes import digits, digits_teacher
@@ -251,6 +259,18 @@ def test_another_machine_is_told(config, tmp_path, capsys):
     assert "not to the bit: device_name an abacus before" in said
     assert "threads 7 before, 1 now" in said
     assert "precision" not in said
+
+
+def test_where_nothing_was_saved_there_is_nothing_to_warn_of(config, tmp_path, capsys):
+    faults.arm("model:1:full")
+    with pytest.raises(EnvironmentFault):
+        train(config, tmp_path / "run")
+    path = tmp_path / "run" / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "threads": 7}))
+    train(config, tmp_path / "run", resume=True)
+    said = capsys.readouterr()
+    assert "no checkpoint yet, starting from the beginning" in said.out
+    assert "not to the bit" not in said.err
 
 
 def test_a_run_whose_checkpoints_are_gone_is_not_started_over(config, straight, tmp_path):

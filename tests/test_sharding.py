@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deit import checkpoint, journal
-from deit.config import derive
-from deit.errors import ConfigError
+from deit import checkpoint, journal, manifest
+from deit.config import RunConfig, derive
+from deit.environment import create_accelerator
+from deit.errors import ConfigError, EnvironmentFault
 from deit.models.saved import load_student
 from deit.recipes import digits
+from deit.sharding import number_of_parts
 from deit.validation import validate
 from tests.forks import Done, Zygote
 from tests.test_distributed import launch
@@ -63,7 +66,10 @@ def runs(zygote, tmp_path_factory) -> dict[str, Path]:
     """The same run of two processes, by value of run.shard."""
     place = tmp_path_factory.mktemp("sharded")
     for kind in ("none", "full"):
-        done(zygote, place / kind, "--run.shard", kind)
+        first, other = run(zygote, place / kind, "--run.shard", kind)
+        assert first.code == other.code == 0, first.err + other.err
+        assert ("divided into 2 parts" in first.out) == (kind == "full")
+        assert not first.err  # torch warns of views that a divided network returns
     return {kind: place / kind for kind in ("none", "full")}
 
 
@@ -87,6 +93,11 @@ def assert_close(one: Path, other: Path) -> None:
             if name.endswith("qkv.bias") and not name.startswith("optimizer"):
                 continue  # a third of it, the key's, has no gradient but rounding
             assert torch.allclose(ours[name], value, rtol=1e-4, atol=1e-7), name
+    last = checkpoint.step_of(checkpoint.newest(one))
+    theirs, ours = tensors(one, last), tensors(other, last)
+    for name, value in theirs.items():
+        far = (ours[name] - value).abs().max().item()
+        assert far <= 0.02 * value.abs().max().item(), name
     rows = [journal.read(out / journal.METRICS) for out in (one, other)]
     assert len(rows[0]) == len(rows[1]) == 2
     for theirs, ours in zip(*rows):
@@ -141,6 +152,7 @@ def test_an_update_that_is_not_finite_is_left_out_in_every_part(zygote, runs, tm
         ("--run.recompute",),
         ("--run.linear", "onednn"),
         ("--optim.clip_norm", "none"),
+        ("--run.precision", "bf16"),
         ("--optim.trained", "attention", "--start.source", "best"),
     ],
     ids=lambda more: more[0].rpartition(".")[2],
@@ -164,6 +176,21 @@ def test_a_network_without_blocks_and_with_statistics(zygote, tmp_path):
     for kind in ("none", "full"):
         done(zygote, tmp_path / kind, "--run.shard", kind, recipe=network)
     assert_close(tmp_path / "none", tmp_path / "full")
+
+
+def test_without_its_best_weights_all_processes_gather_alike(zygote, runs, tmp_path):
+    """The main process alone looks for them, and all take part where better ones are written."""
+    out = tmp_path / "run"
+    assert run(zygote, out, "--run.shard", "full", fault="update@0:7:term")[0].code == 143
+    shutil.rmtree(out / "best")
+    newest = checkpoint.newest(out)
+    state = json.loads((newest / checkpoint.STATE).read_text())
+    state["best"]["top1"] = 2.0  # so that those who remember it find nothing better
+    (newest / checkpoint.STATE).write_text(json.dumps(state))
+    names = [file.name for file in newest.iterdir() if file.name != manifest.MANIFEST]
+    manifest.seal(newest, manifest.digests(newest, names), step=state["step"])
+    done(zygote, out, "--run.shard", "full")
+    assert load_student(out / "best")
 
 
 def test_gradients_travel_in_half_the_bytes(zygote, runs, tmp_path):
@@ -233,6 +260,32 @@ def test_each_process_holds_its_part_alone(tmp_path):
     line = next(line for line in said.splitlines() if line.startswith("["))
     often, once = json.loads(line)
     assert once / often == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("among", "processes", "of_node", "parts"),
+    [("none", 8, "8", 1), ("full", 8, "4", 8), ("node", 8, "4", 4), ("node", 1, None, 1)],
+)
+def test_into_how_many_parts(among, processes, of_node, parts, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if of_node is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", of_node)
+    assert number_of_parts(among, processes) == parts
+
+
+@pytest.mark.parametrize("of_node", [None, "1", "3"])
+def test_nodes_that_the_launcher_does_not_tell_are_refused(of_node, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if of_node is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", of_node)
+    with pytest.raises(EnvironmentFault, match="LOCAL_WORLD_SIZE"):
+        number_of_parts("node", 8)
+
+
+def test_fp16_of_a_launcher_is_refused(monkeypatch):
+    monkeypatch.setattr("deit.environment.choose_precision", lambda *ignored: "fp16")
+    with pytest.raises(EnvironmentFault, match="not with fp16"):
+        create_accelerator(RunConfig(shard="full", device="cpu"))
 
 
 @pytest.mark.parametrize(
