@@ -31,7 +31,7 @@ quickstart: .venv/quickstart.stamp
 
 # Two at a time, one thread each: threads that wait for each other's cores cost most of the time.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

@@ -120,10 +120,11 @@ def _besides(rows: list[dict]) -> str:
 
 
 def _written_here(name: str, command: str) -> str:
-    """A benchmark's command with its file where it lies now."""
-    words = shlex.split(command)
+    """A benchmark's command with its file where it lies now, which it is to replace."""
+    words = [word for word in shlex.split(command) if word != "--force"]
     if "--json" in words:
         words[words.index("--json") + 1] = f"docs/results/{name}.json"
+        words.append("--force")
     return shlex.join(words)
 
 

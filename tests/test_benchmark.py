@@ -52,6 +52,7 @@ def test_rows_hold_both_sides_and_the_file_says_where_they_were_measured(tmp_pat
     assert found["environment"]["device_name"]
 
 
+@pytest.mark.slow
 def test_targets_are_measured_beside_no_teacher_and_beside_its_forward_pass(tmp_path):
     peers = {"deit_micro": "no teacher at all", "writing": "the teacher's forward pass"}
     for row, peer in peers.items():

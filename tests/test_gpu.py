@@ -4,14 +4,18 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from deit.config import Crop, OptimConfig, StudentConfig, ViewsConfig, derive
+from deit import checkpoint, faults
+from deit.config import Compile, Crop, OptimConfig, StudentConfig, ViewsConfig, derive
 from deit.datasets.images import Images
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.mixing import sample_mix
 from deit.datasets.operations import CODES, Canvas, apply_operations
 from deit.datasets.resizing import resize_boxes
 from deit.datasets.views import Colours, apply_views, sample_views
+from deit.engine import Tally, train_epoch
+from deit.errors import Stopped
 from deit.evaluation import evaluate
 from deit.keys import Keys, beta, words
 from deit.models.attention import rollout, token_cosines
@@ -20,7 +24,7 @@ from deit.models.networks import create_network
 from deit.models.rednet import involve
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.recipes import digits, digits_teacher
-from deit.run import train
+from deit.run import job_of, parts_of, train
 from deit.target_writer import write_targets
 from deit.targets import canary
 from deit.tuning import at_resolution
@@ -209,3 +213,52 @@ def test_a_fine_tuning_on_the_device(tmp_path):
     finer = derive(at_resolution(config, 16), start={"source": str(tmp_path / "teacher")})
     train(derive(finer, optim={"trained": "heads"}), tmp_path / "finer")
     assert evaluate(tmp_path / "finer", cost=True)["cost"]["images_per_s"] > 0
+
+
+def speedy(**run):
+    """A student without a teacher on the GPU."""
+    config = derive(digits(), teacher={"source": ()}, loss=OBJECTIVES["none"])
+    return derive(
+        config,
+        views={"policy": "randaugment", "erasing": 0.5},
+        optim={"epochs": 2, "warmup_epochs": 1, "ema_epochs": 1},
+        run={"device": "cuda", **run},
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compile", ["none", "default"])
+def test_the_loop_waits_for_nothing(precision, compile):
+    """Once the views of a stretch are drawn."""
+    parts = parts_of(speedy(precision=precision, compile=compile))
+    batches, tally = parts.loader.epoch(0), Tally(parts.accelerator, {})
+    updates = train_epoch(job_of(parts), batches, tally, step=0, steps=100)
+    next(updates)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            next(updates)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compile", Compile.__args__)
+def test_an_update_that_is_not_finite_is_left_out_behind_the_loop(tmp_path, compile):
+    faults.arm("loss:3:nan")
+    result = train(speedy(compile=compile), tmp_path / "run")
+    assert result["skipped"] == 1
+    weights = load_file(checkpoint.newest(tmp_path / "run") / "average.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.parametrize("compile", ["none", "default"])
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path, compile):
+    config = speedy(compile=compile)
+    train(config, tmp_path / "straight")
+    faults.arm("update:20:term")
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "run")
+    faults.arm(None)
+    train(config, tmp_path / "run", resume=True)
+    chains = [(tmp_path / name / "chain.jsonl").read_bytes() for name in ("straight", "run")]
+    assert chains[0] == chains[1]

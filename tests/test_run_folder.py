@@ -261,7 +261,7 @@ def test_a_teacher_that_was_moved_is_the_same_teacher(teachers, zygote, tmp_path
     ("block", "said"),
     [
         (63, "63 images at once; 21 fit"),
-        (1, "1 images at once; a smaller student"),
+        (1, "1 images at once; --run.recompute, or a smaller student"),
     ],
 )
 def test_out_of_memory_says_only_what_was_tried(block, said, zygote, tmp_path):

@@ -150,9 +150,9 @@ def test_an_update_that_is_not_finite_is_left_out_in_every_part(zygote, runs, tm
     "more",
     [
         ("--run.recompute",),
-        ("--run.linear", "onednn"),
-        ("--optim.clip_norm", "none"),
-        ("--run.precision", "bf16"),
+        pytest.param(("--run.linear", "onednn"), marks=pytest.mark.slow),
+        pytest.param(("--optim.clip_norm", "none"), marks=pytest.mark.slow),
+        pytest.param(("--run.precision", "bf16"), marks=pytest.mark.slow),
         ("--optim.trained", "attention", "--start.source", "best"),
     ],
     ids=lambda more: more[0].rpartition(".")[2],
