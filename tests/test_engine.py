@@ -431,9 +431,10 @@ def test_nothing_is_copied_in_a_way_that_a_gpu_waits_for(policy, fill, monkeypat
 
     def note(target):
         frame = sys._getframe(2)
-        own = str(ROOT) in frame.f_code.co_filename
-        if target is not None and own and not frame.f_code.co_filename.endswith("transfer.py"):
-            found.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        file = Path(frame.f_code.co_filename)
+        own = file.is_relative_to(ROOT) and "site-packages" not in file.parts
+        if target is not None and own and file.name != "transfer.py":
+            found.append(f"{file}:{frame.f_lineno}")
 
     def made(*arguments, **options):
         note(options.get("device"))
