@@ -85,11 +85,11 @@ def named_splits(
     return {split: part for split, part in parts.items() if part is not None}
 
 
-def known(keep: tuple[str, ...], names: Sequence[str]) -> set[str]:
-    """The wanted classes; raises DataError for one the data does not have."""
+def known(keep: tuple[str, ...], names: Sequence[str], *, field: str = "data.classes") -> set[str]:
+    """The wanted classes; raises DataError, with the field, for one the data does not have."""
     for name in keep:
         if name not in names:
-            raise DataError(f"data.classes: no class {name!r} in the data{nearest(name, names)}")
+            raise DataError(f"{field}: no class {name!r} in the data{nearest(name, names)}")
     return set(keep)
 
 

@@ -98,6 +98,67 @@ RANDAUGMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """RandAugment's operations: (level in [0, 1], sign -1 or 1), float64 [batch] -> argument."""
 
 
+_AUTO_SCALES: dict[str, Callable[[float], tuple[float, float]]] = {
+    "auto_contrast": lambda level: (0.0, 0.0),
+    "equalize": lambda level: (0.0, 0.0),
+    "invert": lambda level: (0.0, 0.0),
+    "rotate": lambda level: (30 * level, -30 * level),
+    "posterize": lambda level: (8 - round(4 * level),) * 2,
+    "solarize": lambda level: (255 - 255 * level,) * 2,
+    "color": lambda level: (1 + 0.9 * level, 1 - 0.9 * level),
+    "contrast": lambda level: (1 + 0.9 * level, 1 - 0.9 * level),
+    "sharpness": lambda level: (1 + 0.9 * level, 1 - 0.9 * level),
+    "shear_x": lambda level: (0.3 * level, -0.3 * level),
+}
+"""AutoAugment's scales: level in [0, 1] -> the argument with either sign."""
+
+AUTOAUGMENT: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] = (
+    (("posterize", 0.4, 8), ("rotate", 0.6, 9)),
+    (("solarize", 0.6, 5), ("auto_contrast", 0.6, 5)),
+    (("equalize", 0.8, 8), ("equalize", 0.6, 3)),
+    (("posterize", 0.6, 7), ("posterize", 0.6, 6)),
+    (("equalize", 0.4, 7), ("solarize", 0.2, 4)),
+    (("equalize", 0.4, 4), ("rotate", 0.8, 8)),
+    (("solarize", 0.6, 3), ("equalize", 0.6, 7)),
+    (("posterize", 0.8, 5), ("equalize", 1.0, 2)),
+    (("rotate", 0.2, 3), ("solarize", 0.6, 8)),
+    (("equalize", 0.6, 8), ("posterize", 0.4, 6)),
+    (("rotate", 0.8, 8), ("color", 0.4, 0)),
+    (("rotate", 0.4, 9), ("equalize", 0.6, 2)),
+    (("equalize", 0.0, 7), ("equalize", 0.8, 8)),
+    (("invert", 0.6, 4), ("equalize", 1.0, 8)),
+    (("color", 0.6, 4), ("contrast", 1.0, 8)),
+    (("rotate", 0.8, 8), ("color", 1.0, 2)),
+    (("color", 0.8, 8), ("solarize", 0.8, 7)),
+    (("sharpness", 0.4, 7), ("invert", 0.6, 8)),
+    (("shear_x", 0.6, 5), ("equalize", 1.0, 9)),
+    (("color", 0.4, 0), ("equalize", 0.6, 3)),
+    (("equalize", 0.4, 7), ("solarize", 0.2, 4)),
+    (("solarize", 0.6, 5), ("auto_contrast", 0.6, 5)),
+    (("invert", 0.6, 4), ("equalize", 1.0, 8)),
+    (("color", 0.6, 4), ("contrast", 1.0, 8)),
+    (("equalize", 0.8, 8), ("equalize", 0.6, 3)),
+)
+"""AutoAugment's policy for ImageNet (Cubuk et al. 2019, Table 9): of each sub-policy two
+operations, their probabilities and their levels in 0 ... 9."""
+
+
+def sample_autoaugment(keys: Keys, views: ViewsConfig) -> Layers:
+    """AutoAugment (Cubuk et al. 2019), the policy found on ImageNet: a sub-policy for each image,
+    two operations, each with its own probability and strength, turned either way."""
+    draws = uniform(keys, "autoaugment", 5)
+    device = draws.device
+    which = (draws[:, 0] * len(AUTOAUGMENT)).long()
+    codes = constant(tuple(tuple(CODES[name] for name, _, _ in one) for one in AUTOAUGMENT), device)
+    chances = constant(tuple(tuple(chance for _, chance, _ in one) for one in AUTOAUGMENT), device)
+    scaled = [[_AUTO_SCALES[name](level / 9) for name, _, level in one] for one in AUTOAUGMENT]
+    signed = constant(tuple(tuple(map(tuple, one)) for one in scaled), device)
+    taken = draws[:, 1:3] < chances[which]
+    sign = (draws[:, 3:5] < 0.5).long()
+    arguments = signed[which].gather(2, sign[:, :, None]).squeeze(2)
+    return torch.where(taken, codes[which], 0), arguments.float()
+
+
 def sample_three_augment(keys: Keys, views: ViewsConfig) -> Layers:
     """3-Augment (Touvron et al. 2022, "DeiT III"): grey, solarised at 128, or blurred by a Gaussian
     of sigma 0.1 ... 2 px, each as often. Its colour jitter is `views.color_jitter` (0.3)."""
@@ -128,5 +189,6 @@ _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 POLICIES: dict[str, Callable[[Keys, ViewsConfig], Layers]] = {
     "randaugment": sample_randaugment,
     "three_augment": sample_three_augment,
+    "autoaugment": sample_autoaugment,
 }
 """Every policy by its name in views.policy."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, VisionDataset
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, VisionDataset
 
 from deit.config import DataConfig
 from deit.datasets.folders import list_folder
@@ -52,6 +52,27 @@ def load_digits(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
     names = tuple(str(name) for name in digits.target_names)
     everything = Images(pixels, torch.from_numpy(digits.target).long())
     return _keep_classes(Loaded(names, torch.arange(len(pixels)), everything, None, None), keep)
+
+
+def load_mnist(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
+    """MNIST in torchvision's layout: 60,000 training and 10,000 test digits of 28x28, grey."""
+    root = Path(config.root)
+    try:
+        train = MNIST(root, train=True, download=config.download)
+        test = MNIST(root, train=False, download=config.download)
+    except Exception as error:  # torchvision raises RuntimeError, urllib and struct their own
+        raise DataError(
+            f"data.root {root}: no MNIST here ({reason_of(error)}); expected "
+            f"{root / 'MNIST' / 'raw'} (train-images-idx3-ubyte and three more). Fetch it with "
+            "--data.download, or point --data.root at it; the digits recipes need no data"
+        ) from None
+
+    def images(split: MNIST) -> Images:
+        return Images(split.data.unsqueeze(1).repeat(1, 3, 1, 1), split.targets.long())
+
+    names = tuple(str(digit) for digit in range(10))
+    identities = torch.arange(len(train.targets))
+    return _keep_classes(Loaded(names, identities, images(train), None, images(test)), keep)
 
 
 def load_cifar10(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
@@ -163,6 +184,7 @@ LISTINGS: dict[str, Callable[..., Listing]] = {
 
 SOURCES: dict[str, Callable[[DataConfig, tuple[str, ...]], Loaded]] = {
     "digits": load_digits,
+    "mnist": load_mnist,
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
     **dict.fromkeys(LISTINGS, load_listed),

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from deit.config import DataConfig
 from deit.datasets.decoding import decode_all, in_threads
 from deit.datasets.images import Encoded, Images
+from deit.datasets.listing import known
 from deit.datasets.sources import SOURCES, Loaded
 from deit.errors import DataError
 from deit.keys import Keys, words
@@ -40,7 +41,7 @@ class Splits(NamedTuple):
 
 def load_splits(config: DataConfig) -> Splits:
     """Load the source and set aside what it does not bring. Raises DataError."""
-    loaded = SOURCES[config.source](config, _class_list(config.classes))
+    loaded = SOURCES[config.source](config, _class_list("data.classes", config.classes))
     train, validation, test = loaded.train, loaded.validation, loaded.test
     identities, notes = loaded.identities, []
     _check_counts(loaded, config)
@@ -75,6 +76,14 @@ def load_splits(config: DataConfig) -> Splits:
         _check_remaining(loaded.class_names, train)
         number = before - len(train.labels) - len(validation.labels) - len(test.labels)
         notes.append(f"quarantine: {number} images left out, listed in {config.quarantine}")
+    unseen = held_out(config, loaded.class_names)
+    if unseen:
+        # Last, so that every other image is in the split it would be in without.
+        seen = ~torch.isin(train.labels, torch.tensor(unseen))
+        train, identities = train.select(seen), identities[seen]
+        validation = validation.select(~torch.isin(validation.labels, torch.tensor(unseen)))
+        named = ", ".join(loaded.class_names[label] for label in unseen)
+        notes.append(f"held out: no training or validation image of {named}")
     splits = (train, validation, test)
     if isinstance(train, Images):
         splits = _squares(splits, config)
@@ -95,6 +104,19 @@ def load_splits(config: DataConfig) -> Splits:
             notes.append(f"mean and std: measured on {len(sample)} training images")
     fingerprint = _fingerprint(loaded.class_names, splits)
     return Splits(loaded.class_names, *splits, mean, std, tuple(notes), fingerprint)
+
+
+def held_out(config: DataConfig, class_names: tuple[str, ...]) -> list[int]:
+    """The labels of the classes that training does not see. Raises DataError for a class that the
+    data does not have, and where fewer than two are left to be seen."""
+    names = _class_list("data.held_out", config.held_out)
+    wanted = known(names, class_names, field="data.held_out")
+    if names and len(class_names) - len(wanted) < 2:
+        raise DataError(
+            f"data.held_out: leaves {len(class_names) - len(wanted)} of {len(class_names)} classes "
+            "to be seen; at least two are needed"
+        )
+    return [label for label, name in enumerate(class_names) if name in wanted]
 
 
 AUTO_BYTES = 2 * 2**30
@@ -118,7 +140,7 @@ def check_memory(number: int, config: DataConfig) -> None:
     needed = number * 3 * config.image_size**2
     allowed = psutil.virtual_memory().available * config.memory_fraction / sharing()
     if needed > allowed:
-        advice = "" if config.source in ("digits", "cifar10", "cifar100") else _STAY_FILES
+        advice = "" if config.source in ("digits", "mnist", "cifar10", "cifar100") else _STAY_FILES
         raise DataError(
             f"{number} images need {needed / 2**30:.1f} GiB at data.image_size "
             f"{config.image_size}, allowed are {allowed / 2**30:.1f} GiB; {advice}lower "
@@ -202,8 +224,8 @@ def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(mean), tuple(std)
 
 
-def _class_list(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The class names, with `@FILE` replaced by the lines of that file."""
+def _class_list(field: str, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The class names, with `@FILE` replaced by the lines of that file. field: for the message."""
     names: list[str] = []
     for name in classes:
         if not name.startswith("@"):
@@ -212,7 +234,7 @@ def _class_list(classes: tuple[str, ...]) -> tuple[str, ...]:
         try:
             lines = Path(name[1:]).read_text().splitlines()
         except OSError as error:
-            raise DataError(f"data.classes {name}: not readable ({error.strerror})") from None
+            raise DataError(f"{field} {name}: not readable ({error.strerror})") from None
         # The first word of a line, so that `wnid<TAB>words` lists work as they are.
         names += [line.split("\t")[0].strip() for line in lines if line.strip()]
     return tuple(names)

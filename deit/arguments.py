@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -15,9 +15,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from deit.checks import Problem
 from deit.config import Config, code_of, to_dict
 from deit.errors import ConfigError
-from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
+from deit.presets import PRESETS, put_presets
 from deit.recipes import RECIPES, find_recipe
-from deit.text import nearest
 from deit.validation import build, unknown_field
 
 
@@ -148,11 +147,13 @@ def parse_run(
     )
     problems = _unknown(unknown)
     values = to_dict(base)
-    problems += _put_presets(values, options)
+    named = {flag: _plain(getattr(options, flag)) for flag in PRESETS}
+    for flag, advice in put_presets(values, named).items():
+        problems.append(Problem(f"--{flag}", named[flag], advice))
     problems += _merge(values, base, options.config)
-    named = _plain(options.out)
-    if named == "":
-        problems.append(Problem("--out", named, "needs a folder"))
+    folder = _plain(options.out)
+    if folder == "":
+        problems.append(Problem("--out", folder, "needs a folder"))
     config = build(values, problems, online=online)
     typed = isinstance(options.config.teacher.source, _Typed)
     if recipe.endswith(".json") and not typed and code_of(config.teacher):
@@ -164,43 +165,11 @@ def parse_run(
     return RunArguments(
         recipe=recipe,
         config=config,
-        out=Path(named).expanduser() if named else out or Path("checkpoints") / run_name(recipe),
+        out=Path(folder).expanduser() if folder else out or Path("checkpoints") / run_name(recipe),
         resume=options.resume,
         dry_run=options.dry_run,
         print_config=options.print_config,
     )
-
-
-class _Preset(NamedTuple):
-    """What a preset flag does: the section it changes, its names, and for one of them the fields
-    that it sets over those of the recipe."""
-
-    section: str
-    names: Iterable[str]
-    fields: Callable[[str, dict[str, Any]], dict[str, Any]]
-
-
-_PRESETS = {
-    "objective": _Preset(
-        "loss", OBJECTIVES, lambda name, loss: dataclasses.asdict(OBJECTIVES[name])
-    ),
-    "augmentation": _Preset("views", AUGMENTATIONS, lambda name, views: AUGMENTATIONS[name]),
-    "teaching": _Preset("views", TEACHING, lambda name, views: TEACHING[name].fields(views)),
-}
-"""By flag, in the order in which they are applied."""
-
-
-def _put_presets(values: dict[str, dict[str, Any]], options: _Options) -> list[Problem]:
-    """Put presets over the recipe's values; a problem for each name that does not exist."""
-    problems = []
-    for flag, preset in _PRESETS.items():
-        name = _plain(getattr(options, flag))
-        if name in preset.names:
-            values[preset.section] |= preset.fields(name, values[preset.section])
-        elif name is not None:
-            advice = f"should be one of {', '.join(preset.names)}{nearest(name, preset.names)}"
-            problems.append(Problem(f"--{flag}", name, advice))
-    return problems
 
 
 def _plain(value: Any) -> Any:

@@ -43,12 +43,22 @@ def check_number(number: int, *, option: str) -> None:
         )
 
 
-def train_at_once(runs: list[Planned], *, number: int) -> None:
+class Failed(NamedTuple):
+    """A run that ended with an error. code: its exit code, or minus the signal that killed it.
+    reason: what it last complained of. log: all it said."""
+
+    run: Planned
+    code: int
+    reason: str
+    log: Path
+
+
+def train_beside(runs: list[Planned], *, number: int) -> list[Failed]:
     """Train runs, so many at a time, each as `deit train --resume` would alone with its share of
     the cores, on the GPU that has the fewest. What they print is in NAME.log beside each.
 
-    One that fails does not stop the others. Raises DeitError with the exit code of the first that
-    failed when all have ended, and Stopped, when those under way have saved, where that is asked.
+    One that fails does not stop the others; returns those that did. Raises Stopped, when those
+    under way have saved, where that is asked.
     """
     waiting, failed, started, done = list(reversed(runs)), [], time.monotonic(), 0
     with TemporaryDirectory(prefix="deit-") as folder, _Here(number, Path(folder)) as here:
@@ -62,19 +72,26 @@ def train_at_once(runs: list[Planned], *, number: int) -> None:
             here.children.remove(child)
             code, done = child.process.wait(), done + 1
             if code:
-                failed.append((child, code))
+                failed.append(Failed(child.run, code, child.error, child.log))
             left = (time.monotonic() - started) / done * (len(runs) - done)
             end = f"ended with exit code {code}" if code else "finished"
-            say(f"{child.name}: {end}; {done} of {len(runs)} runs, ETA {clock(left)}")
-    if failed:
-        raise _failure(failed)
+            say(f"{child.run.name}: {end}; {done} of {len(runs)} runs, ETA {clock(left)}")
+    return failed
 
 
-def _failure(failed: list[tuple["_Child", int]]) -> DeitError:
-    told = "".join(f"\n  {child.name} ({child.log}): {child.error}" for child, _ in failed)
+def train_at_once(runs: list[Planned], *, number: int) -> None:
+    """As `train_beside`; raises DeitError with the exit code of the first that failed when all
+    have ended."""
+    if failed := train_beside(runs, number=number):
+        raise failure_of(failed)
+
+
+def failure_of(failed: list[Failed]) -> DeitError:
+    """What is told of runs that failed, with the exit code of the first."""
+    told = "".join(f"\n  {one.run.name} ({one.log}): {one.reason}" for one in failed)
     runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
     error = DeitError(f"{runs} failed; the same command goes on with the others:{told}")
-    error.exit_code = failed[0][1] if failed[0][1] > 0 else 1
+    error.exit_code = failed[0].code if failed[0].code > 0 else 1
     return error
 
 
@@ -82,9 +99,9 @@ class _Child:
     """A run under way. error: what it last complained of. gpu: the one it has, of several."""
 
     def __init__(
-        self, name: str, log: Path, process: subprocess.Popen, heard: _Heard, gpu: str | None
+        self, run: Planned, log: Path, process: subprocess.Popen, heard: _Heard, gpu: str | None
     ) -> None:
-        self.name, self.log, self.process, self.gpu = name, log, process, gpu
+        self.run, self.log, self.process, self.gpu = run, log, process, gpu
         self.error, self._complaining = "it gave no reason", False
         self.listener = threading.Thread(target=self._listen, args=(heard,), daemon=True)
         self.listener.start()
@@ -107,9 +124,9 @@ class _Child:
         elif self._complaining:
             self.error += f"\n  {line}"
         elif line.startswith("deit: warning: "):
-            warn(f"{self.name}: {line.removeprefix('deit: warning: ')}")
+            warn(f"{self.run.name}: {line.removeprefix('deit: warning: ')}")
         elif line.startswith("epoch "):
-            say(f"{self.name}: {line}")
+            say(f"{self.run.name}: {line}")
 
 
 class _Here:
@@ -159,7 +176,7 @@ class _Here:
             env=environment,
         )
         log = run.out.with_name(f"{run.out.name}.log")
-        self.children.append(_Child(run.name, log, process, self.heard, gpu))
+        self.children.append(_Child(run, log, process, self.heard, gpu))
         say(f"{run.name}: {run.out}, all it says in {log}")
 
     def __enter__(self) -> "_Here":

@@ -67,7 +67,7 @@ def _check_student(config: Config) -> list[Problem]:
     else:
         only = f"only deit_* and vit_* take it, student.name is {student.name!r}"
         shape = ("patch_size", "embed_dim", "depth", "num_heads", "initialisation")
-        shape = (*shape, "distillation_tokens")
+        shape = (*shape, "distillation_tokens", "dropout")
         found += _without_effect("student", student, shape, only)
     return found
 
@@ -104,8 +104,8 @@ def _check_data(config: Config) -> list[Problem]:
     else:
         advice = f"only data.source 'reader' takes it, data.source is {data.source!r}"
         found += _without_effect("data", data, ("reader",), advice)
-    if data.source not in ("cifar10", "cifar100", "reader"):
-        advice = "only cifar10 and cifar100, or what data.reader names, can be downloaded"
+    if data.source not in ("mnist", "cifar10", "cifar100", "reader"):
+        advice = "only mnist, cifar10, cifar100, or what data.reader names, can be downloaded"
         found += _without_effect("data", data, ("download",), advice)
     if data.source not in ("folder", "shards", "reader"):
         advice = f"only image files take it, data.source {data.source!r} is always in memory"
@@ -335,6 +335,9 @@ def _check_optim(config: Config) -> list[Problem]:
                 "mixing takes pairs: each micro-batch should be even",
             )
         )
+    others = ("momentum",) if optim.algorithm == "adamw" else ("beta1", "beta2")
+    advice = f"has no effect, optim.algorithm is {optim.algorithm!r}"
+    found += _without_effect("optim", optim, others, advice)
     if optim.warmup_epochs >= optim.epochs:
         found.append(
             Problem(

@@ -15,11 +15,13 @@ from deit.arguments import (
     parse_shard,
     read_numbers,
 )
-from deit.config import DataConfig, to_dict
+from deit.config import Config, DataConfig, to_dict
 from deit.console import is_main_process, say, table
 from deit.errors import ConfigError
 from deit.finetune_arguments import parse_finetune
 from deit.recipes import RECIPES
+from deit.sweep_file import Sweep, points_of, with_fields
+from deit.sweeps import SWEEPS, find_sweep
 from deit.text import nearest
 
 # torch and what needs it are imported inside the commands: --help and every mistake in the
@@ -246,13 +248,76 @@ def _compare_options(
     parser.add_argument("--only", default="")
     parser.add_argument("--at_once", type=int, default=1, metavar="N")
     options, rest = parser.parse_known_args(arguments)
+    return options, list(_seeds(options.seeds)), rest
+
+
+def _seeds(text: str) -> tuple[int, ...]:
     try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
+        seeds = tuple(int(seed) for seed in text.split(","))
     except ValueError:
-        raise ConfigError(f"--seeds {options.seeds}: should be numbers with commas") from None
+        raise ConfigError(f"--seeds {text}: should be numbers with commas") from None
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds {options.seeds}: names one of them twice")
-    return options, seeds, rest
+        raise ConfigError(f"--seeds {text}: names one of them twice")
+    return seeds
+
+
+def sweep(arguments: list[str], program: str) -> None:
+    """Every combination of a grid, or the runs of a file or study: one table, mean and std."""
+    helps = bool({"-h", "--help"} & set(arguments))
+    if arguments and not arguments[0].startswith("-"):
+        plan, rest = find_sweep(arguments[0]), arguments[1:]
+    elif helps:
+        plan, rest = Sweep("sweep"), arguments
+    else:
+        raise ConfigError(
+            f"name a sweep first: {program} FILE.yaml --out DIR, or one of {', '.join(SWEEPS)}"
+        )
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--recipe", default=plan.recipe)
+    parser.add_argument("--seeds", default=",".join(map(str, plan.seeds)))
+    parser.add_argument("--at_once", type=int, default=1)
+    parser.add_argument("--retries", type=int, default=1)
+    parser.add_argument("--best", type=int, default=5)
+    options, rest = parser.parse_known_args(rest)
+    plan = dataclasses.replace(plan, recipe=options.recipe, seeds=_seeds(options.seeds))
+    check_records(plan.records)
+    asked: list[Config] = []
+
+    def adapt(config: Config) -> Config:
+        asked.append(with_fields(config, plan.set, where=f"sweep {plan.name}, set"))
+        return asked[0]
+
+    run = parse_run(
+        [plan.recipe, *rest],
+        program=f"{program} SWEEP --recipe",
+        about="Train and evaluate every run of a sweep for each seed. SWEEP: a YAML or JSON file "
+        f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}. Also: --recipe RECIPE (instead of "
+        "the file's), --seeds 0,1,2 (mean and std), --at_once N (N runs at a time share the "
+        "machine), --retries N (of runs that fail for a reason that may pass: 1), --best N (named "
+        "in the end: 5); --dry_run lists the runs. Into --out DIR: results.csv, results.json, "
+        "results.md, pictures and the runs. The same command goes on; what is finished is kept, "
+        "also when the file changes.",
+        adapt=adapt,
+        out=Path("checkpoints") / plan.name,
+        online=False,
+    )
+    if run.resume:
+        raise ConfigError(f"{program}: takes no --resume; the same command always goes on")
+    if run.print_config:
+        say(json.dumps(to_dict(run.config), indent=1))
+        return
+    points_of(plan, run.config)  # every mistake in the file, before torch is there
+    from deit.sweep import sweep
+
+    sweep(
+        plan,
+        run,
+        asked=asked[0],
+        at_once=options.at_once,
+        retries=options.retries,
+        best=options.best,
+        arguments=arguments,
+    )
 
 
 def scan(arguments: list[str], program: str) -> None:
@@ -452,6 +517,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "predict": predict,
     "export": export,
     "compare": compare,
+    "sweep": sweep,
     "scan": scan,
     "views": views,
     "targets": targets,

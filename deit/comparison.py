@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from deit import checkpoint, journal
 from deit.arguments import RunArguments
 from deit.at_once import Planned, check_number, train_at_once
 from deit.config import Config, derive
@@ -15,9 +14,9 @@ from deit.disk import check_file, write_json
 from deit.errors import ConfigError, EnvironmentFault
 from deit.evaluation import evaluate
 from deit.ground import Ground, slug
-from deit.report import COLUMNS, HEADS, comparison_cells, draw_comparison
+from deit.outcome import new_row, note
+from deit.report import COLUMNS, comparison_cells, draw_comparison
 from deit.run import train
-from deit.saving import selected_top1
 from deit.studies import STUDIES
 from deit.target_writer import write_targets
 from deit.text import nearest
@@ -69,7 +68,9 @@ def compare(
     for plan in plans:
         for name, planned in {**plan.ground, **plan.arms}.items():
             found = evaluate(planned.out)
-            _note(rows, name, planned, found, teacher=name in plan.teachers)
+            epochs, teacher = planned.config.optim.epochs, name in plan.teachers
+            row = rows.setdefault(name, new_row(epochs=epochs, teacher=teacher))
+            note(row, planned.out, found)
     result = {
         "recipe": run.recipe,
         "study": study,
@@ -118,15 +119,13 @@ class _Plan:
         """alone: whether there is no other seed."""
         folder = run.out if alone else run.out / f"seed-{seed}"
         student = derive(run.config, run={"seed": seed})
-        ground = Ground(run, student, folder)
+        arms = _arms(student, study, only)
+        ground = Ground(run, student, folder, arms=arms.values())
 
         def planned(name: str, config: Config) -> Planned:
             return Planned(f"{name}, seed {seed}", config, folder / slug(name))
 
-        self.arms = {
-            name: planned(name, ground.laid(arm))
-            for name, arm in _arms(student, study, only).items()
-        }
+        self.arms = {name: planned(name, ground.laid(arm)) for name, arm in arms.items()}
         # After the arms: they say what they build on.
         self.ground = {name: planned(name, config) for name, config in ground.runs.items()}
         self.teachers = ground.teachers
@@ -150,42 +149,6 @@ def _train(runs: list[Planned], at_once: int) -> None:
     for title, config, out in runs:
         say(f"\n{title}: {out}")
         train(config, out, resume=True)
-
-
-def _note(
-    rows: dict[str, dict[str, Any]],
-    name: str,
-    planned: Planned,
-    found: dict[str, Any],
-    *,
-    teacher: bool,
-) -> None:
-    """Add what a run came to, to the row of its name."""
-    lists = ("top1", "agreement", "seconds", "curves")
-    epochs = planned.config.optim.epochs
-    row = rows.setdefault(
-        name, {**{key: [] for key in lists}, "epochs": epochs, "teacher": teacher}
-    )
-    row["top1"].append(_top1(found))
-    row["agreement"].append(_agreement(found))
-    row["seconds"].append(checkpoint.result_of(planned.out)["seconds"])
-    row["curves"].append(_curve(planned.out))
-
-
-def _top1(found: dict[str, Any]) -> dict[str, float | None]:
-    two_heads = found["heads"]["distillation"] is not None
-    names = HEADS if two_heads else ("class",)
-    return {head: found["heads"][head]["top1"] if head in names else None for head in HEADS}
-
-
-def _agreement(found: dict[str, Any]) -> float | None:
-    return found["agreement"].get("fused", found["agreement"]["class"]).get("teacher")
-
-
-def _curve(folder: Path) -> list[tuple[int, float]]:
-    """Validation top-1 by epoch, of the weights and head that select the best checkpoint."""
-    rows = journal.read(folder / journal.METRICS)
-    return [(row["epoch"], selected_top1(row["validation"])) for row in rows if "validation" in row]
 
 
 def _write(result: dict[str, Any], out: Path, json_file: Path | None) -> None:

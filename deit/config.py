@@ -69,6 +69,7 @@ STUDENTS = (
     *(f"deit_{size}" for size in SIZES),
     *(f"vit_{size}" for size in SIZES),
     "small_convnet",
+    "dense",
     "regnety_002_small_stem",
     "regnety_004_small_stem",
     "rednet_micro",
@@ -80,12 +81,12 @@ STUDENTS = (
 )
 """Every network that can be trained by name; `timm:NAME` trains any other timm model."""
 
-Source = Literal["digits", "cifar10", "cifar100", "folder", "shards", "reader"]
+Source = Literal["digits", "mnist", "cifar10", "cifar100", "folder", "shards", "reader"]
 Storage = Literal["auto", "memory", "files"]
 Crop = Literal["none", "padded", "random", "random_resized"]
 TeacherView = Literal["same", "independent", "resized", "center", "crops"]
 Interpolation = Literal["bilinear", "bicubic"]
-Policy = Literal["none", "randaugment", "three_augment"]
+Policy = Literal["none", "randaugment", "three_augment", "autoaugment"]
 Fill = Literal["noise", "mean"]
 Kind = Literal["hard", "soft", "cross_entropy", "dkd", "none"]
 Through = Literal["distillation", "class", "all"]
@@ -112,7 +113,7 @@ class DataConfig:
     reader: OptionalText = None
     """For source reader: folder, tar (a tar of class folders), hfds/NAME or torch/NAME."""
     download: bool = False
-    """Allow CIFAR (its checksum is verified) or what data.reader names to be downloaded."""
+    """Allow MNIST and CIFAR (checksums are verified) or what data.reader names to be downloaded."""
     storage: Storage = "auto"
     """memory: uint8 squares of image_size. files: encoded until each view needs them (folder,
     shards, reader). auto: memory up to 2 GiB of squares, else files."""
@@ -125,6 +126,9 @@ class DataConfig:
     """Side [px] of the square images kept in memory; views are cut from these."""
     classes: Names = ()
     """Class names to keep, with commas between, or @FILE with one name a line. Empty: all."""
+    held_out: Names = ()
+    """Classes, named likewise, without a training or validation image: the student knows them by
+    its teacher alone. The test split keeps them."""
     validation_fraction: Fraction = 0.1
     """Share of each training class set aside for model selection, unless the folder has one."""
     test_fraction: Fraction = 0.2
@@ -160,7 +164,8 @@ class ViewsConfig:
     interpolation: Interpolation = "bicubic"
     """How pixels between pixels are found, in crops, resizes, shears and rotations."""
     policy: Policy = "none"
-    """randaugment: timm's rand-m9-mstd0.5-inc1 with the next four; three_augment: DeiT III's."""
+    """randaugment: timm's rand-m9-mstd0.5-inc1 with the next four; three_augment: DeiT III's;
+    autoaugment: the policy found on ImageNet (Cubuk et al. 2019)."""
     magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
     """Mean magnitude of RandAugment, in 0 ... 10."""
     magnitude_std: NonNegative = 0.5
@@ -231,6 +236,9 @@ class StudentConfig:
     layers that keep the variance and a position embedding that counts (deit_* and vit_*)."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth rate of the last block, rising linearly from 0."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the activations that is dropped after the position embedding, attention and each
+    linear layer of the MLP (deit_* and vit_*)."""
 
 
 @dataclass(frozen=True)
@@ -314,7 +322,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
     __pydantic_config__ = _STRICT
     epochs: Count = 300
@@ -338,6 +346,10 @@ class OptimConfig:
     independent_decay: bool = False
     """Decay by weight_decay times the schedule, whatever the learning rate (big_vision's rule);
     else by weight_decay times the learning rate (torch's)."""
+    algorithm: Literal["adamw", "sgd"] = "adamw"
+    """adamw; sgd: with momentum, and the decay added to the gradient."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """sgd: share of the last update's direction that the next one keeps."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of AdamW's first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -409,6 +421,30 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+RESUMABLE = (
+    "data.root",
+    "data.download",
+    "data.memory_fraction",
+    "data.workers",
+    "teacher.targets",  # that it is the same store is told by its digest
+    "teacher.source",  # and the same teacher by that of its weights
+    "optim.accumulate",  # the batch stays
+    "run.device",
+    "teacher.layout",
+    "run.linear",
+    "run.compile",
+    "run.recompute",
+    "run.shard",
+    "run.evaluation_batch",
+    "run.save_every",
+    "run.keep_checkpoints",
+    "run.fit_memory",
+    "run.max_skipped",
+    "run.timeout",
+)
+"""Settings that say where and how to compute, not what: a resumed run may change them."""
 
 
 def derive(config: Config, **sections: dict[str, Any]) -> Config:

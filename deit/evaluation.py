@@ -13,7 +13,7 @@ from deit import checkpoint
 from deit.config import Config, DataConfig, StartConfig, TeacherConfig, code_of, derive
 from deit.console import warn
 from deit.datasets.images import Encoded, Images
-from deit.datasets.splits import load_splits
+from deit.datasets.splits import held_out, load_splits
 from deit.datasets.variants import load_variant
 from deit.ensembles import combine
 from deit.environment import create_accelerator, describe
@@ -145,6 +145,9 @@ def examine(
         return Examined(found, answers, None, ())
     found["agreement"] = _agreements(answers, asked.labels)
     final = answers.get("fused", answers["class"])
+    held = {facts.class_names[label] for label in held_out(config.data, facts.class_names)}
+    if held & set(found["class_names"]):
+        found |= _seen_and_unseen(answers, asked.labels, held, found["class_names"])
     found["per_class"] = _per_class(answers, asked.labels, tuple(found["class_names"]))
     found["confusion"] = confusion(final, asked.labels, len(asked.columns)).tolist()
     return Examined(found, answers, asked.labels, _picks(config.data, asked.name, found))
@@ -349,6 +352,21 @@ def _agreements(answers: dict[str, Tensor], labels: Tensor) -> dict[str, dict[st
         one: {other: agreement(theirs, everyone[other]) for other in everyone}
         for one, theirs in everyone.items()
     }
+
+
+def _seen_and_unseen(
+    answers: dict[str, Tensor], labels: Tensor, held: set[str], class_names: list[str]
+) -> dict[str, Any]:
+    """`held_out`, the classes that training did not see, and the share of right answers of each
+    head and the teacher on the images of those, and of the others."""
+    names = [name for name in class_names if name in held]
+    never = torch.isin(labels, torch.tensor([class_names.index(name) for name in names]))
+    groups = {"seen": ~never, "unseen": never}
+    shares = {
+        group: {name: agreement(answer[rows], labels[rows]) for name, answer in answers.items()}
+        for group, rows in groups.items()
+    }
+    return {"held_out": names, **shares}
 
 
 def _per_class(

@@ -93,5 +93,12 @@ def _print_classes(found: dict[str, Any]) -> None:
         mistakes = [0 if place == own else count for place, count in enumerate(counts[own])]
         worst = mistakes.index(max(mistakes))
         taken = f"{names[worst]} ({mistakes[worst]})" if mistakes[worst] else "-"
-        rows.append((name, str(row["num_samples"]), *(percent(row[h]) for h in heads), taken))
+        called = f"{name} (unseen)" if name in found.get("held_out", ()) else name
+        rows.append((called, str(row["num_samples"]), *(percent(row[h]) for h in heads), taken))
+    for group in ("seen", "unseen") if "held_out" in found else ():
+        held = found["held_out"]
+        ours = [name for name in names if (name in held) == (group == "unseen")]
+        number = sum(found["per_class"][name]["num_samples"] for name in ours)
+        shares = (percent(found[group][head]) for head in heads)
+        rows.append((f"all {group} classes", str(number), *shares, ""))
     table(title, ("class", "images", *(f"{h} %" for h in heads), "most taken for"), rows)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from deit.arguments import RunArguments
@@ -20,18 +21,32 @@ class Ground:
 
     runs: their configurations by name, in the order in which they are trained. teachers: which of
     them teach. What a command line names itself is taken as it lies, and is not trained here.
+    asked: what a file says of the recipe, before the command line. arms: what they name beside it
+    is trained here as well, unless the command line names a source.
     """
 
-    def __init__(self, run: RunArguments, student: Config, folder: Path) -> None:
+    def __init__(
+        self,
+        run: RunArguments,
+        student: Config,
+        folder: Path,
+        *,
+        asked: Config | None = None,
+        arms: Iterable[Config] = (),
+    ) -> None:
         self.runs: dict[str, Config] = {}
         self.teachers: set[str] = set()
         self.folder, self.student = folder, student
         self.recipe = RECIPES[run.recipe]() if run.recipe in RECIPES else student
         self.own: set[str] = set()
-        if run.recipe in RECIPES and not student.teacher.targets:
+        if (asked or run.recipe in RECIPES) and not student.teacher.targets:
+            asked = asked or self.recipe
             for name in ("teacher", "start"):
-                if getattr(student, name).source == getattr(self.recipe, name).source:
-                    self._reach(getattr(self.recipe, name).source)
+                typed = getattr(student, name).source
+                if typed != getattr(asked, name).source:
+                    continue
+                for source in (typed, *(getattr(arm, name).source for arm in arms)):
+                    self._reach(source)
         self.alone = len(self.own) == 1 and self.recipe.start.source is None
 
     def _reach(self, sources: tuple[str, ...] | str | None) -> None:
@@ -68,6 +83,7 @@ class Ground:
         asked = dataclasses.asdict(self.student.data)
         default = dataclasses.asdict(self.recipe.data)
         changed = {name: value for name, value in asked.items() if value != default[name]}
+        changed.pop("held_out", None)  # of the student: what it never saw its teacher may know
         if config.data.image_size != default["image_size"]:
             changed.pop("image_size", None)
         run = self.student.run

@@ -120,10 +120,14 @@ def _results(measured: dict[str, dict[str, float]], found: dict[str, Any]) -> st
 _MEASURES = {"top1": "top-1 %", "top5": "top-5 %", "calibration_error": "calibration error %"}
 
 
+_ALGORITHMS = {"adamw": "AdamW", "sgd": "SGD"}
+
+
 def _training(run: Path, config: Config) -> str:
     optim, loss = config.optim, config.loss
     told = [
-        f"{optim.epochs} epochs of batches of {optim.batch_size}, AdamW at {peak_lr(optim):.3g}, "
+        f"{optim.epochs} epochs of batches of {optim.batch_size}, "
+        f"{_ALGORITHMS[optim.algorithm]} at {peak_lr(optim):.3g}, "
         f"weight decay {optim.weight_decay:g}",
         f"objective: {loss.kind}, through {loss.through}, weight {loss.distillation_weight:g}, "
         f"temperature {loss.temperature:g}"

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, the learning rate as a function of the step, and the weight average."""
+"""The optimizer, the learning rate as a function of the step, and the weight average."""
 
 import copy
 import math
@@ -44,8 +44,9 @@ def layer_scales(depths: dict[str, int], layer_decay: float) -> dict[str, float]
 
 def build_optimizer(
     model: nn.Module, optim: OptimConfig, scales: dict[str, float] | None = None
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); its learning rate is written by the loop.
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), or SGD with momentum; its learning rate is written by the
+    loop.
 
     scales: as in `parameter_groups`.
     torch's AdamW takes lr_t * weight_decay off a weight, big_vision schedule_t * weight_decay with
@@ -56,6 +57,14 @@ def build_optimizer(
     groups = parameter_groups(model, decay, scales)
     betas = (optim.beta1, optim.beta2)
     # Fused: one pass over the weights, which it leaves alone where the loop says so (found_inf).
+    if optim.algorithm == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, fused=True)
+        # Zeros, from which the first update makes the gradient: a first update that is left alone
+        # would leave torch's own buffers as it found the memory.
+        for group in groups if optim.momentum else ():
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 

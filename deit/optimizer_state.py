@@ -1,4 +1,4 @@
-"""AdamW's state as tensors by parameter name, in a file other libraries read."""
+"""An optimizer's state as tensors by parameter name, in a file other libraries read."""
 
 from pathlib import Path
 
@@ -9,15 +9,22 @@ from torch import Tensor, nn
 from deit.errors import CheckpointError
 from deit.sharding import divided_like
 
-_ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
+
+def _kinds(optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What it keeps of a parameter: tensors of its shape, and numbers."""
+    one = getattr(optimizer, "optimizer", optimizer)  # that in Accelerate's
+    if isinstance(one, torch.optim.SGD):
+        return ("momentum_buffer",) if one.defaults["momentum"] else (), ()
+    return ("exp_avg", "exp_avg_sq"), ("step",)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """AdamW's state by kind and parameter name, `exp_avg/blocks.0.norm1.weight` for instance."""
+    """Its state by kind and parameter name, `exp_avg/blocks.0.norm1.weight` for instance."""
     tensors: dict[str, Tensor] = {}
+    shaped, numbers = _kinds(optimizer)
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {})
-        for kind in _ADAM_TENSORS:
+        for kind in (*numbers, *shaped):
             if kind in state:
                 tensors[f"{kind}/{name}"] = state[kind].detach()
     return tensors
@@ -29,8 +36,9 @@ def save_optimizer(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Put AdamW's state back. Raises CheckpointError if names or shapes differ."""
+    """Put an optimizer's state back. Raises CheckpointError if names or shapes differ."""
     tensors = read_tensors(path)
+    shaped, numbers = _kinds(optimizer)
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise CheckpointError(f"{path}: {name} is not finite, so training cannot go on from it")
@@ -39,20 +47,18 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Modul
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        found = {kind: tensors.pop(f"{kind}/{name}", None) for kind in _ADAM_TENSORS}
+        found = {kind: tensors.pop(f"{kind}/{name}", None) for kind in (*numbers, *shaped)}
         if any(value is None for value in found.values()):
             raise CheckpointError(f"{path}: no optimizer state for {name}")
-        for kind in ("exp_avg", "exp_avg_sq"):
+        for kind in shaped:
             if found[kind].shape != parameter.shape:
                 raise CheckpointError(
                     f"{path}: {name} is {tuple(found[kind].shape)} in the file, "
                     f"{tuple(parameter.shape)} in the network"
                 )
-        optimizer.state[parameter] = {
-            "step": found["step"].to(parameter.device),
-            "exp_avg": divided_like(found["exp_avg"].to(parameter.device), parameter),
-            "exp_avg_sq": divided_like(found["exp_avg_sq"].to(parameter.device), parameter),
-        }
+        brought = {kind: value.to(parameter.device) for kind, value in found.items()}
+        moments = {kind: divided_like(brought[kind], parameter) for kind in shaped}
+        optimizer.state[parameter] = {**brought, **moments}
     if tensors:
         raise CheckpointError(f"{path}: state of an unknown parameter: {next(iter(tensors))}")
 

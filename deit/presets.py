@@ -1,8 +1,11 @@
 """Whole sections of a configuration by name: objectives, augmentations, teaching modes."""
 
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 from deit.config import LossConfig, TeacherView, ViewsConfig
+from deit.text import nearest
 
 _TOKEN = {"through": "distillation", "distillation_weight": 0.5}
 _HEAD = {"through": "class", "distillation_weight": 0.5}
@@ -103,3 +106,39 @@ TEACHING: dict[str, Teaching] = {
     "function-matching": Teaching("same", "inception", mixup=1.0),
 }
 """The teaching modes by the paper's names."""
+
+
+class Preset(NamedTuple):
+    """What a preset does: the section it changes, its names, and for one of them the fields that
+    it sets over those of the recipe."""
+
+    section: str
+    names: Iterable[str]
+    fields: Callable[[str, dict[str, Any]], dict[str, Any]]
+
+
+PRESETS = {
+    "objective": Preset(
+        "loss", OBJECTIVES, lambda name, loss: dataclasses.asdict(OBJECTIVES[name])
+    ),
+    "augmentation": Preset("views", AUGMENTATIONS, lambda name, views: AUGMENTATIONS[name]),
+    "teaching": Preset("views", TEACHING, lambda name, views: TEACHING[name].fields(views)),
+}
+"""By flag, in the order in which they are applied."""
+
+
+def put_presets(values: dict[str, dict[str, Any]], names: dict[str, str | None]) -> dict[str, str]:
+    """Put presets over the values of a recipe, in place.
+
+    names: by flag; None leaves the recipe's. Returns, for each flag whose name does not exist, what
+    it should be.
+    """
+    wrong = {}
+    for flag, preset in PRESETS.items():
+        name = names.get(flag)
+        if name in preset.names:
+            values[preset.section] |= preset.fields(name, values[preset.section])
+        elif name is not None:
+            known = ", ".join(preset.names)
+            wrong[flag] = f"should be one of {known}{nearest(name, preset.names)}"
+    return wrong

@@ -128,7 +128,8 @@ def _read(seen: profile, updates: int, on_gpu: bool) -> dict[str, Any]:
     rows = [event for event in seen.key_averages() if event.device_type == DeviceType.CPU]
     events = {event.key: event for event in rows}
     names = {name: name for name in PARTS}
-    names["optimizer"] = "Optimizer.step#AdamW.step"
+    named = (key for key in events if key.startswith("Optimizer.step#"))
+    names["optimizer"] = next(named, "optimizer")
     by_part = {
         part: getattr(events[name], total) / updates / 1e6
         for part, name in names.items()

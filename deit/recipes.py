@@ -74,6 +74,17 @@ def digits_involution_teacher() -> Config:
     return derive(digits_teacher(), student={"name": "rednet_micro"})
 
 
+def digits_transformer_teacher() -> Config:
+    """`digits` without token or teacher: the transformer among the teachers of digits."""
+    return _transformer(digits())
+
+
+def _transformer(config: Config) -> Config:
+    """The student of a recipe with a class token alone, trained by labels."""
+    name = config.student.name.replace("deit_", "vit_", 1)
+    return derive(config, student={"name": name}, teacher=TeacherConfig(), loss=OBJECTIVES["none"])
+
+
 def digits_ensemble() -> Config:
     """`digits` with two teachers, a ConvNet and an involution network, each with its own token."""
     return derive(
@@ -89,6 +100,60 @@ def digits_ensemble() -> Config:
 def digits_function_matching() -> Config:
     """`digits` by function matching: the teacher's answers alone, mixup, ten times the epochs."""
     return _function_matching(digits(), epochs=600)
+
+
+def digits_held_out() -> Config:
+    """`digits` without a picture of 6, 7, 8 or 9: the student hears of them by its teacher alone,
+    in what it says of mixed images."""
+    return _held_out(digits(), epochs=120)
+
+
+def _held_out(config: Config, *, epochs: int) -> Config:
+    """A recipe of digits turned into the experiment of AditMeh/Distillation: classes 0 to 5 seen, a
+    warm teacher. Of labels nothing, which would name no unseen class."""
+    return derive(
+        config,
+        data={"held_out": ("6", "7", "8", "9")},
+        loss=LossConfig(
+            kind="cross_entropy",
+            through="all",
+            distillation_weight=1.0,
+            temperature=10.0,
+            label_smoothing=0.0,
+        ),
+        optim={"epochs": epochs},
+        run={"evaluate_every": max(epochs // 12, 1)},
+    )
+
+
+def mnist_teacher() -> Config:
+    """The ConvNet of `digits-teacher` on MNIST at 28 px in 5 epochs: the teacher of `mnist`."""
+    return derive(
+        digits_teacher(),
+        data={"source": "mnist", "image_size": 28},
+        views={"crop_padding": 2},
+        student={"image_size": 28},
+        optim={"epochs": 5, "batch_size": 128, "warmup_epochs": 1},
+        run={"evaluate_every": 1},
+    )
+
+
+def mnist() -> Config:
+    """A small DeiT with patches of 4 px on MNIST at 28 px, distilled from `mnist-teacher`."""
+    return derive(
+        digits(),
+        data={"source": "mnist", "image_size": 28},
+        views={"crop_padding": 2},
+        student={"image_size": 28, "patch_size": 4},
+        teacher={"source": ("checkpoints/mnist-teacher",)},
+        optim={"epochs": 10, "batch_size": 128, "warmup_epochs": 1},
+        run={"evaluate_every": 1},
+    )
+
+
+def mnist_held_out() -> Config:
+    """`mnist` without a picture of 6, 7, 8 or 9: AditMeh/Distillation's experiment with a ViT."""
+    return _held_out(mnist(), epochs=12)
 
 
 def digits_finetune() -> Config:
@@ -141,6 +206,11 @@ def cifar10() -> Config:
 def cifar10_involution_teacher() -> Config:
     """RedNet-26 with a stem of stride 1 on CIFAR-10: the other teacher of `cifar10-ensemble`."""
     return derive(cifar10_teacher(), student={"name": "rednet_26_small_stem", "drop_path": 0.0})
+
+
+def cifar10_transformer_teacher() -> Config:
+    """`cifar10` without token or teacher: the transformer among the teachers of CIFAR-10."""
+    return _transformer(cifar10())
 
 
 def cifar10_ensemble() -> Config:
@@ -233,6 +303,12 @@ def cifar10_micro_involution_teacher() -> Config:
     """A 0.5 M network of involutions on CIFAR-10 in 12 epochs: the other teacher of
     `cifar10-micro-ensemble` (a laptop)."""
     return derive(cifar10_micro_teacher(), student={"name": "rednet_tiny"})
+
+
+def cifar10_micro_transformer_teacher() -> Config:
+    """`cifar10-micro` without token or teacher, for 12 epochs: the transformer among its teachers
+    (a laptop)."""
+    return derive(_transformer(cifar10_micro()), optim={"epochs": 12})
 
 
 def cifar10_micro_ensemble() -> Config:
@@ -423,19 +499,26 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "digits": digits,
     "digits-teacher": digits_teacher,
     "digits-involution-teacher": digits_involution_teacher,
+    "digits-transformer-teacher": digits_transformer_teacher,
     "digits-ensemble": digits_ensemble,
     "digits-function-matching": digits_function_matching,
+    "digits-held-out": digits_held_out,
     "digits-finetune": digits_finetune,
     "digits-finetune-teacher": digits_finetune_teacher,
+    "mnist": mnist,
+    "mnist-teacher": mnist_teacher,
+    "mnist-held-out": mnist_held_out,
     "cifar10": cifar10,
     "cifar10-teacher": cifar10_teacher,
     "cifar10-involution-teacher": cifar10_involution_teacher,
+    "cifar10-transformer-teacher": cifar10_transformer_teacher,
     "cifar10-ensemble": cifar10_ensemble,
     "cifar10-function-matching": cifar10_function_matching,
     "cifar10-usi": cifar10_usi,
     "cifar10-finetune": cifar10_finetune,
     "cifar10-micro": cifar10_micro,
     "cifar10-micro-teacher": cifar10_micro_teacher,
+    "cifar10-micro-transformer-teacher": cifar10_micro_transformer_teacher,
     "cifar10-micro-ensemble": cifar10_micro_ensemble,
     "cifar10-micro-involution-teacher": cifar10_micro_involution_teacher,
     "cifar10-micro-finetune": cifar10_micro_finetune,

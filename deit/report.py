@@ -74,6 +74,11 @@ _TITLES = {
     "patience": "accuracy against epochs",
     "ensemble": "teachers together and alone",
     "resolution": "fine-tuning at another resolution",
+    "table-2": "what each teacher is worth",
+    "table-3": "ways of distilling",
+    "table-4": "who decides like whom",
+    "table-8": "what each part is worth",
+    "sweep": "its runs",
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from deit import checkpoint, journal
-from deit.config import Config, derive, to_dict
+from deit.config import RESUMABLE, Config, derive, to_dict
 from deit.console import say, warn
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.manifest import FORMAT_VERSION
@@ -21,29 +21,6 @@ from deit.parts import Parts, State
 from deit.saving import AVERAGE
 from deit.typed_json import read_typed
 from deit.validation import load
-
-# Settings that say where and how to compute, not what: a resumed run may change them.
-RESUMABLE = (
-    "data.root",
-    "data.download",
-    "data.memory_fraction",
-    "data.workers",
-    "teacher.targets",  # that it is the same store is told by its digest
-    "teacher.source",  # and the same teacher by that of its weights
-    "optim.accumulate",  # the batch stays
-    "run.device",
-    "teacher.layout",
-    "run.linear",
-    "run.compile",
-    "run.recompute",
-    "run.shard",
-    "run.evaluation_batch",
-    "run.save_every",
-    "run.keep_checkpoints",
-    "run.fit_memory",
-    "run.max_skipped",
-    "run.timeout",
-)
 
 
 def read_state(folder: Path) -> State:

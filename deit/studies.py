@@ -4,9 +4,16 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from deit.config import Config, LossConfig, derive, has_distillation_token
+from deit.config import (
+    Config,
+    LossConfig,
+    OptimConfig,
+    derive,
+    has_distillation_token,
+    is_transformer,
+)
 from deit.errors import ConfigError
-from deit.presets import OBJECTIVES, TEACHING
+from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.recipes import RECIPES, recipe_of
 from deit.seats import alone
 from deit.validation import load
@@ -50,8 +57,7 @@ def _deit_loss(config: Config, kind: str) -> LossConfig:
     if config.loss.kind == kind:
         return config.loss
     head = "deit" if has_distillation_token(config.student) else "class"
-    smoothing = config.loss.label_smoothing
-    return dataclasses.replace(OBJECTIVES[f"{head}-{kind}"], label_smoothing=smoothing)
+    return _with_loss(config, f"{head}-{kind}").loss
 
 
 def patience(config: Config) -> Arms:
@@ -133,11 +139,128 @@ def _before_fitting(source: str) -> str | None:
         return None  # another's config.json: timm's folders have one as well
 
 
+def _labels_alone(config: Config, student: dict[str, object]) -> Config:
+    """Trained by labels, the student changed; its teacher stays for evaluation to compare with."""
+    return derive(undistilled(config), student=student)
+
+
+def _twin(config: Config, study: str) -> dict[str, object]:
+    """What makes a student its twin with a class token alone. Raises ConfigError."""
+    name = config.student.name
+    if not name.startswith("deit_"):
+        raise ConfigError(
+            f"--study {study}: compares a deit_* student with its twin without a distillation "
+            f"token; student.name is {name!r}"
+        )
+    return {"name": name.replace("deit_", "vit_", 1), "distillation_tokens": 1}
+
+
+def table_3(config: Config) -> Arms:
+    """Ways of distilling (the DeiT paper's Table 3): none, soft and hard labels through the class
+    token of a network without another, hard labels through a token of their own.
+
+    Raises ConfigError for a student without a distillation token.
+    """
+    return _ways(config, "table-3")
+
+
+def _ways(config: Config, study: str) -> Arms:
+    if config.teacher.combine == "tokens":
+        config = derive(config, teacher={"combine": "probabilities"})
+    twin = _twin(config, study)
+    plain = derive(config, student=twin)
+    return {
+        "none": _labels_alone(config, twin),
+        **{name: _with_loss(plain, f"class-{name}") for name in ("soft", "hard")},
+        "token": derive(
+            dataclasses.replace(config, loss=_deit_loss(config, "hard")),
+            student={"distillation_tokens": 1},
+        ),
+    }
+
+
+def _with_loss(config: Config, name: str) -> Config:
+    """An objective by its name, with the recipe's smoothing of labels."""
+    smoothing = config.loss.label_smoothing
+    return dataclasses.replace(
+        config, loss=dataclasses.replace(OBJECTIVES[name], label_smoothing=smoothing)
+    )
+
+
+def table_4(config: Config) -> Arms:
+    """Who decides like whom (the DeiT paper's Table 4): the student with a distillation token and
+    its twin without, beside the teacher. Raises ConfigError as `table_3` does."""
+    arms = _ways(config, "table-4")
+    return {"undistilled": arms["none"], "distilled": arms["token"]}
+
+
+def table_2(config: Config) -> Arms:
+    """The same student taught by each teacher of its family (the DeiT paper's Table 2): a ConvNet,
+    a network of involutions, a transformer; and by none.
+
+    Raises ConfigError where the teacher is of no recipe of ours.
+    """
+    own = recipe_of(config.teacher.source[0]) if config.teacher.source else None
+    if own is None or not own.endswith("-teacher"):
+        raise ConfigError(
+            "--study table-2: the teacher should be that of a recipe of ours; of others write a "
+            "sweep with a grid over teacher.source"
+        )
+    family = own.removesuffix("-teacher")
+    kinds = {"ConvNet": "teacher"}
+    kinds |= {kind: f"{kind}-teacher" for kind in ("involution", "transformer")}
+    arms = {}
+    for kind, name in kinds.items():
+        if f"{family}-{name}" in RECIPES:
+            teacher = {"source": (f"checkpoints/{family}-{name}",), "combine": "probabilities"}
+            arms[kind] = derive(config, teacher=teacher, student={"distillation_tokens": 1})
+    arms["none"] = undistilled(config)
+    return arms
+
+
+def table_8(config: Config) -> Arms:
+    """What each part of the training is worth (the DeiT paper's Table 8): DeiT's whole recipe, and
+    the same with one part changed. The paper's student had no teacher: `--objective none`."""
+    ours = is_transformer(config.student)
+    views = {**AUGMENTATIONS["deit"], "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+    whole = derive(
+        config,
+        views=views,
+        student={"drop_path": 0.1 if ours else config.student.drop_path, "dropout": 0.0},
+        optim={"algorithm": "adamw", "ema_epochs": 0.0, "momentum": OptimConfig.momentum},
+    )
+    sgd = {"algorithm": "sgd", "beta1": OptimConfig.beta1, "beta2": OptimConfig.beta2}
+    # An SGD that moves as far as this AdamW wants a rate some hundred times as large.
+    sgd |= {"independent_decay": False, "lr": 100 * whole.optim.lr, "clip_norm": 1.0}
+    changes: dict[str, dict[str, dict[str, object]]] = {
+        "DeiT": {},
+        "SGD": {"optim": sgd},
+        "no RandAugment": {"views": {"policy": "none"}},
+        "AutoAugment": {"views": {"policy": "autoaugment"}},
+        "no mixup": {"views": {"mixup_alpha": 0.0}},
+        "no cutmix": {"views": {"cutmix_alpha": 0.0}},
+        "neither mixup nor cutmix": {"views": {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}},
+        "no erasing": {"views": {"erasing": 0.0}},
+        "no stochastic depth": {"student": {"drop_path": 0.0}},
+        "no repeated augmentation": {"views": {"repeats": 1}},
+        "dropout": {"student": {"dropout": 0.1}},
+        "weight average": {"optim": {"ema_epochs": max(whole.optim.epochs / 20, 1.0)}},
+    }
+    arms = {name: derive(whole, **sections) for name, sections in changes.items()}
+    if not ours:  # they have no dropout of this kind, and few have stochastic depth
+        del arms["dropout"], arms["no stochastic depth"]
+    return arms
+
+
 STUDIES: dict[str, Callable[[Config], Arms]] = {
     "worth": worth,
     "teaching": teaching,
     "patience": patience,
     "ensemble": ensemble,
     "resolution": resolution,
+    "table-2": table_2,
+    "table-3": table_3,
+    "table-4": table_4,
+    "table-8": table_8,
 }
 """Every study by its name on the command line: recipe -> configurations by name."""

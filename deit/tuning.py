@@ -16,8 +16,8 @@ def begin_from(
 
     heads_known: whether the number of attention heads is that of the weights; else it is the
     configuration's where the width is the same, and the usual one of the width where not.
-    student: the network of the weights, None where it is not known. Size of the image, drop path
-    and distillation tokens stay the configuration's: the weights are fitted to them.
+    student: the network of the weights, None where it is not known. Size of the image, drop path,
+    dropout and distillation tokens stay the configuration's: the weights are fitted to them.
     """
     own = config.student
     if student is not None and is_transformer(student) and is_transformer(own):
@@ -27,7 +27,8 @@ def begin_from(
             shape["num_heads"] = heads_in(own)
         own = replace(own, name=f"{kind}_{size}", **shape)
     elif student is not None:
-        own = replace(student, image_size=own.image_size, drop_path=own.drop_path)
+        kept = {name: getattr(own, name) for name in ("image_size", "drop_path", "dropout")}
+        own = replace(student, **kept)
     return derive(config, student=own, start={"source": source})
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from deit.config import SIZES, StudentConfig, has_distillation_token
 from deit.errors import ConfigError
+from deit.models.dense import Dense
 from deit.models.rednet import DEPTHS, RedNet
 from deit.models.small_convnet import SmallConvNet
 from deit.text import nearest
@@ -34,6 +35,8 @@ def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
         img_size=student.image_size,
         patch_size=student.patch_size,
         drop_path_rate=student.drop_path,
+        pos_drop_rate=student.dropout,
+        proj_drop_rate=student.dropout,
         **shape,
     )
     if student.distillation_tokens > 1:
@@ -71,10 +74,12 @@ def _scale_initial_weights(network: nn.Module) -> None:
     nn.init.normal_(network.pos_embed, std=0.5)
 
 
-def create_small_convnet(student: StudentConfig, num_classes: int) -> nn.Module:
-    """The ConvNet for handwritten digits; it has no drop path."""
+def create_small(student: StudentConfig, num_classes: int) -> nn.Module:
+    """The ConvNet and the dense network for handwritten digits; they have no drop path."""
     if student.drop_path:
-        raise ConfigError(f"student.drop_path = {student.drop_path}: small_convnet has none")
+        raise ConfigError(f"student.drop_path = {student.drop_path}: {student.name} has none")
+    if student.name == "dense":
+        return Dense(student.image_size, num_classes)
     return SmallConvNet(num_classes)
 
 
@@ -116,7 +121,8 @@ def create_timm(student: StudentConfig, num_classes: int) -> nn.Module:
 
 NETWORKS: dict[str, Callable[[StudentConfig, int], nn.Module]] = {
     **{f"{kind}_{size}": create_vit for kind in ("deit", "vit") for size in SIZES},
-    "small_convnet": create_small_convnet,
+    "small_convnet": create_small,
+    "dense": create_small,
     "rednet_micro": create_rednet,
     "rednet_tiny": create_rednet,
     **{f"rednet_{depth}": create_rednet for depth in DEPTHS},

@@ -5,7 +5,7 @@ import socket
 import pytest
 import torch
 
-from tests.forks import Zygote
+from tests.forks import shared
 
 torch.set_num_threads(1)  # for fixtures of whole files, which come before that of a test
 
@@ -26,8 +26,6 @@ def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory):
+def zygote():
     """Starts commands without the seconds of their imports."""
-    zygote = Zygote(tmp_path_factory.mktemp("commands"))
-    yield zygote
-    zygote.close()
+    return shared()

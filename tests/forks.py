@@ -1,13 +1,17 @@
 """Commands in processes of their own, forked from one that has imported everything already."""
 
+import atexit
+import functools
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +57,7 @@ class Zygote:
         self.folder = folder
         self.number = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment["HF_HUB_OFFLINE"] = "1"  # read once, when it is imported
         environment.pop("DEIT_FAULT", None)
         self.process = subprocess.Popen(
             [sys.executable, __file__],
@@ -68,11 +73,18 @@ class Zygote:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *arguments: object, cwd: Path | None = None, **environment: str) -> Running:
-        """Start `deit ARGUMENTS`."""
+    def start(
+        self,
+        *arguments: object,
+        cwd: Path | None = None,
+        script: str | None = None,
+        **environment: str,
+    ) -> Running:
+        """Start `deit ARGUMENTS`, or a root script of that name."""
         self.number += 1
         out, err = (self.folder / f"{self.number}.{name}" for name in ("out", "err"))
         question = {
+            "script": script,
             "arguments": [str(argument) for argument in arguments],
             "environment": environment,
             "cwd": str(cwd or self.folder),
@@ -83,15 +95,31 @@ class Zygote:
         err.touch()
         return Running(self, self.ask(question)["pid"], out, err)
 
-    def run(self, *arguments: object, cwd: Path | None = None, **environment: str) -> Done:
-        """Run `deit ARGUMENTS` to its end."""
-        return self.start(*arguments, cwd=cwd, **environment).wait()
+    def run(
+        self,
+        *arguments: object,
+        cwd: Path | None = None,
+        script: str | None = None,
+        **environment: str,
+    ) -> Done:
+        """Run `deit ARGUMENTS`, or a root script of that name, to its end."""
+        return self.start(*arguments, cwd=cwd, script=script, **environment).wait()
 
     def close(self) -> None:
         """End the process that forks."""
         self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
+
+
+@functools.cache
+def shared() -> Zygote:
+    """The one of this process, started when it is first needed."""
+    folder = TemporaryDirectory(prefix="deit-commands-")
+    zygote = Zygote(Path(folder.name))
+    atexit.register(folder.cleanup)
+    atexit.register(zygote.close)
+    return zygote
 
 
 def _become(question: dict[str, Any]) -> None:
@@ -104,8 +132,15 @@ def _become(question: dict[str, Any]) -> None:
     os.chdir(question["cwd"])
     from deit.cli import main
 
-    sys.argv = ["deit", *question["arguments"]]
-    code = main()
+    sys.argv = [question["script"] or "deit", *question["arguments"]]
+    if question["script"]:
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / question["script"]), run_name="__main__")
+        except SystemExit as leaving:
+            code = leaving.code
+    else:
+        code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

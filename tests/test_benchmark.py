@@ -3,26 +3,20 @@
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from scripts import training_sides
+from tests.forks import shared
 
 pytest.importorskip("sklearn")
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+SCRIPT = "scripts/benchmark.py"
 
 
 def benchmark(folder, *arguments, what="data"):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), what, "--rounds", "1", "--seconds", "0.05", *arguments],
-        cwd=folder,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    words = (what, "--rounds", "1", "--seconds", "0.05", *arguments)
+    done = shared().run(*words, cwd=folder, script=SCRIPT, CUDA_VISIBLE_DEVICES="")
+    return subprocess.CompletedProcess(words, done.code, done.out, done.err)
 
 
 def test_rows_hold_both_sides_and_the_file_says_where_they_were_measured(tmp_path):

@@ -19,6 +19,7 @@ from deit.config import StudentConfig
 from deit.models.saved import Facts, build_student, save_student
 from deit.recipes import RECIPES
 from deit.validation import field_names
+from tests.forks import shared
 
 ROOT = Path(__file__).parents[1]
 TRAIN, EVALUATE, FINETUNE = "train_deit.py", "evaluate_deit.py", "finetune_deit.py"
@@ -33,13 +34,24 @@ TEN = tuple("0123456789")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
+
+
 def run_in(folder: Path, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A program of ours (a root script, or `deit`) in a folder, on a machine without GPU."""
+    """A program of ours (a root script, or `deit`) in a folder, on a machine without GPU: in a
+    process of its own, forked where all imports are done."""
+    script = None if program == "deit" else program
+    done = shared().run(*arguments, cwd=folder, script=script, **ENVIRONMENT)
+    return subprocess.CompletedProcess([program, *arguments], done.code, done.out, done.err)
+
+
+def run_fresh(folder: Path, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same as from a shell: in a process that has imported nothing."""
     start = ["-m", "deit"] if program == "deit" else [str(ROOT / program)]
     hidden = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
         [sys.executable, *start, *map(str, arguments)],
         cwd=folder,
@@ -428,13 +440,13 @@ def test_evaluating_what_is_no_run_is_refused(place, refused, tmp_path):
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher of two epochs and a student of one, trained by the root script."""
     place = tmp_path_factory.mktemp("runs")
-    teacher = run_in(
+    teacher = run_fresh(
         place,
         *(TRAIN, "digits-teacher", "--out=teacher", "--optim.epochs=2", "--optim.batch_size=64"),
         *("--optim.warmup_epochs=0", "--data.train_fraction=0.3"),
     )
     assert teacher.returncode == 0, teacher.stdout + teacher.stderr
-    student = run_in(
+    student = run_fresh(
         place, TRAIN, "digits", *QUICK, *SMALL, "--out=student", "--teacher.source=teacher"
     )
     assert student.returncode == 0, student.stdout + student.stderr

@@ -34,7 +34,7 @@ def test_every_problem_stands_in_one_message_with_field_value_and_advice():
     )
     assert "7 problems" in message
     # Sections without a broken field are held against each other all the same.
-    assert "data.download = True: only cifar10 and cifar100" in message
+    assert "data.download = True: only mnist, cifar10, cifar100" in message
     assert "optim.lr = 'fast': should be a valid number" in message
     assert "optim.epochz: unknown field; did you mean optim.epochs?" in message
     assert "run.precision = 'fp33': should be 'auto', 'fp32', 'bf16' or 'fp16'" in message

@@ -246,3 +246,34 @@ def test_several_tokens_survive_saving(tmp_path):
     again, _ = load_student(tmp_path)
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(again.eval()(images)[1], made(images)[1])
+
+
+def test_dropout_is_where_the_paper_has_it_and_off_when_evaluating():
+    """After the position embedding, attention and both layers of the MLP; not in the attention
+    itself and not before the heads."""
+    network = create_network(StudentConfig(name="deit_micro", dropout=0.25), 10)
+    shares = {
+        name: module.p for name, module in network.named_modules() if isinstance(module, nn.Dropout)
+    }
+    ends = {name.rpartition("blocks.0.")[2] for name, share in shares.items() if share == 0.25}
+    assert {"pos_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2"} <= ends
+    assert not any("attn_drop" in name or "head" in name for name in ends)
+    images = torch.randn(4, 3, 32, 32)
+    plain = create_network(StudentConfig(name="deit_micro"), 10)
+    plain.load_state_dict(network.state_dict())
+    assert torch.equal(network.eval()(images), plain.eval()(images))
+    assert not torch.equal(network.train()(images)[0], plain.train()(images)[0])
+
+
+def test_the_dense_network_by_hand():
+    """784, 196 and 10 units for MNIST; grey images whose channels are the same."""
+    network = create_network(StudentConfig(name="dense", image_size=28), 10)
+    assert [tuple(one.shape) for one in network.parameters()] == [
+        *((196, 784), (196,), (10, 196), (10,))
+    ]
+    grey = torch.rand(2, 1, 28, 28)
+    hidden = (grey.flatten(1) @ network.hidden.weight.T + network.hidden.bias).clamp_min(0)
+    expected = hidden @ network.head.weight.T + network.head.bias
+    assert torch.allclose(network(grey.repeat(1, 3, 1, 1)), expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="dense has none"):
+        create_network(StudentConfig(name="dense", drop_path=0.1), 10)

@@ -159,3 +159,41 @@ def test_the_learning_rate_of_a_layer_is_the_schedules_times_its_factor():
         assert rates[id(parameter)] == pytest.approx(0.8 * scales[name])
     with pytest.raises(ConfigError, match="does not tell its layers apart"):
         depths_of(create_network(StudentConfig(name="small_convnet"), 10))
+
+
+def test_sgd_with_momentum_by_hand():
+    """v1 = g1 + w d, w1 = w - lr v1; v2 = m v1 + g2 + w1 d: torch's, the decay in the gradient."""
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(2.0)
+    optim = OptimConfig(algorithm="sgd", momentum=0.5, weight_decay=0.1)
+    optimizer = build_optimizer(layer, optim)
+    weight, way = 2.0, 0.0
+    for gradient in (3.0, -1.0, 2.0):
+        set_lr(optimizer, 0.01)
+        layer.weight.grad = torch.tensor([[gradient]])
+        optimizer.step()
+        way = 0.5 * way + gradient + 0.1 * weight
+        weight -= 0.01 * way
+        assert layer.weight.item() == pytest.approx(weight, rel=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("left_alone", [0, 1])
+def test_sgd_leaves_everything_alone_where_the_loop_says_so(momentum, left_alone):
+    """Also at the very first update, before there is a momentum."""
+    gradients = [torch.randn(3, 3) for _ in range(3)]
+    layers = [nn.Linear(3, 3, bias=False) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    optim = OptimConfig(algorithm="sgd", momentum=momentum)
+    whole, gappy = (build_optimizer(layer, optim) for layer in layers)
+    for place, gradient in enumerate(gradients):
+        if place != left_alone:
+            layers[0].weight.grad = gradient.clone()
+            set_lr(whole, 0.1)
+            whole.step()
+        bad = place == left_alone
+        layers[1].weight.grad = torch.full((3, 3), math.nan) if bad else gradient.clone()
+        gappy.found_inf = torch.tensor(float(bad))
+        set_lr(gappy, 0.1)
+        gappy.step()
+    assert torch.equal(layers[0].weight, layers[1].weight)

@@ -5,12 +5,15 @@ import random
 import pytest
 import torch
 from timm.data import auto_augment as timm
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from deit.config import Policy, ViewsConfig
 from deit.datasets.operations import CODES
 from deit.datasets.policies import (
+    AUTOAUGMENT,
     POLICIES,
     RANDAUGMENT,
+    sample_autoaugment,
     sample_color_jitter,
     sample_policy,
     sample_randaugment,
@@ -128,3 +131,58 @@ def test_adding_an_augmentation_does_not_shift_the_others():
     assert torch.equal(beside[1][:, 1:3], alone[1])
     nothing = sample_policy(KEYS, ViewsConfig())
     assert nothing[0].shape == nothing[1].shape == (30_000, 0)
+
+
+TORCHVISION = {
+    "AutoContrast": "auto_contrast",
+    "Equalize": "equalize",
+    "Invert": "invert",
+    "Rotate": "rotate",
+    "Posterize": "posterize",
+    "Solarize": "solarize",
+    "Color": "color",
+    "Contrast": "contrast",
+    "Sharpness": "sharpness",
+    "ShearX": "shear_x",
+}
+
+
+def test_the_sub_policies_of_autoaugment_are_torchvisions():
+    theirs = AutoAugment(AutoAugmentPolicy.IMAGENET).policies
+    for ours, reference in zip(AUTOAUGMENT, theirs, strict=True):
+        for (name, chance, level), (other, probability, magnitude) in zip(ours, reference):
+            assert (name, chance) == (TORCHVISION[other], probability)
+            assert magnitude in (None, level)  # of what takes no magnitude they keep none
+
+
+def test_autoaugment_draws_each_sub_policy_as_often_with_torchvisions_magnitudes():
+    codes, arguments = sample_autoaugment(KEYS, ViewsConfig(policy="autoaugment"))
+    reference = AutoAugment(AutoAugmentPolicy.IMAGENET)
+    space = reference._augmentation_space(10, (32, 32))
+    expected: dict[tuple[int, float], float] = {}
+    for one in reference.policies:
+        for name, probability, level in one:
+            magnitudes, signed = space[name]
+            value = magnitudes[level].item() if level is not None else 0.0
+            around = 1.0 if name in ("Color", "Contrast", "Sharpness") else 0.0
+            for sign in (1, -1) if signed else (1, 1):
+                key = CODES[TORCHVISION[name]], round(around + sign * value, 3)
+                expected[key] = expected.get(key, 0.0) + probability / 50
+    found: dict[tuple[int, float], float] = {}
+    for code, argument in zip(codes.flatten().tolist(), arguments.flatten().tolist()):
+        if code:
+            key = code, round(argument, 3)
+            found[key] = found.get(key, 0.0) + 1 / len(codes)
+    assert found.keys() == expected.keys()
+    for key, share in expected.items():
+        spread = (share / len(codes)) ** 0.5  # of a count, about
+        assert abs(found[key] - share) < 5 * spread, key
+    # The two operations of an image are of one sub-policy, and neither hangs on the other.
+    pairs = set(map(tuple, codes.tolist()))
+    allowed = {
+        (first, second)
+        for one in AUTOAUGMENT
+        for first in (0, CODES[one[0][0]])
+        for second in (0, CODES[one[1][0]])
+    }
+    assert pairs <= allowed

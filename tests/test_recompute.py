@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 def config(**sections):
     small = derive(
         digits(),
-        student={"depth": 4, "embed_dim": 24, "num_heads": 2, "drop_path": 0.3},
+        student={"depth": 4, "embed_dim": 24, "num_heads": 2, "drop_path": 0.3, "dropout": 0.1},
         teacher={"source": ()},
         loss=OBJECTIVES["none"],
         optim={"epochs": 1, "warmup_epochs": 0},

@@ -56,7 +56,8 @@ def config(tmp_path_factory) -> Config:
         digits(),
         data=data,
         views={"policy": "randaugment", "erasing": 0.25, "mixup_alpha": 0.8, "cutmix_alpha": 1.0},
-        student={"image_size": 12, "depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path": 0.3},
+        student={"image_size": 12, "depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path": 0.3}
+        | {"dropout": 0.1},
         teacher={"source": (str(folder / "teacher"),)},
         optim={"epochs": EPOCHS, "batch_size": 14, "warmup_epochs": 1, "ema_epochs": 1.0},
         run={"evaluate_every": 1},
@@ -115,6 +116,15 @@ def test_stopped_at_any_update_and_resumed_is_the_same_run(step, config, straigh
     workers = 2 if step == 6 else 1 if step == 7 else 0
     train(derive(config, data={"workers": workers}), out, resume=True)
     assert results(out) == results(straight)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_goes_on_with_its_momentum(momentum, config, tmp_path):
+    config = derive(config, optim={"algorithm": "sgd", "momentum": momentum})
+    train(config, tmp_path / "straight")
+    stop_at(config, tmp_path / "run", "update:5:term")
+    train(config, tmp_path / "run", resume=True)
+    assert results(tmp_path / "run") == results(tmp_path / "straight")
 
 
 @pytest.mark.slow

@@ -1,12 +1,21 @@
 """Every study of every recipe with a teacher consists of valid configurations at equal budget."""
 
+from pathlib import Path
+
 import pytest
 
-from deit.arguments import parse_run
-from deit.config import TeacherConfig, derive
+from deit.arguments import RunArguments, parse_run
+from deit.config import TeacherConfig, derive, to_dict
 from deit.errors import ConfigError
 from deit.ground import Ground
-from deit.recipes import RECIPES, cifar10_finetune, digits, digits_ensemble, digits_finetune
+from deit.recipes import (
+    RECIPES,
+    cifar10_finetune,
+    digits,
+    digits_ensemble,
+    digits_finetune,
+    recipe_of,
+)
 from deit.seats import members
 from deit.studies import STUDIES
 from deit.validation import validate
@@ -18,7 +27,11 @@ TAUGHT = [name for name, recipe in RECIPES.items() if recipe().loss.kind != "non
 @pytest.mark.parametrize("name", TAUGHT)
 def test_every_arm_is_valid_and_has_the_same_budget(name, study):
     config = RECIPES[name]()
+    taught_by = recipe_of(config.teacher.source[0])
     impossible = {
+        "table-2": (taught_by is None, "of a recipe of ours"),
+        "table-3": (not config.student.name.startswith("deit_"), "its twin without"),
+        "table-4": (not config.student.name.startswith("deit_"), "its twin without"),
         "ensemble": (len(config.teacher.source) < 2, "needs several teachers"),
         "resolution": (config.start.source is None, "starts from nothing"),
     }
@@ -33,7 +46,7 @@ def test_every_arm_is_valid_and_has_the_same_budget(name, study):
         assert validate(arm, online=False)
         assert arm.data == config.data
         assert arm.run == config.run
-        if study != "patience":
+        if study not in ("patience", "table-8"):
             assert arm.optim == config.optim
 
 
@@ -135,3 +148,78 @@ def test_a_fine_tuning_builds_on_runs_that_build_on_others(tmp_path):
     assert sizes == {"digits-teacher": 8, "digits-finetune-teacher": 16, "digits": 8}
     assert all(run.data.train_fraction == 0.5 for run in prepared.runs.values())
     assert all(run.run.seed == 3 for run in prepared.runs.values())
+
+
+def test_table_3_is_the_papers():
+    """Rows of the DeiT paper's Table 3: the first three have no distillation token."""
+    config = derive(digits(), student={"name": "deit_tiny"})
+    arms = STUDIES["table-3"](config)
+    told = {
+        name: (arm.student.name, arm.loss.kind, arm.loss.through if arm.loss.kind != "none" else "")
+        for name, arm in arms.items()
+    }
+    assert told == {
+        "none": ("vit_tiny", "none", ""),
+        "soft": ("vit_tiny", "soft", "class"),
+        "hard": ("vit_tiny", "hard", "class"),
+        "token": ("deit_tiny", "hard", "distillation"),
+    }
+    assert (arms["soft"].loss.temperature, arms["soft"].loss.distillation_weight) == (3, 0.1)
+    assert arms["hard"].loss.distillation_weight == 0.5
+    assert STUDIES["table-4"](config) == {"undistilled": arms["none"], "distilled": arms["token"]}
+
+
+def test_table_2_has_the_teachers_that_there_are():
+    arms = STUDIES["table-2"](digits())
+    assert {name: arm.teacher.source for name, arm in arms.items()} == {
+        "ConvNet": ("checkpoints/digits-teacher",),
+        "involution": ("checkpoints/digits-involution-teacher",),
+        "transformer": ("checkpoints/digits-transformer-teacher",),
+        "none": ("checkpoints/digits-teacher",),
+    }
+    for arm in arms.values():
+        assert arm.loss.kind == ("none" if arm == arms["none"] else "soft")
+    assert "transformer" not in STUDIES["table-2"](RECIPES["tiny-imagenet"]())
+
+
+def test_table_8_changes_one_thing_at_a_time():
+    arms = STUDIES["table-8"](digits())
+    whole = to_dict(arms["DeiT"])
+    assert arms["DeiT"].views.policy == "randaugment"
+    changed = {
+        name: {
+            f"{section}.{leaf}"
+            for section, values in to_dict(arm).items()
+            for leaf, value in values.items()
+            if value != whole[section][leaf]
+        }
+        for name, arm in arms.items()
+    }
+    assert changed == {
+        "DeiT": set(),
+        "SGD": {"optim.algorithm", "optim.lr", "optim.clip_norm"},
+        "no RandAugment": {"views.policy"},
+        "AutoAugment": {"views.policy"},
+        "no mixup": {"views.mixup_alpha"},
+        "no cutmix": {"views.cutmix_alpha"},
+        "neither mixup nor cutmix": {"views.mixup_alpha", "views.cutmix_alpha"},
+        "no erasing": {"views.erasing"},
+        "no stochastic depth": {"student.drop_path"},
+        "no repeated augmentation": {"views.repeats"},
+        "dropout": {"student.dropout"},
+        "weight average": {"optim.ema_epochs"},
+    }
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10-micro"])
+def test_a_comparison_trains_the_teachers_that_a_study_names(name):
+    config = RECIPES[name]()
+    run = RunArguments(name, config, None, False, False, False)
+    arms = STUDIES["table-2"](config)
+    ground = Ground(run, config, Path("out"), arms=arms.values())
+    sources = {arm: ground.laid(one).teacher.source for arm, one in arms.items()}
+    assert sources["transformer"] == (f"out/{name}-transformer-teacher",)
+    assert ground.teachers == set(ground.runs) >= {f"{name}-teacher"}
+    typed = derive(config, teacher={"source": ("mine",)})
+    ground = Ground(run, typed, Path("out"), arms=arms.values())
+    assert ground.laid(arms["transformer"]).teacher.source == arms["transformer"].teacher.source

@@ -1,0 +1,119 @@
+"""Runs that ask their teachers the same share one store of the answers."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deit import checkpoint
+from deit.at_once import Planned
+from deit.config import RESUMABLE, Config, derive, to_dict, views_seed
+from deit.losses import needs_logits
+from deit.seats import seats
+from deit.target_writer import write_targets
+from deit.validation import load
+
+DIGITS = 12
+
+
+def content_hash(values: dict[str, Any]) -> str:
+    """The first hexadecimal digits of SHA-256 over plain values, the same for the same ones."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What decides the result of a run, by field: the names of its teachers, and all but what a
+    resumed run may change. Without defaults, so that a field of a later release changes nothing.
+    Ready for JSON."""
+    defaults = to_dict(Config())
+    return {
+        f"{section}.{leaf}": value
+        for section, values in to_dict(config).items()
+        for leaf, value in values.items()
+        if value != defaults[section][leaf]
+        and (f"{section}.{leaf}" not in RESUMABLE or f"{section}.{leaf}" == "teacher.source")
+    }
+
+
+def question_of(config: Config) -> dict[str, Any]:
+    """What the answers of its teachers may depend on, as far as a configuration tells: where two
+    are equal so are the answers. Ready for JSON."""
+    asked = {
+        name: value
+        for name, value in identity(config).items()
+        if name.startswith(("data.", "views.", "teacher."))
+        and name not in ("views.seed", "teacher.allow_weak")
+    }
+    asked["seed"] = views_seed(config)
+    asked["student"] = config.student.image_size
+    asked["precision"] = config.run.precision
+    if config.views.repeats > 1:
+        asked["batch"] = config.optim.batch_size
+    return asked
+
+
+class Store(NamedTuple):
+    """A store that is to be written. config: a run that asks; the others ask the same. records:
+    hard, full or top-K. only: which one of several teachers, from 1; None: the only one."""
+
+    path: Path
+    config: Config
+    epochs: int
+    records: str
+    only: int | None
+
+
+def share(
+    runs: list[Planned], folder: Path, *, records: str | None
+) -> tuple[list[Store], list[Planned]]:
+    """The stores that two or more of the runs can share, or that one cannot do without; and the
+    same runs, taught by them. A run that has begun keeps to how it was taught.
+
+    records: of every store; None: what the objectives need.
+    """
+    asking: dict[str, list[Planned]] = {}
+    for run in runs:
+        config = run.config
+        if config.loss.kind != "none" and config.teacher.source and not config.teacher.targets:
+            asking.setdefault(content_hash(question_of(config)), []).append(run)
+    stores, taught = [], {}
+    for key, together in asking.items():
+        needed = any(run.config.views.teacher_view == "crops" for run in together)
+        if len(together) < 2 and not needed:
+            continue
+        longest = max((run.config for run in together), key=lambda one: one.optim.epochs)
+        epochs = longest.optim.epochs
+        kept = records or ("full" if any(map(_needs_all, together)) else "hard")
+        number = len(longest.teacher.source)
+        paths = []
+        for only in range(1, number + 1) if number > 1 else (None,):
+            name = "-".join(str(part) for part in (key, f"{epochs}-epochs", kept, only) if part)
+            paths.append(folder / name)
+            stores.append(Store(folder / name, longest, epochs, kept, only))
+        targets = tuple(str(path) for path in paths)
+        taught |= {run.out: derive(run.config, teacher={"targets": targets}) for run in together}
+    told = [run._replace(config=_as_begun(taught.get(run.out, run.config), run)) for run in runs]
+    used = {target for run in told for target in run.config.teacher.targets}
+    return [store for store in stores if str(store.path) in used], told
+
+
+def _needs_all(run: Planned) -> bool:
+    """Whether an objective needs more than the teacher's first choice."""
+    together = len(seats(run.config.teacher)) > 1 and run.config.teacher.combine != "tokens"
+    return together or needs_logits(run.config.loss)
+
+
+def _as_begun(config: Config, run: Planned) -> Config:
+    """Taught from a store, or not, as the run was when it began."""
+    saved = run.out / checkpoint.CONFIG
+    if not saved.is_file() or not checkpoint.found(run.out):
+        return config
+    return derive(config, teacher={"targets": load(saved).teacher.targets})
+
+
+def write(store: Store) -> None:
+    """Write a store, or what is missing of it. Raises the errors of deit.errors."""
+    write_targets(
+        store.config, store.path, epochs=store.epochs, records=store.records, only=store.only
+    )

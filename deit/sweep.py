@@ -1,0 +1,251 @@
+"""Every run of a sweep trained, evaluated and put into one table: resumable run by run."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deit import checkpoint, outcome, shared_targets
+from deit.arguments import RunArguments
+from deit.at_once import Failed, Planned, check_number, failure_of, train_at_once, train_beside
+from deit.config import Config, derive
+from deit.console import say, table
+from deit.disk import hold, write_json
+from deit.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EnvironmentFault,
+    NumericsError,
+)
+from deit.ground import Ground, slug
+from deit.measured import measured
+from deit.sweep_file import Point, Sweep, points_of
+from deit.sweep_pictures import draw_sweep
+from deit.sweep_results import best_of, cells, columns, write_results
+from deit.typed_json import read_typed
+
+MANIFEST = "sweep.json"
+_AS_BEFORE = {error.exit_code for error in (ConfigError, DataError, CheckpointError, NumericsError)}
+
+
+class Trial(NamedTuple):
+    """A point with one seed."""
+
+    point: Point
+    seed: int
+    run: Planned
+
+
+def sweep(
+    plan: Sweep,
+    run: RunArguments,
+    *,
+    asked: Config,
+    at_once: int,
+    retries: int,
+    best: int,
+    arguments: list[str],
+) -> dict[str, Any]:
+    """Train and evaluate every point of a sweep for each of its seeds; write results.json,
+    results.csv, results.md and pictures into the folder, and print the table.
+
+    asked: the recipe with what the file sets for all, before the command line. at_once: how many
+    runs share the machine. retries: how often a run that failed is tried again. best: how many
+    points are named in the end. A run finished before is kept, whatever it is called: it is known
+    by a hash of its configuration. Returns what results.json holds. Raises the errors of
+    deit.errors; one for all runs that failed, once everything else is written.
+    """
+    check_number(at_once, option="--at_once")
+    for option, number, least in (("--retries", retries, 0), ("--best", best, 1)):
+        if number < least:
+            raise ConfigError(f"{option} {number}: should be at least {least}")
+    points = points_of(plan, run.config)
+    out = run.out
+    _check_folder(out, plan, run.recipe)
+    first = derive(run.config, run={"seed": plan.seeds[0]})
+    ground = Ground(run, first, out, asked=asked, arms=[point.config for point in points])
+    trials = _trials(points, plan.seeds, out, ground.laid)
+    below = [Planned(name, config, out / slug(name)) for name, config in ground.runs.items()]
+    unique = list({trial.run.out: trial.run for trial in trials}.values())
+    stores, taught = [], unique
+    if plan.share_targets:
+        stores, taught = shared_targets.share(unique, out / "targets", records=plan.records)
+    if run.dry_run:
+        _list(below, stores, taught)
+        return {}
+    out.mkdir(parents=True, exist_ok=True)
+    with hold(out, option="--out"):
+        write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe})
+        failed = _train(below, stores, taught, at_once, retries)
+        rows, found = _rows(below, ground.teachers, trials, failed)
+        result = {
+            "sweep": plan.name,
+            "recipe": run.recipe,
+            "study": plan.study,
+            "fields": list(dict.fromkeys(name for point in points for name in point.values)),
+            "split": found["split"],
+            "num_samples": found["num_samples"],
+            "seeds": list(plan.seeds),
+            "rows": rows,
+            "best": best_of(rows, best),
+            "command": f"deit sweep {shlex.join(arguments)}",
+            "environment": found["environment"],
+        }
+        for path in write_results(result, out) + _draw(result, out):
+            say(f"wrote {path}")
+    _print(result)
+    if failed:
+        raise failure_of(failed)
+    return result
+
+
+def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
+    """Refuse a folder that holds something else. Raises ConfigError and EnvironmentFault."""
+    if out.exists() and not out.is_dir():
+        raise EnvironmentFault(f"--out {out}: is a file, not a folder")
+    before = out / MANIFEST
+    if before.is_file():
+        there = read_typed(before, dict[str, str])
+        for key, mine in (("sweep", plan.name), ("recipe", recipe)):
+            if there.get(key) != mine:
+                raise ConfigError(
+                    f"--out {out}: holds a sweep whose {key} is {there.get(key)}, not {mine}; give "
+                    "another --out"
+                )
+    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise ConfigError(f"--out {out}: holds something, but no sweep; give another --out")
+
+
+def _trials(
+    points: list[Point],
+    seeds: tuple[int, ...],
+    out: Path,
+    laid: Callable[[Config], Config],
+) -> list[Trial]:
+    """Every point with every seed, each in a folder that ends in the hash of its configuration; in
+    that of an earlier name, where a run of that hash is there."""
+    there = {
+        path.name[-shared_targets.DIGITS :]: path
+        for path in (out / "runs").glob("*")
+        if path.is_dir()
+    }
+    trials = []
+    for seed in seeds:
+        for point in points:
+            config = derive(point.config, run={"seed": seed})
+            key = shared_targets.content_hash(shared_targets.identity(config))
+            folder = there.setdefault(
+                key, out / "runs" / f"{slug(point.name)[:80]}-seed-{seed}-{key}"
+            )
+            planned = Planned(f"{point.name}, seed {seed}", laid(config), folder)
+            trials.append(Trial(point, seed, planned))
+    return trials
+
+
+def _list(below: list[Planned], stores: list[shared_targets.Store], runs: list[Planned]) -> None:
+    """Say what would be done."""
+    rows = [(one.name, "teacher or start", _state(one), str(one.out)) for one in below]
+    rows += [(store.path.name, "answers to share", "", str(store.path)) for store in stores]
+    rows += [(one.name, "run", _state(one), str(one.out)) for one in runs]
+    table(
+        "dry run: nothing is trained or written", ("", "what", "state", "folder"), rows, text=True
+    )
+    left = sum(checkpoint.result_of(one.out) is None for one in runs)
+    say(f"{len(runs)} runs, {len(runs) - left} of them finished")
+
+
+def _state(run: Planned) -> str:
+    if checkpoint.result_of(run.out) is not None:
+        return "finished"
+    return "begun" if checkpoint.found(run.out) else "new"
+
+
+def _unfinished(runs: list[Planned]) -> list[Planned]:
+    return [run for run in runs if checkpoint.result_of(run.out) is None]
+
+
+def _train(
+    below: list[Planned],
+    stores: list[shared_targets.Store],
+    runs: list[Planned],
+    at_once: int,
+    retries: int,
+) -> list[Failed]:
+    """Train what is not finished: what runs build on, then what they share, then the runs; those
+    that fail again, so often. Returns those that failed each time."""
+    left = _unfinished(runs)
+    kept = len(runs) - len(left)
+    if kept:
+        say(f"{kept} of {len(runs)} runs are finished already")
+    if not left:
+        return []
+    for one in below:  # one may build on another
+        train_at_once(_unfinished([one]), number=1)
+    used = {target for run in left for target in run.config.teacher.targets}
+    for store in stores:
+        if str(store.path) in used:
+            say(f"answers that runs share: {store.path}")
+            shared_targets.write(store)
+    failed = train_beside(left, number=at_once)
+    for _ in range(retries):
+        again = [one for one in failed if one.code not in _AS_BEFORE]
+        if not again:
+            break
+        for one in again:
+            say(f"{one.run.name}: once more ({one.reason.splitlines()[0]})")
+        kept = [one for one in failed if one.code in _AS_BEFORE]
+        failed = kept + train_beside([one.run for one in again], number=at_once)
+    return failed
+
+
+def _rows(
+    below: list[Planned], teachers: set[str], trials: list[Trial], failed: list[Failed]
+) -> tuple[dict[str, outcome.Row], dict[str, Any]]:
+    """A row for each teacher and point, and the last evaluation. Raises DeitError without any."""
+    rows: dict[str, outcome.Row] = {}
+    found: dict[str, Any] = {}
+    for one in below:
+        found = measured(one.out).found
+        row = outcome.new_row(epochs=one.config.optim.epochs, teacher=one.name in teachers)
+        rows[one.name] = {**row, "values": {}, "seeds": [], "folders": [], "failed": {}}
+        _note(rows[one.name], one.config.run.seed, one.out, found)
+    reasons = {one.run.out: one.reason for one in failed}
+    for trial in trials:
+        epochs = trial.run.config.optim.epochs
+        row = outcome.new_row(epochs=epochs, teacher=False)
+        more = {"values": trial.point.values, "seeds": [], "folders": [], "failed": {}}
+        row = rows.setdefault(trial.point.name, {**row, **more})
+        if trial.run.out in reasons:
+            row["failed"][str(trial.seed)] = reasons[trial.run.out]
+            continue
+        found = measured(trial.run.out).found
+        _note(row, trial.seed, trial.run.out, found)
+    if not found:
+        raise failure_of(failed)
+    return rows, found
+
+
+def _note(row: outcome.Row, seed: int, out: Path, found: dict[str, Any]) -> None:
+    outcome.note(row, out, found)
+    row["seeds"].append(seed)
+    row["folders"].append(str(out))
+
+
+def _draw(result: dict[str, Any], out: Path) -> list[Path]:
+    try:
+        return draw_sweep(result, out)
+    except EnvironmentFault as error:
+        say(f"no picture: {error}")
+        return []
+
+
+def _print(result: dict[str, Any]) -> None:
+    """The table, and the best points."""
+    number = len(result["seeds"])
+    title = f"{result['sweep']}: top-1 % on {result['num_samples']} {result['split']} images" + (
+        f", mean and standard deviation of {number} seeds" if number > 1 else ""
+    )
+    table(title, columns(result), cells(result))
+    best = ", ".join(result["best"])
+    say(f"best on the validation split: {best}")

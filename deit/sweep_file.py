@@ -1,0 +1,317 @@
+"""A sweep as a file says it: a recipe, what varies, and the configurations that follow."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from deit.config import Config, derive, to_dict
+from deit.errors import ConfigError
+from deit.presets import PRESETS, put_presets
+from deit.studies import STUDIES
+from deit.text import nearest
+from deit.typed_json import strict_json
+from deit.validation import build, field_names
+
+Fields = dict[str, Any]
+"""Values by `section.field`, or the name of a preset by its flag."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file asks for, nothing of it applied yet.
+
+    set: fields over the recipe's, for all. grid: the values of each field that varies; every
+    combination is trained. runs: fields by the name of a run, for each combination. study: the arms
+    of a named study in their place. seeds: of each. share_targets: whether runs that ask the
+    teacher the same share one store of its answers. records: of these stores; None: what the
+    objectives need.
+    """
+
+    name: str
+    recipe: str = "digits"
+    set: Fields = field(default_factory=dict)
+    grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    runs: dict[str, Fields] = field(default_factory=dict)
+    study: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    share_targets: bool = True
+    records: str | None = None
+
+
+class Point(NamedTuple):
+    """One configuration of a sweep, before its seeds.
+
+    values: what varies, as text by the field's name; `run` is the name of a run or arm.
+    """
+
+    name: str
+    values: dict[str, str]
+    config: Config
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep of a YAML or JSON file.
+
+    A JSON object of objects with lr, classes, weight, epochs and T is read as the grid of
+    AditMeh/Distillation. Raises ConfigError.
+    """
+    try:
+        text = path.read_text()
+        values = strict_json(text) if path.suffix == ".json" else yaml.load(text, _Unique)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not a readable sweep ({reason})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a sweep names a recipe, a grid or runs; see docs/sweeps.md")
+    if values and all(
+        isinstance(one, dict) and one.keys() >= _GRID_SEARCH for one in values.values()
+    ):
+        values = {"runs": {run: _of_grid_search(path, run, one) for run, one in values.items()}}
+    return _checked(path, values)
+
+
+class _Unique(yaml.SafeLoader):
+    """YAML in which no key stands twice: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str | int | float):
+                raise ValueError(f"{key!r} should be the name of a field")
+            if keys.count(key) > 1:
+                raise ValueError(f"{key!r} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
+_GRID_SEARCH = {"lr", "classes", "weight", "epochs", "T"}
+
+
+def _of_grid_search(path: Path, run: str, values: dict[str, Any]) -> Fields:
+    """The fields of a run of AditMeh/Distillation's grid: (1 - weight) T^2 CE(teacher) + weight
+    CE(label), every digit not in `classes` unseen; a number n stands for the classes 0 to n."""
+    unknown = sorted(values.keys() - _GRID_SEARCH)
+    if unknown:
+        raise ConfigError(
+            f"{path}: {run}: {unknown[0]} is none of {', '.join(sorted(_GRID_SEARCH))}"
+        )
+    seen, weight = values["classes"], values["weight"]
+    digits = set(range(10))
+    seen = list(range(seen + 1)) if isinstance(seen, int) else seen
+    if not isinstance(seen, list) or not seen or not digits.issuperset(seen):
+        raise ConfigError(f"{path}: {run}: classes = {values['classes']}: should be of 0 ... 9")
+    if not isinstance(weight, int | float) or not 0 <= weight <= 1:
+        raise ConfigError(f"{path}: {run}: weight = {weight}: should be in 0 ... 1")
+    loss = {
+        "loss.kind": "cross_entropy",
+        "loss.through": "all",
+        "loss.label_weight": weight,
+        "loss.distillation_weight": round(1 - weight, 9),
+        "loss.temperature": values["T"],
+    }
+    return {
+        **({"objective": "none"} if weight == 1 else loss),  # then labels alone
+        "data.held_out": tuple(str(digit) for digit in sorted(digits - set(seen))),
+        "loss.label_smoothing": 0.0,
+        "optim.epochs": values["epochs"],
+        "optim.lr": values["lr"],
+    }
+
+
+def _checked(path: Path, values: dict[str, Any]) -> Sweep:
+    """A sweep from what the file holds. Raises ConfigError."""
+    known = [one.name for one in dataclasses.fields(Sweep) if one.name != "name"]
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            advice = f"should be of {', '.join(known)}{nearest(str(key), known)}"
+            raise ConfigError(f"{path}: {key}: {advice}")
+        try:
+            found[key] = _READ[key](value)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {key}: {error}") from None
+    if found.get("runs") and found.get("study"):
+        raise ConfigError(f"{path}: has runs and a study; a study brings runs of its own")
+    if not (found.get("grid") or found.get("runs") or found.get("study")):
+        raise ConfigError(f"{path}: nothing varies; give a grid, runs or a study")
+    return Sweep(path.stem, **found)
+
+
+def _flat(value: Any) -> Fields:
+    """Fields by name, from `section.field: value` or `section: {field: value}`."""
+    if not isinstance(value, dict):
+        raise ValueError(f"should be fields with values, is {value!r}")
+    sections = {one.name for one in dataclasses.fields(Config)}
+    flat: Fields = {}
+    for name, inner in value.items():
+        nested = name in sections and isinstance(inner, dict)
+        flat |= {f"{name}.{leaf}": one for leaf, one in inner.items()} if nested else {name: inner}
+    names = [*PRESETS, *field_names()]
+    for name in flat:
+        if name not in names:
+            raise ValueError(f"{name}: unknown field{nearest(str(name), names)}")
+    return flat
+
+
+def _grid(value: Any) -> dict[str, tuple[Any, ...]]:
+    grid = {}
+    for name, values in _flat(value).items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{name}: should be a list of values, is {values!r}")
+        shown = [text_of(one) for one in values]
+        if len(set(shown)) < len(shown):
+            raise ValueError(f"{name}: names {max(shown, key=shown.count)} twice")
+        grid[name] = tuple(values)
+    return grid
+
+
+def _runs(value: Any) -> dict[str, Fields]:
+    """Runs by name; those of a list are called by what they change."""
+    if isinstance(value, list):
+        listed = [_flat(one) for one in value]
+        value = {_title(_texts(one)) or "as it is": one for one in listed}
+        if len(value) < len(listed):
+            raise ValueError("names the same run twice")
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"should be runs by name, or a list of them, is {value!r}")
+    runs = {}
+    for name, fields in value.items():
+        try:
+            runs[str(name)] = _flat({} if fields is None else fields)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return runs
+
+
+def _study(value: Any) -> str:
+    if value not in STUDIES:
+        raise ValueError(f"{value}: should be one of {', '.join(STUDIES)}{_near(value, STUDIES)}")
+    return value
+
+
+def _near(value: Any, known: Any) -> str:
+    return nearest(str(value), known)
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    seeds = value if isinstance(value, list) else [value]
+    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ValueError(f"should be whole numbers from 0, is {value!r}")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{value}: names one of them twice")
+    return tuple(seeds)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"should be a name, is {value!r}")
+    return value
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"should be true or false, is {value!r}")
+    return value
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "recipe": _text,
+    "set": _flat,
+    "grid": _grid,
+    "runs": _runs,
+    "study": _study,
+    "seeds": _seeds,
+    "share_targets": _truth,
+    "records": _text,
+}
+
+
+def with_fields(config: Config, fields: Fields, *, where: str) -> Config:
+    """A configuration with presets and fields put over it. where: for the message.
+
+    Raises ConfigError naming every problem.
+    """
+    values = to_dict(config)
+    for flag, advice in put_presets(values, {name: fields.get(name) for name in PRESETS}).items():
+        raise ConfigError(f"{where}: {flag} = {fields[flag]!r}: {advice}")
+    for name, value in fields.items():
+        if name not in PRESETS:
+            section, leaf = name.split(".")
+            values[section][leaf] = value
+    try:
+        # Answers that only a store can give are written before the runs that need them.
+        return build(values, online=values["views"]["teacher_view"] != "crops")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def points_of(sweep: Sweep, config: Config) -> list[Point]:
+    """Every configuration of a sweep: each combination of the grid, last field fastest, with each
+    run or arm. config: the recipe's with what is set for all.
+
+    Raises ConfigError where one of them cannot be, or two are the same point.
+    """
+    found = []
+    axes = [[(name, value) for value in values] for name, values in sweep.grid.items()]
+    for combination in itertools.product(*axes):
+        fields = dict(combination)
+        where = f"sweep {sweep.name}, {_title(_texts(fields)) or 'without a grid'}"
+        base = with_fields(config, fields, where=where)
+        for name, arm in _arms(sweep, base, fields):
+            values = ({"run": name} if name else {}) | _texts(fields)
+            found.append(Point(_title(values), values, arm))
+    return found
+
+
+def _arms(sweep: Sweep, base: Config, fields: Fields) -> Iterator[tuple[str, Config]]:
+    """Name and configuration of each run of one combination."""
+    if sweep.study is not None:
+        for name, arm in STUDIES[sweep.study](base).items():
+            yield name, with_fields(arm, {}, where=f"sweep {sweep.name}, {name}")
+        return
+    for name, own in sweep.runs.items():
+        both = sorted(own.keys() & fields.keys())
+        if both:
+            raise ConfigError(f"sweep {sweep.name}, {name}: {both[0]} varies in the grid as well")
+        yield name, with_fields(base, own, where=f"sweep {sweep.name}, {name}")
+    if not sweep.runs:
+        yield "", base
+
+
+def _texts(fields: Fields) -> dict[str, str]:
+    return {name: text_of(value) for name, value in fields.items()}
+
+
+def text_of(value: Any) -> str:
+    """A value as a table shows it: `none`, `0.5`, `a,b`."""
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return ",".join(map(text_of, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _title(values: dict[str, str]) -> str:
+    """What a point is called: its run, then what varies by the last part of each name."""
+    short = short_names(list(values))
+    return ", ".join(
+        value if name == "run" else f"{short[name]} {value}" for name, value in values.items()
+    )
+
+
+def short_names(names: list[str]) -> dict[str, str]:
+    """Fields by the last part of their names, where that tells them apart."""
+    leaves = [name.rpartition(".")[2] for name in names]
+    return {
+        name: leaf.replace("_", " ") if leaves.count(leaf) == 1 else name
+        for name, leaf in zip(names, leaves)
+    }
+
+
+def seeded(point: Point, seed: int) -> Config:
+    """The configuration of a point for one seed."""
+    return derive(point.config, run={"seed": seed})

@@ -1,0 +1,150 @@
+"""Pictures of a sweep: heat maps of two fields, curves of one, dots of runs; no torch."""
+
+import itertools
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from deit.errors import EnvironmentFault
+from deit.report import draw_comparison
+from deit.sweep_file import short_names
+from deit.sweep_results import final_top1, points
+
+_COLOURS = ("#0f766e", "#c2410c", "#1d4ed8", "#a21caf", "#4d7c0f", "#6b7280", "#b45309", "#be123c")
+
+
+def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:
+    """Test accuracy over what varies, as PNGs: of runs alone the picture of a comparison; of one
+    field a curve for each run; of several a heat map of each two, averaged over the others.
+
+    Returns their paths. Raises EnvironmentFault without matplotlib.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
+    if not any(row["seeds"] for row in points(result).values()):
+        return []
+    fields = [name for name in result["fields"] if name != "run"]
+    if not fields:
+        path = out / "runs.png"
+        draw_comparison(_finished(result), path)
+        return [path]
+    if len(fields) == 1:
+        path = out / f"{fields[0]}.png"
+        _draw_curve(result, fields[0], path)
+        return [path]
+    pairs = itertools.combinations(fields, 2)
+    paths = []
+    for down, across in pairs:
+        path = out / f"{down}-{across}.png"
+        _draw_heat_map(result, down, across, path)
+        paths.append(path)
+    return paths
+
+
+def _finished(result: dict[str, Any]) -> dict[str, Any]:
+    rows = {name: row for name, row in result["rows"].items() if row["seeds"]}
+    title = {"study": result["study"] or "sweep"}
+    return {**result, **title, "rows": rows, "recipe": f"{result['sweep']}, {result['recipe']}"}
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _title(result: dict[str, Any]) -> str:
+    seeds = len(result["seeds"])
+    return f"{result['sweep']}, {result['recipe']} ({seeds} seed{'s' * (seeds > 1)})"
+
+
+def _values(result: dict[str, Any], field: str) -> list[str]:
+    """The values of a field in the order of the file."""
+    found = (row["values"].get(field) for row in points(result).values())
+    return list(dict.fromkeys(value for value in found if value is not None))
+
+
+def _places(values: list[str]) -> list[float] | None:
+    """Values as numbers; None where they are words."""
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+def _draw_curve(result: dict[str, Any], field: str, path: Path) -> None:
+    """Test accuracy against one field: a dot a seed, a line through the means, one a run."""
+    figure, axes = _figure(6.4, 4)
+    values = _values(result, field)
+    numbers = _places(values)
+    place = dict(zip(values, numbers or range(len(values))))
+    runs = dict.fromkeys(row["values"].get("run", "") for row in points(result).values())
+    for run, colour in zip(runs, itertools.cycle(_COLOURS)):
+        own = {
+            place[row["values"][field]]: [100 * one for one in final_top1(row)]
+            for row in points(result).values()
+            if row["values"].get("run", "") == run and row["seeds"]
+        }
+        xs = sorted(own)
+        means = [statistics.mean(own[x]) for x in xs]
+        axes.plot(xs, means, color=colour, label=run or None, marker="_")
+        for x in xs:
+            axes.plot([x] * len(own[x]), own[x], ".", color=colour, alpha=0.6)
+    for name, row in result["rows"].items():
+        if row["teacher"] and row["seeds"]:
+            level = 100 * statistics.mean(final_top1(row))
+            label = f"{name}, {level:.1f}"
+            axes.axhline(level, color="#6b7280", linestyle="--", label=label)
+    if numbers and min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    axes.set_xticks(list(place.values()), list(place))
+    axes.set(xlabel=short_names([field])[field], ylabel=f"{result['split']} top-1 %")
+    axes.grid(alpha=0.25)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(_title(result))
+    figure.savefig(path, dpi=150)
+
+
+def heat_map(
+    result: dict[str, Any], down: str, across: str
+) -> tuple[list[str], list[str], list[list[float]]]:
+    """Mean test top-1 in % for each two values of two fields, over all that varies beside them and
+    over the seeds: the values down, those across, and the rows of means, NaN where none is."""
+    rows, columns = _values(result, down), _values(result, across)
+    shares: dict[tuple[str, str], list[float]] = {}
+    for row in points(result).values():
+        key = row["values"].get(down), row["values"].get(across)
+        shares.setdefault(key, []).extend(100 * one for one in final_top1(row))
+    nothing = [math.nan]
+    means = [[statistics.mean(shares.get((a, b)) or nothing) for b in columns] for a in rows]
+    return rows, columns, means
+
+
+def _draw_heat_map(result: dict[str, Any], down: str, across: str, path: Path) -> None:
+    """The heat map of two fields, each cell with its number."""
+    rows, columns, means = heat_map(result, down, across)
+    figure, axes = _figure(2.2 + 0.9 * len(columns), 1.6 + 0.5 * len(rows))
+    image = axes.imshow(means, aspect="auto", cmap="viridis")
+    low, high = image.get_clim()
+    for place, line in enumerate(means):
+        for at, mean in enumerate(line):
+            if math.isnan(mean):
+                continue
+            bright = high > low and (mean - low) / (high - low) > 0.6
+            colour = "black" if bright else "white"
+            axes.text(at, place, f"{mean:.1f}", ha="center", va="center", color=colour, fontsize=9)
+    short = short_names([down, across])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set(xlabel=short[across], ylabel=short[down])
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label(f"{result['split']} top-1 %")
+    figure.suptitle(_title(result), fontsize=10)
+    figure.savefig(path, dpi=150)

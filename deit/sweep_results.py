@@ -1,0 +1,173 @@
+"""The numbers of a sweep as tables: for a person, as CSV, JSON and Markdown; no torch."""
+
+import csv
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+from deit.disk import put_file, write_json
+from deit.report import HEADS, markdown_table, summary
+from deit.sweep_file import short_names
+
+_MEASURED = (
+    "class head",
+    "distillation head",
+    "fused",
+    "gain",
+    "validation",
+    "= teacher",
+    "seconds",
+)
+_GROUPS = ("seen", "unseen")
+
+
+def final_top1(row: dict[str, Any]) -> list[float]:
+    """Test top-1 in [0, 1], a value a seed, of the fused answer or the only head."""
+    return [top1["class"] if top1["fused"] is None else top1["fused"] for top1 in row["top1"]]
+
+
+def points(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a sweep that are points of it: those of teachers and starts left out."""
+    return {name: row for name, row in result["rows"].items() if row["values"]}
+
+
+def best_of(rows: dict[str, dict[str, Any]], number: int) -> list[str]:
+    """The points that did best on the validation split, the best first: by the mean over seeds.
+    The test split is for the final number alone."""
+    finished = [name for name, row in rows.items() if row["values"] and row["validation"]]
+    ranked = sorted(finished, key=lambda name: -statistics.mean(rows[name]["validation"]))
+    return ranked[:number]
+
+
+def columns(result: dict[str, Any]) -> list[str]:
+    """The heads of the table's columns: what varies, then what was measured."""
+    varied = [_head(name) for name in short_names(result["fields"]).values()]
+    return [*varied, *_measured_columns(result)]
+
+
+def _measured_columns(result: dict[str, Any]) -> list[str]:
+    """What was measured; where classes were held out, on the others and on these as well."""
+    more = _GROUPS if _some_held_out(result) else ()
+    return [*_MEASURED[:3], *more, *_MEASURED[3:]]
+
+
+def _some_held_out(result: dict[str, Any]) -> bool:
+    return any(row.get("classes") for row in result["rows"].values())
+
+
+def _head(name: str) -> str:
+    return "" if name == "run" else name
+
+
+def cells(result: dict[str, Any]) -> list[list[str]]:
+    """The table's rows: mean and standard deviation over the seeds; the gain is that of the mean
+    fused (or only) answer over the first point's, in percentage points."""
+    own = points(result)
+    first = next((final_top1(row) for row in own.values()), [])
+    found = []
+    for name, row in result["rows"].items():
+        told = [row["values"].get(one, "") for one in result["fields"]]
+        if not row["values"]:
+            told[0] = name
+        groups = [_of_group(row, group) for group in _GROUPS if _some_held_out(result)]
+        found.append([*told, *_measured(row, first if row["values"] else [], groups)])
+    return found
+
+
+def _of_group(row: dict[str, Any], group: str) -> str:
+    return summary([one[group] for one in row.get("classes", [])] or [None], scale=100)
+
+
+def _measured(row: dict[str, Any], first: list[float], groups: list[str]) -> list[str]:
+    seeds = len(row["seeds"])
+    if not seeds:
+        return ["failed", *["-"] * (len(_MEASURED) + len(groups) - 1)]
+    final = final_top1(row)
+    gain = f"{100 * (statistics.mean(final) - statistics.mean(first)):+.1f}" if first else "-"
+    heads = [summary([top1[head] for top1 in row["top1"]], scale=100) for head in HEADS]
+    seconds = summary(row["seconds"], digits=0)
+    if row["failed"]:
+        seconds += f" ({len(row['failed'])} of {seeds + len(row['failed'])} seeds failed)"
+    rest = [summary(row[name], scale=100) for name in ("validation", "agreement")]
+    return [*heads, *groups, gain, *rest, seconds]
+
+
+def write_results(result: dict[str, Any], out: Path) -> list[Path]:
+    """results.json, results.csv (a line a run) and results.md. Returns their paths. Raises
+    EnvironmentFault."""
+    paths = [out / f"results.{kind}" for kind in ("json", "csv", "md")]
+    write_json(paths[0], result)
+    put_file(paths[1], _csv(result).encode())
+    put_file(paths[2], markdown(result).encode())
+    return paths
+
+
+def _csv(result: dict[str, Any]) -> str:
+    """A line for each run: what varies, its seed, what it came to; failed ones with the reason."""
+    text = io.StringIO()
+    measured = ("validation_top1", *(f"{head}_top1" for head in HEADS), "agreement", "seconds")
+    names = ("point", *result["fields"], "seed", "status", *measured, "folder", "reason")
+    lines = csv.DictWriter(text, names, lineterminator="\n")
+    lines.writeheader()
+    for name, row in points(result).items():
+        same = {"point": name, **row["values"]}
+        for place, seed in enumerate(row["seeds"]):
+            heads = {f"{head}_top1": row["top1"][place][head] for head in HEADS}
+            lines.writerow(
+                {
+                    **same,
+                    **heads,
+                    "seed": seed,
+                    "status": "finished",
+                    "validation_top1": row["validation"][place],
+                    "agreement": row["agreement"][place],
+                    "seconds": round(row["seconds"][place], 3),
+                    "folder": row["folders"][place],
+                }
+            )
+        for seed, reason in row["failed"].items():
+            lines.writerow({**same, "seed": seed, "status": "failed", "reason": reason})
+    return text.getvalue()
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table, the best points and where the numbers come from."""
+    seeds = ", ".join(map(str, result["seeds"]))
+    environment = result["environment"]
+    where = f"{environment['device_name']}, commit {str(environment.get('commit'))[:12]}"
+    rows = [[_escaped(cell) for cell in row] for row in cells(result)]
+    best = "\n".join(f"{place}. {name}" for place, name in enumerate(result["best"], start=1))
+    return (
+        f"# {result['sweep']}\n\n"
+        f"Recipe `{result['recipe']}`, seeds {seeds}; top-1 % on {result['num_samples']} "
+        f"{result['split']} images, mean +- standard deviation over seeds; the gain is in points "
+        "over the first row.\n\n"
+        f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{_class_by_class(result)}"
+        f"Best on the validation split:\n\n{best}\n\n"
+        f"`{result['command']}`\n\n{where}\n"
+    )
+
+
+def _class_by_class(result: dict[str, Any]) -> str:
+    """Right answers in % of each class, those that training did not see marked; "" where it saw
+    all of them, and of more than 20 classes."""
+    rows = {name: row["classes"] for name, row in result["rows"].items() if row.get("classes")}
+    names = list(next(iter(rows.values()))[0]["per_class"]) if rows else []
+    if not 0 < len(names) <= _SHOWN_CLASSES:
+        return ""
+    unseen = {name for row in rows.values() for one in row for name in one["held_out"]}
+    table = []
+    for point, row in rows.items():
+        shares = [[one["per_class"][name] for one in row] for name in names]
+        table.append([_escaped(point), *(summary(share, scale=100) for share in shares)])
+    heads = ["", *(f"{name} (unseen)" if name in unseen else name for name in names)]
+    title = "Right answers in % of each class, by the fused answer or the only head:"
+    return f"{title}\n\n{markdown_table(map(_escaped, heads), table)}\n\n"
+
+
+_SHOWN_CLASSES = 20
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,36 @@
+"""The sweeps that have a name: the paper's tables and the experiments of others."""
+
+from pathlib import Path
+
+from deit.errors import ConfigError
+from deit.studies import STUDIES
+from deit.sweep_file import Sweep, read_sweep
+from deit.text import nearest
+
+_THREE = (0, 1, 2)
+
+SWEEPS: dict[str, Sweep] = {
+    **{name: Sweep(name, study=name, seeds=_THREE) for name in STUDIES},
+    "held-out": Sweep(
+        "held-out",
+        recipe="digits-held-out",
+        grid={
+            "loss.temperature": (1, 5, 10, 20),
+            "loss.distillation_weight": (0.1, 0.5, 1.0),
+            "optim.lr": (1e-3, 2e-3),
+        },
+    ),
+}
+"""Every sweep by its name on the command line: each study, and grids of ours."""
+
+
+def find_sweep(name: str) -> Sweep:
+    """A named sweep, or that of a file. Raises ConfigError."""
+    if name in SWEEPS:
+        return SWEEPS[name]
+    if not Path(name).is_file():
+        raise ConfigError(
+            f"{name}: no such file{nearest(name, SWEEPS)}; give a sweep in YAML or JSON "
+            f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}"
+        )
+    return read_sweep(Path(name))

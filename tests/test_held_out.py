@@ -1,0 +1,134 @@
+"""Classes that a student never sees: left out of training, kept in the test, told apart."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deit.arguments import RunArguments
+from deit.config import DataConfig, derive
+from deit.datasets.splits import load_splits
+from deit.errors import DataError
+from deit.evaluation import evaluate
+from deit.evaluation_tables import print_evaluation
+from deit.ground import Ground
+from deit.presets import OBJECTIVES
+from deit.recipes import digits, digits_teacher
+from deit.run import train
+from tests.test_sources import config, folder
+
+pytest.importorskip("sklearn")
+UNSEEN = ("6", "7", "8", "9")
+
+
+def test_nothing_of_them_is_left_to_train_and_select_by_and_no_other_image_moves():
+    whole = load_splits(DataConfig(source="digits", image_size=8))
+    part = load_splits(DataConfig(source="digits", image_size=8, held_out=UNSEEN))
+    assert part.class_names == whole.class_names
+    for name in ("train", "validation"):
+        before, now = getattr(whole, name), getattr(part, name)
+        kept = before.labels < 6
+        assert torch.equal(now.labels, before.labels[kept])
+        assert torch.equal(now.pixels, before.pixels[kept])
+    assert torch.equal(part.test.pixels, whole.test.pixels)
+    assert torch.equal(part.test.labels, whole.test.labels)
+    assert part.fingerprint != whole.fingerprint
+    assert part.mean != whole.mean  # of what training sees
+    assert "held out: no training or validation image of 6, 7, 8, 9" in part.notes
+
+
+@pytest.mark.parametrize("storage", ["memory", "files"])
+def test_they_are_left_out_of_folders_too(tmp_path, storage):
+    root = folder(tmp_path, number=8)
+    listed = tmp_path / "names.txt"
+    listed.write_text("bee\n")
+    splits = load_splits(config(root, storage=storage, held_out=(f"@{listed}",)))
+    assert set(splits.train.labels.tolist()) == set(splits.validation.labels.tolist()) == {0, 2}
+    assert set(splits.test.labels.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("six",), "data.held_out: no class 'six' in the data"),
+        (tuple("123456789"), "leaves 1 of 10 classes to be seen"),
+        (("@nowhere.txt",), "data.held_out @nowhere.txt: not readable"),
+    ],
+)
+def test_what_cannot_be_held_out_is_refused(names, said):
+    with pytest.raises(DataError, match=said):
+        load_splits(DataConfig(source="digits", image_size=8, held_out=names))
+
+
+def test_a_teacher_that_is_trained_for_it_knows_them():
+    config = derive(digits(), data={"held_out": UNSEEN, "train_fraction": 0.5})
+    run = RunArguments("digits", config, None, False, False, False)
+    ground = Ground(run, config, Path("out"))
+    ground.laid(config)
+    (teacher,) = ground.runs.values()
+    assert teacher.data.held_out == ()
+    assert teacher.data.train_fraction == 0.5
+
+
+def test_evaluation_tells_seen_and_unseen_apart(tmp_path, capsys):
+    small = derive(
+        digits_teacher(),
+        data={"held_out": UNSEEN},
+        loss=OBJECTIVES["none"],
+        optim={"epochs": 3, "warmup_epochs": 0},
+    )
+    train(small, tmp_path / "run")
+    found = evaluate(tmp_path / "run")
+    assert found["held_out"] == list(UNSEEN)
+    rows = found["per_class"]
+    for group, names in (("seen", tuple("012345")), ("unseen", UNSEEN)):
+        number = sum(rows[name]["num_samples"] for name in names)
+        right = sum(rows[name]["class"] * rows[name]["num_samples"] for name in names)
+        assert found[group]["class"] == pytest.approx(right / number)
+    # Labels alone never name a class that they do not hold.
+    assert found["seen"]["class"] > 0.5 > found["unseen"]["class"] == 0
+    capsys.readouterr()
+    print_evaluation(found)
+    said = capsys.readouterr().out
+    assert "6 (unseen)" in said
+    assert "5 (unseen)" not in said
+    assert "all unseen classes" in said
+
+
+def idx(path, values):
+    """A file as MNIST has it: the type, the dimensions, the bytes."""
+    header = struct.pack(">HBB", 0, 8, values.ndim)
+    path.write_bytes(header + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes())
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """MNIST's files with 60 training and 20 test images of random grey levels."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 60), ("t10k", 20)):
+        pixels = generator.integers(256, size=(number, 28, 28), dtype=np.uint8)
+        idx(raw / f"{split}-images-idx3-ubyte", pixels)
+        idx(raw / f"{split}-labels-idx1-ubyte", np.arange(number, dtype=np.uint8) % 10)
+    return tmp_path
+
+
+def test_mnist_is_read_as_torchvision_lays_it(mnist):
+    splits = load_splits(DataConfig(source="mnist", root=str(mnist), image_size=28))
+    assert (len(splits.train.labels), len(splits.validation.labels)) == (50, 10)
+    assert splits.test.pixels.shape == (20, 3, 28, 28)
+    assert splits.test.labels.tolist() == [*range(10)] * 2
+    raw = (mnist / "MNIST" / "raw" / "t10k-images-idx3-ubyte").read_bytes()[16:]
+    first = torch.frombuffer(bytearray(raw), dtype=torch.uint8)[: 28 * 28].reshape(28, 28)
+    assert all(torch.equal(channel, first) for channel in splits.test.pixels[0])
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_without_mnist_it_is_said_where_it_should_lie(mnist, damage):
+    path = mnist / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"no MNIST here.*--data.download.*digits recipes"):
+        load_splits(DataConfig(source="mnist", root=str(mnist), image_size=28))

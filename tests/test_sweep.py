@@ -1,0 +1,413 @@
+"""A sweep trains what its file says, once; shares what can be shared; and tells what came of it."""
+
+import csv
+import json
+import statistics
+
+import pytest
+
+from deit import checkpoint, journal, sweep
+from deit.at_once import Failed, Planned
+from deit.config import derive
+from deit.presets import OBJECTIVES, TEACHING
+from deit.recipes import digits, digits_ensemble
+from deit.report import HEADS
+from deit.shared_targets import content_hash, identity, question_of, share
+from deit.sweep_pictures import draw_sweep, heat_map
+from deit.sweep_results import best_of, cells, columns, markdown, write_results
+
+pytest.importorskip("sklearn")
+SMALL = {
+    "student": {"embed_dim": 16, "depth": 1, "num_heads": 2},
+    "optim": {"epochs": 2, "warmup_epochs": 1, "batch_size": 64},
+    "run.evaluate_every": 2,
+    "data.train_fraction": 0.2,
+}
+
+
+def write(path, **values):
+    path.write_text(json.dumps({"recipe": "digits", "set": SMALL, **values}))
+    return path
+
+
+def states(out):
+    """When each run of a sweep was last written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
+
+
+def lines_of(out):
+    return list(csv.DictReader((out / "results.csv").read_text().splitlines(keepends=True)))
+
+
+def result(out):
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, zygote):
+    """A folder with a sweep of two temperatures and two seeds."""
+    place = tmp_path_factory.mktemp("sweep")
+    write(place / "heat.json", grid={"loss.temperature": [1, 3]}, seeds=[0, 1])
+    done = zygote.run("sweep", "heat.json", "--out", "out", "--at_once", "2", cwd=place)
+    assert done.code == 0, done.err
+    return place, done
+
+
+def test_every_point_and_seed_is_trained_and_told(swept):
+    place, done = swept
+    found = result(place / "out")
+    assert list(found["rows"]) == ["teacher", "temperature 1", "temperature 3"]
+    assert found["fields"] == ["loss.temperature"]
+    assert found["rows"]["teacher"]["teacher"]
+    assert not found["rows"]["teacher"]["values"]
+    row = found["rows"]["temperature 3"]
+    assert (row["seeds"], row["failed"], row["values"]) == ([0, 1], {}, {"loss.temperature": "3"})
+    lines = lines_of(place / "out")
+    assert len(lines) == 4
+    for line in lines:
+        there = result_of(line["folder"], place)
+        assert float(line["validation_top1"]) == there["best"]["top1"]
+        assert float(line["seconds"]) == pytest.approx(there["seconds"], abs=1e-3)
+        own = found["rows"][line["point"]]
+        at = own["seeds"].index(int(line["seed"]))
+        assert float(line["fused_top1"]) == own["top1"][at]["fused"]
+    text = (place / "out" / "results.md").read_text()
+    assert "| 3 |" in text
+    assert found["command"] in text
+    assert (place / "out" / "loss.temperature.png").read_bytes()[:4] == b"\x89PNG"
+    assert "4 of 4 runs, ETA 0 s" in done.out
+    assert "best on the validation split" in done.out
+
+
+def result_of(folder, place):
+    return checkpoint.result_of(place / folder)
+
+
+def test_runs_of_one_seed_share_their_answers(swept):
+    place, _ = swept
+    stores = {}
+    for path in (place / "out" / "runs").glob("*/config.json"):
+        config = json.loads(path.read_text())
+        (store,) = config["teacher"]["targets"]
+        stores.setdefault(config["run"]["seed"], set()).add(store)
+    assert [len(found) for found in stores.values()] == [1, 1]
+    assert stores[0] != stores[1]
+    assert len(list((place / "out" / "targets").iterdir())) == 2
+
+
+def test_a_run_of_a_sweep_is_the_run_alone(swept, zygote):
+    place, _ = swept
+    inside = next((place / "out" / "runs").glob("temperature-3-seed-1-*/config.json"))
+    done = zygote.run("train", inside, "--out", place / "alone", cwd=place)
+    assert done.code == 0, done.err
+    ours = (inside.parent / journal.CHAIN).read_bytes()
+    assert (place / "alone" / journal.CHAIN).read_bytes() == ours
+
+
+def test_what_is_finished_is_kept_whatever_it_is_called(swept, zygote):
+    place, _ = swept
+    before = states(place / "out")
+    done = zygote.run("sweep", "heat.json", "--out", "out", cwd=place)
+    assert done.code == 0, done.err
+    assert "4 of 4 runs are finished already" in done.out
+    # Other names, the same configurations; and one more value.
+    changed = {"loss.distillation_weight": [0.5, 0.7], "loss.temperature": [3]}
+    file = (place / "heat.json").read_text()
+    write(place / "heat.json", grid=changed, seeds=[1])
+    listed = zygote.run("sweep", "heat.json", "--out", "out", "--dry_run", cwd=place)
+    assert "2 runs, 1 of them finished" in listed.out
+    assert states(place / "out") == before
+    done = zygote.run("sweep", "heat.json", "--out", "out", cwd=place)
+    (place / "heat.json").write_text(file)
+    assert done.code == 0, done.err
+    assert "1 of 2 runs are finished already" in done.out
+    now = states(place / "out")
+    assert before.items() < now.items()
+    assert len(now) == 5
+    assert list(result(place / "out")["rows"])[1:] == [
+        *("distillation weight 0.5, temperature 3", "distillation weight 0.7, temperature 3")
+    ]
+
+
+def test_another_sweep_or_something_else_in_the_folder_is_refused(swept, zygote, tmp_path):
+    place, _ = swept
+    write(tmp_path / "other.json", grid={"loss.temperature": [1, 3]})
+    done = zygote.run("sweep", tmp_path / "other.json", "--out", place / "out")
+    assert (done.code, "holds a sweep whose sweep is heat, not other" in done.err) == (2, True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    done = zygote.run("sweep", tmp_path / "other.json", "--out", tmp_path / "full")
+    assert (done.code, "holds something, but no sweep" in done.err) == (2, True)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_that_fails_stops_no_other_and_is_tried_again(zygote, tmp_path):
+    runs = {"good": {}, "lost": {"data.source": "folder", "data.root": str(tmp_path / "images")}}
+    more = {"objective": "none", "data.train_fraction": 1.0}
+    write(tmp_path / "s.json", set={**SMALL, **more}, runs=runs)
+    words = ("sweep", tmp_path / "s.json", "--out", tmp_path / "out", "--teacher.source", "none")
+    done = zygote.run(*words)
+    assert done.code == 3
+    assert "1 run failed" in done.err
+    assert "no such folder" in done.err
+    assert "once more" not in done.out  # the images are not there the second time either
+    rows = result(tmp_path / "out")["rows"]
+    assert rows["good"]["seeds"] == [0]
+    assert rows["lost"]["seeds"] == []
+    assert "no such folder" in rows["lost"]["failed"]["0"]
+    assert "| lost | failed |" in (tmp_path / "out" / "results.md").read_text()
+    before = states(tmp_path / "out")
+    done = zygote.run(*words)
+    assert done.code == 3
+    assert states(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("code", "times"), [(2, 1), (3, 1), (4, 1), (6, 1), (1, 3), (-9, 3), (7, 3)]
+)
+def test_what_may_pass_is_tried_again_so_often(code, times, tmp_path, monkeypatch):
+    asked = []
+
+    def beside(runs, *, number):
+        asked.append([run.name for run in runs])
+        return [Failed(run, code, "why", tmp_path) for run in runs if run.name == "bad"]
+
+    monkeypatch.setattr(sweep, "train_beside", beside)
+    runs = [Planned(name, digits(), tmp_path / name) for name in ("bad", "good")]
+    failed = sweep._train([], [], runs, 1, retries=2)
+    assert [one.run.name for one in failed] == ["bad"]
+    assert asked == [["bad", "good"], *[["bad"]] * (times - 1)]
+
+
+def taught(tmp_path, *configs, records=None):
+    """The stores that are written and, for each run, the names of those it is taught by."""
+    runs = [Planned(str(place), one, tmp_path / str(place)) for place, one in enumerate(configs)]
+    stores, told = share(runs, tmp_path / "targets", records=records)
+    names = [store.path.name for store in stores]
+    by_run = [
+        [names.index(target.rpartition("/")[2]) for target in run.config.teacher.targets]
+        for run in told
+    ]
+    return stores, by_run
+
+
+def test_what_asks_the_same_shares_and_what_stands_alone_asks_itself(tmp_path):
+    warm = derive(digits(), loss={"temperature": 9.0}, optim={"lr": 1.0, "epochs": 90})
+    plain = derive(digits(), loss=OBJECTIVES["none"])
+    cut = derive(digits(), views={"crop_padding": 2})
+    seeded = derive(digits(), run={"seed": 1})
+    stores, by_run = taught(tmp_path, digits(), warm, plain, cut, seeded)
+    assert by_run == [[0], [0], [], [], []]
+    (store,) = stores
+    assert (store.epochs, store.records, store.only) == (90, "full", None)
+    assert store.config.optim.epochs == 90
+
+
+def test_hard_labels_are_stored_as_such_unless_one_needs_more(tmp_path):
+    hard = derive(digits(), loss=OBJECTIVES["deit-hard"])
+    other = derive(hard, optim={"lr": 1.0})
+    assert [store.records for store in taught(tmp_path, hard, other)[0]] == ["hard"]
+    assert [store.records for store in taught(tmp_path, hard, other, digits())[0]] == ["full"]
+    asked = taught(tmp_path, hard, other, records="top-3")[0]
+    assert [store.records for store in asked] == ["top-3"]
+
+
+def test_each_of_several_teachers_has_a_store_of_its_own(tmp_path):
+    two = digits_ensemble()
+    stores, by_run = taught(tmp_path, two, derive(two, optim={"lr": 1.0}))
+    assert [store.only for store in stores] == [1, 2]
+    assert by_run == [[0, 1], [0, 1]]
+
+
+def test_crops_cannot_be_asked_in_training_so_one_alone_has_a_store(tmp_path):
+    views = TEACHING["fix/ic_ens"].fields(vars(digits().views))
+    _, by_run = taught(tmp_path, derive(digits(), views=views), digits())
+    assert by_run == [[0], []]
+
+
+def test_stores_that_are_named_are_taken_as_they_are(tmp_path):
+    named = derive(digits(), teacher={"targets": ("mine",)})
+    runs = [Planned(str(place), named, tmp_path / str(place)) for place in range(2)]
+    stores, told = share(runs, tmp_path, records=None)
+    assert (stores, [run.config for run in told]) == ([], [named, named])
+
+
+def test_a_question_is_the_same_only_where_the_answers_are():
+    base = question_of(digits())
+    same = (
+        derive(digits(), loss={"temperature": 2.0}, optim={"epochs": 5, "batch_size": 8}),
+        derive(digits(), student={"depth": 1}, run={"device": "cpu"}),
+        derive(digits(), views={"seed": 0}),
+    )
+    assert all(question_of(one) == base for one in same)
+    other = (
+        derive(digits(), views={"rotation": 1.0}),
+        derive(digits(), views={"seed": 3}),
+        derive(digits(), data={"held_out": ("3",)}),
+        derive(digits(), teacher={"source": ("another",)}),
+        derive(digits(), student={"image_size": 16}),
+        derive(digits(), run={"precision": "bf16"}),
+    )
+    assert all(question_of(one) != base for one in other)
+    repeated = derive(digits(), views={"repeats": 3})
+    smaller = derive(repeated, optim={"batch_size": 8})
+    assert question_of(repeated) != question_of(smaller)
+
+
+def test_a_run_is_known_by_what_decides_its_result():
+    base = content_hash(identity(digits()))
+    assert base == content_hash(dict(reversed(identity(digits()).items())))
+    moved = derive(digits(), data={"root": "/elsewhere"}, run={"device": "cpu", "save_every": 3})
+    assert content_hash(identity(moved)) == base
+    changed = (
+        derive(digits(), run={"seed": 1}),
+        derive(digits(), optim={"lr": 2e-3}),
+        derive(digits(), teacher={"source": ("another",)}),
+    )
+    assert len({base, *(content_hash(identity(one)) for one in changed)}) == 4
+
+
+def row(values, fused, *, validation=(0.5,), failed=None, teacher=False):
+    heads = [dict(zip(HEADS, (one - 0.1, one, one))) for one in fused]
+    return {
+        "values": values,
+        "top1": heads,
+        "agreement": [0.5] * len(fused),
+        "seconds": [10.0] * len(fused),
+        "curves": [[(1, one)] for one in fused],
+        "validation": list(validation)[: len(fused)],
+        "epochs": 1,
+        "teacher": teacher,
+        "seeds": list(range(len(fused))),
+        "folders": ["x"] * len(fused),
+        "failed": failed or {},
+    }
+
+
+@pytest.fixture
+def told():
+    """A result made by hand: two fields, the second value of one of them without a finished run."""
+    values = [{"loss.temperature": t, "optim.lr": lr} for t in ("1", "3") for lr in ("0.1", "0.2")]
+    rows = {
+        "teacher": row({}, [1.0], teacher=True),
+        "a": row(values[0], [0.5, 0.7], validation=(0.6, 0.6)),
+        "b": row(values[1], [0.8, 0.8], validation=(0.9, 0.5)),
+        "c": row(values[2], [0.4], validation=(0.95,), failed={"1": "no\nmemory | left"}),
+        "d": row(values[3], [], failed={"0": "x", "1": "x"}),
+    }
+    return {
+        "sweep": "mine",
+        "recipe": "digits",
+        "study": None,
+        "fields": ["loss.temperature", "optim.lr"],
+        "split": "test",
+        "num_samples": 10,
+        "seeds": [0, 1],
+        "rows": rows,
+        "best": best_of(rows, 2),
+        "command": "deit sweep mine.yaml",
+        "environment": {"device_name": "a processor", "commit": "0123456789abcdef"},
+    }
+
+
+def test_the_table_by_hand(told):
+    assert columns(told)[:3] == ["temperature", "lr", "class head"]
+    teacher, a, b, c, d = cells(told)
+    assert teacher[:3] == ["teacher", "", "90.0"]
+    assert teacher[5] == "-"
+    spread = f"{100 * statistics.stdev([0.5, 0.7]):.1f}"
+    assert a[4:6] == [f"60.0 +- {spread}", "+0.0"]
+    assert b[4:7] == ["80.0 +- 0.0", "+20.0", "70.0 +- 28.3"]
+    assert c[5] == "-20.0"
+    assert c[-1] == "10 (1 of 2 seeds failed)"
+    assert d[2:] == ["failed", "-", "-", "-", "-", "-", "-"]
+
+
+def test_classes_held_out_are_told_apart(told):
+    classes = {"held_out": ["b"], "seen": 0.9, "unseen": 0.2, "per_class": {"a": 0.9, "b": 0.2}}
+    told["rows"]["a"]["classes"] = [classes, {**classes, "unseen": 0.4}]
+    heads, rows = columns(told), cells(told)
+    spread = f"{100 * statistics.stdev([0.2, 0.4]):.1f}"
+    at = heads.index("unseen")
+    assert [row[at] for row in rows] == ["-", f"30.0 +- {spread}", "-", "-", "-"]
+    assert {len(row) for row in rows} == {len(heads)}
+    lines = markdown(told).splitlines()
+    assert "|  | a | b (unseen) |" in lines
+    assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0 |" in lines
+
+
+def test_the_best_are_those_of_the_validation_split(told):
+    assert told["best"] == ["c", "b"]
+    assert best_of(told["rows"], 9) == ["c", "b", "a"]
+
+
+def test_markdown_and_csv_keep_their_columns(told, tmp_path):
+    lines = markdown(told).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    assert "1. c" in lines
+    assert "a processor, commit 0123456789ab" in lines
+    write_results(told, tmp_path)
+    rows = lines_of(tmp_path)
+    assert [one["status"] for one in rows] == ["finished"] * 5 + ["failed"] * 3
+    assert rows[5]["reason"] == "no\nmemory | left"
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(told))
+
+
+def test_a_heat_map_is_the_mean_over_seeds_and_over_what_else_varies(told):
+    down, across, means = heat_map(told, "loss.temperature", "optim.lr")
+    assert (down, across) == (["1", "3"], ["0.1", "0.2"])
+    assert means[0] == pytest.approx([60, 80])
+    assert means[1][0] == pytest.approx(40)
+    assert means[1][1] != means[1][1]
+    told["rows"]["e"] = row({"loss.temperature": "1", "optim.lr": "0.1", "run": "x"}, [0.9, 0.9])
+    assert heat_map(told, "loss.temperature", "optim.lr")[2][0][0] == pytest.approx(75)
+
+
+@pytest.mark.parametrize(
+    ("fields", "drawn"),
+    [
+        (["run"], ["runs.png"]),
+        (["optim.lr"], ["optim.lr.png"]),
+        (["run", "optim.lr"], ["optim.lr.png"]),
+        (["loss.temperature", "optim.lr"], ["loss.temperature-optim.lr.png"]),
+    ],
+)
+def test_pictures_by_what_varies(told, fields, drawn, tmp_path):
+    pytest.importorskip("matplotlib")
+    words = {"run": "abcd", "optim.lr": ["0.1", "1", "0.1", "1"], "loss.temperature": "1122"}
+    for place, name in enumerate("abcd"):
+        told["rows"][name]["values"] = {field: words[field][place] for field in fields}
+    paths = draw_sweep(told | {"fields": fields}, tmp_path)
+    assert [path.name for path in paths] == drawn
+    assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_without_a_finished_run_nothing_is_drawn(told, tmp_path):
+    for one in told["rows"].values():
+        one["seeds"] = []
+    assert draw_sweep(told, tmp_path) == []
+
+
+MISTAKES = {
+    "nothing": ((), "name a sweep first"),
+    "no file": (("nowhere.yaml",), "no such file"),
+    "recipe": (("worth", "--recipe", "digitz"), "did you mean digits?"),
+    "seeds": (("worth", "--seeds", "1,x"), "--seeds"),
+    "at once": (("worth", "--at_once", "0"), "--at_once 0"),
+    "retries": (("worth", "--retries", "-1"), "--retries -1"),
+    "best": (("worth", "--best", "0"), "--best 0"),
+    "resume": (("worth", "--resume"), "takes no --resume"),
+    "value": (("worth", "--optim.lr", "-1"), "optim.lr"),
+    "study": (("ensemble",), "needs several teachers"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_before_the_work(words, said, zygote, tmp_path):
+    done = zygote.run("sweep", *words, cwd=tmp_path)
+    assert done.code == 2
+    assert said in done.err
+    assert done.err.startswith("deit: error: ")
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,206 @@
+"""A sweep file: what it may say, which configurations follow, and every mistake in one line."""
+
+import json
+
+import pytest
+
+from deit.config import derive, label_weight, to_dict
+from deit.errors import ConfigError
+from deit.recipes import RECIPES, digits, digits_ensemble
+from deit.studies import STUDIES
+from deit.sweep_file import Point, points_of, read_sweep, text_of, with_fields
+from deit.sweeps import SWEEPS, find_sweep
+from deit.validation import validate
+
+
+def write(folder, text, name="s.yaml"):
+    path = folder / name
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return path
+
+
+def read(folder, text, name="s.yaml"):
+    return read_sweep(write(folder, text, name))
+
+
+def test_a_grid_is_every_combination_the_last_field_fastest(tmp_path):
+    sweep = read(tmp_path, "grid: {loss.temperature: [1, 3], optim: {lr: [1e-3, 2e-3]}}")
+    points = points_of(sweep, digits())
+    told = [(point.config.loss.temperature, point.config.optim.lr) for point in points]
+    assert told == [(1, 1e-3), (1, 2e-3), (3, 1e-3), (3, 2e-3)]
+    assert points[1].name == "temperature 1, lr 2e-3"
+    assert points[1].values == {"loss.temperature": "1", "optim.lr": "2e-3"}
+    same = derive(digits(), loss={"temperature": 1.0}, optim={"lr": 2e-3})
+    assert points[1].config == same
+
+
+def test_runs_are_trained_for_each_combination(tmp_path):
+    text = """
+    grid: {run.seed: [3, 4]}
+    runs:
+      none: {objective: none}
+      hard: {objective: deit-hard, optim.epochs: 7}
+      as it is:
+    """
+    points = points_of(read(tmp_path, text), digits())
+    assert [point.name for point in points] == [
+        *("none, seed 3", "hard, seed 3", "as it is, seed 3"),
+        *("none, seed 4", "hard, seed 4", "as it is, seed 4"),
+    ]
+    assert [point.config.loss.kind for point in points[:3]] == ["none", "hard", "soft"]
+    assert points[4].config.optim.epochs == 7
+    assert points[5].config == derive(digits(), run={"seed": 4})
+
+
+def test_a_list_of_runs_is_called_by_what_they_change(tmp_path):
+    sweep = read(tmp_path, {"runs": [{"optim.lr": 0.01}, {}, {"objective": "none"}]}, "s.json")
+    assert list(sweep.runs) == ["lr 0.01", "as it is", "objective none"]
+
+
+def test_fields_that_end_alike_are_told_in_full(tmp_path):
+    sweep = read(tmp_path, "grid: {student.image_size: [8], data.image_size: [8]}")
+    (point,) = points_of(sweep, digits())
+    assert point.name == "student.image_size 8, data.image_size 8"
+
+
+def test_presets_come_before_the_fields_beside_them():
+    fields = {"loss.temperature": 7, "objective": "deit-soft", "teaching": "same/ic"}
+    config = with_fields(digits(), fields, where="here")
+    assert (config.loss.temperature, config.loss.distillation_weight) == (7, 0.1)
+    assert config.views.crop == "random_resized"
+
+
+def test_the_arms_of_a_study_for_each_combination(tmp_path):
+    sweep = read(tmp_path, "{study: worth, grid: {loss.temperature: [1, 5]}, seeds: [0, 4]}")
+    points = points_of(sweep, digits())
+    assert [point.values for point in points] == [
+        {"run": "distilled", "loss.temperature": "1"},
+        {"run": "undistilled", "loss.temperature": "1"},
+        {"run": "distilled", "loss.temperature": "5"},
+        {"run": "undistilled", "loss.temperature": "5"},
+    ]
+    assert sweep.seeds == (0, 4)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_named_sweep_is_one_of_its_recipe(name):
+    sweep = find_sweep(name)
+    base = RECIPES[sweep.recipe]()
+    if name == "ensemble":
+        base = digits_ensemble()
+    if name == "resolution":
+        base = RECIPES["digits-finetune"]()
+    points = points_of(sweep, base)
+    assert len({point.name for point in points}) == len(points) > 1
+    assert all(isinstance(point, Point) and point.values for point in points)
+    assert STUDIES.keys() <= SWEEPS.keys()
+
+
+def grid_search(**changed):
+    return {
+        "lr": 0.01,
+        "classes": [0, 1, 2, 3, 4, 5],
+        "weight": 0.9,
+        "epochs": 7,
+        "T": 10.0,
+    } | changed
+
+
+def test_the_grid_of_aditmehs_distillation_is_read_as_it_is(tmp_path):
+    """L = (1 - w) T^2 CE(teacher at T) + w CE(label), trained without some classes."""
+    runs = {
+        "warm": grid_search(),
+        "no teacher": grid_search(weight=1.0, T=1.0, classes=list(range(10))),
+        "numbered": grid_search(classes=5),
+    }
+    sweep = read(tmp_path, runs, "baseline.json")
+    warm, alone, numbered = points_of(sweep, digits())
+    assert [warm.name, alone.name, numbered.name] == list(runs)
+    loss, optim = warm.config.loss, warm.config.optim
+    assert (loss.kind, loss.temperature, loss.through) == ("cross_entropy", 10.0, "all")
+    assert (label_weight(loss), loss.distillation_weight, loss.label_smoothing) == (0.9, 0.1, 0)
+    assert (optim.lr, optim.epochs) == (0.01, 7)
+    assert warm.config.data.held_out == numbered.config.data.held_out == ("6", "7", "8", "9")
+    assert alone.config.data.held_out == ()
+    assert (alone.config.loss.kind, alone.config.loss.label_smoothing) == ("none", 0)
+
+
+BAD = {
+    "not yaml": ("grid: [", "not a readable sweep"),
+    "no mapping": ("- 1", "names a recipe"),
+    "nothing": ("recipe: digits", "nothing varies"),
+    "unknown key": ("gird: {optim.lr: [1]}", "did you mean grid?"),
+    "unknown field": ("grid: {optim.lrr: [1]}", "did you mean optim.lr?"),
+    "unknown section": ("grid: {optin: {lr: [1]}}", "unknown field"),
+    "twice": ("grid: {optim.lr: [1], optim.lr: [2]}", "'optim.lr' stands there twice"),
+    "no list": ("grid: {optim.lr: 1}", "should be a list"),
+    "empty list": ("grid: {optim.lr: []}", "should be a list"),
+    "same value": ("grid: {optim.lr: [0.1, 0.1]}", "names 0.1 twice"),
+    "no name": ("grid: {[1]: [2]}", "should be the name of a field"),
+    "both": ("{study: worth, runs: {a: {}}}", "a study brings runs of its own"),
+    "unknown study": ("study: wort", "did you mean worth?"),
+    "seeds": ("{study: worth, seeds: [0, 0]}", "twice"),
+    "seed": ("{study: worth, seeds: [-1]}", "from 0"),
+    "words": ("{study: worth, share_targets: maybe}", "true or false"),
+    "recipe": ("{study: worth, recipe: 3}", "should be a name"),
+    "run": ("runs: {a: {optim.lrr: 1}}", "a: optim.lrr"),
+    "same run": ("runs: [{optim.lr: 1}, {optim.lr: 1}]", "the same run twice"),
+    "runs": ("runs: 3", "should be runs by name"),
+    "fields": ("set: 3", "should be fields"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), BAD.values(), ids=BAD)
+def test_a_mistake_in_the_file_is_one_line_with_its_name(text, said, tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        read(tmp_path, text)
+    message = str(refused.value)
+    assert said in message
+    assert str(tmp_path / "s.yaml") in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"weight": 2}, "weight = 2"),
+        ({"classes": [0, 10]}, "should be of 0 ... 9"),
+        ({"classes": []}, "should be of 0 ... 9"),
+        ({"patience": 3}, "patience is none of"),
+    ],
+)
+def test_a_mistake_in_the_other_format(changed, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        read(tmp_path, {"a": grid_search(**changed)}, "grid.json")
+
+
+IMPOSSIBLE = {
+    "value": ("grid: {optim.lr: [1e-3, -1]}", "lr -1.*optim.lr"),
+    "together": ("grid: {student.patch_size: [2, 3]}", "patch size 3.*should divide"),
+    "preset": ("runs: {a: {objective: deit-hart}}", "did you mean deit-hard?"),
+    "twice over": ("{grid: {optim.lr: [1, 2]}, runs: {a: {optim.lr: 3}}}", "in the grid as well"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_point_that_cannot_be_is_named(text, said, tmp_path):
+    sweep = read(tmp_path, text)
+    with pytest.raises(ConfigError, match="(?s)" + said.replace("?", r"\?")):
+        points_of(sweep, digits())
+
+
+def test_a_name_that_is_no_file_is_told_what_there_is():
+    with pytest.raises(ConfigError, match="did you mean patience"):
+        find_sweep("patienc")
+
+
+def test_points_are_configurations_that_can_be_written_down(tmp_path):
+    sweep = read(
+        tmp_path, 'grid: {views.crop_scale: ["0.3,1", [0.5, 1]], data.held_out: ["7", []]}'
+    )
+    for point in points_of(sweep, digits()):
+        assert validate(point.config) == point.config
+        assert json.loads(json.dumps(to_dict(point.config)))
+    assert [text_of(value) for value in (None, 0.5, 1e-5, [1, 2], "a", True)] == [
+        *("none", "0.5", "1e-05", "1,2", "a", "True")
+    ]
