@@ -41,3 +41,37 @@ def measured(out: Path) -> Measured:
     now = Measured(chain, examined.found, answers, examined.labels.tolist())
     write_json(path, asdict(now))
     return now
+
+
+_FEW, _MOST = 3, 12
+
+
+def disagreement(runs: dict[str, Measured]) -> dict[str, dict[str, float]]:
+    """The share of images on which two answer differently (the DeiT paper's Table 4), for each two:
+    the truth, the teacher, and the runs; of up to three runs every head, of more the fused answer.
+
+    runs: by name. Empty where they are of different images, or more than twelve.
+    """
+    labels = [one.labels for one in runs.values()]
+    if not labels or len(labels) > _MOST or any(one != labels[0] for one in labels):
+        return {}
+    voices = {"truth": labels[0]}
+    for name, one in runs.items():
+        said = one.answers.get("teacher")
+        if said is not None and said not in voices.values():
+            voices["teacher" if "teacher" not in voices else f"teacher of {name}"] = said
+    for name, one in runs.items():
+        final = "fused" if "fused" in one.answers else "class"
+        heads = [head for head in ("class", "distillation", "fused") if head in one.answers]
+        for head in heads if len(runs) <= _FEW else [final]:
+            voices[name if len(heads) == 1 or len(runs) > _FEW else f"{name}, {head}"] = (
+                one.answers[head]
+            )
+    return {
+        one: {other: _differing(mine, theirs) for other, theirs in voices.items()}
+        for one, mine in voices.items()
+    }
+
+
+def _differing(first: list[int], second: list[int]) -> float:
+    return sum(a != b for a, b in zip(first, second, strict=True)) / len(first)

@@ -9,7 +9,7 @@ from deit import checkpoint, outcome, shared_targets
 from deit.arguments import RunArguments
 from deit.at_once import Failed, Planned, check_number, failure_of, train_at_once, train_beside
 from deit.config import Config, derive
-from deit.console import say, table
+from deit.console import percent, say, table
 from deit.disk import hold, write_json
 from deit.errors import (
     CheckpointError,
@@ -19,7 +19,7 @@ from deit.errors import (
     NumericsError,
 )
 from deit.ground import Ground, slug
-from deit.measured import measured
+from deit.measured import Measured, disagreement, measured
 from deit.sweep_file import Point, Sweep, points_of
 from deit.sweep_pictures import draw_sweep
 from deit.sweep_results import best_of, cells, columns, write_results
@@ -78,7 +78,7 @@ def sweep(
     with hold(out, option="--out"):
         write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe})
         failed = _train(below, stores, taught, at_once, retries)
-        rows, found = _rows(below, ground.teachers, trials, failed)
+        rows, found, asked_of = _rows(below, ground.teachers, trials, failed)
         result = {
             "sweep": plan.name,
             "recipe": run.recipe,
@@ -89,6 +89,7 @@ def sweep(
             "seeds": list(plan.seeds),
             "rows": rows,
             "best": best_of(rows, best),
+            "disagreement": disagreement(asked_of),
             "command": f"deit sweep {shlex.join(arguments)}",
             "environment": found["environment"],
         }
@@ -201,8 +202,10 @@ def _train(
 
 def _rows(
     below: list[Planned], teachers: set[str], trials: list[Trial], failed: list[Failed]
-) -> tuple[dict[str, outcome.Row], dict[str, Any]]:
-    """A row for each teacher and point, and the last evaluation. Raises DeitError without any."""
+) -> tuple[dict[str, outcome.Row], dict[str, Any], dict[str, Measured]]:
+    """A row for each teacher and point, the last evaluation, and that of each point's first seed.
+    Raises DeitError where no run is finished."""
+    first: dict[str, Measured] = {}
     rows: dict[str, outcome.Row] = {}
     found: dict[str, Any] = {}
     for one in below:
@@ -219,11 +222,13 @@ def _rows(
         if trial.run.out in reasons:
             row["failed"][str(trial.seed)] = reasons[trial.run.out]
             continue
-        found = measured(trial.run.out).found
+        said = measured(trial.run.out)
+        first.setdefault(trial.point.name, said)
+        found = said.found
         _note(row, trial.seed, trial.run.out, found)
     if not found:
         raise failure_of(failed)
-    return rows, found
+    return rows, found, first
 
 
 def _note(row: outcome.Row, seed: int, out: Path, found: dict[str, Any]) -> None:
@@ -247,5 +252,10 @@ def _print(result: dict[str, Any]) -> None:
         f", mean and standard deviation of {number} seeds" if number > 1 else ""
     )
     table(title, columns(result), cells(result))
-    best = ", ".join(result["best"])
-    say(f"best on the validation split: {best}")
+    shares = result["disagreement"]
+    if len(shares) > 2:
+        rows = [(one, *(percent(share) for share in row.values())) for one, row in shares.items()]
+        table("different answers, % of the images, first seed", ("", *shares), rows)
+    say("best on the validation split:")
+    for place, name in enumerate(result["best"], start=1):
+        say(f"  {place}. {name}")

@@ -144,6 +144,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['split']} images, mean +- standard deviation over seeds; the gain is in points "
         "over the first row.\n\n"
         f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{_class_by_class(result)}"
+        f"{_disagreement(result)}"
         f"Best on the validation split:\n\n{best}\n\n"
         f"`{result['command']}`\n\n{where}\n"
     )
@@ -167,6 +168,19 @@ def _class_by_class(result: dict[str, Any]) -> str:
 
 
 _SHOWN_CLASSES = 20
+
+
+def _disagreement(result: dict[str, Any]) -> str:
+    """Who answers otherwise than whom, in % of the images."""
+    shares = result["disagreement"]
+    if len(shares) < 3:
+        return ""
+    table = [
+        [_escaped(one), *(f"{100 * share:.1f}" for share in row.values())]
+        for one, row in shares.items()
+    ]
+    title = f"Different answers in % of the images, seed {result['seeds'][0]}:"
+    return f"{title}\n\n{markdown_table(['', *map(_escaped, shares)], table)}\n\n"
 
 
 def _escaped(cell: str) -> str:

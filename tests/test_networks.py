@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from deit.config import SIZES, STUDENTS, StudentConfig, has_distillation_token
 from deit.errors import CheckpointError, ConfigError

@@ -18,7 +18,7 @@ import pytest
 import deit
 
 ROOT = Path(__file__).parents[1]
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 CHECK = (
     "import deit.models.student, deit.datasets.views as views\n"
     "print(deit.__file__, deit.models.student.__file__, views.__file__, sep='\\n')"

@@ -9,6 +9,7 @@ import pytest
 from deit import checkpoint, journal, sweep
 from deit.at_once import Failed, Planned
 from deit.config import derive
+from deit.measured import Measured, disagreement
 from deit.presets import OBJECTIVES, TEACHING
 from deit.recipes import digits, digits_ensemble
 from deit.report import HEADS
@@ -305,6 +306,7 @@ def told():
         "seeds": [0, 1],
         "rows": rows,
         "best": best_of(rows, 2),
+        "disagreement": {},
         "command": "deit sweep mine.yaml",
         "environment": {"device_name": "a processor", "commit": "0123456789abcdef"},
     }
@@ -352,6 +354,30 @@ def test_markdown_and_csv_keep_their_columns(told, tmp_path):
     assert [one["status"] for one in rows] == ["finished"] * 5 + ["failed"] * 3
     assert rows[5]["reason"] == "no\nmemory | left"
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(told))
+
+
+def said(labels, **answers):
+    return Measured("chain", {}, {name: list(one) for name, one in answers.items()}, list(labels))
+
+
+def test_who_answers_otherwise_than_whom_by_hand(told):
+    """As in the DeiT paper's Table 4: of few runs every head, and the teacher once."""
+    with_token = said(
+        "0120", teacher="0121", **{"class": "0120"}, distillation="0111", fused="0110"
+    )
+    alone = said("0120", teacher="0121", **{"class": "1120"})
+    shares = disagreement({"distilled": with_token, "undistilled": alone})
+    heads = ["distilled, class", "distilled, distillation", "distilled, fused"]
+    assert list(shares) == ["truth", "teacher", *heads, "undistilled"]
+    assert shares["truth"] == dict(zip(shares, (0, 0.25, 0, 0.5, 0.25, 0.25)))
+    assert shares["teacher"]["undistilled"] == 0.5 == shares["undistilled"]["teacher"]
+    many = disagreement({str(place): with_token for place in range(4)})
+    assert list(many) == ["truth", "teacher", "0", "1", "2", "3"]
+    assert many["truth"]["0"] == 0.25
+    other = said("0121", **{"class": "0121"})
+    assert disagreement({"a": with_token, "b": other}) == {} == disagreement({})
+    text = markdown({**told, "disagreement": shares})
+    assert "| undistilled | 25.0 | 50.0 | 25.0 | 75.0 | 50.0 | 0.0 |" in text.splitlines()
 
 
 def test_a_heat_map_is_the_mean_over_seeds_and_over_what_else_varies(told):
