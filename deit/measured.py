@@ -58,8 +58,9 @@ def disagreement(runs: dict[str, Measured]) -> dict[str, dict[str, float]]:
     voices = {"truth": labels[0]}
     for name, one in runs.items():
         said = one.answers.get("teacher")
-        if said is not None and said not in voices.values():
-            voices["teacher" if "teacher" not in voices else f"teacher of {name}"] = said
+        taught = [answers for voice, answers in voices.items() if voice.startswith("teacher")]
+        if said is not None and said not in taught:
+            voices[f"teacher of {name}" if taught else "teacher"] = said
     for name, one in runs.items():
         final = "fused" if "fused" in one.answers else "class"
         heads = [head for head in ("class", "distillation", "fused") if head in one.answers]

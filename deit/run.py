@@ -1,6 +1,5 @@
 """The wiring of a training run, from a configuration to a finished run folder."""
 
-import shlex
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from torch import nn
 from deit import checkpoint
 from deit.announce import announce, report
 from deit.config import Config, derive, to_dict
-from deit.console import clock, is_main_process, progress, say
+from deit.console import is_main_process, progress, say
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
 from deit.disk import check_space, check_writable, finish_replacing, hold, write_json
@@ -44,6 +43,7 @@ from deit.restoring import (
 )
 from deit.saving import close_epoch, finish, save, space_of
 from deit.sharding import divide, mesh_of, number_of_parts
+from deit.summary import print_summary, summary_of
 from deit.teaching import Faculty
 from deit.validation import validate
 
@@ -111,10 +111,8 @@ def train(
         _fit(parts, interruption)
         result = finish(parts)
         accelerator.wait_for_everyone()
-        say(
-            f"finished in {clock(result['seconds'])}; "
-            f"next: python evaluate_deit.py {shlex.quote(str(out))}"
-        )
+        if accelerator.is_main_process:
+            print_summary(summary_of(config, out, result))
         interruption.check(now=True)  # who called may have more to do, and should not
     return result
 

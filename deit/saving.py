@@ -11,6 +11,7 @@ from deit.disk import write_json
 from deit.engine import Tally
 from deit.faults import reach
 from deit.manifest import Content, digests
+from deit.metrics import agreement
 from deit.models.saved import save_student, save_weights
 from deit.optimizer_state import optimizer_tensors, save_optimizer
 from deit.parts import Parts
@@ -124,6 +125,7 @@ def finish(parts: Parts) -> dict[str, Any]:
         "samples_seen": state.samples_seen,
         "seconds": state.seconds,
         "skipped": state.skipped,
+        "teacher_top1": _teacher_top1(parts),
         "best": state.best,
         "chain": state.chain,
         "fingerprint": state.fingerprint,
@@ -135,6 +137,13 @@ def finish(parts: Parts) -> dict[str, Any]:
         reach("finish")
         write_json(parts.out / checkpoint.RESULT, result)
     return result
+
+
+def _teacher_top1(parts: Parts) -> float | None:
+    """The teacher's own accuracy on the validation split, where it was asked."""
+    if parts.teacher_answers is None:
+        return None
+    return agreement(parts.teacher_answers.cpu(), parts.splits.validation.labels.cpu())
 
 
 def checkpoint_bytes(parts: Parts) -> int:

@@ -147,6 +147,7 @@ PLAN = {
     "deit.at_once": place(2, "torch"),
     "deit.comparison": place(8),
     "deit.outcome": place(5),
+    "deit.summary": place(5),
     "deit.measured": place(6),
     "deit.sweep_file": place(5, "yaml"),
     "deit.sweeps": place(6),

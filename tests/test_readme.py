@@ -84,6 +84,8 @@ def place(tmp_path_factory):
     (place / "names.txt").write_text("ant\nbee\n")
     recipe = re.search(r"```python\n(# mine\.py\n.*?)```", README, re.DOTALL).group(1)
     (place / "mine.py").write_text(recipe)
+    sweep = re.search(r"```yaml\n(# heat\.yaml.*?)```", README, re.DOTALL).group(1)
+    (place / "heat.yaml").write_text(sweep)
     return place
 
 
@@ -116,6 +118,9 @@ def test_our_commands_run_in_the_readmes_order(place, monkeypatch, capsys):
             arguments += ["--views.teacher_crops", "3"] if "teaching" in arguments else []
         elif name == "train":
             arguments = [*arguments, *SMALL[arguments[0]]]
+        elif name == "sweep":
+            arguments = [*arguments, *SMALL["digits"], "--seeds", "0"]
+            arguments += taught["digits"]
         elif name == "finetune":
             arguments = [*arguments, *QUICK, "--teacher.allow_weak"]
         elif name == "targets" and arguments[0] == "write":

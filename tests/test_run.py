@@ -281,9 +281,10 @@ def test_every_recipe_takes_a_step(name, tmp_path):
     )
     sources = (f"{stub}:teacher",) * len(config.teacher.source)
     changes = {"teacher": {"source": sources, "allow_weak": True}}
+    unseen = ("bee",) if config.data.held_out else ()
     config = derive(
         config,
-        data={"source": "folder", "root": str(tmp_path / "data")},
+        data={"source": "folder", "root": str(tmp_path / "data"), "held_out": unseen},
         optim={"batch_size": 4, "lr": 1e-3, "lr_reference_batch": None},
         start={"source": None},  # random weights: the run it would start from is not here
         **(changes if config.loss.kind != "none" else {}),

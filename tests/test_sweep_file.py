@@ -1,6 +1,8 @@
 """A sweep file: what it may say, which configurations follow, and every mistake in one line."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -204,3 +206,12 @@ def test_points_are_configurations_that_can_be_written_down(tmp_path):
     assert [text_of(value) for value in (None, 0.5, 1e-5, [1, 2], "a", True)] == [
         *("none", "0.5", "1e-05", "1,2", "a", "True")
     ]
+
+
+def test_the_file_of_the_documentation_is_one(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "sweeps.md").read_text()
+    text = re.search(r"```yaml\n(.*?)```", page, re.DOTALL).group(1)
+    sweep = read(tmp_path, text)
+    assert len(points_of(sweep, RECIPES[sweep.recipe]())) == 3 * 2 * 2
+    named = set(re.findall(r"`([a-z0-9-]+)`", page.split("## What has a name")[1].split("##")[0]))
+    assert named >= set(SWEEPS)

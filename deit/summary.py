@@ -1,0 +1,80 @@
+"""What a finished run came to, in ten seconds for a person and as plain values for a program."""
+
+import shlex
+import statistics
+from pathlib import Path
+from typing import Any
+
+from deit import journal
+from deit.config import Config
+from deit.console import clock, percent, say
+from deit.saving import selected_top1
+
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 40
+
+
+def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """A finished run in plain values: its time and speed, the epoch of the best weights, their
+    validation top-1 by head and the teacher's, and the curve of the number that selects them.
+
+    result: what its result.json holds.
+    """
+    rows = journal.read(out / journal.METRICS)
+    measured = [row for row in rows if "loader" in row]
+    best = {name: value for name, value in result["best"].items() if name.endswith("_top1")}
+    return {
+        "run": str(out),
+        "student": config.student.name,
+        "epochs": result["epochs"],
+        "seconds": result["seconds"],
+        "images_per_s": _median(row["images_per_s"] for row in measured),
+        "loader_share": _median(row["loader"]["share"] for row in measured),
+        "skipped": result["skipped"],
+        "best_epoch": result["best"]["epoch"],
+        "best": {name.removesuffix("_top1"): value for name, value in best.items()},
+        "agreement": result["best"].get("agreement"),
+        "teacher": result.get("teacher_top1"),
+        "curve": [
+            [row["epoch"], selected_top1(row["validation"])] for row in rows if "validation" in row
+        ],
+    }
+
+
+def _median(values: Any) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
+
+
+def print_summary(told: dict[str, Any]) -> None:
+    """The same for a person, with what could be done next. told: what `summary_of` returns."""
+    run = shlex.quote(told["run"])
+    speed = ""
+    if told["images_per_s"] is not None:
+        share = percent(told["loader_share"])
+        speed = f", {told['images_per_s']:,.0f} images/s (loader {share} %)"
+    left_out = f", {told['skipped']} updates left out" if told["skipped"] else ""
+    say(f"\nfinished in {clock(told['seconds'])}: {told['epochs']} epochs{speed}{left_out}")
+    heads = [f"{name.replace('_', ' ')} {percent(top1)}" for name, top1 in told["best"].items()]
+    heads += [f"= teacher {percent(told['agreement'])}"] * (told["agreement"] is not None)
+    heads += [f"the teacher itself {percent(told['teacher'])}"] * (told["teacher"] is not None)
+    say(f"  validation top-1 %: {', '.join(heads)} (best weights: epoch {told['best_epoch']})")
+    values = [value for _, value in told["curve"]]
+    if len(values) > 1:
+        low, high = min(values), max(values)
+        say(f"  over the epochs: {sparkline(values)} {percent(low)} to {percent(high)}")
+    say(
+        "next:\n"
+        f"  python evaluate_deit.py {run}      the test split, head by head\n"
+        f"  deit export {run} --format timm      for timm and transformers"
+    )
+
+
+def sparkline(values: list[float], width: int = _WIDTH) -> str:
+    """Values as a line of bars, the lowest flat and the highest full; of many the last of each of
+    `width` stretches."""
+    if len(values) > width:
+        values = [values[(place + 1) * len(values) // width - 1] for place in range(width)]
+    low, high = min(values), max(values)
+    steps = len(_BARS) - 1
+    return "".join(_BARS[round((value - low) / ((high - low) or 1) * steps)] for value in values)

@@ -1,0 +1,66 @@
+"""The end of a run: numbers a person reads in ten seconds, the same as plain values."""
+
+import json
+
+import pytest
+
+from deit import checkpoint, journal
+from deit.config import derive
+from deit.recipes import digits_teacher
+from deit.run import train
+from deit.summary import print_summary, sparkline, summary_of
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest():
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([0.3]) == "▁"
+    assert sparkline([0.2, 0.2]) == "▁▁"
+    long = sparkline([place / 99 for place in range(100)], width=8)
+    assert long == "▁▂▃▄▅▆▇█"
+    assert len(sparkline(list(range(41)))) == 40
+
+
+def test_a_run_ends_with_its_numbers_and_what_could_be_next(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    config = derive(digits_teacher(), optim={"epochs": 4, "warmup_epochs": 1})
+    train(config, tmp_path / "my run")
+    said = capsys.readouterr().out
+    end = said[said.index("finished in") :]
+    result = checkpoint.result_of(tmp_path / "my run")
+    told = summary_of(config, tmp_path / "my run", result)
+    rows = journal.read(tmp_path / "my run" / journal.METRICS)
+    assert told["curve"] == [
+        [row["epoch"], row["validation"]["class_top1"]] for row in rows if "validation" in row
+    ]
+    assert told["best"] == {"class": result["best"]["top1"]}
+    assert told["teacher"] is result["teacher_top1"] is None
+    assert json.loads(json.dumps(told)) == told
+    assert f"class {100 * told['best']['class']:.1f} (best weights: epoch" in end
+    assert "4 epochs, " in end
+    assert f"python evaluate_deit.py '{tmp_path / 'my run'}'" in end
+    assert len(end.splitlines()) <= 10
+
+
+def test_everything_that_is_known_is_told(capsys):
+    told = {
+        "run": "r",
+        "student": "deit_micro",
+        "epochs": 300,
+        "seconds": 7000.0,
+        "images_per_s": 12345.6,
+        "loader_share": 0.021,
+        "skipped": 2,
+        "best_epoch": 290,
+        "best": {"class": 0.9, "distillation": 0.91, "fused": 0.92, "average_fused": 0.93},
+        "agreement": 0.95,
+        "teacher": 0.96,
+        "curve": [[1, 0.1], [300, 0.93]],
+    }
+    print_summary(told)
+    said = capsys.readouterr().out
+    assert "finished in 1 h 56 min: 300 epochs, 12,346 images/s (loader 2.1 %), 2 updates" in said
+    assert "class 90.0, distillation 91.0, fused 92.0, average fused 93.0" in said
+    assert "= teacher 95.0, the teacher itself 96.0 (best weights: epoch 290)" in said
+    assert "▁█ 10.0 to 93.0" in said
+    print_summary(told | {"images_per_s": None, "agreement": None, "teacher": None, "curve": []})
+    assert "None" not in capsys.readouterr().out
