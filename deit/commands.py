@@ -320,6 +320,22 @@ def sweep(arguments: list[str], program: str) -> None:
     )
 
 
+def report(arguments: list[str], program: str) -> None:
+    """One page about runs and sweeps: curves, classes, calibration, attention, views; PNG, CSV."""
+    parser = Parser(
+        prog=program,
+        description="Write one self-contained HTML page about finished runs and sweeps, with every "
+        "chart as PNG and every table as CSV beside it.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run or sweep folder")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder (report)")
+    parser.add_argument("--force", action="store_true", help="let --out replace a report")
+    options = parser.parse_args(arguments)
+    from deit.report import report
+
+    report(options.runs, options.out, force=options.force)
+
+
 def scan(arguments: list[str], program: str) -> None:
     """Look at every image of a data set: what is there, what is bad, what lies there twice."""
     parser = Parser(
@@ -518,6 +534,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "export": export,
     "compare": compare,
     "sweep": sweep,
+    "report": report,
     "scan": scan,
     "views": views,
     "targets": targets,

@@ -11,11 +11,11 @@ from deit.at_once import Planned, check_number, train_at_once
 from deit.config import Config, derive
 from deit.console import is_main_process, say, table
 from deit.disk import check_file, write_json
+from deit.drawing import COLUMNS, comparison_cells, draw_comparison
 from deit.errors import ConfigError, EnvironmentFault
 from deit.evaluation import evaluate
 from deit.ground import Ground, slug
 from deit.outcome import new_row, note
-from deit.report import COLUMNS, comparison_cells, draw_comparison
 from deit.run import train
 from deit.studies import STUDIES
 from deit.target_writer import write_targets

@@ -97,6 +97,9 @@ Linear = Literal["auto", "torch", "onednn"]
 Layouts = Annotated[
     tuple[Literal["auto", "contiguous", "channels_last"], ...], BeforeValidator(_listed)
 ]
+Trackers = Annotated[
+    tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_listed)
+]
 Trained = Literal["all", "heads", "attention"]
 
 
@@ -404,6 +407,8 @@ class RunConfig:
     update; the batch stays."""
     max_skipped: Count = 10
     """Updates in a row that may be left out because loss or gradient is not finite."""
+    trackers: Trackers = ()
+    """Where metrics go besides the run folder: tensorboard, wandb, mlflow, trackio."""
     timeout: Positive = 300.0
     """Seconds after which a process that does not answer counts as lost."""
 
@@ -442,6 +447,7 @@ RESUMABLE = (
     "run.keep_checkpoints",
     "run.fit_memory",
     "run.max_skipped",
+    "run.trackers",
     "run.timeout",
 )
 """Settings that say where and how to compute, not what: a resumed run may change them."""

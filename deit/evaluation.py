@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint
-from deit.config import Config, DataConfig, StartConfig, TeacherConfig, code_of, derive
+from deit.config import Config, DataConfig, StartConfig, Storage, TeacherConfig, code_of, derive
 from deit.console import warn
 from deit.datasets.images import Encoded, Images
+from deit.datasets.sources import LISTINGS
 from deit.datasets.splits import held_out, load_splits
 from deit.datasets.variants import load_variant
 from deit.ensembles import combine
@@ -41,12 +42,14 @@ HEADS = ("class", "distillation", "fused", "fused_softmax")
 class Examined(NamedTuple):
     """What evaluation found, and the answers it counted, int64 [images], by head and `teacher`.
 
-    labels: int64 [images]; None where several answers are right. images: what picks the images and
-    numbers the classes, the same for the same ones.
+    confidence: the probability that each gave its answer, float32 [images]. labels: int64 [images];
+    None where several answers are right. images: what picks the images and numbers the classes, the
+    same for the same ones.
     """
 
     found: dict[str, Any]
     answers: dict[str, Tensor]
+    confidence: dict[str, Tensor]
     labels: Tensor | None
     images: tuple[Any, ...]
 
@@ -67,6 +70,7 @@ def examine(
     resolution: int | None = None,
     crop: float | None = None,
     variant: str | None = None,
+    storage: Storage | None = None,
     cost: bool = False,
 ) -> Examined:
     """Measure a run's student on a split.
@@ -75,7 +79,8 @@ def examine(
     teacher: whom to agree with; None: the run's own teacher, "none": nobody. resolution: side [px]
     of its input, if not what it was trained at; its position embedding is resized. crop: as
     views.evaluation_crop. variant: one of ImageNet's other test sets, from `root`; without a
-    teacher. cost: whether parameters, arithmetic, memory and speed are measured.
+    teacher. storage: as data.storage, of image files. cost: whether parameters, arithmetic, memory
+    and speed are measured.
 
     `heads` holds class, distillation, fused (mean of logits) and fused_softmax (mean of softmax):
     top1, top5, calibration_error in [0, 1]. A student with one head has that head as `fused` too,
@@ -83,7 +88,9 @@ def examine(
     """
     config, saved = find_run(run, checkpoint)
     student, facts = student_at(saved, resolution)
-    config = _asked(config, root=root, device=device, resolution=resolution, crop=crop)
+    config = as_asked(config, root=root, device=device, resolution=resolution, crop=crop)
+    if storage is not None and config.data.source in LISTINGS:
+        config = derive(config, data={"storage": storage})
     accelerator = create_accelerator(config.run)
     asked = _images(config, facts, run, split, variant, root)
     if len(asked.images.labels) < accelerator.num_processes:
@@ -108,6 +115,7 @@ def examine(
         interruption.check(now=True)
     heads = {name: logits[:, asked.columns] for name, logits in head_logits(outputs).items()}
     answers = {name: logits.argmax(dim=1) for name, logits in heads.items()}
+    confidence = {name: _confidence(logits) for name, logits in heads.items()}
     named_heads = {name: _measure(heads.get(name), asked.labels) for name in HEADS}
     tokens = [name for name in heads if name.startswith("distillation_")]
     named_heads |= {name: _measure(heads[name], asked.labels) for name in tokens}
@@ -137,12 +145,13 @@ def examine(
         combined = _combined(config, together)
         found["teacher"] = _measure(combined, asked.labels)
         answers["teacher"] = combined.argmax(dim=1)
+        confidence["teacher"] = _confidence(combined)
         if len(said) > 1:
             found["teachers"] = {
                 name: _measure(logits, asked.labels) for name, logits in said.items()
             }
     if asked.labels.dtype == torch.bool:
-        return Examined(found, answers, None, ())
+        return Examined(found, answers, confidence, None, ())
     found["agreement"] = _agreements(answers, asked.labels)
     final = answers.get("fused", answers["class"])
     held = {facts.class_names[label] for label in held_out(config.data, facts.class_names)}
@@ -150,7 +159,12 @@ def examine(
         found |= _seen_and_unseen(answers, asked.labels, held, found["class_names"])
     found["per_class"] = _per_class(answers, asked.labels, tuple(found["class_names"]))
     found["confusion"] = confusion(final, asked.labels, len(asked.columns)).tolist()
-    return Examined(found, answers, asked.labels, _picks(config.data, asked.name, found))
+    picks = _picks(config.data, asked.name, found)
+    return Examined(found, answers, confidence, asked.labels, picks)
+
+
+def _confidence(logits: Tensor) -> Tensor:
+    return logits.float().softmax(dim=1).amax(dim=1)
 
 
 def _picks(data: DataConfig, split: str, found: dict[str, Any]) -> tuple[Any, ...]:
@@ -191,15 +205,15 @@ def _images(
     return _Asked(images, list(range(len(facts.class_names))), images.labels, split)
 
 
-def _asked(
+def as_asked(
     config: Config,
     *,
-    root: str | None,
-    device: str | None,
-    resolution: int | None,
-    crop: float | None,
+    root: str | None = None,
+    device: str | None = None,
+    resolution: int | None = None,
+    crop: float | None = None,
 ) -> Config:
-    """The run's configuration with what evaluation was asked to do otherwise."""
+    """A run's configuration for evaluating it, with what was asked to be otherwise."""
     teacher = config.teacher
     if resolution is not None:
         config = replace(at_resolution(config, resolution), teacher=teacher)

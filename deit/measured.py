@@ -14,32 +14,44 @@ from deit.typed_json import read_typed
 @dataclass(frozen=True)
 class Measured:
     """An evaluation on the test split. found: as deit.evaluation.evaluate returns it. answers: the
-    class of each image by head and `teacher`; labels: the true ones. chain: the last link of the
-    run's chain of hashes, by which another run in the same place is told."""
+    class of each image by head and `teacher`, confidence: the probability it was given with;
+    labels: the true ones. chain: the last link of the run's chain of hashes, by which another run
+    in the same place is told."""
 
     chain: str
     found: dict[str, Any]
     answers: dict[str, list[int]]
+    confidence: dict[str, list[float]]
     labels: list[int]
 
 
-def measured(out: Path) -> Measured:
+def measured(out: Path, *, elsewhere: Path | None = None, **asked: Any) -> Measured:
     """The evaluation of a finished run, from the file beside its folder if that is of this run.
 
-    Raises the errors of deit.errors.
+    elsewhere: where it is written if there is none; None: beside the folder. asked: as
+    deit.evaluation.examine takes it. Raises the errors of deit.errors.
     """
-    path, chain = out.with_name(f"{out.name}.evaluation.json"), checkpoint.result_of(out)["chain"]
-    if path.is_file():
-        try:
-            before = read_typed(path, Measured)
-            if before.chain == chain:
-                return before
-        except CheckpointError:
-            pass  # cut off, or of another release: made anew
-    examined = examine(out)
+    result = checkpoint.result_of(out)
+    if result is None:
+        raise CheckpointError(f"{out}: is not finished; the same command with --resume goes on")
+    beside = out.with_name(f"{out.name}.evaluation.json")
+    for path in (beside, elsewhere):
+        if path is not None and path.is_file():
+            try:
+                before = read_typed(path, Measured)
+                if before.chain == result["chain"]:
+                    return before
+            except CheckpointError:
+                pass  # cut off, or of another release: made anew
+    examined = examine(out, **asked)
     answers = {name: answer.tolist() for name, answer in examined.answers.items()}
-    now = Measured(chain, examined.found, answers, examined.labels.tolist())
-    write_json(path, asdict(now))
+    confidence = {
+        name: [round(one, 5) for one in shares.tolist()]
+        for name, shares in examined.confidence.items()
+    }
+    labels = examined.labels.tolist()
+    now = Measured(result["chain"], examined.found, answers, confidence, labels)
+    write_json(elsewhere or beside, asdict(now))
     return now
 
 

@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from deit.config import Config, peak_lr
 from deit.console import percent
+from deit.drawing import markdown_table
 from deit.models.saved import Facts
-from deit.report import markdown_table
 from deit.seats import members
 
 _LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "pt2": "pytorch"}

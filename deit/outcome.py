@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from deit import checkpoint, journal
-from deit.report import HEADS
+from deit.drawing import HEADS
 from deit.saving import selected_top1
 
 Row = dict[str, Any]

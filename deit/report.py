@@ -1,263 +1,212 @@
-"""Numbers of finished comparisons as tables and pictures; reads plain values only, no torch."""
+"""`deit report`: one page of HTML about runs and sweeps, with its charts and tables beside it."""
 
-import statistics
-from collections.abc import Iterable
+import time
 from pathlib import Path
 from typing import Any
 
-from deit.errors import EnvironmentFault
+from deit import charts, checkpoint, journal, page
+from deit.config import Config
+from deit.console import clock, percent, say, warn
+from deit.disk import check_writable, put_file, size
+from deit.errors import CheckpointError, ConfigError
+from deit.ground import slug
+from deit.measured import disagreement, measured
+from deit.run_pictures import Pictures, draw_run
+from deit.run_sections import View, card_of, sections_of, write_csv
+from deit.summary import summary_of
+from deit.sweep_results import MANIFEST
+from deit.sweep_sections import sections_of_sweep
+from deit.typed_json import read_typed
+from deit.validation import load
 
-HEADS = ("class", "distillation", "fused")
-_COLOURS = {"teacher": "#6b7280", "distilled": "#0f766e", "undistilled": "#c2410c"}
-
-
-def summary(values: list[float | None], *, scale: float = 1, digits: int = 1) -> str:
-    """`97.2`, or for several values `97.2 +- 0.3` (sample standard deviation); `-` for none."""
-    if any(value is None for value in values):
-        return "-"
-    scaled = [scale * value for value in values]
-    mean = f"{statistics.mean(scaled):.{digits}f}"
-    return f"{mean} +- {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else mean
-
-
-def comparison_cells(name: str, row: dict[str, Any]) -> list[str]:
-    """A row of the comparison table: name, top-1 % by head, agreement with the teacher, seconds."""
-    shares = [[top1[head] for top1 in row["top1"]] for head in HEADS] + [row["agreement"]]
-    return [
-        name,
-        *(summary(values, scale=100) for values in shares),
-        summary(row["seconds"], digits=0),
-    ]
+PAGE = "index.html"
+_LARGE = 2 * 2**20
 
 
-COLUMNS = ("", "class head", "distillation head", "fused", "= teacher", "seconds")
+def report(paths: list[Path], out: Path, *, force: bool) -> Path:
+    """Write the page of finished runs and sweeps into a folder, as index.html, and beside it every
+    chart as PNG and every table as CSV. Returns the page.
 
-
-def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table, first column to the left, the others to the right."""
-    columns = list(columns)
-    lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def draw_comparison(result: dict[str, Any], path: Path) -> None:
-    """Validation accuracy over the epochs, and final test accuracy by head, as a PNG.
-
-    Of other studies than `worth` one accuracy of each arm. result: what deit.comparison.compare
-    returns. Raises EnvironmentFault without matplotlib.
+    force: whether a report in the folder may be replaced. Raises the errors of deit.errors before
+    the first picture is drawn.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
-    seeds = len(result["seeds"])
-    study = result.get("study", "worth")
-    title = f"{result['recipe']}: {_TITLES[study]} ({seeds} seed{'s' * (seeds > 1)})"
-    if study == "worth" and set(result["rows"]) <= set(_COLOURS):
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        curves, heads = figure.subplots(1, 2, width_ratios=(3, 2))
-        _draw_curves(curves, result)
-        _draw_heads(heads, result)
-    elif study == "patience":
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        _draw_patience(figure.subplots(), result)
-    else:
-        figure = Figure(figsize=(7, 1.2 + 0.32 * len(result["rows"])), layout="constrained")
-        _draw_arms(figure.subplots(), result)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-
-
-_TITLES = {
-    "worth": "what the teacher is worth",
-    "teaching": "what teacher and student see",
-    "patience": "accuracy against epochs",
-    "ensemble": "teachers together and alone",
-    "resolution": "fine-tuning at another resolution",
-    "table-2": "what each teacher is worth",
-    "table-3": "ways of distilling",
-    "table-4": "who decides like whom",
-    "table-8": "what each part is worth",
-    "sweep": "its runs",
-}
-
-
-def _final(row: dict[str, Any]) -> list[float]:
-    """Test top-1 in %, a value a seed, of the fused answer or the only head."""
-    return [
-        100 * (top1["class"] if top1["fused"] is None else top1["fused"]) for top1 in row["top1"]
-    ]
-
-
-def _draw_arms(axes: Any, result: dict[str, Any]) -> None:
-    """Test accuracy of each arm: a dot a seed, the mean as a bar with its number; the best on top,
-    teachers as dashed lines."""
-    arms = {name: _final(row) for name, row in result["rows"].items() if not row["teacher"]}
-    order = sorted(arms, key=lambda name: statistics.mean(arms[name]))
-    for place, name in enumerate(order):
-        mean = statistics.mean(arms[name])
-        colour = _COLOURS["undistilled" if name == "none" else "distilled"]
-        axes.plot(arms[name], [place] * len(arms[name]), ".", color=colour, alpha=0.6)
-        axes.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=3)
-        axes.annotate(
-            f"{mean:.1f}",
-            (1.01, place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=8,
-            color=colour,
-        )
-    styles = ("--", ":", "-.")
-    for style, (name, row) in zip(styles * 9, result["rows"].items()):
-        if row["teacher"]:
-            mean = statistics.mean(_final(row))
-            axes.axvline(
-                mean, color=_COLOURS["teacher"], linestyle=style, label=f"{name}, {mean:.1f}"
-            )
-    axes.set_yticks(range(len(order)), order)
-    axes.set(xlabel="test top-1 %")
-    axes.grid(axis="x", alpha=0.25)
-    if any(row["teacher"] for row in result["rows"].values()):
-        axes.legend(loc="upper left", frameon=False, fontsize=8)
-
-
-def _draw_patience(axes: Any, result: dict[str, Any]) -> None:
-    """Test accuracy against the epochs of training, with the teacher and without."""
-    for kind in ("distilled", "undistilled"):
-        rows = [row for name, row in result["rows"].items() if name.startswith(f"{kind}-")]
-        if not rows:
-            continue
-        epochs = [row["epochs"] for row in rows]
-        means = [statistics.mean(_final(row)) for row in rows]
-        axes.plot(epochs, means, color=_COLOURS[kind], label=kind)
-        for row in rows:
-            values = _final(row)
-            dots = [row["epochs"]] * len(values)
-            axes.plot(dots, values, ".", color=_COLOURS[kind], alpha=0.6)
-    for name, row in result["rows"].items():
-        if row["teacher"]:
-            mean = statistics.mean(_final(row))
-            axes.axhline(
-                mean, color=_COLOURS["teacher"], linestyle="--", label=f"{name}, {mean:.1f}"
-            )
-    ticks = sorted({row["epochs"] for row in result["rows"].values() if not row["teacher"]})
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set(xlabel="epochs", ylabel="test top-1 %")
-    axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", frameon=False)
-
-
-def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Accuracy against images/s, a point a row (the figure of the DeiT paper), as a PNG.
-
-    rows: by name, what deit.evaluation.evaluate returns, with `cost`; bars go from the slowest to
-    the fastest round. Raises EnvironmentFault without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    runs = list(dict.fromkeys(row["run"] for row in rows.values()))
-    palette = ("#0f766e", "#c2410c", "#6b7280", "#1d4ed8", "#a21caf", "#4d7c0f")
-    for run, colour in zip(runs, palette * len(runs)):
-        own = {name: row for name, row in rows.items() if row["run"] == run}
-        speeds = [row["cost"]["images_per_s"] for row in own.values()]
-        shares = [100 * row["heads"]["fused"]["top1"] for row in own.values()]
-        spread = [row["cost"]["spread"] for row in own.values()]
-        errors = [
-            [speed - low for speed, (low, _) in zip(speeds, spread)],
-            [high - speed for speed, (_, high) in zip(speeds, spread)],
-        ]
-        label, *_ = next(iter(own)).split(", ")
-        axes.errorbar(
-            speeds, shares, xerr=errors, fmt="o", color=colour, alpha=0.8, capsize=2, label=label
-        )
-        for crop in {row["evaluation_crop"] for row in own.values()}:
-            same = [row["evaluation_crop"] == crop for row in own.values()]
-            line = [[x for x, here in zip(xs, same) if here] for xs in (speeds, shares)]
-            axes.plot(*line, color=colour, alpha=0.5)
-        for name, speed, share in zip(own, speeds, shares):
-            _, _, changed = name.partition(", ")  # the run itself is in the legend
-            axes.annotate(
-                changed,
-                (speed, share),
-                textcoords="offset points",
-                xytext=(5, 5),
-                fontsize=8,
-                color=colour,
-            )
-    first = next(iter(rows.values()))
-    axes.set_xscale("log")
-    axes.margins(x=0.2, y=0.15)
-    axes.set(
-        xlabel=f"images/s ({first['environment']['device_name']})",
-        ylabel=f"{first['split']} top-1 %",
+    started = time.monotonic()
+    sweeps = {
+        path: read_typed(path / "results.json", dict[str, Any])
+        for path in paths
+        if (path / MANIFEST).is_file()
+    }
+    runs = [path for path in paths if path not in sweeps]
+    names = _names(paths)
+    for run in runs:
+        _check_run(run)
+    _check_folder(out, force)
+    out.mkdir(parents=True, exist_ok=True)
+    views = {run: _view(run, names[run], out) for run in runs}
+    body = []
+    if len(paths) > 1:
+        body.append(page.links({names[path]: slug(names[path]) for path in paths}))
+    if len(views) > 1:
+        body.append(page.section("Side by side", _side_by_side(list(views.values()), out)))
+    for path in paths:
+        anchor = slug(names[path])
+        if path in sweeps:
+            parts = sections_of_sweep(sweeps[path], out, anchor) + _best_of(path, sweeps[path], out)
+        else:
+            parts = _of_run(path, views[path], out)
+        alone = len(paths) == 1  # its name is the title of the page
+        body += parts if alone else [page.section(names[path], parts, anchor=anchor)]
+    title = names[paths[0]] if len(paths) == 1 else f"{len(paths)} reports"
+    kinds = [f"{len(runs)} run{'s' * (len(runs) != 1)}"] * bool(runs)
+    kinds += [f"{len(sweeps)} sweep{'s' * (len(sweeps) != 1)}"] * bool(sweeps)
+    whole = page.page(
+        title,
+        f"{' and '.join(kinds)}: {', '.join(map(str, paths))}",
+        body,
+        foot="Written by deit report. This page is one file and asks the network for nothing; "
+        "charts (PNG) and tables (CSV) lie beside it.",
     )
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_minor_formatter("{x:,.0f}")
-    axes.tick_params(axis="x", which="both", labelsize=7, labelrotation=30)
-    axes.grid(alpha=0.25, which="both")
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    written = out / PAGE
+    put_file(written, whole.encode())
+    bytes_ = written.stat().st_size
+    if bytes_ > _LARGE:
+        warn(f"{written}: {size(bytes_)}; fewer runs make a smaller page")
+    say(f"wrote {written} ({size(bytes_)}) in {clock(time.monotonic() - started)}")
+    return written
 
 
-def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
-    """Validation accuracy over the epochs, one line a seed; the teacher as a level."""
-    shown = []
-    for name, row in result["rows"].items():
-        colour = _COLOURS[name]
-        if name == "teacher":
-            level = 100 * statistics.mean(curve[-1][1] for curve in row["curves"])
-            axes.axhline(level, color=colour, linestyle="--", label=f"teacher, {level:.1f}")
-            shown.append(level)
-            continue
-        for index, curve in enumerate(row["curves"]):
-            epochs, values = zip(*((epoch, 100 * top1) for epoch, top1 in curve))
-            axes.plot(epochs, values, color=colour, alpha=0.8, label=None if index else name)
-            shown += values
-    axes.set(xlabel="epoch", ylabel="validation top-1 %", ylim=_limits(shown))
-    axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", frameon=False)
+def _names(paths: list[Path]) -> dict[Path, str]:
+    """What each is called: its folder, in full where two are called the same."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ConfigError("a run is named twice; once is enough")
+    short = [path.resolve().name for path in paths]
+    return {path: name if short.count(name) == 1 else str(path) for path, name in zip(paths, short)}
 
 
-def _draw_heads(axes: Any, result: dict[str, Any]) -> None:
-    """Test accuracy by head: a dot a seed, the mean as a bar with its number."""
-    ticks, labels, shown = [], [], []
-    place = 0.0
-    for name, row in result["rows"].items():
-        for head in HEADS:
-            values = [100 * top1[head] for top1 in row["top1"] if top1[head] is not None]
-            if not values:
-                continue
-            mean = statistics.mean(values)
-            axes.plot([place] * len(values), values, ".", color=_COLOURS[name], alpha=0.6)
-            axes.plot([place - 0.35, place + 0.35], [mean, mean], color=_COLOURS[name], linewidth=3)
-            axes.annotate(
-                f"{mean:.1f}",
-                (place, mean),
-                textcoords="offset points",
-                xytext=(0, 4),
-                ha="center",
-                fontsize=8,
-                color=_COLOURS[name],
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
-            )
-            ticks.append(place)
-            labels.append(name if name == "teacher" else f"{name}, {head}")
-            shown += values
-            place += 1
-        place += 0.5
-    axes.set_xticks(ticks, labels, fontsize=7, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set(ylabel="test top-1 %", ylim=_limits(shown))
-    axes.grid(axis="y", alpha=0.25)
+def _check_run(run: Path) -> None:
+    """Raises CheckpointError for what is no finished run."""
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such run folder")
+    if not (run / checkpoint.CONFIG).is_file():
+        raise CheckpointError(f"{run}: neither a run (no {checkpoint.CONFIG}) nor a sweep")
+    if checkpoint.result_of(run) is None:
+        raise CheckpointError(f"{run}: is not finished; its command with --resume goes on")
 
 
-def _limits(values: list[float]) -> tuple[float, float]:
-    """Axis limits with room for the numbers above the highest value."""
-    low, high = min(values), max(values)
-    room = max(high - low, 1.0)
-    return low - 0.1 * room, high + 0.15 * room
+def _check_folder(out: Path, force: bool) -> None:
+    """Refuse a folder that holds something else than a report. Raises ConfigError."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file, not a folder")
+    check_writable(out, option="--out")
+    inside = list(out.iterdir()) if out.is_dir() else []
+    if inside and not (out / PAGE).is_file():
+        raise ConfigError(f"--out {out}: holds something, but no report; give another --out")
+    if inside and not force:
+        raise ConfigError(f"--out {out}: holds a report already; --force replaces it")
+
+
+def _view(run: Path, name: str, out: Path) -> View:
+    config: Config = load(run / checkpoint.CONFIG)
+    kept = out / f"{slug(name)}.evaluation.json"
+    return View(
+        name,
+        slug(name),
+        config,
+        read_typed(run / checkpoint.ENVIRONMENT, dict[str, Any]),
+        journal.read(run / journal.METRICS),
+        summary_of(config, run, checkpoint.result_of(run)),
+        measured(run, elsewhere=kept, storage="files", cost=True),
+    )
+
+
+def _of_run(run: Path, view: View, out: Path) -> list[str]:
+    parts = sections_of(view, out)
+    pictures = draw_run(run, view.measured, out, view.slug)
+    return [*parts, *_pictures(pictures), page.part("Run card", [card_of(view)])]
+
+
+def _pictures(pictures: Pictures) -> list[str]:
+    parts = []
+    if pictures.hardest:
+        images = (
+            page.figure(page.picture(one.picture, one.lines[0]), "\n".join(one.lines))
+            for one in pictures.hardest
+        )
+        told = "Answered wrongly: first where the teacher is right, the surest first."
+        shown = [page.paragraph(told, "note"), page.gallery(images)]
+        parts.append(page.part("Hardest images", shown))
+    if pictures.attention is not None:
+        told = "Attention rolled out from the last block to the image, for each token."
+        picture = page.picture(pictures.attention, "attention of the tokens on some images")
+        parts.append(page.part("What the tokens look at", [page.figure(picture, told)]))
+    if pictures.views is not None:
+        told = "The first training views: the image, what the student sees, what the teacher sees."
+        picture = page.picture(pictures.views, "a sheet of training views")
+        parts.append(page.part("Views", [page.figure(picture, told)]))
+    return parts
+
+
+def _best_of(sweep: Path, result: dict[str, Any], out: Path) -> list[str]:
+    """The best point's first run, folded."""
+    if not result["best"]:
+        return []
+    name = result["best"][0]
+    run = Path(result["rows"][name]["folders"][0])
+    run = run if run.is_dir() else sweep / "runs" / run.name  # the sweep may have been moved
+    if not (run / checkpoint.CONFIG).is_file():
+        warn(f"{run}: is not there any more, so the best run is not shown")
+        return []
+    view = _view(run, f"{sweep.resolve().name}-best", out)
+    seed = result["rows"][name]["seeds"][0]
+    return [page.folded(f"The best: {name}, seed {seed}", _of_run(run, view, out), opened=False)]
+
+
+def _side_by_side(views: list[View], out: Path) -> list[str]:
+    """Several runs in one table and one chart, and who answers otherwise than whom."""
+    columns = (
+        "run",
+        "student",
+        "class head",
+        "distillation head",
+        "fused",
+        "calibration error %",
+        "epochs",
+        "seconds",
+        "images/s",
+    )
+    rows, lines = [], []
+    for view in views:
+        heads, told = view.measured.found["heads"], view.told
+        two = heads["distillation"] is not None
+        shares = [heads["class"], heads["distillation"], heads["fused"] if two else None]
+        speed = told["images_per_s"]
+        cells = [
+            view.name,
+            view.config.student.name,
+            *("-" if one is None else percent(one["top1"]) for one in shares),
+            percent(heads["fused"]["calibration_error"]),
+            str(told["epochs"]),
+            f"{told['seconds']:.0f}",
+            "-" if speed is None else f"{speed:.0f}",
+        ]
+        rows.append(cells)
+        lines.append(dict(zip(columns, cells)))
+    write_csv(out / "runs.csv", columns, lines)
+    best = max(range(len(views)), key=lambda place: max(views[place].told["best"].values()))
+    curves = {view.name: _selected(view) for view in views}
+    drawn = charts.chart(charts.curves(curves, {}), out / "runs.png", width=9, height=3.8)
+    told = "Test top-1 % by head; in bold the best on the validation split."
+    body = [
+        page.table(columns, rows, caption=told, best=best),
+        page.figure(drawn, "Validation accuracy of the answer that selects the weights."),
+    ]
+    shares = disagreement({view.name: view.measured for view in views})
+    if shares:
+        values = [[100 * shares[a][b] if a != b else None for b in shares] for a in shares]
+        told = "Different answers in % of the images."
+        body.append(page.heat_table(list(shares), list(shares), values, caption=told))
+    return body
+
+
+def _selected(view: View) -> list[tuple[float, float]]:
+    return [(epoch, value) for epoch, value in view.told["curve"]]

@@ -45,6 +45,7 @@ from deit.saving import close_epoch, finish, save, space_of
 from deit.sharding import divide, mesh_of, number_of_parts
 from deit.summary import print_summary, summary_of
 from deit.teaching import Faculty
+from deit.trackers import check_trackers, track, tracked
 from deit.validation import validate
 
 
@@ -63,6 +64,7 @@ def train(
     Raises the errors of deit.errors; everything a check can find is found before the first step.
     """
     config = validate(config)
+    check_trackers(config)
     if not dry_run:
         checkpoint.check_folder(out, resume=resume)
     finished = checkpoint.result_of(out) if resume else None
@@ -108,7 +110,8 @@ def train(
         interruption = stack.enter_context(Interruption(accelerator))
         stack.enter_context(understood(parts))
         _begin(parts, environment, resume=resume)
-        _fit(parts, interruption)
+        with tracked(accelerator, config, out):
+            _fit(parts, interruption)
         result = finish(parts)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -301,6 +304,7 @@ def _fit(parts: Parts, interruption: Interruption) -> None:
         state.seconds += time.monotonic() - started
         row["seconds"] = state.seconds
         close_epoch(parts, row)
+        track(parts.accelerator, row)
         report(row, config.optim.epochs, config.loss)
 
 

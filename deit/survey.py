@@ -11,12 +11,12 @@ from deit.checkpoint import is_one
 from deit.console import is_main_process, percent, say, table
 from deit.datasets.variants import check_known
 from deit.disk import write_json
+from deit.drawing import draw_throughput
 from deit.errors import ConfigError
 from deit.evaluation import Examined, check_side, examine, find_run
 from deit.evaluation_tables import HEADS, print_disagreement
 from deit.metrics import agreement
 from deit.models.saved import load_student
-from deit.report import draw_throughput
 
 
 def survey(

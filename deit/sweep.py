@@ -22,10 +22,9 @@ from deit.ground import Ground, slug
 from deit.measured import Measured, disagreement, measured
 from deit.sweep_file import Point, Sweep, points_of
 from deit.sweep_pictures import draw_sweep
-from deit.sweep_results import best_of, cells, columns, write_results
+from deit.sweep_results import MANIFEST, best_of, cells, columns, write_results
 from deit.typed_json import read_typed
 
-MANIFEST = "sweep.json"
 _AS_BEFORE = {error.exit_code for error in (ConfigError, DataError, CheckpointError, NumericsError)}
 
 
@@ -253,7 +252,7 @@ def _print(result: dict[str, Any]) -> None:
     )
     table(title, columns(result), cells(result))
     shares = result["disagreement"]
-    if len(shares) > 2:
+    if 2 < len(shares) <= 8:  # of more, the files have it: a terminal is not wide enough
         rows = [(one, *(percent(share) for share in row.values())) for one, row in shares.items()]
         table("different answers, % of the images, first seed", ("", *shares), rows)
     say("best on the validation split:")

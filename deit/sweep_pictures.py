@@ -3,11 +3,12 @@
 import itertools
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deit.drawing import draw_comparison
 from deit.errors import EnvironmentFault
-from deit.report import draw_comparison
 from deit.sweep_file import short_names
 from deit.sweep_results import final_top1, points
 
@@ -68,7 +69,7 @@ def _values(result: dict[str, Any], field: str) -> list[str]:
     return list(dict.fromkeys(value for value in found if value is not None))
 
 
-def _places(values: list[str]) -> list[float] | None:
+def numbers_of(values: list[str]) -> list[float] | None:
     """Values as numbers; None where they are words."""
     try:
         numbers = [float(value) for value in values]
@@ -81,7 +82,7 @@ def _draw_curve(result: dict[str, Any], field: str, path: Path) -> None:
     """Test accuracy against one field: a dot a seed, a line through the means, one a run."""
     figure, axes = _figure(6.4, 4)
     values = _values(result, field)
-    numbers = _places(values)
+    numbers = numbers_of(values)
     place = dict(zip(values, numbers or range(len(values))))
     runs = dict.fromkeys(row["values"].get("run", "") for row in points(result).values())
     for run, colour in zip(runs, itertools.cycle(_COLOURS)):
@@ -113,15 +114,22 @@ def _draw_curve(result: dict[str, Any], field: str, path: Path) -> None:
 
 
 def heat_map(
-    result: dict[str, Any], down: str, across: str
+    result: dict[str, Any],
+    down: str,
+    across: str,
+    *,
+    of: Callable[[dict[str, Any]], list[float]] = final_top1,
 ) -> tuple[list[str], list[str], list[list[float]]]:
     """Mean test top-1 in % for each two values of two fields, over all that varies beside them and
-    over the seeds: the values down, those across, and the rows of means, NaN where none is."""
+    over the seeds: the values down, those across, and the rows of means, NaN where none is.
+
+    of: another share in [0, 1] of a row, a value a seed.
+    """
     rows, columns = _values(result, down), _values(result, across)
     shares: dict[tuple[str, str], list[float]] = {}
     for row in points(result).values():
         key = row["values"].get(down), row["values"].get(across)
-        shares.setdefault(key, []).extend(100 * one for one in final_top1(row))
+        shares.setdefault(key, []).extend(100 * one for one in of(row))
     nothing = [math.nan]
     means = [[statistics.mean(shares.get((a, b)) or nothing) for b in columns] for a in rows]
     return rows, columns, means

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from deit.disk import put_file, write_json
-from deit.report import HEADS, markdown_table, summary
+from deit.drawing import HEADS, markdown_table, summary
 from deit.sweep_file import short_names
 
+MANIFEST = "sweep.json"
 _MEASURED = (
     "class head",
     "distillation head",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deit.report import COLUMNS, comparison_cells, draw_comparison, markdown_table
+from deit.drawing import COLUMNS, comparison_cells, draw_comparison, markdown_table
 from scripts.benchmark_picture import draw_benchmark
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from deit.drawing import summary
 from deit.metrics import (
     agreement,
     binomial_tail,
@@ -13,7 +14,6 @@ from deit.metrics import (
     topk_accuracy,
 )
 from deit.records import Outputs, head_logits
-from deit.report import summary
 
 LOGITS = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [1, 3, 2, 0], [2, 0, 1, 3]])
 

@@ -9,10 +9,10 @@ import pytest
 from deit import checkpoint, journal, sweep
 from deit.at_once import Failed, Planned
 from deit.config import derive
+from deit.drawing import HEADS
 from deit.measured import Measured, disagreement
 from deit.presets import OBJECTIVES, TEACHING
 from deit.recipes import digits, digits_ensemble
-from deit.report import HEADS
 from deit.shared_targets import content_hash, identity, question_of, share
 from deit.sweep_pictures import draw_sweep, heat_map
 from deit.sweep_results import best_of, cells, columns, markdown, write_results
@@ -357,7 +357,7 @@ def test_markdown_and_csv_keep_their_columns(told, tmp_path):
 
 
 def said(labels, **answers):
-    return Measured("chain", {}, {name: list(one) for name, one in answers.items()}, list(labels))
+    return Measured("chain", {}, {k: list(v) for k, v in answers.items()}, {}, list(labels))
 
 
 def test_who_answers_otherwise_than_whom_by_hand(told):

@@ -1,0 +1,162 @@
+"""A page of HTML that stands alone: sections, tables that sort, pictures inside; no network."""
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+# The browser itself refuses whatever would leave the file.
+_ALONE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_TYPES = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
+
+
+def page(title: str, lead: str, body: Iterable[str], *, foot: str) -> str:
+    """The whole page. title, lead, foot: text; body: HTML."""
+    style, script = (
+        files("deit").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_ALONE}">\n'
+        f'<title>{text(title)}</title>\n<link rel="icon" href="data:,">\n<style>\n{style}</style>\n'
+        f"</head>\n<body>\n<main>\n<header><h1>{text(title)}</h1>"
+        '<button id="theme" type="button">light / dark</button></header>\n'
+        f'<p class="lead">{text(lead)}</p>\n'
+        + "\n".join(body)
+        + f"\n<footer>{text(foot)}</footer>\n"
+        f"</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def text(value: object) -> str:
+    """Any value as text of a page: nothing in it is taken for HTML."""
+    return html.escape(str(value))
+
+
+def section(title: str, body: Iterable[str], *, anchor: str = "") -> str:
+    """A part of the page under a heading. anchor: a name that links lead to."""
+    named = f' id="{text(anchor)}"' if anchor else ""
+    return f"<section{named}>\n<h2>{text(title)}</h2>\n" + "\n".join(body) + "\n</section>"
+
+
+def part(title: str, body: Iterable[str]) -> str:
+    """A smaller part."""
+    return f"<h3>{text(title)}</h3>\n" + "\n".join(body)
+
+
+def folded(title: str, body: Iterable[str], *, opened: bool) -> str:
+    """A part that can be folded away."""
+    state = " open" if opened else ""
+    return f"<details{state}><summary>{text(title)}</summary>\n" + "\n".join(body) + "\n</details>"
+
+
+def paragraph(words: str, kind: str = "") -> str:
+    """A paragraph of text. kind: a class of the style sheet."""
+    return f'<p class="{kind}">{text(words)}</p>' if kind else f"<p>{text(words)}</p>"
+
+
+def links(places: dict[str, str]) -> str:
+    """Links to anchors, by their names."""
+    inside = "".join(f'<a href="#{text(to)}">{text(name)}</a>' for name, to in places.items())
+    return f"<nav>{inside}</nav>"
+
+
+def tiles(values: dict[str, str]) -> str:
+    """A few numbers, large, each with what it is."""
+    inside = "".join(
+        f'<div class="tile"><b>{text(value)}</b><span>{text(name)}</span></div>'
+        for name, value in values.items()
+    )
+    return f'<div class="tiles">{inside}</div>'
+
+
+def card(values: dict[str, str]) -> str:
+    """Facts by name, a line each."""
+    inside = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in values.items())
+    return f'<dl class="card">{inside}</dl>'
+
+
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    caption: str = "",
+    best: int | None = None,
+) -> str:
+    """A table whose columns sort. best: the row, from 0, that is set apart. A cell that begins with
+    + or - and a digit is coloured as gain or loss in a column called gain."""
+    heads = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
+    lines = []
+    for place, row in enumerate(rows):
+        cells = "".join(_cell(value, columns[at]) for at, value in enumerate(row))
+        lines.append(f'<tr class="best">{cells}</tr>' if place == best else f"<tr>{cells}</tr>")
+    told = f"<caption>{text(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="scroll"><table class="sortable">{told}<thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _cell(value: str, column: str) -> str:
+    kind = ""
+    if column == "gain" and value[:1] in "+-" and value[1:2].isdigit() and float(value) != 0:
+        kind = ' class="gain"' if value[0] == "+" else ' class="loss"'
+    return f"<td{kind}>{text(value)}</td>"
+
+
+def heat_table(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    shown: str = "{:.1f}",
+    corner: str = "",
+    caption: str = "",
+    signed: bool = False,
+) -> str:
+    """A table whose cells are the deeper the larger their value, from the least to the largest;
+    signed: from 0, in one colour above it and another below. None: an empty cell."""
+    known = [one for row in values for one in row if one is not None]
+    low = 0.0 if signed else min(known, default=0.0)
+    span = max((abs(one - low) for one in known), default=0.0) or 1.0
+    lines = []
+    for name, row in zip(rows, values):
+        cells = "".join(
+            "<td></td>" if one is None else _heat(one, (one - low) / span, shown) for one in row
+        )
+        lines.append(f'<tr><th scope="row">{text(name)}</th>{cells}</tr>')
+    heads = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
+    told = f"<caption>{text(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="scroll"><table class="heat">{told}<thead><tr><th>{text(corner)}</th>{heads}'
+        f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _heat(value: float, share: float, shown: str) -> str:
+    tone = ";--tone:var(--c2)" if share < 0 else ""
+    return f'<td class="cell" style="--v:{abs(share):.3f}{tone}">{shown.format(value)}</td>'
+
+
+def figure(inside: str, caption: str) -> str:
+    """A picture, HTML or SVG, with what it shows."""
+    return f"<figure>{inside}<figcaption>{text(caption)}</figcaption></figure>"
+
+
+def picture(path: Path, name: str) -> str:
+    """A picture file inside the page. name: what is told where it cannot be seen."""
+    kind = _TYPES[path.suffix]
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{text(name)}" src="data:{kind};base64,{data}">'
+
+
+def pair(*figures: str) -> str:
+    """Pictures beside each other where there is room."""
+    return f'<div class="pair">{"".join(figures)}</div>'
+
+
+def gallery(figures: Iterable[str]) -> str:
+    """Many small pictures."""
+    return f'<div class="gallery">{"".join(figures)}</div>'

@@ -1,0 +1,151 @@
+"""The pictures of a run for its report: what its tokens look at, its views, its hardest images."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deit.config import Config, TeacherConfig, code_of, derive
+from deit.contact_sheet import draw_views
+from deit.datasets.images import Encoded, Images
+from deit.datasets.sources import LISTINGS
+from deit.datasets.splits import load_splits
+from deit.errors import ConfigError
+from deit.evaluation import as_asked, find_run, student_at
+from deit.measured import Measured
+from deit.models.attention import check_attention, rollout
+from deit.pictures import draw_attention
+from deit.prediction import shown
+from deit.presets import OBJECTIVES
+
+_LOOKED_AT = 4
+_HARDEST = 12
+_SIDE = 160  # of a picture in a gallery, at most [px]
+
+
+class Hard(NamedTuple):
+    """An image that was answered wrongly: its picture, and lines on who said what."""
+
+    picture: Path
+    lines: tuple[str, ...]
+
+
+class Pictures(NamedTuple):
+    """attention: None for a student without such tokens. views: None where they cannot be drawn."""
+
+    attention: Path | None
+    views: Path | None
+    hardest: list[Hard]
+
+
+def draw_run(run: Path, said: Measured, folder: Path, name: str) -> Pictures:
+    """Draw the pictures of a finished run into a folder. name: what their files begin with.
+
+    Raises the errors of deit.errors.
+    """
+    config, saved = find_run(run, "best")
+    if config.data.source in LISTINGS:  # a few of the images are looked at, not all decoded
+        config = derive(config, data={"storage": "files"})
+    student, facts = student_at(saved, None)
+    images = load_splits(as_asked(config).data).test
+    hardest = hardest_of(said, _HARDEST)
+    wrong = hardest[: _LOOKED_AT // 2]
+    chosen = wrong + _of_each_class(said, _LOOKED_AT - len(wrong))
+    attention = None
+    try:
+        check_attention(student.network)
+    except ConfigError:
+        pass  # a ConvNet
+    else:
+        attention = folder / f"{name}-attention.png"
+        views = next(shown(images, (torch.tensor(chosen),), as_asked(config), device=_CPU))
+        looks = rollout(student.network.eval(), (views - student.mean) / student.std)
+        draw_attention(
+            [view.permute(1, 2, 0).numpy() for view in views],
+            [one.numpy() for one in looks.maps],
+            looks.names,
+            [_answers(said, place) for place in chosen],
+            [f"truth: {facts.class_names[said.labels[place]]}" for place in chosen],
+            attention,
+        )
+    listed = [
+        Hard(
+            _thumbnail(images, place, folder / f"{name}-hard-{at}.png", config), _lines(said, place)
+        )
+        for at, place in enumerate(hardest)
+    ]
+    sheet = folder / f"{name}-views.png"
+    draw_views(_without_code(config), sheet, number=12)
+    return Pictures(attention and _lighter(attention), _lighter(sheet), listed)
+
+
+_CPU = torch.device("cpu")
+
+
+def hardest_of(said: Measured, number: int) -> list[int]:
+    """The images that the final answer gets wrong, those first that the teacher gets right, and
+    among these the most confident; places in the split."""
+    final = said.answers.get("fused", said.answers["class"])
+    sure = said.confidence.get("fused", said.confidence["class"])
+    teacher = said.answers.get("teacher", final)
+    wrong = [place for place, label in enumerate(said.labels) if final[place] != label]
+    wrong.sort(key=lambda place: (teacher[place] != said.labels[place], -sure[place]))
+    return wrong[:number]
+
+
+def _of_each_class(said: Measured, number: int) -> list[int]:
+    """The first image that is answered rightly, of the first classes."""
+    final = said.answers.get("fused", said.answers["class"])
+    found: dict[int, int] = {}
+    for place, label in enumerate(said.labels):
+        if final[place] == label:
+            found.setdefault(label, place)
+    return [found[label] for label in sorted(found)][:number]
+
+
+def _answers(said: Measured, place: int) -> dict[str, str]:
+    names = said.found["class_names"]
+    return {
+        voice: f"{names[answers[place]]} {100 * said.confidence[voice][place]:.0f} %"
+        for voice, answers in said.answers.items()
+        if voice != "fused_softmax"
+    }
+
+
+def _lines(said: Measured, place: int) -> tuple[str, ...]:
+    names = said.found["class_names"]
+    answers = _answers(said, place)
+    final = answers.get("fused", answers["class"])
+    told = [f"truth: {names[said.labels[place]]}", f"student: {final}"]
+    return (*told, f"teacher: {answers['teacher']}") if "teacher" in answers else tuple(told)
+
+
+def _thumbnail(images: Images | Encoded, place: int, path: Path, config: Config) -> Path:
+    side = min(config.student.image_size, _SIDE)
+    view = next(shown(images, (torch.tensor([place]),), as_asked(config), device=_CPU))[0]
+    levels = (view * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(np.ascontiguousarray(levels))
+    if picture.width > side:
+        picture = picture.resize((side, side), Image.Resampling.LANCZOS)
+    picture.save(path)
+    return path
+
+
+def _without_code(config: Config) -> Config:
+    """Without teachers that are somebody's code: no saved file may have that run."""
+    if not code_of(config.teacher):
+        return config
+    return derive(config, teacher=TeacherConfig(), loss=OBJECTIVES["none"])
+
+
+def _lighter(path: Path) -> Path:
+    """The picture as WebP beside it, where that is smaller; photographs are, by far."""
+    smaller = path.with_suffix(".webp")
+    with Image.open(path) as picture:
+        picture.convert("RGB").save(smaller, quality=82)
+    if smaller.stat().st_size < path.stat().st_size:
+        return smaller
+    smaller.unlink()
+    return path

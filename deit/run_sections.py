@@ -1,0 +1,328 @@
+"""A run as parts of a page: numbers, curves, classes, calibration, tokens, its card; no torch."""
+
+import csv
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deit import charts, page
+from deit.config import Config, peak_lr
+from deit.console import clock, percent
+from deit.measured import Measured
+
+_HEADS = ("class", "distillation", "fused", "teacher")
+_FEW_CLASSES = 20
+
+
+@dataclass(frozen=True)
+class View:
+    """A finished run as a report reads it. name: what it is called; slug: what its files begin
+    with. rows: of its metrics. told: as deit.summary.summary_of returns it."""
+
+    name: str
+    slug: str
+    config: Config
+    environment: dict[str, Any]
+    rows: list[dict[str, Any]]
+    told: dict[str, Any]
+    measured: Measured
+
+
+def final_top1(said: Measured) -> float:
+    """Test top-1 in [0, 1] of the fused answer or the only head."""
+    return said.found["heads"]["fused"]["top1"]
+
+
+def headline(view: View) -> str:
+    """The few numbers that matter, large."""
+    found, told = view.measured.found, view.told
+    values = {f"{found['split']} top-1": f"{percent(final_top1(view.measured))} %"}
+    if found["teacher"]:
+        values["the teacher's"] = f"{percent(found['teacher']['top1'])} %"
+    values["calibration error"] = f"{percent(found['heads']['fused']['calibration_error'])} %"
+    values["training"] = clock(told["seconds"])
+    if told["images_per_s"] is not None:
+        values["images/s in training"] = f"{told['images_per_s']:,.0f}"
+    if "cost" in found:
+        values["M parameters"] = f"{found['cost']['parameters'] / 1e6:.2f}"
+    return page.tiles(values)
+
+
+def sections_of(view: View, folder: Path) -> list[str]:
+    """The parts of a run from its numbers; charts and tables are files in the folder as well."""
+    return [
+        headline(view),
+        page.part("Heads", [_heads(view)]),
+        page.part("Training", [_training(view, folder)]),
+        page.part("Classes", _classes(view, folder)),
+        page.part("Calibration and tokens", [_calibration(view, folder)]),
+        page.part("Who answers otherwise than whom", [_disagreement(view)]),
+    ]
+
+
+def card_of(view: View) -> str:
+    """What the run was: settings, hardware, time."""
+    config, environment, found = view.config, view.environment, view.measured.found
+    optim, loss = config.optim, config.loss
+    told = view.told
+    loader = ""
+    if told["loader_share"] is not None:
+        stages = [row["loader"]["images_per_s"] for row in view.rows if "loader" in row][-1]
+        listed = ", ".join(f"{name} {rate:,.0f} images/s" for name, rate in stages.items())
+        loader = f"{percent(told['loader_share'])} % of the time ({listed})"
+    values = {
+        "student": f"{config.student.name} at {config.student.image_size} px",
+        "teacher": ", ".join(config.teacher.source) or "none",
+        "objective": f"{loss.kind}, through {loss.through}, weight {loss.distillation_weight:g}, "
+        f"temperature {loss.temperature:g}"
+        if loss.kind != "none"
+        else f"labels, smoothing {loss.label_smoothing:g}",
+        "data": f"{config.data.source}, {config.data.root}"
+        if config.data.source != "digits"
+        else "digits",
+        "optimizer": f"{optim.algorithm}, {optim.epochs} epochs, batch {optim.batch_size}, peak "
+        f"rate {peak_lr(optim):.3g}, decay {optim.weight_decay:g}",
+        "seed": str(config.run.seed),
+        "device": f"{environment['device_name']}, {environment['processes']} processes, "
+        f"{environment['threads']} threads, {environment['precision']}",
+        "versions": f"deit {environment['deit']}, torch {environment['packages']['torch']}, timm "
+        f"{environment['packages']['timm']}, commit {environment['commit']}",
+        "time": f"{clock(told['seconds'])}, best weights of epoch {told['best_epoch']}",
+        "loading": loader,
+        "command": shlex.join(environment["arguments"]),
+    }
+    if "cost" in found:
+        cost = found["cost"]
+        values["cost"] = (
+            f"{cost['parameters']:,} parameters, {cost['gmacs']:.3g} GMACs an image, "
+            f"{cost['memory_mb']:.0f} MB, {cost['images_per_s']:,.0f} images/s"
+        )
+    return page.card({name: value for name, value in values.items() if value})
+
+
+def _heads(view: View) -> str:
+    found = view.measured.found
+    rows = {name: one for name, one in found["heads"].items() if one}
+    if found["heads"]["distillation"] is None:
+        rows.pop("fused")  # the only head once more
+    if found["teacher"]:
+        rows["teacher"] = found["teacher"]
+    groups = [group for group in ("seen", "unseen") if group in found]
+    keys = ("top1", "top5", "calibration_error")
+    cells = [
+        [
+            name.replace("_", " "),
+            *(percent(one[key]) for key in keys),
+            *(percent(found[group].get(name)) for group in groups),
+        ]
+        for name, one in rows.items()
+    ]
+    columns = ["head", "top-1 %", "top-5 %", "calibration error %"]
+    columns += [f"{group} classes %" for group in groups]
+    number = f"{found['num_samples']} {found['split']} images at {found['image_size']} px"
+    return page.table(columns, cells, caption=number)
+
+
+def curves_of(view: View) -> dict[str, list[tuple[float, float]]]:
+    """Validation top-1 by epoch of every head, averages of weights too."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in view.rows:
+        for name, value in row.get("validation", {}).items():
+            if name.endswith("_top1") and value is not None:
+                called = name.removesuffix("_top1").replace("_", " ")
+                lines.setdefault(called, []).append((row["epoch"], value))
+    return lines
+
+
+def _training(view: View, folder: Path) -> str:
+    lines = curves_of(view)
+    levels = {} if view.told["teacher"] is None else {"teacher": view.told["teacher"]}
+    accuracy = charts.chart(charts.curves(lines, levels), folder / f"{view.slug}-accuracy.png")
+    losses = {
+        name.replace("_", " "): [(row["epoch"], row["train"][name]) for row in view.rows]
+        for name in view.rows[-1]["train"]
+        if name.startswith("loss") and all(row["train"].get(name) is not None for row in view.rows)
+    }
+    loss = charts.chart(charts.over_epochs(losses, "loss"), folder / f"{view.slug}-loss.png")
+    rates = {"lr": [(row["epoch"], row["train"]["lr"]) for row in view.rows]}
+    rate = charts.chart(
+        charts.over_epochs(rates, "learning rate"), folder / f"{view.slug}-rate.png", height=2.4
+    )
+    speed = {"": [(row["epoch"], row["images_per_s"]) for row in view.rows if "loader" in row]}
+    _write_curves(view, folder / f"{view.slug}-curves.csv")
+    drawn = [
+        page.figure(accuracy, "Validation accuracy by head; dotted: the teacher."),
+        page.figure(loss, "Training loss, whole and by term."),
+        page.figure(rate, "The learning rate after each epoch, as applied."),
+    ]
+    if speed[""]:
+        fast = charts.chart(
+            charts.over_epochs(speed, "images/s"), folder / f"{view.slug}-speed.png", height=2.4
+        )
+        drawn.append(page.figure(fast, "Images a second in training."))
+    return page.pair(*drawn)
+
+
+def _write_curves(view: View, path: Path) -> None:
+    """Every number of every epoch, a line an epoch."""
+    flat = []
+    for row in view.rows:
+        line = {"epoch": row["epoch"], "step": row["step"], "seconds": row["seconds"]}
+        for group in ("train", "validation"):
+            line |= {f"{group}_{name}": value for name, value in row.get(group, {}).items()}
+        line["images_per_s"] = row.get("images_per_s")
+        flat.append(line)
+    write_csv(path, list(dict.fromkeys(name for line in flat for name in line)), flat)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """A table as a file, columns that a row does not have empty."""
+    with path.open("w", newline="") as file:
+        lines = csv.DictWriter(file, columns, lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(rows)
+
+
+def _classes(view: View, folder: Path) -> list[str]:
+    said = view.measured
+    found, names = said.found, said.found["class_names"]
+    final = "fused" if "fused" in said.answers else "class"
+    unseen = set(found.get("held_out", ()))
+    shares = {name: found["per_class"][name] for name in names}
+    voices = [name for name in _HEADS if name in said.answers]
+    columns = ["class", "unseen", "num_samples", *(f"{voice}_top1" for voice in voices)]
+    lines = []
+    for name, row in shares.items():
+        line = {"class": name, "unseen": name in unseen, "num_samples": row["num_samples"]}
+        lines.append(line | {f"{voice}_top1": row[voice] for voice in voices})
+    write_csv(folder / f"{view.slug}-classes.csv", columns, lines)
+    shown = sorted(names, key=lambda name: shares[name][final] or 0.0)[: 2 * _FEW_CLASSES]
+    bars = {"student": [shares[name][final] or 0.0 for name in shown]}
+    if "teacher" in said.answers:
+        bars["teacher"] = [shares[name]["teacher"] or 0.0 for name in shown]
+    called = [f"{name} (unseen)" if name in unseen else name for name in shown]
+    height = 1.1 + 0.24 * len(shown)
+    drawn = charts.chart(
+        charts.per_class(called, bars), folder / f"{view.slug}-classes.png", height=height
+    )
+    told = (
+        "Right answers in each class"
+        if len(shown) == len(names)
+        else (f"Right answers in the {len(shown)} weakest of {len(names)} classes")
+    )
+    beside = [page.figure(drawn, f"{told}, the weakest on top.")]
+    counts = confusion(said.answers[final], said.labels, len(names))
+    pairs = _confused(counts, names)
+    if pairs:
+        columns = ("truth", "taken for", "images", "of the class %")
+        beside.append(page.table(columns, pairs, caption="The commonest confusions."))
+    parts = [page.pair(*beside)]
+    if len(names) <= _FEW_CLASSES:
+        maps = [_map(counts, names, "Answers in % of each class (a row): the student.")]
+        if "teacher" in said.answers:
+            theirs = confusion(said.answers["teacher"], said.labels, len(names))
+            both = [
+                [mine - other for mine, other in zip(own, others)]
+                for own, others in zip(_percent(counts), _percent(theirs))
+            ]
+            told = "Student minus teacher, in points: where one answers oftener than the other."
+            maps.append(
+                page.heat_table(
+                    names,
+                    names,
+                    [[one or None for one in row] for row in both],
+                    shown="{:+.0f}",
+                    corner="truth",
+                    caption=told,
+                    signed=True,
+                )
+            )
+        parts.append(page.pair(*maps))
+    return parts
+
+
+def confusion(answers: list[int], labels: list[int], number: int) -> list[list[int]]:
+    """Counts [classes][classes]: row the truth, column the answer."""
+    counts = [[0] * number for _ in range(number)]
+    for answer, label in zip(answers, labels, strict=True):
+        counts[label][answer] += 1
+    return counts
+
+
+def _percent(counts: list[list[int]]) -> list[list[float]]:
+    return [[100 * one / (sum(row) or 1) for one in row] for row in counts]
+
+
+def _map(counts: list[list[int]], names: list[str], caption: str) -> str:
+    shares = [[one or None for one in row] for row in _percent(counts)]
+    return page.heat_table(names, names, shares, shown="{:.0f}", corner="truth", caption=caption)
+
+
+def _confused(counts: list[list[int]], names: list[str], most: int = 10) -> list[list[str]]:
+    found = [
+        (number, truth, answer)
+        for truth, row in enumerate(counts)
+        for answer, number in enumerate(row)
+        if truth != answer and number
+    ]
+    found.sort(key=lambda one: (-one[0], one[1:]))
+    return [
+        [names[truth], names[answer], str(number), f"{100 * number / sum(counts[truth]):.1f}"]
+        for number, truth, answer in found[:most]
+    ]
+
+
+def reliability_bins(
+    answers: list[int], confidence: list[float], labels: list[int], bins: int = 15
+) -> list[tuple[float, float, int]]:
+    """Mean confidence, accuracy and samples of each of `bins` equal steps of confidence that has
+    any (Guo et al. 2017), all in [0, 1]."""
+    held: list[list[tuple[float, bool]]] = [[] for _ in range(bins)]
+    for answer, sure, label in zip(answers, confidence, labels, strict=True):
+        held[min(max(math.ceil(sure * bins), 1), bins) - 1].append((sure, answer == label))
+    return [
+        (
+            sum(sure for sure, _ in one) / len(one),
+            sum(right for _, right in one) / len(one),
+            len(one),
+        )
+        for one in held
+        if one
+    ]
+
+
+def _calibration(view: View, folder: Path) -> str:
+    said = view.measured
+    final = "fused" if "fused" in said.answers else "class"
+    voices = {"student": final} | ({"teacher": "teacher"} if "teacher" in said.answers else {})
+    bins = {
+        name: reliability_bins(said.answers[voice], said.confidence[voice], said.labels)
+        for name, voice in voices.items()
+    }
+    drawn = charts.chart(
+        charts.reliability(bins), folder / f"{view.slug}-calibration.png", width=5, height=3.8
+    )
+    told = "On the grey line confidence is deserved; below it, too high. Larger: more images."
+    figures = [page.figure(drawn, told)]
+    cosines = said.found["token_cosine"]
+    if cosines:
+        deep = charts.chart(
+            charts.over_depth(cosines), folder / f"{view.slug}-tokens.png", width=5, height=3.8
+        )
+        told = "How alike class and distillation token become (DeiT-B of the paper: 0.06 to 0.93)."
+        figures.append(page.figure(deep, told))
+    return page.pair(*figures)
+
+
+def _disagreement(view: View) -> str:
+    agreement = view.measured.found["agreement"]
+    names = [
+        "truth",
+        *(name for name in ("teacher", "class", "distillation", "fused") if name in agreement),
+    ]
+    values = [[100 * (1 - agreement[a][b]) if a != b else None for b in names] for a in names]
+    told = "Different answers in % of the images (the DeiT paper's Table 4)."
+    return page.heat_table(names, names, values, caption=told)

@@ -1,0 +1,156 @@
+"""A sweep as parts of a page: its table, heat maps, curves and scatter; no torch."""
+
+import itertools
+import statistics
+from pathlib import Path
+from typing import Any
+
+from deit import charts, page
+from deit.sweep_file import short_names
+from deit.sweep_pictures import heat_map, numbers_of
+from deit.sweep_results import cells, columns, final_top1, points
+
+_MOST_POINTS = 24
+_MOST_CLASSES = 20
+
+
+def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
+    """The parts of a sweep from its results.json; charts are files in the folder as well."""
+    own = {name: row for name, row in points(result).items() if row["seeds"]}
+    rows = cells(result)
+    names = list(result["rows"])
+    best = names.index(result["best"][0]) if result["best"] else None
+    seeds = ", ".join(map(str, result["seeds"]))
+    told = (
+        f"Top-1 % on {result['num_samples']} {result['split']} images, mean +- standard deviation "
+        f"of seeds {seeds}; in bold the best on the validation split; the gain is over the first "
+        "point, in points."
+    )
+    body = [_headline(result, own), page.table(columns(result), rows, caption=told, best=best)]
+    drawn = _of_fields(result, folder, slug)
+    if len(own) <= _MOST_POINTS and own:
+        places = {
+            ", ".join(row["values"].values()): (
+                statistics.mean(row["seconds"]),
+                100 * statistics.mean(final_top1(row)),
+            )
+            for name, row in own.items()
+        }
+        dots = charts.chart(
+            charts.scatter(places, "seconds of training", f"{result['split']} top-1 %"),
+            folder / f"{slug}-time.png",
+        )
+        drawn.append(page.figure(dots, "What accuracy costs: a dot a point, means over seeds."))
+    body.append(page.pair(*drawn))
+    body += _classes(result)
+    if result["disagreement"]:
+        body.append(page.part("Who answers otherwise than whom", [_disagreement(result)]))
+    failed = {
+        f"{name}, seed {seed}": reason
+        for name, row in result["rows"].items()
+        for seed, reason in row["failed"].items()
+    }
+    if failed:
+        body.append(page.part("Runs that failed", [page.card(failed)]))
+    environment = result["environment"]
+    facts = {
+        "recipe": result["recipe"],
+        "command": result["command"],
+        "device": environment["device_name"],
+        "commit": str(environment["commit"]),
+    }
+    return [*body, page.card(facts)]
+
+
+def _headline(result: dict[str, Any], own: dict[str, Any]) -> str:
+    values = {"points": str(len(points(result))), "seeds": str(len(result["seeds"]))}
+    runs = sum(len(row["seeds"]) for row in own.values())
+    values["runs finished"] = str(runs)
+    told = ""
+    failed = sum(len(row["failed"]) for row in result["rows"].values())
+    if failed:
+        values["runs failed"] = str(failed)
+    if result["best"]:
+        best = result["best"][0]
+        top1 = 100 * statistics.mean(final_top1(own[best]))
+        values[f"{result['split']} top-1 of the best"] = f"{top1:.1f} %"
+        told = page.paragraph(f"Best on the validation split: {best}.")
+    return page.tiles(values) + told
+
+
+def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
+    """A curve of one field, heat maps of each two."""
+    fields = [name for name in result["fields"] if name != "run"]
+    short = short_names(result["fields"])
+    if len(fields) == 1:
+        drawn = charts.chart(_curve(result, fields[0]), folder / f"{slug}-{fields[0]}.png")
+        told = f"Accuracy over {short[fields[0]]}: a dot a seed, a line through the means."
+        return [page.figure(drawn, told)]
+    maps = []
+    for down, across in itertools.combinations(fields, 2):
+        rows, heads, means = heat_map(result, down, across)
+        values = [[None if one != one else one for one in row] for row in means]
+        told = f"{short[down]} (down) and {short[across]} (across): mean top-1 %{{}} over the rest."
+        maps.append(page.figure(page.heat_table(rows, heads, values), told.format("")))
+        if any(row.get("classes") for row in points(result).values()):
+            rows, heads, means = heat_map(result, down, across, of=_on_unseen)
+            values = [[None if one != one else one for one in row] for row in means]
+            drawn = page.heat_table(rows, heads, values)
+            maps.append(page.figure(drawn, told.format(" on the classes never seen")))
+    return maps
+
+
+def _on_unseen(row: dict[str, Any]) -> list[float]:
+    return [one["unseen"] for one in row.get("classes", [])]
+
+
+def _classes(result: dict[str, Any]) -> list[str]:
+    """Right answers in each class, of each point, where some were held out."""
+    rows = {name: row["classes"] for name, row in points(result).items() if row.get("classes")}
+    if not rows:
+        return []
+    names = list(next(iter(rows.values()))[0]["per_class"])
+    if len(names) > _MOST_CLASSES:
+        return []
+    unseen = {name for row in rows.values() for one in row for name in one["held_out"]}
+    means = [
+        [100 * statistics.mean(one["per_class"][name] for one in row) for name in names]
+        for row in rows.values()
+    ]
+    heads = [f"{name} (unseen)" if name in unseen else name for name in names]
+    told = "Right answers in % of each class, mean over the seeds."
+    table = page.heat_table(list(rows), heads, means, shown="{:.0f}", caption=told)
+    return [page.part("Classes seen and unseen", [table])]
+
+
+def _curve(result: dict[str, Any], field: str) -> charts.Draw:
+    """Accuracy over the values of a field: for each run a line, dots a seed."""
+
+    def draw(axes: Any) -> None:
+        rows = [row for row in points(result).values() if row["seeds"]]
+        values = list(dict.fromkeys(row["values"][field] for row in rows))
+        place = dict(zip(values, numbers_of(values) or range(len(values))))
+        runs = list(dict.fromkeys(row["values"].get("run", "") for row in rows))
+        for run, colour in zip(runs, charts.SERIES * len(runs)):
+            shares = {
+                place[row["values"][field]]: [100 * one for one in final_top1(row)]
+                for row in rows
+                if row["values"].get("run", "") == run
+            }
+            xs = sorted(shares)
+            axes.plot(xs, [statistics.mean(shares[x]) for x in xs], color=colour, label=run or None)
+            for x in xs:
+                axes.plot([x] * len(shares[x]), shares[x], ".", color=colour, alpha=0.7)
+        axes.set_xticks(list(place.values()), list(place))
+        axes.set(xlabel=short_names([field])[field], ylabel=f"{result['split']} top-1 %")
+        if len(runs) > 1:
+            axes.legend()
+
+    return draw
+
+
+def _disagreement(result: dict[str, Any]) -> str:
+    shares = result["disagreement"]
+    values = [[100 * shares[a][b] if a != b else None for b in shares] for a in shares]
+    told = f"Different answers in % of the images, seed {result['seeds'][0]}."
+    return page.heat_table(list(shares), list(shares), values, caption=told)

@@ -1,0 +1,107 @@
+"""Metrics handed on to TensorBoard, wandb, mlflow or trackio, by Accelerate; none by default."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+
+from deit.config import Config, to_dict
+from deit.console import say, warn
+from deit.disk import put_first
+from deit.errors import EnvironmentFault, reason_of
+
+PROJECT = "deit"
+FOLDER = "trackers"
+"""In the run folder: what trackers write there, and the run's name for wandb."""
+
+
+def check_trackers(config: Config) -> None:
+    """Refuse trackers whose package is not there, before the work: Accelerate would drop them
+    without a word. Raises EnvironmentFault."""
+    for name in config.run.trackers:
+        if find_spec(name) is None:
+            raise EnvironmentFault(
+                f"run.trackers {name}: the package is missing; pip install {name}, or leave it out "
+                "(metrics.jsonl in the run folder has everything)"
+            )
+
+
+@contextmanager
+def tracked(accelerator: Accelerator, config: Config, out: Path) -> Iterator[None]:
+    """While it is entered, `track` reaches the trackers of a configuration.
+
+    Raises EnvironmentFault where one of them cannot begin.
+    """
+    names = list(config.run.trackers)
+    if names:
+        folder = out / FOLDER
+        if accelerator.is_main_process:
+            folder.mkdir(exist_ok=True)
+        accelerator.project_configuration.set_directories(str(folder))
+        accelerator.project_configuration.logging_dir = str(folder)
+        accelerator.log_with = filter_trackers(names, str(folder))
+        try:
+            accelerator.init_trackers(PROJECT, _flat(config), _settings(out, folder))
+        except Exception as error:  # each library raises its own, for keys, servers and disks
+            told = ", ".join(names)
+            raise EnvironmentFault(f"run.trackers {told}: {reason_of(error)}") from None
+        say(f"trackers  {', '.join(names)} (files in {folder})")
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:
+                warn(f"the tracker {tracker.name} did not end well: {reason_of(error)}")
+        accelerator.trackers = []
+
+
+def track(accelerator: Accelerator, row: dict[str, Any]) -> None:
+    """Hand on the numbers of an epoch, `validation/fused_top1` for instance, at its update. A
+    tracker that fails is left alone from then on: training does not depend on it."""
+    values: dict[str, float] = {"epoch": row["epoch"], "seconds": row["seconds"]}
+    for group in ("train", "validation"):
+        for name, value in row.get(group, {}).items():
+            if value is not None:
+                values[f"{group}/{name}"] = value
+    if "loader" in row:
+        values["speed/images_per_s"] = row["images_per_s"]
+        values["speed/loader_share"] = row["loader"]["share"]
+    for tracker in list(accelerator.trackers):
+        try:
+            tracker.log(values, step=row["step"])
+        except Exception as error:
+            warn(f"the tracker {tracker.name} failed and is left alone now: {reason_of(error)}")
+            accelerator.trackers.remove(tracker)
+
+
+def _flat(config: Config) -> dict[str, bool | int | float | str]:
+    """The configuration by `section.field`, in the types that every tracker takes."""
+    return {
+        f"{section}.{leaf}": value if isinstance(value, bool | int | float | str) else _text(value)
+        for section, values in to_dict(config).items()
+        for leaf, value in values.items()
+    }
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else ",".join(map(str, value))
+
+
+def _settings(out: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """What trackers take at their start: a run is called by its folder, and a resumed one goes on
+    as the same run."""
+    name = out.resolve().name
+    put_first(folder / "wandb-run", uuid.uuid4().hex.encode())
+    known = (folder / "wandb-run").read_text()
+    return {
+        "wandb": {"name": name, "dir": str(folder), "id": known, "resume": "allow"},
+        "mlflow": {"run_name": name},
+        "trackio": {"name": name},
+    }

@@ -1,0 +1,290 @@
+"""Reports: numbers by hand, pages that stand alone, opened in a real browser."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deit import charts, page
+from deit.measured import Measured
+from deit.run_pictures import hardest_of
+from deit.run_sections import confusion, reliability_bins
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+SMALL = ("--student.embed_dim", "16", "--student.depth", "2", "--student.num_heads", "2")
+QUICK = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--run.evaluate_every", "1")
+# What goes wrong while the page loads, and whatever it asks of the outside.
+LISTEN = """<script>window.wrong = [];
+addEventListener("error", (e) => wrong.push(e.message || "not loaded: " + e.target.src), true);
+addEventListener("securitypolicyviolation", (e) => wrong.push("asks for " + e.blockedURI));
+</script>"""
+TRY = """<script>addEventListener("load", () => {
+  const told = {wrong, pictures: document.images.length};
+  told.drawings = document.querySelectorAll("svg").length;
+  told.empty = [...document.images].filter((one) => !one.complete || !one.naturalWidth).length;
+  told.wide = document.documentElement.scrollWidth - innerWidth;
+  const colour = () => getComputedStyle(document.body).backgroundColor;
+  const before = colour();
+  document.getElementById("theme").click();
+  told.colours = [before, colour()];
+  told.sorted = [...document.querySelectorAll("table.sortable")].every((table) =>
+    [...table.tHead.rows[0].cells].every((head, column) => [1, -1].every((way) => {
+      head.click();
+      const rows = [...table.tBodies[0].rows];
+      const cells = rows.map((row) => parseFloat(row.cells[column].textContent));
+      const known = cells.filter((one) => !Number.isNaN(one));
+      return known.every((one, at) => !at || way * (known[at - 1] - one) >= 0)
+        && cells.slice(known.length).every(Number.isNaN);
+    })));
+  told.tables = document.querySelectorAll("table.sortable").length;
+  const result = document.createElement("pre");
+  result.id = "told";
+  result.textContent = JSON.stringify(told);
+  document.body.append(result);
+});</script>"""
+
+
+def opened(path, *, width=1280):
+    """What a browser finds when it opens the page, sorts every table and changes the theme."""
+    text = path.read_text()
+    assert len(text.encode()) < 2 * 2**20
+    copy = path.with_name("opened.html")
+    watched = text.replace("<head>", f"<head>{LISTEN}", 1)
+    copy.write_text(watched.replace("</body>", f"{TRY}</body>"))
+    profile = path.parent / "profile"
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
+    flags += ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *flags,
+            f"--user-data-dir={profile}",
+            f"--window-size={width},900",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            copy.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    copy.unlink()
+    shutil.rmtree(profile, ignore_errors=True)
+    found = re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stdout[-2000:]
+    return json.loads(found.group(1).replace("&amp;", "&").replace("&lt;", "<"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, zygote):
+    """A teacher, a student taught by it, and a sweep of four runs; a report of all of them."""
+    place = tmp_path_factory.mktemp("report")
+    fewer = ("--data.train_fraction", "0.3")
+    commands = [
+        ("train", "digits-teacher", *QUICK, *fewer, "--out", "teacher"),
+        ("train", "digits", *QUICK, *SMALL, *fewer, "--teacher.source", "teacher", "--out", "run"),
+    ]
+    grid = {"loss.temperature": [1, 5], "loss.distillation_weight": [0.5, 1]}
+    (place / "heat.json").write_text(json.dumps({"recipe": "digits-held-out", "grid": grid}))
+    words = ("heat.json", *QUICK, *SMALL, *fewer, "--teacher.source", "teacher", "--out", "heat")
+    commands += [
+        ("sweep", *words, "--at_once", "2"),
+        ("report", "run", "--out", "one"),
+        ("report", "run", "teacher", "heat", "--out", "all"),
+    ]
+    for command in commands:
+        done = zygote.run(*command, cwd=place)
+        assert done.code == 0, done.out + done.err
+    return place
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize("width", [1280, 480])
+@pytest.mark.parametrize(("name", "tables"), [("one", 2), ("all", 6)])
+def test_a_browser_opens_the_page(place, name, tables, width):
+    told = opened(place / name / "index.html", width=width)
+    assert told["wrong"] == []
+    assert (told["pictures"] > 3, told["empty"]) == (True, 0)
+    assert told["drawings"] >= 6
+    assert told["tables"] >= tables
+    assert told["sorted"]
+    assert told["colours"][0] != told["colours"][1]
+    assert told["wide"] <= 0  # what is wider scrolls for itself
+
+
+def test_the_page_has_everything_and_names_the_outside_nowhere(place):
+    text = (place / "all" / "index.html").read_text()
+    for title in (
+        *("Side by side", "Heads", "Training", "Classes", "Calibration and tokens", "Run card"),
+        *("Who answers otherwise than whom", "Hardest images", "What the tokens look at", "Views"),
+        *("Classes seen and unseen", "The best: "),
+    ):
+        assert f">{title}" in text, title
+    without_names = re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)
+    assert not re.search(r"https?://", without_names)
+    identifiers = re.findall(r'\bid="([^"]*)"', text)
+    assert len(set(identifiers)) == len(identifiers)
+    for target in re.findall(r'(?:href="#|url\(#)([^")]+)', text):
+        assert target in identifiers
+
+
+def test_charts_and_tables_lie_beside_the_page(place):
+    names = {path.name for path in (place / "one").iterdir()}
+    for chart in ("accuracy", "loss", "rate", "classes", "calibration", "tokens", "attention"):
+        assert f"run-{chart}.png" in names
+    rows = list(csv.DictReader((place / "one" / "run-curves.csv").read_text().splitlines()))
+    metrics = (place / "run" / "metrics.jsonl").read_text().splitlines()
+    for row, line in zip(rows, map(json.loads, metrics), strict=True):
+        assert float(row["validation_fused_top1"]) == line["validation"]["fused_top1"]
+        assert float(row["train_loss"]) == line["train"]["loss"]
+    classes = list(csv.DictReader((place / "one" / "run-classes.csv").read_text().splitlines()))
+    assert [row["class"] for row in classes] == list("0123456789")
+    assert sum(int(row["num_samples"]) for row in classes) == 359
+
+
+def test_the_numbers_are_those_of_the_evaluation(place, zygote):
+    done = zygote.run("evaluate", "run", "--json", "found.json", "--force", cwd=place)
+    assert done.code == 0, done.err
+    found = json.loads((place / "found.json").read_text())
+    text = (place / "one" / "index.html").read_text()
+    for name, one in found["heads"].items():
+        if one:
+            cells = (name.replace("_", " "), *(f"{100 * one[key]:.1f}" for key in ("top1", "top5")))
+            assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+
+
+def test_what_is_written_is_replaced_only_when_asked(place, zygote):
+    before = (place / "one" / "index.html").read_bytes()
+    done = zygote.run("report", "run", "--out", "one", cwd=place)
+    assert (done.code, "--force replaces it" in done.err) == (2, True)
+    done = zygote.run("report", "run", "--out", "one", "--force", cwd=place)
+    assert done.code == 0, done.err
+    assert (place / "one" / "index.html").read_bytes() == before  # the same run, the same page
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("nowhere",), 4, "no such run folder"),
+        ((".",), 4, "neither a run"),
+        (("run", "run"), 2, "named twice"),
+        (("run", "--out", "run"), 2, "holds something, but no report"),
+        (("run", "--out", "found.txt"), 2, "is a file"),
+    ],
+)
+def test_a_mistake_is_told_before_the_work(place, zygote, words, code, said):
+    (place / "found.txt").touch()
+    before = sorted(place.rglob("*"))
+    done = zygote.run("report", *words, cwd=place)
+    assert (done.code, said in done.err) == (code, True), done.err
+    assert sorted(place.rglob("*")) == before
+
+
+def test_an_unfinished_run_says_how_it_goes_on(place, zygote):
+    shutil.copytree(place / "run", place / "half", dirs_exist_ok=True)
+    (place / "half" / "result.json").unlink()
+    done = zygote.run("report", "half", "--out", "of-half", cwd=place)
+    shutil.rmtree(place / "half")
+    assert (done.code, "is not finished" in done.err) == (4, True)
+    assert not (place / "of-half").exists()
+
+
+def test_bins_of_confidence_by_hand():
+    """Guo et al. 2017: bins (0, 0.5] and (0.5, 1] of two."""
+    bins = reliability_bins([0, 1, 1, 0], [0.5, 0.4, 0.9, 1.0], [0, 0, 1, 0], bins=2)
+    assert bins == [(pytest.approx(0.45), 0.5, 2), (pytest.approx(0.95), 1.0, 2)]
+    assert reliability_bins([0], [0.0], [1]) == [(0.0, 0.0, 1)]
+
+
+def test_bins_give_the_calibration_error_of_evaluation():
+    import torch
+
+    from deit.metrics import calibration_error
+
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(500, 7), torch.randint(0, 7, (500,))
+    sure, answers = logits.double().softmax(dim=1).max(dim=1)
+    bins = reliability_bins(answers.tolist(), sure.tolist(), labels.tolist())
+    error = sum(abs(confidence - right) * number for confidence, right, number in bins) / 500
+    assert error == pytest.approx(calibration_error(logits, labels))
+
+
+def test_confusion_counts_truth_by_answer():
+    assert confusion([0, 1, 1, 2], [0, 0, 1, 1], 3) == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
+
+
+def test_the_hardest_are_those_a_teacher_gets_right_the_surest_first():
+    answers = {"class": [0, 1, 1, 1, 0], "teacher": [0, 0, 1, 0, 1]}
+    confidence = {"class": [0.9, 0.6, 0.8, 0.7, 0.5], "teacher": [1.0] * 5}
+    said = Measured("", {}, answers, confidence, [0, 0, 0, 0, 1])
+    assert hardest_of(said, 9) == [3, 1, 4, 2]
+    assert hardest_of(said, 2) == [3, 1]
+    alone = Measured("", {}, {"class": [0, 1]}, {"class": [0.9, 0.6]}, [1, 0])
+    assert hardest_of(alone, 9) == [0, 1]
+
+
+def test_nothing_in_a_page_is_taken_for_html():
+    nasty = '<script>alert("1")</script>'
+    drawn = [
+        page.paragraph(nasty),
+        page.card({nasty: nasty}),
+        page.tiles({nasty: nasty}),
+        page.table([nasty], [[nasty]], caption=nasty),
+        page.heat_table([nasty], [nasty], [[1.0]], caption=nasty, corner=nasty),
+        page.figure("", nasty),
+        page.section(nasty, [], anchor=nasty),
+        page.folded(nasty, [], opened=True),
+        page.links({nasty: nasty}),
+    ]
+    whole = page.page(nasty, nasty, drawn, foot=nasty)
+    assert whole.count("<script>") == 1  # our own
+
+
+def test_cells_are_the_deeper_the_larger_and_signed_ones_have_two_colours():
+    table = page.heat_table(["a"], ["x", "y", "z"], [[1.0, None, 3.0]])
+    assert re.findall(r"--v:([\d.]+)", table) == ["0.000", "1.000"]
+    assert "<td></td>" in table
+    signed = page.heat_table(["a"], ["x", "y"], [[-4.0, 2.0]], signed=True, shown="{:+.0f}")
+    assert re.findall(r'--v:([\d.]+)(;--tone)?[^"]*">([^<]+)', signed) == [
+        ("1.000", ";--tone", "-4"),
+        ("0.500", "", "+2"),
+    ]
+
+
+def test_gains_and_losses_are_coloured():
+    table = page.table(["", "gain"], [["+1", "+1.0"], ["b", "-0.5"], ["c", "+0.0"], ["d", "-"]])
+    assert '<td>+1</td><td class="gain">+1.0</td>' in table
+    assert '<td class="loss">-0.5</td>' in table
+    assert "<td>+0.0</td>" in table
+
+
+DRAWN = {
+    "curves": charts.curves({"class": [(1, 0.5), (2, 0.6)]}, {"teacher": 0.9}),
+    "over_epochs": charts.over_epochs({"loss": [(1, 2.0), (2, 1.0)], "b": [(1, 1.0)]}, "loss"),
+    "per_class": charts.per_class(["$a$", "b" * 60], {"student": [0.5, 1], "teacher": [1, 1]}),
+    "reliability": charts.reliability({"student": [(0.5, 0.4, 10), (0.9, 0.9, 5)]}),
+    "over_depth": charts.over_depth([0.1, 0.5, 0.9]),
+    "scatter": charts.scatter({"$x": (1.0, 50.0), "y": (100.0, 60.0)}, "s", "%"),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_chart_has_the_colours_of_the_page_and_is_a_file_too(name, tmp_path):
+    svg = charts.chart(DRAWN[name], tmp_path / f"{name}.png")
+    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert svg.startswith("<svg")
+    assert "<metadata>" not in svg
+    assert "var(--c1)" in svg
+    assert "var(--faint)" in svg
+    assert not any(colour in svg for colour in (charts.INK, charts.FAINT, *charts.SERIES))
+    assert charts.chart(DRAWN[name], tmp_path / f"{name}.png") == svg
+    style = (Path(page.__file__).with_name("page.css")).read_text()
+    for variable in set(re.findall(r"var\(--([\w-]+)\)", svg)):
+        assert f"--{variable}:" in style
