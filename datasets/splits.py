@@ -39,8 +39,19 @@ class Splits(NamedTuple):
     fingerprint: str
 
 
-def load_splits(config: DataConfig) -> Splits:
-    """Load the source and set aside what it does not bring. Raises DataError."""
+class _Divided(NamedTuple):
+    """The splits as the source holds their images, and a number for each training image."""
+
+    class_names: tuple[str, ...]
+    train: Images | Encoded
+    validation: Images | Encoded
+    test: Images | Encoded
+    identities: Tensor
+    notes: tuple[str, ...]
+
+
+def _divided(config: DataConfig) -> _Divided:
+    """Find the images and set aside what the source does not bring. Raises DataError."""
     loaded = SOURCES[config.source](config, _class_list("data.classes", config.classes))
     train, validation, test = loaded.train, loaded.validation, loaded.test
     identities, notes = loaded.identities, []
@@ -84,7 +95,13 @@ def load_splits(config: DataConfig) -> Splits:
         validation = validation.select(~torch.isin(validation.labels, torch.tensor(unseen)))
         named = ", ".join(loaded.class_names[label] for label in unseen)
         notes.append(f"held out: no training or validation image of {named}")
-    splits = (train, validation, test)
+    return _Divided(loaded.class_names, train, validation, test, identities, tuple(notes))
+
+
+def load_splits(config: DataConfig) -> Splits:
+    """Load the source and set aside what it does not bring. Raises DataError."""
+    class_names, train, validation, test, identities, told = _divided(config)
+    splits, notes = (train, validation, test), list(told)
     if isinstance(train, Images):
         splits = _squares(splits, config)
     elif _in_memory(splits, config):
@@ -102,8 +119,20 @@ def load_splits(config: DataConfig) -> Splits:
         mean, std = channel_statistics(measured.pixels)
         if len(sample) < len(train.labels):
             notes.append(f"mean and std: measured on {len(sample)} training images")
-    fingerprint = _fingerprint(loaded.class_names, splits)
-    return Splits(loaded.class_names, *splits, mean, std, tuple(notes), fingerprint)
+    fingerprint = _fingerprint(class_names, splits)
+    return Splits(class_names, *splits, mean, std, tuple(notes), fingerprint)
+
+
+def load_split(config: DataConfig, name: str) -> tuple[tuple[str, ...], Images | Encoded]:
+    """The class names and one split by its name; of encoded images only those of this split are
+    decoded where all would be held in memory. Raises DataError."""
+    found = _divided(config)
+    images: Images | Encoded = getattr(found, name)
+    if isinstance(images, Images):
+        (images,) = _squares((images,), config)
+    elif _in_memory((found.train, found.validation, found.test), config):
+        images = decode_all(images, config.image_size, f"reading {name} images")
+    return found.class_names, images
 
 
 def held_out(config: DataConfig, class_names: tuple[str, ...]) -> list[int]:

@@ -49,17 +49,20 @@ def check_picture(path: Path, *, option: str) -> None:
         raise ConfigError(f"{option} {path}: should end in .png, .jpg or .webp")
 
 
-def draw_views(config: Config, out: Path, *, epoch: int = 0, number: int = 12) -> None:
+def draw_views(
+    config: Config, out: Path, *, epoch: int = 0, number: int = 12, splits: Splits | None = None
+) -> None:
     """Write a sheet of the first `number` views of an epoch, as a run would train on them.
 
     Each shows the image as it is stored, the student's view and the teacher's, with their sizes;
     below, the label's weights after mixing and the teacher's answer. A teacher that is not there
-    yet is left out with a warning. Raises the errors of deit.errors.
+    yet is left out with a warning. splits: of the configuration's data, where they are loaded
+    already. Raises the errors of deit.errors.
     """
     config = validate(config, online=False)
     config = settled(config, found_start(config))
     accelerator = create_accelerator(config.run)
-    splits = load_splits(config.data)
+    splits = splits or load_splits(config.data)
     teachers = _teachers(config, splits, accelerator)
     wanted = teacher_input([teacher.image_size for teacher in teachers])
     loader = loader_of(config, splits, accelerator, teacher_size=wanted)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint
-from deit.config import Config, DataConfig, StartConfig, Storage, TeacherConfig, code_of, derive
+from deit.config import Config, DataConfig, StartConfig, TeacherConfig, code_of, derive
 from deit.console import warn
 from deit.datasets.images import Encoded, Images
-from deit.datasets.sources import LISTINGS
-from deit.datasets.splits import held_out, load_splits
+from deit.datasets.splits import held_out, load_split
 from deit.datasets.variants import load_variant
 from deit.ensembles import combine
 from deit.environment import create_accelerator, describe
@@ -70,7 +69,6 @@ def examine(
     resolution: int | None = None,
     crop: float | None = None,
     variant: str | None = None,
-    storage: Storage | None = None,
     cost: bool = False,
 ) -> Examined:
     """Measure a run's student on a split.
@@ -79,8 +77,7 @@ def examine(
     teacher: whom to agree with; None: the run's own teacher, "none": nobody. resolution: side [px]
     of its input, if not what it was trained at; its position embedding is resized. crop: as
     views.evaluation_crop. variant: one of ImageNet's other test sets, from `root`; without a
-    teacher. storage: as data.storage, of image files. cost: whether parameters, arithmetic, memory
-    and speed are measured.
+    teacher. cost: whether parameters, arithmetic, memory and speed are measured.
 
     `heads` holds class, distillation, fused (mean of logits) and fused_softmax (mean of softmax):
     top1, top5, calibration_error in [0, 1]. A student with one head has that head as `fused` too,
@@ -89,8 +86,6 @@ def examine(
     config, saved = find_run(run, checkpoint)
     student, facts = student_at(saved, resolution)
     config = as_asked(config, root=root, device=device, resolution=resolution, crop=crop)
-    if storage is not None and config.data.source in LISTINGS:
-        config = derive(config, data={"storage": storage})
     accelerator = create_accelerator(config.run)
     asked = _images(config, facts, run, split, variant, root)
     if len(asked.images.labels) < accelerator.num_processes:
@@ -195,13 +190,12 @@ def _images(
         labels = loaded.accepted.long().argmax(dim=1) if single else loaded.accepted
         name = f"ImageNet {variant}"
         return _Asked(loaded.images, list(loaded.columns), labels, name, loaded.note)
-    splits = load_splits(config.data)
-    if splits.class_names != facts.class_names:
+    class_names, images = load_split(config.data, split)
+    if class_names != facts.class_names:
         raise DataError(
             f"{run}: was trained on other classes than the data has: "
-            f"{_first_difference(facts.class_names, splits.class_names)}"
+            f"{_first_difference(facts.class_names, class_names)}"
         )
-    images: Images | Encoded = getattr(splits, split)
     return _Asked(images, list(range(len(facts.class_names))), images.labels, split)
 
 

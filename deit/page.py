@@ -129,9 +129,10 @@ def heat_table(
         lines.append(f'<tr><th scope="row">{text(name)}</th>{cells}</tr>')
     heads = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
     told = f"<caption>{text(caption)}</caption>" if caption else ""
+    many = " many" if len(columns) > 6 and max(map(len, columns)) > 3 else ""
     return (
-        f'<div class="scroll"><table class="heat">{told}<thead><tr><th>{text(corner)}</th>{heads}'
-        f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'<div class="scroll"><table class="heat{many}">{told}<thead><tr><th>{text(corner)}</th>'
+        f"{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 

@@ -115,7 +115,7 @@ def _view(run: Path, name: str, out: Path) -> View:
         read_typed(run / checkpoint.ENVIRONMENT, dict[str, Any]),
         journal.read(run / journal.METRICS),
         summary_of(config, run, checkpoint.result_of(run)),
-        measured(run, elsewhere=kept, storage="files", cost=True),
+        measured(run, elsewhere=kept, cost=True),
     )
 
 

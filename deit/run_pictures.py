@@ -11,7 +11,7 @@ from deit.config import Config, TeacherConfig, code_of, derive
 from deit.contact_sheet import draw_views
 from deit.datasets.images import Encoded, Images
 from deit.datasets.sources import LISTINGS
-from deit.datasets.splits import load_splits
+from deit.datasets.splits import load_split, load_splits
 from deit.errors import ConfigError
 from deit.evaluation import as_asked, find_run, student_at
 from deit.measured import Measured
@@ -49,7 +49,10 @@ def draw_run(run: Path, said: Measured, folder: Path, name: str) -> Pictures:
     if config.data.source in LISTINGS:  # a few of the images are looked at, not all decoded
         config = derive(config, data={"storage": "files"})
     student, facts = student_at(saved, None)
-    images = load_splits(as_asked(config).data).test
+    splits = load_splits(config.data)
+    images = splits.test
+    if isinstance(images, Images):  # of the size that views are cut from
+        _, images = load_split(as_asked(config).data, "test")
     hardest = hardest_of(said, _HARDEST)
     wrong = hardest[: _LOOKED_AT // 2]
     chosen = wrong + _of_each_class(said, _LOOKED_AT - len(wrong))
@@ -77,7 +80,7 @@ def draw_run(run: Path, said: Measured, folder: Path, name: str) -> Pictures:
         for at, place in enumerate(hardest)
     ]
     sheet = folder / f"{name}-views.png"
-    draw_views(_without_code(config), sheet, number=12)
+    draw_views(_without_code(config), sheet, number=12, splits=splits)
     return Pictures(attention and _lighter(attention), _lighter(sheet), listed)
 
 
