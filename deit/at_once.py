@@ -6,9 +6,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -53,30 +54,52 @@ class Failed(NamedTuple):
     log: Path
 
 
-def train_beside(runs: list[Planned], *, number: int) -> list[Failed]:
+class Watch(Protocol):
+    """Who follows runs: asked after each epoch whether one should be stopped, told of each end."""
+
+    def hopeless(self, run: Planned) -> bool:
+        """Whether to stop it."""
+
+    def ended(self, run: Planned, code: int) -> None:
+        """How it ended: its exit code, or minus the signal that killed it."""
+
+
+def train_beside(
+    runs: Iterable[Planned], *, number: int, total: int | None = None, watch: Watch | None = None
+) -> list[Failed]:
     """Train runs, so many at a time, each as `deit train --resume` would alone with its share of
     the cores, on the GPU that has the fewest. What they print is in NAME.log beside each.
 
-    One that fails does not stop the others; returns those that did. Raises Stopped, when those
-    under way have saved, where that is asked.
+    runs: each is asked for when there is room for it. total: how many there are; None: a list.
+    One that fails does not stop the others; returns those that did, without those that `watch`
+    stopped. Raises Stopped, when those under way have saved, where that is asked.
     """
-    waiting, failed, started, done = list(reversed(runs)), [], time.monotonic(), 0
+    total = len(list(runs)) if total is None else total
+    waiting, failed, started, done = iter(runs), [], time.monotonic(), 0
     with TemporaryDirectory(prefix="deit-") as folder, _Here(number, Path(folder)) as here:
-        while waiting or here.children:
-            while waiting and len(here.children) < number:
-                here.start(waiting.pop())
+        while True:
+            while len(here.children) < number and (run := next(waiting, None)) is not None:
+                here.start(run)
+            if not here.children:
+                return failed
             child, line = here.heard.get()
             if line is not None:
                 child.hear(line)
+                if line.startswith("epoch ") and watch is not None and not child.given_up:
+                    child.given_up = watch.hopeless(child.run)
+                    if child.given_up:
+                        child.process.terminate()
                 continue
             here.children.remove(child)
             code, done = child.process.wait(), done + 1
-            if code:
+            if watch is not None:
+                watch.ended(child.run, code)
+            if code and not child.given_up:
                 failed.append(Failed(child.run, code, child.error, child.log))
-            left = (time.monotonic() - started) / done * (len(runs) - done)
+            left = (time.monotonic() - started) / done * max(total - done, 0)
             end = f"ended with exit code {code}" if code else "finished"
-            say(f"{child.run.name}: {end}; {done} of {len(runs)} runs, ETA {clock(left)}")
-    return failed
+            end = "stopped" if code and child.given_up else end
+            say(f"{child.run.name}: {end}; {done} of {total} runs, ETA {clock(left)}")
 
 
 def train_at_once(runs: list[Planned], *, number: int) -> None:
@@ -96,13 +119,15 @@ def failure_of(failed: list[Failed]) -> DeitError:
 
 
 class _Child:
-    """A run under way. error: what it last complained of. gpu: the one it has, of several."""
+    """A run under way. error: what it last complained of. gpu: the one it has, of several.
+    given_up: whether it was stopped because it would come to nothing."""
 
     def __init__(
         self, run: Planned, log: Path, process: subprocess.Popen, heard: _Heard, gpu: str | None
     ) -> None:
         self.run, self.log, self.process, self.gpu = run, log, process, gpu
         self.error, self._complaining = "it gave no reason", False
+        self.given_up = False
         self.listener = threading.Thread(target=self._listen, args=(heard,), daemon=True)
         self.listener.start()
 

@@ -306,7 +306,8 @@ def sweep(arguments: list[str], program: str) -> None:
     if run.print_config:
         say(json.dumps(to_dict(run.config), indent=1))
         return
-    points_of(plan, run.config)  # every mistake in the file, before torch is there
+    if not plan.search:
+        points_of(plan, run.config)  # every mistake in the file, before torch is there
     from deit.sweep import sweep
 
     sweep(

@@ -20,9 +20,10 @@ from deit.errors import (
 )
 from deit.ground import Ground, slug
 from deit.measured import Measured, disagreement, measured
+from deit.search import Search, check_optuna
 from deit.sweep_file import Point, Sweep, points_of
 from deit.sweep_pictures import draw_sweep
-from deit.sweep_results import MANIFEST, best_of, cells, columns, write_results
+from deit.sweep_results import MANIFEST, best_of, cells, columns, described, write_results
 from deit.typed_json import read_typed
 
 _AS_BEFORE = {error.exit_code for error in (ConfigError, DataError, CheckpointError, NumericsError)}
@@ -59,24 +60,31 @@ def sweep(
     for option, number, least in (("--retries", retries, 0), ("--best", best, 1)):
         if number < least:
             raise ConfigError(f"{option} {number}: should be at least {least}")
-    points = points_of(plan, run.config)
+    points = [] if plan.search else points_of(plan, run.config)
     out = run.out
     _check_folder(out, plan, run.recipe)
+    if plan.search:
+        check_optuna()
     first = derive(run.config, run={"seed": plan.seeds[0]})
     ground = Ground(run, first, out, asked=asked, arms=[point.config for point in points])
     trials = _trials(points, plan.seeds, out, ground.laid)
+    base = ground.laid(first)  # also what a search asks of its teachers: it says what there are
     below = [Planned(name, config, out / slug(name)) for name, config in ground.runs.items()]
-    unique = list({trial.run.out: trial.run for trial in trials}.values())
-    stores, taught = [], unique
-    if plan.share_targets:
-        stores, taught = shared_targets.share(unique, out / "targets", records=plan.records)
+    stores, taught = _shared(plan, trials, out)
     if run.dry_run:
         _list(below, stores, taught)
         return {}
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, option="--out"):
         write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe})
-        failed = _train(below, stores, taught, at_once, retries)
+        counts, failed = None, []
+        if plan.search:
+            found_points, counts, failed = _search(plan, run.config, base, below, ground, at_once)
+            trials = _trials(found_points, plan.seeds[:1], out, ground.laid)
+            trials += _trials(found_points[:best], plan.seeds[1:], out, ground.laid)
+            stores, taught = _shared(plan, trials, out)
+            points = found_points
+        failed += _train(below, stores, taught, at_once, retries)
         rows, found, asked_of = _rows(below, ground.teachers, trials, failed)
         result = {
             "sweep": plan.name,
@@ -89,6 +97,7 @@ def sweep(
             "rows": rows,
             "best": best_of(rows, best),
             "disagreement": disagreement(asked_of),
+            "search": counts,
             "command": f"deit sweep {shlex.join(arguments)}",
             "environment": found["environment"],
         }
@@ -98,6 +107,56 @@ def sweep(
     if failed:
         raise failure_of(failed)
     return result
+
+
+def _shared(
+    plan: Sweep, trials: list[Trial], out: Path
+) -> tuple[list[shared_targets.Store], list[Planned]]:
+    """The stores that the runs share, and each run once, taught by them."""
+    unique = list({trial.run.out: trial.run for trial in trials}.values())
+    if not plan.share_targets:
+        return [], unique
+    return shared_targets.share(unique, out / "targets", records=plan.records)
+
+
+def _search(
+    plan: Sweep, config: Config, base: Config, below: list[Planned], ground: Ground, at_once: int
+) -> tuple[list[Point], dict[str, int], list[Failed]]:
+    """Run the search of a sweep to its end: the points of the trials that finished, the best first;
+    how many trials ended how, and those that failed just now.
+
+    base: the first seed's configuration, as its runs are trained.
+    """
+    out, seed = ground.folder, plan.seeds[0]
+    train_at_once(_unfinished(below), number=1)
+    taught = base
+    if plan.share_targets:
+        # As if there were two of them: which trials ask the same shows when they are proposed.
+        twice = [Planned(str(place), base, out / str(place)) for place in range(2)]
+        records = plan.records or "full"
+        stores, (shared, _) = shared_targets.share(twice, out / "targets", records=records)
+        for store in stores:
+            shared_targets.write(store)
+        taught = shared.config
+
+    def planned(point: Point) -> Planned:
+        (trial,) = _trials([point], (seed,), out, ground.laid)
+        same = shared_targets.question_of(trial.run.config) == shared_targets.question_of(base)
+        shorter = trial.run.config.optim.epochs <= base.optim.epochs
+        if not (same and shorter and trial.run.config.loss.kind != "none"):
+            return trial.run
+        targets = {"targets": taught.teacher.targets}
+        return trial.run._replace(config=derive(trial.run.config, teacher=targets))
+
+    search = Search(plan.search, config, out, name=plan.name, seed=seed, plan=planned)
+    left = max(plan.search.trials - search.done(), 0)
+    if left < plan.search.trials:
+        say(f"{plan.search.trials - left} of {plan.search.trials} trials are over already")
+    failed = train_beside(search.runs(), number=at_once, total=left, watch=search)
+    points = search.finished()
+    if not points:
+        raise failure_of(failed) if failed else ConfigError("--out: no trial ran to its end")
+    return points, search.counts(), failed
 
 
 def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
@@ -255,6 +314,8 @@ def _print(result: dict[str, Any]) -> None:
     if 2 < len(shares) <= 8:  # of more, the files have it: a terminal is not wide enough
         rows = [(one, *(percent(share) for share in row.values())) for one, row in shares.items()]
         table("different answers, % of the images, first seed", ("", *shares), rows)
+    if result["search"]:
+        say(", ".join(f"{number} {name}" for name, number in result["search"].items()))
     say("best on the validation split:")
     for place, name in enumerate(result["best"], start=1):
-        say(f"  {place}. {name}")
+        say(f"  {place}. {described(result, name)}")

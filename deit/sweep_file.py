@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +23,36 @@ Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Span:
+    """The values of a field that is searched, from low to high; whole numbers or any; log: as many
+    between 1 and 10 as between 10 and 100."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched: a span of each field, or its values. trials: how many points are tried.
+    prune: whether those that stay below the median are stopped."""
+
+    fields: dict[str, Span | tuple[Any, ...]]
+    trials: int = 20
+    prune: bool = True
+
+
+@dataclass(frozen=True)
 class Sweep:
     """What a sweep file asks for, nothing of it applied yet.
 
     set: fields over the recipe's, for all. grid: the values of each field that varies; every
     combination is trained. runs: fields by the name of a run, for each combination. study: the arms
-    of a named study in their place. seeds: of each. share_targets: whether runs that ask the
-    teacher the same share one store of its answers. records: of these stores; None: what the
-    objectives need.
+    of a named study in their place. search: a space in place of a grid; the first seed searches,
+    the best points are trained with the others. seeds: of each. share_targets: whether runs that
+    ask the teacher the same share one store of its answers. records: of these stores; None: what
+    the objectives need.
     """
 
     name: str
@@ -38,6 +61,7 @@ class Sweep:
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     runs: dict[str, Fields] = field(default_factory=dict)
     study: str | None = None
+    search: Space | None = None
     seeds: tuple[int, ...] = (0,)
     share_targets: bool = True
     records: str | None = None
@@ -136,8 +160,10 @@ def _checked(path: Path, values: dict[str, Any]) -> Sweep:
             raise ConfigError(f"{path}: {key}: {error}") from None
     if found.get("runs") and found.get("study"):
         raise ConfigError(f"{path}: has runs and a study; a study brings runs of its own")
-    if not (found.get("grid") or found.get("runs") or found.get("study")):
-        raise ConfigError(f"{path}: nothing varies; give a grid, runs or a study")
+    if found.get("search") and (found.get("grid") or found.get("runs") or found.get("study")):
+        raise ConfigError(f"{path}: has a search and a grid, runs or a study; a search is alone")
+    if not any(found.get(key) for key in ("grid", "runs", "study", "search")):
+        raise ConfigError(f"{path}: nothing varies; give a grid, runs, a study or a search")
     return Sweep(path.stem, **found)
 
 
@@ -167,6 +193,63 @@ def _grid(value: Any) -> dict[str, tuple[Any, ...]]:
             raise ValueError(f"{name}: names {max(shown, key=shown.count)} twice")
         grid[name] = tuple(values)
     return grid
+
+
+def _space(value: Any) -> Space:
+    known = ("fields", "trials", "prune")
+    if not isinstance(value, dict) or not isinstance(value.get("fields"), dict):
+        raise ValueError("should have fields, each with low and high or a list of values")
+    for key in value:
+        if key not in known:
+            raise ValueError(f"{key}: should be of {', '.join(known)}{nearest(str(key), known)}")
+    trials = value.get("trials", Space.trials)
+    if type(trials) is not int or trials < 1:
+        raise ValueError(f"trials: should be at least 1, is {trials!r}")
+    names = [*PRESETS, *field_names()]
+    fields: dict[str, Span | tuple[Any, ...]] = {}
+    for name, one in value["fields"].items():
+        if name not in names:
+            raise ValueError(f"{name}: unknown field{nearest(str(name), names)}")
+        fields[name] = tuple(_several(name, one)) if isinstance(one, list) else _span(name, one)
+    return Space(fields, trials, _truth(value.get("prune", True)))
+
+
+def _several(name: str, values: list[Any]) -> list[Any]:
+    if len(values) < 2:
+        raise ValueError(f"{name}: should be at least two values, is {values!r}")
+    return values
+
+
+def _span(name: str, one: Any) -> Span:
+    known = {"low", "high", "log"}
+    if not isinstance(one, dict) or not {"low", "high"} <= one.keys() <= known:
+        raise ValueError(f"{name}: should be a list, or low and high (and log: true)")
+    try:
+        low, high = (float(one[end]) for end in ("low", "high"))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: low and high should be numbers") from None
+    log = _truth(one.get("log", False))
+    if not low < high or (log and low <= 0):
+        raise ValueError(f"{name}: should go from low to a larger high" + ", above 0" * log)
+    whole = _is_whole(name)
+    return Span(int(low), int(high), log, True) if whole else Span(low, high, log)
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a field takes whole numbers alone: the fields of a configuration say so."""
+    if name in PRESETS:
+        raise ValueError(f"{name}: a preset has names, no span")
+    section, leaf = name.split(".")
+    sections = typing.get_type_hints(Config)
+    return "int" in _kinds_of(typing.get_type_hints(sections[section])[leaf])
+
+
+def _kinds_of(annotation: Any) -> set[str]:
+    """The plain types in an annotation, by name."""
+    inner = typing.get_args(annotation)
+    if not inner:
+        return {getattr(annotation, "__name__", "")}
+    return set().union(*map(_kinds_of, inner))
 
 
 def _runs(value: Any) -> dict[str, Fields]:
@@ -224,6 +307,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "grid": _grid,
     "runs": _runs,
     "study": _study,
+    "search": _space,
     "seeds": _seeds,
     "share_targets": _truth,
     "records": _text,

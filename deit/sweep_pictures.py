@@ -28,6 +28,10 @@ def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:
     if not any(row["seeds"] for row in points(result).values()):
         return []
     fields = [name for name in result["fields"] if name != "run"]
+    if result.get("search"):
+        path = out / "search.png"
+        _draw_search(result, fields, path)
+        return [path]
     if not fields:
         path = out / "runs.png"
         draw_comparison(_finished(result), path)
@@ -133,6 +137,29 @@ def heat_map(
     nothing = [math.nan]
     means = [[statistics.mean(shares.get((a, b)) or nothing) for b in columns] for a in rows]
     return rows, columns, means
+
+
+def _draw_search(result: dict[str, Any], fields: list[str], path: Path) -> None:
+    """Validation accuracy of the trials that ran to their end, over each field: a dot a trial."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(fields), 3.2), layout="constrained")
+    rows = [row for row in points(result).values() if row["seeds"]]
+    shares = [100 * row["validation"][0] for row in rows]
+    for axes, field in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields):
+        values = [row["values"][field] for row in rows]
+        known = sorted(set(values))
+        numbers = numbers_of(values)
+        places = numbers or [known.index(value) for value in values]
+        axes.plot(places, shares, "o", color=_COLOURS[0], alpha=0.7)
+        if numbers is None:
+            axes.set_xticks(range(len(known)), known)
+        elif min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
+            axes.set_xscale("log")
+        axes.set(xlabel=short_names([field])[field], ylabel="validation top-1 %")
+        axes.grid(alpha=0.25)
+    figure.suptitle(_title(result))
+    figure.savefig(path, dpi=150)
 
 
 def _draw_heat_map(result: dict[str, Any], down: str, across: str, path: Path) -> None:

@@ -41,6 +41,16 @@ def best_of(rows: dict[str, dict[str, Any]], number: int) -> list[str]:
     return ranked[:number]
 
 
+def described(result: dict[str, Any], name: str) -> str:
+    """A point by its name, with what it stands for where that is only a number."""
+    if not result.get("search"):
+        return name
+    short = short_names(result["fields"])
+    values = result["rows"][name]["values"].items()
+    told = ", ".join(f"{short[field]} {value}" for field, value in values if field != "run")
+    return f"{name}: {told}"
+
+
 def columns(result: dict[str, Any]) -> list[str]:
     """The heads of the table's columns: what varies, then what was measured."""
     varied = [_head(name) for name in short_names(result["fields"]).values()]
@@ -138,7 +148,11 @@ def markdown(result: dict[str, Any]) -> str:
     environment = result["environment"]
     where = f"{environment['device_name']}, commit {str(environment.get('commit'))[:12]}"
     rows = [[_escaped(cell) for cell in row] for row in cells(result)]
-    best = "\n".join(f"{place}. {name}" for place, name in enumerate(result["best"], start=1))
+    best = "\n".join(
+        f"{place}. {described(result, name)}" for place, name in enumerate(result["best"], start=1)
+    )
+    counted = ", ".join(f"{number} {name}" for name, number in (result["search"] or {}).items())
+    searched = f"{counted}; the others with the first seed alone.\n\n" if counted else ""
     return (
         f"# {result['sweep']}\n\n"
         f"Recipe `{result['recipe']}`, seeds {seeds}; top-1 % on {result['num_samples']} "
@@ -146,7 +160,7 @@ def markdown(result: dict[str, Any]) -> str:
         "over the first row.\n\n"
         f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{_class_by_class(result)}"
         f"{_disagreement(result)}"
-        f"Best on the validation split:\n\n{best}\n\n"
+        f"{searched}Best on the validation split:\n\n{best}\n\n"
         f"`{result['command']}`\n\n{where}\n"
     )
 

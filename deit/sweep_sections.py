@@ -8,7 +8,7 @@ from typing import Any
 from deit import charts, page
 from deit.sweep_file import short_names
 from deit.sweep_pictures import heat_map, numbers_of
-from deit.sweep_results import cells, columns, final_top1, points
+from deit.sweep_results import cells, columns, described, final_top1, points
 
 _MOST_POINTS = 24
 _MOST_CLASSES = 20
@@ -74,7 +74,7 @@ def _headline(result: dict[str, Any], own: dict[str, Any]) -> str:
         best = result["best"][0]
         top1 = 100 * statistics.mean(final_top1(own[best]))
         values[f"{result['split']} top-1 of the best"] = f"{top1:.1f} %"
-        told = page.paragraph(f"Best on the validation split: {best}.")
+        told = page.paragraph(f"Best on the validation split: {described(result, best)}.")
     return page.tiles(values) + told
 
 
@@ -82,6 +82,13 @@ def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
     """A curve of one field, heat maps of each two."""
     fields = [name for name in result["fields"] if name != "run"]
     short = short_names(result["fields"])
+    if result.get("search"):
+        drawn = []
+        for field in fields:
+            dots = charts.chart(_trials(result, field), folder / f"{slug}-{field}.png", width=4.5)
+            told = f"{short[field]}: validation accuracy of each trial that ran to its end."
+            drawn.append(page.figure(dots, told))
+        return drawn
     if len(fields) == 1:
         drawn = charts.chart(_curve(result, fields[0]), folder / f"{slug}-{fields[0]}.png")
         told = f"Accuracy over {short[fields[0]]}: a dot a seed, a line through the means."
@@ -121,6 +128,25 @@ def _classes(result: dict[str, Any]) -> list[str]:
     told = "Right answers in % of each class, mean over the seeds."
     table = page.heat_table(list(rows), heads, means, shown="{:.0f}", caption=told)
     return [page.part("Classes seen and unseen", [table])]
+
+
+def _trials(result: dict[str, Any], field: str) -> charts.Draw:
+    """Validation accuracy over the values of a searched field: a dot a trial."""
+
+    def draw(axes: Any) -> None:
+        rows = [row for row in points(result).values() if row["seeds"]]
+        values = [row["values"][field] for row in rows]
+        known, numbers = sorted(set(values)), numbers_of(values)
+        places = numbers or [known.index(value) for value in values]
+        shares = [100 * row["validation"][0] for row in rows]
+        axes.plot(places, shares, "o", color=charts.SERIES[0], alpha=0.75)
+        if numbers is None:
+            axes.set_xticks(range(len(known)), known)
+        elif min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
+            axes.set_xscale("log")
+        axes.set(xlabel=short_names([field])[field], ylabel="validation top-1 %")
+
+    return draw
 
 
 def _curve(result: dict[str, Any], field: str) -> charts.Draw:

@@ -194,3 +194,35 @@ def test_each_run_gets_the_gpu_that_has_the_fewest(monkeypatch, tmp_path, visibl
     del here.children[1]  # it ends first
     here.start(Planned("another", config(), tmp_path / "another"))
     assert given[3] == expected[1]
+
+
+class Impatient:
+    """Gives up the first run at its first epoch."""
+
+    def __init__(self):
+        self.asked, self.ends = [], {}
+
+    def hopeless(self, run):
+        self.asked.append(run.name)
+        return run.name == "hopeless"
+
+    def ended(self, run, code):
+        self.ends[run.name] = code
+
+
+def test_a_run_that_is_given_up_stops_saved_and_is_no_failure(tmp_path):
+    watch = Impatient()
+    long = config(optim={"epochs": 200}, run={"evaluate_every": 1})
+    asked = []
+
+    def runs():
+        for name, one in {"hopeless": long, "good": config()}.items():
+            asked.append(name)
+            yield Planned(name, one, tmp_path / name)
+
+    assert at_once.train_beside(runs(), number=1, total=2, watch=watch) == []
+    assert asked == ["hopeless", "good"]
+    assert watch.ends == {"hopeless": 143, "good": 0}
+    assert watch.asked.count("hopeless") == 1  # not asked again
+    assert checkpoint.result_of(tmp_path / "hopeless") is None
+    assert checkpoint.found(tmp_path / "hopeless")

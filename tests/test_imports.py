@@ -156,6 +156,7 @@ PLAN = {
     "deit.sweep_pictures": place(7, "matplotlib"),
     "deit.shared_targets": place(7),
     "deit.sweep": place(8),
+    "deit.search": place(6, "optuna"),
     "deit.page": place(1),
     "deit.charts": place(1, "matplotlib"),
     "deit.run_sections": place(7),

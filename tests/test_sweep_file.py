@@ -10,7 +10,7 @@ from deit.config import derive, label_weight, to_dict
 from deit.errors import ConfigError
 from deit.recipes import RECIPES, digits, digits_ensemble
 from deit.studies import STUDIES
-from deit.sweep_file import Point, points_of, read_sweep, text_of, with_fields
+from deit.sweep_file import Point, Span, points_of, read_sweep, text_of, with_fields
 from deit.sweeps import SWEEPS, find_sweep
 from deit.validation import validate
 
@@ -149,6 +149,17 @@ BAD = {
     "same run": ("runs: [{optim.lr: 1}, {optim.lr: 1}]", "the same run twice"),
     "runs": ("runs: 3", "should be runs by name"),
     "fields": ("set: 3", "should be fields"),
+    "search": ("search: 3", "should have fields"),
+    "searched": ("search: {fields: {optim.lrr: [1, 2]}}", "did you mean optim.lr?"),
+    "one value": ("search: {fields: {optim.lr: [1]}}", "at least two values"),
+    "span": ("search: {fields: {optim.lr: {low: 2, high: 1}}}", "to a larger high"),
+    "log": ("search: {fields: {optim.lr: {low: 0, high: 1, log: true}}}", "above 0"),
+    "ends": ("search: {fields: {optim.lr: {low: a, high: 1}}}", "should be numbers"),
+    "low alone": ("search: {fields: {optim.lr: {low: 1}}}", "or low and high"),
+    "preset span": ("search: {fields: {objective: {low: 1, high: 2}}}", "a preset has names"),
+    "trials": ("search: {trials: 0, fields: {optim.lr: [1, 2]}}", "at least 1"),
+    "search key": ("search: {tirals: 3, fields: {optim.lr: [1, 2]}}", "did you mean trials?"),
+    "with a grid": ("{search: {fields: {optim.lr: [1, 2]}}, study: worth}", "a search is alone"),
 }
 
 
@@ -210,8 +221,29 @@ def test_points_are_configurations_that_can_be_written_down(tmp_path):
 
 def test_the_file_of_the_documentation_is_one(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "sweeps.md").read_text()
-    text = re.search(r"```yaml\n(.*?)```", page, re.DOTALL).group(1)
+    text, searching = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert read(tmp_path, searching).search.trials == 30
     sweep = read(tmp_path, text)
     assert len(points_of(sweep, RECIPES[sweep.recipe]())) == 3 * 2 * 2
     named = set(re.findall(r"`([a-z0-9-]+)`", page.split("## What has a name")[1].split("##")[0]))
     assert named >= set(SWEEPS)
+
+
+def test_a_searched_field_is_whole_where_the_configuration_says_so(tmp_path):
+    text = """
+    search:
+      trials: 7
+      fields:
+        student.depth: {low: 2, high: 6}
+        student.embed_dim: {low: 16, high: 64, log: true}
+        loss.temperature: {low: 1, high: 20}
+        loss.kind: [soft, hard]
+    """
+    space = read(tmp_path, text).search
+    assert (space.trials, space.prune) == (7, True)
+    assert space.fields == {
+        "student.depth": Span(2, 6, whole=True),
+        "student.embed_dim": Span(16, 64, log=True, whole=True),
+        "loss.temperature": Span(1.0, 20.0),
+        "loss.kind": ("soft", "hard"),
+    }

@@ -1,0 +1,161 @@
+"""A search instead of a grid: optuna proposes, runs answer, the hopeless are stopped; on SQLite."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from deit import checkpoint, journal
+from deit.at_once import Planned
+from deit.config import Config
+from deit.console import percent, say
+from deit.errors import CheckpointError, EnvironmentFault
+from deit.saving import selected_top1
+from deit.sweep_file import Point, Space, text_of, with_fields
+
+DATABASE = "optuna.db"
+_RANDOM_FIRST = 10  # trials before the search learns from any: optuna's own number
+_NEVER_STOPPED = 5  # trials that run to their end before one is held against them
+
+
+def check_optuna() -> None:
+    """Raises EnvironmentFault where optuna is not installed."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise EnvironmentFault("a search needs optuna; pip install 'deit[search]'") from None
+
+
+class Search:
+    """The trials of a space: proposed by a tree-structured Parzen estimator (Bergstra et al. 2011),
+    told of validation accuracy after each evaluation, stopped where it lies below the median of the
+    others at that epoch. All of it is in a database beside the runs, from which it goes on.
+
+    plan: makes a run of a point. seed: of the proposals.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        base: Config,
+        out: Path,
+        *,
+        name: str,
+        seed: int,
+        plan: Callable[[Point], Planned],
+    ) -> None:
+        """Open the database, or begin it. Raises EnvironmentFault and CheckpointError."""
+        check_optuna()
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna, self._space, self._base, self._name = optuna, space, base, name
+        self._plan = plan
+        self._running: dict[Path, Any] = {}
+        self._stopped: dict[Path, str] = {}
+        self.points: dict[Path, Point] = {}
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_FIRST)
+        warmup = max(base.optim.epochs // 4, 1)
+        pruner = optuna.pruners.MedianPruner(_NEVER_STOPPED, n_warmup_steps=warmup)
+        try:
+            self._study = optuna.create_study(
+                storage=f"sqlite:///{out / DATABASE}",
+                study_name=name,
+                sampler=sampler,
+                pruner=pruner if space.prune else optuna.pruners.NopPruner(),
+                direction="maximize",
+                load_if_exists=True,
+            )
+            self._ask_again_what_was_under_way()
+        except Exception as error:  # of optuna, SQLAlchemy and sqlite
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{out / DATABASE}: cannot be read ({reason})") from None
+
+    def _ask_again_what_was_under_way(self) -> None:
+        """Trials that a kill left open are proposed once more; their runs go on."""
+        state = self._optuna.trial.TrialState
+        for trial in self._study.get_trials(states=(state.RUNNING,)):
+            self._study.tell(trial.number, state=state.FAIL)
+            self._study.enqueue_trial(trial.params, user_attrs={"of": trial.number})
+
+    def done(self) -> int:
+        """How many trials came to an end: finished, stopped or failed of themselves."""
+        state = self._optuna.trial.TrialState
+        ended = self._study.get_trials(states=(state.COMPLETE, state.PRUNED, state.FAIL))
+        again = {
+            trial.user_attrs.get("of") for trial in self._study.get_trials() if trial.user_attrs
+        }
+        return sum(trial.number not in again for trial in ended)
+
+    def counts(self) -> dict[str, int]:
+        """How many trials ended how."""
+        state = self._optuna.trial.TrialState
+        complete, pruned = (
+            len(self._study.get_trials(states=(one,))) for one in (state.COMPLETE, state.PRUNED)
+        )
+        return {
+            "trials": self.done(),
+            "finished": complete,
+            "stopped": pruned,
+            "failed": self.done() - complete - pruned,
+        }
+
+    def runs(self) -> Iterator[Planned]:
+        """The runs still to be trained, each proposed when it is asked for."""
+        while self.done() + len(self._running) < self._space.trials:
+            trial = self._study.ask(self._distributions())
+            point = self._point(trial)
+            run = self._plan(point)
+            self._running[run.out] = trial
+            self.points[run.out] = point
+            yield run
+
+    def _distributions(self) -> dict[str, Any]:
+        kinds = self._optuna.distributions
+        found = {}
+        for name, one in self._space.fields.items():
+            if isinstance(one, tuple):
+                found[name] = kinds.CategoricalDistribution([text_of(value) for value in one])
+            else:
+                kind = kinds.IntDistribution if one.whole else kinds.FloatDistribution
+                found[name] = kind(one.low, one.high, log=one.log)
+        return found
+
+    def _point(self, trial: Any) -> Point:
+        values = {
+            name: f"{value:.4g}" if isinstance(value, float) else str(value)
+            for name, value in trial.params.items()
+        }
+        where = f"sweep {self._name}, trial {trial.number}"
+        config = with_fields(self._base, trial.params, where=where)
+        return Point(f"trial {trial.number}", {"run": f"trial {trial.number}", **values}, config)
+
+    def hopeless(self, run: Planned) -> bool:
+        """Whether a run under way should be stopped, told of what it came to by now."""
+        trial = self._running[run.out]
+        rows = [row for row in journal.read(run.out / journal.METRICS) if "validation" in row]
+        if not rows:
+            return False
+        last = rows[-1]
+        trial.report(selected_top1(last["validation"]), last["epoch"])
+        if not trial.should_prune():
+            return False
+        reached = percent(selected_top1(last["validation"]))
+        self._stopped[run.out] = f"stopped at epoch {last['epoch']} with {reached} %"
+        say(f"{run.name}: {self._stopped[run.out]}, below the median")
+        return True
+
+    def ended(self, run: Planned, code: int) -> None:
+        """Tell how a run ended."""
+        state, trial = self._optuna.trial.TrialState, self._running.pop(run.out)
+        if code == 0:
+            self._study.tell(trial, checkpoint.result_of(run.out)["best"]["top1"])
+        elif run.out in self._stopped:
+            self._study.tell(trial, state=state.PRUNED)
+        else:
+            self._study.tell(trial, state=state.FAIL)
+
+    def finished(self) -> list[Point]:
+        """The points of the trials that ran to their end, the best on validation first."""
+        state = self._optuna.trial.TrialState
+        trials = self._study.get_trials(states=(state.COMPLETE,))
+        return [self._point(one) for one in sorted(trials, key=lambda one: -one.value)]

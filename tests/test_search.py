@@ -1,0 +1,201 @@
+"""A search: trials proposed, told, stopped and taken up again, by optuna's own database."""
+
+import json
+import sqlite3
+
+import pytest
+
+from deit import checkpoint, journal, search
+from deit.at_once import Planned
+from deit.config import derive
+from deit.errors import CheckpointError, EnvironmentFault
+from deit.recipes import digits
+from deit.search import Search
+from deit.sweep_file import Space, Span
+
+optuna = pytest.importorskip("optuna")
+LR = {"optim.lr": Span(1e-4, 1e-1, log=True)}
+pytestmark = pytest.mark.filterwarnings("ignore")  # of SQLAlchemy and optuna
+
+
+def opened(out, *, trials=8, fields=LR, prune=True, epochs=8):
+    base = derive(digits(), optim={"epochs": epochs, "warmup_epochs": 1})
+    space = Space(fields, trials, prune)
+
+    def plan(point):
+        return Planned(point.name, point.config, out / point.name.replace(" ", "-"))
+
+    return Search(space, base, out, name="s", seed=0, plan=plan)
+
+
+def reach(run, epoch, top1):
+    """The run as it is after an epoch."""
+    run.out.mkdir(exist_ok=True)
+    journal.append(run.out / journal.METRICS, {"epoch": epoch, "validation": {"class_top1": top1}})
+
+
+def finish(run, top1):
+    run.out.mkdir(exist_ok=True)
+    best = {"epochs": 8, "fingerprint": "", "targets": [], "best": {"top1": top1}}
+    (run.out / checkpoint.RESULT).write_text(json.dumps(best))
+
+
+def test_it_learns_where_the_good_points_are(tmp_path):
+    """Accuracy falls with the distance from lr 1e-2, in powers of ten."""
+    import math
+
+    one = opened(tmp_path, trials=40)
+    found = []
+    for run in one.runs():
+        lr = run.config.optim.lr
+        found.append(abs(math.log10(lr) + 2))
+        finish(run, 1 - found[-1] / 4)
+        one.ended(run, 0)
+    assert len(found) == 40
+    assert sum(found[-10:]) < 0.7 * sum(found[:10])
+    best = one.finished()[0]
+    assert abs(math.log10(best.config.optim.lr) + 2) == pytest.approx(min(found))
+    assert one.counts() == {"trials": 40, "finished": 40, "stopped": 0, "failed": 0}
+
+
+def test_what_stays_below_the_median_is_stopped_not_before_a_quarter(tmp_path):
+    one = opened(tmp_path, trials=7)
+    runs = one.runs()
+    for _ in range(5):
+        run = next(runs)
+        for epoch in (1, 2, 4, 8):
+            reach(run, epoch, 0.8)
+            assert not one.hopeless(run)
+        finish(run, 0.8)
+        one.ended(run, 0)
+    bad = next(runs)
+    assert not one.hopeless(bad)  # nothing is known of it yet
+    reach(bad, 1, 0.1)
+    assert not one.hopeless(bad)
+    reach(bad, 4, 0.1)
+    assert one.hopeless(bad)
+    one.ended(bad, 143)
+    good = next(runs)
+    reach(good, 4, 0.9)
+    assert not one.hopeless(good)
+    one.ended(good, 3)
+    assert next(runs, None) is None
+    assert one.counts() == {"trials": 7, "finished": 5, "stopped": 1, "failed": 1}
+
+
+def test_without_pruning_nothing_is_stopped(tmp_path):
+    one = opened(tmp_path, trials=7, prune=False)
+    runs = one.runs()
+    for top1 in (*[0.8] * 6, 0.1):
+        run = next(runs)
+        reach(run, 4, top1)
+        assert not one.hopeless(run)
+        finish(run, top1)
+        one.ended(run, 0)
+
+
+def test_trials_that_a_kill_left_open_are_proposed_again_and_count_once(tmp_path):
+    one = opened(tmp_path, trials=3)
+    runs = one.runs()
+    first, second = next(runs), next(runs)
+    finish(first, 0.5)
+    one.ended(first, 0)
+    again = opened(tmp_path, trials=3)
+    assert again.done() == 1
+    left = []
+    for run in again.runs():
+        left.append(run.config.optim.lr)
+        finish(run, 0.6)
+        again.ended(run, 0)
+    assert len(left) == 2
+    assert left[0] == second.config.optim.lr
+    assert again.counts() == {"trials": 3, "finished": 3, "stopped": 0, "failed": 0}
+    assert list(opened(tmp_path, trials=3).runs()) == []
+    assert len(list(opened(tmp_path, trials=5).runs())) == 2  # more, when more are asked for
+
+
+def test_whole_numbers_and_names_are_proposed_as_such(tmp_path):
+    fields = {
+        "student.depth": Span(2, 4, whole=True),
+        "objective": ("deit-soft", "deit-hard"),
+        "views.crop": ("none", "padded"),
+    }
+    one = opened(tmp_path, trials=12, fields=fields)
+    seen = set()
+    for run in one.runs():
+        assert run.config.student.depth in (2, 3, 4)
+        seen.add((run.config.loss.kind, run.config.views.crop))
+        one.ended(run, 1)
+    assert {kind for kind, _ in seen} == {"soft", "hard"}
+    assert {crop for _, crop in seen} == {"none", "padded"}
+
+
+def test_a_database_that_is_none_is_told(tmp_path):
+    (tmp_path / search.DATABASE).write_text("no database" * 100)
+    with pytest.raises(CheckpointError, match=r"optuna\.db: cannot be read"):
+        opened(tmp_path)
+
+
+def test_the_database_is_sqlite_that_optunas_tools_read(tmp_path):
+    one = opened(tmp_path, trials=1)
+    for run in one.runs():
+        finish(run, 0.5)
+        one.ended(run, 0)
+    study = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / search.DATABASE}")
+    assert study.best_value == 0.5
+    with sqlite3.connect(tmp_path / search.DATABASE) as database:
+        assert database.execute("pragma integrity_check").fetchone() == ("ok",)
+
+
+def test_without_optuna_it_is_said_what_to_install(monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name == "optuna":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(EnvironmentFault, match=r"pip install 'deit\[search\]'"):
+        search.check_optuna()
+
+
+def test_a_search_is_a_sweep(zygote, tmp_path):
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    fields = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "loss.temperature": [1, 3]}
+    file = {
+        "recipe": "digits",
+        "set": {
+            "student": small,
+            "optim": {"epochs": 2, "warmup_epochs": 1},
+            "run.evaluate_every": 1,
+            "data.train_fraction": 0.2,
+        },
+        "search": {"trials": 3, "fields": fields},
+        "seeds": [0, 1],
+    }
+    (tmp_path / "s.json").write_text(json.dumps(file))
+    words = ("sweep", "s.json", "--out", "out", "--at_once", "2", "--best", "1")
+    done = zygote.run(*words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["search"] == {"trials": 3, "finished": 3, "stopped": 0, "failed": 0}
+    seeds = [row["seeds"] for name, row in found["rows"].items() if name.startswith("trial")]
+    assert sorted(seeds) == [[0], [0], [0, 1]]
+    assert seeds[0] == [0, 1]  # the best on the validation split
+    (best,) = found["best"]
+    assert f"1. {best}: lr " in done.out
+    assert (tmp_path / "out" / "search.png").stat().st_size > 5000
+    stores = {
+        tuple(json.loads(path.read_text())["teacher"]["targets"])
+        for path in (tmp_path / "out" / "runs").glob("*-seed-0-*/config.json")
+    }
+    assert len(stores) == 1
+    again = zygote.run(*words, cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert "3 of 3 trials are over already" in again.out
+    assert "4 of 4 runs are finished already" in again.out
+    done = zygote.run("report", "out", "--out", "page", cwd=tmp_path)
+    assert done.code == 0, done.err
