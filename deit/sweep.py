@@ -99,7 +99,7 @@ def sweep(
             "disagreement": disagreement(asked_of),
             "search": counts,
             "command": f"deit sweep {shlex.join(arguments)}",
-            "environment": found["environment"],
+            "environment": _environment(rows),
         }
         for path in write_results(result, out) + _draw(result, out):
             say(f"wrote {path}")
@@ -284,9 +284,17 @@ def _rows(
         first.setdefault(trial.point.name, said)
         found = said.found
         _note(row, trial.seed, trial.run.out, found)
-    if not found:
+    if not first:
         raise failure_of(failed)
     return rows, found, first
+
+
+def _environment(rows: dict[str, outcome.Row]) -> dict[str, Any]:
+    """Where the runs were trained: that of the first, with the commits of all."""
+    folders = [Path(folder) for row in rows.values() if row["values"] for folder in row["folders"]]
+    found = [read_typed(folder / checkpoint.ENVIRONMENT, dict[str, Any]) for folder in folders]
+    commits = dict.fromkeys(str(one["commit"]) for one in found)
+    return {**found[0], "commit": ", ".join(commits)}
 
 
 def _note(row: outcome.Row, seed: int, out: Path, found: dict[str, Any]) -> None:

@@ -146,7 +146,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The table, the best points and where the numbers come from."""
     seeds = ", ".join(map(str, result["seeds"]))
     environment = result["environment"]
-    where = f"{environment['device_name']}, commit {str(environment.get('commit'))[:12]}"
+    where = f"{environment['device_name']}, commit {environment['commit']}"
     rows = [[_escaped(cell) for cell in row] for row in cells(result)]
     best = "\n".join(
         f"{place}. {described(result, name)}" for place, name in enumerate(result["best"], start=1)
@@ -158,14 +158,14 @@ def markdown(result: dict[str, Any]) -> str:
         f"Recipe `{result['recipe']}`, seeds {seeds}; top-1 % on {result['num_samples']} "
         f"{result['split']} images, mean +- standard deviation over seeds; the gain is in points "
         "over the first row.\n\n"
-        f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{_class_by_class(result)}"
-        f"{_disagreement(result)}"
+        f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{class_by_class(result)}"
+        f"{disagreement_table(result)}"
         f"{searched}Best on the validation split:\n\n{best}\n\n"
         f"`{result['command']}`\n\n{where}\n"
     )
 
 
-def _class_by_class(result: dict[str, Any]) -> str:
+def class_by_class(result: dict[str, Any]) -> str:
     """Right answers in % of each class, those that training did not see marked; "" where it saw
     all of them, and of more than 20 classes."""
     rows = {name: row["classes"] for name, row in result["rows"].items() if row.get("classes")}
@@ -185,7 +185,7 @@ def _class_by_class(result: dict[str, Any]) -> str:
 _SHOWN_CLASSES = 20
 
 
-def _disagreement(result: dict[str, Any]) -> str:
+def disagreement_table(result: dict[str, Any]) -> str:
     """Who answers otherwise than whom, in % of the images."""
     shares = result["disagreement"]
     if len(shares) < 3:

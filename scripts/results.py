@@ -1,4 +1,4 @@
-"""Write README's result tables and pictures from the JSON files in docs/results/."""
+"""Write the tables and pictures of the pages from the JSON files in docs/results/."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deit.drawing import COLUMNS, comparison_cells, draw_comparison, markdown_table
+from deit.sweep_results import cells, class_by_class, columns, disagreement_table
 from scripts.benchmark_picture import draw_benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,10 @@ TITLES = {
     "cifar10-finetune": "CIFAR-10 (JPEG 75), a tenth of the images: from 32 to 48 px in 6 epochs",
     "tiny-imagenet-micro": "Tiny-ImageNet, 50 classes: the whole recipe, 8 epochs on a CPU",
     "cifar10-micro": "CIFAR-10 (JPEG 75): RegNetY-200MF (12 epochs) into a micro DeiT (8 epochs)",
+}
+SWEEPS = {
+    "digits-table-3": "Digits: ways of distilling (Table 3)",
+    "digits-held-out": "Digits: 6, 7, 8 and 9 never seen (temperature, weight, learning rate)",
 }
 BENCHMARKS = ("benchmark-data", "benchmark-targets", "benchmark-train")
 
@@ -128,16 +133,29 @@ def _written_here(name: str, command: str) -> str:
     return shlex.join(words)
 
 
-def written(readme: str, results: dict[str, dict], benchmarks: dict[str, dict]) -> str:
-    """The README with its sections renewed. Raises ValueError without their marks."""
-    texts = {"results": "\n".join(section(name, result) for name, result in results.items())}
-    texts |= {name: benchmark_section(name, result) for name, result in benchmarks.items()}
+def sweep_section(name: str, result: dict) -> str:
+    """A sweep as Markdown: title, table, classes, how it was measured."""
+    environment = result["environment"]
+    table = [[cell or " " for cell in row] for row in cells(result)]
+    seeds = ", ".join(map(str, result["seeds"]))
+    return (
+        f"**{SWEEPS[name]}** ([{name}.json](results/{name}.json))\n\n"
+        f"{markdown_table(columns(result), table)}\n\n{class_by_class(result)}"
+        f"{disagreement_table(result)}"
+        f"Test top-1 in %, {result['num_samples']} images, seeds {seeds}, gains over the first "
+        f"point; {environment['device_name']}, torch {environment['packages']['torch']}, commit "
+        f"{environment['commit']}.\n{shown_command(name, result['command'])}\n"
+    )
+
+
+def written(page: str, texts: dict[str, str]) -> str:
+    """A page with its sections renewed, by name. Raises ValueError without their marks."""
     for name, text in texts.items():
         begin, end = f"<!-- {name}: written by scripts/results.py -->", f"<!-- end of {name} -->"
-        before, rest = readme.split(begin)
+        before, rest = page.split(begin)
         _, after = rest.split(end)
-        readme = f"{before}{begin}\n\n{text}\n{end}{after}"
-    return readme
+        page = f"{before}{begin}\n\n{text}\n{end}{after}"
+    return page
 
 
 def load(names: Iterable[str]) -> dict[str, dict]:
@@ -147,18 +165,23 @@ def load(names: Iterable[str]) -> dict[str, dict]:
 
 
 def main() -> None:
-    """Write the README and one picture for each result; `--check` only compares the README."""
+    """Write the pages and one picture for each result; `--check` only compares the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 if README is not up to date")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a page is not up to date")
     check = parser.parse_args().check
-    results, readme = load(TITLES), ROOT / "README.md"
-    new = written(readme.read_text(), results, load(BENCHMARKS))
+    results, benchmarks, sweeps = load(TITLES), load(BENCHMARKS), load(SWEEPS)
+    tables = {"results": "\n".join(section(name, result) for name, result in results.items())}
+    tables |= {name: benchmark_section(name, result) for name, result in benchmarks.items()}
+    told = {"sweeps": "\n".join(sweep_section(name, result) for name, result in sweeps.items())}
+    pages = {ROOT / "README.md": tables, ROOT / "docs" / "sweeps.md": told}
+    new = {path: written(path.read_text(), texts) for path, texts in pages.items()}
     if check:
-        sys.exit(new != readme.read_text())
-    readme.write_text(new)
+        sys.exit(any(text != path.read_text() for path, text in new.items()))
+    for path, text in new.items():
+        path.write_text(text)
     for name, result in results.items():
         draw_comparison(result, ROOT / "docs" / "images" / f"{name}.png")
-    for name, result in load(BENCHMARKS).items():
+    for name, result in benchmarks.items():
         draw_benchmark(result, ROOT / "docs" / "images" / f"{name}.png")
 
 

@@ -72,6 +72,8 @@ def test_every_point_and_seed_is_trained_and_told(swept):
         own = found["rows"][line["point"]]
         at = own["seeds"].index(int(line["seed"]))
         assert float(line["fused_top1"]) == own["top1"][at]["fused"]
+    first = next((place / "out" / "runs").glob("*/environment.json"))
+    assert found["environment"]["packages"] == json.loads(first.read_text())["packages"]
     text = (place / "out" / "results.md").read_text()
     assert "| 3 |" in text
     assert found["command"] in text
@@ -348,7 +350,7 @@ def test_markdown_and_csv_keep_their_columns(told, tmp_path):
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert "1. c" in lines
-    assert "a processor, commit 0123456789ab" in lines
+    assert "a processor, commit 0123456789abcdef" in lines
     write_results(told, tmp_path)
     rows = lines_of(tmp_path)
     assert [one["status"] for one in rows] == ["finished"] * 5 + ["failed"] * 3
