@@ -12,7 +12,7 @@ from deit.errors import CheckpointError, ConfigError
 from deit.ground import slug
 from deit.measured import disagreement, measured
 from deit.run_pictures import Pictures, draw_run
-from deit.run_sections import View, card_of, sections_of, write_csv
+from deit.run_sections import View, card_of, final_top1, sections_of, write_csv
 from deit.summary import summary_of
 from deit.sweep_results import MANIFEST
 from deit.sweep_sections import sections_of_sweep
@@ -200,6 +200,13 @@ def _side_by_side(views: list[View], out: Path) -> list[str]:
         page.table(columns, rows, caption=told, best=best),
         page.figure(drawn, "Validation accuracy of the answer that selects the weights."),
     ]
+    if all("cost" in view.measured.found for view in views):
+        speeds = [view.measured.found["cost"]["images_per_s"] for view in views]
+        shares = [100 * final_top1(view.measured) for view in views]
+        places = dict(zip((view.name for view in views), zip(speeds, shares)))
+        dots = charts.scatter(places, "images/s (inference)", "test top-1 %")
+        drawn = charts.chart(dots, out / "throughput.png")
+        body.append(page.figure(drawn, "Accuracy against speed, both measured on this machine."))
     shares = disagreement({view.name: view.measured for view in views})
     if shares:
         values = [[100 * shares[a][b] if a != b else None for b in shares] for a in shares]

@@ -43,7 +43,7 @@ from deit.restoring import (
 )
 from deit.saving import close_epoch, finish, save, space_of
 from deit.sharding import divide, mesh_of, number_of_parts
-from deit.summary import print_summary, summary_of
+from deit.summary import SUMMARY, print_summary, summary_of
 from deit.teaching import Faculty
 from deit.trackers import check_trackers, track, tracked
 from deit.validation import validate
@@ -115,7 +115,9 @@ def train(
         result = finish(parts)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            print_summary(summary_of(config, out, result))
+            told = summary_of(config, out, result)
+            write_json(out / SUMMARY, told)
+            print_summary(told)
         interruption.check(now=True)  # who called may have more to do, and should not
     return result
 

@@ -10,6 +10,7 @@ from deit.config import Config
 from deit.console import clock, percent, say
 from deit.saving import selected_top1
 
+SUMMARY = "summary.json"
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40
 

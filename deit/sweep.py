@@ -1,5 +1,6 @@
 """Every run of a sweep trained, evaluated and put into one table: resumable run by run."""
 
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,13 @@ def sweep(
     deit.errors; one for all runs that failed, once everything else is written.
     """
     check_number(at_once, option="--at_once")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "a sweep starts a process for each run: start it without torchrun (--at_once N for "
+            "several at a time)"
+        )
+    if run.config.run.seed != asked.run.seed:
+        raise ConfigError(f"--run.seed {run.config.run.seed}: a sweep takes --seeds A,B")
     for option, number, least in (("--retries", retries, 0), ("--best", best, 1)):
         if number < least:
             raise ConfigError(f"{option} {number}: should be at least {least}")
@@ -68,7 +76,7 @@ def sweep(
     first = derive(run.config, run={"seed": plan.seeds[0]})
     ground = Ground(run, first, out, asked=asked, arms=[point.config for point in points])
     trials = _trials(points, plan.seeds, out, ground.laid)
-    base = ground.laid(first)  # also what a search asks of its teachers: it says what there are
+    base = ground.laid(first) if plan.search else first  # now `ground` knows its teachers as well
     below = [Planned(name, config, out / slug(name)) for name, config in ground.runs.items()]
     stores, taught = _shared(plan, trials, out)
     if run.dry_run:

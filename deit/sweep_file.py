@@ -180,6 +180,8 @@ def _flat(value: Any) -> Fields:
     for name in flat:
         if name not in names:
             raise ValueError(f"{name}: unknown field{nearest(str(name), names)}")
+        if name == "run.seed":
+            raise ValueError("run.seed: give the seeds of all runs as `seeds: [0, 1]`")
     return flat
 
 

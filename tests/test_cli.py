@@ -458,6 +458,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_folder_holds_json_and_safetensors_only(runs, name, epochs):
     files = {name for name, content in tree(runs / name).items() if content is not None}
     facts = {"config.json", "environment.json", "metrics.jsonl", "chain.jsonl", "result.json"}
+    facts |= {"summary.json"}
     places = [folder.name for _, folder in checkpoint.found(runs / name)]
     assert len(places) == min(epochs, 2)
     saved = {f"{place}/{file}" for place in ("best", *places) for file in SAVED}

@@ -8,7 +8,7 @@ from deit import checkpoint, journal
 from deit.config import derive
 from deit.recipes import digits_teacher
 from deit.run import train
-from deit.summary import print_summary, sparkline, summary_of
+from deit.summary import SUMMARY, print_summary, sparkline, summary_of
 
 
 def test_a_sparkline_goes_from_the_lowest_to_the_highest():
@@ -34,7 +34,7 @@ def test_a_run_ends_with_its_numbers_and_what_could_be_next(tmp_path, capsys):
     ]
     assert told["best"] == {"class": result["best"]["top1"]}
     assert told["teacher"] is result["teacher_top1"] is None
-    assert json.loads(json.dumps(told)) == told
+    assert json.loads((tmp_path / "my run" / SUMMARY).read_text()) == told
     assert f"class {100 * told['best']['class']:.1f} (best weights: epoch" in end
     assert "4 epochs, " in end
     assert f"python evaluate_deit.py '{tmp_path / 'my run'}'" in end

@@ -428,7 +428,24 @@ MISTAKES = {
     "resume": (("worth", "--resume"), "takes no --resume"),
     "value": (("worth", "--optim.lr", "-1"), "optim.lr"),
     "study": (("ensemble",), "needs several teachers"),
+    "seed": (("worth", "--run.seed", "3"), "a sweep takes --seeds"),
 }
+
+
+def test_processes_of_a_launcher_are_refused(zygote, tmp_path):
+    done = zygote.run("sweep", "worth", "--out", tmp_path / "out", WORLD_SIZE="2", RANK="0")
+    assert (done.code, "without torchrun" in done.err) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_no_run_asks_is_not_trained(zygote, tmp_path):
+    file = write(
+        tmp_path / "t.json", grid={"teacher.source": ["checkpoints/digits-involution-teacher"]}
+    )
+    done = zygote.run("sweep", file, "--out", tmp_path / "out", "--dry_run")
+    assert done.code == 0, done.err
+    assert "teacher or start" in done.out
+    assert done.out.count("teacher or start") == 1
 
 
 @pytest.mark.parametrize(("words", "said"), MISTAKES.values(), ids=MISTAKES)

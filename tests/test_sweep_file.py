@@ -38,7 +38,7 @@ def test_a_grid_is_every_combination_the_last_field_fastest(tmp_path):
 
 def test_runs_are_trained_for_each_combination(tmp_path):
     text = """
-    grid: {run.seed: [3, 4]}
+    grid: {data.split_seed: [3, 4]}
     runs:
       none: {objective: none}
       hard: {objective: deit-hard, optim.epochs: 7}
@@ -46,12 +46,12 @@ def test_runs_are_trained_for_each_combination(tmp_path):
     """
     points = points_of(read(tmp_path, text), digits())
     assert [point.name for point in points] == [
-        *("none, seed 3", "hard, seed 3", "as it is, seed 3"),
-        *("none, seed 4", "hard, seed 4", "as it is, seed 4"),
+        *("none, split seed 3", "hard, split seed 3", "as it is, split seed 3"),
+        *("none, split seed 4", "hard, split seed 4", "as it is, split seed 4"),
     ]
     assert [point.config.loss.kind for point in points[:3]] == ["none", "hard", "soft"]
     assert points[4].config.optim.epochs == 7
-    assert points[5].config == derive(digits(), run={"seed": 4})
+    assert points[5].config == derive(digits(), data={"split_seed": 4})
 
 
 def test_a_list_of_runs_is_called_by_what_they_change(tmp_path):
@@ -146,6 +146,7 @@ BAD = {
     "words": ("{study: worth, share_targets: maybe}", "true or false"),
     "recipe": ("{study: worth, recipe: 3}", "should be a name"),
     "run": ("runs: {a: {optim.lrr: 1}}", "a: optim.lrr"),
+    "its seed": ("grid: {run.seed: [0, 1]}", "give the seeds of all runs"),
     "same run": ("runs: [{optim.lr: 1}, {optim.lr: 1}]", "the same run twice"),
     "runs": ("runs: 3", "should be runs by name"),
     "fields": ("set: 3", "should be fields"),
