@@ -309,6 +309,7 @@ def told():
         "rows": rows,
         "best": best_of(rows, 2),
         "disagreement": {},
+        "search": None,
         "command": "deit sweep mine.yaml",
         "environment": {"device_name": "a processor", "commit": "0123456789abcdef"},
     }
