@@ -192,7 +192,7 @@ def _side_by_side(views: list[View], out: Path) -> list[str]:
         rows.append(cells)
         lines.append(dict(zip(columns, cells)))
     write_csv(out / "runs.csv", columns, lines)
-    best = max(range(len(views)), key=lambda place: max(views[place].told["best"].values()))
+    best = max(range(len(views)), key=lambda place: views[place].told["selected"])
     curves = {view.name: _selected(view) for view in views}
     drawn = charts.chart(charts.curves(curves, {}), out / "runs.png", width=9, height=3.8)
     told = "Test top-1 % by head; in bold the best on the validation split."

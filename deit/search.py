@@ -8,7 +8,7 @@ from deit import checkpoint, journal
 from deit.at_once import Planned
 from deit.config import Config
 from deit.console import percent, say
-from deit.errors import CheckpointError, EnvironmentFault
+from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.saving import selected_top1
 from deit.sweep_file import Point, Space, text_of, with_fields
 
@@ -30,7 +30,8 @@ class Search:
     told of validation accuracy after each evaluation, stopped where it lies below the median of the
     others at that epoch. All of it is in a database beside the runs, from which it goes on.
 
-    plan: makes a run of a point. seed: of the proposals.
+    plan: makes a run of a point. seed: of the proposals. of: what is searched, and with what:
+    trials of anything else are not to be learned from.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Search:
         *,
         name: str,
         seed: int,
+        of: str,
         plan: Callable[[Point], Planned],
     ) -> None:
-        """Open the database, or begin it. Raises EnvironmentFault and CheckpointError."""
+        """Open the database, or begin it. Raises EnvironmentFault, CheckpointError, and ConfigError
+        where it holds another search."""
         check_optuna()
         import optuna
 
@@ -65,10 +68,18 @@ class Search:
                 direction="maximize",
                 load_if_exists=True,
             )
-            self._ask_again_what_was_under_way()
+            before = self._study.user_attrs.get("of", of)
+            self._study.set_user_attr("of", before)
+            if before == of:
+                self._ask_again_what_was_under_way()
         except Exception as error:  # of optuna, SQLAlchemy and sqlite
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{out / DATABASE}: cannot be read ({reason})") from None
+        if before != of:
+            raise ConfigError(
+                f"{out / DATABASE}: holds a search of other fields, or with other settings or "
+                "another first seed (only `trials` and later seeds may change); give another --out"
+            )
 
     def _ask_again_what_was_under_way(self) -> None:
         """Trials that a kill left open are proposed once more; their runs go on."""
@@ -103,8 +114,17 @@ class Search:
         """The runs still to be trained, each proposed when it is asked for."""
         while self.done() + len(self._running) < self._space.trials:
             trial = self._study.ask(self._distributions())
-            point = self._point(trial)
+            try:
+                point = self._point(trial)
+            except ConfigError as error:  # two fields that each may be, and not together
+                say(f"trial {trial.number} cannot be: {error}")
+                self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+                continue
             run = self._plan(point)
+            if run.out in self._running:
+                say(f"trial {trial.number} is under way as another already")
+                self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+                continue
             self._running[run.out] = trial
             self.points[run.out] = point
             yield run

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from deit import checkpoint
 from deit.at_once import Planned
-from deit.config import RESUMABLE, Config, derive, to_dict, views_seed
+from deit.config import RESUMABLE, Config, derive, fixed, to_dict, views_seed
 from deit.losses import needs_logits
 from deit.seats import seats
 from deit.target_writer import write_targets
@@ -48,6 +48,7 @@ def question_of(config: Config) -> dict[str, Any]:
     asked["seed"] = views_seed(config)
     asked["student"] = config.student.image_size
     asked["precision"] = config.run.precision
+    asked["start"] = config.start.source  # whose mean and deviation may be those of the views
     if config.views.repeats > 1:
         asked["batch"] = config.optim.batch_size
     return asked
@@ -83,7 +84,8 @@ def share(
         if len(together) < 2 and not needed:
             continue
         longest = max((run.config for run in together), key=lambda one: one.optim.epochs)
-        epochs = longest.optim.epochs
+        # A view that is always the same is asked once.
+        epochs = 1 if fixed(longest.views) else longest.optim.epochs
         kept = records or ("full" if any(map(_needs_all, together)) else "hard")
         number = len(longest.teacher.source)
         paths = []

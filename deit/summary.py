@@ -17,7 +17,7 @@ _WIDTH = 40
 
 def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, Any]:
     """A finished run in plain values: its time and speed, the epoch of the best weights, their
-    validation top-1 by head and the teacher's, and the curve of the number that selects them.
+    validation top-1 by head, that which selected them, the teacher's, and its curve.
 
     result: what its result.json holds.
     """
@@ -33,6 +33,7 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
         "loader_share": _median(row["loader"]["share"] for row in measured),
         "skipped": result["skipped"],
         "best_epoch": result["best"]["epoch"],
+        "selected": result["best"]["top1"],
         "best": {name.removesuffix("_top1"): value for name, value in best.items()},
         "agreement": result["best"].get("agreement"),
         "teacher": result.get("teacher_top1"),

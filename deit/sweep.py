@@ -26,6 +26,7 @@ from deit.sweep_file import Point, Sweep, points_of
 from deit.sweep_pictures import draw_sweep
 from deit.sweep_results import MANIFEST, best_of, cells, columns, described, write_results
 from deit.typed_json import read_typed
+from deit.validation import load
 
 _AS_BEFORE = {error.exit_code for error in (ConfigError, DataError, CheckpointError, NumericsError)}
 
@@ -75,9 +76,15 @@ def sweep(
         check_optuna()
     first = derive(run.config, run={"seed": plan.seeds[0]})
     ground = Ground(run, first, out, asked=asked, arms=[point.config for point in points])
+    _check_apart(points)
     trials = _trials(points, plan.seeds, out, ground.laid)
     base = ground.laid(first) if plan.search else first  # now `ground` knows its teachers as well
     below = [Planned(name, config, out / slug(name)) for name, config in ground.runs.items()]
+    for one in below:
+        _check_ground(one)
+    for point in points:
+        if point.name in ground.runs:
+            raise ConfigError(f"sweep {plan.name}, {point.name}: is what a teacher is called here")
     stores, taught = _shared(plan, trials, out)
     if run.dry_run:
         _list(below, stores, taught)
@@ -156,7 +163,9 @@ def _search(
         targets = {"targets": taught.teacher.targets}
         return trial.run._replace(config=derive(trial.run.config, teacher=targets))
 
-    search = Search(plan.search, config, out, name=plan.name, seed=seed, plan=planned)
+    fields = {name: repr(one) for name, one in plan.search.fields.items()}
+    of = shared_targets.content_hash({**shared_targets.identity(base), **fields, "seed": seed})
+    search = Search(plan.search, config, out, name=plan.name, seed=seed, of=of, plan=planned)
     left = max(plan.search.trials - search.done(), 0)
     if left < plan.search.trials:
         say(f"{plan.search.trials - left} of {plan.search.trials} trials are over already")
@@ -182,6 +191,48 @@ def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
                 )
     elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ConfigError(f"--out {out}: holds something, but no sweep; give another --out")
+
+
+def _check_ground(one: Planned) -> None:
+    """Refuse a teacher or start that lies here and was trained on other images: it may have seen
+    what others are tested on. Raises ConfigError."""
+    saved = one.out / checkpoint.CONFIG
+    if not saved.is_file():
+        return
+    before, now = (shared_targets.identity(config) for config in (load(saved), one.config))
+    for name in sorted(before.keys() | now.keys()):
+        decisive = name.startswith("data.") or name == "run.precision"
+        if decisive and before.get(name) != now.get(name):
+            raise ConfigError(
+                f"{one.out}: was trained with another {name} ({before.get(name)!r} before, "
+                f"{now.get(name)!r} now); give another --out"
+            )
+
+
+_OF_SPLITS = ("source", "root", "classes", "quarantine", "split_seed")
+_OF_SPLITS += ("validation_fraction", "test_fraction")
+
+
+def _check_apart(points: list[Point]) -> None:
+    """Refuse points that would be the same run, or be taught by one that has seen their test
+    images. Raises ConfigError."""
+    known: dict[str, Point] = {}
+    for point in points:
+        key = shared_targets.content_hash(shared_targets.identity(point.config))
+        other = known.setdefault(key, point)
+        if other.config != point.config:
+            raise ConfigError(
+                f"{other.name} and {point.name} differ in nothing that decides a result (but in "
+                "where images or stores lie, or how it is computed) and would be the same run; a "
+                "sweep for each tells them apart"
+            )
+        for leaf in _OF_SPLITS:
+            first = getattr(points[0].config.data, leaf)
+            if getattr(point.config.data, leaf) != first and point.config.teacher.source:
+                raise ConfigError(
+                    f"{point.name}: data.{leaf} varies, and one teacher would have seen images "
+                    "that others test on; a sweep for each value trains a teacher for each"
+                )
 
 
 def _trials(
@@ -278,7 +329,8 @@ def _rows(
         found = measured(one.out).found
         row = outcome.new_row(epochs=one.config.optim.epochs, teacher=one.name in teachers)
         rows[one.name] = {**row, "values": {}, "seeds": [], "folders": [], "failed": {}}
-        _note(rows[one.name], one.config.run.seed, one.out, found)
+        seed = load(one.out / checkpoint.CONFIG).run.seed  # it may be of a call with other seeds
+        _note(rows[one.name], seed, one.out, found)
     reasons = {one.run.out: one.reason for one in failed}
     for trial in trials:
         epochs = trial.run.config.optim.epochs

@@ -205,6 +205,8 @@ def _space(value: Any) -> Space:
         if key not in known:
             raise ValueError(f"{key}: should be of {', '.join(known)}{nearest(str(key), known)}")
     trials = value.get("trials", Space.trials)
+    if not value["fields"] or "run.seed" in value["fields"]:
+        raise ValueError("fields: at least one, and not run.seed (give `seeds`)")
     if type(trials) is not int or trials < 1:
         raise ValueError(f"trials: should be at least 1, is {trials!r}")
     names = [*PRESETS, *field_names()]
@@ -273,7 +275,7 @@ def _runs(value: Any) -> dict[str, Fields]:
 
 
 def _study(value: Any) -> str:
-    if value not in STUDIES:
+    if not isinstance(value, str) or value not in STUDIES:
         raise ValueError(f"{value}: should be one of {', '.join(STUDIES)}{_near(value, STUDIES)}")
     return value
 

@@ -40,8 +40,7 @@ def tracked(accelerator: Accelerator, config: Config, out: Path) -> Iterator[Non
     names = list(config.run.trackers)
     if names:
         folder = out / FOLDER
-        if accelerator.is_main_process:
-            folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # in every process: it may be another machine
         accelerator.project_configuration.set_directories(str(folder))
         accelerator.project_configuration.logging_dir = str(folder)
         accelerator.log_with = filter_trackers(names, str(folder))

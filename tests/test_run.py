@@ -66,6 +66,7 @@ def test_a_run_folder_holds_json_and_safetensors_only(teacher, tmp_path, monkeyp
         "metrics.jsonl",
         "chain.jsonl",
         "result.json",
+        "summary.json",
         ".lock",
         *(f"{place}/{name}" for place in ("best", *saved) for name in state),
         *(f"{place}/average.safetensors" for place in saved),

@@ -8,7 +8,7 @@ import pytest
 from deit import checkpoint, journal, search
 from deit.at_once import Planned
 from deit.config import derive
-from deit.errors import CheckpointError, EnvironmentFault
+from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.recipes import digits
 from deit.search import Search
 from deit.sweep_file import Space, Span
@@ -18,14 +18,14 @@ LR = {"optim.lr": Span(1e-4, 1e-1, log=True)}
 pytestmark = pytest.mark.filterwarnings("ignore")  # of SQLAlchemy and optuna
 
 
-def opened(out, *, trials=8, fields=LR, prune=True, epochs=8):
+def opened(out, *, trials=8, fields=LR, prune=True, epochs=8, of="this"):
     base = derive(digits(), optim={"epochs": epochs, "warmup_epochs": 1})
     space = Space(fields, trials, prune)
 
     def plan(point):
         return Planned(point.name, point.config, out / point.name.replace(" ", "-"))
 
-    return Search(space, base, out, name="s", seed=0, plan=plan)
+    return Search(space, base, out, name="s", seed=0, of=of, plan=plan)
 
 
 def reach(run, epoch, top1):
@@ -128,6 +128,39 @@ def test_whole_numbers_and_names_are_proposed_as_such(tmp_path):
         one.ended(run, 1)
     assert {kind for kind, _ in seen} == {"soft", "hard"}
     assert {crop for _, crop in seen} == {"none", "padded"}
+
+
+def test_a_trial_that_cannot_be_ends_nothing(tmp_path, capsys):
+    """Hard labels know no temperature: about half of these are no configurations."""
+    fields = {"loss.kind": ("soft", "hard"), "loss.temperature": Span(2.0, 5.0)}
+    one = opened(tmp_path, trials=12, fields=fields)
+    for run in one.runs():
+        assert run.config.loss.kind == "soft"
+        finish(run, 0.5)
+        one.ended(run, 0)
+    counts = one.counts()
+    assert counts["trials"] == 12 == counts["finished"] + counts["failed"]
+    assert counts["failed"] > 0
+    assert "cannot be: sweep s, trial" in capsys.readouterr().out
+    assert list(opened(tmp_path, trials=12, fields=fields).runs()) == []
+
+
+def test_a_trial_that_is_under_way_already_is_not_begun_twice(tmp_path):
+    one = opened(tmp_path, trials=4)
+    one._plan = lambda point: Planned(point.name, point.config, tmp_path / "same")
+    runs = one.runs()
+    first = next(runs)
+    assert next(runs, None) is None  # the others would be the same run
+    finish(first, 0.5)
+    one.ended(first, 0)
+    assert one.counts() == {"trials": 4, "finished": 1, "stopped": 0, "failed": 3}
+
+
+def test_another_search_in_the_same_database_is_refused(tmp_path):
+    opened(tmp_path)
+    with pytest.raises(ConfigError, match="holds a search of other fields"):
+        opened(tmp_path, of="that")
+    opened(tmp_path, trials=99)
 
 
 def test_a_database_that_is_none_is_told(tmp_path):

@@ -33,6 +33,7 @@ def test_a_run_ends_with_its_numbers_and_what_could_be_next(tmp_path, capsys):
         [row["epoch"], row["validation"]["class_top1"]] for row in rows if "validation" in row
     ]
     assert told["best"] == {"class": result["best"]["top1"]}
+    assert told["selected"] == result["best"]["top1"]
     assert told["teacher"] is result["teacher_top1"] is None
     assert json.loads((tmp_path / "my run" / SUMMARY).read_text()) == told
     assert f"class {100 * told['best']['class']:.1f} (best weights: epoch" in end

@@ -132,6 +132,14 @@ def test_what_is_finished_is_kept_whatever_it_is_called(swept, zygote):
     ]
 
 
+def test_a_teacher_of_other_images_is_not_taken(swept, zygote):
+    place, _ = swept
+    words = ("--data.split_seed", "5")
+    done = zygote.run("sweep", "heat.json", "--out", "out", *words, cwd=place)
+    said = "out/teacher: was trained with another data.split_seed (None before, 5 now)"
+    assert (done.code, said in done.err) == (2, True), done.err
+
+
 def test_another_sweep_or_something_else_in_the_folder_is_refused(swept, zygote, tmp_path):
     place, _ = swept
     write(tmp_path / "other.json", grid={"loss.temperature": [1, 3]})
@@ -226,6 +234,14 @@ def test_crops_cannot_be_asked_in_training_so_one_alone_has_a_store(tmp_path):
     views = TEACHING["fix/ic_ens"].fields(vars(digits().views))
     _, by_run = taught(tmp_path, derive(digits(), views=views), digits())
     assert by_run == [[0], []]
+
+
+@pytest.mark.parametrize("mode", ["fix/ic_ens", "fix/rs", "fix/cc"])
+def test_a_view_that_is_always_the_same_is_asked_once(mode, tmp_path):
+    views = TEACHING[mode].fields(vars(digits().views))
+    one = derive(digits(), views=views)
+    stores, _ = taught(tmp_path, one, derive(one, optim={"lr": 1.0}))
+    assert [store.epochs for store in stores] == [1]
 
 
 def test_stores_that_are_named_are_taken_as_they_are(tmp_path):
@@ -431,6 +447,20 @@ MISTAKES = {
     "study": (("ensemble",), "needs several teachers"),
     "seed": (("worth", "--run.seed", "3"), "a sweep takes --seeds"),
 }
+
+
+APART = {
+    "the same run": ({"runs": {"a": {"run.compile": "default"}, "b": {}}}, "would be the same run"),
+    "splits": ({"grid": {"data.split_seed": [0, 1]}}, "data.split_seed varies"),
+    "called a teacher": ({"runs": {"teacher": {}, "b": {"optim.lr": 1}}}, "a teacher is called"),
+}
+
+
+@pytest.mark.parametrize(("asked", "said"), APART.values(), ids=APART)
+def test_runs_that_would_be_mixed_up_are_refused(asked, said, zygote, tmp_path):
+    done = zygote.run("sweep", write(tmp_path / "a.json", **asked), "--out", tmp_path / "out")
+    assert (done.code, said in done.err) == (2, True), done.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_processes_of_a_launcher_are_refused(zygote, tmp_path):
