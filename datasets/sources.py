@@ -56,16 +56,13 @@ def load_digits(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
 
 def load_mnist(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
     """MNIST in torchvision's layout: 60,000 training and 10,000 test digits of 28x28, grey."""
-    root = Path(config.root)
-    try:
-        train = MNIST(root, train=True, download=config.download)
-        test = MNIST(root, train=False, download=config.download)
-    except Exception as error:  # torchvision raises RuntimeError, urllib and struct their own
-        raise DataError(
-            f"data.root {root}: no MNIST here ({reason_of(error)}); expected "
-            f"{root / 'MNIST' / 'raw'} (train-images-idx3-ubyte and three more). Fetch it with "
-            "--data.download, or point --data.root at it; the digits recipes need no data"
-        ) from None
+    raw = Path(config.root) / "MNIST" / "raw"
+    train, test = _both_splits(
+        MNIST,
+        config,
+        expected=f"{raw} (train-images-idx3-ubyte and three more)",
+        else_="the digits recipes need no data",
+    )
 
     def images(split: MNIST) -> Images:
         return Images(split.data.unsqueeze(1).repeat(1, 3, 1, 1), split.targets.long())
@@ -73,6 +70,24 @@ def load_mnist(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
     names = tuple(str(digit) for digit in range(10))
     identities = torch.arange(len(train.targets))
     return _keep_classes(Loaded(names, identities, images(train), None, images(test)), keep)
+
+
+def _both_splits(
+    dataset: type[VisionDataset], config: DataConfig, *, expected: str, else_: str
+) -> tuple[VisionDataset, VisionDataset]:
+    """Training and test split of one of torchvision's sets. expected, else_: where it should lie,
+    and what could be had instead, for the message. Raises DataError."""
+    root = Path(config.root)
+    try:
+        train, test = (
+            dataset(root, train=part, download=config.download) for part in (True, False)
+        )
+    except Exception as error:  # torchvision raises RuntimeError, urllib, tarfile, struct their own
+        raise DataError(
+            f"data.root {root}: no {dataset.__name__} here ({reason_of(error)}); expected "
+            f"{expected}. Fetch it with --data.download, or point --data.root at it; {else_}"
+        ) from None
+    return train, test
 
 
 def load_cifar10(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
@@ -86,18 +101,13 @@ def load_cifar100(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
 
 
 def _load_cifar(dataset: type[VisionDataset], config: DataConfig, keep: tuple[str, ...]) -> Loaded:
-    root = Path(config.root)
-    try:
-        train = dataset(root, train=True, download=config.download)
-        test = dataset(root, train=False, download=config.download)
-    except Exception as error:  # torchvision raises RuntimeError, urllib and tarfile their own
-        expected = root / dataset.base_folder
-        raise DataError(
-            f"data.root {root}: no {dataset.__name__} here ({reason_of(error)}); expected "
-            f"{expected} (archive {dataset.filename}, md5 {dataset.tgz_md5}). Fetch it with "
-            "--data.download, or point --data.root at it; images in class folders are read by "
-            "--data.source folder"
-        ) from None
+    folder = Path(config.root) / dataset.base_folder
+    train, test = _both_splits(
+        dataset,
+        config,
+        expected=f"{folder} (archive {dataset.filename}, md5 {dataset.tgz_md5})",
+        else_="images in class folders are read by --data.source folder",
+    )
 
     def images(split: VisionDataset) -> Images:
         pixels = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()

@@ -193,7 +193,7 @@ def _side_by_side(views: list[View], out: Path) -> list[str]:
         lines.append(dict(zip(columns, cells)))
     write_csv(out / "runs.csv", columns, lines)
     best = max(range(len(views)), key=lambda place: views[place].told["selected"])
-    curves = {view.name: _selected(view) for view in views}
+    curves = {view.name: view.told["curve"] for view in views}
     drawn = charts.chart(charts.curves(curves, {}), out / "runs.png", width=9, height=3.8)
     told = "Test top-1 % by head; in bold the best on the validation split."
     body = [
@@ -213,7 +213,3 @@ def _side_by_side(views: list[View], out: Path) -> list[str]:
         told = "Different answers in % of the images."
         body.append(page.heat_table(list(shares), list(shares), values, caption=told))
     return body
-
-
-def _selected(view: View) -> list[tuple[float, float]]:
-    return [(epoch, value) for epoch, value in view.told["curve"]]

@@ -1,6 +1,7 @@
 """A search instead of a grid: optuna proposes, runs answer, the hopeless are stopped; on SQLite."""
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,8 @@ _NEVER_STOPPED = 5  # trials that run to their end before one is held against th
 
 def check_optuna() -> None:
     """Raises EnvironmentFault where optuna is not installed."""
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise EnvironmentFault("a search needs optuna; pip install 'deit[search]'") from None
+    if find_spec("optuna") is None:
+        raise EnvironmentFault("a search needs optuna; pip install 'deit[search]'")
 
 
 class Search:
@@ -55,7 +54,6 @@ class Search:
         self._plan = plan
         self._running: dict[Path, Any] = {}
         self._stopped: dict[Path, str] = {}
-        self.points: dict[Path, Point] = {}
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_FIRST)
         warmup = max(base.optim.epochs // 4, 1)
         pruner = optuna.pruners.MedianPruner(_NEVER_STOPPED, n_warmup_steps=warmup)
@@ -126,7 +124,6 @@ class Search:
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
                 continue
             self._running[run.out] = trial
-            self.points[run.out] = point
             yield run
 
     def _distributions(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from deit.config import Config, derive, to_dict
+from deit.config import Config, to_dict
 from deit.errors import ConfigError
 from deit.presets import PRESETS, put_presets
 from deit.studies import STUDIES
@@ -276,12 +276,10 @@ def _runs(value: Any) -> dict[str, Fields]:
 
 def _study(value: Any) -> str:
     if not isinstance(value, str) or value not in STUDIES:
-        raise ValueError(f"{value}: should be one of {', '.join(STUDIES)}{_near(value, STUDIES)}")
+        raise ValueError(
+            f"{value}: should be one of {', '.join(STUDIES)}{nearest(str(value), STUDIES)}"
+        )
     return value
-
-
-def _near(value: Any, known: Any) -> str:
-    return nearest(str(value), known)
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
@@ -398,8 +396,3 @@ def short_names(names: list[str]) -> dict[str, str]:
         name: leaf.replace("_", " ") if leaves.count(leaf) == 1 else name
         for name, leaf in zip(names, leaves)
     }
-
-
-def seeded(point: Point, seed: int) -> Config:
-    """The configuration of a point for one seed."""
-    return derive(point.config, run={"seed": seed})

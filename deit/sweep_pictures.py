@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deit.charts import SERIES, TEACHER, Draw
 from deit.drawing import draw_comparison
 from deit.errors import EnvironmentFault
 from deit.sweep_file import short_names
 from deit.sweep_results import final_top1, points
-
-_COLOURS = ("#0f766e", "#c2410c", "#1d4ed8", "#a21caf", "#4d7c0f", "#6b7280", "#b45309", "#be123c")
 
 
 def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:
@@ -21,25 +20,18 @@ def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:
 
     Returns their paths. Raises EnvironmentFault without matplotlib.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
     if not any(row["seeds"] for row in points(result).values()):
         return []
     fields = [name for name in result["fields"] if name != "run"]
     if result.get("search"):
-        path = out / "search.png"
-        _draw_search(result, fields, path)
-        return [path]
+        draws = [dots(result, field) for field in fields]
+        return [_save(result, out / "search.png", draws, width=3.2 * len(fields), height=3.2)]
     if not fields:
         path = out / "runs.png"
         draw_comparison(_finished(result), path)
         return [path]
     if len(fields) == 1:
-        path = out / f"{fields[0]}.png"
-        _draw_curve(result, fields[0], path)
-        return [path]
+        return [_save(result, out / f"{fields[0]}.png", [curve(result, fields[0])])]
     pairs = itertools.combinations(fields, 2)
     paths = []
     for down, across in pairs:
@@ -49,17 +41,32 @@ def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:
     return paths
 
 
+def _save(
+    result: dict[str, Any], path: Path, draws: list[Draw], *, width: float = 6.4, height: float = 4
+) -> Path:
+    """Charts beside each other under the sweep's title, as a PNG."""
+    figure, places = _figure(width, height, len(draws))
+    for draw, axes in zip(draws, places):
+        draw(axes)
+    figure.suptitle(_title(result))
+    figure.savefig(path, dpi=150)
+    return path
+
+
 def _finished(result: dict[str, Any]) -> dict[str, Any]:
     rows = {name: row for name, row in result["rows"].items() if row["seeds"]}
     title = {"study": result["study"] or "sweep"}
     return {**result, **title, "rows": rows, "recipe": f"{result['sweep']}, {result['recipe']}"}
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
+def _figure(width: float, height: float, across: int = 1) -> tuple[Any, list[Any]]:
+    """A figure with axes beside each other. Raises EnvironmentFault without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
+    return figure, list(figure.subplots(1, across, squeeze=False)[0])
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -82,39 +89,64 @@ def numbers_of(values: list[str]) -> list[float] | None:
     return numbers if all(map(math.isfinite, numbers)) else None
 
 
-def _draw_curve(result: dict[str, Any], field: str, path: Path) -> None:
-    """Test accuracy against one field: a dot a seed, a line through the means, one a run."""
-    figure, axes = _figure(6.4, 4)
-    values = _values(result, field)
-    numbers = numbers_of(values)
-    place = dict(zip(values, numbers or range(len(values))))
-    runs = dict.fromkeys(row["values"].get("run", "") for row in points(result).values())
-    for run, colour in zip(runs, itertools.cycle(_COLOURS)):
-        own = {
-            place[row["values"][field]]: [100 * one for one in final_top1(row)]
-            for row in points(result).values()
-            if row["values"].get("run", "") == run and row["seeds"]
-        }
-        xs = sorted(own)
-        means = [statistics.mean(own[x]) for x in xs]
-        axes.plot(xs, means, color=colour, label=run or None, marker="_")
-        for x in xs:
-            axes.plot([x] * len(own[x]), own[x], ".", color=colour, alpha=0.6)
-    for name, row in result["rows"].items():
-        if row["teacher"] and row["seeds"]:
-            level = 100 * statistics.mean(final_top1(row))
-            label = f"{name}, {level:.1f}"
-            axes.axhline(level, color="#6b7280", linestyle="--", label=label)
+def curve(result: dict[str, Any], field: str) -> Draw:
+    """Test accuracy against one field: a dot a seed, a line through the means, one a run; a level
+    for each teacher."""
+
+    def draw(axes: Any) -> None:
+        values = _values(result, field)
+        numbers = numbers_of(values)
+        place = dict(zip(values, numbers or range(len(values))))
+        rows = [row for row in points(result).values() if row["seeds"]]
+        runs = dict.fromkeys(row["values"].get("run", "") for row in rows)
+        for run, colour in zip(runs, itertools.cycle(SERIES)):
+            own = {
+                place[row["values"][field]]: [100 * one for one in final_top1(row)]
+                for row in rows
+                if row["values"].get("run", "") == run
+            }
+            xs = sorted(own)
+            axes.plot(xs, [statistics.mean(own[x]) for x in xs], color=colour, label=run or None)
+            for x in xs:
+                axes.plot([x] * len(own[x]), own[x], ".", color=colour, alpha=0.6)
+        for name, row in result["rows"].items():
+            if row["teacher"] and row["seeds"]:
+                level = 100 * statistics.mean(final_top1(row))
+                axes.axhline(level, color=TEACHER, linestyle="--", label=f"{name}, {level:.1f}")
+        _scale(axes, numbers)
+        axes.set_xticks(list(place.values()), list(place))
+        axes.set(xlabel=short_names([field])[field], ylabel=f"{result['split']} top-1 %")
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=8)
+
+    return draw
+
+
+def dots(result: dict[str, Any], field: str) -> Draw:
+    """Validation accuracy over a searched field: a dot for each trial that ran to its end."""
+
+    def draw(axes: Any) -> None:
+        rows = [row for row in points(result).values() if row["seeds"]]
+        values = [row["values"][field] for row in rows]
+        known, numbers = sorted(set(values)), numbers_of(values)
+        places = numbers or [known.index(value) for value in values]
+        shares = [100 * row["validation"][0] for row in rows]
+        axes.plot(places, shares, "o", color=SERIES[0], alpha=0.7)
+        if numbers is None:
+            axes.set_xticks(range(len(known)), known)
+        _scale(axes, numbers)
+        axes.set(xlabel=short_names([field])[field], ylabel="validation top-1 %")
+        axes.grid(alpha=0.25)
+
+    return draw
+
+
+def _scale(axes: Any, numbers: list[float] | None) -> None:
+    """Powers of ten where the values span about one or more."""
     if numbers and min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
         axes.set_xscale("log")
         axes.minorticks_off()
-    axes.set_xticks(list(place.values()), list(place))
-    axes.set(xlabel=short_names([field])[field], ylabel=f"{result['split']} top-1 %")
-    axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(_title(result))
-    figure.savefig(path, dpi=150)
 
 
 def heat_map(
@@ -139,33 +171,10 @@ def heat_map(
     return rows, columns, means
 
 
-def _draw_search(result: dict[str, Any], fields: list[str], path: Path) -> None:
-    """Validation accuracy of the trials that ran to their end, over each field: a dot a trial."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(fields), 3.2), layout="constrained")
-    rows = [row for row in points(result).values() if row["seeds"]]
-    shares = [100 * row["validation"][0] for row in rows]
-    for axes, field in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields):
-        values = [row["values"][field] for row in rows]
-        known = sorted(set(values))
-        numbers = numbers_of(values)
-        places = numbers or [known.index(value) for value in values]
-        axes.plot(places, shares, "o", color=_COLOURS[0], alpha=0.7)
-        if numbers is None:
-            axes.set_xticks(range(len(known)), known)
-        elif min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
-            axes.set_xscale("log")
-        axes.set(xlabel=short_names([field])[field], ylabel="validation top-1 %")
-        axes.grid(alpha=0.25)
-    figure.suptitle(_title(result))
-    figure.savefig(path, dpi=150)
-
-
 def _draw_heat_map(result: dict[str, Any], down: str, across: str, path: Path) -> None:
     """The heat map of two fields, each cell with its number."""
     rows, columns, means = heat_map(result, down, across)
-    figure, axes = _figure(2.2 + 0.9 * len(columns), 1.6 + 0.5 * len(rows))
+    figure, (axes,) = _figure(2.2 + 0.9 * len(columns), 1.6 + 0.5 * len(rows))
     image = axes.imshow(means, aspect="auto", cmap="viridis")
     low, high = image.get_clim()
     for place, line in enumerate(means):

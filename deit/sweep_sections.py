@@ -7,7 +7,7 @@ from typing import Any
 
 from deit import charts, page
 from deit.sweep_file import short_names
-from deit.sweep_pictures import heat_map, numbers_of
+from deit.sweep_pictures import curve, dots, heat_map
 from deit.sweep_results import cells, columns, described, final_top1, points
 
 _MOST_POINTS = 24
@@ -36,11 +36,11 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
             )
             for name, row in own.items()
         }
-        dots = charts.chart(
+        costs = charts.chart(
             charts.scatter(places, "seconds of training", f"{result['split']} top-1 %"),
             folder / f"{slug}-time.png",
         )
-        drawn.append(page.figure(dots, "What accuracy costs: a dot a point, means over seeds."))
+        drawn.append(page.figure(costs, "What accuracy costs: a dot a point, means over seeds."))
     body.append(page.pair(*drawn))
     body += _classes(result)
     if result["disagreement"]:
@@ -85,12 +85,12 @@ def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
     if result.get("search"):
         drawn = []
         for field in fields:
-            dots = charts.chart(_trials(result, field), folder / f"{slug}-{field}.png", width=4.5)
+            drawing = charts.chart(dots(result, field), folder / f"{slug}-{field}.png", width=4.5)
             told = f"{short[field]}: validation accuracy of each trial that ran to its end."
-            drawn.append(page.figure(dots, told))
+            drawn.append(page.figure(drawing, told))
         return drawn
     if len(fields) == 1:
-        drawn = charts.chart(_curve(result, fields[0]), folder / f"{slug}-{fields[0]}.png")
+        drawn = charts.chart(curve(result, fields[0]), folder / f"{slug}-{fields[0]}.png")
         told = f"Accuracy over {short[fields[0]]}: a dot a seed, a line through the means."
         return [page.figure(drawn, told)]
     maps = []
@@ -128,51 +128,6 @@ def _classes(result: dict[str, Any]) -> list[str]:
     told = "Right answers in % of each class, mean over the seeds."
     table = page.heat_table(list(rows), heads, means, shown="{:.0f}", caption=told)
     return [page.part("Classes seen and unseen", [table])]
-
-
-def _trials(result: dict[str, Any], field: str) -> charts.Draw:
-    """Validation accuracy over the values of a searched field: a dot a trial."""
-
-    def draw(axes: Any) -> None:
-        rows = [row for row in points(result).values() if row["seeds"]]
-        values = [row["values"][field] for row in rows]
-        known, numbers = sorted(set(values)), numbers_of(values)
-        places = numbers or [known.index(value) for value in values]
-        shares = [100 * row["validation"][0] for row in rows]
-        axes.plot(places, shares, "o", color=charts.SERIES[0], alpha=0.75)
-        if numbers is None:
-            axes.set_xticks(range(len(known)), known)
-        elif min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
-            axes.set_xscale("log")
-        axes.set(xlabel=short_names([field])[field], ylabel="validation top-1 %")
-
-    return draw
-
-
-def _curve(result: dict[str, Any], field: str) -> charts.Draw:
-    """Accuracy over the values of a field: for each run a line, dots a seed."""
-
-    def draw(axes: Any) -> None:
-        rows = [row for row in points(result).values() if row["seeds"]]
-        values = list(dict.fromkeys(row["values"][field] for row in rows))
-        place = dict(zip(values, numbers_of(values) or range(len(values))))
-        runs = list(dict.fromkeys(row["values"].get("run", "") for row in rows))
-        for run, colour in zip(runs, charts.SERIES * len(runs)):
-            shares = {
-                place[row["values"][field]]: [100 * one for one in final_top1(row)]
-                for row in rows
-                if row["values"].get("run", "") == run
-            }
-            xs = sorted(shares)
-            axes.plot(xs, [statistics.mean(shares[x]) for x in xs], color=colour, label=run or None)
-            for x in xs:
-                axes.plot([x] * len(shares[x]), shares[x], ".", color=colour, alpha=0.7)
-        axes.set_xticks(list(place.values()), list(place))
-        axes.set(xlabel=short_names([field])[field], ylabel=f"{result['split']} top-1 %")
-        if len(runs) > 1:
-            axes.legend()
-
-    return draw
 
 
 def _disagreement(result: dict[str, Any]) -> str:

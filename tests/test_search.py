@@ -181,16 +181,7 @@ def test_the_database_is_sqlite_that_optunas_tools_read(tmp_path):
 
 
 def test_without_optuna_it_is_said_what_to_install(monkeypatch):
-    import builtins
-
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name == "optuna":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(search, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentFault, match=r"pip install 'deit\[search\]'"):
         search.check_optuna()
 
