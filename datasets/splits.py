@@ -119,7 +119,7 @@ def load_splits(config: DataConfig) -> Splits:
         mean, std = channel_statistics(measured.pixels)
         if len(sample) < len(train.labels):
             notes.append(f"mean and std: measured on {len(sample)} training images")
-    fingerprint = _fingerprint(class_names, splits)
+    fingerprint = digest_of_images(class_names, splits)
     return Splits(class_names, *splits, mean, std, tuple(notes), fingerprint)
 
 
@@ -278,7 +278,9 @@ def _resized(pixels: Tensor, size: int) -> Tensor:
     return resized
 
 
-def _fingerprint(class_names: tuple[str, ...], splits: tuple[Images | Encoded, ...]) -> str:
+def digest_of_images(class_names: tuple[str, ...], splits: tuple[Images | Encoded, ...]) -> str:
+    """SHA-256 over class names, labels and pixels of splits; of encoded images over names and sizes
+    [bytes] in place of pixels."""
     digest = hashlib.sha256("\n".join(class_names).encode(errors="surrogateescape"))
     for split in splits:
         if isinstance(split, Images):

@@ -17,7 +17,7 @@ import deit
 from deit.config import Config, code_of, to_dict
 from deit.console import clock, say, warn
 from deit.disk import write_json
-from deit.errors import ConfigError, DeitError
+from deit.errors import CheckpointError, ConfigError, DataError, DeitError, NumericsError
 from deit.launcher import FOLLOWED
 
 _Heard: TypeAlias = "queue.Queue[tuple[_Child, str | None]]"
@@ -54,14 +54,23 @@ class Failed(NamedTuple):
     log: Path
 
 
+_AS_BEFORE = {error.exit_code for error in (ConfigError, DataError, CheckpointError, NumericsError)}
+
+
+def may_pass(code: int) -> bool:
+    """Whether a run that ended so may do better the next time: not where what was asked is wrong.
+    code: as in Failed."""
+    return code not in _AS_BEFORE
+
+
 class Watch(Protocol):
     """Who follows runs: asked after each epoch whether one should be stopped, told of each end."""
 
     def hopeless(self, run: Planned) -> bool:
         """Whether to stop it."""
 
-    def ended(self, run: Planned, code: int) -> None:
-        """How it ended: its exit code, or minus the signal that killed it."""
+    def ended(self, run: Planned, code: int, reason: str) -> None:
+        """How it ended: its exit code, or minus the signal that killed it; its complaint."""
 
 
 def train_beside(
@@ -93,7 +102,7 @@ def train_beside(
             here.children.remove(child)
             code, done = child.process.wait(), done + 1
             if watch is not None:
-                watch.ended(child.run, code)
+                watch.ended(child.run, code, child.error)
             if code and not child.given_up:
                 failed.append(Failed(child.run, code, child.error, child.log))
             left = (time.monotonic() - started) / done * max(total - done, 0)

@@ -86,15 +86,18 @@ def curves(lines: dict[str, list[tuple[float, float]]], levels: dict[str, float]
     return draw
 
 
-def over_epochs(lines: dict[str, list[tuple[float, float]]], label: str) -> Draw:
-    """Values over the epochs, a line for each name. label: of the values."""
+def over_epochs(
+    lines: dict[str, list[tuple[float, float]]], label: str, *, named: bool = False
+) -> Draw:
+    """Values over the epochs, a line for each name. label: of the values. named: whether a line
+    that is alone has its name beside it."""
 
     def draw(axes: Any) -> None:
         for (name, points), colour in zip(lines.items(), SERIES * len(lines)):
             xs, ys = zip(*points)
             axes.plot(xs, ys, color=colour, label=name)
         axes.set(xlabel="epoch", ylabel=label)
-        if len(lines) > 1:
+        if len(lines) > 1 or named:
             axes.legend()
 
     return draw

@@ -330,11 +330,12 @@ def report(arguments: list[str], program: str) -> None:
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run or sweep folder")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder (report)")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
     parser.add_argument("--force", action="store_true", help="let --out replace a report")
     options = parser.parse_args(arguments)
     from deit.report import report
 
-    report(options.runs, options.out, force=options.force)
+    report(options.runs, options.out, root=options.root, force=options.force)
 
 
 def scan(arguments: list[str], program: str) -> None:

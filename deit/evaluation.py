@@ -13,7 +13,7 @@ from deit import checkpoint
 from deit.config import Config, DataConfig, StartConfig, TeacherConfig, code_of, derive
 from deit.console import warn
 from deit.datasets.images import Encoded, Images
-from deit.datasets.splits import held_out, load_split
+from deit.datasets.splits import digest_of_images, held_out, load_split
 from deit.datasets.variants import load_variant
 from deit.ensembles import combine
 from deit.environment import create_accelerator, describe
@@ -43,7 +43,7 @@ class Examined(NamedTuple):
 
     confidence: the probability that each gave its answer, float32 [images]. labels: int64 [images];
     None where several answers are right. images: what picks the images and numbers the classes, the
-    same for the same ones.
+    same for the same ones. digest: of the images, as they were shown.
     """
 
     found: dict[str, Any]
@@ -51,6 +51,7 @@ class Examined(NamedTuple):
     confidence: dict[str, Tensor]
     labels: Tensor | None
     images: tuple[Any, ...]
+    digest: str = ""
 
 
 def evaluate(run: Path, **asked: Any) -> dict[str, Any]:
@@ -155,7 +156,8 @@ def examine(
     found["per_class"] = _per_class(answers, asked.labels, tuple(found["class_names"]))
     found["confusion"] = confusion(final, asked.labels, len(asked.columns)).tolist()
     picks = _picks(config.data, asked.name, found)
-    return Examined(found, answers, confidence, asked.labels, picks)
+    digest = digest_of_images(facts.class_names, (asked.images,))
+    return Examined(found, answers, confidence, asked.labels, picks, digest)
 
 
 def _confidence(logits: Tensor) -> Tensor:

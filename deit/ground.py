@@ -37,17 +37,17 @@ class Ground:
         self.runs: dict[str, Config] = {}
         self.teachers: set[str] = set()
         self.folder, self.student = folder, student
-        self.recipe = RECIPES[run.recipe]() if run.recipe in RECIPES else student
+        self.recipe = RECIPES[run.recipe]() if run.recipe in RECIPES else None
         self.own: set[str] = set()
-        if (asked or run.recipe in RECIPES) and not student.teacher.targets:
-            asked = asked or self.recipe
+        asked = asked or self.recipe
+        if asked is not None and not student.teacher.targets:
             for name in ("teacher", "start"):
                 typed = getattr(student, name).source
                 if typed != getattr(asked, name).source:
                     continue
                 for source in (typed, *(getattr(arm, name).source for arm in arms)):
                     self._reach(source)
-        self.alone = len(self.own) == 1 and self.recipe.start.source is None
+        self.alone = len(self.own) == 1 and (self.recipe or student).start.source is None
 
     def _reach(self, sources: tuple[str, ...] | str | None) -> None:
         """Note the recipes behind sources, and those behind these."""
@@ -80,11 +80,13 @@ class Ground:
     def _with_data(self, config: Config) -> Config:
         """The data and the machine that the command line asked for; images of another size keep
         theirs."""
-        asked = dataclasses.asdict(self.student.data)
-        default = dataclasses.asdict(self.recipe.data)
-        changed = {name: value for name, value in asked.items() if value != default[name]}
+        changed = dataclasses.asdict(self.student.data)
+        if self.recipe is not None:
+            default = dataclasses.asdict(self.recipe.data)
+            changed = {name: value for name, value in changed.items() if value != default[name]}
         changed.pop("held_out", None)  # of the student: what it never saw its teacher may know
-        if config.data.image_size != default["image_size"]:
+        # A recipe of somebody's own says nothing of the size that its teachers learn from.
+        if self.recipe is None or config.data.image_size != self.recipe.data.image_size:
             changed.pop("image_size", None)
         run = self.student.run
         machine = {"seed": run.seed, "device": run.device, "precision": run.precision}

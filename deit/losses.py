@@ -175,12 +175,12 @@ def objective(
         }
         if several:
             losses |= {f"teacher_{number}": term for number, term in enumerate(terms, start=1)}
-        weight = loss.distillation_weight * _warmth(loss, epoch)
+        weight = loss.distillation_weight * teacher_ramp(loss, epoch)
         total = label_weight(loss) * losses["class"] + weight * losses["teacher"]
         return {"total": total, **losses}
 
 
-def _warmth(loss: LossConfig, epoch: float) -> float:
+def teacher_ramp(loss: LossConfig, epoch: float) -> float:
     """The share of its weight that the teacher's term has at an epoch."""
     return min(1.0, epoch / loss.distillation_warmup) if loss.distillation_warmup > 0 else 1.0
 

@@ -1,58 +1,121 @@
 """What evaluation says of a finished run: asked once, kept beside it."""
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from deit import checkpoint
+from deit.config import DataConfig, code_of
+from deit.console import warn
+from deit.datasets.splits import digest_of_images, load_split
 from deit.disk import write_json
-from deit.errors import CheckpointError
-from deit.evaluation import examine
+from deit.errors import CheckpointError, DataError
+from deit.evaluation import Examined, as_asked, examine
+from deit.models.saved import find_saved
 from deit.typed_json import read_typed
+from deit.validation import load
 
 
 @dataclass(frozen=True)
 class Measured:
     """An evaluation on the test split. found: as deit.evaluation.evaluate returns it. answers: the
     class of each image by head and `teacher`, confidence: the probability it was given with;
-    labels: the true ones. chain: the last link of the run's chain of hashes, by which another run
-    in the same place is told."""
+    labels: the true ones. of: what it was made of, by name: `run`, the last link of the run's chain
+    of hashes; digests of the `images` and of the files of the `teacher`, "" without one."""
 
-    chain: str
+    of: dict[str, str]
     found: dict[str, Any]
     answers: dict[str, list[int]]
     confidence: dict[str, list[float]]
     labels: list[int]
 
 
-def measured(out: Path, *, elsewhere: Path | None = None, **asked: Any) -> Measured:
-    """The evaluation of a finished run, from the file beside its folder if that is of this run.
+class Evaluations:
+    """Evaluations of finished runs, each made once and kept; the images of a data set are looked at
+    once for all runs. root: where the images lie now, if not where the runs found them."""
 
-    elsewhere: where it is written if there is none; None: beside the folder. asked: as
-    deit.evaluation.examine takes it. Raises the errors of deit.errors.
-    """
-    result = checkpoint.result_of(out)
-    if result is None:
-        raise CheckpointError(f"{out}: is not finished; the same command with --resume goes on")
-    beside = out.with_name(f"{out.name}.evaluation.json")
-    for path in (beside, elsewhere):
-        if path is not None and path.is_file():
+    def __init__(self, *, root: str | None = None) -> None:
+        self._root = root
+        self._digests: dict[DataConfig, str] = {}
+
+    def of(
+        self, out: Path, *, elsewhere: Path | None = None, teacher: str | None = None, **asked: Any
+    ) -> Measured:
+        """The evaluation of a finished run: from the file beside its folder if that is of this run,
+        these images and this teacher; where images or teacher are gone, of those there were.
+
+        elsewhere: where it is written if there is none; None: beside the folder. teacher, asked: as
+        deit.evaluation.examine takes them. Raises the errors of deit.errors.
+        """
+        result = checkpoint.result_of(out)
+        if result is None:
+            raise CheckpointError(f"{out}: is not finished; its own command goes on with it")
+        beside = out.with_name(f"{out.name}.evaluation.json")
+        for path in (beside, elsewhere):
+            if path is None or not path.is_file():
+                continue
             try:
                 before = read_typed(path, Measured)
-                if before.chain == result["chain"]:
-                    return before
             except CheckpointError:
-                pass  # cut off, or of another release: made anew
-    examined = examine(out, **asked)
-    answers = {name: answer.tolist() for name, answer in examined.answers.items()}
-    confidence = {
-        name: [round(one, 5) for one in shares.tolist()]
-        for name, shares in examined.confidence.items()
-    }
-    labels = examined.labels.tolist()
-    now = Measured(result["chain"], examined.found, answers, confidence, labels)
-    write_json(elsewhere or beside, asdict(now))
-    return now
+                continue  # cut off, or of another release: made anew
+            if before.of["run"] == result["chain"] and self._holds(before, out, teacher):
+                return before
+        examined = examine(out, root=self._root, teacher=teacher, **asked)
+        now = _measured(examined, {"run": result["chain"], "teacher": ""})
+        if examined.found["teacher"] is not None:
+            now.of["teacher"] = _digest_of_files(_sources(out, teacher))
+        write_json(elsewhere or beside, asdict(now))
+        return now
+
+    def _holds(self, before: Measured, out: Path, teacher: str | None) -> bool:
+        """Whether a kept evaluation is of the images and the teacher that are there now."""
+        data = as_asked(load(out / checkpoint.CONFIG), root=self._root).data
+        if data not in self._digests:
+            try:
+                names, images = load_split(data, "test")
+                self._digests[data] = digest_of_images(names, (images,))
+            except DataError as error:
+                warn(f"evaluations are told as they were made: {error}")
+                self._digests[data] = ""
+        images = self._digests[data] in ("", before.of["images"])
+        return images and _digest_of_files(_sources(out, teacher)) in ("", before.of["teacher"])
+
+
+def _measured(examined: Examined, of: dict[str, str]) -> Measured:
+    return Measured(
+        {**of, "images": examined.digest},
+        examined.found,
+        {name: answer.tolist() for name, answer in examined.answers.items()},
+        {
+            name: [round(one, 5) for one in shares.tolist()]
+            for name, shares in examined.confidence.items()
+        },
+        examined.labels.tolist(),
+    )
+
+
+def _sources(out: Path, teacher: str | None) -> list[str]:
+    """Whom an evaluation asks beside the student: code in a run's configuration is not run."""
+    if teacher is not None:
+        return teacher.split(",")
+    own = load(out / checkpoint.CONFIG).teacher
+    return [] if code_of(own) else list(own.source)
+
+
+def _digest_of_files(sources: list[str]) -> str:
+    """SHA-256 over the files of teachers; "" where one of them is no file or folder here."""
+    digest = hashlib.sha256()
+    for source in sources:
+        path = Path(source.rsplit(":", 1)[0] if ".py:" in source else source).expanduser()
+        path = (find_saved(path) or path) if path.is_dir() else path
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = [file for file in files if file.is_file()]
+        if not files:
+            return ""
+        for file in files:
+            digest.update(file.read_bytes())
+    return digest.hexdigest() if sources else ""
 
 
 _FEW, _MOST = 3, 12

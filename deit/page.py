@@ -115,16 +115,20 @@ def heat_table(
     corner: str = "",
     caption: str = "",
     signed: bool = False,
+    marks: Sequence[Sequence[str]] = (),
 ) -> str:
     """A table whose cells are the deeper the larger their value, from the least to the largest;
-    signed: from 0, in one colour above it and another below. None: an empty cell."""
+    signed: from 0, in one colour above it and another below. None: an empty cell. marks: what
+    stands behind each number, of the shape of the values."""
     known = [one for row in values for one in row if one is not None]
     low = 0.0 if signed else min(known, default=0.0)
     span = max((abs(one - low) for one in known), default=0.0) or 1.0
     lines = []
-    for name, row in zip(rows, values):
+    marks = marks or [[""] * len(row) for row in values]
+    for name, row, behind in zip(rows, values, marks, strict=True):
         cells = "".join(
-            "<td></td>" if one is None else _heat(one, (one - low) / span, shown) for one in row
+            "<td></td>" if one is None else _heat(one, (one - low) / span, shown + text(mark))
+            for one, mark in zip(row, behind, strict=True)
         )
         lines.append(f'<tr><th scope="row">{text(name)}</th>{cells}</tr>')
     heads = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)

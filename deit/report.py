@@ -8,9 +8,9 @@ from deit import charts, checkpoint, journal, page
 from deit.config import Config
 from deit.console import clock, percent, say, warn
 from deit.disk import check_writable, put_file, size
-from deit.errors import CheckpointError, ConfigError
+from deit.errors import CheckpointError, ConfigError, DataError
 from deit.ground import slug
-from deit.measured import disagreement, measured
+from deit.measured import Evaluations, disagreement
 from deit.run_pictures import Pictures, draw_run
 from deit.run_sections import View, card_of, final_top1, sections_of, write_csv
 from deit.summary import summary_of
@@ -23,12 +23,13 @@ PAGE = "index.html"
 _LARGE = 2 * 2**20
 
 
-def report(paths: list[Path], out: Path, *, force: bool) -> Path:
+def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool = False) -> Path:
     """Write the page of finished runs and sweeps into a folder, as index.html, and beside it every
     chart as PNG and every table as CSV. Returns the page.
 
-    force: whether a report in the folder may be replaced. Raises the errors of deit.errors before
-    the first picture is drawn.
+    root: where the images of the runs lie now, if not where the runs found them. force: whether a
+    report in the folder may be replaced. Raises the errors of deit.errors before the first picture
+    is drawn.
     """
     started = time.monotonic()
     sweeps = {
@@ -42,7 +43,8 @@ def report(paths: list[Path], out: Path, *, force: bool) -> Path:
         _check_run(run)
     _check_folder(out, force)
     out.mkdir(parents=True, exist_ok=True)
-    views = {run: _view(run, names[run], out) for run in runs}
+    evaluations = Evaluations(root=root)
+    views = {run: _view(run, names[run], out, evaluations) for run in runs}
     body = []
     if len(paths) > 1:
         body.append(page.links({names[path]: slug(names[path]) for path in paths}))
@@ -51,9 +53,10 @@ def report(paths: list[Path], out: Path, *, force: bool) -> Path:
     for path in paths:
         anchor = slug(names[path])
         if path in sweeps:
-            parts = sections_of_sweep(sweeps[path], out, anchor) + _best_of(path, sweeps[path], out)
+            parts = sections_of_sweep(sweeps[path], out, anchor)
+            parts += _best_of(path, sweeps[path], out, evaluations, root)
         else:
-            parts = _of_run(path, views[path], out)
+            parts = _of_run(path, views[path], out, root)
         alone = len(paths) == 1  # its name is the title of the page
         body += parts if alone else [page.section(names[path], parts, anchor=anchor)]
     title = names[paths[0]] if len(paths) == 1 else f"{len(paths)} reports"
@@ -105,7 +108,7 @@ def _check_folder(out: Path, force: bool) -> None:
         raise ConfigError(f"--out {out}: holds a report already; --force replaces it")
 
 
-def _view(run: Path, name: str, out: Path) -> View:
+def _view(run: Path, name: str, out: Path, evaluations: Evaluations) -> View:
     config: Config = load(run / checkpoint.CONFIG)
     kept = out / f"{slug(name)}.evaluation.json"
     return View(
@@ -115,14 +118,18 @@ def _view(run: Path, name: str, out: Path) -> View:
         read_typed(run / checkpoint.ENVIRONMENT, dict[str, Any]),
         journal.read(run / journal.METRICS),
         summary_of(config, run, checkpoint.result_of(run)),
-        measured(run, elsewhere=kept, cost=True),
+        evaluations.of(run, elsewhere=kept, cost=True),
     )
 
 
-def _of_run(run: Path, view: View, out: Path) -> list[str]:
+def _of_run(run: Path, view: View, out: Path, root: str | None) -> list[str]:
     parts = sections_of(view, out)
-    pictures = draw_run(run, view.measured, out, view.slug)
-    return [*parts, *_pictures(pictures), page.part("Run card", [card_of(view)])]
+    try:
+        shown = _pictures(draw_run(run, view.measured, out, view.slug, root=root))
+    except DataError as error:
+        warn(f"{run}: without pictures of its images: {error}")
+        shown = [page.paragraph(f"No pictures of its images: {error}", "note")]
+    return [*parts, *shown, page.part("Run card", [card_of(view)])]
 
 
 def _pictures(pictures: Pictures) -> list[str]:
@@ -146,7 +153,9 @@ def _pictures(pictures: Pictures) -> list[str]:
     return parts
 
 
-def _best_of(sweep: Path, result: dict[str, Any], out: Path) -> list[str]:
+def _best_of(
+    sweep: Path, result: dict[str, Any], out: Path, evaluations: Evaluations, root: str | None
+) -> list[str]:
     """The best point's first run, folded."""
     if not result["best"]:
         return []
@@ -156,9 +165,11 @@ def _best_of(sweep: Path, result: dict[str, Any], out: Path) -> list[str]:
     if not (run / checkpoint.CONFIG).is_file():
         warn(f"{run}: is not there any more, so the best run is not shown")
         return []
-    view = _view(run, f"{sweep.resolve().name}-best", out)
+    view = _view(run, f"{sweep.resolve().name}-best", out, evaluations)
     seed = result["rows"][name]["seeds"][0]
-    return [page.folded(f"The best: {name}, seed {seed}", _of_run(run, view, out), opened=False)]
+    return [
+        page.folded(f"The best: {name}, seed {seed}", _of_run(run, view, out, root), opened=False)
+    ]
 
 
 def _side_by_side(views: list[View], out: Path) -> list[str]:

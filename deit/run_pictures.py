@@ -1,5 +1,6 @@
 """The pictures of a run for its report: what its tokens look at, its views, its hardest images."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit.config import Config, TeacherConfig, code_of, derive
+from deit.config import Config, StartConfig, TeacherConfig, code_of, derive
 from deit.contact_sheet import draw_views
 from deit.datasets.images import Encoded, Images
 from deit.datasets.sources import LISTINGS
@@ -16,6 +17,7 @@ from deit.errors import ConfigError
 from deit.evaluation import as_asked, find_run, student_at
 from deit.measured import Measured
 from deit.models.attention import check_attention, rollout
+from deit.models.saved import Facts
 from deit.pictures import draw_attention
 from deit.prediction import shown
 from deit.presets import OBJECTIVES
@@ -40,12 +42,17 @@ class Pictures(NamedTuple):
     hardest: list[Hard]
 
 
-def draw_run(run: Path, said: Measured, folder: Path, name: str) -> Pictures:
-    """Draw the pictures of a finished run into a folder. name: what their files begin with.
+def draw_run(
+    run: Path, said: Measured, folder: Path, name: str, *, root: str | None = None
+) -> Pictures:
+    """Draw the pictures of a finished run into a folder. name: what their files begin with. root:
+    where its images lie now, if not where it found them.
 
-    Raises the errors of deit.errors.
+    Raises the errors of deit.errors; DataError where the images are gone.
     """
     config, saved = find_run(run, "best")
+    if root is not None:
+        config = derive(config, data={"root": root})
     if config.data.source in LISTINGS:  # a few of the images are looked at, not all decoded
         config = derive(config, data={"storage": "files"})
     student, facts = student_at(saved, None)
@@ -80,7 +87,7 @@ def draw_run(run: Path, said: Measured, folder: Path, name: str) -> Pictures:
         for at, place in enumerate(hardest)
     ]
     sheet = folder / f"{name}-views.png"
-    draw_views(_without_code(config), sheet, number=12, splits=splits)
+    draw_views(_as_trained(config, facts), sheet, number=12, splits=splits)
     return Pictures(attention and _lighter(attention), _lighter(sheet), listed)
 
 
@@ -136,8 +143,11 @@ def _thumbnail(images: Images | Encoded, place: int, path: Path, config: Config)
     return path
 
 
-def _without_code(config: Config) -> Config:
-    """Without teachers that are somebody's code: no saved file may have that run."""
+def _as_trained(config: Config, facts: Facts) -> Config:
+    """With what a start said when the run began: it may be gone by now. Without teachers that are
+    somebody's code: no saved file may have that run."""
+    config = derive(config, views={"mean": facts.mean, "std": facts.std})
+    config = replace(derive(config, optim={"trained": "all"}), start=StartConfig())
     if not code_of(config.teacher):
         return config
     return derive(config, teacher=TeacherConfig(), loss=OBJECTIVES["none"])

@@ -1,4 +1,4 @@
-"""A run as parts of a page: numbers, curves, classes, calibration, tokens, its card; no torch."""
+"""A run as parts of a page: numbers, curves, classes, calibration, tokens, its card."""
 
 import csv
 import math
@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deit import charts, page
 from deit.config import Config, peak_lr
 from deit.console import clock, percent
+from deit.losses import teacher_ramp
 from deit.measured import Measured
+from deit.optim import average_decay
 
 _HEADS = ("class", "distillation", "fused", "teacher")
 _FEW_CLASSES = 20
@@ -137,7 +141,36 @@ def curves_of(view: View) -> dict[str, list[tuple[float, float]]]:
     return lines
 
 
+def schedules_of(view: View) -> dict[str, list[tuple[float, float]]]:
+    """Every schedule as it was applied, by epoch, in % of its largest value, which its name tells:
+    the learning rate, and what else changes: the weight of the teacher's term, the decay of the
+    weight average."""
+    optim, loss = view.config.optim, view.config.loss
+    values = {"learning rate": [(row["epoch"], row["train"]["lr"]) for row in view.rows]}
+    if loss.kind != "none" and loss.distillation_warmup > 0:
+        weight = loss.distillation_weight
+        values["weight of the teacher's term"] = [
+            (row["epoch"], weight * teacher_ramp(loss, row["epoch"])) for row in view.rows
+        ]
+    if optim.ema_epochs > 0:
+        steps = view.rows[0]["step"] / view.rows[0]["epoch"]
+        values["decay of the weight average"] = [
+            (
+                row["epoch"],
+                average_decay(torch.tensor(row["step"] - 1), horizon=optim.ema_epochs * steps),
+            )
+            for row in view.rows
+        ]
+    shares = {}
+    for name, points in values.items():
+        peak = max(float(value) for _, value in points) or 1.0
+        shares[f"{name} ({peak:.3g})"] = [(at, 100 * float(one) / peak) for at, one in points]
+    return shares
+
+
 def _training(view: View, folder: Path) -> str:
+    if not view.rows:
+        return page.paragraph("No numbers of its epochs are there (metrics.jsonl).", "note")
     lines = curves_of(view)
     levels = {} if view.told["teacher"] is None else {"teacher": view.told["teacher"]}
     accuracy = charts.chart(charts.curves(lines, levels), folder / f"{view.slug}-accuracy.png")
@@ -147,16 +180,21 @@ def _training(view: View, folder: Path) -> str:
         if name.startswith("loss") and all(row["train"].get(name) is not None for row in view.rows)
     }
     loss = charts.chart(charts.over_epochs(losses, "loss"), folder / f"{view.slug}-loss.png")
-    rates = {"lr": [(row["epoch"], row["train"]["lr"]) for row in view.rows]}
-    rate = charts.chart(
-        charts.over_epochs(rates, "learning rate"), folder / f"{view.slug}-rate.png", height=2.4
+    schedules = charts.chart(
+        charts.over_epochs(schedules_of(view), "% of the largest", named=True),
+        folder / f"{view.slug}-schedules.png",
+        height=2.4,
     )
     speed = {"": [(row["epoch"], row["images_per_s"]) for row in view.rows if "loader" in row]}
     _write_curves(view, folder / f"{view.slug}-curves.csv")
     drawn = [
         page.figure(accuracy, "Validation accuracy by head; dotted: the teacher."),
         page.figure(loss, "Training loss, whole and by term."),
-        page.figure(rate, "The learning rate after each epoch, as applied."),
+        page.figure(
+            schedules,
+            "Schedules as applied, after each epoch, in % of the largest value (in brackets). "
+            "Weight decay follows the learning rate.",
+        ),
     ]
     if speed[""]:
         fast = charts.chart(

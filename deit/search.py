@@ -1,12 +1,13 @@
 """A search instead of a grid: optuna proposes, runs answer, the hopeless are stopped; on SQLite."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from deit import checkpoint, journal
-from deit.at_once import Planned
+from deit.at_once import Planned, may_pass
 from deit.config import Config
 from deit.console import percent, say
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
@@ -16,6 +17,7 @@ from deit.sweep_file import Point, Space, text_of, with_fields
 DATABASE = "optuna.db"
 _RANDOM_FIRST = 10  # trials before the search learns from any: optuna's own number
 _NEVER_STOPPED = 5  # trials that run to their end before one is held against them
+_OF, _WHY = "of", "reason"  # what a trial says: which one it is anew, and why it failed
 
 
 def check_optuna() -> None:
@@ -30,7 +32,8 @@ class Search:
     others at that epoch. All of it is in a database beside the runs, from which it goes on.
 
     plan: makes a run of a point. seed: of the proposals. of: what is searched, and with what:
-    trials of anything else are not to be learned from.
+    trials of anything else are not to be learned from. retries: how often a trial that failed for a
+    reason that may pass is tried again at once; the next call tries all that failed again.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Search:
         seed: int,
         of: str,
         plan: Callable[[Point], Planned],
+        retries: int = 0,
     ) -> None:
         """Open the database, or begin it. Raises EnvironmentFault, CheckpointError, and ConfigError
         where it holds another search."""
@@ -51,7 +55,8 @@ class Search:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._space, self._base, self._name = optuna, space, base, name
-        self._plan = plan
+        self._plan, self._retries = plan, retries
+        self._tried: Counter[Path] = Counter()
         self._running: dict[Path, Any] = {}
         self._stopped: dict[Path, str] = {}
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_FIRST)
@@ -69,7 +74,7 @@ class Search:
             before = self._study.user_attrs.get("of", of)
             self._study.set_user_attr("of", before)
             if before == of:
-                self._ask_again_what_was_under_way()
+                self._ask_again()
         except Exception as error:  # of optuna, SQLAlchemy and sqlite
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{out / DATABASE}: cannot be read ({reason})") from None
@@ -79,20 +84,31 @@ class Search:
                 "another first seed (only `trials` and later seeds may change); give another --out"
             )
 
-    def _ask_again_what_was_under_way(self) -> None:
-        """Trials that a kill left open are proposed once more; their runs go on."""
+    def _ask_again(self) -> None:
+        """Trials that a kill left open, or that failed, are proposed anew; their runs go on."""
         state = self._optuna.trial.TrialState
         for trial in self._study.get_trials(states=(state.RUNNING,)):
             self._study.tell(trial.number, state=state.FAIL)
-            self._study.enqueue_trial(trial.params, user_attrs={"of": trial.number})
+            self._study.enqueue_trial(trial.params, user_attrs={_OF: trial.number})
+        for trial in self._failed():
+            self._study.enqueue_trial(trial.params, user_attrs={_OF: trial.number})
+
+    def _failed(self) -> list[Any]:
+        """Trials whose runs failed, and are not proposed anew."""
+        state = self._optuna.trial.TrialState
+        again = self._proposed_anew()
+        failed = self._study.get_trials(states=(state.FAIL,))
+        return [one for one in failed if _WHY in one.user_attrs and one.number not in again]
+
+    def _proposed_anew(self) -> set[int]:
+        trials = self._study.get_trials()
+        return {trial.user_attrs[_OF] for trial in trials if _OF in trial.user_attrs}
 
     def done(self) -> int:
         """How many trials came to an end: finished, stopped or failed of themselves."""
         state = self._optuna.trial.TrialState
         ended = self._study.get_trials(states=(state.COMPLETE, state.PRUNED, state.FAIL))
-        again = {
-            trial.user_attrs.get("of") for trial in self._study.get_trials() if trial.user_attrs
-        }
+        again = self._proposed_anew()
         return sum(trial.number not in again for trial in ended)
 
     def counts(self) -> dict[str, int]:
@@ -142,9 +158,16 @@ class Search:
             name: f"{value:.4g}" if isinstance(value, float) else str(value)
             for name, value in trial.params.items()
         }
-        where = f"sweep {self._name}, trial {trial.number}"
-        config = with_fields(self._base, trial.params, where=where)
-        return Point(f"trial {trial.number}", {"run": f"trial {trial.number}", **values}, config)
+        name = f"trial {self._first(trial)}"
+        config = with_fields(self._base, trial.params, where=f"sweep {self._name}, {name}")
+        return Point(name, {"run": name, **values}, config)
+
+    def _first(self, trial: Any) -> int:
+        """The number of a trial; of one that is proposed anew, that of the first time."""
+        trials, number = self._study.get_trials(deepcopy=False), trial.number
+        while _OF in trials[number].user_attrs:
+            number = trials[number].user_attrs[_OF]
+        return number
 
     def hopeless(self, run: Planned) -> bool:
         """Whether a run under way should be stopped, told of what it came to by now."""
@@ -161,15 +184,24 @@ class Search:
         say(f"{run.name}: {self._stopped[run.out]}, below the median")
         return True
 
-    def ended(self, run: Planned, code: int) -> None:
-        """Tell how a run ended."""
+    def ended(self, run: Planned, code: int, reason: str) -> None:
+        """Tell how a run ended; propose it anew where it failed for a reason that may pass."""
         state, trial = self._optuna.trial.TrialState, self._running.pop(run.out)
         if code == 0:
             self._study.tell(trial, checkpoint.result_of(run.out)["best"]["top1"])
         elif run.out in self._stopped:
             self._study.tell(trial, state=state.PRUNED)
         else:
+            trial.set_user_attr(_WHY, reason)
             self._study.tell(trial, state=state.FAIL)
+            if may_pass(code) and self._tried[run.out] < self._retries:
+                self._tried[run.out] += 1
+                self._study.enqueue_trial(trial.params, user_attrs={_OF: trial.number})
+                say(f"{run.name}: once more ({reason.splitlines()[0]})")
+
+    def failed(self) -> list[Point]:
+        """The points of the trials that failed, however often they were tried."""
+        return [self._point(one) for one in self._failed()]
 
     def finished(self) -> list[Point]:
         """The points of the trials that ran to their end, the best on validation first."""

@@ -10,6 +10,7 @@ from deit.at_once import Planned
 from deit.config import RESUMABLE, Config, derive, fixed, to_dict, views_seed
 from deit.losses import needs_logits
 from deit.seats import seats
+from deit.stored import check_records
 from deit.target_writer import write_targets
 from deit.validation import load
 
@@ -71,7 +72,8 @@ def share(
     """The stores that two or more of the runs can share, or that one cannot do without; and the
     same runs, taught by them. A run that has begun keeps to how it was taught.
 
-    records: of every store; None: what the objectives need.
+    records: of every store; None: what the objectives need. Raises ConfigError where an objective
+    cannot be had from them.
     """
     asking: dict[str, list[Planned]] = {}
     for run in runs:
@@ -84,9 +86,13 @@ def share(
         if len(together) < 2 and not needed:
             continue
         longest = max((run.config for run in together), key=lambda one: one.optim.epochs)
+        if any(run.config.teacher.allow_weak for run in together):
+            longest = derive(longest, teacher={"allow_weak": True})  # the others see for themselves
         # A view that is always the same is asked once.
         epochs = 1 if fixed(longest.views) else longest.optim.epochs
         kept = records or ("full" if any(map(_needs_all, together)) else "hard")
+        for run in together if records else ():
+            check_records(records, run.config, None, where=f"{run.name}, records: {records}")
         number = len(longest.teacher.source)
         paths = []
         for only in range(1, number + 1) if number > 1 else (None,):
@@ -95,7 +101,9 @@ def share(
             stores.append(Store(folder / name, longest, epochs, kept, only))
         targets = tuple(str(path) for path in paths)
         taught |= {run.out: derive(run.config, teacher={"targets": targets}) for run in together}
-    told = [run._replace(config=_as_begun(taught.get(run.out, run.config), run)) for run in runs]
+    told = [
+        run._replace(config=_as_begun(taught.get(run.out, run.config), run, folder)) for run in runs
+    ]
     used = {target for run in told for target in run.config.teacher.targets}
     return [store for store in stores if str(store.path) in used], told
 
@@ -106,12 +114,21 @@ def _needs_all(run: Planned) -> bool:
     return together or needs_logits(run.config.loss)
 
 
-def _as_begun(config: Config, run: Planned) -> Config:
-    """Taught from a store, or not, as the run was when it began."""
+def _as_begun(config: Config, run: Planned, folder: Path) -> Config:
+    """Taught from a store, or not, as the run was when it began; of a store in `folder` only the
+    name counts, for the sweep may have been moved since."""
     saved = run.out / checkpoint.CONFIG
     if not saved.is_file() or not checkpoint.found(run.out):
         return config
-    return derive(config, teacher={"targets": load(saved).teacher.targets})
+    before = load(saved).teacher.targets
+    planned = {Path(target).name for target in config.teacher.targets}
+    here = [
+        str(folder / Path(target).name)
+        if Path(target).name in planned or (folder / Path(target).name).is_dir()
+        else target
+        for target in before
+    ]
+    return derive(config, teacher={"targets": tuple(here)})
 
 
 def write(store: Store) -> None:

@@ -18,7 +18,7 @@ from deit.models.teachers import Teacher
 from deit.panel import Panel
 from deit.records import Answers, Batch
 from deit.seats import seats
-from deit.targets import Layout, Store, decode, differences, open_store
+from deit.targets import Store, decode, differences, kept_of, open_store
 
 Answer = Callable[[Shown], Answers]
 # Before training: places looked at, spread over all epochs, and answers asked at each of them.
@@ -42,19 +42,22 @@ def open_stores(config: Config) -> list[Store | None]:
         store = None if seat.targets is None else open_store(Path(seat.targets).expanduser())
         if store is not None:
             where = f"teacher.targets {store.path}"
-            check_records(store.layout, config, store.fingerprint.get("combine"), where=where)
+            check_records(
+                store.layout.records, config, store.fingerprint.get("combine"), where=where
+            )
         found.append(store)
     return found
 
 
-def check_records(layout: Layout, config: Config, combine: str | None, *, where: str) -> None:
+def check_records(records: str, config: Config, combine: str | None, *, where: str) -> None:
     """Whether the objective can be had from these records. Raises ConfigError.
 
-    combine: how the answers in the store were combined; None: they are one teacher's.
+    records: hard, full or top-K. combine: how the answers in the store were combined; None: they
+    are one teacher's.
     """
     loss = config.loss
     averaged = len(seats(config.teacher)) > 1 and config.teacher.combine != "tokens"
-    if layout.records == "hard" and (needs_logits(loss) or averaged):
+    if records == "hard" and (needs_logits(loss) or averaged):
         wanted = "a mean of several teachers" if averaged else f"loss.kind {loss.kind!r}"
         raise ConfigError(
             f"{where}: holds hard labels, {wanted} needs probabilities; write a store with "
@@ -62,11 +65,12 @@ def check_records(layout: Layout, config: Config, combine: str | None, *, where:
         )
     inexact = loss.temperature != 1 or loss.standardise or loss.kind == "dkd"
     inexact |= averaged and config.teacher.combine == "logits"
-    if layout.kept is not None and needs_logits(loss) and inexact:
+    kept = kept_of(records)
+    if kept is not None and needs_logits(loss) and inexact:
         raise ConfigError(
-            f"{where}: holds the {layout.kept} largest answers of {layout.num_classes}; at another "
-            "temperature than 1, standardised, decoupled or in a mean of logits the others count; "
-            "write the store with --records full"
+            f"{where}: holds the {kept} largest answers alone; at another temperature than 1, "
+            "standardised, decoupled or in a mean of logits the others count; write the store with "
+            "--records full"
         )
     mean = combine == "probabilities"
     if mean and needs_logits(loss) and loss.temperature != 1:

@@ -9,26 +9,28 @@ from typing import Any, NamedTuple
 from deit import checkpoint, outcome, shared_targets
 from deit.arguments import RunArguments
 from deit.at_once import Failed, Planned, check_number, failure_of, train_at_once, train_beside
-from deit.config import Config, derive
+from deit.config import Config, code_of, derive
 from deit.console import percent, say, table
 from deit.disk import hold, write_json
-from deit.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    EnvironmentFault,
-    NumericsError,
-)
+from deit.errors import ConfigError, DeitError, EnvironmentFault
+from deit.finished import Finished
 from deit.ground import Ground, slug
-from deit.measured import Measured, disagreement, measured
+from deit.measured import Evaluations, Measured, disagreement
 from deit.search import Search, check_optuna
 from deit.sweep_file import Point, Sweep, points_of
 from deit.sweep_pictures import draw_sweep
-from deit.sweep_results import MANIFEST, best_of, cells, columns, described, write_results
+from deit.sweep_results import (
+    MANIFEST,
+    best_of,
+    cells,
+    columns,
+    described,
+    told_of_best,
+    write_results,
+)
+from deit.sweep_training import Mishaps, train_all, unfinished
 from deit.typed_json import read_typed
 from deit.validation import load
-
-_AS_BEFORE = {error.exit_code for error in (ConfigError, DataError, CheckpointError, NumericsError)}
 
 
 class Trial(NamedTuple):
@@ -92,15 +94,23 @@ def sweep(
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, option="--out"):
         write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe})
-        counts, failed = None, []
+        finished, counts, failed = Finished(), None, []
+        finished.check([*below, *(trial.run for trial in trials)])
         if plan.search:
-            found_points, counts, failed = _search(plan, run.config, base, below, ground, at_once)
-            trials = _trials(found_points, plan.seeds[:1], out, ground.laid)
-            trials += _trials(found_points[:best], plan.seeds[1:], out, ground.laid)
+            found = _search(plan, run.config, base, below, ground, at_once, retries)
+            points, counts = found.finished, found.counts
+            failed = [one for _, one in found.failed]
+            trials = _trials(points, plan.seeds[:1], out, ground.laid)
+            trials += _trials(points[:best], plan.seeds[1:], out, ground.laid)
             stores, taught = _shared(plan, trials, out)
-            points = found_points
-        failed += _train(below, stores, taught, at_once, retries)
-        rows, found, asked_of = _rows(below, ground.teachers, trials, failed)
+            trials += _trials(
+                [point for point, _ in found.failed], plan.seeds[:1], out, ground.laid
+            )
+        mishaps = train_all(
+            below, stores, taught, finished=finished, at_once=at_once, retries=retries
+        )
+        mishaps.failed[:0] = failed
+        rows, found, asked_of = _rows(below, ground.teachers, trials, mishaps)
         result = {
             "sweep": plan.name,
             "recipe": run.recipe,
@@ -119,8 +129,8 @@ def sweep(
         for path in write_results(result, out) + _draw(result, out):
             say(f"wrote {path}")
     _print(result)
-    if failed:
-        raise failure_of(failed)
+    if mishaps.failed:
+        raise failure_of(mishaps.failed)
     return result
 
 
@@ -134,16 +144,28 @@ def _shared(
     return shared_targets.share(unique, out / "targets", records=plan.records)
 
 
-def _search(
-    plan: Sweep, config: Config, base: Config, below: list[Planned], ground: Ground, at_once: int
-) -> tuple[list[Point], dict[str, int], list[Failed]]:
-    """Run the search of a sweep to its end: the points of the trials that finished, the best first;
-    how many trials ended how, and those that failed just now.
+class _Found(NamedTuple):
+    """What a search came to. finished: the points of the trials that ran to their end, the best
+    first. counts: how many trials ended how."""
 
-    base: the first seed's configuration, as its runs are trained.
-    """
+    finished: list[Point]
+    counts: dict[str, int]
+    failed: list[tuple[Point, Failed]]
+
+
+def _search(
+    plan: Sweep,
+    config: Config,
+    base: Config,
+    below: list[Planned],
+    ground: Ground,
+    at_once: int,
+    retries: int,
+) -> _Found:
+    """Run the search of a sweep to its end. base: the first seed's configuration, as its runs are
+    trained. Raises DeitError where no trial finished."""
     out, seed = ground.folder, plan.seeds[0]
-    train_at_once(_unfinished(below), number=1)
+    train_at_once(unfinished(below), number=1)
     taught = base
     if plan.share_targets:
         # As if there were two of them: which trials ask the same shows when they are proposed.
@@ -165,15 +187,24 @@ def _search(
 
     fields = {name: repr(one) for name, one in plan.search.fields.items()}
     of = shared_targets.content_hash({**shared_targets.identity(base), **fields, "seed": seed})
-    search = Search(plan.search, config, out, name=plan.name, seed=seed, of=of, plan=planned)
-    left = max(plan.search.trials - search.done(), 0)
-    if left < plan.search.trials:
-        say(f"{plan.search.trials - left} of {plan.search.trials} trials are over already")
-    failed = train_beside(search.runs(), number=at_once, total=left, watch=search)
+    search = Search(
+        plan.search, config, out, name=plan.name, seed=seed, of=of, plan=planned, retries=retries
+    )
+    over = search.done()
+    if over:
+        say(f"{min(over, plan.search.trials)} of {plan.search.trials} trials are over already")
+    failed: dict[Path, Failed] = {}
+    while (left := plan.search.trials - search.done()) > 0:
+        # Once more: a trial that fails when no other is to be begun is proposed anew.
+        ended = train_beside(search.runs(), number=at_once, total=left, watch=search)
+        failed |= {one.run.out: one for one in ended}
+    lost = [(point, failed[planned(point).out]) for point in search.failed()]
     points = search.finished()
     if not points:
-        raise failure_of(failed) if failed else ConfigError("--out: no trial ran to its end")
-    return points, search.counts(), failed
+        if lost:
+            raise failure_of([one for _, one in lost])
+        raise ConfigError("--out: no trial ran to its end")
+    return _Found(points, search.counts(), lost)
 
 
 def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
@@ -279,73 +310,54 @@ def _state(run: Planned) -> str:
     return "begun" if checkpoint.found(run.out) else "new"
 
 
-def _unfinished(runs: list[Planned]) -> list[Planned]:
-    return [run for run in runs if checkpoint.result_of(run.out) is None]
-
-
-def _train(
-    below: list[Planned],
-    stores: list[shared_targets.Store],
-    runs: list[Planned],
-    at_once: int,
-    retries: int,
-) -> list[Failed]:
-    """Train what is not finished: what runs build on, then what they share, then the runs; those
-    that fail again, so often. Returns those that failed each time."""
-    left = _unfinished(runs)
-    kept = len(runs) - len(left)
-    if kept:
-        say(f"{kept} of {len(runs)} runs are finished already")
-    if not left:
-        return []
-    for one in below:  # one may build on another
-        train_at_once(_unfinished([one]), number=1)
-    used = {target for run in left for target in run.config.teacher.targets}
-    for store in stores:
-        if str(store.path) in used:
-            say(f"answers that runs share: {store.path}")
-            shared_targets.write(store)
-    failed = train_beside(left, number=at_once)
-    for _ in range(retries):
-        again = [one for one in failed if one.code not in _AS_BEFORE]
-        if not again:
-            break
-        for one in again:
-            say(f"{one.run.name}: once more ({one.reason.splitlines()[0]})")
-        kept = [one for one in failed if one.code in _AS_BEFORE]
-        failed = kept + train_beside([one.run for one in again], number=at_once)
-    return failed
-
-
 def _rows(
-    below: list[Planned], teachers: set[str], trials: list[Trial], failed: list[Failed]
+    below: list[Planned], teachers: set[str], trials: list[Trial], mishaps: Mishaps
 ) -> tuple[dict[str, outcome.Row], dict[str, Any], dict[str, Measured]]:
     """A row for each teacher and point, the last evaluation, and that of each point's first seed.
-    Raises DeitError where no run is finished."""
+    An evaluation that fails is one more mishap. Raises DeitError where none is left."""
+    evaluations = Evaluations()
     first: dict[str, Measured] = {}
     rows: dict[str, outcome.Row] = {}
     found: dict[str, Any] = {}
+    reasons = mishaps.reasons()
+
+    def said(run: Planned) -> Measured | None:
+        if run.out in reasons:
+            return None
+        # Code that teaches was named to us, not by somebody's saved run.
+        teacher = ",".join(run.config.teacher.source) if code_of(run.config.teacher) else None
+        try:
+            return evaluations.of(run.out, teacher=teacher)
+        except DeitError as error:
+            reasons[run.out] = f"not evaluated: {error}"
+            log = run.out.with_name(f"{run.out.name}.log")
+            mishaps.failed.append(Failed(run, error.exit_code, reasons[run.out], log))
+            return None
+
     for one in below:
-        found = measured(one.out).found
+        if checkpoint.result_of(one.out) is None:
+            continue  # gone since, or never trained: its runs have a row of their own
         row = outcome.new_row(epochs=one.config.optim.epochs, teacher=one.name in teachers)
         rows[one.name] = {**row, "values": {}, "seeds": [], "folders": [], "failed": {}}
         seed = load(one.out / checkpoint.CONFIG).run.seed  # it may be of a call with other seeds
-        _note(rows[one.name], seed, one.out, found)
-    reasons = {one.run.out: one.reason for one in failed}
+        if (evaluated := said(one)) is None:
+            rows[one.name]["failed"][str(seed)] = reasons[one.out]
+        else:
+            found = evaluated.found
+            _note(rows[one.name], seed, one.out, found)
     for trial in trials:
         epochs = trial.run.config.optim.epochs
         row = outcome.new_row(epochs=epochs, teacher=False)
         more = {"values": trial.point.values, "seeds": [], "folders": [], "failed": {}}
         row = rows.setdefault(trial.point.name, {**row, **more})
-        if trial.run.out in reasons:
+        if (evaluated := said(trial.run)) is None:
             row["failed"][str(trial.seed)] = reasons[trial.run.out]
             continue
-        said = measured(trial.run.out)
-        first.setdefault(trial.point.name, said)
-        found = said.found
+        first.setdefault(trial.point.name, evaluated)
+        found = evaluated.found
         _note(row, trial.seed, trial.run.out, found)
     if not first:
-        raise failure_of(failed)
+        raise failure_of(mishaps.failed)
     return rows, found, first
 
 
@@ -384,6 +396,6 @@ def _print(result: dict[str, Any]) -> None:
         table("different answers, % of the images, first seed", ("", *shares), rows)
     if result["search"]:
         say(", ".join(f"{number} {name}" for name, number in result["search"].items()))
-    say("best on the validation split:")
+    say(told_of_best(result))
     for place, name in enumerate(result["best"], start=1):
         say(f"  {place}. {described(result, name)}")

@@ -126,7 +126,8 @@ def _of_grid_search(path: Path, run: str, values: dict[str, Any]) -> Fields:
     seen, weight = values["classes"], values["weight"]
     digits = set(range(10))
     seen = list(range(seen + 1)) if isinstance(seen, int) else seen
-    if not isinstance(seen, list) or not seen or not digits.issuperset(seen):
+    whole = isinstance(seen, list) and all(type(one) is int for one in seen)
+    if not whole or not seen or not digits.issuperset(seen):
         raise ConfigError(f"{path}: {run}: classes = {values['classes']}: should be of 0 ... 9")
     if not isinstance(weight, int | float) or not 0 <= weight <= 1:
         raise ConfigError(f"{path}: {run}: weight = {weight}: should be in 0 ... 1")
@@ -175,7 +176,10 @@ def _flat(value: Any) -> Fields:
     flat: Fields = {}
     for name, inner in value.items():
         nested = name in sections and isinstance(inner, dict)
-        flat |= {f"{name}.{leaf}": one for leaf, one in inner.items()} if nested else {name: inner}
+        fields = {f"{name}.{leaf}": one for leaf, one in inner.items()} if nested else {name: inner}
+        if both := flat.keys() & fields.keys():
+            raise ValueError(f"{min(both)}: stands there twice")
+        flat |= fields
     names = [*PRESETS, *field_names()]
     for name in flat:
         if name not in names:
@@ -240,12 +244,16 @@ def _span(name: str, one: Any) -> Span:
 
 
 def _is_whole(name: str) -> bool:
-    """Whether a field takes whole numbers alone: the fields of a configuration say so."""
+    """Whether a field takes whole numbers alone: the fields of a configuration say so. Raises
+    ValueError for one that takes no numbers."""
     if name in PRESETS:
         raise ValueError(f"{name}: a preset has names, no span")
     section, leaf = name.split(".")
     sections = typing.get_type_hints(Config)
-    return "int" in _kinds_of(typing.get_type_hints(sections[section])[leaf])
+    kinds = _kinds_of(typing.get_type_hints(sections[section])[leaf])
+    if not kinds & {"int", "float"}:
+        raise ValueError(f"{name}: takes no numbers, so no low and high; give a list of values")
+    return "int" in kinds
 
 
 def _kinds_of(annotation: Any) -> set[str]:
@@ -322,6 +330,9 @@ def with_fields(config: Config, fields: Fields, *, where: str) -> Config:
     Raises ConfigError naming every problem.
     """
     values = to_dict(config)
+    for name in PRESETS:
+        if not isinstance(fields.get(name), str | None):
+            raise ConfigError(f"{where}: {name} = {fields[name]!r}: should be the name of a preset")
     for flag, advice in put_presets(values, {name: fields.get(name) for name in PRESETS}).items():
         raise ConfigError(f"{where}: {flag} = {fields[flag]!r}: {advice}")
     for name, value in fields.items():

@@ -3,6 +3,7 @@
 import csv
 import io
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,25 @@ def points(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def best_of(rows: dict[str, dict[str, Any]], number: int) -> list[str]:
     """The points that did best on the validation split, the best first: by the mean over seeds.
-    The test split is for the final number alone."""
+    The test split is for the final number alone. None where points held out different classes:
+    their validation splits are of other classes then."""
     finished = [name for name, row in rows.items() if row["values"] and row["validation"]]
+    if len({held_out_of(rows[name]) for name in finished}) > 1:
+        return []
     ranked = sorted(finished, key=lambda name: -statistics.mean(rows[name]["validation"]))
     return ranked[:number]
+
+
+def held_out_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """The classes that the runs of a row did not see in training."""
+    return tuple(row["classes"][0]["held_out"]) if row.get("classes") else ()
+
+
+def told_of_best(result: dict[str, Any]) -> str:
+    """How the best are told, or why none is."""
+    if result["best"]:
+        return "best on the validation split:"
+    return "none is best: the points held out different classes, so they select by other images"
 
 
 def described(result: dict[str, Any], name: str) -> str:
@@ -160,7 +176,7 @@ def markdown(result: dict[str, Any]) -> str:
         "over the first row.\n\n"
         f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{class_by_class(result)}"
         f"{disagreement_table(result)}"
-        f"{searched}Best on the validation split:\n\n{best}\n\n"
+        f"{searched}{told_of_best(result).capitalize()}\n\n{best}\n\n"
         f"`{result['command']}`\n\n{where}\n"
     )
 
@@ -168,21 +184,50 @@ def markdown(result: dict[str, Any]) -> str:
 def class_by_class(result: dict[str, Any]) -> str:
     """Right answers in % of each class, those that training did not see marked; "" where it saw
     all of them, and of more than 20 classes."""
-    rows = {name: row["classes"] for name, row in result["rows"].items() if row.get("classes")}
-    names = list(next(iter(rows.values()))[0]["per_class"]) if rows else []
-    if not 0 < len(names) <= _SHOWN_CLASSES:
+    names, rows = class_shares(result, list(result["rows"]))
+    if not 0 < len(names) <= SHOWN_CLASSES:
         return ""
-    unseen = {name for row in rows.values() for one in row for name in one["held_out"]}
-    table = []
-    for point, row in rows.items():
-        shares = [[one["per_class"][name] for one in row] for name in names]
-        table.append([_escaped(point), *(summary(share, scale=100) for share in shares)])
-    heads = ["", *(f"{name} (unseen)" if name in unseen else name for name in names)]
-    title = "Right answers in % of each class, by the fused answer or the only head:"
-    return f"{title}\n\n{markdown_table(map(_escaped, heads), table)}\n\n"
+    heads, never = unseen_marks(result, names)
+    table = [
+        [
+            _escaped(point),
+            *(summary(share, scale=100) + never(point, name) for name, share in zip(names, row)),
+        ]
+        for point, row in rows.items()
+    ]
+    title = "Right answers in % of each class, by the fused answer or the only head"
+    title += "; *: not seen by this point" if any(map(never, rows, names)) else ""
+    return f"{title}:\n\n{markdown_table(map(_escaped, ['', *heads]), table)}\n\n"
 
 
-_SHOWN_CLASSES = 20
+def class_shares(
+    result: dict[str, Any], points: list[str]
+) -> tuple[list[str], dict[str, list[list[float | None]]]]:
+    """The names of the classes, and of those of the points where some were held out, for each class
+    the shares of right answers, a value a seed; None of a class without images."""
+    rows = {name: result["rows"][name].get("classes") for name in points}
+    rows = {name: classes for name, classes in rows.items() if classes}
+    names = list(dict.fromkeys(name for row in rows.values() for name in row[0]["per_class"]))
+    return names, {
+        point: [[one["per_class"].get(name) for one in row] for name in names]
+        for point, row in rows.items()
+    }
+
+
+def unseen_marks(
+    result: dict[str, Any], names: list[str]
+) -> tuple[list[str], Callable[[str, str], str]]:
+    """How classes are marked that training did not see: in their names where all points left out
+    the same, else beside the numbers of a point. Returns the names, and the mark of a number by
+    point and class."""
+    held = {name: held_out_of(row) for name, row in result["rows"].items() if row.get("classes")}
+    if len(set(held.values())) == 1:
+        (unseen,) = set(held.values())
+        return [f"{name} (unseen)" if name in unseen else name for name in names], lambda *_: ""
+    return names, lambda point, name: "*" if name in held.get(point, ()) else ""
+
+
+SHOWN_CLASSES = 20
 
 
 def disagreement_table(result: dict[str, Any]) -> str:

@@ -8,10 +8,19 @@ from typing import Any
 from deit import charts, page
 from deit.sweep_file import short_names
 from deit.sweep_pictures import curve, dots, heat_map
-from deit.sweep_results import cells, columns, described, final_top1, points
+from deit.sweep_results import (
+    SHOWN_CLASSES,
+    cells,
+    class_shares,
+    columns,
+    described,
+    final_top1,
+    points,
+    told_of_best,
+    unseen_marks,
+)
 
 _MOST_POINTS = 24
-_MOST_CLASSES = 20
 
 
 def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
@@ -66,7 +75,7 @@ def _headline(result: dict[str, Any], own: dict[str, Any]) -> str:
     values = {"points": str(len(points(result))), "seeds": str(len(result["seeds"]))}
     runs = sum(len(row["seeds"]) for row in own.values())
     values["runs finished"] = str(runs)
-    told = ""
+    told = page.paragraph(f"{told_of_best(result).capitalize()}.", "note")
     failed = sum(len(row["failed"]) for row in result["rows"].values())
     if failed:
         values["runs failed"] = str(failed)
@@ -113,21 +122,21 @@ def _on_unseen(row: dict[str, Any]) -> list[float]:
 
 def _classes(result: dict[str, Any]) -> list[str]:
     """Right answers in each class, of each point, where some were held out."""
-    rows = {name: row["classes"] for name, row in points(result).items() if row.get("classes")}
-    if not rows:
+    names, rows = class_shares(result, list(points(result)))
+    if not 0 < len(names) <= SHOWN_CLASSES:
         return []
-    names = list(next(iter(rows.values()))[0]["per_class"])
-    if len(names) > _MOST_CLASSES:
-        return []
-    unseen = {name for row in rows.values() for one in row for name in one["held_out"]}
-    means = [
-        [100 * statistics.mean(one["per_class"][name] for one in row) for name in names]
-        for row in rows.values()
-    ]
-    heads = [f"{name} (unseen)" if name in unseen else name for name in names]
-    told = "Right answers in % of each class, mean over the seeds."
-    table = page.heat_table(list(rows), heads, means, shown="{:.0f}", caption=told)
+    heads, never = unseen_marks(result, names)
+    means = [[_mean(share) for share in row] for row in rows.values()]
+    marks = [[never(point, name) for name in names] for point in rows]
+    told = "Right answers in % of each class, mean over the seeds"
+    told += "; *: a class that this point did not see." if any(map(any, marks)) else "."
+    table = page.heat_table(list(rows), heads, means, shown="{:.0f}", caption=told, marks=marks)
     return [page.part("Classes seen and unseen", [table])]
+
+
+def _mean(shares: list[float | None]) -> float | None:
+    """In %; None where a class has no images."""
+    return None if None in shares else 100 * statistics.mean(shares)
 
 
 def _disagreement(result: dict[str, Any]) -> str:

@@ -230,7 +230,7 @@ def _layout(
         raise ConfigError(f"--records {records}: there are {num_classes} classes; use full")
     combine = config.teacher.combine if len(config.teacher.source) > 1 else None
     single = config if combine is None else replace(config, teacher=alone(config.teacher, 0))
-    check_records(layout, single, combine, where=f"--records {records}")
+    check_records(layout.records, single, combine, where=f"--records {records}")
     return layout
 
 

@@ -34,6 +34,11 @@ _CANARY_EVERY = 1024
 _LEAST_CANARIES = 8
 
 
+def kept_of(records: str) -> int | None:
+    """K of top-K; None of hard and full."""
+    return int(records.removeprefix("top-")) if records.startswith("top-") else None
+
+
 class Layout(NamedTuple):
     """How the answers lie: one record for each place of each epoch, in that order.
 
@@ -51,7 +56,7 @@ class Layout(NamedTuple):
     @property
     def kept(self) -> int | None:
         """K of top-K; None of the others."""
-        return int(self.records.removeprefix("top-")) if self.records.startswith("top-") else None
+        return kept_of(self.records)
 
     @property
     def dtype(self) -> np.dtype:

@@ -64,7 +64,7 @@ class Faculty:
     @property
     def weights(self) -> list[str]:
         """Digests of the teachers of each seat, "" where none of them is here."""
-        return [_digest(teachers) if teachers else "" for teachers in self.teachers]
+        return [digest_of_teachers(teachers) if teachers else "" for teachers in self.teachers]
 
     def load(self, splits: Splits, accelerator: Accelerator) -> tuple[TrainLoader, Panel | None]:
         """Load the networks; the views they and the student see, and what they say of them."""
@@ -187,7 +187,8 @@ class Faculty:
             )
 
 
-def _digest(teachers: list[Teacher]) -> str:
+def digest_of_teachers(teachers: list[Teacher]) -> str:
+    """SHA-256 over all their weights, by place and name."""
     return digest_of(
         {
             f"{place}.{name}": value

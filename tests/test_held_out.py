@@ -72,6 +72,18 @@ def test_a_teacher_that_is_trained_for_it_knows_them():
     assert teacher.data.train_fraction == 0.5
 
 
+def test_the_data_of_a_recipe_of_ones_own_are_those_of_its_teachers():
+    """A recipe of a file: whatever it says of the images, its teacher should have learned from."""
+    own = derive(digits(), data={"train_fraction": 0.5, "image_size": 16, "held_out": UNSEEN})
+    typed = derive(own, data={"split_seed": 3})
+    run = RunArguments("mine.py:recipe", typed, None, False, False, False)
+    ground = Ground(run, typed, Path("out"), asked=own)
+    ground.laid(typed)
+    (teacher,) = ground.runs.values()
+    changed = {"train_fraction": 0.5, "split_seed": 3}
+    assert teacher.data == derive(digits_teacher(), data=changed).data
+
+
 def test_evaluation_tells_seen_and_unseen_apart(tmp_path, capsys):
     small = derive(
         digits_teacher(),

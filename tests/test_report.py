@@ -8,11 +8,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from deit import charts, page
+from deit.config import derive
 from deit.measured import Measured
+from deit.recipes import digits
 from deit.run_pictures import hardest_of
-from deit.run_sections import confusion, reliability_bins
+from deit.run_sections import View, confusion, reliability_bins, schedules_of
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -137,7 +141,7 @@ def test_the_page_has_everything_and_names_the_outside_nowhere(place):
 
 def test_charts_and_tables_lie_beside_the_page(place):
     names = {path.name for path in (place / "one").iterdir()}
-    for chart in ("accuracy", "loss", "rate", "classes", "calibration", "tokens", "attention"):
+    for chart in ("accuracy", "loss", "schedules", "classes", "calibration", "tokens", "attention"):
         assert f"run-{chart}.png" in names
     rows = list(csv.DictReader((place / "one" / "run-curves.csv").read_text().splitlines()))
     metrics = (place / "run" / "metrics.jsonl").read_text().splitlines()
@@ -194,6 +198,71 @@ def test_an_unfinished_run_says_how_it_goes_on(place, zygote):
     shutil.rmtree(place / "half")
     assert (done.code, "is not finished" in done.err) == (4, True)
     assert not (place / "of-half").exists()
+
+
+def test_without_its_images_or_its_epochs_the_rest_is_told(place, zygote, tmp_path):
+    """Images in a folder that moves away: what was evaluated is kept, the pictures are left out."""
+    for split in ("train", "test"):
+        for label in "ab":
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for number in range(6):
+                pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
+                picture = Image.fromarray(pixels)
+                picture.save(tmp_path / "images" / split / label / f"{number}.png")
+    words = ("--data.source", "folder", "--data.root", "images", "--objective", "none")
+    words += ("--teacher.source", "none", "--optim.batch_size", "4", "--optim.epochs", "2")
+    words += ("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--data.image_size", "8")
+    done = zygote.run("train", "digits", *words, *SMALL, "--out", "run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    (tmp_path / "images").rename(tmp_path / "moved")
+    done = zygote.run("report", "run", "--out", "none", cwd=tmp_path)
+    assert (done.code, "data.root" in done.err) == (3, True), done.err
+    moved = ("report", "run", "--data.root", "moved")
+    done = zygote.run(*moved, "--out", "page", cwd=tmp_path)
+    assert done.code == 0, done.err
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert ">Views" in text
+    assert "decay of the weight average" in text
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    done = zygote.run("report", "run", "--out", "page", "--force", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "without pictures of its images" in done.err
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert ">Views" not in text
+    assert "No pictures of its images" in text
+    assert "No numbers of its epochs" in text
+    # Other images in that place: what was kept is of others.
+    kept = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["of"]
+    next((tmp_path / "moved" / "test" / "a").iterdir()).unlink()
+    done = zygote.run(*moved, "--out", "page", "--force", cwd=tmp_path)
+    assert done.code == 0, done.err
+    now = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["of"]
+    assert [name for name in now if now[name] != kept[name]] == ["images"]
+
+
+def test_schedules_are_those_that_were_applied():
+    """By hand: the peak is 100 %; the teacher's term grows for two epochs; the average's decay at
+    update n is (1 + n) / (10 + n)."""
+    config = derive(
+        digits(),
+        optim={"ema_epochs": 1.0},
+        loss={"distillation_warmup": 2.0, "distillation_weight": 0.5},
+    )
+    rows = [
+        {"epoch": epoch, "step": 10 * epoch, "train": {"lr": lr}}
+        for epoch, lr in ((1, 1e-3), (2, 2e-3), (3, 5e-4))
+    ]
+    view = View("run", "run", config, {}, rows, {}, None)
+    found = schedules_of(view)
+    assert list(found) == [
+        "learning rate (0.002)",
+        "weight of the teacher's term (0.5)",
+        "decay of the weight average (0.769)",
+    ]
+    rate, weight, decay = ([share for _, share in line] for line in found.values())
+    assert rate == pytest.approx([50, 100, 25])
+    assert weight == pytest.approx([50, 100, 100])
+    assert decay == pytest.approx([100 * (10 / 19) / (30 / 39), 100 * (20 / 29) / (30 / 39), 100])
 
 
 def test_bins_of_confidence_by_hand():

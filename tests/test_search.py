@@ -18,14 +18,14 @@ LR = {"optim.lr": Span(1e-4, 1e-1, log=True)}
 pytestmark = pytest.mark.filterwarnings("ignore")  # of SQLAlchemy and optuna
 
 
-def opened(out, *, trials=8, fields=LR, prune=True, epochs=8, of="this"):
+def opened(out, *, trials=8, fields=LR, prune=True, epochs=8, of="this", retries=0):
     base = derive(digits(), optim={"epochs": epochs, "warmup_epochs": 1})
     space = Space(fields, trials, prune)
 
     def plan(point):
         return Planned(point.name, point.config, out / point.name.replace(" ", "-"))
 
-    return Search(space, base, out, name="s", seed=0, of=of, plan=plan)
+    return Search(space, base, out, name="s", seed=0, of=of, plan=plan, retries=retries)
 
 
 def reach(run, epoch, top1):
@@ -50,7 +50,7 @@ def test_it_learns_where_the_good_points_are(tmp_path):
         lr = run.config.optim.lr
         found.append(abs(math.log10(lr) + 2))
         finish(run, 1 - found[-1] / 4)
-        one.ended(run, 0)
+        one.ended(run, 0, "why")
     assert len(found) == 40
     assert sum(found[-10:]) < 0.7 * sum(found[:10])
     best = one.finished()[0]
@@ -67,18 +67,18 @@ def test_what_stays_below_the_median_is_stopped_not_before_a_quarter(tmp_path):
             reach(run, epoch, 0.8)
             assert not one.hopeless(run)
         finish(run, 0.8)
-        one.ended(run, 0)
+        one.ended(run, 0, "why")
     bad = next(runs)
     assert not one.hopeless(bad)  # nothing is known of it yet
     reach(bad, 1, 0.1)
     assert not one.hopeless(bad)
     reach(bad, 4, 0.1)
     assert one.hopeless(bad)
-    one.ended(bad, 143)
+    one.ended(bad, 143, "why")
     good = next(runs)
     reach(good, 4, 0.9)
     assert not one.hopeless(good)
-    one.ended(good, 3)
+    one.ended(good, 3, "why")
     assert next(runs, None) is None
     assert one.counts() == {"trials": 7, "finished": 5, "stopped": 1, "failed": 1}
 
@@ -91,7 +91,7 @@ def test_without_pruning_nothing_is_stopped(tmp_path):
         reach(run, 4, top1)
         assert not one.hopeless(run)
         finish(run, top1)
-        one.ended(run, 0)
+        one.ended(run, 0, "why")
 
 
 def test_trials_that_a_kill_left_open_are_proposed_again_and_count_once(tmp_path):
@@ -99,19 +99,51 @@ def test_trials_that_a_kill_left_open_are_proposed_again_and_count_once(tmp_path
     runs = one.runs()
     first, second = next(runs), next(runs)
     finish(first, 0.5)
-    one.ended(first, 0)
+    one.ended(first, 0, "why")
     again = opened(tmp_path, trials=3)
     assert again.done() == 1
     left = []
     for run in again.runs():
         left.append(run.config.optim.lr)
         finish(run, 0.6)
-        again.ended(run, 0)
+        again.ended(run, 0, "why")
     assert len(left) == 2
     assert left[0] == second.config.optim.lr
     assert again.counts() == {"trials": 3, "finished": 3, "stopped": 0, "failed": 0}
     assert list(opened(tmp_path, trials=3).runs()) == []
     assert len(list(opened(tmp_path, trials=5).runs())) == 2  # more, when more are asked for
+
+
+def test_a_trial_that_failed_is_tried_again_so_often_and_once_more_by_the_next_call(tmp_path):
+    one = opened(tmp_path, trials=2, retries=1)
+    names = []
+    for code in (-9, 1, 0):  # the first twice: killed, then of itself; the second is sound
+        run = next(one.runs())
+        names.append((run.name, run.config.optim.lr))
+        if code == 0:
+            finish(run, 0.5)
+        one.ended(run, code, "no memory\nleft")
+    assert names[0] == names[1] != names[2]
+    assert list(one.runs()) == []
+    assert one.counts() == {"trials": 2, "finished": 1, "stopped": 0, "failed": 1}
+    (point,) = one.failed()
+    assert (point.name, point.config.optim.lr) == names[0]
+    again = opened(tmp_path, trials=2)
+    assert (again.done(), again.failed()) == (1, [])
+    run = next(again.runs())
+    assert (run.name, run.config.optim.lr) == names[0]
+    finish(run, 0.6)
+    again.ended(run, 0, "")
+    assert again.counts() == {"trials": 2, "finished": 2, "stopped": 0, "failed": 0}
+    assert [point.name for point in again.finished()] == [names[0][0], names[2][0]]
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 6])
+def test_a_trial_that_would_fail_the_same_way_is_not_tried_again_at_once(code, tmp_path):
+    one = opened(tmp_path, trials=1, retries=3)
+    one.ended(next(one.runs()), code, "why")
+    assert list(one.runs()) == []
+    assert len(one.failed()) == 1
 
 
 def test_whole_numbers_and_names_are_proposed_as_such(tmp_path):
@@ -125,7 +157,7 @@ def test_whole_numbers_and_names_are_proposed_as_such(tmp_path):
     for run in one.runs():
         assert run.config.student.depth in (2, 3, 4)
         seen.add((run.config.loss.kind, run.config.views.crop))
-        one.ended(run, 1)
+        one.ended(run, 1, "why")
     assert {kind for kind, _ in seen} == {"soft", "hard"}
     assert {crop for _, crop in seen} == {"none", "padded"}
 
@@ -137,7 +169,7 @@ def test_a_trial_that_cannot_be_ends_nothing(tmp_path, capsys):
     for run in one.runs():
         assert run.config.loss.kind == "soft"
         finish(run, 0.5)
-        one.ended(run, 0)
+        one.ended(run, 0, "why")
     counts = one.counts()
     assert counts["trials"] == 12 == counts["finished"] + counts["failed"]
     assert counts["failed"] > 0
@@ -152,7 +184,7 @@ def test_a_trial_that_is_under_way_already_is_not_begun_twice(tmp_path):
     first = next(runs)
     assert next(runs, None) is None  # the others would be the same run
     finish(first, 0.5)
-    one.ended(first, 0)
+    one.ended(first, 0, "why")
     assert one.counts() == {"trials": 4, "finished": 1, "stopped": 0, "failed": 3}
 
 
@@ -173,7 +205,7 @@ def test_the_database_is_sqlite_that_optunas_tools_read(tmp_path):
     one = opened(tmp_path, trials=1)
     for run in one.runs():
         finish(run, 0.5)
-        one.ended(run, 0)
+        one.ended(run, 0, "why")
     study = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / search.DATABASE}")
     assert study.best_value == 0.5
     with sqlite3.connect(tmp_path / search.DATABASE) as database:

@@ -1,21 +1,27 @@
 """A sweep trains what its file says, once; shares what can be shared; and tells what came of it."""
 
 import csv
+import dataclasses
 import json
+import shutil
 import statistics
 
 import pytest
 
-from deit import checkpoint, journal, sweep
+from deit import checkpoint, journal, shared_targets, sweep_training
 from deit.at_once import Failed, Planned
 from deit.config import derive
 from deit.drawing import HEADS
+from deit.errors import EnvironmentFault
+from deit.finished import Finished
 from deit.measured import Measured, disagreement
 from deit.presets import OBJECTIVES, TEACHING
 from deit.recipes import digits, digits_ensemble
-from deit.shared_targets import content_hash, identity, question_of, share
+from deit.shared_targets import Store, content_hash, identity, question_of, share
 from deit.sweep_pictures import draw_sweep, heat_map
 from deit.sweep_results import best_of, cells, columns, markdown, write_results
+from deit.sweep_sections import sections_of_sweep
+from deit.sweep_training import train_all
 
 pytest.importorskip("sklearn")
 SMALL = {
@@ -140,6 +146,95 @@ def test_a_teacher_of_other_images_is_not_taken(swept, zygote):
     assert (done.code, said in done.err) == (2, True), done.err
 
 
+def test_a_finished_run_of_other_images_or_another_teacher_is_not_taken(swept, zygote, tmp_path):
+    place, _ = swept
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    heat = ("sweep", "heat.json", "--out", "out")
+    assert zygote.run(*heat, cwd=tmp_path).code == 0
+    first = result(tmp_path / "out")["rows"]["temperature 1"]
+    (run,) = (tmp_path / "out" / "runs").glob("temperature-3-seed-1-????????????/result.json")
+    before = json.loads(run.read_text())
+    run.write_text(json.dumps({**before, "fingerprint": "0" * 64}))
+    done = zygote.run(*heat, cwd=tmp_path)
+    said = "is finished, and its images were others"
+    assert (done.code, said in done.err) == (3, True), done.err
+    run.write_text(json.dumps({**before, "teachers": ["0" * 64]}))
+    done = zygote.run(*heat, cwd=tmp_path)
+    said = "is finished, and was taught by other weights than those in out/teacher"
+    assert (done.code, said in done.err) == (3, True), done.err
+    run.write_text(json.dumps(before))
+    # A teacher that is gone is not trained for nothing, and its row is: what it said is kept.
+    shutil.rmtree(tmp_path / "out" / "teacher")
+    done = zygote.run(*heat, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert not (tmp_path / "out" / "teacher").exists()
+    assert list(result(tmp_path / "out")["rows"]) == ["temperature 1", "temperature 3"]
+    again = result(tmp_path / "out")["rows"]["temperature 1"]
+    assert (again["top1"], again["agreement"]) == (first["top1"], first["agreement"])
+
+
+def test_a_teacher_that_is_code_is_asked_in_evaluation_too(zygote, tmp_path):
+    """Whoever names it to a sweep has said that it may run; a report of the same runs does not."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\nclass Ink(torch.nn.Module):\n"
+        "    def forward(self, images):\n"
+        "        return torch.nn.functional.one_hot(images.sum((1, 2, 3)).long() % 10, 10) * 9.0\n"
+        "def teacher():\n    return Ink()\n"
+    )
+    write(tmp_path / "s.json", grid={"loss.temperature": [1]})
+    words = ("--teacher.source", "mine.py:teacher", "--teacher.allow_weak", "--out", "out")
+    done = zygote.run("sweep", "s.json", *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    (agreement,) = result(tmp_path / "out")["rows"]["temperature 1"]["agreement"]
+    assert 0 <= agreement < 1
+    assert "is left out" not in done.err
+
+
+def test_an_evaluation_that_fails_is_told_beside_the_others(swept, zygote, tmp_path):
+    place, _ = swept
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    (run,) = (tmp_path / "out" / "runs").glob("temperature-3-seed-1-????????????")
+    run.with_name(f"{run.name}.evaluation.json").unlink()
+    (run / "best" / "model.safetensors").write_bytes(b"cut")
+    done = zygote.run("sweep", "heat.json", "--out", "out", cwd=tmp_path)
+    assert done.code == 4
+    row = result(tmp_path / "out")["rows"]["temperature 3"]
+    assert row["seeds"] == [0]
+    assert "not evaluated: " in row["failed"]["1"]
+    assert "model.safetensors" in done.err
+
+
+def test_a_moved_sweep_goes_on_with_the_stores_it_has(swept, zygote, tmp_path):
+    """Half a run, whose configuration names the store where it was."""
+    place, _ = swept
+    shutil.copytree(place, tmp_path / "there", dirs_exist_ok=True)
+    out = tmp_path / "there" / "out"
+    (run,) = (out / "runs").glob("temperature-3-seed-1-????????????")
+    chain = (run / journal.CHAIN).read_bytes()
+    for name in ("result.json", "summary.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "best")
+    shutil.rmtree(max((path for _, path in checkpoint.found(run)), key=lambda path: path.name))
+    config = json.loads((run / "config.json").read_text())
+    config["teacher"]["targets"] = [f"/gone/{one}" for one in config["teacher"]["targets"]]
+    (run / "config.json").write_text(json.dumps(config))
+    done = zygote.run("sweep", "heat.json", "--out", "out", cwd=tmp_path / "there")
+    assert done.code == 0, done.err
+    assert (run / journal.CHAIN).read_bytes() == chain
+    (store,) = json.loads((run / "config.json").read_text())["teacher"]["targets"]
+    assert (tmp_path / "there" / store).is_dir()
+
+
+def test_records_that_an_objective_cannot_do_with_are_refused_before_the_work(zygote, tmp_path):
+    grid = {"loss.temperature": [1, 3]}
+    student = {**SMALL["student"], "name": "vit_micro"}
+    soft = {**SMALL, "student": student, "objective": "class-soft"}
+    file = write(tmp_path / "s.json", grid=grid, records="hard", set=soft)
+    done = zygote.run("sweep", file, "--out", tmp_path / "out")
+    assert (done.code, "holds hard labels" in done.err) == (2, True), done.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_sweep_or_something_else_in_the_folder_is_refused(swept, zygote, tmp_path):
     place, _ = swept
     write(tmp_path / "other.json", grid={"loss.temperature": [1, 3]})
@@ -177,17 +272,78 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(zygote, tmp_path):
     ("code", "times"), [(2, 1), (3, 1), (4, 1), (6, 1), (1, 3), (-9, 3), (7, 3)]
 )
 def test_what_may_pass_is_tried_again_so_often(code, times, tmp_path, monkeypatch):
+    asked = trained_by(monkeypatch, tmp_path, {"bad": code})
+    runs = [Planned(name, digits(), tmp_path / name) for name in ("bad", "good")]
+    mishaps = train_all([], [], runs, finished=Finished(), at_once=1, retries=2)
+    assert [one.run.name for one in mishaps.failed] == ["bad"]
+    assert asked == [["bad", "good"], *[["bad"]] * (times - 1)]
+
+
+def trained_by(monkeypatch, tmp_path, codes):
+    """Stand in for training: these runs fail with these codes. Returns who was asked, in turn."""
     asked = []
 
     def beside(runs, *, number):
         asked.append([run.name for run in runs])
-        return [Failed(run, code, "why", tmp_path) for run in runs if run.name == "bad"]
+        failing = [run for run in runs if run.name in codes]
+        return [Failed(run, codes[run.name], "why", tmp_path) for run in failing]
 
-    monkeypatch.setattr(sweep, "train_beside", beside)
-    runs = [Planned(name, digits(), tmp_path / name) for name in ("bad", "good")]
-    failed = sweep._train([], [], runs, 1, retries=2)
-    assert [one.run.name for one in failed] == ["bad"]
-    assert asked == [["bad", "good"], *[["bad"]] * (times - 1)]
+    monkeypatch.setattr(sweep_training, "train_beside", beside)
+    return asked
+
+
+def test_what_fails_stops_only_the_runs_that_need_it(tmp_path, monkeypatch):
+    """Two teachers, the first fails: neither what is fine-tuned from it nor its store is begun."""
+    asked = trained_by(monkeypatch, tmp_path, {"first": 3})
+    written = []
+    monkeypatch.setattr(shared_targets, "write", written.append)
+
+    def one(name, **sections):
+        return Planned(name, derive(digits(), **sections), tmp_path / name)
+
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    below = [
+        one("first", teacher={"source": ()}),
+        one("second", teacher={"source": ()}),
+        one("larger", start={"source": first}, teacher={"source": ()}),
+    ]
+    stores = [
+        Store(tmp_path / name, derive(digits(), teacher={"source": (teacher,)}), 1, "full", None)
+        for name, teacher in (("of-first", first), ("of-second", second))
+    ]
+    labels = dataclasses.replace(digits(), loss=OBJECTIVES["none"])
+    runs = [
+        one("a", teacher={"source": (first,), "targets": (str(tmp_path / "of-first"),)}),
+        one("b", teacher={"source": (second,), "targets": (str(tmp_path / "of-second"),)}),
+        one("c", teacher={"source": (first,)}),
+        one("d", teacher={"source": (second,)}),
+        one("e", start={"source": str(tmp_path / "larger")}, teacher={"source": (second,)}),
+        Planned("f", derive(labels, teacher={"source": (first,)}), tmp_path / "f"),
+    ]
+    mishaps = train_all(below, stores, runs, finished=Finished(), at_once=1, retries=1)
+    assert asked == [["first"], ["second"], ["b", "d", "f"]]
+    assert [store.path.name for store in written] == ["of-second"]
+    assert [one.run.name for one in mishaps.failed] == ["first"]
+    reasons = {path.name: reason for path, reason in mishaps.reasons().items()}
+    assert {name for name in reasons if len(name) == 1} == {"a", "c", "e"}
+    assert f"needs {first}, which failed: why" in reasons["c"]
+
+
+def test_a_store_that_cannot_be_written_stops_only_its_runs(tmp_path, monkeypatch):
+    asked = trained_by(monkeypatch, tmp_path, {})
+
+    def fails(store):
+        raise EnvironmentFault("no space left")
+
+    monkeypatch.setattr(shared_targets, "write", fails)
+    taught = derive(digits(), teacher={"targets": (str(tmp_path / "store"),)})
+    runs = [Planned("a", taught, tmp_path / "a"), Planned("b", digits(), tmp_path / "b")]
+    store = Store(tmp_path / "store", digits(), 1, "full", None)
+    mishaps = train_all([], [store], runs, finished=Finished(), at_once=1, retries=1)
+    assert asked == [["b"]]
+    (failed,) = mishaps.failed
+    assert (failed.code, failed.reason) == (5, "no space left")
+    assert "no space left" in mishaps.barred[tmp_path / "a"]
 
 
 def taught(tmp_path, *configs, records=None):
@@ -249,6 +405,15 @@ def test_stores_that_are_named_are_taken_as_they_are(tmp_path):
     runs = [Planned(str(place), named, tmp_path / str(place)) for place in range(2)]
     stores, told = share(runs, tmp_path, records=None)
     assert (stores, [run.config for run in told]) == ([], [named, named])
+
+
+def test_a_store_is_written_where_one_run_allows_a_weak_teacher(tmp_path):
+    weak = derive(digits(), teacher={"allow_weak": True})
+    strict = derive(digits(), optim={"epochs": 90})
+    runs = [Planned(name, one, tmp_path / name) for name, one in (("w", weak), ("s", strict))]
+    (store,), told = share(runs, tmp_path / "targets", records=None)
+    assert store.config.teacher.allow_weak
+    assert [run.config.teacher.allow_weak for run in told] == [True, False]
 
 
 def test_a_question_is_the_same_only_where_the_answers_are():
@@ -357,6 +522,36 @@ def test_classes_held_out_are_told_apart(told):
     assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0 |" in lines
 
 
+def test_where_points_held_out_different_classes_none_is_best_and_each_has_its_marks(told):
+    shares = {"a": 0.9, "b": 0.2, "c": None}
+    for name, held in (("a", ["b"]), ("b", ["a", "b"])):
+        one = {"held_out": held, "seen": 0.9, "unseen": 0.2, "per_class": shares}
+        told["rows"][name]["classes"] = [one, one]
+    assert best_of(told["rows"], 2) == []
+    told["best"] = []
+    lines = markdown(told).splitlines()
+    assert "|  | a | b | c |" in lines
+    assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0* | - |" in lines
+    assert "| b | 90.0 +- 0.0* | 20.0 +- 0.0* | - |" in lines
+    assert any("the points held out different classes" in line for line in lines)
+    one["per_class"] = {"a": 0.9, "d": 0.5}  # not all of them have the same classes
+    told["rows"]["b"]["classes"] = [one, one]
+    assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0* | - | - |" in markdown(told).splitlines()
+
+
+def test_a_page_marks_what_each_point_did_not_see(told, tmp_path):
+    shares = {"a": 0.9, "b": 0.2, "c": None}
+    for name, held in (("a", ["b"]), ("b", ["a"])):
+        one = {"held_out": held, "seen": 0.9, "unseen": 0.2, "per_class": shares}
+        told["rows"][name]["classes"] = [one, one]
+    told["best"] = []
+    whole = "".join(sections_of_sweep(told, tmp_path, "mine"))
+    assert ">20*</td>" in whole
+    assert ">90*</td>" in whole
+    assert "*: a class that this point did not see" in whole
+    assert "None is best: the points held out different classes" in whole
+
+
 def test_the_best_are_those_of_the_validation_split(told):
     assert told["best"] == ["c", "b"]
     assert best_of(told["rows"], 9) == ["c", "b", "a"]
@@ -376,7 +571,7 @@ def test_markdown_and_csv_keep_their_columns(told, tmp_path):
 
 
 def said(labels, **answers):
-    return Measured("chain", {}, {k: list(v) for k, v in answers.items()}, {}, list(labels))
+    return Measured({}, {}, {k: list(v) for k, v in answers.items()}, {}, list(labels))
 
 
 def test_who_answers_otherwise_than_whom_by_hand(told):

@@ -135,6 +135,7 @@ BAD = {
     "unknown field": ("grid: {optim.lrr: [1]}", "did you mean optim.lr?"),
     "unknown section": ("grid: {optin: {lr: [1]}}", "unknown field"),
     "twice": ("grid: {optim.lr: [1], optim.lr: [2]}", "'optim.lr' stands there twice"),
+    "nested twice": ("set: {optim.lr: 1, optim: {lr: 2}}", "optim.lr: stands there twice"),
     "no list": ("grid: {optim.lr: 1}", "should be a list"),
     "empty list": ("grid: {optim.lr: []}", "should be a list"),
     "same value": ("grid: {optim.lr: [0.1, 0.1]}", "names 0.1 twice"),
@@ -157,6 +158,7 @@ BAD = {
     "log": ("search: {fields: {optim.lr: {low: 0, high: 1, log: true}}}", "above 0"),
     "ends": ("search: {fields: {optim.lr: {low: a, high: 1}}}", "should be numbers"),
     "low alone": ("search: {fields: {optim.lr: {low: 1}}}", "or low and high"),
+    "text span": ("search: {fields: {views.policy: {low: 1, high: 2}}}", "takes no numbers"),
     "preset span": ("search: {fields: {objective: {low: 1, high: 2}}}", "a preset has names"),
     "trials": ("search: {trials: 0, fields: {optim.lr: [1, 2]}}", "at least 1"),
     "search key": ("search: {tirals: 3, fields: {optim.lr: [1, 2]}}", "did you mean trials?"),
@@ -180,6 +182,8 @@ def test_a_mistake_in_the_file_is_one_line_with_its_name(text, said, tmp_path):
         ({"weight": 2}, "weight = 2"),
         ({"classes": [0, 10]}, "should be of 0 ... 9"),
         ({"classes": []}, "should be of 0 ... 9"),
+        ({"classes": [[1]]}, "should be of 0 ... 9"),
+        ({"classes": [1.0, True]}, "should be of 0 ... 9"),
         ({"patience": 3}, "patience is none of"),
     ],
 )
@@ -192,6 +196,7 @@ IMPOSSIBLE = {
     "value": ("grid: {optim.lr: [1e-3, -1]}", "lr -1.*optim.lr"),
     "together": ("grid: {student.patch_size: [2, 3]}", "patch size 3.*should divide"),
     "preset": ("runs: {a: {objective: deit-hart}}", "did you mean deit-hard?"),
+    "preset list": ("grid: {objective: [[deit-hard]]}", "should be the name of a preset"),
     "twice over": ("{grid: {optim.lr: [1, 2]}, runs: {a: {optim.lr: 3}}}", "in the grid as well"),
 }
 

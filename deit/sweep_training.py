@@ -1,0 +1,112 @@
+"""The runs of a sweep trained, after what they build on and share; a failure bars whom it must."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from deit import checkpoint, shared_targets
+from deit.at_once import Failed, Planned, may_pass, train_beside
+from deit.console import say
+from deit.errors import DeitError
+from deit.finished import Finished
+
+
+class Mishaps(NamedTuple):
+    """What went wrong. failed: runs, teachers and stores that could not be made. barred: by the
+    folder of a run that could not even begin, the reason."""
+
+    failed: list[Failed]
+    barred: dict[Path, str]
+
+    def reasons(self) -> dict[Path, str]:
+        """By the folder of each run that is not there, why."""
+        return {one.run.out: one.reason for one in self.failed} | self.barred
+
+
+def train_all(
+    below: list[Planned],
+    stores: list[shared_targets.Store],
+    runs: list[Planned],
+    *,
+    finished: Finished,
+    at_once: int,
+    retries: int,
+) -> Mishaps:
+    """Train what is not finished: what runs build on, then the answers they share, then the runs,
+    so many at once; again, so often, where the reason may pass.
+
+    What fails stops nothing but the runs that need it. Raises DataError where a teacher is trained
+    anew and becomes another than the one that taught finished runs.
+    """
+    mishaps, gone = Mishaps([], {}), dict[str, str]()
+    left = unfinished(runs)
+    if len(left) < len(runs):
+        say(f"{len(runs) - len(left)} of {len(runs)} runs are finished already")
+    if not left:
+        return mishaps
+    anew = unfinished(below)
+    for one in anew:  # one may build on another
+        for ready in _able([one], gone, mishaps):
+            _note(_trained([ready], 1, retries), gone, mishaps)
+        if one.out in mishaps.barred:
+            gone[str(one.out)] = mishaps.barred[one.out]
+    if anew:
+        finished.check(runs)
+    used = {target for run in left for target in run.config.teacher.targets}
+    for store in stores:
+        asking = Planned(store.path.name, store.config, store.path)
+        if str(store.path) in used and _able([asking], gone, mishaps):
+            say(f"answers that runs share: {store.path}")
+            _note(_written(store, asking), gone, mishaps)
+        if store.path in mishaps.barred:
+            gone[str(store.path)] = mishaps.barred.pop(store.path)
+    mishaps.failed.extend(_trained(_able(left, gone, mishaps), at_once, retries))
+    return mishaps
+
+
+def unfinished(runs: Iterable[Planned]) -> list[Planned]:
+    """Those that are still to be trained, or to go on."""
+    return [run for run in runs if checkpoint.result_of(run.out) is None]
+
+
+def _able(runs: list[Planned], gone: dict[str, str], mishaps: Mishaps) -> list[Planned]:
+    """The runs that lack nothing; the others are noted. gone: what could not be made, and why."""
+    able = []
+    for run in runs:
+        teacher, start = run.config.teacher, run.config.start.source
+        needed = [*teacher.targets, *teacher.source, *([start] if start else [])]
+        if run.config.loss.kind == "none":
+            needed = [start] if start else []
+        lacking = next((one for one in needed if one in gone), None)
+        if lacking is None:
+            able.append(run)
+        else:
+            mishaps.barred[run.out] = f"needs {lacking}, which failed: {gone[lacking]}"
+    return able
+
+
+def _note(failed: list[Failed], gone: dict[str, str], mishaps: Mishaps) -> None:
+    mishaps.failed.extend(failed)
+    gone.update({str(one.run.out): one.reason for one in failed})
+
+
+def _trained(runs: list[Planned], at_once: int, retries: int) -> list[Failed]:
+    """Train runs, those that fail again so often. Returns those that failed each time."""
+    failed = train_beside(runs, number=at_once) if runs else []
+    for _ in range(retries):
+        again = [one for one in failed if may_pass(one.code)]
+        if not again:
+            break
+        for one in again:
+            say(f"{one.run.name}: once more ({one.reason.splitlines()[0]})")
+        kept = [one for one in failed if not may_pass(one.code)]
+        failed = kept + train_beside([one.run for one in again], number=at_once)
+    return failed
+
+
+def _written(store: shared_targets.Store, asking: Planned) -> list[Failed]:
+    try:
+        shared_targets.write(store)
+    except DeitError as error:
+        return [Failed(asking, error.exit_code, str(error), store.path)]
+    return []
