@@ -17,7 +17,9 @@ from deit.errors import EnvironmentFault, reason_of
 
 PROJECT = "deit"
 FOLDER = "trackers"
-"""In the run folder: what trackers write there, and the run's name for wandb."""
+"""In the run folder: what trackers write there, and the run's names for them."""
+
+_OURS, _MLFLOW = "run-id", "mlflow-run-id"
 
 
 def check_trackers(config: Config) -> None:
@@ -44,12 +46,19 @@ def tracked(accelerator: Accelerator, config: Config, out: Path) -> Iterator[Non
         accelerator.project_configuration.set_directories(str(folder))
         accelerator.project_configuration.logging_dir = str(folder)
         accelerator.log_with = filter_trackers(names, str(folder))
+        settings = _settings(out, folder)
+        told: dict[str, Any] = _flat(config)
+        if "mlflow" in names and accelerator.is_main_process and (known := _mlflow_run(folder)):
+            settings["mlflow"]["run_id"] = known
+            told = {}  # it has them, and refuses any that was changed since
         try:
-            accelerator.init_trackers(PROJECT, _flat(config), _settings(out, folder))
+            accelerator.init_trackers(PROJECT, told, settings)
         except Exception as error:  # each library raises its own, for keys, servers and disks
-            told = ", ".join(names)
-            raise EnvironmentFault(f"run.trackers {told}: {reason_of(error)}") from None
-        say(f"trackers  {', '.join(names)} (files in {folder})")
+            raise EnvironmentFault(f"run.trackers {', '.join(names)}: {reason_of(error)}") from None
+        for tracker in accelerator.trackers:
+            if tracker.name == "mlflow" and accelerator.is_main_process:
+                (folder / _MLFLOW).write_text(tracker.tracker.info.run_id)
+        say(f"trackers  {', '.join(_where(name, folder) for name in names)}")
     try:
         yield
     finally:
@@ -97,10 +106,34 @@ def _settings(out: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """What trackers take at their start: a run is called by its folder, and a resumed one goes on
     as the same run."""
     name = out.resolve().name
-    put_first(folder / "wandb-run", uuid.uuid4().hex.encode())
-    known = (folder / "wandb-run").read_text()
+    put_first(folder / _OURS, uuid.uuid4().hex.encode())
+    known = (folder / _OURS).read_text()
     return {
         "wandb": {"name": name, "dir": str(folder), "id": known, "resume": "allow"},
         "mlflow": {"run_name": name},
-        "trackio": {"name": name},
+        # It knows runs by their names alone.
+        "trackio": {"name": f"{name}-{known[:6]}", "resume": "allow"},
     }
+
+
+def _mlflow_run(folder: Path) -> str | None:
+    """The identifier of the run that mlflow has of this folder; None where it has none, or not in
+    the store that it writes to now."""
+    path = folder / _MLFLOW
+    if not path.is_file():
+        return None
+    import mlflow
+
+    try:
+        return mlflow.get_run(path.read_text()).info.run_id
+    except Exception:  # of mlflow, SQLAlchemy or a server: then it is a run of its own
+        return None
+
+
+def _where(name: str, folder: Path) -> str:
+    """A tracker, and where its numbers are to be found."""
+    if name == "mlflow":
+        import mlflow
+
+        return f"mlflow ({mlflow.get_tracking_uri()})"
+    return f"trackio (project {PROJECT})" if name == "trackio" else f"{name} ({folder})"

@@ -121,7 +121,7 @@ PLAN = {
     "deit.engine": place(3, "torch accelerate einops"),
     "deit.arguments": place(4, "tyro"),
     "deit.parts": place(3, "torch accelerate pydantic"),
-    "deit.trackers": place(3, "accelerate"),
+    "deit.trackers": place(3, "accelerate mlflow"),
     "deit.preparation": place(3, "accelerate torch"),
     "deit.fingerprint": place(3),
     "deit.target_units": place(3, "numpy"),

@@ -1,6 +1,9 @@
 """Trackers: the numbers of the run folder once more; never unasked, never in the way."""
 
 import importlib.util
+import json
+import re
+import sqlite3
 
 import pytest
 
@@ -127,7 +130,71 @@ def test_a_configuration_is_handed_on_in_types_that_all_take():
     assert all(isinstance(value, bool | int | float | str) for value in flat.values())
 
 
-def test_a_resumed_run_is_the_same_one_for_wandb(tmp_path):
-    first = trackers._settings(tmp_path / "run", tmp_path)
-    assert trackers._settings(tmp_path / "run", tmp_path) == first
+def test_a_resumed_run_keeps_its_names_and_two_of_one_name_do_not_share_them(tmp_path):
+    for place in "ab":
+        (tmp_path / place).mkdir()
+    first = trackers._settings(tmp_path / "run", tmp_path / "a")
+    assert trackers._settings(tmp_path / "run", tmp_path / "a") == first
     assert (first["wandb"]["name"], first["wandb"]["resume"]) == ("run", "allow")
+    other = trackers._settings(tmp_path / "run", tmp_path / "b")
+    assert other["wandb"]["id"] != first["wandb"]["id"]
+    assert other["trackio"]["name"] != first["trackio"]["name"]
+
+
+def kept_by_mlflow(place):
+    import mlflow
+
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    found = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
+    assert run.data.params["optim.epochs"] == "3"
+    assert run.info.status == "FINISHED"
+    return [(one.step, one.value) for one in found]
+
+
+def kept_by_trackio(place):
+    found = sqlite3.connect(place / "trackio" / "deit.db").execute(
+        "SELECT run_id, step, metrics FROM metrics ORDER BY step"
+    )
+    rows = found.fetchall()
+    assert len({row[0] for row in rows}) == 1
+    return [(step, json.loads(told)["train/loss"]) for _, step, told in rows]
+
+
+def kept_by_wandb(place):
+    """Offline each part has a file of its own; `wandb sync` joins those of one identifier."""
+    parts = sorted((place / "run" / trackers.FOLDER / "wandb").glob("offline-run-*-*"))
+    assert len(parts) == 2
+    assert len({part.name.rpartition("-")[2] for part in parts}) == 1
+    # Protocol buffers: a key, the tag of its value in JSON, the length, the value.
+    told = b"".join(next(part.glob("*.wandb")).read_bytes() for part in parts)
+    steps = re.findall(rb"_step\x82\x01.([0-9]+)", told, re.DOTALL)
+    losses = re.findall(rb"train/loss\x82\x01.([0-9.e-]+)", told, re.DOTALL)
+    return sorted(set(zip(map(int, steps), map(float, losses), strict=True)))  # and a summary
+
+
+OTHERS = {"mlflow": kept_by_mlflow, "trackio": kept_by_trackio, "wandb": kept_by_wandb}
+
+
+@pytest.mark.filterwarnings("ignore")  # of their own
+@pytest.mark.parametrize("name", OTHERS)
+def test_each_has_the_numbers_of_the_run_folder_as_one_run_also_after_a_stop(
+    name, tmp_path, monkeypatch
+):
+    """Without a network: wandb offline, mlflow and trackio in files."""
+    from deit import faults
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip(name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    out = tmp_path / "run"
+    faults.arm("update:9:term")
+    with pytest.raises(Stopped):
+        train(config(name), out)
+    faults.arm(None)
+    train(config(name, run={"keep_checkpoints": 3}), out, resume=True)
+    rows = journal.read(out / journal.METRICS)
+    told = [(row["step"], pytest.approx(row["train"]["loss"], rel=1e-6)) for row in rows]
+    assert len(told) == 3
+    assert OTHERS[name](tmp_path) == told
