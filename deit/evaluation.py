@@ -269,7 +269,8 @@ def _token_cosine(student: Student, images: Images | Encoded, config: Config) ->
 def find_run(run: Path, name: str) -> tuple[Config, Path]:
     """The configuration and the checkpoint folder of a run; also where `run` is that folder.
 
-    name: best or last. Raises CheckpointError and ConfigError.
+    name: best or last. Teachers that lay beside the run, as in a comparison or a sweep, are found
+    there, wherever both are now. Raises CheckpointError and ConfigError.
     """
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run folder")
@@ -281,7 +282,23 @@ def find_run(run: Path, name: str) -> tuple[Config, Path]:
     saved = saved or checkpoint.at(run, name)
     if saved is None or find_saved(saved) != saved:
         raise CheckpointError(f"{run}: has no finished checkpoint {name!r} yet")
-    return load(run / checkpoint.CONFIG), saved
+    return config_of(run), saved
+
+
+def config_of(run: Path) -> Config:
+    """The configuration of a run; teachers that are not where it found them are taken from the
+    folders around it, if a run of that name is there. Raises CheckpointError and ConfigError."""
+    config = load(run / checkpoint.CONFIG)
+    around = (run.resolve().parent, run.resolve().parent.parent)
+
+    def lies(source: str) -> str:
+        path = Path(source).expanduser()
+        if path.exists() or ".py:" in source or "/" not in source:
+            return source
+        there = (folder / path.name for folder in around)
+        return next((str(one) for one in there if find_saved(one)), source)
+
+    return derive(config, teacher={"source": tuple(map(lies, config.teacher.source))})
 
 
 def _first_difference(trained: tuple[str, ...], found: tuple[str, ...]) -> str:

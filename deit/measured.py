@@ -11,10 +11,9 @@ from deit.console import warn
 from deit.datasets.splits import digest_of_images, load_split
 from deit.disk import write_json
 from deit.errors import CheckpointError, DataError
-from deit.evaluation import Examined, as_asked, examine
+from deit.evaluation import Examined, as_asked, config_of, examine
 from deit.models.saved import find_saved
 from deit.typed_json import read_typed
-from deit.validation import load
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Evaluations:
 
     def _holds(self, before: Measured, out: Path, teacher: str | None) -> bool:
         """Whether a kept evaluation is of the images and the teacher that are there now."""
-        data = as_asked(load(out / checkpoint.CONFIG), root=self._root).data
+        data = as_asked(config_of(out), root=self._root).data
         if data not in self._digests:
             try:
                 names, images = load_split(data, "test")
@@ -99,7 +98,7 @@ def _sources(out: Path, teacher: str | None) -> list[str]:
     """Whom an evaluation asks beside the student: code in a run's configuration is not run."""
     if teacher is not None:
         return teacher.split(",")
-    own = load(out / checkpoint.CONFIG).teacher
+    own = config_of(out).teacher
     return [] if code_of(own) else list(own.source)
 
 

@@ -1,6 +1,7 @@
 """Evaluation further: other resolutions and crops, several runs, ImageNet's variants, costs."""
 
 import json
+import shutil
 import time
 from functools import cache
 
@@ -408,3 +409,22 @@ def test_a_picture_is_resized_once_wherever_it_lies(crop, tmp_path):
         (tmp_path / storage / "best").symlink_to(tmp_path / "best-memory")
         found.append(evaluate(tmp_path / storage, crop=crop)["heads"]["class"])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("deeper", [False, True])
+def test_a_teacher_that_lay_beside_its_student_is_found_where_both_are_now(
+    deeper, runs, tmp_path, capsys
+):
+    """As in a comparison, and, a folder deeper, in a sweep."""
+    place = tmp_path / "runs" if deeper else tmp_path
+    shutil.copytree(runs / "teacher", tmp_path / "teacher")
+    shutil.copytree(runs / "student", place / "student")
+    config = json.loads((place / "student" / "config.json").read_text())
+    config["teacher"]["source"] = ["elsewhere/teacher"]
+    (place / "student" / "config.json").write_text(json.dumps(config))
+    before = evaluate(runs / "student")["teacher"]
+    assert evaluate(place / "student")["teacher"] == before
+    config["teacher"]["source"] = ["elsewhere/other"]
+    (place / "student" / "config.json").write_text(json.dumps(config))
+    assert evaluate(place / "student")["teacher"] is None
+    assert "elsewhere/other: no such file or folder" in capsys.readouterr().err
