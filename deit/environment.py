@@ -3,6 +3,7 @@
 import gc
 import os
 import platform
+import resource
 import subprocess
 import sys
 from datetime import timedelta
@@ -185,6 +186,15 @@ def lost_peer(error: Exception) -> bool:
         return True
     words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory so far [MB]: on a GPU what torch held there at once, else what this process
+    held of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else kilobytes
 
 
 def describe(accelerator: Accelerator, arguments: list[str]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ Row = dict[str, Any]
 
 def new_row(*, epochs: int, teacher: bool) -> Row:
     """A row without runs: `top1` by head, `agreement` with the teacher, `seconds` of training,
-    `curves` of validation top-1 by epoch and `validation`, the one that selected the weights: each
-    a list with a value a seed; `classes` too where some were held out. teacher: whether it is one.
+    `images_per_s` of evaluation, `curves` of validation top-1 by epoch and `validation`, the one
+    that selected the weights: each a list with a value a seed; `classes` too where some were held
+    out. teacher: whether it is one.
     """
-    lists = ("top1", "agreement", "seconds", "curves", "validation")
+    lists = ("top1", "agreement", "seconds", "images_per_s", "curves", "validation")
     return {**{name: [] for name in lists}, "epochs": epochs, "teacher": teacher}
 
 
@@ -25,6 +26,7 @@ def note(row: Row, out: Path, found: dict[str, Any]) -> None:
     row["top1"].append(top1_by_head(found))
     row["agreement"].append(_agreement(found))
     row["seconds"].append(result["seconds"])
+    row["images_per_s"].append(found["throughput_img_s"])
     row["curves"].append(_curve(out))
     row["validation"].append(result["best"]["top1"])
     if "held_out" in found:

@@ -18,7 +18,14 @@ from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
 from deit.disk import check_space, check_writable, finish_replacing, hold, write_json
 from deit.engine import Job, Tally, train_epoch
-from deit.environment import choose_linear, compiled, create_accelerator, describe, records_graphs
+from deit.environment import (
+    choose_linear,
+    compiled,
+    create_accelerator,
+    describe,
+    peak_memory_mb,
+    records_graphs,
+)
 from deit.errors import ConfigError, DataError, NumericsError, Stopped
 from deit.faults import reach
 from deit.interruption import STOPPING, Interruption
@@ -343,7 +350,11 @@ def _train_rest(parts: Parts, tally: Tally, interruption: Interruption) -> dict[
         if signal in STOPPING:
             raise Stopped(signal)
     trained_s, trained = state.seconds - before, (steps - begun) * config.optim.batch_size
-    return {"images_per_s": trained / trained_s, "loader": _of_loader(loader, trained_s)}
+    return {
+        "images_per_s": trained / trained_s,
+        "memory_mb": peak_memory_mb(parts.accelerator.device),
+        "loader": _of_loader(loader, trained_s),
+    }
 
 
 def _of_loader(loader: TrainLoader, trained_s: float) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def card_of(view: View) -> str:
         "versions": f"deit {environment['deit']}, torch {environment['packages']['torch']}, timm "
         f"{environment['packages']['timm']}, commit {environment['commit']}",
         "time": f"{clock(told['seconds'])}, best weights of epoch {told['best_epoch']}",
+        "memory": "" if told["memory_mb"] is None else f"{told['memory_mb']:,.0f} MB at most",
         "loading": loader,
         "command": shlex.join(environment["arguments"]),
     }
@@ -211,7 +212,7 @@ def _write_curves(view: View, path: Path) -> None:
         line = {"epoch": row["epoch"], "step": row["step"], "seconds": row["seconds"]}
         for group in ("train", "validation"):
             line |= {f"{group}_{name}": value for name, value in row.get(group, {}).items()}
-        line["images_per_s"] = row.get("images_per_s")
+        line |= {name: row.get(name) for name in ("images_per_s", "memory_mb")}
         flat.append(line)
     write_csv(path, list(dict.fromkeys(name for line in flat for name in line)), flat)
 

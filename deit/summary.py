@@ -16,7 +16,7 @@ _WIDTH = 40
 
 
 def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """A finished run in plain values: its time and speed, the epoch of the best weights, their
+    """A finished run in plain values: time, speed, memory, the epoch of the best weights, their
     validation top-1 by head, that which selected them, the teacher's, and its curve.
 
     result: what its result.json holds.
@@ -31,6 +31,7 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
         "seconds": result["seconds"],
         "images_per_s": _median(row["images_per_s"] for row in measured),
         "loader_share": _median(row["loader"]["share"] for row in measured),
+        "memory_mb": max((row.get("memory_mb") or 0 for row in measured), default=0) or None,
         "skipped": result["skipped"],
         "best_epoch": result["best"]["epoch"],
         "selected": result["best"]["top1"],
@@ -55,6 +56,8 @@ def print_summary(told: dict[str, Any]) -> None:
     if told["images_per_s"] is not None:
         share = percent(told["loader_share"])
         speed = f", {told['images_per_s']:,.0f} images/s (loader {share} %)"
+    if told["memory_mb"] is not None:
+        speed += f", {told['memory_mb']:,.0f} MB"
     left_out = f", {told['skipped']} updates left out" if told["skipped"] else ""
     say(f"\nfinished in {clock(told['seconds'])}: {told['epochs']} epochs{speed}{left_out}")
     heads = [f"{name.replace('_', ' ')} {percent(top1)}" for name, top1 in told["best"].items()]

@@ -37,19 +37,7 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
     )
     body = [_headline(result, own), page.table(columns(result), rows, caption=told, best=best)]
     drawn = _of_fields(result, folder, slug)
-    if len(own) <= _MOST_POINTS and own:
-        places = {
-            ", ".join(row["values"].values()): (
-                statistics.mean(row["seconds"]),
-                100 * statistics.mean(final_top1(row)),
-            )
-            for name, row in own.items()
-        }
-        costs = charts.chart(
-            charts.scatter(places, "seconds of training", f"{result['split']} top-1 %"),
-            folder / f"{slug}-time.png",
-        )
-        drawn.append(page.figure(costs, "What accuracy costs: a dot a point, means over seeds."))
+    drawn += _costs(result, own, folder, slug)
     body.append(page.pair(*drawn))
     body += _classes(result)
     if result["disagreement"]:
@@ -85,6 +73,29 @@ def _headline(result: dict[str, Any], own: dict[str, Any]) -> str:
         values[f"{result['split']} top-1 of the best"] = f"{top1:.1f} %"
         told = page.paragraph(f"Best on the validation split: {described(result, best)}.")
     return page.tiles(values) + told
+
+
+def _costs(result: dict[str, Any], own: dict[str, Any], folder: Path, slug: str) -> list[str]:
+    """Accuracy against the time that training took and, where students differ, against their speed
+    in evaluation."""
+    costs = {"seconds": ("seconds of training", "time", "What accuracy costs in training")}
+    if any(name.startswith("student.") for name in result["fields"]):
+        costs["images_per_s"] = ("images/s", "throughput", "Accuracy against speed in evaluation")
+    drawn = []
+    for key, (label, file, told) in costs.items():
+        places = {
+            ", ".join(row["values"].values()): (
+                statistics.mean(row[key]),
+                100 * statistics.mean(final_top1(row)),
+            )
+            for row in own.values()
+            if row.get(key)
+        }
+        if 0 < len(places) <= _MOST_POINTS:
+            spots = charts.scatter(places, label, f"{result['split']} top-1 %")
+            picture = charts.chart(spots, folder / f"{slug}-{file}.png")
+            drawn.append(page.figure(picture, f"{told}: a dot a point, means over seeds."))
+    return drawn
 
 
 def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:

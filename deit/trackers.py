@@ -81,6 +81,7 @@ def track(accelerator: Accelerator, row: dict[str, Any]) -> None:
     if "loader" in row:
         values["speed/images_per_s"] = row["images_per_s"]
         values["speed/loader_share"] = row["loader"]["share"]
+        values["speed/memory_mb"] = row["memory_mb"]
     for tracker in list(accelerator.trackers):
         try:
             tracker.log(values, step=row["step"])

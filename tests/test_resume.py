@@ -31,7 +31,7 @@ from deit.validation import load
 
 EPOCHS, STEPS = 3, 4
 LAST = EPOCHS * STEPS
-TIMING = ("seconds", "images_per_s", "loader")
+TIMING = ("seconds", "images_per_s", "memory_mb", "loader")
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,8 @@ def test_a_run_ends_with_its_numbers_and_what_could_be_next(tmp_path, capsys):
     assert json.loads((tmp_path / "my run" / SUMMARY).read_text()) == told
     assert f"class {100 * told['best']['class']:.1f} (best weights: epoch" in end
     assert "4 epochs, " in end
+    assert told["memory_mb"] == max(row["memory_mb"] for row in rows) > 100  # torch alone
+    assert f", {told['memory_mb']:,.0f} MB" in end
     assert f"python evaluate_deit.py '{tmp_path / 'my run'}'" in end
     assert len(end.splitlines()) <= 10
 
@@ -50,6 +52,7 @@ def test_everything_that_is_known_is_told(capsys):
         "seconds": 7000.0,
         "images_per_s": 12345.6,
         "loader_share": 0.021,
+        "memory_mb": 1234.5,
         "skipped": 2,
         "best_epoch": 290,
         "best": {"class": 0.9, "distillation": 0.91, "fused": 0.92, "average_fused": 0.93},
@@ -59,9 +62,13 @@ def test_everything_that_is_known_is_told(capsys):
     }
     print_summary(told)
     said = capsys.readouterr().out
-    assert "finished in 1 h 56 min: 300 epochs, 12,346 images/s (loader 2.1 %), 2 updates" in said
+    assert (
+        "finished in 1 h 56 min: 300 epochs, 12,346 images/s (loader 2.1 %), 1,234 MB, 2 updates"
+        in said
+    )
     assert "class 90.0, distillation 91.0, fused 92.0, average fused 93.0" in said
     assert "= teacher 95.0, the teacher itself 96.0 (best weights: epoch 290)" in said
     assert "▁█ 10.0 to 93.0" in said
-    print_summary(told | {"images_per_s": None, "agreement": None, "teacher": None, "curve": []})
+    nothing = {"images_per_s": None, "memory_mb": None}
+    print_summary(told | nothing | {"agreement": None, "teacher": None, "curve": []})
     assert "None" not in capsys.readouterr().out

@@ -458,6 +458,7 @@ def row(values, fused, *, validation=(0.5,), failed=None, teacher=False):
         "top1": heads,
         "agreement": [0.5] * len(fused),
         "seconds": [10.0] * len(fused),
+        "images_per_s": [1000.0] * len(fused),
         "curves": [[(1, one)] for one in fused],
         "validation": list(validation)[: len(fused)],
         "epochs": 1,
@@ -537,6 +538,18 @@ def test_where_points_held_out_different_classes_none_is_best_and_each_has_its_m
     one["per_class"] = {"a": 0.9, "d": 0.5}  # not all of them have the same classes
     told["rows"]["b"]["classes"] = [one, one]
     assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0* | - | - |" in markdown(told).splitlines()
+
+
+@pytest.mark.parametrize("field", ["optim.lr", "student.depth"])
+def test_accuracy_is_drawn_against_time_and_of_other_students_against_speed(field, told, tmp_path):
+    told["fields"][1] = field
+    for one in told["rows"].values():
+        if one["values"]:
+            one["values"] = {field if k == "optim.lr" else k: v for k, v in one["values"].items()}
+    whole = "".join(sections_of_sweep(told, tmp_path, "mine"))
+    assert (tmp_path / "mine-time.png").is_file()
+    assert (tmp_path / "mine-throughput.png").is_file() == (field == "student.depth")
+    assert ("Accuracy against speed" in whole) == (field == "student.depth")
 
 
 def test_a_page_marks_what_each_point_did_not_see(told, tmp_path):
