@@ -30,6 +30,8 @@ class RunArguments:
     resume: bool
     dry_run: bool
     print_config: bool
+    names_teachers: bool = False
+    """Whether the command line itself says who teaches: then they may be code."""
 
 
 class _Typed(NamedTuple):
@@ -169,6 +171,7 @@ def parse_run(
         resume=options.resume,
         dry_run=options.dry_run,
         print_config=options.print_config,
+        names_teachers=typed,
     )
 
 

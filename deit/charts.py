@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,21 @@ Draw = Callable[[Any], None]
 """Draws on matplotlib's axes."""
 
 
+def check() -> None:
+    """Raises EnvironmentFault without matplotlib."""
+    if find_spec("matplotlib") is None:
+        raise EnvironmentFault("a report needs matplotlib; pip install 'deit[plot]'")
+
+
 def chart(draw: Draw, path: Path, *, width: float = 6.0, height: float = 3.4) -> str:
     """A chart as a PNG at `path`, and as an SVG for a page, which it returns.
 
     width, height: [inch]. Raises EnvironmentFault without matplotlib.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise EnvironmentFault("a report needs matplotlib; pip install 'deit[plot]'") from None
+    check()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     settings = {
         "svg.fonttype": "none",  # text stays text: small, and in the font of the page
         "svg.hashsalt": path.stem,  # the same numbers draw the same file
@@ -53,7 +59,7 @@ def chart(draw: Draw, path: Path, *, width: float = 6.0, height: float = 3.4) ->
         figure.savefig(path, dpi=150)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    return _for_page(drawn.getvalue(), path.stem)
+    return _for_page(drawn.getvalue(), re.sub(r"[^\w.-]", "-", path.stem))
 
 
 def _for_page(svg: str, name: str) -> str:

@@ -38,9 +38,8 @@ def _outcome(name: str, arguments: list[str], program: str, debug: bool) -> int:
         _leave_processes()
         return 0
     except Stopped as stop:
-        known = {"targets": "; the same command goes on", "compare": "; the same command goes on"}
-        word = f"stopped by {signal.Signals(stop.number).name}"
-        _complain(word + known[name] if name in known else str(stop), debug)
+        word = f"stopped by {signal.Signals(stop.number).name}; the same command goes on"
+        _complain(word if name in ("targets", "compare", "sweep") else str(stop), debug)
         return stop.exit_code
     except DeitError as error:
         _complain(str(error), debug, everywhere=not isinstance(error, ConfigError))

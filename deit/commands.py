@@ -15,12 +15,12 @@ from deit.arguments import (
     parse_shard,
     read_numbers,
 )
-from deit.config import Config, DataConfig, to_dict
+from deit.config import Config, DataConfig, code_of, to_dict
 from deit.console import is_main_process, say, table
 from deit.errors import ConfigError
 from deit.finetune_arguments import parse_finetune
 from deit.recipes import RECIPES
-from deit.sweep_file import Sweep, points_of, with_fields
+from deit.sweep_file import Sweep, corners_of, points_of, with_fields
 from deit.sweeps import SWEEPS, find_sweep
 from deit.text import nearest
 
@@ -255,7 +255,9 @@ def _seeds(text: str) -> tuple[int, ...]:
     try:
         seeds = tuple(int(seed) for seed in text.split(","))
     except ValueError:
-        raise ConfigError(f"--seeds {text}: should be numbers with commas") from None
+        seeds = (-1,)
+    if min(seeds) < 0:
+        raise ConfigError(f"--seeds {text}: should be whole numbers from 0, with commas")
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds {text}: names one of them twice")
     return seeds
@@ -282,8 +284,11 @@ def sweep(arguments: list[str], program: str) -> None:
     plan = dataclasses.replace(plan, recipe=options.recipe, seeds=_seeds(options.seeds))
     check_records(plan.records)
     asked: list[Config] = []
+    trusted: set[str] = set()
 
     def adapt(config: Config) -> Config:
+        if not plan.recipe.endswith(".json"):
+            trusted.update(code_of(config.teacher))  # a recipe that is code itself may name more
         asked.append(with_fields(config, plan.set, where=f"sweep {plan.name}, set"))
         return asked[0]
 
@@ -306,8 +311,17 @@ def sweep(arguments: list[str], program: str) -> None:
     if run.print_config:
         say(json.dumps(to_dict(run.config), indent=1))
         return
-    if not plan.search:
-        points_of(plan, run.config)  # every mistake in the file, before torch is there
+    # Every mistake in the file, before torch is there.
+    points = corners_of(plan, run.config) if plan.search else points_of(plan, run.config)
+    if run.names_teachers:
+        trusted.update(code_of(run.config.teacher))
+    for point in points:
+        if named := sorted({*code_of(point.config.teacher)} - trusted):
+            raise ConfigError(
+                f"sweep {plan.name}, {point.name}: its teacher {named[0]} is code, which no file "
+                f"but the command line may have run; add --teacher.source {named[0]} if you trust "
+                "it"
+            )
     from deit.sweep import sweep
 
     sweep(

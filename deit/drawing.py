@@ -60,10 +60,10 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
         _draw_heads(heads, result)
     elif study == "patience":
         figure = Figure(figsize=(6, 4), layout="constrained")
-        _draw_patience(figure.subplots(), result)
+        draw_patience(figure.subplots(), result)
     else:
         figure = Figure(figsize=(7, 1.2 + 0.32 * len(result["rows"])), layout="constrained")
-        _draw_arms(figure.subplots(), result)
+        draw_arms(figure.subplots(), result)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
 
@@ -89,7 +89,7 @@ def _final(row: dict[str, Any]) -> list[float]:
     ]
 
 
-def _draw_arms(axes: Any, result: dict[str, Any]) -> None:
+def draw_arms(axes: Any, result: dict[str, Any]) -> None:
     """Test accuracy of each arm: a dot a seed, the mean as a bar with its number; the best on top,
     teachers as dashed lines."""
     arms = {name: _final(row) for name, row in result["rows"].items() if not row["teacher"]}
@@ -121,7 +121,7 @@ def _draw_arms(axes: Any, result: dict[str, Any]) -> None:
         axes.legend(loc="upper left", frameon=False, fontsize=8)
 
 
-def _draw_patience(axes: Any, result: dict[str, Any]) -> None:
+def draw_patience(axes: Any, result: dict[str, Any]) -> None:
     """Test accuracy against the epochs of training, with the teacher and without."""
     for kind in ("distilled", "undistilled"):
         rows = [row for name, row in result["rows"].items() if name.startswith(f"{kind}-")]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
@@ -95,9 +96,13 @@ def create_accelerator(run: RunConfig, *, accumulate: int = 1) -> Accelerator:
         raise EnvironmentFault("run.shard: not with fp16, which the launcher asks for; use bf16")
     if device == "cpu":
         keep_freed_memory()
+    name = _ACCELERATE_NAMES[precision]
+    # One process may evaluate runs of several precisions; Accelerate knows one until it is told.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != name:
+        AcceleratorState._reset_state()
     return Accelerator(
         cpu=device == "cpu",
-        mixed_precision=_ACCELERATE_NAMES[precision],
+        mixed_precision=name,
         # As a plugin: the plain argument is overruled by an environment variable of the launcher.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=accumulate, sync_with_dataloader=False

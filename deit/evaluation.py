@@ -134,8 +134,7 @@ def examine(
     if asked.note:
         found["note"] = asked.note
     if cost:
-        side, batch = config.student.image_size, min(config.run.evaluation_batch, 64)
-        found["cost"] = cost_of(student, side=side, batch=batch)._asdict()
+        found["cost"] = _cost(student, config)
     if said:
         together = torch.stack(list(said.values()), dim=1)
         combined = _combined(config, together)
@@ -158,6 +157,21 @@ def examine(
     picks = _picks(config.data, asked.name, found)
     digest = digest_of_images(facts.class_names, (asked.images,))
     return Examined(found, answers, confidence, asked.labels, picks, digest)
+
+
+def cost_of_run(run: Path) -> dict[str, Any]:
+    """What `examine` puts under `cost`, without an evaluation. Raises the errors of deit.errors."""
+    config, saved = find_run(run, "best")
+    student, _ = student_at(saved, None)
+    accelerator = create_accelerator(config.run)
+    if config.run.linear == "onednn":
+        use_onednn(student)
+    return _cost(student.to(accelerator.device), config)
+
+
+def _cost(student: Student, config: Config) -> dict[str, Any]:
+    side, batch = config.student.image_size, min(config.run.evaluation_batch, 64)
+    return cost_of(student, side=side, batch=batch)._asdict()
 
 
 def _confidence(logits: Tensor) -> Tensor:

@@ -83,12 +83,20 @@ class Finished:
 
 
 def _digest(members: Iterable[Any], class_names: tuple[str, ...], side: int) -> str:
+    if any(_is_under_way(one.source) for one in members):
+        return ""
     try:
         return digest_of_teachers(
             [load_teacher(one, class_names, image_size=side) for one in members]
         )
     except (DataError, CheckpointError, ConfigError):
         return ""
+
+
+def _is_under_way(source: str | None) -> bool:
+    """Whether a teacher is a run that has not come to its end: it will be another."""
+    folder = Path(source or "").expanduser()
+    return (folder / checkpoint.CONFIG).is_file() and checkpoint.result_of(folder) is None
 
 
 def _where(data: DataConfig) -> str:

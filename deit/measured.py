@@ -11,7 +11,7 @@ from deit.console import warn
 from deit.datasets.splits import digest_of_images, load_split
 from deit.disk import write_json
 from deit.errors import CheckpointError, DataError
-from deit.evaluation import Examined, as_asked, config_of, examine
+from deit.evaluation import Examined, as_asked, config_of, cost_of_run, examine
 from deit.models.saved import find_saved
 from deit.typed_json import read_typed
 
@@ -39,19 +39,24 @@ class Evaluations:
         self._digests: dict[DataConfig, str] = {}
 
     def of(
-        self, out: Path, *, elsewhere: Path | None = None, teacher: str | None = None, **asked: Any
+        self,
+        out: Path,
+        *,
+        elsewhere: Path | None = None,
+        teacher: str | None = None,
+        cost: bool = False,
     ) -> Measured:
         """The evaluation of a finished run: from the file beside its folder if that is of this run,
         these images and this teacher; where images or teacher are gone, of those there were.
 
-        elsewhere: where it is written if there is none; None: beside the folder. teacher, asked: as
-        deit.evaluation.examine takes them. Raises the errors of deit.errors.
+        elsewhere: where it is written if there is none; None: beside the folder. teacher,
+        cost: as deit.evaluation.examine takes them. Raises the errors of deit.errors.
         """
         result = checkpoint.result_of(out)
         if result is None:
             raise CheckpointError(f"{out}: is not finished; its own command goes on with it")
         beside = out.with_name(f"{out.name}.evaluation.json")
-        for path in (beside, elsewhere):
+        for path in (elsewhere, beside):
             if path is None or not path.is_file():
                 continue
             try:
@@ -59,8 +64,11 @@ class Evaluations:
             except CheckpointError:
                 continue  # cut off, or of another release: made anew
             if before.of["run"] == result["chain"] and self._holds(before, out, teacher):
+                if cost and "cost" not in before.found:
+                    before.found["cost"] = cost_of_run(out)
+                    write_json(elsewhere or beside, asdict(before))
                 return before
-        examined = examine(out, root=self._root, teacher=teacher, **asked)
+        examined = examine(out, root=self._root, teacher=teacher, cost=cost)
         now = _measured(examined, {"run": result["chain"], "teacher": ""})
         if examined.found["teacher"] is not None:
             now.of["teacher"] = _digest_of_files(_sources(out, teacher))

@@ -1,6 +1,7 @@
 """A page of HTML that stands alone: sections, tables that sort, pictures inside; no network."""
 
 import base64
+import csv
 import html
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -84,9 +85,13 @@ def table(
     *,
     caption: str = "",
     best: int | None = None,
+    file: Path | None = None,
 ) -> str:
     """A table whose columns sort. best: the row, from 0, that is set apart. A cell that begins with
-    + or - and a digit is coloured as gain or loss in a column called gain."""
+    + or - and a digit is coloured as gain or loss in a column called gain. file: where it is
+    written as CSV as well."""
+    rows = list(rows)
+    _write(file, columns, rows)
     heads = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
     lines = []
     for place, row in enumerate(rows):
@@ -116,14 +121,17 @@ def heat_table(
     caption: str = "",
     signed: bool = False,
     marks: Sequence[Sequence[str]] = (),
+    file: Path | None = None,
 ) -> str:
     """A table whose cells are the deeper the larger their value, from the least to the largest;
     signed: from 0, in one colour above it and another below. None: an empty cell. marks: what
-    stands behind each number, of the shape of the values."""
+    stands behind each number, of the shape of the values. file: where it is written as CSV."""
     known = [one for row in values for one in row if one is not None]
     low = 0.0 if signed else min(known, default=0.0)
     span = max((abs(one - low) for one in known), default=0.0) or 1.0
     lines = []
+    plain = [["" if one is None else f"{one:.6g}" for one in row] for row in values]
+    _write(file, [corner, *columns], [[name, *row] for name, row in zip(rows, plain)])
     marks = marks or [[""] * len(row) for row in values]
     for name, row, behind in zip(rows, values, marks, strict=True):
         cells = "".join(
@@ -138,6 +146,12 @@ def heat_table(
         f'<div class="scroll"><table class="heat{many}">{told}<thead><tr><th>{text(corner)}</th>'
         f"{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _write(file: Path | None, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    if file is not None:
+        with file.open("w", newline="") as written:
+            csv.writer(written, lineterminator="\n").writerows([columns, *rows])
 
 
 def _heat(value: float, share: float, shown: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from deit import charts, checkpoint, journal, page
 from deit.config import Config
 from deit.console import clock, percent, say, warn
-from deit.disk import check_writable, put_file, size
+from deit.disk import check_writable, put_file, size, write_json
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.ground import slug
 from deit.measured import Evaluations, disagreement
@@ -20,6 +20,7 @@ from deit.typed_json import read_typed
 from deit.validation import load
 
 PAGE = "index.html"
+_MARK = "report.json"  # of which runs; by it a folder is known, also one that was not finished
 _LARGE = 2 * 2**20
 
 
@@ -32,29 +33,28 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
     is drawn.
     """
     started = time.monotonic()
-    sweeps = {
-        path: read_typed(path / "results.json", dict[str, Any])
-        for path in paths
-        if (path / MANIFEST).is_file()
-    }
+    sweeps = {path: _results(path) for path in paths if (path / MANIFEST).is_file()}
     runs = [path for path in paths if path not in sweeps]
     names = _names(paths)
+    slugs = _slugs(names)
     for run in runs:
         _check_run(run)
+    charts.check()
     _check_folder(out, force)
     out.mkdir(parents=True, exist_ok=True)
+    write_json(out / _MARK, {"of": [str(path) for path in paths]})
     evaluations = Evaluations(root=root)
-    views = {run: _view(run, names[run], out, evaluations) for run in runs}
+    views = {run: _view(run, names[run], slugs[run], out, evaluations) for run in runs}
     body = []
     if len(paths) > 1:
-        body.append(page.links({names[path]: slug(names[path]) for path in paths}))
+        body.append(page.links({names[path]: slugs[path] for path in paths}))
     if len(views) > 1:
         body.append(page.section("Side by side", _side_by_side(list(views.values()), out)))
     for path in paths:
-        anchor = slug(names[path])
+        anchor = slugs[path]
         if path in sweeps:
             parts = sections_of_sweep(sweeps[path], out, anchor)
-            parts += _best_of(path, sweeps[path], out, evaluations, root)
+            parts += _best_of(path, sweeps[path], anchor, out, evaluations, root)
         else:
             parts = _of_run(path, views[path], out, root)
         alone = len(paths) == 1  # its name is the title of the page
@@ -86,6 +86,26 @@ def _names(paths: list[Path]) -> dict[Path, str]:
     return {path: name if short.count(name) == 1 else str(path) for path, name in zip(paths, short)}
 
 
+def _slugs(names: dict[Path, str]) -> dict[Path, str]:
+    """What the files and anchors of each begin with: no two the same, whatever the case and the
+    signs in their names."""
+    found: dict[Path, str] = {}
+    for path, name in names.items():
+        first = called = slug(name) or "run"
+        while called in found.values():
+            called = f"{first}-{1 + sum(one.startswith(first) for one in found.values())}"
+        found[path] = called
+    return found
+
+
+def _results(sweep: Path) -> dict[str, Any]:
+    """What a sweep came to. Raises CheckpointError."""
+    path = sweep / "results.json"
+    if not path.is_file():
+        raise CheckpointError(f"{sweep}: a sweep without results so far; its own command goes on")
+    return read_typed(path, dict[str, Any])
+
+
 def _check_run(run: Path) -> None:
     """Raises CheckpointError for what is no finished run."""
     if not run.is_dir():
@@ -102,18 +122,18 @@ def _check_folder(out: Path, force: bool) -> None:
         raise ConfigError(f"--out {out}: is a file, not a folder")
     check_writable(out, option="--out")
     inside = list(out.iterdir()) if out.is_dir() else []
-    if inside and not (out / PAGE).is_file():
+    if inside and not (out / _MARK).is_file():
         raise ConfigError(f"--out {out}: holds something, but no report; give another --out")
-    if inside and not force:
+    if (out / PAGE).is_file() and not force:
         raise ConfigError(f"--out {out}: holds a report already; --force replaces it")
 
 
-def _view(run: Path, name: str, out: Path, evaluations: Evaluations) -> View:
+def _view(run: Path, name: str, called: str, out: Path, evaluations: Evaluations) -> View:
     config: Config = load(run / checkpoint.CONFIG)
-    kept = out / f"{slug(name)}.evaluation.json"
+    kept = out / f"{called}.evaluation.json"
     return View(
         name,
-        slug(name),
+        called,
         config,
         read_typed(run / checkpoint.ENVIRONMENT, dict[str, Any]),
         journal.read(run / journal.METRICS),
@@ -154,7 +174,12 @@ def _pictures(pictures: Pictures) -> list[str]:
 
 
 def _best_of(
-    sweep: Path, result: dict[str, Any], out: Path, evaluations: Evaluations, root: str | None
+    sweep: Path,
+    result: dict[str, Any],
+    anchor: str,
+    out: Path,
+    evaluations: Evaluations,
+    root: str | None,
 ) -> list[str]:
     """The best point's first run, folded."""
     if not result["best"]:
@@ -165,7 +190,7 @@ def _best_of(
     if not (run / checkpoint.CONFIG).is_file():
         warn(f"{run}: is not there any more, so the best run is not shown")
         return []
-    view = _view(run, f"{sweep.resolve().name}-best", out, evaluations)
+    view = _view(run, f"{sweep.resolve().name}, best", f"{anchor}-best", out, evaluations)
     seed = result["rows"][name]["seeds"][0]
     return [
         page.folded(f"The best: {name}, seed {seed}", _of_run(run, view, out, root), opened=False)
@@ -222,5 +247,6 @@ def _side_by_side(views: list[View], out: Path) -> list[str]:
     if shares:
         values = [[100 * shares[a][b] if a != b else None for b in shares] for a in shares]
         told = "Different answers in % of the images."
-        body.append(page.heat_table(list(shares), list(shares), values, caption=told))
+        file = out / "disagreement.csv"
+        body.append(page.heat_table(list(shares), list(shares), values, caption=told, file=file))
     return body

@@ -59,11 +59,11 @@ def sections_of(view: View, folder: Path) -> list[str]:
     """The parts of a run from its numbers; charts and tables are files in the folder as well."""
     return [
         headline(view),
-        page.part("Heads", [_heads(view)]),
+        page.part("Heads", [_heads(view, folder)]),
         page.part("Training", [_training(view, folder)]),
         page.part("Classes", _classes(view, folder)),
         page.part("Calibration and tokens", [_calibration(view, folder)]),
-        page.part("Who answers otherwise than whom", [_disagreement(view)]),
+        page.part("Who answers otherwise than whom", [_disagreement(view, folder)]),
     ]
 
 
@@ -108,7 +108,7 @@ def card_of(view: View) -> str:
     return page.card({name: value for name, value in values.items() if value})
 
 
-def _heads(view: View) -> str:
+def _heads(view: View, folder: Path) -> str:
     found = view.measured.found
     rows = {name: one for name, one in found["heads"].items() if one}
     if found["heads"]["distillation"] is None:
@@ -128,7 +128,7 @@ def _heads(view: View) -> str:
     columns = ["head", "top-1 %", "top-5 %", "calibration error %"]
     columns += [f"{group} classes %" for group in groups]
     number = f"{found['num_samples']} {found['split']} images at {found['image_size']} px"
-    return page.table(columns, cells, caption=number)
+    return page.table(columns, cells, caption=number, file=folder / f"{view.slug}-heads.csv")
 
 
 def curves_of(view: View) -> dict[str, list[tuple[float, float]]]:
@@ -257,10 +257,13 @@ def _classes(view: View, folder: Path) -> list[str]:
     pairs = _confused(counts, names)
     if pairs:
         columns = ("truth", "taken for", "images", "of the class %")
-        beside.append(page.table(columns, pairs, caption="The commonest confusions."))
+        told = "The commonest confusions."
+        file = folder / f"{view.slug}-confusions.csv"
+        beside.append(page.table(columns, pairs, caption=told, file=file))
     parts = [page.pair(*beside)]
     if len(names) <= _FEW_CLASSES:
-        maps = [_map(counts, names, "Answers in % of each class (a row): the student.")]
+        file = folder / f"{view.slug}-confusion.csv"
+        maps = [_map(counts, names, "Answers in % of each class (a row): the student.", file)]
         if "teacher" in said.answers:
             theirs = confusion(said.answers["teacher"], said.labels, len(names))
             both = [
@@ -277,6 +280,7 @@ def _classes(view: View, folder: Path) -> list[str]:
                     corner="truth",
                     caption=told,
                     signed=True,
+                    file=folder / f"{view.slug}-minus-teacher.csv",
                 )
             )
         parts.append(page.pair(*maps))
@@ -295,9 +299,11 @@ def _percent(counts: list[list[int]]) -> list[list[float]]:
     return [[100 * one / (sum(row) or 1) for one in row] for row in counts]
 
 
-def _map(counts: list[list[int]], names: list[str], caption: str) -> str:
+def _map(counts: list[list[int]], names: list[str], caption: str, file: Path) -> str:
     shares = [[one or None for one in row] for row in _percent(counts)]
-    return page.heat_table(names, names, shares, shown="{:.0f}", corner="truth", caption=caption)
+    return page.heat_table(
+        names, names, shares, shown="{:.0f}", corner="truth", caption=caption, file=file
+    )
 
 
 def _confused(counts: list[list[int]], names: list[str], most: int = 10) -> list[list[str]]:
@@ -356,7 +362,7 @@ def _calibration(view: View, folder: Path) -> str:
     return page.pair(*figures)
 
 
-def _disagreement(view: View) -> str:
+def _disagreement(view: View, folder: Path) -> str:
     agreement = view.measured.found["agreement"]
     names = [
         "truth",
@@ -364,4 +370,5 @@ def _disagreement(view: View) -> str:
     ]
     values = [[100 * (1 - agreement[a][b]) if a != b else None for b in names] for a in names]
     told = "Different answers in % of the images (the DeiT paper's Table 4)."
-    return page.heat_table(names, names, values, caption=told)
+    file = folder / f"{view.slug}-disagreement.csv"
+    return page.heat_table(names, names, values, caption=told, file=file)

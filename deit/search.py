@@ -17,7 +17,9 @@ from deit.sweep_file import Point, Space, text_of, with_fields
 DATABASE = "optuna.db"
 _RANDOM_FIRST = 10  # trials before the search learns from any: optuna's own number
 _NEVER_STOPPED = 5  # trials that run to their end before one is held against them
-_OF, _WHY = "of", "reason"  # what a trial says: which one it is anew, and why it failed
+# What a trial says: which one it is anew, why it failed, that it was there already.
+_OF, _WHY, _AGAIN = "of", "reason", "again"
+_GIVE_UP = 50  # proposals in a row that were there already
 
 
 def check_optuna() -> None:
@@ -57,19 +59,24 @@ class Search:
         self._optuna, self._space, self._base, self._name = optuna, space, base, name
         self._plan, self._retries = plan, retries
         self._tried: Counter[Path] = Counter()
+        self._known: set[Path] | None = None
+        self._exhausted = False
+        self._reported: dict[Path, int] = {}
         self._running: dict[Path, Any] = {}
         self._stopped: dict[Path, str] = {}
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_FIRST)
         warmup = max(base.optim.epochs // 4, 1)
         pruner = optuna.pruners.MedianPruner(_NEVER_STOPPED, n_warmup_steps=warmup)
         try:
             self._study = optuna.create_study(
                 storage=f"sqlite:///{out / DATABASE}",
                 study_name=name,
-                sampler=sampler,
                 pruner=pruner if space.prune else optuna.pruners.NopPruner(),
                 direction="maximize",
                 load_if_exists=True,
+            )
+            # Another stream of proposals each time: the same one would propose the same again.
+            self._study.sampler = optuna.samplers.TPESampler(
+                seed=seed + len(self._study.get_trials()), n_startup_trials=_RANDOM_FIRST
             )
             before = self._study.user_attrs.get("of", of)
             self._study.set_user_attr("of", before)
@@ -109,7 +116,11 @@ class Search:
         state = self._optuna.trial.TrialState
         ended = self._study.get_trials(states=(state.COMPLETE, state.PRUNED, state.FAIL))
         again = self._proposed_anew()
-        return sum(trial.number not in again for trial in ended)
+        return sum(trial.number not in again and _AGAIN not in trial.user_attrs for trial in ended)
+
+    def left(self) -> int:
+        """How many trials are still to be brought to an end; 0 where no other point is found."""
+        return 0 if self._exhausted else max(self._space.trials - self.done(), 0)
 
     def counts(self) -> dict[str, int]:
         """How many trials ended how."""
@@ -125,8 +136,11 @@ class Search:
         }
 
     def runs(self) -> Iterator[Planned]:
-        """The runs still to be trained, each proposed when it is asked for."""
-        while self.done() + len(self._running) < self._space.trials:
+        """The runs still to be trained, each proposed when it is asked for; none twice."""
+        if self._known is None:
+            self._known = set(self._folders())
+        repeated = 0
+        while self.left() > len(self._running):
             trial = self._study.ask(self._distributions())
             try:
                 point = self._point(trial)
@@ -135,12 +149,27 @@ class Search:
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
                 continue
             run = self._plan(point)
-            if run.out in self._running:
-                say(f"trial {trial.number} is under way as another already")
+            if run.out in self._running or (run.out in self._known and _OF not in trial.user_attrs):
+                trial.set_user_attr(_AGAIN, value=True)
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+                repeated += 1
+                self._exhausted = repeated == _GIVE_UP and not self._running
+                if repeated >= _GIVE_UP:
+                    say(f"{repeated} proposals in a row were tried before: no other is begun")
+                    return
                 continue
+            repeated = 0
+            self._known.add(run.out)
             self._running[run.out] = trial
             yield run
+
+    def _folders(self) -> Iterator[Path]:
+        """Where the runs of all trials so far are."""
+        for trial in self._study.get_trials():
+            try:
+                yield self._plan(self._point(trial)).out
+            except ConfigError:
+                continue
 
     def _distributions(self) -> dict[str, Any]:
         kinds = self._optuna.distributions
@@ -176,6 +205,9 @@ class Search:
         if not rows:
             return False
         last = rows[-1]
+        if self._reported.get(run.out) == last["epoch"]:
+            return False  # an epoch without an evaluation
+        self._reported[run.out] = last["epoch"]
         trial.report(selected_top1(last["validation"]), last["epoch"])
         if not trial.should_prune():
             return False

@@ -134,9 +134,11 @@ def _before_fitting(source: str) -> str | None:
     if recipe is None and not saved.is_file():
         return None
     try:
-        return (load(saved) if recipe is None else RECIPES[recipe]()).start.source
+        before = (load(saved) if recipe is None else RECIPES[recipe]()).start.source
     except ConfigError:
         return None  # another's config.json: timm's folders have one as well
+    # A start is never code; as a teacher it would be run.
+    return None if before is None or ".py:" in before else before
 
 
 def _labels_alone(config: Config, student: dict[str, object]) -> Config:

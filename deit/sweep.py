@@ -2,13 +2,12 @@
 
 import os
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from deit import checkpoint, outcome, shared_targets
 from deit.arguments import RunArguments
-from deit.at_once import Failed, Planned, check_number, failure_of, train_at_once, train_beside
+from deit.at_once import Failed, Planned, check_number, failure_of
 from deit.config import Config, code_of, derive
 from deit.console import percent, say, table
 from deit.disk import hold, write_json
@@ -16,8 +15,8 @@ from deit.errors import ConfigError, DeitError, EnvironmentFault
 from deit.finished import Finished
 from deit.ground import Ground, slug
 from deit.measured import Evaluations, Measured, disagreement
-from deit.search import Search, check_optuna
-from deit.sweep_file import Point, Sweep, points_of
+from deit.search import DATABASE, check_optuna
+from deit.sweep_file import Sweep, corners_of, points_of
 from deit.sweep_pictures import draw_sweep
 from deit.sweep_results import (
     MANIFEST,
@@ -28,17 +27,20 @@ from deit.sweep_results import (
     told_of_best,
     write_results,
 )
+from deit.sweep_runs import (
+    Trial,
+    check_answers,
+    check_distinct,
+    check_ground,
+    check_splits,
+    share,
+    trials_of,
+)
+from deit.sweep_search import search_all
 from deit.sweep_training import Mishaps, train_all, unfinished
+from deit.trackers import check_trackers
 from deit.typed_json import read_typed
 from deit.validation import load
-
-
-class Trial(NamedTuple):
-    """A point with one seed."""
-
-    point: Point
-    seed: int
-    run: Planned
 
 
 def sweep(
@@ -71,25 +73,30 @@ def sweep(
     for option, number, least in (("--retries", retries, 0), ("--best", best, 1)):
         if number < least:
             raise ConfigError(f"{option} {number}: should be at least {least}")
+    check_trackers(run.config)
     points = [] if plan.search else points_of(plan, run.config)
+    known = corners_of(plan, run.config) if plan.search else points
     out = run.out
     _check_folder(out, plan, run.recipe)
     if plan.search:
         check_optuna()
+    check_distinct(points)
+    check_splits(known)
+    check_answers(plan, known)
     first = derive(run.config, run={"seed": plan.seeds[0]})
-    ground = Ground(run, first, out, asked=asked, arms=[point.config for point in points])
-    _check_apart(points)
-    trials = _trials(points, plan.seeds, out, ground.laid)
-    base = ground.laid(first) if plan.search else first  # now `ground` knows its teachers as well
+    ground = Ground(run, first, out, asked=asked, arms=[point.config for point in known])
+    for point in known:
+        ground.laid(point.config)  # now it knows its teachers
     below = [Planned(name, config, out / slug(name)) for name, config in ground.runs.items()]
     for one in below:
-        _check_ground(one)
+        check_ground(one)
     for point in points:
         if point.name in ground.runs:
             raise ConfigError(f"sweep {plan.name}, {point.name}: is what a teacher is called here")
-    stores, taught = _shared(plan, trials, out)
+    trials = trials_of(points, plan.seeds, out, ground.laid)
+    stores, taught = share(plan, trials, out)
     if run.dry_run:
-        _list(below, stores, taught)
+        _list(plan, below, stores, taught)
         return {}
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, option="--out"):
@@ -97,15 +104,22 @@ def sweep(
         finished, counts, failed = Finished(), None, []
         finished.check([*below, *(trial.run for trial in trials)])
         if plan.search:
-            found = _search(plan, run.config, base, below, ground, at_once, retries)
-            points, counts = found.finished, found.counts
-            failed = [one for _, one in found.failed]
-            trials = _trials(points, plan.seeds[:1], out, ground.laid)
-            trials += _trials(points[:best], plan.seeds[1:], out, ground.laid)
-            stores, taught = _shared(plan, trials, out)
-            trials += _trials(
-                [point for point, _ in found.failed], plan.seeds[:1], out, ground.laid
+            searched = search_all(
+                plan,
+                run.config,
+                below,
+                ground,
+                finished=finished,
+                at_once=at_once,
+                retries=retries,
             )
+            points, counts = searched.finished, searched.counts
+            failed = [one for _, one in searched.failed]
+            trials = trials_of(points, plan.seeds[:1], out, ground.laid)
+            trials += trials_of(points[:best], plan.seeds[1:], out, ground.laid)
+            stores, taught = share(plan, trials, out)
+            lost = [point for point, _ in searched.failed]
+            trials += trials_of(lost, plan.seeds[:1], out, ground.laid)
         mishaps = train_all(
             below, stores, taught, finished=finished, at_once=at_once, retries=retries
         )
@@ -134,79 +148,6 @@ def sweep(
     return result
 
 
-def _shared(
-    plan: Sweep, trials: list[Trial], out: Path
-) -> tuple[list[shared_targets.Store], list[Planned]]:
-    """The stores that the runs share, and each run once, taught by them."""
-    unique = list({trial.run.out: trial.run for trial in trials}.values())
-    if not plan.share_targets:
-        return [], unique
-    return shared_targets.share(unique, out / "targets", records=plan.records)
-
-
-class _Found(NamedTuple):
-    """What a search came to. finished: the points of the trials that ran to their end, the best
-    first. counts: how many trials ended how."""
-
-    finished: list[Point]
-    counts: dict[str, int]
-    failed: list[tuple[Point, Failed]]
-
-
-def _search(
-    plan: Sweep,
-    config: Config,
-    base: Config,
-    below: list[Planned],
-    ground: Ground,
-    at_once: int,
-    retries: int,
-) -> _Found:
-    """Run the search of a sweep to its end. base: the first seed's configuration, as its runs are
-    trained. Raises DeitError where no trial finished."""
-    out, seed = ground.folder, plan.seeds[0]
-    train_at_once(unfinished(below), number=1)
-    taught = base
-    if plan.share_targets:
-        # As if there were two of them: which trials ask the same shows when they are proposed.
-        twice = [Planned(str(place), base, out / str(place)) for place in range(2)]
-        records = plan.records or "full"
-        stores, (shared, _) = shared_targets.share(twice, out / "targets", records=records)
-        for store in stores:
-            shared_targets.write(store)
-        taught = shared.config
-
-    def planned(point: Point) -> Planned:
-        (trial,) = _trials([point], (seed,), out, ground.laid)
-        same = shared_targets.question_of(trial.run.config) == shared_targets.question_of(base)
-        shorter = trial.run.config.optim.epochs <= base.optim.epochs
-        if not (same and shorter and trial.run.config.loss.kind != "none"):
-            return trial.run
-        targets = {"targets": taught.teacher.targets}
-        return trial.run._replace(config=derive(trial.run.config, teacher=targets))
-
-    fields = {name: repr(one) for name, one in plan.search.fields.items()}
-    of = shared_targets.content_hash({**shared_targets.identity(base), **fields, "seed": seed})
-    search = Search(
-        plan.search, config, out, name=plan.name, seed=seed, of=of, plan=planned, retries=retries
-    )
-    over = search.done()
-    if over:
-        say(f"{min(over, plan.search.trials)} of {plan.search.trials} trials are over already")
-    failed: dict[Path, Failed] = {}
-    while (left := plan.search.trials - search.done()) > 0:
-        # Once more: a trial that fails when no other is to be begun is proposed anew.
-        ended = train_beside(search.runs(), number=at_once, total=left, watch=search)
-        failed |= {one.run.out: one for one in ended}
-    lost = [(point, failed[planned(point).out]) for point in search.failed()]
-    points = search.finished()
-    if not points:
-        if lost:
-            raise failure_of([one for _, one in lost])
-        raise ConfigError("--out: no trial ran to its end")
-    return _Found(points, search.counts(), lost)
-
-
 def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
     """Refuse a folder that holds something else. Raises ConfigError and EnvironmentFault."""
     if out.exists() and not out.is_dir():
@@ -224,75 +165,9 @@ def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
         raise ConfigError(f"--out {out}: holds something, but no sweep; give another --out")
 
 
-def _check_ground(one: Planned) -> None:
-    """Refuse a teacher or start that lies here and was trained on other images: it may have seen
-    what others are tested on. Raises ConfigError."""
-    saved = one.out / checkpoint.CONFIG
-    if not saved.is_file():
-        return
-    before, now = (shared_targets.identity(config) for config in (load(saved), one.config))
-    for name in sorted(before.keys() | now.keys()):
-        decisive = name.startswith("data.") or name == "run.precision"
-        if decisive and before.get(name) != now.get(name):
-            raise ConfigError(
-                f"{one.out}: was trained with another {name} ({before.get(name)!r} before, "
-                f"{now.get(name)!r} now); give another --out"
-            )
-
-
-_OF_SPLITS = ("source", "root", "classes", "quarantine", "split_seed")
-_OF_SPLITS += ("validation_fraction", "test_fraction")
-
-
-def _check_apart(points: list[Point]) -> None:
-    """Refuse points that would be the same run, or be taught by one that has seen their test
-    images. Raises ConfigError."""
-    known: dict[str, Point] = {}
-    for point in points:
-        key = shared_targets.content_hash(shared_targets.identity(point.config))
-        other = known.setdefault(key, point)
-        if other.config != point.config:
-            raise ConfigError(
-                f"{other.name} and {point.name} differ in nothing that decides a result (but in "
-                "where images or stores lie, or how it is computed) and would be the same run; a "
-                "sweep for each tells them apart"
-            )
-        for leaf in _OF_SPLITS:
-            first = getattr(points[0].config.data, leaf)
-            if getattr(point.config.data, leaf) != first and point.config.teacher.source:
-                raise ConfigError(
-                    f"{point.name}: data.{leaf} varies, and one teacher would have seen images "
-                    "that others test on; a sweep for each value trains a teacher for each"
-                )
-
-
-def _trials(
-    points: list[Point],
-    seeds: tuple[int, ...],
-    out: Path,
-    laid: Callable[[Config], Config],
-) -> list[Trial]:
-    """Every point with every seed, each in a folder that ends in the hash of its configuration; in
-    that of an earlier name, where a run of that hash is there."""
-    there = {
-        path.name[-shared_targets.DIGITS :]: path
-        for path in (out / "runs").glob("*")
-        if path.is_dir()
-    }
-    trials = []
-    for seed in seeds:
-        for point in points:
-            config = derive(point.config, run={"seed": seed})
-            key = shared_targets.content_hash(shared_targets.identity(config))
-            folder = there.setdefault(
-                key, out / "runs" / f"{slug(point.name)[:80]}-seed-{seed}-{key}"
-            )
-            planned = Planned(f"{point.name}, seed {seed}", laid(config), folder)
-            trials.append(Trial(point, seed, planned))
-    return trials
-
-
-def _list(below: list[Planned], stores: list[shared_targets.Store], runs: list[Planned]) -> None:
+def _list(
+    plan: Sweep, below: list[Planned], stores: list[shared_targets.Store], runs: list[Planned]
+) -> None:
     """Say what would be done."""
     rows = [(one.name, "teacher or start", _state(one), str(one.out)) for one in below]
     rows += [(store.path.name, "answers to share", "", str(store.path)) for store in stores]
@@ -300,7 +175,10 @@ def _list(below: list[Planned], stores: list[shared_targets.Store], runs: list[P
     table(
         "dry run: nothing is trained or written", ("", "what", "state", "folder"), rows, text=True
     )
-    left = sum(checkpoint.result_of(one.out) is None for one in runs)
+    if plan.search:
+        say(f"{plan.search.trials} trials, proposed one after the other; {DATABASE} keeps them")
+        return
+    left = len(unfinished(runs))
     say(f"{len(runs)} runs, {len(runs) - left} of them finished")
 
 
@@ -313,8 +191,8 @@ def _state(run: Planned) -> str:
 def _rows(
     below: list[Planned], teachers: set[str], trials: list[Trial], mishaps: Mishaps
 ) -> tuple[dict[str, outcome.Row], dict[str, Any], dict[str, Measured]]:
-    """A row for each teacher and point, the last evaluation, and that of each point's first seed.
-    An evaluation that fails is one more mishap. Raises DeitError where none is left."""
+    """A row for each teacher and point, the last evaluation, and those with the first seed by
+    point. An evaluation that fails is one more mishap. Raises DeitError where none is left."""
     evaluations = Evaluations()
     first: dict[str, Measured] = {}
     rows: dict[str, outcome.Row] = {}
@@ -353,10 +231,11 @@ def _rows(
         if (evaluated := said(trial.run)) is None:
             row["failed"][str(trial.seed)] = reasons[trial.run.out]
             continue
-        first.setdefault(trial.point.name, evaluated)
+        if trial.seed == trials[0].seed:
+            first[trial.point.name] = evaluated
         found = evaluated.found
         _note(row, trial.seed, trial.run.out, found)
-    if not first:
+    if not any(row["values"] and row["seeds"] for row in rows.values()):
         raise failure_of(mishaps.failed)
     return rows, found, first
 

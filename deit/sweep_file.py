@@ -364,6 +364,45 @@ def points_of(sweep: Sweep, config: Config) -> list[Point]:
     return found
 
 
+_COMBINATIONS = 500  # of the values of other fields, tried before one is said to be impossible
+
+
+def corners_of(sweep: Sweep, config: Config) -> list[Point]:
+    """The configuration as it is and, of a search, with each value of each field and both ends of
+    each span: alone or, where that cannot be, with the first values of the others that go with it.
+
+    Raises ConfigError for a value that goes with nothing.
+    """
+    fields = {
+        name: one if isinstance(one, tuple) else tuple(map(_end(one), (one.low, one.high)))
+        for name, one in sweep.search.fields.items()
+    }
+    corners = [Point("the first", {}, config)]
+    for name, values in fields.items():
+        others = {other: rest for other, rest in fields.items() if other != name}
+        for value in values:
+            title = _title(_texts({name: value}))
+            where = f"sweep {sweep.name}, {title}"
+            combined = (dict(zip(others, rest)) for rest in itertools.product(*others.values()))
+            tried = itertools.chain([{}], itertools.islice(combined, _COMBINATIONS))
+            first: ConfigError | None = None
+            for rest in tried:
+                try:
+                    found = with_fields(config, {name: value, **rest}, where=where)
+                except ConfigError as error:
+                    first = first or error
+                    continue
+                corners.append(Point(title, _texts({name: value}), found))
+                break
+            else:
+                raise first
+    return corners
+
+
+def _end(span: Span) -> Callable[[float], float]:
+    return int if span.whole else float
+
+
 def _arms(sweep: Sweep, base: Config, fields: Fields) -> Iterator[tuple[str, Config]]:
     """Name and configuration of each run of one combination."""
     if sweep.study is not None:

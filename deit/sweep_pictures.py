@@ -28,7 +28,7 @@ def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:
         return [_save(result, out / "search.png", draws, width=3.2 * len(fields), height=3.2)]
     if not fields:
         path = out / "runs.png"
-        draw_comparison(_finished(result), path)
+        draw_comparison(finished_rows(result), path)
         return [path]
     if len(fields) == 1:
         return [_save(result, out / f"{fields[0]}.png", [curve(result, fields[0])])]
@@ -36,7 +36,7 @@ def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:
     paths = []
     for down, across in pairs:
         path = out / f"{down}-{across}.png"
-        _draw_heat_map(result, down, across, path)
+        draw_heat_map(result, down, across, path)
         paths.append(path)
     return paths
 
@@ -53,7 +53,8 @@ def _save(
     return path
 
 
-def _finished(result: dict[str, Any]) -> dict[str, Any]:
+def finished_rows(result: dict[str, Any]) -> dict[str, Any]:
+    """The same as a comparison's result, without the points that have no finished run."""
     rows = {name: row for name, row in result["rows"].items() if row["seeds"]}
     title = {"study": result["study"] or "sweep"}
     return {**result, **title, "rows": rows, "recipe": f"{result['sweep']}, {result['recipe']}"}
@@ -171,7 +172,7 @@ def heat_map(
     return rows, columns, means
 
 
-def _draw_heat_map(result: dict[str, Any], down: str, across: str, path: Path) -> None:
+def draw_heat_map(result: dict[str, Any], down: str, across: str, path: Path) -> None:
     """The heat map of two fields, each cell with its number."""
     rows, columns, means = heat_map(result, down, across)
     figure, (axes,) = _figure(2.2 + 0.9 * len(columns), 1.6 + 0.5 * len(rows))

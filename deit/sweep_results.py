@@ -35,10 +35,13 @@ def points(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def best_of(rows: dict[str, dict[str, Any]], number: int) -> list[str]:
-    """The points that did best on the validation split, the best first: by the mean over seeds.
-    The test split is for the final number alone. None where points held out different classes:
-    their validation splits are of other classes then."""
+    """The points that did best on the validation split, the best first: by the mean over seeds, of
+    those that have the most seeds (one lucky seed is no mean). The test split is for the final
+    number alone. None where points held out different classes: their validation splits are of other
+    classes then."""
     finished = [name for name, row in rows.items() if row["values"] and row["validation"]]
+    most = max((len(rows[name]["validation"]) for name in finished), default=0)
+    finished = [name for name in finished if len(rows[name]["validation"]) == most]
     if len({held_out_of(rows[name]) for name in finished}) > 1:
         return []
     ranked = sorted(finished, key=lambda name: -statistics.mean(rows[name]["validation"]))

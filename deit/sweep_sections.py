@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from deit import charts, page
+from deit.drawing import draw_arms, draw_patience
+from deit.ground import slug as slugged
 from deit.sweep_file import short_names
-from deit.sweep_pictures import curve, dots, heat_map
+from deit.sweep_pictures import curve, dots, draw_heat_map, finished_rows, heat_map
 from deit.sweep_results import (
     SHOWN_CLASSES,
     cells,
@@ -35,13 +37,21 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
         f"of seeds {seeds}; in bold the best on the validation split; the gain is over the first "
         "point, in points."
     )
-    body = [_headline(result, own), page.table(columns(result), rows, caption=told, best=best)]
+    table = page.table(
+        columns(result), rows, caption=told, best=best, file=folder / f"{slug}-results.csv"
+    )
+    body = [_headline(result, own), table]
     drawn = _of_fields(result, folder, slug)
     drawn += _costs(result, own, folder, slug)
     body.append(page.pair(*drawn))
-    body += _classes(result)
+    body += _classes(result, folder / f"{slug}-classes.csv")
     if result["disagreement"]:
-        body.append(page.part("Who answers otherwise than whom", [_disagreement(result)]))
+        body.append(
+            page.part(
+                "Who answers otherwise than whom",
+                [_disagreement(result, folder / f"{slug}-disagreement.csv")],
+            )
+        )
     failed = {
         f"{name}, seed {seed}": reason
         for name, row in result["rows"].items()
@@ -105,24 +115,38 @@ def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
     if result.get("search"):
         drawn = []
         for field in fields:
-            drawing = charts.chart(dots(result, field), folder / f"{slug}-{field}.png", width=4.5)
+            drawing = charts.chart(
+                dots(result, field), folder / f"{slug}-{slugged(field)}.png", width=4.5
+            )
             told = f"{short[field]}: validation accuracy of each trial that ran to its end."
             drawn.append(page.figure(drawing, told))
         return drawn
     if len(fields) == 1:
-        drawn = charts.chart(curve(result, fields[0]), folder / f"{slug}-{fields[0]}.png")
+        drawn = charts.chart(curve(result, fields[0]), folder / f"{slug}-{slugged(fields[0])}.png")
         told = f"Accuracy over {short[fields[0]]}: a dot a seed, a line through the means."
         return [page.figure(drawn, told)]
+    if not fields:
+        own = finished_rows(result)
+        draw = draw_patience if result["study"] == "patience" else draw_arms
+        height = 3.4 if draw is draw_patience else 1.0 + 0.28 * len(own["rows"])
+        drawn = charts.chart(
+            lambda axes: draw(axes, own), folder / f"{slug}-runs.png", height=height
+        )
+        return [page.figure(drawn, "Test accuracy: a dot a seed, a line at the mean.")]
     maps = []
     for down, across in itertools.combinations(fields, 2):
         rows, heads, means = heat_map(result, down, across)
         values = [[None if one != one else one for one in row] for row in means]
         told = f"{short[down]} (down) and {short[across]} (across): mean top-1 %{{}} over the rest."
-        maps.append(page.figure(page.heat_table(rows, heads, values), told.format("")))
+        name = folder / f"{slug}-{slugged(down)}-{slugged(across)}"
+        draw_heat_map(result, down, across, name.with_suffix(".png"))
+        drawn = page.heat_table(rows, heads, values, file=name.with_suffix(".csv"))
+        maps.append(page.figure(drawn, told.format("")))
         if any(row.get("classes") for row in points(result).values()):
             rows, heads, means = heat_map(result, down, across, of=_on_unseen)
             values = [[None if one != one else one for one in row] for row in means]
-            drawn = page.heat_table(rows, heads, values)
+            unseen = name.with_name(f"{name.name}-unseen.csv")
+            drawn = page.heat_table(rows, heads, values, file=unseen)
             maps.append(page.figure(drawn, told.format(" on the classes never seen")))
     return maps
 
@@ -131,7 +155,7 @@ def _on_unseen(row: dict[str, Any]) -> list[float]:
     return [one["unseen"] for one in row.get("classes", [])]
 
 
-def _classes(result: dict[str, Any]) -> list[str]:
+def _classes(result: dict[str, Any], file: Path) -> list[str]:
     """Right answers in each class, of each point, where some were held out."""
     names, rows = class_shares(result, list(points(result)))
     if not 0 < len(names) <= SHOWN_CLASSES:
@@ -141,7 +165,9 @@ def _classes(result: dict[str, Any]) -> list[str]:
     marks = [[never(point, name) for name in names] for point in rows]
     told = "Right answers in % of each class, mean over the seeds"
     told += "; *: a class that this point did not see." if any(map(any, marks)) else "."
-    table = page.heat_table(list(rows), heads, means, shown="{:.0f}", caption=told, marks=marks)
+    table = page.heat_table(
+        list(rows), heads, means, shown="{:.0f}", caption=told, marks=marks, file=file
+    )
     return [page.part("Classes seen and unseen", [table])]
 
 
@@ -150,8 +176,8 @@ def _mean(shares: list[float | None]) -> float | None:
     return None if None in shares else 100 * statistics.mean(shares)
 
 
-def _disagreement(result: dict[str, Any]) -> str:
+def _disagreement(result: dict[str, Any], file: Path) -> str:
     shares = result["disagreement"]
     values = [[100 * shares[a][b] if a != b else None for b in shares] for a in shares]
     told = f"Different answers in % of the images, seed {result['seeds'][0]}."
-    return page.heat_table(list(shares), list(shares), values, caption=told)
+    return page.heat_table(list(shares), list(shares), values, caption=told, file=file)

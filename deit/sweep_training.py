@@ -7,6 +7,7 @@ from typing import NamedTuple
 from deit import checkpoint, shared_targets
 from deit.at_once import Failed, Planned, may_pass, train_beside
 from deit.console import say
+from deit.datasets.splits import load_splits
 from deit.errors import DeitError
 from deit.finished import Finished
 
@@ -44,10 +45,12 @@ def train_all(
         say(f"{len(runs) - len(left)} of {len(runs)} runs are finished already")
     if not left:
         return mishaps
+    for data in dict.fromkeys(run.config.data for run in left if run.config.data.download):
+        load_splits(data)  # fetched once, before runs beside each other all would
     anew = unfinished(below)
     for one in anew:  # one may build on another
         for ready in _able([one], gone, mishaps):
-            _note(_trained([ready], 1, retries), gone, mishaps)
+            _note(trained([ready], at_once=1, retries=retries), gone, mishaps)
         if one.out in mishaps.barred:
             gone[str(one.out)] = mishaps.barred[one.out]
     if anew:
@@ -60,7 +63,7 @@ def train_all(
             _note(_written(store, asking), gone, mishaps)
         if store.path in mishaps.barred:
             gone[str(store.path)] = mishaps.barred.pop(store.path)
-    mishaps.failed.extend(_trained(_able(left, gone, mishaps), at_once, retries))
+    mishaps.failed.extend(trained(_able(left, gone, mishaps), at_once=at_once, retries=retries))
     return mishaps
 
 
@@ -90,7 +93,7 @@ def _note(failed: list[Failed], gone: dict[str, str], mishaps: Mishaps) -> None:
     gone.update({str(one.run.out): one.reason for one in failed})
 
 
-def _trained(runs: list[Planned], at_once: int, retries: int) -> list[Failed]:
+def trained(runs: list[Planned], *, at_once: int, retries: int) -> list[Failed]:
     """Train runs, those that fail again so often. Returns those that failed each time."""
     failed = train_beside(runs, number=at_once) if runs else []
     for _ in range(retries):

@@ -8,9 +8,13 @@ from deit.sweep_file import Sweep, read_sweep
 from deit.text import nearest
 
 _THREE = (0, 1, 2)
+_RECIPES = {"ensemble": "digits-ensemble", "resolution": "digits-finetune"}
 
 SWEEPS: dict[str, Sweep] = {
-    **{name: Sweep(name, study=name, seeds=_THREE) for name in STUDIES},
+    **{
+        name: Sweep(name, study=name, seeds=_THREE, recipe=_RECIPES.get(name, Sweep.recipe))
+        for name in STUDIES
+    },
     "held-out": Sweep(
         "held-out",
         recipe="digits-held-out",

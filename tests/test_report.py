@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from deit import charts, page
+from deit import charts, page, report
 from deit.config import derive
+from deit.errors import EnvironmentFault
 from deit.measured import Measured
 from deit.recipes import digits
 from deit.run_pictures import hardest_of
@@ -149,6 +150,17 @@ def test_charts_and_tables_lie_beside_the_page(place):
         assert float(row["validation_fused_top1"]) == line["validation"]["fused_top1"]
         assert float(row["train_loss"]) == line["train"]["loss"]
     classes = list(csv.DictReader((place / "one" / "run-classes.csv").read_text().splitlines()))
+    for table in ("heads", "confusions", "confusion", "minus-teacher", "disagreement"):
+        assert f"run-{table}.csv" in names
+    heads = list(csv.DictReader((place / "one" / "run-heads.csv").read_text().splitlines()))
+    found = json.loads((place / "one" / "run.evaluation.json").read_text())["found"]["heads"]
+    assert {row["head"]: row["top-1 %"] for row in heads if row["head"] != "teacher"} == {
+        name.replace("_", " "): f"{100 * one['top1']:.1f}" for name, one in found.items() if one
+    }
+    whole = {path.name for path in (place / "all").iterdir()}
+    for field in ("loss-temperature-loss-distillation_weight", "results", "classes"):
+        assert f"heat-{field}.csv" in whole
+    assert "heat-loss-temperature-loss-distillation_weight.png" in whole
     assert [row["class"] for row in classes] == list("0123456789")
     assert sum(int(row["num_samples"]) for row in classes) == 359
 
@@ -162,6 +174,37 @@ def test_the_numbers_are_those_of_the_evaluation(place, zygote):
         if one:
             cells = (name.replace("_", " "), *(f"{100 * one[key]:.1f}" for key in ("top1", "top5")))
             assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+
+
+def test_a_page_that_was_not_finished_is_gone_on_with_and_a_foreign_one_is_not(place, zygote):
+    (place / "one" / "index.html").rename(place / "kept.html")
+    done = zygote.run("report", "run", "--out", "one", cwd=place)
+    assert done.code == 0, done.err
+    assert (place / "one" / "index.html").read_bytes() == (place / "kept.html").read_bytes()
+    (place / "kept.html").unlink()
+    site = place / "site"
+    site.mkdir()
+    (site / "index.html").write_text("my own")
+    done = zygote.run("report", "run", "--out", "site", "--force", cwd=place)
+    assert (done.code, "holds something, but no report" in done.err) == (2, True)
+    assert (site / "index.html").read_text() == "my own"
+    shutil.rmtree(site)
+
+
+def test_names_that_differ_in_signs_alone_have_files_of_their_own(tmp_path):
+    paths = {tmp_path / name: name for name in ("lr-0.1", "lr-0-1", "Run", "run", "模", "型")}
+    found = report._slugs(paths)
+    assert list(found.values()) == ["lr-0-1", "lr-0-1-2", "run", "run-2", "run-3", "run-4"]
+
+
+def test_runs_of_a_sweep_have_their_cost_too(place):
+    """Evaluated before, without it."""
+    (kept,) = (place / "all").glob("heat-best.evaluation.json")
+    assert json.loads(kept.read_text())["found"]["cost"]["parameters"] > 0
+    (first,) = place.glob("heat/runs/temperature-1-*-weight-0-5-*.evaluation.json")
+    assert "cost" not in json.loads(first.read_text())["found"]
+    text = (place / "all" / "index.html").read_text()
+    assert "Accuracy against speed, both measured on this machine" in text
 
 
 def test_what_is_written_is_replaced_only_when_asked(place, zygote):
@@ -314,6 +357,19 @@ def test_nothing_in_a_page_is_taken_for_html():
     ]
     whole = page.page(nasty, nasty, drawn, foot=nasty)
     assert whole.count("<script>") == 1  # our own
+
+
+def test_the_name_of_a_chart_is_no_html_either(tmp_path):
+    svg = charts.chart(DRAWN["curves"], tmp_path / 'x"><img src=q onerror=alert(1)>.png')
+    assert "<img" not in svg
+    assert 'id="x---img' in svg
+
+
+def test_without_matplotlib_it_is_said_before_the_work(place, zygote, monkeypatch, tmp_path):
+    monkeypatch.setattr(charts, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentFault, match=r"pip install 'deit\[plot\]'"):
+        report.report([place / "run"], tmp_path / "page")
+    assert not (tmp_path / "page").exists()
 
 
 def test_cells_are_the_deeper_the_larger_and_signed_ones_have_two_colours():

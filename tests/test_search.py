@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import warnings
 
 import pytest
 
@@ -111,7 +112,38 @@ def test_trials_that_a_kill_left_open_are_proposed_again_and_count_once(tmp_path
     assert left[0] == second.config.optim.lr
     assert again.counts() == {"trials": 3, "finished": 3, "stopped": 0, "failed": 0}
     assert list(opened(tmp_path, trials=3).runs()) == []
-    assert len(list(opened(tmp_path, trials=5).runs())) == 2  # more, when more are asked for
+    more = [run.config.optim.lr for run in opened(tmp_path, trials=5).runs()]
+    assert len(more) == 2  # more, when more are asked for
+    assert len({first.config.optim.lr, *left, *more}) == 5  # and none that was there
+
+
+def test_where_no_point_is_left_the_search_ends(tmp_path, capsys):
+    """Four points, and eight trials asked for."""
+    fields = {"loss.temperature": (1, 3), "views.policy": ("none", "randaugment")}
+    one = opened(tmp_path, trials=8, fields=fields)
+
+    def plan(point):  # as in a sweep: the folder is known by what is in it
+        name = f"{point.config.loss.temperature}-{point.config.views.policy}"
+        return Planned(point.name, point.config, tmp_path / name)
+
+    one._plan, seen = plan, set()
+    for run in one.runs():
+        seen.add((run.config.loss.temperature, run.config.views.policy))
+        finish(run, 0.5)
+        one.ended(run, 0, "")
+    assert len(seen) == 4
+    assert (one.left(), one.counts()["trials"], len(one.finished())) == (0, 4, 4)
+    assert "no other is begun" in capsys.readouterr().out
+
+
+def test_an_epoch_without_an_evaluation_is_reported_once(tmp_path):
+    one = opened(tmp_path)
+    run = next(one.runs())
+    reach(run, 1, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not one.hopeless(run)
+        assert not one.hopeless(run)
 
 
 def test_a_trial_that_failed_is_tried_again_so_often_and_once_more_by_the_next_call(tmp_path):
@@ -185,7 +217,9 @@ def test_a_trial_that_is_under_way_already_is_not_begun_twice(tmp_path):
     assert next(runs, None) is None  # the others would be the same run
     finish(first, 0.5)
     one.ended(first, 0, "why")
-    assert one.counts() == {"trials": 4, "finished": 1, "stopped": 0, "failed": 3}
+    assert one.counts() == {"trials": 1, "finished": 1, "stopped": 0, "failed": 0}
+    assert list(one.runs()) == []
+    assert one.left() == 0
 
 
 def test_another_search_in_the_same_database_is_refused(tmp_path):

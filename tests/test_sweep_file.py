@@ -10,7 +10,7 @@ from deit.config import derive, label_weight, to_dict
 from deit.errors import ConfigError
 from deit.recipes import RECIPES, digits, digits_ensemble
 from deit.studies import STUDIES
-from deit.sweep_file import Point, Span, points_of, read_sweep, text_of, with_fields
+from deit.sweep_file import Point, Span, corners_of, points_of, read_sweep, text_of, with_fields
 from deit.sweeps import SWEEPS, find_sweep
 from deit.validation import validate
 
@@ -206,6 +206,25 @@ def test_a_point_that_cannot_be_is_named(text, said, tmp_path):
     sweep = read(tmp_path, text)
     with pytest.raises(ConfigError, match="(?s)" + said.replace("?", r"\?")):
         points_of(sweep, digits())
+
+
+def test_the_corners_of_a_search_go_together_with_what_they_need(tmp_path):
+    """Five heads do not divide a width of 96, so they come with one of 100; what goes with nothing is refused."""
+    fields = (
+        "student.embed_dim: [96, 100], student.num_heads: [4, 5], optim.lr: {low: 1e-3, high: 1}"
+    )
+    sweep = read(tmp_path, f"search: {{fields: {{{fields}}}}}")
+    wide = derive(digits(), student={"embed_dim": 96, "num_heads": 4})
+    found = corners_of(sweep, wide)
+    assert [point.name for point in found] == [
+        *("the first", "embed dim 96", "embed dim 100", "num heads 4", "num heads 5"),
+        *("lr 0.001", "lr 1"),
+    ]
+    sides = [(point.config.student.embed_dim, point.config.student.num_heads) for point in found]
+    assert sides == [(96, 4), (96, 4), (100, 4), (96, 4), (100, 5), (96, 4), (96, 4)]
+    bad = read(tmp_path, "search: {fields: {student.num_heads: [4, 7]}}")
+    with pytest.raises(ConfigError, match="num heads 7"):
+        corners_of(bad, wide)
 
 
 def test_a_name_that_is_no_file_is_told_what_there_is():

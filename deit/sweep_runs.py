@@ -1,0 +1,128 @@
+"""The runs of a sweep: each point with each seed, in a folder known by content; none mixed up."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from deit import checkpoint, shared_targets
+from deit.at_once import Planned
+from deit.config import Config, derive
+from deit.errors import ConfigError
+from deit.ground import slug
+from deit.stored import check_records
+from deit.sweep_file import Point, Sweep
+from deit.validation import load
+
+
+class Trial(NamedTuple):
+    """A point with one seed."""
+
+    point: Point
+    seed: int
+    run: Planned
+
+
+def trials_of(
+    points: list[Point],
+    seeds: tuple[int, ...],
+    out: Path,
+    laid: Callable[[Config], Config],
+) -> list[Trial]:
+    """Every point with every seed, each in a folder that ends in the hash of its configuration; in
+    that of an earlier name, where a run of that hash is there. laid: puts the teachers of a
+    configuration where they are trained."""
+    there = {
+        path.name[-shared_targets.DIGITS :]: path
+        for path in (out / "runs").glob("*")
+        if path.is_dir()
+    }
+    trials = []
+    for seed in seeds:
+        for point in points:
+            config = derive(point.config, run={"seed": seed})
+            key = shared_targets.content_hash(shared_targets.identity(config))
+            folder = there.setdefault(
+                key, out / "runs" / f"{slug(point.name)[:80]}-seed-{seed}-{key}"
+            )
+            planned = Planned(f"{point.name}, seed {seed}", laid(config), folder)
+            trials.append(Trial(point, seed, planned))
+    return trials
+
+
+def share(
+    plan: Sweep, trials: list[Trial], out: Path
+) -> tuple[list[shared_targets.Store], list[Planned]]:
+    """The stores that the runs share, and each run once, taught by them. Raises ConfigError."""
+    unique = list({trial.run.out: trial.run for trial in trials}.values())
+    if not plan.share_targets:
+        return [], unique
+    return shared_targets.share(unique, out / "targets", records=plan.records)
+
+
+def check_ground(one: Planned) -> None:
+    """Refuse a teacher or start that lies here and was trained on other images: it may have seen
+    what others are tested on. Raises ConfigError."""
+    saved = one.out / checkpoint.CONFIG
+    if not saved.is_file():
+        return
+    before, now = (shared_targets.identity(config) for config in (load(saved), one.config))
+    for name in sorted(before.keys() | now.keys()):
+        decisive = name.startswith("data.") or name == "run.precision"
+        if decisive and before.get(name) != now.get(name):
+            raise ConfigError(
+                f"{one.out}: was trained with another {name} ({before.get(name)!r} before, "
+                f"{now.get(name)!r} now); give another --out"
+            )
+
+
+def check_distinct(points: list[Point]) -> None:
+    """Refuse points that would be the same run. Raises ConfigError."""
+    known: dict[str, Point] = {}
+    for point in points:
+        key = shared_targets.content_hash(shared_targets.identity(point.config))
+        other = known.setdefault(key, point)
+        if other.config != point.config:
+            raise ConfigError(
+                f"{other.name} and {point.name} differ in nothing that decides a result (but in "
+                "where images or stores lie, or how it is computed) and would be the same run; a "
+                "sweep for each tells them apart"
+            )
+
+
+_OF_SPLITS = ("source", "root", "classes", "quarantine", "split_seed")
+_OF_SPLITS += ("validation_fraction", "test_fraction")
+
+
+def check_splits(points: list[Point]) -> None:
+    """Refuse points that would be taught by one that has seen their test images. Raises
+    ConfigError."""
+    for point in points:
+        for leaf in _OF_SPLITS:
+            first = getattr(points[0].config.data, leaf)
+            if getattr(point.config.data, leaf) != first and point.config.teacher.source:
+                raise ConfigError(
+                    f"{point.name}: data.{leaf} varies, and one teacher would have seen images "
+                    "that others test on; a sweep for each value trains a teacher for each"
+                )
+
+
+def check_answers(plan: Sweep, points: list[Point]) -> None:
+    """Refuse what no store of this sweep could answer. Raises ConfigError."""
+    first = shared_targets.question_of(points[0].config) if plan.search else None
+    for point in points:
+        config = point.config
+        if config.loss.kind == "none" or config.teacher.targets or not config.teacher.source:
+            continue
+        asks = plan.share_targets
+        if plan.search:  # one store, of what the recipe asks
+            asks = asks and shared_targets.question_of(config) == first
+        if config.views.teacher_view == "crops" and not asks:
+            raise ConfigError(
+                f"sweep {plan.name}, {point.name}: the mean over crops is answered from a store "
+                "alone, and none is shared here; write one and name it (deit targets write, "
+                "--teacher.targets)"
+            )
+        if plan.records and asks:
+            check_records(
+                plan.records, config, None, where=f"{point.name}, records: {plan.records}"
+            )
