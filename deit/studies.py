@@ -11,6 +11,7 @@ from deit.config import (
     derive,
     has_distillation_token,
     is_transformer,
+    peak_lr,
 )
 from deit.errors import ConfigError
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
@@ -232,8 +233,13 @@ def table_8(config: Config) -> Arms:
         optim={"algorithm": "adamw", "ema_epochs": 0.0, "momentum": OptimConfig.momentum},
     )
     sgd = {"algorithm": "sgd", "beta1": OptimConfig.beta1, "beta2": OptimConfig.beta2}
-    # An SGD that moves as far as this AdamW wants a rate some hundred times as large.
-    sgd |= {"independent_decay": False, "lr": 100 * whole.optim.lr, "clip_norm": 1.0}
+    # An SGD that moves as far as this AdamW wants a rate some hundred times as large. Its decay is
+    # part of the gradient, so momentum and rate enlarge it: the same share of the weights at each
+    # update is far less of it.
+    optim, rate = whole.optim, 100 * whole.optim.lr
+    share = optim.weight_decay * (1 if optim.independent_decay else peak_lr(optim))
+    decay = share * (1 - optim.momentum) / (rate / optim.lr * peak_lr(optim))
+    sgd |= {"independent_decay": False, "lr": rate, "weight_decay": decay, "clip_norm": 1.0}
     changes: dict[str, dict[str, dict[str, object]]] = {
         "DeiT": {},
         "SGD": {"optim": sgd},

@@ -184,10 +184,10 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
-def class_by_class(result: dict[str, Any]) -> str:
+def class_by_class(result: dict[str, Any], shown: list[str] | None = None) -> str:
     """Right answers in % of each class, those that training did not see marked; "" where it saw
-    all of them, and of more than 20 classes."""
-    names, rows = class_shares(result, list(result["rows"]))
+    all of them, and of more than 20 classes. shown: of which rows; None: of all."""
+    names, rows = class_shares(result, list(result["rows"]) if shown is None else shown)
     if not 0 < len(names) <= SHOWN_CLASSES:
         return ""
     heads, never = unseen_marks(result, names)

@@ -1,13 +1,17 @@
 """Every study of every recipe with a teacher consists of valid configurations at equal budget."""
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from deit.arguments import RunArguments, parse_run
-from deit.config import TeacherConfig, derive, to_dict
+from deit.config import TeacherConfig, derive, peak_lr, to_dict
 from deit.errors import ConfigError
 from deit.ground import Ground
+from deit.optim import build_optimizer, set_lr
 from deit.recipes import (
     RECIPES,
     cifar10_finetune,
@@ -197,7 +201,7 @@ def test_table_8_changes_one_thing_at_a_time():
     }
     assert changed == {
         "DeiT": set(),
-        "SGD": {"optim.algorithm", "optim.lr", "optim.clip_norm"},
+        "SGD": {f"optim.{leaf}" for leaf in ("algorithm", "lr", "weight_decay", "clip_norm")},
         "no RandAugment": {"views.policy"},
         "AutoAugment": {"views.policy"},
         "no mixup": {"views.mixup_alpha"},
@@ -209,6 +213,26 @@ def test_table_8_changes_one_thing_at_a_time():
         "dropout": {"student.dropout"},
         "weight average": {"optim.ema_epochs"},
     }
+
+
+@pytest.mark.parametrize(("independent", "decay"), [(False, 0.05), (True, 1e-3)])
+def test_its_sgd_decays_as_its_adamw_does(independent, decay):
+    """Without gradients, once momentum has gathered: the same share of the weights an update."""
+    config = derive(digits(), optim={"independent_decay": independent, "weight_decay": decay})
+    arms = STUDIES["table-8"](config)
+    shares = []
+    for arm in ("DeiT", "SGD"):
+        layer = nn.Linear(4, 4, bias=False)
+        optimizer = build_optimizer(layer, arms[arm].optim)
+        sizes = []
+        for _ in range(300):
+            set_lr(optimizer, peak_lr(arms[arm].optim))
+            layer.weight.grad = torch.zeros_like(layer.weight)
+            optimizer.step()
+            sizes.append(layer.weight.norm().item())
+        shares.append(math.log(sizes[100] / sizes[299]) / 199)
+    assert shares[0] == pytest.approx(shares[1], rel=0.02)
+    assert shares[0] > 1e-6
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10-micro"])

@@ -209,7 +209,8 @@ def test_a_point_that_cannot_be_is_named(text, said, tmp_path):
 
 
 def test_the_corners_of_a_search_go_together_with_what_they_need(tmp_path):
-    """Five heads do not divide a width of 96, so they come with one of 100; what goes with nothing is refused."""
+    """Five heads do not divide a width of 96, so they come with one of 100; what goes
+    with nothing is refused."""
     fields = (
         "student.embed_dim: [96, 100], student.num_heads: [4, 5], optim.lr: {low: 1e-3, high: 1}"
     )
