@@ -5,18 +5,17 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from deit import checkpoint, outcome, shared_targets
+from deit import checkpoint, outcome
 from deit.arguments import RunArguments
 from deit.at_once import Failed, Planned, check_number, failure_of
-from deit.config import Config, code_of, derive
+from deit.config import Config, code_of
 from deit.console import percent, say, table
 from deit.disk import hold, write_json
 from deit.errors import ConfigError, DeitError, EnvironmentFault
 from deit.finished import Finished
-from deit.ground import Ground, slug
 from deit.measured import Evaluations, Measured, disagreement
 from deit.search import DATABASE, check_optuna
-from deit.sweep_file import Sweep, corners_of, points_of
+from deit.sweep_file import Sweep
 from deit.sweep_pictures import draw_sweep
 from deit.sweep_results import (
     MANIFEST,
@@ -27,15 +26,7 @@ from deit.sweep_results import (
     told_of_best,
     write_results,
 )
-from deit.sweep_runs import (
-    Trial,
-    check_answers,
-    check_distinct,
-    check_ground,
-    check_splits,
-    share,
-    trials_of,
-)
+from deit.sweep_runs import Trial, Work, work_of
 from deit.sweep_search import search_all
 from deit.sweep_training import Mishaps, train_all, unfinished
 from deit.trackers import check_trackers
@@ -62,6 +53,40 @@ def sweep(
     by a hash of its configuration. Returns what results.json holds. Raises the errors of
     deit.errors; one for all runs that failed, once everything else is written.
     """
+    _check(plan, run, asked=asked, at_once=at_once, retries=retries, best=best)
+    out = run.out
+    work = work_of(plan, run, asked=asked)
+    if run.dry_run:
+        _list(plan, work)
+        return {}
+    out.mkdir(parents=True, exist_ok=True)
+    with hold(out, option="--out"):
+        write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe})
+        finished, counts, lost = Finished(), None, []
+        finished.check([*work.below, *(trial.run for trial in work.trials)])
+        if plan.search:
+            searched = search_all(
+                plan, run.config, work, finished=finished, at_once=at_once, retries=retries
+            )
+            counts, lost = searched.counts, searched.failed
+            work = work.of_search(plan, searched.finished, best)
+        mishaps = train_all(work, finished=finished, at_once=at_once, retries=retries)
+        for point, failed in lost:
+            work.trials.append(Trial(point, plan.seeds[0], failed.run))
+            mishaps.failed.append(failed)
+        result = _result(plan, run, work, mishaps, best=best, counts=counts, arguments=arguments)
+        for path in write_results(result, out) + _draw(result, out):
+            say(f"wrote {path}")
+    _print(result)
+    if mishaps.failed:
+        raise failure_of(mishaps.failed)
+    return result
+
+
+def _check(
+    plan: Sweep, run: RunArguments, *, asked: Config, at_once: int, retries: int, best: int
+) -> None:
+    """Refuse what cannot be, before anything is planned. Raises ConfigError, EnvironmentFault."""
     check_number(at_once, option="--at_once")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -74,78 +99,9 @@ def sweep(
         if number < least:
             raise ConfigError(f"{option} {number}: should be at least {least}")
     check_trackers(run.config)
-    points = [] if plan.search else points_of(plan, run.config)
-    known = corners_of(plan, run.config) if plan.search else points
-    out = run.out
-    _check_folder(out, plan, run.recipe)
+    _check_folder(run.out, plan, run.recipe)
     if plan.search:
         check_optuna()
-    check_distinct(points)
-    check_splits(known)
-    check_answers(plan, known)
-    first = derive(run.config, run={"seed": plan.seeds[0]})
-    ground = Ground(run, first, out, asked=asked, arms=[point.config for point in known])
-    for point in known:
-        ground.laid(point.config)  # now it knows its teachers
-    below = [Planned(name, config, out / slug(name)) for name, config in ground.runs.items()]
-    for one in below:
-        check_ground(one)
-    for point in points:
-        if point.name in ground.runs:
-            raise ConfigError(f"sweep {plan.name}, {point.name}: is what a teacher is called here")
-    trials = trials_of(points, plan.seeds, out, ground.laid)
-    stores, taught = share(plan, trials, out)
-    if run.dry_run:
-        _list(plan, below, stores, taught)
-        return {}
-    out.mkdir(parents=True, exist_ok=True)
-    with hold(out, option="--out"):
-        write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe})
-        finished, counts, failed = Finished(), None, []
-        finished.check([*below, *(trial.run for trial in trials)])
-        if plan.search:
-            searched = search_all(
-                plan,
-                run.config,
-                below,
-                ground,
-                finished=finished,
-                at_once=at_once,
-                retries=retries,
-            )
-            points, counts = searched.finished, searched.counts
-            failed = [one for _, one in searched.failed]
-            trials = trials_of(points, plan.seeds[:1], out, ground.laid)
-            trials += trials_of(points[:best], plan.seeds[1:], out, ground.laid)
-            stores, taught = share(plan, trials, out)
-            lost = [point for point, _ in searched.failed]
-            trials += trials_of(lost, plan.seeds[:1], out, ground.laid)
-        mishaps = train_all(
-            below, stores, taught, finished=finished, at_once=at_once, retries=retries
-        )
-        mishaps.failed[:0] = failed
-        rows, found, asked_of = _rows(below, ground.teachers, trials, mishaps)
-        result = {
-            "sweep": plan.name,
-            "recipe": run.recipe,
-            "study": plan.study,
-            "fields": list(dict.fromkeys(name for point in points for name in point.values)),
-            "split": found["split"],
-            "num_samples": found["num_samples"],
-            "seeds": list(plan.seeds),
-            "rows": rows,
-            "best": best_of(rows, best),
-            "disagreement": disagreement(asked_of),
-            "search": counts,
-            "command": f"deit sweep {shlex.join(arguments)}",
-            "environment": _environment(rows),
-        }
-        for path in write_results(result, out) + _draw(result, out):
-            say(f"wrote {path}")
-    _print(result)
-    if mishaps.failed:
-        raise failure_of(mishaps.failed)
-    return result
 
 
 def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
@@ -165,21 +121,19 @@ def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
         raise ConfigError(f"--out {out}: holds something, but no sweep; give another --out")
 
 
-def _list(
-    plan: Sweep, below: list[Planned], stores: list[shared_targets.Store], runs: list[Planned]
-) -> None:
+def _list(plan: Sweep, work: Work) -> None:
     """Say what would be done."""
-    rows = [(one.name, "teacher or start", _state(one), str(one.out)) for one in below]
-    rows += [(store.path.name, "answers to share", "", str(store.path)) for store in stores]
-    rows += [(one.name, "run", _state(one), str(one.out)) for one in runs]
+    rows = [(one.name, "teacher or start", _state(one), str(one.out)) for one in work.below]
+    rows += [(store.path.name, "answers to share", "", str(store.path)) for store in work.stores]
+    rows += [(one.name, "run", _state(one), str(one.out)) for one in work.runs]
     table(
         "dry run: nothing is trained or written", ("", "what", "state", "folder"), rows, text=True
     )
     if plan.search:
         say(f"{plan.search.trials} trials, proposed one after the other; {DATABASE} keeps them")
         return
-    left = len(unfinished(runs))
-    say(f"{len(runs)} runs, {len(runs) - left} of them finished")
+    left = len(unfinished(work.runs))
+    say(f"{len(work.runs)} runs, {len(work.runs) - left} of them finished")
 
 
 def _state(run: Planned) -> str:
@@ -188,8 +142,38 @@ def _state(run: Planned) -> str:
     return "begun" if checkpoint.found(run.out) else "new"
 
 
+def _result(
+    plan: Sweep,
+    run: RunArguments,
+    work: Work,
+    mishaps: Mishaps,
+    *,
+    best: int,
+    counts: dict[str, int] | None,
+    arguments: list[str],
+) -> dict[str, Any]:
+    """What results.json holds."""
+    rows, found, first = _rows(work, mishaps)
+    fields = (name for trial in work.trials for name in trial.point.values)
+    return {
+        "sweep": plan.name,
+        "recipe": run.recipe,
+        "study": plan.study,
+        "fields": list(dict.fromkeys(fields)),
+        "split": found["split"],
+        "num_samples": found["num_samples"],
+        "seeds": list(plan.seeds),
+        "rows": rows,
+        "best": best_of(rows, best),
+        "disagreement": disagreement(first),
+        "search": counts,
+        "command": f"deit sweep {shlex.join(arguments)}",
+        "environment": _environment(rows),
+    }
+
+
 def _rows(
-    below: list[Planned], teachers: set[str], trials: list[Trial], mishaps: Mishaps
+    work: Work, mishaps: Mishaps
 ) -> tuple[dict[str, outcome.Row], dict[str, Any], dict[str, Measured]]:
     """A row for each teacher and point, the last evaluation, and those with the first seed by
     point. An evaluation that fails is one more mishap. Raises DeitError where none is left."""
@@ -212,10 +196,10 @@ def _rows(
             mishaps.failed.append(Failed(run, error.exit_code, reasons[run.out], log))
             return None
 
-    for one in below:
+    for one in work.below:
         if checkpoint.result_of(one.out) is None:
             continue  # gone since, or never trained: its runs have a row of their own
-        row = outcome.new_row(epochs=one.config.optim.epochs, teacher=one.name in teachers)
+        row = outcome.new_row(epochs=one.config.optim.epochs, teacher=one.name in work.teachers)
         rows[one.name] = {**row, "values": {}, "seeds": [], "folders": [], "failed": {}}
         seed = load(one.out / checkpoint.CONFIG).run.seed  # it may be of a call with other seeds
         if (evaluated := said(one)) is None:
@@ -223,7 +207,7 @@ def _rows(
         else:
             found = evaluated.found
             _note(rows[one.name], seed, one.out, found)
-    for trial in trials:
+    for trial in work.trials:
         epochs = trial.run.config.optim.epochs
         row = outcome.new_row(epochs=epochs, teacher=False)
         more = {"values": trial.point.values, "seeds": [], "folders": [], "failed": {}}
@@ -231,7 +215,7 @@ def _rows(
         if (evaluated := said(trial.run)) is None:
             row["failed"][str(trial.seed)] = reasons[trial.run.out]
             continue
-        if trial.seed == trials[0].seed:
+        if trial.seed == work.trials[0].seed:
             first[trial.point.name] = evaluated
         found = evaluated.found
         _note(row, trial.seed, trial.run.out, found)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deit import checkpoint, shared_targets
+from deit.arguments import RunArguments
 from deit.at_once import Planned
 from deit.config import Config, derive
 from deit.errors import ConfigError
-from deit.ground import slug
+from deit.ground import Ground, slug
 from deit.stored import check_records
-from deit.sweep_file import Point, Sweep
+from deit.sweep_file import Point, Sweep, corners_of, points_of
 from deit.validation import load
 
 
@@ -49,7 +50,57 @@ def trials_of(
     return trials
 
 
-def share(
+class Work(NamedTuple):
+    """What a sweep is to train. ground: knows its teachers and starts; below: these, in the order
+    in which they build on each other. stores: of answers that runs share. runs: those of the
+    trials, each once, taught by them."""
+
+    ground: Ground
+    below: list[Planned]
+    trials: list[Trial]
+    stores: list[shared_targets.Store]
+    runs: list[Planned]
+
+    @property
+    def teachers(self) -> set[str]:
+        """Which of those below teach."""
+        return self.ground.teachers
+
+    def of_search(self, plan: Sweep, points: list[Point], best: int) -> "Work":
+        """The same for the points that a search came to, the best first: each with the first seed,
+        so many of them with the others too."""
+        out, laid = self.ground.folder, self.ground.laid
+        trials = trials_of(points, plan.seeds[:1], out, laid)
+        trials += trials_of(points[:best], plan.seeds[1:], out, laid)
+        return Work(self.ground, self.below, trials, *_shared(plan, trials, out))
+
+
+def work_of(plan: Sweep, run: RunArguments, *, asked: Config) -> Work:
+    """All that a sweep is to train; of a search what is known before its first trial.
+
+    asked: the recipe with what the file sets for all, before the command line. Raises ConfigError
+    for what cannot be, or would be mixed up.
+    """
+    points = [] if plan.search else points_of(plan, run.config)
+    known = corners_of(plan, run.config) if plan.search else points
+    _check_distinct(points)
+    _check_splits(known)
+    _check_answers(plan, known)
+    first = derive(run.config, run={"seed": plan.seeds[0]})
+    ground = Ground(run, first, run.out, asked=asked, arms=[point.config for point in known])
+    for point in known:
+        ground.laid(point.config)  # now it knows its teachers
+    below = [Planned(name, config, run.out / slug(name)) for name, config in ground.runs.items()]
+    for one in below:
+        _check_ground(one)
+    for point in points:
+        if point.name in ground.runs:
+            raise ConfigError(f"sweep {plan.name}, {point.name}: is what a teacher is called here")
+    trials = trials_of(points, plan.seeds, run.out, ground.laid)
+    return Work(ground, below, trials, *_shared(plan, trials, run.out))
+
+
+def _shared(
     plan: Sweep, trials: list[Trial], out: Path
 ) -> tuple[list[shared_targets.Store], list[Planned]]:
     """The stores that the runs share, and each run once, taught by them. Raises ConfigError."""
@@ -59,7 +110,7 @@ def share(
     return shared_targets.share(unique, out / "targets", records=plan.records)
 
 
-def check_ground(one: Planned) -> None:
+def _check_ground(one: Planned) -> None:
     """Refuse a teacher or start that lies here and was trained on other images: it may have seen
     what others are tested on. Raises ConfigError."""
     saved = one.out / checkpoint.CONFIG
@@ -75,7 +126,7 @@ def check_ground(one: Planned) -> None:
             )
 
 
-def check_distinct(points: list[Point]) -> None:
+def _check_distinct(points: list[Point]) -> None:
     """Refuse points that would be the same run. Raises ConfigError."""
     known: dict[str, Point] = {}
     for point in points:
@@ -93,7 +144,7 @@ _OF_SPLITS = ("source", "root", "classes", "quarantine", "split_seed")
 _OF_SPLITS += ("validation_fraction", "test_fraction")
 
 
-def check_splits(points: list[Point]) -> None:
+def _check_splits(points: list[Point]) -> None:
     """Refuse points that would be taught by one that has seen their test images. Raises
     ConfigError."""
     for point in points:
@@ -106,7 +157,7 @@ def check_splits(points: list[Point]) -> None:
                 )
 
 
-def check_answers(plan: Sweep, points: list[Point]) -> None:
+def _check_answers(plan: Sweep, points: list[Point]) -> None:
     """Refuse what no store of this sweep could answer. Raises ConfigError."""
     first = shared_targets.question_of(points[0].config) if plan.search else None
     for point in points:

@@ -9,10 +9,9 @@ from deit.config import Config, derive
 from deit.console import say
 from deit.errors import ConfigError
 from deit.finished import Finished
-from deit.ground import Ground
 from deit.search import Search
 from deit.sweep_file import Point, Sweep
-from deit.sweep_runs import trials_of
+from deit.sweep_runs import Work, trials_of
 from deit.sweep_training import trained, unfinished
 
 
@@ -28,8 +27,7 @@ class Searched(NamedTuple):
 def search_all(
     plan: Sweep,
     config: Config,
-    below: list[Planned],
-    ground: Ground,
+    work: Work,
     *,
     finished: Finished,
     at_once: int,
@@ -37,11 +35,11 @@ def search_all(
 ) -> Searched:
     """Run the search of a sweep to its end, from wherever it is.
 
-    config: the recipe with what is set for all. below: the teachers and starts. Raises DeitError
-    where one of these fails, or no trial finished; DataError where trials that are over had other
+    config: the recipe with what is set for all. Raises DeitError where a teacher or start fails, or
+    no trial finished; DataError where trials that are over had other
     images or teachers.
     """
-    out, seed = ground.folder, plan.seeds[0]
+    ground, out, seed = work.ground, work.ground.folder, plan.seeds[0]
     first = derive(config, run={"seed": seed})
     base = ground.laid(first)
     question = shared_targets.question_of(base)
@@ -65,7 +63,7 @@ def search_all(
         say(f"{min(over, plan.search.trials)} of {plan.search.trials} trials are over already")
     failed: dict[Path, Failed] = {}
     if search.left():
-        for one in unfinished(below):
+        for one in unfinished(work.below):
             if wrong := trained([one], at_once=1, retries=retries):
                 raise failure_of(wrong)
         finished.check(map(planned, search.finished()))  # a teacher may be another than it was

@@ -10,6 +10,7 @@ from deit.console import say
 from deit.datasets.splits import load_splits
 from deit.errors import DeitError
 from deit.finished import Finished
+from deit.sweep_runs import Work
 
 
 class Mishaps(NamedTuple):
@@ -24,15 +25,7 @@ class Mishaps(NamedTuple):
         return {one.run.out: one.reason for one in self.failed} | self.barred
 
 
-def train_all(
-    below: list[Planned],
-    stores: list[shared_targets.Store],
-    runs: list[Planned],
-    *,
-    finished: Finished,
-    at_once: int,
-    retries: int,
-) -> Mishaps:
+def train_all(work: Work, *, finished: Finished, at_once: int, retries: int) -> Mishaps:
     """Train what is not finished: what runs build on, then the answers they share, then the runs,
     so many at once; again, so often, where the reason may pass.
 
@@ -40,23 +33,23 @@ def train_all(
     anew and becomes another than the one that taught finished runs.
     """
     mishaps, gone = Mishaps([], {}), dict[str, str]()
-    left = unfinished(runs)
-    if len(left) < len(runs):
-        say(f"{len(runs) - len(left)} of {len(runs)} runs are finished already")
+    left = unfinished(work.runs)
+    if len(left) < len(work.runs):
+        say(f"{len(work.runs) - len(left)} of {len(work.runs)} runs are finished already")
     if not left:
         return mishaps
     for data in dict.fromkeys(run.config.data for run in left if run.config.data.download):
         load_splits(data)  # fetched once, before runs beside each other all would
-    anew = unfinished(below)
+    anew = unfinished(work.below)
     for one in anew:  # one may build on another
         for ready in _able([one], gone, mishaps):
             _note(trained([ready], at_once=1, retries=retries), gone, mishaps)
         if one.out in mishaps.barred:
             gone[str(one.out)] = mishaps.barred[one.out]
     if anew:
-        finished.check(runs)
+        finished.check(work.runs)
     used = {target for run in left for target in run.config.teacher.targets}
-    for store in stores:
+    for store in work.stores:
         asking = Planned(store.path.name, store.config, store.path)
         if str(store.path) in used and _able([asking], gone, mishaps):
             say(f"answers that runs share: {store.path}")

@@ -157,7 +157,7 @@ PLAN = {
     "deit.shared_targets": place(7),
     "deit.finished": place(7),
     "deit.sweep_runs": place(8),
-    "deit.sweep_training": place(8),
+    "deit.sweep_training": place(8, doors="deit.sweep_runs"),
     "deit.sweep_search": place(8, doors="deit.sweep_runs deit.sweep_training"),
     "deit.sweep": place(8, doors="deit.sweep_runs deit.sweep_search deit.sweep_training"),
     "deit.search": place(6, "optuna"),

@@ -20,6 +20,7 @@ from deit.recipes import digits, digits_ensemble
 from deit.shared_targets import Store, content_hash, identity, question_of, share
 from deit.sweep_pictures import draw_sweep, heat_map
 from deit.sweep_results import best_of, cells, columns, markdown, write_results
+from deit.sweep_runs import Work
 from deit.sweep_sections import sections_of_sweep
 from deit.sweep_training import train_all
 
@@ -274,9 +275,13 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(zygote, tmp_path):
 def test_what_may_pass_is_tried_again_so_often(code, times, tmp_path, monkeypatch):
     asked = trained_by(monkeypatch, tmp_path, {"bad": code})
     runs = [Planned(name, digits(), tmp_path / name) for name in ("bad", "good")]
-    mishaps = train_all([], [], runs, finished=Finished(), at_once=1, retries=2)
+    mishaps = train_all(work([], [], runs), finished=Finished(), at_once=1, retries=2)
     assert [one.run.name for one in mishaps.failed] == ["bad"]
     assert asked == [["bad", "good"], *[["bad"]] * (times - 1)]
+
+
+def work(below, stores, runs):
+    return Work(None, below, [], stores, runs)
 
 
 def trained_by(monkeypatch, tmp_path, codes):
@@ -320,7 +325,7 @@ def test_what_fails_stops_only_the_runs_that_need_it(tmp_path, monkeypatch):
         one("e", start={"source": str(tmp_path / "larger")}, teacher={"source": (second,)}),
         Planned("f", derive(labels, teacher={"source": (first,)}), tmp_path / "f"),
     ]
-    mishaps = train_all(below, stores, runs, finished=Finished(), at_once=1, retries=1)
+    mishaps = train_all(work(below, stores, runs), finished=Finished(), at_once=1, retries=1)
     assert asked == [["first"], ["second"], ["b", "d", "f"]]
     assert [store.path.name for store in written] == ["of-second"]
     assert [one.run.name for one in mishaps.failed] == ["first"]
@@ -339,7 +344,7 @@ def test_a_store_that_cannot_be_written_stops_only_its_runs(tmp_path, monkeypatc
     taught = derive(digits(), teacher={"targets": (str(tmp_path / "store"),)})
     runs = [Planned("a", taught, tmp_path / "a"), Planned("b", digits(), tmp_path / "b")]
     store = Store(tmp_path / "store", digits(), 1, "full", None)
-    mishaps = train_all([], [store], runs, finished=Finished(), at_once=1, retries=1)
+    mishaps = train_all(work([], [store], runs), finished=Finished(), at_once=1, retries=1)
     assert asked == [["b"]]
     (failed,) = mishaps.failed
     assert (failed.code, failed.reason) == (5, "no space left")
