@@ -19,7 +19,7 @@ _RANDOM_FIRST = 10  # trials before the search learns from any: optuna's own num
 _NEVER_STOPPED = 5  # trials that run to their end before one is held against them
 # What a trial says: which one it is anew, why it failed, that it was there already.
 _OF, _WHY, _AGAIN = "of", "reason", "again"
-_GIVE_UP = 50  # proposals in a row that were there already
+_GIVE_UP = 30  # proposals in a row that were there already
 
 
 def check_optuna() -> None:
