@@ -20,7 +20,7 @@ from deit.console import is_main_process, say, table
 from deit.errors import ConfigError
 from deit.finetune_arguments import parse_finetune
 from deit.recipes import RECIPES
-from deit.sweep_file import Sweep, corners_of, points_of, with_fields
+from deit.sweep_file import Sweep, corners_of, points_of, under_command_line, with_fields
 from deit.sweeps import SWEEPS, find_sweep
 from deit.text import nearest
 
@@ -311,6 +311,7 @@ def sweep(arguments: list[str], program: str) -> None:
     if run.print_config:
         say(json.dumps(to_dict(run.config), indent=1))
         return
+    plan = under_command_line(plan, asked[0], run.config)
     # Every mistake in the file, before torch is there.
     points = corners_of(plan, run.config) if plan.search else points_of(plan, run.config)
     if run.names_teachers:

@@ -89,5 +89,5 @@ class Ground:
         if self.recipe is None or config.data.image_size != self.recipe.data.image_size:
             changed.pop("image_size", None)
         run = self.student.run
-        machine = {"seed": run.seed, "device": run.device, "precision": run.precision}
-        return derive(config, data=changed, run=machine)
+        leaves = ("seed", "device", "precision", "linear")
+        return derive(config, data=changed, run={leaf: getattr(run, leaf) for leaf in leaves})

@@ -32,10 +32,9 @@ class Measured:
 
 class Evaluations:
     """Evaluations of finished runs, each made once and kept; the images of a data set are looked at
-    once for all runs. root: where the images lie now, if not where the runs found them."""
+    once for all runs."""
 
-    def __init__(self, *, root: str | None = None) -> None:
-        self._root = root
+    def __init__(self) -> None:
         self._digests: dict[DataConfig, str] = {}
 
     def of(
@@ -43,13 +42,14 @@ class Evaluations:
         out: Path,
         *,
         elsewhere: Path | None = None,
+        root: str | None = None,
         teacher: str | None = None,
         cost: bool = False,
     ) -> Measured:
         """The evaluation of a finished run: from the file beside its folder if that is of this run,
         these images and this teacher; where images or teacher are gone, of those there were.
 
-        elsewhere: where it is written if there is none; None: beside the folder. teacher,
+        elsewhere: where it is written if there is none; None: beside the folder. root, teacher,
         cost: as deit.evaluation.examine takes them. Raises the errors of deit.errors.
         """
         result = checkpoint.result_of(out)
@@ -63,27 +63,27 @@ class Evaluations:
                 before = read_typed(path, Measured)
             except CheckpointError:
                 continue  # cut off, or of another release: made anew
-            if before.of["run"] == result["chain"] and self._holds(before, out, teacher):
+            if before.of["run"] == result["chain"] and self._holds(before, out, root, teacher):
                 if cost and "cost" not in before.found:
                     before.found["cost"] = cost_of_run(out)
                     write_json(elsewhere or beside, asdict(before))
                 return before
-        examined = examine(out, root=self._root, teacher=teacher, cost=cost)
+        examined = examine(out, root=root, teacher=teacher, cost=cost)
         now = _measured(examined, {"run": result["chain"], "teacher": ""})
         if examined.found["teacher"] is not None:
             now.of["teacher"] = _digest_of_files(_sources(out, teacher))
         write_json(elsewhere or beside, asdict(now))
         return now
 
-    def _holds(self, before: Measured, out: Path, teacher: str | None) -> bool:
+    def _holds(self, before: Measured, out: Path, root: str | None, teacher: str | None) -> bool:
         """Whether a kept evaluation is of the images and the teacher that are there now."""
-        data = as_asked(config_of(out), root=self._root).data
+        data = as_asked(config_of(out), root=root).data
         if data not in self._digests:
             try:
                 names, images = load_split(data, "test")
                 self._digests[data] = digest_of_images(names, (images,))
             except DataError as error:
-                warn(f"evaluations are told as they were made: {error}")
+                warn(f"evaluations are told as they were made: {error} (--data.root DIR: moved?)")
                 self._digests[data] = ""
         images = self._digests[data] in ("", before.of["images"])
         return images and _digest_of_files(_sources(out, teacher)) in ("", before.of["teacher"])

@@ -43,8 +43,8 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
     _check_folder(out, force)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / _MARK, {"of": [str(path) for path in paths]})
-    evaluations = Evaluations(root=root)
-    views = {run: _view(run, names[run], slugs[run], out, evaluations) for run in runs}
+    evaluations = Evaluations()
+    views = {run: _view(run, names[run], slugs[run], out, evaluations, root) for run in runs}
     body = []
     if len(paths) > 1:
         body.append(page.links({names[path]: slugs[path] for path in paths}))
@@ -128,7 +128,9 @@ def _check_folder(out: Path, force: bool) -> None:
         raise ConfigError(f"--out {out}: holds a report already; --force replaces it")
 
 
-def _view(run: Path, name: str, called: str, out: Path, evaluations: Evaluations) -> View:
+def _view(
+    run: Path, name: str, called: str, out: Path, evaluations: Evaluations, root: str | None
+) -> View:
     config: Config = load(run / checkpoint.CONFIG)
     kept = out / f"{called}.evaluation.json"
     return View(
@@ -138,7 +140,7 @@ def _view(run: Path, name: str, called: str, out: Path, evaluations: Evaluations
         read_typed(run / checkpoint.ENVIRONMENT, dict[str, Any]),
         journal.read(run / journal.METRICS),
         summary_of(config, run, checkpoint.result_of(run)),
-        evaluations.of(run, elsewhere=kept, cost=True),
+        evaluations.of(run, elsewhere=kept, root=root, cost=True),
     )
 
 
@@ -148,7 +150,8 @@ def _of_run(run: Path, view: View, out: Path, root: str | None) -> list[str]:
         shown = _pictures(draw_run(run, view.measured, out, view.slug, root=root))
     except DataError as error:
         warn(f"{run}: without pictures of its images: {error}")
-        shown = [page.paragraph(f"No pictures of its images: {error}", "note")]
+        told = f"No pictures of its images: {error}. Where they were moved, --data.root tells."
+        shown = [page.paragraph(told, "note")]
     return [*parts, *shown, page.part("Run card", [card_of(view)])]
 
 
@@ -190,7 +193,7 @@ def _best_of(
     if not (run / checkpoint.CONFIG).is_file():
         warn(f"{run}: is not there any more, so the best run is not shown")
         return []
-    view = _view(run, f"{sweep.resolve().name}, best", f"{anchor}-best", out, evaluations)
+    view = _view(run, f"{sweep.resolve().name}, best", f"{anchor}-best", out, evaluations, root)
     seed = result["rows"][name]["seeds"][0]
     return [
         page.folded(f"The best: {name}, seed {seed}", _of_run(run, view, out, root), opened=False)

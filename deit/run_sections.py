@@ -97,7 +97,7 @@ def card_of(view: View) -> str:
         "time": f"{clock(told['seconds'])}, best weights of epoch {told['best_epoch']}",
         "memory": "" if told["memory_mb"] is None else f"{told['memory_mb']:,.0f} MB at most",
         "loading": loader,
-        "command": shlex.join(environment["arguments"]),
+        "command": _command(environment["arguments"], told["run"]),
     }
     if "cost" in found:
         cost = found["cost"]
@@ -106,6 +106,15 @@ def card_of(view: View) -> str:
             f"{cost['memory_mb']:.0f} MB, {cost['images_per_s']:,.0f} images/s"
         )
     return page.card({name: value for name, value in values.items() if value})
+
+
+def _command(arguments: list[str], run: str) -> str:
+    """The words of a run; of one that another command started, from a file that is gone, those that
+    repeat it."""
+    file = next((word for word in arguments[1:2] if word.endswith(".json")), None)
+    if file is not None and not Path(file).exists():
+        return shlex.join(["deit", "train", f"{run}/config.json"])
+    return shlex.join(arguments)
 
 
 def _heads(view: View, folder: Path) -> str:
@@ -189,7 +198,9 @@ def _training(view: View, folder: Path) -> str:
     speed = {"": [(row["epoch"], row["images_per_s"]) for row in view.rows if "loader" in row]}
     _write_curves(view, folder / f"{view.slug}-curves.csv")
     drawn = [
-        page.figure(accuracy, "Validation accuracy by head; dotted: the teacher."),
+        page.figure(
+            accuracy, "Validation accuracy by head" + "; dotted: the teacher." * bool(levels)
+        ),
         page.figure(loss, "Training loss, whole and by term."),
         page.figure(
             schedules,

@@ -208,6 +208,8 @@ class Search:
         if self._reported.get(run.out) == last["epoch"]:
             return False  # an epoch without an evaluation
         self._reported[run.out] = last["epoch"]
+        if last["epoch"] >= run.config.optim.epochs:
+            return False  # it is at its end: nothing would be saved
         trial.report(selected_top1(last["validation"]), last["epoch"])
         if not trial.should_prune():
             return False
@@ -219,8 +221,8 @@ class Search:
     def ended(self, run: Planned, code: int, reason: str) -> None:
         """Tell how a run ended; propose it anew where it failed for a reason that may pass."""
         state, trial = self._optuna.trial.TrialState, self._running.pop(run.out)
-        if code == 0:
-            self._study.tell(trial, checkpoint.result_of(run.out)["best"]["top1"])
+        if (result := checkpoint.result_of(run.out)) is not None:  # also if asked to stop too late
+            self._study.tell(trial, result["best"]["top1"])
         elif run.out in self._stopped:
             self._study.tell(trial, state=state.PRUNED)
         else:

@@ -1,5 +1,6 @@
 """Every run of a sweep trained, evaluated and put into one table: resumable run by run."""
 
+import dataclasses
 import os
 import shlex
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 from deit import checkpoint, outcome
 from deit.arguments import RunArguments
 from deit.at_once import Failed, Planned, check_number, failure_of
-from deit.config import Config, code_of
+from deit.config import Config, code_of, derive
 from deit.console import percent, say, table
 from deit.disk import hold, write_json
+from deit.environment import choose_linear, create_accelerator
 from deit.errors import ConfigError, DeitError, EnvironmentFault
 from deit.finished import Finished
 from deit.measured import Evaluations, Measured, disagreement
@@ -55,13 +57,16 @@ def sweep(
     """
     _check(plan, run, asked=asked, at_once=at_once, retries=retries, best=best)
     out = run.out
+    if not run.dry_run:
+        run = _settled(plan, run)
     work = work_of(plan, run, asked=asked)
     if run.dry_run:
         _list(plan, work)
         return {}
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, option="--out"):
-        write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe})
+        linear = run.config.run.linear
+        write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe, "linear": linear})
         finished, counts, lost = Finished(), None, []
         finished.check([*work.below, *(trial.run for trial in work.trials)])
         if plan.search:
@@ -102,6 +107,20 @@ def _check(
     _check_folder(run.out, plan, run.recipe)
     if plan.search:
         check_optuna()
+
+
+def _settled(plan: Sweep, run: RunArguments) -> RunArguments:
+    """The same with one choice of who computes linear layers, for all runs and whenever they begin:
+    each would choose what measures faster at its moment, and differ from the others by it."""
+    named = {*plan.grid, *(plan.search.fields if plan.search else ())}
+    named |= {field for own in plan.runs.values() for field in own}
+    apart = {f"run.{leaf}" for leaf in ("linear", "precision", "device", "compile")}
+    if run.config.run.linear != "auto" or named & apart:
+        return run
+    before = run.out / MANIFEST
+    known = read_typed(before, dict[str, str]).get("linear") if before.is_file() else None
+    linear = known or choose_linear(run.config.run, create_accelerator(run.config.run))
+    return dataclasses.replace(run, config=derive(run.config, run={"linear": linear}))
 
 
 def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
@@ -189,7 +208,7 @@ def _rows(
         # Code that teaches was named to us, not by somebody's saved run.
         teacher = ",".join(run.config.teacher.source) if code_of(run.config.teacher) else None
         try:
-            return evaluations.of(run.out, teacher=teacher)
+            return evaluations.of(run.out, root=run.config.data.root, teacher=teacher)
         except DeitError as error:
             reasons[run.out] = f"not evaluated: {error}"
             log = run.out.with_name(f"{run.out.name}.log")

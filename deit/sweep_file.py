@@ -92,9 +92,8 @@ def read_sweep(path: Path) -> Sweep:
         raise ConfigError(f"{path}: not a readable sweep ({reason})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a sweep names a recipe, a grid or runs; see docs/sweeps.md")
-    if values and all(
-        isinstance(one, dict) and one.keys() >= _GRID_SEARCH for one in values.values()
-    ):
+    mappings = [one for one in values.values() if isinstance(one, dict)]
+    if len(mappings) == len(values) and any(one.keys() >= _GRID_SEARCH for one in mappings):
         values = {"runs": {run: _of_grid_search(path, run, one) for run, one in values.items()}}
     return _checked(path, values)
 
@@ -118,6 +117,8 @@ _GRID_SEARCH = {"lr", "classes", "weight", "epochs", "T"}
 def _of_grid_search(path: Path, run: str, values: dict[str, Any]) -> Fields:
     """The fields of a run of AditMeh/Distillation's grid: (1 - weight) T^2 CE(teacher) + weight
     CE(label), every digit not in `classes` unseen; a number n stands for the classes 0 to n."""
+    if missing := sorted(_GRID_SEARCH - values.keys()):
+        raise ConfigError(f"{path}: {run}: has no {missing[0]}")
     unknown = sorted(values.keys() - _GRID_SEARCH)
     if unknown:
         raise ConfigError(
@@ -352,16 +353,51 @@ def points_of(sweep: Sweep, config: Config) -> list[Point]:
 
     Raises ConfigError where one of them cannot be, or two are the same point.
     """
-    found = []
+    found: list[Point] = []
+    wrong: list[str] = []
     axes = [[(name, value) for value in values] for name, values in sweep.grid.items()]
     for combination in itertools.product(*axes):
         fields = dict(combination)
         where = f"sweep {sweep.name}, {_title(_texts(fields)) or 'without a grid'}"
-        base = with_fields(config, fields, where=where)
-        for name, arm in _arms(sweep, base, fields):
-            values = ({"run": name} if name else {}) | _texts(fields)
-            found.append(Point(_title(values), values, arm))
+        try:
+            base = with_fields(config, fields, where=where)
+            for name, arm in _arms(sweep, base, fields):
+                values = ({"run": name} if name else {}) | _texts(fields)
+                found.append(Point(_title(values), values, arm))
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong:
+        more = f"\nand {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
+        raise ConfigError("\n".join(wrong[:_TOLD]) + more)
     return found
+
+
+_TOLD = 5  # points that cannot be, named at once
+
+
+def under_command_line(sweep: Sweep, asked: Config, config: Config) -> Sweep:
+    """The sweep with what its runs say left to the command line where that says it as well.
+
+    asked: the recipe with what is set for all; config: with the command line over it. Raises
+    ConfigError for a field that varies in the grid or the search.
+    """
+    before, now = to_dict(asked), to_dict(config)
+    typed = {
+        f"{section}.{leaf}"
+        for section, values in now.items()
+        for leaf, value in values.items()
+        if value != before[section][leaf]
+    }
+    varied = {**sweep.grid, **(sweep.search.fields if sweep.search else {})}
+    if both := sorted(typed & varied.keys()):
+        raise ConfigError(
+            f"--{both[0]}: varies in the sweep {sweep.name}; leave it out, or change it there"
+        )
+    runs = {
+        name: {field: value for field, value in own.items() if field not in typed}
+        for name, own in sweep.runs.items()
+    }
+    return dataclasses.replace(sweep, runs=runs)
 
 
 _COMBINATIONS = 500  # of the values of other fields, tried before one is said to be impossible
@@ -427,7 +463,7 @@ def text_of(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, list | tuple):
-        return ",".join(map(text_of, value))
+        return ",".join(map(text_of, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

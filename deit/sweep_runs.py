@@ -8,8 +8,9 @@ from deit import checkpoint, shared_targets
 from deit.arguments import RunArguments
 from deit.at_once import Planned
 from deit.config import Config, derive
-from deit.errors import ConfigError
+from deit.errors import ConfigError, DataError
 from deit.ground import Ground, slug
+from deit.models.teachers import locate
 from deit.stored import check_records
 from deit.sweep_file import Point, Sweep, corners_of, points_of
 from deit.validation import load
@@ -96,6 +97,9 @@ def work_of(plan: Sweep, run: RunArguments, *, asked: Config) -> Work:
     for point in points:
         if point.name in ground.runs:
             raise ConfigError(f"sweep {plan.name}, {point.name}: is what a teacher is called here")
+    trained = {str(one.out) for one in below}
+    for point in known:
+        _check_there(ground.laid(point.config), trained)
     trials = trials_of(points, plan.seeds, run.out, ground.laid)
     return Work(ground, below, trials, *_shared(plan, trials, run.out))
 
@@ -108,6 +112,18 @@ def _shared(
     if not plan.share_targets:
         return [], unique
     return shared_targets.share(unique, out / "targets", records=plan.records)
+
+
+def _check_there(config: Config, trained: set[str]) -> None:
+    """Refuse teachers and images that are not there. trained: teachers that will be. Raises
+    DataError."""
+    if config.loss.kind != "none" and not config.teacher.targets:
+        for source in config.teacher.source:
+            if source not in trained:
+                locate(source)
+    data = config.data
+    if data.source in ("folder", "shards") and not Path(data.root).expanduser().exists():
+        raise DataError(f"data.root {data.root}: no such folder; give --data.root DIR")
 
 
 def _check_ground(one: Planned) -> None:

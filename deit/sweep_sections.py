@@ -32,10 +32,11 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
     names = list(result["rows"])
     best = names.index(result["best"][0]) if result["best"] else None
     seeds = ", ".join(map(str, result["seeds"]))
+    spread = "mean +- standard deviation of seeds" if len(result["seeds"]) > 1 else "seed"
+    bold = "in bold the best on the validation split; " if best is not None else ""
     told = (
-        f"Top-1 % on {result['num_samples']} {result['split']} images, mean +- standard deviation "
-        f"of seeds {seeds}; in bold the best on the validation split; the gain is over the first "
-        "point, in points."
+        f"Top-1 % on {result['num_samples']} {result['split']} images, {spread} {seeds}; {bold}the "
+        "gain is that of the fused (or only) answer over the first point, in points."
     )
     table = page.table(
         columns(result), rows, caption=told, best=best, file=folder / f"{slug}-results.csv"
@@ -94,7 +95,7 @@ def _costs(result: dict[str, Any], own: dict[str, Any], folder: Path, slug: str)
     drawn = []
     for key, (label, file, told) in costs.items():
         places = {
-            ", ".join(row["values"].values()): (
+            row["values"]["run"] if result.get("search") else ", ".join(row["values"].values()): (
                 statistics.mean(row[key]),
                 100 * statistics.mean(final_top1(row)),
             )

@@ -84,6 +84,29 @@ def test_what_stays_below_the_median_is_stopped_not_before_a_quarter(tmp_path):
     assert one.counts() == {"trials": 7, "finished": 5, "stopped": 1, "failed": 1}
 
 
+def test_a_run_at_its_end_is_not_stopped_and_counts_however_it_ended(tmp_path):
+    """The evaluation of the last epoch is below the median; and a run that was finished when it was
+    asked to stop."""
+    one = opened(tmp_path, epochs=8)
+    runs = one.runs()
+    for _ in range(5):
+        run = next(runs)
+        reach(run, 4, 0.9)
+        one.hopeless(run)
+        finish(run, 0.9)
+        one.ended(run, 0, "")
+    late, last = next(runs), next(runs)
+    reach(late, 4, 0.1)
+    assert one.hopeless(late)
+    finish(late, 0.3)
+    one.ended(late, 143, "")
+    reach(last, 8, 0.1)
+    assert not one.hopeless(last)
+    finish(last, 0.1)
+    one.ended(last, 0, "")
+    assert one.counts() == {"trials": 7, "finished": 7, "stopped": 0, "failed": 0}
+
+
 def test_without_pruning_nothing_is_stopped(tmp_path):
     one = opened(tmp_path, trials=7, prune=False)
     runs = one.runs()

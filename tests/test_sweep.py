@@ -7,6 +7,8 @@ import shutil
 import statistics
 
 import pytest
+import torch
+from PIL import Image
 
 from deit import checkpoint, journal, shared_targets, sweep_training
 from deit.at_once import Failed, Planned
@@ -251,17 +253,18 @@ def test_another_sweep_or_something_else_in_the_folder_is_refused(swept, zygote,
 def test_a_run_that_fails_stops_no_other_and_is_tried_again(zygote, tmp_path):
     runs = {"good": {}, "lost": {"data.source": "folder", "data.root": str(tmp_path / "images")}}
     more = {"objective": "none", "data.train_fraction": 1.0}
+    (tmp_path / "images").mkdir()  # and nothing in it
     write(tmp_path / "s.json", set={**SMALL, **more}, runs=runs)
     words = ("sweep", tmp_path / "s.json", "--out", tmp_path / "out", "--teacher.source", "none")
     done = zygote.run(*words)
     assert done.code == 3
     assert "1 run failed" in done.err
-    assert "no such folder" in done.err
+    assert "no class folders" in done.err
     assert "once more" not in done.out  # the images are not there the second time either
     rows = result(tmp_path / "out")["rows"]
     assert rows["good"]["seeds"] == [0]
     assert rows["lost"]["seeds"] == []
-    assert "no such folder" in rows["lost"]["failed"]["0"]
+    assert "no class folders" in rows["lost"]["failed"]["0"]
     assert "| lost | failed |" in (tmp_path / "out" / "results.md").read_text()
     before = states(tmp_path / "out")
     done = zygote.run(*words)
@@ -674,6 +677,45 @@ def test_code_that_only_the_file_names_is_not_run(asked, zygote, tmp_path):
         done = zygote.run("sweep", "s.json", "--out", "out", *words, cwd=tmp_path)
         assert (done.code, "is code, which no file but" in done.err) == (2, True), done.err
     assert not (tmp_path / "ran").exists()
+
+
+def test_images_that_move_between_two_calls_are_found_by_the_command_line(zygote, tmp_path):
+    for split, number in (("train", 6), ("test", 2)):
+        for label in "ab":
+            (tmp_path / "pictures" / split / label).mkdir(parents=True)
+            for place in range(number):
+                pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
+                file = tmp_path / "pictures" / split / label / f"{place}.png"
+                Image.fromarray(pixels).save(file)
+    more = {"objective": "none", "data.source": "folder", "optim.batch_size": 4}
+    small = {**SMALL, "optim": {"epochs": 1, "warmup_epochs": 0}, **more}
+    write(tmp_path / "s.json", set=small, grid={"student.depth": [1, 2]})
+    words = ("sweep", "s.json", "--teacher.source", "none", "--data.train_fraction", "1")
+    done = zygote.run(*words, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    first = result(tmp_path / "out")["rows"]
+    for path in (tmp_path / "out" / "runs").glob("*.evaluation.json"):
+        path.unlink()
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    done = zygote.run(*words, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
+    assert (done.code, "data.root pictures: no such folder" in done.err) == (3, True)
+    done = zygote.run(*words, "--data.root", "moved", "--out", "out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    again = result(tmp_path / "out")["rows"]
+    assert {name: row["top1"] for name, row in again.items()} == {
+        name: row["top1"] for name, row in first.items()
+    }
+    linear = {
+        json.loads(p.read_text())["run"]["linear"] for p in tmp_path.glob("out/runs/*/config.json")
+    }
+    assert linear == {json.loads((tmp_path / "out" / "sweep.json").read_text())["linear"]}
+
+
+def test_a_teacher_that_is_not_there_is_told_before_the_work(zygote, tmp_path):
+    runs = {"a": {}, "b": {"teacher.source": "checkpoints/nothing"}}
+    file = write(tmp_path / "s.json", runs=runs)
+    done = zygote.run("sweep", file, "--out", tmp_path / "out", "--dry_run")
+    assert (done.code, "checkpoints/nothing: no such file" in done.err) == (3, True), done.err
 
 
 MISTAKES = {

@@ -10,7 +10,16 @@ from deit.config import derive, label_weight, to_dict
 from deit.errors import ConfigError
 from deit.recipes import RECIPES, digits, digits_ensemble
 from deit.studies import STUDIES
-from deit.sweep_file import Point, Span, corners_of, points_of, read_sweep, text_of, with_fields
+from deit.sweep_file import (
+    Point,
+    Span,
+    corners_of,
+    points_of,
+    read_sweep,
+    text_of,
+    under_command_line,
+    with_fields,
+)
 from deit.sweeps import SWEEPS, find_sweep
 from deit.validation import validate
 
@@ -176,6 +185,12 @@ def test_a_mistake_in_the_file_is_one_line_with_its_name(text, said, tmp_path):
     assert "\n" not in message
 
 
+def test_a_run_of_the_other_format_that_lacks_something_is_named(tmp_path):
+    lacking = {key: value for key, value in grid_search().items() if key != "T"}
+    with pytest.raises(ConfigError, match="b: has no T"):
+        read(tmp_path, {"a": grid_search(), "b": lacking}, "grid.json")
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -206,6 +221,27 @@ def test_a_point_that_cannot_be_is_named(text, said, tmp_path):
     sweep = read(tmp_path, text)
     with pytest.raises(ConfigError, match="(?s)" + said.replace("?", r"\?")):
         points_of(sweep, digits())
+
+
+def test_every_point_that_cannot_be_is_named_at_once(tmp_path):
+    grid = "{optim.lr: [1.0e-3, -1], loss.temperature: [1, -3]}"
+    with pytest.raises(ConfigError) as refused:
+        points_of(read(tmp_path, f"grid: {grid}"), digits())
+    told = str(refused.value)
+    assert told.count("optim.lr = -1") == 2
+    assert told.count("loss.temperature = -3") == 2
+
+
+def test_the_command_line_goes_over_runs_and_not_over_what_varies(tmp_path):
+    asked = digits()
+    typed = derive(asked, optim={"epochs": 3, "warmup_epochs": 1})
+    sweep = read(tmp_path, "runs: {a: {optim.epochs: 70, optim.lr: 1.0e-2}, b: {}}")
+    points = points_of(under_command_line(sweep, asked, typed), typed)
+    assert [point.config.optim.epochs for point in points] == [3, 3]
+    assert points[0].config.optim.lr == 1e-2
+    for text in ("grid: {optim.epochs: [5, 6]}", "search: {fields: {optim.epochs: [5, 6]}}"):
+        with pytest.raises(ConfigError, match=r"--optim\.epochs: varies in the sweep"):
+            under_command_line(read(tmp_path, text), asked, typed)
 
 
 def test_the_corners_of_a_search_go_together_with_what_they_need(tmp_path):
