@@ -97,10 +97,9 @@ def table(
     for place, row in enumerate(rows):
         cells = "".join(_cell(value, columns[at]) for at, value in enumerate(row))
         lines.append(f'<tr class="best">{cells}</tr>' if place == best else f"<tr>{cells}</tr>")
-    told = f"<caption>{text(caption)}</caption>" if caption else ""
     return (
-        f'<div class="scroll"><table class="sortable">{told}<thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f'{_caption(caption)}<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr>'
+        f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
@@ -140,12 +139,17 @@ def heat_table(
         )
         lines.append(f'<tr><th scope="row">{text(name)}</th>{cells}</tr>')
     heads = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
-    told = f"<caption>{text(caption)}</caption>" if caption else ""
     many = " many" if len(columns) > 6 and max(map(len, columns)) > 3 else ""
     return (
-        f'<div class="scroll"><table class="heat{many}">{told}<thead><tr><th>{text(corner)}</th>'
+        f'{_caption(caption)}<div class="scroll"><table class="heat{many}"><thead><tr>'
+        f"<th>{text(corner)}</th>"
         f"{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _caption(caption: str) -> str:
+    """Above a table, and not in it: what scrolls would take it along."""
+    return f'<p class="caption">{text(caption)}</p>' if caption else ""
 
 
 def _write(file: Path | None, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -21,10 +21,10 @@ from deit.sweep_file import Sweep
 from deit.sweep_pictures import draw_sweep
 from deit.sweep_results import (
     MANIFEST,
+    best_lines,
     best_of,
     cells,
     columns,
-    described,
     told_of_best,
     write_results,
 )
@@ -279,5 +279,5 @@ def _print(result: dict[str, Any]) -> None:
     if result["search"]:
         say(", ".join(f"{number} {name}" for name, number in result["search"].items()))
     say(told_of_best(result))
-    for place, name in enumerate(result["best"], start=1):
-        say(f"  {place}. {described(result, name)}")
+    for line in best_lines(result):
+        say(f"  {line}")

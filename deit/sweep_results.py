@@ -60,6 +60,15 @@ def told_of_best(result: dict[str, Any]) -> str:
     return "none is best: the points held out different classes, so they select by other images"
 
 
+def best_lines(result: dict[str, Any]) -> list[str]:
+    """The best points, numbered, each with the validation accuracy that puts it there."""
+    return [
+        f"{place}. {described(result, name)} "
+        f"({summary(result['rows'][name]['validation'], scale=100)})"
+        for place, name in enumerate(result["best"], start=1)
+    ]
+
+
 def described(result: dict[str, Any], name: str) -> str:
     """A point by its name, with what it stands for where that is only a number."""
     if not result.get("search"):
@@ -137,13 +146,16 @@ def _csv(result: dict[str, Any]) -> str:
     """A line for each run: what varies, its seed, what it came to; failed ones with the reason."""
     text = io.StringIO()
     measured = ("validation_top1", *(f"{head}_top1" for head in HEADS), "agreement", "seconds")
-    names = ("point", *result["fields"], "seed", "status", *measured, "folder", "reason")
+    groups = tuple(f"{group}_top1" for group in _GROUPS if _some_held_out(result))
+    names = ("point", *result["fields"], "seed", "status", *measured, *groups, "folder", "reason")
     lines = csv.DictWriter(text, names, lineterminator="\n")
     lines.writeheader()
     for name, row in points(result).items():
         same = {"point": name, **row["values"]}
         for place, seed in enumerate(row["seeds"]):
             heads = {f"{head}_top1": row["top1"][place][head] for head in HEADS}
+            if row.get("classes"):
+                heads |= {f"{group}_top1": row["classes"][place][group] for group in _GROUPS}
             lines.writerow(
                 {
                     **same,
@@ -167,9 +179,13 @@ def markdown(result: dict[str, Any]) -> str:
     environment = result["environment"]
     where = f"{environment['device_name']}, commit {environment['commit']}"
     rows = [[_escaped(cell) for cell in row] for row in cells(result)]
-    best = "\n".join(
-        f"{place}. {described(result, name)}" for place, name in enumerate(result["best"], start=1)
-    )
+    best = "\n".join(best_lines(result))
+    reasons = [
+        f"- {name}, seed {seed}: {' '.join(reason.split())}"
+        for name, row in result["rows"].items()
+        for seed, reason in row["failed"].items()
+    ]
+    failed = "\n".join(["Failed:\n", *reasons, "\n"]) if reasons else ""
     counted = ", ".join(f"{number} {name}" for name, number in (result["search"] or {}).items())
     searched = f"{counted}; the others with the first seed alone.\n\n" if counted else ""
     return (
@@ -180,6 +196,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{class_by_class(result)}"
         f"{disagreement_table(result)}"
         f"{searched}{told_of_best(result).capitalize()}\n\n{best}\n\n"
+        f"{failed}"
         f"`{result['command']}`\n\n{where}\n"
     )
 

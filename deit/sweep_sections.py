@@ -72,6 +72,8 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
 
 def _headline(result: dict[str, Any], own: dict[str, Any]) -> str:
     values = {"points": str(len(points(result))), "seeds": str(len(result["seeds"]))}
+    if result.get("search"):
+        values |= {name: str(number) for name, number in result["search"].items() if number}
     runs = sum(len(row["seeds"]) for row in own.values())
     values["runs finished"] = str(runs)
     told = page.paragraph(f"{told_of_best(result).capitalize()}.", "note")

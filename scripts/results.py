@@ -31,6 +31,10 @@ TITLES = {
 }
 SWEEPS = {
     "digits-table-3": "Digits: ways of distilling (Table 3)",
+    "digits-table-2": "Digits: which teacher (Table 2)",
+    "digits-table-4": "Digits: who decides like whom (Table 4)",
+    "digits-table-8": "Digits: what each part of DeiT's training is worth (Table 8)",
+    "cifar10-table-3": "CIFAR-10 (JPEG 75), a fifth of the images, 8 epochs: ways of distilling",
     "digits-held-out": "Digits: 6, 7, 8 and 9 never seen (temperature, weight, learning rate)",
 }
 BENCHMARKS = ("benchmark-data", "benchmark-targets", "benchmark-train")

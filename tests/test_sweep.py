@@ -583,7 +583,8 @@ def test_markdown_and_csv_keep_their_columns(told, tmp_path):
     lines = markdown(told).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
-    assert "1. b" in lines
+    assert "1. b (70.0 +- 28.3)" in lines
+    assert "- c, seed 1: no memory | left" in lines
     assert "a processor, commit 0123456789abcdef" in lines
     write_results(told, tmp_path)
     rows = lines_of(tmp_path)
