@@ -206,7 +206,7 @@ class Impatient:
         self.asked.append(run.name)
         return run.name == "hopeless"
 
-    def ended(self, run, code):
+    def ended(self, run, code, reason):
         self.ends[run.name] = code
 
 
