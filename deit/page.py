@@ -9,6 +9,7 @@ from pathlib import Path
 
 # The browser itself refuses whatever would leave the file.
 _ALONE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_MANY = 9  # columns, from which on a table is set smaller
 _TYPES = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
 
 
@@ -97,9 +98,10 @@ def table(
     for place, row in enumerate(rows):
         cells = "".join(_cell(value, columns[at]) for at, value in enumerate(row))
         lines.append(f'<tr class="best">{cells}</tr>' if place == best else f"<tr>{cells}</tr>")
+    wide = " wide" if len(columns) > _MANY else ""
     return (
-        f'{_caption(caption)}<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr>'
-        f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'{_caption(caption)}<div class="scroll"><table class="sortable{wide}"><thead>'
+        f"<tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
