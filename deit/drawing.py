@@ -82,11 +82,14 @@ _TITLES = {
 }
 
 
+def final_top1(row: dict[str, Any]) -> list[float]:
+    """Test top-1 in [0, 1], a value a seed, of the fused answer or the only head."""
+    return [top1["class"] if top1["fused"] is None else top1["fused"] for top1 in row["top1"]]
+
+
 def _final(row: dict[str, Any]) -> list[float]:
-    """Test top-1 in %, a value a seed, of the fused answer or the only head."""
-    return [
-        100 * (top1["class"] if top1["fused"] is None else top1["fused"]) for top1 in row["top1"]
-    ]
+    """The same in %."""
+    return [100 * one for one in final_top1(row)]
 
 
 def draw_arms(axes: Any, result: dict[str, Any]) -> None:

@@ -218,7 +218,9 @@ def _rows(
     for one in work.below:
         if checkpoint.result_of(one.out) is None:
             continue  # gone since, or never trained: its runs have a row of their own
-        row = outcome.new_row(epochs=one.config.optim.epochs, teacher=one.name in work.teachers)
+        row = outcome.new_row(
+            epochs=one.config.optim.epochs, teacher=one.name in work.ground.teachers
+        )
         rows[one.name] = {**row, "values": {}, "seeds": [], "folders": [], "failed": {}}
         seed = load(one.out / checkpoint.CONFIG).run.seed  # it may be of a call with other seeds
         if (evaluated := said(one)) is None:

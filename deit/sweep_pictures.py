@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from deit.charts import SERIES, TEACHER, Draw
-from deit.drawing import draw_comparison
+from deit.drawing import draw_comparison, final_top1
 from deit.errors import EnvironmentFault
 from deit.sweep_file import short_names
-from deit.sweep_results import final_top1, points
+from deit.sweep_results import points
 
 
 def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.disk import put_file, write_json
-from deit.drawing import HEADS, markdown_table, summary
+from deit.drawing import HEADS, final_top1, markdown_table, summary
 from deit.sweep_file import short_names
 
 MANIFEST = "sweep.json"
@@ -22,11 +22,6 @@ _MEASURED = (
     "seconds",
 )
 _GROUPS = ("seen", "unseen")
-
-
-def final_top1(row: dict[str, Any]) -> list[float]:
-    """Test top-1 in [0, 1], a value a seed, of the fused answer or the only head."""
-    return [top1["class"] if top1["fused"] is None else top1["fused"] for top1 in row["top1"]]
 
 
 def points(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -62,11 +62,6 @@ class Work(NamedTuple):
     stores: list[shared_targets.Store]
     runs: list[Planned]
 
-    @property
-    def teachers(self) -> set[str]:
-        """Which of those below teach."""
-        return self.ground.teachers
-
     def of_search(self, plan: Sweep, points: list[Point], best: int) -> "Work":
         """The same for the points that a search came to, the best first: each with the first seed,
         so many of them with the others too."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deit import charts, page
-from deit.drawing import draw_arms, draw_patience
+from deit.drawing import draw_arms, draw_patience, final_top1
 from deit.ground import slug as slugged
 from deit.sweep_file import short_names
 from deit.sweep_pictures import curve, dots, draw_heat_map, finished_rows, heat_map
@@ -16,7 +16,6 @@ from deit.sweep_results import (
     class_shares,
     columns,
     described,
-    final_top1,
     points,
     told_of_best,
     unseen_marks,

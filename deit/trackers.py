@@ -127,7 +127,7 @@ def _mlflow_run(folder: Path) -> str | None:
 
     try:
         return mlflow.get_run(path.read_text()).info.run_id
-    except Exception:  # of mlflow, SQLAlchemy or a server: then it is a run of its own
+    except mlflow.exceptions.MlflowException:  # not there: then it is a run of its own
         return None
 
 
