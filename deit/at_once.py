@@ -1,25 +1,30 @@
 """Several runs at once on one machine: each a process of its own, with its share of the cores."""
 
+import io
+import multiprocessing
 import os
 import queue
-import subprocess
+import runpy
 import sys
 import threading
 import time
 from collections.abc import Iterable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
-import deit
 from deit.config import Config, code_of, to_dict
 from deit.console import clock, say, warn
 from deit.disk import write_json
 from deit.errors import CheckpointError, ConfigError, DataError, DeitError, NumericsError
 from deit.launcher import FOLLOWED
 
+_IMPORTED = ["deit.cli", "deit.run", "sklearn.datasets"]
+"""What a run imports before it does anything."""
 _Heard: TypeAlias = "queue.Queue[tuple[_Child, str | None]]"
 """Lines of runs as they come; None at a run's end."""
 
@@ -73,18 +78,36 @@ class Watch(Protocol):
         """How it ended: its exit code, or minus the signal that killed it; its complaint."""
 
 
+class Progress:
+    """How many of some runs are over, and when the others will be. total: it may be changed, as
+    where a run is tried again or cannot begin."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self._begun = total, 0, time.monotonic()
+
+    def ended(self) -> str:
+        """Count one that is over; what is told of it: `3 of 12 runs, ETA 2 min 05 s`."""
+        self.done += 1
+        each = (time.monotonic() - self._begun) / self.done
+        left = each * max(self.total - self.done, 0)
+        return f"{self.done} of {self.total} runs, ETA {clock(left)}"
+
+
 def train_beside(
-    runs: Iterable[Planned], *, number: int, total: int | None = None, watch: Watch | None = None
+    runs: Iterable[Planned],
+    *,
+    number: int,
+    progress: Progress,
+    watch: Watch | None = None,
 ) -> list[Failed]:
     """Train runs, so many at a time, each as `deit train --resume` would alone with its share of
     the cores, on the GPU that has the fewest. What they print is in NAME.log beside each.
 
-    runs: each is asked for when there is room for it. total: how many there are; None: a list.
+    runs: each is asked for when there is room for it. progress: of these and what else there is.
     One that fails does not stop the others; returns those that did, without those that `watch`
     stopped. Raises Stopped, when those under way have saved, where that is asked.
     """
-    total = len(list(runs)) if total is None else total
-    waiting, failed, started, done = iter(runs), [], time.monotonic(), 0
+    waiting, failed = iter(runs), []
     with TemporaryDirectory(prefix="deit-") as folder, _Here(number, Path(folder)) as here:
         while True:
             while len(here.children) < number and (run := next(waiting, None)) is not None:
@@ -100,21 +123,20 @@ def train_beside(
                         child.process.terminate()
                 continue
             here.children.remove(child)
-            code, done = child.process.wait(), done + 1
+            code = child.wait()
             if watch is not None:
                 watch.ended(child.run, code, child.error)
             if code and not child.given_up:
                 failed.append(Failed(child.run, code, child.error, child.log))
-            left = (time.monotonic() - started) / done * max(total - done, 0)
             end = f"ended with exit code {code}" if code else "finished"
             end = "stopped" if code and child.given_up else end
-            say(f"{child.run.name}: {end}; {done} of {total} runs, ETA {clock(left)}")
+            say(f"{child.run.name}: {end}; {progress.ended()}")
 
 
-def train_at_once(runs: list[Planned], *, number: int) -> None:
+def train_at_once(runs: list[Planned], *, number: int, progress: Progress) -> None:
     """As `train_beside`; raises DeitError with the exit code of the first that failed when all
     have ended."""
-    if failed := train_beside(runs, number=number):
+    if failed := train_beside(runs, number=number, progress=progress):
         raise failure_of(failed)
 
 
@@ -132,17 +154,32 @@ class _Child:
     given_up: whether it was stopped because it would come to nothing."""
 
     def __init__(
-        self, run: Planned, log: Path, process: subprocess.Popen, heard: _Heard, gpu: str | None
+        self, run: Planned, log: Path, process: BaseProcess, heard: _Heard, gpu: str | None
     ) -> None:
         self.run, self.log, self.process, self.gpu = run, log, process, gpu
         self.error, self._complaining = "it gave no reason", False
         self.given_up = False
-        self.listener = threading.Thread(target=self._listen, args=(heard,), daemon=True)
-        self.listener.start()
+        self._heard = heard
 
-    def _listen(self, heard: _Heard) -> None:
+    def listen(self, said: Connection) -> None:
+        """Begin to listen. said: the end of the pipe that all it says comes out of."""
+        self._listener = threading.Thread(target=self._listen, args=(said,), daemon=True)
+        self._listener.start()
+
+    def wait(self) -> int:
+        """Wait until it and all that it has started are gone; its exit code."""
+        self._listener.join()
+        self.process.join()
+        return self.process.exitcode
+
+    def _listen(self, said: Connection) -> None:
         """Keep every line in the log and hand it on; None at the end."""
-        with self.process.stdout as lines, self.log.open("a") as log:
+        heard = self._heard
+        with (
+            said,
+            open(said.fileno(), errors="replace", closefd=False) as lines,
+            self.log.open("a") as log,
+        ):
             for line in lines:
                 log.write(line)
                 log.flush()
@@ -163,6 +200,17 @@ class _Child:
             say(f"{self.run.name}: {line}")
 
 
+def _processes(*, alone: bool) -> multiprocessing.context.BaseContext:
+    """Where processes come from: copies of one that has imported everything, which spares each run
+    the seconds of that. alone: each imports for itself, as where there is a GPU: a driver that was
+    asked anything before a copy is made works in none of them."""
+    if alone or sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    return context
+
+
 class _Here:
     """This machine and the runs under way on it. folder: for their configurations."""
 
@@ -175,6 +223,7 @@ class _Here:
         count = torch.cuda.device_count()
         self.gpus = visible.split(",") if visible else [str(place) for place in range(count)]
         self.folder = folder
+        self._processes = _processes(alone=count > 0)
         self.heard: _Heard = queue.Queue()
         self.children: list[_Child] = []
         self._begun = 0
@@ -187,30 +236,26 @@ class _Here:
         arguments = ["train", str(file), "--out", str(run.out), "--resume"]
         if code_of(run.config.teacher):  # who named it to us has said that it may run
             arguments += ["--teacher.source", ",".join(run.config.teacher.source)]
-        root = str(Path(deit.__file__).resolve().parent.parent)
         environment = {
             **os.environ,
             FOLLOWED: str(self.number),
             "OMP_NUM_THREADS": str(self.threads),
-            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-            "PYTHONUNBUFFERED": "1",
         }
         taken = [child.gpu for child in self.children]
         gpu = min(self.gpus, key=taken.count) if len(self.gpus) > 1 else None
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         self._begun += 1
-        process = subprocess.Popen(
-            [sys.executable, "-m", "deit", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=environment,
-        )
         log = run.out.with_name(f"{run.out.name}.log")
-        self.children.append(_Child(run, log, process, self.heard, gpu))
+        said, says = multiprocessing.Pipe(duplex=False)
+        asked = (arguments, environment, os.getcwd(), says)
+        child = _Child(
+            run, log, self._processes.Process(target=_become, args=asked), self.heard, gpu
+        )
+        with says:  # ours: the pipe ends with the last process that has its own
+            child.process.start()
+        child.listen(said)
+        self.children.append(child)
         say(f"{run.name}: {run.out}, all it says in {log}")
 
     def __enter__(self) -> "_Here":
@@ -221,5 +266,27 @@ class _Here:
         for child in self.children:
             child.process.terminate()
         for child in self.children:
-            child.process.wait()
-            child.listener.join()
+            child.wait()
+
+
+def _become(
+    arguments: list[str], environment: dict[str, str], folder: str, says: Connection
+) -> None:
+    """In the process of a run: be `deit ARGUMENTS`. says: the pipe that takes all it says."""
+    for number in (1, 2):
+        os.dup2(says.fileno(), number)
+    # Those that came along with the process may have been of files, which can be sought in.
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(
+            io.FileIO(number, "w", closefd=False), errors="backslashreplace", write_through=True
+        )
+        for number in (1, 2)
+    )
+    says.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    # The libraries that read the number of threads did so before.
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = ["deit", *arguments]
+    runpy.run_module("deit", run_name="__main__")

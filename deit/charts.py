@@ -1,12 +1,14 @@
 """Charts for pages and as files: drawn once, as SVG whose colours follow the page, and as PNG."""
 
 import io
+import math
 import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from deit.drawing import legend
 from deit.errors import EnvironmentFault
 
 INK, FAINT, GRID, TEACHER = "#1c2430", "#5b6472", "#dfe3e9", "#6b7280"
@@ -74,6 +76,13 @@ def _for_page(svg: str, name: str) -> str:
     return svg
 
 
+def _whole(axes: Any) -> None:
+    """Whole numbers along the first axis, one at least."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def curves(lines: dict[str, list[tuple[float, float]]], levels: dict[str, float]) -> Draw:
     """Validation accuracy in % over the epochs: a line for each name, and levels across; averages
     of weights are dashed."""
@@ -82,12 +91,16 @@ def curves(lines: dict[str, list[tuple[float, float]]], levels: dict[str, float]
         for (name, points), colour in zip(lines.items(), SERIES * len(lines)):
             style = "--" if "average" in name else "-"
             xs, ys = zip(*points)
-            marker = "." if len(points) < 25 else None
+            marker = ("o" if len(points) == 1 else ".") if len(points) < 25 else None
             axes.plot(xs, [100 * y for y in ys], style, color=colour, label=name, marker=marker)
         for name, level in levels.items():
             axes.axhline(100 * level, color=TEACHER, linestyle=":", label=name)
         axes.set(xlabel="epoch", ylabel="validation top-1 %")
-        axes.legend(loc="lower right")
+        if all(len(points) == 1 for points in lines.values()):
+            last = max(points[0][0] for points in lines.values())
+            axes.set_xlim(0, 1.05 * last)
+        _whole(axes)
+        legend(axes)
 
     return draw
 
@@ -101,10 +114,12 @@ def over_epochs(
     def draw(axes: Any) -> None:
         for (name, points), colour in zip(lines.items(), SERIES * len(lines)):
             xs, ys = zip(*points)
-            axes.plot(xs, ys, color=colour, label=name)
+            marker = "o" if len(points) == 1 else None
+            axes.plot(xs, ys, color=colour, label=name, marker=marker)
         axes.set(xlabel="epoch", ylabel=label)
+        _whole(axes)
         if len(lines) > 1 or named:
-            axes.legend()
+            legend(axes)
 
     return draw
 
@@ -124,8 +139,8 @@ def per_class(names: list[str], bars: dict[str, list[float]]) -> Draw:
         axes.set_yticks(range(len(order)), [_short(names[one]) for one in order])
         axes.set(xlabel="right answers %", xlim=(0, 100))
         axes.grid(axis="y", visible=False)
-        axes.legend(loc="upper left", bbox_to_anchor=(0, 1.0), ncols=2, mode=None)
-        axes.margins(y=0.12 if len(order) < 12 else 0.06)
+        axes.margins(y=0.02)
+        legend(axes)
 
     return draw
 
@@ -151,7 +166,9 @@ def reliability(voices: dict[str, list[tuple[float, float, int]]]) -> Draw:
             axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.7)
             axes.scatter(xs, ys, s=sizes, color=colour, alpha=0.75, label=name, linewidths=0)
         axes.set(xlabel="confidence %", ylabel="right answers %", xlim=(0, 103), ylim=(0, 103))
-        axes.legend(loc="upper left", markerscale=0.6)
+        legend(axes)
+        for handle in axes.get_legend().legend_handles:
+            handle.set_sizes([24])
 
     return draw
 
@@ -172,21 +189,74 @@ def scatter(points: dict[str, tuple[float, float]], across: str, up: str) -> Dra
     """A named point for each; the first axis in powers of ten where it spans more than one."""
 
     def draw(axes: Any) -> None:
-        for (name, (x, y)), colour in zip(points.items(), SERIES * len(points)):
+        names = [_short(name, 32) for name in points]
+        xs, ys = ([one[axis] for one in points.values()] for axis in (0, 1))
+        wide = max(xs) > 10 * min(xs) > 0
+        places = zip(_shares([math.log(x) for x in xs] if wide else xs), _shares(ys))
+        labels = _apart(dict(zip(names, places)))
+        if wide:
+            axes.set_xscale("log")
+        for name, x, y, colour in zip(names, xs, ys, SERIES * len(xs)):
             axes.scatter([x], [y], color=colour, s=28)
             axes.annotate(
-                _short(name, 32),
+                name,
                 (x, y),
-                textcoords="offset points",
-                xytext=(6, 4),
+                xytext=labels[name],
+                textcoords="axes fraction",
+                va="center",
                 fontsize=8,
                 color=colour,
                 parse_math=False,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkB": 3},
             )
-        xs = [x for x, _ in points.values()]
-        if max(xs) > 10 * min(xs) > 0:
-            axes.set_xscale("log")
-        axes.margins(x=0.25, y=0.15)
+        axes.set_xlim(*_span(xs, wide))
+        axes.set_ylim(*_span(ys, False))
         axes.set(xlabel=across, ylabel=up)
 
     return draw
+
+
+_MARGIN = 0.12  # of an axis, on each side of the points
+_LABEL = (0.0135, 0.062)  # a sign's width and a line's height, of the axes
+
+
+def _shares(values: list[float]) -> list[float]:
+    """Where values are on their axis, in [0, 1]."""
+    low, span = min(values), max(values) - min(values)
+    inner = 1 - 2 * _MARGIN
+    return [_MARGIN + inner * ((one - low) / span if span else 0.5) for one in values]
+
+
+def _span(values: list[float], log: bool) -> tuple[float, float]:
+    """The limits of an axis on which values are where `_shares` says."""
+    found = [math.log(one) for one in values] if log else values
+    low, high = min(found), max(found)
+    half = (high - low) / (1 - 2 * _MARGIN) / 2 or abs(low) * 0.1 or 1.0
+    limits = ((low + high) / 2 - half, (low + high) / 2 + half)
+    return tuple(map(math.exp, limits)) if log else limits
+
+
+def _apart(places: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Where the names of points go, the left end of each, so that none covers another or a point:
+    beside its own, as near as may be. All in [0, 1] of the axes."""
+    width, height = _LABEL
+    taken = [(x - 0.012, x + 0.012, y) for x, y in places.values()]
+    found = {}
+    for name, (x, y) in sorted(places.items(), key=lambda one: one[1][1]):
+        long = width * len(name)
+        right, left = min(x + 0.025, 1 - long), x - 0.025 - long
+        sides = [right] if left < 0 else [right, left]
+        moves = sorted(range(-24, 25), key=abs)
+        tried = [(side, y + move * height / 2) for move in moves for side in sides]
+        free = [
+            (side, at)
+            for side, at in tried
+            if 0 <= at <= 1
+            and all(
+                side + long < low or high < side or abs(at - other) >= height
+                for low, high, other in taken
+            )
+        ]
+        found[name] = side, at = (free or tried)[0]
+        taken.append((side, side + long, at))
+    return found

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -466,7 +467,7 @@ def _write_targets(arguments: list[str], program: str) -> None:
         return
     from deit.target_writer import write_targets
 
-    write_targets(
+    complete = write_targets(
         run.config,
         options.out,
         epochs=options.epochs,
@@ -474,6 +475,9 @@ def _write_targets(arguments: list[str], program: str) -> None:
         shard=shard,
         only=options.only,
     )
+    if complete:
+        store = shlex.quote(str(options.out.resolve()))
+        say(f"next: the same recipe with --teacher.targets {store}")
 
 
 def _refuse_run_flags(run: RunArguments, program: str) -> None:

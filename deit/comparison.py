@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.arguments import RunArguments
-from deit.at_once import Planned, check_number, train_at_once
+from deit.at_once import Planned, Progress, check_number, train_at_once
 from deit.config import Config, derive
 from deit.console import is_main_process, say, table
 from deit.disk import check_file, write_json
@@ -58,12 +58,13 @@ def compare(
             f"--json {json_file}: exists already and is no result of a comparison; give another"
         )
     plans = [_Plan(run, seed, study, only, alone=len(seeds) == 1) for seed in seeds]
+    progress = Progress(sum(len(plan.ground) + len(plan.arms) for plan in plans))
     # What runs build on before them; of all seeds, those that come first in theirs.
     for stage in itertools.zip_longest(*(plan.ground.values() for plan in plans)):
-        _train([planned for planned in stage if planned is not None], at_once)
+        _train([planned for planned in stage if planned is not None], at_once, progress)
     for plan in plans:
         plan.write_targets()
-    _train([planned for plan in plans for planned in plan.arms.values()], at_once)
+    _train([planned for plan in plans for planned in plan.arms.values()], at_once, progress)
     rows: dict[str, dict[str, Any]] = {}
     for plan in plans:
         for name, planned in {**plan.ground, **plan.arms}.items():
@@ -141,10 +142,10 @@ class _Plan:
                 self.arms[name] = Planned(title, config, out)
 
 
-def _train(runs: list[Planned], at_once: int) -> None:
+def _train(runs: list[Planned], at_once: int, progress: Progress) -> None:
     """Train them, unless they are finished: one after the other here, or so many at once."""
     if at_once > 1:
-        train_at_once(runs, number=at_once)
+        train_at_once(runs, number=at_once, progress=progress)
         return
     for title, config, out in runs:
         say(f"\n{title}: {out}")

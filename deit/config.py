@@ -34,7 +34,15 @@ def _each_or_none(value: object) -> object:
     return tuple(_none(item) for item in listed) if isinstance(listed, tuple | list) else listed
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_words)]
+def _names(value: object) -> object:
+    """As `_words`; a whole number is a name as well: classes are called so."""
+    listed = _words(value)
+    if not isinstance(listed, tuple | list):
+        return listed
+    return tuple(str(item) if type(item) is int else item for item in listed)
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]

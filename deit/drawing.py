@@ -8,6 +8,7 @@ from typing import Any
 from deit.errors import EnvironmentFault
 
 HEADS = ("class", "distillation", "fused")
+_LEGEND_SIGNS = 84  # in a line of a legend
 _COLOURS = {"teacher": "#6b7280", "distilled": "#0f766e", "undistilled": "#c2410c"}
 
 
@@ -92,6 +93,21 @@ def _final(row: dict[str, Any]) -> list[float]:
     return [100 * one for one in final_top1(row)]
 
 
+def legend(axes: Any) -> None:
+    """Names of what is drawn, above the axes, where they cover nothing."""
+    names = axes.get_legend_handles_labels()[1]
+    if names:
+        across = min(max(_LEGEND_SIGNS // (max(map(len, names)) + 5), 1), len(names))
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=across,
+            borderaxespad=0.2,
+            frameon=False,
+            fontsize=8,
+        )
+
+
 def draw_arms(axes: Any, result: dict[str, Any]) -> None:
     """Test accuracy of each arm: a dot a seed, the mean as a bar with its number; the best on top,
     teachers as dashed lines."""
@@ -120,8 +136,7 @@ def draw_arms(axes: Any, result: dict[str, Any]) -> None:
     axes.set_yticks(range(len(order)), order)
     axes.set(xlabel="test top-1 %")
     axes.grid(axis="x", alpha=0.25)
-    if any(row["teacher"] for row in result["rows"].values()):
-        axes.legend(loc="upper left", frameon=False, fontsize=8)
+    legend(axes)
 
 
 def draw_patience(axes: Any, result: dict[str, Any]) -> None:
@@ -149,7 +164,7 @@ def draw_patience(axes: Any, result: dict[str, Any]) -> None:
     axes.minorticks_off()
     axes.set(xlabel="epochs", ylabel="test top-1 %")
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", frameon=False)
+    legend(axes)
 
 
 def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:

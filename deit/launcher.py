@@ -1,9 +1,12 @@
 """The launcher that started this process: where it is gone, this process should stop as well."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+from multiprocessing.process import BaseProcess
 
 FOLLOWED = "DEIT_AT_ONCE"
 """In the environment of a run that one of our commands started: how many run beside each other."""
@@ -27,11 +30,22 @@ def sharing() -> int:
 
 
 def follow() -> None:
-    """Ask the system for SIGTERM when the launcher dies, where it offers that."""
-    if launched() and sys.platform == "linux":
+    """Have SIGTERM sent to this process when the launcher dies, where that can be arranged."""
+    if not launched():
+        return
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    elif sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _follow(parent: BaseProcess) -> None:
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def gone() -> bool:
     """Whether the launcher that was there at first is no more."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        return launched() and not parent.is_alive()
     return launched() and os.getppid() != _PARENT

@@ -13,15 +13,16 @@ Row = dict[str, Any]
 def new_row(*, epochs: int, teacher: bool) -> Row:
     """A row without runs: `top1` by head, `agreement` with the teacher, `seconds` of training,
     `images_per_s` of evaluation, `curves` of validation top-1 by epoch and `validation`, the one
-    that selected the weights: each a list with a value a seed; `classes` too where some were held
-    out. teacher: whether it is one.
+    that selected the weights: each a list with a value a seed; `classes` too where that is asked.
+    teacher: whether it is one.
     """
     lists = ("top1", "agreement", "seconds", "images_per_s", "curves", "validation")
     return {**{name: [] for name in lists}, "epochs": epochs, "teacher": teacher}
 
 
-def note(row: Row, out: Path, found: dict[str, Any]) -> None:
-    """Add a finished run to its row. found: what deit.evaluation.evaluate says of it."""
+def note(row: Row, out: Path, found: dict[str, Any], *, classes: bool = False) -> None:
+    """Add a finished run to its row. found: what deit.evaluation.evaluate says of it. classes:
+    whether it is told class by class as well, as where one of several runs did not see some."""
     result = checkpoint.result_of(out)
     row["top1"].append(top1_by_head(found))
     row["agreement"].append(_agreement(found))
@@ -29,17 +30,19 @@ def note(row: Row, out: Path, found: dict[str, Any]) -> None:
     row["images_per_s"].append(found["throughput_img_s"])
     row["curves"].append(_curve(out))
     row["validation"].append(result["best"]["top1"])
-    if "held_out" in found:
+    if classes:
         row.setdefault("classes", []).append(_classes(found))
 
 
 def _classes(found: dict[str, Any]) -> dict[str, Any]:
-    """Where classes were held out: which, and the shares of right answers on the others, on these
-    and on each, of the fused answer or the only head."""
-    head = "fused" if "fused" in found["seen"] else "class"
+    """Which classes were held out, and the shares of right answers on the others, on these (None
+    where there are none) and on each, of the fused answer or the only head."""
+    head = "class" if found["heads"]["distillation"] is None else "fused"
     per_class = {name: row[head] for name, row in found["per_class"].items()}
-    both = {group: found[group][head] for group in ("seen", "unseen")}
-    return {"held_out": found["held_out"], **both, "per_class": per_class}
+    seen = found["seen"][head] if "held_out" in found else found["heads"][head]["top1"]
+    unseen = found["unseen"][head] if "held_out" in found else None
+    held = found.get("held_out", [])
+    return {"held_out": held, "seen": seen, "unseen": unseen, "per_class": per_class}
 
 
 def top1_by_head(found: dict[str, Any]) -> dict[str, float | None]:

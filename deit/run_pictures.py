@@ -118,7 +118,7 @@ def _of_each_class(said: Measured, number: int) -> list[int]:
 def _answers(said: Measured, place: int) -> dict[str, str]:
     names = said.found["class_names"]
     return {
-        voice: f"{names[answers[place]]} {100 * said.confidence[voice][place]:.0f} %"
+        voice: f"{names[answers[place]]} ({100 * said.confidence[voice][place]:.0f} %)"
         for voice, answers in said.answers.items()
         if voice != "fused_softmax"
     }

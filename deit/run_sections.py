@@ -125,17 +125,18 @@ def _heads(view: View, folder: Path) -> str:
     if found["teacher"]:
         rows["teacher"] = found["teacher"]
     groups = [group for group in ("seen", "unseen") if group in found]
-    keys = ("top1", "top5", "calibration_error")
+    shown = {"top1": "top-1 %", "top5": "top-5 %", "calibration_error": "calibration error %"}
+    if len(found["class_names"]) <= 5:
+        del shown["top5"]  # always right
     cells = [
         [
             name.replace("_", " "),
-            *(percent(one[key]) for key in keys),
+            *(percent(one[key]) for key in shown),
             *(percent(found[group].get(name)) for group in groups),
         ]
         for name, one in rows.items()
     ]
-    columns = ["head", "top-1 %", "top-5 %", "calibration error %"]
-    columns += [f"{group} classes %" for group in groups]
+    columns = ["head", *shown.values(), *(f"{group} classes %" for group in groups)]
     number = f"{found['num_samples']} {found['split']} images at {found['image_size']} px"
     return page.table(columns, cells, caption=number, file=folder / f"{view.slug}-heads.csv")
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deit import checkpoint, journal
 from deit.at_once import Planned, may_pass
@@ -26,6 +26,15 @@ def check_optuna() -> None:
     """Raises EnvironmentFault where optuna is not installed."""
     if find_spec("optuna") is None:
         raise EnvironmentFault("a search needs optuna; pip install 'deit[search]'")
+
+
+class Stopped(NamedTuple):
+    """A trial that was stopped: at which epoch, with what share of right answers on the validation
+    split."""
+
+    point: Point
+    epoch: int
+    top1: float
 
 
 class Search:
@@ -236,6 +245,14 @@ class Search:
     def failed(self) -> list[Point]:
         """The points of the trials that failed, however often they were tried."""
         return [self._point(one) for one in self._failed()]
+
+    def stopped(self) -> list[Stopped]:
+        """The trials that lay below the median, the best first."""
+        found = []
+        for trial in self._study.get_trials(states=(self._optuna.trial.TrialState.PRUNED,)):
+            epoch = max(trial.intermediate_values)
+            found.append(Stopped(self._point(trial), epoch, trial.intermediate_values[epoch]))
+        return sorted(found, key=lambda one: -one.top1)
 
     def finished(self) -> list[Point]:
         """The points of the trials that ran to their end, the best on validation first."""

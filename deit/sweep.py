@@ -17,7 +17,7 @@ from deit.errors import ConfigError, DeitError, EnvironmentFault
 from deit.finished import Finished
 from deit.measured import Evaluations, Measured, disagreement
 from deit.search import DATABASE, check_optuna
-from deit.sweep_file import Sweep
+from deit.sweep_file import Sweep, changes_of
 from deit.sweep_pictures import draw_sweep
 from deit.sweep_results import (
     MANIFEST,
@@ -28,8 +28,8 @@ from deit.sweep_results import (
     told_of_best,
     write_results,
 )
-from deit.sweep_runs import Trial, Work, work_of
-from deit.sweep_search import search_all
+from deit.sweep_runs import Trial, Work, alike, work_of
+from deit.sweep_search import Searched, search_all
 from deit.sweep_training import Mishaps, train_all, unfinished
 from deit.trackers import check_trackers
 from deit.typed_json import read_typed
@@ -60,6 +60,8 @@ def sweep(
     if not run.dry_run:
         run = _settled(plan, run)
     work = work_of(plan, run, asked=asked)
+    for told in alike(work.trials):
+        say(told)
     if run.dry_run:
         _list(plan, work)
         return {}
@@ -67,19 +69,20 @@ def sweep(
     with hold(out, option="--out"):
         linear = run.config.run.linear
         write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe, "linear": linear})
-        finished, counts, lost = Finished(), None, []
+        finished, searched = Finished(), None
         finished.check([*work.below, *(trial.run for trial in work.trials)])
         if plan.search:
             searched = search_all(
                 plan, run.config, work, finished=finished, at_once=at_once, retries=retries
             )
-            counts, lost = searched.counts, searched.failed
             work = work.of_search(plan, searched.finished, best)
         mishaps = train_all(work, finished=finished, at_once=at_once, retries=retries)
-        for point, failed in lost:
+        for point, failed in searched.failed if searched else []:
             work.trials.append(Trial(point, plan.seeds[0], failed.run))
             mishaps.failed.append(failed)
-        result = _result(plan, run, work, mishaps, best=best, counts=counts, arguments=arguments)
+        result = _result(
+            plan, run, work, mishaps, searched=searched, best=best, arguments=arguments
+        )
         for path in write_results(result, out) + _draw(result, out):
             say(f"wrote {path}")
     _print(result)
@@ -167,12 +170,12 @@ def _result(
     work: Work,
     mishaps: Mishaps,
     *,
+    searched: Searched | None,
     best: int,
-    counts: dict[str, int] | None,
     arguments: list[str],
 ) -> dict[str, Any]:
     """What results.json holds."""
-    rows, found, first = _rows(work, mishaps)
+    rows, found, first = _rows(work, mishaps, base=run.config)
     fields = (name for trial in work.trials for name in trial.point.values)
     return {
         "sweep": plan.name,
@@ -185,18 +188,24 @@ def _result(
         "rows": rows,
         "best": best_of(rows, best),
         "disagreement": disagreement(first),
-        "search": counts,
+        "search": searched and searched.counts,
+        "stopped": {
+            one.point.name: {"values": one.point.values, "epoch": one.epoch, "top1": one.top1}
+            for one in (searched.stopped if searched else [])
+        },
         "command": f"deit sweep {shlex.join(arguments)}",
         "environment": _environment(rows),
     }
 
 
 def _rows(
-    work: Work, mishaps: Mishaps
+    work: Work, mishaps: Mishaps, *, base: Config
 ) -> tuple[dict[str, outcome.Row], dict[str, Any], dict[str, Measured]]:
     """A row for each teacher and point, the last evaluation, and those with the first seed by
-    point. An evaluation that fails is one more mishap. Raises DeitError where none is left."""
+    point. An evaluation that fails is one more mishap. base: what points change. Raises DeitError
+    where none is left."""
     evaluations = Evaluations()
+    classes = any(trial.run.config.data.held_out for trial in work.trials)
     first: dict[str, Measured] = {}
     rows: dict[str, outcome.Row] = {}
     found: dict[str, Any] = {}
@@ -227,11 +236,12 @@ def _rows(
             rows[one.name]["failed"][str(seed)] = reasons[one.out]
         else:
             found = evaluated.found
-            _note(rows[one.name], seed, one.out, found)
+            _note(rows[one.name], seed, one.out, found, classes)
     for trial in work.trials:
         epochs = trial.run.config.optim.epochs
         row = outcome.new_row(epochs=epochs, teacher=False)
         more = {"values": trial.point.values, "seeds": [], "folders": [], "failed": {}}
+        more["changed"] = changes_of(trial.point, base)
         row = rows.setdefault(trial.point.name, {**row, **more})
         if (evaluated := said(trial.run)) is None:
             row["failed"][str(trial.seed)] = reasons[trial.run.out]
@@ -239,7 +249,7 @@ def _rows(
         if trial.seed == work.trials[0].seed:
             first[trial.point.name] = evaluated
         found = evaluated.found
-        _note(row, trial.seed, trial.run.out, found)
+        _note(row, trial.seed, trial.run.out, found, classes)
     if not any(row["values"] and row["seeds"] for row in rows.values()):
         raise failure_of(mishaps.failed)
     return rows, found, first
@@ -253,8 +263,8 @@ def _environment(rows: dict[str, outcome.Row]) -> dict[str, Any]:
     return {**found[0], "commit": ", ".join(commits)}
 
 
-def _note(row: outcome.Row, seed: int, out: Path, found: dict[str, Any]) -> None:
-    outcome.note(row, out, found)
+def _note(row: outcome.Row, seed: int, out: Path, found: dict[str, Any], classes: bool) -> None:
+    outcome.note(row, out, found, classes=classes)
     row["seeds"].append(seed)
     row["folders"].append(str(out))
 

@@ -292,9 +292,15 @@ def _study(value: Any) -> str:
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
-    seeds = value if isinstance(value, list) else [value]
-    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise ValueError(f"should be whole numbers from 0, is {value!r}")
+    if type(value) is int:  # a number of seeds, or one seed: both are meant by it
+        raise ValueError(f"should be a list: [{value}] for the seed {value}, [0, 1, 2] for three")
+    seeds = value
+    if (
+        not isinstance(seeds, list)
+        or not seeds
+        or not all(type(seed) is int and seed >= 0 for seed in seeds)
+    ):
+        raise ValueError(f"should be a list of whole numbers from 0, is {value!r}")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{value}: names one of them twice")
     return tuple(seeds)
@@ -381,15 +387,9 @@ def under_command_line(sweep: Sweep, asked: Config, config: Config) -> Sweep:
     asked: the recipe with what is set for all; config: with the command line over it. Raises
     ConfigError for a field that varies in the grid or the search.
     """
-    before, now = to_dict(asked), to_dict(config)
-    typed = {
-        f"{section}.{leaf}"
-        for section, values in now.items()
-        for leaf, value in values.items()
-        if value != before[section][leaf]
-    }
+    typed = _differing(asked, config)
     varied = {**sweep.grid, **(sweep.search.fields if sweep.search else {})}
-    if both := sorted(typed & varied.keys()):
+    if both := sorted(typed.keys() & varied.keys()):
         raise ConfigError(
             f"--{both[0]}: varies in the sweep {sweep.name}; leave it out, or change it there"
         )
@@ -465,6 +465,22 @@ def text_of(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(text_of, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def changes_of(point: Point, base: Config) -> dict[str, str]:
+    """The fields in which a point differs from what it was made of, with their values as text."""
+    return {name: text_of(value) for name, value in _differing(base, point.config).items()}
+
+
+def _differing(before: Config, now: Config) -> Fields:
+    """The fields that are not as before, with their values now."""
+    earlier = to_dict(before)
+    return {
+        f"{section}.{leaf}": value
+        for section, values in to_dict(now).items()
+        for leaf, value in values.items()
+        if value != earlier[section][leaf]
+    }
 
 
 def _title(values: dict[str, str]) -> str:

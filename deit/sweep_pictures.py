@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.charts import SERIES, TEACHER, Draw
-from deit.drawing import draw_comparison, final_top1
+from deit.drawing import draw_comparison, final_top1, legend
 from deit.errors import EnvironmentFault
 from deit.sweep_file import short_names
 from deit.sweep_results import points
@@ -71,8 +71,15 @@ def _figure(width: float, height: float, across: int = 1) -> tuple[Any, list[Any
 
 
 def _title(result: dict[str, Any]) -> str:
-    seeds = len(result["seeds"])
-    return f"{result['sweep']}, {result['recipe']} ({seeds} seed{'s' * (seeds > 1)})"
+    number, of = (
+        (result["search"]["trials"], "trial")
+        if result.get("search")
+        else (
+            len(result["seeds"]),
+            "seed",
+        )
+    )
+    return f"{result['sweep']}, {result['recipe']} ({number} {of}{'s' * (number > 1)})"
 
 
 def _values(result: dict[str, Any], field: str) -> list[str]:
@@ -118,36 +125,59 @@ def curve(result: dict[str, Any], field: str) -> Draw:
         axes.set_xticks(list(place.values()), list(place))
         axes.set(xlabel=short_names([field])[field], ylabel=f"{result['split']} top-1 %")
         axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize=8)
+        legend(axes)
 
     return draw
 
 
 def dots(result: dict[str, Any], field: str) -> Draw:
-    """Validation accuracy over a searched field: a dot for each trial that ran to its end."""
+    """Validation accuracy over a searched field: a dot for each trial that ran to its end, a ring
+    for each that was stopped, with what it had by then."""
 
     def draw(axes: Any) -> None:
+        from matplotlib.ticker import LogLocator, MaxNLocator
+
         rows = [row for row in points(result).values() if row["seeds"]]
-        values = [row["values"][field] for row in rows]
+        ended = [(row["values"][field], row["validation"][0]) for row in rows]
+        stopped = [
+            (one["values"][field], one["top1"]) for one in result.get("stopped", {}).values()
+        ]
+        values = [value for value, _ in ended + stopped]
         known, numbers = sorted(set(values)), numbers_of(values)
-        places = numbers or [known.index(value) for value in values]
-        shares = [100 * row["validation"][0] for row in rows]
-        axes.plot(places, shares, "o", color=SERIES[0], alpha=0.7)
+        place = dict(zip(values, numbers or map(known.index, values)))
+        for trials, filled in ((ended, True), (stopped, False)):
+            axes.plot(
+                [place[value] for value, _ in trials],
+                [100 * top1 for _, top1 in trials],
+                "o",
+                color=SERIES[0],
+                alpha=0.7,
+                fillstyle="full" if filled else "none",
+                label="at its end" if filled else "stopped",
+            )
         if numbers is None:
             axes.set_xticks(range(len(known)), known)
-        _scale(axes, numbers)
+        elif _scale(axes, numbers):
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+        else:
+            whole = all(number == int(number) for number in numbers)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole, min_n_ticks=1))
+        if stopped:
+            legend(axes)
         axes.set(xlabel=short_names([field])[field], ylabel="validation top-1 %")
         axes.grid(alpha=0.25)
 
     return draw
 
 
-def _scale(axes: Any, numbers: list[float] | None) -> None:
-    """Powers of ten where the values span about one or more."""
-    if numbers and min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
+def _scale(axes: Any, numbers: list[float] | None) -> bool:
+    """Powers of ten where the values span about one or more; whether they do."""
+    wide = bool(numbers) and min(numbers) > 0 and max(numbers) >= 8 * min(numbers)
+    if wide:
         axes.set_xscale("log")
         axes.minorticks_off()
+    return wide
 
 
 def heat_map(

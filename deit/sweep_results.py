@@ -49,9 +49,18 @@ def held_out_of(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def told_of_best(result: dict[str, Any]) -> str:
-    """How the best are told, or why none is."""
+    """How the best are told, or why none is; how many there are that nothing tells apart."""
     if result["best"]:
-        return "best on the validation split:"
+        own = points(result)
+        first = own[result["best"][0]]["validation"]
+        same = sum(
+            len(row["validation"]) == len(first)
+            and statistics.mean(row["validation"]) == statistics.mean(first)
+            for row in own.values()
+            if row["validation"]
+        )
+        tied = f" ({same} points are equal in front, in the order of the table)" * (same > 1)
+        return f"best on the validation split{tied}:"
     return "none is best: the points held out different classes, so they select by other images"
 
 
@@ -138,7 +147,8 @@ def write_results(result: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _csv(result: dict[str, Any]) -> str:
-    """A line for each run: what varies, its seed, what it came to; failed ones with the reason."""
+    """A line for each run: what varies, its seed, what it came to; where it failed or was stopped,
+    the reason."""
     text = io.StringIO()
     measured = ("validation_top1", *(f"{head}_top1" for head in HEADS), "agreement", "seconds")
     groups = tuple(f"{group}_top1" for group in _GROUPS if _some_held_out(result))
@@ -165,6 +175,10 @@ def _csv(result: dict[str, Any]) -> str:
             )
         for seed, reason in row["failed"].items():
             lines.writerow({**same, "seed": seed, "status": "failed", "reason": reason})
+    for name, one in result.get("stopped", {}).items():
+        told = {"point": name, **one["values"], "seed": result["seeds"][0], "status": "stopped"}
+        why = f"below the median at epoch {one['epoch']}"
+        lines.writerow({**told, "validation_top1": one["top1"], "reason": why})
     return text.getvalue()
 
 
@@ -172,7 +186,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The table, the best points and where the numbers come from."""
     seeds = ", ".join(map(str, result["seeds"]))
     environment = result["environment"]
-    where = f"{environment['device_name']}, commit {environment['commit']}"
+    where = where_from(environment)
     rows = [[_escaped(cell) for cell in row] for row in cells(result)]
     best = "\n".join(best_lines(result))
     reasons = [
@@ -189,7 +203,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['split']} images, mean +- standard deviation over seeds; the gain is in points "
         "over the first row.\n\n"
         f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{class_by_class(result)}"
-        f"{disagreement_table(result)}"
+        f"{changes_table(result)}{disagreement_table(result)}"
         f"{searched}{told_of_best(result).capitalize()}\n\n{best}\n\n"
         f"{failed}"
         f"`{result['command']}`\n\n{where}\n"
@@ -243,6 +257,36 @@ def unseen_marks(
 
 
 SHOWN_CLASSES = 20
+
+
+def where_from(environment: dict[str, Any]) -> str:
+    """Where numbers come from, in a line."""
+    torch = environment["packages"]["torch"]
+    return f"{environment['device_name']}, torch {torch}, commit {environment['commit']}"
+
+
+def changes(result: dict[str, Any]) -> dict[str, str]:
+    """What each named run or arm sets, by its name, as `field value, field value`; of a grid the
+    columns say it."""
+    named = {name: row for name, row in points(result).items() if "run" in row["values"]}
+    if result.get("search"):
+        return {}
+    grid = {field for field in result["fields"] if field != "run"}
+    found: dict[str, str] = {}
+    for row in named.values():
+        own = {field: value for field, value in row.get("changed", {}).items() if field not in grid}
+        told = ", ".join(f"{field} {value}" for field, value in own.items())
+        found.setdefault(row["values"]["run"], told or "as the recipe")
+    return found if any(row.get("changed") for row in named.values()) else {}
+
+
+def changes_table(result: dict[str, Any]) -> str:
+    """What each named run sets, in Markdown; "" where there is none."""
+    found = changes(result)
+    if not found:
+        return ""
+    rows = [[_escaped(name), _escaped(told)] for name, told in found.items()]
+    return f"What each run sets:\n\n{markdown_table(['run', 'sets'], rows)}\n\n"
 
 
 def disagreement_table(result: dict[str, Any]) -> str:

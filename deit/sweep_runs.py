@@ -71,6 +71,17 @@ class Work(NamedTuple):
         return Work(self.ground, self.below, trials, *_shared(plan, trials, out))
 
 
+def alike(trials: list[Trial]) -> list[str]:
+    """What is told of points that are the same run by another name."""
+    first: dict[Path, str] = {}
+    return [
+        f"{trial.point.name}: is the same run as {first[trial.run.out]}, trained once"
+        for trial in trials
+        if trial.seed == trials[0].seed
+        and first.setdefault(trial.run.out, trial.point.name) != trial.point.name
+    ]
+
+
 def work_of(plan: Sweep, run: RunArguments, *, asked: Config) -> Work:
     """All that a sweep is to train; of a search what is known before its first trial.
 

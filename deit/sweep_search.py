@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deit import shared_targets
-from deit.at_once import Failed, Planned, failure_of, train_beside
+from deit.at_once import Failed, Planned, Progress, failure_of, train_beside
 from deit.config import Config, derive
 from deit.console import say
 from deit.errors import ConfigError
 from deit.finished import Finished
-from deit.search import Search
+from deit.search import Search, Stopped
 from deit.sweep_file import Point, Sweep
 from deit.sweep_runs import Work, trials_of
 from deit.sweep_training import trained, unfinished
@@ -17,9 +17,10 @@ from deit.sweep_training import trained, unfinished
 
 class Searched(NamedTuple):
     """What a search came to. finished: the points of the trials that ran to their end, the best
-    first. counts: how many trials ended how."""
+    first. stopped: the others that were not tried in vain. counts: how many trials ended how."""
 
     finished: list[Point]
+    stopped: list[Stopped]
     counts: dict[str, int]
     failed: list[tuple[Point, Failed]]
 
@@ -63,14 +64,17 @@ def search_all(
         say(f"{min(over, plan.search.trials)} of {plan.search.trials} trials are over already")
     failed: dict[Path, Failed] = {}
     if search.left():
-        for one in unfinished(work.below):
-            if wrong := trained([one], at_once=1, retries=retries):
+        anew = unfinished(work.below)
+        progress = Progress(len(anew) + search.left())
+        for one in anew:
+            if wrong := trained([one], at_once=1, retries=retries, progress=progress):
                 raise failure_of(wrong)
         finished.check(map(planned, search.finished()))  # a teacher may be another than it was
         targets = _stored(plan, base, out)
     while left := search.left():
         # Once more: a trial that fails when no other is to be begun is proposed anew.
-        ended = train_beside(search.runs(), number=at_once, total=left, watch=search)
+        progress.total = progress.done + left
+        ended = train_beside(search.runs(), number=at_once, progress=progress, watch=search)
         failed |= {one.run.out: one for one in ended}
     lost = [(point, failed[planned(point).out]) for point in search.failed()]
     points = search.finished()
@@ -78,7 +82,7 @@ def search_all(
         if lost:
             raise failure_of([one for _, one in lost])
         raise ConfigError(f"--out {out}: no trial ran to its end")
-    return Searched(points, search.counts(), lost)
+    return Searched(points, search.stopped(), search.counts(), lost)
 
 
 def _stored(plan: Sweep, base: Config, out: Path) -> tuple[str, ...]:

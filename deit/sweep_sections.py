@@ -13,6 +13,7 @@ from deit.sweep_pictures import curve, dots, draw_heat_map, finished_rows, heat_
 from deit.sweep_results import (
     SHOWN_CLASSES,
     cells,
+    changes,
     class_shares,
     columns,
     described,
@@ -59,14 +60,37 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
     }
     if failed:
         body.append(page.part("Runs that failed", [page.card(failed)]))
+    if result.get("stopped"):
+        body.append(
+            page.part(
+                "Trials that were stopped", [_stopped(result, folder / f"{slug}-stopped.csv")]
+            )
+        )
+    if found := changes(result):
+        body.append(page.part("What each run sets", [page.card(found)]))
     environment = result["environment"]
     facts = {
         "recipe": result["recipe"],
         "command": result["command"],
         "device": environment["device_name"],
-        "commit": str(environment["commit"]),
+        "versions": f"torch {environment['packages']['torch']}, commit {environment['commit']}",
     }
     return [*body, page.card(facts)]
+
+
+def _stopped(result: dict[str, Any], file: Path) -> str:
+    """The trials that lay below the median, the best first."""
+    rows = [
+        [
+            *(one["values"].get(field, "") for field in result["fields"]),
+            f"{100 * one['top1']:.1f}",
+            str(one["epoch"]),
+        ]
+        for one in result["stopped"].values()
+    ]
+    heads = [*short_names(result["fields"]).values(), "validation top-1 %", "at epoch"]
+    told = "They lay below the median of the others at that epoch, on the validation split."
+    return page.table(heads, rows, caption=told, file=file)
 
 
 def _headline(result: dict[str, Any], own: dict[str, Any]) -> str:
@@ -83,7 +107,7 @@ def _headline(result: dict[str, Any], own: dict[str, Any]) -> str:
         best = result["best"][0]
         top1 = 100 * statistics.mean(final_top1(own[best]))
         values[f"{result['split']} top-1 of the best"] = f"{top1:.1f} %"
-        told = page.paragraph(f"Best on the validation split: {described(result, best)}.")
+        told = page.paragraph(f"{told_of_best(result).capitalize()} {described(result, best)}.")
     return page.tiles(values) + told
 
 
@@ -120,7 +144,7 @@ def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
             drawing = charts.chart(
                 dots(result, field), folder / f"{slug}-{slugged(field)}.png", width=4.5
             )
-            told = f"{short[field]}: validation accuracy of each trial that ran to its end."
+            told = f"{short[field]}: validation accuracy of each trial."
             drawn.append(page.figure(drawing, told))
         return drawn
     if len(fields) == 1:
@@ -154,7 +178,7 @@ def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
 
 
 def _on_unseen(row: dict[str, Any]) -> list[float]:
-    return [one["unseen"] for one in row.get("classes", [])]
+    return [one["unseen"] for one in row.get("classes", []) if one["unseen"] is not None]
 
 
 def _classes(result: dict[str, Any], file: Path) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deit import checkpoint, shared_targets
-from deit.at_once import Failed, Planned, may_pass, train_beside
+from deit.at_once import Failed, Planned, Progress, may_pass, train_beside
 from deit.console import say
 from deit.datasets.splits import load_splits
 from deit.errors import DeitError
@@ -41,9 +41,11 @@ def train_all(work: Work, *, finished: Finished, at_once: int, retries: int) -> 
     for data in dict.fromkeys(run.config.data for run in left if run.config.data.download):
         load_splits(data)  # fetched once, before runs beside each other all would
     anew = unfinished(work.below)
+    progress = Progress(len(anew) + len(left))
     for one in anew:  # one may build on another
-        for ready in _able([one], gone, mishaps):
-            _note(trained([ready], at_once=1, retries=retries), gone, mishaps)
+        for ready in _able([one], gone, mishaps, progress):
+            failed = trained([ready], at_once=1, retries=retries, progress=progress)
+            _note(failed, gone, mishaps)
         if one.out in mishaps.barred:
             gone[str(one.out)] = mishaps.barred[one.out]
     if anew:
@@ -51,12 +53,13 @@ def train_all(work: Work, *, finished: Finished, at_once: int, retries: int) -> 
     used = {target for run in left for target in run.config.teacher.targets}
     for store in work.stores:
         asking = Planned(store.path.name, store.config, store.path)
-        if str(store.path) in used and _able([asking], gone, mishaps):
+        if str(store.path) in used and _able([asking], gone, mishaps, None):
             say(f"answers that runs share: {store.path}")
             _note(_written(store, asking), gone, mishaps)
         if store.path in mishaps.barred:
             gone[str(store.path)] = mishaps.barred.pop(store.path)
-    mishaps.failed.extend(trained(_able(left, gone, mishaps), at_once=at_once, retries=retries))
+    able = _able(left, gone, mishaps, progress)
+    mishaps.failed.extend(trained(able, at_once=at_once, retries=retries, progress=progress))
     return mishaps
 
 
@@ -65,8 +68,11 @@ def unfinished(runs: Iterable[Planned]) -> list[Planned]:
     return [run for run in runs if checkpoint.result_of(run.out) is None]
 
 
-def _able(runs: list[Planned], gone: dict[str, str], mishaps: Mishaps) -> list[Planned]:
-    """The runs that lack nothing; the others are noted. gone: what could not be made, and why."""
+def _able(
+    runs: list[Planned], gone: dict[str, str], mishaps: Mishaps, progress: Progress | None
+) -> list[Planned]:
+    """The runs that lack nothing; the others are noted. gone: what could not be made, and why.
+    progress: what counts them."""
     able = []
     for run in runs:
         teacher, start = run.config.teacher, run.config.start.source
@@ -77,6 +83,8 @@ def _able(runs: list[Planned], gone: dict[str, str], mishaps: Mishaps) -> list[P
         if lacking is None:
             able.append(run)
         else:
+            if progress is not None:
+                progress.total -= 1
             mishaps.barred[run.out] = f"needs {lacking}, which failed: {gone[lacking]}"
     return able
 
@@ -86,9 +94,9 @@ def _note(failed: list[Failed], gone: dict[str, str], mishaps: Mishaps) -> None:
     gone.update({str(one.run.out): one.reason for one in failed})
 
 
-def trained(runs: list[Planned], *, at_once: int, retries: int) -> list[Failed]:
+def trained(runs: list[Planned], *, at_once: int, retries: int, progress: Progress) -> list[Failed]:
     """Train runs, those that fail again so often. Returns those that failed each time."""
-    failed = train_beside(runs, number=at_once) if runs else []
+    failed = train_beside(runs, number=at_once, progress=progress) if runs else []
     for _ in range(retries):
         again = [one for one in failed if may_pass(one.code)]
         if not again:
@@ -96,7 +104,8 @@ def trained(runs: list[Planned], *, at_once: int, retries: int) -> list[Failed]:
         for one in again:
             say(f"{one.run.name}: once more ({one.reason.splitlines()[0]})")
         kept = [one for one in failed if not may_pass(one.code)]
-        failed = kept + train_beside([one.run for one in again], number=at_once)
+        progress.total += len(again)
+        failed = kept + train_beside([one.run for one in again], number=at_once, progress=progress)
     return failed
 
 

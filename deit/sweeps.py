@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from deit.errors import ConfigError
+from deit.recipes import RECIPES
 from deit.studies import STUDIES
 from deit.sweep_file import Sweep, read_sweep
 from deit.text import nearest
@@ -32,6 +33,11 @@ def find_sweep(name: str) -> Sweep:
     """A named sweep, or that of a file. Raises ConfigError."""
     if name in SWEEPS:
         return SWEEPS[name]
+    if name in RECIPES and not Path(name).is_file():
+        raise ConfigError(
+            f"{name}: is a recipe; name what is to vary: deit sweep table-3 --recipe {name} (or "
+            f"another of {', '.join(SWEEPS)}), or a file of your own (docs/sweeps.md)"
+        )
     if not Path(name).is_file():
         raise ConfigError(
             f"{name}: no such file{nearest(name, SWEEPS)}; give a sweep in YAML or JSON "

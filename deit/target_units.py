@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shlex
 import shutil
 import struct
 import uuid
@@ -154,9 +153,9 @@ class Units:
     def _complete(self) -> bool:
         return read_manifest(self.store)["complete"]
 
-    def finish(self) -> None:
-        """Put the units together if all are there. Any number of processes may at once: they write
-        the same. Raises CheckpointError at a damaged unit."""
+    def finish(self) -> bool:
+        """Put the units together if all are there; whether the store is complete. Any number of
+        processes may at once: they write the same. Raises CheckpointError at a damaged unit."""
         number = self.layout.units
         there = sum(self.path(unit).is_file() for unit in range(number))
         try:
@@ -169,6 +168,7 @@ class Units:
         except FileNotFoundError:
             if not self._complete():
                 raise
+        return self._complete()
 
     def _put_together(self) -> None:
         sums, canaries, traces = [], [], []
@@ -206,7 +206,7 @@ class Units:
         say(
             f"{self.store}: complete, {layout.rows} answers ({layout.records}, {epochs} of "
             f"{layout.places}) in {size / 1e6:.2f} MB; the teacher names {percent(top1)} % of the "
-            f"labels\nnext: the same recipe with --teacher.targets {shlex.quote(str(self.store))}"
+            "labels"
         )
 
     def tidy(self) -> None:

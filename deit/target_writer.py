@@ -61,9 +61,10 @@ def write_targets(
     records: str | None = None,
     shard: tuple[int, int] = (0, 1),
     only: int | None = None,
-) -> None:
+) -> bool:
     """Write the answers of a configuration's teachers to its training views, and finish the store
-    when no unit of it is missing any more. What is there already is not written again.
+    when no unit of it is missing any more; whether it is complete, as the first process knows.
+    What is there already is not written again.
 
     epochs: to write; None: all that are trained. records: hard, full or top-K; None: what the
     objective needs. shard: (number from 0, of how many): which part of the units is written here.
@@ -110,7 +111,7 @@ def write_targets(
         if accelerator.is_main_process:
             units.tidy()
         say(f"{out}: complete already")
-        return
+        return True
     # The units, and beside them the file that they are put together in.
     written = sum(file.stat().st_size for file in (out / UNITS).glob("*.bin"))
     check_space(out, 2 * layout.rows * layout.dtype.itemsize - written, option="--out")
@@ -137,8 +138,7 @@ def write_targets(
         for _ in range(longest - writer.blocks):
             interruption.check()
         interruption.check(now=True)
-    if accelerator.is_main_process:
-        units.finish()
+    return accelerator.is_main_process and units.finish()
 
 
 def _layouts(out: Path, wanted: tuple[str, ...], otherwise: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,16 +1,16 @@
 """Several runs at once: the bits of each alone, failures that stop no other, signals that reach
 all."""
 
-import io
 import json
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from deit import at_once, checkpoint, journal
-from deit.at_once import Planned, check_number, train_at_once
+from deit.at_once import Planned, Progress, check_number, train_at_once
 from deit.config import derive
 from deit.disk import hold
 from deit.errors import ConfigError, DeitError, EnvironmentFault
@@ -48,7 +48,10 @@ def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, 
         more = ("--at_once", number, "--out", out, "--json", f"{out}.json")
         done = zygote.run(*words, *more)
         assert done.code == 0, done.err
-    assert "4 of 4 runs, ETA 0 s" in done.out
+    # Two teachers and four students.
+    told = [line for line in done.out.splitlines() if " of 6 runs, ETA " in line]
+    assert [line.partition("; ")[2].split()[0] for line in told] == list("123456")
+    assert told[-1].endswith("6 of 6 runs, ETA 0 s")
     assert "distilled, seed 1: epoch 2/2" in done.out
     for seed in (0, 1):
         for name in ("teacher", "distilled", "undistilled"):
@@ -78,7 +81,7 @@ def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(
     }
     runs = [Planned(name, one, tmp_path / name) for name, one in configs.items()]
     with pytest.raises(DeitError, match="2 runs failed") as failure:
-        train_at_once(runs, number=2)
+        train_at_once(runs, number=2, progress=Progress(len(runs)))
     said = capsys.readouterr()
     assert failure.value.exit_code in (2, 3)  # of the one that failed first
     lines = str(failure.value).splitlines()
@@ -178,15 +181,19 @@ def test_each_run_gets_the_gpu_that_has_the_fewest(monkeypatch, tmp_path, visibl
     given = []
 
     class Started:
-        def __init__(self, command, *, env, **more):
-            self.stdout = io.StringIO()
-            given.append(env.get("CUDA_VISIBLE_DEVICES", "-"))
+        """A process that says nothing and ends."""
+
+        def __init__(self, *, target, args):
+            given.append(args[1].get("CUDA_VISIBLE_DEVICES", "-"))
+
+        def start(self):
+            pass
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(at_once.torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(at_once.subprocess, "Popen", Started)
+    monkeypatch.setattr(at_once, "_processes", lambda *, alone: SimpleNamespace(Process=Started))
     here = at_once._Here(3, tmp_path)
     for seed in range(3):
         here.start(Planned(f"run {seed}", config(), tmp_path / str(seed)))
@@ -220,7 +227,7 @@ def test_a_run_that_is_given_up_stops_saved_and_is_no_failure(tmp_path):
             asked.append(name)
             yield Planned(name, one, tmp_path / name)
 
-    assert at_once.train_beside(runs(), number=1, total=2, watch=watch) == []
+    assert at_once.train_beside(runs(), number=1, progress=Progress(2), watch=watch) == []
     assert asked == ["hopeless", "good"]
     assert watch.ends == {"hopeless": 143, "good": 0}
     assert watch.asked.count("hopeless") == 1  # not asked again

@@ -162,7 +162,7 @@ PLAN = {
     "deit.sweep": place(8, doors="deit.sweep_runs deit.sweep_search deit.sweep_training"),
     "deit.search": place(6, "optuna"),
     "deit.page": place(1),
-    "deit.charts": place(1, "matplotlib"),
+    "deit.charts": place(1, "matplotlib", "deit.drawing"),
     "deit.run_sections": place(7, "torch"),
     "deit.run_pictures": place(7, "torch numpy PIL"),
     "deit.sweep_sections": place(8),

@@ -82,6 +82,9 @@ def test_what_stays_below_the_median_is_stopped_not_before_a_quarter(tmp_path):
     one.ended(good, 3, "why")
     assert next(runs, None) is None
     assert one.counts() == {"trials": 7, "finished": 5, "stopped": 1, "failed": 1}
+    (stopped,) = one.stopped()
+    assert (stopped.point.name, stopped.epoch, stopped.top1) == ("trial 5", 4, 0.1)
+    assert stopped.point.values.keys() == {"run", "optim.lr"}
 
 
 def test_a_run_at_its_end_is_not_stopped_and_counts_however_it_ended(tmp_path):

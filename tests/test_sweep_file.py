@@ -13,6 +13,7 @@ from deit.studies import STUDIES
 from deit.sweep_file import (
     Point,
     Span,
+    changes_of,
     corners_of,
     points_of,
     read_sweep,
@@ -153,6 +154,7 @@ BAD = {
     "unknown study": ("study: wort", "did you mean worth?"),
     "seeds": ("{study: worth, seeds: [0, 0]}", "twice"),
     "seed": ("{study: worth, seeds: [-1]}", "from 0"),
+    "a number of seeds": ("{study: worth, seeds: 3}", "[3] for the seed 3, [0, 1, 2] for three"),
     "words": ("{study: worth, share_targets: maybe}", "true or false"),
     "recipe": ("{study: worth, recipe: 3}", "should be a name"),
     "run": ("runs: {a: {optim.lrr: 1}}", "a: optim.lrr"),
@@ -267,6 +269,24 @@ def test_the_corners_of_a_search_go_together_with_what_they_need(tmp_path):
 def test_a_name_that_is_no_file_is_told_what_there_is():
     with pytest.raises(ConfigError, match="did you mean patience"):
         find_sweep("patienc")
+
+
+def test_a_recipe_in_the_place_of_a_sweep_is_told_apart():
+    with pytest.raises(ConfigError, match=r"is a recipe; .* --recipe cifar10-micro"):
+        find_sweep("cifar10-micro")
+
+
+def test_classes_called_by_numbers_need_no_quotes(tmp_path):
+    sweep = read(tmp_path, "grid: {data.held_out: [[6, 7], [8]]}")
+    found = points_of(sweep, digits())
+    assert [point.config.data.held_out for point in found] == [("6", "7"), ("8",)]
+
+
+def test_what_a_point_changes_is_told_by_field(tmp_path):
+    sweep = read(tmp_path, "runs: {plain: {}, other: {loss.temperature: 4, optim.lr: 0.5}}")
+    plain, other = points_of(sweep, digits())
+    assert changes_of(plain, digits()) == {}
+    assert changes_of(other, digits()) == {"loss.temperature": "4", "optim.lr": "0.5"}
 
 
 def test_points_are_configurations_that_can_be_written_down(tmp_path):
