@@ -1,7 +1,7 @@
 """Several runs at once on one machine: each a process of its own, with its share of the cores."""
 
 import io
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import queue
 import runpy
@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
+import deit
 from deit.config import Config, code_of, to_dict
 from deit.console import clock, say, warn
 from deit.disk import write_json
@@ -208,6 +209,15 @@ def _processes(*, alone: bool) -> multiprocessing.context.BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
+    before = os.environ.get("PYTHONPATH")
+    # It finds our modules where we did, whatever else is installed.
+    root = str(Path(deit.__file__).resolve().parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, before)))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        os.environ |= {} if before is None else {"PYTHONPATH": before}
     return context
 
 

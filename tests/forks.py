@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,6 +106,31 @@ class Zygote:
         """Run `deit ARGUMENTS`, or a root script of that name, to its end."""
         return self.start(*arguments, cwd=cwd, script=script, **environment).wait()
 
+    def together(
+        self,
+        *arguments: object,
+        processes: int = 2,
+        of_node: int | None = None,
+        cwd: Path | None = None,
+        script: str | None = None,
+        **environment: str,
+    ) -> list[Done]:
+        """The processes of a command or script as torchrun would start them, on nodes of so many
+        (None: one node), to their end."""
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            environment["WORLD_SIZE"] = str(processes)
+            environment["LOCAL_WORLD_SIZE"] = str(of_node or processes)
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        started = []
+        for rank in range(processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank % (of_node or processes))}
+            own = own if processes > 1 else {}
+            started.append(self.start(*arguments, cwd=cwd, script=script, **environment, **own))
+        return [one.wait() for one in started]
+
     def close(self) -> None:
         """End the process that forks."""
         self.process.stdin.close()
@@ -136,7 +162,9 @@ def _become(question: dict[str, Any]) -> None:
     if question["script"]:
         code = 0
         try:
-            runpy.run_path(str(ROOT / question["script"]), run_name="__main__")
+            path = ROOT / question["script"]
+            sys.path.insert(0, str(path.parent))
+            runpy.run_path(str(path), run_name="__main__")
         except SystemExit as leaving:
             code = leaving.code
     else:

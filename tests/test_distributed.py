@@ -24,16 +24,13 @@ SETTINGS = (
 )
 
 
-def launch(number, *arguments, cwd, **variables):
-    program = [sys.executable]
-    if number > 1:
-        program += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(number)]
-        program += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+def torchrun(*arguments, cwd):
+    """What two processes say that torchrun starts."""
+    program = (sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=2")
     done = subprocess.run(
-        [*program, *map(str, arguments)],
+        [*program, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *map(str, arguments)],
         cwd=cwd,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -42,20 +39,23 @@ def launch(number, *arguments, cwd, **variables):
     return done.stdout
 
 
+def said_by(zygote, number, script, *arguments, cwd):
+    """What so many processes of a script say, started as torchrun would, without its seconds."""
+    done = zygote.together(*arguments, processes=number, script=str(script), cwd=cwd)
+    assert [one.code for one in done] == [0] * number, "".join(one.err for one in done)
+    return "".join(one.out for one in done)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, zygote):
     """A student trained by one process, and by two, against the same teacher."""
     place = tmp_path_factory.mktemp("runs")
     script = ROOT / "train_deit.py"
-    launch(1, script, "digits-teacher", "--optim.epochs", 3, "--out", "teacher", cwd=place)
-    outputs = {}
-    for number in (1, 2):
-        outputs[number] = launch(
-            number,
-            *(script, "digits", "--teacher.source", "teacher", "--out", f"of-{number}", *SETTINGS),
-            cwd=place,
-        )
-    return place, outputs
+    words = ("digits-teacher", "--optim.epochs", 3, "--out", "teacher")
+    said_by(zygote, 1, script, *words, cwd=place)
+    words = ("digits", "--teacher.source", "teacher", *SETTINGS)
+    alone = said_by(zygote, 1, script, *words, "--out", "of-1", cwd=place)
+    return place, {1: alone, 2: torchrun(script, *words, "--out", "of-2", cwd=place)}
 
 
 def rows(place, number):
@@ -83,12 +83,12 @@ def test_only_the_main_process_speaks_and_the_batch_is_explained(runs):
     assert "64 = 1 process x 1 accumulated x 64" in outputs[1]
 
 
-def test_evaluation_by_two_processes_counts_each_image_once(runs):
+def test_evaluation_by_two_processes_counts_each_image_once(runs, zygote):
     place, _ = runs
     found = {}
     for number in (1, 2):
         file = place / f"evaluation-{number}.json"
-        launch(number, ROOT / "evaluate_deit.py", "of-1", "--json", file, cwd=place)
+        said_by(zygote, number, "evaluate_deit.py", "of-1", "--json", file, cwd=place)
         found[number] = json.loads(file.read_text())
     assert found[2]["num_samples"] == found[1]["num_samples"] == 359
     assert found[2]["heads"] == found[1]["heads"]
@@ -96,7 +96,7 @@ def test_evaluation_by_two_processes_counts_each_image_once(runs):
     assert found[2]["agreement"] == found[1]["agreement"]
 
 
-def test_a_command_leaves_the_process_group_before_the_interpreter_ends(tmp_path):
+def test_a_command_leaves_the_process_group_before_the_interpreter_ends(zygote, tmp_path):
     code = (
         "import torch.distributed as d\n"
         "from pathlib import Path\n"
@@ -109,7 +109,7 @@ def test_a_command_leaves_the_process_group_before_the_interpreter_ends(tmp_path
         "assert not any('gloo' in name for name in names), names"
     )
     (tmp_path / "main.py").write_text(code)
-    launch(2, tmp_path / "main.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    said_by(zygote, 2, tmp_path / "main.py", cwd=tmp_path)
 
 
 def test_accelerate_launch_runs_the_same_script(runs):
@@ -132,10 +132,10 @@ def test_accelerate_launch_runs_the_same_script(runs):
     assert environment["precision"] == "bf16"  # what the launcher said
 
 
-def test_images_in_files_train_the_same_on_two_processes(tmp_path):
+def test_images_in_files_train_the_same_on_two_processes(zygote, tmp_path):
     write_pictures(tmp_path / "images", number=16)
     command = (
-        *(ROOT / "train_deit.py", "folder", "--data.root", "images", "--objective", "none"),
+        *("train_deit.py", "folder", "--data.root", "images", "--objective", "none"),
         *("--student.name", "vit_micro", "--student.depth", "1", "--student.embed_dim", "16"),
         *("--student.num_heads", "2", "--student.image_size", "16", "--data.image_size", "18"),
         *("--optim.batch_size", "16", "--optim.epochs", "1", "--optim.warmup_epochs", "0"),
@@ -143,7 +143,7 @@ def test_images_in_files_train_the_same_on_two_processes(tmp_path):
     )
     files = ("--data.storage", "files", "--data.workers", "1")
     said = {
-        number: launch(number, *command, *files, "--out", f"of-{number}", cwd=tmp_path)
+        number: said_by(zygote, number, *command, *files, "--out", f"of-{number}", cwd=tmp_path)
         for number in (1, 2)
     }
     assert "; decoded by 1 worker; " in said[1]
@@ -151,7 +151,7 @@ def test_images_in_files_train_the_same_on_two_processes(tmp_path):
         assert ours["train"] == pytest.approx(theirs["train"], abs=1e-5)
         assert ours["validation"] == pytest.approx(theirs["validation"], abs=1e-9)
         assert {"reading", "waiting", "views"} <= ours["loader"]["images_per_s"].keys()
-    launch(1, *command, "--data.storage", "memory", "--out", "of-3", cwd=tmp_path)
+    said_by(zygote, 1, *command, "--data.storage", "memory", "--out", "of-3", cwd=tmp_path)
     assert rows(tmp_path, 3)[-1]["train"]["loss"] > 0
 
 
@@ -216,14 +216,13 @@ leave_processes()
 """
 
 
-def test_an_update_exchanges_four_bytes_a_parameter_and_half_of_it_compressed(tmp_path):
+def test_an_update_exchanges_four_bytes_a_parameter_and_half_of_it_compressed(zygote, tmp_path):
     """In pieces, so that the exchange may begin before the last gradient is there."""
     script = tmp_path / "exchange.py"
     script.write_text(EXCHANGE)
     found = {}
     for kind in ("none", "bf16"):
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        said = launch(2, script, kind, f"{kind}.pt", cwd=tmp_path, PYTHONPATH=path)
+        said = said_by(zygote, 2, script, kind, f"{kind}.pt", cwd=tmp_path)
         found[kind] = json.loads(said.splitlines()[-1])
         assert sum(found[kind]["pieces"]) == 4 * found[kind]["parameters"]
         assert len(found[kind]["pieces"]) >= 5

@@ -20,8 +20,11 @@ PICTURES = shlex.split("--data.image_size 8 --student.image_size 8 --optim.batch
 SMALL = {
     "digits-teacher": ["--optim.epochs", "2", "--optim.warmup_epochs", "1"],
     "digits": [*QUICK, "--student.depth", "1"],
-    "digits-ensemble": [*QUICK, "--student.depth", "1", "--teacher.allow_weak"],
-    # Its start and teachers: runs that the commands before it leave.
+    # Starts and teachers: runs that the commands before them leave.
+    "digits-ensemble": [
+        *(*QUICK, "--student.depth", "1", "--teacher.allow_weak"),
+        *("--teacher.source", "checkpoints/digits-teacher,checkpoints/hard"),
+    ],
     "digits-finetune": [
         *(*QUICK, "--student.depth", "1", "--start.source", "checkpoints/digits/best"),
         *("--teacher.source", "checkpoints/teacher-16", "--teacher.allow_weak"),
@@ -40,13 +43,6 @@ SMALL = {
     "folder": [
         *(*QUICK, *PICTURES, "--teacher.allow_weak", "--optim.min_lr", "0"),
         *("--student.depth", "1", "--student.patch_size", "2"),
-    ],
-}
-TEACHERS_OF = {
-    "digits": lambda out: ["--teacher.source", f"{out}/teacher"],
-    "digits-ensemble": lambda out: [
-        "--teacher.source",
-        f"{out}/digits-teacher,{out}/digits-involution-teacher",
     ],
 }
 PROGRAMS = ("python", "make", "deit", "torchrun", "accelerate", "pip", "source")
@@ -106,21 +102,21 @@ OTHERS = [command for command in readme_commands() if not as_ours(command)]
 def test_our_commands_run_in_the_readmes_order(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setattr("deit.models.cost._ROUND_S", 0.05)
-    codes, taught = {}, {}
+    codes, taught = {}, []
     for command in OURS:
         name, arguments = as_ours(command)
         if name == "compare":
             recipe, out = arguments[0], arguments[arguments.index("--out") + 1]
             arguments = [*arguments, *SMALL[recipe], "--seeds", "0"]
-            # The first comparison of a recipe trains its teachers, the others take those.
-            arguments += taught.get(recipe, [])
-            taught.setdefault(recipe, TEACHERS_OF.get(recipe, lambda out: [])(out))
+            if recipe == "digits":  # the first comparison trains its teacher, the others take it
+                arguments += taught
+                taught = taught or ["--teacher.source", f"{out}/teacher"]
             arguments += ["--views.teacher_crops", "3"] if "teaching" in arguments else []
         elif name == "train":
             arguments = [*arguments, *SMALL[arguments[0]]]
         elif name == "sweep":
             arguments = [*arguments, *SMALL["digits"], "--seeds", "0"]
-            arguments += taught["digits"]
+            arguments += taught
         elif name == "finetune":
             arguments = [*arguments, *QUICK, "--teacher.allow_weak"]
         elif name == "targets" and arguments[0] == "write":

@@ -1,9 +1,7 @@
 """A student divided among processes: the numbers of a whole one, whole files, exact resume."""
 
 import json
-import os
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from deit.recipes import digits
 from deit.sharding import number_of_parts
 from deit.validation import validate
 from tests.forks import Done, Zygote
-from tests.test_distributed import launch
+from tests.test_distributed import said_by
 from tests.test_kills import SMALL, STEPS, same
 
 ROOT = Path(__file__).parents[1]
@@ -41,19 +39,8 @@ def run(
     fault: str = "",
 ) -> list[Done]:
     """The processes of a run, as torchrun would start them on nodes of so many."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(of_node)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DEIT_FAULT": fault}
-    if processes == 1:
-        shared = {"DEIT_FAULT": fault}
     words = ("train", *recipe, "--out", out, "--resume", *more)
-    started = [
-        zygote.start(*words, **shared, **({"RANK": str(rank)} if processes > 1 else {}))
-        for rank in range(processes)
-    ]
-    return [process.wait() for process in started]
+    return zygote.together(*words, processes=processes, of_node=of_node, DEIT_FAULT=fault)
 
 
 def done(*arguments, **options) -> None:
@@ -251,12 +238,11 @@ leave_processes()
 """
 
 
-def test_each_process_holds_its_part_alone(tmp_path):
+def test_each_process_holds_its_part_alone(zygote, tmp_path):
     """Weights, average and both moments: half of all, but for what does not divide."""
     script = tmp_path / "memory.py"
     script.write_text(MEMORY)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    said = launch(2, script, cwd=tmp_path, PYTHONPATH=path)
+    said = said_by(zygote, 2, script, cwd=tmp_path)
     line = next(line for line in said.splitlines() if line.startswith("["))
     often, once = json.loads(line)
     assert once / often == pytest.approx(0.5, abs=0.01)

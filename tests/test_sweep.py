@@ -82,7 +82,7 @@ def test_every_point_and_seed_is_trained_and_told(swept):
     assert "| 3 |" in text
     assert found["command"] in text
     assert (place / "out" / "loss.temperature.png").read_bytes()[:4] == b"\x89PNG"
-    assert "4 of 4 runs, ETA 0 s" in done.out
+    assert "5 of 5 runs, ETA 0 s" in done.out  # the teacher is one
     assert "best on the validation split" in done.out
 
 
@@ -286,7 +286,7 @@ def trained_by(monkeypatch, tmp_path, codes):
     """Stand in for training: these runs fail with these codes. Returns who was asked, in turn."""
     asked = []
 
-    def beside(runs, *, number):
+    def beside(runs, *, number, progress):
         asked.append([run.name for run in runs])
         failing = [run for run in runs if run.name in codes]
         return [Failed(run, codes[run.name], "why", tmp_path) for run in failing]
