@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deit.drawing import legend
 from deit.errors import EnvironmentFault
@@ -198,11 +198,13 @@ def scatter(points: dict[str, tuple[float, float]], across: str, up: str) -> Dra
             axes.set_xscale("log")
         for name, x, y, colour in zip(names, xs, ys, SERIES * len(xs)):
             axes.scatter([x], [y], color=colour, s=28)
+            near = labels[name]
             axes.annotate(
                 name,
                 (x, y),
-                xytext=labels[name],
+                xytext=(near.edge, near.height),
                 textcoords="axes fraction",
+                ha=near.side,
                 va="center",
                 fontsize=8,
                 color=colour,
@@ -236,27 +238,47 @@ def _span(values: list[float], log: bool) -> tuple[float, float]:
     return tuple(map(math.exp, limits)) if log else limits
 
 
-def _apart(places: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """Where the names of points go, the left end of each, so that none covers another or a point:
-    beside its own, as near as may be. All in [0, 1] of the axes."""
-    width, height = _LABEL
+class _Near(NamedTuple):
+    """Where the name of a point goes: its edge at the point's side, which is its left or right."""
+
+    edge: float
+    height: float
+    side: str
+
+    def ends(self, name: str) -> tuple[float, float]:
+        """From where to where it goes, if its signs are as wide as they may be."""
+        long = _LABEL[0] * len(name)
+        return (
+            (self.edge, self.edge + long) if self.side == "left" else (self.edge - long, self.edge)
+        )
+
+
+def _apart(places: dict[str, tuple[float, float]]) -> dict[str, _Near]:
+    """Where the names of points go so that none covers another or a point: beside its own, as near
+    as may be. All in [0, 1] of the axes."""
+    high = _LABEL[1]
     taken = [(x - 0.012, x + 0.012, y) for x, y in places.values()]
-    found = {}
+    found: dict[str, _Near] = {}
     for name, (x, y) in sorted(places.items(), key=lambda one: one[1][1]):
-        long = width * len(name)
-        right, left = min(x + 0.025, 1 - long), x - 0.025 - long
-        sides = [right] if left < 0 else [right, left]
-        moves = sorted(range(-24, 25), key=abs)
-        tried = [(side, y + move * height / 2) for move in moves for side in sides]
-        free = [
-            (side, at)
-            for side, at in tried
-            if 0 <= at <= 1
-            and all(
-                side + long < low or high < side or abs(at - other) >= height
-                for low, high, other in taken
+        tried = [
+            near
+            for move in sorted(range(-24, 25), key=abs)
+            for near in (
+                _Near(x + 0.025, y + move * high / 2, "left"),
+                _Near(x - 0.025, y + move * high / 2, "right"),
             )
         ]
-        found[name] = side, at = (free or tried)[0]
-        taken.append((side, side + long, at))
+        free = [one for one in tried if _is_free(one, name, taken)]
+        found[name] = (free or tried)[0]
+        taken.append((*found[name].ends(name), found[name].height))
     return found
+
+
+def _is_free(near: _Near, name: str, taken: list[tuple[float, float, float]]) -> bool:
+    """Whether a name that goes there is inside the axes and covers nothing."""
+    left, right = near.ends(name)
+    inside = left >= 0 and right <= 1 and 0 <= near.height <= 1
+    return inside and all(
+        right < low or high < left or abs(near.height - other) >= _LABEL[1]
+        for low, high, other in taken
+    )

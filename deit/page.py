@@ -9,7 +9,7 @@ from pathlib import Path
 
 # The browser itself refuses whatever would leave the file.
 _ALONE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-_MANY = 9  # columns, from which on a table is set smaller
+_MANY = 8  # columns, from which on a table is set smaller
 _TYPES = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
 
 
@@ -99,9 +99,10 @@ def table(
         cells = "".join(_cell(value, columns[at]) for at, value in enumerate(row))
         lines.append(f'<tr class="best">{cells}</tr>' if place == best else f"<tr>{cells}</tr>")
     wide = " wide" if len(columns) > _MANY else ""
-    return (
-        f'{_caption(caption)}<div class="scroll"><table class="sortable{wide}"><thead>'
-        f"<tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    return _captioned(
+        caption,
+        f'<table class="sortable{wide}"><thead>'
+        f"<tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>",
     )
 
 
@@ -168,16 +169,17 @@ def heat_table(
         lines.append(f'<tr><th scope="row">{text(name)}</th>{cells}</tr>')
     heads = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
     many = " many" if len(columns) > 6 and max(map(len, columns)) > 3 else ""
-    return (
-        f'{_caption(caption)}<div class="scroll"><table class="heat{many}"><thead><tr>'
-        f"<th>{text(corner)}</th>"
-        f"{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    return _captioned(
+        caption,
+        f'<table class="heat{many}"><thead><tr><th>{text(corner)}</th>'
+        f"{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>",
     )
 
 
-def _caption(caption: str) -> str:
-    """Above a table, and not in it: what scrolls would take it along."""
-    return f'<p class="caption">{text(caption)}</p>' if caption else ""
+def _captioned(caption: str, table: str) -> str:
+    """A table that scrolls where it is too wide, and its caption, which does not, as one block."""
+    above = f'<p class="caption">{text(caption)}</p>' if caption else ""
+    return f'<div class="table">{above}<div class="scroll">{table}</div></div>'
 
 
 def _write(file: Path | None, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -1,5 +1,6 @@
 """`deit report`: one page of HTML about runs and sweeps, with its charts and tables beside it."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from deit.ground import slug
 from deit.measured import Evaluations, disagreement
 from deit.run_pictures import Pictures, draw_run
 from deit.run_sections import View, card_of, final_top1, sections_of, write_csv
+from deit.shared_targets import DIGITS
 from deit.summary import summary_of
 from deit.sweep_results import MANIFEST
 from deit.sweep_sections import sections_of_sweep
@@ -22,6 +24,7 @@ from deit.validation import load
 PAGE = "index.html"
 _MARK = "report.json"  # of which runs; by it a folder is known, also one that was not finished
 _LARGE = 2 * 2**20
+_HASH = re.compile(rf"-[0-9a-f]{{{DIGITS}}}$")
 
 
 def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool = False) -> Path:
@@ -79,11 +82,17 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
 
 
 def _names(paths: list[Path]) -> dict[Path, str]:
-    """What each is called: its folder, in full where two are called the same."""
+    """What each is called: its folder, without the hash that a sweep puts behind it; with it, or in
+    full, where two would be called the same."""
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError("a run is named twice; once is enough")
-    short = [path.resolve().name for path in paths]
-    return {path: name if short.count(name) == 1 else str(path) for path, name in zip(paths, short)}
+    whole = [path.resolve().name for path in paths]
+    short = [_HASH.sub("", name) for name in whole]
+    found = {}
+    for path, *names in zip(paths, short, whole):
+        alone = [one for one, all_ in zip(names, (short, whole)) if all_.count(one) == 1]
+        found[path] = alone[0] if alone else str(path)
+    return found
 
 
 def _slugs(names: dict[Path, str]) -> dict[Path, str]:
@@ -233,19 +242,18 @@ def _side_by_side(views: list[View], out: Path) -> list[str]:
     write_csv(out / "runs.csv", columns, lines)
     best = max(range(len(views)), key=lambda place: views[place].told["selected"])
     curves = {view.name: view.told["curve"] for view in views}
-    drawn = charts.chart(charts.curves(curves, {}), out / "runs.png", width=9, height=3.8)
+    drawn = charts.chart(charts.curves(curves, {}), out / "runs.png")
     told = "Test top-1 % by head; in bold the best on the validation split."
-    body = [
-        page.table(columns, rows, caption=told, best=best),
-        page.figure(drawn, "Validation accuracy of the answer that selects the weights."),
-    ]
+    figures = [page.figure(drawn, "Validation accuracy of the answer that selects the weights.")]
     if all("cost" in view.measured.found for view in views):
         speeds = [view.measured.found["cost"]["images_per_s"] for view in views]
         shares = [100 * final_top1(view.measured) for view in views]
         places = dict(zip((view.name for view in views), zip(speeds, shares)))
         dots = charts.scatter(places, "images/s (inference)", "test top-1 %")
         drawn = charts.chart(dots, out / "throughput.png")
-        body.append(page.figure(drawn, "Accuracy against speed, both measured on this machine."))
+        speed = "Accuracy against speed, both measured on this machine."
+        figures.append(page.figure(drawn, speed))
+    body = [page.table(columns, rows, caption=told, best=best), page.pair(*figures)]
     shares = disagreement({view.name: view.measured for view in views})
     if shares:
         values = [[100 * shares[a][b] if a != b else None for b in shares] for a in shares]

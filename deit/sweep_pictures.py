@@ -158,7 +158,8 @@ def dots(result: dict[str, Any], field: str) -> Draw:
         if numbers is None:
             axes.set_xticks(range(len(known)), known)
         elif _scale(axes, numbers):
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            decades = math.log10(max(numbers) / min(numbers))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.7 else (1, 3)))
             axes.xaxis.set_major_formatter("{x:g}")
         else:
             whole = all(number == int(number) for number in numbers)

@@ -33,6 +33,9 @@ TRY = """<script>addEventListener("load", () => {
   const told = {wrong, pictures: document.images.length};
   told.drawings = document.querySelectorAll("svg").length;
   told.empty = [...document.images].filter((one) => !one.complete || !one.naturalWidth).length;
+  // A caption that is no block with its table stands beside it.
+  const beside = [...document.querySelectorAll(".pair > *")];
+  told.blocks = beside.length && beside.every((one) => one.matches("figure, .table"));
   told.wide = document.documentElement.scrollWidth - innerWidth;
   const colour = () => getComputedStyle(document.body).backgroundColor;
   const before = colour();
@@ -121,6 +124,7 @@ def test_a_browser_opens_the_page(place, name, tables, width):
     assert told["tables"] >= tables
     assert told["sorted"]
     assert told["colours"][0] != told["colours"][1]
+    assert told["blocks"] is True
     assert told["wide"] <= 0  # what is wider scrolls for itself
 
 
@@ -195,6 +199,18 @@ def test_names_that_differ_in_signs_alone_have_files_of_their_own(tmp_path):
     paths = {tmp_path / name: name for name in ("lr-0.1", "lr-0-1", "Run", "run", "模", "型")}
     found = report._slugs(paths)
     assert list(found.values()) == ["lr-0-1", "lr-0-1-2", "run", "run-2", "run-3", "run-4"]
+
+
+def test_runs_of_a_sweep_are_called_without_their_hash_where_that_tells_them_apart(tmp_path):
+    first, again, other = (
+        tmp_path / name
+        for name in ("a-seed-0-0123456789ab", "x/a-seed-0-ba9876543210", "b-seed-0-0123456789ab")
+    )
+    assert report._names([first, other]) == {first: "a-seed-0", other: "b-seed-0"}
+    whole = report._names([first, again, other])
+    assert list(whole.values()) == [first.name, again.name, "b-seed-0"]
+    elsewhere = tmp_path / "y" / first.name
+    assert report._names([first, elsewhere]) == {first: str(first), elsewhere: str(elsewhere)}
 
 
 def test_runs_of_a_sweep_have_their_cost_too(place):

@@ -237,11 +237,8 @@ def test_names_of_points_cover_neither_each_other_nor_a_point(seed):
         )
         for number in range(9)
     }
-    width, height = charts._LABEL
-    boxes = {
-        name: (left, left + width * len(name), at)
-        for name, (left, at) in charts._apart(places).items()
-    }
+    height = charts._LABEL[1]
+    boxes = {name: (*near.ends(name), near.height) for name, near in charts._apart(places).items()}
     assert all(left >= 0 and right <= 1 and 0 <= at <= 1 for left, right, at in boxes.values())
     marks = {f"{name}'s mark": (x, x, y) for name, (x, y) in places.items()}
     for one, other in itertools.combinations({**boxes, **marks}, 2):
