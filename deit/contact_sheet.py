@@ -33,6 +33,8 @@ _TILE = 128  # side of a picture on the sheet [px]
 _GAP = 8
 _LINE = 16
 _INK, _PAPER, _FAINT = (20, 20, 20), (255, 255, 255), (120, 120, 120)
+# Of a sheet without paper: a grey that can be read on white and on black.
+_GREY, _CLEAR = (128, 136, 148, 255), (128, 136, 148, 0)
 _SHOWN_LABELS = 2
 
 
@@ -50,14 +52,21 @@ def check_picture(path: Path, *, option: str) -> None:
 
 
 def draw_views(
-    config: Config, out: Path, *, epoch: int = 0, number: int = 12, splits: Splits | None = None
+    config: Config,
+    out: Path,
+    *,
+    epoch: int = 0,
+    number: int = 12,
+    splits: Splits | None = None,
+    clear: bool = False,
 ) -> None:
     """Write a sheet of the first `number` views of an epoch, as a run would train on them.
 
     Each shows the image as it is stored, the student's view and the teacher's, with their sizes;
     below, the label's weights after mixing and the teacher's answer. A teacher that is not there
     yet is left out with a warning. splits: of the configuration's data, where they are loaded
-    already. Raises the errors of deit.errors.
+    already. clear: whether whatever lies below shows through instead of white paper. Raises the
+    errors of deit.errors.
     """
     config = validate(config, online=False)
     config = settled(config, found_start(config))
@@ -81,7 +90,7 @@ def draw_views(
         one = f" (crop 1 of {crops})" if config.views.teacher_view == "crops" else ""
         seen.append(f"teacher {wanted or batch.teacher_images.shape[-1]} px{one}")
     title = f"epoch {epoch}, seed {config.run.seed}: {' | '.join(seen)}"
-    _sheet(cells, title).save(out)
+    _sheet(cells, title, clear=clear).save(out)
     say(f"wrote {out}: {len(cells)} views")
 
 
@@ -155,7 +164,7 @@ def _picture(image: Tensor) -> Image.Image:
     return picture.resize((_TILE, _TILE), how)
 
 
-def _sheet(cells: list[_Cell], title: str) -> Image.Image:
+def _sheet(cells: list[_Cell], title: str, *, clear: bool) -> Image.Image:
     """The cells in a grid about as wide as it is high, under a title."""
     font = ImageFont.load_default(size=13)
     across = len(cells[0].pictures) * (_TILE + 2) + _GAP
@@ -163,9 +172,11 @@ def _sheet(cells: list[_Cell], title: str) -> Image.Image:
     columns = max(1, min(len(cells), round((len(cells) * down / across) ** 0.5)))
     rows = -(-len(cells) // columns)
     header = _LINE + 2 * _GAP
-    sheet = Image.new("RGB", (columns * across + _GAP, rows * down + header), _PAPER)
+    kind, paper = ("RGBA", _CLEAR) if clear else ("RGB", _PAPER)
+    ink, faint = (_GREY, _GREY) if clear else (_INK, _FAINT)
+    sheet = Image.new(kind, (columns * across + _GAP, rows * down + header), paper)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, _GAP), title, fill=_INK, font=font)
+    draw.text((_GAP, _GAP), title, fill=ink, font=font)
     for index, cell in enumerate(cells):
         left = _GAP + index % columns * across
         top = header + index // columns * down
@@ -174,7 +185,7 @@ def _sheet(cells: list[_Cell], title: str) -> Image.Image:
         for place, line in enumerate(cell.lines):
             at = (left, top + _TILE + 2 + place * _LINE)
             draw.text(
-                at, _fitted(line, across - _GAP, font), fill=_INK if place else _FAINT, font=font
+                at, _fitted(line, across - _GAP, font), fill=ink if place else faint, font=font
             )
     return sheet
 

@@ -13,12 +13,15 @@ def draw_attention(
     answers: list[dict[str, str]],
     captions: list[str],
     path: Path,
+    *,
+    clear: bool = False,
 ) -> None:
     """A row for each image: the image with the answers, then a token's map over it, as a PNG.
 
     images: [side, side, 3] in [0, 1]. maps: [tokens, patches, patches] of each image, coloured
     from its own least to its own most. names: of the tokens. answers: by head, of each image.
-    captions: a line for each image.
+    captions: a line for each image. clear: whether whatever lies below shows through instead of
+    white paper, under letters that can be read on white and on black.
     Raises EnvironmentFault without matplotlib.
     """
     try:
@@ -26,6 +29,7 @@ def draw_attention(
     except ImportError:
         raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
     across = 1 + len(names)
+    ink = {"color": "#808894"} if clear else {}
     figure = Figure(figsize=(2.6 * across, 2.9 * len(images)), layout="constrained")
     grid = figure.subplots(len(images), across, squeeze=False)
     for row, (image, tokens, said, caption) in enumerate(zip(images, maps, answers, captions)):
@@ -34,15 +38,17 @@ def draw_attention(
         _show(grid[row][0], image, side)
         # File and class names are no formulas.
         text = f"{caption}\n{_told(said)}"
-        grid[row][0].set_title(text, fontsize=8, loc="left", parse_math=False)
+        grid[row][0].set_title(text, fontsize=8, loc="left", parse_math=False, **ink)
         for place, (name, values) in enumerate(zip(names, tokens), start=1):
             axes = grid[row][place]
             _show(axes, image.mean(axis=-1), side, cmap="gray", vmin=0, vmax=1)
             how = "bilinear" if side > 2 * len(values) else "nearest"
             axes.imshow(values, cmap="inferno", alpha=0.6, extent=extent, interpolation=how)
             most = 100 * values.max()
-            axes.set_title(f"{name} token: up to {most:.1f} % a patch", fontsize=8, loc="left")
-    figure.savefig(path, dpi=120)
+            axes.set_title(
+                f"{name} token: up to {most:.1f} % a patch", fontsize=8, loc="left", **ink
+            )
+    figure.savefig(path, dpi=120, transparent=clear)
 
 
 def _show(axes: Any, image: Any, side: int, **settings: Any) -> None:

@@ -79,6 +79,7 @@ def draw_run(
             [_answers(said, place) for place in chosen],
             [f"truth: {facts.class_names[said.labels[place]]}" for place in chosen],
             attention,
+            clear=True,
         )
     listed = [
         Hard(
@@ -87,7 +88,7 @@ def draw_run(
         for at, place in enumerate(hardest)
     ]
     sheet = folder / f"{name}-views.png"
-    draw_views(_as_trained(config, facts), sheet, number=12, splits=splits)
+    draw_views(_as_trained(config, facts), sheet, number=12, splits=splits, clear=True)
     return Pictures(attention and _lighter(attention), _lighter(sheet), listed)
 
 
@@ -157,7 +158,7 @@ def _lighter(path: Path) -> Path:
     """The picture as WebP beside it, where that is smaller; photographs are, by far."""
     smaller = path.with_suffix(".webp")
     with Image.open(path) as picture:
-        picture.convert("RGB").save(smaller, quality=82)
+        picture.convert("RGBA").save(smaller, quality=82)
     if smaller.stat().st_size < path.stat().st_size:
         return smaller
     smaller.unlink()

@@ -53,6 +53,30 @@ def tile(sheet, number, across, pictures=2, lines=2):
     return np.asarray(sheet)[top : top + TILE, left : left + TILE].astype(int)
 
 
+def test_a_sheet_without_paper_has_the_same_tiles_and_letters_for_light_and_dark(root, tmp_path):
+    for clear in (False, True):
+        draw_views(configuration(root), tmp_path / f"{clear}.png", number=3, clear=clear)
+    white, clear = (Image.open(tmp_path / f"{one}.png") for one in (False, True))
+    assert (white.mode, clear.mode) == ("RGB", "RGBA")
+    assert np.array_equal(tile(clear, 2, 1)[..., :3], tile(white, 2, 1))
+    assert tile(clear, 2, 1)[..., 3].min() == 255
+    assert clear.getpixel((0, 0))[3] == 0
+    letters = np.asarray(clear)[:HEADER].reshape(-1, 4)
+    (ink,) = {tuple(int(level) for level in one[:3]) for one in letters if one[3]}
+    assert contrast(ink, (255, 255, 255)) > 3
+    assert contrast(ink, (0x12, 0x16, 0x1C)) > 3  # the page's paper in the dark
+
+
+def contrast(one, other):
+    """Of two colours, from 1 to 21 (WCAG 2.2, relative luminance)."""
+    parts = [
+        [level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4 for level in c]
+        for c in ([level / 255 for level in colour] for colour in (one, other))
+    ]
+    light = [0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in parts]
+    return (max(light) + 0.05) / (min(light) + 0.05)
+
+
 @pytest.mark.parametrize("storage", ["memory", "files"])
 def test_tiles_are_the_image_and_the_view_of_the_batch(storage, root, tmp_path, capsys):
     config = configuration(root, storage)
