@@ -2,11 +2,12 @@
 
 import json
 import os
+import statistics
 import subprocess
 
 import pytest
 
-from scripts import training_sides
+from scripts import sweep_cost, training_sides
 from tests.forks import shared
 
 pytest.importorskip("sklearn")
@@ -109,3 +110,28 @@ def test_training_is_measured_beside_timms_parts_with_the_same_loss(tmp_path):
         assert row[f"peer_{name}"] > 0
     assert row["peer_workers"] in (0, 1, 2)
     assert found["threads"] == os.cpu_count()
+
+
+def test_what_a_sweep_saves_is_the_median_of_the_turns(tmp_path, monkeypatch, capsys):
+    """Each run of the grid by itself on one side, the grid on the other, sides by turns."""
+    asked = []
+
+    def took(*words, folder):
+        asked.append(words)
+        if words[0] == "sweep":
+            grid = json.loads((folder / words[1]).read_text())["grid"]
+            assert grid == sweep_cost.GRID
+        return {"train": 2.0, "sweep": 6.0 + len(asked)}[words[0]]
+
+    monkeypatch.setattr(sweep_cost, "deit", took)
+    monkeypatch.setattr("sys.argv", ["sweep_cost.py", "--json", str(tmp_path / "cost.json")])
+    sweep_cost.main()
+    names = [words[0] for words in asked]
+    turn = ["train"] * 12
+    assert names == ["train", "sweep", *turn, *turn, "sweep", "sweep", *turn]
+    assert len({words[1:] for words in asked[2:14]}) == 12
+    found = json.loads((tmp_path / "cost.json").read_text())
+    sweeps = [6 + at for at, name in enumerate(names, start=1) if name == "sweep"]
+    assert found["pairs_s"] == [[sweep, 24] for sweep in sweeps]
+    assert found["ratio"] == statistics.median(sweeps) / 24
+    assert "n = 3" in capsys.readouterr().out
