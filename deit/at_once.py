@@ -1,31 +1,26 @@
 """Several runs at once on one machine: each a process of its own, with its share of the cores."""
 
-import io
-import multiprocessing.forkserver
+import contextlib
 import os
 import queue
-import runpy
 import sys
 import threading
 import time
 from collections.abc import Iterable
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
-import deit
+from deit import checkpoint
 from deit.config import Config, code_of, to_dict
 from deit.console import clock, say, warn
 from deit.disk import write_json
 from deit.errors import CheckpointError, ConfigError, DataError, DeitError, NumericsError
 from deit.launcher import FOLLOWED
+from deit.processes import Process, Source, source
 
-_IMPORTED = ["deit.cli", "deit.run", "sklearn.datasets"]
-"""What a run imports before it does anything."""
 _Heard: TypeAlias = "queue.Queue[tuple[_Child, str | None]]"
 """Lines of runs as they come; None at a run's end."""
 
@@ -124,7 +119,9 @@ def train_beside(
                         child.process.terminate()
                 continue
             here.children.remove(child)
-            code = child.wait()
+            code = child.process.wait()
+            if code < 0 and checkpoint.result_of(child.run.out) is not None:
+                code = 0  # what killed it came too late
             if watch is not None:
                 watch.ended(child.run, code, child.error)
             if code and not child.given_up:
@@ -155,37 +152,29 @@ class _Child:
     given_up: whether it was stopped because it would come to nothing."""
 
     def __init__(
-        self, run: Planned, log: Path, process: BaseProcess, heard: _Heard, gpu: str | None
+        self, run: Planned, log: Path, process: Process, said: int, heard: _Heard, gpu: str | None
     ) -> None:
+        """said: the file descriptor out of which comes all it says."""
         self.run, self.log, self.process, self.gpu = run, log, process, gpu
         self.error, self._complaining = "it gave no reason", False
         self.given_up = False
-        self._heard = heard
+        self.listener = threading.Thread(target=self._listen, args=(said, heard), daemon=True)
+        self.listener.start()
 
-    def listen(self, said: Connection) -> None:
-        """Begin to listen. said: the end of the pipe that all it says comes out of."""
-        self._listener = threading.Thread(target=self._listen, args=(said,), daemon=True)
-        self._listener.start()
-
-    def wait(self) -> int:
-        """Wait until it and all that it has started are gone; its exit code."""
-        self._listener.join()
-        self.process.join()
-        return self.process.exitcode
-
-    def _listen(self, said: Connection) -> None:
-        """Keep every line in the log and hand it on; None at the end."""
-        heard = self._heard
-        with (
-            said,
-            open(said.fileno(), errors="replace", closefd=False) as lines,
-            self.log.open("a") as log,
-        ):
-            for line in lines:
-                log.write(line)
-                log.flush()
-                heard.put((self, line.rstrip("\n")))
-        heard.put((self, None))
+    def _listen(self, said: int, heard: _Heard) -> None:
+        """Keep every line in the log, as long as the disk has room, and hand it on; None at the
+        end."""
+        try:
+            with open(said, errors="replace") as lines, self.log.open("a") as log:
+                for line in lines:
+                    heard.put((self, line.rstrip("\n")))
+                    with contextlib.suppress(OSError):  # a full disk: the run itself tells of it
+                        log.write(line)
+                        log.flush()
+        except OSError as error:
+            heard.put((self, f"deit: warning: {self.log}: not written ({error.strerror})"))
+        finally:
+            heard.put((self, None))
 
     def hear(self, line: str) -> None:
         """Tell what is worth telling."""
@@ -201,26 +190,6 @@ class _Child:
             say(f"{self.run.name}: {line}")
 
 
-def _processes(*, alone: bool) -> multiprocessing.context.BaseContext:
-    """Where processes come from: copies of one that has imported everything, which spares each run
-    the seconds of that. alone: each imports for itself, as where there is a GPU: a driver that was
-    asked anything before a copy is made works in none of them."""
-    if alone or sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED)
-    before = os.environ.get("PYTHONPATH")
-    # It finds our modules where we did, whatever else is installed.
-    root = str(Path(deit.__file__).resolve().parent.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, before)))
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        os.environ |= {} if before is None else {"PYTHONPATH": before}
-    return context
-
-
 class _Here:
     """This machine and the runs under way on it. folder: for their configurations."""
 
@@ -233,7 +202,7 @@ class _Here:
         count = torch.cuda.device_count()
         self.gpus = visible.split(",") if visible else [str(place) for place in range(count)]
         self.folder = folder
-        self._processes = _processes(alone=count > 0)
+        self._source: Source = source(gpu=count > 0)
         self.heard: _Heard = queue.Queue()
         self.children: list[_Child] = []
         self._begun = 0
@@ -257,15 +226,12 @@ class _Here:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         self._begun += 1
         log = run.out.with_name(f"{run.out.name}.log")
-        said, says = multiprocessing.Pipe(duplex=False)
-        asked = (arguments, environment, os.getcwd(), says)
-        child = _Child(
-            run, log, self._processes.Process(target=_become, args=asked), self.heard, gpu
-        )
-        with says:  # ours: the pipe ends with the last process that has its own
-            child.process.start()
-        child.listen(said)
-        self.children.append(child)
+        said, says = os.pipe()
+        try:
+            process = self._source.start(arguments, environment, says)
+        finally:
+            os.close(says)  # the pipe ends with the last process that has its other end
+        self.children.append(_Child(run, log, process, said, self.heard, gpu))
         say(f"{run.name}: {run.out}, all it says in {log}")
 
     def __enter__(self) -> "_Here":
@@ -275,28 +241,7 @@ class _Here:
         """Ask those still under way to save and stop, and wait until they have."""
         for child in self.children:
             child.process.terminate()
+        if self.children:
+            self._source.close()
         for child in self.children:
-            child.wait()
-
-
-def _become(
-    arguments: list[str], environment: dict[str, str], folder: str, says: Connection
-) -> None:
-    """In the process of a run: be `deit ARGUMENTS`. says: the pipe that takes all it says."""
-    for number in (1, 2):
-        os.dup2(says.fileno(), number)
-    # Those that came along with the process may have been of files, which can be sought in.
-    sys.stdout, sys.stderr = (
-        io.TextIOWrapper(
-            io.FileIO(number, "w", closefd=False), errors="backslashreplace", write_through=True
-        )
-        for number in (1, 2)
-    )
-    says.close()
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    # The libraries that read the number of threads did so before.
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    sys.argv = ["deit", *arguments]
-    runpy.run_module("deit", run_name="__main__")
+            child.listener.join()

@@ -91,12 +91,12 @@ def curves(lines: dict[str, list[tuple[float, float]]], levels: dict[str, float]
         for (name, points), colour in zip(lines.items(), SERIES * len(lines)):
             style = "--" if "average" in name else "-"
             xs, ys = zip(*points)
-            marker = ("o" if len(points) == 1 else ".") if len(points) < 25 else None
+            marker = None if len(points) >= 25 else "." if len(points) > 1 else "o"
             axes.plot(xs, [100 * y for y in ys], style, color=colour, label=name, marker=marker)
         for name, level in levels.items():
             axes.axhline(100 * level, color=TEACHER, linestyle=":", label=name)
         axes.set(xlabel="epoch", ylabel="validation top-1 %")
-        if all(len(points) == 1 for points in lines.values()):
+        if lines and all(len(points) == 1 for points in lines.values()):
             last = max(points[0][0] for points in lines.values())
             axes.set_xlim(0, 1.05 * last)
         _whole(axes)
@@ -193,12 +193,11 @@ def scatter(points: dict[str, tuple[float, float]], across: str, up: str) -> Dra
         xs, ys = ([one[axis] for one in points.values()] for axis in (0, 1))
         wide = max(xs) > 10 * min(xs) > 0
         places = zip(_shares([math.log(x) for x in xs] if wide else xs), _shares(ys))
-        labels = _apart(dict(zip(names, places)))
+        labels = _apart(list(zip(names, places)))
         if wide:
             axes.set_xscale("log")
-        for name, x, y, colour in zip(names, xs, ys, SERIES * len(xs)):
+        for name, x, y, near, colour in zip(names, xs, ys, labels, SERIES * len(xs)):
             axes.scatter([x], [y], color=colour, s=28)
-            near = labels[name]
             axes.annotate(
                 name,
                 (x, y),
@@ -253,13 +252,13 @@ class _Near(NamedTuple):
         )
 
 
-def _apart(places: dict[str, tuple[float, float]]) -> dict[str, _Near]:
+def _apart(named: list[tuple[str, tuple[float, float]]]) -> list[_Near]:
     """Where the names of points go so that none covers another or a point: beside its own, as near
     as may be. All in [0, 1] of the axes."""
     high = _LABEL[1]
-    taken = [(x - 0.012, x + 0.012, y) for x, y in places.values()]
-    found: dict[str, _Near] = {}
-    for name, (x, y) in sorted(places.items(), key=lambda one: one[1][1]):
+    taken = [(x - 0.012, x + 0.012, y) for _, (x, y) in named]
+    found: dict[int, _Near] = {}
+    for place, (name, (x, y)) in sorted(enumerate(named), key=lambda one: one[1][1][1]):
         tried = [
             near
             for move in sorted(range(-24, 25), key=abs)
@@ -269,9 +268,9 @@ def _apart(places: dict[str, tuple[float, float]]) -> dict[str, _Near]:
             )
         ]
         free = [one for one in tried if _is_free(one, name, taken)]
-        found[name] = (free or tried)[0]
-        taken.append((*found[name].ends(name), found[name].height))
-    return found
+        found[place] = (free or tried)[0]
+        taken.append((*found[place].ends(name), found[place].height))
+    return [found[place] for place in range(len(named))]
 
 
 def _is_free(near: _Near, name: str, taken: list[tuple[float, float, float]]) -> bool:

@@ -1,5 +1,6 @@
 """The facts of the machine a run happens on: devices, precision, versions, commit."""
 
+import functools
 import gc
 import os
 import platform
@@ -224,8 +225,10 @@ def describe(accelerator: Accelerator, arguments: list[str]) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of this checkout, with `-dirty` if it has changes; None outside a checkout."""
+    """The commit of this checkout, with `-dirty` if it has changes; None outside a checkout. Asked
+    once: what is loaded stays what it was."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

@@ -1,12 +1,9 @@
 """The launcher that started this process: where it is gone, this process should stop as well."""
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import sys
-import threading
-from multiprocessing.process import BaseProcess
 
 FOLLOWED = "DEIT_AT_ONCE"
 """In the environment of a run that one of our commands started: how many run beside each other."""
@@ -30,22 +27,21 @@ def sharing() -> int:
 
 
 def follow() -> None:
-    """Have SIGTERM sent to this process when the launcher dies, where that can be arranged."""
-    if not launched():
-        return
-    if (parent := multiprocessing.parent_process()) is not None:
-        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    elif sys.platform == "linux":
+    """Ask the system for SIGTERM when the launcher dies, where it offers that."""
+    if launched() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _follow(parent: BaseProcess) -> None:
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
+def adopt(parent: int) -> None:
+    """In a process that another one of ours has made a copy of itself: that one is the launcher,
+    also where it is gone by now. parent: its number."""
+    global _PARENT
+    _PARENT = parent
+    follow()
+    if gone():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def gone() -> bool:
     """Whether the launcher that was there at first is no more."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        return launched() and not parent.is_alive()
     return launched() and os.getppid() != _PARENT

@@ -3,6 +3,7 @@
 import base64
 import csv
 import html
+import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -106,29 +107,24 @@ def table(
     )
 
 
-_SPREAD = " +- "
+_MEASURED = re.compile(r"([-+]?[\d.]+)(?: \+- ([\d.]+))?(?: \((.+)\))?")
 
 
 def _parted(
     columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """The same with `97.2 +- 0.3` as two columns, the second called `std`: for a program."""
-    spread = [any(_SPREAD in row[at] for row in rows) for at in range(len(columns))]
-    heads = [
-        part
-        for name, both in zip(columns, spread)
-        for part in ([name, f"{name} std"] if both else [name])
-    ]
-    lines = []
-    for row in rows:
-        parted = [value.partition(_SPREAD) for value in row]
-        lines.append(
-            [
-                part
-                for (mean, _, deviation), both in zip(parted, spread)
-                for part in ([mean, deviation] if both else [mean])
-            ]
-        )
+    """The same for a program: of `97.2 +- 0.3 (a remark)` the deviation and the remark are in
+    columns of their own, `std` and `remark`, where any cell has them."""
+    heads: list[str] = []
+    lines: list[list[str]] = [[] for _ in rows]
+    for at, name in enumerate(columns):
+        found = [_MEASURED.fullmatch(row[at]) for row in rows]
+        more = [place for place in (2, 3) if any(one and one[place] for one in found)]
+        names = ("", name, f"{name} std", f"{name} remark")
+        heads += [name, *(names[place] for place in more)]
+        for line, row, one in zip(lines, rows, found):
+            line.append(one[1] if one and more else row[at])
+            line.extend((one[place] or "") if one else "" for place in more)
     return heads, lines
 
 

@@ -87,7 +87,10 @@ def _names(paths: list[Path]) -> dict[Path, str]:
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError("a run is named twice; once is enough")
     whole = [path.resolve().name for path in paths]
-    short = [_HASH.sub("", name) for name in whole]
+    short = [
+        _HASH.sub("", name) if path.resolve().parent.name == "runs" else name
+        for path, name in zip(paths, whole)
+    ]
     found = {}
     for path, *names in zip(paths, short, whole):
         alone = [one for one, all_ in zip(names, (short, whole)) if all_.count(one) == 1]

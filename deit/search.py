@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deit import checkpoint, journal
-from deit.at_once import Planned, may_pass
+from deit.at_once import Planned, Progress, may_pass
 from deit.config import Config
 from deit.console import percent, say
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
@@ -71,6 +71,7 @@ class Search:
         self._known: set[Path] | None = None
         self._exhausted = False
         self._reported: dict[Path, int] = {}
+        self.progress = Progress(0)  # told how many trials are left whenever one is over
         self._running: dict[Path, Any] = {}
         self._stopped: dict[Path, str] = {}
         warmup = max(base.optim.epochs // 4, 1)
@@ -241,6 +242,7 @@ class Search:
                 self._tried[run.out] += 1
                 self._study.enqueue_trial(trial.params, user_attrs={_OF: trial.number})
                 say(f"{run.name}: once more ({reason.splitlines()[0]})")
+        self.progress.total = self.progress.done + 1 + self.left()
 
     def failed(self) -> list[Point]:
         """The points of the trials that failed, however often they were tried."""

@@ -17,7 +17,7 @@ from deit.errors import ConfigError, DeitError, EnvironmentFault
 from deit.finished import Finished
 from deit.measured import Evaluations, Measured, disagreement
 from deit.search import DATABASE, check_optuna
-from deit.sweep_file import Sweep, changes_of
+from deit.sweep_file import Sweep
 from deit.sweep_pictures import draw_sweep
 from deit.sweep_results import (
     MANIFEST,
@@ -175,7 +175,7 @@ def _result(
     arguments: list[str],
 ) -> dict[str, Any]:
     """What results.json holds."""
-    rows, found, first = _rows(work, mishaps, base=run.config)
+    rows, found, first = _rows(work, mishaps)
     fields = (name for trial in work.trials for name in trial.point.values)
     return {
         "sweep": plan.name,
@@ -199,11 +199,10 @@ def _result(
 
 
 def _rows(
-    work: Work, mishaps: Mishaps, *, base: Config
+    work: Work, mishaps: Mishaps
 ) -> tuple[dict[str, outcome.Row], dict[str, Any], dict[str, Measured]]:
     """A row for each teacher and point, the last evaluation, and those with the first seed by
-    point. An evaluation that fails is one more mishap. base: what points change. Raises DeitError
-    where none is left."""
+    point. An evaluation that fails is one more mishap. Raises DeitError where none is left."""
     evaluations = Evaluations()
     classes = any(trial.run.config.data.held_out for trial in work.trials)
     first: dict[str, Measured] = {}
@@ -241,7 +240,7 @@ def _rows(
         epochs = trial.run.config.optim.epochs
         row = outcome.new_row(epochs=epochs, teacher=False)
         more = {"values": trial.point.values, "seeds": [], "folders": [], "failed": {}}
-        more["changed"] = changes_of(trial.point, base)
+        more["sets"] = trial.point.own
         row = rows.setdefault(trial.point.name, {**row, **more})
         if (evaluated := said(trial.run)) is None:
             row["failed"][str(trial.seed)] = reasons[trial.run.out]

@@ -70,12 +70,14 @@ class Sweep:
 class Point(NamedTuple):
     """One configuration of a sweep, before its seeds.
 
-    values: what varies, as text by the field's name; `run` is the name of a run or arm.
+    values: what varies, as text by the field's name; `run` is the name of a run or arm. own: what
+    that one sets, likewise; None where there is none.
     """
 
     name: str
     values: dict[str, str]
     config: Config
+    own: dict[str, str] | None = None
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -292,18 +294,14 @@ def _study(value: Any) -> str:
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
-    if type(value) is int:  # a number of seeds, or one seed: both are meant by it
+    if type(value) is int:  # one seed, or so many: people mean either
         raise ValueError(f"should be a list: [{value}] for the seed {value}, [0, 1, 2] for three")
-    seeds = value
-    if (
-        not isinstance(seeds, list)
-        or not seeds
-        or not all(type(seed) is int and seed >= 0 for seed in seeds)
-    ):
+    listed = isinstance(value, list) and value
+    if not listed or not all(type(seed) is int and seed >= 0 for seed in value):
         raise ValueError(f"should be a list of whole numbers from 0, is {value!r}")
-    if len(set(seeds)) < len(seeds):
+    if len(set(value)) < len(value):
         raise ValueError(f"{value}: names one of them twice")
-    return tuple(seeds)
+    return tuple(value)
 
 
 def _text(value: Any) -> str:
@@ -369,7 +367,8 @@ def points_of(sweep: Sweep, config: Config) -> list[Point]:
             base = with_fields(config, fields, where=where)
             for name, arm in _arms(sweep, base, fields):
                 values = ({"run": name} if name else {}) | _texts(fields)
-                found.append(Point(_title(values), values, arm))
+                own = _texts(_differing(base, arm)) if name else None
+                found.append(Point(_title(values), values, arm, own))
         except ConfigError as error:
             wrong.append(str(error))
     if wrong:
@@ -465,11 +464,6 @@ def text_of(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(text_of, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def changes_of(point: Point, base: Config) -> dict[str, str]:
-    """The fields in which a point differs from what it was made of, with their values as text."""
-    return {name: text_of(value) for name, value in _differing(base, point.config).items()}
 
 
 def _differing(before: Config, now: Config) -> Fields:

@@ -71,14 +71,9 @@ def _figure(width: float, height: float, across: int = 1) -> tuple[Any, list[Any
 
 
 def _title(result: dict[str, Any]) -> str:
-    number, of = (
-        (result["search"]["trials"], "trial")
-        if result.get("search")
-        else (
-            len(result["seeds"]),
-            "seed",
-        )
-    )
+    number, of = len(result["seeds"]), "seed"
+    if result.get("search"):
+        number, of = result["search"]["trials"], "trial"
     return f"{result['sweep']}, {result['recipe']} ({number} {of}{'s' * (number > 1)})"
 
 

@@ -39,8 +39,13 @@ def best_of(rows: dict[str, dict[str, Any]], number: int) -> list[str]:
     finished = [name for name in finished if len(rows[name]["validation"]) == most]
     if len({held_out_of(rows[name]) for name in finished}) > 1:
         return []
-    ranked = sorted(finished, key=lambda name: -statistics.mean(rows[name]["validation"]))
+    ranked = sorted(finished, key=lambda name: -_validation(rows[name]))
     return ranked[:number]
+
+
+def _validation(row: dict[str, Any]) -> float:
+    """The mean over seeds, without the last bits that only the order of summing decides."""
+    return round(statistics.mean(row["validation"]), 9)
 
 
 def held_out_of(row: dict[str, Any]) -> tuple[str, ...]:
@@ -52,12 +57,11 @@ def told_of_best(result: dict[str, Any]) -> str:
     """How the best are told, or why none is; how many there are that nothing tells apart."""
     if result["best"]:
         own = points(result)
-        first = own[result["best"][0]]["validation"]
+        first = own[result["best"][0]]
         same = sum(
-            len(row["validation"]) == len(first)
-            and statistics.mean(row["validation"]) == statistics.mean(first)
+            len(row["validation"]) == len(first["validation"])
+            and _validation(row) == _validation(first)
             for row in own.values()
-            if row["validation"]
         )
         tied = f" ({same} points are equal in front, in the order of the table)" * (same > 1)
         return f"best on the validation split{tied}:"
@@ -77,10 +81,12 @@ def described(result: dict[str, Any], name: str) -> str:
     """A point by its name, with what it stands for where that is only a number."""
     if not result.get("search"):
         return name
+    return f"{name}: {_values_of(result, result['rows'][name]['values'])}"
+
+
+def _values_of(result: dict[str, Any], values: dict[str, str]) -> str:
     short = short_names(result["fields"])
-    values = result["rows"][name]["values"].items()
-    told = ", ".join(f"{short[field]} {value}" for field, value in values if field != "run")
-    return f"{name}: {told}"
+    return ", ".join(f"{short[field]} {one}" for field, one in values.items() if field != "run")
 
 
 def columns(result: dict[str, Any]) -> list[str]:
@@ -195,6 +201,12 @@ def markdown(result: dict[str, Any]) -> str:
         for seed, reason in row["failed"].items()
     ]
     failed = "\n".join(["Failed:\n", *reasons, "\n"]) if reasons else ""
+    below = [
+        f"- {name}: {_values_of(result, one['values'])}; {100 * one['top1']:.1f} at epoch "
+        f"{one['epoch']}"
+        for name, one in result.get("stopped", {}).items()
+    ]
+    stopped = "\n".join(["Stopped, below the median:\n", *below, "\n"]) if below else ""
     counted = ", ".join(f"{number} {name}" for name, number in (result["search"] or {}).items())
     searched = f"{counted}; the others with the first seed alone.\n\n" if counted else ""
     return (
@@ -205,7 +217,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{class_by_class(result)}"
         f"{changes_table(result)}{disagreement_table(result)}"
         f"{searched}{told_of_best(result).capitalize()}\n\n{best}\n\n"
-        f"{failed}"
+        f"{stopped}{failed}"
         f"`{result['command']}`\n\n{where}\n"
     )
 
@@ -267,17 +279,17 @@ def where_from(environment: dict[str, Any]) -> str:
 
 def changes(result: dict[str, Any]) -> dict[str, str]:
     """What each named run or arm sets, by its name, as `field value, field value`; of a grid the
-    columns say it."""
-    named = {name: row for name, row in points(result).items() if "run" in row["values"]}
-    if result.get("search"):
+    columns say it. Nothing where none sets anything."""
+    found: dict[str, dict[str, str]] = {}
+    for row in points(result).values():
+        if row.get("sets") is not None:
+            found.setdefault(row["values"]["run"], row["sets"])
+    if not any(found.values()):
         return {}
-    grid = {field for field in result["fields"] if field != "run"}
-    found: dict[str, str] = {}
-    for row in named.values():
-        own = {field: value for field, value in row.get("changed", {}).items() if field not in grid}
-        told = ", ".join(f"{field} {value}" for field, value in own.items())
-        found.setdefault(row["values"]["run"], told or "as the recipe")
-    return found if any(row.get("changed") for row in named.values()) else {}
+    return {
+        name: ", ".join(f"{field} {value}" for field, value in own.items()) or "nothing"
+        for name, own in found.items()
+    }
 
 
 def changes_table(result: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ from deit.sweep_training import trained, unfinished
 
 class Searched(NamedTuple):
     """What a search came to. finished: the points of the trials that ran to their end, the best
-    first. stopped: the others that were not tried in vain. counts: how many trials ended how."""
+    first. stopped: those that lay below the median. counts: how many trials ended how. failed: the
+    points of the trials that failed, each with how."""
 
     finished: list[Point]
     stopped: list[Stopped]
@@ -71,9 +72,9 @@ def search_all(
                 raise failure_of(wrong)
         finished.check(map(planned, search.finished()))  # a teacher may be another than it was
         targets = _stored(plan, base, out)
-    while left := search.left():
+        search.progress = progress
+    while search.left():
         # Once more: a trial that fails when no other is to be begun is proposed anew.
-        progress.total = progress.done + left
         ended = train_beside(search.runs(), number=at_once, progress=progress, watch=search)
         failed |= {one.run.out: one for one in ended}
     lost = [(point, failed[planned(point).out]) for point in search.failed()]

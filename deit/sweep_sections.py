@@ -88,7 +88,8 @@ def _stopped(result: dict[str, Any], file: Path) -> str:
         ]
         for one in result["stopped"].values()
     ]
-    heads = [*short_names(result["fields"]).values(), "validation top-1 %", "at epoch"]
+    heads = ["" if one == "run" else one for one in short_names(result["fields"]).values()]
+    heads += ["validation top-1 %", "at epoch"]
     told = "They lay below the median of the others at that epoch, on the validation split."
     return page.table(heads, rows, caption=told, file=file)
 

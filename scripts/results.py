@@ -159,7 +159,11 @@ _FEW = 8
 def _classes(result: dict) -> str:
     """The classes of a sweep with some of them held out, of each weight of the teacher the point
     that knows the unseen best, and beside them what others report."""
-    rows = {name: row for name, row in result["rows"].items() if row.get("classes")}
+    rows = {
+        name: row
+        for name, row in result["rows"].items()
+        if row["values"] and row.get("classes") and row["classes"][0]["held_out"]
+    }
     if not rows:
         return ""
 

@@ -1,13 +1,27 @@
 """What every test shares: one thread, a fixed generator, no network."""
 
 import socket
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.forks import shared
+from tests.forks import measuring, shared
 
 torch.set_num_threads(1)  # for fixtures of whole files, which come before that of a test
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _alike() -> Iterator[None]:
+    with measuring(really=False):
+        yield
+
+
+@pytest.fixture
+def measured() -> Iterator[None]:
+    """What is chosen by measuring is measured, as outside of tests."""
+    with measuring(really=True):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import json
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -42,7 +41,9 @@ def chain(out):
 
 
 def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, tmp_path):
+    # What runs choose by measuring, each for itself, is named.
     words = ("compare", "digits", *SMALL, "--seeds", "0,1", "--data.train_fraction", "0.2")
+    words += ("--run.linear", "torch", "--teacher.layout", "contiguous")
     outs = [tmp_path / "after", tmp_path / "once"]
     for out, number in zip(outs, ("1", "2")):
         more = ("--at_once", number, "--out", out, "--json", f"{out}.json")
@@ -181,19 +182,16 @@ def test_each_run_gets_the_gpu_that_has_the_fewest(monkeypatch, tmp_path, visibl
     given = []
 
     class Started:
-        """A process that says nothing and ends."""
+        """Processes that say nothing and end."""
 
-        def __init__(self, *, target, args):
-            given.append(args[1].get("CUDA_VISIBLE_DEVICES", "-"))
-
-        def start(self):
-            pass
+        def start(self, arguments, environment, says):
+            given.append(environment.get("CUDA_VISIBLE_DEVICES", "-"))
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(at_once.torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(at_once, "_processes", lambda *, alone: SimpleNamespace(Process=Started))
+    monkeypatch.setattr(at_once, "source", lambda *, gpu: Started())
     here = at_once._Here(3, tmp_path)
     for seed in range(3):
         here.start(Planned(f"run {seed}", config(), tmp_path / str(seed)))

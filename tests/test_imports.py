@@ -49,6 +49,7 @@ PLAN = {
     "deit.files": place(0),
     "deit.faults": place(0, "torch", "deit.errors"),
     "deit.launcher": place(0),
+    "deit.processes": place(1),
     "deit.disk": place(0, "safetensors", "deit.errors deit.faults"),
     "deit.manifest": place(0, "pydantic", "deit.errors deit.typed_json"),
     "deit.typed_json": place(0, "pydantic", "deit.errors"),

@@ -47,6 +47,7 @@ def teacher_of(network):
     return Teacher(Origin(network, "noting", size, channels, channels, None))
 
 
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize(
     ("took", "expected"),
     [

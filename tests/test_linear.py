@@ -119,6 +119,7 @@ def test_the_same_product_twice_is_the_same_to_the_bit():
     assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
+@pytest.mark.usefixtures("measured")
 def test_it_pays_where_it_is_much_faster(monkeypatch):
     """On a clock of our own."""
     now = [0.0]

@@ -203,14 +203,20 @@ def test_names_that_differ_in_signs_alone_have_files_of_their_own(tmp_path):
 
 def test_runs_of_a_sweep_are_called_without_their_hash_where_that_tells_them_apart(tmp_path):
     first, again, other = (
-        tmp_path / name
-        for name in ("a-seed-0-0123456789ab", "x/a-seed-0-ba9876543210", "b-seed-0-0123456789ab")
+        tmp_path / place / "runs" / name
+        for place, name in (
+            ("x", "a-seed-0-0123456789ab"),
+            ("y", "a-seed-0-ba9876543210"),
+            ("x", "b-seed-0-0123456789ab"),
+        )
     )
     assert report._names([first, other]) == {first: "a-seed-0", other: "b-seed-0"}
     whole = report._names([first, again, other])
     assert list(whole.values()) == [first.name, again.name, "b-seed-0"]
-    elsewhere = tmp_path / "y" / first.name
+    elsewhere = tmp_path / "y" / "runs" / first.name
     assert report._names([first, elsewhere]) == {first: str(first), elsewhere: str(elsewhere)}
+    mine = tmp_path / "exp-202405171530"  # no run of a sweep
+    assert report._names([mine]) == {mine: mine.name}
 
 
 def test_runs_of_a_sweep_have_their_cost_too(place):

@@ -81,6 +81,7 @@ def test_what_stays_below_the_median_is_stopped_not_before_a_quarter(tmp_path):
     assert not one.hopeless(good)
     one.ended(good, 3, "why")
     assert next(runs, None) is None
+    assert one.progress.total == 1  # nothing was counted as over by hand, and nothing is left
     assert one.counts() == {"trials": 7, "finished": 5, "stopped": 1, "failed": 1}
     (stopped,) = one.stopped()
     assert (stopped.point.name, stopped.epoch, stopped.top1) == ("trial 5", 4, 0.1)

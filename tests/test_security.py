@@ -292,6 +292,7 @@ for words in json.loads(sys.argv[1]):
     sys.argv[1:] = words
     if code := main():
         sys.exit(code)
+    print("DONE", file=sys.stderr)
 """
 
 
@@ -319,6 +320,8 @@ def test_nothing_asks_the_network(run, tmp_path):
     )
     done = offline(*commands, cwd=tmp_path)
     assert (done.returncode, "NETWORK" in done.stderr) == (0, False), done.stderr
+    trained, evaluated, _, _ = done.stderr.split("DONE\n")
+    assert trained == evaluated == ""
     assert "timm" in done.stdout  # it came to the last of them
 
 

@@ -276,18 +276,27 @@ def test_what_may_pass_is_tried_again_so_often(code, times, tmp_path, monkeypatc
     mishaps = train_all(work([], [], runs), finished=Finished(), at_once=1, retries=2)
     assert [one.run.name for one in mishaps.failed] == ["bad"]
     assert asked == [["bad", "good"], *[["bad"]] * (times - 1)]
+    number = len(runs) + times - 1  # a run that is tried again counts again
+    assert asked.told[-1] == f"{number} of {number} runs, ETA 0 s"
 
 
 def work(below, stores, runs):
     return Work(None, below, [], stores, runs)
 
 
+class Asked(list):
+    """told: of the progress, for each run of the last call."""
+
+    told: list[str]
+
+
 def trained_by(monkeypatch, tmp_path, codes):
     """Stand in for training: these runs fail with these codes. Returns who was asked, in turn."""
-    asked = []
+    asked = Asked()
 
     def beside(runs, *, number, progress):
         asked.append([run.name for run in runs])
+        asked.told = [progress.ended() for _ in runs]
         failing = [run for run in runs if run.name in codes]
         return [Failed(run, codes[run.name], "why", tmp_path) for run in failing]
 
@@ -325,6 +334,8 @@ def test_what_fails_stops_only_the_runs_that_need_it(tmp_path, monkeypatch):
     ]
     mishaps = train_all(work(below, stores, runs), finished=Finished(), at_once=1, retries=1)
     assert asked == [["first"], ["second"], ["b", "d", "f"]]
+    # Two of three teachers and three of six runs: the others cannot begin.
+    assert asked.told == [f"{number} of 5 runs, ETA 0 s" for number in (3, 4, 5)]
     assert [store.path.name for store in written] == ["of-second"]
     assert [one.run.name for one in mishaps.failed] == ["first"]
     reasons = {path.name: reason for path, reason in mishaps.reasons().items()}

@@ -13,7 +13,6 @@ from deit.studies import STUDIES
 from deit.sweep_file import (
     Point,
     Span,
-    changes_of,
     corners_of,
     points_of,
     read_sweep,
@@ -21,6 +20,7 @@ from deit.sweep_file import (
     under_command_line,
     with_fields,
 )
+from deit.sweep_runs import alike, trials_of
 from deit.sweeps import SWEEPS, find_sweep
 from deit.validation import validate
 
@@ -285,8 +285,11 @@ def test_classes_called_by_numbers_need_no_quotes(tmp_path):
 def test_what_a_point_changes_is_told_by_field(tmp_path):
     sweep = read(tmp_path, "runs: {plain: {}, other: {loss.temperature: 4, optim.lr: 0.5}}")
     plain, other = points_of(sweep, digits())
-    assert changes_of(plain, digits()) == {}
-    assert changes_of(other, digits()) == {"loss.temperature": "4", "optim.lr": "0.5"}
+    assert (plain.own, other.own) == ({}, {"loss.temperature": "4", "optim.lr": "0.5"})
+    sweep = read(tmp_path, "{grid: {objective: [none]}, runs: {a: {}, b: {optim.lr: 0.5}}}")
+    assert [point.own for point in points_of(sweep, digits())] == [{}, {"optim.lr": "0.5"}]
+    (alone,) = points_of(read(tmp_path, "grid: {optim.lr: [0.5]}"), digits())
+    assert alone.own is None
 
 
 def test_points_are_configurations_that_can_be_written_down(tmp_path):
@@ -329,3 +332,9 @@ def test_a_searched_field_is_whole_where_the_configuration_says_so(tmp_path):
         "loss.temperature": Span(1.0, 20.0),
         "loss.kind": ("soft", "hard"),
     }
+
+
+def test_points_that_are_the_same_run_are_told(tmp_path):
+    sweep = read(tmp_path, "runs: {first: {optim.lr: 0.5}, again: {optim.lr: 0.5}, other: {}}")
+    trials = trials_of(points_of(sweep, digits()), (0, 1), tmp_path, lambda config: config)
+    assert alike(trials) == ["again: is the same run as first, trained once"]

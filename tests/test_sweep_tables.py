@@ -9,7 +9,7 @@ import statistics
 import pytest
 from matplotlib.figure import Figure
 
-from deit import charts
+from deit import charts, page
 from deit.drawing import HEADS
 from deit.measured import Measured, disagreement
 from deit.sweep_pictures import dots, draw_sweep, heat_map
@@ -171,7 +171,7 @@ def test_the_best_are_those_of_the_validation_split(told):
 
 def test_points_that_nothing_tells_apart_are_told(told):
     assert told_of_best(told) == "best on the validation split:"
-    told["rows"]["a"]["validation"] = [0.5, 0.9]
+    told["rows"]["a"]["validation"] = [0.3 + 0.1 + 0.1, 0.8999999999999999]
     assert told_of_best(told).startswith(
         "best on the validation split (2 points are equal in front"
     )
@@ -180,7 +180,10 @@ def test_points_that_nothing_tells_apart_are_told(told):
 def test_trials_that_were_stopped_are_in_every_file(told, tmp_path):
     told["search"] = {"trials": 5, "finished": 3, "stopped": 1, "failed": 1}
     values = {"loss.temperature": "9", "optim.lr": "0.3"}
-    told["stopped"] = {"trial 7": {"values": values, "epoch": 4, "top1": 0.25}}
+    told["fields"].insert(0, "run")
+    one = {"values": {"run": "trial 7", **values}, "epoch": 4, "top1": 0.25}
+    told["stopped"] = {"trial 7": one}
+    assert "- trial 7: temperature 9, lr 0.3; 25.0 at epoch 4" in markdown(told).splitlines()
     write_results(told, tmp_path)
     *_, line = lines_of(tmp_path)
     assert (line["point"], line["status"], line["optim.lr"]) == ("trial 7", "stopped", "0.3")
@@ -191,7 +194,7 @@ def test_trials_that_were_stopped_are_in_every_file(told, tmp_path):
     whole = "".join(sections_of_sweep(told, tmp_path, "mine"))
     assert "Trials that were stopped" in whole
     stopped = (tmp_path / "mine-stopped.csv").read_text().splitlines()
-    assert stopped == ["temperature,lr,validation top-1 %,at epoch", "9,0.3,25.0,4"]
+    assert stopped == [",temperature,lr,validation top-1 %,at epoch", "trial 7,9,0.3,25.0,4"]
     draws = [dots(told, field) for field in values]
     shown = []
     for draw in draws:
@@ -207,14 +210,14 @@ def test_trials_that_were_stopped_are_in_every_file(told, tmp_path):
 def test_what_each_run_sets_is_told(told, tmp_path):
     assert "What each run sets" not in markdown(told)
     told["fields"] = ["run", "optim.lr"]
-    for name, own in {"a": {"optim.lr": "2", "loss.kind": "none"}, "b": {"optim.lr": "3"}}.items():
-        told["rows"][name] |= {"values": {"run": f"run {name}", "optim.lr": "2"}, "changed": own}
+    for name, own in {"a": {"loss.kind": "none", "optim.epochs": "9"}, "b": {}}.items():
+        told["rows"][name] |= {"values": {"run": f"run {name}", "optim.lr": "2"}, "sets": own}
     del told["rows"]["c"], told["rows"]["d"]
-    assert changes(told) == {"run a": "loss.kind none", "run b": "as the recipe"}
-    assert "| run a | loss.kind none |" in markdown(told).splitlines()
-    assert "<dt>run a</dt><dd>loss.kind none</dd>" in "".join(
-        sections_of_sweep(told, tmp_path, "mine")
-    )
+    assert changes(told) == {"run a": "loss.kind none, optim.epochs 9", "run b": "nothing"}
+    assert "| run a | loss.kind none, optim.epochs 9 |" in markdown(told).splitlines()
+    assert "<dt>run b</dt><dd>nothing</dd>" in "".join(sections_of_sweep(told, tmp_path, "mine"))
+    told["rows"]["a"]["sets"] = {}
+    assert changes(told) == {}
 
 
 def test_a_table_as_a_file_has_means_and_deviations_apart(told, tmp_path):
@@ -225,6 +228,18 @@ def test_a_table_as_a_file_has_means_and_deviations_apart(told, tmp_path):
     assert heads[at : at + 2] == ["fused", "fused std"]
     spread = f"{100 * statistics.stdev([0.5, 0.7]):.1f}"
     assert (teacher[at : at + 2], a[at : at + 2]) == (["100.0", ""], ["60.0", spread])
+
+
+def test_a_remark_beside_a_number_has_a_column_of_its_own(tmp_path):
+    rows = [["a (b)", "10 +- 0 (1 of 3 seeds failed)", "-"], ["c", "failed", "2"]]
+    page.table(("", "seconds", "x"), rows, file=tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open() as file:
+        found = list(csv.reader(file))
+    assert found == [
+        ["", "seconds", "seconds std", "seconds remark", "x"],
+        ["a (b)", "10", "0", "1 of 3 seeds failed", "-"],
+        ["c", "failed", "", "", "2"],
+    ]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -238,7 +253,8 @@ def test_names_of_points_cover_neither_each_other_nor_a_point(seed):
         for number in range(9)
     }
     height = charts._LABEL[1]
-    boxes = {name: (*near.ends(name), near.height) for name, near in charts._apart(places).items()}
+    nears = charts._apart(list(places.items()))
+    boxes = {name: (*near.ends(name), near.height) for name, near in zip(places, nears)}
     assert all(left >= 0 and right <= 1 and 0 <= at <= 1 for left, right, at in boxes.values())
     marks = {f"{name}'s mark": (x, x, y) for name, (x, y) in places.items()}
     for one, other in itertools.combinations({**boxes, **marks}, 2):

@@ -136,6 +136,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 def test_torchrun_writes_the_same_bytes(teachers, zygote, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert zygote.run("targets", "write", *command(teachers[0], alone)).code == 0
+    again = zygote.run("targets", "write", *command(teachers[0], alone))
+    assert "complete already" in again.out
+    assert again.out.count("next: ") == 1
     program = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "deit")
     done = subprocess.run(
         [sys.executable, *program, "targets", "write", *command(teachers[0], together)],
@@ -146,6 +149,7 @@ def test_torchrun_writes_the_same_bytes(teachers, zygote, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("next: ") == 1
     assert content(together) == content(alone)
 
 
@@ -168,8 +172,11 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(teachers, tm
         for writer in writers:
             writer.signal(signal.SIGKILL)
             writer.wait()
-    for part in (0, 1):
-        assert write(killed, "--shard", f"{part}/2").wait().code == 0
+    first, last = (write(killed, "--shard", f"{part}/2").wait() for part in (0, 1))
+    assert (first.code, last.code) == (0, 0)
+    # Whoever completes the store says how it is used.
+    advice = f"next: the same recipe with --teacher.targets {killed}"
+    assert (advice in first.out, advice in last.out) == (False, True)
     finished, expected = content(killed), content(alone)
     assert {name: finished[name] for name in expected} == expected
 

@@ -1,0 +1,210 @@
+"""Processes for runs: fresh ones, or copies of one that has imported everything already."""
+
+import contextlib
+import functools
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from deit import launcher
+
+Environment: TypeAlias = dict[str, str]
+# What a run imports in any case, and the data set that most small ones are of.
+_IMPORTED = ("deit.cli", "deit.run", "sklearn.datasets")
+_LONGEST = 1 << 16  # of a question or an answer [bytes]
+_LOST = -signal.SIGTERM  # a copy whose source is gone was asked to stop
+
+
+class Process(Protocol):
+    """A process under way."""
+
+    def terminate(self) -> None:
+        """Ask it to stop."""
+
+    def wait(self) -> int:
+        """Wait for its end; its exit code, or minus the signal that killed it."""
+
+
+class Source(Protocol):
+    """Where processes come from."""
+
+    def start(self, arguments: list[str], environment: Environment, says: int) -> Process:
+        """Start `deit ARGUMENTS`. says: the file descriptor that takes all it says."""
+
+    def close(self) -> None:
+        """Let go of it; copies that are under way are asked to stop."""
+
+
+@functools.cache
+def source(*, gpu: bool) -> Source:
+    """The one of this process: copies, which spare each run some seconds of imports; fresh ones
+    where a GPU is used, whose driver works in no copy of a process that has asked it anything, and
+    where the system does not tell a process that its parent has died."""
+    return Fresh() if gpu or sys.platform != "linux" else Copies()
+
+
+def _program(module: str, *arguments: str) -> list[str]:
+    """A module of ours as a program, wherever it is started: nothing that lies in the working
+    directory is taken for it."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def _found(environment: Environment) -> Environment:
+    """An environment in which our modules are found where this process found them."""
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    return {**environment, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+class Fresh:
+    """Processes that import everything themselves."""
+
+    def start(self, arguments: list[str], environment: Environment, says: int) -> Process:
+        return subprocess.Popen(
+            _program("deit", *arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=says,
+            stderr=says,
+            env=_found(environment),
+        )
+
+    def close(self) -> None:
+        pass
+
+
+class Copies:
+    """Copies of a process that has imported everything, for as long as they want one environment:
+    libraries read it as they are imported. It computes nothing, so that it has no threads, which a
+    copy would not get; and it ignores what asks to stop, for it has nothing to save."""
+
+    def __init__(self) -> None:
+        self._server: _Server | None = None
+
+    def start(self, arguments: list[str], environment: Environment, says: int) -> Process:
+        for _ in range(2):
+            if self._server is None or self._server.environment != environment:
+                self.close()
+                self._server = _Server(environment)
+            copy = self._server.copied(arguments, says)
+            if copy is not None:
+                return copy
+            self.close()  # it was killed: another one
+        return Fresh().start(arguments, environment, says)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+
+class _Server:
+    """The process that copies itself, as whoever asks it sees it."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self._asks, answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._asked = 0
+        with answers:
+            self._process = subprocess.Popen(
+                _program(__name__, str(answers.fileno())),
+                pass_fds=(answers.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=_found(environment),
+            )
+
+    def ask(self, question: dict[str, Any], *descriptors: int) -> int | None:
+        """The number that it answers; None where it is gone."""
+        self._asked += 1
+        words = json.dumps({**question, "number": self._asked}).encode()
+        try:
+            socket.send_fds(self._asks, [words], descriptors)
+            while answer := self._asks.recv(_LONGEST):
+                number, found = json.loads(answer)
+                if number == self._asked:  # and not of a question that a signal interrupted
+                    return found
+        except OSError:
+            pass
+        return None
+
+    def copied(self, arguments: list[str], says: int) -> "_Copy | None":
+        """A copy that is `deit ARGUMENTS`."""
+        pid = self.ask({"start": arguments, "folder": os.getcwd()}, says)
+        return None if pid is None else _Copy(self, pid)
+
+    def close(self) -> None:
+        """End it; the system tells its copies."""
+        self._process.kill()
+        self._process.wait()
+        self._asks.close()
+
+
+class _Copy(NamedTuple):
+    """A copy under way. Its server keeps its number until it was waited for."""
+
+    server: _Server
+    pid: int
+
+    def terminate(self) -> None:
+        self.server.ask({"stop": self.pid})
+
+    def wait(self) -> int:
+        code = self.server.ask({"wait": self.pid})
+        return _LOST if code is None else code
+
+
+def _serve(answers: socket.socket) -> None:
+    """Answer until nobody asks any more. In a copy it returns from being the command."""
+    # Ctrl-C reaches everybody at a terminal: those who compute save, whoever asks waits for them.
+    before = {
+        number: signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    }
+    for name in _IMPORTED:
+        with contextlib.suppress(Exception):  # the run that needs it says what is wrong with it
+            import_module(name)
+    with contextlib.suppress(Exception):
+        import_module("deit.environment").commit()  # of the code that is here now, for all copies
+    server = os.getpid()
+    while True:
+        words, descriptors, *_ = socket.recv_fds(answers, _LONGEST, 1)
+        if not words:
+            os._exit(0)
+        asked = json.loads(words)
+        if "start" in asked:
+            found = os.fork()
+            if found == 0:
+                answers.close()
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                _become(asked["start"], asked["folder"], descriptors[0], parent=server)
+                return
+            os.close(descriptors[0])
+        elif "stop" in asked:
+            os.kill(asked["stop"], signal.SIGTERM)
+            found = 0
+        else:
+            found = os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1])
+        answers.send(json.dumps([asked["number"], found]).encode())
+
+
+def _become(arguments: list[str], folder: str, says: int, *, parent: int) -> None:
+    """In a copy: be the command."""
+    launcher.adopt(parent)
+    for number in (1, 2):
+        os.dup2(says, number)
+    os.close(says)
+    os.chdir(folder)
+    sys.argv = ["deit", *arguments]
+    runpy.run_module("deit", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))

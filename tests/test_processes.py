@@ -1,0 +1,160 @@
+"""Processes for runs: copies and fresh ones are the same command; what ends whom."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from deit import checkpoint, processes
+from deit.launcher import FOLLOWED
+from deit.processes import Copies, Fresh
+from tests.forks import until
+from tests.test_reading import write_pictures
+
+pytest.importorskip("sklearn")
+LONG = (
+    *("train", "digits", "--objective", "none", "--run.linear", "torch", "--run.save_every", "1"),
+    *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
+    *("--optim.epochs", "3000", "--run.evaluate_every", "3000"),
+)
+
+
+@pytest.fixture(scope="module")
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", FOLLOWED: "1"}
+
+
+@pytest.fixture(scope="module")
+def copies():
+    source = Copies()
+    yield source
+    source.close()
+
+
+def said_by(source, arguments, environment):
+    """What a command says, and its exit code."""
+    said, says = os.pipe()
+    process = source.start(list(map(str, arguments)), environment, says)
+    os.close(says)
+    with open(said) as lines:
+        text = lines.read()
+    return text, process.wait()
+
+
+def begun(source, arguments, environment):
+    """A command under way, and where it says what it does."""
+    said, says = os.pipe()
+    process = source.start(list(map(str, arguments)), environment, says)
+    os.close(says)
+    return process, open(said)
+
+
+@pytest.mark.parametrize("kind", ["copies", "fresh"])
+def test_it_is_the_command(kind, copies, environment, tmp_path, monkeypatch):
+    """From another directory, where something else is called as we are; without our input."""
+    source = copies if kind == "copies" else Fresh()
+    (tmp_path / "deit").mkdir()
+    (tmp_path / "deit" / "__init__.py").write_text("raise SystemExit(77)\n")
+    monkeypatch.chdir(tmp_path)
+    text, code = said_by(source, ("recipes",), environment)
+    assert (code, "digits-teacher" in text) == (0, True)
+    text, code = said_by(source, ("train", "digit"), environment)
+    assert code == 2
+    assert text.startswith("deit: error: ")
+    assert "did you mean digits" in text
+
+
+def test_copies_are_of_one_process_as_long_as_they_want_one_environment(environment):
+    source = Copies()
+    said_by(source, ("recipes",), environment)
+    first = source._server._process.pid
+    said_by(source, ("recipes",), environment)
+    assert source._server._process.pid == first
+    text, code = said_by(source, ("train", "digits"), {**environment, "DEIT_FAULT": "nowhere"})
+    assert (code, "nowhere" in text) == (2, True)
+    assert source._server._process.pid != first
+    source.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+
+
+def test_what_asks_to_stop_does_not_end_the_one_that_is_copied(copies, environment):
+    said_by(copies, ("recipes",), environment)
+    server = copies._server._process.pid
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(server, number)
+    assert said_by(copies, ("recipes",), environment)[1] == 0
+    assert copies._server._process.pid == server
+
+
+@pytest.mark.parametrize("how", ["asked", "killed", "closed"])
+def test_a_copy_saves_when_it_is_asked_and_when_its_server_is_gone(how, environment, tmp_path):
+    source = Copies()
+    process, said = begun(source, (*LONG, "--out", tmp_path / "run"), environment)
+    until(lambda: checkpoint.found(tmp_path / "run"))
+    if how == "asked":
+        process.terminate()
+    elif how == "killed":
+        source._server._process.kill()
+    else:
+        source.close()
+    with said:
+        text = said.read()
+    assert "stopped by SIGTERM" in text
+    assert process.wait() == (143 if how == "asked" else -signal.SIGTERM)
+    assert said_by(source, ("recipes",), environment)[1] == 0  # another server, if need be
+    source.close()
+
+
+def test_an_answer_to_a_question_that_was_interrupted_is_not_taken_for_the_next(
+    copies, environment
+):
+    said_by(copies, ("recipes",), environment)
+    server = copies._server
+    server._asks.send(b'{"stop": %d, "number": -1}' % server._process.pid)  # it ignores that
+    assert said_by(copies, ("recipes",), environment)[1] == 0
+
+
+@pytest.mark.parametrize("end", ["finished", "killed"])
+def test_workers_of_a_copy_end_with_it(end, copies, environment, tmp_path):
+    """They are its own, as of any run: what it says ends, and nobody is left."""
+    for split in ("train", "val", "test"):
+        write_pictures(tmp_path / "images" / split, number=16)
+    epochs = "1" if end == "finished" else "3000"
+    words = (
+        *("train", "folder", "--objective", "none", "--data.root", tmp_path / "images"),
+        *("--data.storage", "files", "--data.workers", "2", "--data.image_size", "16"),
+        *("--student.name", "vit_micro", "--student.depth", "1", "--student.image_size", "16"),
+        *("--student.patch_size", "4", "--optim.batch_size", "16", "--optim.epochs", epochs),
+        *("--optim.warmup_epochs", "0", "--run.save_every", "1", "--run.linear", "torch"),
+        *("--out", tmp_path / "run"),
+    )
+    process, said = begun(copies, words, environment)
+    with said:
+        if end == "killed":
+            until(lambda: checkpoint.found(tmp_path / "run"))
+            os.kill(process.pid, signal.SIGKILL)
+        text = said.read()  # to the end: whoever still had the pipe would keep it open
+    assert process.wait() == (0 if end == "finished" else -9), text
+    until(lambda: not _of(tmp_path), timeout=20)
+
+
+def _of(place):
+    """The processes that have a file or argument in a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(place).encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_copies_where_they_can_be_and_fresh_ones_elsewhere(monkeypatch):
+    made = processes.source.__wrapped__
+    assert isinstance(made(gpu=False), Copies)
+    assert isinstance(made(gpu=True), Fresh)
+    monkeypatch.setattr(processes.sys, "platform", "darwin")
+    assert isinstance(made(gpu=False), Fresh)
