@@ -21,7 +21,6 @@ TITLES = {
     "digits-deit": "Digits: DeiT's whole augmentation (RandAugment, erasing, mixing, 3 repeats)",
     "digits-teaching": "Digits: teaching modes (divergence alone, temperature 3) beside labels",
     "digits-ensemble": "Digits: a ConvNet and an involution network, together and alone",
-    "digits-patience": "Digits: patience, 15 to 120 epochs with the teacher and without",
     "digits-finetune": "Digits: fine-tuning from 8 to 16 px, 20 epochs, by three teachers and none",
     "cifar10-teaching": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: teaching modes",
     "cifar10-ensemble": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: two teachers",
@@ -34,6 +33,8 @@ SWEEPS = {
     "digits-table-2": "Digits: which teacher (Table 2)",
     "digits-table-4": "Digits: who decides like whom (Table 4)",
     "digits-table-8": "Digits: what each part of DeiT's training is worth (Table 8)",
+    "digits-patience": "Digits: patience, 15 to 120 epochs with the teacher and without",
+    "digits-teaching-sweep": "Digits: every way of showing views to teacher and student",
     "cifar10-table-3": "CIFAR-10 (JPEG 75), a fifth of the images, 8 epochs: ways of distilling",
     "digits-held-out": "Digits: 6, 7, 8 and 9 never seen (temperature, weight, learning rate)",
 }
