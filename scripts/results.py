@@ -36,6 +36,7 @@ SWEEPS = {
     "digits-patience": "Digits: patience, 15 to 120 epochs with the teacher and without",
     "digits-teaching-sweep": "Digits: every way of showing views to teacher and student",
     "cifar10-table-3": "CIFAR-10 (JPEG 75), a fifth of the images, 8 epochs: ways of distilling",
+    "tiny-imagenet-table-3": "Tiny-ImageNet, 20 classes, 8 epochs: ways of distilling (Table 3)",
     "digits-held-out": "Digits: 6, 7, 8 and 9 never seen (temperature, weight, learning rate)",
 }
 BENCHMARKS = ("benchmark-data", "benchmark-targets", "benchmark-train")
@@ -60,8 +61,8 @@ def section(name: str, result: dict) -> str:
 
 
 def shown_command(name: str, command: str) -> str:
-    """The command as anyone would type it: where it wrote to does not change the numbers. One that
-    names a teacher of its own is left to the file."""
+    """The command as anyone would type it: where it wrote to does not change the numbers, nor where
+    its images and lists lay. One that names a teacher of its own is left to the file."""
     if "--teacher.source" in command:
         return f"(Its command names a teacher of its own: see {name}.json.)"
     words = shlex.split(command)
@@ -69,6 +70,9 @@ def shown_command(name: str, command: str) -> str:
         if option in words:
             place = words.index(option)
             del words[place : place + 2]
+    # A folder somewhere on the machine is anybody's own.
+    words = ["DIR" if word.startswith("/") else word for word in words]
+    words = ["@FILE" if word.startswith("@/") else word for word in words]
     return f"`{shlex.join([*words, '--out', f'checkpoints/{name}'])}`"
 
 

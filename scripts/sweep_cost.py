@@ -16,7 +16,7 @@ from deit.console import say
 from deit.disk import write_json
 from deit.environment import create_accelerator, describe
 
-GRID = {"loss.temperature": [1, 3, 10], "loss.distillation_weight": [0.25, 0.5, 0.75, 1]}
+GRID = {"loss.temperature": [1, 3, 10], "loss.distillation_weight": [0.3, 0.5, 0.7, 0.9]}
 
 
 def deit(*words: str, folder: Path) -> float:
