@@ -164,17 +164,19 @@ class _Child:
     def _listen(self, said: int, heard: _Heard) -> None:
         """Keep every line in the log, as long as the disk has room, and hand it on; None at the
         end."""
-        try:
-            with open(said, errors="replace") as lines, self.log.open("a") as log:
-                for line in lines:
-                    heard.put((self, line.rstrip("\n")))
+        with contextlib.ExitStack() as stack:
+            lines, log = stack.enter_context(open(said, errors="replace")), None
+            try:
+                log = stack.enter_context(self.log.open("a"))
+            except OSError as error:
+                heard.put((self, f"deit: warning: {self.log}: not written ({error.strerror})"))
+            for line in lines:
+                heard.put((self, line.rstrip("\n")))
+                if log is not None:
                     with contextlib.suppress(OSError):  # a full disk: the run itself tells of it
                         log.write(line)
                         log.flush()
-        except OSError as error:
-            heard.put((self, f"deit: warning: {self.log}: not written ({error.strerror})"))
-        finally:
-            heard.put((self, None))
+        heard.put((self, None))
 
     def hear(self, line: str) -> None:
         """Tell what is worth telling."""
@@ -200,7 +202,8 @@ class _Here:
         self.threads = max(min(allowed, cores // number), 1)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         count = torch.cuda.device_count()
-        self.gpus = visible.split(",") if visible else [str(place) for place in range(count)]
+        places = visible.split(",") if visible else [str(place) for place in range(count)]
+        self.gpus = places if count else []
         self.folder = folder
         self._source: Source = source(gpu=count > 0)
         self.heard: _Heard = queue.Queue()
@@ -237,11 +240,11 @@ class _Here:
     def __enter__(self) -> "_Here":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Ask those still under way to save and stop, and wait until they have."""
         for child in self.children:
             child.process.terminate()
-        if self.children:
+        if kind is not None:  # also one that was being started
             self._source.close()
         for child in self.children:
             child.listener.join()

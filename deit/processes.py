@@ -9,17 +9,21 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from deit import launcher
+from deit.errors import EnvironmentFault
 
 Environment: TypeAlias = dict[str, str]
 # What a run imports in any case, and the data set that most small ones are of.
 _IMPORTED = ("deit.cli", "deit.run", "sklearn.datasets")
 _LONGEST = 1 << 16  # of a question or an answer [bytes]
 _LOST = -signal.SIGTERM  # a copy whose source is gone was asked to stop
+_NOT_YET = 1000  # of one that has not ended; exit codes are smaller
+_TRIES = 3  # servers that were lost, before it is done without
 
 
 class Process(Protocol):
@@ -58,9 +62,12 @@ def _program(module: str, *arguments: str) -> list[str]:
 
 def _found(environment: Environment) -> Environment:
     """An environment in which our modules are found where this process found them."""
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    return {**environment, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    found = {**environment, "PYTHONUNBUFFERED": "1"}
+    root = Path(__file__).resolve().parent.parent
+    if root.name != "site-packages":  # which is found, and goes behind Python's own library
+        path = filter(None, (str(root), environment.get("PYTHONPATH")))
+        found["PYTHONPATH"] = os.pathsep.join(path)
+    return found
 
 
 class Fresh:
@@ -80,35 +87,39 @@ class Fresh:
 
 
 class Copies:
-    """Copies of a process that has imported everything, for as long as they want one environment:
-    libraries read it as they are imported. It computes nothing, so that it has no threads, which a
-    copy would not get; and it ignores what asks to stop, for it has nothing to save."""
+    """Copies of a process that has imported everything, one for each environment that is asked for:
+    libraries read it as they are imported. It computes nothing, for threads do not come along with
+    a copy; and it ignores what asks to stop, for it has nothing to save."""
 
     def __init__(self) -> None:
-        self._server: _Server | None = None
+        self._servers: dict[frozenset[tuple[str, str]], _Server] = {}
+        self._lost = 0
 
     def start(self, arguments: list[str], environment: Environment, says: int) -> Process:
-        for _ in range(2):
-            if self._server is None or self._server.environment != environment:
-                self.close()
-                self._server = _Server(environment)
-            copy = self._server.copied(arguments, says)
+        key = frozenset(environment.items())
+        while self._lost < _TRIES:
+            try:
+                server = self._servers.get(key) or _Server(environment)
+            except OSError:  # a system that has no such sockets, or no process left
+                break
+            self._servers[key] = server
+            copy = server.copied(arguments, says)
             if copy is not None:
                 return copy
-            self.close()  # it was killed: another one
+            self._servers.pop(key).close()  # it was killed: another one
+            self._lost += 1
         return Fresh().start(arguments, environment, says)
 
     def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        for server in self._servers.values():
+            server.close()
+        self._servers.clear()
 
 
 class _Server:
     """The process that copies itself, as whoever asks it sees it."""
 
     def __init__(self, environment: Environment) -> None:
-        self.environment = environment
         self._asks, answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._asked = 0
         with answers:
@@ -117,6 +128,7 @@ class _Server:
                 pass_fds=(answers.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # what is wrong with a library its copies say
                 env=_found(environment),
             )
 
@@ -135,8 +147,11 @@ class _Server:
         return None
 
     def copied(self, arguments: list[str], says: int) -> "_Copy | None":
-        """A copy that is `deit ARGUMENTS`."""
+        """A copy that is `deit ARGUMENTS`; None where the server is gone. Raises EnvironmentFault
+        where the system lets it start no process."""
         pid = self.ask({"start": arguments, "folder": os.getcwd()}, says)
+        if pid is not None and pid < 0:
+            raise EnvironmentFault(f"no process could be started ({os.strerror(-pid)})")
         return None if pid is None else _Copy(self, pid)
 
     def close(self) -> None:
@@ -156,7 +171,9 @@ class _Copy(NamedTuple):
         self.server.ask({"stop": self.pid})
 
     def wait(self) -> int:
-        code = self.server.ask({"wait": self.pid})
+        # Asked again and again: the server is there for the others too.
+        while (code := self.server.ask({"wait": self.pid})) == _NOT_YET:
+            time.sleep(0.01)
         return _LOST if code is None else code
 
 
@@ -172,27 +189,39 @@ def _serve(answers: socket.socket) -> None:
             import_module(name)
     with contextlib.suppress(Exception):
         import_module("deit.environment").commit()  # of the code that is here now, for all copies
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would take the exit codes away
     server = os.getpid()
     while True:
-        words, descriptors, *_ = socket.recv_fds(answers, _LONGEST, 1)
+        try:
+            words, descriptors, *_ = socket.recv_fds(answers, _LONGEST, 1)
+        except OSError:
+            words = b""
         if not words:
-            os._exit(0)
+            os._exit(0)  # nobody asks any more
         asked = json.loads(words)
-        if "start" in asked:
-            found = os.fork()
-            if found == 0:
-                answers.close()
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-                _become(asked["start"], asked["folder"], descriptors[0], parent=server)
-                return
-            os.close(descriptors[0])
-        elif "stop" in asked:
-            os.kill(asked["stop"], signal.SIGTERM)
-            found = 0
-        else:
-            found = os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1])
-        answers.send(json.dumps([asked["number"], found]).encode())
+        try:
+            found = os.fork() if "start" in asked else _about(asked)
+        except OSError as error:
+            found = -error.errno
+        if "start" in asked and found == 0:
+            answers.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            _become(asked["start"], asked["folder"], descriptors[0], parent=server)
+            return
+        for descriptor in descriptors:
+            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            answers.send(json.dumps([asked["number"], found]).encode())
+
+
+def _about(asked: dict[str, Any]) -> int:
+    """Ask a copy to stop, or whether it has ended: its exit code. Raises OSError."""
+    if "stop" in asked:
+        os.kill(asked["stop"], signal.SIGTERM)
+        return 0
+    ended, status = os.waitpid(asked["wait"], os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else _NOT_YET
 
 
 def _become(arguments: list[str], folder: str, says: int, *, parent: int) -> None:

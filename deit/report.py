@@ -88,7 +88,7 @@ def _names(paths: list[Path]) -> dict[Path, str]:
         raise ConfigError("a run is named twice; once is enough")
     whole = [path.resolve().name for path in paths]
     short = [
-        _HASH.sub("", name) if path.resolve().parent.name == "runs" else name
+        _HASH.sub("", name) if (path.resolve().parents[1] / MANIFEST).is_file() else name
         for path, name in zip(paths, whole)
     ]
     found = {}

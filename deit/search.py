@@ -69,7 +69,7 @@ class Search:
         self._plan, self._retries = plan, retries
         self._tried: Counter[Path] = Counter()
         self._known: set[Path] | None = None
-        self._exhausted = False
+        self._exhausted = self._ending = False  # _ending: with what is under way
         self._reported: dict[Path, int] = {}
         self.progress = Progress(0)  # told how many trials are left whenever one is over
         self._running: dict[Path, Any] = {}
@@ -166,6 +166,7 @@ class Search:
                 self._exhausted = repeated == _GIVE_UP and not self._running
                 if repeated >= _GIVE_UP:
                     say(f"{repeated} proposals in a row were tried before: no other is begun")
+                    self._ending = True
                     return
                 continue
             repeated = 0
@@ -242,7 +243,8 @@ class Search:
                 self._tried[run.out] += 1
                 self._study.enqueue_trial(trial.params, user_attrs={_OF: trial.number})
                 say(f"{run.name}: once more ({reason.splitlines()[0]})")
-        self.progress.total = self.progress.done + 1 + self.left()
+        left = len(self._running) if self._ending else self.left()
+        self.progress.total = self.progress.done + 1 + left
 
     def failed(self) -> list[Point]:
         """The points of the trials that failed, however often they were tried."""

@@ -367,7 +367,7 @@ def points_of(sweep: Sweep, config: Config) -> list[Point]:
             base = with_fields(config, fields, where=where)
             for name, arm in _arms(sweep, base, fields):
                 values = ({"run": name} if name else {}) | _texts(fields)
-                own = _texts(_differing(base, arm)) if name else None
+                own = _texts(sweep.runs.get(name, _differing(base, arm))) if name else None
                 found.append(Point(_title(values), values, arm, own))
         except ConfigError as error:
             wrong.append(str(error))

@@ -283,7 +283,10 @@ def changes(result: dict[str, Any]) -> dict[str, str]:
     found: dict[str, dict[str, str]] = {}
     for row in points(result).values():
         if row.get("sets") is not None:
-            found.setdefault(row["values"]["run"], row["sets"])
+            known = found.setdefault(row["values"]["run"], dict(row["sets"]))
+            for field in known.keys() | row["sets"].keys():  # an arm may follow the grid
+                same = known.get(field) == row["sets"].get(field)
+                known[field] = known[field] if same else "by the grid"
     if not any(found.values()):
         return {}
     return {

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deit.drawing import COLUMNS, comparison_cells, draw_comparison, markdown_table
+from deit.sweep_pictures import finished_rows
 from deit.sweep_results import cells, class_by_class, columns, disagreement_table
 from scripts.benchmark_picture import draw_benchmark
 
@@ -39,6 +40,7 @@ SWEEPS = {
     "tiny-imagenet-table-3": "Tiny-ImageNet, 20 classes, 8 epochs: ways of distilling (Table 3)",
     "digits-held-out": "Digits: 6, 7, 8 and 9 never seen (temperature, weight, learning rate)",
 }
+DRAWN = ("digits-patience",)  # of the sweeps
 BENCHMARKS = ("benchmark-data", "benchmark-targets", "benchmark-train")
 
 
@@ -223,6 +225,8 @@ def main() -> None:
         path.write_text(text)
     for name, result in results.items():
         draw_comparison(result, ROOT / "docs" / "images" / f"{name}.png")
+    for name in DRAWN:
+        draw_comparison(finished_rows(sweeps[name]), ROOT / "docs" / "images" / f"{name}.png")
     for name, result in benchmarks.items():
         draw_benchmark(result, ROOT / "docs" / "images" / f"{name}.png")
 

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from deit.console import say
 from deit.disk import write_json
 from deit.environment import create_accelerator, describe
 
+ROOT = Path(__file__).resolve().parents[1]
 GRID = {"loss.temperature": [1, 3, 10], "loss.distillation_weight": [0.3, 0.5, 0.7, 0.9]}
 
 
@@ -23,7 +25,11 @@ def deit(*words: str, folder: Path) -> float:
     """Seconds of a command, in a process of its own. Raises where it fails."""
     started = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "deit", *words], cwd=folder, check=True, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "deit", *words],
+        cwd=folder,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     return time.perf_counter() - started
 

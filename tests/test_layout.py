@@ -76,6 +76,7 @@ def test_the_layout_that_measures_clearly_faster_is_taken(monkeypatch, took, exp
     assert last == (expected == "channels_last")
 
 
+@pytest.mark.usefixtures("measured")
 def test_a_network_that_takes_one_layout_only_keeps_it():
     class Flat(Noting):
         def forward(self, images):

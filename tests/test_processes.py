@@ -32,6 +32,11 @@ def copies():
     source.close()
 
 
+def server_of(source):
+    """The one for the environment that was asked for last."""
+    return list(source._servers.values())[-1]
+
+
 def said_by(source, arguments, environment):
     """What a command says, and its exit code."""
     said, says = os.pipe()
@@ -68,12 +73,14 @@ def test_it_is_the_command(kind, copies, environment, tmp_path, monkeypatch):
 def test_copies_are_of_one_process_as_long_as_they_want_one_environment(environment):
     source = Copies()
     said_by(source, ("recipes",), environment)
-    first = source._server._process.pid
+    first = server_of(source)._process.pid
     said_by(source, ("recipes",), environment)
-    assert source._server._process.pid == first
+    assert server_of(source)._process.pid == first
     text, code = said_by(source, ("train", "digits"), {**environment, "DEIT_FAULT": "nowhere"})
     assert (code, "nowhere" in text) == (2, True)
-    assert source._server._process.pid != first
+    assert server_of(source)._process.pid != first
+    text, code = said_by(source, ("recipes",), environment)
+    assert code == 0  # and the first is there as well: its copies may be under way
     source.close()
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
@@ -81,11 +88,11 @@ def test_copies_are_of_one_process_as_long_as_they_want_one_environment(environm
 
 def test_what_asks_to_stop_does_not_end_the_one_that_is_copied(copies, environment):
     said_by(copies, ("recipes",), environment)
-    server = copies._server._process.pid
+    server = server_of(copies)._process.pid
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         os.kill(server, number)
     assert said_by(copies, ("recipes",), environment)[1] == 0
-    assert copies._server._process.pid == server
+    assert server_of(copies)._process.pid == server
 
 
 @pytest.mark.parametrize("how", ["asked", "killed", "closed"])
@@ -96,7 +103,7 @@ def test_a_copy_saves_when_it_is_asked_and_when_its_server_is_gone(how, environm
     if how == "asked":
         process.terminate()
     elif how == "killed":
-        source._server._process.kill()
+        server_of(source)._process.kill()
     else:
         source.close()
     with said:
@@ -111,7 +118,7 @@ def test_an_answer_to_a_question_that_was_interrupted_is_not_taken_for_the_next(
     copies, environment
 ):
     said_by(copies, ("recipes",), environment)
-    server = copies._server
+    server = server_of(copies)
     server._asks.send(b'{"stop": %d, "number": -1}' % server._process.pid)  # it ignores that
     assert said_by(copies, ("recipes",), environment)[1] == 0
 
@@ -121,35 +128,48 @@ def test_workers_of_a_copy_end_with_it(end, copies, environment, tmp_path):
     """They are its own, as of any run: what it says ends, and nobody is left."""
     for split in ("train", "val", "test"):
         write_pictures(tmp_path / "images" / split, number=16)
-    epochs = "1" if end == "finished" else "3000"
     words = (
         *("train", "folder", "--objective", "none", "--data.root", tmp_path / "images"),
         *("--data.storage", "files", "--data.workers", "2", "--data.image_size", "16"),
         *("--student.name", "vit_micro", "--student.depth", "1", "--student.image_size", "16"),
-        *("--student.patch_size", "4", "--optim.batch_size", "16", "--optim.epochs", epochs),
-        *("--optim.warmup_epochs", "0", "--run.save_every", "1", "--run.linear", "torch"),
-        *("--out", tmp_path / "run"),
+        *("--student.patch_size", "4", "--optim.batch_size", "16", "--run.linear", "torch"),
+        *("--optim.epochs", "40" if end == "finished" else "3000"),
+        *("--optim.warmup_epochs", "0", "--run.save_every", "1", "--out", tmp_path / "run"),
     )
     process, said = begun(copies, words, environment)
+    until(lambda: len(children_of(process.pid)) >= 2)
+    workers = children_of(process.pid)
     with said:
         if end == "killed":
-            until(lambda: checkpoint.found(tmp_path / "run"))
             os.kill(process.pid, signal.SIGKILL)
         text = said.read()  # to the end: whoever still had the pipe would keep it open
     assert process.wait() == (0 if end == "finished" else -9), text
-    until(lambda: not _of(tmp_path), timeout=20)
+    until(lambda: not [one for one in workers if Path(f"/proc/{one}").exists()], timeout=20)
 
 
-def _of(place):
-    """The processes that have a file or argument in a folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(place).encode() in path.read_bytes():
-                found.append(path.parent.name)
-        except OSError:
-            continue
-    return found
+def children_of(pid):
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(one) for one in found]
+
+
+def test_what_is_copied_has_one_thread_and_a_copy_as_many_as_it_should(environment, tmp_path):
+    """Pools that libraries begin as they are imported would not come along."""
+    source = Copies()
+    two = {**environment, "OMP_NUM_THREADS": "2"}
+    words = ("--optim.epochs", "1", "--optim.warmup_epochs", "0", "--run.evaluate_every", "1")
+    text, code = said_by(source, (*LONG[:-4], *words, "--out", tmp_path / "run"), two)
+    assert (code, ", 2 threads, " in text) == (0, True), text
+    server = server_of(source)._process.pid
+    assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
+    source.close()
+
+
+def test_where_no_server_can_be_made_each_is_fresh(environment, monkeypatch):
+    def none(*kinds):
+        raise OSError("no such sockets")
+
+    monkeypatch.setattr(processes.socket, "socketpair", none)
+    assert said_by(Copies(), ("recipes",), environment)[1] == 0
 
 
 def test_copies_where_they_can_be_and_fresh_ones_elsewhere(monkeypatch):

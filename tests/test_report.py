@@ -210,12 +210,15 @@ def test_runs_of_a_sweep_are_called_without_their_hash_where_that_tells_them_apa
             ("x", "b-seed-0-0123456789ab"),
         )
     )
+    for place in ("x", "y"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "sweep.json").write_text("{}")
     assert report._names([first, other]) == {first: "a-seed-0", other: "b-seed-0"}
     whole = report._names([first, again, other])
     assert list(whole.values()) == [first.name, again.name, "b-seed-0"]
     elsewhere = tmp_path / "y" / "runs" / first.name
     assert report._names([first, elsewhere]) == {first: str(first), elsewhere: str(elsewhere)}
-    mine = tmp_path / "exp-202405171530"  # no run of a sweep
+    mine = tmp_path / "runs" / "exp-202405171530"  # no run of a sweep
     assert report._names([mine]) == {mine: mine.name}
 
 

@@ -286,8 +286,9 @@ def test_what_a_point_changes_is_told_by_field(tmp_path):
     sweep = read(tmp_path, "runs: {plain: {}, other: {loss.temperature: 4, optim.lr: 0.5}}")
     plain, other = points_of(sweep, digits())
     assert (plain.own, other.own) == ({}, {"loss.temperature": "4", "optim.lr": "0.5"})
-    sweep = read(tmp_path, "{grid: {objective: [none]}, runs: {a: {}, b: {optim.lr: 0.5}}}")
-    assert [point.own for point in points_of(sweep, digits())] == [{}, {"optim.lr": "0.5"}]
+    text = "{grid: {objective: [none, deit-hard]}, runs: {a: {}, b: {loss.kind: none}}}"
+    own = [point.own for point in points_of(read(tmp_path, text), digits())]
+    assert own == [{}, {"loss.kind": "none"}] * 2
     (alone,) = points_of(read(tmp_path, "grid: {optim.lr: [0.5]}"), digits())
     assert alone.own is None
 

@@ -216,7 +216,10 @@ def test_what_each_run_sets_is_told(told, tmp_path):
     assert changes(told) == {"run a": "loss.kind none, optim.epochs 9", "run b": "nothing"}
     assert "| run a | loss.kind none, optim.epochs 9 |" in markdown(told).splitlines()
     assert "<dt>run b</dt><dd>nothing</dd>" in "".join(sections_of_sweep(told, tmp_path, "mine"))
-    told["rows"]["a"]["sets"] = {}
+    told["rows"]["c"] = {**told["rows"]["a"], "sets": {"loss.kind": "none", "optim.epochs": "18"}}
+    assert changes(told)["run a"] == "loss.kind none, optim.epochs by the grid"
+    for name in "abc":
+        told["rows"].get(name, {})["sets"] = {}
     assert changes(told) == {}
 
 

@@ -125,7 +125,7 @@ def command(teacher, out, *more):
         *("digits", "--objective", "deit-hard", "--teacher.source", teacher, "--out", str(out)),
         *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
         *("--optim.epochs", str(EPOCHS), "--optim.warmup_epochs", "1"),
-        *("--run.evaluate_every", str(EPOCHS)),
+        *("--run.evaluate_every", str(EPOCHS), "--teacher.layout", "contiguous"),
     )
     return [*recipe, *more]
 
