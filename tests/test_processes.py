@@ -158,7 +158,7 @@ def test_what_is_copied_has_one_thread_and_a_copy_as_many_as_it_should(environme
     two = {**environment, "OMP_NUM_THREADS": "2"}
     words = ("--optim.epochs", "1", "--optim.warmup_epochs", "0", "--run.evaluate_every", "1")
     text, code = said_by(source, (*LONG[:-4], *words, "--out", tmp_path / "run"), two)
-    assert (code, ", 2 threads, " in text) == (0, True), text
+    assert (code, "fp32, 2 threads" in text) == (0, True), text
     server = server_of(source)._process.pid
     assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
     source.close()
