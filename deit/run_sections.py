@@ -19,6 +19,7 @@ from deit.optim import average_decay
 
 _HEADS = ("class", "distillation", "fused", "teacher")
 _FEW_CLASSES = 20
+_BESIDE = 12  # classes of two confusions beside each other
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ def _classes(view: View, folder: Path) -> list[str]:
                     file=folder / f"{view.slug}-minus-teacher.csv",
                 )
             )
-        parts.append(page.pair(*maps))
+        parts += [page.pair(*maps)] if len(names) <= _BESIDE else maps
     return parts
 
 

@@ -1,16 +1,22 @@
 """Linear layers by oneDNN: the same products, gradients and names as PyTorch's own."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deit.config import StudentConfig
+from deit import checkpoint, journal
+from deit.config import StudentConfig, derive
+from deit.evaluation import evaluate
 from deit.models import linear
 from deit.models.linear import OneDNNLinear, use_onednn
 from deit.models.networks import create_network
+from deit.presets import OBJECTIVES
+from deit.recipes import digits
+from deit.run import train
 
 pytestmark = pytest.mark.skipif(not linear.available(), reason="no oneDNN in this PyTorch")
 
@@ -140,3 +146,31 @@ def test_it_pays_where_it_is_much_faster(monkeypatch):
     monkeypatch.setattr(linear, "available", lambda: False)
     took["torch"] = 9.0
     assert not linear.pays()
+
+
+def test_a_run_learns_by_it_goes_on_by_it_and_is_evaluated_by_it(tmp_path, capsys):
+    """Beside the same run by torch: losses equal to rounding, and what it goes on to as well."""
+    small = derive(
+        digits(),
+        student={"depth": 1, "embed_dim": 16, "num_heads": 2},
+        teacher={"source": ()},
+        loss=OBJECTIVES["none"],
+        optim={"epochs": 2, "warmup_epochs": 1},
+        run={"save_every": 1, "keep_checkpoints": 50, "device": "cpu"},
+    )
+    for way in ("torch", "onednn"):
+        train(derive(small, run={"linear": way}), tmp_path / way)
+    assert "linear layers by oneDNN" in capsys.readouterr().out
+    ours, theirs = (journal.read(tmp_path / way / journal.METRICS) for way in ("onednn", "torch"))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["train"]["loss"] == pytest.approx(other["train"]["loss"], abs=1e-4)
+    chain = (tmp_path / "onednn" / journal.CHAIN).read_bytes()
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "onednn", stopped)
+    (stopped / checkpoint.RESULT).unlink()
+    for _, later in checkpoint.found(stopped)[:-3]:
+        shutil.rmtree(later)
+    train(derive(small, run={"linear": "auto"}), stopped, resume=True)  # as it was chosen
+    assert (stopped / journal.CHAIN).read_bytes() == chain
+    found = [evaluate(tmp_path / way)["heads"]["class"]["top1"] for way in ("torch", "onednn")]
+    assert found[0] == pytest.approx(found[1], abs=0.01)
