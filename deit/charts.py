@@ -48,8 +48,6 @@ def chart(draw: Draw, path: Path, *, width: float = 6.0, height: float = 3.4) ->
         "xtick.color": FAINT,
         "ytick.color": FAINT,
         "grid.color": GRID,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
         "lines.linewidth": 1.8,
     }
     with matplotlib.rc_context(settings):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from deit.config import Config
@@ -18,6 +18,7 @@ from deit.datasets.splits import Splits, load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.models.teachers import Teacher, locate
+from deit.pictures import GREY
 from deit.preparation import (
     chorus,
     found_start,
@@ -33,8 +34,8 @@ _TILE = 128  # side of a picture on the sheet [px]
 _GAP = 8
 _LINE = 16
 _INK, _PAPER, _FAINT = (20, 20, 20), (255, 255, 255), (120, 120, 120)
-# Of a sheet without paper: a grey that can be read on white and on black.
-_GREY, _CLEAR = (128, 136, 148, 255), (128, 136, 148, 0)
+# Of a sheet without paper: letters, and what is not there, of one colour so that edges are clean.
+_GREY, _CLEAR = ((*ImageColor.getrgb(GREY), alpha) for alpha in (255, 0))
 _SHOWN_LABELS = 2
 
 

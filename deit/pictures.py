@@ -5,6 +5,9 @@ from typing import Any
 
 from deit.errors import EnvironmentFault
 
+GREY = "#808894"
+"""Of letters that can be read on white and on black."""
+
 
 def draw_attention(
     images: list[Any],
@@ -29,7 +32,7 @@ def draw_attention(
     except ImportError:
         raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
     across = 1 + len(names)
-    ink = {"color": "#808894"} if clear else {}
+    ink = {"color": GREY} if clear else {}
     figure = Figure(figsize=(2.6 * across, 2.9 * len(images)), layout="constrained")
     grid = figure.subplots(len(images), across, squeeze=False)
     for row, (image, tokens, said, caption) in enumerate(zip(images, maps, answers, captions)):

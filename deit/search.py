@@ -45,6 +45,7 @@ class Search:
     plan: makes a run of a point. seed: of the proposals. of: what is searched, and with what:
     trials of anything else are not to be learned from. retries: how often a trial that failed for a
     reason that may pass is tried again at once; the next call tries all that failed again.
+    progress: of the trials that are left and what was trained before them.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Search:
         self._known: set[Path] | None = None
         self._exhausted = self._ending = False  # _ending: with what is under way
         self._reported: dict[Path, int] = {}
-        self.progress = Progress(0)  # told how many trials are left whenever one is over
+        self.progress = Progress(0)
         self._running: dict[Path, Any] = {}
         self._stopped: dict[Path, str] = {}
         warmup = max(base.optim.epochs // 4, 1)

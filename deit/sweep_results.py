@@ -192,7 +192,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The table, the best points and where the numbers come from."""
     seeds = ", ".join(map(str, result["seeds"]))
     environment = result["environment"]
-    where = where_from(environment)
+    torch = environment["packages"]["torch"]
+    where = f"{environment['device_name']}, torch {torch}, commit {environment['commit']}"
     rows = [[_escaped(cell) for cell in row] for row in cells(result)]
     best = "\n".join(best_lines(result))
     reasons = [
@@ -269,12 +270,6 @@ def unseen_marks(
 
 
 SHOWN_CLASSES = 20
-
-
-def where_from(environment: dict[str, Any]) -> str:
-    """Where numbers come from, in a line."""
-    torch = environment["packages"]["torch"]
-    return f"{environment['device_name']}, torch {torch}, commit {environment['commit']}"
 
 
 def changes(result: dict[str, Any]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deit import shared_targets
-from deit.at_once import Failed, Planned, Progress, failure_of, train_beside
+from deit.at_once import Failed, Planned, failure_of, train_beside
 from deit.config import Config, derive
 from deit.console import say
 from deit.errors import ConfigError
@@ -66,16 +66,15 @@ def search_all(
     failed: dict[Path, Failed] = {}
     if search.left():
         anew = unfinished(work.below)
-        progress = Progress(len(anew) + search.left())
+        search.progress.total = len(anew) + search.left()
         for one in anew:
-            if wrong := trained([one], at_once=1, retries=retries, progress=progress):
+            if wrong := trained([one], at_once=1, retries=retries, progress=search.progress):
                 raise failure_of(wrong)
         finished.check(map(planned, search.finished()))  # a teacher may be another than it was
         targets = _stored(plan, base, out)
-        search.progress = progress
     while search.left():
         # Once more: a trial that fails when no other is to be begun is proposed anew.
-        ended = train_beside(search.runs(), number=at_once, progress=progress, watch=search)
+        ended = train_beside(search.runs(), number=at_once, progress=search.progress, watch=search)
         failed |= {one.run.out: one for one in ended}
     lost = [(point, failed[planned(point).out]) for point in search.failed()]
     points = search.finished()
