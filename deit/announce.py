@@ -11,6 +11,7 @@ from deit.config import LossConfig, is_transformer, label_weight, peak_lr
 from deit.console import clock, percent, say, warn
 from deit.datasets.images import Images
 from deit.datasets.reading import worker_count
+from deit.models.masks import told_of
 from deit.parts import Parts
 from deit.sharding import number_of_parts
 
@@ -75,6 +76,12 @@ def _of_start(parts: Parts) -> None:
         say(f"start     {notes['found']}")
         for note in notes["notes"]:
             say(f"          {note}")
+    if parts.held is not None:
+        told = told_of(parts.held.masks)
+        zero = percent(1 - told["kept"] / told["total"])
+        say(f"pruned    {zero} % of {told['total']:,} weights in {len(parts.held.masks)} layers")
+    if (update := parts.config.start.update) and parts.state.step == update:
+        say(f"          begins at update {update}: schedule, order and views of those before pass")
     told = [] if optim.trained == "all" else [f"{optim.trained} only"]
     if optim.layer_decay < 1:
         told.append(f"learning rate times {optim.layer_decay:g} a layer from the heads down")

@@ -1,7 +1,7 @@
 """The run folder: its names, its checkpoints written whole, and the newest sound one found."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,11 @@ Fill = Callable[[Path], dict[str, manifest.Content] | None]
 """Writes files into the folder it is given; returns what it knows of their digests already."""
 
 
-def write(out: Path, step: int, fill: Fill, *, keep: int, needs: int = 0) -> None:
-    """Write the checkpoint of a step, whole or not at all; then remove all but the newest `keep`.
+def write(
+    out: Path, step: int, fill: Fill, *, keep: int, stay: Collection[int] = (), needs: int = 0
+) -> None:
+    """Write the checkpoint of a step, whole or not at all; then remove all but the newest `keep`,
+    and those of the steps that `stay`.
 
     needs: about how many bytes, for the message of a full disk.
     Nothing is removed before the new one is
@@ -127,7 +130,7 @@ def write(out: Path, step: int, fill: Fill, *, keep: int, needs: int = 0) -> Non
     target = folder_of(out, step)
     seal_folder(target, fill, step=step, needs=needs)
     manifest.check(target)
-    rotate(out, keep=keep)
+    rotate(out, keep=keep, stay=stay)
 
 
 def seal_folder(target: Path, fill: Fill, *, step: int, needs: int = 0) -> None:
@@ -146,9 +149,11 @@ def seal_folder(target: Path, fill: Fill, *, step: int, needs: int = 0) -> None:
     replace_folder(target, write, needs=needs)
 
 
-def rotate(out: Path, *, keep: int) -> None:
-    """Remove all but the newest checkpoints; what a kill leaves of that, the next start clears."""
-    for _, path in found(out)[keep:]:
+def rotate(out: Path, *, keep: int, stay: Collection[int] = ()) -> None:
+    """Remove all but the newest checkpoints and those of the steps that stay; what a kill leaves of
+    that, the next start clears."""
+    passing = [path for step, path in found(out) if step not in stay]
+    for path in passing[keep:]:
         aside = path.with_name(f"{GONE}{path.name}")
         path.rename(aside)
         reach("rotate")

@@ -63,6 +63,7 @@ Sides = Annotated[tuple[Count | None, ...], BeforeValidator(_each_or_none)]
 Numbers = Annotated[tuple[Finite, ...], BeforeValidator(_listed)]
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
 OptionalText = Annotated[str | None, BeforeValidator(_none)]
+Updates = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -266,6 +267,12 @@ class StartConfig:
     kernel: Kernel = "deit"
     """How a position embedding is resized: bicubic as DeiT's code does it, or as timm, with
     antialiasing."""
+    masks: str = "keep"
+    """Which weights are zero and stay so. keep: those that are pruned in source; none; or a file of
+    masks (`deit tickets`)."""
+    update: Annotated[int, Field(ge=0)] = 0
+    """The update at which training begins: schedule, order and views of those before it are passed
+    over (rewinding, Frankle et al. 2020)."""
 
 
 @dataclass(frozen=True)
@@ -410,6 +417,8 @@ class RunConfig:
     """Updates between checkpoints within an epoch; None: one at the end of each epoch alone."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Checkpoints that stay: a damaged one must never be the only one."""
+    keep_updates: Updates = ()
+    """Updates whose checkpoints stay beside these, to go back to."""
     fit_memory: bool = False
     """Halve the micro-batches (optim.accumulate twice as large) until one fits, before the first
     update; the batch stays."""
@@ -453,6 +462,7 @@ RESUMABLE = (
     "run.evaluation_batch",
     "run.save_every",
     "run.keep_checkpoints",
+    "run.keep_updates",
     "run.fit_memory",
     "run.max_skipped",
     "run.trackers",

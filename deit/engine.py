@@ -14,6 +14,7 @@ from deit.config import LossConfig, OptimConfig
 from deit.faults import spoil
 from deit.keys import step_seed
 from deit.losses import Losses, objective
+from deit.models.masks import Held
 from deit.optim import WeightAverage, lr_at, set_lr
 from deit.panel import Panel
 from deit.records import Answers, Batch, Outputs, head_logits
@@ -25,7 +26,7 @@ class Job(NamedTuple):
 
     student: prepared by Accelerate. teach: what the teachers say of a batch; None without any.
     optimizer: prepared. average: of the unwrapped student; None if it is off. graphs: whether
-    student and teachers are recorded as CUDA graphs.
+    student and teachers are recorded as CUDA graphs. held: masks of a pruned student.
     """
 
     accelerator: Accelerator
@@ -37,6 +38,7 @@ class Job(NamedTuple):
     optim: OptimConfig
     seed: int
     graphs: bool = False
+    held: Held | None = None
 
 
 class Update(NamedTuple):
@@ -105,6 +107,8 @@ def _apply(job: Job, step: int, steps: int) -> Tensor:
     accelerator, optimizer = job.accelerator, job.optimizer
     set_lr(optimizer, lr_at(step, optim=job.optim, steps_per_epoch=steps))
     parameters = list(job.student.parameters())
+    if job.held is not None:
+        job.held.mask_gradients()  # before their norm is taken
     if job.optim.clip_norm is not None:
         norm = accelerator.clip_grad_norm_(parameters, job.optim.clip_norm)
     else:

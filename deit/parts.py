@@ -14,6 +14,7 @@ from deit.config import Config
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
 from deit.manifest import FORMAT_VERSION
+from deit.models.masks import Held
 from deit.models.saved import Facts
 from deit.optim import WeightAverage
 from deit.panel import Panel
@@ -73,6 +74,8 @@ class Parts:
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
     state: State
+    held: Held | None = None
+    """The masks of a pruned student; None where every weight is trained."""
     start_notes: dict[str, Any] | None = None
     """What the student started from, and what was done to fit it; None: random weights, or a
     resumed run."""

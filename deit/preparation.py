@@ -1,5 +1,6 @@
 """From a configuration and its images to the teachers and the loader of training views."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from deit.datasets.views import Colours
 from deit.errors import CheckpointError, reason_of
 from deit.losses import needs_logits
 from deit.models.layout import faster_layout
+from deit.models.masks import Masks, apply, check_fits, read_masks
 from deit.models.saved import Facts
 from deit.models.start import Found, find_start, fit
 from deit.models.teachers import Teacher, load_teacher
@@ -91,6 +93,29 @@ def begin(network: nn.Module, found: Found, config: Config, facts: Facts) -> dic
         "weights": digest_of(found.weights),
         "notes": notes,
     }
+
+
+def masks_of(config: Config, found: Found | None, network: nn.Module) -> Masks | None:
+    """The masks a student is trained under, its weights masked; None for a dense one, and for a
+    resumed run, whose checkpoint has them. Raises CheckpointError.
+
+    found: what the student starts from, whose masks go on unless the configuration says otherwise.
+    """
+    said = config.start.masks
+    if said == "none":
+        return None
+    origin = f"start.masks {said}"
+    if said == "keep":
+        masks, origin = (
+            None if found is None else found.masks,
+            f"start.source {config.start.source}",
+        )
+    else:
+        masks = read_masks(Path(said).expanduser())
+    if masks is not None:
+        check_fits(masks, network, origin=origin)
+        apply(masks, network)
+    return masks
 
 
 def _close(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

@@ -14,6 +14,7 @@ from deit.console import say, warn
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.manifest import FORMAT_VERSION
 from deit.manifest import check as check_manifest
+from deit.models.masks import MASKS, Held, read_masks
 from deit.models.saved import WEIGHTS
 from deit.models.weights import load_weights, read_weights
 from deit.optimizer_state import load_optimizer
@@ -87,6 +88,8 @@ def restore(parts: Parts) -> bool:
     student = parts.accelerator.unwrap_model(parts.student)
     load_weights(student.network, _finite(folder / WEIGHTS), origin=str(folder / WEIGHTS))
     load_optimizer(folder / checkpoint.OPTIMIZER, parts.optimizer, student.network)
+    if (folder / MASKS).is_file():
+        parts.held = Held(read_masks(folder / MASKS), student.network)
     if parts.average is not None:
         weights = _finite(folder / AVERAGE)
         load_weights(parts.average.model.network, weights, origin=str(folder / AVERAGE))

@@ -33,13 +33,14 @@ from deit.metrics import agreement, topk_accuracy
 from deit.mishaps import NumberWatch, fit_memory, understood
 from deit.models.layers import depths_of, hold_still
 from deit.models.linear import use_onednn
+from deit.models.masks import Held
 from deit.models.saved import build_student
 from deit.models.start import Found
 from deit.models.student import has_two_heads
 from deit.optim import WeightAverage, build_optimizer, layer_scales, lr_at
 from deit.parts import Parts, State
 from deit.prediction import answers_of
-from deit.preparation import begin, facts_of, found_start, settled
+from deit.preparation import begin, facts_of, found_start, masks_of, settled
 from deit.records import head_logits
 from deit.restoring import (
     as_begun,
@@ -88,7 +89,7 @@ def train(
         accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
         config = derive(config, run={"linear": choose_linear(config.run, accelerator)})
         faculty = Faculty(config)
-        parts = _furnish(config, out, accelerator, faculty, found)
+        parts = _furnish(config, out, accelerator, faculty, found, resumed=begun)
         environment = describe(accelerator, arguments or [])
         announce(parts, environment)
         if finished is not None and not dry_run:
@@ -169,19 +170,28 @@ def _begin(parts: Parts, environment: dict[str, Any], *, resume: bool) -> None:
 
 
 def _furnish(
-    config: Config, out: Path, accelerator: Accelerator, faculty: Faculty, found: Found | None
+    config: Config,
+    out: Path,
+    accelerator: Accelerator,
+    faculty: Faculty,
+    found: Found | None,
+    *,
+    resumed: bool = False,
 ) -> Parts:
-    """Build every part of a run. found: what the student starts from; None: random weights."""
+    """Build every part of a run. found: what the student starts from; None: random weights.
+    resumed: whether a checkpoint will bring weights and masks."""
     splits = load_splits(config.data)
     if len(splits.validation.labels) < accelerator.num_processes:
         raise DataError("data.validation_fraction: fewer validation images than processes")
     facts = facts_of(config, splits)
     loader, panel = faculty.load(splits, accelerator)
+    _check_update(config, loader)
     config = derive(config, teacher={"layout": faculty.layouts})
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
         student = build_student(facts)
     notes = None if found is None else begin(student.network, found, config, facts)
+    masks = None if resumed else masks_of(config, found, student.network)
     hold_still(student.network, config.optim.trained)
     student.still = config.optim.trained == "heads"
     if config.run.linear == "onednn":
@@ -201,6 +211,7 @@ def _furnish(
         mesh = mesh_of(pieces, accelerator.num_processes, accelerator.device, config.run.timeout)
         for model in (student, average.model) if average is not None else (student,):
             divide(model, mesh, compressed=config.run.gradient_compression == "bf16")
+    held = None if masks is None else Held(masks, student.network)
     optimizer = build_optimizer(student, config.optim, _scales(config, student))
     if config.run.compile != "none":
         compiled(student, config.run.compile)
@@ -218,10 +229,22 @@ def _furnish(
         optimizer=optimizer,
         average=average,
         state=State(
-            fingerprint=splits.fingerprint, targets=faculty.digests, teachers=faculty.weights
+            epoch=config.start.update // loader.steps_per_epoch,
+            step=config.start.update,
+            fingerprint=splits.fingerprint,
+            targets=faculty.digests,
+            teachers=faculty.weights,
         ),
+        held=held,
         start_notes=notes,
     )
+
+
+def _check_update(config: Config, loader: TrainLoader) -> None:
+    """Refuse to begin behind the end. Raises ConfigError."""
+    updates = config.optim.epochs * loader.steps_per_epoch
+    if config.start.update >= updates:
+        raise ConfigError(f"start.update = {config.start.update}: the run has {updates} updates")
 
 
 def _recompute(config: Config, network: nn.Module) -> None:
@@ -289,6 +312,7 @@ def job_of(parts: Parts) -> Job:
         optim=parts.config.optim,
         seed=parts.config.run.seed,
         graphs=records_graphs(parts.config.run),
+        held=parts.held,
     )
 
 
@@ -343,6 +367,7 @@ def _train_rest(parts: Parts, tally: Tally, interruption: Interruption) -> dict[
         ended = state.step == (epoch + 1) * steps
         every = config.run.save_every
         regular = ended or (every is not None and state.step % every == 0)
+        regular |= state.step in config.run.keep_updates
         signal = interruption.asked(now=ended)
         if regular or signal:
             watch.settle()

@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from deit import checkpoint, journal
 from deit.console import clock, warn
 from deit.disk import write_json
@@ -12,6 +14,7 @@ from deit.engine import Tally
 from deit.faults import reach
 from deit.manifest import Content, digests
 from deit.metrics import agreement
+from deit.models.masks import MASKS, holds
 from deit.models.saved import save_student, save_weights
 from deit.optimizer_state import optimizer_tensors, save_optimizer
 from deit.parts import Parts
@@ -59,6 +62,7 @@ def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
         if averaged:
             save_weights(folder / AVERAGE, averaged)
             reach("average")
+        _save_masks(parts, folder, weights, averaged)
         hashed = digests(folder, (path.name for path in folder.glob("*.safetensors")))
         if regular:
             _link(parts, hashed)
@@ -67,13 +71,22 @@ def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
         return hashed
 
     started = time.monotonic()
-    keep = parts.config.run.keep_checkpoints
-    checkpoint.write(parts.out, state.step, fill, keep=keep, needs=checkpoint_bytes(parts))
+    run = parts.config.run
+    keep, stay, needs = run.keep_checkpoints, run.keep_updates, checkpoint_bytes(parts)
+    checkpoint.write(parts.out, state.step, fill, keep=keep, stay=stay, needs=needs)
     if (took := time.monotonic() - started) > _SLOW_S:
         warn(
             f"the checkpoint of update {state.step} took {clock(took)} to write; launchers often "
             "kill 30 s after a signal, and then the one before it is what is left"
         )
+
+
+def _save_masks(parts: Parts, folder: Path, *saved: dict[str, Tensor]) -> None:
+    """Write the masks of a pruned student beside its weights, which they must hold in."""
+    if parts.held is None:
+        return
+    assert all(holds(parts.held.masks, weights) for weights in saved if weights)
+    save_weights(folder / MASKS, parts.held.masks)
 
 
 def _link(parts: Parts, files: dict[str, Content]) -> None:
@@ -104,6 +117,7 @@ def close_epoch(parts: Parts, row: dict[str, Any]) -> None:
 
     def fill(folder: Path) -> None:
         save_student(folder, chosen, parts.facts)
+        _save_masks(parts, folder, chosen)
         write_json(folder / checkpoint.STATE, asdict(state))
 
     if improved:
@@ -161,6 +175,9 @@ def _weights_bytes(parts: Parts) -> int:
 def space_of(parts: Parts) -> int:
     """What a run still adds to its folder at most [bytes]: checkpoints until all that stay are
     there, one more while that is written, and the best likewise."""
-    number = max(parts.config.run.keep_checkpoints - len(checkpoint.found(parts.out)), 0) + 1
+    run, there = parts.config.run, [step for step, _ in checkpoint.found(parts.out)]
+    passing = [step for step in there if step not in run.keep_updates]
+    number = max(run.keep_checkpoints - len(passing), 0) + 1
+    number += len(set(run.keep_updates) - set(there))
     best = 1 if (parts.out / checkpoint.BEST).is_dir() else 2
     return number * checkpoint_bytes(parts) + best * _weights_bytes(parts)

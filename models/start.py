@@ -13,6 +13,7 @@ from deit.config import SIZES, Kernel, StartConfig, StudentConfig
 from deit.console import say
 from deit.errors import CheckpointError, reason_of
 from deit.models.layers import heads_of
+from deit.models.masks import MASKS, Masks, read_masks
 from deit.models.positions import grid_side, resize_positions
 from deit.models.saved import FACTS, WEIGHTS, Facts, find_saved
 from deit.models.transformers_format import from_transformers
@@ -38,6 +39,8 @@ class Found(NamedTuple):
     std: tuple[float, ...] | None
     heads_known: bool = True
     """Whether the origin says how many attention heads there are: they leave no trace in shapes."""
+    masks: Masks | None = None
+    """Those of a pruned network of ours."""
 
 
 _FOREIGN = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
@@ -97,7 +100,9 @@ def _from_run(folder: Path, source: str) -> Found:
     facts = read_typed(folder / FACTS, Facts)
     weights = read_weights(folder / WEIGHTS)
     names, mean, std = facts.class_names, facts.mean, facts.std
-    return Found(weights, f"{facts.student.name} from {source}", facts.student, names, mean, std)
+    told = f"{facts.student.name} from {source}"
+    masks = read_masks(folder / MASKS) if (folder / MASKS).is_file() else None
+    return Found(weights, told, facts.student, names, mean, std, masks=masks)
 
 
 def _from_folder(folder: Path, source: str) -> Found:

@@ -82,7 +82,10 @@ PLAN = {
     "deit.models.saved": network("networks student weights"),
     "deit.models.positions": place(1, "torch einops"),
     "deit.models.layers": network(),
-    "deit.models.start": network("layers networks positions saved transformers_format weights"),
+    "deit.models.masks": network("layers weights"),
+    "deit.models.start": network(
+        "layers masks networks positions saved transformers_format weights"
+    ),
     "deit.models.timm_format": network("layers networks saved"),
     "deit.models.transformers_format": place(
         1, "torch transformers", "deit.models.networks deit.models.saved"
@@ -130,7 +133,7 @@ PLAN = {
     "deit.prediction": place(4, "torch accelerate"),
     "deit.stored": place(4, "torch"),
     "deit.announce": place(4, "torch accelerate"),
-    "deit.saving": place(4),
+    "deit.saving": place(4, "torch"),
     "deit.restoring": place(5, "torch accelerate"),
     "deit.mishaps": place(4, "torch"),
     "deit.contact_sheet": place(4, "torch numpy PIL accelerate"),

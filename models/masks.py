@@ -1,0 +1,229 @@
+"""Masks of pruned networks: which weights may go, which stay, and how that holds in training."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deit.errors import CheckpointError, ConfigError
+from deit.models.layers import heads_of
+from deit.models.weights import read_weights
+from deit.sharding import divided_like, own_part
+
+MASKS = "masks.safetensors"
+
+Weights = dict[str, Tensor]
+Masks = dict[str, Tensor]
+"""Bool tensors by the names of the weights they are of, True where a weight is kept."""
+
+
+def prunable(network: nn.Module) -> Weights:
+    """The weights that may be pruned, in the order of the network: of every linear layer and
+    convolution but the first, which sees the pixels, and the heads. One that several layers share
+    is there once. Tokens, positions, norms and biases are dense."""
+    first_seen, heads, found, known = False, heads_of(network), dict[str, Tensor](), set[int]()
+    for name, module in network.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d) or name in heads:
+            continue
+        if first_seen and id(module.weight) not in known:
+            found[f"{name}.weight"] = module.weight.detach()
+        known.add(id(module.weight))
+        first_seen = True
+    return found
+
+
+def dense(weights: Weights) -> Masks:
+    """Masks that keep every weight."""
+    return {name: torch.ones_like(one, dtype=torch.bool) for name, one in weights.items()}
+
+
+def kept_in(masks: Masks) -> int:
+    """How many weights are kept."""
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def keep_largest(scores: Weights, masks: Masks, number: int) -> Masks:
+    """Of all kept weights together exactly `number`, those of the largest scores; of equal ones
+    those that come first in the order of the masks. Raises ValueError where fewer are there."""
+    if not 0 <= number <= kept_in(masks):
+        raise ValueError(f"{number} of {kept_in(masks)} weights")
+    ranked = torch.cat(
+        [
+            scores[name].float().masked_fill(~mask, -torch.inf).flatten()
+            for name, mask in masks.items()
+        ]
+    )
+    chosen = torch.zeros_like(ranked, dtype=torch.bool)
+    # A threshold would take all of several equal ones, or none.
+    chosen[ranked.sort(stable=True, descending=True).indices[:number]] = True
+    parts = chosen.split([mask.numel() for mask in masks.values()])
+    return {name: part.view_as(mask) for (name, mask), part in zip(masks.items(), parts)}
+
+
+def _globally(scores: Weights, masks: Masks, density: float) -> Masks:
+    """All tensors ranked together."""
+    total = sum(mask.numel() for mask in masks.values())
+    return keep_largest(scores, masks, round(total * density))
+
+
+def _layer_by_layer(scores: Weights, masks: Masks, density: float) -> Masks:
+    """The same share of each tensor."""
+    found: Masks = {}
+    for name, mask in masks.items():
+        found |= keep_largest(scores, {name: mask}, round(mask.numel() * density))
+    return found
+
+
+def _in_groups(scores: Weights, masks: Masks, density: float, *, size: int) -> Masks:
+    """The same number of each group of `size` neighbours along the inputs of a layer."""
+    number, found = round(size * density), dict[str, Tensor]()
+    for name, mask in masks.items():
+        # Inputs last: the layout in which hardware looks for groups.
+        ranked = scores[name].float().masked_fill(~mask, -torch.inf).movedim(1, -1)
+        if ranked.shape[-1] % size:
+            raise ConfigError(
+                f"scope N:{size}: {name} has {ranked.shape[-1]} inputs, which {size} does not "
+                "divide; use global or layerwise"
+            )
+        groups = ranked.reshape(-1, size)
+        places = groups.sort(dim=1, stable=True, descending=True).indices[:, :number]
+        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, places, True)
+        found[name] = kept.view(ranked.shape).movedim(-1, 1).contiguous()
+    return found
+
+
+class Scope(NamedTuple):
+    """Among which weights the smallest are looked for.
+
+    prune: (scores, masks, density) -> masks that keep this share of all weights, the largest scores
+    among those kept so far, exactly round(number * density) of each set of weights that is ranked
+    together. densities: of the levels, if the scope itself says; None: as one likes.
+    """
+
+    prune: Callable[[Weights, Masks, float], Masks]
+    densities: tuple[float, ...] | None = None
+
+
+SCOPES: dict[str, Scope] = {"global": Scope(_globally), "layerwise": Scope(_layer_by_layer)}
+
+
+def scope_of(name: str) -> Scope:
+    """A scope by its name; N:M keeps N of each M neighbours, by one less a level. Raises
+    ConfigError."""
+    if name in SCOPES:
+        return SCOPES[name]
+    groups = re.fullmatch(r"(\d+):(\d+)", name)
+    number, size = map(int, groups.groups()) if groups else (0, 0)
+    if not 0 < number < size:
+        raise ConfigError(
+            f"scope {name}: should be {', '.join(SCOPES)} or N:M, as 2:4, with N below M"
+        )
+    densities = tuple(kept / size for kept in range(size - 1, number - 1, -1))
+    return Scope(partial(_in_groups, size=size), densities)
+
+
+def density_after(level: int, rate: float) -> float:
+    """The share of the weights that is kept after so many levels, each of which takes `rate` of
+    those left: (1 - rate) ** level."""
+    return (1 - rate) ** level
+
+
+def random_like(masks: Masks, scope: Scope, *, seed: int) -> Masks:
+    """Random masks with as many kept weights in each tensor; in each group, where the scope has
+    groups."""
+    drawn = torch.Generator().manual_seed(seed)
+    found: Masks = {}
+    for name, mask in masks.items():
+        # float64: in float32 many would be equal.
+        scores = {name: torch.rand(mask.shape, generator=drawn, dtype=torch.float64)}
+        every = dense(scores)
+        if scope.densities is not None:
+            found |= scope.prune(scores, every, kept_in({name: mask}) / mask.numel())
+        else:
+            found |= keep_largest(scores, every, int(mask.sum()))
+    return found
+
+
+def check_fits(masks: Masks, network: nn.Module, *, origin: str) -> None:
+    """Raises CheckpointError where masks are none, or of another network."""
+    parameters = dict(network.named_parameters())
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool:
+            raise CheckpointError(f"{origin}: {name} is {mask.dtype}, a mask is bool")
+        if name not in parameters:
+            raise CheckpointError(f"{origin}: masks {name}, which the network does not have")
+        if mask.shape != parameters[name].shape:
+            raise CheckpointError(
+                f"{origin}: {name} is {tuple(mask.shape)} in the masks, "
+                f"{tuple(parameters[name].shape)} in the network"
+            )
+
+
+def read_masks(path: Path) -> Masks:
+    """The masks of a file, on the CPU. Raises CheckpointError."""
+    return read_weights(path)
+
+
+@torch.no_grad()
+def apply(masks: Masks, network: nn.Module) -> None:
+    """Make the weights zero that are not kept."""
+    parameters = dict(network.named_parameters())
+    for name, mask in masks.items():
+        parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+
+
+def holds(masks: Masks, weights: Weights) -> bool:
+    """Whether every weight that is not kept is zero."""
+    return not any(
+        weights[name][~mask.to(weights[name].device)].any() for name, mask in masks.items()
+    )
+
+
+class Held:
+    """Masks that hold while a network is trained.
+
+    Where a gradient is zero from the first update on, so are AdamW's moments and momentum, decay
+    leaves a zero at zero, and an average of zeros is zero: masking gradients is enough.
+    """
+
+    def __init__(self, masks: Masks, network: nn.Module) -> None:
+        """masks: whole, on any device. network: on the device of its training, divided or not, its
+        weights masked."""
+        self.masks = masks
+        parameters = dict(network.named_parameters())
+        self._pairs = [
+            (
+                parameters[name],
+                own_part(divided_like(mask.to(parameters[name].device), parameters[name])),
+            )
+            for name, mask in masks.items()
+        ]
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Make the gradients zero of weights that are not kept; NaN and infinity stay what they
+        are."""
+        for parameter, mask in self._pairs:
+            if parameter.grad is not None:
+                own_part(parameter.grad).mul_(mask)
+
+
+def told_of(masks: Masks) -> dict[str, Any]:
+    """What there is to know of masks, ready for JSON: `kept` and `total` weights, `layers` with the
+    same of each, its `dead_rows`: outputs without any weight; of a joint layer of queries, keys and
+    values the three apart."""
+    layers: dict[str, dict[str, int]] = {}
+    for name, mask in masks.items():
+        joint = name.endswith("attn.qkv.weight")
+        for part, rows in zip("qkv" if joint else ("",), mask.chunk(3) if joint else (mask,)):
+            layers[f"{name.removesuffix('.weight')}{'.' * bool(part)}{part}"] = {
+                "kept": int(rows.sum()),
+                "total": rows.numel(),
+                "dead_rows": int((~rows.flatten(1).any(dim=1)).sum()),
+            }
+    total = sum(mask.numel() for mask in masks.values())
+    return {"kept": kept_in(masks), "total": total, "layers": layers}
