@@ -84,6 +84,11 @@ class _Drawn(NamedTuple):
         )
 
 
+def updates_of_epoch(images: int, batch_size: int) -> int:
+    """The updates of an epoch of so many images."""
+    return max(images // batch_size, 1)
+
+
 class TrainLoader:
     """Micro-batches of training views for one process.
 
@@ -144,7 +149,7 @@ class TrainLoader:
         self.process = process
         self.workers = workers
         # An epoch keeps its number of views: with repeats it holds so many images fewer.
-        self.steps_per_epoch = max(self.number // optim.batch_size, 1)
+        self.steps_per_epoch = updates_of_epoch(self.number, optim.batch_size)
         self.images_per_epoch = self.steps_per_epoch * self.images_per_batch
         look = {"square": square, "colours": colours, "seed": seed}
         self.student_look = DrawnLook(images, views, size=sizes.view, **look)

@@ -24,6 +24,7 @@ from deit.recipes import RECIPES
 from deit.sweep_file import Sweep, corners_of, points_of, under_command_line, with_fields
 from deit.sweeps import SWEEPS, find_sweep
 from deit.text import nearest
+from deit.ticket_options import CONTROLS, Asked, check_asked
 
 # torch and what needs it are imported inside the commands: --help and every mistake in the
 # arguments answer at once.
@@ -337,6 +338,74 @@ def sweep(arguments: list[str], program: str) -> None:
     )
 
 
+def tickets(arguments: list[str], program: str) -> None:
+    """Lottery tickets: prune a recipe level by level with rewinding, beside controls."""
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--levels", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--scope", default="global")
+    parser.add_argument("--rewind", type=float)
+    parser.add_argument("--controls", default=",".join(CONTROLS))
+    parser.add_argument("--controls_at")
+    parser.add_argument("--tolerance", type=float, default=1.0)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--at_once", type=int, default=1)
+    parser.add_argument("--retries", type=int, default=1)
+    options, rest = parser.parse_known_args(arguments)
+    run = parse_run(
+        rest,
+        program=program,
+        about="Train a recipe dense, then prune its smallest weights level by level: each level "
+        "goes back to the weights, schedule, order and views of an early update of the dense run, "
+        "and is trained from there. Also: --levels N (7), --rate SHARE of the weights left that "
+        "each level takes (0.2), --scope global, layerwise (the same share of each layer) or N:M "
+        "(N of each M neighbours), --rewind EPOCHS (where warm-up ends; 0: the initial weights), "
+        f"--controls {','.join(CONTROLS)} (all; none), --controls_at LEVELS (all, with commas "
+        "between), --tolerance POINTS below the dense run that still match (1), --seeds 0,1,2, "
+        "--at_once N (N runs at a time share the machine), --retries N (1); --dry_run lists the "
+        "runs. Into --out DIR: results.csv, results.json, results.md, tickets.png and the runs. "
+        "The same command goes on.",
+        online=False,
+    )
+    if run.resume:
+        raise ConfigError(f"{program}: takes no --resume; the same command always goes on")
+    if run.print_config:
+        say(json.dumps(to_dict(run.config), indent=1))
+        return
+    asked = Asked(
+        scope=options.scope,
+        levels=options.levels,
+        rate=options.rate,
+        rewind=options.rewind,
+        controls=_controls(options.controls),
+        at=read_numbers(options.controls_at, "--controls_at", whole=True) or None,
+        tolerance=options.tolerance,
+    )
+    check_asked(asked, run.config)
+    from deit.tickets import tickets
+
+    tickets(
+        asked,
+        run,
+        seeds=_seeds(options.seeds),
+        at_once=options.at_once,
+        retries=options.retries,
+        arguments=arguments,
+    )
+
+
+def _controls(text: str) -> tuple[str, ...]:
+    """The controls of a search for tickets, in their own order. Raises ConfigError."""
+    named = [] if text == "none" else [name.strip() for name in text.split(",") if name.strip()]
+    for name in named:
+        if name not in CONTROLS:
+            raise ConfigError(
+                f"--controls {name}: should be of {', '.join(CONTROLS)}, or none"
+                f"{nearest(name, CONTROLS)}"
+            )
+    return tuple(name for name in CONTROLS if name in named)
+
+
 def report(arguments: list[str], program: str) -> None:
     """One page about runs and sweeps: curves, classes, calibration, attention, views; PNG, CSV."""
     parser = Parser(
@@ -555,6 +624,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "export": export,
     "compare": compare,
     "sweep": sweep,
+    "tickets": tickets,
     "report": report,
     "scan": scan,
     "views": views,

@@ -12,6 +12,7 @@ from deit.drawing import draw_comparison, final_top1, legend
 from deit.errors import EnvironmentFault
 from deit.sweep_file import short_names
 from deit.sweep_results import points
+from deit.ticket_pictures import ticket_curve
 
 
 def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:
@@ -23,6 +24,8 @@ def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:
     if not any(row["seeds"] for row in points(result).values()):
         return []
     fields = [name for name in result["fields"] if name != "run"]
+    if "tickets" in result:
+        return [_save(result, out / "tickets.png", [ticket_curve(result)])]
     if result.get("search"):
         draws = [dots(result, field) for field in fields]
         return [_save(result, out / "search.png", draws, width=3.2 * len(fields), height=3.2)]

@@ -10,6 +10,7 @@ from typing import Any
 from deit.disk import put_file, write_json
 from deit.drawing import HEADS, final_top1, markdown_table, summary
 from deit.sweep_file import short_names
+from deit.ticket_results import tickets_table
 
 MANIFEST = "sweep.json"
 _MEASURED = (
@@ -195,7 +196,8 @@ def markdown(result: dict[str, Any]) -> str:
     torch = environment["packages"]["torch"]
     where = f"{environment['device_name']}, torch {torch}, commit {environment['commit']}"
     rows = [[_escaped(cell) for cell in row] for row in cells(result)]
-    best = "\n".join(best_lines(result))
+    ranking = f"{told_of_best(result).capitalize()}\n\n" + "\n".join(best_lines(result)) + "\n\n"
+    ranking = "" if "tickets" in result else ranking  # of tickets the sparsity is what one asks
     reasons = [
         f"- {name}, seed {seed}: {' '.join(reason.split())}"
         for name, row in result["rows"].items()
@@ -216,8 +218,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['split']} images, mean +- standard deviation over seeds; the gain is in points "
         "over the first row.\n\n"
         f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{class_by_class(result)}"
-        f"{changes_table(result)}{disagreement_table(result)}"
-        f"{searched}{told_of_best(result).capitalize()}\n\n{best}\n\n"
+        f"{changes_table(result)}{disagreement_table(result)}{tickets_table(result)}"
+        f"{searched}{ranking}"
         f"{stopped}{failed}"
         f"`{result['command']}`\n\n{where}\n"
     )

@@ -99,13 +99,13 @@ def work_of(plan: Sweep, run: RunArguments, *, asked: Config) -> Work:
         ground.laid(point.config)  # now it knows its teachers
     below = [Planned(name, config, run.out / slug(name)) for name, config in ground.runs.items()]
     for one in below:
-        _check_ground(one)
+        check_ground(one)
     for point in points:
         if point.name in ground.runs:
             raise ConfigError(f"sweep {plan.name}, {point.name}: is what a teacher is called here")
     trained = {str(one.out) for one in below}
     for point in known:
-        _check_there(ground.laid(point.config), trained)
+        check_there(ground.laid(point.config), trained)
     trials = trials_of(points, plan.seeds, run.out, ground.laid)
     return Work(ground, below, trials, *_shared(plan, trials, run.out))
 
@@ -120,7 +120,7 @@ def _shared(
     return shared_targets.share(unique, out / "targets", records=plan.records)
 
 
-def _check_there(config: Config, trained: set[str]) -> None:
+def check_there(config: Config, trained: set[str]) -> None:
     """Refuse teachers and images that are not there. trained: teachers that will be. Raises
     DataError."""
     if config.loss.kind != "none" and not config.teacher.targets:
@@ -132,7 +132,7 @@ def _check_there(config: Config, trained: set[str]) -> None:
         raise DataError(f"data.root {data.root}: no such folder; give --data.root DIR")
 
 
-def _check_ground(one: Planned) -> None:
+def check_ground(one: Planned) -> None:
     """Refuse a teacher or start that lies here and was trained on other images: it may have seen
     what others are tested on. Raises ConfigError."""
     saved = one.out / checkpoint.CONFIG

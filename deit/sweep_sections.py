@@ -21,6 +21,8 @@ from deit.sweep_results import (
     told_of_best,
     unseen_marks,
 )
+from deit.ticket_pictures import ticket_curve
+from deit.ticket_results import NOTE, densities, mask_cells, mask_columns, matching_line
 
 _MOST_POINTS = 24
 
@@ -42,9 +44,10 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
         columns(result), rows, caption=told, best=best, file=folder / f"{slug}-results.csv"
     )
     body = [_headline(result, own), table]
-    drawn = _of_fields(result, folder, slug)
+    drawn = _of_tickets(result, folder, slug) or _of_fields(result, folder, slug)
     drawn += _costs(result, own, folder, slug)
     body.append(page.pair(*drawn))
+    body += _masks(result, folder, slug)
     body += _classes(result, folder / f"{slug}-classes.csv")
     if result["disagreement"]:
         body.append(
@@ -101,6 +104,7 @@ def _headline(result: dict[str, Any], own: dict[str, Any]) -> str:
     runs = sum(len(row["seeds"]) for row in own.values())
     values["runs finished"] = str(runs)
     told = page.paragraph(f"{told_of_best(result).capitalize()}.", "note")
+    told = "" if "tickets" in result else told
     failed = sum(len(row["failed"]) for row in result["rows"].values())
     if failed:
         values["runs failed"] = str(failed)
@@ -133,6 +137,36 @@ def _costs(result: dict[str, Any], own: dict[str, Any], folder: Path, slug: str)
             picture = charts.chart(spots, folder / f"{slug}-{file}.png")
             drawn.append(page.figure(picture, f"{told}: a dot a point, means over seeds."))
     return drawn
+
+
+def _of_tickets(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
+    """Accuracy against sparsity; nothing where a sweep is no search for tickets."""
+    if "tickets" not in result:
+        return []
+    drawn = charts.chart(ticket_curve(result), folder / f"{slug}-tickets.png")
+    told = "Means and standard deviations over the seeds; in grey, what matches the dense run."
+    return [page.figure(drawn, told)]
+
+
+def _masks(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
+    """What the levels of a search for tickets leave, whole and layer by layer."""
+    if not result.get("tickets", {}).get("masks"):
+        return []
+    told = f"Seed {result['seeds'][0]}. {NOTE}"
+    whole = page.table(
+        mask_columns(), mask_cells(result), caption=told, file=folder / f"{slug}-masks.csv"
+    )
+    rows, heads, values = densities(result)
+    layers = page.heat_table(
+        rows,
+        heads,
+        values,
+        shown="{:.0f}",
+        caption="Weights kept in % of each layer.",
+        file=folder / f"{slug}-layers.csv",
+    )
+    matches = page.paragraph(f"{matching_line(result).capitalize()}.")
+    return [page.part("What is left", [matches, whole, layers])]
 
 
 def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:

@@ -25,23 +25,31 @@ class Mishaps(NamedTuple):
         return {one.run.out: one.reason for one in self.failed} | self.barred
 
 
-def train_all(work: Work, *, finished: Finished, at_once: int, retries: int) -> Mishaps:
+def train_all(
+    work: Work,
+    *,
+    finished: Finished,
+    at_once: int,
+    retries: int,
+    progress: Progress | None = None,
+) -> Mishaps:
     """Train what is not finished: what runs build on, then the answers they share, then the runs,
-    so many at once; again, so often, where the reason may pass.
+    so many at once; again, so often, where the reason may pass. progress: of these and what else
+    there is; None: of these alone.
 
     What fails stops nothing but the runs that need it. Raises DataError where a teacher is trained
     anew and becomes another than the one that taught finished runs.
     """
     mishaps, gone = Mishaps([], {}), dict[str, str]()
     left = unfinished(work.runs)
-    if len(left) < len(work.runs):
+    if len(left) < len(work.runs) and progress is None:
         say(f"{len(work.runs) - len(left)} of {len(work.runs)} runs are finished already")
     if not left:
         return mishaps
     for data in dict.fromkeys(run.config.data for run in left if run.config.data.download):
         load_splits(data)  # fetched once, before runs beside each other all would
     anew = unfinished(work.below)
-    progress = Progress(len(anew) + len(left))
+    progress = progress or Progress(len(anew) + len(left))
     for one in anew:  # one may build on another
         for ready in _able([one], gone, mishaps, progress):
             failed = trained([ready], at_once=1, retries=retries, progress=progress)

@@ -1,10 +1,9 @@
 """Masks of pruned networks: which weights may go, which stay, and how that holds in training."""
 
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from deit.errors import CheckpointError, ConfigError
 from deit.models.layers import heads_of
 from deit.models.weights import read_weights
+from deit.scopes import SCOPES, groups_of
 from deit.sharding import divided_like, own_part
 
 MASKS = "masks.safetensors"
@@ -52,10 +52,7 @@ def keep_largest(scores: Weights, masks: Masks, number: int) -> Masks:
     if not 0 <= number <= kept_in(masks):
         raise ValueError(f"{number} of {kept_in(masks)} weights")
     ranked = torch.cat(
-        [
-            scores[name].float().masked_fill(~mask, -torch.inf).flatten()
-            for name, mask in masks.items()
-        ]
+        [scores[name].masked_fill(~mask, -torch.inf).flatten() for name, mask in masks.items()]
     )
     chosen = torch.zeros_like(ranked, dtype=torch.bool)
     # A threshold would take all of several equal ones, or none.
@@ -83,11 +80,11 @@ def _in_groups(scores: Weights, masks: Masks, density: float, *, size: int) -> M
     number, found = round(size * density), dict[str, Tensor]()
     for name, mask in masks.items():
         # Inputs last: the layout in which hardware looks for groups.
-        ranked = scores[name].float().masked_fill(~mask, -torch.inf).movedim(1, -1)
+        ranked = scores[name].masked_fill(~mask, -torch.inf).movedim(1, -1)
         if ranked.shape[-1] % size:
             raise ConfigError(
                 f"scope N:{size}: {name} has {ranked.shape[-1]} inputs, which {size} does not "
-                "divide; use global or layerwise"
+                f"divide; use {' or '.join(SCOPES)}"
             )
         groups = ranked.reshape(-1, size)
         places = groups.sort(dim=1, stable=True, descending=True).indices[:, :number]
@@ -96,55 +93,30 @@ def _in_groups(scores: Weights, masks: Masks, density: float, *, size: int) -> M
     return found
 
 
-class Scope(NamedTuple):
-    """Among which weights the smallest are looked for.
-
-    prune: (scores, masks, density) -> masks that keep this share of all weights, the largest scores
-    among those kept so far, exactly round(number * density) of each set of weights that is ranked
-    together. densities: of the levels, if the scope itself says; None: as one likes.
-    """
-
-    prune: Callable[[Weights, Masks, float], Masks]
-    densities: tuple[float, ...] | None = None
+Prune = Callable[[Weights, Masks, float], Masks]
+"""(scores, masks, density) -> masks that keep this share of all weights, the largest scores among
+those kept so far: exactly round(number * density) of each set of weights that is ranked together.
+"""
+PRUNE: dict[str, Prune] = {"global": _globally, "layerwise": _layer_by_layer}
 
 
-SCOPES: dict[str, Scope] = {"global": Scope(_globally), "layerwise": Scope(_layer_by_layer)}
+def prune_in(scope: str) -> Prune:
+    """Pruning in a scope by its name (deit.scopes). Raises ConfigError."""
+    groups = groups_of(scope)
+    return PRUNE[scope] if groups is None else partial(_in_groups, size=groups[1])
 
 
-def scope_of(name: str) -> Scope:
-    """A scope by its name; N:M keeps N of each M neighbours, by one less a level. Raises
-    ConfigError."""
-    if name in SCOPES:
-        return SCOPES[name]
-    groups = re.fullmatch(r"(\d+):(\d+)", name)
-    number, size = map(int, groups.groups()) if groups else (0, 0)
-    if not 0 < number < size:
-        raise ConfigError(
-            f"scope {name}: should be {', '.join(SCOPES)} or N:M, as 2:4, with N below M"
-        )
-    densities = tuple(kept / size for kept in range(size - 1, number - 1, -1))
-    return Scope(partial(_in_groups, size=size), densities)
-
-
-def density_after(level: int, rate: float) -> float:
-    """The share of the weights that is kept after so many levels, each of which takes `rate` of
-    those left: (1 - rate) ** level."""
-    return (1 - rate) ** level
-
-
-def random_like(masks: Masks, scope: Scope, *, seed: int) -> Masks:
+def random_like(masks: Masks, scope: str, *, seed: int) -> Masks:
     """Random masks with as many kept weights in each tensor; in each group, where the scope has
     groups."""
-    drawn = torch.Generator().manual_seed(seed)
-    found: Masks = {}
+    drawn, found = torch.Generator().manual_seed(seed), dict[str, Tensor]()
     for name, mask in masks.items():
-        # float64: in float32 many would be equal.
+        # float64: of float32 many would be equal.
         scores = {name: torch.rand(mask.shape, generator=drawn, dtype=torch.float64)}
-        every = dense(scores)
-        if scope.densities is not None:
-            found |= scope.prune(scores, every, kept_in({name: mask}) / mask.numel())
+        if groups_of(scope) is None:
+            found |= keep_largest(scores, dense(scores), int(mask.sum()))
         else:
-            found |= keep_largest(scores, every, int(mask.sum()))
+            found |= prune_in(scope)(scores, dense(scores), int(mask.sum()) / mask.numel())
     return found
 
 

@@ -49,9 +49,14 @@ def save_student(folder: Path, weights: dict[str, Tensor], facts: Facts) -> None
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write tensors by name as safetensors that other libraries read."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     # Not save_file: its files are nobody else's to read, whatever the umask says.
-    path.write_bytes(save(tensors, metadata={"format": "pt"}))
+    path.write_bytes(serialised(weights))
+
+
+def serialised(weights: dict[str, Tensor]) -> bytes:
+    """Tensors by name as the content of a safetensors file."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    return save(tensors, metadata={"format": "pt"})
 
 
 def load_student(folder: Path) -> tuple[Student, Facts]:

@@ -13,19 +13,18 @@ from deit.config import Config, derive
 from deit.errors import CheckpointError, ConfigError, Stopped
 from deit.models.masks import (
     MASKS,
-    SCOPES,
+    PRUNE,
     Held,
     apply,
     check_fits,
     dense,
-    density_after,
     holds,
     keep_largest,
     kept_in,
     prunable,
+    prune_in,
     random_like,
     read_masks,
-    scope_of,
     told_of,
 )
 from deit.models.networks import create_network
@@ -33,6 +32,7 @@ from deit.models.saved import save_weights
 from deit.optim import lr_at
 from deit.recipes import digits, digits_teacher
 from deit.run import parts_of, train
+from deit.scopes import SCOPES, densities_of, groups_of
 from tests.test_kills import SMALL
 
 EVERY_SCOPE = (*SCOPES, "2:4", "1:3")
@@ -104,13 +104,11 @@ def test_a_zero_that_is_kept_ranks_before_what_is_gone():
 @pytest.mark.parametrize("scope", EVERY_SCOPE)
 def test_levels_are_nested_and_exact(scope):
     found = weights()
-    asked = scope_of(scope)
     masks = dense(found)
     total = kept_in(masks)
-    densities = asked.densities or tuple(density_after(level, 0.2) for level in range(1, 12))
-    for density in densities:
+    for density in densities_of(scope, levels=11, rate=0.2):
         scores = {name: torch.randn_like(one).abs() for name, one in found.items()}
-        after = asked.prune(scores, masks, density)
+        after = prune_in(scope)(scores, masks, density)
         assert all((~masks[name] & after[name]).sum() == 0 for name in masks)
         if scope == "global":
             assert kept_in(after) == round(total * density)
@@ -118,22 +116,22 @@ def test_levels_are_nested_and_exact(scope):
             for mask in after.values():
                 assert mask.sum() == round(mask.numel() * density)
         masks = after
-    gone = scope_of("global").prune(found, masks, 0.0)
+    gone = prune_in("global")(found, masks, 0.0)
     assert kept_in(gone) == 0
 
 
 def test_nothing_is_pruned_where_everything_is_kept():
     masks = dense(weights())
-    for scope in SCOPES.values():
-        assert kept_in(scope.prune(weights(), masks, 1.0)) == kept_in(masks)
+    for scope in SCOPES:
+        assert kept_in(prune_in(scope)(weights(), masks, 1.0)) == kept_in(masks)
 
 
 def test_each_group_keeps_its_largest():
     row = torch.tensor([[1.0, 4.0, 3.0, 2.0, 9.0, 8.0, 7.0, 6.0]])
-    found = scope_of("2:4").prune({"a": row}, dense({"a": row}), 0.5)["a"]
+    found = prune_in("2:4")({"a": row}, dense({"a": row}), 0.5)["a"]
     assert found.int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0]]
     kernels = torch.randn(3, 8, 5, 5).abs()
-    found = scope_of("1:4").prune({"a": kernels}, dense({"a": kernels}), 0.25)["a"]
+    found = prune_in("1:4")({"a": kernels}, dense({"a": kernels}), 0.25)["a"]
     groups = found.movedim(1, -1).reshape(-1, 4)
     assert groups.sum(dim=1).tolist() == [1] * len(groups)
     chosen = kernels.movedim(1, -1).reshape(-1, 4)[groups]
@@ -143,38 +141,41 @@ def test_each_group_keeps_its_largest():
 @pytest.mark.parametrize("scope", ["2:2", "0:4", "3:2", "some", "2:", "1:4:8"])
 def test_a_scope_that_is_none(scope):
     with pytest.raises(ConfigError, match=r"should be global, layerwise or N:M"):
-        scope_of(scope)
+        groups_of(scope)
 
 
 def test_groups_have_to_fit():
     scores = {"a": torch.ones(4, 6)}
     with pytest.raises(ConfigError, match="a has 6 inputs, which 4 does not divide"):
-        scope_of("2:4").prune(scores, dense(scores), 0.5)
+        prune_in("2:4")(scores, dense(scores), 0.5)
 
 
 def test_levels_of_groups_go_one_by_one():
-    assert scope_of("2:4").densities == (0.75, 0.5)
-    assert scope_of("1:4").densities == (0.75, 0.5, 0.25)
+    assert densities_of("2:4", levels=9, rate=0.2) == (0.75, 0.5)
+    assert densities_of("1:4", levels=9, rate=0.2) == (0.75, 0.5, 0.25)
+    assert densities_of("global", levels=3, rate=0.2) == pytest.approx((0.8, 0.64, 0.512))
+    assert tuple(PRUNE) == SCOPES
 
 
 @pytest.mark.parametrize("scope", EVERY_SCOPE)
 def test_random_masks_have_the_same_counts_in_every_layer(scope):
-    asked, found = scope_of(scope), weights()
-    masks = asked.prune({name: one.abs() for name, one in found.items()}, dense(found), 1 / 3)
-    one, same, other = (random_like(masks, asked, seed=seed) for seed in (0, 0, 1))
+    found = weights()
+    scores = {name: one.abs() for name, one in found.items()}
+    masks = prune_in(scope)(scores, dense(found), 1 / 3)
+    one, same, other = (random_like(masks, scope, seed=seed) for seed in (0, 0, 1))
     for name, mask in masks.items():
         assert one[name].sum() == mask.sum()
         assert torch.equal(one[name], same[name])
         assert not torch.equal(one[name], mask)
         assert not torch.equal(one[name], other[name])
-        if asked.densities is not None:
+        if groups_of(scope) is not None:
             size = int(scope[-1])
             assert set(one[name].view(-1, size).sum(dim=1).tolist()) == {round(size / 3)}
 
 
 def test_random_masks_are_random():
     masks = {"a": torch.arange(40_000).view(200, 200) < 10_000}
-    found = random_like(masks, SCOPES["global"], seed=3)["a"].float()
+    found = random_like(masks, "global", seed=3)["a"].float()
     # Means of 200 draws with probability 1/4 have a deviation of 0.031.
     assert (found.mean(dim=0) - 0.25).abs().max() < 0.031 * 4.5
     assert (found.mean(dim=1) - 0.25).abs().max() < 0.031 * 4.5
@@ -200,7 +201,7 @@ def test_what_is_told_of_masks():
 def network_and_masks() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 2))
-    masks = scope_of("global").prune(
+    masks = prune_in("global")(
         {name: one.abs() for name, one in prunable(network).items()}, dense(prunable(network)), 0.5
     )
     return network, masks
@@ -267,7 +268,7 @@ def place(tmp_path_factory) -> Path:
     ends = load_file(checkpoint.newest(folder / "dense") / "model.safetensors")
     kept = [name for name in ends if name.endswith(("qkv.weight", "proj.weight", "fc1.weight"))]
     scores = {name: ends[name].abs() for name in kept if name.startswith("blocks")}
-    masks = scope_of("global").prune(scores, dense(scores), 0.4)
+    masks = prune_in("global")(scores, dense(scores), 0.4)
     save_weights(folder / "masks.safetensors", masks)
     return folder
 
@@ -420,7 +421,7 @@ def test_zeros_hold_in_two_processes(zygote, tmp_path, shard):
     assert alone.code == 0, alone.err
     ends = load_file(checkpoint.newest(tmp_path / "dense") / "model.safetensors")
     scores = {name: one.abs() for name, one in ends.items() if ".mlp.fc" in name and one.ndim == 2}
-    masks = scope_of("global").prune(scores, dense(scores), 0.3)
+    masks = prune_in("global")(scores, dense(scores), 0.3)
     save_weights(tmp_path / MASKS, masks)
     pruned = ("--start.masks", tmp_path / MASKS, "--start.source", tmp_path / "dense")
     done = zygote.together(*words, tmp_path / "two", *pruned, processes=2, of_node=2, cwd=tmp_path)

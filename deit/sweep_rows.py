@@ -1,0 +1,84 @@
+"""The rows of a sweep: what its finished runs came to, and why others did not."""
+
+from pathlib import Path
+from typing import Any
+
+from deit import checkpoint, outcome
+from deit.at_once import Failed, Planned, failure_of
+from deit.config import code_of
+from deit.errors import DeitError
+from deit.measured import Evaluations, Measured
+from deit.sweep_runs import Work
+from deit.sweep_training import Mishaps
+from deit.typed_json import read_typed
+from deit.validation import load
+
+
+def rows_of(
+    work: Work, mishaps: Mishaps
+) -> tuple[dict[str, outcome.Row], dict[str, Any], dict[str, Measured]]:
+    """A row for each teacher and point, the last evaluation, and those with the first seed by
+    point. An evaluation that fails is one more mishap. Raises DeitError where none is left."""
+    evaluations = Evaluations()
+    classes = any(trial.run.config.data.held_out for trial in work.trials)
+    first: dict[str, Measured] = {}
+    rows: dict[str, outcome.Row] = {}
+    found: dict[str, Any] = {}
+    reasons = mishaps.reasons()
+
+    def said(run: Planned) -> Measured | None:
+        if run.out in reasons:
+            return None
+        # Code that teaches was named to us, not by somebody's saved run.
+        teacher = ",".join(run.config.teacher.source) if code_of(run.config.teacher) else None
+        try:
+            return evaluations.of(run.out, root=run.config.data.root, teacher=teacher)
+        except DeitError as error:
+            reasons[run.out] = f"not evaluated: {error}"
+            log = run.out.with_name(f"{run.out.name}.log")
+            mishaps.failed.append(Failed(run, error.exit_code, reasons[run.out], log))
+            return None
+
+    for one in work.below:
+        if checkpoint.result_of(one.out) is None:
+            continue  # gone since, or never trained: its runs have a row of their own
+        row = outcome.new_row(
+            epochs=one.config.optim.epochs, teacher=one.name in work.ground.teachers
+        )
+        rows[one.name] = {**row, "values": {}, "seeds": [], "folders": [], "failed": {}}
+        seed = load(one.out / checkpoint.CONFIG).run.seed  # it may be of a call with other seeds
+        if (evaluated := said(one)) is None:
+            rows[one.name]["failed"][str(seed)] = reasons[one.out]
+        else:
+            found = evaluated.found
+            _note(rows[one.name], seed, one.out, found, classes)
+    for trial in work.trials:
+        epochs = trial.run.config.optim.epochs
+        row = outcome.new_row(epochs=epochs, teacher=False)
+        more = {"values": trial.point.values, "seeds": [], "folders": [], "failed": {}}
+        more["sets"] = trial.point.own
+        row = rows.setdefault(trial.point.name, {**row, **more})
+        if (evaluated := said(trial.run)) is None:
+            row["failed"][str(trial.seed)] = reasons[trial.run.out]
+            continue
+        if trial.seed == work.trials[0].seed:
+            first[trial.point.name] = evaluated
+        found = evaluated.found
+        _note(row, trial.seed, trial.run.out, found, classes)
+    if not any(row["values"] and row["seeds"] for row in rows.values()):
+        raise failure_of(mishaps.failed)
+    return rows, found, first
+
+
+def environment_of(rows: dict[str, outcome.Row]) -> dict[str, Any]:
+    """Where the runs were trained: that of the first, with the commits of all."""
+    folders = [Path(folder) for row in rows.values() if row["values"] for folder in row["folders"]]
+    found = [read_typed(folder / checkpoint.ENVIRONMENT, dict[str, Any]) for folder in folders]
+    commits = dict.fromkeys(str(one["commit"]) for one in found)
+    return {**found[0], "commit": ", ".join(commits)}
+
+
+def _note(row: outcome.Row, seed: int, out: Path, found: dict[str, Any], classes: bool) -> None:
+    outcome.note(row, out, found, classes=classes)
+    row["seeds"].append(seed)
+    row["folders"].append(str(out))

@@ -1,0 +1,291 @@
+"""`deit tickets`: iterative magnitude pruning with rewinding, beside its controls."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from deit import checkpoint, shared_targets
+from deit.arguments import RunArguments
+from deit.at_once import Failed, Planned, Progress, check_number, failure_of
+from deit.config import Config, derive
+from deit.console import say, table
+from deit.datasets.loader import updates_of_epoch
+from deit.datasets.splits import load_splits
+from deit.disk import hold, write_json
+from deit.environment import choose_linear, create_accelerator
+from deit.errors import ConfigError, DeitError, EnvironmentFault
+from deit.finished import Finished
+from deit.ground import Ground, slug
+from deit.preparation import found_start, settled
+from deit.sweep_file import Point
+from deit.sweep_pictures import draw_sweep
+from deit.sweep_results import MANIFEST, cells, columns, write_results
+from deit.sweep_rows import environment_of, rows_of
+from deit.sweep_runs import Trial, Work, check_ground, check_there
+from deit.sweep_training import Mishaps, train_all, unfinished
+from deit.ticket_masks import facts_of_masks, write_masks
+from deit.ticket_options import DENSE, RATE, TICKET, Asked, check_asked
+from deit.ticket_plan import Plan, Ticket, plan_of, tickets_of
+from deit.ticket_results import mask_cells, mask_columns, matching, matching_line
+from deit.trackers import check_trackers
+from deit.typed_json import read_typed
+
+NAME = "tickets"
+
+
+def tickets(
+    asked: Asked,
+    run: RunArguments,
+    *,
+    seeds: tuple[int, ...],
+    at_once: int,
+    retries: int,
+    arguments: list[str],
+) -> dict[str, Any]:
+    """Train a recipe, prune it level by level with rewinding, train its controls; write
+    results.json, results.csv, results.md and a picture into the folder, and print the table.
+
+    at_once: how many runs share the machine. retries: how often a run that failed is tried again.
+    The same command goes on with what is not finished, and with more levels, controls or seeds.
+    Returns what results.json holds. Raises the errors of deit.errors; one for all runs that failed,
+    once everything else is written.
+
+    Source: Frankle and Carbin 2019, "The Lottery Ticket Hypothesis"; Frankle et al. 2020, "Linear
+    Mode Connectivity and the Lottery Ticket Hypothesis", for going back to an update.
+    """
+    check_asked(asked, run.config)
+    check_number(at_once, option="--at_once")
+    if retries < 0:
+        raise ConfigError(f"--retries {retries}: should be at least 0")
+    check_trackers(run.config)
+    _check_folder(run.out, asked, run.recipe)
+    base, updates = _settled(run)
+    plan = plan_of(asked, base, updates=updates)
+    ground, below, found = _runs(plan, run, base, seeds)
+    _announce(plan, base, found, updates)
+    if run.dry_run:
+        _list(plan, below, found)
+        return {}
+    run.out.mkdir(parents=True, exist_ok=True)
+    with hold(run.out, option="--out"):
+        write_json(run.out / MANIFEST, _manifest(asked, run.recipe, base))
+        trials = [Trial(_point(one, plan), one.seed, one.run) for one in found]
+        stores, runs = shared_targets.share(
+            [one.run for one in found], run.out / "targets", records=None
+        )
+        work = Work(ground, below, trials, stores, runs)
+        mishaps = _train(plan, work, found, at_once=at_once, retries=retries)
+        result = _result(asked, plan, run, work, mishaps, found, arguments)
+        for path in write_results(result, run.out) + _draw(result, run.out):
+            say(f"wrote {path}")
+    _print(result)
+    if mishaps.failed:
+        raise failure_of(mishaps.failed)
+    return result
+
+
+def _manifest(asked: Asked, recipe: str, base: Config) -> dict[str, str]:
+    """What every call in a folder must have in common, and who computes linear layers."""
+    return {**_same_in_all(asked, recipe), "linear": base.run.linear}
+
+
+def _same_in_all(asked: Asked, recipe: str) -> dict[str, str]:
+    rewind = "the end of warm-up" if asked.rewind is None else f"{asked.rewind:g}"
+    rate = f"{RATE if asked.rate is None else asked.rate:g}"
+    return {"sweep": NAME, "recipe": recipe, "scope": asked.scope, "rate": rate, "rewind": rewind}
+
+
+def _check_folder(out: Path, asked: Asked, recipe: str) -> None:
+    """Refuse a folder that holds something else. Raises ConfigError and EnvironmentFault."""
+    if out.exists() and not out.is_dir():
+        raise EnvironmentFault(f"--out {out}: is a file, not a folder")
+    before = out / MANIFEST
+    if before.is_file():
+        there = read_typed(before, dict[str, str])
+        for key, mine in _same_in_all(asked, recipe).items():
+            if there.get(key) != mine:
+                raise ConfigError(
+                    f"--out {out}: holds a sweep whose {key} is {there.get(key)}, not {mine}; give "
+                    "another --out"
+                )
+    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise ConfigError(f"--out {out}: holds something, but no tickets; give another --out")
+
+
+def _settled(run: RunArguments) -> tuple[Config, int]:
+    """The configuration with what all runs must have in common, and the updates of an epoch.
+
+    That is the normalisation, for a run that goes back has another start than the dense one, and
+    who computes linear layers, which each would measure for itself.
+    """
+    config = settled(run.config, found_start(run.config))
+    splits = load_splits(config.data)
+    mean, std = config.views.mean or splits.mean, config.views.std or splits.std
+    config = derive(config, views={"mean": mean, "std": std})
+    if config.run.linear == "auto":
+        before = run.out / MANIFEST
+        known = read_typed(before, dict[str, str]).get("linear") if before.is_file() else None
+        linear = known or choose_linear(config.run, create_accelerator(config.run))
+        config = derive(config, run={"linear": linear})
+    return config, updates_of_epoch(len(splits.train.labels), config.optim.batch_size)
+
+
+def _runs(
+    plan: Plan, run: RunArguments, base: Config, seeds: tuple[int, ...]
+) -> tuple[Ground, list[Planned], list[Ticket]]:
+    """The teachers and the runs of all seeds. Raises ConfigError and DataError."""
+    first = derive(run.config, run={"seed": seeds[0]})
+    ground = Ground(run, first, run.out, arms=[first])
+    laid = ground.laid(base)
+    below = [Planned(name, config, run.out / slug(name)) for name, config in ground.runs.items()]
+    for one in below:
+        check_ground(one)
+    check_there(laid, {str(one.out) for one in below})
+    found = [
+        one for seed in seeds for one in tickets_of(plan, laid, seed, run.out / f"seed-{seed}")
+    ]
+    return ground, below, found
+
+
+def _announce(plan: Plan, base: Config, found: list[Ticket], updates: int) -> None:
+    """What it will cost, before anything is trained."""
+    sparse = ", ".join(f"{100 * (1 - density):.1f}" for density in plan.densities)
+    say(f"levels    {sparse} % of the prunable weights gone (scope {plan.scope})")
+    epoch = f" (epoch {plan.rewind / updates:g})" if plan.rewind else ""
+    say(f"rewind    to the weights, schedule, order and views of update {plan.rewind}{epoch}")
+    left = len(unfinished([one.run for one in found]))
+    say(
+        f"runs      {len(found)} of {base.optim.epochs} epochs, {len(found) - left} of them "
+        "finished; each level waits for the one before"
+    )
+
+
+def _list(plan: Plan, below: list[Planned], found: list[Ticket]) -> None:
+    rows = [("teacher or start", "", one.name, str(one.out)) for one in below]
+    rows += [(one.kind, _sparsity(one, plan), str(one.seed), str(one.run.out)) for one in found]
+    title = "dry run: nothing is trained or written"
+    table(title, ("", "sparsity %", "seed", "folder"), rows, text=True)
+
+
+def _sparsity(ticket: Ticket, plan: Plan) -> str:
+    return f"{100 * (1 - plan.densities[ticket.level - 1]):.1f}" if ticket.level else "0.0"
+
+
+def _point(ticket: Ticket, plan: Plan) -> Point:
+    """A run as a point of a sweep over its kind and sparsity."""
+    sparsity = _sparsity(ticket, plan)
+    name = DENSE if ticket.kind == DENSE else f"{ticket.kind}, {sparsity} %"
+    return Point(name, {"run": ticket.kind, "sparsity %": sparsity}, ticket.run.config)
+
+
+def _train(plan: Plan, work: Work, found: list[Ticket], *, at_once: int, retries: int) -> Mishaps:
+    """Train level by level, of all seeds together, each with its controls; a level that fails bars
+    those behind it, of its seed."""
+    finished, mishaps = Finished(), Mishaps([], {})
+    finished.check([*work.below, *work.runs])
+    taught = {run.out: run for run in work.runs}
+    progress = Progress(len(unfinished(work.below)) + len(unfinished(work.runs)))
+    for level in range(len(plan.densities) + 1):
+        ready = []
+        for ticket in (one for one in found if one.level == level):
+            reason = _lacking(ticket, mishaps)
+            if reason is None:
+                reason = _masked(ticket, plan, mishaps)
+            if reason is None:
+                ready.append(taught[ticket.run.out])
+            else:
+                progress.total -= 1
+        now = train_all(
+            work._replace(runs=ready),
+            finished=finished,
+            at_once=at_once,
+            retries=retries,
+            progress=progress,
+        )
+        mishaps.failed.extend(now.failed)
+        mishaps.barred.update(now.barred)
+    return mishaps
+
+
+def _lacking(ticket: Ticket, mishaps: Mishaps) -> str | None:
+    """What a run needs and does not have; noted. None where nothing is lacking."""
+    if ticket.level == 0:
+        return None
+    needed = ticket.run.out.with_name(f"level-{ticket.level - 1}")
+    if needed not in mishaps.reasons():
+        return None
+    mishaps.barred[ticket.run.out] = f"needs {needed}, which is not there"
+    return mishaps.barred[ticket.run.out]
+
+
+def _masked(ticket: Ticket, plan: Plan, mishaps: Mishaps) -> str | None:
+    """Write the masks of a run; the reason where they cannot be, noted."""
+    try:
+        write_masks(ticket, plan)
+    except DeitError as error:
+        log = ticket.run.out.with_name(f"{ticket.run.out.name}.log")
+        mishaps.failed.append(Failed(ticket.run, error.exit_code, str(error), log))
+        return str(error)
+    return None
+
+
+def _result(
+    asked: Asked,
+    plan: Plan,
+    run: RunArguments,
+    work: Work,
+    mishaps: Mishaps,
+    found: list[Ticket],
+    arguments: list[str],
+) -> dict[str, Any]:
+    """What results.json holds: that of a sweep over kind and sparsity, with the facts of the masks
+    of the first seed."""
+    rows, last, _ = rows_of(work, mishaps)
+    masks = {
+        _point(one, plan).name: facts_of_masks(one)
+        for one in found
+        if one.seed == found[0].seed
+        and one.kind in (DENSE, TICKET)
+        and checkpoint.result_of(one.run.out) is not None
+    }
+    return {
+        "sweep": NAME,
+        "recipe": run.recipe,
+        "study": NAME,
+        "fields": ["run", "sparsity %"],
+        "split": last["split"],
+        "num_samples": last["num_samples"],
+        "seeds": list(dict.fromkeys(one.seed for one in found)),
+        "rows": rows,
+        "best": [],
+        "disagreement": {},
+        "search": None,
+        "stopped": {},
+        "tickets": {
+            "scope": plan.scope,
+            "rewind": plan.rewind,
+            "tolerance": asked.tolerance,
+            "matching": matching(rows, asked.tolerance),
+            "masks": masks,
+        },
+        "command": f"deit tickets {shlex.join(arguments)}",
+        "environment": environment_of(rows),
+    }
+
+
+def _draw(result: dict[str, Any], out: Path) -> list[Path]:
+    try:
+        return draw_sweep(result, out)
+    except EnvironmentFault as error:
+        say(f"no picture: {error}")
+        return []
+
+
+def _print(result: dict[str, Any]) -> None:
+    number = len(result["seeds"])
+    title = f"{NAME}: top-1 % on {result['num_samples']} {result['split']} images" + (
+        f", mean and standard deviation of {number} seeds" if number > 1 else ""
+    )
+    table(title, columns(result), cells(result))
+    table(f"what is left, seed {result['seeds'][0]}", mask_columns(), mask_cells(result))
+    say(matching_line(result))
