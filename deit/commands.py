@@ -382,12 +382,15 @@ def tickets(arguments: list[str], program: str) -> None:
         tolerance=options.tolerance,
     )
     check_asked(asked, run.config)
+    seeds = _seeds(options.seeds)
+    if any(word.partition("=")[0] == "--run.seed" for word in rest):
+        raise ConfigError(f"--run.seed {run.config.run.seed}: this command takes --seeds A,B")
     from deit.tickets import tickets
 
     tickets(
         asked,
         run,
-        seeds=_seeds(options.seeds),
+        seeds=seeds,
         at_once=options.at_once,
         retries=options.retries,
         arguments=arguments,

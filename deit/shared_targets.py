@@ -49,7 +49,8 @@ def question_of(config: Config) -> dict[str, Any]:
     asked["seed"] = views_seed(config)
     asked["student"] = config.student.image_size
     asked["precision"] = config.run.precision
-    asked["start"] = config.start.source  # whose mean and deviation may be those of the views
+    if config.views.mean is None or config.views.std is None:
+        asked["start"] = config.start.source  # whose mean and deviation those of the views may be
     if config.views.repeats > 1:
         asked["batch"] = config.optim.batch_size
     return asked

@@ -28,7 +28,8 @@ def matching_line(result: dict[str, Any]) -> str:
     told = result["tickets"]
     seeds = len(result["seeds"])
     of = f"the mean of {seeds} seeds" if seeds > 1 else "one seed"
-    what = f"at most {told['tolerance']:g} points below the dense run ({of}, test split)"
+    margin = f"{told['tolerance']:g} point{'s' * (told['tolerance'] != 1)}"
+    what = f"at most {margin} below the dense run ({of}, test split)"
     return f"{what}: {'; '.join(told['matching']) or 'none'}"
 
 

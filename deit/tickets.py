@@ -185,6 +185,7 @@ def _train(plan: Plan, work: Work, found: list[Ticket], *, at_once: int, retries
     finished.check([*work.below, *work.runs])
     taught = {run.out: run for run in work.runs}
     progress = Progress(len(unfinished(work.below)) + len(unfinished(work.runs)))
+    told: set[str] = set()  # the stores that are complete
     for level in range(len(plan.densities) + 1):
         ready = []
         for ticket in (one for one in found if one.level == level):
@@ -195,8 +196,10 @@ def _train(plan: Plan, work: Work, found: list[Ticket], *, at_once: int, retries
                 ready.append(taught[ticket.run.out])
             else:
                 progress.total -= 1
+        stores = [store for store in work.stores if str(store.path) not in told]
+        told |= {target for run in unfinished(ready) for target in run.config.teacher.targets}
         now = train_all(
-            work._replace(runs=ready),
+            work._replace(runs=ready, stores=stores),
             finished=finished,
             at_once=at_once,
             retries=retries,

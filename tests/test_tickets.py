@@ -1,0 +1,466 @@
+"""Lottery tickets: which runs, under which masks, going back to where; what is told of them."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit import checkpoint, journal, tickets
+from deit.arguments import RunArguments
+from deit.at_once import Failed
+from deit.config import derive
+from deit.ground import Ground
+from deit.models.masks import holds, kept_in, read_masks
+from deit.models.saved import build_student, load_student, save_weights
+from deit.recipes import digits
+from deit.scopes import SCOPES
+from deit.shared_targets import question_of
+from deit.sweep_pictures import draw_sweep
+from deit.sweep_runs import Work
+from deit.sweep_training import Mishaps
+from deit.ticket_masks import ends_of
+from deit.ticket_options import ANEW, CONTROLS, ONE_SHOT, RANDOM, Asked
+from deit.ticket_pictures import ticket_curve
+from deit.ticket_plan import plan_of, tickets_of
+from deit.ticket_results import matching, matching_line
+from deit.validation import load
+
+pytest.importorskip("sklearn")
+SMALL = (
+    *("--student.embed_dim", "16", "--student.depth", "1", "--student.num_heads", "2"),
+    *("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--optim.batch_size", "64"),
+    *("--run.evaluate_every", "2", "--data.train_fraction", "0.2", "--optim.ema_epochs", "1"),
+)
+WORDS = ("tickets", "digits", *SMALL, "--levels", "2", "--rate", "0.5", "--rewind", "0.5")
+WORDS = (*WORDS, "--controls_at", "2")
+TRAINED = ("model", "average", "optimizer", "masks")
+
+
+# The runs
+
+
+def planned(tmp_path, config=None, **asked):
+    config = config or derive(digits(), optim={"epochs": 10, "warmup_epochs": 2})
+    plan = plan_of(Asked(**asked), config, updates=4)
+    return plan, tickets_of(plan, config, 3, tmp_path)
+
+
+def test_a_level_goes_back_to_the_dense_runs_weights_and_update(tmp_path):
+    plan, found = planned(tmp_path, levels=2, rate=0.5, rewind=1.5)
+    assert (plan.rewind, plan.densities) == (6, (0.5, 0.25))
+    names = ["level-0", "level-1", "random-1", "re-initialised-1"]
+    names += ["level-2", "random-2", "re-initialised-2", "one-shot-2"]
+    assert [one.run.out.name for one in found] == names
+    assert found[0].run.config.run.keep_updates == (6,)
+    assert found[0].run.config.start == digits().start
+    for one in found[1:]:
+        start, seed = one.run.config.start, one.run.config.run.seed
+        kind = "level" if one.kind in ("ticket", ANEW) else one.kind
+        assert start.masks == str(tmp_path / "masks" / f"{kind}-{one.level}.safetensors")
+        if one.kind == ANEW:
+            assert (start.source, start.update) == (None, 0)
+            assert seed != 3
+            assert one.run.config.views.seed == 3
+        else:
+            assert start.source == str(tmp_path / "level-0" / "checkpoint-00000006")
+            assert (start.update, seed, one.run.config.views.seed) == (6, 3, None)
+
+
+def test_by_itself_it_goes_back_to_where_warm_up_ends(tmp_path):
+    plan, _ = planned(tmp_path)
+    assert plan.rewind == 2 * 4
+    assert plan.densities == pytest.approx((0.8, 0.64, 0.512, 0.4096, 0.32768, 0.262144, 0.2097152))
+
+
+def test_the_initial_weights_come_from_the_seed(tmp_path):
+    _, found = planned(tmp_path, levels=1, rewind=0)
+    assert found[0].run.config.run.keep_updates == ()
+    start = found[1].run.config.start
+    assert (start.source, start.update) == (None, 0)
+    assert found[1].run.config.run == found[0].run.config.run
+
+
+def test_controls_only_where_they_are_asked_for(tmp_path):
+    _, found = planned(tmp_path, levels=3, controls=(RANDOM, ONE_SHOT), at=(1, 3))
+    told = [(one.kind, one.level) for one in found]
+    assert told == [
+        *(("dense", 0), ("ticket", 1), (RANDOM, 1), ("ticket", 2)),
+        *(("ticket", 3), (RANDOM, 3), (ONE_SHOT, 3)),
+    ]
+
+
+def test_fine_tuned_tickets_start_where_their_dense_run_does(tmp_path):
+    start = {"source": "weights.pth", "heads": "new", "kernel": "timm"}
+    config = derive(digits(), start=start)
+    _, found = planned(tmp_path, config, levels=1, rewind=0)
+    starts = {one.kind: one.run.config.start for one in found}
+    assert starts["dense"] == config.start
+    assert (starts["ticket"].source, starts["ticket"].heads) == ("weights.pth", "new")
+    assert (starts[ANEW].source, starts[ANEW].heads, starts[ANEW].kernel) == (None, "keep", "deit")
+    _, found = planned(tmp_path, config, levels=1, rewind=1)
+    assert found[1].run.config.start.heads == "keep"  # the dense run has heads by then
+
+
+def test_all_runs_of_a_seed_ask_their_teacher_the_same(tmp_path):
+    config = derive(digits(), views={"mean": (0.1,) * 3, "std": (0.3,) * 3})
+    _, found = planned(tmp_path, config, levels=2)
+    assert len({json.dumps(question_of(one.run.config)) for one in found}) == 1
+
+
+# A whole search
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, zygote):
+    """A folder with a search of two levels and two seeds, every control."""
+    place = tmp_path_factory.mktemp("tickets")
+    done = zygote.run(*WORDS, "--seeds", "0,1", "--at_once", "2", "--out", "out", cwd=place)
+    assert done.code == 0, done.err
+    return place, done
+
+
+def result(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.newest(run) / f"{name}.safetensors")
+
+
+def test_every_run_is_told_with_its_sparsity(searched):
+    place, done = searched
+    found = result(place / "out")
+    names = ["dense", "ticket, 50.0 %", "ticket, 75.0 %"]
+    names += ["random, 75.0 %", "re-initialised, 75.0 %", "one-shot, 75.0 %"]
+    assert list(found["rows"]) == ["teacher", *names]
+    assert all(found["rows"][name]["seeds"] == [0, 1] for name in names)
+    text = (place / "out" / "results.csv").read_text()
+    lines = list(csv.DictReader(text.splitlines()))
+    assert len(lines) == 2 * len(names)
+    told = {(line["point"], line["run"], line["sparsity %"]) for line in lines}
+    assert told == {("dense", "dense", "0.0")} | {
+        (name, *name.removesuffix(" %").split(", ")) for name in names[1:]
+    }
+    assert "runs      12 of 3 epochs, 0 of them finished" in done.out
+    assert "12 of 13 runs, ETA" in done.out  # the teacher is one
+    assert (place / "out" / "tickets.png").stat().st_size > 10_000
+    page = (place / "out" / "results.md").read_text()
+    assert "| ticket, 75.0 % | 768 | 3,072 | 75.0 |" in page
+    assert matching_line(found) in page
+
+
+def test_masks_are_nested_exact_and_of_the_end_before(searched):
+    place, _ = searched
+    for seed in (0, 1):
+        folder = place / "out" / f"seed-{seed}"
+        masks = {path.stem: read_masks(path) for path in (folder / "masks").iterdir()}
+        kept = {name: kept_in(one) for name, one in masks.items()}
+        assert kept == {"level-1": 1536, "level-2": 768, "random-2": 768, "one-shot-2": 768}
+        # By hand: the largest of all, and the largest of what level 1 kept.
+        ends = ends_of(folder / "level-0")
+        ranked = torch.cat([one.abs().flatten() for one in ends.values()])
+        least = {number: ranked.topk(number).values[-1] for number in (1536, 768)}
+        for name, one in ends.items():
+            assert torch.equal(masks["level-1"][name], one.abs() >= least[1536])
+            assert torch.equal(masks["one-shot-2"][name], one.abs() >= least[768])
+            assert not (masks["level-2"][name] & ~masks["level-1"][name]).any()
+            mine, theirs = masks["random-2"][name], masks["level-2"][name]
+            assert mine.sum() == theirs.sum()
+            assert not torch.equal(mine, theirs)
+        ends = ends_of(folder / "level-1")
+        kept_before = torch.cat([ends[name][masks["level-1"][name]].abs() for name in ends])
+        least_kept = kept_before.topk(768).values[-1]
+        for name, one in ends.items():
+            asked = masks["level-1"][name] & (one.abs() >= least_kept)
+            assert torch.equal(masks["level-2"][name], asked)
+
+
+def test_every_file_of_every_run_holds_its_masks(searched):
+    place, _ = searched
+    runs = [path.parent for path in place.glob("out/seed-*/*/result.json")]
+    assert len(runs) == 12
+    for run in runs:
+        if run.name == "level-0":
+            continue
+        name = run.name.replace("re-initialised", "level")
+        masks = read_masks(run.parent / "masks" / f"{name}.safetensors")
+        assert all(torch.equal(masks[name], one) for name, one in weights(run, "masks").items())
+        for file in ("model", "average"):
+            assert holds(masks, weights(run, file))
+        assert holds(masks, load_file(run / "best" / "model.safetensors"))
+
+
+def test_a_re_initialised_control_has_other_weights_from_the_first_update(searched, tmp_path):
+    """Every surviving weight: held against the dense run's initial ones, by their seeds."""
+    place, _ = searched
+    folder = place / "out" / "seed-0"
+    _, facts = load_student(folder / "level-0" / "best")
+    drawn = {}
+    for run in ("level-0", "re-initialised-2"):
+        torch.manual_seed(load(folder / run / "config.json").run.seed)
+        drawn[run] = dict(build_student(facts).network.named_parameters())
+    for name, mask in read_masks(folder / "masks" / "level-2.safetensors").items():
+        same = drawn["level-0"][name] == drawn["re-initialised-2"][name]
+        assert not same[mask].any()
+
+
+def test_the_runs_of_a_seed_share_one_store(searched):
+    place, _ = searched
+    assert len(list((place / "out" / "targets").iterdir())) == 2
+    for seed in (0, 1):
+        runs = place.glob(f"out/seed-{seed}/*/config.json")
+        taught = {json.loads(path.read_text())["teacher"]["targets"][0] for path in runs}
+        assert len(taught) == 1
+
+
+def test_the_same_command_trains_nothing_again(searched, zygote):
+    place, _ = searched
+    before = {path: path.stat().st_mtime_ns for path in place.glob("out/**/model.safetensors")}
+    told = result(place / "out")["rows"]
+    done = zygote.run(*WORDS, "--seeds", "0,1", "--out", "out", cwd=place)
+    assert done.code == 0, done.err
+    assert "12 of them finished" in done.out
+    assert {path: path.stat().st_mtime_ns for path in place.glob("out/**/model.safetensors")} == (
+        before
+    )
+    after = result(place / "out")["rows"]
+    assert {name: row["top1"] for name, row in after.items()} == {
+        name: row["top1"] for name, row in told.items()
+    }
+
+
+def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, zygote, tmp_path):
+    """Killed in the second level of the second seed, which then goes on from its checkpoint."""
+    place, _ = searched
+    shutil.copytree(place / "out", tmp_path / "out")
+    level = tmp_path / "out" / "seed-1" / "level-2"
+    files = [f"{name}.safetensors" for name in TRAINED]
+    kept = {file: (checkpoint.newest(level) / file).read_bytes() for file in files}
+    chain = journal.read(level / journal.CHAIN)
+    for run in ("level-2", "random-2"):
+        shutil.rmtree(level.with_name(run))
+        level.with_name(f"{run}.evaluation.json").unlink(missing_ok=True)
+    (level.parent / "masks" / "level-2.safetensors").unlink()
+    words = (*WORDS, "--seeds", "0,1", "--out", "out", "--retries", "0")
+    done = zygote.run(*words, cwd=tmp_path, DEIT_FAULT="update:5:kill")
+    assert done.code == 1
+    assert "2 runs failed; the same command goes on with the others" in done.err
+    assert journal.read(level / journal.CHAIN) == chain[: len(journal.read(level / journal.CHAIN))]
+    assert checkpoint.result_of(level) is None
+    told = result(tmp_path / "out")["rows"]["ticket, 75.0 %"]
+    assert (told["seeds"], list(told["failed"])) == ([0], ["1"])
+    done = zygote.run(*words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert journal.read(level / journal.CHAIN) == chain
+    assert {file: (checkpoint.newest(level) / file).read_bytes() for file in files} == kept
+
+
+def test_more_levels_and_seeds_go_on_from_what_there_is(searched, zygote, tmp_path):
+    place, _ = searched
+    shutil.copytree(place / "out", tmp_path / "out")
+    more = [*WORDS, "--seeds", "0,1", "--controls", "none", "--out", "out"]
+    more[more.index("--levels") + 1] = "3"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/result.json")}
+    done = zygote.run(*more, cwd=tmp_path)
+    assert done.code == 0, done.err
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/result.json")}
+    assert {path.parent.name for path in after.keys() - before.keys()} == {"level-3"}
+    assert before.items() <= after.items()
+    masks = [read_masks(tmp_path / f"out/seed-0/masks/level-{at}.safetensors") for at in (2, 3)]
+    assert [kept_in(one) for one in masks] == [768, 384]
+
+
+def test_a_level_that_fails_bars_those_behind_it_of_its_seed(monkeypatch, tmp_path):
+    asked = []
+
+    def train_all(work, **_):
+        asked.extend(run.name for run in work.runs)
+        failed = [
+            Failed(run, 1, "a reason", tmp_path / "log")
+            for run in work.runs
+            if run.name == "ticket of level 1, seed 0"
+        ]
+        return Mishaps(failed, {})
+
+    monkeypatch.setattr(tickets, "train_all", train_all)
+    monkeypatch.setattr(tickets, "write_masks", lambda ticket, plan: None)
+    config = derive(digits(), optim={"epochs": 10, "warmup_epochs": 2})
+    plan = plan_of(Asked(levels=3, controls=(RANDOM,)), config, updates=4)
+    found = [one for seed in (0, 1) for one in tickets_of(plan, config, seed, tmp_path / str(seed))]
+    runs = [one.run for one in found]
+    work = Work(Ground(arguments_of(config), config, tmp_path), [], [], [], runs)
+    mishaps = tickets._train(plan, work, found, at_once=1, retries=0)
+    missing = {run.name for run in runs} - set(asked)
+    assert missing == {
+        f"{kind} of level {level}, seed 0" for kind in ("ticket", RANDOM) for level in (2, 3)
+    }
+    barred = {out.name: reason for out, reason in mishaps.barred.items()}
+    assert set(barred) == {"level-2", "random-2", "level-3", "random-3"}
+    assert "level-1, which is not there" in barred["level-2"]
+    assert [one.reason for one in mishaps.failed] == ["a reason"]
+
+
+def arguments_of(config):
+    return RunArguments("digits", config, Path("out"), False, False, False)
+
+
+def test_weights_that_say_other_masks_than_a_run_was_trained_under(searched, zygote, tmp_path):
+    place, _ = searched
+    shutil.copytree(place / "out", tmp_path / "out")
+    file = tmp_path / "out/seed-0/masks/level-1.safetensors"
+    save_weights(file, {name: mask.flip(0) for name, mask in read_masks(file).items()})
+    done = zygote.run(*WORDS, "--out", "out", cwd=tmp_path)
+    assert done.code == 4
+    assert "level-1: was trained under the masks of level-1.safetensors" in done.err
+    # Its level 2 followed from it, and is not told.
+    told = result(tmp_path / "out")["rows"]
+    assert told["dense"]["seeds"] == [0]
+    assert all(list(told[name]["failed"]) == ["0"] for name in ("ticket, 50.0 %", "ticket, 75.0 %"))
+
+
+# What is told
+
+
+def row(kind: str, *shares: float, sparsity: str = "50.0") -> dict:
+    values = {"run": kind, "sparsity %": sparsity}
+    top1 = [{"class": share, "distillation": None, "fused": None} for share in shares]
+    return {"values": values, "seeds": list(range(len(shares))), "top1": top1, "failed": {}}
+
+
+def test_what_matches_the_dense_run_by_hand():
+    rows = {
+        "teacher": {**row("", 0.9, 0.9), "values": {}},
+        "dense": row("dense", 0.80, 0.90, sparsity="0.0"),  # 85 %
+        "just": row("ticket", 0.80, 0.88),  # 84 %
+        "below": row("ticket", 0.80, 0.8798),
+        "above": row("random", 0.99, 0.99),
+        "one seed": row("ticket", 0.99),
+        "none": row("ticket"),
+    }
+    assert matching(rows, 1.0) == ["just", "above"]
+    assert matching(rows, 0.0) == ["above"]
+    assert matching({"ticket": row("ticket", 1.0)}, 1.0) == []
+
+
+def test_the_curve_has_a_line_a_kind_and_the_level_of_the_dense_run(searched):
+    from matplotlib.figure import Figure
+
+    place, _ = searched
+    found = result(place / "out")
+    axes = Figure().subplots()
+    ticket_curve(found)(axes)
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names[1:] == ["ticket", *CONTROLS]
+    assert names[0].startswith("dense, ")
+    drawn = {bars.get_label(): bars.lines[0].get_xydata() for bars in axes.containers}
+    assert {kind: len(line) for kind, line in drawn.items()} == {"ticket": 2} | dict.fromkeys(
+        CONTROLS, 1
+    )
+    for kind in ("ticket", *CONTROLS):
+        for x, y in drawn[kind]:
+            sparsity = min((50.0, 75.0), key=lambda one, x=x: abs(one - x))
+            top1 = [one["fused"] for one in found["rows"][f"{kind}, {sparsity} %"]["top1"]]
+            assert abs(sparsity - x) < 1
+            assert y == pytest.approx(100 * sum(top1) / 2)
+
+
+def test_a_picture_without_a_finished_dense_run(searched, tmp_path):
+    place, _ = searched
+    found = result(place / "out")
+    del found["rows"]["dense"]
+    assert [path.name for path in draw_sweep(found, tmp_path)] == ["tickets.png"]
+
+
+def test_the_report_shows_curve_masks_and_layers(searched, zygote, tmp_path):
+    place, _ = searched
+    done = zygote.run("report", "out", "--out", tmp_path / "page", cwd=place)
+    assert done.code == 0, done.err
+    text = (tmp_path / "page" / "index.html").read_text()
+    for told in ("What is left", "re-initialised", "attn.qkv.q", "matches the dense run"):
+        assert told in text
+    names = {path.name for path in (tmp_path / "page").iterdir()}
+    assert {"out-tickets.png", "out-masks.csv", "out-layers.csv", "out-results.csv"} <= names
+    layers = list(csv.reader((tmp_path / "page" / "out-layers.csv").read_text().splitlines()))
+    assert [line[0] for line in layers[1:]] == [
+        *(f"blocks.0.attn.qkv.{part}" for part in "qkv"),
+        *("blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"),
+    ]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--scope", "some"), "scope some: should be global, layerwise or N:M"),
+        (("--scope", "2:4"), "--scope 2:4: says itself what each level keeps"),
+        (("--levels", "0"), "--levels 0: should be in 1 ... 100"),
+        (("--rate", "1"), "--rate 1: should be a share between 0 and 1"),
+        (("--rate", "nan"), "--rate nan: should be a share"),
+        (("--rewind", "3"), "--rewind 3: should be at least 0 and below optim.epochs (3)"),
+        (("--rewind", "-1"), "--rewind -1: should be at least 0"),
+        (("--controls", "randm"), "--controls randm: should be of random, re-initialised"),
+        (("--controls_at", "3"), "--controls_at 3: there are levels 1 to 2"),
+        (("--controls_at", "1,1"), "--controls_at 1,1: names one of them twice"),
+        (("--tolerance", "-1"), "--tolerance -1: should be at least 0"),
+        (("--retries", "-1"), "--retries -1: should be at least 0"),
+        (("--at_once", "0"), "--at_once 0: should be at least 1"),
+        (("--seeds", "0,0"), "--seeds 0,0: names one of them twice"),
+        (("--run.seed", "4"), "--run.seed 4: this command takes --seeds A,B"),
+        (("--start.masks", "x"), "start.masks: is what this command itself decides"),
+        (("--start.update", "3"), "start.update: is what this command itself decides"),
+        (("--resume",), "takes no --resume; the same command always goes on"),
+    ],
+)
+def test_a_mistake_is_told_before_the_work(zygote, tmp_path, words, said):
+    done = zygote.run(*WORDS, *words, "--out", "out", cwd=tmp_path)
+    assert done.code == 2
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_trained_whole_has_no_tickets(zygote, tmp_path, searched):
+    place, _ = searched
+    start = ("--start.source", place / "out/seed-0/level-0", "--optim.trained", "heads")
+    done = zygote.run(*WORDS, *start, "--out", "out", cwd=tmp_path)
+    assert (done.code, "optim.trained = 'heads': tickets are" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--scope", "layerwise"), "whose scope is global, not layerwise"),
+        (("--rate", "0.4"), "whose rate is 0.5, not 0.4"),
+        (("--rewind", "1"), "whose rewind is 0.5, not 1"),
+    ],
+)
+def test_another_search_in_the_folder_is_refused(searched, zygote, words, said):
+    place, _ = searched
+    done = zygote.run(*WORDS, *words, "--out", "out", cwd=place)
+    assert (done.code, said in done.err) == (2, True), done.err
+
+
+def test_a_folder_that_holds_something_else_is_refused(zygote, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    done = zygote.run(*WORDS, "--out", "out", cwd=tmp_path)
+    assert done.code == 2
+    assert "holds something, but no tickets" in done.err
+
+
+@pytest.mark.parametrize("scope", [*SCOPES, "2:4"])
+def test_a_dry_run_lists_every_scopes_runs(zygote, tmp_path, scope):
+    own = () if scope in SCOPES else ("--scope", "2:4")
+    words = ("tickets", "digits", *SMALL, *(own or ("--scope", scope, "--levels", "2")))
+    done = zygote.run(*words, "--out", "out", "--dry_run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    sparse = "25.0, 50.0 %" if own else "20.0, 36.0 %"
+    assert f"levels    {sparse} of the prunable weights gone (scope {scope})" in done.out
+    assert "seed-0/level-2" in done.out
+    assert not (tmp_path / "out").exists()
