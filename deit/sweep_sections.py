@@ -22,7 +22,7 @@ from deit.sweep_results import (
     unseen_marks,
 )
 from deit.ticket_pictures import ticket_curve
-from deit.ticket_results import NOTE, densities, mask_cells, mask_columns, matching_line
+from deit.ticket_results import NOTE, densities, mask_cells, mask_columns, matching_line, sparsest
 
 _MOST_POINTS = 24
 
@@ -45,7 +45,8 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
     )
     body = [_headline(result, own), table]
     drawn = _of_tickets(result, folder, slug) or _of_fields(result, folder, slug)
-    drawn += _costs(result, own, folder, slug)
+    if "tickets" not in result:  # whose runs all cost the same
+        drawn += _costs(result, own, folder, slug)
     body.append(page.pair(*drawn))
     body += _masks(result, folder, slug)
     body += _classes(result, folder / f"{slug}-classes.csv")
@@ -104,7 +105,8 @@ def _headline(result: dict[str, Any], own: dict[str, Any]) -> str:
     runs = sum(len(row["seeds"]) for row in own.values())
     values["runs finished"] = str(runs)
     told = page.paragraph(f"{told_of_best(result).capitalize()}.", "note")
-    told = "" if "tickets" in result else told
+    if "tickets" in result:
+        told, values["sparsest ticket that matches"] = "", sparsest(result)
     failed = sum(len(row["failed"]) for row in result["rows"].values())
     if failed:
         values["runs failed"] = str(failed)

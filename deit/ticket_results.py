@@ -33,6 +33,13 @@ def matching_line(result: dict[str, Any]) -> str:
     return f"{what}: {'; '.join(told['matching']) or 'none'}"
 
 
+def sparsest(result: dict[str, Any]) -> str:
+    """The sparsity of the sparsest ticket that matches the dense run; none where none does."""
+    rows = (result["rows"][name]["values"] for name in result["tickets"]["matching"])
+    found = [float(row["sparsity %"]) for row in rows if row["run"] == "ticket"]
+    return f"{max(found):.1f} %" if found else "none"
+
+
 def mask_columns() -> tuple[str, ...]:
     """The heads of the table of what masks leave."""
     return (

@@ -117,6 +117,8 @@ def test_our_commands_run_in_the_readmes_order(place, monkeypatch, capsys):
         elif name == "sweep":
             arguments = [*arguments, *SMALL["digits"], "--seeds", "0"]
             arguments += taught
+        elif name == "tickets":
+            arguments = [*arguments, *SMALL["digits"], *taught]
         elif name == "finetune":
             arguments = [*arguments, *QUICK, "--teacher.allow_weak"]
         elif name == "targets" and arguments[0] == "write":

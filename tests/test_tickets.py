@@ -26,7 +26,7 @@ from deit.ticket_masks import ends_of
 from deit.ticket_options import ANEW, CONTROLS, ONE_SHOT, RANDOM, Asked
 from deit.ticket_pictures import ticket_curve
 from deit.ticket_plan import plan_of, tickets_of
-from deit.ticket_results import matching, matching_line
+from deit.ticket_results import matching, matching_line, sparsest
 from deit.validation import load
 
 pytest.importorskip("sklearn")
@@ -343,6 +343,9 @@ def test_what_matches_the_dense_run_by_hand():
     }
     assert matching(rows, 1.0) == ["just", "above"]
     assert matching(rows, 0.0) == ["above"]
+    rows["sparser"] = row("ticket", 0.80, 0.90, sparsity="75.0")
+    assert sparsest({"rows": rows, "tickets": {"matching": matching(rows, 1.0)}}) == "75.0 %"
+    assert sparsest({"rows": rows, "tickets": {"matching": ["above"]}}) == "none"
     assert matching({"ticket": row("ticket", 1.0)}, 1.0) == []
 
 
