@@ -8,6 +8,7 @@ from deit.config import (
     Config,
     LossConfig,
     ViewsConfig,
+    depth_of,
     has_distillation_token,
     is_transformer,
     label_weight,
@@ -64,9 +65,15 @@ def _check_student(config: Config) -> list[Problem]:
                     f"should divide student.embed_dim ({student.embed_dim})",
                 )
             )
+        for leaf in ("block_heads", "block_hidden"):
+            values = getattr(student, leaf)
+            if len(values) not in (0, 1, depth_of(student)):
+                advice = f"should be one value, or one for each of {depth_of(student)} blocks"
+                found.append(Problem(f"student.{leaf}", values, advice))
     else:
         only = f"only deit_* and vit_* take it, student.name is {student.name!r}"
         shape = ("patch_size", "embed_dim", "depth", "num_heads", "initialisation")
+        shape = (*shape, "block_heads", "block_hidden")
         shape = (*shape, "distillation_tokens", "dropout")
         found += _without_effect("student", student, shape, only)
     return found

@@ -63,7 +63,7 @@ Sides = Annotated[tuple[Count | None, ...], BeforeValidator(_each_or_none)]
 Numbers = Annotated[tuple[Finite, ...], BeforeValidator(_listed)]
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
 OptionalText = Annotated[str | None, BeforeValidator(_none)]
-Updates = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -240,6 +240,11 @@ class StudentConfig:
     """Number of blocks. None: that of the named size (deit_* and vit_*)."""
     num_heads: OptionalCount = None
     """Number of attention heads. None: that of the named size (deit_* and vit_*)."""
+    block_heads: Counts = ()
+    """Attention heads of each block where some were pruned, each as wide as before; one value: of
+    all blocks. None: num_heads (deit_* and vit_*)."""
+    block_hidden: Counts = ()
+    """Hidden units of each block's MLP, likewise. None: four times embed_dim (deit_* and vit_*)."""
     distillation_tokens: Count = 1
     """Distillation tokens with a head each; one for each teacher with teacher.combine tokens
     (deit_*)."""
@@ -417,7 +422,7 @@ class RunConfig:
     """Updates between checkpoints within an epoch; None: one at the end of each epoch alone."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Checkpoints that stay: a damaged one must never be the only one."""
-    keep_updates: Updates = ()
+    keep_updates: Counts = ()
     """Updates whose checkpoints stay beside these, to go back to."""
     fit_memory: bool = False
     """Halve the micro-batches (optim.accumulate twice as large) until one fits, before the first
@@ -513,6 +518,25 @@ def width_of(student: StudentConfig) -> int:
 def heads_in(student: StudentConfig) -> int:
     """The attention heads of a ViT of ours: its own, or those of the named size."""
     return student.num_heads or SIZES[student.name.split("_")[1]]["num_heads"]
+
+
+def depth_of(student: StudentConfig) -> int:
+    """The blocks of a ViT of ours: its own, or those of the named size."""
+    return student.depth or SIZES[student.name.split("_")[1]]["depth"]
+
+
+def heads_of_blocks(student: StudentConfig) -> tuple[int, ...]:
+    """The attention heads of each block of a ViT of ours."""
+    return _of_blocks(student.block_heads or (heads_in(student),), depth_of(student))
+
+
+def hidden_of_blocks(student: StudentConfig) -> tuple[int, ...]:
+    """The hidden units of each block's MLP of a ViT of ours."""
+    return _of_blocks(student.block_hidden or (4 * width_of(student),), depth_of(student))
+
+
+def _of_blocks(values: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    return values * depth if len(values) == 1 else values
 
 
 def fixed(views: ViewsConfig) -> bool:

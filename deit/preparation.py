@@ -63,7 +63,7 @@ def begin(network: nn.Module, found: Found, config: Config, facts: Facts) -> dic
         ) from None
     load_weights(network, fitted.weights, origin=f"start.source {config.start.source}")
     notes = list(fitted.notes)
-    heads = network.blocks[0].attn.num_heads if is_transformer(config.student) else None
+    heads = heads_in(config.student) if is_transformer(config.student) else None
     if heads is not None and found.heads_known and found.student is not None:
         theirs = heads_in(found.student)
         if theirs != heads:

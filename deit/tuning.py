@@ -6,7 +6,7 @@ from dataclasses import replace
 from deit.config import Config, StudentConfig, derive, heads_in, is_transformer, width_of
 from deit.presets import AUGMENTATIONS, OBJECTIVES
 
-_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads")
+_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "block_heads", "block_hidden")
 
 
 def begin_from(

@@ -4,10 +4,18 @@ from collections.abc import Callable
 
 import timm
 import torch
+from timm.layers import Attention, Mlp
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from deit.config import SIZES, StudentConfig, has_distillation_token
+from deit.config import (
+    SIZES,
+    StudentConfig,
+    has_distillation_token,
+    heads_in,
+    heads_of_blocks,
+    hidden_of_blocks,
+)
 from deit.errors import ConfigError
 from deit.models.dense import Dense
 from deit.models.rednet import DEPTHS, RedNet
@@ -39,11 +47,34 @@ def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
         proj_drop_rate=student.dropout,
         **shape,
     )
+    if student.block_heads or student.block_hidden:
+        _resize_blocks(network, student)
     if student.distillation_tokens > 1:
         _add_tokens(network, student.distillation_tokens)
     if student.initialisation == "scaled":
         _scale_initial_weights(network)
     return network
+
+
+def _resize_blocks(network: nn.Module, student: StudentConfig) -> None:
+    """Give each block its own number of heads, as wide as before, and of hidden units."""
+    width = network.embed_dim
+    wide = width // heads_in(student)
+    shapes = zip(network.blocks, heads_of_blocks(student), hidden_of_blocks(student), strict=True)
+    for block, heads, hidden in shapes:
+        drop = {"proj_drop": student.dropout}
+        block.attn = Attention(width, heads, attn_head_dim=wide, qkv_bias=True, **drop)
+        block.mlp = Mlp(width, hidden, drop=student.dropout)
+    network.init_weights()
+
+
+def check_blocks_alike(student: StudentConfig) -> None:
+    """Refuse a student whose blocks other libraries cannot build. Raises ConfigError."""
+    if student.block_heads or student.block_hidden:
+        raise ConfigError(
+            "student.block_heads, student.block_hidden: timm and transformers build all blocks "
+            "alike and whole; --format onnx or pt2 takes a pruned network"
+        )
 
 
 def _add_tokens(network: VisionTransformerDistilled, number: int) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from deit.config import SIZES, has_distillation_token, is_transformer
 from deit.errors import ConfigError
 from deit.models.layers import heads_of
+from deit.models.networks import check_blocks_alike
 from deit.models.saved import Facts
 
 
@@ -69,6 +70,7 @@ def _timm_name(facts: Facts) -> tuple[str, dict[str, Any]]:
             f"student.distillation_tokens = {student.distillation_tokens}: timm and transformers "
             "know one such token; --format onnx or pt2 takes any number"
         )
+    check_blocks_alike(student)
     shape = {
         name: getattr(student, name) or usual
         for name, usual in SIZES[student.name.split("_")[1]].items()

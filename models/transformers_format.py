@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deit.config import SIZES, has_distillation_token, is_transformer
 from deit.errors import CheckpointError, ConfigError
+from deit.models.networks import check_blocks_alike
 from deit.models.saved import Facts
 
 Weights = dict[str, Tensor]
@@ -115,6 +116,7 @@ def transformers_config(facts: Facts) -> dict[str, Any]:
             f"student.distillation_tokens = {student.distillation_tokens}: transformers knows one "
             "such token; --format onnx or pt2 takes any number"
         )
+    check_blocks_alike(student)
     usual = SIZES[student.name.split("_")[1]]
     shape = {name: getattr(student, name) or value for name, value in usual.items()}
     distilled = has_distillation_token(student)

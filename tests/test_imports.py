@@ -85,6 +85,7 @@ PLAN = {
     "deit.models.positions": place(1, "torch einops"),
     "deit.models.layers": network(),
     "deit.models.masks": network("layers weights"),
+    "deit.models.slimming": place(1, "torch einops"),
     "deit.models.start": network(
         "layers masks networks positions saved transformers_format weights"
     ),
