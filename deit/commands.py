@@ -20,11 +20,13 @@ from deit.config import Config, DataConfig, code_of, to_dict
 from deit.console import is_main_process, say, table
 from deit.errors import ConfigError
 from deit.finetune_arguments import parse_finetune
+from deit.prune_options import asked_of
 from deit.recipes import RECIPES
 from deit.sweep_file import Sweep, corners_of, points_of, under_command_line, with_fields
 from deit.sweeps import SWEEPS, find_sweep
 from deit.text import nearest
 from deit.ticket_options import CONTROLS, Asked, check_asked
+from deit.tuning import TUNING
 
 # torch and what needs it are imported inside the commands: --help and every mistake in the
 # arguments answer at once.
@@ -409,6 +411,74 @@ def _controls(text: str) -> tuple[str, ...]:
     return tuple(name for name in CONTROLS if name in named)
 
 
+def prune(arguments: list[str], program: str) -> None:
+    """Cut attention heads and hidden units out of a run, and teach what is left once more."""
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--ratio", type=float)
+    parser.add_argument("--heads", type=float)
+    parser.add_argument("--hidden", type=float)
+    parser.add_argument("--macs", type=float)
+    parser.add_argument("--scope", default="global")
+    parser.add_argument("--score", default="taylor")
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
+    parser.add_argument("--control", action="store_true")
+    parser.add_argument("--tuning", default="short")
+    parser.add_argument("--at_once", type=int, default=1)
+    options, rest = parser.parse_known_args(arguments)
+    asked = asked_of(
+        ratio=options.ratio,
+        heads=options.heads,
+        hidden=options.hidden,
+        macs=options.macs,
+        scope=options.scope,
+        score=options.score,
+        images=options.images,
+    )
+    if options.tuning not in TUNING:
+        known = ", ".join(TUNING)
+        raise ConfigError(
+            f"--tuning {options.tuning}: should be one of {known}{nearest(options.tuning, TUNING)}"
+        )
+    helps = bool({"-h", "--help"} & set(arguments))
+    if not helps and (not rest or rest[0].startswith("-")):
+        raise ConfigError(f"name a finished run first: {program} RUN --ratio 0.5 --out DIR")
+    run = Path(rest[0]).expanduser() if rest and not rest[0].startswith("-") else Path("RUN")
+    if not helps and not (run / checkpoint.CONFIG).is_file():
+        raise ConfigError(f"{program} {run}: no run folder (no {checkpoint.CONFIG})")
+    recovery = parse_run(
+        rest if helps else [str(run / checkpoint.CONFIG), *rest[1:]],
+        program=f"{program} RUN",
+        about="Cut the attention heads and hidden units that are worth least to a run's own "
+        "objective, and train what is left by its own data and teacher. Also: --ratio SHARE of "
+        "heads and hidden units that goes (0.5), or --heads and --hidden apart, or --macs SHARE of "
+        "the blocks' arithmetic that stays; --scope global or layerwise; --score taylor (on "
+        "--images 1024 training views) or magnitude; --checkpoint best or last; --tuning "
+        f"{', '.join(TUNING)} (the schedule: short, a third of the epochs); --control (a student "
+        "of the same shape, as long, from random weights); --at_once N; --dry_run tells what would "
+        "stay. Into --out DIR: pruned, recovered, control, results.json, results.md. The same "
+        "command goes on.",
+        adapt=lambda config: config if helps else TUNING[options.tuning](config),
+        out=Path(f"checkpoints/{run.resolve().name}-pruned"),
+    )
+    if recovery.resume:
+        raise ConfigError(f"{program}: takes no --resume; the same command always goes on")
+    if recovery.print_config:
+        say(json.dumps(to_dict(recovery.config), indent=1))
+        return
+    from deit.prune import prune
+
+    prune(
+        run,
+        asked,
+        recovery,
+        name=options.checkpoint,
+        control=options.control,
+        at_once=options.at_once,
+        arguments=arguments,
+    )
+
+
 def report(arguments: list[str], program: str) -> None:
     """One page about runs and sweeps: curves, classes, calibration, attention, views; PNG, CSV."""
     parser = Parser(
@@ -628,6 +698,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "compare": compare,
     "sweep": sweep,
     "tickets": tickets,
+    "prune": prune,
     "report": report,
     "scan": scan,
     "views": views,

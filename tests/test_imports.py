@@ -170,6 +170,8 @@ PLAN = {
     "deit.sweep": place(
         8, doors="deit.sweep_rows deit.sweep_runs deit.sweep_search deit.sweep_training"
     ),
+    "deit.prune_options": place(1),
+    "deit.prune": place(8, "torch", "deit.sweep_training"),
     "deit.ticket_results": place(2),
     "deit.ticket_pictures": place(2),
     "deit.ticket_plan": place(6),

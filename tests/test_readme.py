@@ -117,6 +117,8 @@ def test_our_commands_run_in_the_readmes_order(place, monkeypatch, capsys):
         elif name == "sweep":
             arguments = [*arguments, *SMALL["digits"], "--seeds", "0"]
             arguments += taught
+        elif name == "prune":
+            arguments = [*arguments, *QUICK, "--images", "64", "--teacher.allow_weak"]
         elif name == "tickets":
             arguments = [*arguments, *SMALL["digits"], *taught]
         elif name == "finetune":

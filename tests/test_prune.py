@@ -1,0 +1,230 @@
+"""deit prune: what is cut, what is taught once more, and what is told of it."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from deit import checkpoint
+from deit.errors import ConfigError
+from deit.models.saved import load_student
+from deit.models.slimming import largest, magnitudes
+from deit.prune_options import SCORES, Asked, asked_of
+from deit.scopes import SCOPES
+from deit.validation import load
+
+pytest.importorskip("sklearn")
+SMALL = (
+    *("--student.embed_dim", "24", "--student.depth", "2", "--student.num_heads", "3"),
+    *("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--optim.batch_size", "64"),
+    *("--run.evaluate_every", "3", "--data.train_fraction", "0.3"),
+)
+QUICK = ("--optim.epochs", "2", "--optim.warmup_epochs", "0.5", "--images", "128")
+WORDS = ("prune", "run", *QUICK, "--ratio", "0.5")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, zygote):
+    """A folder with a small distilled student and its teacher."""
+    place = tmp_path_factory.mktemp("prune")
+    words = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--out", "teacher")
+    assert zygote.run("train", "digits-teacher", *words, cwd=place).code == 0
+    words = ("--teacher.source", "teacher", "--teacher.allow_weak", *SMALL, "--out", "run")
+    done = zygote.run("train", "digits", *words, cwd=place)
+    assert done.code == 0, done.err
+    return place
+
+
+@pytest.fixture(scope="module")
+def pruned(place, zygote):
+    done = zygote.run(*WORDS, "--control", "--at_once", "2", "--out", "out", cwd=place)
+    assert done.code == 0, done.err
+    return place / "out", done
+
+
+def result(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def test_half_of_the_heads_and_hidden_units_go(place, pruned):
+    out, done = pruned
+    found = result(out)
+    assert [sum(map(len, found["kept"][part])) for part in ("heads", "hidden")] == [3, 96]
+    _, facts = load_student(out / "pruned" / "best")
+    for part, shape in (
+        ("heads", facts.student.block_heads),
+        ("hidden", facts.student.block_hidden),
+    ):
+        assert tuple(map(len, found["kept"][part])) == shape
+    before = load_file(place / "run" / "best" / "model.safetensors")
+    after = load_file(out / "pruned" / "best" / "model.safetensors")
+    for block, (heads, units) in enumerate(zip(*found["kept"].values())):
+        name = f"blocks.{block}"
+        columns = [8 * head + one for head in heads for one in range(8)]
+        proj = before[f"{name}.attn.proj.weight"][:, columns]
+        assert after[f"{name}.attn.proj.weight"].equal(proj)
+        rows = [24 * part + one for part in range(3) for one in columns]
+        assert after[f"{name}.attn.qkv.weight"].equal(before[f"{name}.attn.qkv.weight"][rows])
+        assert after[f"{name}.attn.qkv.bias"].equal(before[f"{name}.attn.qkv.bias"][rows])
+        assert after[f"{name}.mlp.fc1.bias"].equal(before[f"{name}.mlp.fc1.bias"][list(units)])
+    assert after["head.weight"].equal(before["head.weight"])
+    assert "what stays" in done.out
+
+
+def test_what_is_left_is_taught_and_its_control_begins_at_random(place, pruned):
+    out, _ = pruned
+    shape = load_student(out / "pruned" / "best")[1].student
+    for name, source in (("recovered", "out/pruned"), ("control", None)):
+        config = load(out / name / "config.json")
+        assert config.start.source == source
+        assert config.student == shape
+        assert config.teacher.source == ("teacher",)
+        assert config.optim.epochs == 2
+        assert checkpoint.result_of(out / name)["epochs"] == 2
+    notes = json.loads((out / "recovered" / "start.json").read_text())
+    assert notes["source"] == "out/pruned"
+    colours = [load(out / name / "config.json").views.mean for name in ("recovered", "control")]
+    assert colours[0] == colours[1] == load_student(place / "run" / "best")[1].mean
+
+
+def test_every_step_is_told_with_what_it_costs(pruned):
+    out, done = pruned
+    rows = result(out)["rows"]
+    assert list(rows) == ["run", "pruned", "recovered", "control"]
+    whole, *others = (rows[name] for name in rows)
+    for row in others:
+        assert row["parameters"] < 0.62 * whole["parameters"]
+        assert row["gmacs"] < 0.62 * whole["gmacs"]
+        assert row["bytes"] < 0.65 * whole["bytes"]
+        assert set(row["top1"]) == {"class", "distillation", "fused"}
+    text = (out / "results.md").read_text()
+    assert "| recovered |" in text
+    assert "deit prune run" in text
+    assert "control" in done.out.splitlines()[-2]
+
+
+def test_what_is_left_is_evaluated_and_exported_like_a_run(pruned, zygote, tmp_path):
+    out, _ = pruned
+    done = zygote.run("evaluate", out / "pruned", "--json", tmp_path / "e.json", cwd=out.parent)
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["heads"]["fused"]["top1"] == result(out)["rows"]["pruned"]["top1"]["fused"]
+    words = ("--format", "onnx", "--images", "32", "--out", tmp_path / "onnx")
+    done = zygote.run("export", out / "recovered", *words, cwd=out.parent)
+    assert done.code == 0, done.err
+    done = zygote.run("export", out / "recovered", "--format", "timm", cwd=out.parent)
+    assert done.code == 2
+    assert "--format onnx or pt2 takes a pruned network" in done.err
+
+
+def test_the_same_command_trains_nothing_again_and_another_is_refused(pruned, zygote):
+    out, _ = pruned
+    before = {path: path.stat().st_mtime_ns for path in out.glob("**/*.safetensors")}
+    words = (*WORDS, "--control", "--out", "out")
+    done = zygote.run(*words, cwd=out.parent)
+    assert done.code == 0, done.err
+    assert {path: path.stat().st_mtime_ns for path in out.glob("**/*.safetensors")} == before
+    done = zygote.run(*words, "--scope", "layerwise", cwd=out.parent)
+    assert done.code == 2
+    assert "was pruned with scope global, not layerwise" in done.err
+
+
+def test_interrupted_it_goes_on(place, zygote, tmp_path):
+    """Killed while what is left is taught: the choice stays, the training goes on."""
+    words = (*WORDS, "--run.save_every", "1", "--out", tmp_path / "out")
+    done = zygote.run(*words, cwd=place, DEIT_FAULT="update:3:kill")  # the second try as well
+    assert done.code == 1
+    assert "recovered: once more" in done.out
+    chosen = (tmp_path / "out" / "pruned" / "kept.json").read_bytes()
+    assert checkpoint.found(tmp_path / "out" / "recovered")
+    done = zygote.run(*words, cwd=place)
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / "pruned" / "kept.json").read_bytes() == chosen
+    assert "what stays" not in done.out
+    assert list(result(tmp_path / "out")["rows"]) == ["run", "pruned", "recovered"]
+
+
+def test_killed_before_all_of_it_is_written_it_chooses_again(place, zygote, tmp_path):
+    words = (*WORDS, "--out", tmp_path / "out")
+    done = zygote.run(*words, cwd=place, DEIT_FAULT="renamed:1:kill")
+    assert done.code != 0
+    assert not (tmp_path / "out" / "pruned" / "config.json").exists()
+    done = zygote.run(*words, cwd=place)
+    assert done.code == 0, done.err
+    assert "what stays" in done.out
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("score", SCORES)
+def test_a_dry_run_chooses_by_every_score_in_every_scope(place, zygote, tmp_path, scope, score):
+    words = (*WORDS, "--scope", scope, "--score", score, "--out", tmp_path / "out", "--dry_run")
+    done = zygote.run(*words, cwd=place)
+    assert done.code == 0, done.err
+    assert not (tmp_path / "out").exists()
+    told = [line for line in done.out.splitlines() if " of 96" in line]
+    assert len(told) == 2
+    units = [int(line.split(" of 96")[0].split()[-1]) for line in told]
+    assert sum(units) == 96
+    if scope == "layerwise":
+        assert units == [48, 48]
+    elif score == "magnitude":
+        student, _ = load_student(place / "run" / "best")
+        kept = largest(magnitudes(student.network).hidden, 96, scope="global")
+        assert units == list(map(len, kept))
+
+
+def test_arithmetic_can_be_asked_for(place, zygote, tmp_path):
+    words = ("prune", "run", *QUICK, "--macs", "0.6", "--out", tmp_path / "out", "--dry_run")
+    done = zygote.run(*words, cwd=place)
+    assert done.code == 0, done.err
+    heads = [
+        int(line.split(" of 3")[0].split()[-1]) for line in done.out.splitlines() if " of 3" in line
+    ]
+    assert sum(heads) in (3, 4)
+
+
+def asked(**options):
+    nothing = dict.fromkeys(("ratio", "heads", "hidden", "macs"))
+    return asked_of(**{**nothing, "scope": "global", "score": "taylor", "images": 9, **options})
+
+
+def test_what_the_options_come_to():
+    assert asked() == Asked(0.5, 0.5, None, "global", "taylor", 9)
+    assert asked(ratio=0.3) == Asked(0.3, 0.3, None, "global", "taylor", 9)
+    assert asked(heads=0.3) == Asked(0.3, 0.0, None, "global", "taylor", 9)
+    assert asked(heads=0.3, hidden=0.0) == Asked(0.3, 0.0, None, "global", "taylor", 9)
+    assert asked(macs=0.3) == Asked(0.0, 0.0, 0.3, "global", "taylor", 9)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"ratio": 1.0}, {"ratio": 0.0}, {"ratio": -0.1}, {"ratio": float("nan")}),
+        *({"heads": 1.0}, {"hidden": -1.0}, {"macs": 0.0}, {"macs": 1.5}),
+        *({"ratio": 0.5, "macs": 0.5}, {"ratio": 0.5, "heads": 0.5}, {"macs": 0.1, "hidden": 0.1}),
+        *({"scope": "2:4"}, {"score": "tailor"}, {"images": 0}),
+    ],
+)
+def test_options_that_cannot_be(wrong):
+    with pytest.raises(ConfigError):
+        asked(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("prune",), "name a finished run first: deit prune RUN"),
+        (("prune", "nothing"), "nothing: no run folder (no config.json)"),
+        (("prune", "run", "--score", "tailor"), "--score tailor: should be one of taylor, magn"),
+        (("prune", "run", "--tuning", "long"), "--tuning long: should be one of deit"),
+        (("prune", "run", "--heads", "0.9"), "--heads 0.9: leaves 1 of 6, and each of 2 blocks"),
+        (("prune", "run", "--macs", "0.01"), "--macs 0.01: one head and one hidden unit in every"),
+        (("prune", "run", "--resume"), "takes no --resume; the same command always goes on"),
+        (("prune", "teacher"), "heads and hidden units are cut from deit_* and vit_* only"),
+        (("prune", "run", "--out", "run"), "--out run: holds something, but no pruning"),
+    ],
+)
+def test_a_mistake_is_told_before_the_work(place, zygote, words, said):
+    done = zygote.run(*words, *(() if "--out" in words else ("--out", "new")), cwd=place)
+    assert (done.code, said in done.err) == (2, True), done.err
+    assert not (place / "new" / "pruned").exists()
