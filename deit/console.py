@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 Item = TypeVar("Item")
+Watch = Callable[[range], Iterable[int]]
+"""Wraps the range that a long loop goes through, to show progress; `iter` shows none."""
 _PLAIN_INTERVAL_S = 10.0
 
 
