@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from deit import checkpoint
+from deit import checkpoint, landscape_options
 from deit.arguments import (
     Parser,
     RunArguments,
@@ -479,6 +479,73 @@ def prune(arguments: list[str], program: str) -> None:
     )
 
 
+def landscape(arguments: list[str], program: str) -> None:
+    """The loss around trained weights: lines, planes, curvature, volume; over levels of pruning."""
+    parser = Parser(
+        prog=program,
+        description="Look at the loss around finished runs and between them, or around the levels "
+        "of a search for tickets: lines and their barriers, planes, eigenvalues, trace and "
+        "spectrum of the Hessian, volumes of basins. One page, with every chart and number.",
+    )
+    usual = landscape_options.Asked()
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs, or a search")
+    parser.add_argument("--out", type=Path, default=Path("landscape"), help="folder (landscape)")
+    parser.add_argument(
+        "--only", default=",".join(usual.parts), help=f"of {', '.join(usual.parts)}"
+    )
+    kinds = ", ".join(landscape_options.KINDS)
+    parser.add_argument("--kinds", default=",".join(usual.kinds), help=f"of a search: of {kinds}")
+    parser.add_argument("--levels", metavar="A,B", help="of a search (all); the dense run always")
+    parser.add_argument("--run_seed", type=int, metavar="S", help="of a search (the first)")
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default=usual.checkpoint)
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--split", choices=landscape_options.SPLITS, default=usual.split)
+    for name, told in (
+        ("images", "whose loss it is, spread over the classes"),
+        ("points", "of a line"),
+        ("grid", "points along each axis of a plane"),
+        ("top", "largest eigenvalues"),
+        ("steps", "of Lanczos at most, for these"),
+        ("probes", "random vectors for the trace"),
+        ("rays", "of a volume"),
+        ("seed", "of everything that is drawn"),
+    ):
+        value = getattr(usual, name)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{told} ({value})")
+    told = f"of a plane, in lengths of the filters ({usual.span:g})"
+    parser.add_argument("--span", type=float, default=usual.span, help=told)
+    told = f"of the loss [nats] up to the rim of a basin ({usual.rise:g})"
+    parser.add_argument("--rise", type=float, default=usual.rise, help=told)
+    options = vars(parser.parse_args(arguments))
+    runs, out, root = (options.pop(name) for name in ("runs", "out", "root"))
+    asked = landscape_options.Asked(
+        **options
+        | {
+            "parts": _words(options.pop("only")),
+            "kinds": _words(options["kinds"]),
+            "levels": _levels(options["levels"]),
+        }
+    )
+    landscape_options.check_asked(asked)
+    from deit.landscape import landscape
+
+    landscape(runs, out, asked, root=root, arguments=arguments)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _levels(text: str | None) -> tuple[int, ...] | None:
+    """`0,3,7` as levels; None for all. Raises ConfigError."""
+    if text is None:
+        return None
+    words = _words(text)
+    if not words or not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--levels {text}: should be whole numbers from 0, with commas")
+    return tuple(map(int, words))
+
+
 def report(arguments: list[str], program: str) -> None:
     """One page about runs and sweeps: curves, classes, calibration, attention, views; PNG, CSV."""
     parser = Parser(
@@ -699,6 +766,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "sweep": sweep,
     "tickets": tickets,
     "prune": prune,
+    "landscape": landscape,
     "report": report,
     "scan": scan,
     "views": views,

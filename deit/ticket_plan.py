@@ -43,27 +43,35 @@ class Ticket(NamedTuple):
     masks: Path | None
 
 
-def tickets_of(plan: Plan, base: Config, seed: int, folder: Path) -> list[Ticket]:
+def folder_of(out: Path, seed: int, kind: str, level: int) -> Path:
+    """Where a run of a search in `out` lies; of level 0 the dense one."""
+    name = "level" if kind in (DENSE, TICKET) else slug(kind)
+    return out / f"seed-{seed}" / f"{name}-{level}"
+
+
+def tickets_of(plan: Plan, base: Config, seed: int, out: Path) -> list[Ticket]:
     """The runs of one seed, each behind those it needs. base: the dense run's configuration, but
-    for the seed. folder: for this seed's runs and masks."""
+    for the seed. out: the folder of the search."""
     config = derive(base, run={"seed": seed})
     kept = (plan.rewind,) if plan.rewind else ()
     first = Planned(
-        f"dense, seed {seed}", derive(config, run={"keep_updates": kept}), folder / "level-0"
+        f"dense, seed {seed}",
+        derive(config, run={"keep_updates": kept}),
+        folder_of(out, seed, DENSE, 0),
     )
     found = [Ticket(DENSE, 0, seed, first, None)]
     for level in range(1, len(plan.densities) + 1):
         for kind in (TICKET, *(plan.controls if level in plan.at else ())):
             if kind == ONE_SHOT and level == 1:
                 continue  # that is the ticket itself
-            name = "level" if kind == TICKET else slug(kind)
+            folder = folder_of(out, seed, kind, level)
             # A re-initialised control has the ticket's own mask.
-            of = "level" if kind == ANEW else name
-            masks = folder / "masks" / f"{of}-{level}.safetensors"
+            of = folder_of(out, seed, TICKET if kind == ANEW else kind, level).name
+            masks = folder.parent / "masks" / f"{of}.safetensors"
             run = Planned(
                 f"{kind} of level {level}, seed {seed}",
                 _pruned(config, kind, masks, plan.rewind, first.out),
-                folder / f"{name}-{level}",
+                folder,
             )
             found.append(Ticket(kind, level, seed, run, masks))
     return found

@@ -141,9 +141,7 @@ def _runs(
     for one in below:
         check_ground(one)
     check_there(laid, {str(one.out) for one in below})
-    found = [
-        one for seed in seeds for one in tickets_of(plan, laid, seed, run.out / f"seed-{seed}")
-    ]
+    found = [one for seed in seeds for one in tickets_of(plan, laid, seed, run.out)]
     return ground, below, found
 
 
@@ -244,6 +242,8 @@ def _result(
     """What results.json holds: that of a sweep over kind and sparsity, with the facts of the masks
     of the first seed."""
     rows, last, _ = rows_of(work, mishaps)
+    for one in found:
+        rows[_point(one, plan).name]["level"] = one.level
     masks = {
         _point(one, plan).name: facts_of_masks(one)
         for one in found

@@ -60,13 +60,13 @@ def test_a_level_goes_back_to_the_dense_runs_weights_and_update(tmp_path):
     for one in found[1:]:
         start, seed = one.run.config.start, one.run.config.run.seed
         kind = "level" if one.kind in ("ticket", ANEW) else one.kind
-        assert start.masks == str(tmp_path / "masks" / f"{kind}-{one.level}.safetensors")
+        assert start.masks == str(tmp_path / "seed-3" / "masks" / f"{kind}-{one.level}.safetensors")
         if one.kind == ANEW:
             assert (start.source, start.update) == (None, 0)
             assert seed != 3
             assert one.run.config.views.seed == 3
         else:
-            assert start.source == str(tmp_path / "level-0" / "checkpoint-00000006")
+            assert start.source == str(tmp_path / "seed-3" / "level-0" / "checkpoint-00000006")
             assert (start.update, seed, one.run.config.views.seed) == (6, 3, None)
 
 
@@ -290,7 +290,7 @@ def test_a_level_that_fails_bars_those_behind_it_of_its_seed(monkeypatch, tmp_pa
     monkeypatch.setattr(tickets, "write_masks", lambda ticket, plan: None)
     config = derive(digits(), optim={"epochs": 10, "warmup_epochs": 2})
     plan = plan_of(Asked(levels=3, controls=(RANDOM,)), config, updates=4)
-    found = [one for seed in (0, 1) for one in tickets_of(plan, config, seed, tmp_path / str(seed))]
+    found = [one for seed in (0, 1) for one in tickets_of(plan, config, seed, tmp_path)]
     runs = [one.run for one in found]
     work = Work(Ground(arguments_of(config), config, tmp_path), [], [], [], runs)
     mishaps = tickets._train(plan, work, found, at_once=1, retries=0)

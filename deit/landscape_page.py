@@ -1,0 +1,337 @@
+"""Landscapes as a table, a page and pictures; reads plain values only, no torch."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from deit import charts, page
+from deit.charts import FAINT, SERIES, Draw
+from deit.disk import put_file
+from deit.drawing import legend, markdown_table
+from deit.errors import EnvironmentFault
+
+MANIFEST = "landscape-of.json"
+PAGE = "index.html"
+
+_NOTE = (
+    "Read with care: rescaling queries against keys, or values against the projection, changes no "
+    "answer and every eigenvalue, radius and volume; a volume rests on as many rays as are "
+    "effective, and is a lower bound with few; volumes of different numbers of weights have no "
+    "common unit but per weight; planes of two random directions say little of generalisation; "
+    "between two levels the points of a line are denser than the sparser end."
+)
+
+
+def columns(result: dict[str, Any]) -> tuple[str, ...]:
+    """The heads of the table's columns."""
+    found = ["", "free weights", "loss", "error %", "gradient"]
+    parts = result["asked"]["parts"]
+    if "curvature" in parts:
+        found += ["largest eigenvalue", "smallest", "trace"]
+    if "volume" in parts:
+        found += ["median radius", "log volume per weight", "effective rays", "censored"]
+    return tuple(found)
+
+
+def cells(result: dict[str, Any]) -> list[list[str]]:
+    """A row a place."""
+    return [_row(name, about, result["asked"]) for name, about in result["places"].items()]
+
+
+def _row(name: str, about: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    found = [
+        name,
+        f"{about['free_weights']:,}",
+        f"{about['loss']:.4f}",
+        f"{100 * about['error']:.1f}",
+        f"{about['gradient_norm']:.3g}",
+    ]
+    if "curvature" in about:
+        ends, whole = about["curvature"]["eigenvalues"], about["curvature"]["trace"]
+        unsure = "" if ends["converged"] else " (not converged)"
+        found += [
+            f"{ends['largest'][0]:.3g}{unsure}",
+            f"{ends['smallest'][0]:.3g}",
+            f"{whole['value']:.3g} +- {whole['standard_error']:.2g}",
+        ]
+    if "volume" in about:
+        seen = about["volume"]
+        bound = ">= " if seen["censored"] or seen["effective_rays"] < 2 else ""
+        found += [
+            f"{math.exp(seen['log_radius_quantiles'][2]):.3g}",
+            f"{bound}{seen['log_volume_per_weight']:.4f}",
+            f"{seen['effective_rays']:.1f} of {asked['rays']}",
+            str(seen["censored"]),
+        ]
+    return found
+
+
+_LINES = ("", "loss barrier", "error barrier, points", "class head", "distillation head")
+
+
+def line_cells(result: dict[str, Any]) -> list[list[str]]:
+    """A row a line: how far loss and error rise above the straight line between its ends."""
+    found = []
+    for name, one in result["lines"].items():
+        errors = [one["barrier"].get(f"error{of}") for of in ("", "_class", "_distillation")]
+        shown = ("-" if error is None else f"{100 * error:.1f}" for error in errors)
+        found.append([name, f"{one['barrier']['loss']:.4f}", *shown])
+    return found
+
+
+def write_page(result: dict[str, Any], out: Path) -> list[Path]:
+    """landscape.md and, where matplotlib is, index.html with every chart as PNG and every table as
+    CSV beside it. Returns what was written."""
+    written = [out / "landscape.md"]
+    put_file(written[0], _markdown(result).encode())
+    try:
+        charts.check()
+    except EnvironmentFault:
+        return written
+    put_file(out / PAGE, _page(result, out).encode())
+    return [*written, out / PAGE]
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    lines = ""
+    if result["lines"]:
+        lines = f"{markdown_table(_LINES, line_cells(result))}\n\n"
+    environment = result["environment"]
+    return (
+        f"# Landscapes\n\nThe loss of {result['images']} {result['asked']['split']} images: "
+        "cross-entropy of the fused answer (or the only head's) with the labels, in nats.\n\n"
+        f"{markdown_table(columns(result), cells(result))}\n\n{lines}{_NOTE}\n\n"
+        f"`{result['command']}`\n\n{environment['device_name']}, commit {environment['commit']}\n"
+    )
+
+
+def _page(result: dict[str, Any], out: Path) -> str:
+    asked = result["asked"]
+    body = [
+        page.table(columns(result), cells(result), file=out / "places.csv"),
+        page.paragraph(_NOTE, "note"),
+    ]
+    body += _of_lines(result, out) + _of_curvature(result, out) + _of_volume(result, out)
+    body += _of_planes(result, out)
+    environment = result["environment"]
+    body.append(
+        page.card(
+            {
+                "command": result["command"],
+                "drawn with": f"seed {asked['seed']}",
+                "device": environment["device_name"],
+                "versions": f"torch {environment['packages']['torch']}, "
+                f"commit {environment['commit']}",
+            }
+        )
+    )
+    lead = f"{len(result['places'])} places; cross-entropy of {result['images']} {asked['split']} images"
+    foot = "Written by deit landscape. Charts (PNG) and tables (CSV) lie beside this page."
+    return page.page("Landscapes", lead, body, foot=foot)
+
+
+def _of_lines(result: dict[str, Any], out: Path) -> list[str]:
+    if not result["lines"]:
+        return []
+    told = (
+        "How far loss and error rise above the straight line between the ends, at most. Between "
+        "levels, and along the step of pruning itself (cut)."
+    )
+    table = page.table(_LINES, line_cells(result), caption=told, file=out / "lines.csv")
+    drawn = [
+        charts.chart(lines_chart(result["lines"], key, label), out / f"lines-{key}.png")
+        for key, label in (("loss", "loss [nats]"), ("error", "wrong answers %"))
+    ]
+    told = ("Loss along each line.", "Wrong answers along each line.")
+    return [page.part("Lines", [table, page.pair(*map(page.figure, drawn, told))])]
+
+
+def lines_chart(lines: dict[str, Any], key: str, label: str) -> Draw:
+    """A value along lines; those of a step of pruning are dotted."""
+
+    def draw(axes: Any) -> None:
+        scale = 100 if key.startswith("error") else 1
+        for place, (name, one) in enumerate(lines.items()):
+            style = ":" if " cut to " in name else "-"
+            values = [scale * value for value in one["values"][key]]
+            colour = SERIES[place // 2 % len(SERIES)]
+            axes.plot(one["places"], values, style, color=colour, label=name, linewidth=1.4)
+        axes.set(xlabel="from the first (0) to the second (1)", ylabel=label)
+        if len(lines) <= 8:
+            legend(axes)
+
+    return draw
+
+
+def _of_curvature(result: dict[str, Any], out: Path) -> list[str]:
+    known = {name: one["curvature"] for name, one in result["places"].items() if "curvature" in one}
+    if not known:
+        return []
+    drawn = [
+        charts.chart(spectra_chart(known), out / "spectra.png"),
+        charts.chart(eigenvalues_chart(known), out / "eigenvalues.png"),
+    ]
+    told = (
+        "The density of eigenvalues of the Hessian, by stochastic Lanczos quadrature.",
+        "The largest eigenvalues, and the trace with its standard error.",
+    )
+    return [page.part("Curvature", [page.pair(*map(page.figure, drawn, told))])]
+
+
+def spectra_chart(known: dict[str, Any]) -> Draw:
+    """Spectral densities on a logarithmic axis."""
+
+    def draw(axes: Any) -> None:
+        for place, (name, one) in enumerate(known.items()):
+            spectrum = one["spectrum"]
+            axes.plot(
+                spectrum["grid"],
+                [max(value, 1e-12) for value in spectrum["density"]],
+                color=SERIES[place % len(SERIES)],
+                linewidth=1.1,
+                label=name,
+            )
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=1e-6)
+        axes.set(xlabel="eigenvalue", ylabel="density")
+        legend(axes)
+
+    return draw
+
+
+def eigenvalues_chart(known: dict[str, Any]) -> Draw:
+    """The largest eigenvalues of each place as dots, and its trace with a bar."""
+
+    def draw(axes: Any) -> None:
+        names = list(known)
+        for place, one in enumerate(known.values()):
+            values = one["eigenvalues"]["largest"]
+            axes.plot([place] * len(values), values, "o", color=SERIES[0], alpha=0.6, markersize=4)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+        axes.set_ylabel("largest eigenvalues", color=SERIES[0])
+        beside = axes.twinx()
+        beside.errorbar(
+            range(len(names)),
+            [one["trace"]["value"] for one in known.values()],
+            [one["trace"]["standard_error"] for one in known.values()],
+            color=SERIES[1],
+            marker="s",
+            markersize=4,
+            capsize=2.5,
+            linewidth=1.2,
+        )
+        beside.set_ylabel("trace", color=SERIES[1])
+        beside.grid(visible=False)
+
+    return draw
+
+
+def _of_volume(result: dict[str, Any], out: Path) -> list[str]:
+    known = {name: one["volume"] for name, one in result["places"].items() if "volume" in one}
+    if not known:
+        return []
+    drawn = charts.chart(radii_chart(known), out / "radii.png")
+    told = (
+        f"How far the loss stays within {result['asked']['rise']:g} nats along random rays: from "
+        "the nearest rim to the farthest, the box half of them."
+    )
+    return [page.part("Basins", [page.figure(drawn, told)])]
+
+
+def radii_chart(known: dict[str, Any]) -> Draw:
+    """The radii of each basin as a box from quarter to quarter, with its ends."""
+
+    def draw(axes: Any) -> None:
+        boxes = []
+        for name, one in known.items():
+            low, first, middle, third, high = map(math.exp, one["log_radius_quantiles"])
+            box = {"med": middle, "q1": first, "q3": third, "whislo": low, "whishi": high}
+            boxes.append({**box, "label": name})
+        axes.bxp(
+            boxes,
+            showfliers=False,
+            medianprops={"color": SERIES[0], "linewidth": 1.8},
+            **{f"{part}props": {"color": FAINT} for part in ("box", "whisker", "cap")},
+        )
+        axes.tick_params(axis="x", labelrotation=30, labelsize=8)
+        axes.set_ylabel("distance to the rim")
+
+    return draw
+
+
+def _of_planes(result: dict[str, Any], out: Path) -> list[str]:
+    known = {name: one["planes"] for name, one in result["places"].items() if "planes" in one}
+    drawn = []
+    if known:
+        losses = [loss for one in known.values() for row in one["values"]["loss"] for loss in row]
+        low, high = min(losses), sorted(losses)[int(0.9 * (len(losses) - 1))]
+        for place, (name, one) in enumerate(known.items()):
+            draw = plane_chart(one, low, high)
+            picture = charts.chart(draw, out / f"plane-{place}.png", width=3.6, height=3.2)
+            drawn.append(page.figure(picture, name))
+    parts = []
+    if drawn:
+        told = (
+            "Loss on the plane of two random directions, every filter of them as long as the "
+            "weights' (Li et al. 2018); the same seed, span and colours in all."
+        )
+        parts.append(page.part("Planes", [page.paragraph(told, "note"), page.gallery(drawn)]))
+    if result["path"] is not None:
+        picture = charts.chart(path_chart(result["path"]), out / "path.png", height=4.2)
+        told = (
+            "The plane through the first place, the middle one and the last, in all weights; the "
+            "others are where they lie nearest to it (in brackets how far off)."
+        )
+        parts.append(page.part("The path", [page.figure(picture, told)]))
+    return parts
+
+
+def plane_chart(one: dict[str, Any], low: float, high: float) -> Draw:
+    """Loss on a plane as filled contours between two values, the place in its middle."""
+
+    def draw(axes: Any) -> None:
+        _contours(axes, one, low, high)
+        axes.plot([0], [0], "o", color="white", markeredgecolor="black", markersize=5)
+        axes.set(xlabel="first direction", ylabel="second")
+
+    return draw
+
+
+def path_chart(one: dict[str, Any]) -> Draw:
+    """Loss on the plane of a path, with its places joined in their order."""
+
+    def draw(axes: Any) -> None:
+        losses = sorted(loss for row in one["values"]["loss"] for loss in row)
+        _contours(axes, one, losses[0], losses[int(0.8 * (len(losses) - 1))])
+        spots = one["places"]
+        xs, ys = ([spot[axis] for spot in spots.values()] for axis in (0, 1))
+        axes.plot(xs, ys, "-o", color="white", markeredgecolor="black", markersize=5, linewidth=1)
+        for name, (x, y, off) in spots.items():
+            told = f"{name} ({off:.2g})" if off > 1e-3 else name
+            axes.annotate(
+                told,
+                (x, y),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=7,
+                color="white",
+                parse_math=False,
+            )
+        axes.set(xlabel="distance in weights", ylabel="distance in weights")
+
+    return draw
+
+
+def _contours(axes: Any, one: dict[str, Any], low: float, high: float) -> None:
+    """Loss on a plane, in equal steps of its logarithm, which shows basins beside walls."""
+    high = max(high, low * 1.001 + 1e-9)
+    low = max(low, 1e-6)
+    steps = 14
+    levels = [low * (high / low) ** (step / steps) for step in range(steps + 1)]
+    filled = axes.contourf(
+        one["xs"], one["ys"], one["values"]["loss"], levels=levels, cmap="viridis_r", extend="both"
+    )
+    axes.grid(visible=False)
+    bar = axes.figure.colorbar(filled, ax=axes, format="{x:.2g}")
+    bar.set_label("loss [nats]", fontsize=8)
+    bar.ax.tick_params(labelsize=7)

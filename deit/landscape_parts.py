@@ -1,0 +1,154 @@
+"""What is measured of a landscape: around each place, between neighbours, and along a whole path."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit.console import progress
+from deit.curvature import extreme_eigenvalues, spectral_density, trace
+from deit.directions import Line, grid, line, plane_through, random_plane
+from deit.landscape_options import Asked
+from deit.landscape_places import Place, View, measure, student_of, surface_of
+from deit.models.masks import apply
+from deit.surface import Surface
+from deit.volume import basin_volume
+
+_PROBES, _STEPS = 4, 30  # of the spectral density
+_FAR = 4.0  # how far a ray is followed, in lengths of the vector of weights
+
+
+def _watch(title: str) -> Callable[[range], Iterable[int]]:
+    return lambda numbers: progress(numbers, total=len(numbers), title=title)
+
+
+def here(place: Place, view: View, asked: Asked) -> dict[str, Any]:
+    """The place itself: how many weights are free, how long their vector is, what is measured
+    there, and the length of the gradient, which is 0 in a minimum."""
+    surface = surface_of(place, view)
+    return {
+        "free_weights": surface.size,
+        "norm": surface.point.norm().item(),
+        "gradient_norm": surface.gradient(surface.point).norm().item(),
+        **surface.means(surface.point, measure),
+    }
+
+
+def curvature(place: Place, view: View, asked: Asked) -> dict[str, Any]:
+    """Largest and smallest eigenvalues, trace and spectrum of the Hessian among the free weights."""
+    surface = surface_of(place, view)
+    product, like, seed = surface.hessian_vector, surface.point, asked.seed
+    ends = extreme_eigenvalues(
+        product,
+        like,
+        largest=asked.top,
+        smallest=1,
+        steps=asked.steps,
+        seed=seed,
+        watch=_watch(f"{place.name}: eigenvalues, at most"),
+    )
+    whole = trace(
+        product, like, probes=asked.probes, seed=seed, watch=_watch(f"{place.name}: trace")
+    )
+    spectrum = spectral_density(
+        product,
+        like,
+        probes=_PROBES,
+        steps=_STEPS,
+        seed=seed,
+        watch=_watch(f"{place.name}: spectrum"),
+    )
+    return {"eigenvalues": asdict(ends), "trace": asdict(whole), "spectrum": asdict(spectrum)}
+
+
+def volume(place: Place, view: View, asked: Asked) -> dict[str, Any]:
+    """The volume of the basin around the place, in the free weights."""
+    surface = surface_of(place, view)
+    found = basin_volume(
+        surface.value,
+        surface.point,
+        rise=asked.rise,
+        largest_radius=_FAR * surface.point.norm().item(),
+        rays=asked.rays,
+        seed=asked.seed,
+        watch=_watch(f"{place.name}: rays"),
+    )
+    return asdict(found)
+
+
+def plane(place: Place, view: View, asked: Asked) -> dict[str, Any]:
+    """Loss and errors on the plane of two random directions, each filter as long as the weights'."""
+    surface = surface_of(place, view)
+    shown = random_plane(surface, seed=asked.seed)
+    axis = torch.linspace(-asked.span, asked.span, asked.grid, dtype=torch.float64).tolist()
+    watch = _watch(f"{place.name}: plane")
+    found = asdict(grid(surface, shown, measure, xs=axis, ys=axis, watch=watch))
+    return {**found, "cosine": shown.cosine()}
+
+
+Part = Callable[[Place, View, Asked], dict[str, Any]]
+AROUND: dict[str, Part] = {"planes": plane, "curvature": curvature, "volume": volume}
+"""What is measured around each place, by the part that asks for it; `here` always is."""
+
+
+def _line(
+    surface: Surface, ends: tuple[Tensor, Tensor], asked: Asked, title: str
+) -> dict[str, Any]:
+    found = line(surface, *ends, measure, points=asked.points, watch=_watch(title))
+    return {**asdict(found), **_barriers(found)}
+
+
+def _barriers(found: Line) -> dict[str, dict[str, float]]:
+    return {
+        "barrier": {name: found.barrier(name) for name in found.values},
+        "instability": {name: found.instability(name) for name in found.values},
+    }
+
+
+def to_next(first: Place, second: Place, view: View, asked: Asked) -> dict[str, Any]:
+    """Along the straight line from one place to another, in all weights."""
+    surface = surface_of(first, view, masked=False)
+    end = surface.weights.point_of(student_of(second, view))
+    return _line(surface, (surface.point, end), asked, f"{first.name} to {second.name}")
+
+
+def cut(first: Place, second: Place, view: View, asked: Asked) -> dict[str, Any]:
+    """Along the step of pruning itself: from one place to where the other's masks alone take it."""
+    surface = surface_of(first, view, masked=False)
+    student = student_of(first, view)
+    apply(second.masks(), student.network)
+    end = surface.weights.point_of(student)
+    return _line(surface, (surface.point, end), asked, f"{first.name} cut to {second.name}")
+
+
+def neighbours(places: list[Place]) -> list[tuple[str, Callable[[View, Asked], dict[str, Any]]]]:
+    """The lines that are looked at, by name: from each place to the next, of levels that follow
+    each other the step of pruning too."""
+    found = []
+    for first, second in pairwise(places):
+        found.append((f"{first.name} to {second.name}", partial(to_next, first, second)))
+        if second.follows(first):
+            found.append((f"{first.name} cut to {second.name}", partial(cut, first, second)))
+    return found
+
+
+def path(places: list[Place], view: View, asked: Asked) -> dict[str, Any]:
+    """The loss on the plane through the first place, the middle one and the last, in all weights;
+    and where all places are beside it: coordinates, and how far off."""
+    surface = surface_of(places[0], view, masked=False)
+    points = [surface.weights.point_of(student_of(place, view)) for place in places]
+    shown = plane_through(points[0], points[-1], points[len(points) // 2])
+    spots = [shown.project(point) for point in points]
+    axes = []
+    for spot in zip(*[spot[:2] for spot in spots]):
+        low, high = min(spot), max(spot)
+        margin = 0.25 * max(high - low, 1e-6)
+        span = torch.linspace(low - margin, high + margin, asked.grid, dtype=torch.float64)
+        axes.append(span.tolist())
+    xs, ys = axes
+    found = asdict(grid(surface, shown, measure, xs=xs, ys=ys, watch=_watch("plane of the path")))
+    return {**found, "places": {place.name: spot for place, spot in zip(places, spots)}}

@@ -1,0 +1,169 @@
+"""Where landscapes are looked at: the runs, their weights and masks, and the loss around them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from deit import checkpoint
+from deit.config import Config
+from deit.datasets.splits import load_split
+from deit.datasets.spread import spread_rows
+from deit.errors import CheckpointError, ConfigError, DataError
+from deit.evaluation import as_asked, find_run
+from deit.landscape_options import Asked
+from deit.models.masks import MASKS, Masks, read_masks
+from deit.models.saved import load_student
+from deit.models.student import Student
+from deit.prediction import shown
+from deit.records import head_logits
+from deit.surface import Surface
+from deit.sweep_results import MANIFEST
+from deit.ticket_options import DENSE, TICKET
+from deit.ticket_plan import folder_of
+from deit.typed_json import read_typed
+
+_AT_ONCE = 128  # images whose second derivatives are there at once
+
+
+class Place(NamedTuple):
+    """A finished run, at the weights of one of its checkpoints. name: as it is told. kind, level:
+    of a search for tickets, else "" and 0."""
+
+    name: str
+    run: Path
+    saved: Path
+    kind: str = ""
+    level: int = 0
+
+    def masks(self) -> Masks:
+        """Its masks, {} of a dense run."""
+        file = self.saved / MASKS
+        return read_masks(file) if file.is_file() else {}
+
+    def follows(self, other: "Place") -> bool:
+        """Whether this one was pruned by what the other ended with."""
+        return self.kind == TICKET and other.level == self.level - 1 and other.kind != ""
+
+
+def places_of(runs: list[Path], asked: Asked) -> list[Place]:
+    """The places that paths name: of a search for tickets its levels, the dense one first; of runs
+    these themselves. Raises ConfigError and CheckpointError."""
+    searches = [run for run in runs if (run / MANIFEST).is_file()]
+    if searches and len(runs) > 1:
+        raise ConfigError(f"{searches[0]}: is a search for tickets, which is looked at alone")
+    if searches:
+        return _of_search(searches[0], asked)
+    found = [Place(run.resolve().name, run, find_run(run, asked.checkpoint)[1]) for run in runs]
+    names = [place.name for place in found]
+    return [
+        place if names.count(place.name) == 1 else place._replace(name=str(place.run))
+        for place in found
+    ]
+
+
+def _of_search(out: Path, asked: Asked) -> list[Place]:
+    result = out / "results.json"
+    if not result.is_file():
+        raise CheckpointError(f"{out}: a search without results so far; its own command goes on")
+    told = read_typed(result, dict[str, Any])
+    if "tickets" not in told:
+        raise ConfigError(f"{out}: is a sweep; name some of its runs (OUT/runs/...)")
+    seed = told["seeds"][0] if asked.run_seed is None else asked.run_seed
+    if seed not in told["seeds"]:
+        raise ConfigError(f"--run_seed {seed}: {out} has {', '.join(map(str, told['seeds']))}")
+    sparsity = {
+        (row["values"]["run"], row["level"]): name
+        for name, row in told["rows"].items()
+        if "level" in row
+    }
+    levels = sorted({level for _, level in sparsity})
+    for level in asked.levels or ():
+        if level not in levels:
+            raise ConfigError(f"--levels {level}: {out} has {', '.join(map(str, levels))}")
+    wanted = levels if asked.levels is None else sorted({0, *asked.levels})
+    found = []
+    for level in wanted:
+        for kind in (DENSE,) if level == 0 else asked.kinds:
+            run = folder_of(out, seed, kind, level)
+            if (kind, level) in sparsity and checkpoint.result_of(run) is not None:
+                saved = find_run(run, asked.checkpoint)[1]
+                found.append(Place(sparsity[kind, level], run, saved, kind, level))
+    if not found:
+        raise CheckpointError(f"{out}: none of its runs is finished")
+    return found
+
+
+class View(NamedTuple):
+    """The images whose loss is looked at: views float32 [images, 3, side, side] in [0, 1], labels
+    int64 [images], in batches."""
+
+    batches: list[tuple[Tensor, Tensor]]
+    sizes: list[int]
+    number: int
+
+
+def view_of(
+    places: list[Place], asked: Asked, *, root: str | None, device: torch.device
+) -> tuple[Config, View]:
+    """The images that all places are looked at with, as an evaluation shows them: so many of a
+    split, spread over the classes; and the configuration of the first place.
+
+    Raises ConfigError where the runs are of other data, DataError.
+    """
+    configs = [as_asked(find_run(one.run, asked.checkpoint)[0], root=root) for one in places]
+    first = configs[0]
+    for place, config in zip(places, configs):
+        if config.data != first.data:
+            raise ConfigError(
+                f"{place.name}: has other data.* than {places[0].name}; landscapes stand beside "
+                "each other on the same images alone"
+            )
+    names, images = load_split(first.data, asked.split)
+    if names != load_student(places[0].saved)[1].class_names:
+        raise DataError(f"{places[0].run}: was trained on other classes than the data has")
+    rows = spread_rows(images.labels, asked.images, seed=asked.seed, stream="landscape")
+    chunks = rows.split(_AT_ONCE)
+    views = shown(images, chunks, first, device=device)
+    labels = images.labels.to(device)
+    batches = [(one, labels[chunk.to(device)]) for one, chunk in zip(views, chunks)]
+    return first, View(batches, [len(chunk) for chunk in chunks], len(rows))
+
+
+def surface_of(place: Place, view: View, *, masked: bool = True) -> Surface:
+    """The mean cross-entropy of the fused answer (or the only head's) with the labels, around a
+    place; masked: along the weights that it keeps alone."""
+    masks = {f"network.{name}": mask for name, mask in place.masks().items()} if masked else {}
+    device = view.batches[0][0].device
+    masks = {name: mask.to(device) for name, mask in masks.items()}
+    return Surface(student_of(place, view), view.batches, _loss, sizes=view.sizes, masks=masks)
+
+
+def student_of(place: Place, view: View) -> Student:
+    """The student of a place, on the device of the images."""
+    return load_student(place.saved)[0].to(view.batches[0][0].device)
+
+
+def _loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    images, labels = batch
+    heads = head_logits(network(images))
+    return cross_entropy(heads.get("fused", heads["class"]), labels)
+
+
+def measure(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
+    """The loss, and the share of wrong answers of each head: `error`, with its name where there are
+    several."""
+    images, labels = batch
+    heads = head_logits(network(images))
+    final = heads.get("fused", heads["class"])
+
+    def wrong(logits: Tensor) -> Tensor:
+        return (logits.argmax(dim=1) != labels).float().mean()
+
+    found = {"loss": cross_entropy(final, labels), "error": wrong(final)}
+    if "fused" in heads:
+        found |= {f"error_{name}": wrong(heads[name]) for name in ("class", "distillation")}
+    return found
