@@ -76,10 +76,8 @@ def landscape(
                 for name, measured in neighbours(places)
             }
         if "planes" in asked.parts and len(places) > 2:
-            through = {"through": [place.name for place in places]}
-            result["path"] = kept(
-                f"path-{content_hash(through)}", lambda: path(places, view, asked)
-            )
+            through = content_hash({"through": [place.name for place in places]})
+            result["path"] = kept(f"path-{through}", lambda: path(places, view, asked))
         write_json(out / "landscape.json", result)
         for written in write_page(result, out):
             say(f"wrote {written}")

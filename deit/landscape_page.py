@@ -1,6 +1,7 @@
 """Landscapes as a table, a page and pictures; reads plain values only, no torch."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,8 @@ def _page(result: dict[str, Any], out: Path) -> str:
             }
         )
     )
-    lead = f"{len(result['places'])} places; cross-entropy of {result['images']} {asked['split']} images"
+    of = f"{result['images']} {asked['split']} images"
+    lead = f"{len(result['places'])} places; cross-entropy of {of}"
     foot = "Written by deit landscape. Charts (PNG) and tables (CSV) lie beside this page."
     return page.page("Landscapes", lead, body, foot=foot)
 
@@ -151,10 +153,12 @@ def lines_chart(lines: dict[str, Any], key: str, label: str) -> Draw:
 
     def draw(axes: Any) -> None:
         scale = 100 if key.startswith("error") else 1
-        for place, (name, one) in enumerate(lines.items()):
+        starts = list(dict.fromkeys(re.split(" cut to | to ", name)[0] for name in lines))
+        for name, one in lines.items():
             style = ":" if " cut to " in name else "-"
             values = [scale * value for value in one["values"][key]]
-            colour = SERIES[place // 2 % len(SERIES)]
+            start = starts.index(re.split(" cut to | to ", name)[0])
+            colour = SERIES[start % len(SERIES)]
             axes.plot(one["places"], values, style, color=colour, label=name, linewidth=1.4)
         axes.set(xlabel="from the first (0) to the second (1)", ylabel=label)
         if len(lines) <= 8:
@@ -275,7 +279,7 @@ def _of_planes(result: dict[str, Any], out: Path) -> list[str]:
             "Loss on the plane of two random directions, every filter of them as long as the "
             "weights' (Li et al. 2018); the same seed, span and colours in all."
         )
-        parts.append(page.part("Planes", [page.paragraph(told, "note"), page.gallery(drawn)]))
+        parts.append(page.part("Planes", [page.paragraph(told, "note"), page.pair(*drawn)]))
     if result["path"] is not None:
         picture = charts.chart(path_chart(result["path"]), out / "path.png", height=4.2)
         told = (
@@ -314,7 +318,7 @@ def path_chart(one: dict[str, Any]) -> Draw:
                 xytext=(5, 4),
                 textcoords="offset points",
                 fontsize=7,
-                color="white",
+                bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1},
                 parse_math=False,
             )
         axes.set(xlabel="distance in weights", ylabel="distance in weights")
@@ -332,6 +336,6 @@ def _contours(axes: Any, one: dict[str, Any], low: float, high: float) -> None:
         one["xs"], one["ys"], one["values"]["loss"], levels=levels, cmap="viridis_r", extend="both"
     )
     axes.grid(visible=False)
-    bar = axes.figure.colorbar(filled, ax=axes, format="{x:.2g}")
+    bar = axes.figure.colorbar(filled, ax=axes, format="{x:.3g}")
     bar.set_label("loss [nats]", fontsize=8)
     bar.ax.tick_params(labelsize=7)

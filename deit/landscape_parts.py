@@ -1,4 +1,4 @@
-"""What is measured of a landscape: around each place, between neighbours, and along a whole path."""
+"""What is measured of a landscape: around each place, between neighbours, along a whole path."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -39,7 +39,7 @@ def here(place: Place, view: View, asked: Asked) -> dict[str, Any]:
 
 
 def curvature(place: Place, view: View, asked: Asked) -> dict[str, Any]:
-    """Largest and smallest eigenvalues, trace and spectrum of the Hessian among the free weights."""
+    """Extreme eigenvalues, trace and spectrum of the Hessian among the free weights."""
     surface = surface_of(place, view)
     product, like, seed = surface.hessian_vector, surface.point, asked.seed
     ends = extreme_eigenvalues(
@@ -81,7 +81,7 @@ def volume(place: Place, view: View, asked: Asked) -> dict[str, Any]:
 
 
 def plane(place: Place, view: View, asked: Asked) -> dict[str, Any]:
-    """Loss and errors on the plane of two random directions, each filter as long as the weights'."""
+    """Loss and errors on the plane of two random directions, filters as long as the weights'."""
     surface = surface_of(place, view)
     shown = random_plane(surface, seed=asked.seed)
     axis = torch.linspace(-asked.span, asked.span, asked.grid, dtype=torch.float64).tolist()
@@ -95,10 +95,8 @@ AROUND: dict[str, Part] = {"planes": plane, "curvature": curvature, "volume": vo
 """What is measured around each place, by the part that asks for it; `here` always is."""
 
 
-def _line(
-    surface: Surface, ends: tuple[Tensor, Tensor], asked: Asked, title: str
-) -> dict[str, Any]:
-    found = line(surface, *ends, measure, points=asked.points, watch=_watch(title))
+def _line(surface: Surface, start: Tensor, end: Tensor, asked: Asked, title: str) -> dict[str, Any]:
+    found = line(surface, start, end, measure, points=asked.points, watch=_watch(title))
     return {**asdict(found), **_barriers(found)}
 
 
@@ -113,7 +111,7 @@ def to_next(first: Place, second: Place, view: View, asked: Asked) -> dict[str, 
     """Along the straight line from one place to another, in all weights."""
     surface = surface_of(first, view, masked=False)
     end = surface.weights.point_of(student_of(second, view))
-    return _line(surface, (surface.point, end), asked, f"{first.name} to {second.name}")
+    return _line(surface, surface.point, end, asked, f"{first.name} to {second.name}")
 
 
 def cut(first: Place, second: Place, view: View, asked: Asked) -> dict[str, Any]:
@@ -122,7 +120,7 @@ def cut(first: Place, second: Place, view: View, asked: Asked) -> dict[str, Any]
     student = student_of(first, view)
     apply(second.masks(), student.network)
     end = surface.weights.point_of(student)
-    return _line(surface, (surface.point, end), asked, f"{first.name} cut to {second.name}")
+    return _line(surface, surface.point, end, asked, f"{first.name} cut to {second.name}")
 
 
 def neighbours(places: list[Place]) -> list[tuple[str, Callable[[View, Asked], dict[str, Any]]]]:

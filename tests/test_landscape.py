@@ -1,0 +1,311 @@
+"""deit landscape: which places, the loss around and between them by hand, what is told of it."""
+
+import csv
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from deit import checkpoint
+from deit.datasets.splits import load_split
+from deit.datasets.spread import spread_rows
+from deit.landscape_options import PARTS, Asked
+from deit.landscape_page import cells, line_cells, write_page
+from deit.landscape_places import places_of, surface_of, view_of
+from deit.models.masks import apply, read_masks
+from deit.models.saved import load_student
+from deit.records import head_logits
+from deit.validation import load
+from tests.test_tickets import SMALL
+
+pytest.importorskip("sklearn")
+FEW = (
+    *("--images", "40", "--points", "5", "--grid", "3", "--rays", "3", "--steps", "8"),
+    *("--top", "2", "--probes", "2"),
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, zygote):
+    """A search of two levels with a random control."""
+    place = tmp_path_factory.mktemp("landscape")
+    words = ("--levels", "2", "--rate", "0.5", "--controls", "random", "--controls_at", "2")
+    words = ("tickets", "digits", *SMALL, *words, "--objective", "none", "--out", "search")
+    done = zygote.run(*words, "--at_once", "2", cwd=place)
+    assert done.code == 0, done.err
+    return place
+
+
+@pytest.fixture(scope="module")
+def looked(place, zygote):
+    done = zygote.run("landscape", "search", *FEW, "--out", "out", cwd=place)
+    assert done.code == 0, done.err
+    return place / "out", done
+
+
+def result(out):
+    return json.loads((out / "landscape.json").read_text())
+
+
+NAMES = ["dense", "ticket, 50.0 %", "ticket, 75.0 %"]
+
+
+def answers_at(run, masks=None):
+    """Loss and error of a run's end on the images the landscape looks at, by hand."""
+    student, _ = load_student(checkpoint.newest(run))
+    if masks is not None:
+        apply(masks, student.network)
+    _names, images = load_split(load(run / "config.json").data, "train")
+    rows = spread_rows(images.labels, 40, seed=0, stream="landscape")
+    with torch.no_grad():
+        logits = head_logits(student.eval()(images.pixels[rows].float() / 255))["fused"]
+    labels = images.labels[rows]
+    wrong = (logits.argmax(dim=1) != labels).float().mean().item()
+    return cross_entropy(logits, labels).item(), wrong
+
+
+# Which places, which images
+
+
+def test_rows_are_spread_over_the_classes():
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 3)
+    rows = spread_rows(labels, 15, seed=0, stream="x")
+    assert labels[rows].bincount().tolist() == [6, 6, 3]
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    assert not torch.equal(rows, spread_rows(labels, 15, seed=1, stream="x"))
+    assert not torch.equal(rows, spread_rows(labels, 15, seed=0, stream="y"))
+    assert torch.equal(spread_rows(labels, 999, seed=0, stream="x"), torch.arange(83))
+
+
+def test_the_places_of_a_search_are_its_levels(place):
+    search = [place / "search"]
+    assert [one.name for one in places_of(search, Asked())] == NAMES
+    some = places_of(search, Asked(levels=(2,), kinds=("ticket", "random")))
+    assert [one.name for one in some] == ["dense", "ticket, 75.0 %", "random, 75.0 %"]
+    assert some[2].saved == checkpoint.newest(place / "search/seed-0/random-2")
+    best = places_of(search, Asked(checkpoint="best"))
+    assert best[0].saved == place / "search/seed-0/level-0/best"
+
+
+def test_around_a_level_only_what_it_keeps_moves(place):
+    places = places_of([place / "search"], Asked())
+    _, view = view_of(places, Asked(images=8), root=None, device=CPU)
+    sizes = [surface_of(one, view).size for one in places]
+    whole = surface_of(places[2], view, masked=False).size
+    assert [sizes[0] - size for size in sizes] == [0, 1536, 2304]
+    assert whole == sizes[0]
+
+
+# By hand
+
+
+def test_the_loss_of_each_place(place, looked):
+    found = result(looked[0])
+    assert list(found["places"]) == NAMES
+    for level, about in enumerate(found["places"].values()):
+        loss, wrong = answers_at(place / f"search/seed-0/level-{level}")
+        assert about["loss"] == pytest.approx(loss, rel=1e-5)
+        assert about["error"] == pytest.approx(wrong, abs=1e-6)
+        middle = about["planes"]["values"]["loss"][1][1]
+        assert middle == pytest.approx(loss, rel=1e-5)
+        assert about["volume"]["threshold"] == pytest.approx(loss + 0.1, rel=1e-5)
+
+
+def test_lines_begin_and_end_where_they_say(place, looked):
+    lines = result(looked[0])["lines"]
+    assert list(lines) == [
+        *("dense to ticket, 50.0 %", "dense cut to ticket, 50.0 %"),
+        *("ticket, 50.0 % to ticket, 75.0 %", "ticket, 50.0 % cut to ticket, 75.0 %"),
+    ]
+    folder = place / "search" / "seed-0"
+    for level in (1, 2):
+        across, cut = list(lines.values())[2 * level - 2 : 2 * level]
+        before, after = folder / f"level-{level - 1}", folder / f"level-{level}"
+        masks = read_masks(folder / "masks" / f"level-{level}.safetensors")
+        for one, end in ((across, answers_at(after)), (cut, answers_at(before, masks))):
+            losses, errors = one["values"]["loss"], one["values"]["error"]
+            assert len(losses) == 5
+            assert (losses[0], errors[0]) == pytest.approx(answers_at(before), rel=1e-5)
+            assert (losses[-1], errors[-1]) == pytest.approx(end, rel=1e-5)
+            rise = max(
+                loss - ((1 - a) * losses[0] + a * losses[-1])
+                for a, loss in zip((0, 0.25, 0.5, 0.75, 1), losses)
+            )
+            assert one["barrier"]["loss"] == pytest.approx(max(rise, 0), abs=1e-6)
+        assert set(cut["values"]) == {"loss", "error", "error_class", "error_distillation"}
+
+
+def test_the_path_goes_through_its_places(looked):
+    found = result(looked[0])["path"]
+    spots = list(found["places"].values())
+    assert [spot[2] for spot in spots] == pytest.approx([0, 0, 0], abs=1e-3)
+    assert spots[0][:2] == pytest.approx([0, 0], abs=1e-6)
+    assert spots[2][1] == pytest.approx(0, abs=1e-4)
+    for axis, name in ((0, "xs"), (1, "ys")):
+        among = [spot[axis] for spot in spots]
+        assert found[name][0] < min(among)
+        assert found[name][-1] > max(among)
+
+
+def test_curvature_and_volume_tell_how_good_they_are(looked):
+    for about in result(looked[0])["places"].values():
+        ends = about["curvature"]["eigenvalues"]
+        assert len(ends["largest"]) == len(ends["largest_residuals"]) == 2
+        assert ends["largest"][0] >= ends["largest"][1] > ends["smallest"][0]
+        assert about["curvature"]["trace"]["probes"] == 2
+        seen = about["volume"]
+        assert seen["size"] == about["free_weights"]
+        assert 1 <= seen["effective_rays"] <= 3
+        assert len(seen["log_radii"]) == len(seen["evaluations"]) == 3
+
+
+# What is told
+
+
+def test_page_pictures_tables(looked):
+    out, done = looked
+    names = {path.name for path in out.iterdir()}
+    charts = ("lines-loss", "lines-error", "spectra", "eigenvalues", "radii", "path")
+    charts = (*charts, "plane-0", "plane-1", "plane-2")
+    assert {f"{name}.png" for name in charts} | {"places.csv", "lines.csv"} <= names
+    page = (out / "index.html").read_text()
+    assert page.count("<svg") == len(charts)
+    for told in ("Lines", "Curvature", "Basins", "Planes", "The path", "Read with care"):
+        assert told in page
+    lines = list(csv.reader((out / "lines.csv").read_text().splitlines()))
+    assert [line[0] for line in lines[1:]] == list(result(out)["lines"])
+    text = (out / "landscape.md").read_text()
+    assert "cut to" in text
+    assert "deit landscape search" in text
+    assert "cross-entropy of the fused answer" in done.out
+
+
+def test_a_volume_that_is_only_a_bound_is_told_as_one(looked):
+    found = result(looked[0])
+    about = found["places"]["dense"]
+    about["volume"] |= {"effective_rays": 2.5, "censored": 0, "log_volume_per_weight": -1.0}
+    column = -3
+    assert cells(found)[0][column] == "-1.0000"
+    about["volume"]["censored"] = 1
+    assert cells(found)[0][column] == ">= -1.0000"
+    about["volume"] |= {"censored": 0, "effective_rays": 1.2}
+    assert cells(found)[0][column] == ">= -1.0000"
+    about["curvature"]["eigenvalues"]["converged"] = False
+    assert "(not converged)" in cells(found)[0][5]
+    assert line_cells(found)[0][0] == "dense to ticket, 50.0 %"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_alone_makes_a_page(looked, tmp_path, part):
+    found = result(looked[0])
+    found["asked"]["parts"] = [part]
+    for about in found["places"].values():
+        for other in set(PARTS) - {part}:
+            about.pop(other, None)
+    if part != "lines":
+        found["lines"] = {}
+    if part != "planes":
+        found["path"] = None
+    assert [path.name for path in write_page(found, tmp_path)] == ["landscape.md", "index.html"]
+    drawn = {path.stem.split("-")[0] for path in tmp_path.glob("*.png")}
+    expected = {"lines": {"lines"}, "planes": {"plane", "path"}, "volume": {"radii"}}
+    assert drawn == {"curvature": {"spectra", "eigenvalues"}, **expected}[part]
+
+
+# Going on
+
+
+def test_what_was_measured_is_not_measured_again(looked, place, zygote, tmp_path):
+    shutil.copytree(looked[0], tmp_path / "out")
+    kept = tmp_path / "out" / "measured"
+    before = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    lost = kept / "dense-volume.json"
+    same = lost.read_bytes()
+    lost.unlink()
+    words = ("landscape", "search", *FEW, "--out", tmp_path / "out")
+    done = zygote.run(*words, cwd=place)
+    assert done.code == 0, done.err
+    after = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    assert {name for name in after if after[name] != before[name]} == {"dense-volume.json"}
+    assert lost.read_bytes() == same
+    done = zygote.run(*words, "--seed", "1", cwd=place)
+    assert done.code == 2
+    assert "holds a landscape with other asked (seed: 0, now 1)" in done.err
+
+
+def test_more_places_go_on_from_what_there_is(looked, place, zygote, tmp_path):
+    shutil.copytree(looked[0], tmp_path / "out")
+    words = ("--kinds", "ticket,random", "--only", "volume", "--out", tmp_path / "out")
+    done = zygote.run("landscape", "search", *FEW, *words, cwd=place)
+    assert done.code == 0, done.err
+    assert list(result(tmp_path / "out")["places"]) == [*NAMES, "random, 75.0 %"]
+
+
+def test_weights_that_changed_are_told(looked, place, zygote, tmp_path):
+    shutil.copytree(looked[0], tmp_path / "out")
+    file = tmp_path / "out" / "landscape-of.json"
+    told = json.loads(file.read_text())
+    told["weights"]["dense"] = "0" * 64
+    file.write_text(json.dumps(told))
+    done = zygote.run("landscape", "search", *FEW, "--out", tmp_path / "out", cwd=place)
+    assert done.code == 2
+    assert "holds a landscape with other weights (dense: 000" in done.err
+
+
+def test_runs_stand_beside_each_other(place, zygote, tmp_path):
+    runs = ("search/seed-0/level-0", "search/seed-0/level-2")
+    words = ("--only", "lines", "--split", "test", "--checkpoint", "best", "--out", tmp_path / "o")
+    done = zygote.run("landscape", *runs, *FEW, *words, cwd=place)
+    assert done.code == 0, done.err
+    found = result(tmp_path / "o")
+    assert list(found["places"]) == ["level-0", "level-2"]
+    assert list(found["lines"]) == ["level-0 to level-2"]
+    assert found["path"] is None
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("search", "--only", "line"), 2, "--only line: should be of lines, planes, curvature"),
+        (("search", "--kinds", "randm"), 2, "--kinds randm: should be of ticket, random"),
+        (("search", "--levels", "7"), 2, "--levels 7: search has 0, 1, 2"),
+        (("search", "--levels", "x"), 2, "--levels x: should be whole numbers from 0"),
+        (("search", "--run_seed", "4"), 2, "--run_seed 4: search has 0"),
+        (("search", "--rays", "0"), 2, "--rays 0: should be at least 1"),
+        (("search", "--rise", "-1"), 2, "--rise -1: should be above 0"),
+        (("search", "--span", "inf"), 2, "--span inf: should be above 0"),
+        (("search", "--top", "60"), 2, "--top 60: should be below --steps (60)"),
+        (("nothing",), 4, "nothing: no such run folder"),
+        (("search", "search/seed-0/level-0"), 2, "is a search for tickets, which is looked at al"),
+        (("search", "--out", "search"), 2, "holds something, but no landscape"),
+    ],
+)
+def test_a_mistake_is_told_before_the_work(place, zygote, words, code, said):
+    out = () if "--out" in words else ("--out", "new")
+    done = zygote.run("landscape", *words, *out, cwd=place)
+    assert (done.code, said in done.err) == (code, True), done.err
+    assert not (place / "new").exists()
+
+
+def test_runs_of_other_images_do_not_stand_beside_each_other(place, zygote, tmp_path):
+    config = json.loads((place / "search/seed-0/level-0/config.json").read_text())
+    shutil.copytree(place / "search/seed-0/level-0", tmp_path / "other")
+    config["data"]["train_fraction"] = 0.5
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    runs = ("search/seed-0/level-0", tmp_path / "other")
+    done = zygote.run("landscape", *runs, "--out", tmp_path / "o", cwd=place)
+    assert done.code == 2
+    assert "other: has other data.* than level-0" in done.err
+
+
+def test_radii_are_lengths(looked):
+    for about in result(looked[0])["places"].values():
+        radii = [math.exp(one) for one in about["volume"]["log_radii"]]
+        assert all(0 < radius <= 4 * about["norm"] * 1.01 for radius in radii)
