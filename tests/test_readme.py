@@ -119,6 +119,9 @@ def test_our_commands_run_in_the_readmes_order(place, monkeypatch, capsys):
             arguments += taught
         elif name == "prune":
             arguments = [*arguments, *QUICK, "--images", "64", "--teacher.allow_weak"]
+        elif name == "landscape":
+            few = "--images 32 --grid 3 --points 3 --rays 2 --top 1 --steps 3 --probes 2"
+            arguments = [*arguments, *few.split()]
         elif name == "tickets":
             arguments = [*arguments, *SMALL["digits"], *taught]
         elif name == "finetune":
