@@ -61,6 +61,7 @@ OptionalPositive = Annotated[Positive | None, BeforeValidator(_none)]
 OptionalNonNegative = Annotated[NonNegative | None, BeforeValidator(_none)]
 Sides = Annotated[tuple[Count | None, ...], BeforeValidator(_each_or_none)]
 Numbers = Annotated[tuple[Finite, ...], BeforeValidator(_listed)]
+Shares = Annotated[tuple[Fraction, ...], BeforeValidator(_listed)]
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
 OptionalText = Annotated[str | None, BeforeValidator(_none)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
@@ -266,9 +267,9 @@ class StartConfig:
     source: OptionalText = None
     """A run folder of ours, a timm or transformers folder, a weight file, or a timm name. None:
     random weights."""
-    heads: Literal["keep", "new"] = "keep"
+    heads: Literal["keep", "new", "zero"] = "keep"
     """keep: classes are matched by name, or must be as many where the weights name none. new:
-    random heads, for other classes."""
+    random heads, for other classes; zero: heads of zeros, likewise."""
     kernel: Kernel = "deit"
     """How a position embedding is resized: bicubic as DeiT's code does it, or as timm, with
     antialiasing."""
@@ -364,6 +365,9 @@ class OptimConfig:
     """Learning rate of the first update (not scaled)."""
     min_lr: NonNegative = 1e-5
     """Learning rate after the last update (not scaled)."""
+    decay_at: Shares = ()
+    """Shares of all updates after which the learning rate falls to a tenth; none: a half cosine
+    from the end of the warm-up to min_lr."""
     weight_decay: NonNegative = 0.05
     """Decoupled decay; not on biases, norms, tokens and position embedding."""
     independent_decay: bool = False

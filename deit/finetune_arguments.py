@@ -11,9 +11,10 @@ from deit.config import Config, StudentConfig, is_transformer
 from deit.errors import CheckpointError, ConfigError
 from deit.recipes import RECIPES
 from deit.text import nearest
-from deit.tuning import TUNING, at_resolution, begin_from
+from deit.tuning import SIZED, TUNING, at_resolution, begin_from
 from deit.typed_json import read_typed
 
+_SCHEDULES = (*TUNING, *SIZED)
 _NO_START = "{}: needs --from, what to start from (a run, a folder or a weight file)"
 
 
@@ -33,10 +34,11 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
     Raises ConfigError, and CheckpointError where there is nothing to start from.
     """
     options, rest = _start_parser(program).parse_known_args(arguments)
-    if options.tuning is not None and options.tuning not in TUNING:
-        known = ", ".join(TUNING)
+    if options.tuning is not None and options.tuning not in _SCHEDULES:
+        known = ", ".join(_SCHEDULES)
         raise ConfigError(
-            f"--tuning {options.tuning}: should be one of {known}{nearest(options.tuning, TUNING)}"
+            f"--tuning {options.tuning}: should be one of {known}"
+            f"{nearest(options.tuning, _SCHEDULES)}"
         )
     if options.resolution is not None and options.resolution < 1:
         raise ConfigError(f"--resolution {options.resolution}: should be at least 1")
@@ -62,6 +64,10 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
         if options.resolution is not None:
             _check_patches(options.resolution, config.student)
             config = at_resolution(config, options.resolution)
+        if tuning in SIZED:
+            from deit.datasets.splits import load_split
+
+            return SIZED[tuning](config, images=len(load_split(config.data, "train")[1].labels))
         return config if tuning is None else TUNING[tuning](config)
 
     return parse_run(
@@ -71,7 +77,7 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
         "file (.safetensors, .pth), a timm name; its network and normalisation are taken over. "
         "Without RECIPE the configuration of the run at SOURCE. Also: --resolution PX (the "
         "student's; images, borders and the teachers' input follow) and --tuning "
-        f"{', '.join(TUNING)} (a schedule; without RECIPE: short).",
+        f"{', '.join(_SCHEDULES)} (a schedule; without RECIPE: short).",
         adapt=adapt,
         out=out,
     )

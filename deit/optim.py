@@ -72,13 +72,17 @@ def lr_at(step: int, *, optim: OptimConfig, steps_per_epoch: int) -> float:
     """The learning rate of update `step` (0 is the first).
 
     Linear from warmup_lr to the peak, which the first update after the warm-up takes, then a half
-    cosine that reaches min_lr with the last update.
+    cosine that reaches min_lr with the last update; with decay_at a tenth less at each of these
+    shares of all updates.
     """
     peak = peak_lr(optim)
     warmup = round(optim.warmup_epochs * steps_per_epoch)
     if step < warmup:
         return optim.warmup_lr + (peak - optim.warmup_lr) * step / warmup
     last = optim.epochs * steps_per_epoch - 1
+    if optim.decay_at:
+        fallen = sum(step >= round(share * (last + 1)) for share in optim.decay_at)
+        return peak * 0.1**fallen
     progress = (step - warmup) / max(last - warmup, 1)
     cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     return optim.min_lr + (peak - optim.min_lr) * cosine

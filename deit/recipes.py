@@ -18,6 +18,7 @@ from deit.config import (
 )
 from deit.errors import ConfigError
 from deit.files import import_file
+from deit.hyper_rule import hyper_rule
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.text import nearest
 from deit.tuning import at_resolution, deit, short
@@ -191,6 +192,16 @@ def cifar10_teacher() -> Config:
     )
 
 
+def cifar10_bit_teacher() -> Config:
+    """BiT's ResNet-50x1 of ImageNet-21k on CIFAR-10 at 128 px, all by its HyperRule."""
+    config = derive(
+        cifar10_teacher(),
+        student=StudentConfig(name="timm:resnetv2_50x1_bit"),
+        start={"source": "resnetv2_50x1_bit.goog_in21k"},
+    )
+    return hyper_rule(config, images=45_000)
+
+
 def cifar10() -> Config:
     """DeiT-Ti with patches of 4 px distilled from `cifar10-teacher` for 300 epochs (one GPU)."""
     return Config(
@@ -252,15 +263,35 @@ def _function_matching(config: Config, *, epochs: int) -> Config:
 
 def cifar10_usi() -> Config:
     """RegNetY-200MF as the student of `cifar10-teacher` by USI, the one scheme for any backbone."""
+    return _usi(cifar10(), StudentConfig(name="regnety_002_small_stem", image_size=32))
+
+
+def imagenet_usi() -> Config:
+    """Any backbone (--student.name timm:NAME) on class folders of ImageNet by USI, taught by the
+    authors' TResNet-L."""
+    config = derive(
+        imagenet_subset(),
+        views={"evaluation_crop": 0.95},
+        teacher={"source": ("tresnet_v2_l.miil_in21k_ft_in1k",)},
+    )
+    return _usi(config, StudentConfig(name="timm:resnet50", image_size=224))
+
+
+def _usi(config: Config, student: StudentConfig) -> Config:
+    """The scheme of Ridnik et al. 2022 ("Solving ImageNet", section 3.3), whatever the backbone:
+    300 epochs in batches of 1,024, the label and five times the divergence at temperature 1."""
     return derive(
-        cifar10(),
+        config,
         views=AUGMENTATIONS["usi"],
-        student=StudentConfig(name="regnety_002_small_stem", image_size=32),
+        student=student,
         loss=OBJECTIVES["usi"],
         optim={
+            "epochs": 300,
+            "batch_size": 1024,
             "lr": 2e-3,
             "lr_reference_batch": None,
             "weight_decay": 0.02,
+            "warmup_epochs": 5,
             "warmup_lr": 1e-4,
             "min_lr": 1e-6,
             "clip_norm": None,
@@ -515,6 +546,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "cifar10-ensemble": cifar10_ensemble,
     "cifar10-function-matching": cifar10_function_matching,
     "cifar10-usi": cifar10_usi,
+    "cifar10-bit-teacher": cifar10_bit_teacher,
     "cifar10-finetune": cifar10_finetune,
     "cifar10-micro": cifar10_micro,
     "cifar10-micro-teacher": cifar10_micro_teacher,
@@ -533,6 +565,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "folder-teacher": folder_teacher,
     "imagenet-subset": imagenet_subset,
     "imagenet-384": imagenet_384,
+    "imagenet-usi": imagenet_usi,
     "transfer-cifar10": transfer_cifar10,
     "transfer-cifar100": transfer_cifar100,
     "transfer-flowers": transfer_flowers,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from deit.config import Config, StudentConfig, derive, heads_in, is_transformer, width_of
+from deit.hyper_rule import hyper_rule
 from deit.presets import AUGMENTATIONS, OBJECTIVES
 
 _SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "block_heads", "block_hidden")
@@ -110,3 +111,5 @@ TUNING: dict[str, Callable[[Config], Config]] = {
     "linear-probe": linear_probe,
 }
 """Schedules of fine-tuning by name: configuration -> configuration."""
+SIZED: dict[str, Callable[..., Config]] = {"bit": hyper_rule}
+"""Those that depend on the number of training images, which they are told as `images`."""

@@ -8,7 +8,8 @@ from deit.errors import ConfigError
 
 
 def heads_of(network: nn.Module) -> tuple[str, ...]:
-    """The names of the linear layers that answer with classes, the class head first.
+    """The names of the layers that answer with classes, the class head first: linear ones, or as
+    in BiT's networks a convolution of one pixel.
 
     timm's models name theirs; ours call it `head`.
     """
@@ -19,7 +20,8 @@ def heads_of(network: nn.Module) -> tuple[str, ...]:
         name
         for root in roots
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and (name == root or name.startswith(f"{root}."))
+        if (isinstance(module, nn.Linear) and (name == root or name.startswith(f"{root}.")))
+        or (isinstance(module, nn.Conv2d) and name == root)
     )
 
 

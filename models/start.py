@@ -388,11 +388,14 @@ def _fit_heads(
     own, where = network.state_dict(), f"start.source {start.source}:"
     names = [f"{head}.{kind}" for head in heads_of(network) for kind in ("weight", "bias")]
     names = [name for name in names if name in own]
-    if start.heads == "new":
+    if start.heads != "keep":
+        zero = start.heads == "zero"
         said = "the start had" if known is None else f"the start knew {len(known)}, and had"
         had = sum(name in weights for name in names if name.endswith("weight"))
-        notes.append(f"{len(wanted)} classes: new heads, random ({said} {had} head(s))")
-        return {**weights, **{name: own[name] for name in names}}
+        kind = "zeros" if zero else "random"
+        notes.append(f"{len(wanted)} classes: new heads, {kind} ({said} {had} head(s))")
+        new = {name: torch.zeros_like(own[name]) if zero else own[name] for name in names}
+        return {**weights, **new}
     present = [name for name in names if name in weights]
     if not present:
         raise CheckpointError(f"{where} has no head; --start.heads new begins with random ones")

@@ -44,6 +44,20 @@ def test_schedule_by_hand():
     assert all(a > b for a, b in pairwise(curve[10:]))
 
 
+def test_a_staircase_by_hand():
+    """BiT's for small data sets, told in shares: 500 updates, 100 of warm-up, falls at 200, 300
+    and 400."""
+    optim = OptimConfig(
+        epochs=50, batch_size=512, lr=0.003, warmup_epochs=10, warmup_lr=0, decay_at=(0.4, 0.6, 0.8)
+    )
+    curve = lrs(optim, 10)
+    assert len(curve) == 500
+    assert (curve[0], curve[50], curve[100]) == pytest.approx((0, 0.0015, 0.003))
+    steps = {199: 0.003, 200: 3e-4, 299: 3e-4, 300: 3e-5, 399: 3e-5, 400: 3e-6, 499: 3e-6}
+    for step, lr in steps.items():
+        assert curve[step] == pytest.approx(lr), step
+
+
 def test_schedule_without_warmup_starts_at_the_peak():
     optim = OptimConfig(epochs=2, batch_size=512, lr=1e-3, warmup_epochs=0)
     assert lrs(optim, 4)[0] == pytest.approx(1e-3)

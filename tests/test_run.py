@@ -287,7 +287,8 @@ def test_every_recipe_takes_a_step(name, tmp_path):
         config,
         data={"source": "folder", "root": str(tmp_path / "data"), "held_out": unseen},
         optim={"batch_size": 4, "lr": 1e-3, "lr_reference_batch": None},
-        start={"source": None},  # random weights: the run it would start from is not here
+        # Random weights: the run it would start from is not here.
+        start={"source": None, "heads": "keep"},
         **(changes if config.loss.kind != "none" else {}),
     )
     train(config, tmp_path / "run", dry_run=True)

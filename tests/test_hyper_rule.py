@@ -1,0 +1,159 @@
+"""BiT's HyperRule by the paper's numbers; its networks of timm's, with heads of zeros."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from deit.config import derive, peak_lr
+from deit.finetune_arguments import parse_finetune
+from deit.hyper_rule import RULES, hyper_rule
+from deit.models.layers import heads_of, hold_still
+from deit.models.masks import prunable
+from deit.models.networks import create_network
+from deit.models.saved import save_weights
+from deit.models.start import find_start, fit
+from deit.recipes import RECIPES, cifar10_teacher, digits
+from deit.tuning import SIZED, TUNING
+from deit.validation import validate
+
+CIFAR = cifar10_teacher()
+
+
+@pytest.mark.parametrize(
+    ("images", "updates", "warmup", "falls", "mixup"),
+    [
+        (1_000, 500, 100, (200, 300, 400), 0.0),
+        (19_999, 500, 100, (200, 300, 400), 0.0),
+        (20_000, 10_000, 500, (3_000, 6_000, 9_000), 0.1),
+        (499_999, 10_000, 500, (3_000, 6_000, 9_000), 0.1),
+        (500_000, 20_000, 500, (6_000, 12_000, 18_000), 0.1),
+        (1_281_167, 20_000, 500, (6_000, 12_000, 18_000), 0.1),
+    ],
+)
+def test_the_papers_schedule(images, updates, warmup, falls, mixup):
+    config = validate(hyper_rule(CIFAR, images=images))
+    optim, an_epoch = config.optim, images // 512
+    assert optim.epochs * an_epoch == pytest.approx(updates, abs=an_epoch / 2)
+    assert optim.warmup_epochs * an_epoch == pytest.approx(warmup)
+    assert [share * updates for share in optim.decay_at] == pytest.approx(falls)
+    assert (config.views.mixup_alpha, config.views.cutmix_alpha) == (mixup, 0)
+    assert (optim.algorithm, optim.momentum, optim.weight_decay) == ("sgd", 0.9, 0)
+    assert (peak_lr(optim), optim.batch_size) == (pytest.approx(0.003), 512)
+
+
+def test_rules_cover_every_number():
+    assert [rule.below for rule in RULES] == [20_000, 500_000, float("inf")]
+
+
+@pytest.mark.parametrize(("images", "batch"), [(500, 256), (130, 128), (3, 2), (1, 1)])
+def test_a_batch_is_halved_until_there_are_images_for_it(images, batch):
+    optim = hyper_rule(CIFAR, images=images).optim
+    assert optim.batch_size == batch
+    assert peak_lr(optim) == pytest.approx(0.003 * batch / 512)
+
+
+@pytest.mark.parametrize(
+    ("side", "shown", "share", "kept"),
+    [
+        (32, 128, 128 / 160, 32),
+        (95, 128, 128 / 160, 95),
+        (96, 480, 480 / 512, 512),
+        (256, 480, 0.9375, 512),
+    ],
+)
+def test_resolution_follows_the_size_of_the_images(side, shown, share, kept):
+    config = hyper_rule(derive(CIFAR, data={"image_size": side}), images=1000)
+    assert (config.student.image_size, config.data.image_size) == (shown, kept)
+    assert (config.views.crop, config.views.crop_side) == ("random", pytest.approx(share))
+    assert (config.views.flip, config.views.policy, config.views.evaluation_crop) == (
+        0.5,
+        "none",
+        1,
+    )
+
+
+def test_heads_begin_at_zero_only_where_there_is_a_start():
+    assert hyper_rule(CIFAR, images=9).start.heads == "keep"
+    begun = derive(CIFAR, start={"source": "x"})
+    assert hyper_rule(begun, images=9).start.heads == "zero"
+
+
+@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("recipe", ["digits", "digits-teacher", "cifar10", "tiny-imagenet"])
+def test_every_sized_schedule_suits_every_recipe(name, recipe):
+    config = derive(RECIPES[recipe](), start={"source": "somewhere"})
+    assert validate(SIZED[name](config, images=1000)).start.source == "somewhere"
+    assert name not in TUNING
+
+
+def test_the_recipe_is_bits_network_by_the_rule():
+    config = validate(RECIPES["cifar10-bit-teacher"]())
+    assert config.student.name == "timm:resnetv2_50x1_bit"
+    assert config.optim.epochs == round(10_000 / (45_000 // 512)) == 115
+    assert config.start.heads == "zero"
+
+
+# timm's BiT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A BiT network with random weights for five classes, as timm keeps one."""
+    place = tmp_path_factory.mktemp("bit")
+    torch.manual_seed(0)
+    network = timm.create_model("resnetv2_50x1_bit", num_classes=5)
+    with torch.no_grad():
+        for one in heads_of_network(network):
+            one.weight.normal_()
+    save_weights(place / "model.safetensors", network.state_dict())
+    about = {"architecture": "resnetv2_50x1_bit", "num_classes": 5}
+    about["pretrained_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (place / "config.json").write_text(json.dumps(about))
+    return place
+
+
+def heads_of_network(network: nn.Module) -> list[nn.Module]:
+    return [network.get_submodule(name) for name in heads_of(network)]
+
+
+def test_bits_head_is_known_though_it_is_a_convolution(folder):
+    network = create_network(RECIPES["cifar10-bit-teacher"]().student, 10)
+    assert heads_of(network) == ("head.fc",)
+    assert "head.fc.weight" not in prunable(network)
+    hold_still(network, "heads")
+    moving = [name for name, one in network.named_parameters() if one.requires_grad]
+    assert moving == ["head.fc.weight", "head.fc.bias"]
+
+
+@pytest.mark.parametrize("heads", ["zero", "new"])
+def test_transfer_brings_everything_but_the_heads(folder, heads):
+    config = derive(RECIPES["cifar10-bit-teacher"](), start={"source": str(folder), "heads": heads})
+    network = create_network(config.student, 10)
+    found = find_start(str(folder))
+    assert found.mean == (0.5, 0.5, 0.5)
+    fitted = fit(found, network, tuple(map(str, range(10))), config.start)
+    for name, value in fitted.weights.items():
+        if name.startswith("head.fc"):
+            assert value.shape[0] == 10
+            if heads == "zero":
+                assert not value.any()
+            else:
+                assert torch.equal(value, network.state_dict()[name])
+        else:
+            assert torch.equal(value, found.weights[name]), name
+    kind = "zeros" if heads == "zero" else "random"
+    assert any(f"10 classes: new heads, {kind}" in note for note in fitted.notes)
+
+
+def test_fine_tuning_counts_the_images(folder):
+    words = ["--from", str(folder), "digits-teacher", "--tuning", "bit"]
+    words += ["--student.name", "timm:resnetv2_50x1_bit"]
+    config = parse_finetune(words, "deit finetune").config
+    assert config.student.image_size == 128
+    assert config.optim.batch_size == 512
+    # digits has 1,294 training images: two updates an epoch.
+    assert (config.optim.epochs, config.optim.warmup_epochs) == (250, 50)
+    assert config.data == digits().data
