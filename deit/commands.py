@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,8 @@ from deit.tuning import TUNING
 # Names that options take, without importing what they name; tests hold them to that.
 TEST_SETS = ("real", "v2", "a", "r", "sketch")
 EXPORTS = ("timm", "transformers", "onnx", "pt2")
+QUANTIZATIONS = ("static", "dynamic")
+CALIBRATIONS = ("minmax", "entropy", "percentile")
 
 
 def train(arguments: list[str], program: str) -> None:
@@ -213,6 +216,98 @@ def export(arguments: list[str], program: str) -> None:
         licence=options.licence,
         force=options.force,
     )
+
+
+def quantize(arguments: list[str], program: str) -> None:
+    """Write a run as int8 for ONNX Runtime on a CPU; kept only if it answers nearly as well."""
+    parser = Parser(
+        prog=program,
+        description="Write a finished run's student with weights and activations of 8 bits, for "
+        "ONNX Runtime on a CPU; measure it beside the float one on the test images, and keep it "
+        "only if it answers nearly as well.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--method",
+        choices=QUANTIZATIONS,
+        default="static",
+        help="static (ranges of activations from training images) or dynamic (from every batch)",
+    )
+    parser.add_argument(
+        "--calibration", type=int, metavar="N", help="static: training images to look at (128)"
+    )
+    parser.add_argument("--calibrate", choices=CALIBRATIONS, help="static: which ranges (minmax)")
+    parser.add_argument(
+        "--percentile", type=float, metavar="P", help="of --calibrate percentile (99.99)"
+    )
+    parser.add_argument(
+        "--quantize_attention", action="store_true", help="the products within attention as well"
+    )
+    parser.add_argument("--exclude", metavar="REGEX", help="layers that stay float, by whole name")
+    parser.add_argument("--sensitivity", action="store_true", help="measure each layer alone, too")
+    parser.add_argument(
+        "--max-drop",
+        dest="max_drop",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="points of top-1 that may be lost (1.0)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (RUN/quantized-METHOD)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
+    parser.add_argument("--force", action="store_true", help="let --out and --json be replaced")
+    options = parser.parse_args(arguments)
+    how = _check_quantize(options)
+    from deit.quantize import Plan, quantize
+
+    quantize(
+        options.run,
+        options.out,
+        Plan(
+            method=options.method,
+            images=128 if options.calibration is None else options.calibration,
+            how=how,
+            percentile=(options.percentile or 99.99) if how == "percentile" else None,
+            attention=options.quantize_attention,
+            exclude=options.exclude,
+        ),
+        max_drop=options.max_drop,
+        sensitivity=options.sensitivity,
+        checkpoint=options.checkpoint,
+        root=options.root,
+        json_file=options.json,
+        force=options.force,
+    )
+
+
+def _check_quantize(options: argparse.Namespace) -> str:
+    """The way of calibrating, given or meant. Raises ConfigError where options are wrong, or do not
+    go together."""
+    given = {
+        "--calibration": options.calibration,
+        "--calibrate": options.calibrate,
+        "--percentile": options.percentile,
+    }
+    named = [name for name, value in given.items() if value is not None]
+    if options.method == "dynamic" and named:
+        raise ConfigError(f"{named[0]}: --method dynamic looks at no training images")
+    if options.calibration is not None and options.calibration < 1:
+        raise ConfigError(f"--calibration {options.calibration}: should be at least 1")
+    if options.percentile is not None and not 50 < options.percentile <= 100:
+        raise ConfigError(f"--percentile {options.percentile:g}: should be above 50, at most 100")
+    if not 0 <= options.max_drop <= 100:
+        raise ConfigError(f"--max-drop {options.max_drop:g}: should be in 0 ... 100")
+    meant = "minmax" if options.percentile is None else "percentile"
+    how = options.calibrate or meant
+    if options.percentile is not None and how != "percentile":
+        raise ConfigError(f"--percentile: goes with --calibrate percentile, not with {how}")
+    try:
+        re.compile(options.exclude or "")
+    except re.error as error:
+        raise ConfigError(f"--exclude {options.exclude}: no regular expression ({error})") from None
+    return how
 
 
 def compare(arguments: list[str], program: str) -> None:
@@ -762,6 +857,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "evaluate": evaluate,
     "predict": predict,
     "export": export,
+    "quantize": quantize,
     "compare": compare,
     "sweep": sweep,
     "tickets": tickets,

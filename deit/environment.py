@@ -27,6 +27,7 @@ import deit
 from deit.config import RunConfig
 from deit.errors import EnvironmentFault
 from deit.models import linear
+from deit.processor import processor
 
 _PACKAGES = ("torchvision", "timm", "accelerate", "safetensors", "numpy", "pillow")
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -206,7 +207,7 @@ def peak_memory_mb(device: torch.device) -> float:
 def describe(accelerator: Accelerator, arguments: list[str]) -> dict[str, Any]:
     """Versions, commit, device and arguments of a run; no environment variables, no user names."""
     device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "arguments": arguments,
         "deit": deit.__version__,
@@ -237,11 +238,3 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

@@ -88,7 +88,7 @@ def examine(
     student, facts = student_at(saved, resolution)
     config = as_asked(config, root=root, device=device, resolution=resolution, crop=crop)
     accelerator = create_accelerator(config.run)
-    asked = _images(config, facts, run, split, variant, root)
+    asked = images_of(config, facts, run, split, variant, root)
     if len(asked.images.labels) < accelerator.num_processes:
         raise DataError(f"the {split} split has fewer images than processes")
     if config.run.linear == "onednn":
@@ -112,9 +112,9 @@ def examine(
     heads = {name: logits[:, asked.columns] for name, logits in head_logits(outputs).items()}
     answers = {name: logits.argmax(dim=1) for name, logits in heads.items()}
     confidence = {name: _confidence(logits) for name, logits in heads.items()}
-    named_heads = {name: _measure(heads.get(name), asked.labels) for name in HEADS}
+    named_heads = {name: measure(heads.get(name), asked.labels) for name in HEADS}
     tokens = [name for name in heads if name.startswith("distillation_")]
-    named_heads |= {name: _measure(heads[name], asked.labels) for name in tokens}
+    named_heads |= {name: measure(heads[name], asked.labels) for name in tokens}
     if "fused" not in heads:
         named_heads["fused"] = named_heads["class"]
     found: dict[str, Any] = {
@@ -138,12 +138,12 @@ def examine(
     if said:
         together = torch.stack(list(said.values()), dim=1)
         combined = _combined(config, together)
-        found["teacher"] = _measure(combined, asked.labels)
+        found["teacher"] = measure(combined, asked.labels)
         answers["teacher"] = combined.argmax(dim=1)
         confidence["teacher"] = _confidence(combined)
         if len(said) > 1:
             found["teachers"] = {
-                name: _measure(logits, asked.labels) for name, logits in said.items()
+                name: measure(logits, asked.labels) for name, logits in said.items()
             }
     if asked.labels.dtype == torch.bool:
         return Examined(found, answers, confidence, None, ())
@@ -185,7 +185,7 @@ def _picks(data: DataConfig, split: str, found: dict[str, Any]) -> tuple[Any, ..
     return (data.source, root, data.reader, *fractions, *chosen, split, *found["class_names"])
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
     """What is evaluated: images, which classes may be answered, and what is right: int64 [images]
     of these, or bool [images, classes]; what it is called, and what was left out."""
 
@@ -196,23 +196,23 @@ class _Asked(NamedTuple):
     note: str = ""
 
 
-def _images(
+def images_of(
     config: Config, facts: Facts, run: Path, split: str, variant: str | None, root: str | None
-) -> _Asked:
+) -> Asked:
     """The images of a split, or of one of ImageNet's variants. Raises DataError."""
     if variant is not None:
         loaded = load_variant(variant, root or config.data.root, facts.class_names)
         single = bool((loaded.accepted.sum(dim=1) == 1).all()) and variant != "real"
         labels = loaded.accepted.long().argmax(dim=1) if single else loaded.accepted
         name = f"ImageNet {variant}"
-        return _Asked(loaded.images, list(loaded.columns), labels, name, loaded.note)
+        return Asked(loaded.images, list(loaded.columns), labels, name, loaded.note)
     class_names, images = load_split(config.data, split)
     if class_names != facts.class_names:
         raise DataError(
             f"{run}: was trained on other classes than the data has: "
             f"{_first_difference(facts.class_names, class_names)}"
         )
-    return _Asked(images, list(range(len(facts.class_names))), images.labels, split)
+    return Asked(images, list(range(len(facts.class_names))), images.labels, split)
 
 
 def as_asked(
@@ -376,7 +376,8 @@ def _combined(config: Config, logits: Tensor) -> Tensor:
     return combine(logits, weights, how, temperature=1.0).logits[:, 0]
 
 
-def _measure(logits: Tensor | None, labels: Tensor) -> dict[str, float] | None:
+def measure(logits: Tensor | None, labels: Tensor) -> dict[str, float] | None:
+    """top1, top5 and calibration_error in [0, 1] of logits [images, classes]; None for None."""
     if logits is None:
         return None
     return {

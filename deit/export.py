@@ -1,6 +1,7 @@
 """A finished run written for other tools, and held against the original before it may stay."""
 
 import dataclasses
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,8 @@ from deit.models.saved import load_student
 from deit.models.student import Student
 from deit.prediction import shown
 
-_BATCHES = (1, 5, 64)
+BATCHES = (1, 5, 64)
+"""Sizes in which whatever is exported must answer alike."""
 
 
 class Verified(NamedTuple):
@@ -58,23 +60,15 @@ def export(
     config, saved = find_run(run, checkpoint)
     student, facts = load_student(saved)
     form.check(student, facts)
-    missing = [package for package in form.needs if find_spec(package) is None]
-    if missing:
-        raise EnvironmentFault(
-            f"--format {name} needs {', '.join(missing)}; pip install 'deit[export]'"
-        )
+    require(form.needs, f"--format {name}")
     folder = out or saved.parent / f"export-{name}"
-    if folder.exists():
-        if not force:
-            raise EnvironmentFault(f"--out {folder}: exists already; --force replaces it")
-        _check_replaceable(folder)
-    check_writable(folder, option="--out")
+    check_place(folder, force=force)
     found = evaluate(run, checkpoint=checkpoint, root=root, device="cpu")
-    views = _views(config, root, images)
-    inputs, bare = _normalised(student, views)
+    bare, normalise = bare_of(student)
+    inputs = normalise(_views(config, root, images))
     number = len(inputs)
-    inputs = inputs[torch.arange(max(number, sum(_BATCHES))) % number]  # enough for every batch
-    expected = _answers(Graph(bare), outputs_of(bare), inputs)
+    inputs = inputs[torch.arange(max(number, sum(BATCHES))) % number]  # enough for every batch
+    expected = answers_of(Graph(bare), outputs_of(bare), inputs)
     verified: list[Verified] = []
 
     def write(place: Path) -> None:
@@ -87,7 +81,7 @@ def export(
             one = one._replace(images=number)
             say(
                 f"verified  {one.loader}: {one.images} test images in batches of "
-                f"{', '.join(map(str, _BATCHES))}; logits differ by {one.difference:.1e} at most "
+                f"{', '.join(map(str, BATCHES))}; logits differ by {one.difference:.1e} at most "
                 f"({one.allowed:.1e} is allowed), no answer differs"
             )
             verified.append(one)
@@ -110,21 +104,34 @@ def export(
     return folder
 
 
+def require(packages: tuple[str, ...], what: str) -> None:
+    """Refuse, before the long work, what packages that are not there would have to do. what: the
+    option or command. Raises EnvironmentFault."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise EnvironmentFault(f"{what} needs {', '.join(missing)}; pip install 'deit[export]'")
+
+
 _OURS = {
     *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
-    *("model.onnx", "model.pt2"),
+    *("model.onnx", "model.pt2", "quantization.json"),
 }
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is no export: a run, or anything else of somebody's."""
-    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
-    if names and not ("README.md" in names and names <= _OURS):
-        raise EnvironmentFault(
-            f"--out {folder}: holds other things than an export "
-            f"({', '.join(sorted(names - _OURS)[:3]) or 'no README.md'}); --force replaces exports "
-            "only"
-        )
+def check_place(folder: Path, *, force: bool) -> None:
+    """Refuse, before the long work, a folder that cannot be written, or is there and may not be
+    replaced, or is no export: a run, or anything else of somebody's. Raises EnvironmentFault."""
+    if folder.exists():
+        if not force:
+            raise EnvironmentFault(f"--out {folder}: exists already; --force replaces it")
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
+        if names and not ("README.md" in names and names <= _OURS):
+            raise EnvironmentFault(
+                f"--out {folder}: holds other things than an export "
+                f"({', '.join(sorted(names - _OURS)[:3]) or 'no README.md'}); --force replaces "
+                "exports only"
+            )
+    check_writable(folder, option="--out")
 
 
 def _views(config: Config, root: str | None, number: int) -> Tensor:
@@ -136,16 +143,19 @@ def _views(config: Config, root: str | None, number: int) -> Tensor:
     return torch.cat(list(shown(test, chunks, config, device=torch.device("cpu"))))
 
 
-def _normalised(student: Student, views: Tensor) -> tuple[Tensor, Student]:
-    """The images as an exported network takes them, and the student made to take them so."""
-    inputs = (views - student.mean) / student.std
+def bare_of(student: Student) -> tuple[Student, Callable[[Tensor], Tensor]]:
+    """The student made to take images as an exported network does, and what turns views into those:
+    minus mean, over standard deviation."""
+    mean, std = student.mean.clone(), student.std.clone()
     student.mean.zero_()
     student.std.fill_(1)
-    return inputs, student.eval()
+    return student.eval(), lambda views: (views - mean) / std
 
 
 @torch.no_grad()
-def _answers(graph: Graph, names: tuple[str, ...], inputs: Tensor) -> Heads:
+def answers_of(graph: Graph, names: tuple[str, ...], inputs: Tensor) -> Heads:
+    """The logits [images, classes] of a network by the names of its outputs, for normalised images
+    [images, 3, side, side]."""
     parts = [graph(part) for part in inputs.split(64)]
     return {name: torch.cat(values) for name, values in zip(names, zip(*parts))}
 
@@ -161,9 +171,9 @@ def verify(
     more, or an answer at all.
     """
     allowed = tolerance * max(1.0, *(float(logits.abs().max()) for logits in expected.values()))
-    largest, done, sizes = 0.0, 0, iter(_BATCHES)
+    largest, done, sizes = 0.0, 0, iter(BATCHES)
     while done < len(inputs):
-        part = slice(done, done + next(sizes, _BATCHES[-1]))
+        part = slice(done, done + next(sizes, BATCHES[-1]))
         found = answer(inputs[part])
         if "logits" not in found:
             raise CheckpointError(f"the export, loaded by {loader}, gives no logits")

@@ -131,11 +131,22 @@ def _write_onnx(folder: Path, student: Student, facts: Facts) -> None:
 
 
 def _with_onnxruntime(folder: Path) -> Answer:
+    return answer_of(folder / "model.onnx")
+
+
+def answer_of(path: Path, *, threads: int | None = None) -> Answer:
+    """An ONNX file as a call, on the CPU by ONNX Runtime.
+
+    threads: as many compute, and none of them spins on for more work when an answer is there, as
+    by default they do: several files can then be timed in turns. None: ONNX Runtime's own choice.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(
-        str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
-    )
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def answer(images: Tensor) -> Heads:

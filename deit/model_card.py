@@ -27,11 +27,12 @@ def write_card(
     found: dict[str, Any],
     verified: list[dict[str, Any]],
     licence: str | None,
+    quantized: str | None = None,
 ) -> None:
     """Write README.md with its YAML header, as the Hub reads it.
 
     name: of the format. found: what deit.evaluation.evaluate returns. verified: what holding the
-    export against the run showed, one for each loader.
+    export against the run showed, one for each loader. quantized: Markdown on the way to integers.
     """
     title = run.resolve().name
     measured = {head: row for head, row in found["heads"].items() if row is not None}
@@ -62,6 +63,7 @@ def write_card(
         f"## How good it is\n\n{_results(measured, found)}",
         f"## How it was trained\n\n{_training(run, config)}",
         f"## How to use it\n\n{_SNIPPETS[name].format(**_names(facts))}",
+        *([] if quantized is None else [f"## How it was quantized\n\n{quantized}"]),
         f"## What it answers\n\n{_limits(facts, found)}",
         f"## Held against the original\n\n{_checked(verified)}",
     ]

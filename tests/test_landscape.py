@@ -71,16 +71,6 @@ def answers_at(run, masks=None):
 # Which places, which images
 
 
-def test_rows_are_spread_over_the_classes():
-    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 3)
-    rows = spread_rows(labels, 15, seed=0, stream="x")
-    assert labels[rows].bincount().tolist() == [6, 6, 3]
-    assert rows.tolist() == sorted(set(rows.tolist()))
-    assert not torch.equal(rows, spread_rows(labels, 15, seed=1, stream="x"))
-    assert not torch.equal(rows, spread_rows(labels, 15, seed=0, stream="y"))
-    assert torch.equal(spread_rows(labels, 999, seed=0, stream="x"), torch.arange(83))
-
-
 def test_the_places_of_a_search_are_its_levels(place):
     search = [place / "search"]
     assert [one.name for one in places_of(search, Asked())] == NAMES

@@ -1,0 +1,101 @@
+"""A run's student as float ONNX, held against the run; images as that file takes them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deit.config import Config, derive
+from deit.console import say
+from deit.datasets.images import Encoded, Images
+from deit.errors import CheckpointError
+from deit.evaluation import images_of
+from deit.export import BATCHES, answers_of, bare_of, verify
+from deit.formats import FORMATS, Graph, answer_of, outputs_of
+from deit.models.saved import Facts, load_student
+from deit.prediction import shown
+from deit.quantization_layers import Layers, prepare
+
+CHUNK = 64
+"""Images that a file is asked at once."""
+_VERIFIED = 512
+
+
+class FloatFile(NamedTuple):
+    """A student as float ONNX.
+
+    config: as the run is evaluated. run: its folder. normalise: turns views in [0, 1] into what the
+    file takes. original: the file; prepared: the same with known shapes, as quantizing needs it.
+    layers: what of it can become integers. test: the test images. checked: how it was held against
+    the run.
+    """
+
+    config: Config
+    facts: Facts
+    run: Path
+    normalise: Callable[[Tensor], Tensor]
+    original: Path
+    prepared: Path
+    layers: Layers
+    test: Images | Encoded
+    checked: dict[str, Any]
+
+    def images(self, split: str) -> Images | Encoded:
+        """Another split than test. Encoded images stay so, whatever the run made of them: few of
+        them are looked at."""
+        config = derive(self.config, data={"storage": "files"})
+        return images_of(config, self.facts, self.run, split, None, None).images
+
+    def inputs(
+        self, images: Images | Encoded, rows: Tensor, *, size: int = CHUNK
+    ) -> Iterator[Tensor]:
+        """Images of a split in their evaluation view, normalised, so many at a time. rows: int64,
+        their places."""
+        device = torch.device("cpu")
+        for views in shown(images, rows.split(size), self.config, device=device):
+            yield self.normalise(views)
+
+
+def write_float_file(config: Config, saved: Path, place: Path) -> FloatFile:
+    """Write the student of a checkpoint folder into a folder and hold it against the original.
+
+    Raises CheckpointError where it answers otherwise, or holds attention in another form than
+    quantizing knows; ConfigError where it cannot be written.
+    """
+    student, facts = load_student(saved)
+    test = images_of(config, facts, saved.parent, "test", None, None).images
+    bare, normalise = bare_of(student)
+    FORMATS["onnx"].write(place, bare, facts)
+    original, prepared = place / "model.onnx", place / "prepared.onnx"
+    layers = prepare(original, prepared)
+    _check_products(layers, bare.network)
+    known = (config, facts, saved.parent, normalise, original, prepared, layers, test)
+    file = FloatFile(*known, {})
+    inputs = torch.cat(list(file.inputs(test, spread(test, _VERIFIED))))
+    number = len(inputs)
+    inputs = inputs[torch.arange(max(number, sum(BATCHES))) % number]
+    expected = answers_of(Graph(bare), outputs_of(bare), inputs)
+    tolerance = FORMATS["onnx"].tolerance
+    one = verify("onnxruntime", answer_of(original), inputs, expected, tolerance=tolerance)
+    say(f"verified  the float file: logits differ from the run's by {one.difference:.1e} at most")
+    one = one._replace(loader="onnxruntime, before quantization", images=number)
+    return file._replace(checked=one._asdict())
+
+
+def _check_products(layers: Layers, network: nn.Module) -> None:
+    """Two products of activations in each block of attention, or they were not all found."""
+    attentions = sum(hasattr(module, "qkv") for module in network.modules())
+    if attentions and len(layers.products) != 2 * attentions:
+        raise CheckpointError(
+            f"the ONNX file holds {len(layers.products)} products of activations, for "
+            f"{attentions} layers of attention {2 * attentions} were expected: this release of "
+            "PyTorch or ONNX Runtime writes attention otherwise than quantizing knows"
+        )
+
+
+def spread(images: Images | Encoded, number: int) -> Tensor:
+    """The places of so many images (or all, if there are fewer), spread over a split."""
+    last = len(images.labels) - 1
+    return torch.linspace(0, last, min(number, last + 1)).round().long()

@@ -1,0 +1,133 @@
+"""An int8 file beside its float one, for a person: on the console and in the card."""
+
+from typing import Any
+
+from deit.console import percent, say, table
+from deit.disk import size
+from deit.drawing import markdown_table
+
+_HEADS = ("head", "float top-1 %", "int8 top-1 %", "same answers %", "signal to noise dB")
+_FILES = ("", "float", "int8", "int8 / float")
+_NAMED = 6
+_LAYERS = ("layer", "signal to noise dB", "share of the noise %", "top-1 %", "weights")
+
+
+def print_quantization(found: dict[str, Any]) -> None:
+    """What int8 changes of the answers, and what it saves. found: as deit.quantize makes it."""
+    images = f"{found['num_samples']} {found['split']} images"
+    title = f"{found['run']} ({found['checkpoint']}), int8 by {found['method']}, {images}"
+    table(title, _HEADS, _head_rows(found))
+    table(_timing(found), _FILES, _file_rows(found))
+    say(_batches(found))
+
+
+def print_sensitivity(found: dict[str, Any]) -> None:
+    """The layers, worst first. found: the part `sensitivity` of what deit.quantize makes."""
+    table(
+        f"each layer alone in int8, on {found['num_samples']} {found['split']} images (float top-1 "
+        f"{percent(found['top1'])} %)",
+        _LAYERS,
+        [
+            (
+                row["layer"],
+                _decibels(row["sqnr_db"]),
+                percent(row["noise_share"]),
+                percent(row["top1"]),
+                f"{row['weights']:,}",
+            )
+            for row in found["layers"]
+        ],
+    )
+
+
+def quantization_card(found: dict[str, Any]) -> str:
+    """How it was quantized and what that did, as Markdown for the card."""
+    lines = [*told(found), _batches(found)]
+    return "\n\n".join(
+        [
+            "\n".join(f"- {line}" for line in lines),
+            markdown_table(_HEADS, _head_rows(found)),
+            f"{_timing(found)[:1].upper()}{_timing(found)[1:]}:",
+            markdown_table(_FILES, _file_rows(found)),
+        ]
+    )
+
+
+def told(found: dict[str, Any]) -> list[str]:
+    """What became int8 and how, a line each."""
+    integers, floats = found["int8_layers"], found["float_layers"]
+    products = [name for name in floats if name in found["products"]]
+    others = [name for name in floats if name not in products]
+    kept = [f"the {len(products)} products within attention"] if products else []
+    kept += [*others[:_NAMED], *([f"{len(others) - _NAMED} more"] if len(others) > _NAMED else [])]
+    bits = "7 bits (reduce_range)" if found["reduce_range"] else "8 bits"
+    flags = ", ".join(found["environment"]["int8_flags"]) or "no extension that is told"
+    return [
+        f"int8: {len(integers)} of {len(integers) + len(floats)} matrix products and convolutions, "
+        f"{percent(found['int8_share'])} % of the parameters; weights by output channel, "
+        "activations by tensor",
+        f"float: {', '.join(kept) or 'none of these'}; normalisations, softmax, activations",
+        f"ranges of activations: {_ranges(found['calibration'])}",
+        f"weights of {bits}, for a processor with {flags}; where an x86 processor has neither VNNI "
+        "nor AMX, sums of 8 bits may be cut off: quantize there",
+    ]
+
+
+def _ranges(seen: dict[str, Any] | None) -> str:
+    if seen is None:
+        return "found in every batch anew (dynamic), no calibration"
+    level = "" if seen["percentile"] is None else f" {seen['percentile']:g}"
+    return (
+        f"{seen['how']}{level} over {seen['num_samples']} training images in their evaluation "
+        f"view, of every class alike (seed {seen['seed']})"
+    )
+
+
+def _head_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            head,
+            percent(found["float"]["heads"][head]["top1"]),
+            percent(row["top1"]),
+            percent(found["agreement"][head]),
+            _decibels(found["sqnr_db"][head]),
+        )
+        for head, row in found["int8"]["heads"].items()
+    ]
+
+
+def _file_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    before, after = found["float"], found["int8"]
+    share = after["bytes"] / before["bytes"]
+    rows = [("file", size(before["bytes"]), size(after["bytes"]), f"{share:.2f}")]
+    for batch, old in before["latency"].items():
+        new = after["latency"][batch]
+        ratio = f"{new['median_ms'] / old['median_ms']:.2f}"
+        rows.append((f"batch of {batch}, ms", _spread(old), _spread(new), ratio))
+    return rows
+
+
+def _timing(found: dict[str, Any]) -> str:
+    about = found["environment"]
+    return (
+        f"size and time (median, p10 to p90, in turns) by ONNX Runtime on {about['threads']} "
+        f"thread(s) of {about['device_name']}"
+    )
+
+
+def _spread(row: dict[str, float]) -> str:
+    low, high = row["p10_ms"], row["p90_ms"]
+    return f"{row['median_ms']:.3g} ({low:.3g} to {high:.3g})"
+
+
+def _batches(found: dict[str, Any]) -> str:
+    alike = found["batches"]
+    sizes = ", ".join(map(str, alike["sizes"]))
+    return (
+        f"asked in batches of {sizes}, int8 logits of an image differ by {alike['difference']:.2g} "
+        f"at most, and {alike['other_answers']} of {alike['num_samples']} answers"
+    )
+
+
+def _decibels(value: float | None) -> str:
+    return "no noise" if value is None else f"{value:.1f}"

@@ -1,0 +1,208 @@
+"""A finished run's student as an int8 file for ONNX Runtime, measured beside its float one."""
+
+import math
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deit.checkpoint import result_of
+from deit.console import progress, say
+from deit.datasets.spread import spread_rows
+from deit.disk import check_file, replace_folder, write_json
+from deit.environment import create_accelerator, describe
+from deit.errors import CheckpointError, DataError
+from deit.evaluation import as_asked, find_run
+from deit.export import check_place, require
+from deit.float_file import FloatFile, write_float_file
+from deit.formats import FORMATS
+from deit.model_card import write_card
+from deit.processor import int8_flags, saturates
+from deit.quantization import calibrated, write_int8
+from deit.quantization_layers import METHODS, choose, serves
+from deit.quantization_tables import print_quantization, print_sensitivity, quantization_card, told
+from deit.side_by_side import (
+    alike_in_batches,
+    answers_on_test,
+    each_layer_alone,
+    final,
+    times_in_turns,
+)
+
+_CALIBRATED_AT_ONCE = 8  # with all their activations in memory
+
+
+class Plan(NamedTuple):
+    """What is asked of a quantization.
+
+    method: of deit.quantization_layers.METHODS. images: training images that static calibrates on;
+    how: of deit.quantization.CALIBRATIONS; percentile: of `percentile`. attention: whether products
+    of two activations become integers. exclude: a regular expression, the layers that stay float.
+    """
+
+    method: str = "static"
+    images: int = 128
+    how: str = "minmax"
+    percentile: float | None = None
+    attention: bool = False
+    exclude: str | None = None
+
+
+def quantize(
+    run: Path,
+    out: Path | None,
+    plan: Plan,
+    *,
+    max_drop: float = 1.0,
+    sensitivity: bool = False,
+    checkpoint: str = "best",
+    root: str | None = None,
+    json_file: Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a run's student as int8, with a card and what was measured; the folder.
+
+    out: None: quantized-METHOD in the run's folder. max_drop: by so many percentage points top-1 on
+    the test images may fall, of the student's own answer. sensitivity: whether each layer is
+    measured alone. root: where the images lie now. json_file: for the numbers as well. force:
+    replaces folder and file.
+
+    Raises EnvironmentFault where a package is missing or a place cannot be written, ConfigError
+    where nothing can be quantized, DataError where training images are too few, CheckpointError
+    where the run is not finished or the int8 file falls short; nothing is left behind then.
+    """
+    require(FORMATS["onnx"].needs, "deit quantize")
+    config, saved = find_run(run, checkpoint)
+    if result_of(saved.parent) is None:
+        raise CheckpointError(f"{saved.parent}: is not finished; its own command goes on with it")
+    folder = out or saved.parent / f"quantized-{plan.method}"
+    check_place(folder, force=force)
+    check_file(json_file, option="--json", replace=force)
+    config = as_asked(config, root=root, device="cpu")
+    found: dict[str, Any] = {"run": str(run), "checkpoint": saved.name}
+    with tempfile.TemporaryDirectory(prefix="deit-") as scratch:
+        file = write_float_file(config, saved, Path(scratch))
+        target = Path(scratch) / "int8.onnx"
+        found |= _written(file, plan, target, sensitivity=sensitivity)
+        found |= answers_on_test(file, target)
+        others = [name for name in METHODS if name != plan.method and serves(file.layers, name)]
+        found |= _drop(found, max_drop, others)
+
+        def write(place: Path) -> None:
+            copied = Path(shutil.copyfile(target, place / "model.onnx"))
+            found["batches"] = alike_in_batches(file, copied)
+            _add_costs(found, file, copied)
+            write_json(place / "quantization.json", found)
+            _write_card(place / "README.md", file, found)
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        replace_folder(folder, write)
+    print_quantization(found)
+    if json_file is not None:
+        write_json(json_file, found)
+        say(f"wrote {json_file}")
+    say(f"quantized {folder}: {', '.join(sorted(one.name for one in folder.iterdir()))}")
+    return folder
+
+
+def _written(file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool) -> dict[str, Any]:
+    """Write the int8 file; what was done, and each layer alone if that is asked."""
+    layers = file.layers
+    chosen = choose(layers, method=plan.method, attention=plan.attention, exclude=plan.exclude)
+    reduce_range = saturates(int8_flags())
+    found: dict[str, Any] = {
+        "method": plan.method,
+        "int8_layers": chosen,
+        "products": list(layers.products),
+        "float_layers": [name for name in layers.nodes if name not in chosen],
+        "int8_share": sum(layers.weights[name] for name in chosen) / layers.parameters,
+        "calibration": None,
+        "reduce_range": reduce_range,
+        "environment": _environment(file),
+    }
+    ranges = None
+    if plan.method == "static":
+        ranges, found["calibration"] = _calibrate(file, plan)
+    for line in told(found):
+        say(f"quantizes {line}")
+
+    def write(path: Path, names: list[str]) -> None:
+        write_int8(file.prepared, path, layers, names, ranges=ranges, reduce_range=reduce_range)
+
+    write(target, chosen)
+    if sensitivity:
+        found["sensitivity"] = each_layer_alone(file, chosen, write, target.parent)
+        print_sensitivity(found["sensitivity"])
+    return found
+
+
+def _environment(file: FloatFile) -> dict[str, Any]:
+    about = describe(create_accelerator(file.config.run), [])
+    for package in FORMATS["onnx"].needs:
+        about["packages"][package] = metadata.version(package)
+    return {**about, "int8_flags": list(int8_flags())}
+
+
+def _calibrate(file: FloatFile, plan: Plan) -> tuple[Any, dict[str, Any]]:
+    """The ranges of activations, and what they were found on. Raises DataError."""
+    train = file.images("train")
+    if len(train.labels) < plan.images:
+        raise DataError(
+            f"--calibration {plan.images}: there are {len(train.labels)} training images; ask for "
+            "no more, or take --method dynamic, which needs none"
+        )
+    seed = file.config.data.split_seed
+    rows = spread_rows(train.labels, plan.images, seed=seed, stream="calibration")
+    batches = file.inputs(train, rows, size=_CALIBRATED_AT_ONCE)
+    total = math.ceil(len(rows) / _CALIBRATED_AT_ONCE)
+    watched = progress(batches, total=total, title="calibrating")
+    ranges = calibrated(file.prepared, watched, how=plan.how, percentile=plan.percentile)
+    asked = {"how": plan.how, "percentile": plan.percentile, "seed": seed}
+    return ranges, {"split": "train", "view": "evaluation", "num_samples": len(rows), **asked}
+
+
+def _drop(found: dict[str, Any], most: float, others: list[str]) -> dict[str, float]:
+    """By how many points top-1 falls. others: methods that may do better. Raises CheckpointError
+    where that is more than may be."""
+    before, after = (final(found[name]["heads"])["top1"] for name in ("float", "int8"))
+    drop = round(100 * (before - after), 9)
+    if drop <= most:
+        return {"drop_points": drop, "max_drop_points": most}
+    ways = [f"--method {name}" for name in others]
+    if found["calibration"] is not None and found["calibration"]["how"] != "percentile":
+        ways.append("--calibrate percentile")
+    noisiest = "the layers that --sensitivity shows to be the noisiest"
+    if "sensitivity" in found:
+        noisiest = f"'{found['sensitivity']['layers'][0]['layer']}', the noisiest layer"
+    ways.append(f"--exclude {noisiest}")
+    raise CheckpointError(
+        f"{found['run']}: int8 takes {drop:.2f} points off its top-1 ({100 * before:.2f} to "
+        f"{100 * after:.2f} %), --max-drop {most:g} is allowed; nothing is kept; try "
+        f"{', or '.join(ways)}"
+    )
+
+
+def _add_costs(found: dict[str, Any], file: FloatFile, target: Path) -> None:
+    """Bytes and times of both files."""
+    times = times_in_turns(file, target, threads=found["environment"]["threads"])
+    for name, path in (("float", file.original), ("int8", target)):
+        found[name]["bytes"] = path.stat().st_size
+        found[name]["latency"] = times[name]
+
+
+def _write_card(path: Path, file: FloatFile, found: dict[str, Any]) -> None:
+    heads = {"distillation": None, **found["int8"]["heads"]}
+    heads.setdefault("fused", heads["class"])
+    measured = {name: found[name] for name in ("split", "num_samples")}
+    write_card(
+        path,
+        run=file.run,
+        name="onnx",
+        config=file.config,
+        facts=file.facts,
+        found={**measured, "heads": heads, "teacher": None},
+        verified=[file.checked],
+        licence=None,
+        quantized=quantization_card(found),
+    )
