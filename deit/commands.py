@@ -641,6 +641,32 @@ def _levels(text: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, words))
 
 
+def ladder(arguments: list[str], program: str) -> None:
+    """A run beside everything smaller that was made of it: accuracy, bytes, arithmetic, time."""
+    parser = Parser(
+        prog=program,
+        description="Measure a run, the ONNX and int8 files in its folder, what deit prune made of "
+        "it, and other runs, on the same test images; times in turns on this machine. Into the "
+        "run's folder ladder: ladder.json, ladder.md, ladder.png.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("more", type=Path, nargs="*", metavar="OTHER", help="other runs beside it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--force", action="store_true", help="let --json replace a file")
+    options = parser.parse_args(arguments)
+    from deit.ladder import ladder
+
+    ladder(
+        options.run,
+        options.more,
+        root=options.root,
+        json_file=options.json,
+        force=options.force,
+        arguments=arguments,
+    )
+
+
 def report(arguments: list[str], program: str) -> None:
     """One page about runs and sweeps: curves, classes, calibration, attention, views; PNG, CSV."""
     parser = Parser(
@@ -863,6 +889,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "tickets": tickets,
     "prune": prune,
     "landscape": landscape,
+    "ladder": ladder,
     "report": report,
     "scan": scan,
     "views": views,

@@ -85,7 +85,12 @@ _TITLES = {
 
 def final_top1(row: dict[str, Any]) -> list[float]:
     """Test top-1 in [0, 1], a value a seed, of the fused answer or the only head."""
-    return [top1["class"] if top1["fused"] is None else top1["fused"] for top1 in row["top1"]]
+    return [final_of(top1) for top1 in row["top1"]]
+
+
+def final_of(top1: dict[str, float | None]) -> float:
+    """Of top-1 by head that of the fused answer, or of the only head."""
+    return top1["class"] if top1["fused"] is None else top1["fused"]
 
 
 def _final(row: dict[str, Any]) -> list[float]:

@@ -44,13 +44,12 @@ from deit.models.slimming import (
 from deit.models.student import Student
 from deit.outcome import top1_by_head
 from deit.parts import Parts
-from deit.prune_options import Asked
+from deit.prune_options import CONTROL, MANIFEST, PRUNED, RECOVERED, Asked
 from deit.run import parts_of
 from deit.sweep_training import trained, unfinished
 from deit.typed_json import read_typed
 
-MANIFEST, KEPT = "prune.json", "kept.json"
-PRUNED, RECOVERED, CONTROL = "pruned", "recovered", "control"
+_KEPT = "kept.json"
 
 
 def prune(
@@ -232,7 +231,7 @@ def _write(
     folder.mkdir(exist_ok=True)
     slimmed = cut(weights, kept, head_width=wide)
     replace_folder(folder / checkpoint.BEST, lambda best: save_student(best, slimmed, left))
-    write_json(folder / KEPT, kept._asdict())
+    write_json(folder / _KEPT, kept._asdict())
     write_json(folder / checkpoint.CONFIG, to_dict(derive(config, student=left.student)))  # the end
 
 
@@ -269,7 +268,7 @@ def _result(
         "split": found["split"],
         "num_samples": found["num_samples"],
         "rows": rows,
-        "kept": read_typed(out / PRUNED / KEPT, dict[str, Any]),
+        "kept": read_typed(out / PRUNED / _KEPT, dict[str, Any]),
         "asked": read_typed(out / MANIFEST, dict[str, Any]),
         "command": f"deit prune {shlex.join(arguments)}",
         "environment": found["environment"],

@@ -6,6 +6,9 @@ from deit.errors import ConfigError
 from deit.scopes import SCOPES
 from deit.text import nearest
 
+MANIFEST = "prune.json"
+PRUNED, RECOVERED, CONTROL = "pruned", "recovered", "control"
+"""What is in the folder of a pruning: what was asked, and the runs."""
 SCORES = ("taylor", "magnitude")
 _RATIO = 0.5
 

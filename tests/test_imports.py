@@ -193,6 +193,8 @@ PLAN = {
     "deit.landscape_places": place(7, "torch"),
     "deit.landscape_parts": place(8, "torch"),
     "deit.landscape": place(8, doors="deit.landscape_parts"),
+    "deit.ladder_page": place(2, "matplotlib"),
+    "deit.ladder": place(7, "torch"),
     "deit.ticket_results": place(2),
     "deit.ticket_pictures": place(2),
     "deit.ticket_plan": place(6),

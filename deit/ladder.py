@@ -1,0 +1,240 @@
+"""`deit ladder`: every smaller version of a run beside it, in one table and one picture."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deit import checkpoint
+from deit.config import Config
+from deit.console import progress, say
+from deit.disk import check_file, put_file, replace_folder, write_json
+from deit.environment import create_accelerator, describe
+from deit.errors import ConfigError, DataError, EnvironmentFault
+from deit.evaluation import as_asked, find_run, images_of
+from deit.float_file import CHUNK
+from deit.formats import OUTPUTS, answer_of
+from deit.ladder_page import draw_ladder, markdown, print_ladder
+from deit.latency import latencies
+from deit.models.cost import cost_of
+from deit.models.saved import WEIGHTS, Facts, load_student
+from deit.models.student import Student
+from deit.prediction import shown
+from deit.prune_options import CONTROL, MANIFEST, RECOVERED
+from deit.records import head_logits
+from deit.typed_json import read_typed
+
+_TIMED = (1, 64)
+_TIMED_S = 1.5  # for each version and size of the batch
+_HEADS = ("class", "distillation", "fused")
+Ask = Callable[[Tensor], dict[str, Tensor]]
+"""Views [batch, 3, side, side] in [0, 1] -> logits [batch, classes] by head."""
+
+
+class Version(NamedTuple):
+    """A smaller version of a student, or the student itself. run: whose it is; onnx: its file,
+    None where PyTorch computes it."""
+
+    name: str
+    run: Path
+    onnx: Path | None = None
+
+
+def ladder(
+    run: Path,
+    more: list[Path],
+    *,
+    root: str | None,
+    json_file: Path | None,
+    force: bool,
+    arguments: list[str],
+) -> dict[str, Any]:
+    """Measure a run and what was made smaller of it on the same test images, and its time on this
+    machine in turns; write ladder.json, ladder.md and ladder.png into the run's folder `ladder`.
+
+    Found by itself: what `deit export --format onnx` and `deit quantize` left in the run's folder,
+    and what `deit prune` made of it beside it, with files of theirs. more: other runs (levels of a
+    search for tickets, runs adapted or trained otherwise) of the same classes. Returns what
+    ladder.json holds. Raises the errors of deit.errors.
+    """
+    check_file(json_file, option="--json", replace=force)
+    versions = versions_of(run, more)
+    config, facts, labels, views = _images(run, root)
+    rungs = {version.name: _rung(version, facts) for version in versions}
+    logits = {name: _logits(rung.ask, views, len(labels), name) for name, rung in rungs.items()}
+    first = _final(logits[versions[0].name]).argmax(dim=1)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, rung in rungs.items():
+        answers = {head: one.argmax(dim=1) for head, one in logits[name].items()}
+        rows[name] = {
+            **rung.about,
+            "top1": {head: _share(answers.get(head), labels) for head in _HEADS},
+            "same_answers": _share(_final(answers), first),
+        }
+    for batch, taken in _times(rungs, views).items():
+        for name, latency in taken.items():
+            rows[name].setdefault("latency", {})[batch] = latency
+    result = {
+        "run": str(run),
+        "split": "test",
+        "num_samples": len(labels),
+        "image_size": config.student.image_size,
+        "rows": rows,
+        "command": f"deit ladder {shlex.join(arguments)}",
+        "environment": describe(create_accelerator(config.run), []),
+    }
+    print_ladder(result)
+    _write(result, run, json_file)
+    return result
+
+
+def versions_of(run: Path, more: list[Path]) -> list[Version]:
+    """The run, what was made of it, and the other runs with their files. Raises CheckpointError,
+    and ConfigError where one is named twice."""
+    _, saved = find_run(run, "best")
+    found = _of_run(run, run.resolve().name)
+    for manifest in sorted(run.resolve().parent.glob(f"*/{MANIFEST}")):
+        if read_typed(manifest, dict[str, Any]).get("of") != str(saved.resolve()):
+            continue
+        for part in (RECOVERED, CONTROL):
+            if checkpoint.result_of(manifest.parent / part) is not None:
+                name = f"{manifest.parent.name}, {part}"
+                found += _of_run(manifest.parent / part, name)
+    for one in more:
+        find_run(one, "best")
+        known = [version.run.resolve() for version in found]
+        if one.resolve() in known:
+            raise ConfigError(f"{one}: is among the versions already; name it once or not at all")
+        names = {version.name for version in found}
+        own = one.resolve().name
+        found += _of_run(one, str(one) if own in names else own)
+    return found
+
+
+def _of_run(run: Path, name: str) -> list[Version]:
+    """A run, and the ONNX files in its folder."""
+    files = [*sorted(run.glob("export-*/model.onnx")), *sorted(run.glob("quantized-*/model.onnx"))]
+    kinds = {"export-onnx": "ONNX", "quantized-static": "int8 static"}
+    kinds["quantized-dynamic"] = "int8 dynamic"
+    made = [
+        Version(f"{name}, {kinds.get(file.parent.name, file.parent.name)}", run, file)
+        for file in files
+    ]
+    return [Version(name, run), *made]
+
+
+def _images(run: Path, root: str | None) -> tuple[Config, Facts, Tensor, list[Tensor]]:
+    """The test images as all versions are shown them, the run's own configuration and facts."""
+    config, saved = find_run(run, "best")
+    config = as_asked(config, root=root, device="cpu")
+    _, facts = load_student(saved)
+    test = images_of(config, facts, run, "test", None, None).images
+    chunks = torch.arange(len(test.labels)).split(CHUNK)
+    views = list(shown(test, chunks, config, device=torch.device("cpu")))
+    return config, facts, test.labels, views
+
+
+class _Rung(NamedTuple):
+    ask: Ask
+    about: dict[str, Any]
+
+
+def _rung(version: Version, facts: Facts) -> _Rung:
+    """How a version is asked, and what it is: engine, parameters, those that are not 0, bytes,
+    arithmetic. Raises DataError where it is of other classes, ConfigError of another size."""
+    _, saved = find_run(version.run, "best")
+    student, own = load_student(saved)
+    if own.class_names != facts.class_names:
+        raise DataError(f"{version.run}: knows other classes than the run")
+    if own.student.image_size != facts.student.image_size:
+        raise ConfigError(
+            f"{version.run}: takes {own.student.image_size} px, the run "
+            f"{facts.student.image_size}; deit evaluate puts different sizes into one table"
+        )
+    student.eval()
+    weights = student.network.state_dict()
+    cost = cost_of(student, side=own.student.image_size, batch=1)
+    about: dict[str, Any] = {
+        "folder": str(version.run),
+        "engine": "PyTorch" if version.onnx is None else "ONNX Runtime",
+        "parameters": cost.parameters,
+        "nonzero": sum(int(one.count_nonzero()) for one in weights.values()),
+        "gmacs": cost.gmacs,
+    }
+    if version.onnx is None:
+        about["bytes"] = (saved / WEIGHTS).stat().st_size
+        return _Rung(_by_torch(student), about)
+    folder = version.onnx.parent
+    about["bytes"] = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+    return _Rung(_by_onnx(version.onnx, student), about)
+
+
+@torch.inference_mode()
+def _ask(student: Student, views: Tensor) -> dict[str, Tensor]:
+    heads = head_logits(student(views))
+    return {head: heads[head] for head in _HEADS if head in heads}
+
+
+def _by_torch(student: Student) -> Ask:
+    return lambda views: _ask(student, views)
+
+
+def _by_onnx(file: Path, student: Student) -> Ask:
+    """An ONNX file, which takes normalised images."""
+    answer, mean, std = answer_of(file, threads=torch.get_num_threads()), student.mean, student.std
+
+    def ask(views: Tensor) -> dict[str, Tensor]:
+        outputs = answer((views - mean) / std)
+        alone = len(outputs) == 1
+        return {"class" if alone else OUTPUTS[name]: one for name, one in outputs.items()}
+
+    return ask
+
+
+def _logits(ask: Ask, views: list[Tensor], number: int, name: str) -> dict[str, Tensor]:
+    parts = [ask(part) for part in progress(views, total=len(views), title=name)]
+    found = {head: torch.cat([part[head] for part in parts]) for head in parts[0]}
+    assert all(len(one) == number for one in found.values())
+    return found
+
+
+def _final(heads: dict[str, Tensor]) -> Tensor:
+    return heads.get("fused", heads["class"])
+
+
+def _share(answers: Tensor | None, labels: Tensor) -> float | None:
+    return None if answers is None else (answers == labels).double().mean().item()
+
+
+def _times(rungs: dict[str, _Rung], views: list[Tensor]) -> dict[str, dict[str, Any]]:
+    """How long every version takes for a batch of each size, in turns."""
+    images = torch.cat(views)
+    images = images[torch.arange(max(_TIMED)) % len(images)]
+    asks = {name: rung.ask for name, rung in rungs.items()}
+    found = {}
+    for batch in progress(_TIMED, total=len(_TIMED), title="timing in turns"):
+        taken = latencies(asks, images[:batch], seconds=_TIMED_S * len(asks))
+        found[str(batch)] = {name: one._asdict() for name, one in taken.items()}
+    return found
+
+
+def _write(result: dict[str, Any], run: Path, json_file: Path | None) -> None:
+    """Numbers, table and picture into the run's folder; the numbers where they were asked for."""
+
+    def write(folder: Path) -> None:
+        write_json(folder / "ladder.json", result)
+        put_file(folder / "ladder.md", markdown(result).encode())
+        try:
+            draw_ladder(result, folder / "ladder.png")
+        except EnvironmentFault as error:
+            say(f"no picture: {error}")
+
+    replace_folder(run / "ladder", write)
+    for name in sorted(path.name for path in (run / "ladder").iterdir()):
+        say(f"wrote {run / 'ladder' / name}")
+    if json_file is not None:
+        write_json(json_file, result)
+        say(f"wrote {json_file}")

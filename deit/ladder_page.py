@@ -1,0 +1,92 @@
+"""The versions of a run as a table and a picture; reads plain values only, no torch."""
+
+from pathlib import Path
+from typing import Any
+
+from deit import charts
+from deit.console import percent, table
+from deit.drawing import HEADS, final_of, markdown_table
+
+_COLUMNS = (
+    "",
+    "engine",
+    "class head",
+    "distillation head",
+    "fused",
+    "same answers %",
+    "parameters",
+    "not 0",
+    "KB",
+    "MMACs",
+    "ms, batch 1",
+    "ms, batch 64",
+)
+_NOTE = (
+    "Same answers: as the first. MMACs: of the network as it is computed in float; zeros of a mask "
+    "and integers take as many. Times: median of turns, all versions in each."
+)
+
+
+def print_ladder(result: dict[str, Any]) -> None:
+    """The table, for a person."""
+    title = f"{result['run']}: top-1 % on {result['num_samples']} {result['split']} images"
+    table(title, _COLUMNS, _cells(result))
+
+
+def _cells(result: dict[str, Any]) -> list[list[str]]:
+    found = []
+    for name, row in result["rows"].items():
+        shares = [*(row["top1"][head] for head in HEADS), row["same_answers"]]
+        found.append(
+            [
+                name,
+                row["engine"],
+                *("-" if one is None else percent(one) for one in shares),
+                f"{row['parameters']:,}",
+                f"{row['nonzero']:,}",
+                f"{row['bytes'] / 1e3:,.0f}",
+                f"{1000 * row['gmacs']:.1f}",
+                *(f"{row['latency'][batch]['median_ms']:.3g}" for batch in ("1", "64")),
+            ]
+        )
+    return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table, and where the numbers come from."""
+    environment = result["environment"]
+    threads = environment["threads"]
+    where = (
+        f"{environment['device_name']}, {threads} thread{'s' * (threads > 1)}, torch "
+        f"{environment['packages']['torch']}, commit {environment['commit']}"
+    )
+    return (
+        f"# {result['run']} and what was made of it\n\nTop-1 % on {result['num_samples']} "
+        f"{result['split']} images at {result['image_size']} px. {_NOTE}\n\n"
+        f"{markdown_table(_COLUMNS, _cells(result))}\n\n`{result['command']}`\n\n{where}\n"
+    )
+
+
+def draw_ladder(result: dict[str, Any], path: Path) -> None:
+    """Accuracy against bytes and against the time of a batch of 64, a dot a version, as a PNG.
+
+    Raises EnvironmentFault without matplotlib.
+    """
+    charts.check()
+    from matplotlib.figure import Figure
+
+    rows = result["rows"]
+    top1 = {name: 100 * final_of(row["top1"]) for name, row in rows.items()}
+    across = {
+        "KB on disk": {name: row["bytes"] / 1e3 for name, row in rows.items()},
+        "ms for a batch of 64": {
+            name: row["latency"]["64"]["median_ms"] for name, row in rows.items()
+        },
+    }
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    for axes, (label, values) in zip(figure.subplots(1, 2), across.items()):
+        points = {name: (values[name], top1[name]) for name in rows}
+        charts.scatter(points, label, f"{result['split']} top-1 %")(axes)
+        axes.grid(alpha=0.25)
+    figure.suptitle(f"{result['run']} and what was made of it")
+    figure.savefig(path, dpi=150)

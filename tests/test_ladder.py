@@ -1,0 +1,153 @@
+"""deit ladder: which versions stand on it, and that their numbers are their own commands'."""
+
+import json
+import shutil
+
+import pytest
+
+from deit.ladder import versions_of
+from deit.ladder_page import draw_ladder, markdown
+from tests.test_prune import QUICK, SMALL
+
+pytest.importorskip("sklearn")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, zygote):
+    """A run, its ONNX and int8 files, and what pruning left of it."""
+    place = tmp_path_factory.mktemp("ladder")
+    words = ("--objective", "none", *SMALL, "--out", "run")
+    commands = [
+        ("train", "digits", *words),
+        ("export", "run", "--format", "onnx", "--images", "64"),
+        ("quantize", "run", "--max-drop", "5"),
+        ("prune", "run", *QUICK, "--ratio", "0.5", "--out", "small"),
+        ("train", "digits", *words[:-1], "other", "--run.seed", "1"),
+    ]
+    for command in commands:
+        done = zygote.run(*command, cwd=place)
+        assert done.code == 0, done.err
+    return place
+
+
+@pytest.fixture(scope="module")
+def measured(place, zygote):
+    done = zygote.run("ladder", "run", "other", "--json", "ladder.json", cwd=place)
+    assert done.code == 0, done.err
+    return json.loads((place / "ladder.json").read_text()), done
+
+
+NAMES = ["run", "run, ONNX", "run, int8 static", "small, recovered", "other"]
+
+
+def test_everything_made_of_the_run_is_found(measured):
+    found, done = measured
+    assert list(found["rows"]) == NAMES
+    assert "int8 static" in done.out
+
+
+def test_accuracy_is_that_of_the_own_command(place, measured, zygote):
+    rows = measured[0]["rows"]
+    for name, run in (("run", "run"), ("small, recovered", "small/recovered"), ("other", "other")):
+        done = zygote.run("evaluate", run, "--json", place / "e.json", "--force", cwd=place)
+        assert done.code == 0, done.err
+        heads = json.loads((place / "e.json").read_text())["heads"]
+        assert rows[name]["top1"] == {head: heads[head]["top1"] for head in rows[name]["top1"]}
+    told = json.loads((place / "run/quantized-static/quantization.json").read_text())
+    quantized = rows["run, int8 static"]
+    assert quantized["top1"]["fused"] == told["int8"]["heads"]["fused"]["top1"]
+    assert quantized["same_answers"] == told["agreement"]["fused"]
+    assert rows["run, ONNX"]["top1"] == rows["run"]["top1"]
+    assert rows["run, ONNX"]["same_answers"] == rows["run"]["same_answers"] == 1
+
+
+def test_size_and_arithmetic(place, measured):
+    rows = measured[0]["rows"]
+    files = {"run": "run/best/model.safetensors", "run, ONNX": "run/export-onnx/model.onnx"}
+    files["small, recovered"] = "small/recovered/best/model.safetensors"
+    for name, file in files.items():
+        assert rows[name]["bytes"] == (place / file).stat().st_size
+    told = json.loads((place / "small" / "results.json").read_text())["rows"]
+    for name, step in (("run", "run"), ("small, recovered", "recovered")):
+        for key in ("parameters", "gmacs"):
+            assert rows[name][key] == told[step][key]
+    assert rows["run"]["nonzero"] <= rows["run"]["parameters"]
+    assert {row["engine"] for row in rows.values()} == {"PyTorch", "ONNX Runtime"}
+
+
+def test_every_version_is_timed_as_often(measured):
+    for batch in ("1", "64"):
+        latencies = [row["latency"][batch] for row in measured[0]["rows"].values()]
+        assert len({one["turns"] for one in latencies}) == 1
+        assert all(0 < one["p10_ms"] <= one["median_ms"] <= one["p90_ms"] for one in latencies)
+
+
+def test_numbers_table_and_picture_lie_in_the_runs_folder(place, measured, tmp_path):
+    found, _ = measured
+    folder = place / "run" / "ladder"
+    assert {path.name for path in folder.iterdir()} == {"ladder.json", "ladder.md", "ladder.png"}
+    assert json.loads((folder / "ladder.json").read_text()) == found
+    text = (folder / "ladder.md").read_text()
+    assert text == markdown(found)
+    assert all(f"| {name} |" in text for name in NAMES)
+    assert "deit ladder run other" in text
+    draw_ladder(found, tmp_path / "again.png")
+    assert (tmp_path / "again.png").stat().st_size > 20_000
+
+
+def test_masked_weights_are_not_counted(place, tmp_path):
+    """A run with zeros: parameters stay, those that are not 0 do not."""
+    from safetensors.torch import load_file
+
+    from deit.ladder import Version, _rung
+    from deit.models.saved import load_student, save_weights
+
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    file = run / "best" / "model.safetensors"
+    weights = load_file(file)
+    before = sum(int(one.count_nonzero()) for one in weights.values())
+    zeros = int(weights["blocks.0.mlp.fc1.weight"][:5].count_nonzero())
+    weights["blocks.0.mlp.fc1.weight"][:5] = 0
+    save_weights(file, weights)
+    (run / "best" / "manifest.json").unlink()
+    _, facts = load_student(run / "best")
+    about = _rung(Version("x", run), facts).about
+    assert about["nonzero"] == before - zeros
+    assert about["parameters"] == sum(one.numel() for one in weights.values())
+
+
+def test_a_pruning_of_another_run_is_not_its(place):
+    assert [one.name for one in versions_of(place / "other", [])] == ["other"]
+
+
+def test_two_runs_of_one_name_keep_apart(place, tmp_path):
+    shutil.copytree(place / "other", tmp_path / "run")
+    names = [one.name for one in versions_of(place / "run", [tmp_path / "run"])]
+    assert names == [*NAMES[:4], str(tmp_path / "run")]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("nothing",), 4, "nothing: no such run folder"),
+        (("run", "nothing"), 4, "nothing: no such run folder"),
+        (("run", "run"), 2, "run: is among the versions already"),
+        (("run", "other", "other"), 2, "other: is among the versions already"),
+        (("run", "--json", "e.json"), 5, "--json e.json"),
+    ],
+)
+def test_a_mistake_is_told_before_the_work(place, zygote, words, code, said):
+    (place / "e.json").touch()
+    done = zygote.run("ladder", *words, cwd=place)
+    assert (done.code, said in done.err) == (code, True), done.err
+
+
+def test_a_run_of_another_size_is_refused(place, zygote, tmp_path):
+    words = ("--objective", "none", *SMALL, "--optim.epochs", "2", "--student.image_size", "16")
+    words = (*words, "--student.patch_size", "4", "--out", tmp_path / "large")
+    assert zygote.run("train", "digits", *words, cwd=place).code == 0
+    done = zygote.run("ladder", "run", tmp_path / "large", cwd=place)
+    assert done.code == 2
+    assert "large: takes 16 px, the run 8" in done.err
