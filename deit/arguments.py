@@ -253,6 +253,19 @@ def read_numbers(text: str | None, option: str, *, whole: bool) -> tuple[Any, ..
     return tuple(found)
 
 
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0,1,2` as seeds, each once. Raises ConfigError."""
+    try:
+        seeds = tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        seeds = (-1,)
+    if min(seeds) < 0:
+        raise ConfigError(f"--seeds {text}: should be whole numbers from 0, with commas")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {text}: names one of them twice")
+    return seeds
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for the commands without a configuration: errors become ours, nothing is guessed."""
 

@@ -1,0 +1,344 @@
+"""The commands that make a student smaller, and look at what that does; as deit/commands.py."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from deit import checkpoint, landscape_options
+from deit.arguments import Parser, parse_run, parse_seeds, read_numbers
+from deit.config import to_dict
+from deit.console import say
+from deit.errors import ConfigError
+from deit.prune_options import asked_of
+from deit.text import nearest
+from deit.ticket_options import CONTROLS, Asked, check_asked
+from deit.tuning import TUNING
+
+# Names that options take, without importing what they name; tests hold them to that.
+QUANTIZATIONS = ("static", "dynamic")
+CALIBRATIONS = ("minmax", "entropy", "percentile")
+
+
+def quantize(arguments: list[str], program: str) -> None:
+    """Write a run as int8 for ONNX Runtime on a CPU; kept only if it answers nearly as well."""
+    parser = Parser(
+        prog=program,
+        description="Write a finished run's student with weights and activations of 8 bits, for "
+        "ONNX Runtime on a CPU; measure it beside the float one on the test images, and keep it "
+        "only if it answers nearly as well.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--method",
+        choices=QUANTIZATIONS,
+        default="static",
+        help="static (ranges of activations from training images) or dynamic (from every batch)",
+    )
+    parser.add_argument(
+        "--calibration", type=int, metavar="N", help="static: training images to look at (128)"
+    )
+    parser.add_argument("--calibrate", choices=CALIBRATIONS, help="static: which ranges (minmax)")
+    parser.add_argument(
+        "--percentile", type=float, metavar="P", help="of --calibrate percentile (99.99)"
+    )
+    parser.add_argument(
+        "--quantize_attention", action="store_true", help="the products within attention as well"
+    )
+    parser.add_argument("--exclude", metavar="REGEX", help="layers that stay float, by whole name")
+    parser.add_argument("--sensitivity", action="store_true", help="measure each layer alone, too")
+    parser.add_argument(
+        "--max-drop",
+        dest="max_drop",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="points of top-1 that may be lost (1.0)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (RUN/quantized-METHOD)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
+    parser.add_argument("--force", action="store_true", help="let --out and --json be replaced")
+    options = parser.parse_args(arguments)
+    how = _check_quantize(options)
+    from deit.quantize import Plan, quantize
+
+    quantize(
+        options.run,
+        options.out,
+        Plan(
+            method=options.method,
+            images=128 if options.calibration is None else options.calibration,
+            how=how,
+            percentile=(options.percentile or 99.99) if how == "percentile" else None,
+            attention=options.quantize_attention,
+            exclude=options.exclude,
+        ),
+        max_drop=options.max_drop,
+        sensitivity=options.sensitivity,
+        checkpoint=options.checkpoint,
+        root=options.root,
+        json_file=options.json,
+        force=options.force,
+    )
+
+
+def _check_quantize(options: argparse.Namespace) -> str:
+    """The way of calibrating, given or meant. Raises ConfigError where options are wrong, or do not
+    go together."""
+    given = {
+        "--calibration": options.calibration,
+        "--calibrate": options.calibrate,
+        "--percentile": options.percentile,
+    }
+    named = [name for name, value in given.items() if value is not None]
+    if options.method == "dynamic" and named:
+        raise ConfigError(f"{named[0]}: --method dynamic looks at no training images")
+    if options.calibration is not None and options.calibration < 1:
+        raise ConfigError(f"--calibration {options.calibration}: should be at least 1")
+    if options.percentile is not None and not 50 < options.percentile <= 100:
+        raise ConfigError(f"--percentile {options.percentile:g}: should be above 50, at most 100")
+    if not 0 <= options.max_drop <= 100:
+        raise ConfigError(f"--max-drop {options.max_drop:g}: should be in 0 ... 100")
+    meant = "minmax" if options.percentile is None else "percentile"
+    how = options.calibrate or meant
+    if options.percentile is not None and how != "percentile":
+        raise ConfigError(f"--percentile: goes with --calibrate percentile, not with {how}")
+    try:
+        re.compile(options.exclude or "")
+    except re.error as error:
+        raise ConfigError(f"--exclude {options.exclude}: no regular expression ({error})") from None
+    return how
+
+
+def tickets(arguments: list[str], program: str) -> None:
+    """Lottery tickets: prune a recipe level by level with rewinding, beside controls."""
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--levels", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--scope", default="global")
+    parser.add_argument("--rewind", type=float)
+    parser.add_argument("--controls", default=",".join(CONTROLS))
+    parser.add_argument("--controls_at")
+    parser.add_argument("--tolerance", type=float, default=1.0)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--at_once", type=int, default=1)
+    parser.add_argument("--retries", type=int, default=1)
+    options, rest = parser.parse_known_args(arguments)
+    run = parse_run(
+        rest,
+        program=program,
+        about="Train a recipe dense, then prune its smallest weights level by level: each level "
+        "goes back to the weights, schedule, order and views of an early update of the dense run, "
+        "and is trained from there. Also: --levels N (7), --rate SHARE of the weights left that "
+        "each level takes (0.2), --scope global, layerwise (the same share of each layer) or N:M "
+        "(N of each M neighbours), --rewind EPOCHS (where warm-up ends; 0: the initial weights), "
+        f"--controls {','.join(CONTROLS)} (all; none), --controls_at LEVELS (all, with commas "
+        "between), --tolerance POINTS below the dense run that still match (1), --seeds 0,1,2, "
+        "--at_once N (N runs at a time share the machine), --retries N (1); --dry_run lists the "
+        "runs. Into --out DIR: results.csv, results.json, results.md, tickets.png and the runs. "
+        "The same command goes on.",
+        online=False,
+    )
+    if run.resume:
+        raise ConfigError(f"{program}: takes no --resume; the same command always goes on")
+    if run.print_config:
+        say(json.dumps(to_dict(run.config), indent=1))
+        return
+    asked = Asked(
+        scope=options.scope,
+        levels=options.levels,
+        rate=options.rate,
+        rewind=options.rewind,
+        controls=_controls(options.controls),
+        at=read_numbers(options.controls_at, "--controls_at", whole=True) or None,
+        tolerance=options.tolerance,
+    )
+    check_asked(asked, run.config)
+    seeds = parse_seeds(options.seeds)
+    if any(word.partition("=")[0] == "--run.seed" for word in rest):
+        raise ConfigError(f"--run.seed {run.config.run.seed}: this command takes --seeds A,B")
+    from deit.tickets import tickets
+
+    tickets(
+        asked,
+        run,
+        seeds=seeds,
+        at_once=options.at_once,
+        retries=options.retries,
+        arguments=arguments,
+    )
+
+
+def _controls(text: str) -> tuple[str, ...]:
+    """The controls of a search for tickets, in their own order. Raises ConfigError."""
+    named = [] if text == "none" else [name.strip() for name in text.split(",") if name.strip()]
+    for name in named:
+        if name not in CONTROLS:
+            raise ConfigError(
+                f"--controls {name}: should be of {', '.join(CONTROLS)}, or none"
+                f"{nearest(name, CONTROLS)}"
+            )
+    return tuple(name for name in CONTROLS if name in named)
+
+
+def prune(arguments: list[str], program: str) -> None:
+    """Cut attention heads and hidden units out of a run, and teach what is left once more."""
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument("--ratio", type=float)
+    parser.add_argument("--heads", type=float)
+    parser.add_argument("--hidden", type=float)
+    parser.add_argument("--macs", type=float)
+    parser.add_argument("--scope", default="global")
+    parser.add_argument("--score", default="taylor")
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
+    parser.add_argument("--control", action="store_true")
+    parser.add_argument("--tuning", default="short")
+    parser.add_argument("--at_once", type=int, default=1)
+    options, rest = parser.parse_known_args(arguments)
+    asked = asked_of(
+        ratio=options.ratio,
+        heads=options.heads,
+        hidden=options.hidden,
+        macs=options.macs,
+        scope=options.scope,
+        score=options.score,
+        images=options.images,
+    )
+    if options.tuning not in TUNING:
+        known = ", ".join(TUNING)
+        raise ConfigError(
+            f"--tuning {options.tuning}: should be one of {known}{nearest(options.tuning, TUNING)}"
+        )
+    helps = bool({"-h", "--help"} & set(arguments))
+    if not helps and (not rest or rest[0].startswith("-")):
+        raise ConfigError(f"name a finished run first: {program} RUN --ratio 0.5 --out DIR")
+    run = Path(rest[0]).expanduser() if rest and not rest[0].startswith("-") else Path("RUN")
+    if not helps and not (run / checkpoint.CONFIG).is_file():
+        raise ConfigError(f"{program} {run}: no run folder (no {checkpoint.CONFIG})")
+    recovery = parse_run(
+        rest if helps else [str(run / checkpoint.CONFIG), *rest[1:]],
+        program=f"{program} RUN",
+        about="Cut the attention heads and hidden units that are worth least to a run's own "
+        "objective, and train what is left by its own data and teacher. Also: --ratio SHARE of "
+        "heads and hidden units that goes (0.5), or --heads and --hidden apart, or --macs SHARE of "
+        "the blocks' arithmetic that stays; --scope global or layerwise; --score taylor (on "
+        "--images 1024 training views) or magnitude; --checkpoint best or last; --tuning "
+        f"{', '.join(TUNING)} (the schedule: short, a third of the epochs); --control (a student "
+        "of the same shape, as long, from random weights); --at_once N; --dry_run tells what would "
+        "stay. Into --out DIR: pruned, recovered, control, results.json, results.md. The same "
+        "command goes on.",
+        adapt=lambda config: config if helps else TUNING[options.tuning](config),
+        out=Path(f"checkpoints/{run.resolve().name}-pruned"),
+    )
+    if recovery.resume:
+        raise ConfigError(f"{program}: takes no --resume; the same command always goes on")
+    if recovery.print_config:
+        say(json.dumps(to_dict(recovery.config), indent=1))
+        return
+    from deit.prune import prune
+
+    prune(
+        run,
+        asked,
+        recovery,
+        name=options.checkpoint,
+        control=options.control,
+        at_once=options.at_once,
+        arguments=arguments,
+    )
+
+
+def landscape(arguments: list[str], program: str) -> None:
+    """The loss around trained weights: lines, planes, curvature, volume; over levels of pruning."""
+    parser = Parser(
+        prog=program,
+        description="Look at the loss around finished runs and between them, or around the levels "
+        "of a search for tickets: lines and their barriers, planes, eigenvalues, trace and "
+        "spectrum of the Hessian, volumes of basins. One page, with every chart and number.",
+    )
+    usual = landscape_options.Asked()
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs, or a search")
+    parser.add_argument("--out", type=Path, default=Path("landscape"), help="folder (landscape)")
+    parser.add_argument(
+        "--only", default=",".join(usual.parts), help=f"of {', '.join(usual.parts)}"
+    )
+    kinds = ", ".join(landscape_options.KINDS)
+    parser.add_argument("--kinds", default=",".join(usual.kinds), help=f"of a search: of {kinds}")
+    parser.add_argument("--levels", metavar="A,B", help="of a search (all); the dense run always")
+    parser.add_argument("--run_seed", type=int, metavar="S", help="of a search (the first)")
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default=usual.checkpoint)
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--split", choices=landscape_options.SPLITS, default=usual.split)
+    for name, told in (
+        ("images", "whose loss it is, spread over the classes"),
+        ("points", "of a line"),
+        ("grid", "points along each axis of a plane"),
+        ("top", "largest eigenvalues"),
+        ("steps", "of Lanczos at most, for these"),
+        ("probes", "random vectors for the trace"),
+        ("rays", "of a volume"),
+        ("seed", "of everything that is drawn"),
+    ):
+        value = getattr(usual, name)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{told} ({value})")
+    told = f"of a plane, in lengths of the filters ({usual.span:g})"
+    parser.add_argument("--span", type=float, default=usual.span, help=told)
+    told = f"of the loss [nats] up to the rim of a basin ({usual.rise:g})"
+    parser.add_argument("--rise", type=float, default=usual.rise, help=told)
+    options = vars(parser.parse_args(arguments))
+    runs, out, root = (options.pop(name) for name in ("runs", "out", "root"))
+    asked = landscape_options.Asked(
+        **options
+        | {
+            "parts": _words(options.pop("only")),
+            "kinds": _words(options["kinds"]),
+            "levels": _levels(options["levels"]),
+        }
+    )
+    landscape_options.check_asked(asked)
+    from deit.landscape import landscape
+
+    landscape(runs, out, asked, root=root, arguments=arguments)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _levels(text: str | None) -> tuple[int, ...] | None:
+    """`0,3,7` as levels; None for all. Raises ConfigError."""
+    if text is None:
+        return None
+    words = _words(text)
+    if not words or not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--levels {text}: should be whole numbers from 0, with commas")
+    return tuple(map(int, words))
+
+
+def ladder(arguments: list[str], program: str) -> None:
+    """A run beside everything smaller that was made of it: accuracy, bytes, arithmetic, time."""
+    parser = Parser(
+        prog=program,
+        description="Measure a run, the ONNX and int8 files in its folder, what deit prune made of "
+        "it, and other runs, on the same test images; times in turns on this machine. Into the "
+        "run's folder ladder: ladder.json, ladder.md, ladder.png.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("more", type=Path, nargs="*", metavar="OTHER", help="other runs beside it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--force", action="store_true", help="let --json replace a file")
+    options = parser.parse_args(arguments)
+    from deit.ladder import ladder
+
+    ladder(
+        options.run,
+        options.more,
+        root=options.root,
+        json_file=options.json,
+        force=options.force,
+        arguments=arguments,
+    )
