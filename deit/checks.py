@@ -65,6 +65,12 @@ def _check_student(config: Config) -> list[Problem]:
                     f"should divide student.embed_dim ({student.embed_dim})",
                 )
             )
+        if depth_of(student) % student.share:
+            advice = f"should divide the number of blocks ({depth_of(student)})"
+            found.append(Problem("student.share", student.share, advice))
+        if student.share > 1 and (student.block_heads or student.block_hidden):
+            advice = "blocks that share their weights cannot be pruned apart; use 1"
+            found.append(Problem("student.share", student.share, advice))
         for leaf in ("block_heads", "block_hidden"):
             values = getattr(student, leaf)
             if len(values) not in (0, 1, depth_of(student)):
@@ -73,7 +79,7 @@ def _check_student(config: Config) -> list[Problem]:
     else:
         only = f"only deit_* and vit_* take it, student.name is {student.name!r}"
         shape = ("patch_size", "embed_dim", "depth", "num_heads", "initialisation")
-        shape = (*shape, "block_heads", "block_hidden")
+        shape = (*shape, "block_heads", "block_hidden", "share")
         shape = (*shape, "distillation_tokens", "dropout")
         found += _without_effect("student", student, shape, only)
     return found
@@ -394,6 +400,8 @@ def _check_run(config: Config) -> list[Problem]:
         ]
         if run.compile != "none":
             found.append(Problem("run.compile", run.compile, whole))
+        if config.student.share > 1:
+            found.append(Problem("student.share", config.student.share, whole))
     several = config.optim.accumulate > 1 or run.fit_memory
     if run.compile in ("reduce-overhead", "max-autotune") and several:
         advice = (
@@ -414,7 +422,7 @@ CHECKS = {
     _check_views: {"views"},
     _check_teacher_view: {"views", "teacher", "loss"},
     _check_optim: {"optim", "views", "loss"},
-    _check_run: {"run", "optim"},
+    _check_run: {"run", "student", "optim"},
 }
 """What single fields cannot say, and the sections each check reads."""
 

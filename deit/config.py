@@ -246,6 +246,9 @@ class StudentConfig:
     all blocks. None: num_heads (deit_* and vit_*)."""
     block_hidden: Counts = ()
     """Hidden units of each block's MLP, likewise. None: four times embed_dim (deit_* and vit_*)."""
+    share: Count = 1
+    """Blocks in a row that share attention and MLP, with norms and a mixing of the heads of their
+    own (MiniViT; deit_* and vit_*). Fewer parameters, the same arithmetic."""
     distillation_tokens: Count = 1
     """Distillation tokens with a head each; one for each teacher with teacher.combine tokens
     (deit_*)."""

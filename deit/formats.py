@@ -126,8 +126,27 @@ def _write_onnx(folder: Path, student: Student, facts: Facts) -> None:
             verbose=False,
         )
     model = program.model_proto
+    _keep_once(model.graph)
     onnx.helper.set_model_props(model, metadata(facts))
     onnx.save(model, folder / "model.onnx")
+
+
+def _keep_once(graph: Any) -> None:
+    """Leave one of equal weights in an ONNX graph: the exporter folds those that blocks share into
+    a copy for each use."""
+    first: dict[tuple[Any, ...], str] = {}
+    names: dict[str, str] = {}
+    for weight in graph.initializer:
+        key = (weight.data_type, tuple(weight.dims), weight.raw_data)
+        if weight.raw_data:
+            names[weight.name] = first.setdefault(key, weight.name)
+    kept = [
+        weight for weight in graph.initializer if names.get(weight.name, weight.name) == weight.name
+    ]
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 def _with_onnxruntime(folder: Path) -> Answer:

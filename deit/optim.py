@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from deit.config import OptimConfig, peak_lr
 from deit.sharding import own_part
 
-_UNDECAYED_TOKENS = ("cls_token", "dist_token", "pos_embed")
+# Tokens go by timm's names; the mixing of heads (models/multiplexing.py) rests at the identity.
+_UNDECAYED = ("cls_token", "dist_token", "pos_embed", "before", "after")
 
 
 def parameter_groups(
@@ -25,7 +26,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        token = name.rpartition(".")[2] in _UNDECAYED_TOKENS
+        token = name.rpartition(".")[2] in _UNDECAYED
         decay = 0.0 if token or parameter.ndim <= 1 else weight_decay
         scale = 1.0 if scales is None else scales[name]
         groups.setdefault((scale, decay), []).append(parameter)

@@ -111,6 +111,11 @@ def _check(config: Config, saved: Path, run: Path) -> None:
             f"{run}: student.name = {config.student.name!r}: heads and hidden units are cut from "
             "deit_* and vit_* only"
         )
+    if config.student.share > 1:
+        raise ConfigError(
+            f"{run}: student.share = {config.student.share}: blocks that share their weights "
+            "cannot be cut apart"
+        )
     if (saved / MASKS).is_file():
         raise ConfigError(
             f"{run}: is pruned weight by weight, and would be dense again; cut the run before "

@@ -7,7 +7,7 @@ from deit.config import Config, StudentConfig, derive, heads_in, is_transformer,
 from deit.hyper_rule import hyper_rule
 from deit.presets import AUGMENTATIONS, OBJECTIVES
 
-_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "block_heads", "block_hidden")
+_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "block_heads", "block_hidden", "share")
 
 
 def begin_from(

@@ -66,7 +66,7 @@ def check_attention(network: nn.Module) -> None:
     ):
         raise ConfigError(
             f"{type(network).__name__} has no tokens whose attention could be shown; it takes a "
-            "deit_* or vit_*"
+            "deit_* or vit_*, whose heads are not mixed (student.share 1)"
         )
 
 
@@ -101,9 +101,8 @@ def token_cosines(network: nn.Module, images: Tensor) -> Tensor:
     The paper (section 5.2) has 0.06 at the input and 0.93 at the output of a DeiT-B.
     images: normalised. Raises ConfigError for a network without both tokens.
     """
-    check_attention(network)
-    if network.num_prefix_tokens < 2:
-        raise ConfigError("a network with one token has no two to compare")
+    if not isinstance(network, VisionTransformer) or network.num_prefix_tokens < 2:
+        raise ConfigError("a network with one token, or none, has no two to compare")
     states: list[Tensor] = []
     handles = [
         network.blocks[0].register_forward_pre_hook(lambda block, inputs: states.append(inputs[0]))

@@ -18,6 +18,7 @@ from deit.config import (
 )
 from deit.errors import ConfigError
 from deit.models.dense import Dense
+from deit.models.multiplexing import multiplex
 from deit.models.rednet import DEPTHS, RedNet
 from deit.models.small_convnet import SmallConvNet
 from deit.text import nearest
@@ -49,6 +50,8 @@ def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
     )
     if student.block_heads or student.block_hidden:
         _resize_blocks(network, student)
+    if student.share > 1:
+        multiplex(network, student.share)
     if student.distillation_tokens > 1:
         _add_tokens(network, student.distillation_tokens)
     if student.initialisation == "scaled":
@@ -74,6 +77,11 @@ def check_blocks_alike(student: StudentConfig) -> None:
         raise ConfigError(
             "student.block_heads, student.block_hidden: timm and transformers build all blocks "
             "alike and whole; --format onnx or pt2 takes a pruned network"
+        )
+    if student.share > 1:
+        raise ConfigError(
+            f"student.share = {student.share}: timm and transformers know no blocks that share "
+            "their weights; --format onnx or pt2 takes them"
         )
 
 

@@ -315,7 +315,29 @@ def fit(
         weights = _fit_tokens(weights, own, notes)
         weights = _fit_positions(weights, network, start.kernel, notes)
     weights = _fit_heads(weights, network, found.class_names, class_names, start, notes)
+    weights = _fit_shared(weights, own, notes)
     return Fitted(weights, tuple(notes))
+
+
+def _fit_shared(weights: Weights, own: Weights, notes: list[str]) -> Weights:
+    """For blocks that share attention and MLP, from weights of blocks that do not: those of the
+    first of each group, and heads that are not mixed so far."""
+    mixing = [name for name in own if name.endswith((".attn.before", ".attn.after"))]
+    if not mixing or any(name in weights for name in mixing):
+        return weights
+    blocks = {name.rsplit(".attn.", 1)[0] for name in mixing}
+    gone = [
+        name
+        for name in weights
+        if name not in own and name.split(".attn.")[0].split(".mlp.")[0] in blocks
+    ]
+    kept = {name: value for name, value in weights.items() if name not in gone}
+    left = len({name.split(".attn.")[0].split(".mlp.")[0] for name in gone})
+    notes.append(
+        f"attention and MLP of {left} of {len(blocks)} blocks left out: they share those of the "
+        "first of their group; heads are not mixed so far"
+    )
+    return {**kept, **{name: own[name] for name in mixing}}
 
 
 def _fit_tokens(weights: Weights, own: Weights, notes: list[str]) -> Weights:
