@@ -1,6 +1,7 @@
 """Blocks that share their weights: by hand, counted, learnt, saved and exported once."""
 
 import copy
+import dataclasses
 import json
 
 import onnx
@@ -18,7 +19,7 @@ from deit.models.cost import cost_of
 from deit.models.masks import prunable
 from deit.models.multiplexing import MixedAttention
 from deit.models.networks import create_network
-from deit.models.saved import build_student, load_student, save_student
+from deit.models.saved import Facts, build_student, load_student, save_student
 from deit.models.start import find_start, fit
 from deit.models.weights import load_weights
 from deit.optim import parameter_groups
