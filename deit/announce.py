@@ -80,7 +80,7 @@ def _of_start(parts: Parts) -> None:
         told = told_of(parts.held.masks)
         zero = percent(1 - told["kept"] / told["total"])
         say(f"pruned    {zero} % of {told['total']:,} weights in {len(parts.held.masks)} layers")
-    if (update := parts.config.start.update) and parts.state.step == update:
+    if (update := parts.config.start.update) and notes is not None:  # not of a resumed run
         say(f"          begins at update {update}: schedule, order and views of those before pass")
     told = [] if optim.trained == "all" else [f"{optim.trained} only"]
     if optim.layer_decay < 1:

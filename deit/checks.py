@@ -332,6 +332,9 @@ def _effects(views: ViewsConfig) -> list[tuple[tuple[str, ...], bool, str]]:
 def _check_optim(config: Config) -> list[Problem]:
     optim = config.optim
     found = []
+    if optim.decay_at:
+        advice = "has no effect, the learning rate falls at optim.decay_at"
+        found += _without_effect("optim", optim, ("min_lr",), advice)
     if optim.batch_size % optim.accumulate:
         found.append(
             Problem(

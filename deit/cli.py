@@ -31,6 +31,9 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
         return _outcome(name, arguments, program, debug)
 
 
+_GO_ON = ("targets", "compare", "sweep", "tickets", "prune", "landscape")
+
+
 def _outcome(name: str, arguments: list[str], program: str, debug: bool) -> int:
     try:
         arm(os.environ.get("DEIT_FAULT"))
@@ -39,7 +42,7 @@ def _outcome(name: str, arguments: list[str], program: str, debug: bool) -> int:
         return 0
     except Stopped as stop:
         word = f"stopped by {signal.Signals(stop.number).name}; the same command goes on"
-        _complain(word if name in ("targets", "compare", "sweep") else str(stop), debug)
+        _complain(word if name in _GO_ON else str(stop), debug)
         return stop.exit_code
     except DeitError as error:
         _complain(str(error), debug, everywhere=not isinstance(error, ConfigError))

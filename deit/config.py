@@ -483,6 +483,22 @@ RESUMABLE = (
 """Settings that say where and how to compute, not what: a resumed run may change them."""
 
 
+OF_IMAGES = ("source", "root", "reader", "classes", "quarantine", "split_seed")
+OF_IMAGES += ("validation_fraction", "test_fraction")
+"""Fields of the data that say which images are in which split."""
+
+
+def other_images(one: DataConfig, other: DataConfig) -> str | None:
+    """The field by which two have other images in their splits; None where they have the same."""
+    for leaf in OF_IMAGES:
+        values = [getattr(data, leaf) for data in (one, other)]
+        if leaf == "root":
+            values = [os.path.realpath(value) * (one.source != "digits") for value in values]
+        if values[0] != values[1]:
+            return f"data.{leaf}"
+    return None
+
+
 def derive(config: Config, **sections: dict[str, Any]) -> Config:
     """A copy with fields changed: `derive(digits(), optim={"lr": 1e-3})`.
 

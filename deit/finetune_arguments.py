@@ -1,13 +1,14 @@
 """The command line of fine-tuning: what is started from, and whose configuration goes on."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deit import checkpoint
 from deit.arguments import Parser, RunArguments, parse_run, run_name
 from deit.checkpoint import CONFIG
-from deit.config import Config, StudentConfig, is_transformer
+from deit.config import Config, DataConfig, StudentConfig, is_transformer
 from deit.errors import CheckpointError, ConfigError
 from deit.recipes import RECIPES
 from deit.text import nearest
@@ -15,6 +16,13 @@ from deit.tuning import SIZED, TUNING, at_resolution, begin_from
 from deit.typed_json import read_typed
 
 _SCHEDULES = (*TUNING, *SIZED)
+_ABOUT = (
+    "Train on from given weights. SOURCE: a run folder of ours, a timm folder, a weight file "
+    "(.safetensors, .pth), a timm name; its network and normalisation are taken over. Without "
+    "RECIPE the configuration of the run at SOURCE. Also: --resolution PX (the student's; images, "
+    "borders and the teachers' input follow) and --tuning "
+    f"{', '.join(_SCHEDULES)} (a schedule; without RECIPE: short)."
+)
 _NO_START = "{}: needs --from, what to start from (a run, a folder or a weight file)"
 
 
@@ -51,6 +59,10 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
         rest, out = [str(own), *rest], Path(f"checkpoints/{own.resolve().parent.name}-finetuned")
         tuning = tuning or "short"
 
+    if tuning in SIZED and options.resolution is not None:
+        raise ConfigError(f"--resolution: is what --tuning {tuning} itself decides; leave it out")
+    data: list[DataConfig] = []  # as the command line says it, once it is known
+
     def adapt(config: Config) -> Config:
         source = options.source or config.start.source
         if helps:
@@ -65,22 +77,32 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
             _check_patches(options.resolution, config.student)
             config = at_resolution(config, options.resolution)
         if tuning in SIZED:
-            from deit.datasets.splits import load_split
-
-            return SIZED[tuning](config, images=len(load_split(config.data, "train")[1].labels))
+            return _sized(config, tuning, data)
         return config if tuning is None else TUNING[tuning](config)
 
-    return parse_run(
-        rest,
-        program=f"{program} --from SOURCE",
-        about="Train on from given weights. SOURCE: a run folder of ours, a timm folder, a weight "
-        "file (.safetensors, .pth), a timm name; its network and normalisation are taken over. "
-        "Without RECIPE the configuration of the run at SOURCE. Also: --resolution PX (the "
-        "student's; images, borders and the teachers' input follow) and --tuning "
-        f"{', '.join(_SCHEDULES)} (a schedule; without RECIPE: short).",
-        adapt=adapt,
-        out=out,
-    )
+    def parsed() -> RunArguments:
+        return parse_run(
+            rest,
+            program=f"{program} --from SOURCE",
+            about=_ABOUT,
+            adapt=adapt,
+            out=out,
+        )
+
+    if tuning in SIZED and not helps:
+        data.append(parsed().config.data)
+    return parsed()
+
+
+def _sized(config: Config, tuning: str, data: list[DataConfig]) -> Config:
+    """The configuration by a schedule that depends on the number of training images. data: which
+    images the command line asks for; nothing as long as that is not known."""
+    if not data:
+        return config
+    from deit.datasets.splits import load_split
+
+    config = replace(config, data=data[0])
+    return SIZED[tuning](config, images=len(load_split(config.data, "train")[1].labels))
 
 
 def _begun(rest: list[str], source: str | None) -> Path | None:

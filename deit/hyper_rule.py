@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from deit.config import Config, derive
+from deit.config import Config, OptimConfig, derive
 from deit.presets import AUGMENTATIONS
 
 
@@ -61,6 +61,7 @@ def hyper_rule(config: Config, *, images: int) -> Config:
             "epochs": max(round(rule.updates / an_epoch), 1),
             "warmup_epochs": rule.warmup / an_epoch,
             "warmup_lr": 0.0,
+            "min_lr": OptimConfig().min_lr,
             "decay_at": tuple(fall / rule.updates for fall in rule.falls),
             "weight_decay": 0.0,
             "clip_norm": None,

@@ -1,7 +1,7 @@
 """`deit ladder`: every smaller version of a run beside it, in one table and one picture."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,27 +9,32 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint
-from deit.config import Config
-from deit.console import progress, say
-from deit.disk import check_file, put_file, replace_folder, write_json
+from deit.config import Config, RunConfig, other_images
+from deit.console import percent, progress, say, warn
+from deit.disk import check_file, check_writable, put_file, replace_folder, write_json
 from deit.environment import create_accelerator, describe
 from deit.errors import ConfigError, DataError, EnvironmentFault
 from deit.evaluation import as_asked, find_run, images_of
+from deit.export import require
 from deit.float_file import CHUNK
-from deit.formats import OUTPUTS, answer_of
+from deit.formats import FORMATS, OUTPUTS, answer_of
 from deit.ladder_page import draw_ladder, markdown, print_ladder
 from deit.latency import latencies
 from deit.models.cost import cost_of
 from deit.models.saved import WEIGHTS, Facts, load_student
 from deit.models.student import Student
+from deit.models.weights import digest_of, read_weights
 from deit.prediction import shown
 from deit.prune_options import CONTROL, MANIFEST, RECOVERED
 from deit.records import head_logits
+from deit.side_by_side import final
 from deit.typed_json import read_typed
 
 _TIMED = (1, 64)
 _TIMED_S = 1.5  # for each version and size of the batch
 _HEADS = ("class", "distillation", "fused")
+_ALIKE = 0.8  # the share of equal answers below which an int8 file is of another network
+_AS_MEASURED = RunConfig(device="cpu", precision="fp32")
 Ask = Callable[[Tensor], dict[str, Tensor]]
 """Views [batch, 3, side, side] in [0, 1] -> logits [batch, classes] by head."""
 
@@ -62,19 +67,24 @@ def ladder(
     """
     check_file(json_file, option="--json", replace=force)
     versions = versions_of(run, more)
+    if any(version.onnx is not None for version in versions):
+        require(FORMATS["onnx"].needs, "measuring an ONNX file")
+    check_writable(run / "ladder", option="RUN")
     config, facts, labels, views = _images(run, root)
-    rungs = {version.name: _rung(version, facts) for version in versions}
-    logits = {name: _logits(rung.ask, views, len(labels), name) for name, rung in rungs.items()}
-    first = _final(logits[versions[0].name]).argmax(dim=1)
+    rungs = {version.name: _rung(version, config, facts) for version in versions}
+    answers = {name: _answers(rung.ask, views(), len(labels), name) for name, rung in rungs.items()}
+    _leave_out_strangers(versions, answers)
+    first = final(answers[versions[0].name])
     rows: dict[str, dict[str, Any]] = {}
-    for name, rung in rungs.items():
-        answers = {head: one.argmax(dim=1) for head, one in logits[name].items()}
+    for name, own in answers.items():
         rows[name] = {
-            **rung.about,
-            "top1": {head: _share(answers.get(head), labels) for head in _HEADS},
-            "same_answers": _share(_final(answers), first),
+            **rungs[name].about,
+            "top1": {head: _share(own.get(head), labels) for head in _HEADS},
+            "same_answers": _share(final(own), first),
         }
-    for batch, taken in _times(rungs, views).items():
+    rungs = {name: rungs[name] for name in rows}
+    images = next(views())
+    for batch, taken in _times(rungs, images).items():
         for name, latency in taken.items():
             rows[name].setdefault("latency", {})[batch] = latency
     result = {
@@ -84,7 +94,7 @@ def ladder(
         "image_size": config.student.image_size,
         "rows": rows,
         "command": f"deit ladder {shlex.join(arguments)}",
-        "environment": describe(create_accelerator(config.run), []),
+        "environment": describe(create_accelerator(_AS_MEASURED), []),
     }
     print_ladder(result)
     _write(result, run, json_file)
@@ -96,8 +106,9 @@ def versions_of(run: Path, more: list[Path]) -> list[Version]:
     and ConfigError where one is named twice."""
     _, saved = find_run(run, "best")
     found = _of_run(run, run.resolve().name)
+    own = digest_of(read_weights(saved / WEIGHTS))
     for manifest in sorted(run.resolve().parent.glob(f"*/{MANIFEST}")):
-        if read_typed(manifest, dict[str, Any]).get("of") != str(saved.resolve()):
+        if read_typed(manifest, dict[str, Any]).get("weights") != own:
             continue
         for part in (RECOVERED, CONTROL):
             if checkpoint.result_of(manifest.parent / part) is not None:
@@ -109,8 +120,8 @@ def versions_of(run: Path, more: list[Path]) -> list[Version]:
         if one.resolve() in known:
             raise ConfigError(f"{one}: is among the versions already; name it once or not at all")
         names = {version.name for version in found}
-        own = one.resolve().name
-        found += _of_run(one, str(one) if own in names else own)
+        called = one.resolve().name
+        found += _of_run(one, str(one) if called in names else called)
     return found
 
 
@@ -126,14 +137,20 @@ def _of_run(run: Path, name: str) -> list[Version]:
     return [Version(name, run), *made]
 
 
-def _images(run: Path, root: str | None) -> tuple[Config, Facts, Tensor, list[Tensor]]:
-    """The test images as all versions are shown them, the run's own configuration and facts."""
+def _images(
+    run: Path, root: str | None
+) -> tuple[Config, Facts, Tensor, Callable[[], Iterator[Tensor]]]:
+    """The configuration of a run and its facts, the labels of the test images, and these as all
+    versions are shown them, batch by batch, as often as they are wanted."""
     config, saved = find_run(run, "best")
     config = as_asked(config, root=root, device="cpu")
     _, facts = load_student(saved)
     test = images_of(config, facts, run, "test", None, None).images
     chunks = torch.arange(len(test.labels)).split(CHUNK)
-    views = list(shown(test, chunks, config, device=torch.device("cpu")))
+
+    def views() -> Iterator[Tensor]:
+        return shown(test, chunks, config, device=torch.device("cpu"))
+
     return config, facts, test.labels, views
 
 
@@ -142,18 +159,30 @@ class _Rung(NamedTuple):
     about: dict[str, Any]
 
 
-def _rung(version: Version, facts: Facts) -> _Rung:
+def _rung(version: Version, config: Config, facts: Facts) -> _Rung:
     """How a version is asked, and what it is: engine, parameters, those that are not 0, bytes,
-    arithmetic. Raises DataError where it is of other classes, ConfigError of another size."""
-    _, saved = find_run(version.run, "best")
+    arithmetic. config, facts: of the run they stand beside. Raises ConfigError and DataError where
+    it would not be asked as by its own evaluation."""
+    own_config, saved = find_run(version.run, "best")
     student, own = load_student(saved)
     if own.class_names != facts.class_names:
         raise DataError(f"{version.run}: knows other classes than the run")
-    if own.student.image_size != facts.student.image_size:
-        raise ConfigError(
-            f"{version.run}: takes {own.student.image_size} px, the run "
-            f"{facts.student.image_size}; deit evaluate puts different sizes into one table"
+    field = other_images(own_config.data, config.data)
+    if field not in (None, "data.root"):  # images may have been moved
+        raise DataError(
+            f"{version.run}: has another {field} than the run, so it may have learnt from images "
+            "that the run is tested on"
         )
+    for name in ("image_size", "evaluation_crop"):
+        mine, theirs = (
+            one.student.image_size if name == "image_size" else one.evaluation_crop
+            for one in (own, facts)
+        )
+        if mine != theirs:
+            raise ConfigError(
+                f"{version.run}: is evaluated at {name} {mine}, the run at {theirs}; deit evaluate "
+                "puts different ones into one table"
+            )
     student.eval()
     weights = student.network.state_dict()
     cost = cost_of(student, side=own.student.image_size, batch=1)
@@ -194,24 +223,39 @@ def _by_onnx(file: Path, student: Student) -> Ask:
     return ask
 
 
-def _logits(ask: Ask, views: list[Tensor], number: int, name: str) -> dict[str, Tensor]:
-    parts = [ask(part) for part in progress(views, total=len(views), title=name)]
-    found = {head: torch.cat([part[head] for part in parts]) for head in parts[0]}
-    assert all(len(one) == number for one in found.values())
-    return found
+def _answers(ask: Ask, views: Iterator[Tensor], number: int, name: str) -> dict[str, Tensor]:
+    """The class of each image by head, int64 [number]."""
+    parts = [
+        {head: logits.argmax(dim=1) for head, logits in ask(part).items()}
+        for part in progress(views, total=-(-number // CHUNK), title=name)
+    ]
+    return {head: torch.cat([part[head] for part in parts]) for head in parts[0]}
 
 
-def _final(heads: dict[str, Tensor]) -> Tensor:
-    return heads.get("fused", heads["class"])
+def _leave_out_strangers(versions: list[Version], answers: dict[str, dict[str, Tensor]]) -> None:
+    """Drop the ONNX files that were made of other weights than the run has now: a float one gives
+    other answers, an integer one many."""
+    of = {version.run: version.name for version in versions if version.onnx is None}
+    for version in versions:
+        if version.onnx is None:
+            continue
+        theirs, ours = (final(answers[name]) for name in (version.name, of[version.run]))
+        least = 1.0 if version.onnx.parent.name.startswith("export-") else _ALIKE
+        same = _share(theirs, ours)
+        if same < least:
+            warn(
+                f"{version.onnx}: left out, {percent(same)} % of its answers are those of "
+                f"{version.run}/best; made of other weights? (deit export, deit quantize --force)"
+            )
+            del answers[version.name]
 
 
 def _share(answers: Tensor | None, labels: Tensor) -> float | None:
     return None if answers is None else (answers == labels).double().mean().item()
 
 
-def _times(rungs: dict[str, _Rung], views: list[Tensor]) -> dict[str, dict[str, Any]]:
+def _times(rungs: dict[str, _Rung], images: Tensor) -> dict[str, dict[str, Any]]:
     """How long every version takes for a batch of each size, in turns."""
-    images = torch.cat(views)
     images = images[torch.arange(max(_TIMED)) % len(images)]
     asks = {name: rung.ask for name, rung in rungs.items()}
     found = {}

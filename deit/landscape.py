@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deit.begun import check_begun
 from deit.console import clock, say, table
 from deit.disk import check_writable, hold, write_json
 from deit.environment import create_accelerator, describe
-from deit.errors import ConfigError
 from deit.evaluation import find_run
 from deit.ground import slug
 from deit.landscape_options import Asked, check_asked
 from deit.landscape_page import MANIFEST, cells, columns, write_page
-from deit.landscape_parts import AROUND, here, neighbours, path
-from deit.landscape_places import Place, places_of, view_of
+from deit.landscape_parts import AROUND, chain_of, here, neighbours, path
+from deit.landscape_places import Place, View, comparable, places_of, view_of
 from deit.models.saved import WEIGHTS
 from deit.models.weights import digest_of, read_weights
 from deit.shared_targets import content_hash
@@ -37,47 +37,27 @@ def landscape(
     started = time.monotonic()
     check_asked(asked)
     places = places_of(runs, asked)
-    manifest = _manifest(asked, places)
-    _check_folder(out, manifest)
+    how = _how(asked)
+    check_begun(out, MANIFEST, how, what="landscape")
     accelerator = create_accelerator(find_run(places[0].run, asked.checkpoint)[0].run)
     _, view = view_of(places, asked, root=root, device=accelerator.device)
     check_writable(out, option="--out")
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, option="--out"):
-        write_json(out / MANIFEST, manifest)
+        write_json(out / MANIFEST, how)
         say(
             f"loss      of {view.number} {asked.split} images as evaluation shows them: "
             "cross-entropy of the fused answer (or the only head's) with the labels"
         )
-        kept = _Kept(out / _KEPT)
-        found: dict[str, dict[str, Any]] = {}
-        for place in places:
-            name = slug(place.name)
-            about = {"kind": place.kind, "level": place.level, "run": str(place.run)}
-            about |= kept(f"{name}-here", lambda one=place: here(one, view, asked))
-            for part, measured in AROUND.items():
-                if part in asked.parts:
-                    about[part] = kept(
-                        f"{name}-{part}", lambda one=place, of=measured: of(one, view, asked)
-                    )
-            found[place.name] = about
+        kept = _Kept(out / _KEPT, view, how)
         result = {
             "asked": dataclasses.asdict(asked),
             "images": view.number,
-            "places": found,
-            "lines": {},
-            "path": None,
+            "places": {place.name: _around(place, view, asked, kept) for place in places},
+            **_between(places, view, asked, kept),
             "command": f"deit landscape {shlex.join(arguments)}",
             "environment": describe(accelerator, []),
         }
-        if "lines" in asked.parts:
-            result["lines"] = {
-                name: kept(f"line-{slug(name)}", lambda of=measured: of(view, asked))
-                for name, measured in neighbours(places)
-            }
-        if "planes" in asked.parts and len(places) > 2:
-            through = content_hash({"through": [place.name for place in places]})
-            result["path"] = kept(f"path-{through}", lambda: path(places, view, asked))
         write_json(out / "landscape.json", result)
         for written in write_page(result, out):
             say(f"wrote {written}")
@@ -86,42 +66,68 @@ def landscape(
     return result
 
 
-class _Kept:
-    """What was measured, each in a file of its own: asked for again, it is read."""
+def _how(asked: Asked) -> dict[str, Any]:
+    """What every measurement depends on beside weights and images."""
+    values = dataclasses.asdict(asked)
+    for which in ("parts", "kinds", "levels", "run_seed"):
+        del values[which]
+    return values
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+
+class _Kept:
+    """What was measured, each in a file of its own, whose name ends in a hash of all it depends on:
+    asked for again, it is read."""
+
+    def __init__(self, folder: Path, view: View, how: dict[str, Any]) -> None:
+        self._folder, self._of = folder, {**how, "view": view.digest}
+        self._digests: dict[Path, str] = {}
         folder.mkdir(exist_ok=True)
 
-    def __call__(self, name: str, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        file = self._folder / f"{name}.json"
+    def __call__(
+        self, what: str, places: list[Place], measured: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """what: is measured, of these places in this order."""
+        weights = [self._digest(place.saved) for place in places]
+        key = content_hash({**self._of, "what": what, "weights": weights})
+        file = self._folder / f"{slug(places[0].name)[:60]}-{what}-{key}.json"
         if not file.is_file():
             write_json(file, measured())
         return read_typed(file, dict[str, Any])
 
-
-def _manifest(asked: Asked, places: list[Place]) -> dict[str, Any]:
-    """What measurements depend on: what is asked, but not of which places, and their weights."""
-    values = dataclasses.asdict(asked)
-    for which in ("parts", "kinds", "levels"):
-        del values[which]
-    weights = {place.name: digest_of(read_weights(place.saved / WEIGHTS)) for place in places}
-    return {"asked": values, "weights": weights}
+    def _digest(self, saved: Path) -> str:
+        if saved not in self._digests:
+            self._digests[saved] = digest_of(read_weights(saved / WEIGHTS))
+        return self._digests[saved]
 
 
-def _check_folder(out: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else. Raises ConfigError."""
-    before = out / MANIFEST
-    if before.is_file():
-        there = read_typed(before, dict[str, Any])
-        for section in manifest:
-            mine, theirs = manifest[section], there.get(section) or {}
-            for key in mine.keys() & theirs.keys():
-                now, then = mine[key], theirs[key]
-                if now != then:
-                    raise ConfigError(
-                        f"--out {out}: holds a landscape with other {section} ({key}: {then}, now "
-                        f"{now}); give another --out"
-                    )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out}: holds something, but no landscape; give another --out")
+def _around(place: Place, view: View, asked: Asked, kept: _Kept) -> dict[str, Any]:
+    """What is measured around a place."""
+    about = {"kind": place.kind, "level": place.level, "run": str(place.run)}
+    about |= kept("here", [place], lambda: here(place, view, asked))
+    for part, measured in AROUND.items():
+        if part in asked.parts:
+            about[part] = kept(part, [place], lambda of=measured: of(place, view, asked))
+    return about
+
+
+def _between(places: list[Place], view: View, asked: Asked, kept: _Kept) -> dict[str, Any]:
+    """What is measured between places: `lines` by name, and the plane of their `path`; none where
+    they are not points of one space."""
+    found: dict[str, Any] = {"lines": {}, "path": None}
+    wanted = {"lines", "planes"} & set(asked.parts)
+    if not wanted or len(places) < 2:
+        return found
+    if not comparable(places):
+        say("lines and path are left out: these networks differ in shape, statistics or colours")
+        return found
+    if "lines" in wanted:
+        found["lines"] = {
+            one.name: kept(
+                one.kind, [one.first, one.second], lambda of=one: of.measure(view, asked)
+            )
+            for one in neighbours(places)
+        }
+    along = chain_of(places)
+    if "planes" in wanted and len(along) > 2:
+        found["path"] = kept("path", along, lambda: path(along, view, asked))
+    return found

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from deit.landscape_options import Asked
 from deit.landscape_places import Place, View, measure, student_of, surface_of
 from deit.models.masks import apply
 from deit.surface import Surface
+from deit.ticket_options import DENSE, TICKET
 from deit.volume import basin_volume
 
 _PROBES, _STEPS = 4, 30  # of the spectral density
@@ -123,15 +123,41 @@ def cut(first: Place, second: Place, view: View, asked: Asked) -> dict[str, Any]
     return _line(surface, surface.point, end, asked, f"{first.name} cut to {second.name}")
 
 
-def neighbours(places: list[Place]) -> list[tuple[str, Callable[[View, Asked], dict[str, Any]]]]:
-    """The lines that are looked at, by name: from each place to the next, of levels that follow
-    each other the step of pruning too."""
+class Between(NamedTuple):
+    """A line that is looked at: straight from one place to another, or, of kind cut, from it to
+    where the other's masks alone take it."""
+
+    kind: str
+    first: Place
+    second: Place
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return f"{self.first.name} {'cut to' if self.kind == 'cut' else 'to'} {self.second.name}"
+
+    def measure(self, view: View, asked: Asked) -> dict[str, Any]:
+        """Along it."""
+        return {"line": to_next, "cut": cut}[self.kind](self.first, self.second, view, asked)
+
+
+def neighbours(places: list[Place]) -> list[Between]:
+    """From each run to the next; of a search for tickets from each level to the next and along the
+    step of pruning between them, and from each ticket to its controls."""
     found = []
-    for first, second in pairwise(places):
-        found.append((f"{first.name} to {second.name}", partial(to_next, first, second)))
+    chain = chain_of(places)
+    for first, second in pairwise(chain):
+        found.append(Between("line", first, second))
         if second.follows(first):
-            found.append((f"{first.name} cut to {second.name}", partial(cut, first, second)))
-    return found
+            found.append(Between("cut", first, second))
+    tickets = {place.level: place for place in chain}
+    controls = [place for place in places if place not in chain and place.level in tickets]
+    return found + [Between("line", tickets[place.level], place) for place in controls]
+
+
+def chain_of(places: list[Place]) -> list[Place]:
+    """The places that follow each other: those of a search without its controls."""
+    return [place for place in places if place.kind in ("", DENSE, TICKET)]
 
 
 def path(places: list[Place], view: View, asked: Asked) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from deit import checkpoint
-from deit.config import Config
+from deit.config import Config, other_images
 from deit.datasets.splits import load_split
 from deit.datasets.spread import spread_rows
 from deit.errors import CheckpointError, ConfigError, DataError
@@ -18,6 +18,7 @@ from deit.landscape_options import Asked
 from deit.models.masks import MASKS, Masks, read_masks
 from deit.models.saved import load_student
 from deit.models.student import Student
+from deit.models.weights import digest_of
 from deit.prediction import shown
 from deit.records import head_logits
 from deit.surface import Surface
@@ -46,7 +47,8 @@ class Place(NamedTuple):
 
     def follows(self, other: "Place") -> bool:
         """Whether this one was pruned by what the other ended with."""
-        return self.kind == TICKET and other.level == self.level - 1 and other.kind != ""
+        chain = (DENSE, TICKET)
+        return self.kind == TICKET and other.kind in chain and other.level == self.level - 1
 
 
 def places_of(runs: list[Path], asked: Asked) -> list[Place]:
@@ -99,11 +101,12 @@ def _of_search(out: Path, asked: Asked) -> list[Place]:
 
 class View(NamedTuple):
     """The images whose loss is looked at: views float32 [images, 3, side, side] in [0, 1], labels
-    int64 [images], in batches."""
+    int64 [images], in batches. digest: of both."""
 
     batches: list[tuple[Tensor, Tensor]]
     sizes: list[int]
     number: int
+    digest: str
 
 
 def view_of(
@@ -117,9 +120,12 @@ def view_of(
     configs = [as_asked(find_run(one.run, asked.checkpoint)[0], root=root) for one in places]
     first = configs[0]
     for place, config in zip(places, configs):
-        if config.data != first.data:
+        field = other_images(config.data, first.data)
+        if config.data.train_fraction != first.data.train_fraction:
+            field = "data.train_fraction"
+        if field is not None:
             raise ConfigError(
-                f"{place.name}: has other data.* than {places[0].name}; landscapes stand beside "
+                f"{place.name}: has another {field} than {places[0].name}; landscapes stand beside "
                 "each other on the same images alone"
             )
     names, images = load_split(first.data, asked.split)
@@ -130,7 +136,25 @@ def view_of(
     views = shown(images, chunks, first, device=device)
     labels = images.labels.to(device)
     batches = [(one, labels[chunk.to(device)]) for one, chunk in zip(views, chunks)]
-    return first, View(batches, [len(chunk) for chunk in chunks], len(rows))
+    tensors = {
+        f"{kind}-{place}": one
+        for place, two in enumerate(batches)
+        for kind, one in zip(("views", "labels"), two)
+    }
+    sizes = [len(chunk) for chunk in chunks]
+    return first, View(batches, sizes, len(rows), digest_of(tensors))
+
+
+def comparable(places: list[Place]) -> bool:
+    """Whether the weights of all places are points of one space: networks of one shape, with the
+    same statistics and normalisation."""
+    first, *others = (load_student(place.saved)[0] for place in places)
+    shapes = [(name, one.shape) for name, one in first.named_parameters()]
+    return all(
+        shapes == [(name, one.shape) for name, one in other.named_parameters()]
+        and all(torch.equal(a, b) for a, b in zip(first.buffers(), other.buffers()))
+        for other in others
+    )
 
 
 def surface_of(place: Place, view: View, *, masked: bool = True) -> Surface:

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from deit import checkpoint
+from deit import checkpoint, shared_targets
 from deit.arguments import RunArguments
 from deit.at_once import Planned, Progress, check_number, failure_of
+from deit.begun import check_begun
 from deit.config import (
     Config,
     derive,
@@ -27,27 +28,31 @@ from deit.disk import check_writable, hold, replace_folder, write_json
 from deit.drawing import HEADS, markdown_table
 from deit.errors import ConfigError
 from deit.evaluation import evaluate, find_run
+from deit.finished import Finished
 from deit.losses import objective
 from deit.measured import Evaluations
 from deit.models.masks import MASKS
-from deit.models.saved import Facts, load_student, save_student
+from deit.models.saved import WEIGHTS, Facts, load_student, save_student
 from deit.models.slimming import (
     Kept,
     Scores,
     Watch,
     cut,
     largest,
+    macs_of,
     magnitudes,
     numbers_for_macs,
     slim,
 )
 from deit.models.student import Student
+from deit.models.weights import digest_of, read_weights
 from deit.outcome import top1_by_head
 from deit.parts import Parts
 from deit.prune_options import CONTROL, MANIFEST, PRUNED, RECOVERED, Asked
 from deit.run import parts_of
 from deit.sweep_training import trained, unfinished
 from deit.typed_json import read_typed
+from deit.validation import load
 
 _KEPT = "kept.json"
 
@@ -75,22 +80,25 @@ def prune(
     _check(config, saved, run)
     numbers = _numbers(config, asked)
     out = recovery.out
-    _check_folder(out, saved, asked)
+    manifest = _asked_in_all(config, saved, asked, recovery.config)
+    check_begun(out, MANIFEST, manifest, what="pruning")
+    scoring = _scoring(config, recovery.config, saved)
     if recovery.dry_run:
-        facts, kept, _ = _choose(config, saved, asked, numbers)
+        facts, kept, _ = _choose(scoring, saved, asked, numbers)
         _tell(facts, kept)
         say("dry run: nothing is written")
         return {}
     check_writable(out, option="--out")
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, option="--out"):
-        write_json(out / MANIFEST, _manifest(saved, asked))
+        write_json(out / MANIFEST, manifest)
         if not (out / PRUNED / checkpoint.CONFIG).is_file():
-            facts, kept, weights = _choose(config, saved, asked, numbers)
+            facts, kept, weights = _choose(scoring, saved, asked, numbers)
             _tell(facts, kept)
             _write(out / PRUNED, config, facts, kept, weights)
         _, facts = load_student(out / PRUNED / checkpoint.BEST)
         runs = _runs(recovery.config, facts, out, control=control)
+        Finished().check(runs)
         left = unfinished(runs)
         failed = trained(left, at_once=at_once, retries=1, progress=Progress(len(left)))
         if failed:
@@ -123,23 +131,13 @@ def _check(config: Config, saved: Path, run: Path) -> None:
         )
 
 
-def _manifest(saved: Path, asked: Asked) -> dict[str, Any]:
-    return {"of": str(saved.resolve()), **dataclasses.asdict(asked)}
-
-
-def _check_folder(out: Path, saved: Path, asked: Asked) -> None:
-    """Refuse a folder that holds something else. Raises ConfigError."""
-    before = out / MANIFEST
-    if before.is_file():
-        there = read_typed(before, dict[str, Any])
-        for key, mine in _manifest(saved, asked).items():
-            if there.get(key) != mine:
-                raise ConfigError(
-                    f"--out {out}: was pruned with {key} {there.get(key)}, not {mine}; give "
-                    "another --out"
-                )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out}: holds something, but no pruning; give another --out")
+def _asked_in_all(config: Config, saved: Path, asked: Asked, recovery: Config) -> dict[str, Any]:
+    """What every call in a folder must have in common: whose weights, what goes, and all that
+    decides the result of what is trained."""
+    if recovery.start != config.start:
+        raise ConfigError("start.*: is what this command itself decides; leave it out")
+    weights = {"weights": digest_of(read_weights(saved / WEIGHTS))}
+    return {**weights, **dataclasses.asdict(asked), **shared_targets.identity(recovery)}
 
 
 def _choose(
@@ -149,7 +147,7 @@ def _choose(
     units that stay. Raises the errors of deit.errors."""
     student, facts = load_student(saved)
     if asked.score == "taylor":
-        scores = _by_images(config, saved, asked.images)
+        scores = _by_images(config, asked.images)
     else:
         scores = magnitudes(student.network)
     kept = Kept(
@@ -183,11 +181,25 @@ def _numbers(config: Config, asked: Asked) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def _by_images(config: Config, saved: Path, number: int) -> Scores:
-    """What parts are worth to the run's own objective, on training views and with its teacher."""
-    start = {"source": str(saved), "heads": "keep", "masks": "keep", "update": 0}
+def _scoring(config: Config, recovery: Config, saved: Path) -> Config:
+    """The run's own configuration, begun with its weights, with the data, the teachers and the
+    device where the command line says that they are now."""
+    where = {leaf: getattr(recovery.data, leaf) for leaf in ("root", "workers", "storage")}
+    device = {leaf: getattr(recovery.run, leaf) for leaf in ("device", "precision")}
     plain = {"compile": "none", "linear": "torch", "shard": "none", "trackers": ()}
-    parts = parts_of(derive(config, start=start, run=plain))
+    config = dataclasses.replace(config, teacher=recovery.teacher)
+    return derive(
+        config,
+        data=where,
+        start={"source": str(saved), "heads": "keep", "masks": "keep", "update": 0},
+        optim={"trained": "all"},
+        run={**plain, **device, "keep_updates": ()},
+    )
+
+
+def _by_images(config: Config, number: int) -> Scores:
+    """What parts are worth to the run's own objective, on training views and with its teacher."""
+    parts = parts_of(config)
     student: Student = parts.accelerator.unwrap_model(parts.student).eval()
     watch = Watch(student.network)
     with watch.on(student.network):
@@ -225,6 +237,13 @@ def _tell(facts: Facts, kept: Kept) -> None:
         )
     ]
     table("what stays", ("block", "heads", "hidden units"), rows)
+    numbers = [sum(map(len, one)) for one in (kept.heads, kept.hidden)]
+    whole = [sum(of(facts.student)) for of in (heads_of_blocks, hidden_of_blocks)]
+    share = macs_of(facts.student, *numbers) / macs_of(facts.student, *whole)
+    say(
+        f"{numbers[0]} of {whole[0]} heads and {numbers[1]} of {whole[1]} hidden units: "
+        f"{percent(share)} % of the blocks' arithmetic"
+    )
 
 
 def _write(
@@ -243,9 +262,12 @@ def _write(
 def _runs(config: Config, facts: Facts, out: Path, *, control: bool) -> list[Planned]:
     """The training of what is left, and of the same shape from random weights."""
     shape = {leaf: getattr(facts.student, leaf) for leaf in ("block_heads", "block_hidden")}
-    config = derive(config, student=shape)
+    config = derive(config, student=shape, run={"keep_updates": ()})
     anew = {"source": None, "heads": "keep", "kernel": "deit", "masks": "keep", "update": 0}
-    begun = {**anew, "source": str(out / PRUNED)}
+    source = str(out / PRUNED)
+    if checkpoint.found(out / RECOVERED):  # from another directory it is spelled otherwise
+        source = load(out / RECOVERED / checkpoint.CONFIG).start.source
+    begun = {**anew, "source": source}
     runs = [Planned(RECOVERED, derive(config, start=begun), out / RECOVERED)]
     if control:
         # Its normalisation is the same: that of the run which was cut.

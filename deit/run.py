@@ -245,6 +245,8 @@ def _check_update(config: Config, loader: TrainLoader) -> None:
     updates = config.optim.epochs * loader.steps_per_epoch
     if config.start.update >= updates:
         raise ConfigError(f"start.update = {config.start.update}: the run has {updates} updates")
+    if late := [one for one in config.run.keep_updates if one > updates]:
+        raise ConfigError(f"run.keep_updates = {late[0]}: the run has {updates} updates")
 
 
 def _recompute(config: Config, network: nn.Module) -> None:

@@ -164,7 +164,9 @@ def checkpoint_bytes(parts: Parts) -> int:
     """About what a checkpoint takes [bytes]."""
     network = parts.accelerator.unwrap_model(parts.student).network
     moments = 2 * sum(one.nbytes for one in network.parameters() if one.requires_grad)
-    return _weights_bytes(parts) * (2 if parts.average is not None else 1) + moments
+    masks = {} if parts.held is None else parts.held.masks
+    masked = sum(mask.nbytes for mask in masks.values())
+    return _weights_bytes(parts) * (2 if parts.average is not None else 1) + moments + masked
 
 
 def _weights_bytes(parts: Parts) -> int:

@@ -11,6 +11,7 @@ from deit import checkpoint
 from deit.disk import put_file
 from deit.errors import CheckpointError
 from deit.models.masks import (
+    MASKS,
     Masks,
     Weights,
     dense,
@@ -29,22 +30,20 @@ from deit.ticket_plan import Plan, Ticket
 def write_masks(ticket: Ticket, plan: Plan) -> None:
     """Write the masks of a run, which follow from what the runs before it ended with.
 
-    The same runs give the same masks, so a file that is there is held against them. Raises
-    CheckpointError where the run was trained under others.
+    The same runs give the same masks, so a run that has begun is held against those it was begun
+    with. Raises CheckpointError where they are others.
     """
     if ticket.masks is None:
         return
     masks = _MAKERS[ticket.kind](ticket, plan)
-    if ticket.masks.is_file():
-        if _same(read_masks(ticket.masks), masks):
-            return
-        if checkpoint.found(ticket.run.out):
-            raise CheckpointError(
-                f"{ticket.run.out}: was trained under the masks of {ticket.masks.name}, and the "
-                "runs they followed from say others now; remove this folder to train it anew"
-            )
-    ticket.masks.parent.mkdir(parents=True, exist_ok=True)
-    put_file(ticket.masks, serialised(masks))
+    if checkpoint.found(ticket.run.out) and not _same(_trained_under(ticket.run.out), masks):
+        raise CheckpointError(
+            f"{ticket.run.out}: was trained under other masks than follow now from the runs before "
+            "it; remove this folder to train it anew"
+        )
+    if not ticket.masks.is_file() or not _same(read_masks(ticket.masks), masks):
+        ticket.masks.parent.mkdir(parents=True, exist_ok=True)
+        put_file(ticket.masks, serialised(masks))
 
 
 def _same(one: Masks, other: Masks) -> bool:
@@ -53,12 +52,27 @@ def _same(one: Masks, other: Masks) -> bool:
     )
 
 
-def ends_of(run: Path) -> Weights:
-    """The prunable weights a run ended with (not their average), in the order of the network.
-    Raises CheckpointError."""
+def _trained_under(run: Path) -> Masks:
+    """The masks in the newest checkpoint of a run. Raises CheckpointError."""
+    return read_masks(_newest(run) / MASKS)
+
+
+def _newest(run: Path) -> Path:
     folder = checkpoint.newest(run)
     if folder is None:
         raise CheckpointError(f"{run}: has no checkpoint, so nothing says what to prune")
+    return folder
+
+
+def ends_of(run: Path) -> Weights:
+    """The prunable weights a finished run ended with (not their average), in the order of the
+    network. Raises CheckpointError where its last checkpoint is not sound."""
+    folder, result = _newest(run), checkpoint.result_of(run)
+    if result is None or checkpoint.step_of(folder) != result["step"]:
+        raise CheckpointError(
+            f"{run}: the checkpoint of its end is not there or not sound; remove this folder to "
+            "train it anew"
+        )
     student, _ = load_student(folder)
     return prunable(student.network)
 
@@ -69,7 +83,7 @@ def _of_level(ticket: Ticket, plan: Plan) -> Masks:
     weights = ends_of(ticket.run.out.with_name(before))
     masks = dense(weights)
     if ticket.level > 1:
-        masks = read_masks(ticket.masks.with_name(f"{before}.safetensors"))
+        masks = _trained_under(ticket.run.out.with_name(before))
     return _largest(weights, masks, plan, ticket.level)
 
 

@@ -1,5 +1,6 @@
 """`deit tickets`: iterative magnitude pruning with rewinding, beside its controls."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from deit import checkpoint, shared_targets
 from deit.arguments import RunArguments
 from deit.at_once import Failed, Planned, Progress, check_number, failure_of
+from deit.begun import check_begun
 from deit.config import Config, derive
 from deit.console import say, table
 from deit.datasets.loader import updates_of_epoch
@@ -16,6 +18,8 @@ from deit.environment import choose_linear, create_accelerator
 from deit.errors import ConfigError, DeitError, EnvironmentFault
 from deit.finished import Finished
 from deit.ground import Ground, slug
+from deit.models.masks import dense, prunable, prune_in
+from deit.models.networks import create_network
 from deit.preparation import found_start, settled
 from deit.sweep_file import Point
 from deit.sweep_pictures import draw_sweep
@@ -29,8 +33,10 @@ from deit.ticket_plan import Plan, Ticket, plan_of, tickets_of
 from deit.ticket_results import mask_cells, mask_columns, matching, matching_line
 from deit.trackers import check_trackers
 from deit.typed_json import read_typed
+from deit.validation import load
 
 NAME = "tickets"
+_SETTLED = "settled.json"
 
 
 def tickets(
@@ -58,9 +64,9 @@ def tickets(
     if retries < 0:
         raise ConfigError(f"--retries {retries}: should be at least 0")
     check_trackers(run.config)
-    _check_folder(run.out, asked, run.recipe)
-    base, updates = _settled(run)
-    plan = plan_of(asked, base, updates=updates)
+    manifest = _asked_in_all(asked, run)
+    check_begun(run.out, MANIFEST, manifest, what="sweep")
+    base, plan, updates = _settled(run, asked)
     ground, below, found = _runs(plan, run, base, seeds)
     _announce(plan, base, found, updates)
     if run.dry_run:
@@ -68,7 +74,8 @@ def tickets(
         return {}
     run.out.mkdir(parents=True, exist_ok=True)
     with hold(run.out, option="--out"):
-        write_json(run.out / MANIFEST, _manifest(asked, run.recipe, base))
+        write_json(run.out / MANIFEST, manifest)
+        write_json(run.out / _SETTLED, {"linear": base.run.linear})
         trials = [Trial(_point(one, plan), one.seed, one.run) for one in found]
         stores, runs = shared_targets.share(
             [one.run for one in found], run.out / "targets", records=None
@@ -84,50 +91,51 @@ def tickets(
     return result
 
 
-def _manifest(asked: Asked, recipe: str, base: Config) -> dict[str, str]:
-    """What every call in a folder must have in common, and who computes linear layers."""
-    return {**_same_in_all(asked, recipe), "linear": base.run.linear}
-
-
-def _same_in_all(asked: Asked, recipe: str) -> dict[str, str]:
+def _asked_in_all(asked: Asked, run: RunArguments) -> dict[str, str]:
+    """What every call in a folder must have in common: what levels follow from, and all that
+    decides the result of a run. As text, as in the folder of any sweep."""
     rewind = "the end of warm-up" if asked.rewind is None else f"{asked.rewind:g}"
     rate = f"{RATE if asked.rate is None else asked.rate:g}"
-    return {"sweep": NAME, "recipe": recipe, "scope": asked.scope, "rate": rate, "rewind": rewind}
+    fields = shared_targets.identity(run.config)
+    fields.pop("run.seed", None)
+    fields.pop("run.linear", None)
+    told = {"sweep": NAME, "recipe": run.recipe, "scope": asked.scope, "rate": rate}
+    return {**told, "rewind": rewind, **{name: json.dumps(one) for name, one in fields.items()}}
 
 
-def _check_folder(out: Path, asked: Asked, recipe: str) -> None:
-    """Refuse a folder that holds something else. Raises ConfigError and EnvironmentFault."""
-    if out.exists() and not out.is_dir():
-        raise EnvironmentFault(f"--out {out}: is a file, not a folder")
-    before = out / MANIFEST
-    if before.is_file():
-        there = read_typed(before, dict[str, str])
-        for key, mine in _same_in_all(asked, recipe).items():
-            if there.get(key) != mine:
-                raise ConfigError(
-                    f"--out {out}: holds a sweep whose {key} is {there.get(key)}, not {mine}; give "
-                    "another --out"
-                )
-    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise ConfigError(f"--out {out}: holds something, but no tickets; give another --out")
+def _known_linear(out: Path) -> str | None:
+    """Who computes linear layers in the runs of a folder; None where none was begun."""
+    file = out / _SETTLED
+    return read_typed(file, dict[str, str])["linear"] if file.is_file() else None
 
 
-def _settled(run: RunArguments) -> tuple[Config, int]:
-    """The configuration with what all runs must have in common, and the updates of an epoch.
+def _settled(run: RunArguments, asked: Asked) -> tuple[Config, Plan, int]:
+    """The configuration with what all runs must have in common, the plan, and the updates of an
+    epoch.
 
-    That is the normalisation, for a run that goes back has another start than the dense one, and
-    who computes linear layers, which each would measure for itself.
+    In common is the normalisation, for a run that goes back has another start than the dense one,
+    and who computes linear layers, which each would measure for itself. Raises ConfigError where
+    nothing can be pruned, or not so.
     """
     config = settled(run.config, found_start(run.config))
     splits = load_splits(config.data)
     mean, std = config.views.mean or splits.mean, config.views.std or splits.std
     config = derive(config, views={"mean": mean, "std": std})
     if config.run.linear == "auto":
-        before = run.out / MANIFEST
-        known = read_typed(before, dict[str, str]).get("linear") if before.is_file() else None
-        linear = known or choose_linear(config.run, create_accelerator(config.run))
+        linear = _known_linear(run.out) or choose_linear(config.run, create_accelerator(config.run))
         config = derive(config, run={"linear": linear})
-    return config, updates_of_epoch(len(splits.train.labels), config.optim.batch_size)
+    updates = updates_of_epoch(len(splits.train.labels), config.optim.batch_size)
+    plan = plan_of(asked, config, updates=updates)
+    if plan.rewind >= config.optim.epochs * updates:
+        raise ConfigError(
+            f"--rewind: goes back to update {plan.rewind}, and a run has "
+            f"{config.optim.epochs * updates}"
+        )
+    weights = prunable(create_network(config.student, len(splits.class_names)))
+    if not weights:
+        raise ConfigError(f"student.name = {config.student.name!r}: none of its weights can go")
+    prune_in(plan.scope)(weights, dense(weights), plan.densities[0])  # refuses what does not fit
+    return config, plan, updates
 
 
 def _runs(
@@ -136,13 +144,30 @@ def _runs(
     """The teachers and the runs of all seeds. Raises ConfigError and DataError."""
     first = derive(run.config, run={"seed": seeds[0]})
     ground = Ground(run, first, run.out, arms=[first])
-    laid = ground.laid(base)
+    # What it starts from has to be there: it says how images are normalised in all runs.
+    laid = ground.laid(derive(base, start={"source": None}))
+    laid = derive(laid, start={"source": base.start.source})
     below = [Planned(name, config, run.out / slug(name)) for name, config in ground.runs.items()]
     for one in below:
         check_ground(one)
     check_there(laid, {str(one.out) for one in below})
     found = [one for seed in seeds for one in tickets_of(plan, laid, seed, run.out)]
+    found = [one._replace(run=_as_begun(one.run)) for one in found]
     return ground, below, found
+
+
+def _as_begun(run: Planned) -> Planned:
+    """A run with the start and the masks by the paths with which it was begun: from another
+    directory, or after a move, they are spelled otherwise. (A run that goes on reads neither.)"""
+    if not checkpoint.found(run.out) or not (run.out / checkpoint.CONFIG).is_file():
+        return run
+    before, now = load(run.out / checkpoint.CONFIG).start, run.config.start
+    kept = {
+        leaf: getattr(before, leaf)
+        for leaf in ("source", "masks")
+        if Path(getattr(before, leaf) or "").name == Path(getattr(now, leaf) or "").name
+    }
+    return run._replace(config=derive(run.config, start=kept))
 
 
 def _announce(plan: Plan, base: Config, found: list[Ticket], updates: int) -> None:
@@ -166,7 +191,12 @@ def _list(plan: Plan, below: list[Planned], found: list[Ticket]) -> None:
 
 
 def _sparsity(ticket: Ticket, plan: Plan) -> str:
-    return f"{100 * (1 - plan.densities[ticket.level - 1]):.1f}" if ticket.level else "0.0"
+    """In %, with as many digits as tell the levels apart."""
+    for digits in range(1, 9):
+        told = [f"{100 * (1 - density):.{digits}f}" for density in (1.0, *plan.densities)]
+        if len(set(told)) == len(told):
+            break
+    return told[ticket.level]
 
 
 def _point(ticket: Ticket, plan: Plan) -> Point:
@@ -209,10 +239,14 @@ def _train(plan: Plan, work: Work, found: list[Ticket], *, at_once: int, retries
 
 
 def _lacking(ticket: Ticket, mishaps: Mishaps) -> str | None:
-    """What a run needs and does not have; noted. None where nothing is lacking."""
+    """What a run needs and does not have; noted. None where nothing is lacking. Of a control that
+    is the ticket's masks, too."""
     if ticket.level == 0:
         return None
     needed = ticket.run.out.with_name(f"level-{ticket.level - 1}")
+    own = ticket.run.out.with_name(f"level-{ticket.level}")
+    if ticket.kind != TICKET and own in mishaps.reasons():
+        needed = own
     if needed not in mishaps.reasons():
         return None
     mishaps.barred[ticket.run.out] = f"needs {needed}, which is not there"

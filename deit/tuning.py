@@ -30,7 +30,8 @@ def begin_from(
     elif student is not None:
         kept = {name: getattr(own, name) for name in ("image_size", "drop_path", "dropout")}
         own = replace(student, **kept)
-    return derive(config, student=own, start={"source": source, "masks": "keep", "update": 0})
+    start = {"source": source, "masks": "keep", "update": 0}
+    return derive(config, student=own, start=start, run={"keep_updates": ()})
 
 
 def at_resolution(config: Config, side: int) -> Config:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from deit.errors import CheckpointError, ConfigError
 from deit.models.layers import heads_of
@@ -21,15 +23,21 @@ Masks = dict[str, Tensor]
 """Bool tensors by the names of the weights they are of, True where a weight is kept."""
 
 
+_STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+
+
 def prunable(network: nn.Module) -> Weights:
     """The weights that may be pruned, in the order of the network: of every linear layer and
-    convolution but the first, which sees the pixels, and the heads. One that several layers share
-    is there once. Tokens, positions, norms and biases are dense."""
+    convolution (modules of torch's, by their `weight`) but the first, which sees the pixels, and
+    the heads. One that several layers share is there once. Tokens, positions, norms and biases are
+    dense, and so are filters that are standardised before they are used: their zeros would be none.
+    """
     first_seen, heads, found, known = False, heads_of(network), dict[str, Tensor](), set[int]()
     for name, module in network.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d) or name in heads:
             continue
-        if first_seen and id(module.weight) not in known:
+        plain = not isinstance(module, _STANDARDISED) and not is_parametrized(module)
+        if first_seen and plain and id(module.weight) not in known:
             found[f"{name}.weight"] = module.weight.detach()
         known.add(id(module.weight))
         first_seen = True

@@ -108,7 +108,7 @@ def magnitudes(network: nn.Module) -> Scores:
 
 def largest(scores: PerBlock, number: int, *, scope: str) -> tuple[tuple[int, ...], ...]:
     """The places of the `number` largest of all blocks together, of equal ones the first, and at
-    least one in each block; scope layerwise: the same share of each block, rounded.
+    least one in each block; scope layerwise: the same share of each block, rounded down.
 
     Raises ValueError where there are fewer, or fewer asked than blocks.
     """
@@ -116,7 +116,7 @@ def largest(scores: PerBlock, number: int, *, scope: str) -> tuple[tuple[int, ..
     if not len(scores) <= number <= total:
         raise ValueError(f"{number} of {total} in {len(scores)} blocks")
     if scope == "layerwise":
-        counts = [max(round(len(one) * number / total), 1) for one in scores]
+        counts = [max(len(one) * number // total, 1) for one in scores]  # never more than asked
         chosen = [_top(one, count) for one, count in zip(scores, counts)]
         return tuple(chosen)
     best = [int(one.argmax()) for one in scores]

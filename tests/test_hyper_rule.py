@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from deit.config import derive, peak_lr
+from deit.errors import ConfigError
 from deit.finetune_arguments import parse_finetune
 from deit.hyper_rule import RULES, hyper_rule
 from deit.models.layers import heads_of, hold_still
@@ -157,3 +158,20 @@ def test_fine_tuning_counts_the_images(folder):
     # digits has 1,294 training images: two updates an epoch.
     assert (config.optim.epochs, config.optim.warmup_epochs) == (250, 50)
     assert config.data == digits().data
+
+
+def test_what_is_typed_of_the_data_counts_before_the_rule(folder):
+    words = ["--from", str(folder), "digits-teacher", "--tuning", "bit"]
+    words += ["--student.name", "timm:resnetv2_50x1_bit", "--data.train_fraction", "0.2"]
+    config = parse_finetune(words, "deit finetune").config
+    assert config.data.train_fraction == 0.2
+    assert config.optim.batch_size == 256  # of 259 images
+    assert config.optim.epochs == 500
+    with pytest.raises(ConfigError, match="is what --tuning bit itself decides"):
+        parse_finetune([*words, "--resolution", "32"], "deit finetune")
+
+
+def test_a_least_learning_rate_has_no_effect_on_a_staircase():
+    config = derive(hyper_rule(CIFAR, images=9), optim={"min_lr": 1e-3})
+    with pytest.raises(ConfigError, match=r"optim\.min_lr = 0\.001: has no effect"):
+        validate(config)

@@ -62,6 +62,7 @@ PLAN = {
     "deit.transfer": place(0, "torch"),
     "deit.scopes": place(0, doors="deit.errors"),
     "deit.ticket_options": place(1),
+    "deit.begun": place(1),
     "deit.processor": place(0),
     "deit.latency": place(0, "torch"),
     "deit.presets": place(1),

@@ -4,9 +4,12 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 
-from deit.ladder import versions_of
+from deit.ladder import Version, _rung, versions_of
 from deit.ladder_page import draw_ladder, markdown
+from deit.models.saved import load_student, save_weights
+from deit.validation import load
 from tests.test_prune import QUICK, SMALL
 
 pytest.importorskip("sklearn")
@@ -98,11 +101,6 @@ def test_numbers_table_and_picture_lie_in_the_runs_folder(place, measured, tmp_p
 
 def test_masked_weights_are_not_counted(place, tmp_path):
     """A run with zeros: parameters stay, those that are not 0 do not."""
-    from safetensors.torch import load_file
-
-    from deit.ladder import Version, _rung
-    from deit.models.saved import load_student, save_weights
-
     run = tmp_path / "run"
     shutil.copytree(place / "run", run)
     file = run / "best" / "model.safetensors"
@@ -113,7 +111,7 @@ def test_masked_weights_are_not_counted(place, tmp_path):
     save_weights(file, weights)
     (run / "best" / "manifest.json").unlink()
     _, facts = load_student(run / "best")
-    about = _rung(Version("x", run), facts).about
+    about = _rung(Version("x", run), load(run / "config.json"), facts).about
     assert about["nonzero"] == before - zeros
     assert about["parameters"] == sum(one.numel() for one in weights.values())
 
@@ -150,4 +148,26 @@ def test_a_run_of_another_size_is_refused(place, zygote, tmp_path):
     assert zygote.run("train", "digits", *words, cwd=place).code == 0
     done = zygote.run("ladder", "run", tmp_path / "large", cwd=place)
     assert done.code == 2
-    assert "large: takes 16 px, the run 8" in done.err
+    assert "large: is evaluated at image_size 16, the run at 8" in done.err
+
+
+def test_a_run_of_other_splits_is_refused(place, zygote, tmp_path):
+    shutil.copytree(place / "other", tmp_path / "seen")
+    config = json.loads((tmp_path / "seen" / "config.json").read_text())
+    config["data"]["split_seed"] = 1
+    (tmp_path / "seen" / "config.json").write_text(json.dumps(config))
+    done = zygote.run("ladder", "run", tmp_path / "seen", cwd=place)
+    assert done.code == 3
+    assert "seen: has another data.split_seed than the run" in done.err
+
+
+def test_files_of_other_weights_are_left_out(place, zygote, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    shutil.rmtree(run / "best")
+    shutil.copytree(place / "other" / "best", run / "best")
+    done = zygote.run("ladder", run, cwd=place)
+    assert done.code == 0, done.err
+    assert "export-onnx/model.onnx: left out" in done.err
+    assert next(iter(json.loads((run / "ladder" / "ladder.json").read_text())["rows"])) == "run"
+    assert "run, ONNX" not in json.loads((run / "ladder" / "ladder.json").read_text())["rows"]

@@ -14,6 +14,7 @@ from deit.datasets.splits import load_split
 from deit.datasets.spread import spread_rows
 from deit.landscape_options import PARTS, Asked
 from deit.landscape_page import cells, line_cells, write_page
+from deit.landscape_parts import chain_of, neighbours
 from deit.landscape_places import places_of, surface_of, view_of
 from deit.models.masks import apply, read_masks
 from deit.models.saved import load_student
@@ -213,18 +214,18 @@ def test_what_was_measured_is_not_measured_again(looked, place, zygote, tmp_path
     shutil.copytree(looked[0], tmp_path / "out")
     kept = tmp_path / "out" / "measured"
     before = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
-    lost = kept / "dense-volume.json"
+    (lost,) = kept.glob("dense-volume-*.json")
     same = lost.read_bytes()
     lost.unlink()
     words = ("landscape", "search", *FEW, "--out", tmp_path / "out")
     done = zygote.run(*words, cwd=place)
     assert done.code == 0, done.err
     after = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
-    assert {name for name in after if after[name] != before[name]} == {"dense-volume.json"}
+    assert {name for name in after if after[name] != before[name]} == {lost.name}
     assert lost.read_bytes() == same
     done = zygote.run(*words, "--seed", "1", cwd=place)
     assert done.code == 2
-    assert "holds a landscape with other asked (seed: 0, now 1)" in done.err
+    assert "holds a landscape whose seed is 0, not 1" in done.err
 
 
 def test_more_places_go_on_from_what_there_is(looked, place, zygote, tmp_path):
@@ -235,15 +236,51 @@ def test_more_places_go_on_from_what_there_is(looked, place, zygote, tmp_path):
     assert list(result(tmp_path / "out")["places"]) == [*NAMES, "random, 75.0 %"]
 
 
-def test_weights_that_changed_are_told(looked, place, zygote, tmp_path):
-    shutil.copytree(looked[0], tmp_path / "out")
-    file = tmp_path / "out" / "landscape-of.json"
-    told = json.loads(file.read_text())
-    told["weights"]["dense"] = "0" * 64
-    file.write_text(json.dumps(told))
-    done = zygote.run("landscape", "search", *FEW, "--out", tmp_path / "out", cwd=place)
-    assert done.code == 2
-    assert "holds a landscape with other weights (dense: 000" in done.err
+def test_of_other_weights_everything_is_measured_anew(place, zygote, tmp_path):
+    """Also where a call in between did not name that run."""
+    for level in (0, 1):
+        shutil.copytree(place / f"search/seed-0/level-{level}", tmp_path / f"run-{level}")
+    words = ("--only", "volume", *FEW, "--checkpoint", "best", "--out", "out")
+    before, after = ({}, {})
+    for found in (before, after):
+        done = zygote.run("landscape", "run-0", "run-1", *words, cwd=tmp_path)
+        assert done.code == 0, done.err
+        found |= result(tmp_path / "out")["places"]
+        assert zygote.run("landscape", "run-0", *words, cwd=tmp_path).code == 0
+        shutil.rmtree(tmp_path / "run-1" / "best")
+        shutil.copytree(tmp_path / "run-0" / "best", tmp_path / "run-1" / "best")
+    assert before["run-1"]["loss"] != after["run-1"]["loss"] == after["run-0"]["loss"]
+    assert before["run-1"]["volume"] != after["run-1"]["volume"]
+    assert before["run-0"] == after["run-0"]
+
+
+def test_controls_stand_beside_the_ticket_of_their_level(place):
+    places = places_of([place / "search"], Asked(kinds=("ticket", "random")))
+    names = [one.name for one in neighbours(places)]
+    assert names == [
+        *("dense to ticket, 50.0 %", "dense cut to ticket, 50.0 %"),
+        *("ticket, 50.0 % to ticket, 75.0 %", "ticket, 50.0 % cut to ticket, 75.0 %"),
+        "ticket, 75.0 % to random, 75.0 %",
+    ]
+    assert [one.name for one in chain_of(places)] == NAMES
+
+
+def test_networks_of_other_shapes_have_no_line_between_them(place, zygote, tmp_path):
+    words = ("train", "digits", *SMALL, "--objective", "none", "--student.embed_dim", "32")
+    done = zygote.run(*words, "--out", tmp_path / "wide", cwd=place)
+    assert done.code == 0, done.err
+    words = (
+        "landscape",
+        "search/seed-0/level-0",
+        tmp_path / "wide",
+        *FEW,
+        "--only",
+        "lines,volume",
+    )
+    done = zygote.run(*words, "--out", tmp_path / "o", cwd=place)
+    assert done.code == 0, done.err
+    assert "lines and path are left out" in done.out
+    assert result(tmp_path / "o")["lines"] == {}
 
 
 def test_runs_stand_beside_each_other(place, zygote, tmp_path):
@@ -292,7 +329,7 @@ def test_runs_of_other_images_do_not_stand_beside_each_other(place, zygote, tmp_
     runs = ("search/seed-0/level-0", tmp_path / "other")
     done = zygote.run("landscape", *runs, "--out", tmp_path / "o", cwd=place)
     assert done.code == 2
-    assert "other: has other data.* than level-0" in done.err
+    assert "other: has another data.train_fraction than level-0" in done.err
 
 
 def test_radii_are_lengths(looked):

@@ -1,6 +1,7 @@
 """deit prune: what is cut, what is taught once more, and what is told of it."""
 
 import json
+import re
 
 import pytest
 from safetensors.torch import load_file
@@ -126,7 +127,10 @@ def test_the_same_command_trains_nothing_again_and_another_is_refused(pruned, zy
     assert {path: path.stat().st_mtime_ns for path in out.glob("**/*.safetensors")} == before
     done = zygote.run(*words, "--scope", "layerwise", cwd=out.parent)
     assert done.code == 2
-    assert "was pruned with scope global, not layerwise" in done.err
+    assert "holds a pruning whose scope is global, not layerwise" in done.err
+    done = zygote.run(*words, "--optim.epochs", "3", cwd=out.parent)
+    assert done.code == 2
+    assert "holds a pruning whose optim.epochs is 2, not 3" in done.err
 
 
 def test_interrupted_it_goes_on(place, zygote, tmp_path):
@@ -171,6 +175,24 @@ def test_a_dry_run_chooses_by_every_score_in_every_scope(place, zygote, tmp_path
         student, _ = load_student(place / "run" / "best")
         kept = largest(magnitudes(student.network).hidden, 96, scope="global")
         assert units == list(map(len, kept))
+
+
+def test_a_share_of_the_arithmetic_is_not_exceeded_layer_by_layer(place, zygote, tmp_path):
+    words = ("prune", "run", *QUICK, "--macs", "0.6", "--scope", "layerwise", "--dry_run")
+    done = zygote.run(*words, "--out", tmp_path / "out", cwd=place)
+    assert done.code == 0, done.err
+    told = re.search(r"([\d.]+) % of the blocks' arithmetic", done.out)
+    assert 0 < float(told[1]) <= 60
+
+
+def test_frozen_weights_are_cut_as_well(place, zygote, tmp_path):
+    words = ("finetune", "--from", "run", "--optim.trained", "heads", "--optim.epochs", "1")
+    words = (*words, "--optim.warmup_epochs", "0", "--run.evaluate_every", "1", "--out")
+    done = zygote.run(*words, tmp_path / "probe", cwd=place)
+    assert done.code == 0, done.err
+    words = ("prune", tmp_path / "probe", *QUICK, "--dry_run", "--out", tmp_path / "out")
+    done = zygote.run(*words, "--optim.warmup_epochs", "0", cwd=place)
+    assert done.code == 0, done.err
 
 
 def test_arithmetic_can_be_asked_for(place, zygote, tmp_path):
@@ -221,6 +243,10 @@ def test_options_that_cannot_be(wrong):
         (("prune", "run", "--macs", "0.01"), "--macs 0.01: one head and one hidden unit in every"),
         (("prune", "run", "--resume"), "takes no --resume; the same command always goes on"),
         (("prune", "teacher"), "heads and hidden units are cut from deit_* and vit_* only"),
+        (
+            ("prune", "run", "--start.source", "teacher"),
+            "start.*: is what this command itself decides",
+        ),
         (("prune", "run", "--out", "run"), "--out run: holds something, but no pruning"),
     ],
 )

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deit import checkpoint, journal, tickets
+from deit import checkpoint, journal, manifest, tickets
 from deit.arguments import RunArguments
 from deit.at_once import Failed
 from deit.config import derive
+from deit.errors import CheckpointError
 from deit.ground import Ground
-from deit.models.masks import holds, kept_in, read_masks
+from deit.models.masks import MASKS, holds, kept_in, read_masks
 from deit.models.saved import build_student, load_student, save_weights
 from deit.recipes import digits
 from deit.scopes import SCOPES
@@ -311,15 +312,31 @@ def arguments_of(config):
 def test_weights_that_say_other_masks_than_a_run_was_trained_under(searched, zygote, tmp_path):
     place, _ = searched
     shutil.copytree(place / "out", tmp_path / "out")
-    file = tmp_path / "out/seed-0/masks/level-1.safetensors"
-    save_weights(file, {name: mask.flip(0) for name, mask in read_masks(file).items()})
-    done = zygote.run(*WORDS, "--out", "out", cwd=tmp_path)
-    assert done.code == 4
-    assert "level-1: was trained under the masks of level-1.safetensors" in done.err
-    # Its level 2 followed from it, and is not told.
-    told = result(tmp_path / "out")["rows"]
-    assert told["dense"]["seeds"] == [0]
-    assert all(list(told[name]["failed"]) == ["0"] for name in ("ticket, 50.0 %", "ticket, 75.0 %"))
+    folder = checkpoint.newest(tmp_path / "out/seed-0/level-1")
+    save_weights(folder / MASKS, {n: one.flip(0) for n, one in read_masks(folder / MASKS).items()})
+    names = {path.name for path in folder.iterdir()} - {manifest.MANIFEST}
+    manifest.seal(folder, manifest.digests(folder, names), step=checkpoint.step_of(folder))
+    for _ in range(2):  # it stays refused
+        done = zygote.run(*WORDS, "--out", "out", cwd=tmp_path)
+        assert done.code == 4
+        assert "level-1: was trained under other masks than follow now" in done.err
+        # Its level 2 followed from it, and is not told.
+        told = result(tmp_path / "out")["rows"]
+        assert told["dense"]["seeds"] == [0]
+        for name in ("ticket, 50.0 %", "ticket, 75.0 %", "random, 75.0 %"):
+            assert list(told[name]["failed"]) == ["0"]
+
+
+def test_a_run_whose_end_is_damaged_is_not_pruned_further(searched, tmp_path):
+    place, _ = searched
+    run = tmp_path / "level-1"
+    shutil.copytree(place / "out/seed-0/level-1", run)
+    assert ends_of(run)
+    (checkpoint.newest(run) / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(
+        CheckpointError, match="the checkpoint of its end is not there or not sound"
+    ):
+        ends_of(run)
 
 
 # What is told
@@ -407,6 +424,7 @@ def test_the_report_shows_curve_masks_and_layers(searched, zygote, tmp_path):
         (("--rate", "nan"), "--rate nan: should be a share"),
         (("--rewind", "3"), "--rewind 3: should be at least 0 and below optim.epochs (3)"),
         (("--rewind", "-1"), "--rewind -1: should be at least 0"),
+        (("--rewind", "2.999"), "--rewind: goes back to update 12, and a run has 12"),
         (("--controls", "randm"), "--controls randm: should be of random, re-initialised"),
         (("--controls_at", "3"), "--controls_at 3: there are levels 1 to 2"),
         (("--controls_at", "1,1"), "--controls_at 1,1: names one of them twice"),
@@ -441,6 +459,9 @@ def test_what_is_not_trained_whole_has_no_tickets(zygote, tmp_path, searched):
         (("--scope", "layerwise"), "whose scope is global, not layerwise"),
         (("--rate", "0.4"), "whose rate is 0.5, not 0.4"),
         (("--rewind", "1"), "whose rewind is 0.5, not 1"),
+        (("--optim.lr", "0.5"), "whose optim.lr is"),
+        (("--student.depth", "2"), "whose student.depth is 1, not 2"),
+        (("--objective", "none"), "whose loss.kind is"),
     ],
 )
 def test_another_search_in_the_folder_is_refused(searched, zygote, words, said):
@@ -449,12 +470,36 @@ def test_another_search_in_the_folder_is_refused(searched, zygote, words, said):
     assert (done.code, said in done.err) == (2, True), done.err
 
 
+def test_groups_that_do_not_fit_are_told_before_the_work(zygote, tmp_path):
+    words = ("tickets", "digits", *SMALL, "--scope", "3:5", "--out", "out")
+    done = zygote.run(*words, cwd=tmp_path)
+    assert done.code == 2
+    assert "has 16 inputs, which 5 does not divide" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_standardised_have_no_tickets(zygote, tmp_path):
+    words = ("--student.name", "timm:resnetv2_50x1_bit", "--student.patch_size", "4")
+    words = ("tickets", "digits-teacher", *words, "--out", "out", "--dry_run")
+    done = zygote.run(*words, cwd=tmp_path)
+    assert done.code == 2
+    assert "none of its weights can go" in done.err
+
+
+def test_levels_of_nearly_the_same_sparsity_keep_apart(zygote, tmp_path):
+    words = ("tickets", "digits", *SMALL, "--rate", "0.5", "--levels", "12", "--controls", "none")
+    done = zygote.run(*words, "--out", "out", "--dry_run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    told = [line.split()[3] for line in done.out.splitlines() if " ticket " in line]
+    assert len(told) == len(set(told)) == 12
+
+
 def test_a_folder_that_holds_something_else_is_refused(zygote, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
     done = zygote.run(*WORDS, "--out", "out", cwd=tmp_path)
     assert done.code == 2
-    assert "holds something, but no tickets" in done.err
+    assert "holds something, but no sweep" in done.err
 
 
 @pytest.mark.parametrize("scope", [*SCOPES, "2:4"])

@@ -1,0 +1,34 @@
+"""What was begun in a folder, so that the same command goes on there and no other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deit.errors import ConfigError, EnvironmentFault
+from deit.typed_json import read_typed
+
+
+def check_begun(out: Path, file: str, asked: dict[str, Any], *, what: str) -> None:
+    """Refuse a folder in which something else was begun, or that holds anything else.
+
+    file: in the folder, what was asked there when it was begun. asked: the same now, by name, ready
+    for JSON; what only one of them has counts as well. what: it is called. Raises
+    ConfigError and EnvironmentFault.
+    """
+    if out.exists() and not out.is_dir():
+        raise EnvironmentFault(f"--out {out}: is a file, not a folder")
+    before = out / file
+    if before.is_file():
+        there, now = read_typed(before, dict[str, Any]), json.loads(json.dumps(asked))
+        for key in [*now, *(key for key in there if key not in now)]:
+            if there.get(key) != now.get(key):
+                raise ConfigError(
+                    f"--out {out}: holds a {what} whose {key} is {_shown(there, key)}, not "
+                    f"{_shown(now, key)}; give another --out"
+                )
+    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise ConfigError(f"--out {out}: holds something, but no {what}; give another --out")
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return str(values[key]) if key in values else "the default"
