@@ -234,8 +234,8 @@ def check_records(text: str | None) -> str | None:
     raise ConfigError(f"--records {text}: should be hard, full or top-K, as in top-10")
 
 
-def read_numbers(text: str | None, option: str, *, whole: bool) -> tuple[Any, ...]:
-    """`8,16` as numbers: counts, or shares in (0, 1]. Raises ConfigError."""
+def read_numbers(text: str | None, option: str, *, whole: bool, least: int = 1) -> tuple[Any, ...]:
+    """`8,16` as numbers: counts from `least`, or shares in (0, 1]. Raises ConfigError."""
     found = []
     for word in (text or "").split(","):
         if not word:
@@ -243,9 +243,9 @@ def read_numbers(text: str | None, option: str, *, whole: bool) -> tuple[Any, ..
         try:
             value = int(word) if whole else float(word)
         except ValueError:
-            value = 0
-        if not value > 0 or (not whole and value > 1):  # nor a NaN
-            kind = "whole numbers from 1" if whole else "shares in (0, 1]"
+            value = -1
+        if not (value >= least if whole else 0 < value <= 1):  # nor a NaN
+            kind = f"whole numbers from {least}" if whole else "shares in (0, 1]"
             raise ConfigError(f"{option} {text}: should be {kind}, with commas")
         found.append(value)
     if len({f"{value:g}" for value in found}) < len(found):

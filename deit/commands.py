@@ -61,8 +61,8 @@ def evaluate(arguments: list[str], program: str) -> None:
     """Measure a finished run, head by head."""
     parser = Parser(
         prog=program,
-        description="Measure a run on its test split, head by head; or several runs, resolutions "
-        "and crops in one table.",
+        description="Measure a run on its test split, head by head; or several runs, resolutions, "
+        "crops and numbers of merged tokens in one table.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
@@ -76,6 +76,9 @@ def evaluate(arguments: list[str], program: str) -> None:
     )
     parser.add_argument("--crop", metavar="A,B", help="evaluation crops, as views.evaluation_crop")
     parser.add_argument(
+        "--merge", metavar="A,B", help="tokens of a ViT that each block merges; none is retrained"
+    )
+    parser.add_argument(
         "--variant", metavar="NAME", help=f"ImageNet's {', '.join(TEST_SETS)}, from --data.root"
     )
     parser.add_argument(
@@ -85,6 +88,7 @@ def evaluate(arguments: list[str], program: str) -> None:
     options = parser.parse_args(arguments)
     sides = read_numbers(options.resolution, "--resolution", whole=True)
     crops = read_numbers(options.crop, "--crop", whole=False)
+    merges = read_numbers(options.merge, "--merge", whole=True, least=0)
     if options.variant is not None and options.variant not in TEST_SETS:
         advice = f"should be one of {', '.join(TEST_SETS)}{nearest(options.variant, TEST_SETS)}"
         raise ConfigError(f"--variant {options.variant}: {advice}")
@@ -111,13 +115,14 @@ def evaluate(arguments: list[str], program: str) -> None:
         "device": options.device,
         "variant": options.variant,
     }
-    if len(options.runs) > 1 or len(sides) > 1 or len(crops) > 1 or options.plot is not None:
+    if max(map(len, (options.runs, sides, crops, merges))) > 1 or options.plot is not None:
         from deit.survey import survey
 
         survey(
             options.runs,
             resolutions=sides,
             crops=crops,
+            merges=merges,
             plot=options.plot,
             json_file=options.json,
             **asked,
@@ -127,6 +132,7 @@ def evaluate(arguments: list[str], program: str) -> None:
         options.runs[0],
         resolution=sides[0] if sides else None,
         crop=crops[0] if crops else None,
+        merge=merges[0] if merges else None,
         cost=True,
         **asked,
     )

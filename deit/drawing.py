@@ -199,8 +199,12 @@ def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:
         axes.errorbar(
             speeds, shares, xerr=errors, fmt="o", color=colour, alpha=0.8, capsize=2, label=label
         )
-        for crop in {row["evaluation_crop"] for row in own.values()}:
-            same = [row["evaluation_crop"] == crop for row in own.values()]
+        # A line goes through what differs in one thing: the tokens merged, else the resolution.
+        merging = len({row.get("merge") for row in own.values()}) > 1
+        fixed = ("evaluation_crop", "image_size") if merging else ("evaluation_crop",)
+        settings = [tuple(row[key] for key in fixed) for row in own.values()]
+        for setting in dict.fromkeys(settings):
+            same = [one == setting for one in settings]
             line = [[x for x, here in zip(xs, same) if here] for xs in (speeds, shares)]
             axes.plot(*line, color=colour, alpha=0.5)
         for name, speed, share in zip(own, speeds, shares):

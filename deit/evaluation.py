@@ -23,6 +23,7 @@ from deit.metrics import agreement, calibration_error, confusion, topk_accuracy
 from deit.models.attention import token_cosines
 from deit.models.cost import cost_of
 from deit.models.linear import use_onednn
+from deit.models.merging import token_numbers, with_merging
 from deit.models.saved import Facts, build_student, find_saved, load_student
 from deit.models.start import Found, fit
 from deit.models.student import Student, has_two_heads
@@ -69,6 +70,7 @@ def examine(
     device: str | None = None,
     resolution: int | None = None,
     crop: float | None = None,
+    merge: int | None = None,
     variant: str | None = None,
     cost: bool = False,
 ) -> Examined:
@@ -77,8 +79,9 @@ def examine(
     checkpoint: `best` or `last`. root: where the images lie now, if not where the run found them.
     teacher: whom to agree with; None: the run's own teacher, "none": nobody. resolution: side [px]
     of its input, if not what it was trained at; its position embedding is resized. crop: as
-    views.evaluation_crop. variant: one of ImageNet's other test sets, from `root`; without a
-    teacher. cost: whether parameters, arithmetic, memory and speed are measured.
+    views.evaluation_crop. merge: how many tokens each block merges. variant: one of ImageNet's
+    other test sets, from `root`; without a teacher. cost: whether parameters, arithmetic, memory
+    and speed are measured.
 
     `heads` holds class, distillation, fused (mean of logits) and fused_softmax (mean of softmax):
     top1, top5, calibration_error in [0, 1]. A student with one head has that head as `fused` too,
@@ -86,6 +89,8 @@ def examine(
     """
     config, saved = find_run(run, checkpoint)
     student, facts = student_at(saved, resolution)
+    if merge is not None:
+        student.network = with_merging(student.network, merge)
     config = as_asked(config, root=root, device=device, resolution=resolution, crop=crop)
     accelerator = create_accelerator(config.run)
     asked = images_of(config, facts, run, split, variant, root)
@@ -131,6 +136,8 @@ def examine(
         "throughput_img_s": len(asked.images.labels) / elapsed_s,
         "environment": describe(accelerator, []),
     }
+    if merge is not None:
+        found |= {"merge": merge, "tokens": token_numbers(student.network)}
     if asked.note:
         found["note"] = asked.note
     if cost:
@@ -246,7 +253,7 @@ def student_at(saved: Path, side: int | None) -> tuple[Student, Facts]:
     own = facts.student
     if side is None or side == own.image_size:
         return student, facts
-    check_side(student, facts, side)
+    _check_side(student, facts, side)
     facts = replace(facts, student=replace(own, image_size=side))
     larger, names = build_student(facts), facts.class_names
     weights = Found(student.network.state_dict(), own.name, own, names, facts.mean, facts.std)
@@ -255,7 +262,7 @@ def student_at(saved: Path, side: int | None) -> tuple[Student, Facts]:
     return larger, facts
 
 
-def check_side(student: Student, facts: Facts, side: int) -> None:
+def _check_side(student: Student, facts: Facts, side: int) -> None:
     """Refuse a side [px] that a network's patches do not divide. Raises CheckpointError."""
     embedding = getattr(student.network, "patch_embed", None)
     patch = getattr(embedding, "patch_size", (1,))[0]

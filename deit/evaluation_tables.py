@@ -31,6 +31,8 @@ def print_evaluation(found: dict[str, Any]) -> None:
         say(f"teacher {name}: top-1 {percent(measured['top1'])} %")
     side = found["image_size"]
     where = f"{found['num_samples']} {found['split']} images at {side} px"
+    if "merge" in found:
+        where += f", {found['merge']} tokens merged a block"
     if "note" in found:
         say(f"{found['split']}: {found['note']}")
     table(
@@ -50,6 +52,8 @@ def print_evaluation(found: dict[str, Any]) -> None:
             "cosine of class and distillation token, before the first block and after each: "
             + " ".join(f"{value:.2f}" for value in cosines)
         )
+    if "tokens" in found:
+        say(f"tokens after each block: {', '.join(map(str, found['tokens']))}")
     if "cost" in found:
         say(told_cost(found["cost"]))
 

@@ -13,10 +13,10 @@ from deit.datasets.variants import check_known
 from deit.disk import write_json
 from deit.drawing import draw_throughput
 from deit.errors import ConfigError
-from deit.evaluation import Examined, check_side, examine, find_run
+from deit.evaluation import Examined, examine, find_run, student_at
 from deit.evaluation_tables import HEADS, print_disagreement
 from deit.metrics import agreement
-from deit.models.saved import load_student
+from deit.models.merging import check_merging
 
 
 def survey(
@@ -24,25 +24,28 @@ def survey(
     *,
     resolutions: tuple[int, ...],
     crops: tuple[float, ...],
+    merges: tuple[int, ...],
     plot: Path | None,
     json_file: Path | None,
     checkpoint: str = "best",
     **asked: Any,
 ) -> dict[str, Any]:
-    """Evaluate runs at resolutions and crops, each with each; print one table, and of several runs
-    on the same images who disagrees with whom.
+    """Evaluate runs at resolutions, crops and numbers of merged tokens, each with each; print one
+    table, and of several runs on the same images who disagrees with whom.
 
-    resolutions, crops: empty: each run's own. plot: a PNG of throughput against accuracy. The
-    others: as deit.evaluation.examine takes them. Returns `rows`, what evaluation found, and
-    `agreement`, shares of equal answers by name. Raises the errors of deit.errors.
+    resolutions, crops: empty: each run's own. merges: numbers of tokens a block; empty: no
+    merging. plot: a PNG of throughput against accuracy. The others: as deit.evaluation.examine
+    takes them. Returns `rows`, what evaluation found, and `agreement`, shares of equal answers by
+    name. Raises the errors of deit.errors.
     """
-    _check(runs, checkpoint, resolutions, asked.get("variant"))
+    _check(runs, checkpoint, resolutions, merges, asked.get("variant"))
     examined: dict[str, Examined] = {}
-    for run, side, crop in product(runs, resolutions or (None,), crops or (None,)):
-        name = _name(run, runs, side, crop)
+    changes = (values or (None,) for values in (resolutions, crops, merges))
+    for run, side, crop, merge in product(runs, *changes):
+        name = _name(run, runs, side, crop, merge)
         say(f"{name}")
         examined[name] = examine(
-            run, checkpoint=checkpoint, resolution=side, crop=crop, cost=True, **asked
+            run, checkpoint=checkpoint, resolution=side, crop=crop, merge=merge, cost=True, **asked
         )
     rows = {name: one.found for name, one in examined.items()}
     _print(rows)
@@ -62,21 +65,28 @@ def survey(
 
 
 def _check(
-    runs: list[Path], checkpoint: str, resolutions: tuple[int, ...], variant: str | None
+    runs: list[Path],
+    checkpoint: str,
+    resolutions: tuple[int, ...],
+    merges: tuple[int, ...],
+    variant: str | None,
 ) -> None:
     """What can be wrong with the runs, before the first is evaluated."""
     if len({run.resolve() for run in runs}) < len(runs):
         raise ConfigError("a run is named twice; once is enough")
     for run in runs:
         _, saved = find_run(run, checkpoint)
-        student, facts = load_student(saved)
-        for side in resolutions:
-            check_side(student, facts, side)
+        for side in resolutions or (None,):
+            student, facts = student_at(saved, side)
+            for merge in merges:
+                check_merging(student.network, merge)
         if variant is not None:
             check_known(variant, facts.class_names)
 
 
-def _name(run: Path, runs: list[Path], side: int | None, crop: float | None) -> str:
+def _name(
+    run: Path, runs: list[Path], side: int | None, crop: float | None, merge: int | None
+) -> str:
     """A row's name: the run's folder, in full where two are called the same; what was changed."""
     short = [_folder(one).name for one in runs]
     own = _folder(run).name
@@ -85,6 +95,7 @@ def _name(run: Path, runs: list[Path], side: int | None, crop: float | None) -> 
     told = [own if clear else str(run)]
     told += [f"{side} px"] if side is not None else []
     told += [f"crop {crop:g}"] if crop is not None else []
+    told += [f"merge {merge}"] if merge is not None else []
     return ", ".join(told)
 
 

@@ -105,11 +105,8 @@ def token_cosines(network: nn.Module, images: Tensor) -> Tensor:
         raise ConfigError("a network with one token, or none, has no two to compare")
     states: list[Tensor] = []
     handles = [
-        network.blocks[0].register_forward_pre_hook(lambda block, inputs: states.append(inputs[0]))
-    ]
-    handles += [
-        block.register_forward_hook(lambda block, inputs, output: states.append(output))
-        for block in network.blocks[:-1]
+        block.register_forward_pre_hook(lambda block, inputs: states.append(inputs[0]))
+        for block in network.blocks
     ]
     try:
         states.append(network.forward_features(images))

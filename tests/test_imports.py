@@ -98,6 +98,7 @@ PLAN = {
         1, "torch transformers", "deit.models.networks deit.models.saved"
     ),
     "deit.models.attention": place(1, "torch timm einops"),
+    "deit.models.merging": network(),
     "deit.models.cost": place(1, "torch", "deit.models.linear"),
     "deit.models.teachers": network("layout networks saved student weights"),
     "deit.datasets.images": image(),
