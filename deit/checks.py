@@ -68,6 +68,9 @@ def _check_student(config: Config) -> list[Problem]:
         if depth_of(student) % student.share:
             advice = f"should divide the number of blocks ({depth_of(student)})"
             found.append(Problem("student.share", student.share, advice))
+        if student.share > 1 and student.adapters != "none":
+            advice = "blocks that share their weights take no adapters; use 1"
+            found.append(Problem("student.share", student.share, advice))
         if student.share > 1 and (student.block_heads or student.block_hidden):
             advice = "blocks that share their weights cannot be pruned apart; use 1"
             found.append(Problem("student.share", student.share, advice))
@@ -76,13 +79,19 @@ def _check_student(config: Config) -> list[Problem]:
             if len(values) not in (0, 1, depth_of(student)):
                 advice = f"should be one value, or one for each of {depth_of(student)} blocks"
                 found.append(Problem(f"student.{leaf}", values, advice))
+        if student.adapters == "none":
+            advice = "has no effect, student.adapters is 'none'"
+            found += _without_effect("student", student, _OF_ADAPTERS, advice)
     else:
         only = f"only deit_* and vit_* take it, student.name is {student.name!r}"
         shape = ("patch_size", "embed_dim", "depth", "num_heads", "initialisation")
-        shape = (*shape, "block_heads", "block_hidden", "share")
+        shape = (*shape, "block_heads", "block_hidden", "share", "adapters", *_OF_ADAPTERS)
         shape = (*shape, "distillation_tokens", "dropout")
         found += _without_effect("student", student, shape, only)
     return found
+
+
+_OF_ADAPTERS = ("adapter_width", "adapter_scale")
 
 
 def _without_effect(
@@ -105,6 +114,20 @@ def _check_start(config: Config) -> list[Problem]:
     if config.optim.trained != "all":
         advice = "would leave the rest of the student at random weights; give start.source"
         found.append(Problem("optim.trained", config.optim.trained, advice))
+    return found
+
+
+def _check_adapters(config: Config) -> list[Problem]:
+    """Adapters that are trained alone, on weights that stay."""
+    if config.optim.trained != "adapters":
+        return []
+    found = []
+    if config.student.adapters == "none":
+        advice = "there are none; give student.adapters convpass (--tuning convpass), or use heads"
+        found.append(Problem("optim.trained", "adapters", advice))
+    if config.start.masks not in ("keep", "none"):
+        advice = "would change weights that optim.trained 'adapters' leaves as they are; use keep"
+        found.append(Problem("start.masks", config.start.masks, advice))
     return found
 
 
@@ -419,6 +442,7 @@ CHECKS = {
     _check_data: {"data"},
     _check_student: {"student"},
     _check_start: {"start", "optim"},
+    _check_adapters: {"start", "student", "optim"},
     _check_objective: {"loss", "student", "teacher"},
     _check_teachers: {"teacher", "student", "loss"},
     _check_mean: {"teacher", "loss"},

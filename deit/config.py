@@ -110,7 +110,8 @@ Layouts = Annotated[
 Trackers = Annotated[
     tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_listed)
 ]
-Trained = Literal["all", "heads", "attention"]
+Trained = Literal["all", "heads", "attention", "adapters"]
+Adapters = Literal["none", "convpass", "convpass_attention"]
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,14 @@ class StudentConfig:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the activations that is dropped after the position embedding, attention and each
     linear layer of the MLP (deit_* and vit_*)."""
+    adapters: Adapters = "none"
+    """convpass: small convolutions beside attention and MLP of every block (Jie and Deng 2022);
+    convpass_attention: beside attention alone; both begin as if they were not there (deit_* and
+    vit_*)."""
+    adapter_width: Count = 8
+    """Channels within an adapter."""
+    adapter_scale: Positive = 0.1
+    """Factor of what adapters add; the paper searches 0.01, 0.1, 1, 10 and 100 for each task."""
 
 
 @dataclass(frozen=True)
@@ -388,7 +397,8 @@ class OptimConfig:
     """Largest global gradient norm. None: no clipping."""
     trained: Trained = "all"
     """What is trained: all; heads (the rest frozen, in evaluation mode); attention: with the heads
-    every attention layer."""
+    every attention layer; adapters: heads and adapters (see student.adapters), the rest frozen, in
+    evaluation mode, and not saved again: checkpoints need start.source where it is."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor of the learning rate from a layer to the one before it, counted from the heads; 1: the
     same for all."""

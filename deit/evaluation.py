@@ -22,9 +22,10 @@ from deit.interruption import Interruption
 from deit.metrics import agreement, calibration_error, confusion, topk_accuracy
 from deit.models.attention import token_cosines
 from deit.models.cost import cost_of
+from deit.models.facts import Facts, find_saved
 from deit.models.linear import use_onednn
 from deit.models.merging import token_numbers, with_merging
-from deit.models.saved import Facts, build_student, find_saved, load_student
+from deit.models.saved import build_student, load_student
 from deit.models.start import Found, fit
 from deit.models.student import Student, has_two_heads
 from deit.models.teachers import load_teacher

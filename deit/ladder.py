@@ -20,8 +20,9 @@ from deit.float_file import CHUNK
 from deit.formats import FORMATS, OUTPUTS, answer_of
 from deit.ladder_page import draw_ladder, markdown, print_ladder
 from deit.latency import latencies
+from deit.models.base import BASE
 from deit.models.cost import cost_of
-from deit.models.saved import WEIGHTS, Facts, load_student
+from deit.models.saved import WEIGHTS, Facts, load_student, serialised
 from deit.models.student import Student
 from deit.models.weights import digest_of, read_weights
 from deit.prediction import shown
@@ -195,6 +196,8 @@ def _rung(version: Version, config: Config, facts: Facts) -> _Rung:
     }
     if version.onnx is None:
         about["bytes"] = (saved / WEIGHTS).stat().st_size
+        if (saved / BASE).is_file():  # a file of adapters is of no use without what they belong to
+            about["bytes"] = len(serialised(weights))
         return _Rung(_by_torch(student), about)
     folder = version.onnx.parent
     about["bytes"] = sum(file.stat().st_size for file in folder.glob("model.onnx*"))

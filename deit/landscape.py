@@ -17,8 +17,8 @@ from deit.landscape_options import Asked, check_asked
 from deit.landscape_page import MANIFEST, cells, columns, write_page
 from deit.landscape_parts import AROUND, chain_of, here, neighbours, path
 from deit.landscape_places import Place, View, comparable, places_of, view_of
-from deit.models.saved import WEIGHTS
-from deit.models.weights import digest_of, read_weights
+from deit.models.saved import load_student
+from deit.models.weights import digest_of
 from deit.shared_targets import content_hash
 from deit.typed_json import read_typed
 
@@ -96,7 +96,8 @@ class _Kept:
 
     def _digest(self, saved: Path) -> str:
         if saved not in self._digests:
-            self._digests[saved] = digest_of(read_weights(saved / WEIGHTS))
+            student, _ = load_student(saved)  # whole, where a file holds adapters alone
+            self._digests[saved] = digest_of(student.network.state_dict())
         return self._digests[saved]
 
 

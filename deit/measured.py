@@ -12,7 +12,7 @@ from deit.datasets.splits import digest_of_images, load_split
 from deit.disk import write_json
 from deit.errors import CheckpointError, DataError
 from deit.evaluation import Examined, as_asked, config_of, cost_of_run, examine
-from deit.models.saved import find_saved
+from deit.models.facts import find_saved
 from deit.typed_json import read_typed
 
 

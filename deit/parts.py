@@ -14,6 +14,7 @@ from deit.config import Config
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
 from deit.manifest import FORMAT_VERSION
+from deit.models.base import Base
 from deit.models.masks import Held
 from deit.models.saved import Facts
 from deit.optim import WeightAverage
@@ -76,6 +77,8 @@ class Parts:
     state: State
     held: Held | None = None
     """The masks of a pruned student; None where every weight is trained."""
+    base: Base | None = None
+    """Where adapters are trained alone, the weights they belong to; None where all are saved."""
     start_notes: dict[str, Any] | None = None
     """What the student started from, and what was done to fit it; None: random weights, or a
     resumed run."""

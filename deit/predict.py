@@ -15,7 +15,8 @@ from deit.datasets.views import evaluation_views
 from deit.disk import write_json
 from deit.errors import CheckpointError, ConfigError, DataError, reason_of
 from deit.models.attention import Looks, check_attention, rollout
-from deit.models.saved import Facts, find_saved, load_student
+from deit.models.facts import Facts, find_saved
+from deit.models.saved import load_student
 from deit.models.student import Student
 from deit.models.teachers import Teacher, load_teacher
 from deit.pictures import draw_attention

@@ -102,7 +102,7 @@ def masks_of(config: Config, found: Found | None, network: nn.Module) -> Masks |
     found: what the student starts from, whose masks go on unless the configuration says otherwise.
     """
     said = config.start.masks
-    if said == "none":
+    if said == "none" or config.optim.trained == "adapters":  # what is masked is not trained
         return None
     origin = f"start.masks {said}"
     if said == "keep":

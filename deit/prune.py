@@ -119,6 +119,11 @@ def _check(config: Config, saved: Path, run: Path) -> None:
             f"{run}: student.name = {config.student.name!r}: heads and hidden units are cut from "
             "deit_* and vit_* only"
         )
+    if config.student.adapters != "none":
+        raise ConfigError(
+            f"{run}: student.adapters = {config.student.adapters!r}: cut the student first, then "
+            "adapt it"
+        )
     if config.student.share > 1:
         raise ConfigError(
             f"{run}: student.share = {config.student.share}: blocks that share their weights "

@@ -14,9 +14,11 @@ from deit.console import say, warn
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.manifest import FORMAT_VERSION
 from deit.manifest import check as check_manifest
+from deit.models.base import read_base
+from deit.models.facts import WEIGHTS
 from deit.models.masks import MASKS, Held, read_masks
-from deit.models.saved import WEIGHTS
-from deit.models.weights import load_weights, read_weights
+from deit.models.start import saved_weights
+from deit.models.weights import load_weights
 from deit.optimizer_state import load_optimizer
 from deit.parts import Parts, State
 from deit.saving import AVERAGE
@@ -86,12 +88,15 @@ def restore(parts: Parts) -> bool:
             "in the same precision"
         )
     student = parts.accelerator.unwrap_model(parts.student)
-    load_weights(student.network, _finite(folder / WEIGHTS), origin=str(folder / WEIGHTS))
+    parts.base = read_base(folder)
+    weights = _finite(saved_weights(folder, parts.facts), origin=folder / WEIGHTS)
+    load_weights(student.network, weights, origin=str(folder / WEIGHTS))
     load_optimizer(folder / checkpoint.OPTIMIZER, parts.optimizer, student.network)
     if (folder / MASKS).is_file():
         parts.held = Held(read_masks(folder / MASKS), student.network)
     if parts.average is not None:
-        weights = _finite(folder / AVERAGE)
+        weights = saved_weights(folder, parts.facts, AVERAGE)
+        weights = _finite(weights, origin=folder / AVERAGE)
         load_weights(parts.average.model.network, weights, origin=str(folder / AVERAGE))
         parts.average.updates.fill_(state.average_updates)
     if state.scaler is not None:
@@ -143,12 +148,13 @@ def _best_is_lost(parts: Parts) -> bool:
     return True
 
 
-def _finite(path: Path) -> dict[str, torch.Tensor]:
+def _finite(weights: dict[str, torch.Tensor], *, origin: Path) -> dict[str, torch.Tensor]:
     """Weights without a NaN or an infinity. Raises CheckpointError."""
-    weights = read_weights(path)
     for name, value in weights.items():
         if not value.isfinite().all():
-            raise CheckpointError(f"{path}: {name} is not finite, so training cannot go on from it")
+            raise CheckpointError(
+                f"{origin}: {name} is not finite, so training cannot go on from it"
+            )
     return weights
 
 

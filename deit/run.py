@@ -31,6 +31,7 @@ from deit.faults import reach
 from deit.interruption import STOPPING, Interruption
 from deit.metrics import agreement, topk_accuracy
 from deit.mishaps import NumberWatch, fit_memory, understood
+from deit.models.base import Base, base_of
 from deit.models.layers import depths_of, hold_still
 from deit.models.linear import use_onednn
 from deit.models.masks import Held
@@ -193,7 +194,7 @@ def _furnish(
     notes = None if found is None else begin(student.network, found, config, facts)
     masks = None if resumed else masks_of(config, found, student.network)
     hold_still(student.network, config.optim.trained)
-    student.still = config.optim.trained == "heads"
+    student.still = config.optim.trained in ("heads", "adapters")
     if config.run.linear == "onednn":
         use_onednn(student)
     if config.run.recompute:
@@ -236,8 +237,16 @@ def _furnish(
             teachers=faculty.weights,
         ),
         held=held,
+        base=None if notes is None else _base_of(config, out, notes),
         start_notes=notes,
     )
+
+
+def _base_of(config: Config, out: Path, notes: dict[str, Any]) -> Base | None:
+    """What adapters that are trained alone belong to. notes: what `begin` gave."""
+    if config.optim.trained != "adapters":
+        return None
+    return base_of(notes["source"], notes["weights"], config.start.kernel, out=out)
 
 
 def _check_update(config: Config, loader: TrainLoader) -> None:

@@ -14,6 +14,8 @@ from deit.engine import Tally
 from deit.faults import reach
 from deit.manifest import Content, digests
 from deit.metrics import agreement
+from deit.models.base import save_base
+from deit.models.layers import trained_in
 from deit.models.masks import MASKS, holds
 from deit.models.saved import save_student, save_weights
 from deit.optimizer_state import optimizer_tensors, save_optimizer
@@ -49,6 +51,7 @@ def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
         averaged = whole(parts.average.model.network.state_dict(), wanted=main)
     if not main:
         return
+    weights, averaged = _kept(parts, weights), _kept(parts, averaged)
     _guard(parts)
     if parts.average is not None:
         state.average_updates = int(parts.average.updates)
@@ -62,7 +65,7 @@ def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
         if averaged:
             save_weights(folder / AVERAGE, averaged)
             reach("average")
-        _save_masks(parts, folder, weights, averaged)
+        _save_beside(parts, folder, weights, averaged)
         hashed = digests(folder, (path.name for path in folder.glob("*.safetensors")))
         if regular:
             _link(parts, hashed)
@@ -81,8 +84,19 @@ def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
         )
 
 
-def _save_masks(parts: Parts, folder: Path, *saved: dict[str, Tensor]) -> None:
-    """Write the masks of a pruned student beside its weights, which they must hold in."""
+def _kept(parts: Parts, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is saved of a network's weights: all, or adapters and heads where they alone move."""
+    if parts.config.optim.trained != "adapters":
+        return weights
+    names = trained_in(parts.accelerator.unwrap_model(parts.student).network, "adapters")
+    return {name: value for name, value in weights.items() if name in names}
+
+
+def _save_beside(parts: Parts, folder: Path, *saved: dict[str, Tensor]) -> None:
+    """Write what weights are not to be read without: the base of adapters; the masks of a pruned
+    student, which must hold in them."""
+    if parts.base is not None:
+        save_base(folder, parts.base)
     if parts.held is None:
         return
     assert all(holds(parts.held.masks, weights) for weights in saved if weights)
@@ -111,13 +125,14 @@ def close_epoch(parts: Parts, row: dict[str, Any]) -> None:
         student = parts.accelerator.unwrap_model(parts.student)
         model = student if parts.average is None else parts.average.model
         chosen = whole(model.network.state_dict(), wanted=parts.accelerator.is_main_process)
+        chosen = _kept(parts, chosen)
     if not parts.accelerator.is_main_process:
         return
     _guard(parts)
 
     def fill(folder: Path) -> None:
         save_student(folder, chosen, parts.facts)
-        _save_masks(parts, folder, chosen)
+        _save_beside(parts, folder, chosen)
         write_json(folder / checkpoint.STATE, asdict(state))
 
     if improved:
@@ -171,7 +186,7 @@ def checkpoint_bytes(parts: Parts) -> int:
 
 def _weights_bytes(parts: Parts) -> int:
     network = parts.accelerator.unwrap_model(parts.student).network
-    return sum(value.nbytes for value in network.state_dict().values())
+    return sum(value.nbytes for value in _kept(parts, network.state_dict()).values())
 
 
 def space_of(parts: Parts) -> int:

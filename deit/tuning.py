@@ -3,11 +3,20 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from deit.config import Config, StudentConfig, derive, heads_in, is_transformer, width_of
+from deit.config import (
+    Config,
+    OptimConfig,
+    StudentConfig,
+    derive,
+    heads_in,
+    is_transformer,
+    width_of,
+)
 from deit.hyper_rule import hyper_rule
 from deit.presets import AUGMENTATIONS, OBJECTIVES
 
 _SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "block_heads", "block_hidden", "share")
+_ADAPTERS = ("adapters", "adapter_width", "adapter_scale")
 
 
 def begin_from(
@@ -18,12 +27,14 @@ def begin_from(
     heads_known: whether the number of attention heads is that of the weights; else it is the
     configuration's where the width is the same, and the usual one of the width where not.
     student: the network of the weights, None where it is not known. Size of the image, drop path,
-    dropout and distillation tokens stay the configuration's: the weights are fitted to them.
+    dropout and distillation tokens stay the configuration's: the weights are fitted to them; so do
+    adapters, unless the weights have some.
     """
     own = config.student
     if student is not None and is_transformer(student) and is_transformer(own):
         kind, size = own.name.split("_")[0], student.name.split("_")[1]
-        shape = {name: getattr(student, name) for name in _SHAPE}
+        taken = _SHAPE if student.adapters == "none" else (*_SHAPE, *_ADAPTERS)
+        shape = {name: getattr(student, name) for name in taken}
         if not heads_known and width_of(own) == width_of(student):
             shape["num_heads"] = heads_in(own)
         own = replace(own, name=f"{kind}_{size}", **shape)
@@ -85,6 +96,30 @@ def linear_probe(config: Config) -> Config:
     return derive(config, optim={"weight_decay": 0.0})
 
 
+def convpass(config: Config) -> Config:
+    """Adapters and heads alone, by the paper's optimizer (Jie and Deng 2022, section 4.1): AdamW at
+    1e-3 whatever the batch, hardly any decay, a cosine to 1e-5 after a tenth of warm-up. Its 100
+    epochs are of 1,000 images; here a third of the run's own, as `short`. Views and objective stay.
+    """
+    if config.student.adapters == "none":
+        config = derive(config, student={"adapters": "convpass"})
+    config, usual = short(config), OptimConfig()
+    return derive(
+        config,
+        optim={
+            "trained": "adapters",
+            "algorithm": "adamw",
+            "momentum": usual.momentum,
+            "lr": 1e-3,
+            "lr_reference_batch": None,
+            "min_lr": 1e-5,
+            "warmup_lr": 1e-6,
+            "warmup_epochs": config.optim.epochs / 10,
+            "weight_decay": 1e-4,
+        },
+    )
+
+
 def _constant(
     config: Config, *, lr: float, epochs: int, batch_size: int, weight_decay: float
 ) -> Config:
@@ -110,6 +145,7 @@ TUNING: dict[str, Callable[[Config], Config]] = {
     "deit3": deit3,
     "short": short,
     "linear-probe": linear_probe,
+    "convpass": convpass,
 }
 """Schedules of fine-tuning by name: configuration -> configuration."""
 SIZED: dict[str, Callable[..., Config]] = {"bit": hyper_rule}

@@ -1,10 +1,13 @@
 """Parts of a network by the names of its parameters: its heads, its depth, what is held still."""
 
+from collections.abc import Iterable
+
 from timm.models import group_parameters
 from torch import nn
 
 from deit.config import Trained
 from deit.errors import ConfigError
+from deit.models.convpass import adapters_of
 
 
 def heads_of(network: nn.Module) -> tuple[str, ...]:
@@ -25,25 +28,41 @@ def heads_of(network: nn.Module) -> tuple[str, ...]:
     )
 
 
-def hold_still(network: nn.Module, trained: Trained) -> None:
-    """Train a part of the network only; the other parameters take no gradient.
+def trained_in(network: nn.Module, trained: Trained) -> set[str]:
+    """The names of the parameters that are trained.
 
     heads: the class layers. attention: these and every attention (Touvron et al. 2022, "Three
-    things everyone should know about vision transformers", section 4). Raises ConfigError where a
-    network has no such part.
+    things everyone should know about vision transformers", section 4). adapters: these and every
+    adapter. Raises ConfigError where a network has no such part.
     """
+    names = [name for name, _ in network.named_parameters()]
     if trained == "all":
-        return
-    kept = [f"{name}." for name in heads_of(network)]
-    if not kept:
+        return set(names)
+    heads = _prefixes(heads_of(network))
+    if not heads:
         raise ConfigError(f"optim.trained = {trained!r}: this network's head is not known by name")
-    found = False
+    found = set()
+    if trained == "attention":
+        found = {name for name in names if ".attn." in name}
+    elif trained == "adapters":
+        found = {name for name in names if name.startswith(_prefixes(adapters_of(network)))}
+    if trained != "heads" and not found:
+        raise ConfigError(f"optim.trained = {trained!r}: this network has none; use all or heads")
+    return found | {name for name in names if name.startswith(heads)}
+
+
+def _prefixes(modules: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in modules)
+
+
+def hold_still(network: nn.Module, trained: Trained) -> None:
+    """Train a part of the network only, as `trained_in` says; the other parameters take no
+    gradient. Raises ConfigError where a network has no such part."""
+    if trained == "all":
+        return  # and what a network itself holds still stays so
+    names = trained_in(network, trained)
     for name, parameter in network.named_parameters():
-        attention = trained == "attention" and ".attn." in name
-        found |= attention
-        parameter.requires_grad_(attention or name.startswith(tuple(kept)))
-    if trained == "attention" and not found:
-        raise ConfigError("optim.trained = 'attention': this network has none; use all or heads")
+        parameter.requires_grad_(name in names)
 
 
 def depths_of(network: nn.Module) -> dict[str, int]:

@@ -17,6 +17,7 @@ from deit.config import (
     hidden_of_blocks,
 )
 from deit.errors import ConfigError
+from deit.models.convpass import adapt
 from deit.models.dense import Dense
 from deit.models.multiplexing import multiplex
 from deit.models.rednet import DEPTHS, RedNet
@@ -56,6 +57,14 @@ def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
         _add_tokens(network, student.distillation_tokens)
     if student.initialisation == "scaled":
         _scale_initial_weights(network)
+    if student.adapters != "none":
+        adapt(
+            network,
+            mlp=student.adapters == "convpass",
+            hidden=student.adapter_width,
+            scale=student.adapter_scale,
+            drop_path=student.drop_path,
+        )
     return network
 
 
@@ -82,6 +91,11 @@ def check_blocks_alike(student: StudentConfig) -> None:
         raise ConfigError(
             f"student.share = {student.share}: timm and transformers know no blocks that share "
             "their weights; --format onnx or pt2 takes them"
+        )
+    if student.adapters != "none":
+        raise ConfigError(
+            f"student.adapters = {student.adapters!r}: timm and transformers have none, and what "
+            "is not linear cannot be merged into other layers; --format onnx or pt2 takes them"
         )
 
 

@@ -1,38 +1,19 @@
 """A saved network: a folder with its weights and the facts that rebuild and feed it."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from pydantic import ConfigDict
 from safetensors.torch import save
 from torch import Tensor
 
 from deit import manifest
-from deit.config import StudentConfig
+from deit.models.facts import FACTS, WEIGHTS, Facts
 from deit.models.networks import create_network
+from deit.models.start import saved_weights
 from deit.models.student import Student
-from deit.models.weights import load_weights, read_weights
+from deit.models.weights import load_weights
 from deit.typed_json import read_typed
-
-WEIGHTS = "model.safetensors"
-FACTS = "model.json"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a network needs beside its weights.
-
-    mean, std: its normalisation, per channel in [0, 1].
-    evaluation_crop: evaluation resizes to image_size / this and cuts the centre.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-    student: StudentConfig
-    class_names: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    evaluation_crop: float
 
 
 def build_student(facts: Facts) -> Student:
@@ -60,19 +41,12 @@ def serialised(weights: dict[str, Tensor]) -> bytes:
 
 
 def load_student(folder: Path) -> tuple[Student, Facts]:
-    """Rebuild a saved student. Raises CheckpointError, also where the folder has a manifest and is
-    not as it was written."""
+    """Rebuild a saved student; where adapters and heads alone were saved, on the weights they
+    belong to. Raises CheckpointError, also where the folder has a manifest and is not as it was
+    written."""
     if (folder / manifest.MANIFEST).is_file():
         manifest.check(folder)
     facts = read_typed(folder / FACTS, Facts)
     student = build_student(facts)
-    load_weights(student.network, read_weights(folder / WEIGHTS), origin=str(folder / WEIGHTS))
+    load_weights(student.network, saved_weights(folder, facts), origin=str(folder / WEIGHTS))
     return student, facts
-
-
-def find_saved(folder: Path) -> Path | None:
-    """The saved student in a run folder (its best), or the folder itself; None if neither."""
-    for candidate in (folder / "best", folder):
-        if (candidate / FACTS).is_file() and (candidate / WEIGHTS).is_file():
-            return candidate
-    return None

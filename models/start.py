@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from deit.config import SIZES, Kernel, StartConfig, StudentConfig
 from deit.console import say
 from deit.errors import CheckpointError, reason_of
-from deit.models.layers import heads_of
+from deit.models.base import find_base, read_base
+from deit.models.convpass import adapters_of
+from deit.models.facts import FACTS, WEIGHTS, Facts, find_saved
+from deit.models.layers import heads_of, trained_in
 from deit.models.masks import MASKS, Masks, read_masks
+from deit.models.networks import create_network
 from deit.models.positions import grid_side, resize_positions
-from deit.models.saved import FACTS, WEIGHTS, Facts, find_saved
 from deit.models.transformers_format import from_transformers
 from deit.models.weights import read_weights
 from deit.text import nearest
@@ -98,11 +101,35 @@ def _found(source: str) -> Found:
 
 def _from_run(folder: Path, source: str) -> Found:
     facts = read_typed(folder / FACTS, Facts)
-    weights = read_weights(folder / WEIGHTS)
     names, mean, std = facts.class_names, facts.mean, facts.std
     told = f"{facts.student.name} from {source}"
     masks = read_masks(folder / MASKS) if (folder / MASKS).is_file() else None
+    weights, base = read_weights(folder / WEIGHTS), read_base(folder)
+    if base is not None:
+        below = find_base(folder, base, find_start)
+        weights, masks = _on_base(weights, below, base.kernel, facts), below.masks
     return Found(weights, told, facts.student, names, mean, std, masks=masks)
+
+
+def saved_weights(folder: Path, facts: Facts, file: str = WEIGHTS) -> Weights:
+    """All weights of a saved student; where a file holds adapters and heads alone, the others are
+    those of its base, fitted as they were then. Raises CheckpointError.
+
+    file: model.safetensors, or one that holds the same tensors.
+    """
+    weights, base = read_weights(folder / file), read_base(folder)
+    if base is None:
+        return weights
+    return _on_base(weights, find_base(folder, base, find_start), base.kernel, facts)
+
+
+def _on_base(saved: Weights, below: Found, kernel: Kernel, facts: Facts) -> Weights:
+    """Saved adapters and heads, and all other weights of the student from its base."""
+    with torch.device("meta"):
+        network = create_network(facts.student, len(facts.class_names))
+    fitted = fit(below, network, facts.class_names, StartConfig(heads="new", kernel=kernel))
+    own = trained_in(network, "adapters")  # no numbers yet, or the base's
+    return {name: value for name, value in fitted.weights.items() if name not in own} | saved
 
 
 def _from_folder(folder: Path, source: str) -> Found:
@@ -300,7 +327,8 @@ def fit(
     found: Found, network: nn.Module, class_names: tuple[str, ...], start: StartConfig
 ) -> Fitted:
     """Weights fitted to a network with random weights: positions resized, distillation tokens put
-    in or left out, class rows matched by name, other heads left random where that was asked for.
+    in or left out, class rows matched by name, other heads left random where that was asked for;
+    adapters as they begin where the weights have none.
 
     What still differs in name or shape is for `load_weights` to refuse.
     Raises CheckpointError where the classes do not match.
@@ -316,6 +344,7 @@ def fit(
         weights = _fit_positions(weights, network, start.kernel, notes)
     weights = _fit_heads(weights, network, found.class_names, class_names, start, notes)
     weights = _fit_shared(weights, own, notes)
+    weights = _fit_adapters(weights, network, notes)
     return Fitted(weights, tuple(notes))
 
 
@@ -369,6 +398,16 @@ def _fit_tokens(weights: Weights, own: Weights, notes: list[str]) -> Weights:
     else:
         notes.append(f"{before - after} distillation token(s) left out, with position and head")
     return weights
+
+
+def _fit_adapters(weights: Weights, network: nn.Module, notes: list[str]) -> Weights:
+    """All adapters as they begin, where the weights were trained without any."""
+    own, adapters = network.state_dict(), tuple(f"{name}." for name in adapters_of(network))
+    names = [name for name in own if name.startswith(adapters)]
+    if not names or any(name in weights for name in names):
+        return weights
+    notes.append(f"{len(adapters)} new adapters, which add nothing until they are trained")
+    return {**weights, **{name: own[name] for name in names}}
 
 
 def _taught_heads(weights: Weights, kind: str) -> list[Tensor]:

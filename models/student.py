@@ -4,6 +4,7 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from deit.models.convpass import adapters_of
 from deit.records import Outputs
 
 
@@ -26,11 +27,14 @@ class Student(nn.Module):
         self._ddp_params_and_buffers_to_ignore = ["mean", "std"]
 
     def train(self, mode: bool = True) -> "Student":
-        """As any module; with `still` the network stays in evaluation mode: where only its heads
-        are trained, statistics and drop path of the rest are part of what is fixed."""
+        """As any module; with `still` the network stays in evaluation mode, all but adapters that
+        are trained: where these or heads alone are, statistics and drop path of the rest are part
+        of what is fixed."""
         super().train(mode)
         if self.still:
             self.network.eval()
+            for adapter in adapters_of(self.network).values():
+                adapter.train(mode and adapter.up.weight.requires_grad)
         return self
 
     def forward(self, images: Tensor) -> Outputs:

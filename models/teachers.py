@@ -14,9 +14,10 @@ from torch.nn.functional import interpolate
 from deit.config import STUDENTS, StudentConfig
 from deit.errors import ConfigError, DataError, NotThereError
 from deit.files import import_file
+from deit.models.facts import find_saved
 from deit.models.layout import MemoryFormat, laid, lay
 from deit.models.networks import create_network
-from deit.models.saved import find_saved, load_student
+from deit.models.saved import load_student
 from deit.models.student import Student
 from deit.models.weights import digest_of, load_weights, read_weights
 from deit.records import head_logits

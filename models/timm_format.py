@@ -9,9 +9,9 @@ from torch import nn
 
 from deit.config import SIZES, has_distillation_token, is_transformer
 from deit.errors import ConfigError
+from deit.models.facts import Facts
 from deit.models.layers import heads_of
 from deit.models.networks import check_blocks_alike
-from deit.models.saved import Facts
 
 
 def timm_config(facts: Facts, network: nn.Module) -> dict[str, Any]:

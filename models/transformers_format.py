@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from deit.config import SIZES, has_distillation_token, is_transformer
 from deit.errors import CheckpointError, ConfigError
+from deit.models.facts import Facts
 from deit.models.networks import check_blocks_alike
-from deit.models.saved import Facts
 
 Weights = dict[str, Tensor]
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from deit.config import SIZES, STUDENTS, StudentConfig, has_distillation_token
 from deit.errors import CheckpointError, ConfigError
+from deit.models.facts import Facts, find_saved
 from deit.models.networks import NETWORKS, create_network
 from deit.models.networks import SIZES as SHAPES
-from deit.models.saved import Facts, build_student, find_saved, load_student, save_student
+from deit.models.saved import build_student, load_student, save_student
 from deit.models.student import Student, has_two_heads
 from deit.models.weights import load_weights, read_weights
 from deit.records import head_logits

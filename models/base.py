@@ -1,0 +1,94 @@
+"""The weights that saved adapters belong to: what they are, and where they lie now."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from pydantic import ConfigDict
+from torch import Tensor
+
+from deit.config import Kernel
+from deit.errors import CheckpointError
+from deit.models.weights import digest_of
+from deit.typed_json import read_typed
+
+BASE = "base.json"
+
+
+class _Weights(Protocol):
+    weights: dict[str, Tensor]
+
+
+Found = TypeVar("Found", bound=_Weights)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a student with adapters started from.
+
+    source: as start.source, a path in full. beside: the same path from the run's folder; None for a
+    name of timm's. weights: SHA-256 of the tensors (deit.models.weights.digest_of). kernel: how
+    their position embedding is resized.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    source: str
+    beside: str | None
+    weights: str
+    kernel: Kernel
+
+
+def base_of(source: str, weights: str, kernel: Kernel, *, out: Path) -> Base:
+    """The base of a run in the folder `out`."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return Base(source, None, weights, kernel)
+    beside = os.path.relpath(path.resolve(), out.resolve())
+    return Base(str(path.absolute()), beside, weights, kernel)
+
+
+def save_base(folder: Path, base: Base) -> None:
+    """Write what saved adapters belong to, into the folder of their weights."""
+    (folder / BASE).write_text(json.dumps(asdict(base), indent=1) + "\n")
+
+
+def read_base(folder: Path) -> Base | None:
+    """What the saved adapters in a folder belong to; None where the weights are whole.
+
+    Raises CheckpointError.
+    """
+    return read_typed(folder / BASE, Base) if (folder / BASE).is_file() else None
+
+
+def find_base(folder: Path, base: Base, find: Callable[[str], Found]) -> Found:
+    """The weights of a base: beside the run as when it was trained, else where they were.
+
+    folder: of a checkpoint. find: reads a source. Raises CheckpointError where they are gone,
+    or others lie there now.
+    """
+    trouble = f"{base.source} is not there any more, nor beside the run"
+    for place in _places(folder, base):
+        try:
+            found = find(place)
+        except CheckpointError as error:
+            trouble = str(error)
+            continue
+        if digest_of(found.weights) == base.weights:
+            return found
+        trouble = f"{place} holds other weights now"
+    raise CheckpointError(
+        f"{folder}: holds adapters and heads alone, and what they belong to is missing: {trouble} "
+        f"(SHA-256 {base.weights[:12]})"
+    )
+
+
+def _places(folder: Path, base: Base) -> list[str]:
+    """Where a base may lie."""
+    if base.beside is None:
+        return [base.source]
+    run = folder.resolve().parent
+    paths = (Path(os.path.normpath(run / base.beside)), Path(base.source))
+    return [str(path) for path in dict.fromkeys(paths) if path.exists()]
