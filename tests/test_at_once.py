@@ -40,6 +40,7 @@ def chain(out):
     return (out / journal.CHAIN).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, tmp_path):
     # What runs choose by measuring, each for itself, is named.
     words = ("compare", "digits", *SMALL, "--seeds", "0,1", "--data.train_fraction", "0.2")

@@ -645,6 +645,7 @@ def test_a_pruned_base_stays_pruned(place, tmp_path):
     assert torch.equal(found.masks[name], read_masks(tmp_path / "m.safetensors")[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_two_processes_train_and_save_the_same_part(place, zygote, tmp_path, shard):
     """Divided or not; and go on, where only the base can say what the rest was."""

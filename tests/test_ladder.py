@@ -50,6 +50,7 @@ def test_everything_made_of_the_run_is_found(measured):
     assert "int8 static" in done.out
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_the_own_command(place, measured, zygote):
     rows = measured[0]["rows"]
     for name, run in (("run", "run"), ("small, recovered", "small/recovered"), ("other", "other")):
@@ -142,6 +143,7 @@ def test_a_mistake_is_told_before_the_work(place, zygote, words, code, said):
     assert (done.code, said in done.err) == (code, True), done.err
 
 
+@pytest.mark.slow
 def test_a_run_of_another_size_is_refused(place, zygote, tmp_path):
     words = ("--objective", "none", *SMALL, "--optim.epochs", "2", "--student.image_size", "16")
     words = (*words, "--student.patch_size", "4", "--out", tmp_path / "large")
@@ -161,6 +163,7 @@ def test_a_run_of_other_splits_is_refused(place, zygote, tmp_path):
     assert "seen: has another data.split_seed than the run" in done.err
 
 
+@pytest.mark.slow
 def test_files_of_other_weights_are_left_out(place, zygote, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(place / "run", run)

@@ -236,6 +236,7 @@ def test_more_places_go_on_from_what_there_is(looked, place, zygote, tmp_path):
     assert list(result(tmp_path / "out")["places"]) == [*NAMES, "random, 75.0 %"]
 
 
+@pytest.mark.slow
 def test_of_other_weights_everything_is_measured_anew(place, zygote, tmp_path):
     """Also where a call in between did not name that run."""
     for level in (0, 1):
@@ -265,6 +266,7 @@ def test_controls_stand_beside_the_ticket_of_their_level(place):
     assert [one.name for one in chain_of(places)] == NAMES
 
 
+@pytest.mark.slow
 def test_networks_of_other_shapes_have_no_line_between_them(place, zygote, tmp_path):
     words = ("train", "digits", *SMALL, "--objective", "none", "--student.embed_dim", "32")
     done = zygote.run(*words, "--out", tmp_path / "wide", cwd=place)

@@ -75,6 +75,7 @@ def free_port():
         return one.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_the_script_for_slurm_begins_a_run_and_goes_on_with_it(tmp_path):
     """Under stand-ins for srun and scontrol, with two processes in the place of a node's GPUs."""
     commands = {

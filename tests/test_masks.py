@@ -413,6 +413,7 @@ def test_no_run_begins_behind_its_end(place, tmp_path):
         train(config_of(place, start={"update": 12}), tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_zeros_hold_in_two_processes(zygote, tmp_path, shard):
     """Divided or not, both write what one mask says."""

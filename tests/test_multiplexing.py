@@ -197,6 +197,7 @@ def test_other_libraries_know_no_shared_blocks(name):
         FORMATS[name].check(build_student(facts), facts)
 
 
+@pytest.mark.slow
 def test_saved_and_exported_once(tmp_path):
     images, bytes_of, parameters = torch.rand(2, 3, 16, 16), {}, {}
     for share in (1, 4):
@@ -238,6 +239,7 @@ def test_a_whole_student_becomes_one_that_shares(tmp_path):
 # A run
 
 
+@pytest.mark.slow
 def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, zygote):
     teacher = tmp_path / "teacher"
     words = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--out", teacher)

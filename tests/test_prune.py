@@ -104,6 +104,7 @@ def test_every_step_is_told_with_what_it_costs(pruned):
     assert "control" in done.out.splitlines()[-2]
 
 
+@pytest.mark.slow
 def test_what_is_left_is_evaluated_and_exported_like_a_run(pruned, zygote, tmp_path):
     out, _ = pruned
     done = zygote.run("evaluate", out / "pruned", "--json", tmp_path / "e.json", cwd=out.parent)
@@ -133,6 +134,7 @@ def test_the_same_command_trains_nothing_again_and_another_is_refused(pruned, zy
     assert "holds a pruning whose optim.epochs is 2, not 3" in done.err
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on(place, zygote, tmp_path):
     """Killed while what is left is taught: the choice stays, the training goes on."""
     words = (*WORDS, "--run.save_every", "1", "--out", tmp_path / "out")
@@ -148,6 +150,7 @@ def test_interrupted_it_goes_on(place, zygote, tmp_path):
     assert list(result(tmp_path / "out")["rows"]) == ["run", "pruned", "recovered"]
 
 
+@pytest.mark.slow
 def test_killed_before_all_of_it_is_written_it_chooses_again(place, zygote, tmp_path):
     words = (*WORDS, "--out", tmp_path / "out")
     done = zygote.run(*words, cwd=place, DEIT_FAULT="renamed:1:kill")
@@ -185,6 +188,7 @@ def test_a_share_of_the_arithmetic_is_not_exceeded_layer_by_layer(place, zygote,
     assert 0 < float(told[1]) <= 60
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_cut_as_well(place, zygote, tmp_path):
     words = ("finetune", "--from", "run", "--optim.trained", "heads", "--optim.epochs", "1")
     words = (*words, "--optim.warmup_epochs", "0", "--run.evaluate_every", "1", "--out")

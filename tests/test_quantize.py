@@ -243,6 +243,7 @@ def test_attention_is_float_unless_asked(method, attention, micro, tmp_path):
                 assert not integers & set(graph.kinds(node.name)), node.name
 
 
+@pytest.mark.slow
 def test_blocks_of_a_deit_ti_take_a_third_of_the_bytes_at_most(tmp_path):
     settings = {"patch_size": 16, "depth": 4}
     path, layers, _ = prepared_of(tmp_path, "deit_tiny", size=32, classes=1000, **settings)
@@ -634,6 +635,7 @@ def test_attention_that_was_not_found_is_told(runs, tmp_path, monkeypatch):
         quantize.quantize(runs / "plain", tmp_path / "out", Plan())
 
 
+@pytest.mark.slow
 def test_the_command_from_elsewhere(runs, zygote, tmp_path):
     done = zygote.run(
         *("quantize", runs / "plain", "--method", "dynamic", "--out", "q", "--max-drop", "100"),

@@ -234,6 +234,7 @@ def test_the_same_command_trains_nothing_again(searched, zygote):
     }
 
 
+@pytest.mark.slow
 def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, zygote, tmp_path):
     """Killed in the second level of the second seed, which then goes on from its checkpoint."""
     place, _ = searched
@@ -260,6 +261,7 @@ def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, zygote, tm
     assert {file: (checkpoint.newest(level) / file).read_bytes() for file in files} == kept
 
 
+@pytest.mark.slow
 def test_more_levels_and_seeds_go_on_from_what_there_is(searched, zygote, tmp_path):
     place, _ = searched
     shutil.copytree(place / "out", tmp_path / "out")
