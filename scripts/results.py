@@ -10,9 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from deit.charts import chart
 from deit.drawing import COLUMNS, comparison_cells, draw_comparison, markdown_table
 from deit.sweep_pictures import finished_rows
 from deit.sweep_results import cells, class_by_class, columns, disagreement_table
+from deit.ticket_pictures import ticket_curve
+from deit.ticket_results import tickets_table
 from scripts.benchmark_picture import draw_benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +44,7 @@ SWEEPS = {
     "digits-held-out": "Digits: 6, 7, 8 and 9 never seen (temperature, weight, learning rate)",
 }
 DRAWN = ("digits-patience",)  # of the sweeps
+TICKETS = {"digits-tickets": "Digits: lottery tickets beside their controls"}
 BENCHMARKS = ("benchmark-data", "benchmark-targets", "benchmark-train")
 
 
@@ -146,14 +150,15 @@ def _written_here(name: str, command: str) -> str:
 
 
 def sweep_section(name: str, result: dict) -> str:
-    """A sweep as Markdown: title, table, classes, how it was measured."""
+    """A sweep as Markdown: title, table, classes, masks, how it was measured."""
     environment = result["environment"]
     table = [[cell or " " for cell in row] for row in cells(result)]
     few = disagreement_table(result) if len(result["disagreement"]) <= _FEW else ""
     seeds = ", ".join(map(str, result["seeds"]))
     return (
-        f"**{SWEEPS[name]}** ([{name}.json](results/{name}.json))\n\n"
+        f"**{(SWEEPS | TICKETS)[name]}** ([{name}.json](results/{name}.json))\n\n"
         f"{markdown_table(columns(result), table)}\n\n{_classes(result)}{few}"
+        f"{tickets_table(result)}"
         f"Test top-1 in %, {result['num_samples']} images, seeds {seeds}, gains over the first "
         f"point; {environment['device_name']}, torch {environment['packages']['torch']}, commit "
         f"{environment['commit']}.\n{shown_command(name, result['command'])}\n"
@@ -218,6 +223,9 @@ def main() -> None:
     tables |= {name: benchmark_section(name, result) for name, result in benchmarks.items()}
     told = {"sweeps": "\n".join(sweep_section(name, result) for name, result in sweeps.items())}
     pages = {ROOT / "README.md": tables, ROOT / "docs" / "sweeps.md": told}
+    tickets = load(TICKETS)
+    texts = {name: sweep_section(name, result) for name, result in tickets.items()}
+    pages[ROOT / "docs" / "compression.md"] = texts
     new = {path: written(path.read_text(), texts) for path, texts in pages.items()}
     if check:
         sys.exit(any(text != path.read_text() for path, text in new.items()))
@@ -227,6 +235,8 @@ def main() -> None:
         draw_comparison(result, ROOT / "docs" / "images" / f"{name}.png")
     for name in DRAWN:
         draw_comparison(finished_rows(sweeps[name]), ROOT / "docs" / "images" / f"{name}.png")
+    for name, result in tickets.items():
+        chart(ticket_curve(result), ROOT / "docs" / "images" / f"{name}.png")
     for name, result in benchmarks.items():
         draw_benchmark(result, ROOT / "docs" / "images" / f"{name}.png")
 
