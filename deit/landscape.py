@@ -40,7 +40,7 @@ def landscape(
     how = _how(asked)
     check_begun(out, MANIFEST, how, what="landscape")
     accelerator = create_accelerator(find_run(places[0].run, asked.checkpoint)[0].run)
-    _, view = view_of(places, asked, root=root, device=accelerator.device)
+    view = view_of(places, asked, root=root, device=accelerator.device)
     check_writable(out, option="--out")
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, option="--out"):
@@ -104,7 +104,7 @@ class _Kept:
 def _around(place: Place, view: View, asked: Asked, kept: _Kept) -> dict[str, Any]:
     """What is measured around a place."""
     about = {"kind": place.kind, "level": place.level, "run": str(place.run)}
-    about |= kept("here", [place], lambda: here(place, view, asked))
+    about |= kept("here", [place], lambda: here(place, view))
     for part, measured in AROUND.items():
         if part in asked.parts:
             about[part] = kept(part, [place], lambda of=measured: of(place, view, asked))

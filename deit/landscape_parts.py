@@ -26,7 +26,7 @@ def _watch(title: str) -> Callable[[range], Iterable[int]]:
     return lambda numbers: progress(numbers, total=len(numbers), title=title)
 
 
-def here(place: Place, view: View, asked: Asked) -> dict[str, Any]:
+def here(place: Place, view: View) -> dict[str, Any]:
     """The place itself: how many weights are free, how long their vector is, what is measured
     there, and the length of the gradient, which is 0 in a minimum."""
     surface = surface_of(place, view)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from deit import checkpoint
-from deit.config import Config, other_images
+from deit.config import other_images
 from deit.datasets.splits import load_split
 from deit.datasets.spread import spread_rows
 from deit.errors import CheckpointError, ConfigError, DataError
@@ -109,11 +109,9 @@ class View(NamedTuple):
     digest: str
 
 
-def view_of(
-    places: list[Place], asked: Asked, *, root: str | None, device: torch.device
-) -> tuple[Config, View]:
+def view_of(places: list[Place], asked: Asked, *, root: str | None, device: torch.device) -> View:
     """The images that all places are looked at with, as an evaluation shows them: so many of a
-    split, spread over the classes; and the configuration of the first place.
+    split, spread over the classes.
 
     Raises ConfigError where the runs are of other data, DataError.
     """
@@ -142,7 +140,7 @@ def view_of(
         for kind, one in zip(("views", "labels"), two)
     }
     sizes = [len(chunk) for chunk in chunks]
-    return first, View(batches, sizes, len(rows), digest_of(tensors))
+    return View(batches, sizes, len(rows), digest_of(tensors))
 
 
 def comparable(places: list[Place]) -> bool:

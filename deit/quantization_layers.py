@@ -138,7 +138,7 @@ def by_onnxruntime(does: str) -> Iterator[None]:
             yield
     except DeitError:
         raise  # of an image that it was given
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's tools raise types of their own
         raise CheckpointError(
             f"ONNX Runtime cannot {does} this network ({type(error).__name__}: {reason_of(error)})"
         ) from error

@@ -18,17 +18,14 @@ from deit.finished import Finished
 from deit.measured import disagreement
 from deit.search import DATABASE, check_optuna
 from deit.sweep_file import Sweep
-from deit.sweep_pictures import draw_sweep
 from deit.sweep_results import (
     MANIFEST,
     best_lines,
     best_of,
-    cells,
-    columns,
     told_of_best,
     write_results,
 )
-from deit.sweep_rows import environment_of, rows_of
+from deit.sweep_rows import drawn, environment_of, print_rows, rows_of
 from deit.sweep_runs import Trial, Work, alike, work_of
 from deit.sweep_search import Searched, search_all
 from deit.sweep_training import Mishaps, train_all, unfinished
@@ -83,7 +80,7 @@ def sweep(
         result = _result(
             plan, run, work, mishaps, searched=searched, best=best, arguments=arguments
         )
-        for path in write_results(result, out) + _draw(result, out):
+        for path in write_results(result, out) + drawn(result, out):
             say(f"wrote {path}")
     _print(result)
     if mishaps.failed:
@@ -198,21 +195,9 @@ def _result(
     }
 
 
-def _draw(result: dict[str, Any], out: Path) -> list[Path]:
-    try:
-        return draw_sweep(result, out)
-    except EnvironmentFault as error:
-        say(f"no picture: {error}")
-        return []
-
-
 def _print(result: dict[str, Any]) -> None:
     """The table, and the best points."""
-    number = len(result["seeds"])
-    title = f"{result['sweep']}: top-1 % on {result['num_samples']} {result['split']} images" + (
-        f", mean and standard deviation of {number} seeds" if number > 1 else ""
-    )
-    table(title, columns(result), cells(result))
+    print_rows(result)
     shares = result["disagreement"]
     if 2 < len(shares) <= 8:  # of more, the files have it: a terminal is not wide enough
         rows = [(one, *(percent(share) for share in row.values())) for one, row in shares.items()]

@@ -6,8 +6,11 @@ from typing import Any
 from deit import checkpoint, outcome
 from deit.at_once import Failed, Planned, failure_of
 from deit.config import code_of
-from deit.errors import DeitError
+from deit.console import say, table
+from deit.errors import DeitError, EnvironmentFault
 from deit.measured import Evaluations, Measured
+from deit.sweep_pictures import draw_sweep
+from deit.sweep_results import cells, columns
 from deit.sweep_runs import Work
 from deit.sweep_training import Mishaps
 from deit.typed_json import read_typed
@@ -82,3 +85,21 @@ def _note(row: outcome.Row, seed: int, out: Path, found: dict[str, Any], classes
     outcome.note(row, out, found, classes=classes)
     row["seeds"].append(seed)
     row["folders"].append(str(out))
+
+
+def drawn(result: dict[str, Any], out: Path) -> list[Path]:
+    """The pictures of a sweep; without matplotlib none, and that is told."""
+    try:
+        return draw_sweep(result, out)
+    except EnvironmentFault as error:
+        say(f"no picture: {error}")
+        return []
+
+
+def print_rows(result: dict[str, Any]) -> None:
+    """The table of a sweep, for a person."""
+    number = len(result["seeds"])
+    title = f"{result['sweep']}: top-1 % on {result['num_samples']} {result['split']} images" + (
+        f", mean and standard deviation of {number} seeds" if number > 1 else ""
+    )
+    table(title, columns(result), cells(result))

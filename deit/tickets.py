@@ -15,16 +15,15 @@ from deit.datasets.loader import updates_of_epoch
 from deit.datasets.splits import load_splits
 from deit.disk import hold, write_json
 from deit.environment import choose_linear, create_accelerator
-from deit.errors import ConfigError, DeitError, EnvironmentFault
+from deit.errors import ConfigError, DeitError
 from deit.finished import Finished
 from deit.ground import Ground, slug
 from deit.models.masks import dense, prunable, prune_in
 from deit.models.networks import create_network
 from deit.preparation import found_start, settled
 from deit.sweep_file import Point
-from deit.sweep_pictures import draw_sweep
-from deit.sweep_results import MANIFEST, cells, columns, write_results
-from deit.sweep_rows import environment_of, rows_of
+from deit.sweep_results import MANIFEST, write_results
+from deit.sweep_rows import drawn, environment_of, print_rows, rows_of
 from deit.sweep_runs import Trial, Work, check_ground, check_there
 from deit.sweep_training import Mishaps, train_all, unfinished
 from deit.ticket_masks import facts_of_masks, write_masks
@@ -83,7 +82,7 @@ def tickets(
         work = Work(ground, below, trials, stores, runs)
         mishaps = _train(plan, work, found, at_once=at_once, retries=retries)
         result = _result(asked, plan, run, work, mishaps, found, arguments)
-        for path in write_results(result, run.out) + _draw(result, run.out):
+        for path in write_results(result, run.out) + drawn(result, run.out):
             say(f"wrote {path}")
     _print(result)
     if mishaps.failed:
@@ -310,19 +309,7 @@ def _result(
     }
 
 
-def _draw(result: dict[str, Any], out: Path) -> list[Path]:
-    try:
-        return draw_sweep(result, out)
-    except EnvironmentFault as error:
-        say(f"no picture: {error}")
-        return []
-
-
 def _print(result: dict[str, Any]) -> None:
-    number = len(result["seeds"])
-    title = f"{NAME}: top-1 % on {result['num_samples']} {result['split']} images" + (
-        f", mean and standard deviation of {number} seeds" if number > 1 else ""
-    )
-    table(title, columns(result), cells(result))
+    print_rows(result)
     table(f"what is left, seed {result['seeds'][0]}", mask_columns(), mask_cells(result))
     say(matching_line(result))

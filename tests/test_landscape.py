@@ -84,7 +84,7 @@ def test_the_places_of_a_search_are_its_levels(place):
 
 def test_around_a_level_only_what_it_keeps_moves(place):
     places = places_of([place / "search"], Asked())
-    _, view = view_of(places, Asked(images=8), root=None, device=CPU)
+    view = view_of(places, Asked(images=8), root=None, device=CPU)
     sizes = [surface_of(one, view).size for one in places]
     whole = surface_of(places[2], view, masked=False).size
     assert [sizes[0] - size for size in sizes] == [0, 1536, 2304]
