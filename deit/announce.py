@@ -12,6 +12,7 @@ from deit.console import clock, percent, say, warn
 from deit.datasets.images import Images
 from deit.datasets.reading import worker_count
 from deit.models.masks import told_of
+from deit.models.rounding import rounded_layers
 from deit.parts import Parts
 from deit.sharding import number_of_parts
 
@@ -80,6 +81,10 @@ def _of_start(parts: Parts) -> None:
         told = told_of(parts.held.masks)
         zero = percent(1 - told["kept"] / told["total"])
         say(f"pruned    {zero} % of {told['total']:,} weights in {len(parts.held.masks)} layers")
+    if parts.config.student.rounding != "none":
+        network = parts.accelerator.unwrap_model(parts.student).network
+        number = len(rounded_layers(network))
+        say(f"rounded   {number} layers, as the {parts.config.student.rounding} file computes them")
     if (update := parts.config.start.update) and notes is not None:  # not of a resumed run
         say(f"          begins at update {update}: schedule, order and views of those before pass")
     told = [] if optim.trained == "all" else [f"{optim.trained} only"]

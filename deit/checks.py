@@ -7,6 +7,7 @@ from deit.config import (
     STUDENTS,
     Config,
     LossConfig,
+    StudentConfig,
     ViewsConfig,
     depth_of,
     has_distillation_token,
@@ -82,16 +83,29 @@ def _check_student(config: Config) -> list[Problem]:
         if student.adapters == "none":
             advice = "has no effect, student.adapters is 'none'"
             found += _without_effect("student", student, _OF_ADAPTERS, advice)
+        if student.rounding != "none":
+            found += _beside_rounding(student)
     else:
         only = f"only deit_* and vit_* take it, student.name is {student.name!r}"
         shape = ("patch_size", "embed_dim", "depth", "num_heads", "initialisation")
         shape = (*shape, "block_heads", "block_hidden", "share", "adapters", *_OF_ADAPTERS)
-        shape = (*shape, "distillation_tokens", "dropout")
+        shape = (*shape, "distillation_tokens", "dropout", "rounding")
         found += _without_effect("student", student, shape, only)
     return found
 
 
 _OF_ADAPTERS = ("adapter_width", "adapter_scale")
+
+
+def _beside_rounding(student: StudentConfig) -> list[Problem]:
+    """What an int8 file has no counterpart of."""
+    advice = "is not for a student whose layers round (student.rounding); use {}"
+    found = []
+    if student.share > 1:
+        found.append(Problem("student.share", student.share, advice.format(1)))
+    if student.adapters != "none":
+        found.append(Problem("student.adapters", student.adapters, advice.format("none")))
+    return found
 
 
 def _without_effect(
@@ -128,6 +142,22 @@ def _check_adapters(config: Config) -> list[Problem]:
     if config.start.masks not in ("keep", "none"):
         advice = "would change weights that optim.trained 'adapters' leaves as they are; use keep"
         found.append(Problem("start.masks", config.start.masks, advice))
+    return found
+
+
+def _check_rounding(config: Config) -> list[Problem]:
+    """Ranges are learnt by a student that is whole, and in training mode."""
+    rounding, found = config.student.rounding, []
+    if rounding == "none":
+        return found
+    if config.optim.trained in ("heads", "adapters"):
+        advice = (
+            f"leaves layers in evaluation mode that round ({rounding}) and have to learn; use all"
+        )
+        found.append(Problem("optim.trained", config.optim.trained, advice))
+    if config.run.shard != "none":
+        advice = f"is not for a student whose layers round (student.rounding {rounding}); use none"
+        found.append(Problem("run.shard", config.run.shard, advice))
     return found
 
 
@@ -443,6 +473,7 @@ CHECKS = {
     _check_student: {"student"},
     _check_start: {"start", "optim"},
     _check_adapters: {"start", "student", "optim"},
+    _check_rounding: {"student", "optim", "run"},
     _check_objective: {"loss", "student", "teacher"},
     _check_teachers: {"teacher", "student", "loss"},
     _check_mean: {"teacher", "loss"},

@@ -69,7 +69,7 @@ def quantize(arguments: list[str], program: str) -> None:
         options.out,
         Plan(
             method=options.method,
-            images=128 if options.calibration is None else options.calibration,
+            images=options.calibration,
             how=how,
             percentile=(options.percentile or 99.99) if how == "percentile" else None,
             attention=options.quantize_attention,
@@ -84,9 +84,9 @@ def quantize(arguments: list[str], program: str) -> None:
     )
 
 
-def _check_quantize(options: argparse.Namespace) -> str:
-    """The way of calibrating, given or meant. Raises ConfigError where options are wrong, or do not
-    go together."""
+def _check_quantize(options: argparse.Namespace) -> str | None:
+    """The way of calibrating, given or meant; None: neither. Raises ConfigError where options are
+    wrong, or do not go together."""
     given = {
         "--calibration": options.calibration,
         "--calibrate": options.calibrate,
@@ -101,7 +101,7 @@ def _check_quantize(options: argparse.Namespace) -> str:
         raise ConfigError(f"--percentile {options.percentile:g}: should be above 50, at most 100")
     if not 0 <= options.max_drop <= 100:
         raise ConfigError(f"--max-drop {options.max_drop:g}: should be in 0 ... 100")
-    meant = "minmax" if options.percentile is None else "percentile"
+    meant = None if options.percentile is None else "percentile"
     how = options.calibrate or meant
     if options.percentile is not None and how != "percentile":
         raise ConfigError(f"--percentile: goes with --calibrate percentile, not with {how}")

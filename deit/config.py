@@ -112,6 +112,7 @@ Trackers = Annotated[
 ]
 Trained = Literal["all", "heads", "attention", "adapters"]
 Adapters = Literal["none", "convpass", "convpass_attention"]
+Rounding = Literal["none", "int8"]
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,9 @@ class StudentConfig:
     """Channels within an adapter."""
     adapter_scale: Positive = 0.1
     """Factor of what adapters add; the paper searches 0.01, 0.1, 1, 10 and 100 for each task."""
+    rounding: Rounding = "none"
+    """int8: weights and inputs of linear layers and patches are rounded as the file of `deit
+    quantize` rounds them, in training and evaluation (deit_* and vit_*)."""
 
 
 @dataclass(frozen=True)

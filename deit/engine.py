@@ -15,6 +15,7 @@ from deit.faults import spoil
 from deit.keys import step_seed
 from deit.losses import Losses, objective
 from deit.models.masks import Held
+from deit.models.rounding import Ranges
 from deit.optim import WeightAverage, lr_at, set_lr
 from deit.panel import Panel
 from deit.records import Answers, Batch, Outputs, head_logits
@@ -69,6 +70,7 @@ def train_epoch(
     student.train()
     statistics = list(accelerator.unwrap_model(student).buffers())
     before = [one.clone() for one in statistics]
+    ranges = Ranges(accelerator.unwrap_model(student))
     for part, batch in enumerate(batches):
         seed_torch(job, step, part)
         if job.graphs:
@@ -81,7 +83,8 @@ def train_epoch(
         tally.add(losses, outputs, batch, answers)
         if accelerator.sync_gradients:
             applied = _apply(job, step, steps)
-            # The forward pass alone has moved the statistics of batch norms.
+            ranges.settle()
+            # Batch norms' statistics and these have moved by the forward pass alone.
             for one, kept in zip(statistics, before):
                 one.copy_(kept.copy_(torch.where(applied, one, kept)))
             if job.average is not None:

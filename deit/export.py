@@ -13,7 +13,7 @@ from deit.config import Config
 from deit.console import say
 from deit.datasets.splits import load_splits
 from deit.disk import check_writable, replace_folder
-from deit.errors import CheckpointError, EnvironmentFault
+from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.evaluation import evaluate, find_run
 from deit.formats import FORMATS, Answer, Graph, Heads, outputs_of
 from deit.model_card import write_card
@@ -59,6 +59,11 @@ def export(
     form = FORMATS[name]
     config, saved = find_run(run, checkpoint)
     student, facts = load_student(saved)
+    if facts.student.rounding != "none":
+        raise ConfigError(
+            f"{run}: student.rounding = {facts.student.rounding!r}: a file of floats would answer "
+            "otherwise than the run; deit quantize writes the integers it was trained for"
+        )
     form.check(student, facts)
     require(form.needs, f"--format {name}")
     folder = out or saved.parent / f"export-{name}"

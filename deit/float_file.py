@@ -1,5 +1,6 @@
 """A run's student as float ONNX, held against the run; images as that file takes them."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from deit.errors import CheckpointError
 from deit.evaluation import images_of
 from deit.export import BATCHES, answers_of, bare_of, verify
 from deit.formats import FORMATS, Graph, answer_of, outputs_of
+from deit.models.rounding import without_rounding
 from deit.models.saved import Facts, load_student
+from deit.models.student import Student
 from deit.prediction import shown
 from deit.quantization_layers import Layers, prepare
 
@@ -29,7 +32,8 @@ class FloatFile(NamedTuple):
     config: as the run is evaluated. run: its folder. normalise: turns views in [0, 1] into what the
     file takes. original: the file; prepared: the same with known shapes, as quantizing needs it.
     layers: what of it can become integers. test: the test images. checked: how it was held against
-    the run.
+    the run. rounding: the run itself, which takes what the file takes, where its layers round: the
+    file holds its weights as they are; None: it does not round, and answers as the file does.
     """
 
     config: Config
@@ -41,6 +45,7 @@ class FloatFile(NamedTuple):
     layers: Layers
     test: Images | Encoded
     checked: dict[str, Any]
+    rounding: Student | None
 
     def images(self, split: str) -> Images | Encoded:
         """Another split than test. Encoded images stay so, whatever the run made of them: few of
@@ -67,12 +72,14 @@ def write_float_file(config: Config, saved: Path, place: Path) -> FloatFile:
     student, facts = load_student(saved)
     test = images_of(config, facts, saved.parent, "test", None, None).images
     bare, normalise = bare_of(student)
+    rounding = copy.deepcopy(bare) if facts.student.rounding != "none" else None
+    without_rounding(bare.network)
     FORMATS["onnx"].write(place, bare, facts)
     original, prepared = place / "model.onnx", place / "prepared.onnx"
     layers = prepare(original, prepared)
     _check_products(layers, bare.network)
     known = (config, facts, saved.parent, normalise, original, prepared, layers, test)
-    file = FloatFile(*known, {})
+    file = FloatFile(*known, {}, rounding)
     inputs = torch.cat(list(file.inputs(test, spread(test, _VERIFIED))))
     number = len(inputs)
     inputs = inputs[torch.arange(max(number, sum(BATCHES))) % number]

@@ -186,12 +186,13 @@ def _rung(version: Version, config: Config, facts: Facts) -> _Rung:
             )
     student.eval()
     weights = student.network.state_dict()
+    parameters = student.network.parameters()
     cost = cost_of(student, side=own.student.image_size, batch=1)
     about: dict[str, Any] = {
         "folder": str(version.run),
         "engine": "PyTorch" if version.onnx is None else "ONNX Runtime",
         "parameters": cost.parameters,
-        "nonzero": sum(int(one.count_nonzero()) for one in weights.values()),
+        "nonzero": sum(int(one.count_nonzero()) for one in parameters),
         "gmacs": cost.gmacs,
     }
     if version.onnx is None:

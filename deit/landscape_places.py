@@ -118,6 +118,11 @@ def view_of(places: list[Place], asked: Asked, *, root: str | None, device: torc
     configs = [as_asked(find_run(one.run, asked.checkpoint)[0], root=root) for one in places]
     first = configs[0]
     for place, config in zip(places, configs):
+        if config.student.rounding != "none":
+            raise ConfigError(
+                f"{place.name}: student.rounding = {config.student.rounding!r}: its loss goes in "
+                "steps, of which no curve can be drawn; look at the run it was fine-tuned from"
+            )
         field = other_images(config.data, first.data)
         if config.data.train_fraction != first.data.train_fraction:
             field = "data.train_fraction"

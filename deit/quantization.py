@@ -55,6 +55,30 @@ def calibrated(
         return calibrator.compute_data()
 
 
+def learnt(prepared: Path, layers: Layers, ranges: dict[str, Tensor]) -> Any:
+    """The ranges of activations as training left them, as ONNX Runtime's quantizer takes them.
+
+    ranges: float32 [2], the lowest and the highest value of an input, by the layer's name.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.calibrate import TensorsData
+
+    graph = onnx.load(prepared).graph
+    constants = {one.name for one in graph.initializer}
+    heard = {
+        node.name: next(name for name in node.input[:2] if name not in constants)
+        for node in graph.node
+        if node.op_type in METHODS["static"]
+    }
+    found = {
+        heard[node]: tuple(one.numpy().astype("float32") for one in ranges[layer])
+        for layer in ranges
+        for node in layers.nodes[layer]
+    }
+    return TensorsData(CalibrationMethod.MinMax, found)
+
+
 class _Once:
     """One batch, as ONNX Runtime reads what it calibrates on."""
 

@@ -19,6 +19,8 @@ def print_quantization(found: dict[str, Any]) -> None:
     table(title, _HEADS, _head_rows(found))
     table(_timing(found), _FILES, _file_rows(found))
     say(_batches(found))
+    if "as_the_run" in found:
+        say(_beside_the_run(found))
 
 
 def print_sensitivity(found: dict[str, Any]) -> None:
@@ -43,6 +45,8 @@ def print_sensitivity(found: dict[str, Any]) -> None:
 def quantization_card(found: dict[str, Any]) -> str:
     """How it was quantized and what that did, as Markdown for the card."""
     lines = [*told(found), _batches(found)]
+    if "as_the_run" in found:
+        lines.append(_beside_the_run(found))
     return "\n\n".join(
         [
             "\n".join(f"- {line}" for line in lines),
@@ -76,6 +80,8 @@ def told(found: dict[str, Any]) -> list[str]:
 def _ranges(seen: dict[str, Any] | None) -> str:
     if seen is None:
         return "found in every batch anew (dynamic), no calibration"
+    if seen["how"] == "learnt":
+        return "learnt in training, which computed with these roundings; no calibration"
     level = "" if seen["percentile"] is None else f" {seen['percentile']:g}"
     return (
         f"{seen['how']}{level} over {seen['num_samples']} training images in their evaluation "
@@ -126,6 +132,17 @@ def _batches(found: dict[str, Any]) -> str:
     return (
         f"asked in batches of {sizes}, int8 logits of an image differ by {alike['difference']:.2g} "
         f"at most, and {alike['other_answers']} of {alike['num_samples']} answers"
+    )
+
+
+def _beside_the_run(found: dict[str, Any]) -> str:
+    """A file beside the run that was trained for it; `float` is neither of them."""
+    same = found["as_the_run"]
+    head = "fused" if "fused" in same["sqnr_db"] else "class"
+    return (
+        f"the run itself computes with these roundings: {percent(same['agreement'][head])} % of "
+        f"the file's answers are the run's, {_decibels(same['sqnr_db'][head])} dB from it; float "
+        "is its weights without any"
     )
 
 

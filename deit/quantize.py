@@ -8,42 +8,47 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deit.checkpoint import result_of
+from deit.config import Config, StudentConfig, is_transformer
 from deit.console import progress, say
 from deit.datasets.spread import spread_rows
 from deit.disk import check_file, replace_folder, write_json
 from deit.environment import create_accelerator, describe
-from deit.errors import CheckpointError, DataError
+from deit.errors import CheckpointError, ConfigError, DataError
 from deit.evaluation import as_asked, find_run
 from deit.export import check_place, require
 from deit.float_file import FloatFile, write_float_file
 from deit.formats import FORMATS
 from deit.model_card import write_card
+from deit.models.rounding import rounded_layers
 from deit.processor import int8_flags, saturates
-from deit.quantization import calibrated, write_int8
+from deit.quantization import calibrated, learnt, write_int8
 from deit.quantization_layers import METHODS, choose, serves
 from deit.quantization_tables import print_quantization, print_sensitivity, quantization_card, told
 from deit.side_by_side import (
     alike_in_batches,
     answers_on_test,
+    as_the_run,
     each_layer_alone,
     final,
     times_in_turns,
 )
 
+_CALIBRATED_ON = 128
 _CALIBRATED_AT_ONCE = 8  # with all their activations in memory
 
 
 class Plan(NamedTuple):
     """What is asked of a quantization.
 
-    method: of deit.quantization_layers.METHODS. images: training images that static calibrates on;
-    how: of deit.quantization.CALIBRATIONS; percentile: of `percentile`. attention: whether products
-    of two activations become integers. exclude: a regular expression, the layers that stay float.
+    method: of deit.quantization_layers.METHODS. images: training images that static calibrates on,
+    None: 128; how: of deit.quantization.CALIBRATIONS, None: minmax; percentile: of `percentile`.
+    attention: whether products of two activations become integers. exclude: a regular expression,
+    the layers that stay float.
     """
 
     method: str = "static"
-    images: int = 128
-    how: str = "minmax"
+    images: int | None = None
+    how: str | None = None
     percentile: float | None = None
     attention: bool = False
     exclude: str | None = None
@@ -76,6 +81,7 @@ def quantize(
     config, saved = find_run(run, checkpoint)
     if result_of(saved.parent) is None:
         raise CheckpointError(f"{saved.parent}: is not finished; its own command goes on with it")
+    _check_learnt(config, plan, run)
     folder = out or saved.parent / f"quantized-{plan.method}"
     check_place(folder, force=force)
     check_file(json_file, option="--json", replace=force)
@@ -86,8 +92,10 @@ def quantize(
         target = Path(scratch) / "int8.onnx"
         found |= _written(file, plan, target, sensitivity=sensitivity)
         found |= answers_on_test(file, target)
+        if file.rounding is not None:
+            found["as_the_run"] = as_the_run(file, target)
         others = [name for name in METHODS if name != plan.method and serves(file.layers, name)]
-        found |= _drop(found, max_drop, others)
+        found |= _drop(found, max_drop, others, trainable=_trainable(config.student))
 
         def write(place: Path) -> None:
             copied = Path(shutil.copyfile(target, place / "model.onnx"))
@@ -106,6 +114,24 @@ def quantize(
     return folder
 
 
+def _check_learnt(config: Config, plan: Plan, run: Path) -> None:
+    """Refuse to quantize a run that was trained for one file in another way. Raises ConfigError."""
+    rounding = config.student.rounding
+    if rounding == "none":
+        return
+    asked = {
+        "--method dynamic": plan.method == "dynamic",
+        "--calibration": plan.images is not None,
+        "--calibrate": plan.how is not None,
+        "--quantize_attention": plan.attention,
+    }
+    if wrong := [option for option, given in asked.items() if given]:
+        raise ConfigError(
+            f"{wrong[0]}: {run} was trained for one file (student.rounding {rounding}): static, by "
+            "the ranges it has learnt, products of attention in float; leave it out"
+        )
+
+
 def _written(file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool) -> dict[str, Any]:
     """Write the int8 file; what was done, and each layer alone if that is asked."""
     layers = file.layers
@@ -122,7 +148,9 @@ def _written(file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool) ->
         "environment": _environment(file),
     }
     ranges = None
-    if plan.method == "static":
+    if file.rounding is not None:
+        ranges, found["calibration"] = _learnt(file)
+    elif plan.method == "static":
         ranges, found["calibration"] = _calibrate(file, plan)
     for line in told(found):
         say(f"quantizes {line}")
@@ -144,43 +172,64 @@ def _environment(file: FloatFile) -> dict[str, Any]:
     return {**about, "int8_flags": list(int8_flags())}
 
 
+def _learnt(file: FloatFile) -> tuple[Any, dict[str, Any]]:
+    """The ranges of activations as training left them. Raises CheckpointError where it did not."""
+    layers = rounded_layers(file.rounding.network)
+    ranges = {name: layer.range for name, layer in layers.items()}
+    if not any(one.any() for one in ranges.values()):
+        raise CheckpointError(f"{file.run}: has learnt no ranges, no update was made; train it on")
+    told = {"split": "train", "view": "training", "how": "learnt"}
+    return learnt(file.prepared, file.layers, ranges), told
+
+
 def _calibrate(file: FloatFile, plan: Plan) -> tuple[Any, dict[str, Any]]:
     """The ranges of activations, and what they were found on. Raises DataError."""
-    train = file.images("train")
-    if len(train.labels) < plan.images:
+    train, number, how = file.images("train"), plan.images or _CALIBRATED_ON, plan.how or "minmax"
+    if len(train.labels) < number:
         raise DataError(
-            f"--calibration {plan.images}: there are {len(train.labels)} training images; ask for "
+            f"--calibration {number}: there are {len(train.labels)} training images; ask for "
             "no more, or take --method dynamic, which needs none"
         )
     seed = file.config.data.split_seed
-    rows = spread_rows(train.labels, plan.images, seed=seed, stream="calibration")
+    rows = spread_rows(train.labels, number, seed=seed, stream="calibration")
     batches = file.inputs(train, rows, size=_CALIBRATED_AT_ONCE)
     total = math.ceil(len(rows) / _CALIBRATED_AT_ONCE)
     watched = progress(batches, total=total, title="calibrating")
-    ranges = calibrated(file.prepared, watched, how=plan.how, percentile=plan.percentile)
-    asked = {"how": plan.how, "percentile": plan.percentile, "seed": seed}
+    ranges = calibrated(file.prepared, watched, how=how, percentile=plan.percentile)
+    asked = {"how": how, "percentile": plan.percentile, "seed": seed}
     return ranges, {"split": "train", "view": "evaluation", "num_samples": len(rows), **asked}
 
 
-def _drop(found: dict[str, Any], most: float, others: list[str]) -> dict[str, float]:
-    """By how many points top-1 falls. others: methods that may do better. Raises CheckpointError
-    where that is more than may be."""
+def _drop(
+    found: dict[str, Any], most: float, others: list[str], *, trainable: bool
+) -> dict[str, float]:
+    """By how many points top-1 falls. others: methods that may do better; trainable: whether
+    training under roundings may. Raises CheckpointError where that is more than may be."""
     before, after = (final(found[name]["heads"])["top1"] for name in ("float", "int8"))
     drop = round(100 * (before - after), 9)
     if drop <= most:
         return {"drop_points": drop, "max_drop_points": most}
     ways = [f"--method {name}" for name in others]
-    if found["calibration"] is not None and found["calibration"]["how"] != "percentile":
+    how = None if found["calibration"] is None else found["calibration"]["how"]
+    if how in ("minmax", "entropy"):
         ways.append("--calibrate percentile")
     noisiest = "the layers that --sensitivity shows to be the noisiest"
     if "sensitivity" in found:
         noisiest = f"'{found['sensitivity']['layers'][0]['layer']}', the noisiest layer"
     ways.append(f"--exclude {noisiest}")
+    if trainable:
+        ways.append(f"deit finetune --from {found['run']} --tuning int8 --out {found['run']}-int8")
     raise CheckpointError(
         f"{found['run']}: int8 takes {drop:.2f} points off its top-1 ({100 * before:.2f} to "
         f"{100 * after:.2f} %), --max-drop {most:g} is allowed; nothing is kept; try "
         f"{', or '.join(ways)}"
     )
+
+
+def _trainable(student: StudentConfig) -> bool:
+    """Whether a student could be, and was not yet, trained under roundings."""
+    plain = student.rounding == "none" and student.adapters == "none" and student.share == 1
+    return plain and is_transformer(student)
 
 
 def _add_costs(found: dict[str, Any], file: FloatFile, target: Path) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from deit.console import progress
 from deit.errors import CheckpointError
 from deit.evaluation import measure
-from deit.export import BATCHES
+from deit.export import BATCHES, answers_of
 from deit.float_file import CHUNK, FloatFile, spread
-from deit.formats import OUTPUTS, Answer, Heads, answer_of
+from deit.formats import OUTPUTS, Answer, Graph, Heads, answer_of, outputs_of
 from deit.latency import latencies
 from deit.metrics import agreement, topk_accuracy
 from deit.quantization import signal_to_noise
@@ -49,6 +49,23 @@ def answers_on_test(file: FloatFile, target: Path) -> dict[str, Any]:
         "split": "test",
         "num_samples": len(labels),
         **measured,
+        "agreement": {head: agreement(a.argmax(1), b.argmax(1)) for head, (a, b) in pairs.items()},
+        "sqnr_db": {head: _finite(signal_to_noise(a, b)) for head, (a, b) in pairs.items()},
+    }
+
+
+def as_the_run(file: FloatFile, target: Path) -> dict[str, Any]:
+    """How an int8 file answers beside a run whose layers round, to all test images: by head the
+    `agreement` in [0, 1] and `sqnr_db`, None where they are equal."""
+    graph, names = Graph(file.rounding), outputs_of(file.rounding)
+    files = {
+        "run": lambda images: answers_of(graph, names, images),
+        "int8": answer_of(target),
+    }
+    batches = file.inputs(file.test, torch.arange(len(file.test.labels)))
+    logits = _ask(files, batches)
+    pairs = {head: (logits["run"][head], after) for head, after in logits["int8"].items()}
+    return {
         "agreement": {head: agreement(a.argmax(1), b.argmax(1)) for head, (a, b) in pairs.items()},
         "sqnr_db": {head: _finite(signal_to_noise(a, b)) for head, (a, b) in pairs.items()},
     }

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from deit.models.rounding import RoundedLinear
+
 _FASTER = 1.3  # from this ratio on: far from what a busy moment makes of equal ones
 _TRIES = 7
 
@@ -55,17 +57,25 @@ def use_onednn(network: nn.Module) -> None:
     for layer in network.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = OneDNNLinear
+        elif isinstance(layer, RoundedLinear):
+            layer.product = onednn_linear
 
 
 class OneDNNLinear(nn.Linear):
     """A linear layer whose products, forward and backward, are oneDNN's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """input: float [..., in_features]. What is not float32 on the CPU goes PyTorch's way."""
-        plain = input.dtype == self.weight.dtype == torch.float32 and input.device.type == "cpu"
-        if not plain or torch.is_autocast_enabled("cpu") or not input.numel():
-            return super().forward(input)
-        return _Linear.apply(input, self.weight, self.bias)
+        """input: float [..., in_features]."""
+        return onednn_linear(input, self.weight, self.bias)
+
+
+def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """input [..., in] times the transpose of weight [out, in], plus bias [out]. What is not float32
+    on the CPU goes PyTorch's way."""
+    plain = input.dtype == weight.dtype == torch.float32 and input.device.type == "cpu"
+    if not plain or torch.is_autocast_enabled("cpu") or not input.numel():
+        return linear(input, weight, bias)
+    return _Linear.apply(input, weight, bias)
 
 
 class _Linear(torch.autograd.Function):

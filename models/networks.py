@@ -21,6 +21,7 @@ from deit.models.convpass import adapt
 from deit.models.dense import Dense
 from deit.models.multiplexing import multiplex
 from deit.models.rednet import DEPTHS, RedNet
+from deit.models.rounding import round_layers
 from deit.models.small_convnet import SmallConvNet
 from deit.text import nearest
 
@@ -65,6 +66,8 @@ def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
             scale=student.adapter_scale,
             drop_path=student.drop_path,
         )
+    if student.rounding != "none":
+        round_layers(network)
     return network
 
 

@@ -19,6 +19,7 @@ from deit.models.layers import heads_of, trained_in
 from deit.models.masks import MASKS, Masks, read_masks
 from deit.models.networks import create_network
 from deit.models.positions import grid_side, resize_positions
+from deit.models.rounding import ranges_in
 from deit.models.transformers_format import from_transformers
 from deit.models.weights import read_weights
 from deit.text import nearest
@@ -272,6 +273,7 @@ def _heads_within(network: nn.Module) -> int | None:
 _PLAIN_VIT = re.compile(
     r"cls_token|dist_token|pos_embed|patch_embed\.proj\.(weight|bias)"
     r"|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+    r"|(.*\.)?(proj|qkv|fc1|fc2|head|head_dist(\.\d+)?)\.range"
     r"|norm\.(weight|bias)|(head|head_dist(\.\d+)?)\.(weight|bias)"
 )
 
@@ -328,7 +330,7 @@ def fit(
 ) -> Fitted:
     """Weights fitted to a network with random weights: positions resized, distillation tokens put
     in or left out, class rows matched by name, other heads left random where that was asked for;
-    adapters as they begin where the weights have none.
+    adapters as they begin where the weights have none; ranges of rounded layers likewise.
 
     What still differs in name or shape is for `load_weights` to refuse.
     Raises CheckpointError where the classes do not match.
@@ -345,6 +347,7 @@ def fit(
     weights = _fit_heads(weights, network, found.class_names, class_names, start, notes)
     weights = _fit_shared(weights, own, notes)
     weights = _fit_adapters(weights, network, notes)
+    weights = _fit_ranges(weights, own, notes)
     return Fitted(weights, tuple(notes))
 
 
@@ -408,6 +411,18 @@ def _fit_adapters(weights: Weights, network: nn.Module, notes: list[str]) -> Wei
         return weights
     notes.append(f"{len(adapters)} new adapters, which add nothing until they are trained")
     return {**weights, **{name: own[name] for name in names}}
+
+
+def _fit_ranges(weights: Weights, own: Weights, notes: list[str]) -> Weights:
+    """The ranges of the layers that round: those of layers that did not so far begin as unknown,
+    those of layers that do no more are left out."""
+    before, after = ranges_in(weights), ranges_in(own)
+    if new := after - before:
+        notes.append(f"{len(new)} layers round from now on: their ranges begin with what they hear")
+    if before and not after:
+        notes.append(f"{len(before)} layers compute in float again: their ranges are left out")
+    kept = {name: value for name, value in weights.items() if name not in before - after}
+    return {**kept, **{name: own[name] for name in new}}
 
 
 def _taught_heads(weights: Weights, kind: str) -> list[Tensor]:

@@ -5,7 +5,10 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from deit.models.convpass import adapters_of
+from deit.models.rounding import rounded_layers
 from deit.records import Outputs
+
+_OF_RANGES = ("range", "seen")
 
 
 class Student(nn.Module):
@@ -23,8 +26,10 @@ class Student(nn.Module):
         self.still = False
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
-        # Else several processes send them around before every forward pass.
-        self._ddp_params_and_buffers_to_ignore = ["mean", "std"]
+        # Else several processes send them around before every forward pass. Ranges are alike, and
+        # what each process sees is its own.
+        ranges = [f"network.{n}.{kind}" for n in rounded_layers(network) for kind in _OF_RANGES]
+        self._ddp_params_and_buffers_to_ignore = ["mean", "std", *ranges]
 
     def train(self, mode: bool = True) -> "Student":
         """As any module; with `still` the network stays in evaluation mode, all but adapters that

@@ -78,14 +78,15 @@ PLAN = {
     "deit.drawing": place(1, "matplotlib"),
     "deit.models.small_convnet": network(),
     "deit.models.dense": place(1, "torch"),
-    "deit.models.student": network("convpass"),
+    "deit.models.rounding": place(1, "torch"),
+    "deit.models.student": network("convpass rounding"),
     "deit.models.weights": network(),
     "deit.models.rednet": place(1, "torch einops"),
-    "deit.models.linear": place(1, "torch"),
+    "deit.models.linear": place(1, "torch", "deit.models.rounding"),
     "deit.models.layout": place(1, "torch"),
     "deit.models.multiplexing": place(1, "torch timm einops"),
     "deit.models.convpass": network(),
-    "deit.models.networks": network("convpass dense multiplexing rednet small_convnet"),
+    "deit.models.networks": network("convpass dense multiplexing rednet rounding small_convnet"),
     "deit.models.facts": network(),
     "deit.models.base": network("weights"),
     "deit.models.saved": network("facts networks start student weights"),
@@ -94,7 +95,7 @@ PLAN = {
     "deit.models.masks": network("layers weights"),
     "deit.models.slimming": place(1, "torch einops"),
     "deit.models.start": network(
-        "base convpass facts layers masks networks positions transformers_format weights"
+        "base convpass facts layers masks networks positions rounding transformers_format weights"
     ),
     "deit.models.timm_format": network("facts layers networks"),
     "deit.models.transformers_format": place(

@@ -551,9 +551,10 @@ def test_the_drop_that_is_allowed_is_allowed(right, most, refused):
     found["sensitivity"] = {"layers": [worst, {"layer": "head"}]}
     if refused:
         with pytest.raises(CheckpointError, match=r"static, or --exclude 'blocks.0.attn.qkv'"):
-            quantize._drop(found, most, ["static"])
+            quantize._drop(found, most, ["static"], trainable=False)
     else:
-        assert quantize._drop(found, most, ["static"])["drop_points"] == pytest.approx(100 - right)
+        drop = quantize._drop(found, most, ["static"], trainable=True)
+        assert drop["drop_points"] == pytest.approx(100 - right)
 
 
 def test_refusals_come_before_the_work_and_leave_nothing(runs, tmp_path, capsys):
