@@ -95,6 +95,7 @@ def quantize(
         if file.rounding is not None:
             found["as_the_run"] = as_the_run(file, target)
         others = [name for name in METHODS if name != plan.method and serves(file.layers, name)]
+        others = others if file.rounding is None else []
         found |= _drop(found, max_drop, others, trainable=_trainable(config.student))
 
         def write(place: Path) -> None:

@@ -27,6 +27,7 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
     return {
         "run": str(out),
         "student": config.student.name,
+        "rounding": config.student.rounding,
         "epochs": result["epochs"],
         "seconds": result["seconds"],
         "images_per_s": _median(row["images_per_s"] for row in measured),
@@ -68,11 +69,10 @@ def print_summary(told: dict[str, Any]) -> None:
     if len(values) > 1:
         low, high = min(values), max(values)
         say(f"  over the epochs: {sparkline(values)} {percent(low)} to {percent(high)}")
-    say(
-        "next:\n"
-        f"  python evaluate_deit.py {run}      the test split, head by head\n"
-        f"  deit export {run} --format timm      for timm and transformers"
-    )
+    use = f"deit export {run} --format timm      for timm and transformers"
+    if told["rounding"] != "none":
+        use = f"deit quantize {run}      the file it was trained for"
+    say(f"next:\n  python evaluate_deit.py {run}      the test split, head by head\n  {use}")
 
 
 def sparkline(values: list[float], width: int = _WIDTH) -> str:

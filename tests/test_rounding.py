@@ -1,0 +1,725 @@
+"""Roundings in training: their arithmetic, ranges that are learnt, the file that answers alike."""
+
+import copy
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from deit import checkpoint, faults, side_by_side
+from deit.cli import run_command
+from deit.config import Config, StudentConfig, derive
+from deit.errors import CheckpointError, ConfigError, Stopped
+from deit.evaluation import evaluate
+from deit.export import bare_of, export
+from deit.float_file import write_float_file
+from deit.formats import FORMATS, Graph, answer_of, outputs_of
+from deit.landscape_options import Asked
+from deit.landscape_places import Place, view_of
+from deit.models import rounding
+from deit.models.linear import available, use_onednn
+from deit.models.masks import MASKS
+from deit.models.merging import with_merging
+from deit.models.networks import create_network
+from deit.models.rounding import (
+    RATE,
+    Ranges,
+    RoundedConv2d,
+    RoundedLinear,
+    ranges_in,
+    round_layers,
+    rounded_layers,
+    rounded_weight,
+    scale_of,
+    without_rounding,
+)
+from deit.models.saved import Facts, build_student, load_student, save_student, save_weights
+from deit.models.slimming import Kept, cut, largest, magnitudes, slim
+from deit.models.start import find_start, student_of
+from deit.models.student import Student
+from deit.models.teachers import load_teacher
+from deit.models.weights import load_weights
+from deit.optim import parameter_groups
+from deit.presets import OBJECTIVES
+from deit.quantization import learnt, signal_to_noise, write_int8
+from deit.quantization_layers import choose, prepare
+from deit.quantize import Plan, quantize
+from deit.recipes import digits
+from deit.run import parts_of, train
+from deit.seats import members
+from deit.tuning import TUNING, begin_from
+from deit.validation import load, validate
+
+pytest.importorskip("sklearn")
+TINY = StudentConfig(
+    name="deit_micro",
+    image_size=8,
+    patch_size=2,
+    embed_dim=16,
+    depth=2,
+    num_heads=2,
+    rounding="int8",
+)
+STUDENTS = {
+    "distilled": TINY,
+    "plain": replace(TINY, name="vit_micro"),
+    "two distillation tokens": replace(TINY, distillation_tokens=2),
+    "pruned": replace(TINY, block_heads=(1, 2), block_hidden=(5, 9)),
+    "scaled": replace(TINY, initialisation="scaled"),
+}
+
+
+def network_of(student: StudentConfig = TINY, **fields) -> nn.Module:
+    torch.manual_seed(3)
+    return create_network(replace(student, **fields), 5)
+
+
+def images(number: int = 3, seed: int = 5) -> torch.Tensor:
+    return torch.randn(number, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def asked(network: nn.Module, given: torch.Tensor) -> torch.Tensor:
+    """What all heads of a network answer, [images, heads * classes]."""
+    outputs = Student(network, mean=(0.0,) * 3, std=(1.0,) * 3).forward(given)
+    return torch.cat([one.flatten(1) for one in outputs if one is not None], dim=1)
+
+
+def taught(network: nn.Module, given: torch.Tensor | None = None) -> nn.Module:
+    """With ranges, of one update."""
+    ranges = Ranges(network)
+    with torch.no_grad():
+        asked(network.train(), images(64) if given is None else given)
+    ranges.settle()
+    return network.eval()
+
+
+# The arithmetic
+
+
+def test_weights_by_hand():
+    weight = torch.tensor([[1.27, -0.014, 0.016], [-2.54, 0.03, 0.0], [0.0, 0.0, 0.0]])
+    found, scale = rounded_weight(weight)
+    torch.testing.assert_close(scale, torch.tensor([0.01, 0.02, 1.0]))
+    expected = [[1.27, -0.01, 0.02], [-2.54, 0.04, 0.0], [0.0, 0.0, 0.0]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_a_weight_that_is_zero_stays_zero_and_its_row_has_its_own_scale():
+    weight = torch.randn(6, 40)
+    weight[torch.rand(6, 40) < 0.5] = 0
+    found, _ = rounded_weight(weight)
+    assert not found[weight == 0].any()
+    for place in range(6):
+        assert torch.equal(rounded_weight(weight[place : place + 1])[0][0], found[place])
+    assert (found - weight).abs().max() <= weight.abs().max() / 254 + 1e-7
+
+
+def test_gradients_of_weights_go_through():
+    weight = torch.randn(4, 9, requires_grad=True)
+    upstream = torch.randn(4, 9)
+    (rounded_weight(weight)[0] * upstream).sum().backward()
+    assert torch.equal(weight.grad, upstream)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(-1.0, 1.0), (0.0, 6.0), (-3.7, 0.0), (-0.3, 11.0), (-1e-3, 2e-5), (-2.117904, 2.64), (0, 0)],
+)
+def test_scales_are_those_of_the_file(low, high):
+    pytest.importorskip("onnxruntime")
+    from onnxruntime.quantization.quant_utils import compute_scale_zp
+
+    ends = numpy.float32(low), numpy.float32(high)
+    zero, scale = compute_scale_zp(*ends, numpy.array(0, "uint8"), numpy.array(255, "uint8"))
+    found = scale_of(*map(torch.tensor, ends))
+    assert (found[0].item(), found[1].item()) == (scale.item(), zero.item())
+
+
+def layer_of(low: float, high: float, *, of: int = 4) -> RoundedLinear:
+    holder = nn.Sequential(nn.Linear(of, 3))
+    round_layers(holder)
+    holder[0].range.copy_(torch.tensor([low, high]))
+    return holder.eval()[0]
+
+
+def test_a_layer_is_a_sum_of_products_of_integers():
+    layer = layer_of(-1.0, 4.1, of=50)
+    values = 2 * torch.randn(2, 7, 50)
+    steps, zero = 5.1 / 255, 50
+    given = ((values / steps).round() + zero).clamp(0, 255) - zero
+    scales = layer.weight.abs().amax(dim=1) / 127
+    weights = (layer.weight / scales[:, None]).round()
+    sums = given.long() @ weights.long().T
+    expected = sums * steps * scales + layer.bias
+    torch.testing.assert_close(layer(values), expected, rtol=1e-5, atol=1e-5)
+    # Of single rows the bias is an integer too.
+    bias = (layer.bias / (steps * scales)).round()
+    expected = (sums[:, 0] + bias) * steps * scales
+    torch.testing.assert_close(layer(values[:, 0]), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - sums[:, 0] * steps * scales - layer.bias).abs().max() > 1e-6
+
+
+def test_gradients_of_inputs_end_where_they_are_cut_off():
+    layer = layer_of(-1.0, 2.0, of=5)
+    nn.init.ones_(layer.weight)
+    values = torch.tensor([[-1.5, -0.9, 0.0, 1.9, 2.5]], requires_grad=True)
+    layer(values).sum().backward()
+    assert values.grad.tolist() == [[0, 3, 3, 3, 0]]
+    assert layer.bias.grad.tolist() == [1, 1, 1]
+    inside = torch.tensor([[-1.0, -0.9, 0.0, 1.9, 2.0]])
+    assert torch.allclose(layer.weight.grad, inside.expand(3, 5), atol=3 / 255)
+
+
+def test_a_convolution_likewise():
+    holder = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2))
+    round_layers(holder)
+    given = images()
+    ranges = Ranges(holder)
+    holder.train()(given)
+    ranges.settle()
+    layer = holder.eval()[0]
+    assert type(layer) is RoundedConv2d
+    low, high = given.min(), given.max()
+    torch.testing.assert_close(layer.range, torch.stack([low, high]))
+    steps, zero = scale_of(low, high)
+    heard = (((given / steps).round() + zero).clamp(0, 255) - zero) * steps
+    scales = layer.weight.abs().amax(dim=(1, 2, 3)) / 127
+    weights = (layer.weight / scales.view(-1, 1, 1, 1)).round() * scales.view(-1, 1, 1, 1)
+    bias = (layer.bias / (steps * scales)).round() * steps * scales
+    expected = nn.functional.conv2d(heard, weights, bias, stride=2)
+    torch.testing.assert_close(holder(given), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_becomes_no_integer(bad):
+    layer = layer_of(-1.0, 1.0)
+    values = torch.zeros(3, 4)
+    values[1, 2] = bad
+    assert layer(values).isnan().all()
+    with torch.no_grad():
+        layer.weight[0, 0] = bad
+    assert not layer(torch.ones(3, 4))[:, 0].isfinite().any()
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_under_autocast_steps_are_those_of_float32(precision):
+    layer = layer_of(-1.0, 1.0)
+    values = torch.rand(2, 6, 4)
+    with torch.autocast("cpu", dtype=precision):
+        found = layer(values.to(precision))
+    assert found.dtype == precision
+    torch.testing.assert_close(found.float(), layer(values), atol=0.02, rtol=0.02)
+    heard, _ = rounding._heard(layer, values.to(precision))
+    assert heard.dtype == torch.float32
+
+
+# Ranges
+
+
+def test_the_first_update_sets_ranges_and_later_ones_move_them():
+    holder = nn.Sequential(nn.Linear(2, 1)).train()
+    round_layers(holder)
+    layer, ranges = holder[0], Ranges(holder)
+    assert layer.range.tolist() == [0, 0]
+    holder(torch.tensor([[-1.0, 3.0]]))
+    assert layer.range.tolist() == [0, 0]
+    ranges.settle()
+    assert layer.range.tolist() == [-1, 3]
+    holder(torch.tensor([[2.0, 5.0]]))  # 0 is always inside
+    ranges.settle()
+    torch.testing.assert_close(layer.range, torch.tensor([-1 + RATE, 3 + 2 * RATE]))
+    before = layer.range.clone()
+    holder.eval()(torch.tensor([[-9.0, 9.0]]))
+    Ranges(holder)  # and what was heard by chance is forgotten
+    assert torch.equal(layer.range, before)
+    assert layer.seen.tolist() == [-math.inf, -math.inf]
+
+
+def test_ranges_do_not_depend_on_the_parts_of_a_batch_nor_on_repeats():
+    found, given = [], images(12)
+    for sizes in ([12], [4, 8], [12, 12]):
+        network = taught(network_of())  # so that roundings are the same
+        ranges = Ranges(network)
+        network.train()
+        for part in given.split(sizes) if sum(sizes) == 12 else (given, given):
+            asked(network, part)
+        ranges.settle()
+        found.append(torch.stack([one.range for one in rounded_layers(network).values()]))
+    assert torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[0], found[1])
+    moved = torch.stack([one.range for one in rounded_layers(taught(network_of())).values()])
+    assert (moved != found[0]).any(dim=1).all()
+
+
+def test_without_ranges_each_batch_has_its_own():
+    """In evaluation as in training; never zeros."""
+    network = network_of().eval()
+    found = asked(network, images())
+    ranged = taught(network_of(), images())
+    torch.testing.assert_close(found, asked(ranged, images()))
+    assert found.abs().min() > 0
+    assert asked(network, torch.zeros(2, 3, 8, 8)).isfinite().all()
+
+
+# The network
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_names_weights_and_decay_stay(name):
+    student = STUDENTS[name]
+    rounded, plain = network_of(student), network_of(student, rounding="none")
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = [key for key, one in plain.named_modules() if isinstance(one, kinds)]
+    assert list(rounded_layers(rounded)) == layers
+    ours, theirs = rounded.state_dict(), plain.state_dict()
+    assert ranges_in(ours) == {f"{key}.range" for key in layers} == set(ours) - set(theirs)
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    groups = [
+        [len(group["params"]) for group in parameter_groups(one, 0.1)] for one in (rounded, plain)
+    ]
+    assert groups[0] == groups[1]
+    taught(rounded)
+    before, found = asked(plain.eval(), images()), asked(rounded, images())
+    assert 20 < signal_to_noise(before, found) < 60
+    without_rounding(rounded)
+    assert str(rounded) == str(plain)
+    assert list(rounded.state_dict()) == list(theirs)
+    assert torch.equal(asked(rounded, images()), before)
+
+
+def test_a_copy_has_ranges_of_its_own_and_a_graph_answers_the_same():
+    network = taught(network_of(STUDENTS["plain"]))
+    other = copy.deepcopy(network)
+    expected = network(images())
+    assert torch.equal(other(images()), expected)
+    for layer in rounded_layers(other).values():
+        layer.range.fill_(0)
+    taught(other, 5 * images())
+    assert not torch.equal(other(images()), expected)
+    assert torch.equal(network(images()), expected)
+    traced = torch.compile(network, fullgraph=True, backend="eager")
+    torch.testing.assert_close(traced(images()), expected)
+    seen, twin = [], copy.deepcopy(network)
+    for one in (network, twin):
+        one.train()
+        (torch.compile(one, fullgraph=True, backend="eager") if one is twin else one)(images())
+        seen.append(torch.stack([layer.seen for layer in rounded_layers(one).values()]))
+    torch.testing.assert_close(seen[0], seen[1])
+    torch._dynamo.reset()
+
+
+def test_blocks_computed_again_give_the_same_gradients_and_ranges():
+    found = []
+    for again in (False, True):
+        network = taught(network_of(drop_path=0.3)).train()
+        network.set_grad_checkpointing(again)
+        ranges = Ranges(network)
+        torch.manual_seed(9)
+        asked(network, images()).square().sum().backward()
+        ranges.settle()
+        kept = {name: one.grad for name, one in network.named_parameters()}
+        found.append(kept | dict(network.named_buffers()))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.skipif(not available(), reason="no oneDNN in this torch")
+def test_linear_layers_by_onednn_answer_the_same():
+    network = taught(network_of())
+    other = copy.deepcopy(network)
+    use_onednn(other)
+    with mock.patch("deit.models.linear.product", wraps=rounding.linear) as product:
+        found = other(images())
+    assert product.call_count == len(rounded_layers(other)) - 1
+    torch.testing.assert_close(found, network(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_processes_do_not_send_ranges_around():
+    student = Student(network_of(), mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert set(student._ddp_params_and_buffers_to_ignore) == {n for n, _ in student.named_buffers()}
+
+
+def test_tokens_merge_under_roundings():
+    network = taught(network_of())
+    merging = with_merging(network, 2)
+    assert len(rounded_layers(merging)) == len(rounded_layers(network))
+    assert merging(images()).isfinite().all()
+    assert torch.equal(with_merging(network, 0)(images()), network(images()))
+
+
+def test_heads_and_units_are_cut_with_the_ranges():
+    network = taught(network_of(depth=2, num_heads=4))
+    scores = magnitudes(network)
+    kept = Kept(
+        largest(scores.heads, 4, scope="global"), largest(scores.hidden, 32, scope="global")
+    )
+    student = slim(replace(TINY, num_heads=4), kept)
+    smaller = create_network(student, 5)
+    load_weights(smaller, cut(network.state_dict(), kept, head_width=4), origin="cut")
+    assert student.rounding == "int8"
+    assert smaller.eval()(images()).isfinite().all()
+    assert torch.equal(smaller.blocks[0].mlp.fc2.range, network.blocks[0].mlp.fc2.range)
+
+
+# The file
+
+
+@pytest.mark.parametrize("name", [name for name in STUDENTS if name != "scaled"])
+def test_the_file_answers_as_the_network(name, tmp_path):
+    """But where a value lies on the edge between two steps: there the last bits of a float, which
+    sums in another order differ in, decide."""
+    pytest.importorskip("onnxruntime")
+    facts = Facts(STUDENTS[name], tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
+    torch.manual_seed(3)
+    bare, _ = bare_of(build_student(facts))
+    taught(bare.network, images(128))
+    given = images(128, seed=6)
+    with torch.no_grad():
+        ours = dict(zip(outputs_of(bare), Graph(bare)(given)))
+    ranges = {key: layer.range for key, layer in rounded_layers(bare.network).items()}
+    without_rounding(bare.network)
+    FORMATS["onnx"].write(tmp_path, bare, facts)
+    layers = prepare(tmp_path / "model.onnx", tmp_path / "prepared.onnx")
+    chosen = choose(layers, method="static", attention=False, exclude=None)
+    assert set(chosen) == set(ranges)
+    told = learnt(tmp_path / "prepared.onnx", layers, ranges)
+    target = tmp_path / "int8.onnx"
+    write_int8(tmp_path / "prepared.onnx", target, layers, chosen, ranges=told, reduce_range=False)
+    theirs, floats = answer_of(target)(given), answer_of(tmp_path / "model.onnx")(given)
+    for head, logits in theirs.items():
+        near = (ours[head] - logits).abs().amax(dim=1) < 1e-5 * logits.abs().max()
+        assert near.double().mean() > 0.9, head
+        ratio = signal_to_noise(ours[head], logits)
+        assert ratio > 12 + signal_to_noise(floats[head], logits), head
+
+
+# The configuration
+
+REFUSED = {
+    "a ConvNet": (
+        {"student": {"name": "small_convnet"}},
+        r"student\.rounding = 'int8': only deit_\* and vit_\* take it",
+    ),
+    "shared blocks": (
+        {"student": {"share": 2}},
+        r"student\.share = 2: is not for a student whose layers round",
+    ),
+    "adapters": (
+        {"student": {"adapters": "convpass"}},
+        r"student\.adapters = 'convpass': is not for a student whose layers round",
+    ),
+    "heads alone": (
+        {"optim": {"trained": "heads"}, "start": {"source": "x"}},
+        r"optim\.trained = 'heads': leaves layers in evaluation mode that round",
+    ),
+    "adapters alone": (
+        {
+            "optim": {"trained": "adapters"},
+            "student": {"adapters": "convpass"},
+            "start": {"source": "x"},
+        },
+        r"optim\.trained = 'adapters': leaves layers in evaluation mode",
+    ),
+    "divided": ({"run": {"shard": "full"}}, r"run\.shard = 'full': is not for a student whose"),
+    "another number": ({"student": {"rounding": "int9"}}, r"student\.rounding = 'int9'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_no_sense_is_refused(name):
+    sections, told = REFUSED[name]
+    config = derive(digits(), student={"rounding": "int8"})
+    with pytest.raises(ConfigError, match=told) as error:
+        validate(derive(config, **sections))
+    assert all(line.count(": ") < 4 for line in str(error.value).splitlines())
+
+
+@pytest.mark.parametrize("reference", [None, 512])
+def test_the_schedule(reference):
+    before = derive(digits(), start={"source": "x"}, optim={"lr_reference_batch": reference})
+    tuned = validate(TUNING["int8"](before))
+    assert tuned.student == replace(before.student, rounding="int8")
+    assert tuned.optim.epochs == round(before.optim.epochs / 3)
+    assert (tuned.loss, tuned.views, tuned.teacher) == (before.loss, before.views, before.teacher)
+    assert tuned.optim.lr < before.optim.lr
+
+
+def test_a_start_says_nothing_of_rounding():
+    """As of drop path: the configuration does."""
+    assert begin_from(digits(), "x", TINY).student.rounding == "none"
+    own = derive(digits(), student={"rounding": "int8"})
+    assert begin_from(own, "x", replace(TINY, rounding="none")).student.rounding == "int8"
+
+
+# A run
+
+SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path": 0.1}
+QUICK = {"epochs": 2, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 0.5, "lr": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A student that does not round, and one that was fine-tuned from it and does."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("rounding")
+    train(base_config(), folder / "base")
+    train(config_of(folder), folder / "int8")
+    return folder
+
+
+def base_config() -> Config:
+    return derive(
+        digits(),
+        data={"train_fraction": 0.3},
+        student=SMALL,
+        teacher={"source": ()},
+        loss=OBJECTIVES["none"],
+        optim={**QUICK, "epochs": 6},
+        run={"linear": "torch", "evaluate_every": 1},
+    )
+
+
+def config_of(folder: Path, **more: dict) -> Config:
+    config = TUNING["int8"](derive(base_config(), start={"source": str(folder / "base")}))
+    return derive(config, **{**more, "optim": {**QUICK, "min_lr": 1e-5, **more.get("optim", {})}})
+
+
+def ranges_of(file: Path) -> torch.Tensor:
+    weights = load_file(file)
+    return torch.stack([weights[name] for name in sorted(ranges_in(weights))])
+
+
+def test_ranges_lie_in_every_file_and_hold_zero(place):
+    newest = checkpoint.newest(place / "int8")
+    files = [place / "int8" / "best" / "model.safetensors"]
+    files += [newest / f"{name}.safetensors" for name in ("model", "average")]
+    for file in files:
+        found = ranges_of(file)
+        assert found.shape == (11, 2)
+        assert (found[:, 0] <= 0).all()
+        assert (found[:, 1] > 0).all()
+        assert not any(name.endswith(".seen") for name in load_file(file))
+    model, average = map(ranges_of, files[1:])
+    torch.testing.assert_close(model, average, rtol=0.1, atol=0.02)
+    notes = json.loads((place / "int8" / "start.json").read_text())["notes"]
+    assert notes == ["11 layers round from now on: their ranges begin with what they hear"]
+
+
+def test_a_run_begins_with_the_answers_of_its_start(place):
+    began = parts_of(config_of(place)).student.eval()(images(8)).class_logits
+    before = load_student(place / "base" / "best")[0].eval()(images(8)).class_logits
+    assert 20 < signal_to_noise(before, began) < 60
+
+
+@pytest.mark.parametrize("fault", ["update:2:term", "update:7:term", "metrics:1:term"])
+def test_it_resumes_to_the_bit(place, tmp_path, fault):
+    faults.arm(fault)
+    with pytest.raises(Stopped):
+        train(config_of(place), tmp_path / "run")
+    faults.arm(None)
+    train(config_of(place), tmp_path / "run", resume=True)
+    ours, theirs = (checkpoint.newest(out) for out in (tmp_path / "run", place / "int8"))
+    for name in ("model", "average", "optimizer"):
+        file = f"{name}.safetensors"
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
+
+
+def test_an_update_that_is_left_out_moves_no_range(place, tmp_path):
+    found = []
+    for name, fault in (("one", "update:3:term"), ("two", "loss:3:nan,update:3:term")):
+        faults.arm(fault)
+        with pytest.raises(Stopped):
+            train(config_of(place), tmp_path / name)
+        found.append(ranges_of(checkpoint.newest(tmp_path / name) / "model.safetensors"))
+        faults.arm(None)
+    faults.arm("update:2:term")
+    with pytest.raises(Stopped):
+        train(config_of(place), tmp_path / "before")
+    faults.arm(None)
+    before = ranges_of(checkpoint.newest(tmp_path / "before") / "model.safetensors")
+    assert torch.equal(found[1], before)
+    assert not torch.equal(found[0], before)
+
+
+def test_masks_hold_under_roundings(place, tmp_path):
+    weights = load_file(place / "base" / "best" / "model.safetensors")
+    name = "blocks.0.mlp.fc1.weight"
+    masks = {name: torch.rand(weights[name].shape) > 0.5}
+    save_weights(tmp_path / "m.safetensors", masks)
+    config = config_of(place, start={"masks": str(tmp_path / "m.safetensors")})
+    train(derive(config, optim={"epochs": 1, "warmup_epochs": 0}), tmp_path / "run")
+    best = tmp_path / "run" / "best"
+    assert (best / MASKS).is_file()
+    layer = load_student(best)[0].network.blocks[0].mlp.fc1
+    assert not layer.weight[~masks[name]].any()
+    rounded = rounded_weight(layer.weight)[0]
+    assert not rounded[~masks[name]].any()
+    assert rounded[masks[name]].count_nonzero() > 0.9 * masks[name].sum()
+
+
+def test_attention_alone_learns_ranges_too(place, tmp_path):
+    config = config_of(place, optim={"trained": "attention", "epochs": 1, "warmup_epochs": 0})
+    train(config, tmp_path / "run")
+    found = ranges_of(tmp_path / "run" / "best" / "model.safetensors")
+    assert (found[:, 1] > 0).all()
+
+
+def test_ranges_go_on_or_are_left_out(place, tmp_path):
+    start = str(place / "int8")
+    config = begin_from(config_of(place), start, find_start(start).student)
+    on = parts_of(config)
+    assert on.start_notes["notes"] == []
+    own = load_file(place / "int8" / "best" / "model.safetensors")
+    for name in ranges_in(own):
+        assert torch.equal(on.student.network.state_dict()[name], own[name])
+    config = derive(config, student={"rounding": "none"})
+    off = parts_of(config)
+    told = "11 layers compute in float again: their ranges are left out"
+    assert off.start_notes["notes"] == [told]
+    assert not ranges_in(off.student.network.state_dict())
+    wider = derive(
+        config_of(place, start={"source": start, "heads": "new"}),
+        student={"distillation_tokens": 1, "image_size": 16, "name": "vit_micro"},
+        data={"image_size": 16, "classes": ("1", "3", "7")},
+    )
+    fitted = parts_of(wider).student.network
+    assert torch.equal(fitted.head.range, own["head.range"])
+    assert student_of(own).name == "deit_micro"
+
+
+def test_old_facts_still_load(place, tmp_path):
+    shutil.copytree(place / "base" / "best", tmp_path / "best")
+    (tmp_path / "best" / "manifest.json").unlink()
+    path = tmp_path / "best" / "model.json"
+    facts = json.loads(path.read_text())
+    del facts["student"]["rounding"]
+    path.write_text(json.dumps(facts))
+    assert load_student(tmp_path / "best")[1] == load_student(place / "base" / "best")[1]
+
+
+def test_it_teaches_and_is_evaluated_as_its_file(place):
+    student = load_student(place / "int8" / "best")[0].eval()
+    assert rounded_layers(student.network)
+    (member,) = members(derive(digits(), teacher={"source": (str(place / "int8"),)}).teacher)
+    teacher = load_teacher(member, tuple(map(str, range(10))), image_size=8)
+    assert rounded_layers(teacher.network)
+    found = evaluate(place / "int8")["heads"]["fused"]["top1"]
+    assert found > evaluate(place / "base")["heads"]["fused"]["top1"] - 0.1
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_formats_of_floats_are_refused(place, tmp_path, form):
+    told = r"student\.rounding = 'int8': a file of floats would .* deit quantize writes"
+    with pytest.raises(ConfigError, match=told) as error:
+        export(place / "int8", tmp_path / "out", name=form)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_its_landscape_is_refused(place):
+    one = Place("one", place / "int8", place / "int8" / "best")
+    with pytest.raises(ConfigError, match=r"one: student\.rounding = 'int8': its loss goes in"):
+        view_of([one], Asked(), root=None, device=torch.device("cpu"))
+
+
+OTHERWISE = {
+    "--method dynamic": Plan(method="dynamic"),
+    "--calibration": Plan(images=64),
+    "--calibrate": Plan(how="percentile", percentile=99.9),
+    "--quantize_attention": Plan(attention=True),
+}
+
+
+@pytest.mark.parametrize("option", OTHERWISE)
+def test_another_file_than_it_was_trained_for_is_refused(place, tmp_path, option):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ConfigError, match=f"{option}: .* was trained for one file") as error:
+        quantize(place / "int8", tmp_path / "out", OTHERWISE[option])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranges_that_were_never_set_make_no_file(place, tmp_path):
+    pytest.importorskip("onnxruntime")
+    shutil.copytree(place / "int8", tmp_path / "run")
+    best = tmp_path / "run" / "best"
+    student, facts = load_student(best)
+    weights = student.network.state_dict()
+    save_student(
+        best, {n: 0 * w if n in ranges_in(weights) else w for n, w in weights.items()}, facts
+    )
+    (best / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="has learnt no ranges, no update was made"):
+        quantize(tmp_path / "run", tmp_path / "out", Plan())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_message_of_a_drop_names_it(place, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    told = []
+    for name in ("base", "int8"):
+        with (
+            mock.patch.object(side_by_side, "_TIMED_S", 0.0),
+            mock.patch("deit.quantize.final", lambda heads, tops=[0.5, 0.9]: {"top1": tops.pop()}),
+            pytest.raises(CheckpointError) as error,
+        ):
+            quantize(place / name, tmp_path / "out", Plan())
+        told.append(str(error.value))
+    way = f"deit finetune --from {place / 'base'} --tuning int8 --out {place / 'base'}-int8"
+    assert way in told[0]
+    assert "--calibrate percentile" in told[0]
+    assert "finetune" not in told[1]
+    assert "--calibrate" not in told[1]
+    assert "dynamic" not in told[1]
+
+
+def test_from_a_run_to_its_file(place, zygote, tmp_path, capsys, monkeypatch):
+    """The commands; the file answers as the run does, its weights without roundings otherwise."""
+    pytest.importorskip("onnxruntime")
+    words = ["finetune", "--from", place / "base", "--tuning", "int8", "--optim.epochs", "1"]
+    done = zygote.run(*words, "--optim.warmup_epochs", "0", "--out", "run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "rounded   11 layers, as the int8 file computes them" in done.out
+    assert "deit quantize run" in done.out
+    assert "deit export" not in done.out
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(side_by_side, "_TIMED_S", 0.0)
+    assert run_command("quantize", ["run", "--max-drop", "100"], "deit quantize") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "learnt in training, which computed with these roundings" in said
+    assert "of the file's answers are the run's" in said
+    found = json.loads(Path("run/quantized-static/quantization.json").read_text())
+    assert found["calibration"]["how"] == "learnt"
+    evaluated = evaluate(Path("run"))["heads"]
+    for head, row in found["int8"]["heads"].items():
+        assert row["top1"] == pytest.approx(evaluated[head]["top1"], abs=0.003)
+        assert found["as_the_run"]["agreement"][head] > 0.995
+        assert found["as_the_run"]["sqnr_db"][head] > 12 + found["sqnr_db"][head]
+    file = write_float_file(load(Path("run/config.json")), Path("run/best"), _empty(tmp_path))
+    assert file.rounding is not None
+    assert "learnt in training" in Path("run/quantized-static/README.md").read_text()
+
+
+def _empty(place: Path) -> Path:
+    (place / "float").mkdir()
+    return place / "float"
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_ranges_of_one(place, zygote, tmp_path):
+    words = ["finetune", "--from", place / "base", "--tuning", "int8", "--student.drop_path", "0"]
+    words += ["--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.linear", "torch"]
+    for number in (1, 2):
+        done = zygote.together(*words, "--out", str(number), processes=number, cwd=tmp_path)
+        assert [one.code for one in done] == [0] * number, done[0].err + done[-1].err
+    for file in ("model", "average"):
+        names = [tmp_path / str(number) for number in (1, 2)]
+        one, two = (ranges_of(checkpoint.newest(out) / f"{file}.safetensors") for out in names)
+        torch.testing.assert_close(one, two, rtol=0.02, atol=0.02)
