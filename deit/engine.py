@@ -69,8 +69,8 @@ def train_epoch(
     accelerator, student = job.accelerator, job.student
     student.train()
     statistics = list(accelerator.unwrap_model(student).buffers())
-    before = [one.clone() for one in statistics]
     ranges = Ranges(accelerator.unwrap_model(student))
+    before = [one.clone() for one in statistics]
     for part, batch in enumerate(batches):
         seed_torch(job, step, part)
         if job.graphs:

@@ -139,10 +139,11 @@ def _beside_the_run(found: dict[str, Any]) -> str:
     """A file beside the run that was trained for it; `float` is neither of them."""
     same = found["as_the_run"]
     head = "fused" if "fused" in same["sqnr_db"] else "class"
+    bits = " but of weights, 7 bits instead of 8" if found["reduce_range"] else ""
     return (
-        f"the run itself computes with these roundings: {percent(same['agreement'][head])} % of "
-        f"the file's answers are the run's, {_decibels(same['sqnr_db'][head])} dB from it; float "
-        "is its weights without any"
+        f"the run itself computes with these roundings{bits}: {percent(same['agreement'][head])} % "
+        f"of the file's answers are the run's, {_decibels(same['sqnr_db'][head])} dB from it; "
+        "float is its weights without any"
     )
 
 

@@ -129,6 +129,7 @@ def without_rounding(network: nn.Module) -> None:
     """Let all layers of a network compute in float again, in place."""
     for layer in rounded_layers(network).values():
         del layer.range, layer.seen
+        vars(layer).pop("product", None)
         layer.__class__ = next(kind for kind, ours in _KINDS.items() if type(layer) is ours)
 
 

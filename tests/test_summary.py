@@ -48,6 +48,7 @@ def test_everything_that_is_known_is_told(capsys):
     told = {
         "run": "r",
         "student": "deit_micro",
+        "rounding": "none",
         "epochs": 300,
         "seconds": 7000.0,
         "images_per_s": 12345.6,
