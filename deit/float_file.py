@@ -86,7 +86,8 @@ def write_float_file(config: Config, saved: Path, place: Path) -> FloatFile:
     expected = answers_of(Graph(bare), outputs_of(bare), inputs)
     tolerance = FORMATS["onnx"].tolerance
     one = verify("onnxruntime", answer_of(original), inputs, expected, tolerance=tolerance)
-    say(f"verified  the float file: logits differ from the run's by {one.difference:.1e} at most")
+    run = "the run's" if rounding is None else "those of the run's weights without roundings"
+    say(f"verified  the float file: logits differ from {run} by {one.difference:.1e} at most")
     one = one._replace(loader="onnxruntime, before quantization", images=number)
     return file._replace(checked=one._asdict())
 

@@ -70,17 +70,18 @@ def rounded_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.float()  # under autocast too: in bfloat16 most steps would be lost
     scale = weight.detach().abs().flatten(1).amax(dim=1) / _WEIGHT
     scale = torch.where(scale < _TINY, 1.0, scale)
-    zero = torch.zeros_like(scale, dtype=torch.int32)
-    rounded = torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -_WEIGHT, _WEIGHT)
-    return rounded, scale
+    return _by_channel(weight, scale, _WEIGHT), scale
 
 
 def rounded_bias(bias: Tensor | None, scale: Tensor) -> Tensor | None:
     """A bias [out] as int32 with these scales [out], multiplied back; None stays None."""
-    if bias is None:
-        return None
-    zero = torch.zeros_like(scale, dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(bias.float(), scale, zero, 0, -_BIAS, _BIAS)
+    return None if bias is None else _by_channel(bias.float(), scale, _BIAS)
+
+
+def _by_channel(values: Tensor, scale: Tensor, largest: int) -> Tensor:
+    """Values [out, ...] as whole multiples of scales [out], at most so many."""
+    zero = torch.zeros_like(scale)  # of integers torch asks the device whether they are inside
+    return torch.fake_quantize_per_channel_affine(values, scale, zero, 0, -largest, largest)
 
 
 def scale_of(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +167,7 @@ class Ranges:
         seen = torch.stack(self._seen)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
-        now = seen * seen.new_tensor([-1.0, 1.0])
+        now = torch.stack([-seen[:, 0], seen[:, 1]], dim=1)
         before = torch.stack(self._ranges)
         unknown = before[:, :1] == before[:, 1:]
         after = torch.where(unknown, now, before.lerp(now, RATE))
