@@ -122,10 +122,10 @@ def convpass(config: Config) -> Config:
 
 
 def int8(config: Config) -> Config:
-    """Layers that round as the int8 file of `deit quantize` does; a third of the epochs at a tenth
-    of the run's own learning rate, which falls to a hundredth."""
+    """Layers that round as the int8 file of `deit quantize` does; a third of the epochs, at less
+    than a third of the run's own learning rate, which falls to a tenth of that."""
     config = short(derive(config, student={"rounding": "int8"}))
-    lr = config.optim.lr / 10
+    lr = 0.3 * config.optim.lr
     peak = peak_lr(derive(config, optim={"lr": lr}).optim)
     return derive(config, optim={"lr": lr, "min_lr": peak / 10, "warmup_lr": peak / 10})
 

@@ -16,11 +16,10 @@ from torch import nn
 
 from deit import checkpoint, faults, side_by_side
 from deit.cli import run_command
-from deit.config import Config, StudentConfig, derive
+from deit.config import Config, StudentConfig, derive, peak_lr
 from deit.errors import CheckpointError, ConfigError, Stopped
 from deit.evaluation import evaluate
 from deit.export import bare_of, export
-from deit.float_file import write_float_file
 from deit.formats import FORMATS, Graph, answer_of, outputs_of
 from deit.landscape_options import Asked
 from deit.landscape_places import Place, view_of
@@ -56,7 +55,7 @@ from deit.recipes import digits
 from deit.run import parts_of, train
 from deit.seats import members
 from deit.tuning import TUNING, begin_from
-from deit.validation import load, validate
+from deit.validation import validate
 
 pytest.importorskip("sklearn")
 TINY = StudentConfig(
@@ -238,8 +237,10 @@ def test_the_first_update_sets_ranges_and_later_ones_move_them():
     torch.testing.assert_close(layer.range, torch.tensor([-1 + RATE, 3 + 2 * RATE]))
     before = layer.range.clone()
     holder.eval()(torch.tensor([[-9.0, 9.0]]))
-    Ranges(holder)  # and what was heard by chance is forgotten
     assert torch.equal(layer.range, before)
+    assert layer.seen.tolist() == [-math.inf, -math.inf]
+    holder.train()(torch.tensor([[-9.0, 9.0]]))
+    Ranges(holder)  # what was heard before a training begins is forgotten
     assert layer.seen.tolist() == [-math.inf, -math.inf]
 
 
@@ -448,7 +449,9 @@ def test_the_schedule(reference):
     assert tuned.student == replace(before.student, rounding="int8")
     assert tuned.optim.epochs == round(before.optim.epochs / 3)
     assert (tuned.loss, tuned.views, tuned.teacher) == (before.loss, before.views, before.teacher)
-    assert tuned.optim.lr < before.optim.lr
+    assert tuned.optim.lr == pytest.approx(0.3 * before.optim.lr)
+    ends = tuned.optim.min_lr, tuned.optim.warmup_lr
+    assert ends == pytest.approx((peak_lr(tuned.optim) / 10,) * 2)
 
 
 def test_a_start_says_nothing_of_rounding():
@@ -702,14 +705,7 @@ def test_from_a_run_to_its_file(place, zygote, tmp_path, capsys, monkeypatch):
         assert row["top1"] == pytest.approx(evaluated[head]["top1"], abs=0.003)
         assert found["as_the_run"]["agreement"][head] > 0.995
         assert found["as_the_run"]["sqnr_db"][head] > 12 + found["sqnr_db"][head]
-    file = write_float_file(load(Path("run/config.json")), Path("run/best"), _empty(tmp_path))
-    assert file.rounding is not None
     assert "learnt in training" in Path("run/quantized-static/README.md").read_text()
-
-
-def _empty(place: Path) -> Path:
-    (place / "float").mkdir()
-    return place / "float"
 
 
 @pytest.mark.slow
