@@ -293,6 +293,7 @@ def test_names_weights_and_decay_stay(name):
     assert 20 < signal_to_noise(before, found) < 60
     without_rounding(rounded)
     assert str(rounded) == str(plain)
+    assert set(vars(rounded.head)) == set(vars(plain.head))
     assert list(rounded.state_dict()) == list(theirs)
     assert torch.equal(asked(rounded, images()), before)
 
