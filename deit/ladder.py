@@ -26,7 +26,7 @@ from deit.models.saved import WEIGHTS, Facts, load_student, serialised
 from deit.models.student import Student
 from deit.models.weights import digest_of, read_weights
 from deit.prediction import shown
-from deit.prune_options import CONTROL, MANIFEST, RECOVERED
+from deit.prune_options import CONTROLS, MANIFEST, RECOVERED
 from deit.records import head_logits
 from deit.side_by_side import final
 from deit.typed_json import read_typed
@@ -111,7 +111,7 @@ def versions_of(run: Path, more: list[Path]) -> list[Version]:
     for manifest in sorted(run.resolve().parent.glob(f"*/{MANIFEST}")):
         if read_typed(manifest, dict[str, Any]).get("weights") != own:
             continue
-        for part in (RECOVERED, CONTROL):
+        for part in (RECOVERED, *CONTROLS.values()):
             if checkpoint.result_of(manifest.parent / part) is not None:
                 name = f"{manifest.parent.name}, {part}"
                 found += _of_run(manifest.parent / part, name)

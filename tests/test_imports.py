@@ -193,7 +193,9 @@ PLAN = {
         8, doors="deit.sweep_rows deit.sweep_runs deit.sweep_search deit.sweep_training"
     ),
     "deit.prune_options": place(1),
-    "deit.prune": place(8, "torch", "deit.sweep_training"),
+    "deit.prune_choice": place(8, "torch"),
+    "deit.prune_results": place(7),
+    "deit.prune": place(8, "torch", "deit.prune_choice deit.sweep_training"),
     "deit.landscape_options": place(2),
     "deit.landscape_page": place(3),
     "deit.landscape_places": place(7, "torch"),
