@@ -327,15 +327,20 @@ def ladder(arguments: list[str], program: str) -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("more", type=Path, nargs="*", metavar="OTHER", help="other runs beside it")
+    parser.add_argument(
+        "--merge", metavar="A,B", help="also the run with so many tokens merged in each block"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
     parser.add_argument("--force", action="store_true", help="let --json replace a file")
     options = parser.parse_args(arguments)
+    merges = read_numbers(options.merge, "--merge", whole=True, least=0)
     from deit.ladder import ladder
 
     ladder(
         options.run,
         options.more,
+        merges=merges,
         root=options.root,
         json_file=options.json,
         force=options.force,

@@ -229,6 +229,7 @@ PLAN = {
     "scripts.faults": place(11),
     "scripts.two_hosts": place(11),
     "scripts.sweep_cost": place(11),
+    "scripts.smaller": place(11),
     "scripts.initialisation": place(11, "torch einops"),
     "scripts.turns": place(9, "torch numpy PIL sklearn"),
     "scripts.sides": place(9, "torch numpy PIL timm"),
