@@ -6,18 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from deit import journal
-from deit.config import Config
+from deit.config import Config, StudentConfig
 from deit.console import clock, percent, say
+from deit.errors import ConfigError
+from deit.models.networks import check_blocks_alike
 from deit.saving import selected_top1
 
 SUMMARY = "summary.json"
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40
+_EXPORT = {
+    True: "--format timm      for timm and transformers",
+    False: "--format onnx      for ONNX Runtime",
+}
 
 
 def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, Any]:
     """A finished run in plain values: time, speed, memory, the epoch of the best weights, their
-    validation top-1 by head, that which selected them, the teacher's, and its curve.
+    validation top-1 by head, that which selected them, the teacher's, its curve, and whether timm
+    and transformers can build its student.
 
     result: what its result.json holds.
     """
@@ -27,6 +34,7 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
     return {
         "run": str(out),
         "student": config.student.name,
+        "alike": _alike(config.student),
         "epochs": result["epochs"],
         "seconds": result["seconds"],
         "images_per_s": _median(row["images_per_s"] for row in measured),
@@ -42,6 +50,15 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
             [row["epoch"], selected_top1(row["validation"])] for row in rows if "validation" in row
         ],
     }
+
+
+def _alike(student: StudentConfig) -> bool:
+    """Whether other libraries can build its blocks."""
+    try:
+        check_blocks_alike(student)
+    except ConfigError:
+        return False
+    return True
 
 
 def _median(values: Any) -> float | None:
@@ -71,7 +88,7 @@ def print_summary(told: dict[str, Any]) -> None:
     say(
         "next:\n"
         f"  python evaluate_deit.py {run}      the test split, head by head\n"
-        f"  deit export {run} --format timm      for timm and transformers"
+        f"  deit export {run} {_EXPORT[told['alike']]}"
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from deit import checkpoint, journal
 from deit.config import derive
-from deit.recipes import digits_teacher
+from deit.recipes import digits, digits_teacher
 from deit.run import train
 from deit.summary import SUMMARY, print_summary, sparkline, summary_of
 
@@ -48,6 +48,7 @@ def test_everything_that_is_known_is_told(capsys):
     told = {
         "run": "r",
         "student": "deit_micro",
+        "alike": True,
         "epochs": 300,
         "seconds": 7000.0,
         "images_per_s": 12345.6,
@@ -69,6 +70,26 @@ def test_everything_that_is_known_is_told(capsys):
     assert "class 90.0, distillation 91.0, fused 92.0, average fused 93.0" in said
     assert "= teacher 95.0, the teacher itself 96.0 (best weights: epoch 290)" in said
     assert "▁█ 10.0 to 93.0" in said
+    assert "deit export r --format timm" in said
     nothing = {"images_per_s": None, "memory_mb": None}
     print_summary(told | nothing | {"agreement": None, "teacher": None, "curve": []})
     assert "None" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("student", "format_"),
+    [
+        ({}, "timm"),
+        ({"block_heads": (1, 2, 3, 4)}, "onnx"),
+        ({"block_hidden": (8, 8, 8, 8)}, "onnx"),
+        ({"share": 2}, "onnx"),
+        ({"adapters": "convpass"}, "onnx"),
+    ],
+)
+def test_the_export_that_is_named_takes_the_student(tmp_path, capsys, student, format_):
+    """timm and transformers build all blocks alike: they are not named for what they refuse."""
+    result = {"epochs": 1, "seconds": 1.0, "skipped": 0, "best": {"top1": 0.5, "epoch": 1}}
+    (tmp_path / journal.METRICS).touch()
+    config = derive(digits(), student=student)
+    print_summary(summary_of(config, tmp_path, result))
+    assert f"deit export {tmp_path} --format {format_} " in capsys.readouterr().out
