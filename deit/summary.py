@@ -9,7 +9,7 @@ from deit import journal
 from deit.config import Config, StudentConfig
 from deit.console import clock, percent, say
 from deit.errors import ConfigError
-from deit.models.networks import check_blocks_alike
+from deit.models.timm_format import timm_name
 from deit.saving import selected_top1
 
 SUMMARY = "summary.json"
@@ -24,7 +24,7 @@ _EXPORT = {
 def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, Any]:
     """A finished run in plain values: time, speed, memory, the epoch of the best weights, their
     validation top-1 by head, that which selected them, the teacher's, its curve, and whether timm
-    and transformers can build its student.
+    has such a network.
 
     result: what its result.json holds.
     """
@@ -34,7 +34,7 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
     return {
         "run": str(out),
         "student": config.student.name,
-        "alike": _alike(config.student),
+        "in_timm": _in_timm(config.student),
         "epochs": result["epochs"],
         "seconds": result["seconds"],
         "images_per_s": _median(row["images_per_s"] for row in measured),
@@ -52,10 +52,9 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
     }
 
 
-def _alike(student: StudentConfig) -> bool:
-    """Whether other libraries can build its blocks."""
+def _in_timm(student: StudentConfig) -> bool:
     try:
-        check_blocks_alike(student)
+        timm_name(student)
     except ConfigError:
         return False
     return True
@@ -88,7 +87,7 @@ def print_summary(told: dict[str, Any]) -> None:
     say(
         "next:\n"
         f"  python evaluate_deit.py {run}      the test split, head by head\n"
-        f"  deit export {run} {_EXPORT[told['alike']]}"
+        f"  deit export {run} {_EXPORT[told['in_timm']]}"
     )
 
 

@@ -48,7 +48,7 @@ def test_everything_that_is_known_is_told(capsys):
     told = {
         "run": "r",
         "student": "deit_micro",
-        "alike": True,
+        "in_timm": True,
         "epochs": 300,
         "seconds": 7000.0,
         "images_per_s": 12345.6,
@@ -84,10 +84,13 @@ def test_everything_that_is_known_is_told(capsys):
         ({"block_hidden": (8, 8, 8, 8)}, "onnx"),
         ({"share": 2}, "onnx"),
         ({"adapters": "convpass"}, "onnx"),
+        ({"distillation_tokens": 2}, "onnx"),
+        ({"name": "small_convnet"}, "onnx"),
+        ({"name": "timm:resnet18"}, "timm"),
     ],
 )
 def test_the_export_that_is_named_takes_the_student(tmp_path, capsys, student, format_):
-    """timm and transformers build all blocks alike: they are not named for what they refuse."""
+    """timm is not named for what it cannot build."""
     result = {"epochs": 1, "seconds": 1.0, "skipped": 0, "best": {"top1": 0.5, "epoch": 1}}
     (tmp_path / journal.METRICS).touch()
     config = derive(digits(), student=student)
