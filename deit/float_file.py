@@ -13,7 +13,14 @@ from deit.datasets.images import Encoded, Images
 from deit.errors import CheckpointError
 from deit.evaluation import images_of
 from deit.export import BATCHES, answers_of, bare_of, verify
-from deit.formats import FORMATS, Graph, answer_of, outputs_of
+from deit.formats import (
+    FORMATS,
+    Graph,
+    answer_of,
+    drop_notes,
+    outputs_of,
+    write_noted_onnx,
+)
 from deit.models.saved import Facts, load_student
 from deit.prediction import shown
 from deit.quantization_layers import Layers, prepare
@@ -67,9 +74,10 @@ def write_float_file(config: Config, saved: Path, place: Path) -> FloatFile:
     student, facts = load_student(saved)
     test = images_of(config, facts, saved.parent, "test", None, None).images
     bare, normalise = bare_of(student)
-    FORMATS["onnx"].write(place, bare, facts)
     original, prepared = place / "model.onnx", place / "prepared.onnx"
+    write_noted_onnx(place, bare, facts)
     layers = prepare(original, prepared)
+    drop_notes(original)
     _check_products(layers, bare.network)
     known = (config, facts, saved.parent, normalise, original, prepared, layers, test)
     file = FloatFile(*known, {})

@@ -112,6 +112,12 @@ def _traced(student: Student, facts: Facts) -> tuple[Graph, tuple[Tensor], dict[
 
 def _write_onnx(folder: Path, student: Student, facts: Facts) -> None:
     """One file: the weights lie in it, up to the 2 GB that ONNX allows."""
+    write_noted_onnx(folder, student, facts)
+    drop_notes(folder / "model.onnx")
+
+
+def write_noted_onnx(folder: Path, student: Student, facts: Facts) -> None:
+    """The same with what PyTorch notes on each node: the modules and lines that it comes from."""
     import onnx
 
     graph, example, shapes = _traced(student, facts)
@@ -129,6 +135,19 @@ def _write_onnx(folder: Path, student: Student, facts: Facts) -> None:
     _keep_once(model.graph)
     onnx.helper.set_model_props(model, metadata(facts))
     onnx.save(model, folder / "model.onnx")
+
+
+def drop_notes(file: Path) -> None:
+    """Leave them out of a file: of a small network they are a quarter."""
+    import onnx
+
+    model = onnx.load(file)
+    graph = model.graph
+    values = (*graph.value_info, *graph.initializer, *graph.input, *graph.output)
+    for part in (graph, *graph.node, *values):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    onnx.save(model, file)
 
 
 def _keep_once(graph: Any) -> None:
