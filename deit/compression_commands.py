@@ -5,14 +5,12 @@ import json
 import re
 from pathlib import Path
 
-from deit import checkpoint, landscape_options
+from deit import checkpoint, landscape_options, prune_options, ticket_options
 from deit.arguments import Parser, parse_run, parse_seeds, read_numbers
 from deit.config import to_dict
 from deit.console import say
 from deit.errors import ConfigError
-from deit.prune_options import asked_of
 from deit.text import nearest
-from deit.ticket_options import CONTROLS, Asked, check_asked
 from deit.tuning import TUNING
 
 # Names that options take, without importing what they name; tests hold them to that.
@@ -119,7 +117,7 @@ def tickets(arguments: list[str], program: str) -> None:
     parser.add_argument("--rate", type=float)
     parser.add_argument("--scope", default="global")
     parser.add_argument("--rewind", type=float)
-    parser.add_argument("--controls", default=",".join(CONTROLS))
+    parser.add_argument("--controls", default=",".join(ticket_options.CONTROLS))
     parser.add_argument("--controls_at")
     parser.add_argument("--tolerance", type=float, default=1.0)
     parser.add_argument("--seeds", default="0")
@@ -134,8 +132,9 @@ def tickets(arguments: list[str], program: str) -> None:
         "and is trained from there. Also: --levels N (7), --rate SHARE of the weights left that "
         "each level takes (0.2), --scope global, layerwise (the same share of each layer) or N:M "
         "(N of each M neighbours), --rewind EPOCHS (where warm-up ends; 0: the initial weights), "
-        f"--controls {','.join(CONTROLS)} (all; none), --controls_at LEVELS (all, with commas "
-        "between), --tolerance POINTS below the dense run that still match (1), --seeds 0,1,2, "
+        f"--controls {','.join(ticket_options.CONTROLS)} (all; none), --controls_at LEVELS "
+        "(all, with commas between), --tolerance POINTS below the dense run that still match (1), "
+        "--seeds 0,1,2, "
         "--at_once N (N runs at a time share the machine), --retries N (1); --dry_run lists the "
         "runs. Into --out DIR: results.csv, results.json, results.md, tickets.png and the runs. "
         "The same command goes on.",
@@ -146,16 +145,16 @@ def tickets(arguments: list[str], program: str) -> None:
     if run.print_config:
         say(json.dumps(to_dict(run.config), indent=1))
         return
-    asked = Asked(
+    asked = ticket_options.Asked(
         scope=options.scope,
         levels=options.levels,
         rate=options.rate,
         rewind=options.rewind,
-        controls=_controls(options.controls),
+        controls=_controls(options.controls, ticket_options.CONTROLS),
         at=read_numbers(options.controls_at, "--controls_at", whole=True) or None,
         tolerance=options.tolerance,
     )
-    check_asked(asked, run.config)
+    ticket_options.check_asked(asked, run.config)
     seeds = parse_seeds(options.seeds)
     if any(word.partition("=")[0] == "--run.seed" for word in rest):
         raise ConfigError(f"--run.seed {run.config.run.seed}: this command takes --seeds A,B")
@@ -171,16 +170,15 @@ def tickets(arguments: list[str], program: str) -> None:
     )
 
 
-def _controls(text: str) -> tuple[str, ...]:
-    """The controls of a search for tickets, in their own order. Raises ConfigError."""
+def _controls(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The named ones of the known controls, in their own order. Raises ConfigError."""
     named = [] if text == "none" else [name.strip() for name in text.split(",") if name.strip()]
     for name in named:
-        if name not in CONTROLS:
+        if name not in known:
             raise ConfigError(
-                f"--controls {name}: should be of {', '.join(CONTROLS)}, or none"
-                f"{nearest(name, CONTROLS)}"
+                f"--controls {name}: should be of {', '.join(known)}, or none{nearest(name, known)}"
             )
-    return tuple(name for name in CONTROLS if name in named)
+    return tuple(name for name in known if name in named)
 
 
 def prune(arguments: list[str], program: str) -> None:
@@ -194,11 +192,11 @@ def prune(arguments: list[str], program: str) -> None:
     parser.add_argument("--score", default="taylor")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
-    parser.add_argument("--control", action="store_true")
+    parser.add_argument("--controls", default="none")
     parser.add_argument("--tuning", default="short")
     parser.add_argument("--at_once", type=int, default=1)
     options, rest = parser.parse_known_args(arguments)
-    asked = asked_of(
+    asked = prune_options.asked_of(
         ratio=options.ratio,
         heads=options.heads,
         hidden=options.hidden,
@@ -226,9 +224,10 @@ def prune(arguments: list[str], program: str) -> None:
         "heads and hidden units that goes (0.5), or --heads and --hidden apart, or --macs SHARE of "
         "the blocks' arithmetic that stays; --scope global or layerwise; --score taylor (on "
         "--images 1024 training views) or magnitude; --checkpoint best or last; --tuning "
-        f"{', '.join(TUNING)} (the schedule: short, a third of the epochs); --control (a student "
-        "of the same shape, as long, from random weights); --at_once N; --dry_run tells what would "
-        "stay. Into --out DIR: pruned, recovered, control, results.json, results.md. The same "
+        f"{', '.join(TUNING)} (the schedule: short, a third of the epochs); --controls "
+        "short,long (students of the same shape from random weights: as long as the recovery, and "
+        "as long as run and recovery together; none); --at_once N; --dry_run tells what would "
+        "stay. Into --out DIR: pruned, recovered, the controls, results.json, results.md. The same "
         "command goes on.",
         adapt=lambda config: config if helps else TUNING[options.tuning](config),
         out=Path(f"checkpoints/{run.resolve().name}-pruned"),
@@ -245,7 +244,7 @@ def prune(arguments: list[str], program: str) -> None:
         asked,
         recovery,
         name=options.checkpoint,
-        control=options.control,
+        controls=_controls(options.controls, tuple(prune_options.CONTROLS)),
         at_once=options.at_once,
         arguments=arguments,
     )
@@ -328,15 +327,20 @@ def ladder(arguments: list[str], program: str) -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("more", type=Path, nargs="*", metavar="OTHER", help="other runs beside it")
+    parser.add_argument(
+        "--merge", metavar="A,B", help="also the run with so many tokens merged in each block"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
     parser.add_argument("--force", action="store_true", help="let --json replace a file")
     options = parser.parse_args(arguments)
+    merges = read_numbers(options.merge, "--merge", whole=True, least=0)
     from deit.ladder import ladder
 
     ladder(
         options.run,
         options.more,
+        merges=merges,
         root=options.root,
         json_file=options.json,
         force=options.force,

@@ -14,7 +14,14 @@ from deit.datasets.images import Encoded, Images
 from deit.errors import CheckpointError
 from deit.evaluation import images_of
 from deit.export import BATCHES, answers_of, bare_of, verify
-from deit.formats import FORMATS, Graph, answer_of, outputs_of
+from deit.formats import (
+    FORMATS,
+    Graph,
+    answer_of,
+    drop_notes,
+    outputs_of,
+    write_noted_onnx,
+)
 from deit.models.rounding import without_rounding
 from deit.models.saved import Facts, load_student
 from deit.models.student import Student
@@ -69,14 +76,19 @@ def write_float_file(config: Config, saved: Path, place: Path) -> FloatFile:
     Raises CheckpointError where it answers otherwise, or holds attention in another form than
     quantizing knows; ConfigError where it cannot be written.
     """
+    import onnx
+
     student, facts = load_student(saved)
     test = images_of(config, facts, saved.parent, "test", None, None).images
     bare, normalise = bare_of(student)
     rounding = copy.deepcopy(bare) if facts.student.rounding != "none" else None
     without_rounding(bare.network)
-    FORMATS["onnx"].write(place, bare, facts)
     original, prepared = place / "model.onnx", place / "prepared.onnx"
+    write_noted_onnx(place, bare, facts)
     layers = prepare(original, prepared)
+    noted = onnx.load(original)
+    drop_notes(noted)
+    onnx.save(noted, original)
     _check_products(layers, bare.network)
     known = (config, facts, saved.parent, normalise, original, prepared, layers, test)
     file = FloatFile(*known, {}, rounding)

@@ -114,6 +114,21 @@ def _write_onnx(folder: Path, student: Student, facts: Facts) -> None:
     """One file: the weights lie in it, up to the 2 GB that ONNX allows."""
     import onnx
 
+    model = _onnx_of(student, facts)
+    drop_notes(model)
+    onnx.save(model, folder / "model.onnx")
+
+
+def write_noted_onnx(folder: Path, student: Student, facts: Facts) -> None:
+    """The same with what PyTorch notes on each node: the modules and lines that it comes from."""
+    import onnx
+
+    onnx.save(_onnx_of(student, facts), folder / "model.onnx")
+
+
+def _onnx_of(student: Student, facts: Facts) -> Any:
+    import onnx
+
     graph, example, shapes = _traced(student, facts)
     with _tracing():
         program = torch.onnx.export(
@@ -128,7 +143,16 @@ def _write_onnx(folder: Path, student: Student, facts: Facts) -> None:
     model = program.model_proto
     _keep_once(model.graph)
     onnx.helper.set_model_props(model, metadata(facts))
-    onnx.save(model, folder / "model.onnx")
+    return model
+
+
+def drop_notes(model: Any) -> None:
+    """Leave them out of a graph: of a small network they are a quarter of the file."""
+    graph = model.graph
+    values = (*graph.value_info, *graph.initializer, *graph.input, *graph.output)
+    for part in (graph, *graph.node, *values):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
 
 
 def _keep_once(graph: Any) -> None:

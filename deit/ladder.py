@@ -22,11 +22,12 @@ from deit.ladder_page import draw_ladder, markdown, print_ladder
 from deit.latency import latencies
 from deit.models.base import BASE
 from deit.models.cost import cost_of
+from deit.models.merging import with_merging
 from deit.models.saved import WEIGHTS, Facts, load_student, serialised
 from deit.models.student import Student
 from deit.models.weights import digest_of, read_weights
 from deit.prediction import shown
-from deit.prune_options import CONTROL, MANIFEST, RECOVERED
+from deit.prune_options import CONTROLS, MANIFEST, RECOVERED
 from deit.records import head_logits
 from deit.side_by_side import final
 from deit.typed_json import read_typed
@@ -42,17 +43,19 @@ Ask = Callable[[Tensor], dict[str, Tensor]]
 
 class Version(NamedTuple):
     """A smaller version of a student, or the student itself. run: whose it is; onnx: its file,
-    None where PyTorch computes it."""
+    None where PyTorch computes it; merge: how many tokens each of its blocks merges."""
 
     name: str
     run: Path
     onnx: Path | None = None
+    merge: int = 0
 
 
 def ladder(
     run: Path,
     more: list[Path],
     *,
+    merges: tuple[int, ...],
     root: str | None,
     json_file: Path | None,
     force: bool,
@@ -63,11 +66,12 @@ def ladder(
 
     Found by itself: what `deit export --format onnx` and `deit quantize` left in the run's folder,
     and what `deit prune` made of it beside it, with files of theirs. more: other runs (levels of a
-    search for tickets, runs adapted or trained otherwise) of the same classes. Returns what
-    ladder.json holds. Raises the errors of deit.errors.
+    search for tickets, runs adapted or trained otherwise) of the same classes. merges: how many
+    tokens the run's blocks merge, a version each. Returns what ladder.json holds.
+    Raises the errors of deit.errors.
     """
     check_file(json_file, option="--json", replace=force)
-    versions = versions_of(run, more)
+    versions = versions_of(run, more, merges)
     if any(version.onnx is not None for version in versions):
         require(FORMATS["onnx"].needs, "measuring an ONNX file")
     check_writable(run / "ladder", option="RUN")
@@ -102,16 +106,18 @@ def ladder(
     return result
 
 
-def versions_of(run: Path, more: list[Path]) -> list[Version]:
+def versions_of(run: Path, more: list[Path], merges: tuple[int, ...] = ()) -> list[Version]:
     """The run, what was made of it, and the other runs with their files. Raises CheckpointError,
     and ConfigError where one is named twice."""
     _, saved = find_run(run, "best")
     found = _of_run(run, run.resolve().name)
+    own_name = found[0].name
+    found += [Version(f"{own_name}, merging {one}", run, merge=one) for one in merges if one]
     own = digest_of(read_weights(saved / WEIGHTS))
     for manifest in sorted(run.resolve().parent.glob(f"*/{MANIFEST}")):
         if read_typed(manifest, dict[str, Any]).get("weights") != own:
             continue
-        for part in (RECOVERED, CONTROL):
+        for part in (RECOVERED, *CONTROLS.values()):
             if checkpoint.result_of(manifest.parent / part) is not None:
                 name = f"{manifest.parent.name}, {part}"
                 found += _of_run(manifest.parent / part, name)
@@ -185,6 +191,8 @@ def _rung(version: Version, config: Config, facts: Facts) -> _Rung:
                 "puts different ones into one table"
             )
     student.eval()
+    if version.merge:
+        student.network = with_merging(student.network, version.merge)
     weights = student.network.state_dict()
     parameters = student.network.parameters()
     cost = cost_of(student, side=own.student.image_size, batch=1)
@@ -239,7 +247,7 @@ def _answers(ask: Ask, views: Iterator[Tensor], number: int, name: str) -> dict[
 def _leave_out_strangers(versions: list[Version], answers: dict[str, dict[str, Tensor]]) -> None:
     """Drop the ONNX files that were made of other weights than the run has now: a float one gives
     other answers, an integer one many."""
-    of = {version.run: version.name for version in versions if version.onnx is None}
+    of = {version.run: version.name for version in versions if not (version.onnx or version.merge)}
     for version in versions:
         if version.onnx is None:
             continue

@@ -82,6 +82,8 @@ def _of_search(out: Path, asked: Asked) -> list[Place]:
         for name, row in told["rows"].items()
         if "level" in row
     }
+    if not sparsity:
+        raise CheckpointError(f"{result}: names no levels; the search's own command writes it anew")
     levels = sorted({level for _, level in sparsity})
     for level in asked.levels or ():
         if level not in levels:

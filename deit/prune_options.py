@@ -7,8 +7,12 @@ from deit.scopes import SCOPES
 from deit.text import nearest
 
 MANIFEST = "prune.json"
-PRUNED, RECOVERED, CONTROL = "pruned", "recovered", "control"
-"""What is in the folder of a pruning: what was asked, and the runs."""
+KEPT = "kept.json"
+PRUNED, RECOVERED = "pruned", "recovered"
+"""What is in the folder of a pruning: what was asked, what stays, and the runs."""
+CONTROLS = {"short": "short-control", "long": "long-control"}
+"""Students of the same shape from random weights, with their folders: trained as long as the
+recovery, and as long as the run and its recovery together."""
 SCORES = ("taylor", "magnitude")
 _RATIO = 0.5
 

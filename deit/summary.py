@@ -6,18 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from deit import journal
-from deit.config import Config
+from deit.config import Config, StudentConfig
 from deit.console import clock, percent, say
+from deit.errors import ConfigError
+from deit.models.timm_format import timm_name
 from deit.saving import selected_top1
 
 SUMMARY = "summary.json"
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40
+_USES = {
+    "timm": "deit export {run} --format timm      for timm and transformers",
+    "onnx": "deit export {run} --format onnx      for ONNX Runtime",
+    "int8": "deit quantize {run}      the file it was trained for",
+}
 
 
 def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, Any]:
     """A finished run in plain values: time, speed, memory, the epoch of the best weights, their
-    validation top-1 by head, that which selected them, the teacher's, and its curve.
+    validation top-1 by head, that which selected them, the teacher's, its curve, and a use that
+    takes its student.
 
     result: what its result.json holds.
     """
@@ -27,7 +35,7 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
     return {
         "run": str(out),
         "student": config.student.name,
-        "rounding": config.student.rounding,
+        "use": _use_of(config.student),
         "epochs": result["epochs"],
         "seconds": result["seconds"],
         "images_per_s": _median(row["images_per_s"] for row in measured),
@@ -43,6 +51,17 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
             [row["epoch"], selected_top1(row["validation"])] for row in rows if "validation" in row
         ],
     }
+
+
+def _use_of(student: StudentConfig) -> str:
+    """Of _USES one that takes the student."""
+    if student.rounding != "none":
+        return "int8"
+    try:
+        timm_name(student)
+    except ConfigError:
+        return "onnx"
+    return "timm"
 
 
 def _median(values: Any) -> float | None:
@@ -69,9 +88,7 @@ def print_summary(told: dict[str, Any]) -> None:
     if len(values) > 1:
         low, high = min(values), max(values)
         say(f"  over the epochs: {sparkline(values)} {percent(low)} to {percent(high)}")
-    use = f"deit export {run} --format timm      for timm and transformers"
-    if told["rounding"] != "none":
-        use = f"deit quantize {run}      the file it was trained for"
+    use = _USES[told["use"]].format(run=run)
     say(f"next:\n  python evaluate_deit.py {run}      the test split, head by head\n  {use}")
 
 

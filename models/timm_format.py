@@ -7,7 +7,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from deit.config import SIZES, has_distillation_token, is_transformer
+from deit.config import SIZES, StudentConfig, has_distillation_token, is_transformer
 from deit.errors import ConfigError
 from deit.models.facts import Facts
 from deit.models.layers import heads_of
@@ -20,7 +20,7 @@ def timm_config(facts: Facts, network: nn.Module) -> dict[str, Any]:
     The number of classes stands outside `model_args`: transformers hands it over itself and would
     do so twice. Raises ConfigError where timm has no such network.
     """
-    architecture, settings = _timm_name(facts)
+    architecture, settings = timm_name(facts.student)
     known = timm.get_pretrained_cfg(architecture).to_dict()
     heads = heads_of(network)
     side = facts.student.image_size
@@ -53,9 +53,9 @@ def _crop_share(side: int, crop: float) -> float:
     return side / edge if math.floor(side / (side / edge)) == edge else side / (edge + 0.5)
 
 
-def _timm_name(facts: Facts) -> tuple[str, dict[str, Any]]:
-    """The registered name of a network and the arguments that make it ours."""
-    student = facts.student
+def timm_name(student: StudentConfig) -> tuple[str, dict[str, Any]]:
+    """The registered name of a network and the arguments that make it ours. Raises ConfigError
+    where timm has no such network."""
     if student.name.startswith("timm:"):
         name = student.name.removeprefix("timm:")
         sized = timm.get_pretrained_cfg(name).fixed_input_size

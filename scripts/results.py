@@ -17,6 +17,7 @@ from deit.sweep_results import cells, class_by_class, columns, disagreement_tabl
 from deit.ticket_pictures import ticket_curve
 from deit.ticket_results import tickets_table
 from scripts.benchmark_picture import draw_benchmark
+from scripts.smaller_tables import draw_smaller, goals, smaller_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TITLES = {
@@ -45,6 +46,10 @@ SWEEPS = {
 }
 DRAWN = ("digits-patience",)  # of the sweeps
 TICKETS = {"digits-tickets": "Digits: lottery tickets beside their controls"}
+SMALLER = {
+    "digits-smaller": "Digits: one student and what was made smaller of it",
+    "cifar10-smaller": "CIFAR-10 (JPEG 75), three tenths of the images, 10 epochs: the same",
+}
 BENCHMARKS = ("benchmark-data", "benchmark-targets", "benchmark-train")
 
 
@@ -66,9 +71,10 @@ def section(name: str, result: dict) -> str:
     )
 
 
-def shown_command(name: str, command: str) -> str:
+def shown_command(name: str, command: str, *more: str) -> str:
     """The command as anyone would type it: where it wrote to does not change the numbers, nor where
-    its images and lists lay. One that names a teacher of its own is left to the file."""
+    its images and lists lay. One that names a teacher of its own is left to the file. more: words
+    that it needs besides."""
     if "--teacher.source" in command:
         return f"(Its command names a teacher of its own: see {name}.json.)"
     words = shlex.split(command)
@@ -79,7 +85,7 @@ def shown_command(name: str, command: str) -> str:
     # A folder somewhere on the machine is anybody's own.
     words = ["DIR" if word.startswith("/") else word for word in words]
     words = ["@FILE" if word.startswith("@/") else word for word in words]
-    return f"`{shlex.join([*words, '--out', f'checkpoints/{name}'])}`"
+    return f"`{shlex.join([*words, '--out', f'checkpoints/{name}', *more])}`"
 
 
 def benchmark_section(name: str, result: dict) -> str:
@@ -165,6 +171,22 @@ def sweep_section(name: str, result: dict) -> str:
     )
 
 
+def smaller_section(name: str, result: dict) -> str:
+    """A run and all that was made smaller of it as Markdown."""
+    ladder = next(iter(result["seeds"].values()))["ladder"]
+    environment = ladder["environment"]
+    threads = environment["threads"]
+    return (
+        f"**{SMALLER[name]}** ([{name}.json](results/{name}.json))\n\n"
+        f"{smaller_table(result)}\n\n{goals(result)}\n\n"
+        f"Test top-1 in %, {ladder['num_samples']} images, seeds {', '.join(result['seeds'])}; "
+        f"times: medians of turns, {threads} thread{'s' * (threads > 1)}, "
+        f"{environment['device_name']}, torch {environment['packages']['torch']}, commit "
+        f"{environment['commit']}.\n"
+        f"{shown_command(name, result['command'], '--json', f'docs/results/{name}.json')}\n"
+    )
+
+
 _FEW = 8
 
 
@@ -225,6 +247,8 @@ def main() -> None:
     pages = {ROOT / "README.md": tables, ROOT / "docs" / "sweeps.md": told}
     tickets = load(TICKETS)
     texts = {name: sweep_section(name, result) for name, result in tickets.items()}
+    smaller = load(SMALLER)
+    texts |= {name: smaller_section(name, result) for name, result in smaller.items()}
     pages[ROOT / "docs" / "compression.md"] = texts
     new = {path: written(path.read_text(), texts) for path, texts in pages.items()}
     if check:
@@ -237,6 +261,8 @@ def main() -> None:
         draw_comparison(finished_rows(sweeps[name]), ROOT / "docs" / "images" / f"{name}.png")
     for name, result in tickets.items():
         chart(ticket_curve(result), ROOT / "docs" / "images" / f"{name}.png")
+    for name, result in smaller.items():
+        draw_smaller(result, ROOT / "docs" / "images" / f"{name}.png")
     for name, result in benchmarks.items():
         draw_benchmark(result, ROOT / "docs" / "images" / f"{name}.png")
 

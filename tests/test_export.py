@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
@@ -171,6 +172,9 @@ def test_the_onnx_file_stands_alone_and_says_what_it_takes(runs, exports, tmp_pa
     assert json.loads(about["class_names"]) == list(facts.class_names)
     assert (about["image_size"], about["resize_shortest_edge"]) == ("8", "10")
     assert list(session.get_inputs()[0].shape) == ["batch", 3, 8, 8]
+    content = alone.read_bytes()
+    assert str(Path(torch.__file__).parent).encode() not in content  # nobody's own paths
+    assert b"pkg.torch" not in content
 
 
 @pytest.mark.parametrize("name", [*STUDENTS, "convnet"])

@@ -36,12 +36,14 @@ def place(tmp_path_factory, zygote):
 
 @pytest.fixture(scope="module")
 def measured(place, zygote):
-    done = zygote.run("ladder", "run", "other", "--json", "ladder.json", cwd=place)
+    done = zygote.run(
+        "ladder", "run", "other", "--merge", "0,2", "--json", "ladder.json", cwd=place
+    )
     assert done.code == 0, done.err
     return json.loads((place / "ladder.json").read_text()), done
 
 
-NAMES = ["run", "run, ONNX", "run, int8 static", "small, recovered", "other"]
+NAMES = ["run", "run, ONNX", "run, int8 static", "run, merging 2", "small, recovered", "other"]
 
 
 def test_everything_made_of_the_run_is_found(measured):
@@ -58,6 +60,12 @@ def test_accuracy_is_that_of_the_own_command(place, measured, zygote):
         assert done.code == 0, done.err
         heads = json.loads((place / "e.json").read_text())["heads"]
         assert rows[name]["top1"] == {head: heads[head]["top1"] for head in rows[name]["top1"]}
+    words = ("evaluate", "run", "--merge", "2", "--json", place / "e.json", "--force")
+    done = zygote.run(*words, cwd=place)
+    assert done.code == 0, done.err
+    heads = json.loads((place / "e.json").read_text())["heads"]
+    merging = rows["run, merging 2"]
+    assert merging["top1"] == {head: heads[head]["top1"] for head in merging["top1"]}
     told = json.loads((place / "run/quantized-static/quantization.json").read_text())
     quantized = rows["run, int8 static"]
     assert quantized["top1"]["fused"] == told["int8"]["heads"]["fused"]["top1"]
@@ -77,6 +85,10 @@ def test_size_and_arithmetic(place, measured):
         for key in ("parameters", "gmacs"):
             assert rows[name][key] == told[step][key]
     assert rows["run"]["nonzero"] <= rows["run"]["parameters"]
+    merging = rows["run, merging 2"]
+    for key in ("parameters", "nonzero", "bytes"):
+        assert merging[key] == rows["run"][key]
+    assert merging["gmacs"] < rows["run"]["gmacs"]
     assert {row["engine"] for row in rows.values()} == {"PyTorch", "ONNX Runtime"}
 
 
@@ -124,7 +136,7 @@ def test_a_pruning_of_another_run_is_not_its(place):
 def test_two_runs_of_one_name_keep_apart(place, tmp_path):
     shutil.copytree(place / "other", tmp_path / "run")
     names = [one.name for one in versions_of(place / "run", [tmp_path / "run"])]
-    assert names == [*NAMES[:4], str(tmp_path / "run")]
+    assert names == [*NAMES[:3], NAMES[4], str(tmp_path / "run")]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +146,8 @@ def test_two_runs_of_one_name_keep_apart(place, tmp_path):
         (("run", "nothing"), 4, "nothing: no such run folder"),
         (("run", "run"), 2, "run: is among the versions already"),
         (("run", "other", "other"), 2, "other: is among the versions already"),
+        (("run", "--merge", "9"), 2, "merging 9 tokens a block: should be from 0 to 8"),
+        (("run", "--merge", "two"), 2, "--merge two"),
         (("run", "--json", "e.json"), 5, "--json e.json"),
     ],
 )

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from deit import checkpoint
 from deit.datasets.splits import load_split
 from deit.datasets.spread import spread_rows
+from deit.errors import CheckpointError
 from deit.landscape_options import PARTS, Asked
 from deit.landscape_page import cells, line_cells, write_page
 from deit.landscape_parts import chain_of, neighbours
@@ -19,6 +20,7 @@ from deit.landscape_places import places_of, surface_of, view_of
 from deit.models.masks import apply, read_masks
 from deit.models.saved import load_student
 from deit.records import head_logits
+from deit.sweep_results import MANIFEST
 from deit.validation import load
 from tests.test_tickets import SMALL
 
@@ -332,6 +334,16 @@ def test_runs_of_other_images_do_not_stand_beside_each_other(place, zygote, tmp_
     done = zygote.run("landscape", *runs, "--out", tmp_path / "o", cwd=place)
     assert done.code == 2
     assert "other: has another data.train_fraction than level-0" in done.err
+
+
+def test_results_that_name_no_levels_are_refused(place, tmp_path):
+    told = json.loads((place / "search/results.json").read_text())
+    for row in told["rows"].values():
+        row.pop("level", None)
+    (tmp_path / "results.json").write_text(json.dumps(told))
+    shutil.copy(place / "search" / MANIFEST, tmp_path)
+    with pytest.raises(CheckpointError, match="names no levels; the search's own command writes"):
+        places_of([tmp_path], Asked(levels=(1,)))
 
 
 def test_radii_are_lengths(looked):

@@ -1,5 +1,6 @@
 """deit prune: what is cut, what is taught once more, and what is told of it."""
 
+import dataclasses
 import json
 import re
 
@@ -38,7 +39,9 @@ def place(tmp_path_factory, zygote):
 
 @pytest.fixture(scope="module")
 def pruned(place, zygote):
-    done = zygote.run(*WORDS, "--control", "--at_once", "2", "--out", "out", cwd=place)
+    done = zygote.run(
+        *WORDS, "--controls", "long,short", "--at_once", "2", "--out", "out", cwd=place
+    )
     assert done.code == 0, done.err
     return place / "out", done
 
@@ -75,23 +78,28 @@ def test_half_of_the_heads_and_hidden_units_go(place, pruned):
 def test_what_is_left_is_taught_and_its_control_begins_at_random(place, pruned):
     out, _ = pruned
     shape = load_student(out / "pruned" / "best")[1].student
-    for name, source in (("recovered", "out/pruned"), ("control", None)):
+    own = load(place / "run" / "config.json")
+    sources = {"recovered": "out/pruned", "short-control": None, "long-control": None}
+    for name, source in sources.items():
         config = load(out / name / "config.json")
         assert config.start.source == source
         assert config.student == shape
         assert config.teacher.source == ("teacher",)
-        assert config.optim.epochs == 2
-        assert checkpoint.result_of(out / name)["epochs"] == 2
+        epochs = 3 + 2 if name == "long-control" else 2  # the run's and the recovery's
+        assert config.optim.epochs == epochs
+        assert checkpoint.result_of(out / name)["epochs"] == epochs
+        schedule = own if name == "long-control" else load(out / "recovered" / "config.json")
+        assert dataclasses.replace(schedule.optim, epochs=epochs) == config.optim
     notes = json.loads((out / "recovered" / "start.json").read_text())
     assert notes["source"] == "out/pruned"
-    colours = [load(out / name / "config.json").views.mean for name in ("recovered", "control")]
-    assert colours[0] == colours[1] == load_student(place / "run" / "best")[1].mean
+    colours = [load(out / name / "config.json").views.mean for name in sources]
+    assert colours[0] == colours[1] == colours[2] == load_student(place / "run" / "best")[1].mean
 
 
 def test_every_step_is_told_with_what_it_costs(pruned):
     out, done = pruned
     rows = result(out)["rows"]
-    assert list(rows) == ["run", "pruned", "recovered", "control"]
+    assert list(rows) == ["run", "pruned", "recovered", "short-control", "long-control"]
     whole, *others = (rows[name] for name in rows)
     for row in others:
         assert row["parameters"] < 0.62 * whole["parameters"]
@@ -101,7 +109,7 @@ def test_every_step_is_told_with_what_it_costs(pruned):
     text = (out / "results.md").read_text()
     assert "| recovered |" in text
     assert "deit prune run" in text
-    assert "control" in done.out.splitlines()[-2]
+    assert "long-control" in done.out.splitlines()[-2]
 
 
 @pytest.mark.slow
@@ -122,7 +130,7 @@ def test_what_is_left_is_evaluated_and_exported_like_a_run(pruned, zygote, tmp_p
 def test_the_same_command_trains_nothing_again_and_another_is_refused(pruned, zygote):
     out, _ = pruned
     before = {path: path.stat().st_mtime_ns for path in out.glob("**/*.safetensors")}
-    words = (*WORDS, "--control", "--out", "out")
+    words = (*WORDS, "--controls", "short,long", "--out", "out")
     done = zygote.run(*words, cwd=out.parent)
     assert done.code == 0, done.err
     assert {path: path.stat().st_mtime_ns for path in out.glob("**/*.safetensors")} == before
@@ -245,6 +253,10 @@ def test_options_that_cannot_be(wrong):
         (("prune", "run", "--tuning", "long"), "--tuning long: should be one of deit"),
         (("prune", "run", "--heads", "0.9"), "--heads 0.9: leaves 1 of 6, and each of 2 blocks"),
         (("prune", "run", "--macs", "0.01"), "--macs 0.01: one head and one hidden unit in every"),
+        (
+            ("prune", "run", "--controls", "lnog"),
+            "--controls lnog: should be of short, long, or none; did you mean long?",
+        ),
         (("prune", "run", "--resume"), "takes no --resume; the same command always goes on"),
         (("prune", "teacher"), "heads and hidden units are cut from deit_* and vit_* only"),
         (

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deit import latency, processor, quantize, side_by_side
+from deit import float_file, latency, processor, quantize, side_by_side
 from deit.cli import run_command
 from deit.compression_commands import CALIBRATIONS as CALIBRATIONS_BY_NAME
 from deit.compression_commands import QUANTIZATIONS
@@ -22,7 +22,7 @@ from deit.datasets.splits import load_splits
 from deit.datasets.spread import spread_rows
 from deit.errors import CheckpointError, ConfigError
 from deit.export import bare_of
-from deit.formats import FORMATS, answer_of
+from deit.formats import answer_of, write_noted_onnx
 from deit.models.saved import Facts, build_student, load_student
 from deit.prediction import shown
 from deit.presets import OBJECTIVES
@@ -50,19 +50,19 @@ FILES = ["README.md", "model.onnx", "quantization.json"]
 @pytest.fixture(scope="module", autouse=True)
 def _brief():
     """Times are taken, but not for long; a network is exported once, which takes the most."""
-    written, original = {}, FORMATS["onnx"]
+    written = {}
 
     def write(folder, student, facts):
         held = student.state_dict().values()
         key = (repr(facts), tuple(value.double().sum().item() for value in held))
         if key not in written:
-            original.write(folder, student, facts)
+            write_noted_onnx(folder, student, facts)
             written[key] = (folder / "model.onnx").read_bytes()
         (folder / "model.onnx").write_bytes(written[key])
 
     with (
         mock.patch.object(side_by_side, "_TIMED_S", 0.0),
-        mock.patch.dict(FORMATS, onnx=original._replace(write=write)),
+        mock.patch.object(float_file, "write_noted_onnx", write),
     ):
         yield
 
@@ -142,7 +142,7 @@ def prepared_of(folder, name, *, size=8, classes=3, **settings):
     torch.manual_seed(0)
     network = build_student(facts)
     bare, _ = bare_of(network)
-    FORMATS["onnx"].write(folder, bare, facts)
+    write_noted_onnx(folder, bare, facts)
     layers = prepare(folder / "model.onnx", folder / "prepared.onnx")
     return folder / "prepared.onnx", layers, network.network
 
@@ -356,7 +356,7 @@ def test_heads_of_equal_weights_keep_their_names(tmp_path):
     network = build_student(Facts(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 1.0))
     network.network.head_dist.load_state_dict(network.network.head.state_dict())
     facts = Facts(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 1.0)
-    FORMATS["onnx"].write(tmp_path, bare_of(network)[0], facts)
+    write_noted_onnx(tmp_path, bare_of(network)[0], facts)
     layers = prepare(tmp_path / "model.onnx", tmp_path / "prepared.onnx")
     assert {"head", "head_dist"} <= set(layers.nodes)
 

@@ -210,6 +210,19 @@ def test_links_and_pictures_of_the_documents_exist():
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
+def test_tests_that_documents_name_exist():
+    """`test_file::test_name` in a document is a test of that name, in that file."""
+    named = {
+        found
+        for path in (ROOT / "docs").glob("*.md")
+        for found in re.findall(r"`(test_\w+)::(test_\w+)`", path.read_text())
+    }
+    assert len(named) > 40
+    for file, name in named:
+        text = (ROOT / "tests" / f"{file}.py").read_text()
+        assert f"\ndef {name}(" in text, (file, name)
+
+
 def test_the_results_are_those_of_the_files():
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "results.py", "--check"],

@@ -20,7 +20,7 @@ from deit.config import Config, StudentConfig, derive, peak_lr
 from deit.errors import CheckpointError, ConfigError, Stopped
 from deit.evaluation import evaluate
 from deit.export import bare_of, export
-from deit.formats import FORMATS, Graph, answer_of, outputs_of
+from deit.formats import FORMATS, Graph, answer_of, outputs_of, write_noted_onnx
 from deit.landscape_options import Asked
 from deit.landscape_places import Place, view_of
 from deit.models import rounding
@@ -388,7 +388,7 @@ def test_the_file_answers_as_the_network(name, tmp_path):
         ours = dict(zip(outputs_of(bare), Graph(bare)(given)))
     ranges = {key: layer.range for key, layer in rounded_layers(bare.network).items()}
     without_rounding(bare.network)
-    FORMATS["onnx"].write(tmp_path, bare, facts)
+    write_noted_onnx(tmp_path, bare, facts)
     layers = prepare(tmp_path / "model.onnx", tmp_path / "prepared.onnx")
     chosen = choose(layers, method="static", attention=False, exclude=None)
     assert set(chosen) == set(ranges)

@@ -6,7 +6,7 @@ import pytest
 
 from deit import checkpoint, journal
 from deit.config import derive
-from deit.recipes import digits_teacher
+from deit.recipes import digits, digits_teacher
 from deit.run import train
 from deit.summary import SUMMARY, print_summary, sparkline, summary_of
 
@@ -48,7 +48,7 @@ def test_everything_that_is_known_is_told(capsys):
     told = {
         "run": "r",
         "student": "deit_micro",
-        "rounding": "none",
+        "use": "timm",
         "epochs": 300,
         "seconds": 7000.0,
         "images_per_s": 12345.6,
@@ -70,6 +70,30 @@ def test_everything_that_is_known_is_told(capsys):
     assert "class 90.0, distillation 91.0, fused 92.0, average fused 93.0" in said
     assert "= teacher 95.0, the teacher itself 96.0 (best weights: epoch 290)" in said
     assert "▁█ 10.0 to 93.0" in said
+    assert "deit export r --format timm" in said
     nothing = {"images_per_s": None, "memory_mb": None}
     print_summary(told | nothing | {"agreement": None, "teacher": None, "curve": []})
     assert "None" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("student", "use"),
+    [
+        ({}, "export {} --format timm"),
+        ({"block_heads": (1, 2, 3, 4)}, "export {} --format onnx"),
+        ({"block_hidden": (8, 8, 8, 8)}, "export {} --format onnx"),
+        ({"share": 2}, "export {} --format onnx"),
+        ({"adapters": "convpass"}, "export {} --format onnx"),
+        ({"distillation_tokens": 2}, "export {} --format onnx"),
+        ({"name": "small_convnet"}, "export {} --format onnx"),
+        ({"rounding": "int8"}, "quantize {}"),
+        ({"name": "timm:resnet18"}, "export {} --format timm"),
+    ],
+)
+def test_the_use_that_is_named_takes_the_student(tmp_path, capsys, student, use):
+    """timm is not named for what it cannot build."""
+    result = {"epochs": 1, "seconds": 1.0, "skipped": 0, "best": {"top1": 0.5, "epoch": 1}}
+    (tmp_path / journal.METRICS).touch()
+    config = derive(digits(), student=student)
+    print_summary(summary_of(config, tmp_path, result))
+    assert f"deit {use.format(tmp_path)} " in capsys.readouterr().out

@@ -1,0 +1,113 @@
+"""What a structured pruning came to: its steps as numbers, a table and a page."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from deit import checkpoint
+from deit.at_once import Planned
+from deit.console import percent, table
+from deit.drawing import HEADS, markdown_table
+from deit.evaluation import evaluate, find_run
+from deit.measured import Evaluations
+from deit.models.saved import WEIGHTS
+from deit.outcome import top1_by_head
+from deit.prune_options import CONTROLS, KEPT, MANIFEST, PRUNED, RECOVERED
+from deit.typed_json import read_typed
+
+
+def prune_result(
+    run: Path, name: str, out: Path, runs: list[Planned], arguments: list[str]
+) -> dict[str, Any]:
+    """What results.json holds: of each step top-1 by head, agreement, cost and bytes."""
+    rows = {}
+    root = runs[0].config.data.root
+    found = evaluate(run, checkpoint=name, root=root, cost=True)
+    rows[_called(run)] = _row(found, find_run(run, name)[1], 0)
+    found = evaluate(out / PRUNED, root=root, cost=True)
+    rows[PRUNED] = _row(found, out / PRUNED / checkpoint.BEST, 0)
+    evaluations = Evaluations()
+    for one in runs:
+        found = evaluations.of(one.out, root=root, cost=True).found
+        rows[one.name] = _row(found, one.out / checkpoint.BEST, one.config.optim.epochs)
+    return {
+        "run": str(run),
+        "split": found["split"],
+        "num_samples": found["num_samples"],
+        "rows": rows,
+        "kept": read_typed(out / PRUNED / KEPT, dict[str, Any]),
+        "asked": read_typed(out / MANIFEST, dict[str, Any]),
+        "command": f"deit prune {shlex.join(arguments)}",
+        "environment": found["environment"],
+    }
+
+
+def _called(run: Path) -> str:
+    name = run.resolve().name
+    return f"{name} itself" if name in (PRUNED, RECOVERED, *CONTROLS.values()) else name
+
+
+def _row(found: dict[str, Any], saved: Path, epochs: int) -> dict[str, Any]:
+    agreed = found["agreement"].get("fused", found["agreement"]["class"]).get("teacher")
+    return {
+        "top1": top1_by_head(found),
+        "agreement": agreed,
+        "epochs": epochs,
+        "bytes": (saved / WEIGHTS).stat().st_size,
+        **{name: found["cost"][name] for name in ("parameters", "gmacs", "images_per_s")},
+    }
+
+
+_COLUMNS = (
+    "",
+    "class head",
+    "distillation head",
+    "fused",
+    "= teacher",
+    "epochs",
+    "parameters",
+    "MMACs",
+    "KB",
+    "images/s",
+)
+
+
+def _cells(result: dict[str, Any]) -> list[list[str]]:
+    found = []
+    for name, row in result["rows"].items():
+        shares = [*(row["top1"][head] for head in HEADS), row["agreement"]]
+        found.append(
+            [
+                name,
+                *("-" if one is None else percent(one) for one in shares),
+                str(row["epochs"] or "-"),
+                f"{row['parameters']:,}",
+                f"{1000 * row['gmacs']:.1f}",
+                f"{row['bytes'] / 1e3:,.0f}",
+                f"{row['images_per_s']:,.0f}",
+            ]
+        )
+    return found
+
+
+def _title(result: dict[str, Any]) -> str:
+    return f"{result['run']} pruned: top-1 % on {result['num_samples']} {result['split']} images"
+
+
+def prune_page(result: dict[str, Any]) -> str:
+    kept = result["kept"]
+    blocks = ", ".join(
+        f"{len(heads)} heads and {len(hidden)} units"
+        for heads, hidden in zip(kept["heads"], kept["hidden"])
+    )
+    environment = result["environment"]
+    where = f"{environment['device_name']}, commit {environment['commit']}"
+    return (
+        f"# {_title(result)}\n\n{markdown_table(_COLUMNS, _cells(result))}\n\n"
+        f"Kept, block by block: {blocks}.\n\n`{result['command']}`\n\n{where}\n"
+    )
+
+
+def print_pruning(result: dict[str, Any]) -> None:
+    """The table, for a person."""
+    table(_title(result), _COLUMNS, _cells(result))

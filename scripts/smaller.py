@@ -1,0 +1,89 @@
+"""What compression costs: a recipe's run, all that is made smaller of it, and the controls."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from deit.checkpoint import result_of
+from deit.console import say
+from deit.disk import write_json
+from deit.prune_options import RECOVERED
+from deit.quantization_layers import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN, PRUNED, SHARED, TEACHER = "run", "pruned", "shared", "teacher"
+
+
+def deit(*words: str) -> None:
+    """A command, in a process of its own. Raises CalledProcessError where it fails."""
+    say(f"deit {' '.join(words)}")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "deit", *words], check=True, env=environment)
+
+
+def train(recipe: str, out: Path, *words: str) -> None:
+    """A run of a recipe, unless it is finished."""
+    if result_of(out) is None:
+        deit("train", recipe, *words, "--out", str(out), "--resume")
+
+
+def quantized(run: Path) -> dict[str, Any]:
+    """What each way of quantizing came to, by its name; whatever it costs stays, to be told."""
+    found = {}
+    for method in METHODS:
+        told = run / f"quantized-{method}" / "quantization.json"
+        if not told.is_file():
+            deit("quantize", str(run), f"--method={method}", "--max-drop=100")
+        found[method] = json.loads(told.read_text())
+    return found
+
+
+def study(recipe: str, seed: int, place: Path, rest: list[str], asked: argparse.Namespace) -> Any:
+    """Everything of one seed: files, controls, ladder."""
+    run, pruned, shared = (place / name for name in (RUN, PRUNED, SHARED))
+    words = [f"--teacher.source={place.parent / TEACHER}", f"--run.seed={seed}", *rest]
+    if asked.epochs is not None:
+        words.append(f"--optim.epochs={asked.epochs}")
+    train(recipe, run, *words)
+    if not (run / "export-onnx").is_dir():
+        deit("export", str(run), "--format=onnx")
+    found = {"quantize": quantized(run)}
+    # Each of its controls is a student of the pruned shape (docs/compression.md).
+    deit("prune", str(run), "--ratio=0.5", "--controls=short,long", f"--out={pruned}")
+    found["prune"] = json.loads((pruned / "results.json").read_text())
+    found["quantize, pruned"] = quantized(pruned / RECOVERED)
+    train(recipe, shared, *words, "--student.share=2")
+    merge = [] if asked.merge is None else [f"--merge={asked.merge}"]
+    deit("ladder", str(run), str(shared), *merge)
+    found["ladder"] = json.loads((run / "ladder" / "ladder.json").read_text())
+    return found
+
+
+def main() -> None:
+    """Train, make smaller, measure; the same command goes on. What is not known here is a field of
+    the configuration, of teacher and students."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", help="of students; its teacher's is RECIPE-teacher")
+    parser.add_argument("--seeds", default="0", help="of students, with commas (0)")
+    parser.add_argument("--epochs", type=int, help="of students (the recipe's)")
+    parser.add_argument("--merge", help="tokens that are merged in a block, with commas (none)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
+    asked, rest = parser.parse_known_args()
+    train(f"{asked.recipe}-teacher", asked.out / TEACHER, *rest)
+    seeds = [int(seed) for seed in asked.seeds.split(",")]
+    found = {
+        str(seed): study(asked.recipe, seed, asked.out / f"seed-{seed}", rest, asked)
+        for seed in seeds
+    }
+    command = " ".join(["python", "scripts/smaller.py", *sys.argv[1:]])
+    write_json(asked.json, {"recipe": asked.recipe, "command": command, "seeds": found})
+    say(f"wrote {asked.json}")
+
+
+if __name__ == "__main__":
+    main()
