@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deit import checkpoint, landscape_options, prune_options, ticket_options
 from deit.arguments import Parser, parse_run, parse_seeds, read_numbers
-from deit.config import to_dict
+from deit.config import Config, to_dict
 from deit.console import say
 from deit.errors import ConfigError
 from deit.text import nearest
@@ -229,7 +229,7 @@ def prune(arguments: list[str], program: str) -> None:
         "as long as run and recovery together; none); --at_once N; --dry_run tells what would "
         "stay. Into --out DIR: pruned, recovered, the controls, results.json, results.md. The same "
         "command goes on.",
-        adapt=lambda config: config if helps else TUNING[options.tuning](config),
+        adapt=lambda config: config if helps else _of_the_whole(config, options.tuning),
         out=Path(f"checkpoints/{run.resolve().name}-pruned"),
     )
     if recovery.resume:
@@ -248,6 +248,17 @@ def prune(arguments: list[str], program: str) -> None:
         at_once=options.at_once,
         arguments=arguments,
     )
+
+
+def _of_the_whole(config: Config, tuning: str) -> Config:
+    """A configuration by a schedule. Raises ConfigError where that trains only a part."""
+    tuned = TUNING[tuning](config)
+    if tuned.optim.trained != "all":
+        raise ConfigError(
+            f"--tuning {tuning}: trains {tuned.optim.trained} alone, and what is left has to learn "
+            "as a whole; use another"
+        )
+    return tuned
 
 
 def landscape(arguments: list[str], program: str) -> None:
@@ -334,7 +345,7 @@ def ladder(arguments: list[str], program: str) -> None:
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
     parser.add_argument("--force", action="store_true", help="let --json replace a file")
     options = parser.parse_args(arguments)
-    merges = read_numbers(options.merge, "--merge", whole=True, least=0)
+    merges = read_numbers(options.merge, "--merge", whole=True, least=1)
     from deit.ladder import ladder
 
     ladder(

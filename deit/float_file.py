@@ -22,6 +22,7 @@ from deit.formats import (
     outputs_of,
     write_noted_onnx,
 )
+from deit.models.multiplexing import MixedAttention
 from deit.models.rounding import without_rounding
 from deit.models.saved import Facts, load_student
 from deit.models.student import Student
@@ -106,7 +107,9 @@ def write_float_file(config: Config, saved: Path, place: Path) -> FloatFile:
 
 def _check_products(layers: Layers, network: nn.Module) -> None:
     """Two products of activations in each block of attention, or they were not all found."""
-    attentions = sum(hasattr(module, "qkv") for module in network.modules())
+    attentions = sum(
+        hasattr(module, "qkv") or isinstance(module, MixedAttention) for module in network.modules()
+    )
     if attentions and len(layers.products) != 2 * attentions:
         raise CheckpointError(
             f"the ONNX file holds {len(layers.products)} products of activations, for "

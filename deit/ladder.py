@@ -35,6 +35,7 @@ from deit.typed_json import read_typed
 _TIMED = (1, 64)
 _TIMED_S = 1.5  # for each version and size of the batch
 _HEADS = ("class", "distillation", "fused")
+_SAME = 0.999  # of a float file: the last bits may decide between two classes
 _ALIKE = 0.8  # the share of equal answers below which an int8 file is of another network
 _AS_MEASURED = RunConfig(device="cpu", precision="fp32")
 Ask = Callable[[Tensor], dict[str, Tensor]]
@@ -112,7 +113,7 @@ def versions_of(run: Path, more: list[Path], merges: tuple[int, ...] = ()) -> li
     _, saved = find_run(run, "best")
     found = _of_run(run, run.resolve().name)
     own_name = found[0].name
-    found += [Version(f"{own_name}, merging {one}", run, merge=one) for one in merges if one]
+    found += [Version(f"{own_name}, merging {one}", run, merge=one) for one in merges]
     own = digest_of(read_weights(saved / WEIGHTS))
     for manifest in sorted(run.resolve().parent.glob(f"*/{MANIFEST}")):
         if read_typed(manifest, dict[str, Any]).get("weights") != own:
@@ -246,13 +247,13 @@ def _answers(ask: Ask, views: Iterator[Tensor], number: int, name: str) -> dict[
 
 def _leave_out_strangers(versions: list[Version], answers: dict[str, dict[str, Tensor]]) -> None:
     """Drop the ONNX files that were made of other weights than the run has now: a float one gives
-    other answers, an integer one many."""
+    other answers, an integer one many others."""
     of = {version.run: version.name for version in versions if not (version.onnx or version.merge)}
     for version in versions:
         if version.onnx is None:
             continue
         theirs, ours = (final(answers[name]) for name in (version.name, of[version.run]))
-        least = 1.0 if version.onnx.parent.name.startswith("export-") else _ALIKE
+        least = _SAME if version.onnx.parent.name.startswith("export-") else _ALIKE
         same = _share(theirs, ours)
         if same < least:
             warn(

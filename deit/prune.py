@@ -26,6 +26,8 @@ from deit.prune_results import print_pruning, prune_page, prune_result
 from deit.sweep_training import trained, unfinished
 from deit.validation import load
 
+_MAY_DIFFER = ("drop_path", "dropout", "rounding")
+
 
 def prune(
     run: Path,
@@ -48,6 +50,7 @@ def prune(
     check_number(at_once, option="--at_once")
     config, saved = find_run(run, name)
     _check(config, saved, run)
+    _check_asked(config, recovery.config, controls)
     numbers = numbers_of(config, asked)
     out = recovery.out
     manifest = _asked_in_all(config, saved, asked, recovery.config)
@@ -106,6 +109,28 @@ def _check(config: Config, saved: Path, run: Path) -> None:
         )
 
 
+def _check_asked(config: Config, recovery: Config, controls: tuple[str, ...]) -> None:
+    """Refuse what would be told in the middle of the work, or never. Raises ConfigError."""
+    for field in dataclasses.fields(config.student):
+        own, asked = (getattr(one.student, field.name) for one in (config, recovery))
+        if own != asked and field.name not in _MAY_DIFFER:
+            raise ConfigError(
+                f"student.{field.name} = {asked!r}: the student is the run's ({own!r}); "
+                f"{', '.join(f'student.{name}' for name in _MAY_DIFFER)} may be another"
+            )
+    if recovery.optim.trained != "all":
+        raise ConfigError(
+            f"optim.trained = {recovery.optim.trained!r}: what is left has to learn as a whole; "
+            "use --optim.trained all"
+        )
+    if "long" in controls and config.start.source is not None:
+        raise ConfigError(
+            f"--controls long: the run itself began with weights (start.source "
+            f"{config.start.source}), so no student from random weights has been trained as long; "
+            "use --controls short"
+        )
+
+
 def _asked_in_all(config: Config, saved: Path, asked: Asked, recovery: Config) -> dict[str, Any]:
     """What every call in a folder must have in common: whose weights, what goes, and all that
     decides the result of what is trained."""
@@ -137,13 +162,17 @@ def _runs(
     recovery = derive(recovery, student=shape, run={"keep_updates": ()})
     anew = {"source": None, "heads": "keep", "kernel": "deit", "masks": "keep", "update": 0}
     source = str(out / PRUNED)
+    begun = out / RECOVERED / checkpoint.CONFIG
     if checkpoint.found(out / RECOVERED):  # from another directory it is spelled otherwise
-        source = load(out / RECOVERED / checkpoint.CONFIG).start.source
+        source = load(begun).start.source
+    else:
+        begun.unlink(missing_ok=True)  # of a process that was killed before its first checkpoint
     # A control's normalisation is the same: that of the run which was cut.
     colours = {"mean": facts.mean, "std": facts.std}
     as_long = derive(recovery, start=anew, views=colours)
     in_all = run.optim.epochs + recovery.optim.epochs
-    longer = dataclasses.replace(run.optim, epochs=in_all)
+    # In parts as small as those of the recovery: that is a matter of memory.
+    longer = dataclasses.replace(run.optim, epochs=in_all, accumulate=recovery.optim.accumulate)
     configs = {
         RECOVERED: derive(recovery, start={**anew, "source": source}),
         CONTROLS["short"]: as_long,

@@ -21,6 +21,7 @@ from deit.formats import FORMATS
 from deit.model_card import write_card
 from deit.models.rounding import rounded_layers
 from deit.processor import int8_flags, saturates
+from deit.prune_options import MANIFEST, PRUNED, RECOVERED
 from deit.quantization import calibrated, learnt, write_int8
 from deit.quantization_layers import METHODS, choose, serves
 from deit.quantization_tables import print_quantization, print_sensitivity, quantization_card, told
@@ -79,6 +80,11 @@ def quantize(
     """
     require(FORMATS["onnx"].needs, "deit quantize")
     config, saved = find_run(run, checkpoint)
+    out_of_prune = saved.parent.parent
+    if saved.parent.name == PRUNED and (out_of_prune / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{saved.parent}: was cut and is not trained; quantize {out_of_prune / RECOVERED}"
+        )
     if result_of(saved.parent) is None:
         raise CheckpointError(f"{saved.parent}: is not finished; its own command goes on with it")
     _check_learnt(config, plan, run)

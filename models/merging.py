@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from deit.errors import ConfigError
+from deit.models.convpass import adapters_of
+from deit.models.multiplexing import MixedAttention
 
 
 def with_merging(network: VisionTransformer, numbers: int | Sequence[int]) -> VisionTransformer:
@@ -25,6 +27,7 @@ def with_merging(network: VisionTransformer, numbers: int | Sequence[int]) -> Vi
     check_merging(network, numbers)
     merging = copy(network)
     merging._modules = dict(network._modules)
+    merging.grad_checkpointing = False  # nothing is trained, and blocks hand sizes on
     prefix, each = network.num_prefix_tokens, _each(network, numbers)
     blocks = [_Block(block, number, prefix) for block, number in zip(network.blocks, each)]
     merging.blocks = _Blocks(*blocks)
@@ -34,6 +37,16 @@ def with_merging(network: VisionTransformer, numbers: int | Sequence[int]) -> Vi
 
 def check_merging(network: nn.Module, numbers: int | Sequence[int]) -> None:
     """Raises ConfigError where tokens cannot be merged so: another network, or too many."""
+    if adapters_of(network):
+        raise ConfigError(
+            "merging tokens: student.adapters convolve the grid of all patches, which merging "
+            "takes apart; merge the run that they belong to"
+        )
+    if any(isinstance(module, MixedAttention) for module in network.modules()):
+        raise ConfigError(
+            "merging tokens: attention that mixes its heads (student.share) is not among what can "
+            "weigh merged tokens"
+        )
     if not isinstance(network, VisionTransformer) or not all(
         type(block) is Block and type(block.attn) is Attention for block in network.blocks
     ):

@@ -28,6 +28,7 @@ class MixedAttention(nn.Module):
 
     def forward(self, tokens: Tensor, **nothing: object) -> Tensor:
         """tokens: [batch, tokens, width]; nothing: masks, which timm's blocks hand on as None."""
+        assert not any(nothing.values()), nothing
         core = self._first[0] if self._first else self
         parts = rearrange(core.qkv(tokens), "b n (s h d) -> s b h n d", s=3, h=self.num_heads)
         queries, keys, values = parts.unbind(0)

@@ -3,12 +3,12 @@
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from deit.checkpoint import result_of
 from deit.console import say
 from deit.disk import write_json
 from deit.prune_options import RECOVERED
@@ -26,9 +26,8 @@ def deit(*words: str) -> None:
 
 
 def train(recipe: str, out: Path, *words: str) -> None:
-    """A run of a recipe, unless it is finished."""
-    if result_of(out) is None:
-        deit("train", recipe, *words, "--out", str(out), "--resume")
+    """A run of a recipe; one that is finished, and of this configuration, stays."""
+    deit("train", recipe, *words, "--out", str(out), "--resume")
 
 
 def quantized(run: Path) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def main() -> None:
         str(seed): study(asked.recipe, seed, asked.out / f"seed-{seed}", rest, asked)
         for seed in seeds
     }
-    command = " ".join(["python", "scripts/smaller.py", *sys.argv[1:]])
+    command = shlex.join(["python", "scripts/smaller.py", *sys.argv[1:]])
     write_json(asked.json, {"recipe": asked.recipe, "command": command, "seeds": found})
     say(f"wrote {asked.json}")
 

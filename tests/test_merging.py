@@ -380,6 +380,11 @@ def differential():
     return timm.create_model("vit_tiny_patch16_224", **SHAPE, attn_layer="diff")
 
 
+def ours(**section):
+    shape = {"image_size": 16, "patch_size": 4, "depth": 3, "embed_dim": 48, "num_heads": 3}
+    return create_network(StudentConfig(name="deit_tiny", **shape, **section), 6)
+
+
 REFUSED = {
     "a convnet": (
         lambda: create_network(StudentConfig(name="small_convnet"), 4),
@@ -390,6 +395,8 @@ REFUSED = {
     "other blocks": (parallel, 1, "VisionTransformer has no tokens that could be merged"),
     "other attention": (differential, 1, "with its plain attention and blocks"),
     "merged before": (lambda: with_merging(network(), 1), 1, "no tokens that could be merged"),
+    "adapters": (lambda: ours(adapters="convpass"), 1, "student.adapters convolve the grid of all"),
+    "shared blocks": (lambda: ours(share=3), 1, r"mixes its heads \(student.share\)"),
     "negative": (network, -1, "merging -1 tokens a block: should be from 0 to 8"),
     "too many": (network, 9, "merging 9 tokens a block: should be from 0 to 8, half of the 16"),
     "one too many": (network, [0, 9, 0], "merging 9 tokens"),
@@ -404,6 +411,14 @@ def test_what_cannot_be_merged_is_refused(what):
         with pytest.raises(ConfigError, match=message) as caught:
             refuse(build(), numbers)
         assert "\n" not in str(caught.value)
+
+
+def test_a_network_that_would_be_computed_again_in_training_merges():
+    """timm's blocks are computed again one by one, without what merging hands on."""
+    plain, again = network().eval(), network().eval()
+    again.set_grad_checkpointing(True)
+    expected = with_merging(plain, 2)(images())
+    assert torch.equal(with_merging(again, 2)(images()), expected)
 
 
 def test_training_is_refused():

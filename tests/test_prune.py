@@ -3,16 +3,19 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 from safetensors.torch import load_file
 
 from deit import checkpoint
+from deit.config import derive
 from deit.errors import ConfigError
 from deit.models.saved import load_student
 from deit.models.slimming import largest, magnitudes
 from deit.prune_options import SCORES, Asked, asked_of
 from deit.scopes import SCOPES
+from deit.tuning import short
 from deit.validation import load
 
 pytest.importorskip("sklearn")
@@ -21,6 +24,7 @@ SMALL = (
     *("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--optim.batch_size", "64"),
     *("--run.evaluate_every", "3", "--data.train_fraction", "0.3"),
 )
+BRIEF = {"epochs": 2, "warmup_epochs": 0.5}
 QUICK = ("--optim.epochs", "2", "--optim.warmup_epochs", "0.5", "--images", "128")
 WORDS = ("prune", "run", *QUICK, "--ratio", "0.5")
 
@@ -88,7 +92,7 @@ def test_what_is_left_is_taught_and_its_control_begins_at_random(place, pruned):
         epochs = 3 + 2 if name == "long-control" else 2  # the run's and the recovery's
         assert config.optim.epochs == epochs
         assert checkpoint.result_of(out / name)["epochs"] == epochs
-        schedule = own if name == "long-control" else load(out / "recovered" / "config.json")
+        schedule = own if name == "long-control" else derive(short(own), optim=BRIEF)
         assert dataclasses.replace(schedule.optim, epochs=epochs) == config.optim
     notes = json.loads((out / "recovered" / "start.json").read_text())
     assert notes["source"] == "out/pruned"
@@ -167,6 +171,54 @@ def test_killed_before_all_of_it_is_written_it_chooses_again(place, zygote, tmp_
     done = zygote.run(*words, cwd=place)
     assert done.code == 0, done.err
     assert "what stays" in done.out
+
+
+def test_from_elsewhere_it_goes_on_where_nothing_was_saved_yet(place, zygote, tmp_path):
+    """What is left was spelled from the first directory; its training ended before it saved."""
+    words = (*WORDS[:1], "{run}", *WORDS[2:], "--optim.epochs", "1", "--out", "{out}")
+    words = (*words, "--teacher.source", str(place / "teacher"))
+    here = [word.format(run="run", out="o") for word in words]
+    shutil.copytree(place / "run", tmp_path / "run")
+    done = zygote.run(*here, cwd=tmp_path)
+    assert done.code == 0, done.err
+    recovered = tmp_path / "o" / "recovered"
+    for path in recovered.iterdir():
+        if path.name != "config.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    there = [word.format(run=tmp_path / "run", out=tmp_path / "o") for word in words]
+    done = zygote.run(*there, cwd=place)
+    assert done.code == 0, done.err
+    assert checkpoint.result_of(recovered)["epochs"] == 1
+
+
+def test_of_a_run_that_began_with_weights_nothing_is_trained_as_long(pruned, zygote):
+    out, _ = pruned
+    words = ("prune", out / "recovered", *QUICK, "--heads", "0.1", "--out", "again")
+    done = zygote.run(*words, "--controls", "long", cwd=out.parent)
+    assert done.code == 2
+    assert (
+        "--controls long: the run itself began with weights (start.source out/pruned)" in done.err
+    )
+    assert not (out.parent / "again").exists()
+
+
+def test_a_run_that_trained_a_part_is_not_recovered_by_that_part(place, zygote, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    config["optim"]["trained"], config["start"]["source"] = "attention", str(place / "run")
+    file.write_text(json.dumps(config))
+    done = zygote.run("prune", tmp_path / "run", *QUICK, "--out", tmp_path / "o", cwd=place)
+    assert done.code == 2
+    assert "--tuning short: trains attention alone, and what is left has to learn" in done.err
+
+
+def test_what_was_cut_is_quantized_after_its_recovery(pruned, zygote):
+    pytest.importorskip("onnxruntime")
+    out, _ = pruned
+    done = zygote.run("quantize", out / "pruned", cwd=out.parent)
+    assert done.code != 0
+    assert f"was cut and is not trained; quantize {out / 'recovered'}" in done.err
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -256,6 +308,14 @@ def test_options_that_cannot_be(wrong):
         (
             ("prune", "run", "--controls", "lnog"),
             "--controls lnog: should be of short, long, or none; did you mean long?",
+        ),
+        (
+            ("prune", "run", "--tuning", "linear-probe"),
+            "--tuning linear-probe: trains heads alone, and what is left has to learn as a whole",
+        ),
+        (
+            ("prune", "run", "--student.share", "2"),
+            "student.share = 2: the student is the run's (1)",
         ),
         (("prune", "run", "--resume"), "takes no --resume; the same command always goes on"),
         (("prune", "teacher"), "heads and hidden units are cut from deit_* and vit_* only"),

@@ -177,6 +177,7 @@ def test_signal_to_noise_by_hand():
         ("deit_micro", 8, {"patch_size": 2, **SMALL}),
         ("vit_micro", 8, {"patch_size": 2, **SMALL}),
         ("deit_micro", 8, {"patch_size": 2, **SMALL, "distillation_tokens": 2}),
+        ("deit_micro", 8, {"patch_size": 2, **SMALL, "share": 2}),
         ("small_convnet", 8, {}),
         ("dense", 8, {}),
         pytest.param("rednet_micro", 8, {}, marks=pytest.mark.slow),
@@ -188,6 +189,7 @@ def test_layers_have_the_names_of_the_network_and_none_is_missing(name, size, se
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     expected = {key for key, module in network.named_modules() if isinstance(module, kinds)}
     assert set(layers.nodes) - set(layers.products) == expected
+    float_file._check_products(layers, network)
     weights = {key: network.get_submodule(key).weight.numel() for key in expected}
     assert {key: layers.weights[key] for key in expected} == weights
     blocks = len(network.blocks) if "micro" in name and "net" not in name else 0
