@@ -24,44 +24,45 @@ _COLUMNS = (
 
 
 def smaller_table(result: dict[str, Any]) -> str:
-    """Every version as a row: accuracy over the seeds, size, arithmetic, time."""
-    seeds = list(result["seeds"].values())
+    """Every version that all seeds have as a row: accuracy, size, arithmetic, time; what was cut
+    before its recovery."""
     rows = []
-    for name in seeds[0]["ladder"]["rows"]:
-        of = [seed["ladder"]["rows"][name] for seed in seeds]
-        rows.append(
-            [
-                name,
-                *_shares([*([one["top1"][head] for one in of] for head in HEADS)]),
-                summary([one["same_answers"] for one in of], scale=100),
-                f"{_middle(one['parameters'] for one in of):,.0f}",
-                f"{_middle(one['bytes'] for one in of) / 1e3:,.0f}",
-                f"{1000 * _middle(one['gmacs'] for one in of):.1f}",
-                *(
-                    f"{_middle(one['latency'][batch]['median_ms'] for one in of):.3g}"
-                    for batch in ("1", "64")
-                ),
-            ]
-        )
-        if name == next(iter(seeds[0]["ladder"]["rows"])):
-            cut = [seed["prune"]["rows"][PRUNED] for seed in seeds]
-            shares = _shares([*([one["top1"][head] for one in cut] for head in HEADS)])
-            after = [f"{PRUNED}, not recovered", *shares, "-"]
-    after += [*rows[_place(rows, f"{PRUNED}, {RECOVERED}")][5:8], "-", "-"]
-    rows.insert(_place(rows, f"{PRUNED}, {RECOVERED}"), after)
+    for name, of in _versions(result).items():
+        size = [
+            f"{_middle(one['parameters'] for one in of):,.0f}",
+            f"{_middle(one['bytes'] for one in of) / 1e3:,.0f}",
+            f"{1000 * _middle(one['gmacs'] for one in of):.1f}",
+        ]
+        if name == f"{PRUNED}, {RECOVERED}":
+            cut = [seed["prune"]["rows"][PRUNED] for seed in result["seeds"].values()]
+            rows.append([f"{PRUNED}, not recovered", *_accuracies(cut), "-", *size, "-", "-"])
+        same = summary([one["same_answers"] for one in of], scale=100)
+        times = [f"{_time(of, batch):.3g}" for batch in ("1", "64")]
+        rows.append([name, *_accuracies(of), same, *size, *times])
     return markdown_table(_COLUMNS, rows)
 
 
-def _place(rows: list[list[str]], name: str) -> int:
-    return next(place for place, row in enumerate(rows) if row[0] == name)
+def _versions(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Of each version of the first seed the rows of all; one that some seed left out is none."""
+    ladders = [seed["ladder"]["rows"] for seed in result["seeds"].values()]
+    return {
+        name: [rows[name] for rows in ladders]
+        for name in ladders[0]
+        if all(name in rows for rows in ladders)
+    }
 
 
-def _shares(values: Iterable[list[float | None]]) -> list[str]:
-    return [summary(one, scale=100) for one in values]
+def _accuracies(rows: list[dict[str, Any]]) -> list[str]:
+    return [summary([row["top1"][head] for row in rows], scale=100) for head in HEADS]
 
 
 def _middle(values: Iterable[float]) -> float:
     return statistics.median(values)
+
+
+def _time(rows: list[dict[str, Any]], batch: str) -> float:
+    """The median over seeds of the medians over turns [ms]."""
+    return _middle(row["latency"][batch]["median_ms"] for row in rows)
 
 
 def goals(result: dict[str, Any]) -> str:
@@ -72,29 +73,26 @@ def goals(result: dict[str, Any]) -> str:
         of = [seed["quantize"][method] for seed in seeds]
         drops = ", ".join(f"{one['drop_points']:.2f}" for one in of)
         share = statistics.mean(one["int8"]["bytes"] / one["float"]["bytes"] for one in of)
-        told.append(
-            f"{method}: {drops} points lost, {share:.2f} of the float file, "
-            f"{summary([one['sqnr_db']['fused'] for one in of])} dB"
-        )
-    epochs = {name: seeds[0]["prune"]["rows"][name]["epochs"] for name in _taught(seeds[0])}
-    trained = ", ".join(f"{name} {number}" for name, number in epochs.items())
-    return f"Int8, fused, seed by seed: {'; '.join(told)}. Epochs: {trained}."
-
-
-def _taught(seed: dict[str, Any]) -> list[str]:
-    return [RECOVERED, *CONTROLS.values()]
+        noise = summary([one["sqnr_db"].get("fused", one["sqnr_db"]["class"]) for one in of])
+        told.append(f"{method} {drops} points, {share:.2f} of the float file's bytes, {noise} dB")
+    rows = seeds[0]["prune"]["rows"]
+    taught = (RECOVERED, *CONTROLS.values())
+    epochs = ", ".join(f"{name} {rows[name]['epochs']}" for name in taught)
+    return f"Lost by int8, seed by seed: {'; '.join(told)}. Epochs: {epochs}."
 
 
 def draw_smaller(result: dict[str, Any], path: Path) -> None:
     """The ladder of the mean over seeds, as a PNG. Raises EnvironmentFault without matplotlib."""
-    ladders = [seed["ladder"] for seed in result["seeds"].values()]
-    rows = {}
-    for name in ladders[0]["rows"]:
-        of = [one["rows"][name] for one in ladders]
-        middle = _middle(one["latency"]["64"]["median_ms"] for one in of)
-        rows[name] = {
-            "top1": {"class": statistics.mean(final_of(one["top1"]) for one in of)},
+    rows = {
+        name: {
+            "top1": {
+                "class": statistics.mean(final_of(one["top1"]) for one in of),
+                "fused": None,
+            },
             "bytes": _middle(one["bytes"] for one in of),
-            "latency": {"64": {"median_ms": middle}},
+            "latency": {"64": {"median_ms": _time(of, "64")}},
         }
-    draw_ladder(ladders[0] | {"run": result["recipe"], "rows": rows}, path)
+        for name, of in _versions(result).items()
+    }
+    ladder = next(iter(result["seeds"].values()))["ladder"]
+    draw_ladder(ladder | {"run": result["recipe"], "rows": rows}, path)
