@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from deit.prune_options import RECOVERED
 from deit.quantization_layers import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN, PRUNED, SHARED, TEACHER = "run", "pruned", "shared", "teacher"
+TEACHER, RUN, PRUNED, SHARED, ROUNDED = "teacher", "run", "pruned", "shared", "rounded"
 
 
 def deit(*words: str) -> None:
@@ -30,10 +31,11 @@ def train(recipe: str, out: Path, *words: str) -> None:
     deit("train", recipe, *words, "--out", str(out), "--resume")
 
 
-def quantized(run: Path) -> dict[str, Any]:
-    """What each way of quantizing came to, by its name; whatever it costs stays, to be told."""
+def quantized(run: Path, methods: Iterable[str] = METHODS) -> dict[str, Any]:
+    """What each way of quantizing came to, by its name, with files that the ladder finds; whatever
+    it costs stays, to be told."""
     found = {}
-    for method in METHODS:
+    for method in methods:
         told = run / f"quantized-{method}" / "quantization.json"
         if not told.is_file():
             deit("quantize", str(run), f"--method={method}", "--max-drop=100")
@@ -43,21 +45,23 @@ def quantized(run: Path) -> dict[str, Any]:
 
 def study(recipe: str, seed: int, place: Path, rest: list[str], asked: argparse.Namespace) -> Any:
     """Everything of one seed: files, controls, ladder."""
-    run, pruned, shared = (place / name for name in (RUN, PRUNED, SHARED))
+    run, pruned, shared, rounded = (place / name for name in (RUN, PRUNED, SHARED, ROUNDED))
     words = [f"--teacher.source={place.parent / TEACHER}", f"--run.seed={seed}", *rest]
-    if asked.epochs is not None:
-        words.append(f"--optim.epochs={asked.epochs}")
-    train(recipe, run, *words)
+    whole = [] if asked.epochs is None else [f"--optim.epochs={asked.epochs}"]
+    train(recipe, run, *words, *whole)
     if not (run / "export-onnx").is_dir():
         deit("export", str(run), "--format=onnx")
     found = {"quantize": quantized(run)}
     # Each of its controls is a student of the pruned shape (docs/compression.md).
     deit("prune", str(run), "--ratio=0.5", "--controls=short,long", f"--out={pruned}")
     found["prune"] = json.loads((pruned / "results.json").read_text())
-    found["quantize, pruned"] = quantized(pruned / RECOVERED)
-    train(recipe, shared, *words, "--student.share=2")
+    quantized(pruned / RECOVERED)
+    train(recipe, shared, *words, *whole, "--student.share=2")
+    begun = ("--from", str(run), "--tuning=int8")
+    deit("finetune", *begun, *words, "--out", str(rounded), "--resume")
+    quantized(rounded, ["static"])
     merge = [] if asked.merge is None else [f"--merge={asked.merge}"]
-    deit("ladder", str(run), str(shared), *merge)
+    deit("ladder", str(run), str(shared), str(rounded), *merge)
     found["ladder"] = json.loads((run / "ladder" / "ladder.json").read_text())
     return found
 
