@@ -77,8 +77,6 @@ def write_float_file(config: Config, saved: Path, place: Path) -> FloatFile:
     Raises CheckpointError where it answers otherwise, or holds attention in another form than
     quantizing knows; ConfigError where it cannot be written.
     """
-    import onnx
-
     student, facts = load_student(saved)
     test = images_of(config, facts, saved.parent, "test", None, None).images
     bare, normalise = bare_of(student)
@@ -87,9 +85,7 @@ def write_float_file(config: Config, saved: Path, place: Path) -> FloatFile:
     original, prepared = place / "model.onnx", place / "prepared.onnx"
     write_noted_onnx(place, bare, facts)
     layers = prepare(original, prepared)
-    noted = onnx.load(original)
-    drop_notes(noted)
-    onnx.save(noted, original)
+    drop_notes(original)
     _check_products(layers, bare.network)
     known = (config, facts, saved.parent, normalise, original, prepared, layers, test)
     file = FloatFile(*known, {}, rounding)

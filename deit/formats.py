@@ -115,7 +115,7 @@ def _write_onnx(folder: Path, student: Student, facts: Facts) -> None:
     import onnx
 
     model = _onnx_of(student, facts)
-    drop_notes(model)
+    _drop_notes(model)
     onnx.save(model, folder / "model.onnx")
 
 
@@ -146,8 +146,16 @@ def _onnx_of(student: Student, facts: Facts) -> Any:
     return model
 
 
-def drop_notes(model: Any) -> None:
-    """Leave them out of a graph: of a small network they are a quarter of the file."""
+def drop_notes(file: Path) -> None:
+    """Leave them out of a file: of a small network they are a quarter."""
+    import onnx
+
+    model = onnx.load(file)
+    _drop_notes(model)
+    onnx.save(model, file)
+
+
+def _drop_notes(model: Any) -> None:
     graph = model.graph
     values = (*graph.value_info, *graph.initializer, *graph.input, *graph.output)
     for part in (graph, *graph.node, *values):

@@ -1,15 +1,21 @@
-"""Landscapes as a table, a page and pictures; reads plain values only, no torch."""
+"""Landscapes as tables and a page; reads plain values only, no torch."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from deit import charts, page
-from deit.charts import FAINT, SERIES, Draw
 from deit.disk import put_file
-from deit.drawing import legend, markdown_table
+from deit.drawing import markdown_table
 from deit.errors import EnvironmentFault
+from deit.landscape_charts import (
+    eigenvalues_chart,
+    lines_chart,
+    path_chart,
+    plane_chart,
+    radii_chart,
+    spectra_chart,
+)
 
 MANIFEST = "landscape-of.json"
 PAGE = "index.html"
@@ -67,7 +73,7 @@ def _row(name: str, about: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     return found
 
 
-_LINES = ("", "loss barrier", "error barrier, points", "class head", "distillation head")
+LINES = ("", "loss barrier", "error barrier, points", "class head", "distillation head")
 
 
 def line_cells(result: dict[str, Any]) -> list[list[str]]:
@@ -96,7 +102,7 @@ def write_page(result: dict[str, Any], out: Path) -> list[Path]:
 def _markdown(result: dict[str, Any]) -> str:
     lines = ""
     if result["lines"]:
-        lines = f"{markdown_table(_LINES, line_cells(result))}\n\n"
+        lines = f"{markdown_table(LINES, line_cells(result))}\n\n"
     environment = result["environment"]
     return (
         f"# Landscapes\n\nThe loss of {result['images']} {result['asked']['split']} images: "
@@ -139,32 +145,14 @@ def _of_lines(result: dict[str, Any], out: Path) -> list[str]:
         "How far loss and error rise above the straight line between the ends, at most. Between "
         "levels, and along the step of pruning itself (cut)."
     )
-    table = page.table(_LINES, line_cells(result), caption=told, file=out / "lines.csv")
+    table = page.table(LINES, line_cells(result), caption=told, file=out / "lines.csv")
     drawn = [
         charts.chart(lines_chart(result["lines"], key, label), out / f"lines-{key}.png")
         for key, label in (("loss", "loss [nats]"), ("error", "wrong answers %"))
     ]
-    told = ("Loss along each line.", "Wrong answers along each line.")
+    many = " Of many lines each kind has a colour, the stronger the sparser."
+    told = (f"Loss along each line.{many}", "Wrong answers along each line.")
     return [page.part("Lines", [table, page.pair(*map(page.figure, drawn, told))])]
-
-
-def lines_chart(lines: dict[str, Any], key: str, label: str) -> Draw:
-    """A value along lines; those of a step of pruning are dotted."""
-
-    def draw(axes: Any) -> None:
-        scale = 100 if key.startswith("error") else 1
-        starts = list(dict.fromkeys(re.split(" cut to | to ", name)[0] for name in lines))
-        for name, one in lines.items():
-            style = ":" if " cut to " in name else "-"
-            values = [scale * value for value in one["values"][key]]
-            start = starts.index(re.split(" cut to | to ", name)[0])
-            colour = SERIES[start % len(SERIES)]
-            axes.plot(one["places"], values, style, color=colour, label=name, linewidth=1.4)
-        axes.set(xlabel="from the first (0) to the second (1)", ylabel=label)
-        if len(lines) <= 8:
-            legend(axes)
-
-    return draw
 
 
 def _of_curvature(result: dict[str, Any], out: Path) -> list[str]:
@@ -182,54 +170,6 @@ def _of_curvature(result: dict[str, Any], out: Path) -> list[str]:
     return [page.part("Curvature", [page.pair(*map(page.figure, drawn, told))])]
 
 
-def spectra_chart(known: dict[str, Any]) -> Draw:
-    """Spectral densities on a logarithmic axis."""
-
-    def draw(axes: Any) -> None:
-        for place, (name, one) in enumerate(known.items()):
-            spectrum = one["spectrum"]
-            axes.plot(
-                spectrum["grid"],
-                [max(value, 1e-12) for value in spectrum["density"]],
-                color=SERIES[place % len(SERIES)],
-                linewidth=1.1,
-                label=name,
-            )
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=1e-6)
-        axes.set(xlabel="eigenvalue", ylabel="density")
-        legend(axes)
-
-    return draw
-
-
-def eigenvalues_chart(known: dict[str, Any]) -> Draw:
-    """The largest eigenvalues of each place as dots, and its trace with a bar."""
-
-    def draw(axes: Any) -> None:
-        names = list(known)
-        for place, one in enumerate(known.values()):
-            values = one["eigenvalues"]["largest"]
-            axes.plot([place] * len(values), values, "o", color=SERIES[0], alpha=0.6, markersize=4)
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
-        axes.set_ylabel("largest eigenvalues", color=SERIES[0])
-        beside = axes.twinx()
-        beside.errorbar(
-            range(len(names)),
-            [one["trace"]["value"] for one in known.values()],
-            [one["trace"]["standard_error"] for one in known.values()],
-            color=SERIES[1],
-            marker="s",
-            markersize=4,
-            capsize=2.5,
-            linewidth=1.2,
-        )
-        beside.set_ylabel("trace", color=SERIES[1])
-        beside.grid(visible=False)
-
-    return draw
-
-
 def _of_volume(result: dict[str, Any], out: Path) -> list[str]:
     known = {name: one["volume"] for name, one in result["places"].items() if "volume" in one}
     if not known:
@@ -240,27 +180,6 @@ def _of_volume(result: dict[str, Any], out: Path) -> list[str]:
         "the nearest rim to the farthest, the box half of them."
     )
     return [page.part("Basins", [page.figure(drawn, told)])]
-
-
-def radii_chart(known: dict[str, Any]) -> Draw:
-    """The radii of each basin as a box from quarter to quarter, with its ends."""
-
-    def draw(axes: Any) -> None:
-        boxes = []
-        for name, one in known.items():
-            low, first, middle, third, high = map(math.exp, one["log_radius_quantiles"])
-            box = {"med": middle, "q1": first, "q3": third, "whislo": low, "whishi": high}
-            boxes.append({**box, "label": name})
-        axes.bxp(
-            boxes,
-            showfliers=False,
-            medianprops={"color": SERIES[0], "linewidth": 1.8},
-            **{f"{part}props": {"color": FAINT} for part in ("box", "whisker", "cap")},
-        )
-        axes.tick_params(axis="x", labelrotation=30, labelsize=8)
-        axes.set_ylabel("distance to the rim")
-
-    return draw
 
 
 def _of_planes(result: dict[str, Any], out: Path) -> list[str]:
@@ -288,54 +207,3 @@ def _of_planes(result: dict[str, Any], out: Path) -> list[str]:
         )
         parts.append(page.part("The path", [page.figure(picture, told)]))
     return parts
-
-
-def plane_chart(one: dict[str, Any], low: float, high: float) -> Draw:
-    """Loss on a plane as filled contours between two values, the place in its middle."""
-
-    def draw(axes: Any) -> None:
-        _contours(axes, one, low, high)
-        axes.plot([0], [0], "o", color="white", markeredgecolor="black", markersize=5)
-        axes.set(xlabel="first direction", ylabel="second")
-
-    return draw
-
-
-def path_chart(one: dict[str, Any]) -> Draw:
-    """Loss on the plane of a path, with its places joined in their order."""
-
-    def draw(axes: Any) -> None:
-        losses = sorted(loss for row in one["values"]["loss"] for loss in row)
-        _contours(axes, one, losses[0], losses[int(0.8 * (len(losses) - 1))])
-        spots = one["places"]
-        xs, ys = ([spot[axis] for spot in spots.values()] for axis in (0, 1))
-        axes.plot(xs, ys, "-o", color="white", markeredgecolor="black", markersize=5, linewidth=1)
-        for name, (x, y, off) in spots.items():
-            told = f"{name} ({off:.2g})" if off > 1e-3 else name
-            axes.annotate(
-                told,
-                (x, y),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=7,
-                bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1},
-                parse_math=False,
-            )
-        axes.set(xlabel="distance in weights", ylabel="distance in weights")
-
-    return draw
-
-
-def _contours(axes: Any, one: dict[str, Any], low: float, high: float) -> None:
-    """Loss on a plane, in equal steps of its logarithm, which shows basins beside walls."""
-    high = max(high, low * 1.001 + 1e-9)
-    low = max(low, 1e-6)
-    steps = 14
-    levels = [low * (high / low) ** (step / steps) for step in range(steps + 1)]
-    filled = axes.contourf(
-        one["xs"], one["ys"], one["values"]["loss"], levels=levels, cmap="viridis_r", extend="both"
-    )
-    axes.grid(visible=False)
-    bar = axes.figure.colorbar(filled, ax=axes, format="{x:.3g}")
-    bar.set_label("loss [nats]", fontsize=8)
-    bar.ax.tick_params(labelsize=7)

@@ -17,6 +17,7 @@ from deit.sweep_results import cells, class_by_class, columns, disagreement_tabl
 from deit.ticket_pictures import ticket_curve
 from deit.ticket_results import tickets_table
 from scripts.benchmark_picture import draw_benchmark
+from scripts.landscape_tables import draw_landscape, landscape_tables
 from scripts.smaller_tables import draw_smaller, goals, smaller_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,7 @@ SMALLER = {
     "digits-smaller": "Digits: one student and what was made smaller of it",
     "cifar10-smaller": "CIFAR-10 (JPEG 75), three tenths of the images, 10 epochs: the same",
 }
+LANDSCAPES = {"digits-landscape": "Digits: the loss around the levels of a search, seed 0"}
 BENCHMARKS = ("benchmark-data", "benchmark-targets", "benchmark-train")
 
 
@@ -187,6 +189,18 @@ def smaller_section(name: str, result: dict) -> str:
     )
 
 
+def landscape_section(name: str, result: dict) -> str:
+    """A landscape as Markdown: places, lines, how it was measured."""
+    environment = result["environment"]
+    return (
+        f"**{LANDSCAPES[name]}** ([{name}.json](results/{name}.json))\n\n"
+        f"{landscape_tables(result)}\n\n"
+        f"Cross-entropy of the fused answer, {result['images']} {result['asked']['split']} images; "
+        f"{environment['device_name']}, torch {environment['packages']['torch']}, commit "
+        f"{environment['commit']}.\n{shown_command(name, result['command'])}\n"
+    )
+
+
 _FEW = 8
 
 
@@ -249,6 +263,8 @@ def main() -> None:
     texts = {name: sweep_section(name, result) for name, result in tickets.items()}
     smaller = load(SMALLER)
     texts |= {name: smaller_section(name, result) for name, result in smaller.items()}
+    landscapes = load(LANDSCAPES)
+    texts |= {name: landscape_section(name, result) for name, result in landscapes.items()}
     pages[ROOT / "docs" / "compression.md"] = texts
     new = {path: written(path.read_text(), texts) for path, texts in pages.items()}
     if check:
@@ -263,6 +279,8 @@ def main() -> None:
         chart(ticket_curve(result), ROOT / "docs" / "images" / f"{name}.png")
     for name, result in smaller.items():
         draw_smaller(result, ROOT / "docs" / "images" / f"{name}.png")
+    for name, result in landscapes.items():
+        draw_landscape(result, ROOT / "docs" / "images" / f"{name}.png")
     for name, result in benchmarks.items():
         draw_benchmark(result, ROOT / "docs" / "images" / f"{name}.png")
 
