@@ -621,6 +621,20 @@ def test_adapters_upon_adapters(place, tmp_path):
         torch.testing.assert_close(ours.network.state_dict()[name], value, atol=1e-8, rtol=0)
 
 
+def test_trained_adapters_keep_their_scale(place):
+    """It leaves no trace in their shapes; before they are trained, any will do."""
+    start, told = (
+        {"source": str(place / "adapted")},
+        r"scale 0\.1, .* --student\.adapter_scale 0\.1$",
+    )
+    for trained in ("adapters", "all"):
+        other = {"student": {"adapter_scale": 0.01}, "optim": {"trained": trained}}
+        with pytest.raises(CheckpointError, match=told):
+            parts_of(config_of(place, start=start, **other))
+    parts_of(config_of(place, start=start))
+    parts_of(config_of(place, student={"adapter_scale": 0.01}))
+
+
 def test_trained_with_all_the_rest_everything_is_saved(place, tmp_path):
     config = begin_from(config_of(place), str(place / "adapted"), None)
     config = derive(config, optim={"trained": "all", "epochs": 1, "warmup_epochs": 0})
