@@ -422,7 +422,7 @@ def _check_optim(config: Config) -> list[Problem]:
         advice = f"would never be over; should be at most optim.epochs ({optim.epochs})"
         warmup = config.loss.distillation_warmup
         found.append(Problem("loss.distillation_warmup", warmup, advice))
-    for leaf in ("min_lr", "warmup_lr"):
+    for leaf in ("warmup_lr",) if optim.decay_at else ("min_lr", "warmup_lr"):
         if getattr(optim, leaf) > peak_lr(optim):
             found.append(
                 Problem(
