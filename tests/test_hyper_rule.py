@@ -201,7 +201,7 @@ def test_a_least_learning_rate_has_no_effect_on_a_staircase():
 TYPED = {
     "momentum": (("--optim.momentum", "0.5"), ("optim", "momentum", 0.5)),
     "side of the crop": (("--views.crop_side", "0.9"), ("views", "crop_side", 0.9)),
-    "warm-up": (("--optim.warmup_epochs", "499"), ("optim", "warmup_epochs", 499.0)),
+    "warm-up": (("--optim.warmup_epochs", "30"), ("optim", "warmup_epochs", 30.0)),
     "data with =": (("--data.train_fraction=0.2",), ("optim", "batch_size", 256)),
 }
 
