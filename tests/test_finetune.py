@@ -242,7 +242,7 @@ def test_every_schedule_is_itself_after_every_other(before, after, twice):
     if twice:
         config = BEFORE[before](config)
     if (before, after) in APART:
-        with pytest.raises(ConfigError, match="layers.* round"):
+        with pytest.raises(ConfigError, match=r"layers.* round"):
             validate(SCHEDULES[after](config))
         return
     tuned = validate(SCHEDULES[after](config)).optim
