@@ -13,7 +13,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from deit.checks import Problem
-from deit.config import Config, code_of, to_dict
+from deit.config import Config, DataConfig, LossConfig, code_of, to_dict
 from deit.errors import ConfigError
 from deit.presets import PRESETS, put_presets
 from deit.recipes import RECIPES, find_recipe
@@ -136,17 +136,7 @@ def parse_run(
     base = find_recipe(recipe)
     if adapt is not None:
         base = adapt(base)
-    options, unknown = tyro.cli(
-        _Options,
-        prog=f"{program} RECIPE",
-        description=f"{about}\n\nRECIPE: {', '.join(RECIPES)}, FILE.py:FUNCTION, or a run's "
-        f"config.json. Defaults shown are those of {recipe!r}.",
-        default=_Options(config=base),
-        args=rest,
-        return_unknown_args=True,
-        use_underscores=True,
-        registry=_RUN_REGISTRY,
-    )
+    options, unknown = _read(rest, recipe, base, program=program, about=about)
     problems = _unknown(unknown)
     values = to_dict(base)
     named = {flag: _plain(getattr(options, flag)) for flag in PRESETS}
@@ -172,6 +162,37 @@ def parse_run(
         dry_run=options.dry_run,
         print_config=options.print_config,
         names_teachers=typed,
+    )
+
+
+def parse_data(arguments: list[str]) -> DataConfig:
+    """The data that a command line of a run asks for, RECIPE first, whatever else it says.
+
+    Raises ConfigError naming every problem of the data.
+    """
+    recipe, rest = arguments[0], arguments[1:]
+    base = find_recipe(recipe)
+    options, _unknown = _read(rest, recipe, base, program="", about="")
+    values = to_dict(base)
+    _merge(values, base, options.config)
+    plain = to_dict(Config(loss=LossConfig(kind="none")))  # nothing else to be wrong
+    return build({**plain, "data": values["data"]}).data
+
+
+def _read(
+    arguments: list[str], recipe: str, base: Config, *, program: str, about: str
+) -> tuple[_Options, list[str]]:
+    """Options as they were typed, over a recipe's configuration, and the words that are none."""
+    return tyro.cli(
+        _Options,
+        prog=f"{program} RECIPE",
+        description=f"{about}\n\nRECIPE: {', '.join(RECIPES)}, FILE.py:FUNCTION, or a run's "
+        f"config.json. Defaults shown are those of {recipe!r}.",
+        default=_Options(config=base),
+        args=arguments,
+        return_unknown_args=True,
+        use_underscores=True,
+        registry=_RUN_REGISTRY,
     )
 
 

@@ -70,8 +70,11 @@ def _check_student(config: Config) -> list[Problem]:
             advice = f"should divide the number of blocks ({depth_of(student)})"
             found.append(Problem("student.share", student.share, advice))
         if student.share > 1 and student.adapters != "none":
-            advice = "blocks that share their weights take no adapters; use 1"
-            found.append(Problem("student.share", student.share, advice))
+            advice = (
+                f"not for blocks that share their weights (student.share {student.share}); use "
+                "none (and not --tuning convpass), or start from a network whose blocks share none"
+            )
+            found.append(Problem("student.adapters", student.adapters, advice))
         if student.share > 1 and (student.block_heads or student.block_hidden):
             advice = "blocks that share their weights cannot be pruned apart; use 1"
             found.append(Problem("student.share", student.share, advice))
@@ -139,7 +142,7 @@ def _check_adapters(config: Config) -> list[Problem]:
     if config.student.adapters == "none":
         advice = "there are none; give student.adapters convpass (--tuning convpass), or use heads"
         found.append(Problem("optim.trained", "adapters", advice))
-    if config.start.masks not in ("keep", "none"):
+    if config.start.masks != "keep":
         advice = "would change weights that optim.trained 'adapters' leaves as they are; use keep"
         found.append(Problem("start.masks", config.start.masks, advice))
     return found
@@ -419,7 +422,7 @@ def _check_optim(config: Config) -> list[Problem]:
         advice = f"would never be over; should be at most optim.epochs ({optim.epochs})"
         warmup = config.loss.distillation_warmup
         found.append(Problem("loss.distillation_warmup", warmup, advice))
-    for leaf in ("min_lr", "warmup_lr"):
+    for leaf in ("warmup_lr",) if optim.decay_at else ("min_lr", "warmup_lr"):
         if getattr(optim, leaf) > peak_lr(optim):
             found.append(
                 Problem(

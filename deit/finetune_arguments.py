@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deit import checkpoint
-from deit.arguments import Parser, RunArguments, parse_run, run_name
+from deit.arguments import Parser, RunArguments, parse_data, parse_run, run_name
 from deit.checkpoint import CONFIG
 from deit.config import Config, DataConfig, StudentConfig, is_transformer
 from deit.errors import CheckpointError, ConfigError
@@ -61,7 +61,7 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
 
     if tuning in SIZED and options.resolution is not None:
         raise ConfigError(f"--resolution: is what --tuning {tuning} itself decides; leave it out")
-    data: list[DataConfig] = []  # as the command line says it, once it is known
+    data = parse_data(rest) if tuning in SIZED and not helps else None
 
     def adapt(config: Config) -> Config:
         source = options.source or config.start.source
@@ -76,33 +76,20 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
         if options.resolution is not None:
             _check_patches(options.resolution, config.student)
             config = at_resolution(config, options.resolution)
-        if tuning in SIZED:
+        if data is not None:
             return _sized(config, tuning, data)
         return config if tuning is None else TUNING[tuning](config)
 
-    def parsed() -> RunArguments:
-        return parse_run(
-            rest,
-            program=f"{program} --from SOURCE",
-            about=_ABOUT,
-            adapt=adapt,
-            out=out,
-        )
-
-    if tuning in SIZED and not helps:
-        data.append(parsed().config.data)
-    return parsed()
+    return parse_run(rest, program=f"{program} --from SOURCE", about=_ABOUT, adapt=adapt, out=out)
 
 
-def _sized(config: Config, tuning: str, data: list[DataConfig]) -> Config:
+def _sized(config: Config, tuning: str, data: DataConfig) -> Config:
     """The configuration by a schedule that depends on the number of training images. data: which
-    images the command line asks for; nothing as long as that is not known."""
-    if not data:
-        return config
+    images the command line asks for."""
     from deit.datasets.splits import load_split
 
-    config = replace(config, data=data[0])
-    return SIZED[tuning](config, images=len(load_split(config.data, "train")[1].labels))
+    config = replace(config, data=data)
+    return SIZED[tuning](config, images=len(load_split(data, "train")[1].labels))
 
 
 def _begun(rest: list[str], source: str | None) -> Path | None:

@@ -45,26 +45,28 @@ def hyper_rule(config: Config, *, images: int) -> Config:
     resized, side = (160, 128) if small else (512, 480)
     views = {**AUGMENTATIONS["none"], "mixup_alpha": rule.mixup, "flip": 0.5, "rotation": 0.0}
     views |= {"crop": "random", "crop_side": side / resized, "evaluation_crop": 1.0}
+    epochs = max(round(rule.updates / an_epoch), 1)
     return derive(
         config,
         data={"image_size": config.data.image_size if small else resized},
         views=views,
         student={"image_size": side},
         start={"heads": "zero" if config.start.source is not None else "keep"},
-        loss={"label_smoothing": 0.0},
-        optim={
-            "algorithm": "sgd",
-            "momentum": 0.9,
-            "lr": 0.003,
-            "lr_reference_batch": _BATCH,
-            "batch_size": batch,
-            "epochs": max(round(rule.updates / an_epoch), 1),
-            "warmup_epochs": rule.warmup / an_epoch,
-            "warmup_lr": 0.0,
-            "min_lr": OptimConfig().min_lr,
-            "decay_at": tuple(fall / rule.updates for fall in rule.falls),
-            "weight_decay": 0.0,
-            "clip_norm": None,
-            "ema_epochs": 0.0,
+        loss={
+            "label_smoothing": 0.0,
+            "distillation_warmup": min(config.loss.distillation_warmup, epochs / 2),
         },
+        optim=OptimConfig(  # anew: nothing of another schedule stays
+            trained=config.optim.trained,
+            algorithm="sgd",
+            momentum=0.9,
+            lr=0.003,
+            lr_reference_batch=_BATCH,
+            batch_size=batch,
+            epochs=epochs,
+            warmup_epochs=rule.warmup / an_epoch,
+            warmup_lr=0.0,
+            decay_at=tuple(fall / rule.updates for fall in rule.falls),
+            weight_decay=0.0,
+        ),
     )

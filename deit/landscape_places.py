@@ -15,8 +15,9 @@ from deit.datasets.spread import spread_rows
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.evaluation import as_asked, find_run
 from deit.landscape_options import Asked
-from deit.models.masks import MASKS, Masks, read_masks
+from deit.models.masks import Masks
 from deit.models.saved import load_student
+from deit.models.start import find_start
 from deit.models.student import Student
 from deit.models.weights import digest_of
 from deit.prediction import shown
@@ -41,9 +42,8 @@ class Place(NamedTuple):
     level: int = 0
 
     def masks(self) -> Masks:
-        """Its masks, {} of a dense run."""
-        file = self.saved / MASKS
-        return read_masks(file) if file.is_file() else {}
+        """Its masks, those of its base where adapters were trained on one; {} of a dense run."""
+        return find_start(str(self.saved)).masks or {}
 
     def follows(self, other: "Place") -> bool:
         """Whether this one was pruned by what the other ended with."""

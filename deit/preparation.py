@@ -76,6 +76,7 @@ def begin(network: nn.Module, found: Found, config: Config, facts: Facts) -> dic
             f"its attention heads leave no trace in the weights: {heads} are taken "
             "(--student.num_heads)"
         )
+    _check_scale(found, config)
     if found.mean is None or found.std is None:
         notes.append(
             f"its normalisation is not told; {_shown(facts.mean)} and {_shown(facts.std)} are "
@@ -93,6 +94,20 @@ def begin(network: nn.Module, found: Found, config: Config, facts: Facts) -> dic
         "weights": digest_of(found.weights),
         "notes": notes,
     }
+
+
+def _check_scale(found: Found, config: Config) -> None:
+    """Refuse trained adapters under another scale, which leaves no trace in their shapes either.
+    Raises CheckpointError."""
+    own = config.student
+    if found.student is None or "none" in (found.student.adapters, own.adapters):
+        return
+    theirs = found.student.adapter_scale
+    if theirs != own.adapter_scale:
+        raise CheckpointError(
+            f"start.source {config.start.source}: its adapters were trained with scale {theirs}, "
+            f"the student's have {own.adapter_scale}; give --student.adapter_scale {theirs}"
+        )
 
 
 def masks_of(config: Config, found: Found | None, network: nn.Module) -> Masks | None:

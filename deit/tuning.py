@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from deit.config import (
     Config,
@@ -79,15 +80,9 @@ def short(config: Config) -> Config:
     """A third of the epochs by the run's own schedule, for small runs of one's own: DeiT's learning
     rate would move nothing there, and a constant tenth leaves 16 px digits three points behind
     (docs/log.md)."""
-    epochs = max(round(config.optim.epochs / 3), 1)
-    return derive(
-        config,
-        optim={
-            "epochs": epochs,
-            "warmup_epochs": min(config.optim.warmup_epochs, epochs / 6),
-            "ema_epochs": min(config.optim.ema_epochs, epochs / 2),
-        },
-    )
+    config = _lasting(config, max(round(config.optim.epochs / 3), 1))
+    warmup = min(config.optim.warmup_epochs, config.optim.epochs / 6)
+    return derive(config, optim={"warmup_epochs": warmup})
 
 
 def linear_probe(config: Config) -> Config:
@@ -104,49 +99,58 @@ def convpass(config: Config) -> Config:
     """
     if config.student.adapters == "none":
         config = derive(config, student={"adapters": "convpass"})
-    config, usual = short(config), OptimConfig()
-    return derive(
+    config = short(config)
+    return _anew(
         config,
-        optim={
-            "trained": "adapters",
-            "algorithm": "adamw",
-            "momentum": usual.momentum,
-            "lr": 1e-3,
-            "lr_reference_batch": None,
-            "min_lr": 1e-5,
-            "warmup_lr": 1e-6,
-            "warmup_epochs": config.optim.epochs / 10,
-            "weight_decay": 1e-4,
-        },
+        trained="adapters",
+        batch_size=config.optim.batch_size,
+        lr=1e-3,
+        min_lr=1e-5,
+        warmup_lr=1e-6,
+        warmup_epochs=config.optim.epochs / 10,
+        weight_decay=1e-4,
     )
 
 
 def int8(config: Config) -> Config:
-    """Layers that round as the int8 file of `deit quantize` does; a third of the epochs, at less
-    than a third of the run's own learning rate, which falls to a tenth of that."""
+    """Layers that round as the int8 file of `deit quantize` does, all of them trained; a third of
+    the epochs, at less than a third of the run's own learning rate, which falls to a tenth of that
+    by a cosine, whatever the run's own does."""
     config = short(derive(config, student={"rounding": "int8"}))
-    lr = 0.3 * config.optim.lr
-    peak = peak_lr(derive(config, optim={"lr": lr}).optim)
-    return derive(config, optim={"lr": lr, "min_lr": peak / 10, "warmup_lr": peak / 10})
+    config = derive(config, optim={"trained": "all", "lr": 0.3 * config.optim.lr, "decay_at": ()})
+    end = peak_lr(config.optim) / 10
+    return derive(config, optim={"min_lr": end, "warmup_lr": end})
+
+
+def _lasting(config: Config, epochs: int) -> Config:
+    """The configuration with so many epochs, of which the average's horizon and the growth of the
+    teacher's term take half at most."""
+    growth = min(config.loss.distillation_warmup, epochs / 2)
+    horizon = min(config.optim.ema_epochs, epochs / 2)
+    optim = {"epochs": epochs, "ema_epochs": horizon}
+    return derive(config, loss={"distillation_warmup": growth}, optim=optim)
+
+
+def _anew(config: Config, **fields: Any) -> Config:
+    """The configuration with AdamW and a schedule of these fields, in as many epochs: of another
+    optimizer, a staircase or decays by layer nothing stays. lr is taken as it stands."""
+    kept = ("trained", "accumulate", "clip_norm", "epochs", "ema_epochs")
+    own = {name: getattr(config.optim, name) for name in kept}
+    return derive(config, optim=OptimConfig(**{"lr_reference_batch": None, **own, **fields}))
 
 
 def _constant(
     config: Config, *, lr: float, epochs: int, batch_size: int, weight_decay: float
 ) -> Config:
     """A learning rate that stays, after at most five epochs (a sixth of them) of warm-up."""
-    return derive(
-        config,
-        optim={
-            "lr": lr,
-            "min_lr": lr,
-            "lr_reference_batch": None,
-            "warmup_lr": lr / 5,
-            "warmup_epochs": min(5.0, epochs / 6),
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "weight_decay": weight_decay,
-            "ema_epochs": min(config.optim.ema_epochs, epochs / 2),
-        },
+    return _anew(
+        _lasting(config, epochs),
+        lr=lr,
+        min_lr=lr,
+        warmup_lr=lr / 5,
+        warmup_epochs=min(5.0, epochs / 6),
+        batch_size=batch_size,
+        weight_decay=weight_decay,
     )
 
 

@@ -18,6 +18,8 @@ from deit.config import Config, StudentConfig, derive
 from deit.errors import CheckpointError, ConfigError, Stopped
 from deit.evaluation import evaluate, student_at
 from deit.export import export
+from deit.landscape_options import Asked
+from deit.landscape_places import places_of, surface_of, view_of
 from deit.models.attention import rollout, token_cosines
 from deit.models.base import BASE, Base, base_of, read_base
 from deit.models.convpass import Convpass, ConvpassBlock, adapters_of
@@ -326,6 +328,18 @@ REFUSED = {
         },
         r"start\.masks = 'm\.safetensors': would change weights",
     ),
+    "no masks": (
+        {
+            "optim": {"trained": "adapters"},
+            "student": {"adapters": "convpass"},
+            "start": {"source": "x", "masks": "none"},
+        },
+        r"start\.masks = 'none': would change weights .* use keep",
+    ),
+    "blocks that share": (
+        {"student": {"adapters": "convpass", "share": 2}},
+        r"adapters = 'convpass': not for blocks that share .* start from a network whose blocks",
+    ),
 }
 
 
@@ -621,6 +635,20 @@ def test_adapters_upon_adapters(place, tmp_path):
         torch.testing.assert_close(ours.network.state_dict()[name], value, atol=1e-8, rtol=0)
 
 
+def test_trained_adapters_keep_their_scale(place):
+    """It leaves no trace in their shapes; before they are trained, any will do."""
+    start, told = (
+        {"source": str(place / "adapted")},
+        r"scale 0\.1, .* --student\.adapter_scale 0\.1$",
+    )
+    for trained in ("adapters", "all"):
+        other = {"student": {"adapter_scale": 0.01}, "optim": {"trained": trained}}
+        with pytest.raises(CheckpointError, match=told):
+            parts_of(config_of(place, start=start, **other))
+    parts_of(config_of(place, start=start))
+    parts_of(config_of(place, student={"adapter_scale": 0.01}))
+
+
 def test_trained_with_all_the_rest_everything_is_saved(place, tmp_path):
     config = begin_from(config_of(place), str(place / "adapted"), None)
     config = derive(config, optim={"trained": "all", "epochs": 1, "warmup_epochs": 0})
@@ -643,6 +671,14 @@ def test_a_pruned_base_stays_pruned(place, tmp_path):
     found = find_start(str(tmp_path / "run"))
     assert not found.weights[name][~masks[name]].any()
     assert torch.equal(found.masks[name], read_masks(tmp_path / "m.safetensors")[name])
+    for kind in ("best", "last"):  # a landscape moves along what is kept alone
+        (one,) = places_of([tmp_path / "run"], Asked(checkpoint=kind))
+        assert torch.equal(one.masks()[name], masks[name])
+    view = view_of([one], Asked(images=8), root=None, device=torch.device("cpu"))
+    sizes = [surface_of(one, view, masked=masked).size for masked in (False, True)]
+    assert sizes[0] - sizes[1] == (~masks[name]).sum()
+    (plain,) = places_of([place / "adapted"], Asked())
+    assert plain.masks() == {}
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ from deit.config import Config, StudentConfig, derive, peak_lr
 from deit.errors import CheckpointError, ConfigError, Stopped
 from deit.evaluation import evaluate
 from deit.models.positions import resize_positions
-from deit.presets import OBJECTIVES
+from deit.optim import lr_at
+from deit.presets import AUGMENTATIONS, OBJECTIVES
 from deit.recipes import RECIPES, digits, digits_teacher
 from deit.run import train
 from deit.target_writer import write_targets
-from deit.tuning import TUNING, at_resolution, begin_from
+from deit.tuning import SIZED, TUNING, at_resolution, begin_from
 from deit.validation import load, validate
 
 pytest.importorskip("sklearn")
@@ -206,6 +209,54 @@ def test_every_schedule_suits_every_recipe(name, recipe):
     assert tuned.data == config.data
     if name in ("deit", "deit3"):
         assert peak_lr(tuned.optim) == tuned.optim.min_lr  # constant after the warm-up
+
+
+SCHEDULES = {**TUNING, **{name: partial(rule, images=1000) for name, rule in SIZED.items()}}
+ODD = {
+    "sgd": {"algorithm": "sgd", "momentum": 0.5, "decay_at": (0.5,), "layer_decay": 0.7},
+    "adamw": {"beta1": 0.8, "beta2": 0.95, "independent_decay": True, "min_lr": 2e-4},
+}
+"""Settings of runs that no schedule left behind."""
+BEFORE = {
+    **SCHEDULES,
+    **{name: partial(derive, optim=fields) for name, fields in ODD.items()},
+    "dkd": partial(
+        derive, loss=OBJECTIVES["dkd"], views=AUGMENTATIONS["none"], optim={"epochs": 30}
+    ),
+}
+OF_THE_RUN = {"trained", "accumulate", "clip_norm", "ema_epochs"}
+"""Fields of the optimizer that are no schedule's."""
+LENGTH = {"epochs", "warmup_epochs"}
+DECIDES = {"deit": set(), "deit3": set(), "bit": set(), "convpass": {"batch_size"} | LENGTH}
+"""Schedules that are their own, and what they leave to the run even so."""
+APART = {("int8", "convpass"), ("convpass", "int8"), ("int8", "linear-probe")}
+"""Networks of one that the other cannot train: adapters do not round, and ranges have to learn."""
+
+
+@pytest.mark.parametrize("after", SCHEDULES)
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("twice", [False, True])
+def test_every_schedule_is_itself_after_every_other(before, after, twice):
+    recipe = derive(digits(), start={"source": "somewhere"})
+    config = BEFORE[before](recipe)
+    if twice:
+        config = BEFORE[before](config)
+    if (before, after) in APART:
+        with pytest.raises(ConfigError, match=r"layers.* round"):
+            validate(SCHEDULES[after](config))
+        return
+    tuned = validate(SCHEDULES[after](config)).optim
+    if after in DECIDES:
+        alone, own = asdict(SCHEDULES[after](recipe).optim), OF_THE_RUN | DECIDES[after]
+        assert {k: v for k, v in asdict(tuned).items() if k not in own} == {
+            k: v for k, v in alone.items() if k not in own
+        }
+    if after == "convpass":
+        assert tuned.warmup_epochs == pytest.approx(tuned.epochs / 10)
+    if after == "int8":
+        assert (tuned.trained, tuned.decay_at) == ("all", ())
+        end = lr_at(tuned.epochs * 10 - 1, optim=tuned, steps_per_epoch=10)
+        assert end == pytest.approx(peak_lr(tuned) / 10)
 
 
 def test_deits_schedule_at_higher_resolution():

@@ -51,9 +51,30 @@ def test_rules_cover_every_number():
 
 @pytest.mark.parametrize(("images", "batch"), [(500, 256), (130, 128), (3, 2), (1, 1)])
 def test_a_batch_is_halved_until_there_are_images_for_it(images, batch):
-    optim = hyper_rule(CIFAR, images=images).optim
+    optim = validate(hyper_rule(CIFAR, images=images)).optim
     assert optim.batch_size == batch
     assert peak_lr(optim) == pytest.approx(0.003 * batch / 512)
+
+
+AGAINST = {
+    "moments of AdamW": {"optim": {"beta1": 0.8, "beta2": 0.95}},
+    "decay of its own": {"optim": {"layer_decay": 0.5, "independent_decay": True}},
+    "parts that divide another batch": {"optim": {"batch_size": 999, "accumulate": 3}},
+    "a teacher that grows louder": {
+        "loss": {"kind": "soft", "through": "class", "distillation_warmup": 50.0},
+        "teacher": {"source": ("x",)},
+    },
+}
+
+
+@pytest.mark.parametrize("name", AGAINST)
+@pytest.mark.parametrize("images", [1, 1_000, 400_000])
+def test_what_stands_against_it_is_cleared(name, images):
+    """The schedule is the paper's, whatever the run's own was."""
+    before = derive(CIFAR, student={"name": "vit_tiny"}, **AGAINST[name])
+    config = validate(hyper_rule(before, images=images))
+    assert config.optim == hyper_rule(CIFAR, images=images).optim
+    assert 2 * config.loss.distillation_warmup <= max(config.optim.epochs, 2)
 
 
 @pytest.mark.parametrize(
@@ -175,3 +196,39 @@ def test_a_least_learning_rate_has_no_effect_on_a_staircase():
     config = derive(hyper_rule(CIFAR, images=9), optim={"min_lr": 1e-3})
     with pytest.raises(ConfigError, match=r"optim\.min_lr = 0\.001: has no effect"):
         validate(config)
+
+
+TYPED = {
+    "momentum": (("--optim.momentum", "0.5"), ("optim", "momentum", 0.5)),
+    "side of the crop": (("--views.crop_side", "0.9"), ("views", "crop_side", 0.9)),
+    "warm-up": (("--optim.warmup_epochs", "30"), ("optim", "warmup_epochs", 30.0)),
+    "data with =": (("--data.train_fraction=0.2",), ("optim", "batch_size", 256)),
+}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_fields_refine_the_rule(name, folder):
+    typed, (section, leaf, value) = TYPED[name]
+    words = ["--from", str(folder), "digits-teacher", "--tuning", "bit"]
+    words += ["--student.name", "timm:resnetv2_50x1_bit", *typed]
+    config = parse_finetune(words, "deit finetune").config
+    assert getattr(getattr(config, section), leaf) == value
+    assert (config.optim.algorithm, config.views.crop) == ("sgd", "random")
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (("--data.train_fraction", "2"), r"data\.train_fraction = '2'"),
+        (("--data.reader", "tar"), r"data\.reader = 'tar': only data\.source 'reader'"),
+        (("--data.source", "digit"), "did you mean digits"),
+        (("--optim.lr", "-1"), r"optim\.lr = '-1'"),
+        (("--optim.beta2", "0.5"), r"optim\.beta2 = 0\.5: has no effect"),
+        (("--opt.lr", "1"), r"opt\.lr: unknown field"),
+    ],
+)
+def test_what_is_wrong_beside_the_rule_is_told(typed, told, folder):
+    words = ["--from", str(folder), "digits-teacher", "--tuning", "bit", *typed]
+    with pytest.raises(ConfigError, match=told) as error:
+        parse_finetune(words, "deit finetune")
+    assert str(error.value).startswith("1 problem in the configuration")
