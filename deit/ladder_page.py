@@ -21,6 +21,7 @@ _COLUMNS = (
     "ms, batch 1",
     "ms, batch 64",
 )
+_NAMED = 6
 _NOTE = (
     "Same answers: as the first. MMACs: of the network as it is computed in float; zeros of a mask "
     "and integers take as many. Times: median of turns, all versions in each."
@@ -83,10 +84,18 @@ def draw_ladder(result: dict[str, Any], path: Path) -> None:
             name: row["latency"]["64"]["median_ms"] for name, row in rows.items()
         },
     }
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    for axes, (label, values) in zip(figure.subplots(1, 2), across.items()):
-        points = {name: (values[name], top1[name]) for name in rows}
+    # Of many, numbers stand at the dots, and the names beside them.
+    called = {name: str(place) for place, name in enumerate(rows, start=1)}
+    many = len(rows) > _NAMED
+    figure = Figure(figsize=(14 if many else 12, 4.4), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=(4, 4, 2)) if many else figure.subplots(1, 2)
+    for axes, (label, values) in zip(panels, across.items()):
+        points = {called[name] if many else name: (values[name], top1[name]) for name in rows}
         charts.scatter(points, label, f"{result['split']} top-1 %")(axes)
         axes.grid(alpha=0.25)
+    if many:
+        told = "\n".join(f"{number:>2}  {name}" for name, number in called.items())
+        panels[2].text(0, 0.5, told, va="center", linespacing=1.5, parse_math=False)
+        panels[2].set_axis_off()
     figure.suptitle(f"{result['run']} and what was made of it")
     figure.savefig(path, dpi=150)
