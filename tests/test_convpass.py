@@ -359,13 +359,15 @@ def test_impossible_values(leaf, value):
 
 
 def test_the_papers_schedule():
-    before = derive(digits(), start={"source": "x"}, optim={"algorithm": "sgd", "momentum": 0.5})
+    own = {"algorithm": "sgd", "momentum": 0.5, "accumulate": 2, "clip_norm": 1.0}
+    before = derive(digits(), start={"source": "x"}, optim=own)
     tuned = validate(TUNING["convpass"](before))
     optim, student = tuned.optim, tuned.student
     assert (student.adapters, student.adapter_width, student.adapter_scale) == ("convpass", 8, 0.1)
     assert (optim.trained, optim.algorithm) == ("adapters", "adamw")
     assert (optim.lr, optim.lr_reference_batch, optim.min_lr) == (1e-3, None, 1e-5)
     assert optim.weight_decay == 1e-4
+    assert (optim.batch_size, optim.accumulate, optim.clip_norm) == (32, 2, 1.0)
     assert optim.epochs == round(before.optim.epochs / 3)
     assert optim.warmup_epochs == pytest.approx(optim.epochs / 10)
     assert (tuned.loss, tuned.views, tuned.teacher) == (before.loss, before.views, before.teacher)
