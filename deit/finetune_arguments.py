@@ -8,7 +8,7 @@ from typing import Any
 from deit import checkpoint
 from deit.arguments import Parser, RunArguments, parse_data, parse_run, run_name
 from deit.checkpoint import CONFIG
-from deit.config import Config, DataConfig, StudentConfig, is_transformer
+from deit.config import Config, DataConfig, StudentConfig, derive, is_transformer
 from deit.errors import CheckpointError, ConfigError
 from deit.recipes import RECIPES
 from deit.text import nearest
@@ -54,7 +54,8 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
         return _go_on(rest, folder, options, program)
     out, tuning = None, options.tuning
     helps = {"-h", "--help"} & set(arguments)
-    if not helps and (not rest or rest[0].startswith("-")):
+    of_the_run = not helps and (not rest or rest[0].startswith("-"))
+    if of_the_run:
         own = _config_of(options.source, program, rest)
         rest, out = [str(own), *rest], Path(f"checkpoints/{own.resolve().parent.name}-finetuned")
         tuning = tuning or "short"
@@ -71,6 +72,8 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
             raise ConfigError(_NO_START.format(program))
         from deit.models.start import find_start
 
+        if of_the_run:  # what it did with the heads it began with is done
+            config = derive(config, start={"heads": "keep"})
         found = find_start(source)
         config = begin_from(config, source, found.student, heads_known=found.heads_known)
         if options.resolution is not None:

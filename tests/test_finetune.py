@@ -14,6 +14,7 @@ from deit.cli import run_command
 from deit.config import Config, StudentConfig, derive, peak_lr
 from deit.errors import CheckpointError, ConfigError, Stopped
 from deit.evaluation import evaluate
+from deit.finetune_arguments import parse_finetune
 from deit.models.positions import resize_positions
 from deit.optim import lr_at
 from deit.presets import AUGMENTATIONS, OBJECTIVES
@@ -421,3 +422,17 @@ def test_class_counts_that_differ_are_refused(runs, tmp_path, command):
     assert "10 classes, the data has 3" in said.err
     assert "--start.heads new" in said.err
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("heads", ["zero", "new"])
+def test_heads_of_a_run_that_began_with_others_are_its_own_by_now(runs, tmp_path, heads):
+    """What the run did with the heads it was given is not done to those it has learnt."""
+    shutil.copytree(runs / "student", tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    config["start"] = {**config["start"], "heads": heads, "source": str(runs / "student")}
+    file.write_text(json.dumps(config))
+    words = ["--from", str(tmp_path / "run")]
+    assert parse_finetune(words, "deit finetune").config.start.heads == "keep"
+    asked = parse_finetune([*words, "--start.heads", heads], "deit finetune")
+    assert asked.config.start.heads == heads
