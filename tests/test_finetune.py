@@ -436,3 +436,8 @@ def test_heads_of_a_run_that_began_with_others_are_its_own_by_now(runs, tmp_path
     assert parse_finetune(words, "deit finetune").config.start.heads == "keep"
     asked = parse_finetune([*words, "--start.heads", heads], "deit finetune")
     assert asked.config.start.heads == heads
+
+
+def test_a_value_that_is_called_as_a_recipe_is_no_recipe(runs):
+    words = ["--from", str(runs / "student"), "--data.source", "digits"]
+    assert parse_finetune(words, "deit finetune").config.data.source == "digits"
