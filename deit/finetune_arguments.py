@@ -173,8 +173,8 @@ def _check_patches(side: int, student: StudentConfig) -> None:
 def _config_of(source: str | None, program: str, rest: list[str]) -> Path:
     """The config.json of the run to start from, which stands for a recipe. Raises ConfigError."""
     # A data source may be called as a recipe is: what follows an option is its value.
-    pairs = zip(["", *rest], rest)
-    if late := [word for before, word in pairs if word in RECIPES and before[:2] != "--"]:
+    takes = [word.startswith("--") and "=" not in word for word in ["", *rest]]
+    if late := [word for before, word in zip(takes, rest) if word in RECIPES and not before]:
         raise ConfigError(f"{program}: the recipe comes before its options; move {late[0]} there")
     if source is None:
         raise ConfigError(_NO_START.format(program))

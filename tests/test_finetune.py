@@ -353,6 +353,11 @@ def test_a_file_needs_a_recipe_and_takes_its_network_from_the_weights(runs, tmp_
 
 BAD = {
     "no start": ((), 2, "needs --from"),
+    "late recipe after a value": (
+        ("--from", "STUDENT", "--out=x", "digits"),
+        2,
+        "comes before its options",
+    ),
     "late recipe": (("--from", "STUDENT", "--out", "x", "digits"), 2, "comes before its options"),
     "no such start": (("--from", "runs/none"), 4, "no such file or folder"),
     "patches": (("--from", "STUDENT", "--resolution", "15"), 4, "try 14 or 16"),
