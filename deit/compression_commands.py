@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from deit import checkpoint, landscape_options, prune_options, ticket_options
-from deit.arguments import Parser, parse_run, parse_seeds, read_numbers
+from deit.arguments import Parser, parse_run, parse_seeds, read_numbers, run_name
 from deit.config import Config, to_dict
 from deit.console import say
 from deit.errors import ConfigError
@@ -47,6 +47,7 @@ def quantize(arguments: list[str], program: str) -> None:
     parser.add_argument("--sensitivity", action="store_true", help="measure each layer alone, too")
     parser.add_argument(
         "--max-drop",
+        "--max_drop",
         dest="max_drop",
         type=float,
         default=1.0,
@@ -139,6 +140,7 @@ def tickets(arguments: list[str], program: str) -> None:
         "runs. Into --out DIR: results.csv, results.json, results.md, tickets.png and the runs. "
         "The same command goes on.",
         online=False,
+        out=_tickets_of(rest),
     )
     if run.resume:
         raise ConfigError(f"{program}: takes no --resume; the same command always goes on")
@@ -168,6 +170,13 @@ def tickets(arguments: list[str], program: str) -> None:
         retries=options.retries,
         arguments=arguments,
     )
+
+
+def _tickets_of(words: list[str]) -> Path | None:
+    """Where a search of a recipe lies if none is named: not where the recipe's own run does."""
+    if not words or words[0].startswith("-"):
+        return None
+    return Path(f"checkpoints/{run_name(words[0])}-tickets")
 
 
 def _controls(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -254,9 +263,10 @@ def _of_the_whole(config: Config, tuning: str) -> Config:
     """A configuration by a schedule. Raises ConfigError where that trains only a part."""
     tuned = TUNING[tuning](config)
     if tuned.optim.trained != "all":
+        which = f"--tuning {tuning}" if config.optim.trained == "all" else "the run"
         raise ConfigError(
-            f"--tuning {tuning}: trains {tuned.optim.trained} alone, and what is left has to learn "
-            "as a whole; use another"
+            f"{which}: trains {tuned.optim.trained} alone (optim.trained), and what is left of a "
+            "cut student has to learn as a whole; prune a run, by a schedule, that trains all"
         )
     return tuned
 
@@ -344,7 +354,7 @@ def ladder(arguments: list[str], program: str) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
     parser.add_argument("--force", action="store_true", help="let --json replace a file")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     merges = read_numbers(options.merge, "--merge", whole=True, least=1)
     from deit.ladder import ladder
 

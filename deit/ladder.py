@@ -122,8 +122,11 @@ def versions_of(run: Path, more: list[Path], merges: tuple[int, ...] = ()) -> li
             if checkpoint.result_of(manifest.parent / part) is not None:
                 name = f"{manifest.parent.name}, {part}"
                 found += _of_run(manifest.parent / part, name)
+    by_itself = {version.run.resolve() for version in found[1:]} - {run.resolve()}
     for one in more:
         find_run(one, "best")
+        if one.resolve() in by_itself:
+            continue
         known = [version.run.resolve() for version in found]
         if one.resolve() in known:
             raise ConfigError(f"{one}: is among the versions already; name it once or not at all")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from deit import charts
-from deit.console import percent, table
+from deit.console import percent, say, table
 from deit.drawing import HEADS, final_of, markdown_table
 
 _COLUMNS = (
@@ -24,7 +24,8 @@ _COLUMNS = (
 _NAMED = 6
 _NOTE = (
     "Same answers: as the first. MMACs: of the network as it is computed in float; zeros of a mask "
-    "and integers take as many. Times: median of turns, all versions in each."
+    "and integers take as many. Times: median of turns, all versions in each; PyTorch's are of eager "
+    "mode, so hold an int8 file against the float ONNX file (deit export --format onnx)."
 )
 
 
@@ -32,6 +33,7 @@ def print_ladder(result: dict[str, Any]) -> None:
     """The table, for a person."""
     title = f"{result['run']}: top-1 % on {result['num_samples']} {result['split']} images"
     table(title, _COLUMNS, _cells(result))
+    say(_NOTE)
 
 
 def _cells(result: dict[str, Any]) -> list[list[str]]:

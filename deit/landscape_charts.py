@@ -8,7 +8,7 @@ from deit.charts import FAINT, SERIES, Draw
 from deit.drawing import legend
 from deit.ticket_options import DENSE, TICKET
 
-_NAMED = 8
+NAMED = 8
 
 
 def kind_of(name: str) -> str:
@@ -21,7 +21,7 @@ def kind_of(name: str) -> str:
 def _looks(kinds: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Colour, strength and label of each name. Few names are told apart by colour; of many each
     kind has a colour, which grows stronger from its first to its last, and one label."""
-    if len(kinds) <= _NAMED:
+    if len(kinds) <= NAMED:
         return {
             name: {"color": SERIES[place % len(SERIES)], "label": name}
             for place, name in enumerate(kinds)

@@ -9,6 +9,7 @@ from deit.disk import put_file
 from deit.drawing import markdown_table
 from deit.errors import EnvironmentFault
 from deit.landscape_charts import (
+    NAMED,
     eigenvalues_chart,
     lines_chart,
     path_chart,
@@ -34,7 +35,7 @@ def columns(result: dict[str, Any]) -> tuple[str, ...]:
     found = ["", "free weights", "loss", "error %", "gradient"]
     parts = result["asked"]["parts"]
     if "curvature" in parts:
-        found += ["largest eigenvalue", "smallest", "trace"]
+        found += ["largest eigenvalue", "smallest eigenvalue", "trace"]
     if "volume" in parts:
         found += ["median radius", "log volume per weight", "effective rays", "censored"]
     return tuple(found)
@@ -150,7 +151,9 @@ def _of_lines(result: dict[str, Any], out: Path) -> list[str]:
         charts.chart(lines_chart(result["lines"], key, label), out / f"lines-{key}.png")
         for key, label in (("loss", "loss [nats]"), ("error", "wrong answers %"))
     ]
-    many = " Of many lines each kind has a colour, the stronger the sparser."
+    many = ""
+    if len(result["lines"]) > NAMED:
+        many = " Each kind has a colour, the stronger the sparser."
     told = (f"Loss along each line.{many}", "Wrong answers along each line.")
     return [page.part("Lines", [table, page.pair(*map(page.figure, drawn, told))])]
 

@@ -13,7 +13,7 @@ from deit.begun import check_begun
 from deit.config import Config, derive, heads_in, is_transformer, to_dict, width_of
 from deit.console import say
 from deit.disk import check_writable, hold, replace_folder, write_json
-from deit.errors import ConfigError
+from deit.errors import CheckpointError, ConfigError
 from deit.evaluation import find_run
 from deit.finished import Finished
 from deit.models.masks import MASKS
@@ -49,6 +49,10 @@ def prune(
     """
     check_number(at_once, option="--at_once")
     config, saved = find_run(run, name)
+    if saved.parent.name != PRUNED and checkpoint.result_of(saved.parent) is None:
+        raise CheckpointError(
+            f"{run}: is not finished; go on with it first (its own command with --resume)"
+        )
     _check(config, saved, run)
     _check_asked(config, recovery.config, controls)
     numbers = numbers_of(config, asked)

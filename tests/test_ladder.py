@@ -36,7 +36,7 @@ def place(tmp_path_factory, zygote):
 
 @pytest.fixture(scope="module")
 def measured(place, zygote):
-    done = zygote.run("ladder", "run", "other", "--merge", "2", "--json", "ladder.json", cwd=place)
+    done = zygote.run("ladder", "run", "--merge", "2", "other", "--json", "ladder.json", cwd=place)
     assert done.code == 0, done.err
     return json.loads((place / "ladder.json").read_text()), done
 
@@ -105,7 +105,7 @@ def test_numbers_table_and_picture_lie_in_the_runs_folder(place, measured, tmp_p
     text = (folder / "ladder.md").read_text()
     assert text == markdown(found)
     assert all(f"| {name} |" in text for name in NAMES)
-    assert "deit ladder run other" in text
+    assert "deit ladder run --merge 2 other" in text
     draw_ladder(found, tmp_path / "again.png")
     assert (tmp_path / "again.png").stat().st_size > 20_000
 
@@ -129,6 +129,11 @@ def test_masked_weights_are_not_counted(place, tmp_path):
 
 def test_a_pruning_of_another_run_is_not_its(place):
     assert [one.name for one in versions_of(place / "other", [])] == ["other"]
+
+
+def test_what_is_found_by_itself_may_be_named(place):
+    names = [one.name for one in versions_of(place / "run", [place / "small" / "recovered"])]
+    assert names == [*NAMES[:3], NAMES[4]]
 
 
 def test_two_runs_of_one_name_keep_apart(place, tmp_path):

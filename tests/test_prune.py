@@ -210,7 +210,15 @@ def test_a_run_that_trained_a_part_is_not_recovered_by_that_part(place, zygote, 
     file.write_text(json.dumps(config))
     done = zygote.run("prune", tmp_path / "run", *QUICK, "--out", tmp_path / "o", cwd=place)
     assert done.code == 2
-    assert "--tuning short: trains attention alone, and what is left has to learn" in done.err
+    assert "the run: trains attention alone (optim.trained), and what is left of a cut" in done.err
+
+
+def test_a_run_that_is_not_finished_is_not_cut(place, zygote, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    done = zygote.run("prune", tmp_path / "run", *QUICK, "--out", tmp_path / "o", cwd=place)
+    assert done.code == 4
+    assert "is not finished; go on with it first" in done.err
 
 
 def test_what_was_cut_is_quantized_after_its_recovery(pruned, zygote):
@@ -311,7 +319,7 @@ def test_options_that_cannot_be(wrong):
         ),
         (
             ("prune", "run", "--tuning", "linear-probe"),
-            "--tuning linear-probe: trains heads alone, and what is left has to learn as a whole",
+            "--tuning linear-probe: trains heads alone (optim.trained), and what is left of a cut",
         ),
         (
             ("prune", "run", "--student.share", "2"),
