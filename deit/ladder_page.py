@@ -24,8 +24,8 @@ _COLUMNS = (
 _NAMED = 6
 _NOTE = (
     "Same answers: as the first. MMACs: of the network as it is computed in float; zeros of a mask "
-    "and integers take as many. Times: median of turns, all versions in each; PyTorch's are of eager "
-    "mode, so hold an int8 file against the float ONNX file (deit export --format onnx)."
+    "and integers take as many. Times: median of turns, all versions in each; PyTorch's are of "
+    "eager mode, so hold an int8 file against the float ONNX file (deit export --format onnx)."
 )
 
 
