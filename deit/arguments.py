@@ -234,6 +234,15 @@ def _unknown(arguments: list[str]) -> list[Problem]:
     return problems
 
 
+def typed_epochs(words: list[str]) -> int | None:
+    """What a command line says of optim.epochs; None where it says nothing, or no number."""
+    option, found = "--optim.epochs", None
+    for word, following in zip(words, [*words[1:], ""]):
+        if word == option or word.startswith(f"{option}="):
+            found = following if word == option else word.partition("=")[2]
+    return int(found) if found is not None and found.isdecimal() else None
+
+
 def run_name(recipe: str) -> str:
     """`digits` for the recipe digits, `mine` for mine.py:mine or mine.py."""
     return recipe.rsplit(":", 1)[-1] if ".py:" in recipe else Path(recipe).stem

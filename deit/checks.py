@@ -415,7 +415,8 @@ def _check_optim(config: Config) -> list[Problem]:
             Problem(
                 "optim.warmup_epochs",
                 optim.warmup_epochs,
-                f"should be less than optim.epochs ({optim.epochs}); 0 is no warm-up",
+                f"should be less than optim.epochs ({optim.epochs}); with few epochs give "
+                "optim.warmup_epochs as well (0: no warm-up)",
             )
         )
     if config.loss.distillation_warmup > optim.epochs:

@@ -177,7 +177,7 @@ def _say_next(recipe: str, arm: Planned) -> None:
     folder, config = arm.out.parent, arm.config
     say(
         "\nNext:\n"
-        f"  python evaluate_deit.py {shlex.quote(str(folder / 'distilled'))}      "
+        f"  deit evaluate {shlex.quote(str(folder / 'distilled'))}      "
         "every head, class by class\n"
         f"  python train_deit.py {recipe} --objective deit-hard "
         f"--teacher.source {shlex.quote(','.join(config.teacher.source))} --out checkpoints/hard\n"

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 from deit import checkpoint, landscape_options, prune_options, ticket_options
-from deit.arguments import Parser, parse_run, parse_seeds, read_numbers, run_name
+from deit.arguments import Parser, parse_run, parse_seeds, read_numbers, run_name, typed_epochs
 from deit.config import Config, to_dict
 from deit.console import say
 from deit.errors import ConfigError
 from deit.text import nearest
-from deit.tuning import TUNING
+from deit.tuning import TUNING, in_epochs
 
 # Names that options take, without importing what they name; tests hold them to that.
 QUANTIZATIONS = ("static", "dynamic")
@@ -238,7 +238,7 @@ def prune(arguments: list[str], program: str) -> None:
         "as long as run and recovery together; none); --at_once N; --dry_run tells what would "
         "stay. Into --out DIR: pruned, recovered, the controls, results.json, results.md. The same "
         "command goes on.",
-        adapt=lambda config: config if helps else _of_the_whole(config, options.tuning),
+        adapt=lambda config: config if helps else _of_the_whole(config, options.tuning, rest),
         out=Path(f"checkpoints/{run.resolve().name}-pruned"),
     )
     if recovery.resume:
@@ -259,9 +259,10 @@ def prune(arguments: list[str], program: str) -> None:
     )
 
 
-def _of_the_whole(config: Config, tuning: str) -> Config:
-    """A configuration by a schedule. Raises ConfigError where that trains only a part."""
-    tuned = TUNING[tuning](config)
+def _of_the_whole(config: Config, tuning: str, words: list[str]) -> Config:
+    """A configuration by a schedule, in as many epochs as the words of a command line say. Raises
+    ConfigError where that trains only a part."""
+    tuned = in_epochs(TUNING[tuning](config), typed_epochs(words))
     if tuned.optim.trained != "all":
         which = f"--tuning {tuning}" if config.optim.trained == "all" else "the run"
         raise ConfigError(

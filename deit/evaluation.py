@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deit import checkpoint
+from deit import checkpoint, journal
 from deit.config import Config, DataConfig, StartConfig, TeacherConfig, code_of, derive
 from deit.console import warn
 from deit.datasets.images import Encoded, Images
@@ -221,6 +221,12 @@ def images_of(
             f"{_first_difference(facts.class_names, class_names)}"
         )
     return Asked(images, list(range(len(facts.class_names))), images.labels, split)
+
+
+def warn_unfinished(run: Path) -> None:
+    """Say of a run folder that its training has not ended, where it has not."""
+    if (run / journal.METRICS).is_file() and checkpoint.result_of(run) is None:
+        warn(f"{run}: is not finished; these are the weights that it has so far")
 
 
 def as_asked(

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from deit import checkpoint
-from deit.arguments import Parser, RunArguments, parse_data, parse_run, run_name
+from deit.arguments import Parser, RunArguments, parse_data, parse_run, run_name, typed_epochs
 from deit.checkpoint import CONFIG
 from deit.config import Config, DataConfig, StudentConfig, derive, is_transformer
 from deit.errors import CheckpointError, ConfigError
 from deit.recipes import RECIPES
 from deit.text import nearest
-from deit.tuning import SIZED, TUNING, at_resolution, begin_from
+from deit.tuning import SIZED, TUNING, at_resolution, begin_from, in_epochs
 from deit.typed_json import read_typed
 
 _SCHEDULES = (*TUNING, *SIZED)
@@ -81,7 +81,9 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
             config = at_resolution(config, options.resolution)
         if data is not None:
             return _sized(config, tuning, data)
-        return config if tuning is None else TUNING[tuning](config)
+        if tuning is None:
+            return config
+        return in_epochs(TUNING[tuning](config), typed_epochs(rest))
 
     return parse_run(rest, program=f"{program} --from SOURCE", about=_ABOUT, adapt=adapt, out=out)
 

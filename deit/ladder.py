@@ -14,7 +14,7 @@ from deit.console import percent, progress, say, warn
 from deit.disk import check_file, check_writable, put_file, replace_folder, write_json
 from deit.environment import create_accelerator, describe
 from deit.errors import ConfigError, DataError, EnvironmentFault
-from deit.evaluation import as_asked, find_run, images_of
+from deit.evaluation import as_asked, find_run, images_of, warn_unfinished
 from deit.export import require
 from deit.float_file import CHUNK
 from deit.formats import FORMATS, OUTPUTS, answer_of
@@ -111,6 +111,7 @@ def versions_of(run: Path, more: list[Path], merges: tuple[int, ...] = ()) -> li
     """The run, what was made of it, and the other runs with their files. Raises CheckpointError,
     and ConfigError where one is named twice."""
     _, saved = find_run(run, "best")
+    warn_unfinished(saved.parent)
     found = _of_run(run, run.resolve().name)
     own_name = found[0].name
     found += [Version(f"{own_name}, merging {one}", run, merge=one) for one in merges]
@@ -124,7 +125,7 @@ def versions_of(run: Path, more: list[Path], merges: tuple[int, ...] = ()) -> li
                 found += _of_run(manifest.parent / part, name)
     by_itself = {version.run.resolve() for version in found[1:]} - {run.resolve()}
     for one in more:
-        find_run(one, "best")
+        warn_unfinished(find_run(one, "best")[1].parent)
         if one.resolve() in by_itself:
             continue
         known = [version.run.resolve() for version in found]

@@ -39,6 +39,8 @@ def landscape(
     places = places_of(runs, asked)
     how = _how(asked)
     check_begun(out, MANIFEST, how, what="landscape")
+    if "lines" in asked.parts and len(places) < 2:
+        say("lines     need two places, and there is one")
     accelerator = create_accelerator(find_run(places[0].run, asked.checkpoint)[0].run)
     view = view_of(places, asked, root=root, device=accelerator.device)
     check_writable(out, option="--out")

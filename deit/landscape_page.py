@@ -177,7 +177,7 @@ def _of_volume(result: dict[str, Any], out: Path) -> list[str]:
     known = {name: one["volume"] for name, one in result["places"].items() if "volume" in one}
     if not known:
         return []
-    drawn = charts.chart(radii_chart(known), out / "radii.png")
+    drawn = charts.chart(radii_chart(known), out / "radii.png", width=9.0)
     told = (
         f"How far the loss stays within {result['asked']['rise']:g} nats along random rays: from "
         "the nearest rim to the farthest, the box half of them."
@@ -193,7 +193,7 @@ def _of_planes(result: dict[str, Any], out: Path) -> list[str]:
         low, high = min(losses), sorted(losses)[int(0.9 * (len(losses) - 1))]
         for place, (name, one) in enumerate(known.items()):
             draw = plane_chart(one, low, high)
-            picture = charts.chart(draw, out / f"plane-{place}.png", width=3.6, height=3.2)
+            picture = charts.chart(draw, out / f"plane-{place}.png", width=5.6, height=4.6)
             drawn.append(page.figure(picture, name))
     parts = []
     if drawn:
@@ -203,7 +203,7 @@ def _of_planes(result: dict[str, Any], out: Path) -> list[str]:
         )
         parts.append(page.part("Planes", [page.paragraph(told, "note"), page.pair(*drawn)]))
     if result["path"] is not None:
-        picture = charts.chart(path_chart(result["path"]), out / "path.png", height=4.2)
+        picture = charts.chart(path_chart(result["path"]), out / "path.png", width=9.0, height=5.4)
         told = (
             "The plane through the first place, the middle one and the last, in all weights; the "
             "others are where they lie nearest to it (in brackets how far off)."

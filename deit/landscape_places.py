@@ -13,7 +13,7 @@ from deit.config import other_images
 from deit.datasets.splits import load_split
 from deit.datasets.spread import spread_rows
 from deit.errors import CheckpointError, ConfigError, DataError
-from deit.evaluation import as_asked, find_run
+from deit.evaluation import as_asked, find_run, warn_unfinished
 from deit.landscape_options import Asked
 from deit.models.masks import Masks
 from deit.models.saved import load_student
@@ -60,6 +60,8 @@ def places_of(runs: list[Path], asked: Asked) -> list[Place]:
     if searches:
         return _of_search(searches[0], asked)
     found = [Place(run.resolve().name, run, find_run(run, asked.checkpoint)[1]) for run in runs]
+    for place in found:
+        warn_unfinished(place.saved.parent)
     names = [place.name for place in found]
     return [
         place if names.count(place.name) == 1 else place._replace(name=str(place.run))

@@ -591,6 +591,10 @@ def find_recipe(name: str) -> Config:
         return load(Path(name))
     if name.endswith(".py") or ".py:" in name:
         return _from_file(name)
+    if (Path(name) / "config.json").is_file():
+        raise ConfigError(
+            f"{name}: is a run, not a recipe; its configuration is {Path(name) / 'config.json'}"
+        )
     raise ConfigError(
         f"no recipe {name!r}{nearest(name, RECIPES)}; recipes are {', '.join(RECIPES)}, "
         "FILE.py:FUNCTION, or a run's config.json"

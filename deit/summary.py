@@ -89,7 +89,7 @@ def print_summary(told: dict[str, Any]) -> None:
         low, high = min(values), max(values)
         say(f"  over the epochs: {sparkline(values)} {percent(low)} to {percent(high)}")
     use = _USES[told["use"]].format(run=run)
-    say(f"next:\n  python evaluate_deit.py {run}      the test split, head by head\n  {use}")
+    say(f"next:\n  deit evaluate {run}      the test split, head by head\n  {use}")
 
 
 def sparkline(values: list[float], width: int = _WIDTH) -> str:

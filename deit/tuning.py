@@ -85,6 +85,16 @@ def short(config: Config) -> Config:
     return derive(config, optim={"warmup_epochs": warmup})
 
 
+def in_epochs(config: Config, epochs: int | None) -> Config:
+    """A configuration by a schedule in another number of epochs: its warm-up in proportion, the
+    average's horizon and the growth of the teacher's term half of them at most. None, or a number
+    that can be none: as it is."""
+    if epochs is None or epochs < 1:
+        return config
+    warmup = config.optim.warmup_epochs * epochs / config.optim.epochs
+    return derive(_lasting(config, epochs), optim={"warmup_epochs": warmup})
+
+
 def linear_probe(config: Config) -> Config:
     """The heads alone, on frozen features, by labels, with neither policy nor mixing."""
     labels = OBJECTIVES["none"]

@@ -152,7 +152,8 @@ def locate(source: str) -> str:
         recipe = "digits-teacher" if "digits" in source else "RECIPE"
         raise NotThereError(
             f"teacher.source {source}: no such file or folder; train a teacher first "
-            f"(python train_deit.py {recipe} --out {source}), or give another teacher.source"
+            f"(python train_deit.py {recipe} --out {source}), or say where it lies now "
+            "(--teacher.source DIR)"
         )
     raise NotThereError(
         f"teacher.source {source}: no such file, folder or timm model"

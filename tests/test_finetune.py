@@ -446,3 +446,15 @@ def test_heads_of_a_run_that_began_with_others_are_its_own_by_now(runs, tmp_path
 def test_a_value_that_is_called_as_a_recipe_is_no_recipe(runs):
     words = ["--from", str(runs / "student"), "--data.source", "digits"]
     assert parse_finetune(words, "deit finetune").config.data.source == "digits"
+
+
+@pytest.mark.parametrize("tuning", [name for name in TUNING if name not in SIZED])
+def test_a_schedule_in_few_epochs_warms_up_in_proportion(runs, tuning):
+    words = ["--from", str(runs / "student"), "--tuning", tuning]
+    usual = parse_finetune(words, "deit finetune").config.optim
+    few = parse_finetune([*words, "--optim.epochs", "5", "--optim.epochs=1"], "deit finetune")
+    optim = few.config.optim
+    assert optim.epochs == 1
+    assert optim.warmup_epochs == pytest.approx(usual.warmup_epochs / usual.epochs)
+    words += ["--optim.epochs", "2", "--optim.warmup_epochs", "1.5"]
+    assert parse_finetune(words, "deit finetune").config.optim.warmup_epochs == 1.5

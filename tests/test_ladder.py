@@ -131,6 +131,15 @@ def test_a_pruning_of_another_run_is_not_its(place):
     assert [one.name for one in versions_of(place / "other", [])] == ["other"]
 
 
+def test_a_run_that_is_not_finished_is_said_to_be(place, tmp_path, capsys):
+    shutil.copytree(place / "other", tmp_path / "half")
+    assert "is not finished" not in capsys.readouterr().err
+    (tmp_path / "half" / "result.json").unlink()
+    versions_of(place / "run", [tmp_path / "half"])
+    told = capsys.readouterr()
+    assert f"{tmp_path / 'half'}: is not finished; these are the weights" in told.out + told.err
+
+
 def test_what_is_found_by_itself_may_be_named(place):
     names = [one.name for one in versions_of(place / "run", [place / "small" / "recovered"])]
     assert names == [*NAMES[:3], NAMES[4]]

@@ -40,7 +40,7 @@ def test_a_run_ends_with_its_numbers_and_what_could_be_next(tmp_path, capsys):
     assert "4 epochs, " in end
     assert told["memory_mb"] == max(row["memory_mb"] for row in rows) > 100  # torch alone
     assert f", {told['memory_mb']:,.0f} MB" in end
-    assert f"python evaluate_deit.py '{tmp_path / 'my run'}'" in end
+    assert f"deit evaluate '{tmp_path / 'my run'}'" in end
     assert len(end.splitlines()) <= 10
 
 
