@@ -173,6 +173,7 @@ def test_killed_before_all_of_it_is_written_it_chooses_again(place, zygote, tmp_
     assert "what stays" in done.out
 
 
+@pytest.mark.slow
 def test_from_elsewhere_it_goes_on_where_nothing_was_saved_yet(place, zygote, tmp_path):
     """What is left was spelled from the first directory; its training ended before it saved."""
     words = (*WORDS[:1], "{run}", *WORDS[2:], "--optim.epochs", "1", "--out", "{out}")

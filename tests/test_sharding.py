@@ -106,8 +106,8 @@ def test_its_files_are_whole_and_load_alone(runs):
 
 def test_stopped_in_the_middle_it_ends_with_the_same_bits(zygote, runs, tmp_path):
     out = tmp_path / "run"
-    codes = [one.code for one in run(zygote, out, "--run.shard", "full", fault="update@1:3:term")]
-    assert codes == [143, 143]
+    ended = run(zygote, out, "--run.shard", "full", fault="update@1:3:term")
+    assert [one.code for one in ended] == [143, 143], [one.err for one in ended]
     assert 3 <= checkpoint.step_of(checkpoint.newest(out)) < 2 * STEPS
     done(zygote, out, "--run.shard", "full")
     same(out, runs["full"])
