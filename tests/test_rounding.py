@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -298,7 +300,7 @@ def test_names_weights_and_decay_stay(name):
     assert torch.equal(asked(rounded, images()), before)
 
 
-def test_a_copy_has_ranges_of_its_own_and_a_graph_answers_the_same():
+def test_a_copy_has_ranges_of_its_own():
     network = taught(network_of(STUDENTS["plain"]))
     other = copy.deepcopy(network)
     expected = network(images())
@@ -308,15 +310,29 @@ def test_a_copy_has_ranges_of_its_own_and_a_graph_answers_the_same():
     taught(other, 5 * images())
     assert not torch.equal(other(images()), expected)
     assert torch.equal(network(images()), expected)
+
+
+def test_a_graph_answers_the_same():
+    """In a process of its own: where something was compiled or exported before, PyTorch 2.15 may
+    find no kernel for shapes alone for its own roundings."""
+    words = [sys.executable, "-c", f"import {__name__} as tests; tests.compiled_alike()"]
+    done = subprocess.run(
+        words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def compiled_alike():
+    """Assert that a compiled network answers, and notes extremes, as the network itself."""
+    network = taught(network_of(STUDENTS["plain"]))
     traced = torch.compile(network, fullgraph=True, backend="eager")
-    torch.testing.assert_close(traced(images()), expected)
+    torch.testing.assert_close(traced(images()), network(images()))
     seen, twin = [], copy.deepcopy(network)
     for one in (network, twin):
         one.train()
         (torch.compile(one, fullgraph=True, backend="eager") if one is twin else one)(images())
         seen.append(torch.stack([layer.seen for layer in rounded_layers(one).values()]))
     torch.testing.assert_close(seen[0], seen[1])
-    torch._dynamo.reset()
 
 
 def test_blocks_computed_again_give_the_same_gradients_and_ranges():
