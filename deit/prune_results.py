@@ -95,6 +95,7 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def prune_page(result: dict[str, Any]) -> str:
+    """The table as Markdown, what stayed in each block, and where the numbers come from."""
     kept = result["kept"]
     blocks = ", ".join(
         f"{len(heads)} heads and {len(hidden)} units"

@@ -86,7 +86,9 @@ def quantize(
             f"{saved.parent}: was cut and is not trained; quantize {out_of_prune / RECOVERED}"
         )
     if result_of(saved.parent) is None:
-        raise CheckpointError(f"{saved.parent}: is not finished; its own command goes on with it")
+        raise CheckpointError(
+            f"{saved.parent}: is not finished; go on with it first (its own command with --resume)"
+        )
     _check_learnt(config, plan, run)
     folder = out or saved.parent / f"quantized-{plan.method}"
     check_place(folder, force=force)
