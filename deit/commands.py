@@ -1,27 +1,18 @@
 """The commands and their options, one function each; what they do lies elsewhere."""
 
-import argparse
 import dataclasses
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 from deit import checkpoint
 from deit import compression_commands as smaller
-from deit.arguments import (
-    Parser,
-    RunArguments,
-    check_records,
-    parse_run,
-    parse_seeds,
-    parse_shard,
-    read_numbers,
-)
-from deit.config import Config, DataConfig, code_of, to_dict
+from deit.arguments import GOES_ON, TRAINS, RunArguments, parse_run, printed
+from deit.config import Config, DataConfig, code_of
 from deit.console import is_main_process, say, table
 from deit.errors import ConfigError
 from deit.finetune_arguments import parse_finetune
+from deit.options import Parser, check_records, parse_seeds, parse_shard, read_numbers
 from deit.recipes import RECIPES
 from deit.sweep_file import Sweep, corners_of, points_of, under_command_line, with_fields
 from deit.sweeps import SWEEPS, find_sweep
@@ -35,6 +26,9 @@ from deit.text import nearest
 TEST_SETS = ("real", "v2", "a", "r", "sketch")
 EXPORTS = ("timm", "transformers", "onnx", "pt2")
 
+_TRAINS_NOT = dict.fromkeys(("resume", "dry_run", "print_config"), TRAINS)
+"""Options of a run that commands without one have no use for."""
+
 
 def train(arguments: list[str], program: str) -> None:
     """Train a student (or a teacher) by a recipe."""
@@ -44,8 +38,7 @@ def train(arguments: list[str], program: str) -> None:
 
 def _train(run: RunArguments, arguments: list[str]) -> None:
     """Train as a command line says, or print its configuration. arguments: for the record."""
-    if run.print_config:
-        say(json.dumps(to_dict(run.config), indent=1))
+    if printed(run):
         return
     from deit.run import train
 
@@ -222,18 +215,34 @@ def export(arguments: list[str], program: str) -> None:
 
 def compare(arguments: list[str], program: str) -> None:
     """What the teacher is worth, or another study of a recipe, in one table."""
-    options, seeds, rest = _compare_options(arguments, program)
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument(
+        "--study",
+        default="worth",
+        metavar="NAME",
+        help="worth (the student with and without teacher), teaching (every teaching mode), "
+        "patience (epochs), ensemble (teachers together and alone) or resolution (a fine-tuning by "
+        "its teachers and none).",
+    )
+    parser.add_argument(
+        "--only", default="", metavar="A,B", help="Some students of the study; none named: all."
+    )
+    parser.add_search(retries=False)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the numbers here.")
+    options, rest = parser.parse_known_args(arguments)
+    seeds = parse_seeds(options.seeds)
     run = parse_run(
         rest,
         program=program,
         about="Train a recipe's teachers and several students beside each other, and evaluate all "
-        "on the test split. Also: --study worth (the student with and without teacher; the "
-        "default), teaching (every teaching mode), patience (epochs), ensemble (teachers together "
-        "and alone) or resolution (a fine-tuning by its teachers and none); --only A,B (some "
-        "students of the study); --seeds 0,1,2 (mean and std); --at_once N (N runs at a time share "
-        "the machine: small students cannot fill it alone); --json FILE. data.* and run.* apply "
-        "to the teachers too. A finished run is not trained again.",
+        "on the test split. data.* and run.* apply to the teachers too. The same command goes on: "
+        "a finished run is not trained again.",
+        own=parser,
+        told={"out": "Folder of all runs. None: checkpoints/RECIPE below the working directory."},
+        without={**GOES_ON, "dry_run": TRAINS},
     )
+    if printed(run):
+        return
     from deit.comparison import compare
 
     compare(
@@ -245,19 +254,6 @@ def compare(arguments: list[str], program: str) -> None:
         json_file=options.json,
         arguments=arguments,
     )
-
-
-def _compare_options(
-    arguments: list[str], program: str
-) -> tuple[argparse.Namespace, list[int], list[str]]:
-    parser = Parser(prog=program, add_help=False)
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--study", default="worth")
-    parser.add_argument("--only", default="")
-    parser.add_argument("--at_once", type=int, default=1, metavar="N")
-    options, rest = parser.parse_known_args(arguments)
-    return options, list(parse_seeds(options.seeds)), rest
 
 
 def sweep(arguments: list[str], program: str) -> None:
@@ -272,11 +268,13 @@ def sweep(arguments: list[str], program: str) -> None:
             f"name a sweep first: {program} FILE.yaml --out DIR, or one of {', '.join(SWEEPS)}"
         )
     parser = Parser(prog=program, add_help=False)
-    parser.add_argument("--recipe", default=plan.recipe)
-    parser.add_argument("--seeds", default=",".join(map(str, plan.seeds)))
-    parser.add_argument("--at_once", type=int, default=1)
-    parser.add_argument("--retries", type=int, default=1)
-    parser.add_argument("--best", type=int, default=5)
+    parser.add_argument(
+        "--recipe", default=plan.recipe, metavar="RECIPE", help="Instead of the file's."
+    )
+    parser.add_search(seeds=",".join(map(str, plan.seeds)))
+    parser.add_argument(
+        "--best", type=int, default=5, metavar="N", help="How many are named in the end."
+    )
     options, rest = parser.parse_known_args(rest)
     plan = dataclasses.replace(plan, recipe=options.recipe, seeds=parse_seeds(options.seeds))
     check_records(plan.records)
@@ -291,22 +289,23 @@ def sweep(arguments: list[str], program: str) -> None:
 
     run = parse_run(
         [plan.recipe, *rest],
-        program=f"{program} SWEEP --recipe",
+        program=program,
+        usage="SWEEP [--recipe RECIPE]",
         about="Train and evaluate every run of a sweep for each seed. SWEEP: a YAML or JSON file "
-        f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}. Also: --recipe RECIPE (instead of "
-        "the file's), --seeds 0,1,2 (mean and std), --at_once N (N runs at a time share the "
-        "machine), --retries N (of runs that fail for a reason that may pass: 1), --best N (named "
-        "in the end: 5); --dry_run lists the runs. Into --out DIR: results.csv, results.json, "
+        f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}. Into --out: results.csv, results.json, "
         "results.md, pictures and the runs. The same command goes on; what is finished is kept, "
         "also when the file changes.",
+        own=parser,
+        told={
+            "out": "Folder of the sweep. None: checkpoints/SWEEP below the working directory.",
+            "dry_run": "List the runs; nothing is trained or written.",
+        },
+        without=GOES_ON,
         adapt=adapt,
         out=Path("checkpoints") / plan.name,
         online=False,
     )
-    if run.resume:
-        raise ConfigError(f"{program}: takes no --resume; the same command always goes on")
-    if run.print_config:
-        say(json.dumps(to_dict(run.config), indent=1))
+    if printed(run):
         return
     plan = under_command_line(plan, asked[0], run.config)
     # Every mistake in the file, before torch is there.
@@ -393,24 +392,26 @@ def scan(arguments: list[str], program: str) -> None:
 def views(arguments: list[str], program: str) -> None:
     """Draw what student and teacher see of the first views of an epoch."""
     parser = Parser(prog=program, add_help=False)
-    parser.add_argument("--out", type=Path, default=Path("views.png"))
-    parser.add_argument("--force", action="store_true")
-    parser.add_argument("--epoch", type=int, default=0)
-    parser.add_argument("--number", type=int, default=12)
+    parser.add_argument(
+        "--out", type=Path, default=Path("views.png"), metavar="FILE.png", help="The picture."
+    )
+    parser.add_argument("--force", action="store_true", help="Let --out replace a file.")
+    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="Of which epoch.")
+    parser.add_argument("--number", type=int, default=12, metavar="VIEWS", help="How many.")
     options, rest = parser.parse_known_args(arguments)
     run = parse_run(
         rest,
         program=program,
         about="Draw what student and teacher see of the first training views of an epoch, with "
-        "labels, mixing weights and the teacher's answers. Also: --out FILE.png (views.png), "
-        "--force (replace it), --epoch N (0), --number VIEWS (12).",
+        "labels, mixing weights and the teacher's answers.",
+        own=parser,
+        without=_TRAINS_NOT,
         online=False,
     )
     if not 0 <= options.epoch < 2**32:
         raise ConfigError(f"--epoch {options.epoch}: should be in 0 ... 4294967295")
     if options.number < 1:
         raise ConfigError(f"--number {options.number}: should be at least 1")
-    _refuse_run_flags(run, program)
     from deit.contact_sheet import check_picture, draw_views
     from deit.disk import check_file
 
@@ -435,32 +436,44 @@ def targets(arguments: list[str], program: str) -> None:
 
 def _write_targets(arguments: list[str], program: str) -> None:
     parser = Parser(prog=program, add_help=False)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--records")
-    parser.add_argument("--shard", default="0/1")
-    parser.add_argument("--only", type=int)
+    parser.add_argument("--out", type=Path, metavar="STORE", help="The folder to write.")
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="Of how many epochs; none named: all of the run."
+    )
+    parser.add_argument(
+        "--records",
+        metavar="KIND",
+        help="hard, full or top-K; none named: what the objective needs.",
+    )
+    parser.add_argument(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="Part I of N, from 0, each written by a command of its own, at any time.",
+    )
+    parser.add_argument(
+        "--only",
+        type=int,
+        metavar="N",
+        help="Of several teachers the answers of one, counted from 1, to the views that all see.",
+    )
     options, rest = parser.parse_known_args(arguments)
     run = parse_run(
         rest,
         program=program,
         about="Write the answers of a recipe's teachers to its training views into a store, for "
-        "--teacher.targets. Also: --out STORE (a folder), --epochs N (all that are trained), "
-        "--records hard, full or top-K (what the objective needs), --shard I/N (part I of N, from "
-        "0, each written by a command of its own, at any time), --only N (of several teachers the "
-        "answers of one, counted from 1, to the views that all see). Interrupted, the same command "
-        "goes on.",
+        "--teacher.targets. Interrupted, the same command goes on.",
+        own=parser,
+        without={**GOES_ON, "dry_run": TRAINS},
         online=False,
     )
-    _refuse_run_flags(run, program)
+    if printed(run):
+        return
     records, shard = check_records(options.records), parse_shard(options.shard)
     if options.out is None:
         raise ConfigError(f"{program} {run.recipe}: needs --out STORE, the folder to write")
     if options.epochs is not None and not 0 < options.epochs < 2**32:
         raise ConfigError(f"--epochs {options.epochs}: should be at least 1")
-    if run.print_config:
-        say(json.dumps(to_dict(run.config), indent=1))
-        return
     from deit.target_writer import write_targets
 
     complete = write_targets(
@@ -474,13 +487,6 @@ def _write_targets(arguments: list[str], program: str) -> None:
     if complete:
         store = shlex.quote(str(options.out.resolve()))
         say(f"next: the same recipe with --teacher.targets {store}")
-
-
-def _refuse_run_flags(run: RunArguments, program: str) -> None:
-    """What only training can do. Raises ConfigError."""
-    if run.dry_run or run.resume:
-        flag = "--dry_run" if run.dry_run else "--resume"
-        raise ConfigError(f"{program}: takes no {flag}; give it to deit train")
 
 
 def _verify_targets(arguments: list[str], program: str) -> None:
@@ -504,20 +510,24 @@ def _verify_targets(arguments: list[str], program: str) -> None:
 def profile(arguments: list[str], program: str) -> None:
     """Where the time of an update goes, by part and by operation, with a trace to look into."""
     parser = Parser(prog=program, add_help=False)
-    parser.add_argument("--updates", type=int, default=10)
-    parser.add_argument("--trace", type=Path)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--force", action="store_true")
+    parser.add_argument("--updates", type=int, default=10, metavar="N", help="How many to time.")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE.json", help="Write a trace, for ui.perfetto.dev."
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the numbers here.")
+    parser.add_argument(
+        "--force", action="store_true", help="Let --trace and --json replace files."
+    )
     options, rest = parser.parse_known_args(arguments)
     run = parse_run(
         rest,
         program=program,
         about="Train some updates of a recipe and print where their time went: views, teacher, "
-        "student, backward pass, optimizer, average, and the operations by their own time. Also: "
-        "--updates N (10), --trace FILE.json (for ui.perfetto.dev), --json FILE (the numbers), "
-        "--force (replace them). Nothing else is written.",
+        "student, backward pass, optimizer, average, and the operations by their own time. Nothing "
+        "is written but what is named.",
+        own=parser,
+        without={**_TRAINS_NOT, "out": "it writes no run; --trace and --json name files"},
     )
-    _refuse_run_flags(run, program)
     if options.updates < 1:
         raise ConfigError(f"--updates {options.updates}: should be at least 1")
     from deit.disk import check_file, write_json

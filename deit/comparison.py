@@ -45,8 +45,6 @@ def compare(
     if run.config.loss.kind == "none":
         raise ConfigError(f"compare {run.recipe}: its objective has no teacher to measure")
     check_number(at_once, option="--at_once")
-    if run.print_config or run.dry_run:
-        raise ConfigError("compare takes neither --print_config nor --dry_run; give them to train")
     for name, arm in _arms(run.config, study, only).items():
         try:
             validate(arm, online=False)  # before the teachers are trained

@@ -1,15 +1,14 @@
 """The commands that make a student smaller, and look at what that does; as deit/commands.py."""
 
 import argparse
-import json
 import re
 from pathlib import Path
 
 from deit import checkpoint, landscape_options, prune_options, ticket_options
-from deit.arguments import Parser, parse_run, parse_seeds, read_numbers, run_name, typed_epochs
-from deit.config import Config, to_dict
-from deit.console import say
-from deit.errors import ConfigError
+from deit.arguments import GOES_ON, parse_run, printed, run_name, typed_epochs
+from deit.config import Config
+from deit.errors import CheckpointError, ConfigError
+from deit.options import Parser, parse_seeds, read_numbers
 from deit.text import nearest
 from deit.tuning import TUNING, in_epochs
 
@@ -113,39 +112,28 @@ def _check_quantize(options: argparse.Namespace) -> str | None:
 
 def tickets(arguments: list[str], program: str) -> None:
     """Lottery tickets: prune a recipe level by level with rewinding, beside controls."""
-    parser = Parser(prog=program, add_help=False)
-    parser.add_argument("--levels", type=int)
-    parser.add_argument("--rate", type=float)
-    parser.add_argument("--scope", default="global")
-    parser.add_argument("--rewind", type=float)
-    parser.add_argument("--controls", default=",".join(ticket_options.CONTROLS))
-    parser.add_argument("--controls_at")
-    parser.add_argument("--tolerance", type=float, default=1.0)
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--at_once", type=int, default=1)
-    parser.add_argument("--retries", type=int, default=1)
+    parser = _ticket_parser(program)
     options, rest = parser.parse_known_args(arguments)
+    if any(word.partition("=")[0] == "--run.seed" for word in rest):
+        raise ConfigError(f"--run.seed: {program} takes --seeds A,B")
     run = parse_run(
         rest,
         program=program,
         about="Train a recipe dense, then prune its smallest weights level by level: each level "
         "goes back to the weights, schedule, order and views of an early update of the dense run, "
-        "and is trained from there. Also: --levels N (7), --rate SHARE of the weights left that "
-        "each level takes (0.2), --scope global, layerwise (the same share of each layer) or N:M "
-        "(N of each M neighbours), --rewind EPOCHS (where warm-up ends; 0: the initial weights), "
-        f"--controls {','.join(ticket_options.CONTROLS)} (all; none), --controls_at LEVELS "
-        "(all, with commas between), --tolerance POINTS below the dense run that still match (1), "
-        "--seeds 0,1,2, "
-        "--at_once N (N runs at a time share the machine), --retries N (1); --dry_run lists the "
-        "runs. Into --out DIR: results.csv, results.json, results.md, tickets.png and the runs. "
-        "The same command goes on.",
+        "and is trained from there. Into --out: results.csv, results.json, results.md, tickets.png "
+        "and the runs. The same command goes on, also with more levels, controls or seeds.",
+        own=parser,
+        told={
+            "out": "Folder of the search. None: checkpoints/RECIPE-tickets below the working "
+            "directory.",
+            "dry_run": "List the runs; nothing is trained or written.",
+        },
+        without=GOES_ON,
         online=False,
         out=_tickets_of(rest),
     )
-    if run.resume:
-        raise ConfigError(f"{program}: takes no --resume; the same command always goes on")
-    if run.print_config:
-        say(json.dumps(to_dict(run.config), indent=1))
+    if printed(run):
         return
     asked = ticket_options.Asked(
         scope=options.scope,
@@ -158,8 +146,6 @@ def tickets(arguments: list[str], program: str) -> None:
     )
     ticket_options.check_asked(asked, run.config)
     seeds = parse_seeds(options.seeds)
-    if any(word.partition("=")[0] == "--run.seed" for word in rest):
-        raise ConfigError(f"--run.seed {run.config.run.seed}: this command takes --seeds A,B")
     from deit.tickets import tickets
 
     tickets(
@@ -170,6 +156,52 @@ def tickets(arguments: list[str], program: str) -> None:
         retries=options.retries,
         arguments=arguments,
     )
+
+
+def _ticket_parser(program: str) -> Parser:
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument(
+        "--levels", type=int, metavar="N", help="How often weights are pruned. (default: 7)"
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="SHARE",
+        help="Share of the weights left that each level takes. (default: 0.2)",
+    )
+    parser.add_argument(
+        "--scope",
+        default="global",
+        help="Which weights are ranked together: global (all), layerwise (each layer gives the "
+        "same share) or N:M (N of each M neighbours stay).",
+    )
+    parser.add_argument(
+        "--rewind",
+        type=float,
+        metavar="EPOCHS",
+        help="Where levels go back to; 0: the initial weights. (default: where warm-up ends)",
+    )
+    parser.add_argument(
+        "--controls",
+        default=",".join(ticket_options.CONTROLS),
+        metavar="A,B,...",
+        help="Or none. random: as many weights of each layer, drawn; re-initialised: the ticket's "
+        "masks over other initial weights; one-shot: pruned once instead of level by level.",
+    )
+    parser.add_argument(
+        "--controls_at",
+        metavar="A,B,...",
+        help="The levels that have controls. (default: all)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="How far below the dense run a ticket still matches it.",
+    )
+    parser.add_search()
+    return parser
 
 
 def _tickets_of(words: list[str]) -> Path | None:
@@ -192,18 +224,7 @@ def _controls(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 def prune(arguments: list[str], program: str) -> None:
     """Cut attention heads and hidden units out of a run, and teach what is left once more."""
-    parser = Parser(prog=program, add_help=False)
-    parser.add_argument("--ratio", type=float)
-    parser.add_argument("--heads", type=float)
-    parser.add_argument("--hidden", type=float)
-    parser.add_argument("--macs", type=float)
-    parser.add_argument("--scope", default="global")
-    parser.add_argument("--score", default="taylor")
-    parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
-    parser.add_argument("--controls", default="none")
-    parser.add_argument("--tuning", default="short")
-    parser.add_argument("--at_once", type=int, default=1)
+    parser = _prune_parser(program)
     options, rest = parser.parse_known_args(arguments)
     asked = prune_options.asked_of(
         ratio=options.ratio,
@@ -214,37 +235,36 @@ def prune(arguments: list[str], program: str) -> None:
         score=options.score,
         images=options.images,
     )
+    controls = _controls(options.controls, tuple(prune_options.CONTROLS))
     if options.tuning not in TUNING:
         known = ", ".join(TUNING)
         raise ConfigError(
             f"--tuning {options.tuning}: should be one of {known}{nearest(options.tuning, TUNING)}"
         )
-    helps = bool({"-h", "--help"} & set(arguments))
-    if not helps and (not rest or rest[0].startswith("-")):
+    run = Path(rest[0]).expanduser() if rest and not rest[0].startswith("-") else None
+    helps = bool({"-h", "--help"} & set(rest))
+    if run is None and not helps:
         raise ConfigError(f"name a finished run first: {program} RUN --ratio 0.5 --out DIR")
-    run = Path(rest[0]).expanduser() if rest and not rest[0].startswith("-") else Path("RUN")
-    if not helps and not (run / checkpoint.CONFIG).is_file():
-        raise ConfigError(f"{program} {run}: no run folder (no {checkpoint.CONFIG})")
+    if run is not None and not (run / checkpoint.CONFIG).is_file():
+        raise CheckpointError(f"{run}: no run folder (no {checkpoint.CONFIG})")
     recovery = parse_run(
-        rest if helps else [str(run / checkpoint.CONFIG), *rest[1:]],
-        program=f"{program} RUN",
+        rest if run is None else [str(run / checkpoint.CONFIG), *rest[1:]],
+        program=program,
+        usage="RUN",
         about="Cut the attention heads and hidden units that are worth least to a run's own "
-        "objective, and train what is left by its own data and teacher. Also: --ratio SHARE of "
-        "heads and hidden units that goes (0.5), or --heads and --hidden apart, or --macs SHARE of "
-        "the blocks' arithmetic that stays; --scope global or layerwise; --score taylor (on "
-        "--images 1024 training views) or magnitude; --checkpoint best or last; --tuning "
-        f"{', '.join(TUNING)} (the schedule: short, a third of the epochs); --controls "
-        "short,long (students of the same shape from random weights: as long as the recovery, and "
-        "as long as run and recovery together; none); --at_once N; --dry_run tells what would "
-        "stay. Into --out DIR: pruned, recovered, the controls, results.json, results.md. The same "
-        "command goes on.",
+        "objective, and train what is left by its own data and teacher, by a schedule (--tuning), "
+        "any field of which may be named. Into --out: pruned, recovered, the controls, "
+        "results.json, results.md. The same command goes on.",
+        own=parser,
+        told={
+            "out": "Folder. None: checkpoints/RUN-pruned below the working directory.",
+            "dry_run": "Tell what would stay, and how it would be trained; nothing is written.",
+        },
+        without=GOES_ON,
         adapt=lambda config: config if helps else _of_the_whole(config, options.tuning, rest),
-        out=Path(f"checkpoints/{run.resolve().name}-pruned"),
+        out=None if run is None else Path(f"checkpoints/{run.resolve().name}-pruned"),
     )
-    if recovery.resume:
-        raise ConfigError(f"{program}: takes no --resume; the same command always goes on")
-    if recovery.print_config:
-        say(json.dumps(to_dict(recovery.config), indent=1))
+    if run is None or printed(recovery):
         return
     from deit.prune import prune
 
@@ -253,10 +273,55 @@ def prune(arguments: list[str], program: str) -> None:
         asked,
         recovery,
         name=options.checkpoint,
-        controls=_controls(options.controls, tuple(prune_options.CONTROLS)),
+        controls=controls,
         at_once=options.at_once,
         arguments=arguments,
     )
+
+
+def _prune_parser(program: str) -> Parser:
+    parser = Parser(prog=program, add_help=False)
+    for option, told in (
+        ("--ratio", "Share of all heads and hidden units that goes. (default: 0.5)"),
+        ("--heads", "Share of the heads that goes, apart from that of the hidden units."),
+        ("--hidden", "Share of the hidden units that goes, apart from that of the heads."),
+        ("--macs", "Instead: share of the blocks' arithmetic that stays."),
+    ):
+        parser.add_argument(option, type=float, metavar="SHARE", help=told)
+    parser.add_argument(
+        "--scope",
+        default="global",
+        help="global (all blocks ranked together) or layerwise (the same share of each).",
+    )
+    parser.add_argument(
+        "--score",
+        default="taylor",
+        help="What a part is worth: taylor (to the loss of training views) or magnitude (of its "
+        "weights).",
+    )
+    parser.add_argument(
+        "--images", type=int, default=1024, metavar="N", help="Training views for --score taylor."
+    )
+    parser.add_argument(
+        "--checkpoint", choices=checkpoint.NAMES, default="best", help="Whose weights are cut."
+    )
+    parser.add_argument(
+        "--tuning",
+        default="short",
+        metavar="NAME",
+        help=f"Schedule of the recovery: {', '.join(TUNING)}. short: a third of the run's epochs.",
+    )
+    parser.add_argument(
+        "--controls",
+        default="none",
+        metavar="A,B",
+        help="Students of the same shape from random weights. short: trained as long as the "
+        "recovery; long: as long as run and recovery together.",
+    )
+    parser.add_argument(
+        "--at_once", type=int, default=1, metavar="N", help="Runs that share the machine."
+    )
+    return parser
 
 
 def _of_the_whole(config: Config, tuning: str, words: list[str]) -> Config:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from deit import checkpoint
-from deit.arguments import Parser, RunArguments, parse_data, parse_run, run_name, typed_epochs
+from deit.arguments import RunArguments, parse_data, parse_run, run_name, typed_epochs
 from deit.checkpoint import CONFIG
 from deit.config import Config, DataConfig, StudentConfig, derive, is_transformer
 from deit.errors import CheckpointError, ConfigError
+from deit.options import Parser
 from deit.recipes import RECIPES
 from deit.text import nearest
 from deit.tuning import SIZED, TUNING, at_resolution, begin_from, in_epochs
@@ -17,11 +18,8 @@ from deit.typed_json import read_typed
 
 _SCHEDULES = (*TUNING, *SIZED)
 _ABOUT = (
-    "Train on from given weights. SOURCE: a run folder of ours, a timm folder, a weight file "
-    "(.safetensors, .pth), a timm name; its network and normalisation are taken over. Without "
-    "RECIPE the configuration of the run at SOURCE. Also: --resolution PX (the student's; images, "
-    "borders and the teachers' input follow) and --tuning "
-    f"{', '.join(_SCHEDULES)} (a schedule; without RECIPE: short)."
+    "Train on from given weights, whose network and normalisation are taken over. Without RECIPE: "
+    "by the configuration of the run at SOURCE."
 )
 _NO_START = "{}: needs --from, what to start from (a run, a folder or a weight file)"
 
@@ -29,9 +27,25 @@ _NO_START = "{}: needs --from, what to start from (a run, a folder or a weight f
 def _start_parser(program: str = "") -> Parser:
     """The options of fine-tuning that are none of the configuration."""
     parser = Parser(prog=program, add_help=False)
-    parser.add_argument("--from", dest="source", metavar="SOURCE")
-    parser.add_argument("--resolution", type=int, metavar="PX")
-    parser.add_argument("--tuning", metavar="NAME")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="SOURCE",
+        help="What to start from: a run folder of ours, a timm folder, a weight file "
+        "(.safetensors, .pth) or a timm name.",
+    )
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        metavar="PX",
+        help="The student's; images, borders and the teachers' input follow.",
+    )
+    parser.add_argument(
+        "--tuning",
+        metavar="NAME",
+        help=f"A schedule: {', '.join(_SCHEDULES)}; none named: short without RECIPE, else the "
+        "recipe's own.",
+    )
     return parser
 
 
@@ -41,7 +55,8 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
 
     Raises ConfigError, and CheckpointError where there is nothing to start from.
     """
-    options, rest = _start_parser(program).parse_known_args(arguments)
+    parser = _start_parser(program)
+    options, rest = parser.parse_known_args(arguments)
     if options.tuning is not None and options.tuning not in _SCHEDULES:
         known = ", ".join(_SCHEDULES)
         raise ConfigError(
@@ -85,7 +100,16 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
             return config
         return in_epochs(TUNING[tuning](config), typed_epochs(rest))
 
-    return parse_run(rest, program=f"{program} --from SOURCE", about=_ABOUT, adapt=adapt, out=out)
+    return parse_run(
+        rest,
+        program=program,
+        usage="[RECIPE] --from SOURCE",
+        about=_ABOUT,
+        own=parser,
+        told={"out": "Run folder. None: checkpoints/RECIPE, or SOURCE-finetuned without RECIPE."},
+        adapt=adapt,
+        out=out,
+    )
 
 
 def _sized(config: Config, tuning: str, data: DataConfig) -> Config:

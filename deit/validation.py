@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def _section_type(name: str) -> type:
     return typing.get_type_hints(Config)[name]
 
 
-def unknown_field(name: str) -> Problem:
-    """The problem of a field that does not exist, with the nearest name."""
-    return Problem(name, NO_VALUE, f"unknown field{nearest(name, field_names())}")
+def unknown_field(name: str, others: Collection[str] = ()) -> Problem:
+    """The problem of a field that does not exist, with the nearest name, or that of others that
+    may have been meant."""
+    return Problem(name, NO_VALUE, f"unknown field{nearest(name, [*field_names(), *others])}")

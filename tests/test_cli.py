@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import deit
 from deit import checkpoint
 from deit.config import StudentConfig
+from deit.grammar import SHARED
 from deit.models.saved import Facts, build_student, save_student
 from deit.recipes import RECIPES
 from deit.validation import field_names
@@ -220,6 +221,63 @@ def test_help_shows_every_field_and_its_default(run, command):
         texts = [text for text in options if re.match(rf"{re.escape(name)}[,\s]", text)]
         assert len(texts) == 1, name
         assert "(default:" in texts[0], name
+
+
+# Each command that takes a configuration: its own options, and shared ones it has no use for.
+_OF_RUNS = {
+    "train": ("", ""),
+    "finetune": ("from resolution tuning", ""),
+    "compare": ("study only seeds at_once json", "resume dry_run"),
+    "sweep": ("recipe seeds at_once retries best", "resume"),
+    "prune": (
+        "ratio heads hidden macs scope score images checkpoint tuning controls at_once",
+        "resume",
+    ),
+    "tickets": (
+        "levels rate scope rewind controls controls_at tolerance seeds at_once retries",
+        "resume",
+    ),
+    "views": ("out force epoch number", "resume dry_run print_config"),
+    "targets write": ("out epochs records shard only", "resume dry_run"),
+    "profile": ("updates trace json force", "out resume dry_run print_config"),
+}
+_NAMED_FIRST = {"sweep": "worth"}
+
+
+@pytest.mark.parametrize("command", _OF_RUNS)
+def test_help_tells_a_commands_own_options_first_and_none_it_refuses(run, command, tmp_path):
+    own, refused = (names.split() for names in _OF_RUNS[command])
+    done = run("deit", *command.split(), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    first = done.stdout.partition("data options")[0]
+    listed = re.findall(r"^\S --([\w.]+)", first, re.MULTILINE)
+    shared = [name for name in SHARED if name not in own and name not in refused]
+    assert listed == [*own, *shared]
+    for option in re.split(r"\n\S --", first)[1:]:
+        assert len(option.split()) > 4, f"says nothing: {option}"
+    assert "RECIPE" in first.partition("[OPTIONS]")[0] or command == "prune"
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (command, option)
+        for command, (_, refused) in _OF_RUNS.items()
+        for option in refused.split()
+        if command != "prune"  # which asks for a run first; see its own tests
+    ],
+)
+def test_an_option_that_a_command_has_no_use_for_says_what_to_do(command, option, run, tmp_path):
+    done = run("deit", *command.split(), _NAMED_FIRST.get(command, "digits"), f"--{option}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"deit: error: deit {command}: takes no --{option}; .+\n", done.stderr)
+    assert tree(tmp_path) == {}
+
+
+def test_a_mistyped_option_of_the_command_itself_is_recognised(run):
+    done = run("deit", "tickets", "digits", "--levls", "3")
+    assert done.returncode == 2
+    assert "levls: unknown field; did you mean levels?" in done.stderr
 
 
 @pytest.mark.parametrize("program", [EVALUATE, "deit"])

@@ -1,0 +1,86 @@
+"""Options that are no field of a configuration: their parser, and values of several parts."""
+
+import argparse
+import typing
+from typing import Any
+
+from deit.errors import ConfigError
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`2/8` as (2, 8): part 2, counted from 0, of 8. Raises ConfigError."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ConfigError(f"--shard {text}: should be I/N with I in 0 ... N - 1, as in 0/4")
+    return int(part), int(parts)
+
+
+def check_records(text: str | None) -> str | None:
+    """hard, full or top-K. Raises ConfigError."""
+    kept = (text or "").removeprefix("top-")
+    if text in (None, "hard", "full") or (kept != text and kept.isdecimal() and int(kept) > 0):
+        return text
+    raise ConfigError(f"--records {text}: should be hard, full or top-K, as in top-10")
+
+
+def read_numbers(text: str | None, option: str, *, whole: bool, least: int = 1) -> tuple[Any, ...]:
+    """`8,16` as numbers: counts from `least`, or shares in (0, 1]. Raises ConfigError."""
+    found = []
+    for word in (text or "").split(","):
+        if not word:
+            continue
+        try:
+            value = int(word) if whole else float(word)
+        except ValueError:
+            value = -1
+        if not (value >= least if whole else 0 < value <= 1):  # nor a NaN
+            kind = f"whole numbers from {least}" if whole else "shares in (0, 1]"
+            raise ConfigError(f"{option} {text}: should be {kind}, with commas")
+        found.append(value)
+    if len({f"{value:g}" for value in found}) < len(found):
+        raise ConfigError(f"{option} {text}: names one of them twice")
+    return tuple(found)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0,1,2` as seeds, each once. Raises ConfigError."""
+    try:
+        seeds = tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        seeds = (-1,)
+    if min(seeds) < 0:
+        raise ConfigError(f"--seeds {text}: should be whole numbers from 0, with commas")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {text}: names one of them twice")
+    return seeds
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for the commands without a configuration: errors become ours, nothing is guessed."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def add_search(self, *, seeds: str = "0", retries: bool = True) -> None:
+        """The options of every command that trains many runs."""
+        self.add_argument(
+            "--seeds", default=seeds, metavar="A,B,...", help="Of each run; for mean and std."
+        )
+        self.add_argument(
+            "--at_once",
+            type=int,
+            default=1,
+            metavar="N",
+            help="Runs that share the machine: small students cannot fill it alone.",
+        )
+        if retries:
+            self.add_argument(
+                "--retries",
+                type=int,
+                default=1,
+                metavar="N",
+                help="How often a run is tried again that failed for a reason that may pass.",
+            )
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
