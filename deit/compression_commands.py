@@ -114,8 +114,6 @@ def tickets(arguments: list[str], program: str) -> None:
     """Lottery tickets: prune a recipe level by level with rewinding, beside controls."""
     parser = _ticket_parser(program)
     options, rest = parser.parse_known_args(arguments)
-    if any(word.partition("=")[0] == "--run.seed" for word in rest):
-        raise ConfigError(f"--run.seed: {program} takes --seeds A,B")
     run = parse_run(
         rest,
         program=program,
@@ -133,6 +131,8 @@ def tickets(arguments: list[str], program: str) -> None:
         online=False,
         out=_tickets_of(rest),
     )
+    if any(word.partition("=")[0] == "--run.seed" for word in rest):
+        raise ConfigError(f"--run.seed {run.config.run.seed}: this command takes --seeds A,B")
     if printed(run):
         return
     asked = ticket_options.Asked(

@@ -2,13 +2,21 @@
 
 import argparse
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from deit.config import Config
 
@@ -63,6 +71,34 @@ def _as_typed(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         is_instance=lambda value: True,
         str_from_instance=lambda value: [_shown(value)],
     )
+
+
+@_RUN_REGISTRY.struct_rule
+def _as_section(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """As of any dataclass, but for the help: tyro breaks its lines where the source does."""
+    if info.type not in {section.type for section in dataclasses.fields(Config)}:
+        return None
+    return StructConstructorSpec(
+        instantiate=info.type,
+        fields=tuple(
+            StructFieldSpec(
+                name=leaf.name,
+                type=leaf.type,
+                default=getattr(info.default, leaf.name),
+                helptext=lambda name=leaf.name: _helps_of(info.type)[name],
+            )
+            for leaf in dataclasses.fields(info.type)
+        ),
+    )
+
+
+@functools.cache
+def _helps_of(section: type) -> dict[str, str]:
+    """What a section's source says below each field, as one paragraph."""
+    import docstring_parser  # only --help needs it
+
+    params = docstring_parser.parse_from_object(section).params
+    return {param.arg_name: " ".join((param.description or "").split()) for param in params}
 
 
 def _metavar(kind: Any) -> str:

@@ -144,7 +144,7 @@ PLAN = {
     "deit.targets": place(2, "torch numpy"),
     "deit.engine": place(3, "torch accelerate einops"),
     "deit.options": place(1),
-    "deit.grammar": place(1, "tyro"),
+    "deit.grammar": place(1, "tyro docstring_parser"),
     "deit.arguments": place(4),
     "deit.parts": place(3, "torch accelerate pydantic"),
     "deit.trackers": place(3, "accelerate mlflow"),
