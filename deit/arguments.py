@@ -18,6 +18,7 @@ from deit.recipes import RECIPES, find_recipe
 from deit.validation import build, unknown_field
 
 TRAINS = "give it to deit train"
+TRAINS_NOT = dict.fromkeys(("resume", "dry_run", "print_config"), TRAINS)
 GOES_ON = {"resume": "the same command always goes on"}
 """What to do instead of options that not every command takes."""
 

@@ -5,6 +5,7 @@ import typing
 from typing import Any
 
 from deit.errors import ConfigError
+from deit.text import nearest
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -53,6 +54,17 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds {text}: names one of them twice")
     return seeds
+
+
+def parse_controls(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The named ones of the known controls, in their own order. Raises ConfigError."""
+    named = [] if text == "none" else [name.strip() for name in text.split(",") if name.strip()]
+    for name in named:
+        if name not in known:
+            raise ConfigError(
+                f"--controls {name}: should be of {', '.join(known)}, or none{nearest(name, known)}"
+            )
+    return tuple(name for name in known if name in named)
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ from torch import nn
 
 from deit.checkpoint import newest
 from deit.cli import run_command
-from deit.commands import TEST_SETS
+from deit.commands.measuring import TEST_SETS
 from deit.config import StudentConfig, derive
 from deit.datasets.splits import load_splits
 from deit.datasets.variants import VARIANTS, _synsets, load_variant

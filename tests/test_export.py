@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from deit.cli import run_command
-from deit.commands import EXPORTS
+from deit.commands.measuring import EXPORTS
 from deit.config import StudentConfig, derive
 from deit.datasets.decoding import decode_square
 from deit.datasets.splits import load_splits

@@ -15,8 +15,8 @@ from PIL import Image
 
 from deit import float_file, latency, processor, quantize, side_by_side
 from deit.cli import run_command
-from deit.compression_commands import CALIBRATIONS as CALIBRATIONS_BY_NAME
-from deit.compression_commands import QUANTIZATIONS
+from deit.commands.smaller import CALIBRATIONS as CALIBRATIONS_BY_NAME
+from deit.commands.smaller import QUANTIZATIONS
 from deit.config import StudentConfig, derive
 from deit.datasets.splits import load_splits
 from deit.datasets.spread import spread_rows

@@ -1,0 +1,176 @@
+"""The commands that look for lottery tickets, and at the loss around what was found."""
+
+from pathlib import Path
+
+from deit import checkpoint, landscape_options, ticket_options
+from deit.arguments import GOES_ON, parse_run, printed, run_name
+from deit.errors import ConfigError
+from deit.options import Parser, parse_controls, parse_seeds, read_numbers
+
+
+def tickets(arguments: list[str], program: str) -> None:
+    """Lottery tickets: prune a recipe level by level with rewinding, beside controls."""
+    parser = _ticket_parser(program)
+    options, rest = parser.parse_known_args(arguments)
+    run = parse_run(
+        rest,
+        program=program,
+        about="Train a recipe dense, then prune its smallest weights level by level: each level "
+        "goes back to the weights, schedule, order and views of an early update of the dense run, "
+        "and is trained from there. Into --out: results.csv, results.json, results.md, tickets.png "
+        "and the runs. The same command goes on, also with more levels, controls or seeds.",
+        own=parser,
+        told={
+            "out": "Folder of the search. None: checkpoints/RECIPE-tickets below the working "
+            "directory.",
+            "dry_run": "List the runs; nothing is trained or written.",
+        },
+        without=GOES_ON,
+        online=False,
+        out=_tickets_of(rest),
+    )
+    if any(word.partition("=")[0] == "--run.seed" for word in rest):
+        raise ConfigError(f"--run.seed {run.config.run.seed}: this command takes --seeds A,B")
+    if printed(run):
+        return
+    asked = ticket_options.Asked(
+        scope=options.scope,
+        levels=options.levels,
+        rate=options.rate,
+        rewind=options.rewind,
+        controls=parse_controls(options.controls, ticket_options.CONTROLS),
+        at=read_numbers(options.controls_at, "--controls_at", whole=True) or None,
+        tolerance=options.tolerance,
+    )
+    ticket_options.check_asked(asked, run.config)
+    seeds = parse_seeds(options.seeds)
+    from deit.tickets import tickets
+
+    tickets(
+        asked,
+        run,
+        seeds=seeds,
+        at_once=options.at_once,
+        retries=options.retries,
+        arguments=arguments,
+    )
+
+
+def _ticket_parser(program: str) -> Parser:
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument(
+        "--levels", type=int, metavar="N", help="How often weights are pruned. (default: 7)"
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="SHARE",
+        help="Share of the weights left that each level takes. (default: 0.2)",
+    )
+    parser.add_argument(
+        "--scope",
+        default="global",
+        help="Which weights are ranked together: global (all), layerwise (each layer gives the "
+        "same share) or N:M (N of each M neighbours stay).",
+    )
+    parser.add_argument(
+        "--rewind",
+        type=float,
+        metavar="EPOCHS",
+        help="Where levels go back to; 0: the initial weights. (default: where warm-up ends)",
+    )
+    parser.add_argument(
+        "--controls",
+        default=",".join(ticket_options.CONTROLS),
+        metavar="A,B,...",
+        help="Or none. random: as many weights of each layer, drawn; re-initialised: the ticket's "
+        "masks over other initial weights; one-shot: pruned once instead of level by level.",
+    )
+    parser.add_argument(
+        "--controls_at",
+        metavar="A,B,...",
+        help="The levels that have controls. (default: all)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="How far below the dense run a ticket still matches it.",
+    )
+    parser.add_search()
+    return parser
+
+
+def _tickets_of(words: list[str]) -> Path | None:
+    """Where a search of a recipe lies if none is named: not where the recipe's own run does."""
+    if not words or words[0].startswith("-"):
+        return None
+    return Path(f"checkpoints/{run_name(words[0])}-tickets")
+
+
+def landscape(arguments: list[str], program: str) -> None:
+    """The loss around trained weights: lines, planes, curvature, volume; over levels of pruning."""
+    parser = Parser(
+        prog=program,
+        description="Look at the loss around finished runs and between them, or around the levels "
+        "of a search for tickets: lines and their barriers, planes, eigenvalues, trace and "
+        "spectrum of the Hessian, volumes of basins. One page, with every chart and number.",
+    )
+    usual = landscape_options.Asked()
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs, or a search")
+    parser.add_argument("--out", type=Path, default=Path("landscape"), help="folder (landscape)")
+    parser.add_argument(
+        "--only", default=",".join(usual.parts), help=f"of {', '.join(usual.parts)}"
+    )
+    kinds = ", ".join(landscape_options.KINDS)
+    parser.add_argument("--kinds", default=",".join(usual.kinds), help=f"of a search: of {kinds}")
+    parser.add_argument("--levels", metavar="A,B", help="of a search (all); the dense run always")
+    parser.add_argument("--run_seed", type=int, metavar="S", help="of a search (the first)")
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default=usual.checkpoint)
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--split", choices=landscape_options.SPLITS, default=usual.split)
+    for name, told in (
+        ("images", "whose loss it is, spread over the classes"),
+        ("points", "of a line"),
+        ("grid", "points along each axis of a plane"),
+        ("top", "largest eigenvalues"),
+        ("steps", "of Lanczos at most, for these"),
+        ("probes", "random vectors for the trace"),
+        ("rays", "of a volume"),
+        ("seed", "of everything that is drawn"),
+    ):
+        value = getattr(usual, name)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{told} ({value})")
+    told = f"of a plane, in lengths of the filters ({usual.span:g})"
+    parser.add_argument("--span", type=float, default=usual.span, help=told)
+    told = f"of the loss [nats] up to the rim of a basin ({usual.rise:g})"
+    parser.add_argument("--rise", type=float, default=usual.rise, help=told)
+    options = vars(parser.parse_args(arguments))
+    runs, out, root = (options.pop(name) for name in ("runs", "out", "root"))
+    asked = landscape_options.Asked(
+        **options
+        | {
+            "parts": _words(options.pop("only")),
+            "kinds": _words(options["kinds"]),
+            "levels": _levels(options["levels"]),
+        }
+    )
+    landscape_options.check_asked(asked)
+    from deit.landscape import landscape
+
+    landscape(runs, out, asked, root=root, arguments=arguments)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _levels(text: str | None) -> tuple[int, ...] | None:
+    """`0,3,7` as levels; None for all. Raises ConfigError."""
+    if text is None:
+        return None
+    words = _words(text)
+    if not words or not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--levels {text}: should be whole numbers from 0, with commas")
+    return tuple(map(int, words))

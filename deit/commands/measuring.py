@@ -1,0 +1,175 @@
+"""The commands that ask a finished run for answers, or write it for others to ask."""
+
+from pathlib import Path
+
+from deit import checkpoint
+from deit.errors import ConfigError
+from deit.options import Parser, read_numbers
+from deit.text import nearest
+
+# Names that options take, without importing what they name; tests hold them to that.
+TEST_SETS = ("real", "v2", "a", "r", "sketch")
+EXPORTS = ("timm", "transformers", "onnx", "pt2")
+
+
+def evaluate(arguments: list[str], program: str) -> None:
+    """Measure a finished run, head by head."""
+    parser = Parser(
+        prog=program,
+        description="Measure a run on its test split, head by head; or several runs, resolutions, "
+        "crops and numbers of merged tokens in one table.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--teacher", metavar="SOURCE", help="teacher to agree with; none: without")
+    parser.add_argument("--run.device", dest="device", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--resolution", metavar="A,B", help="sides of the input [px]; positions are resized"
+    )
+    parser.add_argument("--crop", metavar="A,B", help="evaluation crops, as views.evaluation_crop")
+    parser.add_argument(
+        "--merge", metavar="A,B", help="tokens of a ViT that each block merges; none is retrained"
+    )
+    parser.add_argument(
+        "--variant", metavar="NAME", help=f"ImageNet's {', '.join(TEST_SETS)}, from --data.root"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw throughput against accuracy"
+    )
+    parser.add_argument("--force", action="store_true", help="let --json and --plot replace files")
+    options = parser.parse_args(arguments)
+    sides = read_numbers(options.resolution, "--resolution", whole=True)
+    crops = read_numbers(options.crop, "--crop", whole=False)
+    merges = read_numbers(options.merge, "--merge", whole=True, least=0)
+    if options.variant is not None and options.variant not in TEST_SETS:
+        advice = f"should be one of {', '.join(TEST_SETS)}{nearest(options.variant, TEST_SETS)}"
+        raise ConfigError(f"--variant {options.variant}: {advice}")
+    if options.variant is not None and (options.teacher or options.split != "test"):
+        raise ConfigError(
+            "--variant is a test set of its own: neither --teacher nor --split go with it"
+        )
+    if options.variant is not None and options.root is None:
+        raise ConfigError(f"--variant {options.variant}: needs --data.root, where its images lie")
+    from deit.contact_sheet import check_picture
+    from deit.disk import check_file
+    from deit.evaluation import evaluate
+    from deit.evaluation_tables import print_evaluation, write_evaluation
+
+    check_file(options.json, option="--json", replace=options.force)
+    if options.plot is not None:
+        check_picture(options.plot, option="--plot")
+        check_file(options.plot, option="--plot", replace=options.force)
+    asked = {
+        "checkpoint": options.checkpoint,
+        "split": options.split,
+        "root": options.root,
+        "teacher": options.teacher,
+        "device": options.device,
+        "variant": options.variant,
+    }
+    if max(map(len, (options.runs, sides, crops, merges))) > 1 or options.plot is not None:
+        from deit.survey import survey
+
+        survey(
+            options.runs,
+            resolutions=sides,
+            crops=crops,
+            merges=merges,
+            plot=options.plot,
+            json_file=options.json,
+            **asked,
+        )
+        return
+    found = evaluate(
+        options.runs[0],
+        resolution=sides[0] if sides else None,
+        crop=crops[0] if crops else None,
+        merge=merges[0] if merges else None,
+        cost=True,
+        **asked,
+    )
+    print_evaluation(found)
+    if options.json is not None:
+        write_evaluation(options.json, found)
+
+
+def predict(arguments: list[str], program: str) -> None:
+    """A run's answers to pictures of your own, head by head, and what its tokens look at."""
+    parser = Parser(
+        prog=program,
+        description="The likeliest classes of pictures by each head of a finished run.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "pictures", type=Path, nargs="+", metavar="IMAGE", help="pictures, or folders of them"
+    )
+    parser.add_argument("--top", type=int, default=5, help="classes to show (5)")
+    parser.add_argument(
+        "--teacher", metavar="SOURCE", help="ask a teacher as well; run: the run's own"
+    )
+    parser.add_argument(
+        "--attention", type=Path, metavar="FILE.png", help="draw what each token looks at"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the answers here")
+    parser.add_argument(
+        "--force", action="store_true", help="let --json and --attention replace files"
+    )
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
+    options = parser.parse_args(arguments)
+    if options.top < 1:
+        raise ConfigError(f"--top {options.top}: should be at least 1")
+    from deit.contact_sheet import check_picture
+    from deit.disk import check_file
+    from deit.predict import predict
+
+    check_file(options.json, option="--json", replace=options.force)
+    if options.attention is not None:
+        check_picture(options.attention, option="--attention")
+        check_file(options.attention, option="--attention", replace=options.force)
+    predict(
+        options.run,
+        options.pictures,
+        name=options.checkpoint,
+        teacher=options.teacher,
+        top=options.top,
+        attention=options.attention,
+        json_file=options.json,
+    )
+
+
+def export(arguments: list[str], program: str) -> None:
+    """Write a run for timm, transformers, ONNX Runtime or torch.export; verified, with a card."""
+    parser = Parser(
+        prog=program,
+        description="Write a finished run in another format, load it without our code, hold its "
+        "answers against the run's on test images, and keep it only if they are the same.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--format", required=True, metavar="NAME", help=f"{', '.join(EXPORTS)}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (RUN/export-FORMAT)")
+    parser.add_argument("--force", action="store_true", help="let --out replace a folder")
+    parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--images", type=int, default=512, help="test images to verify on (512)")
+    parser.add_argument("--license", dest="licence", metavar="NAME", help="of the weights")
+    options = parser.parse_args(arguments)
+    if options.format not in EXPORTS:
+        advice = f"should be one of {', '.join(EXPORTS)}{nearest(options.format, EXPORTS)}"
+        raise ConfigError(f"--format {options.format}: {advice}")
+    if options.images < 1:
+        raise ConfigError(f"--images {options.images}: should be at least 1")
+    from deit.export import export
+
+    export(
+        options.run,
+        options.out,
+        name=options.format,
+        checkpoint=options.checkpoint,
+        root=options.root,
+        images=options.images,
+        licence=options.licence,
+        force=options.force,
+    )

@@ -1,0 +1,147 @@
+"""The commands that train many runs beside each other, and the page about runs."""
+
+import dataclasses
+from pathlib import Path
+
+from deit.arguments import GOES_ON, TRAINS, parse_run, printed
+from deit.config import Config, code_of
+from deit.errors import ConfigError
+from deit.options import Parser, check_records, parse_seeds
+from deit.sweep_file import Sweep, corners_of, points_of, under_command_line, with_fields
+from deit.sweeps import SWEEPS, find_sweep
+
+
+def compare(arguments: list[str], program: str) -> None:
+    """What the teacher is worth, or another study of a recipe, in one table."""
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument(
+        "--study",
+        default="worth",
+        metavar="NAME",
+        help="worth (the student with and without teacher), teaching (every teaching mode), "
+        "patience (epochs), ensemble (teachers together and alone) or resolution (a fine-tuning by "
+        "its teachers and none).",
+    )
+    parser.add_argument(
+        "--only", default="", metavar="A,B", help="Some students of the study; none named: all."
+    )
+    parser.add_search(retries=False)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the numbers here.")
+    options, rest = parser.parse_known_args(arguments)
+    seeds = parse_seeds(options.seeds)
+    run = parse_run(
+        rest,
+        program=program,
+        about="Train a recipe's teachers and several students beside each other, and evaluate all "
+        "on the test split. data.* and run.* apply to the teachers too. The same command goes on: "
+        "a finished run is not trained again.",
+        own=parser,
+        told={"out": "Folder of all runs. None: checkpoints/RECIPE below the working directory."},
+        without={**GOES_ON, "dry_run": TRAINS},
+    )
+    if printed(run):
+        return
+    from deit.comparison import compare
+
+    compare(
+        run,
+        study=options.study,
+        only=tuple(name.strip() for name in options.only.split(",") if name.strip()),
+        seeds=seeds,
+        at_once=options.at_once,
+        json_file=options.json,
+        arguments=arguments,
+    )
+
+
+def sweep(arguments: list[str], program: str) -> None:
+    """Every combination of a grid, or the runs of a file or study: one table, mean and std."""
+    helps = bool({"-h", "--help"} & set(arguments))
+    if arguments and not arguments[0].startswith("-"):
+        plan, rest = find_sweep(arguments[0]), arguments[1:]
+    elif helps:
+        plan, rest = Sweep("sweep"), arguments
+    else:
+        raise ConfigError(
+            f"name a sweep first: {program} FILE.yaml --out DIR, or one of {', '.join(SWEEPS)}"
+        )
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument(
+        "--recipe", default=plan.recipe, metavar="RECIPE", help="Instead of the file's."
+    )
+    parser.add_search(seeds=",".join(map(str, plan.seeds)))
+    parser.add_argument(
+        "--best", type=int, default=5, metavar="N", help="How many are named in the end."
+    )
+    options, rest = parser.parse_known_args(rest)
+    plan = dataclasses.replace(plan, recipe=options.recipe, seeds=parse_seeds(options.seeds))
+    check_records(plan.records)
+    asked: list[Config] = []
+    trusted: set[str] = set()
+
+    def adapt(config: Config) -> Config:
+        if not plan.recipe.endswith(".json"):
+            trusted.update(code_of(config.teacher))  # a recipe that is code itself may name more
+        asked.append(with_fields(config, plan.set, where=f"sweep {plan.name}, set"))
+        return asked[0]
+
+    run = parse_run(
+        [plan.recipe, *rest],
+        program=program,
+        usage="SWEEP [--recipe RECIPE]",
+        about="Train and evaluate every run of a sweep for each seed. SWEEP: a YAML or JSON file "
+        f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}. Into --out: results.csv, results.json, "
+        "results.md, pictures and the runs. The same command goes on; what is finished is kept, "
+        "also when the file changes.",
+        own=parser,
+        told={
+            "out": "Folder of the sweep. None: checkpoints/SWEEP below the working directory.",
+            "dry_run": "List the runs; nothing is trained or written.",
+        },
+        without=GOES_ON,
+        adapt=adapt,
+        out=Path("checkpoints") / plan.name,
+        online=False,
+    )
+    if printed(run):
+        return
+    plan = under_command_line(plan, asked[0], run.config)
+    # Every mistake in the file, before torch is there.
+    points = corners_of(plan, run.config) if plan.search else points_of(plan, run.config)
+    if run.names_teachers:
+        trusted.update(code_of(run.config.teacher))
+    for point in points:
+        if named := sorted({*code_of(point.config.teacher)} - trusted):
+            raise ConfigError(
+                f"sweep {plan.name}, {point.name}: its teacher {named[0]} is code, which no file "
+                f"but the command line may have run; add --teacher.source {named[0]} if you trust "
+                "it"
+            )
+    from deit.sweep import sweep
+
+    sweep(
+        plan,
+        run,
+        asked=asked[0],
+        at_once=options.at_once,
+        retries=options.retries,
+        best=options.best,
+        arguments=arguments,
+    )
+
+
+def report(arguments: list[str], program: str) -> None:
+    """One page about runs and sweeps: curves, classes, calibration, attention, views; PNG, CSV."""
+    parser = Parser(
+        prog=program,
+        description="Write one self-contained HTML page about finished runs and sweeps, with every "
+        "chart as PNG and every table as CSV beside it.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run or sweep folder")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder (report)")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--force", action="store_true", help="let --out replace a report")
+    options = parser.parse_args(arguments)
+    from deit.report import report
+
+    report(options.runs, options.out, root=options.root, force=options.force)
