@@ -76,7 +76,10 @@ class Parser(argparse.ArgumentParser):
     def add_search(self, *, seeds: str = "0", retries: bool = True) -> None:
         """The options of every command that trains many runs."""
         self.add_argument(
-            "--seeds", default=seeds, metavar="A,B,...", help="Of each run; for mean and std."
+            "--seeds",
+            default=seeds,
+            metavar="A,B,...",
+            help="Every run once with each: mean and std of several.",
         )
         self.add_argument(
             "--at_once",
