@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deit.checkpoint import result_of
-from deit.config import Config, StudentConfig, is_transformer
+from deit.config import STUDENTS, Config, StudentConfig, is_transformer
 from deit.console import progress, say
 from deit.datasets.spread import spread_rows
 from deit.disk import check_file, replace_folder, write_json
@@ -16,14 +16,16 @@ from deit.environment import create_accelerator, describe
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.evaluation import as_asked, find_run
 from deit.export import check_place, require
-from deit.float_file import FloatFile, write_float_file
+from deit.float_file import FloatFile, split_of, write_float_file
 from deit.formats import FORMATS
 from deit.model_card import write_card
 from deit.models.rounding import rounded_layers
+from deit.models.saved import Facts, load_student
+from deit.models.student import Student
 from deit.processor import int8_flags, saturates
 from deit.prune_options import MANIFEST, PRUNED, RECOVERED
 from deit.quantization import calibrated, learnt, write_int8
-from deit.quantization_layers import METHODS, choose, serves
+from deit.quantization_layers import METHODS, choose, layers_of, serves
 from deit.quantization_tables import print_quantization, print_sensitivity, quantization_card, told
 from deit.side_by_side import (
     alike_in_batches,
@@ -94,9 +96,11 @@ def quantize(
     check_place(folder, force=force)
     check_file(json_file, option="--json", replace=force)
     config = as_asked(config, root=root, device="cpu")
+    student, facts = load_student(saved)
+    _check_early(plan, config, student, facts, saved.parent)
     found: dict[str, Any] = {"run": str(run), "checkpoint": saved.name}
     with tempfile.TemporaryDirectory(prefix="deit-") as scratch:
-        file = write_float_file(config, saved, Path(scratch))
+        file = write_float_file(config, student, facts, run=saved.parent, place=Path(scratch))
         target = Path(scratch) / "int8.onnx"
         found |= _written(file, plan, target, sensitivity=sensitivity)
         found |= answers_on_test(file, target)
@@ -139,6 +143,26 @@ def _check_learnt(config: Config, plan: Plan, run: Path) -> None:
             f"{wrong[0]}: {run} was trained for one file (student.rounding {rounding}): static, by "
             "the ranges it has learnt, products of attention in float; leave it out"
         )
+
+
+def _check_early(plan: Plan, config: Config, student: Student, facts: Facts, run: Path) -> None:
+    """Refuse, before the export, which takes the most, what can be known without it. Raises
+    ConfigError and DataError."""
+    # What adapters, and timm's others, call the functions that they compute only the graph tells.
+    if config.student.name in STUDENTS and config.student.adapters == "none":
+        layers = layers_of(student.network)
+        choose(layers, method=plan.method, attention=plan.attention, exclude=plan.exclude)
+    if plan.method == "static" and config.student.rounding == "none":
+        number = len(split_of(config, facts, run, "train").labels)
+        if number < _images(plan):
+            raise DataError(
+                f"--calibration {_images(plan)}: there are {number} training images; ask for no "
+                "more, or take --method dynamic, which needs none"
+            )
+
+
+def _images(plan: Plan) -> int:
+    return plan.images or _CALIBRATED_ON
 
 
 def _written(file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool) -> dict[str, Any]:
@@ -193,14 +217,9 @@ def _learnt(file: FloatFile) -> tuple[Any, dict[str, Any]]:
 
 def _calibrate(file: FloatFile, plan: Plan) -> tuple[Any, dict[str, Any]]:
     """The ranges of activations, and what they were found on. Raises DataError."""
-    train, number, how = file.images("train"), plan.images or _CALIBRATED_ON, plan.how or "minmax"
-    if len(train.labels) < number:
-        raise DataError(
-            f"--calibration {number}: there are {len(train.labels)} training images; ask for "
-            "no more, or take --method dynamic, which needs none"
-        )
-    seed = file.config.data.split_seed
-    rows = spread_rows(train.labels, number, seed=seed, stream="calibration")
+    train = split_of(file.config, file.facts, file.run, "train")
+    how, seed = plan.how or "minmax", file.config.data.split_seed
+    rows = spread_rows(train.labels, _images(plan), seed=seed, stream="calibration")
     batches = file.inputs(train, rows, size=_CALIBRATED_AT_ONCE)
     total = math.ceil(len(rows) / _CALIBRATED_AT_ONCE)
     watched = progress(batches, total=total, title="calibrating")
