@@ -158,7 +158,7 @@ def test_two_runs_of_one_name_keep_apart(place, tmp_path):
         (("run", "nothing"), 4, "nothing: no such run folder"),
         (("run", "run"), 2, "run: is among the versions already"),
         (("run", "other", "other"), 2, "other: is among the versions already"),
-        (("run", "--merge", "9"), 2, "merging 9 tokens a block: should be from 0 to 8"),
+        (("other", "--merge", "9"), 2, "merging 9 tokens a block: should be from 0 to 8"),
         (("run", "--merge", "two"), 2, "--merge two"),
         (("run", "--merge", "0"), 2, "--merge 0"),
         (("run", "--json", "e.json"), 5, "--json e.json"),
@@ -170,12 +170,31 @@ def test_a_mistake_is_told_before_the_work(place, zygote, words, code, said):
     assert (done.code, said in done.err) == (code, True), done.err
 
 
+def test_a_ladder_that_is_there_is_replaced_only_when_asked(place, measured, zygote, tmp_path):
+    folder = place / "run" / "ladder"
+    before = (folder / "ladder.json").read_bytes()
+    done = zygote.run("ladder", "run", cwd=place)
+    assert (done.code, done.out) == (5, "")
+    assert done.err == "deit: error: run/ladder: exists already; --force replaces it\n"
+    assert (folder / "ladder.json").read_bytes() == before
+    shutil.copytree(place / "other", tmp_path / "other")
+    (tmp_path / "other" / "ladder").mkdir()
+    (tmp_path / "other" / "ladder" / "notes.md").touch()
+    done = zygote.run("ladder", "other", "--force", cwd=tmp_path)
+    assert done.code == 5
+    assert "other/ladder: holds other things than a ladder (notes.md)" in done.err
+    (tmp_path / "other" / "ladder" / "notes.md").rename(tmp_path / "other/ladder/ladder.md")
+    done = zygote.run("ladder", "other", "--force", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "deit ladder other --force" in (tmp_path / "other" / "ladder" / "ladder.md").read_text()
+
+
 @pytest.mark.slow
 def test_a_run_of_another_size_is_refused(place, zygote, tmp_path):
     words = ("--objective", "none", *SMALL, "--optim.epochs", "2", "--student.image_size", "16")
     words = (*words, "--student.patch_size", "4", "--out", tmp_path / "large")
     assert zygote.run("train", "digits", *words, cwd=place).code == 0
-    done = zygote.run("ladder", "run", tmp_path / "large", cwd=place)
+    done = zygote.run("ladder", "run", tmp_path / "large", "--force", cwd=place)
     assert done.code == 2
     assert "large: is evaluated at image_size 16, the run at 8" in done.err
 
@@ -185,7 +204,7 @@ def test_a_run_of_other_splits_is_refused(place, zygote, tmp_path):
     config = json.loads((tmp_path / "seen" / "config.json").read_text())
     config["data"]["split_seed"] = 1
     (tmp_path / "seen" / "config.json").write_text(json.dumps(config))
-    done = zygote.run("ladder", "run", tmp_path / "seen", cwd=place)
+    done = zygote.run("ladder", "run", tmp_path / "seen", "--force", cwd=place)
     assert done.code == 3
     assert "seen: has another data.split_seed than the run" in done.err
 
@@ -193,7 +212,7 @@ def test_a_run_of_other_splits_is_refused(place, zygote, tmp_path):
 @pytest.mark.slow
 def test_files_of_other_weights_are_left_out(place, zygote, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(place / "run", run)
+    shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("ladder"))
     shutil.rmtree(run / "best")
     shutil.copytree(place / "other" / "best", run / "best")
     done = zygote.run("ladder", run, cwd=place)
