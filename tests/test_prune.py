@@ -309,7 +309,6 @@ def test_options_that_cannot_be(wrong):
     ("words", "said"),
     [
         (("prune",), "name a finished run first: deit prune RUN"),
-        (("prune", "nothing"), "nothing: no run folder (no config.json)"),
         (("prune", "run", "--score", "tailor"), "--score tailor: should be one of taylor, magn"),
         (("prune", "run", "--tuning", "long"), "--tuning long: should be one of deit"),
         (("prune", "run", "--heads", "0.9"), "--heads 0.9: leaves 1 of 6, and each of 2 blocks"),
