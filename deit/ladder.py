@@ -102,7 +102,7 @@ def ladder(
         "image_size": config.student.image_size,
         "rows": rows,
         "command": f"deit ladder {shlex.join(arguments)}",
-        "environment": describe(create_accelerator(_AS_MEASURED), []),
+        "environment": describe(create_accelerator(_AS_MEASURED), arguments),
     }
     print_ladder(result)
     _write(result, run, json_file)

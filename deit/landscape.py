@@ -58,7 +58,7 @@ def landscape(
             "places": {place.name: _around(place, view, asked, kept) for place in places},
             **_between(places, view, asked, kept),
             "command": f"deit landscape {shlex.join(arguments)}",
-            "environment": describe(accelerator, []),
+            "environment": describe(accelerator, arguments),
         }
         write_json(out / "landscape.json", result)
         for written in write_page(result, out):

@@ -1,6 +1,7 @@
 """A finished run's student as an int8 file for ONNX Runtime, measured beside its float one."""
 
 import math
+import shlex
 import shutil
 import tempfile
 from importlib import metadata
@@ -68,13 +69,14 @@ def quantize(
     root: str | None = None,
     json_file: Path | None = None,
     force: bool = False,
+    arguments: list[str] | None = None,
 ) -> Path:
     """Write a run's student as int8, with a card and what was measured; the folder.
 
     out: None: quantized-METHOD in the run's folder. max_drop: by so many percentage points top-1 on
     the test images may fall, of the student's own answer. sensitivity: whether each layer is
     measured alone. root: where the images lie now. json_file: for the numbers as well. force:
-    replaces folder and file.
+    replaces folder and file. arguments: of the command line, to be written down.
 
     Raises EnvironmentFault where a package is missing or a place cannot be written, ConfigError
     where nothing can be quantized, DataError where training images are too few, CheckpointError
@@ -98,11 +100,16 @@ def quantize(
     config = as_asked(config, root=root, device="cpu")
     student, facts = load_student(saved)
     _check_early(plan, config, student, facts, saved.parent)
-    found: dict[str, Any] = {"run": str(run), "checkpoint": saved.name}
+    found: dict[str, Any] = {
+        "run": str(run),
+        "checkpoint": saved.name,
+        "command": f"deit quantize {shlex.join(arguments or [])}".rstrip(),
+        "environment": _environment(config, arguments or []),
+    }
     with tempfile.TemporaryDirectory(prefix="deit-") as scratch:
         file = write_float_file(config, student, facts, run=saved.parent, place=Path(scratch))
         target = Path(scratch) / "int8.onnx"
-        found |= _written(file, plan, target, sensitivity=sensitivity)
+        found = _written(found, file, plan, target, sensitivity=sensitivity)
         found |= answers_on_test(file, target)
         if file.rounding is not None:
             found["as_the_run"] = as_the_run(file, target)
@@ -165,12 +172,15 @@ def _images(plan: Plan) -> int:
     return plan.images or _CALIBRATED_ON
 
 
-def _written(file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool) -> dict[str, Any]:
-    """Write the int8 file; what was done, and each layer alone if that is asked."""
+def _written(
+    known: dict[str, Any], file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool
+) -> dict[str, Any]:
+    """Write the int8 file; what is known, with what was done, and each layer alone if asked."""
     layers = file.layers
     chosen = choose(layers, method=plan.method, attention=plan.attention, exclude=plan.exclude)
     reduce_range = saturates(int8_flags())
-    found: dict[str, Any] = {
+    found = {
+        **known,
         "method": plan.method,
         "int8_layers": chosen,
         "products": list(layers.products),
@@ -178,7 +188,6 @@ def _written(file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool) ->
         "int8_share": sum(layers.weights[name] for name in chosen) / layers.parameters,
         "calibration": None,
         "reduce_range": reduce_range,
-        "environment": _environment(file),
     }
     ranges = None
     if file.rounding is not None:
@@ -198,8 +207,8 @@ def _written(file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool) ->
     return found
 
 
-def _environment(file: FloatFile) -> dict[str, Any]:
-    about = describe(create_accelerator(file.config.run), [])
+def _environment(config: Config, arguments: list[str]) -> dict[str, Any]:
+    about = describe(create_accelerator(config.run), arguments)
     for package in FORMATS["onnx"].needs:
         about["packages"][package] = metadata.version(package)
     return {**about, "int8_flags": list(int8_flags())}

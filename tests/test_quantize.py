@@ -81,7 +81,9 @@ def runs(tmp_path_factory):
 def folders(runs):
     """Every run by every method that serves it, as (run, method) -> folder."""
     return {
-        (name, method): quantize.quantize(runs / name, None, Plan(method=method), max_drop=5)
+        (name, method): quantize.quantize(
+            runs / name, None, Plan(method=method), max_drop=5, arguments=[name, "--method", method]
+        )
         for name, method in ABLE
     }
 
@@ -440,6 +442,8 @@ def test_what_is_told_is_what_the_file_answers(name, method, runs, folders):
     for kind in ("float", "int8"):
         assert list(found[kind]["latency"]) == ["1", "64"]
         assert all(one["p10_ms"] <= one["median_ms"] for one in found[kind]["latency"].values())
+    assert found["command"] == f"deit quantize {name} --method {method}"
+    assert found["environment"]["arguments"] == [name, "--method", method]
     assert found["environment"]["threads"] == 1
     assert found["environment"]["packages"]["onnxruntime"] == onnxruntime.__version__
 
