@@ -1,5 +1,6 @@
 """deit ladder: which versions stand on it, and that their numbers are their own commands'."""
 
+import copy
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from deit.ladder import Version, _rung, versions_of
-from deit.ladder_page import draw_ladder, markdown
+from deit.ladder_page import draw_ladder, markdown, print_ladder
 from deit.models.saved import load_student, save_weights
 from deit.validation import load
 from tests.test_prune import QUICK, SMALL
@@ -109,6 +110,22 @@ def test_numbers_table_and_picture_lie_in_the_runs_folder(place, measured, tmp_p
     assert found["environment"]["arguments"][:3] == ["run", "--merge", "2"]
     draw_ladder(found, tmp_path / "again.png")
     assert (tmp_path / "again.png").stat().st_size > 20_000
+
+
+def test_the_table_on_a_terminal_is_no_wider_than_it_must_be(measured, capsys):
+    """With every number of the file's, and a column of its own for zeros only where there are."""
+    found = copy.deepcopy(measured[0])
+    for zeros in (0, 5):
+        found["rows"]["run"]["nonzero"] = found["rows"]["run"]["parameters"] - zeros
+        print_ladder(found)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "┃│"]
+        assert max(map(len, lines)) <= 120
+        assert ("not 0" in "".join(lines)) == bool(zeros)
+        (row,) = [line for line in lines if line.startswith("│ run  ")]
+        text = next(line for line in markdown(found).splitlines() if line.startswith("| run |"))
+        cells = [cell.strip() for cell in text.strip("|").split("|")]
+        told = [cell for place, cell in enumerate(cells) if place not in (1, 7)[: 2 - bool(zeros)]]
+        assert [cell.strip() for cell in row.strip("│").split("│")] == told
 
 
 def test_masked_weights_are_not_counted(place, tmp_path):
