@@ -84,6 +84,14 @@ def test_the_places_of_a_search_are_its_levels(place):
     assert best[0].saved == place / "search/seed-0/level-0/best"
 
 
+def test_images_of_some_classes_alone_are_said_to_be(place, capsys):
+    places = places_of([place / "search"], Asked())
+    view_of(places, Asked(images=5), root=None, device=CPU)
+    assert "--images 5: of 5 of the 10 classes alone" in capsys.readouterr().err
+    view_of(places, Asked(images=10), root=None, device=CPU)
+    assert capsys.readouterr().err == ""
+
+
 def test_around_a_level_only_what_it_keeps_moves(place):
     places = places_of([place / "search"], Asked())
     view = view_of(places, Asked(images=8), root=None, device=CPU)
