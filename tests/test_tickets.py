@@ -391,6 +391,24 @@ def test_the_curve_has_a_line_a_kind_and_the_level_of_the_dense_run(searched):
             assert y == pytest.approx(100 * sum(top1) / 2)
 
 
+@pytest.mark.parametrize(("kinds", "moved"), [(("ticket",), False), (("ticket", RANDOM), True)])
+def test_a_picture_says_where_points_stand_beside_their_sparsity(kinds, moved):
+    """And only there."""
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    rows = {
+        kind: {
+            "values": {"run": kind, "sparsity %": "50.0"},
+            "seeds": [0],
+            "top1": [{"class": 0.5, "distillation": None, "fused": None}],
+        }
+        for kind in kinds
+    }
+    ticket_curve({"rows": rows, "split": "test", "tickets": {"tolerance": 1}})(axes)
+    places = [bars.lines[0].get_xydata()[0][0] for bars in axes.containers]
+    assert (places != [50.0] * len(kinds)) == moved
+    assert ("stand side by side" in axes.get_xlabel()) == moved
+
+
 def test_a_picture_without_a_finished_dense_run(searched, tmp_path):
     place, _ = searched
     found = result(place / "out")
