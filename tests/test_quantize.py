@@ -478,6 +478,7 @@ def test_each_layer_alone_is_measured_on_validation_images(runs, tmp_path, capsy
     assert "each layer alone in int8" in capsys.readouterr().out
     found = told(place)
     assert found == json.loads((tmp_path / "all.json").read_text())
+    assert found["environment"]["arguments"] == given
     rows = found["sensitivity"]["layers"]
     assert {row["layer"] for row in rows} == set(found["int8_layers"])
     assert "head_dist" in found["float_layers"]
