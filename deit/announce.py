@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from deit.config import LossConfig, is_transformer, label_weight, peak_lr
+from deit.config import LossConfig, OptimConfig, is_transformer, label_weight, peak_lr
 from deit.console import clock, percent, say, warn
 from deit.datasets.images import Images
 from deit.datasets.reading import worker_count
@@ -23,10 +23,8 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
     splits, accelerator = parts.splits, parts.accelerator
     network = accelerator.unwrap_model(parts.student).network
     views = loader.steps_per_epoch * optim.batch_size
-    scaled = optim.lr_reference_batch
     number = accelerator.num_processes
     processes = "1 process" if number == 1 else f"{number} processes"
-    arithmetic = f" = {optim.lr:g} x {optim.batch_size} / {scaled}" if scaled else ""
     say(
         f"student   {config.student.name}: {size_of(network)} parameters, "
         f"input {config.student.image_size} px"
@@ -46,10 +44,7 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
         f"{len(splits.train.labels)}) an epoch"
     )
     say(f"views     {_of_views(parts)}")
-    say(
-        f"schedule  {optim.epochs} epochs, peak learning rate {peak_lr(optim):.3g}{arithmetic}, "
-        f"warm-up {optim.warmup_epochs:g} epochs"
-    )
+    say(f"schedule  {schedule_of(optim)}")
     threads = environment["threads"]
     say(
         f"machine   {environment['device_name']}, {environment['precision']}, "
@@ -68,6 +63,16 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
             f"student.patch_size = {config.student.patch_size} leaves {tokens} patch tokens of a "
             f"{config.student.image_size} px image; fewer than 16 rarely train well"
         )
+
+
+def schedule_of(optim: OptimConfig) -> str:
+    """Epochs, learning rate and warm-up in words."""
+    scaled = optim.lr_reference_batch
+    arithmetic = f" = {optim.lr:g} x {optim.batch_size} / {scaled}" if scaled else ""
+    return (
+        f"{optim.epochs} epochs, peak learning rate {peak_lr(optim):.3g}{arithmetic}, "
+        f"warm-up {optim.warmup_epochs:g} epochs"
+    )
 
 
 def _of_start(parts: Parts) -> None:

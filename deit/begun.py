@@ -7,25 +7,33 @@ from typing import Any
 from deit.errors import ConfigError, EnvironmentFault
 from deit.typed_json import read_typed
 
+_NAMED = 8
+
 
 def check_begun(out: Path, file: str, asked: dict[str, Any], *, what: str) -> None:
     """Refuse a folder in which something else was begun, or that holds anything else.
 
     file: in the folder, what was asked there when it was begun. asked: the same now, by name, ready
-    for JSON; what only one of them has counts as well. what: it is called. Raises
-    ConfigError and EnvironmentFault.
+    for JSON; what only one of them has counts as well. what: it is called. Raises EnvironmentFault,
+    and ConfigError that names all that differs.
     """
     if out.exists() and not out.is_dir():
         raise EnvironmentFault(f"--out {out}: is a file, not a folder")
     before = out / file
     if before.is_file():
         there, now = read_typed(before, dict[str, Any]), json.loads(json.dumps(asked))
-        for key in [*now, *(key for key in there if key not in now)]:
-            if there.get(key) != now.get(key):
-                raise ConfigError(
-                    f"--out {out}: holds a {what} whose {key} is {_shown(there, key)}, not "
-                    f"{_shown(now, key)}; give another --out"
-                )
+        keys = [*now, *(key for key in there if key not in now)]
+        wrong = [
+            f"{key} is {_shown(there, key)}, not {_shown(now, key)}"
+            for key in keys
+            if there.get(key) != now.get(key)
+        ]
+        if wrong:
+            more = f" and {len(wrong) - _NAMED} more" * (len(wrong) > _NAMED)
+            raise ConfigError(
+                f"--out {out}: holds a {what} whose {', '.join(wrong[:_NAMED])}{more}; give what "
+                "it was begun with, or another --out"
+            )
     elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ConfigError(f"--out {out}: holds something, but no {what}; give another --out")
 

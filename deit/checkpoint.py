@@ -79,6 +79,14 @@ def open_folder(out: Path) -> None:
         raise EnvironmentFault(f"--out {out}: cannot be made ({error.strerror})") from None
 
 
+def check_run(run: Path) -> None:
+    """Refuse what is no run folder. Raises CheckpointError."""
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such run folder")
+    if not (run / CONFIG).is_file():
+        raise CheckpointError(f"{run}: not a run folder (no {CONFIG})")
+
+
 def result_of(out: Path) -> dict[str, Any] | None:
     """What a finished run came to; None of one that is not. Raises CheckpointError."""
     path = out / RESULT

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -14,6 +15,7 @@ Item = TypeVar("Item")
 Watch = Callable[[range], Iterable[int]]
 """Wraps the range that a long loop goes through, to show progress; `iter` shows none."""
 _PLAIN_INTERVAL_S = 10.0
+_WIDE = 100  # of a table, in characters
 
 
 def is_main_process() -> bool:
@@ -87,11 +89,12 @@ def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False
 ) -> None:
     """A table to standard output: the first column aligned left, the others right; with `text`
-    all of them left."""
+    all of them left. Where it would be wide, the heads take several lines."""
     if not is_main_process():
         return
+    rows = [tuple(row) for row in rows]
     grid = Table()
-    for index, column in enumerate(columns):
+    for index, column in enumerate(_heads(columns, rows)):
         grid.add_column(column, justify="left" if text or index == 0 else "right")
     for row in rows:
         grid.add_row(*row)
@@ -100,6 +103,19 @@ def table(
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     console.print(title, style="italic", soft_wrap=True)  # in a narrow table it would be broken
     console.print(grid)
+
+
+def _heads(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The heads of columns, broken at spaces to the width of their cells in a wide table."""
+    cells = [max((len(row[place]) for row in rows), default=0) for place in range(len(columns))]
+    whole = sum(max(len(head), width) + 3 for head, width in zip(columns, cells)) + 1
+    if whole <= _WIDE:
+        return list(columns)
+    longest = (max(map(len, head.split()), default=1) for head in columns)
+    return [
+        textwrap.fill(head, max(width, least), break_on_hyphens=False)
+        for head, width, least in zip(columns, cells, longest)
+    ]
 
 
 def percent(share: float | None) -> str:

@@ -300,13 +300,10 @@ def find_run(run: Path, name: str) -> tuple[Config, Path]:
     name: best or last. Teachers that lay beside the run, as in a comparison or a sweep, are found
     there, wherever both are now. Raises CheckpointError and ConfigError.
     """
-    if not run.is_dir():
-        raise CheckpointError(f"{run}: no such run folder")
     saved = None
     if not (run / checkpoint.CONFIG).is_file() and checkpoint.is_one(run):
         run, saved = run.parent, run
-    if not (run / checkpoint.CONFIG).is_file():
-        raise CheckpointError(f"{run}: not a run folder (no {checkpoint.CONFIG})")
+    checkpoint.check_run(run)
     saved = saved or checkpoint.at(run, name)
     if saved is None or find_saved(saved) != saved:
         raise CheckpointError(f"{run}: has no finished checkpoint {name!r} yet")

@@ -22,12 +22,11 @@ from deit.formats import (
     outputs_of,
     write_noted_onnx,
 )
-from deit.models.multiplexing import MixedAttention
 from deit.models.rounding import without_rounding
-from deit.models.saved import Facts, load_student
+from deit.models.saved import Facts
 from deit.models.student import Student
 from deit.prediction import shown
-from deit.quantization_layers import Layers, prepare
+from deit.quantization_layers import Layers, attentions, prepare
 
 CHUNK = 64
 """Images that a file is asked at once."""
@@ -55,12 +54,6 @@ class FloatFile(NamedTuple):
     checked: dict[str, Any]
     rounding: Student | None
 
-    def images(self, split: str) -> Images | Encoded:
-        """Another split than test. Encoded images stay so, whatever the run made of them: few of
-        them are looked at."""
-        config = derive(self.config, data={"storage": "files"})
-        return images_of(config, self.facts, self.run, split, None, None).images
-
     def inputs(
         self, images: Images | Encoded, rows: Tensor, *, size: int = CHUNK
     ) -> Iterator[Tensor]:
@@ -71,14 +64,23 @@ class FloatFile(NamedTuple):
             yield self.normalise(views)
 
 
-def write_float_file(config: Config, saved: Path, place: Path) -> FloatFile:
-    """Write the student of a checkpoint folder into a folder and hold it against the original.
+def split_of(config: Config, facts: Facts, run: Path, name: str) -> Images | Encoded:
+    """The images of another split than test. Encoded ones stay so, whatever the run made of them:
+    few of them are looked at. Raises DataError."""
+    config = derive(config, data={"storage": "files"})
+    return images_of(config, facts, run, name, None, None).images
 
-    Raises CheckpointError where it answers otherwise, or holds attention in another form than
-    quantizing knows; ConfigError where it cannot be written.
+
+def write_float_file(
+    config: Config, student: Student, facts: Facts, *, run: Path, place: Path
+) -> FloatFile:
+    """Write the student of a run into a folder and hold it against the original.
+
+    student: is made to take images as the file does, and stays with it where it rounds. Raises
+    CheckpointError where it answers otherwise, or holds attention in another form than quantizing
+    knows; ConfigError where it cannot be written.
     """
-    student, facts = load_student(saved)
-    test = images_of(config, facts, saved.parent, "test", None, None).images
+    test = images_of(config, facts, run, "test", None, None).images
     bare, normalise = bare_of(student)
     rounding = copy.deepcopy(bare) if facts.student.rounding != "none" else None
     without_rounding(bare.network)
@@ -87,7 +89,7 @@ def write_float_file(config: Config, saved: Path, place: Path) -> FloatFile:
     layers = prepare(original, prepared)
     drop_notes(original)
     _check_products(layers, bare.network)
-    known = (config, facts, saved.parent, normalise, original, prepared, layers, test)
+    known = (config, facts, run, normalise, original, prepared, layers, test)
     file = FloatFile(*known, {}, rounding)
     inputs = torch.cat(list(file.inputs(test, spread(test, _VERIFIED))))
     number = len(inputs)
@@ -103,13 +105,11 @@ def write_float_file(config: Config, saved: Path, place: Path) -> FloatFile:
 
 def _check_products(layers: Layers, network: nn.Module) -> None:
     """Two products of activations in each block of attention, or they were not all found."""
-    attentions = sum(
-        hasattr(module, "qkv") or isinstance(module, MixedAttention) for module in network.modules()
-    )
-    if attentions and len(layers.products) != 2 * attentions:
+    number = len(attentions(network))
+    if number and len(layers.products) != 2 * number:
         raise CheckpointError(
             f"the ONNX file holds {len(layers.products)} products of activations, for "
-            f"{attentions} layers of attention {2 * attentions} were expected: this release of "
+            f"{number} layers of attention {2 * number} were expected: this release of "
             "PyTorch or ONNX Runtime writes attention otherwise than quantizing knows"
         )
 

@@ -35,6 +35,7 @@ from deit.typed_json import read_typed
 _TIMED = (1, 64)
 _TIMED_S = 1.5  # for each version and size of the batch
 _HEADS = ("class", "distillation", "fused")
+_FILES = ("ladder.json", "ladder.md", "ladder.png")
 _SAME = 0.999  # of a float file: the last bits may decide between two classes
 _ALIKE = 0.8  # the share of equal answers below which an int8 file is of another network
 _AS_MEASURED = RunConfig(device="cpu", precision="fp32")
@@ -68,14 +69,15 @@ def ladder(
     Found by itself: what `deit export --format onnx` and `deit quantize` left in the run's folder,
     and what `deit prune` made of it beside it, with files of theirs. more: other runs (levels of a
     search for tickets, runs adapted or trained otherwise) of the same classes. merges: how many
-    tokens the run's blocks merge, a version each. Returns what ladder.json holds.
+    tokens the run's blocks merge, a version each. force: replaces the ladder that is there, and the
+    JSON file. Returns what ladder.json holds.
     Raises the errors of deit.errors.
     """
     check_file(json_file, option="--json", replace=force)
     versions = versions_of(run, more, merges)
     if any(version.onnx is not None for version in versions):
         require(FORMATS["onnx"].needs, "measuring an ONNX file")
-    check_writable(run / "ladder", option="RUN")
+    _check_place(run / "ladder", force=force)
     config, facts, labels, views = _images(run, root)
     rungs = {version.name: _rung(version, config, facts) for version in versions}
     answers = {name: _answers(rung.ask, views(), len(labels), name) for name, rung in rungs.items()}
@@ -100,11 +102,25 @@ def ladder(
         "image_size": config.student.image_size,
         "rows": rows,
         "command": f"deit ladder {shlex.join(arguments)}",
-        "environment": describe(create_accelerator(_AS_MEASURED), []),
+        "environment": describe(create_accelerator(_AS_MEASURED), arguments),
     }
     print_ladder(result)
     _write(result, run, json_file)
     return result
+
+
+def _check_place(folder: Path, *, force: bool) -> None:
+    """Refuse, before the long work, a ladder that is there and may not be replaced, and what is
+    none. Raises EnvironmentFault."""
+    if folder.exists():
+        if not force:
+            raise EnvironmentFault(f"{folder}: exists already; --force replaces it")
+        others = sorted(path.name for path in folder.glob("*") if path.name not in _FILES)
+        if others or not folder.is_dir():
+            raise EnvironmentFault(
+                f"{folder}: holds other things than a ladder ({', '.join(others[:3]) or 'a file'})"
+            )
+    check_writable(folder, option="RUN")
 
 
 def versions_of(run: Path, more: list[Path], merges: tuple[int, ...] = ()) -> list[Version]:

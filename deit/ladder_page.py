@@ -24,15 +24,20 @@ _COLUMNS = (
 _NAMED = 6
 _NOTE = (
     "Same answers: as the first. MMACs: of the network as it is computed in float; zeros of a mask "
-    "and integers take as many. Times: median of turns, all versions in each; PyTorch's are of "
-    "eager mode, so hold an int8 file against the float ONNX file (deit export --format onnx)."
+    "and integers take as many. Times: median of turns, all versions in each; runs by PyTorch in "
+    "eager mode, files by ONNX Runtime, so hold an int8 file against the float ONNX file (deit "
+    "export --format onnx)."
 )
 
 
 def print_ladder(result: dict[str, Any]) -> None:
     """The table, for a person."""
     title = f"{result['run']}: top-1 % on {result['num_samples']} {result['split']} images"
-    table(title, _COLUMNS, _cells(result))
+    zeros = any(row["nonzero"] != row["parameters"] for row in result["rows"].values())
+    left_out = {"engine"} if zeros else {"engine", "not 0"}  # names and note tell as much
+    shown = [place for place, head in enumerate(_COLUMNS) if head not in left_out]
+    rows = [[cells[place] for place in shown] for cells in _cells(result)]
+    table(title, [_COLUMNS[place] for place in shown], rows)
     say(_NOTE)
 
 

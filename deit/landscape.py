@@ -58,7 +58,7 @@ def landscape(
             "places": {place.name: _around(place, view, asked, kept) for place in places},
             **_between(places, view, asked, kept),
             "command": f"deit landscape {shlex.join(arguments)}",
-            "environment": describe(accelerator, []),
+            "environment": describe(accelerator, arguments),
         }
         write_json(out / "landscape.json", result)
         for written in write_page(result, out):
@@ -89,18 +89,20 @@ class _Kept:
         self, what: str, places: list[Place], measured: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
         """what: is measured, of these places in this order."""
-        weights = [self._digest(place.saved) for place in places]
+        weights = [self._digest(place) for place in places]
         key = content_hash({**self._of, "what": what, "weights": weights})
         file = self._folder / f"{slug(places[0].name)[:60]}-{what}-{key}.json"
         if not file.is_file():
             write_json(file, measured())
         return read_typed(file, dict[str, Any])
 
-    def _digest(self, saved: Path) -> str:
-        if saved not in self._digests:
-            student, _ = load_student(saved)  # whole, where a file holds adapters alone
-            self._digests[saved] = digest_of(student.network.state_dict())
-        return self._digests[saved]
+    def _digest(self, place: Place) -> str:
+        """Of the weights, and of the masks along which they may move."""
+        if place.saved not in self._digests:
+            student, _ = load_student(place.saved)  # whole, where a file holds adapters alone
+            masks = {f"mask of {name}": mask for name, mask in place.masks().items()}
+            self._digests[place.saved] = digest_of({**student.network.state_dict(), **masks})
+        return self._digests[place.saved]
 
 
 def _around(place: Place, view: View, asked: Asked, kept: _Kept) -> dict[str, Any]:

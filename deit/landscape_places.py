@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from deit import checkpoint
 from deit.config import other_images
+from deit.console import warn
 from deit.datasets.splits import load_split
 from deit.datasets.spread import spread_rows
 from deit.errors import CheckpointError, ConfigError, DataError
@@ -139,6 +140,12 @@ def view_of(places: list[Place], asked: Asked, *, root: str | None, device: torc
     if names != load_student(places[0].saved)[1].class_names:
         raise DataError(f"{places[0].run}: was trained on other classes than the data has")
     rows = spread_rows(images.labels, asked.images, seed=asked.seed, stream="landscape")
+    there = len(images.labels[rows].unique())
+    if there < len(names):
+        warn(
+            f"--images {asked.images}: of {there} of the {len(names)} classes alone; the loss says "
+            "nothing of the others"
+        )
     chunks = rows.split(_AT_ONCE)
     views = shown(images, chunks, first, device=device)
     labels = images.labels.to(device)

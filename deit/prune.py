@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from deit import checkpoint, shared_targets
+from deit.announce import schedule_of
 from deit.arguments import RunArguments
 from deit.at_once import Planned, Progress, check_number, failure_of
 from deit.begun import check_begun
-from deit.config import Config, derive, heads_in, is_transformer, to_dict, width_of
+from deit.config import Config, OptimConfig, derive, heads_in, is_transformer, to_dict, width_of
 from deit.console import say
 from deit.disk import check_writable, hold, replace_folder, write_json
 from deit.errors import CheckpointError, ConfigError
@@ -59,6 +60,7 @@ def prune(
     out = recovery.out
     manifest = _asked_in_all(config, saved, asked, recovery.config)
     check_begun(out, MANIFEST, manifest, what="pruning")
+    _announce(config, recovery.config, controls)
     asking = scoring(config, recovery.config, saved)
     if recovery.dry_run:
         facts, kept, _ = choose(asking, saved, asked, numbers)
@@ -144,6 +146,24 @@ def _asked_in_all(config: Config, saved: Path, asked: Asked, recovery: Config) -
     return {**weights, **dataclasses.asdict(asked), **shared_targets.identity(recovery)}
 
 
+def _announce(run: Config, recovery: Config, controls: tuple[str, ...]) -> None:
+    """What will be trained, and by whom it is taught."""
+    taught = ", ".join(recovery.teacher.source or recovery.teacher.targets)
+    say(f"recovery  {schedule_of(recovery.optim)}; taught by {taught or 'the labels alone'}")
+    schedules = {"short": recovery.optim, "long": _in_all(run, recovery)}
+    for control in controls:
+        say(
+            f"control   {CONTROLS[control]}, from random weights: {schedule_of(schedules[control])}"
+        )
+
+
+def _in_all(run: Config, recovery: Config) -> OptimConfig:
+    """The run's own schedule over its epochs and those of the recovery, in parts as small as those
+    of the recovery: that is a matter of memory."""
+    epochs = run.optim.epochs + recovery.optim.epochs
+    return dataclasses.replace(run.optim, epochs=epochs, accumulate=recovery.optim.accumulate)
+
+
 def _write(
     folder: Path, config: Config, facts: Facts, kept: Kept, weights: dict[str, Tensor]
 ) -> None:
@@ -174,13 +194,10 @@ def _runs(
     # A control's normalisation is the same: that of the run which was cut.
     colours = {"mean": facts.mean, "std": facts.std}
     as_long = derive(recovery, start=anew, views=colours)
-    in_all = run.optim.epochs + recovery.optim.epochs
-    # In parts as small as those of the recovery: that is a matter of memory.
-    longer = dataclasses.replace(run.optim, epochs=in_all, accumulate=recovery.optim.accumulate)
     configs = {
         RECOVERED: derive(recovery, start={**anew, "source": source}),
         CONTROLS["short"]: as_long,
-        CONTROLS["long"]: dataclasses.replace(as_long, optim=longer),
+        CONTROLS["long"]: dataclasses.replace(as_long, optim=_in_all(run, recovery)),
     }
     names = [RECOVERED, *(CONTROLS[control] for control in controls)]
     return [Planned(name, configs[name], out / name) for name in names]

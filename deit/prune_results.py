@@ -38,7 +38,7 @@ def prune_result(
         "kept": read_typed(out / PRUNED / KEPT, dict[str, Any]),
         "asked": read_typed(out / MANIFEST, dict[str, Any]),
         "command": f"deit prune {shlex.join(arguments)}",
-        "environment": found["environment"],
+        "environment": found["environment"] | {"arguments": arguments},
     }
 
 

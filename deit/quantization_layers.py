@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from deit.errors import CheckpointError, ConfigError, DeitError, reason_of
+from deit.models.multiplexing import MixedAttention
 
 METHODS = {"static": ("MatMul", "Gemm", "Conv"), "dynamic": ("MatMul", "Gemm")}
 """Which operations each method puts into integers: a convolution whose ranges are found in every
@@ -18,6 +21,7 @@ batch is several times slower than a float one."""
 _NETWORK = "student.network."
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _PRODUCTS = ("query_key", "attention_value")
+_KINDS = {nn.Linear: "Gemm", nn.Conv2d: "Conv"}
 _SHOWN = 24
 
 
@@ -35,6 +39,32 @@ class Layers(NamedTuple):
     weights: dict[str, int]
     operations: dict[str, str]
     parameters: int
+
+
+def layers_of(network: nn.Module) -> Layers:
+    """What `prepare` will find in the graph of a network of ours without adapters, as far as that
+    is known without the graph: no nodes, and as parameters those of the network."""
+    own = dict(network.named_modules())
+    operations = {
+        name: operation
+        for name, module in own.items()
+        for kind, operation in _KINDS.items()
+        if isinstance(module, kind)
+    }
+    products = tuple(f"{name}.{one}" for name in attentions(network) for one in _PRODUCTS)
+    weights = {name: own[name].weight.numel() for name in operations} | dict.fromkeys(products, 0)
+    operations |= dict.fromkeys(products, "MatMul")
+    parameters = sum(one.numel() for one in network.parameters())
+    return Layers(dict.fromkeys(operations, ()), products, weights, operations, parameters)
+
+
+def attentions(network: nn.Module) -> list[str]:
+    """The names of the layers of attention, each of which multiplies activations twice."""
+    return [
+        name
+        for name, module in network.named_modules()
+        if hasattr(module, "qkv") or isinstance(module, MixedAttention)
+    ]
 
 
 def prepare(source: Path, target: Path) -> Layers:

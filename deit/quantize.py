@@ -1,6 +1,7 @@
 """A finished run's student as an int8 file for ONNX Runtime, measured beside its float one."""
 
 import math
+import shlex
 import shutil
 import tempfile
 from importlib import metadata
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deit.checkpoint import result_of
-from deit.config import Config, StudentConfig, is_transformer
+from deit.config import STUDENTS, Config, StudentConfig, is_transformer
 from deit.console import progress, say
 from deit.datasets.spread import spread_rows
 from deit.disk import check_file, replace_folder, write_json
@@ -16,14 +17,16 @@ from deit.environment import create_accelerator, describe
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.evaluation import as_asked, find_run
 from deit.export import check_place, require
-from deit.float_file import FloatFile, write_float_file
+from deit.float_file import FloatFile, split_of, write_float_file
 from deit.formats import FORMATS
 from deit.model_card import write_card
 from deit.models.rounding import rounded_layers
+from deit.models.saved import Facts, load_student
+from deit.models.student import Student
 from deit.processor import int8_flags, saturates
 from deit.prune_options import MANIFEST, PRUNED, RECOVERED
 from deit.quantization import calibrated, learnt, write_int8
-from deit.quantization_layers import METHODS, choose, serves
+from deit.quantization_layers import METHODS, choose, layers_of, serves
 from deit.quantization_tables import print_quantization, print_sensitivity, quantization_card, told
 from deit.side_by_side import (
     alike_in_batches,
@@ -66,13 +69,14 @@ def quantize(
     root: str | None = None,
     json_file: Path | None = None,
     force: bool = False,
+    arguments: list[str] | None = None,
 ) -> Path:
     """Write a run's student as int8, with a card and what was measured; the folder.
 
     out: None: quantized-METHOD in the run's folder. max_drop: by so many percentage points top-1 on
     the test images may fall, of the student's own answer. sensitivity: whether each layer is
     measured alone. root: where the images lie now. json_file: for the numbers as well. force:
-    replaces folder and file.
+    replaces folder and file. arguments: of the command line, to be written down.
 
     Raises EnvironmentFault where a package is missing or a place cannot be written, ConfigError
     where nothing can be quantized, DataError where training images are too few, CheckpointError
@@ -94,11 +98,18 @@ def quantize(
     check_place(folder, force=force)
     check_file(json_file, option="--json", replace=force)
     config = as_asked(config, root=root, device="cpu")
-    found: dict[str, Any] = {"run": str(run), "checkpoint": saved.name}
+    student, facts = load_student(saved)
+    _check_early(plan, config, student, facts, saved.parent)
+    found: dict[str, Any] = {
+        "run": str(run),
+        "checkpoint": saved.name,
+        "command": f"deit quantize {shlex.join(arguments or [])}".rstrip(),
+        "environment": _environment(config, arguments or []),
+    }
     with tempfile.TemporaryDirectory(prefix="deit-") as scratch:
-        file = write_float_file(config, saved, Path(scratch))
+        file = write_float_file(config, student, facts, run=saved.parent, place=Path(scratch))
         target = Path(scratch) / "int8.onnx"
-        found |= _written(file, plan, target, sensitivity=sensitivity)
+        found = _written(found, file, plan, target, sensitivity=sensitivity)
         found |= answers_on_test(file, target)
         if file.rounding is not None:
             found["as_the_run"] = as_the_run(file, target)
@@ -141,12 +152,35 @@ def _check_learnt(config: Config, plan: Plan, run: Path) -> None:
         )
 
 
-def _written(file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool) -> dict[str, Any]:
-    """Write the int8 file; what was done, and each layer alone if that is asked."""
+def _check_early(plan: Plan, config: Config, student: Student, facts: Facts, run: Path) -> None:
+    """Refuse, before the export, which takes the most, what can be known without it. Raises
+    ConfigError and DataError."""
+    # What adapters, and timm's others, call the functions that they compute only the graph tells.
+    if config.student.name in STUDENTS and config.student.adapters == "none":
+        layers = layers_of(student.network)
+        choose(layers, method=plan.method, attention=plan.attention, exclude=plan.exclude)
+    if plan.method == "static" and config.student.rounding == "none":
+        number = len(split_of(config, facts, run, "train").labels)
+        if number < _images(plan):
+            raise DataError(
+                f"--calibration {_images(plan)}: there are {number} training images; ask for no "
+                "more, or take --method dynamic, which needs none"
+            )
+
+
+def _images(plan: Plan) -> int:
+    return plan.images or _CALIBRATED_ON
+
+
+def _written(
+    known: dict[str, Any], file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool
+) -> dict[str, Any]:
+    """Write the int8 file; what is known, with what was done, and each layer alone if asked."""
     layers = file.layers
     chosen = choose(layers, method=plan.method, attention=plan.attention, exclude=plan.exclude)
     reduce_range = saturates(int8_flags())
-    found: dict[str, Any] = {
+    found = {
+        **known,
         "method": plan.method,
         "int8_layers": chosen,
         "products": list(layers.products),
@@ -154,7 +188,6 @@ def _written(file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool) ->
         "int8_share": sum(layers.weights[name] for name in chosen) / layers.parameters,
         "calibration": None,
         "reduce_range": reduce_range,
-        "environment": _environment(file),
     }
     ranges = None
     if file.rounding is not None:
@@ -174,8 +207,8 @@ def _written(file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool) ->
     return found
 
 
-def _environment(file: FloatFile) -> dict[str, Any]:
-    about = describe(create_accelerator(file.config.run), [])
+def _environment(config: Config, arguments: list[str]) -> dict[str, Any]:
+    about = describe(create_accelerator(config.run), arguments)
     for package in FORMATS["onnx"].needs:
         about["packages"][package] = metadata.version(package)
     return {**about, "int8_flags": list(int8_flags())}
@@ -193,14 +226,9 @@ def _learnt(file: FloatFile) -> tuple[Any, dict[str, Any]]:
 
 def _calibrate(file: FloatFile, plan: Plan) -> tuple[Any, dict[str, Any]]:
     """The ranges of activations, and what they were found on. Raises DataError."""
-    train, number, how = file.images("train"), plan.images or _CALIBRATED_ON, plan.how or "minmax"
-    if len(train.labels) < number:
-        raise DataError(
-            f"--calibration {number}: there are {len(train.labels)} training images; ask for "
-            "no more, or take --method dynamic, which needs none"
-        )
-    seed = file.config.data.split_seed
-    rows = spread_rows(train.labels, number, seed=seed, stream="calibration")
+    train = split_of(file.config, file.facts, file.run, "train")
+    how, seed = plan.how or "minmax", file.config.data.split_seed
+    rows = spread_rows(train.labels, _images(plan), seed=seed, stream="calibration")
     batches = file.inputs(train, rows, size=_CALIBRATED_AT_ONCE)
     total = math.ceil(len(rows) / _CALIBRATED_AT_ONCE)
     watched = progress(batches, total=total, title="calibrating")

@@ -17,7 +17,7 @@ from deit.manifest import check as check_manifest
 from deit.models.base import read_base
 from deit.models.facts import WEIGHTS
 from deit.models.masks import MASKS, Held, read_masks
-from deit.models.start import saved_weights
+from deit.models.start import reader_of
 from deit.models.weights import load_weights
 from deit.optimizer_state import load_optimizer
 from deit.parts import Parts, State
@@ -89,14 +89,14 @@ def restore(parts: Parts) -> bool:
         )
     student = parts.accelerator.unwrap_model(parts.student)
     parts.base = read_base(folder)
-    weights = _finite(saved_weights(folder, parts.facts), origin=folder / WEIGHTS)
+    read = reader_of(folder, parts.facts)
+    weights = _finite(read(WEIGHTS), origin=folder / WEIGHTS)
     load_weights(student.network, weights, origin=str(folder / WEIGHTS))
     load_optimizer(folder / checkpoint.OPTIMIZER, parts.optimizer, student.network)
     if (folder / MASKS).is_file():
         parts.held = Held(read_masks(folder / MASKS), student.network)
     if parts.average is not None:
-        weights = saved_weights(folder, parts.facts, AVERAGE)
-        weights = _finite(weights, origin=folder / AVERAGE)
+        weights = _finite(read(AVERAGE), origin=folder / AVERAGE)
         load_weights(parts.average.model.network, weights, origin=str(folder / AVERAGE))
         parts.average.updates.fill_(state.average_updates)
     if state.scaler is not None:

@@ -12,7 +12,7 @@ from deit.console import progress
 from deit.errors import CheckpointError
 from deit.evaluation import measure
 from deit.export import BATCHES, answers_of
-from deit.float_file import CHUNK, FloatFile, spread
+from deit.float_file import CHUNK, FloatFile, split_of, spread
 from deit.formats import OUTPUTS, Answer, Graph, Heads, answer_of, outputs_of
 from deit.latency import latencies
 from deit.metrics import agreement, topk_accuracy
@@ -80,7 +80,7 @@ def each_layer_alone(
     On validation images, because what stays float for their sake must not have seen the test
     images. write: the file of some layers in integers. place: where files are written and removed.
     """
-    images = file.images("validation")
+    images = split_of(file.config, file.facts, file.run, "validation")
     rows = spread(images, _SENSITIVE_ON)
     inputs, labels = list(file.inputs(images, rows)), images.labels[rows]
     before = final(_ask({"float": answer_of(file.original)}, inputs)["float"])

@@ -42,7 +42,11 @@ def ticket_curve(result: dict[str, Any]) -> Draw:
             )
         ticks = dict.fromkeys(row["values"]["sparsity %"] for row in rows)
         axes.set_xticks([float(tick) for tick in ticks], [f"{float(tick):.0f}" for tick in ticks])
-        axes.set(xlabel="sparsity % of the prunable weights", ylabel=f"{result['split']} top-1 %")
+        note = "; kinds of one sparsity stand side by side" if len(kinds) > 1 else ""
+        axes.set(
+            xlabel=f"sparsity % of the prunable weights{note}",
+            ylabel=f"{result['split']} top-1 %",
+        )
         axes.grid(alpha=0.25)
         legend(axes)
 

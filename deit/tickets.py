@@ -10,7 +10,7 @@ from deit.arguments import RunArguments
 from deit.at_once import Failed, Planned, Progress, check_number, failure_of
 from deit.begun import check_begun
 from deit.config import Config, derive
-from deit.console import say, table
+from deit.console import clock, say, table
 from deit.datasets.loader import updates_of_epoch
 from deit.datasets.splits import load_splits
 from deit.disk import hold, write_json
@@ -67,7 +67,7 @@ def tickets(
     check_begun(run.out, MANIFEST, manifest, what="sweep")
     base, plan, updates = _settled(run, asked)
     ground, below, found = _runs(plan, run, base, seeds)
-    _announce(plan, base, found, updates)
+    _announce(plan, base, found, updates, run.recipe)
     if run.dry_run:
         _list(plan, below, found)
         return {}
@@ -169,7 +169,7 @@ def _as_begun(run: Planned) -> Planned:
     return run._replace(config=derive(run.config, start=kept))
 
 
-def _announce(plan: Plan, base: Config, found: list[Ticket], updates: int) -> None:
+def _announce(plan: Plan, base: Config, found: list[Ticket], updates: int, recipe: str) -> None:
     """What it will cost, before anything is trained."""
     sparse = ", ".join(f"{100 * (1 - density):.1f}" for density in plan.densities)
     say(f"levels    {sparse} % of the prunable weights gone (scope {plan.scope})")
@@ -179,6 +179,26 @@ def _announce(plan: Plan, base: Config, found: list[Ticket], updates: int) -> No
     say(
         f"runs      {len(found)} of {base.optim.epochs} epochs, {len(found) - left} of them "
         "finished; each level waits for the one before"
+    )
+    say(f"time      {_time([one.run for one in found], updates, recipe)}")
+
+
+def _time(runs: list[Planned], updates: int, recipe: str) -> str:
+    """How many updates are left, without the teachers', and how long they will take, as far as runs
+    that are finished tell. updates: of an epoch."""
+    left = sum(
+        one.config.optim.epochs * updates - one.config.start.update for one in unfinished(runs)
+    )
+    ended = [result for one in runs if (result := checkpoint.result_of(one.out)) is not None]
+    made = sum(result["samples_seen"] for result in ended) / runs[0].config.optim.batch_size
+    if not left or not made:
+        return f"{left:,} updates" + f"; deit profile {recipe} tells what one takes here" * (
+            left > 0
+        )
+    each = sum(result["seconds"] for result in ended) / made
+    return (
+        f"{left:,} updates; {clock(left * each)} one run after another, if each takes "
+        f"{each:.3g} s as in the runs that are finished"
     )
 
 

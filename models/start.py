@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,16 +113,21 @@ def _from_run(folder: Path, source: str) -> Found:
     return Found(weights, told, facts.student, names, mean, std, masks=masks)
 
 
-def saved_weights(folder: Path, facts: Facts, file: str = WEIGHTS) -> Weights:
-    """All weights of a saved student; where a file holds adapters and heads alone, the others are
-    those of its base, fitted as they were then. Raises CheckpointError.
+def saved_weights(folder: Path, facts: Facts) -> Weights:
+    """All weights of a saved student; where adapters and heads alone were saved, the others are
+    those of its base, fitted as they were then. Raises CheckpointError."""
+    return reader_of(folder, facts)(WEIGHTS)
 
-    file: model.safetensors, or one that holds the same tensors.
-    """
-    weights, base = read_weights(folder / file), read_base(folder)
+
+def reader_of(folder: Path, facts: Facts) -> Callable[[str], Weights]:
+    """What reads all weights of a saved student from model.safetensors, or from another file beside
+    it that holds the same tensors: their base is looked for, and its digest taken, once for all.
+    Both raise CheckpointError."""
+    base = read_base(folder)
     if base is None:
-        return weights
-    return _on_base(weights, find_base(folder, base, find_start), base.kernel, facts)
+        return lambda file: read_weights(folder / file)
+    below = find_base(folder, base, find_start)
+    return lambda file: _on_base(read_weights(folder / file), below, base.kernel, facts)
 
 
 def _on_base(saved: Weights, below: Found, kernel: Kernel, facts: Facts) -> Weights:

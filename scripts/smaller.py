@@ -61,7 +61,7 @@ def study(recipe: str, seed: int, place: Path, rest: list[str], asked: argparse.
     deit("finetune", *begun, *words, "--out", str(rounded), "--resume")
     quantized(rounded, ["static"])
     merge = [] if asked.merge is None else [f"--merge={asked.merge}"]
-    deit("ladder", str(run), str(shared), str(rounded), *merge)
+    deit("ladder", str(run), str(shared), str(rounded), *merge, "--force")
     found["ladder"] = json.loads((run / "ladder" / "ladder.json").read_text())
     return found
 

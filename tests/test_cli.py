@@ -205,6 +205,32 @@ def test_bad_configuration_file_is_refused(text, refused, tmp_path):
     refused(2, words, TRAIN, "config.json")
 
 
+OF_A_RUN = {
+    "evaluate": ["deit", "evaluate", "RUN"],
+    "evaluate, by its script": [EVALUATE, "RUN"],
+    "predict": ["deit", "predict", "RUN", "picture.png"],
+    "export": ["deit", "export", "RUN", "--format=timm"],
+    "quantize": ["deit", "quantize", "RUN"],
+    "prune": ["deit", "prune", "RUN"],
+    "landscape": ["deit", "landscape", "RUN"],
+    "ladder": ["deit", "ladder", "RUN"],
+    "report": ["deit", "report", "RUN"],
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "words"), [("nowhere", "no such run folder"), ("empty", "empty: ")]
+)
+@pytest.mark.parametrize("command", OF_A_RUN)
+def test_a_run_that_is_not_there_is_refused_alike_by_all(command, place, words, refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(
+        4,
+        (f"deit: error: {place}: ", words),
+        *(word.replace("RUN", place) for word in OF_A_RUN[command]),
+    )
+
+
 def test_debug_shows_where(run):
     done = run(TRAIN, "digits", "--optim.epochs=0", "--debug")
     assert done.returncode == 2

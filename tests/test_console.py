@@ -43,6 +43,35 @@ def test_a_table_in_a_pipe_is_not_wrapped(capsys):
     assert "x" * 100 in capsys.readouterr().out
 
 
+HEADS = ("", "distillation head", "of all parameters %", "KB", "no wider than its cell")
+
+
+def printed(capsys, name):
+    """The heads of a table line by line, its row, and how wide it is."""
+    console.table("title", HEADS, [(name, "98.5", "12.5", "819", "as wide as its head is")])
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line.strip("┃").split("┃") for line in lines if "┃" in line]
+    (row,) = [line.strip("│").split("│") for line in lines if "│" in line]
+    above = [[cell.strip() for cell in line] for line in heads]
+    return above, [cell.strip() for cell in row], max(map(len, lines))
+
+
+def test_heads_of_a_wide_table_are_broken_and_nothing_is_lost(capsys):
+    narrow, wide = printed(capsys, "a run"), printed(capsys, "a run" * 5)
+    assert narrow[0] == [list(HEADS)]
+    assert wide[0][0] == ["", "", "of all", "", ""]
+    assert [" ".join(filter(None, parts)) for parts in zip(*wide[0])] == list(HEADS)
+    assert wide[1] == ["a run" * 5, *narrow[1][1:]]
+    whole = narrow[2] + 20
+    assert whole > 100
+    assert wide[2] == whole - len(" head") - len("of all parameters %") + 10
+
+
+def test_a_table_without_rows_has_its_heads(capsys):
+    console.table("nothing", ("a head", "another") * 6, [])
+    assert "another" in capsys.readouterr().out
+
+
 def test_a_table_shows_names_as_they_are_and_its_title_whole(capsys):
     console.table(
         "a title much longer than its table: IMG[red].png, :dog: [/b]",

@@ -20,6 +20,7 @@ from deit.evaluation import evaluate, student_at
 from deit.export import export
 from deit.landscape_options import Asked
 from deit.landscape_places import places_of, surface_of, view_of
+from deit.models import start
 from deit.models.attention import rollout, token_cosines
 from deit.models.base import BASE, Base, base_of, read_base
 from deit.models.convpass import Convpass, ConvpassBlock, adapters_of
@@ -499,12 +500,16 @@ def test_old_facts_still_load(place, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["update:2:term", "update:5:term", "metrics:1:term"])
-def test_it_resumes_to_the_bit(place, tmp_path, fault):
+def test_it_resumes_to_the_bit(place, tmp_path, fault, monkeypatch):
     faults.arm(fault)
     with pytest.raises(Stopped):
         train(config_of(place), tmp_path / "run")
     faults.arm(None)
+    looked_for = []
+    find = start.find_base
+    monkeypatch.setattr(start, "find_base", lambda *at: looked_for.append(at) or find(*at))
     train(config_of(place), tmp_path / "run", resume=True)
+    assert len(looked_for) == 1  # of all files of the checkpoint: it is read and its digest taken
     ours, theirs = (checkpoint.newest(out) for out in (tmp_path / "run", place / "adapted"))
     for name in ("model", "average", "optimizer"):
         file = f"{name}.safetensors"

@@ -163,7 +163,7 @@ PLAN = {
     "deit.evaluation": place(5, "torch"),
     "deit.formats": place(2, "torch onnx onnxruntime"),
     "deit.quantization": place(2, "torch onnx onnxruntime", "deit.quantization_layers"),
-    "deit.quantization_layers": place(2, "onnx onnxruntime"),
+    "deit.quantization_layers": place(2, "torch onnx onnxruntime"),
     "deit.quantization_tables": place(3),
     "deit.float_file": place(6, "torch", "deit.export"),
     "deit.side_by_side": place(6, "torch", "deit.export deit.float_file"),

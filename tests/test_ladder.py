@@ -1,5 +1,6 @@
 """deit ladder: which versions stand on it, and that their numbers are their own commands'."""
 
+import copy
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from deit.ladder import Version, _rung, versions_of
-from deit.ladder_page import draw_ladder, markdown
+from deit.ladder_page import draw_ladder, markdown, print_ladder
 from deit.models.saved import load_student, save_weights
 from deit.validation import load
 from tests.test_prune import QUICK, SMALL
@@ -106,8 +107,25 @@ def test_numbers_table_and_picture_lie_in_the_runs_folder(place, measured, tmp_p
     assert text == markdown(found)
     assert all(f"| {name} |" in text for name in NAMES)
     assert "deit ladder run --merge 2 other" in text
+    assert found["environment"]["arguments"][:3] == ["run", "--merge", "2"]
     draw_ladder(found, tmp_path / "again.png")
     assert (tmp_path / "again.png").stat().st_size > 20_000
+
+
+def test_the_table_on_a_terminal_is_no_wider_than_it_must_be(measured, capsys):
+    """With every number of the file's, and a column of its own for zeros only where there are."""
+    found = copy.deepcopy(measured[0])
+    for zeros in (0, 5):
+        found["rows"]["run"]["nonzero"] = found["rows"]["run"]["parameters"] - zeros
+        print_ladder(found)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "┃│"]
+        assert max(map(len, lines)) <= 120
+        assert ("not 0" in "".join(lines)) == bool(zeros)
+        (row,) = [line for line in lines if line.startswith("│ run  ")]
+        text = next(line for line in markdown(found).splitlines() if line.startswith("| run |"))
+        cells = [cell.strip() for cell in text.strip("|").split("|")]
+        told = [cell for place, cell in enumerate(cells) if place not in (1, 7)[: 2 - bool(zeros)]]
+        assert [cell.strip() for cell in row.strip("│").split("│")] == told
 
 
 def test_masked_weights_are_not_counted(place, tmp_path):
@@ -158,7 +176,7 @@ def test_two_runs_of_one_name_keep_apart(place, tmp_path):
         (("run", "nothing"), 4, "nothing: no such run folder"),
         (("run", "run"), 2, "run: is among the versions already"),
         (("run", "other", "other"), 2, "other: is among the versions already"),
-        (("run", "--merge", "9"), 2, "merging 9 tokens a block: should be from 0 to 8"),
+        (("other", "--merge", "9"), 2, "merging 9 tokens a block: should be from 0 to 8"),
         (("run", "--merge", "two"), 2, "--merge two"),
         (("run", "--merge", "0"), 2, "--merge 0"),
         (("run", "--json", "e.json"), 5, "--json e.json"),
@@ -170,12 +188,31 @@ def test_a_mistake_is_told_before_the_work(place, zygote, words, code, said):
     assert (done.code, said in done.err) == (code, True), done.err
 
 
+def test_a_ladder_that_is_there_is_replaced_only_when_asked(place, measured, zygote, tmp_path):
+    folder = place / "run" / "ladder"
+    before = (folder / "ladder.json").read_bytes()
+    done = zygote.run("ladder", "run", cwd=place)
+    assert (done.code, done.out) == (5, "")
+    assert done.err == "deit: error: run/ladder: exists already; --force replaces it\n"
+    assert (folder / "ladder.json").read_bytes() == before
+    shutil.copytree(place / "other", tmp_path / "other")
+    (tmp_path / "other" / "ladder").mkdir()
+    (tmp_path / "other" / "ladder" / "notes.md").touch()
+    done = zygote.run("ladder", "other", "--force", cwd=tmp_path)
+    assert done.code == 5
+    assert "other/ladder: holds other things than a ladder (notes.md)" in done.err
+    (tmp_path / "other" / "ladder" / "notes.md").rename(tmp_path / "other/ladder/ladder.md")
+    done = zygote.run("ladder", "other", "--force", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "deit ladder other --force" in (tmp_path / "other" / "ladder" / "ladder.md").read_text()
+
+
 @pytest.mark.slow
 def test_a_run_of_another_size_is_refused(place, zygote, tmp_path):
     words = ("--objective", "none", *SMALL, "--optim.epochs", "2", "--student.image_size", "16")
     words = (*words, "--student.patch_size", "4", "--out", tmp_path / "large")
     assert zygote.run("train", "digits", *words, cwd=place).code == 0
-    done = zygote.run("ladder", "run", tmp_path / "large", cwd=place)
+    done = zygote.run("ladder", "run", tmp_path / "large", "--force", cwd=place)
     assert done.code == 2
     assert "large: is evaluated at image_size 16, the run at 8" in done.err
 
@@ -185,7 +222,7 @@ def test_a_run_of_other_splits_is_refused(place, zygote, tmp_path):
     config = json.loads((tmp_path / "seen" / "config.json").read_text())
     config["data"]["split_seed"] = 1
     (tmp_path / "seen" / "config.json").write_text(json.dumps(config))
-    done = zygote.run("ladder", "run", tmp_path / "seen", cwd=place)
+    done = zygote.run("ladder", "run", tmp_path / "seen", "--force", cwd=place)
     assert done.code == 3
     assert "seen: has another data.split_seed than the run" in done.err
 
@@ -193,7 +230,7 @@ def test_a_run_of_other_splits_is_refused(place, zygote, tmp_path):
 @pytest.mark.slow
 def test_files_of_other_weights_are_left_out(place, zygote, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(place / "run", run)
+    shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("ladder"))
     shutil.rmtree(run / "best")
     shutil.copytree(place / "other" / "best", run / "best")
     done = zygote.run("ladder", run, cwd=place)

@@ -13,11 +13,12 @@ from deit import checkpoint
 from deit.datasets.splits import load_split
 from deit.datasets.spread import spread_rows
 from deit.errors import CheckpointError
+from deit.landscape import _Kept
 from deit.landscape_options import PARTS, Asked
 from deit.landscape_page import cells, line_cells, write_page
 from deit.landscape_parts import chain_of, neighbours
-from deit.landscape_places import places_of, surface_of, view_of
-from deit.models.masks import apply, read_masks
+from deit.landscape_places import Place, View, places_of, surface_of, view_of
+from deit.models.masks import MASKS, apply, read_masks
 from deit.models.saved import load_student
 from deit.records import head_logits
 from deit.sweep_results import MANIFEST
@@ -82,6 +83,14 @@ def test_the_places_of_a_search_are_its_levels(place):
     assert some[2].saved == checkpoint.newest(place / "search/seed-0/random-2")
     best = places_of(search, Asked(checkpoint="best"))
     assert best[0].saved == place / "search/seed-0/level-0/best"
+
+
+def test_images_of_some_classes_alone_are_said_to_be(place, capsys):
+    places = places_of([place / "search"], Asked())
+    view_of(places, Asked(images=5), root=None, device=CPU)
+    assert "--images 5: of 5 of the 10 classes alone" in capsys.readouterr().err
+    view_of(places, Asked(images=10), root=None, device=CPU)
+    assert capsys.readouterr().err == ""
 
 
 def test_around_a_level_only_what_it_keeps_moves(place):
@@ -228,6 +237,19 @@ def test_what_was_measured_is_not_measured_again(looked, place, zygote, tmp_path
     done = zygote.run(*words, "--seed", "1", cwd=place)
     assert done.code == 2
     assert "holds a landscape whose seed is 0, not 1" in done.err
+
+
+def test_the_same_weights_under_other_masks_are_measured_apart(place, tmp_path):
+    run = place / "search" / "seed-0" / "level-2"
+    shutil.copytree(run, tmp_path / "bare")
+    for name in (MASKS, "manifest.json"):
+        (tmp_path / "bare" / "best" / name).unlink()
+    kept = _Kept(tmp_path / "kept", View([], [], 0, "of the images"), {})
+    masked, bare = (Place("level-2", one, one / "best") for one in (run, tmp_path / "bare"))
+    assert kept("here", [masked], lambda: {"loss": 1}) == {"loss": 1}
+    assert kept("here", [bare], lambda: {"loss": 2}) == {"loss": 2}
+    assert kept("here", [masked, bare], lambda: {"loss": 3}) == {"loss": 3}
+    assert kept("here", [masked], lambda: {"loss": 4}) == {"loss": 1}
 
 
 def test_more_places_go_on_from_what_there_is(looked, place, zygote, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from deit import checkpoint
+from deit.announce import schedule_of
 from deit.config import derive
 from deit.errors import ConfigError
 from deit.models.saved import load_student
@@ -24,6 +25,7 @@ SMALL = (
     *("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--optim.batch_size", "64"),
     *("--run.evaluate_every", "3", "--data.train_fraction", "0.3"),
 )
+RUNS = ("recovered", "short-control", "long-control")
 BRIEF = {"epochs": 2, "warmup_epochs": 0.5}
 QUICK = ("--optim.epochs", "2", "--optim.warmup_epochs", "0.5", "--images", "128")
 WORDS = ("prune", "run", *QUICK, "--ratio", "0.5")
@@ -98,6 +100,21 @@ def test_what_is_left_is_taught_and_its_control_begins_at_random(place, pruned):
     assert notes["source"] == "out/pruned"
     colours = [load(out / name / "config.json").views.mean for name in sources]
     assert colours[0] == colours[1] == colours[2] == load_student(place / "run" / "best")[1].mean
+
+
+def test_schedules_are_told_before_anything_is_trained(place, pruned):
+    """And are those of the runs."""
+    out, done = pruned
+    told = done.out.split("what stays")[0].splitlines()
+    schedules = {name: schedule_of(load(out / name / "config.json").optim) for name in RUNS}
+    assert told[:3] == [
+        f"recovery  {schedules['recovered']}; taught by teacher",
+        f"control   short-control, from random weights: {schedules['short-control']}",
+        f"control   long-control, from random weights: {schedules['long-control']}",
+    ]
+    assert schedules["recovered"].startswith("2 epochs, peak learning rate ")
+    assert schedules["long-control"].startswith("5 epochs, peak learning rate ")
+    assert schedules["recovered"].endswith("warm-up 0.5 epochs")
 
 
 def test_every_step_is_told_with_what_it_costs(pruned):
@@ -309,7 +326,6 @@ def test_options_that_cannot_be(wrong):
     ("words", "said"),
     [
         (("prune",), "name a finished run first: deit prune RUN"),
-        (("prune", "nothing"), "nothing: no run folder (no config.json)"),
         (("prune", "run", "--score", "tailor"), "--score tailor: should be one of taylor, magn"),
         (("prune", "run", "--tuning", "long"), "--tuning long: should be one of deit"),
         (("prune", "run", "--heads", "0.9"), "--heads 0.9: leaves 1 of 6, and each of 2 blocks"),

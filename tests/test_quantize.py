@@ -27,7 +27,7 @@ from deit.models.saved import Facts, build_student, load_student
 from deit.prediction import shown
 from deit.presets import OBJECTIVES
 from deit.quantization import CALIBRATIONS, calibrated, signal_to_noise, write_int8
-from deit.quantization_layers import METHODS, Layers, choose, prepare
+from deit.quantization_layers import METHODS, Layers, choose, layers_of, prepare, serves
 from deit.quantize import Plan
 from deit.recipes import digits, digits_teacher
 from deit.records import head_logits
@@ -81,7 +81,9 @@ def runs(tmp_path_factory):
 def folders(runs):
     """Every run by every method that serves it, as (run, method) -> folder."""
     return {
-        (name, method): quantize.quantize(runs / name, None, Plan(method=method), max_drop=5)
+        (name, method): quantize.quantize(
+            runs / name, None, Plan(method=method), max_drop=5, arguments=[name, "--method", method]
+        )
         for name, method in ABLE
     }
 
@@ -189,6 +191,11 @@ def test_layers_have_the_names_of_the_network_and_none_is_missing(name, size, se
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     expected = {key for key, module in network.named_modules() if isinstance(module, kinds)}
     assert set(layers.nodes) - set(layers.products) == expected
+    known = layers_of(network)  # without its graph
+    assert set(known.products) == set(layers.products)
+    assert known.weights == layers.weights
+    for method in METHODS:
+        assert serves(known, method) == serves(layers, method)
     float_file._check_products(layers, network)
     weights = {key: network.get_submodule(key).weight.numel() for key in expected}
     assert {key: layers.weights[key] for key in expected} == weights
@@ -435,6 +442,8 @@ def test_what_is_told_is_what_the_file_answers(name, method, runs, folders):
     for kind in ("float", "int8"):
         assert list(found[kind]["latency"]) == ["1", "64"]
         assert all(one["p10_ms"] <= one["median_ms"] for one in found[kind]["latency"].values())
+    assert found["command"] == f"deit quantize {name} --method {method}"
+    assert found["environment"]["arguments"] == [name, "--method", method]
     assert found["environment"]["threads"] == 1
     assert found["environment"]["packages"]["onnxruntime"] == onnxruntime.__version__
 
@@ -469,6 +478,7 @@ def test_each_layer_alone_is_measured_on_validation_images(runs, tmp_path, capsy
     assert "each layer alone in int8" in capsys.readouterr().out
     found = told(place)
     assert found == json.loads((tmp_path / "all.json").read_text())
+    assert found["environment"]["arguments"] == given
     rows = found["sensitivity"]["layers"]
     assert {row["layer"] for row in rows} == set(found["int8_layers"])
     assert "head_dist" in found["float_layers"]
@@ -559,7 +569,12 @@ def test_the_drop_that_is_allowed_is_allowed(right, most, refused):
         assert drop["drop_points"] == pytest.approx(100 - right)
 
 
-def test_refusals_come_before_the_work_and_leave_nothing(runs, tmp_path, capsys):
+def test_refusals_come_before_the_work_and_leave_nothing(runs, tmp_path, capsys, monkeypatch):
+    def exported(*nothing):
+        pytest.fail("a network was exported, which takes the most")
+
+    monkeypatch.setattr(float_file, "write_noted_onnx", exported)
+
     def refused(code, words, *arguments):
         before = listing(runs)
         given = [str(word) for word in arguments]
@@ -582,6 +597,9 @@ def test_refusals_come_before_the_work_and_leave_nothing(runs, tmp_path, capsys)
     refused(2, "looks at no training", run, "--method", "dynamic", "--calibration", 5)
     refused(2, "no regular expression", run, "--exclude", "blocks[")
     refused(2, "there are patch_embed.proj", run, "--exclude", "block.0.*", "--out", there / "x")
+    refused(2, "leaves no layer", run, "--exclude", ".*", "--out", there / "x")
+    products = ("--exclude", ".*query_key", "--out", there / "x")
+    refused(2, "there are patch_embed.proj", run, *products)
     refused(2, "use --method static", runs / "convnet", "--method", "dynamic", "--out", there / "x")
     refused(3, "training images", run, "--calibration", 5000, "--out", there / "x")
     refused(4, "no such run folder", runs / "none")

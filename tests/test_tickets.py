@@ -13,6 +13,7 @@ from deit import checkpoint, journal, manifest, tickets
 from deit.arguments import RunArguments
 from deit.at_once import Failed
 from deit.config import derive
+from deit.console import clock
 from deit.errors import CheckpointError
 from deit.ground import Ground
 from deit.models.masks import MASKS, holds, kept_in, read_masks
@@ -390,6 +391,24 @@ def test_the_curve_has_a_line_a_kind_and_the_level_of_the_dense_run(searched):
             assert y == pytest.approx(100 * sum(top1) / 2)
 
 
+@pytest.mark.parametrize(("kinds", "moved"), [(("ticket",), False), (("ticket", RANDOM), True)])
+def test_a_picture_says_where_points_stand_beside_their_sparsity(kinds, moved):
+    """And only there."""
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    rows = {
+        kind: {
+            "values": {"run": kind, "sparsity %": "50.0"},
+            "seeds": [0],
+            "top1": [{"class": 0.5, "distillation": None, "fused": None}],
+        }
+        for kind in kinds
+    }
+    ticket_curve({"rows": rows, "split": "test", "tickets": {"tolerance": 1}})(axes)
+    places = [bars.lines[0].get_xydata()[0][0] for bars in axes.containers]
+    assert (places != [50.0] * len(kinds)) == moved
+    assert ("stand side by side" in axes.get_xlabel()) == moved
+
+
 def test_a_picture_without_a_finished_dense_run(searched, tmp_path):
     place, _ = searched
     found = result(place / "out")
@@ -480,6 +499,25 @@ def test_groups_that_do_not_fit_are_told_before_the_work(zygote, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_updates_that_are_left_and_their_time_by_hand(tmp_path):
+    _, found = planned(tmp_path, levels=2, rate=0.5, rewind=1.5)
+    runs = [one.run for one in found]
+    # Eight runs of 10 epochs of 4 updates; all but the dense one and two re-initialised ones begin
+    # at update 6.
+    told = tickets._time(runs, 4, "digits")
+    assert told == f"{8 * 40 - 5 * 6} updates; deit profile digits tells what one takes here"
+    result = {"epochs": 10, "fingerprint": "", "targets": [], "seconds": 60.0}
+    for one, samples in ((runs[0], 40 * 32), (runs[1], 34 * 32)):
+        one.out.mkdir(parents=True)
+        (one.out / checkpoint.RESULT).write_text(json.dumps({**result, "samples_seen": samples}))
+    each = 120 / 74
+    assert tickets._time(runs, 4, "digits") == (
+        f"{8 * 40 - 5 * 6 - 74} updates; {clock(216 * each)} one run after another, if each takes "
+        "1.62 s as in the runs that are finished"
+    )
+    assert tickets._time(runs[:2], 4, "digits") == "0 updates"
+
+
 def test_weights_that_are_standardised_have_no_tickets(zygote, tmp_path):
     words = ("--student.name", "timm:resnetv2_50x1_bit", "--student.patch_size", "4")
     words = ("tickets", "digits-teacher", *words, "--out", "out", "--dry_run")
@@ -513,4 +551,5 @@ def test_a_dry_run_lists_every_scopes_runs(zygote, tmp_path, scope):
     sparse = "25.0, 50.0 %" if own else "20.0, 36.0 %"
     assert f"levels    {sparse} of the prunable weights gone (scope {scope})" in done.out
     assert "seed-0/level-2" in done.out
+    assert "updates; deit profile digits tells what one takes here" in done.out
     assert not (tmp_path / "out").exists()
