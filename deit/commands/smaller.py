@@ -7,7 +7,7 @@ from pathlib import Path
 from deit import checkpoint, prune_options
 from deit.arguments import GOES_ON, parse_run, printed, typed_epochs
 from deit.config import Config
-from deit.errors import CheckpointError, ConfigError
+from deit.errors import ConfigError
 from deit.options import Parser, parse_controls, read_numbers
 from deit.text import nearest
 from deit.tuning import TUNING, in_epochs
@@ -79,6 +79,7 @@ def quantize(arguments: list[str], program: str) -> None:
         root=options.root,
         json_file=options.json,
         force=options.force,
+        arguments=arguments,
     )
 
 
@@ -133,8 +134,8 @@ def prune(arguments: list[str], program: str) -> None:
     helps = bool({"-h", "--help"} & set(rest))
     if run is None and not helps:
         raise ConfigError(f"name a finished run first: {program} RUN --ratio 0.5 --out DIR")
-    if run is not None and not (run / checkpoint.CONFIG).is_file():
-        raise CheckpointError(f"{run}: no run folder (no {checkpoint.CONFIG})")
+    if run is not None:
+        checkpoint.check_run(run)
     recovery = parse_run(
         rest if run is None else [str(run / checkpoint.CONFIG), *rest[1:]],
         program=program,
@@ -240,7 +241,9 @@ def ladder(arguments: list[str], program: str) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
-    parser.add_argument("--force", action="store_true", help="let --json replace a file")
+    parser.add_argument(
+        "--force", action="store_true", help="let RUN/ladder and --json be replaced"
+    )
     options = parser.parse_intermixed_args(arguments)
     merges = read_numbers(options.merge, "--merge", whole=True, least=1)
     from deit.ladder import ladder
