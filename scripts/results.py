@@ -17,7 +17,7 @@ from deit.sweep_results import cells, class_by_class, columns, disagreement_tabl
 from deit.ticket_pictures import ticket_curve
 from deit.ticket_results import tickets_table
 from scripts.benchmark_picture import draw_benchmark
-from scripts.landscape_tables import draw_landscape, landscape_tables
+from scripts.landscape_tables import draw_landscape, draw_seeds, landscape_tables, seeds_tables
 from scripts.smaller_tables import draw_smaller, goals, smaller_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,13 @@ SMALLER = {
     "cifar10-smaller": "CIFAR-10 (JPEG 75), three tenths of the images, 10 epochs: the same",
 }
 LANDSCAPES = {"digits-landscape": "Digits: the loss around the levels of a search, seed 0"}
+SEEDS = {
+    "digits-landscape-seeds": (
+        "Digits: the loss around the levels of searches, seeds 0, 1, 2",
+        ("digits-landscape", "digits-landscape-1", "digits-landscape-2"),
+    )
+}
+"""Landscapes of several seeds, told together."""
 BENCHMARKS = ("benchmark-data", "benchmark-targets", "benchmark-train")
 
 
@@ -201,6 +208,20 @@ def landscape_section(name: str, result: dict) -> str:
     )
 
 
+def seeds_section(name: str) -> str:
+    """Landscapes of several seeds as Markdown."""
+    title, files = SEEDS[name]
+    results = load(files)
+    links = ", ".join(f"[{file}.json](results/{file}.json)" for file in files)
+    first, *others = [result["asked"] for result in results.values()]
+    words = [f"`--run_seed {one['run_seed']} --only {','.join(one['parts'])}`" for one in others]
+    return (
+        f"**{title}** ({links})\n\n{seeds_tables(list(results.values()))}\n\nMean +- standard "
+        f"deviation over the seeds; {first['images']} {first['split']} images. The command is that "
+        f"of the table above, with {' and '.join(words)} for the other seeds.\n"
+    )
+
+
 _FEW = 8
 
 
@@ -265,6 +286,7 @@ def main() -> None:
     texts |= {name: smaller_section(name, result) for name, result in smaller.items()}
     landscapes = load(LANDSCAPES)
     texts |= {name: landscape_section(name, result) for name, result in landscapes.items()}
+    texts |= {name: seeds_section(name) for name in SEEDS}
     pages[ROOT / "docs" / "compression.md"] = texts
     new = {path: written(path.read_text(), texts) for path, texts in pages.items()}
     if check:
@@ -281,6 +303,8 @@ def main() -> None:
         draw_smaller(result, ROOT / "docs" / "images" / f"{name}.png")
     for name, result in landscapes.items():
         draw_landscape(result, ROOT / "docs" / "images" / f"{name}.png")
+    for name, (_, files) in SEEDS.items():
+        draw_seeds(list(load(files).values()), ROOT / "docs" / "images" / f"{name}.png")
     for name, result in benchmarks.items():
         draw_benchmark(result, ROOT / "docs" / "images" / f"{name}.png")
 
