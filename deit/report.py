@@ -9,7 +9,7 @@ from deit import charts, checkpoint, journal, page
 from deit.config import Config
 from deit.console import clock, percent, say, warn
 from deit.disk import check_writable, put_file, size, write_json
-from deit.errors import CheckpointError, ConfigError, DataError
+from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault
 from deit.ground import slug
 from deit.measured import Evaluations, disagreement
 from deit.run_pictures import Pictures, draw_run
@@ -129,15 +129,16 @@ def _check_run(run: Path) -> None:
 
 
 def _check_folder(out: Path, force: bool) -> None:
-    """Refuse a folder that holds something else than a report. Raises ConfigError."""
+    """Refuse a folder that holds something else than a report, or one that is to stay. Raises
+    ConfigError and EnvironmentFault."""
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: is a file, not a folder")
+        raise EnvironmentFault(f"--out {out}: is a file, not a folder")
     check_writable(out, option="--out")
     inside = list(out.iterdir()) if out.is_dir() else []
     if inside and not (out / _MARK).is_file():
         raise ConfigError(f"--out {out}: holds something, but no report; give another --out")
     if (out / PAGE).is_file() and not force:
-        raise ConfigError(f"--out {out}: holds a report already; --force replaces it")
+        raise EnvironmentFault(f"--out {out}: holds a report already; --force replaces it")
 
 
 def _view(

@@ -235,7 +235,7 @@ def test_runs_of_a_sweep_have_their_cost_too(place):
 def test_what_is_written_is_replaced_only_when_asked(place, zygote):
     before = (place / "one" / "index.html").read_bytes()
     done = zygote.run("report", "run", "--out", "one", cwd=place)
-    assert (done.code, "--force replaces it" in done.err) == (2, True)
+    assert (done.code, "--force replaces it" in done.err) == (5, True)
     done = zygote.run("report", "run", "--out", "one", "--force", cwd=place)
     assert done.code == 0, done.err
     assert (place / "one" / "index.html").read_bytes() == before  # the same run, the same page
