@@ -27,6 +27,7 @@ def survey(
     merges: tuple[int, ...],
     plot: Path | None,
     json_file: Path | None,
+    command: str,
     checkpoint: str = "best",
     **asked: Any,
 ) -> dict[str, Any]:
@@ -34,9 +35,9 @@ def survey(
     table, and of several runs on the same images who disagrees with whom.
 
     resolutions, crops: empty: each run's own. merges: numbers of tokens a block; empty: no
-    merging. plot: a PNG of throughput against accuracy. The others: as deit.evaluation.examine
-    takes them. Returns `rows`, what evaluation found, and `agreement`, shares of equal answers by
-    name. Raises the errors of deit.errors.
+    merging. plot: a PNG of throughput against accuracy. command: as it was typed, for the file. The
+    others: as deit.evaluation.examine takes them. Returns `rows`, what evaluation found,
+    `agreement`, shares of equal answers by name, and `command`. Raises the errors of deit.errors.
     """
     _check(runs, checkpoint, resolutions, merges, asked.get("variant"))
     examined: dict[str, Examined] = {}
@@ -49,7 +50,7 @@ def survey(
         )
     rows = {name: one.found for name, one in examined.items()}
     _print(rows)
-    result: dict[str, Any] = {"rows": rows}
+    result: dict[str, Any] = {"rows": rows, "command": command}
     voices = _voices(examined)
     if len(voices) > 1:
         shares = {a: {b: agreement(x, y) for b, y in voices.items()} for a, x in voices.items()}

@@ -1,6 +1,7 @@
 """Evaluation further: other resolutions and crops, several runs, ImageNet's variants, costs."""
 
 import json
+import shlex
 import shutil
 import time
 from functools import cache
@@ -107,6 +108,7 @@ def test_several_runs_and_resolutions_in_one_table(runs, tmp_path, capsys):
     found = json.loads((tmp_path / "found.json").read_text())
     rows = found["rows"]
     assert list(rows) == ["student, 8 px", "student, 16 px", "labels, 8 px", "labels, 16 px"]
+    assert found["command"] == f"deit evaluate {shlex.join(arguments)}"
     alone = evaluate(runs / "labels", resolution=16)
     assert rows["labels, 16 px"]["heads"] == alone["heads"]
     shares = found["agreement"]
@@ -263,6 +265,8 @@ def test_a_variant_is_evaluated_from_the_command_line(tmp_path, capsys):
     assert code == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "f.json").read_text())
     assert (found["split"], found["num_samples"]) == ("ImageNet a", 6)
+    assert found["command"].startswith("deit evaluate ")
+    assert found["command"].endswith(f"--json {tmp_path / 'f.json'}")
     assert "6 of 400 images, of 3 of 200 classes" in capsys.readouterr().out
     assert found["teacher"] is None
 

@@ -1,5 +1,6 @@
 """The commands that ask a finished run for answers, or write it for others to ask."""
 
+import shlex
 from pathlib import Path
 
 from deit import checkpoint
@@ -70,6 +71,7 @@ def evaluate(arguments: list[str], program: str) -> None:
         "device": options.device,
         "variant": options.variant,
     }
+    command = f"deit evaluate {shlex.join(arguments)}"
     if max(map(len, (options.runs, sides, crops, merges))) > 1 or options.plot is not None:
         from deit.survey import survey
 
@@ -80,6 +82,7 @@ def evaluate(arguments: list[str], program: str) -> None:
             merges=merges,
             plot=options.plot,
             json_file=options.json,
+            command=command,
             **asked,
         )
         return
@@ -93,7 +96,7 @@ def evaluate(arguments: list[str], program: str) -> None:
     )
     print_evaluation(found)
     if options.json is not None:
-        write_evaluation(options.json, found)
+        write_evaluation(options.json, found | {"command": command})
 
 
 def predict(arguments: list[str], program: str) -> None:
