@@ -192,8 +192,9 @@ def test_one_that_hangs_is_not_waited_for_for_ever(zygote, tmp_path):
     done = first.wait(timeout=60)
     assert done.code == 7, done.err
     assert "did not answer within 4 s" in done.err
-    second.signal(signal.SIGKILL)
-    second.wait()
+    hung = second.wait(timeout=0)
+    assert hung.code == -signal.SIGABRT
+    assert "faults.py" in hung.err  # where it was
 
 
 def test_a_mistake_that_one_finds_is_the_end_of_both(zygote, straight, tmp_path):

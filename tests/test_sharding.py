@@ -48,6 +48,12 @@ def done(*arguments, **options) -> None:
         assert one.code == 0, one.err
 
 
+def stopped(zygote: Zygote, out: Path, kind: str, fault: str) -> None:
+    """Begin a run that a signal stops."""
+    ended = run(zygote, out, "--run.shard", kind, fault=fault)
+    assert [one.code for one in ended] == [143, 143], [one.err for one in ended]
+
+
 @pytest.fixture(scope="module")
 def runs(zygote, tmp_path_factory) -> dict[str, Path]:
     """The same run of two processes, by value of run.shard."""
@@ -106,8 +112,7 @@ def test_its_files_are_whole_and_load_alone(runs):
 
 def test_stopped_in_the_middle_it_ends_with_the_same_bits(zygote, runs, tmp_path):
     out = tmp_path / "run"
-    ended = run(zygote, out, "--run.shard", "full", fault="update@1:3:term")
-    assert [one.code for one in ended] == [143, 143], [one.err for one in ended]
+    stopped(zygote, out, "full", "update@1:3:term")
     assert 3 <= checkpoint.step_of(checkpoint.newest(out)) < 2 * STEPS
     done(zygote, out, "--run.shard", "full")
     same(out, runs["full"])
@@ -117,7 +122,7 @@ def test_stopped_in_the_middle_it_ends_with_the_same_bits(zygote, runs, tmp_path
 def test_a_divided_run_goes_on_whole_and_the_other_way_round(processes, zygote, runs, tmp_path):
     for first, then in (("full", "none"), ("none", "full")):
         out = tmp_path / first
-        assert run(zygote, out, "--run.shard", first, fault="update@0:5:term")[0].code == 143
+        stopped(zygote, out, first, "update@0:5:term")
         ended = run(zygote, out, "--run.shard", then, processes=processes)
         assert [one.code for one in ended] == [0] * processes, ended[0].err
         assert f"run.shard {first} before, {then} now" in ended[0].err
@@ -168,7 +173,7 @@ def test_a_network_without_blocks_and_with_statistics(zygote, tmp_path):
 def test_without_its_best_weights_all_processes_gather_alike(zygote, runs, tmp_path):
     """The main process alone looks for them, and all take part where better ones are written."""
     out = tmp_path / "run"
-    assert run(zygote, out, "--run.shard", "full", fault="update@0:7:term")[0].code == 143
+    stopped(zygote, out, "full", "update@0:7:term")
     shutil.rmtree(out / "best")
     newest = checkpoint.newest(out)
     state = json.loads((newest / checkpoint.STATE).read_text())
