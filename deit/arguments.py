@@ -72,7 +72,7 @@ def parse_run(
             f"{', '.join(RECIPES)}, FILE.py:FUNCTION, or a run's config.json"
         )
     for name, instead in without.items():
-        if any(word.partition("=")[0] == f"--{name}" for word in rest):
+        if any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in rest):
             raise ConfigError(f"{program}: takes no --{name}; {instead}")
     base = find_recipe(recipe)
     if adapt is not None:

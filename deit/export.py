@@ -127,15 +127,14 @@ def check_place(folder: Path, *, force: bool) -> None:
     """Refuse, before the long work, a folder that cannot be written, or is there and may not be
     replaced, or is no export: a run, or anything else of somebody's. Raises EnvironmentFault."""
     if folder.exists():
-        if not force:
-            raise EnvironmentFault(f"--out {folder}: exists already; --force replaces it")
         names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
         if names and not ("README.md" in names and names <= _OURS):
             raise EnvironmentFault(
                 f"--out {folder}: holds other things than an export "
-                f"({', '.join(sorted(names - _OURS)[:3]) or 'no README.md'}); --force replaces "
-                "exports only"
+                f"({', '.join(sorted(names - _OURS)[:3]) or 'no README.md'}); give another --out"
             )
+        if not force:
+            raise EnvironmentFault(f"--out {folder}: exists already; --force replaces it")
     check_writable(folder, option="--out")
 
 

@@ -185,6 +185,6 @@ def _own(action: argparse.Action) -> _Field:
         name=name,
         help=action.help,
         metavar=action.metavar or (choices if action.choices else name.upper()),
-        help_behavior_hint=f"(default: {action.default})" if action.default else "",
+        help_behavior_hint="" if action.default in (None, "") else f"(default: {action.default})",
     )
     return action.dest, Annotated[str | None, shown], dataclasses.field(default=None)

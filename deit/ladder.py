@@ -73,6 +73,7 @@ def ladder(
     JSON file. Returns what ladder.json holds.
     Raises the errors of deit.errors.
     """
+    checkpoint.check_run(run)  # beside which everything else is looked for
     check_file(json_file, option="--json", replace=force)
     versions = versions_of(run, more, merges)
     if any(version.onnx is not None for version in versions):
@@ -113,13 +114,14 @@ def _check_place(folder: Path, *, force: bool) -> None:
     """Refuse, before the long work, a ladder that is there and may not be replaced, and what is
     none. Raises EnvironmentFault."""
     if folder.exists():
-        if not force:
-            raise EnvironmentFault(f"{folder}: exists already; --force replaces it")
         others = sorted(path.name for path in folder.glob("*") if path.name not in _FILES)
         if others or not folder.is_dir():
             raise EnvironmentFault(
-                f"{folder}: holds other things than a ladder ({', '.join(others[:3]) or 'a file'})"
+                f"{folder}: is to hold the ladder, and holds {', '.join(others[:3]) or 'a file'}; "
+                "move it away"
             )
+        if not force:
+            raise EnvironmentFault(f"{folder}: exists already; --force replaces it")
     check_writable(folder, option="RUN")
 
 

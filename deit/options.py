@@ -1,6 +1,7 @@
 """Options that are no field of a configuration: their parser, and values of several parts."""
 
 import argparse
+import sys
 import typing
 from typing import Any
 
@@ -96,6 +97,17 @@ class Parser(argparse.ArgumentParser):
                 metavar="N",
                 help="How often a run is tried again that failed for a reason that may pass.",
             )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, but `--at-once` is `--at_once`: fields of a run may be spelled so, too."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(list(map(self._spelled, words)), namespace)
+
+    def _spelled(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        ours = name[:2] + name[2:].replace("-", "_")
+        there = self._option_string_actions
+        return f"{ours}{equals}{value}" if name not in there and ours in there else word
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")

@@ -149,7 +149,9 @@ def _asked_in_all(config: Config, saved: Path, asked: Asked, recovery: Config) -
 def _announce(run: Config, recovery: Config, controls: tuple[str, ...]) -> None:
     """What will be trained, and by whom it is taught."""
     taught = ", ".join(recovery.teacher.source or recovery.teacher.targets)
-    say(f"recovery  {schedule_of(recovery.optim)}; taught by {taught or 'the labels alone'}")
+    if recovery.loss.kind == "none":
+        taught = "the labels alone"
+    say(f"recovery  {schedule_of(recovery.optim)}; taught by {taught}")
     schedules = {"short": recovery.optim, "long": _in_all(run, recovery)}
     for control in controls:
         say(

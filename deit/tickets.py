@@ -64,10 +64,10 @@ def tickets(
         raise ConfigError(f"--retries {retries}: should be at least 0")
     check_trackers(run.config)
     manifest = _asked_in_all(asked, run)
-    check_begun(run.out, MANIFEST, manifest, what="sweep")
+    check_begun(run.out, MANIFEST, manifest, what="search")
     base, plan, updates = _settled(run, asked)
     ground, below, found = _runs(plan, run, base, seeds)
-    _announce(plan, base, found, updates, run.recipe)
+    _announce(plan, base, found, updates)
     if run.dry_run:
         _list(plan, below, found)
         return {}
@@ -169,7 +169,7 @@ def _as_begun(run: Planned) -> Planned:
     return run._replace(config=derive(run.config, start=kept))
 
 
-def _announce(plan: Plan, base: Config, found: list[Ticket], updates: int, recipe: str) -> None:
+def _announce(plan: Plan, base: Config, found: list[Ticket], updates: int) -> None:
     """What it will cost, before anything is trained."""
     sparse = ", ".join(f"{100 * (1 - density):.1f}" for density in plan.densities)
     say(f"levels    {sparse} % of the prunable weights gone (scope {plan.scope})")
@@ -180,26 +180,31 @@ def _announce(plan: Plan, base: Config, found: list[Ticket], updates: int, recip
         f"runs      {len(found)} of {base.optim.epochs} epochs, {len(found) - left} of them "
         "finished; each level waits for the one before"
     )
-    say(f"time      {_time([one.run for one in found], updates, recipe)}")
+    say(f"time      {_time([one.run for one in found], updates)}")
 
 
-def _time(runs: list[Planned], updates: int, recipe: str) -> str:
+def _time(runs: list[Planned], updates: int) -> str:
     """How many updates are left, without the teachers', and how long they will take, as far as runs
     that are finished tell. updates: of an epoch."""
     left = sum(
-        one.config.optim.epochs * updates - one.config.start.update for one in unfinished(runs)
+        one.config.optim.epochs * updates - max(one.config.start.update, _made(one))
+        for one in unfinished(runs)
     )
     ended = [result for one in runs if (result := checkpoint.result_of(one.out)) is not None]
     made = sum(result["samples_seen"] for result in ended) / runs[0].config.optim.batch_size
     if not left or not made:
-        return f"{left:,} updates" + f"; deit profile {recipe} tells what one takes here" * (
-            left > 0
-        )
+        later = "; how long they take is told once a run is finished"
+        return f"{left:,} updates, teachers' aside{later if left else ''}"
     each = sum(result["seconds"] for result in ended) / made
     return (
-        f"{left:,} updates; {clock(left * each)} one run after another, if each takes "
-        f"{each:.3g} s as in the runs that are finished"
+        f"{left:,} updates, teachers' aside; {clock(left * each)} one run after another, if each "
+        f"takes {each:.3g} s as in the runs that are finished"
     )
+
+
+def _made(run: Planned) -> int:
+    """The updates of which a run has a checkpoint."""
+    return max((step for step, _ in checkpoint.found(run.out)), default=0)
 
 
 def _list(plan: Plan, below: list[Planned], found: list[Ticket]) -> None:

@@ -62,7 +62,24 @@ def seeds_tables(results: Sequence[_Result]) -> str:
             for name in _in_common(results, part)
         ]
         tables.append(markdown_table(("", *read), rows))
+    tables.append(markdown_table(("control less its ticket", *_PLACES), _pairs(results)))
     return "\n\n".join(tables)
+
+
+def _pairs(results: Sequence[_Result]) -> list[list[str]]:
+    """How much more a control has than the ticket of its level: of each seed, for both share it."""
+    rows = []
+    for name in _in_common(results, "places"):
+        kind, _, level = name.partition(", ")
+        ticket = f"ticket, {level}"
+        if kind != "ticket" and all(ticket in one["places"] for one in results):
+            more = {
+                of: [told(one["places"][name]) - told(one["places"][ticket]) for one in results]
+                for of, told in _PLACES.items()
+            }
+            cells = (summary(of, digits=_DIGITS.get(key, 1)) for key, of in more.items())
+            rows.append([name, *cells])
+    return rows
 
 
 def _in_common(results: Sequence[_Result], part: str) -> list[str]:
@@ -95,7 +112,7 @@ def draw_seeds(results: Sequence[_Result], path: Path) -> None:
             for line in _in_common(results, "lines")
             if line.startswith("ticket") and f" to {kind}," in line
         }
-        label = "ticket, to the next level" if kind == "ticket" else f"ticket to {kind}"
+        label = "ticket, from the level before" if kind == "ticket" else f"ticket to {kind}"
         _bars(panels[0], found, label, colour, list(colours).index(kind))
     panels[0].set_ylabel("loss barrier [nats]")
     for axes in panels:

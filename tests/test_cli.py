@@ -19,6 +19,7 @@ from deit.config import StudentConfig
 from deit.grammar import SHARED
 from deit.models.saved import Facts, build_student, save_student
 from deit.recipes import RECIPES
+from deit.studies import STUDIES
 from deit.validation import field_names
 from tests.forks import shared
 
@@ -298,6 +299,28 @@ def test_an_option_that_a_command_has_no_use_for_says_what_to_do(command, option
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(rf"deit: error: deit {command}: takes no --{option}; .+\n", done.stderr)
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("tickets", "digits", "--controls-at=9"), "--controls_at 9: there are levels 1 to 7"),
+        (("tickets", "digits", "--at-once", "0", "--dry-run"), "--at_once 0: should be at least 1"),
+        (("targets", "write", "digits", "--re-cords", "x"), "re_cords: unknown field"),
+        (("quantize", "run", "--quantize-attention", "--max-drop=-1"), "--max-drop -1: should be"),
+        (("views", "digits", "--dry-run"), "takes no --dry_run"),
+    ],
+)
+def test_hyphens_within_options_are_underscores(run, words, told):
+    """As tyro has it for the fields of a run: `--run-seed` would not be refused either."""
+    done = run("deit", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr
+
+
+def test_help_names_every_study(run):
+    told = run("deit", "compare", "--help").stdout.partition("--only")[0]
+    assert [name for name in STUDIES if f" {name} (" not in told] == []
 
 
 def test_a_mistyped_option_of_the_command_itself_is_recognised(run):

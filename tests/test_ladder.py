@@ -200,7 +200,7 @@ def test_a_ladder_that_is_there_is_replaced_only_when_asked(place, measured, zyg
     (tmp_path / "other" / "ladder" / "notes.md").touch()
     done = zygote.run("ladder", "other", "--force", cwd=tmp_path)
     assert done.code == 5
-    assert "other/ladder: holds other things than a ladder (notes.md)" in done.err
+    assert "other/ladder: is to hold the ladder, and holds notes.md; move it away" in done.err
     (tmp_path / "other" / "ladder" / "notes.md").rename(tmp_path / "other/ladder/ladder.md")
     done = zygote.run("ladder", "other", "--force", cwd=tmp_path)
     assert done.code == 0, done.err

@@ -1,13 +1,14 @@
 """Landscapes of several seeds told together: means and deviations by hand, what all have."""
 
 import pytest
-from PIL import Image
 
 from scripts.landscape_tables import draw_seeds, seeds_tables
 
 
-def result_of(*, eigenvalue: float, trace: float, barrier: float, more: bool = False) -> dict:
-    """A landscape of a dense run, a level and its random control."""
+def result_of(
+    *, eigenvalue: float, trace: float, barrier: float, more: bool = False, ahead: float = 1
+) -> dict:
+    """A landscape of a dense run, a level and its random control. ahead: of each kind before."""
     kinds = {"dense": "dense", "ticket, 20.0 %": "ticket", "random, 20.0 %": "random"}
     if more:
         kinds["random, 36.0 %"] = "random"
@@ -16,7 +17,7 @@ def result_of(*, eigenvalue: float, trace: float, barrier: float, more: bool = F
             "kind": kind,
             "loss": 0.25,
             "curvature": {
-                "eigenvalues": {"largest": [eigenvalue + place, 1.0]},
+                "eigenvalues": {"largest": [eigenvalue + ahead * place, 1.0]},
                 "trace": {"value": trace},
             },
         }
@@ -38,7 +39,7 @@ def test_means_and_deviations_of_what_all_seeds_have():
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in seeds_tables(RESULTS).split("\n")
     ]
-    places, lines = rows[:5], rows[6:]
+    places, lines = rows[:5], rows[6:10]
     assert places[0] == ["", "loss", "largest eigenvalue", "trace"]
     # sqrt(2) is the sample standard deviation of 10 and 12
     assert places[2] == ["dense", "0.250 +- 0.000", "11.0 +- 1.4", "101 +- 1"]
@@ -47,10 +48,35 @@ def test_means_and_deviations_of_what_all_seeds_have():
     assert lines[3][1:] == ["0.200 +- 0.141", "2.0 +- 1.4"]
 
 
+def test_what_a_control_has_more_than_its_ticket_is_told_pair_by_pair():
+    told = seeds_tables([*RESULTS, result_of(eigenvalue=20, trace=1, barrier=0, ahead=4)])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.split("\n")]
+    # 1, 1 and 4 more: the eigenvalues themselves are ten times as far apart.
+    assert rows[-1] == ["random, 20.0 %", "0.000 +- 0.000", "2.0 +- 1.7", "0 +- 0"]
+
+
 @pytest.mark.parametrize("number", [1, 2])
-def test_one_seed_or_several_are_drawn(number, tmp_path):
-    pytest.importorskip("matplotlib")
+def test_what_is_drawn_are_the_means_and_deviations(number, monkeypatch, tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: drawn.append(self))
     draw_seeds(RESULTS[:number], tmp_path / "seeds.png")
-    with Image.open(tmp_path / "seeds.png") as drawn:
-        assert drawn.width > 2 * drawn.height
-        assert len(drawn.convert("RGB").getcolors(2**24)) > 20
+    barrier, eigenvalue, trace = drawn[0].axes
+    found = {
+        (axes.get_ylabel(), bars.get_label()): (
+            *map(list, zip(*bars.lines[0].get_xydata())),
+            [top - bottom for ((_, bottom), (_, top)) in bars.lines[2][0].get_segments()],
+        )
+        for axes in (barrier, eigenvalue, trace)
+        for bars in axes.containers
+    }
+    several = number > 1
+    x, y, length = found["largest eigenvalue", "random"]
+    assert (x, y) == ([pytest.approx(20)], [13 if several else 12])
+    assert length == [pytest.approx(2 * 2**0.5 if several else 0)]
+    x, y, _ = found["largest eigenvalue", "ticket"]
+    assert (x, y) == ([pytest.approx(19.2)], [12 if several else 11])
+    assert found["trace", "ticket"][1] == [101 if several else 100]
+    x, y, _ = found["loss barrier [nats]", "ticket to random"]
+    assert (x, y) == ([pytest.approx(20)], [pytest.approx(0.2 if several else 0.1)])
+    assert eigenvalue.lines[0].get_ydata()[0] == (11 if several else 10)

@@ -117,6 +117,21 @@ def test_schedules_are_told_before_anything_is_trained(place, pruned):
     assert schedules["recovered"].endswith("warm-up 0.5 epochs")
 
 
+def test_a_recovery_without_teacher_names_none(place, zygote):
+    done = zygote.run("prune", "run", "--objective", "none", "--dry_run", cwd=place)
+    assert done.code == 0, done.err
+    assert "; taught by the labels alone\n" in done.out
+
+
+def test_help_shows_the_schedule_that_the_run_would_have(place, zygote):
+    """And the schedules by name that train all."""
+    told = zygote.run("prune", "run", "--help", cwd=place).out.replace("│", " ")
+    told = " ".join(told.split())
+    epochs = short(load(place / "run" / "config.json")).optim.epochs
+    assert f"--optim.epochs INT Passes over the training images. (default: {epochs})" in told
+    assert "Schedule of the recovery: deit, deit3, short, int8. short:" in told
+
+
 def test_every_step_is_told_with_what_it_costs(pruned):
     out, done = pruned
     rows = result(out)["rows"]

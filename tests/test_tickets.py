@@ -504,18 +504,21 @@ def test_updates_that_are_left_and_their_time_by_hand(tmp_path):
     runs = [one.run for one in found]
     # Eight runs of 10 epochs of 4 updates; all but the dense one and two re-initialised ones begin
     # at update 6.
-    told = tickets._time(runs, 4, "digits")
-    assert told == f"{8 * 40 - 5 * 6} updates; deit profile digits tells what one takes here"
+    later = "; how long they take is told once a run is finished"
+    assert tickets._time(runs, 4) == f"{8 * 40 - 5 * 6} updates, teachers' aside{later}"
+    (runs[7].out / "checkpoint-00000020").mkdir(parents=True)
+    assert tickets._time(runs, 4) == f"{8 * 40 - 4 * 6 - 20} updates, teachers' aside{later}"
+    shutil.rmtree(runs[7].out)
     result = {"epochs": 10, "fingerprint": "", "targets": [], "seconds": 60.0}
     for one, samples in ((runs[0], 40 * 32), (runs[1], 34 * 32)):
         one.out.mkdir(parents=True)
         (one.out / checkpoint.RESULT).write_text(json.dumps({**result, "samples_seen": samples}))
     each = 120 / 74
-    assert tickets._time(runs, 4, "digits") == (
-        f"{8 * 40 - 5 * 6 - 74} updates; {clock(216 * each)} one run after another, if each takes "
-        "1.62 s as in the runs that are finished"
+    assert tickets._time(runs, 4) == (
+        f"{8 * 40 - 5 * 6 - 74} updates, teachers' aside; {clock(216 * each)} one run after "
+        "another, if each takes 1.62 s as in the runs that are finished"
     )
-    assert tickets._time(runs[:2], 4, "digits") == "0 updates"
+    assert tickets._time(runs[:2], 4) == "0 updates, teachers' aside"
 
 
 def test_weights_that_are_standardised_have_no_tickets(zygote, tmp_path):
@@ -539,7 +542,7 @@ def test_a_folder_that_holds_something_else_is_refused(zygote, tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("x")
     done = zygote.run(*WORDS, "--out", "out", cwd=tmp_path)
     assert done.code == 2
-    assert "holds something, but no sweep" in done.err
+    assert "holds something, but no search" in done.err
 
 
 @pytest.mark.parametrize("scope", [*SCOPES, "2:4"])
@@ -551,5 +554,5 @@ def test_a_dry_run_lists_every_scopes_runs(zygote, tmp_path, scope):
     sparse = "25.0, 50.0 %" if own else "20.0, 36.0 %"
     assert f"levels    {sparse} of the prunable weights gone (scope {scope})" in done.out
     assert "seed-0/level-2" in done.out
-    assert "updates; deit profile digits tells what one takes here" in done.out
+    assert "updates, teachers' aside; how long they take is told once" in done.out
     assert not (tmp_path / "out").exists()

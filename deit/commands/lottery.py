@@ -59,13 +59,16 @@ def tickets(arguments: list[str], program: str) -> None:
 def _ticket_parser(program: str) -> Parser:
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
-        "--levels", type=int, metavar="N", help="How often weights are pruned. (default: 7)"
+        "--levels",
+        type=int,
+        metavar="N",
+        help="How often weights are pruned; not with --scope N:M. (default: 7)",
     )
     parser.add_argument(
         "--rate",
         type=float,
         metavar="SHARE",
-        help="Share of the weights left that each level takes. (default: 0.2)",
+        help="Share of the weights left that each level takes, likewise. (default: 0.2)",
     )
     parser.add_argument(
         "--scope",

@@ -150,7 +150,7 @@ def prune(arguments: list[str], program: str) -> None:
             "dry_run": "Tell what would stay, and how it would be trained; nothing is written.",
         },
         without=GOES_ON,
-        adapt=lambda config: config if helps else _of_the_whole(config, options.tuning, rest),
+        adapt=lambda config: config if run is None else _of_the_whole(config, options.tuning, rest),
         out=None if run is None else Path(f"checkpoints/{run.resolve().name}-pruned"),
     )
     if run is None or printed(recovery):
@@ -198,7 +198,7 @@ def _prune_parser(program: str) -> Parser:
         "--tuning",
         default="short",
         metavar="NAME",
-        help=f"Schedule of the recovery: {', '.join(TUNING)}. short: a third of the run's epochs.",
+        help=f"Schedule of the recovery: {', '.join(_of_all())}. short: a third of the epochs.",
     )
     parser.add_argument(
         "--controls",
@@ -211,6 +211,11 @@ def _prune_parser(program: str) -> Parser:
         "--at_once", type=int, default=1, metavar="N", help="Runs that share the machine."
     )
     return parser
+
+
+def _of_all() -> list[str]:
+    """The schedules that train all of a student."""
+    return [name for name, tuned in TUNING.items() if tuned(Config()).optim.trained == "all"]
 
 
 def _of_the_whole(config: Config, tuning: str, words: list[str]) -> Config:

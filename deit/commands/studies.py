@@ -19,8 +19,9 @@ def compare(arguments: list[str], program: str) -> None:
         default="worth",
         metavar="NAME",
         help="worth (the student with and without teacher), teaching (every teaching mode), "
-        "patience (epochs), ensemble (teachers together and alone) or resolution (a fine-tuning by "
-        "its teachers and none).",
+        "patience (epochs), ensemble (teachers together and alone), resolution (a fine-tuning by "
+        "its teachers and none), or of the DeiT paper table-2 (teachers of other kinds), table-3 "
+        "(ways of distilling), table-4 (who decides like whom), table-8 (parts of the training).",
     )
     parser.add_argument(
         "--only", default="", metavar="A,B", help="Some students of the study; none named: all."
