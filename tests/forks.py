@@ -166,16 +166,21 @@ def _become(question: dict[str, Any]) -> None:
     from deit.cli import main
 
     sys.argv = [question["script"] or "deit", *question["arguments"]]
-    if question["script"]:
-        code = 0
-        try:
+    try:
+        if question["script"]:
             path = ROOT / question["script"]
             sys.path.insert(0, str(path.parent))
             runpy.run_path(str(path), run_name="__main__")
-        except SystemExit as leaving:
-            code = leaving.code
-    else:
-        code = main()
+            code = 0
+        else:
+            code = main()
+    except SystemExit as leaving:
+        code = leaving.code
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    """End this process without the second that Python takes to tear down what it has imported."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -235,9 +240,10 @@ def _be_spare(asked: socket.socket) -> None:
             os.environ.update(json.loads(words))
             from deit.processes import _serve
 
-            with socket.socket(fileno=descriptors[0]) as answers:
-                _serve(answers)  # returns in a copy, from being the command
-            sys.exit()
+            try:
+                _serve(socket.socket(fileno=descriptors[0]))
+            except SystemExit as leaving:  # in a copy, from being the command
+                _leave(leaving.code)
         else:
             os.close(descriptors[0])
             asked.send(str(pid).encode())
