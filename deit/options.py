@@ -69,7 +69,7 @@ def parse_controls(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for the commands without a configuration: errors become ours, nothing is guessed."""
+    """argparse for the options of commands: errors become ours, nothing is guessed."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
