@@ -19,6 +19,14 @@ from deit.errors import EnvironmentFault
 from deit.faults import reach
 
 LOCK = ".lock"
+_OF_RUNS = {
+    *("config.json", "environment.json", "environment-resumed.json", "start.json", "base.json"),
+    *("metrics.jsonl", "chain.jsonl", "anomalies.jsonl", "result.json", "summary.json"),
+    *("model.json", "model.safetensors", "state.json", "manifest.json", "kept.json", "prune.json"),
+}
+_MARKS = ("config.json", "manifest.json", "prune.json")
+"""What no option may overwrite, not even one that may replace files, where one of these marks lies
+beside it."""
 _NEW, _OLD, GONE = ".deit-new-", ".deit-old-", ".deit-gone-"
 """What folders are called while they are written, replaced and removed."""
 
@@ -79,6 +87,8 @@ def check_file(path: Path | None, *, option: str, replace: bool) -> None:
         raise EnvironmentFault(f"{option} {path}: is a folder, not a file")
     if path.exists() and not replace:
         raise EnvironmentFault(f"{option} {path}: exists already; --force replaces it")
+    if path.name in _OF_RUNS and any(path.with_name(mark).exists() for mark in _MARKS):
+        raise EnvironmentFault(f"{option} {path}: is a run's own file; give another")
     if not path.absolute().parent.is_dir():
         raise EnvironmentFault(f"{option} {path}: no folder {path.absolute().parent}")
     check_writable(path.absolute().parent, option=option)
@@ -92,7 +102,19 @@ def replace_folder(target: Path, write: Callable[[Path], None], *, needs: int = 
     needs: about how many bytes that takes, for the message. Raises EnvironmentFault if the disk
     refuses.
     """
-    new = target.with_name(f"{_NEW}{target.name}")
+    _put(target, write, target.with_name(f"{_NEW}{target.name}"), replace=True, needs=needs)
+
+
+def put_folder(target: Path, write: Callable[[Path], None], *, replace: bool) -> None:
+    """The same where other commands may write the folder at the same time: each fills its own, and
+    unless it may `replace` what is there, the first one stays. Raises EnvironmentFault."""
+    new = target.with_name(f"{_NEW}{target.name}.{os.getpid()}")
+    _put(target, write, new, replace=replace, needs=0)
+
+
+def _put(
+    target: Path, write: Callable[[Path], None], new: Path, *, replace: bool, needs: int
+) -> None:
     old = target.with_name(f"{_OLD}{target.name}")
     try:
         if new.exists():
@@ -104,7 +126,7 @@ def replace_folder(target: Path, write: Callable[[Path], None], *, needs: int = 
                 os.fsync(handle.fileno())
         sync_folder(new)
         reach("rename")
-        if target.exists():
+        if replace and target.exists():
             target.rename(old)
         new.rename(target)
         reach("renamed")
@@ -113,6 +135,10 @@ def replace_folder(target: Path, write: Callable[[Path], None], *, needs: int = 
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
+        if not replace and target.exists():
+            raise EnvironmentFault(
+                f"{target}: another command made it meanwhile; --force replaces it"
+            ) from None
         if old.exists() and not target.exists():
             old.rename(target)
         raise EnvironmentFault(

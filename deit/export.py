@@ -12,7 +12,7 @@ from torch import Tensor
 from deit.config import Config
 from deit.console import say
 from deit.datasets.splits import load_splits
-from deit.disk import check_writable, replace_folder
+from deit.disk import check_writable, put_folder
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.evaluation import evaluate, find_run
 from deit.formats import FORMATS, Answer, Graph, Heads, outputs_of
@@ -102,7 +102,7 @@ def export(
         )
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    replace_folder(folder, write)
+    put_folder(folder, write, replace=force)
     files = sorted(folder.iterdir())
     size = sum(file.stat().st_size for file in files) / 1e6
     say(f"exported  {folder}: {', '.join(file.name for file in files)} ({size:.1f} MB)")

@@ -11,7 +11,7 @@ from torch import Tensor
 from deit import checkpoint
 from deit.config import Config, RunConfig, other_images
 from deit.console import percent, progress, say, warn
-from deit.disk import check_file, check_writable, put_file, replace_folder, write_json
+from deit.disk import check_file, check_writable, put_file, put_folder, write_json
 from deit.environment import create_accelerator, describe
 from deit.errors import ConfigError, DataError, EnvironmentFault
 from deit.evaluation import as_asked, find_run, images_of, warn_unfinished
@@ -106,7 +106,7 @@ def ladder(
         "environment": describe(create_accelerator(_AS_MEASURED), arguments),
     }
     print_ladder(result)
-    _write(result, run, json_file)
+    _write(result, run, json_file, force=force)
     return result
 
 
@@ -300,7 +300,7 @@ def _times(rungs: dict[str, _Rung], images: Tensor) -> dict[str, dict[str, Any]]
     return found
 
 
-def _write(result: dict[str, Any], run: Path, json_file: Path | None) -> None:
+def _write(result: dict[str, Any], run: Path, json_file: Path | None, *, force: bool) -> None:
     """Numbers, table and picture into the run's folder; the numbers where they were asked for."""
 
     def write(folder: Path) -> None:
@@ -311,7 +311,7 @@ def _write(result: dict[str, Any], run: Path, json_file: Path | None) -> None:
         except EnvironmentFault as error:
             say(f"no picture: {error}")
 
-    replace_folder(run / "ladder", write)
+    put_folder(run / "ladder", write, replace=force)
     for name in sorted(path.name for path in (run / "ladder").iterdir()):
         say(f"wrote {run / 'ladder' / name}")
     if json_file is not None:

@@ -11,6 +11,7 @@ from deit.begun import check_begun
 from deit.console import clock, say, table
 from deit.disk import check_writable, hold, write_json
 from deit.environment import create_accelerator, describe
+from deit.errors import ConfigError
 from deit.evaluation import find_run
 from deit.ground import slug
 from deit.landscape_options import Asked, check_asked
@@ -38,15 +39,18 @@ def landscape(
     check_asked(asked)
     places = places_of(runs, asked)
     how = _how(asked)
-    check_begun(out, MANIFEST, how, what="landscape")
+    begun = {"runs": [run.resolve().name for run in runs], **how}
+    check_begun(out, MANIFEST, begun, what="landscape")
     if "lines" in asked.parts and len(places) < 2:
+        if asked.parts == ("lines",):
+            raise ConfigError(f"--only lines: need two places, and there is {places[0].name} alone")
         say("lines     need two places, and there is one")
     accelerator = create_accelerator(find_run(places[0].run, asked.checkpoint)[0].run)
     view = view_of(places, asked, root=root, device=accelerator.device)
     check_writable(out, option="--out")
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, option="--out"):
-        write_json(out / MANIFEST, how)
+        write_json(out / MANIFEST, begun)
         say(
             f"loss      of {view.number} {asked.split} images as evaluation shows them: "
             "cross-entropy of the fused answer (or the only head's) with the labels"

@@ -60,6 +60,10 @@ def places_of(runs: list[Path], asked: Asked) -> list[Place]:
         raise ConfigError(f"{searches[0]}: is a search for tickets, which is looked at alone")
     if searches:
         return _of_search(searches[0], asked)
+    usual = Asked()
+    for option in ("kinds", "levels", "run_seed"):
+        if getattr(asked, option) != getattr(usual, option):
+            raise ConfigError(f"--{option}: is of a search for tickets, and {runs[0]} is none")
     found = [Place(run.resolve().name, run, find_run(run, asked.checkpoint)[1]) for run in runs]
     for place in found:
         warn_unfinished(place.saved.parent)
@@ -101,6 +105,9 @@ def _of_search(out: Path, asked: Asked) -> list[Place]:
                 found.append(Place(sparsity[kind, level], run, saved, kind, level))
     if not found:
         raise CheckpointError(f"{out}: none of its runs is finished")
+    for kind in asked.kinds:
+        if not any(place.kind == kind for place in found) and wanted != [0]:
+            raise ConfigError(f"--kinds {kind}: {out} has no such finished run at these levels")
     return found
 
 

@@ -12,7 +12,7 @@ from deit.checkpoint import result_of
 from deit.config import STUDENTS, Config, StudentConfig, is_transformer
 from deit.console import progress, say
 from deit.datasets.spread import spread_rows
-from deit.disk import check_file, replace_folder, write_json
+from deit.disk import check_file, put_folder, write_json
 from deit.environment import create_accelerator, describe
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.evaluation import as_asked, find_run
@@ -125,7 +125,7 @@ def quantize(
             _write_card(place / "README.md", file, found)
 
         folder.parent.mkdir(parents=True, exist_ok=True)
-        replace_folder(folder, write)
+        put_folder(folder, write, replace=force)
     print_quantization(found)
     if json_file is not None:
         write_json(json_file, found)
