@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import faulthandler
 import functools
+import gc
 import json
 import os
 import runpy
@@ -302,6 +303,7 @@ def _serve() -> None:
     import deit.target_writer  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # a copy that collects garbage need not look through all that was imported
     if sys.platform == "linux":  # elsewhere no run is a copy
         _keep_spare(Path(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w")
@@ -317,6 +319,7 @@ def _serve() -> None:
             answer = {"pid": pid}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+    _leave(0)
 
 
 if __name__ == "__main__":
