@@ -1,12 +1,13 @@
 """What every test shares: one thread, a fixed generator, no network."""
 
 import socket
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.forks import measuring, shared
+from tests.forks import copying, measuring, shared
 
 torch.set_num_threads(1)  # for fixtures of whole files, which come before that of a test
 
@@ -43,3 +44,11 @@ def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
 def zygote():
     """Starts commands without the seconds of their imports."""
     return shared()
+
+
+@pytest.fixture
+def copied(zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs beside each other that the test's own process starts come without these seconds too."""
+    if sys.platform == "linux":
+        assert zygote.run("--version").code == 0  # it is there
+        monkeypatch.setattr("deit.processes.subprocess", copying(zygote.spare))

@@ -1,8 +1,10 @@
 """Commands in processes of their own, forked from one that has imported everything already."""
 
 import atexit
+import ctypes
 import faulthandler
 import functools
+import gc
 import json
 import os
 import runpy
@@ -61,12 +63,13 @@ class Zygote:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.spare = folder / "spare"
         self.number = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment["HF_HUB_OFFLINE"] = "1"  # read once, when it is imported
         environment.pop("DEIT_FAULT", None)
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, str(self.spare)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -162,7 +165,6 @@ def _become(question: dict[str, Any]) -> None:
     faulthandler.enable()  # a crash, or the end of waiting for it, says where it was
     os.environ.update(question["environment"])
     os.chdir(question["cwd"])
-    _spare_imports()
     from deit.cli import main
 
     sys.argv = [question["script"] or "deit", *question["arguments"]]
@@ -189,64 +191,69 @@ def _leave(code: int) -> None:
 class _Copied(NamedTuple):
     """A process that the spare one made, as whoever asked for it sees it."""
 
-    spare: socket.socket
+    told: socket.socket
     pid: int
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> None:
-        self.spare.send(str(self.pid).encode())
-        self.spare.recv(1)
+        self.told.recv(1)  # nothing, once it is gone
 
 
-def _spare_imports() -> None:
-    """Where this command starts the process that its runs are copies of (deit.processes), have it
-    copied from one that is copied here, before any thread: it would import for five seconds what is
-    here. tests/test_processes.py starts the real one."""
+def copying(spare: Path) -> SimpleNamespace:
+    """`subprocess` as deit.processes uses it: the process that runs are copies of is copied itself,
+    from the spare one, and need not import for five seconds what is there."""
+
+    def start(words: list[str], *, env: dict[str, str], pass_fds: tuple[int, ...] = (), **how: Any):
+        if not pass_fds or env["OMP_NUM_THREADS"] != "1":  # no copies; it has read another number
+            return subprocess.Popen(words, env=env, pass_fds=pass_fds, **how)
+        told = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        told.connect(str(spare))
+        socket.send_fds(told, [json.dumps(env).encode()], pass_fds)
+        return _Copied(told, int(told.recv(32)))
+
+    return SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+
+
+def _keep_spare(path: Path) -> None:
+    """In the process that forks: a copy of it that does nothing but to be copied, as long as this
+    one lives; commands find it at a path."""
     from deit import processes
 
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if os.fork() == 0:
-        ours.close()
-        _be_spare(theirs)
-    theirs.close()
-    popen = subprocess.Popen
-
-    def start(words: list[str], *, pass_fds: tuple[int, ...], env: dict[str, str], **how: object):
-        if env["OMP_NUM_THREADS"] != "1":  # libraries here have read another one
-            return popen(words, pass_fds=pass_fds, env=env, **how)
-        socket.send_fds(ours, [json.dumps(env).encode()], pass_fds)
-        return _Copied(ours, int(ours.recv(32)))
-
-    processes.subprocess = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
-
-
-def _be_spare(asked: socket.socket) -> None:
-    """Copy this process for whoever asks, or wait for a copy, until nobody asks any more."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen()
+    processes.subprocess = copying(path)
+    if os.fork():
+        listener.close()
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # when its parent ends
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(nothing, number)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for its copies
     while True:
-        words, descriptors, *_ = socket.recv_fds(asked, 1 << 17, 1)
-        if not words:
-            os._exit(0)
-        if not descriptors:
-            os.waitpid(int(words), 0)
-            asked.send(b".")
-        elif (pid := os.fork()) == 0:
-            asked.close()
-            os.environ.clear()
-            os.environ.update(json.loads(words))
-            from deit.processes import _serve
+        told = listener.accept()[0]
+        if os.fork() == 0:
+            listener.close()
+            _be_copied(told)
+        told.close()
 
-            try:
-                _serve(socket.socket(fileno=descriptors[0]))
-            except SystemExit as leaving:  # in a copy, from being the command
-                _leave(leaving.code)
-        else:
-            os.close(descriptors[0])
-            asked.send(str(pid).encode())
+
+def _be_copied(told: socket.socket) -> None:
+    """In a copy of the spare process: what deit.processes starts."""
+    from deit.processes import _serve
+
+    words, descriptors, *_ = socket.recv_fds(told, 1 << 17, 1)
+    told.send(str(os.getpid()).encode())
+    os.register_at_fork(after_in_child=told.close)  # it tells of this process's end alone
+    os.environ.clear()
+    os.environ.update(json.loads(words))
+    try:
+        _serve(socket.socket(fileno=descriptors[0]))
+    except SystemExit as leaving:  # in a copy, from being the command
+        _leave(leaving.code)
 
 
 def _end_of(pid: int, timeout: float) -> int:
@@ -296,6 +303,9 @@ def _serve() -> None:
     import deit.target_writer  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # a copy that collects garbage need not look through all that was imported
+    if sys.platform == "linux":  # elsewhere no run is a copy
+        _keep_spare(Path(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         question = json.loads(line)
@@ -309,6 +319,7 @@ def _serve() -> None:
             answer = {"pid": pid}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+    _leave(0)
 
 
 if __name__ == "__main__":

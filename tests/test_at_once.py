@@ -66,7 +66,9 @@ def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, 
             assert row[key] == other["rows"][name][key]
 
 
-def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(tmp_path, capsys):
+def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(
+    copied, tmp_path, capsys
+):
     code = tmp_path / "mine.py"
     code.write_text(
         "import torch\n"
@@ -109,7 +111,7 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
 ):
     # The teacher first: it is trained before the two students that run beside each other.
     train(derive(digits_teacher(), optim={"epochs": 1, "warmup_epochs": 0}), tmp_path / "teacher")
-    words = ("compare", "digits", *SMALL, "--optim.epochs", "40", "--run.evaluate_every", "40")
+    words = ("compare", "digits", *SMALL, "--optim.epochs", "20", "--run.evaluate_every", "20")
     words += ("--teacher.source", tmp_path / "teacher", "--at_once", "2", "--out", tmp_path / "out")
     running = zygote.start(*words)
     names = ("distilled", "undistilled")
@@ -216,7 +218,7 @@ class Impatient:
         self.ends[run.name] = code
 
 
-def test_a_run_that_is_given_up_stops_saved_and_is_no_failure(tmp_path):
+def test_a_run_that_is_given_up_stops_saved_and_is_no_failure(copied, tmp_path):
     watch = Impatient()
     long = config(optim={"epochs": 200}, run={"evaluate_every": 1})
     asked = []

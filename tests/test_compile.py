@@ -12,6 +12,7 @@ from deit.environment import compiled, records_graphs
 from deit.errors import Stopped
 from deit.recipes import digits, digits_teacher
 from deit.run import train
+from tests.stops import same_end, stop_at
 
 pytest.importorskip("sklearn")
 
@@ -95,11 +96,7 @@ def test_a_compiled_student_computes_its_linear_layers_itself(
 def test_compiled_stopped_and_resumed_is_the_same_run(config, tmp_path):
     config = derive(config, run={"compile": "default"})
     train(config, tmp_path / "straight")
-    faults.arm("update:7:term")
-    with pytest.raises(Stopped):
-        train(config, tmp_path / "run")
-    faults.arm(None)
+    stop_at(config, tmp_path / "run", "update:7:term")
     torch._dynamo.reset()
     train(config, tmp_path / "run", resume=True)
-    chains = [(tmp_path / name / journal.CHAIN).read_bytes() for name in ("straight", "run")]
-    assert chains[0] == chains[1]
+    same_end(tmp_path / "run", tmp_path / "straight")

@@ -35,11 +35,6 @@ from deit.validation import load
 pytest.importorskip("sklearn")
 
 
-@pytest.fixture(autouse=True)
-def _brief(monkeypatch):
-    monkeypatch.setattr("deit.models.cost._ROUND_S", 0.05)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A teacher, its student, and the same by labels alone."""

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deit import checkpoint, faults, journal
+from deit import checkpoint, journal
 from deit.cli import run_command
 from deit.config import Config, StudentConfig, derive, peak_lr
-from deit.errors import CheckpointError, ConfigError, Stopped
+from deit.errors import CheckpointError, ConfigError
 from deit.evaluation import evaluate
 from deit.finetune_arguments import parse_finetune
 from deit.models.positions import resize_positions
@@ -23,6 +23,7 @@ from deit.run import train
 from deit.target_writer import write_targets
 from deit.tuning import SIZED, TUNING, at_resolution, begin_from
 from deit.validation import load, validate
+from tests.stops import same_end, stop_and_go_on
 
 pytest.importorskip("sklearn")
 SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
@@ -108,13 +109,8 @@ def test_held_still_it_resumes_to_the_bit(runs, tmp_path):
     config = finer(runs, optim={"trained": "heads", "layer_decay": 0.5})
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train(config, straight)
-    faults.arm("metrics:1:term")
-    with pytest.raises(Stopped):
-        train(config, broken)
-    faults.arm(None)
-    train(config, broken, resume=True)
-    ours, theirs = weights(broken), weights(straight)
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    stop_and_go_on(config, broken, "metrics:1:term")
+    same_end(broken, straight)
 
 
 def test_a_resumed_run_needs_its_start_no_more(runs, tmp_path):

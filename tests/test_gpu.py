@@ -15,7 +15,6 @@ from deit.datasets.operations import CODES, Canvas, apply_operations
 from deit.datasets.resizing import resize_boxes
 from deit.datasets.views import Colours, apply_views, sample_views
 from deit.engine import Tally, train_epoch
-from deit.errors import Stopped
 from deit.evaluation import evaluate
 from deit.keys import Keys, beta, words
 from deit.models.attention import rollout, token_cosines
@@ -28,6 +27,7 @@ from deit.run import job_of, parts_of, train
 from deit.target_writer import write_targets
 from deit.targets import canary
 from deit.tuning import at_resolution
+from tests.stops import same_end, stop_and_go_on
 from tests.test_operations import pixels_of, real_images
 
 COLOURS = Colours((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
@@ -255,10 +255,5 @@ def test_an_update_that_is_not_finite_is_left_out_behind_the_loop(tmp_path, comp
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, compile):
     config = speedy(compile=compile)
     train(config, tmp_path / "straight")
-    faults.arm("update:20:term")
-    with pytest.raises(Stopped):
-        train(config, tmp_path / "run")
-    faults.arm(None)
-    train(config, tmp_path / "run", resume=True)
-    chains = [(tmp_path / name / "chain.jsonl").read_bytes() for name in ("straight", "run")]
-    assert chains[0] == chains[1]
+    stop_and_go_on(config, tmp_path / "run", "update:20:term")
+    same_end(tmp_path / "run", tmp_path / "straight")

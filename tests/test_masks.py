@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deit import checkpoint, faults, journal
+from deit import checkpoint, journal
 from deit.config import Config, derive
-from deit.errors import CheckpointError, ConfigError, Stopped
+from deit.errors import CheckpointError, ConfigError
 from deit.models.masks import (
     MASKS,
     PRUNE,
@@ -33,6 +33,7 @@ from deit.optim import lr_at
 from deit.recipes import digits, digits_teacher
 from deit.run import parts_of, train
 from deit.scopes import SCOPES, densities_of, groups_of
+from tests.stops import same_end, stop_at
 from tests.test_kills import SMALL
 
 EVERY_SCOPE = (*SCOPES, "2:4", "1:3")
@@ -373,10 +374,7 @@ def test_masks_that_keep_everything_change_no_bit(place, tmp_path):
 @pytest.mark.parametrize("step", [6, 8, 11])
 def test_a_pruned_run_resumes_to_the_bit(place, pruned, tmp_path, step):
     out = tmp_path / "run"
-    faults.arm(f"update:{step - 5}:term")
-    with pytest.raises(Stopped):
-        train(ticket(place), out)
-    faults.arm(None)
+    stop_at(ticket(place), out, f"update:{step - 5}:term")
     # The file it began with may be gone.
     lost = ticket(place, run={"device": "cpu"})
     (place / "masks.safetensors").rename(place / "gone")
@@ -384,11 +382,7 @@ def test_a_pruned_run_resumes_to_the_bit(place, pruned, tmp_path, step):
         train(lost, out, resume=True)
     finally:
         (place / "gone").rename(place / "masks.safetensors")
-    for name in ("model", "average", "optimizer", "masks"):
-        file = f"{name}.safetensors"
-        assert (checkpoint.newest(out) / file).read_bytes() == (
-            checkpoint.newest(pruned) / file
-        ).read_bytes()
+    same_end(out, pruned)
 
 
 def test_what_was_pruned_stays_so_in_fine_tuning_unless_one_says_otherwise(place, pruned):

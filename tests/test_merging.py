@@ -447,12 +447,7 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def brief(monkeypatch):
-    monkeypatch.setattr("deit.models.cost._ROUND_S", 0.05)
-
-
-def test_several_numbers_make_one_table(runs, tmp_path, capsys, brief):
+def test_several_numbers_make_one_table(runs, tmp_path, capsys):
     words = [str(runs / "student"), "--merge", "0,2,8", "--teacher", "none"]
     words += ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "f.json")]
     assert run_command("evaluate", words, "evaluate") == 0
@@ -485,7 +480,7 @@ def test_a_single_number_is_said_in_the_title(zygote, runs, tmp_path):
     assert len(found["token_cosine"]) == 3
 
 
-def test_more_patches_at_another_resolution_let_more_merge(runs, tmp_path, brief):
+def test_more_patches_at_another_resolution_let_more_merge(runs, tmp_path):
     words = [str(runs / "student"), "--resolution", "16", "--merge", "9,32", "--teacher", "none"]
     assert run_command("evaluate", [*words, "--json", str(tmp_path / "f.json")], "evaluate") == 0
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deit import checkpoint, faults
+from deit import checkpoint
 from deit.config import Config, StudentConfig, derive
-from deit.errors import CheckpointError, ConfigError, Stopped
+from deit.errors import CheckpointError, ConfigError
 from deit.export import bare_of
 from deit.formats import FORMATS
 from deit.models.attention import check_attention, token_cosines
@@ -26,6 +26,7 @@ from deit.optim import parameter_groups
 from deit.recipes import digits
 from deit.run import train
 from deit.validation import validate
+from tests.stops import same_end, stop_and_go_on
 
 SMALL = StudentConfig(
     name="deit_micro", image_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=3
@@ -254,16 +255,9 @@ def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, zygote
     )
     torch.set_num_threads(1)
     train(config, tmp_path / "straight")
-    faults.arm("update:3:term")
-    with pytest.raises(Stopped):
-        train(config, tmp_path / "run")
-    faults.arm(None)
-    train(config, tmp_path / "run", resume=True)
-    ends = [checkpoint.newest(tmp_path / name) for name in ("straight", "run")]
-    for file in ("model", "average", "optimizer"):
-        one, other = ((end / f"{file}.safetensors").read_bytes() for end in ends)
-        assert one == other, file
-    weights = load_file(ends[0] / "model.safetensors")
+    stop_and_go_on(config, tmp_path / "run", "update:3:term")
+    same_end(tmp_path / "run", tmp_path / "straight")
+    weights = load_file(checkpoint.newest(tmp_path / "straight") / "model.safetensors")
     moved = [
         name
         for name, one in weights.items()

@@ -49,7 +49,7 @@ FILES = ["README.md", "model.onnx", "quantization.json"]
 
 @pytest.fixture(scope="module", autouse=True)
 def _brief():
-    """Times are taken, but not for long; a network is exported once, which takes the most."""
+    """A network is exported once, which takes the most."""
     written = {}
 
     def write(folder, student, facts):
@@ -60,10 +60,7 @@ def _brief():
             written[key] = (folder / "model.onnx").read_bytes()
         (folder / "model.onnx").write_bytes(written[key])
 
-    with (
-        mock.patch.object(side_by_side, "_TIMED_S", 0.0),
-        mock.patch.object(float_file, "write_noted_onnx", write),
-    ):
+    with mock.patch.object(float_file, "write_noted_onnx", write):
         yield
 
 

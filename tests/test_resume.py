@@ -28,6 +28,7 @@ from deit.recipes import digits, digits_teacher
 from deit.run import train
 from deit.target_writer import write_targets
 from deit.validation import load
+from tests.stops import stop_at
 
 EPOCHS, STEPS = 3, 4
 LAST = EPOCHS * STEPS
@@ -78,14 +79,6 @@ def straight(config, tmp_path_factory) -> Path:
 def _one_thread(_steady):
     torch.set_num_threads(1)  # with two threads the bits are others
     yield
-    faults.arm(None)
-
-
-def stop_at(config: Config, out: Path, fault: str) -> None:
-    faults.arm(fault)
-    with pytest.raises(Stopped) as stop:
-        train(config, out)
-    assert stop.value.exit_code == 143
     faults.arm(None)
 
 
@@ -153,10 +146,7 @@ def hard(config, tmp_path_factory) -> tuple[Config, Path, Path]:
         patch.setattr(saving, "selected_top1", falling)
         faults.arm(f"loss:{HARD}:nan")
         train(config, folder / "straight")
-        faults.arm(f"loss:{HARD}:nan,update:{HARD}:term")
-        with pytest.raises(Stopped):
-            train(config, folder / "stopped")
-        faults.arm(None)
+        stop_at(config, folder / "stopped", f"loss:{HARD}:nan,update:{HARD}:term")
     return config, folder / "straight", folder / "stopped"
 
 

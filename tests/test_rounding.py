@@ -1,9 +1,7 @@
 """Roundings in training: their arithmetic, ranges that are learnt, the file that answers alike."""
 
 import copy
-import json
 import math
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,21 +11,14 @@ from unittest import mock
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from deit import checkpoint, faults, side_by_side
-from deit.cli import run_command
-from deit.config import Config, StudentConfig, derive, peak_lr
-from deit.errors import CheckpointError, ConfigError, Stopped
-from deit.evaluation import evaluate
-from deit.export import bare_of, export
-from deit.formats import FORMATS, Graph, answer_of, outputs_of, write_noted_onnx
-from deit.landscape_options import Asked
-from deit.landscape_places import Place, view_of
+from deit.config import StudentConfig, derive, peak_lr
+from deit.errors import ConfigError
+from deit.export import bare_of
+from deit.formats import Graph, answer_of, outputs_of, write_noted_onnx
 from deit.models import rounding
 from deit.models.linear import available, use_onednn
-from deit.models.masks import MASKS
 from deit.models.merging import with_merging
 from deit.models.networks import create_network
 from deit.models.rounding import (
@@ -42,20 +33,14 @@ from deit.models.rounding import (
     scale_of,
     without_rounding,
 )
-from deit.models.saved import Facts, build_student, load_student, save_student, save_weights
+from deit.models.saved import Facts, build_student
 from deit.models.slimming import Kept, cut, largest, magnitudes, slim
-from deit.models.start import find_start, student_of
 from deit.models.student import Student
-from deit.models.teachers import load_teacher
 from deit.models.weights import load_weights
 from deit.optim import parameter_groups
-from deit.presets import OBJECTIVES
 from deit.quantization import learnt, signal_to_noise, write_int8
 from deit.quantization_layers import choose, prepare
-from deit.quantize import Plan, quantize
 from deit.recipes import digits
-from deit.run import parts_of, train
-from deit.seats import members
 from deit.tuning import TUNING, begin_from
 from deit.validation import validate
 
@@ -477,263 +462,3 @@ def test_a_start_says_nothing_of_rounding():
     assert begin_from(digits(), "x", TINY).student.rounding == "none"
     own = derive(digits(), student={"rounding": "int8"})
     assert begin_from(own, "x", replace(TINY, rounding="none")).student.rounding == "int8"
-
-
-# A run
-
-SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path": 0.1}
-QUICK = {"epochs": 2, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 0.5, "lr": 2e-3}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A student that does not round, and one that was fine-tuned from it and does."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("rounding")
-    train(base_config(), folder / "base")
-    train(config_of(folder), folder / "int8")
-    return folder
-
-
-def base_config() -> Config:
-    return derive(
-        digits(),
-        data={"train_fraction": 0.3},
-        student=SMALL,
-        teacher={"source": ()},
-        loss=OBJECTIVES["none"],
-        optim={**QUICK, "epochs": 6},
-        run={"linear": "torch", "evaluate_every": 1},
-    )
-
-
-def config_of(folder: Path, **more: dict) -> Config:
-    config = TUNING["int8"](derive(base_config(), start={"source": str(folder / "base")}))
-    return derive(config, **{**more, "optim": {**QUICK, "min_lr": 1e-5, **more.get("optim", {})}})
-
-
-def ranges_of(file: Path) -> torch.Tensor:
-    weights = load_file(file)
-    return torch.stack([weights[name] for name in sorted(ranges_in(weights))])
-
-
-def test_ranges_lie_in_every_file_and_hold_zero(place):
-    newest = checkpoint.newest(place / "int8")
-    files = [place / "int8" / "best" / "model.safetensors"]
-    files += [newest / f"{name}.safetensors" for name in ("model", "average")]
-    for file in files:
-        found = ranges_of(file)
-        assert found.shape == (11, 2)
-        assert (found[:, 0] <= 0).all()
-        assert (found[:, 1] > 0).all()
-        assert not any(name.endswith(".seen") for name in load_file(file))
-    model, average = map(ranges_of, files[1:])
-    torch.testing.assert_close(model, average, rtol=0.1, atol=0.02)
-    notes = json.loads((place / "int8" / "start.json").read_text())["notes"]
-    assert notes == ["11 layers round from now on: their ranges begin with what they hear"]
-
-
-def test_a_run_begins_with_the_answers_of_its_start(place):
-    began = parts_of(config_of(place)).student.eval()(images(8)).class_logits
-    before = load_student(place / "base" / "best")[0].eval()(images(8)).class_logits
-    assert 20 < signal_to_noise(before, began) < 60
-
-
-@pytest.mark.parametrize("fault", ["update:2:term", "update:7:term", "metrics:1:term"])
-def test_it_resumes_to_the_bit(place, tmp_path, fault):
-    faults.arm(fault)
-    with pytest.raises(Stopped):
-        train(config_of(place), tmp_path / "run")
-    faults.arm(None)
-    train(config_of(place), tmp_path / "run", resume=True)
-    ours, theirs = (checkpoint.newest(out) for out in (tmp_path / "run", place / "int8"))
-    for name in ("model", "average", "optimizer"):
-        file = f"{name}.safetensors"
-        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
-
-
-def test_an_update_that_is_left_out_moves_no_range(place, tmp_path):
-    found = []
-    for name, fault in (("one", "update:3:term"), ("two", "loss:3:nan,update:3:term")):
-        faults.arm(fault)
-        with pytest.raises(Stopped):
-            train(config_of(place), tmp_path / name)
-        found.append(ranges_of(checkpoint.newest(tmp_path / name) / "model.safetensors"))
-        faults.arm(None)
-    faults.arm("update:2:term")
-    with pytest.raises(Stopped):
-        train(config_of(place), tmp_path / "before")
-    faults.arm(None)
-    before = ranges_of(checkpoint.newest(tmp_path / "before") / "model.safetensors")
-    assert torch.equal(found[1], before)
-    assert not torch.equal(found[0], before)
-
-
-def test_masks_hold_under_roundings(place, tmp_path):
-    weights = load_file(place / "base" / "best" / "model.safetensors")
-    name = "blocks.0.mlp.fc1.weight"
-    masks = {name: torch.rand(weights[name].shape) > 0.5}
-    save_weights(tmp_path / "m.safetensors", masks)
-    config = config_of(place, start={"masks": str(tmp_path / "m.safetensors")})
-    train(derive(config, optim={"epochs": 1, "warmup_epochs": 0}), tmp_path / "run")
-    best = tmp_path / "run" / "best"
-    assert (best / MASKS).is_file()
-    layer = load_student(best)[0].network.blocks[0].mlp.fc1
-    assert not layer.weight[~masks[name]].any()
-    rounded = rounded_weight(layer.weight)[0]
-    assert not rounded[~masks[name]].any()
-    assert rounded[masks[name]].count_nonzero() > 0.9 * masks[name].sum()
-
-
-def test_attention_alone_learns_ranges_too(place, tmp_path):
-    config = config_of(place, optim={"trained": "attention", "epochs": 1, "warmup_epochs": 0})
-    train(config, tmp_path / "run")
-    found = ranges_of(tmp_path / "run" / "best" / "model.safetensors")
-    assert (found[:, 1] > 0).all()
-
-
-def test_ranges_go_on_or_are_left_out(place, tmp_path):
-    start = str(place / "int8")
-    config = begin_from(config_of(place), start, find_start(start).student)
-    on = parts_of(config)
-    assert on.start_notes["notes"] == []
-    own = load_file(place / "int8" / "best" / "model.safetensors")
-    for name in ranges_in(own):
-        assert torch.equal(on.student.network.state_dict()[name], own[name])
-    config = derive(config, student={"rounding": "none"})
-    off = parts_of(config)
-    told = "11 layers compute in float again: their ranges are left out"
-    assert off.start_notes["notes"] == [told]
-    assert not ranges_in(off.student.network.state_dict())
-    wider = derive(
-        config_of(place, start={"source": start, "heads": "new"}),
-        student={"distillation_tokens": 1, "image_size": 16, "name": "vit_micro"},
-        data={"image_size": 16, "classes": ("1", "3", "7")},
-    )
-    fitted = parts_of(wider).student.network
-    assert torch.equal(fitted.head.range, own["head.range"])
-    assert student_of(own).name == "deit_micro"
-
-
-def test_old_facts_still_load(place, tmp_path):
-    shutil.copytree(place / "base" / "best", tmp_path / "best")
-    (tmp_path / "best" / "manifest.json").unlink()
-    path = tmp_path / "best" / "model.json"
-    facts = json.loads(path.read_text())
-    del facts["student"]["rounding"]
-    path.write_text(json.dumps(facts))
-    assert load_student(tmp_path / "best")[1] == load_student(place / "base" / "best")[1]
-
-
-def test_it_teaches_and_is_evaluated_as_its_file(place):
-    student = load_student(place / "int8" / "best")[0].eval()
-    assert rounded_layers(student.network)
-    (member,) = members(derive(digits(), teacher={"source": (str(place / "int8"),)}).teacher)
-    teacher = load_teacher(member, tuple(map(str, range(10))), image_size=8)
-    assert rounded_layers(teacher.network)
-    found = evaluate(place / "int8")["heads"]["fused"]["top1"]
-    assert found > evaluate(place / "base")["heads"]["fused"]["top1"] - 0.1
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_formats_of_floats_are_refused(place, tmp_path, form):
-    told = r"student\.rounding = 'int8': a file of floats would .* deit quantize writes"
-    with pytest.raises(ConfigError, match=told) as error:
-        export(place / "int8", tmp_path / "out", name=form)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_its_landscape_is_refused(place):
-    one = Place("one", place / "int8", place / "int8" / "best")
-    with pytest.raises(ConfigError, match=r"one: student\.rounding = 'int8': its loss goes in"):
-        view_of([one], Asked(), root=None, device=torch.device("cpu"))
-
-
-OTHERWISE = {
-    "--method dynamic": Plan(method="dynamic"),
-    "--calibration": Plan(images=64),
-    "--calibrate": Plan(how="percentile", percentile=99.9),
-    "--quantize_attention": Plan(attention=True),
-}
-
-
-@pytest.mark.parametrize("option", OTHERWISE)
-def test_another_file_than_it_was_trained_for_is_refused(place, tmp_path, option):
-    pytest.importorskip("onnxruntime")
-    with pytest.raises(ConfigError, match=f"{option}: .* was trained for one file") as error:
-        quantize(place / "int8", tmp_path / "out", OTHERWISE[option])
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_ranges_that_were_never_set_make_no_file(place, tmp_path):
-    pytest.importorskip("onnxruntime")
-    shutil.copytree(place / "int8", tmp_path / "run")
-    best = tmp_path / "run" / "best"
-    student, facts = load_student(best)
-    weights = student.network.state_dict()
-    save_student(
-        best, {n: 0 * w if n in ranges_in(weights) else w for n, w in weights.items()}, facts
-    )
-    (best / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="has learnt no ranges, no update was made"):
-        quantize(tmp_path / "run", tmp_path / "out", Plan())
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_message_of_a_drop_names_it(place, tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
-    told = []
-    for name in ("base", "int8"):
-        with (
-            mock.patch.object(side_by_side, "_TIMED_S", 0.0),
-            mock.patch("deit.quantize.final", lambda heads, tops=[0.5, 0.9]: {"top1": tops.pop()}),
-            pytest.raises(CheckpointError) as error,
-        ):
-            quantize(place / name, tmp_path / "out", Plan())
-        told.append(str(error.value))
-    way = f"deit finetune --from {place / 'base'} --tuning int8 --out {place / 'base'}-int8"
-    assert way in told[0]
-    assert "--calibrate percentile" in told[0]
-    assert "finetune" not in told[1]
-    assert "--calibrate" not in told[1]
-    assert "dynamic" not in told[1]
-
-
-def test_from_a_run_to_its_file(place, zygote, tmp_path, capsys, monkeypatch):
-    """The commands; the file answers as the run does, its weights without roundings otherwise."""
-    pytest.importorskip("onnxruntime")
-    words = ["finetune", "--from", place / "base", "--tuning", "int8", "--optim.epochs", "1"]
-    done = zygote.run(*words, "--optim.warmup_epochs", "0", "--out", "run", cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert "rounded   11 layers, as the int8 file computes them" in done.out
-    assert "deit quantize run" in done.out
-    assert "deit export" not in done.out
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(side_by_side, "_TIMED_S", 0.0)
-    assert run_command("quantize", ["run", "--max-drop", "100"], "deit quantize") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "learnt in training, which computed with these roundings" in said
-    assert "of the file's answers are the run's" in said
-    found = json.loads(Path("run/quantized-static/quantization.json").read_text())
-    assert found["calibration"]["how"] == "learnt"
-    evaluated = evaluate(Path("run"))["heads"]
-    for head, row in found["int8"]["heads"].items():
-        assert row["top1"] == pytest.approx(evaluated[head]["top1"], abs=0.003)
-        assert found["as_the_run"]["agreement"][head] > 0.995
-        assert found["as_the_run"]["sqnr_db"][head] > 12 + found["sqnr_db"][head]
-    assert "learnt in training" in Path("run/quantized-static/README.md").read_text()
-
-
-@pytest.mark.slow
-def test_two_processes_learn_the_ranges_of_one(place, zygote, tmp_path):
-    words = ["finetune", "--from", place / "base", "--tuning", "int8", "--student.drop_path", "0"]
-    words += ["--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.linear", "torch"]
-    for number in (1, 2):
-        done = zygote.together(*words, "--out", str(number), processes=number, cwd=tmp_path)
-        assert [one.code for one in done] == [0] * number, done[0].err + done[-1].err
-    for file in ("model", "average"):
-        names = [tmp_path / str(number) for number in (1, 2)]
-        one, two = (ranges_of(checkpoint.newest(out) / f"{file}.safetensors") for out in names)
-        torch.testing.assert_close(one, two, rtol=0.02, atol=0.02)

@@ -1,0 +1,38 @@
+"""A run stopped on purpose in this process, and whether it went on to the same end."""
+
+from pathlib import Path
+
+import pytest
+
+from deit import checkpoint, faults, journal
+from deit.config import Config
+from deit.errors import Stopped
+from deit.run import train
+
+
+def stop_at(config: Config, out: Path, fault: str, **options: object) -> None:
+    """Begin a run that a fault of deit.faults stops."""
+    faults.arm(fault)
+    try:
+        with pytest.raises(Stopped) as stop:
+            train(config, out, **options)
+    finally:
+        faults.arm(None)
+    assert stop.value.exit_code == 143
+
+
+def stop_and_go_on(config: Config, out: Path, fault: str) -> None:
+    """Begin a run that a fault stops, and go on with it."""
+    stop_at(config, out, fault)
+    train(config, out, resume=True)
+
+
+def same_end(out: Path, straight: Path) -> None:
+    """Two runs ended with the same bits in every file of tensors, and were the same at every
+    checkpoint before."""
+    ours, theirs = (sorted(checkpoint.newest(one).glob("*.safetensors")) for one in (out, straight))
+    assert [file.name for file in ours] == [file.name for file in theirs]
+    for one, other in zip(ours, theirs):
+        assert one.read_bytes() == other.read_bytes(), one.name
+    chains = [(one / journal.CHAIN).read_bytes() for one in (out, straight)]
+    assert chains[0] == chains[1]

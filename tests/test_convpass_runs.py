@@ -1,0 +1,388 @@
+"""Runs with Convpass adapters: what is saved of them, and what it belongs to."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit import checkpoint
+from deit.cli import run_command
+from deit.config import Config, derive
+from deit.errors import CheckpointError, ConfigError
+from deit.evaluation import evaluate, student_at
+from deit.export import export
+from deit.landscape_options import Asked
+from deit.landscape_places import places_of, surface_of, view_of
+from deit.models import start
+from deit.models.base import BASE, Base, base_of, read_base
+from deit.models.layers import trained_in
+from deit.models.masks import MASKS, read_masks
+from deit.models.saved import load_student, save_weights
+from deit.models.start import find_start, saved_weights
+from deit.models.teachers import load_teacher
+from deit.models.weights import digest_of
+from deit.presets import OBJECTIVES
+from deit.recipes import digits, digits_teacher
+from deit.run import parts_of, train
+from deit.seats import members
+from deit.tuning import TUNING, begin_from
+from deit.typed_json import read_typed
+from deit.validation import load
+from tests.stops import same_end, stop_at
+from tests.test_convpass import images
+
+pytest.importorskip("sklearn")
+SMALL = {"depth": 3, "embed_dim": 96, "num_heads": 3, "drop_path": 0.1}
+EPOCHS = 2
+QUICK = {"epochs": EPOCHS, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 0.5}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A teacher, a student (its start), and adapters trained on it."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("convpass")
+    teacher = derive(digits_teacher(), optim={"epochs": 3}, data={"train_fraction": 0.2})
+    train(teacher, folder / "teacher")
+    train(base_config(folder), folder / "base")
+    train(config_of(folder), folder / "adapted")
+    return folder
+
+
+def base_config(folder: Path) -> Config:
+    return derive(
+        digits(),
+        data={"train_fraction": 0.2},
+        student=SMALL,
+        teacher={"source": (str(folder / "teacher"),), "allow_weak": True},
+        optim=QUICK,
+        run={"linear": "torch"},
+    )
+
+
+def config_of(folder: Path, **more: dict) -> Config:
+    """Adapters on the student of the folder, taught."""
+    config = TUNING["convpass"](derive(base_config(folder), start={"source": str(folder / "base")}))
+    return derive(config, **{**more, "optim": {**QUICK, "lr": 5e-3, **more.get("optim", {})}})
+
+
+def folders_of(run: Path) -> list[Path]:
+    return [run / "best", *(path for _, path in checkpoint.found(run))]
+
+
+def test_checkpoints_hold_adapters_and_heads_alone(place):
+    network = load_student(place / "adapted" / "best")[0].network
+    own = trained_in(network, "adapters")
+    assert len(own) == 3 * 2 * 6 + 4
+    whole = (place / "base" / "best" / "model.safetensors").stat().st_size
+    for folder in folders_of(place / "adapted"):
+        assert set(load_file(folder / "model.safetensors")) == own
+        assert (folder / "model.safetensors").stat().st_size < whole / 15
+        assert BASE in json.loads((folder / "manifest.json").read_text())["files"]
+        assert not (folder / MASKS).exists()
+    for folder in folders_of(place / "adapted")[1:]:
+        assert set(load_file(folder / "average.safetensors")) == own
+        moments = load_file(folder / "optimizer.safetensors")
+        assert {name.partition("/")[2] for name in moments} == own
+        for name, value in load_file(folder / "model.safetensors").items():
+            assert value.any(), name  # of what began as zero as well
+
+
+def test_what_they_belong_to_is_told(place):
+    weights = load_file(place / "base" / "best" / "model.safetensors")
+    expected = Base(str(place / "base"), "../base", digest_of(weights), "deit")
+    assert all(read_base(folder) == expected for folder in folders_of(place / "adapted"))
+    assert read_base(place / "base" / "best") is None
+    assert not (place / "base" / "best" / BASE).exists()
+    notes = json.loads((place / "adapted" / "start.json").read_text())
+    assert notes["weights"] == expected.weights
+    assert notes["notes"] == ["6 new adapters, which add nothing until they are trained"]
+
+
+def test_a_saved_student_is_base_and_adapters_together(place):
+    before = load_file(place / "base" / "best" / "model.safetensors")
+    for name in ("best", *(path.name for path in folders_of(place / "adapted")[1:])):
+        folder = place / "adapted" / name
+        own = load_file(folder / "model.safetensors")
+        found = load_student(folder)[0].network.state_dict()
+        for key, value in found.items():
+            assert torch.equal(value, own[key] if key in own else before[key]), key
+        assert not torch.equal(found["head.weight"], before["head.weight"])
+    best = load_student(place / "adapted" / "best")[0]
+    hits = evaluate(place / "adapted")["heads"]["fused"]["top1"]
+    assert hits > evaluate(place / "base")["heads"]["fused"]["top1"] - 0.1
+    (member,) = members(derive(digits(), teacher={"source": (str(place / "adapted"),)}).teacher)
+    names = tuple(map(str, range(10)))
+    teacher = load_teacher(member, names, image_size=8)
+    views = torch.rand(4, 3, 8, 8)
+    heads = best.eval()(views)
+    mean = (heads.class_logits.softmax(1) + heads.distillation_logits[:, 0].softmax(1)) / 2
+    assert torch.equal(teacher(views).argmax(1), mean.argmax(1))
+
+
+def test_a_run_trains_adapters_on_a_base_in_evaluation_mode(place):
+    network = parts_of(config_of(place)).student.train().network
+    training = {name for name, module in network.named_modules() if module.training}
+    assert training == {name for name, _ in network.named_modules() if ".adapter" in name}
+
+
+def test_a_run_begins_with_the_answers_of_its_base(place):
+    began = parts_of(config_of(place)).student.eval()(images(8))
+    before = load_student(place / "base" / "best")[0].eval()(images(8))
+    assert torch.equal(began.class_logits, before.class_logits)
+    assert torch.equal(began.distillation_logits, before.distillation_logits)
+
+
+def test_old_facts_still_load(place, tmp_path):
+    shutil.copytree(place / "base" / "best", tmp_path / "best")
+    (tmp_path / "best" / "manifest.json").unlink()
+    path = tmp_path / "best" / "model.json"
+    facts = json.loads(path.read_text())
+    for name in ("adapters", "adapter_width", "adapter_scale"):
+        del facts["student"][name]
+    path.write_text(json.dumps(facts))
+    assert load_student(tmp_path / "best")[1] == load_student(place / "base" / "best")[1]
+
+
+@pytest.mark.parametrize("fault", ["update:2:term", "update:5:term", "metrics:1:term"])
+def test_it_resumes_to_the_bit(place, tmp_path, fault, monkeypatch):
+    stop_at(config_of(place), tmp_path / "run", fault)
+    looked_for, find = [], start.find_base
+    monkeypatch.setattr(start, "find_base", lambda *at: looked_for.append(at) or find(*at))
+    train(config_of(place), tmp_path / "run", resume=True)
+    assert len(looked_for) == 1  # of all files of the checkpoint: it is read and its digest taken
+    same_end(tmp_path / "run", place / "adapted")
+    assert (tmp_path / "run" / "best" / BASE).is_file()
+    weights = load_file(checkpoint.newest(tmp_path / "run") / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def moved(place: Path, to: Path, *names: str) -> None:
+    for name in names:
+        shutil.copytree(place / name, to / name)
+
+
+def test_a_base_that_is_gone_or_another_is_refused(place, tmp_path):
+    place = _copied(place, tmp_path)
+    run, before = place / "adapted", place / "base" / "best"
+    shutil.copytree(before, tmp_path / "kept")
+    weights = load_file(before / "model.safetensors")
+    weights["norm.bias"][3] += 1e-6
+    (before / "manifest.json").unlink()
+    save_weights(before / "model.safetensors", weights)
+    for asked in (lambda: load_student(run / "best"), lambda: find_start(str(run))):
+        with pytest.raises(CheckpointError, match="base holds other weights now") as told:
+            asked()
+        assert "\n" not in str(told.value)
+        assert str(run / "best") in str(told.value)
+    shutil.rmtree(place / "base")
+    with pytest.raises(CheckpointError, match="base is not there any more, nor beside") as told:
+        load_student(run / "best")
+    assert "\n" not in str(told.value)
+    with pytest.raises(CheckpointError, match="what they belong to is missing"):
+        evaluate(run)
+    shutil.copytree(tmp_path / "kept", place / "base" / "best")
+    load_student(run / "best")
+
+
+def _copied(place: Path, to: Path) -> Path:
+    """Start and adapters in another folder, whose adapters know that place alone."""
+    moved(place, to / "there", "base", "adapted")
+    for folder in folders_of(to / "there" / "adapted"):
+        base = json.loads((folder / BASE).read_text())
+        (folder / BASE).write_text(json.dumps({**base, "source": str(to / "there" / "base")}))
+        (folder / "manifest.json").unlink()
+    return to / "there"
+
+
+def test_moved_together_they_find_each_other(place, tmp_path, monkeypatch):
+    there = _copied(place, tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    there.rename(tmp_path / "elsewhere" / "now")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "elsewhere/now/adapted/best", Path("elsewhere/now/adapted/best")):
+        found = load_student(path)[0].network.state_dict()
+        expected = load_student(place / "adapted" / "best")[0].network.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    monkeypatch.chdir(tmp_path / "elsewhere/now/adapted/best")
+    load_student(Path("."))
+
+
+def test_moved_alone_they_find_where_it_was(place, tmp_path):
+    moved(place, tmp_path / "deep" / "er", "adapted")
+    load_student(tmp_path / "deep" / "er" / "adapted" / "best")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_beside_it_another_one_may_lie(place, tmp_path, damaged):
+    """That is passed over for the one at the path in full."""
+    moved(place, tmp_path, "adapted", "teacher")
+    (tmp_path / "teacher").rename(tmp_path / "base")
+    if damaged:
+        (tmp_path / "base" / "best" / "model.safetensors").write_bytes(b"cut off")
+    load_student(tmp_path / "adapted" / "best")
+
+
+def test_where_a_base_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    expected = Base(str(tmp_path / "base"), "../../base", "ab", "timm")
+    assert base_of("base", "ab", "timm", out=Path("runs/one")) == expected
+    named = Base("deit_tiny", None, "ab", "deit")
+    assert base_of("deit_tiny", "ab", "deit", out=Path("x")) == named
+
+
+def test_a_file_without_some_of_the_adapters_is_refused(place, tmp_path):
+    there = _copied(place, tmp_path) / "adapted" / "best"
+    weights = load_file(there / "model.safetensors")
+    del weights["blocks.1.adapter2.up.bias"], weights["head_dist.weight"]
+    save_weights(there / "model.safetensors", weights)
+    with pytest.raises(CheckpointError) as told:
+        load_student(there)
+    for name in ("blocks.1.adapter2.up.bias", "head_dist.weight"):
+        assert f"missing: {name}" in str(told.value)
+
+
+def test_at_another_resolution_with_other_classes_and_tokens(place, tmp_path):
+    """The base is fitted once more as it was when they were trained, and adapters with it."""
+    config = config_of(
+        place,
+        data={"classes": ("1", "3", "7"), "image_size": 16},
+        student={"image_size": 16},
+        start={"heads": "new", "kernel": "timm"},
+        teacher={"source": ()},
+        loss=OBJECTIVES["none"],
+    )
+    train(config, tmp_path / "run")
+    student, facts = load_student(tmp_path / "run" / "best")
+    parts = parts_of(config)
+    began = parts.student.network.state_dict()
+    for name, value in student.network.state_dict().items():
+        own = name in trained_in(student.network, "adapters")
+        assert torch.equal(value, began[name]) != own, name
+    assert facts.class_names == ("1", "3", "7")
+    assert read_base(tmp_path / "run" / "best").kernel == "timm"
+    larger, _ = student_at(place / "adapted" / "best", 16)
+    assert larger.eval()(images(16)).class_logits.shape == (3, 10)
+
+
+def test_adapters_upon_adapters(place, tmp_path):
+    """Trained on, they begin as they were; what they belong to then is the run before."""
+    start = str(place / "adapted")
+    still = {"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0}
+    config = begin_from(config_of(place), start, find_start(start).student)
+    train(derive(config, optim=still), tmp_path / "on")
+    assert read_base(tmp_path / "on" / "best").source == start
+    ours, theirs = (load_student(run / "best")[0] for run in (tmp_path / "on", place / "adapted"))
+    for name, value in theirs.network.state_dict().items():
+        torch.testing.assert_close(ours.network.state_dict()[name], value, atol=1e-8, rtol=0)
+
+
+def test_trained_adapters_keep_their_scale(place):
+    """It leaves no trace in their shapes; before they are trained, any will do."""
+    start, told = (
+        {"source": str(place / "adapted")},
+        r"scale 0\.1, .* --student\.adapter_scale 0\.1$",
+    )
+    for trained in ("adapters", "all"):
+        other = {"student": {"adapter_scale": 0.01}, "optim": {"trained": trained}}
+        with pytest.raises(CheckpointError, match=told):
+            parts_of(config_of(place, start=start, **other))
+    parts_of(config_of(place, start=start))
+    parts_of(config_of(place, student={"adapter_scale": 0.01}))
+
+
+def test_trained_with_all_the_rest_everything_is_saved(place, tmp_path):
+    config = begin_from(config_of(place), str(place / "adapted"), None)
+    config = derive(config, optim={"trained": "all", "epochs": 1, "warmup_epochs": 0})
+    train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "best" / BASE).exists()
+    weights = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    assert {name for name in weights if "adapter" in name}
+    assert set(weights) == set(load_student(place / "adapted" / "best")[0].network.state_dict())
+
+
+def test_a_pruned_base_stays_pruned(place, tmp_path):
+    weights = load_file(place / "base" / "best" / "model.safetensors")
+    name = "blocks.0.mlp.fc1.weight"
+    masks = {name: torch.rand(weights[name].shape) > 0.5}
+    save_weights(tmp_path / "m.safetensors", masks)
+    start = {"source": str(place / "base"), "masks": str(tmp_path / "m.safetensors")}
+    train(derive(base_config(place), start=start), tmp_path / "pruned")
+    config = config_of(place, start={"source": str(tmp_path / "pruned")})
+    train(config, tmp_path / "run")
+    found = find_start(str(tmp_path / "run"))
+    assert not found.weights[name][~masks[name]].any()
+    assert torch.equal(found.masks[name], read_masks(tmp_path / "m.safetensors")[name])
+    for kind in ("best", "last"):  # a landscape moves along what is kept alone
+        (one,) = places_of([tmp_path / "run"], Asked(checkpoint=kind))
+        assert torch.equal(one.masks()[name], masks[name])
+    view = view_of([one], Asked(images=8), root=None, device=torch.device("cpu"))
+    sizes = [surface_of(one, view, masked=masked).size for masked in (False, True)]
+    assert sizes[0] - sizes[1] == (~masks[name]).sum()
+    (plain,) = places_of([place / "adapted"], Asked())
+    assert plain.masks() == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_two_processes_train_and_save_the_same_part(place, zygote, tmp_path, shard):
+    """Divided or not; and go on, where only the base can say what the rest was."""
+    words = ["finetune", "--from", place / "base", "--tuning", "convpass", "--objective", "none"]
+    words += ["--optim.epochs", "2", "--optim.ema_epochs", "1", "--run.shard", shard]
+    words += ["--run.timeout", "30", "--out", tmp_path / "run"]
+    two = {"processes": 2, "of_node": 2, "cwd": tmp_path}
+    done = zygote.together(*words, DEIT_FAULT="metrics:1:term", **two)
+    assert [one.code for one in done] == [143, 143], done[0].err + done[1].err
+    done = zygote.together(*words, "--resume", **two)
+    assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
+    folder, before = checkpoint.newest(tmp_path / "run"), find_start(str(place / "base")).weights
+    network = load_student(folder)[0].network
+    own = trained_in(network, "adapters")
+    for file in ("model", "average"):
+        assert set(load_file(folder / f"{file}.safetensors")) == own
+    for name, value in network.state_dict().items():
+        assert name in own or torch.equal(value, before[name]), name
+    moments = load_file(folder / "optimizer.safetensors")
+    assert {name.partition("/")[2] for name in moments} == own
+
+
+@pytest.mark.parametrize("form", ["timm", "transformers"])
+def test_formats_without_adapters_say_so(place, tmp_path, form):
+    pytest.importorskip("transformers")
+    told = r"student\.adapters = 'convpass': timm and transformers have none"
+    with pytest.raises(ConfigError, match=told) as error:
+        export(place / "adapted", tmp_path / "out", name=form)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_graphs_take_them_along(place, tmp_path, form):
+    """`export` holds every answer against the original itself."""
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    out = export(place / "adapted", tmp_path / "out", name=form)
+    assert (out / f"model.{form}").is_file()
+
+
+@pytest.mark.parametrize("objective", ["none", "deit-hard"])
+def test_the_command(place, tmp_path, objective, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--from", str(place / "base"), "--tuning", "convpass", "--objective", objective]
+    words += ["--student.adapters", "convpass_attention", "--optim.epochs", "1", "--out", "run"]
+    assert run_command("finetune", words, "finetune_deit.py") == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "3 new adapters, which add nothing until they are trained" in said
+    assert "trained   adapters only: 8,612 parameters" in said
+    config = load(tmp_path / "run" / "config.json")
+    assert (config.optim.trained, config.student.adapters) == ("adapters", "convpass_attention")
+    assert read_typed(tmp_path / "run" / "best" / BASE, Base).weights
+    weights = saved_weights(tmp_path / "run" / "best", load_student(tmp_path / "run" / "best")[1])
+    assert len(weights) > len(load_file(tmp_path / "run" / "best" / "model.safetensors"))
+    assert run_command("finetune", [*words, "--resume"], "finetune_deit.py") == 0
+    assert "already complete" in capsys.readouterr().out
