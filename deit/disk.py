@@ -263,7 +263,8 @@ def hold(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
                 ) from None
             file.seek(0)
             raise EnvironmentFault(
-                f"{option} {folder}: another run works in it ({file.read().strip() or 'unknown'})"
+                f"{option} {folder}: another run works in it ({file.read().strip() or 'unknown'}); "
+                "wait for its end, or give another folder"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")

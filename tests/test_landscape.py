@@ -26,6 +26,7 @@ from deit.validation import load
 from tests.test_tickets import SMALL
 
 pytest.importorskip("sklearn")
+LEVEL = "search/seed-0/level-1"
 FEW = (
     *("--images", "40", "--points", "5", "--grid", "3", "--rays", "3", "--steps", "8"),
     *("--top", "2", "--probes", "2"),
@@ -328,6 +329,14 @@ def test_runs_stand_beside_each_other(place, zygote, tmp_path):
     [
         (("search", "--only", "line"), 2, "--only line: should be of lines, planes, curvature"),
         (("search", "--kinds", "randm"), 2, "--kinds randm: should be of ticket, random"),
+        (("search", "--kinds", "one-shot"), 2, "--kinds one-shot: search has no such finished run"),
+        ((LEVEL, "--levels", "1"), 2, "--levels: is of a search for tickets, and search/seed-0"),
+        ((LEVEL, "--kinds", "random"), 2, "--kinds: is of a search for tickets, and search/seed-0"),
+        (
+            (LEVEL, "--only", "lines"),
+            2,
+            "--only lines: need two places, and there is level-1 alone",
+        ),
         (("search", "--levels", "7"), 2, "--levels 7: search has 0, 1, 2"),
         (("search", "--levels", "x"), 2, "--levels x: should be whole numbers from 0"),
         (("search", "--run_seed", "4"), 2, "--run_seed 4: search has 0"),

@@ -1,0 +1,46 @@
+"""What replaces what on disk: folders that several commands make at once, and a run's own files."""
+
+from pathlib import Path
+
+import pytest
+
+from deit.disk import check_file, put_folder
+from deit.errors import EnvironmentFault
+
+
+def filled(text: str, meanwhile: Path | None = None):
+    """Write a file; meanwhile another command makes the folder."""
+
+    def write(folder: Path) -> None:
+        (folder / "model.onnx").write_text(text)
+        if meanwhile is not None:
+            put_folder(meanwhile, filled("theirs"), replace=False)
+
+    return write
+
+
+def test_of_two_commands_that_make_a_folder_the_first_one_stays(tmp_path, monkeypatch):
+    numbers = iter((1, 2))  # the processes of the two
+    monkeypatch.setattr("deit.disk.os.getpid", lambda: next(numbers))
+    with pytest.raises(EnvironmentFault, match="another command made it meanwhile; --force"):
+        put_folder(tmp_path / "out", filled("ours", tmp_path / "out"), replace=False)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "model.onnx"]
+    assert (tmp_path / "out" / "model.onnx").read_text() == "theirs"
+
+
+def test_what_may_be_replaced_is(tmp_path):
+    for text in ("first", "second"):
+        put_folder(tmp_path / "out", filled(text), replace=True)
+        assert (tmp_path / "out" / "model.onnx").read_text() == text
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "model.onnx"]
+
+
+@pytest.mark.parametrize("mark", ["config.json", "manifest.json", "prune.json"])
+@pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl", "manifest.json"])
+def test_a_runs_own_files_are_never_replaced(tmp_path, mark, name):
+    (tmp_path / mark).touch()
+    with pytest.raises(EnvironmentFault, match=f"--json .*{name}: is a run's own file"):
+        check_file(tmp_path / name, option="--json", replace=True)
+    check_file(tmp_path / "numbers.json", option="--json", replace=True)
+    (tmp_path / "elsewhere").mkdir()
+    check_file(tmp_path / "elsewhere" / name, option="--json", replace=False)
