@@ -10,6 +10,7 @@ from deit.console import warn
 from deit.disk import GONE, LOCK, is_passing, replace_folder
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.faults import reach
+from deit.text import nearest
 from deit.typed_json import read_typed
 
 CONFIG = "config.json"
@@ -82,9 +83,13 @@ def open_folder(out: Path) -> None:
 def check_run(run: Path) -> None:
     """Refuse what is no run folder. Raises CheckpointError."""
     if not run.is_dir():
-        raise CheckpointError(f"{run}: no such run folder")
+        beside = run.absolute().parent
+        others = [one.parent.name for one in beside.glob(f"*/{CONFIG}")]
+        raise CheckpointError(f"{run}: no such run folder{nearest(run.name, others)}")
     if not (run / CONFIG).is_file():
-        raise CheckpointError(f"{run}: not a run folder (no {CONFIG})")
+        inside = sorted(str(one.parent) for one in run.glob(f"*/{CONFIG}"))
+        named = f"; in it is {inside[0]}" if inside else ""
+        raise CheckpointError(f"{run}: not a run folder (no {CONFIG}){named}")
 
 
 def result_of(out: Path) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ def prune(
     arguments: list[str],
 ) -> dict[str, Any]:
     """Cut heads and hidden units out of a run's student, train what is left by a schedule with the
-    run's own teacher, and tell what each step did to accuracy, size, arithmetic and speed.
+    run's own teacher, and tell what each step did to accuracy, size and arithmetic.
 
     recovery: the configuration and folder of that training, its student still whole. name: of the
     run's checkpoint, best or last. controls: of CONTROLS, students of the same shape from random
@@ -60,6 +60,11 @@ def prune(
     out = recovery.out
     manifest = _asked_in_all(config, saved, asked, recovery.config)
     check_begun(out, MANIFEST, manifest, what="pruning")
+    controls = tuple(  # what is finished is told, whether it is asked for again or not
+        one
+        for one, folder in CONTROLS.items()
+        if one in controls or checkpoint.result_of(out / folder) is not None
+    )
     _announce(config, recovery.config, controls)
     asking = scoring(config, recovery.config, saved)
     if recovery.dry_run:

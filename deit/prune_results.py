@@ -19,7 +19,8 @@ from deit.typed_json import read_typed
 def prune_result(
     run: Path, name: str, out: Path, runs: list[Planned], arguments: list[str]
 ) -> dict[str, Any]:
-    """What results.json holds: of each step top-1 by head, agreement, cost and bytes."""
+    """What results.json holds: of each step top-1 by head, agreement, arithmetic and bytes. No
+    speeds: each was evaluated at a time of its own, and `deit ladder` measures in turns."""
     rows = {}
     root = runs[0].config.data.root
     found = evaluate(run, checkpoint=name, root=root, cost=True)
@@ -54,7 +55,7 @@ def _row(found: dict[str, Any], saved: Path, epochs: int) -> dict[str, Any]:
         "agreement": agreed,
         "epochs": epochs,
         "bytes": (saved / WEIGHTS).stat().st_size,
-        **{name: found["cost"][name] for name in ("parameters", "gmacs", "images_per_s")},
+        **{name: found["cost"][name] for name in ("parameters", "gmacs")},
     }
 
 
@@ -68,7 +69,6 @@ _COLUMNS = (
     "parameters",
     "MMACs",
     "KB",
-    "images/s",
 )
 
 
@@ -84,7 +84,6 @@ def _cells(result: dict[str, Any]) -> list[list[str]]:
                 f"{row['parameters']:,}",
                 f"{1000 * row['gmacs']:.1f}",
                 f"{row['bytes'] / 1e3:,.0f}",
-                f"{row['images_per_s']:,.0f}",
             ]
         )
     return found

@@ -255,7 +255,9 @@ def _side_by_side(views: list[View], out: Path) -> list[str]:
         places = dict(zip((view.name for view in views), zip(speeds, shares)))
         dots = charts.scatter(places, "images/s (inference)", "test top-1 %")
         drawn = charts.chart(dots, out / "throughput.png")
-        speed = "Accuracy against speed, both measured on this machine."
+        speed = (
+            "Accuracy against speed, each measured when it was evaluated (deit ladder: in turns)."
+        )
         figures.append(page.figure(drawn, speed))
     body = [page.table(columns, rows, caption=told, best=best), page.pair(*figures)]
     shares = disagreement({view.name: view.measured for view in views})

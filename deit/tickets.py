@@ -10,7 +10,7 @@ from deit.arguments import RunArguments
 from deit.at_once import Failed, Planned, Progress, check_number, failure_of
 from deit.begun import check_begun
 from deit.config import Config, derive
-from deit.console import clock, say, table
+from deit.console import clock, say, table, warn
 from deit.datasets.loader import updates_of_epoch
 from deit.datasets.splits import load_splits
 from deit.disk import hold, write_json
@@ -68,6 +68,7 @@ def tickets(
     base, plan, updates = _settled(run, asked)
     ground, below, found = _runs(plan, run, base, seeds)
     _announce(plan, base, found, updates)
+    _tell_unasked(run.out, found)
     if run.dry_run:
         _list(plan, below, found)
         return {}
@@ -181,6 +182,17 @@ def _announce(plan: Plan, base: Config, found: list[Ticket], updates: int) -> No
         "finished; each level waits for the one before"
     )
     say(f"time      {_time([one.run for one in found], updates)}")
+
+
+def _tell_unasked(out: Path, found: list[Ticket]) -> None:
+    """Runs that are there and not in these results: fewer levels, controls or seeds were named."""
+    asked = {ticket.run.out for ticket in found}
+    there = {file.parent for file in out.glob(f"seed-*/*/{checkpoint.RESULT}")} - asked
+    if there:
+        warn(
+            f"{len(there)} finished runs in {out} are left out of these results, as {min(there)}: "
+            "name their levels, controls and seeds to have them in"
+        )
 
 
 def _time(runs: list[Planned], updates: int) -> str:

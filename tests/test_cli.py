@@ -232,6 +232,13 @@ def test_a_run_that_is_not_there_is_refused_alike_by_all(command, place, words, 
     )
 
 
+def test_a_folder_of_runs_names_one_of_them(refused, tmp_path):
+    (tmp_path / "out" / "recovered").mkdir(parents=True)
+    (tmp_path / "out" / "recovered" / checkpoint.CONFIG).touch()
+    said = "out: not a run folder (no config.json); in it is out/recovered"
+    refused(4, (said,), "deit", "evaluate", "out")
+
+
 def test_debug_shows_where(run):
     done = run(TRAIN, "digits", "--optim.epochs=0", "--debug")
     assert done.returncode == 2

@@ -172,6 +172,8 @@ def test_two_runs_of_one_name_keep_apart(place, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
+        ((), 2, "the following arguments are required: RUN; see"),
+        (("rnu",), 4, "rnu: no such run folder; did you mean run?"),
         (("nothing",), 4, "nothing: no such run folder"),
         (("run", "nothing"), 4, "nothing: no such run folder"),
         (("run", "run"), 2, "run: is among the versions already"),

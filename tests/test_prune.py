@@ -166,9 +166,11 @@ def test_what_is_left_is_evaluated_and_exported_like_a_run(pruned, zygote, tmp_p
 def test_the_same_command_trains_nothing_again_and_another_is_refused(pruned, zygote):
     out, _ = pruned
     before = {path: path.stat().st_mtime_ns for path in out.glob("**/*.safetensors")}
-    words = (*WORDS, "--controls", "short,long", "--out", "out")
+    told = json.loads((out / "results.json").read_text())["rows"]
+    words = (*WORDS, "--out", "out")
     done = zygote.run(*words, cwd=out.parent)
     assert done.code == 0, done.err
+    assert json.loads((out / "results.json").read_text())["rows"] == told  # with its controls
     assert {path: path.stat().st_mtime_ns for path in out.glob("**/*.safetensors")} == before
     done = zygote.run(*words, "--scope", "layerwise", cwd=out.parent)
     assert done.code == 2
@@ -358,6 +360,10 @@ def test_options_that_cannot_be(wrong):
             "student.share = 2: the student is the run's (1)",
         ),
         (("prune", "run", "--resume"), "takes no --resume; the same command always goes on"),
+        (
+            ("prune", "run", "--force"),
+            "takes no --force; what is there is kept; give another --out",
+        ),
         (("prune", "teacher"), "heads and hidden units are cut from deit_* and vit_* only"),
         (
             ("prune", "run", "--start.source", "teacher"),

@@ -229,10 +229,18 @@ def test_the_same_command_trains_nothing_again(searched, zygote):
     assert {path: path.stat().st_mtime_ns for path in place.glob("out/**/model.safetensors")} == (
         before
     )
+    assert "left out" not in done.err
     after = result(place / "out")["rows"]
     assert {name: row["top1"] for name, row in after.items()} == {
         name: row["top1"] for name, row in told.items()
     }
+
+
+def test_runs_that_are_there_and_not_asked_for_are_named(searched, zygote):
+    place, _ = searched
+    done = zygote.run(*WORDS, "--seeds", "1", "--out", "out", "--dry_run", cwd=place)
+    assert done.code == 0, done.err
+    assert "6 finished runs in out are left out of these results, as out/seed-0/" in done.err
 
 
 @pytest.mark.slow

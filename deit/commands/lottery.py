@@ -25,7 +25,7 @@ def tickets(arguments: list[str], program: str) -> None:
             "directory.",
             "dry_run": "List the runs; nothing is trained or written.",
         },
-        without=GOES_ON,
+        without={**GOES_ON, "force": "what is there is kept; give another --out"},
         online=False,
         out=_tickets_of(rest),
     )

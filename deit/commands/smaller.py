@@ -149,7 +149,7 @@ def prune(arguments: list[str], program: str) -> None:
             "out": "Folder. None: checkpoints/RUN-pruned below the working directory.",
             "dry_run": "Tell what would stay, and how it would be trained; nothing is written.",
         },
-        without=GOES_ON,
+        without={**GOES_ON, "force": "what is there is kept; give another --out"},
         adapt=lambda config: config if run is None else _of_the_whole(config, options.tuning, rest),
         out=None if run is None else Path(f"checkpoints/{run.resolve().name}-pruned"),
     )
@@ -239,8 +239,9 @@ def ladder(arguments: list[str], program: str) -> None:
         "it, and other runs, on the same test images; times in turns on this machine. Into the "
         "run's folder ladder: ladder.json, ladder.md, ladder.png.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("more", type=Path, nargs="*", metavar="OTHER", help="other runs beside it")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="a run, then others to stand beside it"
+    )
     parser.add_argument(
         "--merge", metavar="A,B", help="also the run with so many tokens merged in each block"
     )
@@ -254,8 +255,8 @@ def ladder(arguments: list[str], program: str) -> None:
     from deit.ladder import ladder
 
     ladder(
-        options.run,
-        options.more,
+        options.runs[0],
+        options.runs[1:],
         merges=merges,
         root=options.root,
         json_file=options.json,
