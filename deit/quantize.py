@@ -247,9 +247,11 @@ def _drop(
     if drop <= most:
         return {"drop_points": drop, "max_drop_points": most}
     ways = [f"--method {name}" for name in others]
-    how = None if found["calibration"] is None else found["calibration"]["how"]
-    if how in ("minmax", "entropy"):
-        ways.append("--calibrate percentile")
+    seen = found["calibration"]
+    if seen is not None and seen["how"] != "learnt":
+        ways += [f"--calibrate {how}" for how in ("minmax", "percentile") if how != seen["how"]]
+        if seen["num_samples"] < _CALIBRATED_ON:
+            ways.append(f"--calibration {_CALIBRATED_ON}")
     noisiest = "the layers that --sensitivity shows to be the noisiest"
     if "sensitivity" in found:
         noisiest = f"'{found['sensitivity']['layers'][0]['layer']}', the noisiest layer"

@@ -566,6 +566,22 @@ def test_the_drop_that_is_allowed_is_allowed(right, most, refused):
         assert drop["drop_points"] == pytest.approx(100 - right)
 
 
+@pytest.mark.parametrize(
+    ("how", "number", "ways"),
+    [
+        ("minmax", 128, "--calibrate percentile, or --exclude"),
+        ("entropy", 128, "--calibrate minmax, or --calibrate percentile, or --exclude"),
+        ("percentile", 3, "--calibrate minmax, or --calibration 128, or --exclude"),
+        ("learnt", 0, "try --exclude"),
+    ],
+)
+def test_ways_that_were_not_gone_are_named(how, number, ways):
+    found = {name: {"heads": {"class": {"top1": one}}} for name, one in (("float", 1), ("int8", 0))}
+    found |= {"calibration": {"how": how, "num_samples": number}, "run": "runs/x"}
+    with pytest.raises(CheckpointError, match=ways):
+        quantize._drop(found, 1.0, [], trainable=False)
+
+
 def test_refusals_come_before_the_work_and_leave_nothing(runs, tmp_path, capsys, monkeypatch):
     def exported(*nothing):
         pytest.fail("a network was exported, which takes the most")
