@@ -18,7 +18,12 @@ import pytest
 import deit
 
 ROOT = Path(__file__).parents[1]
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "docstring_parser": "docstring-parser",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 CHECK = (
     "import deit.models.student, deit.datasets.views as views\n"
     "print(deit.__file__, deit.models.student.__file__, views.__file__, sep='\\n')"
@@ -128,7 +133,7 @@ def test_wheel_holds_exactly_the_library(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {name for name in names if name.endswith(".py")}
     inside = {f"deit/{name}" for name in python_files("models") | python_files("datasets")}
-    assert modules == python_files("deit") | inside
+    assert modules == python_files("deit") | python_files("deit/commands") | inside
     facts = f"deit-{deit.__version__}.dist-info"
     assert f"{facts}/licenses/LICENSE" in names
     beside = {"deit/page.css", "deit/page.js"}
