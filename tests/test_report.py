@@ -248,7 +248,7 @@ def test_what_is_written_is_replaced_only_when_asked(place, zygote):
         ((".",), 4, "neither a run"),
         (("run", "run"), 2, "named twice"),
         (("run", "--out", "run"), 2, "holds something, but no report"),
-        (("run", "--out", "found.txt"), 2, "is a file"),
+        (("run", "--out", "found.txt"), 5, "is a file"),
     ],
 )
 def test_a_mistake_is_told_before_the_work(place, zygote, words, code, said):
