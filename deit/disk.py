@@ -24,9 +24,9 @@ _OF_RUNS = {
     *("metrics.jsonl", "chain.jsonl", "anomalies.jsonl", "result.json", "summary.json"),
     *("model.json", "model.safetensors", "state.json", "manifest.json", "kept.json", "prune.json"),
 }
+"""What no option may overwrite where a mark lies beside it, not even one that replaces files."""
 _MARKS = ("config.json", "manifest.json", "prune.json")
-"""What no option may overwrite, not even one that may replace files, where one of these marks lies
-beside it."""
+"""What tells a run, a checkpoint and a pruning."""
 _NEW, _OLD, GONE = ".deit-new-", ".deit-old-", ".deit-gone-"
 """What folders are called while they are written, replaced and removed."""
 

@@ -276,6 +276,11 @@ _MEASURED = {
     "deit.side_by_side": ("_TIMED_S", 0.0),
 }
 _ORIGINAL: dict[str, Any] = {}  # as the modules have them
+# What commands import when they come to it, so that no copy has to.
+_IMPORTED = (
+    *("matplotlib.figure", "sklearn.datasets"),
+    *("deit.comparison", "deit.export", "deit.target_writer"),
+)
 
 
 @contextmanager
@@ -294,15 +299,9 @@ def measuring(*, really: bool) -> Iterator[None]:
 def _serve() -> None:
     stack = ExitStack()
     stack.enter_context(measuring(really=False))
-    import matplotlib.figure  # noqa: F401
-    import sklearn.datasets  # noqa: F401
-    import torch
-
-    import deit.comparison
-    import deit.export
-    import deit.target_writer  # noqa: F401
-
-    torch.set_num_threads(1)
+    for name in _IMPORTED:
+        import_module(name)
+    import_module("torch").set_num_threads(1)
     gc.freeze()  # a copy that collects garbage need not look through all that was imported
     if sys.platform == "linux":  # elsewhere no run is a copy
         _keep_spare(Path(sys.argv[1]))

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from deit import checkpoint, disk, journal, manifest, prune_options
 from deit.disk import check_file, put_folder
 from deit.errors import EnvironmentFault
+from deit.models.base import BASE
 
 
 def filled(text: str, meanwhile: Path | None = None):
@@ -33,6 +35,14 @@ def test_what_may_be_replaced_is(tmp_path):
         put_folder(tmp_path / "out", filled(text), replace=True)
         assert (tmp_path / "out" / "model.onnx").read_text() == text
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "model.onnx"]
+
+
+def test_the_names_of_a_runs_own_files_are_those_it_writes():
+    names = {checkpoint.CONFIG, checkpoint.ENVIRONMENT, checkpoint.RESUMED, checkpoint.RESULT}
+    names |= {checkpoint.STATE, journal.METRICS, journal.CHAIN, journal.ANOMALIES, BASE}
+    names |= {manifest.MANIFEST, prune_options.MANIFEST, prune_options.KEPT}
+    assert names <= disk._OF_RUNS
+    assert {checkpoint.CONFIG, manifest.MANIFEST, prune_options.MANIFEST} == set(disk._MARKS)
 
 
 @pytest.mark.parametrize("mark", ["config.json", "manifest.json", "prune.json"])
