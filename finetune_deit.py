@@ -2,7 +2,7 @@
 
 import sys
 
-from deit.cli import run_command
+from deit.cli import script
 
 if __name__ == "__main__":
-    sys.exit(run_command("finetune", sys.argv[1:], "finetune_deit.py"))
+    sys.exit(script("finetune"))

@@ -4,7 +4,6 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from typing import NamedTuple, TypeVar
@@ -29,6 +28,7 @@ from torchvision.transforms import functional as transforms
 from deit.console import progress
 from deit.datasets.images import Encoded, Images
 from deit.errors import DataError
+from deit.threads import threads
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp", ".gif")
@@ -228,14 +228,10 @@ def in_threads(
     work: Callable[[Item], Result], items: Sequence[Item], title: str
 ) -> Iterator[Result]:
     """The results of the work in the order of the items, with progress; raises what it raises."""
-    with ThreadPoolExecutor() as pool:
+    with threads() as pool:
 
         def results() -> Iterator[Result]:
             for first in range(0, len(items), _WINDOW):  # a million waiting futures are gigabytes
                 yield from pool.map(work, items[first : first + _WINDOW])
 
-        try:
-            yield from progress(results(), total=len(items), title=title)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        yield from progress(results(), total=len(items), title=title)

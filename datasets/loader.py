@@ -158,7 +158,7 @@ class TrainLoader:
         self.watch: Callable[[Shown], None] | None = None
         """Called with what is shown, where the teacher sees the student's views."""
         self.pixels = images.pixels.to(self.device) if isinstance(images, Images) else None
-        self._readers: dict[tuple[tuple[Cutter, ...], bool], Reader] = {}
+        self._readers: dict[tuple[Cutter, ...], Reader] = {}
 
     def cut(self, optim: OptimConfig) -> None:
         """Cut the same batches into other micro-batches. Raises ConfigError where they would not be
@@ -225,7 +225,7 @@ class TrainLoader:
         located = self._locate(order, places, repeat)
         blocks = zip(*(part.split(block) for part in located))
         wanted = (Wanted(epoch, *part) for part in blocks)
-        read = self._read([look], wanted, further=repeat > 0)
+        read = self._read([look], wanted)
         for stretch in torch.arange(len(places)).split(max(_DRAWN_AT_ONCE // block, 1) * block):
             samples, repeats = (sent(part[stretch], self.device) for part in located)
             drawn, mix = look.draw(epoch, samples, repeats), self._draw_mix(epoch, places[stretch])
@@ -237,9 +237,10 @@ class TrainLoader:
                 images = self._as_seen(views, self.sizes.teacher, pairs)
                 yield Shown(images, views, pairs, samples[rows], epoch, places[stretch][rows])
 
-    def release_workers(self) -> None:
-        """End the worker processes; what is read next starts them anew."""
-        self._readers.clear()
+    def close(self) -> None:
+        """End the worker processes; what is read next starts others."""
+        for reader in self._readers.values():
+            reader.close()
 
     def _rows(self) -> Tensor:
         """The rows of an epoch that are this process's, int64 [micro-batches, block]."""
@@ -275,20 +276,19 @@ class TrainLoader:
         return sample_mix(pairs, views=self.views, size=self.sizes.student)
 
     def _read(
-        self, looks: list[Look], wanted: Iterable[Wanted], *, further: bool = False
+        self, looks: list[Look], wanted: Iterable[Wanted]
     ) -> Iterator[tuple[Tensor, ...]] | None:
         """Decoded blocks, for each look, on the device; None for images in memory. How long they
-        took and were waited for is measured. further: by workers of their own, for a reader has
-        one reading at a time."""
+        took and were waited for is measured."""
         if isinstance(self.images, Images):
             return None
         cutters = tuple(look.cutter for look in looks)
-        reader = self._readers.get((cutters, further))
+        reader = self._readers.get(cutters)
         if reader is None:
             pin = self.device.type == "cuda"
             reader = Reader(self.images, cutters, workers=self.workers, pin=pin)
-            self._readers[cutters, further] = reader
-        return self._measured(reader.read(list(wanted)))
+            self._readers[cutters] = reader
+        return self._measured(reader.read(wanted))
 
     def _measured(self, batches: Iterator[Read]) -> Iterator[tuple[Tensor, ...]]:
         while True:

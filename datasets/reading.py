@@ -1,27 +1,40 @@
 """Encoded images read, decoded and cropped by worker processes, each view by its own key."""
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as transforms
 
 from deit.config import DataConfig, Interpolation, ViewsConfig
 from deit.datasets.decoding import open_image, square_of
 from deit.datasets.images import Encoded
 from deit.datasets.views import sample_boxes
-from deit.errors import DataError, EnvironmentFault
+from deit.errors import DataError, WorkerLost
 from deit.keys import Keys
-from deit.launcher import sharing
+from deit.launcher import SIGNALS, end_with, sharing
+
+_AHEAD = 2  # batches of each worker
+_KILLED_S = 1.0  # how long to wait for the end of a killed process: a dead disk may hold it
+LOST_WORKER = (
+    "data.workers: the system ended a worker process; usually /dev/shm is too small (in a "
+    "container: --shm-size 2g) or the memory is used up: fewer data.workers, a smaller "
+    "optim.batch_size, or data.workers 0"
+)
 
 
 def worker_count(config: DataConfig) -> int:
@@ -109,16 +122,15 @@ def _resized(
 Cutter = Squares | Wholes | Crops
 
 
-class _Work(Dataset):
-    """What a worker does. An unreadable image is its answer and not raised there: DataLoader would
-    put a traceback of the worker before the message."""
+class _Work:
+    """What a worker does. An unreadable image is its answer and not raised there: a traceback of
+    the worker would stand before the message."""
 
     def __init__(self, images: Encoded, cutters: tuple[Cutter, ...]) -> None:
         self.images = images
         self.cutters = cutters
 
-    def __getitem__(self, wanted: tuple[int, np.ndarray, np.ndarray]) -> Read | DataError:
-        epoch, samples, repeats = wanted
+    def __call__(self, epoch: int, samples: np.ndarray, repeats: np.ndarray) -> Read | DataError:
         started = time.perf_counter()
         try:
             pictures = [
@@ -132,98 +144,139 @@ class _Work(Dataset):
         return Read(pixels, time.perf_counter() - started)
 
 
-class _Schedule:
-    """The batches of the coming epoch; a sampler for DataLoader, whose workers outlive an epoch.
+_work: _Work  # in a worker process
 
-    As arrays: a tensor would travel as shared memory, whose file stays open while it lives.
-    """
 
-    def __init__(self) -> None:
-        self.batches: list[Wanted] = []
+def _begin_worker(work: _Work, parent: int) -> None:
+    """In a new worker: signals to a whole group of processes are for the training process, which
+    ends its workers when it is done with them."""
+    global _work
+    _work = work
+    torch.set_num_threads(1)
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    end_with(parent)
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        for epoch, samples, repeats in self.batches:
-            yield epoch, samples.numpy(), repeats.numpy()
 
-    def __len__(self) -> int:
-        return len(self.batches)
+def _in_worker(epoch: int, samples: np.ndarray, repeats: np.ndarray) -> Read | DataError:
+    return _work(epoch, samples, repeats)
+
+
+class _Workers:
+    """Processes that read batches. They have nothing to save, so they are killed in the end."""
+
+    def __init__(self, work: _Work, number: int, *, pin: bool) -> None:
+        self._pool = ProcessPoolExecutor(
+            number, initializer=_begin_worker, initargs=(work, os.getpid())
+        )
+        self._pins = ThreadPoolExecutor(1) if pin else None
+        self.processes: list[BaseProcess] = []
+
+    def submit(self, wanted: Wanted) -> "Future[Read | DataError]":
+        """Have a batch read. Raises WorkerLost where a worker is gone.
+
+        It is asked for in arrays: a tensor would travel as shared memory, whose file stays open
+        while it lives.
+        """
+        words = (wanted.epoch, wanted.samples.numpy(), wanted.repeats.numpy())
+        try:
+            # The first call starts the processes: no signal may come between one and its list.
+            with nullcontext() if self.processes else _signals_later():
+                before = set(multiprocessing.active_children())
+                future = self._pool.submit(_in_worker, *words)
+                self.processes += set(multiprocessing.active_children()) - before
+            return future if self._pins is None else self._pins.submit(_pinned, future)
+        except BrokenProcessPool:
+            raise WorkerLost(LOST_WORKER) from None
+
+    def close(self) -> None:
+        """End the processes, also in the middle of a batch."""
+        for process in self.processes:
+            process.kill()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._pins is not None:
+            self._pins.shutdown(wait=False, cancel_futures=True)
+        for process in self.processes:
+            multiprocessing.connection.wait([process.sentinel], _KILLED_S)
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
-    """DataLoader warns of more workers than cores; the number was asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*worker processes in total")
+def _signals_later() -> Iterator[None]:
+    """Signals that ask to stop or to save arrive when it is left; processes that start within it
+    begin without them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
         yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _leave_signals(worker: int) -> None:
-    """Signals to a whole group of processes are for the training process, which ends its workers
-    when it is done with them."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _pinned(future: "Future[Read | DataError]") -> Read | DataError:
+    """The batch in memory that a GPU can copy from while it computes."""
+    read = future.result()
+    if isinstance(read, DataError):
+        return read
+    return read._replace(pixels=tuple(pixels.pin_memory() for pixels in read.pixels))
 
 
 class Reader:
-    """Reads batches ahead, in order, with a number of worker processes (0: in this one)."""
+    """Reads batches ahead, in order, with a number of worker processes (0: in this one).
+
+    The processes start with the first batch and stay until `close`, or the end of its `with`.
+    pin: whether batches are read into memory that a GPU can copy from while it computes.
+    """
 
     def __init__(
         self, images: Encoded, cutters: tuple[Cutter, ...], *, workers: int, pin: bool
     ) -> None:
-        self._schedule = _Schedule()
-        settings: dict[str, Any] = {}
-        if workers > 0:
-            settings = {
-                "persistent_workers": True,
-                "prefetch_factor": 2,
-                "worker_init_fn": _leave_signals,
-            }
-        with _without_advice():
-            self._loader = DataLoader(
-                _Work(images, cutters),
-                batch_size=None,  # a sample of this dataset is a whole batch
-                sampler=self._schedule,
-                num_workers=workers,
-                pin_memory=pin,
-                # DataLoader draws a seed for its workers: from here, not torch's global state.
-                generator=torch.Generator(),
-                **settings,
-            )
+        self._work = _Work(images, cutters)
+        self._number, self._pin = workers, pin
+        self._workers: _Workers | None = None
 
-    def read(self, batches: list[Wanted]) -> Iterator[Read]:
-        """The batches, in their order. Raises DataError at an unreadable image, EnvironmentFault
-        where a worker was killed."""
-        self._schedule.batches = batches
-        with _without_advice():
-            answers = iter(self._loader)
-        for answer in _of_living(answers):
+    def read(self, batches: Iterable[Wanted]) -> Iterator[Read]:
+        """The batches, in their order. Raises DataError at an unreadable image, WorkerLost where a
+        worker was killed."""
+        for answer in self._answers(iter(batches)):
             if isinstance(answer, DataError):
-                # Not the answer itself: its traceback would hold this frame, which holds the
-                # answer, and workers that the collector of cycles ends take seconds to leave.
-                raise DataError(str(answer))
+                raise DataError(str(answer))  # one of this process, without a worker's traceback
             yield answer
 
+    def close(self) -> None:
+        """End the worker processes; what is read next starts others."""
+        workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.close()
 
-LOST_WORKER = (
-    "data.workers: the system ended a worker process; usually /dev/shm is too small (in a "
-    "container: --shm-size 2g) or the memory is used up: fewer data.workers, a smaller "
-    "optim.batch_size, or data.workers 0"
-)
+    def __enter__(self) -> "Reader":
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
-def lost_worker(error: Exception) -> bool:
-    """Whether a worker process ended; torch says so wherever the main process happens to be."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-
-
-def _of_living(answers: Iterator[Any]) -> Iterator[Any]:
-    """The workers' answers; a worker that the system ended is named with the usual reasons."""
-    while True:
-        try:
-            yield next(answers)
-        except StopIteration:
+    def _answers(self, batches: Iterator[Wanted]) -> Iterator[Read | DataError]:
+        if self._number == 0:
+            for epoch, samples, repeats in batches:
+                yield self._work(epoch, samples.numpy(), repeats.numpy())
             return
-        except RuntimeError as error:
-            if not lost_worker(error):
-                raise
-            raise EnvironmentFault(LOST_WORKER) from None
+        if self._workers is None:
+            self._workers = _Workers(self._work, self._number, pin=self._pin)
+        waiting: deque[Future[Read | DataError]] = deque()
+        try:
+            while True:
+                for wanted in islice(batches, _AHEAD * self._number - len(waiting)):
+                    waiting.append(self._workers.submit(wanted))
+                if not waiting:
+                    return
+                yield _answer(waiting.popleft())
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _answer(future: "Future[Read | DataError]") -> Read | DataError:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise WorkerLost(LOST_WORKER) from None

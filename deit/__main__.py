@@ -2,7 +2,7 @@
 
 import sys
 
-from deit.cli import main
+from deit.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

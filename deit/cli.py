@@ -1,22 +1,27 @@
 """The command line: one grammar behind `deit` and the root scripts; errors become exit codes."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from pathlib import Path
 from typing import Any
 
 import deit
-from deit.commands import COMMANDS
-from deit.console import is_main_process, say
 from deit.errors import ConfigError, DeitError, PeerError, Stopped
 from deit.faults import arm
-from deit.launcher import SAME_SIGNAL_S, follow
+from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, follow
 from deit.text import nearest
+
+# The commands are imported inside the functions, when signals are obeyed already.
+
+_ENDING_S = 1.0  # for the end of Python itself
+_REPEAT_S = 0.5
 
 # Before any library is imported that would otherwise count its users.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -26,24 +31,27 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
     """Run one command; the exit code. Errors are one message, with a traceback only for --debug."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    with _leaving():
+    with _Leaving() as leaving:
         follow()
-        return _outcome(name, arguments, program, debug)
+        return _outcome(name, arguments, program, debug, leaving)
 
 
 _GO_ON = ("targets", "compare", "sweep", "tickets", "prune", "landscape")
 
 
-def _outcome(name: str, arguments: list[str], program: str, debug: bool) -> int:
+def _outcome(
+    name: str, arguments: list[str], program: str, debug: bool, leaving: "_Leaving"
+) -> int:
     try:
+        from deit.commands import COMMANDS
+
         arm(os.environ.get("DEIT_FAULT"))
         COMMANDS[name](arguments, program)
         _leave_processes()
         return 0
     except Stopped as stop:
-        word = f"stopped by {signal.Signals(stop.number).name}; the same command goes on"
-        _complain(word if name in _GO_ON else str(stop), debug)
-        return stop.exit_code
+        leaving.arrived = True
+        return _stopped(name, stop, debug)
     except DeitError as error:
         _complain(str(error), debug, everywhere=not isinstance(error, ConfigError))
         return error.exit_code
@@ -51,6 +59,8 @@ def _outcome(name: str, arguments: list[str], program: str, debug: bool) -> int:
         sys.stderr.close()  # nobody reads any more: say nothing on the way out
         return 1
     except Exception as error:
+        if leaving.asked:  # a library that was interrupted may make another error of it
+            return _stopped(name, Stopped(leaving.asked), debug)
         if _lost_peer(error):
             message = "another process is gone or did not answer; see what it said"
             _complain(message, debug, everywhere=True)
@@ -61,35 +71,80 @@ def _outcome(name: str, arguments: list[str], program: str, debug: bool) -> int:
         return 1
 
 
-@contextmanager
-def _leaving() -> Iterator[None]:
-    """While it is entered, a signal that asks to stop is an error: what is open is closed, what is
-    unfinished removed. Another within two seconds is the same one again (torchrun hands on what
-    the terminal has sent already), a later one ends the process at once.
+def _stopped(name: str, stop: Stopped, debug: bool) -> int:
+    word = f"stopped by {signal.Signals(stop.number).name}; the same command goes on"
+    _complain(word if name in _GO_ON else str(stop), debug)
+    return stop.exit_code
 
-    SIGUSR1, which SLURM sends as a warning and which would end the process, is for training alone.
-    Signals that are ignored, by nohup for instance, stay so.
+
+class _Leaving(contextlib.AbstractContextManager):
+    """While it is entered, a signal that asks to stop is raised as Stopped: what is open is closed,
+    what is unfinished removed. Another within two seconds is the same one again (torchrun hands on
+    what the terminal has sent already), a later one ends the process at once, also where it is in
+    the middle of a library's function.
+
+    Python drops what a signal raises while it frees an object: then it is raised again. SIGUSR1,
+    which SLURM sends as a warning and which would end the process, is for training alone. Signals
+    that are ignored, by nohup for instance, stay so.
+
+    asked: the signal that came first, 0 for none. arrived: whether Stopped was handled.
     """
-    first: list[float] = []
 
-    def leave(number: int, frame: object) -> None:
-        first.append(time.monotonic())
-        if first[-1] - first[0] >= SAME_SIGNAL_S:
-            os._exit(128 + number)
-        if len(first) == 1:
-            raise Stopped(number)
+    def __init__(self) -> None:
+        self.asked, self.arrived = 0, False
+        self._raised: weakref.ref[Stopped] | None = None
+        self._before: dict[int, Any] = {}
+        self._ears: tuple[int, int] | None = None
 
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, leave)
-        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> "_Leaving":
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._leave)
+            self._before[SAVING] = signal.signal(SAVING, signal.SIG_IGN)
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._again)
+            self._ears = os.pipe()
+            os.set_blocking(self._ears[1], False)
+            signal.set_wakeup_fd(self._ears[1], warn_on_full_buffer=False)
+            threading.Thread(target=_end_at_second, args=(self._ears[0],), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._ears is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.set_wakeup_fd(-1)
+            os.close(self._ears[1])  # the thread ends
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _leave(self, number: int, frame: object) -> None:
+        if not self.asked:
+            self.asked = number
+            signal.setitimer(signal.ITIMER_REAL, _REPEAT_S, _REPEAT_S)
+            self._raise()
+
+    def _again(self, number: int, frame: object) -> None:
+        if self.asked and not self.arrived and self._raised is not None and not self._raised():
+            self._raise()
+
+    def _raise(self) -> None:
+        stop = Stopped(self.asked)
+        self._raised = weakref.ref(stop)
+        raise stop
+
+
+def _end_at_second(ears: int) -> None:
+    """Read the numbers of signals as they come, in a thread of its own, and leave with the second
+    one that asks to stop."""
+    first = None
+    with open(ears, "rb", buffering=0) as numbers:
+        while number := numbers.read(1):
+            if number[0] in STOPPING:
+                now = time.monotonic()
+                first = now if first is None else first
+                if now - first >= SAME_SIGNAL_S:
+                    os.write(2, b"deit: a second signal: leaving at once\n")
+                    os._exit(128 + number[0])
 
 
 def _lost_peer(error: Exception) -> bool:
@@ -110,6 +165,8 @@ def _leave_processes() -> None:
 
 def _complain(message: str, debug: bool, *, everywhere: bool = False) -> None:
     """One message; of an error that may be this process's alone also from the other processes."""
+    from deit.console import is_main_process
+
     if is_main_process():
         prefix = "deit: error"
     elif everywhere:
@@ -121,8 +178,21 @@ def _complain(message: str, debug: bool, *, everywhere: bool = False) -> None:
     print(f"{prefix}: {message}", file=sys.stderr, flush=True)
 
 
+def program() -> int:
+    """The console script `deit COMMAND ...`, a process of its own; returns the exit code."""
+    return _ending(main())
+
+
+def script(name: str) -> int:
+    """A root script, which is one command and a process of its own; returns the exit code."""
+    return _ending(run_command(name, sys.argv[1:], Path(sys.argv[0]).name))
+
+
 def main() -> int:
-    """The console script `deit COMMAND ...`; returns the exit code."""
+    """`deit COMMAND ...` as sys.argv has it; returns the exit code."""
+    from deit.commands import COMMANDS
+    from deit.console import say
+
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
         return run_command(arguments[0], arguments[1:], f"deit {arguments[0]}")
@@ -138,3 +208,17 @@ def main() -> int:
         f"no command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}; see deit --help", False
     )
     return 2
+
+
+def _ending(code: int) -> int:
+    """End the processes that this one started, and see to it that it ends itself: Python waits for
+    the threads of libraries, which may wait for something that never comes."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    threading.Thread(target=_end, args=(code,), daemon=True).start()
+    return code
+
+
+def _end(code: int) -> None:
+    time.sleep(_ENDING_S)
+    os._exit(code)

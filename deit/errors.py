@@ -37,6 +37,10 @@ class EnvironmentFault(DeitError):
     exit_code = 5
 
 
+class WorkerLost(EnvironmentFault):
+    """The system ended a process that reads images."""
+
+
 class NumericsError(DeitError):
     """A loss or gradient is no longer finite."""
 

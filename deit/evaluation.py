@@ -101,7 +101,7 @@ def examine(
         use_onednn(student)
     student = student.to(accelerator.device)
     few = asked.images.select(slice(config.run.evaluation_batch))
-    with Interruption(accelerator) as interruption:
+    with Interruption(accelerator) as interruption, interruption.at_once():
         watch = interruption.check
         if len(few.labels) >= accelerator.num_processes:
             answers_of(accelerator, student, few, config, "warming up")

@@ -6,20 +6,22 @@ import signal
 import sys
 import threading
 import time
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 
 from deit.errors import Stopped
-from deit.launcher import SAME_SIGNAL_S, gone
+from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, gone
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SAVING = signal.SIGUSR1
+Item = TypeVar("Item")
 _ASK_EVERY_S = 0.25  # how often processes talk about it, at most
 _MOST_BETWEEN = 10  # steps: some may take much longer than those before
 _STUCK_S = 20.0  # torchrun kills 30 s after SIGTERM
+_PATIENCE_S = 1.5  # for data, where a process that was asked to stop should not leave alone
+_END = object()
 
 
 class Interruption(AbstractContextManager):
@@ -44,6 +46,7 @@ class Interruption(AbstractContextManager):
             self._group = torch.distributed.new_group(backend="gloo")
         self._wait = self._between = 1
         self._last = time.monotonic()
+        self._open = self._waiting = False
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -51,9 +54,12 @@ class Interruption(AbstractContextManager):
             for number in STOPPING:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._late)
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._first is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -73,6 +79,56 @@ class Interruption(AbstractContextManager):
         self._noted, self._first = number, now
         # Where this process hangs and will be killed, say where.
         faulthandler.dump_traceback_later(_STUCK_S, file=sys.__stderr__)
+        if self._open and not self._several:
+            raise Stopped(number)
+        signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, 0.1)
+
+    def _late(self, number: int, frame: object) -> None:
+        """Leave where this process still waits for data: nothing else would end that."""
+        if self._waiting:
+            raise Stopped(self._noted)
+
+    @property
+    def noted(self) -> int:
+        """The signal that this process was asked to stop by; 0 for none."""
+        return self._noted if self._noted in STOPPING else 0
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While it is entered nothing is begun that would be lost: a single process obeys a signal
+        in its middle. Raises Stopped. Several processes obey together, when they next ask."""
+        if self.noted and not self._several:
+            raise Stopped(self._noted)
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+    def over(self, items: Iterable[Item], *, each: int = 1) -> Iterator[Item]:
+        """The same items, for which a process that is asked to stop does not wait: they end early
+        where so many as make a whole (`each`) are complete, as before the first micro-batch of an
+        update; in the middle of that, and where several processes should stop together, Stopped is
+        raised when they still are not there after some seconds."""
+        iterator, number = iter(items), 0
+        while True:
+            self._waiting = True
+            try:
+                if number % each == 0:
+                    with self.at_once():
+                        item = next(iterator, _END)
+                else:
+                    item = next(iterator, _END)
+            except Stopped:
+                if number % each or self._several:
+                    raise
+                return
+            finally:
+                self._waiting = False
+            if item is _END:
+                return
+            yield item
+            number += 1
 
     def asked(self, *, now: bool = False) -> int:
         """The signal to obey now, 0 for none; the same in all processes, where all ask equally

@@ -4,12 +4,18 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 
 FOLLOWED = "DEIT_AT_ONCE"
 """In the environment of a run that one of our commands started: how many run beside each other."""
 _NAMES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", FOLLOWED)
 _PARENT = os.getppid()  # as early as may be: a launcher may die while torch is still imported
 _PR_SET_PDEATHSIG = 1
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAVING = signal.SIGUSR1
+SIGNALS = (*STOPPING, SAVING)
+"""What asks a command to stop, and a run to save: SLURM's warning."""
 SAME_SIGNAL_S = 2.0
 """Within so many seconds another signal is the same one again: torchrun hands on to its processes
 what the terminal has sent them already."""
@@ -45,3 +51,19 @@ def adopt(parent: int) -> None:
 def gone() -> bool:
     """Whether the launcher that was there at first is no more."""
     return launched() and os.getppid() != _PARENT
+
+
+def end_with(parent: int) -> None:
+    """Have this process killed as soon as the one that started it is gone. parent: its number."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before
+            os._exit(1)
+    else:
+        threading.Thread(target=_leave_after, args=(parent,), daemon=True).start()
+
+
+def _leave_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

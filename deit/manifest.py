@@ -5,13 +5,13 @@ import json
 import re
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import ConfigDict
 
 from deit.errors import CheckpointError
+from deit.threads import threads
 from deit.typed_json import read_typed
 
 MANIFEST = "manifest.json"
@@ -42,7 +42,7 @@ class Manifest:
 def digests(folder: Path, names: Iterable[str]) -> dict[str, Content]:
     """Size and digest of files in a folder, by name in order."""
     names = sorted(names)
-    with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter to others
+    with threads(4) as pool:  # hashing leaves the interpreter to others
         return dict(zip(names, pool.map(_digest, (folder / name for name in names))))
 
 

@@ -11,10 +11,16 @@ from torch import Tensor
 from deit import journal
 from deit.config import derive, mixes
 from deit.console import say, warn
-from deit.datasets.reading import LOST_WORKER, lost_worker
 from deit.engine import Update
 from deit.environment import lost_peer, out_of_memory
-from deit.errors import DeitError, EnvironmentFault, NumericsError, PeerError, Stopped
+from deit.errors import (
+    DeitError,
+    EnvironmentFault,
+    NumericsError,
+    PeerError,
+    Stopped,
+    WorkerLost,
+)
 from deit.faults import reach
 from deit.parts import Parts
 from deit.records import Batch, Outputs
@@ -103,22 +109,29 @@ def _count(parts: Parts, step: int, left_out: Update | None) -> None:
 
 
 @contextmanager
-def understood(parts: Parts) -> Iterator[None]:
-    """Turn what stops a run in its middle into an error of deit.errors that tells what is kept and
-    what to do."""
+def understood(parts: Parts, asked: Callable[[], int]) -> Iterator[None]:
+    """Turn what stops a run in its middle into an error of deit.errors that says what is kept and
+    what to do.
+
+    asked: the signal that this process was asked to stop by, 0 for none. What goes wrong after it
+    is no other mishap: the other processes were asked as well, and may have ended first.
+    """
     try:
         yield
     except Stopped as stop:
         raise Stopped(stop.number, f"{stop}; {_kept(parts)}") from None
+    except WorkerLost as error:
+        raise EnvironmentFault(f"{error}; {_kept(parts)}") from None
     except DeitError:
         raise
     except Exception as error:
         if out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
             raise _memory_fault(parts) from None
-        if lost_worker(error):
-            raise EnvironmentFault(f"{LOST_WORKER}; {_kept(parts)}") from None
         if parts.accelerator.num_processes > 1 and lost_peer(error):
+            if number := asked():
+                stop = Stopped(number)
+                raise Stopped(number, f"{stop}; {_kept(parts)}") from None
             raise PeerError(
                 f"another process of the run is gone, or did not answer within "
                 f"{parts.config.run.timeout:g} s; {_kept(parts)}"
@@ -146,7 +159,7 @@ def _memory_fault(parts: Parts) -> EnvironmentFault:
         too = f", and with {tried[-1]}" if tried else ""
         return EnvironmentFault(
             f"{told}{too}; --run.recompute, or a smaller "
-            "student or teacher, is left; {_kept(parts)}"
+            f"student or teacher, is left; {_kept(parts)}"
         )
     accumulate = optim.accumulate * block // fitting
     return EnvironmentFault(

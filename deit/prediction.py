@@ -81,6 +81,7 @@ def _pixels(
         yield from (images.pixels[chunk].to(device) for chunk in chunks)
         return
     workers = min(worker_count(config.data), len(chunks))
-    reader = Reader(images, (Squares(size),), workers=workers, pin=device.type == "cuda")
     wanted = [Wanted(0, chunk, torch.zeros_like(chunk)) for chunk in chunks]
-    yield from (read.pixels[0].to(device, non_blocking=True) for read in reader.read(wanted))
+    pin = device.type == "cuda"
+    with Reader(images, (Squares(size),), workers=workers, pin=pin) as reader:
+        yield from (read.pixels[0].to(device, non_blocking=True) for read in reader.read(wanted))

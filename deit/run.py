@@ -28,7 +28,8 @@ from deit.environment import (
 )
 from deit.errors import ConfigError, DataError, NumericsError, Stopped
 from deit.faults import reach
-from deit.interruption import STOPPING, Interruption
+from deit.interruption import Interruption
+from deit.launcher import STOPPING
 from deit.metrics import agreement, topk_accuracy
 from deit.mishaps import NumberWatch, fit_memory, understood
 from deit.models.base import Base, base_of
@@ -91,6 +92,7 @@ def train(
         config = derive(config, run={"linear": choose_linear(config.run, accelerator)})
         faculty = Faculty(config)
         parts = _furnish(config, out, accelerator, faculty, found, resumed=begun)
+        stack.callback(parts.loader.close)
         environment = describe(accelerator, arguments or [])
         announce(parts, environment)
         if finished is not None and not dry_run:
@@ -117,7 +119,7 @@ def train(
             parts.guard = guard
         accelerator.wait_for_everyone()
         interruption = stack.enter_context(Interruption(accelerator))
-        stack.enter_context(understood(parts))
+        stack.enter_context(understood(parts, lambda: interruption.noted))
         _begin(parts, environment, resume=resume)
         with tracked(accelerator, config, out):
             _fit(parts, interruption)
@@ -361,14 +363,14 @@ def _train_rest(parts: Parts, tally: Tally, interruption: Interruption) -> dict[
         return {}  # a resumed run that was evaluating
     views = epoch if parts.view_epochs is None else epoch % parts.view_epochs
     batches = progress(
-        loader.epoch(views, done=begun),
+        interruption.over(loader.epoch(views, done=begun), each=config.optim.accumulate),
         total=steps * config.optim.accumulate,
         done=begun * config.optim.accumulate,
         title=f"epoch {epoch + 1}/{config.optim.epochs}",
     )
     started, before = time.monotonic(), state.seconds
     interruption.begin()
-    watch = NumberWatch(parts)
+    watch, ended, saved = NumberWatch(parts), False, True
     for update in train_epoch(job_of(parts), batches, tally, step=state.step, steps=steps):
         state.step += 1
         state.samples_seen += config.optim.batch_size
@@ -380,11 +382,17 @@ def _train_rest(parts: Parts, tally: Tally, interruption: Interruption) -> dict[
         regular = ended or (every is not None and state.step % every == 0)
         regular |= state.step in config.run.keep_updates
         signal = interruption.asked(now=ended)
-        if regular or signal:
+        saved = bool(regular or signal)
+        if saved:
             watch.settle()
             save(parts, tally, regular=regular)
         if signal in STOPPING:
             raise Stopped(signal)
+    if not ended:  # a signal came before the next images
+        if not saved:
+            watch.settle()
+            save(parts, tally, regular=False)
+        raise Stopped(interruption.noted)
     trained_s, trained = state.seconds - before, (steps - begun) * config.optim.batch_size
     return {
         "images_per_s": trained / trained_s,
@@ -411,14 +419,15 @@ def _validate_heads(parts: Parts, interruption: Interruption) -> dict[str, float
     found: dict[str, float] = {}
     for prefix, model in models.items():
         interruption.begin()
-        outputs = answers_of(
-            parts.accelerator,
-            model,
-            parts.splits.validation,
-            parts.config,
-            "evaluating",
-            watch=interruption.check,
-        )
+        with interruption.at_once():
+            outputs = answers_of(
+                parts.accelerator,
+                model,
+                parts.splits.validation,
+                parts.config,
+                "evaluating",
+                watch=interruption.check,
+            )
         heads = head_logits(outputs)
         heads.pop("fused_softmax", None)
         for name, logits in heads.items():

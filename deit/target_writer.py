@@ -1,7 +1,7 @@
 """Asks the teachers for their answers to every training view, and writes them into a store."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def write_targets(
     blocks = torch.tensor([writer.blocks], device=accelerator.device)
     longest = int(accelerator.gather(blocks).max())
     with Interruption(accelerator) as interruption:
-        writer.write(interruption.check)
+        writer.write(interruption)
         # The others may have more to ask for: what stops them stops this process as well.
         for _ in range(longest - writer.blocks):
             interruption.check()
@@ -274,19 +274,21 @@ class Writer:
         self.rows = sum(last - first for _, first, last in stretches)
         self.blocks = sum(-(-(last - first) // block) for _, first, last in stretches)
 
-    def write(self, watch: Callable[[], None]) -> None:
-        """Write the units. watch: called before each block."""
+    def write(self, interruption: Interruption) -> None:
+        """Write the units. interruption: asked before each block. Raises Stopped."""
 
         def watched() -> Iterator[None]:
             for _ in progress(range(self.blocks), total=self.blocks, title="asking the teacher"):
                 reach("answers")
-                watch()
+                interruption.check()
                 yield
 
         ticks = watched()
         started = time.monotonic()
         for unit in self.missing:
-            self.units.commit(unit, self._ask(unit, ticks))
+            with interruption.at_once():
+                made = self._ask(unit, ticks)
+            self.units.commit(unit, made)
         next(ticks, None)  # lets the bar go
         took = time.monotonic() - started
         if self.rows:

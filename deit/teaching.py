@@ -141,7 +141,7 @@ class Faculty:
         self.teachers = [
             teachers if store is None else [] for teachers, store in zip(self.teachers, self.stores)
         ]
-        loader.release_workers()  # those that read what only the teachers look at
+        loader.close()  # workers: those that read what only the teachers look at
         return answers if everyone else None
 
     def _check_store(
