@@ -130,7 +130,10 @@ class _Leaving(contextlib.AbstractContextManager):
     def _raise(self) -> None:
         stop = Stopped(self.asked)
         self._raised = weakref.ref(stop)
-        raise stop
+        try:
+            raise stop
+        finally:
+            del stop  # this frame is part of its traceback, which should not keep it
 
 
 def _end_at_second(ears: int) -> None:

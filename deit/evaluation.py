@@ -1,7 +1,6 @@
 """Evaluation of a finished run: every head, the teacher beside it, each sample counted once."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,17 +101,18 @@ def examine(
     student = student.to(accelerator.device)
     few = asked.images.select(slice(config.run.evaluation_batch))
     with Interruption(accelerator) as interruption, interruption.at_once():
-        watch = interruption.check
         if len(few.labels) >= accelerator.num_processes:
             answers_of(accelerator, student, few, config, "warming up")
         started = time.perf_counter()
         title = f"evaluating {asked.name}"
-        outputs = answers_of(accelerator, student, asked.images, config, title, watch=watch)
+        outputs = answers_of(
+            accelerator, student, asked.images, config, title, interruption=interruption
+        )
         elapsed_s = time.perf_counter() - started
         said = {}
         if variant is None:
             said = _teacher_logits(
-                accelerator, config, teacher, facts.class_names, asked.images, watch
+                accelerator, config, teacher, facts.class_names, asked.images, interruption
             )
         interruption.check(now=True)
     heads = {name: logits[:, asked.columns] for name, logits in head_logits(outputs).items()}
@@ -338,7 +338,7 @@ def _teacher_logits(
     source: str | None,
     class_names: tuple[str, ...],
     images: Images | Encoded,
-    watch: Callable[[], None],
+    interruption: Interruption,
 ) -> dict[str, Tensor]:
     """The teachers' logits by description, none without one; the run's own may be gone, which only
     warns."""
@@ -370,7 +370,7 @@ def _teacher_logits(
     for teacher in teachers:
         network = teacher.to(accelerator.device)
         outputs = answers_of(
-            accelerator, network, images, config, "teacher", size=size, watch=watch
+            accelerator, network, images, config, "teacher", size=size, interruption=interruption
         )
         name = teacher.description
         found[f"{name} ({len(found) + 1})" if name in found else name] = outputs.class_logits

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,10 @@ _MOST_BETWEEN = 10  # steps: some may take much longer than those before
 _STUCK_S = 20.0  # torchrun kills 30 s after SIGTERM
 _PATIENCE_S = 1.5  # for data, where a process that was asked to stop should not leave alone
 _END = object()
+
+
+class _BetweenUpdates(Stopped):
+    """Stopped where nothing of an update has begun."""
 
 
 class Interruption(AbstractContextManager):
@@ -99,30 +103,38 @@ class Interruption(AbstractContextManager):
         in its middle. Raises Stopped. Several processes obey together, when they next ask."""
         if self.noted and not self._several:
             raise Stopped(self._noted)
-        self._open = True
+        before, self._open = self._open, True
         try:
             yield
         finally:
-            self._open = False
+            self._open = before
 
-    def over(self, items: Iterable[Item], *, each: int = 1) -> Iterator[Item]:
-        """The same items, for which a process that is asked to stop does not wait: they end early
-        where so many as make a whole (`each`) are complete, as before the first micro-batch of an
-        update; in the middle of that, and where several processes should stop together, Stopped is
-        raised when they still are not there after some seconds."""
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items, for which no process waits that was asked to stop. Raises Stopped: in a
+        single process at once; of several, which should stop together, some seconds later."""
+        yield from self._over(items, each=1)
+
+    def micro_batches(self, items: Iterable[Item], *, each: int) -> Iterator[Item]:
+        """The same for the micro-batches of training, so many to an update: where one process would
+        wait for the first of an update they end early instead, for all of the run so far can be
+        saved there."""
+        try:
+            yield from self._over(items, each=each)
+        except _BetweenUpdates:
+            return
+
+    def _over(self, items: Iterable[Item], *, each: int) -> Iterator[Item]:
         iterator, number = iter(items), 0
         while True:
+            between = number % each == 0
             self._waiting = True
             try:
-                if number % each == 0:
-                    with self.at_once():
-                        item = next(iterator, _END)
-                else:
+                with self.at_once() if between else nullcontext():
                     item = next(iterator, _END)
-            except Stopped:
-                if number % each or self._several:
-                    raise
-                return
+            except Stopped as stop:
+                if between and not self._several:
+                    raise _BetweenUpdates(stop.number) from None
+                raise
             finally:
                 self._waiting = False
             if item is _END:

@@ -1,6 +1,6 @@
 """A model's answers on a whole split, in its order, whatever the number of processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from deit.datasets.views import evaluation_views
 from deit.engine import predict
 from deit.errors import DataError
 from deit.faults import reach
+from deit.interruption import Interruption
 from deit.records import Outputs
 
 
@@ -25,13 +26,13 @@ def answers_of(
     title: str,
     *,
     size: int | None = None,
-    watch: Callable[[], None] | None = None,
+    interruption: Interruption | None = None,
 ) -> Outputs:
     """A model's answers on the evaluation views of a split, on the CPU, float32.
 
     Raises DataError with fewer images than processes.
     title: what the progress bar says. size: side [px] of what it is shown; None: the student's.
-    watch: called before each batch that all processes have, equally often in all of them.
+    interruption: asked before each batch that all processes have, equally often in all of them.
     """
     number = len(images.labels)
     if number < accelerator.num_processes:
@@ -39,13 +40,15 @@ def answers_of(
     mine = torch.arange(accelerator.process_index, number, accelerator.num_processes)
     chunks = mine.split(config.run.evaluation_batch)
     views = shown(images, chunks, config, device=accelerator.device, size=size)
+    if interruption is not None:
+        views = interruption.over(views)
     common = number // accelerator.num_processes // config.run.evaluation_batch
 
     def watched() -> Iterator[Tensor]:
         for index, part in enumerate(progress(views, total=len(chunks), title=title)):
             reach("evaluation")
-            if watch is not None and index < common:
-                watch()
+            if interruption is not None and index < common:
+                interruption.check()
             yield part
 
     return predict(accelerator, model, watched(), number)

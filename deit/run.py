@@ -363,7 +363,7 @@ def _train_rest(parts: Parts, tally: Tally, interruption: Interruption) -> dict[
         return {}  # a resumed run that was evaluating
     views = epoch if parts.view_epochs is None else epoch % parts.view_epochs
     batches = progress(
-        interruption.over(loader.epoch(views, done=begun), each=config.optim.accumulate),
+        interruption.micro_batches(loader.epoch(views, done=begun), each=config.optim.accumulate),
         total=steps * config.optim.accumulate,
         done=begun * config.optim.accumulate,
         title=f"epoch {epoch + 1}/{config.optim.epochs}",
@@ -426,7 +426,7 @@ def _validate_heads(parts: Parts, interruption: Interruption) -> dict[str, float
                 parts.splits.validation,
                 parts.config,
                 "evaluating",
-                watch=interruption.check,
+                interruption=interruption,
             )
         heads = head_logits(outputs)
         heads.pop("fused_softmax", None)

@@ -287,18 +287,19 @@ class Writer:
         started = time.monotonic()
         for unit in self.missing:
             with interruption.at_once():
-                made = self._ask(unit, ticks)
+                made = self._ask(unit, ticks, interruption)
             self.units.commit(unit, made)
         next(ticks, None)  # lets the bar go
         took = time.monotonic() - started
         if self.rows:
             say(f"asked for {self.rows} answers in {clock(took)}: {self.rows / took:.0f} images/s")
 
-    def _ask(self, unit: int, ticks: Iterator[None]) -> Unit:
+    def _ask(self, unit: int, ticks: Iterator[None], interruption: Interruption) -> Unit:
         """The answers of a unit. Raises NumericsError naming the images where one is not finite."""
         records, canaries, right, counted = [], [], 0, 0
         for epoch, first, last in self.layout.stretches(unit):
-            for shown in self.loader.shown(epoch, torch.arange(first, last), block=self.block):
+            blocks = self.loader.shown(epoch, torch.arange(first, last), block=self.block)
+            for shown in interruption.over(blocks):
                 next(ticks, None)
                 answers = self.answer(shown)
                 encoded, marks = recorded(self.layout, shown, answers)

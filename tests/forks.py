@@ -46,6 +46,7 @@ class Running:
 
     def __init__(self, zygote: "Zygote", pid: int, out: Path, err: Path) -> None:
         self.zygote, self.pid, self.out, self.err = zygote, pid, out, err
+        self.store: Any = None  # in which it meets others
 
     def signal(self, number: int) -> None:
         """Send it a signal."""
@@ -55,6 +56,31 @@ class Running:
         """Wait for its end; where that takes too long it is aborted, and says where it was."""
         code = self.zygote.ask({"wait": self.pid, "timeout": timeout})["code"]
         return Done(code, self.out.read_text(), self.err.read_text())
+
+
+def places(processes: int, of_node: int) -> tuple[Any, list[dict[str, str]]]:
+    """The store in which processes meet, and the environment of each, as torchrun makes it.
+
+    The store is kept by this process, as torchrun's is by its agent: none of theirs serves it, and
+    no other process can have taken its port meanwhile. It is there as long as somebody holds it.
+    """
+    if processes == 1:
+        return None, [{}]
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(of_node),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    return store, [
+        {**common, "RANK": str(rank), "LOCAL_RANK": str(rank % of_node)}
+        for rank in range(processes)
+    ]
 
 
 class Zygote:
@@ -87,13 +113,16 @@ class Zygote:
         *arguments: object,
         cwd: Path | None = None,
         script: str | None = None,
+        whole: bool = False,
         **environment: str,
     ) -> Running:
-        """Start `deit ARGUMENTS`, or a root script of that name."""
+        """Start `deit ARGUMENTS`, or a root script of that name. whole: also its end is that of a
+        real process, and so slower; and it and all that it starts are a session of their own."""
         self.number += 1
         out, err = (self.folder / f"{self.number}.{name}" for name in ("out", "err"))
         question = {
             "script": script,
+            "whole": whole,
             "arguments": [str(argument) for argument in arguments],
             "environment": environment,
             "cwd": str(cwd or self.folder),
@@ -114,6 +143,21 @@ class Zygote:
         """Run `deit ARGUMENTS`, or a root script of that name, to its end."""
         return self.start(*arguments, cwd=cwd, script=script, **environment).wait()
 
+    def start_together(
+        self,
+        *arguments: object,
+        processes: int = 2,
+        of_node: int | None = None,
+        **how: Any,
+    ) -> list[Running]:
+        """Start the processes of a command or script as torchrun would, on nodes of so many (None:
+        one node)."""
+        store, environments = places(processes, of_node or processes)
+        started = [self.start(*arguments, **how, **place) for place in environments]
+        for one in started:
+            one.store = store
+        return started
+
     def together(
         self,
         *arguments: object,
@@ -123,20 +167,10 @@ class Zygote:
         script: str | None = None,
         **environment: str,
     ) -> list[Done]:
-        """The processes of a command or script as torchrun would start them, on nodes of so many
-        (None: one node), to their end."""
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            environment["WORLD_SIZE"] = str(processes)
-            environment["LOCAL_WORLD_SIZE"] = str(of_node or processes)
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        started = []
-        for rank in range(processes):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank % (of_node or processes))}
-            own = own if processes > 1 else {}
-            started.append(self.start(*arguments, cwd=cwd, script=script, **environment, **own))
+        """The same, to their end."""
+        started = self.start_together(
+            *arguments, processes=processes, of_node=of_node, cwd=cwd, script=script, **environment
+        )
         return [one.wait() for one in started]
 
     def close(self) -> None:
@@ -165,9 +199,12 @@ def _become(question: dict[str, Any]) -> None:
     faulthandler.enable()  # a crash, or the end of waiting for it, says where it was
     os.environ.update(question["environment"])
     os.chdir(question["cwd"])
-    from deit.cli import main
+    from deit.cli import main, program
 
     sys.argv = [question["script"] or "deit", *question["arguments"]]
+    if question["whole"]:
+        os.setsid()
+        sys.exit(program())
     try:
         if question["script"]:
             path = ROOT / question["script"]

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,12 +21,7 @@ pytest.importorskip("sklearn")
 
 def both(zygote: Zygote, *words: object, fault: str = "") -> list[Running]:
     """Both processes of a command, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(port), "DEIT_FAULT": fault}
-    return [zygote.start(*words, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)]
+    return zygote.start_together(*words, DEIT_FAULT=fault)
 
 
 def start(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Running]:

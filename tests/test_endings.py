@@ -1,0 +1,391 @@
+"""Processes that end for any reason, with worker processes and without them: with their exit code,
+and nothing of them stays. They end as real ones do, Python's own end included."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deit import checkpoint, cli, journal
+from deit.cli import run_command
+from deit.config import derive
+from deit.datasets.reading import Reader
+from deit.errors import Stopped
+from deit.recipes import RECIPES
+from deit.run import train
+from tests.forks import ROOT, Done, Running, Zygote, until
+from tests.stops import stop_at
+from tests.test_reading import write_pictures
+
+pytest.importorskip("sklearn")
+SMALL = (
+    *("--objective", "none", "--teacher.source", "none"),
+    *("--student.name", "vit_micro", "--student.depth", "1", "--student.embed_dim", "16"),
+    *("--student.num_heads", "2", "--student.image_size", "16", "--student.patch_size", "4"),
+    *("--data.image_size", "18", "--optim.batch_size", "8", "--optim.epochs", "3"),
+    *("--optim.warmup_epochs", "0", "--data.storage", "files"),
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures", number=16)
+
+
+def words(pictures: Path, out: Path, workers: int) -> tuple[str, ...]:
+    """A short training on pictures that worker processes read."""
+    return (
+        *("train", "folder", "--data.root", str(pictures), "--data.workers", str(workers)),
+        *SMALL,
+        *("--out", str(out), "--resume"),
+    )
+
+
+def left(session: int) -> list[str]:
+    """What is still there of a session, which nothing that a process starts leaves."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def ended(running: Running, code: int) -> Done:
+    """The end of a process, which has this exit code and leaves nothing behind."""
+    done = running.wait(timeout=60)
+    assert done.code == code, done.err
+    assert "Traceback" not in done.err
+    until(lambda: not left(running.pid), timeout=20)
+    return done
+
+
+CODES = {"int": 130, "term": 143, "hup": 129, "memory": 5, "kill": -signal.SIGKILL, "nan": 6}
+
+
+@pytest.mark.parametrize(
+    ("workers", "fault"),
+    [
+        *((0, fault) for fault in ("update:3:int", "evaluation:2:term")),
+        *((1, fault) for fault in ("update:3:int", "evaluation:2:term")),
+        *((2, f"update:3:{action}") for action in ("int", "term", "hup", "memory", "kill")),
+        *((2, fault) for fault in ("evaluation:2:int", "loss:0:nan", "optimizer:1:term")),
+    ],
+)
+def test_a_training_ends_with_its_code_and_leaves_nothing(
+    workers, fault, zygote, pictures, tmp_path
+):
+    given = words(pictures, tmp_path / "run", workers)
+    ended(zygote.start(*given, whole=True, DEIT_FAULT=fault), CODES[fault.split(":")[2]])
+
+
+def test_an_error_that_nobody_foresaw_ends_it_too(zygote, pictures, tmp_path):
+    given = words(pictures, tmp_path / "run", 2)
+    ended(zygote.start(*given, whole=True, DEIT_FAULT="update:3:full"), 1)
+
+
+def test_the_end_of_training_is_the_end(zygote, pictures, tmp_path):
+    ended(zygote.start(*words(pictures, tmp_path / "run", 2), whole=True), 0)
+
+
+def nobody_writes(path: Path) -> None:
+    """Put a pipe into the place of a file: who reads it waits for ever, as for a lost server."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_waits_for_images_for_ever_stops_with_a_checkpoint(
+    workers, number, zygote, tmp_path
+):
+    pictures, out = write_pictures(tmp_path / "pictures", number=8), tmp_path / "run"
+    given = (*words(pictures, out, workers), "--optim.epochs", "100000")
+    running = zygote.start(*given, whole=True)
+    metrics = out / journal.METRICS
+    until(lambda: metrics.is_file() and journal.read(metrics))
+    for path in sorted(pictures.rglob("*.*")):
+        nobody_writes(path)
+    until(lambda: waits(running.pid))
+    running.signal(number)
+    done = ended(running, 128 + number)
+    assert "the same command with --resume goes on" in done.err
+    rows = journal.read(metrics)
+    assert checkpoint.step_of(checkpoint.newest(out)) >= rows[-1]["step"]
+
+
+def waits(pid: int) -> bool:
+    """Whether a process and those it has started use no processor for a while."""
+    process = psutil.Process(pid)
+    everyone = [process, *process.children(recursive=True)]
+    before = [sum(one.cpu_times()[:2]) for one in everyone]
+    time.sleep(0.5)
+    return before == [sum(one.cpu_times()[:2]) for one in everyone]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_that_waits_for_ever_stops(workers, zygote, pictures, tmp_path):
+    own = write_pictures(tmp_path / "pictures", number=8)
+    assert zygote.run(*words(own, tmp_path / "run", 0)).code == 0
+    for path in own.rglob("*.*"):
+        nobody_writes(path)
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"workers": 0', f'"workers": {workers}'))
+    running = zygote.start("evaluate", tmp_path / "run", whole=True)
+    until(lambda: waits(running.pid))
+    running.signal(signal.SIGINT)
+    ended(running, 130)
+
+
+def test_a_scan_and_a_decoding_that_wait_for_ever_stop(zygote, tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", number=8)
+    nobody_writes(sorted(pictures.rglob("*.*"))[3])
+    in_memory = ("train", "folder", "--data.root", pictures, "--out", tmp_path / "run")
+    in_memory += (*SMALL, "--data.storage", "memory")
+    for given in (("scan", pictures), in_memory):
+        running = zygote.start(*given, whole=True)
+        until(lambda: waits(running.pid))  # noqa: B023
+        running.signal(signal.SIGTERM)
+        ended(running, 143)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_targets_stop_between_and_within_blocks(workers, zygote, pictures, tmp_path):
+    teacher = tmp_path / "teacher"
+    given = words(pictures, teacher, 0)
+    assert zygote.run(*given, "--optim.epochs", "1").code == 0
+    write = ("targets", "write", *given[1:-3], "--data.workers", workers)
+    write += ("--objective", "deit-hard", "--teacher.source", teacher, "--teacher.allow_weak")
+    write += ("--student.name", "deit_micro", "--out", tmp_path / "store")
+    ended(zygote.start(*write, whole=True, DEIT_FAULT="answers:2:int"), 130)
+    ended(zygote.start(*write, whole=True), 0)
+
+
+def test_two_processes_with_workers_stop_together(zygote, pictures, tmp_path):
+    given = (*words(pictures, tmp_path / "run", 2), "--optim.epochs", "100000")
+    both = zygote.start_together(*given, whole=True)
+    until(lambda: checkpoint.found(tmp_path / "run"))
+    for one in both:
+        one.signal(signal.SIGTERM)
+    for one in both:
+        ended(one, 143)
+
+
+def test_of_two_processes_neither_waits_for_images_for_ever(zygote, tmp_path):
+    pictures, out = write_pictures(tmp_path / "pictures", number=8), tmp_path / "run"
+    given = (*words(pictures, out, 1), "--optim.epochs", "100000")
+    both = zygote.start_together(*given, whole=True)
+    until(lambda: checkpoint.found(out))
+    for path in pictures.rglob("*.*"):
+        nobody_writes(path)
+    until(lambda: all(waits(one.pid) for one in both))
+    for one in both:
+        one.signal(signal.SIGTERM)
+    for one in both:
+        ended(one, 143)
+
+
+def test_workers_end_when_their_process_is_killed(zygote, pictures, tmp_path):
+    given = (*words(pictures, tmp_path / "run", 2), "--optim.epochs", "100000")
+    running = zygote.start(*given, whole=True)
+    until(lambda: checkpoint.found(tmp_path / "run"))
+    running.signal(signal.SIGKILL)
+    ended(running, -signal.SIGKILL)
+
+
+STUCK = """
+import ctypes
+from torch import nn
+
+class Stuck(nn.Module):
+    def forward(self, images):
+        lock = ctypes.create_string_buffer(256)
+        system = ctypes.CDLL(None)
+        print("stuck", flush=True)
+        for _ in range(2):
+            system.pthread_mutex_lock(lock)
+
+def teacher():
+    return Stuck()
+"""
+
+
+def test_a_second_signal_ends_what_is_stuck_in_a_library(zygote, pictures, tmp_path):
+    """Python obeys a signal when the library returns, which this one does not."""
+    (tmp_path / "stuck.py").write_text(STUCK)
+    given = words(pictures, tmp_path / "run", 2)
+    given += ("--objective", "deit-hard", "--teacher.source", f"{tmp_path / 'stuck.py'}:teacher")
+    running = zygote.start(*given, "--student.name", "deit_micro", whole=True)
+    until(lambda: "stuck" in running.out.read_text())
+    running.signal(signal.SIGINT)
+    time.sleep(cli.SAME_SIGNAL_S + 0.5)
+    running.signal(signal.SIGINT)
+    done = running.wait(timeout=60)
+    assert done.code == 130
+    assert "a second signal" in done.err
+    until(lambda: not left(running.pid), timeout=20)
+
+
+def test_a_stop_that_python_drops_comes_again(monkeypatch):
+    """What a handler raises while an object is freed is printed, and the program goes on."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's keeps what it is given
+
+    class Freed:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def work():
+        freed = Freed()
+        del freed
+        time.sleep(30)
+
+    with cli._Leaving(), pytest.raises(Stopped):
+        work()
+
+
+def test_a_stop_in_a_library_that_makes_another_error_of_it_is_a_stop(monkeypatch, capsys):
+    def command(arguments, program):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        except BaseException:
+            raise ImportError("a part of a library failed to import") from None
+
+    monkeypatch.setitem(__import__("deit.commands").commands.COMMANDS, "recipes", command)
+    assert run_command("recipes", [], "deit recipes") == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+
+
+HELD = """
+import sys, threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+sys.argv = ["deit", "--version"]
+from deit.cli import program
+sys.exit(program())
+"""
+
+
+def test_a_thread_of_a_library_does_not_keep_a_process_that_is_done():
+    done = subprocess.run(
+        [sys.executable, "-c", HELD],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("deit ")
+
+
+def small(pictures: Path, workers: int):
+    """The configuration of a short training."""
+    data = {"root": str(pictures), "storage": "files", "workers": workers, "image_size": 18}
+    student = {"name": "vit_micro", "depth": 1, "embed_dim": 16, "num_heads": 2, "image_size": 16}
+    return derive(
+        RECIPES["folder"](),
+        data=data,
+        student={**student, "patch_size": 4},
+        teacher={"source": ()},
+        loss={"kind": "none"},
+        optim={"batch_size": 8, "epochs": 1, "warmup_epochs": 0},
+    )
+
+
+def children() -> set[multiprocessing.Process]:
+    return set(multiprocessing.active_children())
+
+
+def test_a_call_from_python_leaves_no_worker(pictures, tmp_path):
+    """However it ends: a notebook goes on after it."""
+    config, before = small(pictures, 2), children()
+    stop_at(config, tmp_path / "stopped", "update:2:term")
+    until(lambda: children() == before)
+    train(config, tmp_path / "done")
+    until(lambda: children() == before)
+    with pytest.raises(OSError, match="No space"):
+        stop_at(config, tmp_path / "full", "update:2:full")
+    until(lambda: children() == before)
+
+
+def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(pictures):
+    from deit.datasets.splits import load_splits
+
+    class Slow:
+        def cut(self, pictures, wanted):
+            time.sleep(1000)
+
+    import torch
+
+    from deit.datasets.reading import Wanted
+
+    images = load_splits(small(pictures, 1).data).train
+    one = torch.zeros(1, dtype=torch.int64)
+    before = children()
+    with Reader(images, (Slow(),), workers=2, pin=False) as reader:
+        batches = reader.read([Wanted(0, one, one)] * 50)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        previous = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(Stopped(15)))
+        try:
+            with pytest.raises(Stopped):
+                next(batches)
+        finally:
+            signal.signal(signal.SIGALRM, previous)
+        assert len(children() - before) == 2
+    until(lambda: children() == before)
+
+
+MOMENTS = 200
+
+
+@pytest.mark.slow
+def test_two_hundred_stops_at_random_moments(zygote: Zygote, pictures, tmp_path):
+    """Of real processes, from their first moment on: each ends with the code of its signal and
+    leaves nothing behind, and what it leaves in its folder is resumed to the same bits."""
+    moments = random.Random(0)
+    straight = {}
+    for workers in (0, 1, 2):
+        given = words(pictures, tmp_path / f"straight-{workers}", workers)
+        assert zygote.run(*given).code == 0
+        straight[workers] = tmp_path / f"straight-{workers}"
+    took, codes = [], {}
+    for number in range(MOMENTS):
+        out, workers = tmp_path / f"run-{number}", number % 3
+        sent = moments.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        given = words(pictures, out, workers)
+        command = [sys.executable, "-m", "deit", *given]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with (tmp_path / "said").open("w+") as said:
+            process = subprocess.Popen(
+                command, env=environment, stdout=said, stderr=said, start_new_session=True
+            )
+            time.sleep(moments.uniform(0.02, 9))
+            moment = time.monotonic()
+            if moments.random() < 0.5:
+                os.killpg(process.pid, sent)
+            else:
+                process.send_signal(sent)
+            code = process.wait(timeout=60)
+            took.append(time.monotonic() - moment)
+            said.seek(0)
+            text = said.read()
+        # Before our first line runs, Python dies of the signal itself.
+        assert code in (128 + sent, -sent, 0), (number, code, text)
+        codes[code] = codes.get(code, 0) + 1
+        until(lambda: not left(process.pid), timeout=20)  # noqa: B023
+        assert "Traceback" not in text or not out.exists(), (number, text)
+        assert zygote.run(*given).code == 0
+        for name in (journal.CHAIN, "best/model.safetensors"):
+            assert (out / name).read_bytes() == (straight[workers] / name).read_bytes(), number
+    took.sort()
+    print(f"{MOMENTS} stops: codes {codes}; half within {took[len(took) // 2]:.2f} s, ", end="")
+    print(f"95 % within {took[int(0.95 * len(took))]:.2f} s, all within {took[-1]:.2f} s")
