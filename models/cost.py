@@ -3,15 +3,16 @@
 import statistics
 import time
 import weakref
+from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from deit.models.linear import FLOPS
+from deit.console import warn
 
 _ROUNDS = 5
 _ROUND_S = 0.4
@@ -19,8 +20,7 @@ _ROUND_S = 0.4
 
 class Cost(NamedTuple):
     """parameters: their number. gmacs: multiply-accumulates of one image's forward pass [10**9],
-    of matrix products, convolutions and attention (an involution's sums are not among them); the
-    paper's "FLOPs". memory_mb: the most that
+    as `macs_of_image` counts them; the paper's "FLOPs". memory_mb: the most that
     weights and a batch's activations take at once [10**6 bytes]. images_per_s: of the network
     alone, on images that are there already: the median of several rounds; their spread: the
     slowest and the fastest."""
@@ -38,21 +38,139 @@ def cost_of(network: nn.Module, *, side: int, batch: int = 64) -> Cost:
     network = network.eval()
     device = next(network.parameters()).device
     images = torch.rand(batch, 3, side, side, device=device)
-    wanted = [one for one in network.parameters() if one.requires_grad]
-    network.requires_grad_(False)  # the counter trips over parameters that modules hand on
-    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counted:
-        network(images[:1])
-    for one in wanted:
-        one.requires_grad_(True)
     weights = sum(value.nbytes for value in network.state_dict().values())
     rates = _rates(network, images)
     return Cost(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        gmacs=counted.get_total_flops() / 2 / 1e9,
+        gmacs=macs_of_image(network, images[:1]) / 1e9,
         memory_mb=(weights + _activations(network, images)) / 1e6,
         images_per_s=statistics.median(rates),
         spread=(min(rates), max(rates)),
     )
+
+
+@torch.inference_mode()
+def macs_of_image(network: nn.Module, image: Tensor) -> int:
+    """Multiply-accumulates of a forward pass: of matrix products, convolutions, attention,
+    recurrent layers and involutions.
+
+    They are those that the network's definition asks for. Counted before a kernel is chosen, they
+    do not depend on the device, the processor or the version of PyTorch. Warns of an operation that
+    may multiply matrices and is not among those that are counted. image: a batch of one, or what
+    the network takes of one.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # else a whole encoder layer is one operation
+    try:
+        with _Products() as counted:
+            network(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    if counted.unknown:
+        warn(
+            f"GMACs of {type(network).__name__}: without those of {', '.join(counted.unknown)}, "
+            "which cannot be counted"
+        )
+    return counted.macs
+
+
+def _of_matrices(left: Tensor, right: Tensor, *rest: Any) -> int:
+    """[..., rows, inner] times [..., inner, columns]; of a vector as of a matrix of one column."""
+    return left.numel() * (right.shape[-1] if right.ndim > 1 else 1)
+
+
+def _of_added(added: Tensor, left: Tensor, right: Tensor, *rest: Any) -> int:
+    return _of_matrices(left, right)
+
+
+def _of_linear(inputs: Tensor, weight: Tensor, *rest: Any) -> int:
+    """inputs: [..., in]; weight: [out, in]."""
+    return inputs.numel() * (weight.shape[0] if weight.ndim > 1 else 1)
+
+
+def _of_convolution(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    *rest: Any,
+    made: Tensor,
+) -> int:
+    """weight: [out, in / groups, *kernel], transposed [in, out / groups, *kernel]: each value of
+    the output, or of the input, meets all but the first axis."""
+    return (inputs if transposed else made).numel() * prod(weight.shape[1:])
+
+
+def _of_attention(queries: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> int:
+    """[..., queries, channels] with [..., keys, channels] and [..., keys, channels of a value]: of
+    both products. A mask saves none of them."""
+    channels = queries.shape[-1]
+    return queries.numel() // channels * keys.shape[-2] * (channels + values.shape[-1])
+
+
+def _of_recurrent(inputs: Tensor, state: Any, weights: list[Tensor], *rest: Any) -> int:
+    """inputs: [batch and steps in any order, in]: each step meets every matrix."""
+    return inputs.shape[:-1].numel() * sum(one.numel() for one in weights if one.ndim > 1)
+
+
+_MACS: dict[str, Callable[..., int]] = {
+    **dict.fromkeys(("aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot"), _of_matrices),
+    **dict.fromkeys(("aten::addmm", "aten::baddbmm", "aten::addbmm", "aten::addmv"), _of_added),
+    **dict.fromkeys(("aten::addmm_", "aten::baddbmm_", "aten::addbmm_", "aten::addmv_"), _of_added),
+    **dict.fromkeys(("aten::linear", "mkldnn::_linear_pointwise"), _of_linear),
+    "aten::convolution": _of_convolution,
+    "aten::scaled_dot_product_attention": _of_attention,
+    **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), _of_recurrent),
+    # An involution's sum over places.
+    **dict.fromkeys(("aten::addcmul", "aten::addcmul_"), lambda added, *rest: added.numel()),
+}
+"""How the arithmetic of an operation is counted: (its arguments) -> multiply-accumulates. Those
+that attention, recurrent and linear layers ask for are whole, as the network wrote them."""
+_MOVES = {"aten::cat", "aten::stack", "aten::copy_"}
+"""Operations of several matrices without products, which do not say so by a tag."""
+
+
+class _Products(TorchDispatchMode):
+    """Counts what is multiplied within it. In inference mode it sees operations as the network
+    wrote them; what it does not know is taken apart as far as PyTorch says of what it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+        self.unknown: dict[str, None] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "_schema", function).name
+        count = _MACS.get(name)
+        if count is None:
+            with self:
+                made = function.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        made = function(*args, **kwargs)
+        if count is _of_convolution:
+            self.macs += count(*args, **kwargs, made=made)
+        elif count is not None:
+            self.macs += count(*args, **kwargs)
+        elif name not in _MOVES and _may_multiply(function, args, kwargs):
+            self.unknown[name] = None
+        return made
+
+
+def _may_multiply(function: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether an operation takes two matrices or more, and not value by value."""
+    matrices = [
+        value
+        for value in tree_leaves((args, kwargs))
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+    ]
+    return len(matrices) > 1 and torch.Tag.pointwise not in getattr(function, "tags", ())
 
 
 def _activations(network: nn.Module, images: Tensor) -> int:

@@ -1,8 +1,6 @@
 """Linear layers by oneDNN, for processors on which PyTorch's own matrix products are slow."""
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +35,6 @@ def pays(width: int = 96) -> bool:
             # The shortest: what else the machine does only ever makes it longer.
             best[way] = min(best[way], time.perf_counter() - started)
     return best[linear] > _FASTER * best[product]
-
-
-FLOPS: dict[Any, Callable[..., int]] = {}
-"""How torch's counter of operations counts these layers."""
-if available():
-
-    def _flops(rows: torch.Size, weight: torch.Size, *rest: Any, **more: Any) -> int:
-        return 2 * rows[0] * rows[1] * weight[0]
-
-    FLOPS[torch.ops.mkldnn._linear_pointwise] = _flops
 
 
 def use_onednn(network: nn.Module) -> None:

@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import time
 from functools import cache
 
 import pytest
@@ -15,14 +14,12 @@ from torch import nn
 from deit.checkpoint import newest
 from deit.cli import run_command
 from deit.commands.measuring import TEST_SETS
-from deit.config import StudentConfig, derive
+from deit.config import derive
 from deit.datasets.splits import load_splits
 from deit.datasets.variants import VARIANTS, _synsets, load_variant
 from deit.errors import CheckpointError, DataError
 from deit.evaluation import evaluate, student_at
 from deit.metrics import calibration_error, topk_accuracy
-from deit.models.cost import cost_of
-from deit.models.networks import create_network
 from deit.models.positions import resize_positions
 from deit.models.saved import load_student
 from deit.prediction import shown
@@ -266,7 +263,7 @@ def test_a_variant_is_evaluated_from_the_command_line(tmp_path, capsys):
     assert found["teacher"] is None
 
 
-# metrics and costs
+# metrics
 
 
 def test_several_right_answers_count_by_hand():
@@ -278,53 +275,6 @@ def test_several_right_answers_count_by_hand():
     as_bool = nn.functional.one_hot(single, 3).bool()
     assert topk_accuracy(logits, as_bool) == topk_accuracy(logits, single)
     assert calibration_error(logits, as_bool) == calibration_error(logits, single)
-
-
-def test_costs_by_hand():
-    """DeiT's own arithmetic: patch embedding, and in each block qkv, attention, projection, MLP."""
-    student = StudentConfig(name="deit_micro", image_size=32, patch_size=8, depth=3)
-    network = create_network(student, 10)
-    width, tokens = 96, 18
-    block = tokens * 3 * width**2 + 2 * tokens**2 * width + tokens * width**2
-    block += 2 * tokens * 4 * width**2
-    macs = 16 * 3 * 64 * width + 3 * block + 2 * width * 10
-    cost = cost_of(network, side=32, batch=4)
-    assert cost.gmacs * 1e9 == pytest.approx(macs, rel=1e-6)
-    assert cost.parameters == sum(one.numel() for one in network.parameters())
-    assert cost.spread[0] <= cost.images_per_s <= cost.spread[1]
-
-
-def test_memory_is_weights_and_what_is_held_at_once():
-    class Chain(nn.Module):
-        """Holds input-sized tensors: at most two at once, whatever the depth."""
-
-        def __init__(self, depth):
-            super().__init__()
-            self.depth = depth
-            self.weight = nn.Parameter(torch.ones(1000))
-
-        def forward(self, images):
-            for _ in range(self.depth):
-                images = images + 1
-            return images
-
-    size = 2 * 3 * 16 * 16 * 4
-    for depth in (2, 9):
-        cost = cost_of(Chain(depth), side=16, batch=2)
-        assert cost.memory_mb * 1e6 == pytest.approx(4000 + 2 * size, abs=1)
-
-
-def test_the_rate_is_that_of_the_network():
-    class Sleeper(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(1))
-
-        def forward(self, images):
-            time.sleep(0.02)
-            return images
-
-    assert cost_of(Sleeper(), side=4, batch=8).images_per_s == pytest.approx(400, rel=0.3)
 
 
 @pytest.mark.parametrize("word", ["evaluate", "predict"])
@@ -360,14 +310,6 @@ def test_other_images_of_the_same_labels_are_not_held_against_each_other(tmp_pat
     words = [*map(str, runs), "--json", str(tmp_path / "f.json")]
     assert run_command("evaluate", words, "evaluate") == 0
     assert "agreement" not in json.loads((tmp_path / "f.json").read_text())
-
-
-@pytest.mark.parametrize("name", ["cait_xxs24_224", "pit_ti_distilled_224", "test_vit3"])
-def test_networks_that_hand_parameters_on_are_counted(name):
-    network = create_network(StudentConfig(name=f"timm:{name}", image_size=224), 10)
-    wanted = [one.requires_grad for one in network.parameters()]
-    assert cost_of(network, side=224, batch=1).gmacs > 0
-    assert [one.requires_grad for one in network.parameters()] == wanted
 
 
 def test_the_checkpoint_that_was_measured_is_named(runs):

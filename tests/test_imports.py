@@ -104,7 +104,7 @@ PLAN = {
     ),
     "deit.models.attention": place(1, "torch timm einops"),
     "deit.models.merging": network("convpass multiplexing"),
-    "deit.models.cost": place(1, "torch", "deit.models.linear"),
+    "deit.models.cost": place(1, "torch"),
     "deit.models.teachers": network("facts layout networks saved student weights"),
     "deit.datasets.images": image(),
     "deit.datasets.decoding": image("images"),
