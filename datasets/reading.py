@@ -27,6 +27,7 @@ from deit.datasets.views import sample_boxes
 from deit.errors import DataError, WorkerLost
 from deit.keys import Keys
 from deit.launcher import SIGNALS, end_with, sharing
+from deit.processor import cores
 
 _AHEAD = 2  # batches of each worker
 _KILLED_S = 1.0  # how long to wait for the end of a killed process: a dead disk may hold it
@@ -42,14 +43,7 @@ def worker_count(config: DataConfig) -> int:
     most."""
     if config.workers is not None:
         return config.workers
-    return max(1, min(8, _cores() // sharing()))
-
-
-def _cores() -> int:
-    """Cores this process may run on: in a container or a job often a few of many."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return max(1, min(8, cores() // sharing()))
 
 
 class Wanted(NamedTuple):

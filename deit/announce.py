@@ -14,6 +14,7 @@ from deit.datasets.reading import worker_count
 from deit.models.masks import told_of
 from deit.models.rounding import rounded_layers
 from deit.parts import Parts
+from deit.processor import cores
 from deit.sharding import number_of_parts
 
 
@@ -143,16 +144,16 @@ _TEACHER_VIEWS = {
 
 def _warn_of_idle_cores(accelerator: Accelerator) -> None:
     """`accelerate launch` sets OMP_NUM_THREADS=1 unasked: a lone process then idles the others."""
-    cores = os.cpu_count() or 1
+    number = cores()
     alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
     if (
         alone
         and "ACCELERATE_MIXED_PRECISION" in os.environ
-        and torch.get_num_threads() == 1 < cores
+        and torch.get_num_threads() == 1 < number
     ):
         warn(
-            f"accelerate launch left this process one thread of {cores}; plain python, or "
-            f"OMP_NUM_THREADS={cores} accelerate launch ..., is faster"
+            f"accelerate launch left this process one thread of {number}; plain python, or "
+            f"OMP_NUM_THREADS={number} accelerate launch ..., is faster"
         )
 
 

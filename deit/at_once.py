@@ -3,7 +3,6 @@
 import contextlib
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from deit.disk import write_json
 from deit.errors import CheckpointError, ConfigError, DataError, DeitError, NumericsError
 from deit.launcher import FOLLOWED
 from deit.processes import Process, Source, source
+from deit.processor import cores
 
 _Heard: TypeAlias = "queue.Queue[tuple[_Child, str | None]]"
 """Lines of runs as they come; None at a run's end."""
@@ -196,10 +196,10 @@ class _Here:
     """This machine and the runs under way on it. folder: for their configurations."""
 
     def __init__(self, number: int, folder: Path) -> None:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        allowed = int(os.environ.get("OMP_NUM_THREADS") or cores)
+        here = cores()
+        allowed = int(os.environ.get("OMP_NUM_THREADS") or here)
         self.number = number
-        self.threads = max(min(allowed, cores // number), 1)
+        self.threads = max(min(allowed, here // number), 1)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         count = torch.cuda.device_count()
         places = visible.split(",") if visible else [str(place) for place in range(count)]

@@ -207,7 +207,6 @@ def peak_memory_mb(device: torch.device) -> float:
 def describe(accelerator: Accelerator, arguments: list[str]) -> dict[str, Any]:
     """Versions, commit, device and arguments of a run; no environment variables, no user names."""
     device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "arguments": arguments,
         "deit": deit.__version__,
@@ -219,11 +218,22 @@ def describe(accelerator: Accelerator, arguments: list[str]) -> dict[str, Any]:
             "torch": str(torch.__version__),  # tells the CUDA build apart, its metadata does not
         },
         "device": device.type,
-        "device_name": name,
+        "device_name": _name_of(device),
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "precision": {v: k for k, v in _ACCELERATE_NAMES.items()}[accelerator.mixed_precision],
     }
+
+
+def place_of_speed(device: torch.device) -> str:
+    """What a speed or a peak of memory that is measured here and now depends on, in a line."""
+    threads = torch.get_num_threads()
+    by = "" if device.type == "cuda" else f", {threads} thread{'s' * (threads > 1)}"
+    return f"{_name_of(device)}{by}, torch {torch.__version__}"
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 @functools.cache

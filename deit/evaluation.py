@@ -15,7 +15,7 @@ from deit.datasets.images import Encoded, Images
 from deit.datasets.splits import digest_of_images, held_out, load_split
 from deit.datasets.variants import load_variant
 from deit.ensembles import combine
-from deit.environment import create_accelerator, describe
+from deit.environment import create_accelerator, describe, place_of_speed
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.interruption import Interruption
 from deit.metrics import agreement, calibration_error, confusion, topk_accuracy
@@ -179,7 +179,9 @@ def cost_of_run(run: Path) -> dict[str, Any]:
 
 def _cost(student: Student, config: Config) -> dict[str, Any]:
     side, batch = config.student.image_size, min(config.run.evaluation_batch, 64)
-    return cost_of(student, side=side, batch=batch)._asdict()
+    cost = cost_of(student, side=side, batch=batch)._asdict()
+    device = next(student.parameters()).device
+    return cost | {"measured_on": place_of_speed(device)}
 
 
 def _confidence(logits: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ def told_cost(cost: dict[str, Any]) -> str:
     low, high = cost["spread"]
     return (
         f"{cost['parameters'] / 1e6:.2f} M parameters, {cost['gmacs']:.3g} GMACs an image, "
-        f"{cost['memory_mb']:.0f} MB, {cost['images_per_s']:.0f} images/s ({low:.0f} to {high:.0f})"
+        f"{cost['memory_mb']:.0f} MB, {cost['images_per_s']:.0f} images/s ({low:.0f} to "
+        f"{high:.0f}) on {cost['measured_on']}"
     )
 
 

@@ -64,7 +64,8 @@ class Evaluations:
             except CheckpointError:
                 continue  # cut off, or of another release: made anew
             if before.of["run"] == result["chain"] and self._holds(before, out, root, teacher):
-                if cost and "cost" not in before.found:
+                # One that does not say where it was measured may lack a part of the GMACs too.
+                if cost and "measured_on" not in before.found.get("cost", {}):
                     before.found["cost"] = cost_of_run(out)
                     write_json(elsewhere or beside, asdict(before))
                 return before

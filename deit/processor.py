@@ -15,6 +15,13 @@ def processor() -> str:
     return f"{told}, {os.cpu_count()} cores"
 
 
+def cores() -> int:
+    """Those this process may run on: in a container or a job often a few of many."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def int8_flags() -> tuple[str, ...]:
     """Those of its extensions that decide how products of 8-bit integers are computed; none where
     the system does not tell."""

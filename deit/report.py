@@ -252,11 +252,13 @@ def _side_by_side(views: list[View], out: Path) -> list[str]:
     if all("cost" in view.measured.found for view in views):
         speeds = [view.measured.found["cost"]["images_per_s"] for view in views]
         shares = [100 * final_top1(view.measured) for view in views]
-        places = dict(zip((view.name for view in views), zip(speeds, shares)))
-        dots = charts.scatter(places, "images/s (inference)", "test top-1 %")
+        dots = dict(zip((view.name for view in views), zip(speeds, shares)))
+        dots = charts.scatter(dots, "images/s (inference)", "test top-1 %")
         drawn = charts.chart(dots, out / "throughput.png")
+        places = {view.measured.found["cost"]["measured_on"] for view in views}
         speed = (
-            "Accuracy against speed, each measured when it was evaluated (deit ladder: in turns)."
+            "Accuracy against speed, each measured when it was evaluated (deit ladder: in turns), "
+            f"on {'; '.join(sorted(places))}."
         )
         figures.append(page.figure(drawn, speed))
     body = [page.table(columns, rows, caption=told, best=best), page.pair(*figures)]

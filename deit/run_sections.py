@@ -104,7 +104,8 @@ def card_of(view: View) -> str:
         cost = found["cost"]
         values["cost"] = (
             f"{cost['parameters']:,} parameters, {cost['gmacs']:.3g} GMACs an image, "
-            f"{cost['memory_mb']:.0f} MB, {cost['images_per_s']:,.0f} images/s"
+            f"{cost['memory_mb']:.0f} MB, {cost['images_per_s']:,.0f} images/s on "
+            f"{cost['measured_on']}"
         )
     return page.card({name: value for name, value in values.items() if value})
 

@@ -1,5 +1,6 @@
 """The rows of a sweep: what its finished runs came to, and why others did not."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,20 @@ def rows_of(
 
 
 def environment_of(rows: dict[str, outcome.Row]) -> dict[str, Any]:
-    """Where the runs were trained: that of the first, with the commits of all."""
+    """Where the runs were trained: that of the first, with the devices, commits and versions of
+    all, as a sweep may have been begun on one machine and finished on another."""
     folders = [Path(folder) for row in rows.values() if row["values"] for folder in row["folders"]]
     found = [read_typed(folder / checkpoint.ENVIRONMENT, dict[str, Any]) for folder in folders]
-    commits = dict.fromkeys(str(one["commit"]) for one in found)
-    return {**found[0], "commit": ", ".join(commits)}
+    every = {name: _each(one[name] for one in found) for name in ("device_name", "commit")}
+    packages = {
+        name: _each(one["packages"].get(name) for one in found) for name in found[0]["packages"]
+    }
+    return {**found[0], **every, "packages": packages}
+
+
+def _each(values: Iterable[Any]) -> str:
+    """The different ones, in the order of the runs."""
+    return "; ".join(dict.fromkeys(map(str, values)))
 
 
 def _note(row: outcome.Row, seed: int, out: Path, found: dict[str, Any], classes: bool) -> None:

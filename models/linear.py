@@ -38,10 +38,13 @@ def pays(width: int = 96) -> bool:
 
 
 def use_onednn(network: nn.Module) -> None:
-    """Let a network's linear layers be computed by oneDNN on the CPU, in float32.
+    """Let a network's linear layers be computed by oneDNN on the CPU, in float32, where this
+    PyTorch has it: a run of another machine can be evaluated where it has not.
 
     Names, weights and what is saved stay as they are; the last bits of the results do not.
     """
+    if not available():
+        return
     for layer in network.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = OneDNNLinear

@@ -1,13 +1,13 @@
 """Teachers: frozen networks of any origin behind one call, images in [0, 1] to logits."""
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
 from timm.data import ImageNetInfo
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -78,10 +78,9 @@ class Teacher(nn.Module):
         layers (strides and the like have no weights), input size, normalisation, and which of its
         classes are the data's. What a network of one's own computes besides is not in it."""
         mean, std = self.normalisation
-        layers = re.sub(r"0x[0-9a-f]+", "", repr(self.network))  # addresses differ by process
         return {
             "weights": digest_of(self.network.state_dict()),
-            "layers": hashlib.sha256(layers.encode()).hexdigest(),
+            "layers": _digest_of_layers(self.network),
             "image_size": self.image_size,
             "mean": list(mean),
             "std": list(std),
@@ -103,6 +102,29 @@ class Teacher(nn.Module):
         if self.columns is None:
             return logits
         return logits[:, constant(tuple(self.columns), logits.device)]
+
+
+_SETTINGS = (
+    *("kernel_size", "stride", "padding", "padding_mode", "dilation", "groups", "ceil_mode"),
+    *("output_size", "num_groups", "num_heads", "eps", "negative_slope", "approximate"),
+)
+_IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, DropPath)
+
+
+def _digest_of_layers(network: nn.Module) -> str:
+    """SHA-256 of the layers by name and kind, and of what they compute by beside their weights.
+
+    Not of what `repr` prints: that depends on the versions of PyTorch and timm, as do layers that
+    do nothing in evaluation.
+    """
+    digest = hashlib.sha256()
+    for name, module in network.named_modules():
+        leaf = next(module.children(), None) is None and not isinstance(module, _IDLE)
+        settings = {key: vars(module)[key] for key in _SETTINGS if key in vars(module)}
+        if leaf or settings:
+            kind = type(module).__name__ if leaf else ""
+            digest.update(f"{name} {kind} {settings}\n".encode())
+    return digest.hexdigest()
 
 
 def load_teacher(config: Member, class_names: tuple[str, ...], *, image_size: int) -> Teacher:

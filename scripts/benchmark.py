@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from deit.console import say, table
 from deit.disk import check_file
 from deit.environment import create_accelerator, describe, keep_freed_memory
 from deit.errors import EnvironmentFault
+from deit.processor import cores
 from scripts.benchmark_data import BATCH, data
 from scripts.benchmark_picture import draw_benchmark
 from scripts.benchmark_targets import targets
@@ -51,8 +51,7 @@ def main() -> None:
         parser.error(str(error))
     if options.plot is not None and options.plot.suffix != ".png":
         parser.error(f"--plot {options.plot}: should end in .png")
-    cores = (os.cpu_count() or 1) if options.what == "train" else 1
-    torch.set_num_threads(options.threads or cores)
+    torch.set_num_threads(options.threads or (cores() if options.what == "train" else 1))
     threads = torch.get_num_threads()
     keep_freed_memory()  # for both sides
     rows = WHAT[options.what](options.rounds, options.seconds, options.rows)

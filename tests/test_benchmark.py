@@ -1,12 +1,12 @@
 """The benchmark script measures both sides of a row and writes them down."""
 
 import json
-import os
 import statistics
 import subprocess
 
 import pytest
 
+from deit.processor import cores
 from scripts import sweep_cost, training_sides
 from tests.forks import shared
 
@@ -109,7 +109,7 @@ def test_training_is_measured_beside_timms_parts_with_the_same_loss(tmp_path):
         assert row[f"ours_{name}"] > 0
         assert row[f"peer_{name}"] > 0
     assert row["peer_workers"] in (0, 1, 2)
-    assert found["threads"] == os.cpu_count()
+    assert found["threads"] == cores()
 
 
 def test_what_a_sweep_saves_is_the_median_of_the_turns(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Evaluation further: other resolutions and crops, several runs, ImageNet's variants, costs."""
 
 import json
+import re
 import shlex
 import shutil
 from functools import cache
@@ -89,6 +90,7 @@ def test_the_tokens_over_depth_are_told(runs, capsys):
     assert "cosine of class and distillation token, before the first block" in said
     assert "different answers, % of the images" in said
     assert "GMACs an image" in said
+    assert re.search(r"images/s \(\d+ to \d+\) on .+, 1 thread, torch \d", said)
 
 
 def test_several_runs_and_resolutions_in_one_table(runs, tmp_path, capsys):

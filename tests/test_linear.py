@@ -153,3 +153,11 @@ def test_a_run_learns_by_it_goes_on_by_it_and_is_evaluated_by_it(tmp_path, capsy
     assert (stopped / journal.CHAIN).read_bytes() == chain
     found = [evaluate(tmp_path / way)["heads"]["class"]["top1"] for way in ("torch", "onednn")]
     assert found[0] == pytest.approx(found[1], abs=0.01)
+
+
+def test_where_this_pytorch_has_no_onednn_layers_stay_as_they_are(monkeypatch):
+    """A run that was trained by it is evaluated on another machine."""
+    monkeypatch.setattr(linear, "available", lambda: False)
+    network = nn.Sequential(nn.Linear(4, 4))
+    use_onednn(network)
+    assert type(network[0]) is nn.Linear

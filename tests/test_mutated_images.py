@@ -54,7 +54,7 @@ def test_a_damaged_picture_is_pixels_or_a_refusal_and_never_takes_long(kind, tmp
             if file.is_file() and file.stat().st_size:
                 mutate(file, how)
         content = file.read_bytes() if file.is_file() else b""
-        started = time.perf_counter()
+        started = time.process_time()  # of this process: what else is busy does not count
         said = ""
         try:
             pixels = decode_square(content, f"picture {index}", 16)
@@ -66,7 +66,7 @@ def test_a_damaged_picture_is_pixels_or_a_refusal_and_never_takes_long(kind, tmp
             refused += 1
         else:
             assert (pixels.shape, pixels.dtype) == ((3, 16, 16), torch.uint8)
-        slowest = max(slowest, time.perf_counter() - started)
+        slowest = max(slowest, time.process_time() - started)
     assert 0 < refused < number
     assert slowest < 5
 

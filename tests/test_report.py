@@ -1,6 +1,7 @@
 """Reports: numbers by hand, pages that stand alone, opened in a real browser."""
 
 import csv
+import html
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from PIL import Image
 from deit import charts, page, report
 from deit.config import derive
 from deit.errors import EnvironmentFault
-from deit.measured import Measured
+from deit.measured import Evaluations, Measured
 from deit.recipes import digits
 from deit.run_pictures import hardest_of
 from deit.run_sections import View, confusion, reliability_bins, schedules_of
@@ -225,11 +226,28 @@ def test_runs_of_a_sweep_are_called_without_their_hash_where_that_tells_them_apa
 def test_runs_of_a_sweep_have_their_cost_too(place):
     """Evaluated before, without it."""
     (kept,) = (place / "all").glob("heat-best.evaluation.json")
-    assert json.loads(kept.read_text())["found"]["cost"]["parameters"] > 0
+    cost = json.loads(kept.read_text())["found"]["cost"]
+    assert cost["parameters"] > 0
+    assert f"on {html.escape(cost['measured_on'])}." in (place / "all" / "index.html").read_text()
     (first,) = place.glob("heat/runs/temperature-1-*-weight-0-5-*.evaluation.json")
     assert "cost" not in json.loads(first.read_text())["found"]
     text = (place / "all" / "index.html").read_text()
     assert "Accuracy against speed, each measured when it was evaluated" in text
+
+
+def test_a_cost_that_does_not_say_where_it_was_measured_is_measured_again(place, tmp_path):
+    """Of an earlier release, whose GMACs may lack a part."""
+    kept = tmp_path / "kept.json"
+    before = Evaluations().of(place / "run", elsewhere=kept, cost=True).found["cost"]
+    content = json.loads(kept.read_text())
+    content["found"]["cost"] |= {"gmacs": 0.0}
+    kept.write_text(json.dumps(content))
+    assert Evaluations().of(place / "run", elsewhere=kept, cost=True).found["cost"]["gmacs"] == 0
+    del content["found"]["cost"]["measured_on"]
+    kept.write_text(json.dumps(content))
+    again = Evaluations().of(place / "run", elsewhere=kept, cost=True).found["cost"]
+    assert again["gmacs"] == before["gmacs"] > 0
+    assert json.loads(kept.read_text())["found"]["cost"]["gmacs"] == again["gmacs"]
 
 
 def test_what_is_written_is_replaced_only_when_asked(place, zygote):

@@ -22,6 +22,7 @@ from deit.sweep_results import (
     told_of_best,
     write_results,
 )
+from deit.sweep_rows import environment_of
 from deit.sweep_sections import sections_of_sweep
 
 
@@ -338,3 +339,26 @@ def test_without_a_finished_run_nothing_is_drawn(told, tmp_path):
     for one in told["rows"].values():
         one["seeds"] = []
     assert draw_sweep(told, tmp_path) == []
+
+
+def test_runs_of_two_machines_are_told_by_both(tmp_path):
+    """A sweep that was begun on one machine and finished on another."""
+    folders = []
+    for name, version in (("a", "2.14.1"), ("b", "2.15.0"), ("c", "2.14.1")):
+        folder = tmp_path / name
+        folder.mkdir()
+        about = {
+            "device_name": f"processor of {version}",
+            "commit": "0123",
+            "threads": 2,
+            "packages": {"torch": version, "timm": "1.0"},
+        }
+        (folder / "environment.json").write_text(json.dumps(about))
+        folders.append(str(folder))
+    rows = {"x": {"values": {"lr": "1"}, "folders": folders}, "teacher": {"values": {}}}
+    assert environment_of(rows) == {
+        "device_name": "processor of 2.14.1; processor of 2.15.0",
+        "commit": "0123",
+        "threads": 2,
+        "packages": {"torch": "2.14.1; 2.15.0", "timm": "1.0"},
+    }

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from deit.checkpoint import newest
 from deit.cli import run_command
@@ -626,6 +628,29 @@ def test_the_same_weights_in_another_network_are_another_teacher():
     assert one["weights"] == two["weights"]
     assert one["layers"] != two["layers"]
     assert identity("timm:regnety_002") == two
+
+
+def test_a_teacher_is_the_same_to_libraries_that_print_it_otherwise(monkeypatch):
+    """Another version of PyTorch shows more of a layer, another one of timm has one more that does
+    nothing."""
+    from deit.models.teachers import Origin
+
+    def identity(network):
+        return Teacher(Origin(network, "", 32, (0.0,) * 3, (1.0,) * 3, None)).identity()
+
+    def network(**settings):
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 3, 3, **settings), act=nn.GELU()))
+
+    before = identity(network())
+    assert identity(network(padding=1)) != before
+    other = network()
+    other.act = nn.GELU(approximate="tanh")
+    assert identity(other) != before
+    monkeypatch.setattr(nn.Conv2d, "extra_repr", lambda self: "words of a later version")
+    later = network()
+    later.drop = nn.Dropout(0.1)
+    assert identity(later) == before
 
 
 def test_parts_that_were_asked_otherwise_do_not_mix(teachers, tmp_path):
