@@ -210,7 +210,8 @@ def _check_data(parts: Parts, fingerprint: str, targets: list[str]) -> None:
     if fingerprint != parts.splits.fingerprint:
         raise DataError(
             f"{parts.out}: the images differ from those the run started with (class names, pixels "
-            "or labels); resume with the same data, or start anew in another --out"
+            "or labels; another version of Pillow may decode other pixels); resume with the same "
+            "data, or start anew in another --out"
         )
     if targets != parts.state.targets:
         raise DataError(
@@ -241,6 +242,10 @@ def _check_config(parts: Parts) -> None:
             "--resume: the configuration differs from the run's; give the same one, or another "
             f"--out:{''.join(differences)}"
         )
+
+
+_COMPUTING = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
+"""Packages whose versions may change what is computed, pictures that are decoded among it."""
 
 
 @dataclass(frozen=True)
@@ -285,8 +290,7 @@ def warn_of_another_machine(out: Path, now: dict[str, Any], config: Config) -> N
         for name in ("device_name", "processes", "threads", "precision")
         if getattr(before, name) != now[name]
     ]
-    versions = before.packages.get("torch"), now["packages"]["torch"]
-    if versions[0] != versions[1]:
-        told.append(f"torch {versions[0]} before, {versions[1]} now")
+    versions = [(name, before.packages.get(name), now["packages"][name]) for name in _COMPUTING]
+    told += [f"{name} {was} before, {is_} now" for name, was, is_ in versions if was != is_]
     if told:
         warn(f"{out}: goes on from where it was, but not to the bit: {'; '.join(told)}")

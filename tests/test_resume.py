@@ -251,14 +251,18 @@ def test_another_machine_is_told(config, tmp_path, capsys):
     stop_at(config, tmp_path / "run", "update:1:term")
     path = tmp_path / "run" / "environment.json"
     before = json.loads(path.read_text())
-    path.write_text(json.dumps({**before, "threads": 7, "device_name": "an abacus"}))
+    packages = {**before["packages"], "pillow": "1.1.7"}
+    other = {"threads": 7, "device_name": "an abacus", "packages": packages}
+    path.write_text(json.dumps({**before, **other}))
     faults.arm("update:1:term")
     with pytest.raises(Stopped):
         train(config, tmp_path / "run", resume=True)
     said = capsys.readouterr().err
     assert "not to the bit: device_name an abacus before" in said
     assert "threads 7 before, 1 now" in said
+    assert f"pillow 1.1.7 before, {before['packages']['pillow']} now" in said
     assert "precision" not in said
+    assert "torch" not in said
 
 
 def test_where_nothing_was_saved_there_is_nothing_to_warn_of(config, tmp_path, capsys):
