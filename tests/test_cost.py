@@ -24,7 +24,7 @@ from deit.models.student import Student
 FVCORE = {
     "resnet18": (224, 1_814_073_344),
     "resnet50": (224, 4_089_184_256),
-    "regnety_040": (224, 3_973_288_448),
+    "resnext50_32x4d": (224, 4_230_479_872),
     "convnext_tiny": (224, 4_455_531_264),
     "mobilenetv3_large_100": (224, 216_589_760),
     "efficientnet_b0": (224, 385_814_752),
@@ -38,7 +38,7 @@ FVCORE = {
 }
 """Side [px] and multiply-accumulates of networks of timm 1.0.31, as fvcore 0.1.5.post20221221
 counts their operators conv, linear, matmul, bmm and einsum, attention not fused. As in the papers:
-RegNetY-4.0GF 4.0 (Radosavovic et al. 2020), ConvNeXt-T 4.5 (Liu et al. 2022), MobileNetV3 0.219
+ResNeXt-50 (32 x 4d) 4.2 (Xie et al. 2017), ConvNeXt-T 4.5 (Liu et al. 2022), MobileNetV3 0.219
 (Howard et al. 2019), EfficientNet-B0 0.39 (Tan and Le 2019), Swin-T 4.5 (Liu et al. 2021), ViT-S
 4.6 and DeiT-Ti 1.3 (Touvron et al. 2021)."""
 
