@@ -17,6 +17,7 @@ from deit.datasets.sources import SOURCES, Loaded
 from deit.errors import DataError
 from deit.keys import Keys, words
 from deit.launcher import sharing
+from deit.text import read_lines
 
 
 class Splits(NamedTuple):
@@ -54,7 +55,7 @@ def _divided(config: DataConfig) -> _Divided:
     """Find the images and set aside what the source does not bring. Raises DataError."""
     loaded = SOURCES[config.source](config, _class_list("data.classes", config.classes))
     train, validation, test = loaded.train, loaded.validation, loaded.test
-    identities, notes = loaded.identities, []
+    identities, notes = loaded.identities, list(loaded.notes)
     _check_counts(loaded, config)
     free = torch.ones(len(train.labels), dtype=torch.bool)  # not yet in any split
 
@@ -261,11 +262,12 @@ def _class_list(field: str, classes: tuple[str, ...]) -> tuple[str, ...]:
             names.append(name)
             continue
         try:
-            lines = Path(name[1:]).read_text().splitlines()
-        except OSError as error:
-            raise DataError(f"{field} {name}: not readable ({error.strerror})") from None
+            lines = read_lines(Path(name[1:]))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{field} {name}: not readable ({reason})") from None
         # The first word of a line, so that `wnid<TAB>words` lists work as they are.
-        names += [line.split("\t")[0].strip() for line in lines if line.strip()]
+        names += [line.split("\t")[0].strip() for line in lines if line]
     return tuple(names)
 
 
