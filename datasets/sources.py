@@ -26,7 +26,7 @@ class Loaded(NamedTuple):
     identities: int64 [number of training images] in [0, 2**32), a number for each training image
     that does not depend on which others are there: what is set aside is chosen by it.
     left_out: bool [positions of the store], the images in quarantine; None without a list.
-    notes: what is there and not read, in words.
+    passed: what is beside the images and is not read, in words.
     """
 
     class_names: tuple[str, ...]
@@ -35,7 +35,7 @@ class Loaded(NamedTuple):
     validation: Images | Encoded | None
     test: Images | Encoded | None
     left_out: Tensor | None = None
-    notes: tuple[str, ...] = ()
+    passed: tuple[str, ...] = ()
 
 
 def load_digits(config: DataConfig, keep: tuple[str, ...]) -> Loaded:

@@ -147,7 +147,7 @@ def test_images_beside_the_splits_are_named(way, tmp_path):
     put(tmp_path / "notes" / "readme.txt", b"no images here")
     (note,) = notes(found)
     assert note.startswith(f"not read: {tmp_path / 'fold2'}")
-    assert note in load_splits(found).notes
+    assert load_splits(found).passed == (note,)
 
 
 class FakeHub:
@@ -191,6 +191,21 @@ def test_a_scan_names_what_is_beside_the_splits(tmp_path, monkeypatch, capsys):
         "not read: 1 images outside the class folders",
     ]
     assert '"passed_over": {\n  ".csv": 1' in (tmp_path / "found.json").read_text()
+
+
+def test_a_run_says_at_its_start_what_it_does_not_read(tmp_path, monkeypatch, capsys):
+    lay_out("folder", tmp_path / "data", {"train": "Train", "validation": "fold2", "test": "Test"})
+    put(tmp_path / "data" / "Train" / "ant" / "photo.heic", b"x")
+    monkeypatch.chdir(tmp_path)
+    options = "--teacher.source none --objective none --optim.epochs 1 --optim.warmup_epochs 0"
+    options += " --optim.batch_size 2 --data.image_size 8 --student.image_size 8 --student.depth 1"
+    words = ["folder", "--data.root", "data", *options.split(), "--dry_run"]
+    assert run_command("train", words, "deit train") == 0
+    said = capsys.readouterr().out.splitlines()
+    (at,) = [index for index, line in enumerate(said) if line.startswith("data  ")]
+    assert said[at].startswith("data      folder: 2 classes; 6 train, 2 validation, 4 test")
+    assert said[at + 1] == "          passed over: 1 .heic"
+    assert said[at + 2].startswith("          not read: data/fold2 (images beside the splits; ")
 
 
 # Links.
@@ -348,7 +363,7 @@ def test_what_cannot_be_read_is_counted_by_ending(way, tmp_path, monkeypatch, ca
         for name, content in others.items():
             put(root / "train" / name, content)
     assert notes(found) == ("passed over: 2 .heic, 1 .html, 1 other files",)
-    assert load_splits(found).notes[0] == "passed over: 2 .heic, 1 .html, 1 other files"
+    assert load_splits(found).passed == notes(found)
     monkeypatch.chdir(tmp_path)
     options = ["data", "--source", found.source]
     options += ["--reader", found.reader] if found.reader else []
@@ -520,7 +535,7 @@ def test_pictures_of_every_kind_are_read(tmp_path):
     number = len(list((tmp_path / "train" / "ant").iterdir()))
     splits = load_splits(DataConfig(source="folder", root=str(tmp_path), image_size=8))
     assert sum(len(split.labels) for split in splits[1:4]) == number + 4
-    assert not any(note.startswith("passed over") for note in splits.notes)
+    assert splits.passed == ()
 
 
 def test_bad_pictures_of_every_kind_are_listed_by_one_scan(tmp_path, monkeypatch, capsys):
