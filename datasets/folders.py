@@ -72,8 +72,14 @@ def _class_folders(folder: Folder, passed: PassedOver, complain: Complain) -> di
     """The folders of the classes by name. Raises DataError where there is none."""
     classes, files = look_into(folder, passed, complain)
     if not classes:
-        shards = any(ending_of(name) == ".tar" for name in files)
-        advice = "; tar shards are read by --data.source shards" if shards else ""
+        advice = ""
+        if any(ending_of(name) == ".tar" for name in files):
+            advice = "; tar shards are read by --data.source shards"
+        elif any(map(is_image, files)):
+            advice = (
+                "; images without classes are for `deit predict` and belong elsewhere; if "
+                f"{folder.path.name!r} is a class, move all classes into a folder `train`"
+            )
         raise DataError(
             f"{folder.path}: no class folders; expected {folder.path}/CLASS/IMAGE{advice}"
         )

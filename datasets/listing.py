@@ -141,8 +141,8 @@ def look_into(
     hidden ones.
 
     Links are followed, as timm and torchvision do. A link to a folder that it is in is noted in
-    `passed`. Complains of what cannot be read and of links to nothing, unless an image is named:
-    that one is found by reading it.
+    `passed`. Complains of what cannot be read, and of a link to nothing that may be meant as a
+    folder; one with the ending of a file is a file, which reading finds missing.
     """
     folders: dict[str, Folder] = {}
     files: list[str] = []
@@ -164,12 +164,14 @@ def look_into(
                     passed.places.append(f"{path} (a link to a folder that it is in)")
                 else:
                     folders[entry.name] = Folder(path, folder.around | {one})
-            elif entry.is_file() or (entry.is_symlink() and is_image(entry.name)):
+            elif entry.is_file():
                 files.append(entry.name)
-            elif entry.is_symlink():
-                complain(f"{path}: a link to nothing ({os.readlink(path)}); mend or remove it")
-            else:
+            elif path.exists():
                 complain(f"{path}: neither a file nor a folder; remove it")
+            elif ending_of(entry.name):
+                files.append(entry.name)
+            else:
+                complain(f"{path}: a link to nothing ({os.readlink(path)}); mend or remove it")
         except OSError as error:
             complain(f"{path}: not readable ({error.strerror})")
     return folders, files

@@ -127,7 +127,7 @@ def _files(paths: list[Path], bad: dict[str, str]) -> list[Path]:
             inside = find_images(opened(path), passed, complain)
             found += [path / name for name in inside]
             if not inside:
-                bad[str(path)] = f"holds no pictures ({', '.join(sorted(EXTENSIONS))})"
+                bad.setdefault(str(path), f"holds no pictures ({', '.join(sorted(EXTENSIONS))})")
         elif path.is_file():
             found.append(path)
         else:

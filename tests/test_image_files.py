@@ -208,6 +208,14 @@ def test_a_run_says_at_its_start_what_it_does_not_read(tmp_path, monkeypatch, ca
     assert said[at + 2].startswith("          not read: data/fold2 (images beside the splits; ")
 
 
+def test_images_without_classes_are_refused_with_advice(tmp_path):
+    """A test split without labels, as contests have it, or a class that is called train."""
+    found = lay_out("folder", tmp_path, {"train": "train"})
+    put(tmp_path / "test" / "1.png")
+    with pytest.raises(DataError, match=r"test: no class folders; .*for `deit predict`"):
+        split_sizes(found)
+
+
 # Links.
 
 
@@ -275,9 +283,19 @@ def test_an_image_that_is_a_link_to_nothing_can_be_left_out(tmp_path):
     load_splits(config("folder", tmp_path, quarantine=str(bad)))
 
 
-def test_a_pipe_is_refused_and_never_waited_for(tmp_path):
+def test_another_file_that_is_a_link_to_nothing_is_passed_over(tmp_path):
     found = lay_out("folder", tmp_path, {"train": "train"})
-    os.mkfifo(tmp_path / "train" / "ant" / "pipe.png")
+    (tmp_path / "train" / "ant" / "labels.csv").symlink_to("/unmounted/labels.csv")
+    assert notes(found) == ("passed over: 1 .csv",)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_is_refused_and_never_waited_for(linked, tmp_path):
+    found = lay_out("folder", tmp_path / "data", {"train": "train"})
+    place = tmp_path / "data" / "train" / "ant" / "pipe.png"
+    os.mkfifo(tmp_path / "pipe" if linked else place)
+    if linked:
+        place.symlink_to(tmp_path / "pipe")
     with pytest.raises(DataError, match=r"pipe\.png: neither a file nor a folder"):
         split_sizes(found)
 
