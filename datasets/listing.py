@@ -153,7 +153,6 @@ def look_into(
         complain(f"{folder.path}: not readable ({error.strerror})")
         return folders, files
     for entry in entries:
-        path = folder.path / entry.name
         if is_hidden(entry.name):
             continue
         try:
@@ -161,19 +160,20 @@ def look_into(
                 about = entry.stat()
                 one = (about.st_dev, about.st_ino)
                 if entry.is_symlink() and one in folder.around:
-                    passed.places.append(f"{path} (a link to a folder that it is in)")
+                    passed.places.append(f"{entry.path} (a link to a folder that it is in)")
                 else:
-                    folders[entry.name] = Folder(path, folder.around | {one})
+                    folders[entry.name] = Folder(folder.path / entry.name, folder.around | {one})
             elif entry.is_file():
                 files.append(entry.name)
-            elif path.exists():
-                complain(f"{path}: neither a file nor a folder; remove it")
+            elif os.path.exists(entry.path):
+                complain(f"{entry.path}: neither a file nor a folder; remove it")
             elif ending_of(entry.name):
                 files.append(entry.name)
             else:
-                complain(f"{path}: a link to nothing ({os.readlink(path)}); mend or remove it")
+                target = os.readlink(entry.path)
+                complain(f"{entry.path}: a link to nothing ({target}); mend or remove it")
         except OSError as error:
-            complain(f"{path}: not readable ({error.strerror})")
+            complain(f"{entry.path}: not readable ({error.strerror})")
     return folders, files
 
 
