@@ -17,6 +17,7 @@ from PIL import (
     Image,
     ImageFile,
     JpegImagePlugin,
+    MpoImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
     TiffImagePlugin,
@@ -30,24 +31,32 @@ from deit.datasets.images import Encoded, Images
 from deit.errors import DataError
 from deit.threads import threads
 
-EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp", ".gif")
-)
-"""How names of image files end, in lower case. What a file holds, its content tells."""
+try:
+    from PIL import AvifImagePlugin
+except ImportError:  # before Pillow 11.3
+    AvifImagePlugin = None
 
-FORMATS = tuple(
-    plugin.format
-    for plugin in (
-        JpegImagePlugin.JpegImageFile,  # and MPO, which it recognises
-        PngImagePlugin.PngImageFile,
-        BmpImagePlugin.BmpImageFile,
-        PpmImagePlugin.PpmImageFile,
-        TiffImagePlugin.TiffImageFile,
-        WebPImagePlugin.WebPImageFile,
-        GifImagePlugin.GifImageFile,
-    )
+_PLUGINS = (
+    JpegImagePlugin.JpegImageFile,  # and MPO, which it recognises
+    MpoImagePlugin.MpoImageFile,
+    PngImagePlugin.PngImageFile,
+    BmpImagePlugin.BmpImageFile,
+    PpmImagePlugin.PpmImageFile,
+    TiffImagePlugin.TiffImageFile,
+    WebPImagePlugin.WebPImageFile,
+    GifImagePlugin.GifImageFile,
+    *([AvifImagePlugin.AvifImageFile] if AvifImagePlugin else []),
 )
+
+_KNOWN = {plugin.format for plugin in _PLUGINS} & set(Image.EXTENSION.values())
+"""Without the formats whose library this Pillow was built without."""
+
+FORMATS = tuple(plugin.format for plugin in _PLUGINS if plugin.format in _KNOWN & Image.OPEN.keys())
 """Pillow's names of the formats that are read; no other decoder ever sees the bytes."""
+
+EXTENSIONS = frozenset(ending for ending, name in Image.EXTENSION.items() if name in _KNOWN)
+"""How names of image files end, in lower case: what Pillow registers for these formats. What a file
+holds, its content tells."""
 
 MAX_PIXELS = 1024**3 // 4 // 3
 """Larger pictures are taken for decompression bombs (the number is Pillow's)."""
@@ -90,7 +99,7 @@ def read_picture(encoded: bytes, name: str) -> Picture:
     except (DataError, MemoryError):
         raise
     except Image.UnidentifiedImageError:
-        known = "JPEG, PNG, BMP, PPM, TIFF, WebP or GIF"
+        known = ", ".join(FORMATS[:-1]) + f" or {FORMATS[-1]}"
         found = f"{len(encoded)} bytes that are no {known}" if encoded else "the file is empty"
         raise DataError(f"{name}: not a readable image ({found})") from None
     except Exception as error:  # of damaged bytes, decoders raise whatever they stumble over

@@ -1,8 +1,9 @@
 """Lists what timm's readers find, for reading in any order: folders, tars, Hugging Face, torch."""
 
 import importlib.util
+import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,19 @@ from deit.datasets.listing import (
     Complain,
     Found,
     Listing,
+    PassedOver,
     assemble,
+    ending_of,
+    find_images,
     is_hidden,
+    is_image,
+    look_into,
     named_splits,
+    opened,
     refuse,
     split_folders,
 )
+from deit.datasets.shards import check_end
 from deit.datasets.stores import FolderStore, ReaderStore, ShardStore
 from deit.errors import ConfigError, DataError, EnvironmentFault, reason_of
 
@@ -30,9 +38,10 @@ _STREAMS = {
 def list_reader(config: DataConfig, keep: tuple[str, ...], complain: Complain = refuse) -> Listing:
     """What a timm reader finds: `folder`, `tar`, `hfds/NAME` or `torch/NAME` in data.reader.
 
-    Labels follow the class names, in code point order, and not the order of the reader. Raises
-    ConfigError for an unknown reader or one that only streams, DataError where it fails,
-    EnvironmentFault where its library is missing.
+    Labels follow the class names, in code point order, and not the order of the reader. The classes
+    of folders and tars follow timm's rule; what is an image, hidden, linked or a split is decided
+    as for the other sources. Raises ConfigError for an unknown reader or one that only streams,
+    DataError where it fails, EnvironmentFault where its library is missing.
     """
     kind, _, name = (config.reader or "").partition("/")
     if kind in _STREAMS:
@@ -44,57 +53,64 @@ def list_reader(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
         raise ConfigError(
             f"data.reader {config.reader}: should be folder, tar, hfds/NAME or torch/NAME"
         )
+    passed = PassedOver()
     try:
-        store, found = _READERS[kind](name, config)
+        store, found = _READERS[kind](name, config, passed, complain)
     except (ConfigError, DataError, EnvironmentFault):
         raise
     except Exception as error:  # every reader raises its own
         raise DataError(
             f"data.reader {config.reader}: cannot read data.root {config.root} ({reason_of(error)})"
         ) from None
-    return assemble(store, found, keep, complain)
+    return assemble(store, found, keep, complain, passed)
 
 
-def _create(name: str, root: Path, split: str = "train", **options: Any) -> Any:
+_Listed = tuple[Any, dict[str, Found]]
+
+
+def _create(name: str, root: Path, split: str = "train") -> Any:
     from timm.data.readers import create_reader
 
-    return create_reader(name, str(root), split=split, **options)
+    return create_reader(name, str(root), split=split)
 
 
-def _folders(name: str, config: DataConfig) -> tuple[FolderStore, dict[str, Found]]:
-    """timm's own rule for folders: the innermost folder is the class."""
+def _folders(name: str, config: DataConfig, passed: PassedOver, complain: Complain) -> _Listed:
+    """timm's rule for folders: the innermost folder is the class."""
     root, found, paths = Path(config.root), {}, []
     if not root.is_dir():
         raise DataError(f"data.root {root}: no such folder; expected {root}/train/CLASS/IMAGE")
-    for split, folder in split_folders(root).items():
-        reader = _create("", folder)
-        names = _names(reader.class_to_idx)
-        rows = [
-            (path, names[label])
-            for path, (_, label) in zip(reader.filenames(), reader.samples)
-            if not any(map(is_hidden, path.split("/")))
-        ]
-        rows.sort(key=lambda row: row[0].split("/"))  # the order of `folder`, not of timm's version
-        if any("/" not in path for path, _ in rows):
-            raise DataError(f"{folder}: has images outside class folders")
-        found[split] = Found(folder, [label for _, label in rows], [path for path, _ in rows])
-        paths += [(folder / path).relative_to(root).as_posix() for path, _ in rows]
+    for split, folder in split_folders(root, passed, complain).items():
+        names = find_images(folder, passed, complain)
+        if any("/" not in name for name in names):
+            raise DataError(f"{folder.path}: has images outside class folders")
+        found[split] = Found(folder.path, [name.split("/")[-2] for name in names], names)
+        paths += [(folder.path / name).relative_to(root).as_posix() for name in names]
     return FolderStore(root, paths), found
 
 
-def _tars(name: str, config: DataConfig) -> tuple[ShardStore, dict[str, Found]]:
-    """A tar of class folders: ROOT itself, or ROOT/train.tar with ROOT/val.tar, ROOT/test.tar."""
+def _tars(name: str, config: DataConfig, passed: PassedOver, complain: Complain) -> _Listed:
+    """A tar of class folders: ROOT itself, or ROOT/train.tar with ROOT/val.tar, ROOT/test.tar.
+
+    timm's rule: the innermost folder is the class, or in a tar within the tar, without folders, the
+    name of that one.
+    """
     root, found, members, ranges = Path(config.root), {}, [], []
-    tars = {"train": root} if root.is_file() else _split_tars(root)
+    tars = {"train": root} if root.is_file() else _split_tars(root, passed, complain)
     for number, (split, path) in enumerate(tars.items()):
-        # Its index may be cached as a pickle beside the data: none is read or written.
-        reader = _create("", path, cache_tarinfo=False)
-        names = _names(reader.class_name_to_idx)
-        rows = [
-            (member, outer, names[int(label)])
-            for (member, _, outer), label in zip(reader.samples, reader.targets)
-            if not any(map(is_hidden, member.name.split("/")))
-        ]
+        rows = []
+        for member, outer in _members(path):
+            *parts, file = member.name.split("/")
+            if outer is not None:
+                parts = [*os.path.splitext(outer.name)[0].split("/"), *parts]
+            if any(map(is_hidden, [*parts, file])):
+                continue
+            if not is_image(member.name):
+                passed.add(member.name)
+                continue
+            label = next((part for part in reversed(parts) if part not in ("", ".")), None)
+            if label is None:
+                raise DataError(f"{path}: {member.name} is an image outside class folders")
+            rows.append((member, outer, label))
         rows.sort(key=lambda row: row[0].name.split("/"))
         labels = [label for *_, label in rows]
         found[split] = Found(path, labels, [member.name for member, *_ in rows])
@@ -104,11 +120,31 @@ def _tars(name: str, config: DataConfig) -> tuple[ShardStore, dict[str, Found]]:
     return ShardStore(root, shards, members, ranges), found
 
 
-def _split_tars(root: Path) -> dict[str, Path]:
-    tars = {path.stem: path for path in sorted(root.glob("*.tar"))}
-    if "train" not in tars:
+def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo | None]]:
+    """The regular members of an uncompressed tar file, each with the tar in it that holds it."""
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            if not member.isreg() or member.issparse():
+                continue
+            if ending_of(member.name) != ".tar":
+                yield member, None
+                continue
+            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                for one in inner:
+                    if one.isreg() and not one.issparse():
+                        yield one, member
+        check_end(path, archive.offset)
+
+
+def _split_tars(root: Path, passed: PassedOver, complain: Complain) -> dict[str, Path]:
+    _, files = look_into(opened(root), passed, complain)
+    tars = {Path(name).stem: root / name for name in files if ending_of(name) == ".tar"}
+    splits = named_splits(tars, place=f"data.root {root}")
+    if "train" not in splits:
         raise DataError(f"data.root {root}: no train.tar; expected one, or the path of a tar file")
-    return named_splits(tars)
+    others = [path for path in tars.values() if path not in splits.values()]
+    passed.places += [f"{path} (a tar beside the splits)" for path in others]
+    return splits
 
 
 def _offset(member: tarfile.TarInfo, outer: tarfile.TarInfo | None) -> int:
@@ -116,7 +152,7 @@ def _offset(member: tarfile.TarInfo, outer: tarfile.TarInfo | None) -> int:
     return member.offset_data + (outer.offset_data if outer is not None else 0)
 
 
-def _hugging_face(name: str, config: DataConfig) -> tuple[ReaderStore, dict[str, Found]]:
+def _hugging_face(name: str, config: DataConfig, passed: PassedOver, complain: Complain) -> _Listed:
     """A data set of the Hub, or a local folder that `load_dataset` takes; cached in data.root."""
     if not Path(name).exists() and not config.download:
         raise DataError(
@@ -131,7 +167,9 @@ def _hugging_face(name: str, config: DataConfig) -> tuple[ReaderStore, dict[str,
         )
     train = _create(f"hfds/{name}", Path(config.root))
     offered = {"train": "train"} | {split: split for split in train.dataset.info.splits or {}}
-    parts = named_splits(offered, validation=("validation", "val", "valid"))
+    parts = named_splits(offered, place=f"data.reader {config.reader}")
+    others = sorted(set(offered.values()) - set(parts.values()))
+    passed.places += [f"{config.reader} {split} (beside the splits)" for split in others]
     readers = {
         split: train if split == "train" else _create(f"hfds/{name}", Path(config.root), theirs)
         for split, theirs in parts.items()
@@ -150,7 +188,7 @@ def _hugging_face(name: str, config: DataConfig) -> tuple[ReaderStore, dict[str,
 _TORCH = ("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "imagenet")
 
 
-def _torchvision(name: str, config: DataConfig) -> tuple[ReaderStore, dict[str, Found]]:
+def _torchvision(name: str, config: DataConfig, passed: PassedOver, complain: Complain) -> _Listed:
     """A data set of torchvision by timm's name for it; its evaluation split is the test."""
     from timm.data import create_dataset
 
@@ -185,7 +223,7 @@ def _names(class_to_idx: dict[str, int]) -> dict[int, str]:
     return {index: name for name, index in class_to_idx.items()}
 
 
-_READERS: dict[str, Callable[[str, DataConfig], tuple[Any, dict[str, Found]]]] = {
+_READERS: dict[str, Callable[[str, DataConfig, PassedOver, Complain], _Listed]] = {
     "folder": _folders,
     "tar": _tars,
     "hfds": _hugging_face,

@@ -8,23 +8,31 @@ from typing import NamedTuple
 
 from deit.config import DataConfig
 from deit.console import progress
+from deit.datasets.decoding import EXTENSIONS
 from deit.datasets.listing import (
     SPLIT_NAMES,
     Complain,
+    Folder,
     Found,
     Listing,
+    PassedOver,
     assemble,
+    ending_of,
+    holds_images,
     is_hidden,
+    look_into,
     refuse,
     split_folders,
 )
 from deit.datasets.stores import ShardStore
 from deit.errors import DataError, reason_of
+from deit.text import read_lines
 
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+IMAGE_FIELDS = frozenset(ending.removeprefix(".") for ending in EXTENSIONS)
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$")
 _SAMPLE = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
 _LABEL_BYTES = 1024
+_CLASSES = "classes.txt"
 
 
 class Sample(NamedTuple):
@@ -37,24 +45,25 @@ class Sample(NamedTuple):
 
 
 def list_shards(config: DataConfig, keep: tuple[str, ...], complain: Complain = refuse) -> Listing:
-    """Tar shards of samples KEY.jpg (jpeg, png, webp) and KEY.cls: ROOT/train/*.tar, or ROOT/*.tar
-    without splits; ROOT/val and ROOT/test as with class folders.
+    """Tar shards of samples KEY.jpg (or another ending of images) and KEY.cls: ROOT/train/*.tar, or
+    ROOT/*.tar without splits; ROOT/val and ROOT/test as with class folders.
 
     KEY.cls holds a number (a line of `classes.txt` beside the shards or in ROOT, from 0; without
-    that file the number is the name) or a class name. Other fields are ignored. The shards are
+    that file the number is the name) or a class name. Other fields are counted. The shards are
     indexed once, so that images are read in any order, without extracting anything.
     Complains of damaged and compressed shards, of images without label and labels without image.
     """
     root = Path(config.root)
     if not root.is_dir():
         raise DataError(f"data.root {root}: no such folder; expected {root}/train/*.tar")
-    folders = split_folders(root)
-    shards = {split: _shards(folder, root, complain) for split, folder in folders.items()}
+    passed = PassedOver()
+    folders = split_folders(root, passed, complain)
+    shards = {split: _shards(folder, root, complain, passed) for split, folder in folders.items()}
     paths = [path for split in shards.values() for path in split]
     indexed = {}
     for path in progress(paths, total=len(paths), title=f"indexing the shards of {root}"):
         try:
-            indexed[path] = list(read_index(path, complain))
+            indexed[path] = list(read_index(path, complain, passed))
         except (OSError, tarfile.TarError, ValueError) as error:
             indexed[path] = []
             complain(
@@ -71,10 +80,10 @@ def list_shards(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     )
     found = {}
     for split, folder in folders.items():
-        names = _class_list(folder, root)
+        names = _class_list(folder.path, root)
         mine = [(path, sample) for path in shards[split] for sample in indexed[path]]
         found[split] = Found(
-            folder,
+            folder.path,
             [_class_name(path, sample, names, numbered, complain) for path, sample in mine],
             [sample.member if unique else f"{path.name}/{sample.member}" for path, sample in mine],
         )
@@ -88,23 +97,32 @@ def list_shards(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
             for sample in indexed[path]
         ],
     )
-    return assemble(store, found, keep, complain)
+    return assemble(store, found, keep, complain, passed)
 
 
-def _shards(folder: Path, root: Path, complain: Complain) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if not is_hidden(path.name))
-    for path in files:
-        if _COMPRESSED.search(path.name):
+def _shards(folder: Folder, root: Path, complain: Complain, passed: PassedOver) -> list[Path]:
+    folders, files = look_into(folder, passed, complain)
+    passed.places += [
+        f"{inner.path} (a folder beside the shards)"
+        for inner in folders.values()
+        if holds_images(inner)
+    ]
+    shards = []
+    for name in files:
+        if _COMPRESSED.search(name):
             complain(
-                f"{path}: compressed, so its images cannot be read in any order; unpack it to a "
-                ".tar (the images in it are compressed already)"
+                f"{folder.path / name}: compressed, so its images cannot be read in any order; "
+                "unpack it to a .tar (the images in it are compressed already)"
             )
-    shards = [path for path in files if path.suffix == ".tar" and path.is_file()]
+        elif ending_of(name) == ".tar":
+            shards.append(folder.path / name)
+        elif name != _CLASSES:
+            passed.add(name)
     if not shards:
-        raise DataError(f"{folder}: no shards; expected {folder}/*.tar")
+        raise DataError(f"{folder.path}: no shards; expected {folder.path}/*.tar")
     for path in shards:
         words = set(re.split(r"[^a-z]+", path.stem.lower())) & set(SPLIT_NAMES)
-        if folder == root and words:
+        if folder.path == root and words:
             complain(
                 f"{path}: the name says {min(words)!r}; shards of different splits go to "
                 f"{root}/train, {root}/val and {root}/test"
@@ -112,40 +130,50 @@ def _shards(folder: Path, root: Path, complain: Complain) -> list[Path]:
     return shards
 
 
-def read_index(path: Path, complain: Complain = refuse) -> Iterator[Sample]:
-    """The samples of a shard in the order of their images. Only regular members count.
+def read_index(path: Path, complain: Complain, passed: PassedOver) -> Iterator[Sample]:
+    """The samples of a shard in the order of their images. Only regular members count, and those
+    that are neither image nor class are counted in `passed`.
 
     Raises OSError or tarfile.TarError where the file is damaged, cut short or compressed.
     """
     images: dict[str, list[tarfile.TarInfo]] = {}
     labels: dict[str, str] = {}
+    others: dict[str, str] = {}
     with tarfile.open(path, "r:") as archive:
         for member in archive:
-            match = _SAMPLE.fullmatch(member.name)
-            plain = member.isreg() and not member.issparse()
-            if not plain or not match or any(map(is_hidden, member.name.split("/"))):
+            if member.isdir() or any(map(is_hidden, member.name.split("/"))):
                 continue
-            key, field = match[1], match[2].lower()
-            if field in IMAGE_FIELDS:
+            match = _SAMPLE.fullmatch(member.name)
+            key, field = (match[1], match[2].lower()) if match else (member.name, "")
+            if not member.isreg() or member.issparse():
+                passed.files["links, sparse files or devices"] += 1
+            elif field in IMAGE_FIELDS:
                 images.setdefault(key, []).append(member)
             elif field == "cls":
                 content = archive.extractfile(member).read(_LABEL_BYTES)
-                labels[key] = content.decode(errors="replace").strip()
-        _check_end(path, archive.offset)
+                labels[key] = content.decode("utf-8-sig", errors="replace").strip()
+            else:
+                passed.add(member.name)
+                others[key] = member.name
+        check_end(path, archive.offset)
     for key, members in images.items():
         if len(members) > 1:
-            complain(f"{path}: {len(members)} images for the key {key!r}; one is expected")
+            names = ", ".join(member.name for member in members)
+            complain(
+                f"{path}: {len(members)} images for the key {key!r} ({names}); one is expected"
+            )
         elif not labels.get(key):
             complain(f"{path}: {members[0].name} has no class; expected {key}.cls")
         else:
             yield Sample(members[0].name, members[0].offset_data, members[0].size, labels[key])
     for key in labels.keys() - images.keys():
-        fields = ", ".join(f".{field}" for field in IMAGE_FIELDS)
-        complain(f"{path}: {key}.cls has no image beside it ({fields})")
+        instead = f"; {others[key]} is none that is read" if key in others else ""
+        complain(f"{path}: {key}.cls has no image beside it{instead}")
 
 
-def _check_end(path: Path, offset: int) -> None:
-    """tarfile takes a damaged header for the end: only a block of zeros really is."""
+def check_end(path: Path, offset: int) -> None:
+    """Raise tarfile.ReadError where a tar file ends before its end mark: tarfile takes a damaged
+    header for the end, and only a block of zeros really is."""
     with open(path, "rb") as file:
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
@@ -157,14 +185,13 @@ def _check_end(path: Path, offset: int) -> None:
 
 def _class_list(folder: Path, root: Path) -> list[str] | None:
     """The lines of classes.txt beside the shards or in the root."""
-    for path in (folder / "classes.txt", root / "classes.txt"):
+    for path in (folder / _CLASSES, root / _CLASSES):
         try:
-            names = path.read_text().splitlines()
+            names = read_lines(path)
         except FileNotFoundError:
             continue
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not readable ({error})") from None
-        names = [name.strip() for name in names]
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: not readable ({reason_of(error)})") from None
         while names and not names[-1]:
             names.pop()
         if "" in names or len(set(names)) < len(names):

@@ -1,5 +1,6 @@
 """The image sources: each finds labelled images and the splits they come with."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from deit.datasets.listing import Listing, known
 from deit.datasets.readers import list_reader
 from deit.datasets.shards import list_shards
 from deit.errors import DataError, EnvironmentFault, reason_of
+from deit.text import read_lines
 
 
 class Loaded(NamedTuple):
@@ -24,6 +26,7 @@ class Loaded(NamedTuple):
     identities: int64 [number of training images] in [0, 2**32), a number for each training image
     that does not depend on which others are there: what is set aside is chosen by it.
     left_out: bool [positions of the store], the images in quarantine; None without a list.
+    passed: what is beside the images and is not read, in words.
     """
 
     class_names: tuple[str, ...]
@@ -32,6 +35,7 @@ class Loaded(NamedTuple):
     validation: Images | Encoded | None
     test: Images | Encoded | None
     left_out: Tensor | None = None
+    passed: tuple[str, ...] = ()
 
 
 def load_digits(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
@@ -135,22 +139,23 @@ def load_listed(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
         encoded.get("validation"),
         encoded.get("test"),
         left_out,
+        listing.passed.notes(),
     )
 
 
 def quarantined(path: Path, store: Store) -> Tensor:
     """Which positions of a store a quarantine list names, bool [positions].
 
-    The list: one name below data.root a line; `#` begins a comment line. Raises DataError for a
-    name that is not in the data, so that a list for other data cannot pass unnoticed.
+    The list: one name below data.root a line, as it is or, by `quarantine_line`, as a text of JSON;
+    `#` begins a comment line. Raises DataError for a name that is not in the data, so that a list
+    for other data cannot pass unnoticed.
     """
     try:
-        lines = path.read_text(errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise DataError(f"data.quarantine {path}: not readable ({error.strerror})") from None
-    if any("\0" in line for line in lines):
-        raise DataError(f"data.quarantine {path}: not a text list of names, one a line")
-    names = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+        lines = read_lines(path, errors="surrogateescape")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"data.quarantine {path}: not readable ({reason})") from None
+    names = {_name_in(line) for line in lines if line and not line.startswith("#")}
     listed = torch.zeros(len(store), dtype=torch.bool)
     for position in range(len(store)) if names else ():
         if (name := store.key(position)) in names:
@@ -162,6 +167,22 @@ def quarantined(path: Path, store: Store) -> Tensor:
             "data.root, as `deit scan --write` writes them"
         )
     return listed
+
+
+def quarantine_line(name: str) -> str:
+    """A line of a quarantine list for any file name: one that a line cannot hold as it is, or that
+    looks like something else, as a text of JSON."""
+    plain = name.splitlines() == [name.strip()] and not name.startswith(("#", '"'))
+    return name if plain else json.dumps(name)
+
+
+def _name_in(line: str) -> str:
+    if not line.startswith('"'):
+        return line
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
 
 
 def _keep_classes(loaded: Loaded, keep: tuple[str, ...]) -> Loaded:

@@ -17,6 +17,7 @@ from deit.datasets.sources import SOURCES, Loaded
 from deit.errors import DataError
 from deit.keys import Keys, words
 from deit.launcher import sharing
+from deit.text import read_lines
 
 
 class Splits(NamedTuple):
@@ -27,6 +28,7 @@ class Splits(NamedTuple):
     notes: what was set aside from what, in words.
     fingerprint: SHA-256 over class names, labels and pixels of all three splits; of encoded images
     over names and sizes [bytes] in place of pixels.
+    passed: what is beside the images and is not read, in words.
     """
 
     class_names: tuple[str, ...]
@@ -37,6 +39,7 @@ class Splits(NamedTuple):
     std: tuple[float, float, float]
     notes: tuple[str, ...]
     fingerprint: str
+    passed: tuple[str, ...] = ()
 
 
 class _Divided(NamedTuple):
@@ -48,6 +51,7 @@ class _Divided(NamedTuple):
     test: Images | Encoded
     identities: Tensor
     notes: tuple[str, ...]
+    passed: tuple[str, ...]
 
 
 def _divided(config: DataConfig) -> _Divided:
@@ -95,13 +99,14 @@ def _divided(config: DataConfig) -> _Divided:
         validation = validation.select(~torch.isin(validation.labels, torch.tensor(unseen)))
         named = ", ".join(loaded.class_names[label] for label in unseen)
         notes.append(f"held out: no training or validation image of {named}")
-    return _Divided(loaded.class_names, train, validation, test, identities, tuple(notes))
+    parts = (train, validation, test)
+    return _Divided(loaded.class_names, *parts, identities, tuple(notes), loaded.passed)
 
 
 def load_splits(config: DataConfig) -> Splits:
     """Load the source and set aside what it does not bring. Raises DataError."""
-    class_names, train, validation, test, identities, told = _divided(config)
-    splits, notes = (train, validation, test), list(told)
+    class_names, train, validation, test, identities, made, passed = _divided(config)
+    splits, notes = (train, validation, test), list(made)
     if isinstance(train, Images):
         splits = _squares(splits, config)
     elif _in_memory(splits, config):
@@ -120,7 +125,7 @@ def load_splits(config: DataConfig) -> Splits:
         if len(sample) < len(train.labels):
             notes.append(f"mean and std: measured on {len(sample)} training images")
     fingerprint = digest_of_images(class_names, splits)
-    return Splits(class_names, *splits, mean, std, tuple(notes), fingerprint)
+    return Splits(class_names, *splits, mean, std, tuple(notes), fingerprint, passed)
 
 
 def load_split(config: DataConfig, name: str) -> tuple[tuple[str, ...], Images | Encoded]:
@@ -261,11 +266,12 @@ def _class_list(field: str, classes: tuple[str, ...]) -> tuple[str, ...]:
             names.append(name)
             continue
         try:
-            lines = Path(name[1:]).read_text().splitlines()
-        except OSError as error:
-            raise DataError(f"{field} {name}: not readable ({error.strerror})") from None
+            lines = read_lines(Path(name[1:]))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{field} {name}: not readable ({reason})") from None
         # The first word of a line, so that `wnid<TAB>words` lists work as they are.
-        names += [line.split("\t")[0].strip() for line in lines if line.strip()]
+        names += [line.split("\t")[0].strip() for line in lines if line]
     return tuple(names)
 
 

@@ -38,6 +38,8 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
         f"{len(splits.train.labels)} train, {len(splits.validation.labels)} validation, "
         f"{len(splits.test.labels)} test" + "".join(f"; {note}" for note in splits.notes)
     )
+    for note in splits.passed:
+        say(f"          {note}")
     say(
         f"batch     {optim.batch_size} = {processes} x "
         f"{optim.accumulate} accumulated x {loader.block}; {loader.steps_per_epoch} updates and "

@@ -121,8 +121,9 @@ class DataConfig:
 
     __pydantic_config__ = _STRICT
     source: Source = "digits"
-    """Where the images come from. folder: any ImageFolder layout; shards: tar files of KEY.jpg and
-    KEY.cls (WebDataset); reader: what timm reads, see data.reader."""
+    """Where the images come from. folder: any ImageFolder layout, with splits by any usual name
+    (train, val or valid, test) or without; shards: tar files of KEY.jpg and KEY.cls (WebDataset);
+    reader: what timm reads, see data.reader."""
     root: Place = "data"
     """Folder of the images (not read by digits)."""
     reader: OptionalText = None
@@ -140,7 +141,8 @@ class DataConfig:
     image_size: Count = 32
     """Side [px] of the square images kept in memory; views are cut from these."""
     classes: Names = ()
-    """Class names to keep, with commas between, or @FILE with one name a line. Empty: all."""
+    """Class names to keep, with commas between, or @FILE, a text file (UTF-8, or with a byte-order
+    mark) with one name a line. Empty: all."""
     held_out: Names = ()
     """Classes, named likewise, without a training or validation image: the student knows them by
     its teacher alone. The test split keeps them."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from deit import checkpoint
 from deit.config import TeacherConfig, code_of
 from deit.console import percent, progress, say, table
-from deit.datasets.decoding import EXTENSIONS, decode_square
+from deit.datasets.decoding import EXTENSIONS, open_image, square_of
+from deit.datasets.listing import PassedOver, find_images, opened
 from deit.datasets.views import evaluation_views
 from deit.disk import write_json
 from deit.errors import CheckpointError, ConfigError, DataError, reason_of
@@ -56,22 +57,28 @@ def predict(
 
     paths: pictures, or folders of them. name: best or last. teacher: whom to ask as well; "run":
     the run's own. top: classes to show. attention: a PNG to draw.
-    Raises the errors of deit.errors; a picture that cannot be read is named.
+    Raises the errors of deit.errors. Pictures that cannot be read are named by a DataError after
+    all others are answered, printed and written.
     """
     saved = _saved(run, name)
+    bad: dict[str, str] = {}
+    files = _files(paths, bad)
+    if not files:
+        _refuse(bad, 0)
     student, facts = load_student(saved)
     if attention is not None:
         check_attention(student.network)
-    files = _files(paths)
     other = _teacher(run, teacher, facts)
     pictures, names = [], ()
     for part in progress(_blocks(files), total=-(-len(files) // _BLOCK), title="predicting"):
         look = attention is not None and len(pictures) < _MOST_DRAWN
-        found, looked = _answer(part, student.eval(), facts, other, look)
+        found, looked = _answer(part, student.eval(), facts, other, look, bad)
         names = names or looked
         pictures += found
+    if not pictures:
+        _refuse(bad, 0)
     rows = [_plain(picture, facts, top) for picture in pictures]
-    result = {"run": str(run), "checkpoint": saved.name, "pictures": rows}
+    result = {"run": str(run), "checkpoint": saved.name, "pictures": rows, "unreadable": bad}
     for row in rows:
         _print(row)
     if json_file is not None:
@@ -79,7 +86,18 @@ def predict(
         say(f"wrote {json_file}")
     if attention is not None:
         _draw(pictures, rows, names, attention)
+    if bad:
+        _refuse(bad, len(pictures))
     return result
+
+
+def _refuse(bad: dict[str, str], answered: int) -> NoReturn:
+    """Raise DataError with every picture that has no answer, and why."""
+    lines = [f"{name}: {reason}" for name, reason in bad.items()]
+    if len(lines) == 1 and not answered:
+        raise DataError(lines[0])
+    number = f"{len(lines)} of {len(lines) + answered} pictures have no answer"
+    raise DataError("\n  ".join([f"{number}:", *lines]))
 
 
 def _saved(run: Path, name: str) -> Path:
@@ -92,19 +110,30 @@ def _saved(run: Path, name: str) -> Path:
     return saved
 
 
-def _files(paths: list[Path]) -> list[Path]:
-    """The pictures, those of folders in the order of their names. Raises DataError."""
+def _files(paths: list[Path], bad: dict[str, str]) -> list[Path]:
+    """The pictures, those in folders in the order of their names, by the rules of `folder` data.
+
+    bad: takes each path without one, and why.
+    """
     found: list[Path] = []
+    passed = PassedOver()
+
+    def complain(problem: str) -> None:
+        name, _, reason = problem.partition(": ")
+        bad[name] = reason
+
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+            inside = find_images(opened(path), passed, complain)
+            found += [path / name for name in inside]
             if not inside:
-                raise DataError(f"{path}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
-            found += inside
+                bad.setdefault(str(path), f"holds no pictures ({', '.join(sorted(EXTENSIONS))})")
         elif path.is_file():
             found.append(path)
         else:
-            raise DataError(f"{path}: no such picture")
+            bad[str(path)] = "no such picture" if not path.exists() else "no file"
+    for note in passed.notes():
+        say(note)
     return found
 
 
@@ -135,19 +164,34 @@ def _teacher(run: Path, source: str | None, facts: Facts) -> Teacher | None:
 
 @torch.no_grad()
 def _answer(
-    files: list[Path], student: Student, facts: Facts, teacher: Teacher | None, look: bool
+    files: list[Path],
+    student: Student,
+    facts: Facts,
+    teacher: Teacher | None,
+    look: bool,
+    bad: dict[str, str],
 ) -> tuple[list[Picture], tuple[str, ...]]:
-    """The answers to a block of pictures, and the names of the tokens that looked."""
+    """The answers to a block of pictures, and the names of the tokens that looked. bad: takes each
+    picture that cannot be read, and why."""
     side, crop = facts.student.image_size, facts.evaluation_crop
-    squares = torch.stack([_decoded(file, round(side / crop)) for file in files])
-    views = evaluation_views(squares, size=side, crop=crop)
+    larger = 0 if teacher is None or teacher.image_size is None else teacher.image_size
+    sides = (side, larger) if larger > side else (side,)
+    read: dict[Path, tuple[Tensor, ...]] = {}
+    for file in files:
+        try:
+            read[file] = _squares(file, tuple(round(one / crop) for one in sides))
+        except DataError as error:
+            bad[str(file)] = str(error).removeprefix(f"{file}: ")
+    files = [file for file in files if file in read]
+    if not files:
+        return [], ()
+    squares = [torch.stack(cuts) for cuts in zip(*(read[file] for file in files))]
+    views = evaluation_views(squares[0], size=side, crop=crop)
     heads = {k: v.float() for k, v in head_logits(student(views)).items() if k != "fused_softmax"}
     if teacher is not None:
         shown = views
-        if teacher.image_size is not None and teacher.image_size > side:
-            larger = teacher.image_size
-            squares = torch.stack([_decoded(file, round(larger / crop)) for file in files])
-            shown = evaluation_views(squares, size=larger, crop=crop)
+        if larger > side:
+            shown = evaluation_views(squares[1], size=larger, crop=crop)
         heads["teacher"] = teacher(shown)
     looks: Looks | None = None
     if look:
@@ -164,11 +208,13 @@ def _answer(
     return pictures, () if looks is None else looks.names
 
 
-def _decoded(file: Path, size: int) -> Tensor:
+def _squares(file: Path, sides: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """A picture as uint8 [3, side, side] for each side. Raises DataError."""
     try:
-        return decode_square(file.read_bytes(), str(file), size)
+        picture = open_image(file.read_bytes(), str(file))
     except OSError as error:
-        raise DataError(f"{file}: {reason_of(error)}") from None
+        raise DataError(f"{file}: {error.strerror or reason_of(error)}") from None
+    return tuple(square_of(picture, side) for side in sides)
 
 
 def _plain(picture: Picture, facts: Facts, top: int) -> dict[str, Any]:

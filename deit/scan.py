@@ -13,7 +13,8 @@ from deit.config import DataConfig
 from deit.console import say, table, warn
 from deit.datasets.decoding import in_threads, read_picture
 from deit.datasets.images import Store
-from deit.datasets.sources import LISTINGS, quarantined
+from deit.datasets.listing import PassedOver
+from deit.datasets.sources import LISTINGS, quarantine_line, quarantined
 from deit.errors import DataError, EnvironmentFault
 
 _EXAMPLES = 3
@@ -82,6 +83,8 @@ class Scan:
     problems: what is wrong with the layout. unreadable: key -> reason.
     within_split, across_splits, across_classes: the same picture again in its own split, in
     another split (what is measured there was trained on), under another class (one is wrong).
+    passed_over: files that are not read, by the ending of their names. not_read: folders and the
+    like that are not, each with a reason.
     """
 
     root: str
@@ -93,6 +96,8 @@ class Scan:
     across_splits: Duplicates
     across_classes: Duplicates
     quarantined: int = 0
+    passed_over: dict[str, int] = field(default_factory=dict)
+    not_read: list[str] = field(default_factory=list)
 
 
 def scan(config: DataConfig) -> Scan:
@@ -141,6 +146,8 @@ def scan(config: DataConfig) -> Scan:
         across_splits=across,
         across_classes=mislabelled,
         quarantined=int((~wanted).sum()),
+        passed_over=dict(listing.passed.files),
+        not_read=listing.passed.places,
     )
 
 
@@ -209,6 +216,8 @@ def print_scan(found: Scan) -> None:
         if duplicates.number:
             examples = "; ".join(" = ".join(keys[:_EXAMPLES]) for keys in duplicates.examples)
             warn(f"copies of pictures: {duplicates.number} {where} ({examples})")
+    for note in PassedOver(Counter(found.passed_over), found.not_read).notes(most=None):
+        say(note)
     if found.quarantined:
         say(f"{found.quarantined} images in quarantine were not looked at")
 
@@ -218,18 +227,14 @@ def _counts(numbers: dict[str, int]) -> str:
 
 
 def write_quarantine(path: Path, found: Scan) -> None:
-    """The unreadable images as a list for data.quarantine, each under its reason.
-
-    Raises DataError for a name that a line of text cannot hold, EnvironmentFault where the disk
-    refuses.
-    """
+    """The unreadable images as a list for data.quarantine, each under its reason. Raises
+    EnvironmentFault where the disk refuses."""
     lines = [f"# images of {found.root} to leave out: --data.quarantine takes this list"]
     for key, reason in found.unreadable.items():
-        if key.splitlines() != [key.strip()] or key.startswith("#"):
-            raise DataError(f"{key!r}: a name that a line of {path} cannot hold; rename the file")
-        lines += [f"# {reason}", key]
+        lines += [f"# {reason}", quarantine_line(key)]
+    text = "\n".join(lines) + "\n"
     try:
-        path.write_text("\n".join(lines) + "\n", errors="surrogateescape")
+        path.write_bytes(text.encode(errors="surrogateescape"))
     except OSError as error:
         raise EnvironmentFault(f"--write {path}: {error.strerror}") from None
     say(f"wrote {path}: {len(found.unreadable)} images")

@@ -14,7 +14,7 @@ from deit.config import Config, to_dict
 from deit.errors import ConfigError
 from deit.presets import PRESETS, put_presets
 from deit.studies import STUDIES
-from deit.text import nearest
+from deit.text import nearest, read_text
 from deit.typed_json import strict_json
 from deit.validation import build, field_names
 
@@ -87,7 +87,7 @@ def read_sweep(path: Path) -> Sweep:
     AditMeh/Distillation. Raises ConfigError.
     """
     try:
-        text = path.read_text()
+        text = read_text(path)
         values = strict_json(text) if path.suffix == ".json" else yaml.load(text, _Unique)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from deit.checks import CHECKS, NO_VALUE, ONLINE_CHECKS, Problem
 from deit.config import Config, to_dict
 from deit.errors import ConfigError
-from deit.text import nearest
+from deit.text import nearest, read_text
 from deit.typed_json import strict_json
 
 
@@ -60,8 +60,8 @@ def validate(config: Config, *, online: bool = True) -> Config:
 def load(path: Path) -> Config:
     """A configuration from the config.json of a run. Raises ConfigError."""
     try:
-        values = strict_json(path.read_text())
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        values = strict_json(read_text(path))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable configuration ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a JSON object of sections")

@@ -119,6 +119,75 @@ def test_top_more_than_there_are_classes_shows_all(place, predict, tmp_path):
     assert shares == sorted(shares, reverse=True)
 
 
+def test_the_others_are_answered_and_all_bad_ones_are_listed(place, predict, tmp_path):
+    sound = [place / "pictures" / name for name in ("0.png", "1.png", "more/2.png")]
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "page.jpg").write_text("<html>")
+    (tmp_path / "none").mkdir()
+    bad = {"empty.png": "empty", "page.jpg": "6 bytes", "gone.png": "no such picture"}
+    bad |= {"none": "holds no pictures"}
+    first, *rest = bad
+    options = ("--json", "found.json", "--attention", "look.png", "--top", "1")
+    code, said = predict(place / "run", first, sound[0], *rest, *sound[1:], *options)
+    assert code == 3
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["file"] for row in found["pictures"]] == [str(path) for path in sound]
+    assert found["unreadable"].keys() == bad.keys()
+    assert all(str(path) in said.out for path in sound)
+    assert (tmp_path / "look.png").is_file()
+    head, *lines = said.err.strip().splitlines()
+    assert head.endswith("4 of 7 pictures have no answer:")
+    assert len(lines) == 4
+    for name, reason in bad.items():
+        (line,) = [line for line in lines if line.startswith(f"  {name}: ")]
+        assert reason in line
+    code, said = predict(place / "run", *bad, "--json", "none.json", "--attention", "none.png")
+    assert code == 3
+    assert said.out == ""
+    assert len(said.err.strip().splitlines()) == 5
+    assert not list(tmp_path.glob("none.*"))
+
+
+def test_a_teacher_of_larger_pictures_sees_the_same_ones(place, predict, tmp_path, monkeypatch):
+    (tmp_path / "empty.png").write_bytes(b"")
+    seen = []
+
+    class Larger:
+        image_size = 24
+
+        def __call__(self, views):
+            seen.append(tuple(views.shape))
+            return torch.zeros(len(views), 10)
+
+    monkeypatch.setattr("deit.predict._teacher", lambda *arguments: Larger())
+    code, _ = predict(place / "run", "empty.png", place / "pictures", "--json", "found.json")
+    assert code == 3
+    assert seen == [(3, 3, 24, 24)]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [set(row["heads"]) for row in found["pictures"]] == [
+        {"class", "distillation", "fused", "teacher"}
+    ] * 3
+
+
+def test_a_folder_is_read_as_training_reads_it(place, predict, tmp_path):
+    content = (place / "pictures" / "0.png").read_bytes()
+    for name in ("a.png", "._a.png", ".ipynb_checkpoints/a.png", "Thumbs.db", "b.heic", "c.jfif"):
+        file = tmp_path / "mine" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    (tmp_path / "lake").mkdir()
+    (tmp_path / "lake" / "d.png").write_bytes(content)
+    (tmp_path / "mine" / "linked").symlink_to(tmp_path / "lake")
+    (tmp_path / "mine" / "again").symlink_to(".")
+    code, said = predict(place / "run", "mine", "--json", "found.json")
+    assert code == 0, said.err
+    found = json.loads((tmp_path / "found.json").read_text())
+    files = [row["file"] for row in found["pictures"]]
+    assert files == ["mine/a.png", "mine/c.jfif", "mine/linked/d.png"]
+    assert "passed over: 1 .heic\n" in said.out
+    assert "not read: mine/again (a link to a folder that it is in)\n" in said.out
+
+
 BAD = {
     "no run": (("NONE", "PICTURE"), 4, "no such run folder"),
     "no checkpoint": (("EMPTY", "PICTURE"), 4, "no finished checkpoint"),

@@ -16,7 +16,8 @@ def scan(arguments: list[str], program: str) -> None:
     """Look at every image of a data set: what is there, what is bad, what lies there twice."""
     parser = Parser(
         prog=program,
-        description="Decode every image of every split; exit code 3 if any cannot be used.",
+        description="Decode every image of every split, and name what is beside them and is not "
+        "read; exit code 3 if any image cannot be used.",
     )
     parser.add_argument("root", metavar="DATA", help="as data.root: the folder of the images")
     parser.add_argument("--source", choices=("folder", "shards", "reader"), default="folder")

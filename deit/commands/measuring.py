@@ -103,11 +103,16 @@ def predict(arguments: list[str], program: str) -> None:
     """A run's answers to pictures of your own, head by head, and what its tokens look at."""
     parser = Parser(
         prog=program,
-        description="The likeliest classes of pictures by each head of a finished run.",
+        description="The likeliest classes of pictures by each head of a finished run. Pictures "
+        "that cannot be read are listed after the answers to all others, with exit code 3.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
-        "pictures", type=Path, nargs="+", metavar="IMAGE", help="pictures, or folders of them"
+        "pictures",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="pictures, or folders of them at any depth",
     )
     parser.add_argument("--top", type=int, default=5, help="classes to show (5)")
     parser.add_argument(

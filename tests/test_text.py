@@ -1,0 +1,135 @@
+"""Lists and settings as editors and shells of any system write them."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deit.config import DataConfig, to_dict
+from deit.datasets.splits import load_splits
+from deit.errors import ConfigError, DataError
+from deit.recipes import digits
+from deit.sweep_file import read_sweep
+from deit.text import counted, read_lines, read_text
+from deit.validation import load
+
+WRITTEN = {
+    "plain": lambda text: text.encode(),
+    "Notepad, UTF-8": lambda text: text.replace("\n", "\r\n").encode("utf-8-sig"),
+    "PowerShell's >": lambda text: text.replace("\n", "\r\n").encode("utf-16"),
+    "UTF-16, big end first": lambda text: b"\xfe\xff" + text.encode("utf-16-be"),
+    "UTF-32": lambda text: text.encode("utf-32"),
+    "old Mac": lambda text: text.replace("\n", "\r").encode(),
+    "no last line end": lambda text: text.rstrip("\n").encode(),
+}
+NO_TEXT = {
+    "Latin-1": "\u00e4nt\n".encode("latin-1"),
+    "UTF-16 without a mark": "ant\nbee\n".encode("utf-16-le"),
+    "half of UTF-16": b"\xff\xfea\0b",
+    "a picture": b"\x89PNG\r\n\x1a\n" + bytes(20),
+}
+
+
+@pytest.fixture(params=WRITTEN)
+def written(request):
+    return WRITTEN[request.param]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    place = tmp_path_factory.mktemp("text") / "data"
+    for name in ("\u00e4nt", "bee", "cat"):
+        (place / "train" / name).mkdir(parents=True)
+        for index in range(4):
+            pixels = np.full((8, 8, 3), 20 * index, dtype=np.uint8)
+            Image.fromarray(pixels).save(place / "train" / name / f"{index}.png")
+    return place
+
+
+def config(root: Path, **fields: object) -> DataConfig:
+    return DataConfig(source="folder", root=str(root), image_size=8, storage="files", **fields)
+
+
+def test_a_text_is_the_same_however_it_was_written(written, tmp_path):
+    file = tmp_path / "list.txt"
+    file.write_bytes(written("\u00e4nt\n  bee \n\n"))
+    assert [line for line in read_lines(file) if line] == ["\u00e4nt", "bee"]
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_what_is_no_text_is_refused_in_one_line(kind, tmp_path):
+    file = tmp_path / "list.txt"
+    file.write_bytes(NO_TEXT[kind])
+    with pytest.raises(ValueError, match="save it as UTF-8") as caught:
+        read_text(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_are_read_however_the_list_was_written(written, root, tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_bytes(written("\u00e4nt\tan insect\ncat\n"))
+    assert load_splits(config(root, classes=(f"@{file}",))).class_names == ("cat", "\u00e4nt")
+    file.write_bytes(written("\u00e4nt\n"))
+    notes = load_splits(config(root, held_out=(f"@{file}",))).notes
+    assert "held out: no training or validation image of \u00e4nt" in notes
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_a_class_list_that_is_no_text_is_named(kind, root, tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_bytes(NO_TEXT[kind])
+    with pytest.raises(DataError, match=r"data\.classes @.*names\.txt: not readable \(no .*UTF-8"):
+        load_splits(config(root, classes=(f"@{file}",)))
+
+
+def test_a_quarantine_list_is_read_however_it_was_written(written, root, tmp_path):
+    file = tmp_path / "bad.txt"
+    file.write_bytes(written("# bad\ntrain/\u00e4nt/0.png\n"))
+    notes = load_splits(config(root, quarantine=str(file))).notes
+    assert f"quarantine: 1 images left out, listed in {file}" in notes
+
+
+def test_the_class_names_of_shards_are_read_however_they_were_written(written, root, tmp_path):
+    (tmp_path / "classes.txt").write_bytes(written("\u00e4nt\nbee\ncat\n"))
+    label = tmp_path / "label"
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for number, name in enumerate(("\u00e4nt", "bee", "cat")):
+            for index in range(4):
+                archive.add(root / "train" / name / f"{index}.png", f"{number}{index}.png")
+                label.write_bytes(b"\xef\xbb\xbf%d\r\n" % number)
+                archive.add(label, f"{number}{index}.cls")
+    label.unlink()
+    found = DataConfig(source="shards", root=str(tmp_path), image_size=8)
+    assert load_splits(found).class_names == ("bee", "cat", "\u00e4nt")
+
+
+def test_a_sweep_is_read_however_it_was_written(written, tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_bytes(written("recipe: digits\ngrid:\n  optim: {lr: [0.001, 0.002]}\n"))
+    sweep = read_sweep(file)
+    as_json = tmp_path / "sweep.json"
+    as_json.write_bytes(
+        written('{"recipe": "digits",\n "grid": {"optim": {"lr": [0.001, 0.002]}}}\n')
+    )
+    assert read_sweep(as_json) == sweep
+    file.write_bytes(NO_TEXT["Latin-1"])
+    with pytest.raises(ConfigError, match=r"not a readable sweep \(no UTF-8 text; save it as"):
+        read_sweep(file)
+
+
+def test_a_configuration_is_read_however_it_was_written(written, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_bytes(written(json.dumps(to_dict(digits()), indent=1)))
+    assert load(file) == digits()
+    file.write_bytes(NO_TEXT["Latin-1"])
+    with pytest.raises(ConfigError, match=r"not a readable configuration \(no UTF-8 text"):
+        load(file)
+
+
+def test_many_numbers_are_cut_short():
+    assert counted({"a": 1, "b": 3, "c": 3}) == "3 b, 3 c, 1 a"
+    assert counted({"a": 1, "b": 3, "c": 3}, most=1) == "3 b, 4 others"
+    assert counted({}) == ""
