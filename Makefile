@@ -1,45 +1,76 @@
-# Two commands on a fresh machine with Python 3.11 or 3.12: `make quickstart` and `make test`.
+# Two commands on a fresh machine with Python 3.11, 3.12 or 3.13: `make quickstart` and `make test`.
 
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help quickstart test lint format clean
+# Two at a time, one thread each: threads that wait for each other's cores cost most of the time.
+PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help quickstart test test-lowest test-newest lint format clean
 
 help:
 	@echo "make quickstart   train teacher, distilled and undistilled student on digits; one table"
 	@echo "make test         lint, then the whole test suite"
+	@echo "make test-lowest  the suite with the lowest versions setup.cfg allows, on Python 3.11"
+	@echo "make test-newest  the suite with the newest versions there are, on Python 3.13"
 	@echo "make format       format the code"
-	@echo "make clean        remove .venv (runs in checkpoints/ stay)"
+	@echo "make clean        remove the environments (runs in checkpoints/ stay)"
+	@echo
+	@echo "PYTHON=...        the interpreter to use (default: $(PYTHON); 3.11 and 3.13 as above)"
+	@echo "VENV=...          the folder of the environment (default: .venv)"
 
 # One stamp for each set of packages: nothing is installed again while setup.cfg stays as it is.
-.venv/quickstart.stamp: setup.cfg pyproject.toml
+$(VENV)/quickstart.stamp: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and \
-	  f"deit needs Python 3.11 or 3.12, this is {v[0]}.{v[1]}; try: make PYTHON=python3.12 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing torch and friends into .venv (some GB, a few minutes, only once)"
+	  f"deit needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}; try: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch and friends into $(VENV) (some GB, a few minutes, only once)"
 	$(INSTALL) -e '.[digits,plot]'
 	@touch $@
 
-.venv/test.stamp: .venv/quickstart.stamp
+$(VENV)/test.stamp: $(VENV)/quickstart.stamp
 	$(INSTALL) -e '.[dev]'
 	@touch $@
 
-quickstart: .venv/quickstart.stamp
+quickstart: $(VENV)/quickstart.stamp
 	$(BIN)/deit compare digits --out checkpoints/quickstart
-	@echo; echo "To type these as they stand: source .venv/bin/activate"
+	@echo; echo "To type these as they stand: source $(BIN)/activate"
 
-# Two at a time, one thread each: threads that wait for each other's cores cost most of the time.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
-lint: .venv/test.stamp
+# The versions that are promised: each in an environment of its own, built from nothing every time,
+# since a kept one would not be the newest. uv comes from PyPI, whatever the machine has.
+# The interpreter is PYTHON, where given; else that version on the path or of pyenv; else uv's.
+interpreter = $(if $(filter file,$(origin PYTHON)),$(shell \
+  for one in python$(1) $$HOME/.pyenv/versions/$(1).*/bin/python; do \
+    "$$one" -c 'import sys; print(sys.executable)' 2> /dev/null && exit; done; echo $(1)),$(PYTHON))
+
+.venv-uv/bin/uv:
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+test-lowest test-newest: test-%: .venv-uv/bin/uv
+	.venv-uv/bin/uv venv --quiet --clear --seed --python $(call interpreter,$(VERSION)) .venv-$*
+	@echo "installing torch and friends into .venv-$* (some GB, a few minutes)"
+	.venv-uv/bin/uv pip install --quiet --python .venv-$*/bin/python \
+	  --resolution $(RESOLUTION) -e '.[dev]'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PYTEST)
+
+test-lowest: RESOLUTION := lowest-direct
+test-lowest: VERSION := 3.11
+test-newest: RESOLUTION := highest
+test-newest: VERSION := 3.13
+
+lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: .venv/test.stamp
+format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv
+	rm -rf $(VENV) .venv-uv .venv-lowest .venv-newest

@@ -64,6 +64,7 @@ class Search:
         where it holds another search."""
         check_optuna()
         import optuna
+        from sqlalchemy.pool import NullPool
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._space, self._base, self._name = optuna, space, base, name
@@ -79,7 +80,10 @@ class Search:
         pruner = optuna.pruners.MedianPruner(_NEVER_STOPPED, n_warmup_steps=warmup)
         try:
             self._study = optuna.create_study(
-                storage=f"sqlite:///{out / DATABASE}",
+                # Without a pool each connection is closed after its use, and none is left open.
+                storage=optuna.storages.RDBStorage(
+                    f"sqlite:///{out / DATABASE}", engine_kwargs={"poolclass": NullPool}
+                ),
                 study_name=name,
                 pruner=pruner if space.prune else optuna.pruners.NopPruner(),
                 direction="maximize",

@@ -1,15 +1,27 @@
 """What every test shares: one thread, a fixed generator, no network."""
 
+import platform
 import socket
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 
 import pytest
 import torch
 
+from deit.processor import processor
 from tests.forks import copying, measuring, shared
 
+_NAMED = ("torch", "torchvision", "timm", "accelerate", "transformers", "numpy", "pillow")
+
 torch.set_num_threads(1)  # for fixtures of whole files, which come before that of a test
+
+
+def pytest_report_header() -> str:
+    """The versions and the machine, as docs/versions.md records them."""
+    versions = {one.metadata["Name"].lower(): one.version for one in metadata.distributions()}
+    named = [f"{name} {versions[name]}" for name in _NAMED if name in versions]
+    return ", ".join([f"Python {platform.python_version()}", *named, processor()])
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import warnings
+from contextlib import closing
 
 import pytest
 
@@ -267,9 +268,11 @@ def test_the_database_is_sqlite_that_optunas_tools_read(tmp_path):
     for run in one.runs():
         finish(run, 0.5)
         one.ended(run, 0, "why")
-    study = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / search.DATABASE}")
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / search.DATABASE}")
+    study = optuna.load_study(study_name="s", storage=storage)
     assert study.best_value == 0.5
-    with sqlite3.connect(tmp_path / search.DATABASE) as database:
+    storage.engine.dispose()
+    with closing(sqlite3.connect(tmp_path / search.DATABASE)) as database:
         assert database.execute("pragma integrity_check").fetchone() == ("ok",)
 
 
