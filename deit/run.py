@@ -31,7 +31,7 @@ from deit.faults import reach
 from deit.interruption import Interruption
 from deit.launcher import STOPPING
 from deit.metrics import agreement, topk_accuracy
-from deit.mishaps import NumberWatch, fit_memory, understood
+from deit.mishaps import NumberWatch, fit_memory, recomputes, understood
 from deit.models.base import Base, base_of
 from deit.models.layers import depths_of, hold_still
 from deit.models.linear import use_onednn
@@ -262,13 +262,11 @@ def _check_update(config: Config, loader: TrainLoader) -> None:
 
 def _recompute(config: Config, network: nn.Module) -> None:
     """Have a network compute its blocks again in the backward pass. Raises ConfigError."""
-    try:
-        network.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError):  # timm's way to say that it cannot
+    if not recomputes(network):
         raise ConfigError(
             f"run.recompute = True: {config.student.name} has no blocks that it could compute "
             "again; --optim.accumulate saves memory too"
-        ) from None
+        )
 
 
 def _scales(config: Config, student: nn.Module) -> dict[str, float] | None:
