@@ -117,6 +117,16 @@ def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, zygote, tmp_pat
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == content
 
 
+def test_a_finished_run_with_other_settings_names_the_ways_that_there_are(straight, zygote):
+    done = run(zygote, straight, "", "--optim.epochs", "9")
+    assert done.code == 2
+    way = f"deit finetune --from {straight}"
+    assert f"give the same one, or another --out, or {way} to train its weights on:" in done.err
+    assert "optim.epochs: 2 before, 9 now" in done.err
+    told = zygote.run("finetune", *way.split()[2:], "--optim.epochs", "9", "--print_config")
+    assert (told.code, json.loads(told.out)["optim"]["epochs"]) == (0, 9)
+
+
 def test_a_full_disk_leaves_no_probe_behind(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
