@@ -38,7 +38,7 @@ def check_writable(out: Path, *, option: str) -> None:
     """
     probe = _standing(out) / f".probe-{uuid.uuid4().hex}"
     try:
-        with probe.open("w") as file:
+        with probe.open("w", encoding="utf-8") as file:
             file.write("probe")
             os.fsync(file.fileno())
         probe.rename(probe.with_suffix(".renamed")).unlink()
@@ -250,7 +250,7 @@ def hold(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
     (they would hold a lock of flock's for some seconds longer than a killed parent).
     """
     try:
-        file = (folder / LOCK).open("a+")
+        file = (folder / LOCK).open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise EnvironmentFault(f"{option} {folder}: cannot be locked ({error.strerror})") from None
     try:

@@ -229,7 +229,7 @@ def write_quarantine(path: Path, found: Scan) -> None:
             raise DataError(f"{key!r}: a name that a line of {path} cannot hold; rename the file")
         lines += [f"# {reason}", key]
     try:
-        path.write_text("\n".join(lines) + "\n", errors="surrogateescape")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise EnvironmentFault(f"--write {path}: {error.strerror}") from None
     say(f"wrote {path}: {len(found.unreadable)} images")

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from deit.checks import CHECKS, NO_VALUE, ONLINE_CHECKS, Problem
 from deit.config import Config, to_dict
 from deit.errors import ConfigError
-from deit.text import nearest
+from deit.text import name_trouble, nearest
 from deit.typed_json import strict_json
 
 
@@ -44,6 +44,11 @@ def build(
         config = adapter.validate_python(
             {name: fields for name, fields in values.items() if name not in broken}
         )
+    for section, fields in to_dict(config).items():
+        for leaf, value in fields.items():
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, str) and (trouble := name_trouble(one)):
+                    problems.append(Problem(f"{section}.{leaf}", one, f"{trouble}; rename it"))
     for check, sections in {**CHECKS, **(ONLINE_CHECKS if online else {})}.items():
         if not sections & broken:
             problems += check(config)

@@ -169,7 +169,7 @@ PLAN = {
     "deit.float_file": place(6, "torch", "deit.export"),
     "deit.side_by_side": place(6, "torch", "deit.export deit.float_file"),
     "deit.quantize": place(6, "torch", "deit.export deit.float_file deit.side_by_side"),
-    "deit.pictures": place(1, "matplotlib"),
+    "deit.pictures": place(1, "matplotlib", "deit.drawing"),
     "deit.predict": place(5, "torch"),
     "deit.model_card": place(2, "huggingface_hub"),
     "deit.export": place(6, "torch"),
