@@ -31,7 +31,10 @@ def list_folder(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     """
     root = Path(config.root)
     if not root.is_dir():
-        raise DataError(f"data.root {root}: no such folder; expected {root}/train/CLASS/IMAGE")
+        raise DataError(
+            f"data.root {root}: no such folder; expected {root}/train/CLASS/IMAGE (--data.root: "
+            "where the images lie)"
+        )
     folders = split_folders(root)
     classes = _class_folders(folders["train"])
     if folders["train"] is root:

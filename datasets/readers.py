@@ -65,7 +65,10 @@ def _folders(name: str, config: DataConfig) -> tuple[FolderStore, dict[str, Foun
     """timm's own rule for folders: the innermost folder is the class."""
     root, found, paths = Path(config.root), {}, []
     if not root.is_dir():
-        raise DataError(f"data.root {root}: no such folder; expected {root}/train/CLASS/IMAGE")
+        raise DataError(
+            f"data.root {root}: no such folder; expected {root}/train/CLASS/IMAGE (--data.root: "
+            "where the images lie)"
+        )
     for split, folder in split_folders(root).items():
         reader = _create("", folder)
         names = _names(reader.class_to_idx)

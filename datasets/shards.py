@@ -47,7 +47,10 @@ def list_shards(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     """
     root = Path(config.root)
     if not root.is_dir():
-        raise DataError(f"data.root {root}: no such folder; expected {root}/train/*.tar")
+        raise DataError(
+            f"data.root {root}: no such folder; expected {root}/train/*.tar (--data.root: where "
+            "they lie)"
+        )
     folders = split_folders(root)
     shards = {split: _shards(folder, root, complain) for split, folder in folders.items()}
     paths = [path for split in shards.values() for path in split]

@@ -12,10 +12,10 @@ from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.faults import reach
 from deit.text import nearest
 from deit.typed_json import read_typed
+from deit.validation import ENVIRONMENT as ENVIRONMENT
+from deit.validation import RESUMED as RESUMED
 
 CONFIG = "config.json"
-ENVIRONMENT = "environment.json"
-RESUMED = "environment-resumed.json"
 RESULT = "result.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"

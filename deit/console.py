@@ -5,12 +5,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from deit.errors import EnvironmentFault
 from deit.text import in_line, printable
 
 Item = TypeVar("Item")
@@ -36,7 +38,22 @@ def is_terminal(stream: TextIO | None) -> bool:
 def say(message: str = "") -> None:
     """One message to standard output, as given but for control characters, which are escaped."""
     if is_main_process():
-        print(printable(message), flush=True)
+        with _written():
+            print(printable(message), flush=True)
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """Raises EnvironmentFault where standard output takes nothing, as on a full disk."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # who read has enough
+    except OSError as error:
+        sys.stdout = None  # what is left in it cannot be written either
+        raise EnvironmentFault(
+            f"standard output: could not be written ({error.strerror})"
+        ) from None
 
 
 def complain(message: str) -> None:
@@ -125,11 +142,11 @@ def table(
     console = Console(width=_ENDLESS, highlight=False, markup=False, emoji=False)
     if width is not None and console.measure(grid).maximum > width:
         grid = _folded(columns, cells, console, width, text=text, folds=folds)
-    console.print(title, style="italic", soft_wrap=True)  # in a narrow table it would be broken
-    if grid is not None:
-        console.print(grid)
-        return
-    for row in cells:
+    with _written():
+        console.print(title, style="italic", soft_wrap=True)  # in a narrow table it would be broken
+        if grid is not None:
+            console.print(grid)
+    for row in cells if grid is None else ():
         (first, head), *others = zip(row, columns)
         say(f"{head}: {first}" if head else first)
         for cell, name in others:
@@ -159,11 +176,13 @@ def _folded(
     room = width - console.measure(bare).maximum
     if room < max(_LEAST, *(len(word) for row in cells for word in row[place].split())):
         return None
-    folded = [
-        (*row[:place], textwrap.fill(row[place], room, break_long_words=False), *row[place + 1 :])
-        for row in cells
-    ]
+    folded = [(*row[:place], _fill(row[place], room), *row[place + 1 :]) for row in cells]
     return _grid(columns, folded, text=text)
+
+
+def _fill(text: str, width: int) -> str:
+    """Broken at spaces alone: a name is never divided."""
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool) -> Table:

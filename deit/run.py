@@ -1,5 +1,6 @@
 """The wiring of a training run, from a configuration to a finished run folder."""
 
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -167,7 +168,10 @@ def _begin(parts: Parts, environment: dict[str, Any], *, resume: bool) -> None:
     if parts.accelerator.is_main_process:
         name = checkpoint.ENVIRONMENT if first else checkpoint.RESUMED
         write_json(out / checkpoint.CONFIG, to_dict(parts.config))
-        write_json(out / name, environment)
+        # From the folder, above it: it moves with what lies around it, and holds no user's name.
+        directory = os.path.relpath(Path.cwd(), out.resolve())
+        above = all(part == ".." for part in Path(directory).parts)
+        write_json(out / name, {**environment, "directory": directory if above else None})
         if parts.start_notes is not None:
             write_json(out / "start.json", parts.start_notes)
 

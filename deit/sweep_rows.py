@@ -78,7 +78,8 @@ def environment_of(rows: dict[str, outcome.Row]) -> dict[str, Any]:
     folders = [Path(folder) for row in rows.values() if row["values"] for folder in row["folders"]]
     found = [read_typed(folder / checkpoint.ENVIRONMENT, dict[str, Any]) for folder in folders]
     commits = dict.fromkeys(str(one["commit"]) for one in found)
-    return {**found[0], "commit": ", ".join(commits)}
+    first = {name: value for name, value in found[0].items() if name != "directory"}
+    return {**first, "commit": ", ".join(commits)}
 
 
 def _note(row: outcome.Row, seed: int, out: Path, found: dict[str, Any], classes: bool) -> None:

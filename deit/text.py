@@ -58,12 +58,25 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def breaks_line(name: str) -> bool:
+    """Whether a name holds control characters, line breaks among them."""
+    return _CONTROLS.search(name) is not None
+
+
+def bytes_of(name: str) -> bytes:
+    """The bytes of a file's name as they are on the disk."""
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:  # not a file's: a name in an archive, which is UTF-8
+        return name.encode(errors="surrogateescape")
+
+
 def name_trouble(name: str) -> str | None:
     """Why a name cannot be written into every file and on every line; None where it can."""
-    if _CONTROLS.search(name):
+    if breaks_line(name):
         return "holds a line break or another control character"
-    if not name.isascii() and _UNSAFE.search(name):
-        if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
-            return "cannot be read in the encoding of this system (PYTHONUTF8=1 reads UTF-8)"
-        return "is not valid UTF-8"
-    return None
+    if name.isascii():
+        return None
+    if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
+        return "is not ASCII, which this system cannot read as UTF-8 (PYTHONUTF8=1 lets it)"
+    return "is not valid UTF-8" if _UNSAFE.search(name) else None

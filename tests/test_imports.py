@@ -54,7 +54,7 @@ PLAN = {
     "deit.disk": place(0, "safetensors", "deit.errors deit.faults"),
     "deit.manifest": place(0, "pydantic", "deit.errors deit.threads deit.typed_json"),
     "deit.typed_json": place(0, "pydantic", "deit.errors"),
-    "deit.console": place(0, "rich"),
+    "deit.console": place(0, "rich", "deit.errors deit.text"),
     "deit.config": place(0, "pydantic"),
     "deit.seats": place(0, doors="deit.config"),
     "deit.records": place(0, "torch"),
