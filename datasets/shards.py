@@ -162,7 +162,7 @@ def _class_list(folder: Path, root: Path) -> list[str] | None:
     """The lines of classes.txt beside the shards or in the root."""
     for path in (folder / "classes.txt", root / "classes.txt"):
         try:
-            names = path.read_text().splitlines()
+            names = path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:

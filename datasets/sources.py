@@ -145,7 +145,7 @@ def quarantined(path: Path, store: Store) -> Tensor:
     name that is not in the data, so that a list for other data cannot pass unnoticed.
     """
     try:
-        lines = path.read_text(errors="surrogateescape").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError as error:
         raise DataError(f"data.quarantine {path}: not readable ({error.strerror})") from None
     if any("\0" in line for line in lines):

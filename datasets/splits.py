@@ -261,7 +261,7 @@ def _class_list(field: str, classes: tuple[str, ...]) -> tuple[str, ...]:
             names.append(name)
             continue
         try:
-            lines = Path(name[1:]).read_text().splitlines()
+            lines = Path(name[1:]).read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise DataError(f"{field} {name}: not readable ({error.strerror})") from None
         # The first word of a line, so that `wnid<TAB>words` lists work as they are.

@@ -87,7 +87,7 @@ def read_sweep(path: Path) -> Sweep:
     AditMeh/Distillation. Raises ConfigError.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         values = strict_json(text) if path.suffix == ".json" else yaml.load(text, _Unique)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())

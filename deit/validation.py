@@ -68,7 +68,7 @@ def load(path: Path) -> Config:
     """A configuration from the config.json of a run. Relative paths in it that lead nowhere from
     here are taken from where the run was started. Raises ConfigError."""
     try:
-        values = strict_json(path.read_text())
+        values = strict_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable configuration ({error})") from None
     if not isinstance(values, dict):

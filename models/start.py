@@ -142,7 +142,7 @@ def _on_base(saved: Weights, below: Found, kernel: Kernel, facts: Facts) -> Weig
 def _from_folder(folder: Path, source: str) -> Found:
     """A folder as timm or transformers writes it."""
     try:
-        about = json.loads((folder / "config.json").read_text())
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if about.get("model_type") in ("deit", "vit"):
             return _from_transformers(folder, about, source)
         architecture = about["architecture"]
@@ -222,7 +222,7 @@ def _from_transformers(folder: Path, about: dict[str, Any], source: str) -> Foun
     names = about.get("id2label") or {}
     labels = tuple(names[key] for key in sorted(names, key=int))
     prepared = folder / "preprocessor_config.json"
-    colours = json.loads(prepared.read_text()) if prepared.is_file() else {}
+    colours = json.loads(prepared.read_text(encoding="utf-8")) if prepared.is_file() else {}
     return Found(
         weights,
         f"transformers' {about['model_type']} from {source}",

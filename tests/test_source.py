@@ -105,3 +105,36 @@ def test_templates_are_not_reported():
     source = '"""Of {name}."""\n_A = "{x}"\n_B = _A + "{y}"\n'
     source += 'say(_B.format(x=1, y=2), f"{x}", "{z}".format(z=1), "a{2,3}", "{}")\n'
     assert unfilled(source) == []
+
+
+def local_encodings(source: str) -> list[str]:
+    """The lines that read or write text in the encoding of the locale."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        named = {word.arg for word in node.keywords}
+        method = isinstance(node.func, ast.Attribute)
+        modes = [one.value for one in node.args if isinstance(one, ast.Constant)]
+        opens = any(isinstance(mode, str) and mode in ("w", "a", "a+", "x", "r") for mode in modes)
+        if _called(node) in ("read_text", "write_text"):
+            opens = method
+        elif _called(node) != "open":
+            continue
+        if opens and "encoding" not in named:
+            found.append(f"line {node.lineno}: {_called(node)}")
+    return found
+
+
+def test_text_files_are_utf_8_on_every_machine():
+    found = {
+        name: local_encodings(path.read_text(encoding="utf-8")) for name, path in FILES.items()
+    }
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_planted_local_encodings_are_reported():
+    source = "path.read_text()\npath.write_text(x, errors='replace')\nopen(path, 'w')\n"
+    source += "path.open('a')\nread_text(path)\npath.open('wb')\nopen(path, encoding='utf-8')\n"
+    lines = local_encodings(source)
+    assert [line.split(":")[0] for line in lines] == ["line 1", "line 2", "line 3", "line 4"]
