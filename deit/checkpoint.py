@@ -7,13 +7,13 @@ from typing import Any
 
 from deit import manifest
 from deit.console import warn
+from deit.disk import ENVIRONMENT as ENVIRONMENT
 from deit.disk import GONE, LOCK, is_passing, replace_folder
+from deit.disk import RESUMED as RESUMED
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.faults import reach
 from deit.text import nearest
 from deit.typed_json import read_typed
-from deit.validation import ENVIRONMENT as ENVIRONMENT
-from deit.validation import RESUMED as RESUMED
 
 CONFIG = "config.json"
 RESULT = "result.json"

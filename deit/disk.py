@@ -19,8 +19,10 @@ from deit.errors import EnvironmentFault
 from deit.faults import reach
 
 LOCK = ".lock"
+ENVIRONMENT, RESUMED = "environment.json", "environment-resumed.json"
+"""Where a run folder says how and where it was started, and resumed the last time."""
 _OF_RUNS = {
-    *("config.json", "environment.json", "environment-resumed.json", "start.json", "base.json"),
+    *("config.json", ENVIRONMENT, RESUMED, "start.json", "base.json"),
     *("metrics.jsonl", "chain.jsonl", "anomalies.jsonl", "result.json", "summary.json"),
     *("model.json", "model.safetensors", "state.json", "manifest.json", "kept.json", "prune.json"),
 }

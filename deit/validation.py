@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deit.checks import CHECKS, NO_VALUE, ONLINE_CHECKS, Problem
 from deit.config import Config, derive, to_dict
+from deit.disk import ENVIRONMENT, RESUMED
 from deit.errors import ConfigError
 from deit.text import name_trouble, nearest
 from deit.typed_json import strict_json
@@ -120,9 +121,6 @@ _PATHS = (
     *("start.source", "start.masks", "teacher.source", "teacher.targets"),
 )
 """Fields that may hold paths."""
-ENVIRONMENT = "environment.json"
-RESUMED = "environment-resumed.json"
-"""Where a run folder says where and how it was started, and resumed the last time."""
 
 
 def _config_error(problems: list[Problem]) -> ConfigError:
