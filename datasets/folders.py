@@ -35,7 +35,10 @@ def list_folder(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     """
     root = Path(config.root)
     if not root.is_dir():
-        raise DataError(f"data.root {root}: no such folder; expected {root}/train/CLASS/IMAGE")
+        raise DataError(
+            f"data.root {root}: no such folder; expected {root}/train/CLASS/IMAGE (--data.root: "
+            "where the images lie)"
+        )
     passed = PassedOver()
     splits = {
         split: (folder.path, _class_folders(folder, passed, complain))

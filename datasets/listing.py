@@ -15,7 +15,7 @@ from torch import Tensor
 from deit.datasets.decoding import EXTENSIONS
 from deit.datasets.images import Store
 from deit.errors import DataError
-from deit.text import counted, nearest
+from deit.text import bytes_of, counted, in_line, name_trouble, nearest
 
 Part = TypeVar("Part")
 Complain = Callable[[str], None]
@@ -298,17 +298,15 @@ def instead(passed: PassedOver) -> str:
 def listed(
     store: Store, found: dict[str, Found], class_names: tuple[str, ...], passed: PassedOver
 ) -> Listing:
-    """The listing for classes that are known already."""
+    """The listing for classes that are known already. Raises DataError for a name that no file of
+    a run could hold."""
+    _check_names(found, class_names)
     label_of = {name: label for label, name in enumerate(class_names)}
     labels = torch.tensor(
         [label_of.get(name, -1) for split in found.values() for name in split.classes]
     )
     identities = torch.tensor(
-        [
-            zlib.crc32(name.encode(errors="surrogateescape"))
-            for split in found.values()
-            for name in split.names
-        ]
+        [zlib.crc32(bytes_of(name)) for split in found.values() for name in split.names]
     )
     splits, start = {}, 0
     for name, split in found.items():
@@ -316,3 +314,11 @@ def listed(
         splits[name] = rows[labels[rows] >= 0]
         start += len(split.classes)
     return Listing(class_names, store, labels, identities, splits, passed)
+
+
+def _check_names(found: dict[str, Found], class_names: tuple[str, ...]) -> None:
+    """Refuse names of classes that a configuration or a table could not hold."""
+    for name in class_names:
+        if trouble := name_trouble(name):
+            place = found["train"].place
+            raise DataError(f"{place}: the class '{in_line(name)}': its name {trouble}; rename it")

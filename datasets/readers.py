@@ -78,7 +78,10 @@ def _folders(name: str, config: DataConfig, passed: PassedOver, complain: Compla
     """timm's rule for folders: the innermost folder is the class."""
     root, found, paths = Path(config.root), {}, []
     if not root.is_dir():
-        raise DataError(f"data.root {root}: no such folder; expected {root}/train/CLASS/IMAGE")
+        raise DataError(
+            f"data.root {root}: no such folder; expected {root}/train/CLASS/IMAGE (--data.root: "
+            "where the images lie)"
+        )
     for split, folder in split_folders(root, passed, complain).items():
         names = find_images(folder, passed, complain)
         if any("/" not in name for name in names):

@@ -55,7 +55,10 @@ def list_shards(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     """
     root = Path(config.root)
     if not root.is_dir():
-        raise DataError(f"data.root {root}: no such folder; expected {root}/train/*.tar")
+        raise DataError(
+            f"data.root {root}: no such folder; expected {root}/train/*.tar (--data.root: where "
+            "they lie)"
+        )
     passed = PassedOver()
     folders = split_folders(root, passed, complain)
     shards = {split: _shards(folder, root, complain, passed) for split, folder in folders.items()}

@@ -1,5 +1,6 @@
 """Where encoded images lie: files in folders, stretches of tar files, a timm reader."""
 
+import os
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from deit.errors import DataError, reason_of
+from deit.text import bytes_of
 
 
 class Texts:
@@ -16,7 +18,7 @@ class Texts:
     a forked worker that looks one up does not touch (and so copy) the memory of the others."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [text.encode(errors="surrogateescape") for text in texts]
+        encoded = [bytes_of(text) for text in texts]
         self.ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
         self.content = b"".join(encoded)
 
@@ -25,7 +27,7 @@ class Texts:
 
     def __getitem__(self, index: int) -> str:
         start = self.ends[index - 1] if index else 0
-        return self.content[start : self.ends[index]].decode(errors="surrogateescape")
+        return os.fsdecode(self.content[start : self.ends[index]])
 
 
 class FolderStore:

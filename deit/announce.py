@@ -183,8 +183,6 @@ def report(row: dict[str, Any], epochs: int, loss: LossConfig) -> None:
         ]
         parts.append(f"validation {', '.join(shown)}")
     remaining = row["seconds"] / row["epoch"] * (epochs - row["epoch"])
-    if train.get("skipped"):
-        parts.append(f"{train['skipped']} updates left out")
     if "loader" in row:  # not in an epoch that was trained before a stop, and evaluated after it
         loading = percent(row["loader"]["share"])
         parts.append(f"{row['images_per_s']:.0f} images/s (loader {loading} %)")

@@ -13,7 +13,7 @@ from deit.config import Config, DataConfig, LossConfig, code_of, to_dict
 from deit.console import say
 from deit.errors import ConfigError
 from deit.grammar import Typed, plain, read
-from deit.presets import PRESETS, put_presets
+from deit.presets import PRESETS, fit_epochs, put_presets
 from deit.recipes import RECIPES, find_recipe
 from deit.validation import build, unknown_field
 
@@ -92,6 +92,8 @@ def parse_run(
     for flag, advice in put_presets(values, named).items():
         problems.append(Problem(f"--{flag}", named[flag], advice))
     problems += _merge(values, base, options.config)
+    presets = [flag for flag, name in named.items() if name is not None]
+    fit_epochs(values, [*_typed(options.config), *presets])
     folder = plain(options.out)
     if folder == "":
         problems.append(Problem("--out", folder, "needs a folder"))
@@ -162,6 +164,16 @@ def _merge(values: dict[str, dict[str, Any]], base: Config, parsed: Config) -> l
             elif isinstance(typed, Typed) or typed != getattr(before, leaf.name):
                 values[section.name][leaf.name] = plain(typed)
     return problems
+
+
+def _typed(parsed: Config) -> list[str]:
+    """The fields that were typed, but for those that are switches."""
+    return [
+        f"{section.name}.{leaf.name}"
+        for section in dataclasses.fields(Config)
+        for leaf in dataclasses.fields(section.type)
+        if isinstance(getattr(getattr(parsed, section.name), leaf.name), Typed)
+    ]
 
 
 def _unknown(arguments: list[str], own: argparse.ArgumentParser | None) -> list[Problem]:

@@ -167,7 +167,9 @@ class _Child:
         with contextlib.ExitStack() as stack:
             lines, log = stack.enter_context(open(said, errors="replace")), None
             try:
-                log = stack.enter_context(self.log.open("a"))
+                log = stack.enter_context(
+                    self.log.open("a", encoding="utf-8", errors="backslashreplace")
+                )
             except OSError as error:
                 heard.put((self, f"deit: warning: {self.log}: not written ({error.strerror})"))
             for line in lines:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deit.drawing import legend
+from deit.drawing import legend, save_figure
 from deit.errors import EnvironmentFault
 
 INK, FAINT, GRID, TEACHER = "#1c2430", "#5b6472", "#dfe3e9", "#6b7280"
@@ -56,9 +56,9 @@ def chart(draw: Draw, path: Path, *, width: float = 6.0, height: float = 3.4) ->
         axes.grid(linewidth=0.6)
         axes.set_axisbelow(True)
         draw(axes)
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path, dpi=150)
         drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+        save_figure(figure, drawn, format="svg", transparent=True, metadata={"Date": None})
     return _for_page(drawn.getvalue(), re.sub(r"[^\w.-]", "-", path.stem))
 
 
@@ -205,7 +205,6 @@ def scatter(points: dict[str, tuple[float, float]], across: str, up: str) -> Dra
                 va="center",
                 fontsize=8,
                 color=colour,
-                parse_math=False,
                 arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkB": 3},
             )
         axes.set_xlim(*_span(xs, wide))

@@ -7,15 +7,15 @@ from typing import Any
 
 from deit import manifest
 from deit.console import warn
+from deit.disk import ENVIRONMENT as ENVIRONMENT
 from deit.disk import GONE, LOCK, is_passing, replace_folder
+from deit.disk import RESUMED as RESUMED
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.faults import reach
 from deit.text import nearest
 from deit.typed_json import read_typed
 
 CONFIG = "config.json"
-ENVIRONMENT = "environment.json"
-RESUMED = "environment-resumed.json"
 RESULT = "result.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"

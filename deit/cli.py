@@ -16,7 +16,7 @@ import deit
 from deit.errors import ConfigError, DeitError, PeerError, Stopped
 from deit.faults import arm
 from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, follow
-from deit.text import nearest
+from deit.text import in_line, name_trouble, nearest, open_streams
 
 # The commands are imported inside the functions, when signals are obeyed already.
 
@@ -29,6 +29,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 def run_command(name: str, arguments: list[str], program: str) -> int:
     """Run one command; the exit code. Errors are one message, with a traceback only for --debug."""
+    open_streams()
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     with _Leaving() as leaving:
@@ -43,6 +44,7 @@ def _outcome(
     name: str, arguments: list[str], program: str, debug: bool, leaving: "_Leaving"
 ) -> int:
     try:
+        _check_names(name, arguments)
         from deit.commands import COMMANDS
 
         arm(os.environ.get("DEIT_FAULT"))
@@ -75,6 +77,23 @@ def _stopped(name: str, stop: Stopped, debug: bool) -> int:
     word = f"stopped by {signal.Signals(stop.number).name}; the same command goes on"
     _complain(word if name in _GO_ON else str(stop), debug)
     return stop.exit_code
+
+
+def _check_names(command: str, arguments: list[str]) -> None:
+    """Refuse arguments, and a working directory, whose names no file of a run could hold. Raises
+    ConfigError.
+
+    Pictures to be predicted may be called anything: nothing refers to them later.
+    """
+    for word in arguments if command != "predict" else ():
+        if trouble := name_trouble(word):
+            raise ConfigError(f"{in_line(word)}: {trouble}; rename it, or give another")
+    with contextlib.suppress(OSError):  # it is gone: who needs it tells
+        if trouble := name_trouble(os.getcwd()):
+            raise ConfigError(
+                f"the working directory {in_line(os.getcwd())}: {trouble}; rename it, or work in "
+                "another"
+            )
 
 
 class _Leaving(contextlib.AbstractContextManager):
@@ -168,7 +187,7 @@ def _leave_processes() -> None:
 
 def _complain(message: str, debug: bool, *, everywhere: bool = False) -> None:
     """One message; of an error that may be this process's alone also from the other processes."""
-    from deit.console import is_main_process
+    from deit.console import complain, is_main_process
 
     if is_main_process():
         prefix = "deit: error"
@@ -178,7 +197,7 @@ def _complain(message: str, debug: bool, *, everywhere: bool = False) -> None:
         return
     if debug:
         traceback.print_exc()
-    print(f"{prefix}: {message}", file=sys.stderr, flush=True)
+    complain(f"{prefix}: {message}")
 
 
 def program() -> int:
@@ -196,6 +215,7 @@ def main() -> int:
     from deit.commands import COMMANDS
     from deit.console import say
 
+    open_streams()
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
         return run_command(arguments[0], arguments[1:], f"deit {arguments[0]}")

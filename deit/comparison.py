@@ -91,7 +91,7 @@ def compare(
 def _is_result(path: Path) -> bool:
     """Whether a file is of an earlier comparison: the same command, going on, writes it again."""
     try:
-        return {"recipe", "rows"} <= json.loads(path.read_text()).keys()
+        return {"recipe", "rows"} <= json.loads(path.read_text(encoding="utf-8")).keys()
     except (OSError, ValueError, AttributeError):
         return False
 

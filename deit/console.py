@@ -5,11 +5,15 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from deit.errors import EnvironmentFault
+from deit.text import in_line, printable
 
 Item = TypeVar("Item")
 Watch = Callable[[range], Iterable[int]]
@@ -23,16 +27,44 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody sees a stream on a terminal as it is written."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:
+        return False  # it is closed
+
+
 def say(message: str = "") -> None:
-    """One message to standard output, exactly as given."""
+    """One message to standard output, as given but for control characters, which are escaped."""
     if is_main_process():
-        print(message, flush=True)
+        with _written():
+            print(printable(message), flush=True)
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """Raises EnvironmentFault where standard output takes nothing, as on a full disk."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # who read has enough
+    except OSError as error:
+        sys.stdout = None  # what is left in it cannot be written either
+        raise EnvironmentFault(
+            f"standard output: could not be written ({error.strerror})"
+        ) from None
+
+
+def complain(message: str) -> None:
+    """One message to standard error, of whichever process; likewise."""
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
     """One warning to standard error."""
     if is_main_process():
-        print(f"deit: warning: {message}", file=sys.stderr, flush=True)
+        complain(f"deit: warning: {message}")
 
 
 def clock(seconds: float) -> str:
@@ -52,7 +84,7 @@ def progress(items: Iterable[Item], *, total: int, title: str, done: int = 0) ->
     """
     if not is_main_process():
         yield from items
-    elif sys.stderr.isatty():
+    elif is_terminal(sys.stderr):
         yield from _bar(items, total, title, done)
     else:
         yield from _lines(items, total, title, done)
@@ -68,7 +100,7 @@ def _bar(items: Iterable[Item], total: int, title: str, done: int) -> Iterator[I
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total, completed=done)
+        task = bar.add_task(in_line(title), total=total, completed=done)
         for item in items:
             yield item
             bar.advance(task)
@@ -82,27 +114,84 @@ def _lines(items: Iterable[Item], total: int, title: str, behind: int) -> Iterat
         if now - last >= _PLAIN_INTERVAL_S and done < total:
             last = now
             eta = clock((now - started) / number * (total - done))
-            print(f"{title}: {done}/{total}, ETA {eta}", file=sys.stderr, flush=True)
+            complain(f"{in_line(title)}: {done}/{total}, ETA {eta}")
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    text: bool = False,
+    folds: str | None = None,
 ) -> None:
     """A table to standard output: the first column aligned left, the others right; with `text`
-    all of them left. Where it would be wide, the heads take several lines."""
+    all of them left.
+
+    No cell is ever cut: names in it are typed again. Where the table would be wide, the heads take
+    several lines. Where it is wider than the terminal, cells of the column `folds`, which holds
+    sentences, take several lines; else each row is printed as a record, a line a cell. A file or a
+    pipe has no width.
+    """
     if not is_main_process():
         return
-    rows = [tuple(row) for row in rows]
+    title, columns = in_line(title), list(map(in_line, columns))
+    cells = [tuple(map(in_line, row)) for row in rows]
+    width = Console().width if is_terminal(sys.stdout) else None
+    grid = _grid(columns, cells, text=text)
+    console = Console(width=_ENDLESS, highlight=False, markup=False, emoji=False)
+    if width is not None and console.measure(grid).maximum > width:
+        grid = _folded(columns, cells, console, width, text=text, folds=folds)
+    with _written():
+        console.print(title, style="italic", soft_wrap=True)  # in a narrow table it would be broken
+        if grid is not None:
+            console.print(grid)
+    for row in cells if grid is None else ():
+        (first, head), *others = zip(row, columns)
+        say(f"{head}: {first}" if head else first)
+        for cell, name in others:
+            say(f"  {name}: {cell}" if name else f"  {cell}")
+
+
+_ENDLESS = 100_000  # characters
+_LEAST = 24  # of a column that folds
+
+
+def _folded(
+    columns: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    console: Console,
+    width: int,
+    *,
+    text: bool,
+    folds: str | None,
+) -> Table | None:
+    """The table with the cells of a column folded at spaces to fit a width; None where they
+    cannot be, or have no column."""
+    if folds is None:
+        return None
+    place = columns.index(folds)
+    rest = [(*row[:place], "", *row[place + 1 :]) for row in cells]
+    bare = _grid([*columns[:place], "", *columns[place + 1 :]], rest, text=text)
+    room = width - console.measure(bare).maximum
+    if room < max(_LEAST, *(len(word) for row in cells for word in row[place].split())):
+        return None
+    folded = [(*row[:place], _fill(row[place], room), *row[place + 1 :]) for row in cells]
+    return _grid(columns, folded, text=text)
+
+
+def _fill(text: str, width: int) -> str:
+    """Broken at spaces alone: a name is never divided."""
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool) -> Table:
     grid = Table()
     for index, column in enumerate(_heads(columns, rows)):
-        grid.add_column(column, justify="left" if text or index == 0 else "right")
+        grid.add_column(column, justify="left" if text or index == 0 else "right", no_wrap=True)
     for row in rows:
         grid.add_row(*row)
-    # A file or a pipe has no width: never wrap a table there.
-    width = None if sys.stdout.isatty() else 160
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
-    console.print(title, style="italic", soft_wrap=True)  # in a narrow table it would be broken
-    console.print(grid)
+    return grid
 
 
 def _heads(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -19,8 +19,10 @@ from deit.errors import EnvironmentFault
 from deit.faults import reach
 
 LOCK = ".lock"
+ENVIRONMENT, RESUMED = "environment.json", "environment-resumed.json"
+"""Where a run folder says how and where it was started, and resumed the last time."""
 _OF_RUNS = {
-    *("config.json", "environment.json", "environment-resumed.json", "start.json", "base.json"),
+    *("config.json", ENVIRONMENT, RESUMED, "start.json", "base.json"),
     *("metrics.jsonl", "chain.jsonl", "anomalies.jsonl", "result.json", "summary.json"),
     *("model.json", "model.safetensors", "state.json", "manifest.json", "kept.json", "prune.json"),
 }
@@ -38,7 +40,7 @@ def check_writable(out: Path, *, option: str) -> None:
     """
     probe = _standing(out) / f".probe-{uuid.uuid4().hex}"
     try:
-        with probe.open("w") as file:
+        with probe.open("w", encoding="utf-8") as file:
             file.write("probe")
             os.fsync(file.fileno())
         probe.rename(probe.with_suffix(".renamed")).unlink()
@@ -250,7 +252,7 @@ def hold(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
     (they would hold a lock of flock's for some seconds longer than a killed parent).
     """
     try:
-        file = (folder / LOCK).open("a+")
+        file = (folder / LOCK).open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise EnvironmentFault(f"{option} {folder}: cannot be locked ({error.strerror})") from None
     try:

@@ -1,11 +1,14 @@
 """Numbers of finished comparisons as tables and pictures; reads plain values only, no torch."""
 
+import re
 import statistics
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from deit.errors import EnvironmentFault
+from deit.text import in_line, printable
 
 HEADS = ("class", "distillation", "fused")
 _LEGEND_SIGNS = 84  # in a line of a legend
@@ -38,7 +41,28 @@ def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str
     """A Markdown table, first column to the left, the others to the right."""
     columns = list(columns)
     lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(in_line, line)) + " |" for line in lines)
+
+
+def save_figure(figure: Any, file: Path | IO[str], **settings: Any) -> None:
+    """Save a figure of matplotlib's in which names are no formulas (`$`), no line is broken by
+    one, and signs that the font lacks are boxes without a warning. settings: as savefig takes."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter
+
+    formulas = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = axis.get_ticklabels(which="both")  # made now, so that they are found below
+            if isinstance(axis.get_major_formatter(), LogFormatter):
+                formulas |= {id(one) for one in labels}
+    for text in figure.findobj(Text):
+        if id(text) not in formulas:
+            text.set_parse_math(False)
+            text.set_text(printable(text.get_text()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        figure.savefig(file, **settings)
 
 
 def draw_comparison(result: dict[str, Any], path: Path) -> None:
@@ -66,7 +90,7 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
         figure = Figure(figsize=(7, 1.2 + 0.32 * len(result["rows"])), layout="constrained")
         draw_arms(figure.subplots(), result)
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 _TITLES = {
@@ -98,8 +122,17 @@ def _final(row: dict[str, Any]) -> list[float]:
     return [100 * one for one in final_top1(row)]
 
 
+def name_all(axes: Any) -> None:
+    """Let names that begin with an underscore into the legend, which leaves them out."""
+    for artist in (*axes.get_children(), *axes.containers):
+        label = str(artist.get_label())
+        if label.startswith("_") and not re.fullmatch(r"_child\d+|_nolegend_", label):
+            artist.set_label(f" {label}")
+
+
 def legend(axes: Any) -> None:
     """Names of what is drawn, above the axes, where they cover nothing."""
+    name_all(axes)
     names = axes.get_legend_handles_labels()[1]
     if names:
         across = min(max(_LEGEND_SIGNS // (max(map(len, names)) + 5), 1), len(names))
@@ -228,8 +261,9 @@ def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:
     axes.xaxis.set_minor_formatter("{x:,.0f}")
     axes.tick_params(axis="x", which="both", labelsize=7, labelrotation=30)
     axes.grid(alpha=0.25, which="both")
+    name_all(axes)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
@@ -248,6 +282,7 @@ def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
             shown += values
     axes.set(xlabel="epoch", ylabel="validation top-1 %", ylim=_limits(shown))
     axes.grid(alpha=0.25)
+    name_all(axes)
     axes.legend(loc="lower right", frameon=False)
 
 

@@ -343,8 +343,8 @@ def _teacher_logits(
     interruption: Interruption,
 ) -> dict[str, Tensor]:
     """The teachers' logits by description, none without one; the run's own may be gone, which only
-    warns."""
-    own = source is None
+    warns, and of one without a say in the training not even that."""
+    own, quiet = source is None, config.loss.kind == "none"
     asked = config.teacher
     if not own:
         sources = () if source == "none" else tuple(source.split(","))
@@ -353,10 +353,11 @@ def _teacher_logits(
     if not asked.source:
         return {}
     if own and code_of(asked):
-        warn(
-            f"the run's teacher is left out: {', '.join(code_of(asked))} is code; --teacher names "
-            "it if you trust it"
-        )
+        if not quiet:
+            warn(
+                f"the run's teacher is left out: {', '.join(code_of(asked))} is code; --teacher "
+                "names it if you trust it"
+            )
         return {}
     side = config.student.image_size
     try:
@@ -364,7 +365,8 @@ def _teacher_logits(
     except (DataError, CheckpointError, ConfigError) as error:
         if not own:
             raise
-        warn(f"the run's teacher is left out: {error}")
+        if not quiet:
+            warn(f"the run's teacher is left out: {error}")
         return {}
     wanted = teacher_input([teacher.image_size for teacher in teachers])
     size = sizes_of(config, images, wanted).teacher

@@ -145,12 +145,14 @@ def _go_on(
     side, start = run.config.student.image_size, run.config.start.source
     if options.source is not None and not _same_source(options.source, start):
         raise ConfigError(
-            f"--resume: the run in {folder} started from {start}, not from {options.source}"
+            f"--resume: the run in {folder} started from {start}, not from {options.source}; "
+            f"give --from {start}, or another --out"
         )
     _check_as_before(folder, recipe, options.tuning)
     if options.resolution not in (None, side):
         raise ConfigError(
-            f"--resume: the run in {folder} is at {side} px, not {options.resolution}"
+            f"--resume: the run in {folder} is at {side} px, not {options.resolution}; leave out "
+            "--resolution, or give another --out"
         )
     return run
 
@@ -174,9 +176,13 @@ def _check_as_before(folder: Path, recipe: str | None, tuning: str | None) -> No
     for option, was, now in (("RECIPE", named, recipe), ("--tuning", before.tuning, tuning)):
         if words and was != now:
             raise ConfigError(
-                f"--resume: the run in {folder} was begun with {option} {was}, not {now}; the same "
-                "command goes on"
+                f"--resume: the run in {folder} was begun {_with(option, was)}, not "
+                f"{_with(option, now)}; give the same, or another --out"
             )
+
+
+def _with(option: str, value: str | None) -> str:
+    return f"without {option}" if value is None else f"with {option} {value}"
 
 
 def _folder_of(source: str) -> Path:

@@ -65,7 +65,7 @@ def outputs_of(student: Student) -> tuple[str, ...]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_timm(folder: Path, student: Student, facts: Facts) -> None:

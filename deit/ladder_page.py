@@ -5,7 +5,7 @@ from typing import Any
 
 from deit import charts
 from deit.console import percent, say, table
-from deit.drawing import HEADS, final_of, markdown_table
+from deit.drawing import HEADS, final_of, markdown_table, save_figure
 
 _COLUMNS = (
     "",
@@ -102,7 +102,7 @@ def draw_ladder(result: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.25)
     if many:
         told = "\n".join(f"{number:>2}  {name}" for name, number in called.items())
-        panels[2].text(0, 0.5, told, va="center", linespacing=1.5, parse_math=False)
+        panels[2].text(0, 0.5, told, va="center", linespacing=1.5)
         panels[2].set_axis_off()
     figure.suptitle(f"{result['run']} and what was made of it")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)

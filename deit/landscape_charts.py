@@ -154,7 +154,6 @@ def path_chart(one: dict[str, Any]) -> Draw:
                 textcoords="offset points",
                 fontsize=7,
                 bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1},
-                parse_math=False,
             )
         axes.set(xlabel="distance in weights", ylabel="distance in weights")
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deit import journal
 from deit.config import derive, mixes
 from deit.console import say, warn
 from deit.engine import Update
-from deit.environment import lost_peer, out_of_memory
+from deit.environment import lost_peer, out_of_memory, records_graphs
 from deit.errors import (
     DeitError,
     EnvironmentFault,
@@ -98,14 +98,19 @@ def _count(parts: Parts, step: int, left_out: Update | None) -> None:
             f"update {step}: loss or gradient is not finite, number {state.skipped_in_a_row} "
             f"in a row from update {step - state.skipped_in_a_row + 1} on; its images: "
             f"{named} (all: {parts.out / journal.ANOMALIES}). The checkpoints in {parts.out} are "
-            "of before; a lower optim.lr or optim.clip_norm 1 usually helps, in a run from the "
-            "start or from a checkpoint (finetune_deit.py --from), with another --out"
+            f"of before; a lower optim.lr{_clipped(parts)} usually helps, in a run from the start "
+            "or from a checkpoint (deit finetune --from), with another --out"
         )
     warn(
         f"update {step}: loss or gradient is not finite, so it is left out "
         f"({state.skipped_in_a_row} of at most {parts.config.run.max_skipped} in a row); its "
         f"images: {named}"
     )
+
+
+def _clipped(parts: Parts) -> str:
+    norm = parts.config.optim.clip_norm
+    return "" if norm is not None and norm <= 1 else " or optim.clip_norm 1"
 
 
 @contextmanager
@@ -150,23 +155,46 @@ def _memory_fault(parts: Parts) -> EnvironmentFault:
     fitting = next((number for number in tried if _learns(parts, number)), None)
     told = f"out of memory with {block} images at once"
     if fitting is None and is_divided(student):
+        cut = [_accumulating(parts, number) for number in _smaller(parts)[:1]]
         return EnvironmentFault(
-            f"{told}, which is not tried smaller in a student that is divided (run.shard): "
-            f"--optim.accumulate {2 * optim.accumulate} halves the micro-batch, --run.recompute "
-            f"keeps less of each image; {_kept(parts)}"
+            f"{told}, which is not tried smaller in a student that is divided (run.shard): try "
+            f"{_either(cut + _less_memory(parts))}; {_kept(parts)}"
         )
     if fitting is None:
         too = f", and with {tried[-1]}" if tried else ""
-        return EnvironmentFault(
-            f"{told}{too}; --run.recompute, or a smaller "
-            f"student or teacher, is left; {_kept(parts)}"
-        )
-    accumulate = optim.accumulate * block // fitting
+        return EnvironmentFault(f"{told}{too}: try {_either(_less_memory(parts))}; {_kept(parts)}")
     return EnvironmentFault(
-        f"{told}; {fitting} fit (without a teacher beside them): --optim.accumulate {accumulate} "
+        f"{told}; {fitting} fit (without a teacher beside them): {_accumulating(parts, fitting)} "
         f"makes micro-batches of that size and keeps the batch of {optim.batch_size}; "
         f"{_kept(parts)}"
     )
+
+
+def _accumulating(parts: Parts, number: int) -> str:
+    """The options by which a micro-batch has this number of images."""
+    words = f"--optim.accumulate {parts.config.optim.accumulate * parts.loader.block // number}"
+    graphs = records_graphs(parts.config.run)
+    return f"{words} --run.compile default" if graphs else words  # which take one micro-batch alone
+
+
+def _less_memory(parts: Parts) -> list[str]:
+    """What would need less memory for the same micro-batch, and is not done yet."""
+    network = parts.accelerator.unwrap_model(parts.student).network
+    found = ["--run.recompute"] if not parts.config.run.recompute and recomputes(network) else []
+    return [*found, "a smaller student" + " or teacher" * (parts.panel is not None)]
+
+
+def _either(ways: list[str]) -> str:
+    return ", or ".join(ways)
+
+
+def recomputes(network: nn.Module) -> bool:
+    """Have a network compute its blocks again in the backward pass; whether it has such blocks."""
+    try:
+        network.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):  # timm's way to say that it cannot
+        return False
+    return True
 
 
 def _smaller(parts: Parts) -> list[int]:
@@ -211,8 +239,8 @@ def fit_memory(parts: Parts) -> None:
         before, smaller = loader.block, _smaller(parts)
         if not smaller:
             raise EnvironmentFault(
-                f"run.fit_memory: out of memory even with {loader.block} images at once; a smaller "
-                "student or teacher is left"
+                f"run.fit_memory: out of memory even with {loader.block} images at once: try "
+                f"{_either(_less_memory(parts))}"
             )
         optim = parts.config.optim
         accumulate = optim.accumulate * before // smaller[0]

@@ -141,7 +141,7 @@ def _training(run: Path, config: Config) -> str:
         told.insert(0, f"from the weights of {_public(config.start.source)}")
     environment = run / "environment.json"
     if environment.is_file():
-        about = json.loads(environment.read_text())
+        about = json.loads(environment.read_text(encoding="utf-8"))
         told.append(
             f"on {about['device_name']}, torch {about['packages']['torch']}, commit "
             f"{about['commit']}"

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from deit.text import printable
+
 # The browser itself refuses whatever would leave the file.
 _ALONE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _MANY = 8  # columns, from which on a table is set smaller
@@ -35,7 +37,7 @@ def page(title: str, lead: str, body: Iterable[str], *, foot: str) -> str:
 
 def text(value: object) -> str:
     """Any value as text of a page: nothing in it is taken for HTML."""
-    return html.escape(str(value))
+    return html.escape(printable(str(value)))
 
 
 def section(title: str, body: Iterable[str], *, anchor: str = "") -> str:
@@ -180,8 +182,9 @@ def _captioned(caption: str, table: str) -> str:
 
 def _write(file: Path | None, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     if file is not None:
-        with file.open("w", newline="") as written:
-            csv.writer(written, lineterminator="\n").writerows([columns, *rows])
+        with file.open("w", newline="", encoding="utf-8") as written:
+            lines = csv.writer(written, lineterminator="\n")
+            lines.writerows([map(printable, map(str, row)) for row in (columns, *rows)])
 
 
 def _heat(value: float, share: float, shown: str) -> str:

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from deit.drawing import save_figure
 from deit.errors import EnvironmentFault
+from deit.text import in_line
 
 GREY = "#808894"
 """Of letters that can be read on white and on black."""
@@ -39,9 +41,8 @@ def draw_attention(
         side = image.shape[0]
         extent = (-0.5, side - 0.5, side - 0.5, -0.5)
         _show(grid[row][0], image, side)
-        # File and class names are no formulas.
-        text = f"{caption}\n{_told(said)}"
-        grid[row][0].set_title(text, fontsize=8, loc="left", parse_math=False, **ink)
+        text = f"{in_line(caption)}\n{_told(said)}"
+        grid[row][0].set_title(text, fontsize=8, loc="left", **ink)
         for place, (name, values) in enumerate(zip(names, tokens), start=1):
             axes = grid[row][place]
             _show(axes, image.mean(axis=-1), side, cmap="gray", vmin=0, vmax=1)
@@ -51,7 +52,7 @@ def draw_attention(
             axes.set_title(
                 f"{name} token: up to {most:.1f} % a patch", fontsize=8, loc="left", **ink
             )
-    figure.savefig(path, dpi=120, transparent=clear)
+    save_figure(figure, path, dpi=120, transparent=clear)
 
 
 def _show(axes: Any, image: Any, side: int, **settings: Any) -> None:

@@ -1,7 +1,7 @@
 """Whole sections of a configuration by name: objectives, augmentations, teaching modes."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, NamedTuple
 
 from deit.config import LossConfig, TeacherView, ViewsConfig
@@ -142,3 +142,26 @@ def put_presets(values: dict[str, dict[str, Any]], names: dict[str, str | None])
             known = ", ".join(preset.names)
             wrong[flag] = f"should be one of {known}{nearest(name, preset.names)}"
     return wrong
+
+
+_OF_EPOCHS = ("optim.warmup_epochs", "optim.ema_epochs", "loss.distillation_warmup")
+"""The fields that are numbers of epochs within a run."""
+
+
+def fit_epochs(values: dict[str, dict[str, Any]], said: Collection[str]) -> None:
+    """Shorten warm-ups and the average's horizon to half of the epochs, in place, where a recipe or
+    a preset brings them and not the user.
+
+    values: of a configuration, text from a command line too. said: the fields and presets that
+    the user named. Without optim.epochs and presets among them nothing is changed.
+    """
+    if "optim.epochs" not in said and not PRESETS.keys() & set(said):
+        return
+    try:
+        half = int(values["optim"]["epochs"]) / 2
+    except (TypeError, ValueError):
+        return  # the check of the configuration tells
+    for name in _OF_EPOCHS:
+        section, leaf = name.split(".")
+        if name not in said and half > 0:
+            values[section][leaf] = min(values[section][leaf], half)

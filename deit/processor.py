@@ -41,7 +41,7 @@ def _from_cpuinfo(key: str) -> str:
     """What Linux says of the first core, empty where it says nothing."""
     if not _CPUINFO.is_file():
         return ""
-    for line in _CPUINFO.read_text().splitlines():
+    for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
         if line.split(":")[0].strip() == key:
             return line.split(":", 1)[1].strip()
     return ""

@@ -89,7 +89,7 @@ def prune(
             raise failure_of(failed)
         result = prune_result(run, name, out, runs, arguments)
         write_json(out / "results.json", result)
-        (out / "results.md").write_text(prune_page(result))
+        (out / "results.md").write_text(prune_page(result), encoding="utf-8")
         say(f"wrote {out / 'results.json'}")
         say(f"wrote {out / 'results.md'}")
     print_pruning(result)

@@ -1,6 +1,7 @@
 """A run put back to where it was; what differs from the run that began is refused or told."""
 
 import dataclasses
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def restore(parts: Parts) -> bool:
     steps = parts.loader.steps_per_epoch
     if not state.epoch * steps < state.step <= (state.epoch + 1) * steps:
         raise CheckpointError(
-            f"{folder}: update {state.step} is not in epoch {state.epoch + 1} of {steps} updates"
+            f"{folder}: update {state.step} is not in epoch {state.epoch + 1} of {steps} updates; "
+            "give another --out to start from the beginning"
         )
     if (state.scaler is None) != (parts.accelerator.scaler is None):
         raise CheckpointError(
@@ -238,9 +240,14 @@ def _check_config(parts: Parts) -> None:
             if current != value and f"{section}.{leaf}" not in RESUMABLE:
                 differences.append(f"\n  {section}.{leaf}: {value!r} before, {current!r} now")
     if differences:
+        ways = ["give the same one", "another --out"]
+        if (parts.out / checkpoint.BEST).is_dir():
+            ways.append(
+                f"deit finetune --from {shlex.quote(str(parts.out))} to train its weights on"
+            )
         raise ConfigError(
-            "--resume: the configuration differs from the run's; give the same one, or another "
-            f"--out:{''.join(differences)}"
+            f"--resume: the configuration differs from the run's; {', or '.join(ways)}:"
+            + "".join(differences)
         )
 
 

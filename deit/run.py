@@ -1,5 +1,6 @@
 """The wiring of a training run, from a configuration to a finished run folder."""
 
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -31,7 +32,7 @@ from deit.faults import reach
 from deit.interruption import Interruption
 from deit.launcher import STOPPING
 from deit.metrics import agreement, topk_accuracy
-from deit.mishaps import NumberWatch, fit_memory, understood
+from deit.mishaps import NumberWatch, fit_memory, recomputes, understood
 from deit.models.base import Base, base_of
 from deit.models.layers import depths_of, hold_still
 from deit.models.linear import use_onednn
@@ -167,7 +168,10 @@ def _begin(parts: Parts, environment: dict[str, Any], *, resume: bool) -> None:
     if parts.accelerator.is_main_process:
         name = checkpoint.ENVIRONMENT if first else checkpoint.RESUMED
         write_json(out / checkpoint.CONFIG, to_dict(parts.config))
-        write_json(out / name, environment)
+        # From the folder, above it: it moves with what lies around it, and holds no user's name.
+        directory = os.path.relpath(Path.cwd(), out.resolve())
+        above = all(part == ".." for part in Path(directory).parts)
+        write_json(out / name, {**environment, "directory": directory if above else None})
         if parts.start_notes is not None:
             write_json(out / "start.json", parts.start_notes)
 
@@ -262,13 +266,11 @@ def _check_update(config: Config, loader: TrainLoader) -> None:
 
 def _recompute(config: Config, network: nn.Module) -> None:
     """Have a network compute its blocks again in the backward pass. Raises ConfigError."""
-    try:
-        network.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError):  # timm's way to say that it cannot
+    if not recomputes(network):
         raise ConfigError(
             f"run.recompute = True: {config.student.name} has no blocks that it could compute "
             "again; --optim.accumulate saves memory too"
-        ) from None
+        )
 
 
 def _scales(config: Config, student: nn.Module) -> dict[str, float] | None:

@@ -233,7 +233,7 @@ def _write_curves(view: View, path: Path) -> None:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
     """A table as a file, columns that a row does not have empty."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         lines = csv.DictWriter(file, columns, lineterminator="\n")
         lines.writeheader()
         lines.writerows(rows)

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from deit.config import Config, to_dict
+from deit.config import Config, derive, to_dict
 from deit.errors import ConfigError
-from deit.presets import PRESETS, put_presets
+from deit.presets import PRESETS, fit_epochs, put_presets
 from deit.studies import STUDIES
 from deit.text import nearest, read_text
 from deit.typed_json import strict_json
@@ -344,6 +344,7 @@ def with_fields(config: Config, fields: Fields, *, where: str) -> Config:
         if name not in PRESETS:
             section, leaf = name.split(".")
             values[section][leaf] = value
+    fit_epochs(values, fields)
     try:
         # Answers that only a store can give are written before the runs that need them.
         return build(values, online=values["views"]["teacher_view"] != "crops")
@@ -387,6 +388,12 @@ def under_command_line(sweep: Sweep, asked: Config, config: Config) -> Sweep:
     ConfigError for a field that varies in the grid or the search.
     """
     typed = _differing(asked, config)
+    fitted = to_dict(derive(asked, optim={"epochs": config.optim.epochs}))
+    fit_epochs(fitted, ["optim.epochs"])
+    for name in typed.keys() - {"optim.epochs"}:
+        section, leaf = name.split(".")
+        if "optim.epochs" in typed and fitted[section][leaf] == typed[name]:
+            del typed[name]  # follows from the number of epochs
     varied = {**sweep.grid, **(sweep.search.fields if sweep.search else {})}
     if both := sorted(typed.keys() & varied.keys()):
         raise ConfigError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.charts import SERIES, TEACHER, Draw
-from deit.drawing import draw_comparison, final_top1, legend
+from deit.drawing import draw_comparison, final_top1, legend, save_figure
 from deit.errors import EnvironmentFault
 from deit.sweep_file import short_names
 from deit.sweep_results import points
@@ -52,7 +52,7 @@ def _save(
     for draw, axes in zip(draws, places):
         draw(axes)
     figure.suptitle(_title(result))
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
     return path
 
 
@@ -221,4 +221,4 @@ def draw_heat_map(result: dict[str, Any], down: str, across: str, path: Path) ->
     bar = figure.colorbar(image, ax=axes)
     bar.set_label(f"{result['split']} top-1 %")
     figure.suptitle(_title(result), fontsize=10)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)

@@ -83,7 +83,8 @@ def environment_of(rows: dict[str, outcome.Row]) -> dict[str, Any]:
     packages = {
         name: _each(one["packages"].get(name) for one in found) for name in found[0]["packages"]
     }
-    return {**found[0], **every, "packages": packages}
+    first = {name: value for name, value in found[0].items() if name != "directory"}
+    return {**first, **every, "packages": packages}
 
 
 def _each(values: Iterable[Any]) -> str:

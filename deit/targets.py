@@ -295,7 +295,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a store, complete or not. Raises FileNotFoundError and CheckpointError."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

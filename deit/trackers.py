@@ -57,7 +57,7 @@ def tracked(accelerator: Accelerator, config: Config, out: Path) -> Iterator[Non
             raise EnvironmentFault(f"run.trackers {', '.join(names)}: {reason_of(error)}") from None
         for tracker in accelerator.trackers:
             if tracker.name == "mlflow" and accelerator.is_main_process:
-                (folder / _MLFLOW).write_text(tracker.tracker.info.run_id)
+                (folder / _MLFLOW).write_text(tracker.tracker.info.run_id, encoding="utf-8")
         say(f"trackers  {', '.join(_where(name, folder) for name in names)}")
     try:
         yield
@@ -108,7 +108,7 @@ def _settings(out: Path, folder: Path) -> dict[str, dict[str, Any]]:
     as the same run."""
     name = out.resolve().name
     put_first(folder / _OURS, uuid.uuid4().hex.encode())
-    known = (folder / _OURS).read_text()
+    known = (folder / _OURS).read_text(encoding="utf-8")
     return {
         "wandb": {"name": name, "dir": str(folder), "id": known, "resume": "allow"},
         "mlflow": {"run_name": name},
@@ -126,7 +126,7 @@ def _mlflow_run(folder: Path) -> str | None:
     import mlflow
 
     try:
-        return mlflow.get_run(path.read_text()).info.run_id
+        return mlflow.get_run(path.read_text(encoding="utf-8")).info.run_id
     except mlflow.exceptions.MlflowException:  # not there: then it is a run of its own
         return None
 

@@ -1,6 +1,8 @@
 """Checks a configuration as a whole: every problem found at once, each with what to do."""
 
 import dataclasses
+import json
+import os
 import typing
 from collections.abc import Collection
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from deit.checks import CHECKS, NO_VALUE, ONLINE_CHECKS, Problem
-from deit.config import Config, to_dict
+from deit.config import Config, derive, to_dict
+from deit.disk import ENVIRONMENT, RESUMED
 from deit.errors import ConfigError
-from deit.text import nearest, read_text
+from deit.text import name_trouble, nearest, read_text
 from deit.typed_json import strict_json
 
 
@@ -44,6 +47,11 @@ def build(
         config = adapter.validate_python(
             {name: fields for name, fields in values.items() if name not in broken}
         )
+    for section, fields in to_dict(config).items():
+        for leaf, value in fields.items():
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, str) and (trouble := name_trouble(one)):
+                    problems.append(Problem(f"{section}.{leaf}", one, f"{trouble}; rename it"))
     for check, sections in {**CHECKS, **(ONLINE_CHECKS if online else {})}.items():
         if not sections & broken:
             problems += check(config)
@@ -58,14 +66,61 @@ def validate(config: Config, *, online: bool = True) -> Config:
 
 
 def load(path: Path) -> Config:
-    """A configuration from the config.json of a run. Raises ConfigError."""
+    """A configuration from the config.json of a run. Relative paths in it that lead nowhere from
+    here are taken from where the run was started. Raises ConfigError."""
     try:
         values = strict_json(read_text(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable configuration ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a JSON object of sections")
-    return build(values)
+    return _from_here(build(values), path.parent)
+
+
+def started_in(run: Path, record: str) -> Path | None:
+    """The working directory of the command that started a run. record: environment.json, or that
+    of a resumed run, which holds the path from the run's folder, so that both may be moved
+    together. None where it does not say."""
+    try:
+        found = json.loads((run / record).read_bytes())["directory"]
+        return (run.resolve() / found).resolve()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _from_here(config: Config, run: Path) -> Config:
+    """A run's configuration with the paths that are found where it was started."""
+    starts = [started_in(run, record) for record in (RESUMED, ENVIRONMENT)]
+    starts = [start for start in starts if start is not None and start != Path.cwd()]
+    if not starts:
+        return config
+
+    def found(word: str) -> str:
+        mark, name = ("@", word[1:]) if word.startswith("@") else ("", word)
+        path = Path(name).expanduser()
+        if path.is_absolute() or path.exists() or ".py:" in name or name in ("keep", "none", ""):
+            return word
+        places = (start / path for start in starts)
+        return next((f"{mark}{os.path.relpath(one)}" for one in places if one.exists()), word)
+
+    sections: dict[str, dict[str, Any]] = {}
+    for field in _PATHS if config.data.source != "digits" else _PATHS[1:]:
+        section, leaf = field.split(".")
+        value = getattr(getattr(config, section), leaf)
+        if isinstance(value, str):
+            sections.setdefault(section, {})[leaf] = found(value)
+        elif isinstance(value, tuple):
+            lists = field in ("data.classes", "data.held_out")  # where only @FILE is a path
+            kept = tuple(one if lists and one[:1] != "@" else found(one) for one in value)
+            sections.setdefault(section, {})[leaf] = kept
+    return derive(config, **sections)
+
+
+_PATHS = (
+    *("data.root", "data.quarantine", "data.classes", "data.held_out"),
+    *("start.source", "start.masks", "teacher.source", "teacher.targets"),
+)
+"""Fields that may hold paths."""
 
 
 def _config_error(problems: list[Problem]) -> ConfigError:

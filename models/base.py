@@ -52,7 +52,7 @@ def base_of(source: str, weights: str, kernel: Kernel, *, out: Path) -> Base:
 
 def save_base(folder: Path, base: Base) -> None:
     """Write what saved adapters belong to, into the folder of their weights."""
-    (folder / BASE).write_text(json.dumps(asdict(base), indent=1) + "\n")
+    (folder / BASE).write_text(json.dumps(asdict(base), indent=1) + "\n", encoding="utf-8")
 
 
 def read_base(folder: Path) -> Base | None:

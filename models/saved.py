@@ -25,7 +25,7 @@ def build_student(facts: Facts) -> Student:
 def save_student(folder: Path, weights: dict[str, Tensor], facts: Facts) -> None:
     """Write the weights (named as in `student.network`) and facts into an existing folder."""
     save_weights(folder / WEIGHTS, weights)
-    (folder / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n")
+    (folder / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
 
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:

@@ -84,7 +84,7 @@ def main() -> None:
         "environment": describe(create_accelerator(RunConfig(device=device)), []),
     }
     if options.json is not None:
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         say(f"wrote {options.json}")
     if options.plot is not None:
         draw_benchmark(facts, options.plot)

@@ -27,7 +27,7 @@ _WORSE = ("pass", "skipped", "FAIL")
 
 def rows() -> list[dict[str, Any]]:
     """The matrix: `id`, `fault`, `behaviour`, `tests` that prove it, and `open`, what is not."""
-    return json.loads(MATRIX.read_text())
+    return json.loads(MATRIX.read_text(encoding="utf-8"))
 
 
 def outcomes(tests: list[str], *, slow: bool) -> tuple[dict[str, str], float]:
@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="only write docs/faults.md anew")
     options = parser.parse_args()
     matrix = rows()
-    PAGE.write_text(page(matrix))
+    PAGE.write_text(page(matrix), encoding="utf-8")
     if options.page:
         return 0
     tests = sorted({test for row in matrix for test in row["tests"]})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.charts import SERIES
-from deit.drawing import markdown_table, summary
+from deit.drawing import markdown_table, save_figure, summary
 from deit.landscape_charts import eigenvalues_chart, lines_chart, path_chart
 from deit.landscape_page import LINES, cells, columns, line_cells
 
@@ -30,7 +30,7 @@ def draw_landscape(result: dict[str, Any], path: Path) -> None:
     )
     for axes, draw in zip(figure.subplots(1, 3), draws):
         draw(axes)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 _Result = dict[str, Any]
@@ -119,7 +119,7 @@ def draw_seeds(results: Sequence[_Result], path: Path) -> None:
         axes.set_xlabel("sparsity % of the prunable weights; kinds stand side by side")
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _sparsity(name: str) -> float:

@@ -46,7 +46,7 @@ def _report(make: Callable, threads: int, answer: Any) -> None:
     ended.set()
     watcher.join()
     # Not getrusage: what it tells begins with the memory of the process that started this one.
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     found = 1024 * int(status.partition("VmHWM:")[2].split()[0]) + most[0]
     if torch.cuda.is_available():
         found = torch.cuda.max_memory_allocated()
@@ -58,9 +58,13 @@ def _of_workers(process: str) -> int:
     """What the processes that one started hold and share with none [bytes]."""
     found = 0
     for file in (Path("/proc") / process).glob("task/*/children"):
-        for child in file.read_text().split():
+        for child in file.read_text(encoding="utf-8").split():
             with contextlib.suppress(OSError):  # it has just ended
-                rows = (Path("/proc") / child / "smaps_rollup").read_text().splitlines()
+                rows = (
+                    (Path("/proc") / child / "smaps_rollup")
+                    .read_text(encoding="utf-8")
+                    .splitlines()
+                )
                 private = [row.split()[1] for row in rows if row.startswith("Private_")]
                 found += 1024 * sum(map(int, private)) + _of_workers(child)
     return found

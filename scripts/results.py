@@ -267,7 +267,9 @@ def written(page: str, texts: dict[str, str]) -> str:
 def load(names: Iterable[str]) -> dict[str, dict]:
     """Files of docs/results/ by name."""
     folder = ROOT / "docs" / "results"
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    return {
+        name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names
+    }
 
 
 def main() -> None:
@@ -288,11 +290,11 @@ def main() -> None:
     texts |= {name: landscape_section(name, result) for name, result in landscapes.items()}
     texts |= {name: seeds_section(name) for name in SEEDS}
     pages[ROOT / "docs" / "compression.md"] = texts
-    new = {path: written(path.read_text(), texts) for path, texts in pages.items()}
+    new = {path: written(path.read_text(encoding="utf-8"), texts) for path, texts in pages.items()}
     if check:
-        sys.exit(any(text != path.read_text() for path, text in new.items()))
+        sys.exit(any(text != path.read_text(encoding="utf-8") for path, text in new.items()))
     for path, text in new.items():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     for name, result in results.items():
         draw_comparison(result, ROOT / "docs" / "images" / f"{name}.png")
     for name in DRAWN:

@@ -39,7 +39,7 @@ def quantized(run: Path, methods: Iterable[str] = METHODS) -> dict[str, Any]:
         told = run / f"quantized-{method}" / "quantization.json"
         if not told.is_file():
             deit("quantize", str(run), f"--method={method}", "--max-drop=100")
-        found[method] = json.loads(told.read_text())
+        found[method] = json.loads(told.read_text(encoding="utf-8"))
     return found
 
 
@@ -54,7 +54,7 @@ def study(recipe: str, seed: int, place: Path, rest: list[str], asked: argparse.
     found = {"quantize": quantized(run)}
     # Each of its controls is a student of the pruned shape (docs/compression.md).
     deit("prune", str(run), "--ratio=0.5", "--controls=short,long", f"--out={pruned}")
-    found["prune"] = json.loads((pruned / "results.json").read_text())
+    found["prune"] = json.loads((pruned / "results.json").read_text(encoding="utf-8"))
     quantized(pruned / RECOVERED)
     train(recipe, shared, *words, *whole, "--student.share=2")
     begun = ("--from", str(run), "--tuning=int8")
@@ -62,7 +62,7 @@ def study(recipe: str, seed: int, place: Path, rest: list[str], asked: argparse.
     quantized(rounded, ["static"])
     merge = [] if asked.merge is None else [f"--merge={asked.merge}"]
     deit("ladder", str(run), str(shared), str(rounded), *merge, "--force")
-    found["ladder"] = json.loads((run / "ladder" / "ladder.json").read_text())
+    found["ladder"] = json.loads((run / "ladder" / "ladder.json").read_text(encoding="utf-8"))
     return found
 
 

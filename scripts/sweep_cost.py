@@ -45,7 +45,9 @@ def alone(name: str, common: list[str], folder: Path) -> float:
 
 def together(name: str, common: list[str], folder: Path) -> float:
     """Seconds of the same as a sweep, two at a time, with evaluation and tables."""
-    (folder / f"{name}.json").write_text(json.dumps({"recipe": "digits", "grid": GRID}))
+    (folder / f"{name}.json").write_text(
+        json.dumps({"recipe": "digits", "grid": GRID}), encoding="utf-8"
+    )
     return deit("sweep", f"{name}.json", *common, "--at_once=2", f"--out={name}", folder=folder)
 
 

@@ -177,7 +177,7 @@ def main() -> None:
         found["command"] = " ".join(["python", "scripts/trust_cost.py", *sys.argv[1:]])
         found["rounds"] = options.rounds
         found["environment"] = describe(create_accelerator(RunConfig(device="cpu")), [])
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         say(f"wrote {options.json}")
 
 

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from deit.arguments import parse_run
-from deit.config import Config, derive, mixes, peak_lr, to_dict
+from deit.checks import _check_optim
+from deit.config import Config, LossConfig, OptimConfig, derive, mixes, peak_lr, to_dict
 from deit.errors import ConfigError
-from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
+from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING, fit_epochs, put_presets
 from deit.recipes import RECIPES, digits, find_recipe
 from deit.seats import Member, Seat, members, seats
 from deit.validation import build, field_names, load, validate
@@ -336,3 +337,37 @@ def test_json_that_means_nothing_is_refused(text, words, tmp_path):
 def test_a_number_outside_its_range_is_refused_by_name(section, field, value):
     with pytest.raises(ConfigError, match=rf"{section}\.{field} = "):
         build({section: {field: value}})
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 7])
+def test_few_epochs_fit_every_recipe_with_every_objective(epochs):
+    """What a recipe or preset sets in epochs is never longer than the run."""
+    for recipe in RECIPES.values():
+        for objective in (None, *OBJECTIVES):
+            values = to_dict(recipe())
+            put_presets(values, {"objective": objective})
+            values["optim"]["epochs"] = epochs
+            fit_epochs(values, ["optim.epochs"])
+            config = derive(
+                recipe(),
+                optim=OptimConfig(**values["optim"]),
+                loss=LossConfig(**values["loss"]),
+            )
+            assert _check_optim(config) == []
+
+
+def test_few_epochs_shorten_what_was_not_typed_and_nothing_else():
+    few = ("--optim.epochs", "4", "--augmentation", "none", "--objective", "dkd")
+    config = run_of("digits", *few)
+    assert (config.optim.warmup_epochs, config.loss.distillation_warmup) == (2, 2)
+    config = run_of("digits", *few, "--loss.distillation_warmup", "3")
+    assert (config.optim.warmup_epochs, config.loss.distillation_warmup) == (2, 3)
+    with pytest.raises(ConfigError, match=r"should be less than optim\.epochs"):
+        run_of("digits", *few, "--optim.warmup_epochs", "5")
+    assert run_of("digits", "--optim.epochs", "30").optim.warmup_epochs == 5
+    with pytest.raises(ConfigError, match="should be greater than or equal to 1"):
+        run_of("digits", "--optim.epochs", "0")
+
+
+def run_of(*words):
+    return parse_run(list(words), program="deit train", about="").config

@@ -1,8 +1,12 @@
 """What a person sees: durations, progress on a terminal and elsewhere, one speaker."""
 
+import re
+
 import pytest
+from rich.cells import cell_len
 
 from deit import console
+from deit.errors import EnvironmentFault
 
 
 @pytest.mark.parametrize(
@@ -81,3 +85,82 @@ def test_a_table_shows_names_as_they_are_and_its_title_whole(capsys):
     said = capsys.readouterr().out
     for words in ("its table: IMG[red].png, :dog: [/b]\n", "a[blue]", "[x]"):
         assert words in said
+
+
+NAMES = ("cifar10-micro-transformer-teacher", "checkpoints/a folder/tëst 中文", "98.5 +- 0.3")
+SENTENCE = "A small DeiT distilled from `digits-teacher`: minutes on a laptop, nothing to download."
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Standard output on a terminal of a number of columns."""
+
+    def of(columns):
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        monkeypatch.setenv("COLUMNS", str(columns))
+
+    return of
+
+
+@pytest.mark.parametrize("columns", [20, 30, 40, 60, 80, 100, 140, 200])
+@pytest.mark.parametrize("folds", [None, "what"])
+def test_no_terminal_is_so_narrow_that_a_name_or_a_number_is_cut(columns, folds, terminal, capsys):
+    terminal(columns)
+    heads = ("name", "folder", "top-1 % of the head", "what")
+    console.table("a title", heads, [(*NAMES, SENTENCE)] * 2, text=True, folds=folds)
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert "…" not in said
+    for name in NAMES:
+        assert sum(name in line for line in lines) == 2
+    words = [word.strip("│ ") for word in said.split() if word.strip("│ ")]
+    assert all(words.count(word) >= 2 for word in SENTENCE.split())
+    grid = any(line.startswith("┏") for line in lines)
+    assert grid == (columns >= (140 if folds else 200))
+    if grid:
+        wide = {cell_len(re.sub(r"\x1b\[[\d;]*m", "", line)) for line in lines[1:]}
+        assert len(wide) == 1
+        assert wide.pop() <= columns
+
+
+def test_a_row_that_is_too_wide_is_a_record(terminal, capsys):
+    terminal(20)
+    rows = [("a distilled student", "98.5"), ("b", "-")]
+    console.table("t", ("", "class head"), rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ["a distilled student", "  class head: 98.5", "b", "  class head: -"]
+
+
+def test_names_in_a_table_and_a_message_are_not_interpreted(capsys):
+    console.table("t\x1b[2J", ("a\nb", "c"), [("x\ny", "[red]z[/red]\x1b[31m")])
+    console.say("\x1b]0;owned\x07 two\nlines")
+    console.warn("caf\udce9")
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert "t\\x1b[2J" in lines
+    assert any("x\\ny" in line and "[red]z[/red]\\x1b[31m" in line for line in lines)
+    assert lines[-2:] == ["\\x1b]0;owned\\x07 two", "lines"]
+    assert said.err == "deit: warning: caf\\xe9\n"
+    assert "\x1b" not in said.out
+
+
+@pytest.mark.parametrize("columns", [1, 20, 40])
+def test_progress_fits_the_narrowest_terminal(columns, terminal, capsys):
+    terminal(columns)
+    title = "evaluating\n[a long] name \x1b[31m"
+    assert list(console.progress(range(3), total=3, title=title)) == [0, 1, 2]
+
+
+def test_a_full_disk_behind_standard_output_is_told(monkeypatch):
+    class Full:
+        encoding = "utf-8"
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        flush = isatty = lambda self: False
+
+    monkeypatch.setattr("sys.stdout", Full())
+    with pytest.raises(EnvironmentFault, match="standard output: could not be written"):
+        console.say("hello")

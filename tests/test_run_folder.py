@@ -117,6 +117,16 @@ def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, zygote, tmp_pat
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == content
 
 
+def test_a_finished_run_with_other_settings_names_the_ways_that_there_are(straight, zygote):
+    done = run(zygote, straight, "", "--optim.epochs", "9")
+    assert done.code == 2
+    way = f"deit finetune --from {straight}"
+    assert f"give the same one, or another --out, or {way} to train its weights on:" in done.err
+    assert "optim.epochs: 2 before, 9 now" in done.err
+    told = zygote.run("finetune", *way.split()[2:], "--optim.epochs", "9", "--print_config")
+    assert (told.code, json.loads(told.out)["optim"]["epochs"]) == (0, 9)
+
+
 def test_a_full_disk_leaves_no_probe_behind(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
@@ -257,16 +267,23 @@ def test_a_teacher_that_was_moved_is_the_same_teacher(teachers, zygote, tmp_path
     assert run(zygote, out, "", *taught, teachers / "1").code == 3
 
 
+LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
+
+
 @pytest.mark.parametrize(
-    ("block", "said"),
+    ("words", "block", "said"),
     [
-        (63, "63 images at once; 21 fit"),
-        (1, "1 images at once; --run.recompute, or a smaller student"),
+        (("digits-teacher",), 63, "63 images at once; 21 fit"),
+        (("digits-teacher",), 1, "1 images at once: try a smaller student; the same command with"),
+        (LEARNER, 2, "2 images at once: try --run.recompute, or a smaller student; the same"),
+        ((*LEARNER, "--run.recompute"), 2, "2 images at once: try a smaller student; the same"),
     ],
+    ids=["less fits", "nothing to recompute", "recompute", "recomputes already"],
 )
-def test_out_of_memory_says_only_what_was_tried(block, said, zygote, tmp_path):
-    words = ("digits-teacher", "--optim.epochs", "3", "--optim.batch_size", block)
+def test_out_of_memory_advises_only_what_helps(words, block, said, zygote, tmp_path):
+    words = (*words, "--optim.epochs", "3", "--optim.batch_size", block)
     done = zygote.run("train", *words, "--out", tmp_path / "run", DEIT_FAULT="update:3:memory")
     assert done.code == 5
     assert f"out of memory with {said}" in done.err
+    assert f"--resume goes on with {tmp_path / 'run'}" in done.err
     assert "with fewer" not in done.err

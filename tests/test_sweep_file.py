@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from deit.arguments import parse_run
 from deit.config import derive, label_weight, to_dict
 from deit.errors import ConfigError
 from deit.recipes import RECIPES, digits, digits_ensemble
@@ -339,3 +340,24 @@ def test_points_that_are_the_same_run_are_told(tmp_path):
     sweep = read(tmp_path, "runs: {first: {optim.lr: 0.5}, again: {optim.lr: 0.5}, other: {}}")
     trials = trials_of(points_of(sweep, digits()), (0, 1), tmp_path, lambda config: config)
     assert alike(trials) == ["again: is the same run as first, trained once"]
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_few_epochs_fit_every_sweep_that_has_a_name(name):
+    """Their recipes warm up for longer than that."""
+    base = run_of(SWEEPS[name].recipe, "--optim.epochs", "1")
+    assert points_of(SWEEPS[name], base)
+
+
+def test_a_warm_up_that_fits_few_epochs_may_still_vary(tmp_path):
+    typed = run_of("digits", "--optim.epochs", "4")
+    assert typed.optim.warmup_epochs == 2
+    sweep = read(tmp_path, "grid: {optim.warmup_epochs: [0, 1]}")
+    points = points_of(under_command_line(sweep, digits(), typed), typed)
+    assert [point.config.optim.warmup_epochs for point in points] == [0, 1]
+    points = points_of(read(tmp_path, "grid: {optim.epochs: [2, 60]}"), digits())
+    assert [point.config.optim.warmup_epochs for point in points] == [1, 5]
+
+
+def run_of(*words):
+    return parse_run(list(words), program="deit sweep", about="", online=False).config

@@ -73,4 +73,4 @@ def recipes(arguments: list[str], program: str) -> None:
         student = f"{config.student.name} {config.student.image_size} px"
         epochs = str(config.optim.epochs)
         rows.append((name, student, epochs, (recipe.__doc__ or "").strip().split("\n")[0]))
-    table("recipes", ("name", "student", "epochs", "what"), rows, text=True)
+    table("recipes", ("name", "student", "epochs", "what"), rows, text=True, folds="what")

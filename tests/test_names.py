@@ -1,0 +1,255 @@
+"""Names as people have them: every one works everywhere, or is refused before any work."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deit import checkpoint
+from deit.config import to_dict
+from deit.drawing import legend, markdown_table, save_figure
+from deit.errors import ConfigError
+from deit.recipes import digits
+from deit.text import in_line, name_trouble, printable
+from deit.validation import build
+
+ROOT = Path(__file__).parents[1]
+ODD = ("Äpfel rot", "中文", "a$b$ [bold]x[red] | & 50%", "_emoji 🍎")
+QUICK = (
+    *("--optim.epochs", "1", "--optim.batch_size", "8", "--data.image_size", "18"),
+    *(
+        "--student.image_size",
+        "16",
+        "--student.drop_path",
+        "0",
+        "--data.validation_fraction",
+        "0.3",
+    ),
+)
+
+
+def pictures(root: Path, classes: tuple[str | bytes, ...], names: tuple[str | bytes, ...]) -> Path:
+    """Class folders of a train and a test split; a name of bytes may be no UTF-8."""
+    for split in ("train", "test"):
+        for number, kind in enumerate(classes):
+            place = os.path.join(os.fsencode(root), split.encode(), os.fsencode(kind))
+            os.makedirs(place)
+            for name in names:
+                pixels = np.full((20, 20, 3), 40 * number + 30, np.uint8)
+                with open(os.path.join(place, os.fsencode(name)), "wb") as file:
+                    Image.fromarray(pixels).save(file, "png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("Äpfel 中文 🍎 a\u0308", "Äpfel 中文 🍎 a\u0308"),
+        ("caf\udce9", "caf\\xe9"),
+        ("\ud83c", "\\ud83c"),
+        ("a\x1b[31mred\r\x07\x9b", "a\\x1b[31mred\\r\\x07\\x9b"),
+        ("left\u202egnp.exe\u2028", "left\\u202egnp.exe\\u2028"),
+        ("two\nlines\tand a tab", "two\\nlines\\tand a tab"),
+    ],
+)
+def test_text_for_one_line_interprets_nothing(text, line):
+    assert in_line(text) == line
+    assert printable(text) == line.replace("\\n", "\n").replace("\\t", "\t")
+    assert in_line(text).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "trouble"),
+    [
+        ("Äpfel [b] 中 🏳️‍🌈 $", None),
+        ("caf\udce9", "is not valid UTF-8"),
+        ("bee\nsting", "line break"),
+        ("\x1b]0;title\x07", "control character"),
+    ],
+)
+def test_names_that_no_file_could_hold_are_told(name, trouble):
+    assert (
+        (name_trouble(name) or "").count(trouble or "") == 1 if trouble else not name_trouble(name)
+    )
+
+
+def test_in_another_encoding_than_utf_8_only_ascii_is_read(monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
+    assert name_trouble("plain") is None
+    assert "PYTHONUTF8=1" in name_trouble("CafÃ©")
+
+
+def test_a_configuration_refuses_names_that_its_file_could_not_hold():
+    values = to_dict(digits())
+    values["data"]["root"], values["teacher"]["source"] = "caf\udce9", ("a", "b\nc")
+    with pytest.raises(ConfigError) as refused:
+        build(values)
+    assert "data.root = 'caf\\udce9': is not valid UTF-8" in str(refused.value)
+    assert "teacher.source = 'b\\nc': holds a line break" in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("names")
+    names = (*(f"bild {number} ü.PNG" for number in range(6)), b"caf\xe9.png")
+    try:
+        pictures(folder / "odd é", ODD, names)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(zygote, place) -> Path:
+    """A teacher and a student of odd classes, in folders of odd names."""
+    words = ("--data.root", "odd é", *QUICK)
+    teacher = ("folder-teacher", *words, "--student.name", "small_convnet", "--out", "t [b] é")
+    done = zygote.run("train", *teacher, cwd=place)
+    assert done.code == 0, done.err
+    words = (*words, "--student.depth", "1", "--teacher.source", "t [b] é", "--teacher.allow_weak")
+    done = zygote.run("train", "folder", *words, "--out", "run", cwd=place)
+    assert done.code == 0, done.err
+    return place / "run"
+
+
+def test_every_command_reads_a_run_of_odd_names(trained, place, zygote):
+    images = sorted((place / "odd é" / "test").rglob("*.[pP]*"))
+    commands: list[tuple[object, ...]] = [
+        ("evaluate", "run"),
+        ("predict", "run", *images, "--json", "said.json", "--attention", "seen.png"),
+        ("scan", "odd é", "--json", "scan.json", "--write", "bad.txt"),
+        ("report", "run", "t [b] é", "--out", "page"),
+        ("export", "run", "--format", "pt2"),
+        ("views", "run/config.json", "--out", "views.png"),
+        ("finetune", "--from", "run", *QUICK[:2], "--print_config"),
+    ]
+    said = {}
+    for words in commands:
+        done = zygote.run(*words, cwd=place)
+        assert (done.code, "unexpected" in done.err) == (0, False), (words[0], done.err)
+        said[words[0]] = done.out
+    for name in ODD:
+        assert all(name in said[one] for one in ("evaluate", "predict"))
+    assert "caf\\xe9.png" in said["predict"]
+    files = [row["file"] for row in json.loads((place / "said.json").read_text())["pictures"]]
+    assert sorted(files) == sorted(map(str, images))
+    page = (place / "page" / "index.html").read_text(encoding="utf-8")
+    assert "[bold]x[red] | &amp; 50%" in page
+    card = (place / "run" / "export-pt2" / "README.md").read_text(encoding="utf-8")
+    assert "中文" in card
+
+
+@pytest.mark.parametrize("kind", ["latin", "newline"])
+def test_classes_that_no_file_could_hold_are_refused_before_any_work(kind, zygote, tmp_path):
+    classes = {"latin": ("ant", b"caf\xe9"), "newline": ("ant", "bee\nsting")}[kind]
+    try:
+        pictures(tmp_path / "set", classes, ("0.png", "1.png"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    named = {"latin": "caf\\xe9': its name is not valid UTF-8", "newline": "bee\\nsting': its name"}
+    words = ("folder-teacher", "--data.root", "set", *QUICK, "--out", "run")
+    for command in (("train", *words), ("scan", "set")):
+        done = zygote.run(*command, cwd=tmp_path)
+        assert done.code == 3
+        assert done.err.startswith("deit: error: set/train: the class '")
+        assert named[kind] in done.err
+        assert done.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_arguments_that_no_file_could_hold_are_refused(zygote, tmp_path):
+    for name in ("caf\udce9", "two\nlines"):
+        for words in (("train", "digits", "--out", name), ("evaluate", name)):
+            done = zygote.run(*words, cwd=tmp_path)
+            assert done.code == 2
+            assert done.err.startswith(f"deit: error: {in_line(name)}: ")
+            assert done.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def started(words: list[str], cwd: Path, *, closed: str = "", **environment: str):
+    """A process of its own with other streams. closed: streams, by a shell's words."""
+    shell = ["bash", "-c", f'"$@" {closed}', "sh"] if closed else []
+    return subprocess.run(
+        [*shell, sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_console_that_lacks_a_sign_shows_its_escape(place):
+    words = "from deit.text import open_streams; from deit.console import *; open_streams();"
+    words += f"say({'中 é'!a}); table({'ü'!a}, ('a',), [({'🍎'!a},)]); warn('\\xdf')"
+    done = started(["-c", words], place, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    assert done.returncode == 0, done.stderr
+    assert b"\\u4e2d \\xe9" in done.stdout
+    assert b"\\U0001f34e" in done.stdout
+    assert b"deit: warning: \\xdf" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs a shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_ends_nothing_and_no_file_takes_its_place(closed, tmp_path):
+    words = "import sys; from deit.cli import main; sys.argv[1:] = ['recipes']; code = main();"
+    words += (
+        "file = open('file', 'w'); print('said'); print('too', file=sys.stderr); sys.exit(code)"
+    )
+    done = started(["-c", words], tmp_path, closed=closed)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_names_are_no_formulas_in_pictures_and_stand_in_every_legend(tmp_path):
+    figure_of = pytest.importorskip("matplotlib.figure").Figure
+    figure = figure_of(layout="constrained")
+    axes = figure.subplots()
+    for name in ("a$b$", "$\\frac$", "_x", "中文 caf\udce9"):
+        axes.plot([1, 10], [1, 100], label=name)
+    axes.set_yscale("log")
+    axes.set_xticks([1, 10], ["$x", "y_{$"])
+    axes.set_title("$\\bad{$ 🍎")
+    legend(axes)
+    save_figure(figure, tmp_path / "drawn.svg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("matplotlib").rcParams, "svg.fonttype", "none")
+        save_figure(figure, tmp_path / "text.svg")
+    drawn = (tmp_path / "text.svg").read_text(encoding="utf-8")
+    for name in ("a$b$", "$\\frac$", "_x", "中文 caf\\xe9", "$x", "y_{$", "$\\bad{$ 🍎"):
+        assert f">{name}<" in drawn or f"> {name}<" in drawn, name
+    assert ">$\\mathdefault" not in drawn  # the powers of ten are still formulas
+
+
+def test_a_name_ends_no_row_of_a_markdown_table():
+    assert markdown_table(("a\nb",), [("c\rd",)]).splitlines() == [
+        "| a\\nb |",
+        "| :-- |",
+        "| c\\rd |",
+    ]
+
+
+def test_a_run_is_looked_for_where_it_was_started(trained, place, zygote, tmp_path):
+    """From another folder, and after a move of all of it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    moved = tmp_path / "moved"
+    shutil.copytree(place, moved)
+    for run in (trained, moved / "run"):
+        done = zygote.run("evaluate", os.path.relpath(run, elsewhere), cwd=elsewhere)
+        assert done.code == 0, done.err
+        assert "teacher is left out" not in done.err
+    shutil.rmtree(moved / "odd é")
+    done = zygote.run("evaluate", moved / "run", cwd=elsewhere)
+    assert done.code == 3
+    assert "data.root odd é: no such folder" in done.err
+    assert "--data.root" in done.err
+    config = json.loads((trained / checkpoint.CONFIG).read_text())
+    assert config["data"]["root"] == "odd é"
