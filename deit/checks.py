@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from deit.config import (
+    CLASS_ORDERS,
     STUDENTS,
     Config,
     LossConfig,
@@ -272,12 +273,20 @@ def _check_teachers(config: Config) -> list[Problem]:
     number = max(len(teacher.source), len(teacher.targets))
     together = (1,) if teacher.combine != "tokens" else ()  # one store of what all say
     counts = {"source": (0, number), "targets": (0, *together, number)}
+    if number > 1:
+        counts["classes"] = (0, 1, number)
     counts |= dict.fromkeys(("architecture", "image_size", "weight", "layout"), (0, 1, number))
     counts |= dict.fromkeys(("mean", "std"), (0, 3, 3 * number))
     for leaf, allowed in counts.items():
         if len(getattr(teacher, leaf)) not in allowed:
             advice = f"should hold {allowed[-1]} values for {number} teacher(s)"
             found.append(Problem(f"teacher.{leaf}", getattr(teacher, leaf), advice))
+    if number > 1 or len(teacher.classes) == 1:
+        known = CLASS_ORDERS if number < 2 else (*CLASS_ORDERS, "none")
+        for word in teacher.classes:
+            if not word.startswith("@") and word not in known:
+                advice = f"should be @FILE with one name a line, or one of {', '.join(known)}"
+                found.append(Problem("teacher.classes", word, advice + nearest(word, known)))
     if bool(teacher.mean) != bool(teacher.std):
         found.append(Problem("teacher.mean", teacher.mean, "goes together with teacher.std"))
     for leaf in ("std", "weight"):

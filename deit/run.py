@@ -94,6 +94,7 @@ def train(
         parts = _furnish(config, out, accelerator, faculty, found, resumed=begun)
         stack.callback(parts.loader.close)
         environment = describe(accelerator, arguments or [])
+        environment["teachers"] = faculty.class_orders
         announce(parts, environment)
         if finished is not None and not dry_run:
             check_same_run(parts, finished)

@@ -238,6 +238,7 @@ def _about(config: Config, teachers: list[Teacher], environment: dict[str, Any])
     """What a person wants to know of a store, and what verifying it needs."""
     return {
         "teachers": [teacher.description for teacher in teachers],
+        "class_orders": [teacher.class_order for teacher in teachers],
         "device": environment["device"],
         "packages": environment["packages"],
         "config": to_dict(config),
