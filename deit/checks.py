@@ -17,6 +17,7 @@ from deit.config import (
     mixes,
     peak_lr,
 )
+from deit.files import HUB, about_address
 from deit.text import nearest
 
 
@@ -33,6 +34,25 @@ class Problem(NamedTuple):
 
 
 NO_VALUE = object()
+
+
+TIMM_LOADS = ("start.source", "teacher.source")
+"""Fields that take a repository of the Hugging Face hub, as timm names it."""
+
+
+def _check_addresses(config: Config) -> list[Problem]:
+    """Addresses, where files and folders are named."""
+    found = []
+    for section in dataclasses.fields(config):
+        for leaf in dataclasses.fields(section.type):
+            name, value = f"{section.name}.{leaf.name}", getattr(config, section.name)
+            value = getattr(value, leaf.name)
+            for word in value if isinstance(value, tuple) else (value,):
+                if not isinstance(word, str) or (name in TIMM_LOADS and word.startswith(HUB)):
+                    continue
+                if (advice := about_address(word.removeprefix("@"))) is not None:
+                    found.append(Problem(name, word, advice))
+    return found
 
 
 def _check_student(config: Config) -> list[Problem]:
@@ -482,6 +502,7 @@ def _check_run(config: Config) -> list[Problem]:
 
 
 CHECKS = {
+    _check_addresses: {"data", "start", "teacher", "student", "run"},
     _check_data: {"data"},
     _check_student: {"student"},
     _check_start: {"start", "optim"},

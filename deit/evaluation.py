@@ -377,7 +377,7 @@ def _teacher_logits(
         )
         announce_order(teacher, class_names)
         try:
-            refuse_order(teacher, outputs.class_logits, images.labels, class_names)
+            refuse_order(teacher, outputs.class_logits.argmax(dim=1), images.labels, class_names)
         except DataError as error:
             if not own:
                 raise

@@ -1,6 +1,8 @@
-"""Files of the user's own: Python that is run, a recipe or a teacher; lists of names."""
+"""Files of the user's own: Python that is run, a recipe or a teacher; lists of names; addresses
+given in the place of a path."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -40,3 +42,31 @@ def read_names(field: str, words: tuple[str, ...]) -> tuple[str, ...]:
         # The first word of a line, so that `wnid<TAB>words` lists work as they are.
         names += [line.split("\t")[0].strip() for line in lines if line.strip()]
     return tuple(names)
+
+
+HUB = ("hf-hub:", "hf_hub:")
+"""What timm calls a repository on the Hugging Face hub by."""
+_ADDRESS = re.compile(r"(?i)(?:([a-z][a-z0-9+.-]+):/|(hf[-_]hub|local-dir):)")
+_WEB = ("http", "https", "ftp", "ftps")
+
+
+def about_address(value: str) -> str | None:
+    """What to do instead where a value is the address of something and no path; else None."""
+    found = _ADDRESS.match(value)
+    if found is None:
+        return None
+    scheme, kind = (found[1] or "").lower(), (found[2] or "").lower()
+    rest = value[found.end() :].lstrip("/")
+    if kind == "local-dir":
+        return f"is timm's way to name a folder; give the folder itself: {rest}"
+    hub = rest.removeprefix("huggingface.co/").removeprefix("hf.co/")
+    if kind or scheme == "hf" or (scheme in _WEB and hub != rest and hub.count("/") == 1):
+        hub = hub.partition("@")[0]
+        return (
+            "is an address on the Hugging Face hub, and no file here; download it "
+            f"(hf download {hub} --local-dir DIR) and give that folder"
+        )
+    if scheme == "file":
+        return f"is an address; give the path itself: {value[found.end() - 1 :].replace('//', '')}"
+    how = f" (curl -LO {value})" if scheme in _WEB else ""
+    return f"is an address, and no file or folder here; download it{how} and give its path"

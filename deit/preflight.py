@@ -17,7 +17,8 @@ from deit.metrics import agreement, binomial_tail, chance, near_chance, topk_acc
 from deit.models.teachers import ASSUMED, BY_NAME, Teacher, arranged
 from deit.prediction import answers_of
 
-_BY_CHANCE = 1e-4  # how likely any order may seem better by luck alone, and the run still stops
+_MORE = 512  # training images that decide about an order where too few validation images can
+_BY_CHANCE = 1e-3  # how likely any order may seem better by luck alone, and the run still stops
 _GAIN = 0.1  # of the top-1 over the classes that an order places otherwise
 
 
@@ -43,7 +44,16 @@ def measure(
     for teacher in teachers:
         answers = answers_of(accelerator, teacher, validation, config, "teacher", size=size)
         logits.append(answers.class_logits)
-        _judge(config, teacher, answers.class_logits, splits, guess)
+        _introduce(teacher, answers.class_logits, splits, guess)
+        said, labels = answers.class_logits.argmax(dim=1), validation.labels
+        rows = _undecided(teacher, said, splits)
+        if len(rows) >= accelerator.num_processes:
+            more = splits.train.select(rows)
+            shown = answers_of(accelerator, teacher, more, config, "class order", size=size)
+            said = torch.cat([said, shown.class_logits.argmax(dim=1)])
+            labels = torch.cat([labels, more.labels])
+        refuse_order(teacher, said, labels, splits.class_names)
+        _judge(config, teacher, answers.class_logits, validation.labels, guess)
     together = torch.stack(logits, dim=1)
     # One token a teacher: the mean of what they say is what the fused heads could learn.
     how = "probabilities" if config.teacher.combine == "tokens" else config.teacher.combine
@@ -53,15 +63,13 @@ def measure(
     return combined
 
 
-def _judge(config: Config, teacher: Teacher, logits: Tensor, splits: Splits, guess: float) -> None:
-    """Say how good a teacher is; refuse one that is not."""
-    labels = splits.validation.labels
+def _introduce(teacher: Teacher, logits: Tensor, splits: Splits, guess: float) -> None:
+    """Say how good a teacher is, and what it takes its classes for. Raises DataError."""
     if not logits.isfinite().all():
         raise DataError(f"teacher {teacher.description}: its logits are not finite")
-    accuracy = topk_accuracy(logits, labels)
+    accuracy = topk_accuracy(logits, splits.validation.labels)
     size = "any" if teacher.image_size is None else f"{teacher.image_size} px"
-    enlarged = teacher.trained_size not in (None, teacher.image_size)
-    if enlarged:
+    if _enlarged(teacher):
         size += f" (trained at {teacher.trained_size} px)"
     if teacher.layout == "channels_last":
         size += ", channels last in memory"
@@ -70,13 +78,21 @@ def _judge(config: Config, teacher: Teacher, logits: Tensor, splits: Splits, gue
         f"validation top-1 {percent(accuracy)} % (chance {percent(guess)} %)"
     )
     announce_order(teacher, splits.class_names)
-    refuse_order(teacher, logits, labels, splits.class_names)
+
+
+def _enlarged(teacher: Teacher) -> bool:
+    return teacher.trained_size not in (None, teacher.image_size)
+
+
+def _judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, guess: float) -> None:
+    """Refuse a teacher that is near chance."""
+    accuracy = topk_accuracy(logits, labels)
     if near_chance(accuracy, guess, len(labels)):
         message = (
             f"teacher {teacher.description}: {percent(accuracy)} % top-1 on the validation split "
             f"is near chance ({percent(guess)} %): wrong weights, normalisation or class order?"
         )
-        if enlarged:
+        if _enlarged(teacher):
             message += (
                 f" Or the size: it was trained at {teacher.trained_size} px; fit it to "
                 f"{teacher.image_size} px first (finetune_deit.py --from TEACHER --resolution "
@@ -85,6 +101,21 @@ def _judge(config: Config, teacher: Teacher, logits: Tensor, splits: Splits, gue
         if not config.teacher.allow_weak:
             raise DataError(f"{message} --teacher.allow_weak goes on all the same")
         warn(message)
+
+
+def _undecided(teacher: Teacher, answers: Tensor, splits: Splits) -> Tensor:
+    """Training images, int64, that tell whether another order of the classes fits better, where the
+    validation images hint at it and are too few to tell; else none."""
+    none = torch.empty(0, dtype=torch.long)
+    if teacher.class_order != ASSUMED:
+        return none
+    names = splits.class_names
+    better = better_order(answers, splits.validation.labels, names)
+    if better is None or better.luck <= _BY_CHANCE:
+        return none
+    moved = torch.tensor([a != b for a, b in zip(names, arranged(better.order, names))])
+    rows = moved[splits.train.labels].nonzero().flatten()
+    return rows[:: max(len(rows) // _MORE, 1)]
 
 
 def announce_order(teacher: Teacher, class_names: tuple[str, ...]) -> None:
@@ -149,16 +180,16 @@ def _mean_over_classes(right: Tensor, labels: Tensor) -> float:
 
 
 def refuse_order(
-    teacher: Teacher, logits: Tensor, labels: Tensor, class_names: tuple[str, ...]
+    teacher: Teacher, answers: Tensor, labels: Tensor, class_names: tuple[str, ...]
 ) -> None:
     """Stop where another usual order of the classes fits an unnamed teacher's answers far better
     than the assumed one; warn where it fits better. Raises DataError.
 
-    logits: [number, classes], those of a split with known labels, int64 [number].
+    answers: its classes for images with known labels, int64 [number] both.
     """
     if teacher.class_order != ASSUMED:
         return
-    better = better_order(logits.argmax(dim=1), labels, class_names)
+    better = better_order(answers, labels, class_names)
     if better is None or better.luck > 0.01:
         return
     names = arranged(better.order, class_names)

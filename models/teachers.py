@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from deit.config import CLASS_ORDERS, STUDENTS, StudentConfig
 from deit.errors import ConfigError, DataError, NotThereError
-from deit.files import import_file, read_names
+from deit.files import HUB, about_address, import_file, read_names
 from deit.models.facts import find_saved
 from deit.models.layers import heads_of
 from deit.models.layout import MemoryFormat, laid, lay
@@ -187,8 +187,10 @@ def locate(source: str) -> str:
         )
     if path.is_file():
         return "file"
-    if timm.is_model(source):
+    if timm.is_model(source) or source.startswith(HUB):
         return "timm"
+    if (advice := about_address(source)) is not None:
+        raise NotThereError(f"teacher.source {source}: {advice}")
     if "/" in source or path.suffix:
         recipe = "digits-teacher" if "digits" in source else "RECIPE"
         raise NotThereError(
@@ -251,8 +253,8 @@ def _from_timm(name: str, source: str) -> Origin:
         # A folder that is there is broken; a name is one of the hub's, which is not reached.
         kind = DataError if name.startswith("local-dir:") else NotThereError
         raise kind(
-            f"teacher.source {source}: its weights could not be loaded ({reason}); give a local "
-            "folder or checkpoint file instead"
+            f"teacher.source {source}: its weights could not be loaded ({reason}); "
+            + _instead(source)
         ) from None
     known = network.pretrained_cfg
     if not any(known.get(place) for place in ("file", "url", "hf_hub_id", "state_dict")):
@@ -269,6 +271,13 @@ def _from_timm(name: str, source: str) -> Origin:
         tuple(known["std"]),
         None if names is None else tuple(names),
     )
+
+
+def _instead(source: str) -> str:
+    """What to do where the hub is not reached."""
+    if source.startswith(HUB):
+        return f"it {about_address(source)}"
+    return "give a local folder or checkpoint file instead"
 
 
 def _from_file(path: Path, config: Member, class_names: tuple[str, ...]) -> Origin:

@@ -357,7 +357,7 @@ def test_an_order_that_fits_far_better_is_found():
     taught = torch.tensor([0, 2, 1])  # in natural order: room2 is its class 1
     better = better_order(taught[labels], labels, ROOMS)
     assert (better.order, better.images, better.before, better.after) == ("natural", 20, 0.0, 1.0)
-    assert better.luck < 1e-4
+    assert better.luck < 1e-3
     assert better_order(labels, labels, ROOMS) is None
 
 
@@ -371,25 +371,26 @@ def test_no_order_is_found_by_chance():
             known = torch.rand(len(labels), generator=generator) < sure
             guessed = torch.randint(12, (len(labels),), generator=generator)
             better = better_order(torch.where(known, labels, guessed), labels, names)
-            assert better is None or better.luck > 1e-4
+            assert better is None or better.luck > 1e-3 or better.after - better.before < 0.1
 
 
 def test_a_teacher_that_always_answers_the_same_fits_no_order_better():
     labels = torch.tensor([0] * 400 + [1] * 600)
     teacher = Teacher(Origin(Recorder(), "same", None, MEAN, STD, None), class_order=ASSUMED)
-    logits = torch.tensor([[1.0, 0.0]]).repeat(1000, 1)
-    refuse_order(teacher, logits, labels, ("ant", "bee"))  # reversed, it is right more often
+    refuse_order(
+        teacher, torch.zeros(1000, dtype=torch.long), labels, ("ant", "bee")
+    )  # reversed, it is right more often
 
 
 @pytest.mark.parametrize("order", [ASSUMED, "teacher.classes data"])
 def test_a_teacher_in_another_order_is_refused_unless_it_was_said(order, capsys):
     labels = torch.arange(3).repeat(10)
-    logits = nn.functional.one_hot(torch.tensor([0, 2, 1])[labels], 3).float()
+    answers = torch.tensor([0, 2, 1])[labels]
     teacher = Teacher(Origin(Recorder(), "mine", None, MEAN, STD, None), class_order=order)
     announce_order(teacher, ROOMS)
     assert "its classes: " in capsys.readouterr().out
     if order != ASSUMED:
-        refuse_order(teacher, logits, labels, ROOMS)
+        refuse_order(teacher, answers, labels, ROOMS)
         return
     with pytest.raises(DataError, match=r"100\.0 % right .*--teacher\.classes natural"):
-        refuse_order(teacher, logits, labels, ROOMS)
+        refuse_order(teacher, answers, labels, ROOMS)
