@@ -31,7 +31,7 @@ from deit.faults import reach
 from deit.interruption import Interruption
 from deit.launcher import STOPPING
 from deit.metrics import agreement, topk_accuracy
-from deit.mishaps import NumberWatch, fit_memory, understood
+from deit.mishaps import NumberWatch, check_memory, fit_memory, understood
 from deit.models.base import Base, base_of
 from deit.models.layers import depths_of, hold_still
 from deit.models.linear import use_onednn
@@ -103,6 +103,7 @@ def train(
             return finished
         if not dry_run:
             check_space(out, space_of(parts), option="--out")
+        check_memory(parts, faculty.answering)
         _ask_teachers(parts, faculty)
         if config.run.fit_memory:
             fit_memory(parts)

@@ -58,6 +58,7 @@ PLAN = {
     "deit.config": place(0, "pydantic"),
     "deit.seats": place(0, doors="deit.config"),
     "deit.records": place(0, "torch"),
+    "deit.memory": place(0, "torch psutil", "deit.errors deit.launcher"),
     "deit.keys": place(0, "torch"),
     "deit.sharding": place(0, "torch", "deit.errors"),
     "deit.transfer": place(0, "torch"),
