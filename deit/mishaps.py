@@ -224,7 +224,8 @@ def check_memory(parts: Parts, teachers: list[Teacher]) -> None:
     if each is not None:
         each += _BYTES_OF_PIXELS * (side**2 + (shown**2 if teachers else 0))
         sizes = [block, *_smaller(parts)]
-        fitting = next((one for one in sizes if kept + each * one <= free), 0)
+        fits = (one for one in sizes if kept + _SPARE * each * one <= free)
+        fitting = block if kept + each * block <= free else next(fits, 0)
     told = torch.tensor([fitting], device=device)
     fitting = int(accelerator.gather(told).min())
     if fitting < block:
@@ -232,6 +233,7 @@ def check_memory(parts: Parts, teachers: list[Teacher]) -> None:
 
 
 _BYTES_OF_PIXELS = 3 * 4  # of an image as the networks get it
+_SPARE = 1.5  # times what is measured, at most, an update took of the machine's memory
 
 
 def _kept_bytes(student: nn.Module, algorithm: str) -> int:

