@@ -118,7 +118,8 @@ def bytes_per_image(
 
     What operations need within themselves is not seen: with few small images that is as much again.
     """
-    kept = [(one, one.clone()) for one in network.buffers()]
+    # In evaluation nothing moves them.
+    kept = [(one, one.clone()) for one in network.buffers()] if learns else []
     modes = [(module, module.training) for module in network.modules()]
 
     def measured(number: int) -> int:
