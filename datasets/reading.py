@@ -1,8 +1,10 @@
 """Encoded images read, decoded and cropped by worker processes, each view by its own key."""
 
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import time
 from collections import deque
@@ -12,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +24,7 @@ from torch import Tensor
 from torchvision.transforms import functional as transforms
 
 from deit.config import DataConfig, Interpolation, ViewsConfig
+from deit.console import warn
 from deit.datasets.decoding import open_image, square_of
 from deit.datasets.images import Encoded
 from deit.datasets.views import sample_boxes
@@ -31,11 +35,33 @@ from deit.processor import cores
 
 _AHEAD = 2  # batches of each worker
 _KILLED_S = 1.0  # how long to wait for the end of a killed process: a dead disk may hold it
+_SHARED = Path("/dev/shm")  # where the batches of worker processes lie, on Linux
 LOST_WORKER = (
-    "data.workers: the system ended a worker process; usually /dev/shm is too small (in a "
+    "data.workers: the system ended a worker process; usually /dev/shm is full (in a "
     "container: --shm-size 2g) or the memory is used up: fewer data.workers, a smaller "
     "optim.batch_size, or data.workers 0"
 )
+
+
+def fits_shared(needed: int) -> bool:
+    """Whether so many bytes of batches have room in the shared memory of the machine, beside those
+    of a second reader and of its other processes. A container has 64 MiB of it unless it asks for
+    more, and the system ends a process that writes beyond."""
+    try:
+        return 2 * needed * sharing() <= shutil.disk_usage(_SHARED).free
+    except OSError:
+        return True  # no Linux: shared memory has no size of its own
+
+
+@functools.cache
+def _warn_of_pipes() -> None:
+    """Say once why batches do not come in shared memory."""
+    free = shutil.disk_usage(_SHARED).free
+    warn(
+        f"{_SHARED} has {free / 2**20:.0f} MiB free, too little for the batches of data.workers: "
+        "they come through pipes, which takes a little longer; in a container --shm-size 2g gives "
+        "more"
+    )
 
 
 def worker_count(config: DataConfig) -> int:
@@ -61,6 +87,13 @@ class Read(NamedTuple):
     """
 
     pixels: tuple[Tensor, ...]
+    seconds: float
+
+
+class _Sent(NamedTuple):
+    """A Read on its way through a pipe."""
+
+    pixels: tuple[np.ndarray, ...]
     seconds: float
 
 
@@ -154,8 +187,14 @@ def _begin_worker(work: _Work, parent: int) -> None:
     end_with(parent)
 
 
-def _in_worker(epoch: int, samples: np.ndarray, repeats: np.ndarray) -> Read | DataError:
-    return _work(epoch, samples, repeats)
+def _in_worker(
+    epoch: int, samples: np.ndarray, repeats: np.ndarray, shared: bool
+) -> Read | _Sent | DataError:
+    """The batch: in shared memory, or as arrays, which travel through a pipe."""
+    read = _work(epoch, samples, repeats)
+    if shared or isinstance(read, DataError):
+        return read
+    return _Sent(tuple(pixels.numpy() for pixels in read.pixels), read.seconds)
 
 
 class _Workers:
@@ -168,13 +207,14 @@ class _Workers:
         self._pins = ThreadPoolExecutor(1) if pin else None
         self.processes: list[BaseProcess] = []
 
-    def submit(self, wanted: Wanted) -> "Future[Read | DataError]":
-        """Have a batch read. Raises WorkerLost where a worker is gone.
+    def submit(self, wanted: Wanted, *, shared: bool) -> "Future[Read | _Sent | DataError]":
+        """Have a batch read. shared: whether it comes in shared memory, without a copy; else
+        through a pipe. Raises WorkerLost where a worker is gone.
 
         It is asked for in arrays: a tensor would travel as shared memory, whose file stays open
         while it lives.
         """
-        words = (wanted.epoch, wanted.samples.numpy(), wanted.repeats.numpy())
+        words = (wanted.epoch, wanted.samples.numpy(), wanted.repeats.numpy(), shared)
         try:
             # The first call starts the processes: no signal may come between one and its list.
             with nullcontext() if self.processes else _signals_later():
@@ -207,12 +247,18 @@ def _signals_later() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _pinned(future: "Future[Read | DataError]") -> Read | DataError:
+def _pinned(future: "Future[Read | _Sent | DataError]") -> Read | DataError:
     """The batch in memory that a GPU can copy from while it computes."""
-    read = future.result()
+    read = _received(future.result())
     if isinstance(read, DataError):
         return read
     return read._replace(pixels=tuple(pixels.pin_memory() for pixels in read.pixels))
+
+
+def _received(answer: "Read | _Sent | DataError") -> Read | DataError:
+    if isinstance(answer, _Sent):
+        return Read(tuple(map(torch.from_numpy, answer.pixels)), answer.seconds)
+    return answer
 
 
 class Reader:
@@ -228,6 +274,7 @@ class Reader:
         self._work = _Work(images, cutters)
         self._number, self._pin = workers, pin
         self._workers: _Workers | None = None
+        self._largest, self._shared = 0, True  # batch so far [images], and how it comes
 
     def read(self, batches: Iterable[Wanted]) -> Iterator[Read]:
         """The batches, in their order. Raises DataError at an unreadable image, WorkerLost where a
@@ -243,6 +290,17 @@ class Reader:
         if workers is not None:
             workers.close()
 
+    def _has_room(self, number: int) -> bool:
+        """Whether batches of so many images, as many as are read ahead and the one in use, have
+        room in shared memory."""
+        if number > self._largest:
+            each = number * 3 * sum(cutter.size**2 for cutter in self._work.cutters)
+            needed = (_AHEAD * self._number + 1) * each
+            self._largest, self._shared = number, fits_shared(needed)
+            if not self._shared:
+                _warn_of_pipes()
+        return self._shared
+
     def __enter__(self) -> "Reader":
         return self
 
@@ -256,11 +314,12 @@ class Reader:
             return
         if self._workers is None:
             self._workers = _Workers(self._work, self._number, pin=self._pin)
-        waiting: deque[Future[Read | DataError]] = deque()
+        waiting: deque[Future[Read | _Sent | DataError]] = deque()
         try:
             while True:
                 for wanted in islice(batches, _AHEAD * self._number - len(waiting)):
-                    waiting.append(self._workers.submit(wanted))
+                    shared = self._has_room(len(wanted.samples))
+                    waiting.append(self._workers.submit(wanted, shared=shared))
                 if not waiting:
                     return
                 yield _answer(waiting.popleft())
@@ -269,8 +328,8 @@ class Reader:
                 future.cancel()
 
 
-def _answer(future: "Future[Read | DataError]") -> Read | DataError:
+def _answer(future: "Future[Read | _Sent | DataError]") -> Read | DataError:
     try:
-        return future.result()
+        return _received(future.result())
     except BrokenProcessPool:
         raise WorkerLost(LOST_WORKER) from None

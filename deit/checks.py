@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from deit.config import (
+    CLASS_ORDERS,
     STUDENTS,
     Config,
     LossConfig,
@@ -16,6 +17,7 @@ from deit.config import (
     mixes,
     peak_lr,
 )
+from deit.files import HUB, about_address
 from deit.text import nearest
 
 
@@ -32,6 +34,25 @@ class Problem(NamedTuple):
 
 
 NO_VALUE = object()
+
+
+TIMM_LOADS = ("start.source", "teacher.source")
+"""Fields that take a repository of the Hugging Face hub, as timm names it."""
+
+
+def _check_addresses(config: Config) -> list[Problem]:
+    """Addresses, where files and folders are named."""
+    found = []
+    for section in dataclasses.fields(config):
+        for leaf in dataclasses.fields(section.type):
+            name, value = f"{section.name}.{leaf.name}", getattr(config, section.name)
+            value = getattr(value, leaf.name)
+            for word in value if isinstance(value, tuple) else (value,):
+                if not isinstance(word, str) or (name in TIMM_LOADS and word.startswith(HUB)):
+                    continue
+                if (advice := about_address(word.removeprefix("@"))) is not None:
+                    found.append(Problem(name, word, advice))
+    return found
 
 
 def _check_student(config: Config) -> list[Problem]:
@@ -272,12 +293,20 @@ def _check_teachers(config: Config) -> list[Problem]:
     number = max(len(teacher.source), len(teacher.targets))
     together = (1,) if teacher.combine != "tokens" else ()  # one store of what all say
     counts = {"source": (0, number), "targets": (0, *together, number)}
+    if number > 1:
+        counts["classes"] = (0, 1, number)
     counts |= dict.fromkeys(("architecture", "image_size", "weight", "layout"), (0, 1, number))
     counts |= dict.fromkeys(("mean", "std"), (0, 3, 3 * number))
     for leaf, allowed in counts.items():
         if len(getattr(teacher, leaf)) not in allowed:
             advice = f"should hold {allowed[-1]} values for {number} teacher(s)"
             found.append(Problem(f"teacher.{leaf}", getattr(teacher, leaf), advice))
+    if number > 1 or len(teacher.classes) == 1:
+        known = CLASS_ORDERS if number < 2 else (*CLASS_ORDERS, "none")
+        for word in teacher.classes:
+            if not word.startswith("@") and word not in known:
+                advice = f"should be @FILE with one name a line, or one of {', '.join(known)}"
+                found.append(Problem("teacher.classes", word, advice + nearest(word, known)))
     if bool(teacher.mean) != bool(teacher.std):
         found.append(Problem("teacher.mean", teacher.mean, "goes together with teacher.std"))
     for leaf in ("std", "weight"):
@@ -473,6 +502,7 @@ def _check_run(config: Config) -> list[Problem]:
 
 
 CHECKS = {
+    _check_addresses: {"data", "start", "teacher", "student", "run"},
     _check_data: {"data"},
     _check_student: {"student"},
     _check_start: {"start", "optim"},

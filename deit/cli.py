@@ -15,6 +15,7 @@ from typing import Any
 import deit
 from deit.errors import ConfigError, DeitError, PeerError, Stopped
 from deit.faults import arm
+from deit.files import HUB, about_address
 from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, follow
 from deit.text import in_line, name_trouble, nearest, open_streams
 
@@ -48,6 +49,7 @@ def _outcome(
         from deit.commands import COMMANDS
 
         arm(os.environ.get("DEIT_FAULT"))
+        _refuse_addresses(arguments)
         COMMANDS[name](arguments, program)
         _leave_processes()
         return 0
@@ -71,6 +73,29 @@ def _outcome(
         message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
         _complain(message, debug, everywhere=True)
         return 1
+
+
+_TIMM_LOADS = ("--teacher.source", "--start.source", "--from", "--teacher")
+"""Options that take a repository of the Hugging Face hub, as timm names it."""
+
+
+def _refuse_addresses(arguments: list[str]) -> None:
+    """Refuse an address in the place of a path, in any option of any command. Raises
+    ConfigError."""
+    option = ""
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            option = name
+            if not equals:
+                continue
+        else:
+            value = word
+        for part in value.split(","):
+            hub = part.startswith(HUB) and option in _TIMM_LOADS
+            if not hub and (advice := about_address(part.strip().removeprefix("@"))) is not None:
+                raise ConfigError(f"{option} {part}".strip() + f": {advice}")
+        option = ""
 
 
 def _stopped(name: str, stop: Stopped, debug: bool) -> int:

@@ -42,7 +42,13 @@ def _names(value: object) -> object:
     return tuple(str(item) if type(item) is int else item for item in listed)
 
 
+def _names_or_none(value: object) -> object:
+    """As `_names`; none of them where it says so."""
+    return () if value is None or _none(value) is None else _names(value)
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+NamesOrNone = Annotated[tuple[str, ...], BeforeValidator(_names_or_none)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -90,6 +96,8 @@ STUDENTS = (
     "rednet_26_small_stem",
 )
 """Every network that can be trained by name; `timm:NAME` trains any other timm model."""
+CLASS_ORDERS = ("data", "sorted", "natural", "natural_cased", "caseless", "reversed")
+"""Orders of the data's class names that teacher.classes knows by name."""
 
 Source = Literal["digits", "mnist", "cifar10", "cifar100", "folder", "shards", "reader"]
 Storage = Literal["auto", "memory", "files"]
@@ -312,6 +320,11 @@ class TeacherConfig:
     with commas between."""
     architecture: Several = ()
     """Network of a checkpoint file: a name that student.name accepts."""
+    classes: NamesOrNone = ()
+    """Classes of a teacher in the order of its answers: names with commas between, @FILE with one
+    a line, or an order of the data's names: data (as they are), sorted, natural (room2 before
+    room10, as timm numbers folders), natural_cased, caseless or reversed. Of several teachers one
+    @FILE, order or none each. None: its own names, else the data's order."""
     image_size: Sides = ()
     """Side [px] of the teacher's input. None: what it was trained at."""
     mean: Numbers = ()

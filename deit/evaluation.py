@@ -30,6 +30,7 @@ from deit.models.student import Student, has_two_heads
 from deit.models.teachers import load_teacher
 from deit.models.weights import load_weights
 from deit.prediction import answers_of, shown
+from deit.preflight import announce_order, refuse_order
 from deit.preparation import sizes_of, teacher_input
 from deit.records import head_logits
 from deit.seats import members
@@ -376,6 +377,13 @@ def _teacher_logits(
         outputs = answers_of(
             accelerator, network, images, config, "teacher", size=size, interruption=interruption
         )
+        announce_order(teacher, class_names)
+        try:
+            refuse_order(teacher, outputs.class_logits.argmax(dim=1), images.labels, class_names)
+        except DataError as error:
+            if not own:
+                raise
+            warn(str(error))  # what the run was taught is so
         name = teacher.description
         found[f"{name} ({len(found) + 1})" if name in found else name] = outputs.class_logits
     return found

@@ -10,6 +10,7 @@ from deit.arguments import RunArguments, parse_data, parse_run, run_name, typed_
 from deit.checkpoint import CONFIG
 from deit.config import Config, DataConfig, StudentConfig, derive, is_transformer
 from deit.errors import CheckpointError, ConfigError
+from deit.files import HUB
 from deit.options import Parser
 from deit.recipes import RECIPES
 from deit.text import nearest
@@ -211,7 +212,7 @@ def _config_of(source: str | None, program: str, rest: list[str]) -> Path:
     if source is None:
         raise ConfigError(_NO_START.format(program))
     folder = Path(source).expanduser()
-    if not folder.exists() and ("/" in source or folder.suffix):
+    if not (folder.exists() or source.startswith(HUB)) and ("/" in source or folder.suffix):
         raise CheckpointError(f"--from {source}: no such file or folder")
     folder = _folder_of(source)
     if not (folder / CONFIG).is_file() or not (folder / "best").is_dir():

@@ -22,6 +22,8 @@ from deit.errors import (
     WorkerLost,
 )
 from deit.faults import reach
+from deit.memory import bytes_per_image, check_answers, free_memory, gib
+from deit.models.teachers import Teacher
 from deit.parts import Parts
 from deit.records import Batch, Outputs
 from deit.sharding import is_divided
@@ -217,6 +219,95 @@ def _learns(parts: Parts, number: int) -> bool:
     return _tried(parts, lambda: student(torch.zeros(shape, device=device)))
 
 
+def check_memory(parts: Parts, teachers: list[Teacher]) -> None:
+    """Refuse a run whose updates or evaluations certainly need more memory than is free, before
+    the first of them; where run.fit_memory is on, cut micro-batches that may fit.
+
+    teachers: those that answer in training. Raises EnvironmentFault in all processes or in none.
+    """
+    config, accelerator, loader = parts.config, parts.accelerator, parts.loader
+    student, device = accelerator.unwrap_model(parts.student), accelerator.device
+    if is_divided(student):
+        return  # which answers with all processes, or not at all
+    free, block, side = free_memory(device), loader.block, config.student.image_size
+    kept = _kept_bytes(student, config.optim.algorithm)
+
+    def enough(rough: float) -> bool:
+        return kept + rough * max(block, config.run.evaluation_batch) < free / 2
+
+    def ask(images: Tensor) -> Outputs:
+        with accelerator.autocast():
+            return student.forward(images)  # not what compiles it for these few images
+
+    each = bytes_per_image(student, ask, side, device, learns=True, enough=enough)
+    shown = loader.sizes.teacher
+    for teacher in teachers:
+        with accelerator.autocast():
+            check_answers(teacher, teacher.forward, shown, device, config.run.evaluation_batch)
+            more = bytes_per_image(
+                teacher, teacher.forward, shown, device, learns=False, enough=enough
+            )
+        each = None if each is None or more is None else each + more
+    fitting = block
+    if each is not None:
+        each += _BYTES_OF_PIXELS * (side**2 + (shown**2 if teachers else 0))
+        sizes = [block, *_smaller(parts)]
+        fits = (one for one in sizes if kept + _SPARE * each * one <= free)
+        fitting = block if kept + each * block <= free else next(fits, 0)
+    told = torch.tensor([fitting], device=device)
+    fitting = int(accelerator.gather(told).min())
+    if fitting < block:
+        _cut_or_refuse(parts, fitting, kept + (each or 0) * block, free)
+
+
+_BYTES_OF_PIXELS = 3 * 4  # of an image as the networks get it
+_SPARE = 1.5  # times what is measured, at most, an update took of the machine's memory
+
+
+def _kept_bytes(student: nn.Module, algorithm: str) -> int:
+    """Bytes of gradients and of the optimizer's state, which is not there before the first
+    update."""
+    trained = [one for one in student.parameters() if one.requires_grad]
+    copies = 3 if algorithm == "adamw" else 2
+    return copies * sum(one.numel() * one.element_size() for one in trained)
+
+
+def _cut_or_refuse(parts: Parts, fitting: int, needed: float, free: int) -> None:
+    """Cut micro-batches to `fitting` images, 0 for none, where run.fit_memory is on. Raises
+    EnvironmentFault where it is off, or none fits."""
+    optim, block = parts.config.optim, parts.loader.block
+    found = (
+        f"an update needs at least {gib(needed)} with {block} images at once, and {gib(free)} of "
+        "memory are free"
+    )
+    if fitting == 0:
+        raise EnvironmentFault(
+            f"{found}, which is too little for any number of images: --run.recompute keeps less "
+            "of each; else a smaller image, student or teacher is left"
+        )
+    accumulate = optim.accumulate * block // fitting
+    if not parts.config.run.fit_memory:
+        raise EnvironmentFault(
+            f"{found}: --optim.accumulate {accumulate} makes micro-batches of {fitting} and keeps "
+            f"the batch of {optim.batch_size}; --run.fit_memory finds such a number itself, "
+            "--run.recompute keeps less of each image"
+        )
+    say(f"memory    {found}")
+    _cut(parts, accumulate)
+
+
+def _cut(parts: Parts, accumulate: int) -> None:
+    """Cut the same batches into other micro-batches."""
+    before, loader = parts.loader.block, parts.loader
+    parts.config = derive(parts.config, optim={"accumulate": accumulate})
+    parts.accelerator.gradient_accumulation_steps = accumulate
+    loader.cut(parts.config.optim)
+    say(
+        f"memory    too little for {before} images at once; optim.accumulate "
+        f"{accumulate}: {loader.block} images, the batch stays"
+    )
+
+
 def fit_memory(parts: Parts) -> None:
     """Cut micro-batches, to half where that is whole, until all processes can take one with their
     teachers; the batch stays.
@@ -244,13 +335,7 @@ def fit_memory(parts: Parts) -> None:
             )
         optim = parts.config.optim
         accumulate = optim.accumulate * before // smaller[0]
-        parts.config = derive(parts.config, optim={"accumulate": accumulate})
-        parts.accelerator.gradient_accumulation_steps = parts.config.optim.accumulate
-        loader.cut(parts.config.optim)
-        say(
-            f"memory    too little for {before} images at once; optim.accumulate "
-            f"{parts.config.optim.accumulate}: {loader.block} images, the batch stays"
-        )
+        _cut(parts, accumulate)
 
 
 def _tried(parts: Parts, answer: Callable[[], Outputs]) -> bool:

@@ -21,6 +21,7 @@ from deit.models.saved import load_student
 from deit.models.student import Student
 from deit.models.teachers import Teacher, load_teacher
 from deit.pictures import draw_attention
+from deit.preflight import announce_order
 from deit.records import head_logits
 from deit.seats import members
 from deit.validation import load
@@ -159,7 +160,9 @@ def _teacher(run: Path, source: str | None, facts: Facts) -> Teacher | None:
                 "you trust it"
             )
     (member,) = members(asked)
-    return load_teacher(member, facts.class_names, image_size=facts.student.image_size)
+    teacher = load_teacher(member, facts.class_names, image_size=facts.student.image_size)
+    announce_order(teacher, facts.class_names)
+    return teacher
 
 
 @torch.no_grad()

@@ -1,20 +1,25 @@
 """Measures teachers on the validation split before anything is built on their answers."""
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from deit.announce import size_of
-from deit.config import Config
+from deit.config import CLASS_ORDERS, Config
 from deit.console import percent, say, table, warn
 from deit.datasets.splits import Splits
 from deit.ensembles import combine, error_overlap
 from deit.errors import DataError
-from deit.metrics import agreement, chance, near_chance, topk_accuracy
-from deit.models.teachers import Teacher
+from deit.metrics import agreement, binomial_tail, chance, near_chance, topk_accuracy
+from deit.models.teachers import ASSUMED, BY_NAME, Teacher, arranged
 from deit.prediction import answers_of
+
+_MORE = 512  # training images that decide about an order where too few validation images can
+_BY_CHANCE = 1e-3  # how likely any order may seem better by luck alone, and the run still stops
+_GAIN = 0.1  # of the top-1 over the classes that an order places otherwise
 
 
 def measure(
@@ -30,7 +35,8 @@ def measure(
     combination holds most likely. Says how good each is; of several also how their errors overlap.
 
     weights: one a teacher. size: side [px] at which they are shown the images.
-    Raises DataError where one is near chance, or answers with something that is not finite.
+    Raises DataError where one is near chance, answers with something that is not finite, or names
+    no classes and fits those of the data far better in another order.
     """
     validation = splits.validation
     guess = chance(validation.labels, len(splits.class_names))
@@ -38,6 +44,15 @@ def measure(
     for teacher in teachers:
         answers = answers_of(accelerator, teacher, validation, config, "teacher", size=size)
         logits.append(answers.class_logits)
+        _introduce(teacher, answers.class_logits, splits, guess)
+        said, labels = answers.class_logits.argmax(dim=1), validation.labels
+        rows = _undecided(teacher, said, splits)
+        if len(rows) >= accelerator.num_processes:
+            more = splits.train.select(rows)
+            shown = answers_of(accelerator, teacher, more, config, "class order", size=size)
+            said = torch.cat([said, shown.class_logits.argmax(dim=1)])
+            labels = torch.cat([labels, more.labels])
+        refuse_order(teacher, said, labels, splits.class_names)
         _judge(config, teacher, answers.class_logits, validation.labels, guess)
     together = torch.stack(logits, dim=1)
     # One token a teacher: the mean of what they say is what the fused heads could learn.
@@ -48,14 +63,13 @@ def measure(
     return combined
 
 
-def _judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, guess: float) -> None:
-    """Say how good a teacher is; refuse one that is not."""
+def _introduce(teacher: Teacher, logits: Tensor, splits: Splits, guess: float) -> None:
+    """Say how good a teacher is, and what it takes its classes for. Raises DataError."""
     if not logits.isfinite().all():
         raise DataError(f"teacher {teacher.description}: its logits are not finite")
-    accuracy = topk_accuracy(logits, labels)
+    accuracy = topk_accuracy(logits, splits.validation.labels)
     size = "any" if teacher.image_size is None else f"{teacher.image_size} px"
-    enlarged = teacher.trained_size not in (None, teacher.image_size)
-    if enlarged:
+    if _enlarged(teacher):
         size += f" (trained at {teacher.trained_size} px)"
     if teacher.layout == "channels_last":
         size += ", channels last in memory"
@@ -63,12 +77,22 @@ def _judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, gue
         f"teacher   {teacher.description}: {size_of(teacher)} parameters, input {size}, "
         f"validation top-1 {percent(accuracy)} % (chance {percent(guess)} %)"
     )
+    announce_order(teacher, splits.class_names)
+
+
+def _enlarged(teacher: Teacher) -> bool:
+    return teacher.trained_size not in (None, teacher.image_size)
+
+
+def _judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, guess: float) -> None:
+    """Refuse a teacher that is near chance."""
+    accuracy = topk_accuracy(logits, labels)
     if near_chance(accuracy, guess, len(labels)):
         message = (
             f"teacher {teacher.description}: {percent(accuracy)} % top-1 on the validation split "
             f"is near chance ({percent(guess)} %): wrong weights, normalisation or class order?"
         )
-        if enlarged:
+        if _enlarged(teacher):
             message += (
                 f" Or the size: it was trained at {teacher.trained_size} px; fit it to "
                 f"{teacher.image_size} px first (finetune_deit.py --from TEACHER --resolution "
@@ -77,6 +101,110 @@ def _judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, gue
         if not config.teacher.allow_weak:
             raise DataError(f"{message} --teacher.allow_weak goes on all the same")
         warn(message)
+
+
+def _undecided(teacher: Teacher, answers: Tensor, splits: Splits) -> Tensor:
+    """Training images, int64, that tell whether another order of the classes fits better, where the
+    validation images hint at it and are too few to tell; else none."""
+    none = torch.empty(0, dtype=torch.long)
+    if teacher.class_order != ASSUMED:
+        return none
+    names = splits.class_names
+    better = better_order(answers, splits.validation.labels, names)
+    if better is None or better.luck <= _BY_CHANCE:
+        return none
+    moved = torch.tensor([a != b for a, b in zip(names, arranged(better.order, names))])
+    rows = moved[splits.train.labels].nonzero().flatten()
+    return rows[:: max(len(rows) // _MORE, 1)]
+
+
+def announce_order(teacher: Teacher, class_names: tuple[str, ...]) -> None:
+    """Say how a teacher's answers are matched to the classes, where it names none itself."""
+    if teacher.class_order == BY_NAME:
+        return
+    said = f"          its classes: {teacher.class_order}"
+    if teacher.class_order == ASSUMED:
+        shown = ", ".join(class_names[:3]) + (", ..." if class_names[3:] else "")
+        said += f" ({shown}), for it names none; --teacher.classes sets another"
+    say(said)
+
+
+class Better(NamedTuple):
+    """An order of the classes that fits a teacher's answers better than the assumed one.
+
+    images: of the classes that it places otherwise. before, after: mean over these classes of the
+    share of right answers, in [0, 1]. luck: probability of as many images in its favor if both
+    orders were as good, times the number of orders tried.
+    """
+
+    order: str
+    images: int
+    before: float
+    after: float
+    luck: float
+
+
+def better_order(answers: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Better | None:
+    """The usual order of classes that fits a teacher's answers best; None where none fits better.
+
+    answers, labels: int64 [number], classes in the assumed order. An order is judged by the images
+    of the classes that it places otherwise: a sign test over those that are right by one order
+    alone (McNemar 1947), and the mean over classes of the share of right answers, which a teacher
+    that answers always the same cannot raise.
+    """
+    orders: dict[tuple[str, ...], str] = {}
+    for name in CLASS_ORDERS:
+        orders.setdefault(arranged(name, class_names), name)
+    orders.pop(class_names)
+    found = []
+    for names, order in orders.items():
+        place = {name: index for index, name in enumerate(class_names)}
+        meant = torch.tensor([place[name] for name in names])
+        moved = (meant != torch.arange(len(meant)))[labels]
+        truth = labels[moved]
+        before, after = answers[moved] == truth, meant[answers[moved]] == truth
+        wins, losses = int((after & ~before).sum()), int((before & ~after).sum())
+        if wins <= losses:
+            continue
+        luck = min(binomial_tail(wins, wins + losses, 0.5) * len(orders), 1.0)
+        shares = [_mean_over_classes(right, truth) for right in (before, after)]
+        found.append(Better(order, len(truth), *shares, luck))
+    return max(found, key=lambda one: one.after - one.before, default=None)
+
+
+def _mean_over_classes(right: Tensor, labels: Tensor) -> float:
+    """Mean over the classes that are there of the share of right answers, in [0, 1]."""
+    number = labels.bincount().double()
+    share = labels.bincount(right.double()) / number.clamp(min=1)
+    return share[number > 0].mean().item()
+
+
+def refuse_order(
+    teacher: Teacher, answers: Tensor, labels: Tensor, class_names: tuple[str, ...]
+) -> None:
+    """Stop where another usual order of the classes fits an unnamed teacher's answers far better
+    than the assumed one; warn where it fits better. Raises DataError.
+
+    answers: its classes for images with known labels, int64 [number] both.
+    """
+    if teacher.class_order != ASSUMED:
+        return
+    better = better_order(answers, labels, class_names)
+    if better is None or better.luck > 0.01:
+        return
+    names = arranged(better.order, class_names)
+    first = next(place for place, name in enumerate(names) if name != class_names[place])
+    shown = ", ".join(names[first : first + 3])
+    message = (
+        f"teacher {teacher.description}: of the {better.images} images whose classes the order "
+        f"{better.order!r} places otherwise ({shown}, ... from place {first} on) it answers "
+        f"{percent(better.after)} % right by that order, {percent(better.before)} % by the assumed "
+        f"one: --teacher.classes {better.order} (data: the assumed order after all)"
+    )
+    if better.luck > _BY_CHANCE or better.after - better.before < _GAIN:
+        warn(message)
+        return
+    raise DataError(message)
 
 
 def _compare(teachers: list[Teacher], answers: Tensor, combined: Tensor, labels: Tensor) -> None:

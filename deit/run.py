@@ -32,7 +32,7 @@ from deit.faults import reach
 from deit.interruption import Interruption
 from deit.launcher import STOPPING
 from deit.metrics import agreement, topk_accuracy
-from deit.mishaps import NumberWatch, fit_memory, recomputes, understood
+from deit.mishaps import NumberWatch, check_memory, fit_memory, recomputes, understood
 from deit.models.base import Base, base_of
 from deit.models.layers import depths_of, hold_still
 from deit.models.linear import use_onednn
@@ -95,6 +95,7 @@ def train(
         parts = _furnish(config, out, accelerator, faculty, found, resumed=begun)
         stack.callback(parts.loader.close)
         environment = describe(accelerator, arguments or [])
+        environment["teachers"] = faculty.class_orders
         announce(parts, environment)
         if finished is not None and not dry_run:
             check_same_run(parts, finished)
@@ -103,6 +104,7 @@ def train(
             return finished
         if not dry_run:
             check_space(out, space_of(parts), option="--out")
+        check_memory(parts, faculty.answering)
         _ask_teachers(parts, faculty)
         if config.run.fit_memory:
             fit_memory(parts)

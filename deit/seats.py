@@ -15,6 +15,7 @@ class Member(NamedTuple):
     std: tuple[float, ...] | None
     weight: float
     layout: str
+    classes: tuple[str, ...] | None = None
 
 
 class Seat(NamedTuple):
@@ -40,8 +41,8 @@ def members(teacher: TeacherConfig) -> tuple[Member, ...]:
 
     weights = spread(teacher.weight, 1.0)
     return tuple(
-        Member(source, architecture, size, mean, std, weight / sum(weights), layout)
-        for source, architecture, size, mean, std, weight, layout in zip(
+        Member(source, architecture, size, mean, std, weight / sum(weights), layout, classes)
+        for source, architecture, size, mean, std, weight, layout, classes in zip(
             teacher.source or (None,) * number,
             spread(teacher.architecture, None),
             spread(teacher.image_size, None),
@@ -49,9 +50,18 @@ def members(teacher: TeacherConfig) -> tuple[Member, ...]:
             triples(teacher.std),
             weights,
             spread(teacher.layout, "auto"),
+            _classes(teacher.classes, number),
             strict=True,
         )
     )
+
+
+def _classes(words: tuple[str, ...], number: int) -> tuple[tuple[str, ...] | None, ...]:
+    """What teacher.classes says of each teacher: of one alone it may be a list of names."""
+    if number < 2:
+        return (words or None,) * number
+    each = words * number if len(words) == 1 else words or ("none",) * number
+    return tuple(None if word == "none" else (word,) for word in each)
 
 
 def alone(teacher: TeacherConfig, place: int) -> TeacherConfig:
@@ -63,6 +73,7 @@ def alone(teacher: TeacherConfig, place: int) -> TeacherConfig:
     return TeacherConfig(
         source=own(teacher.source),
         architecture=own(teacher.architecture),
+        classes=() if (own(teacher.classes) or ("none",)) == ("none",) else own(teacher.classes),
         image_size=own(teacher.image_size),
         mean=own(teacher.mean, 3),
         std=own(teacher.std, 3),

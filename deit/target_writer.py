@@ -22,6 +22,7 @@ from deit.faults import reach
 from deit.fingerprint import fingerprint_of
 from deit.interruption import Interruption
 from deit.losses import needs_logits
+from deit.memory import check_answers
 from deit.models.teachers import Teacher, locate
 from deit.panel import Panel
 from deit.preflight import measure
@@ -112,6 +113,10 @@ def write_targets(
             units.tidy()
         say(f"{out}: complete already")
         return True
+    for teacher in teachers:
+        with accelerator.autocast():
+            side = loader.sizes.teacher
+            check_answers(teacher, teacher.forward, side, accelerator.device, block)
     # The units, and beside them the file that they are put together in.
     written = sum(file.stat().st_size for file in (out / UNITS).glob("*.bin"))
     check_space(out, 2 * layout.rows * layout.dtype.itemsize - written, option="--out")
@@ -238,6 +243,7 @@ def _about(config: Config, teachers: list[Teacher], environment: dict[str, Any])
     """What a person wants to know of a store, and what verifying it needs."""
     return {
         "teachers": [teacher.description for teacher in teachers],
+        "class_orders": [teacher.class_order for teacher in teachers],
         "device": environment["device"],
         "packages": environment["packages"],
         "config": to_dict(config),

@@ -66,6 +66,17 @@ class Faculty:
         """Digests of the teachers of each seat, "" where none of them is here."""
         return [digest_of_teachers(teachers) if teachers else "" for teachers in self.teachers]
 
+    @property
+    def answering(self) -> list[Teacher]:
+        """The networks that answer in training: those without a store."""
+        some = zip(self.stores, self.teachers)
+        return [one for store, teachers in some if store is None for one in teachers]
+
+    @property
+    def class_orders(self) -> list[str]:
+        """How the answers of each teacher that is here were matched to the data's classes."""
+        return [f"{one.description}: {one.class_order}" for some in self.teachers for one in some]
+
     def load(self, splits: Splits, accelerator: Accelerator) -> tuple[TrainLoader, Panel | None]:
         """Load the networks; the views they and the student see, and what they say of them."""
         self.teachers = [

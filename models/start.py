@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deit.config import SIZES, Kernel, StartConfig, StudentConfig
 from deit.console import say
 from deit.errors import CheckpointError, reason_of
+from deit.files import HUB, about_address
 from deit.models.base import find_base, read_base
 from deit.models.convpass import adapters_of
 from deit.models.facts import FACTS, WEIGHTS, Facts, find_saved
@@ -95,8 +96,10 @@ def _found(source: str) -> Found:
     if path.is_file():
         weights = read_weights(path)
         return Found(weights, f"{path}", student_of(weights), None, None, None, heads_known=False)
-    if timm.is_model(source):
+    if timm.is_model(source) or source.startswith(HUB):
         return _from_timm(source)
+    if (advice := about_address(source)) is not None:
+        raise CheckpointError(f"start.source {source}: {advice}")
     known = "" if "/" in source or path.suffix else nearest(source, timm.list_models())
     raise CheckpointError(f"start.source {source}: no such file, folder or timm model{known}")
 
@@ -238,9 +241,11 @@ def _from_timm(name: str) -> Found:
     try:
         network = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network, parsing and shape errors of many types
+        advice = "give a local folder or file instead"
+        if name.startswith(HUB):
+            advice = f"it {about_address(name)}"
         raise CheckpointError(
-            f"start.source {name}: its weights could not be loaded ({reason_of(error)}); give a "
-            "local folder or file instead"
+            f"start.source {name}: its weights could not be loaded ({reason_of(error)}); {advice}"
         ) from None
     weights, known = network.state_dict(), network.pretrained_cfg
     names = known.get("label_names")

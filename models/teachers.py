@@ -1,25 +1,29 @@
 """Teachers: frozen networks of any origin behind one call, images in [0, 1] to logits."""
 
 import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.data import ImageNetInfo
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from deit.config import STUDENTS, StudentConfig
+from deit.config import CLASS_ORDERS, STUDENTS, StudentConfig
 from deit.errors import ConfigError, DataError, NotThereError
-from deit.files import import_file
+from deit.files import HUB, about_address, import_file, read_names
 from deit.models.facts import find_saved
+from deit.models.layers import heads_of
 from deit.models.layout import MemoryFormat, laid, lay
 from deit.models.networks import create_network
 from deit.models.saved import load_student
 from deit.models.student import Student
-from deit.models.weights import digest_of, load_weights, read_weights
+from deit.models.weights import as_named, digest_of, load_weights, read_weights
 from deit.records import head_logits
 from deit.seats import Member
 from deit.text import nearest
@@ -40,6 +44,11 @@ class Origin(NamedTuple):
     class_names: tuple[str, ...] | None
 
 
+BY_NAME = "its own class names"
+ASSUMED = "assumed: the order of the data's classes"
+"""How a teacher's answers are matched to classes, where teacher.classes does not say it."""
+
+
 class Teacher(nn.Module):
     """A frozen network with its own input size and normalisation; never in training mode.
 
@@ -51,11 +60,13 @@ class Teacher(nn.Module):
         origin: Origin,
         columns: tuple[int, ...] | None = None,
         trained_size: int | None = None,
+        class_order: str = BY_NAME,
     ) -> None:
         """columns: which of its classes are the data's, in the data's order; None: all.
         trained_size: side [px] of the images it learned from, where that is another than its
-        input's."""
+        input's. class_order: how its answers were matched to the data's classes."""
         super().__init__()
+        self.class_order = class_order
         self.trained_size = origin.image_size if trained_size is None else trained_size
         self.network = origin.network
         self.description = origin.description
@@ -141,7 +152,15 @@ def load_teacher(config: Member, class_names: tuple[str, ...], *, image_size: in
         origin = origin._replace(image_size=config.image_size)
     if config.mean is not None and config.std is not None:
         origin = origin._replace(mean=config.mean, std=config.std)
-    teacher = Teacher(origin, _match_classes(origin, class_names, image_size), trained)
+    count = _count_outputs(origin, image_size)
+    order = BY_NAME
+    if config.classes is not None:
+        origin = origin._replace(class_names=_given_names(config.classes, class_names))
+        order = f"teacher.classes {','.join(config.classes[:4])}"
+    elif origin.class_names is None:
+        origin = origin._replace(class_names=_known_names(count, class_names))
+        order = ASSUMED if origin.class_names is None else f"{count} synsets of ImageNet"
+    teacher = Teacher(origin, _match_classes(origin, class_names, count), trained, order)
     if config.layout == "channels_last":
         teacher.lay("channels_last")
     return teacher
@@ -168,8 +187,10 @@ def locate(source: str) -> str:
         )
     if path.is_file():
         return "file"
-    if timm.is_model(source):
+    if timm.is_model(source) or source.startswith(HUB):
         return "timm"
+    if (advice := about_address(source)) is not None:
+        raise NotThereError(f"teacher.source {source}: {advice}")
     if "/" in source or path.suffix:
         recipe = "digits-teacher" if "digits" in source else "RECIPE"
         raise NotThereError(
@@ -232,15 +253,16 @@ def _from_timm(name: str, source: str) -> Origin:
         # A folder that is there is broken; a name is one of the hub's, which is not reached.
         kind = DataError if name.startswith("local-dir:") else NotThereError
         raise kind(
-            f"teacher.source {source}: its weights could not be loaded ({reason}); give a local "
-            "folder or checkpoint file instead"
+            f"teacher.source {source}: its weights could not be loaded ({reason}); "
+            + _instead(source)
         ) from None
     known = network.pretrained_cfg
     if not any(known.get(place) for place in ("file", "url", "hf_hub_id", "state_dict")):
         raise DataError(f"teacher.source {source}: timm has no trained weights for this model")
     names = known.get("label_names")
-    if names is None and network.num_classes == 1000:
-        names = ImageNetInfo().label_names()
+    subset = infer_imagenet_subset(network)
+    if names is None and subset is not None and not name.startswith("local-dir:"):
+        names = ImageNetInfo(subset).label_names()  # what timm publishes is of ImageNet
     return Origin(
         network,
         f"timm {name}",
@@ -249,6 +271,13 @@ def _from_timm(name: str, source: str) -> Origin:
         tuple(known["std"]),
         None if names is None else tuple(names),
     )
+
+
+def _instead(source: str) -> str:
+    """What to do where the hub is not reached."""
+    if source.startswith(HUB):
+        return f"it {about_address(source)}"
+    return "give a local folder or checkpoint file instead"
 
 
 def _from_file(path: Path, config: Member, class_names: tuple[str, ...]) -> Origin:
@@ -275,9 +304,60 @@ def _from_file(path: Path, config: Member, class_names: tuple[str, ...]) -> Orig
             "not say what it was trained with; give all three"
         )
     student = StudentConfig(name=name, image_size=size)
-    network = create_network(student, len(class_names))
+    network = create_network(student, _classes_in(weights, student, len(class_names)))
     load_weights(network, weights, origin=f"teacher.source {path}")
     return Origin(network, f"{name} from {path}", size, tuple(mean), tuple(std), None)
+
+
+def _classes_in(weights: dict[str, Tensor], student: StudentConfig, otherwise: int) -> int:
+    """The classes of a network, by the rows of its head among the weights; `otherwise` where that
+    is not in them under its name, which loading then reports."""
+    with torch.device("meta"):
+        network = create_network(student, otherwise)
+    named = as_named(weights, network.state_dict())
+    for head in heads_of(network):
+        if (found := named.get(f"{head}.weight")) is not None and found.ndim:
+            return len(found)
+    return otherwise
+
+
+def _known_names(count: int, class_names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The names of so many outputs: the synsets of the part of ImageNet that has as many classes,
+    where those of the data are among them; else None."""
+    subset = infer_imagenet_subset({"num_classes": count})
+    if subset is None:
+        return None
+    synsets = tuple(ImageNetInfo(subset).label_names())
+    return synsets if set(class_names) <= set(synsets) else None
+
+
+def arranged(order: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """The data's class names in one of `config.CLASS_ORDERS`."""
+
+    def natural(name: str) -> list[int | str]:
+        # Text and numbers take turns, so equal places always compare.
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+    if order == "data":
+        return class_names
+    keys: dict[str, Callable[[str], Any]] = {
+        "natural": lambda name: natural(name.lower()),
+        "natural_cased": natural,
+        "caseless": str.lower,
+    }
+    return tuple(sorted(class_names, key=keys.get(order), reverse=order == "reversed"))
+
+
+def _given_names(words: tuple[str, ...], class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names that teacher.classes says. Raises DataError where a file of them is unreadable, or
+    one is there twice."""
+    if len(words) == 1 and words[0] in CLASS_ORDERS:
+        return arranged(words[0], class_names)
+    names = read_names("teacher.classes", words)
+    twice = [name for name, number in Counter(names).items() if number > 1]
+    if twice:
+        raise DataError(f"teacher.classes: names {twice[0]!r} twice")
+    return names
 
 
 def _from_callable(source: str) -> Origin:
@@ -304,10 +384,12 @@ def _from_callable(source: str) -> Origin:
 
 
 def _match_classes(
-    origin: Origin, class_names: tuple[str, ...], image_size: int
+    origin: Origin, class_names: tuple[str, ...], count: int
 ) -> tuple[int, ...] | None:
-    """Columns of the teacher's logits for the data's classes; None if they agree as they are."""
-    count = _count_outputs(origin, image_size)
+    """Columns of the teacher's logits for the data's classes; None if they agree as they are.
+
+    count: of its outputs.
+    """
     if origin.class_names is not None and count != len(origin.class_names):
         raise DataError(
             f"teacher {origin.description}: answers with {count} classes and names "
@@ -317,7 +399,8 @@ def _match_classes(
         if count != len(class_names):
             raise DataError(
                 f"teacher {origin.description}: answers with {count} classes, the data has "
-                f"{len(class_names)}, and it carries no class names to match them by"
+                f"{len(class_names)}, and it carries no class names to match them by; "
+                "--teacher.classes @FILE gives them, one a line in the order of its answers"
             )
         return None
     if origin.class_names == class_names:

@@ -321,6 +321,8 @@ def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(pictures):
     from deit.datasets.splits import load_splits
 
     class Slow:
+        size = 4
+
         def cut(self, pictures, wanted):
             time.sleep(1000)
 

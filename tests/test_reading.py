@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -119,6 +120,45 @@ def test_workers_that_outlive_an_epoch_read_what_the_process_itself_would(
         assert found[0].shape == (32, 3, SIDE, SIDE)
         assert same(found, expected[epoch])
     assert not torch.equal(expected[0][0], expected[1][0])
+
+
+class Usage(NamedTuple):
+    """Of a disk, as shutil says it."""
+
+    free: int
+
+
+def test_with_little_shared_memory_batches_come_through_pipes(
+    images, expected, monkeypatch, capsys
+):
+    reading._warn_of_pipes.cache_clear()
+    asked = []
+
+    def usage(path):
+        asked.append(str(path))
+        return Usage(64)
+
+    monkeypatch.setattr(reading.shutil, "disk_usage", usage)
+    made = loader(images, workers=2)
+    assert same(joined(made.epoch(1)), expected[1])
+    assert set(asked) == {"/dev/shm"}
+    assert capsys.readouterr().err.count("/dev/shm has 0 MiB free, too little") == 1
+
+
+def test_the_shared_memory_that_batches_need_is_counted(images, monkeypatch):
+    needed = (2 * 2 + 1) * 6 * 3 * (4**2 + 5**2)  # read ahead and in use, of 6 images, two squares
+    for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
+        monkeypatch.setattr(reading.shutil, "disk_usage", lambda path, free=free: Usage(free))
+        reader = Reader(images, (Squares(4), Squares(5)), workers=2, pin=False)
+        assert reader._has_room(6) == fits
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not reading.fits_shared(needed)
+
+    def missing(path):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(reading.shutil, "disk_usage", missing)
+    assert reading.fits_shared(2**50)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +317,8 @@ def test_every_stage_is_measured(images):
 
 def test_a_worker_that_was_killed_is_a_clear_fault(images):
     class Deadly:
+        size = 4
+
         def cut(self, pictures, wanted):
             os.kill(os.getpid(), signal.SIGKILL)
 

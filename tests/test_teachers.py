@@ -1,20 +1,22 @@
 """Teachers: frozen, in evaluation for ever, their own size and normalisation, matched classes."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import timm
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from deit.config import Config, StudentConfig, TeacherConfig, derive
-from deit.errors import CheckpointError, ConfigError, DataError
+from deit.errors import ConfigError, DataError
 from deit.models.saved import Facts, build_student, save_student
-from deit.models.teachers import Origin, Teacher
+from deit.models.teachers import ASSUMED, Origin, Teacher
 from deit.models.teachers import load_teacher as load_teacher_at
+from deit.preflight import announce_order, better_order, refuse_order
 from deit.records import head_logits
-from deit.seats import members
+from deit.seats import alone, members
 from deit.validation import validate
 
 NAMES = ("ant", "bee", "cat")
@@ -157,7 +159,7 @@ def test_a_checkpoint_file_needs_its_architecture_and_answers_like_it(tmp_path):
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(load_teacher(config, NAMES)(images), network(images), atol=1e-6)
-    with pytest.raises(CheckpointError, match=r"\(3, 512\) in the file, \(4, 512\) in the network"):
+    with pytest.raises(DataError, match="answers with 3 classes, the data has 4"):
         load_teacher(config, (*NAMES, "dog"))
 
 
@@ -253,3 +255,142 @@ def test_a_timm_name_without_weights_is_an_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="weights"):
         load_teacher(TeacherConfig(source="vit_tiny_patch16_384"), NAMES)
+
+
+def weight_file(path, outputs=3, name="test_resnet"):
+    network = timm.create_model(name, num_classes=outputs).eval()
+    torch.save({"state_dict": network.state_dict()}, path)
+    settings = {"architecture": f"timm:{name}", "image_size": 32, "mean": (0,) * 3, "std": (1,) * 3}
+    return network, TeacherConfig(source=str(path), **settings)
+
+
+@pytest.mark.parametrize("kind", ["file", "function"])
+@pytest.mark.parametrize("outputs", [1000, 11821, 21841])
+def test_a_teacher_of_imagenet_is_cut_to_the_synsets_from_any_source(kind, outputs, tmp_path):
+    subset = ("n01443537", "n01440764")
+    network, config = weight_file(tmp_path / "w.pth", outputs)
+    if kind == "function":
+        path = tmp_path / "mine.py"
+        path.write_text(
+            "import timm, torch\n"
+            "def teacher():\n"
+            f"    network = timm.create_model('test_resnet', num_classes={outputs})\n"
+            f"    found = torch.load({str(tmp_path / 'w.pth')!r}, weights_only=True)\n"
+            "    network.load_state_dict(found['state_dict'])\n"
+            "    return network\n"
+        )
+        config = TeacherConfig(source=f"{path}:teacher")
+    teacher = load_teacher(config, subset, image_size=32)
+    known = ImageNetInfo(infer_imagenet_subset({"num_classes": outputs})).label_names()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(images)[:, [known.index(name) for name in subset]]
+    assert torch.allclose(teacher(images), expected, atol=1e-5)
+    assert "synsets" in teacher.class_order
+
+
+def test_a_thousand_classes_of_ones_own_are_not_taken_for_synsets(tmp_path):
+    _, config = weight_file(tmp_path / "w.pth", 1000)
+    names = tuple(f"class {number:04}" for number in range(1000))
+    teacher = load_teacher(config, names)
+    assert (teacher.columns, teacher.class_order) == (None, ASSUMED)
+    with pytest.raises(DataError, match=r"1000 classes, the data has 3.*--teacher\.classes @FILE"):
+        load_teacher(config, NAMES)
+
+
+ROOMS = ("room1", "room10", "room2")
+
+
+@pytest.mark.parametrize(
+    ("classes", "columns"),
+    [
+        (("natural",), [0, 2, 1]),
+        (("room2", "room1", "room10"), [1, 2, 0]),
+        (("@names.txt",), [1, 2, 0]),
+        (("data",), None),
+    ],
+)
+def test_the_order_of_a_teachers_classes_can_be_said(classes, columns, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfroom2\troom\r\nroom1\r\n\r\nroom10\r\n")
+    _, config = weight_file(tmp_path / "w.pth")
+    teacher = load_teacher(replace(config, classes=classes), ROOMS)
+    assert teacher.columns == columns
+    assert teacher.class_order == f"teacher.classes {','.join(classes)}"
+
+
+def test_classes_that_are_said_may_be_more_than_the_datas(tmp_path):
+    network, config = weight_file(tmp_path / "w.pth")
+    teacher = load_teacher(replace(config, classes=("a", "b", "c")), ("c", "a"))
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(teacher(images), network(images)[:, [2, 0]], atol=1e-5)
+    with pytest.raises(DataError, match="answers with 3 classes and names 2"):
+        load_teacher(replace(config, classes=("a", "b")), ("a",))
+    with pytest.raises(DataError, match=r"teacher\.classes: names 'a' twice"):
+        load_teacher(replace(config, classes=("a", "b", "a")), ("a",))
+    with pytest.raises(DataError, match=r"teacher\.classes @nowhere: not readable"):
+        load_teacher(replace(config, classes=("@nowhere",)), ("a",))
+
+
+def test_of_several_teachers_each_has_its_classes():
+    several = TeacherConfig(source=("one", "other"), classes=("none", "natural"))
+    assert [one.classes for one in members(several)] == [None, ("natural",)]
+    assert [alone(several, place).classes for place in range(2)] == [(), ("natural",)]
+    both = TeacherConfig(source=("one", "other"), classes=("natural",))
+    assert [one.classes for one in members(both)] == [("natural",)] * 2
+    for classes, said in (
+        (("natual",), "did you mean natural"),
+        (("a", "b", "c"), "should hold 2 values"),
+        (("a", "natural"), r"'a': should be @FILE"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            validate(derive(Config(), teacher={"source": ("x", "y"), "classes": classes}))
+    with pytest.raises(ConfigError, match="did you mean natural"):
+        validate(derive(Config(), teacher={"source": ("x",), "classes": ("natual",)}))
+    none = validate(derive(Config(), teacher={"source": ("x",), "classes": "none"}))
+    assert none.teacher.classes == ()
+
+
+def test_an_order_that_fits_far_better_is_found():
+    labels = torch.arange(3).repeat(10)
+    taught = torch.tensor([0, 2, 1])  # in natural order: room2 is its class 1
+    better = better_order(taught[labels], labels, ROOMS)
+    assert (better.order, better.images, better.before, better.after) == ("natural", 20, 0.0, 1.0)
+    assert better.luck < 1e-3
+    assert better_order(labels, labels, ROOMS) is None
+
+
+def test_no_order_is_found_by_chance():
+    names = tuple(f"room{number}" for number in range(1, 13))
+    names = tuple(sorted(names))
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(12).repeat(20)
+    for sure in (0.0, 0.2, 0.6):
+        for _ in range(100):
+            known = torch.rand(len(labels), generator=generator) < sure
+            guessed = torch.randint(12, (len(labels),), generator=generator)
+            better = better_order(torch.where(known, labels, guessed), labels, names)
+            assert better is None or better.luck > 1e-3 or better.after - better.before < 0.1
+
+
+def test_a_teacher_that_always_answers_the_same_fits_no_order_better():
+    labels = torch.tensor([0] * 400 + [1] * 600)
+    teacher = Teacher(Origin(Recorder(), "same", None, MEAN, STD, None), class_order=ASSUMED)
+    refuse_order(
+        teacher, torch.zeros(1000, dtype=torch.long), labels, ("ant", "bee")
+    )  # reversed, it is right more often
+
+
+@pytest.mark.parametrize("order", [ASSUMED, "teacher.classes data"])
+def test_a_teacher_in_another_order_is_refused_unless_it_was_said(order, capsys):
+    labels = torch.arange(3).repeat(10)
+    answers = torch.tensor([0, 2, 1])[labels]
+    teacher = Teacher(Origin(Recorder(), "mine", None, MEAN, STD, None), class_order=order)
+    announce_order(teacher, ROOMS)
+    assert "its classes: " in capsys.readouterr().out
+    if order != ASSUMED:
+        refuse_order(teacher, answers, labels, ROOMS)
+        return
+    with pytest.raises(DataError, match=r"100\.0 % right .*--teacher\.classes natural"):
+        refuse_order(teacher, answers, labels, ROOMS)

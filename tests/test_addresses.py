@@ -1,0 +1,95 @@
+"""An address in the place of a file or folder is called one, with what to do."""
+
+import re
+
+import pytest
+
+from deit.cli import run_command
+from deit.config import Config, derive
+from deit.errors import CheckpointError, ConfigError, NotThereError
+from deit.files import about_address
+from deit.models.start import find_start
+from deit.models.teachers import locate
+from deit.validation import validate
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("https://host/teacher.pth", r"curl -LO https://host/teacher\.pth"),
+        ("s3://bucket/images", "download it and give its path"),
+        ("gs://bucket/images", "download it and give its path"),
+        ("file:///data/images", "give the path itself: /data/images"),
+        ("hf-hub:timm/resnet18.a1_in1k", r"hf download timm/resnet18\.a1_in1k --local-dir DIR"),
+        ("hf_hub:timm/resnet18", "hf download timm/resnet18 "),
+        ("hf://timm/resnet18@main", "hf download timm/resnet18 "),
+        ("https://huggingface.co/timm/resnet18", "hf download timm/resnet18 "),
+        ("https://huggingface.co/timm/resnet18/resolve/main/w.bin", "curl -LO https://hugg"),
+        ("local-dir:checkpoints/mine", "folder itself: checkpoints/mine"),
+    ],
+)
+def test_addresses_are_known(value, said):
+
+    assert re.search(said, about_address(value) or "")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "digits",
+        "mine.py:teacher",
+        "/data/x.py:f",
+        "C:\\data",
+        "C:/data",
+        "a/b:c/d",
+        "timm:resnet18",
+    ],
+)
+def test_paths_and_names_are_no_addresses(value):
+    assert about_address(value) is None
+
+
+COMMANDS = {
+    "train": ["digits", "--teacher.source", "https://host/t.pth"],
+    "train ": ["digits", "--data.root=s3://bucket/images"],
+    "train  ": ["digits", "--out", "gs://bucket/run"],
+    "finetune": ["digits", "--from", "file:///data/w.pth"],
+    "evaluate": ["s3://bucket/run"],
+    "evaluate ": ["run", "--data.root", "s3://bucket/images"],
+    "predict": ["run", "https://host/cat.png"],
+    "export": ["https://host/run", "--format", "onnx"],
+    "report": ["https://host/run"],
+    "scan": ["s3://bucket/images"],
+    "targets": ["verify", "s3://bucket/store"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_them_at_once(command, capsys):
+    name, arguments = command.strip(), COMMANDS[command]
+    assert run_command(name, arguments, f"deit {name}") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("deit: error: ")
+    assert "is an address" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "field", ["data.root", "data.quarantine", "start.masks", "teacher.targets"]
+)
+def test_a_configuration_that_holds_them_is_refused(field):
+    section, leaf = field.split(".")
+    value = ("s3://bucket/x",) if leaf == "targets" else "s3://bucket/x"
+    with pytest.raises(ConfigError, match=rf"{section}\.{leaf} = 's3://bucket/x': is an address"):
+        validate(derive(Config(), **{section: {leaf: value}}))
+
+
+def test_a_repository_of_the_hub_is_for_timm_to_load(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    source = "hf-hub:timm/test_vit.r160_in1k"
+    validate(derive(Config(), teacher={"source": (source,)}, start={"source": source}))
+    assert locate(source) == "timm"
+    with pytest.raises(CheckpointError, match="hf download timm/test_vit"):
+        find_start(source)
+    with pytest.raises(NotThereError, match="is an address"):
+        locate("https://host/teacher.pth")
