@@ -358,7 +358,9 @@ def test_what_the_device_decides_is_looked_at_some_updates_later():
     parts = SimpleNamespace(
         state=State(),
         accelerator=SimpleNamespace(scaler=None, device=torch.device("cpu"), process_index=0),
-        config=SimpleNamespace(run=SimpleNamespace(max_skipped=2)),
+        config=SimpleNamespace(
+            run=SimpleNamespace(max_skipped=2), optim=SimpleNamespace(clip_norm=None)
+        ),
         splits=SimpleNamespace(train=SimpleNamespace(name="image {}".format)),
         out=Path("nowhere"),
     )
