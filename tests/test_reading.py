@@ -20,6 +20,7 @@ from deit.config import (
     RunConfig,
     ViewsConfig,
 )
+from deit.datasets import reading
 from deit.datasets.decoding import decode_square, open_image
 from deit.datasets.images import Encoded, Images
 from deit.datasets.loader import Sizes, TrainLoader
