@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 import time
 import zlib
 from collections import OrderedDict
@@ -195,6 +194,7 @@ class _KilledError(BaseException):
 @pytest.fixture(scope="module")
 def one_epoch(teachers, tmp_path_factory):
     """Writes a store of one epoch in three small units; and what it holds."""
+
     def write(out):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(targets, "_LEAST_ROWS", 512)
