@@ -324,8 +324,7 @@ _IMPORTED = (
 def measuring(*, really: bool) -> Iterator[None]:
     """What a run chooses by measuring depends on how busy the machine is: a test that compares the
     bits of two runs must not, so nothing is ever faster enough, and hardly tried. And the seconds
-    for which a table's
-    times are measured are moments: no test asks how exact they are."""
+    for which a table's times are measured are moments: no test asks how exact they are."""
     with ExitStack() as stack:
         for place, values in _MEASURED.items():
             module = import_module(place)

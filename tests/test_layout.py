@@ -87,7 +87,7 @@ def test_a_network_that_takes_one_layout_only_keeps_it():
     assert network.convolution.weight.is_contiguous()
 
 
-def test_measuring_shows_no_more_pixels_than_it_must():
+def test_measuring_shows_no_more_pixels_than_it_must(measured):
     shown = []
 
     class Counting(Noting):

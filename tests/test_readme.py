@@ -29,7 +29,7 @@ SMALL = {
         *("--teacher.source", "checkpoints/teacher-16", "--teacher.allow_weak"),
     ],
     "cifar10-micro": [
-        *(*QUICK, "--student.depth", "1", "--optim.batch_size", "32", "--teacher.allow_weak"),
+        *(*QUICK, "--student.depth", "1", "--optim.batch_size", "16", "--teacher.allow_weak"),
     ],
     "mine.py:narrow": [*QUICK, "--student.depth", "1"],
     "folder-teacher": [
@@ -37,7 +37,7 @@ SMALL = {
         *("--student.name", "small_convnet", "--student.drop_path", "0"),
     ],
     "tiny-imagenet-micro": [
-        *(*QUICK, "--student.depth", "1", "--optim.batch_size", "32", "--teacher.allow_weak"),
+        *(*QUICK, "--student.depth", "1", "--optim.batch_size", "16", "--teacher.allow_weak"),
     ],
     "folder": [
         *(*QUICK, *PICTURES, "--teacher.allow_weak", "--optim.min_lr", "0"),
@@ -74,8 +74,8 @@ def place(tmp_path_factory):
 
     place = tmp_path_factory.mktemp("readme")
     folder(place / "pictures", number=12)
-    folder(place / "data" / "cifar10", number=48, size=(32, 32))
-    folder(place / "data" / "tiny-imagenet-200", number=48, size=(64, 64), splits=("train", "val"))
+    folder(place / "data" / "cifar10", number=16, size=(32, 32))
+    folder(place / "data" / "tiny-imagenet-200", number=20, size=(64, 64), splits=("train", "val"))
     (place / "names.txt").write_text("ant\nbee\n")
     recipe = re.search(r"```python\n(# mine\.py\n.*?)```", README, re.DOTALL).group(1)
     (place / "mine.py").write_text(recipe)
@@ -119,7 +119,7 @@ def test_our_commands_run_in_the_readmes_order(place, zygote):
         elif name == "prune":
             arguments = [*arguments, *QUICK, "--images", "64", "--teacher.allow_weak"]
         elif name == "landscape":
-            few = "--images 32 --grid 3 --points 3 --rays 2 --top 1 --steps 3 --probes 2"
+            few = "--images 16 --grid 3 --points 3 --rays 1 --top 1 --steps 2 --probes 1"
             arguments = [*arguments, *few.split()]
         elif name == "tickets":
             arguments = [*arguments, *SMALL["digits"], *taught]

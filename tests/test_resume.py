@@ -100,7 +100,8 @@ def results(out: Path) -> dict:
     }
 
 
-@pytest.mark.parametrize("step", range(1, LAST + 1))
+# The first, the last, the end of an epoch, and within one. All of them: test_with_any_number_...
+@pytest.mark.parametrize("step", [1, STEPS, STEPS + 2, STEPS + 3, LAST])
 def test_stopped_at_any_update_and_resumed_is_the_same_run(step, config, straight, tmp_path):
     out = tmp_path / "run"
     stop_at(config, out, f"update:{step}:term")
@@ -121,7 +122,7 @@ def test_sgd_goes_on_with_its_momentum(momentum, config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("step", range(1, LAST + 1))
 def test_with_any_number_of_workers_too(step, workers, config, straight, tmp_path):
     out = tmp_path / "run"

@@ -8,8 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from collections import OrderedDict
@@ -20,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from deit import targets
 from deit.checkpoint import newest
 from deit.cli import run_command
 from deit.config import StudentConfig, derive, to_dict
@@ -38,7 +37,6 @@ from deit.targets import CHECKS, MANIFEST, TARGETS, UNITS, open_store
 from deit.teaching import Faculty
 
 pytest.importorskip("sklearn")
-ROOT = Path(__file__).parents[1]
 EPOCHS = 7  # of 1,294 places: three units
 
 
@@ -132,26 +130,15 @@ def command(teacher, out, *more):
     return [*recipe, *more]
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def test_torchrun_writes_the_same_bytes(teachers, zygote, tmp_path):
+def test_two_processes_write_the_same_bytes(teachers, zygote, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert zygote.run("targets", "write", *command(teachers[0], alone)).code == 0
     again = zygote.run("targets", "write", *command(teachers[0], alone))
     assert "complete already" in again.out
     assert again.out.count("next: ") == 1
-    program = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "deit")
-    done = subprocess.run(
-        [sys.executable, *program, "targets", "write", *command(teachers[0], together)],
-        env=ENVIRONMENT,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("next: ") == 1
+    done = zygote.together("targets", "write", *command(teachers[0], together))
+    assert [one.code for one in done] == [0, 0], done
+    assert sum(one.out.count("next: ") for one in done) == 1
     assert content(together) == content(alone)
 
 
@@ -204,11 +191,27 @@ class _KilledError(BaseException):
     """A stand-in for the end of a process."""
 
 
+@pytest.fixture(scope="module")
+def one_epoch(teachers, tmp_path_factory):
+    """Writes a store of one epoch in three small units; and what it holds."""
+
+    def write(out):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(targets, "_LEAST_ROWS", 512)
+            write_targets(configuration(teachers[0]), out, epochs=1)
+            assert open_store(out).layout.units == 3
+
+    whole = tmp_path_factory.mktemp("one-epoch") / "store"
+    write(whole)
+    return write, content(whole)
+
+
 @pytest.mark.parametrize("moment", range(12))
 def test_an_end_at_any_file_operation_leaves_no_partial_unit(
-    moment, teachers, store, tmp_path, monkeypatch
+    moment, one_epoch, tmp_path, monkeypatch
 ):
     """The process ends at the moment-th fsync or rename; the next one finishes the store."""
+    write, expected = one_epoch
     out, left = tmp_path / "store", [moment]
     replace, fsync = Path.replace, os.fsync
 
@@ -225,11 +228,11 @@ def test_an_end_at_any_file_operation_leaves_no_partial_unit(
         patched.setattr(Path, "replace", counted(replace))
         patched.setattr(os, "fsync", counted(fsync))
         with pytest.raises(_KilledError):
-            write_targets(configuration(teachers[0]), out)
+            write(out)
     with pytest.raises(DataError, match=r"not complete|holds no store"):
         open_store(out)
-    write_targets(configuration(teachers[0]), out)
-    finished, expected = content(out), content(store)
+    write(out)
+    finished = content(out)
     assert {name: finished[name] for name in expected} == expected
 
 
@@ -440,7 +443,7 @@ def weights(out):
 
 
 def quick(config, **sections):
-    return derive(config, optim={"epochs": 3}, **sections)
+    return derive(config, optim={"epochs": 2}, **sections)
 
 
 @pytest.mark.parametrize("source", ["with its teacher", "without"])
@@ -474,7 +477,7 @@ def test_every_mode_trains_from_a_store_as_online(mode, teachers, tmp_path):
     stored = last_rows(tmp_path / "stored")
     layout = open_store(tmp_path / "store").layout
     assert layout.records == "full"
-    assert layout.epochs == (1 if mode.startswith("fix/") else 3)
+    assert layout.epochs == (1 if mode.startswith("fix/") else 2)
     if mode != "fix/ic_ens":
         train(config, tmp_path / "online")
         for ours, theirs in zip(stored, last_rows(tmp_path / "online"), strict=True):
