@@ -229,9 +229,10 @@ class _Workers:
         """End the processes, also in the middle of a batch."""
         for process in self.processes:
             process.kill()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        # Nothing is canceled: Python 3.11 prints an error where a pool breaks that holds canceled batches.
+        self._pool.shutdown(wait=False)
         if self._pins is not None:
-            self._pins.shutdown(wait=False, cancel_futures=True)
+            self._pins.shutdown(wait=False)
         for process in self.processes:
             multiprocessing.connection.wait([process.sentinel], _KILLED_S)
 
@@ -315,17 +316,13 @@ class Reader:
         if self._workers is None:
             self._workers = _Workers(self._work, self._number, pin=self._pin)
         waiting: deque[Future[Read | _Sent | DataError]] = deque()
-        try:
-            while True:
-                for wanted in islice(batches, _AHEAD * self._number - len(waiting)):
-                    shared = self._has_room(len(wanted.samples))
-                    waiting.append(self._workers.submit(wanted, shared=shared))
-                if not waiting:
-                    return
-                yield _answer(waiting.popleft())
-        finally:
-            for future in waiting:
-                future.cancel()
+        while True:
+            for wanted in islice(batches, _AHEAD * self._number - len(waiting)):
+                shared = self._has_room(len(wanted.samples))
+                waiting.append(self._workers.submit(wanted, shared=shared))
+            if not waiting:
+                return
+            yield _answer(waiting.popleft())
 
 
 def _answer(future: "Future[Read | _Sent | DataError]") -> Read | DataError:

@@ -1,7 +1,6 @@
 """The three splits of a run: training, validation for selection, test for the final number."""
 
 import hashlib
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -15,9 +14,9 @@ from deit.datasets.images import Encoded, Images
 from deit.datasets.listing import known
 from deit.datasets.sources import SOURCES, Loaded
 from deit.errors import DataError
+from deit.files import read_names
 from deit.keys import Keys, words
 from deit.launcher import sharing
-from deit.text import read_lines
 
 
 class Splits(NamedTuple):
@@ -56,7 +55,7 @@ class _Divided(NamedTuple):
 
 def _divided(config: DataConfig) -> _Divided:
     """Find the images and set aside what the source does not bring. Raises DataError."""
-    loaded = SOURCES[config.source](config, _class_list("data.classes", config.classes))
+    loaded = SOURCES[config.source](config, read_names("data.classes", config.classes))
     train, validation, test = loaded.train, loaded.validation, loaded.test
     identities, notes = loaded.identities, []
     _check_counts(loaded, config)
@@ -143,7 +142,7 @@ def load_split(config: DataConfig, name: str) -> tuple[tuple[str, ...], Images |
 def held_out(config: DataConfig, class_names: tuple[str, ...]) -> list[int]:
     """The labels of the classes that training does not see. Raises DataError for a class that the
     data does not have, and where fewer than two are left to be seen."""
-    names = _class_list("data.held_out", config.held_out)
+    names = read_names("data.held_out", config.held_out)
     wanted = known(names, class_names, field="data.held_out")
     if names and len(class_names) - len(wanted) < 2:
         raise DataError(
@@ -256,23 +255,6 @@ def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, 
         mean.append(centre.item())
         std.append(((share * (levels - centre) ** 2).sum().sqrt()).item() or 1.0)
     return tuple(mean), tuple(std)
-
-
-def _class_list(field: str, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The class names, with `@FILE` replaced by the lines of that file. field: for the message."""
-    names: list[str] = []
-    for name in classes:
-        if not name.startswith("@"):
-            names.append(name)
-            continue
-        try:
-            lines = read_lines(Path(name[1:]))
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{field} {name}: not readable ({reason})") from None
-        # The first word of a line, so that `wnid<TAB>words` lists work as they are.
-        names += [line.split("\t")[0].strip() for line in lines if line]
-    return tuple(names)
 
 
 def _resized(pixels: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from deit.errors import DataError
+from deit.text import read_lines
 
 
 def import_file(path: Path) -> ModuleType:
@@ -34,13 +35,12 @@ def read_names(field: str, words: tuple[str, ...]) -> tuple[str, ...]:
             names.append(word)
             continue
         try:
-            lines = Path(word[1:]).expanduser().read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise DataError(f"{field} {word}: not readable ({error.strerror})") from None
-        except UnicodeDecodeError:
-            raise DataError(f"{field} {word}: no text in UTF-8, with one name a line") from None
+            lines = read_lines(Path(word[1:]).expanduser())
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{field} {word}: not readable ({reason})") from None
         # The first word of a line, so that `wnid<TAB>words` lists work as they are.
-        names += [line.split("\t")[0].strip() for line in lines if line.strip()]
+        names += [line.split("\t")[0].strip() for line in lines if line]
     return tuple(names)
 
 

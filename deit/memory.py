@@ -33,7 +33,7 @@ def allowed(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/sel
     """What each control group with a limit leaves to this process [bytes]: containers and jobs of
     a cluster have them."""
     try:
-        lines = (process / "cgroup").read_text().splitlines()
+        lines = (process / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []  # no Linux
     found = []
@@ -50,11 +50,15 @@ def allowed(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/sel
     return found
 
 
+def _read(file: Path) -> str:
+    return file.read_text(encoding="ascii")
+
+
 def _left(group: Path, limit: str, usage: str, files: str) -> list[int]:
     """What a control group leaves [bytes], as a list of one; none without a limit."""
     try:
-        most, used = (group / limit).read_text().strip(), int((group / usage).read_text())
-        lines = (group / "memory.stat").read_text().splitlines()
+        most, used = _read(group / limit).strip(), int(_read(group / usage))
+        lines = _read(group / "memory.stat").splitlines()
     except (OSError, ValueError):
         return []
     if not most.isdecimal() or int(most) >= 2**60:  # "max", or what stands for no limit

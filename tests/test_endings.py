@@ -386,7 +386,7 @@ def test_two_hundred_stops_at_random_moments(zygote: Zygote, pictures, tmp_path)
         assert code in (128 + sent, -sent, 0), (number, code, text)
         codes[code] = codes.get(code, 0) + 1
         until(lambda: not left(process.pid), timeout=20)  # noqa: B023
-        assert "Traceback" not in text or not out.exists(), (number, text)
+        assert "Traceback" not in text or not out.exists(), f"{number}: {text}"
         if code == 0:
             continue
         assert zygote.run(*given).code == 0

@@ -146,7 +146,7 @@ def test_wheel_says_what_setup_cfg_says(wheel):
     with zipfile.ZipFile(wheel) as archive:
         entry_points = archive.read(f"{facts}/entry_points.txt").decode()
         metadata = Parser().parsestr(archive.read(f"{facts}/METADATA").decode())
-    assert entry_points.split() == ["[console_scripts]", "deit", "=", "deit.cli:main"]
+    assert entry_points.split() == ["[console_scripts]", "deit", "=", "deit.cli:program"]
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     wanted = requirements(settings()["options"]["install_requires"])
