@@ -229,7 +229,8 @@ class _Workers:
         """End the processes, also in the middle of a batch."""
         for process in self.processes:
             process.kill()
-        # Nothing is canceled: Python 3.11 prints an error where a pool breaks that holds canceled batches.
+        # Nothing is canceled: where a pool breaks that holds canceled batches, Python 3.11 prints
+        # an error.
         self._pool.shutdown(wait=False)
         if self._pins is not None:
             self._pins.shutdown(wait=False)
