@@ -8,7 +8,7 @@ import pytest
 from scripts.faults import MATRIX, PAGE, PARTS, page, rows, verdict
 
 ROOT = Path(__file__).parents[1]
-NUMBERS = {"A": 27, "B": 25, "C": 30, "D": 17, "E": 17}
+NUMBERS = {"A": 27, "B": 25, "C": 30, "D": 17, "E": 19}
 
 
 def test_all_rows_are_there_and_most_are_proven():
