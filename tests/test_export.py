@@ -44,7 +44,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 NAMES = tuple("abc")
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 4}
-BRIEF = {"epochs": 4, "batch_size": 64, "warmup_epochs": 1, "lr": 3e-3}
+BRIEF = {"epochs": 2, "batch_size": 64, "warmup_epochs": 1, "lr": 3e-3}
 ALONE = {"loss": OBJECTIVES["none"], "teacher": {"source": ()}}
 STUDENTS = {
     "distilled": {"student": SMALL, **ALONE},

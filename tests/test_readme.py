@@ -75,7 +75,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("readme")
     folder(place / "pictures", number=12)
     folder(place / "data" / "cifar10", number=16, size=(32, 32))
-    folder(place / "data" / "tiny-imagenet-200", number=20, size=(64, 64), splits=("train", "val"))
+    folder(place / "data" / "tiny-imagenet-200", number=48, size=(64, 64), splits=("train", "val"))
     (place / "names.txt").write_text("ant\nbee\n")
     recipe = re.search(r"```python\n(# mine\.py\n.*?)```", README, re.DOTALL).group(1)
     (place / "mine.py").write_text(recipe)
@@ -119,7 +119,7 @@ def test_our_commands_run_in_the_readmes_order(place, zygote):
         elif name == "prune":
             arguments = [*arguments, *QUICK, "--images", "64", "--teacher.allow_weak"]
         elif name == "landscape":
-            few = "--images 16 --grid 3 --points 3 --rays 1 --top 1 --steps 2 --probes 1"
+            few = "--images 16 --grid 3 --points 3 --rays 2 --top 1 --steps 2 --probes 2"
             arguments = [*arguments, *few.split()]
         elif name == "tickets":
             arguments = [*arguments, *SMALL["digits"], *taught]
