@@ -59,8 +59,8 @@ def _outcome(
     except DeitError as error:
         _complain(str(error), debug, everywhere=not isinstance(error, ConfigError))
         return error.exit_code
-    except SystemExit as end:  # of --help
-        return end.code if isinstance(end.code, int) else 0
+    except SystemExit as end:  # 0: of --help; 1: of rich, whose table nobody reads any more
+        return BROKEN_PIPE if end.code == 1 else end.code or 0
     except Exception as error:
         if leaving.asked:  # a library that was interrupted may make another error of it
             return _stopped(name, Stopped(leaving.asked), debug)
@@ -204,7 +204,7 @@ def _unwritten() -> dict[str, OSError]:
     found = {}
     for name in ("stdout", "stderr"):
         try:
-            getattr(sys, name).flush()
+            getattr(sys, name).flush()  # never missing: see open_streams
         except OSError as error:
             found[name] = error
     return found
@@ -280,7 +280,7 @@ def main() -> int:
         return run_command(arguments[0], arguments[1:], f"deit {arguments[0]}")
     try:
         return _written(_without_command(arguments))
-    except OSError:
+    except (OSError, EnvironmentFault):  # of a standard stream
         return _written(0)
 
 

@@ -27,9 +27,14 @@ def main() -> int:
     parser.add_argument("--tries", type=int, default=2000, metavar="N")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="of the tries (0)")
     parser.add_argument("--seed", type=int, metavar="SEED", help="this one alone, with all it says")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="with --seed: leave its folder here")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the result here; FILE.rows beside it goes on"
+        "--keep", type=Path, metavar="DIR", help="with --seed: leave its folder here"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the result here; FILE.rows beside it goes on",
     )
     options = parser.parse_args()
     alone = options.seed is not None
@@ -75,7 +80,9 @@ def _read(rows: Path | None) -> dict[int, dict[str, Any]]:
 
 
 def _show(one: Any, row: dict[str, Any]) -> None:
-    say(f"seed {one.seed}: {row['wrong'] or 'as it should'} (code {row['code']}, {row['seconds']} s)")
+    say(
+        f"seed {one.seed}: {row['wrong'] or 'as it should'} (code {row['code']}, {row['seconds']} s)"
+    )
     say(f"  {one.command}")
     say(f"  streams {', '.join(one.streams)}; {one.encoding}; {one.columns} columns")
     for line in row["damage"]:
@@ -101,7 +108,9 @@ def _result(found: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
         "codes": dict(sorted(codes.items())),
         "longest_s": max((row["seconds"] for row in found), default=0),
         "seconds": round(seconds, 1),
-        "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow", "pydantic")},
+        "versions": {
+            name: version(name) for name in ("torch", "timm", "numpy", "pillow", "pydantic")
+        },
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
     }

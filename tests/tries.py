@@ -261,7 +261,9 @@ def _kinds(annotation: Any) -> set[str]:
     inner = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Literal:
         return {"str"}
-    return {getattr(annotation, "__name__", "str")} if not inner else set().union(*map(_kinds, inner))
+    return (
+        {getattr(annotation, "__name__", "str")} if not inner else set().union(*map(_kinds, inner))
+    )
 
 
 def _words(annotation: Any) -> list[Any]:
@@ -272,27 +274,125 @@ def _words(annotation: Any) -> list[Any]:
 
 _NUMBERS = (
     *("0", "1", "2", "3", "4", "7", "8", "12", "16", "-1", "-0", "+2", "1.5", "0.5", "0.1", "1e-9"),
-    *("nan", "inf", "-inf", "1e400", "1e308", "-1e308", "1e-400", "0x10", "1_0", "01", " 3 ", "3,4"),
+    *(
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "1e308",
+        "-1e308",
+        "1e-400",
+        "0x10",
+        "1_0",
+        "01",
+        " 3 ",
+        "3,4",
+    ),
     *("2147483647", "2147483648", "4294967295", "4294967296", "9223372036854775807", "1" * 30),
     *("1" * 5000, "٣", "½", "²", "1e", "--1", "1,", ",1", "0,0", "1,1", "none", "None", "true"),
     *("65536", "1000", "100000"),
 )
 _TEXTS = (
-    *("", " ", "\n", "\t", "a\nb", "\r", "\x1b[31mred\x1b[0m", "\x7f", "a b", "'", '"', "\\", "`id`"),
+    *(
+        "",
+        " ",
+        "\n",
+        "\t",
+        "a\nb",
+        "\r",
+        "\x1b[31mred\x1b[0m",
+        "\x7f",
+        "a b",
+        "'",
+        '"',
+        "\\",
+        "`id`",
+    ),
     *("-", "--", "=", ",", ",,", "a,a", "a,,b", "@", "@missing", "@classes.txt", "@pics", "@link"),
-    *("@fifo", "@/dev/null", "@empty.txt", "@notes.txt", "~", "~nobody/x", "~no-such-user/x", "$HOME"),
-    *("*", "[", "(", "?", "%s %d %n", "{x} {0} {", "[red]x[/]", "[/]", ":smile:", "none", "None", "NONE"),
+    *(
+        "@fifo",
+        "@/dev/null",
+        "@empty.txt",
+        "@notes.txt",
+        "~",
+        "~nobody/x",
+        "~no-such-user/x",
+        "$HOME",
+    ),
+    *(
+        "*",
+        "[",
+        "(",
+        "?",
+        "%s %d %n",
+        "{x} {0} {",
+        "[red]x[/]",
+        "[/]",
+        ":smile:",
+        "none",
+        "None",
+        "NONE",
+    ),
     *("\ufeffant", "ant\u200b", "\u202egnp", "e\u0301", "ä", "猫", "🐈", "\udcff", "a\udc80b", "İ"),
-    *("x" * 300, "x" * 5000, "../.." * 80, "a/" * 200, "https://example.invalid/w.pth", "file:///x"),
+    *(
+        "x" * 300,
+        "x" * 5000,
+        "../.." * 80,
+        "a/" * 200,
+        "https://example.invalid/w.pth",
+        "file:///x",
+    ),
     *("hf-hub:timm/none", "timm:", "timm:none", "timm:test_resnet", "x.py:f", "recipe.py:mine"),
-    *("recipe.py:none", "recipe.py", "recipe.py:", ":", "classes.txt:f", "true", "false", "0", "N:M"),
-    *("2:4", "4:2", "0/1", "1/0", "top-1", "top-0", "top-9999999999999", "last", "best", "all", "run"),
+    *(
+        "recipe.py:none",
+        "recipe.py",
+        "recipe.py:",
+        ":",
+        "classes.txt:f",
+        "true",
+        "false",
+        "0",
+        "N:M",
+    ),
+    *(
+        "2:4",
+        "4:2",
+        "0/1",
+        "1/0",
+        "top-1",
+        "top-0",
+        "top-9999999999999",
+        "last",
+        "best",
+        "all",
+        "run",
+    ),
     *("folder", "digits", "worth", "__class__", "__init__", "os.system", "nul", "con", "a" * 255),
 )
 _PLACES = (
     *("missing", "missing/x", "classes.txt/x", "run/config.json", "run/best", "pics", "pics/train"),
-    *("pics/test/ant/0.png", "empty", "empty.txt", "link", "loop", "fifo", "null", "full", "locked"),
-    *("readonly", "readonly/x", "/dev/null", "/dev/full", "/dev/stdout", "/dev/fd/0", "/", ".", ".."),
+    *(
+        "pics/test/ant/0.png",
+        "empty",
+        "empty.txt",
+        "link",
+        "loop",
+        "fifo",
+        "null",
+        "full",
+        "locked",
+    ),
+    *(
+        "readonly",
+        "readonly/x",
+        "/dev/null",
+        "/dev/full",
+        "/dev/stdout",
+        "/dev/fd/0",
+        "/",
+        ".",
+        "..",
+    ),
     *("/proc/self/mem", "/proc/1/mem", "/sys/x", "/nowhere/x", "x" * 300, "x" * 5000, "odd/\udcff"),
     *("odd/\n", "odd/\x1b[2J", "odd/猫.png", "-x", "tofile", "tofolder", "self", "deep/a/b/c/d"),
     *("out.png", "out.json", "out.txt", "out", "new", "out.html", "out.PNG", "out.pdf"),
@@ -334,7 +434,18 @@ def _odd_json(draw: random.Random) -> Any:
     return draw.choice(
         (
             *(None, True, False, 0, -1, 1, 3, 1.5, -0.0, 1e308, 10**30, 2**63, -(2**63), 1 << 31),
-            *(float("nan"), float("inf"), "", "x", "none", "\ud800", "\x00", "a\nb", "../../x", "/"),
+            *(
+                float("nan"),
+                float("inf"),
+                "",
+                "x",
+                "none",
+                "\ud800",
+                "\x00",
+                "a\nb",
+                "../../x",
+                "/",
+            ),
             *([], {}, [[]], [None], {"a": 1}, [1, 2, 3], ["x"], "x" * 3000, "🐈", "\x1b[2J", "@x"),
             *("/dev/null", "fifo", "teacher", "1", "nan", {"": {}}, [{}], [0] * 70, "classes.txt"),
         )
@@ -346,7 +457,13 @@ def _spoil_json(value: Any, draw: random.Random) -> Any:
     places: list[tuple[Any, Any]] = []
 
     def walk(one: Any) -> None:
-        keys = one.keys() if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else ()
+        keys = (
+            one.keys()
+            if isinstance(one, dict)
+            else range(len(one))
+            if isinstance(one, list)
+            else ()
+        )
         for key in keys:
             places.append((one, key))
             walk(one[key])
@@ -363,7 +480,9 @@ def _spoil_json(value: Any, draw: random.Random) -> Any:
     elif how == 2 and isinstance(inside, list):
         inside.append(inside[key])
     elif how == 3 and isinstance(inside[key], (int, float)) and not isinstance(inside[key], bool):
-        inside[key] = draw.choice((-inside[key], inside[key] + 1, inside[key] * 1000, str(inside[key])))
+        inside[key] = draw.choice(
+            (-inside[key], inside[key] + 1, inside[key] * 1000, str(inside[key]))
+        )
     else:
         inside[key] = _odd_json(draw)
     return value
@@ -387,7 +506,11 @@ def _spoil_bytes(content: bytes, draw: random.Random) -> bytes:
     if how == 6:
         return content + content
     if how == 7:
-        return content[:place] + draw.choice((b"\xff", b"\n", b"\x00", b",", b"\"", b"- [" * 900)) + content[place:]
+        return (
+            content[:place]
+            + draw.choice((b"\xff", b"\n", b"\x00", b",", b'"', b"- [" * 900))
+            + content[place:]
+        )
     spoiled = bytearray(content or b"x")
     for _ in range(draw.choice((1, 3, 20))):
         spoiled[draw.randrange(len(spoiled))] ^= 1 << draw.randrange(8)
@@ -498,9 +621,7 @@ def try_of(seed: int) -> Try:
     if draw.random() < 0.02:
         words = [draw.choice((*_TEXTS, "trian", "--help")), *words[1:]]
     words = [word.replace("\x00", "") for word in words]
-    return Try(
-        *(seed, tuple(words), tuple(damage), tuple(streams), encoding, columns)
-    )
+    return Try(*(seed, tuple(words), tuple(damage), tuple(streams), encoding, columns))
 
 
 def _value(option: Option, draw: random.Random) -> str:
@@ -571,7 +692,9 @@ def _used(words: tuple[str, ...] | list[str]) -> list[str]:
     """The things that a command line names, and what those are made of."""
     named = {part for word in words for part in re.split(r"[/,=:@]", word)}
     used = [thing for thing in things() if thing in named]
-    if {"run", "begun", "store", "swept", "ticketed", "config.json"} & {*used} or "sweep.yaml" in used:
+    if {"run", "begun", "store", "swept", "ticketed", "config.json"} & {
+        *used
+    } or "sweep.yaml" in used:
         used += ["teacher", "pics"]
     if {"teacher", "search.yaml", "weights.pth", "weights.safetensors"} & {*used}:
         used += ["pics"]
@@ -598,7 +721,9 @@ def prepare(one: Try, things_at: Path, folder: Path) -> list[str]:
     for name, seed, sealed in one.damage:
         draw = random.Random(seed)
         thing = folder / name
-        files = sorted(path for path in thing.rglob("*") if path.is_file() and not path.is_symlink())
+        files = sorted(
+            path for path in thing.rglob("*") if path.is_file() and not path.is_symlink()
+        )
         if thing.is_file() and not thing.is_symlink():
             files = [thing]
         if not files:
