@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import deit
-from deit.errors import ConfigError, DeitError, PeerError, Stopped
+from deit.errors import ConfigError, DeitError, EnvironmentFault, PeerError, Stopped
 from deit.faults import arm
 from deit.files import HUB, about_address
 from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, follow
@@ -35,7 +35,7 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     with _Leaving() as leaving:
         follow()
-        return _outcome(name, arguments, program, debug, leaving)
+        return _written(_outcome(name, arguments, program, debug, leaving))
 
 
 _GO_ON = ("targets", "compare", "sweep", "tickets", "prune", "landscape")
@@ -59,12 +59,13 @@ def _outcome(
     except DeitError as error:
         _complain(str(error), debug, everywhere=not isinstance(error, ConfigError))
         return error.exit_code
-    except BrokenPipeError:
-        sys.stderr.close()  # nobody reads any more: say nothing on the way out
-        return 1
+    except SystemExit as end:  # 0: of --help; 1: of rich, whose table nobody reads any more
+        return BROKEN_PIPE if end.code == 1 else end.code or 0
     except Exception as error:
         if leaving.asked:  # a library that was interrupted may make another error of it
             return _stopped(name, Stopped(leaving.asked), debug)
+        if isinstance(error, OSError) and error.filename is None and _unwritten():
+            return 0  # of a standard stream, which `_written` reports
         if _lost_peer(error):
             message = "another process is gone or did not answer; see what it said"
             _complain(message, debug, everywhere=True)
@@ -194,6 +195,37 @@ def _end_at_second(ears: int) -> None:
                     os._exit(128 + number[0])
 
 
+BROKEN_PIPE = 128 + 13
+"""The exit code where nobody reads standard output any more, as shells give it for SIGPIPE."""
+
+
+def _unwritten() -> dict[str, OSError]:
+    """The standard streams that do not take what was said, each with the reason."""
+    found = {}
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()  # never missing: see open_streams
+        except OSError as error:
+            found[name] = error
+    return found
+
+
+def _written(code: int) -> int:
+    """The exit code of a command, once all that it said is out."""
+    found = _unwritten()
+    for name in found:  # what Python writes as it ends goes nowhere
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, getattr(sys, name).fileno())
+        os.close(nothing)
+    if code or not found:
+        return code
+    name, error = next(iter(found.items()))
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE
+    _complain(f"{name}: cannot be written ({error.strerror})", False, everywhere=True)
+    return EnvironmentFault.exit_code
+
+
 def _lost_peer(error: Exception) -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "deit.environment" not in sys.modules:
         return False
@@ -220,9 +252,12 @@ def _complain(message: str, debug: bool, *, everywhere: bool = False) -> None:
         prefix = f"deit: error in process {os.environ['RANK']}"
     else:
         return
-    if debug:
-        traceback.print_exc()
-    complain(f"{prefix}: {message}")
+    try:
+        if debug:
+            traceback.print_exc()
+        complain(f"{prefix}: {message}")
+    except OSError:  # nobody reads it, or its disk is full: the exit code alone says it
+        _written(EnvironmentFault.exit_code)
 
 
 def program() -> int:
@@ -238,12 +273,21 @@ def script(name: str) -> int:
 def main() -> int:
     """`deit COMMAND ...` as sys.argv has it; returns the exit code."""
     from deit.commands import COMMANDS
-    from deit.console import say
 
     open_streams()
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
         return run_command(arguments[0], arguments[1:], f"deit {arguments[0]}")
+    try:
+        return _written(_without_command(arguments))
+    except (OSError, EnvironmentFault):  # of a standard stream
+        return _written(0)
+
+
+def _without_command(arguments: list[str]) -> int:
+    from deit.commands import COMMANDS
+    from deit.console import say
+
     if arguments == ["--version"]:
         say(f"deit {deit.__version__}")
         return 0

@@ -50,7 +50,6 @@ def _written() -> Iterator[None]:
     except BrokenPipeError:
         raise  # who read has enough
     except OSError as error:
-        sys.stdout = None  # what is left in it cannot be written either
         raise EnvironmentFault(
             f"standard output: could not be written ({error.strerror})"
         ) from None

@@ -199,6 +199,9 @@ def _become(question: dict[str, Any]) -> None:
     faulthandler.enable()  # a crash, or the end of waiting for it, says where it was
     os.environ.update(question["environment"])
     os.chdir(question["cwd"])
+    _first()
+    if other := os.environ.get("FORKS_MAIN"):
+        _leave(_named(other)())
     from deit.cli import main, program
 
     sys.argv = [question["script"] or "deit", *question["arguments"]]
@@ -216,6 +219,17 @@ def _become(question: dict[str, Any]) -> None:
     except SystemExit as leaving:
         code = leaving.code
     _leave(code)
+
+
+def _named(place: str) -> Callable[[], Any]:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _first() -> None:
+    """What a process does before it becomes a command, as its environment says."""
+    if place := os.environ.get("FORKS_FIRST"):
+        _named(place)()
 
 
 def _leave(code: int) -> None:
@@ -260,6 +274,7 @@ def _keep_spare(path: Path) -> None:
 
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(path))
+    path.chmod(0o777)  # for commands that gave up what root may
     listener.listen()
     processes.subprocess = copying(path)
     if os.fork():
@@ -287,6 +302,7 @@ def _be_copied(told: socket.socket) -> None:
     os.register_at_fork(after_in_child=told.close)  # it tells of this process's end alone
     os.environ.clear()
     os.environ.update(json.loads(words))
+    _first()
     try:
         _serve(socket.socket(fileno=descriptors[0]))
     except SystemExit as leaving:  # in a copy, from being the command

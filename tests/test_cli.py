@@ -22,6 +22,7 @@ from deit.recipes import RECIPES
 from deit.studies import STUDIES
 from deit.validation import field_names
 from tests.forks import shared
+from tests.tries import Try, run_try
 
 ROOT = Path(__file__).parents[1]
 TRAIN, EVALUATE, FINETUNE = "train_deit.py", "evaluate_deit.py", "finetune_deit.py"
@@ -623,3 +624,19 @@ def test_dry_run_writes_nothing(run, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "nothing written" in done.stdout
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("words", [("--version",), ("recipes",), ("train", "--help")])
+@pytest.mark.parametrize(("stream", "code"), [("broken", 141), ("full", 5), ("closed", 0)])
+def test_a_standard_output_that_takes_nothing_has_a_code_and_no_traceback(
+    stream, code, words, zygote, tmp_path
+):
+    tmp_path.chmod(0o777)
+    one = Try(0, words, (), ("null", stream, "file"), "utf-8", 80)
+    things = tmp_path / "things"
+    things.mkdir()
+    for name in ("classes.txt", "empty.txt", "notes.txt"):
+        (things / name).touch()
+    outcome = run_try(one, zygote, things, tmp_path / "try")
+    assert (outcome.code, outcome.wrong) == (code, "")
+    assert ("cannot be written" in outcome.said or "could not be" in outcome.said) == (code == 5)

@@ -1,0 +1,120 @@
+"""Try every command with odd input: arguments, files, folders, streams, encodings, terminals."""
+
+import argparse
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from deit.console import progress, say  # noqa: E402
+from tests.forks import Zygote  # noqa: E402
+from tests.tries import make_things, run_try, try_of  # noqa: E402
+
+
+def main() -> int:
+    """Run tries; 1 where one of them found a bug."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tries", type=int, default=2000, metavar="N")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="of the tries (0)")
+    parser.add_argument("--seed", type=int, metavar="SEED", help="this one alone, with all it says")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="with --seed: leave its folder here"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the result here; FILE.rows beside it goes on",
+    )
+    options = parser.parse_args()
+    alone = options.seed is not None
+    seeds = [options.seed] if alone else range(options.first, options.first + options.tries)
+    rows = None if options.out is None else options.out.with_name(f"{options.out.name}.rows")
+    done = _read(rows)
+    started = time.monotonic()
+    with TemporaryDirectory(prefix="deit-fuzz-") as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        (folder / "forks").mkdir()
+        (folder / "things").mkdir()
+        zygote = Zygote(folder / "forks")
+        make_things(zygote, folder / "things")
+        left = [seed for seed in seeds if seed not in done]
+        said = progress(left, total=len(seeds), title="tries", done=len(seeds) - len(left))
+        for seed in said:
+            one, place = try_of(seed), folder / str(seed)
+            outcome = run_try(one, zygote, folder / "things", place)
+            done[seed] = {"seed": seed, **outcome._asdict()}
+            if outcome.wrong or alone:
+                _show(one, done[seed])
+            if options.keep is not None and alone:
+                shutil.copytree(place, options.keep, symlinks=True)
+            subprocess.run(["rm", "-rf", place], check=True)  # however deep, whatever its rights
+            if rows is not None:
+                with rows.open("a") as file:
+                    file.write(json.dumps({**done[seed], "said": ""}) + "\n")
+        zygote.close()
+    found = [done[seed] for seed in seeds]
+    result = _result(found, time.monotonic() - started)
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    say(json.dumps(result["codes"]))
+    say(f"{len(found)} tries, {len(result['wrong'])} wrong, {result['seconds']:.0f} s")
+    return 1 if result["wrong"] else 0
+
+
+def _read(rows: Path | None) -> dict[int, dict[str, Any]]:
+    if rows is None or not rows.is_file():
+        return {}
+    return {row["seed"]: row for row in map(json.loads, rows.read_text().splitlines())}
+
+
+def _show(one: Any, row: dict[str, Any]) -> None:
+    say(
+        f"seed {one.seed}: {row['wrong'] or 'as it should'} (code {row['code']}, {row['seconds']} s)"
+    )
+    say(f"  {one.command}")
+    say(f"  streams {', '.join(one.streams)}; {one.encoding}; {one.columns} columns")
+    for line in row["damage"]:
+        say(f"  {_printable(line)}")
+    for line in row["said"].splitlines()[-30:]:
+        say(f"  | {_printable(line)}")
+    say(f"  again: python scripts/fuzz.py --seed {one.seed}")
+
+
+def _printable(line: str) -> str:
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in line)
+
+
+def _result(found: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    codes: dict[str, int] = {}
+    for row in found:
+        codes[str(row["code"])] = codes.get(str(row["code"]), 0) + 1
+    return {
+        "command": shlex.join(["python", "scripts/fuzz.py", *sys.argv[1:]]),
+        "seeds": [found[0]["seed"], found[-1]["seed"]] if found else [],
+        "tries": len(found),
+        "wrong": {row["seed"]: row["wrong"] for row in found if row["wrong"]},
+        "codes": dict(sorted(codes.items())),
+        "longest_s": max((row["seconds"] for row in found), default=0),
+        "seconds": round(seconds, 1),
+        "versions": {
+            name: version(name) for name in ("torch", "timm", "numpy", "pillow", "pydantic")
+        },
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
