@@ -29,7 +29,7 @@ SMALL = {
         *("--teacher.source", "checkpoints/teacher-16", "--teacher.allow_weak"),
     ],
     "cifar10-micro": [
-        *(*QUICK, "--student.depth", "1", "--optim.batch_size", "16", "--teacher.allow_weak"),
+        *(*QUICK, "--student.depth", "1", "--optim.batch_size", "32", "--teacher.allow_weak"),
     ],
     "mine.py:narrow": [*QUICK, "--student.depth", "1"],
     "folder-teacher": [
@@ -37,7 +37,7 @@ SMALL = {
         *("--student.name", "small_convnet", "--student.drop_path", "0"),
     ],
     "tiny-imagenet-micro": [
-        *(*QUICK, "--student.depth", "1", "--optim.batch_size", "16", "--teacher.allow_weak"),
+        *(*QUICK, "--student.depth", "1", "--optim.batch_size", "32", "--teacher.allow_weak"),
     ],
     "folder": [
         *(*QUICK, *PICTURES, "--teacher.allow_weak", "--optim.min_lr", "0"),
@@ -74,7 +74,7 @@ def place(tmp_path_factory):
 
     place = tmp_path_factory.mktemp("readme")
     folder(place / "pictures", number=12)
-    folder(place / "data" / "cifar10", number=16, size=(32, 32))
+    folder(place / "data" / "cifar10", number=48, size=(32, 32))
     folder(place / "data" / "tiny-imagenet-200", number=48, size=(64, 64), splits=("train", "val"))
     (place / "names.txt").write_text("ant\nbee\n")
     recipe = re.search(r"```python\n(# mine\.py\n.*?)```", README, re.DOTALL).group(1)
