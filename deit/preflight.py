@@ -52,7 +52,7 @@ def measure(
             shown = answers_of(accelerator, teacher, more, config, "class order", size=size)
             said = torch.cat([said, shown.class_logits.argmax(dim=1)])
             labels = torch.cat([labels, more.labels])
-        refuse_order(teacher, said, labels, splits.class_names)
+        refuse_order(teacher, said, labels, splits.class_names, allowed=config.teacher.allow_weak)
         _judge(config, teacher, answers.class_logits, validation.labels, guess)
     together = torch.stack(logits, dim=1)
     # One token a teacher: the mean of what they say is what the fused heads could learn.
@@ -180,12 +180,18 @@ def _mean_over_classes(right: Tensor, labels: Tensor) -> float:
 
 
 def refuse_order(
-    teacher: Teacher, answers: Tensor, labels: Tensor, class_names: tuple[str, ...]
+    teacher: Teacher,
+    answers: Tensor,
+    labels: Tensor,
+    class_names: tuple[str, ...],
+    *,
+    allowed: bool = False,
 ) -> None:
     """Stop where another usual order of the classes fits an unnamed teacher's answers far better
     than the assumed one; warn where it fits better. Raises DataError.
 
-    answers: its classes for images with known labels, int64 [number] both.
+    answers: its classes for images with known labels, int64 [number] both. allowed: whether a weak
+    teacher is accepted as it is (teacher.allow_weak), with a warning alone.
     """
     if teacher.class_order != ASSUMED:
         return
@@ -201,7 +207,7 @@ def refuse_order(
         f"{percent(better.after)} % right by that order, {percent(better.before)} % by the assumed "
         f"one: --teacher.classes {better.order} (data: the assumed order after all)"
     )
-    if better.luck > _BY_CHANCE or better.after - better.before < _GAIN:
+    if allowed or better.luck > _BY_CHANCE or better.after - better.before < _GAIN:
         warn(message)
         return
     raise DataError(message)

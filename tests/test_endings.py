@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from deit import checkpoint, cli, journal
 from deit.cli import run_command
 from deit.config import derive
 from deit.datasets.reading import Reader
-from deit.errors import Stopped
+from deit.datasets.stores import FolderStore
+from deit.errors import DataError, Stopped
 from deit.recipes import RECIPES
 from deit.run import train
 from tests.forks import ROOT, Done, Running, Zygote, until
@@ -132,30 +134,50 @@ def waits(pid: int) -> bool:
     return before == [sum(one.cpu_times()[:2]) for one in everyone]
 
 
+@pytest.fixture
+def never_read(monkeypatch):
+    """No image is ever read, as from a lost server, until the test is over; and a signal comes."""
+    over = threading.Event()
+
+    def wait(store, position):
+        over.wait()
+        raise DataError("the test is over")
+
+    monkeypatch.setattr(FolderStore, "read", wait)
+    alarm = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    alarm.start()
+    yield
+    over.set()
+    alarm.cancel()
+
+
+@pytest.fixture(scope="module")
+def runs(zygote, pictures, tmp_path_factory) -> dict[int, Path]:
+    """A finished run that is evaluated with this number of workers."""
+    found = {}
+    for workers in (0, 2):
+        out = tmp_path_factory.mktemp("runs") / f"workers-{workers}"
+        assert zygote.run(*words(pictures, out, workers), "--optim.epochs", "1").code == 0
+        found[workers] = out
+    return found
+
+
+@pytest.mark.parametrize("command", ["evaluate", "scan"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_evaluation_that_waits_for_ever_stops(workers, zygote, pictures, tmp_path):
-    own = write_pictures(tmp_path / "pictures", number=8)
-    assert zygote.run(*words(own, tmp_path / "run", 0)).code == 0
-    for path in own.rglob("*.*"):
-        nobody_writes(path)
-    config = tmp_path / "run" / "config.json"
-    config.write_text(config.read_text().replace('"workers": 0', f'"workers": {workers}'))
-    running = zygote.start("evaluate", tmp_path / "run", whole=True)
-    until(lambda: waits(running.pid))
-    running.signal(signal.SIGINT)
-    ended(running, 130)
+def test_a_command_that_waits_for_images_for_ever_stops(
+    command, workers, runs, pictures, never_read, capfd
+):
+    before = children()
+    given = {"evaluate": runs[workers], "scan": pictures}
+    assert run_command(command, [str(given[command])], f"deit {command}") == 130
+    assert "stopped by SIGINT" in capfd.readouterr().err
+    until(lambda: children() == before)
 
 
-def test_a_scan_and_a_decoding_that_wait_for_ever_stop(zygote, tmp_path):
-    pictures = write_pictures(tmp_path / "pictures", number=8)
-    nobody_writes(sorted(pictures.rglob("*.*"))[3])
-    in_memory = ("train", "folder", "--data.root", pictures, "--out", tmp_path / "run")
-    in_memory += (*SMALL, "--data.storage", "memory")
-    for given in (("scan", pictures), in_memory):
-        running = zygote.start(*given, whole=True)
-        until(lambda: waits(running.pid))  # noqa: B023
-        running.signal(signal.SIGTERM)
-        ended(running, 143)
+def test_a_decoding_that_waits_for_ever_stops(pictures, never_read, tmp_path, capfd):
+    given = ["folder", "--data.root", str(pictures), "--out", str(tmp_path / "run"), *SMALL]
+    code = run_command("train", [*given, "--data.storage", "memory"], "deit train")
+    assert code == 130, capfd.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -401,7 +401,7 @@ def test_a_name_too_long_for_any_disk_is_one_line(zygote, tmp_path):
         assert len(done.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["with space", "ünïcödé", "new\nline", "-dash", "a.b", "x" * 200])
+@pytest.mark.parametrize("name", ["with space", "ünïcödé", "-dash", "a.b", "x" * 200])
 def test_any_name_of_a_folder_will_do(name, zygote, straight, tmp_path):
     out = tmp_path / name
     assert run(zygote, out, "update:7:kill").code == -signal.SIGKILL

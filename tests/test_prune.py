@@ -81,7 +81,8 @@ def test_half_of_the_heads_and_hidden_units_go(place, pruned):
     assert "what stays" in done.out
 
 
-def test_what_is_left_is_taught_and_its_control_begins_at_random(place, pruned):
+def test_what_is_left_is_taught_and_its_control_begins_at_random(place, pruned, monkeypatch):
+    monkeypatch.chdir(place)  # where its relative paths lead somewhere as they are
     out, _ = pruned
     shape = load_student(out / "pruned" / "best")[1].student
     own = load(place / "run" / "config.json")

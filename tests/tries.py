@@ -25,7 +25,6 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
