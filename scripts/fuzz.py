@@ -81,7 +81,8 @@ def _read(rows: Path | None) -> dict[int, dict[str, Any]]:
 
 def _show(one: Any, row: dict[str, Any]) -> None:
     say(
-        f"seed {one.seed}: {row['wrong'] or 'as it should'} (code {row['code']}, {row['seconds']} s)"
+        f"seed {one.seed}: {row['wrong'] or 'as it should'} "
+        f"(code {row['code']}, {row['seconds']} s)"
     )
     say(f"  {one.command}")
     say(f"  streams {', '.join(one.streams)}; {one.encoding}; {one.columns} columns")

@@ -242,6 +242,7 @@ PLAN = {
     "scripts.results": place(11),
     "scripts.trust_cost": place(11, "torch"),
     "scripts.faults": place(11),
+    "scripts.fuzz": place(11, "tests"),
     "scripts.two_hosts": place(11),
     "scripts.sweep_cost": place(11),
     "scripts.smaller": place(11),

@@ -54,7 +54,7 @@ def imported_distributions() -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
-    third_party = found - set(sys.stdlib_module_names) - {"deit", "scripts"}
+    third_party = found - set(sys.stdlib_module_names) - {"deit", "scripts", "tests"}
     return {DISTRIBUTIONS.get(name, name) for name in third_party}
 
 

@@ -67,10 +67,11 @@ _FILES = {
     "classes.txt": "ant\nbee\n",
     "quarantine.txt": "train/ant/0.png\ntrain/bee/1.png\n",
     "recipe.py": "from deit.recipes import digits\n\n\ndef mine():\n    return digits()\n",
-    "sweep.yaml": "recipe: folder\nset:\n  data: {root: pics, image_size: 8}\n  student: {image_size"
-    ": 8, name: deit_micro, patch_size: 4, embed_dim: 16, num_heads: 2, depth: 1, drop_path: 0}\n"
+    "sweep.yaml": "recipe: folder\nset:\n  data: {root: pics, image_size: 8}\n  student: "
+    "{image_size: 8, name: deit_micro, patch_size: 4, embed_dim: 16, num_heads: 2, depth: 1, drop_path: 0}\n"
     "  optim: {epochs: 1, warmup_epochs: 0, batch_size: 8}\n  run.linear: torch\n"
-    "  teacher: {source: teacher, allow_weak: true}\ngrid:\n  optim.lr: [0.001, 0.002]\nseeds: [0]\n",
+    "  teacher: {source: teacher, allow_weak: true}\n"
+    "grid:\n  optim.lr: [0.001, 0.002]\nseeds: [0]\n",
     "search.yaml": "recipe: folder\nset:\n  data: {root: pics, image_size: 8}\n  student: "
     "{image_size: 8, name: small_convnet, drop_path: 0}\n  objective: none\n  optim: {epochs: 1, "
     "warmup_epochs: 0, batch_size: 8}\nsearch:\n  fields:\n    optim.lr: {low: 0.001, high: 0.01, "
@@ -566,7 +567,7 @@ def _spoil_file(file: Path, draw: random.Random) -> str:
 
 
 def _seal_again(folder: Path) -> None:
-    """Make the manifest of a folder say what is there now, so that who reads it meets the damage."""
+    """Make the manifest of a folder say what is there now: then damage is read, not refused."""
     with contextlib.suppress(Exception):
         before = json.loads((folder / manifest.MANIFEST).read_text())
         names = [name for name in before["files"] if (folder / name).is_file()]
