@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,6 +206,8 @@ class _Workers:
             number, initializer=_begin_worker, initargs=(work, os.getpid())
         )
         self._pins = ThreadPoolExecutor(1) if pin else None
+        # Made here, it is this process's, and removed with it; each killed worker would leave one.
+        get_temp_dir()
         self.processes: list[BaseProcess] = []
 
     def submit(self, wanted: Wanted, *, shared: bool) -> "Future[Read | _Sent | DataError]":

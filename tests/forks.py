@@ -93,6 +93,7 @@ class Zygote:
         self.number = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment["HF_HUB_OFFLINE"] = "1"  # read once, when it is imported
+        environment["TMPDIR"] = str(folder)  # what processes that are killed leave goes with it
         environment.pop("DEIT_FAULT", None)
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(self.spare)],

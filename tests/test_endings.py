@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -366,6 +367,13 @@ def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(pictures):
             signal.signal(signal.SIGALRM, previous)
         assert len(children() - before) == 2
     until(lambda: children() == before)
+
+
+def test_killed_workers_leave_no_temporary_folders(pictures, monkeypatch, tmp_path):
+    """At most this process's own, which it removes at its end."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    train(small(pictures, 2), tmp_path / "run")
+    assert len(list(tmp_path.glob("pymp-*"))) <= 1
 
 
 MOMENTS = 200

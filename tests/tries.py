@@ -68,7 +68,8 @@ _FILES = {
     "quarantine.txt": "train/ant/0.png\ntrain/bee/1.png\n",
     "recipe.py": "from deit.recipes import digits\n\n\ndef mine():\n    return digits()\n",
     "sweep.yaml": "recipe: folder\nset:\n  data: {root: pics, image_size: 8}\n  student: "
-    "{image_size: 8, name: deit_micro, patch_size: 4, embed_dim: 16, num_heads: 2, depth: 1, drop_path: 0}\n"
+    "{image_size: 8, name: deit_micro, patch_size: 4, embed_dim: 16, num_heads: 2, depth: 1, "
+    "drop_path: 0}\n"
     "  optim: {epochs: 1, warmup_epochs: 0, batch_size: 8}\n  run.linear: torch\n"
     "  teacher: {source: teacher, allow_weak: true}\n"
     "grid:\n  optim.lr: [0.001, 0.002]\nseeds: [0]\n",
