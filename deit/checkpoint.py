@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,33 @@ BEST = "best"
 NAMES = ("best", "last")
 """What a checkpoint may be asked for by: the best so far, the newest."""
 _PREFIX, _ASIDE = "checkpoint-", "damaged-"
+
+
+@dataclass(frozen=True)
+class Packages:
+    """The versions of what computes."""
+
+    torch: str
+    timm: str
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a run has recorded of its environment, as far as others read it."""
+
+    arguments: list[str]
+    deit: str
+    commit: str | None
+    packages: Packages
+    device_name: str
+    processes: int
+    threads: int
+    precision: str
+
+
+def recorded(run: Path) -> Recorded:
+    """The environment of a run. Raises CheckpointError naming the file and the field."""
+    return read_typed(run / ENVIRONMENT, Recorded)
 
 
 def check_folder(out: Path, *, resume: bool) -> None:

@@ -1,6 +1,5 @@
 """The model card of an export: what it is, how good, how it was trained, how to load it."""
 
-import json
 import re
 import shlex
 from pathlib import Path, PurePath
@@ -8,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from deit.checkpoint import ENVIRONMENT, recorded
 from deit.config import Config, peak_lr
 from deit.console import percent
 from deit.drawing import markdown_table
@@ -139,15 +139,11 @@ def _training(run: Path, config: Config) -> str:
     ]
     if config.start.source is not None:
         told.insert(0, f"from the weights of {_public(config.start.source)}")
-    environment = run / "environment.json"
-    if environment.is_file():
-        about = json.loads(environment.read_text(encoding="utf-8"))
-        told.append(
-            f"on {about['device_name']}, torch {about['packages']['torch']}, commit "
-            f"{about['commit']}"
-        )
-        if about["arguments"]:
-            told.append(f"command: `{shlex.join(map(_public, about['arguments']))}`")
+    if (run / ENVIRONMENT).is_file():
+        about = recorded(run)
+        told.append(f"on {about.device_name}, torch {about.packages.torch}, commit {about.commit}")
+        if about.arguments:
+            told.append(f"command: `{shlex.join(map(_public, about.arguments))}`")
     return "\n".join(f"- {line}" for line in told)
 
 

@@ -150,7 +150,7 @@ def _view(
         name,
         called,
         config,
-        read_typed(run / checkpoint.ENVIRONMENT, dict[str, Any]),
+        checkpoint.recorded(run),
         journal.read(run / journal.METRICS),
         summary_of(config, run, checkpoint.result_of(run)),
         evaluations.of(run, elsewhere=kept, root=root, cost=True),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deit import charts, page
+from deit.checkpoint import Recorded
 from deit.config import Config, peak_lr
 from deit.console import clock, percent
 from deit.losses import teacher_ramp
@@ -30,7 +31,7 @@ class View:
     name: str
     slug: str
     config: Config
-    environment: dict[str, Any]
+    environment: Recorded
     rows: list[dict[str, Any]]
     told: dict[str, Any]
     measured: Measured
@@ -91,14 +92,14 @@ def card_of(view: View) -> str:
         "optimizer": f"{optim.algorithm}, {optim.epochs} epochs, batch {optim.batch_size}, peak "
         f"rate {peak_lr(optim):.3g}, decay {optim.weight_decay:g}",
         "seed": str(config.run.seed),
-        "device": f"{environment['device_name']}, {environment['processes']} processes, "
-        f"{environment['threads']} threads, {environment['precision']}",
-        "versions": f"deit {environment['deit']}, torch {environment['packages']['torch']}, timm "
-        f"{environment['packages']['timm']}, commit {environment['commit']}",
+        "device": f"{environment.device_name}, {environment.processes} processes, "
+        f"{environment.threads} threads, {environment.precision}",
+        "versions": f"deit {environment.deit}, torch {environment.packages.torch}, timm "
+        f"{environment.packages.timm}, commit {environment.commit}",
         "time": f"{clock(told['seconds'])}, best weights of epoch {told['best_epoch']}",
         "memory": "" if told["memory_mb"] is None else f"{told['memory_mb']:,.0f} MB at most",
         "loading": loader,
-        "command": _command(environment["arguments"], told["run"]),
+        "command": _command(environment.arguments, told["run"]),
     }
     if "cost" in found:
         cost = found["cost"]

@@ -287,3 +287,16 @@ def test_out_of_memory_advises_only_what_helps(words, block, said, zygote, tmp_p
     assert f"out of memory with {said}" in done.err
     assert f"--resume goes on with {tmp_path / 'run'}" in done.err
     assert "with fewer" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("arguments", ["train", 3]), ("packages", {"torch": "2"}), ("threads", None), ("commit", 4)],
+)
+def test_an_environment_of_other_types_is_named(name, value, straight, tmp_path):
+    """A report showed its bare TypeError or KeyError, the card of an export likewise."""
+    found = json.loads((straight / checkpoint.ENVIRONMENT).read_text())
+    assert checkpoint.recorded(straight).device_name == found["device_name"]
+    (tmp_path / checkpoint.ENVIRONMENT).write_text(json.dumps({**found, name: value}))
+    with pytest.raises(CheckpointError, match=rf"environment\.json: {name}"):
+        checkpoint.recorded(tmp_path)

@@ -833,7 +833,7 @@ def _supervise() -> int:
     seconds = time.monotonic() - started
     said = os.pread(out, 1 << 20, 0) + shown.finish()
     os.unlink(f"{question['report']}.out")
-    text = said.decode("utf-16" if question["encoding"] == "utf-16" else "utf-8", "replace")
+    text = said.replace(b"\0", b"").decode("utf-8", "replace")  # so UTF-16 is read as well
     code = os.waitstatus_to_exitcode(status)
     wrong = wrong or _judge(code, text, question)
     wrong = wrong or ("left a process behind" if left else "")
