@@ -87,6 +87,8 @@ def check_file(path: Path | None, *, option: str, replace: bool) -> None:
         return
     if path.is_dir():
         raise EnvironmentFault(f"{option} {path}: is a folder, not a file")
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
+        raise EnvironmentFault(f"{option} {path}: is a device or a pipe, not a file; give another")
     if path.exists() and not replace:
         raise EnvironmentFault(f"{option} {path}: exists already; --force replaces it")
     if path.name in _OF_RUNS and any(path.with_name(mark).exists() for mark in _MARKS):

@@ -1,5 +1,6 @@
 """What replaces what on disk: folders that several commands make at once, and a run's own files."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,10 @@ def test_a_runs_own_files_are_never_replaced(tmp_path, mark, name):
     check_file(tmp_path / "numbers.json", option="--json", replace=True)
     (tmp_path / "elsewhere").mkdir()
     check_file(tmp_path / "elsewhere" / name, option="--json", replace=False)
+
+
+def test_a_device_or_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(EnvironmentFault, match="is a device or a pipe"):
+            check_file(path, option="--json", replace=True)
