@@ -114,7 +114,7 @@ def _check_names(command: str, arguments: list[str]) -> None:
     for word in arguments if command != "predict" else ():
         if trouble := name_trouble(word):
             raise ConfigError(f"{in_line(word)}: {trouble}; rename it, or give another")
-    with contextlib.suppress(OSError):  # it is gone: who needs it tells
+    with contextlib.suppress(OSError):  # it is gone, which who needs it reports
         if trouble := name_trouble(os.getcwd()):
             raise ConfigError(
                 f"the working directory {in_line(os.getcwd())}: {trouble}; rename it, or work in "
@@ -140,6 +140,7 @@ class _Leaving(contextlib.AbstractContextManager):
         self._raised: weakref.ref[Stopped] | None = None
         self._before: dict[int, Any] = {}
         self._ears: tuple[int, int] | None = None
+        self._woken = -1  # who was woken by signals before, as an event loop is
 
     def __enter__(self) -> "_Leaving":
         if threading.current_thread() is threading.main_thread():
@@ -150,14 +151,14 @@ class _Leaving(contextlib.AbstractContextManager):
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._again)
             self._ears = os.pipe()
             os.set_blocking(self._ears[1], False)
-            signal.set_wakeup_fd(self._ears[1], warn_on_full_buffer=False)
+            self._woken = signal.set_wakeup_fd(self._ears[1], warn_on_full_buffer=False)
             threading.Thread(target=_end_at_second, args=(self._ears[0],), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._ears is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self._woken)
             os.close(self._ears[1])  # the thread ends
         for number, handler in self._before.items():
             signal.signal(number, handler)
