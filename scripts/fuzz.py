@@ -61,13 +61,13 @@ def main() -> int:
                 shutil.copytree(place, options.keep, symlinks=True)
             subprocess.run(["rm", "-rf", place], check=True)  # however deep, whatever its rights
             if rows is not None:
-                with rows.open("a") as file:
+                with rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**done[seed], "said": ""}) + "\n")
         zygote.close()
     found = [done[seed] for seed in seeds]
     result = _result(found, time.monotonic() - started)
     if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     say(json.dumps(result["codes"]))
     say(f"{len(found)} tries, {len(result['wrong'])} wrong, {result['seconds']:.0f} s")
     return 1 if result["wrong"] else 0
@@ -76,7 +76,8 @@ def main() -> int:
 def _read(rows: Path | None) -> dict[int, dict[str, Any]]:
     if rows is None or not rows.is_file():
         return {}
-    return {row["seed"]: row for row in map(json.loads, rows.read_text().splitlines())}
+    lines = rows.read_text(encoding="utf-8").splitlines()
+    return {row["seed"]: row for row in map(json.loads, lines)}
 
 
 def _show(one: Any, row: dict[str, Any]) -> None:

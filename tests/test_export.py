@@ -473,7 +473,16 @@ def test_a_card_names_nobodys_folders_and_shows_class_names_as_they_are(tmp_path
     names = ("a|b", "<script>", "snow_leopard_", "two\nlines")
     facts = Facts(config.student, names, (0.5,) * 3, (0.5,) * 3, 1.0)
     command = ["train_deit.py", "digits", f"--data.root={home}/data/pets", "--out", "~/runs/pets"]
-    about = {"device_name": "CPU", "packages": {"torch": "2"}, "commit": "c", "arguments": command}
+    about = {
+        "arguments": command,
+        "deit": "0",
+        "commit": "c",
+        "packages": {"torch": "2", "timm": "1"},
+        "device_name": "CPU",
+        "processes": 1,
+        "threads": 1,
+        "precision": "no",
+    }
     (tmp_path / "environment.json").write_text(json.dumps(about))
     measured = {"top1": 0.5, "top5": 1.0, "calibration_error": 0.1}
     heads = dict.fromkeys(("class", "distillation", "fused"), measured)
