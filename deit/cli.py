@@ -1,6 +1,7 @@
 """The command line: one grammar behind `deit` and the root scripts; errors become exit codes."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -70,10 +71,35 @@ def _outcome(
             message = "another process is gone or did not answer; see what it said"
             _complain(message, debug, everywhere=True)
             return PeerError.exit_code
+        if (reason := _of_the_machine(error)) is not None:
+            _complain(f"{reason} (--debug shows where)", debug, everywhere=True)
+            return EnvironmentFault.exit_code
         reason = str(error).strip().split("\n")[0]
         message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
         _complain(message, debug, everywhere=True)
         return 1
+
+
+_MACHINE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN),
+)
+"""What a system may answer at any file and time: permissions, a full or broken disk, limits."""
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What the machine lacks, where an error says so; None for any other error."""
+    if isinstance(error, MemoryError):
+        return "the memory of this machine is not enough"
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in _MACHINE:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return in_line(f"{where}{error.strerror}")
+    # tempfile says so, and names the folders that it has tried.
+    if error.errno == errno.ENOENT and "temporary directory" in str(error.strerror):
+        return f"{error.strerror}; set TMPDIR to a folder that can be written"
+    return None
 
 
 _TIMM_LOADS = ("--teacher.source", "--start.source", "--from", "--teacher")

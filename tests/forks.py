@@ -94,6 +94,7 @@ class Zygote:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment["HF_HUB_OFFLINE"] = "1"  # read once, when it is imported
         environment["TMPDIR"] = str(folder)  # what processes that are killed leave goes with it
+        folder.chmod(0o1777)  # also for commands that gave up what root may
         environment.pop("DEIT_FAULT", None)
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(self.spare)],

@@ -1,6 +1,7 @@
 """Processes that end for any reason, with worker processes and without them: with their exit code,
 and nothing of them stays. They end as real ones do, Python's own end included."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deit import checkpoint, cli, journal
+from deit import checkpoint, cli, commands, journal
 from deit.cli import run_command
 from deit.config import derive
 from deit.datasets.reading import Reader
@@ -91,9 +92,10 @@ def test_a_training_ends_with_its_code_and_leaves_nothing(
     ended(zygote.start(*given, whole=True, DEIT_FAULT=fault), CODES[fault.split(":")[2]])
 
 
-def test_an_error_that_nobody_foresaw_ends_it_too(zygote, pictures, tmp_path):
+def test_a_full_disk_ends_it_wherever_that_is_noticed(zygote, pictures, tmp_path):
     given = words(pictures, tmp_path / "run", 2)
-    ended(zygote.start(*given, whole=True, DEIT_FAULT="update:3:full"), 1)
+    done = ended(zygote.start(*given, whole=True, DEIT_FAULT="update:3:full"), 5)
+    assert "deit: error: No space left on device (--debug shows where)" in done.err
 
 
 def test_the_end_of_training_is_the_end(zygote, pictures, tmp_path):
@@ -283,9 +285,38 @@ def test_a_stop_in_a_library_that_makes_another_error_of_it_is_a_stop(monkeypatc
         except BaseException:
             raise ImportError("a part of a library failed to import") from None
 
-    monkeypatch.setitem(__import__("deit.commands").commands.COMMANDS, "recipes", command)
+    monkeypatch.setitem(commands.COMMANDS, "recipes", command)
     assert run_command("recipes", [], "deit recipes") == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 5, "/a/b: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "/a"), 5, "/a: Read-only file system"),
+        (OSError(errno.EMFILE, "Too many open files"), 5, "Too many open files"),
+        (MemoryError(), 5, "the memory of this machine is not enough"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            5,
+            "No usable temporary directory found in ['/tmp']; set TMPDIR to a folder",
+        ),
+        (FileNotFoundError(errno.ENOENT, "Gone", "/a"), 1, "unexpected FileNotFoundError: "),
+        (ZeroDivisionError("zero"), 1, "unexpected ZeroDivisionError: zero"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_bug(error, code, message, monkeypatch, capsys):
+    """Wherever it is noticed: any file may meet a full disk or a permission at any time."""
+
+    def command(arguments, program):
+        raise error
+
+    monkeypatch.setitem(commands.COMMANDS, "recipes", command)
+    assert run_command("recipes", [], "deit recipes") == code
+    said = capsys.readouterr().err
+    assert said.startswith(f"deit: error: {message}")
+    assert said.endswith("(--debug shows where)\n")
 
 
 HELD = """
