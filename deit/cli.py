@@ -83,8 +83,9 @@ def _outcome(
 _MACHINE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
 )
-"""What a system may answer at any file and time: permissions, a full or broken disk, limits."""
+"""What a system may answer at any path and time: permissions, a full or broken disk, limits."""
 
 
 def _of_the_machine(error: Exception) -> str | None:
@@ -165,7 +166,7 @@ class _Leaving(contextlib.AbstractContextManager):
         self.asked, self.arrived = 0, False
         self._raised: weakref.ref[Stopped] | None = None
         self._before: dict[int, Any] = {}
-        self._ears: tuple[int, int] | None = None
+        self._pipe: tuple[int, int] | None = None
         self._woken = -1  # who was woken by signals before, as an event loop is
 
     def __enter__(self) -> "_Leaving":
@@ -175,17 +176,17 @@ class _Leaving(contextlib.AbstractContextManager):
                     self._before[number] = signal.signal(number, self._leave)
             self._before[SAVING] = signal.signal(SAVING, signal.SIG_IGN)
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._again)
-            self._ears = os.pipe()
-            os.set_blocking(self._ears[1], False)
-            self._woken = signal.set_wakeup_fd(self._ears[1], warn_on_full_buffer=False)
-            threading.Thread(target=_end_at_second, args=(self._ears[0],), daemon=True).start()
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._woken = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=_end_at_second, args=(self._pipe[0],), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._ears is not None:
+        if self._pipe is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.set_wakeup_fd(self._woken)
-            os.close(self._ears[1])  # the thread ends
+            os.close(self._pipe[1])  # the thread ends
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -208,11 +209,11 @@ class _Leaving(contextlib.AbstractContextManager):
             del stop  # this frame is part of its traceback, which should not keep it
 
 
-def _end_at_second(ears: int) -> None:
+def _end_at_second(pipe: int) -> None:
     """Read the numbers of signals as they come, in a thread of its own, and leave with the second
     one that asks to stop."""
     first = None
-    with open(ears, "rb", buffering=0) as numbers:
+    with open(pipe, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
             if number[0] in STOPPING:
                 now = time.monotonic()

@@ -296,6 +296,7 @@ def test_a_stop_in_a_library_that_makes_another_error_of_it_is_a_stop(monkeypatc
         (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 5, "/a/b: Permission denied"),
         (OSError(errno.EROFS, "Read-only file system", "/a"), 5, "/a: Read-only file system"),
         (OSError(errno.EMFILE, "Too many open files"), 5, "Too many open files"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "aa"), 5, "aa: File name too long"),
         (MemoryError(), 5, "the memory of this machine is not enough"),
         (
             FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
