@@ -6,7 +6,9 @@ import pytest
 from rich.cells import cell_len
 
 from deit import console
+from deit.cli import run_command
 from deit.errors import EnvironmentFault
+from deit.recipes import RECIPES
 
 
 @pytest.mark.parametrize(
@@ -164,3 +166,13 @@ def test_a_full_disk_behind_standard_output_is_told(monkeypatch):
     monkeypatch.setattr("sys.stdout", Full())
     with pytest.raises(EnvironmentFault, match="standard output: could not be written"):
         console.say("hello")
+
+
+def test_what_recipes_are_is_said_in_whole_sentences(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert run_command("recipes", [], "deit recipes") == 0
+    rows = [
+        line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")
+    ]
+    assert {row[1].strip() for row in rows} == set(RECIPES)
+    assert all(row[4].strip().endswith(".") for row in rows)

@@ -72,5 +72,6 @@ def recipes(arguments: list[str], program: str) -> None:
         config = recipe()
         student = f"{config.student.name} {config.student.image_size} px"
         epochs = str(config.optim.epochs)
-        rows.append((name, student, epochs, (recipe.__doc__ or "").strip().split("\n")[0]))
+        first = (recipe.__doc__ or "").split("\n\n")[0]  # the first paragraph
+        rows.append((name, student, epochs, " ".join(first.split())))
     table("recipes", ("name", "student", "epochs", "what"), rows, text=True, folds="what")
