@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import deit
-from deit.errors import ConfigError, DeitError, EnvironmentFault, PeerError, Stopped
+from deit.errors import (
+    ConfigError,
+    DeitError,
+    EnvironmentFault,
+    PeerError,
+    Stopped,
+    reason_of,
+)
 from deit.faults import arm
 from deit.files import HUB, about_address
 from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, follow
@@ -90,8 +97,8 @@ _MACHINE = (
 
 def _of_the_machine(error: Exception) -> str | None:
     """What the machine lacks, where an error says so; None for any other error."""
-    if isinstance(error, MemoryError):
-        return "the memory of this machine is not enough"
+    if _out_of_memory(error):
+        return f"not enough memory ({reason_of(error)})"
     if not isinstance(error, OSError):
         return None
     if error.errno in _MACHINE:
@@ -252,6 +259,14 @@ def _written(code: int) -> int:
         return BROKEN_PIPE
     _complain(f"{name}: cannot be written ({error.strerror})", False, everywhere=True)
     return EnvironmentFault.exit_code
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if "deit.environment" not in sys.modules:  # torch is not there, which has errors of its own
+        return isinstance(error, MemoryError)
+    from deit.environment import out_of_memory
+
+    return out_of_memory(error)
 
 
 def _lost_peer(error: Exception) -> bool:

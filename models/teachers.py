@@ -156,7 +156,8 @@ def load_teacher(config: Member, class_names: tuple[str, ...], *, image_size: in
     order = BY_NAME
     if config.classes is not None:
         origin = origin._replace(class_names=_given_names(config.classes, class_names))
-        order = f"teacher.classes {','.join(config.classes[:4])}"
+        more = ",..." if len(config.classes) > 4 else ""
+        order = f"teacher.classes {','.join(config.classes[:4])}{more}"
     elif origin.class_names is None:
         origin = origin._replace(class_names=_known_names(count, class_names))
         order = ASSUMED if origin.class_names is None else f"{count} synsets of ImageNet"

@@ -297,7 +297,8 @@ def test_a_stop_in_a_library_that_makes_another_error_of_it_is_a_stop(monkeypatc
         (OSError(errno.EROFS, "Read-only file system", "/a"), 5, "/a: Read-only file system"),
         (OSError(errno.EMFILE, "Too many open files"), 5, "Too many open files"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "aa"), 5, "aa: File name too long"),
-        (MemoryError(), 5, "the memory of this machine is not enough"),
+        (MemoryError(), 5, "not enough memory (MemoryError)"),
+        (RuntimeError("alloc: can't allocate memory: 9 bytes"), 5, "not enough memory (alloc: "),
         (
             FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
             5,

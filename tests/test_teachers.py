@@ -319,6 +319,12 @@ def test_the_order_of_a_teachers_classes_can_be_said(classes, columns, tmp_path,
     assert teacher.class_order == f"teacher.classes {','.join(classes)}"
 
 
+def test_a_long_order_of_classes_is_said_by_its_beginning(tmp_path):
+    _, config = weight_file(tmp_path / "w.pth", outputs=5)
+    teacher = load_teacher(replace(config, classes=tuple("edcba")), tuple("abcde"))
+    assert teacher.class_order == "teacher.classes e,d,c,b,..."
+
+
 def test_classes_that_are_said_may_be_more_than_the_datas(tmp_path):
     network, config = weight_file(tmp_path / "w.pth")
     teacher = load_teacher(replace(config, classes=("a", "b", "c")), ("c", "a"))
