@@ -1,5 +1,6 @@
 """Reads JSON as it was meant: into the dataclass that wrote it, nothing twice, no NaN."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -33,13 +34,19 @@ def strict_json(text: str) -> Any:
         raise ValueError("nested too deep") from None
 
 
+@functools.cache
+def _adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
+    """What checks the types of such a dataclass; slow to make."""
+    return TypeAdapter(kind)
+
+
 def read_typed(path: Path, kind: type[Kind]) -> Kind:
     """The file as an instance of a dataclass: every field of its type, none missing or unknown.
 
     Raises CheckpointError naming the file and the field.
     """
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+        return _adapter(kind).validate_json(path.read_bytes(), strict=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except ValidationError as error:

@@ -1,6 +1,7 @@
 """Checks a configuration as a whole: every problem found at once, each with what to do."""
 
 import dataclasses
+import functools
 import json
 import os
 import typing
@@ -37,7 +38,7 @@ def build(
     Raises ConfigError naming every problem.
     """
     problems, broken = list(extra), set()
-    adapter = TypeAdapter(Config)
+    adapter = _adapter()
     try:
         config = adapter.validate_python(values)
     except ValidationError as error:
@@ -58,6 +59,12 @@ def build(
     if problems:
         raise _config_error(problems)
     return config
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Config]:
+    """What checks the types; made once, as that takes a twentieth of a second."""
+    return TypeAdapter(Config)
 
 
 def validate(config: Config, *, online: bool = True) -> Config:
