@@ -35,7 +35,7 @@ from tests.test_target_store import (
     with_targets,
 )
 
-teachers, store = usual.teachers, usual.store
+teachers, store, _small_units = usual.teachers, usual.store, usual._small_units
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def sizes(tmp_path_factory):
 def test_stores_of_teachers_of_two_sizes_are_used_together(combine, sizes, tmp_path, capsys):
     config = derive(
         digits_ensemble(),
-        data={"image_size": 16},
+        data={"image_size": 16, "train_fraction": 0.2},
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
         teacher={"source": sizes, "combine": combine},
         optim={"epochs": 1, "warmup_epochs": 0},
@@ -270,7 +270,7 @@ def test_a_broken_manifest_is_one_line(name, store, teachers, tmp_path):
 def test_a_missing_file_of_a_store_is_named(store, tmp_path):
     copy = copied(store, tmp_path)
     (copy / TARGETS).unlink()
-    with pytest.raises(CheckpointError, match=r"targets\.bin: is not there, should have 9058"):
+    with pytest.raises(CheckpointError, match=r"targets\.bin: is not there, should have 2268"):
         open_store(copy)
 
 

@@ -35,9 +35,20 @@ from deit.target_verifier import verify_targets
 from deit.target_writer import write_targets
 from deit.targets import CHECKS, MANIFEST, TARGETS, UNITS, open_store
 from deit.teaching import Faculty
+from tests.trained import trained
+from tests.units import LEAST_ROWS
 
 pytest.importorskip("sklearn")
-EPOCHS = 7  # of 1,294 places: three units
+EPOCHS, PLACES = 7, 324  # with small units: three of them
+SMALL_UNITS = {"FORKS_FIRST": "tests.units:make_small"}  # in processes of their own
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_units():
+    """Units of a quarter of the rows, for a quarter of the images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "_LEAST_ROWS", LEAST_ROWS)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +56,15 @@ def teachers(tmp_path_factory):
     """Two teachers of digits, of two seeds."""
     place = tmp_path_factory.mktemp("teachers")
     for seed in (0, 1):
-        config = derive(
-            digits_teacher(), optim={"epochs": 3, "warmup_epochs": 1}, run={"seed": seed}
-        )
-        train(config, place / str(seed))
+        config = derive(digits_teacher(), optim={"epochs": 3}, run={"seed": seed})
+        trained(config, place / str(seed))
     return [str(place / str(seed)) for seed in (0, 1)]
 
 
 def configuration(teacher, **sections):
     config = derive(
         digits(),
+        data={"train_fraction": 0.25},
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
         optim={"epochs": EPOCHS, "warmup_epochs": 1},
         run={"evaluate_every": EPOCHS},
@@ -97,7 +107,7 @@ def check(config):
 
 def test_a_store_is_three_files(store):
     assert sorted(content(store)) == [CHECKS, MANIFEST, TARGETS]
-    assert (store / TARGETS).stat().st_size == EPOCHS * 1294
+    assert (store / TARGETS).stat().st_size == EPOCHS * PLACES
     manifest = json.loads((store / MANIFEST).read_text())
     assert manifest["complete"]
     assert 0.5 < manifest["teacher_top1"] <= 1
@@ -112,7 +122,7 @@ def test_parts_written_apart_make_the_same_bytes(order, teachers, store, tmp_pat
     for done, part in enumerate(order, start=1):
         write_targets(configuration(teachers[0]), out, shard=(part, 3))
         said = capsys.readouterr().out
-        assert ("complete, 9058 answers" in said) is (done == 3)
+        assert ("complete, 2268 answers" in said) is (done == 3)
         assert ("1 of 3 units are written, 2 missing" in said) is (done == 1)
     assert content(out) == content(store)
     write_targets(configuration(teachers[0]), out)
@@ -126,30 +136,40 @@ def command(teacher, out, *more):
         *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
         *("--optim.epochs", str(EPOCHS), "--optim.warmup_epochs", "1"),
         *("--run.evaluate_every", str(EPOCHS), "--teacher.layout", "contiguous"),
+        *("--data.train_fraction", "0.25"),
     )
     return [*recipe, *more]
 
 
-def test_two_processes_write_the_same_bytes(teachers, zygote, tmp_path):
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    assert zygote.run("targets", "write", *command(teachers[0], alone)).code == 0
-    again = zygote.run("targets", "write", *command(teachers[0], alone))
+@pytest.fixture(scope="module")
+def alone(teachers, zygote, tmp_path_factory):
+    """The store that `command` writes in one process."""
+    out = tmp_path_factory.mktemp("alone") / "store"
+    assert zygote.run("targets", "write", *command(teachers[0], out), **SMALL_UNITS).code == 0
+    assert open_store(out).layout.units == 3
+    return out
+
+
+def test_two_processes_write_the_same_bytes(alone, teachers, zygote, tmp_path):
+    together = tmp_path / "together"
+    again = zygote.run("targets", "write", *command(teachers[0], alone), **SMALL_UNITS)
     assert "complete already" in again.out
     assert again.out.count("next: ") == 1
-    done = zygote.together("targets", "write", *command(teachers[0], together))
+    done = zygote.together("targets", "write", *command(teachers[0], together), **SMALL_UNITS)
     assert [one.code for one in done] == [0, 0], done
     assert sum(one.out.count("next: ") for one in done) == 1
     assert content(together) == content(alone)
 
 
-def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(teachers, tmp_path, zygote):
+def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
+    alone, teachers, tmp_path, zygote
+):
     """kill -9 at random moments until a writer is left to finish; two shards at once."""
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    killed = tmp_path / "killed"
 
     def write(out, *more):
-        return zygote.start("targets", "write", *command(teachers[0], out, *more))
+        return zygote.start("targets", "write", *command(teachers[0], out, *more), **SMALL_UNITS)
 
-    assert write(alone).wait().code == 0
     moments = random.Random(7)
     for attempt in range(4):
         writers = [write(killed, "--shard", f"{part}/2") for part in (0, 1)]
@@ -170,20 +190,21 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(teachers, tm
     assert {name: finished[name] for name in expected} == expected
 
 
-def test_sigterm_in_the_middle_keeps_what_is_written(teachers, tmp_path, zygote):
-    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    words = ("targets", "write")
-    assert zygote.run(*words, *command(teachers[0], alone)).code == 0
-    done = zygote.run(*words, *command(teachers[0], stopped), DEIT_FAULT="targets:2:term")
+def test_sigterm_in_the_middle_keeps_what_is_written(alone, teachers, tmp_path, zygote):
+    stopped = tmp_path / "stopped"
+
+    def write(fault=""):
+        words = command(teachers[0], stopped)
+        return zygote.run("targets", "write", *words, DEIT_FAULT=fault, **SMALL_UNITS)
+
+    done = write("targets:2:term")
     assert done.code == 143
     assert done.err.splitlines() == ["deit: error: stopped by SIGTERM; the same command goes on"]
     assert len(list((stopped / UNITS).glob("0*.bin"))) == 2  # the one under way too
-    again = zygote.run(
-        *words, *command(teachers[0], stopped), DEIT_FAULT="targets:1:term,targets:1:int"
-    )
+    again = write("targets:1:term,targets:1:int")
     assert again.code == 143  # two at once are one
     assert again.err == done.err
-    assert zygote.run(*words, *command(teachers[0], stopped)).code == 0
+    assert write().code == 0
     assert content(stopped) == content(alone)
 
 
@@ -197,7 +218,7 @@ def one_epoch(teachers, tmp_path_factory):
 
     def write(out):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(targets, "_LEAST_ROWS", 512)
+            patch.setattr(targets, "_LEAST_ROWS", 128)
             write_targets(configuration(teachers[0]), out, epochs=1)
             assert open_store(out).layout.units == 3
 
@@ -285,11 +306,11 @@ def flipped(path, place):
     path.write_bytes(damaged)
 
 
-@pytest.mark.parametrize("place", [0, 4096, 9057])
+@pytest.mark.parametrize("place", [0, 1024, 2267])
 def test_one_flipped_byte_is_found(place, store, tmp_path):
     copy = copied(store, tmp_path)
     flipped(copy / TARGETS, place)
-    with pytest.raises(CheckpointError, match=f"unit {place // 4096} .* is damaged"):
+    with pytest.raises(CheckpointError, match=f"unit {place // LEAST_ROWS} .* is damaged"):
         verify_targets(copy, root=None, teacher="none", rows=16)
 
 
@@ -310,7 +331,7 @@ FOREIGN = {
     "rotation": ({"views": {"rotation": 3.0}}, "views.rotation: 7.5 in the store, 3.0 here"),
     "mixing": ({"views": {"mixup_alpha": 0.2}}, "views.mixup_alpha"),
     "repeats": ({"views": {"repeats": 2}}, "batch_size: None in the store, 32 here"),
-    "data": ({"data": {"train_fraction": 0.5}}, "images: 1295 in the store"),
+    "data": ({"data": {"train_fraction": 0.5}}, "images: 324 in the store"),
     "classes": ({"data": {"classes": ("0", "1", "2")}}, "classes: "),
     "size": ({"student": {"image_size": 4}}, "student_size: 8 in the store, 4 here"),
     "teacher's view": (
@@ -387,7 +408,7 @@ def test_answers_that_are_not_the_teachers_are_noticed(store, teachers, tmp_path
         return records, canaries
 
     forged(copy, other_answers)
-    with pytest.raises(DataError, match="the teacher answers otherwise now: of 458 views, "):
+    with pytest.raises(DataError, match="the teacher answers otherwise now: of 428 views, "):
         check(with_targets(configuration(teachers[0]), copy))
 
 
@@ -423,11 +444,11 @@ def test_an_incomplete_store_is_refused_with_how_much_is_missing(teachers, tmp_p
 def test_a_store_that_verifies_says_so(store, capsys):
     verify_targets(store, root=None, teacher=None, rows=128)
     said = capsys.readouterr().out
-    assert "3 units, 9058 hard answers: whole" in said
+    assert "3 units, 2268 hard answers: whole" in said
     assert "the same pixels" in said
     assert "4 views of 7 epochs made anew" in said
-    # 3 spots of 32 answers, and the last canary stands 14 places before the end.
-    assert "the same weights; 100.0 % of 110 answers as stored" in said
+    # 3 spots of 32 answers, and the last canary stands 4 places before the end.
+    assert "the same weights; 100.0 % of 100 answers as stored" in said
 
 
 # ---- trained from as if the teacher were there
@@ -446,13 +467,19 @@ def quick(config, **sections):
     return derive(config, optim={"epochs": 2}, **sections)
 
 
+@pytest.fixture(scope="module")
+def online(teachers, tmp_path_factory):
+    """A run that asks its teacher."""
+    out = tmp_path_factory.mktemp("online") / "run"
+    train(quick(configuration(teachers[0])), out)
+    return out
+
+
 @pytest.mark.parametrize("source", ["with its teacher", "without"])
 def test_hard_targets_train_to_the_same_bits_as_the_teacher_itself(
-    source, store, teachers, tmp_path, capsys
+    source, online, store, teachers, tmp_path, capsys
 ):
-    config = quick(configuration(teachers[0]))
-    train(config, tmp_path / "online")
-    stored = with_targets(config, store)
+    stored = with_targets(quick(configuration(teachers[0])), store)
     if source == "without":
         stored = derive(stored, teacher={"source": ()})
     capsys.readouterr()
@@ -460,8 +487,8 @@ def test_hard_targets_train_to_the_same_bits_as_the_teacher_itself(
     said = capsys.readouterr().out
     assert "hard answers of 7 epochs" in said
     assert ("taken on trust" in said) is (source == "without")
-    assert weights(tmp_path / "stored") == weights(tmp_path / "online")
-    ours, theirs = last_rows(tmp_path / "stored"), last_rows(tmp_path / "online")
+    assert weights(tmp_path / "stored") == weights(online)
+    ours, theirs = last_rows(tmp_path / "stored"), last_rows(online)
     assert ours == theirs
 
 
@@ -607,7 +634,7 @@ def test_probabilities_that_are_not_the_teachers_are_noticed(teachers, tmp_path)
             check(with_targets(plain, store))
 
 
-@pytest.mark.parametrize("place", [3, 9000])
+@pytest.mark.parametrize("place", [3, 2250])
 def test_training_reads_the_checksums_before_its_first_step(place, store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     flipped(copy / TARGETS, place)
@@ -704,8 +731,8 @@ def test_what_a_killed_writer_left_is_cleared_away(teachers, store, tmp_path):
 
 
 def _turned(records):
-    """One answer of 9,058 is another: too few for the answers asked anew to notice."""
-    records["label"][4, 700] = 9 - records["label"][4, 700]
+    """One answer of 2,268 is another: too few for the answers asked anew to notice."""
+    records["label"][4, 200] = 9 - records["label"][4, 200]
     return records
 
 
@@ -778,7 +805,7 @@ def test_memory_of_a_reader_does_not_grow_with_the_store(store, teachers):
     for epoch in (0, 6, 2):
         records = reader.records(epoch)
         assert isinstance(records, np.memmap)
-        assert records.tobytes() == whole[epoch * 1294 : (epoch + 1) * 1294]
+        assert records.tobytes() == whole[epoch * PLACES : (epoch + 1) * PLACES]
 
 
 def test_a_disk_without_room_for_the_store_is_refused_before_anything_is_asked(
@@ -793,7 +820,9 @@ def test_a_disk_without_room_for_the_store_is_refused_before_anything_is_asked(
     assert not (tmp_path / "s").exists()
     monkeypatch.undo()
     done = zygote.run(
-        *("targets", "write", *command(teachers[0], tmp_path / "s")), DEIT_FAULT="targets:2:full"
+        *("targets", "write", *command(teachers[0], tmp_path / "s")),
+        DEIT_FAULT="targets:2:full",
+        **SMALL_UNITS,
     )
     assert done.code == 5
     assert "could not be written (No space left on device; " in done.err

@@ -1,0 +1,10 @@
+"""Stores of small units: a few hundred images fill several."""
+
+from deit import targets
+
+LEAST_ROWS = 1024
+
+
+def make_small() -> None:
+    """For a process of its own, by FORKS_FIRST of tests/forks.py."""
+    targets._LEAST_ROWS = LEAST_ROWS
