@@ -10,10 +10,18 @@ import pytest
 
 from deit import checkpoint, disk, journal, manifest
 from deit.errors import CheckpointError, EnvironmentFault
+from tests import test_kills
 from tests.forks import Done, Zygote, until
-from tests.test_kills import SMALL, STEPS, run, same
+from tests.test_kills import STEPS, same
 
 pytest.importorskip("sklearn")
+# As many updates of fewer images.
+FEW = ("--data.train_fraction", "0.2", "--optim.batch_size", "48")
+SMALL = (*test_kills.SMALL, *FEW)
+
+
+def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> Done:
+    return test_kills.run(zygote, out, fault, *FEW, *more)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +257,7 @@ def test_a_full_disk_at_a_log_is_a_full_disk(zygote, tmp_path):
 def teachers(zygote, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teachers")
     for seed in (0, 1):
-        words = ("--optim.epochs", "3", "--run.seed", seed, "--out", folder / str(seed))
+        words = (*FEW, "--optim.epochs", "3", "--run.seed", seed, "--out", folder / str(seed))
         assert zygote.run("train", "digits-teacher", *words).code == 0
     return folder
 
@@ -281,7 +289,7 @@ LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
     ids=["less fits", "nothing to recompute", "recompute", "recomputes already"],
 )
 def test_out_of_memory_advises_only_what_helps(words, block, said, zygote, tmp_path):
-    words = (*words, "--optim.epochs", "3", "--optim.batch_size", block)
+    words = (*words, *FEW, "--optim.epochs", "3", "--optim.batch_size", block)
     done = zygote.run("train", *words, "--out", tmp_path / "run", DEIT_FAULT="update:3:memory")
     assert done.code == 5
     assert f"out of memory with {said}" in done.err
