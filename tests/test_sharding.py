@@ -26,6 +26,12 @@ WORDS = (
     # Accumulated micro-batches, a gradient that is clipped, every update to be looked at.
     *("--optim.accumulate", "2", "--optim.clip_norm", "0.5", "--run.timeout", "30"),
     *("--run.save_every", "1", "--run.keep_checkpoints", "20"),
+    *(
+        "--data.train_fraction",
+        "0.2",
+        "--optim.batch_size",
+        "48",
+    ),  # as many updates of fewer images
 )
 
 
@@ -161,7 +167,8 @@ def test_with_what_else_changes_a_student(more, zygote, runs, tmp_path):
 def test_a_network_without_blocks_and_with_statistics(zygote, tmp_path):
     """Batch norm: those of the first process count, as they do in DDP."""
     network = (
-        *("digits-teacher", "--optim.batch_size", "256", "--optim.epochs", "2"),
+        *("digits-teacher", "--optim.batch_size", "48", "--optim.epochs", "2"),
+        *("--data.train_fraction", "0.2"),
         *("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--run.evaluate_every", "1"),
         *("--run.save_every", "1", "--run.keep_checkpoints", "30"),
     )
