@@ -34,6 +34,7 @@ from tests.test_target_store import (
     quick,
     with_targets,
 )
+from tests.trained import trained
 
 teachers, store, _small_units = usual.teachers, usual.store, usual._small_units
 
@@ -106,13 +107,15 @@ def test_records_that_the_objective_cannot_use_are_not_written(records, teachers
 
 
 @pytest.fixture(scope="module")
-def sizes(tmp_path_factory):
+def sizes(teachers, tmp_path_factory):
     """Two teachers of digits at 8 and at 16 px."""
-    place = tmp_path_factory.mktemp("sizes")
-    for side in (8, 16):
-        config = derive(digits_teacher(), student={"image_size": side}, data={"image_size": side})
-        train(derive(config, optim={"epochs": 2, "warmup_epochs": 1}), place / str(side))
-    return tuple(str(place / str(side)) for side in (8, 16))
+    larger = derive(
+        digits_teacher(),
+        student={"image_size": 16},
+        data={"image_size": 16, "train_fraction": 0.3},
+        optim={"epochs": 3},
+    )
+    return teachers[0], str(trained(larger, tmp_path_factory.mktemp("sizes") / "16"))
 
 
 @pytest.mark.parametrize("combine", ["tokens", "probabilities"])
