@@ -154,7 +154,10 @@ def _check_learnt(config: Config, plan: Plan, run: Path) -> None:
 
 def _check_early(plan: Plan, config: Config, student: Student, facts: Facts, run: Path) -> None:
     """Refuse, before the export, which takes the most, what can be known without it. Raises
-    ConfigError and DataError."""
+    ConfigError, DataError and CheckpointError."""
+    rounded = rounded_layers(student.network).values()
+    if rounded and not any(layer.range.any() for layer in rounded):
+        raise CheckpointError(f"{run}: has learnt no ranges, no update was made; train it on")
     # What adapters, and timm's others, call the functions that they compute only the graph tells.
     if config.student.name in STUDENTS and config.student.adapters == "none":
         layers = layers_of(student.network)
@@ -215,11 +218,9 @@ def _environment(config: Config, arguments: list[str]) -> dict[str, Any]:
 
 
 def _learnt(file: FloatFile) -> tuple[Any, dict[str, Any]]:
-    """The ranges of activations as training left them. Raises CheckpointError where it did not."""
+    """The ranges of activations as training left them."""
     layers = rounded_layers(file.rounding.network)
     ranges = {name: layer.range for name, layer in layers.items()}
-    if not any(one.any() for one in ranges.values()):
-        raise CheckpointError(f"{file.run}: has learnt no ranges, no update was made; train it on")
     told = {"split": "train", "view": "training", "how": "learnt"}
     return learnt(file.prepared, file.layers, ranges), told
 

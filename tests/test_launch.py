@@ -30,9 +30,9 @@ STARTS = {
 }
 
 
-def understood(name, *more):
+def understood(name, *more, script=("train_deit.py", "cifar10")):
     """What accelerate launch makes of a configuration."""
-    words = ["--config_file", str(LAUNCH / name), *more, "train_deit.py", "cifar10"]
+    words = ["--config_file", str(LAUNCH / name), *more, *script]
     return _validate_launch_command(launch_command_parser().parse_args(words))[0]
 
 
@@ -52,21 +52,18 @@ def test_accelerate_launch_understands_every_configuration(name, monkeypatch):
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
-def test_a_run_starts_by_the_configuration_of_one_gpu(tmp_path):
-    """On the processor: there is no other here."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu"),
-            *("--config_file", str(LAUNCH / "one_gpu.yaml"), str(ROOT / "train_deit.py")),
-            *("digits-teacher", "--dry_run", "--out", str(tmp_path / "run")),
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert ", bf16, " in done.stdout
+def test_a_run_starts_by_the_configuration_of_one_gpu(zygote, tmp_path):
+    """On the processor: there is no other here. (tests/test_distributed.py starts a run by
+    accelerate launch itself.)"""
+    words = ("digits-teacher", "--dry_run", "--out", str(tmp_path / "run"))
+    arguments = understood("one_gpu.yaml", "--cpu", script=(str(ROOT / "train_deit.py"), *words))
+    (python, *command), environment = prepare_simple_launcher_cmd_env(arguments)
+    assert Path(python).name.startswith("python")
+    assert command == [str(ROOT / "train_deit.py"), *words]
+    told = {name: text for name, text in environment.items() if os.environ.get(name) != text}
+    done = zygote.run(*words, script="train_deit.py", cwd=tmp_path, **told)
+    assert done.code == 0, done.err
+    assert ", bf16, " in done.out
 
 
 def free_port():

@@ -25,6 +25,7 @@ from deit.run import train
 from deit.target_verifier import verify_targets
 from deit.target_writer import write_targets
 from deit.targets import MANIFEST, open_store
+from tests.trained import trained
 
 LAST = torch.channels_last
 
@@ -132,13 +133,13 @@ def test_a_voice_asks_in_inference_mode_and_what_it_says_can_be_learnt_from():
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     place = tmp_path_factory.mktemp("teacher") / "teacher"
-    train(derive(digits_teacher(), optim={"epochs": 3, "warmup_epochs": 1}), place)
-    return str(place)
+    return str(trained(derive(digits_teacher(), optim={"epochs": 3}), place))
 
 
 def configuration(teacher, **sections):
     config = derive(
         digits(),
+        data={"train_fraction": 0.3},  # two blocks of a store
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
         optim={"epochs": 2, "warmup_epochs": 1},
         run={"evaluate_every": 2},

@@ -15,9 +15,11 @@ from deit.errors import ConfigError
 from deit.models.saved import load_student
 from deit.models.slimming import largest, magnitudes
 from deit.prune_options import SCORES, Asked, asked_of
+from deit.recipes import digits_teacher
 from deit.scopes import SCOPES
 from deit.tuning import short
 from deit.validation import load
+from tests.trained import trained
 
 pytest.importorskip("sklearn")
 SMALL = (
@@ -35,8 +37,7 @@ WORDS = ("prune", "run", *QUICK, "--ratio", "0.5")
 def place(tmp_path_factory, zygote):
     """A folder with a small distilled student and its teacher."""
     place = tmp_path_factory.mktemp("prune")
-    words = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--out", "teacher")
-    assert zygote.run("train", "digits-teacher", *words, cwd=place).code == 0
+    trained(derive(digits_teacher(), optim={"epochs": 3}), place / "teacher")
     words = ("--teacher.source", "teacher", "--teacher.allow_weak", *SMALL, "--out", "run")
     done = zygote.run("train", "digits", *words, cwd=place)
     assert done.code == 0, done.err

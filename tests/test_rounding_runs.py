@@ -29,7 +29,7 @@ from deit.models.start import find_start, student_of
 from deit.models.teachers import load_teacher
 from deit.presets import OBJECTIVES
 from deit.quantization import signal_to_noise
-from deit.quantize import Plan, quantize
+from deit.quantize import Plan, _drop, quantize
 from deit.recipes import digits
 from deit.run import parts_of, train
 from deit.seats import members
@@ -221,27 +221,26 @@ def test_ranges_that_were_never_set_make_no_file(place, tmp_path):
         best, {n: 0 * w if n in ranges_in(weights) else w for n, w in weights.items()}, facts
     )
     (best / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="has learnt no ranges, no update was made"):
+    with (
+        mock.patch("deit.quantize.write_float_file", side_effect=AssertionError("exported first")),
+        pytest.raises(CheckpointError, match="has learnt no ranges, no update was made"),
+    ):
         quantize(tmp_path / "run", tmp_path / "out", Plan())
     assert not (tmp_path / "out").exists()
 
 
-def test_the_message_of_a_drop_names_it(place, tmp_path, monkeypatch):
+def test_the_message_of_a_drop_names_it(place, tmp_path):
+    """Of a student that does not round; what is told of one that does stands below."""
     pytest.importorskip("onnxruntime")
-    told = []
-    for name in ("base", "int8"):
-        with (
-            mock.patch("deit.quantize.final", lambda heads, tops=[0.5, 0.9]: {"top1": tops.pop()}),
-            pytest.raises(CheckpointError) as error,
-        ):
-            quantize(place / name, tmp_path / "out", Plan())
-        told.append(str(error.value))
-    way = f"deit finetune --from {place / 'base'} --tuning int8 --out {place / 'base'}-int8"
-    assert way in told[0]
-    assert "--calibrate percentile" in told[0]
-    assert "finetune" not in told[1]
-    assert "--calibrate" not in told[1]
-    assert "dynamic" not in told[1]
+    with (
+        mock.patch("deit.quantize.final", lambda heads, tops=[0.5, 0.9]: {"top1": tops.pop()}),
+        pytest.raises(CheckpointError) as error,
+    ):
+        quantize(place / "base", tmp_path / "out", Plan())
+    told = str(error.value)
+    run = place / "base"
+    assert f"deit finetune --from {run} --tuning int8 --out {run}-int8" in told
+    assert "--calibrate percentile" in told
 
 
 def test_from_a_run_to_its_file(place, zygote, tmp_path, capsys, monkeypatch):
@@ -254,7 +253,14 @@ def test_from_a_run_to_its_file(place, zygote, tmp_path, capsys, monkeypatch):
     assert "deit quantize run" in done.out
     assert "deit export" not in done.out
     monkeypatch.chdir(tmp_path)
-    assert run_command("quantize", ["run", "--max-drop", "100"], "deit quantize") == 0
+    with mock.patch("deit.quantize._drop", wraps=_drop) as drop:
+        assert run_command("quantize", ["run", "--max-drop", "100"], "deit quantize") == 0
+    (known, _, *others), how = drop.call_args
+    with pytest.raises(CheckpointError) as refused:
+        _drop(known, -100, *others, **how)
+    told = str(refused.value)
+    assert "try --exclude" in told
+    assert not any(word in told for word in ("finetune", "--calibrate", "dynamic"))
     said = " ".join(capsys.readouterr().out.split())
     assert "learnt in training, which computed with these roundings" in said
     assert "of the file's answers are the run's" in said
