@@ -11,6 +11,7 @@ import time
 import traceback
 import weakref
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import deit
@@ -24,13 +25,14 @@ from deit.errors import (
 )
 from deit.faults import arm
 from deit.files import HUB, about_address
-from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, follow
+from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, follow, importing
 from deit.text import in_line, name_trouble, nearest, open_streams
 
 # The commands are imported inside the functions, when signals are obeyed already.
 
 _ENDING_S = 1.0  # for the end of Python itself
 _REPEAT_S = 0.5
+_whole_process = False  # whether this process is the command, and not a part of another program
 
 # Before any library is imported that would otherwise count its users.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -197,15 +199,27 @@ class _Leaving(contextlib.AbstractContextManager):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _leave(self, number: int, frame: object) -> None:
+    def _leave(self, number: int, frame: FrameType | None) -> None:
         if not self.asked:
             self.asked = number
             signal.setitimer(signal.ITIMER_REAL, _REPEAT_S, _REPEAT_S)
-            self._raise()
+            self._obey(frame)
 
-    def _again(self, number: int, frame: object) -> None:
-        if self.asked and not self.arrived and self._raised is not None and not self._raised():
+    def _again(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and not self.arrived and (self._raised is None or not self._raised()):
+            self._obey(frame)
+
+    def _obey(self, frame: FrameType | None) -> None:
+        """Raise Stopped, but not in the middle of an import, where that may be the end of the
+        process: where nothing else has begun leave at once, else ask again after a while."""
+        began = importing(frame)
+        if began is None:
             self._raise()
+        elif _whole_process and _nothing_begun(began):
+            if os.environ.get("RANK", "0") == "0":
+                word = signal.Signals(self.asked).name
+                os.write(2, f"deit: error: stopped by {word}\n".encode())
+            os._exit(128 + self.asked)
 
     def _raise(self) -> None:
         stop = Stopped(self.asked)
@@ -214,6 +228,16 @@ class _Leaving(contextlib.AbstractContextManager):
             raise stop
         finally:
             del stop  # this frame is part of its traceback, which should not keep it
+
+
+def _nothing_begun(frame: FrameType | None) -> bool:
+    """Whether this frame and those around it only choose and load a command."""
+    while frame is not None:
+        package, *rest = frame.f_globals.get("__name__", "").split(".")
+        if package == "deit" and rest[:1] not in (["cli"], ["commands"], ["__main__"]):
+            return False
+        frame = frame.f_back
+    return True
 
 
 def _end_at_second(pipe: int) -> None:
@@ -305,11 +329,15 @@ def _complain(message: str, debug: bool, *, everywhere: bool = False) -> None:
 
 def program() -> int:
     """The console script `deit COMMAND ...`, a process of its own; returns the exit code."""
+    global _whole_process
+    _whole_process = True
     return _ending(main())
 
 
 def script(name: str) -> int:
     """A root script, which is one command and a process of its own; returns the exit code."""
+    global _whole_process
+    _whole_process = True
     return _ending(run_command(name, sys.argv[1:], Path(sys.argv[0]).name))
 
 

@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 
 from deit.errors import Stopped
-from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, gone
+from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, gone, importing
 
 Item = TypeVar("Item")
 _ASK_EVERY_S = 0.25  # how often processes talk about it, at most
@@ -70,7 +71,7 @@ class Interruption(AbstractContextManager):
         if self._noted in STOPPING:
             faulthandler.cancel_dump_traceback_later()
 
-    def _note(self, number: int, frame: object) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if number == SAVING:
             self._noted = self._noted or number
             return
@@ -83,13 +84,13 @@ class Interruption(AbstractContextManager):
         self._noted, self._first = number, now
         # Where this process hangs and will be killed, say where.
         faulthandler.dump_traceback_later(_STUCK_S, file=sys.__stderr__)
-        if self._open and not self._several:
+        if self._open and not self._several and not importing(frame):
             raise Stopped(number)
         signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, 0.1)
 
-    def _late(self, number: int, frame: object) -> None:
+    def _late(self, number: int, frame: FrameType | None) -> None:
         """Leave where this process still waits for data: nothing else would end that."""
-        if self._waiting:
+        if self._waiting and not importing(frame):
             raise Stopped(self._noted)
 
     @property

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from types import FrameType
 
 FOLLOWED = "DEIT_AT_ONCE"
 """In the environment of a run that one of our commands started: how many run beside each other."""
@@ -19,6 +20,20 @@ SIGNALS = (*STOPPING, SAVING)
 SAME_SIGNAL_S = 2.0
 """Within so many seconds another signal is the same one again: torchrun hands on to its processes
 what the terminal has sent them already."""
+
+
+def importing(frame: FrameType | None) -> FrameType | None:
+    """The frame that began the import in whose middle the program is; None where it is in none.
+
+    An exception there may end the process by SIGABRT: parts of libraries written in C++ call Python
+    where no exception may leave them, while they are set up.
+    """
+    found = None
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            found = frame.f_back
+        frame = frame.f_back
+    return found
 
 
 def launched() -> bool:

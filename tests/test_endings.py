@@ -321,6 +321,56 @@ def test_what_the_machine_lacks_is_no_bug(error, code, message, monkeypatch, cap
     assert said.endswith("(--debug shows where)\n")
 
 
+def asks_to_stop(folder: Path, rest: str) -> None:
+    """A module that a signal meets while it is imported."""
+    folder.mkdir(exist_ok=True)
+    text = f"import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\n{rest}\n"
+    (folder / "asks_to_stop.py").write_text(text)
+
+
+def test_no_import_is_interrupted(tmp_path, monkeypatch):
+    """Libraries of C++ end the process where an exception leaves them while they are set up."""
+    asks_to_stop(tmp_path, "time.sleep(1.5)\nwhole = True")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = []
+
+    def work():
+        import asks_to_stop
+
+        done.append(asks_to_stop.whole)
+        time.sleep(30)
+
+    with cli._Leaving(), pytest.raises(Stopped):
+        work()
+    assert done == [True]
+
+
+IMPORTS = """
+import sys
+from deit import cli, commands
+
+def command(arguments, program):
+    import asks_to_stop
+
+commands.COMMANDS["recipes"] = command
+sys.argv = ["deit", "recipes"]
+sys.exit(cli.program())
+"""
+
+
+def test_a_command_that_still_imports_leaves_at_once(tmp_path):
+    asks_to_stop(tmp_path, "time.sleep(1000)")
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (143, "deit: error: stopped by SIGTERM\n")
+
+
 HELD = """
 import sys, threading, time
 threading.Thread(target=time.sleep, args=(1000,)).start()
