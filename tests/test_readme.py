@@ -32,13 +32,17 @@ SMALL = {
         *(*STUDENT, *FEW, "--start.source", "checkpoints/digits/best"),
         *("--teacher.source", "checkpoints/teacher-16"),
     ],
-    "cifar10-micro": [*STUDENT, "--optim.batch_size", "32"],
+    "cifar10-micro": [
+        *(*STUDENT, "--optim.batch_size", "32", "--teacher.source", "checkpoints/folder-teacher"),
+    ],
     "mine.py:narrow": [*QUICK, *FEW, "--student.depth", "1", "--teacher.allow_weak"],
     "folder-teacher": [
         *(*QUICK, *PICTURES),
         *("--student.name", "small_convnet", "--student.drop_path", "0"),
     ],
-    "tiny-imagenet-micro": [*STUDENT, "--optim.batch_size", "32"],
+    "tiny-imagenet-micro": [
+        *(*STUDENT, "--optim.batch_size", "32", "--teacher.source", "checkpoints/folder-teacher"),
+    ],
     "folder": [*STUDENT, *PICTURES, "--optim.min_lr", "0", "--student.patch_size", "2"],
 }
 PROGRAMS = ("python", "make", "deit", "torchrun", "accelerate", "pip", "source")
@@ -116,7 +120,7 @@ def shortened(name, arguments, taught):
     if name == "finetune":
         return [*arguments, *QUICK, *FEW, "--teacher.allow_weak"]
     if name == "profile":
-        return [*arguments, "--teacher.allow_weak"]
+        return [*arguments, *NARROW, "--teacher.allow_weak"]
     if name == "targets" and arguments[0] == "write":
         return [*arguments, *SMALL[arguments[1]]]
     return arguments
