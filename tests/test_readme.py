@@ -179,7 +179,7 @@ def dry_run(words, place, zygote):
         assert asked.training_script_args[0] in RECIPES
         environment = {"ACCELERATE_MIXED_PRECISION": asked.mixed_precision}
     done = zygote.together(
-        *(*recipe, "--dry_run", "--out", "dry"),
+        *(*recipe, "--teacher.allow_weak", "--dry_run", "--out", "dry"),
         processes=number,
         script=asked.training_script,
         cwd=place,
