@@ -140,6 +140,9 @@ def test_our_commands_run_in_the_readmes_order(place, zygote):
 
 
 def test_the_other_commands_are_real(place, zygote):
+    words = ("digits-teacher", *SMALL["digits-teacher"], "--out", "taught")
+    teacher = zygote.run("train", *words, cwd=place)
+    assert teacher.code == 0, teacher.err
     for command in OTHERS:
         words = shlex.split(command)
         if words[0] == "make":
@@ -179,7 +182,8 @@ def dry_run(words, place, zygote):
         assert asked.training_script_args[0] in RECIPES
         environment = {"ACCELERATE_MIXED_PRECISION": asked.mixed_precision}
     done = zygote.together(
-        *(*recipe, "--teacher.allow_weak", "--dry_run", "--out", "dry"),
+        *(*recipe, "--teacher.source", "taught", "--teacher.allow_weak"),
+        *("--dry_run", "--out", "dry"),
         processes=number,
         script=asked.training_script,
         cwd=place,
