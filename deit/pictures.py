@@ -58,6 +58,7 @@ def draw_attention(
 def _show(axes: Any, image: Any, side: int, **settings: Any) -> None:
     axes.imshow(image, interpolation="nearest" if side < 64 else "antialiased", **settings)
     axes.set_axis_off()
+    axes.set(xticks=(), yticks=())  # they would not be seen, and take most of the time
 
 
 def _told(said: dict[str, str]) -> str:

@@ -554,7 +554,8 @@ def test_evaluating_what_is_no_run_is_refused(place, refused, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a teacher of two epochs and a student of one, trained by the root script."""
+    """A folder with a teacher of two epochs and a student of one, trained by the root script: the
+    teacher as from a shell."""
     place = tmp_path_factory.mktemp("runs")
     teacher = run_fresh(
         place,
@@ -562,7 +563,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--optim.warmup_epochs=0", "--data.train_fraction=0.3"),
     )
     assert teacher.returncode == 0, teacher.stdout + teacher.stderr
-    student = run_fresh(
+    student = run_in(
         place, TRAIN, "digits", *QUICK, *SMALL, "--out=student", "--teacher.source=teacher"
     )
     assert student.returncode == 0, student.stdout + student.stderr

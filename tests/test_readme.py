@@ -1,48 +1,49 @@
 """Every command of the README is executed, shortened; its tables and links are up to date."""
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
 from deit.commands import COMMANDS
+from deit.recipes import RECIPES
 
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 QUICK = shlex.split("--optim.epochs 1 --optim.warmup_epochs 0 --run.evaluate_every 1")
 PICTURES = shlex.split("--data.image_size 8 --student.image_size 8 --optim.batch_size 8")
+FEW = shlex.split("--data.train_fraction 0.1")  # 129 digits
+NARROW = shlex.split("--student.depth 1 --student.embed_dim 16 --student.num_heads 2")
+CROPS = ["--views.teacher_crops", "3"]
+STUDENT = [*QUICK, *NARROW, "--teacher.allow_weak"]
 SMALL = {
-    "digits-teacher": ["--optim.epochs", "2", "--optim.warmup_epochs", "1"],
-    "digits": [*QUICK, "--student.depth", "1"],
+    "digits-teacher": [*QUICK, *FEW],
+    "digits": [*STUDENT, *FEW],
     # Starts and teachers: runs that the commands before them leave.
     "digits-ensemble": [
-        *(*QUICK, "--student.depth", "1", "--teacher.allow_weak"),
-        *("--teacher.source", "checkpoints/digits-teacher,checkpoints/hard"),
+        *(*STUDENT, *FEW, "--teacher.source", "checkpoints/digits-teacher,checkpoints/hard"),
     ],
     "digits-finetune": [
-        *(*QUICK, "--student.depth", "1", "--start.source", "checkpoints/digits/best"),
-        *("--teacher.source", "checkpoints/teacher-16", "--teacher.allow_weak"),
+        *(*STUDENT, *FEW, "--start.source", "checkpoints/digits/best"),
+        *("--teacher.source", "checkpoints/teacher-16"),
     ],
     "cifar10-micro": [
-        *(*QUICK, "--student.depth", "1", "--optim.batch_size", "32", "--teacher.allow_weak"),
+        *(*STUDENT, "--optim.batch_size", "32", "--teacher.source", "checkpoints/folder-teacher"),
     ],
-    "mine.py:narrow": [*QUICK, "--student.depth", "1"],
+    "mine.py:narrow": [*QUICK, *FEW, "--student.depth", "1", "--teacher.allow_weak"],
     "folder-teacher": [
         *(*QUICK, *PICTURES),
         *("--student.name", "small_convnet", "--student.drop_path", "0"),
     ],
     "tiny-imagenet-micro": [
-        *(*QUICK, "--student.depth", "1", "--optim.batch_size", "32", "--teacher.allow_weak"),
+        *(*STUDENT, "--optim.batch_size", "32", "--teacher.source", "checkpoints/folder-teacher"),
     ],
-    "folder": [
-        *(*QUICK, *PICTURES, "--teacher.allow_weak", "--optim.min_lr", "0"),
-        *("--student.depth", "1", "--student.patch_size", "2"),
-    ],
+    "folder": [*STUDENT, *PICTURES, "--optim.min_lr", "0", "--student.patch_size", "2"],
 }
 PROGRAMS = ("python", "make", "deit", "torchrun", "accelerate", "pip", "source")
 
@@ -98,42 +99,50 @@ OURS = [command for command in readme_commands() if as_ours(command)]
 OTHERS = [command for command in readme_commands() if not as_ours(command)]
 
 
+def shortened(name, arguments, taught):
+    """The arguments of a command of ours, and those that make it one of moments. taught: what names
+    the teacher of digits, once a comparison has trained it."""
+    if name == "compare":
+        few = [*SMALL[arguments[0]], "--seeds", "0"]
+        few += taught if arguments[0] == "digits" else []
+        return [*arguments, *few, *(CROPS if "teaching" in arguments else ())]
+    if name == "train":
+        return [*arguments, *SMALL[arguments[0]]]
+    if name == "sweep":
+        return [*arguments, *SMALL["digits"], *taught, "--seeds", "0"]
+    if name == "tickets":
+        return [*arguments, *SMALL["digits"], *taught]
+    if name == "prune":
+        return [*arguments, *QUICK, *FEW, "--images", "64", "--teacher.allow_weak"]
+    if name == "landscape":
+        few = "--images 16 --grid 3 --points 3 --rays 2 --top 1 --steps 2 --probes 2"
+        return [*arguments, *few.split()]
+    if name == "finetune":
+        return [*arguments, *QUICK, *FEW, "--teacher.allow_weak"]
+    if name == "profile":
+        return [*arguments, *NARROW, "--teacher.allow_weak"]
+    if name == "targets" and arguments[0] == "write":
+        return [*arguments, *SMALL[arguments[1]]]
+    return arguments
+
+
 def test_our_commands_run_in_the_readmes_order(place, zygote):
     taught = []
     for command in OURS:
         name, arguments = as_ours(command)
-        if name == "compare":
-            recipe, out = arguments[0], arguments[arguments.index("--out") + 1]
-            arguments = [*arguments, *SMALL[recipe], "--seeds", "0"]
-            if recipe.startswith("digits"):
-                arguments += ["--data.train_fraction", "0.3"]
-            if recipe == "digits":  # the first comparison trains its teacher, the others take it
-                arguments += taught
-                taught = taught or ["--teacher.source", f"{out}/teacher"]
-            arguments += ["--views.teacher_crops", "3"] if "teaching" in arguments else []
-        elif name == "train":
-            arguments = [*arguments, *SMALL[arguments[0]]]
-        elif name == "sweep":
-            arguments = [*arguments, *SMALL["digits"], "--seeds", "0"]
-            arguments += [*taught, "--data.train_fraction", "0.3"]
-        elif name == "prune":
-            arguments = [*arguments, *QUICK, "--images", "64", "--teacher.allow_weak"]
-        elif name == "landscape":
-            few = "--images 16 --grid 3 --points 3 --rays 2 --top 1 --steps 2 --probes 2"
-            arguments = [*arguments, *few.split()]
-        elif name == "tickets":
-            arguments = [*arguments, *SMALL["digits"], *taught]
-        elif name == "finetune":
-            arguments = [*arguments, *QUICK, "--teacher.allow_weak"]
-        elif name == "targets" and arguments[0] == "write":
-            arguments = [*arguments, *SMALL[arguments[1]]]
-        done = zygote.run(name, *arguments, cwd=place)
+        done = zygote.run(name, *shortened(name, arguments, taught), cwd=place)
         assert done.code == 0, (command, done.err)
+        if name == "compare" and not taught:
+            out = arguments[arguments.index("--out") + 1]
+            taught = ["--teacher.source", f"{out}/teacher"]
     assert (place / "digits.json").is_file()
     assert (place / "checkpoints" / "compare" / "comparison.png").stat().st_size > 10_000
 
 
 def test_the_other_commands_are_real(place, zygote):
+    words = ("digits-teacher", *SMALL["digits-teacher"], "--out", "taught")
+    teacher = zygote.run("train", *words, cwd=place)
+    assert teacher.code == 0, teacher.err
     for command in OTHERS:
         words = shlex.split(command)
         if words[0] == "make":
@@ -142,7 +151,7 @@ def test_the_other_commands_are_real(place, zygote):
             ).stdout
             assert {"quickstart": "deit compare digits", "test": "-m pytest"}[words[1]] in planned
         elif words[0] in ("torchrun", "accelerate"):
-            dry_run(words, place)
+            dry_run(words, place, zygote)
         elif words[:2] == ["python", "scripts/benchmark.py"]:
             # It takes minutes: here its options, in test_benchmark.py what it does.
             script, *options = words[1:]
@@ -158,37 +167,31 @@ def test_the_other_commands_are_real(place, zygote):
             )
 
 
-def dry_run(words, place):
-    """Run a launcher's line for one step, on the CPU, as many processes as it says up to two."""
-    script = words.index("train_deit.py")
+def dry_run(words, place, zygote):
+    """Run what a launcher's line starts for one step, on the CPU; the launcher's own parser reads
+    the line. (test_distributed.py runs the script by both launchers themselves.)"""
     if words[0] == "torchrun":
-        launcher = [sys.executable, "-m", "torch.distributed.run", *words[1:script]]
-        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        recipe = words[script + 1 :]
+        asked = get_args_parser().parse_args(words[1:])
+        number, recipe, environment = int(asked.nproc_per_node), asked.training_script_args, {}
+        assert number == 2
     else:
-        # No eight GPUs here: the same line with --cpu and one process, and a recipe without data.
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines"]
-        launcher += [
-            "1",
-            "--num_processes",
-            "1",
-            "--mixed_precision",
-            "bf16",
-            "--dynamo_backend",
-            "no",
-        ]
-        assert "--mixed_precision bf16" in " ".join(words[1:script])
-        recipe = ["digits"]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "train_deit.py"), *recipe, "--dry_run", "--out", "dry"],
+        asked = launch_command_parser().parse_args(words[2:])
+        assert (words[1], asked.multi_gpu, asked.num_processes) == ("launch", True, 8)
+        # No eight GPUs here: one process, and a recipe without data.
+        number, recipe = 1, ["digits"]
+        assert asked.training_script_args[0] in RECIPES
+        environment = {"ACCELERATE_MIXED_PRECISION": asked.mixed_precision}
+    done = zygote.together(
+        *(*recipe, "--teacher.source", "taught", "--teacher.allow_weak"),
+        *("--dry_run", "--out", "dry"),
+        processes=number,
+        script=asked.training_script,
         cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+        **environment,
     )
-    assert done.returncode == 0, done.stderr
-    assert "dry run: one update" in done.stdout
+    assert [one.code for one in done] == [0] * number, "".join(one.err for one in done)
+    assert "dry run: one update" in done[0].out
+    assert ", bf16, " in done[0].out or not environment
 
 
 def test_links_and_pictures_of_the_documents_exist():
@@ -211,13 +214,9 @@ def test_tests_that_documents_name_exist():
         assert f"\ndef {name}(" in text, (file, name)
 
 
-def test_the_results_are_those_of_the_files():
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "results.py", "--check"],
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, "run: python scripts/results.py"
+def test_the_results_are_those_of_the_files(zygote):
+    done = zygote.run("--check", script="scripts/results.py", cwd=ROOT)
+    assert done.code == 0, "run: python scripts/results.py"
 
 
 def test_every_file_of_the_code_stands_in_the_architecture():
