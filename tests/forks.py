@@ -334,7 +334,8 @@ _ORIGINAL: dict[tuple[str, str], Any] = {}  # as the modules have them
 # What commands import when they come to it, so that no copy has to.
 _IMPORTED = (
     *("matplotlib.figure", "sklearn.datasets"),
-    *("deit.comparison", "deit.export", "deit.target_writer"),
+    *("deit.commands", "deit.comparison", "deit.export", "deit.target_writer"),
+    *("deit.contact_sheet", "deit.report", "deit.quantize", "deit.teaching"),
 )
 
 
@@ -357,6 +358,8 @@ def _serve() -> None:
     stack.enter_context(measuring(really=False))
     for name in _IMPORTED:
         import_module(name)
+    # What libraries keep of the grammar of a run's options is made once, for all copies.
+    import_module("deit.arguments").parse_run(["digits"], program="deit train", about="")
     import_module("torch").set_num_threads(1)
     gc.freeze()  # a copy that collects garbage need not look through all that was imported
     if sys.platform == "linux":  # elsewhere no run is a copy
