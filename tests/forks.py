@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -248,10 +248,12 @@ class _Copied(NamedTuple):
     pid: int
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it was killed already
+            os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> None:
-        self.told.recv(1)  # nothing, once it is gone
+        with self.told:
+            self.told.recv(1)  # nothing, once it is gone
 
 
 def copying(spare: Path) -> SimpleNamespace:

@@ -12,8 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from deit import checkpoint, journal
+from deit.config import derive
+from deit.recipes import digits_teacher
 from tests.forks import ROOT, Done, Running, Zygote, until
 from tests.test_kills import SMALL, STEPS, same
+from tests.trained import trained
 
 pytest.importorskip("sklearn")
 
@@ -54,11 +57,10 @@ def test_a_signal_to_one_stops_both_at_the_same_update(rank, zygote, straight, t
 
 
 @pytest.fixture(scope="module")
-def teacher(zygote, tmp_path_factory) -> tuple[str, ...]:
+def teacher(tmp_path_factory) -> tuple[str, ...]:
     """Options that name a teacher."""
     out = tmp_path_factory.mktemp("teacher") / "teacher"
-    done = zygote.run("train", "digits-teacher", "--optim.epochs", "3", "--out", out)
-    assert done.code == 0, done.err
+    trained(derive(digits_teacher(), optim={"epochs": 3}), out)
     return ("--objective", "deit-hard", "--teacher.source", str(out))
 
 
@@ -247,7 +249,7 @@ def test_a_launcher_that_is_terminated_takes_its_process_along(tmp_path):
 def test_where_one_has_less_memory_both_halve(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "fit@1:1:memory", "--run.fit_memory")
     assert [one.code for one in done] == [0, 0], done[0].err
-    assert "optim.accumulate 2: 64 images, the batch stays" in done[0].out
+    assert "optim.accumulate 2: 16 images, the batch stays" in done[0].out
 
 
 def test_ctrl_c_under_torchrun_saves_once(tmp_path):
