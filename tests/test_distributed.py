@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_cli import assert_refused, run_in
+from deit.config import derive
+from deit.recipes import digits_teacher
 from tests.test_reading import write_pictures
+from tests.trained import trained
 
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[1]
@@ -19,6 +21,7 @@ SETTINGS = (
     *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
     *("--views.mixup_alpha", "0.8", "--views.cutmix_alpha", "1", "--optim.batch_size", "64"),
     *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.evaluate_every", "1"),
+    *("--data.train_fraction", "0.25"),  # 324 images, five batches
     # 143 validation images: two chunks in the first of two processes, one in the second.
     *("--run.evaluation_batch", "71"),
     # Not what a busy moment measures, in one of them and not the other.
@@ -53,8 +56,7 @@ def runs(tmp_path_factory, zygote):
     """A student trained by one process, and by two, against the same teacher."""
     place = tmp_path_factory.mktemp("runs")
     script = ROOT / "train_deit.py"
-    words = ("digits-teacher", "--optim.epochs", 3, "--out", "teacher")
-    said_by(zygote, 1, script, *words, cwd=place)
+    trained(derive(digits_teacher(), optim={"epochs": 3}), place / "teacher")
     words = ("digits", "--teacher.source", "teacher", *SETTINGS)
     alone = said_by(zygote, 1, script, *words, "--out", "of-1", cwd=place)
     return place, {1: alone, 2: torchrun(script, *words, "--out", "of-2", cwd=place)}
@@ -157,21 +159,24 @@ def test_images_in_files_train_the_same_on_two_processes(zygote, tmp_path):
     assert rows(tmp_path, 3)[-1]["train"]["loss"] > 0
 
 
-def test_a_file_that_a_worker_cannot_read_is_one_line(tmp_path):
+def test_a_file_that_a_worker_cannot_read_is_one_line(zygote, tmp_path):
     for split in ("train", "val", "test"):
         write_pictures(tmp_path / "images" / split, number=8)
     broken = tmp_path / "images" / "val" / "bee" / "03.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    done = run_in(
-        tmp_path,
-        *("train_deit.py", "folder", "--data.root=images", "--objective=none", "--out=run"),
+    done = zygote.run(
+        *("folder", "--data.root=images", "--objective=none", "--out=run"),
         *("--student.name=vit_micro", "--student.depth=1", "--student.image_size=16"),
         "--student.patch_size=4",
         *("--data.image_size=18", "--optim.batch_size=8", "--optim.epochs=1"),
         *("--optim.warmup_epochs=0", "--data.storage=files", "--data.workers=2"),
+        script="train_deit.py",
+        cwd=tmp_path,
     )
-    assert_refused(done, 3, "images/val/bee/03.jpg: not a readable image")
-    assert len(done.stderr.splitlines()) == 1
+    assert done.code == 3
+    assert done.err.startswith("deit: error: ")
+    assert "images/val/bee/03.jpg: not a readable image" in done.err
+    assert len(done.err.splitlines()) == 1
 
 
 EXCHANGE = """

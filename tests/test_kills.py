@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,9 +13,10 @@ import pytest
 from safetensors.torch import load_file
 
 from deit import checkpoint, faults, journal
+from deit.cli import run_command
 from deit.config import derive
 from deit.errors import ConfigError
-from tests.forks import ROOT, Done, Zygote, until
+from tests.forks import Done, Zygote, until
 from tests.test_reading import write_pictures
 
 pytest.importorskip("sklearn")
@@ -25,8 +24,11 @@ STEPS = 5
 SMALL = (
     *("digits", "--objective", "none", "--teacher.source", "none", "--views.policy", "randaugment"),
     *("--views.mixup_alpha", "0.8", "--views.cutmix_alpha", "1"),
-    *("--student.depth", "2", "--student.embed_dim", "24", "--student.num_heads", "2"),
-    *("--student.drop_path", "0.2", "--optim.batch_size", "256", "--optim.epochs", "2"),
+    *("--student.depth", "2", "--student.embed_dim", "16", "--student.num_heads", "2"),
+    # A quarter of the images: 324, which are five batches.
+    *("--data.train_fraction", "0.25", "--optim.batch_size", "64", "--optim.epochs", "2"),
+    # With this seed the second epoch is the better one: the best weights are written twice.
+    *("--student.drop_path", "0.2", "--run.seed", "2"),
     *("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--run.evaluate_every", "1"),
     *("--run.linear", "torch"),  # not what a busy moment measures
 )
@@ -38,6 +40,7 @@ def straight(zygote, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("straight") / "run"
     done = zygote.run("train", *SMALL, "--out", out)
     assert done.code == 0, done.err
+    assert "best weights: epoch 2" in done.out
     return out
 
 
@@ -150,21 +153,16 @@ def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(zygote, straight,
     same(out, straight)
 
 
-def test_a_hangup_that_nohup_ignores_stays_ignored(zygote, straight, tmp_path):
+def test_a_hangup_that_nohup_ignores_stays_ignored(straight, tmp_path):
     out = tmp_path / "run"
-    code = (
-        "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
-        "from deit.cli import main; sys.exit(main())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", *SMALL, "--out", str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DEIT_FAULT": "update:3:hup"}
-        | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    faults.arm("update:3:hup")
+    try:
+        assert run_command("train", [*SMALL, "--out", str(out)], "deit train") == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        faults.arm(None)
+        signal.signal(signal.SIGHUP, before)
     same(out, straight)
 
 
@@ -199,8 +197,8 @@ def test_a_full_disk_leaves_what_was_saved_before(zygote, straight, tmp_path):
 def test_out_of_memory_names_the_batch_that_fits(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "update:3:memory")
     assert done.code == 5
-    assert "out of memory with 256 images at once; 128 fit" in done.err
-    assert "--optim.accumulate 2 makes micro-batches of that size and keeps the batch of 256" in (
+    assert "out of memory with 64 images at once; 32 fit" in done.err
+    assert "--optim.accumulate 2 makes micro-batches of that size and keeps the batch of 64" in (
         done.err
     )
     assert run(zygote, tmp_path / "run", "", "--optim.accumulate", "2").code == 0
@@ -215,7 +213,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_their_images(zygote, t
     )
     rows = journal.read(out / journal.ANOMALIES)
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(len(row["images"]) == len(row["names"]) == 256 for row in rows)
+    assert all(len(row["images"]) == len(row["names"]) == 64 for row in rows)
 
 
 def test_a_skipped_update_leaves_the_weights_and_is_counted(zygote, straight, tmp_path):
@@ -311,11 +309,11 @@ def with_workers(zygote, tmp_path):
     words = (*PICTURES, "--data.root", tmp_path / "pictures", "--out", tmp_path / "run")
     running = zygote.start("train", *words)
     until(lambda: list((tmp_path / "run").glob("checkpoint-*")))
-    return running, words
+    return running
 
 
 def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(with_workers, zygote, tmp_path):
-    running, _words = with_workers
+    running = with_workers
     os.kill(workers_of(running.pid)[0], signal.SIGKILL)
     done = running.wait(timeout=30)
     assert done.code == 5
@@ -323,8 +321,13 @@ def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(with_workers,
     assert checkpoint.newest(tmp_path / "run") is not None
 
 
-def test_killed_with_workers_alive_the_folder_is_free_at_once(with_workers, zygote, tmp_path):
-    running, words = with_workers
+def test_killed_with_workers_alive_the_folder_is_free_at_once(zygote, tmp_path):
+    out = tmp_path / "run"
+    pictures = write_pictures(tmp_path / "pictures", number=16)
+    words = (*PICTURES, "--optim.epochs", "4", "--data.root", pictures, "--out", out)
+    running = zygote.start("train", *words, DEIT_FAULT="update:9:hang")  # of the third epoch
+    until(lambda: list(out.glob("checkpoint-*")))
+    assert workers_of(running.pid)
     running.signal(signal.SIGKILL)
     running.wait()
     done = zygote.run("train", *words, "--resume")
@@ -332,7 +335,7 @@ def test_killed_with_workers_alive_the_folder_is_free_at_once(with_workers, zygo
 
 
 def test_a_stopped_run_leaves_no_worker_behind(with_workers, tmp_path):
-    running, _ = with_workers
+    running = with_workers
     workers = workers_of(running.pid)
     assert workers
     for pid in workers:  # as a signal to the whole group comes to them as well
@@ -365,24 +368,18 @@ def test_nothing_of_the_environment_is_written_down(zygote, tmp_path):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_files_are_for_whom_the_umask_says(mask, zygote, tmp_path):
+def test_files_are_for_whom_the_umask_says(mask, tmp_path):
     """Also the weights: whoever shares a folder wants to read them."""
     out = tmp_path / "run"
+    words = ("--out", str(out), "--optim.epochs", "1", "--optim.warmup_epochs", "0")
     before = os.umask(mask)
     try:
-        done = subprocess.run(
-            [
-                *(sys.executable, "-c", "from deit.cli import main; main()", "train", *SMALL),
-                *("--out", str(out), "--optim.epochs", "1", "--optim.warmup_epochs", "0"),
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            check=False,
-        )
+        assert run_command("train", [*SMALL, *words], "deit train") == 0
     finally:
         os.umask(before)
-    assert done.returncode == 0, done.stderr
-    for path in (*out.rglob("*.safetensors"), *out.rglob("*.json"), *out.rglob("*.jsonl")):
+    found = (*out.rglob("*.safetensors"), *out.rglob("*.json"), *out.rglob("*.jsonl"))
+    assert found
+    for path in found:
         assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
 
 
@@ -421,8 +418,8 @@ def test_micro_batches_are_halved_until_one_fits(zygote, tmp_path):
     fitted, given = tmp_path / "fitted", tmp_path / "given"
     done = run(zygote, fitted, "fit:1:memory,fit:2:memory", "--run.fit_memory")
     assert done.code == 0, done.err
-    assert "too little for 256 images at once; optim.accumulate 2: 128 images" in done.out
-    assert "optim.accumulate 4: 64 images, the batch stays" in done.out
+    assert "too little for 64 images at once; optim.accumulate 2: 32 images" in done.out
+    assert "optim.accumulate 4: 16 images, the batch stays" in done.out
     assert run(zygote, given, "", "--optim.accumulate", "4").code == 0
     same(fitted, given)
     plain = tmp_path / "plain"
@@ -465,7 +462,7 @@ def test_the_statistics_of_batch_norms_do_not_keep_what_was_left_out(zygote, tmp
     from deit.run import train
 
     epochs = {"epochs": 2, "warmup_epochs": 1, "ema_epochs": 1}
-    config = derive(digits_teacher(), optim=epochs)
+    config = derive(digits_teacher(), data={"train_fraction": 0.2}, optim=epochs)
     calls = iter(range(10**6))
 
     def overflowing(images):
@@ -513,7 +510,8 @@ def test_checkpoints_that_are_gone_within_the_first_epoch_are_missed(zygote, tmp
 def test_a_comparison_that_is_asked_to_stop_stops(zygote, tmp_path):
     """Also where the signal comes when a run of it has just come to its end."""
     words = ("compare", "digits", "--only", "distilled", "--out", tmp_path / "compare")
-    words += ("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--optim.batch_size", "256")
+    words += ("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--optim.batch_size", "64")
+    words += ("--data.train_fraction", "0.25", "--student.depth", "1", "--student.embed_dim", "16")
     done = zygote.run(*words, DEIT_FAULT="finish:1:term")
     assert done.code == 143, done.err
     assert (tmp_path / "compare" / "teacher" / "result.json").is_file()

@@ -12,8 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from deit import checkpoint, journal
+from deit.config import derive
+from deit.recipes import digits_teacher
 from tests.forks import ROOT, Done, Running, Zygote, until
 from tests.test_kills import SMALL, STEPS, same
+from tests.trained import trained
 
 pytest.importorskip("sklearn")
 
@@ -54,11 +57,10 @@ def test_a_signal_to_one_stops_both_at_the_same_update(rank, zygote, straight, t
 
 
 @pytest.fixture(scope="module")
-def teacher(zygote, tmp_path_factory) -> tuple[str, ...]:
+def teacher(tmp_path_factory) -> tuple[str, ...]:
     """Options that name a teacher."""
     out = tmp_path_factory.mktemp("teacher") / "teacher"
-    done = zygote.run("train", "digits-teacher", "--optim.epochs", "3", "--out", out)
-    assert done.code == 0, done.err
+    trained(derive(digits_teacher(), optim={"epochs": 3}), out)
     return ("--objective", "deit-hard", "--teacher.source", str(out))
 
 
@@ -98,13 +100,29 @@ def test_killed_after_any_update_both_go_on_to_the_same_bits(
     same(out, taught_straight)
 
 
+@pytest.fixture(scope="module")
+def three_units(teacher) -> tuple[str, ...]:
+    """The command that writes so many targets that they are three units."""
+    more = ("--data.train_fraction", "1", "--optim.batch_size", "256", "--epochs", "9")
+    return ("targets", "write", *SMALL, *teacher, *more, "--run.evaluation_batch", "256")
+
+
+@pytest.fixture(scope="module")
+def alone(zygote, three_units, tmp_path_factory) -> Path:
+    """What one process writes."""
+    out = tmp_path_factory.mktemp("alone") / "targets"
+    done = zygote.run(*three_units, "--out", out)
+    assert done.code == 0, done.err
+    return out
+
+
 @pytest.mark.parametrize(("rank", "block"), [(0, 1), (1, 2), (0, 24)])
-def test_a_signal_to_one_stops_both_that_write_targets(rank, block, zygote, teacher, tmp_path):
+def test_a_signal_to_one_stops_both_that_write_targets(
+    rank, block, zygote, three_units, alone, tmp_path
+):
     """There are three units: at the end the second process waits for the first."""
-    alone, out = tmp_path / "alone", tmp_path / "targets"
-    words = ("targets", "write", *SMALL, *teacher, "--epochs", "9", "--run.evaluation_batch", "256")
-    assert zygote.run(*words, "--out", alone).code == 0
-    words += ("--out", out)
+    out = tmp_path / "targets"
+    words = (*three_units, "--out", out)
     done = [one.wait() for one in both(zygote, *words, fault=f"answers@{rank}:{block}:term")]
     assert [one.code for one in done] == [143, 143], done[0].err
     assert done[0].err == "deit: error: stopped by SIGTERM; the same command goes on\n"
@@ -247,7 +265,7 @@ def test_a_launcher_that_is_terminated_takes_its_process_along(tmp_path):
 def test_where_one_has_less_memory_both_halve(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "fit@1:1:memory", "--run.fit_memory")
     assert [one.code for one in done] == [0, 0], done[0].err
-    assert "optim.accumulate 2: 64 images, the batch stays" in done[0].out
+    assert "optim.accumulate 2: 16 images, the batch stays" in done[0].out
 
 
 def test_ctrl_c_under_torchrun_saves_once(tmp_path):
