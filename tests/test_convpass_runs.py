@@ -288,8 +288,8 @@ def test_trained_adapters_keep_their_scale(place):
         {"source": str(place / "adapted")},
         r"scale 0\.1, .* --student\.adapter_scale 0\.1$",
     )
-    for trained in ("adapters", "all"):
-        other = {"student": {"adapter_scale": 0.01}, "optim": {"trained": trained}}
+    for which in ("adapters", "all"):
+        other = {"student": {"adapter_scale": 0.01}, "optim": {"trained": which}}
         with pytest.raises(CheckpointError, match=told):
             parts_of(config_of(place, start=start, **other))
     parts_of(config_of(place, start=start))
