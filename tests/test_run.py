@@ -315,7 +315,7 @@ def test_best_is_the_latest_of_the_epochs_with_the_highest_validation(
 
 def test_an_ensemble_is_measured_teacher_by_teacher_and_together(teacher, tmp_path, capsys):
     other = tmp_path / "other"
-    train(derive(digits_teacher(), optim={"epochs": 1}, run={"seed": 1}), other)
+    train(derive(digits_teacher(), optim={"epochs": 1, "warmup_epochs": 0}, run={"seed": 1}), other)
     config = derive(
         small(teacher, epochs=2, ema_epochs=0),
         teacher={"source": (str(teacher), str(other)), "weight": (0.6, 0.4)},
@@ -353,7 +353,8 @@ def test_any_backbone_without_a_token_learns_by_usi(name, teacher, tmp_path):
         optim={"epochs": 4, "warmup_epochs": 1, "lr": 1e-3},
     )
     if name == "small_convnet":  # it needs fewer images
-        config = derive(config, data={"train_fraction": 0.3}, optim={"batch_size": 16})
+        few = {"train_fraction": 0.3}
+        config = derive(config, data=few, optim={"batch_size": 32, "lr": 2e-3})
     if "mixer" in name:
         train(config, tmp_path / "run", dry_run=True)
         return
