@@ -379,6 +379,8 @@ def _serve() -> None:
             import_module(name)
     _parse()
     import_module("torch").set_num_threads(1)
+    # What reads configurations is made once, and not in each copy.
+    import_module("deit.validation").build({"loss": {"kind": "none"}})
     gc.freeze()  # a copy that collects garbage need not look through all that was imported
     if sys.platform == "linux":  # elsewhere no run is a copy
         _keep_spare(Path(sys.argv[1]))

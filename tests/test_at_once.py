@@ -15,19 +15,21 @@ from deit.disk import hold
 from deit.errors import ConfigError, DeitError, EnvironmentFault
 from deit.presets import OBJECTIVES
 from deit.recipes import digits, digits_teacher
-from deit.run import train
 from tests.forks import until
+from tests.trained import trained
 
 pytest.importorskip("sklearn")
 SMALL = (
     *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
     *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.evaluate_every", "2"),
+    *("--data.train_fraction", "0.2"),
 )
 
 
 def config(**sections):
     small = derive(
         digits(),
+        data={"train_fraction": 0.2},
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
         teacher={"source": ()},
         loss=OBJECTIVES["none"],
@@ -43,7 +45,7 @@ def chain(out):
 @pytest.mark.slow
 def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, tmp_path):
     # What runs choose by measuring, each for itself, is named.
-    words = ("compare", "digits", *SMALL, "--seeds", "0,1", "--data.train_fraction", "0.2")
+    words = ("compare", "digits", *SMALL, "--seeds", "0,1")
     words += ("--run.linear", "torch", "--teacher.layout", "contiguous")
     outs = [tmp_path / "after", tmp_path / "once"]
     for out, number in zip(outs, ("1", "2")):
@@ -110,8 +112,8 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
     zygote, tmp_path, number
 ):
     # The teacher first: it is trained before the two students that run beside each other.
-    train(derive(digits_teacher(), optim={"epochs": 1, "warmup_epochs": 0}), tmp_path / "teacher")
-    words = ("compare", "digits", *SMALL, "--optim.epochs", "20", "--run.evaluate_every", "20")
+    trained(derive(digits_teacher(), optim={"epochs": 3}), tmp_path / "teacher")
+    words = ("compare", "digits", *SMALL, "--optim.epochs", "40", "--run.evaluate_every", "40")
     words += ("--teacher.source", tmp_path / "teacher", "--at_once", "2", "--out", tmp_path / "out")
     running = zygote.start(*words)
     names = ("distilled", "undistilled")
@@ -129,7 +131,7 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
 
 def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_path):
     words = ("compare", "digits", *SMALL, "--optim.epochs", "3000", "--run.evaluate_every", "3000")
-    train(derive(digits_teacher(), optim={"epochs": 1, "warmup_epochs": 0}), tmp_path / "teacher")
+    trained(derive(digits_teacher(), optim={"epochs": 3}), tmp_path / "teacher")
     words += ("--teacher.source", tmp_path / "teacher", "--at_once", "2", "--out", tmp_path / "out")
     running = zygote.start(*words)
     names = ("distilled", "undistilled")

@@ -33,9 +33,10 @@ from deit.typed_json import read_typed
 from deit.validation import load
 from tests.stops import same_end, stop_at
 from tests.test_convpass import images
+from tests.trained import trained
 
 pytest.importorskip("sklearn")
-SMALL = {"depth": 3, "embed_dim": 96, "num_heads": 3, "drop_path": 0.1}
+SMALL = {"depth": 2, "embed_dim": 96, "num_heads": 3, "drop_path": 0.1}
 EPOCHS = 2
 QUICK = {"epochs": EPOCHS, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 0.5}
 
@@ -46,7 +47,7 @@ def place(tmp_path_factory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("convpass")
     teacher = derive(digits_teacher(), optim={"epochs": 3}, data={"train_fraction": 0.2})
-    train(teacher, folder / "teacher")
+    trained(teacher, folder / "teacher")
     train(base_config(folder), folder / "base")
     train(config_of(folder), folder / "adapted")
     return folder
@@ -76,7 +77,7 @@ def folders_of(run: Path) -> list[Path]:
 def test_checkpoints_hold_adapters_and_heads_alone(place):
     network = load_student(place / "adapted" / "best")[0].network
     own = trained_in(network, "adapters")
-    assert len(own) == 3 * 2 * 6 + 4
+    assert len(own) == 2 * 2 * 6 + 4
     whole = (place / "base" / "best" / "model.safetensors").stat().st_size
     for folder in folders_of(place / "adapted"):
         assert set(load_file(folder / "model.safetensors")) == own
@@ -99,7 +100,7 @@ def test_what_they_belong_to_is_told(place):
     assert not (place / "base" / "best" / BASE).exists()
     notes = json.loads((place / "adapted" / "start.json").read_text())
     assert notes["weights"] == expected.weights
-    assert notes["notes"] == ["6 new adapters, which add nothing until they are trained"]
+    assert notes["notes"] == ["4 new adapters, which add nothing until they are trained"]
 
 
 def test_a_saved_student_is_base_and_adapters_together(place):
@@ -287,8 +288,8 @@ def test_trained_adapters_keep_their_scale(place):
         {"source": str(place / "adapted")},
         r"scale 0\.1, .* --student\.adapter_scale 0\.1$",
     )
-    for trained in ("adapters", "all"):
-        other = {"student": {"adapter_scale": 0.01}, "optim": {"trained": trained}}
+    for which in ("adapters", "all"):
+        other = {"student": {"adapter_scale": 0.01}, "optim": {"trained": which}}
         with pytest.raises(CheckpointError, match=told):
             parts_of(config_of(place, start=start, **other))
     parts_of(config_of(place, start=start))
@@ -377,8 +378,8 @@ def test_the_command(place, tmp_path, objective, monkeypatch, capsys):
     words += ["--student.adapters", "convpass_attention", "--optim.epochs", "1", "--out", "run"]
     assert run_command("finetune", words, "finetune_deit.py") == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert "3 new adapters, which add nothing until they are trained" in said
-    assert "trained   adapters only: 8,612 parameters" in said
+    assert "2 new adapters, which add nothing until they are trained" in said
+    assert "trained   adapters only: 6,388 parameters" in said
     config = load(tmp_path / "run" / "config.json")
     assert (config.optim.trained, config.student.adapters) == ("adapters", "convpass_attention")
     assert read_typed(tmp_path / "run" / "best" / BASE, Base).weights

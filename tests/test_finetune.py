@@ -24,9 +24,11 @@ from deit.target_writer import write_targets
 from deit.tuning import SIZED, TUNING, at_resolution, begin_from
 from deit.validation import load, validate
 from tests.stops import same_end, stop_and_go_on
+from tests.trained import trained
 
 pytest.importorskip("sklearn")
 SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
+FEW = {"train_fraction": 0.2}
 BRIEF = {"epochs": 2, "batch_size": 64, "warmup_epochs": 1}
 
 
@@ -34,12 +36,12 @@ BRIEF = {"epochs": 2, "batch_size": 64, "warmup_epochs": 1}
 def runs(tmp_path_factory):
     """A teacher and a student at 8 px, and the teacher fitted to 16 px."""
     folder = tmp_path_factory.mktemp("runs")
-    train(derive(digits_teacher(), optim={"epochs": 3}), folder / "teacher")
+    trained(derive(digits_teacher(), optim={"epochs": 3}), folder / "teacher")
     source = str(folder / "teacher")
-    student = derive(digits(), student=SMALL, teacher={"source": (source,)}, optim=BRIEF)
+    student = derive(digits(), data=FEW, student=SMALL, teacher={"source": (source,)}, optim=BRIEF)
     train(student, folder / "student")
-    fitted = derive(at_resolution(digits_teacher(), 16), start={"source": source})
-    train(derive(fitted, optim={"epochs": 3}), folder / "teacher16")
+    fitted = derive(at_resolution(digits_teacher(), 16), data=FEW, start={"source": source})
+    train(derive(fitted, optim={"epochs": 1, "warmup_epochs": 0}), folder / "teacher16")
     return folder
 
 
@@ -163,7 +165,11 @@ def test_stored_targets_train_to_the_same_bits(runs, tmp_path):
 
 def test_a_plain_vit_becomes_a_distilled_student(runs, tmp_path, capsys):
     plain = derive(
-        digits(), student={"name": "vit_micro", **SMALL}, loss=OBJECTIVES["none"], optim=BRIEF
+        digits(),
+        data=FEW,
+        student={"name": "vit_micro", **SMALL},
+        loss=OBJECTIVES["none"],
+        optim=BRIEF,
     )
     train(plain, tmp_path / "plain")
     config = finer(runs, start={"source": str(tmp_path / "plain")})

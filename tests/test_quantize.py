@@ -3,9 +3,8 @@
 import json
 import math
 import re
+import runpy
 import shutil
-import subprocess
-import sys
 from unittest import mock
 
 import numpy
@@ -33,13 +32,15 @@ from deit.recipes import digits, digits_teacher
 from deit.records import head_logits
 from deit.run import train
 from deit.validation import load
+from tests.trained import trained
 
 pytest.importorskip("sklearn")
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 4}
-BRIEF = {"epochs": 5, "batch_size": 64, "warmup_epochs": 1, "lr": 3e-3}
+HALF = {"train_fraction": 0.5}
+BRIEF = {"epochs": 5, "batch_size": 32, "warmup_epochs": 1, "lr": 3e-3}
 ALONE = {"loss": OBJECTIVES["none"], "teacher": {"source": ()}}
 RUNS = {"distilled": {"student": SMALL}, "plain": {"student": {**SMALL, "name": "vit_micro"}}}
 ABLE = [("distilled", "static"), ("distilled", "dynamic"), ("plain", "static")]
@@ -47,20 +48,22 @@ ABLE += [("convnet", "static")]  # by dynamic it is refused
 FILES = ["README.md", "model.onnx", "quantization.json"]
 
 
+WRITTEN = {}
+
+
+def write_once(folder, student, facts):
+    """A network is exported once, which takes the most."""
+    held = student.state_dict().values()
+    key = (repr(facts), tuple(value.double().sum().item() for value in held))
+    if key not in WRITTEN:
+        write_noted_onnx(folder, student, facts)
+        WRITTEN[key] = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(WRITTEN[key])
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _brief():
-    """A network is exported once, which takes the most."""
-    written = {}
-
-    def write(folder, student, facts):
-        held = student.state_dict().values()
-        key = (repr(facts), tuple(value.double().sum().item() for value in held))
-        if key not in written:
-            write_noted_onnx(folder, student, facts)
-            written[key] = (folder / "model.onnx").read_bytes()
-        (folder / "model.onnx").write_bytes(written[key])
-
-    with mock.patch.object(float_file, "write_noted_onnx", write):
+    with mock.patch.object(float_file, "write_noted_onnx", write_once):
         yield
 
 
@@ -68,9 +71,9 @@ def _brief():
 def runs(tmp_path_factory):
     """Finished runs: a distilled student, a plain one, a ConvNet."""
     folder = tmp_path_factory.mktemp("runs")
-    train(derive(digits_teacher(), optim={"epochs": 3}), folder / "convnet")
+    trained(derive(digits_teacher(), optim={"epochs": 3}), folder / "convnet")
     for name, sections in RUNS.items():
-        train(derive(digits(), optim=BRIEF, **ALONE, **sections), folder / name)
+        train(derive(digits(), data=HALF, optim=BRIEF, **ALONE, **sections), folder / name)
     return folder
 
 
@@ -141,7 +144,7 @@ def prepared_of(folder, name, *, size=8, classes=3, **settings):
     torch.manual_seed(0)
     network = build_student(facts)
     bare, _ = bare_of(network)
-    write_noted_onnx(folder, bare, facts)
+    write_once(folder, bare, facts)
     layers = prepare(folder / "model.onnx", folder / "prepared.onnx")
     return folder / "prepared.onnx", layers, network.network
 
@@ -175,8 +178,7 @@ def test_signal_to_noise_by_hand():
     [
         ("deit_micro", 8, {"patch_size": 2, **SMALL}),
         ("vit_micro", 8, {"patch_size": 2, **SMALL}),
-        ("deit_micro", 8, {"patch_size": 2, **SMALL, "distillation_tokens": 2}),
-        ("deit_micro", 8, {"patch_size": 2, **SMALL, "share": 2}),
+        ("deit_micro", 8, {"patch_size": 2, **SMALL, "distillation_tokens": 2, "share": 2}),
         ("small_convnet", 8, {}),
         ("dense", 8, {}),
         pytest.param("rednet_micro", 8, {}, marks=pytest.mark.slow),
@@ -291,19 +293,25 @@ def test_weights_are_int8_by_channel_and_of_7_bits_if_asked(
     assert (error <= 0.51 * scales[:, None]).all()
 
 
-def seen_by_patches(path, images):
-    """What the patch embedding is given: the images, less 0 and over 1."""
+def seen_first(path):
+    """What the first convolution is given: the images, less 0 and over 1."""
     graph = Graph(path)
     node = next(node for node in graph.model.graph.node if node.op_type == "Conv")
     return node.input[0]
 
 
+@pytest.fixture(scope="module")
+def convnet(tmp_path_factory):
+    """A ConvNet of random weights, prepared: it has few tensors whose ranges are looked for."""
+    return prepared_of(tmp_path_factory.mktemp("convnet"), "small_convnet")[0]
+
+
 @pytest.mark.parametrize("how", CALIBRATIONS)
-def test_ranges_are_of_what_was_seen(how, micro):
-    path, _, _, images = micro
+def test_ranges_are_of_what_was_seen(how, convnet, micro):
+    path, images = convnet, micro[3]
     level = 98.0 if how == "percentile" else None
     ranges = calibrated(path, images.split(8), how=how, percentile=level)
-    low, high = (one.item() for one in ranges[seen_by_patches(path, images)].range_value)
+    low, high = (one.item() for one in ranges[seen_first(path)].range_value)
     values = images.flatten()
     if how == "minmax":
         assert (low, high) == (values.min().item(), values.max().item())
@@ -314,13 +322,13 @@ def test_ranges_are_of_what_was_seen(how, micro):
     assert values.min().item() <= low < -1 < 1 < high <= values.max().item() + 1e-6
 
 
-def test_entropy_has_something_to_choose_from(micro):
+def test_entropy_has_something_to_choose_from(convnet, micro):
     """With as many bins as levels there is but one candidate, the largest of all."""
-    path, _, _, images = micro
+    path, images = convnet, micro[3]
     outlier = images.clone()
     outlier[0, 0, 0, 0] = 100.0
     ranges = calibrated(path, [outlier], how="entropy")
-    assert float(ranges[seen_by_patches(path, images)].range_value[1]) < 100
+    assert float(ranges[seen_first(path)].range_value[1]) < 100
 
 
 def test_the_same_images_make_the_same_file(micro, tmp_path):
@@ -358,7 +366,8 @@ def test_layers_are_excluded_by_their_whole_names(micro, tmp_path):
 
 def test_heads_of_equal_weights_keep_their_names(tmp_path):
     """As after a fine-tuning that put the token in, a copy of the class token."""
-    student = StudentConfig(name="deit_micro", image_size=8, patch_size=2, **SMALL)
+    shape = {**SMALL, "depth": 1}
+    student = StudentConfig(name="deit_micro", image_size=8, patch_size=2, **shape)
     network = build_student(Facts(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 1.0))
     network.network.head_dist.load_state_dict(network.network.head.state_dict())
     facts = Facts(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 1.0)
@@ -503,7 +512,8 @@ def test_each_layer_alone_is_measured_on_validation_images(runs, tmp_path, capsy
     assert signal_to_noise(heads["fused"], logits) == pytest.approx(ratios[0], abs=0.01)
 
 
-def test_the_card_tells_it_and_its_snippet_runs(runs, folders, tmp_path):
+def test_the_card_tells_it_and_its_snippet_runs(runs, folders, tmp_path, monkeypatch, capsys):
+    """The same snippet runs in a process of its own in tests/test_export.py."""
     folder = folders["distilled", "static"]
     card, found = (folder / "README.md").read_text(), told(folder)
     assert "## How it was quantized" in card
@@ -521,10 +531,11 @@ def test_the_card_tells_it_and_its_snippet_runs(runs, folders, tmp_path):
     inputs, _, _ = split_of(runs / "distilled", "test")
     answer = answer_of(place / "model.onnx")(inputs[:1])["logits"].argmax().item()
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=place, capture_output=True, text=True, timeout=300
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, str(answer)), done.stderr
+    (tmp_path / "snippet.py").write_text(snippet)
+    monkeypatch.chdir(place)
+    capsys.readouterr()
+    runpy.run_path(str(tmp_path / "snippet.py"), run_name="__main__")
+    assert capsys.readouterr().out.strip() == str(answer)
 
 
 # what is refused

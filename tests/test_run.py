@@ -17,21 +17,24 @@ from deit.recipes import RECIPES, digits, digits_teacher, recipe_of
 from deit.restoring import read_state
 from deit.run import train
 from deit.validation import validate
+from tests.trained import trained
 
 pytest.importorskip("sklearn")
+FEW = {"train_fraction": 0.2}
+ALL = {"train_fraction": 1.0}
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "teacher"
-    train(derive(digits_teacher(), optim={"epochs": 3}), folder)
-    return folder
+    return trained(derive(digits_teacher(), optim={"epochs": 3}), folder)
 
 
 def small(teacher, **optim):
-    """A digits student that trains in seconds."""
+    """A digits student that trains in moments."""
     return derive(
         digits(),
+        data=FEW,
         student={"depth": 1, "embed_dim": 16, "num_heads": 2, "drop_path": 0.1},
         views={"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
         teacher={"source": str(teacher)},
@@ -135,8 +138,8 @@ def test_an_environment_variable_does_not_overrule_the_accumulation(teacher, tmp
 
 
 def test_images_too_small_for_the_network_are_refused(tmp_path):
-    config = derive(digits_teacher(), student={"name": "timm:vgg11"})
-    with pytest.raises(ConfigError, match=r"vgg11 cannot take images of this size"):
+    config = derive(digits_teacher(), student={"name": "timm:dla46_c"})
+    with pytest.raises(ConfigError, match=r"dla46_c cannot take images of this size"):
         train(config, tmp_path / "run")
 
 
@@ -161,7 +164,7 @@ def test_too_few_tokens_are_warned_about(teacher, tmp_path, capsys):
 
 
 def test_the_arithmetic_is_printed_before_the_first_step(teacher, tmp_path, capsys):
-    config = derive(small(teacher), optim={"accumulate": 2, "lr_reference_batch": 512})
+    config = derive(small(teacher), data=ALL, optim={"accumulate": 2, "lr_reference_batch": 512})
     train(config, tmp_path / "run", dry_run=True)
     shown = capsys.readouterr().out
     assert "64 = 1 process x 2 accumulated x 32" in shown
@@ -172,7 +175,8 @@ def test_the_arithmetic_is_printed_before_the_first_step(teacher, tmp_path, caps
 
 
 def test_repeated_augmentation_says_how_many_images_an_epoch_sees(teacher, tmp_path, capsys):
-    train(derive(small(teacher), views={"repeats": 3}), tmp_path / "run", dry_run=True)
+    config = derive(small(teacher), data=ALL, views={"repeats": 3})
+    train(config, tmp_path / "run", dry_run=True)
     shown = capsys.readouterr().out
     assert "20 updates and 1280 views of 440 unique images (of 1295) an epoch" in shown
     assert "3 views of an image in a batch" in shown
@@ -182,6 +186,7 @@ def test_a_teacher_near_chance_stops_the_run_unless_allowed(tmp_path):
     train(
         derive(
             digits_teacher(),
+            data=FEW,
             optim={"epochs": 1, "lr": 1e-9, "min_lr": 0, "warmup_lr": 0, "warmup_epochs": 0},
         ),
         tmp_path / "weak",
@@ -310,7 +315,7 @@ def test_best_is_the_latest_of_the_epochs_with_the_highest_validation(
 
 def test_an_ensemble_is_measured_teacher_by_teacher_and_together(teacher, tmp_path, capsys):
     other = tmp_path / "other"
-    train(derive(digits_teacher(), optim={"epochs": 3}, run={"seed": 1}), other)
+    train(derive(digits_teacher(), optim={"epochs": 1, "warmup_epochs": 0}, run={"seed": 1}), other)
     config = derive(
         small(teacher, epochs=2, ema_epochs=0),
         teacher={"source": (str(teacher), str(other)), "weight": (0.6, 0.4)},
@@ -347,6 +352,9 @@ def test_any_backbone_without_a_token_learns_by_usi(name, teacher, tmp_path):
         loss=OBJECTIVES["usi"],
         optim={"epochs": 4, "warmup_epochs": 1, "lr": 1e-3},
     )
+    if name == "small_convnet":  # it needs fewer images
+        few = {"train_fraction": 0.3}
+        config = derive(config, data=few, optim={"batch_size": 32, "lr": 2e-3})
     if "mixer" in name:
         train(config, tmp_path / "run", dry_run=True)
         return

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from deit import checkpoint, journal, manifest, tickets
 from deit.arguments import RunArguments
 from deit.at_once import Failed
+from deit.cli import run_command
 from deit.config import derive
 from deit.console import clock
 from deit.errors import CheckpointError
@@ -30,6 +31,7 @@ from deit.ticket_pictures import ticket_curve
 from deit.ticket_plan import plan_of, tickets_of
 from deit.ticket_results import matching, matching_line, sparsest
 from deit.validation import load
+from tests.forks import Done
 
 pytest.importorskip("sklearn")
 SMALL = (
@@ -443,6 +445,19 @@ def test_the_report_shows_curve_masks_and_layers(searched, zygote, tmp_path):
 # Refusals
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command in this process, from a folder: none of these trains anything."""
+
+    def run(name, *words, cwd):
+        monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        code = run_command(name, [str(word) for word in words], f"deit {name}")
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -467,18 +482,18 @@ def test_the_report_shows_curve_masks_and_layers(searched, zygote, tmp_path):
         (("--resume",), "takes no --resume; the same command always goes on"),
     ],
 )
-def test_a_mistake_is_told_before_the_work(zygote, tmp_path, words, said):
-    done = zygote.run(*WORDS, *words, "--out", "out", cwd=tmp_path)
+def test_a_mistake_is_told_before_the_work(command, tmp_path, words, said):
+    done = command(*WORDS, *words, "--out", "out", cwd=tmp_path)
     assert done.code == 2
     assert said in done.err
     assert len(done.err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_not_trained_whole_has_no_tickets(zygote, tmp_path, searched):
+def test_what_is_not_trained_whole_has_no_tickets(command, tmp_path, searched):
     place, _ = searched
     start = ("--start.source", place / "out/seed-0/level-0", "--optim.trained", "heads")
-    done = zygote.run(*WORDS, *start, "--out", "out", cwd=tmp_path)
+    done = command(*WORDS, *start, "--out", "out", cwd=tmp_path)
     assert (done.code, "optim.trained = 'heads': tickets are" in done.err) == (2, True)
 
 
@@ -493,15 +508,15 @@ def test_what_is_not_trained_whole_has_no_tickets(zygote, tmp_path, searched):
         (("--objective", "none"), "whose loss.kind is"),
     ],
 )
-def test_another_search_in_the_folder_is_refused(searched, zygote, words, said):
+def test_another_search_in_the_folder_is_refused(searched, command, words, said):
     place, _ = searched
-    done = zygote.run(*WORDS, *words, "--out", "out", cwd=place)
+    done = command(*WORDS, *words, "--out", "out", cwd=place)
     assert (done.code, said in done.err) == (2, True), done.err
 
 
-def test_groups_that_do_not_fit_are_told_before_the_work(zygote, tmp_path):
+def test_groups_that_do_not_fit_are_told_before_the_work(command, tmp_path):
     words = ("tickets", "digits", *SMALL, "--scope", "3:5", "--out", "out")
-    done = zygote.run(*words, cwd=tmp_path)
+    done = command(*words, cwd=tmp_path)
     assert done.code == 2
     assert "has 16 inputs, which 5 does not divide" in done.err
     assert not (tmp_path / "out").exists()
@@ -529,35 +544,35 @@ def test_updates_that_are_left_and_their_time_by_hand(tmp_path):
     assert tickets._time(runs[:2], 4) == "0 updates, teachers' aside"
 
 
-def test_weights_that_are_standardised_have_no_tickets(zygote, tmp_path):
+def test_weights_that_are_standardised_have_no_tickets(command, tmp_path):
     words = ("--student.name", "timm:resnetv2_50x1_bit", "--student.patch_size", "4")
     words = ("tickets", "digits-teacher", *words, "--out", "out", "--dry_run")
-    done = zygote.run(*words, cwd=tmp_path)
+    done = command(*words, cwd=tmp_path)
     assert done.code == 2
     assert "none of its weights can go" in done.err
 
 
-def test_levels_of_nearly_the_same_sparsity_keep_apart(zygote, tmp_path):
+def test_levels_of_nearly_the_same_sparsity_keep_apart(command, tmp_path):
     words = ("tickets", "digits", *SMALL, "--rate", "0.5", "--levels", "12", "--controls", "none")
-    done = zygote.run(*words, "--out", "out", "--dry_run", cwd=tmp_path)
+    done = command(*words, "--out", "out", "--dry_run", cwd=tmp_path)
     assert done.code == 0, done.err
     told = [line.split()[3] for line in done.out.splitlines() if " ticket " in line]
     assert len(told) == len(set(told)) == 12
 
 
-def test_a_folder_that_holds_something_else_is_refused(zygote, tmp_path):
+def test_a_folder_that_holds_something_else_is_refused(command, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
-    done = zygote.run(*WORDS, "--out", "out", cwd=tmp_path)
+    done = command(*WORDS, "--out", "out", cwd=tmp_path)
     assert done.code == 2
     assert "holds something, but no search" in done.err
 
 
 @pytest.mark.parametrize("scope", [*SCOPES, "2:4"])
-def test_a_dry_run_lists_every_scopes_runs(zygote, tmp_path, scope):
+def test_a_dry_run_lists_every_scopes_runs(command, tmp_path, scope):
     own = () if scope in SCOPES else ("--scope", "2:4")
     words = ("tickets", "digits", *SMALL, *(own or ("--scope", scope, "--levels", "2")))
-    done = zygote.run(*words, "--out", "out", "--dry_run", cwd=tmp_path)
+    done = command(*words, "--out", "out", "--dry_run", cwd=tmp_path)
     assert done.code == 0, done.err
     sparse = "25.0, 50.0 %" if own else "20.0, 36.0 %"
     assert f"levels    {sparse} of the prunable weights gone (scope {scope})" in done.out
