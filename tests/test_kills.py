@@ -24,11 +24,10 @@ STEPS = 5
 SMALL = (
     *("digits", "--objective", "none", "--teacher.source", "none", "--views.policy", "randaugment"),
     *("--views.mixup_alpha", "0.8", "--views.cutmix_alpha", "1"),
-    *("--student.depth", "2", "--student.embed_dim", "16", "--student.num_heads", "2"),
+    *("--student.depth", "2", "--student.embed_dim", "24", "--student.num_heads", "2"),
     # A quarter of the images: 324, which are five batches.
     *("--data.train_fraction", "0.25", "--optim.batch_size", "64", "--optim.epochs", "2"),
-    # With this seed the second epoch is the better one: the best weights are written twice.
-    *("--student.drop_path", "0.2", "--run.seed", "2"),
+    *("--student.drop_path", "0.2"),
     *("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--run.evaluate_every", "1"),
     *("--run.linear", "torch"),  # not what a busy moment measures
 )
@@ -40,7 +39,7 @@ def straight(zygote, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("straight") / "run"
     done = zygote.run("train", *SMALL, "--out", out)
     assert done.code == 0, done.err
-    assert "best weights: epoch 2" in done.out
+    assert "best weights: epoch 2" in done.out  # they are written twice
     return out
 
 
