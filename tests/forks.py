@@ -248,10 +248,12 @@ class _Copied(NamedTuple):
     pid: int
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it was killed already
+            os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> None:
-        self.told.recv(1)  # nothing, once it is gone
+        with self.told:
+            self.told.recv(1)  # nothing, once it is gone
 
 
 def copying(spare: Path) -> SimpleNamespace:
