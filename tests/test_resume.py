@@ -410,7 +410,7 @@ def test_a_stop_in_an_evaluation_evaluates_again_and_trains_nothing_again(
 
 CHANGED = {
     "optim.lr": {"optim": {"lr": 0.5}},
-    "optim.batch_size": {"optim": {"batch_size": 7}},
+    "optim.batch_size": {"optim": {"batch_size": 4}},
     "optim.epochs": {"optim": {"epochs": 5}},
     "optim.ema_epochs": {"optim": {"ema_epochs": 0.0}},
     "run.seed": {"run": {"seed": 1}},
