@@ -459,20 +459,21 @@ def test_killed_workers_leave_no_temporary_folders(pictures, monkeypatch, tmp_pa
     assert len(list(tmp_path.glob("pymp-*"))) <= 1
 
 
-MOMENTS = 200
+MOMENTS = 100  # of each seed
 
 
 @pytest.mark.slow
-def test_two_hundred_stops_at_random_moments(zygote: Zygote, pictures, tmp_path):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_hundred_stops_at_random_moments(seed, zygote: Zygote, pictures, tmp_path):
     """Of real processes, from their first moment on: each ends with the code of its signal and
     leaves nothing behind, and what it leaves in its folder is resumed to the same bits."""
-    moments = random.Random(0)
+    moments = random.Random(seed)
     more = ("--optim.epochs", "30", "--run.save_every", "2")
     straight = {}
     for workers in (0, 1, 2):
         straight[workers] = tmp_path / f"straight-{workers}"
         assert zygote.run(*words(pictures, straight[workers], workers), *more).code == 0
-    took, codes, number = [], {}, 0
+    took, codes, wrong, number = [], {}, [], 0
     while len(took) < MOMENTS:
         number += 1
         out, workers = tmp_path / f"run-{number}", number % 3
@@ -495,16 +496,21 @@ def test_two_hundred_stops_at_random_moments(zygote: Zygote, pictures, tmp_path)
                 took.append(time.monotonic() - moment)
             said.seek(0)
             text = said.read()
-        # Before our first line runs, Python dies of the signal itself.
-        assert code in (128 + sent, -sent, 0), (number, code, text)
         codes[code] = codes.get(code, 0) + 1
         until(lambda: not left(process.pid), timeout=20)  # noqa: B023
-        assert "Traceback" not in text or not out.exists(), f"{number}: {text}"
-        if code == 0:
-            continue
-        assert zygote.run(*given).code == 0
-        for name in (journal.CHAIN, "best/model.safetensors"):
-            assert (out / name).read_bytes() == (straight[workers] / name).read_bytes(), number
+        # Before our first line runs, Python dies of the signal itself, or says where it was.
+        right = code in (128 + sent, -sent, 0) and ("Traceback" not in text or not out.exists())
+        if not right or (code and not same_as(straight[workers], out, zygote.run(*given))):
+            wrong.append(f"stop {number}, {workers} workers, {sent!r}: code {code}, {text}")
     took.sort()
     print(f"{MOMENTS} stops: codes {codes}; half within {took[len(took) // 2]:.2f} s, ", end="")
     print(f"95 % within {took[int(0.95 * len(took))]:.2f} s, all within {took[-1]:.2f} s")
+    assert not wrong, "\n\n".join(wrong)
+
+
+def same_as(straight: Path, out: Path, resumed: Done) -> bool:
+    """Whether a resumed run is to the bit the one that was not stopped."""
+    files = (journal.CHAIN, "best/model.safetensors")
+    return resumed.code == 0 and all(
+        (out / name).read_bytes() == (straight / name).read_bytes() for name in files
+    )
