@@ -3,7 +3,6 @@
 import hashlib
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -13,10 +12,10 @@ from deit.datasets.decoding import decode_all, in_threads
 from deit.datasets.images import Encoded, Images
 from deit.datasets.listing import known
 from deit.datasets.sources import SOURCES, Loaded
-from deit.errors import DataError
+from deit.errors import DataError, EnvironmentFault
 from deit.files import read_names
 from deit.keys import Keys, words
-from deit.launcher import sharing
+from deit.memory import free_memory
 
 
 class Splits(NamedTuple):
@@ -158,23 +157,23 @@ memory of the moment: every process and every resumption of a run must come to t
 
 
 def _in_memory(splits: tuple[Encoded, ...], config: DataConfig) -> bool:
-    """Whether the squares of encoded images are to be held in memory. Raises DataError where they
-    should and do not fit."""
+    """Whether the squares of encoded images are to be held in memory. Raises EnvironmentFault where
+    they should and do not fit."""
     number = sum(len(split.labels) for split in splits)
     fits = number * 3 * config.image_size**2 <= AUTO_BYTES
     if config.storage == "files" or (config.storage == "auto" and not fits):
         return False
-    check_memory(number, config)
+    check_images_fit(number, config)
     return True
 
 
-def check_memory(number: int, config: DataConfig) -> None:
-    """Refuse so many images before they are decoded or enlarged. Raises DataError."""
+def check_images_fit(number: int, config: DataConfig) -> None:
+    """Refuse so many images before they are decoded or enlarged. Raises EnvironmentFault."""
     needed = number * 3 * config.image_size**2
-    allowed = psutil.virtual_memory().available * config.memory_fraction / sharing()
+    allowed = free_memory(torch.device("cpu")) * config.memory_fraction
     if needed > allowed:
         advice = "" if config.source in ("digits", "mnist", "cifar10", "cifar100") else _STAY_FILES
-        raise DataError(
+        raise EnvironmentFault(
             f"{number} images need {needed / 2**30:.1f} GiB at data.image_size "
             f"{config.image_size}, allowed are {allowed / 2**30:.1f} GiB; {advice}lower "
             "data.image_size, keep fewer data.classes, or raise data.memory_fraction"
@@ -187,7 +186,7 @@ _STAY_FILES = "use data.storage files, "
 def _squares(splits: tuple[Images, ...], config: DataConfig) -> tuple[Images, ...]:
     """Images that came in memory, at the size asked for."""
     if splits[0].pixels.shape[-1] != config.image_size:
-        check_memory(sum(len(split.labels) for split in splits), config)
+        check_images_fit(sum(len(split.labels) for split in splits), config)
     return tuple(Images(_resized(pixels, config.image_size), labels) for pixels, labels in splits)
 
 

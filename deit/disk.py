@@ -196,7 +196,7 @@ def put_file(path: Path, content: bytes) -> None:
         raise
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise EnvironmentFault(f"{path}: could not be written ({error.strerror})") from None
+        raise EnvironmentFault(f"{path}: could not be written ({why(error, path)})") from None
     sync_folder(path.parent)
 
 
@@ -214,7 +214,7 @@ def put_first(path: Path, content: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise EnvironmentFault(f"{path}: could not be written ({error.strerror})") from None
+        raise EnvironmentFault(f"{path}: could not be written ({why(error, path)})") from None
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -240,7 +240,7 @@ def write_json(path: Path, value: Any) -> None:
     try:
         put_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
     except FileNotFoundError as error:
-        raise EnvironmentFault(f"{path}: could not be written ({error.strerror})") from None
+        raise EnvironmentFault(f"{path}: could not be written ({why(error, path)})") from None
 
 
 @contextmanager

@@ -190,7 +190,7 @@ class Units:
         except FileNotFoundError:
             raise
         except OSError as error:
-            reason = f"could not be written ({error.strerror})"
+            reason = f"could not be written ({why(error, self.store)})"
             raise EnvironmentFault(f"{self.store}: {reason}") from None
         finally:
             temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from deit.config import DataConfig, Source
 from deit.datasets.images import Encoded, Images
 from deit.datasets.sources import SOURCES
 from deit.datasets.splits import channel_statistics, choose, load_splits
-from deit.errors import DataError
+from deit.errors import DataError, EnvironmentFault
 
 TINY = Path(__file__).parents[2] / "shared" / "data" / "tiny-imagenet-200.part1of4.tar.xz"
 
@@ -196,7 +196,7 @@ def test_a_damaged_folder_is_named(tmp_path, damage, message):
 
 def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_resized(tmp_path):
     folder(tmp_path)
-    with pytest.raises(DataError, match=r"lower data\.image_size"):
+    with pytest.raises(EnvironmentFault, match=r"lower data\.image_size"):
         load_splits(config(tmp_path, memory_fraction=1e-12))
 
 
@@ -243,7 +243,7 @@ def test_storage_decides_what_a_split_holds(tmp_path, monkeypatch):
 def test_the_free_memory_of_the_moment_never_changes_the_storage(tmp_path, storage):
     """Processes and resumptions of one run would disagree: it is refused, with the way out."""
     folder(tmp_path)
-    with pytest.raises(DataError, match=r"use data\.storage files, lower data\.image_size"):
+    with pytest.raises(EnvironmentFault, match=r"use data\.storage files, lower data\.image_size"):
         load_splits(config(tmp_path, storage=storage, memory_fraction=1e-12))
     assert load_splits(config(tmp_path, storage="files", memory_fraction=1e-12)).notes
 
@@ -316,9 +316,16 @@ def test_images_below_a_class_folder_belong_to_it(tmp_path):
     assert "train/ant/more/of them/x.PNG" in set.union(*keys(splits).values())
 
 
+def test_images_fit_into_what_a_container_allows(tmp_path, monkeypatch):
+    folder(tmp_path)
+    monkeypatch.setattr("deit.memory.allowed", lambda: [1000])
+    with pytest.raises(EnvironmentFault, match=r"allowed are 0\.0 GiB"):
+        load_splits(config(tmp_path))
+
+
 def test_enlarging_beyond_the_memory_is_refused_for_every_source():
     config = DataConfig(source="digits", image_size=64, memory_fraction=1e-12)
-    with pytest.raises(DataError, match=r"1797 images need .* lower data\.image_size"):
+    with pytest.raises(EnvironmentFault, match=r"1797 images need .* lower data\.image_size"):
         load_splits(config)
 
 
