@@ -91,6 +91,7 @@ class Zygote:
         self.folder = folder
         self.spare = folder / "spare"
         self.number = 0
+        self.held: Any = None  # what is there as long as this is
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment["HF_HUB_OFFLINE"] = "1"  # read once, when it is imported
         environment["TMPDIR"] = str(folder)  # what processes that are killed leave goes with it
@@ -187,6 +188,9 @@ def shared() -> Zygote:
     """The one of this process, started when it is first needed."""
     folder = TemporaryDirectory(prefix="deit-commands-")
     zygote = Zygote(Path(folder.name))
+    # Held by more than its cleaning up, which a fork by multiprocessing forgets from Python 3.13
+    # on: the folder would be removed with the last reference.
+    zygote.held = folder
     atexit.register(folder.cleanup)
     atexit.register(zygote.close)
     return zygote

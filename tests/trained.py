@@ -16,14 +16,15 @@ def trained(config: Config, out: Path) -> Path:
     """Put a finished run of this configuration into the folder `out`; that folder."""
     key = repr(to_dict(config))
     if key not in _RUNS:
-        run = _folder() / str(len(_RUNS))
+        run = Path(_folder().name) / str(len(_RUNS))
         train(config, run)
         _RUNS[key] = run
     return Path(shutil.copytree(_RUNS[key], out, dirs_exist_ok=True))
 
 
 @functools.cache
-def _folder() -> Path:
+def _folder() -> TemporaryDirectory:
+    """Held here: a fork by multiprocessing forgets what `atexit` holds, from Python 3.13 on."""
     folder = TemporaryDirectory(prefix="deit-trained-")
     atexit.register(folder.cleanup)
-    return Path(folder.name)
+    return folder
