@@ -6,6 +6,8 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
+import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -55,13 +57,13 @@ def fits_shared(needed: int) -> bool:
 
 
 @functools.cache
-def _warn_of_pipes() -> None:
+def _warn_of_files() -> None:
     """Say once why batches do not come in shared memory."""
     free = shutil.disk_usage(_SHARED).free
     warn(
         f"{_SHARED} has {free / 2**20:.0f} MiB free, too little for the batches of data.workers: "
-        "they come through pipes, which takes a little longer; in a container --shm-size 2g gives "
-        "more"
+        f"they come in files in {tempfile.gettempdir()}, which takes a little longer; in a "
+        "container --shm-size 2g gives more"
     )
 
 
@@ -92,9 +94,13 @@ class Read(NamedTuple):
 
 
 class _Sent(NamedTuple):
-    """A Read on its way through a pipe."""
+    """A Read on its way in a file.
 
-    pixels: tuple[np.ndarray, ...]
+    sizes: of each square [px], in the order of their bytes.
+    """
+
+    file: str
+    sizes: tuple[int, ...]
     seconds: float
 
 
@@ -189,13 +195,19 @@ def _begin_worker(work: _Work, parent: int) -> None:
 
 
 def _in_worker(
-    epoch: int, samples: np.ndarray, repeats: np.ndarray, shared: bool
+    epoch: int, samples: np.ndarray, repeats: np.ndarray, folder: str | None
 ) -> Read | _Sent | DataError:
-    """The batch: in shared memory, or as arrays, which travel through a pipe."""
+    """The batch: in shared memory, or in a file of this folder.
+
+    Not through the pool's pipe: who reads half a batch of a worker that was killed waits for ever.
+    """
     read = _work(epoch, samples, repeats)
-    if shared or isinstance(read, DataError):
+    if folder is None or isinstance(read, DataError):
         return read
-    return _Sent(tuple(pixels.numpy() for pixels in read.pixels), read.seconds)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        for pixels in read.pixels:
+            file.write(pixels.numpy().data)
+    return _Sent(file.name, tuple(pixels.shape[-1] for pixels in read.pixels), read.seconds)
 
 
 class _Workers:
@@ -207,22 +219,22 @@ class _Workers:
         )
         self._pins = ThreadPoolExecutor(1) if pin else None
         # Made here, it is this process's, and removed with it; each killed worker would leave one.
-        get_temp_dir()
+        self._folder = tempfile.mkdtemp(dir=get_temp_dir())
         self.processes: list[BaseProcess] = []
 
     def submit(self, wanted: Wanted, *, shared: bool) -> "Future[Read | _Sent | DataError]":
-        """Have a batch read. shared: whether it comes in shared memory, without a copy; else
-        through a pipe. Raises WorkerLost where a worker is gone.
+        """Have a batch read. shared: whether it comes in shared memory, without a copy; else in a
+        file. Raises WorkerLost where a worker is gone.
 
         It is asked for in arrays: a tensor would travel as shared memory, whose file stays open
         while it lives.
         """
-        words = (wanted.epoch, wanted.samples.numpy(), wanted.repeats.numpy(), shared)
+        words = (wanted.epoch, wanted.samples.numpy(), wanted.repeats.numpy())
         try:
             # The first call starts the processes: no signal may come between one and its list.
             with nullcontext() if self.processes else _signals_later():
                 before = set(multiprocessing.active_children())
-                future = self._pool.submit(_in_worker, *words)
+                future = self._pool.submit(_in_worker, *words, None if shared else self._folder)
                 self.processes += set(multiprocessing.active_children()) - before
             return future if self._pins is None else self._pins.submit(_pinned, future)
         except BrokenProcessPool:
@@ -237,19 +249,35 @@ class _Workers:
         self._pool.shutdown(wait=False)
         if self._pins is not None:
             self._pins.shutdown(wait=False)
-        for process in self.processes:
-            multiprocessing.connection.wait([process.sentinel], _KILLED_S)
+        left, end = {process.sentinel for process in self.processes}, time.monotonic() + _KILLED_S
+        while left and (rest := end - time.monotonic()) > 0:
+            left.difference_update(multiprocessing.connection.wait(left, rest))
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @contextmanager
 def _signals_later() -> Iterator[None]:
     """Signals that ask to stop or to save arrive when it is left; processes that start within it
     begin without them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no signal is handled here
+        return
+    came: list[int] = []
+    # Blocked here, for the processes that start; another thread may still take a signal, and then
+    # its handler runs in this one.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number in came:
+            os.kill(os.getpid(), number)
 
 
 def _pinned(future: "Future[Read | _Sent | DataError]") -> Read | DataError:
@@ -261,9 +289,16 @@ def _pinned(future: "Future[Read | _Sent | DataError]") -> Read | DataError:
 
 
 def _received(answer: "Read | _Sent | DataError") -> Read | DataError:
-    if isinstance(answer, _Sent):
-        return Read(tuple(map(torch.from_numpy, answer.pixels)), answer.seconds)
-    return answer
+    if not isinstance(answer, _Sent):
+        return answer
+    content = torch.from_numpy(np.fromfile(answer.file, np.uint8))
+    os.unlink(answer.file)
+    number = len(content) // sum(3 * size**2 for size in answer.sizes)
+    parts = content.split([number * 3 * size**2 for size in answer.sizes])
+    pixels = tuple(
+        part.view(number, 3, size, size) for part, size in zip(parts, answer.sizes, strict=True)
+    )
+    return Read(pixels, answer.seconds)
 
 
 class Reader:
@@ -303,7 +338,7 @@ class Reader:
             needed = (_AHEAD * self._number + 1) * each
             self._largest, self._shared = number, fits_shared(needed)
             if not self._shared:
-                _warn_of_pipes()
+                _warn_of_files()
         return self._shared
 
     def __enter__(self) -> "Reader":

@@ -25,14 +25,21 @@ from deit.errors import (
 )
 from deit.faults import arm
 from deit.files import HUB, about_address
-from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, follow, importing
+from deit.launcher import (
+    SAME_SIGNAL_S,
+    SAVING,
+    STOPPING,
+    be_whole,
+    follow,
+    importing,
+    is_whole,
+)
 from deit.text import in_line, name_trouble, nearest, open_streams
 
 # The commands are imported inside the functions, when signals are obeyed already.
 
 _ENDING_S = 1.0  # for the end of Python itself
 _REPEAT_S = 0.5
-_whole_process = False  # whether this process is the command, and not a part of another program
 
 # Before any library is imported that would otherwise count its users.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -69,8 +76,10 @@ def _outcome(
     except DeitError as error:
         _complain(str(error), debug, everywhere=not isinstance(error, ConfigError))
         return error.exit_code
-    except SystemExit as end:  # 0: of --help; 1: of rich, whose table nobody reads any more
-        return BROKEN_PIPE if end.code == 1 else end.code or 0
+    except SystemExit as end:  # of --help and wrong options, which argparse has explained
+        if isinstance(end.code, str):
+            _complain(end.code, debug, everywhere=True)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         if leaving.asked:  # a library that was interrupted may make another error of it
             return _stopped(name, Stopped(leaving.asked), debug)
@@ -188,7 +197,9 @@ class _Leaving(contextlib.AbstractContextManager):
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             self._woken = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            threading.Thread(target=_end_at_second, args=(self._pipe[0],), daemon=True).start()
+            # A program that calls a command, as a notebook does, is not ended with it.
+            heed = _end_at_second if is_whole() else _read_to_the_end
+            threading.Thread(target=heed, args=(self._pipe[0],), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -197,7 +208,9 @@ class _Leaving(contextlib.AbstractContextManager):
             signal.set_wakeup_fd(self._woken)
             os.close(self._pipe[1])  # the thread ends
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # What is left of a whole process is its end, which has its code already.
+            ended = is_whole() and number in STOPPING
+            signal.signal(number, signal.SIG_IGN if ended else handler)
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
         if not self.asked:
@@ -215,7 +228,7 @@ class _Leaving(contextlib.AbstractContextManager):
         began = importing(frame)
         if began is None:
             self._raise()
-        elif _whole_process and _nothing_begun(began):
+        elif is_whole() and _nothing_begun(began):
             if os.environ.get("RANK", "0") == "0":
                 word = signal.Signals(self.asked).name
                 os.write(2, f"deit: error: stopped by {word}\n".encode())
@@ -238,6 +251,13 @@ def _nothing_begun(frame: FrameType | None) -> bool:
             return False
         frame = frame.f_back
     return True
+
+
+def _read_to_the_end(pipe: int) -> None:
+    """Read the numbers of signals, which nobody asks for, so that the pipe never fills."""
+    with open(pipe, "rb", buffering=0) as numbers:
+        while numbers.read(64):
+            pass
 
 
 def _end_at_second(pipe: int) -> None:
@@ -329,15 +349,13 @@ def _complain(message: str, debug: bool, *, everywhere: bool = False) -> None:
 
 def program() -> int:
     """The console script `deit COMMAND ...`, a process of its own; returns the exit code."""
-    global _whole_process
-    _whole_process = True
+    be_whole()
     return _ending(main())
 
 
 def script(name: str) -> int:
     """A root script, which is one command and a process of its own; returns the exit code."""
-    global _whole_process
-    _whole_process = True
+    be_whole()
     return _ending(run_command(name, sys.argv[1:], Path(sys.argv[0]).name))
 
 

@@ -116,6 +116,13 @@ def _lines(items: Iterable[Item], total: int, title: str, behind: int) -> Iterat
             complain(f"{in_line(title)}: {done}/{total}, ETA {eta}")
 
 
+class _Console(Console):
+    """rich's, but that a pipe that nobody reads is an error as everywhere, not the end."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the error that is being handled
+
+
 def table(
     title: str,
     columns: Sequence[str],
@@ -138,7 +145,7 @@ def table(
     cells = [tuple(map(in_line, row)) for row in rows]
     width = Console().width if is_terminal(sys.stdout) else None
     grid = _grid(columns, cells, text=text)
-    console = Console(width=_ENDLESS, highlight=False, markup=False, emoji=False)
+    console = _Console(width=_ENDLESS, highlight=False, markup=False, emoji=False)
     if width is not None and console.measure(grid).maximum > width:
         grid = _folded(columns, cells, console, width, text=text, folds=folds)
     with _written():

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop or to save: noted at once, obeyed by all processes together."""
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from deit.errors import Stopped
-from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, gone, importing
+from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, gone, importing, is_whole
 
 Item = TypeVar("Item")
 _ASK_EVERY_S = 0.25  # how often processes talk about it, at most
@@ -41,7 +42,7 @@ class Interruption(AbstractContextManager):
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self._noted = 0
+        self._noted, self._saves = 0, False
         self._first: float | None = None  # when this process was asked to stop itself
         self._before: dict[int, Any] = {}
         self._group = None
@@ -51,7 +52,8 @@ class Interruption(AbstractContextManager):
             self._group = torch.distributed.new_group(backend="gloo")
         self._wait = self._between = 1
         self._last = time.monotonic()
-        self._open = self._waiting = False
+        self._open = False
+        self._waits: float | None = None  # for data, since when
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -68,16 +70,18 @@ class Interruption(AbstractContextManager):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
-        if self._noted in STOPPING:
+        if self._noted:
             faulthandler.cancel_dump_traceback_later()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == SAVING:
-            self._noted = self._noted or number
+            self._saves = True
             return
         now = time.monotonic()
         if self._first is not None and now - self._first < SAME_SIGNAL_S:
             return
+        if self._first is not None and not is_whole():
+            raise Stopped(number)
         if self._first is not None:
             os.write(2, b"deit: a second signal: leaving at once\n")
             os._exit(128 + number)
@@ -89,14 +93,17 @@ class Interruption(AbstractContextManager):
         signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, 0.1)
 
     def _late(self, number: int, frame: FrameType | None) -> None:
-        """Leave where this process still waits for data: nothing else would end that."""
-        if self._waiting and not importing(frame):
+        """Leave where this process waits for data all the time: nothing else would end that. What
+        takes shorter is waited for, so that an update in its middle is finished and saved."""
+        waits = self._waits is not None and self._first is not None
+        begun = max(self._waits, self._first) if waits else math.inf
+        if time.monotonic() - begun >= _PATIENCE_S and not importing(frame):
             raise Stopped(self._noted)
 
     @property
     def noted(self) -> int:
         """The signal that this process was asked to stop by; 0 for none."""
-        return self._noted if self._noted in STOPPING else 0
+        return self._noted
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -128,7 +135,7 @@ class Interruption(AbstractContextManager):
         iterator, number = iter(items), 0
         while True:
             between = number % each == 0
-            self._waiting = True
+            self._waits = time.monotonic()
             try:
                 with self.at_once() if between else nullcontext():
                     item = next(iterator, _END)
@@ -137,7 +144,7 @@ class Interruption(AbstractContextManager):
                     raise _BetweenUpdates(stop.number) from None
                 raise
             finally:
-                self._waiting = False
+                self._waits = None
             if item is _END:
                 return
             yield item
@@ -151,9 +158,10 @@ class Interruption(AbstractContextManager):
         """
         if gone():
             self._noted = self._noted or signal.SIGTERM
-        number = self._agreed(now) if self._several else self._noted
+        own = self._noted or (SAVING if self._saves else 0)
+        number = self._agreed(own, now) if self._several else own
         if number == SAVING:
-            self._noted = 0
+            self._saves = False
         return number
 
     def begin(self) -> None:
@@ -167,14 +175,14 @@ class Interruption(AbstractContextManager):
         if number in STOPPING:
             raise Stopped(number)
 
-    def _agreed(self, now: bool) -> int:
+    def _agreed(self, own: int, now: bool) -> int:
         self._wait -= 1
         if self._wait > 0 and not now:
             return 0
         moment = time.monotonic()
         took = (moment - self._last) / (self._between - self._wait)
         self._last = moment
-        said = torch.tensor([_RANK[self._noted], took], dtype=torch.float64)
+        said = torch.tensor([_RANK[own], took], dtype=torch.float64)
         torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, group=self._group)
         # All have the same number here, so all wait equally many steps until they talk again.
         steps = int(_ASK_EVERY_S / max(float(said[1]), 1e-6))

@@ -22,6 +22,21 @@ SAME_SIGNAL_S = 2.0
 what the terminal has sent them already."""
 
 
+_whole = False
+
+
+def be_whole() -> None:
+    """Say that this process is a command, and not a program or notebook that calls one: then it may
+    be ended at once."""
+    global _whole
+    _whole = True
+
+
+def is_whole() -> bool:
+    """Whether this process is a command, as `be_whole` says."""
+    return _whole
+
+
 def importing(frame: FrameType | None) -> FrameType | None:
     """The frame that began the import in whose middle the program is; None where it is in none.
 

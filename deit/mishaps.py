@@ -223,7 +223,8 @@ def check_memory(parts: Parts, teachers: list[Teacher]) -> None:
     """Refuse a run whose updates or evaluations certainly need more memory than is free, before
     the first of them; where run.fit_memory is on, cut micro-batches that may fit.
 
-    teachers: those that answer in training. Raises EnvironmentFault in all processes or in none.
+    teachers: those that answer in training. Raises EnvironmentFault, for the student in all
+    processes or in none.
     """
     config, accelerator, loader = parts.config, parts.accelerator, parts.loader
     student, device = accelerator.unwrap_model(parts.student), accelerator.device

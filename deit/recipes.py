@@ -609,7 +609,7 @@ def _from_file(name: str) -> Config:
         raise ConfigError(f"recipe {name}: no file {path}")
     try:
         config = getattr(import_file(path), function)()
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise ConfigError(f"recipe {name}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ConfigError(

@@ -366,7 +366,7 @@ def _from_callable(source: str) -> Origin:
     path = Path(file).expanduser()
     try:
         network = getattr(import_file(path), function)()
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise DataError(f"teacher.source {source}: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise DataError(

@@ -209,7 +209,9 @@ def _become(question: dict[str, Any]) -> None:
     if other := os.environ.get("FORKS_MAIN"):
         _leave(_named(other)())
     from deit.cli import main, program
+    from deit.launcher import be_whole
 
+    be_whole()
     sys.argv = [question["script"] or "deit", *question["arguments"]]
     if question["whole"]:
         os.setsid()

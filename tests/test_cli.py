@@ -192,6 +192,7 @@ def test_bad_argument_is_refused(case, refused):
         ("def mine():\n    return 3", ("mine.py:mine", "should return a Config", "int")),
         ("def other():\n    pass", ("mine.py:mine", "'mine'")),
         ("import nothing_like_this", ("mine.py:mine", "nothing_like_this")),
+        ("import sys\nsys.exit('no')", ("mine.py:mine", "SystemExit: no")),
     ],
     ids=["no configuration", "no function", "broken"],
 )

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from accelerate import Accelerator
 
-from deit import checkpoint, cli, commands, journal
+from deit import checkpoint, cli, commands, faults, journal
 from deit.cli import run_command
 from deit.config import derive
 from deit.datasets.reading import Reader
 from deit.datasets.stores import FolderStore
 from deit.errors import DataError, Stopped
+from deit.interruption import Interruption
 from deit.recipes import RECIPES
 from deit.run import train
 from tests.forks import ROOT, Done, Running, Zygote, until
@@ -90,6 +92,20 @@ def test_a_training_ends_with_its_code_and_leaves_nothing(
 ):
     given = words(pictures, tmp_path / "run", workers)
     ended(zygote.start(*given, whole=True, DEIT_FAULT=fault), CODES[fault.split(":")[2]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("point", sorted(set(faults.POINTS) - {"answers", "targets", "fit"}))
+def test_a_training_ends_at_every_fault_point(point, workers, zygote, pictures, tmp_path):
+    """Those of stored targets and of run.fit_memory have their own tests."""
+    given = words(pictures, tmp_path / "run", workers)
+    more = ("--optim.ema_epochs", "1", "--run.keep_checkpoints", "1")
+    fault = f"{point}:1:term" + (",loss:2:nan" if point == "anomalies" else "")
+    done = zygote.start(*given, *more, whole=True, DEIT_FAULT=fault).wait(timeout=60)
+    assert done.code in (143, 0), done.err  # 0: what was left to do at the end is done
+    assert "Traceback" not in done.err
+    assert zygote.run(*given, *more).code == 0
 
 
 def test_a_full_disk_ends_it_wherever_that_is_noticed(zygote, pictures, tmp_path):
@@ -391,6 +407,103 @@ def test_a_thread_of_a_library_does_not_keep_a_process_that_is_done():
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("deit ")
+
+
+@pytest.fixture
+def interruption():
+    with Interruption(Accelerator(cpu=True)) as entered:
+        yield entered
+
+
+def test_an_update_in_its_middle_is_finished_while_its_images_come(interruption):
+    """However many micro-batches are left: it is the update of the checkpoint."""
+
+    def slow():
+        for number in range(100):
+            time.sleep(0.3)
+            yield number
+
+    seen = []
+    for number in interruption.micro_batches(slow(), each=8):
+        seen.append(number)
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert seen == list(range(8))
+
+
+def test_an_update_whose_images_never_come_is_given_up(interruption):
+    def lost():
+        yield 0
+        time.sleep(1000)
+
+    seen = []
+
+    def learn():
+        for number in interruption.micro_batches(lost(), each=8):
+            seen.append(number)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        learn()
+    assert seen == [0]
+
+
+def test_a_stop_that_comes_while_processes_agree_to_save_is_kept(interruption, monkeypatch):
+    def agree(said, *arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+    monkeypatch.setattr(interruption, "_several", True)
+    monkeypatch.setattr("torch.distributed.all_reduce", agree)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert interruption.asked(now=True) == signal.SIGUSR1
+    assert interruption.noted == signal.SIGTERM
+    assert interruption.asked(now=True) == signal.SIGTERM
+
+
+TWICE = """
+import os, signal, threading, time
+from deit import cli, commands
+
+def command(arguments, program):
+    def ask():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Timer(0.1, ask).start()
+    try:
+        time.sleep(30)
+    finally:
+        time.sleep(1)
+
+cli.SAME_SIGNAL_S = 0.1
+commands.COMMANDS["recipes"] = command
+print(cli.run_command("recipes", [], "deit recipes"), "and the notebook is there")
+"""
+
+
+def test_a_program_that_calls_a_command_is_not_ended_by_a_second_signal():
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "130 and the notebook is there\n"), done.stderr
+
+
+@pytest.mark.parametrize(("code", "expected"), [(1, 1), ("a reason", 1), (None, 0), (0, 0)])
+def test_a_command_that_leaves_by_itself_has_its_code(code, expected, monkeypatch, capsys):
+    """141 is for a pipe alone."""
+
+    def command(arguments, program):
+        sys.exit(code)
+
+    monkeypatch.setitem(commands.COMMANDS, "recipes", command)
+    assert run_command("recipes", [], "deit recipes") == expected
+    assert ("a reason" in capsys.readouterr().err) == (code == "a reason")
 
 
 def small(pictures: Path, workers: int):

@@ -4,6 +4,10 @@ import dataclasses
 import os
 import re
 import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +31,11 @@ from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.reading import Reader, Squares, Wanted, worker_count
 from deit.datasets.splits import load_splits
 from deit.datasets.views import Colours, sample_resized_crop
-from deit.errors import DataError, EnvironmentFault
+from deit.errors import DataError, EnvironmentFault, WorkerLost
 from deit.keys import Keys
 from deit.prediction import answers_of
 from deit.presets import AUGMENTATIONS
+from tests.forks import ROOT
 
 COLOURS = Colours((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 PLAIN = ViewsConfig(crop="random_resized", crop_scale=(0.2, 1.0), flip=0.0)
@@ -57,15 +62,18 @@ def root(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("data") / "images")
 
 
+def images_at(root):
+    """The training images, which stay in their files."""
+    config = DataConfig(source="folder", root=str(root), storage="files", image_size=SIDE)
+    return load_splits(config).train
+
+
 @pytest.fixture(scope="module")
 def images(root):
-    """The training images, which stay in their files."""
-    splits = load_splits(
-        DataConfig(source="folder", root=str(root), storage="files", image_size=SIDE)
-    )
-    assert isinstance(splits.train, Encoded)
-    assert len(splits.train.labels) == 39
-    return splits.train
+    found = images_at(root)
+    assert isinstance(found, Encoded)
+    assert len(found.labels) == 39
+    return found
 
 
 def loader(images, process=0, num_processes=1, accumulate=1, batch_size=16, views=FULL, workers=0):
@@ -129,10 +137,8 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_with_little_shared_memory_batches_come_through_pipes(
-    images, expected, monkeypatch, capsys
-):
-    reading._warn_of_pipes.cache_clear()
+def test_with_little_shared_memory_batches_come_in_files(images, expected, monkeypatch, capsys):
+    reading._warn_of_files.cache_clear()
     asked = []
 
     def usage(path):
@@ -144,6 +150,70 @@ def test_with_little_shared_memory_batches_come_through_pipes(
     assert same(joined(made.epoch(1)), expected[1])
     assert set(asked) == {"/dev/shm"}
     assert capsys.readouterr().err.count("/dev/shm has 0 MiB free, too little") == 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_worker_that_is_killed_is_noticed(shared, images, monkeypatch):
+    """Also while its batch is under way."""
+    monkeypatch.setattr(reading, "fits_shared", lambda needed: shared)
+    wanted = Wanted(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
+    with Reader(images, (Squares(256),), workers=2, pin=False) as reader:
+        batches = reader.read([wanted] * 100_000)
+        next(batches)
+        folder = Path(reader._workers._folder)
+        reader._workers.processes[0].kill()
+        with pytest.raises(WorkerLost, match=r"data\.workers"):
+            list(batches)
+        assert folder.is_dir()
+    assert not folder.exists()
+
+
+PROGRAM = """
+import sys
+import torch
+from deit.datasets import reading
+from tests.test_reading import images_at
+
+reading.fits_shared = lambda needed: False
+wanted = reading.Wanted(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
+reader = reading.Reader(images_at(sys.argv[1]), (reading.Squares(512),), workers=2, pin=False)
+batches = reader.read([wanted] * 1000)
+for _ in range(4):
+    next(batches)
+reader.close()
+print("done")
+"""
+
+
+def test_a_program_ends_after_its_reader_is_closed(tmp_path):
+    """A notebook has no command line that would end it."""
+    write_pictures(tmp_path / "pictures", number=16)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "pictures")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["done"]), done.stderr
+
+
+def test_signals_wait_for_the_start_of_the_workers():
+    """Whichever thread the system hands them to."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    other = threading.Event()
+    threading.Thread(target=other.wait, daemon=True).start()
+    try:
+        with reading._signals_later():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            assert came == []
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        other.set()
 
 
 def test_the_shared_memory_that_batches_need_is_counted(images, monkeypatch):

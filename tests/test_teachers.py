@@ -189,6 +189,12 @@ def test_a_python_function_gives_the_teacher(tmp_path):
         load_teacher(TeacherConfig(source=f"{path}:teacher"), (*NAMES, "dog"))
 
 
+def test_a_python_file_that_ends_the_program_is_named(tmp_path):
+    (tmp_path / "t.py").write_text("import sys\nsys.exit('install foo')\n")
+    with pytest.raises(DataError, match="SystemExit: install foo"):
+        load_teacher(TeacherConfig(source=f"{tmp_path / 't.py'}:make"), ("a",), image_size=8)
+
+
 def test_a_python_function_that_fails_is_named(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
