@@ -194,7 +194,7 @@ def test_bad_argument_is_refused(case, refused):
         ("import nothing_like_this", ("mine.py:mine", "nothing_like_this")),
         ("import sys\nsys.exit('no')", ("mine.py:mine", "SystemExit: no")),
     ],
-    ids=["no configuration", "no function", "broken"],
+    ids=["no configuration", "no function", "broken", "leaves"],
 )
 def test_bad_recipe_file_is_refused(source, words, refused, tmp_path):
     (tmp_path / "mine.py").write_text(source)
