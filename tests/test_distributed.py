@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from deit import launcher
 from deit.config import derive
 from deit.recipes import digits_teacher
 from tests.test_reading import write_pictures
@@ -32,6 +33,7 @@ SETTINGS = (
 
 def _train(words):
     """What a process of torchrun does: the script; its exit code."""
+    launcher.adopt(os.getppid())  # which is the agent
     sys.argv = ["train_deit.py", *words]
     try:
         runpy.run_path(str(ROOT / "train_deit.py"), run_name="__main__")
