@@ -28,12 +28,6 @@ def environment():
 
 
 @pytest.fixture(scope="module")
-def two_threads(environment):
-    """That of the one real source of copies here, which imports for seconds."""
-    return {**environment, "OMP_NUM_THREADS": "2"}
-
-
-@pytest.fixture(scope="module")
 def copies():
     source = Copies()
     yield source
@@ -64,15 +58,15 @@ def begun(source, arguments, environment):
 
 
 @pytest.mark.parametrize("kind", ["copies", "fresh"])
-def test_it_is_the_command(kind, copies, two_threads, tmp_path, monkeypatch):
+def test_it_is_the_command(kind, copies, environment, tmp_path, monkeypatch):
     """From another directory, where something else is called as we are; without our input."""
     source = copies if kind == "copies" else Fresh()
     (tmp_path / "deit").mkdir()
     (tmp_path / "deit" / "__init__.py").write_text("raise SystemExit(77)\n")
     monkeypatch.chdir(tmp_path)
-    text, code = said_by(source, ("recipes",), two_threads)
+    text, code = said_by(source, ("recipes",), environment)
     assert (code, "digits-teacher" in text) == (0, True)
-    text, code = said_by(source, ("train", "digit"), two_threads)
+    text, code = said_by(source, ("train", "digit"), environment)
     assert code == 2
     assert text.startswith("deit: error: ")
     assert "did you mean digits" in text
@@ -93,12 +87,12 @@ def test_copies_are_of_one_process_as_long_as_they_want_one_environment(environm
     until(lambda: not psutil.pid_exists(first))
 
 
-def test_what_asks_to_stop_does_not_end_the_one_that_is_copied(copies, two_threads):
-    said_by(copies, ("recipes",), two_threads)
+def test_what_asks_to_stop_does_not_end_the_one_that_is_copied(copies, environment):
+    said_by(copies, ("recipes",), environment)
     server = server_of(copies)._process.pid
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         os.kill(server, number)
-    assert said_by(copies, ("recipes",), two_threads)[1] == 0
+    assert said_by(copies, ("recipes",), environment)[1] == 0
     assert server_of(copies)._process.pid == server
 
 
@@ -124,16 +118,16 @@ def test_a_copy_saves_when_it_is_asked_and_when_its_server_is_gone(
 
 
 def test_an_answer_to_a_question_that_was_interrupted_is_not_taken_for_the_next(
-    copies, two_threads
+    copies, environment
 ):
-    said_by(copies, ("recipes",), two_threads)
+    said_by(copies, ("recipes",), environment)
     server = server_of(copies)
     server._asks.send(b'{"stop": %d, "number": -1}' % server._process.pid)  # it ignores that
-    assert said_by(copies, ("recipes",), two_threads)[1] == 0
+    assert said_by(copies, ("recipes",), environment)[1] == 0
 
 
 @pytest.mark.parametrize("end", ["finished", "killed"])
-def test_workers_of_a_copy_end_with_it(end, copies, two_threads, tmp_path):
+def test_workers_of_a_copy_end_with_it(end, copies, environment, tmp_path):
     """They are its own, as of any run: what it says ends, and nobody is left."""
     for split in ("train", "val", "test"):
         write_pictures(tmp_path / "images" / split, number=16)
@@ -145,7 +139,7 @@ def test_workers_of_a_copy_end_with_it(end, copies, two_threads, tmp_path):
         *("--optim.epochs", "15" if end == "finished" else "3000"),
         *("--optim.warmup_epochs", "0", "--run.save_every", "1", "--out", tmp_path / "run"),
     )
-    process, said = begun(copies, words, two_threads)
+    process, said = begun(copies, words, environment)
     until(lambda: len(children_of(process.pid)) >= 2)
     workers = children_of(process.pid)
     with said:
@@ -161,15 +155,16 @@ def children_of(pid):
     return [int(one) for one in found]
 
 
-def test_what_is_copied_has_one_thread_and_a_copy_as_many_as_it_should(
-    copies, two_threads, tmp_path
-):
+def test_what_is_copied_has_one_thread_and_a_copy_as_many_as_it_should(environment, tmp_path):
     """Pools that libraries begin as they are imported would not come along."""
+    source = Copies()
+    two = {**environment, "OMP_NUM_THREADS": "2"}
     words = ("--optim.epochs", "1", "--optim.warmup_epochs", "0", "--run.evaluate_every", "1")
-    text, code = said_by(copies, (*LONG[:-4], *words, "--out", tmp_path / "run"), two_threads)
+    text, code = said_by(source, (*LONG[:-4], *words, "--out", tmp_path / "run"), two)
     assert (code, "fp32, 2 threads" in text) == (0, True), text
-    server = server_of(copies)._process.pid
+    server = server_of(source)._process.pid
     assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
+    source.close()
 
 
 def test_where_no_server_can_be_made_each_is_fresh(environment, monkeypatch):
