@@ -1,10 +1,12 @@
-"""The command lines as a user runs them: a fresh process in another folder, codes and messages."""
+"""The command lines as a user runs them: a process in another folder, codes and messages.
+
+(test_security.py and test_peers.py start the script in a fresh one, test_processes.py `deit`.)
+"""
 
 import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +26,6 @@ from deit.validation import field_names
 from tests.forks import shared
 from tests.tries import Try, run_try
 
-ROOT = Path(__file__).parents[1]
 TRAIN, EVALUATE, FINETUNE = "train_deit.py", "evaluate_deit.py", "finetune_deit.py"
 # A run of seconds: a fifth of the training digits in two updates.
 QUICK = (
@@ -46,23 +47,6 @@ def run_in(folder: Path, program: str, *arguments: object) -> subprocess.Complet
     script = None if program == "deit" else program
     done = shared().run(*arguments, cwd=folder, script=script, **ENVIRONMENT)
     return subprocess.CompletedProcess([program, *arguments], done.code, done.out, done.err)
-
-
-def run_fresh(folder: Path, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The same as from a shell: in a process that has imported nothing."""
-    start = ["-m", "deit"] if program == "deit" else [str(ROOT / program)]
-    hidden = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"}
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        [sys.executable, *start, *map(str, arguments)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture
@@ -555,10 +539,9 @@ def test_evaluating_what_is_no_run_is_refused(place, refused, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a teacher of two epochs and a student of one, trained by the root script: the
-    teacher as from a shell."""
+    """A folder with a teacher of two epochs and a student of one, trained by the root script."""
     place = tmp_path_factory.mktemp("runs")
-    teacher = run_fresh(
+    teacher = run_in(
         place,
         *(TRAIN, "digits-teacher", "--out=teacher", "--optim.epochs=2", "--optim.batch_size=64"),
         *("--optim.warmup_epochs=0", "--data.train_fraction=0.3"),

@@ -53,8 +53,8 @@ def test_accelerate_launch_understands_every_configuration(name, monkeypatch):
 
 
 def test_a_run_starts_by_the_configuration_of_one_gpu(zygote, tmp_path):
-    """On the processor: there is no other here. (tests/test_distributed.py starts a run by
-    accelerate launch itself.)"""
+    """On the processor: there is no other here. (tests/test_peers.py starts a run by accelerate
+    launch itself.)"""
     words = ("digits-teacher", "--dry_run", "--out", str(tmp_path / "run"))
     arguments = understood("one_gpu.yaml", "--cpu", script=(str(ROOT / "train_deit.py"), *words))
     (python, *command), environment = prepare_simple_launcher_cmd_env(arguments)

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib
 import os
 import re
 import shutil
@@ -24,16 +25,12 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-CHECK = (
-    "import deit.models.student, deit.datasets.views as views\n"
-    "print(deit.__file__, deit.models.student.__file__, views.__file__, sep='\\n')"
-)
-# The same without the seconds of running these modules.
-FIND = (
-    "from importlib.util import find_spec\n"
-    "for name in ('deit', 'deit.models.student', 'deit.datasets.views'):\n"
-    "    print(find_spec(name).origin)"
-)
+MODULES = ("deit", "deit.models.student", "deit.datasets.views")
+FIND = f"""
+from importlib.util import find_spec
+for name in {MODULES}:
+    print(find_spec(name).origin)
+"""
 
 
 def settings() -> configparser.ConfigParser:
@@ -160,13 +157,30 @@ def test_wheel_says_what_setup_cfg_says(wheel):
     assert set(metadata.get_all("Provides-Extra")) == set(settings()["options.extras_require"])
 
 
-def test_installed_wheel_works_far_from_the_checkout(wheel, tmp_path):
+def imports_anew():
+    """In a copy of a process that has imported all: import our modules anew, from a path that lacks
+    the checkout; where they were found. It spares the seconds of torch."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "deit"]:
+        del sys.modules[name]
+    sys.path[:] = [os.environ["DEIT_TEST_SITE"]] + [
+        one for one in sys.path if Path(one or ".").resolve() != ROOT
+    ]
+    for name in MODULES:
+        print(importlib.import_module(name).__file__)
+    return 0
+
+
+def test_installed_wheel_works_far_from_the_checkout(wheel, zygote, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     install = (sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel)
     run(*install, cwd=elsewhere)
-    found = run(sys.executable, "-c", CHECK, cwd=elsewhere, PYTHONPATH=str(site))
+    main = f"{__name__}:{imports_anew.__name__}"
+    done = zygote.run(cwd=elsewhere, FORKS_MAIN=main, DEIT_TEST_SITE=str(site))
+    assert done.code == 0, done.err
     wanted = ["deit/__init__.py", "deit/models/student.py", "deit/datasets/views.py"]
+    assert done.out.split() == [str(site / name) for name in wanted]
+    found = run(sys.executable, "-c", FIND, cwd=elsewhere, PYTHONPATH=str(site))
     assert found.split() == [str(site / name) for name in wanted]
     listed = run(sys.executable, "-m", "deit", "recipes", cwd=elsewhere, PYTHONPATH=str(site))
     assert "digits-teacher" in listed

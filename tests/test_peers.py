@@ -15,6 +15,7 @@ from deit import checkpoint, journal
 from deit.config import derive
 from deit.recipes import digits_teacher
 from tests.forks import ROOT, Done, Running, Zygote, until
+from tests.test_imports import stand_in
 from tests.test_kills import SMALL, STEPS, same
 from tests.trained import trained
 
@@ -241,13 +242,13 @@ def test_from_one_process_to_two(zygote, tmp_path):
         assert (ours[name] - value).abs().max() < 1e-4, name
 
 
-def test_a_launcher_that_is_terminated_takes_its_process_along(tmp_path):
-    """accelerate launch does not hand the signal on: the training process would go on for ever."""
+def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_terminated(tmp_path):
+    """It does not hand the signal on: the training process would go on for ever."""
     out = tmp_path / "run"
     launcher = subprocess.Popen(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
-            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("--num_machines", "1", "--mixed_precision", "bf16", "--dynamo_backend", "no"),
             *(str(ROOT / "train_deit.py"), *SMALL, "--out", str(out), "--optim.epochs", "4000"),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -260,6 +261,9 @@ def test_a_launcher_that_is_terminated_takes_its_process_along(tmp_path):
     _, said = launcher.communicate(timeout=60)  # until the training process closes it as well
     assert "stopped by SIGTERM" in said
     assert checkpoint.newest(out) is not None
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["precision"] == "bf16"  # what the launcher said
+    assert environment["arguments"][0] == "train_deit.py"
 
 
 def test_where_one_has_less_memory_both_halve(zygote, tmp_path):
@@ -269,21 +273,25 @@ def test_where_one_has_less_memory_both_halve(zygote, tmp_path):
 
 
 def test_ctrl_c_under_torchrun_saves_once(tmp_path):
-    """The terminal sends it to everybody, and torchrun to its processes once more."""
-    out = tmp_path / "run"
-    torchrun = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
-            *(str(ROOT / "train_deit.py"), *SMALL, "--out", str(out), "--optim.epochs", "4000"),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    """The terminal sends it to everybody, and torchrun to its processes once more. Hugging Face's
+    datasets are there as well, as in many environments; our folder has that name too."""
+    out, printed = tmp_path / "run", tmp_path / "printed"
+    path = os.pathsep.join((stand_in(tmp_path / "site"), str(ROOT)))
+    with printed.open("w") as file:
+        torchrun = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+                *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+                *(str(ROOT / "train_deit.py"), *SMALL, "--out", str(out), "--optim.epochs", "4000"),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
     until(lambda: list(out.glob("checkpoint-*")))
     os.killpg(torchrun.pid, signal.SIGINT)
     _, said = torchrun.communicate(timeout=60)
@@ -291,3 +299,4 @@ def test_ctrl_c_under_torchrun_saves_once(tmp_path):
     assert "a second signal" not in said
     step = checkpoint.step_of(checkpoint.newest(out))
     assert step > len(journal.read(out / journal.METRICS)) * STEPS  # of its very update
+    assert "64 = 2 processes x 1 accumulated x 32" in printed.read_text()

@@ -169,7 +169,7 @@ def test_the_other_commands_are_real(place, zygote):
 
 def dry_run(words, place, zygote):
     """Run what a launcher's line starts for one step, on the CPU; the launcher's own parser reads
-    the line. (test_distributed.py runs the script by both launchers themselves.)"""
+    the line. (test_peers.py runs the script by both launchers themselves.)"""
     if words[0] == "torchrun":
         asked = get_args_parser().parse_args(words[1:])
         number, recipe, environment = int(asked.nproc_per_node), asked.training_script_args, {}

@@ -299,7 +299,7 @@ def test_files_of_a_run_that_are_pickles_are_refused(name, run, zygote, tmp_path
 
 
 OFFLINE = """
-import json, socket, sys
+import json, runpy, socket, sys
 def refuse(*asked, **more):
     print("NETWORK", asked, file=sys.stderr)
     raise OSError("no network")
@@ -310,9 +310,16 @@ socket.socket.connect = connect
 socket.socket.connect_ex = refuse
 socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
 from deit.cli import main
+def ended(program):
+    if program == "deit":
+        return main()
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as leaving:
+        return leaving.code
 for words in json.loads(sys.argv[1]):
-    sys.argv[1:] = words
-    if code := main():
+    sys.argv[:] = words
+    if code := ended(words[0]):
         sys.exit(code)
     print("DONE", file=sys.stderr)
 """
@@ -335,16 +342,22 @@ def offline(*commands: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[
 
 
 def test_nothing_asks_the_network(run, tmp_path):
+    """Of the commands in a process that has imported nothing before."""
+    shutil.copytree(run, tmp_path / "run")
     commands = (
-        ("train", *map(str, BRIEF), "--out", "run"),
-        ("evaluate", "run"),
-        ("export", "run", "--format", "timm"),
+        ("deit", "evaluate", "run"),
+        ("deit", "export", "run", "--format", "timm"),
+        # The last: as from a shell, its end is the end of the process.
+        (str(ROOT / "train_deit.py"), *map(str, BRIEF), "--out", "new"),
     )
     done = offline(*commands, cwd=tmp_path)
     assert (done.returncode, "NETWORK" in done.stderr) == (0, False), done.stderr
-    trained, evaluated, _, _ = done.stderr.split("DONE\n")
+    evaluated, _, trained = done.stderr.split("DONE\n")[:3]
     assert trained == evaluated == ""
-    assert "timm" in done.stdout  # it came to the last of them
+    assert "timm" in done.stdout
+    environment = json.loads((tmp_path / "new" / "environment.json").read_text())
+    assert environment["arguments"][0] == "train_deit.py"
+    assert checkpoint.result_of(tmp_path / "new") is not None
 
 
 def test_libraries_are_told_to_count_nobody(tmp_path):
