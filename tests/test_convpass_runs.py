@@ -367,7 +367,7 @@ def test_graphs_take_them_along(place, tmp_path, form):
     if form == "onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-    out = export(place / "adapted", tmp_path / "out", name=form)
+    out = export(place / "adapted", tmp_path / "out", name=form, images=64)
     assert (out / f"model.{form}").is_file()
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.tries import make_things, options_of, run_try, try_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are watched by /proc")
-QUICK = 25  # seeds of every commit; scripts/fuzz.py goes through thousands
+QUICK = 12  # seeds of every commit; scripts/fuzz.py goes through thousands
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ pytest.importorskip("onnxruntime")
 def place(tmp_path_factory, zygote):
     """A run, its ONNX and int8 files, and what pruning left of it."""
     place = tmp_path_factory.mktemp("ladder")
-    words = ("--objective", "none", *SMALL, "--out", "run")
+    words = ("--objective", "none", *SMALL, "--student.depth", "1", "--out", "run")
     commands = [
         ("train", "digits", *words),
         ("export", "run", "--format", "onnx", "--images", "64"),

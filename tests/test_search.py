@@ -291,7 +291,7 @@ def test_a_search_is_a_sweep(zygote, tmp_path):
             "student": small,
             "optim": {"epochs": 2, "warmup_epochs": 1},
             "run.evaluate_every": 1,
-            "data.train_fraction": 0.2,
+            "data.train_fraction": 0.1,
         },
         "search": {"trials": 3, "fields": fields},
         "seeds": [0, 1],

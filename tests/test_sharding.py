@@ -26,12 +26,8 @@ WORDS = (
     # Accumulated micro-batches, a gradient that is clipped, every update to be looked at.
     *("--optim.accumulate", "2", "--optim.clip_norm", "0.5", "--run.timeout", "30"),
     *("--run.save_every", "1", "--run.keep_checkpoints", "20"),
-    *(
-        "--data.train_fraction",
-        "0.2",
-        "--optim.batch_size",
-        "48",
-    ),  # as many updates of fewer images
+    # As many updates of fewer images.
+    *("--data.train_fraction", "0.2", "--optim.batch_size", "48"),
 )
 
 
@@ -69,6 +65,15 @@ def runs(zygote, tmp_path_factory) -> dict[str, Path]:
         assert first.code == other.code == 0, first.err + other.err
         assert ("divided into 2 parts" in first.out) == (kind == "full")
         assert not first.err  # torch warns of views that a divided network returns
+    return {kind: place / kind for kind in ("none", "full")}
+
+
+@pytest.fixture(scope="module")
+def begun(zygote, tmp_path_factory) -> dict[str, Path]:
+    """The same, stopped in their second epoch."""
+    place = tmp_path_factory.mktemp("begun")
+    for kind in ("none", "full"):
+        stopped(zygote, place / kind, kind, f"update@0:{STEPS + 1}:term")
     return {kind: place / kind for kind in ("none", "full")}
 
 
@@ -127,10 +132,11 @@ def test_stopped_in_the_middle_it_ends_with_the_same_bits(zygote, runs, tmp_path
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_divided_run_goes_on_whole_and_the_other_way_round(processes, zygote, runs, tmp_path):
+def test_a_divided_run_goes_on_whole_and_the_other_way_round(
+    processes, zygote, runs, begun, tmp_path
+):
     for first, then in (("full", "none"), ("none", "full")):
-        out = tmp_path / first
-        stopped(zygote, out, first, "update@0:5:term")
+        out = Path(shutil.copytree(begun[first], tmp_path / first))
         ended = run(zygote, out, "--run.shard", then, processes=processes)
         assert [one.code for one in ended] == [0] * processes, ended[0].err
         assert f"run.shard {first} before, {then} now" in ended[0].err
@@ -179,10 +185,9 @@ def test_a_network_without_blocks_and_with_statistics(zygote, tmp_path):
     assert_close(tmp_path / "none", tmp_path / "full")
 
 
-def test_without_its_best_weights_all_processes_gather_alike(zygote, runs, tmp_path):
+def test_without_its_best_weights_all_processes_gather_alike(zygote, begun, tmp_path):
     """The main process alone looks for them, and all take part where better ones are written."""
-    out = tmp_path / "run"
-    stopped(zygote, out, "full", "update@0:7:term")
+    out = Path(shutil.copytree(begun["full"], tmp_path / "run"))
     shutil.rmtree(out / "best")
     newest = checkpoint.newest(out)
     state = json.loads((newest / checkpoint.STATE).read_text())

@@ -163,8 +163,8 @@ def test_unit_is_the_level_over_255():
 def test_a_view_is_a_function_of_seed_epoch_sample_and_repeat_to_the_bit(preset, crop):
     fields = {**AUGMENTATIONS[preset], "crop": crop, "rotation": 10}
     views = derive(digits(), views=fields).views
-    pixels = pixels_of([image.resize((40, 40)) for image in real_images()]).repeat(4, 1, 1, 1)
-    samples = torch.arange(48)
+    pixels = pixels_of([image.resize((40, 40)) for image in real_images()]).repeat(2, 1, 1, 1)
+    samples = torch.arange(24)
 
     def of(seed=0, epoch=0, repeat=0, some=samples):
         keys = Keys(seed, epoch, some, torch.full_like(some, repeat))
@@ -172,12 +172,12 @@ def test_a_view_is_a_function_of_seed_epoch_sample_and_repeat_to_the_bit(preset,
 
     whole = of()
     assert whole.dtype == torch.uint8
-    assert whole.shape == (48, 3, 32, 32)
+    assert whole.shape == (24, 3, 32, 32)
     assert torch.equal(whole, of())
     for size in (1, 7, 16):
         assert torch.equal(torch.cat([of(some=some) for some in samples.split(size)]), whole)
     torch.set_num_threads(1)
-    some = torch.tensor([30, 3, 17])
+    some = torch.tensor([20, 3, 17])
     assert torch.equal(whole[some], of(some=some))
     for other in (of(epoch=1), of(seed=1), of(repeat=1)):
         changed = (whole != other).flatten(1).any(dim=1).double().mean()
