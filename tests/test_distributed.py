@@ -2,16 +2,14 @@
 
 import json
 import os
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from deit import launcher
 from deit.config import derive
 from deit.recipes import digits_teacher
 from tests.test_reading import write_pictures
@@ -31,31 +29,19 @@ SETTINGS = (
 )
 
 
-def _train(words):
-    """What a process of torchrun does: the script; its exit code."""
-    launcher.adopt(os.getppid())  # which is the agent
-    sys.argv = ["train_deit.py", *words]
-    try:
-        runpy.run_path(str(ROOT / "train_deit.py"), run_name="__main__")
-    except SystemExit as leaving:
-        return leaving.code
-
-
-def agent():
-    """Be torchrun where everything is imported already: its agent, with copies for processes."""
-    meeting = {"run_id": "run", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    config = LaunchConfig(1, 1, 2, start_method="fork", **meeting)
-    codes = elastic_launch(config, _train)(json.loads(os.environ["DEIT_TEST_WORDS"]))
-    return 0 if codes == {0: 0, 1: 0} else 1
-
-
-def torchrun(zygote, *arguments, cwd):
-    """What two processes say that torchrun starts. (test_peers.py starts them from a shell.)"""
-    words = json.dumps(list(map(str, arguments)))
-    main = f"{__name__}:{agent.__name__}"
-    done = zygote.run(cwd=cwd, FORKS_MAIN=main, DEIT_TEST_WORDS=words)
-    assert done.code == 0, done.out + done.err
-    return done.out
+def torchrun(*arguments, cwd):
+    """What two processes say that torchrun starts."""
+    program = (sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=2")
+    done = subprocess.run(
+        [*program, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def said_by(zygote, number, script, *arguments, cwd):
@@ -73,7 +59,7 @@ def runs(tmp_path_factory, zygote):
     trained(derive(digits_teacher(), optim={"epochs": 3}), place / "teacher")
     words = ("digits", "--teacher.source", "teacher", *SETTINGS)
     alone = said_by(zygote, 1, script, *words, "--out", "of-1", cwd=place)
-    return place, {1: alone, 2: torchrun(zygote, *words, "--out", "of-2", cwd=place)}
+    return place, {1: alone, 2: torchrun(script, *words, "--out", "of-2", cwd=place)}
 
 
 def rows(place, number):
@@ -128,6 +114,26 @@ def test_a_command_leaves_the_process_group_before_the_interpreter_ends(zygote, 
     )
     (tmp_path / "main.py").write_text(code)
     said_by(zygote, 2, tmp_path / "main.py", cwd=tmp_path)
+
+
+def test_accelerate_launch_runs_the_same_script(runs):
+    place, _ = runs
+    out = place / "launched"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+            *("--num_machines", "1", "--mixed_precision", "bf16", "--dynamo_backend", "no"),
+            *(str(ROOT / "train_deit.py"), "digits", "--teacher.source", "teacher"),
+            *("--out", str(out), *SETTINGS, "--optim.epochs", "1", "--optim.warmup_epochs", "0"),
+        ],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["precision"] == "bf16"  # what the launcher said
 
 
 def test_images_in_files_train_the_same_on_two_processes(zygote, tmp_path):
