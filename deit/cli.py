@@ -85,6 +85,8 @@ def _outcome(
             return _stopped(name, Stopped(leaving.asked), debug)
         if isinstance(error, OSError) and error.filename is None and _unwritten():
             return 0  # of a standard stream, which `_written` reports
+        if isinstance(error, BrokenPipeError):  # of one that Python has given up already
+            return BROKEN_PIPE
         if _lost_peer(error):
             message = "another process is gone or did not answer; see what it said"
             _complain(message, debug, everywhere=True)
