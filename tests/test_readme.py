@@ -105,7 +105,10 @@ def shortened(name, arguments, taught):
     if name == "compare":
         few = [*SMALL[arguments[0]], "--seeds", "0"]
         few += taught if arguments[0] == "digits" else []
-        return [*arguments, *few, *(CROPS if "teaching" in arguments else ())]
+        if "teaching" in arguments:
+            some = () if "--only" in arguments else ("--only", "same/rc,fix/ic_ens,none")
+            few += [*CROPS, *some]  # all of them: test_target_store.py
+        return [*arguments, *few]
     if name == "train":
         return [*arguments, *SMALL[arguments[0]]]
     if name == "sweep":
@@ -115,10 +118,12 @@ def shortened(name, arguments, taught):
     if name == "prune":
         return [*arguments, *QUICK, *FEW, "--images", "64", "--teacher.allow_weak"]
     if name == "landscape":
-        few = "--images 16 --grid 3 --points 3 --rays 2 --top 1 --steps 2 --probes 2"
+        few = "--images 16 --grid 3 --points 3 --rays 2 --top 1 --steps 2 --probes 2 --levels 1"
         return [*arguments, *few.split()]
     if name == "finetune":
         return [*arguments, *QUICK, *FEW, "--teacher.allow_weak"]
+    if name == "export":
+        return [*arguments, "--images", "64"]
     if name == "profile":
         return [*arguments, *NARROW, "--teacher.allow_weak"]
     if name == "targets" and arguments[0] == "write":

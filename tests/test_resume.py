@@ -144,7 +144,7 @@ HARD = 6  # in the middle of the second epoch, after a skipped update
 
 
 @pytest.fixture(scope="module")
-def hard(config, tmp_path_factory) -> tuple[Config, Path, Path]:
+def hard(alone, tmp_path_factory) -> tuple[Config, Path, Path]:
     """A run in which every field of the state matters, whole and stopped: update 6 is skipped, and
     the best epoch is the first."""
     torch.set_num_threads(1)
@@ -152,9 +152,9 @@ def hard(config, tmp_path_factory) -> tuple[Config, Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "selected_top1", falling)
         faults.arm(f"loss:{HARD}:nan")
-        train(config, folder / "straight")
-        stop_at(config, folder / "stopped", f"loss:{HARD}:nan,update:{HARD}:term")
-    return config, folder / "straight", folder / "stopped"
+        train(alone, folder / "straight")
+        stop_at(alone, folder / "stopped", f"loss:{HARD}:nan,update:{HARD}:term")
+    return alone, folder / "straight", folder / "stopped"
 
 
 def falling(validation: dict) -> float:
@@ -193,7 +193,7 @@ def test_an_unchanged_checkpoint_goes_on_to_the_bit(hard, tmp_path, monkeypatch)
 
 
 # Told apart by themselves below, or of no consequence: `seconds` is a time.
-ALONE = {"seconds", "scaler", "skipped_in_a_row"}
+ALONE = {"seconds", "scaler", "skipped_in_a_row", "targets"}
 
 
 @pytest.mark.parametrize(
@@ -210,6 +210,17 @@ def test_a_field_left_out_of_the_state_is_noticed(name, hard, tmp_path, monkeypa
         (folder / "state.json").write_text(json.dumps(content))
 
     assert resumed(hard, tmp_path, monkeypatch, drop) != results(hard[1])
+
+
+def test_stores_left_out_of_the_state_are_noticed(config, tmp_path):
+    stop_at(config, tmp_path / "run", "update:1:term")
+    folder = checkpoint.newest(tmp_path / "run")
+    content = json.loads((folder / "state.json").read_text())
+    assert len(content["targets"]) == 1
+    (folder / "state.json").write_text(json.dumps({**content, "targets": []}))
+    reseal(folder)
+    with pytest.raises(DataError, match="the stored targets differ"):
+        train(config, tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("file", ["model", "average", "optimizer"])

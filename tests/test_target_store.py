@@ -218,8 +218,9 @@ def one_epoch(teachers, tmp_path_factory):
 
     def write(out):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(targets, "_LEAST_ROWS", 128)
-            write_targets(configuration(teachers[0]), out, epochs=1)
+            patch.setattr(targets, "_LEAST_ROWS", 32)
+            few = configuration(teachers[0], data={"train_fraction": 0.07})
+            write_targets(few, out, epochs=1)
             assert open_store(out).layout.units == 3
 
     whole = tmp_path_factory.mktemp("one-epoch") / "store"
@@ -494,7 +495,8 @@ def test_hard_targets_train_to_the_same_bits_as_the_teacher_itself(
 
 @pytest.mark.parametrize("mode", TEACHING)
 def test_every_mode_trains_from_a_store_as_online(mode, teachers, tmp_path):
-    base = configuration(teachers[0], loss=OBJECTIVES["function-matching"])
+    few = {"train_fraction": 0.1}
+    base = configuration(teachers[0], loss=OBJECTIVES["function-matching"], data=few)
     views = {**TEACHING[mode].fields(to_dict(base)["views"]), "crop_scale": (0.5, 1.0)}
     if mode == "fix/ic_ens":
         views["teacher_crops"] = 5
