@@ -1,6 +1,7 @@
 """What every test shares: one thread, a fixed generator, no network."""
 
 import platform
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from tests.forks import copying, measuring, shared
 
 _NAMED = ("torch", "torchvision", "timm", "accelerate", "transformers", "numpy", "pillow")
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background; programs inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # for fixtures of whole files, which come before that of a test
 
 

@@ -25,7 +25,7 @@ from unittest import mock
 ROOT = Path(__file__).parents[1]
 
 
-def until(condition: Callable[[], object], *, timeout: float = 60) -> None:
+def until(condition: Callable[[], object], *, timeout: float = 300) -> None:
     """Wait for something that another process does; not for ever."""
     end = time.monotonic() + timeout
     while not condition():
@@ -52,7 +52,7 @@ class Running:
         """Send it a signal."""
         os.kill(self.pid, number)
 
-    def wait(self, *, timeout: float = 120) -> Done:
+    def wait(self, *, timeout: float = 600) -> Done:
         """Wait for its end; where that takes too long it is aborted, and says where it was."""
         code = self.zygote.ask({"wait": self.pid, "timeout": timeout})["code"]
         return Done(code, self.out.read_text(), self.err.read_text())

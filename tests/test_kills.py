@@ -145,7 +145,7 @@ def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(zygote, straight,
         time.sleep(0.1)
     time.sleep(2)
     running.signal(signal.SIGINT)
-    done = running.wait(timeout=10)
+    done = running.wait(timeout=300)
     assert done.code == 130
     assert "a second signal" in done.err
     assert run(zygote, out).code == 0
@@ -314,7 +314,7 @@ def with_workers(zygote, tmp_path):
 def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(with_workers, zygote, tmp_path):
     running = with_workers
     os.kill(workers_of(running.pid)[0], signal.SIGKILL)
-    done = running.wait(timeout=30)
+    done = running.wait(timeout=300)
     assert done.code == 5
     assert "data.workers: the system ended a worker process" in done.err
     assert checkpoint.newest(tmp_path / "run") is not None

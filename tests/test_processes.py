@@ -147,7 +147,7 @@ def test_workers_of_a_copy_end_with_it(end, copies, environment, tmp_path):
             os.kill(process.pid, signal.SIGKILL)
         text = said.read()  # to the end: whoever still had the pipe would keep it open
     assert process.wait() == (0 if end == "finished" else -9), text
-    until(lambda: not [one for one in workers if Path(f"/proc/{one}").exists()], timeout=20)
+    until(lambda: not [one for one in workers if Path(f"/proc/{one}").exists()])
 
 
 def children_of(pid):

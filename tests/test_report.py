@@ -81,7 +81,7 @@ def opened(path, *, width=1280):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     copy.unlink()
