@@ -46,7 +46,7 @@ def profile_run(config: Config, *, updates: int, trace: Path | None) -> dict[str
     update_s = (time.perf_counter() - started) / updates
     on_gpu = accelerator.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with profile(activities=activities) as seen:
+    with profile(activities=activities, acc_events=True) as seen:
         started = time.perf_counter()
         _train(job, batches, updates)
         watched_s = (time.perf_counter() - started) / updates

@@ -41,6 +41,11 @@ class Done(NamedTuple):
     err: str
 
 
+def last_json(text: str) -> Any:
+    """The last line that is an object of JSON: libraries say something at any time."""
+    return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
+
+
 class Running:
     """A command under way."""
 

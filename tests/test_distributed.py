@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from deit.config import derive
 from deit.recipes import digits_teacher
+from tests.forks import last_json
 from tests.test_reading import write_pictures
 from tests.trained import trained
 
@@ -230,7 +231,7 @@ def test_an_update_exchanges_four_bytes_a_parameter_and_half_of_it_compressed(zy
     found = {}
     for kind in ("none", "bf16"):
         said = said_by(zygote, 2, script, kind, f"{kind}.pt", cwd=tmp_path)
-        found[kind] = json.loads(said.splitlines()[-1])
+        found[kind] = last_json(said)
         assert sum(found[kind]["pieces"]) == 4 * found[kind]["parameters"]
         assert len(found[kind]["pieces"]) >= 5
     assert found["none"]["sent"] == []  # torch's own exchange, in those pieces

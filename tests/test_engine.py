@@ -410,7 +410,7 @@ def test_an_update_asks_the_device_for_nothing(name, average):
     tally = Tally(job.accelerator, {})
     batches = list(data.epoch(0))
     list(train_epoch(job, iter(batches), tally, step=0, steps=2))
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         list(train_epoch(job, iter(batches), tally, step=2, steps=2))
     called = {event.name for event in seen.events()}
     assert {"aten::_fused_adamw_", "aten::native_layer_norm"} <= called
