@@ -259,14 +259,11 @@ class _Workers:
 def _signals_later() -> Iterator[None]:
     """Signals that ask to stop or to save arrive when it is left; processes that start within it
     begin without them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # no signal is handled here
-        return
     came: list[int] = []
-    # Blocked here, for the processes that start; another thread may still take a signal, and then
-    # its handler runs in this one.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for the processes that start
+    # Another thread may still take a signal; its handler would run in the main thread.
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
     before = {number: handler for number, handler in before.items() if callable(handler)}
     for number in before:
         signal.signal(number, lambda number, frame: came.append(number))

@@ -168,7 +168,11 @@ def _in_memory(splits: tuple[Encoded, ...], config: DataConfig) -> bool:
 
 
 def check_images_fit(number: int, config: DataConfig) -> None:
-    """Refuse so many images before they are decoded or enlarged. Raises EnvironmentFault."""
+    """Refuse images that do not fit into memory before they are decoded or enlarged. Raises
+    EnvironmentFault.
+
+    number: of images.
+    """
     needed = number * 3 * config.image_size**2
     allowed = free_memory(torch.device("cpu")) * config.memory_fraction
     if needed > allowed:

@@ -29,10 +29,10 @@ from deit.launcher import (
     SAME_SIGNAL_S,
     SAVING,
     STOPPING,
-    be_whole,
     follow,
     importing,
-    is_whole,
+    is_standalone,
+    mark_standalone,
 )
 from deit.text import in_line, name_trouble, nearest, open_streams
 
@@ -200,8 +200,8 @@ class _Leaving(contextlib.AbstractContextManager):
             os.set_blocking(self._pipe[1], False)
             self._woken = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             # A program that calls a command, as a notebook does, is not ended with it.
-            heed = _end_at_second if is_whole() else _read_to_the_end
-            threading.Thread(target=heed, args=(self._pipe[0],), daemon=True).start()
+            target = _end_at_second if is_standalone() else _read_to_the_end
+            threading.Thread(target=target, args=(self._pipe[0],), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -210,8 +210,8 @@ class _Leaving(contextlib.AbstractContextManager):
             signal.set_wakeup_fd(self._woken)
             os.close(self._pipe[1])  # the thread ends
         for number, handler in self._before.items():
-            # What is left of a whole process is its end, which has its code already.
-            ended = is_whole() and number in STOPPING
+            # All that is left of a command's own process is its end, whose code is known.
+            ended = is_standalone() and number in STOPPING
             signal.signal(number, signal.SIG_IGN if ended else handler)
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
@@ -230,7 +230,7 @@ class _Leaving(contextlib.AbstractContextManager):
         began = importing(frame)
         if began is None:
             self._raise()
-        elif is_whole() and _nothing_begun(began):
+        elif is_standalone() and _nothing_begun(began):
             if os.environ.get("RANK", "0") == "0":
                 word = signal.Signals(self.asked).name
                 os.write(2, f"deit: error: stopped by {word}\n".encode())
@@ -351,13 +351,13 @@ def _complain(message: str, debug: bool, *, everywhere: bool = False) -> None:
 
 def program() -> int:
     """The console script `deit COMMAND ...`, a process of its own; returns the exit code."""
-    be_whole()
+    mark_standalone()
     return _ending(main())
 
 
 def script(name: str) -> int:
     """A root script, which is one command and a process of its own; returns the exit code."""
-    be_whole()
+    mark_standalone()
     return _ending(run_command(name, sys.argv[1:], Path(sys.argv[0]).name))
 
 

@@ -1,7 +1,6 @@
 """Signals that ask a run to stop or to save: noted at once, obeyed by all processes together."""
 
 import faulthandler
-import math
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from deit.errors import Stopped
-from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, gone, importing, is_whole
+from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, gone, importing, is_standalone
 
 Item = TypeVar("Item")
 _ASK_EVERY_S = 0.25  # how often processes talk about it, at most
@@ -42,7 +41,7 @@ class Interruption(AbstractContextManager):
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self._noted, self._saves = 0, False
+        self._noted, self._save_asked = 0, False
         self._first: float | None = None  # when this process was asked to stop itself
         self._before: dict[int, Any] = {}
         self._group = None
@@ -53,7 +52,7 @@ class Interruption(AbstractContextManager):
         self._wait = self._between = 1
         self._last = time.monotonic()
         self._open = False
-        self._waits: float | None = None  # for data, since when
+        self._waiting_since: float | None = None  # for data, since when
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -75,16 +74,18 @@ class Interruption(AbstractContextManager):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == SAVING:
-            self._saves = True
+            self._save_asked = True
             return
         now = time.monotonic()
-        if self._first is not None and now - self._first < SAME_SIGNAL_S:
-            return
-        if self._first is not None and not is_whole():
-            raise Stopped(number)
         if self._first is not None:
-            os.write(2, b"deit: a second signal: leaving at once\n")
-            os._exit(128 + number)
+            if now - self._first < SAME_SIGNAL_S:
+                return
+            if is_standalone():
+                os.write(2, b"deit: a second signal: leaving at once\n")
+                os._exit(128 + number)
+            if importing(frame):
+                return
+            raise Stopped(number)
         self._noted, self._first = number, now
         # Where this process hangs and will be killed, say where.
         faulthandler.dump_traceback_later(_STUCK_S, file=sys.__stderr__)
@@ -95,9 +96,9 @@ class Interruption(AbstractContextManager):
     def _late(self, number: int, frame: FrameType | None) -> None:
         """Leave where this process waits for data all the time: nothing else would end that. What
         takes shorter is waited for, so that an update in its middle is finished and saved."""
-        waits = self._waits is not None and self._first is not None
-        begun = max(self._waits, self._first) if waits else math.inf
-        if time.monotonic() - begun >= _PATIENCE_S and not importing(frame):
+        if self._waiting_since is None or self._first is None or importing(frame):
+            return
+        if time.monotonic() - max(self._waiting_since, self._first) >= _PATIENCE_S:
             raise Stopped(self._noted)
 
     @property
@@ -135,7 +136,7 @@ class Interruption(AbstractContextManager):
         iterator, number = iter(items), 0
         while True:
             between = number % each == 0
-            self._waits = time.monotonic()
+            self._waiting_since = time.monotonic()
             try:
                 with self.at_once() if between else nullcontext():
                     item = next(iterator, _END)
@@ -144,7 +145,7 @@ class Interruption(AbstractContextManager):
                     raise _BetweenUpdates(stop.number) from None
                 raise
             finally:
-                self._waits = None
+                self._waiting_since = None
             if item is _END:
                 return
             yield item
@@ -158,10 +159,10 @@ class Interruption(AbstractContextManager):
         """
         if gone():
             self._noted = self._noted or signal.SIGTERM
-        own = self._noted or (SAVING if self._saves else 0)
+        own = self._noted or (SAVING if self._save_asked else 0)
         number = self._agreed(own, now) if self._several else own
         if number == SAVING:
-            self._saves = False
+            self._save_asked = False
         return number
 
     def begin(self) -> None:

@@ -22,19 +22,19 @@ SAME_SIGNAL_S = 2.0
 what the terminal has sent them already."""
 
 
-_whole = False
+_standalone = False
 
 
-def be_whole() -> None:
+def mark_standalone() -> None:
     """Say that this process is a command, and not a program or notebook that calls one: then it may
     be ended at once."""
-    global _whole
-    _whole = True
+    global _standalone
+    _standalone = True
 
 
-def is_whole() -> bool:
-    """Whether this process is a command, as `be_whole` says."""
-    return _whole
+def is_standalone() -> bool:
+    """Whether this process is a command, as `mark_standalone` says."""
+    return _standalone
 
 
 def importing(frame: FrameType | None) -> FrameType | None:

@@ -127,7 +127,7 @@ _ALGORITHMS = {"adamw": "AdamW", "sgd": "SGD"}
 
 def _training(run: Path, config: Config) -> str:
     optim, loss = config.optim, config.loss
-    told = [
+    lines = [
         f"{optim.epochs} epochs of batches of {optim.batch_size}, "
         f"{_ALGORITHMS[optim.algorithm]} at {peak_lr(optim):.3g}, "
         f"weight decay {optim.weight_decay:g}",
@@ -138,13 +138,13 @@ def _training(run: Path, config: Config) -> str:
         f"seed {config.run.seed}",
     ]
     if config.start.source is not None:
-        told.insert(0, f"from the weights of {_public(config.start.source)}")
+        lines.insert(0, f"from the weights of {_public(config.start.source)}")
     if (run / ENVIRONMENT).is_file():
         about = recorded(run)
-        told.append(f"on {about.device_name}, torch {about.packages.torch}, commit {about.commit}")
+        lines.append(f"on {about.device_name}, torch {about.packages.torch}, commit {about.commit}")
         if about.arguments:
-            told.append(f"command: `{shlex.join(map(_public, about.arguments))}`")
-    return "\n".join(f"- {line}" for line in told)
+            lines.append(f"command: `{shlex.join(map(_public, about.arguments))}`")
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _limits(facts: Facts, found: dict[str, Any]) -> str:

@@ -53,9 +53,3 @@ def read_typed(path: Path, kind: type[Kind]) -> Kind:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"])
         raise CheckpointError(f"{path}: {where}{first['msg']}") from None
-
-
-@functools.cache
-def _adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
-    """What converts and checks; made once, since that takes longer than its work."""
-    return TypeAdapter(kind)

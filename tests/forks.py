@@ -46,6 +46,24 @@ def last_json(text: str) -> Any:
     return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
 
 
+def fresh(source: str, *arguments: object, path: Path | None = None) -> Done:
+    """Run a program in an interpreter that has imported nothing. path: a folder it imports from,
+    besides this project."""
+    done = subprocess.run(
+        [sys.executable, "-c", source, *map(str, arguments)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *([path] if path else ())))),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
 class Running:
     """A command under way."""
 
@@ -214,9 +232,9 @@ def _become(question: dict[str, Any]) -> None:
     if other := os.environ.get("FORKS_MAIN"):
         _leave(_named(other)())
     from deit.cli import main, program
-    from deit.launcher import be_whole
+    from deit.launcher import mark_standalone
 
-    be_whole()
+    mark_standalone()
     sys.argv = [question["script"] or "deit", *question["arguments"]]
     if question["whole"]:
         os.setsid()
@@ -255,7 +273,7 @@ def _leave(code: int) -> None:
 class _Copied(NamedTuple):
     """A process that the spare one made, as whoever asked for it sees it."""
 
-    told: socket.socket
+    connection: socket.socket
     pid: int
 
     def kill(self) -> None:
@@ -263,8 +281,8 @@ class _Copied(NamedTuple):
             os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> None:
-        with self.told:
-            self.told.recv(1)  # nothing, once it is gone
+        with self.connection:
+            self.connection.recv(1)  # nothing, once it is gone
 
 
 def copying(spare: Path) -> SimpleNamespace:
@@ -274,10 +292,10 @@ def copying(spare: Path) -> SimpleNamespace:
     def start(words: list[str], *, env: dict[str, str], pass_fds: tuple[int, ...] = (), **how: Any):
         if not pass_fds or env["OMP_NUM_THREADS"] != "1":  # no copies; it has read another number
             return subprocess.Popen(words, env=env, pass_fds=pass_fds, **how)
-        told = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        told.connect(str(spare))
-        socket.send_fds(told, [json.dumps(env).encode()], pass_fds)
-        return _Copied(told, int(told.recv(32)))
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.connect(str(spare))
+        socket.send_fds(connection, [json.dumps(env).encode()], pass_fds)
+        return _Copied(connection, int(connection.recv(32)))
 
     return SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
 
@@ -301,20 +319,20 @@ def _keep_spare(path: Path) -> None:
         os.dup2(nothing, number)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for its copies
     while True:
-        told = listener.accept()[0]
+        connection = listener.accept()[0]
         if os.fork() == 0:
             listener.close()
-            _be_copied(told)
-        told.close()
+            _be_copied(connection)
+        connection.close()
 
 
-def _be_copied(told: socket.socket) -> None:
+def _be_copied(connection: socket.socket) -> None:
     """In a copy of the spare process: what deit.processes starts."""
     from deit.processes import _serve
 
-    words, descriptors, *_ = socket.recv_fds(told, 1 << 17, 1)
-    told.send(str(os.getpid()).encode())
-    os.register_at_fork(after_in_child=told.close)  # it tells of this process's end alone
+    words, descriptors, *_ = socket.recv_fds(connection, 1 << 17, 1)
+    connection.send(str(os.getpid()).encode())
+    os.register_at_fork(after_in_child=connection.close)  # it ends with this process's end alone
     os.environ.clear()
     os.environ.update(json.loads(words))
     _first()
@@ -392,8 +410,6 @@ def _serve() -> None:
             import_module(name)
     _parse()
     import_module("torch").set_num_threads(1)
-    # What reads configurations is made once, and not in each copy.
-    import_module("deit.validation").build({"loss": {"kind": "none"}})
     gc.freeze()  # a copy that collects garbage need not look through all that was imported
     if sys.platform == "linux":  # elsewhere no run is a copy
         _keep_spare(Path(sys.argv[1]))

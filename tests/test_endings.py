@@ -26,7 +26,7 @@ from deit.errors import DataError, Stopped
 from deit.interruption import Interruption
 from deit.recipes import RECIPES
 from deit.run import train
-from tests.forks import ROOT, Done, Running, Zygote, until
+from tests.forks import ROOT, Done, Running, Zygote, fresh, until
 from tests.stops import stop_at
 from tests.test_reading import write_pictures
 
@@ -66,12 +66,16 @@ def left(session: int) -> list[str]:
     return found
 
 
+def ends_with_all_it_started(session: int) -> None:
+    until(lambda: not left(session))
+
+
 def ended(running: Running, code: int) -> Done:
     """The end of a process, which has this exit code and leaves nothing behind."""
     done = running.wait(timeout=300)
     assert done.code == code, done.err
     assert "Traceback" not in done.err
-    until(lambda: not left(running.pid))
+    ends_with_all_it_started(running.pid)
     return done
 
 
@@ -102,9 +106,11 @@ def test_a_training_ends_at_every_fault_point(point, workers, zygote, pictures, 
     given = words(pictures, tmp_path / "run", workers)
     more = ("--optim.ema_epochs", "1", "--run.keep_checkpoints", "1")
     fault = f"{point}:1:term" + (",loss:2:nan" if point == "anomalies" else "")
-    done = zygote.start(*given, *more, whole=True, DEIT_FAULT=fault).wait(timeout=300)
+    running = zygote.start(*given, *more, whole=True, DEIT_FAULT=fault)
+    done = running.wait()
     assert done.code in (143, 0), done.err  # 0: what was left to do at the end is done
     assert "Traceback" not in done.err
+    ends_with_all_it_started(running.pid)
     assert zygote.run(*given, *more).code == 0
 
 
@@ -273,7 +279,7 @@ def test_a_second_signal_ends_what_is_stuck_in_a_library(zygote, pictures, tmp_p
     done = running.wait(timeout=300)
     assert done.code == 130
     assert "a second signal" in done.err
-    until(lambda: not left(running.pid))
+    ends_with_all_it_started(running.pid)
 
 
 def test_a_stop_that_python_drops_comes_again(monkeypatch):
@@ -376,15 +382,8 @@ sys.exit(cli.program())
 
 def test_a_command_that_still_imports_leaves_at_once(tmp_path):
     asks_to_stop(tmp_path, "time.sleep(1000)")
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTS],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (143, "deit: error: stopped by SIGTERM\n")
+    done = fresh(IMPORTS, path=tmp_path)
+    assert (done.code, done.err) == (143, "deit: error: stopped by SIGTERM\n")
 
 
 HELD = """
@@ -397,16 +396,9 @@ sys.exit(program())
 
 
 def test_a_thread_of_a_library_does_not_keep_a_process_that_is_done():
-    done = subprocess.run(
-        [sys.executable, "-c", HELD],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("deit ")
+    done = fresh(HELD)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("deit ")
 
 
 @pytest.fixture
@@ -483,15 +475,8 @@ print(cli.run_command("recipes", [], "deit recipes"), "and the notebook is there
 
 
 def test_a_program_that_calls_a_command_is_not_ended_by_a_second_signal():
-    done = subprocess.run(
-        [sys.executable, "-c", TWICE],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, "130 and the notebook is there\n"), done.stderr
+    done = fresh(TWICE)
+    assert (done.code, done.out) == (0, "130 and the notebook is there\n"), done.err
 
 
 @pytest.mark.parametrize(("code", "expected"), [(1, 1), ("a reason", 1), (None, 0), (0, 0)])
@@ -610,7 +595,7 @@ def test_two_hundred_stops_at_random_moments(seed, zygote: Zygote, pictures, tmp
             said.seek(0)
             text = said.read()
         codes[code] = codes.get(code, 0) + 1
-        until(lambda: not left(process.pid))  # noqa: B023
+        ends_with_all_it_started(process.pid)
         # Before our first line runs, Python dies of the signal itself, or says where it was.
         right = code in (128 + sent, -sent, 0) and ("Traceback" not in text or not out.exists())
         if not right or (code and not same_as(straight[workers], out, zygote.run(*given))):

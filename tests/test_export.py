@@ -492,8 +492,8 @@ def test_the_card_tells_and_its_snippets_run(form, runs, exports, said):
     snippets = snippets_of(folder)
     assert snippets
     for number in range(len(snippets)):
-        told = said[f"{form} {number}"].strip()
-        assert told == answer or f"'label': '{answer}'" in told.split("}")[0]
+        printed = said[f"{form} {number}"].strip()
+        assert printed == answer or f"'label': '{answer}'" in printed.split("}")[0]
 
 
 def test_a_card_names_nobodys_folders_and_shows_class_names_as_they_are(tmp_path):

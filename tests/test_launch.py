@@ -60,8 +60,8 @@ def test_a_run_starts_by_the_configuration_of_one_gpu(zygote, tmp_path):
     (python, *command), environment = prepare_simple_launcher_cmd_env(arguments)
     assert Path(python).name.startswith("python")
     assert command == [str(ROOT / "train_deit.py"), *words]
-    told = {name: text for name, text in environment.items() if os.environ.get(name) != text}
-    done = zygote.run(*words, script="train_deit.py", cwd=tmp_path, **told)
+    added = {name: text for name, text in environment.items() if os.environ.get(name) != text}
+    done = zygote.run(*words, script="train_deit.py", cwd=tmp_path, **added)
     assert done.code == 0, done.err
     assert ", bf16, " in done.out
 

@@ -157,9 +157,9 @@ def test_wheel_says_what_setup_cfg_says(wheel):
     assert set(metadata.get_all("Provides-Extra")) == set(settings()["options.extras_require"])
 
 
-def imports_anew():
-    """In a copy of a process that has imported all: import our modules anew, from a path that lacks
-    the checkout; where they were found. It spares the seconds of torch."""
+def import_again():
+    """In a copy of a process that has imported all: import our modules again, from a path without
+    the checkout, and print where they were found. It spares the seconds of torch."""
     for name in [name for name in sys.modules if name.split(".")[0] == "deit"]:
         del sys.modules[name]
     sys.path[:] = [os.environ["DEIT_TEST_SITE"]] + [
@@ -175,7 +175,7 @@ def test_installed_wheel_works_far_from_the_checkout(wheel, zygote, tmp_path):
     elsewhere.mkdir()
     install = (sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel)
     run(*install, cwd=elsewhere)
-    main = f"{__name__}:{imports_anew.__name__}"
+    main = f"{__name__}:{import_again.__name__}"
     done = zygote.run(cwd=elsewhere, FORKS_MAIN=main, DEIT_TEST_SITE=str(site))
     assert done.code == 0, done.err
     wanted = ["deit/__init__.py", "deit/models/student.py", "deit/datasets/views.py"]

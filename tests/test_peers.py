@@ -106,7 +106,7 @@ def test_killed_after_any_update_both_go_on_to_the_same_bits(
 
 @pytest.fixture(scope="module")
 def three_units(teacher) -> tuple[str, ...]:
-    """The command that writes so many targets that they are three units."""
+    """The command that writes targets that fill three units."""
     more = ("--data.train_fraction", "1", "--optim.batch_size", "256", "--epochs", "9")
     return ("targets", "write", *SMALL, *teacher, *more, "--run.evaluation_batch", "256")
 
@@ -258,7 +258,7 @@ def nothing_left(process: subprocess.Popen) -> Iterator[None]:
 
 
 def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_terminated(tmp_path):
-    """It does not hand the signal on: the training process would go on for ever."""
+    """It does not hand the signal on: the training process would never end."""
     out = tmp_path / "run"
     launcher = subprocess.Popen(
         [

@@ -4,8 +4,6 @@ import dataclasses
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -35,7 +33,7 @@ from deit.errors import DataError, EnvironmentFault, WorkerLost
 from deit.keys import Keys
 from deit.prediction import answers_of
 from deit.presets import AUGMENTATIONS
-from tests.forks import ROOT
+from tests.forks import fresh
 
 COLOURS = Colours((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 PLAIN = ViewsConfig(crop="random_resized", crop_scale=(0.2, 1.0), flip=0.0)
@@ -188,15 +186,8 @@ print("done")
 def test_a_program_ends_after_its_reader_is_closed(tmp_path):
     """A notebook has no command line that would end it."""
     write_pictures(tmp_path / "pictures", number=16)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "pictures")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["done"]), done.stderr
+    done = fresh(PROGRAM, tmp_path / "pictures")
+    assert (done.code, done.out.splitlines()[-1:]) == (0, ["done"]), done.err
 
 
 def test_signals_wait_for_the_start_of_the_workers():

@@ -100,8 +100,8 @@ OTHERS = [command for command in readme_commands() if not as_ours(command)]
 
 
 def shortened(name, arguments, taught):
-    """The arguments of a command of ours, and those that make it one of moments. taught: what names
-    the teacher of digits, once a comparison has trained it."""
+    """The arguments of a command of ours, and those that make it short. taught: the option that
+    names the teacher of digits, once a comparison has trained it."""
     if name == "compare":
         few = [*SMALL[arguments[0]], "--seeds", "0"]
         few += taught if arguments[0] == "digits" else []

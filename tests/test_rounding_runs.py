@@ -230,7 +230,7 @@ def test_ranges_that_were_never_set_make_no_file(place, tmp_path):
 
 
 def test_the_message_of_a_drop_names_it(place, tmp_path):
-    """Of a student that does not round; what is told of one that does stands below."""
+    """Of a student without fake quantization; the other message is tested below."""
     pytest.importorskip("onnxruntime")
     with (
         mock.patch("deit.quantize.final", lambda heads, tops=[0.5, 0.9]: {"top1": tops.pop()}),
