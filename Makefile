@@ -8,11 +8,12 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Two at a time, one thread each: threads that wait for each other's cores cost most of the time.
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help quickstart test test-lowest test-newest lint format clean
+.PHONY: help quickstart test test-busy test-lowest test-newest lint format clean
 
 help:
 	@echo "make quickstart   train teacher, distilled and undistilled student on digits; one table"
 	@echo "make test         lint, then the whole test suite"
+	@echo "make test-busy    the suite three times in random order, on one core beside two busy processes"
 	@echo "make test-lowest  the suite with the lowest versions setup.cfg allows, on Python 3.11"
 	@echo "make test-newest  the suite with the newest versions there are, on Python 3.13"
 	@echo "make format       format the code"
@@ -20,6 +21,7 @@ help:
 	@echo
 	@echo "PYTHON=...        the interpreter to use (default: $(PYTHON); 3.11 and 3.13 as above)"
 	@echo "VENV=...          the folder of the environment (default: .venv)"
+	@echo "SEEDS='1 2 3'     of the random orders; CORE=0: the core"
 
 # One stamp for each set of packages: nothing is installed again while setup.cfg stays as it is.
 $(VENV)/quickstart.stamp: setup.cfg pyproject.toml
@@ -40,6 +42,18 @@ quickstart: $(VENV)/quickstart.stamp
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# What depends on an order or on time fails here sooner or later. Linux only (taskset).
+SEEDS ?= 1 2 3
+CORE ?= 0
+
+test-busy: $(VENV)/test.stamp
+	@trap 'kill $$busy' EXIT; \
+	for _ in 1 2; do taskset -c $(CORE) sh -c 'while :; do :; done' & busy="$$busy $$!"; done; \
+	for seed in $(SEEDS); do \
+	  OMP_NUM_THREADS=1 taskset -c $(CORE) $(BIN)/python $(PYTEST) \
+	    --random-order --random-order-seed=$$seed || exit; \
+	done
 
 # The versions that are promised: each in an environment of its own, built from nothing every time,
 # since a kept one would not be the newest. uv comes from PyPI, whatever the machine has.

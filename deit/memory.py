@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -180,16 +181,20 @@ def check_answers(
     network: nn.Module,
     answer: Callable[[Tensor], Any],
     side: int,
-    device: torch.device,
+    accelerator: Accelerator,
     images: int,
 ) -> None:
     """Refuse to have a network answer so many images of `side` px at once where the memory that is
-    free is certainly too little. answer: as in `bytes_per_image`. Raises EnvironmentFault."""
+    free is certainly too little in one of the processes. answer: as in `bytes_per_image`. Raises
+    EnvironmentFault, in all processes or in none."""
+    device = accelerator.device
     free = free_memory(device)
     each = bytes_per_image(
         network, answer, side, device, learns=False, enough=lambda rough: rough * images < free / 2
     )
-    if each is None or each * images <= free:
+    found = torch.tensor([[float(each or 0), float(free)]], device=device)
+    each, free = max(accelerator.gather(found).tolist(), key=lambda one: one[0] * images - one[1])
+    if each * images <= free:
         return
     fitting = max(int(free / 2 / each), 1)
     raise EnvironmentFault(

@@ -223,8 +223,7 @@ def check_memory(parts: Parts, teachers: list[Teacher]) -> None:
     """Refuse a run whose updates or evaluations certainly need more memory than is free, before
     the first of them; where run.fit_memory is on, cut micro-batches that may fit.
 
-    teachers: those that answer in training. Raises EnvironmentFault, for the student in all
-    processes or in none.
+    teachers: those that answer in training. Raises EnvironmentFault, in all processes or in none.
     """
     config, accelerator, loader = parts.config, parts.accelerator, parts.loader
     student, device = accelerator.unwrap_model(parts.student), accelerator.device
@@ -244,7 +243,7 @@ def check_memory(parts: Parts, teachers: list[Teacher]) -> None:
     shown = loader.sizes.teacher
     for teacher in teachers:
         with accelerator.autocast():
-            check_answers(teacher, teacher.forward, shown, device, config.run.evaluation_batch)
+            check_answers(teacher, teacher.forward, shown, accelerator, config.run.evaluation_batch)
             more = bytes_per_image(
                 teacher, teacher.forward, shown, device, learns=False, enough=enough
             )
@@ -255,10 +254,10 @@ def check_memory(parts: Parts, teachers: list[Teacher]) -> None:
         sizes = [block, *_smaller(parts)]
         fits = (one for one in sizes if kept + _SPARE * each * one <= free)
         fitting = block if kept + each * block <= free else next(fits, 0)
-    told = torch.tensor([fitting], device=device)
-    fitting = int(accelerator.gather(told).min())
-    if fitting < block:
-        _cut_or_refuse(parts, fitting, kept + (each or 0) * block, free)
+    told = torch.tensor([[float(fitting), kept + (each or 0) * block, float(free)]], device=device)
+    least, needed, free = min(accelerator.gather(told).tolist())
+    if least < block:
+        _cut_or_refuse(parts, int(least), needed, free)
 
 
 _BYTES_OF_PIXELS = 3 * 4  # of an image as the networks get it
@@ -273,7 +272,7 @@ def _kept_bytes(student: nn.Module, algorithm: str) -> int:
     return copies * sum(one.numel() * one.element_size() for one in trained)
 
 
-def _cut_or_refuse(parts: Parts, fitting: int, needed: float, free: int) -> None:
+def _cut_or_refuse(parts: Parts, fitting: int, needed: float, free: float) -> None:
     """Cut micro-batches to `fitting` images, 0 for none, where run.fit_memory is on. Raises
     EnvironmentFault where it is off, or none fits."""
     optim, block = parts.config.optim, parts.loader.block

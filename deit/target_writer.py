@@ -116,7 +116,7 @@ def write_targets(
     for teacher in teachers:
         with accelerator.autocast():
             side = loader.sizes.teacher
-            check_answers(teacher, teacher.forward, side, accelerator.device, block)
+            check_answers(teacher, teacher.forward, side, accelerator, block)
     # The units, and beside them the file that they are put together in.
     written = sum(file.stat().st_size for file in (out / UNITS).glob("*.bin"))
     check_space(out, 2 * layout.rows * layout.dtype.itemsize - written, option="--out")

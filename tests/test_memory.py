@@ -3,6 +3,7 @@
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from deit import memory, mishaps
@@ -56,7 +57,7 @@ def test_the_network_is_left_as_it_was():
 def test_what_cannot_be_measured_is_not_refused():
     network = nn.Linear(3, 2)  # takes no images
     assert bytes_per_image(network, network, 4, CPU, learns=True) is None
-    check_answers(network, network, 4, CPU, 2**40)
+    check_answers(network, network, 4, Accelerator(cpu=True), 2**40)
 
 
 def group(folder, names, values):
@@ -135,6 +136,26 @@ def test_where_nothing_fits_that_is_said(tmp_path, monkeypatch):
 def test_answers_of_too_many_images_are_refused(monkeypatch):
     network = Counted()
     monkeypatch.setattr(memory, "free_memory", lambda device: 4 * 48 * 1000)
-    check_answers(network, network, 4, CPU, 100)
+    accelerator = Accelerator(cpu=True)
+    check_answers(network, network, 4, accelerator, 100)
     with pytest.raises(EnvironmentFault, match=r"run\.evaluation_batch = 4000: .* 256 fits"):
-        check_answers(network, network, 4, CPU, 4000)
+        check_answers(network, network, 4, accelerator, 4000)
+
+
+class Beside(Accelerator):
+    """One of two processes, of which the other has less memory."""
+
+    def __init__(self, *other: float) -> None:
+        super().__init__(cpu=True)
+        self.other = other
+
+    def gather(self, tensor):
+        return torch.cat([tensor, torch.tensor([self.other])])
+
+
+def test_all_processes_refuse_what_one_cannot_hold():
+    """Else the others would wait for it."""
+    network = Counted()
+    check_answers(network, network, 4, Beside(192, 2**20), 4000)
+    with pytest.raises(EnvironmentFault, match=r"run\.evaluation_batch = 4000: .* 1024 fits"):
+        check_answers(network, network, 4, Beside(384, 2**20), 4000)
