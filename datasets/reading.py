@@ -40,9 +40,9 @@ _AHEAD = 2  # batches of each worker
 _KILLED_S = 1.0  # how long to wait for the end of a killed process: a dead disk may hold it
 _SHARED = Path("/dev/shm")  # where the batches of worker processes lie, on Linux
 LOST_WORKER = (
-    "data.workers: the system ended a worker process; usually /dev/shm is full (in a "
-    "container: --shm-size 2g) or the memory is used up: fewer data.workers, a smaller "
-    "optim.batch_size, or data.workers 0"
+    "data.workers: the system ended a worker process: the memory is used up, or /dev/shm is full "
+    "(in a container: --shm-size 2g); fewer data.workers or a smaller optim.batch_size need less, "
+    "and data.workers 0 no such process"
 )
 
 

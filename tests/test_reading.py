@@ -377,12 +377,13 @@ def test_every_stage_is_measured(images):
     assert min(made.stages.rates().values()) > 0
 
 
-def test_a_worker_that_was_killed_is_a_clear_fault(images):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])  # no memory; a full /dev/shm
+def test_a_worker_that_was_killed_is_a_clear_fault(number, images):
     class Deadly:
         size = 4
 
         def cut(self, pictures, wanted):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     wanted = [Wanted(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
     with pytest.raises(EnvironmentFault, match=r"data\.workers: the system ended a worker"):

@@ -1,0 +1,128 @@
+"""Several training processes, each with worker processes, that are stopped: every one ends, with
+the code of the signal, and nothing of them stays. All of them are real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deit import checkpoint
+from tests.forks import ROOT, until
+from tests.test_endings import SMALL
+from tests.test_reading import write_pictures
+
+DATA = ("--data.workers", "2", "--run.save_every", "1")
+TEACHER = """
+import torch
+
+def teacher():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
+"""
+TAUGHT = ("--objective", "deit-hard", "--student.name", "deit_micro", "--teacher.allow_weak")
+GRID = '{"recipe": "folder", "grid": {"optim.lr": [0.001, 0.002]}}'
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with pictures, a sweep of two runs and a teacher."""
+    folder = tmp_path_factory.mktemp("several")
+    write_pictures(folder / "pictures", number=16)
+    (folder / "rates.json").write_text(GRID)
+    (folder / "mine.py").write_text(TEACHER)
+    return folder
+
+
+def those_of(folder: Path) -> list[str]:
+    """The processes that were started with this folder as an argument, or that have a file open
+    there."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            opened = [one.path for one in process.open_files()]
+            if any(str(folder) in text for text in (*process.cmdline(), *opened)):
+                found.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())}")
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def stopped(
+    command: list[object], out: Path, runs: int, number: int, *, everybody: bool
+) -> tuple[int, str]:
+    """The code of a command, and what it wrote to standard error, that is stopped when so many runs
+    have learnt something. everybody: the terminal's Ctrl-C, which all get."""
+    words = [str(one) for one in command]
+    with (out.parent / f"{out.name}.said").open("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,
+        )
+        try:
+            until(lambda: process.poll() is not None or learning(out) == runs)
+            assert process.poll() is None, said.seek(0) or said.read()
+            assert those_of(out)
+            send = os.killpg if everybody else os.kill
+            send(process.pid, number)
+            code = process.wait(timeout=300)
+        finally:
+            process.kill()
+            process.wait()
+        said.seek(0)
+        return code, said.read()
+
+
+def learning(out: Path) -> int:
+    """How many runs in a folder have a checkpoint."""
+    return sum(bool(checkpoint.found(one.parent)) for one in out.rglob("config.json"))
+
+
+AT_ONCE = ("sweep", "rates.json", "--at_once", "2")
+COMPARED = ("compare", "folder", "--at_once", "2")
+
+
+@pytest.mark.parametrize(
+    ("command", "runs", "number", "everybody"),
+    [
+        (AT_ONCE, 2, signal.SIGTERM, False),
+        pytest.param(AT_ONCE, 2, signal.SIGINT, True, marks=pytest.mark.slow),
+        pytest.param(AT_ONCE[:2], 1, signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param(COMPARED, 2, signal.SIGINT, True, marks=pytest.mark.slow),
+    ],
+)
+def test_runs_of_one_command_end_with_it(
+    command, runs, number, everybody, place, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(place)
+    out = tmp_path / "out"
+    words = ("deit", *command, *SMALL, *DATA, "--data.root", place / "pictures")
+    if command is COMPARED:  # which asks what a teacher is worth
+        words += (*TAUGHT, "--teacher.source", f"{place / 'mine.py'}:teacher")
+    words += ("--optim.epochs", "100000", "--out", out)
+    code, said = stopped(words, out, runs, number, everybody=everybody)
+    assert code == 128 + number, said
+    assert "Traceback" not in said
+    assert "the same command goes on" in said
+    until(lambda: not those_of(out))
+
+
+@pytest.mark.parametrize(
+    ("number", "everybody"),
+    [(signal.SIGTERM, False), pytest.param(signal.SIGINT, True, marks=pytest.mark.slow)],
+)
+def test_processes_of_torchrun_end_with_their_workers(number, everybody, place, tmp_path):
+    out = tmp_path / "run"
+    words = ("torch.distributed.run", "--nnodes=1", "--nproc_per_node=2", ROOT / "train_deit.py")
+    words += ("folder", "--data.root", place / "pictures", *SMALL, *DATA)
+    words += ("--optim.epochs", "100000", "--out", out)
+    code, said = stopped(words, out, 1, number, everybody=everybody)
+    assert code != 0
+    assert f"stopped by {signal.Signals(number).name}" in said
+    assert "the same command with --resume goes on" in said
+    until(lambda: not those_of(out))
