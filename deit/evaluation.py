@@ -18,6 +18,7 @@ from deit.ensembles import combine
 from deit.environment import create_accelerator, describe, place_of_speed
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.interruption import Interruption
+from deit.memory import check_answers
 from deit.metrics import agreement, calibration_error, confusion, topk_accuracy
 from deit.models.attention import token_cosines
 from deit.models.cost import cost_of
@@ -69,6 +70,7 @@ def examine(
     root: str | None = None,
     teacher: str | None = None,
     device: str | None = None,
+    batch: int | None = None,
     resolution: int | None = None,
     crop: float | None = None,
     merge: int | None = None,
@@ -78,11 +80,11 @@ def examine(
     """Measure a run's student on a split.
 
     checkpoint: `best` or `last`. root: where the images lie now, if not where the run found them.
-    teacher: whom to agree with; None: the run's own teacher, "none": nobody. resolution: side [px]
-    of its input, if not what it was trained at; its position embedding is resized. crop: as
-    views.evaluation_crop. merge: how many tokens each block merges. variant: one of ImageNet's
-    other test sets, from `root`; without a teacher. cost: whether parameters, arithmetic, memory
-    and speed are measured.
+    teacher: whom to agree with; None: the run's own teacher, "none": nobody. batch: images at once,
+    if not as many as in the run. resolution: side [px] of its input, if not what it was trained at;
+    its position embedding is resized. crop: as views.evaluation_crop. merge: how many tokens each
+    block merges. variant: one of ImageNet's other test sets, from `root`; without a teacher. cost:
+    whether parameters, arithmetic, memory and speed are measured.
 
     `heads` holds class, distillation, fused (mean of logits) and fused_softmax (mean of softmax):
     top1, top5, calibration_error in [0, 1]. A student with one head has that head as `fused` too,
@@ -93,6 +95,8 @@ def examine(
     if merge is not None:
         student.network = with_merging(student.network, merge)
     config = as_asked(config, root=root, device=device, resolution=resolution, crop=crop)
+    if batch is not None:
+        config = derive(config, run={"evaluation_batch": batch})
     accelerator = create_accelerator(config.run)
     asked = images_of(config, facts, run, split, variant, root)
     if len(asked.images.labels) < accelerator.num_processes:
@@ -100,6 +104,8 @@ def examine(
     if config.run.linear == "onednn":
         use_onednn(student)
     student = student.to(accelerator.device)
+    side = config.student.image_size
+    check_answers(student, student.forward, side, accelerator, _at_once(config, asked.images))
     few = asked.images.select(slice(config.run.evaluation_batch))
     with Interruption(accelerator) as interruption, interruption.at_once():
         if len(few.labels) >= accelerator.num_processes:
@@ -166,6 +172,11 @@ def examine(
     picks = _picks(config.data, asked.name, found)
     digest = digest_of_images(facts.class_names, (asked.images,))
     return Examined(found, answers, confidence, asked.labels, picks, digest)
+
+
+def _at_once(config: Config, images: Images | Encoded) -> int:
+    """How many images a network answers at once, at most."""
+    return min(config.run.evaluation_batch, len(images.labels))
 
 
 def cost_of_run(run: Path) -> dict[str, Any]:
@@ -374,6 +385,7 @@ def _teacher_logits(
     found: dict[str, Tensor] = {}
     for teacher in teachers:
         network = teacher.to(accelerator.device)
+        check_answers(network, network.forward, size, accelerator, _at_once(config, images))
         outputs = answers_of(
             accelerator, network, images, config, "teacher", size=size, interruption=interruption
         )

@@ -12,6 +12,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
 
+from deit import memory
 from deit.checkpoint import newest
 from deit.cli import run_command
 from deit.commands.measuring import TEST_SETS
@@ -149,6 +150,7 @@ def test_runs_of_other_images_are_not_held_against_each_other(runs, tmp_path):
         (("--resolution", "15"), 4, "do not divide it"),
         (("--resolution", "8,15"), 4, "do not divide it"),
         (("--crop", "nan"), 2, "should be shares in (0, 1]"),
+        (("--run.evaluation_batch", "0"), 2, "should be at least 1"),
     ],
 )
 def test_bad_options_are_one_line(words, code, message, runs, capsys):
@@ -156,6 +158,24 @@ def test_bad_options_are_one_line(words, code, message, runs, capsys):
     said = capsys.readouterr().err
     assert message in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_so_many_images_as_have_room_are_evaluated_at_once(runs, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**17)
+    command = [str(runs / "student"), "--resolution", "16"]
+    assert run_command("evaluate", command, "evaluate") == 5
+    said = capsys.readouterr().err
+    assert "run.evaluation_batch = 256: so many images of 16 px at once need" in said
+    _, option, advice = said.partition("--run.evaluation_batch ")
+    number = advice.split()[0]
+    assert 1 <= int(number) < 256
+    assert run_command("evaluate", [*command, option.strip(), number], "evaluate") == 0
+
+
+def test_the_number_of_images_at_once_changes_no_answer(runs):
+    one, other = (evaluate(runs / "student", batch=batch)["heads"] for batch in (None, 7))
+    for head, found in one.items():
+        assert found["top1"] == other[head]["top1"]
 
 
 # ImageNet's variants

@@ -28,6 +28,13 @@ def evaluate(arguments: list[str], program: str) -> None:
     parser.add_argument("--teacher", metavar="SOURCE", help="teacher to agree with; none: without")
     parser.add_argument("--run.device", dest="device", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
+        "--run.evaluation_batch",
+        dest="batch",
+        type=int,
+        metavar="N",
+        help="images at once; the run's own number otherwise",
+    )
+    parser.add_argument(
         "--resolution", metavar="A,B", help="sides of the input [px]; positions are resized"
     )
     parser.add_argument("--crop", metavar="A,B", help="evaluation crops, as views.evaluation_crop")
@@ -45,6 +52,8 @@ def evaluate(arguments: list[str], program: str) -> None:
     sides = read_numbers(options.resolution, "--resolution", whole=True)
     crops = read_numbers(options.crop, "--crop", whole=False)
     merges = read_numbers(options.merge, "--merge", whole=True, least=0)
+    if options.batch is not None and options.batch < 1:
+        raise ConfigError(f"--run.evaluation_batch {options.batch}: should be at least 1")
     if options.variant is not None and options.variant not in TEST_SETS:
         advice = f"should be one of {', '.join(TEST_SETS)}{nearest(options.variant, TEST_SETS)}"
         raise ConfigError(f"--variant {options.variant}: {advice}")
@@ -69,6 +78,7 @@ def evaluate(arguments: list[str], program: str) -> None:
         "root": options.root,
         "teacher": options.teacher,
         "device": options.device,
+        "batch": options.batch,
         "variant": options.variant,
     }
     command = f"deit evaluate {shlex.join(arguments)}"
