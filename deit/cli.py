@@ -28,11 +28,15 @@ from deit.files import HUB, about_address
 from deit.launcher import (
     SAME_SIGNAL_S,
     SAVING,
+    SIGNALS,
     STOPPING,
     follow,
+    forget_stop,
     importing,
     is_standalone,
+    leave_at_once,
     mark_standalone,
+    remember_stop,
 )
 from deit.text import in_line, name_trouble, nearest, open_streams
 
@@ -51,8 +55,11 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     with _Leaving() as leaving:
-        follow()
-        return _written(_outcome(name, arguments, program, debug, leaving))
+        try:
+            follow()
+            return _written(_outcome(name, arguments, program, debug, leaving))
+        except Stopped as stop:  # in the moment between an error and what is said of it
+            return stop.exit_code
 
 
 _GO_ON = ("targets", "compare", "sweep", "tickets", "prune", "landscape")
@@ -61,6 +68,7 @@ _GO_ON = ("targets", "compare", "sweep", "tickets", "prune", "landscape")
 def _outcome(
     name: str, arguments: list[str], program: str, debug: bool, leaving: "_Leaving"
 ) -> int:
+    """Run a command; the exit code, also of an error, which is said."""
     try:
         _check_names(name, arguments)
         from deit.commands import COMMANDS
@@ -69,35 +77,62 @@ def _outcome(
         _refuse_addresses(arguments)
         COMMANDS[name](arguments, program)
         _leave_processes()
-        return 0
-    except Stopped as stop:
         leaving.arrived = True
-        return _stopped(name, stop, debug)
-    except DeitError as error:
+        return 0
+    except BaseException as error:
+        leaving.arrived = True  # a signal changes nothing any more
+        if leaving.asked and isinstance(error, Exception) and not isinstance(error, DeitError):
+            # A library that was interrupted may make another error of it.
+            error = Stopped(leaving.asked)
+        return _code_of(error, name, debug)
+
+
+def _code_of(error: BaseException, name: str, debug: bool) -> int:
+    """The exit code of an error, which is said in one message."""
+    if isinstance(error, Stopped):
+        return _stopped(name, error, debug)
+    if isinstance(error, DeitError):
         _complain(str(error), debug, everywhere=not isinstance(error, ConfigError))
         return error.exit_code
-    except SystemExit as end:  # of --help and wrong options, which argparse has explained
-        if isinstance(end.code, str):
-            _complain(end.code, debug, everywhere=True)
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except Exception as error:
-        if leaving.asked:  # a library that was interrupted may make another error of it
-            return _stopped(name, Stopped(leaving.asked), debug)
-        if isinstance(error, OSError) and error.filename is None and _unwritten():
-            return 0  # of a standard stream, which `_written` reports
-        if isinstance(error, BrokenPipeError):  # of one that Python has given up already
-            return BROKEN_PIPE
-        if _lost_peer(error):
-            message = "another process is gone or did not answer; see what it said"
-            _complain(message, debug, everywhere=True)
-            return PeerError.exit_code
-        if (reason := _of_the_machine(error)) is not None:
-            _complain(f"{reason} (--debug shows where)", debug, everywhere=True)
-            return EnvironmentFault.exit_code
-        reason = str(error).strip().split("\n")[0]
-        message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
+    if isinstance(error, SystemExit):
+        return _left(error, debug)
+    if not isinstance(error, Exception):
+        raise error
+    if isinstance(error, OSError) and error.filename is None and _unwritten():
+        return 0  # of a standard stream, which `_written` reports
+    if isinstance(error, BrokenPipeError):  # of one that Python has given up already
+        return BROKEN_PIPE
+    if _lost_peer(error):
+        message = "another process is gone or did not answer; see what it said"
         _complain(message, debug, everywhere=True)
+        return PeerError.exit_code
+    if (reason := _of_the_machine(error)) is not None:
+        _complain(f"{reason} (--debug shows where)", debug, everywhere=True)
+        return EnvironmentFault.exit_code
+    reason = str(error).strip().split("\n")[0]
+    message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
+    _complain(message, debug, everywhere=True)
+    return 1
+
+
+def _left(error: SystemExit, debug: bool) -> int:
+    """The exit code of a command that was left: for --help and wrong options, which is explained,
+    or by code of the user's, in whose middle nothing is finished."""
+    if isinstance(error.code, str):
+        _complain(error.code, debug, everywhere=True)
+    elif not error.code and (where := _place_of(error)).partition(".")[0] not in _LEAVE:
+        _complain(f"left by sys.exit() in {where}", debug, everywhere=True)
         return 1
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
+
+
+_LEAVE = ("argparse", "tyro")
+
+
+def _place_of(error: BaseException) -> str:
+    """The module that raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "")
 
 
 _MACHINE = (
@@ -190,6 +225,7 @@ class _Leaving(contextlib.AbstractContextManager):
         self._woken = -1  # who was woken by signals before, as an event loop is
 
     def __enter__(self) -> "_Leaving":
+        forget_stop()
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
                 if signal.getsignal(number) != signal.SIG_IGN:
@@ -211,14 +247,17 @@ class _Leaving(contextlib.AbstractContextManager):
             os.close(self._pipe[1])  # the thread ends
         for number, handler in self._before.items():
             # All that is left of a command's own process is its end, whose code is known.
-            ended = is_standalone() and number in STOPPING
+            ended = is_standalone() and number in SIGNALS
             signal.signal(number, signal.SIG_IGN if ended else handler)
+        forget_stop()
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
-        if not self.asked:
-            self.asked = number
-            signal.setitimer(signal.ITIMER_REAL, _REPEAT_S, _REPEAT_S)
-            self._obey(frame)
+        if self.arrived:
+            return
+        self.asked = self.asked or number
+        remember_stop(self.asked)
+        signal.setitimer(signal.ITIMER_REAL, _REPEAT_S, _REPEAT_S)
+        self._again(number, frame)
 
     def _again(self, number: int, frame: FrameType | None) -> None:
         if self.asked and not self.arrived and (self._raised is None or not self._raised()):
@@ -231,10 +270,9 @@ class _Leaving(contextlib.AbstractContextManager):
         if began is None:
             self._raise()
         elif is_standalone() and _nothing_begun(began):
-            if os.environ.get("RANK", "0") == "0":
-                word = signal.Signals(self.asked).name
-                os.write(2, f"deit: error: stopped by {word}\n".encode())
-            os._exit(128 + self.asked)
+            word = signal.Signals(self.asked).name
+            text = f"deit: error: stopped by {word}"
+            leave_at_once(text if os.environ.get("RANK", "0") == "0" else "", 128 + self.asked)
 
     def _raise(self) -> None:
         stop = Stopped(self.asked)
@@ -272,8 +310,7 @@ def _end_at_second(pipe: int) -> None:
                 now = time.monotonic()
                 first = now if first is None else first
                 if now - first >= SAME_SIGNAL_S:
-                    os.write(2, b"deit: a second signal: leaving at once\n")
-                    os._exit(128 + number[0])
+                    leave_at_once("deit: a second signal: leaving at once", 128 + number[0])
 
 
 BROKEN_PIPE = 128 + 13

@@ -15,7 +15,18 @@ import torch
 from accelerate import Accelerator
 
 from deit.errors import Stopped
-from deit.launcher import SAME_SIGNAL_S, SAVING, STOPPING, gone, importing, is_standalone
+from deit.launcher import (
+    SAME_SIGNAL_S,
+    SAVING,
+    STOPPING,
+    forget_stop,
+    gone,
+    importing,
+    is_standalone,
+    leave_at_once,
+    remember_stop,
+    stop_remembered,
+)
 
 Item = TypeVar("Item")
 _ASK_EVERY_S = 0.25  # how often processes talk about it, at most
@@ -61,9 +72,11 @@ class Interruption(AbstractContextManager):
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._late)
+            if number := stop_remembered():  # it came in the middle of an import, perhaps
+                self._note(number, None)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._first is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
@@ -71,6 +84,10 @@ class Interruption(AbstractContextManager):
         self._before.clear()
         if self._noted:
             faulthandler.cancel_dump_traceback_later()
+        if kind is not None and issubclass(kind, Stopped):
+            forget_stop()
+        elif kind is None and self._first is not None:  # it came after the last question
+            os.kill(os.getpid(), self._noted)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == SAVING:
@@ -81,12 +98,12 @@ class Interruption(AbstractContextManager):
             if now - self._first < SAME_SIGNAL_S:
                 return
             if is_standalone():
-                os.write(2, b"deit: a second signal: leaving at once\n")
-                os._exit(128 + number)
+                leave_at_once("deit: a second signal: leaving at once", 128 + number)
             if importing(frame):
                 return
             raise Stopped(number)
         self._noted, self._first = number, now
+        remember_stop(number)
         # Where this process hangs and will be killed, say where.
         faulthandler.dump_traceback_later(_STUCK_S, file=sys.__stderr__)
         if self._open and not self._several and not importing(frame):

@@ -2,15 +2,19 @@
 
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
 import time
+from contextlib import suppress
+from functools import cache
 from types import FrameType
 
 FOLLOWED = "DEIT_AT_ONCE"
 """In the environment of a run that one of our commands started: how many run beside each other."""
-_NAMES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", FOLLOWED)
+_NAMES = ("TORCHELASTIC_RUN_ID", FOLLOWED)
+_OF_ACCELERATE = "ACCELERATE_MIXED_PRECISION"
 _PARENT = os.getppid()  # as early as may be: a launcher may die while torch is still imported
 _PR_SET_PDEATHSIG = 1
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -23,6 +27,7 @@ what the terminal has sent them already."""
 
 
 _standalone = False
+_unobeyed = 0
 
 
 def mark_standalone() -> None:
@@ -35,6 +40,33 @@ def mark_standalone() -> None:
 def is_standalone() -> bool:
     """Whether this process is a command, as `mark_standalone` says."""
     return _standalone
+
+
+def remember_stop(number: int) -> None:
+    """Keep the number of a signal that asks to stop until `forget_stop`: whoever handles signals
+    next may be another one than who was asked."""
+    global _unobeyed
+    _unobeyed = _unobeyed or number
+
+
+def stop_remembered() -> int:
+    """The signal that asked to stop and was not obeyed yet; 0 for none."""
+    return _unobeyed
+
+
+def forget_stop() -> None:
+    """Say that the signal that asked to stop is obeyed."""
+    global _unobeyed
+    _unobeyed = 0
+
+
+def leave_at_once(text: str, code: int) -> None:
+    """End this process in its middle, with a last line on standard error if that takes one: it may
+    be closed, its disk full, or a pipe that nobody reads."""
+    with suppress(OSError, ValueError):
+        if text and select.select([], [2], [], 0)[1]:
+            os.write(2, f"{text}\n".encode())
+    os._exit(code)
 
 
 def importing(frame: FrameType | None) -> FrameType | None:
@@ -53,7 +85,20 @@ def importing(frame: FrameType | None) -> FrameType | None:
 
 def launched() -> bool:
     """Whether torchrun, accelerate launch or a command of ours started this process."""
-    return any(name in os.environ for name in _NAMES)
+    return any(name in os.environ for name in _NAMES) or (
+        _OF_ACCELERATE in os.environ and _started_by_accelerate()
+    )
+
+
+@cache
+def _started_by_accelerate() -> bool:
+    """Users export Accelerate's variables, too: then their shell is no launcher."""
+    import psutil
+
+    try:
+        return any("accelerate" in word for word in psutil.Process(_PARENT).cmdline())
+    except psutil.Error:
+        return False
 
 
 def sharing() -> int:

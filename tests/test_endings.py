@@ -11,18 +11,19 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from accelerate import Accelerator
 
-from deit import checkpoint, cli, commands, faults, journal
+from deit import checkpoint, cli, commands, faults, journal, launcher
 from deit.cli import run_command
 from deit.config import derive
 from deit.datasets.reading import Reader
 from deit.datasets.stores import FolderStore
-from deit.errors import DataError, Stopped
+from deit.errors import DataError, EnvironmentFault, Stopped
 from deit.interruption import Interruption
 from deit.recipes import RECIPES
 from deit.run import train
@@ -363,6 +364,33 @@ def test_no_import_is_interrupted(tmp_path, monkeypatch):
     assert done == [True]
 
 
+def test_a_stop_during_an_import_is_for_whoever_handles_signals_next(tmp_path, monkeypatch):
+    asks_to_stop(tmp_path, "pass")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("asks_to_stop", None)
+
+    def work():
+        import asks_to_stop  # noqa: F401
+
+        with Interruption(Accelerator(cpu=True)) as interruption:
+            interruption.check()
+
+    with cli._Leaving(), pytest.raises(Stopped):
+        work()
+    assert launcher.stop_remembered() == 0
+
+
+def test_a_stop_after_the_last_question_is_for_whoever_handles_signals_next():
+    def work():
+        with Interruption(Accelerator(cpu=True)) as interruption:
+            interruption.check()
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    with cli._Leaving(), pytest.raises(Stopped):
+        work()
+
+
 IMPORTS = """
 import sys
 from deit import cli, commands
@@ -382,6 +410,97 @@ def test_a_command_that_still_imports_leaves_at_once(tmp_path):
     assert (done.code, done.err) == (143, "deit: error: stopped by SIGTERM\n")
 
 
+UNREAD = """
+import ctypes, os, sys
+from deit import cli, commands
+
+def command(arguments, program):
+    lock = ctypes.create_string_buffer(256)
+    system = ctypes.CDLL(None)
+    os.write(1, b"stuck")
+    for _ in range(2):
+        system.pthread_mutex_lock(lock)
+
+cli.SAME_SIGNAL_S = 0.1
+commands.COMMANDS["recipes"] = command
+sys.argv = ["deit", "recipes"]
+sys.exit(cli.program())
+"""
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_second_signal_ends_a_process_whose_words_nobody_reads(closed):
+    """Of a pipe whose reader is gone, or has stopped to read."""
+    reader, writer = os.pipe()
+    if closed:
+        os.close(reader)
+    else:
+        os.set_blocking(writer, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        os.set_blocking(writer, True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", UNREAD]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=writer
+    ) as process:
+        try:
+            assert process.stdout.read(5) == b"stuck"
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=300) == 130
+        finally:
+            process.kill()
+    os.close(writer)
+    if not closed:
+        os.close(reader)
+
+
+def test_a_signal_while_an_error_is_said_changes_nothing(monkeypatch, capsys):
+    """As torchrun's, which ends all processes when the first fails."""
+
+    def command(arguments, program):
+        raise EnvironmentFault("the disk is full")
+
+    def complain(message):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        print(message, file=sys.stderr)
+
+    monkeypatch.setattr("deit.console.complain", complain)
+    monkeypatch.setitem(commands.COMMANDS, "recipes", command)
+    assert run_command("recipes", [], "deit recipes") == 5
+    assert capsys.readouterr().err == "deit: error: the disk is full\n"
+
+
+WARNED = """
+import os, signal, sys
+from deit import cli, commands
+
+commands.COMMANDS["recipes"] = lambda arguments, program: None
+sys.argv = ["deit", "recipes"]
+code = cli.program()
+os.kill(os.getpid(), signal.SIGUSR1)
+sys.exit(code)
+"""
+
+
+def test_a_request_to_save_does_not_kill_a_process_that_is_done():
+    done = fresh(WARNED)
+    assert (done.code, done.err) == (0, "")
+
+
+def test_a_shell_with_accelerates_variables_is_no_launcher(monkeypatch):
+    """Where it ends, what it started under nohup goes on."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for name in launcher._NAMES:
+        monkeypatch.delenv(name, raising=False)
+    launcher._started_by_accelerate.cache_clear()
+    assert not launcher.launched()
+
+
 HELD = """
 import sys, threading, time
 threading.Thread(target=time.sleep, args=(1000,)).start()
@@ -399,8 +518,11 @@ def test_a_thread_of_a_library_does_not_keep_a_process_that_is_done():
 
 @pytest.fixture
 def interruption():
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # what is not obeyed comes again
     with Interruption(Accelerator(cpu=True)) as entered:
         yield entered
+    launcher.forget_stop()
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_an_update_in_its_middle_is_finished_while_its_images_come(interruption):
@@ -475,8 +597,19 @@ def test_a_program_that_calls_a_command_is_not_ended_by_a_second_signal():
     assert (done.code, done.out) == (0, "130 and the notebook is there\n"), done.err
 
 
-@pytest.mark.parametrize(("code", "expected"), [(1, 1), ("a reason", 1), (None, 0), (0, 0)])
-def test_a_command_that_leaves_by_itself_has_its_code(code, expected, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("code", "expected", "said"),
+    [
+        (1, 1, ""),
+        (3, 3, ""),
+        ("a reason", 1, "deit: error: a reason\n"),
+        (None, 1, "deit: error: left by sys.exit() in tests.test_endings\n"),
+        (0, 1, "deit: error: left by sys.exit() in tests.test_endings\n"),
+    ],
+)
+def test_code_of_the_users_that_exits_does_not_look_finished(
+    code, expected, said, monkeypatch, capsys
+):
     """141 is for a pipe alone."""
 
     def command(arguments, program):
@@ -484,7 +617,7 @@ def test_a_command_that_leaves_by_itself_has_its_code(code, expected, monkeypatc
 
     monkeypatch.setitem(commands.COMMANDS, "recipes", command)
     assert run_command("recipes", [], "deit recipes") == expected
-    assert ("a reason" in capsys.readouterr().err) == (code == "a reason")
+    assert capsys.readouterr().err == said
 
 
 def small(pictures: Path, workers: int):
