@@ -111,8 +111,8 @@ def test_a_run_of_a_sweep_is_the_run_alone(swept, zygote):
     assert (place / "alone" / journal.CHAIN).read_bytes() == ours
 
 
-def test_what_is_finished_is_kept_whatever_it_is_called(swept, zygote):
-    place, _ = swept
+def test_what_is_finished_is_kept_whatever_it_is_called(swept, zygote, tmp_path):
+    place = shutil.copytree(swept[0], tmp_path / "place")
     before = states(place / "out")
     done = zygote.run("sweep", "heat.json", "--out", "out", cwd=place)
     assert done.code == 0, done.err
