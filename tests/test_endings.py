@@ -2,6 +2,7 @@
 and nothing of them stays. They end as real ones do, Python's own end included."""
 
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -689,48 +691,70 @@ def test_killed_workers_leave_no_temporary_folders(pictures, monkeypatch, tmp_pa
 MOMENTS = 100  # of each seed
 
 
+def of_kind(kind: int, pictures: Path, out: Path) -> tuple[str, ...]:
+    """A training on pictures, with so many workers, or on digits, which are imported late."""
+    more = ("--optim.epochs", "30", "--run.save_every", "2")
+    if kind < 3:
+        return (*words(pictures, out, kind), *more)
+    given = ("train", "digits", *SMALL[:-2], "--student.image_size", "8", "--data.image_size", "8")
+    few = ("--student.patch_size", "2", "--data.train_fraction", "0.1", "--run.linear", "torch")
+    return (*given, *few, *more, "--out", str(out), "--resume")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_two_hundred_stops_at_random_moments(seed, zygote: Zygote, pictures, tmp_path):
     """Of real processes, from their first moment on: each ends with the code of its signal and
-    leaves nothing behind, and what it leaves in its folder is resumed to the same bits."""
+    leaves nothing behind, and what it leaves in its folder is resumed to the same bits. A row for
+    each is in stops.jsonl of the test's folder (--basetemp)."""
     moments = random.Random(seed)
-    more = ("--optim.epochs", "30", "--run.save_every", "2")
-    straight = {}
-    for workers in (0, 1, 2):
-        straight[workers] = tmp_path / f"straight-{workers}"
-        assert zygote.run(*words(pictures, straight[workers], workers), *more).code == 0
-    took, codes, wrong, number = [], {}, [], 0
-    while len(took) < MOMENTS:
+    straight = [tmp_path / f"straight-{kind}" for kind in range(4)]
+    for kind, out in enumerate(straight):
+        assert zygote.run(*of_kind(kind, pictures, out)).code == 0
+    rows, wrong, number = [], [], 0
+    while sum(row["code"] != 0 for row in rows) < MOMENTS:  # of others the end came first
         number += 1
-        out, workers = tmp_path / f"run-{number}", number % 3
+        out, kind = tmp_path / f"run-{number}", number % 4
         sent = moments.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-        given = (*words(pictures, out, workers), *more)
-        command = [sys.executable, "-m", "deit", *given]
+        given = of_kind(kind, pictures, out)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with (tmp_path / "said").open("w+") as said:
             process = subprocess.Popen(
-                command, env=environment, stdout=said, stderr=said, start_new_session=True
+                [sys.executable, "-m", "deit", *given],
+                env=environment,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
             )
-            time.sleep(moments.uniform(0.02, 8))
+            after, everybody = moments.uniform(0.02, 8), moments.random() < 0.5
+            time.sleep(after)
             moment = time.monotonic()
-            if moments.random() < 0.5:
+            if everybody:
                 os.killpg(process.pid, sent)
             else:
                 process.send_signal(sent)
             code = process.wait(timeout=300)
-            if code != 0:  # it had ended by then
-                took.append(time.monotonic() - moment)
+            took = time.monotonic() - moment
             said.seek(0)
             text = said.read()
-        codes[code] = codes.get(code, 0) + 1
         ends_with_all_it_started(process.pid)
         # Before our first line runs, Python dies of the signal itself, or says where it was.
         right = code in (128 + sent, -sent, 0) and ("Traceback" not in text or not out.exists())
-        if not right or (code and not same_as(straight[workers], out, zygote.run(*given))):
-            wrong.append(f"stop {number}, {workers} workers, {sent!r}: code {code}, {text}")
-    took.sort()
-    print(f"{MOMENTS} stops: codes {codes}; half within {took[len(took) // 2]:.2f} s, ", end="")
+        begun = out.exists()
+        same = code == 0 or same_as(straight[kind], out, zygote.run(*given))
+        row = {"kind": kind, "signal": sent.name, "everybody": everybody, "after_s": after}
+        row |= {"code": code, "ended_s": took, "begun": begun, "same_bits": same}
+        rows.append(row)
+        with (tmp_path / "stops.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if not (right and same):
+            wrong.append(f"stop {number}: {row}: {text}")
+    took = sorted(row["ended_s"] for row in rows if row["code"])
+    codes = Counter(row["code"] for row in rows)
+    print(
+        f"{len(took)} stops: codes {dict(codes)}; half within {took[len(took) // 2]:.2f} s, ",
+        end="",
+    )
     print(f"95 % within {took[int(0.95 * len(took))]:.2f} s, all within {took[-1]:.2f} s")
     assert not wrong, "\n\n".join(wrong)
 
