@@ -161,6 +161,8 @@ _TURNS = {
 def _upright(picture: Image.Image, image: Image.Image) -> Image.Image:
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except MemoryError:
+        raise  # it says nothing of the EXIF
     except Exception:  # broken EXIF: nobody knows better than the pixels
         turn = None
     return picture if turn is None else picture.transpose(turn)

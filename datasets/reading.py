@@ -6,6 +6,7 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -31,7 +32,7 @@ from deit.console import warn
 from deit.datasets.decoding import open_image, square_of
 from deit.datasets.images import Encoded
 from deit.datasets.views import sample_boxes
-from deit.errors import DataError, WorkerLost
+from deit.errors import DeitError, WorkerLost
 from deit.keys import Keys
 from deit.launcher import SIGNALS, end_with, sharing
 from deit.processor import cores
@@ -57,13 +58,33 @@ def fits_shared(needed: int) -> bool:
 
 
 @functools.cache
-def _warn_of_files() -> None:
-    """Say once why batches do not come in shared memory."""
-    free = shutil.disk_usage(_SHARED).free
+def has_sockets(folder: str) -> bool:
+    """Whether a worker could hand over what it shares, by a socket in this folder for temporary
+    files: the path of one has a limit (107 bytes on Linux), and not every disk has sockets. Tried
+    with a name as long as those of multiprocessing, whose folder it is."""
+    path = tempfile.mktemp(prefix="listener-", dir=folder)
+    try:
+        with socket.socket(socket.AF_UNIX) as tried:
+            tried.bind(path)
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
+
+
+@functools.cache
+def _warn_of_files(sockets: bool) -> None:
+    """Say once why batches do not come in shared memory. sockets: whether it is for its size."""
+    if sockets:
+        free = shutil.disk_usage(_SHARED).free
+        why = f"{_SHARED} has {free / 2**20:.0f} MiB free, too little for the batches"
+        advice = "in a container --shm-size 2g gives more"
+    else:
+        why = "the temporary folder takes no socket, by which shared memory is handed over"
+        advice = "a TMPDIR on this machine with a shorter name may take one"
     warn(
-        f"{_SHARED} has {free / 2**20:.0f} MiB free, too little for the batches of data.workers: "
-        f"they come in files in {tempfile.gettempdir()}, which takes a little longer; in a "
-        "container --shm-size 2g gives more"
+        f"{why}: those of data.workers come in files in {tempfile.gettempdir()}, which takes a "
+        f"little longer; {advice}"
     )
 
 
@@ -157,21 +178,21 @@ Cutter = Squares | Wholes | Crops
 
 
 class _Work:
-    """What a worker does. An unreadable image is its answer and not raised there: a traceback of
-    the worker would stand before the message."""
+    """What a worker does. An image that cannot be read is its answer and not raised there: a
+    traceback of the worker would stand before the message."""
 
     def __init__(self, images: Encoded, cutters: tuple[Cutter, ...]) -> None:
         self.images = images
         self.cutters = cutters
 
-    def __call__(self, epoch: int, samples: np.ndarray, repeats: np.ndarray) -> Read | DataError:
+    def __call__(self, epoch: int, samples: np.ndarray, repeats: np.ndarray) -> Read | DeitError:
         started = time.perf_counter()
         try:
             pictures = [
                 open_image(self.images.read(index), self.images.name(index))
                 for index in samples.tolist()
             ]
-        except DataError as error:
+        except DeitError as error:
             return error
         views = Wanted(epoch, torch.from_numpy(samples), torch.from_numpy(repeats))
         pixels = tuple(cutter.cut(pictures, views) for cutter in self.cutters)
@@ -195,19 +216,31 @@ def _begin_worker(work: _Work, parent: int) -> None:
 
 
 def _in_worker(
-    epoch: int, samples: np.ndarray, repeats: np.ndarray, folder: str | None
-) -> Read | _Sent | DataError:
-    """The batch: in shared memory, or in a file of this folder.
+    epoch: int, samples: np.ndarray, repeats: np.ndarray, folder: str, shared: bool
+) -> Read | _Sent | DeitError:
+    """The batch: in shared memory, or in a file of this folder where it should not be shared, or
+    cannot be: other processes fill the same memory, and take the same files.
 
     Not through the pool's pipe: who reads half a batch of a worker that was killed waits for ever.
     """
     read = _work(epoch, samples, repeats)
-    if folder is None or isinstance(read, DataError):
+    if isinstance(read, DeitError) or (shared and _share(read)):
         return read
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
         for pixels in read.pixels:
             file.write(pixels.numpy().data)
     return _Sent(file.name, tuple(pixels.shape[-1] for pixels in read.pixels), read.seconds)
+
+
+def _share(read: Read) -> bool:
+    """Move a batch into shared memory; whether there was room. Pickling would do it as well, but
+    there its error ends the run."""
+    try:
+        for pixels in read.pixels:
+            pixels.share_memory_()
+    except (RuntimeError, OSError):
+        return False
+    return True
 
 
 class _Workers:
@@ -222,9 +255,9 @@ class _Workers:
         self._folder = tempfile.mkdtemp(dir=get_temp_dir())
         self.processes: list[BaseProcess] = []
 
-    def submit(self, wanted: Wanted, *, shared: bool) -> "Future[Read | _Sent | DataError]":
-        """Have a batch read. shared: whether it comes in shared memory, without a copy; else in a
-        file. Raises WorkerLost where a worker is gone.
+    def submit(self, wanted: Wanted, *, shared: bool) -> "Future[Read | _Sent | DeitError]":
+        """Have a batch read. shared: whether it comes in shared memory, without a copy, where that
+        has room; else in a file. Raises WorkerLost where a worker is gone.
 
         It is asked for in arrays: a tensor would travel as shared memory, whose file stays open
         while it lives.
@@ -234,7 +267,7 @@ class _Workers:
             # The first call starts the processes: no signal may come between one and its list.
             with nullcontext() if self.processes else _signals_later():
                 before = set(multiprocessing.active_children())
-                future = self._pool.submit(_in_worker, *words, None if shared else self._folder)
+                future = self._pool.submit(_in_worker, *words, self._folder, shared)
                 self.processes += set(multiprocessing.active_children()) - before
             return future if self._pins is None else self._pins.submit(_pinned, future)
         except BrokenProcessPool:
@@ -277,15 +310,15 @@ def _signals_later() -> Iterator[None]:
             os.kill(os.getpid(), number)
 
 
-def _pinned(future: "Future[Read | _Sent | DataError]") -> Read | DataError:
+def _pinned(future: "Future[Read | _Sent | DeitError]") -> Read | DeitError:
     """The batch in memory that a GPU can copy from while it computes."""
     read = _received(future.result())
-    if isinstance(read, DataError):
+    if isinstance(read, DeitError):
         return read
     return read._replace(pixels=tuple(pixels.pin_memory() for pixels in read.pixels))
 
 
-def _received(answer: "Read | _Sent | DataError") -> Read | DataError:
+def _received(answer: "Read | _Sent | DeitError") -> Read | DeitError:
     if not isinstance(answer, _Sent):
         return answer
     content = torch.from_numpy(np.fromfile(answer.file, np.uint8))
@@ -314,11 +347,11 @@ class Reader:
         self._largest, self._shared = 0, True  # batch so far [images], and how it comes
 
     def read(self, batches: Iterable[Wanted]) -> Iterator[Read]:
-        """The batches, in their order. Raises DataError at an unreadable image, WorkerLost where a
-        worker was killed."""
+        """The batches, in their order. Raises DataError at an unreadable image, EnvironmentFault
+        where one cannot be read now, WorkerLost where a worker was killed."""
         for answer in self._answers(iter(batches)):
-            if isinstance(answer, DataError):
-                raise DataError(str(answer))  # one of this process, without a worker's traceback
+            if isinstance(answer, DeitError):
+                raise type(answer)(str(answer))  # of this process, without a worker's traceback
             yield answer
 
     def close(self) -> None:
@@ -329,13 +362,14 @@ class Reader:
 
     def _has_room(self, number: int) -> bool:
         """Whether batches of so many images, as many as are read ahead and the one in use, have
-        room in shared memory."""
+        room in shared memory, and a way out of it."""
         if number > self._largest:
             each = number * 3 * sum(cutter.size**2 for cutter in self._work.cutters)
             needed = (_AHEAD * self._number + 1) * each
-            self._largest, self._shared = number, fits_shared(needed)
+            sockets = has_sockets(get_temp_dir())
+            self._largest, self._shared = number, sockets and fits_shared(needed)
             if not self._shared:
-                _warn_of_files()
+                _warn_of_files(sockets)
         return self._shared
 
     def __enter__(self) -> "Reader":
@@ -344,14 +378,14 @@ class Reader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _answers(self, batches: Iterator[Wanted]) -> Iterator[Read | DataError]:
+    def _answers(self, batches: Iterator[Wanted]) -> Iterator[Read | DeitError]:
         if self._number == 0:
             for epoch, samples, repeats in batches:
                 yield self._work(epoch, samples.numpy(), repeats.numpy())
             return
         if self._workers is None:
             self._workers = _Workers(self._work, self._number, pin=self._pin)
-        waiting: deque[Future[Read | _Sent | DataError]] = deque()
+        waiting: deque[Future[Read | _Sent | DeitError]] = deque()
         while True:
             for wanted in islice(batches, _AHEAD * self._number - len(waiting)):
                 shared = self._has_room(len(wanted.samples))
@@ -361,8 +395,13 @@ class Reader:
             yield _answer(waiting.popleft())
 
 
-def _answer(future: "Future[Read | _Sent | DataError]") -> Read | DataError:
+def _answer(future: "Future[Read | _Sent | DeitError]") -> Read | DeitError:
     try:
         return _received(future.result())
     except BrokenProcessPool:
         raise WorkerLost(LOST_WORKER) from None
+    except RuntimeError as error:
+        # A batch in shared memory that could not be handed over.
+        if any(word in str(error) for word in ("shared memory", "unable to mmap")):
+            raise WorkerLost(LOST_WORKER) from None
+        raise

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deit.errors import DataError, reason_of
+from deit.errors import DataError, NotAllowedError, raise_passing, reason_of
 from deit.text import bytes_of
 
 
@@ -41,7 +41,8 @@ class FolderStore:
         return len(self.paths)
 
     def read(self, position: int) -> bytes:
-        """The bytes of the file. Raises DataError if it cannot be read."""
+        """The bytes of the file. Raises DataError if it cannot be read, EnvironmentFault where that
+        may pass."""
         try:
             return (self.root / self.paths[position]).read_bytes()
         except OSError as error:
@@ -88,7 +89,8 @@ class ShardStore:
         return len(self.members)
 
     def read(self, position: int) -> bytes:
-        """The bytes of the member. Raises DataError if they cannot be read."""
+        """The bytes of the member. Raises DataError if they cannot be read, EnvironmentFault where
+        that may pass."""
         shard, offset, size = self.ranges[position].tolist()
         try:
             with open(self.root / self.shards[shard], "rb", buffering=0) as file:
@@ -134,7 +136,8 @@ class ReaderStore:
         return tuple(self.splits)[split], int(position - self.starts[split])
 
     def read(self, position: int) -> bytes:
-        """The encoded image; a picture is encoded without loss. Raises DataError."""
+        """The encoded image; a picture is encoded without loss. Raises DataError, EnvironmentFault
+        where what keeps it from being read may pass."""
         split, row = self._find(position)
         try:
             image = self.splits[split][row][0]
@@ -167,5 +170,9 @@ def _encode(image: Image.Image) -> bytes:
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
+    """What is wrong with the image. Raises what is wrong with the machine: the image may be sound,
+    and who takes it for damaged leaves it out for ever."""
+    raise_passing(error, name)
     reason = getattr(error, "strerror", None) or reason_of(error)
-    return DataError(f"{name}: not readable ({reason})")
+    kind = NotAllowedError if isinstance(error, PermissionError) else DataError
+    return kind(f"{name}: not readable ({reason})")

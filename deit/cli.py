@@ -16,11 +16,13 @@ from typing import Any
 
 import deit
 from deit.errors import (
+    PASSING,
     ConfigError,
     DeitError,
     EnvironmentFault,
     PeerError,
     Stopped,
+    out_of_memory,
     reason_of,
 )
 from deit.faults import arm
@@ -136,8 +138,8 @@ def _place_of(error: BaseException) -> str:
 
 
 _MACHINE = (
+    *PASSING,
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN),
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
 """What a system may answer at any path and time: permissions, a full or broken disk, limits."""
@@ -145,7 +147,7 @@ _MACHINE = (
 
 def _of_the_machine(error: Exception) -> str | None:
     """What the machine lacks, where an error says so; None for any other error."""
-    if _out_of_memory(error):
+    if out_of_memory(error):
         return f"not enough memory ({reason_of(error)})"
     if not isinstance(error, OSError):
         return None
@@ -342,14 +344,6 @@ def _written(code: int) -> int:
         return BROKEN_PIPE
     _complain(f"{name}: cannot be written ({error.strerror})", False, everywhere=True)
     return EnvironmentFault.exit_code
-
-
-def _out_of_memory(error: Exception) -> bool:
-    if "deit.environment" not in sys.modules:  # torch is not there, which has errors of its own
-        return isinstance(error, MemoryError)
-    from deit.environment import out_of_memory
-
-    return out_of_memory(error)
 
 
 def _lost_peer(error: Exception) -> bool:

@@ -203,14 +203,21 @@ def put_file(path: Path, content: bytes) -> None:
 def put_first(path: Path, content: bytes) -> bool:
     """Write a file as `put_file` does, unless there is one; whether there was none.
 
-    Of several processes one is the first. Raises EnvironmentFault where the disk refuses.
+    Of several processes one is the first, also where a disk has no hard links, as exFAT, SMB and
+    mounts of object stores: there the others may find the file empty for a moment, and a kill in
+    it leaves it so. Raises EnvironmentFault where the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
             file.write(content)
             sync(file)
-        os.link(temporary, path)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a disk says in many ways that it has no links; this tells a full one
+            _replace_none(temporary, path)
     except FileExistsError:
         return False
     except OSError as error:
@@ -221,6 +228,16 @@ def put_first(path: Path, content: bytes) -> bool:
     return True
 
 
+def _replace_none(temporary: Path, path: Path) -> None:
+    """Rename a file to a path that is free. Raises FileExistsError where it is not."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    try:
+        temporary.replace(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def sync(file: BinaryIO) -> None:
     """Bring what was written to the disk itself."""
     file.flush()
@@ -228,11 +245,18 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring new names to the disk itself, where a folder can be opened for that."""
-    if os.name == "posix":
+    """Bring new names to the disk itself, where it can do that: SMB and some others refuse to open
+    a folder, or to sync it, and bring names there in their own time. Raises OSError where a disk
+    that can do it fails."""
+    try:
         handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno in (errno.EIO, *_FULL):
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:

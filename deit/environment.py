@@ -178,12 +178,6 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether a device or the processor had no memory left."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
 def lost_peer(error: Exception) -> bool:
     """Whether processes could not talk: one is gone, or did not answer in time.
 

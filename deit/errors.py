@@ -1,5 +1,7 @@
-"""The errors a user can cause, each with the exit code a script can rely on."""
+"""The errors a user can cause, each with the exit code a script can rely on; and what tells a fault
+of the machine from one of a file or a setting."""
 
+import errno
 from signal import Signals
 
 
@@ -23,6 +25,10 @@ class DataError(DeitError):
 
 class NotThereError(DataError):
     """What was named is not there, or cannot be reached."""
+
+
+class NotAllowedError(DataError):
+    """What was named is there, and may not be read: it is not damaged."""
 
 
 class CheckpointError(DeitError):
@@ -66,3 +72,35 @@ class Stopped(BaseException):
 def reason_of(error: Exception) -> str:
     """The first line of what another library says, or the name of its error."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+PASSING = (
+    *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN),
+    *(errno.EBUSY, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNABORTED),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH),
+)
+"""What a system may answer for any file, a sound one as well, and not the next time: limits, no
+memory, a disk or a server of files that fails or does not answer."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the processor had no memory left.
+
+    PyTorch, CUDA and ONNX Runtime each say so in words of their own, mostly by a RuntimeError.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+    return not isinstance(error, OSError) and any(word in str(error) for word in words)
+
+
+def raise_passing(error: BaseException, place: object) -> None:
+    """Raise what says nothing of the thing that was read or tried: want of memory as it is, what
+    may pass as EnvironmentFault. For whoever makes another error of all that a library raises.
+
+    place: what was read or tried, for the message.
+    """
+    if out_of_memory(error):
+        raise error
+    if isinstance(error, OSError) and error.errno in PASSING:
+        raise EnvironmentFault(f"{place}: cannot be read now ({error.strerror})") from None

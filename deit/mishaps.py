@@ -12,7 +12,7 @@ from deit import journal
 from deit.config import derive, mixes
 from deit.console import say, warn
 from deit.engine import Update
-from deit.environment import lost_peer, out_of_memory, records_graphs
+from deit.environment import lost_peer, records_graphs
 from deit.errors import (
     DeitError,
     EnvironmentFault,
@@ -20,6 +20,7 @@ from deit.errors import (
     PeerError,
     Stopped,
     WorkerLost,
+    out_of_memory,
 )
 from deit.faults import reach
 from deit.memory import bytes_per_image, check_answers, free_memory, gib

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from deit.errors import CheckpointError, ConfigError, DeitError, reason_of
+from deit.errors import CheckpointError, ConfigError, DeitError, raise_passing, reason_of
 from deit.models.multiplexing import MixedAttention
 
 METHODS = {"static": ("MatMul", "Gemm", "Conv"), "dynamic": ("MatMul", "Gemm")}
@@ -162,13 +162,15 @@ def _shortened(names: list[str]) -> str:
 
 @contextlib.contextmanager
 def by_onnxruntime(does: str) -> Iterator[None]:
-    """Without what its tools print; where they fail, by errors of any type, a CheckpointError."""
+    """Without what its tools print; where they fail, by errors of any type, a CheckpointError, but
+    not of what says nothing of the network."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except DeitError:
         raise  # of an image that it was given
     except Exception as error:  # ONNX Runtime's tools raise types of their own
+        raise_passing(error, "ONNX Runtime")
         raise CheckpointError(
             f"ONNX Runtime cannot {does} this network ({type(error).__name__}: {reason_of(error)})"
         ) from error

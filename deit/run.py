@@ -27,7 +27,7 @@ from deit.environment import (
     peak_memory_mb,
     records_graphs,
 )
-from deit.errors import ConfigError, DataError, NumericsError, Stopped
+from deit.errors import ConfigError, DataError, NumericsError, Stopped, out_of_memory
 from deit.faults import reach
 from deit.interruption import Interruption
 from deit.launcher import STOPPING
@@ -294,6 +294,8 @@ def _check_student(config: Config, student: nn.Module) -> None:
         with torch.no_grad():
             student.eval()(images)
     except RuntimeError as error:
+        if out_of_memory(error):  # which says nothing of the size
+            raise
         raise ConfigError(
             f"student.image_size = {side}: {name} cannot take images of this size "
             f"({str(error).splitlines()[0]})"

@@ -15,7 +15,7 @@ from deit.datasets.decoding import in_threads, read_picture
 from deit.datasets.images import Store
 from deit.datasets.listing import PassedOver
 from deit.datasets.sources import LISTINGS, quarantine_line, quarantined
-from deit.errors import DataError, EnvironmentFault
+from deit.errors import DataError, EnvironmentFault, NotAllowedError
 
 _EXAMPLES = 3
 
@@ -32,9 +32,11 @@ MODES = {
 
 
 class _Seen(NamedTuple):
-    """What decoding one image showed; reason: why it cannot be used, or nothing."""
+    """What decoding one image showed; reason: why it cannot be used, or nothing. closed: whether
+    that is a permission alone."""
 
     reason: str = ""
+    closed: bool = False
     size: tuple[int, int] = (0, 0)
     format: str = ""
     mode: str = ""
@@ -80,7 +82,8 @@ class Duplicates:
 class Scan:
     """The findings, as plain values.
 
-    problems: what is wrong with the layout. unreadable: key -> reason.
+    problems: what is wrong with the layout, and files that may not be read. unreadable: key ->
+    reason.
     within_split, across_splits, across_classes: the same picture again in its own split, in
     another split (what is measured there was trained on), under another class (one is wrong).
     passed_over: files that are not read, by the ending of their names. not_read: folders and the
@@ -103,7 +106,9 @@ class Scan:
 def scan(config: DataConfig) -> Scan:
     """Decode every image of every split of a folder, shards or reader source.
 
-    Goes on after what is bad; raises DataError only where there is nothing to look at.
+    Goes on after what is bad; raises DataError only where there is nothing to look at, and
+    EnvironmentFault where an image cannot be read now and may be sound: what is listed as bad is
+    left out of every later run.
     """
     problems: list[str] = []
     listing = LISTINGS[config.source](config, (), problems.append)
@@ -116,11 +121,12 @@ def scan(config: DataConfig) -> Scan:
         try:
             picture = read_picture(store.read(row), store.name(row))
         except DataError as error:
-            return _Seen(reason=str(error).removeprefix(f"{store.name(row)}: "))
+            reason = str(error).removeprefix(f"{store.name(row)}: ")
+            return _Seen(reason, isinstance(error, NotAllowedError))
         image = picture.image
         content = hashlib.blake2b(str(image.size).encode(), digest_size=16)
         content.update(image.tobytes())
-        return _Seen("", image.size, picture.format, picture.mode, content.digest())
+        return _Seen("", False, image.size, picture.format, picture.mode, content.digest())
 
     splits: dict[str, SplitFacts] = {}
     unreadable: dict[str, str] = {}
@@ -131,7 +137,9 @@ def scan(config: DataConfig) -> Scan:
         labels = listing.labels[rows].tolist()
         splits[split] = _facts([one for one in seen if not one.reason], len(set(labels)))
         for row, label, one in zip(rows, labels, seen):
-            if one.reason:
+            if one.closed:
+                problems.append(f"{store.name(row)}: {one.reason}")
+            elif one.reason:
                 unreadable[store.key(row)] = one.reason
             else:
                 copies[one.digest].append(_Place(split, label, row))

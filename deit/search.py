@@ -1,16 +1,19 @@
 """A search instead of a grid: optuna proposes, runs answer, the hopeless are stopped; on SQLite."""
 
+import functools
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from deit import checkpoint, journal
 from deit.at_once import Planned, Progress, may_pass
 from deit.config import Config
 from deit.console import percent, say
-from deit.errors import CheckpointError, ConfigError, EnvironmentFault
+from deit.errors import CheckpointError, ConfigError, EnvironmentFault, raise_passing, reason_of
 from deit.saving import selected_top1
 from deit.sweep_file import Point, Space, text_of, with_fields
 
@@ -20,6 +23,13 @@ _NEVER_STOPPED = 5  # trials that run to their end before one is held against th
 # What a trial says: which one it is anew, why it failed, that it was there already.
 _OF, _WHY, _AGAIN = "of", "reason", "again"
 _GIVE_UP = 30  # proposals in a row that were there already
+_OF_THE_DISK = (
+    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM),
+    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_NOMEM),
+)
+"""What SQLite answers that says nothing of the database."""
+
+Result = TypeVar("Result")
 
 
 def check_optuna() -> None:
@@ -35,6 +45,28 @@ class Stopped(NamedTuple):
     point: Point
     epoch: int
     top1: float
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What SQLite itself said: SQLAlchemy and optuna only say in which step."""
+    while not isinstance(error, sqlite3.Error):
+        below = getattr(error, "orig", None) or error.__cause__ or error.__context__
+        if below is None:
+            break
+        error = below
+    return error
+
+
+def _guarded(method: Callable[..., Result]) -> Callable[..., Result]:
+    """A method of a search that raises EnvironmentFault where its database cannot be read or
+    written."""
+
+    @functools.wraps(method)
+    def inner(search: "Search", *arguments: Any) -> Result:
+        with search._storing():
+            return method(search, *arguments)
+
+    return inner
 
 
 class Search:
@@ -74,6 +106,7 @@ class Search:
         self._exhausted = self._ending = False  # _ending: with what is under way
         self._reported: dict[Path, int] = {}
         self.progress = Progress(0)
+        self._database = out / DATABASE
         self._running: dict[Path, Any] = {}
         self._stopped: dict[Path, str] = {}
         warmup = max(base.optim.epochs // 4, 1)
@@ -82,7 +115,7 @@ class Search:
             self._study = optuna.create_study(
                 # Without a pool each connection is closed after its use, and none is left open.
                 storage=optuna.storages.RDBStorage(
-                    f"sqlite:///{out / DATABASE}", engine_kwargs={"poolclass": NullPool}
+                    f"sqlite:///{self._database}", engine_kwargs={"poolclass": NullPool}
                 ),
                 study_name=name,
                 pruner=pruner if space.prune else optuna.pruners.NopPruner(),
@@ -98,13 +131,34 @@ class Search:
             if before == of:
                 self._ask_again()
         except Exception as error:  # of optuna, SQLAlchemy and sqlite
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{out / DATABASE}: cannot be read ({reason})") from None
+            raise_passing(error, self._database)
+            cause = _cause(error)
+            if (getattr(cause, "sqlite_errorcode", 0) & 0xFF) in _OF_THE_DISK:  # or a kind of it
+                raise self._fault(cause) from None
+            raise CheckpointError(
+                f"{self._database}: cannot be read ({reason_of(error)})"
+            ) from None
         if before != of:
             raise ConfigError(
-                f"{out / DATABASE}: holds a search of other fields, or with other settings or "
+                f"{self._database}: holds a search of other fields, or with other settings or "
                 "another first seed (only `trials` and later seeds may change); give another --out"
             )
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Raises EnvironmentFault where the database cannot be read or written."""
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (self._optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+            raise self._fault(_cause(error)) from None
+
+    def _fault(self, cause: BaseException) -> EnvironmentFault:
+        return EnvironmentFault(
+            f"{self._database}: cannot be read or written ({reason_of(cause)}); what it "
+            "holds stays, and the same command goes on from there"
+        )
 
     def _ask_again(self) -> None:
         """Trials that a kill left open, or that failed, are proposed anew; their runs go on."""
@@ -126,6 +180,7 @@ class Search:
         trials = self._study.get_trials()
         return {trial.user_attrs[_OF] for trial in trials if _OF in trial.user_attrs}
 
+    @_guarded
     def done(self) -> int:
         """How many trials came to an end: finished, stopped or failed of themselves."""
         state = self._optuna.trial.TrialState
@@ -137,6 +192,7 @@ class Search:
         """How many trials are still to be brought to an end; 0 where no other point is found."""
         return 0 if self._exhausted else max(self._space.trials - self.done(), 0)
 
+    @_guarded
     def counts(self) -> dict[str, int]:
         """How many trials ended how."""
         state = self._optuna.trial.TrialState
@@ -152,6 +208,10 @@ class Search:
 
     def runs(self) -> Iterator[Planned]:
         """The runs still to be trained, each proposed when it is asked for; none twice."""
+        with self._storing():
+            yield from self._proposals()
+
+    def _proposals(self) -> Iterator[Planned]:
         if self._known is None:
             self._known = set(self._folders())
         repeated = 0
@@ -214,6 +274,7 @@ class Search:
             number = trials[number].user_attrs[_OF]
         return number
 
+    @_guarded
     def hopeless(self, run: Planned) -> bool:
         """Whether a run under way should be stopped, told of what it came to by now."""
         trial = self._running[run.out]
@@ -234,6 +295,7 @@ class Search:
         say(f"{run.name}: {self._stopped[run.out]}, below the median")
         return True
 
+    @_guarded
     def ended(self, run: Planned, code: int, reason: str) -> None:
         """Tell how a run ended; propose it anew where it failed for a reason that may pass."""
         state, trial = self._optuna.trial.TrialState, self._running.pop(run.out)
@@ -251,10 +313,12 @@ class Search:
         left = len(self._running) if self._ending else self.left()
         self.progress.total = self.progress.done + 1 + left
 
+    @_guarded
     def failed(self) -> list[Point]:
         """The points of the trials that failed, however often they were tried."""
         return [self._point(one) for one in self._failed()]
 
+    @_guarded
     def stopped(self) -> list[Stopped]:
         """The trials that lay below the median, the best first."""
         found = []
@@ -263,6 +327,7 @@ class Search:
             found.append(Stopped(self._point(trial), epoch, trial.intermediate_values[epoch]))
         return sorted(found, key=lambda one: -one.top1)
 
+    @_guarded
     def finished(self) -> list[Point]:
         """The points of the trials that ran to their end, the best on validation first."""
         state = self._optuna.trial.TrialState

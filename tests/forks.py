@@ -209,7 +209,10 @@ class Zygote:
 @functools.cache
 def shared() -> Zygote:
     """The one of this process, started when it is first needed."""
-    folder = TemporaryDirectory(prefix="deit-commands-")
+    # Short, wherever temporary files should lie: the path of a socket has a limit, and commands and
+    # their workers make some in it.
+    short = "/tmp" if os.path.isdir("/tmp") else None
+    folder = TemporaryDirectory(prefix="deit-commands-", dir=short)
     zygote = Zygote(Path(folder.name))
     # Held by more than its cleaning up, which a fork by multiprocessing forgets from Python 3.13
     # on: the folder would be removed with the last reference.

@@ -1,12 +1,14 @@
 """What replaces what on disk: folders that several commands make at once, and a run's own files."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from deit import checkpoint, disk, journal, manifest, prune_options
-from deit.disk import check_file, put_folder
+from deit.disk import check_file, put_file, put_first, put_folder, sync_folder
 from deit.errors import EnvironmentFault
 from deit.models.base import BASE
 
@@ -36,6 +38,72 @@ def test_what_may_be_replaced_is(tmp_path):
         put_folder(tmp_path / "out", filled(text), replace=True)
         assert (tmp_path / "out" / "model.onnx").read_text() == text
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "model.onnx"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES, errno.EBADF, errno.ENOTSUP])
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_a_disk_that_syncs_no_folders_is_a_disk(call, number, tmp_path, monkeypatch):
+    """SMB and some FUSE disks refuse it; their files are written as on any other."""
+    closed, real, close = [], getattr(os, call), os.close
+
+    def refusing(what, *arguments):
+        about = os.stat(what) if isinstance(what, int) or os.path.exists(what) else None
+        if about is not None and stat.S_ISDIR(about.st_mode):
+            raise OSError(number, "refused")
+        return real(what, *arguments)
+
+    monkeypatch.setattr(os, call, refusing)
+    monkeypatch.setattr(os, "close", lambda handle: (closed.append(handle), close(handle)))
+    put_file(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert len(closed) == (call == "fsync")
+    put_folder(tmp_path / "out", filled("text"), replace=True)
+    assert (tmp_path / "out" / "model.onnx").read_text() == "text"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_disk_that_fails_at_it_is_told(number, tmp_path, monkeypatch):
+    def failing(handle):
+        raise OSError(number, "failed")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="failed"):
+        sync_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "number", [None, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES]
+)
+def test_the_first_writer_stays_on_any_disk(number, tmp_path, monkeypatch):
+    """exFAT, SMB and mounts of object stores have no hard links."""
+
+    def refusing(*paths):
+        raise OSError(number, "refused")
+
+    if number is not None:
+        monkeypatch.setattr(os, "link", refusing)
+    assert put_first(tmp_path / "file", b"first")
+    assert not put_first(tmp_path / "file", b"second")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"first"
+    with pytest.raises(EnvironmentFault, match="could not be written"):
+        put_first(tmp_path / "missing" / "file", b"first")
+
+
+def test_a_first_file_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path, monkeypatch):
+    def refusing(*paths):
+        raise OSError(errno.EPERM, "refused")
+
+    def full(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", refusing)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", full)
+        with pytest.raises(EnvironmentFault, match="No space left on device"):
+            put_first(tmp_path / "file", b"first")
+    assert list(tmp_path.iterdir()) == []
+    assert put_first(tmp_path / "file", b"first")
 
 
 def test_the_names_of_a_runs_own_files_are_those_it_writes():

@@ -1,12 +1,16 @@
 """Images that stay encoded: the same views from any number of workers, processes and epochs."""
 
 import dataclasses
+import errno
+import multiprocessing
 import os
 import re
 import signal
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -144,10 +148,66 @@ def test_with_little_shared_memory_batches_come_in_files(images, expected, monke
         return Usage(64)
 
     monkeypatch.setattr(reading.shutil, "disk_usage", usage)
+    monkeypatch.setattr(reading, "has_sockets", lambda folder: True)
     made = loader(images, workers=2)
     assert same(joined(made.epoch(1)), expected[1])
     assert set(asked) == {"/dev/shm"}
     assert capsys.readouterr().err.count("/dev/shm has 0 MiB free, too little") == 1
+
+
+REFUSALS = (
+    "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
+    "unable to open shared memory object </torch_1_2_3> in read-write mode: Too many open files",
+    "unable to mmap 432 bytes from file </torch_1_2_3>: Cannot allocate memory (12)",
+)
+
+
+@pytest.mark.parametrize("said", REFUSALS)
+def test_a_batch_that_finds_no_room_comes_in_a_file(said, images, expected, monkeypatch):
+    """Another process may fill the shared memory at any time."""
+
+    def refusing(tensor):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refusing)
+    assert same(joined(loader(images, workers=2).epoch(1)), expected[1])
+    work = reading._Work(images, (Squares(4), Squares(5)))
+    monkeypatch.setattr(reading, "_work", work, raising=False)
+    words = (0, np.arange(3), np.zeros(3, np.int64))
+    with TemporaryDirectory() as folder:
+        answer = reading._in_worker(*words, folder, True)
+        assert answer.file.startswith(folder)
+        found = reading._received(answer)
+        assert os.listdir(folder) == []
+    assert all(map(torch.equal, found.pixels, work(*words).pixels))
+
+
+@pytest.mark.parametrize("said", REFUSALS)
+def test_shared_memory_that_cannot_be_handed_over_is_a_lost_worker(said):
+    """And no want of memory, though some of it is said in its words."""
+    future = Future()
+    future.set_exception(RuntimeError(said))
+    with pytest.raises(WorkerLost, match=r"data\.workers"):
+        reading._answer(future)
+    other = Future()
+    other.set_exception(RuntimeError("a mistake in our own code"))
+    with pytest.raises(RuntimeError, match="a mistake in our own code"):
+        reading._answer(other)
+
+
+def test_where_no_socket_has_room_batches_come_in_files(
+    images, expected, tmp_path, monkeypatch, capsys
+):
+    """The path of a socket has 107 bytes, and workers hand over shared memory by one."""
+    reading._warn_of_files.cache_clear()
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
+    assert same(joined(loader(images, workers=2).epoch(1)), expected[1])
+    assert capsys.readouterr().err.count("the temporary folder takes no socket") == 1
+    with TemporaryDirectory(dir="/tmp") as short:
+        assert reading.has_sockets(short)
+        assert os.listdir(short) == []
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -208,6 +268,7 @@ def test_signals_wait_for_the_start_of_the_workers():
 
 
 def test_the_shared_memory_that_batches_need_is_counted(images, monkeypatch):
+    monkeypatch.setattr(reading, "has_sockets", lambda folder: True)
     needed = (2 * 2 + 1) * 6 * 3 * (4**2 + 5**2)  # read ahead and in use, of 6 images, two squares
     for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
         monkeypatch.setattr(reading.shutil, "disk_usage", lambda path, free=free: Usage(free))
@@ -326,6 +387,23 @@ def test_a_broken_file_is_named_in_one_line(workers, views, tmp_path):
         list(made.epoch(0))
     broken.write_bytes(content)
     assert len(next(made.epoch(1)).images) == number  # and the workers go on
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_of_the_machine_is_no_broken_file(workers, images, monkeypatch):
+    """It may pass: a run that ends by it may be tried again."""
+
+    def failing(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    wanted = [Wanted(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
+    expected = r"\A.*(jpg|png): cannot be read now \(Input/output error\)\Z"
+    with (
+        Reader(images, (Squares(4),), workers=workers, pin=False) as reader,
+        pytest.raises(EnvironmentFault, match=expected),
+    ):
+        list(reader.read(wanted))
 
 
 def answers(images, config):

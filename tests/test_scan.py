@@ -1,5 +1,6 @@
 """`deit scan` as a user runs it: everything bad in one pass, and a list that training accepts."""
 
+import errno
 import json
 import tarfile
 from pathlib import Path
@@ -8,9 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deit import scan
 from deit.cli import run_command
 from deit.config import DataConfig
+from deit.datasets import stores
+from deit.datasets.images import Store
 from deit.datasets.splits import load_splits
+from deit.datasets.stores import FolderStore, ReaderStore, ShardStore
+from deit.errors import PASSING, DataError, EnvironmentFault, NotAllowedError
 from tests.test_cli import run_in
 
 
@@ -95,6 +101,111 @@ def test_every_bad_image_is_listed_and_the_list_is_accepted(tmp_path, monkeypatc
     splits = load_splits(config)
     assert sum(len(split.labels) for split in splits[1:4]) == 24 - 4
     assert any(note.startswith("quarantine: 4 images left out") for note in splits.notes)
+
+
+def at(ending: str, error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the reading of a file with this ending fail."""
+    read = Path.read_bytes
+
+    def instead(path: Path) -> bytes:
+        if str(path).endswith(ending):
+            raise error
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", instead)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOMEM])
+def test_a_fault_of_the_machine_ends_it_and_lists_no_image(number, tmp_path, monkeypatch, capsys):
+    """What stands in the list is left out of every later run."""
+    spoil(sound(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    at("train/cat/3.png", OSError(number, "said by the system"), monkeypatch)
+    assert run_command("scan", ["data", "--write", "bad.txt"], "deit scan") == 5
+    said = capsys.readouterr().err
+    assert "data/train/cat/3.png: cannot be read now (said by the system)" in said
+    assert not (tmp_path / "bad.txt").exists()
+
+
+def test_a_file_that_may_not_be_read_is_told_and_not_listed(tmp_path, monkeypatch, capsys):
+    """Nothing is wrong with the image, and nothing passes by itself."""
+    bad = spoil(sound(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    closed = PermissionError(errno.EACCES, "Permission denied")
+    at("train/cat/3.png", closed, monkeypatch)
+    assert run_command("scan", ["data", "--write", "bad.txt"], "deit scan") == 3
+    said = capsys.readouterr()
+    assert "bad: data/train/cat/3.png: not readable (Permission denied)" in said.out
+    assert "4 unreadable images and 1 problems of the layout" in said.err
+    listed = (tmp_path / "bad.txt").read_text().splitlines()
+    assert [line for line in listed if not line.startswith("#")] == list(bad)
+
+
+class Torn:
+    """A data set of one row, which cannot be read."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, row: int) -> object:
+        raise self.error
+
+
+@pytest.mark.parametrize("number", PASSING)
+@pytest.mark.parametrize("kind", ["folder", "shards", "reader"])
+def test_no_store_takes_a_fault_of_the_machine_for_one_of_the_image(kind, number, monkeypatch):
+    def failing(error: Exception) -> Store:
+        def instead(*arguments: object, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(Path, "read_bytes", instead)
+        monkeypatch.setattr(stores, "open", instead, raising=False)
+        return {
+            "folder": FolderStore(Path("data"), ["a.png"]),
+            "shards": ShardStore(Path("data"), ["0.tar"], ["a.png"], [(0, 0, 9)]),
+            "reader": ReaderStore("torch/own", {"train": Torn(error)}),
+        }[kind]
+
+    with pytest.raises(EnvironmentFault, match="cannot be read now"):
+        failing(OSError(number, "said by the system")).read(0)
+    with pytest.raises(MemoryError):
+        failing(MemoryError()).read(0)
+    with pytest.raises(NotAllowedError, match="not readable"):
+        failing(PermissionError(errno.EPERM, "Operation not permitted")).read(0)
+    with pytest.raises(DataError, match="not readable") as raised:
+        failing(FileNotFoundError(errno.ENOENT, "No such file or directory")).read(0)
+    assert raised.type is DataError
+
+
+@pytest.mark.parametrize("name", ["missing.png", "folder.png", "x" * 300 + ".png", "loop.png"])
+def test_what_is_wrong_with_a_file_is_wrong_with_the_data(name, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    store = FolderStore(tmp_path, [name])
+    with pytest.raises(DataError, match="not readable") as raised:
+        store.read(0)
+    assert raised.type is DataError
+
+
+@pytest.mark.parametrize("source", ["folder", "shards"])
+def test_nor_is_it_a_problem_of_the_layout(source, tmp_path, monkeypatch):
+    """A shard that cannot be opened now is not cut short."""
+    sound(tmp_path / "data")
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "0.tar").touch()
+
+    def failing(*arguments: object) -> None:
+        raise OSError(errno.ENFILE, "Too many open files in system")
+
+    if source == "shards":
+        monkeypatch.setattr(tarfile, "open", failing)
+    else:
+        monkeypatch.setattr("deit.datasets.listing.os.scandir", failing)
+    with pytest.raises(EnvironmentFault, match="cannot be read now"):
+        scan.scan(DataConfig(source=source, root=str(tmp_path / "data")))
 
 
 def test_bad_class_folders_are_listed_together(tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.recipes import digits
 from deit.search import Search
 from deit.sweep_file import Space, Span
+from tests.forks import fresh
 
 optuna = pytest.importorskip("optuna")
 LR = {"optim.lr": Span(1e-4, 1e-1, log=True)}
@@ -261,6 +262,90 @@ def test_a_database_that_is_none_is_told(tmp_path):
     (tmp_path / search.DATABASE).write_text("no database" * 100)
     with pytest.raises(CheckpointError, match=r"optuna\.db: cannot be read"):
         opened(tmp_path)
+
+
+PROGRAM = """
+import resource
+import sys
+from pathlib import Path
+
+from deit import checkpoint
+from deit.errors import EnvironmentFault
+from tests.test_search import finish, opened
+
+def told(call):
+    try:
+        call()
+    except EnvironmentFault as error:
+        print(f"{call.__name__}: {error}")
+
+new, old = Path(sys.argv[1]), Path(sys.argv[2])
+one = opened(old)
+runs = one.runs()
+run = next(runs)
+most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+def allow(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most[1]))
+
+def ended():
+    allow((old / "optuna.db").stat().st_size)
+    one.ended(run, 1, "x" * 100_000)
+
+def again():
+    for other in runs:
+        one.ended(other, 1, "x" * 100_000)
+
+def begun():
+    allow(4096)
+    opened(new)
+
+for call in (ended, again, begun):
+    told(call)
+allow(most[0])
+for folder in (old, new):
+    (run,) = opened(folder, trials=1).runs()
+    print("goes on")
+"""
+
+
+def test_a_full_disk_is_a_fault_of_the_machine(tmp_path):
+    """And the search goes on once there is room."""
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+    done = fresh(PROGRAM, tmp_path / "new", tmp_path / "old")
+    lines = done.out.splitlines()
+    assert len(lines) == 5, done.err
+    for line, call, folder in zip(lines, ("ended", "again", "begun"), ("old", "old", "new")):
+        place = tmp_path / folder / search.DATABASE
+        assert line.startswith(f"{call}: {place}: cannot be read or written ("), line
+    assert lines[3:] == ["goes on"] * 2
+
+
+CALLS = {
+    "runs": lambda one, run: next(one.runs()),
+    "hopeless": lambda one, run: one.hopeless(run),
+    "ended": lambda one, run: one.ended(run, 1, "why"),
+    "done": lambda one, run: one.done(),
+    "left": lambda one, run: one.left(),
+    "counts": lambda one, run: one.counts(),
+    "failed": lambda one, run: one.failed(),
+    "stopped": lambda one, run: one.stopped(),
+    "finished": lambda one, run: one.finished(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_database_that_fails_later_is_one_too(call, tmp_path):
+    one = opened(tmp_path)
+    run = next(one.runs())
+    reach(run, 4, 0.5)
+    with closing(sqlite3.connect(tmp_path / search.DATABASE)) as database:
+        for table in ("trials", "trial_intermediate_values"):
+            database.execute(f"drop table {table}")
+        database.commit()
+    with pytest.raises(EnvironmentFault, match=r"optuna\.db: cannot be read or written \(no such"):
+        call(one, run)
 
 
 def test_the_database_is_sqlite_that_optunas_tools_read(tmp_path):
