@@ -58,7 +58,7 @@ def list_reader(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
         store, found = _READERS[kind](name, config, passed, complain)
     except (ConfigError, DataError, EnvironmentFault):
         raise
-    except Exception as error:  # every reader raises its own
+    except (Exception, SystemExit) as error:  # every reader raises its own
         raise_passing(error, f"data.reader {config.reader}")
         raise DataError(
             f"data.reader {config.reader}: cannot read data.root {config.root} ({reason_of(error)})"

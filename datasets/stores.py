@@ -145,7 +145,7 @@ class ReaderStore:
                 return _encode(image)
             with image:
                 return image.read()
-        except Exception as error:  # a foreign reader raises what it likes
+        except (Exception, SystemExit) as error:  # a foreign reader raises what it likes
             raise _unreadable(self.name(position), error) from None
 
     def name(self, position: int) -> str:

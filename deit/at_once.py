@@ -5,7 +5,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, Protocol, TypeAlias
@@ -43,6 +43,16 @@ def check_number(number: int, *, option: str) -> None:
             f"{option} {number}: each run is a process of its own then, so start it without "
             f"torchrun (there are {processes} processes)"
         )
+
+
+@contextlib.contextmanager
+def keeping_none() -> Iterator[None]:
+    """Around a function that trains runs at once: no process that runs were copied from is kept
+    longer, for a program or notebook may go on for days."""
+    try:
+        yield
+    finally:
+        source(gpu=torch.cuda.device_count() > 0).rest()
 
 
 class Failed(NamedTuple):
@@ -246,7 +256,11 @@ class _Here:
         """Ask those still under way to save and stop, and wait until they have."""
         for child in self.children:
             child.process.terminate()
-        if kind is not None:  # also one that was being started
-            self._source.close()
-        for child in self.children:
-            child.listener.join()
+        try:
+            for child in self.children:
+                child.listener.join()
+        finally:
+            # Not before: its end asks them to stop too, once. One that is stuck ends with the
+            # second signal, which this is where the wait is given up, or this process ended.
+            if kind is not None:  # also one that was being started
+                self._source.close()

@@ -69,7 +69,7 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of what another library says, or the name of its error."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 

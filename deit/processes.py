@@ -42,6 +42,9 @@ class Source(Protocol):
     def start(self, arguments: list[str], environment: Environment, says: int) -> Process:
         """Start `deit ARGUMENTS`. says: the file descriptor that takes all it says."""
 
+    def rest(self) -> None:
+        """Let go of what no process under way needs; what is needed again comes back."""
+
     def close(self) -> None:
         """Let go of it; copies that are under way are asked to stop."""
 
@@ -82,6 +85,9 @@ class Fresh:
             env=_found(environment),
         )
 
+    def rest(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -99,16 +105,25 @@ class Copies:
         key = frozenset(environment.items())
         while self._lost < _TRIES:
             try:
-                server = self._servers.get(key) or _Server(environment)
+                server = self._servers.get(key) or self._another(key, environment)
             except OSError:  # a system that has no such sockets, or no process left
                 break
-            self._servers[key] = server
             copy = server.copied(arguments, says)
             if copy is not None:
                 return copy
             self._servers.pop(key).close()  # it was killed: another one
             self._lost += 1
         return Fresh().start(arguments, environment, says)
+
+    def _another(self, key: frozenset[tuple[str, str]], environment: Environment) -> "_Server":
+        self.rest()  # each takes half a gigabyte, and an environment left seldom comes back
+        self._servers[key] = _Server(environment)
+        return self._servers[key]
+
+    def rest(self) -> None:
+        for key, server in tuple(self._servers.items()):
+            if not server.under_way:
+                self._servers.pop(key).close()
 
     def close(self) -> None:
         for server in self._servers.values():
@@ -117,9 +132,11 @@ class Copies:
 
 
 class _Server:
-    """The process that copies itself, as whoever asks it sees it."""
+    """The process that copies itself, as whoever asks it sees it. under_way: the numbers of the
+    copies that were not waited for."""
 
     def __init__(self, environment: Environment) -> None:
+        self.under_way: set[int] = set()
         self._asks, answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._asked = 0
         with answers:
@@ -152,7 +169,10 @@ class _Server:
         pid = self.ask({"start": arguments, "folder": os.getcwd()}, says)
         if pid is not None and pid < 0:
             raise EnvironmentFault(f"no process could be started ({os.strerror(-pid)})")
-        return None if pid is None else _Copy(self, pid)
+        if pid is None:
+            return None
+        self.under_way.add(pid)
+        return _Copy(self, pid)
 
     def close(self) -> None:
         """End it; the system tells its copies."""
@@ -174,6 +194,7 @@ class _Copy(NamedTuple):
         # Asked again and again: the server is there for the others too.
         while (code := self.server.ask({"wait": self.pid})) == _NOT_YET:
             time.sleep(0.01)
+        self.server.under_way.discard(self.pid)
         return _LOST if code is None else code
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from deit.config import CLASS_ORDERS, STUDENTS, StudentConfig
-from deit.errors import ConfigError, DataError, NotThereError, raise_passing
+from deit.errors import ConfigError, DataError, NotThereError, raise_passing, reason_of
 from deit.files import HUB, about_address, import_file, read_names
 from deit.models.facts import find_saved
 from deit.models.layers import heads_of
@@ -101,6 +101,14 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> "Teacher":
         """Stays in evaluation mode whatever a container asks for: its statistics are fixed."""
         return super().train(False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """As `forward`. Raises DataError where the network's own code asks Python to exit, which
+        would look like the end of what asks it."""
+        try:
+            return super().__call__(images)
+        except SystemExit as error:
+            raise DataError(f"teacher {self.description}: leaves with {error!r}") from error
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -426,11 +434,11 @@ def _count_outputs(origin: Origin, image_size: int) -> int:
     try:
         with torch.no_grad():
             answer = origin.network(torch.zeros(2, 3, side, side))
-    except Exception as error:  # a network of any origin may raise anything
+    except (Exception, SystemExit) as error:  # a network of any origin may raise anything
         raise_passing(error, f"teacher {origin.description}")
         raise DataError(
             f"teacher {origin.description}: cannot answer images of {side} px "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); teacher.image_size sets it"
+            f"({type(error).__name__}: {reason_of(error)}); teacher.image_size sets it"
         ) from error
     if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != 2:
         raise DataError(

@@ -2,19 +2,27 @@
 all."""
 
 import json
+import os
 import signal
-import time
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from deit import at_once, checkpoint, journal
+from deit import at_once, checkpoint, journal, processes
 from deit.at_once import Planned, Progress, check_number, train_at_once
+from deit.cli import run_command
+from deit.comparison import compare
 from deit.config import derive
 from deit.disk import hold
-from deit.errors import ConfigError, DeitError, EnvironmentFault
+from deit.errors import ConfigError, DeitError, EnvironmentFault, Stopped
 from deit.presets import OBJECTIVES
+from deit.prune import prune
 from deit.recipes import digits, digits_teacher
+from deit.sweep import sweep
+from deit.tickets import tickets
 from tests.forks import until
 from tests.trained import trained
 
@@ -143,10 +151,7 @@ def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_pat
         out = tmp_path / "out" / name
         number = len(checkpoint.found(out))
         assert number
-        deadline = time.monotonic() + 30
-        while _held(out):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda out=out: not _held(out))
 
 
 def _held(out):
@@ -204,6 +209,64 @@ def test_each_run_gets_the_gpu_that_has_the_fewest(monkeypatch, tmp_path, visibl
     del here.children[1]  # it ends first
     here.start(Planned("another", config(), tmp_path / "another"))
     assert given[3] == expected[1]
+
+
+class Slow:
+    """A source of processes that take a while to stop."""
+
+    def __init__(self, happened):
+        self.happened = happened
+
+    def start(self, arguments, environment, says):
+        self.says = os.dup(says)
+        return self
+
+    def terminate(self):
+        self.happened.append("asked")
+        threading.Timer(0.1, self.end).start()
+
+    def end(self):
+        self.happened.append("ended")
+        os.close(self.says)
+
+    def close(self):
+        self.happened.append("closed")
+
+
+def test_what_runs_are_copied_from_ends_after_them(monkeypatch, tmp_path):
+    """Its end is the last that asks them to stop: one that is stuck ends with the second."""
+    happened = []
+    monkeypatch.setattr(at_once, "source", lambda *, gpu: Slow(happened))
+
+    def stopped():
+        with at_once._Here(1, tmp_path) as here:
+            here.start(Planned("run", config(), tmp_path / "run"))
+            raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        stopped()
+    assert happened == ["asked", "ended", "closed"]
+
+
+@pytest.mark.parametrize("function", [compare, sweep, tickets, prune])
+def test_what_runs_were_copied_from_is_let_go_of_however_a_call_ends(function, monkeypatch):
+    rested = []
+    gone = SimpleNamespace(rest=lambda: rested.append(function))
+    monkeypatch.setattr(at_once, "source", lambda *, gpu: gone)
+    with pytest.raises(TypeError):  # it lacks its arguments
+        function()
+    assert rested == [function]
+
+
+def test_a_program_keeps_no_process_after_its_runs(copied, tmp_path):
+    words = [*SMALL, "--only", "undistilled", "--teacher.source", tmp_path / "teacher"]
+    trained(derive(digits_teacher(), optim={"epochs": 3}), tmp_path / "teacher")
+    before = psutil.Process().children()
+    words += ["--at_once", "2", "--out", tmp_path / "out"]
+    assert run_command("compare", ["digits", *map(str, words)], "deit compare") == 0
+    assert "finished in" in (tmp_path / "out" / "undistilled.log").read_text()
+    assert not processes.source(gpu=False)._servers
+    assert set(psutil.Process().children()) <= set(before)
 
 
 class Impatient:

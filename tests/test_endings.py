@@ -15,12 +15,14 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from accelerate import Accelerator
 
 from deit import checkpoint, cli, commands, faults, journal, launcher
+from deit import interruption as interruption_module
 from deit.cli import run_command
 from deit.config import derive
 from deit.datasets.reading import Reader
@@ -30,6 +32,7 @@ from deit.interruption import Interruption
 from deit.recipes import RECIPES
 from deit.run import train
 from tests.forks import ROOT, Done, Running, Zygote, fresh, until
+from tests.left import left
 from tests.stops import stop_at
 from tests.test_reading import write_pictures
 
@@ -55,18 +58,6 @@ def words(pictures: Path, out: Path, workers: int) -> tuple[str, ...]:
         *SMALL,
         *("--out", str(out), "--resume"),
     )
-
-
-def left(session: int) -> list[str]:
-    """What is still there of a session, which nothing that a process starts leaves."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    return found
 
 
 def ends_with_all_it_started(session: int) -> None:
@@ -273,7 +264,7 @@ def test_a_second_signal_ends_what_is_stuck_in_a_library(zygote, pictures, tmp_p
     running = zygote.start(*given, "--student.name", "deit_micro", whole=True)
     until(lambda: "stuck" in running.out.read_text())
     running.signal(signal.SIGINT)
-    time.sleep(cli.SAME_SIGNAL_S + 0.5)
+    time.sleep(cli.SAME_SIGNAL_S + 2)
     running.signal(signal.SIGINT)
     done = running.wait(timeout=300)
     assert done.code == 130
@@ -529,12 +520,16 @@ def interruption():
     signal.signal(signal.SIGTERM, before)
 
 
-def test_an_update_in_its_middle_is_finished_while_its_images_come(interruption):
+def test_an_update_in_its_middle_is_finished_while_its_images_come(interruption, monkeypatch):
     """However many micro-batches are left: it is the update of the checkpoint."""
+
+    now, between = [0.0], interruption_module._PATIENCE_S / 2
+    monkeypatch.setattr(interruption_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def slow():
         for number in range(100):
-            time.sleep(0.3)
+            now[0] += between
+            os.kill(os.getpid(), signal.SIGALRM)  # as the timer does, again and again
             yield number
 
     seen = []
@@ -580,15 +575,17 @@ import os, signal, threading, time
 from deit import cli, commands
 
 def command(arguments, program):
+    asked = threading.Event()
     def ask():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGINT)
+        asked.set()
     threading.Timer(0.1, ask).start()
     try:
-        time.sleep(30)
+        time.sleep(1000)
     finally:
-        time.sleep(1)
+        asked.wait()
 
 cli.SAME_SIGNAL_S = 0.1
 commands.COMMANDS["recipes"] = command
@@ -672,12 +669,21 @@ def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(pictures):
     before = children()
     with Reader(images, (Slow(),), workers=2, pin=False) as reader:
         batches = reader.read([Wanted(0, one, one)] * 50)
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
+
+        def ask():
+            try:
+                until(lambda: reader._workers and len(reader._workers.processes) == 2)
+            finally:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
+        asking = threading.Thread(target=ask)
         previous = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(Stopped(15)))
+        asking.start()
         try:
             with pytest.raises(Stopped):
                 next(batches)
         finally:
+            asking.join()
             signal.signal(signal.SIGALRM, previous)
         assert len(children() - before) == 2
     until(lambda: children() == before)

@@ -5,14 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from deit import checkpoint
+from deit.launcher import SAME_SIGNAL_S
 from tests.forks import ROOT, until
-from tests.test_endings import SMALL
+from tests.left import left
+from tests.test_endings import SMALL, STUCK
 from tests.test_reading import write_pictures
 
 DATA = ("--data.workers", "2", "--run.save_every", "1")
@@ -110,6 +113,40 @@ def test_runs_of_one_command_end_with_it(
     assert "Traceback" not in said
     assert "the same command goes on" in said
     until(lambda: not those_of(out))
+
+
+def test_a_run_that_is_stuck_ends_with_the_second_signal_to_its_command(place, tmp_path):
+    """The other one ends with the first signal, saved."""
+    (tmp_path / "stuck.py").write_text(STUCK)
+    out = tmp_path / "out"
+    words = (*COMPARED, *SMALL, *DATA, *TAUGHT, "--data.root", place / "pictures")
+    words += ("--teacher.source", f"{tmp_path / 'stuck.py'}:teacher", "--run.save_every", "1")
+    words += ("--optim.epochs", "100000", "--out", out)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deit", *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    stuck, other = out / "distilled.log", out / "undistilled.log"
+    try:
+        until(lambda: process.poll() is not None or (says(stuck, "stuck") and learning(out)))
+        process.send_signal(signal.SIGTERM)
+        until(lambda: process.poll() is not None or says(other, "stopped by SIGTERM"))
+        assert process.poll() is None
+        time.sleep(SAME_SIGNAL_S + 3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=300) == 128 + signal.SIGTERM
+        until(lambda: not left(process.pid), timeout=60)
+    finally:
+        for one in left(process.pid):
+            one.kill()
+        process.wait()
+
+
+def says(log: Path, words: str) -> bool:
+    """Whether a log is there and holds these words."""
+    return log.is_file() and words in log.read_text()
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,12 @@ def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Done]
     return [process.wait() for process in start(zygote, out, fault, *more)]
 
 
+def ours(done: Done) -> list[str]:
+    """The lines of a process that are ours: Gloo complains where the machine's name leads to no
+    address."""
+    return [line for line in done.err.splitlines() if line.startswith("deit")]
+
+
 @pytest.fixture(scope="module")
 def straight(zygote, tmp_path_factory) -> Path:
     """The run of two processes that nothing happens to."""
@@ -54,7 +60,7 @@ def test_a_signal_to_one_stops_both_at_the_same_update(rank, zygote, straight, t
     done = run(zygote, out, f"update@{rank}:2:term")
     assert [one.code for one in done] == [143, 143]
     assert "the same command with --resume goes on" in done[0].err
-    assert done[1].err == ""
+    assert ours(done[1]) == []
     assert 2 <= checkpoint.step_of(checkpoint.newest(out)) < 2 * STEPS
     assert [one.code for one in run(zygote, out)] == [0, 0]
     same(out, straight)
@@ -129,8 +135,8 @@ def test_a_signal_to_one_stops_both_that_write_targets(
     words = (*three_units, "--out", out)
     done = [one.wait() for one in both(zygote, *words, fault=f"answers@{rank}:{block}:term")]
     assert [one.code for one in done] == [143, 143], done[0].err
-    assert done[0].err == "deit: error: stopped by SIGTERM; the same command goes on\n"
-    assert done[1].err == ""
+    assert ours(done[0]) == ["deit: error: stopped by SIGTERM; the same command goes on"]
+    assert ours(done[1]) == []
     assert not (out / "targets.bin").exists()
     again = [one.wait() for one in both(zygote, *words)]
     assert [one.code for one in again] == [0, 0], again[0].err
@@ -147,8 +153,8 @@ def test_a_signal_to_one_stops_both_that_evaluate(rank, zygote, straight, tmp_pa
     running = both(zygote, "evaluate", out, fault=f"evaluation@{rank}:4:term")
     done = [one.wait() for one in running]
     assert [one.code for one in done] == [143, 143], done[0].err
-    assert done[0].err == "deit: error: stopped by SIGTERM\n"
-    assert done[1].err == ""
+    assert ours(done[0]) == ["deit: error: stopped by SIGTERM"]
+    assert ours(done[1]) == []
 
 
 def test_it_goes_on_with_another_number_of_processes(zygote, straight, tmp_path):

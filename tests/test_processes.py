@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 
 import psutil
 import pytest
@@ -11,6 +10,7 @@ from deit import checkpoint, processes
 from deit.launcher import FOLLOWED
 from deit.processes import Copies, Fresh
 from tests.forks import until
+from tests.left import is_gone
 from tests.test_reading import write_pictures
 
 pytest.importorskip("sklearn")
@@ -81,10 +81,29 @@ def test_copies_are_of_one_process_as_long_as_they_want_one_environment(environm
     text, code = said_by(source, ("train", "digits"), {**environment, "DEIT_FAULT": "nowhere"})
     assert (code, "nowhere" in text) == (2, True)
     assert server_of(source)._process.pid != first
+    until(lambda: is_gone(first))  # nothing needs it any more
     text, code = said_by(source, ("recipes",), environment)
-    assert code == 0  # and the first is there as well: its copies may be under way
+    assert code == 0  # there is another one in its place
+    last = server_of(source)._process.pid
     source.close()
-    until(lambda: not psutil.pid_exists(first))
+    until(lambda: is_gone(last))
+
+
+def test_what_is_copied_stays_as_long_as_a_copy_is_under_way(environment, copied, tmp_path):
+    source = Copies()
+    process, said = begun(source, (*LONG, "--out", tmp_path / "run"), environment)
+    needed = server_of(source)
+    assert said_by(source, ("recipes",), {**environment, "OTHER": "1"})[1] == 0
+    source.rest()
+    assert list(source._servers.values()) == [needed]
+    until(lambda: checkpoint.found(tmp_path / "run"))
+    process.terminate()
+    with said:
+        text = said.read()
+    assert process.wait() == 143, text
+    source.rest()
+    assert not source._servers
+    until(lambda: is_gone(needed._process.pid))
 
 
 def test_what_asks_to_stop_does_not_end_the_one_that_is_copied(copies, environment):
@@ -147,12 +166,11 @@ def test_workers_of_a_copy_end_with_it(end, copies, environment, tmp_path):
             os.kill(process.pid, signal.SIGKILL)
         text = said.read()  # to the end: whoever still had the pipe would keep it open
     assert process.wait() == (0 if end == "finished" else -9), text
-    until(lambda: not [one for one in workers if Path(f"/proc/{one}").exists()])
+    until(lambda: all(map(is_gone, workers)))
 
 
 def children_of(pid):
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(one) for one in found]
+    return [one.pid for one in psutil.Process(pid).children()]
 
 
 def test_what_is_copied_has_one_thread_and_a_copy_as_many_as_it_should(environment, tmp_path):
@@ -162,8 +180,7 @@ def test_what_is_copied_has_one_thread_and_a_copy_as_many_as_it_should(environme
     words = ("--optim.epochs", "1", "--optim.warmup_epochs", "0", "--run.evaluate_every", "1")
     text, code = said_by(source, (*LONG[:-4], *words, "--out", tmp_path / "run"), two)
     assert (code, "fp32, 2 threads" in text) == (0, True), text
-    server = server_of(source)._process.pid
-    assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
+    assert psutil.Process(server_of(source)._process.pid).num_threads() == 1
     source.close()
 
 

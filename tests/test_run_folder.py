@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ import pytest
 from deit import checkpoint, disk, journal, manifest
 from deit.errors import CheckpointError, EnvironmentFault
 from tests import test_kills
-from tests.forks import Done, Zygote, until
+from tests.forks import Done, Zygote
+from tests.gates import Gate
 from tests.test_kills import STEPS, same
 
 pytest.importorskip("sklearn")
@@ -109,9 +109,9 @@ def test_a_kill_after_the_best_was_written_says_nothing_of_it(zygote, straight, 
 def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, zygote, tmp_path):
     """It was moved away, or removed and taken by another run: what lies there now stays so."""
     out = tmp_path / "run"
-    first = zygote.start("train", *SMALL, "--out", out, DEIT_FAULT="update:7:slow")
-    until(lambda: list(out.glob("checkpoint-*")) and (out / "metrics.jsonl").is_file())
-    time.sleep(0.3)
+    gate, words = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
+    first = zygote.start(*words, DEIT_FAULT="update:7:slow", **gate.environment)
+    gate.wait()
     if how == "moved":
         out.rename(tmp_path / "elsewhere")
         out.mkdir()
@@ -119,6 +119,7 @@ def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, zygote, tmp_pat
         shutil.rmtree(out)
         assert zygote.run("train", *SMALL, "--run.seed", "5", "--out", out).code == 0
     content = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    gate.open()
     done = first.wait()
     assert done.code == 5, done.err
     assert f"--out {out}: was moved, removed or replaced while this run worked in it" in done.err

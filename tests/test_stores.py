@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from deit.config import DataConfig
+from deit.datasets import readers
 from deit.datasets.images import Encoded
 from deit.datasets.listing import PassedOver
 from deit.datasets.shards import read_index
 from deit.datasets.sources import SOURCES
 from deit.datasets.splits import Splits, load_splits
-from deit.datasets.stores import Texts
+from deit.datasets.stores import ReaderStore, Texts
 from deit.errors import ConfigError, DataError, EnvironmentFault
 
 CLASSES = ("10", "2", "Dog", "cat")  # in code point order; timm would have 2 before 10
@@ -455,6 +456,20 @@ def test_labels_point_into_the_sorted_names(tmp_path):
     names = [Path(train.name(index)).parent.name for index in range(len(train.labels))]
     assert [CLASSES[label] for label in train.labels] == names
     assert torch.bincount(train.labels).tolist() == [10] * 4
+
+
+def leave(*arguments):
+    raise SystemExit(0)
+
+
+def test_a_reader_that_ends_the_program_is_named(monkeypatch):
+    """Its code 0 would be that of a command that is done."""
+    monkeypatch.setitem(readers._READERS, "torch", leave)
+    with pytest.raises(DataError, match=r"data\.reader torch/x: cannot read"):
+        SOURCES["reader"](DataConfig(source="reader", reader="torch/x", root="."), ())
+    rows = type("Rows", (), {"__len__": lambda rows: 1, "__getitem__": leave})()
+    with pytest.raises(DataError, match="torch/x: train/0"):
+        ReaderStore("torch/x", {"train": rows}).read(0)
 
 
 @pytest.mark.parametrize("label", [-100, -1, 3])

@@ -195,6 +195,25 @@ def test_a_python_file_that_ends_the_program_is_named(tmp_path):
         load_teacher(TeacherConfig(source=f"{tmp_path / 't.py'}:make"), ("a",), image_size=8)
 
 
+@pytest.mark.parametrize(("calls", "words"), [(0, ""), (0, "0"), (0, "'no GPU'"), (1, "0")])
+def test_a_network_that_ends_the_program_is_named(calls, words, tmp_path):
+    """Also where it has answered before: its code 0 would be that of a command that is done."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import sys, torch\n"
+        "class Leaves(torch.nn.Module):\n"
+        f"    left = {calls}\n"
+        "    def forward(self, images):\n"
+        "        if not self.left:\n"
+        f"            sys.exit({words})\n"
+        "        self.left -= 1\n"
+        "        return images.mean(dim=(2, 3))\n"
+        "def teacher():\n    return Leaves()\n"
+    )
+    with pytest.raises(DataError, match=r"teacher teacher from .*mine\.py: .*SystemExit"):
+        load_teacher(TeacherConfig(source=f"{path}:teacher"), NAMES)(torch.rand(2, 3, 8, 8))
+
+
 def test_a_python_function_that_fails_is_named(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(

@@ -40,12 +40,14 @@ from deit.presets import PRESETS
 from deit.recipes import RECIPES
 from deit.sweeps import SWEEPS
 from tests.forks import Zygote
+from tests.left import left
 
 CODES = {0, 2, 3, 4, 5, 6, 7, 129, 130, 141, 143}
 """The documented exit codes but 1, which is that of a bug."""
 _BUSY_S = 10.0  # processor time, after which a command is asked to stop: it works, and is slow
-_LONGEST_S = 90.0  # in which it should have used that, or ended: else it waits for nothing
-_LEAVING_S = 20.0  # after it was asked to stop, or its process group after it
+# How long is waited before a verdict: so long that no busy machine is the reason.
+_LONGEST_S = 600.0  # in which it should have used that, or ended: else it waits for nothing
+_LEAVING_S = 300.0  # after it was asked to stop, or its process group after it
 _MEMORY = 6 << 30  # bytes above what the process has mapped at the start
 _LARGEST = 64 << 20  # bytes of a file
 
@@ -831,14 +833,14 @@ def _supervise() -> int:
     os.close(inside)
     shown = _Drain(terminal)
     status, wrong = _watch(pid)
-    left = _end_group(pid)
+    stays = _end_group(pid)
     seconds = time.monotonic() - started
     said = os.pread(out, 1 << 20, 0) + shown.finish()
     os.unlink(f"{question['report']}.out")
     text = said.replace(b"\0", b"").decode("utf-8", "replace")  # so UTF-16 is read as well
     code = os.waitstatus_to_exitcode(status)
     wrong = wrong or _judge(code, text, question)
-    wrong = wrong or ("left a process behind" if left else "")
+    wrong = wrong or ("left a process behind" if stays else "")
     report = {"code": code, "seconds": round(seconds, 2), "wrong": wrong, "said": text[-6000:]}
     Path(question["report"]).write_text(json.dumps(report))
     del keep
@@ -932,11 +934,9 @@ def _watch(pid: int) -> tuple[int, str]:
 
 def _end_group(group: int) -> bool:
     """End what is left of a process group; whether there was something."""
-    end = time.monotonic() + 3
+    end = time.monotonic() + _LEAVING_S
     while time.monotonic() < end:
-        try:
-            os.killpg(group, 0)
-        except OSError:
+        if not left(group, os.getpgid):
             return False
         time.sleep(0.01)
     with contextlib.suppress(OSError):
