@@ -86,7 +86,8 @@ class Interruption(AbstractContextManager):
             faulthandler.cancel_dump_traceback_later()
         if kind is not None and issubclass(kind, Stopped):
             forget_stop()
-        elif kind is None and self._first is not None:  # it came after the last question
+        elif kind is None and self._first is not None and stop_remembered():
+            # It came after the last question.
             os.kill(os.getpid(), self._noted)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -180,6 +181,8 @@ class Interruption(AbstractContextManager):
         number = self._agreed(own, now) if self._several else own
         if number == SAVING:
             self._save_asked = False
+        elif number:
+            forget_stop()  # who asked obeys it
         return number
 
     def begin(self) -> None:
