@@ -268,7 +268,11 @@ class _Workers:
             with nullcontext() if self.processes else _signals_later():
                 before = set(multiprocessing.active_children())
                 future = self._pool.submit(_in_worker, *words, self._folder, shared)
-                self.processes += set(multiprocessing.active_children()) - before
+                for process in set(multiprocessing.active_children()) - before:
+                    # Where one is lost the pool ends the others by SIGTERM, which they ignore, and
+                    # waits for them; from Python 3.12 on it takes no calls meanwhile.
+                    process.terminate = process.kill
+                    self.processes.append(process)
             return future if self._pins is None else self._pins.submit(_pinned, future)
         except BrokenProcessPool:
             raise WorkerLost(LOST_WORKER) from None

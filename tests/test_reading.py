@@ -466,3 +466,23 @@ def test_a_worker_that_was_killed_is_a_clear_fault(number, images):
     wanted = [Wanted(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
     with pytest.raises(EnvironmentFault, match=r"data\.workers: the system ended a worker"):
         list(Reader(images, (Deadly(),), workers=1, pin=False).read(wanted))
+
+
+def test_where_one_worker_is_lost_another_that_is_busy_is_not_waited_for(images, tmp_path):
+    """Python's pool holds a lock until the others have ended, which the next batch waits for."""
+
+    class Busy:
+        size = 4
+
+        def cut(self, pictures, wanted):
+            try:
+                (tmp_path / "first").touch(exist_ok=False)
+            except FileExistsError:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(10000)
+
+    wanted = [Wanted(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))] * 2
+    with Reader(images, (Busy(),), workers=2, pin=False) as reader:
+        for _ in range(2):
+            with pytest.raises(WorkerLost):
+                next(reader.read(wanted))
