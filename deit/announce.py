@@ -117,6 +117,8 @@ def _of_views(parts: Parts) -> str:
     if isinstance(images, Images):
         gib = images.pixels.numel() / 2**30
         told.append(f"from {images.pixels.shape[-1]} px in memory ({gib:.2f} GiB)")
+        if parts.config.data.workers:
+            told.append("no data.workers needed")
     else:
         number = worker_count(parts.config.data)
         workers = {0: "the training process", 1: "1 worker"}.get(number, f"{number} workers")

@@ -413,7 +413,7 @@ def _without_command(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         say(f"deit {deit.__version__}")
         return 0
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         say("usage: deit COMMAND [options]     (deit COMMAND --help tells more)\n")
         for name, command in COMMANDS.items():
             say(f"  {name:<10} {(command.__doc__ or '').strip()}")

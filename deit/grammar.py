@@ -24,11 +24,13 @@ SHARED = {
     "out": "Run folder. None: checkpoints/RECIPE below the working directory.",
     "resume": "Go on with the run in the folder, from its newest sound checkpoint.",
     "objective": "A whole loss section by name: deit-hard, deit-soft, class-hard, class-soft, "
-    "function-matching, usi, dkd or none.",
+    "function-matching, usi, dkd or none (labels alone). Not given: the recipe's own.",
     "augmentation": "Policy, jitter, erasing, mixing and repeats of the views by name: deit, "
-    "deit3, mix, usi or none; crop and flip stay the recipe's.",
+    "deit3, mix, usi or none (none of them); crop and flip stay the recipe's. Not given: the "
+    "recipe's own.",
     "teaching": "What the teacher sees beside the student, with crop and mixing, by name: fix/rs, "
-    "fix/cc, fix/ic_ens, ind/rc, ind/ic, same/rc, same/ic or function-matching.",
+    "fix/cc, fix/ic_ens, ind/rc, ind/ic, same/rc, same/ic or function-matching. Not given: the "
+    "recipe's own.",
     "dry_run": "One training and one evaluation step; nothing is written.",
     "print_config": "Print the resolved configuration as JSON and stop.",
 }

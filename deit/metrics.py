@@ -47,19 +47,17 @@ def chance(labels: Tensor, num_classes: int) -> float:
     return torch.bincount(labels, minlength=num_classes).max().item() / len(labels)
 
 
-def near_chance(accuracy: float, guess: float, number: int) -> bool:
-    """Whether an accuracy over `number` samples could be a guess.
+def at_chance(accuracy: float, guess: float) -> bool:
+    """Whether an accuracy is at most a tenth of the way from chance to perfection."""
+    return accuracy <= guess + 0.1 * (1 - guess)
 
-    True up to a tenth of the way from chance to perfection, and where guessing does as well in
-    more than one of 100 cases (binomial tail). If so few samples cannot prove even perfection,
-    only the first rule is left.
-    """
-    if accuracy <= guess + 0.1 * (1 - guess):
-        return True
+
+def could_be_chance(accuracy: float, guess: float, number: int) -> bool:
+    """Whether guessing does as well over `number` samples in more than one of 100 cases (binomial
+    tail). False where so few samples cannot prove even perfection."""
     if guess**number > 0.01:
         return False
-    correct = round(accuracy * number)
-    return binomial_tail(correct, number, guess) > 0.01
+    return binomial_tail(round(accuracy * number), number, guess) > 0.01
 
 
 def binomial_tail(least: int, number: int, probability: float) -> float:

@@ -13,7 +13,14 @@ from deit.console import percent, say, table, warn
 from deit.datasets.splits import Splits
 from deit.ensembles import combine, error_overlap
 from deit.errors import DataError
-from deit.metrics import agreement, binomial_tail, chance, near_chance, topk_accuracy
+from deit.metrics import (
+    agreement,
+    at_chance,
+    binomial_tail,
+    chance,
+    could_be_chance,
+    topk_accuracy,
+)
 from deit.models.teachers import ASSUMED, BY_NAME, Teacher, arranged
 from deit.prediction import answers_of
 
@@ -53,7 +60,7 @@ def measure(
             said = torch.cat([said, shown.class_logits.argmax(dim=1)])
             labels = torch.cat([labels, more.labels])
         refuse_order(teacher, said, labels, splits.class_names, allowed=config.teacher.allow_weak)
-        _judge(config, teacher, answers.class_logits, validation.labels, guess)
+        judge(config, teacher, answers.class_logits, validation.labels, guess)
     together = torch.stack(logits, dim=1)
     # One token a teacher: the mean of what they say is what the fused heads could learn.
     how = "probabilities" if config.teacher.combine == "tokens" else config.teacher.combine
@@ -84,10 +91,14 @@ def _enlarged(teacher: Teacher) -> bool:
     return teacher.trained_size not in (None, teacher.image_size)
 
 
-def _judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, guess: float) -> None:
-    """Refuse a teacher that is near chance."""
-    accuracy = topk_accuracy(logits, labels)
-    if near_chance(accuracy, guess, len(labels)):
+def judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, guess: float) -> None:
+    """Refuse a teacher that is near chance; warn where so few images cannot tell. Raises DataError.
+
+    logits: [number, classes], of the validation images with these labels, int64 [number]. guess:
+    the accuracy of guessing, in [0, 1].
+    """
+    accuracy, number = topk_accuracy(logits, labels), len(labels)
+    if at_chance(accuracy, guess):
         message = (
             f"teacher {teacher.description}: {percent(accuracy)} % top-1 on the validation split "
             f"is near chance ({percent(guess)} %): wrong weights, normalisation or class order?"
@@ -101,6 +112,12 @@ def _judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, gue
         if not config.teacher.allow_weak:
             raise DataError(f"{message} --teacher.allow_weak goes on all the same")
         warn(message)
+    elif could_be_chance(accuracy, guess, number):
+        warn(
+            f"teacher {teacher.description}: {percent(accuracy)} % top-1 on {number} validation "
+            f"images may be chance ({percent(guess)} %): so few cannot tell; "
+            "--data.validation_fraction sets more aside"
+        )
 
 
 def _undecided(teacher: Teacher, answers: Tensor, splits: Splits) -> Tensor:

@@ -1,6 +1,7 @@
 """Where the time of an update goes: by part, by operation, and as a trace to look into."""
 
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,8 @@ def profile_run(config: Config, *, updates: int, trace: Path | None) -> dict[str
 
     trace: a JSON file for chrome://tracing or ui.perfetto.dev. Raises the errors of deit.errors.
     """
+    # PyTorch's profiler says that it began and, as an error, that there is no GPU.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     parts = parts_of(validate(config))
     accelerator = parts.accelerator
     announce(parts, describe(accelerator, []))

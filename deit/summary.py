@@ -2,6 +2,7 @@
 
 import shlex
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def print_summary(told: dict[str, Any]) -> None:
         low, high = min(values), max(values)
         say(f"  over the epochs: {sparkline(values)} {percent(low)} to {percent(high)}")
     use = _USES[told["use"]].format(run=run)
+    if told["use"] != "timm" and find_spec("onnxscript") is None:
+        use += " (pip install 'deit[export]' first)"
     say(f"next:\n  deit evaluate {run}      the test split, head by head\n  {use}")
 
 

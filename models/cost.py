@@ -129,7 +129,12 @@ _MACS: dict[str, Callable[..., int]] = {
 }
 """How the arithmetic of an operation is counted: (its arguments) -> multiply-accumulates. Those
 that attention, recurrent and linear layers ask for are whole, as the network wrote them."""
-_MOVES = {"aten::cat", "aten::stack", "aten::copy_"}
+_MOVES = {
+    *("aten::cat", "aten::stack", "aten::copy_", "aten::index_put", "aten::index_put_"),
+    *("aten::scatter", "aten::scatter_", "aten::scatter_add", "aten::scatter_add_"),
+    *("aten::scatter_reduce", "aten::scatter_reduce_", "aten::index_add", "aten::index_add_"),
+    *("aten::index_copy", "aten::index_copy_", "aten::masked_scatter", "aten::masked_scatter_"),
+}
 """Operations of several matrices without products, which do not say so by a tag."""
 
 

@@ -323,9 +323,9 @@ def test_a_mistyped_option_of_the_command_itself_is_recognised(run):
     assert "levls: unknown field; did you mean levels?" in done.stderr
 
 
-@pytest.mark.parametrize("program", [EVALUATE, "deit"])
-def test_help_of_the_other_programs(run, program):
-    done = run(program, "--help")
+@pytest.mark.parametrize("words", [(EVALUATE, "--help"), ("deit", "--help"), ("deit", "help")])
+def test_help_of_the_other_programs(run, words):
+    done = run(*words)
     assert (done.returncode, done.stderr) == (0, "")
     assert "usage" in done.stdout
 

@@ -132,11 +132,12 @@ def test_every_student_as_a_second_counter_counts_it(name, capsys):
 
 
 @pytest.mark.parametrize("numbers", [0, 3, (4, 0)])
-def test_merging_as_a_second_counter_counts_it(numbers):
+def test_merging_as_a_second_counter_counts_it(numbers, capsys):
     network = create_network(SMALL, 5).eval().requires_grad_(False)
     merging = with_merging(network, numbers)
     image = torch.rand(1, 3, 16, 16)
     assert macs_of_image(merging, image) == counted_by_torch(merging, image)
+    assert not capsys.readouterr().err
 
 
 class Layer(nn.Module):

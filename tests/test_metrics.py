@@ -6,11 +6,12 @@ import torch
 from deit.drawing import summary
 from deit.metrics import (
     agreement,
+    at_chance,
     binomial_tail,
     calibration_error,
     chance,
     confusion,
-    near_chance,
+    could_be_chance,
     topk_accuracy,
 )
 from deit.records import Outputs, head_logits
@@ -49,20 +50,23 @@ def test_chance_is_the_share_of_the_commonest_class():
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "guess", "number", "weak"),
+    ("accuracy", "guess", "number", "at", "could"),
     [
-        (0.12, 0.1, 1000, True),
-        (0.30, 0.1, 1000, False),
-        (0.25, 0.1, 20, True),
-        (0.6, 0.5, 40, True),
-        (1.0, 0.5, 9, False),  # 1 in 512 by guessing
-        (1.0, 0.5, 2, False),  # two images can prove nothing: not held against the teacher
-        (0.5, 0.5, 2, True),
-        (0.001, 0.001, 50_000, True),
+        (0.12, 0.1, 1000, True, True),
+        (0.30, 0.1, 1000, False, False),
+        (0.25, 0.1, 20, False, True),
+        (0.6, 0.5, 40, False, True),
+        (4 / 6, 1 / 3, 6, False, True),
+        (1.0, 1 / 3, 6, False, False),
+        (1.0, 0.5, 9, False, False),  # 1 in 512 by guessing
+        (1.0, 0.5, 2, False, False),  # two images can prove nothing: not held against the teacher
+        (0.5, 0.5, 2, True, False),
+        (0.001, 0.001, 50_000, True, True),
     ],
 )
-def test_near_chance(accuracy, guess, number, weak):
-    assert near_chance(accuracy, guess, number) is weak
+def test_chance(accuracy, guess, number, at, could):
+    assert at_chance(accuracy, guess) is at
+    assert could_be_chance(accuracy, guess, number) is could
 
 
 @pytest.mark.parametrize(

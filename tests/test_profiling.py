@@ -65,3 +65,10 @@ def test_mistakes_are_told_before_any_work(words, code, said, zygote, tmp_path):
     assert done.code == code
     assert said in done.err
     assert (tmp_path / "there.json").read_text() == "mine"
+
+
+def test_the_profiler_says_nothing_of_its_own(zygote):
+    """Not even of a GPU that is not there."""
+    alone = ("--teacher.source", "none", "--objective", "none", "--student.depth", "1")
+    done = zygote.run("profile", "digits", *alone, "--updates", "2")
+    assert (done.code, done.err) == (0, "")

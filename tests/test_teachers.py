@@ -14,7 +14,7 @@ from deit.errors import ConfigError, DataError
 from deit.models.saved import Facts, build_student, save_student
 from deit.models.teachers import ASSUMED, Origin, Teacher
 from deit.models.teachers import load_teacher as load_teacher_at
-from deit.preflight import announce_order, better_order, refuse_order
+from deit.preflight import announce_order, better_order, judge, refuse_order
 from deit.records import head_logits
 from deit.seats import alone, members
 from deit.validation import validate
@@ -425,3 +425,21 @@ def test_a_teacher_in_another_order_is_refused_unless_it_was_said(order, capsys)
         return
     with pytest.raises(DataError, match=r"100\.0 % right .*--teacher\.classes natural"):
         refuse_order(teacher, answers, labels, ROOMS)
+
+
+def judged(right):
+    """Of six images of three classes so many are right; a third is chance."""
+    labels = torch.arange(6) % 3
+    answers = torch.where(torch.arange(6) < right, labels, (labels + 1) % 3)
+    logits = nn.functional.one_hot(answers, 3).float()
+    judge(Config(), recorder_teacher(), logits, labels, 1 / 3)
+
+
+def test_a_teacher_at_chance_is_refused_and_where_few_images_cannot_tell_that_is_said(capsys):
+    with pytest.raises(DataError, match=r"33.3 % .* is near chance \(33.3 %\)"):
+        judged(2)
+    judged(4)
+    said = capsys.readouterr().err
+    assert "66.7 % top-1 on 6 validation images may be chance (33.3 %): so few cannot tell" in said
+    judged(6)
+    assert not capsys.readouterr().err
