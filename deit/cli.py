@@ -149,6 +149,8 @@ def _of_the_machine(error: Exception) -> str | None:
     """What the machine lacks, where an error says so; None for any other error."""
     if out_of_memory(error):
         return f"not enough memory ({reason_of(error)})"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return in_line(str(error))  # an OSError from Python 3.13 on
     if not isinstance(error, OSError):
         return None
     if error.errno in _MACHINE:

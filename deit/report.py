@@ -16,9 +16,8 @@ from deit.run_pictures import Pictures, draw_run
 from deit.run_sections import View, card_of, final_top1, sections_of, write_csv
 from deit.shared_targets import DIGITS
 from deit.summary import summary_of
-from deit.sweep_results import MANIFEST
+from deit.sweep_results import MANIFEST, read_results
 from deit.sweep_sections import sections_of_sweep
-from deit.typed_json import read_typed
 from deit.validation import load
 
 PAGE = "index.html"
@@ -36,7 +35,7 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
     is drawn.
     """
     started = time.monotonic()
-    sweeps = {path: _results(path) for path in paths if (path / MANIFEST).is_file()}
+    sweeps = {path: read_results(path) for path in paths if (path / MANIFEST).is_file()}
     runs = [path for path in paths if path not in sweeps]
     names = _names(paths)
     slugs = _slugs(names)
@@ -88,7 +87,7 @@ def _names(paths: list[Path]) -> dict[Path, str]:
         raise ConfigError("a run is named twice; once is enough")
     whole = [path.resolve().name for path in paths]
     short = [
-        _HASH.sub("", name) if (path.resolve().parents[1] / MANIFEST).is_file() else name
+        _HASH.sub("", name) if (path.resolve().parent.parent / MANIFEST).is_file() else name
         for path, name in zip(paths, whole)
     ]
     found = {}
@@ -108,14 +107,6 @@ def _slugs(names: dict[Path, str]) -> dict[Path, str]:
             called = f"{first}-{1 + sum(one.startswith(first) for one in found.values())}"
         found[path] = called
     return found
-
-
-def _results(sweep: Path) -> dict[str, Any]:
-    """What a sweep came to. Raises CheckpointError."""
-    path = sweep / "results.json"
-    if not path.is_file():
-        raise CheckpointError(f"{sweep}: a sweep without results so far; its own command goes on")
-    return read_typed(path, dict[str, Any])
 
 
 def _check_run(run: Path) -> None:

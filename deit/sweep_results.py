@@ -1,18 +1,22 @@
-"""The numbers of a sweep as tables: for a person, as CSV, JSON and Markdown; no torch."""
+"""The numbers of a sweep: tables for a person, CSV, JSON and Markdown, read again; no torch."""
 
 import csv
 import io
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deit.disk import put_file, write_json
 from deit.drawing import HEADS, final_top1, markdown_table, summary
+from deit.errors import CheckpointError
 from deit.sweep_file import short_names
 from deit.ticket_results import tickets_table
+from deit.typed_json import read_typed
 
 MANIFEST = "sweep.json"
+RESULTS = "results.json"
 _MEASURED = (
     "class head",
     "distillation head",
@@ -23,6 +27,67 @@ _MEASURED = (
     "seconds",
 )
 _GROUPS = ("seen", "unseen")
+
+
+@dataclass
+class _Row:
+    """What is read of a row: lists with a value a seed, and the reason of each seed that failed."""
+
+    top1: list[dict[str, float | None]]
+    agreement: list[float | None]
+    seconds: list[float]
+    images_per_s: list[float]
+    curves: list[list[tuple[int, float]]]
+    validation: list[float]
+    seeds: list[int]
+    folders: list[str]
+    epochs: int
+    teacher: bool
+    values: dict[str, Any]
+    failed: dict[str, str]
+
+    def __post_init__(self) -> None:
+        each = (self.top1, self.agreement, self.seconds, self.images_per_s, self.curves)
+        if {len(one) for one in (*each, self.validation, self.folders)} != {len(self.seeds)}:
+            raise ValueError("should have as many values as seeds everywhere")
+        if any(head not in one for one in self.top1 for head in HEADS):
+            raise ValueError(f"top1 should name {', '.join(HEADS)}")
+
+
+@dataclass
+class _Stopped:
+    values: dict[str, Any]
+    epoch: int
+    top1: float
+
+
+@dataclass
+class _Results:
+    """What is read of results.json; more may stand there."""
+
+    sweep: str
+    recipe: str
+    study: str | None
+    fields: list[str]
+    split: str
+    num_samples: int
+    seeds: list[int]
+    rows: dict[str, _Row]
+    best: list[str]
+    disagreement: dict[str, dict[str, float]]
+    stopped: dict[str, _Stopped]
+    command: str
+    environment: dict[str, Any]
+
+
+def read_results(sweep: Path) -> dict[str, Any]:
+    """What a sweep came to, from its folder. Raises CheckpointError where that is not known yet, or
+    is not what a sweep writes."""
+    path = sweep / RESULTS
+    if not path.is_file():
+        raise CheckpointError(f"{sweep}: a sweep without results so far; its own command goes on")
+    read_typed(path, _Results)
+    return read_typed(path, dict[str, Any])
 
 
 def points(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

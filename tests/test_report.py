@@ -265,6 +265,7 @@ def test_what_is_written_is_replaced_only_when_asked(place, zygote):
     [
         (("nowhere",), 4, "no such run folder"),
         ((".",), 4, "neither a run"),
+        (("/",), 4, "neither a run"),
         (("run", "run"), 2, "named twice"),
         (("run", "--out", "run"), 2, "holds something, but no report"),
         (("run", "--out", "found.txt"), 5, "is a file"),

@@ -13,11 +13,12 @@ from deit import checkpoint, journal, shared_targets, sweep_training
 from deit.at_once import Failed, Planned
 from deit.config import derive
 from deit.environment import create_accelerator
-from deit.errors import EnvironmentFault
+from deit.errors import CheckpointError, EnvironmentFault
 from deit.finished import Finished
 from deit.presets import OBJECTIVES
 from deit.recipes import digits
 from deit.shared_targets import Store
+from deit.sweep_results import read_results
 from deit.sweep_runs import Work
 from deit.sweep_training import train_all
 
@@ -88,6 +89,20 @@ def test_every_point_and_seed_is_trained_and_told(swept):
 
 def result_of(folder, place):
     return checkpoint.result_of(place / folder)
+
+
+def test_results_that_no_sweep_writes_are_named(swept, tmp_path):
+    good = result(swept[0] / "out")
+    assert read_results(swept[0] / "out") == good
+    row = good["rows"]["temperature 3"]
+    wrong = [({**good, name: 7.5}, name) for name in good if name != "search"]
+    for name in row.keys() - {"sets"}:
+        wrong.append(({**good, "rows": {"t": {**row, name: 7.5}}}, name))
+    wrong.append(({**good, "rows": {"t": {**row, "seeds": [0]}}}, "as many values as seeds"))
+    for results, named in wrong:
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        with pytest.raises(CheckpointError, match=named):
+            read_results(tmp_path)
 
 
 def test_runs_of_one_seed_share_their_answers(swept):
