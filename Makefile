@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Two at a time, one thread each: threads that wait for each other's cores cost most of the time.
-PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Where one of the two crashes that is the end: with another in its place xdist waits for ever.
+PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: help quickstart test test-busy test-lowest test-newest lint format clean
 
