@@ -50,6 +50,7 @@ def _names_or_none(value: object) -> object:
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 NamesOrNone = Annotated[tuple[str, ...], BeforeValidator(_names_or_none)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -467,7 +468,7 @@ class RunConfig:
     """Updates in a row that may be left out because loss or gradient is not finite."""
     trackers: Trackers = ()
     """Where metrics go besides the run folder: tensorboard, wandb, mlflow, trackio."""
-    timeout: Positive = 300.0
+    timeout: Seconds = 300.0
     """Seconds after which a process that does not answer counts as lost."""
 
 

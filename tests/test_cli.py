@@ -124,6 +124,8 @@ BAD_ARGUMENTS = {
     "no configuration": ([TRAIN, "gone/config.json"], "gone/config.json"),
     "fine-tuning": ([FINETUNE, "digits"], "needs --from", "a run, a folder or a weight file"),
     "evaluate nothing": ([EVALUATE], "RUN", "--help"),
+    "evaluate no value": ([EVALUATE, "run", "--json=--"], "--json takes no --", "--help"),
+    "for ever": ([TRAIN, "digits", f"--run.timeout={2**63 - 1}"], "run.timeout", "1000000000"),
     "evaluate split": ([EVALUATE, "run", "--split=train"], "'train'", "validation"),
     "evaluate option": ([EVALUATE, "run", "--jsno=x"], "--jsno=x", "--help"),
     "command": (["deit", "trian"], "'trian'", "did you mean train?"),
