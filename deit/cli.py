@@ -140,7 +140,7 @@ def _place_of(error: BaseException) -> str:
 _MACHINE = (
     *PASSING,
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
 )
 """What a system may answer at any path and time: permissions, a full or broken disk, limits."""
 

@@ -309,6 +309,7 @@ def test_a_stop_in_a_library_that_makes_another_error_of_it_is_a_stop(monkeypatc
         (OSError(errno.EROFS, "Read-only file system", "/a"), 5, "/a: Read-only file system"),
         (OSError(errno.EMFILE, "Too many open files"), 5, "Too many open files"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "aa"), 5, "aa: File name too long"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 5, "a/b: Not a directory"),
         (MemoryError(), 5, "not enough memory (MemoryError)"),
         (RuntimeError("alloc: can't allocate memory: 9 bytes"), 5, "not enough memory (alloc: "),
         (RuntimeError("Storage size calculation overflowed"), 5, "not enough memory (Storage "),
