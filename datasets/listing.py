@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deit.datasets.decoding import EXTENSIONS
 from deit.datasets.images import Store
-from deit.errors import DataError, raise_passing
+from deit.errors import DataError, raise_transient
 from deit.text import bytes_of, counted, in_line, name_trouble, nearest
 
 Part = TypeVar("Part")
@@ -130,7 +130,7 @@ def opened(path: Path) -> Folder:
     try:
         places = [os.stat(place) for place in (path, *path.resolve().parents)]
     except OSError as error:
-        raise_passing(error, path)
+        raise_transient(error, path)
         raise DataError(f"{path}: not readable ({error.strerror})") from None
     return Folder(path, frozenset((place.st_dev, place.st_ino) for place in places))
 
@@ -151,7 +151,7 @@ def look_into(
         with os.scandir(folder.path) as found:
             entries = sorted(found, key=lambda entry: entry.name)
     except OSError as error:
-        raise_passing(error, folder.path)
+        raise_transient(error, folder.path)
         complain(f"{folder.path}: not readable ({error.strerror})")
         return folders, files
     for entry in entries:
@@ -175,7 +175,7 @@ def look_into(
                 target = os.readlink(entry.path)
                 complain(f"{entry.path}: a link to nothing ({target}); mend or remove it")
         except OSError as error:
-            raise_passing(error, entry.path)
+            raise_transient(error, entry.path)
             complain(f"{entry.path}: not readable ({error.strerror})")
     return folders, files
 

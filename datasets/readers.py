@@ -26,7 +26,7 @@ from deit.datasets.listing import (
 )
 from deit.datasets.shards import check_end
 from deit.datasets.stores import FolderStore, ReaderStore, ShardStore
-from deit.errors import ConfigError, DataError, EnvironmentFault, raise_passing, reason_of
+from deit.errors import ConfigError, DataError, EnvironmentFault, raise_transient, reason_of
 
 _STREAMS = {
     "wds": "WebDataset shards are read by --data.source shards",
@@ -59,7 +59,7 @@ def list_reader(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     except (ConfigError, DataError, EnvironmentFault):
         raise
     except (Exception, SystemExit) as error:  # every reader raises its own
-        raise_passing(error, f"data.reader {config.reader}")
+        raise_transient(error, f"data.reader {config.reader}")
         raise DataError(
             f"data.reader {config.reader}: cannot read data.root {config.root} ({reason_of(error)})"
         ) from None

@@ -25,7 +25,7 @@ from deit.datasets.listing import (
     split_folders,
 )
 from deit.datasets.stores import ShardStore
-from deit.errors import DataError, raise_passing, reason_of
+from deit.errors import DataError, raise_transient, reason_of
 from deit.text import read_lines
 
 IMAGE_FIELDS = frozenset(ending.removeprefix(".") for ending in EXTENSIONS)
@@ -68,7 +68,7 @@ def list_shards(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
         try:
             indexed[path] = list(read_index(path, complain, passed))
         except (OSError, tarfile.TarError, ValueError) as error:
-            raise_passing(error, path)
+            raise_transient(error, path)
             indexed[path] = []
             complain(
                 f"{path}: not a complete, uncompressed tar file ({reason_of(error)}); fetch or "
@@ -195,7 +195,7 @@ def _class_list(folder: Path, root: Path) -> list[str] | None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise_passing(error, path)
+            raise_transient(error, path)
             raise DataError(f"{path}: not readable ({reason_of(error)})") from None
         while names and not names[-1]:
             names.pop()

@@ -16,7 +16,7 @@ from deit.datasets.images import Encoded, Images, Store
 from deit.datasets.listing import Listing, known
 from deit.datasets.readers import list_reader
 from deit.datasets.shards import list_shards
-from deit.errors import DataError, EnvironmentFault, raise_passing, reason_of
+from deit.errors import DataError, EnvironmentFault, raise_transient, reason_of
 from deit.text import read_lines
 
 
@@ -87,7 +87,7 @@ def _both_splits(
             dataset(root, train=part, download=config.download) for part in (True, False)
         )
     except Exception as error:  # torchvision raises RuntimeError, urllib, tarfile, struct their own
-        raise_passing(error, f"data.root {root}")
+        raise_transient(error, f"data.root {root}")
         raise DataError(
             f"data.root {root}: no {dataset.__name__} here ({reason_of(error)}); expected "
             f"{expected}. Fetch it with --data.download, or point --data.root at it; {else_}"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deit.errors import DataError, NotAllowedError, raise_passing, reason_of
+from deit.errors import DataError, NotAllowedError, raise_transient, reason_of
 from deit.text import bytes_of
 
 
@@ -172,7 +172,7 @@ def _encode(image: Image.Image) -> bytes:
 def _unreadable(name: str, error: Exception) -> DataError:
     """What is wrong with the image. Raises what is wrong with the machine: the image may be sound,
     and who takes it for damaged leaves it out for ever."""
-    raise_passing(error, name)
+    raise_transient(error, name)
     reason = getattr(error, "strerror", None) or reason_of(error)
     kind = NotAllowedError if isinstance(error, PermissionError) else DataError
     return kind(f"{name}: not readable ({reason})")

@@ -118,7 +118,7 @@ def _of_views(parts: Parts) -> str:
         gib = images.pixels.numel() / 2**30
         told.append(f"from {images.pixels.shape[-1]} px in memory ({gib:.2f} GiB)")
         if parts.config.data.workers:
-            told.append("no data.workers needed")
+            told.append("data.workers are not used")
     else:
         number = worker_count(parts.config.data)
         workers = {0: "the training process", 1: "1 worker"}.get(number, f"{number} workers")

@@ -16,7 +16,7 @@ from typing import Any
 
 import deit
 from deit.errors import (
-    PASSING,
+    TRANSIENT,
     ConfigError,
     DeitError,
     EnvironmentFault,
@@ -138,7 +138,7 @@ def _place_of(error: BaseException) -> str:
 
 
 _MACHINE = (
-    *PASSING,
+    *TRANSIENT,
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
 )

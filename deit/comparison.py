@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.arguments import RunArguments
-from deit.at_once import Planned, Progress, check_number, keeping_none, train_at_once
+from deit.at_once import Planned, Progress, check_number, closing_idle, train_at_once
 from deit.config import Config, derive
 from deit.console import is_main_process, say, table
 from deit.disk import check_file, write_json
@@ -23,7 +23,7 @@ from deit.text import nearest
 from deit.validation import validate
 
 
-@keeping_none()
+@closing_idle()
 def compare(
     run: RunArguments,
     *,

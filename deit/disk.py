@@ -216,7 +216,7 @@ def put_first(path: Path, content: bytes) -> bool:
             os.link(temporary, path)
         except FileExistsError:
             raise
-        except OSError:  # a disk says in many ways that it has no links; this tells a full one
+        except OSError:  # no hard links here, which has many error numbers
             _replace_none(temporary, path)
     except FileExistsError:
         return False

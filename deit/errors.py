@@ -1,5 +1,5 @@
-"""The errors a user can cause, each with the exit code a script can rely on; and what tells a fault
-of the machine from one of a file or a setting."""
+"""The errors a user can cause, each with the exit code a script can rely on; and functions that
+recognize errors of the machine: no memory, transient I/O errors."""
 
 import errno
 from signal import Signals
@@ -74,13 +74,13 @@ def reason_of(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-PASSING = (
+TRANSIENT = (
     *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN),
     *(errno.EBUSY, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNABORTED),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH),
 )
-"""What a system may answer for any file, a sound one as well, and not the next time: limits, no
-memory, a disk or a server of files that fails or does not answer."""
+"""Error numbers that say nothing of the file that was read, and may not come again: limits, no
+memory, a disk or file server that fails or does not answer."""
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -95,13 +95,13 @@ def out_of_memory(error: BaseException) -> bool:
     return not isinstance(error, OSError) and any(word in str(error) for word in words)
 
 
-def raise_passing(error: BaseException, place: object) -> None:
-    """Raise what says nothing of the thing that was read or tried: want of memory as it is, what
-    may pass as EnvironmentFault. For whoever makes another error of all that a library raises.
+def raise_transient(error: BaseException, place: object) -> None:
+    """Raise an out-of-memory error as it is, and a transient I/O error as EnvironmentFault; return
+    for any other error. Call it before an error is translated into one about a file or a setting.
 
     place: what was read or tried, for the message.
     """
     if out_of_memory(error):
         raise error
-    if isinstance(error, OSError) and error.errno in PASSING:
+    if isinstance(error, OSError) and error.errno in TRANSIENT:
         raise EnvironmentFault(f"{place}: cannot be read now ({error.strerror})") from None

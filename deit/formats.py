@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deit.errors import ConfigError, raise_passing, reason_of
+from deit.errors import ConfigError, raise_transient, reason_of
 from deit.models.saved import WEIGHTS, Facts, save_weights
 from deit.models.student import Student, has_two_heads
 from deit.models.timm_format import load_from_timm, timm_config
@@ -268,7 +268,7 @@ def _tracing() -> Iterator[None]:
         first: BaseException = error
         while first.__cause__ is not None:  # the outermost only says in which step it was
             first = first.__cause__
-        raise_passing(first, "the exporter")
+        raise_transient(first, "the exporter")
         raise ConfigError(
             f"the exporter cannot follow this network ({type(first).__name__}: "
             f"{reason_of(first)}); --format timm keeps a network of timm, weights and all"

@@ -255,10 +255,11 @@ def check_memory(parts: Parts, teachers: list[Teacher]) -> None:
         sizes = [block, *_smaller(parts)]
         fits = (one for one in sizes if kept + _SPARE * each * one <= free)
         fitting = block if kept + each * block <= free else next(fits, 0)
-    told = torch.tensor([[float(fitting), kept + (each or 0) * block, float(free)]], device=device)
-    least, needed, free = min(accelerator.gather(told).tolist())
-    if least < block:
-        _cut_or_refuse(parts, int(least), needed, free)
+    needed = kept + (each or 0) * block
+    own = torch.tensor([[float(fitting), needed, float(free)]], device=device)
+    smallest, needed, free = min(accelerator.gather(own).tolist())  # of all processes
+    if smallest < block:
+        _cut_or_refuse(parts, int(smallest), needed, free)
 
 
 _BYTES_OF_PIXELS = 3 * 4  # of an image as the networks get it

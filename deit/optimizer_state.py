@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from deit.errors import CheckpointError, raise_passing
+from deit.errors import CheckpointError, raise_transient
 from deit.sharding import divided_like
 
 
@@ -68,5 +68,5 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # OSError or SafetensorError
-        raise_passing(error, path)
+        raise_transient(error, path)
         raise CheckpointError(f"{path}: not readable ({error})") from None

@@ -13,7 +13,7 @@ from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.reading import worker_count
 from deit.datasets.splits import Splits
 from deit.datasets.views import Colours
-from deit.errors import CheckpointError, raise_passing, reason_of
+from deit.errors import CheckpointError, raise_transient, reason_of
 from deit.losses import needs_logits
 from deit.models.layout import faster_layout
 from deit.models.masks import Masks, apply, check_fits, read_masks
@@ -58,7 +58,7 @@ def begin(network: nn.Module, found: Found, config: Config, facts: Facts) -> dic
     try:
         fitted = fit(found, network, facts.class_names, config.start)
     except (TypeError, ValueError, IndexError, RuntimeError) as error:  # shapes of unknown make
-        raise_passing(error, f"start.source {config.start.source}")
+        raise_transient(error, f"start.source {config.start.source}")
         raise CheckpointError(
             f"start.source {config.start.source}: made for another network ({reason_of(error)})"
         ) from None

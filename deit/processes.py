@@ -42,8 +42,9 @@ class Source(Protocol):
     def start(self, arguments: list[str], environment: Environment, says: int) -> Process:
         """Start `deit ARGUMENTS`. says: the file descriptor that takes all it says."""
 
-    def rest(self) -> None:
-        """Let go of what no process under way needs; what is needed again comes back."""
+    def close_idle(self) -> None:
+        """End the servers that no process under way was copied from. One that is needed again is
+        started again."""
 
     def close(self) -> None:
         """Let go of it; copies that are under way are asked to stop."""
@@ -85,7 +86,7 @@ class Fresh:
             env=_found(environment),
         )
 
-    def rest(self) -> None:
+    def close_idle(self) -> None:
         pass
 
     def close(self) -> None:
@@ -116,11 +117,11 @@ class Copies:
         return Fresh().start(arguments, environment, says)
 
     def _another(self, key: frozenset[tuple[str, str]], environment: Environment) -> "_Server":
-        self.rest()  # each takes half a gigabyte, and an environment left seldom comes back
+        self.close_idle()  # each takes half a gigabyte, and old environments are seldom used again
         self._servers[key] = _Server(environment)
         return self._servers[key]
 
-    def rest(self) -> None:
+    def close_idle(self) -> None:
         for key, server in tuple(self._servers.items()):
             if not server.under_way:
                 self._servers.pop(key).close()

@@ -9,7 +9,7 @@ from torch import Tensor
 from deit import checkpoint, shared_targets
 from deit.announce import schedule_of
 from deit.arguments import RunArguments
-from deit.at_once import Planned, Progress, check_number, failure_of, keeping_none
+from deit.at_once import Planned, Progress, check_number, closing_idle, failure_of
 from deit.begun import check_begun
 from deit.config import Config, OptimConfig, derive, heads_in, is_transformer, to_dict, width_of
 from deit.console import say
@@ -30,7 +30,7 @@ from deit.validation import load
 _MAY_DIFFER = ("drop_path", "dropout", "rounding")
 
 
-@keeping_none()
+@closing_idle()
 def prune(
     run: Path,
     asked: Asked,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from deit.errors import CheckpointError, ConfigError, DeitError, raise_passing, reason_of
+from deit.errors import CheckpointError, ConfigError, DeitError, raise_transient, reason_of
 from deit.models.multiplexing import MixedAttention
 
 METHODS = {"static": ("MatMul", "Gemm", "Conv"), "dynamic": ("MatMul", "Gemm")}
@@ -170,7 +170,7 @@ def by_onnxruntime(does: str) -> Iterator[None]:
     except DeitError:
         raise  # of an image that it was given
     except Exception as error:  # ONNX Runtime's tools raise types of their own
-        raise_passing(error, "ONNX Runtime")
+        raise_transient(error, "ONNX Runtime")
         raise CheckpointError(
             f"ONNX Runtime cannot {does} this network ({type(error).__name__}: {reason_of(error)})"
         ) from error

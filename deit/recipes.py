@@ -16,7 +16,7 @@ from deit.config import (
     ViewsConfig,
     derive,
 )
-from deit.errors import ConfigError, raise_passing
+from deit.errors import ConfigError, raise_transient
 from deit.files import import_file
 from deit.hyper_rule import hyper_rule
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
@@ -610,7 +610,7 @@ def _from_file(name: str) -> Config:
     try:
         config = getattr(import_file(path), function)()
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise_passing(error, f"recipe {name}")
+        raise_transient(error, f"recipe {name}")
         raise ConfigError(f"recipe {name}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ConfigError(

@@ -13,7 +13,7 @@ from deit import checkpoint, journal
 from deit.at_once import Planned, Progress, may_pass
 from deit.config import Config
 from deit.console import percent, say
-from deit.errors import CheckpointError, ConfigError, EnvironmentFault, raise_passing, reason_of
+from deit.errors import CheckpointError, ConfigError, EnvironmentFault, raise_transient, reason_of
 from deit.saving import selected_top1
 from deit.sweep_file import Point, Space, text_of, with_fields
 
@@ -131,7 +131,7 @@ class Search:
             if before == of:
                 self._ask_again()
         except Exception as error:  # of optuna, SQLAlchemy and sqlite
-            raise_passing(error, self._database)
+            raise_transient(error, self._database)
             cause = _cause(error)
             if (getattr(cause, "sqlite_errorcode", 0) & 0xFF) in _OF_THE_DISK:  # or a kind of it
                 raise self._fault(cause) from None
@@ -156,8 +156,8 @@ class Search:
 
     def _fault(self, cause: BaseException) -> EnvironmentFault:
         return EnvironmentFault(
-            f"{self._database}: cannot be read or written ({reason_of(cause)}); what it "
-            "holds stays, and the same command goes on from there"
+            f"{self._database}: cannot be read or written ({reason_of(cause)}); its "
+            "trials are kept: run the same command again to continue"
         )
 
     def _ask_again(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from deit import checkpoint
 from deit.arguments import RunArguments
-from deit.at_once import Planned, check_number, failure_of, keeping_none
+from deit.at_once import Planned, check_number, closing_idle, failure_of
 from deit.config import Config, derive
 from deit.console import percent, say, table
 from deit.disk import hold, write_json
@@ -33,7 +33,7 @@ from deit.trackers import check_trackers
 from deit.typed_json import read_typed
 
 
-@keeping_none()
+@closing_idle()
 def sweep(
     plan: Sweep,
     run: RunArguments,

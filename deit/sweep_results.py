@@ -85,7 +85,7 @@ def read_results(sweep: Path) -> dict[str, Any]:
     is not what a sweep writes."""
     path = sweep / RESULTS
     if not path.is_file():
-        raise CheckpointError(f"{sweep}: a sweep without results so far; its own command goes on")
+        raise CheckpointError(f"{sweep}: no results yet; run the command of this sweep to continue")
     read_typed(path, _Results)
     return read_typed(path, dict[str, Any])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from deit import checkpoint, shared_targets
 from deit.arguments import RunArguments
-from deit.at_once import Failed, Planned, Progress, check_number, failure_of, keeping_none
+from deit.at_once import Failed, Planned, Progress, check_number, closing_idle, failure_of
 from deit.begun import check_begun
 from deit.config import Config, derive
 from deit.console import clock, say, table, warn
@@ -38,7 +38,7 @@ NAME = "tickets"
 _SETTLED = "settled.json"
 
 
-@keeping_none()
+@closing_idle()
 def tickets(
     asked: Asked,
     run: RunArguments,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deit.config import SIZES, Kernel, StartConfig, StudentConfig
 from deit.console import say
-from deit.errors import CheckpointError, raise_passing, reason_of
+from deit.errors import CheckpointError, raise_transient, reason_of
 from deit.files import HUB, about_address
 from deit.models.base import find_base, read_base
 from deit.models.convpass import adapters_of
@@ -241,7 +241,7 @@ def _from_timm(name: str) -> Found:
     try:
         network = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network, parsing and shape errors of many types
-        raise_passing(error, f"start.source {name}")
+        raise_transient(error, f"start.source {name}")
         advice = "give a local folder or file instead"
         if name.startswith(HUB):
             advice = f"it {about_address(name)}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from deit.config import CLASS_ORDERS, STUDENTS, StudentConfig
-from deit.errors import ConfigError, DataError, NotThereError, raise_passing, reason_of
+from deit.errors import ConfigError, DataError, NotThereError, raise_transient, reason_of
 from deit.files import HUB, about_address, import_file, read_names
 from deit.models.facts import find_saved
 from deit.models.layers import heads_of
@@ -258,7 +258,7 @@ def _from_timm(name: str, source: str) -> Origin:
     try:
         network = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network, parsing and shape errors of many types
-        raise_passing(error, f"teacher.source {source}")
+        raise_transient(error, f"teacher.source {source}")
         reason = str(error).strip().split("\n")[0]
         # A folder that is there is broken; a name is one of the hub's, which is not reached.
         kind = DataError if name.startswith("local-dir:") else NotThereError
@@ -376,7 +376,7 @@ def _from_callable(source: str) -> Origin:
     try:
         network = getattr(import_file(path), function)()
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise_passing(error, f"teacher.source {source}")
+        raise_transient(error, f"teacher.source {source}")
         raise DataError(f"teacher.source {source}: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise DataError(
@@ -435,7 +435,7 @@ def _count_outputs(origin: Origin, image_size: int) -> int:
         with torch.no_grad():
             answer = origin.network(torch.zeros(2, 3, side, side))
     except (Exception, SystemExit) as error:  # a network of any origin may raise anything
-        raise_passing(error, f"teacher {origin.description}")
+        raise_transient(error, f"teacher {origin.description}")
         raise DataError(
             f"teacher {origin.description}: cannot answer images of {side} px "
             f"({type(error).__name__}: {reason_of(error)}); teacher.image_size sets it"

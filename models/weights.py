@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deit.errors import CheckpointError, raise_passing
+from deit.errors import CheckpointError, raise_transient
 from deit.sharding import divided_like
 
 _CONTAINERS = (
@@ -71,7 +71,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such weight file") from None
     except (SafetensorError, OSError, EOFError) as error:
-        raise_passing(error, path)
+        raise_transient(error, path)
         reason = str(error) or "it is empty"
         raise CheckpointError(f"{path}: not a readable weight file ({reason})") from None
     return _bare(path, _named_tensors(path, content))
@@ -90,7 +90,7 @@ def _load(path: Path) -> Any:
         except (OSError, EOFError):
             raise
         except Exception as error:  # torch raises RuntimeError, KeyError, UnpicklingError and more
-            raise_passing(error, path)
+            raise_transient(error, path)
             # torch names the global or class it refused; every other reason is a damaged file.
             said = str(error)
             name = _refused_name(said)

@@ -250,12 +250,12 @@ def test_what_runs_are_copied_from_ends_after_them(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("function", [compare, sweep, tickets, prune])
 def test_what_runs_were_copied_from_is_let_go_of_however_a_call_ends(function, monkeypatch):
-    rested = []
-    gone = SimpleNamespace(rest=lambda: rested.append(function))
+    closed = []
+    gone = SimpleNamespace(close_idle=lambda: closed.append(function))
     monkeypatch.setattr(at_once, "source", lambda *, gpu: gone)
     with pytest.raises(TypeError):  # it lacks its arguments
         function()
-    assert rested == [function]
+    assert closed == [function]
 
 
 def test_a_program_keeps_no_process_after_its_runs(copied, tmp_path):

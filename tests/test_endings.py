@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -368,8 +369,7 @@ def test_a_stop_during_an_import_is_for_whoever_handles_signals_next(tmp_path, m
     sys.modules.pop("asks_to_stop", None)
 
     def work():
-        import asks_to_stop  # noqa: F401
-
+        import_module("asks_to_stop")
         with Interruption(Accelerator(cpu=True)) as interruption:
             interruption.check()
 

@@ -12,13 +12,13 @@ from deit import optimizer_state, preparation, recipes, run
 from deit.config import Config, derive
 from deit.datasets import decoding, readers, sources
 from deit.errors import (
-    PASSING,
+    TRANSIENT,
     CheckpointError,
     ConfigError,
     DataError,
     EnvironmentFault,
     out_of_memory,
-    raise_passing,
+    raise_transient,
 )
 from deit.formats import _tracing
 from deit.models import start, teachers, weights
@@ -38,14 +38,14 @@ NO_MEMORY = (
 def test_want_of_memory_is_known_by_kind_or_words(error):
     assert out_of_memory(error)
     with pytest.raises(type(error)) as raised:
-        raise_passing(error, "a place")
+        raise_transient(error, "a place")
     assert raised.value is error
 
 
-@pytest.mark.parametrize("number", PASSING)
+@pytest.mark.parametrize("number", TRANSIENT)
 def test_what_may_pass_is_a_fault_of_the_machine(number):
     with pytest.raises(EnvironmentFault, match=r"^a place: cannot be read now"):
-        raise_passing(OSError(number, "said by the system"), "a place")
+        raise_transient(OSError(number, "said by the system"), "a place")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_may_pass_is_a_fault_of_the_machine(number):
 )
 def test_all_else_is_left_to_who_asks(error):
     assert not out_of_memory(error)
-    raise_passing(error, "a place")
+    raise_transient(error, "a place")
 
 
 def raising(error):

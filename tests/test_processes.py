@@ -94,14 +94,14 @@ def test_what_is_copied_stays_as_long_as_a_copy_is_under_way(environment, copied
     process, said = begun(source, (*LONG, "--out", tmp_path / "run"), environment)
     needed = server_of(source)
     assert said_by(source, ("recipes",), {**environment, "OTHER": "1"})[1] == 0
-    source.rest()
+    source.close_idle()
     assert list(source._servers.values()) == [needed]
     until(lambda: checkpoint.found(tmp_path / "run"))
     process.terminate()
     with said:
         text = said.read()
     assert process.wait() == 143, text
-    source.rest()
+    source.close_idle()
     assert not source._servers
     until(lambda: is_gone(needed._process.pid))
 

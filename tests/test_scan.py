@@ -16,7 +16,7 @@ from deit.datasets import stores
 from deit.datasets.images import Store
 from deit.datasets.splits import load_splits
 from deit.datasets.stores import FolderStore, ReaderStore, ShardStore
-from deit.errors import PASSING, DataError, EnvironmentFault, NotAllowedError
+from deit.errors import TRANSIENT, DataError, EnvironmentFault, NotAllowedError
 from tests.test_cli import run_in
 
 
@@ -154,7 +154,7 @@ class Torn:
         raise self.error
 
 
-@pytest.mark.parametrize("number", PASSING)
+@pytest.mark.parametrize("number", TRANSIENT)
 @pytest.mark.parametrize("kind", ["folder", "shards", "reader"])
 def test_no_store_takes_a_fault_of_the_machine_for_one_of_the_image(kind, number, monkeypatch):
     def failing(error: Exception) -> Store:
