@@ -26,7 +26,7 @@ from deit.datasets.listing import (
 )
 from deit.datasets.stores import ShardStore
 from deit.errors import DataError, raise_transient, reason_of
-from deit.text import read_lines
+from deit.inputs import read_lines
 
 IMAGE_FIELDS = frozenset(ending.removeprefix(".") for ending in EXTENSIONS)
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$")

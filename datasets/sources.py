@@ -17,7 +17,7 @@ from deit.datasets.listing import Listing, known
 from deit.datasets.readers import list_reader
 from deit.datasets.shards import list_shards
 from deit.errors import DataError, EnvironmentFault, raise_transient, reason_of
-from deit.text import read_lines
+from deit.inputs import read_lines
 
 
 class Loaded(NamedTuple):

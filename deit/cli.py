@@ -142,13 +142,16 @@ _MACHINE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
 )
-"""What a system may answer at any path and time: permissions, a full or broken disk, limits."""
+"""What a system may answer at any path and time: permissions, a full or broken disk, limits, a
+file in the place of a folder."""
 
 
 def _of_the_machine(error: Exception) -> str | None:
     """What the machine lacks, where an error says so; None for any other error."""
     if out_of_memory(error):
         return f"not enough memory ({reason_of(error)})"
+    if isinstance(error, RuntimeError) and "Storage size calculation overflowed" in str(error):
+        return f"more memory than any machine has ({reason_of(error)})"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return in_line(str(error))  # an OSError from Python 3.13 on
     if not isinstance(error, OSError):
@@ -415,6 +418,8 @@ def _without_command(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         say(f"deit {deit.__version__}")
         return 0
+    if arguments[:1] == ["help"] and arguments[1:2] and arguments[1] in COMMANDS:
+        return run_command(arguments[1], ["--help"], f"deit {arguments[1]}")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         say("usage: deit COMMAND [options]     (deit COMMAND --help tells more)\n")
         for name, command in COMMANDS.items():

@@ -15,6 +15,7 @@ from deit.drawing import COLUMNS, comparison_cells, draw_comparison
 from deit.errors import ConfigError, EnvironmentFault
 from deit.evaluation import evaluate
 from deit.ground import Ground, slug
+from deit.inputs import read_bytes
 from deit.outcome import new_row, note
 from deit.run import train
 from deit.studies import STUDIES
@@ -92,7 +93,7 @@ def compare(
 def _is_result(path: Path) -> bool:
     """Whether a file is of an earlier comparison: the same command, going on, writes it again."""
     try:
-        return {"recipe", "rows"} <= json.loads(path.read_text(encoding="utf-8")).keys()
+        return {"recipe", "rows"} <= json.loads(read_bytes(path)).keys()
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -91,7 +91,6 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     words = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
-    words += ("Storage size calculation overflowed",)  # more than any machine has
     return not isinstance(error, OSError) and any(word in str(error) for word in words)
 
 

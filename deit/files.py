@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from deit.errors import DataError
-from deit.text import read_lines
+from deit.inputs import read_lines
 
 
 def import_file(path: Path) -> ModuleType:

@@ -11,6 +11,7 @@ from deit.console import warn
 from deit.disk import put_file, sync, why
 from deit.errors import EnvironmentFault
 from deit.faults import reach
+from deit.inputs import read_bytes
 
 METRICS = "metrics.jsonl"
 CHAIN = "chain.jsonl"
@@ -42,7 +43,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The rows, oldest first; an empty list without the file. What follows a line that is no row,
     because a kill cut it off for instance, is left out."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
+    for line in read_bytes(path).splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
         except ValueError:
@@ -59,14 +60,14 @@ def cut(path: Path, length: int) -> None:
     if found < length:
         warn(f"{path}: shorter than it was, so some rows are lost; the run itself is not affected")
         if found:
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # half a row would spoil the next
+            os.truncate(path, read_bytes(path).rfind(b"\n") + 1)  # half a row would spoil the next
     elif found > length:
         os.truncate(path, length)
 
 
 def cut_steps(path: Path, step: int) -> None:
     """Drop the rows of later updates than `step`."""
-    lines = len(path.read_bytes().splitlines()) if path.is_file() else 0
+    lines = len(read_bytes(path).splitlines()) if path.is_file() else 0
     rows = [row for row in read(path) if isinstance(row.get("step"), int)]
     if len(rows) < lines:
         warn(f"{path}: some rows cannot be read and are left out; the run itself is not affected")

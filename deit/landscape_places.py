@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,10 @@ from deit.models.weights import digest_of
 from deit.prediction import shown
 from deit.records import head_logits
 from deit.surface import Surface
-from deit.sweep_results import MANIFEST
+from deit.sweep_results import MANIFEST, RESULTS, read_results
 from deit.ticket_options import DENSE, TICKET
 from deit.ticket_plan import folder_of
-from deit.typed_json import read_typed
+from deit.typed_json import values_of
 
 _AT_ONCE = 128  # images whose second derivatives are there at once
 
@@ -75,22 +75,21 @@ def places_of(runs: list[Path], asked: Asked) -> list[Place]:
 
 
 def _of_search(out: Path, asked: Asked) -> list[Place]:
-    result = out / "results.json"
-    if not result.is_file():
-        raise CheckpointError(f"{out}: a search without results so far; its own command goes on")
-    told = read_typed(result, dict[str, Any])
+    told = read_results(out)
     if "tickets" not in told:
         raise ConfigError(f"{out}: is a sweep; name some of its runs (OUT/runs/...)")
-    seed = told["seeds"][0] if asked.run_seed is None else asked.run_seed
-    if seed not in told["seeds"]:
-        raise ConfigError(f"--run_seed {seed}: {out} has {', '.join(map(str, told['seeds']))}")
-    sparsity = {
-        (row["values"]["run"], row["level"]): name
-        for name, row in told["rows"].items()
-        if "level" in row
-    }
+    with values_of(out / RESULTS):
+        seeds = [int(seed) for seed in told["seeds"]]
+        seed = seeds[0] if asked.run_seed is None else asked.run_seed
+        sparsity = {
+            (row["values"]["run"], int(row["level"])): name
+            for name, row in told["rows"].items()
+            if "level" in row
+        }
+    if seed not in seeds:
+        raise ConfigError(f"--run_seed {seed}: {out} has {', '.join(map(str, seeds))}")
     if not sparsity:
-        raise CheckpointError(f"{result}: names no levels; the search's own command writes it anew")
+        raise CheckpointError(f"{out / RESULTS}: names no levels; run the search again")
     levels = sorted({level for _, level in sparsity})
     for level in asked.levels or ():
         if level not in levels:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import ConfigDict
 
 from deit.errors import CheckpointError
+from deit.inputs import open_file, read_bytes
 from deit.threads import threads
 from deit.typed_json import read_typed
 
@@ -48,7 +49,7 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, Content]:
 
 def _digest(path: Path) -> Content:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             return Content(file.tell(), sha256)
     except OSError as error:
@@ -107,7 +108,7 @@ def _checked(folder: Path) -> Manifest:
     content = asdict(manifest)
     said = content.pop("sha256")
     own = hashlib.sha256(_text(content)).hexdigest()
-    if said != own or path.read_bytes() != _text(content | {"sha256": own}):
+    if said != own or read_bytes(path) != _text(content | {"sha256": own}):
         raise CheckpointError(f"{path}: damaged (its own digest differs)")
     for name, expected in manifest.files.items():
         file = folder / name

@@ -12,6 +12,7 @@ from deit.datasets.splits import digest_of_images, load_split
 from deit.disk import write_json
 from deit.errors import CheckpointError, DataError
 from deit.evaluation import Examined, as_asked, config_of, cost_of_run, examine
+from deit.inputs import read_bytes
 from deit.models.facts import find_saved
 from deit.typed_json import read_typed
 
@@ -122,7 +123,7 @@ def _digest_of_files(sources: list[str]) -> str:
         if not files:
             return ""
         for file in files:
-            digest.update(file.read_bytes())
+            digest.update(read_bytes(file))
     return digest.hexdigest() if sources else ""
 
 

@@ -54,9 +54,7 @@ def at_chance(accuracy: float, guess: float) -> bool:
 
 def could_be_chance(accuracy: float, guess: float, number: int) -> bool:
     """Whether guessing does as well over `number` samples in more than one of 100 cases (binomial
-    tail). False where so few samples cannot prove even perfection."""
-    if guess**number > 0.01:
-        return False
+    tail): too few samples to tell, where the accuracy is above chance."""
     return binomial_tail(round(accuracy * number), number, guess) > 0.01
 
 

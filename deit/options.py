@@ -100,12 +100,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse, but `--at-once` is `--at_once`: fields of a run may be spelled so, too."""
-        words = sys.argv[1:] if args is None else args
+        words = list(map(self._spelled, sys.argv[1:] if args is None else args))
         for word in words:
             name, _, value = word.partition("=")
             if value == "--" and name in self._option_string_actions:
                 self.error(f"{name} takes no --")  # argparse would make an empty list of it
-        return super().parse_known_args(list(map(self._spelled, words)), namespace)
+        return super().parse_known_args(words, namespace)
 
     def _spelled(self, word: str) -> str:
         name, equals, value = word.partition("=")

@@ -15,6 +15,7 @@ from deit.datasets.listing import PassedOver, find_images, opened
 from deit.datasets.views import evaluation_views
 from deit.disk import write_json
 from deit.errors import CheckpointError, ConfigError, DataError, reason_of
+from deit.inputs import read_bytes
 from deit.models.attention import Looks, check_attention, rollout
 from deit.models.facts import Facts, find_saved
 from deit.models.saved import load_student
@@ -214,7 +215,7 @@ def _answer(
 def _squares(file: Path, sides: tuple[int, ...]) -> tuple[Tensor, ...]:
     """A picture as uint8 [3, side, side] for each side. Raises DataError."""
     try:
-        picture = open_image(file.read_bytes(), str(file))
+        picture = open_image(read_bytes(file), str(file))
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or reason_of(error)}") from None
     return tuple(square_of(picture, side) for side in sides)

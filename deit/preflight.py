@@ -115,8 +115,7 @@ def judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, gues
     elif could_be_chance(accuracy, guess, number):
         warn(
             f"teacher {teacher.description}: {percent(accuracy)} % top-1 on {number} validation "
-            f"images may be chance ({percent(guess)} %): so few cannot tell; "
-            "--data.validation_fraction sets more aside"
+            f"images may be chance ({percent(guess)} %): so few cannot tell, more would"
         )
 
 

@@ -16,8 +16,9 @@ from deit.run_pictures import Pictures, draw_run
 from deit.run_sections import View, card_of, final_top1, sections_of, write_csv
 from deit.shared_targets import DIGITS
 from deit.summary import summary_of
-from deit.sweep_results import MANIFEST, read_results
+from deit.sweep_results import MANIFEST, RESULTS, read_results
 from deit.sweep_sections import sections_of_sweep
+from deit.typed_json import values_of
 from deit.validation import load
 
 PAGE = "index.html"
@@ -55,7 +56,8 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
     for path in paths:
         anchor = slugs[path]
         if path in sweeps:
-            parts = sections_of_sweep(sweeps[path], out, anchor)
+            with values_of(path / RESULTS):
+                parts = sections_of_sweep(sweeps[path], out, anchor)
             parts += _best_of(path, sweeps[path], anchor, out, evaluations, root)
         else:
             parts = _of_run(path, views[path], out, root)
@@ -191,14 +193,15 @@ def _best_of(
     """The best point's first run, folded."""
     if not result["best"]:
         return []
-    name = result["best"][0]
-    run = Path(result["rows"][name]["folders"][0])
+    with values_of(sweep / RESULTS):
+        name = result["best"][0]
+        row = result["rows"][name]
+        run, seed = Path(row["folders"][0]), row["seeds"][0]
     run = run if run.is_dir() else sweep / "runs" / run.name  # the sweep may have been moved
     if not (run / checkpoint.CONFIG).is_file():
         warn(f"{run}: is not there any more, so the best run is not shown")
         return []
     view = _view(run, f"{sweep.resolve().name}, best", f"{anchor}-best", out, evaluations, root)
-    seed = result["rows"][name]["seeds"][0]
     return [
         page.folded(f"The best: {name}, seed {seed}", _of_run(run, view, out, root), opened=False)
     ]

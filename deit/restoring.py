@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from deit import checkpoint, journal
 from deit.config import RESUMABLE, Config, derive, to_dict
 from deit.console import say, warn
-from deit.errors import CheckpointError, ConfigError, DataError
+from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault
 from deit.manifest import FORMAT_VERSION
 from deit.manifest import check as check_manifest
 from deit.models.base import read_base
@@ -168,24 +168,28 @@ def _cut(parts: Parts, state: State) -> None:
         journal.cut_steps(parts.out / journal.ANOMALIES, state.step)
 
 
+_TROUBLES = {-2: CheckpointError, -3: EnvironmentFault}
+
+
 def _chosen(out: Path, accelerator: Accelerator) -> Path | None:
     """The checkpoint to go on from, the same in all processes; damaged later ones are set aside.
 
-    Raises CheckpointError.
+    Raises CheckpointError where none is sound, EnvironmentFault where one cannot be read now.
     """
-    step, damage = -1, None
+    step, trouble = -1, None
     if accelerator.is_main_process:
         try:
             folder = checkpoint.newest(out)
             if folder is not None:
                 step = checkpoint.step_of(folder)
                 checkpoint.set_aside(out, after=step)
-        except CheckpointError as error:
-            step, damage = -2, error
+        except (CheckpointError, EnvironmentFault) as error:
+            trouble = error
+            step = next(code for code, kind in _TROUBLES.items() if isinstance(error, kind))
     told = torch.tensor(step, device=accelerator.device) * accelerator.is_main_process
     step = int(accelerator.reduce(told, reduction="sum"))
-    if step == -2:
-        raise damage or CheckpointError(f"{out}: no checkpoint is sound, see process 0")
+    if step in _TROUBLES:
+        raise trouble or _TROUBLES[step](f"{out}: no checkpoint to go on from; see process 0")
     return None if step < 0 else checkpoint.folder_of(out, step)
 
 

@@ -10,6 +10,7 @@ from deit import journal
 from deit.config import Config, StudentConfig
 from deit.console import clock, percent, say
 from deit.errors import ConfigError
+from deit.formats import FORMATS
 from deit.models.timm_format import timm_name
 from deit.saving import selected_top1
 
@@ -90,7 +91,7 @@ def print_summary(told: dict[str, Any]) -> None:
         low, high = min(values), max(values)
         say(f"  over the epochs: {sparkline(values)} {percent(low)} to {percent(high)}")
     use = _USES[told["use"]].format(run=run)
-    if told["use"] != "timm" and find_spec("onnxscript") is None:
+    if told["use"] != "timm" and not all(map(find_spec, FORMATS["onnx"].needs)):
         use += " (pip install 'deit[export]' first)"
     say(f"next:\n  deit evaluate {run}      the test split, head by head\n  {use}")
 

@@ -12,9 +12,10 @@ import yaml
 
 from deit.config import Config, derive, to_dict
 from deit.errors import ConfigError
+from deit.inputs import read_text
 from deit.presets import PRESETS, fit_epochs, put_presets
 from deit.studies import STUDIES
-from deit.text import nearest, read_text
+from deit.text import nearest
 from deit.typed_json import strict_json
 from deit.validation import build, field_names
 

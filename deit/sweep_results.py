@@ -4,7 +4,6 @@ import csv
 import io
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,64 +28,12 @@ _MEASURED = (
 _GROUPS = ("seen", "unseen")
 
 
-@dataclass
-class _Row:
-    """What is read of a row: lists with a value a seed, and the reason of each seed that failed."""
-
-    top1: list[dict[str, float | None]]
-    agreement: list[float | None]
-    seconds: list[float]
-    images_per_s: list[float]
-    curves: list[list[tuple[int, float]]]
-    validation: list[float]
-    seeds: list[int]
-    folders: list[str]
-    epochs: int
-    teacher: bool
-    values: dict[str, Any]
-    failed: dict[str, str]
-
-    def __post_init__(self) -> None:
-        each = (self.top1, self.agreement, self.seconds, self.images_per_s, self.curves)
-        if {len(one) for one in (*each, self.validation, self.folders)} != {len(self.seeds)}:
-            raise ValueError("should have as many values as seeds everywhere")
-        if any(head not in one for one in self.top1 for head in HEADS):
-            raise ValueError(f"top1 should name {', '.join(HEADS)}")
-
-
-@dataclass
-class _Stopped:
-    values: dict[str, Any]
-    epoch: int
-    top1: float
-
-
-@dataclass
-class _Results:
-    """What is read of results.json; more may stand there."""
-
-    sweep: str
-    recipe: str
-    study: str | None
-    fields: list[str]
-    split: str
-    num_samples: int
-    seeds: list[int]
-    rows: dict[str, _Row]
-    best: list[str]
-    disagreement: dict[str, dict[str, float]]
-    stopped: dict[str, _Stopped]
-    command: str
-    environment: dict[str, Any]
-
-
 def read_results(sweep: Path) -> dict[str, Any]:
-    """What a sweep came to, from its folder. Raises CheckpointError where that is not known yet, or
-    is not what a sweep writes."""
+    """What a sweep came to, from its folder. Raises CheckpointError where that is not known yet.
+    Use it within `values_of`: somebody may have changed the file."""
     path = sweep / RESULTS
     if not path.is_file():
         raise CheckpointError(f"{sweep}: no results yet; run the command of this sweep to continue")
-    read_typed(path, _Results)
     return read_typed(path, dict[str, Any])
 
 

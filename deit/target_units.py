@@ -15,6 +15,7 @@ from deit.console import percent, progress, say, warn
 from deit.disk import is_passing, put_file, put_first, sync, why
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
 from deit.faults import reach
+from deit.inputs import read_bytes
 from deit.targets import (
     CHECKS,
     FORMAT,
@@ -129,7 +130,7 @@ class Units:
 
     def read(self, unit: int) -> Unit:
         """A unit that was committed. Raises CheckpointError if it is damaged or another store's."""
-        content = self.path(unit).read_bytes()
+        content = read_bytes(self.path(unit))
         payload = content[_HEADER.size :]
         known, rows, canaries, crc = (), 0, 0, -1
         if len(content) > _HEADER.size:

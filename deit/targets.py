@@ -20,6 +20,7 @@ from torch import Tensor
 from deit.console import progress
 from deit.datasets.loader import Shown
 from deit.errors import CheckpointError, DataError
+from deit.inputs import read_bytes
 from deit.models.layout import LAYOUTS
 from deit.records import Batch
 
@@ -295,7 +296,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a store, complete or not. Raises FileNotFoundError and CheckpointError."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(read_bytes(file))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

@@ -1,21 +1,11 @@
-"""Pieces of text that messages and files share: which names fit both, files that people write."""
+"""Pieces of text that messages and files share: which names fit both."""
 
-import codecs
 import difflib
 import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
-
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's mark does
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 
 _CONTROL = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 """Control characters, line and paragraph separators, and what turns the direction of writing."""
@@ -90,30 +80,6 @@ def name_trouble(name: str) -> str | None:
     if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
         return "is not ASCII, which this system cannot read as UTF-8 (PYTHONUTF8=1 lets it)"
     return "is not valid UTF-8" if _UNSAFE.search(name) else None
-
-
-def read_text(path: Path, *, errors: str = "strict") -> str:
-    """The text of a file that a person wrote: UTF-8, or what its byte-order mark says.
-
-    Editors and shells of Windows write such a mark, UTF-16 too. The locale does not matter. Every
-    line ends with a newline alone. errors: what becomes of bytes that are not UTF-8, as for
-    `bytes.decode`. Raises OSError, and ValueError for a file that is no text.
-    """
-    content = path.read_bytes()
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
-    try:
-        text = content.decode(encoding, errors if encoding.startswith("utf-8") else "strict")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"no {encoding[:6].upper()} text; save it as UTF-8") from error
-    if "\0" in text:
-        raise ValueError("no text; save it as UTF-8")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def read_lines(path: Path, *, errors: str = "strict") -> list[str]:
-    """The lines of a list, one entry a line, without white space around them; raises as `read_text`
-    does."""
-    return [line.strip() for line in read_text(path, errors=errors).splitlines()]
 
 
 def counted(numbers: Mapping[str, int], *, most: int = 8) -> str:

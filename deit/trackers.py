@@ -14,6 +14,7 @@ from deit.config import Config, to_dict
 from deit.console import say, warn
 from deit.disk import put_first
 from deit.errors import EnvironmentFault, reason_of
+from deit.inputs import read_text
 
 PROJECT = "deit"
 FOLDER = "trackers"
@@ -108,7 +109,7 @@ def _settings(out: Path, folder: Path) -> dict[str, dict[str, Any]]:
     as the same run."""
     name = out.resolve().name
     put_first(folder / _OURS, uuid.uuid4().hex.encode())
-    known = (folder / _OURS).read_text(encoding="utf-8")
+    known = read_text(folder / _OURS)
     return {
         "wandb": {"name": name, "dir": str(folder), "id": known, "resume": "allow"},
         "mlflow": {"run_name": name},
@@ -126,7 +127,7 @@ def _mlflow_run(folder: Path) -> str | None:
     import mlflow
 
     try:
-        return mlflow.get_run(path.read_text(encoding="utf-8")).info.run_id
+        return mlflow.get_run(read_text(path)).info.run_id
     except mlflow.exceptions.MlflowException:  # not there: then it is a run of its own
         return None
 

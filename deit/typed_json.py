@@ -2,12 +2,15 @@
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from deit.errors import CheckpointError
+from deit.errors import CheckpointError, reason_of
+from deit.inputs import read_bytes
 
 Kind = TypeVar("Kind")
 
@@ -40,13 +43,25 @@ def _adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
     return TypeAdapter(kind)
 
 
+@contextmanager
+def values_of(path: Path) -> Iterator[None]:
+    """Use values of a JSON file that were not checked. Raises CheckpointError naming the file where
+    that fails: a field is missing or of another type, a name unknown, a number out of range."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not as it was written ({type(error).__name__}: {reason_of(error)})"
+        ) from error
+
+
 def read_typed(path: Path, kind: type[Kind]) -> Kind:
     """The file as an instance of a dataclass: every field of its type, none missing or unknown.
 
-    Raises CheckpointError naming the file and the field.
+    Raises CheckpointError naming the file and the field; EnvironmentFault as `open_file` does.
     """
     try:
-        return _adapter(kind).validate_json(path.read_bytes(), strict=True)
+        return _adapter(kind).validate_json(read_bytes(path), strict=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except ValidationError as error:

@@ -15,7 +15,8 @@ from deit.checks import CHECKS, NO_VALUE, ONLINE_CHECKS, Problem
 from deit.config import Config, derive, to_dict
 from deit.disk import ENVIRONMENT, RESUMED
 from deit.errors import ConfigError
-from deit.text import name_trouble, nearest, read_text
+from deit.inputs import read_bytes, read_text
+from deit.text import name_trouble, nearest
 from deit.typed_json import strict_json
 
 
@@ -89,7 +90,7 @@ def started_in(run: Path, record: str) -> Path | None:
     of a resumed run, which holds the path from the run's folder, so that both may be moved
     together. None where it does not say."""
     try:
-        found = json.loads((run / record).read_bytes())["directory"]
+        found = json.loads(read_bytes(run / record))["directory"]
         return (run.resolve() / found).resolve()
     except (OSError, ValueError, KeyError, TypeError):
         return None

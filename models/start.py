@@ -14,6 +14,7 @@ from deit.config import SIZES, Kernel, StartConfig, StudentConfig
 from deit.console import say
 from deit.errors import CheckpointError, raise_transient, reason_of
 from deit.files import HUB, about_address
+from deit.inputs import read_text
 from deit.models.base import find_base, read_base
 from deit.models.convpass import adapters_of
 from deit.models.facts import FACTS, WEIGHTS, Facts, find_saved
@@ -24,7 +25,7 @@ from deit.models.positions import grid_side, resize_positions
 from deit.models.rounding import ranges_in
 from deit.models.transformers_format import from_transformers
 from deit.models.weights import read_weights
-from deit.text import nearest, read_text
+from deit.text import nearest
 from deit.typed_json import read_typed
 
 Weights = dict[str, Tensor]
@@ -63,6 +64,7 @@ def find_start(source: str) -> Found:
     try:
         found = _found(source)
     except _FOREIGN as error:
+        raise_transient(error, f"start.source {source}")
         raise CheckpointError(
             f"start.source {source}: not what its names say ({type(error).__name__}: "
             f"{reason_of(error)})"

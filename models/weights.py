@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deit.errors import CheckpointError, raise_transient
+from deit.inputs import open_file
 from deit.sharding import divided_like
 
 _CONTAINERS = (
@@ -130,7 +131,7 @@ def _needs_code(path: Path, name: str | None) -> str:
 
 
 def _head_of(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(1024)
 
 

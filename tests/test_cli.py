@@ -124,6 +124,11 @@ BAD_ARGUMENTS = {
     "no configuration": ([TRAIN, "gone/config.json"], "gone/config.json"),
     "fine-tuning": ([FINETUNE, "digits"], "needs --from", "a run, a folder or a weight file"),
     "evaluate nothing": ([EVALUATE], "RUN", "--help"),
+    "compare no value": (
+        ["deit", "compare", "digits", "--at-once=--"],
+        "--at_once takes no --",
+        "--help",
+    ),
     "evaluate no value": ([EVALUATE, "run", "--json=--"], "--json takes no --", "--help"),
     "for ever": ([TRAIN, "digits", f"--run.timeout={2**63 - 1}"], "run.timeout", "1000000000"),
     "evaluate split": ([EVALUATE, "run", "--split=train"], "'train'", "validation"),

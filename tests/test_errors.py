@@ -126,6 +126,11 @@ def start_of_timm(error, monkeypatch):
     start._from_timm("resnet10t")
 
 
+def start_of_file(error, monkeypatch):
+    monkeypatch.setattr(start, "read_weights", raising(error))
+    start.find_start(__file__)
+
+
 def fit_start(error, monkeypatch):
     monkeypatch.setattr(preparation, "fit", raising(error))
     preparation.begin(nn.Linear(1, 1), None, Config(), SimpleNamespace(class_names=()))
@@ -159,7 +164,17 @@ CALLS = {
     call.__name__: call
     for call in (
         *(check_student, read_weights, read_safetensors, teacher_answers, teacher_of_timm),
-        *(own_code, own_recipe, start_of_timm, fit_start, export, onnxruntime, torchvision, reader),
+        *(
+            own_code,
+            own_recipe,
+            start_of_timm,
+            start_of_file,
+            fit_start,
+            export,
+            onnxruntime,
+            torchvision,
+            reader,
+        ),
     )
 }
 

@@ -24,6 +24,7 @@ from deit.records import head_logits
 from deit.sweep_results import MANIFEST
 from deit.validation import load
 from tests.test_tickets import SMALL
+from tests.wrong_json import edits, error_of
 
 pytest.importorskip("sklearn")
 LEVEL = "search/seed-0/level-1"
@@ -379,8 +380,19 @@ def test_results_that_name_no_levels_are_refused(place, tmp_path):
         row.pop("level", None)
     (tmp_path / "results.json").write_text(json.dumps(told))
     shutil.copy(place / "search" / MANIFEST, tmp_path)
-    with pytest.raises(CheckpointError, match="names no levels; the search's own command writes"):
+    with pytest.raises(CheckpointError, match="names no levels; run the search again"):
         places_of([tmp_path], Asked(levels=(1,)))
+
+
+def test_results_that_no_search_writes_are_named(place, tmp_path):
+    good = json.loads((place / "search/results.json").read_text())
+    shutil.copy(place / "search" / MANIFEST, tmp_path)
+    errors = {}
+    for what, content in edits(good, depth=4):
+        (tmp_path / "results.json").write_text(json.dumps(content))
+        errors[what] = error_of(places_of, [tmp_path], Asked())
+    assert all(str(tmp_path) in str(error) for error in errors.values() if error is not None)
+    assert sum("not as it was written" in str(error) for error in errors.values()) > 10
 
 
 def test_radii_are_lengths(looked):

@@ -59,8 +59,9 @@ def test_chance_is_the_share_of_the_commonest_class():
         (4 / 6, 1 / 3, 6, False, True),
         (1.0, 1 / 3, 6, False, False),
         (1.0, 0.5, 9, False, False),  # 1 in 512 by guessing
-        (1.0, 0.5, 2, False, False),  # two images can prove nothing: not held against the teacher
-        (0.5, 0.5, 2, True, False),
+        (1.0, 0.5, 2, False, True),  # 1 in 4 by guessing
+        (0.75, 1 / 3, 4, False, True),
+        (0.5, 0.5, 2, True, True),
         (0.001, 0.001, 50_000, True, True),
     ],
 )

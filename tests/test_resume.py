@@ -1,7 +1,9 @@
 """A run stopped at any update and resumed is the uninterrupted run, to the bit."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -331,6 +333,30 @@ def test_one_damaged_checkpoint_is_passed_over_and_set_aside(config, straight, t
     assert "model.safetensors: damaged (its digest differs)" in said.err
     assert "resuming after update 4 of 12" in said.out
     assert (out / "damaged-checkpoint-00000006" / "model.safetensors").read_bytes() == content
+    assert results(out) == results(straight)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
+    number, config, straight, tmp_path, monkeypatch
+):
+    """A disk or file server fails for a moment: nothing is set aside, and nothing trained again."""
+    out = tmp_path / "run"
+    stop_at(config, out, "update:6:term")
+    before, opens = sorted(out.rglob("*")), Path.open
+
+    def failing(self, *arguments, **options):
+        if self == checkpoint.folder_of(out, 6) / "model.safetensors":
+            raise OSError(number, os.strerror(number), str(self))
+        return opens(self, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", failing)
+        with pytest.raises(EnvironmentFault, match=r"00000006/model.safetensors: "):
+            train(config, out, resume=True)
+    assert set(before) <= set(out.rglob("*"))
+    train(config, out, resume=True)
+    assert not list(out.glob("damaged-*"))
     assert results(out) == results(straight)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from deit import checkpoint, journal
 from deit.config import derive
+from deit.formats import FORMATS
 from deit.recipes import digits, digits_teacher
 from deit.run import train
 from deit.summary import SUMMARY, print_summary, sparkline, summary_of
@@ -99,11 +100,11 @@ def test_the_use_that_is_named_takes_the_student(tmp_path, capsys, student, use)
     assert f"deit {use.format(tmp_path)} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_use_names_the_packages_it_lacks(there, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("deit.summary.find_spec", lambda name: object() if there else None)
+@pytest.mark.parametrize("lacks", [None, *FORMATS["onnx"].needs])
+def test_a_use_names_the_packages_it_lacks(lacks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("deit.summary.find_spec", lambda name: None if name == lacks else object())
     result = {"epochs": 1, "seconds": 1.0, "skipped": 0, "best": {"top1": 0.5, "epoch": 1}}
     (tmp_path / journal.METRICS).touch()
     config = derive(digits(), student={"name": "small_convnet"})
     print_summary(summary_of(config, tmp_path, result))
-    assert ("pip install 'deit[export]' first" in capsys.readouterr().out) != there
+    assert ("pip install 'deit[export]' first" in capsys.readouterr().out) == (lacks is not None)

@@ -4,12 +4,13 @@ import csv
 import dataclasses
 import json
 import shutil
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from PIL import Image
 
-from deit import checkpoint, journal, shared_targets, sweep_training
+from deit import charts, checkpoint, journal, shared_targets, sweep_training
 from deit.at_once import Failed, Planned
 from deit.config import derive
 from deit.environment import create_accelerator
@@ -17,10 +18,11 @@ from deit.errors import CheckpointError, EnvironmentFault
 from deit.finished import Finished
 from deit.presets import OBJECTIVES
 from deit.recipes import digits
+from deit.report import report
 from deit.shared_targets import Store
-from deit.sweep_results import read_results
 from deit.sweep_runs import Work
 from deit.sweep_training import train_all
+from tests.wrong_json import edits, error_of
 
 pytest.importorskip("sklearn")
 SMALL = {
@@ -91,18 +93,21 @@ def result_of(folder, place):
     return checkpoint.result_of(place / folder)
 
 
-def test_results_that_no_sweep_writes_are_named(swept, tmp_path):
-    good = result(swept[0] / "out")
-    assert read_results(swept[0] / "out") == good
-    row = good["rows"]["temperature 3"]
-    wrong = [({**good, name: 7.5}, name) for name in good if name != "search"]
-    for name in row.keys() - {"sets"}:
-        wrong.append(({**good, "rows": {"t": {**row, name: 7.5}}}, name))
-    wrong.append(({**good, "rows": {"t": {**row, "seeds": [0]}}}, "as many values as seeds"))
-    for results, named in wrong:
-        (tmp_path / "results.json").write_text(json.dumps(results))
-        with pytest.raises(CheckpointError, match=named):
-            read_results(tmp_path)
+def test_results_that_no_sweep_writes_are_named(swept, tmp_path, monkeypatch):
+    """They make a page where it needs nothing of what was changed; else the file is named."""
+    monkeypatch.setattr(charts, "chart", lambda draw, *_, **__: (draw(MagicMock()) and "") or "")
+    errors = {}
+    for number, (what, content) in enumerate(edits(result(swept[0] / "out"), depth=3)):
+        sweep = tmp_path / str(number)
+        sweep.mkdir()
+        (sweep / "sweep.json").write_text("{}")
+        (sweep / "results.json").write_text(json.dumps(content))
+        errors[what] = error_of(report, [sweep], sweep / "report")
+    errors = {what: error for what, error in errors.items() if error is not None}
+    assert len(errors) > 100
+    for what, error in errors.items():
+        assert isinstance(error, CheckpointError), (what, error)
+        assert "results.json: not as it was written (" in str(error), what
 
 
 def test_runs_of_one_seed_share_their_answers(swept):

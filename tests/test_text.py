@@ -11,9 +11,10 @@ from PIL import Image
 from deit.config import DataConfig, to_dict
 from deit.datasets.splits import load_splits
 from deit.errors import ConfigError, DataError
+from deit.inputs import read_lines, read_text
 from deit.recipes import digits
 from deit.sweep_file import read_sweep
-from deit.text import counted, read_lines, read_text
+from deit.text import counted
 from deit.validation import load
 
 WRITTEN = {

@@ -1,0 +1,80 @@
+"""Files that are read: what is no file is refused, what cannot be read now is no mistake of it."""
+
+import errno
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from deit import manifest, predict, validation
+from deit.config import Config, to_dict
+from deit.disk import ENVIRONMENT
+from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault
+from deit.files import read_names
+from deit.inputs import read_bytes
+from deit.models.start import find_start
+from deit.models.weights import read_weights
+from deit.sweep_file import read_sweep
+from deit.targets import read_manifest
+from deit.typed_json import read_typed
+
+READERS = {
+    "configuration": ("config.json", validation.load, ConfigError),
+    "names": ("names.txt", lambda path: read_names("data.classes", (f"@{path}",)), DataError),
+    "sweep": ("sweep.yaml", read_sweep, ConfigError),
+    "picture": ("picture.png", lambda path: predict._squares(path, (8,)), DataError),
+    "store": ("store.json", lambda path: read_manifest(path.parent), CheckpointError),
+    "record": ("record.json", lambda path: read_typed(path, Config), CheckpointError),
+    "digest": ("a", lambda path: manifest.digests(path.parent, ["a"]), CheckpointError),
+    "weights": ("weights.pth", read_weights, CheckpointError),
+    "start": ("config.json", lambda path: find_start(str(path.parent)), CheckpointError),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE, errno.EACCES])
+def test_what_cannot_be_read_now_is_no_mistake_of_the_file(number, kind, tmp_path, monkeypatch):
+    """It is neither set aside nor taken for another; the command can be run again."""
+    name, read, mistake = READERS[kind]
+    path = tmp_path / name
+    path.write_bytes(b"\xff no content of any kind")
+    with nullcontext() if kind == "digest" else pytest.raises(mistake):
+        read(path)
+    opens = Path.open
+
+    def failing(self, *arguments, **options):
+        if self == path:
+            raise OSError(number, os.strerror(number), str(path))
+        return opens(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(EnvironmentFault, match=rf"{name}: .*{os.strerror(number)}"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_pipe_is_refused_and_never_waited_for(kind, tmp_path):
+    name, read, mistake = READERS[kind]
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(mistake):
+        read(tmp_path / name)
+
+
+def test_records_beside_a_configuration_may_be_anything(tmp_path):
+    config = validation.build({"loss": {"kind": "none"}})
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    os.mkfifo(tmp_path / ENVIRONMENT)
+    assert validation.load(tmp_path / "config.json") == config
+
+
+def test_only_files_are_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to("file")
+    assert read_bytes(tmp_path / "link") == b"abc"
+    for path, error in (("none", FileNotFoundError), (".", IsADirectoryError)):
+        with pytest.raises(error):
+            read_bytes(tmp_path / path)
+    with pytest.raises(OSError, match="is a pipe or a device, not a file"):
+        read_bytes(Path(os.devnull))

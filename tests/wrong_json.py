@@ -1,0 +1,40 @@
+"""JSON as a careless edit may leave it."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from deit.errors import DeitError
+
+WRONG = (7.5, {}, None)
+
+
+def edits(content: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    """The content with one value replaced or left out, and what was done; down to so many levels
+    of objects and lists, of which the first and the last entries."""
+    if not isinstance(content, dict | list) or not content or not depth:
+        return
+    keys = list(content) if isinstance(content, dict) else range(len(content))
+    for key in dict.fromkeys([*keys[:30], keys[-1]]):
+        for value in WRONG:
+            if value != content[key]:
+                yield f"{key} = {value!r}", _with(content, key, value)
+        if isinstance(content, dict):
+            yield f"no {key}", {name: value for name, value in content.items() if name != key}
+        for what, value in edits(content[key], depth - 1):
+            yield f"{key}.{what}", _with(content, key, value)
+
+
+def _with(content: Any, key: Any, value: Any) -> Any:
+    changed = copy.copy(content)
+    changed[key] = value
+    return changed
+
+
+def error_of(call: Callable[..., object], *arguments: object) -> DeitError | None:
+    """The mistake that a call is refused for; None where it is not. Raises any other error."""
+    try:
+        call(*arguments)
+    except DeitError as error:
+        return error
+    return None
