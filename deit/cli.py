@@ -403,6 +403,8 @@ def main() -> int:
 
     open_streams()
     arguments = sys.argv[1:]
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     if arguments and arguments[0] in COMMANDS:
         return run_command(arguments[0], arguments[1:], f"deit {arguments[0]}")
     try:
@@ -413,17 +415,16 @@ def main() -> int:
 
 def _without_command(arguments: list[str]) -> int:
     from deit.commands import COMMANDS
-    from deit.console import say
+    from deit.console import complain, say
 
     if arguments == ["--version"]:
         say(f"deit {deit.__version__}")
         return 0
-    if arguments[:1] == ["help"] and arguments[1:2] and arguments[1] in COMMANDS:
-        return run_command(arguments[1], ["--help"], f"deit {arguments[1]}")
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        say("usage: deit COMMAND [options]     (deit COMMAND --help tells more)\n")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        write = say if arguments else complain  # without a command it is an error
+        write("usage: deit COMMAND [options]     (deit COMMAND --help tells more)\n")
         for name, command in COMMANDS.items():
-            say(f"  {name:<10} {(command.__doc__ or '').strip()}")
+            write(f"  {name:<10} {(command.__doc__ or '').strip()}")
         return 0 if arguments else 2
     _complain(
         f"no command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}; see deit --help", False

@@ -15,7 +15,7 @@ from deit.options import Parser
 from deit.recipes import RECIPES
 from deit.text import nearest
 from deit.tuning import SIZED, TUNING, at_resolution, begin_from, in_epochs
-from deit.typed_json import read_typed
+from deit.typed_json import read_typed, values_of
 
 _SCHEDULES = (*TUNING, *SIZED)
 _ABOUT = (
@@ -171,8 +171,8 @@ def _check_as_before(folder: Path, recipe: str | None, tuning: str | None) -> No
     environment = folder / checkpoint.ENVIRONMENT
     told = read_typed(environment, dict[str, Any]) if environment.is_file() else {}
     words = told.get("arguments") or []
-    parser = _start_parser()
-    before, rest = parser.parse_known_args(words[1:])
+    with values_of(environment):
+        before, rest = _start_parser().parse_known_args(words[1:])
     named = rest[0] if rest and not rest[0].startswith("-") else None
     for option, was, now in (("RECIPE", named, recipe), ("--tuning", before.tuning, tuning)):
         if words and was != now:

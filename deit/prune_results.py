@@ -13,7 +13,7 @@ from deit.measured import Evaluations
 from deit.models.saved import WEIGHTS
 from deit.outcome import top1_by_head
 from deit.prune_options import CONTROLS, KEPT, MANIFEST, PRUNED, RECOVERED
-from deit.typed_json import read_typed
+from deit.typed_json import read_typed, values_of
 
 
 def prune_result(
@@ -31,12 +31,15 @@ def prune_result(
     for one in runs:
         found = evaluations.of(one.out, root=root, cost=True).found
         rows[one.name] = _row(found, one.out / checkpoint.BEST, one.config.optim.epochs)
+    with values_of(out / PRUNED / KEPT):
+        kept = read_typed(out / PRUNED / KEPT, dict[str, list[list[int]]])
+        kept = {name: kept[name] for name in ("heads", "hidden")}
     return {
         "run": str(run),
         "split": found["split"],
         "num_samples": found["num_samples"],
         "rows": rows,
-        "kept": read_typed(out / PRUNED / KEPT, dict[str, Any]),
+        "kept": kept,
         "asked": read_typed(out / MANIFEST, dict[str, Any]),
         "command": f"deit prune {shlex.join(arguments)}",
         "environment": found["environment"] | {"arguments": arguments},

@@ -78,7 +78,10 @@ def environment_of(rows: dict[str, outcome.Row]) -> dict[str, Any]:
     """Where the runs were trained: that of the first, with the devices, commits and versions of
     all, as a sweep may have been begun on one machine and finished on another."""
     folders = [Path(folder) for row in rows.values() if row["values"] for folder in row["folders"]]
-    found = [read_typed(folder / checkpoint.ENVIRONMENT, dict[str, Any]) for folder in folders]
+    found = []
+    for folder in folders:
+        checkpoint.recorded(folder)  # names what is missing
+        found.append(read_typed(folder / checkpoint.ENVIRONMENT, dict[str, Any]))
     every = {name: _each(one[name] for one in found) for name in ("device_name", "commit")}
     packages = {
         name: _each(one["packages"].get(name) for one in found) for name in found[0]["packages"]

@@ -31,7 +31,7 @@ from deit.ticket_options import DENSE, RATE, TICKET, Asked, check_asked
 from deit.ticket_plan import Plan, Ticket, plan_of, tickets_of
 from deit.ticket_results import mask_cells, mask_columns, matching, matching_line
 from deit.trackers import check_trackers
-from deit.typed_json import read_typed
+from deit.typed_json import read_typed, values_of
 from deit.validation import load
 
 NAME = "tickets"
@@ -107,7 +107,10 @@ def _asked_in_all(asked: Asked, run: RunArguments) -> dict[str, str]:
 def _known_linear(out: Path) -> str | None:
     """Who computes linear layers in the runs of a folder; None where none was begun."""
     file = out / _SETTLED
-    return read_typed(file, dict[str, str])["linear"] if file.is_file() else None
+    if not file.is_file():
+        return None
+    with values_of(file):
+        return read_typed(file, dict[str, str])["linear"]
 
 
 def _settled(run: RunArguments, asked: Asked) -> tuple[Config, Plan, int]:

@@ -337,6 +337,19 @@ def test_help_of_the_other_programs(run, words):
     assert "usage" in done.stdout
 
 
+def test_help_names_a_command(run):
+    assert run("deit", "help", "views").stdout == run("deit", "views", "--help").stdout
+    unknown = run("deit", "help", "viws")
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "no command 'viws'; did you mean views?" in unknown.stderr
+
+
+def test_no_command_is_an_error_that_shows_them_all(run):
+    """An error goes to standard error, even a whole list."""
+    none, asked = run("deit"), run("deit", "--help")
+    assert (none.returncode, none.stdout, none.stderr) == (2, "", asked.stdout)
+
+
 def test_deit_lists_recipes_and_version(run, tmp_path):
     listed = run("deit", "recipes")
     assert (listed.returncode, listed.stderr) == (0, "")
