@@ -22,6 +22,7 @@ import shutil
 import signal
 import struct
 import sys
+import tarfile
 import threading
 import time
 import typing
@@ -110,6 +111,7 @@ def make_things(zygote: Zygote, folder: Path) -> None:
                 Image.new("RGB", (10, 10), (grey, 255 - grey, 9 * index)).save(
                     place / f"{index}.png"
                 )
+        _write_shard(folder / "pics" / split, folder / "shards" / split / "0.tar")
     for name, text in _FILES.items():
         (folder / name).write_text(text)
     for name, words in _MADE.items():
@@ -121,9 +123,22 @@ def make_things(zygote: Zygote, folder: Path) -> None:
     torch.save({"model": {"head.weight": torch.zeros(3, 16)}, "epoch": 3}, folder / "weights.pth")
 
 
+def _write_shard(pictures: Path, shard: Path) -> None:
+    """Class folders as a tar file of images, each with its class beside it."""
+    shard.parent.mkdir(parents=True)
+    with tarfile.open(shard, "w") as tar:
+        for place in sorted(pictures.glob("*/*.png")):
+            key = f"{place.parent.name}-{place.stem}"
+            label = place.parent.name.encode()
+            tar.add(place, f"{key}.png")
+            about = tarfile.TarInfo(f"{key}.cls")
+            about.size = len(label)
+            tar.addfile(about, io.BytesIO(label))
+
+
 def things() -> list[str]:
     """What `make_things` makes, by name."""
-    more = ["pics", "weights.safetensors", "weights.pth", "config.json"]
+    more = ["pics", "shards", "weights.safetensors", "weights.pth", "config.json"]
     return sorted([*_FILES, *_MADE, *more])
 
 
@@ -137,6 +152,8 @@ _BASES = {
         "recipe.py:mine --print_config",
         f"{_RUN} --out new --data.quarantine quarantine.txt --data.classes @classes.txt",
         f"{_RUN} --out new --teacher.targets store",
+        f"{_RUN} --out new --data.source shards --data.root shards",
+        f"{_RUN} --out new --data.source reader --data.reader folder --data.storage files",
     ),
     "finetune": (
         f"--from run {_DATA} --optim.batch_size 8 --out new",
@@ -158,7 +175,12 @@ _BASES = {
         "run pics/test --attention out.png --json out.json --teacher run",
         "teacher pics/test/bee pics/test/cat/1.png --top 2",
     ),
-    "export": ("run --format timm --images 4", "run --format pt2 --images 4 --out new"),
+    "export": (
+        "run --format timm --images 4",
+        "run --format pt2 --images 4 --out new",
+        "run --format onnx --images 4",
+        "run --format transformers --images 4 --out new",
+    ),
     "compare": (f"{_RUN} --out new --print_config", f"{_RUN} --only undistilled --out new"),
     "sweep": ("sweep.yaml --dry_run", "search.yaml --dry_run", "sweep.yaml --out swept"),
     "quantize": ("run --calibration 4", "run --method dynamic --out new --json out.json"),
@@ -175,7 +197,11 @@ _BASES = {
     ),
     "ladder": ("run", "run teacher --merge 1 --json out.json"),
     "report": ("run --out new", "run --out new --force", "swept --out new"),
-    "scan": ("pics", "pics --write out.txt --json out.json --quarantine quarantine.txt"),
+    "scan": (
+        "pics",
+        "pics --write out.txt --json out.json --quarantine quarantine.txt",
+        "shards --source shards --json out.json",
+    ),
     "views": (f"{_RUN} --number 2 --out out.png", f"{_RUN} --epoch 3 --number 2 --out out.png"),
     "targets write": (
         f"{_RUN} --out new",
@@ -811,7 +837,6 @@ def _supervise() -> int:
     question = json.loads(os.environ.pop("FORKS_QUESTION"))
     for name in ("FORKS_FIRST", "FORKS_MAIN"):
         os.environ.pop(name)
-    keep: list[int] = []
     terminal, inside = os.openpty()
     out = os.open(f"{question['report']}.out", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     reading, broken = os.pipe()
@@ -843,7 +868,6 @@ def _supervise() -> int:
     wrong = wrong or ("left a process behind" if stays else "")
     report = {"code": code, "seconds": round(seconds, 2), "wrong": wrong, "said": text[-6000:]}
     Path(question["report"]).write_text(json.dumps(report))
-    del keep
     return 0
 
 
