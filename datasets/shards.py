@@ -195,7 +195,6 @@ def _class_list(folder: Path, root: Path) -> list[str] | None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise_transient(error, path)
             raise DataError(f"{path}: not readable ({reason_of(error)})") from None
         while names and not names[-1]:
             names.pop()

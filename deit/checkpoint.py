@@ -11,7 +11,7 @@ from deit.console import warn
 from deit.disk import ENVIRONMENT as ENVIRONMENT
 from deit.disk import GONE, LOCK, is_passing, replace_folder
 from deit.disk import RESUMED as RESUMED
-from deit.errors import CheckpointError, ConfigError, EnvironmentFault
+from deit.errors import CheckpointError, ConfigError, EnvironmentFault, NotReadableError
 from deit.faults import reach
 from deit.text import nearest
 from deit.typed_json import read_typed
@@ -126,7 +126,9 @@ def result_of(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = read_typed(path, dict[str, Any])
-    for name, kind in (("epochs", int), ("fingerprint", str), ("targets", list)):
+    kinds = {"epochs": int, "fingerprint": str, "targets": list, "best": dict, "skipped": int}
+    kinds["seconds"] = (int, float)
+    for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):
             raise CheckpointError(f"{path}: {name}: is missing, or not of its type")
     return found
@@ -204,12 +206,15 @@ def rotate(out: Path, *, keep: int, stay: Collection[int] = ()) -> None:
 def newest(out: Path) -> Path | None:
     """The newest checkpoint that is as it was written; None where there is none at all.
 
-    Damaged ones are named and passed over. Raises CheckpointError where all are damaged.
+    Damaged ones are named and passed over. Raises CheckpointError where all are damaged, or one may
+    not be read; EnvironmentFault where one cannot be read now.
     """
     damages = []
     for step, path in found(out):
         try:
             check(path, step)
+        except NotReadableError:
+            raise
         except CheckpointError as error:
             damages.append(str(error))
             continue

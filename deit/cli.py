@@ -404,13 +404,14 @@ def main() -> int:
     open_streams()
     arguments = sys.argv[1:]
     if arguments[:1] == ["help"]:
-        arguments = [*arguments[1:], "--help"]
+        named = [word for word in arguments[1:2] if word != "help" and not word.startswith("-")]
+        arguments = [*named, "--help"]
     if arguments and arguments[0] in COMMANDS:
         return run_command(arguments[0], arguments[1:], f"deit {arguments[0]}")
     try:
         return _written(_without_command(arguments))
     except (OSError, EnvironmentFault):  # of a standard stream
-        return _written(0)
+        return _written(0 if arguments else 2)
 
 
 def _without_command(arguments: list[str]) -> int:

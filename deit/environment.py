@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import nn
 
 import deit
 from deit.config import RunConfig
-from deit.errors import EnvironmentFault
+from deit.errors import CheckpointError, ConfigError, DataError, DeitError, EnvironmentFault
 from deit.models import linear
 from deit.processor import processor
 
@@ -125,6 +126,33 @@ def _exchange_of_gradients(run: RunConfig) -> DistributedDataParallelKwargs:
         gradient_as_bucket_view=True,
         comm_hook=hooks[run.gradient_compression],
     )
+
+
+def in_main_process(accelerator: Accelerator, work: Callable[[], int], what: object) -> int:
+    """Do something in the main process alone; all processes get the whole number, from 0 on, that
+    it came to. Raises its DeitError there, an OSError as EnvironmentFault, and in the other
+    processes an error of the same exit code.
+
+    what: is read or tried, for the message.
+    """
+    number, trouble = 0, None
+    if accelerator.is_main_process:
+        try:
+            number = work()
+        except DeitError as error:
+            trouble = error
+        except OSError as error:
+            trouble = EnvironmentFault(f"{error.filename or what}: {error.strerror}")
+        if trouble is not None:
+            number = -trouble.exit_code
+    told = torch.tensor(number, device=accelerator.device)
+    number = int(accelerator.reduce(told, reduction="sum"))
+    if trouble is not None:
+        raise trouble
+    if number < 0:
+        kinds = {kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError)}
+        raise kinds.get(-number, EnvironmentFault)(f"{what}: see what process 0 says")
+    return number
 
 
 def choose_linear(run: RunConfig, accelerator: Accelerator) -> str:

@@ -2,6 +2,7 @@
 recognize errors of the machine: no memory, transient I/O errors."""
 
 import errno
+import os
 from signal import Signals
 
 
@@ -35,6 +36,12 @@ class CheckpointError(DeitError):
     """A checkpoint is unreadable, incomplete or made for another model."""
 
     exit_code = 4
+
+
+class NotReadableError(CheckpointError):
+    """A file of a run may not be read: it is not damaged."""
+
+    exit_code = 5
 
 
 class EnvironmentFault(DeitError):
@@ -102,5 +109,8 @@ def raise_transient(error: BaseException, place: object) -> None:
     """
     if out_of_memory(error):
         raise error
-    if isinstance(error, OSError) and error.errno in TRANSIENT:
-        raise EnvironmentFault(f"{place}: cannot be read now ({error.strerror})") from None
+    number = getattr(error, "errno", None)
+    if not isinstance(error, OSError):  # libraries give the words alone
+        number = next((one for one in TRANSIENT if os.strerror(one) in str(error)), None)
+    if number in TRANSIENT:
+        raise EnvironmentFault(f"{place}: cannot be read now ({os.strerror(number)})") from None

@@ -172,6 +172,8 @@ def _check_as_before(folder: Path, recipe: str | None, tuning: str | None) -> No
     told = read_typed(environment, dict[str, Any]) if environment.is_file() else {}
     words = told.get("arguments") or []
     with values_of(environment):
+        if not isinstance(words, list):
+            raise TypeError(f"arguments are {words!r}")
         before, rest = _start_parser().parse_known_args(words[1:])
     named = rest[0] if rest and not rest[0].startswith("-") else None
     for option, was, now in (("RECIPE", named, recipe), ("--tuning", before.tuning, tuning)):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from deit.errors import EnvironmentFault, raise_transient
+from deit.errors import raise_transient
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -24,8 +24,8 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file to read its bytes.
 
     Raises OSError where there is none, or a pipe or a device, which might be waited for without
-    end; EnvironmentFault where it may not be read, or cannot be now. That holds for what is read in
-    the `with` block as well.
+    end, or it may not be read; EnvironmentFault where it cannot be read now. That holds for what is
+    read in the `with` block as well.
     """
     try:
         kind = path.stat().st_mode
@@ -35,8 +35,6 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         raise_transient(error, path)
-        if isinstance(error, PermissionError):
-            raise EnvironmentFault(f"{path}: {error.strerror}") from None
         raise
 
 

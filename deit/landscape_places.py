@@ -74,18 +74,26 @@ def places_of(runs: list[Path], asked: Asked) -> list[Place]:
     ]
 
 
+def _whole(value: object) -> int:
+    """The value, a whole number. Raises TypeError for any other."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
 def _of_search(out: Path, asked: Asked) -> list[Place]:
     told = read_results(out)
     if "tickets" not in told:
         raise ConfigError(f"{out}: is a sweep; name some of its runs (OUT/runs/...)")
     with values_of(out / RESULTS):
-        seeds = [int(seed) for seed in told["seeds"]]
-        seed = seeds[0] if asked.run_seed is None else asked.run_seed
+        seeds = [_whole(seed) for seed in told["seeds"]]
+        first = seeds[0]
         sparsity = {
-            (row["values"]["run"], int(row["level"])): name
+            (row["values"]["run"], _whole(row["level"])): name
             for name, row in told["rows"].items()
             if "level" in row
         }
+    seed = first if asked.run_seed is None else asked.run_seed
     if seed not in seeds:
         raise ConfigError(f"--run_seed {seed}: {out} has {', '.join(map(str, seeds))}")
     if not sparsity:

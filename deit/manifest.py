@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import stat
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict
 
-from deit.errors import CheckpointError
+from deit.errors import CheckpointError, EnvironmentFault, NotReadableError, raise_transient
 from deit.inputs import open_file, read_bytes
 from deit.threads import threads
 from deit.typed_json import read_typed
@@ -52,6 +54,8 @@ def _digest(path: Path) -> Content:
         with open_file(path) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             return Content(file.tell(), sha256)
+    except PermissionError as error:
+        raise NotReadableError(f"{path}: cannot be read ({error.strerror})") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -78,13 +82,14 @@ def check(folder: Path) -> Manifest:
     """Hold a folder against its manifest, every byte of it.
 
     A folder that is replaced by another meanwhile is looked at again.
-    Raises CheckpointError that says what is missing, cut off or changed.
+    Raises CheckpointError that says what is missing, cut off or changed, or may not be read;
+    EnvironmentFault where it cannot be read now.
     """
     for _ in range(_LOOKS):
         before = _identity(folder)
         try:
             return _checked(folder)
-        except CheckpointError as error:
+        except (CheckpointError, EnvironmentFault) as error:
             damage = error
         if _identity(folder) == before:
             break
@@ -96,9 +101,21 @@ def _identity(folder: Path) -> int | None:
     return folder.stat().st_ino if folder.is_dir() else None
 
 
+def _stat(path: Path) -> os.stat_result | None:
+    """What a path is, a link as such; None where there is nothing. (`is_file` takes a disk that
+    fails for a file that is missing, from Python 3.14 on.)"""
+    try:
+        return path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise_transient(error, path)
+        raise NotReadableError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def _checked(folder: Path) -> Manifest:
     path = folder / MANIFEST
-    if not path.is_file():
+    if _stat(path) is None:
         raise CheckpointError(f"{folder}: no {MANIFEST}, so it was not finished")
     manifest = read_typed(path, Manifest)
     if manifest.format_version != FORMAT_VERSION:
@@ -114,14 +131,13 @@ def _checked(folder: Path) -> Manifest:
         file = folder / name
         if not _NAME.fullmatch(name):
             raise CheckpointError(f"{path}: {name!r} is no name of a file of ours")
-        if file.is_symlink():
+        there = _stat(file)
+        if there is not None and stat.S_ISLNK(there.st_mode):
             raise CheckpointError(f"{file}: is a link, and may lead anywhere")
-        if not file.is_file():
+        if there is None or not stat.S_ISREG(there.st_mode):
             raise CheckpointError(f"{file}: missing")
-        if file.stat().st_size != expected.bytes:
-            raise CheckpointError(
-                f"{file}: {file.stat().st_size} bytes, {expected.bytes} were written"
-            )
+        if there.st_size != expected.bytes:
+            raise CheckpointError(f"{file}: {there.st_size} bytes, {expected.bytes} were written")
     for name, found in digests(folder, manifest.files).items():
         if found != manifest.files[name]:
             raise CheckpointError(f"{folder / name}: damaged (its digest differs)")

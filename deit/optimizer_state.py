@@ -1,5 +1,6 @@
 """An optimizer's state as tensors by parameter name, in a file other libraries read."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from deit.errors import CheckpointError, raise_transient
+from deit.inputs import open_file
 from deit.sharding import divided_like
 
 
@@ -67,6 +69,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file. Raises CheckpointError."""
     try:
         return load_file(path)
-    except Exception as error:  # OSError or SafetensorError
+    except Exception as error:  # OSError or SafetensorError, which gives no reason
         raise_transient(error, path)
+        with suppress(OSError), open_file(path):
+            pass  # raises where it cannot be read now
         raise CheckpointError(f"{path}: not readable ({error})") from None

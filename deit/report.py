@@ -16,7 +16,7 @@ from deit.run_pictures import Pictures, draw_run
 from deit.run_sections import View, card_of, final_top1, sections_of, write_csv
 from deit.shared_targets import DIGITS
 from deit.summary import summary_of
-from deit.sweep_results import MANIFEST, RESULTS, read_results
+from deit.sweep_results import MANIFEST, RESULTS, cells, columns, read_results
 from deit.sweep_sections import sections_of_sweep
 from deit.typed_json import values_of
 from deit.validation import load
@@ -37,6 +37,9 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
     """
     started = time.monotonic()
     sweeps = {path: read_results(path) for path in paths if (path / MANIFEST).is_file()}
+    for path, result in sweeps.items():
+        with values_of(path / RESULTS):
+            columns(result), cells(result)
     runs = [path for path in paths if path not in sweeps]
     names = _names(paths)
     slugs = _slugs(names)
@@ -139,13 +142,15 @@ def _view(
 ) -> View:
     config: Config = load(run / checkpoint.CONFIG)
     kept = out / f"{called}.evaluation.json"
+    with values_of(run / checkpoint.RESULT):
+        told = summary_of(config, run, checkpoint.result_of(run))
     return View(
         name,
         called,
         config,
         checkpoint.recorded(run),
         journal.read(run / journal.METRICS),
-        summary_of(config, run, checkpoint.result_of(run)),
+        told,
         evaluations.of(run, elsewhere=kept, root=root, cost=True),
     )
 

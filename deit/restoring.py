@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from deit import checkpoint, journal
 from deit.config import RESUMABLE, Config, derive, to_dict
 from deit.console import say, warn
+from deit.environment import in_main_process
 from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault
 from deit.manifest import FORMAT_VERSION
 from deit.manifest import check as check_manifest
@@ -117,10 +118,8 @@ def restore(parts: Parts) -> bool:
 def check_best(parts: Parts) -> None:
     """Where the best weights so far are gone, damaged or of another evaluation than the state
     knows, the next evaluation takes their place; in a finished run they are only told."""
-    accelerator = parts.accelerator
-    lost = accelerator.is_main_process and _best_is_lost(parts)
-    told = torch.tensor(float(lost), device=accelerator.device)
-    if accelerator.reduce(told, reduction="sum").item() > 0:
+    best = parts.out / checkpoint.BEST
+    if in_main_process(parts.accelerator, lambda: int(_best_is_lost(parts)), best):
         parts.state.best = State().best  # in all processes: they decide alike what is better
 
 
@@ -136,7 +135,9 @@ def _best_is_lost(parts: Parts) -> bool:
     try:
         check_manifest(best)
         there = read_state(best)
-    except CheckpointError as error:
+    except (CheckpointError, EnvironmentFault) as error:
+        if error.exit_code == EnvironmentFault.exit_code and not finished:
+            raise  # it may well be sound
         warn(f"{error}; {advice}")
     else:
         if finished or there.best == known:
@@ -168,28 +169,21 @@ def _cut(parts: Parts, state: State) -> None:
         journal.cut_steps(parts.out / journal.ANOMALIES, state.step)
 
 
-_TROUBLES = {-2: CheckpointError, -3: EnvironmentFault}
-
-
 def _chosen(out: Path, accelerator: Accelerator) -> Path | None:
     """The checkpoint to go on from, the same in all processes; damaged later ones are set aside.
 
     Raises CheckpointError where none is sound, EnvironmentFault where one cannot be read now.
     """
-    step, trouble = -1, None
-    if accelerator.is_main_process:
-        try:
-            folder = checkpoint.newest(out)
-            if folder is not None:
-                step = checkpoint.step_of(folder)
-                checkpoint.set_aside(out, after=step)
-        except (CheckpointError, EnvironmentFault) as error:
-            trouble = error
-            step = next(code for code, kind in _TROUBLES.items() if isinstance(error, kind))
-    told = torch.tensor(step, device=accelerator.device) * accelerator.is_main_process
-    step = int(accelerator.reduce(told, reduction="sum"))
-    if step in _TROUBLES:
-        raise trouble or _TROUBLES[step](f"{out}: no checkpoint to go on from; see process 0")
+
+    def find() -> int:
+        folder = checkpoint.newest(out)
+        if folder is None:
+            return 0
+        step = checkpoint.step_of(folder)
+        checkpoint.set_aside(out, after=step)
+        return 1 + step
+
+    step = in_main_process(accelerator, find, f"the checkpoints in {out}") - 1
     return None if step < 0 else checkpoint.folder_of(out, step)
 
 

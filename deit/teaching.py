@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -10,7 +9,8 @@ from deit.config import Config, TeacherConfig
 from deit.console import percent, say, warn
 from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import Splits
-from deit.errors import CheckpointError, NotThereError
+from deit.environment import in_main_process
+from deit.errors import NotThereError
 from deit.models.teachers import Teacher, locate
 from deit.models.weights import digest_of
 from deit.panel import NetworkVoice, Panel, Voice
@@ -211,12 +211,9 @@ def digest_of_teachers(teachers: list[Teacher]) -> str:
 
 def _check_sums(store: Store, accelerator: Accelerator) -> None:
     """Read the store whole, in one process; all go on together, or none. Raises CheckpointError."""
-    damaged: CheckpointError | None = None
-    if accelerator.is_main_process:
-        try:
-            store.check_sums()
-        except CheckpointError as error:
-            damaged = error
-    verdict = torch.tensor(float(damaged is not None), device=accelerator.device)
-    if accelerator.reduce(verdict, reduction="sum").item() > 0:
-        raise damaged or CheckpointError(f"teacher.targets {store.path}: damaged, see process 0")
+
+    def check() -> int:
+        store.check_sums()
+        return 0
+
+    in_main_process(accelerator, check, f"teacher.targets {store.path}")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from deit.errors import CheckpointError, reason_of
+from deit.errors import CheckpointError, NotReadableError, reason_of
 from deit.inputs import read_bytes
 
 Kind = TypeVar("Kind")
@@ -51,17 +51,21 @@ def values_of(path: Path) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: not as it was written ({type(error).__name__}: {reason_of(error)})"
+            f"{path}: not as it was written ({type(error).__name__}: {reason_of(error)}; "
+            "--debug shows where)"
         ) from error
 
 
 def read_typed(path: Path, kind: type[Kind]) -> Kind:
     """The file as an instance of a dataclass: every field of its type, none missing or unknown.
 
-    Raises CheckpointError naming the file and the field; EnvironmentFault as `open_file` does.
+    Raises CheckpointError naming the file and the field, NotReadableError among them;
+    EnvironmentFault where it cannot be read now.
     """
     try:
         return _adapter(kind).validate_json(read_bytes(path), strict=True)
+    except PermissionError as error:
+        raise NotReadableError(f"{path}: {error.strerror}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except ValidationError as error:

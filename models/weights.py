@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             content: Any = load_file(path)
         else:
             content = _load(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such weight file") from None
-    except (SafetensorError, OSError, EOFError) as error:
+    except (SafetensorError, OSError, EOFError, RuntimeError) as error:
         raise_transient(error, path)
+        with suppress(OSError), open_file(path):
+            pass  # raises where it cannot be read now: safetensors gives no reason
+        if isinstance(error, FileNotFoundError):
+            raise CheckpointError(f"{path}: no such weight file") from None
         reason = str(error) or "it is empty"
         raise CheckpointError(f"{path}: not a readable weight file ({reason})") from None
     return _bare(path, _named_tensors(path, content))

@@ -339,6 +339,8 @@ def test_help_of_the_other_programs(run, words):
 
 def test_help_names_a_command(run):
     assert run("deit", "help", "views").stdout == run("deit", "views", "--help").stdout
+    for word in ("help", "--version"):
+        assert run("deit", "help", word).stdout == run("deit", "--help").stdout
     unknown = run("deit", "help", "viws")
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert "no command 'viws'; did you mean views?" in unknown.stderr
@@ -631,18 +633,27 @@ def test_dry_run_writes_nothing(run, tmp_path):
     assert tree(tmp_path) == {}
 
 
+def tried(words, streams, zygote, folder):
+    folder.chmod(0o777)
+    things = folder / "things"
+    things.mkdir()
+    for name in ("classes.txt", "empty.txt", "notes.txt"):
+        (things / name).touch()
+    return run_try(Try(0, words, (), streams, "utf-8", 80), zygote, things, folder / "try")
+
+
+@pytest.mark.parametrize("words", [(), ("nope",), ("train",)])
+def test_an_error_is_one_where_nobody_can_read_it(words, zygote, tmp_path):
+    outcome = tried(words, ("null", "file", "full"), zygote, tmp_path)
+    assert (outcome.code, outcome.wrong) == (2, "")
+
+
 @pytest.mark.parametrize("words", [("--version",), ("recipes",), ("train", "--help")])
 @pytest.mark.parametrize(("stream", "code"), [("broken", 141), ("full", 5), ("closed", 0)])
 def test_a_standard_output_that_takes_nothing_has_a_code_and_no_traceback(
     stream, code, words, zygote, tmp_path
 ):
-    tmp_path.chmod(0o777)
-    one = Try(0, words, (), ("null", stream, "file"), "utf-8", 80)
-    things = tmp_path / "things"
-    things.mkdir()
-    for name in ("classes.txt", "empty.txt", "notes.txt"):
-        (things / name).touch()
-    outcome = run_try(one, zygote, things, tmp_path / "try")
+    outcome = tried(words, ("null", stream, "file"), zygote, tmp_path)
     assert (outcome.code, outcome.wrong) == (code, "")
     said = ("cannot be written", "could not be written", "No space left on device")
     assert any(words in outcome.said for words in said) == (code == 5)

@@ -7,15 +7,19 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from deit import manifest, predict, validation
+from deit import manifest, optimizer_state, predict, validation
 from deit.config import Config, to_dict
 from deit.disk import ENVIRONMENT
-from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault
+from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault, NotReadableError
 from deit.files import read_names
 from deit.inputs import read_bytes
+from deit.models import weights
 from deit.models.start import find_start
 from deit.models.weights import read_weights
+from deit.optimizer_state import read_tensors
 from deit.sweep_file import read_sweep
 from deit.targets import read_manifest
 from deit.typed_json import read_typed
@@ -33,15 +37,8 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("kind", READERS)
-@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE, errno.EACCES])
-def test_what_cannot_be_read_now_is_no_mistake_of_the_file(number, kind, tmp_path, monkeypatch):
-    """It is neither set aside nor taken for another; the command can be run again."""
-    name, read, mistake = READERS[kind]
-    path = tmp_path / name
-    path.write_bytes(b"\xff no content of any kind")
-    with nullcontext() if kind == "digest" else pytest.raises(mistake):
-        read(path)
+def fail(path, number, monkeypatch):
+    """Have a system refuse to open a file, by an error number."""
     opens = Path.open
 
     def failing(self, *arguments, **options):
@@ -50,7 +47,30 @@ def test_what_cannot_be_read_now_is_no_mistake_of_the_file(number, kind, tmp_pat
         return opens(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", failing)
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_what_cannot_be_read_now_is_no_mistake_of_the_file(number, kind, tmp_path, monkeypatch):
+    """It is neither set aside nor taken for another; the command can be run again."""
+    name, read, mistake = READERS[kind]
+    path = tmp_path / name
+    path.write_bytes(b"\xff no content of any kind")
+    with nullcontext() if kind == "digest" else pytest.raises(mistake):
+        read(path)
+    fail(path, number, monkeypatch)
     with pytest.raises(EnvironmentFault, match=rf"{name}: .*{os.strerror(number)}"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_what_may_not_be_read_is_named(kind, tmp_path, monkeypatch):
+    name, read, mistake = READERS[kind]
+    path = tmp_path / name
+    path.touch()
+    fail(path, errno.EACCES, monkeypatch)
+    mistake = NotReadableError if kind in ("record", "digest") else mistake
+    with pytest.raises(mistake, match=rf"{name}.*Permission denied"):
         read(path)
 
 
@@ -62,10 +82,35 @@ def test_a_pipe_is_refused_and_never_waited_for(kind, tmp_path):
         read(tmp_path / name)
 
 
-def test_records_beside_a_configuration_may_be_anything(tmp_path):
+@pytest.mark.parametrize("read", [read_weights, read_tensors])
+@pytest.mark.parametrize("error", [FileNotFoundError("No such file"), "Too many open files"])
+def test_safetensors_gives_no_reason(error, read, tmp_path, monkeypatch):
+    """It says of every file that it cannot open that there is none, or it says it in words."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    read(path)
+
+    def failing(_):
+        raise RuntimeError(error) if isinstance(error, str) else error
+
+    for module in (weights, optimizer_state):
+        monkeypatch.setattr(module, "load_file", failing)
+    if not isinstance(error, str):
+        monkeypatch.setattr(weights, "_head_of", lambda _: b"")
+        monkeypatch.setattr(weights, "_refuse_other_kinds", lambda *_: None)
+        fail(path, errno.EMFILE, monkeypatch)
+    with pytest.raises(EnvironmentFault, match=r"cannot be read now .Too many open files"):
+        read(path)
+
+
+def test_records_beside_a_configuration_may_be_anything(tmp_path, monkeypatch):
     config = validation.build({"loss": {"kind": "none"}})
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     os.mkfifo(tmp_path / ENVIRONMENT)
+    assert validation.load(tmp_path / "config.json") == config
+    (tmp_path / ENVIRONMENT).unlink()
+    (tmp_path / ENVIRONMENT).write_text('{"directory": "there"}')
+    fail(tmp_path / ENVIRONMENT, errno.EACCES, monkeypatch)
     assert validation.load(tmp_path / "config.json") == config
 
 

@@ -388,6 +388,11 @@ def test_results_that_no_search_writes_are_named(place, tmp_path):
     good = json.loads((place / "search/results.json").read_text())
     shutil.copy(place / "search" / MANIFEST, tmp_path)
     errors = {}
+    wrong = ({"seeds": []}, {"seeds": [7.5]}, {"seeds": ["0"]}, {"seeds": [True]})
+    for one in wrong:
+        (tmp_path / "results.json").write_text(json.dumps(good | one))
+        with pytest.raises(CheckpointError, match=r"results.json: not as it was written"):
+            places_of([tmp_path], Asked(run_seed=0))
     for what, content in edits(good, depth=4):
         (tmp_path / "results.json").write_text(json.dumps(content))
         errors[what] = error_of(places_of, [tmp_path], Asked())

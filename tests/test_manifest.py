@@ -1,6 +1,8 @@
 """Manifests: every byte of a folder is covered, and nothing of a damaged one is believed."""
 
+import errno
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 
 from deit import checkpoint, manifest
 from deit.checkpoint import check, newest, seal_folder, write
-from deit.errors import CheckpointError
+from deit.errors import CheckpointError, EnvironmentFault
 
 MUTATIONS = 2000
 
@@ -32,6 +34,26 @@ def test_what_was_written_is_what_is_found(folder):
     assert (found.step, sorted(found.files)) == (3, ["model.safetensors", "state.json"])
     for name, content in found.files.items():
         assert (folder / name).stat().st_size == content.bytes
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_looked_at_again(folder, monkeypatch):
+    """A file server says that what was opened is not there any more."""
+    opens, old = Path.open, folder / "model.safetensors"
+
+    def failing(self, *arguments, **options):
+        if self == old and folder.stat().st_ino == first:
+            folder.rename(folder.with_name(f"gone-{first}"))
+            seal_folder(folder, fill, step=3)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+        return opens(self, *arguments, **options)
+
+    first = folder.stat().st_ino
+    monkeypatch.setattr(Path, "open", failing)
+    assert manifest.check(folder).step == 3
+    first = folder.stat().st_ino
+    monkeypatch.setattr(manifest, "_identity", lambda folder: first)
+    with pytest.raises(EnvironmentFault, match="cannot be read now"):
+        manifest.check(folder)
 
 
 def mutate(path: Path, how: random.Random) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from deit import charts, page, report
 from deit.config import derive
-from deit.errors import EnvironmentFault
+from deit.errors import CheckpointError, EnvironmentFault
 from deit.measured import Evaluations, Measured
 from deit.recipes import digits
 from deit.run_pictures import hardest_of
@@ -251,6 +251,19 @@ def test_a_cost_that_does_not_say_where_it_was_measured_is_measured_again(place,
     again = Evaluations().of(place / "run", elsewhere=kept, cost=True).found["cost"]
     assert again["gmacs"] == before["gmacs"] > 0
     assert json.loads(kept.read_text())["found"]["cost"]["gmacs"] == again["gmacs"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"best": None}, {"best": {}}, {"best": {"epoch": "x"}}, {"skipped": "x"}, {"seconds": []}],
+    ids=str,
+)
+def test_a_result_that_was_edited_is_named(wrong, place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    path = tmp_path / "run" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(CheckpointError, match=r"result.json: "):
+        report.report([tmp_path / "run"], tmp_path / "out")
 
 
 def test_what_is_written_is_replaced_only_when_asked(place, zygote):

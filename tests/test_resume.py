@@ -336,25 +336,28 @@ def test_one_damaged_checkpoint_is_passed_over_and_set_aside(config, straight, t
     assert results(out) == results(straight)
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES])
+@pytest.mark.parametrize(
+    ("call", "number"), [("open", errno.EMFILE), ("open", errno.EACCES), ("lstat", errno.EIO)]
+)
 def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
-    number, config, straight, tmp_path, monkeypatch
+    call, number, config, straight, tmp_path, monkeypatch
 ):
     """A disk or file server fails for a moment: nothing is set aside, and nothing trained again."""
     out = tmp_path / "run"
     stop_at(config, out, "update:6:term")
-    before, opens = sorted(out.rglob("*")), Path.open
+    before, sound = set(out.rglob("*")), getattr(Path, call)
 
     def failing(self, *arguments, **options):
         if self == checkpoint.folder_of(out, 6) / "model.safetensors":
             raise OSError(number, os.strerror(number), str(self))
-        return opens(self, *arguments, **options)
+        return sound(self, *arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", failing)
-        with pytest.raises(EnvironmentFault, match=r"00000006/model.safetensors: "):
+        patched.setattr(Path, call, failing)
+        with pytest.raises(DeitError, match=r"00000006/model.safetensors: ") as raised:
             train(config, out, resume=True)
-    assert set(before) <= set(out.rglob("*"))
+    assert raised.value.exit_code == 5
+    assert before <= set(out.rglob("*"))
     train(config, out, resume=True)
     assert not list(out.glob("damaged-*"))
     assert results(out) == results(straight)
