@@ -151,7 +151,7 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], int], what: obj
         raise trouble
     if number < 0:
         kinds = {kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError)}
-        raise kinds.get(-number, EnvironmentFault)(f"{what}: see what process 0 says")
+        raise kinds.get(-number, EnvironmentFault)(f"{what}: see process 0")
     return number
 
 

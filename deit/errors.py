@@ -109,8 +109,10 @@ def raise_transient(error: BaseException, place: object) -> None:
     """
     if out_of_memory(error):
         raise error
-    number = getattr(error, "errno", None)
-    if not isinstance(error, OSError):  # libraries give the words alone
-        number = next((one for one in TRANSIENT if os.strerror(one) in str(error)), None)
-    if number in TRANSIENT:
-        raise EnvironmentFault(f"{place}: cannot be read now ({os.strerror(number)})") from None
+    if isinstance(error, OSError):
+        words = error.strerror if error.errno in TRANSIENT else None
+    else:  # libraries give the words alone
+        known = map(os.strerror, TRANSIENT)
+        words = next((one for one in known if one in str(error)), None)
+    if words is not None:
+        raise EnvironmentFault(f"{place}: cannot be read now ({words})") from error

@@ -1,5 +1,6 @@
 """What a folder holds, by size and digest: damage is found before anything of it is used."""
 
+import errno
 import hashlib
 import json
 import os
@@ -89,8 +90,12 @@ def check(folder: Path) -> Manifest:
         before = _identity(folder)
         try:
             return _checked(folder)
-        except (CheckpointError, EnvironmentFault) as error:
+        except CheckpointError as error:
             damage = error
+        except EnvironmentFault as error:
+            # A block that a disk cannot read stays so, whatever else fails comes back.
+            lost = getattr(error.__cause__, "errno", None) == errno.EIO
+            damage = CheckpointError(str(error)) if lost else error
         if _identity(folder) == before:
             break
         time.sleep(_MOMENT_S)

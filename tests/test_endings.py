@@ -342,6 +342,7 @@ def test_what_the_machine_lacks_is_no_bug(error, code, message, monkeypatch, cap
 def asks_to_stop(folder: Path, rest: str) -> None:
     """A module that a signal meets while it is imported."""
     folder.mkdir(exist_ok=True)
+    sys.modules.pop("asks_to_stop", None)
     text = f"import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\n{rest}\n"
     (folder / "asks_to_stop.py").write_text(text)
 
@@ -366,7 +367,6 @@ def test_no_import_is_interrupted(tmp_path, monkeypatch):
 def test_a_stop_during_an_import_is_for_whoever_handles_signals_next(tmp_path, monkeypatch):
     asks_to_stop(tmp_path, "pass")
     monkeypatch.syspath_prepend(str(tmp_path))
-    sys.modules.pop("asks_to_stop", None)
 
     def work():
         import_module("asks_to_stop")

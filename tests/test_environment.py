@@ -53,7 +53,7 @@ def test_all_raise_what_ends_the_main_process(error):
     main, other = pair(fail)
     assert main is error or str(main) == "a: Input/output error"
     assert main.exit_code == other.exit_code == getattr(error, "exit_code", 5)
-    assert str(other) == "a place: see what process 0 says"
+    assert str(other) == "a place: see process 0"
 
 
 def test_a_bug_is_none_of_these():

@@ -173,7 +173,7 @@ def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(out, monkeypatch,
     assert found is not None
     assert found != newest
     said = capsys.readouterr().err.replace("\n", " ")
-    assert "cannot be read (Input/output error)" in said
+    assert "cannot be read now (Input/output error)" in said
 
 
 def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(out, monkeypatch):

@@ -885,9 +885,10 @@ def _judge(code: int, text: str, question: dict[str, Any]) -> str:
         return "shows a traceback"
     if code not in CODES:
         return f"exit code {code}"
-    if code not in (0, 141) and streams[2] in ("file", "pty") and "deit: error" not in text:
+    told = "deit:error" in "".join(text.split())  # a terminal may be one column wide
+    if code not in (0, 141) and streams[2] in ("file", "pty") and not told:
         return f"exit code {code} without a message" if code != 2 or "usage:" not in text else ""
-    if code == 0 and "deit: error" in text:
+    if code == 0 and told:
         return "exit code 0 after an error"
     return ""
 
