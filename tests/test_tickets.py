@@ -532,7 +532,8 @@ def test_updates_that_are_left_and_their_time_by_hand(tmp_path):
     (runs[7].out / "checkpoint-00000020").mkdir(parents=True)
     assert tickets._time(runs, 4) == f"{8 * 40 - 4 * 6 - 20} updates, teachers' aside{later}"
     shutil.rmtree(runs[7].out)
-    result = {"epochs": 10, "fingerprint": "", "targets": [], "seconds": 60.0}
+    result = {"epochs": 10, "fingerprint": "", "targets": [], "best": {}, "skipped": 0}
+    result["seconds"] = 60.0
     for one, samples in ((runs[0], 40 * 32), (runs[1], 34 * 32)):
         one.out.mkdir(parents=True)
         (one.out / checkpoint.RESULT).write_text(json.dumps({**result, "samples_seen": samples}))
