@@ -129,11 +129,11 @@ def _exchange_of_gradients(run: RunConfig) -> DistributedDataParallelKwargs:
 
 
 def in_main_process(accelerator: Accelerator, work: Callable[[], int], what: object) -> int:
-    """Do something in the main process alone; all processes get the whole number, from 0 on, that
-    it came to. Raises its DeitError there, an OSError as EnvironmentFault, and in the other
-    processes an error of the same exit code.
+    """Call a function in the main process alone; return its result, a whole number from 0 on, in
+    all processes.
 
-    what: is read or tried, for the message.
+    what: is read or tried, for the message. Raises the function's DeitError in the main process, an
+    OSError as EnvironmentFault, and an error of the same exit code in the other processes.
     """
     number, trouble = 0, None
     if accelerator.is_main_process:
@@ -145,8 +145,8 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], int], what: obj
             trouble = EnvironmentFault(f"{error.filename or what}: {error.strerror}")
         if trouble is not None:
             number = -trouble.exit_code
-    told = torch.tensor(number, device=accelerator.device)
-    number = int(accelerator.reduce(told, reduction="sum"))
+    shared = torch.tensor(number, device=accelerator.device)
+    number = int(accelerator.reduce(shared, reduction="sum"))
     if trouble is not None:
         raise trouble
     if number < 0:

@@ -4,7 +4,7 @@ import codecs
 import errno
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +36,13 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise_transient(error, path)
         raise
+
+
+def check_readable(path: Path) -> None:
+    """Raise EnvironmentFault where a file cannot be read now. Call it where a library failed to
+    open one without giving the reason, as safetensors does."""
+    with suppress(OSError), open_file(path):
+        pass
 
 
 def read_bytes(path: Path) -> bytes:

@@ -82,15 +82,15 @@ def _whole(value: object) -> int:
 
 
 def _of_search(out: Path, asked: Asked) -> list[Place]:
-    told = read_results(out)
-    if "tickets" not in told:
+    result = read_results(out)
+    if "tickets" not in result:
         raise ConfigError(f"{out}: is a sweep; name some of its runs (OUT/runs/...)")
     with values_of(out / RESULTS):
-        seeds = [_whole(seed) for seed in told["seeds"]]
+        seeds = [_whole(seed) for seed in result["seeds"]]
         first = seeds[0]
         sparsity = {
             (row["values"]["run"], _whole(row["level"])): name
-            for name, row in told["rows"].items()
+            for name, row in result["rows"].items()
             if "level" in row
         }
     seed = first if asked.run_seed is None else asked.run_seed

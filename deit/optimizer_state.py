@@ -1,14 +1,14 @@
 """An optimizer's state as tensors by parameter name, in a file other libraries read."""
 
-from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from deit.errors import CheckpointError, raise_transient
-from deit.inputs import open_file
+from deit.inputs import check_readable
 from deit.sharding import divided_like
 
 
@@ -69,8 +69,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file. Raises CheckpointError."""
     try:
         return load_file(path)
-    except Exception as error:  # OSError or SafetensorError, which gives no reason
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise_transient(error, path)
-        with suppress(OSError), open_file(path):
-            pass  # raises where it cannot be read now
+        check_readable(path)
         raise CheckpointError(f"{path}: not readable ({error})") from None

@@ -38,8 +38,9 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
     started = time.monotonic()
     sweeps = {path: read_results(path) for path in paths if (path / MANIFEST).is_file()}
     for path, result in sweeps.items():
-        with values_of(path / RESULTS):
-            columns(result), cells(result)
+        with values_of(path / RESULTS):  # before anything is written
+            columns(result)
+            cells(result)
     runs = [path for path in paths if path not in sweeps]
     names = _names(paths)
     slugs = _slugs(names)
@@ -143,14 +144,14 @@ def _view(
     config: Config = load(run / checkpoint.CONFIG)
     kept = out / f"{called}.evaluation.json"
     with values_of(run / checkpoint.RESULT):
-        told = summary_of(config, run, checkpoint.result_of(run))
+        summary = summary_of(config, run, checkpoint.result_of(run))
     return View(
         name,
         called,
         config,
         checkpoint.recorded(run),
         journal.read(run / journal.METRICS),
-        told,
+        summary,
         evaluations.of(run, elsewhere=kept, root=root, cost=True),
     )
 

@@ -29,8 +29,8 @@ _GROUPS = ("seen", "unseen")
 
 
 def read_results(sweep: Path) -> dict[str, Any]:
-    """What a sweep came to, from its folder. Raises CheckpointError where that is not known yet.
-    Use it within `values_of`: somebody may have changed the file."""
+    """Return the results of a sweep, from its folder. Raises CheckpointError where there are none
+    yet. Their fields are not checked: read them within `values_of`."""
     path = sweep / RESULTS
     if not path.is_file():
         raise CheckpointError(f"{sweep}: no results yet; run the command of this sweep to continue")

@@ -39,6 +39,8 @@ def build(
     Raises ConfigError naming every problem.
     """
     problems, broken = list(extra), set()
+    problems += [unknown_field(name) for name in values if name_trouble(name)]
+    values = {name: fields for name, fields in values.items() if not name_trouble(name)}
     adapter = _adapter()
     try:
         config = adapter.validate_python(values)

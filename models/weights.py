@@ -7,7 +7,6 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deit.errors import CheckpointError, raise_transient
-from deit.inputs import open_file
+from deit.inputs import check_readable, open_file
 from deit.sharding import divided_like
 
 _CONTAINERS = (
@@ -72,8 +71,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             content = _load(path)
     except (SafetensorError, OSError, EOFError, RuntimeError) as error:
         raise_transient(error, path)
-        with suppress(OSError), open_file(path):
-            pass  # raises where it cannot be read now: safetensors gives no reason
+        check_readable(path)
         if isinstance(error, FileNotFoundError):
             raise CheckpointError(f"{path}: no such weight file") from None
         reason = str(error) or "it is empty"

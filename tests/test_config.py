@@ -45,6 +45,13 @@ def test_every_problem_stands_in_one_message_with_field_value_and_advice():
     assert "nonsense: unknown field" in message
 
 
+@pytest.mark.parametrize("wrong", [{"\ud800": 3}, {"data": {"\ud800": 3}}], ids=ascii)
+def test_a_name_that_is_not_unicode_is_a_problem_like_any_other(wrong):
+    """JSON spells it by an escape."""
+    with pytest.raises(ConfigError, match="1 problem in the configuration"):
+        build({"loss": {"kind": "none"}, **wrong})
+
+
 @pytest.mark.parametrize(
     ("sections", "advice"),
     [

@@ -17,11 +17,11 @@ from deit.errors import (
 
 def pair(work):
     """What both of two processes come to, a number or an error."""
-    told = []
+    reduced = []
 
     def reduce(value, reduction):
-        told.append(value.clone())
-        return sum(told)
+        reduced.append(value.clone())
+        return sum(reduced)
 
     def one(main):
         accelerator = SimpleNamespace(is_main_process=main, device="cpu", reduce=reduce)

@@ -39,9 +39,9 @@ def reach(run, epoch, top1):
 
 def finish(run, top1):
     run.out.mkdir(exist_ok=True)
-    told = {"epochs": 8, "fingerprint": "", "targets": [], "skipped": 0, "seconds": 1.0}
-    told["best"] = {"top1": top1}
-    (run.out / checkpoint.RESULT).write_text(json.dumps(told))
+    result = {"epochs": 8, "fingerprint": "", "targets": [], "skipped": 0, "seconds": 1.0}
+    result["best"] = {"top1": top1}
+    (run.out / checkpoint.RESULT).write_text(json.dumps(result))
 
 
 def test_it_learns_where_the_good_points_are(tmp_path):
