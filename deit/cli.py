@@ -22,6 +22,7 @@ from deit.errors import (
     EnvironmentFault,
     PeerError,
     Stopped,
+    compiler_failure,
     out_of_memory,
     reason_of,
 )
@@ -154,6 +155,8 @@ def _of_the_machine(error: Exception) -> str | None:
         return f"more memory than any machine has ({reason_of(error)})"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return in_line(str(error))  # an OSError from Python 3.13 on
+    if (failure := compiler_failure(error)) is not None:
+        return f"{failure}; leave --run.compile out"
     if not isinstance(error, OSError):
         return None
     if error.errno in _MACHINE:

@@ -77,8 +77,12 @@ class Stopped(BaseException):
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what another library says, or the name of its error."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    """The first line of what another library says, with the next where it ends in a colon; or the
+    name of its error."""
+    first, *rest = str(error).strip().split("\n")
+    if first.endswith(":") and rest:
+        first += f" {rest[0].strip()}"
+    return first or type(error).__name__
 
 
 TRANSIENT = (
@@ -99,6 +103,21 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     words = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
     return not isinstance(error, OSError) and any(word in str(error) for word in words)
+
+
+def compiler_failure(error: BaseException) -> str | None:
+    """Why torch.compile could not compile a network, where an error says so: no C++ compiler or
+    Triton, a cache folder that cannot be written, code that it cannot trace. None for any other
+    error.
+
+    By the modules that define the errors: importing them takes seconds, and their base classes
+    differ.
+    """
+    defined = (one.__module__ for one in type(error).__mro__)
+    parts = ("torch._dynamo", "torch._inductor", "triton")
+    if any(module.startswith(parts) for module in defined):
+        return f"torch.compile failed ({reason_of(error)})"
+    return None
 
 
 def raise_transient(error: BaseException, place: object) -> None:

@@ -20,6 +20,7 @@ from deit.errors import (
     PeerError,
     Stopped,
     WorkerLost,
+    compiler_failure,
     out_of_memory,
 )
 from deit.faults import reach
@@ -144,6 +145,8 @@ def understood(parts: Parts, asked: Callable[[], int]) -> Iterator[None]:
                 f"another process of the run is gone, or did not answer within "
                 f"{parts.config.run.timeout:g} s; {_kept(parts)}"
             ) from None
+        if (failure := compiler_failure(error)) is not None:
+            raise EnvironmentFault(f"{failure}; without --run.compile {_kept(parts)}") from error
         raise
 
 

@@ -1,6 +1,7 @@
 """Compiled networks: the same numbers and names, and exact resume; what is compiled."""
 
 import copy
+import errno
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from deit import environment, faults, journal
 from deit.config import derive
 from deit.environment import compiled, records_graphs
-from deit.errors import Stopped
+from deit.errors import EnvironmentFault, Stopped
 from deit.recipes import digits, digits_teacher
 from deit.run import train
 from tests.stops import same_end, stop_at
@@ -91,6 +92,22 @@ def test_a_compiled_student_computes_its_linear_layers_itself(config, tmp_path, 
         assert len(made) == (mode == "none")
         faults.arm("update:1:term")
     faults.arm(None)
+
+
+def test_a_machine_that_cannot_compile_is_named(config, tmp_path, monkeypatch):
+    def lacking(graph, examples):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "g++")
+
+    for place in ("deit.run.compiled", "deit.panel.compiled"):
+        monkeypatch.setattr(place, lambda network, mode: network.compile(backend=lacking))
+    with pytest.raises(EnvironmentFault) as raised:
+        train(derive(config, run={"compile": "default"}), tmp_path / "run")
+    torch._dynamo.reset()
+    assert "torch.compile failed" in str(raised.value)
+    assert "'g++'" in str(raised.value)
+    assert "without --run.compile" in str(raised.value)
+    result = train(config, tmp_path / "run", resume=True)
+    assert result["epochs"] == 2
 
 
 @pytest.mark.slow

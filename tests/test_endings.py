@@ -303,6 +303,12 @@ def test_a_stop_in_a_library_that_makes_another_error_of_it_is_a_stop(monkeypatc
     assert "stopped by SIGTERM" in capsys.readouterr().err
 
 
+class TritonMissing(RuntimeError):
+    """As PyTorch's compiler raises it, whose modules take seconds to import."""
+
+    __module__ = "torch._inductor.exc"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -316,6 +322,7 @@ def test_a_stop_in_a_library_that_makes_another_error_of_it_is_a_stop(monkeypatc
         (RuntimeError("Storage size calculation overflowed"), 5, "more memory than any machine "),
         (RuntimeError("Symlink loop from '/a'"), 5, "Symlink loop from '/a'"),  # Path.resolve
         (RuntimeError("CUDA error: out of memory"), 5, "not enough memory (CUDA error"),
+        (TritonMissing(), 5, "torch.compile failed (TritonMissing); leave --run.compile out"),
         (OSError(errno.ENOTCONN, "Not connected", "/fuse/a"), 5, "/fuse/a: Not connected"),
         (
             FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
