@@ -46,9 +46,10 @@ def load_digits(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
     """
     try:
         from sklearn.datasets import load_digits as read
-    except ImportError:
+    except ImportError as error:
         raise EnvironmentFault(
-            "data.source digits: scikit-learn is missing; pip install 'deit[digits]'"
+            f"data.source digits: scikit-learn is missing or does not load ({reason_of(error)}); "
+            "pip install 'deit[digits]'"
         ) from None
     digits = read()
     grey = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))
@@ -182,7 +183,7 @@ def _name_in(line: str) -> str:
         return line
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line
 
 

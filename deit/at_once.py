@@ -15,7 +15,7 @@ import torch
 from deit import checkpoint
 from deit.config import Config, code_of, to_dict
 from deit.console import clock, say, warn
-from deit.disk import write_json
+from deit.disk import open_to_append, write_json
 from deit.errors import CheckpointError, ConfigError, DataError, DeitError, NumericsError
 from deit.launcher import FOLLOWED
 from deit.processes import Process, Source, source
@@ -178,7 +178,7 @@ class _Child:
             lines, log = stack.enter_context(open(said, errors="replace")), None
             try:
                 log = stack.enter_context(
-                    self.log.open("a", encoding="utf-8", errors="backslashreplace")
+                    open_to_append(self.log, "a", encoding="utf-8", errors="backslashreplace")
                 )
             except OSError as error:
                 heard.put((self, f"deit: warning: {self.log}: not written ({error.strerror})"))

@@ -13,6 +13,7 @@ from deit.disk import GONE, LOCK, is_passing, replace_folder
 from deit.disk import RESUMED as RESUMED
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault, NotReadableError
 from deit.faults import reach
+from deit.inputs import NOT_PLAIN, is_plain
 from deit.text import nearest
 from deit.typed_json import read_typed
 
@@ -87,7 +88,8 @@ def check_folder(out: Path, *, resume: bool) -> None:
 
 
 def _refuse_links(out: Path, names: list[str]) -> None:
-    """What is written, cut and removed in a run folder must not lead out of it."""
+    """What is written, cut and removed in a run folder must not lead out of it, nor be waited
+    for."""
     for name in names:
         ours = (
             name == BEST
@@ -98,6 +100,8 @@ def _refuse_links(out: Path, names: list[str]) -> None:
             raise CheckpointError(
                 f"{out / name}: is a link, and may lead anywhere; put what it leads to in its place"
             )
+        if ours and (out / name).exists() and not is_plain(out / name):
+            raise CheckpointError(f"{out / name}: {NOT_PLAIN}; remove it")
 
 
 def open_folder(out: Path) -> None:

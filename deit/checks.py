@@ -18,7 +18,7 @@ from deit.config import (
     peak_lr,
 )
 from deit.files import HUB, about_address
-from deit.text import nearest
+from deit.text import nearest, shortened
 
 
 class Problem(NamedTuple):
@@ -29,7 +29,7 @@ class Problem(NamedTuple):
     advice: str
 
     def __str__(self) -> str:
-        shown = "" if self.value is NO_VALUE else f" = {self.value!r}"
+        shown = "" if self.value is NO_VALUE else f" = {shortened(repr(self.value))}"
         return f"{self.field}{shown}: {self.advice}"
 
 

@@ -1,7 +1,6 @@
 """The students of a study beside each other and their teachers, in one table and one picture."""
 
 import itertools
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from deit.run import train
 from deit.studies import STUDIES
 from deit.target_writer import write_targets
 from deit.text import nearest
+from deit.typed_json import strict_json
 from deit.validation import validate
 
 
@@ -93,7 +93,7 @@ def compare(
 def _is_result(path: Path) -> bool:
     """Whether a file is of an earlier comparison: the same command, going on, writes it again."""
     try:
-        return {"recipe", "rows"} <= json.loads(read_bytes(path)).keys()
+        return {"recipe", "rows"} <= strict_json(read_bytes(path)).keys()
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -250,7 +250,7 @@ class StudentConfig:
     """Side [px] of a patch (deit_* and vit_*)."""
     embed_dim: OptionalCount = None
     """Width of the tokens. None: that of the named size (deit_* and vit_*)."""
-    depth: OptionalCount = None
+    depth: Annotated[Annotated[int, Field(ge=1, le=1000)] | None, BeforeValidator(_none)] = None
     """Number of blocks. None: that of the named size (deit_* and vit_*)."""
     num_heads: OptionalCount = None
     """Number of attention heads. None: that of the named size (deit_* and vit_*)."""

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from deit.errors import EnvironmentFault
 from deit.faults import reach
+from deit.inputs import NOT_PLAIN, is_plain
 
 LOCK = ".lock"
 ENVIRONMENT, RESUMED = "environment.json", "environment-resumed.json"
@@ -238,6 +239,18 @@ def _replace_none(temporary: Path, path: Path) -> None:
         raise
 
 
+def open_to_append(path: Path, mode: str, **settings: Any) -> Any:
+    """Open a file to write at its end. mode, settings: as `open` takes them. Raises OSError, also
+    for a pipe or a device, which might be waited for without end."""
+    try:
+        plain = is_plain(path)
+    except FileNotFoundError:
+        plain = True
+    if not plain:
+        raise OSError(errno.EINVAL, NOT_PLAIN, str(path))
+    return path.open(mode, **settings)
+
+
 def sync(file: BinaryIO) -> None:
     """Bring what was written to the disk itself."""
     file.flush()
@@ -278,7 +291,7 @@ def hold(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
     (they would hold a lock of flock's for some seconds longer than a killed parent).
     """
     try:
-        file = (folder / LOCK).open("a+", encoding="utf-8", errors="replace")
+        file = open_to_append(folder / LOCK, "a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise EnvironmentFault(f"{option} {folder}: cannot be locked ({error.strerror})") from None
     try:

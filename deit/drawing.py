@@ -1,5 +1,6 @@
 """Numbers of finished comparisons as tables and pictures; reads plain values only, no torch."""
 
+import io
 import re
 import statistics
 import warnings
@@ -7,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
+from deit.disk import put_file
 from deit.errors import EnvironmentFault
 from deit.text import in_line, printable
 
@@ -62,7 +64,12 @@ def save_figure(figure: Any, file: Path | IO[str], **settings: Any) -> None:
             text.set_text(printable(text.get_text()))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-        figure.savefig(file, **settings)
+        if not isinstance(file, Path):
+            figure.savefig(file, **settings)
+            return
+        content = io.BytesIO()  # whole or not at all, as every file of ours
+        figure.savefig(content, **{"format": file.suffix[1:] or "png", **settings})
+        put_file(file, content.getvalue())
 
 
 def draw_comparison(result: dict[str, Any], path: Path) -> None:

@@ -3,6 +3,7 @@ recognize errors of the machine: no memory, transient I/O errors."""
 
 import errno
 import os
+import traceback
 from signal import Signals
 
 
@@ -110,14 +111,18 @@ def compiler_failure(error: BaseException) -> str | None:
     Triton, a cache folder that cannot be written, code that it cannot trace. None for any other
     error.
 
-    By the modules that define the errors: importing them takes seconds, and their base classes
-    differ.
+    By the modules that define the errors, or that raise an OSError: importing them takes seconds,
+    and their base classes differ.
     """
-    defined = (one.__module__ for one in type(error).__mro__)
-    parts = ("torch._dynamo", "torch._inductor", "triton")
-    if any(module.startswith(parts) for module in defined):
-        return f"torch.compile failed ({reason_of(error)})"
-    return None
+    modules = [one.__module__ for one in type(error).__mro__]
+    if isinstance(error, OSError):
+        frames = traceback.walk_tb(error.__traceback__)
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in frames]
+    if not any(one.startswith(("torch._dynamo", "torch._inductor", "triton")) for one in modules):
+        return None
+    reason, *rest = reason_of(error), *str(error).splitlines()[1:]
+    cause = next((line.strip() for line in rest if "error:" in line), None)  # a C++ compiler's
+    return f"torch.compile failed ({reason if cause is None else f'{reason}: {cause}'})"
 
 
 def raise_transient(error: BaseException, place: object) -> None:

@@ -28,14 +28,31 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     read in the `with` block as well.
     """
     try:
-        kind = path.stat().st_mode
-        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # opening a folder says what it is
-            raise OSError(errno.EINVAL, "is a pipe or a device, not a file", str(path))
+        if not is_plain(path):
+            raise OSError(errno.EINVAL, NOT_PLAIN, str(path))
         with path.open("rb") as file:
             yield file
     except OSError as error:
         raise_transient(error, path)
         raise
+
+
+NOT_PLAIN = "is a pipe or a device, not a file"
+
+
+def is_plain(path: Path) -> bool:
+    """Whether there is a file or a folder: opening a pipe may wait without end, reading a device
+    may never end. Raises OSError where there is nothing."""
+    kind = path.stat().st_mode
+    return stat.S_ISREG(kind) or stat.S_ISDIR(kind)
+
+
+def no_file(path: Path) -> str:
+    """What to say of a path where a file should be and none is."""
+    try:
+        return "is a folder" if path.is_dir() else "no such file" if is_plain(path) else NOT_PLAIN
+    except OSError:
+        return "no such file"
 
 
 def check_readable(path: Path) -> None:

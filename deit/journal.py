@@ -4,14 +4,32 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from annotated_types import Ge
+from pydantic import AfterValidator
+from typing_extensions import TypedDict
 
 from deit.console import warn
-from deit.disk import put_file, sync, why
+from deit.disk import open_to_append, put_file, sync, why
 from deit.errors import EnvironmentFault
 from deit.faults import reach
 from deit.inputs import read_bytes
+from deit.typed_json import as_typed, strict_json
+
+
+def _with(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A check that there is a number of a name."""
+
+    def check(row: dict[str, Any]) -> dict[str, Any]:
+        if row.get(name) is None:
+            raise ValueError(f"no {name}")
+        return row
+
+    return check
+
 
 METRICS = "metrics.jsonl"
 CHAIN = "chain.jsonl"
@@ -22,7 +40,7 @@ def append(path: Path, row: dict[str, Any]) -> int:
     """Add a row and bring it to the disk; what is not finite becomes null. The length of the file
     then [bytes]. Raises EnvironmentFault."""
     try:
-        with path.open("ab") as file:
+        with open_to_append(path, "ab") as file:
             file.write(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")
             sync(file)
             reach(path.stem)
@@ -45,13 +63,49 @@ def read(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in read_bytes(path).splitlines() if path.is_file() else ():
         try:
-            row = json.loads(line)
+            row = strict_json(line)
         except ValueError:
             break
         if not isinstance(row, dict):
             break
         rows.append(row)
     return rows
+
+
+class _Loader(TypedDict):
+    share: float
+    images_per_s: dict[str, float]
+
+
+class MetricsRow(TypedDict):
+    """An epoch in metrics.jsonl. Numbers that were not finite are None.
+
+    train: losses by name, `<head>_top1` and `lr`. validation: `class_top1` and others; of epochs
+    with an evaluation. seconds: since the first update, over all commands. loader, images_per_s,
+    memory_mb: of epochs that one command trained whole.
+    """
+
+    epoch: Annotated[int, Ge(1)]
+    step: Annotated[int, Ge(1)]
+    train: Annotated[dict[str, float | None], AfterValidator(_with("lr"))]
+    seconds: float
+    validation: NotRequired[Annotated[dict[str, float], AfterValidator(_with("class_top1"))]]
+    loader: NotRequired[_Loader]
+    images_per_s: NotRequired[float]
+    memory_mb: NotRequired[float | None]
+
+
+def _speed_is_whole(row: MetricsRow) -> MetricsRow:
+    if "loader" in row and "images_per_s" not in row:
+        raise ValueError("no images_per_s")
+    return row
+
+
+def read_metrics(run: Path) -> list[MetricsRow]:
+    """The rows of a run's metrics, as `read` finds them. Raises CheckpointError where one is not as
+    a run writes it."""
+    path = run / METRICS
+    return as_typed(path, read(path), list[Annotated[MetricsRow, AfterValidator(_speed_is_whole)]])
 
 
 def cut(path: Path, length: int) -> None:

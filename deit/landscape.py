@@ -21,7 +21,7 @@ from deit.landscape_places import Place, View, comparable, places_of, view_of
 from deit.models.saved import load_student
 from deit.models.weights import digest_of
 from deit.shared_targets import content_hash
-from deit.typed_json import read_typed
+from deit.typed_json import read_sealed, write_sealed
 
 _KEPT = "measured"  # a file for each thing that was measured
 
@@ -96,9 +96,9 @@ class _Kept:
         weights = [self._digest(place) for place in places]
         key = content_hash({**self._of, "what": what, "weights": weights})
         file = self._folder / f"{slug(places[0].name)[:60]}-{what}-{key}.json"
-        if not file.is_file():
-            write_json(file, measured())
-        return read_typed(file, dict[str, Any])
+        if (found := read_sealed(file, dict[str, Any])) is None:
+            found = write_sealed(file, measured())
+        return found
 
     def _digest(self, place: Place) -> str:
         """Of the weights, and of the masks along which they may move."""

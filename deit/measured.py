@@ -9,12 +9,11 @@ from deit import checkpoint
 from deit.config import DataConfig, code_of
 from deit.console import warn
 from deit.datasets.splits import digest_of_images, load_split
-from deit.disk import write_json
 from deit.errors import CheckpointError, DataError
 from deit.evaluation import Examined, as_asked, config_of, cost_of_run, examine
 from deit.inputs import read_bytes
 from deit.models.facts import find_saved
-from deit.typed_json import read_typed
+from deit.typed_json import read_sealed, write_sealed
 
 
 @dataclass(frozen=True)
@@ -58,23 +57,19 @@ class Evaluations:
             raise CheckpointError(f"{out}: is not finished; its own command goes on with it")
         beside = out.with_name(f"{out.name}.evaluation.json")
         for path in (elsewhere, beside):
-            if path is None or not path.is_file():
+            before = None if path is None else read_sealed(path, Measured)
+            if before is None:
                 continue
-            try:
-                before = read_typed(path, Measured)
-            except CheckpointError:
-                continue  # cut off, or of another release: made anew
             if before.of["run"] == result["chain"] and self._holds(before, out, root, teacher):
-                # One that does not say where it was measured may lack a part of the GMACs too.
-                if cost and "measured_on" not in before.found.get("cost", {}):
+                if cost and "cost" not in before.found:
                     before.found["cost"] = cost_of_run(out)
-                    write_json(elsewhere or beside, asdict(before))
+                    write_sealed(elsewhere or beside, asdict(before))
                 return before
         examined = examine(out, root=root, teacher=teacher, cost=cost)
         now = _measured(examined, {"run": result["chain"], "teacher": ""})
         if examined.found["teacher"] is not None:
             now.of["teacher"] = _digest_of_files(_sources(out, teacher))
-        write_json(elsewhere or beside, asdict(now))
+        write_sealed(elsewhere or beside, asdict(now))
         return now
 
     def _holds(self, before: Measured, out: Path, root: str | None, teacher: str | None) -> bool:

@@ -58,5 +58,5 @@ def _agreement(found: dict[str, Any]) -> float | None:
 
 def _curve(folder: Path) -> list[tuple[int, float]]:
     """Validation top-1 by epoch, of the weights and head that select the best checkpoint."""
-    rows = journal.read(folder / journal.METRICS)
+    rows = journal.read_metrics(folder)
     return [(row["epoch"], selected_top1(row["validation"])) for row in rows if "validation" in row]

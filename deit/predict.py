@@ -15,7 +15,7 @@ from deit.datasets.listing import PassedOver, find_images, opened
 from deit.datasets.views import evaluation_views
 from deit.disk import write_json
 from deit.errors import CheckpointError, ConfigError, DataError, reason_of
-from deit.inputs import read_bytes
+from deit.inputs import no_file, read_bytes
 from deit.models.attention import Looks, check_attention, rollout
 from deit.models.facts import Facts, find_saved
 from deit.models.saved import load_student
@@ -133,7 +133,7 @@ def _files(paths: list[Path], bad: dict[str, str]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            bad[str(path)] = "no such picture" if not path.exists() else "no file"
+            bad[str(path)] = "no such picture" if not path.exists() else no_file(path)
     for note in passed.notes():
         say(note)
     return found

@@ -19,6 +19,7 @@ from deit.config import (
 from deit.errors import ConfigError, raise_transient
 from deit.files import import_file
 from deit.hyper_rule import hyper_rule
+from deit.inputs import no_file
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
 from deit.text import nearest
 from deit.tuning import at_resolution, deit, short
@@ -606,7 +607,7 @@ def _from_file(name: str) -> Config:
     path = Path(file if file.endswith(".py") else f"{file}.py")
     function = function or "recipe"
     if not path.is_file():
-        raise ConfigError(f"recipe {name}: no file {path}")
+        raise ConfigError(f"recipe {name}: {no_file(path)}")
     try:
         config = getattr(import_file(path), function)()
     except (Exception, SystemExit) as error:  # the user's own code may raise anything

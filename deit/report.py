@@ -150,7 +150,7 @@ def _view(
         called,
         config,
         checkpoint.recorded(run),
-        journal.read(run / journal.METRICS),
+        journal.read_metrics(run),
         summary,
         evaluations.of(run, elsewhere=kept, root=root, cost=True),
     )

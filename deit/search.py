@@ -278,7 +278,7 @@ class Search:
     def hopeless(self, run: Planned) -> bool:
         """Whether a run under way should be stopped, told of what it came to by now."""
         trial = self._running[run.out]
-        rows = [row for row in journal.read(run.out / journal.METRICS) if "validation" in row]
+        rows = [row for row in journal.read_metrics(run.out) if "validation" in row]
         if not rows:
             return False
         last = rows[-1]

@@ -31,7 +31,7 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
 
     result: what its result.json holds.
     """
-    rows = journal.read(out / journal.METRICS)
+    rows = journal.read_metrics(out)
     measured = [row for row in rows if "loader" in row]
     best = {name: value for name, value in result["best"].items() if name.endswith("_top1")}
     return {

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from deit.config import Config, derive, to_dict
-from deit.errors import ConfigError
+from deit.errors import ConfigError, DeitError
 from deit.inputs import read_text
 from deit.presets import PRESETS, fit_epochs, put_presets
 from deit.studies import STUDIES
-from deit.text import nearest
+from deit.text import nearest, shortened
 from deit.typed_json import strict_json
 from deit.validation import build, field_names
 
@@ -90,8 +90,11 @@ def read_sweep(path: Path) -> Sweep:
     try:
         text = read_text(path)
         values = strict_json(text) if path.suffix == ".json" else yaml.load(text, _Unique)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        _check_extent(values)
+    except DeitError:
+        raise
+    except Exception as error:  # PyYAML raises KeyError, IndexError and more for odd tags
+        reason = shortened(" ".join(str(error).split())) or type(error).__name__
         raise ConfigError(f"{path}: not a readable sweep ({reason})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a sweep names a recipe, a grid or runs; see docs/sweeps.md")
@@ -99,6 +102,26 @@ def read_sweep(path: Path) -> Sweep:
     if len(mappings) == len(values) and any(one.keys() >= _GRID_SEARCH for one in mappings):
         values = {"runs": {run: _of_grid_search(path, run, one) for run, one in values.items()}}
     return _checked(path, values)
+
+
+_MOST_VALUES, _LIMIT = 100_000, 2**63
+
+
+def _check_extent(values: Any) -> None:
+    """Raise ValueError where aliases make a few lines endless, or a number is larger than any that
+    PyTorch takes."""
+    waiting, seen = [values], 0
+    while waiting:
+        one = waiting.pop()
+        seen += 1
+        if seen > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES:,} values, or an alias that holds itself")
+        if isinstance(one, int) and abs(one) >= _LIMIT:
+            raise ValueError("a number that is not below 2^63")
+        if isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, list | tuple | set):
+            waiting += one
 
 
 class _Unique(yaml.SafeLoader):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from deit.errors import ConfigError
+from deit.inputs import no_file
 from deit.recipes import RECIPES
 from deit.studies import STUDIES
 from deit.sweep_file import Sweep, read_sweep
@@ -40,7 +41,7 @@ def find_sweep(name: str) -> Sweep:
         )
     if not Path(name).is_file():
         raise ConfigError(
-            f"{name}: no such file{nearest(name, SWEEPS)}; give a sweep in YAML or JSON "
+            f"{name}: {no_file(Path(name))}{nearest(name, SWEEPS)}; give a sweep in YAML or JSON "
             f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}"
         )
     return read_sweep(Path(name))

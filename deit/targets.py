@@ -23,6 +23,7 @@ from deit.errors import CheckpointError, DataError
 from deit.inputs import read_bytes
 from deit.models.layout import LAYOUTS
 from deit.records import Batch
+from deit.typed_json import strict_json
 
 FORMAT = 1
 MANIFEST = "store.json"
@@ -296,7 +297,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a store, complete or not. Raises FileNotFoundError and CheckpointError."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(read_bytes(file))
+        manifest = strict_json(read_bytes(file))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

@@ -1,21 +1,24 @@
 """Reads JSON as it was meant: into the dataclass that wrote it, nothing twice, no NaN."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from deit.disk import write_json
 from deit.errors import CheckpointError, NotReadableError, reason_of
 from deit.inputs import read_bytes
 
 Kind = TypeVar("Kind")
 
 
-def strict_json(text: str) -> Any:
+def strict_json(text: str | bytes) -> Any:
     """JSON, and not what Python's reader takes for it: no key twice, neither NaN nor Infinity.
 
     Raises ValueError, also where it is nested too deep.
@@ -69,6 +72,52 @@ def read_typed(path: Path, kind: type[Kind]) -> Kind:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{part}: " for part in first["loc"])
-        raise CheckpointError(f"{path}: {where}{first['msg']}") from None
+        raise CheckpointError(f"{path}: {_first_of(error)}") from None
+
+
+def as_typed(path: Path, value: Any, kind: type[Kind]) -> Kind:
+    """The same of a value that was read from a file already. Raises CheckpointError."""
+    try:
+        return _adapter(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {_first_of(error)}") from None
+
+
+def _first_of(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return "".join(f"{part}: " for part in first["loc"]) + first["msg"]
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> dict[str, Any]:
+    """Write a value with a digest of it, so that `read_sealed` takes nothing else; the value as it
+    will be read. Raises EnvironmentFault."""
+    value = json.loads(json.dumps(value))  # tuples are lists then, and all keys strings
+    write_json(path, asdict(_Sealed(_digest(value), value)))
+    return value
+
+
+def read_sealed(path: Path, kind: type[Kind]) -> Kind | None:
+    """What `write_sealed` wrote, as an instance of a dataclass or type; None where the file is not
+    there, damaged, edited or of another release: whoever asks makes it again. Raises
+    NotReadableError and EnvironmentFault."""
+    if not path.is_file():
+        return None
+    try:
+        found = read_typed(path, _Sealed)
+        if _digest(found.value) == found.sha256:
+            return as_typed(path, found.value, kind)
+    except NotReadableError:
+        raise
+    except CheckpointError:
+        pass
+    return None
+
+
+@dataclass
+class _Sealed:
+    sha256: str
+    value: dict[str, Any]
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

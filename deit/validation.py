@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import typing
 from collections.abc import Collection
@@ -14,9 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 from deit.checks import CHECKS, NO_VALUE, ONLINE_CHECKS, Problem
 from deit.config import Config, derive, to_dict
 from deit.disk import ENVIRONMENT, RESUMED
-from deit.errors import ConfigError
+from deit.errors import ConfigError, NotReadableError
 from deit.inputs import read_bytes, read_text
-from deit.text import name_trouble, nearest
+from deit.text import in_line, name_trouble, nearest
 from deit.typed_json import strict_json
 
 
@@ -39,8 +38,14 @@ def build(
     Raises ConfigError naming every problem.
     """
     problems, broken = list(extra), set()
-    problems += [unknown_field(name) for name in values if name_trouble(name)]
-    values = {name: fields for name, fields in values.items() if not name_trouble(name)}
+    for name in [name for name in values if name_trouble(name)]:
+        problems.append(unknown_field(name))
+        values = {other: fields for other, fields in values.items() if other != name}
+    for name, fields in values.items():
+        if isinstance(fields, dict) and (odd := [leaf for leaf in fields if name_trouble(leaf)]):
+            problems += [unknown_field(f"{name}.{leaf}") for leaf in odd]
+            kept = {leaf: value for leaf, value in fields.items() if leaf not in odd}
+            values = values | {name: kept}
     adapter = _adapter()
     try:
         config = adapter.validate_python(values)
@@ -56,12 +61,18 @@ def build(
             for one in value if isinstance(value, tuple) else (value,):
                 if isinstance(one, str) and (trouble := name_trouble(one)):
                     problems.append(Problem(f"{section}.{leaf}", one, f"{trouble}; rename it"))
+                if isinstance(one, int) and abs(one) >= _LIMIT:
+                    problems.append(Problem(f"{section}.{leaf}", one, "should be below 2^63"))
+                    broken.add(section)
     for check, sections in {**CHECKS, **(ONLINE_CHECKS if online else {})}.items():
         if not sections & broken:
             problems += check(config)
     if problems:
         raise _config_error(problems)
     return config
+
+
+_LIMIT = 2**63  # PyTorch's own sizes and numbers end there
 
 
 @functools.cache
@@ -80,6 +91,8 @@ def load(path: Path) -> Config:
     here are taken from where the run was started. Raises ConfigError."""
     try:
         values = strict_json(read_text(path))
+    except PermissionError as error:
+        raise NotReadableError(f"{path}: {error.strerror}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable configuration ({error})") from None
     if not isinstance(values, dict):
@@ -92,7 +105,7 @@ def started_in(run: Path, record: str) -> Path | None:
     of a resumed run, which holds the path from the run's folder, so that both may be moved
     together. None where it does not say."""
     try:
-        found = json.loads(read_bytes(run / record))["directory"]
+        found = strict_json(read_bytes(run / record))["directory"]
         return (run.resolve() / found).resolve()
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -168,4 +181,6 @@ def _section_type(name: str) -> type:
 def unknown_field(name: str, others: Collection[str] = ()) -> Problem:
     """The problem of a field that does not exist, with the nearest name, or that of others that
     may have been meant."""
-    return Problem(name, NO_VALUE, f"unknown field{nearest(name, [*field_names(), *others])}")
+    return Problem(
+        in_line(name), NO_VALUE, f"unknown field{nearest(name, [*field_names(), *others])}"
+    )

@@ -28,8 +28,8 @@ class Facts:
 
 
 def find_saved(folder: Path) -> Path | None:
-    """The saved student in a run folder (its best), or the folder itself; None if neither."""
-    for candidate in (folder / "best", folder):
+    """The folder itself where it holds a saved student, or the best of a run; None if neither."""
+    for candidate in (folder, folder / "best"):
         if (candidate / FACTS).is_file() and (candidate / WEIGHTS).is_file():
             return candidate
     return None

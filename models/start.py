@@ -14,7 +14,7 @@ from deit.config import SIZES, Kernel, StartConfig, StudentConfig
 from deit.console import say
 from deit.errors import CheckpointError, raise_transient, reason_of
 from deit.files import HUB, about_address
-from deit.inputs import read_text
+from deit.inputs import no_file, read_text
 from deit.models.base import find_base, read_base
 from deit.models.convpass import adapters_of
 from deit.models.facts import FACTS, WEIGHTS, Facts, find_saved
@@ -70,11 +70,7 @@ def find_start(source: str) -> Found:
             f"{reason_of(error)})"
         ) from None
     for name, value in found.weights.items():
-        if value.layout != torch.strided or value.is_meta:
-            raise CheckpointError(
-                f"start.source {source}: {name} is no plain tensor with its numbers in the file"
-            )
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and value.numel() and not value.isfinite().all():
             raise CheckpointError(
                 f"start.source {source}: {name} holds numbers that are not finite"
             )
@@ -100,6 +96,8 @@ def _found(source: str) -> Found:
         return Found(weights, f"{path}", student_of(weights), None, None, None, heads_known=False)
     if timm.is_model(source) or source.startswith(HUB):
         return _from_timm(source)
+    if path.exists():
+        raise CheckpointError(f"start.source {source}: {no_file(path)}")
     if (advice := about_address(source)) is not None:
         raise CheckpointError(f"start.source {source}: {advice}")
     known = "" if "/" in source or path.suffix else nearest(source, timm.list_models())
@@ -152,7 +150,7 @@ def _from_folder(folder: Path, source: str) -> Found:
             return _from_transformers(folder, about, source)
         architecture = about["architecture"]
         known = about.get("pretrained_cfg", {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"start.source {folder / 'config.json'}: neither timm's nor transformers' of a DeiT or "
             f"ViT ({type(error).__name__}: {error})"

@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 from deit.config import CLASS_ORDERS, STUDENTS, StudentConfig
 from deit.errors import ConfigError, DataError, NotThereError, raise_transient, reason_of
 from deit.files import HUB, about_address, import_file, read_names
+from deit.inputs import no_file
 from deit.models.facts import find_saved
 from deit.models.layers import heads_of
 from deit.models.layout import MemoryFormat, laid, lay
@@ -182,8 +183,9 @@ def locate(source: str) -> str:
     """
     path = Path(source).expanduser()
     if ".py:" in source:
-        if not Path(source.rsplit(":", 1)[0]).expanduser().is_file():
-            raise NotThereError(f"teacher.source {source}: no such file")
+        file = Path(source.rsplit(":", 1)[0]).expanduser()
+        if not file.is_file():
+            raise NotThereError(f"teacher.source {source}: {no_file(file)}")
         return "callable"
     if path.is_dir():
         if find_saved(path):
@@ -198,6 +200,8 @@ def locate(source: str) -> str:
         return "file"
     if timm.is_model(source) or source.startswith(HUB):
         return "timm"
+    if path.exists():
+        raise NotThereError(f"teacher.source {source}: {no_file(path)}")
     if (advice := about_address(source)) is not None:
         raise NotThereError(f"teacher.source {source}: {advice}")
     if "/" in source or path.suffix:

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deit.errors import CheckpointError, raise_transient
+from deit.errors import CheckpointError, NotReadableError, raise_transient
 from deit.inputs import check_readable, open_file
 from deit.sharding import divided_like
+from deit.text import in_line
 
 _CONTAINERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema"),
@@ -74,6 +75,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         check_readable(path)
         if isinstance(error, FileNotFoundError):
             raise CheckpointError(f"{path}: no such weight file") from None
+        if isinstance(error, PermissionError):
+            raise NotReadableError(f"{path}: {error.strerror}") from None
         reason = str(error) or "it is empty"
         raise CheckpointError(f"{path}: not a readable weight file ({reason})") from None
     return _bare(path, _named_tensors(path, content))
@@ -191,7 +194,9 @@ def _of_zip(path: Path) -> str | None:
         return f"NumPy's .npz with {len(names)} arrays: {_CONVERT}"
     if any(name.endswith(".weights.h5") for name in names):
         return f"a Keras file: {_CONVERT}"
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    shown = ", ".join(map(in_line, names[:3])) + (
+        f" and {len(names) - 3} more" if names[3:] else ""
+    )
     return f"a zip archive of {shown or 'nothing'}: unpack it and give the weight file in it"
 
 
@@ -201,7 +206,7 @@ def _held_in_tar(path: Path) -> str:
             first = archive.next()
     except (tarfile.TarError, OSError):
         return ""
-    return "" if first is None else f" of {first.name} ..."
+    return "" if first is None else f" of {in_line(first.name)} ..."
 
 
 def _named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
@@ -210,7 +215,30 @@ def _named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
     found = _within(content)
     if not found:
         raise CheckpointError(f"{path}: holds no named tensors; {_described(content)}")
+    for name, value in found.items():
+        if (trouble := _trouble(value)) is not None:
+            raise CheckpointError(f"{path}: {in_line(name)} {trouble}")
     return found
+
+
+_KINDS = {
+    *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64, torch.complex128),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+}
+_MOST_DIMENSIONS = 64
+"""Types and dimensions with which PyTorch computes; files may hold others."""
+
+
+def _trouble(value: Tensor) -> str | None:
+    """Why nothing can be computed with a tensor of a file; None where it can."""
+    if value.layout != torch.strided or value.is_meta or value.is_nested or value.is_quantized:
+        return "is no plain tensor with its numbers in the file"
+    if value.dtype not in _KINDS:
+        return f"is of {value.dtype}, with which a CPU does not compute: save it as float32"
+    if value.ndim > _MOST_DIMENSIONS:
+        return f"has {value.ndim} dimensions"
+    return None
 
 
 def _within(content: Any, depth: int = 0) -> dict[str, Tensor]:

@@ -100,9 +100,11 @@ def test_a_machine_that_cannot_compile_is_named(config, tmp_path, monkeypatch):
 
     for place in ("deit.run.compiled", "deit.panel.compiled"):
         monkeypatch.setattr(place, lambda network, mode: network.compile(backend=lacking))
-    with pytest.raises(EnvironmentFault) as raised:
-        train(derive(config, run={"compile": "default"}), tmp_path / "run")
-    torch._dynamo.reset()
+    try:
+        with pytest.raises(EnvironmentFault) as raised:
+            train(derive(config, run={"compile": "default"}), tmp_path / "run")
+    finally:
+        torch._dynamo.reset()
     assert "torch.compile failed" in str(raised.value)
     assert "'g++'" in str(raised.value)
     assert "without --run.compile" in str(raised.value)

@@ -1,6 +1,8 @@
 """Configurations: every problem in one message, text converted by type, round trips."""
 
+import dataclasses
 import json
+from typing import get_type_hints
 
 import pytest
 
@@ -11,6 +13,7 @@ from deit.errors import ConfigError
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING, fit_epochs, put_presets
 from deit.recipes import RECIPES, digits, find_recipe
 from deit.seats import Member, Seat, members, seats
+from deit.sweep_file import _kinds_of
 from deit.validation import build, field_names, load, validate
 
 
@@ -45,11 +48,43 @@ def test_every_problem_stands_in_one_message_with_field_value_and_advice():
     assert "nonsense: unknown field" in message
 
 
+WHOLE = [
+    f"{section.name}.{leaf}"
+    for section in dataclasses.fields(Config)
+    for leaf, kind in get_type_hints(section.type).items()
+    if "int" in _kinds_of(kind)
+]
+
+
+def test_there_are_whole_numbers():
+    assert {"student.depth", "views.crop_padding", "run.evaluation_batch"} <= set(WHOLE)
+
+
 @pytest.mark.parametrize("wrong", [{"\ud800": 3}, {"data": {"\ud800": 3}}], ids=ascii)
 def test_a_name_that_is_not_unicode_is_a_problem_like_any_other(wrong):
     """JSON spells it by an escape."""
-    with pytest.raises(ConfigError, match="1 problem in the configuration"):
+    with pytest.raises(ConfigError, match=r"1 problem in the configuration:\n  .*: unknown field"):
         build({"loss": {"kind": "none"}, **wrong})
+
+
+@pytest.mark.parametrize("wrong", [{"a\nb": 3}, {"data": {"a\nb": 3}}], ids=ascii)
+def test_a_name_with_a_line_break_breaks_no_line(wrong):
+    with pytest.raises(ConfigError, match=r"a\\nb: unknown field"):
+        build({"loss": {"kind": "none"}, **wrong})
+
+
+@pytest.mark.parametrize("number", [10**30, 2**63], ids=["10^30", "2^63"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_number_larger_than_any_tensor_is_refused(name, number):
+    section, leaf = name.split(".")
+    with pytest.raises(ConfigError, match=rf"{section}\.{leaf} = "):
+        build({section: {leaf: number}})
+
+
+def test_a_long_value_is_shortened():
+    with pytest.raises(ConfigError) as raised:
+        build({"optim": {"epochs": 10**3000}})
+    assert len(str(raised.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -298,7 +333,7 @@ def test_a_recipe_of_ones_own(tmp_path):
         find_recipe(f"{file}:other")
     with pytest.raises(ConfigError, match="no attribute 'nobody'"):
         find_recipe(f"{file}:nobody")
-    with pytest.raises(ConfigError, match="no file"):
+    with pytest.raises(ConfigError, match="no such file"):
         find_recipe(str(tmp_path / "missing.py"))
     with pytest.raises(ConfigError, match="did you mean digits"):
         find_recipe("digit")
@@ -339,6 +374,7 @@ def test_json_that_means_nothing_is_refused(text, words, tmp_path):
         *(("run", "keep_checkpoints", value) for value in (0, 1)),
         *(("run", "timeout", value) for value in (0, -1, "inf")),
         ("run", "max_skipped", 0),
+        ("student", "depth", 1001),
     ],
 )
 def test_a_number_outside_its_range_is_refused_by_name(section, field, value):

@@ -17,6 +17,7 @@ from deit.errors import (
     ConfigError,
     DataError,
     EnvironmentFault,
+    compiler_failure,
     out_of_memory,
     raise_transient,
 )
@@ -40,6 +41,21 @@ def test_want_of_memory_is_known_by_kind_or_words(error):
     with pytest.raises(type(error)) as raised:
         raise_transient(error, "a place")
     assert raised.value is error
+
+
+def test_why_a_network_is_not_compiled_is_known_by_who_says_it():
+    error = type("CppCompileError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    said = "C++ compile error\n\nCommand:\ng++ x.cpp\n\nOutput:\nx.h:1: fatal error: no Python.h\n"
+    assert compiler_failure(error(said)) == (
+        "torch.compile failed (C++ compile error: x.h:1: fatal error: no Python.h)"
+    )
+    folder = FileExistsError(errno.EEXIST, "File exists", "/cache")
+    assert compiler_failure(folder) is None
+    with pytest.raises(FileExistsError) as raised:
+        exec(
+            "raise error", {"error": folder, "__name__": "torch._inductor.runtime.cache_dir_utils"}
+        )
+    assert "/cache" in compiler_failure(raised.value)
 
 
 @pytest.mark.parametrize("number", TRANSIENT)

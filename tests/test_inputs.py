@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deit import manifest, optimizer_state, predict, validation
+from deit import journal, manifest, optimizer_state, predict, validation
+from deit.checkpoint import check_folder
 from deit.config import Config, to_dict
-from deit.disk import ENVIRONMENT
+from deit.disk import ENVIRONMENT, LOCK, hold
 from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault, NotReadableError
 from deit.files import read_names
 from deit.inputs import read_bytes
+from deit.journal import CHAIN, METRICS
 from deit.models import weights
 from deit.models.start import find_start
 from deit.models.weights import read_weights
@@ -69,7 +71,8 @@ def test_what_may_not_be_read_is_named(kind, tmp_path, monkeypatch):
     path = tmp_path / name
     path.touch()
     fail(path, errno.EACCES, monkeypatch)
-    mistake = NotReadableError if kind in ("record", "digest") else mistake
+    own = kind in ("record", "digest", "configuration", "weights")
+    mistake = NotReadableError if own else mistake
     with pytest.raises(mistake, match=rf"{name}.*Permission denied"):
         read(path)
 
@@ -80,6 +83,36 @@ def test_a_pipe_is_refused_and_never_waited_for(kind, tmp_path):
     os.mkfifo(tmp_path / name)
     with pytest.raises(mistake):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_json_nested_too_deep_is_no_content(kind, tmp_path):
+    name, read, mistake = READERS[kind]
+    (tmp_path / name).write_text("[" * 200_000)
+    with nullcontext() if kind in ("digest", "names") else pytest.raises(mistake):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", [METRICS, CHAIN, "config.json", LOCK])
+def test_a_pipe_in_the_place_of_a_file_of_a_run_is_refused(name, tmp_path):
+    """Whoever opens it to write waits for a reader, without end."""
+    (tmp_path / "config.json").write_text("{}")
+    check_folder(tmp_path, resume=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: is a pipe or a device, not a file"):
+        check_folder(tmp_path, resume=True)
+    with pytest.raises(EnvironmentFault, match="is a pipe or a device"):
+        journal.append(tmp_path / name, {})
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_refused(tmp_path):
+    os.mkfifo(tmp_path / LOCK)
+    with (
+        pytest.raises(EnvironmentFault, match=r"cannot be locked .is a pipe or a device"),
+        hold(tmp_path, option="--out"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("read", [read_weights, read_tensors])
@@ -108,6 +141,11 @@ def test_records_beside_a_configuration_may_be_anything(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     os.mkfifo(tmp_path / ENVIRONMENT)
     assert validation.load(tmp_path / "config.json") == config
+    (tmp_path / ENVIRONMENT).unlink()
+    (tmp_path / ENVIRONMENT).write_text("[" * 200_000)
+    assert validation.load(tmp_path / "config.json") == config
+    (tmp_path / METRICS).write_text('{"epoch": 1}\n' + "[" * 200_000)
+    assert journal.read(tmp_path / METRICS) == [{"epoch": 1}]
     (tmp_path / ENVIRONMENT).unlink()
     (tmp_path / ENVIRONMENT).write_text('{"directory": "there"}')
     fail(tmp_path / ENVIRONMENT, errno.EACCES, monkeypatch)

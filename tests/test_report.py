@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from deit.config import derive
 from deit.errors import CheckpointError, EnvironmentFault
 from deit.measured import Evaluations, Measured
 from deit.recipes import digits
-from deit.run_pictures import hardest_of
+from deit.run_pictures import Pictures, hardest_of
 from deit.run_sections import View, confusion, reliability_bins, schedules_of
+from tests.wrong_json import edits, error_of
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -160,7 +162,9 @@ def test_charts_and_tables_lie_beside_the_page(place):
     for table in ("heads", "confusions", "confusion", "minus-teacher", "disagreement"):
         assert f"run-{table}.csv" in names
     heads = list(csv.DictReader((place / "one" / "run-heads.csv").read_text().splitlines()))
-    found = json.loads((place / "one" / "run.evaluation.json").read_text())["found"]["heads"]
+    found = json.loads((place / "one" / "run.evaluation.json").read_text())["value"]["found"][
+        "heads"
+    ]
     assert {row["head"]: row["top-1 %"] for row in heads if row["head"] != "teacher"} == {
         name.replace("_", " "): f"{100 * one['top1']:.1f}" for name, one in found.items() if one
     }
@@ -229,28 +233,47 @@ def test_runs_of_a_sweep_are_called_without_their_hash_where_that_tells_them_apa
 def test_runs_of_a_sweep_have_their_cost_too(place):
     """Evaluated before, without it."""
     (kept,) = (place / "all").glob("heat-best.evaluation.json")
-    cost = json.loads(kept.read_text())["found"]["cost"]
+    cost = json.loads(kept.read_text())["value"]["found"]["cost"]
     assert cost["parameters"] > 0
     assert f"on {html.escape(cost['measured_on'])}." in (place / "all" / "index.html").read_text()
     (first,) = place.glob("heat/runs/temperature-1-*-weight-0-5-*.evaluation.json")
-    assert "cost" not in json.loads(first.read_text())["found"]
+    assert "cost" not in json.loads(first.read_text())["value"]["found"]
     text = (place / "all" / "index.html").read_text()
     assert "Accuracy against speed, each measured when it was evaluated" in text
 
 
-def test_a_cost_that_does_not_say_where_it_was_measured_is_measured_again(place, tmp_path):
-    """Of an earlier release, whose GMACs may lack a part."""
+def test_a_kept_evaluation_that_was_edited_is_made_again(place, tmp_path):
     kept = tmp_path / "kept.json"
-    before = Evaluations().of(place / "run", elsewhere=kept, cost=True).found["cost"]
+    made = Evaluations().of(place / "run", elsewhere=kept)
     content = json.loads(kept.read_text())
-    content["found"]["cost"] |= {"gmacs": 0.0}
-    kept.write_text(json.dumps(content))
-    assert Evaluations().of(place / "run", elsewhere=kept, cost=True).found["cost"]["gmacs"] == 0
-    del content["found"]["cost"]["measured_on"]
-    kept.write_text(json.dumps(content))
-    again = Evaluations().of(place / "run", elsewhere=kept, cost=True).found["cost"]
-    assert again["gmacs"] == before["gmacs"] > 0
-    assert json.loads(kept.read_text())["found"]["cost"]["gmacs"] == again["gmacs"]
+    for change in ({"labels": content["value"]["labels"][1:]}, {"found": {}}, {"of": {}}):
+        kept.write_text(json.dumps(content | {"value": content["value"] | change}))
+        again = Evaluations().of(place / "run", elsewhere=kept)
+        assert (again.of, again.answers, again.labels) == (made.of, made.answers, made.labels)
+        assert again.found["heads"] == made.found["heads"]
+
+
+def test_metrics_that_no_run_writes_are_named(place, tmp_path, monkeypatch):
+    """They make a page where it needs nothing of what was changed; else the file is named."""
+    axes = MagicMock()
+    axes.get_legend_handles_labels.return_value = ([], [])
+    monkeypatch.setattr(charts, "chart", lambda draw, *_, **__: (draw(axes) and "") or "")
+    monkeypatch.setattr(report, "draw_run", lambda *_, **__: Pictures(None, None, []))
+    shutil.copytree(place / "run", tmp_path / "run")
+    Evaluations().of(tmp_path / "run", cost=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    first, *_, last = map(json.loads, metrics.read_text().splitlines())
+    errors = {}
+    for what, rows in [("nothing", [first, last]), *edits([first, last], depth=4)]:
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        errors[what] = error_of(report.report, [tmp_path / "run"], tmp_path / "page")
+        shutil.rmtree(tmp_path / "page", ignore_errors=True)
+    assert errors["nothing"] is None
+    named = {what: error for what, error in errors.items() if error is not None}
+    assert 50 < len(named) < len(errors) - 50
+    for what, error in named.items():
+        assert isinstance(error, CheckpointError), (what, error)
+        assert f"{metrics}: " in str(error), what
 
 
 @pytest.mark.parametrize(
@@ -333,11 +356,11 @@ def test_without_its_images_or_its_epochs_the_rest_is_told(place, zygote, tmp_pa
     assert "No pictures of its images" in text
     assert "No numbers of its epochs" in text
     # Other images in that place: what was kept is of others.
-    kept = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["of"]
+    kept = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"]["of"]
     next((tmp_path / "moved" / "test" / "a").iterdir()).unlink()
     done = zygote.run(*moved, "--out", "page", "--force", cwd=tmp_path)
     assert done.code == 0, done.err
-    now = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["of"]
+    now = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"]["of"]
     assert [name for name in now if now[name] != kept[name]] == ["images"]
 
 

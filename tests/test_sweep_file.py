@@ -174,6 +174,18 @@ BAD = {
     "preset span": ("search: {fields: {objective: {low: 1, high: 2}}}", "a preset has names"),
     "trials": ("search: {trials: 0, fields: {optim.lr: [1, 2]}}", "at least 1"),
     "search key": ("search: {tirals: 3, fields: {optim.lr: [1, 2]}}", "did you mean trials?"),
+    "a tag without a value": ("grid: {optim.lr: [!!float '']}", "not a readable sweep"),
+    "a tag that is no truth": ("grid: {optim.lr: [!!bool zz]}", "not a readable sweep"),
+    "a tag that is no time": ("grid: {optim.lr: [!!timestamp zz]}", "not a readable sweep"),
+    "itself": ("grid: {optim.lr: &a [*a]}", "an alias that holds itself"),
+    "endless": (
+        "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)).replace(
+            "*a0", "1"
+        ),
+        "more than 100,000 values",
+    ),
+    "large": (f"{{study: worth, seeds: [0x{'f' * 5000}]}}", "below 2^63"),
+    "high": (f"search: {{fields: {{optim.epochs: {{low: 1, high: 1{'0' * 400}}}}}}}", "2^63"),
     "with a grid": ("{search: {fields: {optim.lr: [1, 2]}}, study: worth}", "a search is alone"),
 }
 

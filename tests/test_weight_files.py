@@ -3,6 +3,8 @@
 import argparse
 import datetime
 import io
+import json
+import math
 import pathlib
 import tarfile
 import types
@@ -14,7 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from deit.config import StartConfig
 from deit.errors import CheckpointError
+from deit.models.start import find_start, fit
 from deit.models.weights import load_weights, read_weights
 
 
@@ -107,6 +111,32 @@ def test_a_whole_network_is_refused_with_what_to_do(tmp_path):
     torch.save(nn.Sequential(nn.Linear(2, 2)), tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=r"a whole network \(torch\.nn.*state_dict alone"):
         read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.zeros(2).to(torch.float8_e4m3fn), "is of torch.float8_e4m3fn"),
+        (torch.zeros(2).to(torch.float8_e5m2), "is of torch.float8_e5m2"),
+        (torch.zeros(2, 2).to_sparse(), "is no plain tensor"),
+    ],
+    ids=["float8_e4m3", "float8_e5m2", "sparse"],
+)
+def test_a_tensor_that_nothing_can_be_computed_with_is_named(value, said, tmp_path):
+    torch.save({"stem.weight": value}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=rf"w.pth: stem.weight {said}"):
+        read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("shape", [[1] * 100, [0, 2**62, 2**62]])
+def test_a_shape_that_no_tensor_has_is_a_mistake_of_the_file(shape, tmp_path):
+    size = 4 * math.prod(shape)
+    head = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
+    text = json.dumps(head).encode()
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(CheckpointError):
+        fit(find_start(str(path)), Small(), ("0", "1"), StartConfig())
 
 
 def test_safetensors_are_known_by_their_content(weights, tmp_path):
