@@ -105,8 +105,8 @@ class Interruption(AbstractContextManager):
             raise Stopped(number)
         self._noted, self._first = number, now
         remember_stop(number)
-        if self._several:  # where this process hangs and will be killed, say where
-            faulthandler.dump_traceback_later(_STUCK_S, file=sys.__stderr__)
+        # Where this process hangs and will be killed, say where.
+        faulthandler.dump_traceback_later(_STUCK_S, file=sys.__stderr__)
         if self._open and not self._several and not importing(frame):
             raise Stopped(number)
         signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, 0.1)

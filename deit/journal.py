@@ -4,13 +4,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Any
 
-from annotated_types import Ge
-from pydantic import AfterValidator
-from typing_extensions import TypedDict
+from pydantic import BaseModel, Field, model_validator
 
 from deit.console import warn
 from deit.disk import open_to_append, put_file, sync, why
@@ -18,18 +15,6 @@ from deit.errors import EnvironmentFault
 from deit.faults import reach
 from deit.inputs import read_bytes
 from deit.typed_json import as_typed, strict_json
-
-
-def _with(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A check that there is a number of a name."""
-
-    def check(row: dict[str, Any]) -> dict[str, Any]:
-        if row.get(name) is None:
-            raise ValueError(f"no {name}")
-        return row
-
-    return check
-
 
 METRICS = "metrics.jsonl"
 CHAIN = "chain.jsonl"
@@ -72,40 +57,47 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class _Loader(TypedDict):
+class _Loader(BaseModel):
     share: float
     images_per_s: dict[str, float]
 
 
-class MetricsRow(TypedDict):
-    """An epoch in metrics.jsonl. Numbers that were not finite are None.
+class _Epoch(BaseModel, extra="allow"):
+    """A row of metrics.jsonl. What is not finite is None.
 
-    train: losses by name, `<head>_top1` and `lr`. validation: `class_top1` and others; of epochs
-    with an evaluation. seconds: since the first update, over all commands. loader, images_per_s,
-    memory_mb: of epochs that one command trained whole.
+    train: losses by name, `<head>_top1` and `lr`. validation: top-1 by head and others; of epochs
+    with an evaluation. seconds: of training so far. loader, images_per_s, memory_mb: of epochs that
+    one command trained whole.
     """
 
-    epoch: Annotated[int, Ge(1)]
-    step: Annotated[int, Ge(1)]
-    train: Annotated[dict[str, float | None], AfterValidator(_with("lr"))]
+    epoch: int = Field(ge=1)
+    step: int = Field(ge=1)
+    train: dict[str, float | None]
     seconds: float
-    validation: NotRequired[Annotated[dict[str, float], AfterValidator(_with("class_top1"))]]
-    loader: NotRequired[_Loader]
-    images_per_s: NotRequired[float]
-    memory_mb: NotRequired[float | None]
+    validation: dict[str, float] = {}
+    loader: _Loader = _Loader(share=0, images_per_s={})
+    images_per_s: float = 0
+    memory_mb: float | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> "_Epoch":
+        given = self.model_fields_set
+        for name, there in (
+            ("train.lr", self.train.get("lr") is not None),
+            ("validation.class_top1", "validation" not in given or "class_top1" in self.validation),
+            ("images_per_s", "loader" not in given or "images_per_s" in given),
+        ):
+            if not there:
+                raise ValueError(f"no {name}")
+        return self
 
 
-def _speed_is_whole(row: MetricsRow) -> MetricsRow:
-    if "loader" in row and "images_per_s" not in row:
-        raise ValueError("no images_per_s")
-    return row
-
-
-def read_metrics(run: Path) -> list[MetricsRow]:
+def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics, as `read` finds them. Raises CheckpointError where one is not as
     a run writes it."""
     path = run / METRICS
-    return as_typed(path, read(path), list[Annotated[MetricsRow, AfterValidator(_speed_is_whole)]])
+    rows = as_typed(path, read(path), list[_Epoch])
+    return [row.model_dump(exclude_unset=True) for row in rows]
 
 
 def cut(path: Path, length: int) -> None:

@@ -120,7 +120,7 @@ BAD_ARGUMENTS = {
     ),
     "accumulation": ([TRAIN, "digits", "--optim.accumulate=5"], "divide optim.batch_size (32)"),
     "patch": ([TRAIN, "digits", "--student.patch_size=3"], "divide student.image_size (8)"),
-    "no recipe file": ([TRAIN, "mine.py:mine"], "no file mine.py"),
+    "no recipe file": ([TRAIN, "mine.py:mine"], "mine.py:mine: no such file"),
     "no configuration": ([TRAIN, "gone/config.json"], "gone/config.json"),
     "fine-tuning": ([FINETUNE, "digits"], "needs --from", "a run, a folder or a weight file"),
     "evaluate nothing": ([EVALUATE], "RUN", "--help"),

@@ -71,7 +71,7 @@ PLAN = {
     "deit.presets": place(1),
     "deit.checks": place(1),
     "deit.validation": place(1, "pydantic", "deit.checks"),
-    "deit.journal": place(1, "annotated_types pydantic typing_extensions"),
+    "deit.journal": place(1, "pydantic"),
     "deit.checkpoint": place(1),
     "deit.optimizer_state": place(1, "torch safetensors"),
     "deit.losses": place(1, "torch"),

@@ -59,7 +59,7 @@ def test_what_a_control_has_more_than_its_ticket_is_told_pair_by_pair():
 def test_what_is_drawn_are_the_means_and_deviations(number, monkeypatch, tmp_path):
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: drawn.append(self))
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     draw_seeds(RESULTS[:number], tmp_path / "seeds.png")
     barrier, eigenvalue, trace = drawn[0].axes
     found = {

@@ -305,7 +305,7 @@ def test_best_is_the_latest_of_the_epochs_with_the_highest_validation(
     from deit import run
 
     shares = iter([0.5, 0.9, 0.9, 0.7])
-    monkeypatch.setattr(run, "_validate_heads", lambda *asked: {"fused_top1": next(shares)})
+    monkeypatch.setattr(run, "_validate_heads", lambda *asked: {"class_top1": next(shares)})
     state = train(small(teacher, ema_epochs=0), tmp_path / "run")
     assert state["best"]["epoch"] == 3
     assert read_state(tmp_path / "run" / "best").epoch == 3

@@ -34,7 +34,8 @@ def opened(out, *, trials=8, fields=LR, prune=True, epochs=8, of="this", retries
 def reach(run, epoch, top1):
     """The run as it is after an epoch."""
     run.out.mkdir(exist_ok=True)
-    journal.append(run.out / journal.METRICS, {"epoch": epoch, "validation": {"class_top1": top1}})
+    row = {"epoch": epoch, "step": epoch, "train": {"lr": 0.1}, "seconds": 1.0}
+    journal.append(run.out / journal.METRICS, {**row, "validation": {"class_top1": top1}})
 
 
 def finish(run, top1):
