@@ -141,7 +141,7 @@ def _place_of(error: BaseException) -> str:
 _MACHINE = (
     *TRANSIENT,
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
 )
 """What a system may answer at any path and time: permissions, a full or broken disk, limits, a
 file in the place of a folder."""

@@ -39,6 +39,10 @@ def check_writable(out: Path, *, option: str) -> None:
 
     Leaves nothing behind. option: the flag that named it. Raises EnvironmentFault.
     """
+    for one in (out, *out.absolute().parents):
+        if one.is_symlink() and not one.exists():  # no folder can be made in its place
+            name = "" if one == out else f"{one} "
+            raise EnvironmentFault(f"{option} {out}: {name}is a link to what is not there")
     probe = _standing(out) / f".probe-{uuid.uuid4().hex}"
     try:
         with probe.open("w", encoding="utf-8") as file:

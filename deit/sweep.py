@@ -11,7 +11,7 @@ from deit.arguments import RunArguments
 from deit.at_once import Planned, check_number, closing_idle, failure_of
 from deit.config import Config, derive
 from deit.console import percent, say, table
-from deit.disk import hold, write_json
+from deit.disk import check_writable, hold, write_json
 from deit.environment import choose_linear, create_accelerator
 from deit.errors import ConfigError, EnvironmentFault
 from deit.finished import Finished
@@ -56,6 +56,7 @@ def sweep(
     _check(plan, run, asked=asked, at_once=at_once, retries=retries, best=best)
     out = run.out
     if not run.dry_run:
+        check_writable(out, option="--out")
         run = _settled(plan, run)
     work = work_of(plan, run, asked=asked)
     for told in alike(work.trials):

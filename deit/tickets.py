@@ -13,7 +13,7 @@ from deit.config import Config, derive
 from deit.console import clock, say, table, warn
 from deit.datasets.loader import updates_of_epoch
 from deit.datasets.splits import load_splits
-from deit.disk import hold, write_json
+from deit.disk import check_writable, hold, write_json
 from deit.environment import choose_linear, create_accelerator
 from deit.errors import ConfigError, DeitError
 from deit.finished import Finished
@@ -66,6 +66,8 @@ def tickets(
     check_trackers(run.config)
     manifest = _asked_in_all(asked, run)
     check_begun(run.out, MANIFEST, manifest, what="search")
+    if not run.dry_run:
+        check_writable(run.out, option="--out")
     base, plan, updates = _settled(run, asked)
     ground, below, found = _runs(plan, run, base, seeds)
     _announce(plan, base, found, updates)

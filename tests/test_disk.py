@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deit import checkpoint, disk, journal, manifest, prune_options
-from deit.disk import check_file, put_file, put_first, put_folder, sync_folder
+from deit.disk import check_file, check_writable, put_file, put_first, put_folder, sync_folder
 from deit.errors import EnvironmentFault
 from deit.models.base import BASE
 
@@ -130,3 +130,13 @@ def test_a_device_or_pipe_is_not_replaced(tmp_path):
     for path in (tmp_path / "pipe", Path(os.devnull)):
         with pytest.raises(EnvironmentFault, match="is a device or a pipe"):
             check_file(path, option="--json", replace=True)
+
+
+@pytest.mark.parametrize("name", ["link", "link/below"])
+def test_a_link_to_nothing_is_no_place_to_write(name, tmp_path):
+    """No folder can be made in its place."""
+    (tmp_path / "link").symlink_to("nothing")
+    with pytest.raises(EnvironmentFault, match=r"^--out .*link.* is a link to what is not there$"):
+        check_writable(tmp_path / name, option="--out")
+    (tmp_path / "nothing").mkdir()
+    check_writable(tmp_path / name, option="--out")

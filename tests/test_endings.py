@@ -316,6 +316,7 @@ class TritonMissing(RuntimeError):
         (OSError(errno.EROFS, "Read-only file system", "/a"), 5, "/a: Read-only file system"),
         (OSError(errno.EMFILE, "Too many open files"), 5, "Too many open files"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "aa"), 5, "aa: File name too long"),
+        (FileExistsError(errno.EEXIST, "File exists", "a"), 5, "a: File exists"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 5, "a/b: Not a directory"),
         (MemoryError(), 5, "not enough memory (MemoryError)"),
         (RuntimeError("alloc: can't allocate memory: 9 bytes"), 5, "not enough memory (alloc: "),
