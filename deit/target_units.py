@@ -24,6 +24,7 @@ from deit.targets import (
     UNITS,
     Layout,
     differences,
+    manifest_bytes,
     read_manifest,
 )
 
@@ -104,7 +105,7 @@ class Units:
             (out / UNITS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EnvironmentFault(f"--out {out}: cannot be made ({error.strerror})") from None
-        if not put_first(out / MANIFEST, _json(self.manifest)):
+        if not put_first(out / MANIFEST, manifest_bytes(self.manifest)):
             return self.claim()
         return False
 
@@ -198,7 +199,7 @@ class Units:
         right, counted = (int(part) for part in trace.sum(axis=0, dtype=np.int64))
         top1 = right / counted if counted else None
         finished = {**self.manifest, "complete": True, "teacher_top1": top1}
-        put_file(self.store / MANIFEST, _json(finished))
+        put_file(self.store / MANIFEST, manifest_bytes(finished))
         self.tidy()
         self._warn_of_outliers(trace)
         size = sum((self.store / name).stat().st_size for name in (TARGETS, CHECKS, MANIFEST))
@@ -228,7 +229,3 @@ class Units:
                 f"{counted[unit]:.0f} labels, elsewhere {percent(mean)} %; look at it with "
                 "`deit targets verify`"
             )
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()

@@ -23,7 +23,7 @@ from deit.errors import CheckpointError, DataError
 from deit.inputs import read_bytes
 from deit.models.layout import LAYOUTS
 from deit.records import Batch
-from deit.typed_json import strict_json
+from deit.typed_json import digest_of_value, strict_json
 
 FORMAT = 1
 MANIFEST = "store.json"
@@ -293,6 +293,15 @@ def layouts_asked(asked: dict[str, Any], number: int) -> tuple[str, ...]:
     return tuple(asked.get("layouts") or ("contiguous",) * number)
 
 
+_DIGEST = "sha256"
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """What is written as a store's manifest: with a digest, so that nothing else is read."""
+    value = {**manifest, _DIGEST: digest_of_value(manifest)}
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a store, complete or not. Raises FileNotFoundError and CheckpointError."""
     file = path / MANIFEST
@@ -305,6 +314,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"{file}: format {found}, this release reads {FORMAT}")
+    if manifest.pop(_DIGEST, None) != digest_of_value(manifest):
+        raise CheckpointError(
+            f"{file}: was edited or damaged (its digest differs); write the store anew"
+        )
     try:
         _check_manifest(manifest)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -324,6 +337,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         if not isinstance(manifest[name], kind):
             raise TypeError(f"{name} is {manifest[name]!r}")
     manifest["teacher_top1"]
+    for teacher in manifest["fingerprint"]["teacher"].values():
+        teacher["image_size"]
     if not set(layouts_asked(manifest["asked"], 0)) <= LAYOUTS.keys():
         raise ValueError(f"asked.layouts {manifest['asked']['layouts']!r}")
     layout = Layout(**manifest["layout"])

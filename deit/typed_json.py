@@ -92,7 +92,7 @@ def write_sealed(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     """Write a value with a digest of it, so that `read_sealed` takes nothing else; the value as it
     will be read. Raises EnvironmentFault."""
     value = json.loads(json.dumps(value))  # tuples are lists then, and all keys strings
-    write_json(path, asdict(_Sealed(_digest(value), value)))
+    write_json(path, asdict(_Sealed(digest_of_value(value), value)))
     return value
 
 
@@ -104,7 +104,7 @@ def read_sealed(path: Path, kind: type[Kind]) -> Kind | None:
         return None
     try:
         found = read_typed(path, _Sealed)
-        if _digest(found.value) == found.sha256:
+        if digest_of_value(found.value) == found.sha256:
             return as_typed(path, found.value, kind)
     except NotReadableError:
         raise
@@ -119,5 +119,6 @@ class _Sealed:
     value: dict[str, Any]
 
 
-def _digest(value: dict[str, Any]) -> str:
+def digest_of_value(value: dict[str, Any]) -> str:
+    """SHA-256 of a value as JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -24,7 +24,7 @@ from deit.records import Answers, Batch, Outputs
 from deit.run import train
 from deit.target_verifier import verify_targets
 from deit.target_writer import write_targets
-from deit.targets import MANIFEST, open_store
+from deit.targets import MANIFEST, manifest_bytes, open_store, read_manifest
 from tests.trained import trained
 
 LAST = torch.channels_last
@@ -227,9 +227,9 @@ def test_a_store_of_contiguous_teachers_does_not_say_so(teacher, tmp_path, monke
 def test_a_manifest_with_an_unknown_layout_is_refused(teacher, tmp_path):
     out = tmp_path / "store"
     write_targets(configuration(teacher), out)
-    manifest = json.loads((out / MANIFEST).read_text())
+    manifest = read_manifest(out)
     manifest["asked"]["layouts"] = ["sideways"]
-    (out / MANIFEST).write_text(json.dumps(manifest))
+    (out / MANIFEST).write_bytes(manifest_bytes(manifest))
     with pytest.raises(CheckpointError, match="sideways"):
         open_store(out)
 

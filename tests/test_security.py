@@ -18,6 +18,7 @@ import torch
 
 from deit import checkpoint
 from deit.cli import run_command
+from deit.targets import manifest_bytes, read_manifest
 from tests.forks import ROOT, Done
 from tests.test_kills import SMALL
 
@@ -221,9 +222,9 @@ def test_code_named_in_a_store_of_targets_is_not_run(zygote, tmp_path):
     done = zygote.run("targets", "write", "digits", "--out", store, *words)
     assert done.code == 0, done.err
     code, canary = evil(store)
-    about = json.loads((store / "store.json").read_text())
-    about["about"]["config"]["teacher"]["source"] = [f"{code}:teacher"]
-    (store / "store.json").write_text(json.dumps(about))
+    manifest = read_manifest(store)
+    manifest["about"]["config"]["teacher"]["source"] = [f"{code}:teacher"]
+    (store / "store.json").write_bytes(manifest_bytes(manifest))
     done = zygote.run("targets", "verify", store)
     assert done.code in (2, 4), done.err
     payload = PAYLOADS["a pickle"](Canary(canary))
@@ -310,6 +311,7 @@ socket.socket.connect = connect
 socket.socket.connect_ex = refuse
 socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
 from deit.cli import main
+from deit.targets import manifest_bytes, read_manifest
 def ended(program):
     if program == "deit":
         return main()

@@ -20,7 +20,7 @@ from deit.run import train
 from deit.studies import STUDIES
 from deit.target_verifier import verify_targets
 from deit.target_writer import _layout, write_targets
-from deit.targets import MANIFEST, TARGETS, UNITS, open_store
+from deit.targets import MANIFEST, TARGETS, UNITS, manifest_bytes, open_store, read_manifest
 from deit.teaching import _check_sums
 from deit.validation import validate
 from tests import test_target_store as usual
@@ -35,6 +35,7 @@ from tests.test_target_store import (
     with_targets,
 )
 from tests.trained import trained
+from tests.wrong_json import edits
 
 teachers, store, _small_units = usual.teachers, usual.store, usual._small_units
 
@@ -250,6 +251,7 @@ BROKEN = {
     "no places": lambda manifest: manifest["layout"].update(places=0, epochs=0),
     "text as places": lambda manifest: manifest["layout"].update(places="many"),
     "unknown records": lambda manifest: manifest["layout"].update(records="soft"),
+    "no teacher": lambda manifest: manifest["fingerprint"].update(teacher=None),
     "no format": lambda manifest: [manifest.pop(key) for key in list(manifest) if key != "format"],
 }
 
@@ -257,9 +259,9 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_manifest_is_one_line(name, store, teachers, tmp_path):
     copy = copied(store, tmp_path)
-    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest = read_manifest(copy)
     BROKEN[name](manifest)
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    (copy / MANIFEST).write_bytes(manifest_bytes(manifest))
     for attempt in (
         lambda: open_store(copy),
         lambda: write_targets(configuration(teachers[0]), copy),
@@ -268,6 +270,18 @@ def test_a_broken_manifest_is_one_line(name, store, teachers, tmp_path):
         with pytest.raises(CheckpointError, match=r"store\.json: not a store's") as refused:
             attempt()
         assert "\n" not in str(refused.value)
+
+
+def test_an_edited_manifest_is_refused(store, tmp_path):
+    copy = copied(store, tmp_path)
+    good = json.loads((copy / MANIFEST).read_text())
+    open_store(copy)
+    changes = [edited for _, edited in edits(good, depth=4)]
+    assert len(changes) > 200
+    for edited in changes:
+        (copy / MANIFEST).write_text(json.dumps(edited))
+        with pytest.raises(CheckpointError):
+            open_store(copy)
 
 
 def test_a_missing_file_of_a_store_is_named(store, tmp_path):

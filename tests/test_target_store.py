@@ -33,7 +33,7 @@ from deit.stored import open_stores
 from deit.target_units import Units
 from deit.target_verifier import verify_targets
 from deit.target_writer import write_targets
-from deit.targets import CHECKS, MANIFEST, TARGETS, UNITS, open_store
+from deit.targets import CHECKS, MANIFEST, TARGETS, UNITS, manifest_bytes, open_store, read_manifest
 from deit.teaching import Faculty
 from tests.trained import trained
 from tests.units import LEAST_ROWS
@@ -393,9 +393,9 @@ def test_a_shifted_epoch_is_noticed(store, teachers, tmp_path):
 
 def test_a_forged_interpolation_is_noticed_by_its_pixels(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
-    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest = read_manifest(copy)
     manifest["fingerprint"]["views"]["interpolation"] = "bilinear"
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    (copy / MANIFEST).write_bytes(manifest_bytes(manifest))
     config = configuration(teachers[0], views={"interpolation": "bilinear"})
     with pytest.raises(DataError, match="is not what the teacher saw"):
         check(with_targets(config, copy))
