@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,23 @@ class Recorded:
     processes: int
     threads: int
     precision: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to, as deit.saving.finish writes it."""
+
+    epochs: int
+    step: int
+    samples_seen: int
+    seconds: float
+    skipped: int
+    teacher_top1: float | None
+    best: dict[str, int | float | None]
+    chain: str
+    fingerprint: str
+    targets: list[str]
+    teachers: list[str]
 
 
 def recorded(run: Path) -> Recorded:
@@ -129,12 +146,10 @@ def result_of(out: Path) -> dict[str, Any] | None:
     path = out / RESULT
     if not path.is_file():
         return None
-    found = read_typed(path, dict[str, Any])
-    kinds = {"epochs": int, "fingerprint": str, "targets": list, "best": dict, "skipped": int}
-    kinds["seconds"] = (int, float)
-    for name, kind in kinds.items():
-        if not isinstance(found.get(name), kind):
-            raise CheckpointError(f"{path}: {name}: is missing, or not of its type")
+    found = asdict(read_typed(path, Result))
+    for name in ("epoch", "top1", "class_top1"):
+        if found["best"].get(name) is None:
+            raise CheckpointError(f"{path}: best: no {name}")
     return found
 
 

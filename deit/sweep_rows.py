@@ -14,7 +14,7 @@ from deit.sweep_pictures import draw_sweep
 from deit.sweep_results import cells, columns
 from deit.sweep_runs import Work
 from deit.sweep_training import Mishaps
-from deit.typed_json import read_typed, values_of
+from deit.typed_json import read_typed
 from deit.validation import load
 
 
@@ -80,11 +80,8 @@ def environment_of(rows: dict[str, outcome.Row]) -> dict[str, Any]:
     folders = [Path(folder) for row in rows.values() if row["values"] for folder in row["folders"]]
     found = []
     for folder in folders:
-        path = folder / checkpoint.ENVIRONMENT
-        one = read_typed(path, dict[str, Any])
-        with values_of(path):
-            needed = {name: one[name] for name in ("device_name", "commit")}
-            found.append({**one, **needed, "packages": dict(one["packages"])})
+        checkpoint.recorded(folder)  # raises where a field that is read below is missing
+        found.append(read_typed(folder / checkpoint.ENVIRONMENT, dict[str, Any]))
     every = {name: _each(one[name] for one in found) for name in ("device_name", "commit")}
     packages = {
         name: _each(one["packages"].get(name) for one in found) for name in found[0]["packages"]

@@ -104,7 +104,7 @@ def test_resuming_with_other_settings_or_data_is_refused(teacher, tmp_path):
     with pytest.raises(DataError, match="images differ"):
         train(config, out, resume=True)
     (out / "result.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"result\.json: epochs: is missing"):
+    with pytest.raises(CheckpointError, match=r"result\.json: epochs: "):
         train(config, out, resume=True)
     (out / "result.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"result\.json: Invalid JSON"):

@@ -352,6 +352,10 @@ def test_runs_of_two_machines_are_told_by_both(tmp_path):
             "commit": "0123",
             "threads": 2,
             "packages": {"torch": version, "timm": "1.0"},
+            "arguments": [],
+            "deit": "0.1.0",
+            "processes": 1,
+            "precision": "fp32",
         }
         (folder / "environment.json").write_text(json.dumps(about))
         folders.append(str(folder))
@@ -361,4 +365,8 @@ def test_runs_of_two_machines_are_told_by_both(tmp_path):
         "commit": "0123",
         "threads": 2,
         "packages": {"torch": "2.14.1; 2.15.0", "timm": "1.0"},
+        "arguments": [],
+        "deit": "0.1.0",
+        "processes": 1,
+        "precision": "fp32",
     }
