@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from deit.console import progress, say  # noqa: E402
-from tests.forks import Zygote  # noqa: E402
-from tests.tries import make_things, run_try, try_of  # noqa: E402
+from tests.helpers.command_server import Zygote  # noqa: E402
+from tests.helpers.odd_input import make_things, run_try, try_of  # noqa: E402
 
 
 def main() -> int:

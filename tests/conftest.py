@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deit.processor import processor
-from tests.forks import copying, measuring, shared
+from tests.helpers.command_server import copying, measuring, shared
 
 _NAMED = ("torch", "torchvision", "timm", "accelerate", "transformers", "numpy", "pillow")
 

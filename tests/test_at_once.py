@@ -20,11 +20,12 @@ from deit.disk import hold
 from deit.errors import ConfigError, DeitError, EnvironmentFault, Stopped
 from deit.presets import OBJECTIVES
 from deit.prune import prune
-from deit.recipes import digits, digits_teacher
+from deit.recipes import digits_teacher
 from deit.sweep import sweep
 from deit.tickets import tickets
-from tests.forks import until
-from tests.trained import trained
+from tests.helpers.command_server import until
+from tests.helpers.small_runs import two_epochs
+from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
 SMALL = (
@@ -32,18 +33,6 @@ SMALL = (
     *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.evaluate_every", "2"),
     *("--data.train_fraction", "0.2"),
 )
-
-
-def config(**sections):
-    small = derive(
-        digits(),
-        data={"train_fraction": 0.2},
-        student={"depth": 1, "embed_dim": 16, "num_heads": 2},
-        teacher={"source": ()},
-        loss=OBJECTIVES["none"],
-        optim={"epochs": 2, "warmup_epochs": 1},
-    )
-    return derive(small, **sections)
 
 
 def chain(out):
@@ -87,11 +76,11 @@ def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(
     )
     teacher = {"source": (f"{code}:teacher",), "allow_weak": True}
     configs = {
-        "lost": config(data={"source": "folder", "root": str(tmp_path / "nowhere")}),
-        "wrong": config(optim={"epochs": 1, "warmup_epochs": 2.0}, student={"patch_size": 7}),
-        "coarse": config(),
+        "lost": two_epochs(data={"source": "folder", "root": str(tmp_path / "nowhere")}),
+        "wrong": two_epochs(optim={"epochs": 1, "warmup_epochs": 2.0}, student={"patch_size": 7}),
+        "coarse": two_epochs(),
         # Its file alone may not name code; who planned the run did.
-        "taught": config(teacher=teacher, loss=OBJECTIVES["deit-hard"]),
+        "taught": two_epochs(teacher=teacher, loss=OBJECTIVES["deit-hard"]),
     }
     runs = [Planned(name, one, tmp_path / name) for name, one in configs.items()]
     with pytest.raises(DeitError, match="2 runs failed") as failure:
@@ -204,10 +193,10 @@ def test_each_run_gets_the_gpu_that_has_the_fewest(monkeypatch, tmp_path, visibl
     monkeypatch.setattr(at_once, "source", lambda *, gpu: Started())
     here = at_once._Here(3, tmp_path)
     for seed in range(3):
-        here.start(Planned(f"run {seed}", config(), tmp_path / str(seed)))
+        here.start(Planned(f"run {seed}", two_epochs(), tmp_path / str(seed)))
     assert given == expected
     del here.children[1]  # it ends first
-    here.start(Planned("another", config(), tmp_path / "another"))
+    here.start(Planned("another", two_epochs(), tmp_path / "another"))
     assert given[3] == expected[1]
 
 
@@ -240,7 +229,7 @@ def test_what_runs_are_copied_from_ends_after_them(monkeypatch, tmp_path):
 
     def stopped():
         with at_once._Here(1, tmp_path) as here:
-            here.start(Planned("run", config(), tmp_path / "run"))
+            here.start(Planned("run", two_epochs(), tmp_path / "run"))
             raise Stopped(signal.SIGTERM)
 
     with pytest.raises(Stopped):
@@ -285,11 +274,11 @@ class Impatient:
 
 def test_a_run_that_is_given_up_stops_saved_and_is_no_failure(copied, tmp_path):
     watch = Impatient()
-    long = config(optim={"epochs": 200}, run={"evaluate_every": 1})
+    long = two_epochs(optim={"epochs": 200}, run={"evaluate_every": 1})
     asked = []
 
     def runs():
-        for name, one in {"hopeless": long, "good": config()}.items():
+        for name, one in {"hopeless": long, "good": two_epochs()}.items():
             asked.append(name)
             yield Planned(name, one, tmp_path / name)
 

@@ -8,7 +8,7 @@ import pytest
 
 from deit.processor import cores
 from scripts import sweep_cost, training_sides
-from tests.forks import shared
+from tests.helpers.command_server import shared
 
 pytest.importorskip("sklearn")
 SCRIPT = "scripts/benchmark.py"

@@ -19,12 +19,12 @@ import deit
 from deit import checkpoint
 from deit.config import StudentConfig
 from deit.grammar import SHARED
-from deit.models.saved import Facts, build_student, save_student
+from deit.models.saved import Facts, build_student
 from deit.recipes import RECIPES
 from deit.studies import STUDIES
 from deit.validation import field_names
-from tests.forks import shared
-from tests.tries import Try, run_try
+from tests.helpers.commands import TEN, assert_refused, fake_teacher, run_in, tree
+from tests.helpers.odd_input import Try, run_try
 
 TRAIN, EVALUATE, FINETUNE = "train_deit.py", "evaluate_deit.py", "finetune_deit.py"
 # A run of seconds: a fifth of the training digits in two updates.
@@ -33,20 +33,8 @@ QUICK = (
     "--data.train_fraction=0.2",
 )
 SMALL = ("--student.embed_dim=16", "--student.depth=1", "--student.num_heads=2")
-TEN = tuple("0123456789")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
-
-
-def run_in(folder: Path, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A program of ours (a root script, or `deit`) in a folder, on a machine without GPU: in a
-    process of its own, forked where all imports are done."""
-    script = None if program == "deit" else program
-    done = shared().run(*arguments, cwd=folder, script=script, **ENVIRONMENT)
-    return subprocess.CompletedProcess([program, *arguments], done.code, done.out, done.err)
 
 
 @pytest.fixture
@@ -55,25 +43,6 @@ def run(tmp_path: Path) -> Run:
         return run_in(tmp_path, program, *arguments)
 
     return bound
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    """Everything in a folder: the bytes of files, None for folders."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
-def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    """One message on stderr, whatever else of it in indented lines, with the words it must name."""
-    assert done.returncode == code, done.stdout + done.stderr
-    first, *others = done.stderr.splitlines()
-    assert first.startswith("deit: error: "), done.stderr
-    assert all(line.startswith("  ") for line in others), done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    for word in words:
-        assert word in done.stderr
 
 
 @pytest.fixture
@@ -386,16 +355,6 @@ def test_a_file_of_the_user_is_a_recipe(run, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     values = json.loads(done.stdout)
     assert (values["optim"]["epochs"], values["run"]["seed"]) == (7, 3)
-
-
-def fake_teacher(folder: Path, class_names: tuple[str, ...]) -> Path:
-    """A saved ConvNet of ours that answers every image with the first class."""
-    student = StudentConfig(name="small_convnet", image_size=8)
-    facts = Facts(student, class_names, (0.5,) * 3, (0.5,) * 3, 1.0)
-    weights = build_student(facts).network.state_dict()
-    folder.mkdir(parents=True)
-    save_student(folder, {name: torch.zeros_like(value) for name, value in weights.items()}, facts)
-    return folder
 
 
 def folders(root: Path, *names: str, number: int = 6) -> Path:

@@ -13,8 +13,8 @@ from deit.environment import compiled, records_graphs
 from deit.errors import EnvironmentFault, Stopped
 from deit.recipes import digits, digits_teacher
 from deit.run import train
-from tests.stops import same_end, stop_at
-from tests.trained import trained
+from tests.helpers.resume_helpers import same_end, stop_at
+from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
 

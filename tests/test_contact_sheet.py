@@ -19,8 +19,8 @@ from deit.config import (
 from deit.contact_sheet import draw_views
 from deit.datasets.splits import load_splits
 from deit.preparation import loader_of
-from tests.test_cli import TEN, assert_refused, fake_teacher, run_in, tree
-from tests.test_reading import write_pictures
+from tests.helpers.commands import TEN, assert_refused, fake_teacher, run_in, tree
+from tests.helpers.images import write_pictures
 
 TILE, GAP, LINE = contact_sheet._TILE, contact_sheet._GAP, contact_sheet._LINE
 HEADER = LINE + 2 * GAP

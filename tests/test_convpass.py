@@ -19,6 +19,7 @@ from deit.models.student import Student
 from deit.recipes import digits
 from deit.tuning import TUNING, begin_from
 from deit.validation import validate
+from tests.helpers.images import random_batch
 
 pytest.importorskip("sklearn")
 PLACES = {"convpass": ("adapter1", "adapter2"), "convpass_attention": ("adapter1",)}
@@ -47,10 +48,6 @@ def randomised(network: nn.Module) -> nn.Module:
         for parameter in adapter.parameters():
             nn.init.normal_(parameter, std=0.5)
     return network
-
-
-def images(side: int = 12, number: int = 3) -> torch.Tensor:
-    return torch.randn(number, 3, side, side, generator=torch.Generator().manual_seed(5))
 
 
 # The forward pass
@@ -131,10 +128,10 @@ def test_untrained_they_change_no_bit(name, adapters, training):
     ours, theirs = adapted.state_dict(), plain.state_dict()
     assert [one for one in ours if "adapter" not in one] == list(theirs)
     assert all(torch.equal(ours[one], value) for one, value in theirs.items())
-    answers = [one.train(training).forward_features(images()) for one in (plain, adapted)]
+    answers = [one.train(training).forward_features(random_batch()) for one in (plain, adapted)]
     assert torch.equal(*answers)
     randomised(adapted)
-    assert not torch.equal(answers[0], adapted.forward_features(images()))
+    assert not torch.equal(answers[0], adapted.forward_features(random_batch()))
 
 
 @pytest.mark.parametrize("adapters", PLACES)
@@ -178,7 +175,7 @@ def test_gradients_reach_adapters_and_heads_alone():
     hold_still(network, "adapters")
     student = Student(randomised(network), mean=(0.5,) * 3, std=(0.5,) * 3)
     student.still = True
-    outputs = student.train()(images())
+    outputs = student.train()(random_batch())
     (outputs.class_logits.sum() + outputs.distillation_logits.square().sum()).backward()
     for name, parameter in network.named_parameters():
         moved = ".adapter" in name or name.startswith("head")
@@ -238,10 +235,10 @@ def test_dropout_lies_between_the_last_two_layers():
 
 def test_a_copy_and_a_compiled_graph_answer_the_same():
     network = randomised(network_of(TINY, adapters="convpass")).eval()
-    expected = network(images())
-    assert torch.equal(copy.deepcopy(network)(images()), expected)
+    expected = network(random_batch())
+    assert torch.equal(copy.deepcopy(network)(random_batch()), expected)
     whole = torch.compile(network, fullgraph=True, backend="eager")
-    torch.testing.assert_close(whole(images()), expected)
+    torch.testing.assert_close(whole(random_batch()), expected)
 
 
 def test_blocks_computed_again_give_the_same_gradients():
@@ -252,7 +249,7 @@ def test_blocks_computed_again_give_the_same_gradients():
         network.set_grad_checkpointing(again)
         torch.manual_seed(9)
         network.zero_grad()
-        network.forward_features(images()).square().sum().backward()
+        network.forward_features(random_batch()).square().sum().backward()
         found.append({name: one.grad for name, one in network.named_parameters()})
     kept = [name for name, one in found[0].items() if one is not None]
     assert len(kept) == 4 * 6
@@ -265,14 +262,14 @@ def test_linear_layers_by_onednn_answer_the_same():
     other = copy.deepcopy(network)
     use_onednn(other)
     assert type(other.blocks[0].adapter1.down) is not nn.Linear
-    torch.testing.assert_close(other(images()), network(images()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other(random_batch()), network(random_batch()), rtol=1e-4, atol=1e-5)
 
 
 def test_what_looks_into_blocks_still_does():
     plain, adapted = (network_of(TINY, adapters=one).eval() for one in ("none", "convpass"))
     assert all(isinstance(block, ConvpassBlock) for block in adapted.blocks)
-    assert torch.equal(rollout(plain, images()).maps, rollout(adapted, images()).maps)
-    assert torch.equal(token_cosines(plain, images()), token_cosines(adapted, images()))
+    assert torch.equal(rollout(plain, random_batch()).maps, rollout(adapted, random_batch()).maps)
+    assert torch.equal(token_cosines(plain, random_batch()), token_cosines(adapted, random_batch()))
     depths = depths_of(adapted)
     assert depths["blocks.1.adapter2.up.weight"] == depths["blocks.1.attn.qkv.weight"]
 

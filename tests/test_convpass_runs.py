@@ -31,9 +31,9 @@ from deit.seats import members
 from deit.tuning import TUNING, begin_from
 from deit.typed_json import read_typed
 from deit.validation import load
-from tests.stops import same_end, stop_at
-from tests.test_convpass import images
-from tests.trained import trained
+from tests.helpers.images import random_batch
+from tests.helpers.resume_helpers import same_end, stop_at
+from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
 SMALL = {"depth": 2, "embed_dim": 96, "num_heads": 3, "drop_path": 0.1}
@@ -131,8 +131,8 @@ def test_a_run_trains_adapters_on_a_base_in_evaluation_mode(place):
 
 
 def test_a_run_begins_with_the_answers_of_its_base(place):
-    began = parts_of(config_of(place)).student.eval()(images(8))
-    before = load_student(place / "base" / "best")[0].eval()(images(8))
+    began = parts_of(config_of(place)).student.eval()(random_batch(8))
+    before = load_student(place / "base" / "best")[0].eval()(random_batch(8))
     assert torch.equal(began.class_logits, before.class_logits)
     assert torch.equal(began.distillation_logits, before.distillation_logits)
 
@@ -267,7 +267,7 @@ def test_at_another_resolution_with_other_classes_and_tokens(place, tmp_path):
     assert facts.class_names == ("1", "3", "7")
     assert read_base(tmp_path / "run" / "best").kernel == "timm"
     larger, _ = student_at(place / "adapted" / "best", 16)
-    assert larger.eval()(images(16)).class_logits.shape == (3, 10)
+    assert larger.eval()(random_batch(16)).class_logits.shape == (3, 10)
 
 
 def test_adapters_upon_adapters(place, tmp_path):

@@ -14,7 +14,7 @@ from deit.curvature import extreme_eigenvalues, spectral_density, trace
 from deit.errors import ConfigError, NumericsError
 from deit.krylov import Krylov
 from deit.surface import Surface
-from tests.test_surface import student, surface
+from tests.helpers.loss_surfaces import student, surface
 
 
 def symmetric(eigenvalues, seed=0, dtype=torch.float64):

@@ -23,7 +23,7 @@ from deit.directions import (
 from deit.errors import ConfigError, NumericsError
 from deit.surface import Surface
 from deit.volume import basin_volume
-from tests.test_surface import (
+from tests.helpers.loss_surfaces import (
     NETWORKS,
     assert_as_before,
     half_masks,

@@ -12,22 +12,13 @@ from safetensors.torch import load_file
 
 from deit.config import derive
 from deit.recipes import digits_teacher
-from tests.forks import last_json
-from tests.test_reading import write_pictures
-from tests.trained import trained
+from tests.helpers.command_server import last_json
+from tests.helpers.images import write_pictures
+from tests.helpers.processes import SETTINGS, said_by
+from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[1]
-SETTINGS = (
-    *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
-    *("--views.mixup_alpha", "0.8", "--views.cutmix_alpha", "1", "--optim.batch_size", "64"),
-    *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.evaluate_every", "1"),
-    *("--data.train_fraction", "0.25"),  # 324 images, five batches
-    # 143 validation images: two chunks in the first of two processes, one in the second.
-    *("--run.evaluation_batch", "71"),
-    # Not what a busy moment measures, in one of them and not the other.
-    *("--run.linear", "torch", "--teacher.layout", "contiguous"),
-)
 
 
 def torchrun(*arguments, cwd):
@@ -43,13 +34,6 @@ def torchrun(*arguments, cwd):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def said_by(zygote, number, script, *arguments, cwd):
-    """What so many processes of a script say, started as torchrun would, without its seconds."""
-    done = zygote.together(*arguments, processes=number, script=str(script), cwd=cwd)
-    assert [one.code for one in done] == [0] * number, "".join(one.err for one in done)
-    return "".join(one.out for one in done)
 
 
 @pytest.fixture(scope="module")

@@ -32,19 +32,14 @@ from deit.errors import DataError, EnvironmentFault, Stopped
 from deit.interruption import Interruption
 from deit.recipes import RECIPES
 from deit.run import train
-from tests.forks import ROOT, Done, Running, Zygote, fresh, until
-from tests.left import left
-from tests.stops import stop_at
-from tests.test_reading import write_pictures
+from tests.helpers.command_server import ROOT, Done, Running, Zygote, fresh, until
+from tests.helpers.images import write_pictures
+from tests.helpers.leftovers import left
+from tests.helpers.processes import STUCK_TEACHER
+from tests.helpers.resume_helpers import stop_at
+from tests.helpers.small_runs import ON_PICTURES
 
 pytest.importorskip("sklearn")
-SMALL = (
-    *("--objective", "none", "--teacher.source", "none"),
-    *("--student.name", "vit_micro", "--student.depth", "1", "--student.embed_dim", "16"),
-    *("--student.num_heads", "2", "--student.image_size", "16", "--student.patch_size", "4"),
-    *("--data.image_size", "18", "--optim.batch_size", "8", "--optim.epochs", "3"),
-    *("--optim.warmup_epochs", "0", "--data.storage", "files"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +51,7 @@ def words(pictures: Path, out: Path, workers: int) -> tuple[str, ...]:
     """A short training on pictures that worker processes read."""
     return (
         *("train", "folder", "--data.root", str(pictures), "--data.workers", str(workers)),
-        *SMALL,
+        *ON_PICTURES,
         *("--out", str(out), "--resume"),
     )
 
@@ -191,7 +186,7 @@ def test_a_command_that_waits_for_images_for_ever_stops(
 
 
 def test_a_decoding_that_waits_for_ever_stops(pictures, never_read, tmp_path, capfd):
-    given = ["folder", "--data.root", str(pictures), "--out", str(tmp_path / "run"), *SMALL]
+    given = ["folder", "--data.root", str(pictures), "--out", str(tmp_path / "run"), *ON_PICTURES]
     code = run_command("train", [*given, "--data.storage", "memory"], "deit train")
     assert code == 130, capfd.readouterr().err
 
@@ -240,26 +235,9 @@ def test_workers_end_when_their_process_is_killed(zygote, pictures, tmp_path):
     ended(running, -signal.SIGKILL)
 
 
-STUCK = """
-import ctypes
-from torch import nn
-
-class Stuck(nn.Module):
-    def forward(self, images):
-        lock = ctypes.create_string_buffer(256)
-        system = ctypes.CDLL(None)
-        print("stuck", flush=True)
-        for _ in range(2):
-            system.pthread_mutex_lock(lock)
-
-def teacher():
-    return Stuck()
-"""
-
-
 def test_a_second_signal_ends_what_is_stuck_in_a_library(zygote, pictures, tmp_path):
     """Python obeys a signal when the library returns, which this one does not."""
-    (tmp_path / "stuck.py").write_text(STUCK)
+    (tmp_path / "stuck.py").write_text(STUCK_TEACHER)
     given = words(pictures, tmp_path / "run", 2)
     given += ("--objective", "deit-hard", "--teacher.source", f"{tmp_path / 'stuck.py'}:teacher")
     running = zygote.start(*given, "--student.name", "deit_micro", whole=True)
@@ -715,7 +693,15 @@ def of_kind(kind: int, pictures: Path, out: Path) -> tuple[str, ...]:
     more = ("--optim.epochs", "30", "--run.save_every", "2")
     if kind < 3:
         return (*words(pictures, out, kind), *more)
-    given = ("train", "digits", *SMALL[:-2], "--student.image_size", "8", "--data.image_size", "8")
+    given = (
+        "train",
+        "digits",
+        *ON_PICTURES[:-2],
+        "--student.image_size",
+        "8",
+        "--data.image_size",
+        "8",
+    )
     few = ("--student.patch_size", "2", "--data.train_fraction", "0.1", "--run.linear", "torch")
     return (*given, *few, *more, "--out", str(out), "--resume")
 

@@ -13,10 +13,11 @@ import pytest
 
 from deit import checkpoint
 from deit.launcher import SAME_SIGNAL_S
-from tests.forks import ROOT, until
-from tests.left import left
-from tests.test_endings import SMALL, STUCK
-from tests.test_reading import write_pictures
+from tests.helpers.command_server import ROOT, until
+from tests.helpers.images import write_pictures
+from tests.helpers.leftovers import left
+from tests.helpers.processes import STUCK_TEACHER
+from tests.helpers.small_runs import ON_PICTURES
 
 DATA = ("--data.workers", "2", "--run.save_every", "1")
 TEACHER = """
@@ -104,7 +105,7 @@ def test_runs_of_one_command_end_with_it(
 ):
     monkeypatch.chdir(place)
     out = tmp_path / "out"
-    words = ("deit", *command, *SMALL, *DATA, "--data.root", place / "pictures")
+    words = ("deit", *command, *ON_PICTURES, *DATA, "--data.root", place / "pictures")
     if command is COMPARED:  # which asks what a teacher is worth
         words += (*TAUGHT, "--teacher.source", f"{place / 'mine.py'}:teacher")
     words += ("--optim.epochs", "100000", "--out", out)
@@ -117,9 +118,9 @@ def test_runs_of_one_command_end_with_it(
 
 def test_a_run_that_is_stuck_ends_with_the_second_signal_to_its_command(place, tmp_path):
     """The other one ends with the first signal, saved."""
-    (tmp_path / "stuck.py").write_text(STUCK)
+    (tmp_path / "stuck.py").write_text(STUCK_TEACHER)
     out = tmp_path / "out"
-    words = (*COMPARED, *SMALL, *DATA, *TAUGHT, "--data.root", place / "pictures")
+    words = (*COMPARED, *ON_PICTURES, *DATA, *TAUGHT, "--data.root", place / "pictures")
     words += ("--teacher.source", f"{tmp_path / 'stuck.py'}:teacher", "--run.save_every", "1")
     words += ("--optim.epochs", "100000", "--out", out)
     process = subprocess.Popen(
@@ -156,7 +157,7 @@ def says(log: Path, words: str) -> bool:
 def test_processes_of_torchrun_end_with_their_workers(number, everybody, place, tmp_path):
     out = tmp_path / "run"
     words = ("torch.distributed.run", "--nnodes=1", "--nproc_per_node=2", ROOT / "train_deit.py")
-    words += ("folder", "--data.root", place / "pictures", *SMALL, *DATA)
+    words += ("folder", "--data.root", place / "pictures", *ON_PICTURES, *DATA)
     words += ("--optim.epochs", "100000", "--out", out)
     code, said = stopped(words, out, 1, number, everybody=everybody)
     assert code != 0

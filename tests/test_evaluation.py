@@ -30,7 +30,7 @@ from deit.recipes import digits, digits_teacher
 from deit.records import head_logits
 from deit.run import train
 from deit.validation import load
-from tests.trained import trained
+from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
 

@@ -23,8 +23,8 @@ from deit.run import train
 from deit.target_writer import write_targets
 from deit.tuning import SIZED, TUNING, at_resolution, begin_from
 from deit.validation import load, validate
-from tests.stops import same_end, stop_and_go_on
-from tests.trained import trained
+from tests.helpers.resume_helpers import same_end, stop_and_go_on
+from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
 SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}

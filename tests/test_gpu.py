@@ -27,8 +27,8 @@ from deit.run import job_of, parts_of, train
 from deit.target_writer import write_targets
 from deit.targets import canary
 from deit.tuning import at_resolution
-from tests.stops import same_end, stop_and_go_on
-from tests.test_operations import pixels_of, real_images
+from tests.helpers.images import pixels_of, real_images
+from tests.helpers.resume_helpers import same_end, stop_and_go_on
 
 COLOURS = Colours((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
 

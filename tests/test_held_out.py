@@ -17,7 +17,7 @@ from deit.ground import Ground
 from deit.presets import OBJECTIVES
 from deit.recipes import digits, digits_teacher
 from deit.run import train
-from tests.test_sources import config, folder
+from tests.helpers.images import folder_data, write_class_folders
 
 pytest.importorskip("sklearn")
 UNSEEN = ("6", "7", "8", "9")
@@ -41,10 +41,10 @@ def test_nothing_of_them_is_left_to_train_and_select_by_and_no_other_image_moves
 
 @pytest.mark.parametrize("storage", ["memory", "files"])
 def test_they_are_left_out_of_folders_too(tmp_path, storage):
-    root = folder(tmp_path, number=8)
+    root = write_class_folders(tmp_path, number=8)
     listed = tmp_path / "names.txt"
     listed.write_text("bee\n")
-    splits = load_splits(config(root, storage=storage, held_out=(f"@{listed}",)))
+    splits = load_splits(folder_data(root, storage=storage, held_out=(f"@{listed}",)))
     assert set(splits.train.labels.tolist()) == set(splits.validation.labels.tolist()) == {0, 2}
     assert set(splits.test.labels.tolist()) == {0, 1, 2}
 

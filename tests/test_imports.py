@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.helpers.processes import stand_in
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("deit", "models", "datasets", "scripts")
@@ -452,19 +455,6 @@ def test_the_command_line_is_parsed_without_torch():
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-def stand_in(site: Path) -> str:
-    """A stand-in for Hugging Face's distribution, which says when it is imported; the path to put
-    it on."""
-    package, facts = site / "datasets", site / "datasets-9.9.9.dist-info"
-    package.mkdir(parents=True)
-    facts.mkdir()
-    (package / "__init__.py").write_text(
-        "print('stand-in imported')\nclass Dataset: pass\nclass IterableDataset: pass\n"
-    )
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 9.9.9\n")
-    return str(site)
-
-
 def test_hugging_face_datasets_is_not_shadowed_and_accelerate_finds_it_from_our_root(tmp_path):
     """(test_peers.py trains beside it.)"""
     code = (
@@ -484,3 +474,10 @@ def test_hugging_face_datasets_is_not_shadowed_and_accelerate_finds_it_from_our_
     assert said == "stand-in imported"
     assert Path(theirs) == Path(site) / "datasets" / "__init__.py"
     assert Path(ours) == ROOT / "datasets" / "views.py"
+
+
+def test_no_test_imports_another():
+    """What several need is in tests/helpers: a test file can be renamed, moved or removed alone."""
+    importing = re.compile(r"^\s*(from tests\.test_\w+ import|from tests import test_)", re.M)
+    files = (ROOT / "tests").rglob("*.py")
+    assert [path.name for path in files if importing.search(path.read_text(encoding="utf-8"))] == []

@@ -17,23 +17,13 @@ from deit.cli import run_command
 from deit.config import derive
 from deit.errors import ConfigError
 from deit.launcher import SAME_SIGNAL_S
-from tests.forks import Done, Zygote, until
-from tests.gates import Gate
-from tests.left import is_gone
-from tests.test_reading import write_pictures
+from tests.helpers.command_server import until
+from tests.helpers.gates import Gate
+from tests.helpers.images import write_pictures
+from tests.helpers.leftovers import is_gone
+from tests.helpers.small_runs import SMALL, STEPS, run, same
 
 pytest.importorskip("sklearn")
-STEPS = 5
-SMALL = (
-    *("digits", "--objective", "none", "--teacher.source", "none", "--views.policy", "randaugment"),
-    *("--views.mixup_alpha", "0.8", "--views.cutmix_alpha", "1"),
-    *("--student.depth", "2", "--student.embed_dim", "24", "--student.num_heads", "2"),
-    # A quarter of the images: 324, which are five batches.
-    *("--data.train_fraction", "0.25", "--optim.batch_size", "64", "--optim.epochs", "2"),
-    *("--student.drop_path", "0.2"),
-    *("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--run.evaluate_every", "1"),
-    *("--run.linear", "torch"),  # not what a busy moment measures
-)
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +34,6 @@ def straight(zygote, tmp_path_factory) -> Path:
     assert done.code == 0, done.err
     assert "best weights: epoch 2" in done.out  # they are written twice
     return out
-
-
-def same(out: Path, straight: Path) -> None:
-    """The two runs left the same: every link of the chain, and the best weights."""
-    for name in (journal.CHAIN, "best/model.safetensors"):
-        assert (out / name).read_bytes() == (straight / name).read_bytes()
-    steps = [row["step"] for row in journal.read(out / journal.METRICS)]
-    assert steps == [STEPS, 2 * STEPS]
-    assert not [path for path in out.rglob(".*") if path.name != ".lock"]
-
-
-def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> Done:
-    return zygote.run("train", *SMALL, "--out", out, "--resume", *more, DEIT_FAULT=fault)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from deit.ladder import Version, _rung, versions_of
 from deit.ladder_page import draw_ladder, markdown, print_ladder
 from deit.models.saved import load_student, save_weights
 from deit.validation import load
-from tests.test_prune import QUICK, SMALL
+from tests.helpers.small_runs import QUICK_PRUNING, THREE_EPOCHS
 
 pytest.importorskip("sklearn")
 pytest.importorskip("onnxruntime")
@@ -21,12 +21,12 @@ pytest.importorskip("onnxruntime")
 def place(tmp_path_factory, zygote):
     """A run, its ONNX and int8 files, and what pruning left of it."""
     place = tmp_path_factory.mktemp("ladder")
-    words = ("--objective", "none", *SMALL, "--student.depth", "1", "--out", "run")
+    words = ("--objective", "none", *THREE_EPOCHS, "--student.depth", "1", "--out", "run")
     commands = [
         ("train", "digits", *words),
         ("export", "run", "--format", "onnx", "--images", "64"),
         ("quantize", "run", "--max-drop", "5"),
-        ("prune", "run", *QUICK, "--ratio", "0.5", "--out", "small"),
+        ("prune", "run", *QUICK_PRUNING, "--ratio", "0.5", "--out", "small"),
         ("train", "digits", *words[:-1], "other", "--run.seed", "1"),
     ]
     for command in commands:
@@ -211,7 +211,15 @@ def test_a_ladder_that_is_there_is_replaced_only_when_asked(place, measured, zyg
 
 @pytest.mark.slow
 def test_a_run_of_another_size_is_refused(place, zygote, tmp_path):
-    words = ("--objective", "none", *SMALL, "--optim.epochs", "2", "--student.image_size", "16")
+    words = (
+        "--objective",
+        "none",
+        *THREE_EPOCHS,
+        "--optim.epochs",
+        "2",
+        "--student.image_size",
+        "16",
+    )
     words = (*words, "--student.patch_size", "4", "--out", tmp_path / "large")
     assert zygote.run("train", "digits", *words, cwd=place).code == 0
     done = zygote.run("ladder", "run", tmp_path / "large", "--force", cwd=place)

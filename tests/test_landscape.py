@@ -23,8 +23,8 @@ from deit.models.saved import load_student
 from deit.records import head_logits
 from deit.sweep_results import MANIFEST
 from deit.validation import load
-from tests.test_tickets import SMALL
-from tests.wrong_json import edits, error_of
+from tests.helpers.json_edits import edits, error_of
+from tests.helpers.small_runs import WITH_AVERAGE
 
 pytest.importorskip("sklearn")
 LEVEL = "search/seed-0/level-1"
@@ -40,7 +40,7 @@ def place(tmp_path_factory, zygote):
     """A search of two levels with a random control."""
     place = tmp_path_factory.mktemp("landscape")
     words = ("--levels", "2", "--rate", "0.5", "--controls", "random", "--controls_at", "2")
-    words = ("tickets", "digits", *SMALL, *words, "--objective", "none", "--out", "search")
+    words = ("tickets", "digits", *WITH_AVERAGE, *words, "--objective", "none", "--out", "search")
     done = zygote.run(*words, "--at_once", "2", cwd=place)
     assert done.code == 0, done.err
     return place
@@ -300,7 +300,7 @@ def test_controls_stand_beside_the_ticket_of_their_level(place):
 
 @pytest.mark.slow
 def test_networks_of_other_shapes_have_no_line_between_them(place, zygote, tmp_path):
-    words = ("train", "digits", *SMALL, "--objective", "none", "--student.embed_dim", "32")
+    words = ("train", "digits", *WITH_AVERAGE, "--objective", "none", "--student.embed_dim", "32")
     done = zygote.run(*words, "--out", tmp_path / "wide", cwd=place)
     assert done.code == 0, done.err
     words = (

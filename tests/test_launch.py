@@ -13,7 +13,7 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from tests.test_distributed import SETTINGS
+from tests.helpers.processes import SETTINGS
 
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[1]

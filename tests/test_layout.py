@@ -25,7 +25,7 @@ from deit.run import train
 from deit.target_verifier import verify_targets
 from deit.target_writer import write_targets
 from deit.targets import MANIFEST, manifest_bytes, open_store, read_manifest
-from tests.trained import trained
+from tests.helpers.trained import trained
 
 LAST = torch.channels_last
 

@@ -14,7 +14,7 @@ from deit.models import linear
 from deit.models.linear import OneDNNLinear, use_onednn
 from deit.models.networks import create_network
 from deit.run import train
-from tests.test_at_once import config
+from tests.helpers.small_runs import two_epochs
 
 pytestmark = pytest.mark.skipif(not linear.available(), reason="no oneDNN in this PyTorch")
 
@@ -136,7 +136,7 @@ def test_it_pays_where_it_is_much_faster(monkeypatch):
 
 def test_a_run_learns_by_it_goes_on_by_it_and_is_evaluated_by_it(tmp_path, capsys):
     """Beside the same run by torch: losses equal to rounding, and what it goes on to as well."""
-    small = config(run={"save_every": 1, "keep_checkpoints": 50, "device": "cpu"})
+    small = two_epochs(run={"save_every": 1, "keep_checkpoints": 50, "device": "cpu"})
     for way in ("torch", "onednn"):
         train(derive(small, run={"linear": way}), tmp_path / way)
     assert "linear layers by oneDNN" in capsys.readouterr().out

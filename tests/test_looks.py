@@ -16,7 +16,7 @@ from deit.datasets.splits import load_splits
 from deit.datasets.views import Colours, evaluation_squares, sample_random_crop, unit
 from deit.keys import Keys
 from deit.presets import AUGMENTATIONS, TEACHING
-from tests.test_reading import joined, write_pictures
+from tests.helpers.images import joined, write_pictures
 
 MEMORY = Images(
     torch.randint(

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from deit import checkpoint, manifest
 from deit.checkpoint import check, newest, seal_folder, write
 from deit.errors import CheckpointError, EnvironmentFault
+from tests.helpers.images import mutate
 
 MUTATIONS = 2000
 
@@ -54,32 +55,6 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_looked_at_again(folder, m
     monkeypatch.setattr(manifest, "_identity", lambda folder: first)
     with pytest.raises(EnvironmentFault, match="cannot be read now"):
         manifest.check(folder)
-
-
-def mutate(path: Path, how: random.Random) -> None:
-    """Change a file: a bit, a byte, a stretch; cut it off; append; empty it; remove it."""
-    content = bytearray(path.read_bytes())
-    place = how.randrange(len(content))
-    kind = how.choice(("bit", "byte", "stretch", "cut", "append", "twice", "empty", "remove"))
-    if kind == "bit":
-        content[place] ^= 1 << how.randrange(8)
-    elif kind == "byte":
-        content[place] = (content[place] + how.randrange(1, 256)) % 256
-    elif kind == "stretch":
-        stretch = bytes(how.randrange(256) for _ in range(how.randrange(1, 20)))
-        content[place : place + len(stretch)] = stretch
-    elif kind == "cut":
-        del content[place:]
-    elif kind == "append":
-        content += bytes(how.randrange(256) for _ in range(how.randrange(1, 9)))
-    elif kind == "twice":
-        content[place:place] = content[place : place + how.randrange(1, 30)]
-    elif kind == "empty":
-        content.clear()
-    if kind == "remove":
-        path.unlink()
-    else:
-        path.write_bytes(content)
 
 
 def test_no_mutation_of_any_file_goes_unnoticed(folder):

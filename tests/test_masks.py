@@ -33,8 +33,8 @@ from deit.optim import lr_at
 from deit.recipes import digits, digits_teacher
 from deit.run import parts_of, train
 from deit.scopes import SCOPES, densities_of, groups_of
-from tests.stops import same_end, stop_at
-from tests.test_kills import SMALL
+from tests.helpers.resume_helpers import same_end, stop_at
+from tests.helpers.small_runs import SMALL
 
 EVERY_SCOPE = (*SCOPES, "2:4", "1:3")
 

@@ -26,7 +26,7 @@ from deit.optim import parameter_groups
 from deit.recipes import digits
 from deit.run import train
 from deit.validation import validate
-from tests.stops import same_end, stop_and_go_on
+from tests.helpers.resume_helpers import same_end, stop_and_go_on
 
 SMALL = StudentConfig(
     name="deit_micro", image_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=3

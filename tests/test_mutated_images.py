@@ -11,7 +11,7 @@ from PIL import Image
 
 from deit.datasets.decoding import decode_square
 from deit.errors import DataError
-from tests.test_manifest import mutate
+from tests.helpers.images import mutate
 
 MUTATIONS = 5000
 KINDS = {

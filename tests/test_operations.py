@@ -6,9 +6,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from deit.datasets.operations import CODES, LEVELS, MOVES, Canvas, apply_operations
+from tests.helpers.images import PILLOW, pixels_of, real_images
 
 FILL = (124, 116, 104)
-PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 CANVASES = {name: Canvas(torch.tensor(FILL, dtype=torch.uint8), name) for name in PILLOW}
 
 
@@ -52,23 +52,6 @@ ARGUMENTS = {
     "translate_y": (-0.43, 0.405, 0.01),
     "rotate": (-30.0, 27.0, 3.3),
 }
-
-
-def real_images(width=60, height=48):
-    """Twelve parts of the two photographs that come with scikit-learn."""
-    datasets = pytest.importorskip("sklearn.datasets")
-    pictures = [Image.fromarray(array) for array in datasets.load_sample_images().images]
-    found = []
-    for number in range(12):
-        picture = pictures[number % 2]
-        left, top = 37 * number, 23 * number
-        box = (left, top, left + 3 * width, top + 3 * height)
-        found.append(picture.crop(box).resize((width, height), Image.Resampling.BICUBIC))
-    return found
-
-
-def pixels_of(images):
-    return torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images])
 
 
 def done(name, pixels, argument, interpolation="bicubic"):

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from deit import checkpoint, journal
 from deit.config import derive
 from deit.recipes import digits_teacher
-from tests.forks import ROOT, Done, Running, Zygote, until
-from tests.test_imports import stand_in
-from tests.test_kills import SMALL, STEPS, same
-from tests.trained import trained
+from tests.helpers.command_server import ROOT, Done, Running, Zygote, until
+from tests.helpers.processes import stand_in
+from tests.helpers.small_runs import SMALL, STEPS, same
+from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
 

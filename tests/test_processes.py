@@ -9,9 +9,9 @@ import pytest
 from deit import checkpoint, processes
 from deit.launcher import FOLLOWED
 from deit.processes import Copies, Fresh
-from tests.forks import until
-from tests.left import is_gone
-from tests.test_reading import write_pictures
+from tests.helpers.command_server import until
+from tests.helpers.images import write_pictures
+from tests.helpers.leftovers import is_gone
 
 pytest.importorskip("sklearn")
 LONG = (

@@ -19,18 +19,13 @@ from deit.recipes import digits_teacher
 from deit.scopes import SCOPES
 from deit.tuning import short
 from deit.validation import load
-from tests.trained import trained
+from tests.helpers.small_runs import QUICK_PRUNING, THREE_EPOCHS
+from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
-SMALL = (
-    *("--student.embed_dim", "24", "--student.depth", "2", "--student.num_heads", "3"),
-    *("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--optim.batch_size", "64"),
-    *("--run.evaluate_every", "3", "--data.train_fraction", "0.3"),
-)
 RUNS = ("recovered", "short-control", "long-control")
 BRIEF = {"epochs": 2, "warmup_epochs": 0.5}
-QUICK = ("--optim.epochs", "2", "--optim.warmup_epochs", "0.5", "--images", "128")
-WORDS = ("prune", "run", *QUICK, "--ratio", "0.5")
+WORDS = ("prune", "run", *QUICK_PRUNING, "--ratio", "0.5")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +33,7 @@ def place(tmp_path_factory, zygote):
     """A folder with a small distilled student and its teacher."""
     place = tmp_path_factory.mktemp("prune")
     trained(derive(digits_teacher(), optim={"epochs": 3}), place / "teacher")
-    words = ("--teacher.source", "teacher", "--teacher.allow_weak", *SMALL, "--out", "run")
+    words = ("--teacher.source", "teacher", "--teacher.allow_weak", *THREE_EPOCHS, "--out", "run")
     done = zygote.run("train", "digits", *words, cwd=place)
     assert done.code == 0, done.err
     return place
@@ -230,7 +225,7 @@ def test_from_elsewhere_it_goes_on_where_nothing_was_saved_yet(place, zygote, tm
 
 def test_of_a_run_that_began_with_weights_nothing_is_trained_as_long(pruned, zygote):
     out, _ = pruned
-    words = ("prune", out / "recovered", *QUICK, "--heads", "0.1", "--out", "again")
+    words = ("prune", out / "recovered", *QUICK_PRUNING, "--heads", "0.1", "--out", "again")
     done = zygote.run(*words, "--controls", "long", cwd=out.parent)
     assert done.code == 2
     assert (
@@ -245,7 +240,7 @@ def test_a_run_that_trained_a_part_is_not_recovered_by_that_part(place, zygote, 
     config = json.loads(file.read_text())
     config["optim"]["trained"], config["start"]["source"] = "attention", str(place / "run")
     file.write_text(json.dumps(config))
-    done = zygote.run("prune", tmp_path / "run", *QUICK, "--out", tmp_path / "o", cwd=place)
+    done = zygote.run("prune", tmp_path / "run", *QUICK_PRUNING, "--out", tmp_path / "o", cwd=place)
     assert done.code == 2
     assert "the run: trains attention alone (optim.trained), and what is left of a cut" in done.err
 
@@ -253,7 +248,7 @@ def test_a_run_that_trained_a_part_is_not_recovered_by_that_part(place, zygote, 
 def test_a_run_that_is_not_finished_is_not_cut(place, zygote, tmp_path):
     shutil.copytree(place / "run", tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    done = zygote.run("prune", tmp_path / "run", *QUICK, "--out", tmp_path / "o", cwd=place)
+    done = zygote.run("prune", tmp_path / "run", *QUICK_PRUNING, "--out", tmp_path / "o", cwd=place)
     assert done.code == 4
     assert "is not finished; go on with it first" in done.err
 
@@ -286,7 +281,7 @@ def test_a_dry_run_chooses_by_every_score_in_every_scope(place, zygote, tmp_path
 
 
 def test_a_share_of_the_arithmetic_is_not_exceeded_layer_by_layer(place, zygote, tmp_path):
-    words = ("prune", "run", *QUICK, "--macs", "0.6", "--scope", "layerwise", "--dry_run")
+    words = ("prune", "run", *QUICK_PRUNING, "--macs", "0.6", "--scope", "layerwise", "--dry_run")
     done = zygote.run(*words, "--out", tmp_path / "out", cwd=place)
     assert done.code == 0, done.err
     told = re.search(r"([\d.]+) % of the blocks' arithmetic", done.out)
@@ -299,13 +294,22 @@ def test_frozen_weights_are_cut_as_well(place, zygote, tmp_path):
     words = (*words, "--optim.warmup_epochs", "0", "--run.evaluate_every", "1", "--out")
     done = zygote.run(*words, tmp_path / "probe", cwd=place)
     assert done.code == 0, done.err
-    words = ("prune", tmp_path / "probe", *QUICK, "--dry_run", "--out", tmp_path / "out")
+    words = ("prune", tmp_path / "probe", *QUICK_PRUNING, "--dry_run", "--out", tmp_path / "out")
     done = zygote.run(*words, "--optim.warmup_epochs", "0", cwd=place)
     assert done.code == 0, done.err
 
 
 def test_arithmetic_can_be_asked_for(place, zygote, tmp_path):
-    words = ("prune", "run", *QUICK, "--macs", "0.6", "--out", tmp_path / "out", "--dry_run")
+    words = (
+        "prune",
+        "run",
+        *QUICK_PRUNING,
+        "--macs",
+        "0.6",
+        "--out",
+        tmp_path / "out",
+        "--dry_run",
+    )
     done = zygote.run(*words, cwd=place)
     assert done.code == 0, done.err
     heads = [

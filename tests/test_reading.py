@@ -37,37 +37,17 @@ from deit.errors import DataError, EnvironmentFault, WorkerLost
 from deit.keys import Keys
 from deit.prediction import answers_of
 from deit.presets import AUGMENTATIONS
-from tests.forks import fresh
+from tests.helpers.command_server import fresh
+from tests.helpers.images import SIDE, images_at, joined, write_pictures
 
 COLOURS = Colours((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 PLAIN = ViewsConfig(crop="random_resized", crop_scale=(0.2, 1.0), flip=0.0)
 FULL = dataclasses.replace(PLAIN, flip=0.5, **{**AUGMENTATIONS["deit"], "repeats": 2})
-SIDE = 12
-
-
-def write_pictures(root, classes=("ant", "bee", "cat"), number=18):
-    """Class folders of JPEG and PNG files of many sizes, smooth so that sizes matter."""
-    generator = np.random.default_rng(3)
-    for label, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for index in range(number):
-            small = generator.integers(256, size=(4, 5, 3), dtype=np.uint8)
-            small[..., label % 3] //= 4
-            size = tuple(int(side) for side in generator.integers(20, 41, size=2))
-            ending = "jpg" if index % 2 else "png"
-            Image.fromarray(small).resize(size).save(root / name / f"{index:02d}.{ending}")
-    return root
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("data") / "images")
-
-
-def images_at(root):
-    """The training images, which stay in their files."""
-    config = DataConfig(source="folder", root=str(root), storage="files", image_size=SIDE)
-    return load_splits(config).train
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +71,6 @@ def loader(images, process=0, num_processes=1, accumulate=1, batch_size=16, view
         num_processes=num_processes,
         workers=workers,
     )
-
-
-def joined(blocks):
-    """What several batches hold, each field as one tensor."""
-    fields = ("images", "teacher_images", "targets", "samples", "places")
-    blocks = list(blocks)
-    return [torch.cat([getattr(block, field) for block in blocks]) for field in fields]
 
 
 def global_epoch(images, num_processes=1, accumulate=1, epoch=3, **settings):
@@ -230,7 +203,7 @@ PROGRAM = """
 import sys
 import torch
 from deit.datasets import reading
-from tests.test_reading import images_at
+from tests.helpers.images import images_at
 
 reading.fits_shared = lambda needed: False
 wanted = reading.Wanted(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))

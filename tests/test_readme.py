@@ -71,12 +71,14 @@ def test_the_readme_has_commands_and_the_first_screen_has_picture_and_two_of_the
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with what the README's commands expect: pictures, names, a recipe of one's own."""
-    from tests.test_sources import folder
+    from tests.helpers.images import write_class_folders
 
     place = tmp_path_factory.mktemp("readme")
-    folder(place / "pictures", number=12)
-    folder(place / "data" / "cifar10", number=48, size=(32, 32))
-    folder(place / "data" / "tiny-imagenet-200", number=48, size=(64, 64), splits=("train", "val"))
+    write_class_folders(place / "pictures", number=12)
+    write_class_folders(place / "data" / "cifar10", number=48, size=(32, 32))
+    write_class_folders(
+        place / "data" / "tiny-imagenet-200", number=48, size=(64, 64), splits=("train", "val")
+    )
     (place / "names.txt").write_text("ant\nbee\n")
     recipe = re.search(r"```python\n(# mine\.py\n.*?)```", README, re.DOTALL).group(1)
     (place / "mine.py").write_text(recipe)

@@ -20,7 +20,7 @@ from deit.measured import Evaluations, Measured
 from deit.recipes import digits
 from deit.run_pictures import Pictures, hardest_of
 from deit.run_sections import View, confusion, reliability_bins, schedules_of
-from tests.wrong_json import edits, error_of
+from tests.helpers.json_edits import edits, error_of
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

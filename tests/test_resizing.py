@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import InterpolationMode, functional
 
 from deit.datasets.resizing import resize, resize_boxes
-from tests.test_operations import PILLOW, pixels_of, real_images
+from tests.helpers.images import PILLOW, pixels_of, real_images
 
 BOXES = torch.tensor(
     [[(7 * n) % 20, (5 * n) % 30, 8 + (11 * n) % 21, 5 + (13 * n) % 26] for n in range(12)]

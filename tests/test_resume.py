@@ -30,7 +30,7 @@ from deit.recipes import digits, digits_teacher
 from deit.run import train
 from deit.target_writer import write_targets
 from deit.validation import load
-from tests.stops import stop_at
+from tests.helpers.resume_helpers import stop_at
 
 EPOCHS, STEPS = 3, 4
 LAST = EPOCHS * STEPS

@@ -40,6 +40,7 @@ from deit.quantization_layers import choose, prepare
 from deit.recipes import digits
 from deit.tuning import TUNING, begin_from
 from deit.validation import validate
+from tests.helpers.images import random_batch
 
 pytest.importorskip("sklearn")
 TINY = StudentConfig(
@@ -65,10 +66,6 @@ def network_of(student: StudentConfig = TINY, **fields) -> nn.Module:
     return create_network(replace(student, **fields), 5)
 
 
-def images(number: int = 3, seed: int = 5) -> torch.Tensor:
-    return torch.randn(number, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
 def asked(network: nn.Module, given: torch.Tensor) -> torch.Tensor:
     """What all heads of a network answer, [images, heads * classes]."""
     outputs = Student(network, mean=(0.0,) * 3, std=(1.0,) * 3).forward(given)
@@ -79,7 +76,7 @@ def taught(network: nn.Module, given: torch.Tensor | None = None) -> nn.Module:
     """With ranges, of one update."""
     ranges = Ranges(network)
     with torch.no_grad():
-        asked(network.train(), images(64) if given is None else given)
+        asked(network.train(), random_batch(8, 64) if given is None else given)
     ranges.settle()
     return network.eval()
 
@@ -165,7 +162,7 @@ def test_gradients_of_inputs_end_where_they_are_cut_off():
 def test_a_convolution_likewise():
     holder = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2))
     round_layers(holder)
-    given = images()
+    given = random_batch(8)
     ranges = Ranges(holder)
     holder.train()(given)
     ranges.settle()
@@ -230,7 +227,7 @@ def test_the_first_update_sets_ranges_and_later_ones_move_them():
 
 
 def test_ranges_do_not_depend_on_the_parts_of_a_batch_nor_on_repeats():
-    found, given = [], images(12)
+    found, given = [], random_batch(8, 12)
     for sizes in ([12], [4, 8], [12, 12]):
         network = taught(network_of())  # so that roundings are the same
         ranges = Ranges(network)
@@ -248,9 +245,9 @@ def test_ranges_do_not_depend_on_the_parts_of_a_batch_nor_on_repeats():
 def test_without_ranges_each_batch_has_its_own():
     """In evaluation as in training; never zeros."""
     network = network_of().eval()
-    found = asked(network, images())
-    ranged = taught(network_of(), images())
-    torch.testing.assert_close(found, asked(ranged, images()))
+    found = asked(network, random_batch(8))
+    ranged = taught(network_of(), random_batch(8))
+    torch.testing.assert_close(found, asked(ranged, random_batch(8)))
     assert found.abs().min() > 0
     assert asked(network, torch.zeros(2, 3, 8, 8)).isfinite().all()
 
@@ -273,25 +270,25 @@ def test_names_weights_and_decay_stay(name):
     ]
     assert groups[0] == groups[1]
     taught(rounded)
-    before, found = asked(plain.eval(), images()), asked(rounded, images())
+    before, found = asked(plain.eval(), random_batch(8)), asked(rounded, random_batch(8))
     assert 20 < signal_to_noise(before, found) < 60
     without_rounding(rounded)
     assert str(rounded) == str(plain)
     assert set(vars(rounded.head)) == set(vars(plain.head))
     assert list(rounded.state_dict()) == list(theirs)
-    assert torch.equal(asked(rounded, images()), before)
+    assert torch.equal(asked(rounded, random_batch(8)), before)
 
 
 def test_a_copy_has_ranges_of_its_own():
     network = taught(network_of(STUDENTS["plain"]))
     other = copy.deepcopy(network)
-    expected = network(images())
-    assert torch.equal(other(images()), expected)
+    expected = network(random_batch(8))
+    assert torch.equal(other(random_batch(8)), expected)
     for layer in rounded_layers(other).values():
         layer.range.fill_(0)
-    taught(other, 5 * images())
-    assert not torch.equal(other(images()), expected)
-    assert torch.equal(network(images()), expected)
+    taught(other, 5 * random_batch(8))
+    assert not torch.equal(other(random_batch(8)), expected)
+    assert torch.equal(network(random_batch(8)), expected)
 
 
 def test_a_graph_answers_the_same(zygote, tmp_path):
@@ -307,11 +304,13 @@ def compiled_alike():
     """Assert that a compiled network answers, and notes extremes, as the network itself."""
     network = taught(network_of(STUDENTS["plain"]))
     traced = torch.compile(network, fullgraph=True, backend="eager")
-    torch.testing.assert_close(traced(images()), network(images()))
+    torch.testing.assert_close(traced(random_batch(8)), network(random_batch(8)))
     seen, twin = [], copy.deepcopy(network)
     for one in (network, twin):
         one.train()
-        (torch.compile(one, fullgraph=True, backend="eager") if one is twin else one)(images())
+        (torch.compile(one, fullgraph=True, backend="eager") if one is twin else one)(
+            random_batch(8)
+        )
         seen.append(torch.stack([layer.seen for layer in rounded_layers(one).values()]))
     torch.testing.assert_close(seen[0], seen[1])
 
@@ -323,7 +322,7 @@ def test_blocks_computed_again_give_the_same_gradients_and_ranges():
         network.set_grad_checkpointing(again)
         ranges = Ranges(network)
         torch.manual_seed(9)
-        asked(network, images()).square().sum().backward()
+        asked(network, random_batch(8)).square().sum().backward()
         ranges.settle()
         kept = {name: one.grad for name, one in network.named_parameters()}
         found.append(kept | dict(network.named_buffers()))
@@ -336,9 +335,9 @@ def test_linear_layers_by_onednn_answer_the_same():
     other = copy.deepcopy(network)
     use_onednn(other)
     with mock.patch("deit.models.linear.product", wraps=rounding.linear) as product:
-        found = other(images())
+        found = other(random_batch(8))
     assert product.call_count == len(rounded_layers(other)) - 1
-    torch.testing.assert_close(found, network(images()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, network(random_batch(8)), rtol=1e-4, atol=1e-5)
 
 
 def test_processes_do_not_send_ranges_around():
@@ -350,8 +349,8 @@ def test_tokens_merge_under_roundings():
     network = taught(network_of())
     merging = with_merging(network, 2)
     assert len(rounded_layers(merging)) == len(rounded_layers(network))
-    assert merging(images()).isfinite().all()
-    assert torch.equal(with_merging(network, 0)(images()), network(images()))
+    assert merging(random_batch(8)).isfinite().all()
+    assert torch.equal(with_merging(network, 0)(random_batch(8)), network(random_batch(8)))
 
 
 def test_heads_and_units_are_cut_with_the_ranges():
@@ -364,7 +363,7 @@ def test_heads_and_units_are_cut_with_the_ranges():
     smaller = create_network(student, 5)
     load_weights(smaller, cut(network.state_dict(), kept, head_width=4), origin="cut")
     assert student.rounding == "int8"
-    assert smaller.eval()(images()).isfinite().all()
+    assert smaller.eval()(random_batch(8)).isfinite().all()
     assert torch.equal(smaller.blocks[0].mlp.fc2.range, network.blocks[0].mlp.fc2.range)
 
 
@@ -379,8 +378,8 @@ def test_the_file_answers_as_the_network(name, tmp_path):
     facts = Facts(STUDENTS[name], tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
     torch.manual_seed(3)
     bare, _ = bare_of(build_student(facts))
-    taught(bare.network, images(128))
-    given = images(128, seed=6)
+    taught(bare.network, random_batch(8, 128))
+    given = random_batch(8, 128, seed=6)
     with torch.no_grad():
         ours = dict(zip(outputs_of(bare), Graph(bare)(given)))
     ranges = {key: layer.range for key, layer in rounded_layers(bare.network).items()}

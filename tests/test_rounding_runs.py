@@ -34,8 +34,8 @@ from deit.recipes import digits
 from deit.run import parts_of, train
 from deit.seats import members
 from deit.tuning import TUNING, begin_from
-from tests.stops import same_end, stop_and_go_on, stop_at
-from tests.test_rounding import images
+from tests.helpers.images import random_batch
+from tests.helpers.resume_helpers import same_end, stop_and_go_on, stop_at
 
 pytest.importorskip("sklearn")
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path": 0.1}
@@ -91,8 +91,8 @@ def test_ranges_lie_in_every_file_and_hold_zero(place):
 
 
 def test_a_run_begins_with_the_answers_of_its_start(place):
-    began = parts_of(config_of(place)).student.eval()(images(8)).class_logits
-    before = load_student(place / "base" / "best")[0].eval()(images(8)).class_logits
+    began = parts_of(config_of(place)).student.eval()(random_batch(8, 8)).class_logits
+    before = load_student(place / "base" / "best")[0].eval()(random_batch(8, 8)).class_logits
     assert 20 < signal_to_noise(before, began) < 60
 
 

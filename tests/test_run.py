@@ -17,7 +17,7 @@ from deit.recipes import RECIPES, digits, digits_teacher, recipe_of
 from deit.restoring import read_state
 from deit.run import train
 from deit.validation import validate
-from tests.trained import trained
+from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
 FEW = {"train_fraction": 0.2}
@@ -274,11 +274,11 @@ def test_every_recipe_is_valid(name):
 )
 def test_every_recipe_takes_a_step(name, tmp_path):
     """On a few synthetic images in its own shape, with an untrained teacher allowed."""
-    from tests.test_sources import folder
+    from tests.helpers.images import write_class_folders
 
     config = RECIPES[name]()
     size = (config.data.image_size, config.data.image_size)
-    folder(tmp_path / "data", number=12, size=size)
+    write_class_folders(tmp_path / "data", number=12, size=size)
     stub = tmp_path / "stub.py"
     stub.write_text(
         "import torch\n"

@@ -9,19 +9,19 @@ import pytest
 
 from deit import checkpoint, disk, journal, manifest
 from deit.errors import CheckpointError, EnvironmentFault
-from tests import test_kills
-from tests.forks import Done, Zygote
-from tests.gates import Gate
-from tests.test_kills import STEPS, same
+from tests.helpers import small_runs
+from tests.helpers.command_server import Done, Zygote
+from tests.helpers.gates import Gate
+from tests.helpers.small_runs import STEPS, same
 
 pytest.importorskip("sklearn")
 # As many updates of fewer images.
 FEW = ("--data.train_fraction", "0.2", "--optim.batch_size", "48")
-SMALL = (*test_kills.SMALL, *FEW)
+SMALL = (*small_runs.SMALL, *FEW)
 
 
 def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> Done:
-    return test_kills.run(zygote, out, fault, *FEW, *more)
+    return small_runs.run(zygote, out, fault, *FEW, *more)
 
 
 @pytest.fixture(scope="module")

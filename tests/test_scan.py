@@ -17,7 +17,7 @@ from deit.datasets.images import Store
 from deit.datasets.splits import load_splits
 from deit.datasets.stores import FolderStore, ReaderStore, ShardStore
 from deit.errors import TRANSIENT, DataError, EnvironmentFault, NotAllowedError
-from tests.test_cli import run_in
+from tests.helpers.commands import run_in
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 10)) -> Image.Image:

@@ -4,46 +4,18 @@ import json
 import sqlite3
 import warnings
 from contextlib import closing
-from dataclasses import asdict
 
 import pytest
 
-from deit import checkpoint, journal, search
+from deit import search
 from deit.at_once import Planned
-from deit.config import derive
 from deit.errors import CheckpointError, ConfigError, EnvironmentFault
-from deit.recipes import digits
-from deit.search import Search
-from deit.sweep_file import Space, Span
-from tests.forks import fresh
+from deit.sweep_file import Span
+from tests.helpers.command_server import fresh
+from tests.helpers.searches import finish, opened, reach
 
 optuna = pytest.importorskip("optuna")
-LR = {"optim.lr": Span(1e-4, 1e-1, log=True)}
 pytestmark = pytest.mark.filterwarnings("ignore")  # of SQLAlchemy and optuna
-
-
-def opened(out, *, trials=8, fields=LR, prune=True, epochs=8, of="this", retries=0):
-    base = derive(digits(), optim={"epochs": epochs, "warmup_epochs": 1})
-    space = Space(fields, trials, prune)
-
-    def plan(point):
-        return Planned(point.name, point.config, out / point.name.replace(" ", "-"))
-
-    return Search(space, base, out, name="s", seed=0, of=of, plan=plan, retries=retries)
-
-
-def reach(run, epoch, top1):
-    """The run as it is after an epoch."""
-    run.out.mkdir(exist_ok=True)
-    row = {"epoch": epoch, "step": epoch, "train": {"lr": 0.1}, "seconds": 1.0}
-    journal.append(run.out / journal.METRICS, {**row, "validation": {"class_top1": top1}})
-
-
-def finish(run, top1):
-    run.out.mkdir(exist_ok=True)
-    best = {"epoch": 8, "top1": top1, "class_top1": top1}
-    result = checkpoint.Result(8, 8, 8, 1.0, 0, None, best, "", "", [], [])
-    (run.out / checkpoint.RESULT).write_text(json.dumps(asdict(result)))
 
 
 def test_it_learns_where_the_good_points_are(tmp_path):
@@ -274,7 +246,7 @@ from pathlib import Path
 
 from deit import checkpoint
 from deit.errors import EnvironmentFault
-from tests.test_search import finish, opened
+from tests.helpers.searches import finish, opened
 
 def told(call):
     try:

@@ -19,8 +19,8 @@ import torch
 from deit import checkpoint
 from deit.cli import run_command
 from deit.targets import manifest_bytes, read_manifest
-from tests.forks import ROOT, Done
-from tests.test_kills import SMALL
+from tests.helpers.command_server import ROOT, Done
+from tests.helpers.small_runs import SMALL
 
 pytest.importorskip("sklearn")
 FEW = ("--data.train_fraction", "0.2")

@@ -16,9 +16,9 @@ from deit.models.saved import load_student
 from deit.recipes import digits
 from deit.sharding import number_of_parts
 from deit.validation import validate
-from tests.forks import Done, Zygote, last_json
-from tests.test_distributed import said_by
-from tests.test_kills import SMALL, STEPS, same
+from tests.helpers.command_server import Done, Zygote, last_json
+from tests.helpers.processes import said_by
+from tests.helpers.small_runs import SMALL, STEPS, same
 
 ROOT = Path(__file__).parents[1]
 WORDS = (

@@ -13,24 +13,9 @@ from deit.datasets.images import Encoded, Images
 from deit.datasets.sources import SOURCES
 from deit.datasets.splits import channel_statistics, choose, load_splits
 from deit.errors import DataError, EnvironmentFault
+from tests.helpers.images import folder_data, write_class_folders
 
 TINY = Path(__file__).parents[2] / "shared" / "data" / "tiny-imagenet-200.part1of4.tar.xz"
-
-
-def folder(root, classes=("ant", "bee", "cat"), number=4, size=(10, 8), splits=("train", "test")):
-    generator = np.random.default_rng(0)
-    for split in splits:
-        for name in classes:
-            place = root / split / name
-            place.mkdir(parents=True)
-            for index in range(number):
-                pixels = generator.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(place / f"{index}.png")
-    return root
-
-
-def config(root, **changes):
-    return DataConfig(source="folder", root=str(root), image_size=8, **changes)
 
 
 def test_names_of_configuration_and_sources_agree():
@@ -86,9 +71,9 @@ def test_setting_aside_leaves_at_least_one_image_on_either_side():
 
 
 def test_a_class_of_one_image_cannot_be_split(tmp_path):
-    folder(tmp_path, number=1)
+    write_class_folders(tmp_path, number=1)
     with pytest.raises(DataError, match="class 'ant' has 1 image"):
-        load_splits(config(tmp_path))
+        load_splits(folder_data(tmp_path))
 
 
 def test_channel_statistics_are_numpys():
@@ -101,35 +86,35 @@ def test_channel_statistics_are_numpys():
 
 
 def test_folders_are_read_by_class_name_in_code_point_order(tmp_path):
-    folder(tmp_path, classes=("10", "2", "Dog", "cat"))
+    write_class_folders(tmp_path, classes=("10", "2", "Dog", "cat"))
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
-    splits = load_splits(config(tmp_path))
+    splits = load_splits(folder_data(tmp_path))
     assert splits.class_names == ("10", "2", "Dog", "cat")
     assert len(splits.test.labels) == 16
     assert (len(splits.train.labels), len(splits.validation.labels)) == (12, 4)
 
 
 def test_a_folders_own_validation_split_is_used_and_val_alone_is_the_test(tmp_path):
-    three = folder(tmp_path / "three", splits=("train", "val", "test"))
-    assert [len(s.labels) for s in load_splits(config(three))[1:4]] == [12, 12, 12]
-    two = load_splits(config(folder(tmp_path / "two", splits=("train", "val"))))
+    three = write_class_folders(tmp_path / "three", splits=("train", "val", "test"))
+    assert [len(s.labels) for s in load_splits(folder_data(three))[1:4]] == [12, 12, 12]
+    two = load_splits(folder_data(write_class_folders(tmp_path / "two", splits=("train", "val"))))
     assert [len(s.labels) for s in two[1:4]] == [9, 3, 12]
 
 
 def test_a_folder_without_splits_is_carved_twice(tmp_path):
-    folder(tmp_path, splits=(".",), number=10)
-    splits = load_splits(config(tmp_path))
+    write_class_folders(tmp_path, splits=(".",), number=10)
+    splits = load_splits(folder_data(tmp_path))
     assert [len(s.labels) for s in splits[1:4]] == [21, 3, 6]
     assert len(splits.notes) == 2
 
 
 def test_images_are_cut_square_at_the_size_asked_for(tmp_path):
-    folder(tmp_path, size=(40, 20))
+    write_class_folders(tmp_path, size=(40, 20))
     image = Image.new("RGB", (40, 20), "red")
     image.paste("blue", (10, 0, 30, 20))
     image.save(tmp_path / "train" / "ant" / "0.png")
     image.convert("L").save(tmp_path / "train" / "ant" / "1.png")
-    splits = load_splits(config(tmp_path, validation_fraction=0.01))
+    splits = load_splits(folder_data(tmp_path, validation_fraction=0.01))
     assert splits.train.pixels.shape[1:] == (3, 8, 8)
     blue = torch.tensor([0, 0, 255], dtype=torch.uint8)
     everywhere = torch.cat([splits.train.pixels, splits.validation.pixels])
@@ -139,13 +124,13 @@ def test_images_are_cut_square_at_the_size_asked_for(tmp_path):
 
 
 def test_classes_can_be_chosen_by_list_or_file(tmp_path):
-    folder(tmp_path)
-    assert load_splits(config(tmp_path, classes=("cat", "ant"))).class_names == ("ant", "cat")
+    write_class_folders(tmp_path)
+    assert load_splits(folder_data(tmp_path, classes=("cat", "ant"))).class_names == ("ant", "cat")
     names = tmp_path / "names.tsv"
     names.write_text("bee\tan insect\ncat\ta pet\n")
-    assert load_splits(config(tmp_path, classes=(f"@{names}",))).class_names == ("bee", "cat")
+    assert load_splits(folder_data(tmp_path, classes=(f"@{names}",))).class_names == ("bee", "cat")
     with pytest.raises(DataError, match="no class 'beee' in the data; did you mean bee"):
-        load_splits(config(tmp_path, classes=("beee",)))
+        load_splits(folder_data(tmp_path, classes=("beee",)))
     digits = DataConfig(source="digits", image_size=8, classes=("3", "7"))
     splits = load_splits(digits)
     assert splits.class_names == ("3", "7")
@@ -153,8 +138,11 @@ def test_classes_can_be_chosen_by_list_or_file(tmp_path):
 
 
 def test_fewer_training_images_leave_the_other_splits_alone(tmp_path):
-    folder(tmp_path, number=20)
-    whole, scarce = load_splits(config(tmp_path)), load_splits(config(tmp_path, train_fraction=0.5))
+    write_class_folders(tmp_path, number=20)
+    whole, scarce = (
+        load_splits(folder_data(tmp_path)),
+        load_splits(folder_data(tmp_path, train_fraction=0.5)),
+    )
     assert len(scarce.train.labels) == len(whole.train.labels) // 2
     assert torch.equal(whole.validation.pixels, scarce.validation.pixels)
     assert torch.equal(whole.test.pixels, scarce.test.pixels)
@@ -176,7 +164,7 @@ def test_a_damaged_folder_is_named(tmp_path, damage, message):
     if damage == "empty":
         root.mkdir()
     elif damage != "missing":
-        folder(root)
+        write_class_folders(root)
         victim = root / "train" / "bee"
         if damage == "empty class":
             for file in victim.iterdir():
@@ -191,27 +179,30 @@ def test_a_damaged_folder_is_named(tmp_path, damage, message):
                 file.unlink()
             (root / "test" / "bee").rmdir()
     with pytest.raises(DataError, match=message):
-        load_splits(config(root))
+        load_splits(folder_data(root))
 
 
 def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_resized(tmp_path):
-    folder(tmp_path)
+    write_class_folders(tmp_path)
     with pytest.raises(EnvironmentFault, match=r"lower data\.image_size"):
-        load_splits(config(tmp_path, memory_fraction=1e-12))
+        load_splits(folder_data(tmp_path, memory_fraction=1e-12))
 
 
 def test_splits_and_classes_without_training_images_are_refused(tmp_path):
-    folder(tmp_path / "a", splits=("eval", "testing"))
+    write_class_folders(tmp_path / "a", splits=("eval", "testing"))
     with pytest.raises(DataError, match="'eval' looks like a split"):
-        load_splits(config(tmp_path / "a"))
-    folder(tmp_path / "b")
-    folder(tmp_path / "b", classes=("zebra",), splits=("test",))
+        load_splits(folder_data(tmp_path / "a"))
+    write_class_folders(tmp_path / "b")
+    write_class_folders(tmp_path / "b", classes=("zebra",), splits=("test",))
     with pytest.raises(DataError, match="zebra: this class has no training images"):
-        load_splits(config(tmp_path / "b"))
-    assert load_splits(config(tmp_path / "b", classes=("ant", "bee"))).class_names == ("ant", "bee")
-    folder(tmp_path / "c", classes=("ant",))
+        load_splits(folder_data(tmp_path / "b"))
+    assert load_splits(folder_data(tmp_path / "b", classes=("ant", "bee"))).class_names == (
+        "ant",
+        "bee",
+    )
+    write_class_folders(tmp_path / "c", classes=("ant",))
     with pytest.raises(DataError, match="only one class"):
-        load_splits(config(tmp_path / "c"))
+        load_splits(folder_data(tmp_path / "c"))
 
 
 def key(splits, split, index):
@@ -228,71 +219,71 @@ def keys(splits):
 
 
 def test_storage_decides_what_a_split_holds(tmp_path, monkeypatch):
-    folder(tmp_path, number=6)
-    assert isinstance(load_splits(config(tmp_path)).train, Images)
-    assert isinstance(load_splits(config(tmp_path, storage="memory")).train, Images)
-    assert isinstance(load_splits(config(tmp_path, storage="files")).train, Encoded)
+    write_class_folders(tmp_path, number=6)
+    assert isinstance(load_splits(folder_data(tmp_path)).train, Images)
+    assert isinstance(load_splits(folder_data(tmp_path, storage="memory")).train, Images)
+    assert isinstance(load_splits(folder_data(tmp_path, storage="files")).train, Encoded)
     monkeypatch.setattr("deit.datasets.splits.AUTO_BYTES", 36 * 3 * 8 * 8 - 1)
-    assert isinstance(load_splits(config(tmp_path)).train, Encoded)
-    assert isinstance(load_splits(config(tmp_path, storage="memory")).train, Images)
+    assert isinstance(load_splits(folder_data(tmp_path)).train, Encoded)
+    assert isinstance(load_splits(folder_data(tmp_path, storage="memory")).train, Images)
     monkeypatch.setattr("deit.datasets.splits.AUTO_BYTES", 36 * 3 * 8 * 8)
-    assert isinstance(load_splits(config(tmp_path)).train, Images)
+    assert isinstance(load_splits(folder_data(tmp_path)).train, Images)
 
 
 @pytest.mark.parametrize("storage", ["auto", "memory"])
 def test_the_free_memory_of_the_moment_never_changes_the_storage(tmp_path, storage):
     """Processes and resumptions of one run would disagree: it is refused, with the way out."""
-    folder(tmp_path)
+    write_class_folders(tmp_path)
     with pytest.raises(EnvironmentFault, match=r"use data\.storage files, lower data\.image_size"):
-        load_splits(config(tmp_path, storage=storage, memory_fraction=1e-12))
-    assert load_splits(config(tmp_path, storage="files", memory_fraction=1e-12)).notes
+        load_splits(folder_data(tmp_path, storage=storage, memory_fraction=1e-12))
+    assert load_splits(folder_data(tmp_path, storage="files", memory_fraction=1e-12)).notes
 
 
 def test_mean_and_deviation_of_many_files_are_those_of_a_sample(tmp_path, monkeypatch):
-    folder(tmp_path, number=20)
-    whole = load_splits(config(tmp_path, storage="memory"))
+    write_class_folders(tmp_path, number=20)
+    whole = load_splits(folder_data(tmp_path, storage="memory"))
     monkeypatch.setattr("deit.datasets.splits._MEASURED", 30)
-    files = load_splits(config(tmp_path, storage="files"))
+    files = load_splits(folder_data(tmp_path, storage="files"))
     assert "mean and std: measured on 30 training images" in files.notes
     assert files.mean == pytest.approx(whole.mean, abs=0.02)
     assert files.mean != whole.mean
-    assert files.mean == load_splits(config(tmp_path, storage="files")).mean
+    assert files.mean == load_splits(folder_data(tmp_path, storage="files")).mean
 
 
 def test_a_quarantined_image_is_left_out_and_moves_no_other(tmp_path):
-    folder(tmp_path / "data", number=20, splits=("train",))
+    write_class_folders(tmp_path / "data", number=20, splits=("train",))
     files = {"storage": "files", "train_fraction": 0.5}
-    before = load_splits(config(tmp_path / "data", **files))
+    before = load_splits(folder_data(tmp_path / "data", **files))
     bad = {key(before, split, 0) for split in ("train", "validation", "test")}
     for name in bad:
         (tmp_path / "data" / name).write_bytes(b"")
     listed = tmp_path / "bad.txt"
     listed.write_text("# why\n\n" + "\n".join(bad) + "\n")
-    after = load_splits(config(tmp_path / "data", **files, quarantine=str(listed)))
+    after = load_splits(folder_data(tmp_path / "data", **files, quarantine=str(listed)))
     assert keys(after) == {split: names - bad for split, names in keys(before).items()}
     assert f"quarantine: 3 images left out, listed in {listed}" in after.notes
     assert after.fingerprint != before.fingerprint
-    memory = load_splits(config(tmp_path / "data", quarantine=str(listed)))
+    memory = load_splits(folder_data(tmp_path / "data", quarantine=str(listed)))
     assert sum(len(split.labels) for split in memory[1:4]) == 60 - 3
 
 
 def test_a_quarantine_list_for_other_data_is_refused(tmp_path):
-    folder(tmp_path / "data")
+    write_class_folders(tmp_path / "data")
     listed = tmp_path / "bad.txt"
     listed.write_text("train/ant/77.png\n")
     with pytest.raises(DataError, match=r"'train/ant/77\.png' is not in the data"):
-        load_splits(config(tmp_path / "data", quarantine=str(listed)))
+        load_splits(folder_data(tmp_path / "data", quarantine=str(listed)))
     with pytest.raises(DataError, match=r"nothing\.txt: not readable"):
-        load_splits(config(tmp_path / "data", quarantine=str(tmp_path / "nothing.txt")))
+        load_splits(folder_data(tmp_path / "data", quarantine=str(tmp_path / "nothing.txt")))
     listed.write_text("".join(f"train/ant/{index}.png\n" for index in range(4)))
     with pytest.raises(DataError, match=r"class 'ant': data\.quarantine leaves no training image"):
-        load_splits(config(tmp_path / "data", quarantine=str(listed)))
+        load_splits(folder_data(tmp_path / "data", quarantine=str(listed)))
     # Of a class that is not kept, a name is still a name of the data.
-    load_splits(config(tmp_path / "data", quarantine=str(listed), classes=("bee", "cat")))
+    load_splits(folder_data(tmp_path / "data", quarantine=str(listed), classes=("bee", "cat")))
 
 
 def test_what_systems_leave_behind_is_no_image_and_no_class(tmp_path):
-    folder(tmp_path / "data")
+    write_class_folders(tmp_path / "data")
     train = tmp_path / "data" / "train"
     for name in (".ipynb_checkpoints", "__MACOSX", "ant/.ipynb_checkpoints", "ant/__MACOSX"):
         (train / name).mkdir()
@@ -302,25 +293,25 @@ def test_what_systems_leave_behind_is_no_image_and_no_class(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (train / "bee").rename(tmp_path / "elsewhere" / "bees")
     (train / "bee").symlink_to(tmp_path / "elsewhere" / "bees", target_is_directory=True)
-    splits = load_splits(config(tmp_path / "data"))
+    splits = load_splits(folder_data(tmp_path / "data"))
     assert splits.class_names == ("ant", "bee", "cat")
     assert [len(split.labels) for split in splits[1:4]] == [9, 3, 12]
 
 
 def test_images_below_a_class_folder_belong_to_it(tmp_path):
-    folder(tmp_path)
+    write_class_folders(tmp_path)
     deep = tmp_path / "train" / "ant" / "more" / "of them"
     deep.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(deep / "x.PNG")
-    splits = load_splits(config(tmp_path, storage="files"))
+    splits = load_splits(folder_data(tmp_path, storage="files"))
     assert "train/ant/more/of them/x.PNG" in set.union(*keys(splits).values())
 
 
 def test_images_fit_into_what_a_container_allows(tmp_path, monkeypatch):
-    folder(tmp_path)
+    write_class_folders(tmp_path)
     monkeypatch.setattr("deit.memory.allowed", lambda: [1000])
     with pytest.raises(EnvironmentFault, match=r"allowed are 0\.0 GiB"):
-        load_splits(config(tmp_path))
+        load_splits(folder_data(tmp_path))
 
 
 def test_enlarging_beyond_the_memory_is_refused_for_every_source():
@@ -330,9 +321,9 @@ def test_enlarging_beyond_the_memory_is_refused_for_every_source():
 
 
 def test_a_share_of_the_training_images_keeps_every_class(tmp_path):
-    folder(tmp_path, number=2)
+    write_class_folders(tmp_path, number=2)
     with pytest.raises(DataError, match=r"has 2 image.*3 are needed"):
-        load_splits(config(tmp_path, train_fraction=0.5))
+        load_splits(folder_data(tmp_path, train_fraction=0.5))
 
 
 @pytest.mark.parametrize("source", ["cifar10", "cifar100"])

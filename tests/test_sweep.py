@@ -22,7 +22,7 @@ from deit.report import report
 from deit.shared_targets import Store
 from deit.sweep_runs import Work
 from deit.sweep_training import train_all
-from tests.wrong_json import edits, error_of
+from tests.helpers.json_edits import edits, error_of
 
 pytest.importorskip("sklearn")
 SMALL = {

@@ -23,9 +23,10 @@ from deit.target_writer import _layout, write_targets
 from deit.targets import MANIFEST, TARGETS, UNITS, manifest_bytes, open_store, read_manifest
 from deit.teaching import _check_sums
 from deit.validation import validate
-from tests import test_target_store as usual
-from tests.test_sources import folder
-from tests.test_target_store import (
+from tests.helpers import target_stores
+from tests.helpers.images import write_class_folders
+from tests.helpers.json_edits import edits
+from tests.helpers.target_stores import (
     check,
     configuration,
     content,
@@ -34,10 +35,10 @@ from tests.test_target_store import (
     quick,
     with_targets,
 )
-from tests.trained import trained
-from tests.wrong_json import edits
+from tests.helpers.trained import trained
 
-teachers, store, _small_units = usual.teachers, usual.store, usual._small_units
+small_units, store = target_stores.small_units, target_stores.store
+teachers = target_stores.teachers
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def constant(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_crops_of_images_that_workers_read(workers, constant, tmp_path):
     """Several blocks: while one is read, its further crops are read as well."""
-    images = folder(tmp_path / "data", number=24, size=(12, 12))
+    images = write_class_folders(tmp_path / "data", number=24, size=(12, 12))
     config = derive(
         digits(),
         data={"source": "folder", "root": str(images), "storage": "files", "workers": workers},

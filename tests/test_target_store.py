@@ -22,87 +22,37 @@ from deit import targets
 from deit.checkpoint import newest
 from deit.cli import run_command
 from deit.config import StudentConfig, derive, to_dict
-from deit.datasets.splits import load_splits
-from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError, DataError, NumericsError
 from deit.models.teachers import Teacher
 from deit.presets import OBJECTIVES, TEACHING
-from deit.recipes import digits, digits_teacher
+from deit.recipes import digits
 from deit.run import train
 from deit.stored import open_stores
 from deit.target_units import Units
 from deit.target_verifier import verify_targets
 from deit.target_writer import write_targets
 from deit.targets import CHECKS, MANIFEST, TARGETS, UNITS, manifest_bytes, open_store, read_manifest
-from deit.teaching import Faculty
-from tests.trained import trained
-from tests.units import LEAST_ROWS
+from tests.helpers import target_stores
+from tests.helpers.target_stores import (
+    EPOCHS,
+    PLACES,
+    SMALL_UNITS,
+    check,
+    configuration,
+    content,
+    copied,
+    flipped,
+    quick,
+    with_targets,
+)
+from tests.helpers.units import LEAST_ROWS
 
 pytest.importorskip("sklearn")
-EPOCHS, PLACES = 7, 324  # with small units: three of them
-SMALL_UNITS = {"FORKS_FIRST": "tests.units:make_small"}  # in processes of their own
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small_units():
-    """Units of a quarter of the rows, for a quarter of the images."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(targets, "_LEAST_ROWS", LEAST_ROWS)
-        yield
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    """Two teachers of digits, of two seeds."""
-    place = tmp_path_factory.mktemp("teachers")
-    for seed in (0, 1):
-        config = derive(digits_teacher(), optim={"epochs": 3}, run={"seed": seed})
-        trained(config, place / str(seed))
-    return [str(place / str(seed)) for seed in (0, 1)]
-
-
-def configuration(teacher, **sections):
-    config = derive(
-        digits(),
-        data={"train_fraction": 0.25},
-        student={"depth": 1, "embed_dim": 16, "num_heads": 2},
-        optim={"epochs": EPOCHS, "warmup_epochs": 1},
-        run={"evaluate_every": EPOCHS},
-        teacher={"source": (teacher,)},
-        loss=OBJECTIVES["deit-hard"],
-    )
-    return derive(config, **sections)
-
-
-@pytest.fixture(scope="module")
-def store(teachers, tmp_path_factory):
-    """A hard store of seven epochs, written by one process."""
-    out = tmp_path_factory.mktemp("stores") / "hard"
-    write_targets(configuration(teachers[0]), out)
-    return out
-
-
-def content(store):
-    """Every file of a store and its bytes."""
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*.*")}
-
-
-def copied(store, tmp_path):
-    return Path(shutil.copytree(store, tmp_path / "store"))
-
-
-def with_targets(config, *stores):
-    return derive(config, teacher={"targets": tuple(map(str, stores))})
-
-
-def check(config):
-    """Everything a run does before its first step."""
-    faculty = Faculty(config)
-    accelerator = create_accelerator(config.run)
-    splits = load_splits(config.data)
-    loader, panel = faculty.load(splits, accelerator)
-    faculty.check(splits, accelerator, loader)
-    return loader, panel, faculty
+small_units, store, teachers = (
+    target_stores.small_units,
+    target_stores.store,
+    target_stores.teachers,
+)
 
 
 def test_a_store_is_three_files(store):
@@ -301,12 +251,6 @@ def test_a_folder_with_other_things_or_another_store_is_refused(teachers, store,
 # ---- refused where it is not the run's
 
 
-def flipped(path, place):
-    damaged = bytearray(path.read_bytes())
-    damaged[place] ^= 4
-    path.write_bytes(damaged)
-
-
 @pytest.mark.parametrize("place", [0, 1024, 2267])
 def test_one_flipped_byte_is_found(place, store, tmp_path):
     copy = copied(store, tmp_path)
@@ -462,10 +406,6 @@ def last_rows(out):
 
 def weights(out):
     return (newest(out) / "model.safetensors").read_bytes()
-
-
-def quick(config, **sections):
-    return derive(config, optim={"epochs": 2}, **sections)
 
 
 @pytest.fixture(scope="module")

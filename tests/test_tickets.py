@@ -31,15 +31,11 @@ from deit.ticket_pictures import ticket_curve
 from deit.ticket_plan import plan_of, tickets_of
 from deit.ticket_results import matching, matching_line, sparsest
 from deit.validation import load
-from tests.forks import Done
+from tests.helpers.command_server import Done
+from tests.helpers.small_runs import WITH_AVERAGE
 
 pytest.importorskip("sklearn")
-SMALL = (
-    *("--student.embed_dim", "16", "--student.depth", "1", "--student.num_heads", "2"),
-    *("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--optim.batch_size", "64"),
-    *("--run.evaluate_every", "2", "--data.train_fraction", "0.2", "--optim.ema_epochs", "1"),
-)
-WORDS = ("tickets", "digits", *SMALL, "--levels", "2", "--rate", "0.5", "--rewind", "0.5")
+WORDS = ("tickets", "digits", *WITH_AVERAGE, "--levels", "2", "--rate", "0.5", "--rewind", "0.5")
 WORDS = (*WORDS, "--controls_at", "2")
 TRAINED = ("model", "average", "optimizer", "masks")
 
@@ -515,7 +511,7 @@ def test_another_search_in_the_folder_is_refused(searched, command, words, said)
 
 
 def test_groups_that_do_not_fit_are_told_before_the_work(command, tmp_path):
-    words = ("tickets", "digits", *SMALL, "--scope", "3:5", "--out", "out")
+    words = ("tickets", "digits", *WITH_AVERAGE, "--scope", "3:5", "--out", "out")
     done = command(*words, cwd=tmp_path)
     assert done.code == 2
     assert "has 16 inputs, which 5 does not divide" in done.err
@@ -554,7 +550,17 @@ def test_weights_that_are_standardised_have_no_tickets(command, tmp_path):
 
 
 def test_levels_of_nearly_the_same_sparsity_keep_apart(command, tmp_path):
-    words = ("tickets", "digits", *SMALL, "--rate", "0.5", "--levels", "12", "--controls", "none")
+    words = (
+        "tickets",
+        "digits",
+        *WITH_AVERAGE,
+        "--rate",
+        "0.5",
+        "--levels",
+        "12",
+        "--controls",
+        "none",
+    )
     done = command(*words, "--out", "out", "--dry_run", cwd=tmp_path)
     assert done.code == 0, done.err
     told = [line.split()[3] for line in done.out.splitlines() if " ticket " in line]
@@ -572,7 +578,7 @@ def test_a_folder_that_holds_something_else_is_refused(command, tmp_path):
 @pytest.mark.parametrize("scope", [*SCOPES, "2:4"])
 def test_a_dry_run_lists_every_scopes_runs(command, tmp_path, scope):
     own = () if scope in SCOPES else ("--scope", "2:4")
-    words = ("tickets", "digits", *SMALL, *(own or ("--scope", scope, "--levels", "2")))
+    words = ("tickets", "digits", *WITH_AVERAGE, *(own or ("--scope", scope, "--levels", "2")))
     done = command(*words, "--out", "out", "--dry_run", cwd=tmp_path)
     assert done.code == 0, done.err
     sparse = "25.0, 50.0 %" if own else "20.0, 36.0 %"

@@ -27,7 +27,7 @@ from deit.datasets.views import (
 from deit.keys import Keys
 from deit.presets import AUGMENTATIONS
 from deit.recipes import digits
-from tests.test_operations import pixels_of, real_images
+from tests.helpers.images import pixels_of, real_images
 
 KEYS = Keys(0, 0, torch.arange(4000))
 IMAGES = torch.randint(256, (12, 3, 24, 20), dtype=torch.uint8)

@@ -9,7 +9,7 @@ import torch
 
 from deit.errors import ConfigError
 from deit.volume import basin_volume, first_crossing
-from tests.test_surface import assert_as_before, remembered, student, surface
+from tests.helpers.loss_surfaces import assert_as_before, remembered, student, surface
 
 
 def log_ball(size):

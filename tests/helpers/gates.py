@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from deit import faults
-from tests.forks import until
+from tests.helpers.command_server import until
 
 
 class Gate:

@@ -40,8 +40,8 @@ from deit.options import Parser
 from deit.presets import PRESETS
 from deit.recipes import RECIPES
 from deit.sweeps import SWEEPS
-from tests.forks import Zygote
-from tests.left import left
+from tests.helpers.command_server import Zygote
+from tests.helpers.leftovers import left
 
 CODES = {0, 2, 3, 4, 5, 6, 7, 129, 130, 141, 143}
 """The documented exit codes but 1, which is that of a bug."""
@@ -788,8 +788,8 @@ def run_try(one: Try, zygote: Zygote, things_at: Path, folder: Path) -> Outcome:
     _give(folder)
     zygote.run(
         cwd=folder,
-        FORKS_FIRST="tests.tries:_be_nobody",
-        FORKS_MAIN="tests.tries:_supervise",
+        FORKS_FIRST="tests.helpers.odd_input:_be_nobody",
+        FORKS_MAIN="tests.helpers.odd_input:_supervise",
         FORKS_QUESTION=json.dumps(question),
     )
     found = json.loads(report.read_text())

@@ -6,5 +6,5 @@ LEAST_ROWS = 1024
 
 
 def make_small() -> None:
-    """For a process of its own, by FORKS_FIRST of tests/forks.py."""
+    """For a process of its own, by FORKS_FIRST of tests/helpers/command_server.py."""
     targets._LEAST_ROWS = LEAST_ROWS

@@ -1,0 +1,1 @@
+"""What several test files need: commands run quickly, small runs, images, faults."""

@@ -1,0 +1,52 @@
+"""Commands as a user gives them, and what they must not do."""
+
+import subprocess
+from pathlib import Path
+
+import torch
+
+from deit.config import StudentConfig
+from deit.models.saved import Facts, build_student, save_student
+from tests.helpers.command_server import shared
+
+TEN = tuple("0123456789")
+
+
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
+
+
+def run_in(folder: Path, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A program of ours (a root script, or `deit`) in a folder, on a machine without GPU: in a
+    process of its own, forked where all imports are done."""
+    script = None if program == "deit" else program
+    done = shared().run(*arguments, cwd=folder, script=script, **ENVIRONMENT)
+    return subprocess.CompletedProcess([program, *arguments], done.code, done.out, done.err)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything in a folder: the bytes of files, None for folders."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """One message on stderr, whatever else of it in indented lines, with the words it must name."""
+    assert done.returncode == code, done.stdout + done.stderr
+    first, *others = done.stderr.splitlines()
+    assert first.startswith("deit: error: "), done.stderr
+    assert all(line.startswith("  ") for line in others), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def fake_teacher(folder: Path, class_names: tuple[str, ...]) -> Path:
+    """A saved ConvNet of ours that answers every image with the first class."""
+    student = StudentConfig(name="small_convnet", image_size=8)
+    facts = Facts(student, class_names, (0.5,) * 3, (0.5,) * 3, 1.0)
+    weights = build_student(facts).network.state_dict()
+    folder.mkdir(parents=True)
+    save_student(folder, {name: torch.zeros_like(value) for name, value in weights.items()}, facts)
+    return folder

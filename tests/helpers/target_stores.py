@@ -1,0 +1,92 @@
+"""Stores of targets, and runs that are trained with them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deit import targets
+from deit.config import derive
+from deit.datasets.splits import load_splits
+from deit.environment import create_accelerator
+from deit.presets import OBJECTIVES
+from deit.recipes import digits, digits_teacher
+from deit.target_writer import write_targets
+from deit.teaching import Faculty
+from tests.helpers.trained import trained
+from tests.helpers.units import LEAST_ROWS
+
+EPOCHS, PLACES = 7, 324  # with small units: three of them
+SMALL_UNITS = {"FORKS_FIRST": "tests.helpers.units:make_small"}  # in processes of their own
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_units():
+    """Units of a quarter of the rows, for a quarter of the images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "_LEAST_ROWS", LEAST_ROWS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Two teachers of digits, of two seeds."""
+    place = tmp_path_factory.mktemp("teachers")
+    for seed in (0, 1):
+        config = derive(digits_teacher(), optim={"epochs": 3}, run={"seed": seed})
+        trained(config, place / str(seed))
+    return [str(place / str(seed)) for seed in (0, 1)]
+
+
+def configuration(teacher, **sections):
+    config = derive(
+        digits(),
+        data={"train_fraction": 0.25},
+        student={"depth": 1, "embed_dim": 16, "num_heads": 2},
+        optim={"epochs": EPOCHS, "warmup_epochs": 1},
+        run={"evaluate_every": EPOCHS},
+        teacher={"source": (teacher,)},
+        loss=OBJECTIVES["deit-hard"],
+    )
+    return derive(config, **sections)
+
+
+@pytest.fixture(scope="module")
+def store(teachers, tmp_path_factory):
+    """A hard store of seven epochs, written by one process."""
+    out = tmp_path_factory.mktemp("stores") / "hard"
+    write_targets(configuration(teachers[0]), out)
+    return out
+
+
+def content(store):
+    """Every file of a store and its bytes."""
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*.*")}
+
+
+def copied(store, tmp_path):
+    return Path(shutil.copytree(store, tmp_path / "store"))
+
+
+def with_targets(config, *stores):
+    return derive(config, teacher={"targets": tuple(map(str, stores))})
+
+
+def check(config):
+    """Everything a run does before its first step."""
+    faculty = Faculty(config)
+    accelerator = create_accelerator(config.run)
+    splits = load_splits(config.data)
+    loader, panel = faculty.load(splits, accelerator)
+    faculty.check(splits, accelerator, loader)
+    return loader, panel, faculty
+
+
+def flipped(path, place):
+    damaged = bytearray(path.read_bytes())
+    damaged[place] ^= 4
+    path.write_bytes(damaged)
+
+
+def quick(config, **sections):
+    return derive(config, optim={"epochs": 2}, **sections)
