@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deit.checks import Problem
 from deit.config import Config, DataConfig, LossConfig, code_of, to_dict
 from deit.console import say
-from deit.errors import ConfigError
+from deit.errors import ConfigError, ConfigProblem
 from deit.grammar import Typed, plain, read
 from deit.presets import PRESETS, fit_epochs, put_presets
 from deit.recipes import RECIPES, find_recipe
@@ -90,13 +89,13 @@ def parse_run(
     values = to_dict(base)
     named = {flag: plain(getattr(options, flag)) for flag in PRESETS}
     for flag, advice in put_presets(values, named).items():
-        problems.append(Problem(f"--{flag}", named[flag], advice))
+        problems.append(ConfigProblem(f"--{flag}", named[flag], advice))
     problems += _merge(values, base, options.config)
     presets = [flag for flag, name in named.items() if name is not None]
     fit_epochs(values, [*_typed(options.config), *presets])
     folder = plain(options.out)
     if folder == "":
-        problems.append(Problem("--out", folder, "needs a folder"))
+        problems.append(ConfigProblem("--out", folder, "needs a folder"))
     config = build(values, problems, online=online)
     typed = isinstance(options.config.teacher.source, Typed)
     if recipe.endswith(".json") and not typed and code_of(config.teacher):
@@ -145,7 +144,7 @@ def _defaults(recipe: str, usage: str) -> str:
     return of if recipe.endswith(".json") else f"{of} Name {usage} to see its own."
 
 
-def _merge(values: dict[str, dict[str, Any]], base: Config, parsed: Config) -> list[Problem]:
+def _merge(values: dict[str, dict[str, Any]], base: Config, parsed: Config) -> list[ConfigProblem]:
     """Put what was typed over the recipe's values; the rest of a section may be a preset's.
 
     Returns a problem for each flag without a value.
@@ -156,11 +155,11 @@ def _merge(values: dict[str, dict[str, Any]], base: Config, parsed: Config) -> l
         for leaf in dataclasses.fields(section.type):
             typed = getattr(after, leaf.name)
             if isinstance(typed, Typed) and not typed.words:
-                problems.append(Problem(f"--{section.name}.{leaf.name}", "", "needs a value"))
+                problems.append(ConfigProblem(f"--{section.name}.{leaf.name}", "", "needs a value"))
             elif isinstance(typed, Typed) and len(typed.words) > 1 and not typed.many:
                 words = " ".join(typed.words)
                 advice = "takes one value; a value with spaces needs quotes"
-                problems.append(Problem(f"{section.name}.{leaf.name}", words, advice))
+                problems.append(ConfigProblem(f"{section.name}.{leaf.name}", words, advice))
             elif isinstance(typed, Typed) or typed != getattr(before, leaf.name):
                 values[section.name][leaf.name] = plain(typed)
     return problems
@@ -176,7 +175,7 @@ def _typed(parsed: Config) -> list[str]:
     ]
 
 
-def _unknown(arguments: list[str], own: argparse.ArgumentParser | None) -> list[Problem]:
+def _unknown(arguments: list[str], own: argparse.ArgumentParser | None) -> list[ConfigProblem]:
     """A problem for each flag that does not exist, and for each word that belongs to none. own:
     the command's own options, any of which may have been meant."""
     known = {action.option_strings[0][2:] for action in own._actions} if own is not None else ()
@@ -186,7 +185,7 @@ def _unknown(arguments: list[str], own: argparse.ArgumentParser | None) -> list[
             name = argument[2:].split("=")[0].replace("-", "_")
             problems.append(unknown_field(name, known))
         elif not after_flag:
-            problems.append(Problem("arguments", argument, "belongs to no option"))
+            problems.append(ConfigProblem("arguments", argument, "belongs to no option"))
         after_flag = argument.startswith("--") and "=" not in argument
     return problems
 

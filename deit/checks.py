@@ -1,7 +1,7 @@
 """The checks of a configuration: what single fields cannot say, each problem with what to do."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 from deit.config import (
     CLASS_ORDERS,
@@ -17,30 +17,15 @@ from deit.config import (
     mixes,
     peak_lr,
 )
+from deit.errors import ConfigProblem
 from deit.files import HUB, about_address
-from deit.text import nearest, shortened
-
-
-class Problem(NamedTuple):
-    """One thing wrong with a configuration: the field, its value, and what to do."""
-
-    field: str
-    value: Any
-    advice: str
-
-    def __str__(self) -> str:
-        shown = "" if self.value is NO_VALUE else f" = {shortened(repr(self.value))}"
-        return f"{self.field}{shown}: {self.advice}"
-
-
-NO_VALUE = object()
-
+from deit.text import nearest
 
 TIMM_LOADS = ("start.source", "teacher.source")
 """Fields that take a repository of the Hugging Face hub, as timm names it."""
 
 
-def _check_addresses(config: Config) -> list[Problem]:
+def _check_addresses(config: Config) -> list[ConfigProblem]:
     """Addresses, where files and folders are named."""
     found = []
     for section in dataclasses.fields(config):
@@ -51,16 +36,16 @@ def _check_addresses(config: Config) -> list[Problem]:
                 if not isinstance(word, str) or (name in TIMM_LOADS and word.startswith(HUB)):
                     continue
                 if (advice := about_address(word.removeprefix("@"))) is not None:
-                    found.append(Problem(name, word, advice))
+                    found.append(ConfigProblem(name, word, advice))
     return found
 
 
-def _check_student(config: Config) -> list[Problem]:
+def _check_student(config: Config) -> list[ConfigProblem]:
     student = config.student
     found = []
     if student.name not in STUDENTS and not student.name.startswith("timm:"):
         found.append(
-            Problem(
+            ConfigProblem(
                 "student.name",
                 student.name,
                 f"should be one of {', '.join(STUDENTS)}, or timm:NAME"
@@ -70,7 +55,7 @@ def _check_student(config: Config) -> list[Problem]:
     elif is_transformer(student):
         if student.image_size % student.patch_size:
             found.append(
-                Problem(
+                ConfigProblem(
                     "student.patch_size",
                     student.patch_size,
                     f"should divide student.image_size ({student.image_size})",
@@ -81,7 +66,7 @@ def _check_student(config: Config) -> list[Problem]:
             found += _without_effect("student", student, ("distillation_tokens",), advice)
         if student.embed_dim and student.num_heads and student.embed_dim % student.num_heads:
             found.append(
-                Problem(
+                ConfigProblem(
                     "student.num_heads",
                     student.num_heads,
                     f"should divide student.embed_dim ({student.embed_dim})",
@@ -89,21 +74,21 @@ def _check_student(config: Config) -> list[Problem]:
             )
         if depth_of(student) % student.share:
             advice = f"should divide the number of blocks ({depth_of(student)})"
-            found.append(Problem("student.share", student.share, advice))
+            found.append(ConfigProblem("student.share", student.share, advice))
         if student.share > 1 and student.adapters != "none":
             advice = (
                 f"not for blocks that share their weights (student.share {student.share}); use "
                 "none (and not --tuning convpass), or start from a network whose blocks share none"
             )
-            found.append(Problem("student.adapters", student.adapters, advice))
+            found.append(ConfigProblem("student.adapters", student.adapters, advice))
         if student.share > 1 and (student.block_heads or student.block_hidden):
             advice = "blocks that share their weights cannot be pruned apart; use 1"
-            found.append(Problem("student.share", student.share, advice))
+            found.append(ConfigProblem("student.share", student.share, advice))
         for leaf in ("block_heads", "block_hidden"):
             values = getattr(student, leaf)
             if len(values) not in (0, 1, depth_of(student)):
                 advice = f"should be one value, or one for each of {depth_of(student)} blocks"
-                found.append(Problem(f"student.{leaf}", values, advice))
+                found.append(ConfigProblem(f"student.{leaf}", values, advice))
         if student.adapters == "none":
             advice = "has no effect, student.adapters is 'none'"
             found += _without_effect("student", student, _OF_ADAPTERS, advice)
@@ -121,55 +106,55 @@ def _check_student(config: Config) -> list[Problem]:
 _OF_ADAPTERS = ("adapter_width", "adapter_scale")
 
 
-def _beside_rounding(student: StudentConfig) -> list[Problem]:
+def _beside_rounding(student: StudentConfig) -> list[ConfigProblem]:
     """What an int8 file has no counterpart of."""
     advice = "is not for a student whose layers round (student.rounding); use {}"
     found = []
     if student.share > 1:
-        found.append(Problem("student.share", student.share, advice.format(1)))
+        found.append(ConfigProblem("student.share", student.share, advice.format(1)))
     if student.adapters != "none":
-        found.append(Problem("student.adapters", student.adapters, advice.format("none")))
+        found.append(ConfigProblem("student.adapters", student.adapters, advice.format("none")))
     return found
 
 
 def _without_effect(
     section: str, values: Any, leaves: tuple[str, ...], advice: str
-) -> list[Problem]:
+) -> list[ConfigProblem]:
     """A problem for each field that was changed although it cannot take effect."""
     defaults = type(values)()
     return [
-        Problem(f"{section}.{leaf}", getattr(values, leaf), advice)
+        ConfigProblem(f"{section}.{leaf}", getattr(values, leaf), advice)
         for leaf in leaves
         if getattr(values, leaf) != getattr(defaults, leaf)
     ]
 
 
-def _check_start(config: Config) -> list[Problem]:
+def _check_start(config: Config) -> list[ConfigProblem]:
     if config.start.source is not None:
         return []
     advice = "has no effect on random weights; give start.source (finetune_deit.py --from)"
     found = _without_effect("start", config.start, ("heads", "kernel"), advice)
     if config.optim.trained != "all":
         advice = "would leave the rest of the student at random weights; give start.source"
-        found.append(Problem("optim.trained", config.optim.trained, advice))
+        found.append(ConfigProblem("optim.trained", config.optim.trained, advice))
     return found
 
 
-def _check_adapters(config: Config) -> list[Problem]:
+def _check_adapters(config: Config) -> list[ConfigProblem]:
     """Adapters that are trained alone, on weights that stay."""
     if config.optim.trained != "adapters":
         return []
     found = []
     if config.student.adapters == "none":
         advice = "there are none; give student.adapters convpass (--tuning convpass), or use heads"
-        found.append(Problem("optim.trained", "adapters", advice))
+        found.append(ConfigProblem("optim.trained", "adapters", advice))
     if config.start.masks != "keep":
         advice = "would change weights that optim.trained 'adapters' leaves as they are; use keep"
-        found.append(Problem("start.masks", config.start.masks, advice))
+        found.append(ConfigProblem("start.masks", config.start.masks, advice))
     return found
 
 
-def _check_rounding(config: Config) -> list[Problem]:
+def _check_rounding(config: Config) -> list[ConfigProblem]:
     """Ranges are learnt by a student that is whole, and in training mode."""
     rounding, found = config.student.rounding, []
     if rounding == "none":
@@ -178,19 +163,19 @@ def _check_rounding(config: Config) -> list[Problem]:
         advice = (
             f"leaves layers in evaluation mode that round ({rounding}) and have to learn; use all"
         )
-        found.append(Problem("optim.trained", config.optim.trained, advice))
+        found.append(ConfigProblem("optim.trained", config.optim.trained, advice))
     if config.run.shard != "none":
         advice = f"is not for a student whose layers round (student.rounding {rounding}); use none"
-        found.append(Problem("run.shard", config.run.shard, advice))
+        found.append(ConfigProblem("run.shard", config.run.shard, advice))
     return found
 
 
-def _check_data(config: Config) -> list[Problem]:
+def _check_data(config: Config) -> list[ConfigProblem]:
     data, found = config.data, []
     if data.source == "reader":
         if data.reader is None:
             advice = "data.source 'reader' needs one: folder, tar, hfds/NAME or torch/NAME"
-            found.append(Problem("data.reader", None, advice))
+            found.append(ConfigProblem("data.reader", None, advice))
     else:
         advice = f"only data.source 'reader' takes it, data.source is {data.source!r}"
         found += _without_effect("data", data, ("reader",), advice)
@@ -206,7 +191,7 @@ def _check_data(config: Config) -> list[Problem]:
     return found
 
 
-def _check_objective(config: Config) -> list[Problem]:
+def _check_objective(config: Config) -> list[ConfigProblem]:
     loss, student, teacher = config.loss, config.student, config.teacher
     if loss.kind == "none":
         leaves = tuple(
@@ -219,7 +204,7 @@ def _check_objective(config: Config) -> list[Problem]:
     found = _check_loss(loss)
     if not teacher.source and not teacher.targets:
         found.append(
-            Problem(
+            ConfigProblem(
                 "teacher.source",
                 None,
                 f"loss.kind {loss.kind!r} needs a teacher; give one, or --objective none",
@@ -227,7 +212,7 @@ def _check_objective(config: Config) -> list[Problem]:
         )
     if loss.kind == "dkd" and mixes(config.views):
         advice = "needs one true class, mixed views have two; use --augmentation none, or soft"
-        found.append(Problem("loss.kind", "dkd", advice))
+        found.append(ConfigProblem("loss.kind", "dkd", advice))
     if student.name not in STUDENTS and not student.name.startswith("timm:"):
         return found  # which heads an unknown name has, nobody knows
     token = has_distillation_token(student)
@@ -236,7 +221,7 @@ def _check_objective(config: Config) -> list[Problem]:
         other = twin in STUDENTS and twin != student.name
         suggestion = f"student.name {twin}" if other else "a deit_* student"
         found.append(
-            Problem(
+            ConfigProblem(
                 "student.name",
                 student.name,
                 "has no distillation token to distil through; use "
@@ -247,7 +232,7 @@ def _check_objective(config: Config) -> list[Problem]:
         twin = student.name.replace("deit_", "vit_")
         suggestion = f"student.name {twin}" if twin in STUDENTS else "a student without the token"
         found.append(
-            Problem(
+            ConfigProblem(
                 "loss.through",
                 "class",
                 f"would leave the distillation head of {student.name} untrained; use "
@@ -256,7 +241,7 @@ def _check_objective(config: Config) -> list[Problem]:
         )
     if label_weight(loss) == 0 and token and loss.through == "distillation":
         found.append(
-            Problem(
+            ConfigProblem(
                 "loss.distillation_weight",
                 loss.distillation_weight,
                 f"would leave the class head of {student.name} untrained; use less than 1, or "
@@ -266,18 +251,18 @@ def _check_objective(config: Config) -> list[Problem]:
     return found
 
 
-def _check_loss(loss: LossConfig) -> list[Problem]:
+def _check_loss(loss: LossConfig) -> list[ConfigProblem]:
     """What the fields of the loss section say against each other."""
     found = []
     if loss.distillation_weight == 0:
         found.append(
-            Problem(
+            ConfigProblem(
                 "loss.distillation_weight", 0, "leaves the teacher no say; use --objective none"
             )
         )
     if label_weight(loss) < 0:
         advice = "leaves the label less than nothing; give loss.label_weight as well"
-        found.append(Problem("loss.distillation_weight", loss.distillation_weight, advice))
+        found.append(ConfigProblem("loss.distillation_weight", loss.distillation_weight, advice))
     if loss.kind == "hard":
         advice = "has no effect on a hard label; use 1"
         found += _without_effect("loss", loss, ("temperature",), advice)
@@ -288,7 +273,7 @@ def _check_loss(loss: LossConfig) -> list[Problem]:
     return found
 
 
-def _check_teachers(config: Config) -> list[Problem]:
+def _check_teachers(config: Config) -> list[ConfigProblem]:
     teacher, student, found = config.teacher, config.student, []
     number = max(len(teacher.source), len(teacher.targets))
     together = (1,) if teacher.combine != "tokens" else ()  # one store of what all say
@@ -300,21 +285,23 @@ def _check_teachers(config: Config) -> list[Problem]:
     for leaf, allowed in counts.items():
         if len(getattr(teacher, leaf)) not in allowed:
             advice = f"should hold {allowed[-1]} values for {number} teacher(s)"
-            found.append(Problem(f"teacher.{leaf}", getattr(teacher, leaf), advice))
+            found.append(ConfigProblem(f"teacher.{leaf}", getattr(teacher, leaf), advice))
     if number > 1 or len(teacher.classes) == 1:
         known = CLASS_ORDERS if number < 2 else (*CLASS_ORDERS, "none")
         for word in teacher.classes:
             if not word.startswith("@") and word not in known:
                 advice = f"should be @FILE with one name a line, or one of {', '.join(known)}"
-                found.append(Problem("teacher.classes", word, advice + nearest(word, known)))
+                found.append(ConfigProblem("teacher.classes", word, advice + nearest(word, known)))
     if bool(teacher.mean) != bool(teacher.std):
-        found.append(Problem("teacher.mean", teacher.mean, "goes together with teacher.std"))
+        found.append(ConfigProblem("teacher.mean", teacher.mean, "goes together with teacher.std"))
     for leaf in ("std", "weight"):
         if any(value <= 0 for value in getattr(teacher, leaf)):
-            found.append(Problem(f"teacher.{leaf}", getattr(teacher, leaf), "should be positive"))
+            found.append(
+                ConfigProblem(f"teacher.{leaf}", getattr(teacher, leaf), "should be positive")
+            )
     if "none" in teacher.targets and not teacher.source:
         advice = "'none' answers itself and needs its teacher.source"
-        found.append(Problem("teacher.targets", teacher.targets, advice))
+        found.append(ConfigProblem("teacher.targets", teacher.targets, advice))
     if number < 2:
         advice = "has no effect with one teacher"
         found += _without_effect("teacher", teacher, ("weight", "combine"), advice)
@@ -322,34 +309,36 @@ def _check_teachers(config: Config) -> list[Problem]:
         found += _check_tokens(config, number)
     if student.distillation_tokens > 1 and (number < 2 or teacher.combine != "tokens"):
         advice = "needs as many teachers, and teacher.combine tokens"
-        found.append(Problem("student.distillation_tokens", student.distillation_tokens, advice))
+        found.append(
+            ConfigProblem("student.distillation_tokens", student.distillation_tokens, advice)
+        )
     return found
 
 
-def _check_mean(config: Config) -> list[Problem]:
+def _check_mean(config: Config) -> list[ConfigProblem]:
     """A mean of probabilities is taken at a temperature, which standardised logits do not have."""
     teacher, loss = config.teacher, config.loss
     several = max(len(teacher.source), len(teacher.targets)) > 1
     if not (several and loss.standardise and teacher.combine == "probabilities"):
         return []
     advice = "is not defined for a mean of probabilities; use teacher.combine logits or tokens"
-    return [Problem("loss.standardise", True, advice)]
+    return [ConfigProblem("loss.standardise", True, advice)]
 
 
-def _check_tokens(config: Config, number: int) -> list[Problem]:
+def _check_tokens(config: Config, number: int) -> list[ConfigProblem]:
     """A distillation token for each of several teachers."""
     found = []
     if config.loss.kind != "none" and config.student.distillation_tokens != number:
         advice = f"should be {number}, one for each teacher (teacher.combine tokens)"
         tokens = config.student.distillation_tokens
-        found.append(Problem("student.distillation_tokens", tokens, advice))
+        found.append(ConfigProblem("student.distillation_tokens", tokens, advice))
     if config.loss.kind != "none" and config.loss.through != "distillation":
         advice = "one teacher a token (teacher.combine tokens) needs loss.through distillation"
-        found.append(Problem("loss.through", config.loss.through, advice))
+        found.append(ConfigProblem("loss.through", config.loss.through, advice))
     return found
 
 
-def _check_teacher_view(config: Config) -> list[Problem]:
+def _check_teacher_view(config: Config) -> list[ConfigProblem]:
     """A teacher's view of its own beside mixing, which shows the student two images."""
     view = config.views.teacher_view
     # Without an objective for it training ignores the teacher's view, as it does the teacher.
@@ -359,10 +348,10 @@ def _check_teacher_view(config: Config) -> list[Problem]:
         "shows the teacher one image, mixing shows the student two; use --augmentation none or a "
         "mode of --teaching, or views.teacher_view same"
     )
-    return [Problem("views.teacher_view", view, advice)]
+    return [ConfigProblem("views.teacher_view", view, advice)]
 
 
-def _check_crops(config: Config) -> list[Problem]:
+def _check_crops(config: Config) -> list[ConfigProblem]:
     """The mean over many crops is not to be had within a training step."""
     views, stored, found = config.views, config.teacher.targets, []
     if config.loss.kind == "none":
@@ -372,28 +361,28 @@ def _check_crops(config: Config) -> list[Problem]:
             f"takes {views.teacher_crops} answers of the teacher for each image: once, by "
             "`deit targets write`, then give teacher.targets"
         )
-        found.append(Problem("views.teacher_view", "crops", advice))
+        found.append(ConfigProblem("views.teacher_view", "crops", advice))
     return found
 
 
-def _check_views(config: Config) -> list[Problem]:
+def _check_views(config: Config) -> list[ConfigProblem]:
     views = config.views
     found = []
     for leaf in ("crop_scale", "crop_ratio", "erasing_scale", "erasing_ratio"):
         low, high = getattr(views, leaf)
         if low > high:
-            found.append(Problem(f"views.{leaf}", (low, high), "should go from low to high"))
+            found.append(ConfigProblem(f"views.{leaf}", (low, high), "should go from low to high"))
     for leaf in ("crop_scale", "erasing_scale"):
         if getattr(views, leaf)[1] > 1:
             advice = "a box cannot exceed the image (1.0)"
-            found.append(Problem(f"views.{leaf}", getattr(views, leaf), advice))
+            found.append(ConfigProblem(f"views.{leaf}", getattr(views, leaf), advice))
     for leaves, on, advice in _effects(views):
         if not on:
             found += _without_effect("views", views, leaves, advice)
     if (views.mean is None) != (views.std is None):
-        found.append(Problem("views.mean", views.mean, "goes together with views.std"))
+        found.append(ConfigProblem("views.mean", views.mean, "goes together with views.std"))
     if views.std is not None and min(views.std) <= 0:
-        found.append(Problem("views.std", views.std, "should be positive"))
+        found.append(ConfigProblem("views.std", views.std, "should be positive"))
     return found
 
 
@@ -414,7 +403,7 @@ def _effects(views: ViewsConfig) -> list[tuple[tuple[str, ...], bool, str]]:
     ]
 
 
-def _check_optim(config: Config) -> list[Problem]:
+def _check_optim(config: Config) -> list[ConfigProblem]:
     optim = config.optim
     found = []
     if optim.decay_at:
@@ -422,7 +411,7 @@ def _check_optim(config: Config) -> list[Problem]:
         found += _without_effect("optim", optim, ("min_lr",), advice)
     if optim.batch_size % optim.accumulate:
         found.append(
-            Problem(
+            ConfigProblem(
                 "optim.accumulate",
                 optim.accumulate,
                 f"should divide optim.batch_size ({optim.batch_size})",
@@ -430,7 +419,7 @@ def _check_optim(config: Config) -> list[Problem]:
         )
     elif mixes(config.views) and (optim.batch_size // optim.accumulate) % 2:
         found.append(
-            Problem(
+            ConfigProblem(
                 "optim.batch_size",
                 optim.batch_size,
                 "mixing takes pairs: each micro-batch should be even",
@@ -441,7 +430,7 @@ def _check_optim(config: Config) -> list[Problem]:
     found += _without_effect("optim", optim, others, advice)
     if optim.warmup_epochs >= optim.epochs:
         found.append(
-            Problem(
+            ConfigProblem(
                 "optim.warmup_epochs",
                 optim.warmup_epochs,
                 f"should be less than optim.epochs ({optim.epochs}); with few epochs give "
@@ -451,11 +440,11 @@ def _check_optim(config: Config) -> list[Problem]:
     if config.loss.distillation_warmup > optim.epochs:
         advice = f"would never be over; should be at most optim.epochs ({optim.epochs})"
         warmup = config.loss.distillation_warmup
-        found.append(Problem("loss.distillation_warmup", warmup, advice))
+        found.append(ConfigProblem("loss.distillation_warmup", warmup, advice))
     for leaf in ("warmup_lr",) if optim.decay_at else ("min_lr", "warmup_lr"):
         if getattr(optim, leaf) > peak_lr(optim):
             found.append(
-                Problem(
+                ConfigProblem(
                     f"optim.{leaf}",
                     getattr(optim, leaf),
                     f"should not exceed the peak learning rate ({peak_lr(optim):.3g} = "
@@ -464,7 +453,7 @@ def _check_optim(config: Config) -> list[Problem]:
             )
     if optim.ema_epochs > optim.epochs:
         found.append(
-            Problem(
+            ConfigProblem(
                 "optim.ema_epochs",
                 optim.ema_epochs,
                 "an average longer than the run keeps the initial weights; "
@@ -474,30 +463,30 @@ def _check_optim(config: Config) -> list[Problem]:
     return found
 
 
-def _check_run(config: Config) -> list[Problem]:
+def _check_run(config: Config) -> list[ConfigProblem]:
     run, found = config.run, []
     if run.linear == "onednn" and run.compile != "none":
         advice = "is not for compiled networks; leave it at auto"
-        found.append(Problem("run.linear", run.linear, advice))
+        found.append(ConfigProblem("run.linear", run.linear, advice))
     if run.shard != "none":
         whole = "is for students that are whole in every process; leave run.shard at none"
         off = {"precision": "fp16", "fit_memory": True}
         found += [
-            Problem(f"run.{leaf}", value, whole)
+            ConfigProblem(f"run.{leaf}", value, whole)
             for leaf, value in off.items()
             if getattr(run, leaf) == value
         ]
         if run.compile != "none":
-            found.append(Problem("run.compile", run.compile, whole))
+            found.append(ConfigProblem("run.compile", run.compile, whole))
         if config.student.share > 1:
-            found.append(Problem("student.share", config.student.share, whole))
+            found.append(ConfigProblem("student.share", config.student.share, whole))
     several = config.optim.accumulate > 1 or run.fit_memory
     if run.compile in ("reduce-overhead", "max-autotune") and several:
         advice = (
             "records gradients where the next micro-batch overwrites them; use default, or neither "
             "optim.accumulate nor run.fit_memory"
         )
-        found.append(Problem("run.compile", run.compile, advice))
+        found.append(ConfigProblem("run.compile", run.compile, advice))
     return found
 
 

@@ -4,7 +4,11 @@ recognize errors of the machine: no memory, transient I/O errors."""
 import errno
 import os
 import traceback
+from collections.abc import Sequence
 from signal import Signals
+from typing import Any, NamedTuple
+
+from deit.text import shortened
 
 
 class DeitError(Exception):
@@ -13,10 +17,48 @@ class DeitError(Exception):
     exit_code = 1
 
 
+NO_VALUE = object()
+"""In the place of a value: there is none to show."""
+
+
+class ConfigProblem(NamedTuple):
+    """One thing that is wrong with a configuration or a command line.
+
+    field: a field (`loss.kind`), an option (`--out`), a file or a command. value: what it was
+    given, or NO_VALUE. hint: what is wrong with it, and what to do. allowed: the words that a field
+    takes; empty for fields that take others.
+    """
+
+    field: str
+    value: Any
+    hint: str
+    allowed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shown = "" if self.value is NO_VALUE else f" = {shortened(repr(self.value))}"
+        return f"{self.field}{shown}: {self.hint}"
+
+
 class ConfigError(DeitError):
-    """A setting, recipe or option is wrong."""
+    """A setting, recipe or option is wrong.
+
+    problems: everything that is wrong. Where none are given there is one, which the message names:
+    `FIELD VALUE: hint` or `FIELD = VALUE: hint`.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, problems: Sequence[ConfigProblem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems) or (_problem_in(message),)
+
+
+def _problem_in(message: str) -> ConfigProblem:
+    subject, colon, hint = message.partition(": ")
+    if not colon:
+        return ConfigProblem("", NO_VALUE, message)
+    field, _, value = subject.partition(" ")
+    return ConfigProblem(field, value.removeprefix("= ") or NO_VALUE, hint)
 
 
 class DataError(DeitError):

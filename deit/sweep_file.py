@@ -373,7 +373,7 @@ def with_fields(config: Config, fields: Fields, *, where: str) -> Config:
         # Answers that only a store can give are written before the runs that need them.
         return build(values, online=values["views"]["teacher_view"] != "crops")
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}: {error}", error.problems) from None
 
 
 def points_of(sweep: Sweep, config: Config) -> list[Point]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from deit.checks import CHECKS, NO_VALUE, ONLINE_CHECKS, Problem
+from deit.checks import CHECKS, ONLINE_CHECKS
 from deit.config import Config, derive, to_dict
 from deit.disk import ENVIRONMENT, RESUMED
-from deit.errors import ConfigError, NotReadableError
+from deit.errors import NO_VALUE, ConfigError, ConfigProblem, NotReadableError
 from deit.inputs import read_bytes, read_text
 from deit.text import in_line, name_trouble, nearest
 from deit.typed_json import strict_json
@@ -29,7 +29,7 @@ def field_names() -> list[str]:
 
 
 def build(
-    values: dict[str, Any], extra: typing.Iterable[Problem] = (), *, online: bool = True
+    values: dict[str, Any], extra: typing.Iterable[ConfigProblem] = (), *, online: bool = True
 ) -> Config:
     """A checked configuration from nested values (text from a command line is converted).
 
@@ -60,9 +60,11 @@ def build(
         for leaf, value in fields.items():
             for one in value if isinstance(value, tuple) else (value,):
                 if isinstance(one, str) and (trouble := name_trouble(one)):
-                    problems.append(Problem(f"{section}.{leaf}", one, f"{trouble}; rename it"))
+                    problems.append(
+                        ConfigProblem(f"{section}.{leaf}", one, f"{trouble}; rename it")
+                    )
                 if isinstance(one, int) and abs(one) >= _LIMIT:
-                    problems.append(Problem(f"{section}.{leaf}", one, "should be below 2^63"))
+                    problems.append(ConfigProblem(f"{section}.{leaf}", one, "should be below 2^63"))
                     broken.add(section)
     for check, sections in {**CHECKS, **(ONLINE_CHECKS if online else {})}.items():
         if not sections & broken:
@@ -146,25 +148,26 @@ _PATHS = (
 """Fields that may hold paths."""
 
 
-def _config_error(problems: list[Problem]) -> ConfigError:
+def _config_error(problems: list[ConfigProblem]) -> ConfigError:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     lines = "".join(f"\n  {problem}" for problem in problems)
-    return ConfigError(f"{count} in the configuration:{lines}")
+    return ConfigError(f"{count} in the configuration:{lines}", problems)
 
 
-def _translate(error: dict[str, Any]) -> Problem:
-    """A Problem from one of pydantic's error records."""
+def _translate(error: dict[str, Any]) -> ConfigProblem:
+    """A ConfigProblem from one of pydantic's error records."""
     # Below a field, locations also name union members and tuple positions: not the user's words.
     name = ".".join(str(part) for part in error["loc"][:2])
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return unknown_field(name)
     value, advice = error["input"], error["msg"].removeprefix("Value error, ")
     advice = advice.replace("Input should", "should").replace("Field required", "is required")
-    if error["type"] == "literal_error" and isinstance(value, str):
+    allowed: tuple[str, ...] = ()
+    if error["type"] == "literal_error":
         section, leaf = name.split(".")
-        annotation = typing.get_type_hints(_section_type(section))[leaf]
-        advice += nearest(value, _words_of(annotation))
-    return Problem(name, value, advice)
+        allowed = _words_of(typing.get_type_hints(_section_type(section))[leaf])
+        advice += nearest(value, allowed) if isinstance(value, str) else ""
+    return ConfigProblem(name, value, advice, allowed)
 
 
 def _words_of(annotation: Any) -> tuple[str, ...]:
@@ -178,9 +181,9 @@ def _section_type(name: str) -> type:
     return typing.get_type_hints(Config)[name]
 
 
-def unknown_field(name: str, others: Collection[str] = ()) -> Problem:
+def unknown_field(name: str, others: Collection[str] = ()) -> ConfigProblem:
     """The problem of a field that does not exist, with the nearest name, or that of others that
     may have been meant."""
-    return Problem(
+    return ConfigProblem(
         in_line(name), NO_VALUE, f"unknown field{nearest(name, [*field_names(), *others])}"
     )

@@ -47,7 +47,7 @@ def image(doors: str = "", packages: str = "") -> Place:
 
 PLAN = {
     "deit": place(0),
-    "deit.errors": place(0),
+    "deit.errors": place(0, doors="deit.text"),
     "deit.text": place(0),
     "deit.threads": place(0),
     "deit.inputs": place(0, doors="deit.errors"),
