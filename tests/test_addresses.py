@@ -11,6 +11,7 @@ from deit.files import about_address
 from deit.models.start import find_start
 from deit.models.teachers import locate
 from deit.validation import validate
+from tests.helpers.errors import raises
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_every_command_refuses_them_at_once(command, capsys):
 def test_a_configuration_that_holds_them_is_refused(field):
     section, leaf = field.split(".")
     value = ("s3://bucket/x",) if leaf == "targets" else "s3://bucket/x"
-    with pytest.raises(ConfigError, match=rf"{section}\.{leaf} = 's3://bucket/x': is an address"):
+    with raises(ConfigError, f"{section}.{leaf}", "'s3://bucket/x'"):
         validate(derive(Config(), **{section: {leaf: value}}))
 
 

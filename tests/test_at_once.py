@@ -24,6 +24,7 @@ from deit.recipes import digits_teacher
 from deit.sweep import sweep
 from deit.tickets import tickets
 from tests.helpers.command_server import until
+from tests.helpers.errors import raises
 from tests.helpers.small_runs import two_epochs
 from tests.helpers.trained import trained
 
@@ -153,7 +154,7 @@ def _held(out):
 
 def test_a_number_that_cannot_be_is_refused(monkeypatch):
     check_number(1, option="--at_once")
-    with pytest.raises(ConfigError, match="--at_once 0: should be at least 1"):
+    with raises(ConfigError, "--at_once"):
         check_number(0, option="--at_once")
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_number(1, option="--at_once")

@@ -15,6 +15,7 @@ from deit.recipes import RECIPES, digits, find_recipe
 from deit.seats import Member, Seat, members, seats
 from deit.sweep_file import _kinds_of
 from deit.validation import build, field_names, load, validate
+from tests.helpers.errors import raises
 
 
 def problems(**sections):
@@ -77,7 +78,7 @@ def test_a_name_with_a_line_break_breaks_no_line(wrong):
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_number_larger_than_any_tensor_is_refused(name, number):
     section, leaf = name.split(".")
-    with pytest.raises(ConfigError, match=rf"{section}\.{leaf} = "):
+    with raises(ConfigError, f"{section}.{leaf}"):
         build({section: {leaf: number}})
 
 
@@ -264,7 +265,7 @@ def test_presets_are_put_over_each_other_and_refined():
     assert (config.views.mixup_alpha, config.views.cutmix_alpha) == (1.0, 0.0)
     assert config.views.repeats == 1
     assert (config.loss.through, config.loss.temperature) == ("all", 2.0)
-    with pytest.raises(ConfigError, match=r"--teaching = 'same/cc': .*did you mean same/"):
+    with raises(ConfigError, "--teaching", "'same/cc'"):
         parse("digits", "--teaching", "same/cc")
 
 
@@ -316,7 +317,7 @@ def test_a_configuration_of_before_ensembles_is_still_read(tmp_path):
 
 
 def test_nothing_is_abbreviated_or_guessed():
-    with pytest.raises(ConfigError, match=r"optim\.epoch: unknown field; did you mean .*epochs"):
+    with raises(ConfigError, "optim.epoch"):
         parse("digits", "--optim.epoch", "3")
 
 
@@ -331,7 +332,7 @@ def test_a_recipe_of_ones_own(tmp_path):
     assert find_recipe(f"{file}:recipe").optim.lr == 2e-3
     with pytest.raises(ConfigError, match="should return a Config, returned int"):
         find_recipe(f"{file}:other")
-    with pytest.raises(ConfigError, match="no attribute 'nobody'"):
+    with raises(ConfigError, "'nobody'"):
         find_recipe(f"{file}:nobody")
     with pytest.raises(ConfigError, match="no such file"):
         find_recipe(str(tmp_path / "missing.py"))
@@ -378,7 +379,7 @@ def test_json_that_means_nothing_is_refused(text, words, tmp_path):
     ],
 )
 def test_a_number_outside_its_range_is_refused_by_name(section, field, value):
-    with pytest.raises(ConfigError, match=rf"{section}\.{field} = "):
+    with raises(ConfigError, f"{section}.{field}"):
         build({section: {field: value}})
 
 
@@ -405,7 +406,7 @@ def test_few_epochs_shorten_what_was_not_typed_and_nothing_else():
     assert (config.optim.warmup_epochs, config.loss.distillation_warmup) == (2, 2)
     config = run_of("digits", *few, "--loss.distillation_warmup", "3")
     assert (config.optim.warmup_epochs, config.loss.distillation_warmup) == (2, 3)
-    with pytest.raises(ConfigError, match=r"should be less than optim\.epochs"):
+    with raises(ConfigError, "optim.epochs"):
         run_of("digits", *few, "--optim.warmup_epochs", "5")
     assert run_of("digits", "--optim.epochs", "30").optim.warmup_epochs == 5
     with pytest.raises(ConfigError, match="should be greater than or equal to 1"):

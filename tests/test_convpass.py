@@ -19,6 +19,7 @@ from deit.models.student import Student
 from deit.recipes import digits
 from deit.tuning import TUNING, begin_from
 from deit.validation import validate
+from tests.helpers.errors import raises
 from tests.helpers.images import random_batch
 
 pytest.importorskip("sklearn")
@@ -113,7 +114,7 @@ def test_tokens_before_the_patches_mix_with_none():
 
 def test_patches_that_are_no_square_are_refused():
     adapter = Convpass(4, 2, scale=1.0, prefix=1, drop_path=0.0)
-    with pytest.raises(ConfigError, match=r"student\.adapters: convolve a square .* 8 are none"):
+    with raises(ConfigError, "student.adapters"):
         adapter(torch.randn(1, 9, 4))
 
 
@@ -209,7 +210,7 @@ def test_with_all_trained_a_network_holds_still_what_it_does():
 @pytest.mark.parametrize("trained", ["adapters", "attention"])
 def test_a_network_without_such_a_part(trained):
     convnet = create_network(StudentConfig(name="small_convnet", image_size=8), 5)
-    with pytest.raises(ConfigError, match=f"optim.trained = '{trained}': this network has none"):
+    with raises(ConfigError, "optim.trained", f"'{trained}'"):
         hold_still(convnet, trained)
 
 
@@ -331,7 +332,7 @@ def test_what_makes_no_sense_is_refused(name):
     ("leaf", "value"), [("adapter_width", 0), ("adapter_scale", 0), ("adapters", "lora")]
 )
 def test_impossible_values(leaf, value):
-    with pytest.raises(ConfigError, match=f"student.{leaf}"):
+    with raises(ConfigError, f"student.{leaf}"):
         validate(derive(digits(), student={"adapters": "convpass", leaf: value}))
 
 

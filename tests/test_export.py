@@ -39,6 +39,7 @@ from deit.recipes import digits, digits_teacher
 from deit.records import head_logits
 from deit.run import train
 from deit.validation import load
+from tests.helpers.errors import raises
 from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
@@ -252,7 +253,7 @@ def test_names_go_there_and_back_to_the_bit(kind):
 
 
 def test_names_of_another_network_are_refused():
-    with pytest.raises(CheckpointError, match="neither a DeiT's nor a ViT's"):
+    with raises(CheckpointError, "config.json"):
         from_transformers({"bert.embeddings": torch.zeros(1)})
     weights = to_transformers(create_network(StudentConfig(name="vit_micro"), 7).state_dict())
     with pytest.raises(CheckpointError, match="has no place"):

@@ -19,6 +19,7 @@ from deit.models.start import find_start, fit
 from deit.recipes import RECIPES, cifar10_teacher, digits
 from deit.tuning import SIZED, TUNING
 from deit.validation import validate
+from tests.helpers.errors import raises
 
 CIFAR = cifar10_teacher()
 
@@ -188,13 +189,13 @@ def test_what_is_typed_of_the_data_counts_before_the_rule(folder):
     assert config.data.train_fraction == 0.2
     assert config.optim.batch_size == 256  # of 259 images
     assert config.optim.epochs == 500
-    with pytest.raises(ConfigError, match="is what --tuning bit itself decides"):
+    with raises(ConfigError, "--tuning"):
         parse_finetune([*words, "--resolution", "32"], "deit finetune")
 
 
 def test_a_least_learning_rate_has_no_effect_on_a_staircase():
     config = derive(hyper_rule(CIFAR, images=9), optim={"min_lr": 1e-3})
-    with pytest.raises(ConfigError, match=r"optim\.min_lr = 0\.001: has no effect"):
+    with raises(ConfigError, "optim.min_lr"):
         validate(config)
 
 

@@ -18,6 +18,7 @@ from deit.datasets.listing import PassedOver, ending_of, is_hidden
 from deit.datasets.sources import LISTINGS, quarantine_line
 from deit.datasets.splits import load_splits
 from deit.errors import DataError
+from tests.helpers.errors import raises
 
 CLASSES = ("ant", "bee")
 NUMBERS = {"train": 4, "validation": 3, "test": 2}
@@ -130,14 +131,14 @@ def test_one_labelled_split_beside_the_training_images_is_the_test(way, called, 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_names_of_one_split_are_refused(way, tmp_path):
     found = lay_out(way, tmp_path, {"train": "train", "validation": "val", "test": "valid"})
-    with pytest.raises(DataError, match="'val' and 'valid' are both the validation split"):
+    with raises(DataError, "'val'", "'valid'"):
         split_sizes(found)
 
 
 @pytest.mark.parametrize("way", ["folder", "shards", "folder reader"])
 def test_splits_without_one_to_train_on_are_no_classes(way, tmp_path):
     found = lay_out(way, tmp_path, {"validation": "Valid", "test": "test"})
-    with pytest.raises(DataError, match="'Valid' looks like a split and not a class"):
+    with raises(DataError, "'Valid'"):
         split_sizes(found)
 
 
@@ -270,14 +271,14 @@ def test_links_that_lead_to_each_other_end(tmp_path):
 def test_a_link_to_nothing_is_refused_by_name(place, tmp_path):
     found = lay_out("folder", tmp_path, {"train": "train"})
     (tmp_path / place).symlink_to("/unmounted/lake")
-    with pytest.raises(DataError, match=rf"{place}: a link to nothing \(/unmounted/lake\)"):
+    with raises(DataError, place):
         split_sizes(found)
 
 
 def test_an_image_that_is_a_link_to_nothing_can_be_left_out(tmp_path):
     found = lay_out("folder", tmp_path, {"train": "train"})
     (tmp_path / "train" / "ant" / "gone.png").symlink_to("/unmounted/x.png")
-    with pytest.raises(DataError, match=r"ant/gone\.png: not readable \(No such file"):
+    with raises(DataError, "gone.png"):
         load_splits(found)
     bad = put(tmp_path / "bad.txt", b"train/ant/gone.png\n")
     load_splits(config("folder", tmp_path, quarantine=str(bad)))
@@ -296,7 +297,7 @@ def test_a_pipe_is_refused_and_never_waited_for(linked, tmp_path):
     os.mkfifo(tmp_path / "pipe" if linked else place)
     if linked:
         place.symlink_to(tmp_path / "pipe")
-    with pytest.raises(DataError, match=r"pipe\.png: neither a file nor a folder"):
+    with raises(DataError, "pipe.png"):
         split_sizes(found)
 
 
@@ -463,14 +464,14 @@ def test_what_is_hidden_is_neither_read_nor_counted(way, tmp_path):
 
 def test_an_image_outside_the_folders_of_a_tar_has_no_class(tmp_path):
     tar(tmp_path / "train.tar", dict.fromkeys([*names_of(4), "loose.png"], PNG))
-    with pytest.raises(DataError, match=r"loose\.png is an image outside class folders"):
+    with raises(DataError, "loose.png"):
         split_sizes(config("tar reader", tmp_path))
 
 
 def test_a_tar_for_the_reader_that_is_cut_short_is_refused(tmp_path):
     path = tar(tmp_path / "train.tar", dict.fromkeys(names_of(4), PNG))
     path.write_bytes(path.read_bytes()[:3072])
-    with pytest.raises(DataError, match=r"cannot read data\.root"):
+    with raises(DataError, "data.root"):
         split_sizes(config("tar reader", tmp_path))
 
 
@@ -513,7 +514,7 @@ def test_a_class_without_images_in_one_split_is_named(tmp_path):
     with pytest.raises(DataError, match="val/bee: no images in this class folder"):
         split_sizes(found)
     (tmp_path / "val" / "bee").rmdir()
-    with pytest.raises(DataError, match="val: no folder for class 'bee'"):
+    with raises(DataError, "'bee'"):
         split_sizes(found)
 
 

@@ -25,6 +25,7 @@ from deit.optimizer_state import read_tensors
 from deit.sweep_file import read_sweep
 from deit.targets import read_manifest
 from deit.typed_json import read_typed
+from tests.helpers.errors import raises
 
 READERS = {
     "configuration": ("config.json", validation.load, ConfigError),
@@ -61,7 +62,7 @@ def test_what_cannot_be_read_now_is_no_mistake_of_the_file(number, kind, tmp_pat
     with nullcontext() if kind == "digest" else pytest.raises(mistake):
         read(path)
     fail(path, number, monkeypatch)
-    with pytest.raises(EnvironmentFault, match=rf"{name}: .*{os.strerror(number)}"):
+    with raises(EnvironmentFault, name, os.strerror(number)):
         read(path)
 
 
@@ -100,7 +101,7 @@ def test_a_pipe_in_the_place_of_a_file_of_a_run_is_refused(name, tmp_path):
     check_folder(tmp_path, resume=True)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    with pytest.raises(CheckpointError, match=rf"{name}: is a pipe or a device, not a file"):
+    with raises(CheckpointError, name):
         check_folder(tmp_path, resume=True)
     with pytest.raises(EnvironmentFault, match="is a pipe or a device"):
         journal.append(tmp_path / name, {})

@@ -11,6 +11,7 @@ from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.views import Colours
 from deit.errors import ConfigError, DataError
 from deit.presets import AUGMENTATIONS
+from tests.helpers.errors import raises
 
 SIZES = Sizes(8, 8, 8)
 IMAGES = Images(torch.randint(256, (53, 3, 8, 8), dtype=torch.uint8), torch.arange(53) % 4)
@@ -85,7 +86,7 @@ def test_repeats_show_so_many_different_views_of_so_many_fewer_images(number, ba
     views = ViewsConfig(crop="padded", crop_padding=3, repeats=repeats)
     unique = -(-batch_size // repeats)
     if unique > number:
-        with pytest.raises(DataError, match=f"takes {unique} images"):
+        with raises(DataError, unique):
             loader(images=images, views=views, batch_size=batch_size)
         return
     made = TrainLoader(
@@ -114,7 +115,7 @@ def test_repeats_show_so_many_different_views_of_so_many_fewer_images(number, ba
 
 
 def test_an_image_is_never_mixed_with_itself():
-    with pytest.raises(ConfigError, match=r"views\.repeats = 16: .* mix it with itself"):
+    with raises(ConfigError, "views.repeats"):
         loader(views=dataclasses.replace(MIXED, repeats=16))
     loader(views=ViewsConfig(repeats=16))
 

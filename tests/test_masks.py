@@ -33,6 +33,7 @@ from deit.optim import lr_at
 from deit.recipes import digits, digits_teacher
 from deit.run import parts_of, train
 from deit.scopes import SCOPES, densities_of, groups_of
+from tests.helpers.errors import raises
 from tests.helpers.resume_helpers import same_end, stop_at
 from tests.helpers.small_runs import SMALL
 
@@ -397,13 +398,13 @@ def test_what_was_pruned_stays_so_in_fine_tuning_unless_one_says_otherwise(place
 def test_masks_that_do_not_fit_stop_before_anything_is_written(place, tmp_path):
     save_file({"blocks.9.mlp.fc1.weight": torch.ones(2, 2).bool()}, tmp_path / "m.safetensors")
     config = derive(ticket(place), start={"masks": str(tmp_path / "m.safetensors")})
-    with pytest.raises(CheckpointError, match=r"start\.masks .*m\.safetensors: masks blocks\.9"):
+    with raises(CheckpointError, "start.masks", "m.safetensors"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_no_run_begins_behind_its_end(place, tmp_path):
-    with pytest.raises(ConfigError, match=r"start\.update = 12: the run has 12 updates"):
+    with raises(ConfigError, "start.update"):
         train(config_of(place, start={"update": 12}), tmp_path / "run")
 
 

@@ -32,6 +32,7 @@ from deit.recipes import digits, digits_teacher
 from deit.records import head_logits
 from deit.run import train
 from deit.validation import load
+from tests.helpers.errors import raises
 from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
@@ -381,7 +382,7 @@ def test_dynamic_refuses_what_is_mostly_convolutions():
     nodes = {"stem": ("a",), "head": ("b",)}
     kinds = {"stem": "Conv", "head": "Gemm"}
     heavy = Layers(nodes, (), {"stem": 60, "head": 40}, kinds, 100)
-    with pytest.raises(ConfigError, match="use --method static"):
+    with raises(ConfigError, "--method"):
         choose(heavy, method="dynamic", attention=False, exclude=None)
     assert choose(heavy, method="static", attention=False, exclude=None) == ["stem", "head"]
     light = heavy._replace(weights={"stem": 40, "head": 60})
@@ -571,7 +572,7 @@ def test_the_drop_that_is_allowed_is_allowed(right, most, refused):
     worst = {"layer": "blocks.0.attn.qkv"}
     found["sensitivity"] = {"layers": [worst, {"layer": "head"}]}
     if refused:
-        with pytest.raises(CheckpointError, match=r"static, or --exclude 'blocks.0.attn.qkv'"):
+        with raises(CheckpointError, "--exclude", "'blocks.0.attn.qkv'"):
             quantize._drop(found, most, ["static"], trainable=False)
     else:
         drop = quantize._drop(found, most, ["static"], trainable=True)

@@ -20,6 +20,7 @@ from deit.measured import Evaluations, Measured
 from deit.recipes import digits
 from deit.run_pictures import Pictures, hardest_of
 from deit.run_sections import View, confusion, reliability_bins, schedules_of
+from tests.helpers.errors import raises
 from tests.helpers.json_edits import edits, error_of
 
 pytest.importorskip("sklearn")
@@ -285,7 +286,7 @@ def test_a_result_that_was_edited_is_named(wrong, place, tmp_path):
     shutil.copytree(place / "run", tmp_path / "run")
     path = tmp_path / "run" / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
-    with pytest.raises(CheckpointError, match=r"result.json: "):
+    with raises(CheckpointError, "result.json"):
         report.report([tmp_path / "run"], tmp_path / "out")
 
 
@@ -448,7 +449,7 @@ def test_the_name_of_a_chart_is_no_html_either(tmp_path):
 
 def test_without_matplotlib_it_is_said_before_the_work(place, zygote, monkeypatch, tmp_path):
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
-    with pytest.raises(EnvironmentFault, match=r"pip install 'deit\[plot\]'"):
+    with raises(EnvironmentFault, "'deit[plot]'"):
         report.report([place / "run"], tmp_path / "page")
     assert not (tmp_path / "page").exists()
 

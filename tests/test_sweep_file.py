@@ -24,6 +24,7 @@ from deit.sweep_file import (
 from deit.sweep_runs import alike, trials_of
 from deit.sweeps import SWEEPS, find_sweep
 from deit.validation import validate
+from tests.helpers.errors import raises
 
 
 def write(folder, text, name="s.yaml"):
@@ -255,7 +256,7 @@ def test_the_command_line_goes_over_runs_and_not_over_what_varies(tmp_path):
     assert [point.config.optim.epochs for point in points] == [3, 3]
     assert points[0].config.optim.lr == 1e-2
     for text in ("grid: {optim.epochs: [5, 6]}", "search: {fields: {optim.epochs: [5, 6]}}"):
-        with pytest.raises(ConfigError, match=r"--optim\.epochs: varies in the sweep"):
+        with raises(ConfigError, "--optim.epochs"):
             under_command_line(read(tmp_path, text), asked, typed)
 
 
@@ -285,7 +286,7 @@ def test_a_name_that_is_no_file_is_told_what_there_is():
 
 
 def test_a_recipe_in_the_place_of_a_sweep_is_told_apart():
-    with pytest.raises(ConfigError, match=r"is a recipe; .* --recipe cifar10-micro"):
+    with raises(ConfigError, "--recipe"):
         find_sweep("cifar10-micro")
 
 

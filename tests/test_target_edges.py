@@ -24,6 +24,7 @@ from deit.targets import MANIFEST, TARGETS, UNITS, manifest_bytes, open_store, r
 from deit.teaching import _check_sums
 from deit.validation import validate
 from tests.helpers import target_stores
+from tests.helpers.errors import raises
 from tests.helpers.images import write_class_folders
 from tests.helpers.json_edits import edits
 from tests.helpers.target_stores import (
@@ -103,7 +104,7 @@ def test_what_is_written_by_default_can_be_trained_from(loss, expected):
 @pytest.mark.parametrize("records", ["hard", "top-3"])
 def test_records_that_the_objective_cannot_use_are_not_written(records, teachers, tmp_path):
     config = configuration(teachers[0], loss=OBJECTIVES["deit-soft"])
-    with pytest.raises(ConfigError, match=f"--records {records}: holds"):
+    with raises(ConfigError, "--records", records):
         write_targets(config, tmp_path / "out", records=records)
     assert not (tmp_path / "out").exists()
 
@@ -148,7 +149,7 @@ def test_stores_of_teachers_of_two_sizes_are_used_together(combine, sizes, tmp_p
             else:
                 torch.testing.assert_close(value, expected[key], atol=2e-3, rtol=0)
     for wrong in (0, 3):
-        with pytest.raises(ConfigError, match=rf"--only {wrong}: should be in 1 \.\.\. 2"):
+        with raises(ConfigError, "--only", wrong):
             write_targets(config, tmp_path / "x", only=wrong)
 
 
@@ -268,7 +269,7 @@ def test_a_broken_manifest_is_one_line(name, store, teachers, tmp_path):
         lambda: write_targets(configuration(teachers[0]), copy),
         lambda: verify_targets(copy, root=None, teacher=None, rows=1),
     ):
-        with pytest.raises(CheckpointError, match=r"store\.json: not a store's") as refused:
+        with raises(CheckpointError, "store.json") as refused:
             attempt()
         assert "\n" not in str(refused.value)
 
@@ -288,7 +289,7 @@ def test_an_edited_manifest_is_refused(store, tmp_path):
 def test_a_missing_file_of_a_store_is_named(store, tmp_path):
     copy = copied(store, tmp_path)
     (copy / TARGETS).unlink()
-    with pytest.raises(CheckpointError, match=r"targets\.bin: is not there, should have 2268"):
+    with raises(CheckpointError, "targets.bin"):
         open_store(copy)
 
 

@@ -33,6 +33,7 @@ from deit.target_verifier import verify_targets
 from deit.target_writer import write_targets
 from deit.targets import CHECKS, MANIFEST, TARGETS, UNITS, manifest_bytes, open_store, read_manifest
 from tests.helpers import target_stores
+from tests.helpers.errors import raises
 from tests.helpers.target_stores import (
     EPOCHS,
     PLACES,
@@ -217,7 +218,7 @@ def test_a_damaged_unit_is_named_and_nothing_is_finished(teachers, tmp_path):
     unit.write_bytes(damaged)
     for part in (1, 2):
         if part == 2:
-            with pytest.raises(CheckpointError, match=rf"{unit}: damaged; delete it"):
+            with raises(CheckpointError, unit):
                 write_targets(configuration(teachers[0]), out, shard=(part, 3))
         else:
             write_targets(configuration(teachers[0]), out, shard=(part, 3))
@@ -243,7 +244,7 @@ def test_a_folder_with_other_things_or_another_store_is_refused(teachers, store,
     with pytest.raises(ConfigError, match="not empty"):
         write_targets(configuration(teachers[0]), tmp_path / "full")
     before = content(store)
-    with pytest.raises(ConfigError, match=r"something else(.|\n)*views.crop_padding: 1 in the"):
+    with raises(ConfigError, "views.crop_padding"):
         write_targets(configuration(teachers[0], views={"crop_padding": 2}), store)
     assert content(store) == before
 
@@ -255,7 +256,7 @@ def test_a_folder_with_other_things_or_another_store_is_refused(teachers, store,
 def test_one_flipped_byte_is_found(place, store, tmp_path):
     copy = copied(store, tmp_path)
     flipped(copy / TARGETS, place)
-    with pytest.raises(CheckpointError, match=f"unit {place // LEAST_ROWS} .* is damaged"):
+    with raises(CheckpointError, place // LEAST_ROWS):
         verify_targets(copy, root=None, teacher="none", rows=16)
 
 
@@ -263,7 +264,7 @@ def test_one_flipped_byte_is_found(place, store, tmp_path):
 def test_a_file_that_was_cut_off_is_found_at_once(name, store, tmp_path):
     copy = copied(store, tmp_path)
     (copy / name).write_bytes((copy / name).read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=rf"{name}: has \d+ bytes, should have \d+"):
+    with raises(CheckpointError, name):
         open_store(copy)
 
 
@@ -475,7 +476,7 @@ def test_a_seed_of_the_views_lets_other_seeds_share_a_store(store, teachers, tmp
 
 def test_hard_records_refuse_what_they_cannot_give(store, teachers):
     config = with_targets(configuration(teachers[0], loss=OBJECTIVES["deit-soft"]), store)
-    with pytest.raises(ConfigError, match=r"holds hard labels, loss\.kind 'soft' needs"):
+    with raises(ConfigError, "loss.kind", "'soft'"):
         open_stores(config)
     both = derive(
         configuration(teachers[0]),

@@ -20,6 +20,7 @@ from deit.config import StartConfig
 from deit.errors import CheckpointError
 from deit.models.start import find_start, fit
 from deit.models.weights import load_weights, read_weights
+from tests.helpers.errors import raises
 
 
 class Small(nn.Module):
@@ -124,7 +125,7 @@ def test_a_whole_network_is_refused_with_what_to_do(tmp_path):
 )
 def test_a_tensor_that_nothing_can_be_computed_with_is_named(value, said, tmp_path):
     torch.save({"stem.weight": value}, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=rf"w.pth: stem.weight {said}"):
+    with raises(CheckpointError, "w.pth", said):
         read_weights(tmp_path / "w.pth")
 
 
@@ -193,7 +194,7 @@ OTHERS = {
 def test_a_file_of_another_kind_is_named_in_one_line(name, tmp_path):
     make, said = OTHERS[name]
     (tmp_path / name).write_bytes(make())
-    with pytest.raises(CheckpointError, match=rf"{name}: not a readable weight file.*{said}") as no:
+    with raises(CheckpointError, name, said) as no:
         read_weights(tmp_path / name)
     assert "\n" not in str(no.value)
 
@@ -209,7 +210,7 @@ def test_a_file_of_another_kind_is_named_in_one_line(name, tmp_path):
 )
 def test_where_no_weights_are_found_what_is_there_is_named(content, said, tmp_path):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=f"holds no named tensors; .*{said}"):
+    with raises(CheckpointError, said):
         read_weights(tmp_path / "w.pth")
 
 
