@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -528,8 +529,8 @@ def test_updates_that_are_left_and_their_time_by_hand(tmp_path):
     (runs[7].out / "checkpoint-00000020").mkdir(parents=True)
     assert tickets._time(runs, 4) == f"{8 * 40 - 4 * 6 - 20} updates, teachers' aside{later}"
     shutil.rmtree(runs[7].out)
-    result = {"epochs": 10, "fingerprint": "", "targets": [], "best": {}, "skipped": 0}
-    result["seconds"] = 60.0
+    best = {"epoch": 10, "top1": 0.5, "class_top1": 0.5}
+    result = asdict(checkpoint.Result(10, 0, 0, 60.0, 0, None, best, "", "", [], []))
     for one, samples in ((runs[0], 40 * 32), (runs[1], 34 * 32)):
         one.out.mkdir(parents=True)
         (one.out / checkpoint.RESULT).write_text(json.dumps({**result, "samples_seen": samples}))
