@@ -51,7 +51,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run came to, as deit.saving.finish writes it."""
+    """The content of result.json, which marks a run as finished."""
 
     epochs: int
     step: int
@@ -85,14 +85,14 @@ def check_folder(out: Path, *, resume: bool) -> None:
         raise EnvironmentFault(f"--out {out}: is a file, not a folder")
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
     if all(name == LOCK or is_passing(name) for name in names):
-        _refuse_links(out, names)
+        _check_entries(out, names)
         return
     if not resume:
         raise ConfigError(
             f"--out {out}: the folder is not empty; add --resume to go on with the run in it, "
             "or give another --out"
         )
-    _refuse_links(out, names)
+    _check_entries(out, names)
     if not (out / CONFIG).is_file():
         raise ConfigError(
             f"--out {out}: holds something, but no run to resume (no {CONFIG}); give another --out"
@@ -104,9 +104,9 @@ def check_folder(out: Path, *, resume: bool) -> None:
         )
 
 
-def _refuse_links(out: Path, names: list[str]) -> None:
-    """What is written, cut and removed in a run folder must not lead out of it, nor be waited
-    for."""
+def _check_entries(out: Path, names: list[str]) -> None:
+    """Refuse links in a run folder, which lead out of it, and pipes and devices, which may block.
+    Raises CheckpointError."""
     for name in names:
         ours = (
             name == BEST

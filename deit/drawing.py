@@ -67,7 +67,7 @@ def save_figure(figure: Any, file: Path | IO[str], **settings: Any) -> None:
         if not isinstance(file, Path):
             figure.savefig(file, **settings)
             return
-        content = io.BytesIO()  # whole or not at all, as every file of ours
+        content = io.BytesIO()  # put_file renames a finished file: none is ever half written
         figure.savefig(content, **{"format": file.suffix[1:] or "png", **settings})
         put_file(file, content.getvalue())
 

@@ -148,19 +148,21 @@ def _guard(parts: Parts) -> None:
 def finish(parts: Parts) -> dict[str, Any]:
     """Mark the run as finished; what came of it, as plain values."""
     state = parts.state
-    result = {
-        "epochs": state.epoch,
-        "step": state.step,
-        "samples_seen": state.samples_seen,
-        "seconds": state.seconds,
-        "skipped": state.skipped,
-        "teacher_top1": _teacher_top1(parts),
-        "best": state.best,
-        "chain": state.chain,
-        "fingerprint": state.fingerprint,
-        "targets": state.targets,
-        "teachers": state.teachers,
-    }
+    result = asdict(
+        checkpoint.Result(
+            epochs=state.epoch,
+            step=state.step,
+            samples_seen=state.samples_seen,
+            seconds=state.seconds,
+            skipped=state.skipped,
+            teacher_top1=_teacher_top1(parts),
+            best=state.best,
+            chain=state.chain,
+            fingerprint=state.fingerprint,
+            targets=state.targets,
+            teachers=state.teachers,
+        )
+    )
     if parts.accelerator.is_main_process:
         _guard(parts)
         reach("finish")

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from deit.config import Config, derive, to_dict
-from deit.errors import ConfigError, DeitError
+from deit.errors import ConfigError
 from deit.inputs import read_text
 from deit.presets import PRESETS, fit_epochs, put_presets
 from deit.studies import STUDIES
 from deit.text import nearest, shortened
 from deit.typed_json import strict_json
-from deit.validation import build, field_names
+from deit.validation import LIMIT, build, field_names
 
 Fields = dict[str, Any]
 """Values by `section.field`, or the name of a preset by its flag."""
@@ -91,9 +91,7 @@ def read_sweep(path: Path) -> Sweep:
         text = read_text(path)
         values = strict_json(text) if path.suffix == ".json" else yaml.load(text, _Unique)
         _check_extent(values)
-    except DeitError:
-        raise
-    except Exception as error:  # PyYAML raises KeyError, IndexError and more for odd tags
+    except (*_UNREADABLE, yaml.YAMLError) as error:
         reason = shortened(" ".join(str(error).split())) or type(error).__name__
         raise ConfigError(f"{path}: not a readable sweep ({reason})") from None
     if not isinstance(values, dict):
@@ -104,7 +102,17 @@ def read_sweep(path: Path) -> Sweep:
     return _checked(path, values)
 
 
-_MOST_VALUES, _LIMIT = 100_000, 2**63
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What reading a file raises; PyYAML's constructors of tags raise all but OSError as well."""
+_MOST_VALUES = 100_000
 
 
 def _check_extent(values: Any) -> None:
@@ -116,7 +124,7 @@ def _check_extent(values: Any) -> None:
         seen += 1
         if seen > _MOST_VALUES:
             raise ValueError(f"more than {_MOST_VALUES:,} values, or an alias that holds itself")
-        if isinstance(one, int) and abs(one) >= _LIMIT:
+        if isinstance(one, int) and abs(one) >= LIMIT:
             raise ValueError("a number that is not below 2^63")
         if isinstance(one, dict):
             waiting += [*one, *one.values()]

@@ -316,7 +316,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: format {found}, this release reads {FORMAT}")
     if manifest.pop(_DIGEST, None) != digest_of_value(manifest):
         raise CheckpointError(
-            f"{file}: was edited or damaged (its digest differs); write the store anew"
+            f"{file}: was edited or damaged (its digest differs); write the store again"
         )
     try:
         _check_manifest(manifest)

@@ -1,4 +1,4 @@
-"""Reads JSON as it was meant: into the dataclass that wrote it, nothing twice, no NaN."""
+"""Reads JSON into the dataclass that wrote it: no key twice, no NaN; writes it with a digest."""
 
 import functools
 import hashlib

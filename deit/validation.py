@@ -63,7 +63,7 @@ def build(
                     problems.append(
                         ConfigProblem(f"{section}.{leaf}", one, f"{trouble}; rename it")
                     )
-                if isinstance(one, int) and abs(one) >= _LIMIT:
+                if isinstance(one, int) and abs(one) >= LIMIT:
                     problems.append(ConfigProblem(f"{section}.{leaf}", one, "should be below 2^63"))
                     broken.add(section)
     for check, sections in {**CHECKS, **(ONLINE_CHECKS if online else {})}.items():
@@ -74,7 +74,8 @@ def build(
     return config
 
 
-_LIMIT = 2**63  # PyTorch's own sizes and numbers end there
+LIMIT = 2**63
+"""Whole numbers are below: PyTorch's sizes and seeds are 64-bit integers."""
 
 
 @functools.cache

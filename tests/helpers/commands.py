@@ -16,8 +16,8 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
 
 
 def run_in(folder: Path, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A program of ours (a root script, or `deit`) in a folder, on a machine without GPU: in a
-    process of its own, forked where all imports are done."""
+    """Run a root script or `deit` in a folder, with no GPU visible, in a process that is forked
+    from one with all imports done."""
     script = None if program == "deit" else program
     done = shared().run(*arguments, cwd=folder, script=script, **ENVIRONMENT)
     return subprocess.CompletedProcess([program, *arguments], done.code, done.out, done.err)
@@ -43,7 +43,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: st
 
 
 def fake_teacher(folder: Path, class_names: tuple[str, ...]) -> Path:
-    """A saved ConvNet of ours that answers every image with the first class."""
+    """Save a small_convnet that predicts the first class for every image."""
     student = StudentConfig(name="small_convnet", image_size=8)
     facts = Facts(student, class_names, (0.5,) * 3, (0.5,) * 3, 1.0)
     weights = build_student(facts).network.state_dict()

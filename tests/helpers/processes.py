@@ -15,7 +15,7 @@ SETTINGS = (
 
 
 def said_by(zygote, number, script, *arguments, cwd):
-    """What so many processes of a script say, started as torchrun would, without its seconds."""
+    """Return the output of a script run in `number` processes with the environment of torchrun."""
     done = zygote.together(*arguments, processes=number, script=str(script), cwd=cwd)
     assert [one.code for one in done] == [0] * number, "".join(one.err for one in done)
     return "".join(one.out for one in done)
