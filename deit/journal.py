@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from deit.console import warn
 from deit.disk import open_to_append, put_file, sync, why
-from deit.errors import EnvironmentFault
+from deit.errors import CheckpointError, EnvironmentFault
 from deit.faults import reach
 from deit.inputs import read_bytes
 from deit.typed_json import as_typed, strict_json
@@ -93,22 +93,37 @@ class _Epoch(BaseModel, extra="allow"):
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, as `read` finds them. Raises CheckpointError where one is not as
-    a run writes it."""
+    """The rows of a run's metrics, oldest first. Raises CheckpointError where one is not as a run
+    writes it; a last line that a kill cut off is left out."""
     path = run / METRICS
-    rows = as_typed(path, read(path), list[_Epoch])
+    rows = read(path)
+    if path.is_file() and len(rows) < read_bytes(path).count(b"\n"):
+        raise CheckpointError(f"{path}: line {len(rows) + 1} is no row of JSON")
+    rows = as_typed(path, rows, list[_Epoch])
     return [row.model_dump(exclude_unset=True) for row in rows]
 
 
 def cut(path: Path, length: int) -> None:
-    """Drop the rows behind `length` [bytes]: a resumed run writes them anew."""
-    found = path.stat().st_size if path.is_file() else 0
-    if found < length:
-        warn(f"{path}: shorter than it was, so some rows are lost; the run itself is not affected")
-        if found:
-            os.truncate(path, read_bytes(path).rfind(b"\n") + 1)  # half a row would spoil the next
-    elif found > length:
-        os.truncate(path, length)
+    """Drop the rows behind `length` [bytes], which a resumed run writes again, and lines before
+    it that are no rows: they would hide what follows them."""
+    content = read_bytes(path) if path.is_file() else b""
+    rows = [line for line in content[:length].splitlines(keepends=True) if _is_row(line)]
+    kept = b"".join(rows)
+    if len(kept) < length:
+        warn(f"{path}: not as it was written, so rows are lost; the run itself is not affected")
+    if content.startswith(kept):
+        if kept != content:
+            os.truncate(path, len(kept))
+    else:
+        put_file(path, kept)
+
+
+def _is_row(line: bytes) -> bool:
+    """Whether a line is a whole row: half a one would spoil the next."""
+    try:
+        return line.endswith(b"\n") and isinstance(strict_json(line), dict)
+    except ValueError:
+        return False
 
 
 def cut_steps(path: Path, step: int) -> None:

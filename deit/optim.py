@@ -73,8 +73,8 @@ def lr_at(step: int, *, optim: OptimConfig, steps_per_epoch: int) -> float:
     """The learning rate of update `step` (0 is the first).
 
     Linear from warmup_lr to the peak, which the first update after the warm-up takes, then a half
-    cosine that reaches min_lr with the last update; with decay_at a tenth less at each of these
-    shares of all updates.
+    cosine that reaches min_lr with the last update; with decay_at it falls to a tenth at each of
+    these shares of all updates.
     """
     peak = peak_lr(optim)
     warmup = round(optim.warmup_epochs * steps_per_epoch)

@@ -17,6 +17,7 @@ def _kinds(optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], tuple[str
     one = getattr(optimizer, "optimizer", optimizer)  # that in Accelerate's
     if isinstance(one, torch.optim.SGD):
         return ("momentum_buffer",) if one.defaults["momentum"] else (), ()
+    assert isinstance(one, torch.optim.AdamW), one
     return ("exp_avg", "exp_avg_sq"), ("step",)
 
 

@@ -1,11 +1,12 @@
 """Objectives against hand arithmetic, and where their gradients go."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from deit.config import LossConfig
+from deit.config import Kind, LossConfig
 from deit.losses import (
     TEACHER_TERMS,
     decoupled_losses,
@@ -287,6 +288,10 @@ def test_each_head_learns_only_from_its_own_source(name):
             allow_unused=True,
         )
         assert of_teacher is None
+
+
+def test_every_kind_of_loss_has_a_term():
+    assert set(get_args(Kind)) == {*TEACHER_TERMS, "none"}
 
 
 @pytest.mark.parametrize("kind", TEACHER_TERMS)

@@ -1,6 +1,7 @@
 """What others may do to a run folder, or leave in it: links, garbage, another run, a moved one."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -62,7 +63,8 @@ def test_a_link_in_the_place_of_a_file_of_ours_is_refused(name, out, zygote, tmp
     (out / name).symlink_to(victim)
     done = again(zygote, out)
     assert done.code == 4
-    assert f"{out / name}: is a link, and may lead anywhere" in done.err
+    assert str(out / name) in done.err
+    assert str(victim) in done.err
     assert victim.read_bytes() == before
 
 
@@ -73,7 +75,8 @@ def test_a_link_in_the_place_of_a_folder_of_ours_is_refused(name, out, zygote, t
     folder.symlink_to(tmp_path / "elsewhere")
     done = again(zygote, out)
     assert done.code == 4
-    assert f"{folder}: is a link" in done.err
+    assert str(folder) in done.err
+    assert str(tmp_path / "elsewhere") in done.err
 
 
 def test_links_of_other_names_are_none_of_ours(out, zygote, tmp_path):
@@ -93,7 +96,8 @@ def test_the_best_of_a_branch_that_was_given_up_is_not_the_best(zygote, tmp_path
     (checkpoint.newest(out) / "model.safetensors").write_bytes(b"")
     done = run(zygote, out, "loss:0:nan", *more, "--run.max_skipped", "100")
     assert done.code == 0, done.err
-    assert f"holds the weights of epoch {wanted['epoch']}" in done.err
+    best = re.escape(str(out / "best"))
+    assert re.search(rf"{best}\W.*\b{wanted['epoch']}\b", done.err)
     best = json.loads((out / "result.json").read_text())["best"]
     assert json.loads(state.read_text())["best"] == best != wanted
 
@@ -123,7 +127,7 @@ def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, zygote, tmp_pat
     gate.open()
     done = first.wait()
     assert done.code == 5, done.err
-    assert f"--out {out}: was moved, removed or replaced while this run worked in it" in done.err
+    assert f"--out {out}" in done.err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == content
 
 
@@ -131,8 +135,9 @@ def test_a_finished_run_with_other_settings_names_the_ways_that_there_are(straig
     done = run(zygote, straight, "", "--optim.epochs", "9")
     assert done.code == 2
     way = f"deit finetune --from {straight}"
-    assert f"give the same one, or another --out, or {way} to train its weights on:" in done.err
-    assert "optim.epochs: 2 before, 9 now" in done.err
+    assert "another --out" in done.err
+    assert way in done.err
+    assert re.search(r"optim\.epochs\b.*\b2\b.*\b9\b", done.err)
     told = zygote.run("finetune", *way.split()[2:], "--optim.epochs", "9", "--print_config")
     assert (told.code, json.loads(told.out)["optim"]["epochs"]) == (0, 9)
 
@@ -142,7 +147,7 @@ def test_a_full_disk_leaves_no_probe_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(disk.os, "fsync", full)
-    with pytest.raises(EnvironmentFault, match="No space left"):
+    with raises(EnvironmentFault, f"--out {tmp_path}", "No space left on device"):
         disk.check_writable(tmp_path, option="--out")
     assert not list(tmp_path.iterdir())
 
@@ -173,45 +178,46 @@ def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(out, monkeypatch,
     found = checkpoint.newest(out)
     assert found is not None
     assert found != newest
-    said = capsys.readouterr().err.replace("\n", " ")
-    assert "cannot be read now (Input/output error)" in said
+    said = capsys.readouterr().err
+    assert str(newest / "model.safetensors") in said
+    assert "Input/output error" in said
 
 
 def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(out, monkeypatch):
     """By the run that works in it: not damage."""
-    best, look = out / "best", manifest._checked
+    best, read = out / "best", manifest.read_typed
     shutil.copytree(best, out / "later")
     looks = []
 
-    def replaced(folder):
-        looks.append(folder)
+    def replaced(path, kind):
+        looks.append(path)
         if len(looks) == 1:
             shutil.rmtree(best)
             (out / "later").rename(best)
             raise CheckpointError("half of one, half of the other")
-        return look(folder)
+        return read(path, kind)
 
-    monkeypatch.setattr(manifest, "_checked", replaced)
+    monkeypatch.setattr(manifest, "read_typed", replaced)
     manifest.check(best)
     assert len(looks) == 2
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content"),
     [
-        ("environment.json", b"", "so whether it goes on to the bit is not known"),
-        ("environment.json", b'{"packages": []}', "so whether it goes on to the bit is not known"),
-        ("anomalies.jsonl", b"5\n", "some rows cannot be read"),
-        ("anomalies.jsonl", b'{"a": 1}\n', "some rows cannot be read"),
-        ("anomalies.jsonl", b"\xff\xfe\x00", "some rows cannot be read"),
-        ("metrics.jsonl", b"\xff\xfe\x00", "shorter than it was"),
+        ("environment.json", b""),
+        ("environment.json", b'{"packages": []}'),
+        ("anomalies.jsonl", b"5\n"),
+        ("anomalies.jsonl", b'{"a": 1}\n'),
+        ("anomalies.jsonl", b"\xff\xfe\x00"),
+        ("metrics.jsonl", b"\xff\xfe\x00"),
     ],
 )
-def test_files_that_only_inform_do_not_stop_a_run(name, content, words, out, zygote):
+def test_files_that_only_inform_do_not_stop_a_run(name, content, out, zygote):
     (out / name).write_bytes(content)
     done = again(zygote, out)
     assert done.code == 0, done.err
-    assert words in done.err.replace("\n", " ")
+    assert str(out / name) in done.err
 
 
 def test_a_folder_of_a_strange_name_does_no_harm(out, zygote):
@@ -226,14 +232,44 @@ def test_after_a_line_that_was_cut_off_the_next_rows_are_whole(out, zygote):
     assert [row["epoch"] for row in journal.read(out / "metrics.jsonl")] == [2]
 
 
+def test_cut_keeps_whole_rows_of_a_log_that_was_edited(tmp_path, capsys):
+    log = tmp_path / "metrics.jsonl"
+    length = [journal.append(log, {"step": step}) for step in range(4)][2]
+    written = log.read_bytes().splitlines(keepends=True)
+    longer, broken = b'{"step": 0, "note": "mine"}\n', b"{step: 1}\n"
+    for lines, left in [
+        (written, [0, 1, 2]),
+        ([longer, *written[1:]], [0]),
+        ([written[0], broken, *written[2:]], [0, 2]),
+        ([written[0], broken], [0]),
+        ([], []),
+    ]:
+        log.write_bytes(b"".join(lines))
+        journal.cut(log, length)
+        assert (str(log) in capsys.readouterr().err) == (left != [0, 1, 2])
+        journal.append(log, {"step": 9})
+        assert [row["step"] for row in journal.read(log)] == [*left, 9]
+
+
+def test_a_broken_line_of_the_metrics_is_named(straight, tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    first, second = (straight / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:2]
+    for content in (first + second, first + second[:-9]):  # a kill leaves half a row
+        log.write_bytes(content)
+        assert [row["epoch"] for row in journal.read_metrics(tmp_path)][:1] == [1]
+    for content in (b"{epoch: 1}\n" + second, first + b"{}}\n", first + second[:-9] + b"\n"):
+        log.write_bytes(content)
+        with raises(CheckpointError, log, "line"):
+            journal.read_metrics(tmp_path)
+
+
 def test_a_finished_run_whose_best_is_damaged_says_so(zygote, straight, tmp_path):
     out = shutil.copytree(straight, tmp_path / "run")
     (out / "best" / "model.safetensors").write_bytes(b"")
     done = run(zygote, out)
     assert done.code == 0
-    said = done.err.replace("\n", " ")
-    assert "0 bytes" in said
-    assert "--checkpoint last" in said
+    assert re.search(r"best/model\.safetensors\b.*\b0 bytes\b", done.err)
+    assert "--checkpoint last" in done.err
     assert zygote.run("evaluate", out, "--checkpoint", "last").code == 0
 
 
@@ -246,13 +282,14 @@ def test_a_result_that_is_none_is_named(name, value, zygote, straight, tmp_path)
     (out / "result.json").write_text(json.dumps({**result, name: value}))
     done = run(zygote, out)
     assert done.code == 4
-    assert f"result.json: {name}: " in done.err
+    assert re.search(rf"result\.json\W+{name}\b", done.err)
 
 
 def test_a_full_disk_at_a_log_is_a_full_disk(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "metrics:1:full")
     assert done.code == 5
-    assert "could not be written (No space left on device" in done.err
+    assert str(tmp_path / "run" / "metrics.jsonl") in done.err
+    assert "No space left on device" in done.err
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +308,7 @@ def test_a_teacher_that_was_moved_is_the_same_teacher(teachers, zygote, tmp_path
     assert run(zygote, out, "update:7:term", *taught, teachers / "0").code == 143
     other = run(zygote, out, "", *taught, teachers / "1")
     assert other.code == 3
-    assert "a teacher's weights differ" in other.err
+    assert "teacher.source" in other.err
     assert run(zygote, out, "", *taught, moved).code == 0
     assert run(zygote, out, "", *taught, teachers / "0").code == 0
     assert run(zygote, out, "", *taught, teachers / "1").code == 3
@@ -281,22 +318,25 @@ LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
 
 
 @pytest.mark.parametrize(
-    ("words", "block", "said"),
+    ("words", "block", "named"),
     [
-        (("digits-teacher",), 63, "63 images at once; 21 fit"),
-        (("digits-teacher",), 1, "1 images at once: try a smaller student; the same command with"),
-        (LEARNER, 2, "2 images at once: try --run.recompute, or a smaller student; the same"),
-        ((*LEARNER, "--run.recompute"), 2, "2 images at once: try a smaller student; the same"),
+        (("digits-teacher",), 63, {"--optim.accumulate 3", " 21 "}),
+        (("digits-teacher",), 1, {"smaller student"}),
+        (LEARNER, 2, {"--run.recompute", "smaller student"}),
+        ((*LEARNER, "--run.recompute"), 2, {"smaller student"}),
     ],
     ids=["less fits", "nothing to recompute", "recompute", "recomputes already"],
 )
-def test_out_of_memory_advises_only_what_helps(words, block, said, zygote, tmp_path):
+def test_out_of_memory_advises_only_what_helps(words, block, named, zygote, tmp_path):
     words = (*words, *FEW, "--optim.epochs", "3", "--optim.batch_size", block)
     done = zygote.run("train", *words, "--out", tmp_path / "run", DEIT_FAULT="update:3:memory")
     assert done.code == 5
-    assert f"out of memory with {said}" in done.err
-    assert f"--resume goes on with {tmp_path / 'run'}" in done.err
-    assert "with fewer" not in done.err
+    assert f" {block} images" in done.err
+    assert "--resume" in done.err
+    assert str(tmp_path / "run") in done.err
+    ways = {"--optim.accumulate 3", " 21 ", "--run.recompute", "smaller student"}
+    assert {way for way in ways if way in done.err} == named
+    assert ("--optim.accumulate" in done.err) == (block == 63)
 
 
 @pytest.mark.parametrize(
