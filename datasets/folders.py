@@ -10,6 +10,7 @@ from deit.datasets.listing import (
     Found,
     Listing,
     PassedOver,
+    check_root,
     ending_of,
     find_images,
     instead,
@@ -34,11 +35,7 @@ def list_folder(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     empty class; raises DataError on a missing or empty root.
     """
     root = Path(config.root)
-    if not root.is_dir():
-        raise DataError(
-            f"data.root {root}: no such folder; expected {root}/train/CLASS/IMAGE (--data.root: "
-            "where the images lie)"
-        )
+    check_root(root)
     passed = PassedOver()
     splits = {
         split: (folder.path, _class_folders(folder, passed, complain))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deit.datasets.decoding import EXTENSIONS
 from deit.datasets.images import Store
-from deit.errors import DataError, raise_transient
+from deit.errors import DataError, NotThereError, raise_transient
 from deit.text import bytes_of, counted, in_line, name_trouble, nearest
 
 Part = TypeVar("Part")
@@ -97,6 +97,16 @@ def refuse(problem: str) -> None:
 
 def _ignore(problem: str) -> None:
     """For a first look at what may not be read at all."""
+
+
+def check_root(root: Path, layout: str = "CLASS/IMAGE") -> None:
+    """Refuse a root folder that is not there. layout: of what is below its splits. Raises
+    NotThereError."""
+    if not root.is_dir():
+        raise NotThereError(
+            f"data.root {root}: no such folder; expected {root}/train/{layout} (--data.root says "
+            "where the images are)"
+        )
 
 
 def is_hidden(name: str) -> bool:

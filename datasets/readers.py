@@ -14,6 +14,7 @@ from deit.datasets.listing import (
     Listing,
     PassedOver,
     assemble,
+    check_root,
     ending_of,
     find_images,
     is_hidden,
@@ -30,8 +31,8 @@ from deit.errors import ConfigError, DataError, EnvironmentFault, raise_transien
 
 _STREAMS = {
     "wds": "WebDataset shards are read by --data.source shards",
-    "tfds": "save the images as class folders or shards",
-    "hfids": "use hfds/NAME",
+    "tfds": "save the images as class folders and read those by --data.source folder",
+    "hfids": "use hfds/{name}",
 }
 
 
@@ -47,7 +48,7 @@ def list_reader(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     if kind in _STREAMS:
         raise ConfigError(
             f"data.reader {config.reader}: only streams, so it cannot keep the order that the seed "
-            f"decides; {_STREAMS[kind]}"
+            f"decides; {_STREAMS[kind].format(name=name)}"
         )
     if kind not in _READERS:
         raise ConfigError(
@@ -78,11 +79,7 @@ def _create(name: str, root: Path, split: str = "train") -> Any:
 def _folders(name: str, config: DataConfig, passed: PassedOver, complain: Complain) -> _Listed:
     """timm's rule for folders: the innermost folder is the class."""
     root, found, paths = Path(config.root), {}, []
-    if not root.is_dir():
-        raise DataError(
-            f"data.root {root}: no such folder; expected {root}/train/CLASS/IMAGE (--data.root: "
-            "where the images lie)"
-        )
+    check_root(root)
     for split, folder in split_folders(root, passed, complain).items():
         names = find_images(folder, passed, complain)
         if any("/" not in name for name in names):

@@ -17,6 +17,7 @@ from deit.datasets.listing import (
     Listing,
     PassedOver,
     assemble,
+    check_root,
     ending_of,
     holds_images,
     is_hidden,
@@ -54,11 +55,7 @@ def list_shards(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     Complains of damaged and compressed shards, of images without label and labels without image.
     """
     root = Path(config.root)
-    if not root.is_dir():
-        raise DataError(
-            f"data.root {root}: no such folder; expected {root}/train/*.tar (--data.root: where "
-            "they lie)"
-        )
+    check_root(root, "*.tar")
     passed = PassedOver()
     folders = split_folders(root, passed, complain)
     shards = {split: _shards(folder, root, complain, passed) for split, folder in folders.items()}
@@ -182,7 +179,7 @@ def check_end(path: Path, offset: int) -> None:
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("ends without an end mark")
+        raise tarfile.ReadError(f"ends at byte {offset} without an end mark")
     if block.strip(b"\0"):
         raise tarfile.ReadError(f"damaged at byte {offset}")
 

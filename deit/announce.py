@@ -56,7 +56,10 @@ def announce(parts: Parts, environment: dict[str, Any]) -> None:
     )
     pieces = number_of_parts(config.run.shard, number)
     if pieces > 1:
-        say(f"          student, gradients and optimizer divided into {pieces} parts")
+        say(
+            f"          student, gradients and optimizer divided into {pieces} parts "
+            f"(run.shard {config.run.shard})"
+        )
     _warn_of_idle_cores(accelerator)
     if not is_transformer(config.student):
         return

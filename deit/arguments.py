@@ -48,6 +48,7 @@ def parse_run(
     online: bool = True,
     adapt: Callable[[Config], Config] | None = None,
     out: Path | None = None,
+    prefix: str = "",
 ) -> RunArguments:
     """The checked arguments of a run: RECIPE first, options after it.
 
@@ -56,7 +57,7 @@ def parse_run(
     use for, each with what to do instead.
     online: whether its teachers will answer in training, as `deit.validation.build` takes it.
     adapt: what is done to the recipe before the fields of the command line are put over it.
-    out: the run folder where none is named; None: checkpoints/RECIPE.
+    out: the folder where none is named; None: checkpoints/RECIPE, with the prefix before RECIPE.
     Raises ConfigError naming every problem; `--help` prints and raises SystemExit(0).
     """
     without = without or {}
@@ -107,7 +108,9 @@ def parse_run(
     return RunArguments(
         recipe=recipe,
         config=config,
-        out=Path(folder).expanduser() if folder else out or Path("checkpoints") / run_name(recipe),
+        out=Path(folder).expanduser()
+        if folder
+        else out or Path("checkpoints") / (prefix + run_name(recipe)),
         resume=options.resume,
         dry_run=options.dry_run,
         print_config=options.print_config,

@@ -35,7 +35,9 @@ def check_begun(out: Path, file: str, asked: dict[str, Any], *, what: str) -> No
                 "it was begun with, or another --out"
             )
     elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise ConfigError(f"--out {out}: holds something, but no {what}; give another --out")
+        raise ConfigError(
+            f"--out {out}: holds something, but no {what} (no {file}); give another --out"
+        )
 
 
 def _shown(values: dict[str, Any], key: str) -> str:

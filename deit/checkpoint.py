@@ -1,5 +1,6 @@
 """The run folder: its names, its checkpoints written whole, and the newest sound one found."""
 
+import os
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
@@ -87,6 +88,8 @@ def check_folder(out: Path, *, resume: bool) -> None:
     if all(name == LOCK or is_passing(name) for name in names):
         _check_entries(out, names)
         return
+    if CONFIG not in names:
+        raise ConfigError(f"--out {out}: holds something, but no run (no {CONFIG}); give another")
     if not resume:
         raise ConfigError(
             f"--out {out}: the folder is not empty; add --resume to go on with the run in it, "
@@ -94,9 +97,7 @@ def check_folder(out: Path, *, resume: bool) -> None:
         )
     _check_entries(out, names)
     if not (out / CONFIG).is_file():
-        raise ConfigError(
-            f"--out {out}: holds something, but no run to resume (no {CONFIG}); give another --out"
-        )
+        raise ConfigError(f"--out {out}: its {CONFIG} is no file; give another --out")
     if (out / "last").is_dir():
         raise CheckpointError(
             f"--out {out}: a run of an earlier release (it has a folder `last`), which this one "
@@ -115,7 +116,8 @@ def _check_entries(out: Path, names: list[str]) -> None:
         )
         if ours and (out / name).is_symlink():
             raise CheckpointError(
-                f"{out / name}: is a link, and may lead anywhere; put what it leads to in its place"
+                f"{out / name}: is a link (to {os.path.realpath(out / name)}), and may lead "
+                "anywhere; put what it leads to in its place"
             )
         if ours and (out / name).exists() and not is_plain(out / name):
             raise CheckpointError(f"{out / name}: {NOT_PLAIN}; remove it")

@@ -82,7 +82,10 @@ def _check_student(config: Config) -> list[ConfigProblem]:
             )
             found.append(ConfigProblem("student.adapters", student.adapters, advice))
         if student.share > 1 and (student.block_heads or student.block_hidden):
-            advice = "blocks that share their weights cannot be pruned apart; use 1"
+            advice = (
+                "blocks that share their weights cannot be pruned apart (student.block_heads, "
+                "student.block_hidden); use 1"
+            )
             found.append(ConfigProblem("student.share", student.share, advice))
         for leaf in ("block_heads", "block_hidden"):
             values = getattr(student, leaf)
@@ -422,7 +425,8 @@ def _check_optim(config: Config) -> list[ConfigProblem]:
             ConfigProblem(
                 "optim.batch_size",
                 optim.batch_size,
-                "mixing takes pairs: each micro-batch should be even",
+                "mixing takes pairs: each micro-batch (optim.batch_size / optim.accumulate) should "
+                "be even",
             )
         )
     others = ("momentum",) if optim.algorithm == "adamw" else ("beta1", "beta2")
@@ -466,7 +470,7 @@ def _check_optim(config: Config) -> list[ConfigProblem]:
 def _check_run(config: Config) -> list[ConfigProblem]:
     run, found = config.run, []
     if run.linear == "onednn" and run.compile != "none":
-        advice = "is not for compiled networks; leave it at auto"
+        advice = "is not for compiled networks (run.compile); leave it at auto"
         found.append(ConfigProblem("run.linear", run.linear, advice))
     if run.shard != "none":
         whole = "is for students that are whole in every process; leave run.shard at none"

@@ -7,9 +7,10 @@ from typing import Any
 
 from deit.arguments import RunArguments
 from deit.at_once import Planned, Progress, check_number, closing_idle, train_at_once
+from deit.begun import check_begun
 from deit.config import Config, derive
 from deit.console import is_main_process, say, table
-from deit.disk import check_file, write_json
+from deit.disk import check_file, check_writable, write_json
 from deit.drawing import COLUMNS, comparison_cells, draw_comparison
 from deit.errors import ConfigError, EnvironmentFault
 from deit.evaluation import evaluate
@@ -22,6 +23,8 @@ from deit.target_writer import write_targets
 from deit.text import nearest
 from deit.typed_json import strict_json
 from deit.validation import validate
+
+MANIFEST = "comparison.json"
 
 
 @closing_idle()
@@ -58,6 +61,12 @@ def compare(
             f"--json {json_file}: exists already and is no result of a comparison; give another"
         )
     plans = [_Plan(run, seed, study, only, alone=len(seeds) == 1) for seed in seeds]
+    begun = {"recipe": run.recipe}
+    check_begun(run.out, MANIFEST, begun, what="comparison")
+    check_writable(run.out, option="--out")
+    if is_main_process():
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_json(run.out / MANIFEST, begun)
     progress = Progress(sum(len(plan.ground) + len(plan.arms) for plan in plans))
     # What runs build on before them; of all seeds, those that come first in theirs.
     for stage in itertools.zip_longest(*(plan.ground.values() for plan in plans)):

@@ -152,14 +152,14 @@ def plane_through(origin: Tensor, second: Tensor, third: Tensor) -> Plane:
     Raises ConfigError if the three lie on one line.
     """
     axes: list[Tensor] = []
-    for point in (second, third):
+    for name, point in (("second", second), ("third", third)):
         way = point.double() - origin.double()
         length = torch.linalg.vector_norm(way)
         for axis in axes:
             way = way - (axis @ way) * axis
         left = torch.linalg.vector_norm(way)
         if not left > 1e-6 * length:
-            raise ConfigError("a plane through three points on one line: should be three others")
+            raise ConfigError(f"{name}: on one line with the points before it; no plane has it")
         axes.append(way / left)
     return Plane(origin, axes[0].to(origin), axes[1].to(origin))
 

@@ -279,7 +279,9 @@ def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
     for name, row in result["rows"].items():
         colour = _COLOURS[name]
         if name == "teacher":
-            level = 100 * statistics.mean(curve[-1][1] for curve in row["curves"])
+            # The weights of its best epoch are what the students learn from.
+            best = [max(top1 for _, top1 in curve) for curve in row["curves"]]
+            level = 100 * statistics.mean(best)
             axes.axhline(level, color=colour, linestyle="--", label=f"teacher, {level:.1f}")
             shown.append(level)
             continue
@@ -288,6 +290,7 @@ def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
             axes.plot(epochs, values, color=colour, alpha=0.8, label=None if index else name)
             shown += values
     axes.set(xlabel="epoch", ylabel="validation top-1 %", ylim=_limits(shown))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     name_all(axes)
     axes.legend(loc="lower right", frameon=False)

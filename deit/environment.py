@@ -75,15 +75,16 @@ def _check_launcher() -> None:
     for variable, name in _SHARDING.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise EnvironmentFault(
-                f"the launcher asks for {name}; a student is divided among processes by "
-                "--run.shard full (what FSDP2 and ZeRO's stage 3 do; docs/scaling.md) under a "
+                f"the launcher asks for {name} ({variable}); a student is divided among processes "
+                "by --run.shard full (what FSDP2 and ZeRO's stage 3 do; docs/scaling.md) under a "
                 "launcher of distributed_type MULTI_GPU, or torchrun"
             )
-    asked = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    variable = "ACCELERATE_DYNAMO_BACKEND"
+    asked = os.environ.get(variable, "no")
     if asked.lower() != "no":
         raise EnvironmentFault(
-            f"the launcher asks for torch.compile (dynamo_backend {asked}); launch without, and "
-            "give --run.compile default"
+            f"the launcher asks for torch.compile ({variable} {asked}); launch without, and give "
+            "--run.compile default"
         )
 
 

@@ -210,7 +210,7 @@ def _config_of(source: str | None, program: str, rest: list[str]) -> Path:
     # A data source may be called as a recipe is: what follows an option is its value.
     takes = [word.startswith("--") and "=" not in word for word in ["", *rest]]
     if late := [word for before, word in zip(takes, rest) if word in RECIPES and not before]:
-        raise ConfigError(f"{program}: the recipe comes before its options; move {late[0]} there")
+        raise ConfigError(f"{program}: RECIPE comes before its options; move {late[0]} there")
     if source is None:
         raise ConfigError(_NO_START.format(program))
     folder = Path(source).expanduser()

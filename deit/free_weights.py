@@ -33,7 +33,7 @@ class FreeWeights:
             self.stretches[name] = slice(self.size, self.size + free)
             self.size += free
         if not self.size:
-            raise ConfigError("the masks leave no free weight: at least one should be True")
+            raise ConfigError("masks: no free weight is left; at least one should be True")
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The free entries of tensors shaped like the parameters, as a new vector [size]."""
@@ -73,12 +73,14 @@ class FreeWeights:
         theirs = dict(network.named_parameters())
         if theirs.keys() != self.parameters.keys():
             missing = sorted(theirs.keys() ^ self.parameters.keys())[0]
-            raise ConfigError(f"only one of two networks has {missing}: no point of this surface")
+            raise ConfigError(
+                f"{missing}: only one of two networks has it: no point of this surface"
+            )
         tensors = {name: theirs[name].detach().to(own) for name, own in self.parameters.items()}
         for name, tensor in tensors.items():
             if tensor.shape != self.parameters[name].shape:
                 shapes = f"{list(tensor.shape)}, not {list(self.parameters[name].shape)}"
-                raise ConfigError(f"{name} is {shapes}: no point of this surface")
+                raise ConfigError(f"{name}: is {shapes}: no point of this surface")
             outside = int(tensor[~self._masks[name]].count_nonzero()) if name in self._masks else 0
             if outside:
                 raise ConfigError(
@@ -94,8 +96,8 @@ class FreeWeights:
                 continue
             if name not in theirs or not torch.equal(own, theirs[name].to(own)):
                 raise ConfigError(
-                    f"{name} differs between the networks: running statistics of BatchNorm, or the "
-                    "normalisation of images; build a surface for each"
+                    f"{name}: differs between the networks: running statistics of BatchNorm, or "
+                    "the normalisation of images; build a surface for each"
                 )
 
 

@@ -97,7 +97,9 @@ def _of_search(out: Path, asked: Asked) -> list[Place]:
     if seed not in seeds:
         raise ConfigError(f"--run_seed {seed}: {out} has {', '.join(map(str, seeds))}")
     if not sparsity:
-        raise CheckpointError(f"{out / RESULTS}: names no levels; run the search again")
+        raise CheckpointError(
+            f"{out / RESULTS}: names no levels; run the search (deit tickets) again"
+        )
     levels = sorted({level for _, level in sparsity})
     for level in asked.levels or ():
         if level not in levels:

@@ -131,14 +131,16 @@ def _checked(folder: Path) -> Manifest:
     said = content.pop("sha256")
     own = hashlib.sha256(_text(content)).hexdigest()
     if said != own or read_bytes(path) != _text(content | {"sha256": own}):
-        raise CheckpointError(f"{path}: damaged (its own digest differs)")
+        raise CheckpointError(f"{path}: damaged (its own digest, sha256, differs)")
     for name, expected in manifest.files.items():
         file = folder / name
         if not _NAME.fullmatch(name):
             raise CheckpointError(f"{path}: {name!r} is no name of a file of ours")
         there = _stat(file)
         if there is not None and stat.S_ISLNK(there.st_mode):
-            raise CheckpointError(f"{file}: is a link, and may lead anywhere")
+            raise CheckpointError(
+                f"{file}: is a link (to {os.path.realpath(file)}), and may lead anywhere"
+            )
         if there is None or not stat.S_ISREG(there.st_mode):
             raise CheckpointError(f"{file}: missing")
         if there.st_size != expected.bytes:

@@ -79,7 +79,7 @@ def _introduce(teacher: Teacher, logits: Tensor, splits: Splits, guess: float) -
     if _enlarged(teacher):
         size += f" (trained at {teacher.trained_size} px)"
     if teacher.layout == "channels_last":
-        size += ", channels last in memory"
+        size += ", channels_last in memory"
     say(
         f"teacher   {teacher.description}: {size_of(teacher)} parameters, input {size}, "
         f"validation top-1 {percent(accuracy)} % (chance {percent(guess)} %)"

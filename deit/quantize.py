@@ -157,7 +157,10 @@ def _check_early(plan: Plan, config: Config, student: Student, facts: Facts, run
     ConfigError, DataError and CheckpointError."""
     rounded = rounded_layers(student.network).values()
     if rounded and not any(layer.range.any() for layer in rounded):
-        raise CheckpointError(f"{run}: has learnt no ranges, no update was made; train it on")
+        raise CheckpointError(
+            f"{run}: student.rounding = {config.student.rounding!r}: has learnt no ranges, no "
+            "update was made; train it on"
+        )
     # What adapters, and timm's others, call the functions that they compute only the graph tells.
     if config.student.name in STUDENTS and config.student.adapters == "none":
         layers = layers_of(student.network)

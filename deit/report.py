@@ -89,9 +89,10 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
 def _names(paths: list[Path]) -> dict[Path, str]:
     """What each is called: its folder, without the hash that a sweep puts behind it; with it, or in
     full, where two would be called the same."""
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ConfigError("a run is named twice; once is enough")
-    whole = [path.resolve().name for path in paths]
+    places = [path.resolve() for path in paths]
+    if twice := [path for path, place in zip(paths, places) if places.count(place) > 1]:
+        raise ConfigError(f"{twice[0]}: is named twice; once is enough")
+    whole = [place.name for place in places]
     short = [
         _HASH.sub("", name) if (path.resolve().parent.parent / MANIFEST).is_file() else name
         for path, name in zip(paths, whole)
@@ -133,7 +134,9 @@ def _check_folder(out: Path, force: bool) -> None:
     check_writable(out, option="--out")
     inside = list(out.iterdir()) if out.is_dir() else []
     if inside and not (out / _MARK).is_file():
-        raise ConfigError(f"--out {out}: holds something, but no report; give another --out")
+        raise ConfigError(
+            f"--out {out}: holds something, but no report (no {_MARK}); give another --out"
+        )
     if (out / PAGE).is_file() and not force:
         raise EnvironmentFault(f"--out {out}: holds a report already; --force replaces it")
 

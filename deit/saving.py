@@ -79,8 +79,9 @@ def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
     checkpoint.write(parts.out, state.step, fill, keep=keep, stay=stay, needs=needs)
     if (took := time.monotonic() - started) > _SLOW_S:
         warn(
-            f"the checkpoint of update {state.step} took {clock(took)} to write; launchers often "
-            "kill 30 s after a signal, and then the one before it is what is left"
+            f"{checkpoint.folder_of(parts.out, state.step)}: took {clock(took)} to write; "
+            "launchers often kill 30 s after a signal, and then the checkpoint before it is what "
+            "is left"
         )
 
 

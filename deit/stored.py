@@ -58,19 +58,23 @@ def check_records(records: str, config: Config, combine: str | None, *, where: s
     loss = config.loss
     averaged = len(seats(config.teacher)) > 1 and config.teacher.combine != "tokens"
     if records == "hard" and (needs_logits(loss) or averaged):
-        wanted = "a mean of several teachers" if averaged else f"loss.kind {loss.kind!r}"
+        wanted = f"loss.kind {loss.kind!r}"
+        instead = "the objective they are for (--objective deit-hard)"
+        if averaged:
+            wanted = f"a mean of several teachers (teacher.combine {config.teacher.combine!r})"
+            instead = "--teacher.combine tokens, a token for each"
         raise ConfigError(
             f"{where}: holds hard labels, {wanted} needs probabilities; write a store with "
-            "--records full, or give the objective they are for (--objective deit-hard)"
+            f"--records full, or give {instead}"
         )
     inexact = loss.temperature != 1 or loss.standardise or loss.kind == "dkd"
     inexact |= averaged and config.teacher.combine == "logits"
     kept = kept_of(records)
     if kept is not None and needs_logits(loss) and inexact:
         raise ConfigError(
-            f"{where}: holds the {kept} largest answers alone; at another temperature than 1, "
-            "standardised, decoupled or in a mean of logits the others count; write the store with "
-            "--records full"
+            f"{where}: holds the {kept} largest answers alone; the others count at a "
+            "loss.temperature other than 1, with loss.standardise, with loss.kind dkd and with "
+            "teacher.combine logits; write the store with --records full"
         )
     mean = combine == "probabilities"
     if mean and needs_logits(loss) and loss.temperature != 1:

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deit.errors import ConfigError
 from deit.free_weights import FreeWeights
+from deit.text import shortened
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(network, batch) -> mean over the batch, a scalar."""
@@ -50,8 +51,8 @@ class Surface:
         """
         if not batches or len(batches) != len(sizes) or min(sizes) < 1:
             raise ConfigError(
-                f"a surface of {len(batches)} batches with {len(sizes)} sizes: "
-                "each batch needs its number of images, at least 1"
+                f"sizes {shortened(str(list(sizes)))}: each of {len(batches)} batches needs its "
+                "number of images, at least 1"
             )
         self._network = copy.deepcopy(network).eval().requires_grad_(True)
         self._loss = loss

@@ -139,7 +139,9 @@ def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
                     "another --out"
                 )
     elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise ConfigError(f"--out {out}: holds something, but no sweep; give another --out")
+        raise ConfigError(
+            f"--out {out}: holds something, but no sweep (no {MANIFEST}); give another --out"
+        )
 
 
 def _list(plan: Sweep, work: Work) -> None:

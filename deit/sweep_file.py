@@ -93,7 +93,8 @@ def read_sweep(path: Path) -> Sweep:
         _check_extent(values)
     except (*_UNREADABLE, yaml.YAMLError) as error:
         reason = shortened(" ".join(str(error).split())) or type(error).__name__
-        raise ConfigError(f"{path}: not a readable sweep ({reason})") from None
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise ConfigError(f"{path}: not a sweep in readable {kind} ({reason})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a sweep names a recipe, a grid or runs; see docs/sweeps.md")
     mappings = [one for one in values.values() if isinstance(one, dict)]
@@ -270,10 +271,12 @@ def _span(name: str, one: Any) -> Span:
     try:
         low, high = (float(one[end]) for end in ("low", "high"))
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: low and high should be numbers") from None
+        ends = f"are {one['low']!r} and {one['high']!r}"
+        raise ValueError(f"{name}: low and high should be numbers, {ends}") from None
     log = _truth(one.get("log", False))
     if not low < high or (log and low <= 0):
-        raise ValueError(f"{name}: should go from low to a larger high" + ", above 0" * log)
+        ends = f"low {low:g} should be below high {high:g}"
+        raise ValueError(f"{name}: {ends}" + ", and above 0 where log is true" * log)
     whole = _is_whole(name)
     return Span(int(low), int(high), log, True) if whole else Span(low, high, log)
 
@@ -303,9 +306,10 @@ def _runs(value: Any) -> dict[str, Fields]:
     """Runs by name; those of a list are called by what they change."""
     if isinstance(value, list):
         listed = [_flat(one) for one in value]
-        value = {_title(_texts(one)) or "as it is": one for one in listed}
+        titles = [_title(_texts(one)) or "as it is" for one in listed]
+        value = dict(zip(titles, listed))
         if len(value) < len(listed):
-            raise ValueError("names the same run twice")
+            raise ValueError(f"names the run {max(titles, key=titles.count)!r} twice")
     if not isinstance(value, dict) or not value:
         raise ValueError(f"should be runs by name, or a list of them, is {value!r}")
     runs = {}
@@ -391,7 +395,7 @@ def points_of(sweep: Sweep, config: Config) -> list[Point]:
     Raises ConfigError where one of them cannot be, or two are the same point.
     """
     found: list[Point] = []
-    wrong: list[str] = []
+    wrong: list[ConfigError] = []
     axes = [[(name, value) for value in values] for name, values in sweep.grid.items()]
     for combination in itertools.product(*axes):
         fields = dict(combination)
@@ -400,13 +404,14 @@ def points_of(sweep: Sweep, config: Config) -> list[Point]:
             base = with_fields(config, fields, where=where)
             for name, arm in _arms(sweep, base, fields):
                 values = ({"run": name} if name else {}) | _texts(fields)
-                own = _texts(sweep.runs.get(name, _differing(base, arm))) if name else None
+                own = _texts(sweep.runs.get(name, differing(base, arm))) if name else None
                 found.append(Point(_title(values), values, arm, own))
         except ConfigError as error:
-            wrong.append(str(error))
+            wrong.append(error)
     if wrong:
         more = f"\nand {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
-        raise ConfigError("\n".join(wrong[:_TOLD]) + more)
+        problems = [problem for error in wrong for problem in error.problems]
+        raise ConfigError("\n".join(map(str, wrong[:_TOLD])) + more, problems)
     return found
 
 
@@ -419,7 +424,7 @@ def under_command_line(sweep: Sweep, asked: Config, config: Config) -> Sweep:
     asked: the recipe with what is set for all; config: with the command line over it. Raises
     ConfigError for a field that varies in the grid or the search.
     """
-    typed = _differing(asked, config)
+    typed = differing(asked, config)
     fitted = to_dict(derive(asked, optim={"epochs": config.optim.epochs}))
     fit_epochs(fitted, ["optim.epochs"])
     for name in typed.keys() - {"optim.epochs"}:
@@ -505,7 +510,7 @@ def text_of(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _differing(before: Config, now: Config) -> Fields:
+def differing(before: Config, now: Config) -> Fields:
     """The fields that are not as before, with their values now."""
     earlier = to_dict(before)
     return {

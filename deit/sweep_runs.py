@@ -8,11 +8,11 @@ from deit import checkpoint, shared_targets
 from deit.arguments import RunArguments
 from deit.at_once import Planned
 from deit.config import Config, derive
-from deit.errors import ConfigError, DataError
+from deit.errors import ConfigError
 from deit.ground import Ground, slug
-from deit.models.teachers import locate
 from deit.stored import check_records
-from deit.sweep_file import Point, Sweep, corners_of, points_of
+from deit.sweep_file import Point, Sweep, corners_of, differing, points_of
+from deit.teaching import check_inputs
 from deit.validation import load
 
 
@@ -123,13 +123,8 @@ def _shared(
 def check_there(config: Config, trained: set[str]) -> None:
     """Refuse teachers and images that are not there. trained: teachers that will be. Raises
     DataError."""
-    if config.loss.kind != "none" and not config.teacher.targets:
-        for source in config.teacher.source:
-            if source not in trained:
-                locate(source)
-    data = config.data
-    if data.source in ("folder", "shards") and not Path(data.root).expanduser().exists():
-        raise DataError(f"data.root {data.root}: no such folder; give --data.root DIR")
+    asked = config.loss.kind != "none" and not config.teacher.targets
+    check_inputs([one for one in config.teacher.source if asked and one not in trained], config)
 
 
 def check_ground(one: Planned) -> None:
@@ -156,9 +151,9 @@ def _check_distinct(points: list[Point]) -> None:
         other = known.setdefault(key, point)
         if other.config != point.config:
             raise ConfigError(
-                f"{other.name} and {point.name} differ in nothing that decides a result (but in "
-                "where images or stores lie, or how it is computed) and would be the same run; a "
-                "sweep for each tells them apart"
+                f"{other.name} and {point.name} differ only in "
+                f"{', '.join(differing(other.config, point.config))}, which decides no result, and "
+                "would be the same run; a sweep for each tells them apart"
             )
 
 

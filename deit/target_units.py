@@ -100,7 +100,9 @@ class Units:
         # A process that was killed may have left the folder of units, or a passing file.
         others = [name for name in there if name != UNITS and not is_passing(name)]
         if others:
-            raise ConfigError(f"--out {out}: the folder is not empty; give another --out")
+            raise ConfigError(
+                f"--out {out}: not empty (it holds {min(others)!r}); give another --out"
+            )
         try:
             (out / UNITS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -138,8 +140,8 @@ class Units:
             *known, rows, canaries, crc = _HEADER.unpack(content[: _HEADER.size])
         if len(known) == 4 and known[:2] == [_MAGIC, FORMAT] and known[2] != self.digest:
             raise CheckpointError(
-                f"{self.path(unit)}: was written for another store; delete it and run the same "
-                "command again"
+                f"{self.path(unit)}: was written for another store ({known[2].hex()[:12]}, not "
+                f"{self.digest.hex()[:12]}); delete it and run the same command again"
             )
         if known != [_MAGIC, FORMAT, self.digest, unit] or zlib.crc32(payload) != crc:
             raise CheckpointError(

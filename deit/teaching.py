@@ -1,12 +1,16 @@
 """The teachers of a run: networks and stores, brought together, checked, and heard as one panel."""
 
 import dataclasses
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 
 from accelerate import Accelerator
 from torch import Tensor
 
 from deit.config import Config, TeacherConfig
 from deit.console import percent, say, warn
+from deit.datasets.listing import check_root
 from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import Splits
 from deit.environment import in_main_process
@@ -19,6 +23,24 @@ from deit.preparation import chorus, lay_out, loader_of, panel_of, teacher_input
 from deit.seats import Seat, seats
 from deit.stored import Checked, answer_to, check_store, open_stores, stored_epochs
 from deit.targets import Store
+
+
+def check_inputs(teachers: Iterable[str], config: Config) -> None:
+    """Refuse teachers and images that are not there, all in one message. Raises NotThereError."""
+    checks = [partial(locate, source) for source in teachers]
+    if (layout := _LAYOUTS.get(config.data.source)) is not None:
+        checks.append(partial(check_root, Path(config.data.root), layout))
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except NotThereError as error:
+            problems.append(str(error))
+    if problems:
+        raise NotThereError("\n  ".join(problems))
+
+
+_LAYOUTS = {"folder": "CLASS/IMAGE", "shards": "*.tar"}
 
 
 class Faculty:
@@ -35,9 +57,8 @@ class Faculty:
         self.stores: list[Store | None] = open_stores(config)
         self.seats: tuple[Seat, ...] = seats(config.teacher) if self.stores else ()
         self.teachers: list[list[Teacher]] = []
-        for seat, store in zip(self.seats, self.stores):
-            if store is None:
-                locate(seat.members[0].source)
+        pairs = zip(self.seats, self.stores)
+        check_inputs([seat.members[0].source for seat, store in pairs if store is None], config)
 
     @property
     def stored_epochs(self) -> int | None:

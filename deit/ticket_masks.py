@@ -38,7 +38,7 @@ def write_masks(ticket: Ticket, plan: Plan) -> None:
     masks = _MAKERS[ticket.kind](ticket, plan)
     if checkpoint.found(ticket.run.out) and not _same(_trained_under(ticket.run.out), masks):
         raise CheckpointError(
-            f"{ticket.run.out}: was trained under other masks than follow now from the runs before "
+            f"{ticket.run.out}: its {MASKS} holds other masks than follow now from the runs before "
             "it; remove this folder to train it anew"
         )
     if not ticket.masks.is_file() or not _same(read_masks(ticket.masks), masks):

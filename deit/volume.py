@@ -175,9 +175,11 @@ def _check(
     scales: Tensor, point: Tensor, *, rays: int, largest_radius: float, tolerance: float
 ) -> None:
     if scales.shape != point.shape or not (scales >= 0).all() or not scales.any():
-        raise ConfigError(f"scales should be {len(point)} numbers, none below 0 and not all 0")
-    if rays < 1 or not 0 < largest_radius < math.inf or not 1e-9 <= tolerance < 1:
-        raise ConfigError(
-            f"a volume by {rays} rays up to {largest_radius}, to {tolerance}: should be at least "
-            "one ray, a positive radius and a tolerance in [1e-9, 1)"
-        )
+        raise ConfigError(f"scales: should be {len(point)} numbers, none below 0 and not all 0")
+    for name, given, fits, advice in (
+        ("rays", rays, rays >= 1, "at least 1"),
+        ("largest_radius", largest_radius, 0 < largest_radius < math.inf, "positive and finite"),
+        ("tolerance", tolerance, 1e-9 <= tolerance < 1, "in [1e-9, 1)"),
+    ):
+        if not fits:
+            raise ConfigError(f"{name} {given}: should be {advice}")

@@ -102,7 +102,10 @@ def token_cosines(network: nn.Module, images: Tensor) -> Tensor:
     images: normalised. Raises ConfigError for a network without both tokens.
     """
     if not isinstance(network, VisionTransformer) or network.num_prefix_tokens < 2:
-        raise ConfigError("a network with one token, or none, has no two to compare")
+        raise ConfigError(
+            f"{type(network).__name__} has no class and distillation token to compare; it takes a "
+            "deit_*"
+        )
     states: list[Tensor] = []
     handles = [
         block.register_forward_pre_hook(lambda block, inputs: states.append(inputs[0]))

@@ -76,12 +76,13 @@ def find_base(folder: Path, base: Base, find: Callable[[str], Found]) -> Found:
         except CheckpointError as error:
             trouble = str(error)
             continue
-        if digest_of(found.weights) == base.weights:
+        digest = digest_of(found.weights)
+        if digest == base.weights:
             return found
-        trouble = f"{place} holds other weights now"
+        trouble = f"{place} holds other weights now (SHA-256 {digest[:12]})"
     raise CheckpointError(
-        f"{folder}: holds adapters and heads alone, and what they belong to is missing: {trouble} "
-        f"(SHA-256 {base.weights[:12]})"
+        f"{folder}: holds adapters and heads alone, and what they belong to (SHA-256 "
+        f"{base.weights[:12]}) is missing: {trouble}"
     )
 
 

@@ -39,25 +39,25 @@ def check_merging(network: nn.Module, numbers: int | Sequence[int]) -> None:
     """Raises ConfigError where tokens cannot be merged so: another network, or too many."""
     if adapters_of(network):
         raise ConfigError(
-            "merging tokens: student.adapters convolve the grid of all patches, which merging "
+            "--merge: student.adapters convolve the grid of all patches, which merging "
             "takes apart; merge the run that they belong to"
         )
     if any(isinstance(module, MixedAttention) for module in network.modules()):
         raise ConfigError(
-            "merging tokens: attention that mixes its heads (student.share) is not among what can "
+            "--merge: attention that mixes its heads (student.share) is not among what can "
             "weigh merged tokens"
         )
     if not isinstance(network, VisionTransformer) or not all(
         type(block) is Block and type(block.attn) is Attention for block in network.blocks
     ):
         raise ConfigError(
-            f"{type(network).__name__} has no tokens that could be merged; it takes a deit_* or "
-            "vit_*, or a ViT of timm with its plain attention and blocks"
+            f"--merge: {type(network).__name__} has no tokens that could be merged; it takes a "
+            "deit_* or vit_*, or a ViT of timm with its plain attention and blocks"
         )
     if network.global_pool != "token":
         raise ConfigError(
-            f"merging tokens: this network answers by a pool of all patches ({network.global_pool})"
-            ", which merging would weigh otherwise; it takes one that answers by its class token"
+            f"--merge: this network answers by a pool of all patches ({network.global_pool}), "
+            "which merging would weigh otherwise; it takes one that answers by its class token"
         )
     each = _each(network, numbers)
     if len(each) != len(network.blocks):
@@ -68,7 +68,7 @@ def check_merging(network: nn.Module, numbers: int | Sequence[int]) -> None:
     for number in each:
         if not 0 <= number <= patches // 2:
             raise ConfigError(
-                f"merging {number} tokens a block: should be from 0 to {patches // 2}, half of the "
+                f"--merge {number}: should be from 0 to {patches // 2} tokens a block, half of the "
                 f"{patches} patches of an image"
             )
 

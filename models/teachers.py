@@ -205,11 +205,12 @@ def locate(source: str) -> str:
     if (advice := about_address(source)) is not None:
         raise NotThereError(f"teacher.source {source}: {advice}")
     if "/" in source or path.suffix:
-        recipe = "digits-teacher" if "digits" in source else "RECIPE"
+        recipe = path.name if path.name.endswith("-teacher") else "RECIPE"
+        place = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise NotThereError(
-            f"teacher.source {source}: no such file or folder; train a teacher first "
-            f"(python train_deit.py {recipe} --out {source}), or say where it lies now "
-            "(--teacher.source DIR)"
+            f"teacher.source {source}: no such file or folder{place}; train a teacher first "
+            f"(python train_deit.py {recipe} --out {source}, with the same --data options), or say "
+            "where it is now (--teacher.source DIR)"
         )
     raise NotThereError(
         f"teacher.source {source}: no such file, folder or timm model"
@@ -408,7 +409,7 @@ def _match_classes(
     if origin.class_names is not None and count != len(origin.class_names):
         raise DataError(
             f"teacher {origin.description}: answers with {count} classes and names "
-            f"{len(origin.class_names)}"
+            f"{len(origin.class_names)}; --teacher.classes @FILE gives a name to each"
         )
     if origin.class_names is None:
         if count != len(class_names):

@@ -153,7 +153,7 @@ def _refuse_other_kinds(path: Path, head: bytes) -> None:
     elif text.startswith(b"version https://git-lfs"):
         said = "a Git LFS pointer to the weights: run `git lfs pull` in its repository"
     elif text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<script")):
-        said = "a web page, saved in the place of the weights: download the file itself"
+        said = "a web page (HTML), saved in the place of the weights: download the file itself"
     elif head.startswith(b"\x89HDF\r\n\x1a\n"):
         said = f"an HDF5 file, as Keras writes it: {_CONVERT}"
     elif path.suffix == ".onnx":

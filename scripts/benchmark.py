@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     options = parser.parse_args()
     if options.rounds < 1 or options.seconds <= 0 or (options.threads or 1) < 1:
-        parser.error("--rounds, --seconds and --threads should be positive")
+        given = f"{options.rounds}, {options.seconds:g}, {options.threads}"
+        parser.error(f"--rounds, --seconds, --threads {given}: should be positive")
     try:
         for name in ("json", "plot"):
             check_file(getattr(options, name), option=f"--{name}", replace=options.force)

@@ -58,85 +58,122 @@ def refused(run: Run, tmp_path: Path) -> Callable[..., None]:
 
 
 BAD_ARGUMENTS = {
-    "no recipe": ([TRAIN], "name a recipe first", "digits-teacher"),
-    "option before recipe": ([TRAIN, "--optim.epochs", "3"], "name a recipe first"),
-    "unknown recipe": ([TRAIN, "digtis"], "'digtis'", "did you mean digits?"),
-    "unknown field": ([TRAIN, "digits", "--optim.epoch", "3"], "did you mean optim.epochs?"),
-    "unknown option": ([TRAIN, "digits", "--rezume"], "rezume", "unknown"),
-    "stray word": ([TRAIN, "digits", "stray"], "'stray'", "belongs to no option"),
+    "no recipe": ([TRAIN], "RECIPE", "digits-teacher"),
+    "option before recipe": ([TRAIN, "--optim.epochs", "3"], "RECIPE", "digits-teacher"),
+    "unknown recipe": ([TRAIN, "digtis"], "'digtis'", "digits?"),
+    "unknown field": ([TRAIN, "digits", "--optim.epoch", "3"], "optim.epoch: ", "optim.epochs?"),
+    "unknown option": ([TRAIN, "digits", "--rezume"], "rezume: "),
+    "stray word": ([TRAIN, "digits", "stray"], "arguments = 'stray'"),
     "several": (
         [TRAIN, "digits", "--optim.epochs=0", "--optim.batch_sise=3", "--views.flip=2"],
-        "3 problems",
+        "deit: error: 3 ",
         "optim.epochs = '0'",
-        "did you mean optim.batch_size?",
+        "optim.batch_size?",
         "views.flip = '2'",
     ),
     "wrong type": ([TRAIN, "digits", "--optim.epochs=many"], "optim.epochs = 'many'", "integer"),
-    "out of range": ([TRAIN, "digits", "--views.flip=1.5"], "views.flip = '1.5'", "equal to 1"),
+    "out of range": ([TRAIN, "digits", "--views.flip=1.5"], "views.flip = '1.5'"),
     "not a number": ([TRAIN, "digits", "--optim.lr=nan"], "optim.lr = 'nan'", "finite"),
-    "wrong word": ([TRAIN, "digits", "--run.device=cdua"], "'cdua'", "did you mean cuda?"),
+    "wrong word": ([TRAIN, "digits", "--run.device=cdua"], "run.device = 'cdua'", "cuda?"),
     "no value": ([TRAIN, "digits", "--optim.epochs"], "optim.epochs"),
     "no output named": ([TRAIN, "digits", "--out"], "--out"),
-    "objective": ([TRAIN, "digits", "--objective=deit-hrad"], "did you mean deit-hard?"),
-    "student": ([TRAIN, "digits", "--student.name=deit_tniy"], "did you mean deit_tiny?"),
-    "no token": ([TRAIN, "digits", "--student.name=vit_micro"], "use student.name deit_micro"),
-    "untrained head": ([TRAIN, "digits", "--objective=class-hard"], "use student.name vit_micro"),
+    "objective": ([TRAIN, "digits", "--objective=deit-hrad"], "'deit-hrad'", "deit-hard?"),
+    "student": ([TRAIN, "digits", "--student.name=deit_tniy"], "'deit_tniy'", "deit_tiny?"),
+    "no token": (
+        [TRAIN, "digits", "--student.name=vit_micro"],
+        "student.name = 'vit_micro'",
+        "student.name deit_micro",
+    ),
+    "untrained head": (
+        [TRAIN, "digits", "--objective=class-hard"],
+        "loss.through = 'class'",
+        "student.name vit_micro",
+    ),
     "no teacher": ([TRAIN, "digits", "--teacher.source=none"], "teacher.source", "objective none"),
     "odd micro-batch": (
         [TRAIN, "digits", "--views.mixup_alpha=0.8", "--optim.batch_size=63"],
         "optim.batch_size = 63",
-        "even",
+        "optim.accumulate",
     ),
-    "accumulation": ([TRAIN, "digits", "--optim.accumulate=5"], "divide optim.batch_size (32)"),
-    "patch": ([TRAIN, "digits", "--student.patch_size=3"], "divide student.image_size (8)"),
-    "no recipe file": ([TRAIN, "mine.py:mine"], "mine.py:mine: no such file"),
+    "accumulation": (
+        [TRAIN, "digits", "--optim.accumulate=5"],
+        "optim.accumulate = 5",
+        "optim.batch_size (32)",
+    ),
+    "patch": (
+        [TRAIN, "digits", "--student.patch_size=3"],
+        "student.patch_size = 3",
+        "student.image_size (8)",
+    ),
+    "no recipe file": ([TRAIN, "mine.py:mine"], "recipe mine.py:mine: "),
     "no configuration": ([TRAIN, "gone/config.json"], "gone/config.json"),
-    "fine-tuning": ([FINETUNE, "digits"], "needs --from", "a run, a folder or a weight file"),
+    "fine-tuning": ([FINETUNE, "digits"], "finetune_deit.py: ", "--from"),
     "evaluate nothing": ([EVALUATE], "RUN", "--help"),
     "compare no value": (
         ["deit", "compare", "digits", "--at-once=--"],
-        "--at_once takes no --",
-        "--help",
+        "--at_once",
+        "deit compare --help",
     ),
-    "evaluate no value": ([EVALUATE, "run", "--json=--"], "--json takes no --", "--help"),
+    "evaluate no value": (
+        [EVALUATE, "run", "--json=--"],
+        "--json",
+        "evaluate_deit.py --help",
+    ),
     "for ever": ([TRAIN, "digits", f"--run.timeout={2**63 - 1}"], "run.timeout", "1000000000"),
     "evaluate split": ([EVALUATE, "run", "--split=train"], "'train'", "validation"),
     "evaluate option": ([EVALUATE, "run", "--jsno=x"], "--jsno=x", "--help"),
-    "command": (["deit", "trian"], "'trian'", "did you mean train?"),
+    "command": (["deit", "trian"], "'trian'", "train?"),
     "recipes option": (["deit", "recipes", "--long"], "--long", "--help"),
-    "seeds": (["deit", "compare", "digits", "--seeds=a"], "--seeds a", "numbers"),
-    "study": (["deit", "compare", "digits", "--study=patiance"], "did you mean patience?"),
+    "seeds": (["deit", "compare", "digits", "--seeds=a"], "--seeds a"),
+    "study": (
+        ["deit", "compare", "digits", "--study=patiance"],
+        "--study patiance",
+        "patience?",
+    ),
     "arm": (["deit", "compare", "digits", "--study=teaching", "--only=same/cc"], "--only same/cc"),
     "no arm": (["deit", "compare", "digits", "--only=same/rc"], "--only same/rc", "undistilled"),
     "teaching": ([TRAIN, "digits", "--teaching=same"], "--teaching = 'same'", "same/rc"),
-    "crops online": ([TRAIN, "digits", "--teaching=fix/ic_ens"], "deit targets write"),
+    "crops online": (
+        [TRAIN, "digits", "--teaching=fix/ic_ens"],
+        "views.teacher_view = 'crops'",
+        "deit targets write",
+    ),
     "two views of a pair": (
         [TRAIN, "digits", "--views.teacher_view=independent"],
         "views.teacher_view = 'independent'",
         "--teaching",
     ),
-    "two classes": ([TRAIN, "digits", "--objective=dkd"], "loss.kind = 'dkd'", "one true class"),
-    "targets": (["deit", "targets"], "write or verify"),
-    "targets action": (["deit", "targets", "wriet", "digits"], "'wriet'", "did you mean write?"),
+    "two classes": (
+        [TRAIN, "digits", "--objective=dkd"],
+        "loss.kind = 'dkd'",
+        "--augmentation none",
+    ),
+    "targets": (["deit", "targets"], "deit targets: ", "write", "verify"),
+    "targets action": (["deit", "targets", "wriet", "digits"], "'wriet'", "write?"),
     "no store": (["deit", "targets", "write", "digits"], "--out STORE"),
     "shard": (["deit", "targets", "write", "digits", "--out=s", "--shard=4/4"], "--shard 4/4"),
     "records": (
         ["deit", "targets", "write", "digits", "--out=s", "--records=soft"],
         "--records soft",
-        "hard, full or top-K",
+        "top-10",
     ),
     "no epochs": (["deit", "targets", "write", "digits", "--out=s", "--epochs=0"], "--epochs 0"),
     "nothing to ask": (
         ["deit", "targets", "write", "digits-teacher", "--out=s"],
-        "there is no teacher to ask",
+        "loss.kind = 'none'",
     ),
     "dry writing": (
         ["deit", "targets", "write", "digits", "--out=s", "--dry_run"],
-        "takes no --dry_run",
+        "deit targets write: ",
+        "--dry_run",
     ),
-    "resumed views": (["deit", "views", "digits", "--resume"], "takes no --resume"),
-    "lone ensemble": (["deit", "compare", "digits", "--study=ensemble"], "needs several teachers"),
-    "rows": (["deit", "targets", "verify", "s", "--rows=0"], "--rows 0", "at least 1"),
+    "resumed views": (["deit", "views", "digits", "--resume"], "deit views: ", "--resume"),
+    "lone ensemble": (
+        ["deit", "compare", "digits", "--study=ensemble"],
+        "--study ensemble",
+        "--teacher.source",
+    ),
+    "rows": (["deit", "targets", "verify", "s", "--rows=0"], "--rows 0"),
 }
 
 
@@ -149,7 +186,7 @@ def test_bad_argument_is_refused(case, refused):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("def mine():\n    return 3", ("mine.py:mine", "should return a Config", "int")),
+        ("def mine():\n    return 3", ("mine.py:mine", "Config", " int")),
         ("def other():\n    pass", ("mine.py:mine", "'mine'")),
         ("import nothing_like_this", ("mine.py:mine", "nothing_like_this")),
         ("import sys\nsys.exit('no')", ("mine.py:mine", "SystemExit: no")),
@@ -181,24 +218,18 @@ OF_A_RUN = {
 }
 
 
-@pytest.mark.parametrize(
-    ("place", "words"), [("nowhere", "no such run folder"), ("empty", "empty: ")]
-)
+@pytest.mark.parametrize("place", ["nowhere", "empty"])
 @pytest.mark.parametrize("command", OF_A_RUN)
-def test_a_run_that_is_not_there_is_refused_alike_by_all(command, place, words, refused, tmp_path):
+def test_a_run_that_is_not_there_is_refused_alike_by_all(command, place, refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(
-        4,
-        (f"deit: error: {place}: ", words),
-        *(word.replace("RUN", place) for word in OF_A_RUN[command]),
-    )
+    words = (word.replace("RUN", place) for word in OF_A_RUN[command])
+    refused(4, (f"deit: error: {place}: ",), *words)
 
 
 def test_a_folder_of_runs_names_one_of_them(refused, tmp_path):
     (tmp_path / "out" / "recovered").mkdir(parents=True)
     (tmp_path / "out" / "recovered" / checkpoint.CONFIG).touch()
-    said = "out: not a run folder (no config.json); in it is out/recovered"
-    refused(4, (said,), "deit", "evaluate", "out")
+    refused(4, ("out: ", "config.json", "out/recovered"), "deit", "evaluate", "out")
 
 
 def test_debug_shows_where(run):
@@ -266,25 +297,26 @@ def test_help_tells_a_commands_own_options_first_and_none_it_refuses(run, comman
 def test_an_option_that_a_command_has_no_use_for_says_what_to_do(command, option, run, tmp_path):
     done = run("deit", *command.split(), _NAMED_FIRST.get(command, "digits"), f"--{option}")
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(rf"deit: error: deit {command}: takes no --{option}; .+\n", done.stderr)
+    said = re.fullmatch(rf"deit: error: deit {command}: .*--{option}\b(.*)\n", done.stderr)
+    assert len(said[1].split()) > 3  # what to do instead
     assert tree(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "named"),
     [
-        (("tickets", "digits", "--controls-at=9"), "--controls_at 9: there are levels 1 to 7"),
-        (("tickets", "digits", "--at-once", "0", "--dry-run"), "--at_once 0: should be at least 1"),
-        (("targets", "write", "digits", "--re-cords", "x"), "re_cords: unknown field"),
-        (("quantize", "run", "--quantize-attention", "--max-drop=-1"), "--max-drop -1: should be"),
-        (("views", "digits", "--dry-run"), "takes no --dry_run"),
+        (("tickets", "digits", "--controls-at=9"), "--controls_at 9: "),
+        (("tickets", "digits", "--at-once", "0", "--dry-run"), "--at_once 0: "),
+        (("targets", "write", "digits", "--re-cords", "x"), "re_cords: "),
+        (("quantize", "run", "--quantize-attention", "--max-drop=-1"), "--max-drop -1: "),
+        (("views", "digits", "--dry-run"), "--dry_run"),
     ],
 )
-def test_hyphens_within_options_are_underscores(run, words, told):
+def test_hyphens_within_options_are_underscores(run, words, named):
     """As tyro has it for the fields of a run: `--run-seed` would not be refused either."""
     done = run("deit", *words)
     assert (done.returncode, done.stdout) == (2, "")
-    assert told in done.stderr
+    assert named in done.stderr
 
 
 def test_help_names_every_study(run):
@@ -296,7 +328,7 @@ def test_help_names_every_study(run):
 def test_a_mistyped_option_of_the_command_itself_is_recognised(run):
     done = run("deit", "tickets", "digits", "--levls", "3")
     assert done.returncode == 2
-    assert "levls: unknown field; did you mean levels?" in done.stderr
+    assert re.search(r" levls: .*\blevels\?", done.stderr)
 
 
 @pytest.mark.parametrize("words", [(EVALUATE, "--help"), ("deit", "--help"), ("deit", "help")])
@@ -312,7 +344,7 @@ def test_help_names_a_command(run):
         assert run("deit", "help", word).stdout == run("deit", "--help").stdout
     unknown = run("deit", "help", "viws")
     assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert "no command 'viws'; did you mean views?" in unknown.stderr
+    assert re.search(r"'viws'.*\bviews\?", unknown.stderr)
 
 
 def test_no_command_is_an_error_that_shows_them_all(run):
@@ -380,24 +412,24 @@ def test_missing_cifar_says_how_to_get_it(refused):
 
 def test_empty_folder_is_named(refused, tmp_path):
     (tmp_path / "images").mkdir()
-    refused(3, ("images", "no class folders", "CLASS/IMAGE"), TRAIN, *FOLDER)
+    refused(3, ("images: ", "images/CLASS/IMAGE"), TRAIN, *FOLDER)
 
 
 def test_empty_class_is_named(refused, tmp_path):
     folders(tmp_path / "images", "ant", "bee")
     (tmp_path / "images" / "cat").mkdir()
-    refused(3, ("images/cat", "no images"), TRAIN, *FOLDER)
+    refused(3, ("images/cat: ",), TRAIN, *FOLDER)
 
 
 def test_corrupt_image_is_named(refused, tmp_path):
     folders(tmp_path / "images", "ant", "bee")
     (tmp_path / "images" / "bee" / "3.png").write_bytes(b"no image at all")
-    refused(3, ("images/bee/3.png", "not a readable image"), TRAIN, *FOLDER)
+    refused(3, ("images/bee/3.png: ", "15 bytes"), TRAIN, *FOLDER)
 
 
 def test_batch_larger_than_the_data_is_refused(refused):
     command = (TRAIN, "digits-teacher", "--out=run", "--optim.batch_size=5000")
-    refused(3, ("optim.batch_size = 5000", "1295", "smaller batch"), *command)
+    refused(3, ("optim.batch_size = 5000", "1295"), *command)
 
 
 def test_missing_teacher_says_how_to_train_one(refused):
@@ -407,7 +439,7 @@ def test_missing_teacher_says_how_to_train_one(refused):
 
 def test_teacher_of_other_classes_is_refused(refused, tmp_path):
     fake_teacher(tmp_path / "teacher", ("zero", *TEN[1:]))
-    words = ("from teacher", "lacks 1", "'0'")
+    words = ("from teacher", " 1: '0'")  # so many it lacks
     refused(3, words, TRAIN, "digits", "--out=run", "--teacher.source=teacher")
 
 
@@ -416,11 +448,11 @@ def test_teacher_near_chance_is_refused_unless_allowed(run, tmp_path):
     before = tree(tmp_path)
     command = (TRAIN, "digits", *QUICK, *SMALL, "--out=run", "--teacher.source=teacher")
     done = run(*command)
-    assert_refused(done, 3, "from teacher", "near chance", "--teacher.allow")
+    assert_refused(done, 3, "from teacher", "10.5 %", "--teacher.allow")  # that is chance
     assert tree(tmp_path) == before, "something was written"
     allowed = run(*command, "--dry_run", re.search(r"--teacher\.allow.weak", done.stderr)[0])
     assert allowed.returncode == 0, allowed.stderr
-    assert "deit: warning: teacher" in allowed.stderr
+    assert re.search(r"deit: warning: .*from teacher\b.*10\.5 %", allowed.stderr)
     assert tree(tmp_path) == before, "the dry run wrote something"
 
 
@@ -471,23 +503,23 @@ def other_network(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (garbage, ("not a readable weight file",)),
-        (truncated, ("not a readable weight file",)),
-        (malicious, ("more than tensors", "state_dict")),
-        (plain_pickle, ("more than tensors", "state_dict")),
-        (other_network, ("another network", "unexpected: stranger")),
+        (garbage, ()),
+        (truncated, ("metadata",)),
+        (malicious, ("posix.system", "state_dict")),
+        (plain_pickle, ("posix.system", "state_dict")),
+        (other_network, ("stranger",)),
     ],
 )
 def test_unusable_teacher_file_is_refused(spoil, words, refused, tmp_path):
     path = spoil(tmp_path)
     command = (TRAIN, "digits", "--out=run", f"--teacher.source={path.name}", *FILE_TEACHER)
-    refused(4, (path.name, *words), *command)
+    refused(4, (f"{path.name}:", *words), *command)
     assert not (tmp_path / "canary").exists()
 
 
 def test_half_precision_on_a_processor_is_refused(refused):
     command = (TRAIN, "digits-teacher", "--run.precision=fp16", "--out=run")
-    refused(5, ("run.precision = 'fp16'", "use fp32"), *command)
+    refused(5, ("run.precision = 'fp16'", "fp32"), *command)
 
 
 def test_missing_gpu_is_refused(refused):
@@ -503,19 +535,20 @@ def test_output_that_is_no_folder_is_refused(out, refused, tmp_path):
 
 def test_output_that_nobody_may_write_is_refused(refused):
     out = "/proc/deit-run"  # not even root
-    refused(5, (f"--out {out}", "cannot be written"), TRAIN, "digits-teacher", f"--out={out}")
+    words = (f"--out {out}: ", "No such file or directory")
+    refused(5, words, TRAIN, "digits-teacher", f"--out={out}")
 
 
 def test_filled_output_folder_is_refused(refused, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("precious")
-    refused(2, ("--out run", "--resume", "another --out"), TRAIN, "digits-teacher", "--out=run")
+    refused(2, ("--out run: ", "config.json"), TRAIN, "digits-teacher", "--out=run")
 
 
 @pytest.mark.parametrize("place", ["gone", "empty"])
 def test_evaluating_what_is_no_run_is_refused(place, refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(4, (place, "run folder"), EVALUATE, place)
+    refused(4, (f"deit: error: {place}: ",), EVALUATE, place)
 
 
 @pytest.fixture(scope="module")
@@ -571,7 +604,7 @@ def test_evaluation_measures_every_head(runs, tmp_path):
     assert tuple(numbers["per_class"]) == TEN
     assert numbers["throughput_img_s"] > 0
     assert numbers["teacher"]["top1"] > 0.2
-    assert "359 test images" in done.stdout
+    assert re.search(r"\bstudent\b.* 359 ", done.stdout)
 
 
 def test_resuming_another_configuration_is_refused(runs):
@@ -581,14 +614,14 @@ def test_resuming_another_configuration_is_refused(runs):
         *(TRAIN, "digits", *QUICK, *SMALL, "--out=student", "--teacher.source=teacher"),
         *("--optim.lr=0.5", "--resume"),
     )
-    assert_refused(done, 2, "--resume", "optim.lr: 0.001 before, 0.5 now", "another --out")
+    assert_refused(done, 2, "--resume", "optim.lr: ", "0.001", "0.5", "--out")
     assert tree(runs) == before
 
 
 def test_dry_run_writes_nothing(run, tmp_path):
     done = run(TRAIN, "digits-teacher", *QUICK, "--dry_run", "--out=run")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "nothing written" in done.stdout
+    assert re.search(r"\bloss \d", done.stdout)  # of one update
     assert tree(tmp_path) == {}
 
 
@@ -614,5 +647,4 @@ def test_a_standard_output_that_takes_nothing_has_a_code_and_no_traceback(
 ):
     outcome = tried(words, ("null", stream, "file"), zygote, tmp_path)
     assert (outcome.code, outcome.wrong) == (code, "")
-    said = ("cannot be written", "could not be written", "No space left on device")
-    assert any(words in outcome.said for words in said) == (code == 5)
+    assert ("No space left on device" in outcome.said) == (code == 5)

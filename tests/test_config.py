@@ -2,34 +2,34 @@
 
 import dataclasses
 import json
+import re
 from typing import get_type_hints
 
 import pytest
 
 from deit.arguments import parse_run
-from deit.checks import _check_optim
+from deit.checks import CHECKS
 from deit.config import Config, LossConfig, OptimConfig, derive, mixes, peak_lr, to_dict
-from deit.errors import ConfigError
+from deit.errors import NO_VALUE, ConfigError
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING, fit_epochs, put_presets
 from deit.recipes import RECIPES, digits, find_recipe
 from deit.seats import Member, Seat, members, seats
-from deit.sweep_file import _kinds_of
 from deit.validation import build, field_names, load, validate
 from tests.helpers.errors import raises
 
 
 def problems(**sections):
-    """The message of a configuration that is wrong, from plain values."""
+    """The error of a configuration that is wrong, from plain values."""
     values = to_dict(digits())
     for section, fields in sections.items():
         values.setdefault(section, {}).update(fields)
     with pytest.raises(ConfigError) as caught:
         build(values)
-    return str(caught.value)
+    return caught.value
 
 
 def test_every_problem_stands_in_one_message_with_field_value_and_advice():
-    message = problems(
+    error = problems(
         optim={"lr": "fast", "epochz": 3},
         run={"precision": "fp33"},
         views={"crop_scale": "0.1,2,3"},
@@ -37,23 +37,34 @@ def test_every_problem_stands_in_one_message_with_field_value_and_advice():
         data={"download": True},
         nonsense={},
     )
-    assert "7 problems" in message
-    # Sections without a broken field are held against each other all the same.
-    assert "data.download = True: only mnist, cifar10, cifar100" in message
-    assert "optim.lr = 'fast': should be a valid number" in message
-    assert "optim.epochz: unknown field; did you mean optim.epochs?" in message
-    assert "run.precision = 'fp33': should be 'auto', 'fp32', 'bf16' or 'fp16'" in message
-    assert "did you mean fp32?" in message
-    assert "views.crop_scale" in message
-    assert "student.patch_size = 0: should be greater than or equal to 1" in message
-    assert "nonsense: unknown field" in message
+    found = {problem.field: problem for problem in error.problems}
+    # Sections without a broken field are held against each other all the same: data.download.
+    assert {field: problem.value for field, problem in found.items()} == {
+        "optim.lr": "fast",
+        "optim.epochz": NO_VALUE,
+        "run.precision": "fp33",
+        "views.crop_scale": ("0.1", "2", "3"),
+        "student.patch_size": 0,
+        "data.download": True,
+        "nonsense": NO_VALUE,
+    }
+    assert len(error.problems) == 7
+    assert "7 " in str(error)
+    for field, problem in found.items():
+        assert problem.hint in str(error)
+        value = "" if problem.value is NO_VALUE else f" = {problem.value!r}"
+        assert f"{field}{value}: " in str(error)
+    assert "optim.epochs?" in found["optim.epochz"].hint
+    assert found["run.precision"].allowed == ("auto", "fp32", "bf16", "fp16")
+    assert "fp32?" in found["run.precision"].hint
+    assert all(name in found["data.download"].hint for name in ("mnist", "cifar10", "cifar100"))
 
 
 WHOLE = [
     f"{section.name}.{leaf}"
     for section in dataclasses.fields(Config)
     for leaf, kind in get_type_hints(section.type).items()
-    if "int" in _kinds_of(kind)
+    if re.search(r"\bint\b", str(kind))
 ]
 
 
@@ -64,14 +75,19 @@ def test_there_are_whole_numbers():
 @pytest.mark.parametrize("wrong", [{"\ud800": 3}, {"data": {"\ud800": 3}}], ids=ascii)
 def test_a_name_that_is_not_unicode_is_a_problem_like_any_other(wrong):
     """JSON spells it by an escape."""
-    with pytest.raises(ConfigError, match=r"1 problem in the configuration:\n  .*: unknown field"):
+    with raises(ConfigError, r"\ud800") as raised:
         build({"loss": {"kind": "none"}, **wrong})
+    (problem,) = raised.value.problems
+    assert problem.field.endswith(r"\ud800")
 
 
 @pytest.mark.parametrize("wrong", [{"a\nb": 3}, {"data": {"a\nb": 3}}], ids=ascii)
 def test_a_name_with_a_line_break_breaks_no_line(wrong):
-    with pytest.raises(ConfigError, match=r"a\\nb: unknown field"):
+    with raises(ConfigError, r"a\nb") as raised:
         build({"loss": {"kind": "none"}, **wrong})
+    (problem,) = raised.value.problems
+    assert problem.field.endswith(r"a\nb")
+    assert "\n" not in str(problem)
 
 
 @pytest.mark.parametrize("number", [10**30, 2**63], ids=["10^30", "2^63"])
@@ -89,82 +105,137 @@ def test_a_long_value_is_shortened():
 
 
 @pytest.mark.parametrize(
-    ("sections", "advice"),
+    ("sections", "field", "names"),
     [
-        ({"student": {"name": "deit_tinny"}}, "did you mean deit_tiny?"),
-        ({"teacher": {"layout": ("channel_last",)}}, "did you mean channels_last?"),
-        ({"run": {"compile": "reduce-overhead"}, "optim": {"accumulate": 2}}, "micro-batch over"),
-        ({"run": {"compile": "max-autotune", "fit_memory": True}}, "use default, or neither"),
-        ({"student": {"name": "vit_micro"}}, "use student.name deit_micro, or loss.through class"),
-        ({"loss": {"through": "class"}}, "use student.name vit_micro"),
-        ({"loss": {"distillation_weight": 1}}, "class head of deit_micro untrained"),
-        ({"loss": {"distillation_weight": 0}}, "leaves the teacher no say"),
-        ({"loss": {"kind": "hard", "temperature": 3}}, "no effect on a hard label"),
-        ({"teacher": {"source": "none"}}, "needs a teacher"),
-        ({"loss": {"kind": "none"}}, "--objective none clears it"),
-        ({"student": {"patch_size": 3}}, "should divide student.image_size (8)"),
-        ({"student": {"num_heads": 5}}, "should divide student.embed_dim (64)"),
-        ({"student": {"name": "small_convnet"}}, "only deit_* and vit_* take it"),
-        ({"views": {"crop_scale": "0.9,0.1"}}, "should go from low to high"),
-        ({"views": {"crop_scale": "0.9,1.5"}}, "cannot exceed the image"),
-        ({"views": {"mean": "0.5,0.5,0.5"}}, "goes together with views.std"),
-        ({"teacher": {"mean": "0,0,0", "std": "1,0,1"}}, "should be positive"),
-        ({"views": {"flip": 1.5}}, "less than or equal to 1"),
-        ({"optim": {"accumulate": 3}}, "should divide optim.batch_size (32)"),
-        ({"optim": {"warmup_epochs": 500}}, "should be less than optim.epochs"),
-        ({"optim": {"min_lr": 1}}, "should not exceed the peak learning rate"),
-        ({"optim": {"ema_epochs": 1000}}, "longer than the run"),
-        ({"optim": {"lr": float("nan")}}, "finite number"),
-        ({"optim": {"batch_size": 2.5}}, "valid integer"),
-        ({"run": {"seed": -1}}, "greater than or equal to 0"),
-        ({"run": {"seed": 2**63}}, "less than"),
-        ({"loss": {"kind": "hard", "standardise": True}}, "no effect on a hard label"),
-        ({"loss": {"others_weight": 2}}, "with loss.kind dkd only"),
-        ({"loss": {"distillation_weight": 5}}, "give loss.label_weight as well"),
-        ({"loss": {"kind": "dkd", "temperature": 4}}, "needs one true class, mixed views have two"),
+        ({"student": {"name": "deit_tinny"}}, "student.name", ["deit_tiny?"]),
+        ({"teacher": {"layout": ("channel_last",)}}, "teacher.layout", ["channels_last?"]),
         (
-            {"teacher": {"source": "a,b", "weight": "1,2,3"}},
-            "should hold 2 values for 2 teacher(s)",
+            {"run": {"compile": "reduce-overhead"}, "optim": {"accumulate": 2}},
+            "run.compile",
+            ["default", "optim.accumulate"],
         ),
-        ({"teacher": {"source": "a,b", "weight": "1,0"}}, "should be positive"),
-        ({"teacher": {"source": "a,b", "mean": "1,2,3,4", "std": "1,1,1"}}, "should hold 6 values"),
-        ({"teacher": {"mean": "0,0,0"}}, "goes together with teacher.std"),
-        ({"teacher": {"targets": "a,b"}}, "should hold 2 values for 2 teacher(s)"),
-        ({"teacher": {"source": "none", "targets": "a,none"}}, "needs its teacher.source"),
-        ({"teacher": {"combine": "tokens"}}, "has no effect with one teacher"),
-        ({"teacher": {"source": "a,b", "combine": "tokens"}}, "should be 2, one for each teacher"),
-        ({"student": {"distillation_tokens": 2}}, "needs as many teachers"),
+        (
+            {"run": {"compile": "max-autotune", "fit_memory": True}},
+            "run.compile",
+            ["default", "run.fit_memory"],
+        ),
+        ({"student": {"name": "vit_micro"}}, "student.name", ["deit_micro", "loss.through class"]),
+        ({"loss": {"through": "class"}}, "loss.through", ["student.name vit_micro"]),
+        (
+            {"loss": {"distillation_weight": 1}},
+            "loss.distillation_weight",
+            ["class", "deit_micro", "loss.through all"],
+        ),
+        (
+            {"loss": {"distillation_weight": 0}},
+            "loss.distillation_weight",
+            ["--objective none"],
+        ),
+        ({"loss": {"kind": "hard", "temperature": 3}}, "loss.temperature", ["hard"]),
+        (
+            {"teacher": {"source": "none"}},
+            "teacher.source",
+            ["loss.kind 'soft'", "--objective none"],
+        ),
+        ({"loss": {"kind": "none"}}, "loss.temperature", ["loss.kind", "--objective none"]),
+        ({"student": {"patch_size": 3}}, "student.patch_size", ["student.image_size", "8"]),
+        ({"student": {"num_heads": 5}}, "student.num_heads", ["student.embed_dim", "64"]),
+        (
+            {"student": {"name": "small_convnet"}},
+            "student.patch_size",
+            ["deit_*", "vit_*", "small_convnet"],
+        ),
+        ({"views": {"crop_scale": "0.9,0.1"}}, "views.crop_scale", []),
+        ({"views": {"crop_scale": "0.9,1.5"}}, "views.crop_scale", ["1.0"]),
+        ({"views": {"mean": "0.5,0.5,0.5"}}, "views.mean", ["views.std"]),
+        ({"teacher": {"mean": "0,0,0", "std": "1,0,1"}}, "teacher.std", []),
+        ({"views": {"flip": 1.5}}, "views.flip", ["1"]),
+        ({"optim": {"accumulate": 3}}, "optim.accumulate", ["optim.batch_size", "32"]),
+        ({"optim": {"warmup_epochs": 500}}, "optim.warmup_epochs", ["optim.epochs", "60"]),
+        ({"optim": {"min_lr": 1}}, "optim.min_lr", ["0.001", "optim.lr"]),
+        ({"optim": {"ema_epochs": 1000}}, "optim.ema_epochs", ["optim.epochs", "60"]),
+        ({"optim": {"lr": float("nan")}}, "optim.lr", []),
+        ({"optim": {"batch_size": 2.5}}, "optim.batch_size", []),
+        ({"run": {"seed": -1}}, "run.seed", ["0"]),
+        ({"run": {"seed": 2**63}}, "run.seed", [f"{2**63}"]),
+        ({"loss": {"kind": "hard", "standardise": True}}, "loss.standardise", ["hard"]),
+        ({"loss": {"others_weight": 2}}, "loss.others_weight", ["loss.kind dkd"]),
+        (
+            {"loss": {"distillation_weight": 5}},
+            "loss.distillation_weight",
+            ["loss.label_weight"],
+        ),
+        (
+            {"loss": {"kind": "dkd", "temperature": 4}},
+            "loss.kind",
+            ["--augmentation none"],
+        ),
+        ({"teacher": {"source": "a,b", "weight": "1,2,3"}}, "teacher.weight", ["2"]),
+        ({"teacher": {"source": "a,b", "weight": "1,0"}}, "teacher.weight", []),
+        ({"teacher": {"source": "a,b", "mean": "1,2,3,4", "std": "1,1,1"}}, "teacher.mean", ["6"]),
+        ({"teacher": {"mean": "0,0,0"}}, "teacher.mean", ["teacher.std"]),
+        ({"teacher": {"targets": "a,b"}}, "teacher.source", ["2"]),
+        (
+            {"teacher": {"source": "none", "targets": "a,none"}},
+            "teacher.targets",
+            ["'none'", "teacher.source"],
+        ),
+        ({"teacher": {"combine": "tokens"}}, "teacher.combine", []),
+        (
+            {"teacher": {"source": "a,b", "combine": "tokens"}},
+            "student.distillation_tokens",
+            ["2", "teacher.combine tokens"],
+        ),
+        (
+            {"student": {"distillation_tokens": 2}},
+            "student.distillation_tokens",
+            ["teacher.combine tokens"],
+        ),
         (
             {
                 "student": {"distillation_tokens": 2},
                 "teacher": {"source": "a,b", "combine": "tokens"},
                 "loss": {"through": "all"},
             },
-            "needs loss.through distillation",
+            "loss.through",
+            ["teacher.combine tokens", "loss.through distillation"],
         ),
-        ({"student": {"name": "vit_micro", "distillation_tokens": 2}}, "only deit_* take it"),
-        ({"views": {"teacher_view": "center"}}, "mixing shows the student two"),
-        ({"views": {"crop_side": 0.5}}, "with views.crop random only"),
-        ({"views": {"teacher_crops": 65536}}, "less than 65536"),
-        ({"loss": {"distillation_warmup": 61}}, "would never be over; should be at most optim.ep"),
+        (
+            {"student": {"name": "vit_micro", "distillation_tokens": 2}},
+            "student.distillation_tokens",
+            ["deit_*", "vit_micro"],
+        ),
+        (
+            {"views": {"teacher_view": "center"}},
+            "views.teacher_view",
+            ["--augmentation none", "--teaching"],
+        ),
+        ({"views": {"crop_side": 0.5}}, "views.crop_side", ["views.crop random"]),
+        ({"views": {"teacher_crops": 65536}}, "views.teacher_crops", ["65536"]),
+        ({"loss": {"distillation_warmup": 61}}, "loss.distillation_warmup", ["optim.epochs", "60"]),
         (
             {"views": {"teacher_view": "crops", "mixup_alpha": 0, "cutmix_alpha": 0}},
-            "once, by `deit targets write`, then give teacher.targets",
+            "views.teacher_view",
+            ["deit targets write", "teacher.targets"],
         ),
     ],
 )
-def test_contradictions_and_limits_are_explained(sections, advice):
-    assert advice in problems(**sections)
+def test_contradictions_and_limits_are_explained(sections, field, names):
+    hints = [one.hint for one in problems(**sections).problems if one.field == field]
+    assert any(all(name in hint for name in names) for hint in hints), hints
 
 
 def test_a_compiled_network_computes_its_linear_layers_itself():
-    advice = "is not for compiled networks; leave it at auto"
-    assert advice in problems(run={"linear": "onednn", "compile": "default"})
+    (problem,) = problems(run={"linear": "onednn", "compile": "default"}).problems
+    assert problem.field == "run.linear"
+    assert "run.compile" in problem.hint
 
 
 def test_mixing_needs_even_micro_batches():
-    message = problems(views={"mixup_alpha": 0.8}, optim={"batch_size": 6, "accumulate": 2})
-    assert "each micro-batch should be even" in message
+    error = problems(views={"mixup_alpha": 0.8}, optim={"batch_size": 6, "accumulate": 2})
+    (problem,) = error.problems
+    assert (problem.field, problem.value) == ("optim.batch_size", 6)
+    assert "optim.accumulate" in problem.hint
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -240,7 +311,7 @@ def test_every_teaching_mode_is_valid_over_every_recipe_with_a_teacher():
             if config.views.crop == "padded" and name.endswith(("/rc", "/cc")):
                 assert found.views.crop == "padded"  # the mild crop of small images
             if not online:
-                with pytest.raises(ConfigError, match="deit targets write"):
+                with raises(ConfigError, "views.teacher_view", "deit targets write"):
                     validate(found)
 
 
@@ -292,7 +363,7 @@ def test_one_store_may_hold_what_several_teachers_say_together():
     )
     (seat,) = seats(config.teacher)
     assert (seat.targets, seat.weight, len(seat.members)) == ("store", 1.0, 2)
-    with pytest.raises(ConfigError, match="should hold 2 values for 2 teacher"):
+    with raises(ConfigError, "teacher.targets", "'store'"):
         parse("digits-ensemble", "--teacher.source", "a,b", "--teacher.targets", "store")
 
 
@@ -330,13 +401,13 @@ def test_a_recipe_of_ones_own(tmp_path):
     )
     assert find_recipe(str(file)).optim.lr == 2e-3
     assert find_recipe(f"{file}:recipe").optim.lr == 2e-3
-    with pytest.raises(ConfigError, match="should return a Config, returned int"):
+    with raises(ConfigError, f"{file}:other", "Config", "int"):
         find_recipe(f"{file}:other")
     with raises(ConfigError, "'nobody'"):
         find_recipe(f"{file}:nobody")
-    with pytest.raises(ConfigError, match="no such file"):
+    with raises(ConfigError, tmp_path / "missing.py"):
         find_recipe(str(tmp_path / "missing.py"))
-    with pytest.raises(ConfigError, match="did you mean digits"):
+    with raises(ConfigError, "'digit'", "digits?"):
         find_recipe("digit")
 
 
@@ -347,21 +418,22 @@ def test_the_peak_learning_rate_follows_the_global_batch():
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "name"),
     [
-        ('{"run": {"seed": 1, "seed": 2}}', "'seed' stands there twice"),
-        ('{"optim": {"lr": NaN}}', "NaN is no number of JSON"),
-        ('{"views": {"crop_ratio": [1, Infinity]}}', "Infinity is no number of JSON"),
-        ("[" * 100_000, "nested too deep"),
-        ('{"run": {"seed": 1}', "not a readable configuration"),
-        ("!!python/object/apply:os.system [ls]", "not a readable configuration"),
-        ("[]", "a configuration is a JSON object of sections"),
+        ('{"run": {"seed": 1, "seed": 2}}', "'seed'"),
+        ('{"optim": {"lr": NaN}}', "NaN"),
+        ('{"views": {"crop_ratio": [1, Infinity]}}', "Infinity"),
+        ("[" * 100_000, ""),
+        ('{"run": {"seed": 1}', ""),
+        ("!!python/object/apply:os.system [ls]", ""),
+        ("[]", ""),
     ],
 )
-def test_json_that_means_nothing_is_refused(text, words, tmp_path):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=words):
-        load(tmp_path / "config.json")
+def test_json_that_means_nothing_is_refused(text, name, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with raises(ConfigError, path, name):
+        load(path)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +469,8 @@ def test_few_epochs_fit_every_recipe_with_every_objective(epochs):
                 optim=OptimConfig(**values["optim"]),
                 loss=LossConfig(**values["loss"]),
             )
-            assert _check_optim(config) == []
+            found = [problem.field for check in CHECKS for problem in check(config)]
+            assert not [field for field in found if field.startswith("optim.") or "warmup" in field]
 
 
 def test_few_epochs_shorten_what_was_not_typed_and_nothing_else():
@@ -409,8 +482,9 @@ def test_few_epochs_shorten_what_was_not_typed_and_nothing_else():
     with raises(ConfigError, "optim.epochs"):
         run_of("digits", *few, "--optim.warmup_epochs", "5")
     assert run_of("digits", "--optim.epochs", "30").optim.warmup_epochs == 5
-    with pytest.raises(ConfigError, match="should be greater than or equal to 1"):
+    with raises(ConfigError, "optim.epochs") as raised:
         run_of("digits", "--optim.epochs", "0")
+    assert [problem.field for problem in raised.value.problems] == ["optim.epochs"]
 
 
 def run_of(*words):

@@ -280,23 +280,23 @@ def test_what_looks_into_blocks_still_does():
 REFUSED = {
     "a ConvNet": (
         {"student": {"name": "small_convnet", "adapters": "convpass"}},
-        r"student\.adapters = 'convpass': only deit_\* and vit_\* take it",
+        ("student.adapters = 'convpass'", "deit_*", "'small_convnet'"),
     ),
     "width without adapters": (
         {"student": {"adapter_width": 4}},
-        "adapter_width = 4: has no effect, student.adapters is 'none'",
+        ("student.adapter_width = 4", "student.adapters is 'none'"),
     ),
     "scale without adapters": (
         {"student": {"adapter_scale": 1.0}},
-        "adapter_scale = 1.0: has no effect, student.adapters is 'none'",
+        ("student.adapter_scale = 1.0", "student.adapters is 'none'"),
     ),
     "nothing to train": (
         {"optim": {"trained": "adapters"}, "start": {"source": "x"}},
-        "optim.trained = 'adapters': there are none; give student.adapters convpass",
+        ("optim.trained = 'adapters'", "student.adapters convpass"),
     ),
     "on random weights": (
         {"optim": {"trained": "adapters"}, "student": {"adapters": "convpass"}},
-        "would leave the rest of the student at random weights",
+        ("optim.trained = 'adapters'", "start.source"),
     ),
     "masks of a file": (
         {
@@ -304,7 +304,7 @@ REFUSED = {
             "student": {"adapters": "convpass"},
             "start": {"source": "x", "masks": "m.safetensors"},
         },
-        r"start\.masks = 'm\.safetensors': would change weights",
+        ("start.masks = 'm.safetensors'", "optim.trained 'adapters'"),
     ),
     "no masks": (
         {
@@ -312,19 +312,19 @@ REFUSED = {
             "student": {"adapters": "convpass"},
             "start": {"source": "x", "masks": "none"},
         },
-        r"start\.masks = 'none': would change weights .* use keep",
+        ("start.masks = 'none'", "optim.trained 'adapters'", " keep"),
     ),
     "blocks that share": (
         {"student": {"adapters": "convpass", "share": 2}},
-        r"adapters = 'convpass': not for blocks that share .* start from a network whose blocks",
+        ("student.adapters = 'convpass'", "student.share 2"),
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_makes_no_sense_is_refused(name):
-    sections, told = REFUSED[name]
-    with pytest.raises(ConfigError, match=told):
+    sections, names = REFUSED[name]
+    with raises(ConfigError, *names):
         validate(derive(digits(), **sections))
 
 

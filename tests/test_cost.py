@@ -1,6 +1,7 @@
 """What a network costs: arithmetic against hands, papers and other counters; memory; speed."""
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -194,9 +195,8 @@ def test_products_that_are_not_known_are_named(capsys):
         library.impl("mixed", lambda a, b: a.clone(), "CPU")
         layer = Layer(lambda a, b: torch.ops.deit_test.mixed(a @ b, b))
         assert macs_of_image(layer, torch.rand(1, 3, 8, 8)) == 8**3
-    assert capsys.readouterr().err == (
-        "deit: warning: GMACs of Layer: without those of deit_test::mixed, which cannot be "
-        "counted\n"
+    assert re.fullmatch(
+        r"deit: warning: .*\bLayer\b.*\bdeit_test::mixed\b.*\n", capsys.readouterr().err
     )
 
 

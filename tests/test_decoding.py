@@ -13,6 +13,7 @@ from PIL import Image
 
 from deit.datasets.decoding import MAX_PIXELS, decode_square, open_image, read_picture
 from deit.errors import DataError
+from tests.helpers.errors import raises
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -104,42 +105,42 @@ def test_an_adobe_cmyk_jpeg_is_stored_inverted():
 
 
 REFUSED = {
-    "nothing": (b"", "the file is empty"),
-    "text": (b"not a picture", "13 bytes that are no JPEG, PNG"),
-    "html": (b"<!DOCTYPE html><p>404</p>", "that are no JPEG"),
-    "icon": (encode(plain("RGB", ORANGE, (16, 16)), "ICO"), "that are no JPEG"),
-    "16-bit tiff": (deep_grey(1000, kind="TIFF"), "more than 8 bits"),
-    "float tiff": (encode(plain("F", 0.5), "TIFF"), "more than 8 bits"),
-    "32-bit tiff": (encode(plain("I", 70000), "TIFF"), "more than 8 bits"),
-    "16-bit pgm": (b"P5 2 2 65535\n" + bytes(8), "more than 8 bits"),
-    "animated gif": (gif(10, 200, 30), "GIF with 3 pictures"),
+    "nothing": (b"", "empty"),
+    "text": (b"not a picture", "13 bytes", "JPEG", "WEBP"),
+    "html": (b"<!DOCTYPE html><p>404</p>", "25 bytes", "JPEG", "WEBP"),
+    "icon": (encode(plain("RGB", ORANGE, (16, 16)), "ICO"), " bytes", "JPEG", "WEBP"),
+    "16-bit tiff": (deep_grey(1000, kind="TIFF"), "TIFF", "8 bits", "mode I;16"),
+    "float tiff": (encode(plain("F", 0.5), "TIFF"), "TIFF", "8 bits", "mode F"),
+    "32-bit tiff": (encode(plain("I", 70000), "TIFF"), "TIFF", "8 bits", "mode I"),
+    "16-bit pgm": (b"P5 2 2 65535\n" + bytes(8), "PPM", "8 bits", "mode I"),
+    "animated gif": (gif(10, 200, 30), "GIF", " 3 "),
     "animated webp": (
         encode(plain("RGB", "red"), "WEBP", save_all=True, append_images=[plain("RGB", "blue")]),
-        "WEBP with 2 pictures",
+        *("WEBP", " 2 "),
     ),
     "animated png": (
         encode(plain("RGB", "red"), save_all=True, append_images=[plain("RGB", "blue")]),
-        "PNG with 2 pictures",
+        *("PNG", " 2 "),
     ),
     "pages": (
         encode(plain("RGB", "red"), "TIFF", save_all=True, append_images=[plain("RGB", "blue")]),
-        "TIFF with 2 pictures",
+        *("TIFF", " 2 "),
     ),
-    "bomb": (png(14000, 14000), "196000000 pixels"),
-    "small bomb, of which Pillow only warns": (png(10000, 10000), "100000000 pixels"),
+    "bomb": (png(14000, 14000), "196000000"),
+    "small bomb, of which Pillow only warns": (png(10000, 10000), "100000000", f"{MAX_PIXELS}"),
     "text bomb": (
         encode(plain("L", 0))[:33]
         + chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(2**26)))
         + encode(plain("L", 0))[33:],
-        "not a readable image",
+        "MAX_TEXT_CHUNK",
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_right_reading_is_refused_by_name(name):
-    encoded, message = REFUSED[name]
-    with pytest.raises(DataError, match=message) as caught:
+    encoded, *names = REFUSED[name]
+    with raises(DataError, *names) as caught:
         open_image(encoded, f"some/{name}.jpg")
     assert str(caught.value).startswith(f"some/{name}.jpg: ")
     assert "\n" not in str(caught.value)
@@ -158,8 +159,8 @@ def noise(size: tuple[int, int] = (40, 24)) -> Image.Image:
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.95])
 def test_a_truncated_image_is_refused(kind, share):
     encoded = encode(noise(), kind)
-    with pytest.raises(DataError, match="cut: not a readable image"):
-        open_image(encoded[: int(len(encoded) * share)], "cut")
+    with raises(DataError, "place/cut: "):
+        open_image(encoded[: int(len(encoded) * share)], "place/cut")
 
 
 def test_a_bit_flipped_png_is_refused():
@@ -167,8 +168,8 @@ def test_a_bit_flipped_png_is_refused():
     for position in range(45, len(encoded) - 20, 97):
         damaged = bytearray(encoded)
         damaged[position] ^= 4
-        with pytest.raises(DataError, match="flipped"):
-            open_image(bytes(damaged), "flipped")
+        with raises(DataError, "place/flipped: "):
+            open_image(bytes(damaged), "place/flipped")
 
 
 # How the upright picture must be turned so that this EXIF orientation makes it upright again.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deit import checkpoint, disk, journal, manifest, prune_options
+from deit import checkpoint, journal, manifest, prune_options
 from deit.disk import check_file, check_writable, put_file, put_first, put_folder, sync_folder
 from deit.errors import EnvironmentFault
 from deit.models.base import BASE
@@ -68,8 +68,9 @@ def test_a_disk_that_fails_at_it_is_told(number, tmp_path, monkeypatch):
         raise OSError(number, "failed")
 
     monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(OSError, match="failed"):
+    with pytest.raises(OSError, match="failed") as raised:
         sync_folder(tmp_path)
+    assert raised.value.errno == number
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_the_first_writer_stays_on_any_disk(number, tmp_path, monkeypatch):
     assert not put_first(tmp_path / "file", b"second")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"first"
-    with pytest.raises(EnvironmentFault, match="could not be written"):
+    with raises(EnvironmentFault, tmp_path / "missing" / "file", os.strerror(errno.ENOENT)):
         put_first(tmp_path / "missing" / "file", b"first")
 
 
@@ -96,23 +97,32 @@ def test_a_first_file_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path, m
         raise OSError(errno.EPERM, "refused")
 
     def full(*paths):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "link", refusing)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", full)
-        with pytest.raises(EnvironmentFault, match="No space left on device"):
+        with raises(EnvironmentFault, tmp_path / "file", os.strerror(errno.ENOSPC)):
             put_first(tmp_path / "file", b"first")
     assert list(tmp_path.iterdir()) == []
     assert put_first(tmp_path / "file", b"first")
 
 
-def test_the_names_of_a_runs_own_files_are_those_it_writes():
+def test_the_names_of_a_runs_own_files_are_those_it_writes(tmp_path):
     names = {checkpoint.CONFIG, checkpoint.ENVIRONMENT, checkpoint.RESUMED, checkpoint.RESULT}
     names |= {checkpoint.STATE, journal.METRICS, journal.CHAIN, journal.ANOMALIES, BASE}
     names |= {manifest.MANIFEST, prune_options.MANIFEST, prune_options.KEPT}
-    assert names <= disk._OF_RUNS
-    assert {checkpoint.CONFIG, manifest.MANIFEST, prune_options.MANIFEST} == set(disk._MARKS)
+    marks = {checkpoint.CONFIG, manifest.MANIFEST, prune_options.MANIFEST}
+    for there in names:
+        folder = tmp_path / there
+        folder.mkdir()
+        (folder / there).touch()
+        for name in names:
+            if there in marks:
+                with raises(EnvironmentFault, f"--json {folder / name}"):
+                    check_file(folder / name, option="--json", replace=True)
+            else:
+                check_file(folder / name, option="--json", replace=True)
 
 
 @pytest.mark.parametrize("mark", ["config.json", "manifest.json", "prune.json"])
@@ -129,7 +139,7 @@ def test_a_runs_own_files_are_never_replaced(tmp_path, mark, name):
 def test_a_device_or_pipe_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path(os.devnull)):
-        with pytest.raises(EnvironmentFault, match="is a device or a pipe"):
+        with raises(EnvironmentFault, f"--json {path}"):
             check_file(path, option="--json", replace=True)
 
 

@@ -103,7 +103,8 @@ def test_a_training_ends_at_every_fault_point(point, workers, zygote, pictures, 
 def test_a_full_disk_ends_it_wherever_that_is_noticed(zygote, pictures, tmp_path):
     given = words(pictures, tmp_path / "run", 2)
     done = ended(zygote.start(*given, whole=True, DEIT_FAULT="update:3:full"), 5)
-    assert "deit: error: No space left on device (--debug shows where)" in done.err
+    assert "No space left on device" in done.err
+    assert "--debug" in done.err
 
 
 def test_the_end_of_training_is_the_end(zygote, pictures, tmp_path):
@@ -131,7 +132,8 @@ def test_a_run_that_waits_for_images_for_ever_stops_with_a_checkpoint(
     until(lambda: waits(running.pid))
     running.signal(number)
     done = ended(running, 128 + number)
-    assert "the same command with --resume goes on" in done.err
+    assert signal.Signals(number).name in done.err
+    assert "--resume" in done.err
     rows = journal.read(metrics)
     assert checkpoint.step_of(checkpoint.newest(out)) >= rows[-1]["step"]
 
@@ -181,7 +183,7 @@ def test_a_command_that_waits_for_images_for_ever_stops(
     before = children()
     given = {"evaluate": runs[workers], "scan": pictures}
     assert run_command(command, [str(given[command])], f"deit {command}") == 130
-    assert "stopped by SIGINT" in capfd.readouterr().err
+    assert "SIGINT" in capfd.readouterr().err
     until(lambda: children() == before)
 
 
@@ -247,11 +249,23 @@ def test_a_second_signal_ends_what_is_stuck_in_a_library(zygote, pictures, tmp_p
     running.signal(signal.SIGINT)
     done = running.wait(timeout=300)
     assert done.code == 130
-    assert "a second signal" in done.err
+    assert "signal" in done.err
+    assert "--resume" not in done.err  # which is said where the first one was obeyed
     ends_with_all_it_started(running.pid)
 
 
-def test_a_stop_that_python_drops_comes_again(monkeypatch):
+@pytest.fixture
+def code_of(monkeypatch):
+    """The exit code of a command that does some work."""
+
+    def command(work):
+        monkeypatch.setitem(commands.COMMANDS, "recipes", lambda arguments, program: work())
+        return run_command("recipes", [], "deit recipes")
+
+    return command
+
+
+def test_a_stop_that_python_drops_comes_again(code_of, monkeypatch):
     """What a handler raises while an object is freed is printed, and the program goes on."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's keeps what it is given
 
@@ -264,8 +278,7 @@ def test_a_stop_that_python_drops_comes_again(monkeypatch):
         del freed
         time.sleep(30)
 
-    with cli._Leaving(), pytest.raises(Stopped):
-        work()
+    assert code_of(work) == 130
 
 
 def test_a_stop_in_a_library_that_makes_another_error_of_it_is_a_stop(monkeypatch, capsys):
@@ -278,7 +291,9 @@ def test_a_stop_in_a_library_that_makes_another_error_of_it_is_a_stop(monkeypatc
 
     monkeypatch.setitem(commands.COMMANDS, "recipes", command)
     assert run_command("recipes", [], "deit recipes") == 143
-    assert "stopped by SIGTERM" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "SIGTERM" in said
+    assert "ImportError" not in said
 
 
 class TritonMissing(RuntimeError):
@@ -288,31 +303,43 @@ class TritonMissing(RuntimeError):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "message"),
+    ("error", "code", "names"),
     [
-        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 5, "/a/b: Permission denied"),
-        (OSError(errno.EROFS, "Read-only file system", "/a"), 5, "/a: Read-only file system"),
-        (OSError(errno.EMFILE, "Too many open files"), 5, "Too many open files"),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "aa"), 5, "aa: File name too long"),
-        (FileExistsError(errno.EEXIST, "File exists", "a"), 5, "a: File exists"),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 5, "a/b: Not a directory"),
-        (MemoryError(), 5, "not enough memory (MemoryError)"),
-        (RuntimeError("alloc: can't allocate memory: 9 bytes"), 5, "not enough memory (alloc: "),
-        (RuntimeError("Storage size calculation overflowed"), 5, "more memory than any machine "),
-        (RuntimeError("Symlink loop from '/a'"), 5, "Symlink loop from '/a'"),  # Path.resolve
-        (RuntimeError("CUDA error: out of memory"), 5, "not enough memory (CUDA error"),
-        (TritonMissing(), 5, "torch.compile failed (TritonMissing); leave --run.compile out"),
-        (OSError(errno.ENOTCONN, "Not connected", "/fuse/a"), 5, "/fuse/a: Not connected"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/a/b"),
+            5,
+            ["/a/b: Permission denied"],
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "/a"), 5, ["/a: Read-only file system"]),
+        (OSError(errno.EMFILE, "Too many open files"), 5, ["Too many open files"]),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "aa"), 5, ["aa: File name too long"]),
+        (FileExistsError(errno.EEXIST, "File exists", "a"), 5, ["a: File exists"]),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 5, ["a/b: Not a directory"]),
+        (MemoryError(), 5, ["MemoryError"]),
+        (
+            RuntimeError("alloc: can't allocate memory: 9 bytes"),
+            5,
+            ["alloc: can't allocate memory: 9 bytes"],
+        ),
+        (
+            RuntimeError("Storage size calculation overflowed"),
+            5,
+            ["memory", "Storage size calculation overflowed"],
+        ),
+        (RuntimeError("Symlink loop from '/a'"), 5, ["Symlink loop from '/a'"]),  # Path.resolve
+        (RuntimeError("CUDA error: out of memory"), 5, ["CUDA error: out of memory"]),
+        (TritonMissing(), 5, ["torch.compile", "TritonMissing", "--run.compile"]),
+        (OSError(errno.ENOTCONN, "Not connected", "/fuse/a"), 5, ["/fuse/a: Not connected"]),
         (
             FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
             5,
-            "No usable temporary directory found in ['/tmp']; set TMPDIR to a folder",
+            ["No usable temporary directory found in ['/tmp']", "TMPDIR"],
         ),
-        (FileNotFoundError(errno.ENOENT, "Gone", "/a"), 1, "unexpected FileNotFoundError: "),
-        (ZeroDivisionError("zero"), 1, "unexpected ZeroDivisionError: zero"),
+        (FileNotFoundError(errno.ENOENT, "Gone", "/a"), 1, ["FileNotFoundError", "Gone", "/a"]),
+        (ZeroDivisionError("zero"), 1, ["ZeroDivisionError", "zero"]),
     ],
 )
-def test_what_the_machine_lacks_is_no_bug(error, code, message, monkeypatch, capsys):
+def test_what_the_machine_lacks_is_no_bug(error, code, names, monkeypatch, capsys):
     """Wherever it is noticed: any file may meet a full disk or a permission at any time."""
 
     def command(arguments, program):
@@ -321,8 +348,10 @@ def test_what_the_machine_lacks_is_no_bug(error, code, message, monkeypatch, cap
     monkeypatch.setitem(commands.COMMANDS, "recipes", command)
     assert run_command("recipes", [], "deit recipes") == code
     said = capsys.readouterr().err
-    assert said.startswith(f"deit: error: {message}")
-    assert said.endswith("(--debug shows where)\n")
+    assert said.startswith("deit: error: ")
+    assert len(said.splitlines()) == 1
+    for name in (*names, "--debug"):
+        assert name in said
 
 
 def asks_to_stop(folder: Path, rest: str) -> None:
@@ -333,7 +362,7 @@ def asks_to_stop(folder: Path, rest: str) -> None:
     (folder / "asks_to_stop.py").write_text(text)
 
 
-def test_no_import_is_interrupted(tmp_path, monkeypatch):
+def test_no_import_is_interrupted(code_of, tmp_path, monkeypatch):
     """Libraries of C++ end the process where an exception leaves them while they are set up."""
     asks_to_stop(tmp_path, "time.sleep(1.5)\nwhole = True")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -345,12 +374,13 @@ def test_no_import_is_interrupted(tmp_path, monkeypatch):
         done.append(asks_to_stop.whole)
         time.sleep(30)
 
-    with cli._Leaving(), pytest.raises(Stopped):
-        work()
+    assert code_of(work) == 143
     assert done == [True]
 
 
-def test_a_stop_during_an_import_is_for_whoever_handles_signals_next(tmp_path, monkeypatch):
+def test_a_stop_during_an_import_is_for_whoever_handles_signals_next(
+    code_of, tmp_path, monkeypatch
+):
     asks_to_stop(tmp_path, "pass")
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -359,20 +389,18 @@ def test_a_stop_during_an_import_is_for_whoever_handles_signals_next(tmp_path, m
         with Interruption(Accelerator(cpu=True)) as interruption:
             interruption.check()
 
-    with cli._Leaving(), pytest.raises(Stopped):
-        work()
+    assert code_of(work) == 143
     assert launcher.stop_remembered() == 0
 
 
-def test_a_stop_after_the_last_question_is_for_whoever_handles_signals_next():
+def test_a_stop_after_the_last_question_is_for_whoever_handles_signals_next(code_of):
     def work():
         with Interruption(Accelerator(cpu=True)) as interruption:
             interruption.check()
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
 
-    with cli._Leaving(), pytest.raises(Stopped):
-        work()
+    assert code_of(work) == 143
 
 
 IMPORTS = """
@@ -391,7 +419,10 @@ sys.exit(cli.program())
 def test_a_command_that_still_imports_leaves_at_once(tmp_path):
     asks_to_stop(tmp_path, "time.sleep(1000)")
     done = fresh(IMPORTS, path=tmp_path)
-    assert (done.code, done.err) == (143, "deit: error: stopped by SIGTERM\n")
+    assert done.code == 143
+    (line,) = done.err.splitlines()
+    assert line.startswith("deit: error: ")
+    assert "SIGTERM" in line
 
 
 UNREAD = """
@@ -479,10 +510,10 @@ def test_a_request_to_save_does_not_kill_a_process_that_is_done():
 def test_a_shell_with_accelerates_variables_is_no_launcher(monkeypatch):
     """Where it ends, what it started under nohup goes on."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    for name in launcher._NAMES:
+    for name in ("TORCHELASTIC_RUN_ID", launcher.FOLLOWED):
         monkeypatch.delenv(name, raising=False)
-    launcher._started_by_accelerate.cache_clear()
-    assert not launcher.launched()
+    done = fresh("from deit import launcher; print(launcher.launched())")
+    assert (done.code, done.out) == (0, "False\n"), done.err
 
 
 HELD = """
@@ -590,11 +621,11 @@ def test_a_program_that_calls_a_command_is_not_ended_by_a_second_signal():
 @pytest.mark.parametrize(
     ("code", "expected", "said"),
     [
-        (1, 1, ""),
-        (3, 3, ""),
-        ("a reason", 1, "deit: error: a reason\n"),
-        (None, 1, "deit: error: left by sys.exit() in tests.test_endings\n"),
-        (0, 1, "deit: error: left by sys.exit() in tests.test_endings\n"),
+        (1, 1, None),
+        (3, 3, None),
+        ("a reason", 1, "a reason"),
+        (None, 1, "tests.test_endings"),
+        (0, 1, "tests.test_endings"),
     ],
 )
 def test_code_of_the_users_that_exits_does_not_look_finished(
@@ -607,7 +638,9 @@ def test_code_of_the_users_that_exits_does_not_look_finished(
 
     monkeypatch.setitem(commands.COMMANDS, "recipes", command)
     assert run_command("recipes", [], "deit recipes") == expected
-    assert capsys.readouterr().err == said
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (said is not None)
+    assert all(line.startswith("deit: error: ") and said in line for line in lines)
 
 
 def small(pictures: Path, workers: int):
@@ -635,7 +668,7 @@ def test_a_call_from_python_leaves_no_worker(pictures, tmp_path):
     until(lambda: children() == before)
     train(config, tmp_path / "done")
     until(lambda: children() == before)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         stop_at(config, tmp_path / "full", "update:2:full")
     until(lambda: children() == before)
 

@@ -1,6 +1,7 @@
 """BiT's HyperRule by the paper's numbers; its networks of timm's, with heads of zeros."""
 
 import json
+import re
 
 import pytest
 import timm
@@ -167,8 +168,7 @@ def test_transfer_brings_everything_but_the_heads(folder, heads):
                 assert torch.equal(value, network.state_dict()[name])
         else:
             assert torch.equal(value, found.weights[name]), name
-    kind = "zeros" if heads == "zero" else "random"
-    assert any(f"10 classes: new heads, {kind}" in note for note in fitted.notes)
+    assert any(re.search(r"\b10 classes\b", note) for note in fitted.notes)
 
 
 def test_fine_tuning_counts_the_images(folder):
@@ -218,18 +218,19 @@ def test_fields_refine_the_rule(name, folder):
 
 
 @pytest.mark.parametrize(
-    ("typed", "told"),
+    ("typed", "names"),
     [
-        (("--data.train_fraction", "2"), r"data\.train_fraction = '2'"),
-        (("--data.reader", "tar"), r"data\.reader = 'tar': only data\.source 'reader'"),
-        (("--data.source", "digit"), "did you mean digits"),
-        (("--optim.lr", "-1"), r"optim\.lr = '-1'"),
-        (("--optim.beta2", "0.5"), r"optim\.beta2 = 0\.5: has no effect"),
-        (("--opt.lr", "1"), r"opt\.lr: unknown field"),
+        (("--data.train_fraction", "2"), ["data.train_fraction = '2'"]),
+        (("--data.reader", "tar"), ["data.reader = 'tar'", "data.source"]),
+        (("--data.source", "digit"), ["data.source = 'digit'", "digits?"]),
+        (("--optim.lr", "-1"), ["optim.lr = '-1'"]),
+        (("--optim.beta2", "0.5"), ["optim.beta2 = 0.5", "optim.algorithm"]),
+        (("--opt.lr", "1"), ["opt.lr"]),
     ],
 )
-def test_what_is_wrong_beside_the_rule_is_told(typed, told, folder):
+def test_what_is_wrong_beside_the_rule_is_told(typed, names, folder):
     words = ["--from", str(folder), "digits-teacher", "--tuning", "bit", *typed]
-    with pytest.raises(ConfigError, match=told) as error:
+    with raises(ConfigError, *names) as error:
         parse_finetune(words, "deit finetune")
-    assert str(error.value).startswith("1 problem in the configuration")
+    (problem,) = error.value.problems
+    assert problem.field == typed[0].removeprefix("--")

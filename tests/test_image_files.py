@@ -2,7 +2,9 @@
 systems leave, odd names; whatever is not read is named."""
 
 import io
+import json
 import os
+import re
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,7 +149,7 @@ def test_images_beside_the_splits_are_named(way, tmp_path):
     found = lay_out(way, tmp_path, {"train": "train", "validation": "val", "test": "fold2"})
     put(tmp_path / "notes" / "readme.txt", b"no images here")
     (note,) = notes(found)
-    assert note.startswith(f"not read: {tmp_path / 'fold2'}")
+    assert str(tmp_path / "fold2") in note
     assert load_splits(found).passed == (note,)
 
 
@@ -169,29 +171,31 @@ class FakeHub:
 
 
 def test_the_splits_of_a_hub_are_found_by_the_same_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "_create", FakeHub)
+    monkeypatch.setattr("timm.data.readers.create_reader", FakeHub)
     there = SimpleNamespace(origin="there")
     monkeypatch.setattr(readers.importlib.util, "find_spec", lambda name: there)
     fields = {"source": "reader", "reader": "hfds/x", "download": True}
     found = DataConfig(root=str(tmp_path), **fields)
     assert split_sizes(found) == {"train": 8, "test": 6}
-    assert notes(found) == ("not read: hfds/x unsupervised (beside the splits)",)
+    (note,) = notes(found)
+    assert "hfds/x unsupervised" in note
 
 
 def test_a_scan_names_what_is_beside_the_splits(tmp_path, monkeypatch, capsys):
     lay_out("folder", tmp_path / "data", {"train": "train", "validation": "val", "test": "fold2"})
-    put(tmp_path / "data" / "cover.png")
-    put(tmp_path / "data" / "train" / "stray.png")
+    for name in ("cover.png", "back.png", "train/stray.png"):
+        put(tmp_path / "data" / name)
     put(tmp_path / "data" / "train" / "labels.csv", b"a,b\n")
     monkeypatch.chdir(tmp_path)
     assert run_command("scan", ["data", "--json", "found.json"], "deit scan") == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not read: ")]
-    assert [line.split(" (")[0] for line in said] == [
-        "not read: data/fold2",
-        "not read: 1 files beside the splits",
-        "not read: 1 images outside the class folders",
-    ]
-    assert '"passed_over": {\n  ".csv": 1' in (tmp_path / "found.json").read_text()
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    folder, beside, outside = found["not_read"]
+    assert folder.startswith("data/fold2 ")
+    assert beside.startswith("2 ")
+    assert outside.startswith("1 ")
+    assert all(f" {one}\n" in said for one in found["not_read"])
+    assert found["passed_over"] == {".csv": 1}
 
 
 def test_a_run_says_at_its_start_what_it_does_not_read(tmp_path, monkeypatch, capsys):
@@ -203,17 +207,18 @@ def test_a_run_says_at_its_start_what_it_does_not_read(tmp_path, monkeypatch, ca
     words = ["folder", "--data.root", "data", *options.split(), "--dry_run"]
     assert run_command("train", words, "deit train") == 0
     said = capsys.readouterr().out.splitlines()
-    (at,) = [index for index, line in enumerate(said) if line.startswith("data  ")]
-    assert said[at].startswith("data      folder: 2 classes; 6 train, 2 validation, 4 test")
-    assert said[at + 1] == "          passed over: 1 .heic"
-    assert said[at + 2].startswith("          not read: data/fold2 (images beside the splits; ")
+    (at,) = [index for index, line in enumerate(said) if re.match(r"data +folder\b", line)]
+    numbers = re.findall(r"(\d+) (classes|train|validation|test)\b", said[at])
+    assert numbers == [("2", "classes"), ("6", "train"), ("2", "validation"), ("4", "test")]
+    assert re.match(r" .*\b1 \.heic$", said[at + 1])
+    assert re.match(r" .*\bdata/fold2\b", said[at + 2])
 
 
 def test_images_without_classes_are_refused_with_advice(tmp_path):
     """A test split without labels, as contests have it, or a class that is called train."""
     found = lay_out("folder", tmp_path, {"train": "train"})
     put(tmp_path / "test" / "1.png")
-    with pytest.raises(DataError, match=r"test: no class folders; .*for `deit predict`"):
+    with raises(DataError, tmp_path / "test", "deit predict"):
         split_sizes(found)
 
 
@@ -254,7 +259,8 @@ def test_a_link_that_leads_back_is_named_and_not_followed(way, target, tmp_path)
     (root / "train" / "ant" / "again").symlink_to(target)
     assert split_sizes(found) == {"train": 8}
     (note,) = notes(found)
-    assert f"{root}/train/ant/again (a link to a folder that it is in)" in note
+    assert f"{root}/train/ant/again " in note
+    assert " link " in note
 
 
 def test_links_that_lead_to_each_other_end(tmp_path):
@@ -264,7 +270,7 @@ def test_links_that_lead_to_each_other_end(tmp_path):
         (tmp_path / here / there).symlink_to(tmp_path / there)
     (tmp_path / "data" / "train" / "ant" / "x").symlink_to(tmp_path / "x")
     assert split_sizes(found) == {"train": 8 + 2}
-    assert "x/y/x (a link to a folder that it is in)" in notes(found)[0]
+    assert re.search(r"\bx/y/x\b.* link\b", notes(found)[0])
 
 
 @pytest.mark.parametrize("place", ["train/ant/more", "train/cow", "val"])
@@ -287,7 +293,8 @@ def test_an_image_that_is_a_link_to_nothing_can_be_left_out(tmp_path):
 def test_another_file_that_is_a_link_to_nothing_is_passed_over(tmp_path):
     found = lay_out("folder", tmp_path, {"train": "train"})
     (tmp_path / "train" / "ant" / "labels.csv").symlink_to("/unmounted/labels.csv")
-    assert notes(found) == ("passed over: 1 .csv",)
+    (note,) = notes(found)
+    assert note.endswith(" 1 .csv")
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -312,7 +319,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(DataError, match=r"ant/closed: not readable \(Permission denied\)"):
+    with raises(DataError, "ant/closed: ", "Permission denied"):
         split_sizes(found)
 
 
@@ -352,16 +359,16 @@ def test_an_avif_is_decoded_upright_and_a_film_is_refused():
     exif[274] = 6
     buffer = io.BytesIO()
     flat.save(buffer, "AVIF", exif=exif, quality=95)
-    found = decoding.read_picture(buffer.getvalue(), "x")
+    found = decoding.read_picture(buffer.getvalue(), "place/x")
     assert found.format == "AVIF"
     assert found.image.size == (8, 16)
     assert np.abs(np.asarray(found.image).astype(int) - (200, 100, 50)).max() <= 4
     buffer = io.BytesIO()
     flat.save(buffer, "AVIF", save_all=True, append_images=[picture(1, (16, 8))])
-    with pytest.raises(DataError, match="AVIF with 2 pictures"):
-        decoding.read_picture(buffer.getvalue(), "x")
-    with pytest.raises(DataError, match="x: not a readable image"):
-        decoding.read_picture(buffer.getvalue()[:200], "x")
+    with raises(DataError, "place/x: ", "AVIF", " 2 "):
+        decoding.read_picture(buffer.getvalue(), "place/x")
+    with raises(DataError, "place/x: "):
+        decoding.read_picture(buffer.getvalue()[:200], "place/x")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -381,23 +388,24 @@ def test_what_cannot_be_read_is_counted_by_ending(way, tmp_path, monkeypatch, ca
     else:
         for name, content in others.items():
             put(root / "train" / name, content)
-    assert notes(found) == ("passed over: 2 .heic, 1 .html, 1 other files",)
-    assert load_splits(found).passed == notes(found)
+    (note,) = notes(found)
+    assert re.search(r"\b2 \.heic, 1 \.html, 1 ", note)
+    assert load_splits(found).passed == (note,)
     monkeypatch.chdir(tmp_path)
     options = ["data", "--source", found.source]
     options += ["--reader", found.reader] if found.reader else []
     assert run_command("scan", options, "deit scan") == 0
-    assert "passed over: 2 .heic, 1 .html, 1 other files\n" in capsys.readouterr().out
+    assert f"{note}\n" in capsys.readouterr().out
 
 
 def test_a_class_of_what_cannot_be_read_says_so(tmp_path):
     found = lay_out("folder", tmp_path, {"train": "train"})
     for index in range(3):
         put(tmp_path / "train" / "cow" / f"{index}.heic", b"x")
-    with pytest.raises(DataError, match=r"cow: no images in this class folder \(3 \.heic passed"):
+    with raises(DataError, "train/cow: ", "3 .heic"):
         split_sizes(found)
     tar(tmp_path / "shards" / "0.tar", {"a.heic": b"x", "a.cls": b"ant"})
-    with pytest.raises(DataError, match=r"a\.cls has no image beside it; a\.heic is none that is"):
+    with raises(DataError, "a.cls", "a.heic"):
         split_sizes(config("shards", tmp_path / "shards"))
 
 
@@ -407,9 +415,11 @@ def test_many_kinds_and_places_are_cut_short():
         for _ in range(20 - number):
             passed.add(f"a.x{number}")
     first, *rest = passed.notes()
-    assert first.startswith("passed over: 20 .x0, 19 .x1, ")
-    assert first.endswith(", 42 others")
-    assert rest == [*(f"not read: place {number}" for number in range(4)), "not read: 2 more"]
+    assert " 20 .x0, 19 .x1, " in first
+    assert re.search(r", 42 [^,.]+$", first)
+    assert [line[-len("place 0") :] for line in rest[:4]] == passed.places[:4]
+    (more,) = rest[4:]
+    assert re.search(r"\b2\b", more)
 
 
 @pytest.mark.parametrize(
@@ -496,7 +506,7 @@ def test_an_odd_name_goes_through_listing_scan_and_quarantine(name, tmp_path, mo
     assert run_command("scan", ["data", "--write", "bad.txt"], "deit scan") == 3
     capsys.readouterr()
     splits = load_splits(config("folder", root, quarantine="bad.txt"))
-    assert "quarantine: 1 images left out, listed in bad.txt" in splits.notes
+    assert any(re.search(r"quarantine.* 1 .*bad\.txt", note) for note in splits.notes)
 
 
 def test_a_plain_name_is_listed_as_it_is():
@@ -511,7 +521,7 @@ def test_a_class_without_images_in_one_split_is_named(tmp_path):
     found = lay_out("folder", tmp_path, {"train": "train", "validation": "val"})
     for path in (tmp_path / "val" / "bee").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="val/bee: no images in this class folder"):
+    with raises(DataError, "val/bee: "):
         split_sizes(found)
     (tmp_path / "val" / "bee").rmdir()
     with raises(DataError, "'bee'"):
@@ -572,6 +582,6 @@ def test_bad_pictures_of_every_kind_are_listed_by_one_scan(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert run_command("scan", ["data"], "deit scan") == 3
     said = capsys.readouterr()
-    listed = [line for line in said.out.splitlines() if line.startswith("bad: train/ant/")]
-    assert len(listed) == len(bad) + 3
-    assert f"{len(bad) + 3} unreadable images" in said.err
+    listed = re.findall(r" train/ant/(\S+): ", said.out)
+    assert sorted(listed) == sorted([*bad, "film.gif", "bomb.png", "float.tif"])
+    assert f"data: {len(listed)} " in said.err

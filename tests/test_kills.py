@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -18,6 +19,7 @@ from deit.config import derive
 from deit.errors import ConfigError
 from deit.launcher import SAME_SIGNAL_S
 from tests.helpers.command_server import until
+from tests.helpers.errors import raises
 from tests.helpers.gates import Gate
 from tests.helpers.images import write_pictures
 from tests.helpers.leftovers import is_gone
@@ -32,7 +34,8 @@ def straight(zygote, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("straight") / "run"
     done = zygote.run("train", *SMALL, "--out", out)
     assert done.code == 0, done.err
-    assert "best weights: epoch 2" in done.out  # they are written twice
+    best = json.loads((out / "result.json").read_text())["best"]
+    assert best["epoch"] == 2  # it is written twice
     return out
 
 
@@ -102,7 +105,8 @@ def test_sigterm_from_outside_is_a_checkpoint_and_143(zygote, straight, tmp_path
     gate.open()
     done = running.wait()
     assert done.code == 143
-    assert "stopped by SIGTERM; the same command with --resume goes on" in done.err
+    assert "SIGTERM" in done.err
+    assert "--resume" in done.err
     assert len(done.err.strip().splitlines()) == 1
     assert run(zygote, out).code == 0
     same(out, straight)
@@ -129,7 +133,8 @@ def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(zygote, straight,
     running.signal(signal.SIGINT)
     done = running.wait(timeout=300)
     assert done.code == 130
-    assert "a second signal" in done.err
+    assert "signal" in done.err
+    assert "--resume" not in done.err  # which is said where the first one was obeyed
     assert run(zygote, out).code == 0
     same(out, straight)
 
@@ -153,7 +158,8 @@ def test_one_run_a_folder_at_a_time_and_no_lock_is_left_behind(zygote, straight,
     until(lambda: (out / "config.json").is_file())
     second = run(zygote, out)  # the first one hangs for an hour: nobody waits for that
     assert second.code == 5
-    assert f"another run works in it (process {running.pid} on " in second.err
+    assert f"--out {out}" in second.err
+    assert re.search(rf"\bprocess {running.pid}\b", second.err)
     running.signal(signal.SIGKILL)
     assert running.wait().code == -signal.SIGKILL
     assert run(zygote, out).code == 0
@@ -165,8 +171,9 @@ def test_a_full_disk_leaves_what_was_saved_before(zygote, straight, tmp_path):
         out = tmp_path / fault.replace(":", "-")
         full = run(zygote, out, fault)
         assert full.code == 5
-        assert "could not be saved (No space left on device; " in full.err
-        assert "are needed); what was there is intact" in full.err
+        assert str(checkpoint.folder_of(out, 2 * STEPS)) in full.err
+        # What is free, and what is needed.
+        assert re.search(r"No space left on device\b.* [kMGT]?B\b.* [kMGT]?B\b", full.err)
         assert [step for step, _ in checkpoint.found(out)] == [5]
         assert not list(out.glob(".deit-*"))
         assert run(zygote, out).code == 0
@@ -176,10 +183,7 @@ def test_a_full_disk_leaves_what_was_saved_before(zygote, straight, tmp_path):
 def test_out_of_memory_names_the_batch_that_fits(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "update:3:memory")
     assert done.code == 5
-    assert "out of memory with 64 images at once; 32 fit" in done.err
-    assert "--optim.accumulate 2 makes micro-batches of that size and keeps the batch of 64" in (
-        done.err
-    )
+    assert re.search(r"\b64 images\b.*\b32\b.*--optim\.accumulate 2\b.*\b64\b", done.err)
     assert run(zygote, tmp_path / "run", "", "--optim.accumulate", "2").code == 0
 
 
@@ -187,9 +191,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_their_images(zygote, t
     out = tmp_path / "run"
     done = run(zygote, out, "loss:0:nan", "--run.max_skipped", "3")
     assert done.code == 6
-    assert "update 3: loss or gradient is not finite, number 3 in a row from update 1 on; " in (
-        done.err
-    )
+    assert str(out / journal.ANOMALIES) in done.err.splitlines()[-1]
     rows = journal.read(out / journal.ANOMALIES)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(len(row["images"]) == len(row["names"]) == 64 for row in rows)
@@ -199,9 +201,10 @@ def test_a_skipped_update_leaves_the_weights_and_is_counted(zygote, straight, tm
     out = tmp_path / "run"
     done = run(zygote, out, "loss:2:nan")
     assert done.code == 0
-    assert (
-        "update 2: loss or gradient is not finite, so it is left out (1 of at most 10" in done.err
-    )
+    assert re.search(r"\bupdate 2\b.*\b1\b.*\b10\b", done.err)
+    (left_out,) = journal.read(out / journal.ANOMALIES)
+    assert left_out["step"] == 2
+    assert left_out["names"][0] in done.err
     assert json.loads((out / "result.json").read_text())["skipped"] == 1
     for row in journal.read(out / journal.METRICS):
         assert row["train"]["loss"] is not None
@@ -211,7 +214,7 @@ def test_a_skipped_update_leaves_the_weights_and_is_counted(zygote, straight, tm
     "text", ["update", "update:1", "nothing:1:kill", "update:x:kill", "update@a:1:kill"]
 )
 def test_a_fault_that_is_none_is_refused(text, zygote, tmp_path):
-    with pytest.raises(ConfigError, match="DEIT_FAULT="):
+    with raises(ConfigError, f"DEIT_FAULT={text}"):
         faults.arm(text)
     done = zygote.run("recipes", DEIT_FAULT=text)
     assert done.code == 2
@@ -221,7 +224,7 @@ def test_a_disk_without_room_is_refused_before_the_first_step(zygote, tmp_path, 
     from deit.disk import check_space
     from deit.errors import EnvironmentFault
 
-    with pytest.raises(EnvironmentFault, match=r"are free there, 1e\+03 TB are needed"):
+    with raises(EnvironmentFault, f"--out {tmp_path / 'a' / 'b'}", "1e+03 TB"):
         check_space(tmp_path / "a" / "b", 10**15, option="--out")
     check_space(tmp_path / "a" / "b", 1000, option="--out")
 
@@ -294,7 +297,8 @@ def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(with_workers,
     os.kill(workers_of(running.pid)[0], signal.SIGKILL)
     done = running.wait(timeout=300)
     assert done.code == 5
-    assert "data.workers: the system ended a worker process" in done.err
+    assert "data.workers" in done.err
+    assert "--resume" in done.err
     assert checkpoint.newest(tmp_path / "run") is not None
 
 
@@ -396,8 +400,9 @@ def test_micro_batches_are_halved_until_one_fits(zygote, tmp_path):
     fitted, given = tmp_path / "fitted", tmp_path / "given"
     done = run(zygote, fitted, "fit:1:memory,fit:2:memory", "--run.fit_memory")
     assert done.code == 0, done.err
-    assert "too little for 64 images at once; optim.accumulate 2: 32 images" in done.out
-    assert "optim.accumulate 4: 16 images, the batch stays" in done.out
+    first, second = re.findall(r"^memory .*", done.out, re.MULTILINE)
+    assert re.search(r"\b64 images\b.*\boptim\.accumulate 2\b.*\b32 images\b", first)
+    assert re.search(r"\b32 images\b.*\boptim\.accumulate 4\b.*\b16 images\b", second)
     assert run(zygote, given, "", "--optim.accumulate", "4").code == 0
     same(fitted, given)
     plain = tmp_path / "plain"
@@ -408,7 +413,7 @@ def test_micro_batches_are_halved_until_one_fits(zygote, tmp_path):
 def test_where_no_micro_batch_fits_nothing_is_begun(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "fit:0:memory", "--run.fit_memory")
     assert done.code == 5
-    assert "out of memory even with 2 images at once" in done.err
+    assert re.search(r"\brun\.fit_memory\b.*\b2 images\b", done.err)
     assert not (tmp_path / "run").exists()
 
 
@@ -418,7 +423,7 @@ def test_a_dry_run_of_what_is_not_finite_says_so_and_writes_nothing(zygote, tmp_
         "train", *SMALL, "--out", tmp_path / "run", "--dry_run", DEIT_FAULT="loss:1:nan"
     )
     assert done.code == 6
-    assert "first update is not finite" in done.err
+    assert len(done.err.splitlines()) == 1
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -433,7 +438,8 @@ def test_of_two_that_start_together_one_has_the_folder(zygote, straight, tmp_pat
     gate.open()
     done = slower.wait()
     assert done.code == 2
-    assert "the folder is not empty" in done.err
+    assert f"--out {out}" in done.err
+    assert "--resume" in done.err
     same(out, straight)
 
 
@@ -474,7 +480,7 @@ def test_the_best_so_far_that_is_lost_is_told(how, zygote, straight, tmp_path):
         (out / "best" / "model.safetensors").write_bytes(b"")
     done = run(zygote, out)
     assert done.code == 0
-    assert "the next evaluation takes its place" in done.err
+    assert str(out / "best") in done.err
     assert zygote.run("evaluate", out).code == 0
 
 
@@ -485,7 +491,8 @@ def test_checkpoints_that_are_gone_within_the_first_epoch_are_missed(zygote, tmp
         shutil.rmtree(folder)
     done = run(zygote, out, "", "--run.save_every", "1")
     assert done.code == 4
-    assert "its checkpoints are gone" in done.err
+    assert str(out) in done.err
+    assert "--out" in done.err
 
 
 def test_a_comparison_that_is_asked_to_stop_stops(zygote, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -120,8 +121,8 @@ def test_the_table_on_a_terminal_is_no_wider_than_it_must_be(measured, capsys):
         print_ladder(found)
         lines = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "┃│"]
         assert max(map(len, lines)) <= 120
-        assert ("not 0" in "".join(lines)) == bool(zeros)
         (row,) = [line for line in lines if line.startswith("│ run  ")]
+        assert lines[0].count("┃") == row.count("│")
         text = next(line for line in markdown(found).splitlines() if line.startswith("| run |"))
         cells = [cell.strip() for cell in text.strip("|").split("|")]
         told = [cell for place, cell in enumerate(cells) if place not in (1, 7)[: 2 - bool(zeros)]]
@@ -151,11 +152,11 @@ def test_a_pruning_of_another_run_is_not_its(place):
 
 def test_a_run_that_is_not_finished_is_said_to_be(place, tmp_path, capsys):
     shutil.copytree(place / "other", tmp_path / "half")
-    assert "is not finished" not in capsys.readouterr().err
+    versions_of(place / "run", [tmp_path / "half"])
+    assert str(tmp_path / "half") not in "".join(capsys.readouterr())
     (tmp_path / "half" / "result.json").unlink()
     versions_of(place / "run", [tmp_path / "half"])
-    told = capsys.readouterr()
-    assert f"{tmp_path / 'half'}: is not finished; these are the weights" in told.out + told.err
+    assert str(tmp_path / "half") in "".join(capsys.readouterr())
 
 
 def test_what_is_found_by_itself_may_be_named(place):
@@ -170,24 +171,26 @@ def test_two_runs_of_one_name_keep_apart(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "names"),
     [
-        ((), 2, "the following arguments are required: RUN; see"),
-        (("rnu",), 4, "rnu: no such run folder; did you mean run?"),
-        (("nothing",), 4, "nothing: no such run folder"),
-        (("run", "nothing"), 4, "nothing: no such run folder"),
-        (("run", "run"), 2, "run: is among the versions already"),
-        (("run", "other", "other"), 2, "other: is among the versions already"),
-        (("other", "--merge", "9"), 2, "merging 9 tokens a block: should be from 0 to 8"),
-        (("run", "--merge", "two"), 2, "--merge two"),
-        (("run", "--merge", "0"), 2, "--merge 0"),
-        (("run", "--json", "e.json"), 5, "--json e.json"),
+        ((), 2, ("RUN", "deit ladder --help")),
+        (("ohter",), 4, ("ohter", "other")),
+        (("elsewhere",), 4, ("elsewhere",)),
+        (("run", "elsewhere"), 4, ("elsewhere",)),
+        (("run", "run"), 2, ("error: run: ",)),
+        (("run", "other", "other"), 2, ("error: other: ",)),
+        (("other", "--merge", "9"), 2, ("--merge 9", "8", "16")),
+        (("run", "--merge", "two"), 2, ("--merge two",)),
+        (("run", "--merge", "0"), 2, ("--merge 0",)),
+        (("run", "--json", "e.json"), 5, ("--json e.json", "--force")),
     ],
 )
-def test_a_mistake_is_told_before_the_work(place, zygote, words, code, said):
+def test_a_mistake_is_told_before_the_work(place, zygote, words, code, names):
     (place / "e.json").touch()
     done = zygote.run("ladder", *words, cwd=place)
-    assert (done.code, said in done.err) == (code, True), done.err
+    assert done.code == code, done.err
+    for name in names:
+        assert name in done.err
 
 
 def test_a_ladder_that_is_there_is_replaced_only_when_asked(place, measured, zygote, tmp_path):
@@ -195,14 +198,16 @@ def test_a_ladder_that_is_there_is_replaced_only_when_asked(place, measured, zyg
     before = (folder / "ladder.json").read_bytes()
     done = zygote.run("ladder", "run", cwd=place)
     assert (done.code, done.out) == (5, "")
-    assert done.err == "deit: error: run/ladder: exists already; --force replaces it\n"
+    assert done.err.startswith("deit: error: run/ladder: ")
+    assert "--force" in done.err
     assert (folder / "ladder.json").read_bytes() == before
     shutil.copytree(place / "other", tmp_path / "other")
     (tmp_path / "other" / "ladder").mkdir()
     (tmp_path / "other" / "ladder" / "notes.md").touch()
     done = zygote.run("ladder", "other", "--force", cwd=tmp_path)
     assert done.code == 5
-    assert "other/ladder: is to hold the ladder, and holds notes.md; move it away" in done.err
+    for name in ("other/ladder", "notes.md"):
+        assert name in done.err
     (tmp_path / "other" / "ladder" / "notes.md").rename(tmp_path / "other/ladder/ladder.md")
     done = zygote.run("ladder", "other", "--force", cwd=tmp_path)
     assert done.code == 0, done.err
@@ -224,7 +229,7 @@ def test_a_run_of_another_size_is_refused(place, zygote, tmp_path):
     assert zygote.run("train", "digits", *words, cwd=place).code == 0
     done = zygote.run("ladder", "run", tmp_path / "large", "--force", cwd=place)
     assert done.code == 2
-    assert "large: is evaluated at image_size 16, the run at 8" in done.err
+    assert re.search(rf"{tmp_path / 'large'}\b.*\bimage_size\b.*\b16\b.*\b8\b", done.err)
 
 
 def test_a_run_of_other_splits_is_refused(place, zygote, tmp_path):
@@ -234,7 +239,8 @@ def test_a_run_of_other_splits_is_refused(place, zygote, tmp_path):
     (tmp_path / "seen" / "config.json").write_text(json.dumps(config))
     done = zygote.run("ladder", "run", tmp_path / "seen", "--force", cwd=place)
     assert done.code == 3
-    assert "seen: has another data.split_seed than the run" in done.err
+    for name in (str(tmp_path / "seen"), "data.split_seed"):
+        assert name in done.err
 
 
 @pytest.mark.slow
@@ -245,6 +251,6 @@ def test_files_of_other_weights_are_left_out(place, zygote, tmp_path):
     shutil.copytree(place / "other" / "best", run / "best")
     done = zygote.run("ladder", run, cwd=place)
     assert done.code == 0, done.err
-    assert "export-onnx/model.onnx: left out" in done.err
+    assert "export-onnx/model.onnx" in done.err
     assert next(iter(json.loads((run / "ladder" / "ladder.json").read_text())["rows"])) == "run"
     assert "run, ONNX" not in json.loads((run / "ladder" / "ladder.json").read_text())["rows"]

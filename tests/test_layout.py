@@ -2,6 +2,7 @@
 it answers."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from deit.run import train
 from deit.target_verifier import verify_targets
 from deit.target_writer import write_targets
 from deit.targets import MANIFEST, manifest_bytes, open_store, read_manifest
+from tests.helpers.errors import raises
 from tests.helpers.trained import trained
 
 LAST = torch.channels_last
@@ -97,7 +99,7 @@ def test_measuring_shows_no_more_pixels_than_it_must(measured):
             return super().forward(images)
 
     faster_layout(Counting(), torch.rand(64, 3, 256, 256))
-    assert set(shown) == {layout._PIXELS_OF_A_CPU // 256**2}
+    assert set(shown) == {8}  # of 2**16 pixels each, 2**19 in all
 
 
 @pytest.mark.parametrize("name", ["small_convnet", "regnety_002_small_stem", "rednet_micro"])
@@ -163,7 +165,7 @@ def test_a_run_measures_once_and_keeps_to_it(teacher, tmp_path, monkeypatch, cap
     monkeypatch.setattr(preparation, "faster_layout", lambda *arguments: "channels_last")
     train(config, whole)
     assert settled(whole) == ["channels_last"]
-    assert "channels last in memory" in capsys.readouterr().out
+    assert "channels_last" in capsys.readouterr().out
 
     with monkeypatch.context() as patch:
         patch.setattr("deit.run.close_epoch", stop)
@@ -188,7 +190,8 @@ def test_a_run_in_another_layout_goes_on_and_says_so(teacher, tmp_path, monkeypa
             train(config, tmp_path / "run")
     other = derive(config, teacher={"layout": ("channels_last",)})
     train(other, tmp_path / "run", resume=True)
-    assert "teacher.layout contiguous before, channels_last now" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(r"teacher\.layout\b.*\bcontiguous\b.*\bchannels_last\b", said)
 
 
 def test_a_store_says_how_it_was_asked_and_later_parts_follow(teacher, tmp_path, monkeypatch):
@@ -196,7 +199,7 @@ def test_a_store_says_how_it_was_asked_and_later_parts_follow(teacher, tmp_path,
     monkeypatch.setattr(preparation, "faster_layout", lambda *arguments: "channels_last")
     write_targets(config, out, shard=(0, 2))
     monkeypatch.setattr(preparation, "faster_layout", lambda *arguments: "contiguous")
-    with pytest.raises(ConfigError, match=r"asked\.layouts"):
+    with raises(ConfigError, "--out", out, "asked.layouts"):
         write_targets(derive(config, teacher={"layout": ("contiguous",)}), out, shard=(1, 2))
     write_targets(config, out, shard=(1, 2))
     assert open_store(out).layouts == ("channels_last",)
@@ -230,12 +233,12 @@ def test_a_manifest_with_an_unknown_layout_is_refused(teacher, tmp_path):
     manifest = read_manifest(out)
     manifest["asked"]["layouts"] = ["sideways"]
     (out / MANIFEST).write_bytes(manifest_bytes(manifest))
-    with pytest.raises(CheckpointError, match="sideways"):
+    with raises(CheckpointError, out / MANIFEST, "sideways"):
         open_store(out)
 
 
 def test_a_store_of_another_number_of_teachers_is_refused_by_name(teacher, tmp_path):
     out = tmp_path / "store"
     write_targets(configuration(teacher), out)
-    with pytest.raises(DataError, match="holds answers to something else"):
+    with raises(DataError, "teacher.targets", out, "teacher.2.weights"):
         verify_targets(out, root=None, teacher=f"{teacher},{teacher}", rows=8)

@@ -1,6 +1,7 @@
 """The order of an epoch and the batches of any number of processes."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_repeats_show_so_many_different_views_of_so_many_fewer_images(number, ba
     views = ViewsConfig(crop="padded", crop_padding=3, repeats=repeats)
     unique = -(-batch_size // repeats)
     if unique > number:
-        with raises(DataError, unique):
+        with raises(DataError, f"optim.batch_size = {batch_size}", unique, number):
             loader(images=images, views=views, batch_size=batch_size)
         return
     made = TrainLoader(
@@ -221,9 +222,11 @@ def test_mixed_targets_are_distributions_over_the_labels_of_the_pair():
 
 
 def test_a_batch_that_cannot_be_cut_is_refused():
-    with pytest.raises(ConfigError, match="3 processes"):
-        loader(num_processes=3)
-    with pytest.raises(ConfigError, match="even"):
-        loader(num_processes=8, accumulate=2)
-    with pytest.raises(DataError, match="takes 64 images at once, there are 53"):
+    for processes, accumulate in ((3, 1), (8, 2)):
+        with raises(ConfigError, "optim.batch_size", "optim.accumulate") as refused:
+            loader(num_processes=processes, accumulate=accumulate)
+        numbers = map(int, re.findall(r"\b\d+\b", str(refused.value)))
+        assert sorted(numbers) == sorted([16, processes, accumulate])
+    loader(num_processes=8, accumulate=2, views=ViewsConfig())  # micro-batches of one, not mixed
+    with raises(DataError, "optim.batch_size = 64", len(IMAGES.labels)):
         loader(batch_size=64)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from deit import checkpoint, manifest
 from deit.checkpoint import check, newest, seal_folder, write
 from deit.errors import CheckpointError, EnvironmentFault
+from tests.helpers.errors import raises
 from tests.helpers.images import mutate
 
 MUTATIONS = 2000
@@ -43,17 +44,17 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_looked_at_again(folder, m
 
     def failing(self, *arguments, **options):
         if self == old and folder.stat().st_ino == first:
-            folder.rename(folder.with_name(f"gone-{first}"))
-            seal_folder(folder, fill, step=3)
+            if replaced:
+                folder.rename(folder.with_name(f"gone-{first}"))
+                seal_folder(folder, fill, step=3)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
         return opens(self, *arguments, **options)
 
-    first = folder.stat().st_ino
+    first, replaced = folder.stat().st_ino, True
     monkeypatch.setattr(Path, "open", failing)
     assert manifest.check(folder).step == 3
-    first = folder.stat().st_ino
-    monkeypatch.setattr(manifest, "_identity", lambda folder: first)
-    with pytest.raises(EnvironmentFault, match="cannot be read now"):
+    first, replaced = folder.stat().st_ino, False
+    with raises(EnvironmentFault, old, os.strerror(errno.ESTALE)):
         manifest.check(folder)
 
 
@@ -72,44 +73,37 @@ def test_no_mutation_of_any_file_goes_unnoticed(folder):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "names"),
     [
-        ("", "Invalid JSON"),
-        ("[" * 100_000, "Invalid JSON"),
-        ("{}", "Field required"),
-        ('{"format_version": NaN, "step": 3, "files": {}, "sha256": ""}', "valid integer"),
-        ('{"format_version": 2, "step": "3", "files": {}, "sha256": ""}', "valid integer"),
-        ('{"format_version": 2, "step": 3, "files": [], "sha256": ""}', r"files: Input should be"),
-        ('{"format_version": 99, "step": 3, "files": {}, "sha256": ""}', "format version 99, this"),
-        (
-            '{"format_version": 2, "step": 3, "files": {}, "sha256": "", "more": 1}',
-            r"more: Unexpected",
-        ),
-        ('{"format_version": 2, "step": 3, "files": {}, "sha256": ""}', "its own digest differs"),
-        ('{"format_version": 2, "step": 1, "step": 3, "files": {}, "sha256": ""}', "own digest"),
+        ("", ["Invalid JSON"]),  # in the words of pydantic
+        ("[" * 100_000, ["Invalid JSON"]),
+        ("{}", ["format_version"]),
+        ('{"format_version": NaN, "step": 3, "files": {}, "sha256": ""}', ["format_version"]),
+        ('{"format_version": 2, "step": "3", "files": {}, "sha256": ""}', ["step"]),
+        ('{"format_version": 2, "step": 3, "files": [], "sha256": ""}', ["files"]),
+        ('{"format_version": 98765, "step": 3, "files": {}, "sha256": ""}', ["98765"]),
+        ('{"format_version": 2, "step": 3, "files": {}, "sha256": "", "more": 1}', ["more"]),
+        ('{"format_version": 2, "step": 3, "files": {}, "sha256": ""}', ["sha256"]),
+        ('{"format_version": 2, "step": 1, "step": 3, "files": {}, "sha256": ""}', ["sha256"]),
     ],
 )
-def test_a_manifest_that_is_none_is_refused(text, words, folder):
+def test_a_manifest_that_is_none_is_refused(text, names, folder):
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(CheckpointError, match=words):
+    with raises(CheckpointError, folder / "manifest.json", *names):
         manifest.check(folder)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", ".hidden", "A.bin", "a/b", ""])
 def test_a_name_that_leads_elsewhere_is_refused(name, folder):
     (folder.parent / "secret").write_text("secret")
-    contents = {name: manifest.Content(6, "0" * 64)}
-    content = {"format_version": manifest.FORMAT_VERSION, "step": 3}
-    content["files"] = {key: vars(value) for key, value in contents.items()}
-    content["sha256"] = manifest.hashlib.sha256(manifest._text(content)).hexdigest()
-    (folder / "manifest.json").write_bytes(manifest._text(content))
-    with pytest.raises(CheckpointError, match="is no name of a file of ours"):
+    manifest.seal(folder, {name: manifest.Content(6, "0" * 64)}, step=3)
+    with raises(CheckpointError, folder / "manifest.json", repr(name)):
         manifest.check(folder)
 
 
 def test_a_folder_under_another_steps_name_is_not_that_step(folder):
     moved = folder.rename(folder.with_name("checkpoint-00000009"))
-    with pytest.raises(CheckpointError, match="holds step 3, so it is not where it was written"):
+    with raises(CheckpointError, moved, "step 3"):
         check(moved, 9)
 
 

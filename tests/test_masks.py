@@ -99,7 +99,7 @@ def test_a_zero_that_is_kept_ranks_before_what_is_gone():
     scores = {"a": torch.tensor([[0.0, 0.0, 7.0]])}
     masks = {"a": torch.tensor([[False, True, True]])}
     assert keep_largest(scores, masks, 2)["a"].tolist() == [[False, True, True]]
-    with pytest.raises(ValueError, match="3 of 2"):
+    with pytest.raises(ValueError, match=r"\b3\b.*\b2\b"):
         keep_largest(scores, masks, 3)
 
 
@@ -142,13 +142,13 @@ def test_each_group_keeps_its_largest():
 
 @pytest.mark.parametrize("scope", ["2:2", "0:4", "3:2", "some", "2:", "1:4:8"])
 def test_a_scope_that_is_none(scope):
-    with pytest.raises(ConfigError, match=r"should be global, layerwise or N:M"):
+    with raises(ConfigError, f"scope {scope}:", "N:M", *SCOPES):
         groups_of(scope)
 
 
 def test_groups_have_to_fit():
     scores = {"a": torch.ones(4, 6)}
-    with pytest.raises(ConfigError, match="a has 6 inputs, which 4 does not divide"):
+    with raises(ConfigError, "N:4", " a ", "6", *SCOPES):
         prune_in("2:4")(scores, dense(scores), 0.5)
 
 
@@ -242,14 +242,14 @@ def test_a_gradient_that_is_not_finite_stays_so():
 
 def test_masks_of_something_else(tmp_path):
     network, _ = network_and_masks()
-    for masks, told in (
-        ({"2.weight": torch.ones(8, 8)}, "is torch.float32, a mask is bool"),
-        ({"7.weight": torch.ones(8, 8).bool()}, "which the network does not have"),
-        ({"2.weight": torch.ones(8, 4).bool()}, r"is \(8, 4\) in the masks, \(8, 8\) in the netw"),
+    for masks, names in (
+        ({"2.weight": torch.ones(8, 8)}, ("2.weight", "torch.float32", "bool")),
+        ({"7.weight": torch.ones(8, 8).bool()}, ("7.weight",)),
+        ({"2.weight": torch.ones(8, 4).bool()}, ("2.weight", (8, 4), (8, 8))),
     ):
-        with pytest.raises(CheckpointError, match=told):
+        with raises(CheckpointError, "x:", *names):
             check_fits(masks, network, origin="x")
-    with pytest.raises(CheckpointError, match="no such weight file"):
+    with raises(CheckpointError, tmp_path / "nothing.safetensors"):
         read_masks(tmp_path / "nothing.safetensors")
 
 
@@ -398,13 +398,13 @@ def test_what_was_pruned_stays_so_in_fine_tuning_unless_one_says_otherwise(place
 def test_masks_that_do_not_fit_stop_before_anything_is_written(place, tmp_path):
     save_file({"blocks.9.mlp.fc1.weight": torch.ones(2, 2).bool()}, tmp_path / "m.safetensors")
     config = derive(ticket(place), start={"masks": str(tmp_path / "m.safetensors")})
-    with raises(CheckpointError, "start.masks", "m.safetensors"):
+    with raises(CheckpointError, "start.masks", "m.safetensors", "blocks.9.mlp.fc1.weight"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_no_run_begins_behind_its_end(place, tmp_path):
-    with raises(ConfigError, "start.update"):
+    with raises(ConfigError, "start.update = 12"):
         train(config_of(place, start={"update": 12}), tmp_path / "run")
 
 

@@ -1,6 +1,7 @@
 """Networks, students and weight files against timm and safetensors."""
 
 import dataclasses
+import re
 
 import pytest
 import timm
@@ -17,6 +18,7 @@ from deit.models.saved import build_student, load_student, save_student
 from deit.models.student import Student, has_two_heads
 from deit.models.weights import load_weights, read_weights
 from deit.records import head_logits
+from tests.helpers.errors import raises
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 MICRO = StudentConfig(name="deit_micro", image_size=16, patch_size=4, embed_dim=24, depth=2)
@@ -121,12 +123,12 @@ def test_any_timm_model_trains_by_name():
     ).shape == (2, 4)
     vit = create_network(StudentConfig(name="timm:vit_tiny_patch16_224", image_size=32), 4)
     assert vit(torch.rand(2, 3, 32, 32)).shape == (2, 4)
-    with pytest.raises(ConfigError, match="did you mean resnet18"):
+    with raises(ConfigError, "student.name", "timm:resnet81", "resnet18"):
         create_network(StudentConfig(name="timm:resnet81"), 4)
 
 
 def test_heads_must_divide_the_width_of_the_named_size():
-    with pytest.raises(ConfigError, match="num_heads"):
+    with raises(ConfigError, "student.num_heads", "student.embed_dim"):
         create_network(StudentConfig(name="deit_micro", num_heads=5), 4)
 
 
@@ -156,7 +158,7 @@ def test_a_damaged_saved_student_is_named(tmp_path, damage):
         described.write_text('{"student": {"nam": "x"}}')
     else:
         described.unlink()
-    with pytest.raises(CheckpointError, match="model"):
+    with raises(CheckpointError, weights if damage == "cut" else described):
         load_student(tmp_path)
 
 
@@ -187,7 +189,7 @@ class _Canary:
 
 def test_a_weight_file_cannot_run_code(tmp_path):
     torch.save({"model": _Canary(tmp_path / "canary")}, tmp_path / "evil.pth")
-    with pytest.raises(CheckpointError, match="more than tensors"):
+    with raises(CheckpointError, tmp_path / "evil.pth", "mkdir"):
         read_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "canary").exists()
 
@@ -195,12 +197,12 @@ def test_a_weight_file_cannot_run_code(tmp_path):
 def test_unreadable_weight_files_are_named(tmp_path):
     for name in ("empty.pth", "empty.safetensors"):
         (tmp_path / name).touch()
-        with pytest.raises(CheckpointError, match=name):
+        with raises(CheckpointError, tmp_path / name):
             read_weights(tmp_path / name)
     (tmp_path / "noise.pth").write_bytes(b"\x00\x01noise" * 99)
-    with pytest.raises(CheckpointError, match="noise"):
+    with raises(CheckpointError, tmp_path / "noise.pth"):
         read_weights(tmp_path / "noise.pth")
-    with pytest.raises(CheckpointError, match="no such"):
+    with raises(CheckpointError, tmp_path / "missing.safetensors"):
         read_weights(tmp_path / "missing.safetensors")
 
 
@@ -210,12 +212,12 @@ def test_differences_are_listed_before_anything_is_copied(tmp_path):
     weights = dict(build_student(facts(classes=("a", "b"))).network.state_dict())
     weights["extra"] = weights.pop("cls_token")
     save_file(weights, tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError) as caught:
+    with raises(CheckpointError, "w:") as caught:
         load_weights(network, read_weights(tmp_path / "w.safetensors"), origin="w")
     message = str(caught.value)
-    assert "missing: cls_token" in message
-    assert "unexpected: extra" in message
-    assert "head.weight: (2, 24) in the file, (3, 24) in the network" in message
+    assert re.search(r"missing\b.*\bcls_token", message)
+    assert re.search(r"unexpected\b.*\bextra", message)
+    assert re.search(r"head\.weight\b.*\(2, 24\).*\(3, 24\)", message)
     assert torch.equal(network.state_dict()["head.bias"], before)
 
 
@@ -277,5 +279,5 @@ def test_the_dense_network_by_hand():
     hidden = (grey.flatten(1) @ network.hidden.weight.T + network.hidden.bias).clamp_min(0)
     expected = hidden @ network.head.weight.T + network.head.bias
     assert torch.allclose(network(grey.repeat(1, 3, 1, 1)), expected, atol=1e-5)
-    with pytest.raises(ConfigError, match="dense has none"):
+    with raises(ConfigError, "student.drop_path", 0.1, "dense"):
         create_network(StudentConfig(name="dense", drop_path=0.1), 10)

@@ -21,6 +21,7 @@ from deit.optim import (
     parameter_groups,
     set_lr,
 )
+from tests.helpers.errors import raises
 
 OPTIM = OptimConfig(
     epochs=10, batch_size=256, lr=1e-3, lr_reference_batch=512, warmup_epochs=2, warmup_lr=1e-6
@@ -171,7 +172,7 @@ def test_the_learning_rate_of_a_layer_is_the_schedules_times_its_factor():
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in network.named_parameters():
         assert rates[id(parameter)] == pytest.approx(0.8 * scales[name])
-    with pytest.raises(ConfigError, match="does not tell its layers apart"):
+    with raises(ConfigError, "optim.layer_decay", "SmallConvNet"):
         depths_of(create_network(StudentConfig(name="small_convnet"), 10))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,10 +40,10 @@ def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Done]
     return [process.wait() for process in start(zygote, out, fault, *more)]
 
 
-def ours(done: Done) -> list[str]:
-    """The lines of a process that are ours: Gloo complains where the machine's name leads to no
-    address."""
-    return [line for line in done.err.splitlines() if line.startswith("deit")]
+def ours(said: str) -> list[str]:
+    """The lines of standard error that are ours: Gloo complains where the machine's name leads to
+    no address, and launchers say something of their own."""
+    return [line for line in said.splitlines() if line.startswith("deit")]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,10 @@ def test_a_signal_to_one_stops_both_at_the_same_update(rank, zygote, straight, t
     out = tmp_path / "run"
     done = run(zygote, out, f"update@{rank}:2:term")
     assert [one.code for one in done] == [143, 143]
-    assert "the same command with --resume goes on" in done[0].err
-    assert ours(done[1]) == []
+    (line,) = ours(done[0].err)
+    assert "SIGTERM" in line
+    assert "--resume" in line
+    assert ours(done[1].err) == []
     assert 2 <= checkpoint.step_of(checkpoint.newest(out)) < 2 * STEPS
     assert [one.code for one in run(zygote, out)] == [0, 0]
     same(out, straight)
@@ -135,8 +138,9 @@ def test_a_signal_to_one_stops_both_that_write_targets(
     words = (*three_units, "--out", out)
     done = [one.wait() for one in both(zygote, *words, fault=f"answers@{rank}:{block}:term")]
     assert [one.code for one in done] == [143, 143], done[0].err
-    assert ours(done[0]) == ["deit: error: stopped by SIGTERM; the same command goes on"]
-    assert ours(done[1]) == []
+    (line,) = ours(done[0].err)
+    assert "SIGTERM" in line
+    assert ours(done[1].err) == []
     assert not (out / "targets.bin").exists()
     again = [one.wait() for one in both(zygote, *words)]
     assert [one.code for one in again] == [0, 0], again[0].err
@@ -153,8 +157,9 @@ def test_a_signal_to_one_stops_both_that_evaluate(rank, zygote, straight, tmp_pa
     running = both(zygote, "evaluate", out, fault=f"evaluation@{rank}:4:term")
     done = [one.wait() for one in running]
     assert [one.code for one in done] == [143, 143], done[0].err
-    assert ours(done[0]) == ["deit: error: stopped by SIGTERM"]
-    assert ours(done[1]) == []
+    (line,) = ours(done[0].err)
+    assert "SIGTERM" in line
+    assert ours(done[1].err) == []
 
 
 def test_it_goes_on_with_another_number_of_processes(zygote, straight, tmp_path):
@@ -165,7 +170,7 @@ def test_it_goes_on_with_another_number_of_processes(zygote, straight, tmp_path)
     alone = ("train", *SMALL, "--out", out, "--resume", "--optim.accumulate", "2")
     done = zygote.run(*alone)
     assert done.code == 0, done.err
-    assert "processes 2 before, 1 now" in done.err
+    assert re.search(r"\bprocesses\b[^;]*\b2\b[^;]*\b1\b", done.err)
     ours, theirs = (
         load_file(checkpoint.newest(one) / "model.safetensors") for one in (out, straight)
     )
@@ -202,7 +207,8 @@ def test_of_two_the_one_that_is_left_ends_with_7(zygote, straight, tmp_path):
     first, second = run(zygote, out, "update@1:7:kill", "--run.timeout", "600")
     assert second.code == -signal.SIGKILL
     assert first.code == 7, first.err
-    assert "another process of the run is gone, or did not answer within 600 s" in first.err
+    (line,) = ours(first.err)
+    assert re.search(r"\b600 s\b.*--resume\b", line)
     assert [one.code for one in run(zygote, out)] == [0, 0]
     same(out, straight)
 
@@ -211,7 +217,8 @@ def test_one_that_hangs_is_not_waited_for_for_ever(zygote, tmp_path):
     first, second = start(zygote, tmp_path / "run", "update@1:2:hang", "--run.timeout", "4")
     done = first.wait(timeout=300)
     assert done.code == 7, done.err
-    assert "did not answer within 4 s" in done.err
+    (line,) = ours(done.err)
+    assert re.search(r"\b4 s\b.*--resume\b", line)
     hung = second.wait(timeout=0)
     assert hung.code == -signal.SIGABRT
     assert "faults.py" in hung.err  # where it was
@@ -225,8 +232,10 @@ def test_a_mistake_that_one_finds_is_the_end_of_both(zygote, straight, tmp_path)
         (folder / "state.json").write_text("{}")
     done = run(zygote, out)
     assert [one.code for one in done] == [4, 4]
-    assert "no checkpoint is sound" in done[0].err
-    assert "see process 0" in done[1].err
+    for _, folder in checkpoint.found(out):
+        assert str(folder / "state.json") in done[0].err
+        assert str(folder) not in done[1].err
+    assert re.search(r"\bprocess 0\b", done[1].err)
 
 
 @pytest.mark.parametrize("fault", ["model@0:1:full", "evaluation@1:1:full"])
@@ -282,7 +291,7 @@ def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_termina
         until(lambda: list(out.glob("checkpoint-*")))
         launcher.terminate()
         _, said = launcher.communicate(timeout=300)  # until the training process closes it too
-    assert "stopped by SIGTERM" in said
+    assert any("SIGTERM" in line for line in ours(said))
     assert checkpoint.newest(out) is not None
     environment = json.loads((out / "environment.json").read_text())
     assert environment["precision"] == "bf16"  # what the launcher said
@@ -292,7 +301,7 @@ def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_termina
 def test_where_one_has_less_memory_both_halve(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "fit@1:1:memory", "--run.fit_memory")
     assert [one.code for one in done] == [0, 0], done[0].err
-    assert "optim.accumulate 2: 16 images, the batch stays" in done[0].out
+    assert re.search(r"\boptim\.accumulate 2\b.*\b16 images\b", done[0].out)
 
 
 def test_ctrl_c_under_torchrun_saves_once(tmp_path):
@@ -319,8 +328,9 @@ def test_ctrl_c_under_torchrun_saves_once(tmp_path):
         until(lambda: list(out.glob("checkpoint-*")))
         os.killpg(torchrun.pid, signal.SIGINT)
         _, said = torchrun.communicate(timeout=300)
-    assert "stopped by SIGINT; the same command with --resume goes on" in said
-    assert "a second signal" not in said
+    (line,) = ours(said)
+    assert "SIGINT" in line
+    assert "--resume" in line
     step = checkpoint.step_of(checkpoint.newest(out))
     assert step > len(journal.read(out / journal.METRICS)) * STEPS  # of its very update
-    assert "64 = 2 processes x 1 accumulated x 32" in printed.read_text()
+    assert re.search(r"\b64 = 2\b\D+\b1\b\D+\b32\b", printed.read_text())

@@ -1,6 +1,7 @@
 """Predicting: the run's own answers to pictures, from files and folders, drawn and as JSON."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from deit.cli import run_command
 from deit.config import derive
 from deit.datasets.splits import load_splits
 from deit.models.saved import load_student
-from deit.models.teachers import load_teacher
+from deit.models.teachers import BY_NAME, load_teacher
 from deit.presets import OBJECTIVES
 from deit.recipes import digits, digits_teacher
 from deit.records import head_logits
@@ -90,12 +91,12 @@ def test_the_attention_is_drawn(place, predict, tmp_path):
     assert code == 0, said.err
     with Image.open(tmp_path / "attention.png") as picture:
         assert picture.width > 600
-    assert "drew attention.png" in said.out
+    assert "attention.png" in said.out
     code, said = predict(
         place / "run", place / "pictures" / "0.png", "--attention", "attention.png"
     )
     assert code == 5
-    assert "--force replaces it" in said.err
+    assert all(word in said.err for word in ("--attention attention.png", "--force"))
 
 
 def test_a_name_is_no_formula(place, predict, tmp_path):
@@ -124,8 +125,7 @@ def test_the_others_are_answered_and_all_bad_ones_are_listed(place, predict, tmp
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "page.jpg").write_text("<html>")
     (tmp_path / "none").mkdir()
-    bad = {"empty.png": "empty", "page.jpg": "6 bytes", "gone.png": "no such picture"}
-    bad |= {"none": "holds no pictures"}
+    bad = {"empty.png": "empty", "page.jpg": "6 bytes", "gone.png": "", "none": ".webp"}
     first, *rest = bad
     options = ("--json", "found.json", "--attention", "look.png", "--top", "1")
     code, said = predict(place / "run", first, sound[0], *rest, *sound[1:], *options)
@@ -136,11 +136,10 @@ def test_the_others_are_answered_and_all_bad_ones_are_listed(place, predict, tmp
     assert all(str(path) in said.out for path in sound)
     assert (tmp_path / "look.png").is_file()
     head, *lines = said.err.strip().splitlines()
-    assert head.endswith("4 of 7 pictures have no answer:")
-    assert len(lines) == 4
-    for name, reason in bad.items():
-        (line,) = [line for line in lines if line.startswith(f"  {name}: ")]
-        assert reason in line
+    assert re.search(r"\b4\b.*\b7\b", head)
+    reasons = found["unreadable"]
+    assert sorted(lines) == sorted(f"  {name}: {reason}" for name, reason in reasons.items())
+    assert all(word in reasons[name] for name, word in bad.items())
     code, said = predict(place / "run", *bad, "--json", "none.json", "--attention", "none.png")
     assert code == 3
     assert said.out == ""
@@ -154,13 +153,15 @@ def test_a_teacher_of_larger_pictures_sees_the_same_ones(place, predict, tmp_pat
 
     class Larger:
         image_size = 24
+        class_order = BY_NAME
 
         def __call__(self, views):
             seen.append(tuple(views.shape))
             return torch.zeros(len(views), 10)
 
-    monkeypatch.setattr("deit.predict._teacher", lambda *arguments: Larger())
-    code, _ = predict(place / "run", "empty.png", place / "pictures", "--json", "found.json")
+    monkeypatch.setattr("deit.predict.load_teacher", lambda *arguments, **options: Larger())
+    words = ("--teacher", "run", "--json", "found.json")
+    code, _ = predict(place / "run", "empty.png", place / "pictures", *words)
     assert code == 3
     assert seen == [(3, 3, 24, 24)]
     found = json.loads((tmp_path / "found.json").read_text())
@@ -184,26 +185,31 @@ def test_a_folder_is_read_as_training_reads_it(place, predict, tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     files = [row["file"] for row in found["pictures"]]
     assert files == ["mine/a.png", "mine/c.jfif", "mine/linked/d.png"]
-    assert "passed over: 1 .heic\n" in said.out
-    assert "not read: mine/again (a link to a folder that it is in)\n" in said.out
+    assert re.search(r"\b1 \.heic\b", said.out)
+    assert re.search(r"mine/again\b.* link\b", said.out)
 
 
 BAD = {
-    "no run": (("NONE", "PICTURE"), 4, "no such run folder"),
-    "no checkpoint": (("EMPTY", "PICTURE"), 4, "no finished checkpoint"),
-    "no picture": (("RUN", "gone.png"), 3, "gone.png: no such picture"),
-    "empty folder": (("RUN", "EMPTY"), 3, "holds no pictures"),
-    "no image": (("RUN", "TEXT"), 3, "text.png"),
-    "top": (("RUN", "PICTURE", "--top", "0"), 2, "at least 1"),
+    "no run": (("NONE", "PICTURE"), 4, ("NONE",)),
+    "no checkpoint": (("EMPTY", "PICTURE"), 4, ("EMPTY", "'best'")),
+    "no picture": (("RUN", "gone.png"), 3, ("gone.png",)),
+    "empty folder": (("RUN", "EMPTY"), 3, ("EMPTY", ".webp")),
+    "no image": (("RUN", "TEXT"), 3, ("TEXT", "10 bytes")),
+    "top": (("RUN", "PICTURE", "--top", "0"), 2, ("--top 0",)),
     "no attention": (
         ("TEACHER", "PICTURE", "--attention", "a.png"),
         2,
-        "no tokens whose attention",
+        ("SmallConvNet", "deit_*", "vit_*"),
     ),
-    "no teacher": (("TEACHER", "PICTURE", "--teacher", "run"), 2, "0 teachers"),
-    "bad teacher": (("RUN", "PICTURE", "--teacher", "gone/teacher"), 3, "no such file or folder"),
-    "name": (("RUN", "PICTURE", "--attention", "a.gif"), 2, "should end in"),
+    "no teacher": (("TEACHER", "PICTURE", "--teacher", "run"), 2, ("--teacher run", " 0 ")),
+    "bad teacher": (
+        ("RUN", "PICTURE", "--teacher", "gone/teacher"),
+        3,
+        ("teacher.source gone/teacher",),
+    ),
+    "name": (("RUN", "PICTURE", "--attention", "a.gif"), 2, ("--attention a.gif", ".png")),
 }
+"""Arguments, the exit code, and what the message names; words in capitals are paths."""
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -218,8 +224,8 @@ def test_bad_input_is_one_line(name, place, predict, tmp_path):
         "TEXT": tmp_path / "text.png",
         "PICTURE": place / "pictures" / "0.png",
     }
-    arguments, expected, message = BAD[name]
+    arguments, expected, named = BAD[name]
     code, said = predict(*(words.get(word, word) for word in arguments))
     assert code == expected, said.err
-    assert message in said.err
+    assert [one for one in named if str(words.get(one, one)) not in said.err] == [], said.err
     assert len(said.err.strip().splitlines()) == 1

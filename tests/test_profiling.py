@@ -51,19 +51,19 @@ def test_without_teacher_and_average_they_are_no_parts(zygote, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "named"),
     [
-        (("--updates", "0"), 2, "--updates 0: should be at least 1"),
-        (("--trace", "there.json"), 5, "--trace there.json: exists already; --force replaces it"),
-        (("--resume",), 2, "takes no --resume"),
+        (("--updates", "0"), 2, ["--updates 0: "]),
+        (("--trace", "there.json"), 5, ["--trace there.json: ", "--force"]),
+        (("--resume",), 2, ["deit profile: ", "--resume"]),
     ],
 )
-def test_mistakes_are_told_before_any_work(words, code, said, zygote, tmp_path):
+def test_mistakes_are_told_before_any_work(words, code, named, zygote, tmp_path):
     (tmp_path / "there.json").write_text("mine")
     alone = ("--objective", "none", "--teacher.source", "none")
     done = zygote.run("profile", "digits", *alone, *words, cwd=tmp_path)
     assert done.code == code
-    assert said in done.err
+    assert [one for one in named if one not in done.err] == []
     assert (tmp_path / "there.json").read_text() == "mine"
 
 

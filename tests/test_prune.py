@@ -19,6 +19,8 @@ from deit.recipes import digits_teacher
 from deit.scopes import SCOPES
 from deit.tuning import short
 from deit.validation import load
+from tests.helpers.errors import raises
+from tests.helpers.progress import runs_over
 from tests.helpers.small_runs import QUICK_PRUNING, THREE_EPOCHS
 from tests.helpers.trained import trained
 
@@ -52,6 +54,13 @@ def result(out):
     return json.loads((out / "results.json").read_text())
 
 
+def stays(done):
+    """Heads and hidden units that stay of 3 and 96, block by block, as a table tells them."""
+    lines = [line for line in done.out.splitlines() if line.startswith("│")]
+    rows = [list(map(int, re.findall(r"\d+", line))) for line in lines]
+    return [(row[1], row[3]) for row in rows if row[2::2] == [3, 96]]
+
+
 def test_half_of_the_heads_and_hidden_units_go(place, pruned):
     out, done = pruned
     found = result(out)
@@ -74,7 +83,7 @@ def test_half_of_the_heads_and_hidden_units_go(place, pruned):
         assert after[f"{name}.attn.qkv.bias"].equal(before[f"{name}.attn.qkv.bias"][rows])
         assert after[f"{name}.mlp.fc1.bias"].equal(before[f"{name}.mlp.fc1.bias"][list(units)])
     assert after["head.weight"].equal(before["head.weight"])
-    assert "what stays" in done.out
+    assert stays(done) == [tuple(map(len, block)) for block in zip(*found["kept"].values())]
 
 
 def test_what_is_left_is_taught_and_its_control_begins_at_random(place, pruned, monkeypatch):
@@ -102,22 +111,21 @@ def test_what_is_left_is_taught_and_its_control_begins_at_random(place, pruned, 
 def test_schedules_are_told_before_anything_is_trained(place, pruned):
     """And are those of the runs."""
     out, done = pruned
-    told = done.out.split("what stays")[0].splitlines()
+    told = done.out.splitlines()[:3]
     schedules = {name: schedule_of(load(out / name / "config.json").optim) for name in RUNS}
-    assert told[:3] == [
-        f"recovery  {schedules['recovered']}; taught by teacher",
-        f"control   short-control, from random weights: {schedules['short-control']}",
-        f"control   long-control, from random weights: {schedules['long-control']}",
-    ]
-    assert schedules["recovered"].startswith("2 epochs, peak learning rate ")
-    assert schedules["long-control"].startswith("5 epochs, peak learning rate ")
-    assert schedules["recovered"].endswith("warm-up 0.5 epochs")
+    assert [schedule in line for schedule, line in zip(schedules.values(), told)] == [True] * 3
+    assert "teacher" in told[0].replace(schedules["recovered"], "")
+    assert [name in line for name, line in zip(RUNS[1:], told[1:])] == [True] * 2
+    numbers = {name: re.findall(r"\d[\d.]*", one) for name, one in schedules.items()}
+    assert (numbers["recovered"][0], numbers["recovered"][-1]) == ("2", "0.5")
+    assert numbers["long-control"][0] == "5"
 
 
 def test_a_recovery_without_teacher_names_none(place, zygote):
     done = zygote.run("prune", "run", "--objective", "none", "--dry_run", cwd=place)
     assert done.code == 0, done.err
-    assert "; taught by the labels alone\n" in done.out
+    assert done.out.startswith("recovery ")
+    assert "teacher" not in done.out.splitlines()[0]
 
 
 def test_help_shows_the_schedule_that_the_run_would_have(place, zygote):
@@ -125,8 +133,8 @@ def test_help_shows_the_schedule_that_the_run_would_have(place, zygote):
     told = zygote.run("prune", "run", "--help", cwd=place).out.replace("│", " ")
     told = " ".join(told.split())
     epochs = short(load(place / "run" / "config.json")).optim.epochs
-    assert f"--optim.epochs INT Passes over the training images. (default: {epochs})" in told
-    assert "Schedule of the recovery: deit, deit3, short, int8. short:" in told
+    assert re.search(rf"--optim\.epochs INT [^(]*\(default: {epochs}\)", told)
+    assert re.search(r"--tuning NAME [^(]*\bdeit, deit3, short, int8\b", told)
 
 
 def test_every_step_is_told_with_what_it_costs(pruned):
@@ -157,7 +165,8 @@ def test_what_is_left_is_evaluated_and_exported_like_a_run(pruned, zygote, tmp_p
     assert done.code == 0, done.err
     done = zygote.run("export", out / "recovered", "--format", "timm", cwd=out.parent)
     assert done.code == 2
-    assert "--format onnx or pt2 takes a pruned network" in done.err
+    for name in ("--format", "onnx", "pt2"):
+        assert name in done.err
 
 
 def test_the_same_command_trains_nothing_again_and_another_is_refused(pruned, zygote):
@@ -171,10 +180,10 @@ def test_the_same_command_trains_nothing_again_and_another_is_refused(pruned, zy
     assert {path: path.stat().st_mtime_ns for path in out.glob("**/*.safetensors")} == before
     done = zygote.run(*words, "--scope", "layerwise", cwd=out.parent)
     assert done.code == 2
-    assert "holds a pruning whose scope is global, not layerwise" in done.err
+    assert re.search(r"--out out\b.*\bscope\b.*\bglobal\b.*\blayerwise\b", done.err)
     done = zygote.run(*words, "--optim.epochs", "3", cwd=out.parent)
     assert done.code == 2
-    assert "holds a pruning whose optim.epochs is 2, not 3" in done.err
+    assert re.search(r"--out out\b.*\boptim\.epochs\b.*\b2\b.*\b3\b", done.err)
 
 
 @pytest.mark.slow
@@ -183,13 +192,14 @@ def test_interrupted_it_goes_on(place, zygote, tmp_path):
     words = (*WORDS, "--run.save_every", "1", "--out", tmp_path / "out")
     done = zygote.run(*words, cwd=place, DEIT_FAULT="update:3:kill")  # the second try as well
     assert done.code == 1
-    assert "recovered: once more" in done.out
+    ends = [line for line in done.out.splitlines() if runs_over(line)]
+    assert [line.split(":")[0] for line in ends] == ["recovered"] * 2
     chosen = (tmp_path / "out" / "pruned" / "kept.json").read_bytes()
     assert checkpoint.found(tmp_path / "out" / "recovered")
     done = zygote.run(*words, cwd=place)
     assert done.code == 0, done.err
     assert (tmp_path / "out" / "pruned" / "kept.json").read_bytes() == chosen
-    assert "what stays" not in done.out
+    assert stays(done) == []
     assert list(result(tmp_path / "out")["rows"]) == ["run", "pruned", "recovered"]
 
 
@@ -201,7 +211,7 @@ def test_killed_before_all_of_it_is_written_it_chooses_again(place, zygote, tmp_
     assert not (tmp_path / "out" / "pruned" / "config.json").exists()
     done = zygote.run(*words, cwd=place)
     assert done.code == 0, done.err
-    assert "what stays" in done.out
+    assert len(stays(done)) == 2
 
 
 @pytest.mark.slow
@@ -228,9 +238,8 @@ def test_of_a_run_that_began_with_weights_nothing_is_trained_as_long(pruned, zyg
     words = ("prune", out / "recovered", *QUICK_PRUNING, "--heads", "0.1", "--out", "again")
     done = zygote.run(*words, "--controls", "long", cwd=out.parent)
     assert done.code == 2
-    assert (
-        "--controls long: the run itself began with weights (start.source out/pruned)" in done.err
-    )
+    for name in ("--controls long", "start.source out/pruned"):
+        assert name in done.err
     assert not (out.parent / "again").exists()
 
 
@@ -242,7 +251,9 @@ def test_a_run_that_trained_a_part_is_not_recovered_by_that_part(place, zygote, 
     file.write_text(json.dumps(config))
     done = zygote.run("prune", tmp_path / "run", *QUICK_PRUNING, "--out", tmp_path / "o", cwd=place)
     assert done.code == 2
-    assert "the run: trains attention alone (optim.trained), and what is left of a cut" in done.err
+    for name in ("attention", "optim.trained"):
+        assert name in done.err
+    assert "--tuning" not in done.err  # as a schedule that trains a part is named
 
 
 def test_a_run_that_is_not_finished_is_not_cut(place, zygote, tmp_path):
@@ -250,7 +261,8 @@ def test_a_run_that_is_not_finished_is_not_cut(place, zygote, tmp_path):
     (tmp_path / "run" / "result.json").unlink()
     done = zygote.run("prune", tmp_path / "run", *QUICK_PRUNING, "--out", tmp_path / "o", cwd=place)
     assert done.code == 4
-    assert "is not finished; go on with it first" in done.err
+    for name in (str(tmp_path / "run"), "--resume"):
+        assert name in done.err
 
 
 def test_what_was_cut_is_quantized_after_its_recovery(pruned, zygote):
@@ -258,7 +270,8 @@ def test_what_was_cut_is_quantized_after_its_recovery(pruned, zygote):
     out, _ = pruned
     done = zygote.run("quantize", out / "pruned", cwd=out.parent)
     assert done.code != 0
-    assert f"was cut and is not trained; quantize {out / 'recovered'}" in done.err
+    for name in (f"{out / 'pruned'}: ", str(out / "recovered")):
+        assert name in done.err
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -268,10 +281,8 @@ def test_a_dry_run_chooses_by_every_score_in_every_scope(place, zygote, tmp_path
     done = zygote.run(*words, cwd=place)
     assert done.code == 0, done.err
     assert not (tmp_path / "out").exists()
-    told = [line for line in done.out.splitlines() if " of 96" in line]
-    assert len(told) == 2
-    units = [int(line.split(" of 96")[0].split()[-1]) for line in told]
-    assert sum(units) == 96
+    units = [units for _, units in stays(done)]
+    assert (len(units), sum(units)) == (2, 96)
     if scope == "layerwise":
         assert units == [48, 48]
     elif score == "magnitude":
@@ -284,7 +295,7 @@ def test_a_share_of_the_arithmetic_is_not_exceeded_layer_by_layer(place, zygote,
     words = ("prune", "run", *QUICK_PRUNING, "--macs", "0.6", "--scope", "layerwise", "--dry_run")
     done = zygote.run(*words, "--out", tmp_path / "out", cwd=place)
     assert done.code == 0, done.err
-    told = re.search(r"([\d.]+) % of the blocks' arithmetic", done.out)
+    told = re.search(r"\b192\b[^\d\n]*([\d.]+) %", done.out)  # behind the hidden units
     assert 0 < float(told[1]) <= 60
 
 
@@ -295,7 +306,7 @@ def test_frozen_weights_are_cut_as_well(place, zygote, tmp_path):
     done = zygote.run(*words, tmp_path / "probe", cwd=place)
     assert done.code == 0, done.err
     words = ("prune", tmp_path / "probe", *QUICK_PRUNING, "--dry_run", "--out", tmp_path / "out")
-    done = zygote.run(*words, "--optim.warmup_epochs", "0", cwd=place)
+    done = zygote.run(*words, "--tuning", "int8", cwd=place)  # which trains all
     assert done.code == 0, done.err
 
 
@@ -312,10 +323,7 @@ def test_arithmetic_can_be_asked_for(place, zygote, tmp_path):
     )
     done = zygote.run(*words, cwd=place)
     assert done.code == 0, done.err
-    heads = [
-        int(line.split(" of 3")[0].split()[-1]) for line in done.out.splitlines() if " of 3" in line
-    ]
-    assert sum(heads) in (3, 4)
+    assert sum(heads for heads, _ in stays(done)) in (3, 4)
 
 
 def asked(**options):
@@ -341,44 +349,34 @@ def test_what_the_options_come_to():
     ],
 )
 def test_options_that_cannot_be(wrong):
-    with pytest.raises(ConfigError):
+    with raises(ConfigError, *(f"--{option}" for option in wrong)):
         asked(**wrong)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "names"),
     [
-        (("prune",), "name a finished run first: deit prune RUN"),
-        (("prune", "run", "--score", "tailor"), "--score tailor: should be one of taylor, magn"),
-        (("prune", "run", "--tuning", "long"), "--tuning long: should be one of deit"),
-        (("prune", "run", "--heads", "0.9"), "--heads 0.9: leaves 1 of 6, and each of 2 blocks"),
-        (("prune", "run", "--macs", "0.01"), "--macs 0.01: one head and one hidden unit in every"),
-        (
-            ("prune", "run", "--controls", "lnog"),
-            "--controls lnog: should be of short, long, or none; did you mean long?",
-        ),
+        (("prune",), ("deit prune RUN",)),
+        (("prune", "run", "--score", "tailor"), ("--score tailor", *SCORES)),
+        (("prune", "run", "--tuning", "long"), ("--tuning long", "deit3", "short", "int8")),
+        (("prune", "run", "--heads", "0.9"), ("--heads 0.9",)),
+        (("prune", "run", "--macs", "0.01"), ("--macs 0.01",)),
+        (("prune", "run", "--controls", "lnog"), ("--controls lnog", "short", "long")),
         (
             ("prune", "run", "--tuning", "linear-probe"),
-            "--tuning linear-probe: trains heads alone (optim.trained), and what is left of a cut",
+            ("--tuning linear-probe", "heads", "optim.trained"),
         ),
-        (
-            ("prune", "run", "--student.share", "2"),
-            "student.share = 2: the student is the run's (1)",
-        ),
-        (("prune", "run", "--resume"), "takes no --resume; the same command always goes on"),
-        (
-            ("prune", "run", "--force"),
-            "takes no --force; what is there is kept; give another --out",
-        ),
-        (("prune", "teacher"), "heads and hidden units are cut from deit_* and vit_* only"),
-        (
-            ("prune", "run", "--start.source", "teacher"),
-            "start.*: is what this command itself decides",
-        ),
-        (("prune", "run", "--out", "run"), "--out run: holds something, but no pruning"),
+        (("prune", "run", "--student.share", "2"), ("student.share = 2", "(1)")),
+        (("prune", "run", "--resume"), ("deit prune", "--resume")),
+        (("prune", "run", "--force"), ("deit prune", "--force", "--out")),
+        (("prune", "teacher"), ("teacher", "student.name = 'small_convnet'", "deit_*", "vit_*")),
+        (("prune", "run", "--start.source", "teacher"), ("start.*",)),
+        (("prune", "run", "--out", "run"), ("--out run", "prune.json")),
     ],
 )
-def test_a_mistake_is_told_before_the_work(place, zygote, words, said):
+def test_a_mistake_is_told_before_the_work(place, zygote, words, names):
     done = zygote.run(*words, *(() if "--out" in words else ("--out", "new")), cwd=place)
-    assert (done.code, said in done.err) == (2, True), done.err
+    assert done.code == 2, done.err
+    for name in names:
+        assert name in done.err
     assert not (place / "new" / "pruned").exists()

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -125,7 +126,7 @@ def test_with_little_shared_memory_batches_come_in_files(images, expected, monke
     made = loader(images, workers=2)
     assert same(joined(made.epoch(1)), expected[1])
     assert set(asked) == {"/dev/shm"}
-    assert capsys.readouterr().err.count("/dev/shm has 0 MiB free, too little") == 1
+    assert len(re.findall(r"/dev/shm\b.* 0 MiB", capsys.readouterr().err)) == 1
 
 
 REFUSALS = (
@@ -177,7 +178,7 @@ def test_where_no_socket_has_room_batches_come_in_files(
     folder.mkdir()
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
     assert same(joined(loader(images, workers=2).epoch(1)), expected[1])
-    assert capsys.readouterr().err.count("the temporary folder takes no socket") == 1
+    assert capsys.readouterr().err.count("TMPDIR") == 1
     with TemporaryDirectory(dir="/tmp") as short:
         assert reading.has_sockets(short)
         assert os.listdir(short) == []
@@ -371,12 +372,12 @@ def test_a_fault_of_the_machine_is_no_broken_file(workers, images, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", failing)
     wanted = [Wanted(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
-    expected = r"\A.*(jpg|png): cannot be read now \(Input/output error\)\Z"
     with (
         Reader(images, (Squares(4),), workers=workers, pin=False) as reader,
-        pytest.raises(EnvironmentFault, match=expected),
+        raises(EnvironmentFault, "Input/output error") as raised,
     ):
         list(reader.read(wanted))
+    assert re.fullmatch(r".*\.(jpg|png): .*", str(raised.value))
 
 
 def answers(images, config):

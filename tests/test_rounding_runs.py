@@ -1,6 +1,7 @@
 """Runs whose layers round: ranges in every file, the same bits again, the int8 file."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -88,7 +89,7 @@ def test_ranges_lie_in_every_file_and_hold_zero(place):
     model, average = map(ranges_of, files[1:])
     torch.testing.assert_close(model, average, rtol=0.1, atol=0.02)
     notes = json.loads((place / "int8" / "start.json").read_text())["notes"]
-    assert notes == ["11 layers round from now on: their ranges begin with what they hear"]
+    assert [re.findall(r"\d+", note) for note in notes] == [["11"]]
 
 
 def test_a_run_begins_with_the_answers_of_its_start(place):
@@ -147,8 +148,7 @@ def test_ranges_go_on_or_are_left_out(place, tmp_path):
         assert torch.equal(on.student.network.state_dict()[name], own[name])
     config = derive(config, student={"rounding": "none"})
     off = parts_of(config)
-    told = "11 layers compute in float again: their ranges are left out"
-    assert off.start_notes["notes"] == [told]
+    assert [re.findall(r"\d+", note) for note in off.start_notes["notes"]] == [["11"]]
     assert not ranges_in(off.student.network.state_dict())
     wider = derive(
         config_of(place, start={"source": start, "heads": "new"}),
@@ -182,8 +182,7 @@ def test_it_teaches_and_is_evaluated_as_its_file(place):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_formats_of_floats_are_refused(place, tmp_path, form):
-    told = r"student\.rounding = 'int8': a file of floats would .* deit quantize writes"
-    with pytest.raises(ConfigError, match=told) as error:
+    with raises(ConfigError, place / "int8", "student.rounding", "'int8'", "quantize") as error:
         export(place / "int8", tmp_path / "out", name=form)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -191,7 +190,7 @@ def test_formats_of_floats_are_refused(place, tmp_path, form):
 
 def test_its_landscape_is_refused(place):
     one = Place("one", place / "int8", place / "int8" / "best")
-    with raises(ConfigError, "student.rounding", "'int8'"):
+    with raises(ConfigError, "one:", "student.rounding", "'int8'"):
         view_of([one], Asked(), root=None, device=torch.device("cpu"))
 
 
@@ -206,7 +205,7 @@ OTHERWISE = {
 @pytest.mark.parametrize("option", OTHERWISE)
 def test_another_file_than_it_was_trained_for_is_refused(place, tmp_path, option):
     pytest.importorskip("onnxruntime")
-    with raises(ConfigError, option) as error:
+    with raises(ConfigError, option, place / "int8", "student.rounding") as error:
         quantize(place / "int8", tmp_path / "out", OTHERWISE[option])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -224,7 +223,7 @@ def test_ranges_that_were_never_set_make_no_file(place, tmp_path):
     (best / "manifest.json").unlink()
     with (
         mock.patch("deit.quantize.write_float_file", side_effect=AssertionError("exported first")),
-        pytest.raises(CheckpointError, match="has learnt no ranges, no update was made"),
+        raises(CheckpointError, tmp_path / "run", "student.rounding", "'int8'"),
     ):
         quantize(tmp_path / "run", tmp_path / "out", Plan())
     assert not (tmp_path / "out").exists()
@@ -250,7 +249,7 @@ def test_from_a_run_to_its_file(place, zygote, tmp_path, capsys, monkeypatch):
     words = ["finetune", "--from", place / "base", "--tuning", "int8", "--optim.epochs", "1"]
     done = zygote.run(*words, "--optim.warmup_epochs", "0", "--out", "run", cwd=tmp_path)
     assert done.code == 0, done.err
-    assert "rounded   11 layers, as the int8 file computes them" in done.out
+    assert re.search(r"rounded\s+11\b", done.out)
     assert "deit quantize run" in done.out
     assert "deit export" not in done.out
     monkeypatch.chdir(tmp_path)
@@ -260,19 +259,19 @@ def test_from_a_run_to_its_file(place, zygote, tmp_path, capsys, monkeypatch):
     with pytest.raises(CheckpointError) as refused:
         _drop(known, -100, *others, **how)
     told = str(refused.value)
-    assert "try --exclude" in told
+    assert "--exclude" in told
     assert not any(word in told for word in ("finetune", "--calibrate", "dynamic"))
     said = " ".join(capsys.readouterr().out.split())
-    assert "learnt in training, which computed with these roundings" in said
-    assert "of the file's answers are the run's" in said
+    assert "learnt" in said
     found = json.loads(Path("run/quantized-static/quantization.json").read_text())
+    assert f"{found['as_the_run']['sqnr_db']['fused']:.1f} dB" in said
     assert found["calibration"]["how"] == "learnt"
     evaluated = evaluate(Path("run"))["heads"]
     for head, row in found["int8"]["heads"].items():
         assert row["top1"] == pytest.approx(evaluated[head]["top1"], abs=0.003)
         assert found["as_the_run"]["agreement"][head] > 0.995
         assert found["as_the_run"]["sqnr_db"][head] > 12 + found["sqnr_db"][head]
-    assert "learnt in training" in Path("run/quantized-static/README.md").read_text()
+    assert "learnt" in Path("run/quantized-static/README.md").read_text()
 
 
 @pytest.mark.slow

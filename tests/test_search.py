@@ -1,6 +1,7 @@
 """A search: trials proposed, told, stopped and taken up again, by optuna's own database."""
 
 import json
+import re
 import sqlite3
 import warnings
 from contextlib import closing
@@ -125,20 +126,19 @@ def test_trials_that_a_kill_left_open_are_proposed_again_and_count_once(tmp_path
 def test_where_no_point_is_left_the_search_ends(tmp_path, capsys):
     """Four points, and eight trials asked for."""
     fields = {"loss.temperature": (1, 3), "views.policy": ("none", "randaugment")}
-    one = opened(tmp_path, trials=8, fields=fields)
 
     def plan(point):  # as in a sweep: the folder is known by what is in it
         name = f"{point.config.loss.temperature}-{point.config.views.policy}"
         return Planned(point.name, point.config, tmp_path / name)
 
-    one._plan, seen = plan, set()
+    one, seen = opened(tmp_path, trials=8, fields=fields, plan=plan), set()
     for run in one.runs():
         seen.add((run.config.loss.temperature, run.config.views.policy))
         finish(run, 0.5)
         one.ended(run, 0, "")
     assert len(seen) == 4
     assert (one.left(), one.counts()["trials"], len(one.finished())) == (0, 4, 4)
-    assert "no other is begun" in capsys.readouterr().out
+    assert re.search(r"\b30\b", capsys.readouterr().out)  # proposals in a row that were not new
 
 
 def test_an_epoch_without_an_evaluation_is_reported_once(tmp_path):
@@ -210,13 +210,17 @@ def test_a_trial_that_cannot_be_ends_nothing(tmp_path, capsys):
     counts = one.counts()
     assert counts["trials"] == 12 == counts["finished"] + counts["failed"]
     assert counts["failed"] > 0
-    assert "cannot be: sweep s, trial" in capsys.readouterr().out
+    told = [line for line in capsys.readouterr().out.splitlines() if "loss.temperature" in line]
+    assert len(told) == counts["failed"]
     assert list(opened(tmp_path, trials=12, fields=fields).runs()) == []
 
 
 def test_a_trial_that_is_under_way_already_is_not_begun_twice(tmp_path):
-    one = opened(tmp_path, trials=4)
-    one._plan = lambda point: Planned(point.name, point.config, tmp_path / "same")
+    one = opened(
+        tmp_path,
+        trials=4,
+        plan=lambda point: Planned(point.name, point.config, tmp_path / "same"),
+    )
     runs = one.runs()
     first = next(runs)
     assert next(runs, None) is None  # the others would be the same run
@@ -229,14 +233,14 @@ def test_a_trial_that_is_under_way_already_is_not_begun_twice(tmp_path):
 
 def test_another_search_in_the_same_database_is_refused(tmp_path):
     opened(tmp_path)
-    with pytest.raises(ConfigError, match="holds a search of other fields"):
+    with raises(ConfigError, tmp_path / search.DATABASE, "trials", "--out"):
         opened(tmp_path, of="that")
     opened(tmp_path, trials=99)
 
 
 def test_a_database_that_is_none_is_told(tmp_path):
     (tmp_path / search.DATABASE).write_text("no database" * 100)
-    with pytest.raises(CheckpointError, match=r"optuna\.db: cannot be read"):
+    with raises(CheckpointError, tmp_path / search.DATABASE, "sqlite3.DatabaseError"):
         opened(tmp_path)
 
 
@@ -294,7 +298,7 @@ def test_a_full_disk_is_a_fault_of_the_machine(tmp_path):
     assert len(lines) == 5, done.err
     for line, call, folder in zip(lines, ("ended", "again", "begun"), ("old", "old", "new")):
         place = tmp_path / folder / search.DATABASE
-        assert line.startswith(f"{call}: {place}: cannot be read or written ("), line
+        assert line.startswith(f"{call}: {place}: "), line
     assert lines[3:] == ["goes on"] * 2
 
 
@@ -320,7 +324,7 @@ def test_a_database_that_fails_later_is_one_too(call, tmp_path):
         for table in ("trials", "trial_intermediate_values"):
             database.execute(f"drop table {table}")
         database.commit()
-    with pytest.raises(EnvironmentFault, match=r"optuna\.db: cannot be read or written \(no such"):
+    with raises(EnvironmentFault, tmp_path / search.DATABASE, "no such table"):
         call(one, run)
 
 
@@ -376,7 +380,7 @@ def test_a_search_is_a_sweep(zygote, tmp_path):
     assert len(stores) == 1
     again = zygote.run(*words, cwd=tmp_path)
     assert again.code == 0, again.err
-    assert "3 of 3 trials are over already" in again.out
-    assert "4 of 4 runs are finished already" in again.out
+    for number in (3, 4):  # trials that are over, runs that are finished
+        assert re.search(rf"^{number}[^\d\n]+{number}\b", again.out, re.MULTILINE)
     done = zygote.run("report", "out", "--out", "page", cwd=tmp_path)
     assert done.code == 0, done.err

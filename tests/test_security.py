@@ -186,9 +186,10 @@ def test_code_named_in_a_run_is_not_run(run, zygote, tmp_path):
     config["loss"]["kind"] = "soft"
     config["loss"]["through"] = "distillation"
     (folder / "config.json").write_text(json.dumps(config))
-    done = zygote.run("evaluate", folder)
+    done = zygote.run("evaluate", folder, "--json", tmp_path / "found.json")
     assert done.code == 0, done.err
-    assert "the run's teacher is left out" in done.err
+    assert json.loads((tmp_path / "found.json").read_text())["teacher"] is None
+    assert f"{code}:teacher" in done.err
     (tmp_path / "p.png").write_bytes(PNG)
     for words in (
         ("train", folder / "config.json", "--out", tmp_path / "out"),
@@ -200,7 +201,9 @@ def test_code_named_in_a_run_is_not_run(run, zygote, tmp_path):
     ):
         done = zygote.run(*words)
         assert done.code == 2, (words, done.err)
-        assert "is code" in done.err
+        option = f"--teacher.source {code}:teacher" if words[0] != "predict" else "--teacher run"
+        assert option in done.err
+        assert f"{code}:teacher" in done.err
     assert not canary.exists()
     # Named by the person at the keyboard it is run: the test would notice.
     zygote.run("train", "digits", "--teacher.source", f"{code}:teacher", "--out", tmp_path / "out")

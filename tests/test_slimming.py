@@ -82,24 +82,26 @@ def test_shapes_left_alone_change_no_initial_weight():
 
 
 @pytest.mark.parametrize(
-    ("student", "said"),
+    ("student", "names"),
     [
-        ({"block_heads": (1, 2, 3)}, "block_heads = (1, 2, 3): should be one value, or one for"),
-        ({"block_hidden": (8,) * 5}, "should be one value, or one for each of 6 blocks"),
-        ({"name": "small_convnet", "block_heads": (1,)}, "only deit_* and vit_* take it"),
+        ({"block_heads": (1, 2, 3)}, ("student.block_heads = (1, 2, 3)", "6 blocks")),
+        ({"block_hidden": (8,) * 5}, ("student.block_hidden = (8, 8, 8, 8, 8)", "6 blocks")),
+        (
+            {"name": "small_convnet", "block_heads": (1,)},
+            ("student.block_heads = (1,)", "student.name", "'small_convnet'"),
+        ),
     ],
 )
-def test_shapes_that_cannot_be(student, said):
+def test_shapes_that_cannot_be(student, names):
     config = derive(Config(), student={"name": "deit_micro", **student}, loss={"kind": "none"})
-    with pytest.raises(ConfigError) as error:
+    with raises(ConfigError, *names):
         validate(config)
-    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_other_libraries_build_no_pruned_network(name):
     facts = Facts(slim(SMALL, KEPT), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
-    with raises(ConfigError, "--format"):
+    with raises(ConfigError, "student.block_heads", "student.block_hidden", "--format"):
         FORMATS[name].check(build_student(facts), facts)
 
 
@@ -221,7 +223,7 @@ def test_of_equal_ones_exactly_as_many(number):
 
 @pytest.mark.parametrize("number", [1, 7])
 def test_more_than_there_are_or_fewer_than_blocks(number):
-    with pytest.raises(ValueError, match=f"{number} of 6 in 2 blocks"):
+    with pytest.raises(ValueError, match=rf"\b{number}\b.*\b6\b.*\b2\b"):
         largest((torch.ones(3), torch.ones(3)), number, scope="global")
 
 
@@ -249,5 +251,5 @@ def test_so_many_as_the_arithmetic_allows(share):
 
 
 def test_less_arithmetic_than_one_of_each_takes():
-    with pytest.raises(ValueError, match="of the arithmetic"):
+    with pytest.raises(ValueError, match=r"0\.01"):
         numbers_for_macs(SMALL, 0.01)

@@ -1,5 +1,7 @@
 """The tables of scripts/smaller.py, by hand."""
 
+import re
+
 import pytest
 
 from scripts.smaller_tables import draw_smaller, goals, smaller_table
@@ -49,9 +51,8 @@ def test_means_over_seeds_and_what_was_cut_before_its_recovery():
     lines = smaller_table(result(seed(0.9), seed(0.8))).splitlines()[2:]
     assert lines[0].startswith("| run | 85.0 +- 7.1 | 85.0 +- 7.1 | 85.0 +- 7.1 | 100.0 +- 0.0 |")
     assert lines[0].endswith("| 1,000 | 4 | 2.0 | 2 | 2 |")
-    cut = "| pruned, not recovered | 50.0 +- 0.0 | 50.0 +- 0.0 | 50.0 +- 0.0 | - | 500 | 2 | 2.0 |"
-    assert lines[1].startswith(cut)
-    assert lines[2].startswith("| pruned, recovered | 75.0 +- 7.1 |")
+    assert "| 50.0 +- 0.0 | 50.0 +- 0.0 | 50.0 +- 0.0 | - | 500 | 2 | 2.0 |" in lines[1]
+    assert lines[2].split("|")[2] == " 75.0 +- 7.1 "
 
 
 def test_a_version_that_a_seed_left_out_is_no_row():
@@ -61,10 +62,9 @@ def test_a_version_that_a_seed_left_out_is_no_row():
 
 
 def test_the_goals_of_a_student_with_one_head():
-    assert goals(result(seed(0.9))) == (
-        "Lost by int8, seed by seed: static 0.25 points, 0.25 of the float file's bytes, 40.0 dB. "
-        "Epochs: recovered 3, short-control 3, long-control 3."
-    )
+    told = goals(result(seed(0.9)))
+    assert re.search(r"\bstatic 0\.25 .*\b0\.25 .*\b40\.0 dB\b", told)  # points, share of bytes
+    assert re.search(r"\brecovered 3\b.*\bshort-control 3\b.*\blong-control 3\b", told)
 
 
 def test_the_picture(tmp_path):

@@ -1,5 +1,6 @@
 """Sources and splits: real digits, class folders, CIFAR's layout, classes by name."""
 
+import re
 import tarfile
 from pathlib import Path
 
@@ -150,17 +151,17 @@ def test_fewer_training_images_leave_the_other_splits_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "names"),
     [
-        ("missing", "no such folder"),
-        ("empty", "no class folders"),
-        ("empty class", r"bee: no images"),
-        ("corrupt", r"1\.png: not a readable image"),
-        ("truncated", r"1\.png: not a readable image"),
-        ("class missing in test", "no folder for class 'bee'"),
+        ("missing", ["data.root {root}"]),
+        ("empty", ["{root}/CLASS/IMAGE"]),
+        ("empty class", ["{root}/train/bee: "]),
+        ("corrupt", ["{root}/train/bee/1.png: ", "10 bytes"]),
+        ("truncated", ["{root}/train/bee/1.png: ", "truncated"]),
+        ("class missing in test", ["{root}/test: ", "'bee'"]),
     ],
 )
-def test_a_damaged_folder_is_named(tmp_path, damage, message):
+def test_a_damaged_folder_is_named(tmp_path, damage, names):
     root = tmp_path / "data"
     if damage == "empty":
         root.mkdir()
@@ -179,7 +180,7 @@ def test_a_damaged_folder_is_named(tmp_path, damage, message):
             for file in (root / "test" / "bee").iterdir():
                 file.unlink()
             (root / "test" / "bee").rmdir()
-    with pytest.raises(DataError, match=message):
+    with raises(DataError, *(name.format(root=root) for name in names)):
         load_splits(folder_data(root))
 
 
@@ -195,14 +196,14 @@ def test_splits_and_classes_without_training_images_are_refused(tmp_path):
         load_splits(folder_data(tmp_path / "a"))
     write_class_folders(tmp_path / "b")
     write_class_folders(tmp_path / "b", classes=("zebra",), splits=("test",))
-    with pytest.raises(DataError, match="zebra: this class has no training images"):
+    with raises(DataError, tmp_path / "b" / "test" / "zebra"):
         load_splits(folder_data(tmp_path / "b"))
     assert load_splits(folder_data(tmp_path / "b", classes=("ant", "bee"))).class_names == (
         "ant",
         "bee",
     )
     write_class_folders(tmp_path / "c", classes=("ant",))
-    with pytest.raises(DataError, match="only one class"):
+    with raises(DataError, "'ant'"):
         load_splits(folder_data(tmp_path / "c"))
 
 
@@ -245,7 +246,7 @@ def test_mean_and_deviation_of_many_files_are_those_of_a_sample(tmp_path, monkey
     whole = load_splits(folder_data(tmp_path, storage="memory"))
     monkeypatch.setattr("deit.datasets.splits._MEASURED", 30)
     files = load_splits(folder_data(tmp_path, storage="files"))
-    assert "mean and std: measured on 30 training images" in files.notes
+    assert any(re.search(r"\bmean\b.*\bstd\b.* 30 ", note) for note in files.notes)
     assert files.mean == pytest.approx(whole.mean, abs=0.02)
     assert files.mean != whole.mean
     assert files.mean == load_splits(folder_data(tmp_path, storage="files")).mean
@@ -262,7 +263,7 @@ def test_a_quarantined_image_is_left_out_and_moves_no_other(tmp_path):
     listed.write_text("# why\n\n" + "\n".join(bad) + "\n")
     after = load_splits(folder_data(tmp_path / "data", **files, quarantine=str(listed)))
     assert keys(after) == {split: names - bad for split, names in keys(before).items()}
-    assert f"quarantine: 3 images left out, listed in {listed}" in after.notes
+    assert any(re.search(rf"quarantine.* 3 .*{re.escape(str(listed))}", x) for x in after.notes)
     assert after.fingerprint != before.fingerprint
     memory = load_splits(folder_data(tmp_path / "data", quarantine=str(listed)))
     assert sum(len(split.labels) for split in memory[1:4]) == 60 - 3
@@ -311,7 +312,7 @@ def test_images_below_a_class_folder_belong_to_it(tmp_path):
 def test_images_fit_into_what_a_container_allows(tmp_path, monkeypatch):
     write_class_folders(tmp_path)
     monkeypatch.setattr("deit.memory.allowed", lambda: [1000])
-    with pytest.raises(EnvironmentFault, match=r"allowed are 0\.0 GiB"):
+    with raises(EnvironmentFault, "data.image_size 8", "data.memory_fraction"):
         load_splits(folder_data(tmp_path))
 
 
@@ -323,18 +324,14 @@ def test_enlarging_beyond_the_memory_is_refused_for_every_source():
 
 def test_a_share_of_the_training_images_keeps_every_class(tmp_path):
     write_class_folders(tmp_path, number=2)
-    with pytest.raises(DataError, match=r"has 2 image.*3 are needed"):
+    with raises(DataError, "'ant'", " 2 ", " 3 ", "data.classes"):
         load_splits(folder_data(tmp_path, train_fraction=0.5))
 
 
 @pytest.mark.parametrize("source", ["cifar10", "cifar100"])
 def test_missing_cifar_says_where_it_should_lie_and_how_to_get_it(tmp_path, source):
-    with pytest.raises(DataError) as caught:
+    with raises(DataError, tmp_path, "md5", "--data.download"):
         load_splits(DataConfig(source=source, root=str(tmp_path)))
-    message = str(caught.value)
-    assert "md5" in message
-    assert "--data.download" in message
-    assert str(tmp_path) in message
     assert not list(tmp_path.iterdir())
 
 

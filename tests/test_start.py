@@ -1,6 +1,7 @@
 """What a student starts from: positions resized, tokens put in and left out, heads by name."""
 
 import json
+import re
 import shutil
 from argparse import Namespace
 
@@ -110,7 +111,7 @@ def test_a_constant_stays_and_a_wrong_prefix_is_refused():
     found = resize_positions(positions, prefix=2, side=5, kernel="deit")
     torch.testing.assert_close(found.positions, torch.ones(1, 27, 3))
     for prefix in (1, 3, 18):
-        with pytest.raises(CheckpointError, match="are not"):
+        with raises(CheckpointError, "pos_embed", 18):
             resize_positions(positions, prefix=prefix, side=5, kernel="deit")
 
 
@@ -129,7 +130,7 @@ def test_another_resolution_resizes_the_positions_and_nothing_else(kernel):
     before, after = network(seed=0), network(seed=1, image_size=24)
     notes = fitted(found_in(before), after, StartConfig(source="here", kernel=kernel))
     assert len(notes) == 1
-    assert f"4 x 4 -> 6 x 6 patches ({kernel}'s bicubic kernel; mean norm" in notes[0]
+    assert re.search(rf"4 x 4\D+6 x 6.*{kernel}", notes[0])
     theirs = after.state_dict()
     for name, value in before.state_dict().items():
         if name != "pos_embed":
@@ -142,7 +143,7 @@ def test_another_resolution_resizes_the_positions_and_nothing_else(kernel):
 def test_a_plain_vit_becomes_a_distilled_student_and_back():
     plain, student, again = network("vit_micro"), network(seed=1), network("vit_micro", seed=2)
     (note,) = fitted(found_in(plain), student)
-    assert "1 distillation token(s) put in: a copy of the class token" in note
+    assert "1 distillation token" in note
     assert torch.equal(student.dist_token, plain.cls_token)
     assert torch.equal(student.pos_embed[:, 0], plain.pos_embed[:, 0])
     assert torch.equal(student.pos_embed[:, 1], plain.pos_embed[:, 0])
@@ -152,7 +153,7 @@ def test_a_plain_vit_becomes_a_distilled_student_and_back():
     tokens = student.forward_features(torch.rand(2, 3, 16, 16))
     torch.testing.assert_close(tokens[:, 0], tokens[:, 1])
     (note,) = fitted(found_in(student), again)
-    assert "1 distillation token(s) left out" in note
+    assert "1 distillation token" in note
     for name, value in plain.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
     images = torch.rand(2, 3, 16, 16)
@@ -184,7 +185,7 @@ def test_class_rows_are_found_by_name(name):
     before = network(name, classes=5, **size)
     after = network(name, classes=3, seed=1, **size)
     (note,) = fitted(found_in(before), after, names=("e", "a", "c"))
-    assert "3 classes: their rows of its 5, by name" in note
+    assert re.findall(r"\d+", note) == ["3", "5"]
     images = torch.rand(4, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(after(images), before(images)[:, [4, 0, 2]])
@@ -194,12 +195,13 @@ def test_other_classes_are_refused_unless_new_heads_are_asked_for():
     before, after = network(classes=5), network(classes=3, seed=1)
     with raises(CheckpointError, "'x'", "--start.heads"):
         fitted(found_in(before), after, names=("a", "b", "x"))
-    with pytest.raises(CheckpointError, match=r"answer with 5 classes, the data has 3"):
+    with raises(CheckpointError, "--start.heads") as refused:
         fitted(found_in(before, names=None), after, names=("a", "b", "c"))
+    assert re.findall(r"\d+", str(refused.value)) == ["5", "3"]
     random = {name: after.state_dict()[f"{name}.weight"].clone() for name in heads_of(after)}
     new = StartConfig(source="here", heads="new")
     (note,) = fitted(found_in(before), after, new, names=("a", "b", "x"))
-    assert "3 classes: new heads, random (the start knew 5, and had 2 head(s))" in note
+    assert re.findall(r"\d+", note) == ["3", "5", "2"]
     for name, value in random.items():
         assert torch.equal(after.state_dict()[f"{name}.weight"], value)
     assert torch.equal(after.blocks[0].mlp.fc1.weight, before.blocks[0].mlp.fc1.weight)
@@ -207,13 +209,13 @@ def test_other_classes_are_refused_unless_new_heads_are_asked_for():
 
 def test_nameless_classes_of_the_same_number_are_taken_and_told():
     (note,) = fitted(found_in(network(), names=None), network(seed=1))
-    assert "taken to be in the data's order" in note
+    assert re.findall(r"\d+", note) == ["5"]
 
 
 def test_what_does_not_fit_is_listed_before_anything_is_copied():
     after = network(seed=1, embed_dim=48, num_heads=3)
     before = {name: value.clone() for name, value in after.state_dict().items()}
-    with pytest.raises(CheckpointError, match="made for another network") as refused:
+    with raises(CheckpointError, "here", "cls_token", (1, 1, 96), (1, 1, 48), 11) as refused:
         fitted(found_in(network()), after)
     assert len(str(refused.value).splitlines()) == 12  # ten differences and how many more
     assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.items())
@@ -221,8 +223,9 @@ def test_what_does_not_fit_is_listed_before_anything_is_copied():
 
 @pytest.mark.parametrize("other", ["small_convnet", "rednet_micro"])
 def test_another_kind_of_network_is_refused(other):
-    with pytest.raises(CheckpointError, match="missing: "):
-        fitted(found_in(network()), network(other, depth=None, seed=1))
+    after = network(other, depth=None, seed=1)
+    with raises(CheckpointError, "here", next(iter(after.state_dict()))):
+        fitted(found_in(network()), after)
 
 
 def test_half_precision_weights_are_taken_in_the_networks_precision():
@@ -238,7 +241,7 @@ def test_timms_networks_without_positions_for_their_tokens():
     before = timm.create_model(name, **settings, num_classes=5)
     after = timm.create_model(name, **{**settings, "img_size": 64}, num_classes=5)
     notes = fitted(found_in(before), after)
-    assert "4 x 4 -> 8 x 8" in notes[0]
+    assert re.search(r"4 x 4\D+8 x 8", notes[0])
     expected = resize_positions(before.pos_embed, prefix=0, side=8, kernel="deit").positions
     assert torch.equal(after.pos_embed, expected)
 
@@ -297,7 +300,8 @@ def test_weight_files_of_every_form(name, tmp_path):
     assert found.student == section()
     assert found.class_names is None
     after = network(seed=1)
-    assert "taken to be" in fitted(found, after)[0]
+    (note,) = fitted(found, after)  # the classes are taken as they come
+    assert re.findall(r"\d+", note) == ["5"]
     assert torch.equal(after.head_dist.weight, student.network.head_dist.weight)
 
 
@@ -367,7 +371,7 @@ def test_a_backbone_without_heads_gets_new_ones_if_asked():
     with raises(CheckpointError, "--start.heads"):
         fitted(found, after)
     notes = fitted(found, after, StartConfig(source="here", heads="new"))
-    assert "new heads, random (the start had 0 head(s))" in notes[-1]
+    assert re.findall(r"\d+", notes[-1]) == ["5", "0"]
     assert torch.equal(after.dist_token, weights["cls_token"])
 
 
@@ -395,7 +399,7 @@ def test_a_foreign_folder_is_refused_not_believed(name, tmp_path):
     """What it names is neither loaded nor run; torch.load of the file would fail loudly."""
     torch.save(Runs(), tmp_path / "evil.pth")
     source = timm_folder(tmp_path / "folder", network().state_dict(), **BAD_FOLDERS[name])
-    with pytest.raises(CheckpointError) as refused:
+    with raises(CheckpointError, source) as refused:
         find_start(source)
     assert "\n" not in str(refused.value)
 
@@ -441,18 +445,17 @@ def test_bad_starts_are_refused_in_one_line(tmp_path, capsys):
     shutil.copytree(tmp_path / "run", broken)
     (broken / "best" / "model.json").write_text("{")
     expected = {
-        "code.pth": "would have to run code",
-        "cut.safetensors": "not a readable weight file",
-        "cut.pth": "not a readable weight file",
-        "empty": "holds no trained network",
-        "other": "config.json: neither timm's nor transformers'",
-        "broken": "model.json",
-        "nowhere": "no such file, folder or timm model",
+        "code.pth": ("print",),
+        "cut.safetensors": ("header",),
+        "cut.pth": (),
+        "empty": ("best/model.safetensors", "config.json"),
+        "other": ("other/config.json", "architecture"),
+        "broken": ("broken/best/model.json",),
+        "nowhere": ("timm",),
     }
-    for name, message in expected.items():
-        with pytest.raises(CheckpointError) as refused:
+    for name, names in expected.items():
+        with raises(CheckpointError, tmp_path / name, *names) as refused:
             find_start(str(tmp_path / name))
-        assert message in str(refused.value)
         assert "\n" not in str(refused.value)
         assert refused.value.exit_code == 4
     assert "code ran" not in capsys.readouterr().out
@@ -475,7 +478,7 @@ def test_holding_still_all_but_attention_and_heads():
     attention = {f"blocks.0.attn.{p}.{k}" for p in ("qkv", "proj") for k in ("weight", "bias")}
     heads = {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
     assert free == attention | heads
-    with pytest.raises(ConfigError, match="has none"):
+    with raises(ConfigError, "optim.trained", "'attention'", "heads"):
         hold_still(network("small_convnet", depth=None), "attention")
 
 
@@ -515,7 +518,7 @@ def test_a_block_far_beyond_the_others_is_refused_at_once(tmp_path):
     weights = network("deit_micro").state_dict()
     weights["blocks.99999999.norm1.weight"] = weights["blocks.0.norm1.weight"].clone()
     save_file(weights, tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match="block 99999999 is there, and 2 blocks in all"):
+    with raises(CheckpointError, tmp_path / "w.safetensors", 99999999):
         find_start(str(tmp_path / "w.safetensors"))
 
 
@@ -523,7 +526,7 @@ def test_a_name_that_is_there_twice_is_refused(tmp_path):
     weights = network("deit_micro").state_dict()
     weights["module.head.weight"] = torch.zeros_like(weights["head.weight"])
     save_file(weights, tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds head\.weight twice, also as module\.head"):
+    with raises(CheckpointError, tmp_path / "w.safetensors", " head.weight", "module.head.weight"):
         find_start(str(tmp_path / "w.safetensors"))
 
 
@@ -533,14 +536,15 @@ def test_tensors_without_plain_numbers_are_refused(kind, tmp_path):
     value = weights["head.weight"]
     weights["head.weight"] = value.to_sparse() if kind == "sparse" else value.to("meta")
     torch.save(weights, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"head\.weight is no plain tensor|not a readable"):
+    with raises(CheckpointError, tmp_path / "w.pth", "head.weight"):
         find_start(str(tmp_path / "w.pth"))
 
 
 def test_an_empty_file_is_called_so(tmp_path):
     (tmp_path / "w.pth").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="not a readable weight file"):
+    with raises(CheckpointError, tmp_path / "w.pth") as refused:
         find_start(str(tmp_path / "w.pth"))
+    assert "empty" in str(refused.value).replace(str(tmp_path), "")
 
 
 def test_another_number_of_attention_heads_is_refused():
@@ -550,7 +554,7 @@ def test_another_number_of_attention_heads_is_refused():
     config = derive(digits(), student={"image_size": 16}, start={"source": "a run"})
     config = derive(config, student=section(embed_dim=48, num_heads=2))
     facts = Facts(config.student, NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
-    with pytest.raises(CheckpointError, match="trained with 4 attention heads, the student has 2"):
+    with raises(CheckpointError, "a run", "--student.num_heads 4"):
         begin(network(embed_dim=48, num_heads=2), found, config, facts)
 
 
@@ -559,7 +563,7 @@ def test_a_normalisation_that_is_not_told_is_named():
     config = derive(digits(), student=section(), start={"source": "w.pth"})
     facts = Facts(config.student, NAMES, (0.1, 0.2, 0.3), (0.4,) * 3, 1.0)
     notes = begin(built, found_in(built), config, facts)["notes"]
-    assert any("its normalisation is not told; 0.1,0.2,0.3 and" in note for note in notes)
+    assert any("--views.mean" in note and "0.1,0.2,0.3" in note for note in notes)
 
 
 def header(text: bytes, size: int | None = None) -> bytes:
@@ -592,7 +596,7 @@ HOSTILE = {
 def test_hostile_headers_of_safetensors_are_refused(name, tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(HOSTILE[name])
-    with pytest.raises(CheckpointError, match="not a readable weight file"):
+    with raises(CheckpointError, path):
         find_start(str(path))
-    with pytest.raises(CheckpointError, match="not readable"):
+    with raises(CheckpointError, path):
         read_tensors(path)

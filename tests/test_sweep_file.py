@@ -140,112 +140,118 @@ def test_the_grid_of_aditmehs_distillation_is_read_as_it_is(tmp_path):
 
 
 BAD = {
-    "not yaml": ("grid: [", "not a readable sweep"),
-    "no mapping": ("- 1", "names a recipe"),
-    "nothing": ("recipe: digits", "nothing varies"),
-    "unknown key": ("gird: {optim.lr: [1]}", "did you mean grid?"),
-    "unknown field": ("grid: {optim.lrr: [1]}", "did you mean optim.lr?"),
-    "unknown section": ("grid: {optin: {lr: [1]}}", "unknown field"),
-    "twice": ("grid: {optim.lr: [1], optim.lr: [2]}", "'optim.lr' stands there twice"),
-    "nested twice": ("set: {optim.lr: 1, optim: {lr: 2}}", "optim.lr: stands there twice"),
-    "no list": ("grid: {optim.lr: 1}", "should be a list"),
-    "empty list": ("grid: {optim.lr: []}", "should be a list"),
-    "same value": ("grid: {optim.lr: [0.1, 0.1]}", "names 0.1 twice"),
-    "no name": ("grid: {[1]: [2]}", "should be the name of a field"),
-    "both": ("{study: worth, runs: {a: {}}}", "a study brings runs of its own"),
-    "unknown study": ("study: wort", "did you mean worth?"),
-    "seeds": ("{study: worth, seeds: [0, 0]}", "twice"),
-    "seed": ("{study: worth, seeds: [-1]}", "from 0"),
-    "a number of seeds": ("{study: worth, seeds: 3}", "[3] for the seed 3, [0, 1, 2] for three"),
-    "words": ("{study: worth, share_targets: maybe}", "true or false"),
-    "recipe": ("{study: worth, recipe: 3}", "should be a name"),
-    "run": ("runs: {a: {optim.lrr: 1}}", "a: optim.lrr"),
-    "its seed": ("grid: {run.seed: [0, 1]}", "give the seeds of all runs"),
-    "same run": ("runs: [{optim.lr: 1}, {optim.lr: 1}]", "the same run twice"),
-    "runs": ("runs: 3", "should be runs by name"),
-    "fields": ("set: 3", "should be fields"),
-    "search": ("search: 3", "should have fields"),
-    "searched": ("search: {fields: {optim.lrr: [1, 2]}}", "did you mean optim.lr?"),
-    "one value": ("search: {fields: {optim.lr: [1]}}", "at least two values"),
-    "span": ("search: {fields: {optim.lr: {low: 2, high: 1}}}", "to a larger high"),
-    "log": ("search: {fields: {optim.lr: {low: 0, high: 1, log: true}}}", "above 0"),
-    "ends": ("search: {fields: {optim.lr: {low: a, high: 1}}}", "should be numbers"),
-    "low alone": ("search: {fields: {optim.lr: {low: 1}}}", "or low and high"),
-    "text span": ("search: {fields: {views.policy: {low: 1, high: 2}}}", "takes no numbers"),
-    "preset span": ("search: {fields: {objective: {low: 1, high: 2}}}", "a preset has names"),
-    "trials": ("search: {trials: 0, fields: {optim.lr: [1, 2]}}", "at least 1"),
-    "search key": ("search: {tirals: 3, fields: {optim.lr: [1, 2]}}", "did you mean trials?"),
-    "a tag without a value": ("grid: {optim.lr: [!!float '']}", "not a readable sweep"),
-    "a tag that is no truth": ("grid: {optim.lr: [!!bool zz]}", "not a readable sweep"),
-    "a tag that is no time": ("grid: {optim.lr: [!!timestamp zz]}", "not a readable sweep"),
-    "itself": ("grid: {optim.lr: &a [*a]}", "an alias that holds itself"),
+    "not yaml": ("grid: [", ("YAML", "line 1")),
+    "no mapping": ("- 1", ("docs/sweeps.md",)),
+    "nothing": ("recipe: digits", ("grid", "runs", "study", "search")),
+    "unknown key": ("gird: {optim.lr: [1]}", ("gird", "grid")),
+    "unknown field": ("grid: {optim.ler: [1]}", ("grid", "optim.ler", "optim.lr")),
+    "unknown section": ("grid: {optin: {lr: [1]}}", ("grid", "optin", "optim.lr")),
+    "twice": ("grid: {optim.lr: [1], optim.lr: [2]}", ("YAML", "'optim.lr'")),
+    "nested twice": ("set: {optim.lr: 1, optim: {lr: 2}}", ("set", "optim.lr")),
+    "no list": ("grid: {optim.lr: 1.5}", ("grid", "optim.lr", "1.5")),
+    "empty list": ("grid: {optim.lr: []}", ("grid", "optim.lr", "[]")),
+    "same value": ("grid: {optim.lr: [0.1, 0.1]}", ("grid", "optim.lr", "0.1")),
+    "no name": ("grid: {[1]: [2]}", ("YAML", "[1]")),
+    "both": ("{study: worth, runs: {a: {}}}", ("runs", "study")),
+    "unknown study": ("study: wroth", ("study", "wroth", "worth")),
+    "seeds": ("{study: worth, seeds: [0, 0]}", ("seeds", "[0, 0]")),
+    "seed": ("{study: worth, seeds: [-1]}", ("seeds", "[-1]")),
+    "a number of seeds": ("{study: worth, seeds: 3}", ("seeds", "[3]", "[0, 1, 2]")),
+    "words": ("{study: worth, share_targets: maybe}", ("share_targets", "'maybe'")),
+    "recipe": ("{study: worth, recipe: 3.5}", ("recipe", "3.5")),
+    "run": ("runs: {slow: {optim.ler: 1}}", ("runs", "slow", "optim.ler", "optim.lr")),
+    "its seed": ("grid: {run.seed: [0, 1]}", ("grid", "run.seed", "seeds")),
+    "same run": ("runs: [{optim.lr: 1}, {optim.lr: 1}]", ("runs", "'lr 1'")),
+    "runs": ("runs: 3.5", ("runs", "3.5")),
+    "fields": ("set: 3.5", ("set", "3.5")),
+    "search": ("search: 3", ("search", "fields", "low", "high")),
+    "searched": ("search: {fields: {optim.ler: [1, 2]}}", ("search", "optim.ler", "optim.lr")),
+    "one value": ("search: {fields: {optim.lr: [1]}}", ("search", "optim.lr", "[1]")),
+    "span": ("search: {fields: {optim.lr: {low: 2.5, high: 1.5}}}", ("optim.lr", "2.5", "1.5")),
+    "log": (
+        "search: {fields: {optim.lr: {low: -0.5, high: 1, log: true}}}",
+        ("optim.lr", "-0.5", "log"),
+    ),
+    "ends": ("search: {fields: {optim.lr: {low: a, high: 1}}}", ("optim.lr", "low", "'a'")),
+    "low alone": ("search: {fields: {optim.lr: {low: 1}}}", ("optim.lr", "high", "log: true")),
+    "text span": ("search: {fields: {views.policy: {low: 1, high: 2}}}", ("views.policy", "low")),
+    "preset span": ("search: {fields: {objective: {low: 1, high: 2}}}", ("objective",)),
+    "trials": ("search: {trials: 0.5, fields: {optim.lr: [1, 2]}}", ("trials", "0.5")),
+    "no trials": ("search: {trials: 0, fields: {optim.lr: [1, 2]}}", ("trials",)),
+    "search key": ("search: {tirals: 3, fields: {optim.lr: [1, 2]}}", ("tirals", "trials")),
+    "a tag without a value": ("grid: {optim.lr: [!!float '']}", ("YAML",)),
+    "a tag that is no truth": ("grid: {optim.lr: [!!bool zz]}", ("YAML", "'zz'")),
+    "a tag that is no time": ("grid: {optim.lr: [!!timestamp zz]}", ("YAML",)),
+    "itself": ("grid: {optim.lr: &a [*a]}", ("100,000",)),
     "endless": (
         "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)).replace(
             "*a0", "1"
         ),
-        "more than 100,000 values",
+        ("100,000",),
     ),
-    "large": (f"{{study: worth, seeds: [0x{'f' * 5000}]}}", "below 2^63"),
-    "high": (f"search: {{fields: {{optim.epochs: {{low: 1, high: 1{'0' * 400}}}}}}}", "2^63"),
-    "with a grid": ("{search: {fields: {optim.lr: [1, 2]}}, study: worth}", "a search is alone"),
+    "large": (f"{{study: worth, seeds: [0x{'f' * 5000}]}}", ("2^63",)),
+    "high": (f"search: {{fields: {{optim.epochs: {{low: 1, high: 1{'0' * 400}}}}}}}", ("2^63",)),
+    "with a grid": ("{search: {fields: {optim.lr: [1, 2]}}, study: worth}", ("search", "study")),
 }
 
 
-@pytest.mark.parametrize(("text", "said"), BAD.values(), ids=BAD)
-def test_a_mistake_in_the_file_is_one_line_with_its_name(text, said, tmp_path):
-    with pytest.raises(ConfigError) as refused:
+@pytest.mark.parametrize(("text", "names"), BAD.values(), ids=BAD)
+def test_a_mistake_in_the_file_is_one_line_with_its_name(text, names, tmp_path):
+    with raises(ConfigError, tmp_path / "s.yaml", *names) as refused:
         read(tmp_path, text)
-    message = str(refused.value)
-    assert said in message
-    assert str(tmp_path / "s.yaml") in message
-    assert "\n" not in message
+    assert "\n" not in str(refused.value)
 
 
 def test_a_run_of_the_other_format_that_lacks_something_is_named(tmp_path):
-    lacking = {key: value for key, value in grid_search().items() if key != "T"}
-    with pytest.raises(ConfigError, match="b: has no T"):
-        read(tmp_path, {"a": grid_search(), "b": lacking}, "grid.json")
+    lacking = {key: value for key, value in grid_search().items() if key != "weight"}
+    with raises(ConfigError, tmp_path / "grid.json", "second", "weight"):
+        read(tmp_path, {"first": grid_search(), "second": lacking}, "grid.json")
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "names"),
     [
-        ({"weight": 2}, "weight = 2"),
-        ({"classes": [0, 10]}, "should be of 0 ... 9"),
-        ({"classes": []}, "should be of 0 ... 9"),
-        ({"classes": [[1]]}, "should be of 0 ... 9"),
-        ({"classes": [1.0, True]}, "should be of 0 ... 9"),
-        ({"patience": 3}, "patience is none of"),
+        ({"weight": 2.5}, ("weight", "2.5")),
+        ({"classes": [0, 10]}, ("classes", "[0, 10]")),
+        ({"classes": []}, ("classes", "[]")),
+        ({"classes": [[1]]}, ("classes", "[[1]]")),
+        ({"classes": [1.0, True]}, ("classes", "[1.0, True]")),
+        ({"patience": 3}, ("patience", *grid_search())),
     ],
 )
-def test_a_mistake_in_the_other_format(changed, said, tmp_path):
-    with pytest.raises(ConfigError, match=said):
-        read(tmp_path, {"a": grid_search(**changed)}, "grid.json")
+def test_a_mistake_in_the_other_format(changed, names, tmp_path):
+    with raises(ConfigError, tmp_path / "grid.json", "warm", *names):
+        read(tmp_path, {"warm": grid_search(**changed)}, "grid.json")
 
 
 IMPOSSIBLE = {
-    "value": ("grid: {optim.lr: [1e-3, -1]}", "lr -1.*optim.lr"),
-    "together": ("grid: {student.patch_size: [2, 3]}", "patch size 3.*should divide"),
-    "preset": ("runs: {a: {objective: deit-hart}}", "did you mean deit-hard?"),
-    "preset list": ("grid: {objective: [[deit-hard]]}", "should be the name of a preset"),
-    "twice over": ("{grid: {optim.lr: [1, 2]}, runs: {a: {optim.lr: 3}}}", "in the grid as well"),
+    "value": ("grid: {optim.lr: [1e-3, -1]}", ("lr -1", "optim.lr")),
+    "together": (
+        "grid: {student.patch_size: [2, 3]}",
+        ("patch size 3", "student.patch_size", "student.image_size"),
+    ),
+    "preset": ("runs: {slow: {objective: deit-hart}}", ("slow", "objective", "deit-hart")),
+    "preset list": ("grid: {objective: [[deit-hard]]}", ("objective", "['deit-hard']")),
+    "twice over": (
+        "{grid: {optim.lr: [1, 2]}, runs: {slow: {optim.lr: 3}}}",
+        ("slow", "optim.lr", "grid"),
+    ),
 }
 
 
-@pytest.mark.parametrize(("text", "said"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
-def test_a_point_that_cannot_be_is_named(text, said, tmp_path):
+@pytest.mark.parametrize(("text", "names"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_point_that_cannot_be_is_named(text, names, tmp_path):
     sweep = read(tmp_path, text)
-    with pytest.raises(ConfigError, match="(?s)" + said.replace("?", r"\?")):
+    with raises(ConfigError, *names):
         points_of(sweep, digits())
 
 
 def test_every_point_that_cannot_be_is_named_at_once(tmp_path):
     grid = "{optim.lr: [1.0e-3, -1], loss.temperature: [1, -3]}"
-    with pytest.raises(ConfigError) as refused:
+    with raises(ConfigError, "lr -1, temperature 1", "lr 0.001, temperature -3") as refused:
         points_of(read(tmp_path, f"grid: {grid}"), digits())
-    told = str(refused.value)
-    assert told.count("optim.lr = -1") == 2
-    assert told.count("loss.temperature = -3") == 2
+    found = [(problem.field, problem.value) for problem in refused.value.problems]
+    assert sorted(found) == [("loss.temperature", -3)] * 2 + [("optim.lr", -1)] * 2
 
 
 def test_the_command_line_goes_over_runs_and_not_over_what_varies(tmp_path):
@@ -276,13 +282,14 @@ def test_the_corners_of_a_search_go_together_with_what_they_need(tmp_path):
     sides = [(point.config.student.embed_dim, point.config.student.num_heads) for point in found]
     assert sides == [(96, 4), (96, 4), (100, 4), (96, 4), (100, 5), (96, 4), (96, 4)]
     bad = read(tmp_path, "search: {fields: {student.num_heads: [4, 7]}}")
-    with pytest.raises(ConfigError, match="num heads 7"):
+    with raises(ConfigError, "num heads 7", "student.num_heads"):
         corners_of(bad, wide)
 
 
 def test_a_name_that_is_no_file_is_told_what_there_is():
-    with pytest.raises(ConfigError, match="did you mean patience"):
+    with raises(ConfigError, "patienc", *SWEEPS) as raised:
         find_sweep("patienc")
+    assert str(raised.value).count("patience") == 2  # in the list, and as the nearest
 
 
 def test_a_recipe_in_the_place_of_a_sweep_is_told_apart():
@@ -350,9 +357,11 @@ def test_a_searched_field_is_whole_where_the_configuration_says_so(tmp_path):
 
 
 def test_points_that_are_the_same_run_are_told(tmp_path):
-    sweep = read(tmp_path, "runs: {first: {optim.lr: 0.5}, again: {optim.lr: 0.5}, other: {}}")
+    sweep = read(tmp_path, "runs: {quick: {optim.lr: 0.5}, fast: {optim.lr: 0.5}, other: {}}")
     trials = trials_of(points_of(sweep, digits()), (0, 1), tmp_path, lambda config: config)
-    assert alike(trials) == ["again: is the same run as first, trained once"]
+    (told,) = alike(trials)
+    assert told.startswith("fast: ")
+    assert "quick" in told
 
 
 @pytest.mark.parametrize("name", SWEEPS)

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import random
+import re
 import statistics
 
 import pytest
@@ -90,7 +91,7 @@ def test_the_table_by_hand(told):
     assert a[4:6] == [f"60.0 +- {spread}", "+0.0"]
     assert b[4:7] == ["80.0 +- 0.0", "+20.0", "70.0 +- 28.3"]
     assert c[5] == "-20.0"
-    assert c[-1] == "10 (1 of 2 seeds failed)"
+    assert re.fullmatch(r"10 \(1\b.*\b2\b.*\)", c[-1])  # so many of its seeds failed
     assert d[2:] == ["failed", "-", "-", "-", "-", "-", "-"]
 
 
@@ -118,7 +119,8 @@ def test_where_points_held_out_different_classes_none_is_best_and_each_has_its_m
     assert "|  | a | b | c |" in lines
     assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0* | - |" in lines
     assert "| b | 90.0 +- 0.0* | 20.0 +- 0.0* | - |" in lines
-    assert any("the points held out different classes" in line for line in lines)
+    assert any(told_of_best(told).capitalize() in line for line in lines)
+    assert not any(re.match(r"\d\. ", line) for line in lines)
     one["per_class"] = {"a": 0.9, "d": 0.5}  # not all of them have the same classes
     told["rows"]["b"]["classes"] = [one, one]
     assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0* | - | - |" in markdown(told).splitlines()
@@ -133,7 +135,7 @@ def test_accuracy_is_drawn_against_time_and_of_other_students_against_speed(fiel
     whole = "".join(sections_of_sweep(told, tmp_path, "mine"))
     assert (tmp_path / "mine-time.png").is_file()
     assert (tmp_path / "mine-throughput.png").is_file() == (field == "student.depth")
-    assert ("Accuracy against speed" in whole) == (field == "student.depth")
+    assert ("images/s" in whole) == (field == "student.depth")
 
 
 def test_a_page_marks_what_each_point_did_not_see(told, tmp_path):
@@ -145,8 +147,8 @@ def test_a_page_marks_what_each_point_did_not_see(told, tmp_path):
     whole = "".join(sections_of_sweep(told, tmp_path, "mine"))
     assert ">20*</td>" in whole
     assert ">90*</td>" in whole
-    assert "*: a class that this point did not see" in whole
-    assert "None is best: the points held out different classes" in whole
+    assert "*: " in whole  # what the mark says
+    assert told_of_best(told).capitalize() in whole
 
 
 def test_points_that_held_nothing_out_stand_beside_those_that_did(told, tmp_path):
@@ -171,11 +173,9 @@ def test_the_best_are_those_of_the_validation_split(told):
 
 
 def test_points_that_nothing_tells_apart_are_told(told):
-    assert told_of_best(told) == "best on the validation split:"
+    assert not re.search(r"\d", told_of_best(told))
     told["rows"]["a"]["validation"] = [0.3 + 0.1 + 0.1, 0.8999999999999999]
-    assert told_of_best(told).startswith(
-        "best on the validation split (2 points are equal in front"
-    )
+    assert re.findall(r"\d+", told_of_best(told)) == ["2"]
 
 
 def test_trials_that_were_stopped_are_in_every_file(told, tmp_path):
@@ -184,16 +184,18 @@ def test_trials_that_were_stopped_are_in_every_file(told, tmp_path):
     told["fields"].insert(0, "run")
     one = {"values": {"run": "trial 7", **values}, "epoch": 4, "top1": 0.25}
     told["stopped"] = {"trial 7": one}
-    assert "- trial 7: temperature 9, lr 0.3; 25.0 at epoch 4" in markdown(told).splitlines()
+    trial = r"^- trial 7: temperature 9, lr 0\.3\b.*\b25\.0\b.*\b4$"
+    assert re.search(trial, markdown(told), re.MULTILINE)
     write_results(told, tmp_path)
     *_, line = lines_of(tmp_path)
     assert (line["point"], line["status"], line["optim.lr"]) == ("trial 7", "stopped", "0.3")
-    assert (line["validation_top1"], line["reason"]) == ("0.25", "below the median at epoch 4")
+    assert line["validation_top1"] == "0.25"
+    assert re.search(r"\bmedian\b.*\b4\b", line["reason"])
     for one in told["rows"].values():
         if one["values"]:
             one["values"]["run"] = "a trial"
     whole = "".join(sections_of_sweep(told, tmp_path, "mine"))
-    assert "Trials that were stopped" in whole
+    assert ">trial 7<" in whole
     stopped = (tmp_path / "mine-stopped.csv").read_text().splitlines()
     assert stopped == [",temperature,lr,validation top-1 %,at epoch", "trial 7,9,0.3,25.0,4"]
     draws = [dots(told, field) for field in values]
@@ -209,16 +211,19 @@ def test_trials_that_were_stopped_are_in_every_file(told, tmp_path):
 
 
 def test_what_each_run_sets_is_told(told, tmp_path):
-    assert "What each run sets" not in markdown(told)
+    assert changes(told) == {}
     told["fields"] = ["run", "optim.lr"]
     for name, own in {"a": {"loss.kind": "none", "optim.epochs": "9"}, "b": {}}.items():
         told["rows"][name] |= {"values": {"run": f"run {name}", "optim.lr": "2"}, "sets": own}
     del told["rows"]["c"], told["rows"]["d"]
-    assert changes(told) == {"run a": "loss.kind none, optim.epochs 9", "run b": "nothing"}
-    assert "| run a | loss.kind none, optim.epochs 9 |" in markdown(told).splitlines()
-    assert "<dt>run b</dt><dd>nothing</dd>" in "".join(sections_of_sweep(told, tmp_path, "mine"))
+    own, nothing = changes(told)["run a"], changes(told)["run b"]
+    assert own == "loss.kind none, optim.epochs 9"
+    assert nothing.isalpha()
+    assert f"| run a | {own} |" in markdown(told).splitlines()
+    whole = "".join(sections_of_sweep(told, tmp_path, "mine"))
+    assert f"<dt>run b</dt><dd>{nothing}</dd>" in whole
     told["rows"]["c"] = {**told["rows"]["a"], "sets": {"loss.kind": "none", "optim.epochs": "18"}}
-    assert changes(told)["run a"] == "loss.kind none, optim.epochs by the grid"
+    assert re.fullmatch(r"loss\.kind none, optim\.epochs \D+", changes(told)["run a"])
     for name in "abc":
         told["rows"].get(name, {})["sets"] = {}
     assert changes(told) == {}

@@ -65,7 +65,7 @@ def test_a_text_is_the_same_however_it_was_written(written, tmp_path):
 def test_what_is_no_text_is_refused_in_one_line(kind, tmp_path):
     file = tmp_path / "list.txt"
     file.write_bytes(NO_TEXT[kind])
-    with pytest.raises(ValueError, match="save it as UTF-8") as caught:
+    with pytest.raises(ValueError, match="UTF-8") as caught:
         read_text(file)
     assert "\n" not in str(caught.value)
 
@@ -75,8 +75,10 @@ def test_classes_are_read_however_the_list_was_written(written, root, tmp_path):
     file.write_bytes(written("\u00e4nt\tan insect\ncat\n"))
     assert load_splits(config(root, classes=(f"@{file}",))).class_names == ("cat", "\u00e4nt")
     file.write_bytes(written("\u00e4nt\n"))
-    notes = load_splits(config(root, held_out=(f"@{file}",))).notes
-    assert "held out: no training or validation image of \u00e4nt" in notes
+    splits = load_splits(config(root, held_out=(f"@{file}",)))
+    assert any("\u00e4nt" in note for note in splits.notes)
+    seen, tested = (set(part.labels.tolist()) for part in (splits.train, splits.test))
+    assert tested - seen == {splits.class_names.index("\u00e4nt")}
 
 
 @pytest.mark.parametrize("kind", NO_TEXT)
@@ -90,8 +92,10 @@ def test_a_class_list_that_is_no_text_is_named(kind, root, tmp_path):
 def test_a_quarantine_list_is_read_however_it_was_written(written, root, tmp_path):
     file = tmp_path / "bad.txt"
     file.write_bytes(written("# bad\ntrain/\u00e4nt/0.png\n"))
-    notes = load_splits(config(root, quarantine=str(file))).notes
-    assert f"quarantine: 1 images left out, listed in {file}" in notes
+    splits = load_splits(config(root, quarantine=str(file)))
+    assert any(str(file) in note for note in splits.notes)
+    read = [part.name(row) for part in splits[1:4] for row in range(len(part.labels))]
+    assert (len(read), str(root / "train/\u00e4nt/0.png") in read) == (11, False)
 
 
 def test_the_class_names_of_shards_are_read_however_they_were_written(written, root, tmp_path):
@@ -118,7 +122,7 @@ def test_a_sweep_is_read_however_it_was_written(written, tmp_path):
     )
     assert read_sweep(as_json) == sweep
     file.write_bytes(NO_TEXT["Latin-1"])
-    with pytest.raises(ConfigError, match=r"not a readable sweep \(no UTF-8 text; save it as"):
+    with raises(ConfigError, file, "UTF-8"):
         read_sweep(file)
 
 
@@ -127,11 +131,11 @@ def test_a_configuration_is_read_however_it_was_written(written, tmp_path):
     file.write_bytes(written(json.dumps(to_dict(digits()), indent=1)))
     assert load(file) == digits()
     file.write_bytes(NO_TEXT["Latin-1"])
-    with pytest.raises(ConfigError, match=r"not a readable configuration \(no UTF-8 text"):
+    with raises(ConfigError, file, "UTF-8"):
         load(file)
 
 
 def test_many_numbers_are_cut_short():
     assert counted({"a": 1, "b": 3, "c": 3}) == "3 b, 3 c, 1 a"
-    assert counted({"a": 1, "b": 3, "c": 3}, most=1) == "3 b, 4 others"
+    assert counted({"a": 1, "b": 3, "c": 3}, most=1).startswith("3 b, 4 ")
     assert counted({}) == ""

@@ -9,6 +9,7 @@ import torch
 
 from deit.errors import ConfigError
 from deit.volume import basin_volume, first_crossing
+from tests.helpers.errors import raises
 from tests.helpers.loss_surfaces import assert_as_before, remembered, student, surface
 
 
@@ -198,7 +199,7 @@ def test_what_lies_beyond_the_largest_radius_is_none():
 
 
 def test_what_is_above_at_once_is_refused():
-    with pytest.raises(ConfigError, match="larger rise") as caught:
+    with raises(ConfigError, "rise", "float64") as caught:
         crossing(lambda t: False)
     assert "\n" not in str(caught.value)
 
@@ -230,13 +231,13 @@ def test_evaluations_are_counted():
 
 @pytest.mark.parametrize("rise", [0.0, -0.1, math.nan, math.inf, 1e-30])
 def test_a_threshold_that_is_not_above_the_value_is_refused(rise):
-    with pytest.raises(ConfigError, match="above the value"):
+    with raises(ConfigError, "rise", rise):
         volume(lambda point: 1.0, torch.zeros(2), rise=rise)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_is_refused(value):
-    with pytest.raises(ConfigError, match="above the value"):
+    with raises(ConfigError, "rise", value):
         volume(lambda point: value, torch.zeros(2))
 
 
@@ -254,8 +255,9 @@ def test_a_value_that_is_not_finite_is_refused(value):
     ],
 )
 def test_impossible_volumes_are_refused(options):
-    with pytest.raises(ConfigError, match="should be"):
+    with pytest.raises(ConfigError) as raised:
         volume(*well([1.0, 1.0]), **options)
+    assert [raised.value.problems[0].field] == list(options)
 
 
 def test_progress_can_be_watched():

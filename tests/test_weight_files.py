@@ -110,22 +110,23 @@ def test_plain_values_beside_the_weights_are_passed_over(weights, kind, zipped, 
 
 def test_a_whole_network_is_refused_with_what_to_do(tmp_path):
     torch.save(nn.Sequential(nn.Linear(2, 2)), tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"a whole network \(torch\.nn.*state_dict alone"):
+    sequential = "torch.nn.modules.container.Sequential"
+    with raises(CheckpointError, tmp_path / "w.pth", sequential, "state_dict"):
         read_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "names"),
     [
-        (torch.zeros(2).to(torch.float8_e4m3fn), "is of torch.float8_e4m3fn"),
-        (torch.zeros(2).to(torch.float8_e5m2), "is of torch.float8_e5m2"),
-        (torch.zeros(2, 2).to_sparse(), "is no plain tensor"),
+        (torch.zeros(2).to(torch.float8_e4m3fn), ("torch.float8_e4m3fn",)),
+        (torch.zeros(2).to(torch.float8_e5m2), ("torch.float8_e5m2",)),
+        (torch.zeros(2, 2).to_sparse(), ()),
     ],
     ids=["float8_e4m3", "float8_e5m2", "sparse"],
 )
-def test_a_tensor_that_nothing_can_be_computed_with_is_named(value, said, tmp_path):
+def test_a_tensor_that_nothing_can_be_computed_with_is_named(value, names, tmp_path):
     torch.save({"stem.weight": value}, tmp_path / "w.pth")
-    with raises(CheckpointError, "w.pth", said):
+    with raises(CheckpointError, tmp_path / "w.pth", "stem.weight", *names):
         read_weights(tmp_path / "w.pth")
 
 
@@ -167,60 +168,62 @@ def array():
 
 
 OTHERS = {
-    "empty.pth": (lambda: b"", "it is empty"),
+    "empty.pth": (lambda: b"", ("empty",)),
     "lfs.pth": (
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
-        "Git LFS pointer.*git lfs pull",
+        ("Git LFS", "git lfs pull"),
     ),
     "lfs.safetensors": (
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
-        "Git LFS pointer.*git lfs pull",
+        ("Git LFS", "git lfs pull"),
     ),
-    "page.pth": (lambda: b"\n<!DOCTYPE html><html>404</html>", "a web page"),
-    "error.pth": (lambda: b'{"error": "not found"}', "JSON or text"),
-    "keras.h5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5.*Keras"),
-    "keras.keras": (lambda: zipped(["config.json", "model.weights.h5"]), "Keras"),
-    "net.onnx": (lambda: b"\x08\x07\x12\x07pytorch", "ONNX"),
-    "arrays.npz": (array, r"\.npz with 2 arrays"),
-    "pack.zip": (lambda: zipped(["a/b.pth", "readme"]), r"zip archive of a/b\.pth, readme: unpack"),
-    "script.pt": (lambda: zipped(["s/data.pkl", "s/constants.pkl"]), "TorchScript program"),
-    "pack.tar": (tarred, r"tar archive of model\.pth"),
-    "pack.pth.gz": (lambda: b"\x1f\x8b\x08" + bytes(99), "compressed"),
-    "cut.safetensors": (lambda: (500).to_bytes(8, "little") + b'{"a":', "[Hh]eader"),
+    "page.pth": (lambda: b"\n<!DOCTYPE html><html>404</html>", ("HTML",)),
+    "error.pth": (lambda: b'{"error": "not found"}', ("JSON",)),
+    "keras.h5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(99), ("HDF5", "Keras")),
+    "keras.keras": (lambda: zipped(["config.json", "model.weights.h5"]), ("Keras",)),
+    "net.onnx": (lambda: b"\x08\x07\x12\x07pytorch", ("ONNX",)),
+    "arrays.npz": (array, (".npz", "2")),
+    "pack.zip": (lambda: zipped(["a/b.pth", "readme"]), ("zip", "a/b.pth", "readme")),
+    "script.pt": (lambda: zipped(["s/data.pkl", "s/constants.pkl"]), ("TorchScript",)),
+    "pack.tar": (tarred, ("tar ", "model.pth")),
+    "pack.pth.gz": (lambda: b"\x1f\x8b\x08" + bytes(99), ("archive",)),
+    "cut.safetensors": (lambda: (500).to_bytes(8, "little") + b'{"a":', ("header",)),
 }
+"""What is in a file, and what is named beside the file."""
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_file_of_another_kind_is_named_in_one_line(name, tmp_path):
-    make, said = OTHERS[name]
+    make, names = OTHERS[name]
     (tmp_path / name).write_bytes(make())
-    with pytest.raises(CheckpointError, match=rf"{name}: .*{said}") as no:
+    with raises(CheckpointError, tmp_path / name) as no:
         read_weights(tmp_path / name)
-    assert "\n" not in str(no.value)
+    told = str(no.value).replace(str(tmp_path / name), "")
+    assert all(one in told for one in names), told
+    assert "\n" not in told
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "names"),
     [
-        ({"epoch": 3, "optimizer": {"a": torch.ones(2)}}, r"'epoch', 'optimizer', with 1 tensors"),
-        ([torch.ones(2)], "one list of 1 values"),
-        (torch.ones(2, 3), r"one Tensor of \(2, 3\)"),
-        ({}, "an empty dict"),
+        ({"epoch": 3, "optimizer": {"a": torch.ones(2)}}, ("'epoch'", "'optimizer'", "1 tensor")),
+        ([torch.ones(2)], ("list", "1 value")),
+        (torch.ones(2, 3), ("Tensor", (2, 3))),
+        ({}, (" dict",)),
     ],
 )
-def test_where_no_weights_are_found_what_is_there_is_named(content, said, tmp_path):
+def test_where_no_weights_are_found_what_is_there_is_named(content, names, tmp_path):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=said):
+    with raises(CheckpointError, tmp_path / "w.pth", *names):
         read_weights(tmp_path / "w.pth")
 
 
 def test_names_of_another_network_are_summed_up(tmp_path):
     torch.save({"a.x": torch.ones(1), "b.x": torch.ones(1)}, tmp_path / "w.pth")
-    said = r"the 2 names in the file begin with a\. \(1\), b\. \(1\); those .* stem\. \(2\)"
-    with pytest.raises(CheckpointError, match=said):
+    with raises(CheckpointError, "w:", "a. (1), b. (1)", "stem. (2), head. (2)"):
         load_weights(Small(), read_weights(tmp_path / "w.pth"), origin="w")
 
 
 def test_weights_for_gray_images_say_how_they_become_ones_for_color(tmp_path):
-    with pytest.raises(CheckpointError, match=r"stem\.weight takes gray images \(1 channel\)"):
+    with raises(CheckpointError, "w:", "stem.weight", "repeat(1, 3, 1, 1) / 3"):
         load_weights(Small(), Small(1).state_dict(), origin="w")

@@ -150,7 +150,7 @@ def _write_targets(arguments: list[str], program: str) -> None:
     )
     if complete:
         store = shlex.quote(str(options.out.resolve()))
-        say(f"next: the same recipe with --teacher.targets {store}")
+        say(f"next: deit train {shlex.join(rest)} --teacher.targets {store}")
 
 
 def _verify_targets(arguments: list[str], program: str) -> None:

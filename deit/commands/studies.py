@@ -37,8 +37,11 @@ def compare(arguments: list[str], program: str) -> None:
         "on the test split. data.* and run.* apply to the teachers too. The same command goes on: "
         "a finished run is not trained again.",
         own=parser,
-        told={"out": "Folder of all runs. None: checkpoints/RECIPE below the working directory."},
+        told={
+            "out": "Folder of all runs. None: checkpoints/compare-RECIPE in the working directory."
+        },
         without={**GOES_ON, "dry_run": TRAINS},
+        prefix="compare-",
     )
     if printed(run):
         return

@@ -13,14 +13,15 @@ from deit.sweep_file import Space, Span
 LR = {"optim.lr": Span(1e-4, 1e-1, log=True)}
 
 
-def opened(out, *, trials=8, fields=LR, prune=True, epochs=8, of="this", retries=0):
+def opened(out, *, trials=8, fields=LR, prune=True, epochs=8, of="this", retries=0, plan=None):
+    """plan: which run a point is; None: one in a folder of the point's name."""
     base = derive(digits(), optim={"epochs": epochs, "warmup_epochs": 1})
     space = Space(fields, trials, prune)
 
-    def plan(point):
+    def by_name(point):
         return Planned(point.name, point.config, out / point.name.replace(" ", "-"))
 
-    return Search(space, base, out, name="s", seed=0, of=of, plan=plan, retries=retries)
+    return Search(space, base, out, name="s", seed=0, of=of, plan=plan or by_name, retries=retries)
 
 
 def reach(run, epoch, top1):
