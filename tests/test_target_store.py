@@ -143,7 +143,8 @@ def test_two_processes_write_the_same_bytes(alone, teachers, zygote, tmp_path):
     assert "images/s" not in again.out  # the teacher is not asked
     assert again.out.count(f"--teacher.targets {alone}") == 1
     _, following = again.out.split("next: deit ")
-    assert zygote.run(*shlex.split(following), "--dry_run").code == 0
+    used = zygote.run(*shlex.split(following), "--dry_run", **SMALL_UNITS)
+    assert used.code == 0, used.err
     done = zygote.together("targets", "write", *command(teachers[0], together), **SMALL_UNITS)
     assert [one.code for one in done] == [0, 0], done
     assert any("images/s" in one.out for one in done)
