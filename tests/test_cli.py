@@ -504,7 +504,7 @@ def other_network(folder: Path) -> Path:
     ("spoil", "words"),
     [
         (garbage, ()),
-        (truncated, ("metadata",)),
+        (truncated, ()),
         (malicious, ("posix.system", "state_dict")),
         (plain_pickle, ("posix.system", "state_dict")),
         (other_network, ("stranger",)),
