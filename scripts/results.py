@@ -94,7 +94,9 @@ def shown_command(name: str, command: str, *more: str) -> str:
     # A folder somewhere on the machine is anybody's own.
     words = ["DIR" if word.startswith("/") else word for word in words]
     words = ["@FILE" if word.startswith("@/") else word for word in words]
-    return f"`{shlex.join([*words, '--out', f'checkpoints/{name}', *more])}`"
+    # A comparison takes no folder of a run, and a recipe's run is called like it.
+    out = f"checkpoints/{'compare-' if words[1] == 'compare' else ''}{name}"
+    return f"`{shlex.join([*words, '--out', out, *more])}`"
 
 
 def benchmark_section(name: str, result: dict) -> str:
