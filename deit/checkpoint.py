@@ -89,7 +89,9 @@ def check_folder(out: Path, *, resume: bool) -> None:
         _check_entries(out, names)
         return
     if CONFIG not in names:
-        raise ConfigError(f"--out {out}: holds something, but no run (no {CONFIG}); give another")
+        raise ConfigError(
+            f"--out {out}: holds something, but no run (no {CONFIG}); give another --out"
+        )
     if not resume:
         raise ConfigError(
             f"--out {out}: the folder is not empty; add --resume to go on with the run in it, "

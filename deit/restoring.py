@@ -211,12 +211,12 @@ def _check_data(parts: Parts, fingerprint: str, targets: list[str]) -> None:
         raise DataError(
             f"{parts.out}: the images differ from those the run started with (class names, pixels "
             "or labels; another version of Pillow may decode other pixels); resume with the same "
-            "data (data.source, data.root), or start anew in another --out"
+            "data (data.source, data.root), or start again in another --out"
         )
     if targets != parts.state.targets:
         raise DataError(
             f"{parts.out}: the stored targets differ from those the run started with; resume with "
-            "the same teacher.targets, or start anew in another --out"
+            "the same teacher.targets, or start again in another --out"
         )
 
 
@@ -226,7 +226,7 @@ def _check_teachers(parts: Parts, before: list[str]) -> None:
     if len(before) != len(now) or any(a and b and a != b for a, b in zip(before, now)):
         raise DataError(
             f"{parts.out}: a teacher's weights differ from those the run started with; resume "
-            "with the same teacher.source, or start anew in another --out"
+            "with the same teacher.source, or start again in another --out"
         )
 
 

@@ -153,7 +153,7 @@ def _check_distinct(points: list[Point]) -> None:
             raise ConfigError(
                 f"{other.name} and {point.name} differ only in "
                 f"{', '.join(differing(other.config, point.config))}, which decides no result, and "
-                "would be the same run; a sweep for each tells them apart"
+                "would be the same run; give each a sweep of its own"
             )
 
 

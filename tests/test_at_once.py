@@ -54,8 +54,8 @@ def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, 
         assert done.code == 0, done.err
     # Two teachers and four students.
     assert runs_over(done.out) == [(number, 6) for number in range(1, 7)]
-    told = [line for line in done.out.splitlines() if runs_over(line)]
-    assert told[-1].endswith("ETA 0 s")
+    lines = [line for line in done.out.splitlines() if runs_over(line)]
+    assert lines[-1].endswith("ETA 0 s")
     assert "distilled, seed 1: epoch 2/2" in done.out
     for seed in (0, 1):
         for name in ("teacher", "distilled", "undistilled"):

@@ -505,8 +505,8 @@ def other_network(folder: Path) -> Path:
     [
         (garbage, ()),
         (truncated, ()),
-        (malicious, ("posix.system", "state_dict")),
-        (plain_pickle, ("posix.system", "state_dict")),
+        (malicious, (f"{os.system.__module__}.system", "state_dict")),
+        (plain_pickle, (f"{os.system.__module__}.system", "state_dict")),
         (other_network, ("stranger",)),
     ],
 )

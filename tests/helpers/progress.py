@@ -1,9 +1,9 @@
-"""What runs beside each other tell of how far they are."""
+"""Reads the progress lines of parallel runs."""
 
 import re
 
 
 def runs_over(text: str) -> list[tuple[int, int]]:
-    """How many runs are over, and of how many, each time that it is told with an ETA."""
-    told = re.findall(r"(\d+)[^\d\n|]+(\d+)[^\d\n|]+ETA", text)
-    return [(int(done), int(total)) for done, total in told]
+    """Return (finished runs, all runs) for each line that reports them with an ETA."""
+    counts = re.findall(r"(\d+)[^\d\n|]+(\d+)[^\d\n|]+ETA", text)
+    return [(int(finished), int(total)) for finished, total in counts]
