@@ -8,7 +8,7 @@ from typing import Any
 from deit.arguments import RunArguments
 from deit.at_once import Planned, Progress, check_number, closing_idle, train_at_once
 from deit.begun import check_begun
-from deit.config import Config, derive
+from deit.config import Config
 from deit.console import is_main_process, say, table
 from deit.disk import check_file, check_writable, write_json
 from deit.drawing import COLUMNS, comparison_cells, draw_comparison
@@ -128,7 +128,7 @@ class _Plan:
     ) -> None:
         """alone: whether there is no other seed."""
         folder = run.out if alone else run.out / f"seed-{seed}"
-        student = derive(run.config, run={"seed": seed})
+        student = run.config.replace(run={"seed": seed})
         arms = _arms(student, study, only)
         ground = Ground(run, student, folder, arms=arms.values())
 
@@ -147,7 +147,7 @@ class _Plan:
             if config.loss.kind != "none" and needed:
                 store = out.with_name(f"targets-{out.name}")
                 write_targets(config, store)
-                config = derive(config, teacher={"targets": (str(store),)})
+                config = config.replace(teacher={"targets": (str(store),)})
                 self.arms[name] = Planned(title, config, out)
 
 

@@ -486,6 +486,22 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def replace(self, **sections: dict[str, Any] | object) -> "Config":
+        """Return a copy with some fields of some sections replaced.
+
+        sections: by section name, a dict of field values, or a whole new section.
+        Raises TypeError on an unknown section or field. Values are checked when a run begins.
+
+        Example: `digits().replace(optim={"lr": 1e-3})`.
+        """
+        new = {
+            name: dataclasses.replace(getattr(self, name), **fields)
+            if isinstance(fields, dict)
+            else fields
+            for name, fields in sections.items()
+        }
+        return dataclasses.replace(self, **new)
+
 
 RESUMABLE = (
     "data.root",
@@ -527,20 +543,6 @@ def other_images(one: DataConfig, other: DataConfig) -> str | None:
         if values[0] != values[1]:
             return f"data.{leaf}"
     return None
-
-
-def derive(config: Config, **sections: dict[str, Any]) -> Config:
-    """A copy with fields changed: `derive(digits(), optim={"lr": 1e-3})`.
-
-    Raises TypeError on an unknown section or field.
-    """
-    changed = {
-        name: dataclasses.replace(getattr(config, name), **fields)
-        if isinstance(fields, dict)
-        else fields
-        for name, fields in sections.items()
-    }
-    return dataclasses.replace(config, **changed)
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint, journal
-from deit.config import Config, DataConfig, StartConfig, TeacherConfig, code_of, derive
+from deit.config import Config, DataConfig, StartConfig, TeacherConfig, code_of
 from deit.console import warn
 from deit.datasets.images import Encoded, Images
 from deit.datasets.splits import digest_of_images, held_out, load_split
@@ -96,7 +96,7 @@ def examine(
         student.network = with_merging(student.network, merge)
     config = as_asked(config, root=root, device=device, resolution=resolution, crop=crop)
     if batch is not None:
-        config = derive(config, run={"evaluation_batch": batch})
+        config = config.replace(run={"evaluation_batch": batch})
     accelerator = create_accelerator(config.run)
     asked = images_of(config, facts, run, split, variant, root)
     if len(asked.images.labels) < accelerator.num_processes:
@@ -256,14 +256,14 @@ def as_asked(
     if resolution is not None:
         config = replace(at_resolution(config, resolution), teacher=teacher)
     if crop is not None:
-        config = derive(config, views={"evaluation_crop": crop})
+        config = config.replace(views={"evaluation_crop": crop})
     # The size from which the view is cut: resized once, as `deit predict` and an export do it.
     side = round(config.student.image_size / config.views.evaluation_crop)
-    config = derive(config, data={"image_size": side})
+    config = config.replace(data={"image_size": side})
     if root is not None:
-        config = derive(config, data={"root": root})
+        config = config.replace(data={"root": root})
     if device is not None:
-        config = derive(config, run={"device": device})
+        config = config.replace(run={"device": device})
     return config
 
 
@@ -337,7 +337,7 @@ def config_of(run: Path) -> Config:
         there = (folder / path.name for folder in around)
         return next((str(one) for one in there if find_saved(one)), source)
 
-    return derive(config, teacher={"source": tuple(map(lies, config.teacher.source))})
+    return config.replace(teacher={"source": tuple(map(lies, config.teacher.source))})
 
 
 def _first_difference(trained: tuple[str, ...], found: tuple[str, ...]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from deit import checkpoint
 from deit.arguments import RunArguments, parse_data, parse_run, run_name, typed_epochs
 from deit.checkpoint import CONFIG
-from deit.config import Config, DataConfig, StudentConfig, derive, is_transformer
+from deit.config import Config, DataConfig, StudentConfig, is_transformer
 from deit.errors import CheckpointError, ConfigError
 from deit.files import HUB
 from deit.options import Parser
@@ -89,7 +89,7 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
         from deit.models.start import find_start
 
         if of_the_run:  # what it did with the heads it began with is done
-            config = derive(config, start={"heads": "keep"})
+            config = config.replace(start={"heads": "keep"})
         found = find_start(source)
         config = begin_from(config, source, found.student, heads_known=found.heads_known)
         if options.resolution is not None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deit.config import Config, derive
+from deit.config import Config
 from deit.console import say
 from deit.datasets.images import Encoded, Images
 from deit.errors import CheckpointError
@@ -67,7 +67,7 @@ class FloatFile(NamedTuple):
 def split_of(config: Config, facts: Facts, run: Path, name: str) -> Images | Encoded:
     """The images of another split than test. Encoded ones stay so, whatever the run made of them:
     few of them are looked at. Raises DataError."""
-    config = derive(config, data={"storage": "files"})
+    config = config.replace(data={"storage": "files"})
     return images_of(config, facts, run, name, None, None).images
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from deit.arguments import RunArguments
-from deit.config import Config, derive
+from deit.config import Config
 from deit.recipes import RECIPES, recipe_of
 
 
@@ -63,7 +63,7 @@ class Ground:
         """A configuration whose sources are runs in this folder, where they are of our recipes."""
         taught = tuple(self._moved(source, teaches=True) for source in config.teacher.source)
         start = self._moved(config.start.source, teaches=False)
-        return derive(config, teacher={"source": taught}, start={"source": start})
+        return config.replace(teacher={"source": taught}, start={"source": start})
 
     def _moved(self, source: str | None, *, teaches: bool) -> str | None:
         recipe = recipe_of(source)
@@ -90,4 +90,4 @@ class Ground:
             changed.pop("image_size", None)
         run = self.student.run
         leaves = ("seed", "device", "precision", "linear")
-        return derive(config, data=changed, run={leaf: getattr(run, leaf) for leaf in leaves})
+        return config.replace(data=changed, run={leaf: getattr(run, leaf) for leaf in leaves})

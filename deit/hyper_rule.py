@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from deit.config import Config, OptimConfig, derive
+from deit.config import Config, OptimConfig
 from deit.presets import AUGMENTATIONS
 
 
@@ -46,8 +46,7 @@ def hyper_rule(config: Config, *, images: int) -> Config:
     views = {**AUGMENTATIONS["none"], "mixup_alpha": rule.mixup, "flip": 0.5, "rotation": 0.0}
     views |= {"crop": "random", "crop_side": side / resized, "evaluation_crop": 1.0}
     epochs = max(round(rule.updates / an_epoch), 1)
-    return derive(
-        config,
+    return config.replace(
         data={"image_size": config.data.image_size if small else resized},
         views=views,
         student={"image_size": side},

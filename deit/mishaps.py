@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deit import journal
-from deit.config import derive, mixes
+from deit.config import mixes
 from deit.console import say, warn
 from deit.engine import Update
 from deit.environment import lost_peer, records_graphs
@@ -304,7 +304,7 @@ def _cut_or_refuse(parts: Parts, fitting: int, needed: float, free: float) -> No
 def _cut(parts: Parts, accumulate: int) -> None:
     """Cut the same batches into other micro-batches."""
     before, loader = parts.loader.block, parts.loader
-    parts.config = derive(parts.config, optim={"accumulate": accumulate})
+    parts.config = parts.config.replace(optim={"accumulate": accumulate})
     parts.accelerator.gradient_accumulation_steps = accumulate
     loader.cut(parts.config.optim)
     say(

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from deit.config import Config, derive, heads_in, is_transformer, views_seed
+from deit.config import Config, heads_in, is_transformer, views_seed
 from deit.datasets.images import Encoded, Images
 from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.reading import worker_count
@@ -47,7 +47,7 @@ def settled(config: Config, found: Found | None) -> Config:
     """The configuration with the normalisation its start was trained with, unless it says one."""
     if found is None or config.views.mean is not None or found.mean is None or found.std is None:
         return config
-    return derive(config, views={"mean": found.mean, "std": found.std})
+    return config.replace(views={"mean": found.mean, "std": found.std})
 
 
 def begin(network: nn.Module, found: Found, config: Config, facts: Facts) -> dict[str, Any]:

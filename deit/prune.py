@@ -11,7 +11,7 @@ from deit.announce import schedule_of
 from deit.arguments import RunArguments
 from deit.at_once import Planned, Progress, check_number, closing_idle, failure_of
 from deit.begun import check_begun
-from deit.config import Config, OptimConfig, derive, heads_in, is_transformer, to_dict, width_of
+from deit.config import Config, OptimConfig, heads_in, is_transformer, to_dict, width_of
 from deit.console import say
 from deit.disk import check_writable, hold, replace_folder, write_json
 from deit.errors import CheckpointError, ConfigError
@@ -182,7 +182,7 @@ def _write(
     slimmed = cut(weights, kept, head_width=wide)
     replace_folder(folder / checkpoint.BEST, lambda best: save_student(best, slimmed, left))
     write_json(folder / KEPT, kept._asdict())
-    write_json(folder / checkpoint.CONFIG, to_dict(derive(config, student=left.student)))  # the end
+    write_json(folder / checkpoint.CONFIG, to_dict(config.replace(student=left.student)))  # the end
 
 
 def _runs(
@@ -191,7 +191,7 @@ def _runs(
     """The training of what is left, and of the same shape from random weights: as long as that, and
     by the run's own schedule as long as the run and that together."""
     shape = {leaf: getattr(facts.student, leaf) for leaf in ("block_heads", "block_hidden")}
-    recovery = derive(recovery, student=shape, run={"keep_updates": ()})
+    recovery = recovery.replace(student=shape, run={"keep_updates": ()})
     anew = {"source": None, "heads": "keep", "kernel": "deit", "masks": "keep", "update": 0}
     source = str(out / PRUNED)
     begun = out / RECOVERED / checkpoint.CONFIG
@@ -201,9 +201,9 @@ def _runs(
         begun.unlink(missing_ok=True)  # of a process that was killed before its first checkpoint
     # A control's normalisation is the same: that of the run which was cut.
     colours = {"mean": facts.mean, "std": facts.std}
-    as_long = derive(recovery, start=anew, views=colours)
+    as_long = recovery.replace(start=anew, views=colours)
     configs = {
-        RECOVERED: derive(recovery, start={**anew, "source": source}),
+        RECOVERED: recovery.replace(start={**anew, "source": source}),
         CONTROLS["short"]: as_long,
         CONTROLS["long"]: dataclasses.replace(as_long, optim=_in_all(run, recovery)),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from deit.config import Config, derive, heads_of_blocks, hidden_of_blocks
+from deit.config import Config, heads_of_blocks, hidden_of_blocks
 from deit.console import percent, progress, say, table
 from deit.errors import ConfigError
 from deit.losses import objective
@@ -75,8 +75,7 @@ def scoring(config: Config, recovery: Config, saved: Path) -> Config:
     device = {leaf: getattr(recovery.run, leaf) for leaf in ("device", "precision")}
     plain = {"compile": "none", "linear": "torch", "shard": "none", "trackers": ()}
     config = dataclasses.replace(config, teacher=recovery.teacher)
-    return derive(
-        config,
+    return config.replace(
         data=where,
         start={"source": str(saved), "heads": "keep", "masks": "keep", "update": 0},
         optim={"trained": "all"},

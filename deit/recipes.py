@@ -14,7 +14,6 @@ from deit.config import (
     StudentConfig,
     TeacherConfig,
     ViewsConfig,
-    derive,
 )
 from deit.errors import ConfigError, raise_transient
 from deit.files import import_file
@@ -73,7 +72,7 @@ def digits() -> Config:
 
 def digits_involution_teacher() -> Config:
     """A 0.1 M network of involutions on digits: the other teacher of `digits-ensemble`."""
-    return derive(digits_teacher(), student={"name": "rednet_micro"})
+    return digits_teacher().replace(student={"name": "rednet_micro"})
 
 
 def digits_transformer_teacher() -> Config:
@@ -84,13 +83,12 @@ def digits_transformer_teacher() -> Config:
 def _transformer(config: Config) -> Config:
     """The student of a recipe with a class token alone, trained by labels."""
     name = config.student.name.replace("deit_", "vit_", 1)
-    return derive(config, student={"name": name}, teacher=TeacherConfig(), loss=OBJECTIVES["none"])
+    return config.replace(student={"name": name}, teacher=TeacherConfig(), loss=OBJECTIVES["none"])
 
 
 def digits_ensemble() -> Config:
     """`digits` with two teachers, a ConvNet and an involution network, each with its own token."""
-    return derive(
-        digits(),
+    return digits().replace(
         student={"distillation_tokens": 2},
         teacher={
             "source": ("checkpoints/digits-teacher", "checkpoints/digits-involution-teacher"),
@@ -113,8 +111,7 @@ def digits_held_out() -> Config:
 def _held_out(config: Config, *, epochs: int) -> Config:
     """A recipe of digits turned into the experiment of AditMeh/Distillation: classes 0 to 5 seen, a
     warm teacher. Of labels nothing, which would name no unseen class."""
-    return derive(
-        config,
+    return config.replace(
         data={"held_out": ("6", "7", "8", "9")},
         loss=LossConfig(
             kind="cross_entropy",
@@ -130,8 +127,7 @@ def _held_out(config: Config, *, epochs: int) -> Config:
 
 def mnist_teacher() -> Config:
     """The ConvNet of `digits-teacher` on MNIST at 28 px in 5 epochs: the teacher of `mnist`."""
-    return derive(
-        digits_teacher(),
+    return digits_teacher().replace(
         data={"source": "mnist", "image_size": 28},
         views={"crop_padding": 2},
         student={"image_size": 28},
@@ -142,8 +138,7 @@ def mnist_teacher() -> Config:
 
 def mnist() -> Config:
     """A small DeiT with patches of 4 px on MNIST at 28 px, distilled from `mnist-teacher`."""
-    return derive(
-        digits(),
+    return digits().replace(
         data={"source": "mnist", "image_size": 28},
         views={"crop_padding": 2},
         student={"image_size": 28, "patch_size": 4},
@@ -171,7 +166,7 @@ def digits_finetune_teacher() -> Config:
 def _finetune(config: Config, side: int, *, start: str, teacher: str | None = None) -> Config:
     """A recipe turned into its fine-tuning at `side` px, from the run of another."""
     sources = () if teacher is None else (f"checkpoints/{teacher}",)
-    config = derive(config, teacher={"source": sources}, start={"source": f"checkpoints/{start}"})
+    config = config.replace(teacher={"source": sources}, start={"source": f"checkpoints/{start}"})
     return short(at_resolution(config, side))
 
 
@@ -195,8 +190,7 @@ def cifar10_teacher() -> Config:
 
 def cifar10_bit_teacher() -> Config:
     """BiT's ResNet-50x1 of ImageNet-21k on CIFAR-10 at 128 px, all by its HyperRule."""
-    config = derive(
-        cifar10_teacher(),
+    config = cifar10_teacher().replace(
         student=StudentConfig(name="timm:resnetv2_50x1_bit"),
         start={"source": "resnetv2_50x1_bit.goog_in21k"},
     )
@@ -217,7 +211,7 @@ def cifar10() -> Config:
 
 def cifar10_involution_teacher() -> Config:
     """RedNet-26 with a stem of stride 1 on CIFAR-10: the other teacher of `cifar10-ensemble`."""
-    return derive(cifar10_teacher(), student={"name": "rednet_26_small_stem", "drop_path": 0.0})
+    return cifar10_teacher().replace(student={"name": "rednet_26_small_stem", "drop_path": 0.0})
 
 
 def cifar10_transformer_teacher() -> Config:
@@ -227,8 +221,7 @@ def cifar10_transformer_teacher() -> Config:
 
 def cifar10_ensemble() -> Config:
     """`cifar10` with two teachers, a RegNet and an involution network, each with its own token."""
-    return derive(
-        cifar10(),
+    return cifar10().replace(
         student={"distillation_tokens": 2},
         teacher={
             "source": ("checkpoints/cifar10-teacher", "checkpoints/cifar10-involution-teacher"),
@@ -245,9 +238,8 @@ def cifar10_function_matching() -> Config:
 def _function_matching(config: Config, *, epochs: int) -> Config:
     """A recipe turned into function matching (Beyer et al. 2022): inception crops and mixup for
     teacher and student alike, the divergence alone, patience, and weight decay by their rule."""
-    config = derive(config, views={**AUGMENTATIONS["none"], "interpolation": "bilinear"})
-    return derive(
-        config,
+    config = config.replace(views={**AUGMENTATIONS["none"], "interpolation": "bilinear"})
+    return config.replace(
         views=TEACHING["function-matching"].fields(dataclasses.asdict(config.views)),
         loss=dataclasses.replace(OBJECTIVES["function-matching"], temperature=2.0),
         optim={
@@ -270,8 +262,7 @@ def cifar10_usi() -> Config:
 def imagenet_usi() -> Config:
     """Any backbone (--student.name timm:NAME) on class folders of ImageNet by USI, taught by the
     authors' TResNet-L."""
-    config = derive(
-        imagenet_subset(),
+    config = imagenet_subset().replace(
         views={"evaluation_crop": 0.95},
         teacher={"source": ("tresnet_v2_l.miil_in21k_ft_in1k",)},
     )
@@ -281,8 +272,7 @@ def imagenet_usi() -> Config:
 def _usi(config: Config, student: StudentConfig) -> Config:
     """The scheme of Ridnik et al. 2022 ("Solving ImageNet", section 3.3), whatever the backbone:
     300 epochs in batches of 1,024, the label and five times the divergence at temperature 1."""
-    return derive(
-        config,
+    return config.replace(
         views=AUGMENTATIONS["usi"],
         student=student,
         loss=OBJECTIVES["usi"],
@@ -303,8 +293,7 @@ def _usi(config: Config, student: StudentConfig) -> Config:
 
 def cifar10_micro_teacher() -> Config:
     """RegNetY-200MF on CIFAR-10 in 12 epochs: the teacher of `cifar10-micro` (a laptop)."""
-    return derive(
-        cifar10_teacher(),
+    return cifar10_teacher().replace(
         views={"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
         student={"name": "regnety_002_small_stem", "drop_path": 0.0},
         optim={"epochs": 12, "batch_size": 128, "warmup_epochs": 1},
@@ -322,8 +311,7 @@ _SHORT = {
 
 def cifar10_micro() -> Config:
     """A micro DeiT distilled from `cifar10-micro-teacher` in 8 epochs (a laptop, half an hour)."""
-    return derive(
-        cifar10(),
+    return cifar10().replace(
         views=AUGMENTATIONS["none"],
         student={"name": "deit_micro", "drop_path": 0.0, "initialisation": "scaled"},
         teacher={"source": ("checkpoints/cifar10-micro-teacher",)},
@@ -334,21 +322,20 @@ def cifar10_micro() -> Config:
 def cifar10_micro_involution_teacher() -> Config:
     """A 0.5 M network of involutions on CIFAR-10 in 12 epochs: the other teacher of
     `cifar10-micro-ensemble` (a laptop)."""
-    return derive(cifar10_micro_teacher(), student={"name": "rednet_tiny"})
+    return cifar10_micro_teacher().replace(student={"name": "rednet_tiny"})
 
 
 def cifar10_micro_transformer_teacher() -> Config:
     """`cifar10-micro` without token or teacher, for 12 epochs: the transformer among its teachers
     (a laptop)."""
-    return derive(_transformer(cifar10_micro()), optim={"epochs": 12})
+    return _transformer(cifar10_micro()).replace(optim={"epochs": 12})
 
 
 def cifar10_micro_ensemble() -> Config:
     """`cifar10-micro` with two teachers, a RegNet and an involution network, each with its own
     token (a laptop)."""
     sources = ("checkpoints/cifar10-micro-teacher", "checkpoints/cifar10-micro-involution-teacher")
-    return derive(
-        cifar10_micro(),
+    return cifar10_micro().replace(
         student={"distillation_tokens": 2},
         teacher={"source": sources, "combine": "tokens"},
     )
@@ -367,19 +354,18 @@ def cifar10_micro_finetune_teacher() -> Config:
 
 def cifar10_finetune() -> Config:
     """`cifar10` at 48 px by DeiT's schedule, its teacher at the same resolution (one GPU)."""
-    config = derive(cifar10(), start={"source": "checkpoints/cifar10"})
+    config = cifar10().replace(start={"source": "checkpoints/cifar10"})
     return deit(at_resolution(config, 48))
 
 
 def cifar100_teacher() -> Config:
     """RegNetY-400MF with a stem of stride 1 on CIFAR-100: the teacher of `cifar100`."""
-    return derive(cifar10_teacher(), data={"source": "cifar100"})
+    return cifar10_teacher().replace(data={"source": "cifar100"})
 
 
 def cifar100() -> Config:
     """DeiT-Ti with patches of 4 px distilled from `cifar100-teacher` for 300 epochs (one GPU)."""
-    return derive(
-        cifar10(),
+    return cifar10().replace(
         data={"source": "cifar100"},
         teacher={"source": ("checkpoints/cifar100-teacher",)},
     )
@@ -387,8 +373,7 @@ def cifar100() -> Config:
 
 def tiny_imagenet_teacher() -> Config:
     """RegNetY-400MF at 64 px on Tiny-ImageNet: the teacher of `tiny-imagenet` (one GPU)."""
-    return derive(
-        cifar10_teacher(),
+    return cifar10_teacher().replace(
         data={"source": "folder", "root": "data/tiny-imagenet-200", "image_size": 64},
         views={"crop": "random_resized", "crop_scale": (0.25, 1.0)},
         student={"image_size": 64},
@@ -398,8 +383,7 @@ def tiny_imagenet_teacher() -> Config:
 
 def tiny_imagenet() -> Config:
     """DeiT-Ti with patches of 8 px distilled from `tiny-imagenet-teacher` by DeiT's recipe."""
-    return derive(
-        cifar10(),
+    return cifar10().replace(
         data={"source": "folder", "root": "data/tiny-imagenet-200", "image_size": 64},
         views={"crop": "random_resized", "crop_scale": (0.25, 1.0)},
         student={"image_size": 64, "patch_size": 8},
@@ -409,8 +393,7 @@ def tiny_imagenet() -> Config:
 
 def tiny_imagenet_micro_teacher() -> Config:
     """RegNetY-200MF at 64 px in 10 epochs: the teacher of `tiny-imagenet-micro` (a laptop)."""
-    return derive(
-        tiny_imagenet_teacher(),
+    return tiny_imagenet_teacher().replace(
         views=AUGMENTATIONS["none"],
         student={"name": "timm:regnety_002", "drop_path": 0.0},
         optim={"epochs": 10, "batch_size": 128, "warmup_epochs": 1},
@@ -419,8 +402,7 @@ def tiny_imagenet_micro_teacher() -> Config:
 
 def tiny_imagenet_micro() -> Config:
     """A micro DeiT by the whole recipe in 8 epochs (a laptop; for a part of the classes)."""
-    return derive(
-        tiny_imagenet(),
+    return tiny_imagenet().replace(
         student={"name": "deit_micro", "drop_path": 0.0, "initialisation": "scaled"},
         teacher={"source": ("checkpoints/tiny-imagenet-micro-teacher",)},
         optim=_SHORT,
@@ -429,8 +411,7 @@ def tiny_imagenet_micro() -> Config:
 
 def folder_teacher() -> Config:
     """RegNetY-400MF at 64 px on your class folders (--data.root): the teacher of `folder`."""
-    return derive(
-        cifar10_teacher(),
+    return cifar10_teacher().replace(
         data={"source": "folder", "image_size": 72},
         views={"crop": "random_resized", "crop_scale": (0.25, 1.0), "evaluation_crop": 64 / 72},
         student={"image_size": 64},
@@ -440,8 +421,7 @@ def folder_teacher() -> Config:
 
 def folder() -> Config:
     """DeiT-Ti with patches of 8 px at 64 px on your class folders (--data.root)."""
-    return derive(
-        cifar10(),
+    return cifar10().replace(
         data={"source": "folder", "image_size": 72},
         views={
             "crop": "random_resized",
@@ -457,8 +437,7 @@ def folder() -> Config:
 
 def imagenet_subset() -> Config:
     """DeiT-Ti/16 at 224 px on an ImageNet subset in class folders, timm's RegNetY-16GF teaching."""
-    return derive(
-        folder(),
+    return folder().replace(
         data={"image_size": 256},
         views={"crop_scale": (0.08, 1.0), "repeats": 3, "evaluation_crop": 0.875},
         student={"image_size": 224, "patch_size": 16},
@@ -494,8 +473,8 @@ def transfer_cifar10() -> Config:
 
 def transfer_cifar100() -> Config:
     """A DeiT of ImageNet (--from WEIGHTS) on CIFAR-100 at 224 px: AdamW of deit's issue 117."""
-    return derive(
-        transfer_cifar10(), data={"source": "cifar100"}, views={"repeats": 3}, optim={"lr": 5e-6}
+    return transfer_cifar10().replace(
+        data={"source": "cifar100"}, views={"repeats": 3}, optim={"lr": 5e-6}
     )
 
 
@@ -515,12 +494,11 @@ def transfer_inaturalist() -> Config:
     """A DeiT of ImageNet (--from WEIGHTS) on iNaturalist 2018 or 2019 in class folders: deit's
     issues 105 and 141."""
     config = _transfer_to("inaturalist", epochs=360, lr=7.5e-5)
-    return derive(config, views={"erasing": 0.1}, optim={"min_lr": 1e-5})
+    return config.replace(views={"erasing": 0.1}, optim={"min_lr": 1e-5})
 
 
 def _transfer_to(name: str, *, epochs: int, lr: float) -> Config:
-    return derive(
-        transfer_cifar10(),
+    return transfer_cifar10().replace(
         data={"source": "folder", "root": f"data/{name}", "image_size": 256},
         views={"evaluation_crop": 0.875},
         optim={"epochs": epochs, "lr": lr},

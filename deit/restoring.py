@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from deit import checkpoint, journal
-from deit.config import RESUMABLE, Config, derive, to_dict
+from deit.config import RESUMABLE, Config, to_dict
 from deit.console import say, warn
 from deit.environment import in_main_process
 from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault
@@ -51,14 +51,14 @@ def as_begun(config: Config, out: Path) -> Config:
         return config
     before = load(out / checkpoint.CONFIG)
     if config.start.source is not None and config.views.mean is None:
-        config = derive(config, views={"mean": before.views.mean, "std": before.views.std})
+        config = config.replace(views={"mean": before.views.mean, "std": before.views.std})
     if config.run.linear == "auto" and config.run.compile == "none":
         known = "torch" if before.run.linear == "auto" else before.run.linear
-        config = derive(config, run={"linear": known})
+        config = config.replace(run={"linear": known})
     if set(config.teacher.layout) <= {"auto"}:
         number = max(len(before.teacher.source), len(before.teacher.targets))
         known = before.teacher.layout or ("contiguous",) * number
-        config = derive(config, teacher={"layout": known})
+        config = config.replace(teacher={"layout": known})
     return config
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from deit import checkpoint
 from deit.announce import announce, report
-from deit.config import Config, derive, to_dict
+from deit.config import Config, to_dict
 from deit.console import is_main_process, progress, say
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
@@ -90,7 +90,7 @@ def train(
         found = None if begun else found_start(config)
         config = as_begun(config, out) if begun else settled(config, found)
         accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
-        config = derive(config, run={"linear": choose_linear(config.run, accelerator)})
+        config = config.replace(run={"linear": choose_linear(config.run, accelerator)})
         faculty = Faculty(config)
         parts = _furnish(config, out, accelerator, faculty, found, resumed=begun)
         stack.callback(parts.loader.close)
@@ -145,7 +145,7 @@ def parts_of(config: Config) -> Parts:
     found = found_start(config)
     config = settled(config, found)
     accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
-    config = derive(config, run={"linear": choose_linear(config.run, accelerator)})
+    config = config.replace(run={"linear": choose_linear(config.run, accelerator)})
     faculty = Faculty(config)
     parts = _furnish(config, Path("nowhere"), accelerator, faculty, found)
     _ask_teachers(parts, faculty)
@@ -195,7 +195,7 @@ def _furnish(
     facts = facts_of(config, splits)
     loader, panel = faculty.load(splits, accelerator)
     _check_update(config, loader)
-    config = derive(config, teacher={"layout": faculty.layouts})
+    config = config.replace(teacher={"layout": faculty.layouts})
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
         student = build_student(facts)

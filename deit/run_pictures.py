@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit.config import Config, StartConfig, TeacherConfig, code_of, derive
+from deit.config import Config, StartConfig, TeacherConfig, code_of
 from deit.contact_sheet import draw_views
 from deit.datasets.images import Encoded, Images
 from deit.datasets.sources import LISTINGS
@@ -52,9 +52,9 @@ def draw_run(
     """
     config, saved = find_run(run, "best")
     if root is not None:
-        config = derive(config, data={"root": root})
+        config = config.replace(data={"root": root})
     if config.data.source in LISTINGS:  # a few of the images are looked at, not all decoded
-        config = derive(config, data={"storage": "files"})
+        config = config.replace(data={"storage": "files"})
     student, facts = student_at(saved, None)
     splits = load_splits(config.data)
     images = splits.test
@@ -147,11 +147,11 @@ def _thumbnail(images: Images | Encoded, place: int, path: Path, config: Config)
 def _as_trained(config: Config, facts: Facts) -> Config:
     """With what a start said when the run began: it may be gone by now. Without teachers that are
     somebody's code: no saved file may have that run."""
-    config = derive(config, views={"mean": facts.mean, "std": facts.std})
-    config = replace(derive(config, optim={"trained": "all"}), start=StartConfig())
+    config = config.replace(views={"mean": facts.mean, "std": facts.std})
+    config = replace(config.replace(optim={"trained": "all"}), start=StartConfig())
     if not code_of(config.teacher):
         return config
-    return derive(config, teacher=TeacherConfig(), loss=OBJECTIVES["none"])
+    return config.replace(teacher=TeacherConfig(), loss=OBJECTIVES["none"])
 
 
 def _lighter(path: Path) -> Path:

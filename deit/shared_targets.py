@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from deit import checkpoint
 from deit.at_once import Planned
-from deit.config import RESUMABLE, Config, derive, fixed, to_dict, views_seed
+from deit.config import RESUMABLE, Config, fixed, to_dict, views_seed
 from deit.losses import needs_logits
 from deit.seats import seats
 from deit.stored import check_records
@@ -88,7 +88,7 @@ def share(
             continue
         longest = max((run.config for run in together), key=lambda one: one.optim.epochs)
         if any(run.config.teacher.allow_weak for run in together):
-            longest = derive(longest, teacher={"allow_weak": True})  # the others see for themselves
+            longest = longest.replace(teacher={"allow_weak": True})  # the others see for themselves
         # A view that is always the same is asked once.
         epochs = 1 if fixed(longest.views) else longest.optim.epochs
         kept = records or ("full" if any(map(_needs_all, together)) else "hard")
@@ -101,7 +101,7 @@ def share(
             paths.append(folder / name)
             stores.append(Store(folder / name, longest, epochs, kept, only))
         targets = tuple(str(path) for path in paths)
-        taught |= {run.out: derive(run.config, teacher={"targets": targets}) for run in together}
+        taught |= {run.out: run.config.replace(teacher={"targets": targets}) for run in together}
     told = [
         run._replace(config=_as_begun(taught.get(run.out, run.config), run, folder)) for run in runs
     ]
@@ -129,7 +129,7 @@ def _as_begun(config: Config, run: Planned, folder: Path) -> Config:
         else target
         for target in before
     ]
-    return derive(config, teacher={"targets": tuple(here)})
+    return config.replace(teacher={"targets": tuple(here)})
 
 
 def write(store: Store) -> None:

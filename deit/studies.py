@@ -8,7 +8,6 @@ from deit.config import (
     Config,
     LossConfig,
     OptimConfig,
-    derive,
     has_distillation_token,
     is_transformer,
     peak_lr,
@@ -26,7 +25,7 @@ def undistilled(config: Config) -> Config:
     """The same without its teacher. It stays in the configuration: training ignores it, evaluation
     compares with it."""
     labels = dataclasses.replace(OBJECTIVES["none"], label_smoothing=config.loss.label_smoothing)
-    return derive(dataclasses.replace(config, loss=labels), student={"distillation_tokens": 1})
+    return dataclasses.replace(config, loss=labels).replace(student={"distillation_tokens": 1})
 
 
 def worth(config: Config) -> Arms:
@@ -38,13 +37,13 @@ def teaching(config: Config) -> Arms:
     """Every teaching mode (the divergence alone) beside DeiT's hard and soft labels and none."""
     if config.teacher.combine == "tokens":  # the modes teach every head the same
         combined = {"combine": "probabilities"}
-        config = derive(config, student={"distillation_tokens": 1}, teacher=combined)
+        config = config.replace(student={"distillation_tokens": 1}, teacher=combined)
     matching = dataclasses.replace(
         OBJECTIVES["function-matching"], temperature=config.loss.temperature
     )
     views = dataclasses.asdict(config.views)
     arms = {
-        name: derive(dataclasses.replace(config, loss=matching), views=mode.fields(views))
+        name: dataclasses.replace(config, loss=matching).replace(views=mode.fields(views))
         for name, mode in TEACHING.items()
     }
     for name in ("hard", "soft"):
@@ -72,10 +71,10 @@ def patience(config: Config) -> Arms:
             "ema_epochs": min(config.optim.ema_epochs, epochs / 2),
         }
         warmup = min(config.loss.distillation_warmup, epochs / 4)
-        arms[f"distilled-{epochs}"] = derive(
-            config, optim=fields, loss={"distillation_warmup": warmup}
+        arms[f"distilled-{epochs}"] = config.replace(
+            optim=fields, loss={"distillation_warmup": warmup}
         )
-        arms[f"undistilled-{epochs}"] = derive(undistilled(config), optim=fields)
+        arms[f"undistilled-{epochs}"] = undistilled(config).replace(optim=fields)
     return arms
 
 
@@ -94,16 +93,16 @@ def ensemble(config: Config) -> Arms:
         )
     arms: Arms = {}
     for combine in ("probabilities", "logits"):
-        arms[f"mean of {combine}"] = derive(config, student=one, teacher={"combine": combine})
+        arms[f"mean of {combine}"] = config.replace(student=one, teacher={"combine": combine})
     if has_distillation_token(config.student) and config.loss.through == "distillation":
         tokens = {"distillation_tokens": len(teacher.source)}
-        arms["a token each"] = derive(config, student=tokens, teacher={"combine": "tokens"})
+        arms["a token each"] = config.replace(student=tokens, teacher={"combine": "tokens"})
     names = [source.rstrip("/").rpartition("/")[2] for source in teacher.source]
     if len(set(names)) < len(names):
         names = list(teacher.source)
     for place, name in enumerate(names):
         one_alone = dataclasses.replace(config, teacher=alone(teacher, place))
-        arms[f"only {name}"] = derive(one_alone, student=one)
+        arms[f"only {name}"] = one_alone.replace(student=one)
     arms["none"] = undistilled(config)
     return arms
 
@@ -121,10 +120,10 @@ def resolution(config: Config) -> Arms:
     labels = undistilled(config)
     if None not in before:
         arms["teacher fitted"] = config
-        config = derive(config, teacher={"source": before})
+        config = config.replace(teacher={"source": before})
     # Shown images of a size it never saw, a ConvNet may fall to chance: this arm shows it.
-    arms["teacher resized"] = derive(config, teacher={"allow_weak": True})
-    arms["teacher as trained"] = derive(config, teacher={"image_size": ()})
+    arms["teacher resized"] = config.replace(teacher={"allow_weak": True})
+    arms["teacher as trained"] = config.replace(teacher={"image_size": ()})
     arms["none"] = labels
     return arms
 
@@ -144,7 +143,7 @@ def _before_fitting(source: str) -> str | None:
 
 def _labels_alone(config: Config, student: dict[str, object]) -> Config:
     """Trained by labels, the student changed; its teacher stays for evaluation to compare with."""
-    return derive(undistilled(config), student=student)
+    return undistilled(config).replace(student=student)
 
 
 def _twin(config: Config, study: str) -> dict[str, object]:
@@ -169,14 +168,13 @@ def table_3(config: Config) -> Arms:
 
 def _ways(config: Config, study: str) -> Arms:
     if config.teacher.combine == "tokens":
-        config = derive(config, teacher={"combine": "probabilities"})
+        config = config.replace(teacher={"combine": "probabilities"})
     twin = _twin(config, study)
-    plain = derive(config, student=twin)
+    plain = config.replace(student=twin)
     return {
         "none": _labels_alone(config, twin),
         **{name: _with_loss(plain, f"class-{name}") for name in ("soft", "hard")},
-        "token": derive(
-            dataclasses.replace(config, loss=_deit_loss(config, "hard")),
+        "token": dataclasses.replace(config, loss=_deit_loss(config, "hard")).replace(
             student={"distillation_tokens": 1},
         ),
     }
@@ -216,7 +214,7 @@ def table_2(config: Config) -> Arms:
     for kind, name in kinds.items():
         if f"{family}-{name}" in RECIPES:
             teacher = {"source": (f"checkpoints/{family}-{name}",), "combine": "probabilities"}
-            arms[kind] = derive(config, teacher=teacher, student={"distillation_tokens": 1})
+            arms[kind] = config.replace(teacher=teacher, student={"distillation_tokens": 1})
     arms["none"] = undistilled(config)
     return arms
 
@@ -226,8 +224,7 @@ def table_8(config: Config) -> Arms:
     the same with one part changed. The paper's student had no teacher: `--objective none`."""
     ours = is_transformer(config.student)
     views = {**AUGMENTATIONS["deit"], "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
-    whole = derive(
-        config,
+    whole = config.replace(
         views=views,
         student={"drop_path": 0.1 if ours else config.student.drop_path, "dropout": 0.0},
         optim={"algorithm": "adamw", "ema_epochs": 0.0, "momentum": OptimConfig.momentum},
@@ -254,7 +251,7 @@ def table_8(config: Config) -> Arms:
         "dropout": {"student": {"dropout": 0.1}},
         "weight average": {"optim": {"ema_epochs": max(whole.optim.epochs / 20, 1.0)}},
     }
-    arms = {name: derive(whole, **sections) for name, sections in changes.items()}
+    arms = {name: whole.replace(**sections) for name, sections in changes.items()}
     if not ours:  # they have no dropout of this kind, and few have stochastic depth
         del arms["dropout"], arms["no stochastic depth"]
     return arms

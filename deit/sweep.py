@@ -9,7 +9,7 @@ from typing import Any
 from deit import checkpoint
 from deit.arguments import RunArguments
 from deit.at_once import Planned, check_number, closing_idle, failure_of
-from deit.config import Config, derive
+from deit.config import Config
 from deit.console import percent, say, table
 from deit.disk import check_writable, hold, write_json
 from deit.environment import choose_linear, create_accelerator
@@ -122,7 +122,7 @@ def _settled(plan: Sweep, run: RunArguments) -> RunArguments:
     before = run.out / MANIFEST
     known = read_typed(before, dict[str, str]).get("linear") if before.is_file() else None
     linear = known or choose_linear(run.config.run, create_accelerator(run.config.run))
-    return dataclasses.replace(run, config=derive(run.config, run={"linear": linear}))
+    return dataclasses.replace(run, config=run.config.replace(run={"linear": linear}))
 
 
 def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from deit.config import Config, derive, to_dict
+from deit.config import Config, to_dict
 from deit.errors import ConfigError
 from deit.inputs import read_text
 from deit.presets import PRESETS, fit_epochs, put_presets
@@ -425,7 +425,7 @@ def under_command_line(sweep: Sweep, asked: Config, config: Config) -> Sweep:
     ConfigError for a field that varies in the grid or the search.
     """
     typed = differing(asked, config)
-    fitted = to_dict(derive(asked, optim={"epochs": config.optim.epochs}))
+    fitted = to_dict(asked.replace(optim={"epochs": config.optim.epochs}))
     fit_epochs(fitted, ["optim.epochs"])
     for name in typed.keys() - {"optim.epochs"}:
         section, leaf = name.split(".")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from deit import checkpoint, shared_targets
 from deit.arguments import RunArguments
 from deit.at_once import Planned
-from deit.config import Config, derive
+from deit.config import Config
 from deit.errors import ConfigError
 from deit.ground import Ground, slug
 from deit.stored import check_records
@@ -41,7 +41,7 @@ def trials_of(
     trials = []
     for seed in seeds:
         for point in points:
-            config = derive(point.config, run={"seed": seed})
+            config = point.config.replace(run={"seed": seed})
             key = shared_targets.content_hash(shared_targets.identity(config))
             folder = there.setdefault(
                 key, out / "runs" / f"{slug(point.name)[:80]}-seed-{seed}-{key}"
@@ -93,7 +93,7 @@ def work_of(plan: Sweep, run: RunArguments, *, asked: Config) -> Work:
     _check_distinct(points)
     _check_splits(known)
     _check_answers(plan, known)
-    first = derive(run.config, run={"seed": plan.seeds[0]})
+    first = run.config.replace(run={"seed": plan.seeds[0]})
     ground = Ground(run, first, run.out, asked=asked, arms=[point.config for point in known])
     for point in known:
         ground.laid(point.config)  # now it knows its teachers

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from deit import shared_targets
 from deit.at_once import Failed, Planned, failure_of, train_beside
-from deit.config import Config, derive
+from deit.config import Config
 from deit.console import say
 from deit.errors import ConfigError
 from deit.finished import Finished
@@ -42,7 +42,7 @@ def search_all(
     images or teachers.
     """
     ground, out, seed = work.ground, work.ground.folder, plan.seeds[0]
-    first = derive(config, run={"seed": seed})
+    first = config.replace(run={"seed": seed})
     base = ground.laid(first)
     question = shared_targets.question_of(base)
     targets: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ def search_all(
         same = own.loss.kind != "none" and shared_targets.question_of(own) == question
         if not (targets and same and own.optim.epochs <= base.optim.epochs):
             return trial.run
-        return trial.run._replace(config=derive(own, teacher={"targets": targets}))
+        return trial.run._replace(config=own.replace(teacher={"targets": targets}))
 
     fields = {name: repr(one) for name, one in plan.search.fields.items()}
     of = shared_targets.content_hash({**shared_targets.identity(first), **fields, "seed": seed})

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deit.config import code_of, derive
+from deit.config import code_of
 from deit.console import percent, say
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
@@ -34,9 +34,9 @@ def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, r
             f"{store_path}: its configuration is not readable ({error})"
         ) from None
     if root is not None:
-        config = derive(config, data={"root": root})
+        config = config.replace(data={"root": root})
     if teacher not in (None, "none"):
-        config = derive(config, teacher={"source": tuple(teacher.split(","))})
+        config = config.replace(teacher={"source": tuple(teacher.split(","))})
         config = validate(config, online=False)
     if teacher is None and code_of(config.teacher):
         raise ConfigError(

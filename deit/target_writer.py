@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from deit.config import Config, derive, fixed, mixes, to_dict
+from deit.config import Config, fixed, mixes, to_dict
 from deit.console import clock, progress, say
 from deit.datasets.loader import Shown, TrainLoader
 from deit.datasets.splits import load_splits
@@ -169,12 +169,12 @@ def _units(out: Path, manifest: dict[str, Any], layouts: tuple[str, ...]) -> Uni
 def _of_one(config: Config, only: int) -> Config:
     """The configuration with one of its teachers, counted from 1."""
     config = replace(config, teacher=alone(config.teacher, only - 1))
-    return derive(config, student={"distillation_tokens": 1})
+    return config.replace(student={"distillation_tokens": 1})
 
 
 def _for_writing(config: Config, only: int | None) -> Config:
     """The configuration, if there is something to write of it. Raises ConfigError."""
-    config = validate(derive(config, teacher={"targets": ()}), online=False)
+    config = validate(config.replace(teacher={"targets": ()}), online=False)
     if only is not None:
         number = len(config.teacher.source)
         if not 1 <= only <= number:

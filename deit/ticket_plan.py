@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from deit import checkpoint
 from deit.at_once import Planned
-from deit.config import Config, derive, views_seed
+from deit.config import Config, views_seed
 from deit.ground import slug
 from deit.ticket_options import ANEW, DENSE, ONE_SHOT, TICKET, Asked
 
@@ -52,11 +52,11 @@ def folder_of(out: Path, seed: int, kind: str, level: int) -> Path:
 def tickets_of(plan: Plan, base: Config, seed: int, out: Path) -> list[Ticket]:
     """The runs of one seed, each behind those it needs. base: the dense run's configuration, but
     for the seed. out: the folder of the search."""
-    config = derive(base, run={"seed": seed})
+    config = base.replace(run={"seed": seed})
     kept = (plan.rewind,) if plan.rewind else ()
     first = Planned(
         f"dense, seed {seed}",
-        derive(config, run={"keep_updates": kept}),
+        config.replace(run={"keep_updates": kept}),
         folder_of(out, seed, DENSE, 0),
     )
     found = [Ticket(DENSE, 0, seed, first, None)]
@@ -84,8 +84,8 @@ def _pruned(config: Config, kind: str, masks: Path, rewind: int, dense: Path) ->
     if kind == ANEW:
         other = {"seed": config.run.seed + _OTHER_WEIGHTS}
         start |= {"source": None, "kernel": "deit"}
-        return derive(config, run=other, views={"seed": views_seed(config)}, start=start)
+        return config.replace(run=other, views={"seed": views_seed(config)}, start=start)
     if rewind == 0:  # the same seed gives the same weights
-        return derive(config, start={"masks": str(masks)})
+        return config.replace(start={"masks": str(masks)})
     start |= {"source": str(checkpoint.folder_of(dense, rewind)), "update": rewind}
-    return derive(config, start=start)
+    return config.replace(start=start)

@@ -9,7 +9,7 @@ from deit import checkpoint, shared_targets
 from deit.arguments import RunArguments
 from deit.at_once import Failed, Planned, Progress, check_number, closing_idle, failure_of
 from deit.begun import check_begun
-from deit.config import Config, derive
+from deit.config import Config
 from deit.console import clock, say, table, warn
 from deit.datasets.loader import updates_of_epoch
 from deit.datasets.splits import load_splits
@@ -126,10 +126,10 @@ def _settled(run: RunArguments, asked: Asked) -> tuple[Config, Plan, int]:
     config = settled(run.config, found_start(run.config))
     splits = load_splits(config.data)
     mean, std = config.views.mean or splits.mean, config.views.std or splits.std
-    config = derive(config, views={"mean": mean, "std": std})
+    config = config.replace(views={"mean": mean, "std": std})
     if config.run.linear == "auto":
         linear = _known_linear(run.out) or choose_linear(config.run, create_accelerator(config.run))
-        config = derive(config, run={"linear": linear})
+        config = config.replace(run={"linear": linear})
     updates = updates_of_epoch(len(splits.train.labels), config.optim.batch_size)
     plan = plan_of(asked, config, updates=updates)
     if plan.rewind >= config.optim.epochs * updates:
@@ -148,11 +148,11 @@ def _runs(
     plan: Plan, run: RunArguments, base: Config, seeds: tuple[int, ...]
 ) -> tuple[Ground, list[Planned], list[Ticket]]:
     """The teachers and the runs of all seeds. Raises ConfigError and DataError."""
-    first = derive(run.config, run={"seed": seeds[0]})
+    first = run.config.replace(run={"seed": seeds[0]})
     ground = Ground(run, first, run.out, arms=[first])
     # What it starts from has to be there: it says how images are normalised in all runs.
-    laid = ground.laid(derive(base, start={"source": None}))
-    laid = derive(laid, start={"source": base.start.source})
+    laid = ground.laid(base.replace(start={"source": None}))
+    laid = laid.replace(start={"source": base.start.source})
     below = [Planned(name, config, run.out / slug(name)) for name, config in ground.runs.items()]
     for one in below:
         check_ground(one)
@@ -173,7 +173,7 @@ def _as_begun(run: Planned) -> Planned:
         for leaf in ("source", "masks")
         if Path(getattr(before, leaf) or "").name == Path(getattr(now, leaf) or "").name
     }
-    return run._replace(config=derive(run.config, start=kept))
+    return run._replace(config=run.config.replace(start=kept))
 
 
 def _announce(plan: Plan, base: Config, found: list[Ticket], updates: int) -> None:

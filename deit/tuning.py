@@ -8,7 +8,6 @@ from deit.config import (
     Config,
     OptimConfig,
     StudentConfig,
-    derive,
     heads_in,
     is_transformer,
     peak_lr,
@@ -44,7 +43,7 @@ def begin_from(
         kept = {name: getattr(own, name) for name in ("image_size", "drop_path", "dropout")}
         own = replace(student, **kept)
     start = {"source": source, "masks": "keep", "update": 0}
-    return derive(config, student=own, start=start, run={"keep_updates": ()})
+    return config.replace(student=own, start=start, run={"keep_updates": ()})
 
 
 def at_resolution(config: Config, side: int) -> Config:
@@ -54,8 +53,7 @@ def at_resolution(config: Config, side: int) -> Config:
     padding = config.views.crop_padding
     if config.views.crop == "padded":
         padding = max(round(padding * share), 1)
-    return derive(
-        config,
+    return config.replace(
         data={"image_size": round(config.data.image_size * share)},
         views={"crop_padding": padding},
         student={"image_size": side},
@@ -72,7 +70,7 @@ def deit(config: Config) -> Config:
 def deit3(config: Config) -> Config:
     """DeiT III's schedule at a higher resolution (its README): 20 epochs at a constant 1e-5 for a
     batch of 512, RandAugment, no repeats."""
-    config = derive(config, views={"policy": "randaugment", "color_jitter": 0.3, "repeats": 1})
+    config = config.replace(views={"policy": "randaugment", "color_jitter": 0.3, "repeats": 1})
     return _constant(config, lr=1e-5, epochs=20, batch_size=512, weight_decay=0.1)
 
 
@@ -82,7 +80,7 @@ def short(config: Config) -> Config:
     (docs/log.md)."""
     config = _lasting(config, max(round(config.optim.epochs / 3), 1))
     warmup = min(config.optim.warmup_epochs, config.optim.epochs / 6)
-    return derive(config, optim={"warmup_epochs": warmup})
+    return config.replace(optim={"warmup_epochs": warmup})
 
 
 def in_epochs(config: Config, epochs: int | None) -> Config:
@@ -92,14 +90,14 @@ def in_epochs(config: Config, epochs: int | None) -> Config:
     if epochs is None or epochs < 1:
         return config
     warmup = config.optim.warmup_epochs * epochs / config.optim.epochs
-    return derive(_lasting(config, epochs), optim={"warmup_epochs": warmup})
+    return _lasting(config, epochs).replace(optim={"warmup_epochs": warmup})
 
 
 def linear_probe(config: Config) -> Config:
     """The heads alone, on frozen features, by labels, with neither policy nor mixing."""
     labels = OBJECTIVES["none"]
-    config = derive(config, views=AUGMENTATIONS["none"], optim={"trained": "heads"}, loss=labels)
-    return derive(config, optim={"weight_decay": 0.0})
+    config = config.replace(views=AUGMENTATIONS["none"], optim={"trained": "heads"}, loss=labels)
+    return config.replace(optim={"weight_decay": 0.0})
 
 
 def convpass(config: Config) -> Config:
@@ -108,7 +106,7 @@ def convpass(config: Config) -> Config:
     epochs are of 1,000 images; here a third of the run's own, as `short`. Views and objective stay.
     """
     if config.student.adapters == "none":
-        config = derive(config, student={"adapters": "convpass"})
+        config = config.replace(student={"adapters": "convpass"})
     config = short(config)
     return _anew(
         config,
@@ -126,10 +124,10 @@ def int8(config: Config) -> Config:
     """Layers that round as the int8 file of `deit quantize` does, all of them trained; a third of
     the epochs, at less than a third of the run's own learning rate, which falls to a tenth of that
     by a cosine, whatever the run's own does."""
-    config = short(derive(config, student={"rounding": "int8"}))
-    config = derive(config, optim={"trained": "all", "lr": 0.3 * config.optim.lr, "decay_at": ()})
+    config = short(config.replace(student={"rounding": "int8"}))
+    config = config.replace(optim={"trained": "all", "lr": 0.3 * config.optim.lr, "decay_at": ()})
     end = peak_lr(config.optim) / 10
-    return derive(config, optim={"min_lr": end, "warmup_lr": end})
+    return config.replace(optim={"min_lr": end, "warmup_lr": end})
 
 
 def _lasting(config: Config, epochs: int) -> Config:
@@ -138,7 +136,7 @@ def _lasting(config: Config, epochs: int) -> Config:
     growth = min(config.loss.distillation_warmup, epochs / 2)
     horizon = min(config.optim.ema_epochs, epochs / 2)
     optim = {"epochs": epochs, "ema_epochs": horizon}
-    return derive(config, loss={"distillation_warmup": growth}, optim=optim)
+    return config.replace(loss={"distillation_warmup": growth}, optim=optim)
 
 
 def _anew(config: Config, **fields: Any) -> Config:
@@ -146,7 +144,7 @@ def _anew(config: Config, **fields: Any) -> Config:
     optimizer, a staircase or decays by layer nothing stays. lr is taken as it stands."""
     kept = ("trained", "accumulate", "clip_norm", "epochs", "ema_epochs")
     own = {name: getattr(config.optim, name) for name in kept}
-    return derive(config, optim=OptimConfig(**{"lr_reference_batch": None, **own, **fields}))
+    return config.replace(optim=OptimConfig(**{"lr_reference_batch": None, **own, **fields}))
 
 
 def _constant(

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from deit.checks import CHECKS, ONLINE_CHECKS
-from deit.config import Config, derive, to_dict
+from deit.config import Config, to_dict
 from deit.disk import ENVIRONMENT, RESUMED
 from deit.errors import NO_VALUE, ConfigError, ConfigProblem, NotReadableError
 from deit.inputs import read_bytes, read_text
@@ -139,7 +139,7 @@ def _from_here(config: Config, run: Path) -> Config:
             lists = field in ("data.classes", "data.held_out")  # where only @FILE is a path
             kept = tuple(one if lists and one[:1] != "@" else found(one) for one in value)
             sections.setdefault(section, {})[leaf] = kept
-    return derive(config, **sections)
+    return config.replace(**sections)
 
 
 _PATHS = (

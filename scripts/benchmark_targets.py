@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from deit.config import Config, StudentConfig, derive
+from deit.config import Config, StudentConfig
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
 from deit.models.networks import create_network
@@ -33,8 +33,7 @@ def target_config(folder: Path, student: str) -> Config:
             place = root / f"class {index % 10}"
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(place / f"{index:05d}.png")
-    return derive(
-        cifar10_micro(),
+    return cifar10_micro().replace(
         data={"source": "folder", "root": str(root), "test_fraction": 0.05},
         student={"name": student},
         teacher={"source": (f"{Path(__file__)}:regnet",), "allow_weak": True},
@@ -54,7 +53,7 @@ def stored_case(name: str, student: str, folder: Path) -> Case:
     config = target_config(folder, student)
     store = folder / f"store-{student}"
     write_targets(config, store)
-    taught = derive(config, teacher={"source": (), "targets": (str(store),)})
+    taught = config.replace(teacher={"source": (), "targets": (str(store),)})
     alone = dataclasses.replace(config, loss=OBJECTIVES["none"])
     return Case(name, lambda: ours(taught), lambda: ours(alone), "no teacher at all")
 

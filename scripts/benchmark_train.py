@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deit.config import Config, derive
+from deit.config import Config
 from deit.console import say
 from deit.models.cost import cost_of
 from deit.models.linear import available, product
@@ -95,7 +95,7 @@ def _rows(
     if any(row.taught == _STORED for row in rows.values()):
         write_targets(config, folder / "store")
         stored = {"source": (), "targets": (str(folder / "store"),)}
-        configs[_STORED] = derive(config, teacher=stored)
+        configs[_STORED] = config.replace(teacher=stored)
     side, batch = config.student.image_size, config.optim.batch_size
     student, device = our_student(config), config.run.device
     work = 3 * 2 * cost_of(student, side=side, batch=2).gmacs

@@ -13,7 +13,7 @@ from einops import rearrange  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from deit import checkpoint  # noqa: E402
-from deit.config import Config, derive  # noqa: E402
+from deit.config import Config  # noqa: E402
 from deit.datasets.splits import load_splits  # noqa: E402
 from deit.metrics import topk_accuracy  # noqa: E402
 from deit.models.saved import load_student  # noqa: E402
@@ -59,8 +59,7 @@ def main() -> None:
     for initialisation in ("timm", "scaled"):
         for seed in options.seeds:
             for epochs in options.epochs:
-                config = derive(
-                    digits(),
+                config = digits().replace(
                     student={"initialisation": initialisation},
                     views={"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
                     loss=OBJECTIVES["none"],

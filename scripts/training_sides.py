@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deit.config import Config, ViewsConfig, derive
+from deit.config import Config, ViewsConfig
 from deit.losses import objective
 from deit.models.saved import Facts, build_student
 from deit.models.student import Student
@@ -68,8 +68,7 @@ def configuration(folder: Path, *, student: str, batch: int, device: str, side: 
                 place = root / "validation" / f"class {index % 10}"
                 place.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(place / f"{index:05d}.png")
-    return derive(
-        cifar10_micro(),
+    return cifar10_micro().replace(
         data={"source": "folder", "root": str(root), "image_size": side, "storage": "memory"},
         views=VIEWS,
         student={
@@ -201,7 +200,7 @@ def theirs(
 
 def first_losses(config: Config) -> tuple[float, float]:
     """The loss of the first step of either side, on one batch of ours, without drop path."""
-    config = derive(config, student={"drop_path": 0.0})
+    config = config.replace(student={"drop_path": 0.0})
     parts = parts_of(config)
     batch, job = next(parts.loader.epoch(0)), job_of(parts)
     job.student.train()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from deit.config import RunConfig, StudentConfig, derive
+from deit.config import RunConfig, StudentConfig
 from deit.console import say
 from deit.datasets.splits import load_splits
 from deit.disk import size
@@ -32,8 +32,7 @@ from deit.saving import save
 
 def job_of(name: str, side: int, batch: int) -> tuple[Job, list[Batch], Parts]:
     """A student of CIFAR's or ImageNet's size, without a teacher, and batches of noise for it."""
-    config = derive(
-        digits(),
+    config = digits().replace(
         student=StudentConfig(name=name, image_size=side, patch_size=16 if side > 64 else 4),
         loss=OBJECTIVES["none"],
         optim={"batch_size": batch, "ema_epochs": 1.0},

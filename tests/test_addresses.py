@@ -3,7 +3,7 @@
 import pytest
 
 from deit.cli import run_command
-from deit.config import Config, derive
+from deit.config import Config
 from deit.errors import CheckpointError, ConfigError, ConfigProblem, NotThereError
 from deit.files import about_address
 from deit.models.start import find_start
@@ -84,14 +84,14 @@ def test_a_configuration_that_holds_them_is_refused(field):
     address = "s3://bucket/x"
     value = (address,) if leaf == "targets" else address
     with raises(ConfigError, field, f"'{address}'") as refused:
-        validate(derive(Config(), **{section: {leaf: value}}))
+        validate(Config().replace(**{section: {leaf: value}}))
     assert ConfigProblem(field, address, about_address(address)) in refused.value.problems
 
 
 def test_a_repository_of_the_hub_is_for_timm_to_load(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     source = "hf-hub:timm/test_vit.r160_in1k"
-    validate(derive(Config(), teacher={"source": (source,)}, start={"source": source}))
+    validate(Config().replace(teacher={"source": (source,)}, start={"source": source}))
     assert locate(source) == "timm"
     with raises(CheckpointError, source, "hf download timm/test_vit.r160_in1k "):
         find_start(source)

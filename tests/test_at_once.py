@@ -16,7 +16,6 @@ from deit import at_once, checkpoint, journal, processes
 from deit.at_once import Planned, Progress, check_number, train_at_once
 from deit.cli import run_command
 from deit.comparison import compare
-from deit.config import derive
 from deit.disk import hold
 from deit.errors import ConfigError, DeitError, EnvironmentFault, Stopped
 from deit.presets import OBJECTIVES
@@ -116,7 +115,7 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
     zygote, tmp_path, number
 ):
     # The teacher first: it is trained before the two students that run beside each other.
-    trained(derive(digits_teacher(), optim={"epochs": 3}), tmp_path / "teacher")
+    trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
     words = ("compare", "digits", *SMALL, "--optim.epochs", "40", "--run.evaluate_every", "40")
     words += ("--teacher.source", tmp_path / "teacher", "--at_once", "2", "--out", tmp_path / "out")
     running = zygote.start(*words)
@@ -139,7 +138,7 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
 
 def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_path):
     words = ("compare", "digits", *SMALL, "--optim.epochs", "3000", "--run.evaluate_every", "3000")
-    trained(derive(digits_teacher(), optim={"epochs": 3}), tmp_path / "teacher")
+    trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
     words += ("--teacher.source", tmp_path / "teacher", "--at_once", "2", "--out", tmp_path / "out")
     running = zygote.start(*words)
     names = ("distilled", "undistilled")
@@ -260,7 +259,7 @@ def test_what_runs_were_copied_from_is_let_go_of_however_a_call_ends(function, m
 
 def test_a_program_keeps_no_process_after_its_runs(copied, tmp_path):
     words = [*SMALL, "--only", "undistilled", "--teacher.source", tmp_path / "teacher"]
-    trained(derive(digits_teacher(), optim={"epochs": 3}), tmp_path / "teacher")
+    trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
     before = psutil.Process().children()
     words += ["--at_once", "2", "--out", tmp_path / "out"]
     assert run_command("compare", ["digits", *map(str, words)], "deit compare") == 0

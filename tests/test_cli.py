@@ -380,8 +380,8 @@ def test_printed_configuration_is_a_recipe(run, recipe, tmp_path):
 
 def test_a_file_of_the_user_is_a_recipe(run, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from deit.config import derive\nfrom deit.recipes import digits\n\n"
-        "def short():\n    return derive(digits(), optim={'epochs': 7, 'warmup_epochs': 1})\n"
+        "from deit.recipes import digits\n\n"
+        "def short():\n    return digits().replace(optim={'epochs': 7, 'warmup_epochs': 1})\n"
     )
     done = run(TRAIN, "mine.py:short", "--run.seed=3", "--print_config")
     assert (done.returncode, done.stderr) == (0, "")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from deit import environment, faults, journal
-from deit.config import derive
 from deit.environment import compiled, records_graphs
 from deit.errors import EnvironmentFault, Stopped
 from deit.recipes import digits, digits_teacher
@@ -39,9 +38,8 @@ def graphs_alone(monkeypatch):
 def config(tmp_path_factory):
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("compile") / "teacher"
-    trained(derive(digits_teacher(), optim={"epochs": 3}), out)
-    return derive(
-        digits(),
+    trained(digits_teacher().replace(optim={"epochs": 3}), out)
+    return digits().replace(
         data={"train_fraction": 0.25},  # 324 images, five batches
         student={"depth": 2, "embed_dim": 16, "num_heads": 2, "drop_path": 0.3},
         teacher={"source": (str(out),)},
@@ -57,7 +55,7 @@ def rows(out):
 def test_student_and_teacher_are_traced_and_the_run_is_the_same(config, graphs_alone, tmp_path):
     train(config, tmp_path / "eager")
     assert graphs_alone == []
-    train(derive(config, run={"compile": "default"}), tmp_path / "traced")
+    train(config.replace(run={"compile": "default"}), tmp_path / "traced")
     assert graphs_alone == [("Student", "default"), ("Teacher", "default")]
     for one, other in zip(rows(tmp_path / "eager"), rows(tmp_path / "traced"), strict=True):
         assert one == pytest.approx(other, abs=1e-4)
@@ -76,7 +74,7 @@ def test_a_copy_of_a_compiled_network_is_a_network(config):
     [("none", False), ("default", False), ("reduce-overhead", True), ("max-autotune", True)],
 )
 def test_which_modes_record_graphs(mode, graphs, config):
-    assert records_graphs(derive(config, run={"compile": mode}).run) is graphs
+    assert records_graphs(config.replace(run={"compile": mode}).run) is graphs
 
 
 def test_a_compiled_student_computes_its_linear_layers_itself(config, tmp_path, monkeypatch):
@@ -87,7 +85,7 @@ def test_a_compiled_student_computes_its_linear_layers_itself(config, tmp_path, 
     monkeypatch.setattr("deit.run.use_onednn", lambda student: made.append(student))
     faults.arm("update:1:term")
     for mode in ("default", "none"):
-        wanted = derive(config, run={"linear": "auto", "compile": mode})
+        wanted = config.replace(run={"linear": "auto", "compile": mode})
         with pytest.raises(Stopped):
             train(wanted, tmp_path / mode)
         assert len(made) == (mode == "none")
@@ -103,7 +101,7 @@ def test_a_machine_that_cannot_compile_is_named(config, tmp_path, monkeypatch):
         monkeypatch.setattr(place, lambda network, mode: network.compile(backend=lacking))
     try:
         with raises(EnvironmentFault, "torch.compile", "'g++'", "--run.compile", "--resume"):
-            train(derive(config, run={"compile": "default"}), tmp_path / "run")
+            train(config.replace(run={"compile": "default"}), tmp_path / "run")
     finally:
         torch._dynamo.reset()
     result = train(config, tmp_path / "run", resume=True)
@@ -113,7 +111,7 @@ def test_a_machine_that_cannot_compile_is_named(config, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 def test_compiled_stopped_and_resumed_is_the_same_run(config, tmp_path):
-    config = derive(config, run={"compile": "default"})
+    config = config.replace(run={"compile": "default"})
     train(config, tmp_path / "straight")
     stop_at(config, tmp_path / "run", "update:7:term")
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ import pytest
 
 from deit.arguments import parse_run
 from deit.checks import CHECKS
-from deit.config import Config, LossConfig, OptimConfig, derive, mixes, peak_lr, to_dict
+from deit.config import Config, LossConfig, OptimConfig, mixes, peak_lr, to_dict
 from deit.errors import NO_VALUE, ConfigError
 from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING, fit_epochs, put_presets
 from deit.recipes import RECIPES, digits, find_recipe
@@ -242,14 +242,14 @@ def test_mixing_needs_even_micro_batches():
 def test_objectives_are_valid_with_the_student_they_are_for(name):
     student = {"name": "vit_micro" if OBJECTIVES[name].through == "class" else "deit_micro"}
     views = AUGMENTATIONS["none" if name == "dkd" else "mix"]
-    validate(derive(digits(), student=student, views=views, loss=OBJECTIVES[name]))
+    validate(digits().replace(student=student, views=views, loss=OBJECTIVES[name]))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_configuration_survives_json(name, tmp_path):
     config = RECIPES[name]()
     if name.startswith("transfer"):  # not valid without what it starts from
-        config = derive(config, start={"source": "weights.pth"})
+        config = config.replace(start={"source": "weights.pth"})
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     assert load(tmp_path / "config.json") == config
     assert find_recipe(str(tmp_path / "config.json")) == config
@@ -306,7 +306,7 @@ def test_every_teaching_mode_is_valid_over_every_recipe_with_a_teacher():
         for name, mode in TEACHING.items():
             fields = mode.fields(to_dict(config)["views"])
             online = name != "fix/ic_ens"
-            found = validate(derive(config, views=fields), online=online)
+            found = validate(config.replace(views=fields), online=online)
             assert mixes(found.views) is (name == "function-matching")
             if config.views.crop == "padded" and name.endswith(("/rc", "/cc")):
                 assert found.views.crop == "padded"  # the mild crop of small images
@@ -395,8 +395,8 @@ def test_nothing_is_abbreviated_or_guessed():
 def test_a_recipe_of_ones_own(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from deit.recipes import digits\nfrom deit.config import derive\n"
-        "def recipe():\n    return derive(digits(), optim={'lr': 2e-3})\n"
+        "from deit.recipes import digits\n\n\n"
+        "def recipe():\n    return digits().replace(optim={'lr': 2e-3})\n"
         "def other():\n    return 3\n"
     )
     assert find_recipe(str(file)).optim.lr == 2e-3
@@ -412,7 +412,7 @@ def test_a_recipe_of_ones_own(tmp_path):
 
 
 def test_the_peak_learning_rate_follows_the_global_batch():
-    optim = derive(Config(), optim={"lr": 5e-4, "batch_size": 1024}).optim
+    optim = Config().replace(optim={"lr": 5e-4, "batch_size": 1024}).optim
     assert peak_lr(optim) == 1e-3
     assert len(field_names()) == len(set(field_names())) > 50
 
@@ -464,8 +464,7 @@ def test_few_epochs_fit_every_recipe_with_every_objective(epochs):
             put_presets(values, {"objective": objective})
             values["optim"]["epochs"] = epochs
             fit_epochs(values, ["optim.epochs"])
-            config = derive(
-                recipe(),
+            config = recipe().replace(
                 optim=OptimConfig(**values["optim"]),
                 loss=LossConfig(**values["loss"]),
             )

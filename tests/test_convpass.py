@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d
 
-from deit.config import StudentConfig, derive
+from deit.config import StudentConfig
 from deit.errors import ConfigError
 from deit.models.attention import rollout, token_cosines
 from deit.models.convpass import Convpass, ConvpassBlock, adapters_of
@@ -325,7 +325,7 @@ REFUSED = {
 def test_what_makes_no_sense_is_refused(name):
     sections, names = REFUSED[name]
     with raises(ConfigError, *names):
-        validate(derive(digits(), **sections))
+        validate(digits().replace(**sections))
 
 
 @pytest.mark.parametrize(
@@ -333,12 +333,12 @@ def test_what_makes_no_sense_is_refused(name):
 )
 def test_impossible_values(leaf, value):
     with raises(ConfigError, f"student.{leaf}"):
-        validate(derive(digits(), student={"adapters": "convpass", leaf: value}))
+        validate(digits().replace(student={"adapters": "convpass", leaf: value}))
 
 
 def test_the_papers_schedule():
     own = {"algorithm": "sgd", "momentum": 0.5, "accumulate": 2, "clip_norm": 1.0}
-    before = derive(digits(), start={"source": "x"}, optim=own)
+    before = digits().replace(start={"source": "x"}, optim=own)
     tuned = validate(TUNING["convpass"](before))
     optim, student = tuned.optim, tuned.student
     assert (student.adapters, student.adapter_width, student.adapter_scale) == ("convpass", 8, 0.1)
@@ -349,13 +349,13 @@ def test_the_papers_schedule():
     assert optim.epochs == round(before.optim.epochs / 3)
     assert optim.warmup_epochs == pytest.approx(optim.epochs / 10)
     assert (tuned.loss, tuned.views, tuned.teacher) == (before.loss, before.views, before.teacher)
-    one = derive(before, student={"adapters": "convpass_attention", "adapter_width": 3})
+    one = before.replace(student={"adapters": "convpass_attention", "adapter_width": 3})
     assert TUNING["convpass"](one).student == one.student
 
 
 def test_adapters_of_the_start_are_taken_over_and_others_stay():
     theirs = replace(TINY, adapters="convpass_attention", adapter_width=3, adapter_scale=10.0)
-    own = derive(digits(), student={"adapters": "convpass"})
+    own = digits().replace(student={"adapters": "convpass"})
     found = begin_from(own, "x", theirs).student
     fields = (found.adapters, found.adapter_width, found.adapter_scale)
     assert fields == ("convpass_attention", 3, 10.0)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from deit import checkpoint
 from deit.cli import run_command
-from deit.config import Config, derive
+from deit.config import Config
 from deit.errors import CheckpointError, ConfigError
 from deit.evaluation import evaluate, student_at
 from deit.export import export
@@ -49,7 +49,7 @@ def place(tmp_path_factory) -> Path:
     """A teacher, a student (its start), and adapters trained on it."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("convpass")
-    teacher = derive(digits_teacher(), optim={"epochs": 3}, data={"train_fraction": 0.2})
+    teacher = digits_teacher().replace(optim={"epochs": 3}, data={"train_fraction": 0.2})
     trained(teacher, folder / "teacher")
     train(base_config(folder), folder / "base")
     train(config_of(folder), folder / "adapted")
@@ -57,8 +57,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def base_config(folder: Path) -> Config:
-    return derive(
-        digits(),
+    return digits().replace(
         data={"train_fraction": 0.2},
         student=SMALL,
         teacher={"source": (str(folder / "teacher"),), "allow_weak": True},
@@ -69,8 +68,8 @@ def base_config(folder: Path) -> Config:
 
 def config_of(folder: Path, **more: dict) -> Config:
     """Adapters on the student of the folder, taught."""
-    config = TUNING["convpass"](derive(base_config(folder), start={"source": str(folder / "base")}))
-    return derive(config, **{**more, "optim": {**QUICK, "lr": 5e-3, **more.get("optim", {})}})
+    config = TUNING["convpass"](base_config(folder).replace(start={"source": str(folder / "base")}))
+    return config.replace(**{**more, "optim": {**QUICK, "lr": 5e-3, **more.get("optim", {})}})
 
 
 def folders_of(run: Path) -> list[Path]:
@@ -118,7 +117,7 @@ def test_a_saved_student_is_base_and_adapters_together(place):
     best = load_student(place / "adapted" / "best")[0]
     hits = evaluate(place / "adapted")["heads"]["fused"]["top1"]
     assert hits > evaluate(place / "base")["heads"]["fused"]["top1"] - 0.1
-    (member,) = members(derive(digits(), teacher={"source": (str(place / "adapted"),)}).teacher)
+    (member,) = members(digits().replace(teacher={"source": (str(place / "adapted"),)}).teacher)
     names = tuple(map(str, range(10)))
     teacher = load_teacher(member, names, image_size=8)
     views = torch.rand(4, 3, 8, 8)
@@ -278,7 +277,7 @@ def test_adapters_upon_adapters(place, tmp_path):
     start = str(place / "adapted")
     still = {"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0}
     config = begin_from(config_of(place), start, find_start(start).student)
-    train(derive(config, optim=still), tmp_path / "on")
+    train(config.replace(optim=still), tmp_path / "on")
     assert read_base(tmp_path / "on" / "best").source == start
     ours, theirs = (load_student(run / "best")[0] for run in (tmp_path / "on", place / "adapted"))
     for name, value in theirs.network.state_dict().items():
@@ -298,7 +297,7 @@ def test_trained_adapters_keep_their_scale(place):
 
 def test_trained_with_all_the_rest_everything_is_saved(place, tmp_path):
     config = begin_from(config_of(place), str(place / "adapted"), None)
-    config = derive(config, optim={"trained": "all", "epochs": 1, "warmup_epochs": 0})
+    config = config.replace(optim={"trained": "all", "epochs": 1, "warmup_epochs": 0})
     train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "best" / BASE).exists()
     weights = load_file(tmp_path / "run" / "best" / "model.safetensors")
@@ -312,7 +311,7 @@ def test_a_pruned_base_stays_pruned(place, tmp_path):
     masks = {name: torch.rand(weights[name].shape) > 0.5}
     save_weights(tmp_path / "m.safetensors", masks)
     start = {"source": str(place / "base"), "masks": str(tmp_path / "m.safetensors")}
-    train(derive(base_config(place), start=start), tmp_path / "pruned")
+    train(base_config(place).replace(start=start), tmp_path / "pruned")
     config = config_of(place, start={"source": str(tmp_path / "pruned")})
     train(config, tmp_path / "run")
     found = find_start(str(tmp_path / "run"))

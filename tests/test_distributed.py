@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deit.config import derive
 from deit.recipes import digits_teacher
 from tests.helpers.command_server import last_json
 from tests.helpers.images import write_pictures
@@ -42,7 +41,7 @@ def runs(tmp_path_factory, zygote):
     """A student trained by one process, and by two, against the same teacher."""
     place = tmp_path_factory.mktemp("runs")
     script = ROOT / "train_deit.py"
-    trained(derive(digits_teacher(), optim={"epochs": 3}), place / "teacher")
+    trained(digits_teacher().replace(optim={"epochs": 3}), place / "teacher")
     words = ("digits", "--teacher.source", "teacher", *SETTINGS)
     alone = said_by(zygote, 1, script, *words, "--out", "of-1", cwd=place)
     return place, {1: alone, 2: torchrun(script, *words, "--out", "of-2", cwd=place)}

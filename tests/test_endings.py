@@ -25,7 +25,6 @@ from accelerate import Accelerator
 from deit import checkpoint, cli, commands, faults, journal, launcher
 from deit import interruption as interruption_module
 from deit.cli import run_command
-from deit.config import derive
 from deit.datasets.reading import Reader
 from deit.datasets.stores import FolderStore
 from deit.errors import DataError, EnvironmentFault, Stopped
@@ -647,8 +646,7 @@ def small(pictures: Path, workers: int):
     """The configuration of a short training."""
     data = {"root": str(pictures), "storage": "files", "workers": workers, "image_size": 18}
     student = {"name": "vit_micro", "depth": 1, "embed_dim": 16, "num_heads": 2, "image_size": 16}
-    return derive(
-        RECIPES["folder"](),
+    return RECIPES["folder"]().replace(
         data=data,
         student={**student, "patch_size": 4},
         teacher={"source": ()},

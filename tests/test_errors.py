@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from deit import optimizer_state, preparation, recipes, run
-from deit.config import Config, StudentConfig, TeacherConfig, derive
+from deit.config import Config, StudentConfig, TeacherConfig
 from deit.datasets import decoding, readers, sources
 from deit.errors import (
     TRANSIENT,
@@ -179,12 +179,12 @@ def onnxruntime(error, monkeypatch):
 
 def torchvision(error, monkeypatch):
     monkeypatch.setattr(sources, "MNIST", raising(error))
-    sources.load_mnist(derive(Config(), data={"source": "mnist", "root": "."}).data, ())
+    sources.load_mnist(Config().replace(data={"source": "mnist", "root": "."}).data, ())
 
 
 def reader(error, monkeypatch):
     monkeypatch.setattr(readers, "split_folders", raising(error))
-    config = derive(Config(), data={"source": "reader", "reader": "folder", "root": "."}).data
+    config = Config().replace(data={"source": "reader", "reader": "folder", "root": "."}).data
     readers.list_reader(config, ())
 
 

@@ -17,7 +17,6 @@ from deit import memory
 from deit.checkpoint import newest
 from deit.cli import run_command
 from deit.commands.measuring import TEST_SETS
-from deit.config import derive
 from deit.console import percent
 from deit.datasets.splits import load_splits
 from deit.datasets.variants import VARIANTS, load_variant
@@ -42,16 +41,15 @@ pytest.importorskip("sklearn")
 def runs(tmp_path_factory):
     """A teacher, its student, and the same by labels alone."""
     folder = tmp_path_factory.mktemp("runs")
-    trained(derive(digits_teacher(), optim={"epochs": 3}), folder / "teacher")
-    config = derive(
-        digits(),
+    trained(digits_teacher().replace(optim={"epochs": 3}), folder / "teacher")
+    config = digits().replace(
         data={"train_fraction": 0.2},
         student={"depth": 2, "embed_dim": 32, "num_heads": 2},
         teacher={"source": (str(folder / "teacher"),)},
         optim={"epochs": 4, "batch_size": 64, "warmup_epochs": 1, "lr": 3e-3},
     )
     train(config, folder / "student")
-    train(derive(config, loss=OBJECTIVES["none"]), folder / "labels")
+    train(config.replace(loss=OBJECTIVES["none"]), folder / "labels")
     return folder
 
 
@@ -65,8 +63,7 @@ def test_another_resolution_by_hand(crop, runs):
     assert torch.equal(larger.network.pos_embed, expected.positions)
     config = load(runs / "student" / "config.json")
     stored = round(16 / (crop or 1))
-    config = derive(
-        config,
+    config = config.replace(
         data={"image_size": stored},
         student={"image_size": 16},
         views={"evaluation_crop": crop or 1.0},
@@ -133,8 +130,8 @@ def test_several_runs_and_resolutions_in_one_table(runs, tmp_path, capsys):
 
 
 def test_runs_of_other_images_are_not_held_against_each_other(runs, tmp_path):
-    few = derive(digits_teacher(), data={"classes": ("1", "2")}, optim={"epochs": 1})
-    train(derive(few, optim={"warmup_epochs": 0}), tmp_path / "few")
+    few = digits_teacher().replace(data={"classes": ("1", "2")}, optim={"epochs": 1})
+    train(few.replace(optim={"warmup_epochs": 0}), tmp_path / "few")
     arguments = [str(runs / "labels"), str(tmp_path / "few"), "--json", str(tmp_path / "f.json")]
     assert run_command("evaluate", arguments, "evaluate") == 0
     assert "agreement" not in json.loads((tmp_path / "f.json").read_text())
@@ -283,8 +280,7 @@ def test_a_variant_is_evaluated_from_the_command_line(tmp_path, capsys):
     names = sorted(expected[:3])
     for split in ("train", "test"):
         pictures(tmp_path / "data" / split, names, [f"{n}.png" for n in range(12)])
-    config = derive(
-        digits_teacher(),
+    config = digits_teacher().replace(
         data={"source": "folder", "root": str(tmp_path / "data")},
         optim={"epochs": 1, "warmup_epochs": 0, "batch_size": 8},
     )
@@ -343,7 +339,7 @@ def test_other_images_of_the_same_labels_are_not_held_against_each_other(tmp_pat
                 noise = torch.randint(256, (8, 8, 3), dtype=torch.uint8)
                 Image.fromarray(noise.numpy()).save(place / f"{index}.png")
         data = {"source": "folder", "root": str(tmp_path / f"pictures-{name}"), "image_size": 8}
-        train(derive(digits_teacher(), data=data, optim=quick), tmp_path / name)
+        train(digits_teacher().replace(data=data, optim=quick), tmp_path / name)
     runs = [tmp_path / name for name in ("one", "other")]
     labels = [load_splits(load(run / "config.json").data).test.labels for run in runs]
     assert torch.equal(*labels)
@@ -381,10 +377,10 @@ def stored(tmp_path_factory):
             noise = torch.randint(256, (40 + index, 50, 3), dtype=torch.uint8)
             Image.fromarray(noise.numpy()).save(place / f"{index}.png")
     data = {"source": "folder", "root": str(folder / "pictures"), "image_size": 24}
-    config = derive(digits_teacher(), data=data, student={"image_size": 16})
-    config = derive(config, optim={"epochs": 1, "batch_size": 4, "warmup_epochs": 0})
+    config = digits_teacher().replace(data=data, student={"image_size": 16})
+    config = config.replace(optim={"epochs": 1, "batch_size": 4, "warmup_epochs": 0})
     for storage, how in STORAGE.items():
-        train(derive(config, data=how), folder / storage)
+        train(config.replace(data=how), folder / storage)
     shutil.rmtree(folder / "files" / "best")
     shutil.copytree(folder / "memory" / "best", folder / "files" / "best")
     return folder

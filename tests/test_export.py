@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from deit.cli import run_command
 from deit.commands.measuring import EXPORTS
-from deit.config import StudentConfig, derive
+from deit.config import StudentConfig
 from deit.datasets.decoding import decode_square
 from deit.datasets.splits import load_splits
 from deit.datasets.views import evaluation_views
@@ -63,10 +63,10 @@ STUDENTS = {
 def runs(tmp_path_factory):
     """Students of each kind, trained for long enough that their answers differ, and a ConvNet."""
     folder = tmp_path_factory.mktemp("runs")
-    trained(derive(digits_teacher(), optim={"epochs": 3}), folder / "convnet")
+    trained(digits_teacher().replace(optim={"epochs": 3}), folder / "convnet")
     two = {"source": (str(folder / "convnet"),) * 2, "combine": "tokens"}
     for name, sections in STUDENTS.items():
-        config = derive(digits(), optim=BRIEF, data=FEW, **{"teacher": two, **sections})
+        config = digits().replace(optim=BRIEF, data=FEW, **{"teacher": two, **sections})
         train(config, folder / name, arguments=["train_deit.py", name])
     return folder
 
@@ -509,8 +509,7 @@ def test_the_card_tells_and_its_snippets_run(form, runs, exports, said):
 
 def test_a_card_names_nobodys_folders_and_shows_class_names_as_they_are(tmp_path):
     home = "/home/ann"
-    config = derive(
-        digits(),
+    config = digits().replace(
         data={"source": "folder", "root": f"{home}/data/pets"},
         teacher={"source": (f"{home}/runs/convnet", "checkpoints/other")},
         start={"source": f"{home}/weights.pth"},

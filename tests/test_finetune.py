@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from deit import checkpoint, journal
 from deit.cli import run_command
-from deit.config import Config, StudentConfig, derive, peak_lr
+from deit.config import Config, StudentConfig, peak_lr
 from deit.errors import CheckpointError, ConfigError
 from deit.evaluation import evaluate
 from deit.finetune_arguments import parse_finetune
@@ -41,12 +41,12 @@ STILL = {"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0}
 def runs(tmp_path_factory):
     """A teacher and a student at 8 px, and the teacher fitted to 16 px."""
     folder = tmp_path_factory.mktemp("runs")
-    trained(derive(digits_teacher(), optim={"epochs": 3}), folder / "teacher")
+    trained(digits_teacher().replace(optim={"epochs": 3}), folder / "teacher")
     source = str(folder / "teacher")
-    student = derive(digits(), data=FEW, student=SMALL, teacher={"source": (source,)}, optim=BRIEF)
+    student = digits().replace(data=FEW, student=SMALL, teacher={"source": (source,)}, optim=BRIEF)
     train(student, folder / "student")
-    fitted = derive(at_resolution(digits_teacher(), 16), data=FEW, start={"source": source})
-    train(derive(fitted, optim={"epochs": 1, "warmup_epochs": 0}), folder / "teacher16")
+    fitted = at_resolution(digits_teacher(), 16).replace(data=FEW, start={"source": source})
+    train(fitted.replace(optim={"epochs": 1, "warmup_epochs": 0}), folder / "teacher16")
     return folder
 
 
@@ -55,8 +55,8 @@ def finer(runs, **sections):
     config = load(runs / "student" / "config.json")
     config = begin_from(config, str(runs / "student"), None)
     config = at_resolution(config, 16)
-    config = derive(config, teacher={"source": (str(runs / "teacher16"),)}, optim=BRIEF)
-    return derive(config, **sections)
+    config = config.replace(teacher={"source": (str(runs / "teacher16"),)}, optim=BRIEF)
+    return config.replace(**sections)
 
 
 def weights(run, name="last"):
@@ -155,7 +155,7 @@ def test_by_labels_alone_and_onto_other_classes(runs, tmp_path):
     rows = {name: before[name][[1, 3, 7]] for name in ("head.weight", "head_dist.weight")}
     for heads in ("keep", "new"):
         out = tmp_path / heads
-        train(derive(config, start={"heads": heads}), out)
+        train(config.replace(start={"heads": heads}), out)
         after = weights(out)
         for name, kept in rows.items():
             assert after[name].shape == (3, 16)
@@ -168,15 +168,14 @@ def test_stored_targets_train_to_the_same_bits(runs, tmp_path):
     config = finer(runs, loss=OBJECTIVES["deit-hard"])
     train(config, tmp_path / "online")
     write_targets(config, tmp_path / "store")
-    stored = derive(config, teacher={"targets": (str(tmp_path / "store"),)})
+    stored = config.replace(teacher={"targets": (str(tmp_path / "store"),)})
     train(stored, tmp_path / "stored")
     ours, theirs = weights(tmp_path / "stored"), weights(tmp_path / "online")
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def test_a_plain_vit_becomes_a_distilled_student(runs, tmp_path):
-    plain = derive(
-        digits(),
+    plain = digits().replace(
         data=FEW,
         student={"name": "vit_micro", **SMALL},
         loss=OBJECTIVES["none"],
@@ -204,12 +203,12 @@ def test_a_start_with_another_normalisation_is_told(runs, tmp_path, capsys):
 
 
 def test_at_resolution_everything_follows():
-    config = at_resolution(derive(digits(), views={"crop_padding": 2}), 24)
+    config = at_resolution(digits().replace(views={"crop_padding": 2}), 24)
     assert config.student.image_size == 24
     assert config.data.image_size == 24
     assert config.views.crop_padding == 6
     assert config.teacher.image_size == (24,)
-    larger = derive(RECIPES["folder"](), student={"image_size": 64}, data={"image_size": 72})
+    larger = RECIPES["folder"]().replace(student={"image_size": 64}, data={"image_size": 72})
     assert at_resolution(larger, 128).data.image_size == 144
     assert at_resolution(digits_teacher(), 16).teacher.image_size == ()
 
@@ -217,7 +216,7 @@ def test_at_resolution_everything_follows():
 @pytest.mark.parametrize("name", TUNING)
 @pytest.mark.parametrize("recipe", ["digits", "digits-teacher", "cifar10", "tiny-imagenet"])
 def test_every_schedule_suits_every_recipe(name, recipe):
-    config = derive(RECIPES[recipe](), start={"source": "somewhere"})
+    config = RECIPES[recipe]().replace(start={"source": "somewhere"})
     if name in ("convpass", "int8") and recipe == "digits-teacher":
         field = {"convpass": "adapters", "int8": "rounding"}[name]
         with raises(ConfigError, f"student.{field}", f"'{name}'"):
@@ -238,9 +237,9 @@ ODD = {
 """Settings of runs that no schedule left behind."""
 BEFORE = {
     **SCHEDULES,
-    **{name: partial(derive, optim=fields) for name, fields in ODD.items()},
+    **{name: partial(Config.replace, optim=fields) for name, fields in ODD.items()},
     "dkd": partial(
-        derive, loss=OBJECTIVES["dkd"], views=AUGMENTATIONS["none"], optim={"epochs": 30}
+        Config.replace, loss=OBJECTIVES["dkd"], views=AUGMENTATIONS["none"], optim={"epochs": 30}
     ),
 }
 OF_THE_RUN = {"trained", "accumulate", "clip_norm", "ema_epochs"}
@@ -262,7 +261,7 @@ have to learn."""
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("twice", [False, True])
 def test_every_schedule_is_itself_after_every_other(before, after, twice):
-    recipe = derive(digits(), start={"source": "somewhere"})
+    recipe = digits().replace(start={"source": "somewhere"})
     config = BEFORE[before](recipe)
     if twice:
         config = BEFORE[before](config)
@@ -293,7 +292,7 @@ def test_deits_schedule_at_higher_resolution():
 
 
 def test_a_linear_probe_is_heads_and_labels():
-    probe = TUNING["linear-probe"](derive(digits(), start={"source": "x"}))
+    probe = TUNING["linear-probe"](digits().replace(start={"source": "x"}))
     assert (probe.optim.trained, probe.loss.kind) == ("heads", "none")
     assert (probe.views.mixup_alpha, probe.views.cutmix_alpha) == (0, 0)
 
@@ -319,7 +318,7 @@ def test_the_network_of_the_weights_is_taken_over():
 )
 def test_what_needs_a_start_says_so(section, fields, problem):
     with raises(ConfigError, problem):
-        validate(derive(digits(), **{section: fields}))
+        validate(digits().replace(**{section: fields}))
 
 
 # the command
@@ -343,7 +342,7 @@ def test_without_a_recipe_the_runs_own_goes_on(runs, tmp_path, command):
     config = load(tmp_path / "checkpoints" / "student-finetuned" / "config.json")
     before = load(runs / "student" / "config.json")
     assert isinstance(config, Config)
-    assert config.student == derive(before, student={"image_size": 16}).student
+    assert config.student == before.replace(student={"image_size": 16}).student
     assert config.optim.epochs == 1
     assert config.optim.lr == before.optim.lr
 

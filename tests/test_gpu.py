@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from deit import checkpoint, faults
-from deit.config import Compile, Crop, OptimConfig, StudentConfig, ViewsConfig, derive
+from deit.config import Compile, Crop, OptimConfig, StudentConfig, ViewsConfig
 from deit.datasets.images import Images
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.mixing import sample_mix
@@ -163,10 +163,9 @@ def test_involutions_agree_on_the_gpu(dtype):
 
 
 def test_a_store_written_on_a_cpu_teaches_on_the_gpu(tmp_path):
-    teacher = derive(digits_teacher(), optim={"epochs": 3}, run={"device": "cpu"})
+    teacher = digits_teacher().replace(optim={"epochs": 3}, run={"device": "cpu"})
     train(teacher, tmp_path / "teacher")
-    config = derive(
-        digits(),
+    config = digits().replace(
         student={"depth": 1},
         teacher={"source": (str(tmp_path / "teacher"),)},
         loss=OBJECTIVES["deit-hard"],
@@ -174,13 +173,13 @@ def test_a_store_written_on_a_cpu_teaches_on_the_gpu(tmp_path):
         run={"device": "cpu"},
     )
     write_targets(config, tmp_path / "store")
-    stored = derive(config, teacher={"targets": (str(tmp_path / "store"),)}, run={"device": "cuda"})
+    stored = config.replace(teacher={"targets": (str(tmp_path / "store"),)}, run={"device": "cuda"})
     train(stored, tmp_path / "run")  # its canaries and answers are held against the GPU's
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_run_learns_in_every_precision(tmp_path, precision):
-    config = derive(digits_teacher(), run={"device": "cuda", "precision": precision})
+    config = digits_teacher().replace(run={"device": "cuda", "precision": precision})
     state = train(config, tmp_path / precision)
     assert state["best"]["top1"] > 0.97
 
@@ -208,18 +207,17 @@ def test_attention_rolled_out_on_the_device():
 
 def test_a_fine_tuning_on_the_device(tmp_path):
     quick = {"epochs": 1, "warmup_epochs": 0}
-    train(derive(digits_teacher(), optim=quick), tmp_path / "teacher")
-    config = derive(digits_teacher(), optim=quick, run={"device": "cuda"})
-    finer = derive(at_resolution(config, 16), start={"source": str(tmp_path / "teacher")})
-    train(derive(finer, optim={"trained": "heads"}), tmp_path / "finer")
+    train(digits_teacher().replace(optim=quick), tmp_path / "teacher")
+    config = digits_teacher().replace(optim=quick, run={"device": "cuda"})
+    finer = at_resolution(config, 16).replace(start={"source": str(tmp_path / "teacher")})
+    train(finer.replace(optim={"trained": "heads"}), tmp_path / "finer")
     assert evaluate(tmp_path / "finer", cost=True)["cost"]["images_per_s"] > 0
 
 
 def speedy(**run):
     """A student without a teacher on the GPU."""
-    config = derive(digits(), teacher={"source": ()}, loss=OBJECTIVES["none"])
-    return derive(
-        config,
+    config = digits().replace(teacher={"source": ()}, loss=OBJECTIVES["none"])
+    return config.replace(
         views={"policy": "randaugment", "erasing": 0.5},
         optim={"epochs": 2, "warmup_epochs": 1, "ema_epochs": 1},
         run={"device": "cuda", **run},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deit.arguments import RunArguments
-from deit.config import DataConfig, derive
+from deit.config import DataConfig
 from deit.datasets.splits import load_splits
 from deit.errors import DataError
 from deit.evaluation import evaluate
@@ -65,7 +65,7 @@ def test_what_cannot_be_held_out_is_refused(names, told):
 
 
 def test_a_teacher_that_is_trained_for_it_knows_them():
-    config = derive(digits(), data={"held_out": UNSEEN, "train_fraction": 0.5})
+    config = digits().replace(data={"held_out": UNSEEN, "train_fraction": 0.5})
     run = RunArguments("digits", config, None, False, False, False)
     ground = Ground(run, config, Path("out"))
     ground.laid(config)
@@ -76,19 +76,18 @@ def test_a_teacher_that_is_trained_for_it_knows_them():
 
 def test_the_data_of_a_recipe_of_ones_own_are_those_of_its_teachers():
     """A recipe of a file: whatever it says of the images, its teacher should have learned from."""
-    own = derive(digits(), data={"train_fraction": 0.5, "image_size": 16, "held_out": UNSEEN})
-    typed = derive(own, data={"split_seed": 3})
+    own = digits().replace(data={"train_fraction": 0.5, "image_size": 16, "held_out": UNSEEN})
+    typed = own.replace(data={"split_seed": 3})
     run = RunArguments("mine.py:recipe", typed, None, False, False, False)
     ground = Ground(run, typed, Path("out"), asked=own)
     ground.laid(typed)
     (teacher,) = ground.runs.values()
     changed = {"train_fraction": 0.5, "split_seed": 3}
-    assert teacher.data == derive(digits_teacher(), data=changed).data
+    assert teacher.data == digits_teacher().replace(data=changed).data
 
 
 def test_evaluation_tells_seen_and_unseen_apart(tmp_path, capsys):
-    small = derive(
-        digits_teacher(),
+    small = digits_teacher().replace(
         data={"held_out": UNSEEN},
         loss=OBJECTIVES["none"],
         optim={"epochs": 3, "warmup_epochs": 0},

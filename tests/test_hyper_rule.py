@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from deit.config import derive, peak_lr
+from deit.config import peak_lr
 from deit.errors import ConfigError
 from deit.finetune_arguments import parse_finetune
 from deit.hyper_rule import RULES, hyper_rule
@@ -73,7 +73,7 @@ AGAINST = {
 @pytest.mark.parametrize("images", [1, 1_000, 400_000])
 def test_what_stands_against_it_is_cleared(name, images):
     """The schedule is the paper's, whatever the run's own was."""
-    before = derive(CIFAR, student={"name": "vit_tiny"}, **AGAINST[name])
+    before = CIFAR.replace(student={"name": "vit_tiny"}, **AGAINST[name])
     config = validate(hyper_rule(before, images=images))
     assert config.optim == hyper_rule(CIFAR, images=images).optim
     assert 2 * config.loss.distillation_warmup <= max(config.optim.epochs, 2)
@@ -89,7 +89,7 @@ def test_what_stands_against_it_is_cleared(name, images):
     ],
 )
 def test_resolution_follows_the_size_of_the_images(side, shown, share, kept):
-    config = hyper_rule(derive(CIFAR, data={"image_size": side}), images=1000)
+    config = hyper_rule(CIFAR.replace(data={"image_size": side}), images=1000)
     assert (config.student.image_size, config.data.image_size) == (shown, kept)
     assert (config.views.crop, config.views.crop_side) == ("random", pytest.approx(share))
     assert (config.views.flip, config.views.policy, config.views.evaluation_crop) == (
@@ -101,14 +101,14 @@ def test_resolution_follows_the_size_of_the_images(side, shown, share, kept):
 
 def test_heads_begin_at_zero_only_where_there_is_a_start():
     assert hyper_rule(CIFAR, images=9).start.heads == "keep"
-    begun = derive(CIFAR, start={"source": "x"})
+    begun = CIFAR.replace(start={"source": "x"})
     assert hyper_rule(begun, images=9).start.heads == "zero"
 
 
 @pytest.mark.parametrize("name", SIZED)
 @pytest.mark.parametrize("recipe", ["digits", "digits-teacher", "cifar10", "tiny-imagenet"])
 def test_every_sized_schedule_suits_every_recipe(name, recipe):
-    config = derive(RECIPES[recipe](), start={"source": "somewhere"})
+    config = RECIPES[recipe]().replace(start={"source": "somewhere"})
     assert validate(SIZED[name](config, images=1000)).start.source == "somewhere"
     assert name not in TUNING
 
@@ -154,7 +154,7 @@ def test_bits_head_is_known_though_it_is_a_convolution(folder):
 
 @pytest.mark.parametrize("heads", ["zero", "new"])
 def test_transfer_brings_everything_but_the_heads(folder, heads):
-    config = derive(RECIPES["cifar10-bit-teacher"](), start={"source": str(folder), "heads": heads})
+    config = RECIPES["cifar10-bit-teacher"]().replace(start={"source": str(folder), "heads": heads})
     network = create_network(config.student, 10)
     found = find_start(str(folder))
     assert found.mean == (0.5, 0.5, 0.5)
@@ -194,7 +194,7 @@ def test_what_is_typed_of_the_data_counts_before_the_rule(folder):
 
 
 def test_a_least_learning_rate_has_no_effect_on_a_staircase():
-    config = derive(hyper_rule(CIFAR, images=9), optim={"min_lr": 1e-3})
+    config = hyper_rule(CIFAR, images=9).replace(optim={"min_lr": 1e-3})
     with raises(ConfigError, "optim.min_lr"):
         validate(config)
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from deit import checkpoint, faults, journal
 from deit.cli import run_command
-from deit.config import derive
 from deit.errors import ConfigError
 from deit.launcher import SAME_SIGNAL_S
 from tests.helpers.command_server import until
@@ -449,7 +448,7 @@ def test_the_statistics_of_batch_norms_do_not_keep_what_was_left_out(zygote, tmp
     from deit.run import train
 
     epochs = {"epochs": 2, "warmup_epochs": 1, "ema_epochs": 1}
-    config = derive(digits_teacher(), data={"train_fraction": 0.2}, optim=epochs)
+    config = digits_teacher().replace(data={"train_fraction": 0.2}, optim=epochs)
     calls = iter(range(10**6))
 
     def overflowing(images):

@@ -10,7 +10,7 @@ from torch import nn
 
 from deit import preparation
 from deit.checkpoint import CONFIG, newest
-from deit.config import LossConfig, StudentConfig, derive
+from deit.config import LossConfig, StudentConfig
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError, DataError, Stopped
 from deit.losses import objective
@@ -135,12 +135,11 @@ def test_a_voice_asks_in_inference_mode_and_what_it_says_can_be_learnt_from():
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     place = tmp_path_factory.mktemp("teacher") / "teacher"
-    return str(trained(derive(digits_teacher(), optim={"epochs": 3}), place))
+    return str(trained(digits_teacher().replace(optim={"epochs": 3}), place))
 
 
 def configuration(teacher, **sections):
-    config = derive(
-        digits(),
+    config = digits().replace(
         data={"train_fraction": 0.3},  # two blocks of a store
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
         optim={"epochs": 2, "warmup_epochs": 1},
@@ -148,7 +147,7 @@ def configuration(teacher, **sections):
         teacher={"source": (teacher,)},
         loss=OBJECTIVES["deit-hard"],
     )
-    return derive(config, **sections)
+    return config.replace(**sections)
 
 
 def stop(*arguments):
@@ -183,12 +182,12 @@ def test_a_run_measures_once_and_keeps_to_it(teacher, tmp_path, monkeypatch, cap
 
 
 def test_a_run_in_another_layout_goes_on_and_says_so(teacher, tmp_path, monkeypatch, capsys):
-    config = derive(configuration(teacher), teacher={"layout": ("contiguous",)})
+    config = configuration(teacher).replace(teacher={"layout": ("contiguous",)})
     with monkeypatch.context() as patch:
         patch.setattr("deit.run.close_epoch", stop)
         with pytest.raises(Stopped):
             train(config, tmp_path / "run")
-    other = derive(config, teacher={"layout": ("channels_last",)})
+    other = config.replace(teacher={"layout": ("channels_last",)})
     train(other, tmp_path / "run", resume=True)
     said = capsys.readouterr().err
     assert re.search(r"teacher\.layout\b.*\bcontiguous\b.*\bchannels_last\b", said)
@@ -200,7 +199,7 @@ def test_a_store_says_how_it_was_asked_and_later_parts_follow(teacher, tmp_path,
     write_targets(config, out, shard=(0, 2))
     monkeypatch.setattr(preparation, "faster_layout", lambda *arguments: "contiguous")
     with raises(ConfigError, "--out", out, "asked.layouts"):
-        write_targets(derive(config, teacher={"layout": ("contiguous",)}), out, shard=(1, 2))
+        write_targets(config.replace(teacher={"layout": ("contiguous",)}), out, shard=(1, 2))
     write_targets(config, out, shard=(1, 2))
     assert open_store(out).layouts == ("channels_last",)
 
@@ -213,7 +212,7 @@ def test_a_store_says_how_it_was_asked_and_later_parts_follow(teacher, tmp_path,
     assert layouts == ["channels_last"]
     layouts.clear()
     trained = tmp_path / "run"
-    train(derive(config, teacher={"targets": (str(out),)}), trained)
+    train(config.replace(teacher={"targets": (str(out),)}), trained)
     assert layouts == ["channels_last"]  # for the check, as it was asked
     assert settled(trained) == ["contiguous"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deit import checkpoint, journal
-from deit.config import StudentConfig, derive
+from deit.config import StudentConfig
 from deit.evaluation import evaluate
 from deit.models import linear
 from deit.models.linear import OneDNNLinear, use_onednn
@@ -138,7 +138,7 @@ def test_a_run_learns_by_it_goes_on_by_it_and_is_evaluated_by_it(tmp_path, capsy
     """Beside the same run by torch: losses equal to rounding, and what it goes on to as well."""
     small = two_epochs(run={"save_every": 1, "keep_checkpoints": 50, "device": "cpu"})
     for way in ("torch", "onednn"):
-        train(derive(small, run={"linear": way}), tmp_path / way)
+        train(small.replace(run={"linear": way}), tmp_path / way)
         assert ("oneDNN" in capsys.readouterr().out) == (way == "onednn")
     ours, theirs = (journal.read(tmp_path / way / journal.METRICS) for way in ("onednn", "torch"))
     for one, other in zip(ours, theirs, strict=True):
@@ -149,7 +149,7 @@ def test_a_run_learns_by_it_goes_on_by_it_and_is_evaluated_by_it(tmp_path, capsy
     (stopped / checkpoint.RESULT).unlink()
     for _, later in checkpoint.found(stopped)[:-3]:
         shutil.rmtree(later)
-    train(derive(small, run={"linear": "auto"}), stopped, resume=True)  # as it was chosen
+    train(small.replace(run={"linear": "auto"}), stopped, resume=True)  # as it was chosen
     assert (stopped / journal.CHAIN).read_bytes() == chain
     found = [evaluate(tmp_path / way)["heads"]["class"]["top1"] for way in ("torch", "onednn")]
     assert found[0] == pytest.approx(found[1], abs=0.01)

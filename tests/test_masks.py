@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deit import checkpoint, journal
-from deit.config import Config, derive
+from deit.config import Config
 from deit.errors import CheckpointError, ConfigError
 from deit.models.masks import (
     MASKS,
@@ -50,7 +50,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["deit_micro", "vit_micro"])
 def test_of_a_vit_the_four_layers_of_each_block_may_be_pruned(name):
-    network = create_network(derive(Config(), student={"name": name}).student, 10)
+    network = create_network(Config().replace(student={"name": name}).student, 10)
     found = prunable(network)
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert list(found) == [f"blocks.{at}.{layer}.weight" for at in range(6) for layer in layers]
@@ -61,7 +61,7 @@ def test_of_a_vit_the_four_layers_of_each_block_may_be_pruned(name):
     "name", ["small_convnet", "dense", "rednet_micro", "regnety_002_small_stem", "timm:resnet18"]
 )
 def test_of_any_network_neither_the_first_layer_nor_the_head(name):
-    network = create_network(derive(Config(), student={"name": name}).student, 10)
+    network = create_network(Config().replace(student={"name": name}).student, 10)
     layers = [
         f"{place}.weight"
         for place, layer in network.named_modules()
@@ -263,10 +263,10 @@ def place(tmp_path_factory) -> Path:
     """A teacher, a dense run that kept its updates 0, 5 and 7, and masks of its end."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("masks")
-    teacher = derive(digits_teacher(), optim={"epochs": 3}, data={"train_fraction": 0.2})
+    teacher = digits_teacher().replace(optim={"epochs": 3}, data={"train_fraction": 0.2})
     train(teacher, folder / "teacher")
     config = config_of(folder)
-    assert train(derive(config, run={"keep_updates": (5, 7)}), folder / "dense")["step"] == 12
+    assert train(config.replace(run={"keep_updates": (5, 7)}), folder / "dense")["step"] == 12
     ends = load_file(checkpoint.newest(folder / "dense") / "model.safetensors")
     kept = [name for name in ends if name.endswith(("qkv.weight", "proj.weight", "fc1.weight"))]
     scores = {name: ends[name].abs() for name in kept if name.startswith("blocks")}
@@ -276,8 +276,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def config_of(folder: Path, **more: dict) -> Config:
-    config = derive(
-        digits(),
+    config = digits().replace(
         data={"train_fraction": 0.2},
         student={"depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path": 0.1},
         teacher={"source": (str(folder / "teacher"),), "allow_weak": True},
@@ -285,7 +284,7 @@ def config_of(folder: Path, **more: dict) -> Config:
         | {"clip_norm": 0.5},
         run={"linear": "torch"},
     )
-    return derive(config, **more)
+    return config.replace(**more)
 
 
 def ticket(folder: Path, **more: dict) -> Config:
@@ -397,7 +396,7 @@ def test_what_was_pruned_stays_so_in_fine_tuning_unless_one_says_otherwise(place
 
 def test_masks_that_do_not_fit_stop_before_anything_is_written(place, tmp_path):
     save_file({"blocks.9.mlp.fc1.weight": torch.ones(2, 2).bool()}, tmp_path / "m.safetensors")
-    config = derive(ticket(place), start={"masks": str(tmp_path / "m.safetensors")})
+    config = ticket(place).replace(start={"masks": str(tmp_path / "m.safetensors")})
     with raises(CheckpointError, "start.masks", "m.safetensors", "blocks.9.mlp.fc1.weight"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

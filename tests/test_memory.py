@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from deit import memory, mishaps
-from deit.config import derive
 from deit.errors import EnvironmentFault
 from deit.memory import allowed, bytes_per_image, check_answers, free_memory
 from deit.recipes import digits
@@ -102,9 +101,9 @@ SMALL = {"name": "deit_micro", "embed_dim": 24, "depth": 1, "image_size": 16}
 
 
 def small(**run):
-    config = derive(digits(), student=SMALL, teacher={"source": ()}, loss={"kind": "none"})
-    config = derive(config, optim={"batch_size": 512, "accumulate": 1}, run=run)
-    return derive(config, loss=type(config.loss)(kind="none"))
+    config = digits().replace(student=SMALL, teacher={"source": ()}, loss={"kind": "none"})
+    config = config.replace(optim={"batch_size": 512, "accumulate": 1}, run=run)
+    return config.replace(loss=type(config.loss)(kind="none"))
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_fits(tmp_path, monkeypatch):
@@ -113,7 +112,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_fits(tmp_path, monkeypatch):
         train(small(), tmp_path / "run", dry_run=True)
     accumulate = int(re.search(r"--optim\.accumulate (\d+)", str(refused.value))[1])
     assert accumulate > 1
-    fits = derive(small(), optim={"accumulate": accumulate})
+    fits = small().replace(optim={"accumulate": accumulate})
     train(fits, tmp_path / "run", dry_run=True)
     assert not (tmp_path / "run").exists()
 

@@ -11,7 +11,7 @@ from timm.layers import Attention
 from torch import nn
 
 from deit.cli import run_command
-from deit.config import StudentConfig, derive
+from deit.config import StudentConfig
 from deit.errors import ConfigError
 from deit.evaluation import evaluate
 from deit.models.attention import token_cosines
@@ -443,9 +443,8 @@ def runs(tmp_path_factory):
     """A student of two blocks and its teacher, which is no ViT."""
     folder = tmp_path_factory.mktemp("runs")
     with torch.enable_grad():
-        train(derive(digits_teacher(), optim={"epochs": 3}), folder / "teacher")
-        config = derive(
-            digits(),
+        train(digits_teacher().replace(optim={"epochs": 3}), folder / "teacher")
+        config = digits().replace(
             student={"depth": 2, "embed_dim": 32, "num_heads": 2},
             teacher={"source": (str(folder / "teacher"),)},
             optim={"epochs": 3, "batch_size": 64, "warmup_epochs": 1, "lr": 3e-3},

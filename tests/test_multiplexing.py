@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from deit import checkpoint
-from deit.config import Config, StudentConfig, derive
+from deit.config import Config, StudentConfig
 from deit.errors import CheckpointError, ConfigError
 from deit.export import bare_of
 from deit.formats import FORMATS
@@ -184,13 +184,13 @@ def test_what_cannot_be_shown_is_refused_and_tokens_are_compared():
     ],
 )
 def test_sharing_that_cannot_be(student, names):
-    config = derive(Config(), student={"name": "deit_micro", **student}, loss={"kind": "none"})
+    config = Config().replace(student={"name": "deit_micro", **student}, loss={"kind": "none"})
     with raises(ConfigError, *names):
         validate(config)
 
 
 def test_sharing_and_dividing_among_processes_do_not_go_together():
-    config = derive(digits(), student={"share": 2}, run={"shard": "full"})
+    config = digits().replace(student={"share": 2}, run={"shard": "full"})
     with raises(ConfigError, "student.share = 2", "run.shard"):
         validate(config)
 
@@ -252,8 +252,7 @@ def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, zygote
     teacher = tmp_path / "teacher"
     words = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--out", teacher)
     assert zygote.run("train", "digits-teacher", *words, cwd=tmp_path).code == 0
-    config = derive(
-        digits(),
+    config = digits().replace(
         data={"train_fraction": 0.2},
         student={"depth": 4, "embed_dim": 32, "num_heads": 2, "share": 2, "drop_path": 0.1},
         teacher={"source": (str(teacher),), "allow_weak": True},

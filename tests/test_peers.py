@@ -16,7 +16,6 @@ import pytest
 from safetensors.torch import load_file
 
 from deit import checkpoint, journal
-from deit.config import derive
 from deit.recipes import digits_teacher
 from tests.helpers.command_server import ROOT, Done, Running, Zygote, until
 from tests.helpers.processes import stand_in
@@ -73,7 +72,7 @@ def test_a_signal_to_one_stops_both_at_the_same_update(rank, zygote, straight, t
 def teacher(tmp_path_factory) -> tuple[str, ...]:
     """Options that name a teacher."""
     out = tmp_path_factory.mktemp("teacher") / "teacher"
-    trained(derive(digits_teacher(), optim={"epochs": 3}), out)
+    trained(digits_teacher().replace(optim={"epochs": 3}), out)
     return ("--objective", "deit-hard", "--teacher.source", str(out))
 
 

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from deit.cli import run_command
-from deit.config import derive
 from deit.datasets.splits import load_splits
 from deit.models.saved import load_student
 from deit.models.teachers import BY_NAME, load_teacher
@@ -26,10 +25,9 @@ pytest.importorskip("sklearn")
 def place(tmp_path_factory):
     """A student, its teacher, and the first test images as PNG files."""
     folder = tmp_path_factory.mktemp("predict")
-    train(derive(digits_teacher(), optim={"epochs": 3}), folder / "teacher")
+    train(digits_teacher().replace(optim={"epochs": 3}), folder / "teacher")
     student = {"depth": 1, "embed_dim": 16, "num_heads": 2}
-    config = derive(
-        digits(),
+    config = digits().replace(
         student=student,
         teacher={"source": (str(folder / "teacher"),)},
         loss=OBJECTIVES["deit-hard"],

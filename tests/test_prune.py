@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from deit import checkpoint
 from deit.announce import schedule_of
-from deit.config import derive
 from deit.errors import ConfigError
 from deit.models.saved import load_student
 from deit.models.slimming import largest, magnitudes
@@ -34,7 +33,7 @@ WORDS = ("prune", "run", *QUICK_PRUNING, "--ratio", "0.5")
 def place(tmp_path_factory, zygote):
     """A folder with a small distilled student and its teacher."""
     place = tmp_path_factory.mktemp("prune")
-    trained(derive(digits_teacher(), optim={"epochs": 3}), place / "teacher")
+    trained(digits_teacher().replace(optim={"epochs": 3}), place / "teacher")
     words = ("--teacher.source", "teacher", "--teacher.allow_weak", *THREE_EPOCHS, "--out", "run")
     done = zygote.run("train", "digits", *words, cwd=place)
     assert done.code == 0, done.err
@@ -100,7 +99,7 @@ def test_what_is_left_is_taught_and_its_control_begins_at_random(place, pruned, 
         epochs = 3 + 2 if name == "long-control" else 2  # the run's and the recovery's
         assert config.optim.epochs == epochs
         assert checkpoint.result_of(out / name)["epochs"] == epochs
-        schedule = own if name == "long-control" else derive(short(own), optim=BRIEF)
+        schedule = own if name == "long-control" else short(own).replace(optim=BRIEF)
         assert dataclasses.replace(schedule.optim, epochs=epochs) == config.optim
     notes = json.loads((out / "recovered" / "start.json").read_text())
     assert notes["source"] == "out/pruned"

@@ -16,7 +16,7 @@ from deit import float_file, latency, processor, quantize, side_by_side
 from deit.cli import run_command
 from deit.commands.smaller import CALIBRATIONS as CALIBRATIONS_BY_NAME
 from deit.commands.smaller import QUANTIZATIONS
-from deit.config import StudentConfig, derive
+from deit.config import StudentConfig
 from deit.datasets.splits import load_splits
 from deit.datasets.spread import spread_rows
 from deit.errors import CheckpointError, ConfigError
@@ -81,9 +81,9 @@ def _brief():
 def runs(tmp_path_factory):
     """Finished runs: a distilled student, a plain one, a ConvNet."""
     folder = tmp_path_factory.mktemp("runs")
-    trained(derive(digits_teacher(), optim={"epochs": 3}), folder / "convnet")
+    trained(digits_teacher().replace(optim={"epochs": 3}), folder / "convnet")
     for name, sections in RUNS.items():
-        train(derive(digits(), data=HALF, optim=BRIEF, **ALONE, **sections), folder / name)
+        train(digits().replace(data=HALF, optim=BRIEF, **ALONE, **sections), folder / name)
     return folder
 
 

@@ -5,7 +5,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from deit.checkpoint import newest
-from deit.config import derive
 from deit.errors import ConfigError
 from deit.presets import OBJECTIVES
 from deit.recipes import digits, digits_teacher
@@ -16,14 +15,13 @@ pytest.importorskip("sklearn")
 
 
 def config(**sections):
-    small = derive(
-        digits(),
+    small = digits().replace(
         student={"depth": 4, "embed_dim": 24, "num_heads": 2, "drop_path": 0.3, "dropout": 0.1},
         teacher={"source": ()},
         loss=OBJECTIVES["none"],
         optim={"epochs": 1, "warmup_epochs": 0},
     )
-    return derive(small, **sections)
+    return small.replace(**sections)
 
 
 def kept_bytes(config):
@@ -60,6 +58,6 @@ def test_a_run_ends_with_the_same_bits(tmp_path, linear):
 
 
 def test_a_network_without_blocks_is_refused():
-    wanted = derive(digits_teacher(), run={"recompute": True})
+    wanted = digits_teacher().replace(run={"recompute": True})
     with raises(ConfigError, "run.recompute"):
         parts_of(wanted)

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from deit import charts, page, report
-from deit.config import derive
 from deit.errors import CheckpointError, EnvironmentFault
 from deit.measured import Evaluations, Measured
 from deit.recipes import digits
@@ -391,8 +390,7 @@ def test_without_its_images_or_its_epochs_the_rest_is_told(place, zygote, tmp_pa
 def test_schedules_are_those_that_were_applied():
     """By hand: the peak is 100 %; the teacher's term grows for two epochs; the average's decay at
     update n is (1 + n) / (10 + n)."""
-    config = derive(
-        digits(),
+    config = digits().replace(
         optim={"ema_epochs": 1.0},
         loss={"distillation_warmup": 2.0, "distillation_weight": 0.5},
     )

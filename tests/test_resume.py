@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from deit import checkpoint, faults, journal, restoring, saving
-from deit.config import Config, derive
+from deit.config import Config
 from deit.errors import (
     CheckpointError,
     ConfigError,
@@ -55,10 +55,9 @@ def config(tmp_path_factory) -> Config:
                 Image.fromarray(noise.to(torch.uint8).numpy()).save(place / f"{index}.png")
     data = {"source": "folder", "root": str(folder / "pictures"), "image_size": 12, "workers": 0}
     data |= {"storage": "files", "validation_fraction": 0.2}
-    teacher = derive(digits_teacher(), data=data, student={"image_size": 12}, optim={"epochs": 3})
-    train(derive(teacher, optim={"batch_size": 8}), folder / "teacher")
-    config = derive(
-        digits(),
+    teacher = digits_teacher().replace(data=data, student={"image_size": 12}, optim={"epochs": 3})
+    train(teacher.replace(optim={"batch_size": 8}), folder / "teacher")
+    config = digits().replace(
         data=data,
         views={"policy": "randaugment", "erasing": 0.25, "mixup_alpha": 0.8, "cutmix_alpha": 1.0},
         student={"image_size": 12, "depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path": 0.3}
@@ -68,13 +67,13 @@ def config(tmp_path_factory) -> Config:
         run={"evaluate_every": 1, "linear": "torch"},  # not what a busy moment measures
     )
     write_targets(config, folder / "targets")
-    return derive(config, teacher={"targets": (str(folder / "targets"),)})
+    return config.replace(teacher={"targets": (str(folder / "targets"),)})
 
 
 @pytest.fixture(scope="module")
 def alone(config) -> Config:
     """The same without stored targets, whose check takes as long as the training."""
-    return derive(config, teacher={"targets": ()})
+    return config.replace(teacher={"targets": ()})
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +123,13 @@ def test_stopped_at_any_update_and_resumed_is_the_same_run(step, config, straigh
     assert checkpoint.step_of(checkpoint.newest(out)) == step
     torch.rand(17)  # a resumed process has another random state
     workers = 2 if step == 6 else 1 if step == 7 else 0
-    train(derive(config, data={"workers": workers}), out, resume=True)
+    train(config.replace(data={"workers": workers}), out, resume=True)
     assert results(out) == results(straight)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_goes_on_with_its_momentum(momentum, alone, tmp_path):
-    alone = derive(alone, optim={"algorithm": "sgd", "momentum": momentum})
+    alone = alone.replace(optim={"algorithm": "sgd", "momentum": momentum})
     train(alone, tmp_path / "straight")
     stop_at(alone, tmp_path / "run", "update:5:term")
     train(alone, tmp_path / "run", resume=True)
@@ -142,7 +141,7 @@ def test_sgd_goes_on_with_its_momentum(momentum, alone, tmp_path):
 @pytest.mark.parametrize("step", range(1, LAST + 1))
 def test_with_any_number_of_workers_too(step, workers, config, straight, tmp_path):
     out = tmp_path / "run"
-    config = derive(config, data={"workers": workers})
+    config = config.replace(data={"workers": workers})
     stop_at(config, out, f"update:{step}:term")
     train(config, out, resume=True)
     assert results(out) == results(straight)
@@ -256,7 +255,7 @@ def test_a_file_left_out_is_an_error(file, hard, tmp_path, monkeypatch):
 
 def test_skipped_updates_are_counted_over_a_stop(alone, tmp_path):
     """The one field that only shows where a run fails: two in a row, one on each side of a stop."""
-    alone = derive(alone, run={"max_skipped": 2})
+    alone = alone.replace(run={"max_skipped": 2})
     faults.arm("loss:5:nan,loss:6:nan")
     with raises(NumericsError, tmp_path / "straight" / journal.ANOMALIES):
         train(alone, tmp_path / "straight")
@@ -272,9 +271,9 @@ def test_skipped_updates_are_counted_over_a_stop(alone, tmp_path):
 def test_a_run_that_ended_so_goes_on_where_more_are_allowed(alone, tmp_path):
     faults.arm("loss:5:nan,loss:6:nan")
     with pytest.raises(NumericsError):
-        train(derive(alone, run={"max_skipped": 2}), tmp_path / "run")
+        train(alone.replace(run={"max_skipped": 2}), tmp_path / "run")
     faults.arm("loss:1:nan,loss:2:nan")
-    alone = derive(alone, run={"max_skipped": 3})
+    alone = alone.replace(run={"max_skipped": 3})
     assert train(alone, tmp_path / "run", resume=True)["skipped"] == 2
 
 
@@ -407,7 +406,7 @@ def test_a_warning_signal_saves_and_the_run_goes_on(config, straight, tmp_path, 
 
 def test_checkpoints_within_an_epoch_stay_as_few_as_asked_for(config, straight, tmp_path):
     out = tmp_path / "run"
-    train(derive(config, run={"save_every": 3, "keep_checkpoints": 3}), out)
+    train(config.replace(run={"save_every": 3, "keep_checkpoints": 3}), out)
     assert [step for step, _ in checkpoint.found(out)] == [12, 9, 8]
     chain = [row["step"] for row in journal.read(out / journal.CHAIN)]
     assert chain == [3, 4, 6, 8, 9, 12]
@@ -418,13 +417,13 @@ def test_checkpoints_within_an_epoch_stay_as_few_as_asked_for(config, straight, 
 
 def test_with_one_checkpoint_to_keep_a_damaged_one_would_be_all(config, tmp_path):
     with raises(ConfigError, "run.keep_checkpoints"):
-        train(derive(config, run={"keep_checkpoints": 1}), tmp_path / "run")
+        train(config.replace(run={"keep_checkpoints": 1}), tmp_path / "run")
 
 
 def test_data_that_changed_since_is_refused(alone, tmp_path):
     out, pictures = tmp_path / "run", tmp_path / "pictures"
     shutil.copytree(alone.data.root, pictures)
-    moved = derive(alone, data={"root": str(pictures)})
+    moved = alone.replace(data={"root": str(pictures)})
     stop_at(moved, out, "update:6:term")
     (pictures / "train" / "class1" / "3.png").unlink()
     with raises(DataError, out, "data.source"):
@@ -448,7 +447,7 @@ def test_a_stop_in_an_evaluation_evaluates_again_and_trains_nothing_again(
     config, straight, tmp_path, capsys
 ):
     out = tmp_path / "run"
-    small = derive(config, run={"evaluation_batch": 4})
+    small = config.replace(run={"evaluation_batch": 4})
     stop_at(small, out, "evaluation:5:term")  # the first three are of the teacher
     capsys.readouterr()
     faults.arm("update:1:term")
@@ -491,7 +490,7 @@ def test_another_setting_is_refused_by_name(field, begun, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
     with pytest.raises((ConfigError, CheckpointError, DataError)) as error:
-        train(derive(alone, **CHANGED[field]), out, resume=True)
+        train(alone.replace(**CHANGED[field]), out, resume=True)
     if isinstance(error.value, ConfigError):
         assert f"{field}: " in str(error.value)
 
@@ -501,7 +500,7 @@ def test_a_teacher_with_other_weights_under_the_same_name_is_refused(config, tmp
 
     folder = tmp_path / "teacher"
     shutil.copytree(config.teacher.source[0], folder)
-    alone = derive(config, teacher={"targets": (), "source": (str(folder),)})
+    alone = config.replace(teacher={"targets": (), "source": (str(folder),)})
     stop_at(alone, tmp_path / "run", "update:1:term")
     weights = folder / "best" / "model.safetensors"
     content = {name: value * 1.001 for name, value in load_file(weights).items()}
@@ -631,7 +630,7 @@ def test_one_other_pixel_in_memory_is_noticed(config, tmp_path):
     pictures = tmp_path / "pictures"
     shutil.copytree(config.data.root, pictures)
     data = {"root": str(pictures), "storage": "memory", "workers": None}
-    moved = derive(config, data=data, teacher={"targets": ()})
+    moved = config.replace(data=data, teacher={"targets": ()})
     stop_at(moved, tmp_path / "run", "update:6:term")
     path = pictures / "train" / "class1" / "3.png"
     with Image.open(path) as image:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from deit.config import StudentConfig, derive, peak_lr
+from deit.config import StudentConfig, peak_lr
 from deit.errors import ConfigError
 from deit.export import bare_of
 from deit.formats import Graph, answer_of, outputs_of, write_noted_onnx
@@ -435,15 +435,15 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_makes_no_sense_is_refused(name):
     sections, names = REFUSED[name]
-    config = derive(digits(), student={"rounding": "int8"})
+    config = digits().replace(student={"rounding": "int8"})
     with raises(ConfigError, *names) as error:
-        validate(derive(config, **sections))
+        validate(config.replace(**sections))
     assert all(line.count(": ") < 4 for line in str(error.value).splitlines())
 
 
 @pytest.mark.parametrize("reference", [None, 512])
 def test_the_schedule(reference):
-    before = derive(digits(), start={"source": "x"}, optim={"lr_reference_batch": reference})
+    before = digits().replace(start={"source": "x"}, optim={"lr_reference_batch": reference})
     tuned = validate(TUNING["int8"](before))
     assert tuned.student == replace(before.student, rounding="int8")
     assert tuned.optim.epochs == round(before.optim.epochs / 3)
@@ -456,5 +456,5 @@ def test_the_schedule(reference):
 def test_a_start_says_nothing_of_rounding():
     """As of drop path: the configuration does."""
     assert begin_from(digits(), "x", TINY).student.rounding == "none"
-    own = derive(digits(), student={"rounding": "int8"})
+    own = digits().replace(student={"rounding": "int8"})
     assert begin_from(own, "x", replace(TINY, rounding="none")).student.rounding == "int8"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from deit import checkpoint
 from deit.cli import run_command
-from deit.config import Config, derive
+from deit.config import Config
 from deit.errors import CheckpointError, ConfigError
 from deit.evaluation import evaluate
 from deit.export import export
@@ -55,8 +55,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def base_config() -> Config:
-    return derive(
-        digits(),
+    return digits().replace(
         data={"train_fraction": 0.3},
         student=SMALL,
         teacher={"source": ()},
@@ -67,8 +66,8 @@ def base_config() -> Config:
 
 
 def config_of(folder: Path, **more: dict) -> Config:
-    config = TUNING["int8"](derive(base_config(), start={"source": str(folder / "base")}))
-    return derive(config, **{**more, "optim": {**QUICK, "min_lr": 1e-5, **more.get("optim", {})}})
+    config = TUNING["int8"](base_config().replace(start={"source": str(folder / "base")}))
+    return config.replace(**{**more, "optim": {**QUICK, "min_lr": 1e-5, **more.get("optim", {})}})
 
 
 def ranges_of(file: Path) -> torch.Tensor:
@@ -121,7 +120,7 @@ def test_masks_hold_under_roundings(place, tmp_path):
     masks = {name: torch.rand(weights[name].shape) > 0.5}
     save_weights(tmp_path / "m.safetensors", masks)
     config = config_of(place, start={"masks": str(tmp_path / "m.safetensors")})
-    train(derive(config, optim={"epochs": 1, "warmup_epochs": 0}), tmp_path / "run")
+    train(config.replace(optim={"epochs": 1, "warmup_epochs": 0}), tmp_path / "run")
     best = tmp_path / "run" / "best"
     assert (best / MASKS).is_file()
     layer = load_student(best)[0].network.blocks[0].mlp.fc1
@@ -146,12 +145,11 @@ def test_ranges_go_on_or_are_left_out(place, tmp_path):
     own = load_file(place / "int8" / "best" / "model.safetensors")
     for name in ranges_in(own):
         assert torch.equal(on.student.network.state_dict()[name], own[name])
-    config = derive(config, student={"rounding": "none"})
+    config = config.replace(student={"rounding": "none"})
     off = parts_of(config)
     assert [re.findall(r"\d+", note) for note in off.start_notes["notes"]] == [["11"]]
     assert not ranges_in(off.student.network.state_dict())
-    wider = derive(
-        config_of(place, start={"source": start, "heads": "new"}),
+    wider = config_of(place, start={"source": start, "heads": "new"}).replace(
         student={"distillation_tokens": 1, "image_size": 16, "name": "vit_micro"},
         data={"image_size": 16, "classes": ("1", "3", "7")},
     )
@@ -173,7 +171,7 @@ def test_old_facts_still_load(place, tmp_path):
 def test_it_teaches_and_is_evaluated_as_its_file(place):
     student = load_student(place / "int8" / "best")[0].eval()
     assert rounded_layers(student.network)
-    (member,) = members(derive(digits(), teacher={"source": (str(place / "int8"),)}).teacher)
+    (member,) = members(digits().replace(teacher={"source": (str(place / "int8"),)}).teacher)
     teacher = load_teacher(member, tuple(map(str, range(10))), image_size=8)
     assert rounded_layers(teacher.network)
     found = evaluate(place / "int8")["heads"]["fused"]["top1"]

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from deit import checkpoint, faults, journal, saving
-from deit.config import derive
 from deit.disk import finish_replacing, replace_folder
 from deit.errors import (
     CheckpointError,
@@ -35,13 +34,12 @@ ALL = {"train_fraction": 1.0}
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "teacher"
-    return trained(derive(digits_teacher(), optim={"epochs": 3}), folder)
+    return trained(digits_teacher().replace(optim={"epochs": 3}), folder)
 
 
 def small(teacher, **optim):
     """A digits student that trains in moments."""
-    return derive(
-        digits(),
+    return digits().replace(
         data=FEW,
         student={"depth": 1, "embed_dim": 16, "num_heads": 2, "drop_path": 0.1},
         views={"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
@@ -104,7 +102,7 @@ def test_resuming_with_other_settings_or_data_is_refused(teacher, tmp_path):
     config = small(teacher, epochs=2)
     train(config, out)
     with raises(ConfigError, "optim.lr"):
-        train(derive(config, optim={"lr": 0.5}), out, resume=True)
+        train(config.replace(optim={"lr": 0.5}), out, resume=True)
     result = json.loads((out / "result.json").read_text())
     (out / "result.json").write_text(json.dumps({**result, "fingerprint": "other"}))
     with raises(DataError, out, "data.source"):
@@ -144,7 +142,7 @@ def test_an_environment_variable_does_not_overrule_the_accumulation(teacher, tmp
 
 
 def test_images_too_small_for_the_network_are_refused(tmp_path):
-    config = derive(digits_teacher(), student={"name": "timm:dla46_c"})
+    config = digits_teacher().replace(student={"name": "timm:dla46_c"})
     with raises(ConfigError, "student.image_size", "timm:dla46_c"):
         train(config, tmp_path / "run")
 
@@ -162,7 +160,7 @@ def test_a_dry_run_writes_nothing(teacher, tmp_path):
 
 
 def test_too_few_tokens_are_warned_about(teacher, tmp_path, capsys):
-    config = derive(small(teacher), student={"patch_size": 4})
+    config = small(teacher).replace(student={"patch_size": 4})
     train(config, tmp_path / "run", dry_run=True)
     assert "student.patch_size" in capsys.readouterr().err
     train(small(teacher), tmp_path / "run", dry_run=True)
@@ -170,7 +168,7 @@ def test_too_few_tokens_are_warned_about(teacher, tmp_path, capsys):
 
 
 def test_the_arithmetic_is_printed_before_the_first_step(teacher, tmp_path, capsys):
-    config = derive(small(teacher), data=ALL, optim={"accumulate": 2, "lr_reference_batch": 512})
+    config = small(teacher).replace(data=ALL, optim={"accumulate": 2, "lr_reference_batch": 512})
     faults.arm("loss:1:nan")  # of the first step, which says nothing then
     try:
         with pytest.raises(NumericsError):
@@ -186,7 +184,7 @@ def test_the_arithmetic_is_printed_before_the_first_step(teacher, tmp_path, caps
 
 
 def test_repeated_augmentation_says_how_many_images_an_epoch_sees(teacher, tmp_path, capsys):
-    config = derive(small(teacher), data=ALL, views={"repeats": 3})
+    config = small(teacher).replace(data=ALL, views={"repeats": 3})
     train(config, tmp_path / "run", dry_run=True)
     shown = capsys.readouterr().out
     assert re.search(r"\b20\b\D+\b1280\b\D+\b440\b\D+\b1295\b", shown)
@@ -195,8 +193,7 @@ def test_repeated_augmentation_says_how_many_images_an_epoch_sees(teacher, tmp_p
 
 def test_a_teacher_near_chance_stops_the_run_unless_allowed(tmp_path):
     train(
-        derive(
-            digits_teacher(),
+        digits_teacher().replace(
             data=FEW,
             optim={"epochs": 1, "lr": 1e-9, "min_lr": 0, "warmup_lr": 0, "warmup_epochs": 0},
         ),
@@ -205,7 +202,7 @@ def test_a_teacher_near_chance_stops_the_run_unless_allowed(tmp_path):
     config = small(tmp_path / "weak", epochs=2)
     with raises(DataError, tmp_path / "weak", "--teacher.allow_weak"):
         train(config, tmp_path / "run")
-    state = train(derive(config, teacher={"allow_weak": True}), tmp_path / "other")
+    state = train(config.replace(teacher={"allow_weak": True}), tmp_path / "other")
     assert state["epochs"] == 2
 
 
@@ -266,7 +263,7 @@ def test_every_recipe_is_valid(name):
     if name.startswith("transfer"):
         with raises(ConfigError, "start.source"):
             validate(student)
-        student = derive(student, start={"source": "weights.pth"})
+        student = student.replace(start={"source": "weights.pth"})
     assert validate(student)
     assert RECIPES[name].__doc__
     for source in student.teacher.source:
@@ -299,8 +296,7 @@ def test_every_recipe_takes_a_step(name, tmp_path):
     sources = (f"{stub}:teacher",) * len(config.teacher.source)
     changes = {"teacher": {"source": sources, "allow_weak": True}}
     unseen = ("bee",) if config.data.held_out else ()
-    config = derive(
-        config,
+    config = config.replace(
         data={"source": "folder", "root": str(tmp_path / "data"), "held_out": unseen},
         optim={"batch_size": 4, "lr": 1e-3, "lr_reference_batch": None},
         # Random weights: the run it would start from is not here.
@@ -324,9 +320,8 @@ def test_best_is_the_latest_of_the_epochs_with_the_highest_validation(
 
 def test_an_ensemble_is_measured_teacher_by_teacher_and_together(teacher, tmp_path, capsys):
     other = tmp_path / "other"
-    train(derive(digits_teacher(), optim={"epochs": 1, "warmup_epochs": 0}, run={"seed": 1}), other)
-    config = derive(
-        small(teacher, epochs=2, ema_epochs=0),
+    train(digits_teacher().replace(optim={"epochs": 1, "warmup_epochs": 0}, run={"seed": 1}), other)
+    config = small(teacher, epochs=2, ema_epochs=0).replace(
         teacher={"source": (str(teacher), str(other)), "weight": (0.6, 0.4)},
     )
     capsys.readouterr()
@@ -360,8 +355,7 @@ WITHOUT_TOKEN = {
 
 @pytest.mark.parametrize("name", WITHOUT_TOKEN)
 def test_any_backbone_without_a_token_learns_by_usi(name, teacher, tmp_path):
-    config = derive(
-        digits_teacher(),
+    config = digits_teacher().replace(
         data={"image_size": 8},
         student={"name": name, **WITHOUT_TOKEN[name]},
         views={"mixup_alpha": 0.8},
@@ -371,7 +365,7 @@ def test_any_backbone_without_a_token_learns_by_usi(name, teacher, tmp_path):
     )
     if name == "small_convnet":  # it needs fewer images
         few = {"train_fraction": 0.3}
-        config = derive(config, data=few, optim={"batch_size": 32, "lr": 2e-3})
+        config = config.replace(data=few, optim={"batch_size": 32, "lr": 2e-3})
     if "mixer" in name:
         train(config, tmp_path / "run", dry_run=True)
         return

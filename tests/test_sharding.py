@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from deit import checkpoint, journal, manifest
-from deit.config import RunConfig, derive
+from deit.config import RunConfig
 from deit.environment import create_accelerator
 from deit.errors import ConfigError, EnvironmentFault
 from deit.models.saved import load_student
@@ -234,15 +234,14 @@ import json, sys
 from pathlib import Path
 from deit.environment import leave_processes
 from deit.recipes import digits
-from deit.config import derive
 from deit.presets import OBJECTIVES
 from deit.run import job_of, parts_of
 from deit.engine import Tally, train_epoch
 from deit.sharding import own_part
 
 def held(kind):
-    small = derive(
-        digits(), student={"depth": 4, "embed_dim": 64, "num_heads": 2}, teacher={"source": ()},
+    small = digits().replace(
+        student={"depth": 4, "embed_dim": 64, "num_heads": 2}, teacher={"source": ()},
         loss=OBJECTIVES["none"], optim={"ema_epochs": 1}, run={"shard": kind, "device": "cpu"})
     parts = parts_of(small)
     tally = Tally(parts.accelerator, {})
@@ -299,6 +298,6 @@ def test_fp16_of_a_launcher_is_refused(monkeypatch):
     ("field", "value"), [("precision", "fp16"), ("fit_memory", True), ("compile", "default")]
 )
 def test_what_needs_the_whole_student_is_refused(field, value):
-    config = derive(digits(), run={"shard": "full", field: value}, teacher={"source": ("x",)})
+    config = digits().replace(run={"shard": "full", field: value}, teacher={"source": ("x",)})
     with raises(ConfigError, f"run.{field}", "run.shard"):
         validate(config)

@@ -3,7 +3,6 @@
 import pytest
 
 from deit.at_once import Planned
-from deit.config import derive
 from deit.presets import OBJECTIVES, TEACHING
 from deit.recipes import digits, digits_ensemble
 from deit.shared_targets import content_hash, identity, question_of, share
@@ -22,10 +21,10 @@ def taught(tmp_path, *configs, records=None):
 
 
 def test_what_asks_the_same_shares_and_what_stands_alone_asks_itself(tmp_path):
-    warm = derive(digits(), loss={"temperature": 9.0}, optim={"lr": 1.0, "epochs": 90})
-    plain = derive(digits(), loss=OBJECTIVES["none"])
-    cut = derive(digits(), views={"crop_padding": 2})
-    seeded = derive(digits(), run={"seed": 1})
+    warm = digits().replace(loss={"temperature": 9.0}, optim={"lr": 1.0, "epochs": 90})
+    plain = digits().replace(loss=OBJECTIVES["none"])
+    cut = digits().replace(views={"crop_padding": 2})
+    seeded = digits().replace(run={"seed": 1})
     stores, by_run = taught(tmp_path, digits(), warm, plain, cut, seeded)
     assert by_run == [[0], [0], [], [], []]
     (store,) = stores
@@ -34,8 +33,8 @@ def test_what_asks_the_same_shares_and_what_stands_alone_asks_itself(tmp_path):
 
 
 def test_hard_labels_are_stored_as_such_unless_one_needs_more(tmp_path):
-    hard = derive(digits(), loss=OBJECTIVES["deit-hard"])
-    other = derive(hard, optim={"lr": 1.0})
+    hard = digits().replace(loss=OBJECTIVES["deit-hard"])
+    other = hard.replace(optim={"lr": 1.0})
     assert [store.records for store in taught(tmp_path, hard, other)[0]] == ["hard"]
     assert [store.records for store in taught(tmp_path, hard, other, digits())[0]] == ["full"]
     asked = taught(tmp_path, hard, other, records="top-3")[0]
@@ -44,35 +43,35 @@ def test_hard_labels_are_stored_as_such_unless_one_needs_more(tmp_path):
 
 def test_each_of_several_teachers_has_a_store_of_its_own(tmp_path):
     two = digits_ensemble()
-    stores, by_run = taught(tmp_path, two, derive(two, optim={"lr": 1.0}))
+    stores, by_run = taught(tmp_path, two, two.replace(optim={"lr": 1.0}))
     assert [store.only for store in stores] == [1, 2]
     assert by_run == [[0, 1], [0, 1]]
 
 
 def test_crops_cannot_be_asked_in_training_so_one_alone_has_a_store(tmp_path):
     views = TEACHING["fix/ic_ens"].fields(vars(digits().views))
-    _, by_run = taught(tmp_path, derive(digits(), views=views), digits())
+    _, by_run = taught(tmp_path, digits().replace(views=views), digits())
     assert by_run == [[0], []]
 
 
 @pytest.mark.parametrize("mode", ["fix/ic_ens", "fix/rs", "fix/cc"])
 def test_a_view_that_is_always_the_same_is_asked_once(mode, tmp_path):
     views = TEACHING[mode].fields(vars(digits().views))
-    one = derive(digits(), views=views)
-    stores, _ = taught(tmp_path, one, derive(one, optim={"lr": 1.0}))
+    one = digits().replace(views=views)
+    stores, _ = taught(tmp_path, one, one.replace(optim={"lr": 1.0}))
     assert [store.epochs for store in stores] == [1]
 
 
 def test_stores_that_are_named_are_taken_as_they_are(tmp_path):
-    named = derive(digits(), teacher={"targets": ("mine",)})
+    named = digits().replace(teacher={"targets": ("mine",)})
     runs = [Planned(str(place), named, tmp_path / str(place)) for place in range(2)]
     stores, told = share(runs, tmp_path, records=None)
     assert (stores, [run.config for run in told]) == ([], [named, named])
 
 
 def test_a_store_is_written_where_one_run_allows_a_weak_teacher(tmp_path):
-    weak = derive(digits(), teacher={"allow_weak": True})
-    strict = derive(digits(), optim={"epochs": 90})
+    weak = digits().replace(teacher={"allow_weak": True})
+    strict = digits().replace(optim={"epochs": 90})
     runs = [Planned(name, one, tmp_path / name) for name, one in (("w", weak), ("s", strict))]
     (store,), told = share(runs, tmp_path / "targets", records=None)
     assert store.config.teacher.allow_weak
@@ -82,33 +81,33 @@ def test_a_store_is_written_where_one_run_allows_a_weak_teacher(tmp_path):
 def test_a_question_is_the_same_only_where_the_answers_are():
     base = question_of(digits())
     same = (
-        derive(digits(), loss={"temperature": 2.0}, optim={"epochs": 5, "batch_size": 8}),
-        derive(digits(), student={"depth": 1}, run={"device": "cpu"}),
-        derive(digits(), views={"seed": 0}),
+        digits().replace(loss={"temperature": 2.0}, optim={"epochs": 5, "batch_size": 8}),
+        digits().replace(student={"depth": 1}, run={"device": "cpu"}),
+        digits().replace(views={"seed": 0}),
     )
     assert all(question_of(one) == base for one in same)
     other = (
-        derive(digits(), views={"rotation": 1.0}),
-        derive(digits(), views={"seed": 3}),
-        derive(digits(), data={"held_out": ("3",)}),
-        derive(digits(), teacher={"source": ("another",)}),
-        derive(digits(), student={"image_size": 16}),
-        derive(digits(), run={"precision": "bf16"}),
+        digits().replace(views={"rotation": 1.0}),
+        digits().replace(views={"seed": 3}),
+        digits().replace(data={"held_out": ("3",)}),
+        digits().replace(teacher={"source": ("another",)}),
+        digits().replace(student={"image_size": 16}),
+        digits().replace(run={"precision": "bf16"}),
     )
     assert all(question_of(one) != base for one in other)
-    repeated = derive(digits(), views={"repeats": 3})
-    smaller = derive(repeated, optim={"batch_size": 8})
+    repeated = digits().replace(views={"repeats": 3})
+    smaller = repeated.replace(optim={"batch_size": 8})
     assert question_of(repeated) != question_of(smaller)
 
 
 def test_a_run_is_known_by_what_decides_its_result():
     base = content_hash(identity(digits()))
     assert base == content_hash(dict(reversed(identity(digits()).items())))
-    moved = derive(digits(), data={"root": "/elsewhere"}, run={"device": "cpu", "save_every": 3})
+    moved = digits().replace(data={"root": "/elsewhere"}, run={"device": "cpu", "save_every": 3})
     assert content_hash(identity(moved)) == base
     changed = (
-        derive(digits(), run={"seed": 1}),
-        derive(digits(), optim={"lr": 2e-3}),
-        derive(digits(), teacher={"source": ("another",)}),
+        digits().replace(run={"seed": 1}),
+        digits().replace(optim={"lr": 2e-3}),
+        digits().replace(teacher={"source": ("another",)}),
     )
     assert len({base, *(content_hash(identity(one)) for one in changed)}) == 4

@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 from deit.config import (
     Config,
     StudentConfig,
-    derive,
     heads_of_blocks,
     hidden_of_blocks,
 )
@@ -67,7 +66,7 @@ def test_each_block_has_its_own_heads_and_units():
 
 
 def test_one_value_is_of_all_blocks():
-    student = derive(Config(student=SMALL), student={"block_heads": (2,)}).student
+    student = Config(student=SMALL).replace(student={"block_heads": (2,)}).student
     assert heads_of_blocks(student) == (2, 2)
     assert hidden_of_blocks(student) == (96, 96)
     assert heads_of_blocks(SMALL) == (3, 3)
@@ -93,7 +92,7 @@ def test_shapes_left_alone_change_no_initial_weight():
     ],
 )
 def test_shapes_that_cannot_be(student, names):
-    config = derive(Config(), student={"name": "deit_micro", **student}, loss={"kind": "none"})
+    config = Config().replace(student={"name": "deit_micro", **student}, loss={"kind": "none"})
     with raises(ConfigError, *names):
         validate(config)
 
@@ -233,7 +232,7 @@ def test_more_than_there_are_or_fewer_than_blocks(number):
 @pytest.mark.parametrize("name", ["deit_micro", "vit_micro"])
 @pytest.mark.parametrize("kept", [KEPT, Kept(((0,), (0,)), ((0,), (0,)))])
 def test_arithmetic_is_what_a_counter_counts(name, kept):
-    student = slim(derive(Config(student=SMALL), student={"name": name}).student, kept)
+    student = slim(Config(student=SMALL).replace(student={"name": name}).student, kept)
     blocks = create_network(student, 5).eval().blocks
     tokens = torch.randn(1, 17 + (name == "deit_micro"), 24)
     heads, hidden = (sum(map(len, one)) for one in kept)

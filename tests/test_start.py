@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from deit.config import SIZES, StartConfig, StudentConfig, derive
+from deit.config import SIZES, StartConfig, StudentConfig
 from deit.errors import CheckpointError, ConfigError
 from deit.models.layers import heads_of, hold_still
 from deit.models.networks import create_network
@@ -415,7 +415,7 @@ def test_a_foreign_folder_is_refused_not_believed(name, tmp_path):
 )
 def test_damaged_tensors_are_refused(name, value, tmp_path):
     save_file({**network().state_dict(), name: value}, tmp_path / "w.safetensors")
-    config = derive(digits(), student=section(), start={"source": "here"})
+    config = digits().replace(student=section(), start={"source": "here"})
     facts = Facts(section(), NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
 
     def whole():
@@ -551,8 +551,8 @@ def test_another_number_of_attention_heads_is_refused():
     own = section(embed_dim=48, num_heads=4)
     built = network(embed_dim=48, num_heads=4)
     found = Found(built.state_dict(), "a run", own, NAMES, (0.5,) * 3, (0.5,) * 3)
-    config = derive(digits(), student={"image_size": 16}, start={"source": "a run"})
-    config = derive(config, student=section(embed_dim=48, num_heads=2))
+    config = digits().replace(student={"image_size": 16}, start={"source": "a run"})
+    config = config.replace(student=section(embed_dim=48, num_heads=2))
     facts = Facts(config.student, NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
     with raises(CheckpointError, "a run", "--student.num_heads 4"):
         begin(network(embed_dim=48, num_heads=2), found, config, facts)
@@ -560,7 +560,7 @@ def test_another_number_of_attention_heads_is_refused():
 
 def test_a_normalisation_that_is_not_told_is_named():
     built = network()
-    config = derive(digits(), student=section(), start={"source": "w.pth"})
+    config = digits().replace(student=section(), start={"source": "w.pth"})
     facts = Facts(config.student, NAMES, (0.1, 0.2, 0.3), (0.4,) * 3, 1.0)
     notes = begin(built, found_in(built), config, facts)["notes"]
     assert any("--views.mean" in note and "0.1,0.2,0.3" in note for note in notes)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deit.arguments import RunArguments, parse_run
-from deit.config import TeacherConfig, derive, peak_lr, to_dict
+from deit.config import TeacherConfig, peak_lr, to_dict
 from deit.errors import ConfigError
 from deit.ground import Ground
 from deit.optim import build_optimizer, set_lr
@@ -56,7 +56,7 @@ def test_every_arm_is_valid_and_has_the_same_budget(name, study):
 
 
 def test_the_arms_of_a_study_can_be_named_on_a_command_line():
-    config = derive(digits_ensemble(), start={"source": "checkpoints/digits"})
+    config = digits_ensemble().replace(start={"source": "checkpoints/digits"})
     for study in STUDIES.values():
         for name in study(config):
             assert "," not in name
@@ -76,7 +76,7 @@ def test_a_teacher_fitted_to_the_resolution_is_compared_with_itself_before():
 
 
 def test_patience_scales_what_is_counted_in_epochs():
-    config = derive(digits(), loss={"distillation_warmup": 30.0}, optim={"ema_epochs": 40.0})
+    config = digits().replace(loss={"distillation_warmup": 30.0}, optim={"ema_epochs": 40.0})
     arms = STUDIES["patience"](config)
     assert [arm.optim.epochs for arm in arms.values()] == [15, 15, 30, 30, 60, 60, 120, 120]
     assert arms["distilled-15"].loss.distillation_warmup == 3.75
@@ -85,8 +85,7 @@ def test_patience_scales_what_is_counted_in_epochs():
 
 
 def test_a_teacher_alone_keeps_what_was_said_of_it():
-    config = derive(
-        digits_ensemble(),
+    config = digits_ensemble().replace(
         student={"distillation_tokens": 1},
         teacher={
             "source": ("runs/x/best", "runs/y/best"),
@@ -111,7 +110,7 @@ def test_a_teacher_alone_keeps_what_was_said_of_it():
 
 def ground(arguments, folder, seed=3):
     run = parse_run(arguments, program="compare", about="")
-    return Ground(run, derive(run.config, run={"seed": seed}), folder), run.config
+    return Ground(run, run.config.replace(run={"seed": seed}), folder), run.config
 
 
 def test_a_recipe_of_ones_own_brings_its_teacher_to_a_comparison(tmp_path):
@@ -157,7 +156,7 @@ def test_a_fine_tuning_builds_on_runs_that_build_on_others(tmp_path):
 
 def test_table_3_is_the_papers():
     """Rows of the DeiT paper's Table 3: the first three have no distillation token."""
-    config = derive(digits(), student={"name": "deit_tiny"})
+    config = digits().replace(student={"name": "deit_tiny"})
     arms = STUDIES["table-3"](config)
     told = {
         name: (arm.student.name, arm.loss.kind, arm.loss.through if arm.loss.kind != "none" else "")
@@ -219,7 +218,7 @@ def test_table_8_changes_one_thing_at_a_time():
 @pytest.mark.parametrize(("independent", "decay"), [(False, 0.05), (True, 1e-3)])
 def test_its_sgd_decays_as_its_adamw_does(independent, decay):
     """Without gradients, once momentum has gathered: the same share of the weights an update."""
-    config = derive(digits(), optim={"independent_decay": independent, "weight_decay": decay})
+    config = digits().replace(optim={"independent_decay": independent, "weight_decay": decay})
     arms = STUDIES["table-8"](config)
     shares = []
     for arm in ("DeiT", "SGD"):
@@ -245,6 +244,6 @@ def test_a_comparison_trains_the_teachers_that_a_study_names(name):
     sources = {arm: ground.laid(one).teacher.source for arm, one in arms.items()}
     assert sources["transformer"] == (f"out/{name}-transformer-teacher",)
     assert ground.teachers == set(ground.runs) >= {f"{name}-teacher"}
-    typed = derive(config, teacher={"source": ("mine",)})
+    typed = config.replace(teacher={"source": ("mine",)})
     ground = Ground(run, typed, Path("out"), arms=arms.values())
     assert ground.laid(arms["transformer"]).teacher.source == arms["transformer"].teacher.source

@@ -6,7 +6,6 @@ import re
 import pytest
 
 from deit import checkpoint, journal
-from deit.config import derive
 from deit.formats import FORMATS
 from deit.recipes import digits, digits_teacher
 from deit.run import train
@@ -24,7 +23,7 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest():
 
 def test_a_run_ends_with_its_numbers_and_what_could_be_next(tmp_path, capsys):
     pytest.importorskip("sklearn")
-    config = derive(digits_teacher(), optim={"epochs": 4, "warmup_epochs": 1})
+    config = digits_teacher().replace(optim={"epochs": 4, "warmup_epochs": 1})
     train(config, tmp_path / "my run")
     said = capsys.readouterr().out
     result = checkpoint.result_of(tmp_path / "my run")
@@ -99,7 +98,7 @@ def test_the_use_that_is_named_takes_the_student(tmp_path, capsys, student, use)
     """timm is not named for what it cannot build."""
     result = {"epochs": 1, "seconds": 1.0, "skipped": 0, "best": {"top1": 0.5, "epoch": 1}}
     (tmp_path / journal.METRICS).touch()
-    config = derive(digits(), student=student)
+    config = digits().replace(student=student)
     print_summary(summary_of(config, tmp_path, result))
     assert f"deit {use.format(tmp_path)} " in capsys.readouterr().out
 
@@ -109,6 +108,6 @@ def test_a_use_names_the_packages_it_lacks(lacks, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("deit.summary.find_spec", lambda name: None if name == lacks else object())
     result = {"epochs": 1, "seconds": 1.0, "skipped": 0, "best": {"top1": 0.5, "epoch": 1}}
     (tmp_path / journal.METRICS).touch()
-    config = derive(digits(), student={"name": "small_convnet"})
+    config = digits().replace(student={"name": "small_convnet"})
     print_summary(summary_of(config, tmp_path, result))
     assert ("pip install 'deit[export]'" in capsys.readouterr().out) == (lacks is not None)

@@ -13,7 +13,6 @@ from PIL import Image
 
 from deit import charts, checkpoint, journal, shared_targets, sweep_training
 from deit.at_once import Failed, Planned
-from deit.config import derive
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, EnvironmentFault
 from deit.finished import Finished
@@ -353,7 +352,7 @@ def test_what_fails_stops_only_the_runs_that_need_it(tmp_path, monkeypatch):
     monkeypatch.setattr(shared_targets, "write", written.append)
 
     def one(name, **sections):
-        return Planned(name, derive(digits(), **sections), tmp_path / name)
+        return Planned(name, digits().replace(**sections), tmp_path / name)
 
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     below = [
@@ -362,7 +361,7 @@ def test_what_fails_stops_only_the_runs_that_need_it(tmp_path, monkeypatch):
         one("larger", start={"source": first}, teacher={"source": ()}),
     ]
     stores = [
-        Store(tmp_path / name, derive(digits(), teacher={"source": (teacher,)}), 1, "full", None)
+        Store(tmp_path / name, digits().replace(teacher={"source": (teacher,)}), 1, "full", None)
         for name, teacher in (("of-first", first), ("of-second", second))
     ]
     labels = dataclasses.replace(digits(), loss=OBJECTIVES["none"])
@@ -372,7 +371,7 @@ def test_what_fails_stops_only_the_runs_that_need_it(tmp_path, monkeypatch):
         one("c", teacher={"source": (first,)}),
         one("d", teacher={"source": (second,)}),
         one("e", start={"source": str(tmp_path / "larger")}, teacher={"source": (second,)}),
-        Planned("f", derive(labels, teacher={"source": (first,)}), tmp_path / "f"),
+        Planned("f", labels.replace(teacher={"source": (first,)}), tmp_path / "f"),
     ]
     mishaps = train_all(work(below, stores, runs), finished=Finished(), at_once=1, retries=1)
     assert asked == [["first"], ["second"], ["b", "d", "f"]]
@@ -393,7 +392,7 @@ def test_a_store_that_cannot_be_written_stops_only_its_runs(tmp_path, monkeypatc
         raise EnvironmentFault("no space left")
 
     monkeypatch.setattr(shared_targets, "write", fails)
-    taught = derive(digits(), teacher={"targets": (str(tmp_path / "store"),)})
+    taught = digits().replace(teacher={"targets": (str(tmp_path / "store"),)})
     runs = [Planned("a", taught, tmp_path / "a"), Planned("b", digits(), tmp_path / "b")]
     store = Store(tmp_path / "store", digits(), 1, "full", None)
     mishaps = train_all(work([], [store], runs), finished=Finished(), at_once=1, retries=1)
@@ -406,7 +405,7 @@ def test_a_store_that_cannot_be_written_stops_only_its_runs(tmp_path, monkeypatc
 def test_one_process_evaluates_runs_of_several_precisions():
     """As a sweep over run.precision does; Accelerate by itself knows only the first."""
     for precision, name in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
-        config = derive(digits(), run={"precision": precision, "device": "cpu"})
+        config = digits().replace(run={"precision": precision, "device": "cpu"})
         assert create_accelerator(config.run).mixed_precision == name
 
 

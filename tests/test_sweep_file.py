@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deit.arguments import parse_run
-from deit.config import derive, label_weight, to_dict
+from deit.config import label_weight, to_dict
 from deit.errors import ConfigError
 from deit.recipes import RECIPES, digits, digits_ensemble
 from deit.studies import STUDIES
@@ -44,7 +44,7 @@ def test_a_grid_is_every_combination_the_last_field_fastest(tmp_path):
     assert told == [(1, 1e-3), (1, 2e-3), (3, 1e-3), (3, 2e-3)]
     assert points[1].name == "temperature 1, lr 2e-3"
     assert points[1].values == {"loss.temperature": "1", "optim.lr": "2e-3"}
-    same = derive(digits(), loss={"temperature": 1.0}, optim={"lr": 2e-3})
+    same = digits().replace(loss={"temperature": 1.0}, optim={"lr": 2e-3})
     assert points[1].config == same
 
 
@@ -63,7 +63,7 @@ def test_runs_are_trained_for_each_combination(tmp_path):
     ]
     assert [point.config.loss.kind for point in points[:3]] == ["none", "hard", "soft"]
     assert points[4].config.optim.epochs == 7
-    assert points[5].config == derive(digits(), data={"split_seed": 4})
+    assert points[5].config == digits().replace(data={"split_seed": 4})
 
 
 def test_a_list_of_runs_is_called_by_what_they_change(tmp_path):
@@ -256,7 +256,7 @@ def test_every_point_that_cannot_be_is_named_at_once(tmp_path):
 
 def test_the_command_line_goes_over_runs_and_not_over_what_varies(tmp_path):
     asked = digits()
-    typed = derive(asked, optim={"epochs": 3, "warmup_epochs": 1})
+    typed = asked.replace(optim={"epochs": 3, "warmup_epochs": 1})
     sweep = read(tmp_path, "runs: {a: {optim.epochs: 70, optim.lr: 1.0e-2}, b: {}}")
     points = points_of(under_command_line(sweep, asked, typed), typed)
     assert [point.config.optim.epochs for point in points] == [3, 3]
@@ -273,7 +273,7 @@ def test_the_corners_of_a_search_go_together_with_what_they_need(tmp_path):
         "student.embed_dim: [96, 100], student.num_heads: [4, 5], optim.lr: {low: 1e-3, high: 1}"
     )
     sweep = read(tmp_path, f"search: {{fields: {{{fields}}}}}")
-    wide = derive(digits(), student={"embed_dim": 96, "num_heads": 4})
+    wide = digits().replace(student={"embed_dim": 96, "num_heads": 4})
     found = corners_of(sweep, wide)
     assert [point.name for point in found] == [
         *("the first", "embed dim 96", "embed dim 100", "num heads 4", "num heads 5"),

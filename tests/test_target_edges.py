@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from deit.announce import report
 from deit.checkpoint import newest
-from deit.config import LossConfig, derive
+from deit.config import LossConfig
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError, DataError
@@ -70,8 +70,7 @@ def constant(tmp_path):
 def test_crops_of_images_that_workers_read(workers, constant, tmp_path):
     """Several blocks: while one is read, its further crops are read as well."""
     images = write_class_folders(tmp_path / "data", number=24, size=(12, 12))
-    config = derive(
-        digits(),
+    config = digits().replace(
         data={"source": "folder", "root": str(images), "storage": "files", "workers": workers},
         views=TEACHING["fix/ic_ens"].fields(dataclasses.asdict(digits().views)),
         teacher={"source": (constant(3),), "allow_weak": True},
@@ -79,7 +78,7 @@ def test_crops_of_images_that_workers_read(workers, constant, tmp_path):
         optim={"epochs": 1, "warmup_epochs": 0, "batch_size": 4},
         run={"evaluation_batch": 4},
     )
-    config = derive(config, views={"teacher_crops": 3})
+    config = config.replace(views={"teacher_crops": 3})
     write_targets(config, tmp_path / "store")
     opened = open_store(tmp_path / "store")
     assert opened.layout.places > 8
@@ -97,10 +96,10 @@ def test_crops_of_images_that_workers_read(workers, constant, tmp_path):
     ],
 )
 def test_what_is_written_by_default_can_be_trained_from(loss, expected):
-    config = derive(configuration("a"), loss={"kind": "soft", **loss})
+    config = configuration("a").replace(loss={"kind": "soft", **loss})
     loader = SimpleNamespace(places=500)
     assert _layout(config, loader, 101, None, None).records == expected
-    several = derive(config, teacher={"source": ("a", "b"), "combine": "logits"})
+    several = config.replace(teacher={"source": ("a", "b"), "combine": "logits"})
     assert _layout(several, loader, 101, None, None).records in ("full", "hard")
 
 
@@ -115,8 +114,7 @@ def test_records_that_the_objective_cannot_use_are_not_written(records, teachers
 @pytest.fixture(scope="module")
 def sizes(teachers, tmp_path_factory):
     """Two teachers of digits at 8 and at 16 px."""
-    larger = derive(
-        digits_teacher(),
+    larger = digits_teacher().replace(
         student={"image_size": 16},
         data={"image_size": 16, "train_fraction": 0.3},
         optim={"epochs": 3},
@@ -126,8 +124,7 @@ def sizes(teachers, tmp_path_factory):
 
 @pytest.mark.parametrize("combine", ["tokens", "probabilities"])
 def test_stores_of_teachers_of_two_sizes_are_used_together(combine, sizes, tmp_path, capsys):
-    config = derive(
-        digits_ensemble(),
+    config = digits_ensemble().replace(
         data={"image_size": 16, "train_fraction": 0.2},
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
         teacher={"source": sizes, "combine": combine},
@@ -135,7 +132,7 @@ def test_stores_of_teachers_of_two_sizes_are_used_together(combine, sizes, tmp_p
         loss=OBJECTIVES["deit-hard" if combine == "tokens" else "deit-soft"],
     )
     if combine != "tokens":
-        config = derive(config, student={"distillation_tokens": 1})
+        config = config.replace(student={"distillation_tokens": 1})
     stores = []
     for number in (1, 2):
         stores.append(str(tmp_path / f"store{number}"))
@@ -145,7 +142,7 @@ def test_stores_of_teachers_of_two_sizes_are_used_together(combine, sizes, tmp_p
     train(config, tmp_path / "online")
     expected = load_file(newest(tmp_path / "online") / "model.safetensors")
     for name, targets in {"stored": tuple(stores), "half": ("none", stores[1])}.items():
-        train(derive(config, teacher={"targets": targets}), tmp_path / name)
+        train(config.replace(teacher={"targets": targets}), tmp_path / name)
         for key, value in load_file(newest(tmp_path / name) / "model.safetensors").items():
             if combine == "tokens":  # hard labels: the very same training
                 assert torch.equal(value, expected[key])
@@ -207,7 +204,7 @@ def test_a_teacher_that_is_there_but_another_is_not_passed_over(
     tmp_path,
     capsys,
 ):
-    of_three = derive(configuration(constant(3)), teacher={"targets": (str(store),)})
+    of_three = configuration(constant(3)).replace(teacher={"targets": (str(store),)})
     with raises(DataError, "of3.py", "--teacher.classes"):
         check(of_three)
     broken = tmp_path / "broken"
@@ -216,8 +213,8 @@ def test_a_teacher_that_is_there_but_another_is_not_passed_over(
     size = weights.stat().st_size
     weights.write_bytes(b"rubb")
     with raises(CheckpointError, weights, f"{size}"):
-        check(derive(configuration(str(broken)), teacher={"targets": (str(store),)}))
-    gone = derive(configuration("gone/teacher"), teacher={"targets": (str(store),)})
+        check(configuration(str(broken)).replace(teacher={"targets": (str(store),)}))
+    gone = configuration("gone/teacher").replace(teacher={"targets": (str(store),)})
     capsys.readouterr()
     check(gone)
     assert "gone/teacher" in capsys.readouterr().err
@@ -233,19 +230,18 @@ def test_a_run_goes_on_with_its_store_elsewhere(store, teachers, tmp_path):
 
 
 def test_only_the_proportion_of_the_weights_counts(teachers, tmp_path):
-    config = derive(
-        quick(configuration(teachers[0])),
+    config = quick(configuration(teachers[0])).replace(
         teacher={"source": tuple(teachers), "weight": (3.0, 1.0), "combine": "logits"},
     )
     write_targets(config, tmp_path / "store")
-    other = derive(config, teacher={"weight": (0.3, 0.1)})
+    other = config.replace(teacher={"weight": (0.3, 0.1)})
     assert check(with_targets(other, tmp_path / "store"))
 
 
 def test_every_process_stops_at_a_damaged_store(store, tmp_path):
     copy = copied(store, tmp_path)
     flipped(copy / TARGETS, 500)
-    config = derive(with_targets(configuration("none"), copy), teacher={"source": ()})
+    config = with_targets(configuration("none"), copy).replace(teacher={"source": ()})
     faculty, splits = Faculty(config), load_splits(config.data)
     loader, _ = faculty.load(splits, create_accelerator(config.run))
 
@@ -311,19 +307,19 @@ def test_a_missing_file_of_a_store_is_named(store, tmp_path):
 
 
 def test_an_ensemble_study_needs_a_store_for_each():
-    config = derive(digits_ensemble(), teacher={"targets": ("both",), "combine": "logits"})
+    config = digits_ensemble().replace(teacher={"targets": ("both",), "combine": "logits"})
     with raises(ConfigError, "--study ensemble", "--only 1"):
-        STUDIES["ensemble"](derive(config, student={"distillation_tokens": 1}))
+        STUDIES["ensemble"](config.replace(student={"distillation_tokens": 1}))
 
 
 def test_standardised_logits_have_no_mean_of_probabilities():
     soft = dataclasses.replace(OBJECTIVES["deit-soft"], standardise=True)
-    config = derive(digits_ensemble(), loss=soft)
+    config = digits_ensemble().replace(loss=soft)
     assert validate(config)  # a token each
-    one = derive(config, student={"distillation_tokens": 1})
-    assert validate(derive(one, teacher={"combine": "logits"}))
+    one = config.replace(student={"distillation_tokens": 1})
+    assert validate(one.replace(teacher={"combine": "logits"}))
     with raises(ConfigError, "loss.standardise", "teacher.combine"):
-        validate(derive(one, teacher={"combine": "probabilities"}))
+        validate(one.replace(teacher={"combine": "probabilities"}))
 
 
 def test_a_term_without_weight_is_not_shown(capsys):

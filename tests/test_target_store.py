@@ -23,7 +23,7 @@ from torch import nn
 from deit import targets
 from deit.checkpoint import newest
 from deit.cli import run_command
-from deit.config import StudentConfig, derive, to_dict
+from deit.config import StudentConfig, to_dict
 from deit.errors import CheckpointError, ConfigError, DataError, NumericsError
 from deit.keys import permutation
 from deit.models.teachers import Teacher
@@ -350,7 +350,7 @@ def test_another_teacher_is_refused(store, teachers):
 
 
 def test_another_normalisation_is_refused(store, teachers):
-    config = derive(configuration(teachers[0]), teacher={"mean": (0.5,) * 3, "std": (0.5,) * 3})
+    config = configuration(teachers[0]).replace(teacher={"mean": (0.5,) * 3, "std": (0.5,) * 3})
     with raises(DataError, f"teacher.targets {store}", "teacher.1.mean"):
         check(with_targets(config, store))
 
@@ -468,7 +468,7 @@ def test_hard_targets_train_to_the_same_bits_as_the_teacher_itself(
 ):
     stored = with_targets(quick(configuration(teachers[0])), store)
     if source == "without":
-        stored = derive(stored, teacher={"source": ()})
+        stored = stored.replace(teacher={"source": ()})
     capsys.readouterr()
     train(stored, tmp_path / "stored")
     said = capsys.readouterr().out
@@ -526,8 +526,7 @@ def test_hard_records_refuse_what_they_cannot_give(store, teachers):
     config = with_targets(configuration(teachers[0], loss=OBJECTIVES["deit-soft"]), store)
     with raises(ConfigError, f"teacher.targets {store}", "loss.kind", "'soft'", "--records full"):
         open_stores(config)
-    both = derive(
-        configuration(teachers[0]),
+    both = configuration(teachers[0]).replace(
         teacher={"source": tuple(teachers), "targets": (str(store), str(store))},
     )
     with raises(ConfigError, f"teacher.targets {store}", "teacher.combine", "--records full"):
@@ -536,7 +535,7 @@ def test_hard_records_refuse_what_they_cannot_give(store, teachers):
 
 def test_top_k_refuses_a_temperature(teachers, tmp_path):
     config = configuration(teachers[0], loss=OBJECTIVES["deit-soft"])
-    plain = derive(config, loss={"temperature": 1.0})
+    plain = config.replace(loss={"temperature": 1.0})
     write_targets(plain, tmp_path / "top", epochs=1, records="top-3")
     where = f"teacher.targets {tmp_path / 'top'}"
     with raises(ConfigError, where, "loss.temperature", "--records full"):
@@ -545,33 +544,30 @@ def test_top_k_refuses_a_temperature(teachers, tmp_path):
 
 
 def test_a_store_of_a_mean_of_probabilities_refuses_another_temperature(teachers, tmp_path):
-    config = derive(
-        configuration(teachers[0], loss=OBJECTIVES["deit-soft"]),
+    config = configuration(teachers[0], loss=OBJECTIVES["deit-soft"]).replace(
         teacher={"source": tuple(teachers)},
     )
     temperature = f"{config.loss.temperature:g}"
     with raises(ConfigError, f"loss.temperature = {temperature}", "--teacher.combine logits"):
         write_targets(config, tmp_path / "mean", epochs=1)
-    write_targets(derive(config, loss={"temperature": 1.0}), tmp_path / "mean", epochs=1)
-    alone = derive(config, teacher={"source": (), "targets": (str(tmp_path / "mean"),)})
+    write_targets(config.replace(loss={"temperature": 1.0}), tmp_path / "mean", epochs=1)
+    alone = config.replace(teacher={"source": (), "targets": (str(tmp_path / "mean"),)})
     where = f"teacher.targets {tmp_path / 'mean'}"
     with raises(ConfigError, where, f"loss.temperature {temperature}", "--teacher.combine logits"):
         open_stores(alone)
-    assert check(derive(alone, loss={"temperature": 1.0}, optim={"epochs": 1, "warmup_epochs": 0}))
+    assert check(alone.replace(loss={"temperature": 1.0}, optim={"epochs": 1, "warmup_epochs": 0}))
 
 
 @pytest.mark.parametrize("combine", ["probabilities", "logits", "tokens"])
 def test_an_ensemble_from_stores_is_the_ensemble_online(combine, teachers, tmp_path):
     soft = dataclasses.replace(OBJECTIVES["deit-soft"], temperature=2.0)
-    config = derive(
-        quick(configuration(teachers[0], loss=soft)),
+    config = quick(configuration(teachers[0], loss=soft)).replace(
         student={"distillation_tokens": 2 if combine == "tokens" else 1},
         teacher={"source": tuple(teachers), "weight": (0.7, 0.3), "combine": combine},
     )
     stores = []
     for number, teacher in enumerate(teachers):
-        alone = derive(
-            config,
+        alone = config.replace(
             teacher={"source": (teacher,), "weight": (), "combine": "probabilities"},
             student={"distillation_tokens": 1},
         )
@@ -589,8 +585,7 @@ def test_an_ensemble_from_stores_is_the_ensemble_online(combine, teachers, tmp_p
 
 
 def test_one_store_of_what_several_say_together_is_the_ensemble_online(teachers, tmp_path, capsys):
-    config = derive(
-        quick(configuration(teachers[0], loss=OBJECTIVES["deit-soft"])),
+    config = quick(configuration(teachers[0], loss=OBJECTIVES["deit-soft"])).replace(
         teacher={"source": tuple(teachers), "weight": (2.0, 1.0), "combine": "logits"},
     )
     write_targets(config, tmp_path / "together")
@@ -602,11 +597,11 @@ def test_one_store_of_what_several_say_together_is_the_ensemble_online(teachers,
     assert re.search(r"(?m)^teachers\b.*\b143\b", said)
     for ours, theirs in zip(last_rows(tmp_path / "stored"), last_rows(tmp_path / "online")):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
-    other = derive(config, teacher={"weight": (1.0, 1.0)})
+    other = config.replace(teacher={"weight": (1.0, 1.0)})
     with raises(DataError, f"teacher.targets {tmp_path / 'together'}") as refused:
         check(with_targets(other, tmp_path / "together"))
     assert_differs(refused, "weight", "[0.666666667, 0.333333333]", "[0.5, 0.5]")
-    turned = derive(config, teacher={"source": tuple(reversed(teachers))})
+    turned = config.replace(teacher={"source": tuple(reversed(teachers))})
     with raises(DataError, "teacher.1.weights", "teacher.2.weights"):
         check(with_targets(turned, tmp_path / "together"))
 
@@ -616,7 +611,7 @@ def test_probabilities_that_are_not_the_teachers_are_noticed(teachers, tmp_path)
     config = quick(configuration(teachers[0], loss=OBJECTIVES["deit-soft"]))
     for records in ("full", "top-3"):
         store = tmp_path / records
-        plain = derive(config, loss={"temperature": 1.0})
+        plain = config.replace(loss={"temperature": 1.0})
         write_targets(plain, store, records=records)
         assert check(with_targets(plain, store))
 
@@ -633,7 +628,7 @@ def test_probabilities_that_are_not_the_teachers_are_noticed(teachers, tmp_path)
 def test_training_reads_the_checksums_before_its_first_step(place, store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     flipped(copy / TARGETS, place)
-    config = derive(configuration(teachers[0]), teacher={"source": ()})
+    config = configuration(teachers[0]).replace(teacher={"source": ()})
     with raises(CheckpointError, copy / TARGETS) as refused:
         train(with_targets(config, copy), tmp_path / "run")
     assert_names_unit(refused, place // LEAST_ROWS, copy)
@@ -781,8 +776,7 @@ def test_what_cannot_be_written_is_refused(teachers, tmp_path):
     config = configuration(teachers[0])
     with raises(ConfigError, "loss.kind", "'none'"):
         write_targets(dataclasses.replace(config, loss=OBJECTIVES["none"]), tmp_path / "s")
-    several = derive(
-        config,
+    several = config.replace(
         teacher={"source": tuple(teachers), "combine": "tokens"},
         student={"distillation_tokens": 2},
     )
@@ -793,7 +787,7 @@ def test_what_cannot_be_written_is_refused(teachers, tmp_path):
     assert numbers_in(str(refused.value)) == ["10", "10"]  # answers, of as many classes
     views = TEACHING["fix/cc"].fields(to_dict(config)["views"])
     with raises(ConfigError, "--epochs 4", "views.teacher_view center"):
-        write_targets(derive(config, views=views), tmp_path / "s", epochs=4)
+        write_targets(config.replace(views=views), tmp_path / "s", epochs=4)
     assert not (tmp_path / "s").exists()
 
 

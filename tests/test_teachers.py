@@ -10,7 +10,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from deit.config import Config, StudentConfig, TeacherConfig, derive
+from deit.config import Config, StudentConfig, TeacherConfig
 from deit.errors import ConfigError, DataError, NotThereError
 from deit.models.saved import Facts, build_student, save_student
 from deit.models.teachers import ASSUMED, Origin, Teacher, locate
@@ -26,7 +26,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 def load_teacher(config, class_names, image_size=16):
-    (member,) = members(validate(derive(Config(), teacher=asdict(config))).teacher)
+    (member,) = members(validate(Config().replace(teacher=asdict(config))).teacher)
     return load_teacher_at(member, class_names, image_size=image_size)
 
 
@@ -383,12 +383,12 @@ def test_of_several_teachers_each_has_its_classes():
         (("x",), ("natual",), "natual"),
     ):
         with raises(ConfigError, "teacher.classes") as refused:
-            validate(derive(Config(), teacher={"source": source, "classes": classes}))
+            validate(Config().replace(teacher={"source": source, "classes": classes}))
         problem = refused.value.problems[0]
         assert (problem.field, problem.value) == ("teacher.classes", wrong)
         if wrong == "natual":
             assert problem.hint.endswith("natural?")
-    none = validate(derive(Config(), teacher={"source": ("x",), "classes": "none"}))
+    none = validate(Config().replace(teacher={"source": ("x",), "classes": "none"}))
     assert none.teacher.classes == ()
 
 

@@ -15,7 +15,6 @@ from deit import checkpoint, journal, manifest, tickets
 from deit.arguments import RunArguments
 from deit.at_once import Failed
 from deit.cli import run_command
-from deit.config import derive
 from deit.console import clock
 from deit.errors import CheckpointError
 from deit.ground import Ground
@@ -48,7 +47,7 @@ TRAINED = ("model", "average", "optimizer", "masks")
 
 
 def planned(tmp_path, config=None, **asked):
-    config = config or derive(digits(), optim={"epochs": 10, "warmup_epochs": 2})
+    config = config or digits().replace(optim={"epochs": 10, "warmup_epochs": 2})
     plan = plan_of(Asked(**asked), config, updates=4)
     return plan, tickets_of(plan, config, 3, tmp_path)
 
@@ -99,7 +98,7 @@ def test_controls_only_where_they_are_asked_for(tmp_path):
 
 def test_fine_tuned_tickets_start_where_their_dense_run_does(tmp_path):
     start = {"source": "weights.pth", "heads": "new", "kernel": "timm"}
-    config = derive(digits(), start=start)
+    config = digits().replace(start=start)
     _, found = planned(tmp_path, config, levels=1, rewind=0)
     starts = {one.kind: one.run.config.start for one in found}
     assert starts["dense"] == config.start
@@ -110,7 +109,7 @@ def test_fine_tuned_tickets_start_where_their_dense_run_does(tmp_path):
 
 
 def test_all_runs_of_a_seed_ask_their_teacher_the_same(tmp_path):
-    config = derive(digits(), views={"mean": (0.1,) * 3, "std": (0.3,) * 3})
+    config = digits().replace(views={"mean": (0.1,) * 3, "std": (0.3,) * 3})
     _, found = planned(tmp_path, config, levels=2)
     assert len({json.dumps(question_of(one.run.config)) for one in found}) == 1
 
@@ -309,7 +308,7 @@ def test_a_level_that_fails_bars_those_behind_it_of_its_seed(monkeypatch, tmp_pa
 
     monkeypatch.setattr(tickets, "train_all", train_all)
     monkeypatch.setattr(tickets, "write_masks", lambda ticket, plan: None)
-    config = derive(digits(), optim={"epochs": 10, "warmup_epochs": 2})
+    config = digits().replace(optim={"epochs": 10, "warmup_epochs": 2})
     plan = plan_of(Asked(levels=3, controls=(RANDOM,)), config, updates=4)
     found = [one for seed in (0, 1) for one in tickets_of(plan, config, seed, tmp_path)]
     runs = [one.run for one in found]

@@ -8,7 +8,7 @@ import sqlite3
 import pytest
 
 from deit import journal, trackers
-from deit.config import Trackers, derive
+from deit.config import Trackers
 from deit.console import say
 from deit.errors import EnvironmentFault, Stopped
 from deit.recipes import digits_teacher
@@ -20,13 +20,12 @@ NAMES = Trackers.__args__[0].__args__[0].__args__
 
 
 def config(*names, **sections):
-    small = derive(
-        digits_teacher(),
+    small = digits_teacher().replace(
         data={"train_fraction": 0.2},
         optim={"epochs": 3, "warmup_epochs": 1},
         run={"trackers": names, "evaluate_every": 1},
     )
-    return derive(small, **sections)
+    return small.replace(**sections)
 
 
 def scalars(folder):

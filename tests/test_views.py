@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms import functional
 
-from deit.config import Crop, Fill, ViewsConfig, derive
+from deit.config import Crop, Fill, ViewsConfig
 from deit.datasets.views import (
     Colours,
     apply_erasing,
@@ -37,7 +37,7 @@ COLOURS = Colours((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
 def everything(**changes):
     """The views of the digits recipe with every augmentation of a preset switched on."""
     fields = {**AUGMENTATIONS["deit"], "rotation": 10, "color_jitter": 0.2, **changes}
-    return derive(digits(), views={**fields, "flip": 0.5}).views
+    return digits().replace(views={**fields, "flip": 0.5}).views
 
 
 def seen(pixels, keys, views, size):
@@ -162,7 +162,7 @@ def test_unit_is_the_level_over_255():
 @pytest.mark.parametrize("preset", AUGMENTATIONS)
 def test_a_view_is_a_function_of_seed_epoch_sample_and_repeat_to_the_bit(preset, crop):
     fields = {**AUGMENTATIONS[preset], "crop": crop, "rotation": 10}
-    views = derive(digits(), views=fields).views
+    views = digits().replace(views=fields).views
     pixels = pixels_of([image.resize((40, 40)) for image in real_images()]).repeat(2, 1, 1, 1)
     samples = torch.arange(24)
 

@@ -5,7 +5,6 @@ from dataclasses import asdict
 
 from deit import checkpoint, journal
 from deit.at_once import Planned
-from deit.config import derive
 from deit.recipes import digits
 from deit.search import Search
 from deit.sweep_file import Space, Span
@@ -15,7 +14,7 @@ LR = {"optim.lr": Span(1e-4, 1e-1, log=True)}
 
 def opened(out, *, trials=8, fields=LR, prune=True, epochs=8, of="this", retries=0, plan=None):
     """plan: which run a point is; None: one in a folder of the point's name."""
-    base = derive(digits(), optim={"epochs": epochs, "warmup_epochs": 1})
+    base = digits().replace(optim={"epochs": epochs, "warmup_epochs": 1})
     space = Space(fields, trials, prune)
 
     def by_name(point):

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from deit import journal
-from deit.config import derive
 from deit.presets import OBJECTIVES
 from deit.recipes import digits
 from tests.helpers.command_server import Done, Zygote
@@ -63,12 +62,11 @@ ON_PICTURES = (
 
 
 def two_epochs(**sections):
-    small = derive(
-        digits(),
+    small = digits().replace(
         data={"train_fraction": 0.2},
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
         teacher={"source": ()},
         loss=OBJECTIVES["none"],
         optim={"epochs": 2, "warmup_epochs": 1},
     )
-    return derive(small, **sections)
+    return small.replace(**sections)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from deit import targets
-from deit.config import derive
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
 from deit.presets import OBJECTIVES
@@ -33,14 +32,13 @@ def teachers(tmp_path_factory):
     """Two teachers of digits, of two seeds."""
     place = tmp_path_factory.mktemp("teachers")
     for seed in (0, 1):
-        config = derive(digits_teacher(), optim={"epochs": 3}, run={"seed": seed})
+        config = digits_teacher().replace(optim={"epochs": 3}, run={"seed": seed})
         trained(config, place / str(seed))
     return [str(place / str(seed)) for seed in (0, 1)]
 
 
 def configuration(teacher, **sections):
-    config = derive(
-        digits(),
+    config = digits().replace(
         data={"train_fraction": 0.25},
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
         optim={"epochs": EPOCHS, "warmup_epochs": 1},
@@ -48,7 +46,7 @@ def configuration(teacher, **sections):
         teacher={"source": (teacher,)},
         loss=OBJECTIVES["deit-hard"],
     )
-    return derive(config, **sections)
+    return config.replace(**sections)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +67,7 @@ def copied(store, tmp_path):
 
 
 def with_targets(config, *stores):
-    return derive(config, teacher={"targets": tuple(map(str, stores))})
+    return config.replace(teacher={"targets": tuple(map(str, stores))})
 
 
 def check(config):
@@ -89,4 +87,4 @@ def flipped(path, place):
 
 
 def quick(config, **sections):
-    return derive(config, optim={"epochs": 2}, **sections)
+    return config.replace(optim={"epochs": 2}, **sections)
