@@ -27,7 +27,7 @@ from torch import Tensor
 from torchvision.transforms import functional as transforms
 
 from deit.console import progress
-from deit.datasets.images import Encoded, Images
+from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.errors import DataError
 from deit.threads import threads
 
@@ -217,7 +217,7 @@ def square_of(picture: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
-def decode_all(images: Encoded, size: int, title: str) -> Images:
+def decode_all(images: EncodedImages, size: int, title: str) -> InMemoryImages:
     """Decode a whole split into memory, in threads. Raises DataError at an unreadable image.
 
     title: what the progress bar says.
@@ -229,7 +229,7 @@ def decode_all(images: Encoded, size: int, title: str) -> Images:
 
     for _ in in_threads(decode, range(len(pixels)), title):
         pass
-    return Images(pixels, images.labels)
+    return InMemoryImages(pixels, images.labels)
 
 
 _WINDOW = 1024

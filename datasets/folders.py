@@ -5,27 +5,27 @@ from pathlib import Path
 
 from deit.config import DataConfig
 from deit.datasets.listing import (
-    Complain,
     Folder,
-    Found,
     Listing,
+    OnProblem,
     PassedOver,
+    SplitListing,
     check_root,
     ending_of,
     find_images,
     instead,
     is_image,
-    known,
     listed,
     look_into,
     refuse,
+    resolve_classes,
     split_folders,
 )
 from deit.datasets.stores import FolderStore
 from deit.errors import DataError
 
 
-def list_folder(config: DataConfig, keep: tuple[str, ...], complain: Complain = refuse) -> Listing:
+def list_folder(config: DataConfig, keep: tuple[str, ...], complain: OnProblem = refuse) -> Listing:
     """Images in class folders: ROOT/train/CLASS/*, or ROOT/CLASS/* without splits.
 
     A validation and a test split are optional. A labelled validation split without a test is the
@@ -42,7 +42,7 @@ def list_folder(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
         for split, folder in split_folders(root, passed, complain).items()
     }
     classes = tuple(splits["train"][1])
-    wanted = tuple(name for name in classes if not keep or name in known(keep, classes))
+    wanted = tuple(name for name in classes if not keep or name in resolve_classes(keep, classes))
     found = {}
     for split, (folder, here) in splits.items():
         for name in wanted:
@@ -59,7 +59,7 @@ def list_folder(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
                 complain(f"{inside.path}: no images in this class folder{instead(others)}")
             images += [f"{name}/{path}" for path in members]
             passed.files.update(others.files)
-        found[split] = Found(folder, [path.split("/")[0] for path in images], images)
+        found[split] = SplitListing(folder, [path.split("/")[0] for path in images], images)
     paths = [
         os.path.relpath(folder / path, root)
         for (folder, _), split in zip(splits.values(), found.values())
@@ -68,7 +68,7 @@ def list_folder(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     return listed(FolderStore(root, paths), found, wanted, passed)
 
 
-def _class_folders(folder: Folder, passed: PassedOver, complain: Complain) -> dict[str, Folder]:
+def _class_folders(folder: Folder, passed: PassedOver, complain: OnProblem) -> dict[str, Folder]:
     """The folders of the classes by name. Raises DataError where there is none."""
     classes, files = look_into(folder, passed, complain)
     if not classes:

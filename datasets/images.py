@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
-class Images(NamedTuple):
+class InMemoryImages(NamedTuple):
     """Labelled images in memory.
 
     pixels: uint8 [number, 3, size, size].
@@ -19,12 +19,12 @@ class Images(NamedTuple):
         """What a person finds an image of this split by."""
         return f"image {index}"
 
-    def select(self, which: Tensor) -> "Images":
+    def select(self, which: Tensor) -> "InMemoryImages":
         """Some of the images: bool [number], or int64 positions in any order."""
-        return Images(self.pixels[which], self.labels[which])
+        return InMemoryImages(self.pixels[which], self.labels[which])
 
 
-class Store(Protocol):
+class ImageStore(Protocol):
     """Where encoded images lie, by position. Holds no open file, so that it may be sent to other
     processes, forked or spawned, and be read by many threads."""
 
@@ -43,7 +43,7 @@ class Store(Protocol):
         """Bytes of the encoded image, 0 where it is not known without reading."""
 
 
-class Encoded(NamedTuple):
+class EncodedImages(NamedTuple):
     """Labelled images that stay encoded until they are needed.
 
     labels: int64 [number], an index into the class names.
@@ -51,17 +51,17 @@ class Encoded(NamedTuple):
     """
 
     labels: Tensor
-    store: Store
-    rows: Tensor
+    store: ImageStore
+    positions: Tensor
 
-    def select(self, which: Tensor) -> "Encoded":
+    def select(self, which: Tensor) -> "EncodedImages":
         """Some of the images: bool [number], or int64 positions in any order."""
-        return Encoded(self.labels[which], self.store, self.rows[which])
+        return EncodedImages(self.labels[which], self.store, self.positions[which])
 
     def read(self, index: int) -> bytes:
         """The encoded bytes of an image of this split. Raises DataError naming it."""
-        return self.store.read(int(self.rows[index]))
+        return self.store.read(int(self.positions[index]))
 
     def name(self, index: int) -> str:
         """What a person finds an image of this split by."""
-        return self.store.name(int(self.rows[index]))
+        return self.store.name(int(self.positions[index]))

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from deit.datasets.decoding import EXTENSIONS
-from deit.datasets.images import Store
-from deit.errors import DataError, NotThereError, raise_transient
+from deit.datasets.images import ImageStore
+from deit.errors import DataError, NotFoundError, raise_transient
 from deit.text import bytes_of, counted, in_line, name_trouble, nearest
 
 Part = TypeVar("Part")
-Complain = Callable[[str], None]
+OnProblem = Callable[[str], None]
 """Takes what is wrong with the layout: raises it, or collects it and lets the listing go on."""
 
 SPLITS = {
@@ -71,14 +71,14 @@ class Listing(NamedTuple):
     """
 
     class_names: tuple[str, ...]
-    store: Store
+    store: ImageStore
     labels: Tensor
     identities: Tensor
     splits: dict[str, Tensor]
     passed: PassedOver
 
 
-class Found(NamedTuple):
+class SplitListing(NamedTuple):
     """The images of one split, in the order of the store.
 
     place: where they lie, for messages. classes: the class name of each. names: what each is
@@ -103,7 +103,7 @@ def check_root(root: Path, layout: str = "CLASS/IMAGE") -> None:
     """Refuse a root folder that is not there. layout: of what is below its splits. Raises
     NotThereError."""
     if not root.is_dir():
-        raise NotThereError(
+        raise NotFoundError(
             f"data.root {root}: no such folder; expected {root}/train/{layout} (--data.root says "
             "where the images are)"
         )
@@ -146,7 +146,7 @@ def opened(path: Path) -> Folder:
 
 
 def look_into(
-    folder: Folder, passed: PassedOver, complain: Complain = refuse
+    folder: Folder, passed: PassedOver, complain: OnProblem = refuse
 ) -> tuple[dict[str, Folder], list[str]]:
     """The folders in a folder by their names, and the names of its files; both in order, without
     hidden ones.
@@ -190,7 +190,7 @@ def look_into(
     return folders, files
 
 
-def find_images(folder: Folder, passed: PassedOver, complain: Complain = refuse) -> list[str]:
+def find_images(folder: Folder, passed: PassedOver, complain: OnProblem = refuse) -> list[str]:
     """The image files in a folder at any depth, relative to it, in the order of their names; what
     else is there is counted in `passed`. Complains as `look_into` does."""
     found: list[str] = []
@@ -207,7 +207,9 @@ def find_images(folder: Folder, passed: PassedOver, complain: Complain = refuse)
     return sorted(found, key=lambda path: path.split("/"))
 
 
-def split_folders(root: Path, passed: PassedOver, complain: Complain = refuse) -> dict[str, Folder]:
+def split_folders(
+    root: Path, passed: PassedOver, complain: OnProblem = refuse
+) -> dict[str, Folder]:
     """The folders of the splits by SPLITS, or ROOT as `train`.
 
     A labelled validation split without a test is the test, as is the custom with ImageNet. A folder
@@ -270,7 +272,9 @@ def named_splits(offered: dict[str, Part], *, place: str) -> dict[str, Part]:
     return parts
 
 
-def known(keep: tuple[str, ...], names: Sequence[str], *, field: str = "data.classes") -> set[str]:
+def resolve_classes(
+    keep: tuple[str, ...], names: Sequence[str], *, field: str = "data.classes"
+) -> set[str]:
     """The wanted classes; raises DataError, with the field, for one the data does not have."""
     for name in keep:
         if name not in names:
@@ -279,10 +283,10 @@ def known(keep: tuple[str, ...], names: Sequence[str], *, field: str = "data.cla
 
 
 def assemble(
-    store: Store,
-    found: dict[str, Found],
+    store: ImageStore,
+    found: dict[str, SplitListing],
     keep: tuple[str, ...],
-    complain: Complain,
+    complain: OnProblem,
     passed: PassedOver,
 ) -> Listing:
     """The listing of all splits; the classes are those of the training images, by name, in code
@@ -293,7 +297,7 @@ def assemble(
     trained = sorted(set(found["train"].classes))
     if not trained:
         raise DataError(f"{found['train'].place}: no images{instead(passed)}")
-    wanted = known(keep, trained) if keep else set(trained)
+    wanted = resolve_classes(keep, trained) if keep else set(trained)
     for split in found.values():
         here = set(split.classes)
         for name in sorted(wanted - here):
@@ -309,7 +313,10 @@ def instead(passed: PassedOver) -> str:
 
 
 def listed(
-    store: Store, found: dict[str, Found], class_names: tuple[str, ...], passed: PassedOver
+    store: ImageStore,
+    found: dict[str, SplitListing],
+    class_names: tuple[str, ...],
+    passed: PassedOver,
 ) -> Listing:
     """The listing for classes that are known already. Raises DataError for a name that no file of
     a run could hold."""
@@ -329,7 +336,7 @@ def listed(
     return Listing(class_names, store, labels, identities, splits, passed)
 
 
-def _check_names(found: dict[str, Found], class_names: tuple[str, ...]) -> None:
+def _check_names(found: dict[str, SplitListing], class_names: tuple[str, ...]) -> None:
     """Refuse names of classes that a configuration or a table could not hold."""
     for name in class_names:
         if trouble := name_trouble(name):

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from deit.config import OptimConfig, ViewsConfig, fixed, mixes
-from deit.datasets.images import Encoded, Images
-from deit.datasets.looks import DrawnLook, Look, teacher_look
+from deit.config import OptimConfig, ViewsConfig, has_fixed_teacher_view, uses_mixing
+from deit.datasets.images import EncodedImages, InMemoryImages
+from deit.datasets.looks import RandomView, ViewSampler, teacher_view_sampler
 from deit.datasets.mixing import Mix, mix_images, mix_targets, sample_mix
-from deit.datasets.reading import Cutter, Read, Reader, Wanted
+from deit.datasets.reading import Decoder, Reader, ReadRequest, ReadResult
 from deit.datasets.resizing import resize
-from deit.datasets.stages import Stages
-from deit.datasets.views import Colours, ViewParameters, unit
+from deit.datasets.stages import StageTimer
+from deit.datasets.views import ChannelStats, ViewParameters, to_unit_float
 from deit.errors import ConfigError, DataError
 from deit.keys import Keys, permutation
 from deit.records import Batch
-from deit.transfer import sent
+from deit.transfer import to_device_async
 
 _DRAWN_AT_ONCE = 4096  # views; they are small numbers, and drawing few costs as much as many
 _SHOWN_AT_ONCE = 2 * 2**20  # bytes of views; smaller micro-batches are made together, likewise
@@ -46,7 +46,7 @@ def view_sizes(student: int, teacher: int | None, source: int | None) -> Sizes:
     return Sizes(view=max(student, wanted), student=student, teacher=wanted)
 
 
-class Shown(NamedTuple):
+class TeacherInput(NamedTuple):
     """What the teacher is shown.
 
     images: float32 [batch, 3, height, width] in [0, 1], after mixing.
@@ -58,26 +58,26 @@ class Shown(NamedTuple):
     images: Tensor
     views: Tensor
     mix: Mix | None
-    samples: Tensor
+    sample_ids: Tensor
     epoch: int
-    places: Tensor
+    target_rows: Tensor
 
 
-class _Drawn(NamedTuple):
+class _SampledViews(NamedTuple):
     """What a stretch of rows will look like."""
 
     samples: Tensor
-    places: Tensor
+    target_rows: Tensor
     student: ViewParameters
     teacher: ViewParameters | None
     mix: Mix | None
 
-    def select(self, rows: slice) -> "_Drawn":
+    def select(self, rows: slice) -> "_SampledViews":
         """Some of the rows, from an even one on."""
         pairs = slice(rows.start // 2, rows.stop // 2)
-        return _Drawn(
+        return _SampledViews(
             self.samples[rows],
-            self.places[rows],
+            self.target_rows[rows],
             self.student.select(rows),
             None if self.teacher is None else self.teacher.select(rows),
             None if self.mix is None else self.mix.select(pairs),
@@ -95,7 +95,8 @@ class TrainLoader:
     Images in memory stay on the device; encoded ones are decoded and cropped by worker processes.
 
     Global batch b of an epoch is rows b * batch_size up to (b + 1) * batch_size, cut into
-    accumulate * processes equal blocks. With `views.repeats` r, a batch holds ceil(batch_size / r)
+    accumulate * processes equal blocks. With `views.aug_repeats` r, a batch holds ceil(batch_size /
+    r)
     images: the row at place p in it is image p modulo that number, repeat p divided by it, so that
     neighbours, which are mixed, are different images. The images left over at the end of an epoch
     are skipped; another order leaves out others in the next.
@@ -103,13 +104,13 @@ class TrainLoader:
 
     def __init__(
         self,
-        images: Images | Encoded,
+        images: InMemoryImages | EncodedImages,
         num_classes: int,
         *,
         views: ViewsConfig,
         optim: OptimConfig,
         sizes: Sizes,
-        colours: Colours,
+        colours: ChannelStats,
         seed: int,
         process: int = 0,
         num_processes: int = 1,
@@ -126,21 +127,22 @@ class TrainLoader:
         and DataError where it needs more images than there are."""
         self.views = views
         self.num_processes = num_processes
-        self.cut(optim)
+        self.set_micro_batches(optim)
         self.number = len(images.labels)
-        self.images_per_batch = -(-optim.batch_size // views.repeats)
+        self.images_per_batch = -(-optim.batch_size // views.aug_repeats)
         if self.images_per_batch > self.number:
             raise DataError(
                 f"optim.batch_size = {optim.batch_size}: takes {self.images_per_batch} images at "
                 f"once, there are {self.number} for training; give a smaller batch or more data"
             )
-        if mixes(views) and self.images_per_batch < 2:
+        if uses_mixing(views) and self.images_per_batch < 2:
             raise ConfigError(
-                f"views.repeats = {views.repeats}: a batch of {optim.batch_size} would hold one "
+                f"views.aug_repeats = {views.aug_repeats}: a batch of {optim.batch_size} would "
+                "hold one "
                 "image and mix it with itself; fewer repeats, a larger batch, or no mixing"
             )
         self.device = torch.device(device)
-        self.stages = Stages(self.device)
+        self.stages = StageTimer(self.device)
         self.images = images
         self.labels = images.labels.to(self.device)
         self.num_classes = num_classes
@@ -152,55 +154,56 @@ class TrainLoader:
         self.steps_per_epoch = updates_of_epoch(self.number, optim.batch_size)
         self.images_per_epoch = self.steps_per_epoch * self.images_per_batch
         look = {"square": square, "colours": colours, "seed": seed}
-        self.student_look = DrawnLook(images, views, size=sizes.view, **look)
-        self.teacher_look = teacher_look(images, views, size=sizes.teacher, **look)
+        self.student_look = RandomView(images, views, size=sizes.view, **look)
+        self.teacher_look = teacher_view_sampler(images, views, size=sizes.teacher, **look)
         self.for_teacher = for_teacher
-        self.watch: Callable[[Shown], None] | None = None
+        self.on_teacher_input: Callable[[TeacherInput], None] | None = None
         """Called with what is shown, where the teacher sees the student's views."""
-        self.pixels = images.pixels.to(self.device) if isinstance(images, Images) else None
-        self._readers: dict[tuple[Cutter, ...], Reader] = {}
+        self.pixels = images.pixels.to(self.device) if isinstance(images, InMemoryImages) else None
+        self._readers: dict[tuple[Decoder, ...], Reader] = {}
 
-    def cut(self, optim: OptimConfig) -> None:
+    def set_micro_batches(self, optim: OptimConfig) -> None:
         """Cut the same batches into other micro-batches. Raises ConfigError where they would not be
         equal (for mixing: even)."""
-        blocks = self.num_processes * optim.accumulate
+        blocks = self.num_processes * optim.grad_accum_steps
         block = optim.batch_size // blocks
-        if optim.batch_size % blocks or (mixes(self.views) and block % 2):
-            kind = "equal, even" if mixes(self.views) else "equal"
+        if optim.batch_size % blocks or (uses_mixing(self.views) and block % 2):
+            kind = "equal, even" if uses_mixing(self.views) else "equal"
             raise ConfigError(
                 f"optim.batch_size = {optim.batch_size}: cannot be cut into {kind} micro-batches "
-                f"for {self.num_processes} processes and optim.accumulate {optim.accumulate}"
+                f"for {self.num_processes} processes and optim.grad_accum_steps "
+                f"{optim.grad_accum_steps}"
             )
         self.optim, self.block = optim, block
 
     @property
-    def places(self) -> int:
+    def rows_per_epoch(self) -> int:
         """Places in an epoch: how many answers of the teacher a store of it can hold.
 
         Without repeats they are all images (less one if that makes a pair), so that they do not
         depend on the batch; where the teacher's view is fixed, always all images.
         """
-        if fixed(self.views):
+        if has_fixed_teacher_view(self.views):
             return self.number
-        if self.views.repeats > 1:
+        if self.views.aug_repeats > 1:
             return self.steps_per_epoch * self.optim.batch_size
-        return self.number - self.number % 2 if mixes(self.views) else self.number
+        return self.number - self.number % 2 if uses_mixing(self.views) else self.number
 
     def order(self, epoch: int) -> Tensor:
         """The images of an epoch in the order they are taken, int64 [number], on the CPU."""
         return permutation(self.seed, epoch, self.number)
 
     def epoch(self, epoch: int, *, done: int = 0) -> Iterator[Batch]:
-        """This process's micro-batches of an epoch, `optim.accumulate` to an update.
+        """This process's micro-batches of an epoch, `optim.grad_accum_steps` to an update.
 
         done: updates of it that lie behind; their images are not even read.
         """
         self.stages.reset()
         order = self.order(epoch)
-        rows = self._rows()[done * self.optim.accumulate :]
+        rows = self._rows()[done * self.optim.grad_accum_steps :]
         own = self.teacher_look if self.for_teacher else None
         looks = [self.student_look] + ([] if own is None else [own])
-        wanted = (Wanted(epoch, *self._locate(order, block)) for block in rows)
+        wanted = (ReadRequest(epoch, *self._locate(order, block)) for block in rows)
         read = self._read(looks, wanted)
         together = 1
         if read is None:
@@ -213,7 +216,9 @@ class TrainLoader:
                 pixels = None if read is None else next(read)
                 yield from self._show(epoch, drawn.select(shown), pixels, own)
 
-    def shown(self, epoch: int, places: Tensor, *, block: int, repeat: int = 0) -> Iterator[Shown]:
+    def teacher_inputs(
+        self, epoch: int, places: Tensor, *, block: int, repeat: int = 0
+    ) -> Iterator[TeacherInput]:
         """What the teacher is shown at some places of an epoch, in blocks of so many.
 
         places: int64 [number], on the CPU; with mixing whole pairs, 2k before 2k + 1, and an even
@@ -221,21 +226,26 @@ class TrainLoader:
         further ones may be read while the first is.
         """
         look = self.teacher_look or self.student_look
-        order = None if fixed(self.views) else self.order(epoch)
+        order = None if has_fixed_teacher_view(self.views) else self.order(epoch)
         located = self._locate(order, places, repeat)
         blocks = zip(*(part.split(block) for part in located))
-        wanted = (Wanted(epoch, *part) for part in blocks)
+        wanted = (ReadRequest(epoch, *part) for part in blocks)
         read = self._read([look], wanted)
         for stretch in torch.arange(len(places)).split(max(_DRAWN_AT_ONCE // block, 1) * block):
-            samples, repeats = (sent(part[stretch], self.device) for part in located)
-            drawn, mix = look.draw(epoch, samples, repeats), self._draw_mix(epoch, places[stretch])
+            samples, repeats = (to_device_async(part[stretch], self.device) for part in located)
+            drawn, mix = (
+                look.sample(epoch, samples, repeats),
+                self._draw_mix(epoch, places[stretch]),
+            )
             for first in range(0, len(stretch), block):
                 rows = slice(first, min(first + block, len(stretch)))
                 pixels = self.pixels[samples[rows]] if read is None else next(read)[0]
-                views = look.show(pixels, None if drawn is None else drawn.select(rows))
+                views = look.apply(pixels, None if drawn is None else drawn.select(rows))
                 pairs = None if mix is None else mix.select(slice(rows.start // 2, rows.stop // 2))
                 images = self._as_seen(views, self.sizes.teacher, pairs)
-                yield Shown(images, views, pairs, samples[rows], epoch, places[stretch][rows])
+                yield TeacherInput(
+                    images, views, pairs, samples[rows], epoch, places[stretch][rows]
+                )
 
     def close(self) -> None:
         """End the worker processes; what is read next starts others."""
@@ -252,35 +262,40 @@ class TrainLoader:
         """The image of each row, and which of its views it is; without an order rows are images."""
         if order is None:
             return rows, torch.full_like(rows, repeat)
-        if self.views.repeats == 1:
+        if self.views.aug_repeats == 1:
             return order[rows], torch.zeros_like(rows)
         batch, place = rows // self.optim.batch_size, rows % self.optim.batch_size
         image = batch * self.images_per_batch + place % self.images_per_batch
         return order[image], place // self.images_per_batch
 
-    def _draw(self, epoch: int, order: Tensor, rows: Tensor, own: Look | None) -> _Drawn:
+    def _draw(
+        self, epoch: int, order: Tensor, rows: Tensor, own: ViewSampler | None
+    ) -> _SampledViews:
         found, repeats = self._locate(order, rows)
-        samples, repeats = sent(found, self.device), sent(repeats, self.device)
-        return _Drawn(
+        samples, repeats = (
+            to_device_async(found, self.device),
+            to_device_async(repeats, self.device),
+        )
+        return _SampledViews(
             samples,
-            found if fixed(self.views) else rows,
-            self.student_look.draw(epoch, samples, repeats),
-            None if own is None else own.draw(epoch, samples, repeats),
+            found if has_fixed_teacher_view(self.views) else rows,
+            self.student_look.sample(epoch, samples, repeats),
+            None if own is None else own.sample(epoch, samples, repeats),
             self._draw_mix(epoch, rows),
         )
 
     def _draw_mix(self, epoch: int, rows: Tensor) -> Mix | None:
-        if not mixes(self.views):
+        if not uses_mixing(self.views):
             return None
-        pairs = Keys(self.seed, epoch, sent(rows[::2] // 2, self.device))
+        pairs = Keys(self.seed, epoch, to_device_async(rows[::2] // 2, self.device))
         return sample_mix(pairs, views=self.views, size=self.sizes.student)
 
     def _read(
-        self, looks: list[Look], wanted: Iterable[Wanted]
+        self, looks: list[ViewSampler], wanted: Iterable[ReadRequest]
     ) -> Iterator[tuple[Tensor, ...]] | None:
         """Decoded blocks, for each look, on the device; None for images in memory. How long they
         took and were waited for is measured."""
-        if isinstance(self.images, Images):
+        if isinstance(self.images, InMemoryImages):
             return None
         cutters = tuple(look.cutter for look in looks)
         reader = self._readers.get(cutters)
@@ -290,7 +305,7 @@ class TrainLoader:
             self._readers[cutters] = reader
         return self._measured(reader.read(wanted))
 
-    def _measured(self, batches: Iterator[Read]) -> Iterator[tuple[Tensor, ...]]:
+    def _measured(self, batches: Iterator[ReadResult]) -> Iterator[tuple[Tensor, ...]]:
         while True:
             started = time.perf_counter()
             read = next(batches, None)
@@ -302,13 +317,17 @@ class TrainLoader:
             yield tuple(pixels.to(self.device, non_blocking=True) for pixels in read.pixels)
 
     def _show(
-        self, epoch: int, drawn: _Drawn, read: tuple[Tensor, ...] | None, own: Look | None
+        self,
+        epoch: int,
+        drawn: _SampledViews,
+        read: tuple[Tensor, ...] | None,
+        own: ViewSampler | None,
     ) -> Iterator[Batch]:
         """Make the views of one or more micro-batches."""
         samples, mix = drawn.samples, drawn.mix
         with self.stages.time("views", len(samples)):
             pixels = self.pixels[samples] if read is None else read[0]
-            views = self.student_look.show(pixels, drawn.student)
+            views = self.student_look.apply(pixels, drawn.student)
             images = self._as_seen(views, self.sizes.student, mix)
             targets = one_hot(self.labels[samples], self.num_classes).float()
             if mix is not None:
@@ -316,14 +335,16 @@ class TrainLoader:
             teacher_images = None
             if self.for_teacher and own is not None:
                 pixels = pixels if read is None else read[1]
-                teacher_images = unit(own.show(pixels, drawn.teacher))
+                teacher_images = to_unit_float(own.apply(pixels, drawn.teacher))
             elif self.for_teacher and self.sizes.teacher == self.sizes.student:
                 teacher_images = images
             elif self.for_teacher:
                 teacher_images = self._as_seen(views, self.sizes.teacher, mix)
-            if self.watch is not None and self.teacher_look is None:
-                self.watch(Shown(images, views, mix, samples, epoch, drawn.places))
-        parts = [part.split(self.block) for part in (images, targets, samples, drawn.places)]
+            if self.on_teacher_input is not None and self.teacher_look is None:
+                self.on_teacher_input(
+                    TeacherInput(images, views, mix, samples, epoch, drawn.target_rows)
+                )
+        parts = [part.split(self.block) for part in (images, targets, samples, drawn.target_rows)]
         taught = None if teacher_images is None else teacher_images.split(self.block)
         for index, (images, targets, samples, places) in enumerate(zip(*parts)):
             seen = None if taught is None else taught[index]
@@ -331,5 +352,5 @@ class TrainLoader:
 
     def _as_seen(self, views: Tensor, size: int, mix: Mix | None) -> Tensor:
         """Grey levels as a network gets them: resized, in [0, 1], mixed."""
-        images = unit(resize(views, size, size, "bicubic"))
+        images = to_unit_float(resize(views, size, size, "bicubic"))
         return images if mix is None else mix_images(images, mix)

@@ -5,11 +5,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from deit.config import ViewsConfig
-from deit.datasets.images import Encoded, Images
-from deit.datasets.reading import Crops, Cutter, Squares, Wholes
+from deit.datasets.images import EncodedImages, InMemoryImages
+from deit.datasets.reading import CenterSquare, Decoder, RandomCrop, WholeImage
 from deit.datasets.resizing import resize
 from deit.datasets.views import (
-    Colours,
+    ChannelStats,
     ViewParameters,
     apply_views,
     evaluation_squares,
@@ -18,7 +18,7 @@ from deit.datasets.views import (
 from deit.keys import Keys, derived_seed
 
 
-class DrawnLook:
+class RandomView:
     """A view drawn for each (epoch, sample, repeat), uint8 squares of `size`.
 
     Of encoded images the workers cut the boxes, as `cutter` says; then no crop is left to draw.
@@ -26,12 +26,12 @@ class DrawnLook:
 
     def __init__(
         self,
-        images: Images | Encoded,
+        images: InMemoryImages | EncodedImages,
         views: ViewsConfig,
         *,
         size: int,
         square: int | None,
-        colours: Colours,
+        colours: ChannelStats,
         seed: int,
     ) -> None:
         """square: side [px] to which encoded images are decoded where no box is cut from them;
@@ -40,62 +40,64 @@ class DrawnLook:
         self.views = views
         self.colours = colours
         self.seed = seed
-        self.cutter: Cutter | None = None
-        if isinstance(images, Images):
+        self.cutter: Decoder | None = None
+        if isinstance(images, InMemoryImages):
             self.source_size = images.pixels.shape[-1]
         elif views.crop in ("random_resized", "random"):
-            self.cutter = Crops(views, size, seed)
+            self.cutter = RandomCrop(views, size, seed)
             self.source_size = size
             self.views = replace(views, crop="none")
         else:
             self.source_size = square or size
-            self.cutter = Squares(self.source_size)
+            self.cutter = CenterSquare(self.source_size)
 
-    def draw(self, epoch: int, samples: Tensor, repeats: Tensor) -> ViewParameters:
+    def sample(self, epoch: int, samples: Tensor, repeats: Tensor) -> ViewParameters:
         """The views of a stretch of samples, int64 [batch]."""
         keys = Keys(self.seed, epoch, samples, repeats)
         extent = self.source_size
         return sample_views(keys, self.views, height=extent, width=extent, size=self.size)
 
-    def show(self, pixels: Tensor, drawn: ViewParameters) -> Tensor:
+    def apply(self, pixels: Tensor, drawn: ViewParameters) -> Tensor:
         """uint8 [batch, 3, size, size] of uint8 pixels in memory, or as the cutter left them."""
         return apply_views(pixels, drawn, self.views, size=self.size, colours=self.colours)
 
 
-class FixedLook:
+class FixedView:
     """The same of an image in every epoch: all of it squeezed into a square, or its centre."""
 
     def __init__(self, views: ViewsConfig, *, size: int) -> None:
         self.size = size
         self.whole = views.teacher_view == "resized"
-        self.crop = views.evaluation_crop
+        self.crop = views.eval_crop_pct
         self.interpolation = views.interpolation
-        self.cutter: Cutter = (
-            Wholes(size, views.interpolation) if self.whole else Squares(round(size / self.crop))
+        self.cutter: Decoder = (
+            WholeImage(size, views.interpolation)
+            if self.whole
+            else CenterSquare(round(size / self.crop))
         )
 
-    def draw(self, epoch: int, samples: Tensor, repeats: Tensor) -> None:
+    def sample(self, epoch: int, samples: Tensor, repeats: Tensor) -> None:
         """Nothing: there is only one."""
 
-    def show(self, pixels: Tensor, drawn: None) -> Tensor:
+    def apply(self, pixels: Tensor, drawn: None) -> Tensor:
         """uint8 [batch, 3, size, size]."""
         if self.whole:
             return resize(pixels, self.size, self.size, self.interpolation)
         return evaluation_squares(pixels, size=self.size, crop=self.crop)
 
 
-Look = DrawnLook | FixedLook
+ViewSampler = RandomView | FixedView
 
 
-def teacher_look(
-    images: Images | Encoded,
+def teacher_view_sampler(
+    images: InMemoryImages | EncodedImages,
     views: ViewsConfig,
     *,
     size: int,
     square: int | None,
-    colours: Colours,
+    colours: ChannelStats,
     seed: int,
-) -> Look | None:
+) -> ViewSampler | None:
     """The teacher's own look, as views.teacher_view says; None where it sees the student's view.
 
     crops: the student's kind of crop and flip alone, one for each repeat, the same in every epoch.
@@ -103,8 +105,8 @@ def teacher_look(
     if views.teacher_view == "same":
         return None
     if views.teacher_view in ("resized", "center"):
-        return FixedLook(views, size=size)
+        return FixedView(views, size=size)
     if views.teacher_view == "crops":
-        views = replace(views, policy="none", color_jitter=0.0, erasing=0.0)
+        views = replace(views, auto_augment="none", color_jitter=0.0, erasing_prob=0.0)
     own = derived_seed(seed, "teacher")
-    return DrawnLook(images, views, size=size, square=square, colours=colours, seed=own)
+    return RandomView(images, views, size=size, square=square, colours=colours, seed=own)

@@ -50,10 +50,10 @@ def sample_mix(keys: Keys, *, views: ViewsConfig, size: int) -> Mix:
     pasted = (bottom - top) * (right - left)
     kept = (size**2 - pasted) / torch.full_like(switch[:, 0], size**2)
     if views.mixup_alpha > 0 and views.cutmix_alpha > 0:
-        cut = switch[:, 1] < views.cutmix_share
+        cut = switch[:, 1] < views.mixup_switch_prob
     else:
         cut = torch.full_like(switch[:, 1], views.cutmix_alpha > 0, dtype=torch.bool)
-    mixed = switch[:, 0] < views.mix_probability
+    mixed = switch[:, 0] < views.mixup_prob
     own_weight = torch.where(mixed, torch.where(cut, kept, mixup_weight), ones)
     return Mix(own_weight, cut, boxes, size)
 

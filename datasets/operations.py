@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from deit.config import Interpolation
-from deit.datasets.pieces import in_pieces
+from deit.datasets.pieces import chunked
 from deit.datasets.resizing import blur
-from deit.transfer import sent
+from deit.transfer import to_device_async
 
 
-class Canvas(NamedTuple):
+class FillOptions(NamedTuple):
     """What a moved image is painted on.
 
     fill: uint8 [3], the colour of what moves in from outside.
@@ -168,29 +168,29 @@ def _bytes(levels: Tensor) -> Tensor:
 # Moves: pixels come from elsewhere.
 
 
-def shear_x(images: Tensor, arguments: Tensor, canvas: Canvas) -> Tensor:
+def shear_x(images: Tensor, arguments: Tensor, canvas: FillOptions) -> Tensor:
     """Row y is moved by argument * y pixels."""
     rows = torch.arange(images.shape[-2], device=images.device, dtype=torch.float64) + 0.5
     return _move_rows(images, arguments.double()[:, None] * rows, canvas)
 
 
-def translate_x(images: Tensor, arguments: Tensor, canvas: Canvas) -> Tensor:
+def translate_x(images: Tensor, arguments: Tensor, canvas: FillOptions) -> Tensor:
     """Moved to the left by argument * width pixels."""
     pixels = arguments.double()[:, None] * images.shape[-1]
     return _move_rows(images, pixels.expand(-1, images.shape[-2]), canvas)
 
 
-def shear_y(images: Tensor, arguments: Tensor, canvas: Canvas) -> Tensor:
+def shear_y(images: Tensor, arguments: Tensor, canvas: FillOptions) -> Tensor:
     """Column x is moved by argument * x pixels."""
     return shear_x(images.mT, arguments, canvas).mT
 
 
-def translate_y(images: Tensor, arguments: Tensor, canvas: Canvas) -> Tensor:
+def translate_y(images: Tensor, arguments: Tensor, canvas: FillOptions) -> Tensor:
     """Moved upwards by argument * height pixels."""
     return translate_x(images.mT, arguments, canvas).mT
 
 
-def _move_rows(images: Tensor, offsets: Tensor, canvas: Canvas) -> Tensor:
+def _move_rows(images: Tensor, offsets: Tensor, canvas: FillOptions) -> Tensor:
     """Each pixel is read offsets [px] to the right of its place; float64 [batch, height].
 
     All pixels of a row lie between their neighbours by the same fraction, so a row is gathered
@@ -210,7 +210,7 @@ def _move_rows(images: Tensor, offsets: Tensor, canvas: Canvas) -> Tensor:
     return _painted(moved, (middle >= 0) & (middle < width), canvas)
 
 
-def rotate(images: Tensor, arguments: Tensor, canvas: Canvas) -> Tensor:
+def rotate(images: Tensor, arguments: Tensor, canvas: FillOptions) -> Tensor:
     """Turned counter-clockwise about the centre by the argument [degrees]."""
     height, width = images.shape[-2:]
     # As 24-bit numbers: a cosine's last bit differs between devices.
@@ -252,10 +252,10 @@ def _taps(fraction: Tensor, interpolation: Interpolation) -> list[Tensor]:
     return [tap.float() for tap in (before, here, behind, cube - square)]
 
 
-def _painted(moved: Tensor, inside: Tensor, canvas: Canvas) -> Tensor:
+def _painted(moved: Tensor, inside: Tensor, canvas: FillOptions) -> Tensor:
     """Grey levels of what was found inside [batch, height, width], the fill elsewhere."""
     inside = inside[:, None].float()
-    fill = sent(canvas.fill, moved.device).float()[:, None, None]
+    fill = to_device_async(canvas.fill, moved.device).float()[:, None, None]
     # A hair is added where single precision fell short of a whole level.
     moved = moved.add_(_HAIR).mul_(inside).add_((1 - inside) * fill)
     return _bytes(moved)
@@ -264,7 +264,7 @@ def _painted(moved: Tensor, inside: Tensor, canvas: Canvas) -> Tensor:
 _HAIR = 2.0**-13
 
 Operation = Callable[[Tensor, Tensor], Tensor]
-Move = Callable[[Tensor, Tensor, Canvas], Tensor]
+Move = Callable[[Tensor, Tensor, FillOptions], Tensor]
 
 LEVELS: dict[str, Operation] = {
     "invert": invert,
@@ -295,7 +295,9 @@ CODES = {name: code for code, name in enumerate(("identity", *LEVELS, *MOVES))}
 """The number of every operation by its name; 0 leaves an image as it is."""
 
 
-def apply_operations(images: Tensor, codes: Tensor, arguments: Tensor, canvas: Canvas) -> Tensor:
+def apply_operations(
+    images: Tensor, codes: Tensor, arguments: Tensor, canvas: FillOptions
+) -> Tensor:
     """One operation on each image.
 
     images: uint8 [batch, 3, height, width]. codes: int64 [batch] on the CPU, numbers of CODES: the
@@ -306,17 +308,17 @@ def apply_operations(images: Tensor, codes: Tensor, arguments: Tensor, canvas: C
         return images
     order = codes.argsort(stable=True)
     counts = torch.bincount(codes, minlength=len(CODES)).tolist()
-    rows = sent(order, images.device).split(counts)
+    rows = to_device_async(order, images.device).split(counts)
     parts = []
     for name, some in zip(CODES, rows):
         if len(some) == 0:
             continue
         few, strengths = images.index_select(0, some), arguments.index_select(0, some)
         if name in LEVELS:
-            few = in_pieces(LEVELS[name], few, strengths)
+            few = chunked(LEVELS[name], few, strengths)
         elif name in MOVES:
-            few = in_pieces(partial(MOVES[name], canvas=canvas), few, strengths)
+            few = chunked(partial(MOVES[name], canvas=canvas), few, strengths)
         parts.append(few)
     # Back into their places: faster than writing into them.
-    places = sent(order.argsort(), images.device)
+    places = to_device_async(order.argsort(), images.device)
     return torch.cat(parts).index_select(0, places)

@@ -8,7 +8,7 @@ from torch import Tensor
 _BYTES = 2**18  # of uint8; the same in single precision is a megabyte
 
 
-def in_pieces(work: Callable[..., Tensor], images: Tensor, *others: Tensor) -> Tensor:
+def chunked(work: Callable[..., Tensor], images: Tensor, *others: Tensor) -> Tensor:
     """work(images, *others) on a GPU; on a processor the same, put together from pieces.
 
     images: uint8 [batch, ...]. others: [batch, ...] each. work must treat each image alone.

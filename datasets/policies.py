@@ -13,7 +13,7 @@ from deit.config import ViewsConfig
 from deit.datasets.operations import CODES
 from deit.datasets.resizing import MAX_SIGMA
 from deit.keys import Keys, normal, uniform
-from deit.transfer import constant
+from deit.transfer import device_constant
 
 Layers = tuple[Tensor, Tensor]
 """codes int64 [batch, layers], arguments float32 [batch, layers]."""
@@ -24,8 +24,8 @@ def sample_policy(keys: Keys, views: ViewsConfig) -> Layers:
     layers = []
     if views.rotation > 0:
         layers.append(sample_rotation(keys, views.rotation))
-    if views.policy != "none":
-        layers.append(POLICIES[views.policy](keys, views))
+    if views.auto_augment != "none":
+        layers.append(POLICIES[views.auto_augment](keys, views))
     if views.color_jitter > 0:
         layers.append(sample_color_jitter(keys, views.color_jitter))
     if not layers:
@@ -44,19 +44,18 @@ def sample_rotation(keys: Keys, degrees: float) -> Layers:
 def sample_randaugment(keys: Keys, views: ViewsConfig) -> Layers:
     """RandAugment (Cubuk et al. 2020) with timm's magnitudes, increasing set (`inc1`).
 
-    Each of `views.layers` takes one of 15 operations with `views.layer_probability`, at a magnitude
-    drawn from a normal distribution and kept within 0 and 10. Source of the scales: timm's
-    `rand-m9-mstd0.5-inc1`, the setting of the DeiT paper (Table 9).
-    """
+    Each of `views.randaugment_num_ops` takes one of 15 operations with `views.randaugment_prob`, at
+    a magnitude drawn from a normal distribution and kept within 0 and 10. Source of the scales:
+    timm's `rand-m9-mstd0.5-inc1`, the setting of the DeiT paper (Table 9)."""
     codes, arguments = [], []
-    for layer in range(views.layers):
+    for layer in range(views.randaugment_num_ops):
         draws = uniform(keys, f"randaugment/{layer}", 3)
         noise = normal(keys, f"randaugment/{layer}/magnitude", 1).squeeze(1)
-        level = (views.magnitude + views.magnitude_std * noise).clamp(0, 10)
+        level = (views.randaugment_magnitude + views.randaugment_magnitude_std * noise).clamp(0, 10)
         level = level / torch.full_like(level, 10)  # by a tensor: see resizing
         sign = torch.where(draws[:, 2] < 0.5, -1.0, 1.0)
         choice = (draws[:, 1] * len(RANDAUGMENT)).long()
-        taken = draws[:, 0] < views.layer_probability
+        taken = draws[:, 0] < views.randaugment_prob
         chosen = _codes(RANDAUGMENT, choice.device)[choice]
         scales = torch.stack([scale(level, sign) for scale in RANDAUGMENT.values()], dim=1)
         codes.append(torch.where(taken, chosen, 0))
@@ -149,10 +148,14 @@ def sample_autoaugment(keys: Keys, views: ViewsConfig) -> Layers:
     draws = uniform(keys, "autoaugment", 5)
     device = draws.device
     which = (draws[:, 0] * len(AUTOAUGMENT)).long()
-    codes = constant(tuple(tuple(CODES[name] for name, _, _ in one) for one in AUTOAUGMENT), device)
-    chances = constant(tuple(tuple(chance for _, chance, _ in one) for one in AUTOAUGMENT), device)
+    codes = device_constant(
+        tuple(tuple(CODES[name] for name, _, _ in one) for one in AUTOAUGMENT), device
+    )
+    chances = device_constant(
+        tuple(tuple(chance for _, chance, _ in one) for one in AUTOAUGMENT), device
+    )
     scaled = [[_AUTO_SCALES[name](level / 9) for name, _, level in one] for one in AUTOAUGMENT]
-    signed = constant(tuple(tuple(map(tuple, one)) for one in scaled), device)
+    signed = device_constant(tuple(tuple(map(tuple, one)) for one in scaled), device)
     taken = draws[:, 1:3] < chances[which]
     sign = (draws[:, 3:5] < 0.5).long()
     arguments = signed[which].gather(2, sign[:, :, None]).squeeze(2)
@@ -174,14 +177,14 @@ def sample_color_jitter(keys: Keys, strength: float) -> Layers:
     """Brightness, contrast and saturation, each blended by a share uniform in 1 +- strength, in an
     order of each image's own (torchvision's ColorJitter)."""
     draws = uniform(keys, "color_jitter", 4)
-    order = constant(_ORDERS, draws.device)[(draws[:, 3] * len(_ORDERS)).long()]
+    order = device_constant(_ORDERS, draws.device)[(draws[:, 3] * len(_ORDERS)).long()]
     shares = ((1 - strength) + 2 * strength * draws[:, :3]).clamp_min(0).float()
     names = ("brightness", "contrast", "color")
     return _codes(names, draws.device)[order], shares.gather(1, order)
 
 
 def _codes(names: Iterable[str], device: torch.device) -> Tensor:
-    return constant(tuple(CODES[name] for name in names), device)
+    return device_constant(tuple(CODES[name] for name in names), device)
 
 
 _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
@@ -191,4 +194,4 @@ POLICIES: dict[str, Callable[[Keys, ViewsConfig], Layers]] = {
     "three_augment": sample_three_augment,
     "autoaugment": sample_autoaugment,
 }
-"""Every policy by its name in views.policy."""
+"""Every policy by its name in views.auto_augment."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from deit.config import DataConfig
 from deit.datasets.listing import (
-    Complain,
-    Found,
     Listing,
+    OnProblem,
     PassedOver,
+    SplitListing,
     assemble,
     check_root,
     ending_of,
@@ -27,7 +27,7 @@ from deit.datasets.listing import (
 )
 from deit.datasets.shards import check_end
 from deit.datasets.stores import FolderStore, ReaderStore, ShardStore
-from deit.errors import ConfigError, DataError, EnvironmentFault, raise_transient, reason_of
+from deit.errors import ConfigError, DataError, SystemFault, first_line, raise_transient
 
 _STREAMS = {
     "wds": "WebDataset shards are read by --data.source shards",
@@ -36,7 +36,7 @@ _STREAMS = {
 }
 
 
-def list_reader(config: DataConfig, keep: tuple[str, ...], complain: Complain = refuse) -> Listing:
+def list_reader(config: DataConfig, keep: tuple[str, ...], complain: OnProblem = refuse) -> Listing:
     """What a timm reader finds: `folder`, `tar`, `hfds/NAME` or `torch/NAME` in data.reader.
 
     Labels follow the class names, in code point order, and not the order of the reader. The classes
@@ -57,17 +57,18 @@ def list_reader(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     passed = PassedOver()
     try:
         store, found = _READERS[kind](name, config, passed, complain)
-    except (ConfigError, DataError, EnvironmentFault):
+    except (ConfigError, DataError, SystemFault):
         raise
     except (Exception, SystemExit) as error:  # every reader raises its own
         raise_transient(error, f"data.reader {config.reader}")
         raise DataError(
-            f"data.reader {config.reader}: cannot read data.root {config.root} ({reason_of(error)})"
+            f"data.reader {config.reader}: cannot read data.root {config.root} "
+            f"({first_line(error)})"
         ) from None
     return assemble(store, found, keep, complain, passed)
 
 
-_Listed = tuple[Any, dict[str, Found]]
+_Listed = tuple[Any, dict[str, SplitListing]]
 
 
 def _create(name: str, root: Path, split: str = "train") -> Any:
@@ -76,7 +77,7 @@ def _create(name: str, root: Path, split: str = "train") -> Any:
     return create_reader(name, str(root), split=split)
 
 
-def _folders(name: str, config: DataConfig, passed: PassedOver, complain: Complain) -> _Listed:
+def _folders(name: str, config: DataConfig, passed: PassedOver, complain: OnProblem) -> _Listed:
     """timm's rule for folders: the innermost folder is the class."""
     root, found, paths = Path(config.root), {}, []
     check_root(root)
@@ -84,12 +85,12 @@ def _folders(name: str, config: DataConfig, passed: PassedOver, complain: Compla
         names = find_images(folder, passed, complain)
         if any("/" not in name for name in names):
             raise DataError(f"{folder.path}: has images outside class folders")
-        found[split] = Found(folder.path, [name.split("/")[-2] for name in names], names)
+        found[split] = SplitListing(folder.path, [name.split("/")[-2] for name in names], names)
         paths += [(folder.path / name).relative_to(root).as_posix() for name in names]
     return FolderStore(root, paths), found
 
 
-def _tars(name: str, config: DataConfig, passed: PassedOver, complain: Complain) -> _Listed:
+def _tars(name: str, config: DataConfig, passed: PassedOver, complain: OnProblem) -> _Listed:
     """A tar of class folders: ROOT itself, or ROOT/train.tar with ROOT/val.tar, ROOT/test.tar.
 
     timm's rule: the innermost folder is the class, or in a tar within the tar, without folders, the
@@ -114,7 +115,7 @@ def _tars(name: str, config: DataConfig, passed: PassedOver, complain: Complain)
             rows.append((member, outer, label))
         rows.sort(key=lambda row: row[0].name.split("/"))
         labels = [label for *_, label in rows]
-        found[split] = Found(path, labels, [member.name for member, *_ in rows])
+        found[split] = SplitListing(path, labels, [member.name for member, *_ in rows])
         members += found[split].names
         ranges += [(number, _offset(member, outer), member.size) for member, outer, _ in rows]
     shards = [path.relative_to(root).as_posix() for path in tars.values()]
@@ -137,7 +138,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo | No
         check_end(path, archive.offset)
 
 
-def _split_tars(root: Path, passed: PassedOver, complain: Complain) -> dict[str, Path]:
+def _split_tars(root: Path, passed: PassedOver, complain: OnProblem) -> dict[str, Path]:
     _, files = look_into(opened(root), passed, complain)
     tars = {Path(name).stem: root / name for name in files if ending_of(name) == ".tar"}
     splits = named_splits(tars, place=f"data.root {root}")
@@ -153,7 +154,9 @@ def _offset(member: tarfile.TarInfo, outer: tarfile.TarInfo | None) -> int:
     return member.offset_data + (outer.offset_data if outer is not None else 0)
 
 
-def _hugging_face(name: str, config: DataConfig, passed: PassedOver, complain: Complain) -> _Listed:
+def _hugging_face(
+    name: str, config: DataConfig, passed: PassedOver, complain: OnProblem
+) -> _Listed:
     """A data set of the Hub, or a local folder that `load_dataset` takes; cached in data.root."""
     if not Path(name).exists() and not config.download:
         raise DataError(
@@ -163,7 +166,7 @@ def _hugging_face(name: str, config: DataConfig, passed: PassedOver, complain: C
     # In a checkout, our own folder of that name is importable too: it has no file of its own.
     library = importlib.util.find_spec("datasets")
     if library is None or library.origin is None:
-        raise EnvironmentFault(
+        raise SystemFault(
             f"data.reader {config.reader}: Hugging Face's library is missing; pip install datasets"
         )
     train = _create(f"hfds/{name}", Path(config.root))
@@ -182,14 +185,16 @@ def _hugging_face(name: str, config: DataConfig, passed: PassedOver, complain: C
         labels = [
             _class(label, names, f"{config.reader} {split}", n) for n, label in enumerate(column)
         ]
-        found[split] = Found(f"{config.reader} {split}", labels, list(map(str, range(len(reader)))))
+        found[split] = SplitListing(
+            f"{config.reader} {split}", labels, list(map(str, range(len(reader))))
+        )
     return ReaderStore(config.reader, readers), found
 
 
 _TORCH = ("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "imagenet")
 
 
-def _torchvision(name: str, config: DataConfig, passed: PassedOver, complain: Complain) -> _Listed:
+def _torchvision(name: str, config: DataConfig, passed: PassedOver, complain: OnProblem) -> _Listed:
     """A data set of torchvision by timm's name for it; its evaluation split is the test."""
     from timm.data import create_dataset
 
@@ -200,7 +205,7 @@ def _torchvision(name: str, config: DataConfig, passed: PassedOver, complain: Co
         data = create_dataset(f"torch/{name}", config.root, split=theirs, download=config.download)
         names = getattr(data, "wnids", data.classes)  # ImageNet: its words are not unique
         splits[split] = data
-        found[split] = Found(
+        found[split] = SplitListing(
             f"{config.reader} {split}",
             [
                 _class(int(label), dict(enumerate(names)), f"{config.reader} {split}", number)
@@ -224,7 +229,7 @@ def _names(class_to_idx: dict[str, int]) -> dict[int, str]:
     return {index: name for name, index in class_to_idx.items()}
 
 
-_READERS: dict[str, Callable[[str, DataConfig, PassedOver, Complain], _Listed]] = {
+_READERS: dict[str, Callable[[str, DataConfig, PassedOver, OnProblem], _Listed]] = {
     "folder": _folders,
     "tar": _tars,
     "hfds": _hugging_face,

@@ -30,20 +30,22 @@ from torchvision.transforms import functional as transforms
 from deit.config import DataConfig, Interpolation, ViewsConfig
 from deit.console import warn
 from deit.datasets.decoding import open_image, square_of
-from deit.datasets.images import Encoded
+from deit.datasets.images import EncodedImages
 from deit.datasets.views import sample_boxes
 from deit.errors import DeitError, WorkerLost
 from deit.keys import Keys
-from deit.launcher import SIGNALS, end_with, sharing
+from deit.launcher import SIGNALS, end_with, processes_on_host
 from deit.processor import cores
 
 _AHEAD = 2  # batches of each worker
 _KILLED_S = 1.0  # how long to wait for the end of a killed process: a dead disk may hold it
 _SHARED = Path("/dev/shm")  # where the batches of worker processes lie, on Linux
 LOST_WORKER = (
-    "data.workers: the system ended a worker process: the memory is used up, or /dev/shm is full "
-    "(in a container: --shm-size 2g); fewer data.workers or a smaller optim.batch_size need less, "
-    "and data.workers 0 no such process"
+    "data.num_workers: the system ended a worker process: the memory is used up, or /dev/shm is "
+    "full "
+    "(in a container: --shm-size 2g); fewer data.num_workers or a smaller optim.batch_size need "
+    "less, "
+    "and data.num_workers 0 no such process"
 )
 
 
@@ -52,7 +54,7 @@ def fits_shared(needed: int) -> bool:
     of a second reader and of its other processes. A container has 64 MiB of it unless it asks for
     more, and the system ends a process that writes beyond."""
     try:
-        return 2 * needed * sharing() <= shutil.disk_usage(_SHARED).free
+        return 2 * needed * processes_on_host() <= shutil.disk_usage(_SHARED).free
     except OSError:
         return True  # no Linux: shared memory has no size of its own
 
@@ -83,7 +85,7 @@ def _warn_of_files(sockets: bool) -> None:
         why = "the temporary folder takes no socket, by which shared memory is handed over"
         advice = "a TMPDIR on this machine with a shorter name may take one"
     warn(
-        f"{why}: those of data.workers come in files in {tempfile.gettempdir()}, which takes a "
+        f"{why}: those of data.num_workers come in files in {tempfile.gettempdir()}, which takes a "
         f"little longer; {advice}"
     )
 
@@ -91,12 +93,12 @@ def _warn_of_files(sockets: bool) -> None:
 def worker_count(config: DataConfig) -> int:
     """Worker processes of one training process: as configured, else its share of the cores, 8 at
     most."""
-    if config.workers is not None:
-        return config.workers
-    return max(1, min(8, cores() // sharing()))
+    if config.num_workers is not None:
+        return config.num_workers
+    return max(1, min(8, cores() // processes_on_host()))
 
 
-class Wanted(NamedTuple):
+class ReadRequest(NamedTuple):
     """The images of one batch: int64 [batch] each, and the epoch."""
 
     epoch: int
@@ -104,7 +106,7 @@ class Wanted(NamedTuple):
     repeats: Tensor
 
 
-class Read(NamedTuple):
+class ReadResult(NamedTuple):
     """What a worker sends back.
 
     pixels: uint8 [batch, 3, size, size], one for each cutter. seconds: how long one worker took.
@@ -125,36 +127,36 @@ class _Sent(NamedTuple):
     seconds: float
 
 
-class Squares(NamedTuple):
+class CenterSquare(NamedTuple):
     """Cuts whole images: shorter side to `size`, the centre cut square."""
 
     size: int
 
-    def cut(self, pictures: list[Image.Image], wanted: Wanted) -> Tensor:
+    def cut(self, pictures: list[Image.Image], wanted: ReadRequest) -> Tensor:
         """uint8 [batch, 3, size, size]."""
         return torch.stack([square_of(picture, self.size) for picture in pictures])
 
 
-class Wholes(NamedTuple):
+class WholeImage(NamedTuple):
     """Cuts nothing: all of the image, squeezed into a square."""
 
     size: int
     interpolation: Interpolation
 
-    def cut(self, pictures: list[Image.Image], wanted: Wanted) -> Tensor:
+    def cut(self, pictures: list[Image.Image], wanted: ReadRequest) -> Tensor:
         """uint8 [batch, 3, size, size]."""
         boxes = [(0, 0, picture.height, picture.width) for picture in pictures]
         return _resized(pictures, boxes, self.size, self.interpolation)
 
 
-class Crops(NamedTuple):
+class RandomCrop(NamedTuple):
     """Cuts the random crop of each view from the image as it is on disk."""
 
     views: ViewsConfig
     size: int
     seed: int
 
-    def cut(self, pictures: list[Image.Image], wanted: Wanted) -> Tensor:
+    def cut(self, pictures: list[Image.Image], wanted: ReadRequest) -> Tensor:
         """uint8 [batch, 3, size, size]."""
         width, height = torch.tensor([image.size for image in pictures], dtype=torch.float64).T
         keys = Keys(self.seed, wanted.epoch, wanted.samples, wanted.repeats)
@@ -174,18 +176,20 @@ def _resized(
     )
 
 
-Cutter = Squares | Wholes | Crops
+Decoder = CenterSquare | WholeImage | RandomCrop
 
 
 class _Work:
     """What a worker does. An image that cannot be read is its answer and not raised there: a
     traceback of the worker would stand before the message."""
 
-    def __init__(self, images: Encoded, cutters: tuple[Cutter, ...]) -> None:
+    def __init__(self, images: EncodedImages, cutters: tuple[Decoder, ...]) -> None:
         self.images = images
         self.cutters = cutters
 
-    def __call__(self, epoch: int, samples: np.ndarray, repeats: np.ndarray) -> Read | DeitError:
+    def __call__(
+        self, epoch: int, samples: np.ndarray, repeats: np.ndarray
+    ) -> ReadResult | DeitError:
         started = time.perf_counter()
         try:
             pictures = [
@@ -194,9 +198,9 @@ class _Work:
             ]
         except DeitError as error:
             return error
-        views = Wanted(epoch, torch.from_numpy(samples), torch.from_numpy(repeats))
+        views = ReadRequest(epoch, torch.from_numpy(samples), torch.from_numpy(repeats))
         pixels = tuple(cutter.cut(pictures, views) for cutter in self.cutters)
-        return Read(pixels, time.perf_counter() - started)
+        return ReadResult(pixels, time.perf_counter() - started)
 
 
 _work: _Work  # in a worker process
@@ -217,7 +221,7 @@ def _begin_worker(work: _Work, parent: int) -> None:
 
 def _in_worker(
     epoch: int, samples: np.ndarray, repeats: np.ndarray, folder: str, shared: bool
-) -> Read | _Sent | DeitError:
+) -> ReadResult | _Sent | DeitError:
     """The batch: in shared memory, or in a file of this folder where it should not be shared, or
     cannot be: other processes fill the same memory, and take the same files.
 
@@ -232,7 +236,7 @@ def _in_worker(
     return _Sent(file.name, tuple(pixels.shape[-1] for pixels in read.pixels), read.seconds)
 
 
-def _share(read: Read) -> bool:
+def _share(read: ReadResult) -> bool:
     """Move a batch into shared memory; whether there was room. Pickling would do it as well, but
     there its error ends the run."""
     try:
@@ -255,7 +259,9 @@ class _Workers:
         self._folder = tempfile.mkdtemp(dir=get_temp_dir())
         self.processes: list[BaseProcess] = []
 
-    def submit(self, wanted: Wanted, *, shared: bool) -> "Future[Read | _Sent | DeitError]":
+    def submit(
+        self, wanted: ReadRequest, *, shared: bool
+    ) -> "Future[ReadResult | _Sent | DeitError]":
         """Have a batch read. shared: whether it comes in shared memory, without a copy, where that
         has room; else in a file. Raises WorkerLost where a worker is gone.
 
@@ -314,7 +320,7 @@ def _signals_later() -> Iterator[None]:
             os.kill(os.getpid(), number)
 
 
-def _pinned(future: "Future[Read | _Sent | DeitError]") -> Read | DeitError:
+def _pinned(future: "Future[ReadResult | _Sent | DeitError]") -> ReadResult | DeitError:
     """The batch in memory that a GPU can copy from while it computes."""
     read = _received(future.result())
     if isinstance(read, DeitError):
@@ -322,7 +328,7 @@ def _pinned(future: "Future[Read | _Sent | DeitError]") -> Read | DeitError:
     return read._replace(pixels=tuple(pixels.pin_memory() for pixels in read.pixels))
 
 
-def _received(answer: "Read | _Sent | DeitError") -> Read | DeitError:
+def _received(answer: "ReadResult | _Sent | DeitError") -> ReadResult | DeitError:
     if not isinstance(answer, _Sent):
         return answer
     content = torch.from_numpy(np.fromfile(answer.file, np.uint8))
@@ -332,7 +338,7 @@ def _received(answer: "Read | _Sent | DeitError") -> Read | DeitError:
     pixels = tuple(
         part.view(number, 3, size, size) for part, size in zip(parts, answer.sizes, strict=True)
     )
-    return Read(pixels, answer.seconds)
+    return ReadResult(pixels, answer.seconds)
 
 
 class Reader:
@@ -343,14 +349,14 @@ class Reader:
     """
 
     def __init__(
-        self, images: Encoded, cutters: tuple[Cutter, ...], *, workers: int, pin: bool
+        self, images: EncodedImages, cutters: tuple[Decoder, ...], *, workers: int, pin: bool
     ) -> None:
         self._work = _Work(images, cutters)
         self._number, self._pin = workers, pin
         self._workers: _Workers | None = None
         self._largest, self._shared = 0, True  # batch so far [images], and how it comes
 
-    def read(self, batches: Iterable[Wanted]) -> Iterator[Read]:
+    def read(self, batches: Iterable[ReadRequest]) -> Iterator[ReadResult]:
         """The batches, in their order. Raises DataError at an unreadable image, EnvironmentFault
         where one cannot be read now, WorkerLost where a worker was killed."""
         for answer in self._answers(iter(batches)):
@@ -382,14 +388,14 @@ class Reader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _answers(self, batches: Iterator[Wanted]) -> Iterator[Read | DeitError]:
+    def _answers(self, batches: Iterator[ReadRequest]) -> Iterator[ReadResult | DeitError]:
         if self._number == 0:
             for epoch, samples, repeats in batches:
                 yield self._work(epoch, samples.numpy(), repeats.numpy())
             return
         if self._workers is None:
             self._workers = _Workers(self._work, self._number, pin=self._pin)
-        waiting: deque[Future[Read | _Sent | DeitError]] = deque()
+        waiting: deque[Future[ReadResult | _Sent | DeitError]] = deque()
         while True:
             for wanted in islice(batches, _AHEAD * self._number - len(waiting)):
                 shared = self._has_room(len(wanted.samples))
@@ -399,7 +405,7 @@ class Reader:
             yield _answer(waiting.popleft())
 
 
-def _answer(future: "Future[Read | _Sent | DeitError]") -> Read | DeitError:
+def _answer(future: "Future[ReadResult | _Sent | DeitError]") -> ReadResult | DeitError:
     try:
         return _received(future.result())
     except BrokenProcessPool:

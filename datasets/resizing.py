@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from deit.config import Interpolation
-from deit.datasets.pieces import in_pieces
+from deit.datasets.pieces import chunked
 
 _ONE = 2.0**15  # 255 * 1.3 (the absolute weights of a bicubic filter) is below 2**9
 MAX_SIGMA = 2.0  # of a blur [px]; its filter is cut off at four sigmas
@@ -39,7 +39,7 @@ def resize_boxes(
     top, left, box_height, box_width = boxes.unbind(dim=1)
     rows = _filters(top, box_height, height, size, interpolation)
     columns = _filters(left, box_width, width, size, interpolation, flipped)
-    return in_pieces(_resample, images, rows, columns)
+    return chunked(_resample, images, rows, columns)
 
 
 def resize(images: Tensor, height: int, width: int, interpolation: Interpolation) -> Tensor:

@@ -11,11 +11,11 @@ from deit.console import progress
 from deit.datasets.decoding import EXTENSIONS
 from deit.datasets.listing import (
     SPLIT_NAMES,
-    Complain,
     Folder,
-    Found,
     Listing,
+    OnProblem,
     PassedOver,
+    SplitListing,
     assemble,
     check_root,
     ending_of,
@@ -26,7 +26,7 @@ from deit.datasets.listing import (
     split_folders,
 )
 from deit.datasets.stores import ShardStore
-from deit.errors import DataError, raise_transient, reason_of
+from deit.errors import DataError, first_line, raise_transient
 from deit.inputs import read_lines
 
 IMAGE_FIELDS = frozenset(ending.removeprefix(".") for ending in EXTENSIONS)
@@ -45,7 +45,7 @@ class Sample(NamedTuple):
     label: str
 
 
-def list_shards(config: DataConfig, keep: tuple[str, ...], complain: Complain = refuse) -> Listing:
+def list_shards(config: DataConfig, keep: tuple[str, ...], complain: OnProblem = refuse) -> Listing:
     """Tar shards of samples KEY.jpg (or another ending of images) and KEY.cls: ROOT/train/*.tar, or
     ROOT/*.tar without splits; ROOT/val and ROOT/test as with class folders.
 
@@ -68,7 +68,7 @@ def list_shards(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
             raise_transient(error, path)
             indexed[path] = []
             complain(
-                f"{path}: not a complete, uncompressed tar file ({reason_of(error)}); fetch or "
+                f"{path}: not a complete, uncompressed tar file ({first_line(error)}); fetch or "
                 "unpack it"
             )
     samples = [sample for path in paths for sample in indexed[path]]
@@ -83,7 +83,7 @@ def list_shards(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     for split, folder in folders.items():
         names = _class_list(folder.path, root)
         mine = [(path, sample) for path in shards[split] for sample in indexed[path]]
-        found[split] = Found(
+        found[split] = SplitListing(
             folder.path,
             [_class_name(path, sample, names, numbered, complain) for path, sample in mine],
             [sample.member if unique else f"{path.name}/{sample.member}" for path, sample in mine],
@@ -101,7 +101,7 @@ def list_shards(config: DataConfig, keep: tuple[str, ...], complain: Complain = 
     return assemble(store, found, keep, complain, passed)
 
 
-def _shards(folder: Folder, root: Path, complain: Complain, passed: PassedOver) -> list[Path]:
+def _shards(folder: Folder, root: Path, complain: OnProblem, passed: PassedOver) -> list[Path]:
     folders, files = look_into(folder, passed, complain)
     passed.places += [
         f"{inner.path} (a folder beside the shards)"
@@ -131,7 +131,7 @@ def _shards(folder: Folder, root: Path, complain: Complain, passed: PassedOver) 
     return shards
 
 
-def read_index(path: Path, complain: Complain, passed: PassedOver) -> Iterator[Sample]:
+def read_index(path: Path, complain: OnProblem, passed: PassedOver) -> Iterator[Sample]:
     """The samples of a shard in the order of their images. Only regular members count, and those
     that are neither image nor class are counted in `passed`.
 
@@ -192,7 +192,7 @@ def _class_list(folder: Path, root: Path) -> list[str] | None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not readable ({reason_of(error)})") from None
+            raise DataError(f"{path}: not readable ({first_line(error)})") from None
         while names and not names[-1]:
             names.pop()
         if "" in names or len(set(names)) < len(names):
@@ -202,7 +202,7 @@ def _class_list(folder: Path, root: Path) -> list[str] | None:
 
 
 def _class_name(
-    path: Path, sample: Sample, names: list[str] | None, numbered: bool, complain: Complain
+    path: Path, sample: Sample, names: list[str] | None, numbered: bool, complain: OnProblem
 ) -> str:
     """The class of a sample by name; numbered: every label of the data is a number."""
     label = str(int(sample.label)) if numbered else sample.label

@@ -12,11 +12,11 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, VisionDataset
 
 from deit.config import DataConfig
 from deit.datasets.folders import list_folder
-from deit.datasets.images import Encoded, Images, Store
-from deit.datasets.listing import Listing, known
+from deit.datasets.images import EncodedImages, ImageStore, InMemoryImages
+from deit.datasets.listing import Listing, resolve_classes
 from deit.datasets.readers import list_reader
 from deit.datasets.shards import list_shards
-from deit.errors import DataError, EnvironmentFault, raise_transient, reason_of
+from deit.errors import DataError, SystemFault, first_line, raise_transient
 from deit.inputs import read_lines
 
 
@@ -25,15 +25,15 @@ class Loaded(NamedTuple):
 
     identities: int64 [number of training images] in [0, 2**32), a number for each training image
     that does not depend on which others are there: what is set aside is chosen by it.
-    left_out: bool [positions of the store], the images in quarantine; None without a list.
+    left_out: bool [positions of the store], the excluded images; None without a list.
     passed: what is beside the images and is not read, in words.
     """
 
     class_names: tuple[str, ...]
     identities: Tensor
-    train: Images | Encoded
-    validation: Images | Encoded | None
-    test: Images | Encoded | None
+    train: InMemoryImages | EncodedImages
+    validation: InMemoryImages | EncodedImages | None
+    test: InMemoryImages | EncodedImages | None
     left_out: Tensor | None = None
     passed: tuple[str, ...] = ()
 
@@ -47,15 +47,15 @@ def load_digits(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
     try:
         from sklearn.datasets import load_digits as read
     except ImportError as error:
-        raise EnvironmentFault(
-            f"data.source digits: scikit-learn is missing or does not load ({reason_of(error)}); "
+        raise SystemFault(
+            f"data.source digits: scikit-learn is missing or does not load ({first_line(error)}); "
             "pip install 'deit[digits]'"
         ) from None
     digits = read()
     grey = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))
     pixels = grey.unsqueeze(1).repeat(1, 3, 1, 1)
     names = tuple(str(name) for name in digits.target_names)
-    everything = Images(pixels, torch.from_numpy(digits.target).long())
+    everything = InMemoryImages(pixels, torch.from_numpy(digits.target).long())
     return _keep_classes(Loaded(names, torch.arange(len(pixels)), everything, None, None), keep)
 
 
@@ -69,8 +69,8 @@ def load_mnist(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
         else_="the digits recipes need no data",
     )
 
-    def images(split: MNIST) -> Images:
-        return Images(split.data.unsqueeze(1).repeat(1, 3, 1, 1), split.targets.long())
+    def images(split: MNIST) -> InMemoryImages:
+        return InMemoryImages(split.data.unsqueeze(1).repeat(1, 3, 1, 1), split.targets.long())
 
     names = tuple(str(digit) for digit in range(10))
     identities = torch.arange(len(train.targets))
@@ -90,7 +90,7 @@ def _both_splits(
     except Exception as error:  # torchvision raises RuntimeError, urllib, tarfile, struct their own
         raise_transient(error, f"data.root {root}")
         raise DataError(
-            f"data.root {root}: no {dataset.__name__} here ({reason_of(error)}); expected "
+            f"data.root {root}: no {dataset.__name__} here ({first_line(error)}); expected "
             f"{expected}. Fetch it with --data.download, or point --data.root at it; {else_}"
         ) from None
     return train, test
@@ -115,9 +115,9 @@ def _load_cifar(dataset: type[VisionDataset], config: DataConfig, keep: tuple[st
         else_="images in class folders are read by --data.source folder",
     )
 
-    def images(split: VisionDataset) -> Images:
+    def images(split: VisionDataset) -> InMemoryImages:
         pixels = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
-        return Images(pixels, torch.tensor(split.targets))
+        return InMemoryImages(pixels, torch.tensor(split.targets))
 
     identities = torch.arange(len(train.targets))
     found = Loaded(tuple(train.classes), identities, images(train), None, images(test))
@@ -128,12 +128,12 @@ def load_listed(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
     """Images that stay encoded, as the listing of their source finds them."""
     listing = LISTINGS[config.source](config, keep)
     encoded = {
-        split: Encoded(listing.labels[rows], listing.store, rows)
+        split: EncodedImages(listing.labels[rows], listing.store, rows)
         for split, rows in listing.splits.items()
     }
     left_out = None
-    if config.quarantine is not None:
-        left_out = quarantined(Path(config.quarantine), listing.store)
+    if config.exclude_list is not None:
+        left_out = is_excluded(Path(config.exclude_list), listing.store)
     return Loaded(
         listing.class_names,
         listing.identities[listing.splits["train"]],
@@ -145,18 +145,17 @@ def load_listed(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
     )
 
 
-def quarantined(path: Path, store: Store) -> Tensor:
-    """Which positions of a store a quarantine list names, bool [positions].
+def is_excluded(path: Path, store: ImageStore) -> Tensor:
+    """Which positions of a store an exclude list names, bool [positions].
 
-    The list: one name below data.root a line, as it is or, by `quarantine_line`, as a text of JSON;
-    `#` begins a comment line. Raises DataError for a name that is not in the data, so that a list
-    for other data cannot pass unnoticed.
-    """
+    The list: one name below data.root a line, as it is or, by `exclude_list_line`, as a text of
+    JSON; `#` begins a comment line. Raises DataError for a name that is not in the data, so that a
+    list for other data cannot pass unnoticed."""
     try:
         lines = read_lines(path, errors="surrogateescape")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"data.quarantine {path}: not readable ({reason})") from None
+        raise DataError(f"data.exclude_list {path}: not readable ({reason})") from None
     names = {_name_in(line) for line in lines if line and not line.startswith("#")}
     listed = torch.zeros(len(store), dtype=torch.bool)
     for position in range(len(store)) if names else ():
@@ -165,14 +164,14 @@ def quarantined(path: Path, store: Store) -> Tensor:
             names.discard(name)
     if names:
         raise DataError(
-            f"data.quarantine {path}: {min(names)!r} is not in the data; names are relative to "
-            "data.root, as `deit scan --write` writes them"
+            f"data.exclude_list {path}: {min(names)!r} is not in the data; names are relative to "
+            "data.root, as `deit check-data --write-exclude-list` writes them"
         )
     return listed
 
 
-def quarantine_line(name: str) -> str:
-    """A line of a quarantine list for any file name: one that a line cannot hold as it is, or that
+def exclude_list_line(name: str) -> str:
+    """A line of an exclude list for any file name: one that a line cannot hold as it is, or that
     looks like something else, as a text of JSON."""
     plain = name.splitlines() == [name.strip()] and not name.startswith(("#", '"'))
     return name if plain else json.dumps(name)
@@ -191,16 +190,16 @@ def _keep_classes(loaded: Loaded, keep: tuple[str, ...]) -> Loaded:
     """Only the wanted classes, in the order of the source; all of them if none are named."""
     if not keep:
         return loaded
-    wanted = known(keep, loaded.class_names)
+    wanted = resolve_classes(keep, loaded.class_names)
     old = [index for index, name in enumerate(loaded.class_names) if name in wanted]
     new_label = torch.full((len(loaded.class_names),), -1)
     new_label[old] = torch.arange(len(old))
 
-    def filtered(images: Images | None) -> Images | None:
+    def filtered(images: InMemoryImages | None) -> InMemoryImages | None:
         if images is None:
             return None
         labels = new_label[images.labels]
-        return Images(images.pixels, labels).select(labels >= 0)
+        return InMemoryImages(images.pixels, labels).select(labels >= 0)
 
     names = tuple(loaded.class_names[index] for index in old)
     identities = loaded.identities[new_label[loaded.train.labels] >= 0]

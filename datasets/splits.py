@@ -9,12 +9,12 @@ from torch.nn.functional import interpolate
 
 from deit.config import DataConfig
 from deit.datasets.decoding import decode_all, in_threads
-from deit.datasets.images import Encoded, Images
-from deit.datasets.listing import known
+from deit.datasets.images import EncodedImages, InMemoryImages
+from deit.datasets.listing import resolve_classes
 from deit.datasets.sources import SOURCES, Loaded
-from deit.errors import DataError, EnvironmentFault
+from deit.errors import DataError, SystemFault
 from deit.files import read_names
-from deit.keys import Keys, words
+from deit.keys import Keys, random_words
 from deit.memory import free_memory
 
 
@@ -30,9 +30,9 @@ class Splits(NamedTuple):
     """
 
     class_names: tuple[str, ...]
-    train: Images | Encoded
-    validation: Images | Encoded
-    test: Images | Encoded
+    train: InMemoryImages | EncodedImages
+    validation: InMemoryImages | EncodedImages
+    test: InMemoryImages | EncodedImages
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     notes: tuple[str, ...]
@@ -44,15 +44,15 @@ class _Divided(NamedTuple):
     """The splits as the source holds their images, and a number for each training image."""
 
     class_names: tuple[str, ...]
-    train: Images | Encoded
-    validation: Images | Encoded
-    test: Images | Encoded
+    train: InMemoryImages | EncodedImages
+    validation: InMemoryImages | EncodedImages
+    test: InMemoryImages | EncodedImages
     identities: Tensor
     notes: tuple[str, ...]
     passed: tuple[str, ...]
 
 
-def _divided(config: DataConfig) -> _Divided:
+def _split(config: DataConfig) -> _Divided:
     """Find the images and set aside what the source does not bring. Raises DataError."""
     loaded = SOURCES[config.source](config, read_names("data.classes", config.classes))
     train, validation, test = loaded.train, loaded.validation, loaded.test
@@ -62,7 +62,7 @@ def _divided(config: DataConfig) -> _Divided:
 
     def take(fraction: float, stream: str) -> Tensor:
         mine = free.clone()
-        mine[free] = choose(
+        mine[free] = select_fraction(
             train.labels[free], identities[free], fraction, config.split_seed, stream
         )
         free[mine] = False
@@ -79,16 +79,16 @@ def _divided(config: DataConfig) -> _Divided:
         notes.append(f"train: {config.train_fraction:.2%} of what remained")
     train, identities = train.select(free), identities[free]
     if loaded.left_out is not None:
-        # Only now: without the images in quarantine, all others stay in the split they were in.
+        # Only now: without the excluded images, all others stay in the split they were in.
         before = len(train.labels) + len(validation.labels) + len(test.labels)
-        kept = ~loaded.left_out[train.rows]
+        kept = ~loaded.left_out[train.positions]
         train, identities = train.select(kept), identities[kept]
         validation, test = (
-            split.select(~loaded.left_out[split.rows]) for split in (validation, test)
+            split.select(~loaded.left_out[split.positions]) for split in (validation, test)
         )
         _check_remaining(loaded.class_names, train)
         number = before - len(train.labels) - len(validation.labels) - len(test.labels)
-        notes.append(f"quarantine: {number} images left out, listed in {config.quarantine}")
+        notes.append(f"exclude list: {number} images excluded, listed in {config.exclude_list}")
     unseen = held_out(config, loaded.class_names)
     if unseen:
         # Last, so that every other image is in the split it would be in without.
@@ -103,9 +103,9 @@ def _divided(config: DataConfig) -> _Divided:
 
 def load_splits(config: DataConfig) -> Splits:
     """Load the source and set aside what it does not bring. Raises DataError."""
-    class_names, train, validation, test, identities, made, passed = _divided(config)
+    class_names, train, validation, test, identities, made, passed = _split(config)
     splits, notes = (train, validation, test), list(made)
-    if isinstance(train, Images):
+    if isinstance(train, InMemoryImages):
         splits = _squares(splits, config)
     elif _in_memory(splits, config):
         splits = tuple(
@@ -114,7 +114,7 @@ def load_splits(config: DataConfig) -> Splits:
         )
     else:
         notes.append("images stay encoded (data.storage files)")
-    if isinstance(splits[0], Images):
+    if isinstance(splits[0], InMemoryImages):
         mean, std = channel_statistics(splits[0].pixels)
     else:
         sample = _sample(identities, config.split_seed)
@@ -126,12 +126,14 @@ def load_splits(config: DataConfig) -> Splits:
     return Splits(class_names, *splits, mean, std, tuple(notes), fingerprint, passed)
 
 
-def load_split(config: DataConfig, name: str) -> tuple[tuple[str, ...], Images | Encoded]:
+def load_split(
+    config: DataConfig, name: str
+) -> tuple[tuple[str, ...], InMemoryImages | EncodedImages]:
     """The class names and one split by its name; of encoded images only those of this split are
     decoded where all would be held in memory. Raises DataError."""
-    found = _divided(config)
-    images: Images | Encoded = getattr(found, name)
-    if isinstance(images, Images):
+    found = _split(config)
+    images: InMemoryImages | EncodedImages = getattr(found, name)
+    if isinstance(images, InMemoryImages):
         (images,) = _squares((images,), config)
     elif _in_memory((found.train, found.validation, found.test), config):
         images = decode_all(images, config.image_size, f"reading {name} images")
@@ -141,11 +143,12 @@ def load_split(config: DataConfig, name: str) -> tuple[tuple[str, ...], Images |
 def held_out(config: DataConfig, class_names: tuple[str, ...]) -> list[int]:
     """The labels of the classes that training does not see. Raises DataError for a class that the
     data does not have, and where fewer than two are left to be seen."""
-    names = read_names("data.held_out", config.held_out)
-    wanted = known(names, class_names, field="data.held_out")
+    names = read_names("data.unseen_classes", config.unseen_classes)
+    wanted = resolve_classes(names, class_names, field="data.unseen_classes")
     if names and len(class_names) - len(wanted) < 2:
         raise DataError(
-            f"data.held_out: leaves {len(class_names) - len(wanted)} of {len(class_names)} classes "
+            f"data.unseen_classes: leaves {len(class_names) - len(wanted)} of {len(class_names)} "
+            "classes "
             "to be seen; at least two are needed"
         )
     return [label for label, name in enumerate(class_names) if name in wanted]
@@ -156,7 +159,7 @@ AUTO_BYTES = 2 * 2**30
 memory of the moment: every process and every resumption of a run must come to the same."""
 
 
-def _in_memory(splits: tuple[Encoded, ...], config: DataConfig) -> bool:
+def _in_memory(splits: tuple[EncodedImages, ...], config: DataConfig) -> bool:
     """Whether the squares of encoded images are to be held in memory. Raises EnvironmentFault where
     they should and do not fit."""
     number = sum(len(split.labels) for split in splits)
@@ -177,7 +180,7 @@ def check_images_fit(number: int, config: DataConfig) -> None:
     allowed = free_memory(torch.device("cpu")) * config.memory_fraction
     if needed > allowed:
         advice = "" if config.source in ("digits", "mnist", "cifar10", "cifar100") else _STAY_FILES
-        raise EnvironmentFault(
+        raise SystemFault(
             f"{number} images need {needed / 2**30:.1f} GiB at data.image_size "
             f"{config.image_size}, allowed are {allowed / 2**30:.1f} GiB; {advice}lower "
             "data.image_size, keep fewer data.classes, or raise data.memory_fraction"
@@ -187,11 +190,13 @@ def check_images_fit(number: int, config: DataConfig) -> None:
 _STAY_FILES = "use data.storage files, "
 
 
-def _squares(splits: tuple[Images, ...], config: DataConfig) -> tuple[Images, ...]:
+def _squares(splits: tuple[InMemoryImages, ...], config: DataConfig) -> tuple[InMemoryImages, ...]:
     """Images that came in memory, at the size asked for."""
     if splits[0].pixels.shape[-1] != config.image_size:
         check_images_fit(sum(len(split.labels) for split in splits), config)
-    return tuple(Images(_resized(pixels, config.image_size), labels) for pixels, labels in splits)
+    return tuple(
+        InMemoryImages(_resized(pixels, config.image_size), labels) for pixels, labels in splits
+    )
 
 
 _MEASURED = 2048
@@ -199,28 +204,30 @@ _MEASURED = 2048
 
 def _sample(identities: Tensor, seed: int) -> Tensor:
     """Which images are measured for mean and deviation: int64, the same whatever their order."""
-    rank = words(Keys(seed, 0, identities), "statistics", 1).squeeze(1)
+    rank = random_words(Keys(seed, 0, identities), "statistics", 1).squeeze(1)
     return rank.argsort(stable=True)[:_MEASURED]
 
 
-def _check_remaining(class_names: tuple[str, ...], train: Encoded) -> None:
+def _check_remaining(class_names: tuple[str, ...], train: EncodedImages) -> None:
     counts = torch.bincount(train.labels, minlength=len(class_names))
     for name, number in zip(class_names, counts.tolist()):
         if number == 0:
             raise DataError(
-                f"class {name!r}: data.quarantine leaves no training image; leave the class out "
+                f"class {name!r}: data.exclude_list leaves no training image; leave the class out "
                 "with data.classes"
             )
 
 
-def choose(labels: Tensor, identities: Tensor, fraction: float, seed: int, stream: str) -> Tensor:
+def select_fraction(
+    labels: Tensor, identities: Tensor, fraction: float, seed: int, stream: str
+) -> Tensor:
     """Which images are set aside: a share of every class, bool [number].
 
     labels, identities: int64 [number]. Ranked within the class by a word of the identity, so that
     the choice depends neither on the other classes nor on the order. At least one image of each
     class goes to either side, so a class needs two of them.
     """
-    rank = words(Keys(seed, 0, identities), f"split/{stream}", 1).squeeze(1)
+    rank = random_words(Keys(seed, 0, identities), f"split/{stream}", 1).squeeze(1)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().squeeze(1)
@@ -269,12 +276,14 @@ def _resized(pixels: Tensor, size: int) -> Tensor:
     return resized
 
 
-def digest_of_images(class_names: tuple[str, ...], splits: tuple[Images | Encoded, ...]) -> str:
+def digest_of_images(
+    class_names: tuple[str, ...], splits: tuple[InMemoryImages | EncodedImages, ...]
+) -> str:
     """SHA-256 over class names, labels and pixels of splits; of encoded images over names and sizes
     [bytes] in place of pixels."""
     digest = hashlib.sha256("\n".join(class_names).encode(errors="surrogateescape"))
     for split in splits:
-        if isinstance(split, Images):
+        if isinstance(split, InMemoryImages):
             digest.update(split.pixels.contiguous().numpy())
         else:
             _digest_names(digest, split)
@@ -282,11 +291,11 @@ def digest_of_images(class_names: tuple[str, ...], splits: tuple[Images | Encode
     return digest.hexdigest()
 
 
-def _digest_names(digest: "hashlib._Hash", split: Encoded) -> None:
+def _digest_names(digest: "hashlib._Hash", split: EncodedImages) -> None:
     """Name and size of every file, in place of the pixels."""
 
     def fact(position: int) -> str:
         return f"{split.store.key(position)}\n{split.store.size(position)}\n"
 
-    for line in in_threads(fact, split.rows.tolist(), "looking at the files"):
+    for line in in_threads(fact, split.positions.tolist(), "looking at the files"):
         digest.update(line.encode(errors="surrogateescape"))

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from deit.keys import Keys, words
+from deit.keys import Keys, random_words
 
 
-def spread_rows(labels: Tensor, number: int, *, seed: int, stream: str) -> Tensor:
+def stratified_indices(labels: Tensor, number: int, *, seed: int, stream: str) -> Tensor:
     """The rows of so many images, or of all where there are fewer: int64, rising, the same for a
     seed and stream.
 
     labels: int64 [images]. Of each class as many as of every other, or one more, as far as it has
     them; which ones is drawn.
     """
-    drawn = words(Keys(seed, 0, torch.arange(len(labels))), stream, 1).squeeze(1)
+    drawn = random_words(Keys(seed, 0, torch.arange(len(labels))), stream, 1).squeeze(1)
     order = drawn.argsort(stable=True)
     turn = torch.empty_like(labels)
     for label in labels.unique():

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Stages:
+class StageTimer:
     """Seconds and images of each named stage since the last reset."""
 
     def __init__(self, device: torch.device) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deit.errors import DataError, NotAllowedError, raise_transient, reason_of
+from deit.errors import DataError, NotAllowedError, first_line, raise_transient
 from deit.text import bytes_of
 
 
-class Texts:
+class StringTable:
     """Many short texts in two arrays: a million of them are copied to a worker as two blocks, and
     a forked worker that looks one up does not touch (and so copy) the memory of the others."""
 
@@ -35,7 +35,7 @@ class FolderStore:
 
     def __init__(self, root: Path, paths: Iterable[str]) -> None:
         self.root = root
-        self.paths = Texts(paths)
+        self.paths = StringTable(paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -82,7 +82,7 @@ class ShardStore:
         members: the name of each image in its shard. ranges: (shard index, offset, size)."""
         self.root = root
         self.shards = tuple(shards)
-        self.members = Texts(members)
+        self.members = StringTable(members)
         self.ranges = np.array(list(ranges), dtype=np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
@@ -173,6 +173,6 @@ def _unreadable(name: str, error: Exception) -> DataError:
     """What is wrong with the image. Raises what is wrong with the machine: the image may be sound,
     and who takes it for damaged leaves it out for ever."""
     raise_transient(error, name)
-    reason = getattr(error, "strerror", None) or reason_of(error)
+    reason = getattr(error, "strerror", None) or first_line(error)
     kind = NotAllowedError if isinstance(error, PermissionError) else DataError
     return kind(f"{name}: not readable ({reason})")

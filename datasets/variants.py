@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deit.config import DataConfig
 from deit.datasets.folders import list_folder
-from deit.datasets.images import Encoded
+from deit.datasets.images import EncodedImages
 from deit.errors import DataError
 
 _IMAGES = 50_000  # of the validation set, which ReaL labels anew
@@ -36,7 +36,7 @@ class Variant(NamedTuple):
     note: what was left out, in words.
     """
 
-    images: Encoded
+    images: EncodedImages
     columns: tuple[int, ...]
     accepted: Tensor
     note: str
@@ -60,7 +60,7 @@ def load_variant(name: str, root: str, class_names: tuple[str, ...]) -> Variant:
     listing = list_folder(DataConfig(source="folder", root=root), ())
     check_known(name, class_names)
     rows = torch.cat(list(listing.splits.values()))
-    images = Encoded(listing.labels[rows], listing.store, rows)
+    images = EncodedImages(listing.labels[rows], listing.store, rows)
     expected, everyone = _synsets(VARIANTS[name]), ImageNetInfo().label_names()
     found = listing.class_names
     if name == "v2" and all(one.isdecimal() for one in found):
@@ -94,7 +94,7 @@ def _synsets(file: str) -> tuple[str, ...]:
     return tuple(pkgutil.get_data("timm.data", f"_info/{file}").decode().split())
 
 
-def _anew(images: Encoded, place: list[int], columns: int) -> Tensor:
+def _anew(images: EncodedImages, place: list[int], columns: int) -> Tensor:
     """ReaL's labels of the validation images, by their file names, bool [images, columns].
 
     place: the column of each of the 1000 classes, -1 for none. Raises DataError at another name.

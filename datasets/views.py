@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from deit.config import ViewsConfig
-from deit.datasets.operations import Canvas, apply_operations
-from deit.datasets.pieces import in_pieces
+from deit.datasets.operations import FillOptions, apply_operations
+from deit.datasets.pieces import chunked
 from deit.datasets.policies import sample_policy
 from deit.datasets.resizing import resize, resize_boxes
-from deit.keys import Keys, uniform, words
-from deit.transfer import constant, sent
+from deit.keys import Keys, random_words, uniform
+from deit.transfer import device_constant, to_device_async
 
 VERSION = 1
 """Of the pixels: raised with every change that makes a view of the same key look otherwise, so that
@@ -28,7 +28,7 @@ Extent = int | Tensor
 """Height or width [px]: one for all images, or float64 [batch]."""
 
 
-class Colours(NamedTuple):
+class ChannelStats(NamedTuple):
     """Mean and standard deviation of the data per channel, in [0, 1]: what fills gaps."""
 
     mean: tuple[float, float, float]
@@ -70,7 +70,7 @@ def sample_views(
     if views.flip > 0:
         flipped = sample_flip(keys, views.flip)
     codes, arguments = sample_policy(keys, views)
-    if views.erasing > 0:
+    if views.erasing_prob > 0:
         erased, noise = sample_erasing(keys, views, size)
         erased = erased.cpu()
     return ViewParameters(boxes, offsets, flipped, codes.cpu(), arguments, erased, noise)
@@ -84,12 +84,12 @@ def sample_boxes(keys: Keys, views: ViewsConfig, *, height: Extent, width: Exten
             keys, height, width, scale=views.crop_scale, ratio=views.crop_ratio
         )
     if views.crop == "random":
-        return sample_random_crop(keys, height, width, side=views.crop_side)
+        return sample_random_crop(keys, height, width, side=views.crop_pct)
     return None
 
 
 def apply_views(
-    pixels: Tensor, drawn: ViewParameters, views: ViewsConfig, *, size: int, colours: Colours
+    pixels: Tensor, drawn: ViewParameters, views: ViewsConfig, *, size: int, colours: ChannelStats
 ) -> Tensor:
     """The training views of a batch, before mixing.
 
@@ -106,7 +106,7 @@ def apply_views(
     else:
         images = resize(pixels, size, size, how)
         images = images if drawn.flipped is None else apply_flip(images, drawn.flipped)
-    canvas = Canvas(fill=_fill(views, colours), interpolation=views.interpolation)
+    canvas = FillOptions(fill=_fill(views, colours), interpolation=views.interpolation)
     for layer in range(drawn.codes.shape[1]):
         codes, arguments = drawn.codes[:, layer], drawn.arguments[:, layer]
         images = apply_operations(images, codes, arguments, canvas)
@@ -115,19 +115,19 @@ def apply_views(
     return images
 
 
-def _fill(views: ViewsConfig, colours: Colours) -> Tensor:
+def _fill(views: ViewsConfig, colours: ChannelStats) -> Tensor:
     """What moves in from outside: the mean colour under a policy (as timm's), else black."""
-    if views.policy == "none":
+    if views.auto_augment == "none":
         return torch.zeros(3, dtype=torch.uint8)
     return _mean_levels(colours)
 
 
-def _mean_levels(colours: Colours) -> Tensor:
+def _mean_levels(colours: ChannelStats) -> Tensor:
     """The mean colour, uint8 [3], on the CPU."""
     return (torch.tensor(colours.mean) * 255).round().to(torch.uint8)
 
 
-def unit(images: Tensor) -> Tensor:
+def to_unit_float(images: Tensor) -> Tensor:
     """uint8 to float32 in [0, 1]: level / 255, the same number on every device."""
     # A product: CUDA divides by a number by multiplying with its reciprocal, a CPU does not.
     return images.float() * (1 / 255)
@@ -135,7 +135,7 @@ def unit(images: Tensor) -> Tensor:
 
 def evaluation_views(pixels: Tensor, *, size: int, crop: float) -> Tensor:
     """`evaluation_squares` as float32 [batch, 3, size, size] in [0, 1]."""
-    return unit(evaluation_squares(pixels, size=size, crop=crop))
+    return to_unit_float(evaluation_squares(pixels, size=size, crop=crop))
 
 
 def evaluation_squares(pixels: Tensor, *, size: int, crop: float) -> Tensor:
@@ -267,17 +267,17 @@ def sample_erasing(keys: Keys, views: ViewsConfig, size: int) -> tuple[Tensor, T
     )
     fits = (heights >= 1) & (widths >= 1) & (heights < size) & (widths < size)
     first = fits.int().argmax(dim=1, keepdim=True)
-    erased = (draws[:, 0] < views.erasing) & fits.any(dim=1)
+    erased = (draws[:, 0] < views.erasing_prob) & fits.any(dim=1)
     box_height = torch.where(erased, heights.gather(1, first).squeeze(1), 0.0)
     box_width = torch.where(erased, widths.gather(1, first).squeeze(1), 0.0)
     top = (draws[:, 1] * (size - box_height + 1)).long()
     left = (draws[:, 2] * (size - box_width + 1)).long()
     boxes = torch.stack([top, left, box_height.long(), box_width.long()], dim=1)
-    return boxes, words(keys, "erasing/noise", 1).squeeze(1)
+    return boxes, random_words(keys, "erasing/noise", 1).squeeze(1)
 
 
 def apply_erasing(
-    images: Tensor, boxes: Tensor, noise: Tensor, views: ViewsConfig, colours: Colours
+    images: Tensor, boxes: Tensor, noise: Tensor, views: ViewsConfig, colours: ChannelStats
 ) -> Tensor:
     """Fill each box with noise of the data's mean and deviation, or with the mean colour.
 
@@ -288,17 +288,17 @@ def apply_erasing(
     rows = (boxes[:, 2] > 0).nonzero().squeeze(1)
     if len(rows) == 0:
         return images
-    boxes, rows = sent(boxes[rows], images.device), sent(rows, images.device)
+    boxes, rows = to_device_async(boxes[rows], images.device), to_device_async(rows, images.device)
     mean = _mean_levels(colours)[:, None, None]
 
     def erase(some: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
-        noisy = views.erasing_fill == "noise"
-        filled = _noise(seeds, some.shape, colours) if noisy else sent(mean, some.device)
+        noisy = views.erasing_mode == "noise"
+        filled = _noise(seeds, some.shape, colours) if noisy else to_device_async(mean, some.device)
         inside = inside_boxes(boxes, *some.shape[-2:])[:, None]
         # Bits of the filling within the box, of the image elsewhere.
         return some ^ ((some ^ filled) & inside)
 
-    return images.index_copy(0, rows, in_pieces(erase, images[rows], boxes, noise[rows]))
+    return images.index_copy(0, rows, chunked(erase, images[rows], boxes, noise[rows]))
 
 
 def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -312,7 +312,7 @@ def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
     return (rows.to(torch.uint8) * 255)[:, :, None] & (columns.to(torch.uint8) * 255)[:, None]
 
 
-def _noise(seeds: Tensor, shape: torch.Size, colours: Colours) -> Tensor:
+def _noise(seeds: Tensor, shape: torch.Size, colours: ChannelStats) -> Tensor:
     """Grey levels mean + std * z, uint8, z a sum of four bytes of a hash of (seed, place).
 
     A sum of four uniform numbers is close to normal (no tail beyond 3.4 deviations); the hash
@@ -329,6 +329,6 @@ def _noise(seeds: Tensor, shape: torch.Size, colours: Colours) -> Tensor:
     pairs = (word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF)
     total = (pairs & 0xFFFF) + (pairs >> 16)
     z = (total - 510).float().view(shape).mul_(1 / math.sqrt(4 * (256**2 - 1) / 12))
-    mean, std = (constant(tuple(c), z.device)[:, None, None] * 255 for c in colours)
+    mean, std = (device_constant(tuple(c), z.device)[:, None, None] * 255 for c in colours)
     levels = z.mul_(std).add_(mean + 0.5).clamp_(0, 255)
     return levels.to(torch.int16).to(torch.uint8)

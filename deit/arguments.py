@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deit.config import Config, DataConfig, LossConfig, code_of, to_dict
-from deit.console import say
+from deit.config import Config, DataConfig, LossConfig, code_sources, to_dict
+from deit.console import info
 from deit.errors import ConfigError, ConfigProblem
-from deit.grammar import Typed, plain, read
-from deit.presets import PRESETS, fit_epochs, put_presets
+from deit.grammar import RawValue, option_of, parse_options, plain
+from deit.presets import PRESETS, apply_presets, fit_epochs
 from deit.recipes import RECIPES, find_recipe
-from deit.validation import build, unknown_field
+from deit.validation import config_from_dict, unknown_field
 
 TRAINS = "give it to deit train"
 TRAINS_NOT = dict.fromkeys(("resume", "dry_run", "print_config"), TRAINS)
@@ -32,7 +32,7 @@ class RunArguments:
     resume: bool
     dry_run: bool
     print_config: bool
-    names_teachers: bool = False
+    trusts_teacher_code: bool = False
     """Whether the command line itself says who teaches: then they may be code."""
 
 
@@ -42,9 +42,9 @@ def parse_run(
     program: str,
     about: str,
     usage: str = "RECIPE",
-    own: argparse.ArgumentParser | None = None,
-    told: Mapping[str, str] | None = None,
-    without: Mapping[str, str] | None = None,
+    command_parser: argparse.ArgumentParser | None = None,
+    help_overrides: Mapping[str, str] | None = None,
+    excluded: Mapping[str, str] | None = None,
     online: bool = True,
     adapt: Callable[[Config], Config] | None = None,
     out: Path | None = None,
@@ -60,7 +60,7 @@ def parse_run(
     out: the folder where none is named; None: checkpoints/RECIPE, with the prefix before RECIPE.
     Raises ConfigError naming every problem; `--help` prints and raises SystemExit(0).
     """
-    without = without or {}
+    excluded = excluded or {}
     helps = {"-h", "--help"} & set(arguments)
     if arguments and not arguments[0].startswith("-"):
         recipe, rest = arguments[0], arguments[1:]
@@ -71,35 +71,35 @@ def parse_run(
             f"name a recipe first: {program} RECIPE [options]; recipes are "
             f"{', '.join(RECIPES)}, FILE.py:FUNCTION, or a run's config.json"
         )
-    for name, instead in without.items():
+    for name, instead in excluded.items():
         if any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in rest):
-            raise ConfigError(f"{program}: takes no --{name}; {instead}")
+            raise ConfigError(f"{program}: takes no {option_of(name)}; {instead}")
     base = find_recipe(recipe)
     if adapt is not None:
         base = adapt(base)
-    options, unknown = read(
+    options, unknown = parse_options(
         rest,
         base,
         usage=f"{program} {usage}",
         about=f"{about}\n\n{_defaults(recipe, usage)}",
-        own=own,
-        told=told,
-        without=without,
+        command_parser=command_parser,
+        help_overrides=help_overrides,
+        excluded=excluded,
     )
-    problems = _unknown(unknown, own)
+    problems = _unknown(unknown, command_parser)
     values = to_dict(base)
     named = {flag: plain(getattr(options, flag)) for flag in PRESETS}
-    for flag, advice in put_presets(values, named).items():
-        problems.append(ConfigProblem(f"--{flag}", named[flag], advice))
+    for flag, advice in apply_presets(values, named).items():
+        problems.append(ConfigProblem(option_of(flag), named[flag], advice))
     problems += _merge(values, base, options.config)
     presets = [flag for flag, name in named.items() if name is not None]
     fit_epochs(values, [*_typed(options.config), *presets])
     folder = plain(options.out)
     if folder == "":
         problems.append(ConfigProblem("--out", folder, "needs a folder"))
-    config = build(values, problems, online=online)
-    typed = isinstance(options.config.teacher.source, Typed)
-    if recipe.endswith(".json") and not typed and code_of(config.teacher):
+    config = config_from_dict(values, problems, live_teacher=online)
+    typed = isinstance(options.config.teacher.source, RawValue)
+    if recipe.endswith(".json") and not typed and code_sources(config.teacher):
         named = ",".join(config.teacher.source)
         raise ConfigError(
             f"{recipe}: its teacher {named} is code, which no file but the command line may have "
@@ -114,14 +114,14 @@ def parse_run(
         resume=options.resume,
         dry_run=options.dry_run,
         print_config=options.print_config,
-        names_teachers=typed,
+        trusts_teacher_code=typed,
     )
 
 
-def printed(run: RunArguments) -> bool:
+def print_config_if_asked(run: RunArguments) -> bool:
     """Whether a configuration is all that was asked for; it is printed then."""
     if run.print_config:
-        say(json.dumps(to_dict(run.config), indent=1))
+        info(json.dumps(to_dict(run.config), indent=1))
     return run.print_config
 
 
@@ -132,18 +132,19 @@ def parse_data(arguments: list[str]) -> DataConfig:
     """
     recipe, rest = arguments[0], arguments[1:]
     base = find_recipe(recipe)
-    options, _ = read(rest, base, usage="", about="")
+    options, _ = parse_options(rest, base, usage="", about="")
     values = to_dict(base)
     _merge(values, base, options.config)
     sound = to_dict(Config(loss=LossConfig(kind="none")))  # nothing else to be wrong
-    return build({**sound, "data": values["data"]}).data
+    return config_from_dict({**sound, "data": values["data"]}).data
 
 
 def _defaults(recipe: str, usage: str) -> str:
-    """What --help says of recipes, and whose defaults it shows."""
-    of = f"Defaults of fields are those of {recipe!r}."
+    """Return the paragraph of --help about recipes, and about whose defaults it shows."""
+    of = f"The defaults of fields are those of {recipe!r}."
     if "RECIPE" in usage:
-        return f"RECIPE: {', '.join(RECIPES)}, FILE.py:FUNCTION, or a run's config.json. {of}"
+        named = "a name listed by `deit recipes`, FILE.py:FUNCTION, or a run's config.json"
+        return f"RECIPE: {named}. {of}"
     return of if recipe.endswith(".json") else f"{of} Name {usage} to see its own."
 
 
@@ -157,13 +158,13 @@ def _merge(values: dict[str, dict[str, Any]], base: Config, parsed: Config) -> l
         before, after = getattr(base, section.name), getattr(parsed, section.name)
         for leaf in dataclasses.fields(section.type):
             typed = getattr(after, leaf.name)
-            if isinstance(typed, Typed) and not typed.words:
+            if isinstance(typed, RawValue) and not typed.words:
                 problems.append(ConfigProblem(f"--{section.name}.{leaf.name}", "", "needs a value"))
-            elif isinstance(typed, Typed) and len(typed.words) > 1 and not typed.many:
+            elif isinstance(typed, RawValue) and len(typed.words) > 1 and not typed.many:
                 words = " ".join(typed.words)
                 advice = "takes one value; a value with spaces needs quotes"
                 problems.append(ConfigProblem(f"{section.name}.{leaf.name}", words, advice))
-            elif isinstance(typed, Typed) or typed != getattr(before, leaf.name):
+            elif isinstance(typed, RawValue) or typed != getattr(before, leaf.name):
                 values[section.name][leaf.name] = plain(typed)
     return problems
 
@@ -174,14 +175,20 @@ def _typed(parsed: Config) -> list[str]:
         f"{section.name}.{leaf.name}"
         for section in dataclasses.fields(Config)
         for leaf in dataclasses.fields(section.type)
-        if isinstance(getattr(getattr(parsed, section.name), leaf.name), Typed)
+        if isinstance(getattr(getattr(parsed, section.name), leaf.name), RawValue)
     ]
 
 
-def _unknown(arguments: list[str], own: argparse.ArgumentParser | None) -> list[ConfigProblem]:
+def _unknown(
+    arguments: list[str], command_parser: argparse.ArgumentParser | None
+) -> list[ConfigProblem]:
     """A problem for each flag that does not exist, and for each word that belongs to none. own:
     the command's own options, any of which may have been meant."""
-    known = {action.option_strings[0][2:] for action in own._actions} if own is not None else ()
+    known = (
+        {action.option_strings[0][2:] for action in command_parser._actions}
+        if command_parser is not None
+        else ()
+    )
     problems, after_flag = [], False
     for argument in arguments:
         if argument.startswith("--"):

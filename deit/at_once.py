@@ -13,19 +13,19 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 
 from deit import checkpoint
-from deit.config import Config, code_of, to_dict
-from deit.console import clock, say, warn
+from deit.config import Config, code_sources, to_dict
+from deit.console import format_duration, info, warn
 from deit.disk import open_to_append, write_json
 from deit.errors import CheckpointError, ConfigError, DataError, DeitError, NumericsError
-from deit.launcher import FOLLOWED
+from deit.launcher import PARALLEL_RUNS_ENV
 from deit.processes import Process, Source, source
 from deit.processor import cores
 
-_Heard: TypeAlias = "queue.Queue[tuple[_Child, str | None]]"
+_Heard: TypeAlias = "queue.Queue[tuple[_RunProcess, str | None]]"
 """Lines of runs as they come; None at a run's end."""
 
 
-class Planned(NamedTuple):
+class RunSpec(NamedTuple):
     """A run that is to be trained. name: what messages call it."""
 
     name: str
@@ -33,7 +33,7 @@ class Planned(NamedTuple):
     out: Path
 
 
-def check_number(number: int, *, option: str) -> None:
+def check_num_parallel(number: int, *, option: str) -> None:
     """Refuse a number of runs at once that cannot be. Raises ConfigError."""
     if number < 1:
         raise ConfigError(f"{option} {number}: should be at least 1")
@@ -55,11 +55,11 @@ def closing_idle() -> Iterator[None]:
         source(gpu=torch.cuda.device_count() > 0).close_idle()
 
 
-class Failed(NamedTuple):
+class FailedRun(NamedTuple):
     """A run that ended with an error. code: its exit code, or minus the signal that killed it.
     reason: what it last complained of. log: all it said."""
 
-    run: Planned
+    run: RunSpec
     code: int
     reason: str
     log: Path
@@ -68,23 +68,23 @@ class Failed(NamedTuple):
 _AS_BEFORE = {error.exit_code for error in (ConfigError, DataError, CheckpointError, NumericsError)}
 
 
-def may_pass(code: int) -> bool:
+def is_retryable(code: int) -> bool:
     """Whether a run that ended so may do better the next time: not where what was asked is wrong.
     code: as in Failed."""
     return code not in _AS_BEFORE
 
 
-class Watch(Protocol):
+class RunObserver(Protocol):
     """Who follows runs: asked after each epoch whether one should be stopped, told of each end."""
 
-    def hopeless(self, run: Planned) -> bool:
+    def should_stop(self, run: RunSpec) -> bool:
         """Whether to stop it."""
 
-    def ended(self, run: Planned, code: int, reason: str) -> None:
+    def on_end(self, run: RunSpec, code: int, reason: str) -> None:
         """How it ended: its exit code, or minus the signal that killed it; its complaint."""
 
 
-class Progress:
+class RunProgress:
     """How many of some runs are over, and when the others will be. total: it may be changed, as
     where a run is tried again or cannot begin."""
 
@@ -96,16 +96,16 @@ class Progress:
         self.done += 1
         each = (time.monotonic() - self._begun) / self.done
         left = each * max(self.total - self.done, 0)
-        return f"{self.done} of {self.total} runs, ETA {clock(left)}"
+        return f"{self.done} of {self.total} runs, ETA {format_duration(left)}"
 
 
-def train_beside(
-    runs: Iterable[Planned],
+def run_parallel(
+    runs: Iterable[RunSpec],
     *,
     number: int,
-    progress: Progress,
-    watch: Watch | None = None,
-) -> list[Failed]:
+    progress: RunProgress,
+    watch: RunObserver | None = None,
+) -> list[FailedRun]:
     """Train runs, so many at a time, each as `deit train --resume` would alone with its share of
     the cores, on the GPU that has the fewest. What they print is in NAME.log beside each.
 
@@ -114,7 +114,7 @@ def train_beside(
     stopped. Raises Stopped, when those under way have saved, where that is asked.
     """
     waiting, failed = iter(runs), []
-    with TemporaryDirectory(prefix="deit-") as folder, _Here(number, Path(folder)) as here:
+    with TemporaryDirectory(prefix="deit-") as folder, _LocalPool(number, Path(folder)) as here:
         while True:
             while len(here.children) < number and (run := next(waiting, None)) is not None:
                 here.start(run)
@@ -122,33 +122,33 @@ def train_beside(
                 return failed
             child, line = here.heard.get()
             if line is not None:
-                child.hear(line)
-                if line.startswith("epoch ") and watch is not None and not child.given_up:
-                    child.given_up = watch.hopeless(child.run)
-                    if child.given_up:
+                child.handle_line(line)
+                if line.startswith("epoch ") and watch is not None and not child.stopped_early:
+                    child.stopped_early = watch.should_stop(child.run)
+                    if child.stopped_early:
                         child.process.terminate()
                 continue
             here.children.remove(child)
             code = child.process.wait()
-            if code < 0 and checkpoint.result_of(child.run.out) is not None:
+            if code < 0 and checkpoint.read_result(child.run.out) is not None:
                 code = 0  # what killed it came too late
             if watch is not None:
-                watch.ended(child.run, code, child.error)
-            if code and not child.given_up:
-                failed.append(Failed(child.run, code, child.error, child.log))
+                watch.on_end(child.run, code, child.error)
+            if code and not child.stopped_early:
+                failed.append(FailedRun(child.run, code, child.error, child.log))
             end = f"ended with exit code {code}" if code else "finished"
-            end = "stopped" if code and child.given_up else end
-            say(f"{child.run.name}: {end}; {progress.ended()}")
+            end = "stopped" if code and child.stopped_early else end
+            info(f"{child.run.name}: {end}; {progress.ended()}")
 
 
-def train_at_once(runs: list[Planned], *, number: int, progress: Progress) -> None:
+def run_parallel_or_raise(runs: list[RunSpec], *, number: int, progress: RunProgress) -> None:
     """As `train_beside`; raises DeitError with the exit code of the first that failed when all
     have ended."""
-    if failed := train_beside(runs, number=number, progress=progress):
-        raise failure_of(failed)
+    if failed := run_parallel(runs, number=number, progress=progress):
+        raise combined_error(failed)
 
 
-def failure_of(failed: list[Failed]) -> DeitError:
+def combined_error(failed: list[FailedRun]) -> DeitError:
     """What is told of runs that failed, with the exit code of the first."""
     told = "".join(f"\n  {one.run.name} ({one.log}): {one.reason}" for one in failed)
     runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
@@ -157,17 +157,17 @@ def failure_of(failed: list[Failed]) -> DeitError:
     return error
 
 
-class _Child:
+class _RunProcess:
     """A run under way. error: what it last complained of. gpu: the one it has, of several.
     given_up: whether it was stopped because it would come to nothing."""
 
     def __init__(
-        self, run: Planned, log: Path, process: Process, said: int, heard: _Heard, gpu: str | None
+        self, run: RunSpec, log: Path, process: Process, said: int, heard: _Heard, gpu: str | None
     ) -> None:
         """said: the file descriptor out of which comes all it says."""
         self.run, self.log, self.process, self.gpu = run, log, process, gpu
         self.error, self._complaining = "it gave no reason", False
-        self.given_up = False
+        self.stopped_early = False
         self.listener = threading.Thread(target=self._listen, args=(said, heard), daemon=True)
         self.listener.start()
 
@@ -190,7 +190,7 @@ class _Child:
                         log.flush()
         heard.put((self, None))
 
-    def hear(self, line: str) -> None:
+    def handle_line(self, line: str) -> None:
         """Tell what is worth telling."""
         begun = line.startswith("deit: error: ")
         self._complaining = begun or (self._complaining and line.startswith("  "))
@@ -201,10 +201,10 @@ class _Child:
         elif line.startswith("deit: warning: "):
             warn(f"{self.run.name}: {line.removeprefix('deit: warning: ')}")
         elif line.startswith("epoch "):
-            say(f"{self.run.name}: {line}")
+            info(f"{self.run.name}: {line}")
 
 
-class _Here:
+class _LocalPool:
     """This machine and the runs under way on it. folder: for their configurations."""
 
     def __init__(self, number: int, folder: Path) -> None:
@@ -219,20 +219,20 @@ class _Here:
         self.folder = folder
         self._source: Source = source(gpu=count > 0)
         self.heard: _Heard = queue.Queue()
-        self.children: list[_Child] = []
+        self.children: list[_RunProcess] = []
         self._begun = 0
 
-    def start(self, run: Planned) -> None:
+    def start(self, run: RunSpec) -> None:
         """Start a run."""
         run.out.parent.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{self._begun}.json"
         write_json(file, to_dict(run.config))
         arguments = ["train", str(file), "--out", str(run.out), "--resume"]
-        if code_of(run.config.teacher):  # who named it to us has said that it may run
+        if code_sources(run.config.teacher):  # who named it to us has said that it may run
             arguments += ["--teacher.source", ",".join(run.config.teacher.source)]
         environment = {
             **os.environ,
-            FOLLOWED: str(self.number),
+            PARALLEL_RUNS_ENV: str(self.number),
             "OMP_NUM_THREADS": str(self.threads),
         }
         taken = [child.gpu for child in self.children]
@@ -246,10 +246,10 @@ class _Here:
             process = self._source.start(arguments, environment, says)
         finally:
             os.close(says)  # the pipe ends with the last process that has its other end
-        self.children.append(_Child(run, log, process, said, self.heard, gpu))
-        say(f"{run.name}: {run.out}, all it says in {log}")
+        self.children.append(_RunProcess(run, log, process, said, self.heard, gpu))
+        info(f"{run.name}: {run.out}, all it says in {log}")
 
-    def __enter__(self) -> "_Here":
+    def __enter__(self) -> "_LocalPool":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:

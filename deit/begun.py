@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deit.errors import ConfigError, EnvironmentFault
-from deit.typed_json import read_typed
+from deit.errors import ConfigError, SystemFault
+from deit.typed_json import load_json_as
 
 _NAMED = 8
 
 
-def check_begun(out: Path, file: str, asked: dict[str, Any], *, what: str) -> None:
+def check_same_request(out: Path, file: str, asked: dict[str, Any], *, what: str) -> None:
     """Refuse a folder in which something else was begun, or that holds anything else.
 
     file: in the folder, what was asked there when it was begun. asked: the same now, by name, ready
@@ -18,10 +18,10 @@ def check_begun(out: Path, file: str, asked: dict[str, Any], *, what: str) -> No
     and ConfigError that names all that differs.
     """
     if out.exists() and not out.is_dir():
-        raise EnvironmentFault(f"--out {out}: is a file, not a folder")
+        raise SystemFault(f"--out {out}: is a file, not a folder")
     before = out / file
     if before.is_file():
-        there, now = read_typed(before, dict[str, Any]), json.loads(json.dumps(asked))
+        there, now = load_json_as(before, dict[str, Any]), json.loads(json.dumps(asked))
         keys = [*now, *(key for key in there if key not in now)]
         wrong = [
             f"{key} is {_shown(there, key)}, not {_shown(now, key)}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deit.drawing import legend, save_figure
-from deit.errors import EnvironmentFault
+from deit.errors import SystemFault
 
 INK, FAINT, GRID, TEACHER = "#1c2430", "#5b6472", "#dfe3e9", "#6b7280"
 SERIES = ("#0f766e", "#c2410c", "#1d4ed8", "#a21caf", "#4d7c0f", "#b45309")
@@ -24,7 +24,7 @@ Draw = Callable[[Any], None]
 def check() -> None:
     """Raises EnvironmentFault without matplotlib."""
     if find_spec("matplotlib") is None:
-        raise EnvironmentFault("a report needs matplotlib; pip install 'deit[plot]'")
+        raise SystemFault("a report needs matplotlib; pip install 'deit[plot]'")
 
 
 def chart(draw: Draw, path: Path, *, width: float = 6.0, height: float = 3.4) -> str:
@@ -147,7 +147,7 @@ def _short(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def reliability(voices: dict[str, list[tuple[float, float, int]]]) -> Draw:
+def reliability(series: dict[str, list[tuple[float, float, int]]]) -> Draw:
     """Accuracy against confidence (Guo et al. 2017): a point for each bin that has samples, larger
     the more it has; on the diagonal confidence is deserved.
 
@@ -156,7 +156,7 @@ def reliability(voices: dict[str, list[tuple[float, float, int]]]) -> Draw:
 
     def draw(axes: Any) -> None:
         axes.plot([0, 100], [0, 100], color=GRID, linewidth=1.2)
-        for (name, bins), colour in zip(voices.items(), (SERIES[0], TEACHER, *SERIES[1:])):
+        for (name, bins), colour in zip(series.items(), (SERIES[0], TEACHER, *SERIES[1:])):
             total = sum(number for _, _, number in bins) or 1
             xs = [100 * confidence for confidence, _, _ in bins]
             ys = [100 * accuracy for _, accuracy, _ in bins]
@@ -171,7 +171,7 @@ def reliability(voices: dict[str, list[tuple[float, float, int]]]) -> Draw:
     return draw
 
 
-def over_depth(values: list[float]) -> Draw:
+def token_cosine_chart(values: list[float]) -> Draw:
     """The cosine of class and distillation token before the first block and after each."""
 
     def draw(axes: Any) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 from deit import manifest
 from deit.console import warn
 from deit.disk import ENVIRONMENT as ENVIRONMENT
-from deit.disk import GONE, LOCK, is_passing, replace_folder
+from deit.disk import LOCK, REMOVED_PREFIX, is_temporary, replace_dir
 from deit.disk import RESUMED as RESUMED
-from deit.errors import CheckpointError, ConfigError, EnvironmentFault, NotReadableError
-from deit.faults import reach
+from deit.errors import CheckpointError, ConfigError, NotReadableError, SystemFault
+from deit.faults import fault_point
 from deit.inputs import NOT_PLAIN, is_plain
 from deit.text import nearest
-from deit.typed_json import read_typed
+from deit.typed_json import load_json_as
 
 CONFIG = "config.json"
 RESULT = "result.json"
@@ -69,10 +69,10 @@ class Result:
 
 def recorded(run: Path) -> Recorded:
     """The environment of a run. Raises CheckpointError naming the file and the field."""
-    return read_typed(run / ENVIRONMENT, Recorded)
+    return load_json_as(run / ENVIRONMENT, Recorded)
 
 
-def check_folder(out: Path, *, resume: bool) -> None:
+def check_run_dir(out: Path, *, resume: bool) -> None:
     """Refuse a folder that would be overwritten, before anything is written or loaded.
 
     Raises ConfigError if it is not empty and resuming was not asked for, or holds no run;
@@ -81,11 +81,11 @@ def check_folder(out: Path, *, resume: bool) -> None:
     try:
         there = out.exists()
     except OSError as error:  # a name that no disk takes
-        raise EnvironmentFault(f"--out {out}: {error.strerror}") from None
+        raise SystemFault(f"--out {out}: {error.strerror}") from None
     if there and not out.is_dir():
-        raise EnvironmentFault(f"--out {out}: is a file, not a folder")
+        raise SystemFault(f"--out {out}: is a file, not a folder")
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
-    if all(name == LOCK or is_passing(name) for name in names):
+    if all(name == LOCK or is_temporary(name) for name in names):
         _check_entries(out, names)
         return
     if CONFIG not in names:
@@ -125,15 +125,15 @@ def _check_entries(out: Path, names: list[str]) -> None:
             raise CheckpointError(f"{out / name}: {NOT_PLAIN}; remove it")
 
 
-def open_folder(out: Path) -> None:
+def create_run_dir(out: Path) -> None:
     """Create the folder of a run. Raises EnvironmentFault."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EnvironmentFault(f"--out {out}: cannot be made ({error.strerror})") from None
+        raise SystemFault(f"--out {out}: cannot be made ({error.strerror})") from None
 
 
-def check_run(run: Path) -> None:
+def require_run(run: Path) -> None:
     """Refuse what is no run folder. Raises CheckpointError."""
     if not run.is_dir():
         beside = run.absolute().parent
@@ -145,45 +145,45 @@ def check_run(run: Path) -> None:
         raise CheckpointError(f"{run}: not a run folder (no {CONFIG}){named}")
 
 
-def result_of(out: Path) -> dict[str, Any] | None:
+def read_result(out: Path) -> dict[str, Any] | None:
     """What a finished run came to; None of one that is not. Raises CheckpointError."""
     path = out / RESULT
     if not path.is_file():
         return None
-    found = asdict(read_typed(path, Result))
+    found = asdict(load_json_as(path, Result))
     for name in ("epoch", "top1", "class_top1"):
         if found["best"].get(name) is None:
             raise CheckpointError(f"{path}: best: no {name}")
     return found
 
 
-def folder_of(out: Path, step: int) -> Path:
+def checkpoint_path(out: Path, step: int) -> Path:
     """Where the checkpoint after `step` updates lies."""
     return out / f"{_PREFIX}{step:08d}"
 
 
-def step_of(folder: Path) -> int:
+def checkpoint_step(folder: Path) -> int:
     """The step of a checkpoint, by its name."""
     return int(folder.name.removeprefix(_PREFIX))
 
 
-def found(out: Path) -> list[tuple[int, Path]]:
+def list_checkpoints(out: Path) -> list[tuple[int, Path]]:
     """The checkpoints in a run folder with their steps, the newest first; by name, for clocks and
     copies make times of files meaningless."""
     steps = []
     for path in out.glob(f"{_PREFIX}*"):
         number = path.name.removeprefix(_PREFIX)
-        if number.isdecimal() and path.is_dir() and path == folder_of(out, int(number)):
+        if number.isdecimal() and path.is_dir() and path == checkpoint_path(out, int(number)):
             steps.append((int(number), path))
     return sorted(steps, reverse=True)
 
 
-Fill = Callable[[Path], dict[str, manifest.Content] | None]
+Fill = Callable[[Path], dict[str, manifest.FileDigest] | None]
 """Writes files into the folder it is given; returns what it knows of their digests already."""
 
 
-def write(
-    out: Path, step: int, fill: Fill, *, keep: int, stay: Collection[int] = (), needs: int = 0
+def save_checkpoint(
+    out: Path, step: int, fill: Fill, *, keep: int, keep_steps: Collection[int] = (), needs: int = 0
 ) -> None:
     """Write the checkpoint of a step, whole or not at all; then remove all but the newest `keep`,
     and those of the steps that `stay`.
@@ -193,13 +193,13 @@ def write(
     held against its manifest. Raises EnvironmentFault where the disk refuses; the checkpoints
     before are left then.
     """
-    target = folder_of(out, step)
-    seal_folder(target, fill, step=step, needs=needs)
-    manifest.check(target)
-    rotate(out, keep=keep, stay=stay)
+    target = checkpoint_path(out, step)
+    write_with_manifest(target, fill, step=step, needs=needs)
+    manifest.verify_dir(target)
+    remove_old_checkpoints(out, keep=keep, keep_steps=keep_steps)
 
 
-def seal_folder(target: Path, fill: Fill, *, step: int, needs: int = 0) -> None:
+def write_with_manifest(target: Path, fill: Fill, *, step: int, needs: int = 0) -> None:
     """Fill a new folder, with a manifest, and put it in the place of `target`.
 
     Raises EnvironmentFault where the disk refuses.
@@ -209,33 +209,33 @@ def seal_folder(target: Path, fill: Fill, *, step: int, needs: int = 0) -> None:
         known = fill(folder) or {}
         names = {file.name for file in folder.iterdir()}
         files = known | manifest.digests(folder, names - known.keys())
-        manifest.seal(folder, files, step=step)
-        reach("manifest")
+        manifest.write_manifest(folder, files, step=step)
+        fault_point("manifest")
 
-    replace_folder(target, write, needs=needs)
+    replace_dir(target, write, bytes_needed=needs)
 
 
-def rotate(out: Path, *, keep: int, stay: Collection[int] = ()) -> None:
+def remove_old_checkpoints(out: Path, *, keep: int, keep_steps: Collection[int] = ()) -> None:
     """Remove all but the newest checkpoints and those of the steps that stay; what a kill leaves of
     that, the next start clears."""
-    passing = [path for step, path in found(out) if step not in stay]
+    passing = [path for step, path in list_checkpoints(out) if step not in keep_steps]
     for path in passing[keep:]:
-        aside = path.with_name(f"{GONE}{path.name}")
+        aside = path.with_name(f"{REMOVED_PREFIX}{path.name}")
         path.rename(aside)
-        reach("rotate")
+        fault_point("rotate")
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def newest(out: Path) -> Path | None:
+def latest_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint that is as it was written; None where there is none at all.
 
     Damaged ones are named and passed over. Raises CheckpointError where all are damaged, or one may
     not be read; EnvironmentFault where one cannot be read now.
     """
     damages = []
-    for step, path in found(out):
+    for step, path in list_checkpoints(out):
         try:
-            check(path, step)
+            verify_checkpoint(path, step)
         except NotReadableError:
             raise
         except CheckpointError as error:
@@ -243,7 +243,7 @@ def newest(out: Path) -> Path | None:
             continue
         for damage in damages:
             warn(f"passed over: {damage}")
-        for stray in sorted(manifest.strays(path)):
+        for stray in sorted(manifest.unlisted_files(path)):
             warn(f"{path / stray}: none of ours, and not read")
         return path
     if damages:
@@ -253,16 +253,16 @@ def newest(out: Path) -> Path | None:
     return None
 
 
-def check(path: Path, step: int) -> None:
+def verify_checkpoint(path: Path, step: int) -> None:
     """Hold a checkpoint against its manifest and its name. Raises CheckpointError."""
-    said = manifest.check(path).step
+    said = manifest.verify_dir(path).step
     if said != step:
         raise CheckpointError(f"{path}: holds step {said}, so it is not where it was written")
 
 
-def set_aside(out: Path, *, after: int) -> None:
+def rename_damaged(out: Path, *, after: int) -> None:
     """Rename the checkpoints of later steps, which are damaged, so that nothing counts them."""
-    for step, path in found(out):
+    for step, path in list_checkpoints(out):
         if step > after:
             aside = path.with_name(f"{_ASIDE}{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -270,19 +270,19 @@ def set_aside(out: Path, *, after: int) -> None:
             warn(f"{path} is damaged and was set aside as {aside.name}")
 
 
-def is_one(folder: Path) -> bool:
+def is_checkpoint_dir(folder: Path) -> bool:
     """Whether a path is named as a checkpoint in a run folder is."""
     number = folder.name.removeprefix(_PREFIX)
     return folder.name == BEST or (folder.name.startswith(_PREFIX) and number.isdecimal())
 
 
-def set_aside_in(out: Path) -> list[Path]:
+def damaged_checkpoints(out: Path) -> list[Path]:
     """The checkpoints that `set_aside` has put away."""
     return sorted(out.glob(f"{_ASIDE}{_PREFIX}*"))
 
 
-def at(out: Path, name: str) -> Path | None:
+def find_checkpoint(out: Path, name: str) -> Path | None:
     """The folder of the checkpoint asked for by one of NAMES; None where there is none."""
     if name == "last":
-        return newest(out)
+        return latest_checkpoint(out)
     return out / name if (out / name).is_dir() else None

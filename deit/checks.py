@@ -14,14 +14,14 @@ from deit.config import (
     has_distillation_token,
     is_transformer,
     label_weight,
-    mixes,
     peak_lr,
+    uses_mixing,
 )
 from deit.errors import ConfigProblem
 from deit.files import HUB, about_address
 from deit.text import nearest
 
-TIMM_LOADS = ("start.source", "teacher.source")
+TIMM_LOADS = ("init.weights", "teacher.source")
 """Fields that take a repository of the Hugging Face hub, as timm names it."""
 
 
@@ -63,7 +63,7 @@ def _check_student(config: Config) -> list[ConfigProblem]:
             )
         if not has_distillation_token(student):
             advice = f"only deit_* take it, student.name is {student.name!r}"
-            found += _without_effect("student", student, ("distillation_tokens",), advice)
+            found += _without_effect("student", student, ("num_distillation_tokens",), advice)
         if student.embed_dim and student.num_heads and student.embed_dim % student.num_heads:
             found.append(
                 ConfigProblem(
@@ -72,22 +72,30 @@ def _check_student(config: Config) -> list[ConfigProblem]:
                     f"should divide student.embed_dim ({student.embed_dim})",
                 )
             )
-        if depth_of(student) % student.share:
+        if depth_of(student) % student.shared_block_size:
             advice = f"should divide the number of blocks ({depth_of(student)})"
-            found.append(ConfigProblem("student.share", student.share, advice))
-        if student.share > 1 and student.adapters != "none":
+            found.append(
+                ConfigProblem("student.shared_block_size", student.shared_block_size, advice)
+            )
+        if student.shared_block_size > 1 and student.adapters != "none":
             advice = (
-                f"not for blocks that share their weights (student.share {student.share}); use "
-                "none (and not --tuning convpass), or start from a network whose blocks share none"
+                f"not for blocks that share their weights (student.shared_block_size "
+                f"{student.shared_block_size}); use "
+                "none (and not --schedule convpass), or start from a network whose blocks share "
+                "none"
             )
             found.append(ConfigProblem("student.adapters", student.adapters, advice))
-        if student.share > 1 and (student.block_heads or student.block_hidden):
+        if student.shared_block_size > 1 and (
+            student.heads_per_block or student.mlp_hidden_per_block
+        ):
             advice = (
-                "blocks that share their weights cannot be pruned apart (student.block_heads, "
-                "student.block_hidden); use 1"
+                "blocks that share their weights cannot be pruned apart (student.heads_per_block, "
+                "student.mlp_hidden_per_block); use 1"
             )
-            found.append(ConfigProblem("student.share", student.share, advice))
-        for leaf in ("block_heads", "block_hidden"):
+            found.append(
+                ConfigProblem("student.shared_block_size", student.shared_block_size, advice)
+            )
+        for leaf in ("heads_per_block", "mlp_hidden_per_block"):
             values = getattr(student, leaf)
             if len(values) not in (0, 1, depth_of(student)):
                 advice = f"should be one value, or one for each of {depth_of(student)} blocks"
@@ -95,26 +103,35 @@ def _check_student(config: Config) -> list[ConfigProblem]:
         if student.adapters == "none":
             advice = "has no effect, student.adapters is 'none'"
             found += _without_effect("student", student, _OF_ADAPTERS, advice)
-        if student.rounding != "none":
+        if student.qat != "none":
             found += _beside_rounding(student)
     else:
         only = f"only deit_* and vit_* take it, student.name is {student.name!r}"
-        shape = ("patch_size", "embed_dim", "depth", "num_heads", "initialisation")
-        shape = (*shape, "block_heads", "block_hidden", "share", "adapters", *_OF_ADAPTERS)
-        shape = (*shape, "distillation_tokens", "dropout", "rounding")
+        shape = ("patch_size", "embed_dim", "depth", "num_heads", "weight_init")
+        shape = (
+            *shape,
+            "heads_per_block",
+            "mlp_hidden_per_block",
+            "shared_block_size",
+            "adapters",
+            *_OF_ADAPTERS,
+        )
+        shape = (*shape, "num_distillation_tokens", "dropout", "qat")
         found += _without_effect("student", student, shape, only)
     return found
 
 
-_OF_ADAPTERS = ("adapter_width", "adapter_scale")
+_OF_ADAPTERS = ("adapter_dim", "adapter_scale")
 
 
 def _beside_rounding(student: StudentConfig) -> list[ConfigProblem]:
     """What an int8 file has no counterpart of."""
-    advice = "is not for a student whose layers round (student.rounding); use {}"
+    advice = "is not for a student whose layers round (student.qat); use {}"
     found = []
-    if student.share > 1:
-        found.append(ConfigProblem("student.share", student.share, advice.format(1)))
+    if student.shared_block_size > 1:
+        found.append(
+            ConfigProblem("student.shared_block_size", student.shared_block_size, advice.format(1))
+        )
     if student.adapters != "none":
         found.append(ConfigProblem("student.adapters", student.adapters, advice.format("none")))
     return found
@@ -133,43 +150,45 @@ def _without_effect(
 
 
 def _check_start(config: Config) -> list[ConfigProblem]:
-    if config.start.source is not None:
+    if config.init.weights is not None:
         return []
-    advice = "has no effect on random weights; give start.source (finetune_deit.py --from)"
-    found = _without_effect("start", config.start, ("heads", "kernel"), advice)
-    if config.optim.trained != "all":
-        advice = "would leave the rest of the student at random weights; give start.source"
-        found.append(ConfigProblem("optim.trained", config.optim.trained, advice))
+    advice = "has no effect on random weights; give init.weights (finetune_deit.py --from)"
+    found = _without_effect("init", config.init, ("head", "pos_embed_resize"), advice)
+    if config.optim.trainable != "all":
+        advice = "would leave the rest of the student at random weights; give init.weights"
+        found.append(ConfigProblem("optim.trainable", config.optim.trainable, advice))
     return found
 
 
 def _check_adapters(config: Config) -> list[ConfigProblem]:
     """Adapters that are trained alone, on weights that stay."""
-    if config.optim.trained != "adapters":
+    if config.optim.trainable != "adapters":
         return []
     found = []
     if config.student.adapters == "none":
-        advice = "there are none; give student.adapters convpass (--tuning convpass), or use heads"
-        found.append(ConfigProblem("optim.trained", "adapters", advice))
-    if config.start.masks != "keep":
-        advice = "would change weights that optim.trained 'adapters' leaves as they are; use keep"
-        found.append(ConfigProblem("start.masks", config.start.masks, advice))
+        advice = (
+            "there are none; give student.adapters convpass (--schedule convpass), or use heads"
+        )
+        found.append(ConfigProblem("optim.trainable", "adapters", advice))
+    if config.init.pruning_masks != "keep":
+        advice = "would change weights that optim.trainable 'adapters' leaves as they are; use keep"
+        found.append(ConfigProblem("init.pruning_masks", config.init.pruning_masks, advice))
     return found
 
 
 def _check_rounding(config: Config) -> list[ConfigProblem]:
     """Ranges are learnt by a student that is whole, and in training mode."""
-    rounding, found = config.student.rounding, []
+    rounding, found = config.student.qat, []
     if rounding == "none":
         return found
-    if config.optim.trained in ("heads", "adapters"):
+    if config.optim.trainable in ("heads", "adapters"):
         advice = (
             f"leaves layers in evaluation mode that round ({rounding}) and have to learn; use all"
         )
-        found.append(ConfigProblem("optim.trained", config.optim.trained, advice))
-    if config.run.shard != "none":
-        advice = f"is not for a student whose layers round (student.rounding {rounding}); use none"
-        found.append(ConfigProblem("run.shard", config.run.shard, advice))
+        found.append(ConfigProblem("optim.trainable", config.optim.trainable, advice))
+    if config.run.sharding != "none":
+        advice = f"is not for a student whose layers round (student.qat {rounding}); use none"
+        found.append(ConfigProblem("run.sharding", config.run.sharding, advice))
     return found
 
 
@@ -187,10 +206,10 @@ def _check_data(config: Config) -> list[ConfigProblem]:
         found += _without_effect("data", data, ("download",), advice)
     if data.source not in ("folder", "shards", "reader"):
         advice = f"only image files take it, data.source {data.source!r} is always in memory"
-        found += _without_effect("data", data, ("storage", "workers", "quarantine"), advice)
+        found += _without_effect("data", data, ("storage", "num_workers", "exclude_list"), advice)
     elif data.storage == "memory":
         advice = "has no effect, data.storage is 'memory'"
-        found += _without_effect("data", data, ("workers",), advice)
+        found += _without_effect("data", data, ("num_workers",), advice)
     return found
 
 
@@ -202,24 +221,24 @@ def _check_objective(config: Config) -> list[ConfigProblem]:
             for leaf in dataclasses.fields(LossConfig)
             if leaf.name not in ("kind", "label_smoothing")
         )
-        advice = "has no effect, loss.kind is 'none'; --objective none clears it"
+        advice = "has no effect, loss.kind is 'none'; --loss none clears it"
         return _without_effect("loss", loss, leaves, advice)
     found = _check_loss(loss)
-    if not teacher.source and not teacher.targets:
+    if not teacher.source and not teacher.target_stores:
         found.append(
             ConfigProblem(
                 "teacher.source",
                 None,
-                f"loss.kind {loss.kind!r} needs a teacher; give one, or --objective none",
+                f"loss.kind {loss.kind!r} needs a teacher; give one, or --loss none",
             )
         )
-    if loss.kind == "dkd" and mixes(config.views):
+    if loss.kind == "dkd" and uses_mixing(config.views):
         advice = "needs one true class, mixed views have two; use --augmentation none, or soft"
         found.append(ConfigProblem("loss.kind", "dkd", advice))
     if student.name not in STUDENTS and not student.name.startswith("timm:"):
         return found  # which heads an unknown name has, nobody knows
     token = has_distillation_token(student)
-    if loss.through == "distillation" and not token:
+    if loss.head == "distillation" and not token:
         twin = student.name.replace("vit_", "deit_")
         other = twin in STUDENTS and twin != student.name
         suggestion = f"student.name {twin}" if other else "a deit_* student"
@@ -228,27 +247,27 @@ def _check_objective(config: Config) -> list[ConfigProblem]:
                 "student.name",
                 student.name,
                 "has no distillation token to distil through; use "
-                f"{suggestion}, or loss.through class",
+                f"{suggestion}, or loss.head class",
             )
         )
-    if loss.through == "class" and token:
+    if loss.head == "class" and token:
         twin = student.name.replace("deit_", "vit_")
         suggestion = f"student.name {twin}" if twin in STUDENTS else "a student without the token"
         found.append(
             ConfigProblem(
-                "loss.through",
+                "loss.head",
                 "class",
                 f"would leave the distillation head of {student.name} untrained; use "
-                f"{suggestion}, or loss.through distillation",
+                f"{suggestion}, or loss.head distillation",
             )
         )
-    if label_weight(loss) == 0 and token and loss.through == "distillation":
+    if label_weight(loss) == 0 and token and loss.head == "distillation":
         found.append(
             ConfigProblem(
                 "loss.distillation_weight",
                 loss.distillation_weight,
                 f"would leave the class head of {student.name} untrained; use less than 1, or "
-                "loss.through all",
+                "loss.head all",
             )
         )
     return found
@@ -260,7 +279,7 @@ def _check_loss(loss: LossConfig) -> list[ConfigProblem]:
     if loss.distillation_weight == 0:
         found.append(
             ConfigProblem(
-                "loss.distillation_weight", 0, "leaves the teacher no say; use --objective none"
+                "loss.distillation_weight", 0, "leaves the teacher no say; use --loss none"
             )
         )
     if label_weight(loss) < 0:
@@ -269,21 +288,25 @@ def _check_loss(loss: LossConfig) -> list[ConfigProblem]:
     if loss.kind == "hard":
         advice = "has no effect on a hard label; use 1"
         found += _without_effect("loss", loss, ("temperature",), advice)
-        found += _without_effect("loss", loss, ("standardise",), "has no effect on a hard label")
+        found += _without_effect(
+            "loss", loss, ("standardize_logits",), "has no effect on a hard label"
+        )
     if loss.kind != "dkd":
         advice = "has an effect with loss.kind dkd only"
-        found += _without_effect("loss", loss, ("target_weight", "others_weight"), advice)
+        found += _without_effect("loss", loss, ("dkd_alpha", "dkd_beta"), advice)
     return found
 
 
 def _check_teachers(config: Config) -> list[ConfigProblem]:
     teacher, student, found = config.teacher, config.student, []
-    number = max(len(teacher.source), len(teacher.targets))
+    number = max(len(teacher.source), len(teacher.target_stores))
     together = (1,) if teacher.combine != "tokens" else ()  # one store of what all say
-    counts = {"source": (0, number), "targets": (0, *together, number)}
+    counts = {"source": (0, number), "target_stores": (0, *together, number)}
     if number > 1:
         counts["classes"] = (0, 1, number)
-    counts |= dict.fromkeys(("architecture", "image_size", "weight", "layout"), (0, 1, number))
+    counts |= dict.fromkeys(
+        ("architecture", "image_size", "weights", "memory_format"), (0, 1, number)
+    )
     counts |= dict.fromkeys(("mean", "std"), (0, 3, 3 * number))
     for leaf, allowed in counts.items():
         if len(getattr(teacher, leaf)) not in allowed:
@@ -297,23 +320,25 @@ def _check_teachers(config: Config) -> list[ConfigProblem]:
                 found.append(ConfigProblem("teacher.classes", word, advice + nearest(word, known)))
     if bool(teacher.mean) != bool(teacher.std):
         found.append(ConfigProblem("teacher.mean", teacher.mean, "goes together with teacher.std"))
-    for leaf in ("std", "weight"):
+    for leaf in ("std", "weights"):
         if any(value <= 0 for value in getattr(teacher, leaf)):
             found.append(
                 ConfigProblem(f"teacher.{leaf}", getattr(teacher, leaf), "should be positive")
             )
-    if "none" in teacher.targets and not teacher.source:
+    if "none" in teacher.target_stores and not teacher.source:
         advice = "'none' answers itself and needs its teacher.source"
-        found.append(ConfigProblem("teacher.targets", teacher.targets, advice))
+        found.append(ConfigProblem("teacher.target_stores", teacher.target_stores, advice))
     if number < 2:
         advice = "has no effect with one teacher"
-        found += _without_effect("teacher", teacher, ("weight", "combine"), advice)
+        found += _without_effect("teacher", teacher, ("weights", "combine"), advice)
     elif teacher.combine == "tokens":
         found += _check_tokens(config, number)
-    if student.distillation_tokens > 1 and (number < 2 or teacher.combine != "tokens"):
+    if student.num_distillation_tokens > 1 and (number < 2 or teacher.combine != "tokens"):
         advice = "needs as many teachers, and teacher.combine tokens"
         found.append(
-            ConfigProblem("student.distillation_tokens", student.distillation_tokens, advice)
+            ConfigProblem(
+                "student.num_distillation_tokens", student.num_distillation_tokens, advice
+            )
         )
     return found
 
@@ -321,23 +346,23 @@ def _check_teachers(config: Config) -> list[ConfigProblem]:
 def _check_mean(config: Config) -> list[ConfigProblem]:
     """A mean of probabilities is taken at a temperature, which standardised logits do not have."""
     teacher, loss = config.teacher, config.loss
-    several = max(len(teacher.source), len(teacher.targets)) > 1
-    if not (several and loss.standardise and teacher.combine == "probabilities"):
+    several = max(len(teacher.source), len(teacher.target_stores)) > 1
+    if not (several and loss.standardize_logits and teacher.combine == "probabilities"):
         return []
     advice = "is not defined for a mean of probabilities; use teacher.combine logits or tokens"
-    return [ConfigProblem("loss.standardise", True, advice)]
+    return [ConfigProblem("loss.standardize_logits", True, advice)]
 
 
 def _check_tokens(config: Config, number: int) -> list[ConfigProblem]:
     """A distillation token for each of several teachers."""
     found = []
-    if config.loss.kind != "none" and config.student.distillation_tokens != number:
+    if config.loss.kind != "none" and config.student.num_distillation_tokens != number:
         advice = f"should be {number}, one for each teacher (teacher.combine tokens)"
-        tokens = config.student.distillation_tokens
-        found.append(ConfigProblem("student.distillation_tokens", tokens, advice))
-    if config.loss.kind != "none" and config.loss.through != "distillation":
-        advice = "one teacher a token (teacher.combine tokens) needs loss.through distillation"
-        found.append(ConfigProblem("loss.through", config.loss.through, advice))
+        tokens = config.student.num_distillation_tokens
+        found.append(ConfigProblem("student.num_distillation_tokens", tokens, advice))
+    if config.loss.kind != "none" and config.loss.head != "distillation":
+        advice = "one teacher a token (teacher.combine tokens) needs loss.head distillation"
+        found.append(ConfigProblem("loss.head", config.loss.head, advice))
     return found
 
 
@@ -345,24 +370,24 @@ def _check_teacher_view(config: Config) -> list[ConfigProblem]:
     """A teacher's view of its own beside mixing, which shows the student two images."""
     view = config.views.teacher_view
     # Without an objective for it training ignores the teacher's view, as it does the teacher.
-    if config.loss.kind == "none" or view == "same" or not mixes(config.views):
+    if config.loss.kind == "none" or view == "same" or not uses_mixing(config.views):
         return []
     advice = (
         "shows the teacher one image, mixing shows the student two; use --augmentation none or a "
-        "mode of --teaching, or views.teacher_view same"
+        "mode of --view-mode, or views.teacher_view same"
     )
     return [ConfigProblem("views.teacher_view", view, advice)]
 
 
 def _check_crops(config: Config) -> list[ConfigProblem]:
     """The mean over many crops is not to be had within a training step."""
-    views, stored, found = config.views, config.teacher.targets, []
+    views, stored, found = config.views, config.teacher.target_stores, []
     if config.loss.kind == "none":
         return found
     if views.teacher_view == "crops" and (not stored or "none" in stored):
         advice = (
-            f"takes {views.teacher_crops} answers of the teacher for each image: once, by "
-            "`deit targets write`, then give teacher.targets"
+            f"takes {views.teacher_num_crops} answers of the teacher for each image: once, by "
+            "`deit targets write`, then give teacher.target_stores"
         )
         found.append(ConfigProblem("views.teacher_view", "crops", advice))
     return found
@@ -393,44 +418,50 @@ def _effects(views: ViewsConfig) -> list[tuple[tuple[str, ...], bool, str]]:
     """Fields of the views, whether they take effect, and why they would not."""
     return [
         (
-            ("magnitude", "magnitude_std", "layers", "layer_probability"),
-            views.policy == "randaugment",
-            "has an effect with views.policy randaugment only",
+            (
+                "randaugment_magnitude",
+                "randaugment_magnitude_std",
+                "randaugment_num_ops",
+                "randaugment_prob",
+            ),
+            views.auto_augment == "randaugment",
+            "has an effect with views.auto_augment randaugment only",
         ),
         (
-            ("erasing_fill", "erasing_scale", "erasing_ratio"),
-            views.erasing > 0,
-            "has no effect, views.erasing is 0",
+            ("erasing_mode", "erasing_scale", "erasing_ratio"),
+            views.erasing_prob > 0,
+            "has no effect, views.erasing_prob is 0",
         ),
-        (("crop_side",), views.crop == "random", "has an effect with views.crop random only"),
+        (("crop_pct",), views.crop == "random", "has an effect with views.crop random only"),
     ]
 
 
 def _check_optim(config: Config) -> list[ConfigProblem]:
     optim = config.optim
     found = []
-    if optim.decay_at:
-        advice = "has no effect, the learning rate falls at optim.decay_at"
+    if optim.lr_milestones:
+        advice = "has no effect, the learning rate falls at optim.lr_milestones"
         found += _without_effect("optim", optim, ("min_lr",), advice)
-    if optim.batch_size % optim.accumulate:
+    if optim.batch_size % optim.grad_accum_steps:
         found.append(
             ConfigProblem(
-                "optim.accumulate",
-                optim.accumulate,
+                "optim.grad_accum_steps",
+                optim.grad_accum_steps,
                 f"should divide optim.batch_size ({optim.batch_size})",
             )
         )
-    elif mixes(config.views) and (optim.batch_size // optim.accumulate) % 2:
+    elif uses_mixing(config.views) and (optim.batch_size // optim.grad_accum_steps) % 2:
         found.append(
             ConfigProblem(
                 "optim.batch_size",
                 optim.batch_size,
-                "mixing takes pairs: each micro-batch (optim.batch_size / optim.accumulate) should "
+                "mixing takes pairs: each micro-batch (optim.batch_size / optim.grad_accum_steps) "
+                "should "
                 "be even",
             )
         )
-    others = ("momentum",) if optim.algorithm == "adamw" else ("beta1", "beta2")
-    advice = f"has no effect, optim.algorithm is {optim.algorithm!r}"
+    others = ("momentum",) if optim.name == "adamw" else ("beta1", "beta2")
+    advice = f"has no effect, optim.name is {optim.name!r}"
     found += _without_effect("optim", optim, others, advice)
     if optim.warmup_epochs >= optim.epochs:
         found.append(
@@ -441,18 +472,18 @@ def _check_optim(config: Config) -> list[ConfigProblem]:
                 "optim.warmup_epochs as well (0: no warm-up)",
             )
         )
-    if config.loss.distillation_warmup > optim.epochs:
+    if config.loss.distillation_warmup_epochs > optim.epochs:
         advice = f"would never be over; should be at most optim.epochs ({optim.epochs})"
-        warmup = config.loss.distillation_warmup
-        found.append(ConfigProblem("loss.distillation_warmup", warmup, advice))
-    for leaf in ("warmup_lr",) if optim.decay_at else ("min_lr", "warmup_lr"):
+        warmup = config.loss.distillation_warmup_epochs
+        found.append(ConfigProblem("loss.distillation_warmup_epochs", warmup, advice))
+    for leaf in ("warmup_lr",) if optim.lr_milestones else ("min_lr", "warmup_lr"):
         if getattr(optim, leaf) > peak_lr(optim):
             found.append(
                 ConfigProblem(
                     f"optim.{leaf}",
                     getattr(optim, leaf),
                     f"should not exceed the peak learning rate ({peak_lr(optim):.3g} = "
-                    "optim.lr * optim.batch_size / optim.lr_reference_batch)",
+                    "optim.lr * optim.batch_size / optim.lr_base_batch_size)",
                 )
             )
     if optim.ema_epochs > optim.epochs:
@@ -469,12 +500,12 @@ def _check_optim(config: Config) -> list[ConfigProblem]:
 
 def _check_run(config: Config) -> list[ConfigProblem]:
     run, found = config.run, []
-    if run.linear == "onednn" and run.compile != "none":
+    if run.linear_backend == "onednn" and run.compile != "none":
         advice = "is not for compiled networks (run.compile); leave it at auto"
-        found.append(ConfigProblem("run.linear", run.linear, advice))
-    if run.shard != "none":
-        whole = "is for students that are whole in every process; leave run.shard at none"
-        off = {"precision": "fp16", "fit_memory": True}
+        found.append(ConfigProblem("run.linear_backend", run.linear_backend, advice))
+    if run.sharding != "none":
+        whole = "is for students that are whole in every process; leave run.sharding at none"
+        off = {"precision": "fp16", "auto_micro_batch": True}
         found += [
             ConfigProblem(f"run.{leaf}", value, whole)
             for leaf, value in off.items()
@@ -482,24 +513,26 @@ def _check_run(config: Config) -> list[ConfigProblem]:
         ]
         if run.compile != "none":
             found.append(ConfigProblem("run.compile", run.compile, whole))
-        if config.student.share > 1:
-            found.append(ConfigProblem("student.share", config.student.share, whole))
-    several = config.optim.accumulate > 1 or run.fit_memory
+        if config.student.shared_block_size > 1:
+            found.append(
+                ConfigProblem("student.shared_block_size", config.student.shared_block_size, whole)
+            )
+    several = config.optim.grad_accum_steps > 1 or run.auto_micro_batch
     if run.compile in ("reduce-overhead", "max-autotune") and several:
         advice = (
             "records gradients where the next micro-batch overwrites them; use default, or neither "
-            "optim.accumulate nor run.fit_memory"
+            "optim.grad_accum_steps nor run.auto_micro_batch"
         )
         found.append(ConfigProblem("run.compile", run.compile, advice))
     return found
 
 
 CHECKS = {
-    _check_addresses: {"data", "start", "teacher", "student", "run"},
+    _check_addresses: {"data", "init", "teacher", "student", "run"},
     _check_data: {"data"},
     _check_student: {"student"},
-    _check_start: {"start", "optim"},
-    _check_adapters: {"start", "student", "optim"},
+    _check_start: {"init", "optim"},
+    _check_adapters: {"init", "student", "optim"},
     _check_rounding: {"student", "optim", "run"},
     _check_objective: {"loss", "student", "teacher"},
     _check_teachers: {"teacher", "student", "loss"},
@@ -511,5 +544,5 @@ CHECKS = {
 }
 """What single fields cannot say, and the sections each check reads."""
 
-ONLINE_CHECKS = {_check_crops: {"views", "teacher", "loss"}}
+LIVE_TEACHER_CHECKS = {_check_crops: {"views", "teacher", "loss"}}
 """Likewise, where targets are not about to be written."""

@@ -19,21 +19,21 @@ from deit.errors import (
     TRANSIENT,
     ConfigError,
     DeitError,
-    EnvironmentFault,
     PeerError,
-    Stopped,
+    StoppedBySignal,
+    SystemFault,
     compiler_failure,
-    out_of_memory,
-    reason_of,
+    first_line,
+    is_out_of_memory,
 )
-from deit.faults import arm
+from deit.faults import install_faults
 from deit.files import HUB, about_address
 from deit.launcher import (
     SAME_SIGNAL_S,
     SAVING,
     SIGNALS,
     STOPPING,
-    follow,
+    exit_with_parent,
     forget_stop,
     importing,
     is_standalone,
@@ -59,16 +59,16 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     with _Leaving() as leaving:
         try:
-            follow()
-            return _written(_outcome(name, arguments, program, debug, leaving))
-        except Stopped as stop:  # in the moment between an error and what is said of it
+            exit_with_parent()
+            return _written(_exit_code_of(name, arguments, program, debug, leaving))
+        except StoppedBySignal as stop:  # in the moment between an error and what is said of it
             return stop.exit_code
 
 
-_GO_ON = ("targets", "compare", "sweep", "tickets", "prune", "landscape")
+AUTO_RESUMING = ("targets", "compare", "sweep", "lottery", "prune", "loss-landscape")
 
 
-def _outcome(
+def _exit_code_of(
     name: str, arguments: list[str], program: str, debug: bool, leaving: "_Leaving"
 ) -> int:
     """Run a command; the exit code, also of an error, which is said."""
@@ -76,7 +76,7 @@ def _outcome(
         _check_names(name, arguments)
         from deit.commands import COMMANDS
 
-        arm(os.environ.get("DEIT_FAULT"))
+        install_faults(os.environ.get("DEIT_FAULT"))
         _refuse_addresses(arguments)
         COMMANDS[name](arguments, program)
         _leave_processes()
@@ -86,16 +86,16 @@ def _outcome(
         leaving.arrived = True  # a signal changes nothing any more
         if leaving.asked and isinstance(error, Exception) and not isinstance(error, DeitError):
             # A library that was interrupted may make another error of it.
-            error = Stopped(leaving.asked)
+            error = StoppedBySignal(leaving.asked)
         return _code_of(error, name, debug)
 
 
 def _code_of(error: BaseException, name: str, debug: bool) -> int:
     """The exit code of an error, which is said in one message."""
-    if isinstance(error, Stopped):
+    if isinstance(error, StoppedBySignal):
         return _stopped(name, error, debug)
     if isinstance(error, DeitError):
-        _complain(str(error), debug, everywhere=not isinstance(error, ConfigError))
+        _print_error(str(error), debug, everywhere=not isinstance(error, ConfigError))
         return error.exit_code
     if isinstance(error, SystemExit):
         return _left(error, debug)
@@ -107,14 +107,14 @@ def _code_of(error: BaseException, name: str, debug: bool) -> int:
         return BROKEN_PIPE
     if _lost_peer(error):
         message = "another process is gone or did not answer; see what it said"
-        _complain(message, debug, everywhere=True)
+        _print_error(message, debug, everywhere=True)
         return PeerError.exit_code
     if (reason := _of_the_machine(error)) is not None:
-        _complain(f"{reason} (--debug shows where)", debug, everywhere=True)
-        return EnvironmentFault.exit_code
+        _print_error(f"{reason} (--debug shows where)", debug, everywhere=True)
+        return SystemFault.exit_code
     reason = str(error).strip().split("\n")[0]
     message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
-    _complain(message, debug, everywhere=True)
+    _print_error(message, debug, everywhere=True)
     return 1
 
 
@@ -122,14 +122,14 @@ def _left(error: SystemExit, debug: bool) -> int:
     """The exit code of a command that was left: for --help and wrong options, which is explained,
     or by code of the user's, in whose middle nothing is finished."""
     if isinstance(error.code, str):
-        _complain(error.code, debug, everywhere=True)
+        _print_error(error.code, debug, everywhere=True)
     elif not error.code and (where := _place_of(error)).partition(".")[0] not in _LEAVE:
-        _complain(f"left by sys.exit() in {where}", debug, everywhere=True)
+        _print_error(f"left by sys.exit() in {where}", debug, everywhere=True)
         return 1
     return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
-_LEAVE = ("argparse", "tyro")
+_LEAVE = ("argparse",)
 
 
 def _place_of(error: BaseException) -> str:
@@ -149,10 +149,10 @@ file in the place of a folder."""
 
 def _of_the_machine(error: Exception) -> str | None:
     """What the machine lacks, where an error says so; None for any other error."""
-    if out_of_memory(error):
-        return f"not enough memory ({reason_of(error)})"
+    if is_out_of_memory(error):
+        return f"not enough memory ({first_line(error)})"
     if isinstance(error, RuntimeError) and "Storage size calculation overflowed" in str(error):
-        return f"more memory than any machine has ({reason_of(error)})"
+        return f"more memory than any machine has ({first_line(error)})"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return in_line(str(error))  # an OSError from Python 3.13 on
     if (failure := compiler_failure(error)) is not None:
@@ -168,7 +168,7 @@ def _of_the_machine(error: Exception) -> str | None:
     return None
 
 
-_TIMM_LOADS = ("--teacher.source", "--start.source", "--from", "--teacher")
+_TIMM_LOADS = ("--teacher.source", "--init.weights", "--from", "--teacher")
 """Options that take a repository of the Hugging Face hub, as timm names it."""
 
 
@@ -191,9 +191,9 @@ def _refuse_addresses(arguments: list[str]) -> None:
         option = ""
 
 
-def _stopped(name: str, stop: Stopped, debug: bool) -> int:
+def _stopped(name: str, stop: StoppedBySignal, debug: bool) -> int:
     word = f"stopped by {signal.Signals(stop.number).name}; the same command goes on"
-    _complain(word if name in _GO_ON else str(stop), debug)
+    _print_error(word if name in AUTO_RESUMING else str(stop), debug)
     return stop.exit_code
 
 
@@ -229,7 +229,7 @@ class _Leaving(contextlib.AbstractContextManager):
 
     def __init__(self) -> None:
         self.asked, self.arrived = 0, False
-        self._raised: weakref.ref[Stopped] | None = None
+        self._raised: weakref.ref[StoppedBySignal] | None = None
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._woken = -1  # who was woken by signals before, as an event loop is
@@ -285,7 +285,7 @@ class _Leaving(contextlib.AbstractContextManager):
             leave_at_once(text if os.environ.get("RANK", "0") == "0" else "", 128 + self.asked)
 
     def _raise(self) -> None:
-        stop = Stopped(self.asked)
+        stop = StoppedBySignal(self.asked)
         self._raised = weakref.ref(stop)
         try:
             raise stop
@@ -350,27 +350,27 @@ def _written(code: int) -> int:
     name, error = next(iter(found.items()))
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE
-    _complain(f"{name}: cannot be written ({error.strerror})", False, everywhere=True)
-    return EnvironmentFault.exit_code
+    _print_error(f"{name}: cannot be written ({error.strerror})", False, everywhere=True)
+    return SystemFault.exit_code
 
 
 def _lost_peer(error: Exception) -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "deit.environment" not in sys.modules:
         return False
-    from deit.environment import lost_peer
+    from deit.environment import is_peer_failure
 
-    return lost_peer(error)
+    return is_peer_failure(error)
 
 
 def _leave_processes() -> None:
     """After success only: after an error, the others may be waiting for this process."""
     if "deit.environment" in sys.modules:
-        from deit.environment import leave_processes
+        from deit.environment import destroy_process_group
 
-        leave_processes()
+        destroy_process_group()
 
 
-def _complain(message: str, debug: bool, *, everywhere: bool = False) -> None:
+def _print_error(message: str, debug: bool, *, everywhere: bool = False) -> None:
     """One message; of an error that may be this process's alone also from the other processes."""
     from deit.console import complain, is_main_process
 
@@ -385,7 +385,7 @@ def _complain(message: str, debug: bool, *, everywhere: bool = False) -> None:
             traceback.print_exc()
         complain(f"{prefix}: {message}")
     except OSError:  # nobody reads it, or its disk is full: the exit code alone says it
-        _written(EnvironmentFault.exit_code)
+        _written(SystemFault.exit_code)
 
 
 def program() -> int:
@@ -413,24 +413,24 @@ def main() -> int:
         return run_command(arguments[0], arguments[1:], f"deit {arguments[0]}")
     try:
         return _written(_without_command(arguments))
-    except (OSError, EnvironmentFault):  # of a standard stream
+    except (OSError, SystemFault):  # of a standard stream
         return _written(0 if arguments else 2)
 
 
 def _without_command(arguments: list[str]) -> int:
     from deit.commands import COMMANDS
-    from deit.console import complain, say
+    from deit.console import complain, info
 
     if arguments == ["--version"]:
-        say(f"deit {deit.__version__}")
+        info(f"deit {deit.__version__}")
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
-        write = say if arguments else complain  # without a command it is an error
+        write = info if arguments else complain  # without a command it is an error
         write("usage: deit COMMAND [options]     (deit COMMAND --help tells more)\n")
         for name, command in COMMANDS.items():
             write(f"  {name:<10} {(command.__doc__ or '').strip()}")
         return 0 if arguments else 2
-    _complain(
+    _print_error(
         f"no command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}; see deit --help", False
     )
     return 2

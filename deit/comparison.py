@@ -6,22 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from deit.arguments import RunArguments
-from deit.at_once import Planned, Progress, check_number, closing_idle, train_at_once
-from deit.begun import check_begun
+from deit.at_once import (
+    RunProgress,
+    RunSpec,
+    check_num_parallel,
+    closing_idle,
+    run_parallel_or_raise,
+)
+from deit.begun import check_same_request
 from deit.config import Config
-from deit.console import is_main_process, say, table
+from deit.console import info, is_main_process, table
 from deit.disk import check_file, check_writable, write_json
 from deit.drawing import COLUMNS, comparison_cells, draw_comparison
-from deit.errors import ConfigError, EnvironmentFault
+from deit.errors import ConfigError, SystemFault
 from deit.evaluation import evaluate
-from deit.ground import Ground, slug
+from deit.ground import BaseRuns, slugify
 from deit.inputs import read_bytes
-from deit.outcome import new_row, note
+from deit.outcome import add_run, new_row
 from deit.run import train
 from deit.studies import STUDIES
 from deit.target_writer import write_targets
 from deit.text import nearest
-from deit.typed_json import strict_json
+from deit.typed_json import parse_strict_json
 from deit.validation import validate
 
 MANIFEST = "comparison.json"
@@ -32,9 +38,9 @@ def compare(
     run: RunArguments,
     *,
     study: str,
-    only: tuple[str, ...],
+    arm_names: tuple[str, ...],
     seeds: tuple[int, ...],
-    at_once: int,
+    parallel: int,
     json_file: Path | None,
     arguments: list[str],
 ) -> dict[str, Any]:
@@ -49,38 +55,38 @@ def compare(
     """
     if run.config.loss.kind == "none":
         raise ConfigError(f"compare {run.recipe}: its objective has no teacher to measure")
-    check_number(at_once, option="--at_once")
-    for name, arm in _arms(run.config, study, only).items():
+    check_num_parallel(parallel, option="--parallel")
+    for name, arm in _arms(run.config, study, arm_names).items():
         try:
-            validate(arm, online=False)  # before the teachers are trained
+            validate(arm, live_teacher=False)  # before the teachers are trained
         except ConfigError as error:
             raise ConfigError(f"--study {study}, {name}: {error}") from None
     check_file(json_file, option="--json", replace=True)
     if json_file is not None and json_file.exists() and not _is_result(json_file):
-        raise EnvironmentFault(
+        raise SystemFault(
             f"--json {json_file}: exists already and is no result of a comparison; give another"
         )
-    plans = [_Plan(run, seed, study, only, alone=len(seeds) == 1) for seed in seeds]
+    plans = [_Plan(run, seed, study, arm_names, alone=len(seeds) == 1) for seed in seeds]
     begun = {"recipe": run.recipe}
-    check_begun(run.out, MANIFEST, begun, what="comparison")
+    check_same_request(run.out, MANIFEST, begun, what="comparison")
     check_writable(run.out, option="--out")
     if is_main_process():
         run.out.mkdir(parents=True, exist_ok=True)
         write_json(run.out / MANIFEST, begun)
-    progress = Progress(sum(len(plan.ground) + len(plan.arms) for plan in plans))
+    progress = RunProgress(sum(len(plan.ground) + len(plan.arms) for plan in plans))
     # What runs build on before them; of all seeds, those that come first in theirs.
     for stage in itertools.zip_longest(*(plan.ground.values() for plan in plans)):
-        _train([planned for planned in stage if planned is not None], at_once, progress)
+        _train([planned for planned in stage if planned is not None], parallel, progress)
     for plan in plans:
         plan.write_targets()
-    _train([planned for plan in plans for planned in plan.arms.values()], at_once, progress)
+    _train([planned for plan in plans for planned in plan.arms.values()], parallel, progress)
     rows: dict[str, dict[str, Any]] = {}
     for plan in plans:
         for name, planned in {**plan.ground, **plan.arms}.items():
             found = evaluate(planned.out)
             epochs, teacher = planned.config.optim.epochs, name in plan.teachers
             row = rows.setdefault(name, new_row(epochs=epochs, teacher=teacher))
-            note(row, planned.out, found)
+            add_run(row, planned.out, found)
     result = {
         "recipe": run.recipe,
         "study": study,
@@ -94,7 +100,7 @@ def compare(
     _print(result)
     if is_main_process():
         _write(result, run.out, json_file)
-    if study == "worth":
+    if study == "teacher":
         _say_next(run.recipe, next(iter(plans[-1].arms.values())))
     return result
 
@@ -102,40 +108,42 @@ def compare(
 def _is_result(path: Path) -> bool:
     """Whether a file is of an earlier comparison: the same command, going on, writes it again."""
     try:
-        return {"recipe", "rows"} <= strict_json(read_bytes(path)).keys()
+        return {"recipe", "rows"} <= parse_strict_json(read_bytes(path)).keys()
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def _arms(student: Config, study: str, only: tuple[str, ...]) -> dict[str, Config]:
+def _arms(student: Config, study: str, arm_names: tuple[str, ...]) -> dict[str, Config]:
     """The configurations of a study. Raises ConfigError on an unknown name."""
     if study not in STUDIES:
         known = ", ".join(STUDIES)
         raise ConfigError(f"--study {study}: should be one of {known}{nearest(study, STUDIES)}")
     arms = STUDIES[study](student)
-    for name in only:
+    for name in arm_names:
         if name not in arms:
             known = ", ".join(arms)
-            raise ConfigError(f"--only {name}: should be of {known}{nearest(name, arms)}")
-    return {name: arm for name, arm in arms.items() if not only or name in only}
+            raise ConfigError(f"--arms {name}: should be of {known}{nearest(name, arms)}")
+    return {name: arm for name, arm in arms.items() if not arm_names or name in arm_names}
 
 
 class _Plan:
     """The runs of one seed, by their names in the table: what the arms build on, and the arms."""
 
     def __init__(
-        self, run: RunArguments, seed: int, study: str, only: tuple[str, ...], *, alone: bool
+        self, run: RunArguments, seed: int, study: str, arm_names: tuple[str, ...], *, alone: bool
     ) -> None:
         """alone: whether there is no other seed."""
         folder = run.out if alone else run.out / f"seed-{seed}"
         student = run.config.replace(run={"seed": seed})
-        arms = _arms(student, study, only)
-        ground = Ground(run, student, folder, arms=arms.values())
+        arms = _arms(student, study, arm_names)
+        ground = BaseRuns(run, student, folder, arms=arms.values())
 
-        def planned(name: str, config: Config) -> Planned:
-            return Planned(f"{name}, seed {seed}", config, folder / slug(name))
+        def planned(name: str, config: Config) -> RunSpec:
+            return RunSpec(f"{name}, seed {seed}", config, folder / slugify(name))
 
-        self.arms = {name: planned(name, ground.laid(arm)) for name, arm in arms.items()}
+        self.arms = {
+            name: planned(name, ground.with_local_paths(arm)) for name, arm in arms.items()
+        }
         # After the arms: they say what they build on.
         self.ground = {name: planned(name, config) for name, config in ground.runs.items()}
         self.teachers = ground.teachers
@@ -143,21 +151,21 @@ class _Plan:
     def write_targets(self) -> None:
         """Write the stored targets of those arms whose teaching needs them."""
         for name, (title, config, out) in self.arms.items():
-            needed = config.views.teacher_view == "crops" and not config.teacher.targets
+            needed = config.views.teacher_view == "crops" and not config.teacher.target_stores
             if config.loss.kind != "none" and needed:
                 store = out.with_name(f"targets-{out.name}")
                 write_targets(config, store)
-                config = config.replace(teacher={"targets": (str(store),)})
-                self.arms[name] = Planned(title, config, out)
+                config = config.replace(teacher={"target_stores": (str(store),)})
+                self.arms[name] = RunSpec(title, config, out)
 
 
-def _train(runs: list[Planned], at_once: int, progress: Progress) -> None:
+def _train(runs: list[RunSpec], parallel: int, progress: RunProgress) -> None:
     """Train them, unless they are finished: one after the other here, or so many at once."""
-    if at_once > 1:
-        train_at_once(runs, number=at_once, progress=progress)
+    if parallel > 1:
+        run_parallel_or_raise(runs, number=parallel, progress=progress)
         return
     for title, config, out in runs:
-        say(f"\n{title}: {out}")
+        info(f"\n{title}: {out}")
         train(config, out, resume=True)
 
 
@@ -165,12 +173,12 @@ def _write(result: dict[str, Any], out: Path, json_file: Path | None) -> None:
     """The numbers where they were asked for, the picture beside the runs."""
     if json_file is not None:
         write_json(json_file, result)
-        say(f"wrote {json_file}")
+        info(f"wrote {json_file}")
     try:
         draw_comparison(result, out / "comparison.png")
-        say(f"drew {out / 'comparison.png'}")
-    except EnvironmentFault as error:
-        say(f"no picture: {error}")
+        info(f"drew {out / 'comparison.png'}")
+    except SystemFault as error:
+        info(f"no picture: {error}")
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -182,13 +190,13 @@ def _print(result: dict[str, Any]) -> None:
     table(title, COLUMNS, [comparison_cells(name, row) for name, row in result["rows"].items()])
 
 
-def _say_next(recipe: str, arm: Planned) -> None:
+def _say_next(recipe: str, arm: RunSpec) -> None:
     folder, config = arm.out.parent, arm.config
-    say(
+    info(
         "\nNext:\n"
         f"  deit evaluate {shlex.quote(str(folder / 'distilled'))}      "
         "every head, class by class\n"
-        f"  python train_deit.py {recipe} --objective deit-hard "
+        f"  python train_deit.py {recipe} --loss deit-hard "
         f"--teacher.source {shlex.quote(','.join(config.teacher.source))} --out checkpoints/hard\n"
         "  python train_deit.py --help      every setting\n"
         "  deit recipes      the other experiments"

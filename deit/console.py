@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deit.errors import EnvironmentFault
+from deit.errors import SystemFault
 from deit.text import in_line, printable
 
 Item = TypeVar("Item")
-Watch = Callable[[range], Iterable[int]]
+ProgressFn = Callable[[range], Iterable[int]]
 """Wraps the range that a long loop goes through, to show progress; `iter` shows none."""
 _PLAIN_INTERVAL_S = 10.0
 _WIDE = 100  # of a table, in characters
@@ -35,7 +35,7 @@ def is_terminal(stream: TextIO | None) -> bool:
         return False  # it is closed
 
 
-def say(message: str = "") -> None:
+def info(message: str = "") -> None:
     """One message to standard output, as given but for control characters, which are escaped."""
     if is_main_process():
         with _written():
@@ -50,9 +50,7 @@ def _written() -> Iterator[None]:
     except BrokenPipeError:
         raise  # who read has enough
     except OSError as error:
-        raise EnvironmentFault(
-            f"standard output: could not be written ({error.strerror})"
-        ) from None
+        raise SystemFault(f"standard output: could not be written ({error.strerror})") from None
 
 
 def complain(message: str) -> None:
@@ -66,7 +64,7 @@ def warn(message: str) -> None:
         complain(f"deit: warning: {message}")
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration a person can read: `45 s`, `3 min 20 s`, `2 h 05 min`."""
     total = round(seconds)
     if total < 60:
@@ -112,7 +110,7 @@ def _lines(items: Iterable[Item], total: int, title: str, behind: int) -> Iterat
         now, done = time.monotonic(), behind + number
         if now - last >= _PLAIN_INTERVAL_S and done < total:
             last = now
-            eta = clock((now - started) / number * (total - done))
+            eta = format_duration((now - started) / number * (total - done))
             complain(f"{in_line(title)}: {done}/{total}, ETA {eta}")
 
 
@@ -154,9 +152,9 @@ def table(
             console.print(grid)
     for row in cells if grid is None else ():
         (first, head), *others = zip(row, columns)
-        say(f"{head}: {first}" if head else first)
+        info(f"{head}: {first}" if head else first)
         for cell, name in others:
-            say(f"  {name}: {cell}" if name else f"  {cell}")
+            info(f"  {name}: {cell}" if name else f"  {cell}")
 
 
 _ENDLESS = 100_000  # characters
@@ -213,6 +211,6 @@ def _heads(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     """A share in [0, 1] as a percentage, `-` for none."""
     return "-" if share is None else f"{100 * share:.1f}"

@@ -11,21 +11,21 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from deit.config import Config
-from deit.console import say, warn
+from deit.console import info, warn
 from deit.datasets.decoding import decode_square
-from deit.datasets.images import Encoded, Images
+from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.splits import Splits, load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError, DataError
-from deit.models.teachers import Teacher, locate
+from deit.models.teachers import Teacher, resolve_source
 from deit.pictures import GREY
 from deit.preparation import (
-    chorus,
-    found_start,
-    loader_of,
-    settled,
-    teacher_input,
-    teachers_of,
+    build_online_ensemble,
+    build_teachers,
+    build_train_loader,
+    load_init_weights,
+    teacher_input_size,
+    with_init_normalization,
 )
 from deit.records import Batch
 from deit.validation import validate
@@ -46,13 +46,13 @@ class _Cell(NamedTuple):
     lines: list[str]
 
 
-def check_picture(path: Path, *, option: str) -> None:
+def check_image_path(path: Path, *, option: str) -> None:
     """Refuse a name that is no picture's before the work. Raises ConfigError."""
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ConfigError(f"{option} {path}: should end in .png, .jpg or .webp")
 
 
-def draw_views(
+def draw_view_sheet(
     config: Config,
     out: Path,
     *,
@@ -69,30 +69,30 @@ def draw_views(
     already. clear: whether whatever lies below shows through instead of white paper. Raises the
     errors of deit.errors.
     """
-    config = validate(config, online=False)
-    config = settled(config, found_start(config))
+    config = validate(config, live_teacher=False)
+    config = with_init_normalization(config, load_init_weights(config))
     accelerator = create_accelerator(config.run)
     splits = splits or load_splits(config.data)
     teachers = _teachers(config, splits, accelerator)
-    wanted = teacher_input([teacher.image_size for teacher in teachers])
-    loader = loader_of(config, splits, accelerator, teacher_size=wanted)
+    wanted = teacher_input_size([teacher.image_size for teacher in teachers])
+    loader = build_train_loader(config, splits, accelerator, teacher_size=wanted)
     batch = _first(loader.epoch(epoch), number)
     answers = None
     if teachers:
-        panel = chorus(config, splits, teachers, accelerator)
+        panel = build_online_ensemble(config, splits, teachers, accelerator)
         answers = panel(batch).logits.softmax(dim=2).mean(dim=1).cpu()
     cells = [
         _cell(splits.train, batch, row, splits.class_names, answers)
-        for row in range(len(batch.samples))
+        for row in range(len(batch.sample_ids))
     ]
     seen = ["image", f"student {batch.images.shape[-1]} px"]
     if teachers:
-        crops = config.views.teacher_crops
+        crops = config.views.teacher_num_crops
         one = f" (crop 1 of {crops})" if config.views.teacher_view == "crops" else ""
         seen.append(f"teacher {wanted or batch.teacher_images.shape[-1]} px{one}")
     title = f"epoch {epoch}, seed {config.run.seed}: {' | '.join(seen)}"
     _sheet(cells, title, clear=clear).save(out)
-    say(f"wrote {out}: {len(cells)} views")
+    info(f"wrote {out}: {len(cells)} views")
 
 
 def _teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:
@@ -101,8 +101,8 @@ def _teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[
         return []
     try:
         for source in config.teacher.source:
-            locate(source)
-        return teachers_of(config, splits, accelerator)
+            resolve_source(source)
+        return build_teachers(config, splits, accelerator)
     except (DataError, CheckpointError) as error:
         warn(f"the teacher is left out: {error}")
         return []
@@ -113,23 +113,23 @@ def _first(batches: Iterator[Batch], number: int) -> Batch:
     parts: list[Batch] = []
     for batch in batches:
         parts.append(batch)
-        if sum(len(part.samples) for part in parts) >= number:
+        if sum(len(part.sample_ids) for part in parts) >= number:
             break
     together = {
         name: torch.cat([getattr(part, name) for part in parts])[:number]
-        for name in ("images", "teacher_images", "targets", "samples", "places")
+        for name in ("images", "teacher_images", "targets", "sample_ids", "target_rows")
     }
     return Batch(**together, epoch=parts[0].epoch)
 
 
 def _cell(
-    images: Images | Encoded,
+    images: InMemoryImages | EncodedImages,
     batch: Batch,
     row: int,
     class_names: tuple[str, ...],
     answers: Tensor | None,
 ) -> _Cell:
-    sample = int(batch.samples[row])
+    sample = int(batch.sample_ids[row])
     pictures = [_picture(_stored(images, sample)), _picture(batch.images[row])]
     if answers is not None:
         pictures.append(_picture(batch.teacher_images[row]))
@@ -140,8 +140,8 @@ def _cell(
     return _Cell(pictures, lines)
 
 
-def _stored(images: Images | Encoded, index: int) -> Tensor:
-    if isinstance(images, Images):
+def _stored(images: InMemoryImages | EncodedImages, index: int) -> Tensor:
+    if isinstance(images, InMemoryImages):
         return images.pixels[index]
     return decode_square(images.read(index), images.name(index), _TILE)
 

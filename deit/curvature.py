@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deit.console import Watch
+from deit.console import ProgressFn
 from deit.errors import ConfigError
-from deit.keys import Keys, normal, words
+from deit.keys import Keys, normal, random_words
 from deit.krylov import Krylov, Product, finite
 
 
 @dataclass(frozen=True)
-class Extremes:
+class ExtremeEigenvalues:
     """Eigenvalues at both ends of a spectrum, the outermost first, and how good they are.
 
     A residual is the norm of H v - value v for the unit vector v found: an eigenvalue lies no
@@ -39,7 +39,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Density:
+class SpectralDensity:
     """The eigenvalues of a matrix as a density over the line, of integral 1.
 
     grid, density: its values at equal distances. width: standard deviation of the Gaussian
@@ -64,8 +64,8 @@ def extreme_eigenvalues(
     steps: int = 100,
     tolerance: float = 1e-3,
     seed: int = 0,
-    watch: Watch = iter,
-) -> Extremes:
+    watch: ProgressFn = iter,
+) -> ExtremeEigenvalues:
     """The algebraically largest and smallest eigenvalues, by Lanczos with full orthogonalisation.
 
     Both ends are found together, whichever is larger in magnitude; power iteration would find only
@@ -86,7 +86,7 @@ def extreme_eigenvalues(
     krylov = Krylov(product, _gaussian(seed, 0, like), room=steps)
     ends = torch.cat([torch.arange(-1, -largest - 1, -1), torch.arange(smallest)])
     for step in watch(range(1, steps + 1)):
-        closed = krylov.grow()
+        closed = krylov.step()
         values, rows = krylov.ritz()
         radius = values.abs().max()
         if step >= wanted:
@@ -96,10 +96,10 @@ def extreme_eigenvalues(
             if (residuals <= tolerance * radius / 2).all():
                 break
         if closed and step < steps:
-            krylov.enter(_gaussian(seed, step, like))
-    found, residuals = krylov.measured(ends)
+            krylov.restart(_gaussian(seed, step, like))
+    found, residuals = krylov.ritz_with_residuals(ends)
     close = bool((torch.tensor(residuals) <= tolerance * radius).all())
-    return Extremes(
+    return ExtremeEigenvalues(
         *(found[:largest], residuals[:largest], found[largest:], residuals[largest:]),
         products=krylov.products,
         converged=close,
@@ -107,7 +107,7 @@ def extreme_eigenvalues(
 
 
 def trace(
-    product: Product, like: Tensor, *, probes: int = 32, seed: int = 0, watch: Watch = iter
+    product: Product, like: Tensor, *, probes: int = 32, seed: int = 0, watch: ProgressFn = iter
 ) -> Trace:
     """Hutchinson's estimate (1990): the mean of v.Hv over vectors of random signs.
 
@@ -132,8 +132,8 @@ def spectral_density(
     steps: int = 30,
     width: float = 0.01,
     seed: int = 0,
-    watch: Watch = iter,
-) -> Density:
+    watch: ProgressFn = iter,
+) -> SpectralDensity:
     """The density of eigenvalues by stochastic Lanczos quadrature (Golub and Welsch 1969; Lin, Saad
     and Yang 2016; Ghorbani, Krishnan and Xiao 2019).
 
@@ -153,7 +153,7 @@ def spectral_density(
         if step == 0:
             krylov = Krylov(product, _signs(seed, probe, like), room=steps)
             closed = False
-        closed = closed or krylov.grow()
+        closed = closed or krylov.step()
         if step == steps - 1:
             values, rows = krylov.ritz()
             ritz_values.append(values)
@@ -161,7 +161,7 @@ def spectral_density(
     nodes, masses = torch.cat(ritz_values), torch.cat(weights) / probes
     grid, density, deviation = _smoothed(nodes, masses, width)
     rounding = 100 * torch.finfo(like.dtype).eps * nodes.abs().max()
-    return Density(
+    return SpectralDensity(
         grid=tuple(grid.tolist()),
         density=tuple(density.tolist()),
         width=deviation,
@@ -191,4 +191,4 @@ def _gaussian(seed: int, number: int, like: Tensor) -> Tensor:
 
 def _signs(seed: int, number: int, like: Tensor) -> Tensor:
     keys = Keys(seed, 0, torch.tensor([number]))
-    return (2 * (words(keys, "curvature/signs", len(like))[0] & 1) - 1).to(like)
+    return (2 * (random_words(keys, "curvature/signs", len(like))[0] & 1) - 1).to(like)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deit.console import Watch
+from deit.console import ProgressFn
 from deit.errors import ConfigError, NumericsError
 from deit.keys import Keys, normal
-from deit.surface import Measure, Surface
+from deit.surface import LossSurface, Measure
 
 
-def random_direction(surface: Surface, *, seed: int, number: int = 0) -> Tensor:
+def random_direction(surface: LossSurface, *, seed: int, number: int = 0) -> Tensor:
     """A Gaussian direction [size] whose every filter is as long as the filter of the weights where
     the surface stands (Li et al. 2018, section 4).
 
@@ -33,7 +33,7 @@ def random_direction(surface: Surface, *, seed: int, number: int = 0) -> Tensor:
     return _normalised(surface, surface.weights.flatten(drawn))
 
 
-def filter_scales(surface: Surface) -> Tensor:
+def filter_scales(surface: LossSurface) -> Tensor:
     """How far one step along a random ray should go along each weight, [size], so that a radius of
     1 moves every filter by about its own length: the unit of `random_direction`, for the scales of
     `basin_volume`. 0 for what that leaves where it is."""
@@ -42,7 +42,7 @@ def filter_scales(surface: Surface) -> Tensor:
     return scales * math.sqrt(scales.count_nonzero())
 
 
-def _normalised(surface: Surface, vector: Tensor) -> Tensor:
+def _normalised(surface: LossSurface, vector: Tensor) -> Tensor:
     """A vector with its filters as long as those of the weights where the surface stands."""
     space = surface.weights
     weights, free = space.unflatten(surface.point), space.unflatten(vector)
@@ -62,7 +62,7 @@ def _scaled(drawn: Tensor, weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Line:
+class LossLine:
     """What was measured between two points: at places in [0, 1], from the first to the second."""
 
     places: tuple[float, ...]
@@ -84,14 +84,14 @@ class Line:
 
 
 def line(
-    surface: Surface,
+    surface: LossSurface,
     start: Tensor,
     end: Tensor,
     measure: Measure,
     *,
     points: int = 21,
-    watch: Watch = iter,
-) -> Line:
+    watch: ProgressFn = iter,
+) -> LossLine:
     """Means over all images, at equal distances on the straight line between two points.
 
     Between networks of different masks, on the surface of the wider one: points between them are
@@ -106,10 +106,10 @@ def line(
         _measured(surface, torch.lerp(start, end, places[number]), measure)
         for number in watch(range(points))
     ]
-    return Line(places, {name: tuple(row[name] for row in measured) for name in measured[0]})
+    return LossLine(places, {name: tuple(row[name] for row in measured) for name in measured[0]})
 
 
-class Plane(NamedTuple):
+class WeightPlane(NamedTuple):
     """All points origin + x first + y second; vectors [size]. The axes need be neither of length 1
     nor orthogonal."""
 
@@ -135,17 +135,17 @@ class Plane(NamedTuple):
         return (*coordinates.tolist(), distance.item())
 
 
-def random_plane(surface: Surface, *, seed: int) -> Plane:
+def random_plane(surface: LossSurface, *, seed: int) -> WeightPlane:
     """The plane through where the surface stands, along two filter-normalised directions.
 
     Pictures of it compare networks only with the same images, span and colours; even so they
     predict generalisation badly.
     """
     first, second = (random_direction(surface, seed=seed, number=number) for number in (0, 1))
-    return Plane(surface.point, first, second)
+    return WeightPlane(surface.point, first, second)
 
 
-def plane_through(origin: Tensor, second: Tensor, third: Tensor) -> Plane:
+def plane_through(origin: Tensor, second: Tensor, third: Tensor) -> WeightPlane:
     """The plane through three points, with orthonormal axes (Gram and Schmidt): the second point
     lies on the first axis. Coordinates are distances in weight space.
 
@@ -161,11 +161,11 @@ def plane_through(origin: Tensor, second: Tensor, third: Tensor) -> Plane:
         if not left > 1e-6 * length:
             raise ConfigError(f"{name}: on one line with the points before it; no plane has it")
         axes.append(way / left)
-    return Plane(origin, axes[0].to(origin), axes[1].to(origin))
+    return WeightPlane(origin, axes[0].to(origin), axes[1].to(origin))
 
 
 @dataclass(frozen=True)
-class Grid:
+class LossGrid:
     """What was measured on a plane: values by name, rows of equal y with a number for each x."""
 
     xs: tuple[float, ...]
@@ -174,14 +174,14 @@ class Grid:
 
 
 def grid(
-    surface: Surface,
-    plane: Plane,
+    surface: LossSurface,
+    plane: WeightPlane,
     measure: Measure,
     *,
     xs: Sequence[float],
     ys: Sequence[float],
-    watch: Watch = iter,
-) -> Grid:
+    watch: ProgressFn = iter,
+) -> LossGrid:
     """Means over all images at each crossing of a grid on a plane.
 
     xs, ys: coordinates on the axes. Raises NumericsError where a value is not finite.
@@ -192,11 +192,11 @@ def grid(
     ]
     rows = [measured[start : start + len(xs)] for start in range(0, len(measured), len(xs))]
     values = {name: tuple(tuple(one[name] for one in row) for row in rows) for name in measured[0]}
-    return Grid(tuple(xs), tuple(ys), values)
+    return LossGrid(tuple(xs), tuple(ys), values)
 
 
-def _measured(surface: Surface, point: Tensor, measure: Measure) -> Mapping[str, float]:
-    found = surface.means(point, measure)
+def _measured(surface: LossSurface, point: Tensor, measure: Measure) -> Mapping[str, float]:
+    found = surface.evaluate(point, measure)
     for name, value in found.items():
         if not math.isfinite(value):
             raise NumericsError(f"{name} is {value} at a point of weight space: look at less of it")

@@ -15,22 +15,35 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from deit.errors import EnvironmentFault
-from deit.faults import reach
+from deit.errors import SystemFault
+from deit.faults import fault_point
 from deit.inputs import NOT_PLAIN, is_plain
 
 LOCK = ".lock"
 ENVIRONMENT, RESUMED = "environment.json", "environment-resumed.json"
 """Where a run folder says how and where it was started, and resumed the last time."""
-_OF_RUNS = {
-    *("config.json", ENVIRONMENT, RESUMED, "start.json", "base.json"),
-    *("metrics.jsonl", "chain.jsonl", "anomalies.jsonl", "result.json", "summary.json"),
-    *("model.json", "model.safetensors", "state.json", "manifest.json", "kept.json", "prune.json"),
+RUN_FILES = {
+    *("config.json", ENVIRONMENT, RESUMED, "init.json", "base.json"),
+    *(
+        "metrics.jsonl",
+        "state_hashes.jsonl",
+        "nonfinite_steps.jsonl",
+        "result.json",
+        "summary.json",
+    ),
+    *(
+        "model.json",
+        "model.safetensors",
+        "state.json",
+        "manifest.json",
+        "kept_units.json",
+        "prune.json",
+    ),
 }
 """What no option may overwrite where a mark lies beside it, not even one that replaces files."""
-_MARKS = ("config.json", "manifest.json", "prune.json")
+RUN_MARKERS = ("config.json", "manifest.json", "prune.json")
 """What tells a run, a checkpoint and a pruning."""
-_NEW, _OLD, GONE = ".deit-new-", ".deit-old-", ".deit-gone-"
+_NEW, _OLD, REMOVED_PREFIX = ".deit-new-", ".deit-old-", ".deit-gone-"
 """What folders are called while they are written, replaced and removed."""
 
 
@@ -42,7 +55,7 @@ def check_writable(out: Path, *, option: str) -> None:
     for one in (out, *out.absolute().parents):
         if one.is_symlink() and not one.exists():  # no folder can be made in its place
             name = "" if one == out else f"{one} "
-            raise EnvironmentFault(f"{option} {out}: {name}is a link to what is not there")
+            raise SystemFault(f"{option} {out}: {name}is a link to what is not there")
     probe = _standing(out) / f".probe-{uuid.uuid4().hex}"
     try:
         with probe.open("w", encoding="utf-8") as file:
@@ -52,10 +65,10 @@ def check_writable(out: Path, *, option: str) -> None:
     except OSError as error:
         with suppress(OSError):
             probe.unlink()
-        raise EnvironmentFault(f"{option} {out}: cannot be written ({error.strerror})") from None
+        raise SystemFault(f"{option} {out}: cannot be written ({error.strerror})") from None
 
 
-def is_passing(name: str) -> bool:
+def is_temporary(name: str) -> bool:
     """Whether a file of this name is there for a moment only, unless a kill leaves it behind."""
     return re.fullmatch(r"\..+\.[0-9a-f]{32}|\.probe-.*", name) is not None
 
@@ -70,13 +83,14 @@ def check_space(out: Path, needed: int, *, option: str) -> None:
     EnvironmentFault."""
     free = shutil.disk_usage(_standing(out)).free
     if free < needed:
-        raise EnvironmentFault(
-            f"{option} {out}: {size(free)} are free there, {size(needed)} are needed; make "
+        raise SystemFault(
+            f"{option} {out}: {format_bytes(free)} are free there, {format_bytes(needed)} are "
+            "needed; make "
             "room, or give another place"
         )
 
 
-def size(number: float) -> str:
+def format_bytes(number: float) -> str:
     """Bytes as a person reads them: `12.3 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
@@ -91,19 +105,19 @@ def check_file(path: Path | None, *, option: str, replace: bool) -> None:
     if path is None:
         return
     if path.is_dir():
-        raise EnvironmentFault(f"{option} {path}: is a folder, not a file")
+        raise SystemFault(f"{option} {path}: is a folder, not a file")
     if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
-        raise EnvironmentFault(f"{option} {path}: is a device or a pipe, not a file; give another")
+        raise SystemFault(f"{option} {path}: is a device or a pipe, not a file; give another")
     if path.exists() and not replace:
-        raise EnvironmentFault(f"{option} {path}: exists already; --force replaces it")
-    if path.name in _OF_RUNS and any(path.with_name(mark).exists() for mark in _MARKS):
-        raise EnvironmentFault(f"{option} {path}: is a run's own file; give another")
+        raise SystemFault(f"{option} {path}: exists already; --force replaces it")
+    if path.name in RUN_FILES and any(path.with_name(mark).exists() for mark in RUN_MARKERS):
+        raise SystemFault(f"{option} {path}: is a run's own file; give another")
     if not path.absolute().parent.is_dir():
-        raise EnvironmentFault(f"{option} {path}: no folder {path.absolute().parent}")
+        raise SystemFault(f"{option} {path}: no folder {path.absolute().parent}")
     check_writable(path.absolute().parent, option=option)
 
 
-def replace_folder(target: Path, write: Callable[[Path], None], *, needs: int = 0) -> None:
+def replace_dir(target: Path, write: Callable[[Path], None], *, bytes_needed: int = 0) -> None:
     """Fill a new folder by `write` and put it in the place of `target`.
 
     The files are synced before the rename, and the old folder is removed only after it, so that
@@ -111,18 +125,24 @@ def replace_folder(target: Path, write: Callable[[Path], None], *, needs: int = 
     needs: about how many bytes that takes, for the message. Raises EnvironmentFault if the disk
     refuses.
     """
-    _put(target, write, target.with_name(f"{_NEW}{target.name}"), replace=True, needs=needs)
+    _put(
+        target,
+        write,
+        target.with_name(f"{_NEW}{target.name}"),
+        replace=True,
+        bytes_needed=bytes_needed,
+    )
 
 
-def put_folder(target: Path, write: Callable[[Path], None], *, replace: bool) -> None:
+def atomic_write_dir(target: Path, write: Callable[[Path], None], *, replace: bool) -> None:
     """The same where other commands may write the folder at the same time: each fills its own, and
     unless it may `replace` what is there, the first one stays. Raises EnvironmentFault."""
     new = target.with_name(f"{_NEW}{target.name}.{os.getpid()}")
-    _put(target, write, new, replace=replace, needs=0)
+    _put(target, write, new, replace=replace, bytes_needed=0)
 
 
 def _put(
-    target: Path, write: Callable[[Path], None], new: Path, *, replace: bool, needs: int
+    target: Path, write: Callable[[Path], None], new: Path, *, replace: bool, bytes_needed: int
 ) -> None:
     old = target.with_name(f"{_OLD}{target.name}")
     try:
@@ -134,37 +154,38 @@ def _put(
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         sync_folder(new)
-        reach("rename")
+        fault_point("rename")
         if replace and target.exists():
             target.rename(old)
         new.rename(target)
-        reach("renamed")
+        fault_point("renamed")
         sync_folder(target.parent)
         if old.exists():
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         if not replace and target.exists():
-            raise EnvironmentFault(
+            raise SystemFault(
                 f"{target}: another command made it meanwhile; --force replaces it"
             ) from None
         if old.exists() and not target.exists():
             old.rename(target)
-        raise EnvironmentFault(
-            f"{target}: could not be saved ({why(error, target, needs)}); what was there is intact"
+        raise SystemFault(
+            f"{target}: could not be saved ({describe_os_error(error, target, bytes_needed)}); "
+            "what was there is intact"
         ) from None
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
 
 
-def finish_replacing(folder: Path) -> None:
+def clean_leftovers(folder: Path) -> None:
     """Clear what kills left in a folder that nobody else works in: what was being written or
     removed goes, an old folder whose place is empty goes back there."""
-    for unfinished in (*folder.glob(f"{_NEW}*"), *folder.glob(f"{GONE}*")):
+    for unfinished in (*folder.glob(f"{_NEW}*"), *folder.glob(f"{REMOVED_PREFIX}*")):
         shutil.rmtree(unfinished, ignore_errors=True)
     for file in folder.iterdir():
-        if is_passing(file.name) and file.is_file():
+        if is_temporary(file.name) and file.is_file():
             file.unlink(missing_ok=True)
     for old in folder.glob(f"{_OLD}?*"):
         target = old.with_name(old.name.removeprefix(_OLD))
@@ -173,20 +194,20 @@ def finish_replacing(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def why(error: Exception, place: Path, needs: int = 0) -> str:
+def describe_os_error(error: Exception, place: Path, bytes_needed: int = 0) -> str:
     """What a failed write says, with the room that is left where that is the reason."""
     reason = str(getattr(error, "strerror", None) or error)
     full = getattr(error, "errno", None) in _FULL or "No space left" in reason
     if not full:
         return reason
-    needed = f", about {size(needs)} are needed" if needs else ""
-    return f"{reason}; {size(shutil.disk_usage(_standing(place)).free)} are free{needed}"
+    needed = f", about {format_bytes(bytes_needed)} are needed" if bytes_needed else ""
+    return f"{reason}; {format_bytes(shutil.disk_usage(_standing(place)).free)} are free{needed}"
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def put_file(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Write a file to the disk under another name and rename it: it is there whole or not at all.
 
     Raises FileNotFoundError where its folder is gone, EnvironmentFault where the disk refuses.
@@ -201,11 +222,13 @@ def put_file(path: Path, content: bytes) -> None:
         raise
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise EnvironmentFault(f"{path}: could not be written ({why(error, path)})") from None
+        raise SystemFault(
+            f"{path}: could not be written ({describe_os_error(error, path)})"
+        ) from None
     sync_folder(path.parent)
 
 
-def put_first(path: Path, content: bytes) -> bool:
+def write_once(path: Path, content: bytes) -> bool:
     """Write a file as `put_file` does, unless there is one; whether there was none.
 
     Of several processes one is the first, also where a disk has no hard links, as exFAT, SMB and
@@ -226,7 +249,9 @@ def put_first(path: Path, content: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise EnvironmentFault(f"{path}: could not be written ({why(error, path)})") from None
+        raise SystemFault(
+            f"{path}: could not be written ({describe_os_error(error, path)})"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -279,13 +304,15 @@ def sync_folder(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON as `put_file` does. Raises EnvironmentFault, also where the folder is gone."""
     try:
-        put_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+        atomic_write(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
     except FileNotFoundError as error:
-        raise EnvironmentFault(f"{path}: could not be written ({why(error, path)})") from None
+        raise SystemFault(
+            f"{path}: could not be written ({describe_os_error(error, path)})"
+        ) from None
 
 
 @contextmanager
-def hold(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
+def lock_dir(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
     """Keep other processes from working in a folder. Raises EnvironmentFault where one does.
 
     Gives a function that raises EnvironmentFault where the folder is no longer the one that is
@@ -297,17 +324,17 @@ def hold(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
     try:
         file = open_to_append(folder / LOCK, "a+", encoding="utf-8", errors="replace")
     except OSError as error:
-        raise EnvironmentFault(f"{option} {folder}: cannot be locked ({error.strerror})") from None
+        raise SystemFault(f"{option} {folder}: cannot be locked ({error.strerror})") from None
     try:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise EnvironmentFault(
+                raise SystemFault(
                     f"{option} {folder}: cannot be locked ({error.strerror})"
                 ) from None
             file.seek(0)
-            raise EnvironmentFault(
+            raise SystemFault(
                 f"{option} {folder}: another run works in it ({file.read().strip() or 'unknown'}); "
                 "wait for its end, or give another folder"
             ) from None
@@ -322,7 +349,7 @@ def hold(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
             except OSError:
                 same = False
             if not same:
-                raise EnvironmentFault(
+                raise SystemFault(
                     f"{option} {folder}: was moved, removed or replaced while this run worked in "
                     "it; nothing more is written there"
                 )

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from deit.disk import put_file
-from deit.errors import EnvironmentFault
+from deit.disk import atomic_write
+from deit.errors import SystemFault
 from deit.text import in_line, printable
 
 HEADS = ("class", "distillation", "fused")
@@ -17,7 +17,7 @@ _LEGEND_SIGNS = 84  # in a line of a legend
 _COLOURS = {"teacher": "#6b7280", "distilled": "#0f766e", "undistilled": "#c2410c"}
 
 
-def summary(values: list[float | None], *, scale: float = 1, digits: int = 1) -> str:
+def mean_std(values: list[float | None], *, scale: float = 1, digits: int = 1) -> str:
     """`97.2`, or for several values `97.2 +- 0.3` (sample standard deviation); `-` for none."""
     if any(value is None for value in values):
         return "-"
@@ -31,12 +31,12 @@ def comparison_cells(name: str, row: dict[str, Any]) -> list[str]:
     shares = [[top1[head] for top1 in row["top1"]] for head in HEADS] + [row["agreement"]]
     return [
         name,
-        *(summary(values, scale=100) for values in shares),
-        summary(row["seconds"], digits=0),
+        *(mean_std(values, scale=100) for values in shares),
+        mean_std(row["seconds"], digits=0),
     ]
 
 
-COLUMNS = ("", "class head", "distillation head", "fused", "= teacher", "seconds")
+COLUMNS = ("", "class head", "distillation head", "fused", "agrees with teacher %", "seconds")
 
 
 def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -69,30 +69,30 @@ def save_figure(figure: Any, file: Path | IO[str], **settings: Any) -> None:
             return
         content = io.BytesIO()  # put_file renames a finished file: none is ever half written
         figure.savefig(content, **{"format": file.suffix[1:] or "png", **settings})
-        put_file(file, content.getvalue())
+        atomic_write(file, content.getvalue())
 
 
 def draw_comparison(result: dict[str, Any], path: Path) -> None:
     """Validation accuracy over the epochs, and final test accuracy by head, as a PNG.
 
-    Of other studies than `worth` one accuracy of each arm. result: what deit.comparison.compare
+    Of other studies than `teacher` one accuracy of each arm. result: what deit.comparison.compare
     returns. Raises EnvironmentFault without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
+        raise SystemFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
     seeds = len(result["seeds"])
-    study = result.get("study", "worth")
+    study = result.get("study", "teacher")
     title = f"{result['recipe']}: {_TITLES[study]} ({seeds} seed{'s' * (seeds > 1)})"
-    if study == "worth" and set(result["rows"]) <= set(_COLOURS):
+    if study == "teacher" and set(result["rows"]) <= set(_COLOURS):
         figure = Figure(figsize=(10, 4), layout="constrained")
         curves, heads = figure.subplots(1, 2, width_ratios=(3, 2))
         _draw_curves(curves, result)
         _draw_heads(heads, result)
-    elif study == "patience":
+    elif study == "epochs":
         figure = Figure(figsize=(6, 4), layout="constrained")
-        draw_patience(figure.subplots(), result)
+        draw_epoch_scaling(figure.subplots(), result)
     else:
         figure = Figure(figsize=(7, 1.2 + 0.32 * len(result["rows"])), layout="constrained")
         draw_arms(figure.subplots(), result)
@@ -101,9 +101,9 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
 
 
 _TITLES = {
-    "worth": "what the teacher is worth",
-    "teaching": "what teacher and student see",
-    "patience": "accuracy against epochs",
+    "teacher": "what the teacher is worth",
+    "view-modes": "what teacher and student see",
+    "epochs": "accuracy against epochs",
     "ensemble": "teachers together and alone",
     "resolution": "fine-tuning at another resolution",
     "table-2": "what each teacher is worth",
@@ -116,10 +116,10 @@ _TITLES = {
 
 def final_top1(row: dict[str, Any]) -> list[float]:
     """Test top-1 in [0, 1], a value a seed, of the fused answer or the only head."""
-    return [final_of(top1) for top1 in row["top1"]]
+    return [final_head_top1(top1) for top1 in row["top1"]]
 
 
-def final_of(top1: dict[str, float | None]) -> float:
+def final_head_top1(top1: dict[str, float | None]) -> float:
     """Of top-1 by head that of the fused answer, or of the only head."""
     return top1["class"] if top1["fused"] is None else top1["fused"]
 
@@ -184,7 +184,7 @@ def draw_arms(axes: Any, result: dict[str, Any]) -> None:
     legend(axes)
 
 
-def draw_patience(axes: Any, result: dict[str, Any]) -> None:
+def draw_epoch_scaling(axes: Any, result: dict[str, Any]) -> None:
     """Test accuracy against the epochs of training, with the teacher and without."""
     for kind in ("distilled", "undistilled"):
         rows = [row for name, row in result["rows"].items() if name.startswith(f"{kind}-")]
@@ -195,8 +195,8 @@ def draw_patience(axes: Any, result: dict[str, Any]) -> None:
         axes.plot(epochs, means, color=_COLOURS[kind], label=kind)
         for row in rows:
             values = _final(row)
-            dots = [row["epochs"]] * len(values)
-            axes.plot(dots, values, ".", color=_COLOURS[kind], alpha=0.6)
+            scatter_trials = [row["epochs"]] * len(values)
+            axes.plot(scatter_trials, values, ".", color=_COLOURS[kind], alpha=0.6)
     for name, row in result["rows"].items():
         if row["teacher"]:
             mean = statistics.mean(_final(row))
@@ -221,7 +221,7 @@ def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
+        raise SystemFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     runs = list(dict.fromkeys(row["run"] for row in rows.values()))
@@ -241,7 +241,7 @@ def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:
         )
         # A line goes through what differs in one thing: the tokens merged, else the resolution.
         merging = len({row.get("merge") for row in own.values()}) > 1
-        fixed = ("evaluation_crop", "image_size") if merging else ("evaluation_crop",)
+        fixed = ("eval_crop_pct", "image_size") if merging else ("eval_crop_pct",)
         settings = [tuple(row[key] for key in fixed) for row in own.values()]
         for setting in dict.fromkeys(settings):
             same = [one == setting for one in settings]

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from deit.config import LossConfig, OptimConfig
-from deit.faults import spoil
+from deit.faults import inject_nan
 from deit.keys import step_seed
-from deit.losses import Losses, objective
-from deit.models.masks import Held
-from deit.models.rounding import Ranges
-from deit.optim import WeightAverage, lr_at, set_lr
-from deit.panel import Panel
-from deit.records import Answers, Batch, Outputs, head_logits
-from deit.sharding import assembled, total
+from deit.losses import Losses, distillation_loss
+from deit.models.masks import PruningMasks
+from deit.models.rounding import ActivationRanges
+from deit.optim import EMA, lr_at, set_lr
+from deit.panel import TeacherEnsemble
+from deit.records import Batch, StudentOutput, TeacherOutput, logits_by_head
+from deit.sharding import full_value, gathered_parameters
 
 
-class Job(NamedTuple):
+class StepContext(NamedTuple):
     """What a training epoch works with.
 
     student: prepared by Accelerate. teach: what the teachers say of a batch; None without any.
@@ -32,17 +32,17 @@ class Job(NamedTuple):
 
     accelerator: Accelerator
     student: nn.Module
-    teach: Panel | None
+    teacher: TeacherEnsemble | None
     optimizer: torch.optim.Optimizer
-    average: WeightAverage | None
+    average: EMA | None
     loss: LossConfig
     optim: OptimConfig
     seed: int
-    graphs: bool = False
-    held: Held | None = None
+    cuda_graphs: bool = False
+    masks: PruningMasks | None = None
 
 
-class Update(NamedTuple):
+class StepResult(NamedTuple):
     """What became of an update; the device may not have come to it yet.
 
     applied: bool scalar, False where loss or gradient was not finite in any process; nothing moved
@@ -51,57 +51,59 @@ class Update(NamedTuple):
     """
 
     applied: Tensor
-    heard: list[tuple[Tensor, Tensor]]
+    micro_batches: list[tuple[Tensor, Tensor]]
 
-    def suspects(self) -> Tensor:
+    def nonfinite_samples(self) -> Tensor:
         """Of an update that was not applied, int64 [images]: those without a finite answer, all
         where every answer is finite."""
-        bad = [samples[~logits.isfinite().all(dim=1)] for samples, logits in self.heard]
+        bad = [samples[~logits.isfinite().all(dim=1)] for samples, logits in self.micro_batches]
         some = any(len(part) for part in bad)
-        return torch.cat(bad if some else [samples for samples, _ in self.heard])
+        return torch.cat(bad if some else [samples for samples, _ in self.micro_batches])
 
 
 def train_epoch(
-    job: Job, batches: Iterator[Batch], tally: "Tally", *, step: int, steps: int
-) -> Iterator[Update]:
+    job: StepContext, batches: Iterator[Batch], tally: "MetricAccumulator", *, step: int, steps: int
+) -> Iterator[StepResult]:
     """Train on the batches of an epoch; an item after each update, the first number `step` of the
     run. steps: updates of a whole epoch. tally: takes up what was applied."""
     accelerator, student = job.accelerator, job.student
     student.train()
     statistics = list(accelerator.unwrap_model(student).buffers())
-    ranges = Ranges(accelerator.unwrap_model(student))
+    ranges = ActivationRanges(accelerator.unwrap_model(student))
     before = [one.clone() for one in statistics]
     for part, batch in enumerate(batches):
         seed_torch(job, step, part)
-        if job.graphs:
+        if job.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with accelerator.accumulate(student):
             outputs = student(batch.images)
-            answers = None if job.teach is None else job.teach(batch)
-            losses = objective(outputs, batch.targets, answers, job.loss, epoch=step / steps)
-            accelerator.backward(_noticed(spoil("loss", losses["total"])))
+            answers = None if job.teacher is None else job.teacher(batch)
+            losses = distillation_loss(
+                outputs, batch.targets, answers, job.loss, epoch=step / steps
+            )
+            accelerator.backward(_spread_nonfinite(inject_nan("loss", losses["total"])))
         tally.add(losses, outputs, batch, answers)
         if accelerator.sync_gradients:
-            applied = _apply(job, step, steps)
-            ranges.settle()
+            applied = _optimizer_step(job, step, steps)
+            ranges.update()
             # Batch norms' statistics and these have moved by the forward pass alone.
             for one, kept in zip(statistics, before):
                 one.copy_(kept.copy_(torch.where(applied, one, kept)))
             if job.average is not None:
                 job.average.update(accelerator.unwrap_model(student), applied=applied)
-            yield Update(applied, tally.settle(applied))
+            yield StepResult(applied, tally.commit(applied))
             step += 1
-    if job.teach is not None:
-        job.teach.check()
+    if job.teacher is not None:
+        job.teacher.check()
 
 
-def _noticed(loss: Tensor) -> Tensor:
+def _spread_nonfinite(loss: Tensor) -> Tensor:
     """The loss; where it is not finite, one whose gradient is not either, so that by the sum over
     the processes all notice. (A factor of exactly 1 else: the gradient stays to the bit.)"""
     return loss * (1 + 0 * loss.detach())
 
 
-def _apply(job: Job, step: int, steps: int) -> Tensor:
+def _optimizer_step(job: StepContext, step: int, steps: int) -> Tensor:
     """Move the weights along the gradient, unless it is not finite; whether they moved, a bool
     scalar on the device: nothing here waits for it.
 
@@ -110,14 +112,14 @@ def _apply(job: Job, step: int, steps: int) -> Tensor:
     accelerator, optimizer = job.accelerator, job.optimizer
     set_lr(optimizer, lr_at(step, optim=job.optim, steps_per_epoch=steps))
     parameters = list(job.student.parameters())
-    if job.held is not None:
-        job.held.mask_gradients()  # before their norm is taken
-    if job.optim.clip_norm is not None:
-        norm = accelerator.clip_grad_norm_(parameters, job.optim.clip_norm)
+    if job.masks is not None:
+        job.masks.mask_gradients()  # before their norm is taken
+    if job.optim.clip_grad_norm is not None:
+        norm = accelerator.clip_grad_norm_(parameters, job.optim.clip_grad_norm)
     else:
         accelerator.unscale_gradients()
         norm = get_total_norm([one.grad for one in parameters if one.grad is not None])
-    sound = total(norm).isfinite()
+    sound = full_value(norm).isfinite()
     if accelerator.scaler is None:  # which tells the optimizer itself, and lowers its scale
         optimizer.optimizer.found_inf = (~sound).float()
     optimizer.step()
@@ -125,18 +127,21 @@ def _apply(job: Job, step: int, steps: int) -> Tensor:
     return sound
 
 
-def seed_torch(job: Job, step: int, part: int) -> None:
+def seed_torch(job: StepContext, step: int, micro_step: int) -> None:
     """Make torch's own draws (drop path, dropout) a function of seed, step and process."""
     accelerator = job.accelerator
-    place = part % job.optim.accumulate * accelerator.num_processes + accelerator.process_index
-    seed = step_seed(job.seed, step, place)
+    rank_index = (
+        micro_step % job.optim.grad_accum_steps * accelerator.num_processes
+        + accelerator.process_index
+    )
+    seed = step_seed(job.seed, step, rank_index)
     # Not torch.manual_seed: it visits every kind of device, at some 0.4 ms a call.
     torch.default_generator.manual_seed(seed)
     if accelerator.device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
-class Tally:
+class MetricAccumulator:
     """Sums over an epoch, kept on the device so that no step waits for them.
 
     What a micro-batch adds counts once its update was applied.
@@ -156,11 +161,13 @@ class Tally:
         self._pending: list[Tensor] = []
         self._heard: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, losses: Losses, outputs: Outputs, batch: Batch, answers: Answers | None) -> None:
+    def add(
+        self, losses: Losses, outputs: StudentOutput, batch: Batch, answers: TeacherOutput | None
+    ) -> None:
         """Add a micro-batch; losses are means over it. With several voices, the mean over them."""
         number = len(batch.targets)
         labels = batch.targets.argmax(dim=1)
-        heads = head_logits(Outputs(*(None if o is None else o.detach() for o in outputs)))
+        heads = logits_by_head(StudentOutput(*(None if o is None else o.detach() for o in outputs)))
         found = {
             f"loss_{name}" if name != "total" else "loss": loss.detach().double() * number
             for name, loss in losses.items()
@@ -178,9 +185,9 @@ class Tally:
             self.sums = self.sums.new_zeros(len(found))
         self._pending.append(torch.stack([found[name].double() for name in self.names]))
         # A copy: a CUDA graph's answers are gone with the next ones.
-        self._heard.append((batch.samples, heads["class"].clone()))
+        self._heard.append((batch.sample_ids, heads["class"].clone()))
 
-    def settle(self, applied: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def commit(self, applied: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Count the update's micro-batches, unless it was not applied (a bool scalar); their images
         and what the student said of them, as in Update."""
         for found in self._pending:
@@ -188,17 +195,17 @@ class Tally:
         heard, self._pending, self._heard = self._heard, [], []
         return heard
 
-    def dump(self) -> dict[str, list[float]]:
+    def state(self) -> dict[str, list[float]]:
         """The sums of each process by name, the same in all of them."""
         if not self.names:
             return {}
         everyone = self.accelerator.gather(self.sums[None]).T.tolist()
         return dict(zip(self.names, everyone))
 
-    def means(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float]:
         """Means over the samples of all processes: losses by name, `<head>_top1` against the label
         that dominates each view, `agreement` with the teacher and `teacher_top1`."""
-        totals = {name: math.fsum(values) for name, values in self.dump().items()}
+        totals = {name: math.fsum(values) for name, values in self.state().items()}
         number = totals.pop("number", 0)
         if not number:
             return {"loss": math.nan}
@@ -208,7 +215,7 @@ class Tally:
 @torch.no_grad()
 def predict(
     accelerator: Accelerator, model: nn.Module, batches: Iterator[Tensor], number: int
-) -> Outputs:
+) -> StudentOutput:
     """The model's answers for a whole split, in its order, on the CPU of every process.
 
     batches: this process's images, in [0, 1]: samples process, process + processes, ... of the
@@ -217,19 +224,21 @@ def predict(
     """
     # Unwrapped: DDP exchanges buffers at every forward, and processes may differ in their number.
     model = accelerator.unwrap_model(model).eval()
-    parts: list[Outputs] = []
-    with assembled(model):
+    parts: list[StudentOutput] = []
+    with gathered_parameters(model):
         for images in batches:
             if model._compiled_call_impl is not None:
                 torch.compiler.cudagraph_mark_step_begin()
             with accelerator.autocast():
                 answer = model(images)
-            heads = answer if isinstance(answer, Outputs) else Outputs(answer)
+            heads = answer if isinstance(answer, StudentOutput) else StudentOutput(answer)
             # Copies: a CUDA graph's answers lie where the next ones will.
-            parts.append(Outputs(*(None if head is None else head.clone() for head in heads)))
+            parts.append(StudentOutput(*(None if head is None else head.clone() for head in heads)))
     if any(part.distillation_logits is not None for part in parts):
-        return Outputs(*(_gathered(accelerator, list(heads), number) for heads in zip(*parts)))
-    return Outputs(_gathered(accelerator, [part.class_logits for part in parts], number))
+        return StudentOutput(
+            *(_gathered(accelerator, list(heads), number) for heads in zip(*parts))
+        )
+    return StudentOutput(_gathered(accelerator, [part.class_logits for part in parts], number))
 
 
 def _gathered(accelerator: Accelerator, parts: list[Tensor], number: int) -> Tensor:

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from deit.config import Combine
-from deit.records import Answers
-from deit.transfer import constant
+from deit.config import EnsembleMode
+from deit.records import TeacherOutput
+from deit.transfer import device_constant
 
 
-def combine(
-    logits: Tensor, weights: tuple[float, ...], how: Combine, *, temperature: float
-) -> Answers:
+def combine_teachers(
+    logits: Tensor, weights: tuple[float, ...], mode: EnsembleMode, *, temperature: float
+) -> TeacherOutput:
     """What a student hears of teachers.
 
     logits: float32 [batch, teachers, classes]. weights: one a teacher, of sum 1.
@@ -18,14 +18,14 @@ def combine(
     those whose softmax at this temperature is that mean; the labels are those of the mean at 1.
     tokens: nothing is combined, a voice for each teacher.
     """
-    if how == "tokens" or logits.shape[1] == 1:
-        return Answers(logits.argmax(dim=2), logits, weights)
-    shares = constant(weights, logits.device)[:, None]
-    if how == "logits":
+    if mode == "tokens" or logits.shape[1] == 1:
+        return TeacherOutput(logits.argmax(dim=2), logits, weights)
+    shares = device_constant(weights, logits.device)[:, None]
+    if mode == "logits":
         mean = (shares * logits).sum(dim=1, keepdim=True)
-        return Answers(mean.argmax(dim=2), mean)
+        return TeacherOutput(mean.argmax(dim=2), mean)
     labels = _log_mean(logits, shares).argmax(dim=2)
-    return Answers(labels, temperature * _log_mean(logits / temperature, shares))
+    return TeacherOutput(labels, temperature * _log_mean(logits / temperature, shares))
 
 
 def _log_mean(logits: Tensor, shares: Tensor) -> Tensor:

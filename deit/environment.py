@@ -26,7 +26,7 @@ from torch import nn
 
 import deit
 from deit.config import RunConfig
-from deit.errors import CheckpointError, ConfigError, DataError, DeitError, EnvironmentFault
+from deit.errors import CheckpointError, ConfigError, DataError, DeitError, SystemFault
 from deit.models import linear
 from deit.processor import processor
 
@@ -34,7 +34,7 @@ _PACKAGES = ("torchvision", "timm", "accelerate", "safetensors", "numpy", "pillo
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def choose_precision(run: RunConfig, device_type: str) -> str:
+def resolve_precision(run: RunConfig, device_type: str) -> str:
     """fp32, bf16 or fp16: the configured one, or what the launcher asked for.
 
     Raises EnvironmentFault where the device cannot compute in it.
@@ -44,20 +44,20 @@ def choose_precision(run: RunConfig, device_type: str) -> str:
         asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         names = {theirs: ours for ours, theirs in _ACCELERATE_NAMES.items()}
         if asked not in names:
-            raise EnvironmentFault(f"--mixed_precision {asked}: not supported; use no, bf16, fp16")
+            raise SystemFault(f"--mixed_precision {asked}: not supported; use no, bf16, fp16")
         precision = names[asked]
     if precision == "fp16" and device_type == "cpu":
-        raise EnvironmentFault("run.precision = 'fp16': a CPU cannot; use fp32")
+        raise SystemFault("run.precision = 'fp16': a CPU cannot; use fp32")
     if precision == "bf16" and device_type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise EnvironmentFault("run.precision = 'bf16': this GPU cannot; use fp16 or fp32")
+        raise SystemFault("run.precision = 'bf16': this GPU cannot; use fp16 or fp32")
     return precision
 
 
-def choose_device(run: RunConfig) -> str:
+def resolve_device(run: RunConfig) -> str:
     """`cuda` or `cpu`. Raises EnvironmentFault if cuda is asked for and not there."""
     available = torch.cuda.is_available()
     if run.device == "cuda" and not available:
-        raise EnvironmentFault("run.device = 'cuda': no CUDA device here; use --run.device cpu")
+        raise SystemFault("run.device = 'cuda': no CUDA device here; use --run.device cpu")
     if run.device == "auto":
         return "cuda" if available else "cpu"
     return run.device
@@ -74,15 +74,16 @@ def _check_launcher() -> None:
     """Refuse what would train something else than it says. Raises EnvironmentFault."""
     for variable, name in _SHARDING.items():
         if os.environ.get(variable, "false").lower() == "true":
-            raise EnvironmentFault(
+            raise SystemFault(
                 f"the launcher asks for {name} ({variable}); a student is divided among processes "
-                "by --run.shard full (what FSDP2 and ZeRO's stage 3 do; docs/scaling.md) under a "
+                "by --run.sharding fsdp (what FSDP2 and ZeRO's stage 3 do; docs/scaling.md) under "
+                "a "
                 "launcher of distributed_type MULTI_GPU, or torchrun"
             )
     variable = "ACCELERATE_DYNAMO_BACKEND"
     asked = os.environ.get(variable, "no")
     if asked.lower() != "no":
-        raise EnvironmentFault(
+        raise SystemFault(
             f"the launcher asks for torch.compile ({variable} {asked}); launch without, and give "
             "--run.compile default"
         )
@@ -94,12 +95,12 @@ def create_accelerator(run: RunConfig, *, accumulate: int = 1) -> Accelerator:
     Raises EnvironmentFault where the machine cannot do what the configuration asks.
     """
     _check_launcher()
-    device = choose_device(run)
-    precision = choose_precision(run, device)
-    if precision == "fp16" and run.shard != "none":
-        raise EnvironmentFault("run.shard: not with fp16, which the launcher asks for; use bf16")
+    device = resolve_device(run)
+    precision = resolve_precision(run, device)
+    if precision == "fp16" and run.sharding != "none":
+        raise SystemFault("run.sharding: not with fp16, which the launcher asks for; use bf16")
     if device == "cpu":
-        keep_freed_memory()
+        raise_malloc_threshold()
     name = _ACCELERATE_NAMES[precision]
     # One process may evaluate runs of several precisions; Accelerate knows one until it is told.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != name:
@@ -112,7 +113,7 @@ def create_accelerator(run: RunConfig, *, accumulate: int = 1) -> Accelerator:
             num_steps=accumulate, sync_with_dataloader=False
         ),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout_s)),
             _exchange_of_gradients(run),
         ],
     )
@@ -143,7 +144,7 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], int], what: obj
         except DeitError as error:
             trouble = error
         except OSError as error:
-            trouble = EnvironmentFault(f"{error.filename or what}: {error.strerror}")
+            trouble = SystemFault(f"{error.filename or what}: {error.strerror}")
         if trouble is not None:
             number = -trouble.exit_code
     shared = torch.tensor(number, device=accelerator.device)
@@ -152,40 +153,40 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], int], what: obj
         raise trouble
     if number < 0:
         kinds = {kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError)}
-        raise kinds.get(-number, EnvironmentFault)(f"{what}: see process 0")
+        raise kinds.get(-number, SystemFault)(f"{what}: see process 0")
     return number
 
 
-def choose_linear(run: RunConfig, accelerator: Accelerator) -> str:
+def resolve_linear_backend(run: RunConfig, accelerator: Accelerator) -> str:
     """torch or onednn: the configured one, or what measures faster in the main process.
 
     Raises EnvironmentFault where oneDNN is asked for and not there.
     """
-    if run.linear == "onednn" and not linear.available():
-        raise EnvironmentFault("run.linear = 'onednn': this PyTorch has no oneDNN; use torch")
-    if run.linear != "auto":
-        return run.linear
+    if run.linear_backend == "onednn" and not linear.available():
+        raise SystemFault("run.linear_backend = 'onednn': this PyTorch has no oneDNN; use torch")
+    if run.linear_backend != "auto":
+        return run.linear_backend
     fp32_on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
     if not fp32_on_cpu or run.compile != "none":
         return "torch"
-    measured = accelerator.is_main_process and linear.pays()
+    measured = accelerator.is_main_process and linear.is_faster()
     faster = accelerator.reduce(torch.tensor(float(measured)), reduction="sum").item() > 0
     return "onednn" if faster else "torch"
 
 
-def compiled(network: nn.Module, mode: str) -> None:
+def compile_module(network: nn.Module, mode: str) -> None:
     """Let torch compile a network's forward and backward pass at its first call, in a mode of
     run.compile. In its place: names, weights and copies of it stay as they are."""
     network.compile(mode=None if mode == "default" else mode)
 
 
-def records_graphs(run: RunConfig) -> bool:
+def uses_cuda_graphs(run: RunConfig) -> bool:
     """Whether compiled networks are recorded as CUDA graphs: their answers lie where the next ones
     will."""
     return run.compile in ("reduce-overhead", "max-autotune")
 
 
-def keep_freed_memory() -> None:
+def raise_malloc_threshold() -> None:
     """Let glibc keep blocks of up to 31 MiB for the next tensor.
 
     It hands larger blocks than any freed so far back to the system, and takes pages anew, zeroed,
@@ -195,7 +196,7 @@ def keep_freed_memory() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
-def leave_processes() -> None:
+def destroy_process_group() -> None:
     """Join the threads of the process group while the interpreter still stands.
 
     Left to the end of the process, a thread of Gloo that holds a Python object may ask for the
@@ -207,7 +208,7 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def lost_peer(error: Exception) -> bool:
+def is_peer_failure(error: Exception) -> bool:
     """Whether processes could not talk: one is gone, or did not answer in time.
 
     Gloo says so by a plain RuntimeError, in words of its own.
@@ -227,13 +228,13 @@ def peak_memory_mb(device: torch.device) -> float:
     return held / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else kilobytes
 
 
-def describe(accelerator: Accelerator, arguments: list[str]) -> dict[str, Any]:
+def environment_info(accelerator: Accelerator, arguments: list[str]) -> dict[str, Any]:
     """Versions, commit, device and arguments of a run; no environment variables, no user names."""
     device = accelerator.device
     return {
         "arguments": arguments,
         "deit": deit.__version__,
-        "commit": commit(),
+        "commit": git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {
@@ -260,7 +261,7 @@ def _name_of(device: torch.device) -> str:
 
 
 @functools.cache
-def commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of this checkout, with `-dirty` if it has changes; None outside a checkout. Asked
     once: what is loaded stays what it was."""
     root = Path(__file__).resolve().parent.parent

@@ -67,7 +67,7 @@ class DataError(DeitError):
     exit_code = 3
 
 
-class NotThereError(DataError):
+class NotFoundError(DataError):
     """What was named is not there, or cannot be reached."""
 
 
@@ -87,13 +87,13 @@ class NotReadableError(CheckpointError):
     exit_code = 5
 
 
-class EnvironmentFault(DeitError):
+class SystemFault(DeitError):
     """Device, precision, disk or permission cannot do what was asked."""
 
     exit_code = 5
 
 
-class WorkerLost(EnvironmentFault):
+class WorkerLost(SystemFault):
     """The system ended a process that reads images."""
 
 
@@ -109,7 +109,7 @@ class PeerError(DeitError):
     exit_code = 7
 
 
-class Stopped(BaseException):
+class StoppedBySignal(BaseException):
     """A signal asked to stop. Like KeyboardInterrupt no Exception: it may come at any line, and
     whoever handles mishaps there must not take it for one."""
 
@@ -119,7 +119,7 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
-def reason_of(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what another library says, with the next where it ends in a colon; or the
     name of its error."""
     first, *rest = str(error).strip().split("\n")
@@ -137,7 +137,7 @@ TRANSIENT = (
 memory, a disk or file server that fails or does not answer."""
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the processor had no memory left.
 
     PyTorch, CUDA and ONNX Runtime each say so in words of their own, mostly by a RuntimeError.
@@ -162,7 +162,7 @@ def compiler_failure(error: BaseException) -> str | None:
         modules = [frame.f_globals.get("__name__", "") for frame, _ in frames]
     if not any(one.startswith(("torch._dynamo", "torch._inductor", "triton")) for one in modules):
         return None
-    reason, *rest = reason_of(error), *str(error).splitlines()[1:]
+    reason, *rest = first_line(error), *str(error).splitlines()[1:]
     cause = next((line.strip() for line in rest if "error:" in line), None)  # a C++ compiler's
     return f"torch.compile failed ({reason if cause is None else f'{reason}: {cause}'})"
 
@@ -173,7 +173,7 @@ def raise_transient(error: BaseException, place: object) -> None:
 
     place: what was read or tried, for the message.
     """
-    if out_of_memory(error):
+    if is_out_of_memory(error):
         raise error
     if isinstance(error, OSError):
         words = error.strerror if error.errno in TRANSIENT else None
@@ -181,4 +181,4 @@ def raise_transient(error: BaseException, place: object) -> None:
         known = map(os.strerror, TRANSIENT)
         words = next((one for one in known if one in str(error)), None)
     if words is not None:
-        raise EnvironmentFault(f"{place}: cannot be read now ({words})") from error
+        raise SystemFault(f"{place}: cannot be read now ({words})") from error

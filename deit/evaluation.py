@@ -9,39 +9,39 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint, journal
-from deit.config import Config, DataConfig, StartConfig, TeacherConfig, code_of
+from deit.config import Config, DataConfig, InitConfig, TeacherConfig, code_sources
 from deit.console import warn
-from deit.datasets.images import Encoded, Images
+from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.splits import digest_of_images, held_out, load_split
 from deit.datasets.variants import load_variant
-from deit.ensembles import combine
-from deit.environment import create_accelerator, describe, place_of_speed
+from deit.ensembles import combine_teachers
+from deit.environment import create_accelerator, environment_info, place_of_speed
 from deit.errors import CheckpointError, ConfigError, DataError
-from deit.interruption import Interruption
+from deit.interruption import GracefulStop
 from deit.memory import check_answers
 from deit.metrics import agreement, calibration_error, confusion, topk_accuracy
 from deit.models.attention import token_cosines
 from deit.models.cost import cost_of
-from deit.models.facts import Facts, find_saved
+from deit.models.facts import ModelInfo, find_saved_model
 from deit.models.linear import use_onednn
 from deit.models.merging import token_numbers, with_merging
 from deit.models.saved import build_student, load_student
-from deit.models.start import Found, fit
-from deit.models.student import Student, has_two_heads
+from deit.models.start import LoadedWeights, adapt_weights
+from deit.models.student import Student, has_distillation_head
 from deit.models.teachers import load_teacher
 from deit.models.weights import load_weights
-from deit.prediction import answers_of, shown
+from deit.prediction import evaluation_batches, predict_split
 from deit.preflight import announce_order, refuse_order
-from deit.preparation import sizes_of, teacher_input
-from deit.records import head_logits
-from deit.seats import members
+from deit.preparation import image_sizes, teacher_input_size
+from deit.records import logits_by_head
+from deit.seats import teacher_specs
 from deit.tuning import at_resolution
-from deit.validation import load
+from deit.validation import load_config
 
 HEADS = ("class", "distillation", "fused", "fused_softmax")
 
 
-class Examined(NamedTuple):
+class EvaluationResult(NamedTuple):
     """What evaluation found, and the answers it counted, int64 [images], by head and `teacher`.
 
     confidence: the probability that each gave its answer, float32 [images]. labels: int64 [images];
@@ -59,10 +59,10 @@ class Examined(NamedTuple):
 
 def evaluate(run: Path, **asked: Any) -> dict[str, Any]:
     """Measure a run's student, as plain values ready for JSON. asked: as `examine` takes it."""
-    return examine(run, **asked).found
+    return evaluate_run(run, **asked).found
 
 
-def examine(
+def evaluate_run(
     run: Path,
     *,
     checkpoint: str = "best",
@@ -73,16 +73,16 @@ def examine(
     batch: int | None = None,
     resolution: int | None = None,
     crop: float | None = None,
-    merge: int | None = None,
-    variant: str | None = None,
+    merge_tokens: int | None = None,
+    test_set: str | None = None,
     cost: bool = False,
-) -> Examined:
+) -> EvaluationResult:
     """Measure a run's student on a split.
 
     checkpoint: `best` or `last`. root: where the images lie now, if not where the run found them.
     teacher: whom to agree with; None: the run's own teacher, "none": nobody. batch: images at once,
     if not as many as in the run. resolution: side [px] of its input, if not what it was trained at;
-    its position embedding is resized. crop: as views.evaluation_crop. merge: how many tokens each
+    its position embedding is resized. crop: as views.eval_crop_pct. merge: how many tokens each
     block merges. variant: one of ImageNet's other test sets, from `root`; without a teacher. cost:
     whether parameters, arithmetic, memory and speed are measured.
 
@@ -90,44 +90,44 @@ def examine(
     top1, top5, calibration_error in [0, 1]. A student with one head has that head as `fused` too,
     and None for the others. Raises the errors of deit.errors.
     """
-    config, saved = find_run(run, checkpoint)
-    student, facts = student_at(saved, resolution)
-    if merge is not None:
-        student.network = with_merging(student.network, merge)
-    config = as_asked(config, root=root, device=device, resolution=resolution, crop=crop)
+    config, saved = resolve_run(run, checkpoint)
+    student, facts = student_at_resolution(saved, resolution)
+    if merge_tokens is not None:
+        student.network = with_merging(student.network, merge_tokens)
+    config = evaluation_config(config, root=root, device=device, resolution=resolution, crop=crop)
     if batch is not None:
-        config = config.replace(run={"evaluation_batch": batch})
+        config = config.replace(run={"eval_batch_size": batch})
     accelerator = create_accelerator(config.run)
-    asked = images_of(config, facts, run, split, variant, root)
+    asked = evaluation_images(config, facts, run, split, test_set, root)
     if len(asked.images.labels) < accelerator.num_processes:
         raise DataError(f"the {split} split has fewer images than processes")
-    if config.run.linear == "onednn":
+    if config.run.linear_backend == "onednn":
         use_onednn(student)
     student = student.to(accelerator.device)
     side = config.student.image_size
     check_answers(student, student.forward, side, accelerator, _at_once(config, asked.images))
-    few = asked.images.select(slice(config.run.evaluation_batch))
-    with Interruption(accelerator) as interruption, interruption.at_once():
+    few = asked.images.select(slice(config.run.eval_batch_size))
+    with GracefulStop(accelerator) as interruption, interruption.parallel():
         if len(few.labels) >= accelerator.num_processes:
-            answers_of(accelerator, student, few, config, "warming up")
+            predict_split(accelerator, student, few, config, "warming up")
         started = time.perf_counter()
         title = f"evaluating {asked.name}"
-        outputs = answers_of(
+        outputs = predict_split(
             accelerator, student, asked.images, config, title, interruption=interruption
         )
         elapsed_s = time.perf_counter() - started
-        said = {}
-        if variant is None:
-            said = _teacher_logits(
+        teacher_logits = {}
+        if test_set is None:
+            teacher_logits = _teacher_logits(
                 accelerator, config, teacher, facts.class_names, asked.images, interruption
             )
-        interruption.check(now=True)
-    heads = {name: logits[:, asked.columns] for name, logits in head_logits(outputs).items()}
+        interruption.raise_if_stopped(now=True)
+    heads = {name: logits[:, asked.columns] for name, logits in logits_by_head(outputs).items()}
     answers = {name: logits.argmax(dim=1) for name, logits in heads.items()}
     confidence = {name: _confidence(logits) for name, logits in heads.items()}
-    named_heads = {name: measure(heads.get(name), asked.labels) for name in HEADS}
+    named_heads = {name: head_metrics(heads.get(name), asked.labels) for name in HEADS}
     tokens = [name for name in heads if name.startswith("distillation_")]
-    named_heads |= {name: measure(heads[name], asked.labels) for name in tokens}
+    named_heads |= {name: head_metrics(heads[name], asked.labels) for name in tokens}
     if "fused" not in heads:
         named_heads["fused"] = named_heads["class"]
     found: dict[str, Any] = {
@@ -135,33 +135,33 @@ def examine(
         "checkpoint": saved.name,
         "split": asked.name,
         "image_size": config.student.image_size,
-        "evaluation_crop": config.views.evaluation_crop,
+        "eval_crop_pct": config.views.eval_crop_pct,
         "num_samples": len(asked.images.labels),
         "class_names": [facts.class_names[column] for column in asked.columns],
         "heads": named_heads,
         "teacher": None,
         "token_cosine": _token_cosine(student, few, config),
         "throughput_img_s": len(asked.images.labels) / elapsed_s,
-        "environment": describe(accelerator, []),
+        "environment": environment_info(accelerator, []),
     }
-    if merge is not None:
-        found |= {"merge": merge, "tokens": token_numbers(student.network)}
+    if merge_tokens is not None:
+        found |= {"merge": merge_tokens, "tokens": token_numbers(student.network)}
     if asked.note:
         found["note"] = asked.note
     if cost:
         found["cost"] = _cost(student, config)
-    if said:
-        together = torch.stack(list(said.values()), dim=1)
+    if teacher_logits:
+        together = torch.stack(list(teacher_logits.values()), dim=1)
         combined = _combined(config, together)
-        found["teacher"] = measure(combined, asked.labels)
+        found["teacher"] = head_metrics(combined, asked.labels)
         answers["teacher"] = combined.argmax(dim=1)
         confidence["teacher"] = _confidence(combined)
-        if len(said) > 1:
+        if len(teacher_logits) > 1:
             found["teachers"] = {
-                name: measure(logits, asked.labels) for name, logits in said.items()
+                name: head_metrics(logits, asked.labels) for name, logits in teacher_logits.items()
             }
     if asked.labels.dtype == torch.bool:
-        return Examined(found, answers, confidence, None, ())
+        return EvaluationResult(found, answers, confidence, None, ())
     found["agreement"] = _agreements(answers, asked.labels)
     final = answers.get("fused", answers["class"])
     held = {facts.class_names[label] for label in held_out(config.data, facts.class_names)}
@@ -171,26 +171,26 @@ def examine(
     found["confusion"] = confusion(final, asked.labels, len(asked.columns)).tolist()
     picks = _picks(config.data, asked.name, found)
     digest = digest_of_images(facts.class_names, (asked.images,))
-    return Examined(found, answers, confidence, asked.labels, picks, digest)
+    return EvaluationResult(found, answers, confidence, asked.labels, picks, digest)
 
 
-def _at_once(config: Config, images: Images | Encoded) -> int:
+def _at_once(config: Config, images: InMemoryImages | EncodedImages) -> int:
     """How many images a network answers at once, at most."""
-    return min(config.run.evaluation_batch, len(images.labels))
+    return min(config.run.eval_batch_size, len(images.labels))
 
 
 def cost_of_run(run: Path) -> dict[str, Any]:
     """What `examine` puts under `cost`, without an evaluation. Raises the errors of deit.errors."""
-    config, saved = find_run(run, "best")
-    student, _ = student_at(saved, None)
+    config, saved = resolve_run(run, "best")
+    student, _ = student_at_resolution(saved, None)
     accelerator = create_accelerator(config.run)
-    if config.run.linear == "onednn":
+    if config.run.linear_backend == "onednn":
         use_onednn(student)
     return _cost(student.to(accelerator.device), config)
 
 
 def _cost(student: Student, config: Config) -> dict[str, Any]:
-    side, batch = config.student.image_size, min(config.run.evaluation_batch, 64)
+    side, batch = config.student.image_size, min(config.run.eval_batch_size, 64)
     cost = cost_of(student, side=side, batch=batch)._asdict()
     device = next(student.parameters()).device
     return cost | {"measured_on": place_of_speed(device)}
@@ -203,47 +203,47 @@ def _confidence(logits: Tensor) -> Tensor:
 def _picks(data: DataConfig, split: str, found: dict[str, Any]) -> tuple[Any, ...]:
     root = None if data.source == "digits" else Path(data.root).resolve()
     fractions = (data.validation_fraction, data.test_fraction, data.split_seed)
-    chosen = (data.classes, data.quarantine)
+    chosen = (data.classes, data.exclude_list)
     return (data.source, root, data.reader, *fractions, *chosen, split, *found["class_names"])
 
 
-class Asked(NamedTuple):
+class EvaluationSet(NamedTuple):
     """What is evaluated: images, which classes may be answered, and what is right: int64 [images]
     of these, or bool [images, classes]; what it is called, and what was left out."""
 
-    images: Images | Encoded
+    images: InMemoryImages | EncodedImages
     columns: list[int]
     labels: Tensor
     name: str
     note: str = ""
 
 
-def images_of(
-    config: Config, facts: Facts, run: Path, split: str, variant: str | None, root: str | None
-) -> Asked:
+def evaluation_images(
+    config: Config, facts: ModelInfo, run: Path, split: str, test_set: str | None, root: str | None
+) -> EvaluationSet:
     """The images of a split, or of one of ImageNet's variants. Raises DataError."""
-    if variant is not None:
-        loaded = load_variant(variant, root or config.data.root, facts.class_names)
-        single = bool((loaded.accepted.sum(dim=1) == 1).all()) and variant != "real"
+    if test_set is not None:
+        loaded = load_variant(test_set, root or config.data.root, facts.class_names)
+        single = bool((loaded.accepted.sum(dim=1) == 1).all()) and test_set != "real"
         labels = loaded.accepted.long().argmax(dim=1) if single else loaded.accepted
-        name = f"ImageNet {variant}"
-        return Asked(loaded.images, list(loaded.columns), labels, name, loaded.note)
+        name = f"ImageNet {test_set}"
+        return EvaluationSet(loaded.images, list(loaded.columns), labels, name, loaded.note)
     class_names, images = load_split(config.data, split)
     if class_names != facts.class_names:
         raise DataError(
             f"{run}: was trained on other classes than the data has: "
             f"{_first_difference(facts.class_names, class_names)}"
         )
-    return Asked(images, list(range(len(facts.class_names))), images.labels, split)
+    return EvaluationSet(images, list(range(len(facts.class_names))), images.labels, split)
 
 
 def warn_unfinished(run: Path) -> None:
     """Say of a run folder that its training has not ended, where it has not."""
-    if (run / journal.METRICS).is_file() and checkpoint.result_of(run) is None:
+    if (run / journal.METRICS).is_file() and checkpoint.read_result(run) is None:
         warn(f"{run}: is not finished; these are the weights that it has so far")
 
 
-def as_asked(
+def evaluation_config(
     config: Config,
     *,
     root: str | None = None,
@@ -256,9 +256,9 @@ def as_asked(
     if resolution is not None:
         config = replace(at_resolution(config, resolution), teacher=teacher)
     if crop is not None:
-        config = config.replace(views={"evaluation_crop": crop})
+        config = config.replace(views={"eval_crop_pct": crop})
     # The size from which the view is cut: resized once, as `deit predict` and an export do it.
-    side = round(config.student.image_size / config.views.evaluation_crop)
+    side = round(config.student.image_size / config.views.eval_crop_pct)
     config = config.replace(data={"image_size": side})
     if root is not None:
         config = config.replace(data={"root": root})
@@ -267,7 +267,7 @@ def as_asked(
     return config
 
 
-def student_at(saved: Path, side: int | None) -> tuple[Student, Facts]:
+def student_at_resolution(saved: Path, side: int | None) -> tuple[Student, ModelInfo]:
     """A saved student, for images of another side [px] with its position embedding resized; None:
     of its own. Raises CheckpointError where its patches do not divide the side."""
     student, facts = load_student(saved)
@@ -277,13 +277,15 @@ def student_at(saved: Path, side: int | None) -> tuple[Student, Facts]:
     _check_side(student, facts, side)
     facts = replace(facts, student=replace(own, image_size=side))
     larger, names = build_student(facts), facts.class_names
-    weights = Found(student.network.state_dict(), own.name, own, names, facts.mean, facts.std)
-    fitted = fit(weights, larger.network, names, StartConfig(source=str(saved)))
+    weights = LoadedWeights(
+        student.network.state_dict(), own.name, own, names, facts.mean, facts.std
+    )
+    fitted = adapt_weights(weights, larger.network, names, InitConfig(weights=str(saved)))
     load_weights(larger.network, fitted.weights, origin=str(saved))
     return larger, facts
 
 
-def _check_side(student: Student, facts: Facts, side: int) -> None:
+def _check_side(student: Student, facts: ModelInfo, side: int) -> None:
     """Refuse a side [px] that a network's patches do not divide. Raises CheckpointError."""
     embedding = getattr(student.network, "patch_embed", None)
     patch = getattr(embedding, "patch_size", (1,))[0]
@@ -294,40 +296,42 @@ def _check_side(student: Student, facts: Facts, side: int) -> None:
         )
 
 
-def _token_cosine(student: Student, images: Images | Encoded, config: Config) -> list[float] | None:
+def _token_cosine(
+    student: Student, images: InMemoryImages | EncodedImages, config: Config
+) -> list[float] | None:
     """Mean cosine of class and distillation token before the first block and after each, over the
     images of one evaluation step; None for a student without both."""
-    if not has_two_heads(student.network):
+    if not has_distillation_head(student.network):
         return None
     device = next(student.parameters()).device
     chunks = torch.arange(len(images.labels)).split(64)
     cosines = [
         token_cosines(student.network, (views - student.mean) / student.std)
-        for views in shown(images, chunks, config, device=device)
+        for views in evaluation_batches(images, chunks, config, device=device)
     ]
     return torch.cat(cosines).mean(dim=0).tolist()
 
 
-def find_run(run: Path, name: str) -> tuple[Config, Path]:
+def resolve_run(run: Path, name: str) -> tuple[Config, Path]:
     """The configuration and the checkpoint folder of a run; also where `run` is that folder.
 
     name: best or last. Teachers that lay beside the run, as in a comparison or a sweep, are found
     there, wherever both are now. Raises CheckpointError and ConfigError.
     """
     saved = None
-    if not (run / checkpoint.CONFIG).is_file() and checkpoint.is_one(run):
+    if not (run / checkpoint.CONFIG).is_file() and checkpoint.is_checkpoint_dir(run):
         run, saved = run.parent, run
-    checkpoint.check_run(run)
-    saved = saved or checkpoint.at(run, name)
-    if saved is None or find_saved(saved) != saved:
+    checkpoint.require_run(run)
+    saved = saved or checkpoint.find_checkpoint(run, name)
+    if saved is None or find_saved_model(saved) != saved:
         raise CheckpointError(f"{run}: has no finished checkpoint {name!r} yet")
-    return config_of(run), saved
+    return load_run_config(run), saved
 
 
-def config_of(run: Path) -> Config:
+def load_run_config(run: Path) -> Config:
     """The configuration of a run; teachers that are not where it found them are taken from the
     folders around it, if a run of that name is there. Raises CheckpointError and ConfigError."""
-    config = load(run / checkpoint.CONFIG)
+    config = load_config(run / checkpoint.CONFIG)
     around = (run.resolve().parent, run.resolve().parent.parent)
 
     def lies(source: str) -> str:
@@ -335,7 +339,7 @@ def config_of(run: Path) -> Config:
         if path.exists() or ".py:" in source or "/" not in source:
             return source
         there = (folder / path.name for folder in around)
-        return next((str(one) for one in there if find_saved(one)), source)
+        return next((str(one) for one in there if find_saved_model(one)), source)
 
     return config.replace(teacher={"source": tuple(map(lies, config.teacher.source))})
 
@@ -351,8 +355,8 @@ def _teacher_logits(
     config: Config,
     source: str | None,
     class_names: tuple[str, ...],
-    images: Images | Encoded,
-    interruption: Interruption,
+    images: InMemoryImages | EncodedImages,
+    interruption: GracefulStop,
 ) -> dict[str, Tensor]:
     """The teachers' logits by description, none without one; the run's own may be gone, which only
     warns, and of one without a say in the training not even that."""
@@ -364,29 +368,30 @@ def _teacher_logits(
         asked = replace(asked, source=sources) if same else TeacherConfig(source=sources)
     if not asked.source:
         return {}
-    if own and code_of(asked):
+    if own and code_sources(asked):
         if not quiet:
             warn(
-                f"the run's teacher is left out: {', '.join(code_of(asked))} is code; --teacher "
+                f"the run's teacher is left out: {', '.join(code_sources(asked))} is code; "
+                "--teacher "
                 "names it if you trust it"
             )
         return {}
     side = config.student.image_size
     try:
-        teachers = [load_teacher(one, class_names, image_size=side) for one in members(asked)]
+        teachers = [load_teacher(one, class_names, image_size=side) for one in teacher_specs(asked)]
     except (DataError, CheckpointError, ConfigError) as error:
         if not own:
             raise
         if not quiet:
             warn(f"the run's teacher is left out: {error}")
         return {}
-    wanted = teacher_input([teacher.image_size for teacher in teachers])
-    size = sizes_of(config, images, wanted).teacher
+    wanted = teacher_input_size([teacher.image_size for teacher in teachers])
+    size = image_sizes(config, images, wanted).teacher
     found: dict[str, Tensor] = {}
     for teacher in teachers:
         network = teacher.to(accelerator.device)
         check_answers(network, network.forward, size, accelerator, _at_once(config, images))
-        outputs = answers_of(
+        outputs = predict_split(
             accelerator, network, images, config, "teacher", size=size, interruption=interruption
         )
         announce_order(teacher, class_names)
@@ -404,14 +409,14 @@ def _teacher_logits(
 def _combined(config: Config, logits: Tensor) -> Tensor:
     """What teachers [number, teachers, classes] say together, [number, classes]."""
     teachers = logits.shape[1]
-    weights = tuple(member.weight for member in members(config.teacher))
+    weights = tuple(member.weight for member in teacher_specs(config.teacher))
     if len(weights) != teachers:
         weights = (1 / teachers,) * teachers
     how = "logits" if config.teacher.combine == "logits" else "probabilities"
-    return combine(logits, weights, how, temperature=1.0).logits[:, 0]
+    return combine_teachers(logits, weights, how, temperature=1.0).logits[:, 0]
 
 
-def measure(logits: Tensor | None, labels: Tensor) -> dict[str, float] | None:
+def head_metrics(logits: Tensor | None, labels: Tensor) -> dict[str, float] | None:
     """top1, top5 and calibration_error in [0, 1] of logits [images, classes]; None for None."""
     if logits is None:
         return None

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from deit.console import is_main_process, percent, say, table
+from deit.console import format_percent, info, is_main_process, table
 from deit.disk import write_json
 
 HEADS = ("class", "distillation", "fused")
@@ -13,7 +13,7 @@ def write_evaluation(path: Path, found: dict[str, Any]) -> None:
     """Write the numbers as JSON, from the main process. Raises EnvironmentFault."""
     if is_main_process():
         write_json(path, found)
-        say(f"wrote {path}")
+        info(f"wrote {path}")
 
 
 _SHOWN_CLASSES = 20
@@ -28,18 +28,18 @@ def print_evaluation(found: dict[str, Any]) -> None:
     if found["teacher"]:
         rows["teacher"] = found["teacher"]
     for name, measured in found.get("teachers", {}).items():
-        say(f"teacher {name}: top-1 {percent(measured['top1'])} %")
+        info(f"teacher {name}: top-1 {format_percent(measured['top1'])} %")
     side = found["image_size"]
     where = f"{found['num_samples']} {found['split']} images at {side} px"
     if "merge" in found:
         where += f", {found['merge']} tokens merged a block"
     if "note" in found:
-        say(f"{found['split']}: {found['note']}")
+        info(f"{found['split']}: {found['note']}")
     table(
         f"{found['run']} ({found['checkpoint']}), {where}",
         ("head", "top-1 %", "top-5 %", "calibration error %"),
         [
-            (name, *(percent(row[key]) for key in ("top1", "top5", "calibration_error")))
+            (name, *(format_percent(row[key]) for key in ("top1", "top5", "calibration_error")))
             for name, row in rows.items()
         ],
     )
@@ -48,14 +48,14 @@ def print_evaluation(found: dict[str, Any]) -> None:
         _print_classes(found)
     cosines = found["token_cosine"]
     if cosines:
-        say(
+        info(
             "cosine of class and distillation token, before the first block and after each: "
             + " ".join(f"{value:.2f}" for value in cosines)
         )
     if "tokens" in found:
-        say(f"tokens after each block: {', '.join(map(str, found['tokens']))}")
+        info(f"tokens after each block: {', '.join(map(str, found['tokens']))}")
     if "cost" in found:
-        say(told_cost(found["cost"]))
+        info(told_cost(found["cost"]))
 
 
 _VOICES = ("teacher", "class", "distillation", "fused")
@@ -67,9 +67,9 @@ def print_disagreement(agreement: dict[str, dict[str, float]], names: list[str])
     if len(everyone) < 3:
         return
     table(
-        "different answers, % of the images",
+        "disagreement, % of the images",
         ("", *everyone),
-        [(one, *(percent(1 - agreement[one][o]) for o in everyone)) for one in everyone],
+        [(one, *(format_percent(1 - agreement[one][o]) for o in everyone)) for one in everyone],
     )
 
 
@@ -99,11 +99,13 @@ def _print_classes(found: dict[str, Any]) -> None:
         worst = mistakes.index(max(mistakes))
         taken = f"{names[worst]} ({mistakes[worst]})" if mistakes[worst] else "-"
         called = f"{name} (unseen)" if name in found.get("held_out", ()) else name
-        rows.append((called, str(row["num_samples"]), *(percent(row[h]) for h in heads), taken))
+        rows.append(
+            (called, str(row["num_samples"]), *(format_percent(row[h]) for h in heads), taken)
+        )
     for group in ("seen", "unseen") if "held_out" in found else ():
         held = found["held_out"]
         ours = [name for name in names if (name in held) == (group == "unseen")]
         number = sum(found["per_class"][name]["num_samples"] for name in ours)
-        shares = (percent(found[group][head]) for head in heads)
+        shares = (format_percent(found[group][head]) for head in heads)
         rows.append((f"all {group} classes", str(number), *shares, ""))
     table(title, ("class", "images", *(f"{h} %" for h in heads), "most taken for"), rows)

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from deit.config import Config
-from deit.console import say
+from deit.console import info
 from deit.datasets.splits import load_splits
-from deit.disk import check_writable, put_folder
-from deit.errors import CheckpointError, ConfigError, EnvironmentFault
-from deit.evaluation import evaluate, find_run
-from deit.formats import FORMATS, Answer, Graph, Heads, outputs_of
+from deit.disk import atomic_write_dir, check_writable
+from deit.errors import CheckpointError, ConfigError, SystemFault
+from deit.evaluation import evaluate, resolve_run
+from deit.formats import FORMATS, Graph, Heads, InferenceFn, outputs_of
 from deit.model_card import write_card
 from deit.models.saved import load_student
 from deit.models.student import Student
-from deit.prediction import shown
+from deit.prediction import evaluation_batches
 
 BATCHES = (1, 5, 64)
 """Sizes in which whatever is exported must answer alike."""
 
 
-class Verified(NamedTuple):
+class Verification(NamedTuple):
     """What came of holding an export against the original: by which package it was loaded, on how
     many images, the largest difference of a logit, and the largest that was allowed."""
 
@@ -57,34 +57,34 @@ def export(
     nothing is left behind then.
     """
     form = FORMATS[name]
-    config, saved = find_run(run, checkpoint)
+    config, saved = resolve_run(run, checkpoint)
     student, facts = load_student(saved)
-    if facts.student.rounding != "none":
+    if facts.student.qat != "none":
         raise ConfigError(
-            f"{run}: student.rounding = {facts.student.rounding!r}: a file of floats would answer "
+            f"{run}: student.qat = {facts.student.qat!r}: a file of floats would answer "
             "otherwise than the run; deit quantize writes the integers it was trained for"
         )
     form.check(student, facts)
-    require(form.needs, f"--format {name}")
+    require_packages(form.needs, f"--format {name}")
     folder = out or saved.parent / f"export-{name}"
-    check_place(folder, force=force)
+    check_output_dir(folder, force=force)
     found = evaluate(run, checkpoint=checkpoint, root=root, device="cpu")
-    bare, normalise = bare_of(student)
+    bare, normalise = split_normalization(student)
     inputs = normalise(_views(config, root, images))
     number = len(inputs)
     inputs = inputs[torch.arange(max(number, sum(BATCHES))) % number]  # enough for every batch
-    expected = answers_of(Graph(bare), outputs_of(bare), inputs)
-    verified: list[Verified] = []
+    expected = run_graph(Graph(bare), outputs_of(bare), inputs)
+    verified: list[Verification] = []
 
     def write(place: Path) -> None:
         form.write(place, bare, facts)
         for loader, load in form.load.items():
             if find_spec(loader) is None:
-                say(f"          not tried with {loader}: it is not installed")
+                info(f"          not tried with {loader}: it is not installed")
                 continue
             one = verify(loader, load(place), inputs, expected, tolerance=form.tolerance)
             one = one._replace(images=number)
-            say(
+            info(
                 f"verified  {one.loader}: {one.images} test images in batches of "
                 f"{', '.join(map(str, BATCHES))}; logits differ by {one.difference:.1e} at most "
                 f"({one.allowed:.1e} is allowed), no answer differs"
@@ -102,19 +102,19 @@ def export(
         )
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    put_folder(folder, write, replace=force)
+    atomic_write_dir(folder, write, replace=force)
     files = sorted(folder.iterdir())
     size = sum(file.stat().st_size for file in files) / 1e6
-    say(f"exported  {folder}: {', '.join(file.name for file in files)} ({size:.1f} MB)")
+    info(f"exported  {folder}: {', '.join(file.name for file in files)} ({size:.1f} MB)")
     return folder
 
 
-def require(packages: tuple[str, ...], what: str) -> None:
+def require_packages(packages: tuple[str, ...], what: str) -> None:
     """Refuse, before the long work, what packages that are not there would have to do. what: the
     option or command. Raises EnvironmentFault."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise EnvironmentFault(f"{what} needs {', '.join(missing)}; pip install 'deit[export]'")
+        raise SystemFault(f"{what} needs {', '.join(missing)}; pip install 'deit[export]'")
 
 
 _OURS = {
@@ -123,18 +123,18 @@ _OURS = {
 }
 
 
-def check_place(folder: Path, *, force: bool) -> None:
+def check_output_dir(folder: Path, *, force: bool) -> None:
     """Refuse, before the long work, a folder that cannot be written, or is there and may not be
     replaced, or is no export: a run, or anything else of somebody's. Raises EnvironmentFault."""
     if folder.exists():
         names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
         if names and not ("README.md" in names and names <= _OURS):
-            raise EnvironmentFault(
+            raise SystemFault(
                 f"--out {folder}: holds other things than an export "
                 f"({', '.join(sorted(names - _OURS)[:3]) or 'no README.md'}); give another --out"
             )
         if not force:
-            raise EnvironmentFault(f"--out {folder}: exists already; --force replaces it")
+            raise SystemFault(f"--out {folder}: exists already; --force replaces it")
     check_writable(folder, option="--out")
 
 
@@ -144,10 +144,10 @@ def _views(config: Config, root: str | None, number: int) -> Tensor:
     test = load_splits(data).test
     last = len(test.labels) - 1
     chunks = torch.linspace(0, last, min(number, last + 1)).round().long().split(64)
-    return torch.cat(list(shown(test, chunks, config, device=torch.device("cpu"))))
+    return torch.cat(list(evaluation_batches(test, chunks, config, device=torch.device("cpu"))))
 
 
-def bare_of(student: Student) -> tuple[Student, Callable[[Tensor], Tensor]]:
+def split_normalization(student: Student) -> tuple[Student, Callable[[Tensor], Tensor]]:
     """The student made to take images as an exported network does, and what turns views into those:
     minus mean, over standard deviation."""
     mean, std = student.mean.clone(), student.std.clone()
@@ -157,7 +157,7 @@ def bare_of(student: Student) -> tuple[Student, Callable[[Tensor], Tensor]]:
 
 
 @torch.no_grad()
-def answers_of(graph: Graph, names: tuple[str, ...], inputs: Tensor) -> Heads:
+def run_graph(graph: Graph, names: tuple[str, ...], inputs: Tensor) -> Heads:
     """The logits [images, classes] of a network by the names of its outputs, for normalised images
     [images, 3, side, side]."""
     parts = [graph(part) for part in inputs.split(64)]
@@ -166,8 +166,8 @@ def answers_of(graph: Graph, names: tuple[str, ...], inputs: Tensor) -> Heads:
 
 @torch.no_grad()
 def verify(
-    loader: str, answer: Answer, inputs: Tensor, expected: Heads, *, tolerance: float
-) -> Verified:
+    loader: str, answer: InferenceFn, inputs: Tensor, expected: Heads, *, tolerance: float
+) -> Verification:
     """Hold an export against the original, in batches of several sizes.
 
     expected: the original's logits [images, classes] by output. tolerance: of a logit where the
@@ -193,4 +193,4 @@ def verify(
                 raise CheckpointError(f"{where} answers with another class")
             largest = max(largest, difference)
         done = part.stop
-    return Verified(loader, len(inputs), largest, allowed)
+    return Verification(loader, len(inputs), largest, allowed)

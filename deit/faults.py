@@ -12,7 +12,7 @@ from deit.errors import ConfigError
 POINTS = {
     "update": "after an update of the weights",
     "loss": "the loss of a micro-batch (action nan)",
-    "fit": "before a micro-batch is tried (run.fit_memory)",
+    "fit": "before a micro-batch is tried (run.auto_micro_batch)",
     "evaluation": "before a batch of an evaluation",
     "answers": "before teachers are asked for a block of stored targets",
     "targets": "before a unit of stored targets is committed",
@@ -75,7 +75,7 @@ _armed: list[_Fault] = []
 _reached: dict[str, int] = {}
 
 
-def arm(text: str | None) -> None:
+def install_faults(text: str | None) -> None:
     """Place faults, with commas between; None or nothing: none. Raises ConfigError."""
     _armed.clear()
     _reached.clear()
@@ -98,13 +98,13 @@ def _parse(text: str) -> _Fault:
     return _Fault(point, int(process) if process else None, int(nth), action)
 
 
-def reach(point: str) -> None:
+def fault_point(point: str) -> None:
     """Let the faults placed here happen."""
     if _armed:
         _happen(point)
 
 
-def spoil(point: str, value: Any) -> Any:
+def inject_nan(point: str, value: Any) -> Any:
     """A number or tensor, or NaN in its place."""
     if not _armed or "nan" not in _happen(point):
         return value

@@ -14,10 +14,16 @@ from deit.files import HUB
 from deit.options import Parser
 from deit.recipes import RECIPES
 from deit.text import nearest
-from deit.tuning import SIZED, TUNING, at_resolution, begin_from, in_epochs
-from deit.typed_json import read_typed, values_of
+from deit.tuning import (
+    DATA_SIZED_SCHEDULES,
+    FINETUNE_SCHEDULES,
+    at_resolution,
+    with_epochs,
+    with_init,
+)
+from deit.typed_json import load_json_as, values_of
 
-_SCHEDULES = (*TUNING, *SIZED)
+_SCHEDULES = (*FINETUNE_SCHEDULES, *DATA_SIZED_SCHEDULES)
 _ABOUT = (
     "Train on from given weights, whose network and normalisation are taken over. Without RECIPE: "
     "by the configuration of the run at SOURCE."
@@ -42,7 +48,7 @@ def _start_parser(program: str = "") -> Parser:
         help="The student's; images, borders and the teachers' input follow.",
     )
     parser.add_argument(
-        "--tuning",
+        "--schedule",
         metavar="NAME",
         help=f"A schedule: {', '.join(_SCHEDULES)}; none named: short without RECIPE, else the "
         "recipe's own.",
@@ -58,40 +64,40 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
     """
     parser = _start_parser(program)
     options, rest = parser.parse_known_args(arguments)
-    if options.tuning is not None and options.tuning not in _SCHEDULES:
+    if options.schedule is not None and options.schedule not in _SCHEDULES:
         known = ", ".join(_SCHEDULES)
         raise ConfigError(
-            f"--tuning {options.tuning}: should be one of {known}"
-            f"{nearest(options.tuning, _SCHEDULES)}"
+            f"--schedule {options.schedule}: should be one of {known}"
+            f"{nearest(options.schedule, _SCHEDULES)}"
         )
     if options.resolution is not None and options.resolution < 1:
         raise ConfigError(f"--resolution {options.resolution}: should be at least 1")
-    if "--resume" in rest and (folder := _begun(rest, options.source)) is not None:
-        return _go_on(rest, folder, options, program)
-    out, tuning = None, options.tuning
+    if "--resume" in rest and (folder := _resumable_dir(rest, options.source)) is not None:
+        return _resume(rest, folder, options, program)
+    out, tuning = None, options.schedule
     helps = {"-h", "--help"} & set(arguments)
-    of_the_run = not helps and (not rest or rest[0].startswith("-"))
-    if of_the_run:
+    config_from_run = not helps and (not rest or rest[0].startswith("-"))
+    if config_from_run:
         own = _config_of(options.source, program, rest)
         rest, out = [str(own), *rest], Path(f"checkpoints/{own.resolve().parent.name}-finetuned")
         tuning = tuning or "short"
 
-    if tuning in SIZED and options.resolution is not None:
-        raise ConfigError(f"--resolution: is what --tuning {tuning} itself decides; leave it out")
-    data = parse_data(rest) if tuning in SIZED and not helps else None
+    if tuning in DATA_SIZED_SCHEDULES and options.resolution is not None:
+        raise ConfigError(f"--resolution: is what --schedule {tuning} itself decides; leave it out")
+    data = parse_data(rest) if tuning in DATA_SIZED_SCHEDULES and not helps else None
 
     def adapt(config: Config) -> Config:
-        source = options.source or config.start.source
+        source = options.source or config.init.weights
         if helps:
             return config
         if source is None:
             raise ConfigError(_NO_START.format(program))
-        from deit.models.start import find_start
+        from deit.models.start import load_weights_from
 
-        if of_the_run:  # what it did with the heads it began with is done
-            config = config.replace(start={"heads": "keep"})
-        found = find_start(source)
-        config = begin_from(config, source, found.student, heads_known=found.heads_known)
+        if config_from_run:  # what it did with the heads it began with is done
+            config = config.replace(init={"head": "keep"})
+        found = load_weights_from(source)
+        config = with_init(config, source, found.student, heads_known=found.heads_known)
         if options.resolution is not None:
             _check_patches(options.resolution, config.student)
             config = at_resolution(config, options.resolution)
@@ -99,15 +105,17 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
             return _sized(config, tuning, data)
         if tuning is None:
             return config
-        return in_epochs(TUNING[tuning](config), typed_epochs(rest))
+        return with_epochs(FINETUNE_SCHEDULES[tuning](config), typed_epochs(rest))
 
     return parse_run(
         rest,
         program=program,
         usage="[RECIPE] --from SOURCE",
         about=_ABOUT,
-        own=parser,
-        told={"out": "Run folder. None: checkpoints/RECIPE, or SOURCE-finetuned without RECIPE."},
+        command_parser=parser,
+        help_overrides={
+            "out": "Run folder. None: checkpoints/RECIPE, or SOURCE-finetuned without RECIPE."
+        },
         adapt=adapt,
         out=out,
     )
@@ -119,10 +127,10 @@ def _sized(config: Config, tuning: str, data: DataConfig) -> Config:
     from deit.datasets.splits import load_split
 
     config = replace(config, data=data)
-    return SIZED[tuning](config, images=len(load_split(data, "train")[1].labels))
+    return DATA_SIZED_SCHEDULES[tuning](config, images=len(load_split(data, "train")[1].labels))
 
 
-def _begun(rest: list[str], source: str | None) -> Path | None:
+def _resumable_dir(rest: list[str], source: str | None) -> Path | None:
     """The folder of the run that a command line would resume; None where there is none yet."""
     named = [rest[place + 1] for place, word in enumerate(rest[:-1]) if word == "--out"]
     named += [word.partition("=")[2] for word in rest if word.startswith("--out=")]
@@ -132,10 +140,10 @@ def _begun(rest: list[str], source: str | None) -> Path | None:
         folder = Path("checkpoints") / run_name(rest[0])
     else:
         folder = Path(f"checkpoints/{_folder_of(source or '').resolve().name}-finetuned")
-    return folder if (folder / CONFIG).is_file() and checkpoint.found(folder) else None
+    return folder if (folder / CONFIG).is_file() and checkpoint.list_checkpoints(folder) else None
 
 
-def _go_on(
+def _resume(
     rest: list[str], folder: Path, options: argparse.Namespace, program: str
 ) -> RunArguments:
     """Resume a fine-tuning by its own configuration: what it started from may be gone."""
@@ -143,13 +151,13 @@ def _go_on(
     rest = rest if recipe is None else rest[1:]
     saved = folder / "config.json"
     run = parse_run([str(saved), *rest], program=program, about="", out=folder)
-    side, start = run.config.student.image_size, run.config.start.source
+    side, start = run.config.student.image_size, run.config.init.weights
     if options.source is not None and not _same_source(options.source, start):
         raise ConfigError(
             f"--resume: the run in {folder} started from {start}, not from {options.source}; "
             f"give --from {start}, or another --out"
         )
-    _check_as_before(folder, recipe, options.tuning)
+    _check_same_command(folder, recipe, options.schedule)
     if options.resolution not in (None, side):
         raise ConfigError(
             f"--resume: the run in {folder} is at {side} px, not {options.resolution}; leave out "
@@ -165,18 +173,18 @@ def _same_source(one: str, other: str | None) -> bool:
     return one == other or (paths[0].exists() and paths[0].resolve() == paths[1].resolve())
 
 
-def _check_as_before(folder: Path, recipe: str | None, tuning: str | None) -> None:
+def _check_same_command(folder: Path, recipe: str | None, tuning: str | None) -> None:
     """Refuse a recipe or a schedule other than the command named that began the run: its
     configuration says neither. Raises ConfigError."""
     environment = folder / checkpoint.ENVIRONMENT
-    told = read_typed(environment, dict[str, Any]) if environment.is_file() else {}
+    told = load_json_as(environment, dict[str, Any]) if environment.is_file() else {}
     words = told.get("arguments") or []
     with values_of(environment):
         if not isinstance(words, list):
             raise TypeError(f"arguments are {words!r}")
         before, rest = _start_parser().parse_known_args(words[1:])
     named = rest[0] if rest and not rest[0].startswith("-") else None
-    for option, was, now in (("RECIPE", named, recipe), ("--tuning", before.tuning, tuning)):
+    for option, was, now in (("RECIPE", named, recipe), ("--schedule", before.schedule, tuning)):
         if words and was != now:
             raise ConfigError(
                 f"--resume: the run in {folder} was begun {_with(option, was)}, not "
@@ -190,7 +198,7 @@ def _with(option: str, value: str | None) -> str:
 
 def _folder_of(source: str) -> Path:
     folder = Path(source).expanduser()
-    return folder.parent if checkpoint.is_one(folder) else folder
+    return folder.parent if checkpoint.is_checkpoint_dir(folder) else folder
 
 
 def _check_patches(side: int, student: StudentConfig) -> None:

@@ -4,23 +4,23 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from deit.config import Config, ViewsConfig, fixed, views_seed
+from deit.config import Config, ViewsConfig, has_fixed_teacher_view, views_seed
 from deit.datasets import views as view_code
-from deit.datasets.images import Images
+from deit.datasets.images import InMemoryImages
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
 from deit.models.teachers import Teacher
-from deit.seats import members
+from deit.seats import teacher_specs
 
 # Of the views section, what the teacher's view does not depend on.
 _NEVER = ("mean", "std", "seed")
-_DRAWN_ALONE = ("evaluation_crop", "teacher_crops")
+_DRAWN_ALONE = ("eval_crop_pct", "teacher_num_crops")
 # What a view that is always the same does depend on.
 _FIXED = {
     "resized": ("teacher_view", "interpolation"),
-    "center": ("teacher_view", "evaluation_crop"),
+    "center": ("teacher_view", "eval_crop_pct"),
     "crops": (
-        *("teacher_view", "teacher_crops", "crop", "crop_padding", "crop_side", "crop_scale"),
+        *("teacher_view", "teacher_num_crops", "crop", "crop_padding", "crop_pct", "crop_scale"),
         *("crop_ratio", "flip", "rotation", "interpolation"),
     ),
 }
@@ -35,7 +35,7 @@ def fingerprint_of(
     augmentation of the student. teachers: None where they are not at hand, and then not in it.
     """
     views, sizes = config.views, loader.sizes
-    memory = isinstance(splits.train, Images)
+    memory = isinstance(splits.train, InMemoryImages)
     found: dict[str, Any] = {
         "dataset": splits.fingerprint,
         "classes": hashlib.sha256("\n".join(splits.class_names).encode()).hexdigest(),
@@ -46,14 +46,14 @@ def fingerprint_of(
         "views": _of_views(views),
         "teacher_size": sizes.teacher,
     }
-    if not fixed(views) or views.teacher_view == "crops":
+    if not has_fixed_teacher_view(views) or views.teacher_view == "crops":
         found["seed"] = views_seed(config)
     if views.teacher_view == "same":
         found["view_size"], found["student_size"] = sizes.view, sizes.student
-    if not fixed(views):
-        if views.repeats > 1:
+    if not has_fixed_teacher_view(views):
+        if views.aug_repeats > 1:
             found["batch_size"] = config.optim.batch_size
-        if views.policy != "none" or views.erasing > 0:
+        if views.auto_augment != "none" or views.erasing_prob > 0:
             # What moves in from outside, and the noise of erased boxes, have these colours.
             found["mean"] = list(views.mean or splits.mean)
             found["std"] = list(views.std or splits.std)
@@ -64,18 +64,18 @@ def fingerprint_of(
 
 def teachers_fingerprint(config: Config, teachers: list[Teacher]) -> dict[str, Any]:
     """The part of the fingerprint that is about the teachers."""
-    named = {str(number): one.identity() for number, one in enumerate(teachers, start=1)}
+    named = {str(number): one.fingerprint() for number, one in enumerate(teachers, start=1)}
     found: dict[str, Any] = {"teacher": named}
     if len(teachers) > 1:
         found["combine"] = config.teacher.combine
         # Rounded: 3,1 and 0.3,0.1 are the same proportion, but not the same last bits.
-        found["weight"] = [round(member.weight, 9) for member in members(config.teacher)]
+        found["weights"] = [round(member.weight, 9) for member in teacher_specs(config.teacher)]
     return found
 
 
 def _of_views(views: ViewsConfig) -> dict[str, Any]:
     values = dataclasses.asdict(views)
-    if fixed(views):
+    if has_fixed_teacher_view(views):
         return {name: _plain(values[name]) for name in _FIXED[views.teacher_view]}
     left_out = (*_NEVER, *_DRAWN_ALONE)
     return {name: _plain(value) for name, value in values.items() if name not in left_out}

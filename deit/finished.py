@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deit import checkpoint
-from deit.at_once import Planned
+from deit.at_once import RunSpec
 from deit.config import Config, DataConfig, StudentConfig, TeacherConfig
 from deit.console import warn
 from deit.datasets.splits import load_splits
 from deit.errors import CheckpointError, ConfigError, DataError
 from deit.models.teachers import load_teacher
-from deit.seats import seats
+from deit.seats import teacher_slots
 from deit.teaching import digest_of_teachers
 
 _AN_OTHER = "give back what it was, or another --out"
@@ -25,22 +25,22 @@ class _Images(NamedTuple):
     fingerprint: str
 
 
-class Finished:
+class FinishedRunChecker:
     """Looks at each data set and at each teacher once, for however many runs."""
 
     def __init__(self) -> None:
         self._images: dict[DataConfig, _Images] = {}
         self._teachers: dict[tuple[TeacherConfig, StudentConfig, DataConfig], list[str]] = {}
 
-    def check(self, runs: Iterable[Planned]) -> None:
+    def check(self, runs: Iterable[RunSpec]) -> None:
         """Refuse a finished run whose images or teachers are others now: its numbers would stand
         beside those of other ones. Of what is gone nothing is known, so it is taken as it is.
         Raises DataError."""
         for run in runs:
-            if (result := checkpoint.result_of(run.out)) is not None:
+            if (result := checkpoint.read_result(run.out)) is not None:
                 self._check(run, result)
 
-    def _check(self, run: Planned, result: dict[str, Any]) -> None:
+    def _check(self, run: RunSpec, result: dict[str, Any]) -> None:
         images = self._images_of(run.config.data)
         if images.class_names is None:
             return
@@ -76,7 +76,7 @@ class Finished:
         if "" in now:  # it may be there by now
             now = [
                 _digest(seat.members, class_names, config.student.image_size)
-                for seat in seats(config.teacher)
+                for seat in teacher_slots(config.teacher)
             ]
             self._teachers[key] = now
         return now
@@ -96,7 +96,7 @@ def _digest(members: Iterable[Any], class_names: tuple[str, ...], side: int) -> 
 def _is_under_way(source: str | None) -> bool:
     """Whether a teacher is a run that has not come to its end: it will be another."""
     folder = Path(source or "").expanduser()
-    return (folder / checkpoint.CONFIG).is_file() and checkpoint.result_of(folder) is None
+    return (folder / checkpoint.CONFIG).is_file() and checkpoint.read_result(folder) is None
 
 
 def _where(data: DataConfig) -> str:

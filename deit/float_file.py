@@ -9,31 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from deit.config import Config
-from deit.console import say
-from deit.datasets.images import Encoded, Images
+from deit.console import info
+from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.errors import CheckpointError
-from deit.evaluation import images_of
-from deit.export import BATCHES, answers_of, bare_of, verify
+from deit.evaluation import evaluation_images
+from deit.export import BATCHES, run_graph, split_normalization, verify
 from deit.formats import (
     FORMATS,
     Graph,
-    answer_of,
-    drop_notes,
+    onnx_inference_fn,
     outputs_of,
-    write_noted_onnx,
+    strip_node_metadata,
+    write_onnx_with_metadata,
 )
-from deit.models.rounding import without_rounding
-from deit.models.saved import Facts
+from deit.models.rounding import disable_fake_quant
+from deit.models.saved import ModelInfo
 from deit.models.student import Student
-from deit.prediction import shown
-from deit.quantization_layers import Layers, attentions, prepare
+from deit.prediction import evaluation_batches
+from deit.quantization_layers import QuantizableLayers, attentions, prepare
 
 CHUNK = 64
 """Images that a file is asked at once."""
 _VERIFIED = 512
 
 
-class FloatFile(NamedTuple):
+class OnnxStudent(NamedTuple):
     """A student as float ONNX.
 
     config: as the run is evaluated. run: its folder. normalise: turns views in [0, 1] into what the
@@ -44,66 +44,68 @@ class FloatFile(NamedTuple):
     """
 
     config: Config
-    facts: Facts
+    facts: ModelInfo
     run: Path
     normalise: Callable[[Tensor], Tensor]
     original: Path
     prepared: Path
-    layers: Layers
-    test: Images | Encoded
+    layers: QuantizableLayers
+    test: InMemoryImages | EncodedImages
     checked: dict[str, Any]
     rounding: Student | None
 
     def inputs(
-        self, images: Images | Encoded, rows: Tensor, *, size: int = CHUNK
+        self, images: InMemoryImages | EncodedImages, rows: Tensor, *, size: int = CHUNK
     ) -> Iterator[Tensor]:
         """Images of a split in their evaluation view, normalised, so many at a time. rows: int64,
         their places."""
         device = torch.device("cpu")
-        for views in shown(images, rows.split(size), self.config, device=device):
+        for views in evaluation_batches(images, rows.split(size), self.config, device=device):
             yield self.normalise(views)
 
 
-def split_of(config: Config, facts: Facts, run: Path, name: str) -> Images | Encoded:
+def split_images(
+    config: Config, facts: ModelInfo, run: Path, name: str
+) -> InMemoryImages | EncodedImages:
     """The images of another split than test. Encoded ones stay so, whatever the run made of them:
     few of them are looked at. Raises DataError."""
     config = config.replace(data={"storage": "files"})
-    return images_of(config, facts, run, name, None, None).images
+    return evaluation_images(config, facts, run, name, None, None).images
 
 
-def write_float_file(
-    config: Config, student: Student, facts: Facts, *, run: Path, place: Path
-) -> FloatFile:
+def export_float_onnx(
+    config: Config, student: Student, facts: ModelInfo, *, run: Path, place: Path
+) -> OnnxStudent:
     """Write the student of a run into a folder and hold it against the original.
 
     student: is made to take images as the file does, and stays with it where it rounds. Raises
     CheckpointError where it answers otherwise, or holds attention in another form than quantizing
     knows; ConfigError where it cannot be written.
     """
-    test = images_of(config, facts, run, "test", None, None).images
-    bare, normalise = bare_of(student)
-    rounding = copy.deepcopy(bare) if facts.student.rounding != "none" else None
-    without_rounding(bare.network)
+    test = evaluation_images(config, facts, run, "test", None, None).images
+    bare, normalise = split_normalization(student)
+    rounding = copy.deepcopy(bare) if facts.student.qat != "none" else None
+    disable_fake_quant(bare.network)
     original, prepared = place / "model.onnx", place / "prepared.onnx"
-    write_noted_onnx(place, bare, facts)
+    write_onnx_with_metadata(place, bare, facts)
     layers = prepare(original, prepared)
-    drop_notes(original)
+    strip_node_metadata(original)
     _check_products(layers, bare.network)
     known = (config, facts, run, normalise, original, prepared, layers, test)
-    file = FloatFile(*known, {}, rounding)
-    inputs = torch.cat(list(file.inputs(test, spread(test, _VERIFIED))))
+    file = OnnxStudent(*known, {}, rounding)
+    inputs = torch.cat(list(file.inputs(test, evenly_spaced(test, _VERIFIED))))
     number = len(inputs)
     inputs = inputs[torch.arange(max(number, sum(BATCHES))) % number]
-    expected = answers_of(Graph(bare), outputs_of(bare), inputs)
+    expected = run_graph(Graph(bare), outputs_of(bare), inputs)
     tolerance = FORMATS["onnx"].tolerance
-    one = verify("onnxruntime", answer_of(original), inputs, expected, tolerance=tolerance)
+    one = verify("onnxruntime", onnx_inference_fn(original), inputs, expected, tolerance=tolerance)
     run = "the run's" if rounding is None else "those of the run's weights without roundings"
-    say(f"verified  the float file: logits differ from {run} by {one.difference:.1e} at most")
+    info(f"verified  the float file: logits differ from {run} by {one.difference:.1e} at most")
     one = one._replace(loader="onnxruntime, before quantization", images=number)
     return file._replace(checked=one._asdict())
 
 
-def _check_products(layers: Layers, network: nn.Module) -> None:
+def _check_products(layers: QuantizableLayers, network: nn.Module) -> None:
     """Two products of activations in each block of attention, or they were not all found."""
     number = len(attentions(network))
     if number and len(layers.products) != 2 * number:
@@ -114,7 +116,7 @@ def _check_products(layers: Layers, network: nn.Module) -> None:
         )
 
 
-def spread(images: Images | Encoded, number: int) -> Tensor:
+def evenly_spaced(images: InMemoryImages | EncodedImages, number: int) -> Tensor:
     """The places of so many images (or all, if there are fewer), spread over a split."""
     last = len(images.labels) - 1
     return torch.linspace(0, last, min(number, last + 1)).round().long()

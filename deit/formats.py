@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deit.errors import ConfigError, raise_transient, reason_of
-from deit.models.saved import WEIGHTS, Facts, save_weights
-from deit.models.student import Student, has_two_heads
+from deit.errors import ConfigError, first_line, raise_transient
+from deit.models.saved import WEIGHTS, ModelInfo, save_weights
+from deit.models.student import Student, has_distillation_head
 from deit.models.timm_format import load_from_timm, timm_config
 from deit.models.transformers_format import (
     load_from_transformers,
@@ -21,10 +21,10 @@ from deit.models.transformers_format import (
     to_transformers,
     transformers_config,
 )
-from deit.records import head_logits
+from deit.records import logits_by_head
 
 Heads = dict[str, Tensor]
-Answer = Callable[[Tensor], Heads]
+InferenceFn = Callable[[Tensor], Heads]
 """Normalised images [batch, 3, side, side] -> logits by output, those of them a format has."""
 
 OUTPUTS = {"logits": "fused", "class_logits": "class", "distillation_logits": "distillation"}
@@ -32,7 +32,7 @@ OUTPUTS = {"logits": "fused", "class_logits": "class", "distillation_logits": "d
 a network with one head."""
 
 
-class Format(NamedTuple):
+class ExportFormat(NamedTuple):
     """A way of writing a network.
 
     check: raises ConfigError where the network cannot be written so. write: the files, into a
@@ -40,9 +40,9 @@ class Format(NamedTuple):
     without our code. needs: packages that must be there. tolerance: largest difference of a logit.
     """
 
-    check: Callable[[Student, Facts], object]
-    write: Callable[[Path, Student, Facts], None]
-    load: dict[str, Callable[[Path], Answer]]
+    check: Callable[[Student, ModelInfo], object]
+    write: Callable[[Path, Student, ModelInfo], None]
+    load: dict[str, Callable[[Path], InferenceFn]]
     needs: tuple[str, ...]
     tolerance: float
 
@@ -55,36 +55,36 @@ class Graph(nn.Module):
         self.student = student
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        heads = head_logits(self.student(pixel_values))
+        heads = logits_by_head(self.student(pixel_values))
         return tuple(heads.get(OUTPUTS[name], heads["class"]) for name in outputs_of(self.student))
 
 
 def outputs_of(student: Student) -> tuple[str, ...]:
     """The names of a student's outputs."""
-    return tuple(OUTPUTS) if has_two_heads(student.network) else ("logits",)
+    return tuple(OUTPUTS) if has_distillation_head(student.network) else ("logits",)
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_timm(folder: Path, student: Student, facts: Facts) -> None:
+def _write_timm(folder: Path, student: Student, facts: ModelInfo) -> None:
     save_weights(folder / WEIGHTS, student.network.state_dict())
     _write_json(folder / "config.json", timm_config(facts, student.network))
 
 
-def _with_timm(folder: Path) -> Answer:
+def _with_timm(folder: Path) -> InferenceFn:
     network = load_from_timm(folder)
     return lambda images: {"logits": network(images)}
 
 
-def _write_transformers(folder: Path, student: Student, facts: Facts) -> None:
+def _write_transformers(folder: Path, student: Student, facts: ModelInfo) -> None:
     save_weights(folder / WEIGHTS, to_transformers(student.network.state_dict()))
     _write_json(folder / "config.json", transformers_config(facts))
     _write_json(folder / "preprocessor_config.json", preprocessor_config(facts))
 
 
-def _with_transformers(folder: Path) -> Answer:
+def _with_transformers(folder: Path) -> InferenceFn:
     network = load_from_transformers(folder)
     names = {"logits": "logits", "cls_logits": "class_logits"}
     names["distillation_logits"] = "distillation_logits"
@@ -99,7 +99,7 @@ def _with_transformers(folder: Path) -> Answer:
 _TRACED = 2  # images of the example: one alone would be taken for a batch that is always one
 
 
-def _traced(student: Student, facts: Facts) -> tuple[Graph, tuple[Tensor], dict[str, Any]]:
+def _traced(student: Student, facts: ModelInfo) -> tuple[Graph, tuple[Tensor], dict[str, Any]]:
     """What an exporter needs: the network, an example, and which of its sides may vary."""
     side = facts.student.image_size
     batch = torch.export.Dim("batch")
@@ -110,7 +110,7 @@ def _traced(student: Student, facts: Facts) -> tuple[Graph, tuple[Tensor], dict[
     )
 
 
-def _write_onnx(folder: Path, student: Student, facts: Facts) -> None:
+def _write_onnx(folder: Path, student: Student, facts: ModelInfo) -> None:
     """One file: the weights lie in it, up to the 2 GB that ONNX allows."""
     import onnx
 
@@ -119,14 +119,14 @@ def _write_onnx(folder: Path, student: Student, facts: Facts) -> None:
     onnx.save(model, folder / "model.onnx")
 
 
-def write_noted_onnx(folder: Path, student: Student, facts: Facts) -> None:
+def write_onnx_with_metadata(folder: Path, student: Student, facts: ModelInfo) -> None:
     """The same with what PyTorch notes on each node: the modules and lines that it comes from."""
     import onnx
 
     onnx.save(_onnx_of(student, facts), folder / "model.onnx")
 
 
-def _onnx_of(student: Student, facts: Facts) -> Any:
+def _onnx_of(student: Student, facts: ModelInfo) -> Any:
     import onnx
 
     graph, example, shapes = _traced(student, facts)
@@ -141,12 +141,12 @@ def _onnx_of(student: Student, facts: Facts) -> Any:
             verbose=False,
         )
     model = program.model_proto
-    _keep_once(model.graph)
+    _dedupe_weights(model.graph)
     onnx.helper.set_model_props(model, metadata(facts))
     return model
 
 
-def drop_notes(file: Path) -> None:
+def strip_node_metadata(file: Path) -> None:
     """Leave them out of a file: of a small network they are a quarter."""
     import onnx
 
@@ -163,7 +163,7 @@ def _drop_notes(model: Any) -> None:
         part.ClearField("doc_string")
 
 
-def _keep_once(graph: Any) -> None:
+def _dedupe_weights(graph: Any) -> None:
     """Leave one of equal weights in an ONNX graph: the exporter folds those that blocks share into
     a copy for each use."""
     first: dict[tuple[Any, ...], str] = {}
@@ -181,11 +181,11 @@ def _keep_once(graph: Any) -> None:
     graph.initializer.extend(kept)
 
 
-def _with_onnxruntime(folder: Path) -> Answer:
-    return answer_of(folder / "model.onnx")
+def _with_onnxruntime(folder: Path) -> InferenceFn:
+    return onnx_inference_fn(folder / "model.onnx")
 
 
-def answer_of(path: Path, *, threads: int | None = None) -> Answer:
+def onnx_inference_fn(path: Path, *, threads: int | None = None) -> InferenceFn:
     """An ONNX file as a call, on the CPU by ONNX Runtime.
 
     threads: as many compute, and none of them spins on for more work when an answer is there, as
@@ -207,7 +207,7 @@ def answer_of(path: Path, *, threads: int | None = None) -> Answer:
     return answer
 
 
-def _write_pt2(folder: Path, student: Student, facts: Facts) -> None:
+def _write_pt2(folder: Path, student: Student, facts: ModelInfo) -> None:
     graph, example, shapes = _traced(student, facts)
     with _tracing():
         program = torch.export.export(graph, example, dynamic_shapes=shapes)
@@ -216,7 +216,7 @@ def _write_pt2(folder: Path, student: Student, facts: Facts) -> None:
         torch.export.save(program, folder / "model.pt2", extra_files=extra)
 
 
-def _with_torch(folder: Path) -> Answer:
+def _with_torch(folder: Path) -> InferenceFn:
     with _quiet():
         network = torch.export.load(folder / "model.pt2").module()
 
@@ -228,7 +228,7 @@ def _with_torch(folder: Path) -> Answer:
     return answer
 
 
-def metadata(facts: Facts) -> dict[str, str]:
+def metadata(facts: ModelInfo) -> dict[str, str]:
     """What the user of a lone file must know: what its input is, and what its outputs mean."""
     side = facts.student.image_size
     return {
@@ -271,37 +271,37 @@ def _tracing() -> Iterator[None]:
         raise_transient(first, "the exporter")
         raise ConfigError(
             f"the exporter cannot follow this network ({type(first).__name__}: "
-            f"{reason_of(first)}); --format timm keeps a network of timm, weights and all"
+            f"{first_line(first)}); --format timm keeps a network of timm, weights and all"
         ) from error
 
 
-def _takes_any(student: Student, facts: Facts) -> None:
+def _takes_any(student: Student, facts: ModelInfo) -> None:
     """Any network can be traced; where one cannot, the exporter says so."""
 
 
-FORMATS: dict[str, Format] = {
-    "timm": Format(
+FORMATS: dict[str, ExportFormat] = {
+    "timm": ExportFormat(
         check=lambda student, facts: timm_config(facts, student.network),
         write=_write_timm,
         load={"timm": _with_timm, "transformers": _with_transformers},
         needs=(),
         tolerance=1e-5,
     ),
-    "transformers": Format(
+    "transformers": ExportFormat(
         check=lambda student, facts: transformers_config(facts),
         write=_write_transformers,
         load={"transformers": _with_transformers},
         needs=("transformers",),
         tolerance=1e-5,
     ),
-    "onnx": Format(
+    "onnx": ExportFormat(
         check=_takes_any,
         write=_write_onnx,
         load={"onnxruntime": _with_onnxruntime},
         needs=("onnx", "onnxscript", "onnxruntime"),
         tolerance=1e-4,
     ),
-    "pt2": Format(
+    "pt2": ExportFormat(
         check=_takes_any,
         write=_write_pt2,
         load={"torch": _with_torch},

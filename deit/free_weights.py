@@ -9,7 +9,7 @@ from deit.errors import ConfigError
 from deit.text import nearest
 
 
-class FreeWeights:
+class ParameterVector:
     """Which coordinate of a vector [size] is which weight of a network.
 
     Each parameter counts once, however many modules share it, and whatever its requires_grad says;
@@ -50,7 +50,7 @@ class FreeWeights:
         return tensors
 
     @torch.no_grad()
-    def stand_at(self, point: Tensor) -> None:
+    def load(self, point: Tensor) -> None:
         """Write a point [size] into the network."""
         self._fill(self.parameters, point)
 
@@ -64,7 +64,7 @@ class FreeWeights:
             else:
                 tensor.copy_(piece.view_as(tensor))
 
-    def point_of(self, network: nn.Module) -> Tensor:
+    def vector_of(self, network: nn.Module) -> Tensor:
         """Where a network of the same make stands: a vector [size].
 
         Raises ConfigError if parameters differ by name or shape, if a weight outside the masks is

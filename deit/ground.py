@@ -7,15 +7,15 @@ from pathlib import Path
 
 from deit.arguments import RunArguments
 from deit.config import Config
-from deit.recipes import RECIPES, recipe_of
+from deit.recipes import RECIPES, recipe_of_path
 
 
-def slug(name: str) -> str:
+def slugify(name: str) -> str:
     """A name as part of a path: `fix/rs` is fix-rs."""
     return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
 
 
-class Ground:
+class BaseRuns:
     """The runs that the arms of a recipe of ours build on: its teachers and what it starts from,
     and whatever these build on.
 
@@ -31,51 +31,51 @@ class Ground:
         student: Config,
         folder: Path,
         *,
-        asked: Config | None = None,
+        recipe_config: Config | None = None,
         arms: Iterable[Config] = (),
     ) -> None:
         self.runs: dict[str, Config] = {}
         self.teachers: set[str] = set()
         self.folder, self.student = folder, student
         self.recipe = RECIPES[run.recipe]() if run.recipe in RECIPES else None
-        self.own: set[str] = set()
-        asked = asked or self.recipe
-        if asked is not None and not student.teacher.targets:
-            for name in ("teacher", "start"):
-                typed = getattr(student, name).source
-                if typed != getattr(asked, name).source:
+        self.recipes: set[str] = set()
+        recipe_config = recipe_config or self.recipe
+        if recipe_config is not None and not student.teacher.target_stores:
+            for name, field in (("teacher", "source"), ("init", "weights")):
+                typed = getattr(getattr(student, name), field)
+                if typed != getattr(getattr(recipe_config, name), field):
                     continue
-                for source in (typed, *(getattr(arm, name).source for arm in arms)):
-                    self._reach(source)
-        self.alone = len(self.own) == 1 and (self.recipe or student).start.source is None
+                for source in (typed, *(getattr(getattr(arm, name), field) for arm in arms)):
+                    self._collect(source)
+        self.alone = len(self.recipes) == 1 and (self.recipe or student).init.weights is None
 
-    def _reach(self, sources: tuple[str, ...] | str | None) -> None:
+    def _collect(self, sources: tuple[str, ...] | str | None) -> None:
         """Note the recipes behind sources, and those behind these."""
         for source in (sources,) if isinstance(sources, str) else sources or ():
-            name = recipe_of(source)
-            if name is not None and name not in self.own:
-                self.own.add(name)
+            name = recipe_of_path(source)
+            if name is not None and name not in self.recipes:
+                self.recipes.add(name)
                 config = RECIPES[name]()
-                self._reach(config.teacher.source)
-                self._reach(config.start.source)
+                self._collect(config.teacher.source)
+                self._collect(config.init.weights)
 
-    def laid(self, config: Config) -> Config:
+    def with_local_paths(self, config: Config) -> Config:
         """A configuration whose sources are runs in this folder, where they are of our recipes."""
         taught = tuple(self._moved(source, teaches=True) for source in config.teacher.source)
-        start = self._moved(config.start.source, teaches=False)
-        return config.replace(teacher={"source": taught}, start={"source": start})
+        start = self._moved(config.init.weights, teaches=False)
+        return config.replace(teacher={"source": taught}, init={"weights": start})
 
     def _moved(self, source: str | None, *, teaches: bool) -> str | None:
-        recipe = recipe_of(source)
-        if recipe is None or recipe not in self.own:
+        recipe = recipe_of_path(source)
+        if recipe is None or recipe not in self.recipes:
             return source
         name = "teacher" if self.alone else recipe
         if name not in self.runs:
-            config = self.laid(self._with_data(RECIPES[recipe]()))
+            config = self.with_local_paths(self._with_data(RECIPES[recipe]()))
             self.runs[name] = config
         if teaches:
             self.teachers.add(name)
-        return str(self.folder / slug(name))
+        return str(self.folder / slugify(name))
 
     def _with_data(self, config: Config) -> Config:
         """The data and the machine that the command line asked for; images of another size keep
@@ -84,10 +84,12 @@ class Ground:
         if self.recipe is not None:
             default = dataclasses.asdict(self.recipe.data)
             changed = {name: value for name, value in changed.items() if value != default[name]}
-        changed.pop("held_out", None)  # of the student: what it never saw its teacher may know
+        changed.pop(
+            "unseen_classes", None
+        )  # of the student: what it never saw its teacher may know
         # A recipe of somebody's own says nothing of the size that its teachers learn from.
         if self.recipe is None or config.data.image_size != self.recipe.data.image_size:
             changed.pop("image_size", None)
         run = self.student.run
-        leaves = ("seed", "device", "precision", "linear")
+        leaves = ("seed", "device", "precision", "linear_backend")
         return config.replace(data=changed, run={leaf: getattr(run, leaf) for leaf in leaves})

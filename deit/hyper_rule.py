@@ -44,28 +44,28 @@ def hyper_rule(config: Config, *, images: int) -> Config:
     small = config.data.image_size < _SMALL
     resized, side = (160, 128) if small else (512, 480)
     views = {**AUGMENTATIONS["none"], "mixup_alpha": rule.mixup, "flip": 0.5, "rotation": 0.0}
-    views |= {"crop": "random", "crop_side": side / resized, "evaluation_crop": 1.0}
+    views |= {"crop": "random", "crop_pct": side / resized, "eval_crop_pct": 1.0}
     epochs = max(round(rule.updates / an_epoch), 1)
     return config.replace(
         data={"image_size": config.data.image_size if small else resized},
         views=views,
         student={"image_size": side},
-        start={"heads": "zero" if config.start.source is not None else "keep"},
+        init={"head": "zero" if config.init.weights is not None else "keep"},
         loss={
             "label_smoothing": 0.0,
-            "distillation_warmup": min(config.loss.distillation_warmup, epochs / 2),
+            "distillation_warmup_epochs": min(config.loss.distillation_warmup_epochs, epochs / 2),
         },
         optim=OptimConfig(  # anew: nothing of another schedule stays
-            trained=config.optim.trained,
-            algorithm="sgd",
+            trainable=config.optim.trainable,
+            name="sgd",
             momentum=0.9,
             lr=0.003,
-            lr_reference_batch=_BATCH,
+            lr_base_batch_size=_BATCH,
             batch_size=batch,
             epochs=epochs,
             warmup_epochs=rule.warmup / an_epoch,
             warmup_lr=0.0,
-            decay_at=tuple(fall / rule.updates for fall in rule.falls),
+            lr_milestones=tuple(fall / rule.updates for fall in rule.falls),
             weight_decay=0.0,
         ),
     )

@@ -14,16 +14,16 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 
-from deit.errors import Stopped
+from deit.errors import StoppedBySignal
 from deit.launcher import (
     SAME_SIGNAL_S,
     SAVING,
     STOPPING,
     forget_stop,
-    gone,
     importing,
     is_standalone,
     leave_at_once,
+    parent_exited,
     remember_stop,
     stop_remembered,
 )
@@ -36,11 +36,11 @@ _PATIENCE_S = 1.5  # for data, where a process that was asked to stop should not
 _END = object()
 
 
-class _BetweenUpdates(Stopped):
+class _BetweenUpdates(StoppedBySignal):
     """Stopped where nothing of an update has begun."""
 
 
-class Interruption(AbstractContextManager):
+class GracefulStop(AbstractContextManager):
     """While it is entered: signals are noted, and `asked` tells what to do about them.
 
     SIGTERM, SIGINT and SIGHUP ask to stop; SIGUSR1, SLURM's warning, to save and go on. Another one
@@ -65,7 +65,7 @@ class Interruption(AbstractContextManager):
         self._open = False
         self._waiting_since: float | None = None  # for data, since when
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():
             self._before[SAVING] = signal.signal(SAVING, self._note)
             for number in STOPPING:
@@ -84,7 +84,7 @@ class Interruption(AbstractContextManager):
         self._before.clear()
         if self._noted:
             faulthandler.cancel_dump_traceback_later()
-        if kind is not None and issubclass(kind, Stopped):
+        if kind is not None and issubclass(kind, StoppedBySignal):
             forget_stop()
         elif kind is None and self._first is not None and stop_remembered():
             # It came after the last question.
@@ -102,13 +102,13 @@ class Interruption(AbstractContextManager):
                 leave_at_once("deit: a second signal: leaving at once", 128 + number)
             if importing(frame):
                 return
-            raise Stopped(number)
+            raise StoppedBySignal(number)
         self._noted, self._first = number, now
         remember_stop(number)
         # Where this process hangs and will be killed, say where.
         faulthandler.dump_traceback_later(_STUCK_S, file=sys.__stderr__)
         if self._open and not self._several and not importing(frame):
-            raise Stopped(number)
+            raise StoppedBySignal(number)
         signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, 0.1)
 
     def _late(self, number: int, frame: FrameType | None) -> None:
@@ -117,7 +117,7 @@ class Interruption(AbstractContextManager):
         if self._waiting_since is None or self._first is None or importing(frame):
             return
         if time.monotonic() - max(self._waiting_since, self._first) >= _PATIENCE_S:
-            raise Stopped(self._noted)
+            raise StoppedBySignal(self._noted)
 
     @property
     def noted(self) -> int:
@@ -125,11 +125,11 @@ class Interruption(AbstractContextManager):
         return self._noted
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def parallel(self) -> Iterator[None]:
         """While it is entered nothing is begun that would be lost: a single process obeys a signal
         in its middle. Raises Stopped. Several processes obey together, when they next ask."""
         if self.noted and not self._several:
-            raise Stopped(self._noted)
+            raise StoppedBySignal(self._noted)
         before, self._open = self._open, True
         try:
             yield
@@ -156,9 +156,9 @@ class Interruption(AbstractContextManager):
             between = number % each == 0
             self._waiting_since = time.monotonic()
             try:
-                with self.at_once() if between else nullcontext():
+                with self.parallel() if between else nullcontext():
                     item = next(iterator, _END)
-            except Stopped as stop:
+            except StoppedBySignal as stop:
                 if between and not self._several:
                     raise _BetweenUpdates(stop.number) from None
                 raise
@@ -169,34 +169,34 @@ class Interruption(AbstractContextManager):
             yield item
             number += 1
 
-    def asked(self, *, now: bool = False) -> int:
+    def pending_signal(self, *, now: bool = False) -> int:
         """The signal to obey now, 0 for none; the same in all processes, where all ask equally
         often. They talk at most a few times a second, so it may come some steps later.
 
         now: talk in any case.
         """
-        if gone():
+        if parent_exited():
             self._noted = self._noted or signal.SIGTERM
         own = self._noted or (SAVING if self._save_asked else 0)
-        number = self._agreed(own, now) if self._several else own
+        number = self._all_reduce_signal(own, now) if self._several else own
         if number == SAVING:
             self._save_asked = False
         elif number:
             forget_stop()  # who asked obeys it
         return number
 
-    def begin(self) -> None:
+    def reset_timing(self) -> None:
         """Something of another pace begins, in all processes: what was measured counts no more."""
         self._wait = self._between = 1
         self._last = time.monotonic()
 
-    def check(self, *, now: bool = False) -> None:
+    def raise_if_stopped(self, *, now: bool = False) -> None:
         """Raises Stopped where stopping was asked for, as `asked` tells."""
-        number = self.asked(now=now)
+        number = self.pending_signal(now=now)
         if number in STOPPING:
-            raise Stopped(number)
+            raise StoppedBySignal(number)
 
-    def _agreed(self, own: int, now: bool) -> int:
+    def _all_reduce_signal(self, own: int, now: bool) -> int:
         self._wait -= 1
         if self._wait > 0 and not now:
             return 0

@@ -10,15 +10,15 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from deit.console import warn
-from deit.disk import open_to_append, put_file, sync, why
-from deit.errors import CheckpointError, EnvironmentFault
-from deit.faults import reach
+from deit.disk import atomic_write, describe_os_error, open_to_append, sync
+from deit.errors import CheckpointError, SystemFault
+from deit.faults import fault_point
 from deit.inputs import read_bytes
-from deit.typed_json import as_typed, strict_json
+from deit.typed_json import as_typed, parse_strict_json
 
 METRICS = "metrics.jsonl"
-CHAIN = "chain.jsonl"
-ANOMALIES = "anomalies.jsonl"
+HASH_CHAIN = "state_hashes.jsonl"
+NONFINITE_LOG = "nonfinite_steps.jsonl"
 
 
 def append(path: Path, row: dict[str, Any]) -> int:
@@ -28,10 +28,12 @@ def append(path: Path, row: dict[str, Any]) -> int:
         with open_to_append(path, "ab") as file:
             file.write(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")
             sync(file)
-            reach(path.stem)
+            fault_point(path.stem)
             return file.tell()
     except OSError as error:
-        raise EnvironmentFault(f"{path}: could not be written ({why(error, path)})") from None
+        raise SystemFault(
+            f"{path}: could not be written ({describe_os_error(error, path)})"
+        ) from None
 
 
 def _finite(value: Any) -> Any:
@@ -48,7 +50,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in read_bytes(path).splitlines() if path.is_file() else ():
         try:
-            row = strict_json(line)
+            row = parse_strict_json(line)
         except ValueError:
             break
         if not isinstance(row, dict):
@@ -103,7 +105,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [row.model_dump(exclude_unset=True) for row in rows]
 
 
-def cut(path: Path, length: int) -> None:
+def truncate(path: Path, length: int) -> None:
     """Drop the rows behind `length` [bytes], which a resumed run writes again, and lines before
     it that are no rows: they would hide what follows them."""
     content = read_bytes(path) if path.is_file() else b""
@@ -115,18 +117,18 @@ def cut(path: Path, length: int) -> None:
         if kept != content:
             os.truncate(path, len(kept))
     else:
-        put_file(path, kept)
+        atomic_write(path, kept)
 
 
 def _is_row(line: bytes) -> bool:
     """Whether a line is a whole row: half a one would spoil the next."""
     try:
-        return line.endswith(b"\n") and isinstance(strict_json(line), dict)
+        return line.endswith(b"\n") and isinstance(parse_strict_json(line), dict)
     except ValueError:
         return False
 
 
-def cut_steps(path: Path, step: int) -> None:
+def truncate_after_step(path: Path, step: int) -> None:
     """Drop the rows of later updates than `step`."""
     lines = len(read_bytes(path).splitlines()) if path.is_file() else 0
     rows = [row for row in read(path) if isinstance(row.get("step"), int)]
@@ -134,10 +136,10 @@ def cut_steps(path: Path, step: int) -> None:
         warn(f"{path}: some rows cannot be read and are left out; the run itself is not affected")
     kept = [row for row in rows if row["step"] <= step]
     if len(kept) < lines:
-        put_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
-def link(before: str, step: int, digests: dict[str, str]) -> str:
+def next_chain_hash(before: str, step: int, digests: dict[str, str]) -> str:
     """The next link of a chain of hashes: SHA-256 of the one before, the step and what is now.
 
     before: "" for the first. digests: of the parts of a state by name.

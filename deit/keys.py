@@ -56,7 +56,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def words(keys: Keys, stream: str, count: int) -> Tensor:
+def random_words(keys: Keys, stream: str, count: int) -> Tensor:
     """Random words, int64 [batch, count], uniform over [0, 2**32).
 
     stream: the name of the consumer. Streams are independent, so a new augmentation never shifts
@@ -75,7 +75,7 @@ def words(keys: Keys, stream: str, count: int) -> Tensor:
 
 def uniform(keys: Keys, stream: str, count: int) -> Tensor:
     """Numbers uniform over [0, 1) on a grid of 2**-32, float64 [batch, count]."""
-    return words(keys, stream, count).double() * 2.0**-32
+    return random_words(keys, stream, count).double() * 2.0**-32
 
 
 def normal(keys: Keys, stream: str, count: int) -> Tensor:
@@ -91,7 +91,7 @@ def permutation(seed: int, epoch: int, size: int) -> Tensor:
     Sorted by 63 random bits, ties broken by index.
     """
     keys = Keys(seed, epoch, torch.arange(size))
-    high, low = words(keys, "order", 2).unbind(dim=1)
+    high, low = random_words(keys, "order", 2).unbind(dim=1)
     return torch.argsort(((high >> 1) << 32) | low, stable=True)
 
 
@@ -131,15 +131,15 @@ def beta(keys: Keys, stream: str, alpha: float) -> Tensor:
 
 def derived_seed(seed: int, name: str) -> int:
     """Another 63-bit seed for a purpose of its own."""
-    high, low = words(Keys(seed, 0, torch.tensor([0])), f"seed/{name}", 2)[0].tolist()
+    high, low = random_words(Keys(seed, 0, torch.tensor([0])), f"seed/{name}", 2)[0].tolist()
     return ((high >> 1) << 32) | low
 
 
-def step_seed(seed: int, step: int, part: int) -> int:
+def step_seed(seed: int, step: int, micro_step: int) -> int:
     """A 63-bit seed for what torch draws itself inside one step (drop path, dropout).
 
     part: tells the processes and micro-batches of one step apart.
     """
-    keys = Keys(seed, part, torch.tensor([step]))
-    high, low = words(keys, "step", 2)[0].tolist()
+    keys = Keys(seed, micro_step, torch.tensor([step]))
+    high, low = random_words(keys, "step", 2)[0].tolist()
     return ((high >> 1) << 32) | low

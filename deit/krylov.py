@@ -24,7 +24,7 @@ class Krylov:
         self.remainder = 0.0
         self.products = 0
 
-    def grow(self) -> bool:
+    def step(self) -> bool:
         """Take in the next vector; whether the subspace is closed then: the matrix leads nowhere
         else, so its Ritz values are eigenvalues."""
         if self._diagonal:
@@ -42,7 +42,7 @@ class Krylov:
         self._next = image / self.remainder
         return False
 
-    def enter(self, vector: Tensor) -> None:
+    def restart(self, vector: Tensor) -> None:
         """Go on from another vector, after the subspace closed."""
         vector = self._orthogonal(vector, len(self._diagonal))
         self._next = vector / torch.linalg.vector_norm(vector)
@@ -64,7 +64,7 @@ class Krylov:
         diagonal = torch.tensor(self._diagonal, dtype=torch.float64)
         return torch.linalg.eigh(diagonal.diag() + beside.diag(1) + beside.diag(-1))
 
-    def measured(self, ends: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def ritz_with_residuals(self, ends: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The Ritz values of these indices, and their residuals by a product each."""
         values, rows = self.ritz()
         residuals = []

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from deit import charts
-from deit.console import percent, say, table
-from deit.drawing import HEADS, final_of, markdown_table, save_figure
+from deit.console import format_percent, info, table
+from deit.drawing import HEADS, final_head_top1, markdown_table, save_figure
 
 _COLUMNS = (
     "",
@@ -13,7 +13,7 @@ _COLUMNS = (
     "class head",
     "distillation head",
     "fused",
-    "same answers %",
+    "agreement %",
     "parameters",
     "not 0",
     "KB",
@@ -30,7 +30,7 @@ _NOTE = (
 )
 
 
-def print_ladder(result: dict[str, Any]) -> None:
+def print_variants(result: dict[str, Any]) -> None:
     """The table, for a person."""
     title = f"{result['run']}: top-1 % on {result['num_samples']} {result['split']} images"
     zeros = any(row["nonzero"] != row["parameters"] for row in result["rows"].values())
@@ -38,7 +38,7 @@ def print_ladder(result: dict[str, Any]) -> None:
     shown = [place for place, head in enumerate(_COLUMNS) if head not in left_out]
     rows = [[cells[place] for place in shown] for cells in _cells(result)]
     table(title, [_COLUMNS[place] for place in shown], rows)
-    say(_NOTE)
+    info(_NOTE)
 
 
 def _cells(result: dict[str, Any]) -> list[list[str]]:
@@ -49,7 +49,7 @@ def _cells(result: dict[str, Any]) -> list[list[str]]:
             [
                 name,
                 row["engine"],
-                *("-" if one is None else percent(one) for one in shares),
+                *("-" if one is None else format_percent(one) for one in shares),
                 f"{row['parameters']:,}",
                 f"{row['nonzero']:,}",
                 f"{row['bytes'] / 1e3:,.0f}",
@@ -75,7 +75,7 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
-def draw_ladder(result: dict[str, Any], path: Path) -> None:
+def draw_variants(result: dict[str, Any], path: Path) -> None:
     """Accuracy against bytes and against the time of a batch of 64, a dot a version, as a PNG.
 
     Raises EnvironmentFault without matplotlib.
@@ -84,7 +84,7 @@ def draw_ladder(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = result["rows"]
-    top1 = {name: 100 * final_of(row["top1"]) for name, row in rows.items()}
+    top1 = {name: 100 * final_head_top1(row["top1"]) for name, row in rows.items()}
     across = {
         "KB on disk": {name: row["bytes"] / 1e3 for name, row in rows.items()},
         "ms for a batch of 64": {

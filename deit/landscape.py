@@ -1,4 +1,5 @@
-"""`deit landscape`: lines, planes, curvature and volume around trained weights, run beside run."""
+"""`deit loss-landscape`: lines, planes, curvature and volume around trained weights, run beside
+run."""
 
 import dataclasses
 import shlex
@@ -7,17 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deit.begun import check_begun
-from deit.console import clock, say, table
-from deit.disk import check_writable, hold, write_json
-from deit.environment import create_accelerator, describe
+from deit.begun import check_same_request
+from deit.console import format_duration, info, table
+from deit.disk import check_writable, lock_dir, write_json
+from deit.environment import create_accelerator, environment_info
 from deit.errors import ConfigError
-from deit.evaluation import find_run
-from deit.ground import slug
-from deit.landscape_options import Asked, check_asked
+from deit.evaluation import resolve_run
+from deit.ground import slugify
+from deit.landscape_options import LandscapeOptions, check_asked
 from deit.landscape_page import MANIFEST, cells, columns, write_page
-from deit.landscape_parts import AROUND, chain_of, here, neighbours, path
-from deit.landscape_places import Place, View, comparable, places_of, view_of
+from deit.landscape_parts import AROUND, at_point, path, segments, ticket_path
+from deit.landscape_places import (
+    LandscapeData,
+    LandscapePoint,
+    places_of,
+    share_weight_space,
+    view_of,
+)
 from deit.models.saved import load_student
 from deit.models.weights import digest_of
 from deit.shared_targets import content_hash
@@ -27,7 +34,7 @@ _KEPT = "measured"  # a file for each thing that was measured
 
 
 def landscape(
-    runs: list[Path], out: Path, asked: Asked, *, root: str | None, arguments: list[str]
+    runs: list[Path], out: Path, asked: LandscapeOptions, *, root: str | None, arguments: list[str]
 ) -> dict[str, Any]:
     """Look at the loss around finished runs, or around the levels of a search for tickets, and
     between them; write landscape.json, landscape.md, a page and its pictures into a folder.
@@ -40,18 +47,20 @@ def landscape(
     places = places_of(runs, asked)
     how = _how(asked)
     begun = {"runs": [run.resolve().name for run in runs], **how}
-    check_begun(out, MANIFEST, begun, what="landscape")
+    check_same_request(out, MANIFEST, begun, what="landscape")
     if "lines" in asked.parts and len(places) < 2:
         if asked.parts == ("lines",):
-            raise ConfigError(f"--only lines: need two places, and there is {places[0].name} alone")
-        say("lines     need two places, and there is one")
-    accelerator = create_accelerator(find_run(places[0].run, asked.checkpoint)[0].run)
+            raise ConfigError(
+                f"--measure lines: need two places, and there is {places[0].name} alone"
+            )
+        info("lines     need two places, and there is one")
+    accelerator = create_accelerator(resolve_run(places[0].run, asked.checkpoint)[0].run)
     view = view_of(places, asked, root=root, device=accelerator.device)
     check_writable(out, option="--out")
     out.mkdir(parents=True, exist_ok=True)
-    with hold(out, option="--out"):
+    with lock_dir(out, option="--out"):
         write_json(out / MANIFEST, begun)
-        say(
+        info(
             f"loss      of {view.number} {asked.split} images as evaluation shows them: "
             "cross-entropy of the fused answer (or the only head's) with the labels"
         )
@@ -61,18 +70,18 @@ def landscape(
             "images": view.number,
             "places": {place.name: _around(place, view, asked, kept) for place in places},
             **_between(places, view, asked, kept),
-            "command": f"deit landscape {shlex.join(arguments)}",
-            "environment": describe(accelerator, arguments),
+            "command": f"deit loss-landscape {shlex.join(arguments)}",
+            "environment": environment_info(accelerator, arguments),
         }
         write_json(out / "landscape.json", result)
         for written in write_page(result, out):
-            say(f"wrote {written}")
+            info(f"wrote {written}")
     table(f"landscapes, {view.number} {asked.split} images", columns(result), cells(result))
-    say(f"took {clock(time.monotonic() - started)}")
+    info(f"took {format_duration(time.monotonic() - started)}")
     return result
 
 
-def _how(asked: Asked) -> dict[str, Any]:
+def _how(asked: LandscapeOptions) -> dict[str, Any]:
     """What every measurement depends on beside weights and images."""
     values = dataclasses.asdict(asked)
     for which in ("parts", "kinds", "levels", "run_seed"):
@@ -84,23 +93,23 @@ class _Kept:
     """What was measured, each in a file of its own, whose name ends in a hash of all it depends on:
     asked for again, it is read."""
 
-    def __init__(self, folder: Path, view: View, how: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, view: LandscapeData, how: dict[str, Any]) -> None:
         self._folder, self._of = folder, {**how, "view": view.digest}
         self._digests: dict[Path, str] = {}
         folder.mkdir(exist_ok=True)
 
     def __call__(
-        self, what: str, places: list[Place], measured: Callable[[], dict[str, Any]]
+        self, what: str, places: list[LandscapePoint], measured: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
         """what: is measured, of these places in this order."""
         weights = [self._digest(place) for place in places]
         key = content_hash({**self._of, "what": what, "weights": weights})
-        file = self._folder / f"{slug(places[0].name)[:60]}-{what}-{key}.json"
+        file = self._folder / f"{slugify(places[0].name)[:60]}-{what}-{key}.json"
         if (found := read_sealed(file, dict[str, Any])) is None:
             found = write_sealed(file, measured())
         return found
 
-    def _digest(self, place: Place) -> str:
+    def _digest(self, place: LandscapePoint) -> str:
         """Of the weights, and of the masks along which they may move."""
         if place.saved not in self._digests:
             student, _ = load_student(place.saved)  # whole, where a file holds adapters alone
@@ -109,34 +118,38 @@ class _Kept:
         return self._digests[place.saved]
 
 
-def _around(place: Place, view: View, asked: Asked, kept: _Kept) -> dict[str, Any]:
+def _around(
+    place: LandscapePoint, view: LandscapeData, asked: LandscapeOptions, kept: _Kept
+) -> dict[str, Any]:
     """What is measured around a place."""
     about = {"kind": place.kind, "level": place.level, "run": str(place.run)}
-    about |= kept("here", [place], lambda: here(place, view))
+    about |= kept("here", [place], lambda: at_point(place, view))
     for part, measured in AROUND.items():
         if part in asked.parts:
             about[part] = kept(part, [place], lambda of=measured: of(place, view, asked))
     return about
 
 
-def _between(places: list[Place], view: View, asked: Asked, kept: _Kept) -> dict[str, Any]:
+def _between(
+    places: list[LandscapePoint], view: LandscapeData, asked: LandscapeOptions, kept: _Kept
+) -> dict[str, Any]:
     """What is measured between places: `lines` by name, and the plane of their `path`; none where
     they are not points of one space."""
     found: dict[str, Any] = {"lines": {}, "path": None}
     wanted = {"lines", "planes"} & set(asked.parts)
     if not wanted or len(places) < 2:
         return found
-    if not comparable(places):
-        say("lines and path are left out: these networks differ in shape, statistics or colours")
+    if not share_weight_space(places):
+        info("lines and path are left out: these networks differ in shape, statistics or colours")
         return found
     if "lines" in wanted:
         found["lines"] = {
             one.name: kept(
                 one.kind, [one.first, one.second], lambda of=one: of.measure(view, asked)
             )
-            for one in neighbours(places)
+            for one in segments(places)
         }
-    along = chain_of(places)
+    along = ticket_path(places)
     if "planes" in wanted and len(along) > 2:
         found["path"] = kept("path", along, lambda: path(along, view, asked))
     return found

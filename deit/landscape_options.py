@@ -12,7 +12,7 @@ SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Asked:
+class LandscapeOptions:
     """What a command line says of a landscape.
 
     parts: of PARTS. kinds, levels, run_seed: of a search for tickets which runs, beside its dense
@@ -32,21 +32,29 @@ class Asked:
     images: int = 512
     points: int = 21
     grid: int = 15
-    span: float = 1.0
-    top: int = 5
+    plane_extent: float = 1.0
+    num_eigenvalues: int = 5
     steps: int = 60
     probes: int = 16
     rays: int = 32
-    rise: float = 0.1
+    loss_rise: float = 0.1
     seed: int = 0
 
 
-_LEAST = {"images": 1, "points": 3, "grid": 3, "top": 1, "steps": 2, "probes": 2, "rays": 1}
+_LEAST = {
+    "images": 1,
+    "points": 3,
+    "grid": 3,
+    "num_eigenvalues": 1,
+    "steps": 2,
+    "probes": 2,
+    "rays": 1,
+}
 
 
-def check_asked(asked: Asked) -> None:
+def check_asked(asked: LandscapeOptions) -> None:
     """Refuse what cannot be, before anything is loaded. Raises ConfigError."""
-    known = {"only": (asked.parts, PARTS), "kinds": (asked.kinds, KINDS)}
+    known = {"measure": (asked.parts, PARTS), "kinds": (asked.kinds, KINDS)}
     known["split"] = ((asked.split,), SPLITS)
     for option, (names, all_of_them) in known.items():
         for name in names:
@@ -57,9 +65,17 @@ def check_asked(asked: Asked) -> None:
                 )
     for option, least in _LEAST.items():
         if getattr(asked, option) < least:
-            raise ConfigError(f"--{option} {getattr(asked, option)}: should be at least {least}")
-    for option in ("span", "rise"):
+            raise ConfigError(
+                f"{_option(option)} {getattr(asked, option)}: should be at least {least}"
+            )
+    for option in ("plane_extent", "loss_rise"):
         if not 0 < getattr(asked, option) < float("inf"):
-            raise ConfigError(f"--{option} {getattr(asked, option):g}: should be above 0")
-    if asked.top >= asked.steps:
-        raise ConfigError(f"--top {asked.top}: should be below --steps ({asked.steps})")
+            raise ConfigError(f"{_option(option)} {getattr(asked, option):g}: should be above 0")
+    if asked.num_eigenvalues >= asked.steps:
+        raise ConfigError(
+            f"--num-eigenvalues {asked.num_eigenvalues}: should be below --steps ({asked.steps})"
+        )
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")

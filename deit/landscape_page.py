@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from deit import charts, page
-from deit.disk import put_file
+from deit.disk import atomic_write
 from deit.drawing import markdown_table
-from deit.errors import EnvironmentFault
+from deit.errors import SystemFault
 from deit.landscape_charts import (
     NAMED,
     eigenvalues_chart,
@@ -18,7 +18,7 @@ from deit.landscape_charts import (
     spectra_chart,
 )
 
-MANIFEST = "landscape-of.json"
+MANIFEST = "landscape.request.json"
 PAGE = "index.html"
 
 _NOTE = (
@@ -91,12 +91,12 @@ def write_page(result: dict[str, Any], out: Path) -> list[Path]:
     """landscape.md and, where matplotlib is, index.html with every chart as PNG and every table as
     CSV beside it. Returns what was written."""
     written = [out / "landscape.md"]
-    put_file(written[0], _markdown(result).encode())
+    atomic_write(written[0], _markdown(result).encode())
     try:
         charts.check()
-    except EnvironmentFault:
+    except SystemFault:
         return written
-    put_file(out / PAGE, _page(result, out).encode())
+    atomic_write(out / PAGE, _page(result, out).encode())
     return [*written, out / PAGE]
 
 
@@ -123,7 +123,7 @@ def _page(result: dict[str, Any], out: Path) -> str:
     body += _of_planes(result, out)
     environment = result["environment"]
     body.append(
-        page.card(
+        page.key_values(
             {
                 "command": result["command"],
                 "drawn with": f"seed {asked['seed']}",
@@ -135,7 +135,7 @@ def _page(result: dict[str, Any], out: Path) -> str:
     )
     of = f"{result['images']} {asked['split']} images"
     lead = f"{len(result['places'])} places; cross-entropy of {of}"
-    foot = "Written by deit landscape. Charts (PNG) and tables (CSV) lie beside this page."
+    foot = "Written by deit loss-landscape. Charts (PNG) and tables (CSV) lie beside this page."
     return page.page("Landscapes", lead, body, foot=foot)
 
 
@@ -155,7 +155,7 @@ def _of_lines(result: dict[str, Any], out: Path) -> list[str]:
     if len(result["lines"]) > NAMED:
         many = " Each kind has a colour, the stronger the sparser."
     told = (f"Loss along each line.{many}", "Wrong answers along each line.")
-    return [page.part("Lines", [table, page.pair(*map(page.figure, drawn, told))])]
+    return [page.subsection("Lines", [table, page.side_by_side(*map(page.figure, drawn, told))])]
 
 
 def _of_curvature(result: dict[str, Any], out: Path) -> list[str]:
@@ -170,7 +170,7 @@ def _of_curvature(result: dict[str, Any], out: Path) -> list[str]:
         "The density of eigenvalues of the Hessian, by stochastic Lanczos quadrature.",
         "The largest eigenvalues, and the trace with its standard error.",
     )
-    return [page.part("Curvature", [page.pair(*map(page.figure, drawn, told))])]
+    return [page.subsection("Curvature", [page.side_by_side(*map(page.figure, drawn, told))])]
 
 
 def _of_volume(result: dict[str, Any], out: Path) -> list[str]:
@@ -179,10 +179,11 @@ def _of_volume(result: dict[str, Any], out: Path) -> list[str]:
         return []
     drawn = charts.chart(radii_chart(known), out / "radii.png", width=9.0)
     told = (
-        f"How far the loss stays within {result['asked']['rise']:g} nats along random rays: from "
+        f"How far the loss stays within {result['asked']['loss_rise']:g} nats along random rays: "
+        "from "
         "the nearest rim to the farthest, the box half of them."
     )
-    return [page.part("Basins", [page.figure(drawn, told)])]
+    return [page.subsection("Basins", [page.figure(drawn, told)])]
 
 
 def _of_planes(result: dict[str, Any], out: Path) -> list[str]:
@@ -201,12 +202,14 @@ def _of_planes(result: dict[str, Any], out: Path) -> list[str]:
             "Loss on the plane of two random directions, every filter of them as long as the "
             "weights' (Li et al. 2018); the same seed, span and colours in all."
         )
-        parts.append(page.part("Planes", [page.paragraph(told, "note"), page.pair(*drawn)]))
+        parts.append(
+            page.subsection("Planes", [page.paragraph(told, "note"), page.side_by_side(*drawn)])
+        )
     if result["path"] is not None:
         picture = charts.chart(path_chart(result["path"]), out / "path.png", width=9.0, height=5.4)
         told = (
             "The plane through the first place, the middle one and the last, in all weights; the "
             "others are where they lie nearest to it (in brackets how far off)."
         )
-        parts.append(page.part("The path", [page.figure(picture, told)]))
+        parts.append(page.subsection("The path", [page.figure(picture, told)]))
     return parts

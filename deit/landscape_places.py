@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from deit import checkpoint
-from deit.config import other_images
+from deit.config import differing_split_field
 from deit.console import warn
 from deit.datasets.splits import load_split
-from deit.datasets.spread import spread_rows
+from deit.datasets.spread import stratified_indices
 from deit.errors import CheckpointError, ConfigError, DataError
-from deit.evaluation import as_asked, find_run, warn_unfinished
-from deit.landscape_options import Asked
+from deit.evaluation import evaluation_config, resolve_run, warn_unfinished
+from deit.landscape_options import LandscapeOptions
 from deit.models.masks import Masks
 from deit.models.saved import load_student
-from deit.models.start import find_start
+from deit.models.start import load_weights_from
 from deit.models.student import Student
 from deit.models.weights import digest_of
-from deit.prediction import shown
-from deit.records import head_logits
-from deit.surface import Surface
+from deit.prediction import evaluation_batches
+from deit.records import logits_by_head
+from deit.surface import LossSurface
 from deit.sweep_results import MANIFEST, RESULTS, read_results
 from deit.ticket_options import DENSE, TICKET
 from deit.ticket_plan import folder_of
@@ -32,7 +32,7 @@ from deit.typed_json import values_of
 _AT_ONCE = 128  # images whose second derivatives are there at once
 
 
-class Place(NamedTuple):
+class LandscapePoint(NamedTuple):
     """A finished run, at the weights of one of its checkpoints. name: as it is told. kind, level:
     of a search for tickets, else "" and 0."""
 
@@ -44,15 +44,15 @@ class Place(NamedTuple):
 
     def masks(self) -> Masks:
         """Its masks, those of its base where adapters were trained on one; {} of a dense run."""
-        return find_start(str(self.saved)).masks or {}
+        return load_weights_from(str(self.saved)).masks or {}
 
-    def follows(self, other: "Place") -> bool:
+    def follows(self, other: "LandscapePoint") -> bool:
         """Whether this one was pruned by what the other ended with."""
         chain = (DENSE, TICKET)
         return self.kind == TICKET and other.kind in chain and other.level == self.level - 1
 
 
-def places_of(runs: list[Path], asked: Asked) -> list[Place]:
+def places_of(runs: list[Path], asked: LandscapeOptions) -> list[LandscapePoint]:
     """The places that paths name: of a search for tickets its levels, the dense one first; of runs
     these themselves. Raises ConfigError and CheckpointError."""
     searches = [run for run in runs if (run / MANIFEST).is_file()]
@@ -60,11 +60,15 @@ def places_of(runs: list[Path], asked: Asked) -> list[Place]:
         raise ConfigError(f"{searches[0]}: is a search for tickets, which is looked at alone")
     if searches:
         return _of_search(searches[0], asked)
-    usual = Asked()
-    for option in ("kinds", "levels", "run_seed"):
-        if getattr(asked, option) != getattr(usual, option):
-            raise ConfigError(f"--{option}: is of a search for tickets, and {runs[0]} is none")
-    found = [Place(run.resolve().name, run, find_run(run, asked.checkpoint)[1]) for run in runs]
+    usual = LandscapeOptions()
+    options = {"kinds": "--kinds", "levels": "--rounds", "run_seed": "--run-seed"}
+    for field, option in options.items():
+        if getattr(asked, field) != getattr(usual, field):
+            raise ConfigError(f"{option}: applies to a lottery search, and {runs[0]} is none")
+    found = [
+        LandscapePoint(run.resolve().name, run, resolve_run(run, asked.checkpoint)[1])
+        for run in runs
+    ]
     for place in found:
         warn_unfinished(place.saved.parent)
     names = [place.name for place in found]
@@ -81,7 +85,7 @@ def _whole(value: object) -> int:
     return value
 
 
-def _of_search(out: Path, asked: Asked) -> list[Place]:
+def _of_search(out: Path, asked: LandscapeOptions) -> list[LandscapePoint]:
     result = read_results(out)
     if "tickets" not in result:
         raise ConfigError(f"{out}: is a sweep; name some of its runs (OUT/runs/...)")
@@ -95,23 +99,23 @@ def _of_search(out: Path, asked: Asked) -> list[Place]:
         }
     seed = first if asked.run_seed is None else asked.run_seed
     if seed not in seeds:
-        raise ConfigError(f"--run_seed {seed}: {out} has {', '.join(map(str, seeds))}")
+        raise ConfigError(f"--run-seed {seed}: {out} has {', '.join(map(str, seeds))}")
     if not sparsity:
         raise CheckpointError(
-            f"{out / RESULTS}: names no levels; run the search (deit tickets) again"
+            f"{out / RESULTS}: names no levels; run the search (deit lottery) again"
         )
     levels = sorted({level for _, level in sparsity})
     for level in asked.levels or ():
         if level not in levels:
-            raise ConfigError(f"--levels {level}: {out} has {', '.join(map(str, levels))}")
+            raise ConfigError(f"--rounds {level}: {out} has {', '.join(map(str, levels))}")
     wanted = levels if asked.levels is None else sorted({0, *asked.levels})
     found = []
     for level in wanted:
         for kind in (DENSE,) if level == 0 else asked.kinds:
             run = folder_of(out, seed, kind, level)
-            if (kind, level) in sparsity and checkpoint.result_of(run) is not None:
-                saved = find_run(run, asked.checkpoint)[1]
-                found.append(Place(sparsity[kind, level], run, saved, kind, level))
+            if (kind, level) in sparsity and checkpoint.read_result(run) is not None:
+                saved = resolve_run(run, asked.checkpoint)[1]
+                found.append(LandscapePoint(sparsity[kind, level], run, saved, kind, level))
     if not found:
         raise CheckpointError(f"{out}: none of its runs is finished")
     for kind in asked.kinds:
@@ -120,7 +124,7 @@ def _of_search(out: Path, asked: Asked) -> list[Place]:
     return found
 
 
-class View(NamedTuple):
+class LandscapeData(NamedTuple):
     """The images whose loss is looked at: views float32 [images, 3, side, side] in [0, 1], labels
     int64 [images], in batches. digest: of both."""
 
@@ -130,21 +134,25 @@ class View(NamedTuple):
     digest: str
 
 
-def view_of(places: list[Place], asked: Asked, *, root: str | None, device: torch.device) -> View:
+def view_of(
+    places: list[LandscapePoint], asked: LandscapeOptions, *, root: str | None, device: torch.device
+) -> LandscapeData:
     """The images that all places are looked at with, as an evaluation shows them: so many of a
     split, spread over the classes.
 
     Raises ConfigError where the runs are of other data, DataError.
     """
-    configs = [as_asked(find_run(one.run, asked.checkpoint)[0], root=root) for one in places]
+    configs = [
+        evaluation_config(resolve_run(one.run, asked.checkpoint)[0], root=root) for one in places
+    ]
     first = configs[0]
     for place, config in zip(places, configs):
-        if config.student.rounding != "none":
+        if config.student.qat != "none":
             raise ConfigError(
-                f"{place.name}: student.rounding = {config.student.rounding!r}: its loss goes in "
+                f"{place.name}: student.qat = {config.student.qat!r}: its loss goes in "
                 "steps, of which no curve can be drawn; look at the run it was fine-tuned from"
             )
-        field = other_images(config.data, first.data)
+        field = differing_split_field(config.data, first.data)
         if config.data.train_fraction != first.data.train_fraction:
             field = "data.train_fraction"
         if field is not None:
@@ -155,7 +163,7 @@ def view_of(places: list[Place], asked: Asked, *, root: str | None, device: torc
     names, images = load_split(first.data, asked.split)
     if names != load_student(places[0].saved)[1].class_names:
         raise DataError(f"{places[0].run}: was trained on other classes than the data has")
-    rows = spread_rows(images.labels, asked.images, seed=asked.seed, stream="landscape")
+    rows = stratified_indices(images.labels, asked.images, seed=asked.seed, stream="landscape")
     there = len(images.labels[rows].unique())
     if there < len(names):
         warn(
@@ -163,7 +171,7 @@ def view_of(places: list[Place], asked: Asked, *, root: str | None, device: torc
             "nothing of the others"
         )
     chunks = rows.split(_AT_ONCE)
-    views = shown(images, chunks, first, device=device)
+    views = evaluation_batches(images, chunks, first, device=device)
     labels = images.labels.to(device)
     batches = [(one, labels[chunk.to(device)]) for one, chunk in zip(views, chunks)]
     tensors = {
@@ -172,10 +180,10 @@ def view_of(places: list[Place], asked: Asked, *, root: str | None, device: torc
         for kind, one in zip(("views", "labels"), two)
     }
     sizes = [len(chunk) for chunk in chunks]
-    return View(batches, sizes, len(rows), digest_of(tensors))
+    return LandscapeData(batches, sizes, len(rows), digest_of(tensors))
 
 
-def comparable(places: list[Place]) -> bool:
+def share_weight_space(places: list[LandscapePoint]) -> bool:
     """Whether the weights of all places are points of one space: networks of one shape, with the
     same statistics and normalisation."""
     first, *others = (load_student(place.saved)[0] for place in places)
@@ -187,23 +195,23 @@ def comparable(places: list[Place]) -> bool:
     )
 
 
-def surface_of(place: Place, view: View, *, masked: bool = True) -> Surface:
+def surface_of(place: LandscapePoint, view: LandscapeData, *, masked: bool = True) -> LossSurface:
     """The mean cross-entropy of the fused answer (or the only head's) with the labels, around a
     place; masked: along the weights that it keeps alone."""
     masks = {f"network.{name}": mask for name, mask in place.masks().items()} if masked else {}
     device = view.batches[0][0].device
     masks = {name: mask.to(device) for name, mask in masks.items()}
-    return Surface(student_of(place, view), view.batches, _loss, sizes=view.sizes, masks=masks)
+    return LossSurface(student_of(place, view), view.batches, _loss, sizes=view.sizes, masks=masks)
 
 
-def student_of(place: Place, view: View) -> Student:
+def student_of(place: LandscapePoint, view: LandscapeData) -> Student:
     """The student of a place, on the device of the images."""
     return load_student(place.saved)[0].to(view.batches[0][0].device)
 
 
 def _loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     images, labels = batch
-    heads = head_logits(network(images))
+    heads = logits_by_head(network(images))
     return cross_entropy(heads.get("fused", heads["class"]), labels)
 
 
@@ -211,7 +219,7 @@ def measure(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, Te
     """The loss, and the share of wrong answers of each head: `error`, with its name where there are
     several."""
     images, labels = batch
-    heads = head_logits(network(images))
+    heads = logits_by_head(network(images))
     final = heads.get("fused", heads["class"])
 
     def wrong(logits: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from contextlib import suppress
 from functools import cache
 from types import FrameType
 
-FOLLOWED = "DEIT_AT_ONCE"
+PARALLEL_RUNS_ENV = "DEIT_AT_ONCE"
 """In the environment of a run that one of our commands started: how many run beside each other."""
-_NAMES = ("TORCHELASTIC_RUN_ID", FOLLOWED)
+_NAMES = ("TORCHELASTIC_RUN_ID", PARALLEL_RUNS_ENV)
 _OF_ACCELERATE = "ACCELERATE_MIXED_PRECISION"
 _PARENT = os.getppid()  # as early as may be: a launcher may die while torch is still imported
 _PR_SET_PDEATHSIG = 1
@@ -83,7 +83,7 @@ def importing(frame: FrameType | None) -> FrameType | None:
     return found
 
 
-def launched() -> bool:
+def has_launcher() -> bool:
     """Whether torchrun, accelerate launch or a command of ours started this process."""
     return any(name in os.environ for name in _NAMES) or (
         _OF_ACCELERATE in os.environ and _started_by_accelerate()
@@ -101,31 +101,31 @@ def _started_by_accelerate() -> bool:
         return False
 
 
-def sharing() -> int:
+def processes_on_host() -> int:
     """How many processes of ours share this machine, this one among them."""
-    beside = int(os.environ.get(FOLLOWED, "1"))
+    beside = int(os.environ.get(PARALLEL_RUNS_ENV, "1"))
     return beside * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def follow() -> None:
+def exit_with_parent() -> None:
     """Ask the system for SIGTERM when the launcher dies, where it offers that."""
-    if launched() and sys.platform == "linux":
+    if has_launcher() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def adopt(parent: int) -> None:
+def set_parent(parent: int) -> None:
     """In a process that another one of ours has made a copy of itself: that one is the launcher,
     also where it is gone by now. parent: its number."""
     global _PARENT
     _PARENT = parent
-    follow()
-    if gone():
+    exit_with_parent()
+    if parent_exited():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def gone() -> bool:
+def parent_exited() -> bool:
     """Whether the launcher that was there at first is no more."""
-    return launched() and os.getppid() != _PARENT
+    return has_launcher() and os.getppid() != _PARENT
 
 
 def end_with(parent: int) -> None:

@@ -13,27 +13,27 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from deit.config import LossConfig, label_weight
-from deit.records import Answers, Outputs
+from deit.records import StudentOutput, TeacherOutput
 
 Losses = dict[str, Tensor]
 
 
-def smooth(targets: Tensor, smoothing: float) -> Tensor:
+def smooth_labels(targets: Tensor, smoothing: float) -> Tensor:
     """(1 - smoothing) * targets + smoothing / classes, for distributions [batch, classes]."""
     return (1 - smoothing) * targets + smoothing / targets.shape[1]
 
 
 def label_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy with label distributions [batch, classes], mean over the batch, a scalar."""
-    return cross_entropy(logits.float(), smooth(targets.float(), smoothing))
+    return cross_entropy(logits.float(), smooth_labels(targets.float(), smoothing))
 
 
-def hard_teacher_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def hard_distillation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy with the teacher's classes, int64 [batch], never smoothed (DeiT eq. 3)."""
     return cross_entropy(logits.float(), labels)
 
 
-def soft_teacher_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def soft_distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """temperature**2 * KL(teacher || student) at that temperature (DeiT eq. 2), a scalar.
 
     The sum over classes, the mean over the batch: the published DeiT code also divides by the
@@ -54,7 +54,7 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: floa
     return temperature**2 * cross_entropy(logits.float() / temperature, teacher)
 
 
-def decoupled_losses(
+def dkd_losses(
     logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Target-class and other-class distillation, each temperature**2 * KL, means over the batch.
@@ -80,7 +80,7 @@ def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return log_softmax(both, dim=1), log_softmax(others, dim=1)
 
 
-def standardised(logits: Tensor) -> Tensor:
+def standardize_logits(logits: Tensor) -> Tensor:
     """Logits [batch, classes] with mean 0 and deviation 1 in each row (Sun et al. 2024, algorithm
     1; the deviation of all classes, not of a sample of them). Equal logits become zeros."""
     logits = logits.float()
@@ -89,35 +89,37 @@ def standardised(logits: Tensor) -> Tensor:
     return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()
 
 
-def _hard(logits: Tensor, voice: Answers, targets: Tensor, loss: LossConfig) -> Tensor:
+def _hard(logits: Tensor, teacher: TeacherOutput, targets: Tensor, loss: LossConfig) -> Tensor:
     """Hard-label distillation (DeiT eq. 3)."""
-    return hard_teacher_loss(logits, voice.labels)
+    return hard_distillation_loss(logits, teacher.labels)
 
 
-def _soft(logits: Tensor, voice: Answers, targets: Tensor, loss: LossConfig) -> Tensor:
+def _soft(logits: Tensor, teacher: TeacherOutput, targets: Tensor, loss: LossConfig) -> Tensor:
     """Soft distillation (DeiT eq. 2)."""
-    return soft_teacher_loss(*_both(logits, voice, loss), loss.temperature)
+    return soft_distillation_loss(*_both(logits, teacher, loss), loss.temperature)
 
 
-def _cross_entropy(logits: Tensor, voice: Answers, targets: Tensor, loss: LossConfig) -> Tensor:
+def _cross_entropy(
+    logits: Tensor, teacher: TeacherOutput, targets: Tensor, loss: LossConfig
+) -> Tensor:
     """Soft labels without the teacher's entropy."""
-    return soft_cross_entropy(*_both(logits, voice, loss), loss.temperature)
+    return soft_cross_entropy(*_both(logits, teacher, loss), loss.temperature)
 
 
-def _dkd(logits: Tensor, voice: Answers, targets: Tensor, loss: LossConfig) -> Tensor:
+def _dkd(logits: Tensor, teacher: TeacherOutput, targets: Tensor, loss: LossConfig) -> Tensor:
     """Decoupled distillation: alpha * target class + beta * other classes."""
     labels = targets.argmax(dim=1)
-    target, others = decoupled_losses(*_both(logits, voice, loss), labels, loss.temperature)
-    return loss.target_weight * target + loss.others_weight * others
+    target, others = dkd_losses(*_both(logits, teacher, loss), labels, loss.temperature)
+    return loss.dkd_alpha * target + loss.dkd_beta * others
 
 
-def _both(logits: Tensor, voice: Answers, loss: LossConfig) -> tuple[Tensor, Tensor]:
+def _both(logits: Tensor, teacher: TeacherOutput, loss: LossConfig) -> tuple[Tensor, Tensor]:
     """The student's and the teacher's logits, standardised if that is asked for."""
-    both = (logits, voice.logits)
-    return tuple(map(standardised, both)) if loss.standardise else both
+    both = (logits, teacher.logits)
+    return tuple(map(standardize_logits, both)) if loss.standardize_logits else both
 
 
-TEACHER_TERMS: dict[str, Callable[[Tensor, Answers, Tensor, LossConfig], Tensor]] = {
+DISTILLATION_LOSSES: dict[str, Callable[[Tensor, TeacherOutput, Tensor, LossConfig], Tensor]] = {
     "hard": _hard,
     "soft": _soft,
     "cross_entropy": _cross_entropy,
@@ -132,7 +134,7 @@ def needs_logits(loss: LossConfig) -> bool:
     return loss.kind not in ("none", "hard")
 
 
-def no_teacher(outputs: Outputs, targets: Tensor, loss: LossConfig) -> Losses:
+def label_only_loss(outputs: StudentOutput, targets: Tensor, loss: LossConfig) -> Losses:
     """Labels alone. With several heads each learns from the label, with an equal share of the
     weight, so that all stay classifiers and every parameter has a gradient."""
     losses = {"class": label_loss(outputs.class_logits, targets, loss.label_smoothing)}
@@ -145,10 +147,10 @@ def no_teacher(outputs: Outputs, targets: Tensor, loss: LossConfig) -> Losses:
     return {"total": total, **losses}
 
 
-def objective(
-    outputs: Outputs,
+def distillation_loss(
+    outputs: StudentOutput,
     targets: Tensor,
-    answers: Answers | None,
+    answers: TeacherOutput | None,
     loss: LossConfig,
     *,
     epoch: float = math.inf,
@@ -158,14 +160,14 @@ def objective(
     label weight * CE(label) + distillation weight * mean over the taught heads of the teacher's
     term, weighted by their teachers where each head has its own. targets: [batch, classes].
     answers: None without a teacher; no gradient reaches them.
-    epoch: how many have passed, for loss.distillation_warmup.
+    epoch: how many have passed, for loss.distillation_warmup_epochs.
     """
     with torch.autocast(outputs.class_logits.device.type, enabled=False):
         if answers is None:
-            return no_teacher(outputs, targets, loss)
+            return label_only_loss(outputs, targets, loss)
         terms = [
-            TEACHER_TERMS[loss.kind](logits, voice, targets, loss)
-            for logits, voice in _lessons(outputs, answers, loss)
+            DISTILLATION_LOSSES[loss.kind](logits, voice, targets, loss)
+            for logits, voice in _pair_heads_with_teachers(outputs, answers, loss)
         ]
         several = len(answers.weights) > 1
         shares = answers.weights if several else (1 / len(terms),) * len(terms)
@@ -175,29 +177,35 @@ def objective(
         }
         if several:
             losses |= {f"teacher_{number}": term for number, term in enumerate(terms, start=1)}
-        weight = loss.distillation_weight * teacher_ramp(loss, epoch)
+        weight = loss.distillation_weight * teacher_weight_ramp(loss, epoch)
         total = label_weight(loss) * losses["class"] + weight * losses["teacher"]
         return {"total": total, **losses}
 
 
-def teacher_ramp(loss: LossConfig, epoch: float) -> float:
+def teacher_weight_ramp(loss: LossConfig, epoch: float) -> float:
     """The share of its weight that the teacher's term has at an epoch."""
-    return min(1.0, epoch / loss.distillation_warmup) if loss.distillation_warmup > 0 else 1.0
+    return (
+        min(1.0, epoch / loss.distillation_warmup_epochs)
+        if loss.distillation_warmup_epochs > 0
+        else 1.0
+    )
 
 
-def _lessons(outputs: Outputs, answers: Answers, loss: LossConfig) -> list[tuple[Tensor, Answers]]:
+def _pair_heads_with_teachers(
+    outputs: StudentOutput, answers: TeacherOutput, loss: LossConfig
+) -> list[tuple[Tensor, TeacherOutput]]:
     """Which head hears which voice: each token its own where there are several voices."""
     voices = [
-        Answers(answers.labels[:, voice], None if answers.logits is None else logits)
+        TeacherOutput(answers.labels[:, voice], None if answers.logits is None else logits)
         for voice, logits in enumerate(_unbound(answers))
     ]
     tokens = outputs.distillation_logits
-    heads = [] if loss.through == "distillation" else [outputs.class_logits]
-    if loss.through != "class" and tokens is not None:
+    heads = [] if loss.head == "distillation" else [outputs.class_logits]
+    if loss.head != "class" and tokens is not None:
         heads += tokens.unbind(dim=1)
     return list(zip(heads, voices if len(voices) > 1 else voices * len(heads), strict=True))
 
 
-def _unbound(answers: Answers) -> tuple[Tensor | None, ...]:
+def _unbound(answers: TeacherOutput) -> tuple[Tensor | None, ...]:
     number = answers.labels.shape[1]
     return (None,) * number if answers.logits is None else answers.logits.unbind(dim=1)

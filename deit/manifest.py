@@ -13,19 +13,19 @@ from pathlib import Path
 
 from pydantic import ConfigDict
 
-from deit.errors import CheckpointError, EnvironmentFault, NotReadableError, raise_transient
+from deit.errors import CheckpointError, NotReadableError, SystemFault, raise_transient
 from deit.inputs import open_file, read_bytes
 from deit.threads import threads
-from deit.typed_json import read_typed
+from deit.typed_json import load_json_as
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
-_LOOKS, _MOMENT_S = 5, 0.02
+FORMAT_VERSION = 3
+_RETRIES, _MOMENT_S = 5, 0.02
 _NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")  # of a file right here: no path, nothing hidden
 
 
 @dataclass(frozen=True)
-class Content:
+class FileDigest:
     """A file's size [bytes] and SHA-256."""
 
     bytes: int
@@ -39,29 +39,29 @@ class Manifest:
     __pydantic_config__ = ConfigDict(extra="forbid")
     format_version: int
     step: int
-    files: dict[str, Content]
+    files: dict[str, FileDigest]
     sha256: str
 
 
-def digests(folder: Path, names: Iterable[str]) -> dict[str, Content]:
+def digests(folder: Path, names: Iterable[str]) -> dict[str, FileDigest]:
     """Size and digest of files in a folder, by name in order."""
     names = sorted(names)
     with threads(4) as pool:  # hashing leaves the interpreter to others
         return dict(zip(names, pool.map(_digest, (folder / name for name in names))))
 
 
-def _digest(path: Path) -> Content:
+def _digest(path: Path) -> FileDigest:
     try:
         with open_file(path) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return Content(file.tell(), sha256)
+            return FileDigest(file.tell(), sha256)
     except PermissionError as error:
         raise NotReadableError(f"{path}: cannot be read ({error.strerror})") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def seal(folder: Path, files: dict[str, Content], *, step: int) -> None:
+def write_manifest(folder: Path, files: dict[str, FileDigest], *, step: int) -> None:
     """Write the manifest of a folder, its last file. Syncing is left to who renames the folder."""
     content = {"format_version": FORMAT_VERSION, "step": step}
     content["files"] = {name: asdict(one) for name, one in files.items()}
@@ -73,26 +73,26 @@ def _text(content: dict) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def strays(folder: Path) -> set[str]:
+def unlisted_files(folder: Path) -> set[str]:
     """Names in a folder that its manifest does not know."""
-    known = read_typed(folder / MANIFEST, Manifest).files.keys()
+    known = load_json_as(folder / MANIFEST, Manifest).files.keys()
     return {path.name for path in folder.iterdir()} - known - {MANIFEST}
 
 
-def check(folder: Path) -> Manifest:
+def verify_dir(folder: Path) -> Manifest:
     """Hold a folder against its manifest, every byte of it.
 
     A folder that is replaced by another meanwhile is looked at again.
     Raises CheckpointError that says what is missing, cut off or changed, or may not be read;
     EnvironmentFault where it cannot be read now.
     """
-    for _ in range(_LOOKS):
+    for _ in range(_RETRIES):
         before = _identity(folder)
         try:
             return _checked(folder)
         except CheckpointError as error:
             damage = error
-        except EnvironmentFault as error:
+        except SystemFault as error:
             # A block that a disk cannot read stays so, whatever else fails comes back.
             lost = getattr(error.__cause__, "errno", None) == errno.EIO
             damage = CheckpointError(str(error)) if lost else error
@@ -122,7 +122,7 @@ def _checked(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if _stat(path) is None:
         raise CheckpointError(f"{folder}: no {MANIFEST}, so it was not finished")
-    manifest = read_typed(path, Manifest)
+    manifest = load_json_as(path, Manifest)
     if manifest.format_version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {manifest.format_version}, this release reads {FORMAT_VERSION}"

@@ -6,75 +6,85 @@ from pathlib import Path
 from typing import Any
 
 from deit import checkpoint
-from deit.config import DataConfig, code_of
+from deit.config import DataConfig, code_sources
 from deit.console import warn
 from deit.datasets.splits import digest_of_images, load_split
 from deit.errors import CheckpointError, DataError
-from deit.evaluation import Examined, as_asked, config_of, cost_of_run, examine
+from deit.evaluation import (
+    EvaluationResult,
+    cost_of_run,
+    evaluate_run,
+    evaluation_config,
+    load_run_config,
+)
 from deit.inputs import read_bytes
-from deit.models.facts import find_saved
+from deit.models.facts import find_saved_model
 from deit.typed_json import read_sealed, write_sealed
 
 
 @dataclass(frozen=True)
-class Measured:
+class CachedEvaluation:
     """An evaluation on the test split. found: as deit.evaluation.evaluate returns it. answers: the
     class of each image by head and `teacher`, confidence: the probability it was given with;
     labels: the true ones. of: what it was made of, by name: `run`, the last link of the run's chain
     of hashes; digests of the `images` and of the files of the `teacher`, "" without one."""
 
-    of: dict[str, str]
+    provenance: dict[str, str]
     found: dict[str, Any]
     answers: dict[str, list[int]]
     confidence: dict[str, list[float]]
     labels: list[int]
 
 
-class Evaluations:
+class EvaluationCache:
     """Evaluations of finished runs, each made once and kept; the images of a data set are looked at
     once for all runs."""
 
     def __init__(self) -> None:
         self._digests: dict[DataConfig, str] = {}
 
-    def of(
+    def get(
         self,
         out: Path,
         *,
-        elsewhere: Path | None = None,
+        cache_path: Path | None = None,
         root: str | None = None,
         teacher: str | None = None,
         cost: bool = False,
-    ) -> Measured:
+    ) -> CachedEvaluation:
         """The evaluation of a finished run: from the file beside its folder if that is of this run,
         these images and this teacher; where images or teacher are gone, of those there were.
 
         elsewhere: where it is written if there is none; None: beside the folder. root, teacher,
         cost: as deit.evaluation.examine takes them. Raises the errors of deit.errors.
         """
-        result = checkpoint.result_of(out)
+        result = checkpoint.read_result(out)
         if result is None:
             raise CheckpointError(f"{out}: is not finished; its own command goes on with it")
         beside = out.with_name(f"{out.name}.evaluation.json")
-        for path in (elsewhere, beside):
-            before = None if path is None else read_sealed(path, Measured)
+        for path in (cache_path, beside):
+            before = None if path is None else read_sealed(path, CachedEvaluation)
             if before is None:
                 continue
-            if before.of["run"] == result["chain"] and self._holds(before, out, root, teacher):
+            if before.provenance["run"] == result["chain"] and self._holds(
+                before, out, root, teacher
+            ):
                 if cost and "cost" not in before.found:
                     before.found["cost"] = cost_of_run(out)
-                    write_sealed(elsewhere or beside, asdict(before))
+                    write_sealed(cache_path or beside, asdict(before))
                 return before
-        examined = examine(out, root=root, teacher=teacher, cost=cost)
+        examined = evaluate_run(out, root=root, teacher=teacher, cost=cost)
         now = _measured(examined, {"run": result["chain"], "teacher": ""})
         if examined.found["teacher"] is not None:
-            now.of["teacher"] = _digest_of_files(_sources(out, teacher))
-        write_sealed(elsewhere or beside, asdict(now))
+            now.provenance["teacher"] = _digest_of_files(_sources(out, teacher))
+        write_sealed(cache_path or beside, asdict(now))
         return now
 
-    def _holds(self, before: Measured, out: Path, root: str | None, teacher: str | None) -> bool:
+    def _holds(
+        self, before: CachedEvaluation, out: Path, root: str | None, teacher: str | None
+    ) -> bool:
         """Whether a kept evaluation is of the images and the teacher that are there now."""
-        data = as_asked(config_of(out), root=root).data
+        data = evaluation_config(load_run_config(out), root=root).data
         if data not in self._digests:
             try:
                 names, images = load_split(data, "test")
@@ -82,12 +92,15 @@ class Evaluations:
             except DataError as error:
                 warn(f"evaluations are told as they were made: {error} (--data.root DIR: moved?)")
                 self._digests[data] = ""
-        images = self._digests[data] in ("", before.of["images"])
-        return images and _digest_of_files(_sources(out, teacher)) in ("", before.of["teacher"])
+        images = self._digests[data] in ("", before.provenance["images"])
+        return images and _digest_of_files(_sources(out, teacher)) in (
+            "",
+            before.provenance["teacher"],
+        )
 
 
-def _measured(examined: Examined, of: dict[str, str]) -> Measured:
-    return Measured(
+def _measured(examined: EvaluationResult, of: dict[str, str]) -> CachedEvaluation:
+    return CachedEvaluation(
         {**of, "images": examined.digest},
         examined.found,
         {name: answer.tolist() for name, answer in examined.answers.items()},
@@ -103,8 +116,8 @@ def _sources(out: Path, teacher: str | None) -> list[str]:
     """Whom an evaluation asks beside the student: code in a run's configuration is not run."""
     if teacher is not None:
         return teacher.split(",")
-    own = config_of(out).teacher
-    return [] if code_of(own) else list(own.source)
+    own = load_run_config(out).teacher
+    return [] if code_sources(own) else list(own.source)
 
 
 def _digest_of_files(sources: list[str]) -> str:
@@ -112,7 +125,7 @@ def _digest_of_files(sources: list[str]) -> str:
     digest = hashlib.sha256()
     for source in sources:
         path = Path(source.rsplit(":", 1)[0] if ".py:" in source else source).expanduser()
-        path = (find_saved(path) or path) if path.is_dir() else path
+        path = (find_saved_model(path) or path) if path.is_dir() else path
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         files = [file for file in files if file.is_file()]
         if not files:
@@ -125,7 +138,7 @@ def _digest_of_files(sources: list[str]) -> str:
 _FEW, _MOST = 3, 12
 
 
-def disagreement(runs: dict[str, Measured]) -> dict[str, dict[str, float]]:
+def disagreement_matrix(runs: dict[str, CachedEvaluation]) -> dict[str, dict[str, float]]:
     """The share of images on which two answer differently (the DeiT paper's Table 4), for each two:
     the truth, the teacher, and the runs; of up to three runs every head, of more the fused answer.
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deit.errors import EnvironmentFault
-from deit.launcher import sharing
+from deit.errors import SystemFault
+from deit.launcher import processes_on_host
 
 
 def free_memory(device: torch.device) -> int:
@@ -23,7 +23,7 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = psutil.virtual_memory().available + psutil.swap_memory().free
-    return min([free, *allowed()]) // sharing()
+    return min([free, *allowed()]) // processes_on_host()
 
 
 _V2 = ("memory.max", "memory.current", "inactive_file")
@@ -197,8 +197,8 @@ def check_answers(
     if each * images <= free:
         return
     fitting = max(int(free / 2 / each), 1)
-    raise EnvironmentFault(
-        f"run.evaluation_batch = {images}: so many images of {side} px at once need at least "
-        f"{gib(each * images)}, and {gib(free)} of memory are free; --run.evaluation_batch "
+    raise SystemFault(
+        f"run.eval_batch_size = {images}: so many images of {side} px at once need at least "
+        f"{gib(each * images)}, and {gib(free)} of memory are free; --run.eval_batch_size "
         f"{2 ** (fitting.bit_length() - 1)} fits"
     )

@@ -13,10 +13,10 @@ def topk_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
     the number of classes.
     """
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return right(top, labels).any(dim=1).double().mean().item()
+    return is_correct(top, labels).any(dim=1).double().mean().item()
 
 
-def right(answers: Tensor, labels: Tensor) -> Tensor:
+def is_correct(answers: Tensor, labels: Tensor) -> Tensor:
     """Which answers int64 [number, k] are right, bool [number, k]. labels: as in topk_accuracy."""
     return labels.gather(1, answers) if labels.dtype == torch.bool else answers == labels[:, None]
 
@@ -36,13 +36,13 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Expected calibration error (Guo et al. 2017): mean over samples of |confidence - accuracy|
     of their bin, bins of equal width; in [0, 1]. labels: as in topk_accuracy."""
     confidence, answers = logits.double().softmax(dim=1).max(dim=1)
-    correct = right(answers[:, None], labels)[:, 0].double()
+    correct = is_correct(answers[:, None], labels)[:, 0].double()
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.float64).index_add(0, index, confidence - correct)
     return (gap.abs().sum() / len(labels)).item()
 
 
-def chance(labels: Tensor, num_classes: int) -> float:
+def majority_accuracy(labels: Tensor, num_classes: int) -> float:
     """Accuracy of always answering the most frequent class, in [0, 1]."""
     return torch.bincount(labels, minlength=num_classes).max().item() / len(labels)
 

@@ -9,10 +9,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from deit.checkpoint import ENVIRONMENT, recorded
 from deit.config import Config, peak_lr
-from deit.console import percent
+from deit.console import format_percent
 from deit.drawing import markdown_table
-from deit.models.saved import Facts
-from deit.seats import members
+from deit.models.saved import ModelInfo
+from deit.seats import teacher_specs
 
 _LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "pt2": "pytorch"}
 
@@ -23,7 +23,7 @@ def write_card(
     run: Path,
     name: str,
     config: Config,
-    facts: Facts,
+    facts: ModelInfo,
     found: dict[str, Any],
     verified: list[dict[str, Any]],
     licence: str | None,
@@ -94,9 +94,9 @@ def _taught(config: Config) -> bool:
     return config.loss.kind != "none"
 
 
-def _what(config: Config, facts: Facts) -> str:
+def _what(config: Config, facts: ModelInfo) -> str:
     student = facts.student
-    sources = (_public(one.source or "stored answers") for one in members(config.teacher))
+    sources = (_public(one.source or "stored answers") for one in teacher_specs(config.teacher))
     teachers = " and ".join(sources)
     taught = f", distilled from {teachers}" if _taught(config) else ", trained by labels alone"
     return (
@@ -107,11 +107,11 @@ def _what(config: Config, facts: Facts) -> str:
 
 def _results(measured: dict[str, dict[str, float]], found: dict[str, Any]) -> str:
     rows = [
-        (head.replace("_", " "), *(percent(row[key]) for key in _MEASURES))
+        (head.replace("_", " "), *(format_percent(row[key]) for key in _MEASURES))
         for head, row in measured.items()
     ]
     if found["teacher"]:
-        rows.append(("teacher", *(percent(found["teacher"][key]) for key in _MEASURES)))
+        rows.append(("teacher", *(format_percent(found["teacher"][key]) for key in _MEASURES)))
     table = markdown_table(("head", *_MEASURES.values()), rows)
     told = f"On the {found['num_samples']} images of the {found['split']} split."
     if len(measured) > 1:
@@ -129,16 +129,16 @@ def _training(run: Path, config: Config) -> str:
     optim, loss = config.optim, config.loss
     lines = [
         f"{optim.epochs} epochs of batches of {optim.batch_size}, "
-        f"{_ALGORITHMS[optim.algorithm]} at {peak_lr(optim):.3g}, "
+        f"{_ALGORITHMS[optim.name]} at {peak_lr(optim):.3g}, "
         f"weight decay {optim.weight_decay:g}",
-        f"objective: {loss.kind}, through {loss.through}, weight {loss.distillation_weight:g}, "
+        f"objective: {loss.kind}, through {loss.head}, weight {loss.distillation_weight:g}, "
         f"temperature {loss.temperature:g}"
         if _taught(config)
         else f"objective: labels, smoothing {loss.label_smoothing:g}",
         f"seed {config.run.seed}",
     ]
-    if config.start.source is not None:
-        lines.insert(0, f"from the weights of {_public(config.start.source)}")
+    if config.init.weights is not None:
+        lines.insert(0, f"from the weights of {_public(config.init.weights)}")
     if (run / ENVIRONMENT).is_file():
         about = recorded(run)
         lines.append(f"on {about.device_name}, torch {about.packages.torch}, commit {about.commit}")
@@ -147,7 +147,7 @@ def _training(run: Path, config: Config) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _limits(facts: Facts, found: dict[str, Any]) -> str:
+def _limits(facts: ModelInfo, found: dict[str, Any]) -> str:
     shown = ", ".join(_escaped(name) for name in facts.class_names[:20])
     more = f" and {len(facts.class_names) - 20} more" if len(facts.class_names) > 20 else ""
     return (
@@ -172,7 +172,7 @@ def _checked(verified: list[dict[str, Any]]) -> str:
     return markdown_table(("loaded by", "images", "largest difference of a logit", "allowed"), rows)
 
 
-def _names(facts: Facts) -> dict[str, Any]:
+def _names(facts: ModelInfo) -> dict[str, Any]:
     side = facts.student.image_size
     return {
         "side": side,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deit.config import OptimConfig, peak_lr
-from deit.sharding import own_part
+from deit.sharding import local_tensor
 
 # Tokens go by timm's names; the mixing of heads (models/multiplexing.py) rests at the identity.
 _UNDECAYED = ("cls_token", "dist_token", "pos_embed", "before", "after")
@@ -36,7 +36,7 @@ def parameter_groups(
     ]
 
 
-def layer_scales(depths: dict[str, int], layer_decay: float) -> dict[str, float]:
+def layer_lr_scales(depths: dict[str, int], layer_decay: float) -> dict[str, float]:
     """The factor of the learning rate of each parameter, layer_decay ** (layers above its own)
     (Clark et al. 2020, "ELECTRA"). depths: its layer, 0 the nearest to the image."""
     top = max(depths.values())
@@ -53,12 +53,12 @@ def build_optimizer(
     torch's AdamW takes lr_t * weight_decay off a weight, big_vision schedule_t * weight_decay with
     schedule_t = lr_t / peak (Beyer et al. 2022): the same with weight_decay / peak.
     """
-    independent = optim.independent_decay
+    independent = optim.independent_weight_decay
     decay = optim.weight_decay / peak_lr(optim) if independent else optim.weight_decay
     groups = parameter_groups(model, decay, scales)
     betas = (optim.beta1, optim.beta2)
     # Fused: one pass over the weights, which it leaves alone where the loop says so (found_inf).
-    if optim.algorithm == "sgd":
+    if optim.name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, fused=True)
         # Zeros, from which the first update makes the gradient: a first update that is left alone
         # would leave torch's own buffers as it found the memory.
@@ -81,8 +81,8 @@ def lr_at(step: int, *, optim: OptimConfig, steps_per_epoch: int) -> float:
     if step < warmup:
         return optim.warmup_lr + (peak - optim.warmup_lr) * step / warmup
     last = optim.epochs * steps_per_epoch - 1
-    if optim.decay_at:
-        fallen = sum(step >= round(share * (last + 1)) for share in optim.decay_at)
+    if optim.lr_milestones:
+        fallen = sum(step >= round(share * (last + 1)) for share in optim.lr_milestones)
         return peak * 0.1**fallen
     progress = (step - warmup) / max(last - warmup, 1)
     cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
@@ -95,7 +95,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def average_decay(updates: Tensor, *, horizon: float) -> Tensor:
+def ema_decay(updates: Tensor, *, horizon: float) -> Tensor:
     """Decay of the weight average at its update number `updates` (0 is the first), a scalar.
 
     horizon: updates after which a weight's share has fallen by e. The decay grows as
@@ -105,7 +105,7 @@ def average_decay(updates: Tensor, *, horizon: float) -> Tensor:
     return ((1 + updates) / (10 + updates)).clamp(max=math.exp(-1 / horizon))
 
 
-class WeightAverage:
+class EMA:
     """An exponential moving average of a model's weights and buffers, itself a model."""
 
     def __init__(
@@ -113,7 +113,7 @@ class WeightAverage:
     ) -> None:
         """horizon: in updates. device: where the model will be; None: where it is."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.horizon = horizon
+        self.horizon_steps = horizon
         device = next(model.parameters()).device if device is None else device
         self.updates = torch.zeros((), dtype=torch.float64, device=device)
         self._of: nn.Module | None = None
@@ -124,13 +124,13 @@ class WeightAverage:
         then be as it was before it); integer buffers are copied. Nothing here waits for the
         device."""
         if self._of is not model:  # a walk through all modules, at every update, takes its time
-            both = (map(own_part, one.state_dict().values()) for one in (self.model, model))
+            both = (map(local_tensor, one.state_dict().values()) for one in (self.model, model))
             pairs = list(zip(*both))
             moving = [pair for pair in pairs if pair[0].is_floating_point()]
             self._ours, self._theirs = ([pair[side] for pair in moving] for side in (0, 1))
             self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
             self._of = model
-        weight = (1 - average_decay(self.updates, horizon=self.horizon)) * applied
+        weight = (1 - ema_decay(self.updates, horizon=self.horizon_steps)) * applied
         ways = torch._foreach_sub(self._theirs, self._ours)
         torch._foreach_mul_(ways, weight.float())
         torch._foreach_add_(self._ours, ways)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deit.errors import CheckpointError, raise_transient
 from deit.inputs import check_readable
-from deit.sharding import divided_like
+from deit.sharding import shard_like
 
 
 def _kinds(optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -60,7 +60,7 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Modul
                     f"{tuple(parameter.shape)} in the network"
                 )
         brought = {kind: value.to(parameter.device) for kind, value in found.items()}
-        moments = {kind: divided_like(brought[kind], parameter) for kind in shaped}
+        moments = {kind: shard_like(brought[kind], parameter) for kind in shaped}
         optimizer.state[parameter] = {**brought, **moments}
     if tensors:
         raise CheckpointError(f"{path}: state of an unknown parameter: {next(iter(tensors))}")

@@ -9,23 +9,23 @@ from deit.errors import ConfigError
 from deit.text import nearest
 
 
-def parse_shard(text: str) -> tuple[int, int]:
+def parse_part(text: str) -> tuple[int, int]:
     """`2/8` as (2, 8): part 2, counted from 0, of 8. Raises ConfigError."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise ConfigError(f"--shard {text}: should be I/N with I in 0 ... N - 1, as in 0/4")
+        raise ConfigError(f"--part {text}: should be I/N with I in 0 ... N - 1, as in 0/4")
     return int(part), int(parts)
 
 
-def check_records(text: str | None) -> str | None:
+def check_content(text: str | None) -> str | None:
     """hard, full or top-K. Raises ConfigError."""
     kept = (text or "").removeprefix("top-")
     if text in (None, "hard", "full") or (kept != text and kept.isdecimal() and int(kept) > 0):
         return text
-    raise ConfigError(f"--records {text}: should be hard, full or top-K, as in top-10")
+    raise ConfigError(f"--content {text}: should be hard, full or top-K, as in top-10")
 
 
-def read_numbers(text: str | None, option: str, *, whole: bool, least: int = 1) -> tuple[Any, ...]:
+def parse_numbers(text: str | None, option: str, *, whole: bool, least: int = 1) -> tuple[Any, ...]:
     """`8,16` as numbers: counts from `least`, or shares in (0, 1]. Raises ConfigError."""
     found = []
     for word in (text or "").split(","):
@@ -74,20 +74,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
-    def add_search(self, *, seeds: str = "0", retries: bool = True) -> None:
+    def add_multi_run_options(self, *, seeds: str = "0", retries: bool = True) -> None:
         """The options of every command that trains many runs."""
         self.add_argument(
             "--seeds",
             default=seeds,
             metavar="A,B,...",
-            help="Every run once with each: mean and std of several.",
+            help="Seeds to train with; several give mean and standard deviation.",
         )
         self.add_argument(
-            "--at_once",
+            "--parallel",
             type=int,
             default=1,
             metavar="N",
-            help="Runs that share the machine: small students cannot fill it alone.",
+            help="Number of runs to train in parallel, for students too small to use the whole "
+            "machine.",
         )
         if retries:
             self.add_argument(
@@ -95,11 +96,12 @@ class Parser(argparse.ArgumentParser):
                 type=int,
                 default=1,
                 metavar="N",
-                help="How often a run is tried again that failed for a reason that may pass.",
+                help="Number of retries of a run after a transient failure (killed, out of memory, "
+                "disk full).",
             )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse, but `--at-once` is `--at_once`: fields of a run may be spelled so, too."""
+        """Parse as argparse does; hyphens and underscores within options are the same."""
         words = list(map(self._spelled, sys.argv[1:] if args is None else args))
         for word in words:
             name, _, value = word.partition("=")
@@ -108,10 +110,16 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def _spelled(self, word: str) -> str:
+        """Return a word with its option as this parser spells it."""
         name, equals, value = word.partition("=")
-        ours = name[:2] + name[2:].replace("-", "_")
-        there = self._option_string_actions
-        return f"{ours}{equals}{value}" if name not in there and ours in there else word
+        for ours in (name, "--" + name[2:].replace("_", "-"), "--" + name[2:].replace("-", "_")):
+            if word.startswith("--") and ours in self._option_string_actions:
+                return f"{ours}{equals}{value}"
+        return word
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; unlike argparse, report a standard output that cannot be written."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")

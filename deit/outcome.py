@@ -5,7 +5,7 @@ from typing import Any
 
 from deit import checkpoint, journal
 from deit.drawing import HEADS
-from deit.saving import selected_top1
+from deit.saving import selection_metric
 
 Row = dict[str, Any]
 
@@ -20,10 +20,10 @@ def new_row(*, epochs: int, teacher: bool) -> Row:
     return {**{name: [] for name in lists}, "epochs": epochs, "teacher": teacher}
 
 
-def note(row: Row, out: Path, found: dict[str, Any], *, classes: bool = False) -> None:
+def add_run(row: Row, out: Path, found: dict[str, Any], *, classes: bool = False) -> None:
     """Add a finished run to its row. found: what deit.evaluation.evaluate says of it. classes:
     whether it is told class by class as well, as where one of several runs did not see some."""
-    result = checkpoint.result_of(out)
+    result = checkpoint.read_result(out)
     row["top1"].append(top1_by_head(found))
     row["agreement"].append(_agreement(found))
     row["seconds"].append(result["seconds"])
@@ -59,4 +59,6 @@ def _agreement(found: dict[str, Any]) -> float | None:
 def _curve(folder: Path) -> list[tuple[int, float]]:
     """Validation top-1 by epoch, of the weights and head that select the best checkpoint."""
     rows = journal.read_metrics(folder)
-    return [(row["epoch"], selected_top1(row["validation"])) for row in rows if "validation" in row]
+    return [
+        (row["epoch"], selection_metric(row["validation"])) for row in rows if "validation" in row
+    ]

@@ -46,12 +46,12 @@ def section(title: str, body: Iterable[str], *, anchor: str = "") -> str:
     return f"<section{named}>\n<h2>{text(title)}</h2>\n" + "\n".join(body) + "\n</section>"
 
 
-def part(title: str, body: Iterable[str]) -> str:
+def subsection(title: str, body: Iterable[str]) -> str:
     """A smaller part."""
     return f"<h3>{text(title)}</h3>\n" + "\n".join(body)
 
 
-def folded(title: str, body: Iterable[str], *, opened: bool) -> str:
+def details(title: str, body: Iterable[str], *, opened: bool) -> str:
     """A part that can be folded away."""
     state = " open" if opened else ""
     return f"<details{state}><summary>{text(title)}</summary>\n" + "\n".join(body) + "\n</details>"
@@ -68,7 +68,7 @@ def links(places: dict[str, str]) -> str:
     return f"<nav>{inside}</nav>"
 
 
-def tiles(values: dict[str, str]) -> str:
+def stat_tiles(values: dict[str, str]) -> str:
     """A few numbers, large, each with what it is."""
     inside = "".join(
         f'<div class="tile"><b>{text(value)}</b><span>{text(name)}</span></div>'
@@ -77,7 +77,7 @@ def tiles(values: dict[str, str]) -> str:
     return f'<div class="tiles">{inside}</div>'
 
 
-def card(values: dict[str, str]) -> str:
+def key_values(values: dict[str, str]) -> str:
     """Facts by name, a line each."""
     inside = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in values.items())
     return f'<dl class="card">{inside}</dl>'
@@ -204,7 +204,7 @@ def picture(path: Path, name: str) -> str:
     return f'<img alt="{text(name)}" src="data:{kind};base64,{data}">'
 
 
-def pair(*figures: str) -> str:
+def side_by_side(*figures: str) -> str:
     """Pictures beside each other where there is room."""
     return f'<div class="pair">{"".join(figures)}</div>'
 

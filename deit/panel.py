@@ -7,23 +7,23 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config import Combine
-from deit.ensembles import combine
-from deit.environment import compiled
+from deit.config import EnsembleMode
+from deit.ensembles import combine_teachers
+from deit.environment import compile_module
 from deit.errors import NumericsError
 from deit.models.teachers import Teacher
-from deit.records import Answers, Batch
+from deit.records import Batch, TeacherOutput
 
 _CHECK_EVERY = 50  # batches; a check makes a GPU wait
 
 
-class Voice(Protocol):
+class TeacherFn(Protocol):
     """One teacher: (labels int64 [batch], logits float32 [batch, classes] or None)."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]: ...
 
 
-class NetworkVoice:
+class OnlineTeacher:
     """A teacher that answers itself, in the precision of the run."""
 
     def __init__(self, teacher: Teacher, accelerator: Accelerator) -> None:
@@ -37,67 +37,69 @@ class NetworkVoice:
         return logits.argmax(dim=1), logits
 
 
-class Panel:
+class TeacherEnsemble:
     """All teachers of a run; watches that every answer is finite."""
 
     def __init__(
         self,
-        voices: list[Voice],
+        voices: list[TeacherFn],
         *,
         weights: tuple[float, ...],
-        how: Combine,
+        how: EnsembleMode,
         temperature: float,
         wants_logits: bool,
         name: Callable[[int], str],
     ) -> None:
         """weights, how, temperature: as `combine` takes them. wants_logits: whether labels alone
         would not do. name: what messages call a training image."""
-        self.voices = voices
+        self.teachers = voices
         self.weights = weights
-        self.how = how
+        self.mode = how
         self.temperature = temperature
-        self.wants_logits = wants_logits or (len(voices) > 1 and how != "tokens")
+        self.needs_logits = wants_logits or (len(voices) > 1 and how != "tokens")
         self.name = name
-        self._suspects: Tensor | None = None
-        self._heard = 0
+        self._nonfinite_ids: Tensor | None = None
+        self._num_batches = 0
 
-    def __call__(self, batch: Batch) -> Answers:
+    def __call__(self, batch: Batch) -> TeacherOutput:
         """What the student hears. Raises NumericsError, on a GPU some batches later, where an
         answer is not finite."""
-        said = [voice(batch) for voice in self.voices]
-        self._watch(batch.samples, [logits for _, logits in said if logits is not None])
+        said = [voice(batch) for voice in self.teachers]
+        self._track_nonfinite(
+            batch.sample_ids, [logits for _, logits in said if logits is not None]
+        )
         labels = torch.stack([labels for labels, _ in said], dim=1)
-        if not self.wants_logits:
-            return Answers(labels, None, self.weights)
+        if not self.needs_logits:
+            return TeacherOutput(labels, None, self.weights)
         logits = torch.stack([logits for _, logits in said], dim=1)
-        answers = combine(logits, self.weights, self.how, temperature=self.temperature)
+        answers = combine_teachers(logits, self.weights, self.mode, temperature=self.temperature)
         # Where nothing was combined, the label as it was said: rounding a stored answer may tie.
         return answers._replace(labels=labels) if len(answers.weights) == len(said) else answers
 
     def compile(self, mode: str) -> None:
         """Have the networks compiled, as deit.environment.compiled does."""
-        for voice in self.voices:
-            if isinstance(voice, NetworkVoice):
-                compiled(voice.teacher, mode)
+        for voice in self.teachers:
+            if isinstance(voice, OnlineTeacher):
+                compile_module(voice.teacher, mode)
 
-    def _watch(self, samples: Tensor, logits: list[Tensor]) -> None:
+    def _track_nonfinite(self, samples: Tensor, logits: list[Tensor]) -> None:
         for answers in logits:
             broken = ~answers.isfinite().flatten(1).all(dim=1)
             found = torch.where(broken, samples, -1)
-            if self._suspects is not None and self._suspects.shape != found.shape:
+            if self._nonfinite_ids is not None and self._nonfinite_ids.shape != found.shape:
                 self.check()
-            before = found if self._suspects is None else self._suspects
-            self._suspects = torch.maximum(before, found)
-        self._heard += 1
-        if samples.device.type == "cpu" or self._heard % _CHECK_EVERY == 0:
+            before = found if self._nonfinite_ids is None else self._nonfinite_ids
+            self._nonfinite_ids = torch.maximum(before, found)
+        self._num_batches += 1
+        if samples.device.type == "cpu" or self._num_batches % _CHECK_EVERY == 0:
             self.check()
 
     def check(self) -> None:
         """Raises NumericsError naming the images where an answer heard so far is not finite."""
-        if self._suspects is None:
+        if self._nonfinite_ids is None:
             return
-        broken = self._suspects[self._suspects >= 0].tolist()
-        self._suspects = None
+        broken = self._nonfinite_ids[self._nonfinite_ids >= 0].tolist()
+        self._nonfinite_ids = None
         if broken:
             named = ", ".join(self.name(index) for index in broken[:5])
             more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""

@@ -14,15 +14,15 @@ from deit.config import Config
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
 from deit.manifest import FORMAT_VERSION
-from deit.models.base import Base
-from deit.models.masks import Held
-from deit.models.saved import Facts
-from deit.optim import WeightAverage
-from deit.panel import Panel
+from deit.models.base import AdapterBase
+from deit.models.masks import PruningMasks
+from deit.models.saved import ModelInfo
+from deit.optim import EMA
+from deit.panel import TeacherEnsemble
 
 
 @dataclass
-class State:
+class TrainState:
     """How far a run has come; everything a resumed run must know beside tensors.
 
     No random state is among it: order, views, mixing and drop path are functions of the seed and
@@ -43,7 +43,7 @@ class State:
     """Updates left out because loss or gradient was not finite; `skipped_in_a_row` of them without
     a good one between."""
     skipped_in_a_row: int = 0
-    tally: dict[str, list[float]] = field(default_factory=dict)
+    metric_sums: dict[str, list[float]] = field(default_factory=dict)
     """Sums of the epoch under way: by name, of each process."""
     fingerprint: str = ""
     """Of the images, labels and class names."""
@@ -61,29 +61,29 @@ class State:
 
 
 @dataclass
-class Parts:
+class TrainingRun:
     """Everything a run works with; `student` and `optimizer` are prepared by Accelerate."""
 
     config: Config
     out: Path
     accelerator: Accelerator
     splits: Splits
-    facts: Facts
-    panel: Panel | None
+    facts: ModelInfo
+    panel: TeacherEnsemble | None
     loader: TrainLoader
     student: nn.Module
     optimizer: torch.optim.Optimizer
-    average: WeightAverage | None
-    state: State
-    held: Held | None = None
+    average: EMA | None
+    state: TrainState
+    masks: PruningMasks | None = None
     """The masks of a pruned student; None where every weight is trained."""
-    base: Base | None = None
+    adapter_base: AdapterBase | None = None
     """Where adapters are trained alone, the weights they belong to; None where all are saved."""
-    start_notes: dict[str, Any] | None = None
+    init_report: dict[str, Any] | None = None
     """What the student started from, and what was done to fit it; None: random weights, or a
     resumed run."""
-    teacher_answers: Tensor | None = None
-    guard: Callable[[], None] | None = None
+    teacher_predictions: Tensor | None = None
+    check_lock: Callable[[], None] | None = None
     """Raises where the run's folder is no longer this run's; in the main process."""
-    view_epochs: int | None = None
+    num_view_epochs: int | None = None
     """Epochs of views that come round again and again; None: each epoch has its own."""

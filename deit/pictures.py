@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.drawing import save_figure
-from deit.errors import EnvironmentFault
+from deit.errors import SystemFault
 from deit.text import in_line
 
 GREY = "#808894"
@@ -32,7 +32,7 @@ def draw_attention(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
+        raise SystemFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
     across = 1 + len(names)
     ink = {"color": GREY} if clear else {}
     figure = Figure(figsize=(2.6 * across, 2.9 * len(images)), layout="constrained")

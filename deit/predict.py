@@ -8,30 +8,30 @@ import torch
 from torch import Tensor
 
 from deit import checkpoint
-from deit.config import TeacherConfig, code_of
-from deit.console import percent, progress, say, table
+from deit.config import TeacherConfig, code_sources
+from deit.console import format_percent, info, progress, table
 from deit.datasets.decoding import EXTENSIONS, open_image, square_of
 from deit.datasets.listing import PassedOver, find_images, opened
 from deit.datasets.views import evaluation_views
 from deit.disk import write_json
-from deit.errors import CheckpointError, ConfigError, DataError, reason_of
+from deit.errors import CheckpointError, ConfigError, DataError, first_line
 from deit.inputs import no_file, read_bytes
-from deit.models.attention import Looks, check_attention, rollout
-from deit.models.facts import Facts, find_saved
+from deit.models.attention import AttentionMaps, check_attention, rollout
+from deit.models.facts import ModelInfo, find_saved_model
 from deit.models.saved import load_student
 from deit.models.student import Student
 from deit.models.teachers import Teacher, load_teacher
 from deit.pictures import draw_attention
 from deit.preflight import announce_order
-from deit.records import head_logits
-from deit.seats import members
-from deit.validation import load
+from deit.records import logits_by_head
+from deit.seats import teacher_specs
+from deit.validation import load_config
 
 _BLOCK = 32
 _MOST_DRAWN = 16
 
 
-class Picture(NamedTuple):
+class Prediction(NamedTuple):
     """A picture and what was answered to it.
 
     views: float32 [3, side, side] in [0, 1], as the student sees it. heads: logits [classes] by
@@ -42,7 +42,7 @@ class Picture(NamedTuple):
     path: Path
     views: Tensor | None
     heads: dict[str, Tensor]
-    looks: Tensor | None
+    attention: Tensor | None
 
 
 def predict(
@@ -51,14 +51,14 @@ def predict(
     *,
     name: str = "best",
     teacher: str | None = None,
-    top: int = 5,
+    top_k: int = 5,
     attention: Path | None = None,
     json_file: Path | None = None,
 ) -> dict[str, Any]:
     """Answer pictures, print the answers, and write what was asked for; plain values as in JSON.
 
     paths: pictures, or folders of them. name: best or last. teacher: whom to ask as well; "run":
-    the run's own. top: classes to show. attention: a PNG to draw.
+    the run's own. top_k: classes to show. attention: a PNG to draw.
     Raises the errors of deit.errors. Pictures that cannot be read are named by a DataError after
     all others are answered, printed and written.
     """
@@ -79,13 +79,13 @@ def predict(
         pictures += found
     if not pictures:
         _refuse(bad, 0)
-    rows = [_plain(picture, facts, top) for picture in pictures]
+    rows = [_plain(picture, facts, top_k) for picture in pictures]
     result = {"run": str(run), "checkpoint": saved.name, "pictures": rows, "unreadable": bad}
     for row in rows:
         _print(row)
     if json_file is not None:
         write_json(json_file, result)
-        say(f"wrote {json_file}")
+        info(f"wrote {json_file}")
     if attention is not None:
         _draw(pictures, rows, names, attention)
     if bad:
@@ -106,8 +106,8 @@ def _saved(run: Path, name: str) -> Path:
     """The folder with the student. Raises CheckpointError."""
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run folder")
-    saved = checkpoint.at(run, name) or run
-    if find_saved(saved) != saved:
+    saved = checkpoint.find_checkpoint(run, name) or run
+    if find_saved_model(saved) != saved:
         raise CheckpointError(f"{run}: holds no finished checkpoint {name!r} of ours")
     return saved
 
@@ -135,7 +135,7 @@ def _files(paths: list[Path], bad: dict[str, str]) -> list[Path]:
         else:
             bad[str(path)] = "no such picture" if not path.exists() else no_file(path)
     for note in passed.notes():
-        say(note)
+        info(note)
     return found
 
 
@@ -144,23 +144,23 @@ def _blocks(files: list[Path]) -> Iterator[list[Path]]:
         yield files[start : start + _BLOCK]
 
 
-def _teacher(run: Path, source: str | None, facts: Facts) -> Teacher | None:
+def _teacher(run: Path, source: str | None, facts: ModelInfo) -> Teacher | None:
     if source is None:
         return None
     asked = TeacherConfig(source=(source,))
     if source == "run":
-        file = (run.parent if checkpoint.is_one(run) else run) / checkpoint.CONFIG
-        asked = load(file).teacher
+        file = (run.parent if checkpoint.is_checkpoint_dir(run) else run) / checkpoint.CONFIG
+        asked = load_config(file).teacher
         if len(asked.source) != 1:
             raise ConfigError(
                 f"--teacher run: the run has {len(asked.source)} teachers; name one to ask"
             )
-        if code_of(asked):
+        if code_sources(asked):
             raise ConfigError(
                 f"--teacher run: the run's teacher {asked.source[0]} is code; name it yourself if "
                 "you trust it"
             )
-    (member,) = members(asked)
+    (member,) = teacher_specs(asked)
     teacher = load_teacher(member, facts.class_names, image_size=facts.student.image_size)
     announce_order(teacher, facts.class_names)
     return teacher
@@ -170,11 +170,11 @@ def _teacher(run: Path, source: str | None, facts: Facts) -> Teacher | None:
 def _answer(
     files: list[Path],
     student: Student,
-    facts: Facts,
+    facts: ModelInfo,
     teacher: Teacher | None,
     look: bool,
     bad: dict[str, str],
-) -> tuple[list[Picture], tuple[str, ...]]:
+) -> tuple[list[Prediction], tuple[str, ...]]:
     """The answers to a block of pictures, and the names of the tokens that looked. bad: takes each
     picture that cannot be read, and why."""
     side, crop = facts.student.image_size, facts.evaluation_crop
@@ -191,17 +191,19 @@ def _answer(
         return [], ()
     squares = [torch.stack(cuts) for cuts in zip(*(read[file] for file in files))]
     views = evaluation_views(squares[0], size=side, crop=crop)
-    heads = {k: v.float() for k, v in head_logits(student(views)).items() if k != "fused_softmax"}
+    heads = {
+        k: v.float() for k, v in logits_by_head(student(views)).items() if k != "fused_softmax"
+    }
     if teacher is not None:
         shown = views
         if larger > side:
             shown = evaluation_views(squares[1], size=larger, crop=crop)
         heads["teacher"] = teacher(shown)
-    looks: Looks | None = None
+    looks: AttentionMaps | None = None
     if look:
         looks = rollout(student.network, (views - student.mean) / student.std)
     pictures = [
-        Picture(
+        Prediction(
             file,
             views[row] if look else None,
             {name: logits[row] for name, logits in heads.items()},
@@ -217,15 +219,15 @@ def _squares(file: Path, sides: tuple[int, ...]) -> tuple[Tensor, ...]:
     try:
         picture = open_image(read_bytes(file), str(file))
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror or reason_of(error)}") from None
+        raise DataError(f"{file}: {error.strerror or first_line(error)}") from None
     return tuple(square_of(picture, side) for side in sides)
 
 
-def _plain(picture: Picture, facts: Facts, top: int) -> dict[str, Any]:
+def _plain(picture: Prediction, facts: ModelInfo, top_k: int) -> dict[str, Any]:
     """A picture's answers as plain values: for each head its classes, the likeliest first."""
     heads = {}
     for name, logits in picture.heads.items():
-        shares, classes = logits.softmax(dim=0).topk(min(top, len(logits)))
+        shares, classes = logits.softmax(dim=0).topk(min(top_k, len(logits)))
         heads[name] = [
             {"class": facts.class_names[label], "probability": share}
             for share, label in zip(shares.tolist(), classes.tolist())
@@ -236,7 +238,7 @@ def _plain(picture: Picture, facts: Facts, top: int) -> dict[str, Any]:
 def _print(row: dict[str, Any]) -> None:
     heads = row["heads"]
     cells = [
-        [f"{one['class']}  {percent(one['probability'])} %" for one in ranked]
+        [f"{one['class']}  {format_percent(one['probability'])} %" for one in ranked]
         for ranked in zip(*heads.values())
     ]
     rows = [(str(rank), *line) for rank, line in enumerate(cells, start=1)]
@@ -244,19 +246,21 @@ def _print(row: dict[str, Any]) -> None:
 
 
 def _draw(
-    pictures: list[Picture], rows: list[dict[str, Any]], names: tuple[str, ...], path: Path
+    pictures: list[Prediction], rows: list[dict[str, Any]], names: tuple[str, ...], path: Path
 ) -> None:
     said = []
     for row in rows[:_MOST_DRAWN]:
         best = {head: ranked[0] for head, ranked in row["heads"].items()}
-        said.append({h: f"{b['class']} {percent(b['probability'])} %" for h, b in best.items()})
+        said.append(
+            {h: f"{b['class']} {format_percent(b['probability'])} %" for h, b in best.items()}
+        )
     draw_attention(
         [picture.views.permute(1, 2, 0).numpy() for picture in pictures[:_MOST_DRAWN]],
-        [picture.looks.numpy() for picture in pictures[:_MOST_DRAWN]],
+        [picture.attention.numpy() for picture in pictures[:_MOST_DRAWN]],
         names,
         said,
         [picture.path.name for picture in pictures[:_MOST_DRAWN]],
         path,
     )
     more = len(pictures) - _MOST_DRAWN
-    say(f"drew {path}" + (f": the first {_MOST_DRAWN} of {len(pictures)}" if more > 0 else ""))
+    info(f"drew {path}" + (f": the first {_MOST_DRAWN} of {len(pictures)}" if more > 0 else ""))

@@ -7,29 +7,29 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.announce import size_of
+from deit.announce import format_param_count
 from deit.config import CLASS_ORDERS, Config
-from deit.console import percent, say, table, warn
+from deit.console import format_percent, info, table, warn
 from deit.datasets.splits import Splits
-from deit.ensembles import combine, error_overlap
+from deit.ensembles import combine_teachers, error_overlap
 from deit.errors import DataError
 from deit.metrics import (
     agreement,
     at_chance,
     binomial_tail,
-    chance,
     could_be_chance,
+    majority_accuracy,
     topk_accuracy,
 )
 from deit.models.teachers import ASSUMED, BY_NAME, Teacher, arranged
-from deit.prediction import answers_of
+from deit.prediction import predict_split
 
 _MORE = 512  # training images that decide about an order where too few validation images can
 _BY_CHANCE = 1e-3  # how likely any order may seem better by luck alone, and the run still stops
 _GAIN = 0.1  # of the top-1 over the classes that an order places otherwise
 
 
-def measure(
+def check_teachers(
     config: Config,
     splits: Splits,
     accelerator: Accelerator,
@@ -46,31 +46,33 @@ def measure(
     no classes and fits those of the data far better in another order.
     """
     validation = splits.validation
-    guess = chance(validation.labels, len(splits.class_names))
+    guess = majority_accuracy(validation.labels, len(splits.class_names))
     logits = []
     for teacher in teachers:
-        answers = answers_of(accelerator, teacher, validation, config, "teacher", size=size)
+        answers = predict_split(accelerator, teacher, validation, config, "teacher", size=size)
         logits.append(answers.class_logits)
         _introduce(teacher, answers.class_logits, splits, guess)
         said, labels = answers.class_logits.argmax(dim=1), validation.labels
         rows = _undecided(teacher, said, splits)
         if len(rows) >= accelerator.num_processes:
             more = splits.train.select(rows)
-            shown = answers_of(accelerator, teacher, more, config, "class order", size=size)
+            shown = predict_split(accelerator, teacher, more, config, "class order", size=size)
             said = torch.cat([said, shown.class_logits.argmax(dim=1)])
             labels = torch.cat([labels, more.labels])
-        refuse_order(teacher, said, labels, splits.class_names, allowed=config.teacher.allow_weak)
-        judge(config, teacher, answers.class_logits, validation.labels, guess)
+        refuse_order(
+            teacher, said, labels, splits.class_names, allowed=config.teacher.allow_near_chance
+        )
+        check_accuracy(config, teacher, answers.class_logits, validation.labels, guess)
     together = torch.stack(logits, dim=1)
     # One token a teacher: the mean of what they say is what the fused heads could learn.
     how = "probabilities" if config.teacher.combine == "tokens" else config.teacher.combine
-    combined = combine(together, weights, how, temperature=1.0).labels[:, 0]
+    combined = combine_teachers(together, weights, how, temperature=1.0).labels[:, 0]
     if len(teachers) > 1:
         _compare(teachers, together.argmax(dim=2), combined, validation.labels)
     return combined
 
 
-def _introduce(teacher: Teacher, logits: Tensor, splits: Splits, guess: float) -> None:
+def _introduce(teacher: Teacher, logits: Tensor, splits: Splits, chance: float) -> None:
     """Say how good a teacher is, and what it takes its classes for. Raises DataError."""
     if not logits.isfinite().all():
         raise DataError(f"teacher {teacher.description}: its logits are not finite")
@@ -78,11 +80,11 @@ def _introduce(teacher: Teacher, logits: Tensor, splits: Splits, guess: float) -
     size = "any" if teacher.image_size is None else f"{teacher.image_size} px"
     if _enlarged(teacher):
         size += f" (trained at {teacher.trained_size} px)"
-    if teacher.layout == "channels_last":
+    if teacher.memory_format == "channels_last":
         size += ", channels_last in memory"
-    say(
-        f"teacher   {teacher.description}: {size_of(teacher)} parameters, input {size}, "
-        f"validation top-1 {percent(accuracy)} % (chance {percent(guess)} %)"
+    info(
+        f"teacher   {teacher.description}: {format_param_count(teacher)} parameters, input {size}, "
+        f"validation top-1 {format_percent(accuracy)} % (chance {format_percent(chance)} %)"
     )
     announce_order(teacher, splits.class_names)
 
@@ -91,17 +93,21 @@ def _enlarged(teacher: Teacher) -> bool:
     return teacher.trained_size not in (None, teacher.image_size)
 
 
-def judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, guess: float) -> None:
+def check_accuracy(
+    config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, chance: float
+) -> None:
     """Refuse a teacher that is near chance; warn where so few images cannot tell. Raises DataError.
 
     logits: [number, classes], of the validation images with these labels, int64 [number]. guess:
     the accuracy of guessing, in [0, 1].
     """
     accuracy, number = topk_accuracy(logits, labels), len(labels)
-    if at_chance(accuracy, guess):
+    if at_chance(accuracy, chance):
         message = (
-            f"teacher {teacher.description}: {percent(accuracy)} % top-1 on the validation split "
-            f"is near chance ({percent(guess)} %): wrong weights, normalisation or class order?"
+            f"teacher {teacher.description}: {format_percent(accuracy)} % top-1 on the validation "
+            "split "
+            f"is near chance ({format_percent(chance)} %): wrong weights, normalisation or class "
+            "order?"
         )
         if _enlarged(teacher):
             message += (
@@ -109,13 +115,14 @@ def judge(config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, gues
                 f"{teacher.image_size} px first (finetune_deit.py --from TEACHER --resolution "
                 f"{teacher.image_size}), or --teacher.image_size none."
             )
-        if not config.teacher.allow_weak:
-            raise DataError(f"{message} --teacher.allow_weak goes on all the same")
+        if not config.teacher.allow_near_chance:
+            raise DataError(f"{message} --teacher.allow_near_chance goes on all the same")
         warn(message)
-    elif could_be_chance(accuracy, guess, number):
+    elif could_be_chance(accuracy, chance, number):
         warn(
-            f"teacher {teacher.description}: {percent(accuracy)} % top-1 on {number} validation "
-            f"images may be chance ({percent(guess)} %): so few cannot tell, more would"
+            f"teacher {teacher.description}: {format_percent(accuracy)} % top-1 on {number} "
+            "validation "
+            f"images may be chance ({format_percent(chance)} %): so few cannot tell, more would"
         )
 
 
@@ -142,7 +149,7 @@ def announce_order(teacher: Teacher, class_names: tuple[str, ...]) -> None:
     if teacher.class_order == ASSUMED:
         shown = ", ".join(class_names[:3]) + (", ..." if class_names[3:] else "")
         said += f" ({shown}), for it names none; --teacher.classes sets another"
-    say(said)
+    info(said)
 
 
 class Better(NamedTuple):
@@ -207,7 +214,7 @@ def refuse_order(
     than the assumed one; warn where it fits better. Raises DataError.
 
     answers: its classes for images with known labels, int64 [number] both. allowed: whether a weak
-    teacher is accepted as it is (teacher.allow_weak), with a warning alone.
+    teacher is accepted as it is (teacher.allow_near_chance), with a warning alone.
     """
     if teacher.class_order != ASSUMED:
         return
@@ -220,7 +227,8 @@ def refuse_order(
     message = (
         f"teacher {teacher.description}: of the {better.images} images whose classes the order "
         f"{better.order!r} places otherwise ({shown}, ... from place {first} on) it answers "
-        f"{percent(better.after)} % right by that order, {percent(better.before)} % by the assumed "
+        f"{format_percent(better.after)} % right by that order, {format_percent(better.before)} % "
+        "by the assumed "
         f"one: --teacher.classes {better.order} (data: the assumed order after all)"
     )
     if allowed or better.luck > _BY_CHANCE or better.after - better.before < _GAIN:
@@ -231,13 +239,15 @@ def refuse_order(
 
 def _compare(teachers: list[Teacher], answers: Tensor, combined: Tensor, labels: Tensor) -> None:
     """Each teacher alone and all together; and for each pair how often they agree and err alike."""
-    top1 = [percent(agreement(theirs, labels)) for theirs in answers.unbind(dim=1)]
+    top1 = [format_percent(agreement(theirs, labels)) for theirs in answers.unbind(dim=1)]
     described = [f"{place}: {one.description}" for place, one in enumerate(teachers, start=1)]
-    rows = [*zip(described, top1), ("together", percent(agreement(combined, labels)))]
+    rows = [*zip(described, top1), ("together", format_percent(agreement(combined, labels)))]
     table(f"teachers on {len(labels)} validation images", ("", "top-1 %"), rows)
     pairs = []
     for one, other in itertools.combinations(range(len(teachers)), 2):
         first, second = answers[:, one], answers[:, other]
-        overlap = percent(error_overlap(first, second, labels))
-        pairs.append((f"{one + 1} and {other + 1}", percent(agreement(first, second)), overlap))
+        overlap = format_percent(error_overlap(first, second, labels))
+        pairs.append(
+            (f"{one + 1} and {other + 1}", format_percent(agreement(first, second)), overlap)
+        )
     table("pairs of teachers", ("", "same answer %", "of all errors, shared %"), pairs)

@@ -7,69 +7,71 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from deit.config import Config, heads_in, is_transformer, views_seed
-from deit.datasets.images import Encoded, Images
+from deit.config import Config, is_transformer, num_heads, views_seed
+from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.reading import worker_count
 from deit.datasets.splits import Splits
-from deit.datasets.views import Colours
-from deit.errors import CheckpointError, raise_transient, reason_of
+from deit.datasets.views import ChannelStats
+from deit.errors import CheckpointError, first_line, raise_transient
 from deit.losses import needs_logits
-from deit.models.layout import faster_layout
+from deit.models.layout import fastest_memory_format
 from deit.models.masks import Masks, apply, check_fits, read_masks
-from deit.models.saved import Facts
-from deit.models.start import Found, find_start, fit
+from deit.models.saved import ModelInfo
+from deit.models.start import LoadedWeights, adapt_weights, load_weights_from
 from deit.models.teachers import Teacher, load_teacher
 from deit.models.weights import digest_of, load_weights
-from deit.panel import NetworkVoice, Panel, Voice
-from deit.seats import Member, members
+from deit.panel import OnlineTeacher, TeacherEnsemble, TeacherFn
+from deit.seats import TeacherSpec, teacher_specs
 
 _ANY_SIDE = 32  # px: of what a teacher that takes any is measured with
 
 
-def facts_of(config: Config, splits: Splits) -> Facts:
+def model_info_from(config: Config, splits: Splits) -> ModelInfo:
     """What a trained network must remember of its data."""
-    return Facts(
+    return ModelInfo(
         student=config.student,
         class_names=splits.class_names,
         mean=config.views.mean or splits.mean,
         std=config.views.std or splits.std,
-        evaluation_crop=config.views.evaluation_crop,
+        evaluation_crop=config.views.eval_crop_pct,
     )
 
 
-def found_start(config: Config) -> Found | None:
+def load_init_weights(config: Config) -> LoadedWeights | None:
     """The weights a configuration starts from; None: random ones. Raises CheckpointError."""
-    return None if config.start.source is None else find_start(config.start.source)
+    return None if config.init.weights is None else load_weights_from(config.init.weights)
 
 
-def settled(config: Config, found: Found | None) -> Config:
+def with_init_normalization(config: Config, found: LoadedWeights | None) -> Config:
     """The configuration with the normalisation its start was trained with, unless it says one."""
     if found is None or config.views.mean is not None or found.mean is None or found.std is None:
         return config
     return config.replace(views={"mean": found.mean, "std": found.std})
 
 
-def begin(network: nn.Module, found: Found, config: Config, facts: Facts) -> dict[str, Any]:
+def init_student(
+    network: nn.Module, found: LoadedWeights, config: Config, facts: ModelInfo
+) -> dict[str, Any]:
     """Put the weights a student starts from into its network; what was done to fit them.
 
     Raises CheckpointError listing the first ten differences, before any is copied.
     """
     try:
-        fitted = fit(found, network, facts.class_names, config.start)
+        fitted = adapt_weights(found, network, facts.class_names, config.init)
     except (TypeError, ValueError, IndexError, RuntimeError) as error:  # shapes of unknown make
-        raise_transient(error, f"start.source {config.start.source}")
+        raise_transient(error, f"init.weights {config.init.weights}")
         raise CheckpointError(
-            f"start.source {config.start.source}: made for another network ({reason_of(error)})"
+            f"init.weights {config.init.weights}: made for another network ({first_line(error)})"
         ) from None
-    load_weights(network, fitted.weights, origin=f"start.source {config.start.source}")
+    load_weights(network, fitted.weights, origin=f"init.weights {config.init.weights}")
     notes = list(fitted.notes)
-    heads = heads_in(config.student) if is_transformer(config.student) else None
+    heads = num_heads(config.student) if is_transformer(config.student) else None
     if heads is not None and found.heads_known and found.student is not None:
-        theirs = heads_in(found.student)
+        theirs = num_heads(found.student)
         if theirs != heads:
             raise CheckpointError(
-                f"start.source {config.start.source}: was trained with {theirs} attention heads, "
+                f"init.weights {config.init.weights}: was trained with {theirs} attention heads, "
                 f"the student has {heads}; give --student.num_heads {theirs}"
             )
     elif heads is not None:
@@ -90,14 +92,14 @@ def begin(network: nn.Module, found: Found, config: Config, facts: Facts) -> dic
             f"normalises with {_shown(facts.mean)} and {_shown(facts.std)} (--views.mean, .std)"
         )
     return {
-        "source": config.start.source,
+        "source": config.init.weights,
         "found": found.description,
         "weights": digest_of(found.weights),
         "notes": notes,
     }
 
 
-def _check_scale(found: Found, config: Config) -> None:
+def _check_scale(found: LoadedWeights, config: Config) -> None:
     """Refuse trained adapters under another scale, which leaves no trace in their shapes either.
     Raises CheckpointError."""
     own = config.student
@@ -106,25 +108,25 @@ def _check_scale(found: Found, config: Config) -> None:
     theirs = found.student.adapter_scale
     if theirs != own.adapter_scale:
         raise CheckpointError(
-            f"start.source {config.start.source}: its adapters were trained with scale {theirs}, "
+            f"init.weights {config.init.weights}: its adapters were trained with scale {theirs}, "
             f"the student's have {own.adapter_scale}; give --student.adapter_scale {theirs}"
         )
 
 
-def masks_of(config: Config, found: Found | None, network: nn.Module) -> Masks | None:
+def init_masks(config: Config, found: LoadedWeights | None, network: nn.Module) -> Masks | None:
     """The masks a student is trained under, its weights masked; None for a dense one, and for a
     resumed run, whose checkpoint has them. Raises CheckpointError.
 
     found: what the student starts from, whose masks go on unless the configuration says otherwise.
     """
-    said = config.start.masks
-    if said == "none" or config.optim.trained == "adapters":  # what is masked is not trained
+    said = config.init.pruning_masks
+    if said == "none" or config.optim.trainable == "adapters":  # what is masked is not trained
         return None
-    origin = f"start.masks {said}"
+    origin = f"init.pruning_masks {said}"
     if said == "keep":
         masks, origin = (
             None if found is None else found.masks,
-            f"start.source {config.start.source}",
+            f"init.weights {config.init.weights}",
         )
     else:
         masks = read_masks(Path(said).expanduser())
@@ -142,20 +144,24 @@ def _shown(values: tuple[float, ...] | None) -> str:
     return "?" if values is None else ",".join(f"{value:.3g}" for value in values)
 
 
-def teacher_of(member: Member, config: Config, splits: Splits, accelerator: Accelerator) -> Teacher:
+def build_teacher(
+    member: TeacherSpec, config: Config, splits: Splits, accelerator: Accelerator
+) -> Teacher:
     """A teacher on its device. Raises as load_teacher does."""
     size = config.student.image_size
     return load_teacher(member, splits.class_names, image_size=size).to(accelerator.device)
 
 
-def teachers_of(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:
+def build_teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:
     """All teachers of a configuration, none if its objective has none. Raises as load_teacher."""
     if config.loss.kind == "none":
         return []
-    return [teacher_of(one, config, splits, accelerator) for one in members(config.teacher)]
+    return [
+        build_teacher(one, config, splits, accelerator) for one in teacher_specs(config.teacher)
+    ]
 
 
-def lay_out(
+def set_memory_formats(
     teachers: list[Teacher], layouts: tuple[str, ...], accelerator: Accelerator, *, images: int
 ) -> tuple[str, ...]:
     """Have teachers compute in these layouts; for auto in what measures faster in the main process
@@ -168,66 +174,71 @@ def lay_out(
                 side = teacher.image_size or teacher.trained_size or _ANY_SIDE
                 shown = torch.rand(images, 3, side, side, device=accelerator.device)
                 with accelerator.autocast():
-                    faster = faster_layout(teacher.network, shown) == "channels_last"
+                    faster = fastest_memory_format(teacher.network, shown) == "channels_last"
             told = torch.tensor(float(faster), device=accelerator.device)
             last = accelerator.reduce(told, reduction="sum").item() > 0
             layout = "channels_last" if last else "contiguous"
-        teacher.lay(layout)
-    return tuple(teacher.layout for teacher in teachers)
+        teacher.set_memory_format(layout)
+    return tuple(teacher.memory_format for teacher in teachers)
 
 
-def chorus(
+def build_online_ensemble(
     config: Config, splits: Splits, teachers: list[Teacher], accelerator: Accelerator
-) -> Panel:
+) -> TeacherEnsemble:
     """Teachers answering themselves, together, as a store of them keeps it."""
-    voices: list[Voice] = [NetworkVoice(teacher, accelerator) for teacher in teachers]
-    weights = tuple(member.weight for member in members(config.teacher))
+    voices: list[TeacherFn] = [OnlineTeacher(teacher, accelerator) for teacher in teachers]
+    weights = tuple(member.weight for member in teacher_specs(config.teacher))
     if len(weights) != len(teachers):  # some of them alone
         weights = (1 / len(teachers),) * len(teachers)
-    return panel_of(config, splits, voices, weights=weights, whole=True)
+    return build_teacher_ensemble(config, splits, voices, weights=weights, full_logits=True)
 
 
-def teacher_input(sizes: list[int | None]) -> int | None:
+def teacher_input_size(sizes: list[int | None]) -> int | None:
     """The side [px] at which teachers are shown the view, of those they want: the largest (each
     makes it smaller itself), None where none of them minds."""
     return max((size for size in sizes if size is not None), default=None)
 
 
-def sizes_of(config: Config, images: Images | Encoded, teacher_size: int | None) -> Sizes:
+def image_sizes(
+    config: Config, images: InMemoryImages | EncodedImages, teacher_size: int | None
+) -> Sizes:
     """What the networks are shown of these images, in training as in evaluation.
 
     teacher_size: what `teacher_input` says; None also without a teacher.
     """
-    on_disk = isinstance(images, Encoded) and config.views.crop in ("random_resized", "random")
+    on_disk = isinstance(images, EncodedImages) and config.views.crop in (
+        "random_resized",
+        "random",
+    )
     source = None if on_disk else config.data.image_size
     return view_sizes(config.student.image_size, teacher_size, source)
 
 
-def loader_of(
+def build_train_loader(
     config: Config,
     splits: Splits,
     accelerator: Accelerator,
     *,
     teacher_size: int | None,
     for_teacher: bool = True,
-    alone: bool = False,
+    all_ranks: bool = False,
 ) -> TrainLoader:
     """This process's training views; `alone`: those of all processes.
 
     teacher_size: as in `sizes_of`. for_teacher: whether batches carry what the teacher sees.
     Raises ConfigError and DataError as TrainLoader does.
     """
-    facts, images = facts_of(config, splits), splits.train
+    facts, images = model_info_from(config, splits), splits.train
     return TrainLoader(
         images,
         len(splits.class_names),
         views=config.views,
         optim=config.optim,
-        sizes=sizes_of(config, images, teacher_size),
-        colours=Colours(facts.mean, facts.std),
+        sizes=image_sizes(config, images, teacher_size),
+        colours=ChannelStats(facts.mean, facts.std),
         seed=views_seed(config),
-        process=0 if alone else accelerator.process_index,
-        num_processes=1 if alone else accelerator.num_processes,
+        process=0 if all_ranks else accelerator.process_index,
+        num_processes=1 if all_ranks else accelerator.num_processes,
         device=accelerator.device,
         workers=worker_count(config.data),
         square=config.data.image_size,
@@ -235,23 +246,23 @@ def loader_of(
     )
 
 
-def panel_of(
+def build_teacher_ensemble(
     config: Config,
     splits: Splits,
-    voices: list[Voice],
+    voices: list[TeacherFn],
     *,
     weights: tuple[float, ...],
-    whole: bool = False,
-) -> Panel | None:
+    full_logits: bool = False,
+) -> TeacherEnsemble | None:
     """The teachers as one call; None without any. weights: one a voice. whole: with logits at
     temperature 1, as a store keeps them, whatever the objective needs."""
     if not voices:
         return None
-    return Panel(
+    return TeacherEnsemble(
         voices,
         weights=weights,
         how=config.teacher.combine,
-        temperature=1.0 if whole else config.loss.temperature,
-        wants_logits=whole or needs_logits(config.loss),
+        temperature=1.0 if full_logits else config.loss.temperature,
+        wants_logits=full_logits or needs_logits(config.loss),
         name=splits.train.name,
     )

@@ -7,26 +7,26 @@ from typing import Any, Literal, NamedTuple
 from deit.config import LossConfig, TeacherView, ViewsConfig
 from deit.text import nearest
 
-_TOKEN = {"through": "distillation", "distillation_weight": 0.5}
-_HEAD = {"through": "class", "distillation_weight": 0.5}
+_TOKEN = {"head": "distillation", "distillation_weight": 0.5}
+_HEAD = {"head": "class", "distillation_weight": 0.5}
 _ALPHA = {"distillation_weight": 0.1, "temperature": 3.0}
-OBJECTIVES: dict[str, LossConfig] = {
+LOSS_PRESETS: dict[str, LossConfig] = {
     "deit-hard": LossConfig(kind="hard", **_TOKEN),
     "deit-soft": LossConfig(kind="soft", **_TOKEN | _ALPHA),
     "class-hard": LossConfig(kind="hard", **_HEAD),
     "class-soft": LossConfig(kind="soft", **_HEAD | _ALPHA),
     "function-matching": LossConfig(
-        kind="soft", through="all", distillation_weight=1.0, label_smoothing=0.0
+        kind="soft", head="all", distillation_weight=1.0, label_smoothing=0.0
     ),
     "usi": LossConfig(
-        kind="soft", through="all", distillation_weight=5.0, label_weight=1.0, label_smoothing=0.0
+        kind="soft", head="all", distillation_weight=5.0, label_weight=1.0, label_smoothing=0.0
     ),
     "dkd": LossConfig(
         kind="dkd",
-        through="all",
+        head="all",
         distillation_weight=1.0,
         label_weight=1.0,
-        distillation_warmup=20.0,
+        distillation_warmup_epochs=20.0,
         temperature=4.0,
         label_smoothing=0.0,
     ),
@@ -37,27 +37,39 @@ function matching (Beyer et al. 2022: KL alone); USI (Ridnik et al. 2022: CE + 5
 distillation as on CIFAR-100 (Zhao et al. 2022)."""
 
 
-_FULL_MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probability": 1.0, "cutmix_share": 0.5}
-_NO_MIX = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "mix_probability": 1.0, "cutmix_share": 0.5}
-_PLAIN = {"policy": "none", "magnitude": 9.0, "color_jitter": 0.0, "erasing": 0.0, "repeats": 1}
+_FULL_MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5}
+_NO_MIX = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5}
+_PLAIN = {
+    "auto_augment": "none",
+    "randaugment_magnitude": 9.0,
+    "color_jitter": 0.0,
+    "erasing_prob": 0.0,
+    "aug_repeats": 1,
+}
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
-    "deit": {**_PLAIN, **_FULL_MIX, "policy": "randaugment", "erasing": 0.25, "repeats": 3},
+    "deit": {
+        **_PLAIN,
+        **_FULL_MIX,
+        "auto_augment": "randaugment",
+        "erasing_prob": 0.25,
+        "aug_repeats": 3,
+    },
     "deit3": {
         **_PLAIN,
         **_FULL_MIX,
-        "policy": "three_augment",
+        "auto_augment": "three_augment",
         "color_jitter": 0.3,
-        "repeats": 3,
+        "aug_repeats": 3,
     },
     "mix": {**_PLAIN, **_FULL_MIX},
     "none": {**_PLAIN, **_NO_MIX},
     "usi": {
         **_PLAIN,
         **_FULL_MIX,
-        "policy": "randaugment",
-        "magnitude": 7.0,
+        "auto_augment": "randaugment",
+        "randaugment_magnitude": 7.0,
         "color_jitter": 0.4,
-        "repeats": 3,
+        "aug_repeats": 3,
     },
 }
 """Fields of the views by name: the DeiT paper's (Table 9), DeiT III's, mixup and cutmix alone,
@@ -65,7 +77,7 @@ nothing, and USI's. Crop, flip, rotation and normalisation belong to the data an
 are."""
 
 
-class Teaching(NamedTuple):
+class ViewMode(NamedTuple):
     """A way of showing an image to teacher and student (Beyer et al. 2022, section 3.1.1).
 
     crop: the student's: none, mild or inception. mixup: alpha, 0 for none.
@@ -90,20 +102,20 @@ class Teaching(NamedTuple):
         }
         fields = crops[self.crop]
         if fields["crop"] != "random":
-            fields = {**fields, "crop_side": ViewsConfig.crop_side}
+            fields = {**fields, "crop_pct": ViewsConfig.crop_pct}
         mixing = {**_NO_MIX, "mixup_alpha": self.mixup}
         return {"teacher_view": self.teacher_view, **fields, **mixing}
 
 
-TEACHING: dict[str, Teaching] = {
-    "fix/rs": Teaching("resized", "none"),
-    "fix/cc": Teaching("center", "mild"),
-    "fix/ic_ens": Teaching("crops", "inception"),
-    "ind/rc": Teaching("independent", "mild"),
-    "ind/ic": Teaching("independent", "inception"),
-    "same/rc": Teaching("same", "mild"),
-    "same/ic": Teaching("same", "inception"),
-    "function-matching": Teaching("same", "inception", mixup=1.0),
+VIEW_MODES: dict[str, ViewMode] = {
+    "fix/rs": ViewMode("resized", "none"),
+    "fix/cc": ViewMode("center", "mild"),
+    "fix/ic_ens": ViewMode("crops", "inception"),
+    "ind/rc": ViewMode("independent", "mild"),
+    "ind/ic": ViewMode("independent", "inception"),
+    "same/rc": ViewMode("same", "mild"),
+    "same/ic": ViewMode("same", "inception"),
+    "function-matching": ViewMode("same", "inception", mixup=1.0),
 }
 """The teaching modes by the paper's names."""
 
@@ -118,16 +130,16 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "objective": Preset(
-        "loss", OBJECTIVES, lambda name, loss: dataclasses.asdict(OBJECTIVES[name])
-    ),
+    "loss": Preset("loss", LOSS_PRESETS, lambda name, loss: dataclasses.asdict(LOSS_PRESETS[name])),
     "augmentation": Preset("views", AUGMENTATIONS, lambda name, views: AUGMENTATIONS[name]),
-    "teaching": Preset("views", TEACHING, lambda name, views: TEACHING[name].fields(views)),
+    "view_mode": Preset("views", VIEW_MODES, lambda name, views: VIEW_MODES[name].fields(views)),
 }
 """By flag, in the order in which they are applied."""
 
 
-def put_presets(values: dict[str, dict[str, Any]], names: dict[str, str | None]) -> dict[str, str]:
+def apply_presets(
+    values: dict[str, dict[str, Any]], names: dict[str, str | None]
+) -> dict[str, str]:
     """Put presets over the values of a recipe, in place.
 
     names: by flag; None leaves the recipe's. Returns, for each flag whose name does not exist, what
@@ -144,7 +156,7 @@ def put_presets(values: dict[str, dict[str, Any]], names: dict[str, str | None])
     return wrong
 
 
-_OF_EPOCHS = ("optim.warmup_epochs", "optim.ema_epochs", "loss.distillation_warmup")
+_OF_EPOCHS = ("optim.warmup_epochs", "optim.ema_epochs", "loss.distillation_warmup_epochs")
 """The fields that are numbers of epochs within a run."""
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from deit import launcher
-from deit.errors import EnvironmentFault
+from deit.errors import SystemFault
 
 Environment: TypeAlias = dict[str, str]
 # What a run imports in any case, and the data set that most small ones are of.
@@ -169,7 +169,7 @@ class _Server:
         where the system lets it start no process."""
         pid = self.ask({"start": arguments, "folder": os.getcwd()}, says)
         if pid is not None and pid < 0:
-            raise EnvironmentFault(f"no process could be started ({os.strerror(-pid)})")
+            raise SystemFault(f"no process could be started ({os.strerror(-pid)})")
         if pid is None:
             return None
         self.under_way.add(pid)
@@ -210,7 +210,9 @@ def _serve(answers: socket.socket) -> None:
         with contextlib.suppress(Exception):  # the run that needs it says what is wrong with it
             import_module(name)
     with contextlib.suppress(Exception):
-        import_module("deit.environment").commit()  # of the code that is here now, for all copies
+        import_module(
+            "deit.environment"
+        ).git_commit()  # of the code that is here now, for all copies
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would take the exit codes away
     server = os.getpid()
     while True:
@@ -248,7 +250,7 @@ def _about(asked: dict[str, Any]) -> int:
 
 def _become(arguments: list[str], folder: str, says: int, *, parent: int) -> None:
     """In a copy: be the command."""
-    launcher.adopt(parent)
+    launcher.set_parent(parent)
     for number in (1, 2):
         os.dup2(says, number)
     os.close(says)

@@ -11,14 +11,14 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from deit.announce import announce
+from deit.announce import log_setup
 from deit.config import Config
-from deit.console import is_main_process, say, table
-from deit.engine import Job, Tally, train_epoch
-from deit.environment import describe
-from deit.parts import Parts
+from deit.console import info, is_main_process, table
+from deit.engine import MetricAccumulator, StepContext, train_epoch
+from deit.environment import environment_info
+from deit.parts import TrainingRun
 from deit.records import Batch
-from deit.run import job_of, parts_of
+from deit.run import build_run, step_context
 from deit.validation import validate
 
 PARTS = ("views", "teacher", "student", "backward", "optimizer", "average")
@@ -38,11 +38,11 @@ def profile_run(config: Config, *, updates: int, trace: Path | None) -> dict[str
     """
     # PyTorch's profiler says that it began and, as an error, that there is no GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-    parts = parts_of(validate(config))
-    accelerator = parts.accelerator
-    announce(parts, describe(accelerator, []))
-    job = _noted(job_of(parts), parts)
-    batches = _endless(parts)
+    run = build_run(validate(config))
+    accelerator = run.accelerator
+    log_setup(run, environment_info(accelerator, []))
+    job = _noted(step_context(run), run)
+    batches = _endless(run)
     _train(job, batches, _WARM_UP)
     started = time.perf_counter()
     _train(job, batches, updates)
@@ -54,18 +54,18 @@ def profile_run(config: Config, *, updates: int, trace: Path | None) -> dict[str
         _train(job, batches, updates)
         watched_s = (time.perf_counter() - started) / updates
     result = {"update_s": update_s, "watched_s": watched_s, **_read(seen, updates, on_gpu)}
-    _print(result, parts.config)
+    _print(result, run.config)
     if trace is not None and is_main_process():
         seen.export_chrome_trace(str(trace))
-        say(f"wrote {trace}; look at it in https://ui.perfetto.dev")
+        info(f"wrote {trace}; look at it in https://ui.perfetto.dev")
     return result
 
 
-def _endless(parts: Parts) -> Iterator[Batch]:
+def _endless(run: TrainingRun) -> Iterator[Batch]:
     """Micro-batches without end, what they take noted as `views`."""
     for epoch in itertools.count():
-        epochs = parts.view_epochs or parts.config.optim.epochs
-        batches = parts.loader.epoch(epoch % epochs)
+        epochs = run.num_view_epochs or run.config.optim.epochs
+        batches = run.loader.epoch(epoch % epochs)
         while True:
             with record_function("views"):
                 batch = next(batches, None)
@@ -74,15 +74,15 @@ def _endless(parts: Parts) -> Iterator[Batch]:
             yield batch
 
 
-def _train(job: Job, batches: Iterator[Batch], updates: int) -> None:
-    own = itertools.islice(batches, updates * job.optim.accumulate)
-    for _ in train_epoch(job, own, Tally(job.accelerator, {}), step=0, steps=10**6):
+def _train(job: StepContext, batches: Iterator[Batch], updates: int) -> None:
+    own = itertools.islice(batches, updates * job.optim.grad_accum_steps)
+    for _ in train_epoch(job, own, MetricAccumulator(job.accelerator, {}), step=0, steps=10**6):
         pass
     if job.accelerator.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def _noted(job: Job, parts: Parts) -> Job:
+def _noted(job: StepContext, run: TrainingRun) -> StepContext:
     """The same job, with what its parts take noted by their names."""
     accelerator, average = job.accelerator, job.average
     backward, student = accelerator.backward, accelerator.unwrap_model(job.student)
@@ -108,8 +108,8 @@ def _noted(job: Job, parts: Parts) -> Job:
                 update(*arguments, **options)
 
         average.update = noted_update
-    panel = parts.panel
-    return job if panel is None else job._replace(teach=_NotedPanel(panel))
+    panel = run.panel
+    return job if panel is None else job._replace(teacher=_NotedPanel(panel))
 
 
 class _NotedPanel:
@@ -186,4 +186,4 @@ def _print(result: dict[str, Any], config: Config) -> None:
         ],
     )
     if result["launches"]:
-        say(f"{result['launches']:.0f} launches an update")
+        info(f"{result['launches']:.0f} launches an update")

@@ -8,43 +8,43 @@ from pathlib import Path
 from torch import Tensor
 
 from deit.config import Config, heads_of_blocks, hidden_of_blocks
-from deit.console import percent, progress, say, table
+from deit.console import format_percent, info, progress, table
 from deit.errors import ConfigError
-from deit.losses import objective
-from deit.models.saved import Facts, load_student
+from deit.losses import distillation_loss
+from deit.models.saved import ModelInfo, load_student
 from deit.models.slimming import (
-    Kept,
+    KeptUnits,
     Scores,
-    Watch,
-    largest,
+    TaylorScorer,
     macs_of,
     magnitudes,
     numbers_for_macs,
+    select_top,
 )
 from deit.models.student import Student
-from deit.parts import Parts
-from deit.prune_options import Asked
-from deit.run import parts_of
+from deit.parts import TrainingRun
+from deit.prune_options import PruneOptions
+from deit.run import build_run
 
 
-def choose(
-    config: Config, saved: Path, asked: Asked, numbers: tuple[int, int]
-) -> tuple[Facts, Kept, dict[str, Tensor]]:
+def select_units(
+    config: Config, saved: Path, asked: PruneOptions, numbers: tuple[int, int]
+) -> tuple[ModelInfo, KeptUnits, dict[str, Tensor]]:
     """What the student is, which parts of it stay, and its weights. numbers: of heads and hidden
     units that stay. Raises the errors of deit.errors."""
     student, facts = load_student(saved)
-    if asked.score == "taylor":
+    if asked.criterion == "taylor":
         scores = _by_images(config, asked.images)
     else:
         scores = magnitudes(student.network)
-    kept = Kept(
-        largest(scores.heads, numbers[0], scope=asked.scope),
-        largest(scores.hidden, numbers[1], scope=asked.scope),
+    kept = KeptUnits(
+        select_top(scores.heads, numbers[0], scope=asked.scope),
+        select_top(scores.hidden, numbers[1], scope=asked.scope),
     )
     return facts, kept, student.network.state_dict()
 
 
-def numbers_of(config: Config, asked: Asked) -> tuple[int, int]:
+def units_to_keep(config: Config, asked: PruneOptions) -> tuple[int, int]:
     """How many heads and hidden units stay, at least one of each in every block. Raises
     ConfigError where that is none of what was asked."""
     student = config.student
@@ -68,48 +68,48 @@ def numbers_of(config: Config, asked: Asked) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def scoring(config: Config, recovery: Config, saved: Path) -> Config:
+def scoring_config(config: Config, recovery: Config, saved: Path) -> Config:
     """The run's own configuration, begun with its weights, with the data, the teachers and the
     device where the command line says that they are now."""
-    where = {leaf: getattr(recovery.data, leaf) for leaf in ("root", "workers", "storage")}
+    where = {leaf: getattr(recovery.data, leaf) for leaf in ("root", "num_workers", "storage")}
     device = {leaf: getattr(recovery.run, leaf) for leaf in ("device", "precision")}
-    plain = {"compile": "none", "linear": "torch", "shard": "none", "trackers": ()}
+    plain = {"compile": "none", "linear_backend": "torch", "sharding": "none", "trackers": ()}
     config = dataclasses.replace(config, teacher=recovery.teacher)
     return config.replace(
         data=where,
-        start={"source": str(saved), "heads": "keep", "masks": "keep", "update": 0},
-        optim={"trained": "all"},
-        run={**plain, **device, "keep_updates": ()},
+        init={"weights": str(saved), "head": "keep", "pruning_masks": "keep", "start_step": 0},
+        optim={"trainable": "all"},
+        run={**plain, **device, "keep_steps": ()},
     )
 
 
 def _by_images(config: Config, number: int) -> Scores:
     """What parts are worth to the run's own objective, on training views and with its teacher."""
-    parts = parts_of(config)
-    student: Student = parts.accelerator.unwrap_model(parts.student).eval()
-    watch = Watch(student.network)
+    run = build_run(config)
+    student: Student = run.accelerator.unwrap_model(run.student).eval()
+    watch = TaylorScorer(student.network)
     with watch.on(student.network):
-        for loss in _losses(parts, student, number):
+        for loss in _losses(run, student, number):
             watch.add(loss)
     return watch.scores()
 
 
-def _losses(parts: Parts, student: Student, number: int) -> Iterator[Tensor]:
+def _losses(run: TrainingRun, student: Student, number: int) -> Iterator[Tensor]:
     """The objective of batches of about so many training views, each the sum over its images."""
-    epochs, block = parts.config.optim.epochs, parts.loader.block
-    all_of_them = parts.loader.steps_per_epoch * parts.config.optim.accumulate
+    epochs, block = run.config.optim.epochs, run.loader.block
+    all_of_them = run.loader.steps_per_epoch * run.config.optim.grad_accum_steps
     total = min(-(-number // block), all_of_them)
-    batches = itertools.islice(parts.loader.epoch(0), total)
+    batches = itertools.islice(run.loader.epoch(0), total)
     for batch in progress(batches, total=total, title="what parts are worth"):
-        answers = None if parts.panel is None else parts.panel(batch)
+        answers = None if run.panel is None else run.panel(batch)
         # As at the end of the training, where a teacher's term has its whole weight.
-        losses = objective(
-            student(batch.images), batch.targets, answers, parts.config.loss, epoch=epochs
+        losses = distillation_loss(
+            student(batch.images), batch.targets, answers, run.config.loss, epoch=epochs
         )
         yield losses["total"] * len(batch.targets)
 
 
-def tell(facts: Facts, kept: Kept) -> None:
+def print_selection(facts: ModelInfo, kept: KeptUnits) -> None:
     """Which parts stay, block by block."""
     rows = [
         (str(place), f"{len(heads)} of {of_heads}", f"{len(hidden)} of {of_hidden}")
@@ -126,7 +126,7 @@ def tell(facts: Facts, kept: Kept) -> None:
     numbers = [sum(map(len, one)) for one in (kept.heads, kept.hidden)]
     whole = [sum(of(facts.student)) for of in (heads_of_blocks, hidden_of_blocks)]
     share = macs_of(facts.student, *numbers) / macs_of(facts.student, *whole)
-    say(
+    info(
         f"{numbers[0]} of {whole[0]} heads and {numbers[1]} of {whole[1]} hidden units: "
-        f"{percent(share)} % of the blocks' arithmetic"
+        f"{format_percent(share)} % of the blocks' arithmetic"
     )

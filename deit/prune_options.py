@@ -7,18 +7,18 @@ from deit.scopes import SCOPES
 from deit.text import nearest
 
 MANIFEST = "prune.json"
-KEPT = "kept.json"
+KEPT = "kept_units.json"
 PRUNED, RECOVERED = "pruned", "recovered"
 """What is in the folder of a pruning: what was asked, what stays, and the runs."""
 CONTROLS = {"short": "short-control", "long": "long-control"}
 """Students of the same shape from random weights, with their folders: trained as long as the
 recovery, and as long as the run and its recovery together."""
-SCORES = ("taylor", "magnitude")
+CRITERIA = ("taylor", "magnitude")
 _RATIO = 0.5
 
 
 @dataclass(frozen=True)
-class Asked:
+class PruneOptions:
     """What a command line says of a structured pruning.
 
     heads, hidden: the share of all heads and hidden units that goes. macs: instead of these, the
@@ -30,20 +30,20 @@ class Asked:
     hidden: float
     macs: float | None
     scope: str
-    score: str
+    criterion: str
     images: int
 
 
-def asked_of(
+def prune_options(
     *,
     ratio: float | None,
     heads: float | None,
     hidden: float | None,
     macs: float | None,
     scope: str,
-    score: str,
+    criterion: str,
     images: int,
-) -> Asked:
+) -> PruneOptions:
     """What the options come to; None: not given. Raises ConfigError."""
     given = {"--ratio": ratio, "--macs": macs, "--heads": heads, "--hidden": hidden}
     named = {option: value for option, value in given.items() if value is not None}
@@ -52,7 +52,7 @@ def asked_of(
             raise ConfigError(f"{option} {value:g}: should be a share between 0 and 1")
     if len(named) > 1 and set(named) != {"--heads", "--hidden"}:
         raise ConfigError(f"{' and '.join(named)}: both say how much goes; give one of them")
-    for option, value, known in (("--scope", scope, SCOPES), ("--score", score, SCORES)):
+    for option, value, known in (("--scope", scope, SCOPES), ("--criterion", criterion, CRITERIA)):
         if value not in known:
             raise ConfigError(
                 f"{option} {value}: should be one of {', '.join(known)}{nearest(value, known)}"
@@ -61,4 +61,4 @@ def asked_of(
         raise ConfigError(f"--images {images}: should be at least 1")
     both = (_RATIO if ratio is None else ratio) if named.keys() <= {"--ratio"} else 0.0
     parts = (both if one is None else one for one in (heads, hidden))
-    return Asked(*parts, macs, scope, score, images)
+    return PruneOptions(*parts, macs, scope, criterion, images)

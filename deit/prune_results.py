@@ -5,34 +5,34 @@ from pathlib import Path
 from typing import Any
 
 from deit import checkpoint
-from deit.at_once import Planned
-from deit.console import percent, table
+from deit.at_once import RunSpec
+from deit.console import format_percent, table
 from deit.drawing import HEADS, markdown_table
-from deit.evaluation import evaluate, find_run
-from deit.measured import Evaluations
+from deit.evaluation import evaluate, resolve_run
+from deit.measured import EvaluationCache
 from deit.models.saved import WEIGHTS
 from deit.outcome import top1_by_head
 from deit.prune_options import CONTROLS, KEPT, MANIFEST, PRUNED, RECOVERED
-from deit.typed_json import read_typed, values_of
+from deit.typed_json import load_json_as, values_of
 
 
 def prune_result(
-    run: Path, name: str, out: Path, runs: list[Planned], arguments: list[str]
+    run: Path, name: str, out: Path, runs: list[RunSpec], arguments: list[str]
 ) -> dict[str, Any]:
     """What results.json holds: of each step top-1 by head, agreement, arithmetic and bytes. No
-    speeds: each was evaluated at a time of its own, and `deit ladder` measures in turns."""
+    speeds: each was evaluated at a time of its own, and `deit variants` measures in turns."""
     rows = {}
     root = runs[0].config.data.root
     found = evaluate(run, checkpoint=name, root=root, cost=True)
-    rows[_called(run)] = _row(found, find_run(run, name)[1], 0)
+    rows[_called(run)] = _row(found, resolve_run(run, name)[1], 0)
     found = evaluate(out / PRUNED, root=root, cost=True)
     rows[PRUNED] = _row(found, out / PRUNED / checkpoint.BEST, 0)
-    evaluations = Evaluations()
+    evaluations = EvaluationCache()
     for one in runs:
-        found = evaluations.of(one.out, root=root, cost=True).found
+        found = evaluations.get(one.out, root=root, cost=True).found
         rows[one.name] = _row(found, one.out / checkpoint.BEST, one.config.optim.epochs)
     with values_of(out / PRUNED / KEPT):
-        kept = read_typed(out / PRUNED / KEPT, dict[str, list[list[int]]])
+        kept = load_json_as(out / PRUNED / KEPT, dict[str, list[list[int]]])
         kept = {name: kept[name] for name in ("heads", "hidden")}
     return {
         "run": str(run),
@@ -40,7 +40,7 @@ def prune_result(
         "num_samples": found["num_samples"],
         "rows": rows,
         "kept": kept,
-        "asked": read_typed(out / MANIFEST, dict[str, Any]),
+        "asked": load_json_as(out / MANIFEST, dict[str, Any]),
         "command": f"deit prune {shlex.join(arguments)}",
         "environment": found["environment"] | {"arguments": arguments},
     }
@@ -67,7 +67,7 @@ _COLUMNS = (
     "class head",
     "distillation head",
     "fused",
-    "= teacher",
+    "agrees with teacher %",
     "epochs",
     "parameters",
     "MMACs",
@@ -82,7 +82,7 @@ def _cells(result: dict[str, Any]) -> list[list[str]]:
         found.append(
             [
                 name,
-                *("-" if one is None else percent(one) for one in shares),
+                *("-" if one is None else format_percent(one) for one in shares),
                 str(row["epochs"] or "-"),
                 f"{row['parameters']:,}",
                 f"{1000 * row['gmacs']:.1f}",

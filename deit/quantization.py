@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deit.quantization_layers import METHODS, Layers, by_onnxruntime
+from deit.quantization_layers import METHODS, QuantizableLayers, by_onnxruntime
 
 CALIBRATIONS = {
     "minmax": {},
@@ -28,7 +28,7 @@ CALIBRATIONS = {
 """How a range follows from what was seen, with what ONNX Runtime is to be told beside."""
 
 
-def calibrated(
+def calibrate(
     prepared: Path, batches: Iterable[Tensor], *, how: str, percentile: float | None = None
 ) -> Any:
     """The ranges of activations over images, as ONNX Runtime's quantizer takes them.
@@ -55,7 +55,9 @@ def calibrated(
         return calibrator.compute_data()
 
 
-def learnt(prepared: Path, layers: Layers, ranges: dict[str, Tensor]) -> Any:
+def ranges_from_training(
+    prepared: Path, layers: QuantizableLayers, ranges: dict[str, Tensor]
+) -> Any:
     """The ranges of activations as training left them, as ONNX Runtime's quantizer takes them.
 
     ranges: float32 [2], the lowest and the highest value of an input, by the layer's name.
@@ -93,7 +95,7 @@ class _Once:
 def write_int8(
     prepared: Path,
     target: Path,
-    layers: Layers,
+    layers: QuantizableLayers,
     chosen: list[str],
     *,
     ranges: Any | None,
@@ -119,7 +121,7 @@ def write_int8(
             floats = METHODS["static"] if alone else METHODS["dynamic"]
             _static(prepared, target, nodes, ranges, floats, reduce_range=reduce_range)
     model = onnx.load(target)
-    _tidy(model)
+    _drop_unused_opsets(model)
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, metadata)
     onnx.save(model, target)
@@ -172,7 +174,7 @@ def _static(
     quantizer.model.save_model_to_file(str(target), False)
 
 
-def _tidy(model: Any) -> None:
+def _drop_unused_opsets(model: Any) -> None:
     """Leave out the operation sets that no node is of: other runtimes need not know them."""
     used = {node.domain for node in model.graph.node} | {""}
     kept = [one for one in model.opset_import if one.domain in used]

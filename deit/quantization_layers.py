@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from deit.errors import CheckpointError, ConfigError, DeitError, raise_transient, reason_of
+from deit.errors import CheckpointError, ConfigError, DeitError, first_line, raise_transient
 from deit.models.multiplexing import MixedAttention
 
 METHODS = {"static": ("MatMul", "Gemm", "Conv"), "dynamic": ("MatMul", "Gemm")}
@@ -25,7 +25,7 @@ _KINDS = {nn.Linear: "Gemm", nn.Conv2d: "Conv"}
 _SHOWN = 24
 
 
-class Layers(NamedTuple):
+class QuantizableLayers(NamedTuple):
     """What of a graph can become integers.
 
     nodes: the graph's nodes by the layer's name in the network, in their order; with `products`.
@@ -41,7 +41,7 @@ class Layers(NamedTuple):
     parameters: int
 
 
-def layers_of(network: nn.Module) -> Layers:
+def layers_of(network: nn.Module) -> QuantizableLayers:
     """What `prepare` will find in the graph of a network of ours without adapters, as far as that
     is known without the graph: no nodes, and as parameters those of the network."""
     own = dict(network.named_modules())
@@ -55,7 +55,9 @@ def layers_of(network: nn.Module) -> Layers:
     weights = {name: own[name].weight.numel() for name in operations} | dict.fromkeys(products, 0)
     operations |= dict.fromkeys(products, "MatMul")
     parameters = sum(one.numel() for one in network.parameters())
-    return Layers(dict.fromkeys(operations, ()), products, weights, operations, parameters)
+    return QuantizableLayers(
+        dict.fromkeys(operations, ()), products, weights, operations, parameters
+    )
 
 
 def attentions(network: nn.Module) -> list[str]:
@@ -67,7 +69,7 @@ def attentions(network: nn.Module) -> list[str]:
     ]
 
 
-def prepare(source: Path, target: Path) -> Layers:
+def prepare(source: Path, target: Path) -> QuantizableLayers:
     """Write a float graph with known shapes and folded constants, as quantizing needs it.
 
     source: as deit.formats writes it. Raises CheckpointError where ONNX Runtime cannot.
@@ -87,13 +89,13 @@ def _scopes(node: Any) -> list[str]:
     return [name for name in ast.literal_eval(told) if name.startswith(_NETWORK)]
 
 
-def _layers(model: Any, scopes: dict[str, list[str]]) -> Layers:
+def _layers(model: Any, scopes: dict[str, list[str]]) -> QuantizableLayers:
     import onnx
 
     float_kind = onnx.TensorProto.FLOAT
     held = {one.name: one for one in model.graph.initializer if one.data_type == float_kind}
     sizes = {name: math.prod(one.dims) for name, one in held.items()}
-    found = Layers({}, (), {}, {}, sum(sizes.values()))
+    found = QuantizableLayers({}, (), {}, {}, sum(sizes.values()))
     for node in model.graph.node:
         if node.op_type not in METHODS["static"]:
             continue
@@ -120,7 +122,9 @@ def _named(weight: str) -> str:
     return weight.removeprefix(_NETWORK).removesuffix(".weight") if own else ""
 
 
-def choose(layers: Layers, *, method: str, attention: bool, exclude: str | None) -> list[str]:
+def choose(
+    layers: QuantizableLayers, *, method: str, attention: bool, exclude: str | None
+) -> list[str]:
     """The layers that become integers, in their order.
 
     attention: products of two activations too. exclude: a regular expression that names layers
@@ -128,7 +132,7 @@ def choose(layers: Layers, *, method: str, attention: bool, exclude: str | None)
     method would leave most of the network as it is.
     """
     able = [name for name, kind in layers.operations.items() if kind in METHODS[method]]
-    if not serves(layers, method):
+    if not covers_enough(layers, method):
         raise ConfigError(
             f"--method {method}: keeps convolutions in float, and they hold most weights of this "
             "network; use --method static"
@@ -147,7 +151,7 @@ def choose(layers: Layers, *, method: str, attention: bool, exclude: str | None)
     return kept
 
 
-def serves(layers: Layers, method: str) -> bool:
+def covers_enough(layers: QuantizableLayers, method: str) -> bool:
     """Whether a method puts at least half of the weights into integers."""
     able = [name for name, kind in layers.operations.items() if kind in METHODS[method]]
     return 2 * sum(layers.weights[name] for name in able) >= sum(layers.weights.values())
@@ -172,5 +176,5 @@ def by_onnxruntime(does: str) -> Iterator[None]:
     except Exception as error:  # ONNX Runtime's tools raise types of their own
         raise_transient(error, "ONNX Runtime")
         raise CheckpointError(
-            f"ONNX Runtime cannot {does} this network ({type(error).__name__}: {reason_of(error)})"
+            f"ONNX Runtime cannot {does} this network ({type(error).__name__}: {first_line(error)})"
         ) from error

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from deit.console import percent, say, table
-from deit.disk import size
+from deit.console import format_percent, info, table
+from deit.disk import format_bytes
 from deit.drawing import markdown_table
 
-_HEADS = ("head", "float top-1 %", "int8 top-1 %", "same answers %", "signal to noise dB")
+_HEADS = ("head", "float top-1 %", "int8 top-1 %", "agreement %", "signal to noise dB")
 _FILES = ("", "float", "int8", "int8 / float")
 _NAMED = 6
 _LAYERS = ("layer", "signal to noise dB", "share of the noise %", "top-1 %", "weights")
@@ -18,23 +18,23 @@ def print_quantization(found: dict[str, Any]) -> None:
     title = f"{found['run']} ({found['checkpoint']}), int8 by {found['method']}, {images}"
     table(title, _HEADS, _head_rows(found))
     table(_timing(found), _FILES, _file_rows(found))
-    say(_batches(found))
+    info(_batches(found))
     if "as_the_run" in found:
-        say(_beside_the_run(found))
+        info(_beside_the_run(found))
 
 
 def print_sensitivity(found: dict[str, Any]) -> None:
     """The layers, worst first. found: the part `sensitivity` of what deit.quantize makes."""
     table(
         f"each layer alone in int8, on {found['num_samples']} {found['split']} images (float top-1 "
-        f"{percent(found['top1'])} %)",
+        f"{format_percent(found['top1'])} %)",
         _LAYERS,
         [
             (
                 row["layer"],
                 _decibels(row["sqnr_db"]),
-                percent(row["noise_share"]),
-                percent(row["top1"]),
+                format_percent(row["noise_share"]),
+                format_percent(row["top1"]),
                 f"{row['weights']:,}",
             )
             for row in found["layers"]
@@ -44,7 +44,7 @@ def print_sensitivity(found: dict[str, Any]) -> None:
 
 def quantization_card(found: dict[str, Any]) -> str:
     """How it was quantized and what that did, as Markdown for the card."""
-    lines = [*told(found), _batches(found)]
+    lines = [*describe(found), _batches(found)]
     if "as_the_run" in found:
         lines.append(_beside_the_run(found))
     return "\n\n".join(
@@ -57,7 +57,7 @@ def quantization_card(found: dict[str, Any]) -> str:
     )
 
 
-def told(found: dict[str, Any]) -> list[str]:
+def describe(found: dict[str, Any]) -> list[str]:
     """What became int8 and how, a line each."""
     integers, floats = found["int8_layers"], found["float_layers"]
     products = [name for name in floats if name in found["products"]]
@@ -68,7 +68,7 @@ def told(found: dict[str, Any]) -> list[str]:
     flags = ", ".join(found["environment"]["int8_flags"]) or "no extension that is told"
     return [
         f"int8: {len(integers)} of {len(integers) + len(floats)} matrix products and convolutions, "
-        f"{percent(found['int8_share'])} % of the parameters; weights by output channel, "
+        f"{format_percent(found['int8_share'])} % of the parameters; weights by output channel, "
         "activations by tensor",
         f"float: {', '.join(kept) or 'none of these'}; normalisations, softmax, activations",
         f"ranges of activations: {_ranges(found['calibration'])}",
@@ -93,9 +93,9 @@ def _head_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             head,
-            percent(found["float"]["heads"][head]["top1"]),
-            percent(row["top1"]),
-            percent(found["agreement"][head]),
+            format_percent(found["float"]["heads"][head]["top1"]),
+            format_percent(row["top1"]),
+            format_percent(found["agreement"][head]),
             _decibels(found["sqnr_db"][head]),
         )
         for head, row in found["int8"]["heads"].items()
@@ -105,7 +105,7 @@ def _head_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
 def _file_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     before, after = found["float"], found["int8"]
     share = after["bytes"] / before["bytes"]
-    rows = [("file", size(before["bytes"]), size(after["bytes"]), f"{share:.2f}")]
+    rows = [("file", format_bytes(before["bytes"]), format_bytes(after["bytes"]), f"{share:.2f}")]
     for batch, old in before["latency"].items():
         new = after["latency"][batch]
         ratio = f"{new['median_ms'] / old['median_ms']:.2f}"
@@ -141,7 +141,8 @@ def _beside_the_run(found: dict[str, Any]) -> str:
     head = "fused" if "fused" in same["sqnr_db"] else "class"
     bits = " but of weights, 7 bits instead of 8" if found["reduce_range"] else ""
     return (
-        f"the run itself computes with these roundings{bits}: {percent(same['agreement'][head])} % "
+        f"the run itself computes with these roundings{bits}: "
+        f"{format_percent(same['agreement'][head])} % "
         f"of the file's answers are the run's, {_decibels(same['sqnr_db'][head])} dB from it; "
         "float is its weights without any"
     )

@@ -8,40 +8,45 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deit.checkpoint import result_of
+from deit.checkpoint import read_result
 from deit.config import STUDENTS, Config, StudentConfig, is_transformer
-from deit.console import progress, say
-from deit.datasets.spread import spread_rows
-from deit.disk import check_file, put_folder, write_json
-from deit.environment import create_accelerator, describe
+from deit.console import info, progress
+from deit.datasets.spread import stratified_indices
+from deit.disk import atomic_write_dir, check_file, write_json
+from deit.environment import create_accelerator, environment_info
 from deit.errors import CheckpointError, ConfigError, DataError
-from deit.evaluation import as_asked, find_run
-from deit.export import check_place, require
-from deit.float_file import FloatFile, split_of, write_float_file
+from deit.evaluation import evaluation_config, resolve_run
+from deit.export import check_output_dir, require_packages
+from deit.float_file import OnnxStudent, export_float_onnx, split_images
 from deit.formats import FORMATS
 from deit.model_card import write_card
-from deit.models.rounding import rounded_layers
-from deit.models.saved import Facts, load_student
+from deit.models.rounding import fake_quant_layers
+from deit.models.saved import ModelInfo, load_student
 from deit.models.student import Student
 from deit.processor import int8_flags, saturates
 from deit.prune_options import MANIFEST, PRUNED, RECOVERED
-from deit.quantization import calibrated, learnt, write_int8
-from deit.quantization_layers import METHODS, choose, layers_of, serves
-from deit.quantization_tables import print_quantization, print_sensitivity, quantization_card, told
+from deit.quantization import calibrate, ranges_from_training, write_int8
+from deit.quantization_layers import METHODS, choose, covers_enough, layers_of
+from deit.quantization_tables import (
+    describe,
+    print_quantization,
+    print_sensitivity,
+    quantization_card,
+)
 from deit.side_by_side import (
-    alike_in_batches,
-    answers_on_test,
-    as_the_run,
-    each_layer_alone,
-    final,
-    times_in_turns,
+    check_batch_invariance,
+    compare_on_test,
+    compare_to_run,
+    final_head,
+    interleaved_latency,
+    layer_sensitivity,
 )
 
 _CALIBRATED_ON = 128
 _CALIBRATED_AT_ONCE = 8  # with all their activations in memory
 
 
-class Plan(NamedTuple):
+class QuantizeOptions(NamedTuple):
     """What is asked of a quantization.
 
     method: of deit.quantization_layers.METHODS. images: training images that static calibrates on,
@@ -52,7 +57,7 @@ class Plan(NamedTuple):
 
     method: str = "static"
     images: int | None = None
-    how: str | None = None
+    range_method: str | None = None
     percentile: float | None = None
     attention: bool = False
     exclude: str | None = None
@@ -61,7 +66,7 @@ class Plan(NamedTuple):
 def quantize(
     run: Path,
     out: Path | None,
-    plan: Plan,
+    plan: QuantizeOptions,
     *,
     max_drop: float = 1.0,
     sensitivity: bool = False,
@@ -82,22 +87,22 @@ def quantize(
     where nothing can be quantized, DataError where training images are too few, CheckpointError
     where the run is not finished or the int8 file falls short; nothing is left behind then.
     """
-    require(FORMATS["onnx"].needs, "deit quantize")
-    config, saved = find_run(run, checkpoint)
+    require_packages(FORMATS["onnx"].needs, "deit quantize")
+    config, saved = resolve_run(run, checkpoint)
     out_of_prune = saved.parent.parent
     if saved.parent.name == PRUNED and (out_of_prune / MANIFEST).is_file():
         raise CheckpointError(
             f"{saved.parent}: was cut and is not trained; quantize {out_of_prune / RECOVERED}"
         )
-    if result_of(saved.parent) is None:
+    if read_result(saved.parent) is None:
         raise CheckpointError(
             f"{saved.parent}: is not finished; go on with it first (its own command with --resume)"
         )
     _check_learnt(config, plan, run)
     folder = out or saved.parent / f"quantized-{plan.method}"
-    check_place(folder, force=force)
+    check_output_dir(folder, force=force)
     check_file(json_file, option="--json", replace=force)
-    config = as_asked(config, root=root, device="cpu")
+    config = evaluation_config(config, root=root, device="cpu")
     student, facts = load_student(saved)
     _check_early(plan, config, student, facts, saved.parent)
     found: dict[str, Any] = {
@@ -107,79 +112,89 @@ def quantize(
         "environment": _environment(config, arguments or []),
     }
     with tempfile.TemporaryDirectory(prefix="deit-") as scratch:
-        file = write_float_file(config, student, facts, run=saved.parent, place=Path(scratch))
+        file = export_float_onnx(config, student, facts, run=saved.parent, place=Path(scratch))
         target = Path(scratch) / "int8.onnx"
         found = _written(found, file, plan, target, sensitivity=sensitivity)
-        found |= answers_on_test(file, target)
+        found |= compare_on_test(file, target)
         if file.rounding is not None:
-            found["as_the_run"] = as_the_run(file, target)
-        others = [name for name in METHODS if name != plan.method and serves(file.layers, name)]
+            found["as_the_run"] = compare_to_run(file, target)
+        others = [
+            name for name in METHODS if name != plan.method and covers_enough(file.layers, name)
+        ]
         others = others if file.rounding is None else []
-        found |= _drop(found, max_drop, others, trainable=_trainable(config.student))
+        found |= check_accuracy_drop(found, max_drop, others, trainable=_trainable(config.student))
 
         def write(place: Path) -> None:
             copied = Path(shutil.copyfile(target, place / "model.onnx"))
-            found["batches"] = alike_in_batches(file, copied)
+            found["batches"] = check_batch_invariance(file, copied)
             _add_costs(found, file, copied)
             write_json(place / "quantization.json", found)
             _write_card(place / "README.md", file, found)
 
         folder.parent.mkdir(parents=True, exist_ok=True)
-        put_folder(folder, write, replace=force)
+        atomic_write_dir(folder, write, replace=force)
     print_quantization(found)
     if json_file is not None:
         write_json(json_file, found)
-        say(f"wrote {json_file}")
-    say(f"quantized {folder}: {', '.join(sorted(one.name for one in folder.iterdir()))}")
+        info(f"wrote {json_file}")
+    info(f"quantized {folder}: {', '.join(sorted(one.name for one in folder.iterdir()))}")
     return folder
 
 
-def _check_learnt(config: Config, plan: Plan, run: Path) -> None:
+def _check_learnt(config: Config, plan: QuantizeOptions, run: Path) -> None:
     """Refuse to quantize a run that was trained for one file in another way. Raises ConfigError."""
-    rounding = config.student.rounding
+    rounding = config.student.qat
     if rounding == "none":
         return
     asked = {
         "--method dynamic": plan.method == "dynamic",
-        "--calibration": plan.images is not None,
-        "--calibrate": plan.how is not None,
-        "--quantize_attention": plan.attention,
+        "--calibration-images": plan.images is not None,
+        "--calibration-method": plan.range_method is not None,
+        "--quantize-attention": plan.attention,
     }
     if wrong := [option for option, given in asked.items() if given]:
         raise ConfigError(
-            f"{wrong[0]}: {run} was trained for one file (student.rounding {rounding}): static, by "
+            f"{wrong[0]}: {run} was trained for one file (student.qat {rounding}): static, by "
             "the ranges it has learnt, products of attention in float; leave it out"
         )
 
 
-def _check_early(plan: Plan, config: Config, student: Student, facts: Facts, run: Path) -> None:
+def _check_early(
+    plan: QuantizeOptions, config: Config, student: Student, facts: ModelInfo, run: Path
+) -> None:
     """Refuse, before the export, which takes the most, what can be known without it. Raises
     ConfigError, DataError and CheckpointError."""
-    rounded = rounded_layers(student.network).values()
+    rounded = fake_quant_layers(student.network).values()
     if rounded and not any(layer.range.any() for layer in rounded):
         raise CheckpointError(
-            f"{run}: student.rounding = {config.student.rounding!r}: has learnt no ranges, no "
+            f"{run}: student.qat = {config.student.qat!r}: has learnt no ranges, no "
             "update was made; train it on"
         )
     # What adapters, and timm's others, call the functions that they compute only the graph tells.
     if config.student.name in STUDENTS and config.student.adapters == "none":
         layers = layers_of(student.network)
         choose(layers, method=plan.method, attention=plan.attention, exclude=plan.exclude)
-    if plan.method == "static" and config.student.rounding == "none":
-        number = len(split_of(config, facts, run, "train").labels)
+    if plan.method == "static" and config.student.qat == "none":
+        number = len(split_images(config, facts, run, "train").labels)
         if number < _images(plan):
             raise DataError(
-                f"--calibration {_images(plan)}: there are {number} training images; ask for no "
+                f"--calibration-images {_images(plan)}: there are {number} training images; ask "
+                "for no "
                 "more, or take --method dynamic, which needs none"
             )
 
 
-def _images(plan: Plan) -> int:
+def _images(plan: QuantizeOptions) -> int:
     return plan.images or _CALIBRATED_ON
 
 
 def _written(
-    known: dict[str, Any], file: FloatFile, plan: Plan, target: Path, *, sensitivity: bool
+    known: dict[str, Any],
+    file: OnnxStudent,
+    plan: QuantizeOptions,
+    target: Path,
+    *,
+    sensitivity: bool,
 ) -> dict[str, Any]:
     """Write the int8 file; what is known, with what was done, and each layer alone if asked."""
     layers = file.layers
@@ -200,68 +215,72 @@ def _written(
         ranges, found["calibration"] = _learnt(file)
     elif plan.method == "static":
         ranges, found["calibration"] = _calibrate(file, plan)
-    for line in told(found):
-        say(f"quantizes {line}")
+    for line in describe(found):
+        info(f"quantizes {line}")
 
     def write(path: Path, names: list[str]) -> None:
         write_int8(file.prepared, path, layers, names, ranges=ranges, reduce_range=reduce_range)
 
     write(target, chosen)
     if sensitivity:
-        found["sensitivity"] = each_layer_alone(file, chosen, write, target.parent)
+        found["sensitivity"] = layer_sensitivity(file, chosen, write, target.parent)
         print_sensitivity(found["sensitivity"])
     return found
 
 
 def _environment(config: Config, arguments: list[str]) -> dict[str, Any]:
-    about = describe(create_accelerator(config.run), arguments)
+    about = environment_info(create_accelerator(config.run), arguments)
     for package in FORMATS["onnx"].needs:
         about["packages"][package] = metadata.version(package)
     return {**about, "int8_flags": list(int8_flags())}
 
 
-def _learnt(file: FloatFile) -> tuple[Any, dict[str, Any]]:
+def _learnt(file: OnnxStudent) -> tuple[Any, dict[str, Any]]:
     """The ranges of activations as training left them."""
-    layers = rounded_layers(file.rounding.network)
+    layers = fake_quant_layers(file.rounding.network)
     ranges = {name: layer.range for name, layer in layers.items()}
     told = {"split": "train", "view": "training", "how": "learnt"}
-    return learnt(file.prepared, file.layers, ranges), told
+    return ranges_from_training(file.prepared, file.layers, ranges), told
 
 
-def _calibrate(file: FloatFile, plan: Plan) -> tuple[Any, dict[str, Any]]:
+def _calibrate(file: OnnxStudent, plan: QuantizeOptions) -> tuple[Any, dict[str, Any]]:
     """The ranges of activations, and what they were found on. Raises DataError."""
-    train = split_of(file.config, file.facts, file.run, "train")
-    how, seed = plan.how or "minmax", file.config.data.split_seed
-    rows = spread_rows(train.labels, _images(plan), seed=seed, stream="calibration")
+    train = split_images(file.config, file.facts, file.run, "train")
+    how, seed = plan.range_method or "minmax", file.config.data.split_seed
+    rows = stratified_indices(train.labels, _images(plan), seed=seed, stream="calibration")
     batches = file.inputs(train, rows, size=_CALIBRATED_AT_ONCE)
     total = math.ceil(len(rows) / _CALIBRATED_AT_ONCE)
     watched = progress(batches, total=total, title="calibrating")
-    ranges = calibrated(file.prepared, watched, how=how, percentile=plan.percentile)
+    ranges = calibrate(file.prepared, watched, how=how, percentile=plan.percentile)
     asked = {"how": how, "percentile": plan.percentile, "seed": seed}
     return ranges, {"split": "train", "view": "evaluation", "num_samples": len(rows), **asked}
 
 
-def _drop(
+def check_accuracy_drop(
     found: dict[str, Any], most: float, others: list[str], *, trainable: bool
 ) -> dict[str, float]:
     """By how many points top-1 falls. others: methods that may do better; trainable: whether
     training under roundings may. Raises CheckpointError where that is more than may be."""
-    before, after = (final(found[name]["heads"])["top1"] for name in ("float", "int8"))
+    before, after = (final_head(found[name]["heads"])["top1"] for name in ("float", "int8"))
     drop = round(100 * (before - after), 9)
     if drop <= most:
         return {"drop_points": drop, "max_drop_points": most}
     ways = [f"--method {name}" for name in others]
     seen = found["calibration"]
     if seen is not None and seen["how"] != "learnt":
-        ways += [f"--calibrate {how}" for how in ("minmax", "percentile") if how != seen["how"]]
+        ways += [
+            f"--calibration-method {how}" for how in ("minmax", "percentile") if how != seen["how"]
+        ]
         if seen["num_samples"] < _CALIBRATED_ON:
-            ways.append(f"--calibration {_CALIBRATED_ON}")
+            ways.append(f"--calibration-images {_CALIBRATED_ON}")
     noisiest = "the layers that --sensitivity shows to be the noisiest"
     if "sensitivity" in found:
         noisiest = f"'{found['sensitivity']['layers'][0]['layer']}', the noisiest layer"
     ways.append(f"--exclude {noisiest}")
     if trainable:
-        ways.append(f"deit finetune --from {found['run']} --tuning int8 --out {found['run']}-int8")
+        ways.append(
+            f"deit finetune --from {found['run']} --schedule int8 --out {found['run']}-int8"
+        )
     raise CheckpointError(
         f"{found['run']}: int8 takes {drop:.2f} points off its top-1 ({100 * before:.2f} to "
         f"{100 * after:.2f} %), --max-drop {most:g} is allowed; nothing is kept; try "
@@ -271,19 +290,19 @@ def _drop(
 
 def _trainable(student: StudentConfig) -> bool:
     """Whether a student could be, and was not yet, trained under roundings."""
-    plain = student.rounding == "none" and student.adapters == "none" and student.share == 1
+    plain = student.qat == "none" and student.adapters == "none" and student.shared_block_size == 1
     return plain and is_transformer(student)
 
 
-def _add_costs(found: dict[str, Any], file: FloatFile, target: Path) -> None:
+def _add_costs(found: dict[str, Any], file: OnnxStudent, target: Path) -> None:
     """Bytes and times of both files."""
-    times = times_in_turns(file, target, threads=found["environment"]["threads"])
+    times = interleaved_latency(file, target, threads=found["environment"]["threads"])
     for name, path in (("float", file.original), ("int8", target)):
         found[name]["bytes"] = path.stat().st_size
         found[name]["latency"] = times[name]
 
 
-def _write_card(path: Path, file: FloatFile, found: dict[str, Any]) -> None:
+def _write_card(path: Path, file: OnnxStudent, found: dict[str, Any]) -> None:
     heads = {"distillation": None, **found["int8"]["heads"]}
     heads.setdefault("fused", heads["class"])
     measured = {name: found[name] for name in ("split", "num_samples")}

@@ -7,10 +7,10 @@ from pathlib import Path
 from deit.config import (
     Config,
     DataConfig,
+    InitConfig,
     LossConfig,
     OptimConfig,
     RunConfig,
-    StartConfig,
     StudentConfig,
     TeacherConfig,
     ViewsConfig,
@@ -19,10 +19,10 @@ from deit.errors import ConfigError, raise_transient
 from deit.files import import_file
 from deit.hyper_rule import hyper_rule
 from deit.inputs import no_file
-from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
+from deit.presets import AUGMENTATIONS, LOSS_PRESETS, VIEW_MODES
 from deit.text import nearest
 from deit.tuning import at_resolution, deit, short
-from deit.validation import load
+from deit.validation import load_config
 
 
 def digits_teacher() -> Config:
@@ -31,11 +31,11 @@ def digits_teacher() -> Config:
         data=DataConfig(source="digits", image_size=8),
         views=ViewsConfig(crop="padded", crop_padding=1, flip=0.0, rotation=10.0),
         student=StudentConfig(name="small_convnet", image_size=8),
-        loss=OBJECTIVES["none"],
+        loss=LOSS_PRESETS["none"],
         optim=OptimConfig(
-            epochs=20, batch_size=64, lr=3e-3, lr_reference_batch=None, warmup_epochs=2
+            epochs=20, batch_size=64, lr=3e-3, lr_base_batch_size=None, warmup_epochs=2
         ),
-        run=RunConfig(evaluate_every=2),
+        run=RunConfig(eval_every_epochs=2),
     )
 
 
@@ -59,14 +59,14 @@ def digits() -> Config:
             embed_dim=64,
             depth=4,
             num_heads=4,
-            initialisation="scaled",
+            weight_init="scaled",
         ),
         teacher=TeacherConfig(source=("checkpoints/digits-teacher",)),
         loss=LossConfig(kind="soft", distillation_weight=0.5, temperature=3.0),
         optim=OptimConfig(
-            epochs=60, batch_size=32, lr=1e-3, lr_reference_batch=None, warmup_epochs=5
+            epochs=60, batch_size=32, lr=1e-3, lr_base_batch_size=None, warmup_epochs=5
         ),
-        run=RunConfig(evaluate_every=5),
+        run=RunConfig(eval_every_epochs=5),
     )
 
 
@@ -83,13 +83,15 @@ def digits_transformer_teacher() -> Config:
 def _transformer(config: Config) -> Config:
     """The student of a recipe with a class token alone, trained by labels."""
     name = config.student.name.replace("deit_", "vit_", 1)
-    return config.replace(student={"name": name}, teacher=TeacherConfig(), loss=OBJECTIVES["none"])
+    return config.replace(
+        student={"name": name}, teacher=TeacherConfig(), loss=LOSS_PRESETS["none"]
+    )
 
 
 def digits_ensemble() -> Config:
     """`digits` with two teachers, a ConvNet and an involution network, each with its own token."""
     return digits().replace(
-        student={"distillation_tokens": 2},
+        student={"num_distillation_tokens": 2},
         teacher={
             "source": ("checkpoints/digits-teacher", "checkpoints/digits-involution-teacher"),
             "combine": "tokens",
@@ -112,16 +114,16 @@ def _held_out(config: Config, *, epochs: int) -> Config:
     """A recipe of digits turned into the experiment of AditMeh/Distillation: classes 0 to 5 seen, a
     warm teacher. Of labels nothing, which would name no unseen class."""
     return config.replace(
-        data={"held_out": ("6", "7", "8", "9")},
+        data={"unseen_classes": ("6", "7", "8", "9")},
         loss=LossConfig(
             kind="cross_entropy",
-            through="all",
+            head="all",
             distillation_weight=1.0,
             temperature=10.0,
             label_smoothing=0.0,
         ),
         optim={"epochs": epochs},
-        run={"evaluate_every": max(epochs // 12, 1)},
+        run={"eval_every_epochs": max(epochs // 12, 1)},
     )
 
 
@@ -132,7 +134,7 @@ def mnist_teacher() -> Config:
         views={"crop_padding": 2},
         student={"image_size": 28},
         optim={"epochs": 5, "batch_size": 128, "warmup_epochs": 1},
-        run={"evaluate_every": 1},
+        run={"eval_every_epochs": 1},
     )
 
 
@@ -144,7 +146,7 @@ def mnist() -> Config:
         student={"image_size": 28, "patch_size": 4},
         teacher={"source": ("checkpoints/mnist-teacher",)},
         optim={"epochs": 10, "batch_size": 128, "warmup_epochs": 1},
-        run={"evaluate_every": 1},
+        run={"eval_every_epochs": 1},
     )
 
 
@@ -166,7 +168,7 @@ def digits_finetune_teacher() -> Config:
 def _finetune(config: Config, side: int, *, start: str, teacher: str | None = None) -> Config:
     """A recipe turned into its fine-tuning at `side` px, from the run of another."""
     sources = () if teacher is None else (f"checkpoints/{teacher}",)
-    config = config.replace(teacher={"source": sources}, start={"source": f"checkpoints/{start}"})
+    config = config.replace(teacher={"source": sources}, init={"weights": f"checkpoints/{start}"})
     return short(at_resolution(config, side))
 
 
@@ -176,14 +178,14 @@ def cifar10_teacher() -> Config:
         data=DataConfig(source="cifar10", root="data", image_size=32),
         views=ViewsConfig(crop="padded", crop_padding=4, mixup_alpha=0.2, cutmix_alpha=1.0),
         student=StudentConfig(name="regnety_004_small_stem", image_size=32, drop_path=0.1),
-        loss=OBJECTIVES["none"],
+        loss=LOSS_PRESETS["none"],
         optim=OptimConfig(
             epochs=200,
             batch_size=256,
             lr=2e-3,
-            lr_reference_batch=None,
+            lr_base_batch_size=None,
             warmup_epochs=5,
-            clip_norm=1.0,
+            clip_grad_norm=1.0,
         ),
     )
 
@@ -192,7 +194,7 @@ def cifar10_bit_teacher() -> Config:
     """BiT's ResNet-50x1 of ImageNet-21k on CIFAR-10 at 128 px, all by its HyperRule."""
     config = cifar10_teacher().replace(
         student=StudentConfig(name="timm:resnetv2_50x1_bit"),
-        start={"source": "resnetv2_50x1_bit.goog_in21k"},
+        init={"weights": "resnetv2_50x1_bit.goog_in21k"},
     )
     return hyper_rule(config, images=45_000)
 
@@ -204,8 +206,10 @@ def cifar10() -> Config:
         views=ViewsConfig(crop="padded", crop_padding=4, **AUGMENTATIONS["deit"]),
         student=StudentConfig(name="deit_tiny", image_size=32, patch_size=4, drop_path=0.1),
         teacher=TeacherConfig(source=("checkpoints/cifar10-teacher",)),
-        loss=OBJECTIVES["deit-hard"],
-        optim=OptimConfig(epochs=300, batch_size=1024, lr=5e-4, warmup_epochs=5, clip_norm=1.0),
+        loss=LOSS_PRESETS["deit-hard"],
+        optim=OptimConfig(
+            epochs=300, batch_size=1024, lr=5e-4, warmup_epochs=5, clip_grad_norm=1.0
+        ),
     )
 
 
@@ -222,7 +226,7 @@ def cifar10_transformer_teacher() -> Config:
 def cifar10_ensemble() -> Config:
     """`cifar10` with two teachers, a RegNet and an involution network, each with its own token."""
     return cifar10().replace(
-        student={"distillation_tokens": 2},
+        student={"num_distillation_tokens": 2},
         teacher={
             "source": ("checkpoints/cifar10-teacher", "checkpoints/cifar10-involution-teacher"),
             "combine": "tokens",
@@ -240,15 +244,15 @@ def _function_matching(config: Config, *, epochs: int) -> Config:
     teacher and student alike, the divergence alone, patience, and weight decay by their rule."""
     config = config.replace(views={**AUGMENTATIONS["none"], "interpolation": "bilinear"})
     return config.replace(
-        views=TEACHING["function-matching"].fields(dataclasses.asdict(config.views)),
-        loss=dataclasses.replace(OBJECTIVES["function-matching"], temperature=2.0),
+        views=VIEW_MODES["function-matching"].fields(dataclasses.asdict(config.views)),
+        loss=dataclasses.replace(LOSS_PRESETS["function-matching"], temperature=2.0),
         optim={
             "epochs": epochs,
             "lr": 1e-3,
-            "lr_reference_batch": None,
+            "lr_base_batch_size": None,
             "weight_decay": 1e-4,
-            "independent_decay": True,
-            "clip_norm": 1.0,
+            "independent_weight_decay": True,
+            "clip_grad_norm": 1.0,
             "min_lr": 0.0,
         },
     )
@@ -263,7 +267,7 @@ def imagenet_usi() -> Config:
     """Any backbone (--student.name timm:NAME) on class folders of ImageNet by USI, taught by the
     authors' TResNet-L."""
     config = imagenet_subset().replace(
-        views={"evaluation_crop": 0.95},
+        views={"eval_crop_pct": 0.95},
         teacher={"source": ("tresnet_v2_l.miil_in21k_ft_in1k",)},
     )
     return _usi(config, StudentConfig(name="timm:resnet50", image_size=224))
@@ -275,17 +279,17 @@ def _usi(config: Config, student: StudentConfig) -> Config:
     return config.replace(
         views=AUGMENTATIONS["usi"],
         student=student,
-        loss=OBJECTIVES["usi"],
+        loss=LOSS_PRESETS["usi"],
         optim={
             "epochs": 300,
             "batch_size": 1024,
             "lr": 2e-3,
-            "lr_reference_batch": None,
+            "lr_base_batch_size": None,
             "weight_decay": 0.02,
             "warmup_epochs": 5,
             "warmup_lr": 1e-4,
             "min_lr": 1e-6,
-            "clip_norm": None,
+            "clip_grad_norm": None,
             "ema_epochs": 20.0,  # 0.99996 a step on ImageNet: some 20 epochs of 1,251 steps
         },
     )
@@ -304,7 +308,7 @@ _SHORT = {
     "epochs": 8,
     "batch_size": 128,
     "lr": 1e-3,
-    "lr_reference_batch": None,
+    "lr_base_batch_size": None,
     "warmup_epochs": 1,
 }
 
@@ -313,7 +317,7 @@ def cifar10_micro() -> Config:
     """A micro DeiT distilled from `cifar10-micro-teacher` in 8 epochs (a laptop, half an hour)."""
     return cifar10().replace(
         views=AUGMENTATIONS["none"],
-        student={"name": "deit_micro", "drop_path": 0.0, "initialisation": "scaled"},
+        student={"name": "deit_micro", "drop_path": 0.0, "weight_init": "scaled"},
         teacher={"source": ("checkpoints/cifar10-micro-teacher",)},
         optim=_SHORT,
     )
@@ -336,7 +340,7 @@ def cifar10_micro_ensemble() -> Config:
     token (a laptop)."""
     sources = ("checkpoints/cifar10-micro-teacher", "checkpoints/cifar10-micro-involution-teacher")
     return cifar10_micro().replace(
-        student={"distillation_tokens": 2},
+        student={"num_distillation_tokens": 2},
         teacher={"source": sources, "combine": "tokens"},
     )
 
@@ -354,7 +358,7 @@ def cifar10_micro_finetune_teacher() -> Config:
 
 def cifar10_finetune() -> Config:
     """`cifar10` at 48 px by DeiT's schedule, its teacher at the same resolution (one GPU)."""
-    config = cifar10().replace(start={"source": "checkpoints/cifar10"})
+    config = cifar10().replace(init={"weights": "checkpoints/cifar10"})
     return deit(at_resolution(config, 48))
 
 
@@ -403,46 +407,46 @@ def tiny_imagenet_micro_teacher() -> Config:
 def tiny_imagenet_micro() -> Config:
     """A micro DeiT by the whole recipe in 8 epochs (a laptop; for a part of the classes)."""
     return tiny_imagenet().replace(
-        student={"name": "deit_micro", "drop_path": 0.0, "initialisation": "scaled"},
+        student={"name": "deit_micro", "drop_path": 0.0, "weight_init": "scaled"},
         teacher={"source": ("checkpoints/tiny-imagenet-micro-teacher",)},
         optim=_SHORT,
     )
 
 
-def folder_teacher() -> Config:
+def image_folder_teacher() -> Config:
     """RegNetY-400MF at 64 px on your class folders (--data.root): the teacher of `folder`."""
     return cifar10_teacher().replace(
         data={"source": "folder", "image_size": 72},
-        views={"crop": "random_resized", "crop_scale": (0.25, 1.0), "evaluation_crop": 64 / 72},
+        views={"crop": "random_resized", "crop_scale": (0.25, 1.0), "eval_crop_pct": 64 / 72},
         student={"image_size": 64},
         optim={"batch_size": 64, "lr": 1e-3},
     )
 
 
-def folder() -> Config:
+def image_folder() -> Config:
     """DeiT-Ti with patches of 8 px at 64 px on your class folders (--data.root)."""
     return cifar10().replace(
         data={"source": "folder", "image_size": 72},
         views={
             "crop": "random_resized",
             "crop_scale": (0.25, 1.0),
-            "repeats": 1,
-            "evaluation_crop": 64 / 72,
+            "aug_repeats": 1,
+            "eval_crop_pct": 64 / 72,
         },
         student={"image_size": 64, "patch_size": 8},
         teacher={"source": ("checkpoints/folder-teacher",)},
-        optim={"batch_size": 64, "lr": 5e-4, "lr_reference_batch": None},
+        optim={"batch_size": 64, "lr": 5e-4, "lr_base_batch_size": None},
     )
 
 
 def imagenet_subset() -> Config:
     """DeiT-Ti/16 at 224 px on an ImageNet subset in class folders, timm's RegNetY-16GF teaching."""
-    return folder().replace(
+    return image_folder().replace(
         data={"image_size": 256},
-        views={"crop_scale": (0.08, 1.0), "repeats": 3, "evaluation_crop": 0.875},
+        views={"crop_scale": (0.08, 1.0), "aug_repeats": 3, "eval_crop_pct": 0.875},
         student={"image_size": 224, "patch_size": 16},
         teacher={"source": ("regnety_160.deit_in1k",)},
-        optim={"batch_size": 1024, "lr_reference_batch": 512},
+        optim={"batch_size": 1024, "lr_base_batch_size": 512},
     )
 
 
@@ -457,13 +461,13 @@ def transfer_cifar10() -> Config:
         data=DataConfig(source="cifar10", root="data", image_size=32),
         views=ViewsConfig(crop="random_resized", **AUGMENTATIONS["mix"]),
         student=StudentConfig(name="deit_base", image_size=224, patch_size=16, drop_path=0.1),
-        start=StartConfig(heads="new"),
-        loss=OBJECTIVES["none"],
+        init=InitConfig(head="new"),
+        loss=LOSS_PRESETS["none"],
         optim=OptimConfig(
             epochs=1000,
             batch_size=768,
             lr=7.5e-6,
-            lr_reference_batch=None,
+            lr_base_batch_size=None,
             warmup_epochs=5,
             warmup_lr=1e-6,
             min_lr=1e-6,
@@ -474,7 +478,7 @@ def transfer_cifar10() -> Config:
 def transfer_cifar100() -> Config:
     """A DeiT of ImageNet (--from WEIGHTS) on CIFAR-100 at 224 px: AdamW of deit's issue 117."""
     return transfer_cifar10().replace(
-        data={"source": "cifar100"}, views={"repeats": 3}, optim={"lr": 5e-6}
+        data={"source": "cifar100"}, views={"aug_repeats": 3}, optim={"lr": 5e-6}
     )
 
 
@@ -494,13 +498,13 @@ def transfer_inaturalist() -> Config:
     """A DeiT of ImageNet (--from WEIGHTS) on iNaturalist 2018 or 2019 in class folders: deit's
     issues 105 and 141."""
     config = _transfer_to("inaturalist", epochs=360, lr=7.5e-5)
-    return config.replace(views={"erasing": 0.1}, optim={"min_lr": 1e-5})
+    return config.replace(views={"erasing_prob": 0.1}, optim={"min_lr": 1e-5})
 
 
 def _transfer_to(name: str, *, epochs: int, lr: float) -> Config:
     return transfer_cifar10().replace(
         data={"source": "folder", "root": f"data/{name}", "image_size": 256},
-        views={"evaluation_crop": 0.875},
+        views={"eval_crop_pct": 0.875},
         optim={"epochs": epochs, "lr": lr},
     )
 
@@ -540,8 +544,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "tiny-imagenet-teacher": tiny_imagenet_teacher,
     "tiny-imagenet-micro": tiny_imagenet_micro,
     "tiny-imagenet-micro-teacher": tiny_imagenet_micro_teacher,
-    "folder": folder,
-    "folder-teacher": folder_teacher,
+    "folder": image_folder,
+    "folder-teacher": image_folder_teacher,
     "imagenet-subset": imagenet_subset,
     "imagenet-384": imagenet_384,
     "imagenet-usi": imagenet_usi,
@@ -554,7 +558,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
 """Every recipe by its name on the command line."""
 
 
-def recipe_of(source: str | None) -> str | None:
+def recipe_of_path(source: str | None) -> str | None:
     """The recipe whose run lies at `source` where nobody said another --out; None: none of ours."""
     folder, _, name = (source or "").rpartition("/")
     return name if folder == "checkpoints" and name in RECIPES else None
@@ -567,7 +571,7 @@ def find_recipe(name: str) -> Config:
     if name in RECIPES:
         return RECIPES[name]()
     if name.endswith(".json"):
-        return load(Path(name))
+        return load_config(Path(name))
     if name.endswith(".py") or ".py:" in name:
         return _from_file(name)
     if (Path(name) / "config.json").is_file():

@@ -21,12 +21,12 @@ class Batch(NamedTuple):
     images: Tensor
     teacher_images: Tensor | None
     targets: Tensor
-    samples: Tensor
+    sample_ids: Tensor
     epoch: int
-    places: Tensor
+    target_rows: Tensor
 
 
-class Outputs(NamedTuple):
+class StudentOutput(NamedTuple):
     """What a network answers, in training as in evaluation.
 
     class_logits: [batch, classes], read from the class token (or the only head).
@@ -38,7 +38,7 @@ class Outputs(NamedTuple):
     distillation_logits: Tensor | None = None
 
 
-class Answers(NamedTuple):
+class TeacherOutput(NamedTuple):
     """What the teachers say of a batch: one voice, or one for each distillation token.
 
     labels: int64 [batch, voices], the class each holds most likely.
@@ -52,7 +52,7 @@ class Answers(NamedTuple):
     weights: tuple[float, ...] = (1.0,)
 
 
-def head_logits(outputs: Outputs) -> dict[str, Tensor]:
+def logits_by_head(outputs: StudentOutput) -> dict[str, Tensor]:
     """Logits by name of head: `class`, and with a distillation token `distillation`,
     `fused` (mean of the two logits, as in the DeiT code) and `fused_softmax` (mean of the two
     softmax outputs, as section 5.2 of the paper describes; returned as log-probabilities).

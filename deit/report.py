@@ -7,19 +7,19 @@ from typing import Any
 
 from deit import charts, checkpoint, journal, page
 from deit.config import Config
-from deit.console import clock, percent, say, warn
-from deit.disk import check_writable, put_file, size, write_json
-from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault
-from deit.ground import slug
-from deit.measured import Evaluations, disagreement
+from deit.console import format_duration, format_percent, info, warn
+from deit.disk import atomic_write, check_writable, format_bytes, write_json
+from deit.errors import CheckpointError, ConfigError, DataError, SystemFault
+from deit.ground import slugify
+from deit.measured import EvaluationCache, disagreement_matrix
 from deit.run_pictures import Pictures, draw_run
-from deit.run_sections import View, card_of, final_top1, sections_of, write_csv
+from deit.run_sections import RunReport, card_of, final_top1, sections_of, write_csv
 from deit.shared_targets import DIGITS
 from deit.summary import summary_of
 from deit.sweep_results import MANIFEST, RESULTS, cells, columns, read_results
 from deit.sweep_sections import sections_of_sweep
 from deit.typed_json import values_of
-from deit.validation import load
+from deit.validation import load_config
 
 PAGE = "index.html"
 _MARK = "report.json"  # of which runs; by it a folder is known, also one that was not finished
@@ -50,7 +50,7 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
     _check_folder(out, force)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / _MARK, {"of": [str(path) for path in paths]})
-    evaluations = Evaluations()
+    evaluations = EvaluationCache()
     views = {run: _view(run, names[run], slugs[run], out, evaluations, root) for run in runs}
     body = []
     if len(paths) > 1:
@@ -78,11 +78,13 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
         "charts (PNG) and tables (CSV) lie beside it.",
     )
     written = out / PAGE
-    put_file(written, whole.encode())
+    atomic_write(written, whole.encode())
     bytes_ = written.stat().st_size
     if bytes_ > _LARGE:
-        warn(f"{written}: {size(bytes_)}; fewer runs make a smaller page")
-    say(f"wrote {written} ({size(bytes_)}) in {clock(time.monotonic() - started)}")
+        warn(f"{written}: {format_bytes(bytes_)}; fewer runs make a smaller page")
+    info(
+        f"wrote {written} ({format_bytes(bytes_)}) in {format_duration(time.monotonic() - started)}"
+    )
     return written
 
 
@@ -109,7 +111,7 @@ def _slugs(names: dict[Path, str]) -> dict[Path, str]:
     signs in their names."""
     found: dict[Path, str] = {}
     for path, name in names.items():
-        first = called = slug(name) or "run"
+        first = called = slugify(name) or "run"
         while called in found.values():
             called = f"{first}-{1 + sum(one.startswith(first) for one in found.values())}"
         found[path] = called
@@ -122,7 +124,7 @@ def _check_run(run: Path) -> None:
         raise CheckpointError(f"{run}: no such run folder")
     if not (run / checkpoint.CONFIG).is_file():
         raise CheckpointError(f"{run}: neither a run (no {checkpoint.CONFIG}) nor a sweep")
-    if checkpoint.result_of(run) is None:
+    if checkpoint.read_result(run) is None:
         raise CheckpointError(f"{run}: is not finished; its command with --resume goes on")
 
 
@@ -130,7 +132,7 @@ def _check_folder(out: Path, force: bool) -> None:
     """Refuse a folder that holds something else than a report, or one that is to stay. Raises
     ConfigError and EnvironmentFault."""
     if out.exists() and not out.is_dir():
-        raise EnvironmentFault(f"--out {out}: is a file, not a folder")
+        raise SystemFault(f"--out {out}: is a file, not a folder")
     check_writable(out, option="--out")
     inside = list(out.iterdir()) if out.is_dir() else []
     if inside and not (out / _MARK).is_file():
@@ -138,36 +140,36 @@ def _check_folder(out: Path, force: bool) -> None:
             f"--out {out}: holds something, but no report (no {_MARK}); give another --out"
         )
     if (out / PAGE).is_file() and not force:
-        raise EnvironmentFault(f"--out {out}: holds a report already; --force replaces it")
+        raise SystemFault(f"--out {out}: holds a report already; --force replaces it")
 
 
 def _view(
-    run: Path, name: str, called: str, out: Path, evaluations: Evaluations, root: str | None
-) -> View:
-    config: Config = load(run / checkpoint.CONFIG)
+    run: Path, name: str, called: str, out: Path, evaluations: EvaluationCache, root: str | None
+) -> RunReport:
+    config: Config = load_config(run / checkpoint.CONFIG)
     kept = out / f"{called}.evaluation.json"
     with values_of(run / checkpoint.RESULT):
-        summary = summary_of(config, run, checkpoint.result_of(run))
-    return View(
+        summary = summary_of(config, run, checkpoint.read_result(run))
+    return RunReport(
         name,
         called,
         config,
         checkpoint.recorded(run),
         journal.read_metrics(run),
         summary,
-        evaluations.of(run, elsewhere=kept, root=root, cost=True),
+        evaluations.get(run, cache_path=kept, root=root, cost=True),
     )
 
 
-def _of_run(run: Path, view: View, out: Path, root: str | None) -> list[str]:
+def _of_run(run: Path, view: RunReport, out: Path, root: str | None) -> list[str]:
     parts = sections_of(view, out)
     try:
-        shown = _pictures(draw_run(run, view.measured, out, view.slug, root=root))
+        shown = _pictures(draw_run(run, view.evaluation, out, view.slug, root=root))
     except DataError as error:
         warn(f"{run}: without pictures of its images: {error}")
         told = f"No pictures of its images: {error}. Where they were moved, --data.root tells."
         shown = [page.paragraph(told, "note")]
-    return [*parts, *shown, page.part("Run card", [card_of(view)])]
+    return [*parts, *shown, page.subsection("Run card", [card_of(view)])]
 
 
 def _pictures(pictures: Pictures) -> list[str]:
@@ -179,15 +181,15 @@ def _pictures(pictures: Pictures) -> list[str]:
         )
         told = "Answered wrongly: first where the teacher is right, the surest first."
         shown = [page.paragraph(told, "note"), page.gallery(images)]
-        parts.append(page.part("Hardest images", shown))
+        parts.append(page.subsection("Hardest images", shown))
     if pictures.attention is not None:
         told = "Attention rolled out from the last block to the image, for each token."
         picture = page.picture(pictures.attention, "attention of the tokens on some images")
-        parts.append(page.part("What the tokens look at", [page.figure(picture, told)]))
+        parts.append(page.subsection("What the tokens look at", [page.figure(picture, told)]))
     if pictures.views is not None:
         told = "The first training views: the image, what the student sees, what the teacher sees."
         picture = page.picture(pictures.views, "a sheet of training views")
-        parts.append(page.part("Views", [page.figure(picture, told)]))
+        parts.append(page.subsection("Views", [page.figure(picture, told)]))
     return parts
 
 
@@ -196,7 +198,7 @@ def _best_of(
     result: dict[str, Any],
     anchor: str,
     out: Path,
-    evaluations: Evaluations,
+    evaluations: EvaluationCache,
     root: str | None,
 ) -> list[str]:
     """The best point's first run, folded."""
@@ -212,11 +214,11 @@ def _best_of(
         return []
     view = _view(run, f"{sweep.resolve().name}, best", f"{anchor}-best", out, evaluations, root)
     return [
-        page.folded(f"The best: {name}, seed {seed}", _of_run(run, view, out, root), opened=False)
+        page.details(f"The best: {name}, seed {seed}", _of_run(run, view, out, root), opened=False)
     ]
 
 
-def _side_by_side(views: list[View], out: Path) -> list[str]:
+def _side_by_side(views: list[RunReport], out: Path) -> list[str]:
     """Several runs in one table and one chart, and who answers otherwise than whom."""
     columns = (
         "run",
@@ -231,15 +233,15 @@ def _side_by_side(views: list[View], out: Path) -> list[str]:
     )
     rows, lines = [], []
     for view in views:
-        heads, told = view.measured.found["heads"], view.told
+        heads, told = view.evaluation.found["heads"], view.summary
         two = heads["distillation"] is not None
         shares = [heads["class"], heads["distillation"], heads["fused"] if two else None]
         speed = told["images_per_s"]
         cells = [
             view.name,
             view.config.student.name,
-            *("-" if one is None else percent(one["top1"]) for one in shares),
-            percent(heads["fused"]["calibration_error"]),
+            *("-" if one is None else format_percent(one["top1"]) for one in shares),
+            format_percent(heads["fused"]["calibration_error"]),
             str(told["epochs"]),
             f"{told['seconds']:.0f}",
             "-" if speed is None else f"{speed:.0f}",
@@ -247,25 +249,26 @@ def _side_by_side(views: list[View], out: Path) -> list[str]:
         rows.append(cells)
         lines.append(dict(zip(columns, cells)))
     write_csv(out / "runs.csv", columns, lines)
-    best = max(range(len(views)), key=lambda place: views[place].told["selected"])
-    curves = {view.name: view.told["curve"] for view in views}
+    best = max(range(len(views)), key=lambda place: views[place].summary["selected"])
+    curves = {view.name: view.summary["curve"] for view in views}
     drawn = charts.chart(charts.curves(curves, {}), out / "runs.png")
     told = "Test top-1 % by head; in bold the best on the validation split."
     figures = [page.figure(drawn, "Validation accuracy of the answer that selects the weights.")]
-    if all("cost" in view.measured.found for view in views):
-        speeds = [view.measured.found["cost"]["images_per_s"] for view in views]
-        shares = [100 * final_top1(view.measured) for view in views]
+    if all("cost" in view.evaluation.found for view in views):
+        speeds = [view.evaluation.found["cost"]["images_per_s"] for view in views]
+        shares = [100 * final_top1(view.evaluation) for view in views]
         dots = dict(zip((view.name for view in views), zip(speeds, shares)))
         dots = charts.scatter(dots, "images/s (inference)", "test top-1 %")
         drawn = charts.chart(dots, out / "throughput.png")
-        places = {view.measured.found["cost"]["measured_on"] for view in views}
+        places = {view.evaluation.found["cost"]["measured_on"] for view in views}
         speed = (
-            "Accuracy against speed, each measured when it was evaluated (deit ladder: in turns), "
+            "Accuracy against speed, each measured when it was evaluated (deit variants: in "
+            "turns), "
             f"on {'; '.join(sorted(places))}."
         )
         figures.append(page.figure(drawn, speed))
-    body = [page.table(columns, rows, caption=told, best=best), page.pair(*figures)]
-    shares = disagreement({view.name: view.measured for view in views})
+    body = [page.table(columns, rows, caption=told, best=best), page.side_by_side(*figures)]
+    shares = disagreement_matrix({view.name: view.evaluation for view in views})
     if shares:
         values = [[100 * shares[a][b] if a != b else None for b in shares] for a in shares]
         told = "Different answers in % of the images."

@@ -10,30 +10,30 @@ import torch
 from accelerate import Accelerator
 
 from deit import checkpoint, journal
-from deit.config import RESUMABLE, Config, to_dict
-from deit.console import say, warn
+from deit.config import RESUMABLE_FIELDS, Config, to_dict
+from deit.console import info, warn
 from deit.environment import in_main_process
-from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault
+from deit.errors import CheckpointError, ConfigError, DataError, SystemFault
 from deit.manifest import FORMAT_VERSION
-from deit.manifest import check as check_manifest
+from deit.manifest import verify_dir as check_manifest
 from deit.models.base import read_base
 from deit.models.facts import WEIGHTS
-from deit.models.masks import MASKS, Held, read_masks
+from deit.models.masks import MASKS, PruningMasks, read_masks
 from deit.models.start import reader_of
 from deit.models.weights import load_weights
 from deit.optimizer_state import load_optimizer
-from deit.parts import Parts, State
+from deit.parts import TrainingRun, TrainState
 from deit.saving import AVERAGE
-from deit.typed_json import read_typed
-from deit.validation import load
+from deit.typed_json import load_json_as
+from deit.validation import load_config
 
 
-def read_state(folder: Path) -> State:
+def read_state(folder: Path) -> TrainState:
     """The state.json of a checkpoint. Raises CheckpointError."""
     path = folder / checkpoint.STATE
-    state = read_typed(path, State)
-    there = read_typed(path, dict[str, Any])  # the dataclass would fill in what is missing
-    for one in dataclasses.fields(State):
+    state = load_json_as(path, TrainState)
+    there = load_json_as(path, dict[str, Any])  # the dataclass would fill in what is missing
+    for one in dataclasses.fields(TrainState):
         if one.name not in there:
             raise CheckpointError(f"{path}: {one.name}: is missing")
     if state.format_version != FORMAT_VERSION:
@@ -43,90 +43,90 @@ def read_state(folder: Path) -> State:
     return state
 
 
-def as_begun(config: Config, out: Path) -> Config:
+def with_resolved_choices(config: Config, out: Path) -> Config:
     """The configuration with what the run in `out` settled when it began: the normalisation of its
     start, who computes linear layers (torch in runs that do not say), and the teachers' layouts
     (contiguous)."""
     if not (out / checkpoint.CONFIG).is_file():
         return config
-    before = load(out / checkpoint.CONFIG)
-    if config.start.source is not None and config.views.mean is None:
+    before = load_config(out / checkpoint.CONFIG)
+    if config.init.weights is not None and config.views.mean is None:
         config = config.replace(views={"mean": before.views.mean, "std": before.views.std})
-    if config.run.linear == "auto" and config.run.compile == "none":
-        known = "torch" if before.run.linear == "auto" else before.run.linear
-        config = config.replace(run={"linear": known})
-    if set(config.teacher.layout) <= {"auto"}:
-        number = max(len(before.teacher.source), len(before.teacher.targets))
-        known = before.teacher.layout or ("contiguous",) * number
-        config = config.replace(teacher={"layout": known})
+    if config.run.linear_backend == "auto" and config.run.compile == "none":
+        known = "torch" if before.run.linear_backend == "auto" else before.run.linear_backend
+        config = config.replace(run={"linear_backend": known})
+    if set(config.teacher.memory_format) <= {"auto"}:
+        number = max(len(before.teacher.source), len(before.teacher.target_stores))
+        known = before.teacher.memory_format or ("contiguous",) * number
+        config = config.replace(teacher={"memory_format": known})
     return config
 
 
-def restore(parts: Parts) -> bool:
+def resume_run(run: TrainingRun) -> bool:
     """Put a run back to its newest sound checkpoint; the configuration and data must be the same.
     Whether there was one.
 
     Raises CheckpointError where there were checkpoints and none is sound: a run never starts over
     unasked.
     """
-    _check_config(parts)
-    folder = _chosen(parts.out, parts.accelerator)
+    _check_config(run)
+    folder = _select_checkpoint(run.out, run.accelerator)
     if folder is None:
-        _check_fresh(parts.out)
-        say(f"{parts.out}: no checkpoint yet, starting from the beginning")
-        _cut(parts, State())
+        _check_fresh(run.out)
+        info(f"{run.out}: no checkpoint yet, starting from the beginning")
+        _cut(run, TrainState())
         return False
     state = read_state(folder)
-    _check_data(parts, state.fingerprint, state.targets)
-    _check_teachers(parts, state.teachers)
-    steps = parts.loader.steps_per_epoch
+    _check_data(run, state.fingerprint, state.targets)
+    _check_teachers(run, state.teachers)
+    steps = run.loader.steps_per_epoch
     if not state.epoch * steps < state.step <= (state.epoch + 1) * steps:
         raise CheckpointError(
             f"{folder}: update {state.step} is not in epoch {state.epoch + 1} of {steps} updates; "
             "give another --out to start from the beginning"
         )
-    if (state.scaler is None) != (parts.accelerator.scaler is None):
+    if (state.scaler is None) != (run.accelerator.scaler is None):
         raise CheckpointError(
             f"{folder}: the scale of fp16 gradients is in only one of checkpoint and run; resume "
             "in the same precision"
         )
-    student = parts.accelerator.unwrap_model(parts.student)
-    parts.base = read_base(folder)
-    read = reader_of(folder, parts.facts)
+    student = run.accelerator.unwrap_model(run.student)
+    run.adapter_base = read_base(folder)
+    read = reader_of(folder, run.facts)
     weights = _finite(read(WEIGHTS), origin=folder / WEIGHTS)
     load_weights(student.network, weights, origin=str(folder / WEIGHTS))
-    load_optimizer(folder / checkpoint.OPTIMIZER, parts.optimizer, student.network)
+    load_optimizer(folder / checkpoint.OPTIMIZER, run.optimizer, student.network)
     if (folder / MASKS).is_file():
-        parts.held = Held(read_masks(folder / MASKS), student.network)
-    if parts.average is not None:
+        run.masks = PruningMasks(read_masks(folder / MASKS), student.network)
+    if run.average is not None:
         weights = _finite(read(AVERAGE), origin=folder / AVERAGE)
-        load_weights(parts.average.model.network, weights, origin=str(folder / AVERAGE))
-        parts.average.updates.fill_(state.average_updates)
+        load_weights(run.average.model.network, weights, origin=str(folder / AVERAGE))
+        run.average.updates.fill_(state.average_updates)
     if state.scaler is not None:
-        parts.accelerator.scaler.load_state_dict(state.scaler)
-    parts.state = state
-    check_best(parts)
-    _cut(parts, state)
-    epochs = parts.config.optim.epochs
-    say(
-        f"{parts.out}: resuming after update {state.step} of {epochs * steps} "
+        run.accelerator.scaler.load_state_dict(state.scaler)
+    run.state = state
+    check_best(run)
+    _cut(run, state)
+    epochs = run.config.optim.epochs
+    info(
+        f"{run.out}: resuming after update {state.step} of {epochs * steps} "
         f"(epoch {state.epoch + 1} of {epochs})"
     )
     return True
 
 
-def check_best(parts: Parts) -> None:
+def check_best(run: TrainingRun) -> None:
     """Where the best weights so far are gone, damaged or of another evaluation than the state
     knows, the next evaluation takes their place; in a finished run they are only told."""
-    best = parts.out / checkpoint.BEST
-    if in_main_process(parts.accelerator, lambda: int(_best_is_lost(parts)), best):
-        parts.state.best = State().best  # in all processes: they decide alike what is better
+    best = run.out / checkpoint.BEST
+    if in_main_process(run.accelerator, lambda: int(_best_is_invalid(run)), best):
+        run.state.best = TrainState().best  # in all processes: they decide alike what is better
 
 
-def _best_is_lost(parts: Parts) -> bool:
+def _best_is_invalid(run: TrainingRun) -> bool:
     """Tell what is wrong with the best weights so far; whether they are to be forgotten."""
-    best, known = parts.out / checkpoint.BEST, parts.state.best
-    finished = checkpoint.result_of(parts.out) is not None
+    best, known = run.out / checkpoint.BEST, run.state.best
+    finished = checkpoint.read_result(run.out) is not None
     if known["epoch"] == 0 and not finished:
         return False
     advice = "the next evaluation takes its place"
@@ -135,15 +135,15 @@ def _best_is_lost(parts: Parts) -> bool:
     try:
         check_manifest(best)
         there = read_state(best)
-    except (CheckpointError, EnvironmentFault) as error:
-        if error.exit_code == EnvironmentFault.exit_code and not finished:
+    except (CheckpointError, SystemFault) as error:
+        if error.exit_code == SystemFault.exit_code and not finished:
             raise  # it may well be sound
         warn(f"{error}; {advice}")
     else:
         if finished or there.best == known:
             return False
         # That of this very moment: the run ended between it and the next checkpoint.
-        if there.step != parts.state.step:
+        if there.step != run.state.step:
             warn(
                 f"{best}: holds the weights of epoch {there.epoch}, where the run goes on from the "
                 f"best was of epoch {known['epoch']}; {advice}"
@@ -161,36 +161,38 @@ def _finite(weights: dict[str, torch.Tensor], *, origin: Path) -> dict[str, torc
     return weights
 
 
-def _cut(parts: Parts, state: State) -> None:
+def _cut(run: TrainingRun, state: TrainState) -> None:
     """Drop the rows of the logs that the checkpoint does not know."""
-    if parts.accelerator.is_main_process:
-        journal.cut(parts.out / journal.METRICS, state.metrics_bytes)
-        journal.cut(parts.out / journal.CHAIN, state.chain_bytes)
-        journal.cut_steps(parts.out / journal.ANOMALIES, state.step)
+    if run.accelerator.is_main_process:
+        journal.truncate(run.out / journal.METRICS, state.metrics_bytes)
+        journal.truncate(run.out / journal.HASH_CHAIN, state.chain_bytes)
+        journal.truncate_after_step(run.out / journal.NONFINITE_LOG, state.step)
 
 
-def _chosen(out: Path, accelerator: Accelerator) -> Path | None:
+def _select_checkpoint(out: Path, accelerator: Accelerator) -> Path | None:
     """The checkpoint to go on from, the same in all processes; damaged later ones are set aside.
 
     Raises CheckpointError where none is sound, EnvironmentFault where one cannot be read now.
     """
 
     def find() -> int:
-        folder = checkpoint.newest(out)
+        folder = checkpoint.latest_checkpoint(out)
         if folder is None:
             return 0
-        step = checkpoint.step_of(folder)
-        checkpoint.set_aside(out, after=step)
+        step = checkpoint.checkpoint_step(folder)
+        checkpoint.rename_damaged(out, after=step)
         return 1 + step
 
     step = in_main_process(accelerator, find, f"the checkpoints in {out}") - 1
-    return None if step < 0 else checkpoint.folder_of(out, step)
+    return None if step < 0 else checkpoint.checkpoint_path(out, step)
 
 
 def _check_fresh(out: Path) -> None:
     """Refuse a run that had checkpoints, and has none. Raises CheckpointError."""
     # One link of the chain may be of a first checkpoint that a kill kept from being there.
-    several = len(journal.read(out / journal.CHAIN)) > 1 or bool(checkpoint.set_aside_in(out))
+    several = len(journal.read(out / journal.HASH_CHAIN)) > 1 or bool(
+        checkpoint.damaged_checkpoints(out)
+    )
     if several or (out / checkpoint.BEST).is_dir() or journal.read(out / journal.METRICS):
         raise CheckpointError(
             f"{out}: its checkpoints are gone, so the run cannot go on; give another --out to "
@@ -198,51 +200,49 @@ def _check_fresh(out: Path) -> None:
         )
 
 
-def check_same_run(parts: Parts, finished: dict[str, Any]) -> None:
+def check_same_run(run: TrainingRun, finished: dict[str, Any]) -> None:
     """Hold the configuration and the data against those of a finished run. Raises ConfigError and
     DataError."""
-    _check_config(parts)
-    _check_data(parts, finished["fingerprint"], finished["targets"])
-    _check_teachers(parts, finished.get("teachers", parts.state.teachers))
+    _check_config(run)
+    _check_data(run, finished["fingerprint"], finished["targets"])
+    _check_teachers(run, finished.get("teachers", run.state.teachers))
 
 
-def _check_data(parts: Parts, fingerprint: str, targets: list[str]) -> None:
-    if fingerprint != parts.splits.fingerprint:
+def _check_data(run: TrainingRun, fingerprint: str, targets: list[str]) -> None:
+    if fingerprint != run.splits.fingerprint:
         raise DataError(
-            f"{parts.out}: the images differ from those the run started with (class names, pixels "
+            f"{run.out}: the images differ from those the run started with (class names, pixels "
             "or labels; another version of Pillow may decode other pixels); resume with the same "
             "data (data.source, data.root), or start again in another --out"
         )
-    if targets != parts.state.targets:
+    if targets != run.state.targets:
         raise DataError(
-            f"{parts.out}: the stored targets differ from those the run started with; resume with "
-            "the same teacher.targets, or start again in another --out"
+            f"{run.out}: the stored targets differ from those the run started with; resume with "
+            "the same teacher.target_stores, or start again in another --out"
         )
 
 
-def _check_teachers(parts: Parts, before: list[str]) -> None:
+def _check_teachers(run: TrainingRun, before: list[str]) -> None:
     """Of a teacher that only its stored answers speak for, nothing is known here: "" then."""
-    now = parts.state.teachers
+    now = run.state.teachers
     if len(before) != len(now) or any(a and b and a != b for a, b in zip(before, now)):
         raise DataError(
-            f"{parts.out}: a teacher's weights differ from those the run started with; resume "
+            f"{run.out}: a teacher's weights differ from those the run started with; resume "
             "with the same teacher.source, or start again in another --out"
         )
 
 
-def _check_config(parts: Parts) -> None:
+def _check_config(run: TrainingRun) -> None:
     differences = []
-    for section, values in to_dict(load(parts.out / checkpoint.CONFIG)).items():
+    for section, values in to_dict(load_config(run.out / checkpoint.CONFIG)).items():
         for leaf, value in values.items():
-            current = getattr(getattr(parts.config, section), leaf)
-            if current != value and f"{section}.{leaf}" not in RESUMABLE:
+            current = getattr(getattr(run.config, section), leaf)
+            if current != value and f"{section}.{leaf}" not in RESUMABLE_FIELDS:
                 differences.append(f"\n  {section}.{leaf}: {value!r} before, {current!r} now")
     if differences:
         ways = ["give the same one", "another --out"]
-        if (parts.out / checkpoint.BEST).is_dir():
-            ways.append(
-                f"deit finetune --from {shlex.quote(str(parts.out))} to train its weights on"
-            )
+        if (run.out / checkpoint.BEST).is_dir():
+            ways.append(f"deit finetune --from {shlex.quote(str(run.out))} to train its weights on")
         raise ConfigError(
             f"--resume: the configuration differs from the run's; {', or '.join(ways)}:"
             + "".join(differences)
@@ -254,7 +254,7 @@ _COMPUTING = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
-class _Machine:
+class MachineInfo:
     """What deit.environment.describe says that a result depends on to the bit."""
 
     device_name: str | None = None
@@ -264,7 +264,7 @@ class _Machine:
     packages: dict[str, str] = field(default_factory=dict)
 
 
-def warn_of_another_machine(out: Path, now: dict[str, Any], config: Config) -> None:
+def warn_if_not_reproducible(out: Path, now: dict[str, Any], config: Config) -> None:
     """Say where a run began on other ground: it goes on, but no longer to the bit.
 
     now: what deit.environment.describe returns.
@@ -273,20 +273,22 @@ def warn_of_another_machine(out: Path, now: dict[str, Any], config: Config) -> N
     if not path.is_file():
         return
     try:
-        before = read_typed(path, _Machine)
+        before = load_json_as(path, MachineInfo)
     except CheckpointError as error:
         warn(f"{error}; so whether it goes on to the bit is not known")
         return
-    begun = as_begun(load(out / checkpoint.CONFIG), out)
+    begun = with_resolved_choices(load_config(out / checkpoint.CONFIG), out)
     settings = {
-        "optim.accumulate": (begun.optim.accumulate, config.optim.accumulate),
-        "run.linear": (begun.run.linear, config.run.linear),
+        "optim.grad_accum_steps": (begun.optim.grad_accum_steps, config.optim.grad_accum_steps),
+        "run.linear_backend": (begun.run.linear_backend, config.run.linear_backend),
         "run.compile": (begun.run.compile, config.run.compile),
     }
     if max(before.processes or 1, now["processes"]) > 1:
-        settings["run.shard"] = begun.run.shard, config.run.shard
+        settings["run.sharding"] = begun.run.sharding, config.run.sharding
     if config.loss.kind != "none":
-        settings["teacher.layout"] = tuple(",".join(one.teacher.layout) for one in (begun, config))
+        settings["teacher.memory_format"] = tuple(
+            ",".join(one.teacher.memory_format) for one in (begun, config)
+        )
     told = [
         f"{name} {was} before, {is_} now" for name, (was, is_) in settings.items() if was != is_
     ]

@@ -12,50 +12,62 @@ from accelerate import Accelerator
 from torch import nn
 
 from deit import checkpoint
-from deit.announce import announce, report
+from deit.announce import log_epoch, log_setup
 from deit.config import Config, to_dict
-from deit.console import is_main_process, progress, say
+from deit.console import info, is_main_process, progress
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
-from deit.disk import check_space, check_writable, finish_replacing, hold, write_json
-from deit.engine import Job, Tally, train_epoch
+from deit.disk import check_space, check_writable, clean_leftovers, lock_dir, write_json
+from deit.engine import MetricAccumulator, StepContext, train_epoch
 from deit.environment import (
-    choose_linear,
-    compiled,
+    compile_module,
     create_accelerator,
-    describe,
+    environment_info,
     peak_memory_mb,
-    records_graphs,
+    resolve_linear_backend,
+    uses_cuda_graphs,
 )
-from deit.errors import ConfigError, DataError, NumericsError, Stopped, out_of_memory
-from deit.faults import reach
-from deit.interruption import Interruption
+from deit.errors import ConfigError, DataError, NumericsError, StoppedBySignal, is_out_of_memory
+from deit.faults import fault_point
+from deit.interruption import GracefulStop
 from deit.launcher import STOPPING
 from deit.metrics import agreement, topk_accuracy
-from deit.mishaps import NumberWatch, check_memory, fit_memory, recomputes, understood
-from deit.models.base import Base, base_of
-from deit.models.layers import depths_of, hold_still
+from deit.mishaps import (
+    NonFiniteMonitor,
+    check_memory,
+    find_micro_batch,
+    recomputes,
+    translate_errors,
+)
+from deit.models.base import AdapterBase, base_of
+from deit.models.layers import freeze_except, layer_depths
 from deit.models.linear import use_onednn
-from deit.models.masks import Held
+from deit.models.masks import PruningMasks
 from deit.models.saved import build_student
-from deit.models.start import Found
-from deit.models.student import has_two_heads
-from deit.optim import WeightAverage, build_optimizer, layer_scales, lr_at
-from deit.parts import Parts, State
-from deit.prediction import answers_of
-from deit.preparation import begin, facts_of, found_start, masks_of, settled
-from deit.records import head_logits
+from deit.models.start import LoadedWeights
+from deit.models.student import has_distillation_head
+from deit.optim import EMA, build_optimizer, layer_lr_scales, lr_at
+from deit.parts import TrainingRun, TrainState
+from deit.prediction import predict_split
+from deit.preparation import (
+    init_masks,
+    init_student,
+    load_init_weights,
+    model_info_from,
+    with_init_normalization,
+)
+from deit.records import logits_by_head
 from deit.restoring import (
-    as_begun,
     check_best,
     check_same_run,
-    restore,
-    warn_of_another_machine,
+    resume_run,
+    warn_if_not_reproducible,
+    with_resolved_choices,
 )
-from deit.saving import close_epoch, finish, save, space_of
-from deit.sharding import divide, mesh_of, number_of_parts
+from deit.saving import finish_epoch, required_bytes, save_checkpoint, write_result
+from deit.sharding import device_mesh, shard_degree, shard_model
 from deit.summary import SUMMARY, print_summary, summary_of
-from deit.teaching import Faculty
+from deit.teaching import RunTeachers
 from deit.trackers import check_trackers, track, tracked
 from deit.validation import validate
 
@@ -77,137 +89,147 @@ def train(
     config = validate(config)
     check_trackers(config)
     if not dry_run:
-        checkpoint.check_folder(out, resume=resume)
-    finished = checkpoint.result_of(out) if resume else None
+        checkpoint.check_run_dir(out, resume=resume)
+    finished = checkpoint.read_result(out) if resume else None
     if not dry_run and finished is None:
         check_writable(out, option="--out")
     # A run that goes on has weights of its own: what it started from may be gone by now.
-    begun = resume and bool(checkpoint.found(out))
+    resuming = resume and bool(checkpoint.list_checkpoints(out))
     with ExitStack() as stack:
         guard = None
-        if begun and finished is None and not dry_run and is_main_process():
-            guard = stack.enter_context(hold(out, option="--out"))  # the work below takes a while
-        found = None if begun else found_start(config)
-        config = as_begun(config, out) if begun else settled(config, found)
-        accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
-        config = config.replace(run={"linear": choose_linear(config.run, accelerator)})
-        faculty = Faculty(config)
-        parts = _furnish(config, out, accelerator, faculty, found, resumed=begun)
-        stack.callback(parts.loader.close)
-        environment = describe(accelerator, arguments or [])
+        if resuming and finished is None and not dry_run and is_main_process():
+            guard = stack.enter_context(
+                lock_dir(out, option="--out")
+            )  # the work below takes a while
+        found = None if resuming else load_init_weights(config)
+        config = (
+            with_resolved_choices(config, out)
+            if resuming
+            else with_init_normalization(config, found)
+        )
+        accelerator = create_accelerator(config.run, accumulate=config.optim.grad_accum_steps)
+        config = config.replace(
+            run={"linear_backend": resolve_linear_backend(config.run, accelerator)}
+        )
+        faculty = RunTeachers(config)
+        run = _build(config, out, accelerator, faculty, found, resumed=resuming)
+        stack.callback(run.loader.close)
+        environment = environment_info(accelerator, arguments or [])
         environment["teachers"] = faculty.class_orders
-        announce(parts, environment)
+        log_setup(run, environment)
         if finished is not None and not dry_run:
-            check_same_run(parts, finished)
-            check_best(parts)
-            say(f"{out}: already complete after {finished['epochs']} epochs")
+            check_same_run(run, finished)
+            check_best(run)
+            info(f"{out}: already complete after {finished['epochs']} epochs")
             return finished
         if not dry_run:
-            check_space(out, space_of(parts), option="--out")
-        check_memory(parts, faculty.answering)
-        _ask_teachers(parts, faculty)
-        if config.run.fit_memory:
-            fit_memory(parts)
+            check_space(out, required_bytes(run), option="--out")
+        check_memory(run, faculty.answering)
+        _check_teachers(run, faculty)
+        if config.run.auto_micro_batch:
+            find_micro_batch(run)
         if dry_run:
-            _dry_run(parts)
-            return asdict(parts.state)
+            _dry_run(run)
+            return asdict(run.state)
         # Nothing was written so far; and every process has checked the folder before one fills it.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            checkpoint.open_folder(out)
-            if not begun:
-                guard = stack.enter_context(hold(out, option="--out"))
-                checkpoint.check_folder(out, resume=resume)  # another may have been quicker
-            finish_replacing(out)
-            parts.guard = guard
+            checkpoint.create_run_dir(out)
+            if not resuming:
+                guard = stack.enter_context(lock_dir(out, option="--out"))
+                checkpoint.check_run_dir(out, resume=resume)  # another may have been quicker
+            clean_leftovers(out)
+            run.check_lock = guard
         accelerator.wait_for_everyone()
-        interruption = stack.enter_context(Interruption(accelerator))
-        stack.enter_context(understood(parts, lambda: interruption.noted))
-        _begin(parts, environment, resume=resume)
+        interruption = stack.enter_context(GracefulStop(accelerator))
+        stack.enter_context(translate_errors(run, lambda: interruption.noted))
+        _restore_and_record(run, environment, resume=resume)
         with tracked(accelerator, config, out):
-            _fit(parts, interruption)
-        result = finish(parts)
+            _train_epochs(run, interruption)
+        result = write_result(run)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             told = summary_of(config, out, result)
             write_json(out / SUMMARY, told)
             print_summary(told)
-        interruption.check(now=True)  # who called may have more to do, and should not
+        interruption.raise_if_stopped(now=True)  # who called may have more to do, and should not
     return result
 
 
-def parts_of(config: Config) -> Parts:
+def build_run(config: Config) -> TrainingRun:
     """The parts of a run that is only to be looked at: as `train` builds them, teachers and stores
     checked, networks compiled if that is asked for; nothing is written, `out` is no folder.
 
     Raises the errors of deit.errors.
     """
-    found = found_start(config)
-    config = settled(config, found)
-    accelerator = create_accelerator(config.run, accumulate=config.optim.accumulate)
-    config = config.replace(run={"linear": choose_linear(config.run, accelerator)})
-    faculty = Faculty(config)
-    parts = _furnish(config, Path("nowhere"), accelerator, faculty, found)
-    _ask_teachers(parts, faculty)
-    return parts
+    found = load_init_weights(config)
+    config = with_init_normalization(config, found)
+    accelerator = create_accelerator(config.run, accumulate=config.optim.grad_accum_steps)
+    config = config.replace(run={"linear_backend": resolve_linear_backend(config.run, accelerator)})
+    faculty = RunTeachers(config)
+    run = _build(config, Path("nowhere"), accelerator, faculty, found)
+    _check_teachers(run, faculty)
+    return run
 
 
-def _ask_teachers(parts: Parts, faculty: Faculty) -> None:
+def _check_teachers(run: TrainingRun, faculty: RunTeachers) -> None:
     """Check teachers and stores, and have the networks compiled that stay."""
-    parts.teacher_answers = faculty.check(parts.splits, parts.accelerator, parts.loader)
-    parts.view_epochs = faculty.stored_epochs
-    if parts.config.run.compile != "none" and parts.panel is not None:
-        parts.panel.compile(parts.config.run.compile)  # not before: it was shown other batches
+    run.teacher_predictions = faculty.check(run.splits, run.accelerator, run.loader)
+    run.num_view_epochs = faculty.num_stored_epochs
+    if run.config.run.compile != "none" and run.panel is not None:
+        run.panel.compile(run.config.run.compile)  # not before: it was shown other batches
 
 
-def _begin(parts: Parts, environment: dict[str, Any], *, resume: bool) -> None:
+def _restore_and_record(run: TrainingRun, environment: dict[str, Any], *, resume: bool) -> None:
     """Go back to where the run was, and write down what it is and where it goes on."""
-    out = parts.out
+    out = run.out
     first = not (out / checkpoint.CONFIG).is_file()
-    if resume and not first and restore(parts):
-        warn_of_another_machine(out, environment, parts.config)
-    parts.accelerator.wait_for_everyone()
-    if parts.accelerator.is_main_process:
+    if resume and not first and resume_run(run):
+        warn_if_not_reproducible(out, environment, run.config)
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
         name = checkpoint.ENVIRONMENT if first else checkpoint.RESUMED
-        write_json(out / checkpoint.CONFIG, to_dict(parts.config))
+        write_json(out / checkpoint.CONFIG, to_dict(run.config))
         # From the folder, above it: it moves with what lies around it, and holds no user's name.
         directory = os.path.relpath(Path.cwd(), out.resolve())
         above = all(part == ".." for part in Path(directory).parts)
         write_json(out / name, {**environment, "directory": directory if above else None})
-        if parts.start_notes is not None:
-            write_json(out / "start.json", parts.start_notes)
+        if run.init_report is not None:
+            write_json(out / "init.json", run.init_report)
 
 
-def _furnish(
+def _build(
     config: Config,
     out: Path,
     accelerator: Accelerator,
-    faculty: Faculty,
-    found: Found | None,
+    faculty: RunTeachers,
+    init_weights: LoadedWeights | None,
     *,
     resumed: bool = False,
-) -> Parts:
+) -> TrainingRun:
     """Build every part of a run. found: what the student starts from; None: random weights.
     resumed: whether a checkpoint will bring weights and masks."""
     splits = load_splits(config.data)
     if len(splits.validation.labels) < accelerator.num_processes:
         raise DataError("data.validation_fraction: fewer validation images than processes")
-    facts = facts_of(config, splits)
+    facts = model_info_from(config, splits)
     loader, panel = faculty.load(splits, accelerator)
     _check_update(config, loader)
-    config = config.replace(teacher={"layout": faculty.layouts})
+    config = config.replace(teacher={"memory_format": faculty.layouts})
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
         student = build_student(facts)
-    notes = None if found is None else begin(student.network, found, config, facts)
-    masks = None if resumed else masks_of(config, found, student.network)
-    hold_still(student.network, config.optim.trained)
-    student.still = config.optim.trained in ("heads", "adapters")
-    if config.run.linear == "onednn":
+    notes = (
+        None if init_weights is None else init_student(student.network, init_weights, config, facts)
+    )
+    masks = None if resumed else init_masks(config, init_weights, student.network)
+    freeze_except(student.network, config.optim.trainable)
+    student.frozen_backbone = config.optim.trainable in ("heads", "adapters")
+    if config.run.linear_backend == "onednn":
         use_onednn(student)
-    if config.run.recompute:
+    if config.run.activation_checkpointing:
         _recompute(config, student.network)
-    pieces = number_of_parts(config.run.shard, accelerator.num_processes)
+    pieces = shard_degree(config.run.sharding, accelerator.num_processes)
     if pieces == 1:  # else no device is asked to hold it whole, not even for a moment
         student = student.to(accelerator.device)
     _check_student(config, student)
@@ -215,18 +237,20 @@ def _furnish(
     if config.optim.ema_epochs > 0:
         # Copied before Accelerate binds its own forward to the student.
         horizon = config.optim.ema_epochs * loader.steps_per_epoch
-        average = WeightAverage(student, horizon=horizon, device=accelerator.device)
+        average = EMA(student, horizon=horizon, device=accelerator.device)
     if pieces > 1:
-        mesh = mesh_of(pieces, accelerator.num_processes, accelerator.device, config.run.timeout)
+        mesh = device_mesh(
+            pieces, accelerator.num_processes, accelerator.device, config.run.timeout_s
+        )
         for model in (student, average.model) if average is not None else (student,):
-            divide(model, mesh, compressed=config.run.gradient_compression == "bf16")
-    held = None if masks is None else Held(masks, student.network)
+            shard_model(model, mesh, compressed=config.run.gradient_compression == "bf16")
+    held = None if masks is None else PruningMasks(masks, student.network)
     optimizer = build_optimizer(student, config.optim, _scales(config, student))
     if config.run.compile != "none":
-        compiled(student, config.run.compile)
+        compile_module(student, config.run.compile)
     student = accelerator.prepare_model(student, evaluation_mode=pieces > 1)  # then not in DDP too
     optimizer = accelerator.prepare_optimizer(optimizer)
-    return Parts(
+    return TrainingRun(
         config=config,
         out=out,
         accelerator=accelerator,
@@ -237,41 +261,44 @@ def _furnish(
         student=student,
         optimizer=optimizer,
         average=average,
-        state=State(
-            epoch=config.start.update // loader.steps_per_epoch,
-            step=config.start.update,
+        state=TrainState(
+            epoch=config.init.start_step // loader.steps_per_epoch,
+            step=config.init.start_step,
             fingerprint=splits.fingerprint,
             targets=faculty.digests,
-            teachers=faculty.weights,
+            teachers=faculty.weight_digests,
         ),
-        held=held,
-        base=None if notes is None else _base_of(config, out, notes),
-        start_notes=notes,
+        masks=held,
+        adapter_base=None if notes is None else _base_of(config, out, notes),
+        init_report=notes,
     )
 
 
-def _base_of(config: Config, out: Path, notes: dict[str, Any]) -> Base | None:
+def _base_of(config: Config, out: Path, notes: dict[str, Any]) -> AdapterBase | None:
     """What adapters that are trained alone belong to. notes: what `begin` gave."""
-    if config.optim.trained != "adapters":
+    if config.optim.trainable != "adapters":
         return None
-    return base_of(notes["source"], notes["weights"], config.start.kernel, out=out)
+    return base_of(notes["source"], notes["weights"], config.init.pos_embed_resize, out=out)
 
 
 def _check_update(config: Config, loader: TrainLoader) -> None:
     """Refuse to begin behind the end. Raises ConfigError."""
     updates = config.optim.epochs * loader.steps_per_epoch
-    if config.start.update >= updates:
-        raise ConfigError(f"start.update = {config.start.update}: the run has {updates} updates")
-    if late := [one for one in config.run.keep_updates if one > updates]:
-        raise ConfigError(f"run.keep_updates = {late[0]}: the run has {updates} updates")
+    if config.init.start_step >= updates:
+        raise ConfigError(
+            f"init.start_step = {config.init.start_step}: the run has {updates} updates"
+        )
+    if late := [one for one in config.run.keep_steps if one > updates]:
+        raise ConfigError(f"run.keep_steps = {late[0]}: the run has {updates} updates")
 
 
 def _recompute(config: Config, network: nn.Module) -> None:
     """Have a network compute its blocks again in the backward pass. Raises ConfigError."""
     if not recomputes(network):
         raise ConfigError(
-            f"run.recompute = True: {config.student.name} has no blocks that it could compute "
-            "again; --optim.accumulate saves memory too"
+            f"run.activation_checkpointing = True: {config.student.name} has no blocks that it "
+            "could compute "
+            "again; --optim.grad_accum_steps saves memory too"
         )
 
 
@@ -279,22 +306,22 @@ def _scales(config: Config, student: nn.Module) -> dict[str, float] | None:
     """The factor of the learning rate of each of the student's parameters; None: 1 for all."""
     if config.optim.layer_decay == 1:
         return None
-    scales = layer_scales(depths_of(student.network), config.optim.layer_decay)
+    scales = layer_lr_scales(layer_depths(student.network), config.optim.layer_decay)
     return {f"network.{name}": scale for name, scale in scales.items()}
 
 
 def _check_student(config: Config, student: nn.Module) -> None:
     """What the name of a timm model cannot promise, the built network must show."""
     name, side = config.student.name, config.student.image_size
-    taught = config.loss.kind != "none" and config.loss.through == "distillation"
-    if taught and not has_two_heads(student.network):
+    taught = config.loss.kind != "none" and config.loss.head == "distillation"
+    if taught and not has_distillation_head(student.network):
         raise ConfigError(f"student.name = {name!r}: has no distillation head to distil through")
     images = torch.zeros(2, 3, side, side, device=next(student.parameters()).device)
     try:
         with torch.no_grad():
             student.eval()(images)
     except RuntimeError as error:
-        if out_of_memory(error):  # which says nothing of the size
+        if is_out_of_memory(error):  # which says nothing of the size
             raise
         raise ConfigError(
             f"student.image_size = {side}: {name} cannot take images of this size "
@@ -302,107 +329,111 @@ def _check_student(config: Config, student: nn.Module) -> None:
         ) from None
 
 
-def _dry_run(parts: Parts) -> None:
+def _dry_run(run: TrainingRun) -> None:
     """One training epoch of one update and one evaluation step."""
-    config = parts.config
-    batches = parts.loader.epoch(0)
-    first = (next(batches) for _ in range(config.optim.accumulate))
-    tally = Tally(parts.accelerator, {})
-    steps = parts.loader.steps_per_epoch
-    for update in train_epoch(job_of(parts), first, tally, step=0, steps=steps):
+    config = run.config
+    batches = run.loader.epoch(0)
+    first = (next(batches) for _ in range(config.optim.grad_accum_steps))
+    tally = MetricAccumulator(run.accelerator, {})
+    steps = run.loader.steps_per_epoch
+    for update in train_epoch(step_context(run), first, tally, step=0, steps=steps):
         if not update.applied:
             raise NumericsError("the loss or gradient of the first update is not finite")
-    number = max(config.run.evaluation_batch, parts.accelerator.num_processes)
-    few = parts.splits.validation.select(slice(number))
-    answers_of(parts.accelerator, parts.student, few, config, "dry run")
-    loss = tally.means()["loss"]
-    say(f"dry run: one update (loss {loss:.4f}) and one evaluation step; nothing written")
+    number = max(config.run.eval_batch_size, run.accelerator.num_processes)
+    few = run.splits.validation.select(slice(number))
+    predict_split(run.accelerator, run.student, few, config, "dry run")
+    loss = tally.compute()["loss"]
+    info(f"dry run: one update (loss {loss:.4f}) and one evaluation step; nothing written")
 
 
-def job_of(parts: Parts) -> Job:
+def step_context(run: TrainingRun) -> StepContext:
     """What the training loop needs of a run's parts."""
-    return Job(
-        accelerator=parts.accelerator,
-        student=parts.student,
-        teach=parts.panel,
-        optimizer=parts.optimizer,
-        average=parts.average,
-        loss=parts.config.loss,
-        optim=parts.config.optim,
-        seed=parts.config.run.seed,
-        graphs=records_graphs(parts.config.run),
-        held=parts.held,
+    return StepContext(
+        accelerator=run.accelerator,
+        student=run.student,
+        teacher=run.panel,
+        optimizer=run.optimizer,
+        average=run.average,
+        loss=run.config.loss,
+        optim=run.config.optim,
+        seed=run.config.run.seed,
+        cuda_graphs=uses_cuda_graphs(run.config.run),
+        masks=run.masks,
     )
 
 
-def _fit(parts: Parts, interruption: Interruption) -> None:
+def _train_epochs(run: TrainingRun, interruption: GracefulStop) -> None:
     """Train, save, evaluate and log, epoch by epoch, from wherever the state is.
 
     Saved before the evaluation: a run that is killed there evaluates again, and trains nothing
     again. Raises Stopped, after a checkpoint, where a signal asks for it.
     """
-    config, state, steps = parts.config, parts.state, parts.loader.steps_per_epoch
+    config, state, steps = run.config, run.state, run.loader.steps_per_epoch
     while state.epoch < config.optim.epochs:
-        tally = Tally(parts.accelerator, state.tally)
-        speed = _train_rest(parts, tally, interruption)
+        tally = MetricAccumulator(run.accelerator, state.metric_sums)
+        speed = _train_epoch(run, tally, interruption)
         started = time.monotonic()
         state.epoch += 1
         last = lr_at(state.step - 1, optim=config.optim, steps_per_epoch=steps)
-        row = {"epoch": state.epoch, "step": state.step, "train": {**tally.means(), "lr": last}}
+        row = {"epoch": state.epoch, "step": state.step, "train": {**tally.compute(), "lr": last}}
         row |= speed
-        if state.epoch % config.run.evaluate_every == 0 or state.epoch == config.optim.epochs:
-            row["validation"] = _validate_heads(parts, interruption)
-        state.tally = {}
+        if state.epoch % config.run.eval_every_epochs == 0 or state.epoch == config.optim.epochs:
+            row["validation"] = _validate(run, interruption)
+        state.metric_sums = {}
         state.seconds += time.monotonic() - started
         row["seconds"] = state.seconds
-        close_epoch(parts, row)
-        track(parts.accelerator, row)
-        report(row, config.optim.epochs, config.loss)
+        finish_epoch(run, row)
+        track(run.accelerator, row)
+        log_epoch(row, config.optim.epochs, config.loss)
 
 
-def _train_rest(parts: Parts, tally: Tally, interruption: Interruption) -> dict[str, Any]:
+def _train_epoch(
+    run: TrainingRun, tally: MetricAccumulator, interruption: GracefulStop
+) -> dict[str, Any]:
     """Train what is left of the epoch, with a checkpoint at its end; how fast that was."""
-    config, state, loader = parts.config, parts.state, parts.loader
+    config, state, loader = run.config, run.state, run.loader
     epoch, steps = state.epoch, loader.steps_per_epoch
-    begun = state.step - epoch * steps
-    if begun == steps:
+    resuming = state.step - epoch * steps
+    if resuming == steps:
         return {}  # a resumed run that was evaluating
-    views = epoch if parts.view_epochs is None else epoch % parts.view_epochs
+    views = epoch if run.num_view_epochs is None else epoch % run.num_view_epochs
     batches = progress(
-        interruption.micro_batches(loader.epoch(views, done=begun), each=config.optim.accumulate),
-        total=steps * config.optim.accumulate,
-        done=begun * config.optim.accumulate,
+        interruption.micro_batches(
+            loader.epoch(views, done=resuming), each=config.optim.grad_accum_steps
+        ),
+        total=steps * config.optim.grad_accum_steps,
+        done=resuming * config.optim.grad_accum_steps,
         title=f"epoch {epoch + 1}/{config.optim.epochs}",
     )
     started, before = time.monotonic(), state.seconds
-    interruption.begin()
-    watch, ended, saved = NumberWatch(parts), False, True
-    for update in train_epoch(job_of(parts), batches, tally, step=state.step, steps=steps):
+    interruption.reset_timing()
+    watch, ended, saved = NonFiniteMonitor(run), False, True
+    for update in train_epoch(step_context(run), batches, tally, step=state.step, steps=steps):
         state.step += 1
         state.samples_seen += config.optim.batch_size
         state.seconds = before + time.monotonic() - started
         watch(state.step, update)
-        reach("update")
+        fault_point("update")
         ended = state.step == (epoch + 1) * steps
-        every = config.run.save_every
+        every = config.run.save_every_steps
         regular = ended or (every is not None and state.step % every == 0)
-        regular |= state.step in config.run.keep_updates
-        signal = interruption.asked(now=ended)
+        regular |= state.step in config.run.keep_steps
+        signal = interruption.pending_signal(now=ended)
         saved = bool(regular or signal)
         if saved:
-            watch.settle()
-            save(parts, tally, regular=regular)
+            watch.flush()
+            save_checkpoint(run, tally, in_hash_chain=regular)
         if signal in STOPPING:
-            raise Stopped(signal)
+            raise StoppedBySignal(signal)
     if not ended:  # a signal came before the next images
         if not saved:
-            watch.settle()
-            save(parts, tally, regular=False)
-        raise Stopped(interruption.noted)
-    trained_s, trained = state.seconds - before, (steps - begun) * config.optim.batch_size
+            watch.flush()
+            save_checkpoint(run, tally, in_hash_chain=False)
+        raise StoppedBySignal(interruption.noted)
+    trained_s, trained = state.seconds - before, (steps - resuming) * config.optim.batch_size
     return {
         "images_per_s": trained / trained_s,
-        "memory_mb": peak_memory_mb(parts.accelerator.device),
+        "memory_mb": peak_memory_mb(run.accelerator.device),
         "loader": _of_loader(loader, trained_s),
     }
 
@@ -415,30 +446,30 @@ def _of_loader(loader: TrainLoader, trained_s: float) -> dict[str, Any]:
     return {"share": own / trained_s, "images_per_s": loader.stages.rates()}
 
 
-def _validate_heads(parts: Parts, interruption: Interruption) -> dict[str, float]:
+def _validate(run: TrainingRun, interruption: GracefulStop) -> dict[str, float]:
     """Top-1 by head on the validation split, of the average too where there is one, and how often
     the fused (or only) head agrees with the teacher."""
-    labels = parts.splits.validation.labels
-    models = {"": parts.student}
-    if parts.average is not None:
-        models["average_"] = parts.average.model
+    labels = run.splits.validation.labels
+    models = {"": run.student}
+    if run.average is not None:
+        models["average_"] = run.average.model
     found: dict[str, float] = {}
     for prefix, model in models.items():
-        interruption.begin()
-        with interruption.at_once():
-            outputs = answers_of(
-                parts.accelerator,
+        interruption.reset_timing()
+        with interruption.parallel():
+            outputs = predict_split(
+                run.accelerator,
                 model,
-                parts.splits.validation,
-                parts.config,
+                run.splits.validation,
+                run.config,
                 "evaluating",
                 interruption=interruption,
             )
-        heads = head_logits(outputs)
+        heads = logits_by_head(outputs)
         heads.pop("fused_softmax", None)
         for name, logits in heads.items():
             found[f"{prefix}{name}_top1"] = topk_accuracy(logits, labels)
-        if parts.teacher_answers is not None:
+        if run.teacher_predictions is not None:
             fused = heads.get("fused", heads["class"]).argmax(dim=1)
-            found[f"{prefix}agreement"] = agreement(fused, parts.teacher_answers)
+            found[f"{prefix}agreement"] = agreement(fused, run.teacher_predictions)
     return found

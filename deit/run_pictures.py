@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit.config import Config, StartConfig, TeacherConfig, code_of
-from deit.contact_sheet import draw_views
-from deit.datasets.images import Encoded, Images
+from deit.config import Config, InitConfig, TeacherConfig, code_sources
+from deit.contact_sheet import draw_view_sheet
+from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.sources import LISTINGS
 from deit.datasets.splits import load_split, load_splits
 from deit.errors import ConfigError
-from deit.evaluation import as_asked, find_run, student_at
-from deit.measured import Measured
+from deit.evaluation import evaluation_config, resolve_run, student_at_resolution
+from deit.measured import CachedEvaluation
 from deit.models.attention import check_attention, rollout
-from deit.models.saved import Facts
+from deit.models.saved import ModelInfo
 from deit.pictures import draw_attention
-from deit.prediction import shown
-from deit.presets import OBJECTIVES
+from deit.prediction import evaluation_batches
+from deit.presets import LOSS_PRESETS
 
 _LOOKED_AT = 4
 _HARDEST = 12
@@ -43,23 +43,23 @@ class Pictures(NamedTuple):
 
 
 def draw_run(
-    run: Path, said: Measured, folder: Path, name: str, *, root: str | None = None
+    run: Path, said: CachedEvaluation, folder: Path, name: str, *, root: str | None = None
 ) -> Pictures:
     """Draw the pictures of a finished run into a folder. name: what their files begin with. root:
     where its images lie now, if not where it found them.
 
     Raises the errors of deit.errors; DataError where the images are gone.
     """
-    config, saved = find_run(run, "best")
+    config, saved = resolve_run(run, "best")
     if root is not None:
         config = config.replace(data={"root": root})
     if config.data.source in LISTINGS:  # a few of the images are looked at, not all decoded
         config = config.replace(data={"storage": "files"})
-    student, facts = student_at(saved, None)
+    student, facts = student_at_resolution(saved, None)
     splits = load_splits(config.data)
     images = splits.test
-    if isinstance(images, Images):  # of the size that views are cut from
-        _, images = load_split(as_asked(config).data, "test")
+    if isinstance(images, InMemoryImages):  # of the size that views are cut from
+        _, images = load_split(evaluation_config(config).data, "test")
     hardest = hardest_of(said, _HARDEST)
     wrong = hardest[: _LOOKED_AT // 2]
     chosen = wrong + _of_each_class(said, _LOOKED_AT - len(wrong))
@@ -70,7 +70,11 @@ def draw_run(
         pass  # a ConvNet
     else:
         attention = folder / f"{name}-attention.png"
-        views = next(shown(images, (torch.tensor(chosen),), as_asked(config), device=_CPU))
+        views = next(
+            evaluation_batches(
+                images, (torch.tensor(chosen),), evaluation_config(config), device=_CPU
+            )
+        )
         looks = rollout(student.network.eval(), (views - student.mean) / student.std)
         draw_attention(
             [view.permute(1, 2, 0).numpy() for view in views],
@@ -88,14 +92,14 @@ def draw_run(
         for at, place in enumerate(hardest)
     ]
     sheet = folder / f"{name}-views.png"
-    draw_views(_as_trained(config, facts), sheet, number=12, splits=splits, clear=True)
+    draw_view_sheet(_as_trained(config, facts), sheet, number=12, splits=splits, clear=True)
     return Pictures(attention and _lighter(attention), _lighter(sheet), listed)
 
 
 _CPU = torch.device("cpu")
 
 
-def hardest_of(said: Measured, number: int) -> list[int]:
+def hardest_of(said: CachedEvaluation, number: int) -> list[int]:
     """The images that the final answer gets wrong, those first that the teacher gets right, and
     among these the most confident; places in the split."""
     final = said.answers.get("fused", said.answers["class"])
@@ -106,7 +110,7 @@ def hardest_of(said: Measured, number: int) -> list[int]:
     return wrong[:number]
 
 
-def _of_each_class(said: Measured, number: int) -> list[int]:
+def _of_each_class(said: CachedEvaluation, number: int) -> list[int]:
     """The first image that is answered rightly, of the first classes."""
     final = said.answers.get("fused", said.answers["class"])
     found: dict[int, int] = {}
@@ -116,7 +120,7 @@ def _of_each_class(said: Measured, number: int) -> list[int]:
     return [found[label] for label in sorted(found)][:number]
 
 
-def _answers(said: Measured, place: int) -> dict[str, str]:
+def _answers(said: CachedEvaluation, place: int) -> dict[str, str]:
     names = said.found["class_names"]
     return {
         voice: f"{names[answers[place]]} ({100 * said.confidence[voice][place]:.0f} %)"
@@ -125,7 +129,7 @@ def _answers(said: Measured, place: int) -> dict[str, str]:
     }
 
 
-def _lines(said: Measured, place: int) -> tuple[str, ...]:
+def _lines(said: CachedEvaluation, place: int) -> tuple[str, ...]:
     names = said.found["class_names"]
     answers = _answers(said, place)
     final = answers.get("fused", answers["class"])
@@ -133,9 +137,13 @@ def _lines(said: Measured, place: int) -> tuple[str, ...]:
     return (*told, f"teacher: {answers['teacher']}") if "teacher" in answers else tuple(told)
 
 
-def _thumbnail(images: Images | Encoded, place: int, path: Path, config: Config) -> Path:
+def _thumbnail(
+    images: InMemoryImages | EncodedImages, place: int, path: Path, config: Config
+) -> Path:
     side = min(config.student.image_size, _SIDE)
-    view = next(shown(images, (torch.tensor([place]),), as_asked(config), device=_CPU))[0]
+    view = next(
+        evaluation_batches(images, (torch.tensor([place]),), evaluation_config(config), device=_CPU)
+    )[0]
     levels = (view * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     picture = Image.fromarray(np.ascontiguousarray(levels))
     if picture.width > side:
@@ -144,14 +152,14 @@ def _thumbnail(images: Images | Encoded, place: int, path: Path, config: Config)
     return path
 
 
-def _as_trained(config: Config, facts: Facts) -> Config:
+def _as_trained(config: Config, facts: ModelInfo) -> Config:
     """With what a start said when the run began: it may be gone by now. Without teachers that are
     somebody's code: no saved file may have that run."""
     config = config.replace(views={"mean": facts.mean, "std": facts.std})
-    config = replace(config.replace(optim={"trained": "all"}), start=StartConfig())
-    if not code_of(config.teacher):
+    config = replace(config.replace(optim={"trainable": "all"}), init=InitConfig())
+    if not code_sources(config.teacher):
         return config
-    return config.replace(teacher=TeacherConfig(), loss=OBJECTIVES["none"])
+    return config.replace(teacher=TeacherConfig(), loss=LOSS_PRESETS["none"])
 
 
 def _lighter(path: Path) -> Path:

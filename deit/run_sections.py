@@ -13,10 +13,10 @@ import torch
 from deit import charts, page
 from deit.checkpoint import Recorded
 from deit.config import Config, peak_lr
-from deit.console import clock, percent
-from deit.losses import teacher_ramp
-from deit.measured import Measured
-from deit.optim import average_decay
+from deit.console import format_duration, format_percent
+from deit.losses import teacher_weight_ramp
+from deit.measured import CachedEvaluation
+from deit.optim import ema_decay
 
 _HEADS = ("class", "distillation", "fused", "teacher")
 _FEW_CLASSES = 20
@@ -24,7 +24,7 @@ _BESIDE = 12  # classes of two confusions beside each other
 
 
 @dataclass(frozen=True)
-class View:
+class RunReport:
     """A finished run as a report reads it. name: what it is called; slug: what its files begin
     with. rows: of its metrics. told: as deit.summary.summary_of returns it."""
 
@@ -33,70 +33,72 @@ class View:
     config: Config
     environment: Recorded
     rows: list[dict[str, Any]]
-    told: dict[str, Any]
-    measured: Measured
+    summary: dict[str, Any]
+    evaluation: CachedEvaluation
 
 
-def final_top1(said: Measured) -> float:
+def final_top1(evaluation: CachedEvaluation) -> float:
     """Test top-1 in [0, 1] of the fused answer or the only head."""
-    return said.found["heads"]["fused"]["top1"]
+    return evaluation.found["heads"]["fused"]["top1"]
 
 
-def headline(view: View) -> str:
+def headline(view: RunReport) -> str:
     """The few numbers that matter, large."""
-    found, told = view.measured.found, view.told
-    values = {f"{found['split']} top-1": f"{percent(final_top1(view.measured))} %"}
+    found, told = view.evaluation.found, view.summary
+    values = {f"{found['split']} top-1": f"{format_percent(final_top1(view.evaluation))} %"}
     if found["teacher"]:
-        values["the teacher's"] = f"{percent(found['teacher']['top1'])} %"
-    values["calibration error"] = f"{percent(found['heads']['fused']['calibration_error'])} %"
-    values["training"] = clock(told["seconds"])
+        values["the teacher's"] = f"{format_percent(found['teacher']['top1'])} %"
+    values["calibration error"] = (
+        f"{format_percent(found['heads']['fused']['calibration_error'])} %"
+    )
+    values["training"] = format_duration(told["seconds"])
     if told["images_per_s"] is not None:
         values["images/s in training"] = f"{told['images_per_s']:,.0f}"
     if "cost" in found:
         values["M parameters"] = f"{found['cost']['parameters'] / 1e6:.2f}"
-    return page.tiles(values)
+    return page.stat_tiles(values)
 
 
-def sections_of(view: View, folder: Path) -> list[str]:
+def sections_of(view: RunReport, folder: Path) -> list[str]:
     """The parts of a run from its numbers; charts and tables are files in the folder as well."""
     return [
         headline(view),
-        page.part("Heads", [_heads(view, folder)]),
-        page.part("Training", [_training(view, folder)]),
-        page.part("Classes", _classes(view, folder)),
-        page.part("Calibration and tokens", [_calibration(view, folder)]),
-        page.part("Who answers otherwise than whom", [_disagreement(view, folder)]),
+        page.subsection("Heads", [_heads(view, folder)]),
+        page.subsection("Training", [_training(view, folder)]),
+        page.subsection("Classes", _classes(view, folder)),
+        page.subsection("Calibration and tokens", [_calibration(view, folder)]),
+        page.subsection("Who answers otherwise than whom", [_disagreement(view, folder)]),
     ]
 
 
-def card_of(view: View) -> str:
+def card_of(view: RunReport) -> str:
     """What the run was: settings, hardware, time."""
-    config, environment, found = view.config, view.environment, view.measured.found
+    config, environment, found = view.config, view.environment, view.evaluation.found
     optim, loss = config.optim, config.loss
-    told = view.told
+    told = view.summary
     loader = ""
     if told["loader_share"] is not None:
         stages = [row["loader"]["images_per_s"] for row in view.rows if "loader" in row][-1]
         listed = ", ".join(f"{name} {rate:,.0f} images/s" for name, rate in stages.items())
-        loader = f"{percent(told['loader_share'])} % of the time ({listed})"
+        loader = f"{format_percent(told['loader_share'])} % of the time ({listed})"
     values = {
         "student": f"{config.student.name} at {config.student.image_size} px",
         "teacher": ", ".join(config.teacher.source) or "none",
-        "objective": f"{loss.kind}, through {loss.through}, weight {loss.distillation_weight:g}, "
+        "objective": f"{loss.kind}, through {loss.head}, weight {loss.distillation_weight:g}, "
         f"temperature {loss.temperature:g}"
         if loss.kind != "none"
         else f"labels, smoothing {loss.label_smoothing:g}",
         "data": f"{config.data.source}, {config.data.root}"
         if config.data.source != "digits"
         else "digits",
-        "optimizer": f"{optim.algorithm}, {optim.epochs} epochs, batch {optim.batch_size}, peak "
+        "optimizer": f"{optim.name}, {optim.epochs} epochs, batch {optim.batch_size}, peak "
         f"rate {peak_lr(optim):.3g}, decay {optim.weight_decay:g}",
         "seed": str(config.run.seed),
         "device": f"{environment.device_name}, {environment.processes} processes, "
         f"{environment.threads} threads, {environment.precision}",
         "versions": f"deit {environment.deit}, torch {environment.packages.torch}, timm "
         f"{environment.packages.timm}, commit {environment.commit}",
-        "time": f"{clock(told['seconds'])}, best weights of epoch {told['best_epoch']}",
+        "time": f"{format_duration(told['seconds'])}, best weights of epoch {told['best_epoch']}",
         "memory": "" if told["memory_mb"] is None else f"{told['memory_mb']:,.0f} MB at most",
         "loading": loader,
         "command": _command(environment.arguments, told["run"]),
@@ -108,7 +110,7 @@ def card_of(view: View) -> str:
             f"{cost['memory_mb']:.0f} MB, {cost['images_per_s']:,.0f} images/s on "
             f"{cost['measured_on']}"
         )
-    return page.card({name: value for name, value in values.items() if value})
+    return page.key_values({name: value for name, value in values.items() if value})
 
 
 def _command(arguments: list[str], run: str) -> str:
@@ -120,8 +122,8 @@ def _command(arguments: list[str], run: str) -> str:
     return shlex.join(arguments)
 
 
-def _heads(view: View, folder: Path) -> str:
-    found = view.measured.found
+def _heads(view: RunReport, folder: Path) -> str:
+    found = view.evaluation.found
     rows = {name: one for name, one in found["heads"].items() if one}
     if found["heads"]["distillation"] is None:
         rows.pop("fused")  # the only head once more
@@ -134,8 +136,8 @@ def _heads(view: View, folder: Path) -> str:
     cells = [
         [
             name.replace("_", " "),
-            *(percent(one[key]) for key in shown),
-            *(percent(found[group].get(name)) for group in groups),
+            *(format_percent(one[key]) for key in shown),
+            *(format_percent(found[group].get(name)) for group in groups),
         ]
         for name, one in rows.items()
     ]
@@ -144,7 +146,7 @@ def _heads(view: View, folder: Path) -> str:
     return page.table(columns, cells, caption=number, file=folder / f"{view.slug}-heads.csv")
 
 
-def curves_of(view: View) -> dict[str, list[tuple[float, float]]]:
+def curves_of(view: RunReport) -> dict[str, list[tuple[float, float]]]:
     """Validation top-1 by epoch of every head, averages of weights too."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in view.rows:
@@ -155,23 +157,23 @@ def curves_of(view: View) -> dict[str, list[tuple[float, float]]]:
     return lines
 
 
-def schedules_of(view: View) -> dict[str, list[tuple[float, float]]]:
+def schedules_of(view: RunReport) -> dict[str, list[tuple[float, float]]]:
     """Every schedule as it was applied, by epoch, in % of its largest value, which its name tells:
     the learning rate, and what else changes: the weight of the teacher's term, the decay of the
     weight average."""
     optim, loss = view.config.optim, view.config.loss
     values = {"learning rate": [(row["epoch"], row["train"]["lr"]) for row in view.rows]}
-    if loss.kind != "none" and loss.distillation_warmup > 0:
+    if loss.kind != "none" and loss.distillation_warmup_epochs > 0:
         weight = loss.distillation_weight
         values["weight of the teacher's term"] = [
-            (row["epoch"], weight * teacher_ramp(loss, row["epoch"])) for row in view.rows
+            (row["epoch"], weight * teacher_weight_ramp(loss, row["epoch"])) for row in view.rows
         ]
     if optim.ema_epochs > 0:
         steps = view.rows[0]["step"] / view.rows[0]["epoch"]
         values["decay of the weight average"] = [
             (
                 row["epoch"],
-                average_decay(torch.tensor(row["step"] - 1), horizon=optim.ema_epochs * steps),
+                ema_decay(torch.tensor(row["step"] - 1), horizon=optim.ema_epochs * steps),
             )
             for row in view.rows
         ]
@@ -182,11 +184,11 @@ def schedules_of(view: View) -> dict[str, list[tuple[float, float]]]:
     return shares
 
 
-def _training(view: View, folder: Path) -> str:
+def _training(view: RunReport, folder: Path) -> str:
     if not view.rows:
         return page.paragraph("No numbers of its epochs are there (metrics.jsonl).", "note")
     lines = curves_of(view)
-    levels = {} if view.told["teacher"] is None else {"teacher": view.told["teacher"]}
+    levels = {} if view.summary["teacher"] is None else {"teacher": view.summary["teacher"]}
     accuracy = charts.chart(charts.curves(lines, levels), folder / f"{view.slug}-accuracy.png")
     losses = {
         name.replace("_", " "): [(row["epoch"], row["train"][name]) for row in view.rows]
@@ -217,10 +219,10 @@ def _training(view: View, folder: Path) -> str:
             charts.over_epochs(speed, "images/s"), folder / f"{view.slug}-speed.png", height=2.4
         )
         drawn.append(page.figure(fast, "Images a second in training."))
-    return page.pair(*drawn)
+    return page.side_by_side(*drawn)
 
 
-def _write_curves(view: View, path: Path) -> None:
+def _write_curves(view: RunReport, path: Path) -> None:
     """Every number of every epoch, a line an epoch."""
     flat = []
     for row in view.rows:
@@ -240,8 +242,8 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]
         lines.writerows(rows)
 
 
-def _classes(view: View, folder: Path) -> list[str]:
-    said = view.measured
+def _classes(view: RunReport, folder: Path) -> list[str]:
+    said = view.evaluation
     found, names = said.found, said.found["class_names"]
     final = "fused" if "fused" in said.answers else "class"
     unseen = set(found.get("held_out", ()))
@@ -275,7 +277,7 @@ def _classes(view: View, folder: Path) -> list[str]:
         told = "The commonest confusions."
         file = folder / f"{view.slug}-confusions.csv"
         beside.append(page.table(columns, pairs, caption=told, file=file))
-    parts = [page.pair(*beside)]
+    parts = [page.side_by_side(*beside)]
     if len(names) <= _FEW_CLASSES:
         file = folder / f"{view.slug}-confusion.csv"
         maps = [_map(counts, names, "Answers in % of each class (a row): the student.", file)]
@@ -298,7 +300,7 @@ def _classes(view: View, folder: Path) -> list[str]:
                     file=folder / f"{view.slug}-minus-teacher.csv",
                 )
             )
-        parts += [page.pair(*maps)] if len(names) <= _BESIDE else maps
+        parts += [page.side_by_side(*maps)] if len(names) <= _BESIDE else maps
     return parts
 
 
@@ -354,8 +356,8 @@ def reliability_bins(
     ]
 
 
-def _calibration(view: View, folder: Path) -> str:
-    said = view.measured
+def _calibration(view: RunReport, folder: Path) -> str:
+    said = view.evaluation
     final = "fused" if "fused" in said.answers else "class"
     voices = {"student": final} | ({"teacher": "teacher"} if "teacher" in said.answers else {})
     bins = {
@@ -370,15 +372,18 @@ def _calibration(view: View, folder: Path) -> str:
     cosines = said.found["token_cosine"]
     if cosines:
         deep = charts.chart(
-            charts.over_depth(cosines), folder / f"{view.slug}-tokens.png", width=5, height=3.8
+            charts.token_cosine_chart(cosines),
+            folder / f"{view.slug}-tokens.png",
+            width=5,
+            height=3.8,
         )
         told = "How alike class and distillation token become (DeiT-B of the paper: 0.06 to 0.93)."
         figures.append(page.figure(deep, told))
-    return page.pair(*figures)
+    return page.side_by_side(*figures)
 
 
-def _disagreement(view: View, folder: Path) -> str:
-    agreement = view.measured.found["agreement"]
+def _disagreement(view: RunReport, folder: Path) -> str:
+    agreement = view.evaluation.found["agreement"]
     names = [
         "truth",
         *(name for name in ("teacher", "class", "distillation", "fused") if name in agreement),

@@ -8,25 +8,25 @@ from typing import Any
 from torch import Tensor
 
 from deit import checkpoint, journal
-from deit.console import clock, warn
+from deit.console import format_duration, warn
 from deit.disk import write_json
-from deit.engine import Tally
-from deit.faults import reach
-from deit.manifest import Content, digests
+from deit.engine import MetricAccumulator
+from deit.faults import fault_point
+from deit.manifest import FileDigest, digests
 from deit.metrics import agreement
 from deit.models.base import save_base
-from deit.models.layers import trained_in
-from deit.models.masks import MASKS, holds
+from deit.models.layers import trainable_parameters
+from deit.models.masks import MASKS, is_masked
 from deit.models.saved import save_student, save_weights
 from deit.optimizer_state import optimizer_tensors, save_optimizer
-from deit.parts import Parts
-from deit.sharding import whole
+from deit.parts import TrainingRun
+from deit.sharding import full_tensors
 
 AVERAGE = "average.safetensors"
 _SLOW_S = 10.0
 
 
-def selected_top1(validation: dict[str, float]) -> float:
+def selection_metric(validation: dict[str, float]) -> float:
     """The number that selects `best`: of the average if there is one, fused if there are two."""
     for name in ("average_fused_top1", "average_class_top1", "fused_top1"):
         if name in validation:
@@ -34,121 +34,122 @@ def selected_top1(validation: dict[str, float]) -> float:
     return validation["class_top1"]
 
 
-def save(parts: Parts, tally: Tally, *, regular: bool) -> None:
+def save_checkpoint(parts: TrainingRun, tally: MetricAccumulator, *, in_hash_chain: bool) -> None:
     """Write the checkpoint of this update.
 
     regular: whether every run of this configuration saves here; the hashes of its state then go
     into the chain, by which two runs can be held beside each other. Raises EnvironmentFault.
     """
     state, accelerator = parts.state, parts.accelerator
-    state.tally = tally.dump()  # of all processes
+    state.metric_sums = tally.state()  # of all processes
     student = accelerator.unwrap_model(parts.student)
     main = accelerator.is_main_process
-    weights = whole(student.network.state_dict(), wanted=main)
-    moments = whole(optimizer_tensors(parts.optimizer, student.network), wanted=main)
+    weights = full_tensors(student.network.state_dict(), wanted=main)
+    moments = full_tensors(optimizer_tensors(parts.optimizer, student.network), wanted=main)
     averaged = {}
     if parts.average is not None:
-        averaged = whole(parts.average.model.network.state_dict(), wanted=main)
+        averaged = full_tensors(parts.average.model.network.state_dict(), wanted=main)
     if not main:
         return
-    weights, averaged = _kept(parts, weights), _kept(parts, averaged)
+    weights, averaged = _saved_subset(parts, weights), _saved_subset(parts, averaged)
     _guard(parts)
     if parts.average is not None:
         state.average_updates = int(parts.average.updates)
     state.scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
 
-    def fill(folder: Path) -> dict[str, Content]:
+    def fill(folder: Path) -> dict[str, FileDigest]:
         save_student(folder, weights, parts.facts)
-        reach("model")
+        fault_point("model")
         save_optimizer(folder / checkpoint.OPTIMIZER, moments)
-        reach("optimizer")
+        fault_point("optimizer")
         if averaged:
             save_weights(folder / AVERAGE, averaged)
-            reach("average")
-        _save_beside(parts, folder, weights, averaged)
+            fault_point("average")
+        _save_extras(parts, folder, weights, averaged)
         hashed = digests(folder, (path.name for path in folder.glob("*.safetensors")))
-        if regular:
-            _link(parts, hashed)
+        if in_hash_chain:
+            _append_hash(parts, hashed)
         write_json(folder / checkpoint.STATE, asdict(state))
-        reach("state")
+        fault_point("state")
         return hashed
 
     started = time.monotonic()
     run = parts.config.run
-    keep, stay, needs = run.keep_checkpoints, run.keep_updates, checkpoint_bytes(parts)
-    checkpoint.write(parts.out, state.step, fill, keep=keep, stay=stay, needs=needs)
+    keep, stay, needs = run.num_checkpoints, run.keep_steps, checkpoint_bytes(parts)
+    checkpoint.save_checkpoint(parts.out, state.step, fill, keep=keep, keep_steps=stay, needs=needs)
     if (took := time.monotonic() - started) > _SLOW_S:
         warn(
-            f"{checkpoint.folder_of(parts.out, state.step)}: took {clock(took)} to write; "
+            f"{checkpoint.checkpoint_path(parts.out, state.step)}: took {format_duration(took)} to "
+            "write; "
             "launchers often kill 30 s after a signal, and then the checkpoint before it is what "
             "is left"
         )
 
 
-def _kept(parts: Parts, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _saved_subset(run: TrainingRun, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is saved of a network's weights: all, or adapters and heads where they alone move."""
-    if parts.config.optim.trained != "adapters":
+    if run.config.optim.trainable != "adapters":
         return weights
-    names = trained_in(parts.accelerator.unwrap_model(parts.student).network, "adapters")
+    names = trainable_parameters(run.accelerator.unwrap_model(run.student).network, "adapters")
     return {name: value for name, value in weights.items() if name in names}
 
 
-def _save_beside(parts: Parts, folder: Path, *saved: dict[str, Tensor]) -> None:
+def _save_extras(run: TrainingRun, folder: Path, *saved: dict[str, Tensor]) -> None:
     """Write what weights are not to be read without: the base of adapters; the masks of a pruned
     student, which must hold in them."""
-    if parts.base is not None:
-        save_base(folder, parts.base)
-    if parts.held is None:
+    if run.adapter_base is not None:
+        save_base(folder, run.adapter_base)
+    if run.masks is None:
         return
-    assert all(holds(parts.held.masks, weights) for weights in saved if weights)
-    save_weights(folder / MASKS, parts.held.masks)
+    assert all(is_masked(run.masks.masks, weights) for weights in saved if weights)
+    save_weights(folder / MASKS, run.masks.masks)
 
 
-def _link(parts: Parts, files: dict[str, Content]) -> None:
+def _append_hash(run: TrainingRun, files: dict[str, FileDigest]) -> None:
     """Add the hashes of a state's tensors to the chain."""
-    state = parts.state
+    state = run.state
     hashes = {name.removesuffix(".safetensors"): one.sha256 for name, one in files.items()}
-    state.chain = journal.link(state.chain, state.step, hashes)
+    state.chain = journal.next_chain_hash(state.chain, state.step, hashes)
     row = {"step": state.step, **hashes, "chain": state.chain}
-    state.chain_bytes = journal.append(parts.out / journal.CHAIN, row)
+    state.chain_bytes = journal.append(run.out / journal.HASH_CHAIN, row)
 
 
-def close_epoch(parts: Parts, row: dict[str, Any]) -> None:
+def finish_epoch(run: TrainingRun, row: dict[str, Any]) -> None:
     """Note a finished epoch: `best`, unless the selected accuracy fell, then the row of metrics."""
-    state = parts.state
-    top1 = selected_top1(row["validation"]) if "validation" in row else float("-inf")
+    state = run.state
+    top1 = selection_metric(row["validation"]) if "validation" in row else float("-inf")
     # A tie goes to the later epoch: on a small validation split it comes early by luck, and the
     # weights still move a lot then.
     improved = top1 >= state.best["top1"]
     chosen = {}
     if improved:
         state.best = {"epoch": state.epoch, "top1": top1, **row["validation"]}
-        student = parts.accelerator.unwrap_model(parts.student)
-        model = student if parts.average is None else parts.average.model
-        chosen = whole(model.network.state_dict(), wanted=parts.accelerator.is_main_process)
-        chosen = _kept(parts, chosen)
-    if not parts.accelerator.is_main_process:
+        student = run.accelerator.unwrap_model(run.student)
+        model = student if run.average is None else run.average.model
+        chosen = full_tensors(model.network.state_dict(), wanted=run.accelerator.is_main_process)
+        chosen = _saved_subset(run, chosen)
+    if not run.accelerator.is_main_process:
         return
-    _guard(parts)
+    _guard(run)
 
     def fill(folder: Path) -> None:
-        save_student(folder, chosen, parts.facts)
-        _save_beside(parts, folder, chosen)
+        save_student(folder, chosen, run.facts)
+        _save_extras(run, folder, chosen)
         write_json(folder / checkpoint.STATE, asdict(state))
 
     if improved:
-        checkpoint.seal_folder(parts.out / checkpoint.BEST, fill, step=state.step)
-    state.metrics_bytes = journal.append(parts.out / journal.METRICS, row)
+        checkpoint.write_with_manifest(run.out / checkpoint.BEST, fill, step=state.step)
+    state.metrics_bytes = journal.append(run.out / journal.METRICS, row)
 
 
-def _guard(parts: Parts) -> None:
-    if parts.guard is not None:
-        parts.guard()
+def _guard(run: TrainingRun) -> None:
+    if run.check_lock is not None:
+        run.check_lock()
 
 
-def finish(parts: Parts) -> dict[str, Any]:
+def write_result(run: TrainingRun) -> dict[str, Any]:
     """Mark the run as finished; what came of it, as plain values."""
-    state = parts.state
+    state = run.state
     result = asdict(
         checkpoint.Result(
             epochs=state.epoch,
@@ -156,7 +157,7 @@ def finish(parts: Parts) -> dict[str, Any]:
             samples_seen=state.samples_seen,
             seconds=state.seconds,
             skipped=state.skipped,
-            teacher_top1=_teacher_top1(parts),
+            teacher_top1=_teacher_top1(run),
             best=state.best,
             chain=state.chain,
             fingerprint=state.fingerprint,
@@ -164,40 +165,40 @@ def finish(parts: Parts) -> dict[str, Any]:
             teachers=state.teachers,
         )
     )
-    if parts.accelerator.is_main_process:
-        _guard(parts)
-        reach("finish")
-        write_json(parts.out / checkpoint.RESULT, result)
+    if run.accelerator.is_main_process:
+        _guard(run)
+        fault_point("finish")
+        write_json(run.out / checkpoint.RESULT, result)
     return result
 
 
-def _teacher_top1(parts: Parts) -> float | None:
+def _teacher_top1(run: TrainingRun) -> float | None:
     """The teacher's own accuracy on the validation split, where it was asked."""
-    if parts.teacher_answers is None:
+    if run.teacher_predictions is None:
         return None
-    return agreement(parts.teacher_answers.cpu(), parts.splits.validation.labels.cpu())
+    return agreement(run.teacher_predictions.cpu(), run.splits.validation.labels.cpu())
 
 
-def checkpoint_bytes(parts: Parts) -> int:
+def checkpoint_bytes(run: TrainingRun) -> int:
     """About what a checkpoint takes [bytes]."""
-    network = parts.accelerator.unwrap_model(parts.student).network
+    network = run.accelerator.unwrap_model(run.student).network
     moments = 2 * sum(one.nbytes for one in network.parameters() if one.requires_grad)
-    masks = {} if parts.held is None else parts.held.masks
+    masks = {} if run.masks is None else run.masks.masks
     masked = sum(mask.nbytes for mask in masks.values())
-    return _weights_bytes(parts) * (2 if parts.average is not None else 1) + moments + masked
+    return _weights_bytes(run) * (2 if run.average is not None else 1) + moments + masked
 
 
-def _weights_bytes(parts: Parts) -> int:
-    network = parts.accelerator.unwrap_model(parts.student).network
-    return sum(value.nbytes for value in _kept(parts, network.state_dict()).values())
+def _weights_bytes(run: TrainingRun) -> int:
+    network = run.accelerator.unwrap_model(run.student).network
+    return sum(value.nbytes for value in _saved_subset(run, network.state_dict()).values())
 
 
-def space_of(parts: Parts) -> int:
+def required_bytes(parts: TrainingRun) -> int:
     """What a run still adds to its folder at most [bytes]: checkpoints until all that stay are
     there, one more while that is written, and the best likewise."""
-    run, there = parts.config.run, [step for step, _ in checkpoint.found(parts.out)]
-    passing = [step for step in there if step not in run.keep_updates]
-    number = max(run.keep_checkpoints - len(passing), 0) + 1
-    number += len(set(run.keep_updates) - set(there))
+    run, there = parts.config.run, [step for step, _ in checkpoint.list_checkpoints(parts.out)]
+    passing = [step for step in there if step not in run.keep_steps]
+    number = max(run.num_checkpoints - len(passing), 0) + 1
+    number += len(set(run.keep_steps) - set(there))
     best = 1 if (parts.out / checkpoint.BEST).is_dir() else 2
     return number * checkpoint_bytes(parts) + best * _weights_bytes(parts)

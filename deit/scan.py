@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from deit.config import DataConfig
-from deit.console import say, table, warn
+from deit.console import info, table, warn
 from deit.datasets.decoding import in_threads, read_picture
-from deit.datasets.images import Store
+from deit.datasets.images import ImageStore
 from deit.datasets.listing import PassedOver
-from deit.datasets.sources import LISTINGS, quarantine_line, quarantined
-from deit.errors import DataError, EnvironmentFault, NotAllowedError
+from deit.datasets.sources import LISTINGS, exclude_list_line, is_excluded
+from deit.errors import DataError, NotAllowedError, SystemFault
 
 _EXAMPLES = 3
 
@@ -52,7 +52,7 @@ class _Place(NamedTuple):
 
 
 @dataclass
-class SplitFacts:
+class SplitStats:
     """What a split holds. smallest, median, largest: width and height [px], ordered by area."""
 
     images: int
@@ -79,7 +79,7 @@ class Duplicates:
 
 
 @dataclass
-class Scan:
+class ScanReport:
     """The findings, as plain values.
 
     problems: what is wrong with the layout, and files that may not be read. unreadable: key ->
@@ -92,18 +92,18 @@ class Scan:
 
     root: str
     class_names: tuple[str, ...]
-    splits: dict[str, SplitFacts]
+    splits: dict[str, SplitStats]
     problems: list[str]
     unreadable: dict[str, str]
     within_split: Duplicates
     across_splits: Duplicates
     across_classes: Duplicates
-    quarantined: int = 0
+    excluded: int = 0
     passed_over: dict[str, int] = field(default_factory=dict)
     not_read: list[str] = field(default_factory=list)
 
 
-def scan(config: DataConfig) -> Scan:
+def scan(config: DataConfig) -> ScanReport:
     """Decode every image of every split of a folder, shards or reader source.
 
     Goes on after what is bad; raises DataError only where there is nothing to look at, and
@@ -114,8 +114,8 @@ def scan(config: DataConfig) -> Scan:
     listing = LISTINGS[config.source](config, (), problems.append)
     store = listing.store
     wanted = torch.ones(len(store), dtype=torch.bool)
-    if config.quarantine is not None:
-        wanted = ~quarantined(Path(config.quarantine), store)
+    if config.exclude_list is not None:
+        wanted = ~is_excluded(Path(config.exclude_list), store)
 
     def look(row: int) -> _Seen:
         try:
@@ -128,7 +128,7 @@ def scan(config: DataConfig) -> Scan:
         content.update(image.tobytes())
         return _Seen("", False, image.size, picture.format, picture.mode, content.digest())
 
-    splits: dict[str, SplitFacts] = {}
+    splits: dict[str, SplitStats] = {}
     unreadable: dict[str, str] = {}
     copies = defaultdict(list)  # digest -> where the picture lies
     for split, rows in listing.splits.items():
@@ -144,7 +144,7 @@ def scan(config: DataConfig) -> Scan:
             else:
                 copies[one.digest].append(_Place(split, label, row))
     within, across, mislabelled = _duplicates(copies.values(), store)
-    return Scan(
+    return ScanReport(
         root=config.root,
         class_names=listing.class_names,
         splits=splits,
@@ -153,15 +153,15 @@ def scan(config: DataConfig) -> Scan:
         within_split=within,
         across_splits=across,
         across_classes=mislabelled,
-        quarantined=int((~wanted).sum()),
+        excluded=int((~wanted).sum()),
         passed_over=dict(listing.passed.files),
         not_read=listing.passed.places,
     )
 
 
-def _facts(seen: list[_Seen], classes: int) -> SplitFacts:
+def _facts(seen: list[_Seen], classes: int) -> SplitStats:
     sizes = sorted((one.size for one in seen), key=lambda size: size[0] * size[1]) or [(0, 0)]
-    return SplitFacts(
+    return SplitStats(
         images=len(seen),
         classes=classes,
         smallest=sizes[0],
@@ -172,7 +172,7 @@ def _facts(seen: list[_Seen], classes: int) -> SplitFacts:
     )
 
 
-def _duplicates(copies: Iterable[list[_Place]], store: Store) -> tuple[Duplicates, ...]:
+def _duplicates(copies: Iterable[list[_Place]], store: ImageStore) -> tuple[Duplicates, ...]:
     """Copies within their split, in a later split, and under another class than the first."""
     within, across, mislabelled = Duplicates(), Duplicates(), Duplicates()
     for places in copies:
@@ -187,7 +187,7 @@ def _duplicates(copies: Iterable[list[_Place]], store: Store) -> tuple[Duplicate
     return within, across, mislabelled
 
 
-def print_scan(found: Scan) -> None:
+def print_scan(found: ScanReport) -> None:
     """A table of what is there, every bad image with its reason, warnings of duplicates."""
     rows = [
         (
@@ -213,9 +213,9 @@ def print_scan(found: Scan) -> None:
     )
     table(found.root, columns, rows, text=True)
     for problem in found.problems:
-        say(f"bad: {problem}")
+        info(f"bad: {problem}")
     for key, reason in found.unreadable.items():
-        say(f"bad: {key}: {reason}")
+        info(f"bad: {key}: {reason}")
     for duplicates, where in (
         (found.within_split, "in the same split"),
         (found.across_splits, "in another split, so that it measures what was trained on"),
@@ -225,30 +225,30 @@ def print_scan(found: Scan) -> None:
             examples = "; ".join(" = ".join(keys[:_EXAMPLES]) for keys in duplicates.examples)
             warn(f"copies of pictures: {duplicates.number} {where} ({examples})")
     for note in PassedOver(Counter(found.passed_over), found.not_read).notes(most=None):
-        say(note)
-    if found.quarantined:
-        say(f"{found.quarantined} images in quarantine were not looked at")
+        info(note)
+    if found.excluded:
+        info(f"{found.excluded} excluded images were skipped (exclude list)")
 
 
 def _counts(numbers: dict[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
 
-def write_quarantine(path: Path, found: Scan) -> None:
-    """The unreadable images as a list for data.quarantine, each under its reason. Raises
+def write_exclude_list(path: Path, found: ScanReport) -> None:
+    """The unreadable images as a list for data.exclude_list, each under its reason. Raises
     EnvironmentFault where the disk refuses."""
-    lines = [f"# images of {found.root} to leave out: --data.quarantine takes this list"]
+    lines = [f"# images of {found.root} to leave out: --data.exclude_list takes this list"]
     for key, reason in found.unreadable.items():
-        lines += [f"# {reason}", quarantine_line(key)]
+        lines += [f"# {reason}", exclude_list_line(key)]
     text = "\n".join(lines) + "\n"
     try:
         path.write_bytes(text.encode(errors="surrogateescape"))
     except OSError as error:
-        raise EnvironmentFault(f"--write {path}: {error.strerror}") from None
-    say(f"wrote {path}: {len(found.unreadable)} images")
+        raise SystemFault(f"--write-exclude-list {path}: {error.strerror}") from None
+    info(f"wrote {path}: {len(found.unreadable)} images")
 
 
-def require_sound(found: Scan, listed: Path | None = None) -> None:
+def raise_if_unreadable(found: ScanReport, listed: Path | None = None) -> None:
     """Raises DataError if anything was unreadable, with what to do about it.
 
     listed: where the unreadable images were listed.
@@ -259,7 +259,10 @@ def require_sound(found: Scan, listed: Path | None = None) -> None:
         return
     advice = ""
     if found.unreadable and listed is None:
-        advice = "; replace them, or list them with --write FILE for --data.quarantine FILE"
+        advice = (
+            "; replace them, or list them with --write-exclude-list FILE for "
+            "--data.exclude_list FILE"
+        )
     elif found.unreadable:
-        advice = f"; replace them, or leave them out with --data.quarantine {listed}"
+        advice = f"; replace them, or leave them out with --data.exclude_list {listed}"
     raise DataError(f"{found.root}: {' and '.join(bad)}{advice}")

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from deit import checkpoint, journal
-from deit.at_once import Planned, Progress, may_pass
+from deit.at_once import RunProgress, RunSpec, is_retryable
 from deit.config import Config
-from deit.console import percent, say
-from deit.errors import CheckpointError, ConfigError, EnvironmentFault, raise_transient, reason_of
-from deit.saving import selected_top1
-from deit.sweep_file import Point, Space, text_of, with_fields
+from deit.console import format_percent, info
+from deit.errors import CheckpointError, ConfigError, SystemFault, first_line, raise_transient
+from deit.saving import selection_metric
+from deit.sweep_file import Point, SearchSpace, text_of, with_fields
 
 DATABASE = "optuna.db"
 _RANDOM_FIRST = 10  # trials before the search learns from any: optuna's own number
 _NEVER_STOPPED = 5  # trials that run to their end before one is held against them
 # What a trial says: which one it is anew, why it failed, that it was there already.
 _OF, _WHY, _AGAIN = "of", "reason", "again"
-_GIVE_UP = 30  # proposals in a row that were there already
+_MAX_DUPLICATES = 30  # proposals in a row that were there already
 _OF_THE_DISK = (
     *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM),
     *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_NOMEM),
@@ -35,10 +35,10 @@ Result = TypeVar("Result")
 def check_optuna() -> None:
     """Raises EnvironmentFault where optuna is not installed."""
     if find_spec("optuna") is None:
-        raise EnvironmentFault("a search needs optuna; pip install 'deit[search]'")
+        raise SystemFault("a search needs optuna; pip install 'deit[search]'")
 
 
-class Stopped(NamedTuple):
+class PrunedTrial(NamedTuple):
     """A trial that was stopped: at which epoch, with what share of right answers on the validation
     split."""
 
@@ -82,14 +82,14 @@ class Search:
 
     def __init__(
         self,
-        space: Space,
+        space: SearchSpace,
         base: Config,
         out: Path,
         *,
         name: str,
         seed: int,
         of: str,
-        plan: Callable[[Point], Planned],
+        plan: Callable[[Point], RunSpec],
         retries: int = 0,
     ) -> None:
         """Open the database, or begin it. Raises EnvironmentFault, CheckpointError, and ConfigError
@@ -105,7 +105,7 @@ class Search:
         self._known: set[Path] | None = None
         self._exhausted = self._ending = False  # _ending: with what is under way
         self._reported: dict[Path, int] = {}
-        self.progress = Progress(0)
+        self.progress = RunProgress(0)
         self._database = out / DATABASE
         self._running: dict[Path, Any] = {}
         self._stopped: dict[Path, str] = {}
@@ -129,14 +129,14 @@ class Search:
             before = self._study.user_attrs.get("of", of)
             self._study.set_user_attr("of", before)
             if before == of:
-                self._ask_again()
+                self._requeue()
         except Exception as error:  # of optuna, SQLAlchemy and sqlite
             raise_transient(error, self._database)
             cause = _cause(error)
             if (getattr(cause, "sqlite_errorcode", 0) & 0xFF) in _OF_THE_DISK:  # or a kind of it
                 raise self._fault(cause) from None
             raise CheckpointError(
-                f"{self._database}: cannot be read ({reason_of(error)})"
+                f"{self._database}: cannot be read ({first_line(error)})"
             ) from None
         if before != of:
             raise ConfigError(
@@ -154,13 +154,13 @@ class Search:
         except (self._optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
             raise self._fault(_cause(error)) from None
 
-    def _fault(self, cause: BaseException) -> EnvironmentFault:
-        return EnvironmentFault(
-            f"{self._database}: cannot be read or written ({reason_of(cause)}); its "
+    def _fault(self, cause: BaseException) -> SystemFault:
+        return SystemFault(
+            f"{self._database}: cannot be read or written ({first_line(cause)}); its "
             "trials are kept: run the same command again to continue"
         )
 
-    def _ask_again(self) -> None:
+    def _requeue(self) -> None:
         """Trials that a kill left open, or that failed, are proposed anew; their runs go on."""
         state = self._optuna.trial.TrialState
         for trial in self._study.get_trials(states=(state.RUNNING,)):
@@ -206,12 +206,12 @@ class Search:
             "failed": self.done() - complete - pruned,
         }
 
-    def runs(self) -> Iterator[Planned]:
+    def runs(self) -> Iterator[RunSpec]:
         """The runs still to be trained, each proposed when it is asked for; none twice."""
         with self._storing():
             yield from self._proposals()
 
-    def _proposals(self) -> Iterator[Planned]:
+    def _proposals(self) -> Iterator[RunSpec]:
         if self._known is None:
             self._known = set(self._folders())
         repeated = 0
@@ -220,7 +220,7 @@ class Search:
             try:
                 point = self._point(trial)
             except ConfigError as error:  # two fields that each may be, and not together
-                say(f"trial {trial.number} cannot be: {error}")
+                info(f"trial {trial.number} cannot be: {error}")
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
                 continue
             run = self._plan(point)
@@ -228,9 +228,9 @@ class Search:
                 trial.set_user_attr(_AGAIN, value=True)
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
                 repeated += 1
-                self._exhausted = repeated == _GIVE_UP and not self._running
-                if repeated >= _GIVE_UP:
-                    say(f"{repeated} proposals in a row were tried before: no other is begun")
+                self._exhausted = repeated == _MAX_DUPLICATES and not self._running
+                if repeated >= _MAX_DUPLICATES:
+                    info(f"{repeated} proposals in a row were tried before: no other is begun")
                     self._ending = True
                     return
                 continue
@@ -275,7 +275,7 @@ class Search:
         return number
 
     @_guarded
-    def hopeless(self, run: Planned) -> bool:
+    def should_stop(self, run: RunSpec) -> bool:
         """Whether a run under way should be stopped, told of what it came to by now."""
         trial = self._running[run.out]
         rows = [row for row in journal.read_metrics(run.out) if "validation" in row]
@@ -287,29 +287,31 @@ class Search:
         self._reported[run.out] = last["epoch"]
         if last["epoch"] >= run.config.optim.epochs:
             return False  # it is at its end: nothing would be saved
-        trial.report(selected_top1(last["validation"]), last["epoch"])
+        trial.report(selection_metric(last["validation"]), last["epoch"])
         if not trial.should_prune():
             return False
-        reached = percent(selected_top1(last["validation"]))
+        reached = format_percent(selection_metric(last["validation"]))
         self._stopped[run.out] = f"stopped at epoch {last['epoch']} with {reached} %"
-        say(f"{run.name}: {self._stopped[run.out]}, below the median")
+        info(f"{run.name}: {self._stopped[run.out]}, below the median")
         return True
 
     @_guarded
-    def ended(self, run: Planned, code: int, reason: str) -> None:
+    def on_end(self, run: RunSpec, code: int, reason: str) -> None:
         """Tell how a run ended; propose it anew where it failed for a reason that may pass."""
         state, trial = self._optuna.trial.TrialState, self._running.pop(run.out)
-        if (result := checkpoint.result_of(run.out)) is not None:  # also if asked to stop too late
+        if (
+            result := checkpoint.read_result(run.out)
+        ) is not None:  # also if asked to stop too late
             self._study.tell(trial, result["best"]["top1"])
         elif run.out in self._stopped:
             self._study.tell(trial, state=state.PRUNED)
         else:
             trial.set_user_attr(_WHY, reason)
             self._study.tell(trial, state=state.FAIL)
-            if may_pass(code) and self._tried[run.out] < self._retries:
+            if is_retryable(code) and self._tried[run.out] < self._retries:
                 self._tried[run.out] += 1
                 self._study.enqueue_trial(trial.params, user_attrs={_OF: trial.number})
-                say(f"{run.name}: once more ({reason.splitlines()[0]})")
+                info(f"{run.name}: once more ({reason.splitlines()[0]})")
         left = len(self._running) if self._ending else self.left()
         self.progress.total = self.progress.done + 1 + left
 
@@ -319,12 +321,12 @@ class Search:
         return [self._point(one) for one in self._failed()]
 
     @_guarded
-    def stopped(self) -> list[Stopped]:
+    def stopped(self) -> list[PrunedTrial]:
         """The trials that lay below the median, the best first."""
         found = []
         for trial in self._study.get_trials(states=(self._optuna.trial.TrialState.PRUNED,)):
             epoch = max(trial.intermediate_values)
-            found.append(Stopped(self._point(trial), epoch, trial.intermediate_values[epoch]))
+            found.append(PrunedTrial(self._point(trial), epoch, trial.intermediate_values[epoch]))
         return sorted(found, key=lambda one: -one.top1)
 
     @_guarded

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from deit.config import TeacherConfig
 
 
-class Member(NamedTuple):
+class TeacherSpec(NamedTuple):
     """One teacher of an ensemble. source is None where only its stored targets are known."""
 
     source: str | None
@@ -14,24 +14,24 @@ class Member(NamedTuple):
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     weight: float
-    layout: str
+    memory_format: str
     classes: tuple[str, ...] | None = None
 
 
-class Seat(NamedTuple):
+class TeacherSlot(NamedTuple):
     """What speaks with one voice in training: a teacher, or a store of what one or more said.
 
     weight: of the voice; those of all seats sum to 1.
     """
 
-    members: tuple[Member, ...]
-    targets: str | None
+    members: tuple[TeacherSpec, ...]
+    target_store: str | None
     weight: float
 
 
-def members(teacher: TeacherConfig) -> tuple[Member, ...]:
+def teacher_specs(teacher: TeacherConfig) -> tuple[TeacherSpec, ...]:
     """The teachers one by one; their weights sum to 1."""
-    number = max(len(teacher.source), len(teacher.targets))
+    number = max(len(teacher.source), len(teacher.target_stores))
 
     def spread(values: tuple, empty: Any) -> tuple:
         return (values or (empty,)) * (number if len(values) < 2 else 1)
@@ -39,9 +39,9 @@ def members(teacher: TeacherConfig) -> tuple[Member, ...]:
     def triples(values: tuple[float, ...]) -> tuple:
         return spread(tuple(values[at : at + 3] for at in range(0, len(values), 3)), None)
 
-    weights = spread(teacher.weight, 1.0)
+    weights = spread(teacher.weights, 1.0)
     return tuple(
-        Member(source, architecture, size, mean, std, weight / sum(weights), layout, classes)
+        TeacherSpec(source, architecture, size, mean, std, weight / sum(weights), layout, classes)
         for source, architecture, size, mean, std, weight, layout, classes in zip(
             teacher.source or (None,) * number,
             spread(teacher.architecture, None),
@@ -49,7 +49,7 @@ def members(teacher: TeacherConfig) -> tuple[Member, ...]:
             triples(teacher.mean),
             triples(teacher.std),
             weights,
-            spread(teacher.layout, "auto"),
+            spread(teacher.memory_format, "auto"),
             _classes(teacher.classes, number),
             strict=True,
         )
@@ -64,7 +64,7 @@ def _classes(words: tuple[str, ...], number: int) -> tuple[tuple[str, ...] | Non
     return tuple(None if word == "none" else (word,) for word in each)
 
 
-def alone(teacher: TeacherConfig, place: int) -> TeacherConfig:
+def single_teacher(teacher: TeacherConfig, place: int) -> TeacherConfig:
     """One of several teachers, with what was said of it."""
 
     def own(values: tuple, each: int = 1) -> tuple:
@@ -77,19 +77,19 @@ def alone(teacher: TeacherConfig, place: int) -> TeacherConfig:
         image_size=own(teacher.image_size),
         mean=own(teacher.mean, 3),
         std=own(teacher.std, 3),
-        layout=own(teacher.layout),
-        targets=() if own(teacher.targets) == ("none",) else own(teacher.targets),
-        allow_weak=teacher.allow_weak,
+        memory_format=own(teacher.memory_format),
+        target_stores=() if own(teacher.target_stores) == ("none",) else own(teacher.target_stores),
+        allow_near_chance=teacher.allow_near_chance,
     )
 
 
-def seats(teacher: TeacherConfig) -> tuple[Seat, ...]:
+def teacher_slots(teacher: TeacherConfig) -> tuple[TeacherSlot, ...]:
     """The voices of a configuration: one for each teacher, or one store of several together."""
-    everyone = members(teacher)
-    if len(everyone) > 1 and len(teacher.targets) == 1:
-        return (Seat(everyone, teacher.targets[0], 1.0),)
-    targets = teacher.targets or (None,) * len(everyone)
+    everyone = teacher_specs(teacher)
+    if len(everyone) > 1 and len(teacher.target_stores) == 1:
+        return (TeacherSlot(everyone, teacher.target_stores[0], 1.0),)
+    targets = teacher.target_stores or (None,) * len(everyone)
     return tuple(
-        Seat((one,), None if stored == "none" else stored, one.weight)
+        TeacherSlot((one,), None if stored == "none" else stored, one.weight)
         for one, stored in zip(everyone, targets)
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from deit.errors import EnvironmentFault
+from deit.errors import SystemFault
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 # The imports inside the functions take half a second, and most commands divide nothing.
 
 
-def number_of_parts(among: str, processes: int) -> int:
-    """Into how many parts run.shard divides a student: 1 for none, and for one process.
+def shard_degree(among: str, processes: int) -> int:
+    """Into how many parts run.sharding divides a student: 1 for none, and for one process.
 
     Raises EnvironmentFault where nodes are asked for and the launcher does not say what they are.
     """
     if among == "none" or processes == 1:
         return 1
-    if among == "full":
+    if among == "fsdp":
         return processes
     of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if of_node < 2 or processes % of_node:
-        raise EnvironmentFault(
-            f"run.shard = 'node': needs several processes on each node, as many on all; the "
+        raise SystemFault(
+            f"run.sharding = 'hsdp': needs several processes on each node, as many on all; the "
             f"launcher says {of_node} of {processes} (LOCAL_WORLD_SIZE; torchrun "
-            "--nproc_per_node); use run.shard full"
+            "--nproc_per_node); use run.sharding fsdp"
         )
     return of_node
 
 
-def mesh_of(parts: int, processes: int, device: torch.device, timeout_s: float) -> "DeviceMesh":
+def device_mesh(parts: int, processes: int, device: torch.device, timeout_s: float) -> "DeviceMesh":
     """The processes as torch's sharding wants them: [processes], or with fewer parts [nodes,
     parts], where each node holds everything once. All processes ask together."""
     from torch.distributed import DeviceMesh, new_subgroups_by_enumeration
@@ -54,7 +54,7 @@ def mesh_of(parts: int, processes: int, device: torch.device, timeout_s: float) 
     return DeviceMesh.from_group(groups, device.type, mesh=nodes, mesh_dim_names=names)
 
 
-def divide(model: nn.Module, mesh: "DeviceMesh", *, compressed: bool = False) -> None:
+def shard_model(model: nn.Module, mesh: "DeviceMesh", *, compressed: bool = False) -> None:
     """Leave each process its part of the weights of `model`, in place: a block (of model.network,
     named `blocks` as in timm's transformers) is whole for as long as it computes, forward and
     again backward; what is in no block, for the whole update.
@@ -72,7 +72,7 @@ def divide(model: nn.Module, mesh: "DeviceMesh", *, compressed: bool = False) ->
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
 
 
-def is_divided(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether `divide` was called on a model, or it is a part that is gathered for itself."""
     return hasattr(model, "unshard")
 
@@ -82,11 +82,11 @@ def _in_parts(value: Tensor) -> bool:
 
 
 @contextmanager
-def assembled(model: nn.Module) -> Iterator[None]:
+def gathered_parameters(model: nn.Module) -> Iterator[None]:
     """The whole weights in every process while this lasts, and the first one's statistics of batch
     norms, so that each computes for itself, as often as it likes; all processes enter together.
     Nothing for a model that is not divided."""
-    parts = [module for module in model.modules() if is_divided(module)]
+    parts = [module for module in model.modules() if is_sharded(module)]
     if parts:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
@@ -101,7 +101,7 @@ def assembled(model: nn.Module) -> Iterator[None]:
             part.set_reshard_after_forward(part is not model, recurse=False)
 
 
-def whole(tensors: Mapping[str, Tensor], *, wanted: bool = True) -> dict[str, Tensor]:
+def full_tensors(tensors: Mapping[str, Tensor], *, wanted: bool = True) -> dict[str, Tensor]:
     """Tensors as one process would have them; those that are divided on the CPU, put together one
     at a time, by all processes together. wanted: whether this process wants them; {} else."""
     found = {}
@@ -114,17 +114,17 @@ def whole(tensors: Mapping[str, Tensor], *, wanted: bool = True) -> dict[str, Te
     return found
 
 
-def total(value: Tensor) -> Tensor:
+def full_value(value: Tensor) -> Tensor:
     """A number computed of divided tensors, the same in all processes."""
     return value.full_tensor() if _in_parts(value) else value
 
 
-def own_part(value: Tensor) -> Tensor:
+def local_tensor(value: Tensor) -> Tensor:
     """What this process holds of a tensor: the very memory."""
     return value.to_local() if _in_parts(value) else value
 
 
-def divided_like(value: Tensor, model: Tensor) -> Tensor:
+def shard_like(value: Tensor, model: Tensor) -> Tensor:
     """This process's part of a whole tensor, where `model` is divided; on its device."""
     if not _in_parts(model):
         return value

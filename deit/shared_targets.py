@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deit import checkpoint
-from deit.at_once import Planned
-from deit.config import RESUMABLE, Config, fixed, to_dict, views_seed
+from deit.at_once import RunSpec
+from deit.config import RESUMABLE_FIELDS, Config, has_fixed_teacher_view, to_dict, views_seed
 from deit.losses import needs_logits
-from deit.seats import seats
+from deit.seats import teacher_slots
 from deit.stored import check_records
 from deit.target_writer import write_targets
-from deit.validation import load
+from deit.validation import load_config
 
 DIGITS = 12
 
@@ -23,7 +23,7 @@ def content_hash(values: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
 
 
-def identity(config: Config) -> dict[str, Any]:
+def result_fields(config: Config) -> dict[str, Any]:
     """What decides the result of a run, by field: the names of its teachers, and all but what a
     resumed run may change. Without defaults, so that a field of a later release changes nothing.
     Ready for JSON."""
@@ -33,107 +33,122 @@ def identity(config: Config) -> dict[str, Any]:
         for section, values in to_dict(config).items()
         for leaf, value in values.items()
         if value != defaults[section][leaf]
-        and (f"{section}.{leaf}" not in RESUMABLE or f"{section}.{leaf}" == "teacher.source")
+        and (f"{section}.{leaf}" not in RESUMABLE_FIELDS or f"{section}.{leaf}" == "teacher.source")
     }
 
 
-def question_of(config: Config) -> dict[str, Any]:
+def teacher_query_key(config: Config) -> dict[str, Any]:
     """What the answers of its teachers may depend on, as far as a configuration tells: where two
     are equal so are the answers. Ready for JSON."""
     asked = {
         name: value
-        for name, value in identity(config).items()
+        for name, value in result_fields(config).items()
         if name.startswith(("data.", "views.", "teacher."))
-        and name not in ("views.seed", "teacher.allow_weak")
+        and name not in ("views.seed", "teacher.allow_near_chance")
     }
     asked["seed"] = views_seed(config)
     asked["student"] = config.student.image_size
     asked["precision"] = config.run.precision
     if config.views.mean is None or config.views.std is None:
-        asked["start"] = config.start.source  # whose mean and deviation those of the views may be
-    if config.views.repeats > 1:
+        asked["init"] = config.init.weights  # whose mean and deviation those of the views may be
+    if config.views.aug_repeats > 1:
         asked["batch"] = config.optim.batch_size
     return asked
 
 
-class Store(NamedTuple):
+class TargetStorePlan(NamedTuple):
     """A store that is to be written. config: a run that asks; the others ask the same. records:
     hard, full or top-K. only: which one of several teachers, from 1; None: the only one."""
 
     path: Path
     config: Config
     epochs: int
-    records: str
-    only: int | None
+    content: str
+    teacher_index: int | None
 
 
-def share(
-    runs: list[Planned], folder: Path, *, records: str | None
-) -> tuple[list[Store], list[Planned]]:
+def plan_shared_stores(
+    runs: list[RunSpec], folder: Path, *, content: str | None
+) -> tuple[list[TargetStorePlan], list[RunSpec]]:
     """The stores that two or more of the runs can share, or that one cannot do without; and the
     same runs, taught by them. A run that has begun keeps to how it was taught.
 
     records: of every store; None: what the objectives need. Raises ConfigError where an objective
     cannot be had from them.
     """
-    asking: dict[str, list[Planned]] = {}
+    asking: dict[str, list[RunSpec]] = {}
     for run in runs:
         config = run.config
-        if config.loss.kind != "none" and config.teacher.source and not config.teacher.targets:
-            asking.setdefault(content_hash(question_of(config)), []).append(run)
+        if (
+            config.loss.kind != "none"
+            and config.teacher.source
+            and not config.teacher.target_stores
+        ):
+            asking.setdefault(content_hash(teacher_query_key(config)), []).append(run)
     stores, taught = [], {}
     for key, together in asking.items():
         needed = any(run.config.views.teacher_view == "crops" for run in together)
         if len(together) < 2 and not needed:
             continue
         longest = max((run.config for run in together), key=lambda one: one.optim.epochs)
-        if any(run.config.teacher.allow_weak for run in together):
-            longest = longest.replace(teacher={"allow_weak": True})  # the others see for themselves
+        if any(run.config.teacher.allow_near_chance for run in together):
+            longest = longest.replace(
+                teacher={"allow_near_chance": True}
+            )  # the others see for themselves
         # A view that is always the same is asked once.
-        epochs = 1 if fixed(longest.views) else longest.optim.epochs
-        kept = records or ("full" if any(map(_needs_all, together)) else "hard")
-        for run in together if records else ():
-            check_records(records, run.config, None, where=f"{run.name}, records: {records}")
+        epochs = 1 if has_fixed_teacher_view(longest.views) else longest.optim.epochs
+        kept = content or ("full" if any(map(_needs_probabilities, together)) else "hard")
+        for run in together if content else ():
+            check_records(content, run.config, None, where=f"{run.name}, content: {content}")
         number = len(longest.teacher.source)
         paths = []
-        for only in range(1, number + 1) if number > 1 else (None,):
-            name = "-".join(str(part) for part in (key, f"{epochs}-epochs", kept, only) if part)
+        for teacher_index in range(1, number + 1) if number > 1 else (None,):
+            name = "-".join(
+                str(part) for part in (key, f"{epochs}-epochs", kept, teacher_index) if part
+            )
             paths.append(folder / name)
-            stores.append(Store(folder / name, longest, epochs, kept, only))
+            stores.append(TargetStorePlan(folder / name, longest, epochs, kept, teacher_index))
         targets = tuple(str(path) for path in paths)
-        taught |= {run.out: run.config.replace(teacher={"targets": targets}) for run in together}
+        taught |= {
+            run.out: run.config.replace(teacher={"target_stores": targets}) for run in together
+        }
     told = [
-        run._replace(config=_as_begun(taught.get(run.out, run.config), run, folder)) for run in runs
+        run._replace(config=_as_originally_trained(taught.get(run.out, run.config), run, folder))
+        for run in runs
     ]
-    used = {target for run in told for target in run.config.teacher.targets}
+    used = {target for run in told for target in run.config.teacher.target_stores}
     return [store for store in stores if str(store.path) in used], told
 
 
-def _needs_all(run: Planned) -> bool:
+def _needs_probabilities(run: RunSpec) -> bool:
     """Whether an objective needs more than the teacher's first choice."""
-    together = len(seats(run.config.teacher)) > 1 and run.config.teacher.combine != "tokens"
+    together = len(teacher_slots(run.config.teacher)) > 1 and run.config.teacher.combine != "tokens"
     return together or needs_logits(run.config.loss)
 
 
-def _as_begun(config: Config, run: Planned, folder: Path) -> Config:
+def _as_originally_trained(config: Config, run: RunSpec, folder: Path) -> Config:
     """Taught from a store, or not, as the run was when it began; of a store in `folder` only the
     name counts, for the sweep may have been moved since."""
     saved = run.out / checkpoint.CONFIG
-    if not saved.is_file() or not checkpoint.found(run.out):
+    if not saved.is_file() or not checkpoint.list_checkpoints(run.out):
         return config
-    before = load(saved).teacher.targets
-    planned = {Path(target).name for target in config.teacher.targets}
+    before = load_config(saved).teacher.target_stores
+    planned = {Path(target).name for target in config.teacher.target_stores}
     here = [
         str(folder / Path(target).name)
         if Path(target).name in planned or (folder / Path(target).name).is_dir()
         else target
         for target in before
     ]
-    return config.replace(teacher={"targets": tuple(here)})
+    return config.replace(teacher={"target_stores": tuple(here)})
 
 
-def write(store: Store) -> None:
+def write(store: TargetStorePlan) -> None:
     """Write a store, or what is missing of it. Raises the errors of deit.errors."""
     write_targets(
-        store.config, store.path, epochs=store.epochs, records=store.records, only=store.only
+        store.config,
+        store.path,
+        epochs=store.epochs,
+        content=store.content,
+        teacher_index=store.teacher_index,
     )

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from deit.console import progress
 from deit.errors import CheckpointError
-from deit.evaluation import measure
-from deit.export import BATCHES, answers_of
-from deit.float_file import CHUNK, FloatFile, split_of, spread
-from deit.formats import OUTPUTS, Answer, Graph, Heads, answer_of, outputs_of
+from deit.evaluation import head_metrics
+from deit.export import BATCHES, run_graph
+from deit.float_file import CHUNK, OnnxStudent, evenly_spaced, split_images
+from deit.formats import OUTPUTS, Graph, Heads, InferenceFn, onnx_inference_fn, outputs_of
 from deit.latency import latencies
 from deit.metrics import agreement, topk_accuracy
 from deit.quantization import signal_to_noise
@@ -26,23 +26,23 @@ _WORSE_DB = 6.0
 """The noise in small batches may have twice the amplitude of that in large ones."""
 
 
-def final(heads: dict[str, Any]) -> Any:
+def final_head(heads: dict[str, Any]) -> Any:
     """Of what is told by head that of the student's answer: fused, of one head the class head's."""
     return heads.get("fused", heads["class"])
 
 
-def answers_on_test(file: FloatFile, target: Path) -> dict[str, Any]:
+def compare_on_test(file: OnnxStudent, target: Path) -> dict[str, Any]:
     """What both files answer to all test images: `float` and `int8`, each with `heads` as
     deit.evaluation measures them; by head their `agreement` in [0, 1] and `sqnr_db`, the signal to
     noise of the int8 logits, None where there is no noise."""
-    files = {"float": answer_of(file.original), "int8": answer_of(target)}
+    files = {"float": onnx_inference_fn(file.original), "int8": onnx_inference_fn(target)}
     labels = file.test.labels
     batches = file.inputs(file.test, torch.arange(len(labels)))
     total = math.ceil(len(labels) / CHUNK)
     logits = _ask(files, progress(batches, total=total, title="comparing on test images"))
     pairs = {head: (logits["float"][head], after) for head, after in logits["int8"].items()}
     measured = {
-        name: {"heads": {head: measure(one, labels) for head, one in heads.items()}}
+        name: {"heads": {head: head_metrics(one, labels) for head, one in heads.items()}}
         for name, heads in logits.items()
     }
     return {
@@ -54,13 +54,13 @@ def answers_on_test(file: FloatFile, target: Path) -> dict[str, Any]:
     }
 
 
-def as_the_run(file: FloatFile, target: Path) -> dict[str, Any]:
+def compare_to_run(file: OnnxStudent, target: Path) -> dict[str, Any]:
     """How an int8 file answers beside a run whose layers round, to all test images: by head the
     `agreement` in [0, 1] and `sqnr_db`, None where they are equal."""
     graph, names = Graph(file.rounding), outputs_of(file.rounding)
     files = {
-        "run": lambda images: answers_of(graph, names, images),
-        "int8": answer_of(target),
+        "run": lambda images: run_graph(graph, names, images),
+        "int8": onnx_inference_fn(target),
     }
     batches = file.inputs(file.test, torch.arange(len(file.test.labels)))
     logits = _ask(files, batches)
@@ -71,8 +71,8 @@ def as_the_run(file: FloatFile, target: Path) -> dict[str, Any]:
     }
 
 
-def each_layer_alone(
-    file: FloatFile, layers: list[str], write: Callable[[Path, list[str]], None], place: Path
+def layer_sensitivity(
+    file: OnnxStudent, layers: list[str], write: Callable[[Path, list[str]], None], place: Path
 ) -> dict[str, Any]:
     """The signal to noise and top-1 with each layer alone in integers, the noisiest first.
 
@@ -80,15 +80,15 @@ def each_layer_alone(
     On validation images, because what stays float for their sake must not have seen the test
     images. write: the file of some layers in integers. place: where files are written and removed.
     """
-    images = split_of(file.config, file.facts, file.run, "validation")
-    rows = spread(images, _SENSITIVE_ON)
+    images = split_images(file.config, file.facts, file.run, "validation")
+    rows = evenly_spaced(images, _SENSITIVE_ON)
     inputs, labels = list(file.inputs(images, rows)), images.labels[rows]
-    before = final(_ask({"float": answer_of(file.original)}, inputs)["float"])
+    before = final_head(_ask({"float": onnx_inference_fn(file.original)}, inputs)["float"])
     target = place / "one-layer.onnx"
     found = []
     for layer in progress(layers, total=len(layers), title="layers alone in int8"):
         write(target, [layer])
-        after = final(_ask({"int8": answer_of(target)}, inputs)["int8"])
+        after = final_head(_ask({"int8": onnx_inference_fn(target)}, inputs)["int8"])
         ratio = signal_to_noise(before, after)
         one = {"layer": layer, "sqnr_db": _finite(ratio), "noise_share": 10 ** (-ratio / 10)}
         weights = file.layers.weights[layer]
@@ -105,13 +105,13 @@ def each_layer_alone(
     }
 
 
-def times_in_turns(
-    file: FloatFile, target: Path, *, threads: int
+def interleaved_latency(
+    file: OnnxStudent, target: Path, *, threads: int
 ) -> dict[str, dict[str, dict[str, float]]]:
     """The latency of `float` and `int8` by size of the batch, as deit.latency tells it."""
     paths = {"float": file.original, "int8": target}
-    answers = {name: answer_of(path, threads=threads) for name, path in paths.items()}
-    inputs = torch.cat(list(file.inputs(file.test, spread(file.test, max(_TIMED)))))
+    answers = {name: onnx_inference_fn(path, threads=threads) for name, path in paths.items()}
+    inputs = torch.cat(list(file.inputs(file.test, evenly_spaced(file.test, max(_TIMED)))))
     inputs = inputs[torch.arange(max(_TIMED)) % len(inputs)]
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in paths}
     for batch in progress(_TIMED, total=len(_TIMED), title="timing in turns"):
@@ -121,15 +121,15 @@ def times_in_turns(
     return found
 
 
-def alike_in_batches(file: FloatFile, target: Path) -> dict[str, Any]:
+def check_batch_invariance(file: OnnxStudent, target: Path) -> dict[str, Any]:
     """How much the answer to an image depends on those it is asked with, on some test images.
 
     difference: the largest of a logit; other_answers: to so many images. Raises CheckpointError
     where batches of some size are far noisier.
     """
-    answer = answer_of(target)
-    inputs = torch.cat(list(file.inputs(file.test, spread(file.test, max(BATCHES)))))
-    before = answer_of(file.original)(inputs)["logits"]
+    answer = onnx_inference_fn(target)
+    inputs = torch.cat(list(file.inputs(file.test, evenly_spaced(file.test, max(BATCHES)))))
+    before = onnx_inference_fn(file.original)(inputs)["logits"]
     logits = [torch.cat([answer(part)["logits"] for part in inputs.split(n)]) for n in BATCHES]
     ratios = {number: signal_to_noise(before, one) for number, one in zip(BATCHES, logits)}
     usual = ratios[max(BATCHES)]
@@ -150,7 +150,7 @@ def alike_in_batches(file: FloatFile, target: Path) -> dict[str, Any]:
     }
 
 
-def _ask(files: dict[str, Answer], batches: Iterable[Tensor]) -> dict[str, Heads]:
+def _ask(files: dict[str, InferenceFn], batches: Iterable[Tensor]) -> dict[str, Heads]:
     """The logits [images, classes] of several files for the same images, by our names of heads."""
     parts: dict[str, list[Heads]] = {name: [] for name in files}
     for images in batches:

@@ -8,11 +8,11 @@ from typing import Any
 
 from deit import journal
 from deit.config import Config, StudentConfig
-from deit.console import clock, percent, say
+from deit.console import format_duration, format_percent, info
 from deit.errors import ConfigError
 from deit.formats import FORMATS
 from deit.models.timm_format import timm_name
-from deit.saving import selected_top1
+from deit.saving import selection_metric
 
 SUMMARY = "summary.json"
 _BARS = "▁▂▃▄▅▆▇█"
@@ -50,14 +50,16 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
         "agreement": result["best"].get("agreement"),
         "teacher": result.get("teacher_top1"),
         "curve": [
-            [row["epoch"], selected_top1(row["validation"])] for row in rows if "validation" in row
+            [row["epoch"], selection_metric(row["validation"])]
+            for row in rows
+            if "validation" in row
         ],
     }
 
 
 def _use_of(student: StudentConfig) -> str:
     """Of _USES one that takes the student."""
-    if student.rounding != "none":
+    if student.qat != "none":
         return "int8"
     try:
         timm_name(student)
@@ -76,24 +78,34 @@ def print_summary(told: dict[str, Any]) -> None:
     run = shlex.quote(told["run"])
     speed = ""
     if told["images_per_s"] is not None:
-        share = percent(told["loader_share"])
+        share = format_percent(told["loader_share"])
         speed = f", {told['images_per_s']:,.0f} images/s (loader {share} %)"
     if told["memory_mb"] is not None:
         speed += f", {told['memory_mb']:,.0f} MB"
     left_out = f", {told['skipped']} updates left out" if told["skipped"] else ""
-    say(f"\nfinished in {clock(told['seconds'])}: {told['epochs']} epochs{speed}{left_out}")
-    heads = [f"{name.replace('_', ' ')} {percent(top1)}" for name, top1 in told["best"].items()]
-    heads += [f"= teacher {percent(told['agreement'])}"] * (told["agreement"] is not None)
-    heads += [f"the teacher itself {percent(told['teacher'])}"] * (told["teacher"] is not None)
-    say(f"  validation top-1 %: {', '.join(heads)} (best weights: epoch {told['best_epoch']})")
+    info(
+        f"\nfinished in {format_duration(told['seconds'])}: {told['epochs']} "
+        f"epochs{speed}{left_out}"
+    )
+    heads = [
+        f"{name.replace('_', ' ')} {format_percent(top1)}" for name, top1 in told["best"].items()
+    ]
+    heads += [f"= teacher {format_percent(told['agreement'])}"] * (told["agreement"] is not None)
+    heads += [f"the teacher itself {format_percent(told['teacher'])}"] * (
+        told["teacher"] is not None
+    )
+    info(f"  validation top-1 %: {', '.join(heads)} (best weights: epoch {told['best_epoch']})")
     values = [value for _, value in told["curve"]]
     if len(values) > 1:
         low, high = min(values), max(values)
-        say(f"  over the epochs: {sparkline(values)} {percent(low)} to {percent(high)}")
+        info(
+            f"  over the epochs: {sparkline(values)} {format_percent(low)} to "
+            f"{format_percent(high)}"
+        )
     use = _USES[told["use"]].format(run=run)
     if told["use"] != "timm" and not all(map(find_spec, FORMATS["onnx"].needs)):
         use += " (pip install 'deit[export]' first)"
-    say(f"next:\n  deit evaluate {run}      the test split, head by head\n  {use}")
+    info(f"next:\n  deit evaluate {run}      the test split, head by head\n  {use}")
 
 
 def sparkline(values: list[float], width: int = _WIDTH) -> str:

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deit.errors import ConfigError
-from deit.free_weights import FreeWeights
+from deit.free_weights import ParameterVector
 from deit.text import shortened
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -21,7 +21,7 @@ Measure = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 """(network, batch) -> means over the batch by name, scalars."""
 
 
-class Surface:
+class LossSurface:
     """A loss over all images of some batches, as a function of the free weights of a network.
 
     Points and directions are vectors [size] in the dtype and on the device of the network. The
@@ -58,8 +58,8 @@ class Surface:
         self._loss = loss
         self.images = sum(sizes)
         self._batches = [(batch, size / self.images) for batch, size in zip(batches, sizes)]
-        self.weights = FreeWeights(self._network, masks)
-        self.point = self.weights.point_of(network)
+        self.weights = ParameterVector(self._network, masks)
+        self.point = self.weights.vector_of(network)
 
     @property
     def size(self) -> int:
@@ -72,12 +72,12 @@ class Surface:
         def named(network: nn.Module, batch: Any) -> dict[str, Tensor]:
             return {"loss": self._loss(network, batch)}
 
-        return self.means(point, named)["loss"]
+        return self.evaluate(point, named)["loss"]
 
     @torch.no_grad()
-    def means(self, point: Tensor, measure: Measure) -> dict[str, float]:
+    def evaluate(self, point: Tensor, measure: Measure) -> dict[str, float]:
         """Several numbers at a point in one pass, each the mean over all images."""
-        self.weights.stand_at(point)
+        self.weights.load(point)
         totals: dict[str, float] = {}
         with _exact(self.point.device.type):
             for batch, share in self._batches:
@@ -87,7 +87,7 @@ class Surface:
 
     def gradient(self, point: Tensor) -> Tensor:
         """The gradient of the loss at a point, [size]."""
-        self.weights.stand_at(point)
+        self.weights.load(point)
         parameters = list(self.weights.parameters.values())
 
         def slopes(batch: Any) -> Sequence[Tensor]:
@@ -96,7 +96,7 @@ class Surface:
 
         return self._summed(slopes)
 
-    def hessian_vector(self, vector: Tensor) -> Tensor:
+    def hvp(self, vector: Tensor) -> Tensor:
         """The Hessian at `self.point` times a vector [size]; three to four times a gradient.
 
         The gradient of the gradient's product with the vector (Pearlmutter 1994), by two reverse
@@ -104,7 +104,7 @@ class Surface:
         in torch 2.15). Memory: the graph of both passes over one batch. Raises ConfigError where a
         layer has no second derivative.
         """
-        self.weights.stand_at(self.point)
+        self.weights.load(self.point)
         parameters = list(self.weights.parameters.values())
         along = list(self.weights.unflatten(vector).values())
 

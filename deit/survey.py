@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.checkpoint import is_one
-from deit.console import is_main_process, percent, say, table
+from deit.checkpoint import is_checkpoint_dir
+from deit.console import format_percent, info, is_main_process, table
 from deit.datasets.variants import check_known
 from deit.disk import write_json
 from deit.drawing import draw_throughput
 from deit.errors import ConfigError
-from deit.evaluation import Examined, examine, find_run, student_at
+from deit.evaluation import EvaluationResult, evaluate_run, resolve_run, student_at_resolution
 from deit.evaluation_tables import HEADS, print_disagreement
 from deit.metrics import agreement
 from deit.models.merging import check_merging
 
 
-def survey(
+def compare_evaluations(
     runs: list[Path],
     *,
     resolutions: tuple[int, ...],
@@ -39,14 +39,20 @@ def survey(
     others: as deit.evaluation.examine takes them. Returns `rows`, what evaluation found,
     `agreement`, shares of equal answers by name, and `command`. Raises the errors of deit.errors.
     """
-    _check(runs, checkpoint, resolutions, merges, asked.get("variant"))
-    examined: dict[str, Examined] = {}
+    _check(runs, checkpoint, resolutions, merges, asked.get("test_set"))
+    examined: dict[str, EvaluationResult] = {}
     changes = (values or (None,) for values in (resolutions, crops, merges))
-    for run, side, crop, merge in product(runs, *changes):
-        name = _name(run, runs, side, crop, merge)
-        say(f"{name}")
-        examined[name] = examine(
-            run, checkpoint=checkpoint, resolution=side, crop=crop, merge=merge, cost=True, **asked
+    for run, side, crop, merge_tokens in product(runs, *changes):
+        name = _name(run, runs, side, crop, merge_tokens)
+        info(f"{name}")
+        examined[name] = evaluate_run(
+            run,
+            checkpoint=checkpoint,
+            resolution=side,
+            crop=crop,
+            merge_tokens=merge_tokens,
+            cost=True,
+            **asked,
         )
     rows = {name: one.found for name, one in examined.items()}
     _print(rows)
@@ -58,10 +64,10 @@ def survey(
         result["agreement"] = shares
     if is_main_process() and plot is not None:
         draw_throughput(rows, plot)
-        say(f"drew {plot}")
+        info(f"drew {plot}")
     if is_main_process() and json_file is not None:
         write_json(json_file, result)
-        say(f"wrote {json_file}")
+        info(f"wrote {json_file}")
     return result
 
 
@@ -70,23 +76,23 @@ def _check(
     checkpoint: str,
     resolutions: tuple[int, ...],
     merges: tuple[int, ...],
-    variant: str | None,
+    test_set: str | None,
 ) -> None:
     """What can be wrong with the runs, before the first is evaluated."""
     if len({run.resolve() for run in runs}) < len(runs):
         raise ConfigError("a run is named twice; once is enough")
     for run in runs:
-        _, saved = find_run(run, checkpoint)
+        _, saved = resolve_run(run, checkpoint)
         for side in resolutions or (None,):
-            student, facts = student_at(saved, side)
-            for merge in merges:
-                check_merging(student.network, merge)
-        if variant is not None:
-            check_known(variant, facts.class_names)
+            student, facts = student_at_resolution(saved, side)
+            for merge_tokens in merges:
+                check_merging(student.network, merge_tokens)
+        if test_set is not None:
+            check_known(test_set, facts.class_names)
 
 
 def _name(
-    run: Path, runs: list[Path], side: int | None, crop: float | None, merge: int | None
+    run: Path, runs: list[Path], side: int | None, crop: float | None, merge_tokens: int | None
 ) -> str:
     """A row's name: the run's folder, in full where two are called the same; what was changed."""
     short = [_folder(one).name for one in runs]
@@ -96,15 +102,15 @@ def _name(
     told = [own if clear else str(run)]
     told += [f"{side} px"] if side is not None else []
     told += [f"crop {crop:g}"] if crop is not None else []
-    told += [f"merge {merge}"] if merge is not None else []
+    told += [f"merge {merge_tokens}"] if merge_tokens is not None else []
     return ", ".join(told)
 
 
 def _folder(run: Path) -> Path:
-    return run.resolve().parent if is_one(run) else run.resolve()
+    return run.resolve().parent if is_checkpoint_dir(run) else run.resolve()
 
 
-def _voices(examined: dict[str, Examined]) -> dict[str, Tensor]:
+def _voices(examined: dict[str, EvaluationResult]) -> dict[str, Tensor]:
     """Final answers by name, with the truth and the teacher, where all are of the same images."""
     first, *others = examined.values()
     same = all(one.labels is not None for one in examined.values()) and all(
@@ -132,7 +138,7 @@ def _print(rows: dict[str, dict[str, Any]]) -> None:
             (
                 name,
                 f"{found['image_size']}",
-                *("-" if share is None else percent(share["top1"]) for share in shares),
+                *("-" if share is None else format_percent(share["top1"]) for share in shares),
                 f"{cost['parameters'] / 1e6:.2f}",
                 f"{cost['gmacs']:.3g}",
                 f"{cost['memory_mb']:.0f}",

@@ -8,29 +8,29 @@ from typing import Any
 
 from deit import checkpoint
 from deit.arguments import RunArguments
-from deit.at_once import Planned, check_number, closing_idle, failure_of
+from deit.at_once import RunSpec, check_num_parallel, closing_idle, combined_error
 from deit.config import Config
-from deit.console import percent, say, table
-from deit.disk import check_writable, hold, write_json
-from deit.environment import choose_linear, create_accelerator
-from deit.errors import ConfigError, EnvironmentFault
-from deit.finished import Finished
-from deit.measured import disagreement
+from deit.console import format_percent, info, table
+from deit.disk import check_writable, lock_dir, write_json
+from deit.environment import create_accelerator, resolve_linear_backend
+from deit.errors import ConfigError, SystemFault
+from deit.finished import FinishedRunChecker
+from deit.measured import disagreement_matrix
 from deit.search import DATABASE, check_optuna
 from deit.sweep_file import Sweep
 from deit.sweep_results import (
     MANIFEST,
     best_lines,
     best_of,
-    told_of_best,
+    best_summary,
     write_results,
 )
-from deit.sweep_rows import drawn, environment_of, print_rows, rows_of
-from deit.sweep_runs import Trial, Work, alike, work_of
-from deit.sweep_search import Searched, search_all
-from deit.sweep_training import Mishaps, train_all, unfinished
+from deit.sweep_rows import environment_of, print_rows, rows_of, write_plots
+from deit.sweep_runs import SweepPlan, SweepRun, duplicate_points, work_of
+from deit.sweep_search import SearchResult, search_all
+from deit.sweep_training import SweepFailures, train_all, unfinished
 from deit.trackers import check_trackers
-from deit.typed_json import read_typed
+from deit.typed_json import load_json_as
 
 
 @closing_idle()
@@ -39,9 +39,9 @@ def sweep(
     run: RunArguments,
     *,
     asked: Config,
-    at_once: int,
+    parallel: int,
     retries: int,
-    best: int,
+    top: int,
     arguments: list[str],
 ) -> dict[str, Any]:
     """Train and evaluate every point of a sweep for each of its seeds; write results.json,
@@ -53,56 +53,54 @@ def sweep(
     by a hash of its configuration. Returns what results.json holds. Raises the errors of
     deit.errors; one for all runs that failed, once everything else is written.
     """
-    _check(plan, run, asked=asked, at_once=at_once, retries=retries, best=best)
+    _check(plan, run, asked=asked, parallel=parallel, retries=retries, top=top)
     out = run.out
     if not run.dry_run:
         check_writable(out, option="--out")
-        run = _settled(plan, run)
+        run = _with_resolved_choices(plan, run)
     work = work_of(plan, run, asked=asked)
-    for told in alike(work.trials):
-        say(told)
+    for told in duplicate_points(work.trials):
+        info(told)
     if run.dry_run:
         _list(plan, work)
         return {}
     out.mkdir(parents=True, exist_ok=True)
-    with hold(out, option="--out"):
-        linear = run.config.run.linear
+    with lock_dir(out, option="--out"):
+        linear = run.config.run.linear_backend
         write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe, "linear": linear})
-        finished, searched = Finished(), None
-        finished.check([*work.below, *(trial.run for trial in work.trials)])
+        finished, searched = FinishedRunChecker(), None
+        finished.check([*work.base_runs, *(trial.run for trial in work.trials)])
         if plan.search:
             searched = search_all(
-                plan, run.config, work, finished=finished, at_once=at_once, retries=retries
+                plan, run.config, work, finished=finished, parallel=parallel, retries=retries
             )
-            work = work.of_search(plan, searched.finished, best)
-        mishaps = train_all(work, finished=finished, at_once=at_once, retries=retries)
+            work = work.of_search(plan, searched.finished, top)
+        mishaps = train_all(work, finished=finished, parallel=parallel, retries=retries)
         for point, failed in searched.failed if searched else []:
-            work.trials.append(Trial(point, plan.seeds[0], failed.run))
+            work.trials.append(SweepRun(point, plan.seeds[0], failed.run))
             mishaps.failed.append(failed)
-        result = _result(
-            plan, run, work, mishaps, searched=searched, best=best, arguments=arguments
-        )
-        for path in write_results(result, out) + drawn(result, out):
-            say(f"wrote {path}")
+        result = _result(plan, run, work, mishaps, searched=searched, top=top, arguments=arguments)
+        for path in write_results(result, out) + write_plots(result, out):
+            info(f"wrote {path}")
     _print(result)
     if mishaps.failed:
-        raise failure_of(mishaps.failed)
+        raise combined_error(mishaps.failed)
     return result
 
 
 def _check(
-    plan: Sweep, run: RunArguments, *, asked: Config, at_once: int, retries: int, best: int
+    plan: Sweep, run: RunArguments, *, asked: Config, parallel: int, retries: int, top: int
 ) -> None:
     """Refuse what cannot be, before anything is planned. Raises ConfigError, EnvironmentFault."""
-    check_number(at_once, option="--at_once")
+    check_num_parallel(parallel, option="--parallel")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            "a sweep starts a process for each run: start it without torchrun (--at_once N for "
+            "a sweep starts a process for each run: start it without torchrun (--parallel N for "
             "several at a time)"
         )
     if run.config.run.seed != asked.run.seed:
         raise ConfigError(f"--run.seed {run.config.run.seed}: a sweep takes --seeds A,B")
-    for option, number, least in (("--retries", retries, 0), ("--best", best, 1)):
+    for option, number, least in (("--retries", retries, 0), ("--top", top, 1)):
         if number < least:
             raise ConfigError(f"{option} {number}: should be at least {least}")
     check_trackers(run.config)
@@ -111,27 +109,27 @@ def _check(
         check_optuna()
 
 
-def _settled(plan: Sweep, run: RunArguments) -> RunArguments:
+def _with_resolved_choices(plan: Sweep, run: RunArguments) -> RunArguments:
     """The same with one choice of who computes linear layers, for all runs and whenever they begin:
     each would choose what measures faster at its moment, and differ from the others by it."""
     named = {*plan.grid, *(plan.search.fields if plan.search else ())}
     named |= {field for own in plan.runs.values() for field in own}
-    apart = {f"run.{leaf}" for leaf in ("linear", "precision", "device", "compile")}
-    if run.config.run.linear != "auto" or named & apart:
+    apart = {f"run.{leaf}" for leaf in ("linear_backend", "precision", "device", "compile")}
+    if run.config.run.linear_backend != "auto" or named & apart:
         return run
     before = run.out / MANIFEST
-    known = read_typed(before, dict[str, str]).get("linear") if before.is_file() else None
-    linear = known or choose_linear(run.config.run, create_accelerator(run.config.run))
-    return dataclasses.replace(run, config=run.config.replace(run={"linear": linear}))
+    known = load_json_as(before, dict[str, str]).get("linear") if before.is_file() else None
+    linear = known or resolve_linear_backend(run.config.run, create_accelerator(run.config.run))
+    return dataclasses.replace(run, config=run.config.replace(run={"linear_backend": linear}))
 
 
 def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
     """Refuse a folder that holds something else. Raises ConfigError and EnvironmentFault."""
     if out.exists() and not out.is_dir():
-        raise EnvironmentFault(f"--out {out}: is a file, not a folder")
+        raise SystemFault(f"--out {out}: is a file, not a folder")
     before = out / MANIFEST
     if before.is_file():
-        there = read_typed(before, dict[str, str])
+        there = load_json_as(before, dict[str, str])
         for key, mine in (("sweep", plan.name), ("recipe", recipe)):
             if there.get(key) != mine:
                 raise ConfigError(
@@ -144,35 +142,35 @@ def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
         )
 
 
-def _list(plan: Sweep, work: Work) -> None:
+def _list(plan: Sweep, work: SweepPlan) -> None:
     """Say what would be done."""
-    rows = [(one.name, "teacher or start", _state(one), str(one.out)) for one in work.below]
+    rows = [(one.name, "teacher or start", _state(one), str(one.out)) for one in work.base_runs]
     rows += [(store.path.name, "answers to share", "", str(store.path)) for store in work.stores]
     rows += [(one.name, "run", _state(one), str(one.out)) for one in work.runs]
     table(
         "dry run: nothing is trained or written", ("", "what", "state", "folder"), rows, text=True
     )
     if plan.search:
-        say(f"{plan.search.trials} trials, proposed one after the other; {DATABASE} keeps them")
+        info(f"{plan.search.trials} trials, proposed one after the other; {DATABASE} keeps them")
         return
     left = len(unfinished(work.runs))
-    say(f"{len(work.runs)} runs, {len(work.runs) - left} of them finished")
+    info(f"{len(work.runs)} runs, {len(work.runs) - left} of them finished")
 
 
-def _state(run: Planned) -> str:
-    if checkpoint.result_of(run.out) is not None:
+def _state(run: RunSpec) -> str:
+    if checkpoint.read_result(run.out) is not None:
         return "finished"
-    return "begun" if checkpoint.found(run.out) else "new"
+    return "begun" if checkpoint.list_checkpoints(run.out) else "new"
 
 
 def _result(
     plan: Sweep,
     run: RunArguments,
-    work: Work,
-    mishaps: Mishaps,
+    work: SweepPlan,
+    mishaps: SweepFailures,
     *,
-    searched: Searched | None,
-    best: int,
+    searched: SearchResult | None,
+    top: int,
     arguments: list[str],
 ) -> dict[str, Any]:
     """What results.json holds."""
@@ -187,8 +185,8 @@ def _result(
         "num_samples": found["num_samples"],
         "seeds": list(plan.seeds),
         "rows": rows,
-        "best": best_of(rows, best),
-        "disagreement": disagreement(first),
+        "best": best_of(rows, top),
+        "disagreement": disagreement_matrix(first),
         "search": searched and searched.counts,
         "stopped": {
             one.point.name: {"values": one.point.values, "epoch": one.epoch, "top1": one.top1}
@@ -204,10 +202,12 @@ def _print(result: dict[str, Any]) -> None:
     print_rows(result)
     shares = result["disagreement"]
     if 2 < len(shares) <= 8:  # of more, the files have it: a terminal is not wide enough
-        rows = [(one, *(percent(share) for share in row.values())) for one, row in shares.items()]
-        table("different answers, % of the images, first seed", ("", *shares), rows)
+        rows = [
+            (one, *(format_percent(share) for share in row.values())) for one, row in shares.items()
+        ]
+        table("disagreement, % of the images, first seed", ("", *shares), rows)
     if result["search"]:
-        say(", ".join(f"{number} {name}" for name, number in result["search"].items()))
-    say(told_of_best(result))
+        info(", ".join(f"{number} {name}" for name, number in result["search"].items()))
+    info(best_summary(result))
     for line in best_lines(result):
-        say(f"  {line}")
+        info(f"  {line}")

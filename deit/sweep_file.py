@@ -13,18 +13,18 @@ import yaml
 from deit.config import Config, to_dict
 from deit.errors import ConfigError
 from deit.inputs import read_text
-from deit.presets import PRESETS, fit_epochs, put_presets
+from deit.presets import PRESETS, apply_presets, fit_epochs
 from deit.studies import STUDIES
 from deit.text import nearest, shortened
-from deit.typed_json import strict_json
-from deit.validation import LIMIT, build, field_names
+from deit.typed_json import parse_strict_json
+from deit.validation import LIMIT, config_from_dict, field_names
 
 Fields = dict[str, Any]
 """Values by `section.field`, or the name of a preset by its flag."""
 
 
 @dataclass(frozen=True)
-class Span:
+class SearchRange:
     """The values of a field that is searched, from low to high; whole numbers or any; log: as many
     between 1 and 10 as between 10 and 100."""
 
@@ -35,11 +35,11 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """What is searched: a span of each field, or its values. trials: how many points are tried.
     prune: whether those that stay below the median are stopped."""
 
-    fields: dict[str, Span | tuple[Any, ...]]
+    fields: dict[str, SearchRange | tuple[Any, ...]]
     trials: int = 20
     prune: bool = True
 
@@ -52,7 +52,7 @@ class Sweep:
     combination is trained. runs: fields by the name of a run, for each combination. study: the arms
     of a named study in their place. search: a space in place of a grid; the first seed searches,
     the best points are trained with the others. seeds: of each. share_targets: whether runs that
-    ask the teacher the same share one store of its answers. records: of these stores; None: what
+    ask the teacher the same share one store of its answers. content: of these stores; None: what
     the objectives need.
     """
 
@@ -62,10 +62,10 @@ class Sweep:
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     runs: dict[str, Fields] = field(default_factory=dict)
     study: str | None = None
-    search: Space | None = None
+    search: SearchSpace | None = None
     seeds: tuple[int, ...] = (0,)
     share_targets: bool = True
-    records: str | None = None
+    content: str | None = None
 
 
 class Point(NamedTuple):
@@ -89,7 +89,7 @@ def read_sweep(path: Path) -> Sweep:
     """
     try:
         text = read_text(path)
-        values = strict_json(text) if path.suffix == ".json" else yaml.load(text, _Unique)
+        values = parse_strict_json(text) if path.suffix == ".json" else yaml.load(text, _Unique)
         _check_extent(values)
     except (*_UNREADABLE, yaml.YAMLError) as error:
         reason = shortened(" ".join(str(error).split())) or type(error).__name__
@@ -169,14 +169,14 @@ def _of_grid_search(path: Path, run: str, values: dict[str, Any]) -> Fields:
         raise ConfigError(f"{path}: {run}: weight = {weight}: should be in 0 ... 1")
     loss = {
         "loss.kind": "cross_entropy",
-        "loss.through": "all",
+        "loss.head": "all",
         "loss.label_weight": weight,
         "loss.distillation_weight": round(1 - weight, 9),
         "loss.temperature": values["T"],
     }
     return {
-        **({"objective": "none"} if weight == 1 else loss),  # then labels alone
-        "data.held_out": tuple(str(digit) for digit in sorted(digits - set(seen))),
+        **({"loss": "none"} if weight == 1 else loss),  # then labels alone
+        "data.unseen_classes": tuple(str(digit) for digit in sorted(digits - set(seen))),
         "loss.label_smoothing": 0.0,
         "optim.epochs": values["epochs"],
         "optim.lr": values["lr"],
@@ -237,25 +237,25 @@ def _grid(value: Any) -> dict[str, tuple[Any, ...]]:
     return grid
 
 
-def _space(value: Any) -> Space:
+def _space(value: Any) -> SearchSpace:
     known = ("fields", "trials", "prune")
     if not isinstance(value, dict) or not isinstance(value.get("fields"), dict):
         raise ValueError("should have fields, each with low and high or a list of values")
     for key in value:
         if key not in known:
             raise ValueError(f"{key}: should be of {', '.join(known)}{nearest(str(key), known)}")
-    trials = value.get("trials", Space.trials)
+    trials = value.get("trials", SearchSpace.trials)
     if not value["fields"] or "run.seed" in value["fields"]:
         raise ValueError("fields: at least one, and not run.seed (give `seeds`)")
     if type(trials) is not int or trials < 1:
         raise ValueError(f"trials: should be at least 1, is {trials!r}")
     names = [*PRESETS, *field_names()]
-    fields: dict[str, Span | tuple[Any, ...]] = {}
+    fields: dict[str, SearchRange | tuple[Any, ...]] = {}
     for name, one in value["fields"].items():
         if name not in names:
             raise ValueError(f"{name}: unknown field{nearest(str(name), names)}")
         fields[name] = tuple(_several(name, one)) if isinstance(one, list) else _span(name, one)
-    return Space(fields, trials, _truth(value.get("prune", True)))
+    return SearchSpace(fields, trials, _truth(value.get("prune", True)))
 
 
 def _several(name: str, values: list[Any]) -> list[Any]:
@@ -264,7 +264,7 @@ def _several(name: str, values: list[Any]) -> list[Any]:
     return values
 
 
-def _span(name: str, one: Any) -> Span:
+def _span(name: str, one: Any) -> SearchRange:
     known = {"low", "high", "log"}
     if not isinstance(one, dict) or not {"low", "high"} <= one.keys() <= known:
         raise ValueError(f"{name}: should be a list, or low and high (and log: true)")
@@ -278,7 +278,7 @@ def _span(name: str, one: Any) -> Span:
         ends = f"low {low:g} should be below high {high:g}"
         raise ValueError(f"{name}: {ends}" + ", and above 0 where log is true" * log)
     whole = _is_whole(name)
-    return Span(int(low), int(high), log, True) if whole else Span(low, high, log)
+    return SearchRange(int(low), int(high), log, True) if whole else SearchRange(low, high, log)
 
 
 def _is_whole(name: str) -> bool:
@@ -361,7 +361,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "search": _space,
     "seeds": _seeds,
     "share_targets": _truth,
-    "records": _text,
+    "content": _text,
 }
 
 
@@ -374,7 +374,7 @@ def with_fields(config: Config, fields: Fields, *, where: str) -> Config:
     for name in PRESETS:
         if not isinstance(fields.get(name), str | None):
             raise ConfigError(f"{where}: {name} = {fields[name]!r}: should be the name of a preset")
-    for flag, advice in put_presets(values, {name: fields.get(name) for name in PRESETS}).items():
+    for flag, advice in apply_presets(values, {name: fields.get(name) for name in PRESETS}).items():
         raise ConfigError(f"{where}: {flag} = {fields[flag]!r}: {advice}")
     for name, value in fields.items():
         if name not in PRESETS:
@@ -383,7 +383,7 @@ def with_fields(config: Config, fields: Fields, *, where: str) -> Config:
     fit_epochs(values, fields)
     try:
         # Answers that only a store can give are written before the runs that need them.
-        return build(values, online=values["views"]["teacher_view"] != "crops")
+        return config_from_dict(values, live_teacher=values["views"]["teacher_view"] != "crops")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}", error.problems) from None
 
@@ -418,7 +418,7 @@ def points_of(sweep: Sweep, config: Config) -> list[Point]:
 _TOLD = 5  # points that cannot be, named at once
 
 
-def under_command_line(sweep: Sweep, asked: Config, config: Config) -> Sweep:
+def with_command_line(sweep: Sweep, asked: Config, config: Config) -> Sweep:
     """The sweep with what its runs say left to the command line where that says it as well.
 
     asked: the recipe with what is set for all; config: with the command line over it. Raises
@@ -446,7 +446,7 @@ def under_command_line(sweep: Sweep, asked: Config, config: Config) -> Sweep:
 _COMBINATIONS = 500  # of the values of other fields, tried before one is said to be impossible
 
 
-def corners_of(sweep: Sweep, config: Config) -> list[Point]:
+def boundary_points(sweep: Sweep, config: Config) -> list[Point]:
     """The configuration as it is and, of a search, with each value of each field and both ends of
     each span: alone or, where that cannot be, with the first values of the others that go with it.
 
@@ -478,7 +478,7 @@ def corners_of(sweep: Sweep, config: Config) -> list[Point]:
     return corners
 
 
-def _end(span: Span) -> Callable[[float], float]:
+def _end(span: SearchRange) -> Callable[[float], float]:
     return int if span.whole else float
 
 

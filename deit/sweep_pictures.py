@@ -9,7 +9,7 @@ from typing import Any
 
 from deit.charts import SERIES, TEACHER, Draw
 from deit.drawing import draw_comparison, final_top1, legend, save_figure
-from deit.errors import EnvironmentFault
+from deit.errors import SystemFault
 from deit.sweep_file import short_names
 from deit.sweep_results import points
 from deit.ticket_pictures import ticket_curve
@@ -68,7 +68,7 @@ def _figure(width: float, height: float, across: int = 1) -> tuple[Any, list[Any
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
+        raise SystemFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, across, squeeze=False)[0])
 

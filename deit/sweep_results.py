@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deit.disk import put_file, write_json
-from deit.drawing import HEADS, final_top1, markdown_table, summary
+from deit.disk import atomic_write, write_json
+from deit.drawing import HEADS, final_top1, markdown_table, mean_std
 from deit.errors import CheckpointError
 from deit.sweep_file import short_names
 from deit.ticket_results import tickets_table
-from deit.typed_json import read_typed
+from deit.typed_json import load_json_as
 
 MANIFEST = "sweep.json"
 RESULTS = "results.json"
@@ -22,7 +22,7 @@ _MEASURED = (
     "fused",
     "gain",
     "validation",
-    "= teacher",
+    "agrees with teacher %",
     "seconds",
 )
 _GROUPS = ("seen", "unseen")
@@ -34,7 +34,7 @@ def read_results(sweep: Path) -> dict[str, Any]:
     path = sweep / RESULTS
     if not path.is_file():
         raise CheckpointError(f"{sweep}: no results yet; run the command of this sweep to continue")
-    return read_typed(path, dict[str, Any])
+    return load_json_as(path, dict[str, Any])
 
 
 def points(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -66,7 +66,7 @@ def held_out_of(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row["classes"][0]["held_out"]) if row.get("classes") else ()
 
 
-def told_of_best(result: dict[str, Any]) -> str:
+def best_summary(result: dict[str, Any]) -> str:
     """How the best are told, or why none is; how many there are that nothing tells apart."""
     if result["best"]:
         own = points(result)
@@ -84,13 +84,13 @@ def told_of_best(result: dict[str, Any]) -> str:
 def best_lines(result: dict[str, Any]) -> list[str]:
     """The best points, numbered, each with the validation accuracy that puts it there."""
     return [
-        f"{place}. {described(result, name)} "
-        f"({summary(result['rows'][name]['validation'], scale=100)})"
+        f"{place}. {label_of(result, name)} "
+        f"({mean_std(result['rows'][name]['validation'], scale=100)})"
         for place, name in enumerate(result["best"], start=1)
     ]
 
 
-def described(result: dict[str, Any], name: str) -> str:
+def label_of(result: dict[str, Any], name: str) -> str:
     """A point by its name, with what it stands for where that is only a number."""
     if not result.get("search"):
         return name
@@ -138,7 +138,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _of_group(row: dict[str, Any], group: str) -> str:
-    return summary([one[group] for one in row.get("classes", [])] or [None], scale=100)
+    return mean_std([one[group] for one in row.get("classes", [])] or [None], scale=100)
 
 
 def _measured(row: dict[str, Any], first: list[float], groups: list[str]) -> list[str]:
@@ -147,11 +147,11 @@ def _measured(row: dict[str, Any], first: list[float], groups: list[str]) -> lis
         return ["failed", *["-"] * (len(_MEASURED) + len(groups) - 1)]
     final = final_top1(row)
     gain = f"{100 * (statistics.mean(final) - statistics.mean(first)):+.1f}" if first else "-"
-    heads = [summary([top1[head] for top1 in row["top1"]], scale=100) for head in HEADS]
-    seconds = summary(row["seconds"], digits=0)
+    heads = [mean_std([top1[head] for top1 in row["top1"]], scale=100) for head in HEADS]
+    seconds = mean_std(row["seconds"], digits=0)
     if row["failed"]:
         seconds += f" ({len(row['failed'])} of {seeds + len(row['failed'])} seeds failed)"
-    rest = [summary(row[name], scale=100) for name in ("validation", "agreement")]
+    rest = [mean_std(row[name], scale=100) for name in ("validation", "agreement")]
     return [*heads, *groups, gain, *rest, seconds]
 
 
@@ -160,8 +160,8 @@ def write_results(result: dict[str, Any], out: Path) -> list[Path]:
     EnvironmentFault."""
     paths = [out / f"results.{kind}" for kind in ("json", "csv", "md")]
     write_json(paths[0], result)
-    put_file(paths[1], _csv(result).encode())
-    put_file(paths[2], markdown(result).encode())
+    atomic_write(paths[1], _csv(result).encode())
+    atomic_write(paths[2], markdown(result).encode())
     return paths
 
 
@@ -208,7 +208,7 @@ def markdown(result: dict[str, Any]) -> str:
     torch = environment["packages"]["torch"]
     where = f"{environment['device_name']}, torch {torch}, commit {environment['commit']}"
     rows = [[_escaped(cell) for cell in row] for row in cells(result)]
-    ranking = f"{told_of_best(result).capitalize()}\n\n" + "\n".join(best_lines(result)) + "\n\n"
+    ranking = f"{best_summary(result).capitalize()}\n\n" + "\n".join(best_lines(result)) + "\n\n"
     ranking = "" if "tickets" in result else ranking  # of tickets the sparsity is what one asks
     reasons = [
         f"- {name}, seed {seed}: {' '.join(reason.split())}"
@@ -247,7 +247,7 @@ def class_by_class(result: dict[str, Any], shown: list[str] | None = None) -> st
     table = [
         [
             _escaped(point),
-            *(summary(share, scale=100) + never(point, name) for name, share in zip(names, row)),
+            *(mean_std(share, scale=100) + never(point, name) for name, share in zip(names, row)),
         ]
         for point, row in rows.items()
     ]

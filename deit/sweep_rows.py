@@ -5,52 +5,54 @@ from pathlib import Path
 from typing import Any
 
 from deit import checkpoint, outcome
-from deit.at_once import Failed, Planned, failure_of
-from deit.config import code_of
-from deit.console import say, table
-from deit.errors import DeitError, EnvironmentFault
-from deit.measured import Evaluations, Measured
+from deit.at_once import FailedRun, RunSpec, combined_error
+from deit.config import code_sources
+from deit.console import info, table
+from deit.errors import DeitError, SystemFault
+from deit.measured import CachedEvaluation, EvaluationCache
 from deit.sweep_pictures import draw_sweep
 from deit.sweep_results import cells, columns
-from deit.sweep_runs import Work
-from deit.sweep_training import Mishaps
-from deit.typed_json import read_typed
-from deit.validation import load
+from deit.sweep_runs import SweepPlan
+from deit.sweep_training import SweepFailures
+from deit.typed_json import load_json_as
+from deit.validation import load_config
 
 
 def rows_of(
-    work: Work, mishaps: Mishaps
-) -> tuple[dict[str, outcome.Row], dict[str, Any], dict[str, Measured]]:
+    work: SweepPlan, mishaps: SweepFailures
+) -> tuple[dict[str, outcome.Row], dict[str, Any], dict[str, CachedEvaluation]]:
     """A row for each teacher and point, the last evaluation, and those with the first seed by
     point. An evaluation that fails is one more mishap. Raises DeitError where none is left."""
-    evaluations = Evaluations()
-    classes = any(trial.run.config.data.held_out for trial in work.trials)
-    first: dict[str, Measured] = {}
+    evaluations = EvaluationCache()
+    classes = any(trial.run.config.data.unseen_classes for trial in work.trials)
+    first: dict[str, CachedEvaluation] = {}
     rows: dict[str, outcome.Row] = {}
     found: dict[str, Any] = {}
     reasons = mishaps.reasons()
 
-    def said(run: Planned) -> Measured | None:
+    def said(run: RunSpec) -> CachedEvaluation | None:
         if run.out in reasons:
             return None
         # Code that teaches was named to us, not by somebody's saved run.
-        teacher = ",".join(run.config.teacher.source) if code_of(run.config.teacher) else None
+        teacher = ",".join(run.config.teacher.source) if code_sources(run.config.teacher) else None
         try:
-            return evaluations.of(run.out, root=run.config.data.root, teacher=teacher)
+            return evaluations.get(run.out, root=run.config.data.root, teacher=teacher)
         except DeitError as error:
             reasons[run.out] = f"not evaluated: {error}"
             log = run.out.with_name(f"{run.out.name}.log")
-            mishaps.failed.append(Failed(run, error.exit_code, reasons[run.out], log))
+            mishaps.failed.append(FailedRun(run, error.exit_code, reasons[run.out], log))
             return None
 
-    for one in work.below:
-        if checkpoint.result_of(one.out) is None:
+    for one in work.base_runs:
+        if checkpoint.read_result(one.out) is None:
             continue  # gone since, or never trained: its runs have a row of their own
         row = outcome.new_row(
             epochs=one.config.optim.epochs, teacher=one.name in work.ground.teachers
         )
         rows[one.name] = {**row, "values": {}, "seeds": [], "folders": [], "failed": {}}
-        seed = load(one.out / checkpoint.CONFIG).run.seed  # it may be of a call with other seeds
+        seed = load_config(
+            one.out / checkpoint.CONFIG
+        ).run.seed  # it may be of a call with other seeds
         if (evaluated := said(one)) is None:
             rows[one.name]["failed"][str(seed)] = reasons[one.out]
         else:
@@ -70,7 +72,7 @@ def rows_of(
         found = evaluated.found
         _note(row, trial.seed, trial.run.out, found, classes)
     if not any(row["values"] and row["seeds"] for row in rows.values()):
-        raise failure_of(mishaps.failed)
+        raise combined_error(mishaps.failed)
     return rows, found, first
 
 
@@ -81,7 +83,7 @@ def environment_of(rows: dict[str, outcome.Row]) -> dict[str, Any]:
     found = []
     for folder in folders:
         checkpoint.recorded(folder)  # raises where a field that is read below is missing
-        found.append(read_typed(folder / checkpoint.ENVIRONMENT, dict[str, Any]))
+        found.append(load_json_as(folder / checkpoint.ENVIRONMENT, dict[str, Any]))
     every = {name: _each(one[name] for one in found) for name in ("device_name", "commit")}
     packages = {
         name: _each(one["packages"].get(name) for one in found) for name in found[0]["packages"]
@@ -96,17 +98,17 @@ def _each(values: Iterable[Any]) -> str:
 
 
 def _note(row: outcome.Row, seed: int, out: Path, found: dict[str, Any], classes: bool) -> None:
-    outcome.note(row, out, found, classes=classes)
+    outcome.add_run(row, out, found, classes=classes)
     row["seeds"].append(seed)
     row["folders"].append(str(out))
 
 
-def drawn(result: dict[str, Any], out: Path) -> list[Path]:
+def write_plots(result: dict[str, Any], out: Path) -> list[Path]:
     """The pictures of a sweep; without matplotlib none, and that is told."""
     try:
         return draw_sweep(result, out)
-    except EnvironmentFault as error:
-        say(f"no picture: {error}")
+    except SystemFault as error:
+        info(f"no picture: {error}")
         return []
 
 

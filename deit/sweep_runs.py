@@ -6,22 +6,22 @@ from typing import NamedTuple
 
 from deit import checkpoint, shared_targets
 from deit.arguments import RunArguments
-from deit.at_once import Planned
+from deit.at_once import RunSpec
 from deit.config import Config
 from deit.errors import ConfigError
-from deit.ground import Ground, slug
+from deit.ground import BaseRuns, slugify
 from deit.stored import check_records
-from deit.sweep_file import Point, Sweep, corners_of, differing, points_of
+from deit.sweep_file import Point, Sweep, boundary_points, differing, points_of
 from deit.teaching import check_inputs
-from deit.validation import load
+from deit.validation import load_config
 
 
-class Trial(NamedTuple):
+class SweepRun(NamedTuple):
     """A point with one seed."""
 
     point: Point
     seed: int
-    run: Planned
+    run: RunSpec
 
 
 def trials_of(
@@ -29,7 +29,7 @@ def trials_of(
     seeds: tuple[int, ...],
     out: Path,
     laid: Callable[[Config], Config],
-) -> list[Trial]:
+) -> list[SweepRun]:
     """Every point with every seed, each in a folder that ends in the hash of its configuration; in
     that of an earlier name, where a run of that hash is there. laid: puts the teachers of a
     configuration where they are trained."""
@@ -42,36 +42,36 @@ def trials_of(
     for seed in seeds:
         for point in points:
             config = point.config.replace(run={"seed": seed})
-            key = shared_targets.content_hash(shared_targets.identity(config))
+            key = shared_targets.content_hash(shared_targets.result_fields(config))
             folder = there.setdefault(
-                key, out / "runs" / f"{slug(point.name)[:80]}-seed-{seed}-{key}"
+                key, out / "runs" / f"{slugify(point.name)[:80]}-seed-{seed}-{key}"
             )
-            planned = Planned(f"{point.name}, seed {seed}", laid(config), folder)
-            trials.append(Trial(point, seed, planned))
+            planned = RunSpec(f"{point.name}, seed {seed}", laid(config), folder)
+            trials.append(SweepRun(point, seed, planned))
     return trials
 
 
-class Work(NamedTuple):
+class SweepPlan(NamedTuple):
     """What a sweep is to train. ground: knows its teachers and starts; below: these, in the order
     in which they build on each other. stores: of answers that runs share. runs: those of the
     trials, each once, taught by them."""
 
-    ground: Ground
-    below: list[Planned]
-    trials: list[Trial]
-    stores: list[shared_targets.Store]
-    runs: list[Planned]
+    ground: BaseRuns
+    base_runs: list[RunSpec]
+    trials: list[SweepRun]
+    stores: list[shared_targets.TargetStorePlan]
+    runs: list[RunSpec]
 
-    def of_search(self, plan: Sweep, points: list[Point], best: int) -> "Work":
+    def of_search(self, plan: Sweep, points: list[Point], top: int) -> "SweepPlan":
         """The same for the points that a search came to, the best first: each with the first seed,
         so many of them with the others too."""
-        out, laid = self.ground.folder, self.ground.laid
+        out, laid = self.ground.folder, self.ground.with_local_paths
         trials = trials_of(points, plan.seeds[:1], out, laid)
-        trials += trials_of(points[:best], plan.seeds[1:], out, laid)
-        return Work(self.ground, self.below, trials, *_shared(plan, trials, out))
+        trials += trials_of(points[:top], plan.seeds[1:], out, laid)
+        return SweepPlan(self.ground, self.base_runs, trials, *_shared(plan, trials, out))
 
 
-def alike(trials: list[Trial]) -> list[str]:
+def duplicate_points(trials: list[SweepRun]) -> list[str]:
     """What is told of points that are the same run by another name."""
     first: dict[Path, str] = {}
     return [
@@ -82,58 +82,62 @@ def alike(trials: list[Trial]) -> list[str]:
     ]
 
 
-def work_of(plan: Sweep, run: RunArguments, *, asked: Config) -> Work:
+def work_of(plan: Sweep, run: RunArguments, *, asked: Config) -> SweepPlan:
     """All that a sweep is to train; of a search what is known before its first trial.
 
     asked: the recipe with what the file sets for all, before the command line. Raises ConfigError
     for what cannot be, or would be mixed up.
     """
     points = [] if plan.search else points_of(plan, run.config)
-    known = corners_of(plan, run.config) if plan.search else points
+    known = boundary_points(plan, run.config) if plan.search else points
     _check_distinct(points)
     _check_splits(known)
     _check_answers(plan, known)
     first = run.config.replace(run={"seed": plan.seeds[0]})
-    ground = Ground(run, first, run.out, asked=asked, arms=[point.config for point in known])
+    ground = BaseRuns(
+        run, first, run.out, recipe_config=asked, arms=[point.config for point in known]
+    )
     for point in known:
-        ground.laid(point.config)  # now it knows its teachers
-    below = [Planned(name, config, run.out / slug(name)) for name, config in ground.runs.items()]
+        ground.with_local_paths(point.config)  # now it knows its teachers
+    below = [RunSpec(name, config, run.out / slugify(name)) for name, config in ground.runs.items()]
     for one in below:
-        check_ground(one)
+        check_base_run(one)
     for point in points:
         if point.name in ground.runs:
             raise ConfigError(f"sweep {plan.name}, {point.name}: is what a teacher is called here")
     trained = {str(one.out) for one in below}
     for point in known:
-        check_there(ground.laid(point.config), trained)
-    trials = trials_of(points, plan.seeds, run.out, ground.laid)
-    return Work(ground, below, trials, *_shared(plan, trials, run.out))
+        check_inputs_exist(ground.with_local_paths(point.config), trained)
+    trials = trials_of(points, plan.seeds, run.out, ground.with_local_paths)
+    return SweepPlan(ground, below, trials, *_shared(plan, trials, run.out))
 
 
 def _shared(
-    plan: Sweep, trials: list[Trial], out: Path
-) -> tuple[list[shared_targets.Store], list[Planned]]:
+    plan: Sweep, trials: list[SweepRun], out: Path
+) -> tuple[list[shared_targets.TargetStorePlan], list[RunSpec]]:
     """The stores that the runs share, and each run once, taught by them. Raises ConfigError."""
     unique = list({trial.run.out: trial.run for trial in trials}.values())
     if not plan.share_targets:
         return [], unique
-    return shared_targets.share(unique, out / "targets", records=plan.records)
+    return shared_targets.plan_shared_stores(unique, out / "targets", content=plan.content)
 
 
-def check_there(config: Config, trained: set[str]) -> None:
+def check_inputs_exist(config: Config, trained: set[str]) -> None:
     """Refuse teachers and images that are not there. trained: teachers that will be. Raises
     DataError."""
-    asked = config.loss.kind != "none" and not config.teacher.targets
+    asked = config.loss.kind != "none" and not config.teacher.target_stores
     check_inputs([one for one in config.teacher.source if asked and one not in trained], config)
 
 
-def check_ground(one: Planned) -> None:
+def check_base_run(one: RunSpec) -> None:
     """Refuse a teacher or start that lies here and was trained on other images: it may have seen
     what others are tested on. Raises ConfigError."""
     saved = one.out / checkpoint.CONFIG
     if not saved.is_file():
         return
-    before, now = (shared_targets.identity(config) for config in (load(saved), one.config))
+    before, now = (
+        shared_targets.result_fields(config) for config in (load_config(saved), one.config)
+    )
     for name in sorted(before.keys() | now.keys()):
         decisive = name.startswith("data.") or name == "run.precision"
         if decisive and before.get(name) != now.get(name):
@@ -147,7 +151,7 @@ def _check_distinct(points: list[Point]) -> None:
     """Refuse points that would be the same run. Raises ConfigError."""
     known: dict[str, Point] = {}
     for point in points:
-        key = shared_targets.content_hash(shared_targets.identity(point.config))
+        key = shared_targets.content_hash(shared_targets.result_fields(point.config))
         other = known.setdefault(key, point)
         if other.config != point.config:
             raise ConfigError(
@@ -157,7 +161,7 @@ def _check_distinct(points: list[Point]) -> None:
             )
 
 
-_OF_SPLITS = ("source", "root", "classes", "quarantine", "split_seed")
+_OF_SPLITS = ("source", "root", "classes", "exclude_list", "split_seed")
 _OF_SPLITS += ("validation_fraction", "test_fraction")
 
 
@@ -176,21 +180,21 @@ def _check_splits(points: list[Point]) -> None:
 
 def _check_answers(plan: Sweep, points: list[Point]) -> None:
     """Refuse what no store of this sweep could answer. Raises ConfigError."""
-    first = shared_targets.question_of(points[0].config) if plan.search else None
+    first = shared_targets.teacher_query_key(points[0].config) if plan.search else None
     for point in points:
         config = point.config
-        if config.loss.kind == "none" or config.teacher.targets or not config.teacher.source:
+        if config.loss.kind == "none" or config.teacher.target_stores or not config.teacher.source:
             continue
         asks = plan.share_targets
         if plan.search:  # one store, of what the recipe asks
-            asks = asks and shared_targets.question_of(config) == first
+            asks = asks and shared_targets.teacher_query_key(config) == first
         if config.views.teacher_view == "crops" and not asks:
             raise ConfigError(
                 f"sweep {plan.name}, {point.name}: the mean over crops is answered from a store "
                 "alone, and none is shared here; write one and name it (deit targets write, "
-                "--teacher.targets)"
+                "--teacher.target_stores)"
             )
-        if plan.records and asks:
+        if plan.content and asks:
             check_records(
-                plan.records, config, None, where=f"{point.name}, records: {plan.records}"
+                plan.content, config, None, where=f"{point.name}, content: {plan.content}"
             )

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from deit import charts, page
-from deit.drawing import draw_arms, draw_patience, final_top1
-from deit.ground import slug as slugged
+from deit.drawing import draw_arms, draw_epoch_scaling, final_top1
+from deit.ground import slugify as slugged
 from deit.sweep_file import short_names
 from deit.sweep_pictures import curve, dots, draw_heat_map, finished_rows, heat_map
 from deit.sweep_results import (
     SHOWN_CLASSES,
+    best_summary,
     cells,
     changes,
     class_shares,
     columns,
-    described,
+    label_of,
     points,
-    told_of_best,
     unseen_marks,
 )
 from deit.ticket_pictures import ticket_curve
@@ -47,12 +47,12 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
     drawn = _of_tickets(result, folder, slug) or _of_fields(result, folder, slug)
     if "tickets" not in result:  # whose runs all cost the same
         drawn += _costs(result, own, folder, slug)
-    body.append(page.pair(*drawn))
+    body.append(page.side_by_side(*drawn))
     body += _masks(result, folder, slug)
     body += _classes(result, folder / f"{slug}-classes.csv")
     if result["disagreement"]:
         body.append(
-            page.part(
+            page.subsection(
                 "Who answers otherwise than whom",
                 [_disagreement(result, folder / f"{slug}-disagreement.csv")],
             )
@@ -63,15 +63,15 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
         for seed, reason in row["failed"].items()
     }
     if failed:
-        body.append(page.part("Runs that failed", [page.card(failed)]))
+        body.append(page.subsection("Runs that failed", [page.key_values(failed)]))
     if result.get("stopped"):
         body.append(
-            page.part(
+            page.subsection(
                 "Trials that were stopped", [_stopped(result, folder / f"{slug}-stopped.csv")]
             )
         )
     if found := changes(result):
-        body.append(page.part("What each run sets", [page.card(found)]))
+        body.append(page.subsection("What each run sets", [page.key_values(found)]))
     environment = result["environment"]
     facts = {
         "recipe": result["recipe"],
@@ -79,7 +79,7 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
         "device": environment["device_name"],
         "versions": f"torch {environment['packages']['torch']}, commit {environment['commit']}",
     }
-    return [*body, page.card(facts)]
+    return [*body, page.key_values(facts)]
 
 
 def _stopped(result: dict[str, Any], file: Path) -> str:
@@ -104,7 +104,7 @@ def _headline(result: dict[str, Any], own: dict[str, Any]) -> str:
         values |= {name: str(number) for name, number in result["search"].items() if number}
     runs = sum(len(row["seeds"]) for row in own.values())
     values["runs finished"] = str(runs)
-    told = page.paragraph(f"{told_of_best(result).capitalize()}.", "note")
+    told = page.paragraph(f"{best_summary(result).capitalize()}.", "note")
     if "tickets" in result:
         told, values["sparsest ticket that matches"] = "", sparsest(result)
     failed = sum(len(row["failed"]) for row in result["rows"].values())
@@ -114,8 +114,8 @@ def _headline(result: dict[str, Any], own: dict[str, Any]) -> str:
         best = result["best"][0]
         top1 = 100 * statistics.mean(final_top1(own[best]))
         values[f"{result['split']} top-1 of the best"] = f"{top1:.1f} %"
-        told = page.paragraph(f"{told_of_best(result).capitalize()} {described(result, best)}.")
-    return page.tiles(values) + told
+        told = page.paragraph(f"{best_summary(result).capitalize()} {label_of(result, best)}.")
+    return page.stat_tiles(values) + told
 
 
 def _costs(result: dict[str, Any], own: dict[str, Any], folder: Path, slug: str) -> list[str]:
@@ -168,7 +168,7 @@ def _masks(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
         file=folder / f"{slug}-layers.csv",
     )
     matches = page.paragraph(f"{matching_line(result).capitalize()}.")
-    return [page.part("What is left", [matches, whole, layers])]
+    return [page.subsection("What is left", [matches, whole, layers])]
 
 
 def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
@@ -190,8 +190,8 @@ def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
         return [page.figure(drawn, told)]
     if not fields:
         own = finished_rows(result)
-        draw = draw_patience if result["study"] == "patience" else draw_arms
-        height = 3.4 if draw is draw_patience else 1.0 + 0.28 * len(own["rows"])
+        draw = draw_epoch_scaling if result["study"] == "epochs" else draw_arms
+        height = 3.4 if draw is draw_epoch_scaling else 1.0 + 0.28 * len(own["rows"])
         drawn = charts.chart(
             lambda axes: draw(axes, own), folder / f"{slug}-runs.png", height=height
         )
@@ -231,7 +231,7 @@ def _classes(result: dict[str, Any], file: Path) -> list[str]:
     table = page.heat_table(
         list(rows), heads, means, shown="{:.0f}", caption=told, marks=marks, file=file
     )
-    return [page.part("Classes seen and unseen", [table])]
+    return [page.subsection("Classes seen and unseen", [table])]
 
 
 def _mean(shares: list[float | None]) -> float | None:

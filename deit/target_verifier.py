@@ -2,32 +2,39 @@
 
 from pathlib import Path
 
-from deit.config import code_of
-from deit.console import percent, say
+from deit.config import code_sources
+from deit.console import format_percent, info
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
 from deit.errors import CheckpointError, ConfigError
-from deit.models.teachers import Teacher, locate
-from deit.preparation import chorus, lay_out, loader_of, teachers_of
-from deit.seats import members
-from deit.stored import answer_to, check_store
+from deit.models.teachers import Teacher, resolve_source
+from deit.preparation import (
+    build_online_ensemble,
+    build_teachers,
+    build_train_loader,
+    set_memory_formats,
+)
+from deit.seats import teacher_specs
+from deit.stored import teacher_query, verify_store
 from deit.targets import open_store
-from deit.validation import build, validate
+from deit.validation import config_from_dict, validate
 
 
-def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, rows: int) -> None:
+def verify_targets(
+    store_path: Path, *, root: str | None, teacher: str | None, num_queries: int
+) -> None:
     """Prove a store, or raise what it fails by: DataError for other data, views or teachers,
     CheckpointError for damaged files.
 
     root, teacher: where images and teachers lie now, if not where the store was written; teacher
-    `none` leaves the answers unasked. rows: how many answers to ask for anew.
+    `none` leaves the answers unasked. num_queries: how many teacher outputs to recompute.
     """
     store = open_store(store_path)
     layout = store.layout
-    store.check_sums()
-    say(f"checksums {layout.units} units, {layout.rows} {layout.records} answers: whole")
+    store.verify_checksums()
+    info(f"checksums {layout.num_shards} units, {layout.rows} {layout.content} answers: whole")
     try:
-        config = build(store.about["config"], online=False)
+        config = config_from_dict(store.provenance["config"], live_teacher=False)
     except (ConfigError, KeyError, TypeError, AttributeError) as error:
         # Of another release, or edited by hand.
         raise CheckpointError(
@@ -37,35 +44,38 @@ def verify_targets(store_path: Path, *, root: str | None, teacher: str | None, r
         config = config.replace(data={"root": root})
     if teacher not in (None, "none"):
         config = config.replace(teacher={"source": tuple(teacher.split(","))})
-        config = validate(config, online=False)
-    if teacher is None and code_of(config.teacher):
+        config = validate(config, live_teacher=False)
+    if teacher is None and code_sources(config.teacher):
         raise ConfigError(
-            f"{store_path}: its teacher {', '.join(code_of(config.teacher))} is code; name it with "
+            f"{store_path}: its teacher {', '.join(code_sources(config.teacher))} is code; name it "
+            "with "
             "--teacher if you trust it, or leave the answers unasked with --teacher none"
         )
     accelerator = create_accelerator(config.run)
     teachers: list[Teacher] | None = None
     if teacher != "none":
-        for member in members(config.teacher):
-            locate(member.source)
+        for member in teacher_specs(config.teacher):
+            resolve_source(member.source)
     splits = load_splits(config.data)
     if teacher != "none":
-        teachers = teachers_of(config, splits, accelerator)
-        lay_out(teachers, store.layouts, accelerator, images=0)
+        teachers = build_teachers(config, splits, accelerator)
+        set_memory_formats(teachers, store.layouts, accelerator, images=0)
     # Not the teachers' own: several may have been shown one view, and each be smaller than it.
     size = store.fingerprint["teacher_size"]
-    loader = loader_of(config, splits, accelerator, teacher_size=size, alone=True)
+    loader = build_train_loader(config, splits, accelerator, teacher_size=size, all_ranks=True)
     answer = None
     if teachers is not None:
-        answer = answer_to(config, loader, chorus(config, splits, teachers, accelerator))
-    checked = check_store(
-        store, config, splits, loader, teachers=teachers, answer=answer, number=rows
+        answer = teacher_query(
+            config, loader, build_online_ensemble(config, splits, teachers, accelerator)
+        )
+    checked = verify_store(
+        store, config, splits, loader, teachers=teachers, answer=answer, number=num_queries
     )
     epochs = f"{layout.epochs} epoch{'s' * (layout.epochs > 1)}"
     made = f"{checked.views} views of {epochs} made anew: the same pixels"
-    say(f"data      fingerprint as stored; {made}")
-    if checked.asked:
-        share = percent(checked.agreed / checked.asked)
-        say(f"teacher   the same weights; {share} % of {checked.asked} answers as stored")
+    info(f"data      fingerprint as stored; {made}")
+    if checked.num_queried:
+        share = format_percent(checked.num_agreed / checked.num_queried)
+        info(f"teacher   the same weights; {share} % of {checked.num_queried} answers as stored")
     else:
-        say("teacher   not asked")
+        info("teacher   not asked")

@@ -11,41 +11,41 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from deit.config import Config, fixed, mixes, to_dict
-from deit.console import clock, progress, say
-from deit.datasets.loader import Shown, TrainLoader
+from deit.config import Config, has_fixed_teacher_view, to_dict, uses_mixing
+from deit.console import format_duration, info, progress
+from deit.datasets.loader import TeacherInput, TrainLoader
 from deit.datasets.splits import load_splits
 from deit.disk import check_space, check_writable
-from deit.environment import create_accelerator, describe
-from deit.errors import ConfigError, EnvironmentFault
-from deit.faults import reach
+from deit.environment import create_accelerator, environment_info
+from deit.errors import ConfigError, SystemFault
+from deit.faults import fault_point
 from deit.fingerprint import fingerprint_of
-from deit.interruption import Interruption
+from deit.interruption import GracefulStop
 from deit.losses import needs_logits
 from deit.memory import check_answers
-from deit.models.teachers import Teacher, locate
-from deit.panel import Panel
-from deit.preflight import measure
+from deit.models.teachers import Teacher, resolve_source
+from deit.panel import TeacherEnsemble
+from deit.preflight import check_teachers
 from deit.preparation import (
-    chorus,
-    found_start,
-    lay_out,
-    loader_of,
-    settled,
-    teacher_input,
-    teachers_of,
+    build_online_ensemble,
+    build_teachers,
+    build_train_loader,
+    load_init_weights,
+    set_memory_formats,
+    teacher_input_size,
+    with_init_normalization,
 )
-from deit.records import Answers
-from deit.seats import alone, members
-from deit.stored import answer_to, check_records
-from deit.target_units import Unit, Units
+from deit.records import TeacherOutput
+from deit.seats import single_teacher, teacher_specs
+from deit.stored import check_records, teacher_query
+from deit.target_units import ShardedTargetWriter, TargetShard
 from deit.targets import (
     FORMAT,
-    UNITS,
-    Layout,
+    SHARDS,
+    RecordFormat,
     canary,
     encode,
-    layouts_asked,
+    memory_formats_of,
     read_manifest,
 )
 from deit.validation import validate
@@ -59,39 +59,39 @@ def write_targets(
     out: Path,
     *,
     epochs: int | None = None,
-    records: str | None = None,
-    shard: tuple[int, int] = (0, 1),
-    only: int | None = None,
+    content: str | None = None,
+    part: tuple[int, int] = (0, 1),
+    teacher_index: int | None = None,
 ) -> bool:
     """Write the answers of a configuration's teachers to its training views, and finish the store
     when no unit of it is missing any more; whether it is complete, as the first process knows.
     What is there already is not written again.
 
-    epochs: to write; None: all that are trained. records: hard, full or top-K; None: what the
-    objective needs. shard: (number from 0, of how many): which part of the units is written here.
+    epochs: to write; None: all that are trained. content: hard, full or top-K; None: what the
+    objective needs. part: (number from 0, of how many): which part of the units is written here.
     only: number, from 1, of the one of several teachers whose answers are written, to the views
     that all of them see together; None: what all say.
     Raises the errors of deit.errors.
     """
-    config = _for_writing(config, only)
-    config = settled(config, found_start(config))
-    for member in members(config.teacher):
-        locate(member.source)  # before the images are read
+    config = _for_writing(config, teacher_index)
+    config = with_init_normalization(config, load_init_weights(config))
+    for member in teacher_specs(config.teacher):
+        resolve_source(member.source)  # before the images are read
     out = out.resolve()
     if out.exists() and not out.is_dir():
-        raise EnvironmentFault(f"--out {out}: is a file, not a folder")
+        raise SystemFault(f"--out {out}: is a file, not a folder")
     check_writable(out, option="--out")
     accelerator = create_accelerator(config.run)
     splits = load_splits(config.data)
-    teachers = teachers_of(config, splits, accelerator)
-    size = teacher_input([teacher.image_size for teacher in teachers])
-    loader = loader_of(config, splits, accelerator, teacher_size=size, alone=True)
-    if only is not None:
-        teachers = teachers[only - 1 : only]
-        config = _of_one(config, only)
-    layout = _layout(config, loader, len(splits.class_names), epochs, records)
-    block = max(config.run.evaluation_batch // 2 * 2, 2)
-    environment = describe(accelerator, [])
+    teachers = build_teachers(config, splits, accelerator)
+    size = teacher_input_size([teacher.image_size for teacher in teachers])
+    loader = build_train_loader(config, splits, accelerator, teacher_size=size, all_ranks=True)
+    if teacher_index is not None:
+        teachers = teachers[teacher_index - 1 : teacher_index]
+        config = _with_one_teacher(config, teacher_index)
+    layout = _layout(config, loader, len(splits.class_names), epochs, content)
+    block = max(config.run.eval_batch_size // 2 * 2, 2)
+    environment = environment_info(accelerator, [])
     manifest = {
         "format": FORMAT,
         "complete": False,
@@ -102,48 +102,50 @@ def write_targets(
         "teacher_top1": None,
         "about": _about(config, teachers, environment),
     }
-    wanted = tuple(member.layout for member in members(config.teacher))
+    wanted = tuple(member.memory_format for member in teacher_specs(config.teacher))
     layouts = _layouts(out, wanted, wanted)
-    layouts = lay_out(teachers, layouts, accelerator, images=block)
+    layouts = set_memory_formats(teachers, layouts, accelerator, images=block)
     units = _units(out, manifest, layouts)
-    complete = torch.tensor(float(units.found()), device=accelerator.device)
+    complete = torch.tensor(float(units.is_complete()), device=accelerator.device)
     # Together: what follows measures the teachers with all processes.
     if accelerator.reduce(complete, reduction="sum").item() > 0:
         if accelerator.is_main_process:
-            units.tidy()
-        say(f"{out}: complete already")
+            units.clean_up()
+        info(f"{out}: complete already")
         return True
     for teacher in teachers:
         with accelerator.autocast():
             side = loader.sizes.teacher
             check_answers(teacher, teacher.forward, side, accelerator, block)
     # The units, and beside them the file that they are put together in.
-    written = sum(file.stat().st_size for file in (out / UNITS).glob("*.bin"))
+    written = sum(file.stat().st_size for file in (out / SHARDS).glob("*.bin"))
     check_space(out, 2 * layout.rows * layout.dtype.itemsize - written, option="--out")
-    weights = tuple(member.weight for member in members(config.teacher))
+    weights = tuple(member.weight for member in teacher_specs(config.teacher))
     size = loader.sizes.teacher
-    measure(config, splits, accelerator, teachers, weights=weights, size=size)
+    check_teachers(config, splits, accelerator, teachers, weights=weights, size=size)
     # Who writes another part of this store may have settled it meanwhile.
-    layouts = lay_out(teachers, _layouts(out, wanted, layouts), accelerator, images=block)
+    layouts = set_memory_formats(
+        teachers, _layouts(out, wanted, layouts), accelerator, images=block
+    )
     units = _units(out, manifest, layouts)
-    units.claim()  # not before: teachers that will not do leave no folder behind
-    panel = chorus(config, splits, teachers, accelerator)
-    part, parts = shard
+    units.create_or_match()  # not before: teachers that will not do leave no folder behind
+    panel = build_online_ensemble(config, splits, teachers, accelerator)
+    number, parts = part
     processes = accelerator.num_processes
-    part, parts = part * processes + accelerator.process_index, parts * processes
-    mine = [unit for unit in range(layout.units) if unit % parts == part]
-    if not mine:
-        say(f"this part is empty: there are {layout.units} units for {parts} parts")
-    writer = Writer(units, mine, loader, panel, config, splits.train.labels, block)
+    number, parts = number * processes + accelerator.process_index, parts * processes
+    own_shards = [shard for shard in range(layout.num_shards) if shard % parts == number]
+    if not own_shards:
+        info(f"this part is empty: there are {layout.num_shards} units for {parts} parts")
+    writer = TargetWriter(units, own_shards, loader, panel, config, splits.train.labels, block)
     blocks = torch.tensor([writer.blocks], device=accelerator.device)
     longest = int(accelerator.gather(blocks).max())
-    with Interruption(accelerator) as interruption:
+    with GracefulStop(accelerator) as interruption:
         writer.write(interruption)
         # The others may have more to ask for: what stops them stops this process as well.
         for _ in range(longest - writer.blocks):
-            interruption.check()
-        interruption.check(now=True)
-    return accelerator.is_main_process and units.finish()
+            interruption.raise_if_stopped()
+        interruption.raise_if_stopped(now=True)
+    return accelerator.is_main_process and units.merge_if_complete()
 
 
 def _layouts(out: Path, wanted: tuple[str, ...], otherwise: tuple[str, ...]) -> tuple[str, ...]:
@@ -153,33 +155,36 @@ def _layouts(out: Path, wanted: tuple[str, ...], otherwise: tuple[str, ...]) -> 
         written = read_manifest(out)["asked"]
     except FileNotFoundError:
         written = None
-    known = otherwise if written is None else layouts_asked(written, len(wanted))
+    known = otherwise if written is None else memory_formats_of(written, len(wanted))
     layouts = tuple(known if want == "auto" else want for want, known in zip(wanted, known))
     return broadcast_object_list([layouts])[0]
 
 
-def _units(out: Path, manifest: dict[str, Any], layouts: tuple[str, ...]) -> Units:
+def _units(out: Path, manifest: dict[str, Any], layouts: tuple[str, ...]) -> ShardedTargetWriter:
     """The store that is to be written. Stores of contiguous teachers do not say so."""
     asked = manifest["asked"]
     if set(layouts) != {"contiguous"}:
         asked = {**asked, "layouts": list(layouts)}
-    return Units(out, {**manifest, "asked": asked})
+    return ShardedTargetWriter(out, {**manifest, "asked": asked})
 
 
-def _of_one(config: Config, only: int) -> Config:
+def _with_one_teacher(config: Config, teacher_index: int) -> Config:
     """The configuration with one of its teachers, counted from 1."""
-    config = replace(config, teacher=alone(config.teacher, only - 1))
-    return config.replace(student={"distillation_tokens": 1})
+    config = replace(config, teacher=single_teacher(config.teacher, teacher_index - 1))
+    return config.replace(student={"num_distillation_tokens": 1})
 
 
-def _for_writing(config: Config, only: int | None) -> Config:
+def _for_writing(config: Config, teacher_index: int | None) -> Config:
     """The configuration, if there is something to write of it. Raises ConfigError."""
-    config = validate(config.replace(teacher={"targets": ()}), online=False)
-    if only is not None:
+    config = validate(config.replace(teacher={"target_stores": ()}), live_teacher=False)
+    if teacher_index is not None:
         number = len(config.teacher.source)
-        if not 1 <= only <= number:
-            raise ConfigError(f"--only {only}: should be in 1 ... {number}, the number of teachers")
-        _for_writing(_of_one(config, only), None)
+        if not 1 <= teacher_index <= number:
+            raise ConfigError(
+                f"--teacher-index {teacher_index}: should be in 1 ... {number}, the number of "
+                "teachers"
+            )
+        _for_writing(_with_one_teacher(config, teacher_index), None)
         return config
     if config.loss.kind == "none":
         raise ConfigError("loss.kind = 'none': there is no teacher to ask")
@@ -188,14 +193,15 @@ def _for_writing(config: Config, only: int | None) -> Config:
     if len(config.teacher.source) > 1 and config.teacher.combine == "tokens":
         raise ConfigError(
             "teacher.combine = 'tokens': nothing is combined; write a store for each teacher "
-            "(--only 1, --only 2), then train with --teacher.targets A,B"
+            "(--teacher-index 1, --teacher-index 2), then train with --teacher.target_stores A,B"
         )
     mean = len(config.teacher.source) > 1 and config.teacher.combine == "probabilities"
     if mean and needs_logits(config.loss) and config.loss.temperature != 1:
         raise ConfigError(
             f"loss.temperature = {config.loss.temperature:g}: a mean of probabilities is another "
-            "at each temperature; write a store for each teacher (--only 1, --only 2), then "
-            "train with --teacher.targets A,B; or use --teacher.combine logits"
+            "at each temperature; write a store for each teacher (--teacher-index 1, "
+            "--teacher-index 2), then "
+            "train with --teacher.target_stores A,B; or use --teacher.combine logits"
         )
     return config
 
@@ -205,37 +211,39 @@ def _layout(
     loader: TrainLoader,
     num_classes: int,
     epochs: int | None,
-    records: str | None,
-) -> Layout:
+    content: str | None,
+) -> RecordFormat:
     """What will be written. Raises ConfigError."""
-    if records is None:
+    if content is None:
         # Of many classes the largest, where the objective can be had from them exactly enough.
         loss = config.loss
-        exact = loss.temperature == 1 and not loss.standardise and loss.kind != "dkd"
+        exact = loss.temperature == 1 and not loss.standardize_logits and loss.kind != "dkd"
         exact &= len(config.teacher.source) < 2 or config.teacher.combine != "logits"
         full = "top-10" if num_classes > 100 and exact else "full"
-        records = full if needs_logits(loss) else "hard"
+        content = full if needs_logits(loss) else "hard"
     if num_classes > _MOST_CLASSES:
         raise ConfigError(f"{num_classes} classes: a store can tell {_MOST_CLASSES} apart")
-    if fixed(config.views):
+    if has_fixed_teacher_view(config.views):
         if epochs not in (None, 1):
             raise ConfigError(
                 f"--epochs {epochs}: views.teacher_view {config.views.teacher_view} is the same in "
                 "every epoch; 1 is all there is"
             )
         epochs = 1
-    layout = Layout(
-        records=records,
+    layout = RecordFormat(
+        content=content,
         num_classes=num_classes,
         epochs=epochs or config.optim.epochs,
-        places=loader.places,
-        paired=mixes(config.views),
+        rows_per_epoch=loader.rows_per_epoch,
+        mixed_pairs=uses_mixing(config.views),
     )
-    if layout.kept is not None and layout.kept >= num_classes:
-        raise ConfigError(f"--records {records}: there are {num_classes} classes; use full")
+    if layout.top_k is not None and layout.top_k >= num_classes:
+        raise ConfigError(f"--content {content}: there are {num_classes} classes; use full")
     combine = config.teacher.combine if len(config.teacher.source) > 1 else None
-    single = config if combine is None else replace(config, teacher=alone(config.teacher, 0))
-    check_records(layout.records, single, combine, where=f"--records {records}")
+    single = (
+        config if combine is None else replace(config, teacher=single_teacher(config.teacher, 0))
+    )
+    check_records(layout.content, single, combine, where=f"--content {content}")
     return layout
 
 
@@ -250,7 +258,7 @@ def _about(config: Config, teachers: list[Teacher], environment: dict[str, Any])
     }
 
 
-class Writer:
+class TargetWriter:
     """Asks for the answers of those units that are not there yet, and commits them.
 
     mine: the units to care for. blocks: how many blocks of `block` views that takes.
@@ -258,10 +266,10 @@ class Writer:
 
     def __init__(
         self,
-        units: Units,
-        mine: list[int],
+        units: ShardedTargetWriter,
+        own_shards: list[int],
         loader: TrainLoader,
-        panel: Panel,
+        panel: TeacherEnsemble,
         config: Config,
         labels: Tensor,
         block: int,
@@ -270,65 +278,73 @@ class Writer:
         self.layout = units.layout
         self.loader = loader
         self.panel = panel
-        self.answer = answer_to(config, loader, panel)
+        self.answer = teacher_query(config, loader, panel)
         self.labels = labels
         self.block = block
-        self.missing = [unit for unit in mine if not units.path(unit).is_file()]
-        if len(self.missing) < len(mine):
-            say(f"{len(mine) - len(self.missing)} of {len(mine)} units are there already")
-        stretches = [piece for unit in self.missing for piece in self.layout.stretches(unit)]
+        self.missing = [unit for unit in own_shards if not units.path(unit).is_file()]
+        if len(self.missing) < len(own_shards):
+            info(
+                f"{len(own_shards) - len(self.missing)} of {len(own_shards)} units are there "
+                "already"
+            )
+        stretches = [piece for unit in self.missing for piece in self.layout.epoch_ranges(unit)]
         self.rows = sum(last - first for _, first, last in stretches)
         self.blocks = sum(-(-(last - first) // block) for _, first, last in stretches)
 
-    def write(self, interruption: Interruption) -> None:
+    def write(self, interruption: GracefulStop) -> None:
         """Write the units. interruption: asked before each block. Raises Stopped."""
 
         def watched() -> Iterator[None]:
             for _ in progress(range(self.blocks), total=self.blocks, title="asking the teacher"):
-                reach("answers")
-                interruption.check()
+                fault_point("answers")
+                interruption.raise_if_stopped()
                 yield
 
         ticks = watched()
         started = time.monotonic()
         for unit in self.missing:
-            with interruption.at_once():
+            with interruption.parallel():
                 made = self._ask(unit, ticks, interruption)
             self.units.commit(unit, made)
         next(ticks, None)  # lets the bar go
         took = time.monotonic() - started
         if self.rows:
-            say(f"asked for {self.rows} answers in {clock(took)}: {self.rows / took:.0f} images/s")
+            info(
+                f"asked for {self.rows} answers in {format_duration(took)}: {self.rows / took:.0f} "
+                "images/s"
+            )
 
-    def _ask(self, unit: int, ticks: Iterator[None], interruption: Interruption) -> Unit:
+    def _ask(self, unit: int, ticks: Iterator[None], interruption: GracefulStop) -> TargetShard:
         """The answers of a unit. Raises NumericsError naming the images where one is not finite."""
         records, canaries, right, counted = [], [], 0, 0
-        for epoch, first, last in self.layout.stretches(unit):
-            blocks = self.loader.shown(epoch, torch.arange(first, last), block=self.block)
+        for epoch, first, last in self.layout.epoch_ranges(unit):
+            blocks = self.loader.teacher_inputs(epoch, torch.arange(first, last), block=self.block)
             for shown in interruption.over(blocks):
                 next(ticks, None)
                 answers = self.answer(shown)
-                encoded, marks = recorded(self.layout, shown, answers)
+                encoded, marks = encode_block(self.layout, shown, answers)
                 records.append(encoded)
                 canaries += marks
-                clear = _clear(shown)
-                same = answers.labels[:, 0].cpu() == self.labels[shown.samples.cpu()]
+                clear = _is_unmixed(shown)
+                same = answers.labels[:, 0].cpu() == self.labels[shown.sample_ids.cpu()]
                 right, counted = right + int((same & clear).sum()), counted + int(clear.sum())
         self.panel.check()
-        return Unit(np.concatenate(records), np.array(canaries, "<u4"), right, counted)
+        return TargetShard(np.concatenate(records), np.array(canaries, "<u4"), right, counted)
 
 
-def recorded(layout: Layout, shown: Shown, answers: Answers) -> tuple[np.ndarray, list[int]]:
+def encode_block(
+    layout: RecordFormat, shown: TeacherInput, answers: TeacherOutput
+) -> tuple[np.ndarray, list[int]]:
     """The records of a block, and the canaries that fall into it."""
-    marked = (shown.places % layout.canary_step == 0).nonzero().flatten().tolist()
+    marked = (shown.target_rows % layout.canary_step == 0).nonzero().flatten().tolist()
     canaries = [
-        canary(shown, row) for row in marked if int(shown.places[row]) in layout.canary_places
+        canary(shown, row) for row in marked if int(shown.target_rows[row]) in layout.canary_rows
     ]
     return encode(layout, answers.logits[:, 0]), canaries
 
 
-def _clear(shown: Shown) -> Tensor:
+def _is_unmixed(shown: TeacherInput) -> Tensor:
     """Which views are (almost) one image alone, bool [rows], on the CPU."""
     if shown.mix is None:
-        return torch.ones(len(shown.places), dtype=torch.bool)
+        return torch.ones(len(shown.target_rows), dtype=torch.bool)
     return (shown.mix.own_weight > _ALMOST_ONE).repeat_interleave(2).cpu()

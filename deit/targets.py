@@ -18,97 +18,97 @@ import torch
 from torch import Tensor
 
 from deit.console import progress
-from deit.datasets.loader import Shown
+from deit.datasets.loader import TeacherInput
 from deit.errors import CheckpointError, DataError
 from deit.inputs import read_bytes
 from deit.models.layout import LAYOUTS
 from deit.records import Batch
-from deit.typed_json import digest_of_value, strict_json
+from deit.typed_json import digest_of_value, parse_strict_json
 
 FORMAT = 1
 MANIFEST = "store.json"
 TARGETS = "targets.bin"
 CHECKS = "checks.bin"
-UNITS = "units"
+SHARDS = "units"
 _MOST_UNITS = 2048
 _LEAST_ROWS = 4096
 _CANARY_EVERY = 1024
 _LEAST_CANARIES = 8
 
 
-def kept_of(records: str) -> int | None:
+def top_k_of(records: str) -> int | None:
     """K of top-K; None of hard and full."""
     return int(records.removeprefix("top-")) if records.startswith("top-") else None
 
 
-class Layout(NamedTuple):
+class RecordFormat(NamedTuple):
     """How the answers lie: one record for each place of each epoch, in that order.
 
-    records: hard; full (hard and all log-probabilities, fp16); or top-K (the K largest).
+    content: hard; full (hard and all log-probabilities, fp16); or top-K (the K largest).
     epochs: 1 where the teacher's view of an image is always the same. places: in an epoch.
     paired: whether neighbours are mixed, so that a view is made of two images.
     """
 
-    records: str
+    content: str
     num_classes: int
     epochs: int
-    places: int
-    paired: bool
+    rows_per_epoch: int
+    mixed_pairs: bool
 
     @property
-    def kept(self) -> int | None:
+    def top_k(self) -> int | None:
         """K of top-K; None of the others."""
-        return kept_of(self.records)
+        return top_k_of(self.content)
 
     @property
     def dtype(self) -> np.dtype:
         """Of one record, little-endian."""
         label = "u1" if self.num_classes <= 256 else "<u2"
-        if self.kept is not None:
-            return np.dtype([("labels", label, self.kept), ("scores", "<f2", self.kept)])
-        if self.records == "full":
+        if self.top_k is not None:
+            return np.dtype([("labels", label, self.top_k), ("scores", "<f2", self.top_k)])
+        if self.content == "full":
             return np.dtype([("label", label), ("scores", "<f2", self.num_classes)])
         return np.dtype([("label", label)])
 
     @property
     def rows(self) -> int:
         """Records of all epochs."""
-        return self.epochs * self.places
+        return self.epochs * self.rows_per_epoch
 
     @property
-    def unit_rows(self) -> int:
+    def rows_per_shard(self) -> int:
         """Records of a unit, the piece that is written whole or not at all."""
         wanted = max(self.rows / _MOST_UNITS, _LEAST_ROWS)
         return 2 ** math.ceil(math.log2(wanted))
 
     @property
-    def units(self) -> int:
+    def num_shards(self) -> int:
         """How many units there are."""
-        return -(-self.rows // self.unit_rows)
+        return -(-self.rows // self.rows_per_shard)
 
     @property
     def canary_step(self) -> int:
         """Places from one canary to the next, even; small epochs get at least eight."""
-        return max(2, min(_CANARY_EVERY, self.places // _LEAST_CANARIES // 2 * 2))
+        return max(2, min(_CANARY_EVERY, self.rows_per_epoch // _LEAST_CANARIES // 2 * 2))
 
     @property
-    def canary_places(self) -> range:
+    def canary_rows(self) -> range:
         """The places of an epoch that have a canary."""
-        return range(0, self.places - self.paired, self.canary_step)
+        return range(0, self.rows_per_epoch - self.mixed_pairs, self.canary_step)
 
-    def stretches(self, unit: int) -> list[tuple[int, int, int]]:
+    def epoch_ranges(self, unit: int) -> list[tuple[int, int, int]]:
         """The unit's records as (epoch, first place, last place + 1)."""
-        first, last = unit * self.unit_rows, min((unit + 1) * self.unit_rows, self.rows)
+        first, last = unit * self.rows_per_shard, min((unit + 1) * self.rows_per_shard, self.rows)
         found = []
         while first < last:
-            epoch, place = divmod(first, self.places)
-            stop = min(self.places, place + last - first)
+            epoch, place = divmod(first, self.rows_per_epoch)
+            stop = min(self.rows_per_epoch, place + last - first)
             found.append((epoch, place, stop))
             first += stop - place
         return found
 
 
-def encode(layout: Layout, logits: Tensor) -> np.ndarray:
+def encode(layout: RecordFormat, logits: Tensor) -> np.ndarray:
     """Records [rows] of a teacher's answers, float32 [rows, classes].
 
     The label is the argmax before rounding. Log-probabilities and not logits: softmax(logp / T) is
@@ -116,36 +116,36 @@ def encode(layout: Layout, logits: Tensor) -> np.ndarray:
     """
     records = np.zeros(len(logits), dtype=layout.dtype)
     scores = logits.double().log_softmax(dim=1).clamp_min(-65504.0)
-    if layout.kept is not None:
+    if layout.top_k is not None:
         # Sorted by the answer itself: rounding may make equals of what differs.
-        order = logits.double().argsort(dim=1, descending=True, stable=True)[:, : layout.kept]
+        order = logits.double().argsort(dim=1, descending=True, stable=True)[:, : layout.top_k]
         records["labels"] = order.cpu().numpy()
         records["scores"] = scores.gather(1, order).cpu().numpy()
         return records
     records["label"] = logits.argmax(dim=1).cpu().numpy()
-    if layout.records == "full":
+    if layout.content == "full":
         records["scores"] = scores.cpu().numpy()
     return records
 
 
-def decode(layout: Layout, records: np.ndarray) -> tuple[Tensor, Tensor | None]:
+def decode(layout: RecordFormat, records: np.ndarray) -> tuple[Tensor, Tensor | None]:
     """Labels int64 [rows], and log-probabilities float32 [rows, classes] where they are stored.
 
     What top-K leaves out shares the rest of the probability equally.
     """
-    if layout.records == "hard":
+    if layout.content == "hard":
         return torch.from_numpy(records["label"].astype(np.int64)), None
     scores = torch.from_numpy(records["scores"].astype(np.float32))
-    if layout.kept is None:
+    if layout.top_k is None:
         return torch.from_numpy(records["label"].astype(np.int64)), scores
     labels = torch.from_numpy(records["labels"].astype(np.int64))
-    others = max(layout.num_classes - layout.kept, 1)
+    others = max(layout.num_classes - layout.top_k, 1)
     rest = (1 - scores.exp().sum(dim=1, keepdim=True)).clamp_min(1e-8) / others
     spread = rest.log().expand(-1, layout.num_classes)
     return labels[:, 0], spread.scatter(1, labels, scores)
 
 
-def canary(shown: Shown, place: int) -> int:
+def canary(shown: TeacherInput, place: int) -> int:
     """CRC-32 of what the teacher was shown at the place-th row of a block: its grey levels; with
     mixing (place is even) those of its partner too, the weight and the box."""
     partners = 1 if shown.mix is None else 2
@@ -185,15 +185,15 @@ def _short(value: Any) -> str:
     return f"{value[:12]}..." if digest else repr(value)
 
 
-class Store:
+class TargetStore:
     """A finished store. Opens its files when it is read, so that it may be sent to others."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.fingerprint: dict[str, Any] = manifest["fingerprint"]
-        self.about: dict[str, Any] = manifest["about"]
-        self.asked: dict[str, Any] = manifest["asked"]
-        self.layout = Layout(**manifest["layout"])
+        self.provenance: dict[str, Any] = manifest["about"]
+        self.query: dict[str, Any] = manifest["asked"]
+        self.layout = RecordFormat(**manifest["layout"])
         self.teacher_top1: float | None = manifest["teacher_top1"]
         self._epoch, self._records = -1, np.empty(0, self.layout.dtype)
         self._watched = -1  # the epoch of views that was held against a canary last
@@ -207,7 +207,7 @@ class Store:
     @property
     def layouts(self) -> tuple[str, ...]:
         """In which layout each of its teachers computed."""
-        return layouts_asked(self.asked, len(self.input_sizes))
+        return memory_formats_of(self.query, len(self.input_sizes))
 
     @property
     def digest(self) -> str:
@@ -220,20 +220,22 @@ class Store:
     @property
     def canaries(self) -> np.ndarray:
         """uint32 [epochs, canary places]."""
-        number = len(self.layout.canary_places)
-        return self._checks[self.layout.units : -2 * self.layout.units].reshape(-1, number)
+        number = len(self.layout.canary_rows)
+        return self._checks[self.layout.num_shards : -2 * self.layout.num_shards].reshape(
+            -1, number
+        )
 
     @property
     def checksums(self) -> np.ndarray:
         """CRC-32 of each unit's records, uint32 [units]."""
-        return self._checks[: self.layout.units]
+        return self._checks[: self.layout.num_shards]
 
     def records(self, epoch: int) -> np.ndarray:
         """The records of an epoch; mapped, and only those of one epoch at a time."""
         if epoch != self._epoch:
-            offset = epoch * self.layout.places * self.layout.dtype.itemsize
+            offset = epoch * self.layout.rows_per_epoch * self.layout.dtype.itemsize
             self._records = np.memmap(
-                self.path / TARGETS, self.layout.dtype, "r", offset, (self.layout.places,)
+                self.path / TARGETS, self.layout.dtype, "r", offset, (self.layout.rows_per_epoch,)
             )
             self._epoch = epoch
         return self._records
@@ -241,53 +243,54 @@ class Store:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """What the teacher said of a batch: (labels [batch], log-probabilities or None)."""
         epoch = batch.epoch % self.layout.epochs
-        labels, scores = decode(self.layout, self.records(epoch)[batch.places.numpy()])
+        labels, scores = decode(self.layout, self.records(epoch)[batch.target_rows.numpy()])
         device = batch.images.device
         scores = None if scores is None else scores.to(device, non_blocking=True)
         return labels.to(device, non_blocking=True), scores
 
-    def watch(self, shown: Shown) -> None:
+    def check_batch(self, shown: TeacherInput) -> None:
         """Hold the first canary of each epoch that is shown against the store's. Raises DataError.
 
         Not all of them: each makes a GPU wait.
         """
         if shown.epoch == self._watched:
             return
-        for row in (shown.places % self.layout.canary_step == 0).nonzero().flatten().tolist():
-            if int(shown.places[row]) in self.layout.canary_places:
+        for row in (shown.target_rows % self.layout.canary_step == 0).nonzero().flatten().tolist():
+            if int(shown.target_rows[row]) in self.layout.canary_rows:
                 self._watched = shown.epoch
                 self.check_canary(shown, row)
                 return
 
-    def check_canary(self, shown: Shown, row: int) -> None:
+    def check_canary(self, shown: TeacherInput, row: int) -> None:
         """Hold the view of a canary place against the store. Raises DataError."""
-        place = int(shown.places[row])
+        place = int(shown.target_rows[row])
         epoch = shown.epoch % self.layout.epochs
         if canary(shown, row) != int(self.canaries[epoch][place // self.layout.canary_step]):
-            written = self.about["packages"]
+            written = self.provenance["packages"]
             raise DataError(
-                f"teacher.targets {self.path}: the view at place {place} of epoch {epoch}, of "
-                f"training image {int(shown.samples[row])}, is not what the teacher saw: grey "
+                f"teacher.target_stores {self.path}: the view at place {place} of epoch {epoch}, "
+                "of "
+                f"training image {int(shown.sample_ids[row])}, is not what the teacher saw: grey "
                 "levels or mixing differ; has the image changed, or how it is decoded (then: "
                 f"pillow {written['pillow']}, torchvision {written['torchvision']})?"
             )
 
-    def check_sums(self) -> None:
+    def verify_checksums(self) -> None:
         """Read every record and compare its unit's checksum. Raises CheckpointError naming the
         first unit that differs."""
-        size = self.layout.unit_rows * self.layout.dtype.itemsize
-        units = range(self.layout.units)
+        size = self.layout.rows_per_shard * self.layout.dtype.itemsize
+        units = range(self.layout.num_shards)
         with (self.path / TARGETS).open("rb") as file:
             for unit in progress(units, total=len(units), title="reading the store"):
                 if zlib.crc32(file.read(size)) != int(self.checksums[unit]):
-                    epoch, place, _ = self.layout.stretches(unit)[0]
+                    epoch, place, _ = self.layout.epoch_ranges(unit)[0]
                     raise CheckpointError(
                         f"{self.path / TARGETS}: unit {unit} (from epoch {epoch}, place {place}) "
                         "is damaged: its checksum differs; write the store anew"
                     )
 
 
-def layouts_asked(asked: dict[str, Any], number: int) -> tuple[str, ...]:
+def memory_formats_of(asked: dict[str, Any], number: int) -> tuple[str, ...]:
     """The layouts of so many teachers in the `asked` of a manifest; stores that do not say are of
     contiguous ones."""
     return tuple(asked.get("layouts") or ("contiguous",) * number)
@@ -306,7 +309,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a store, complete or not. Raises FileNotFoundError and CheckpointError."""
     file = path / MANIFEST
     try:
-        manifest = strict_json(read_bytes(file))
+        manifest = parse_strict_json(read_bytes(file))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
@@ -339,41 +342,43 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     manifest["teacher_top1"]
     for teacher in manifest["fingerprint"]["teacher"].values():
         teacher["image_size"]
-    if not set(layouts_asked(manifest["asked"], 0)) <= LAYOUTS.keys():
+    if not set(memory_formats_of(manifest["asked"], 0)) <= LAYOUTS.keys():
         raise ValueError(f"asked.layouts {manifest['asked']['layouts']!r}")
-    layout = Layout(**manifest["layout"])
-    counts = (layout.num_classes, layout.epochs, layout.places)
+    layout = RecordFormat(**manifest["layout"])
+    counts = (layout.num_classes, layout.epochs, layout.rows_per_epoch)
     if not all(isinstance(count, int) and count > 0 for count in counts):
         raise ValueError(f"layout {tuple(layout)}")
-    if layout.records not in ("hard", "full") and layout.kept is None:
-        raise ValueError(f"records {layout.records!r}")
+    if layout.content not in ("hard", "full") and layout.top_k is None:
+        raise ValueError(f"records {layout.content!r}")
 
 
-def open_store(path: Path) -> Store:
+def open_store(path: Path) -> TargetStore:
     """A finished store. Raises DataError where there is none or it is not complete, and
     CheckpointError where its files are cut off or of another format."""
     try:
         manifest = read_manifest(path)
     except FileNotFoundError:
         raise DataError(
-            f"teacher.targets {path}: holds no store of targets (no {MANIFEST}); write one with "
+            f"teacher.target_stores {path}: holds no store of targets (no {MANIFEST}); write one "
+            "with "
             "`deit targets write RECIPE --out STORE`"
         ) from None
-    layout = Layout(**manifest["layout"])
+    layout = RecordFormat(**manifest["layout"])
     if not manifest["complete"]:
-        done = len(list((path / UNITS).glob("[0-9]*.bin")))
+        done = len(list((path / SHARDS).glob("[0-9]*.bin")))
         raise DataError(
-            f"teacher.targets {path}: not complete, {done} of {layout.units} units are written; "
+            f"teacher.target_stores {path}: not complete, {done} of {layout.num_shards} units are "
+            "written; "
             "run the `deit targets write` command again, it goes on"
         )
-    canaries = layout.epochs * len(layout.canary_places)
+    canaries = layout.epochs * len(layout.canary_rows)
     sizes = {
         TARGETS: layout.rows * layout.dtype.itemsize,
-        CHECKS: 4 * (3 * layout.units + canaries),
+        CHECKS: 4 * (3 * layout.num_shards + canaries),
     }
     for name, size in sizes.items():
         file = path / name
         found = f"has {file.stat().st_size} bytes" if file.is_file() else "is not there"
         if found != f"has {size} bytes":
             raise CheckpointError(f"{file}: {found}, should have {size} bytes; write it anew")
-    return Store(path, manifest)
+    return TargetStore(path, manifest)

@@ -9,41 +9,48 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deit.config import Config, TeacherConfig
-from deit.console import percent, say, warn
+from deit.console import format_percent, info, warn
 from deit.datasets.listing import check_root
-from deit.datasets.loader import Shown, TrainLoader
+from deit.datasets.loader import TeacherInput, TrainLoader
 from deit.datasets.splits import Splits
 from deit.environment import in_main_process
-from deit.errors import NotThereError
-from deit.models.teachers import Teacher, locate
+from deit.errors import NotFoundError
+from deit.models.teachers import Teacher, resolve_source
 from deit.models.weights import digest_of
-from deit.panel import NetworkVoice, Panel, Voice
-from deit.preflight import measure
-from deit.preparation import chorus, lay_out, loader_of, panel_of, teacher_input, teacher_of
-from deit.seats import Seat, seats
-from deit.stored import Checked, answer_to, check_store, open_stores, stored_epochs
-from deit.targets import Store
+from deit.panel import OnlineTeacher, TeacherEnsemble, TeacherFn
+from deit.preflight import check_teachers
+from deit.preparation import (
+    build_online_ensemble,
+    build_teacher,
+    build_teacher_ensemble,
+    build_train_loader,
+    set_memory_formats,
+    teacher_input_size,
+)
+from deit.seats import TeacherSlot, teacher_slots
+from deit.stored import StoreCheck, open_stores, stored_epochs, teacher_query, verify_store
+from deit.targets import TargetStore
 
 
 def check_inputs(teachers: Iterable[str], config: Config) -> None:
     """Refuse teachers and images that are not there, all in one message. Raises NotThereError."""
-    checks = [partial(locate, source) for source in teachers]
+    checks = [partial(resolve_source, source) for source in teachers]
     if (layout := _LAYOUTS.get(config.data.source)) is not None:
         checks.append(partial(check_root, Path(config.data.root), layout))
     problems = []
     for check in checks:
         try:
             check()
-        except NotThereError as error:
+        except NotFoundError as error:
             problems.append(str(error))
     if problems:
-        raise NotThereError("\n  ".join(problems))
+        raise NotFoundError("\n  ".join(problems))
 
 
 _LAYOUTS = {"folder": "CLASS/IMAGE", "shards": "*.tar"}
 
 
-class Faculty:
+class RunTeachers:
     """The teachers of a configuration; empty where its objective has none.
 
     seats, stores and teachers go side by side: a store is None for a teacher that answers itself;
@@ -54,26 +61,26 @@ class Faculty:
         """Open the stores and find the teachers, before any image is read. Raises DataError,
         CheckpointError and ConfigError where one of them is not what it should be."""
         self.config = config
-        self.stores: list[Store | None] = open_stores(config)
-        self.seats: tuple[Seat, ...] = seats(config.teacher) if self.stores else ()
+        self.stores: list[TargetStore | None] = open_stores(config)
+        self.seats: tuple[TeacherSlot, ...] = teacher_slots(config.teacher) if self.stores else ()
         self.teachers: list[list[Teacher]] = []
         pairs = zip(self.seats, self.stores)
         check_inputs([seat.members[0].source for seat, store in pairs if store is None], config)
 
     @property
-    def stored_epochs(self) -> int | None:
+    def num_stored_epochs(self) -> int | None:
         """How many epochs of views have answers; None where that sets no limit."""
         return stored_epochs(self.config, self.stores)
 
     @property
     def layouts(self) -> tuple[str, ...]:
-        """teacher.layout as it is settled, one a teacher; of those whose stored answers speak it
-        makes no difference."""
+        """teacher.memory_format as it is settled, one a teacher; of those whose stored answers
+        speak it makes no difference."""
         if not self.seats:
-            return self.config.teacher.layout
+            return self.config.teacher.memory_format
         found: list[str] = []
         for seat, store, teachers in zip(self.seats, self.stores, self.teachers):
-            said = [one.layout for one in (teachers if store is None else seat.members)]
+            said = [one.memory_format for one in (teachers if store is None else seat.members)]
             found += ["contiguous" if layout == "auto" else layout for layout in said]
         return tuple(found)
 
@@ -83,7 +90,7 @@ class Faculty:
         return [store.digest for store in self.stores if store is not None]
 
     @property
-    def weights(self) -> list[str]:
+    def weight_digests(self) -> list[str]:
         """Digests of the teachers of each seat, "" where none of them is here."""
         return [digest_of_teachers(teachers) if teachers else "" for teachers in self.teachers]
 
@@ -98,45 +105,49 @@ class Faculty:
         """How the answers of each teacher that is here were matched to the data's classes."""
         return [f"{one.description}: {one.class_order}" for some in self.teachers for one in some]
 
-    def load(self, splits: Splits, accelerator: Accelerator) -> tuple[TrainLoader, Panel | None]:
+    def load(
+        self, splits: Splits, accelerator: Accelerator
+    ) -> tuple[TrainLoader, TeacherEnsemble | None]:
         """Load the networks; the views they and the student see, and what they say of them."""
         self.teachers = [
-            self._of_seat(seat, store, splits, accelerator)
+            self._load_slot(seat, store, splits, accelerator)
             for seat, store in zip(self.seats, self.stores)
         ]
         sizes: list[int | None] = []
-        voices: list[Voice] = []
+        voices: list[TeacherFn] = []
         for teachers, store in zip(self.teachers, self.stores):
             sizes += store.input_sizes if store is not None else [teachers[0].image_size]
-            voices.append(store if store is not None else NetworkVoice(teachers[0], accelerator))
-        loader = loader_of(
+            voices.append(store if store is not None else OnlineTeacher(teachers[0], accelerator))
+        loader = build_train_loader(
             self.config,
             splits,
             accelerator,
-            teacher_size=teacher_input(sizes),
+            teacher_size=teacher_input_size(sizes),
             for_teacher=None in self.stores,
         )
         weights = tuple(seat.weight for seat in self.seats)
-        return loader, panel_of(self.config, splits, voices, weights=weights)
+        return loader, build_teacher_ensemble(self.config, splits, voices, weights=weights)
 
-    def _of_seat(
-        self, seat: Seat, store: Store | None, splits: Splits, accelerator: Accelerator
+    def _load_slot(
+        self, seat: TeacherSlot, store: TargetStore | None, splits: Splits, accelerator: Accelerator
     ) -> list[Teacher]:
         """The networks of a seat. Beside a store they need not be here: its answers speak."""
         try:
             if store is not None and None in (one.source for one in seat.members):
                 return []
-            teachers = [teacher_of(one, self.config, splits, accelerator) for one in seat.members]
-        except NotThereError as error:
+            teachers = [
+                build_teacher(one, self.config, splits, accelerator) for one in seat.members
+            ]
+        except NotFoundError as error:
             if store is None:
                 raise
             warn(f"beside its stored targets, the teacher is left out: {error}")
             return []
         optim = self.config.optim
-        images = optim.batch_size // (optim.accumulate * accelerator.num_processes)
-        asked = tuple(one.layout for one in seat.members)
+        images = optim.batch_size // (optim.grad_accum_steps * accelerator.num_processes)
+        asked = tuple(one.memory_format for one in seat.members)
         layouts = asked if store is None else store.layouts
-        lay_out(teachers, layouts, accelerator, images=images)
+        set_memory_formats(teachers, layouts, accelerator, images=images)
         return teachers
 
     def check(self, splits: Splits, accelerator: Accelerator, loader: TrainLoader) -> Tensor | None:
@@ -159,16 +170,16 @@ class Faculty:
         if here:
             networks, weights = zip(*here)
             size = loader.sizes.teacher
-            answers = measure(
+            answers = check_teachers(
                 self.config, splits, accelerator, list(networks), weights=weights, size=size
             )
         stores = [store for store in self.stores if store is not None]
 
-        def watch(shown: Shown) -> None:
+        def watch(shown: TeacherInput) -> None:
             for store in stores:
-                store.watch(shown)
+                store.check_batch(shown)
 
-        loader.watch = watch if stores else None
+        loader.on_teacher_input = watch if stores else None
         everyone = all(self.teachers)
         self.teachers = [
             teachers if store is None else [] for teachers, store in zip(self.teachers, self.stores)
@@ -178,9 +189,9 @@ class Faculty:
 
     def _check_store(
         self,
-        seat: Seat,
+        seat: TeacherSlot,
         teachers: list[Teacher],
-        store: Store,
+        store: TargetStore,
         splits: Splits,
         accelerator: Accelerator,
         loader: TrainLoader,
@@ -192,28 +203,30 @@ class Faculty:
             config = dataclasses.replace(config, teacher=TeacherConfig(source=source))
         answer = None
         if teachers:
-            answer = answer_to(config, loader, chorus(config, splits, teachers, accelerator))
-        checked = check_store(
+            answer = teacher_query(
+                config, loader, build_online_ensemble(config, splits, teachers, accelerator)
+            )
+        checked = verify_store(
             store, config, splits, loader, teachers=teachers or None, answer=answer
         )
         self._announce(store, checked, accelerator)
 
-    def _announce(self, store: Store, checked: Checked, accelerator: Accelerator) -> None:
+    def _announce(self, store: TargetStore, checked: StoreCheck, accelerator: Accelerator) -> None:
         layout = store.layout
         epochs = f"{layout.epochs} epoch{'s' * (layout.epochs > 1)}"
-        said = [f"{layout.records} answers of {epochs}", *store.about["teachers"]]
-        if checked.asked:
-            share = percent(checked.agreed / checked.asked)
-            said.append(f"{share} % of {checked.asked} asked anew are as stored")
+        said = [f"{layout.content} answers of {epochs}", *store.provenance["teachers"]]
+        if checked.num_queried:
+            share = format_percent(checked.num_agreed / checked.num_queried)
+            said.append(f"{share} % of {checked.num_queried} asked anew are as stored")
         else:
             said.append("taken on trust, for the teacher itself is not here")
         precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-        if store.asked["precision"] != precision:
-            said.append(f"asked in {store.asked['precision']}, this run is in {precision}")
-        say(f"targets   {store.path}: {'; '.join(said)}")
-        trained, limit = self.config.optim.epochs, self.stored_epochs
+        if store.query["precision"] != precision:
+            said.append(f"asked in {store.query['precision']}, this run is in {precision}")
+        info(f"targets   {store.path}: {'; '.join(said)}")
+        trained, limit = self.config.optim.epochs, self.num_stored_epochs
         if limit is not None and layout.epochs == limit < trained:
-            say(
+            info(
                 f"targets   {trained} epochs are trained on the views of {limit}, over and over: "
                 "an approximation, for each view comes back"
             )
@@ -230,11 +243,11 @@ def digest_of_teachers(teachers: list[Teacher]) -> str:
     )
 
 
-def _check_sums(store: Store, accelerator: Accelerator) -> None:
+def _check_sums(store: TargetStore, accelerator: Accelerator) -> None:
     """Read the store whole, in one process; all go on together, or none. Raises CheckpointError."""
 
     def check() -> int:
-        store.check_sums()
+        store.verify_checksums()
         return 0
 
-    in_main_process(accelerator, check, f"teacher.targets {store.path}")
+    in_main_process(accelerator, check, f"teacher.target_stores {store.path}")

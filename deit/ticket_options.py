@@ -7,13 +7,13 @@ from deit.errors import ConfigError
 from deit.scopes import densities_of, groups_of
 
 DENSE, TICKET = "dense", "ticket"
-RANDOM, ANEW, ONE_SHOT = "random", "re-initialised", "one-shot"
-CONTROLS = (RANDOM, ANEW, ONE_SHOT)
+RANDOM, REINITIALIZED, ONE_SHOT = "random", "re-initialised", "one-shot"
+CONTROLS = (RANDOM, REINITIALIZED, ONE_SHOT)
 LEVELS, RATE = 7, 0.2
 
 
 @dataclass(frozen=True)
-class Asked:
+class LotteryOptions:
     """What a command line says of a search for tickets.
 
     scope: as deit.scopes names it. levels, rate: so many levels, each of which takes this share of
@@ -38,33 +38,36 @@ class Asked:
         return densities_of(self.scope, levels=levels, rate=rate)
 
 
-def check_asked(asked: Asked, config: Config) -> None:
+def check_asked(asked: LotteryOptions, config: Config) -> None:
     """Refuse what cannot be, before any image is looked at. Raises ConfigError."""
     own = asked.levels is not None or asked.rate is not None
     if groups_of(asked.scope) is not None and own:
         raise ConfigError(
-            f"--scope {asked.scope}: says itself what each level keeps; leave out --levels, --rate"
+            f"--scope {asked.scope}: says itself what each level keeps; leave out --rounds, "
+            "--prune-rate"
         )
     if asked.levels is not None and not 1 <= asked.levels <= 100:
-        raise ConfigError(f"--levels {asked.levels}: should be in 1 ... 100")
+        raise ConfigError(f"--rounds {asked.levels}: should be in 1 ... 100")
     if asked.rate is not None and not 0 < asked.rate < 1:
-        raise ConfigError(f"--rate {asked.rate:g}: should be a share between 0 and 1")
+        raise ConfigError(f"--prune-rate {asked.rate:g}: should be a share between 0 and 1")
     levels = len(asked.densities())
     for level in asked.at or ():
         if not 1 <= level <= levels:
-            raise ConfigError(f"--controls_at {level}: there are levels 1 to {levels}")
+            raise ConfigError(f"--control-rounds {level}: there are levels 1 to {levels}")
     epochs = config.optim.epochs
     if asked.rewind is not None and not 0 <= asked.rewind < epochs:
         raise ConfigError(
-            f"--rewind {asked.rewind:g}: should be at least 0 and below optim.epochs ({epochs})"
+            f"--rewind-epoch {asked.rewind:g}: should be at least 0 and below optim.epochs "
+            f"({epochs})"
         )
     if not asked.tolerance >= 0:
         raise ConfigError(f"--tolerance {asked.tolerance:g}: should be at least 0")
-    if config.optim.trained != "all":
+    if config.optim.trainable != "all":
         raise ConfigError(
-            f"optim.trained = {config.optim.trained!r}: tickets are looked for among all weights, "
+            f"optim.trainable = {config.optim.trainable!r}: tickets are looked for among all "
+            "weights, "
             "so all have to be trained"
         )
-    for leaf in ("masks", "update"):
-        if getattr(config.start, leaf) != getattr(type(config.start)(), leaf):
-            raise ConfigError(f"start.{leaf}: is what this command itself decides; leave it out")
+    for leaf in ("pruning_masks", "start_step"):
+        if getattr(config.init, leaf) != getattr(type(config.init)(), leaf):
+            raise ConfigError(f"init.{leaf}: is what this command itself decides; leave it out")

@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deit import checkpoint
-from deit.at_once import Planned
+from deit.at_once import RunSpec
 from deit.config import Config, views_seed
-from deit.ground import slug
-from deit.ticket_options import ANEW, DENSE, ONE_SHOT, TICKET, Asked
+from deit.ground import slugify
+from deit.ticket_options import DENSE, ONE_SHOT, REINITIALIZED, TICKET, LotteryOptions
 
 _OTHER_WEIGHTS = 1_000_000  # from the seed of a run to that of its re-initialised control
 
 
-class Plan(NamedTuple):
+class LotteryPlan(NamedTuple):
     """What follows for the runs. densities: the share of the prunable weights that each level
     keeps, from level 1 on. rewind: the update whose weights, schedule, order and views every level
     goes back to. controls, at: as in Asked."""
@@ -21,71 +21,71 @@ class Plan(NamedTuple):
     densities: tuple[float, ...]
     rewind: int
     controls: tuple[str, ...]
-    at: tuple[int, ...]
+    control_levels: tuple[int, ...]
 
 
-def plan_of(asked: Asked, config: Config, *, updates: int) -> Plan:
+def plan_of(asked: LotteryOptions, config: Config, *, updates: int) -> LotteryPlan:
     """The plan of what is asked. updates: of an epoch. Raises ConfigError."""
     epochs = config.optim.warmup_epochs if asked.rewind is None else asked.rewind
     densities = asked.densities()
     at = tuple(range(1, len(densities) + 1)) if asked.at is None else asked.at
-    return Plan(asked.scope, densities, round(epochs * updates), asked.controls, at)
+    return LotteryPlan(asked.scope, densities, round(epochs * updates), asked.controls, at)
 
 
-class Ticket(NamedTuple):
+class LotteryRun(NamedTuple):
     """A run of the search. kind: dense (level 0), ticket, or one of CONTROLS. masks: its file of
     masks; None of the dense run."""
 
     kind: str
     level: int
     seed: int
-    run: Planned
+    run: RunSpec
     masks: Path | None
 
 
 def folder_of(out: Path, seed: int, kind: str, level: int) -> Path:
     """Where a run of a search in `out` lies; of level 0 the dense one."""
-    name = "level" if kind in (DENSE, TICKET) else slug(kind)
+    name = "level" if kind in (DENSE, TICKET) else slugify(kind)
     return out / f"seed-{seed}" / f"{name}-{level}"
 
 
-def tickets_of(plan: Plan, base: Config, seed: int, out: Path) -> list[Ticket]:
+def lottery_runs(plan: LotteryPlan, base: Config, seed: int, out: Path) -> list[LotteryRun]:
     """The runs of one seed, each behind those it needs. base: the dense run's configuration, but
     for the seed. out: the folder of the search."""
     config = base.replace(run={"seed": seed})
     kept = (plan.rewind,) if plan.rewind else ()
-    first = Planned(
+    first = RunSpec(
         f"dense, seed {seed}",
-        config.replace(run={"keep_updates": kept}),
+        config.replace(run={"keep_steps": kept}),
         folder_of(out, seed, DENSE, 0),
     )
-    found = [Ticket(DENSE, 0, seed, first, None)]
+    found = [LotteryRun(DENSE, 0, seed, first, None)]
     for level in range(1, len(plan.densities) + 1):
-        for kind in (TICKET, *(plan.controls if level in plan.at else ())):
+        for kind in (TICKET, *(plan.controls if level in plan.control_levels else ())):
             if kind == ONE_SHOT and level == 1:
                 continue  # that is the ticket itself
             folder = folder_of(out, seed, kind, level)
             # A re-initialised control has the ticket's own mask.
-            of = folder_of(out, seed, TICKET if kind == ANEW else kind, level).name
+            of = folder_of(out, seed, TICKET if kind == REINITIALIZED else kind, level).name
             masks = folder.parent / "masks" / f"{of}.safetensors"
-            run = Planned(
+            run = RunSpec(
                 f"{kind} of level {level}, seed {seed}",
                 _pruned(config, kind, masks, plan.rewind, first.out),
                 folder,
             )
-            found.append(Ticket(kind, level, seed, run, masks))
+            found.append(LotteryRun(kind, level, seed, run, masks))
     return found
 
 
 def _pruned(config: Config, kind: str, masks: Path, rewind: int, dense: Path) -> Config:
     """A run under masks: from the dense run's weights of the update to go back to, and on from
     there; a re-initialised one from other random weights, its whole schedule, on the same views."""
-    start: dict[str, object] = {"masks": str(masks), "heads": "keep"}
-    if kind == ANEW:
+    init: dict[str, object] = {"pruning_masks": str(masks), "head": "keep"}
+    if kind == REINITIALIZED:
         other = {"seed": config.run.seed + _OTHER_WEIGHTS}
-        start |= {"source": None, "kernel": "deit"}
-        return config.replace(run=other, views={"seed": views_seed(config)}, start=start)
+        init |= {"weights": None, "pos_embed_resize": "deit"}
+        return config.replace(run=other, views={"seed": views_seed(config)}, init=init)
     if rewind == 0:  # the same seed gives the same weights
-        return config.replace(start={"masks": str(masks)})
-    start |= {"source": str(checkpoint.folder_of(dense, rewind)), "update": rewind}
-    return config.replace(start=start)
+        return config.replace(init={"pruning_masks": str(masks)})
+    init |= {"weights": str(checkpoint.checkpoint_path(dense, rewind)), "start_step": rewind}
+    return config.replace(init=init)

@@ -1,4 +1,4 @@
-"""`deit tickets`: iterative magnitude pruning with rewinding, beside its controls."""
+"""`deit lottery`: iterative magnitude pruning with rewinding, beside its controls."""
 
 import json
 import shlex
@@ -7,44 +7,51 @@ from typing import Any
 
 from deit import checkpoint, shared_targets
 from deit.arguments import RunArguments
-from deit.at_once import Failed, Planned, Progress, check_number, closing_idle, failure_of
-from deit.begun import check_begun
+from deit.at_once import (
+    FailedRun,
+    RunProgress,
+    RunSpec,
+    check_num_parallel,
+    closing_idle,
+    combined_error,
+)
+from deit.begun import check_same_request
 from deit.config import Config
-from deit.console import clock, say, table, warn
+from deit.console import format_duration, info, table, warn
 from deit.datasets.loader import updates_of_epoch
 from deit.datasets.splits import load_splits
-from deit.disk import check_writable, hold, write_json
-from deit.environment import choose_linear, create_accelerator
+from deit.disk import check_writable, lock_dir, write_json
+from deit.environment import create_accelerator, resolve_linear_backend
 from deit.errors import ConfigError, DeitError
-from deit.finished import Finished
-from deit.ground import Ground, slug
-from deit.models.masks import dense, prunable, prune_in
+from deit.finished import FinishedRunChecker
+from deit.ground import BaseRuns, slugify
+from deit.models.masks import all_ones, prunable, prune_in
 from deit.models.networks import create_network
-from deit.preparation import found_start, settled
+from deit.preparation import load_init_weights, with_init_normalization
 from deit.sweep_file import Point
 from deit.sweep_results import MANIFEST, write_results
-from deit.sweep_rows import drawn, environment_of, print_rows, rows_of
-from deit.sweep_runs import Trial, Work, check_ground, check_there
-from deit.sweep_training import Mishaps, train_all, unfinished
-from deit.ticket_masks import facts_of_masks, write_masks
-from deit.ticket_options import DENSE, RATE, TICKET, Asked, check_asked
-from deit.ticket_plan import Plan, Ticket, plan_of, tickets_of
+from deit.sweep_rows import environment_of, print_rows, rows_of, write_plots
+from deit.sweep_runs import SweepPlan, SweepRun, check_base_run, check_inputs_exist
+from deit.sweep_training import SweepFailures, train_all, unfinished
+from deit.ticket_masks import mask_report, write_masks
+from deit.ticket_options import DENSE, RATE, TICKET, LotteryOptions, check_asked
+from deit.ticket_plan import LotteryPlan, LotteryRun, lottery_runs, plan_of
 from deit.ticket_results import mask_cells, mask_columns, matching, matching_line
 from deit.trackers import check_trackers
-from deit.typed_json import read_typed, values_of
-from deit.validation import load
+from deit.typed_json import load_json_as, values_of
+from deit.validation import load_config
 
-NAME = "tickets"
+NAME = "lottery"
 _SETTLED = "settled.json"
 
 
 @closing_idle()
-def tickets(
-    asked: Asked,
+def lottery(
+    asked: LotteryOptions,
     run: RunArguments,
     *,
     seeds: tuple[int, ...],
-    at_once: int,
+    parallel: int,
     retries: int,
     arguments: list[str],
 ) -> dict[str, Any]:
@@ -60,48 +67,48 @@ def tickets(
     Mode Connectivity and the Lottery Ticket Hypothesis", for going back to an update.
     """
     check_asked(asked, run.config)
-    check_number(at_once, option="--at_once")
+    check_num_parallel(parallel, option="--parallel")
     if retries < 0:
         raise ConfigError(f"--retries {retries}: should be at least 0")
     check_trackers(run.config)
     manifest = _asked_in_all(asked, run)
-    check_begun(run.out, MANIFEST, manifest, what="search")
+    check_same_request(run.out, MANIFEST, manifest, what="search")
     if not run.dry_run:
         check_writable(run.out, option="--out")
-    base, plan, updates = _settled(run, asked)
+    base, plan, updates = _with_resolved_choices(run, asked)
     ground, below, found = _runs(plan, run, base, seeds)
     _announce(plan, base, found, updates)
-    _tell_unasked(run.out, found)
+    _warn_of_ignored_runs(run.out, found)
     if run.dry_run:
         _list(plan, below, found)
         return {}
     run.out.mkdir(parents=True, exist_ok=True)
-    with hold(run.out, option="--out"):
+    with lock_dir(run.out, option="--out"):
         write_json(run.out / MANIFEST, manifest)
-        write_json(run.out / _SETTLED, {"linear": base.run.linear})
-        trials = [Trial(_point(one, plan), one.seed, one.run) for one in found]
-        stores, runs = shared_targets.share(
-            [one.run for one in found], run.out / "targets", records=None
+        write_json(run.out / _SETTLED, {"linear": base.run.linear_backend})
+        trials = [SweepRun(_point(one, plan), one.seed, one.run) for one in found]
+        stores, runs = shared_targets.plan_shared_stores(
+            [one.run for one in found], run.out / "targets", content=None
         )
-        work = Work(ground, below, trials, stores, runs)
-        mishaps = _train(plan, work, found, at_once=at_once, retries=retries)
+        work = SweepPlan(ground, below, trials, stores, runs)
+        mishaps = _train(plan, work, found, parallel=parallel, retries=retries)
         result = _result(asked, plan, run, work, mishaps, found, arguments)
-        for path in write_results(result, run.out) + drawn(result, run.out):
-            say(f"wrote {path}")
+        for path in write_results(result, run.out) + write_plots(result, run.out):
+            info(f"wrote {path}")
     _print(result)
     if mishaps.failed:
-        raise failure_of(mishaps.failed)
+        raise combined_error(mishaps.failed)
     return result
 
 
-def _asked_in_all(asked: Asked, run: RunArguments) -> dict[str, str]:
+def _asked_in_all(asked: LotteryOptions, run: RunArguments) -> dict[str, str]:
     """What every call in a folder must have in common: what levels follow from, and all that
     decides the result of a run. As text, as in the folder of any sweep."""
     rewind = "the end of warm-up" if asked.rewind is None else f"{asked.rewind:g}"
     rate = f"{RATE if asked.rate is None else asked.rate:g}"
-    fields = shared_targets.identity(run.config)
+    fields = shared_targets.result_fields(run.config)
     fields.pop("run.seed", None)
-    fields.pop("run.linear", None)
+    fields.pop("run.linear_backend", None)
     told = {"sweep": NAME, "recipe": run.recipe, "scope": asked.scope, "rate": rate}
     return {**told, "rewind": rewind, **{name: json.dumps(one) for name, one in fields.items()}}
 
@@ -112,10 +119,12 @@ def _known_linear(out: Path) -> str | None:
     if not file.is_file():
         return None
     with values_of(file):
-        return read_typed(file, dict[str, str])["linear"]
+        return load_json_as(file, dict[str, str])["linear"]
 
 
-def _settled(run: RunArguments, asked: Asked) -> tuple[Config, Plan, int]:
+def _with_resolved_choices(
+    run: RunArguments, asked: LotteryOptions
+) -> tuple[Config, LotteryPlan, int]:
     """The configuration with what all runs must have in common, the plan, and the updates of an
     epoch.
 
@@ -123,74 +132,76 @@ def _settled(run: RunArguments, asked: Asked) -> tuple[Config, Plan, int]:
     and who computes linear layers, which each would measure for itself. Raises ConfigError where
     nothing can be pruned, or not so.
     """
-    config = settled(run.config, found_start(run.config))
+    config = with_init_normalization(run.config, load_init_weights(run.config))
     splits = load_splits(config.data)
     mean, std = config.views.mean or splits.mean, config.views.std or splits.std
     config = config.replace(views={"mean": mean, "std": std})
-    if config.run.linear == "auto":
-        linear = _known_linear(run.out) or choose_linear(config.run, create_accelerator(config.run))
-        config = config.replace(run={"linear": linear})
+    if config.run.linear_backend == "auto":
+        linear = _known_linear(run.out) or resolve_linear_backend(
+            config.run, create_accelerator(config.run)
+        )
+        config = config.replace(run={"linear_backend": linear})
     updates = updates_of_epoch(len(splits.train.labels), config.optim.batch_size)
     plan = plan_of(asked, config, updates=updates)
     if plan.rewind >= config.optim.epochs * updates:
         raise ConfigError(
-            f"--rewind: goes back to update {plan.rewind}, and a run has "
+            f"--rewind-epoch: goes back to update {plan.rewind}, and a run has "
             f"{config.optim.epochs * updates}"
         )
     weights = prunable(create_network(config.student, len(splits.class_names)))
     if not weights:
         raise ConfigError(f"student.name = {config.student.name!r}: none of its weights can go")
-    prune_in(plan.scope)(weights, dense(weights), plan.densities[0])  # refuses what does not fit
+    prune_in(plan.scope)(weights, all_ones(weights), plan.densities[0])  # refuses what does not fit
     return config, plan, updates
 
 
 def _runs(
-    plan: Plan, run: RunArguments, base: Config, seeds: tuple[int, ...]
-) -> tuple[Ground, list[Planned], list[Ticket]]:
+    plan: LotteryPlan, run: RunArguments, base: Config, seeds: tuple[int, ...]
+) -> tuple[BaseRuns, list[RunSpec], list[LotteryRun]]:
     """The teachers and the runs of all seeds. Raises ConfigError and DataError."""
     first = run.config.replace(run={"seed": seeds[0]})
-    ground = Ground(run, first, run.out, arms=[first])
+    ground = BaseRuns(run, first, run.out, arms=[first])
     # What it starts from has to be there: it says how images are normalised in all runs.
-    laid = ground.laid(base.replace(start={"source": None}))
-    laid = laid.replace(start={"source": base.start.source})
-    below = [Planned(name, config, run.out / slug(name)) for name, config in ground.runs.items()]
+    laid = ground.with_local_paths(base.replace(init={"weights": None}))
+    laid = laid.replace(init={"weights": base.init.weights})
+    below = [RunSpec(name, config, run.out / slugify(name)) for name, config in ground.runs.items()]
     for one in below:
-        check_ground(one)
-    check_there(laid, {str(one.out) for one in below})
-    found = [one for seed in seeds for one in tickets_of(plan, laid, seed, run.out)]
+        check_base_run(one)
+    check_inputs_exist(laid, {str(one.out) for one in below})
+    found = [one for seed in seeds for one in lottery_runs(plan, laid, seed, run.out)]
     found = [one._replace(run=_as_begun(one.run)) for one in found]
     return ground, below, found
 
 
-def _as_begun(run: Planned) -> Planned:
+def _as_begun(run: RunSpec) -> RunSpec:
     """A run with the start and the masks by the paths with which it was begun: from another
     directory, or after a move, they are spelled otherwise. (A run that goes on reads neither.)"""
-    if not checkpoint.found(run.out) or not (run.out / checkpoint.CONFIG).is_file():
+    if not checkpoint.list_checkpoints(run.out) or not (run.out / checkpoint.CONFIG).is_file():
         return run
-    before, now = load(run.out / checkpoint.CONFIG).start, run.config.start
+    before, now = load_config(run.out / checkpoint.CONFIG).init, run.config.init
     kept = {
         leaf: getattr(before, leaf)
-        for leaf in ("source", "masks")
+        for leaf in ("weights", "pruning_masks")
         if Path(getattr(before, leaf) or "").name == Path(getattr(now, leaf) or "").name
     }
-    return run._replace(config=run.config.replace(start=kept))
+    return run._replace(config=run.config.replace(init=kept))
 
 
-def _announce(plan: Plan, base: Config, found: list[Ticket], updates: int) -> None:
+def _announce(plan: LotteryPlan, base: Config, found: list[LotteryRun], updates: int) -> None:
     """What it will cost, before anything is trained."""
     sparse = ", ".join(f"{100 * (1 - density):.1f}" for density in plan.densities)
-    say(f"levels    {sparse} % of the prunable weights gone (scope {plan.scope})")
+    info(f"levels    {sparse} % of the prunable weights gone (scope {plan.scope})")
     epoch = f" (epoch {plan.rewind / updates:g})" if plan.rewind else ""
-    say(f"rewind    to the weights, schedule, order and views of update {plan.rewind}{epoch}")
+    info(f"rewind    to the weights, schedule, order and views of update {plan.rewind}{epoch}")
     left = len(unfinished([one.run for one in found]))
-    say(
+    info(
         f"runs      {len(found)} of {base.optim.epochs} epochs, {len(found) - left} of them "
         "finished; each level waits for the one before"
     )
-    say(f"time      {_time([one.run for one in found], updates)}")
+    info(f"time      {_time([one.run for one in found], updates)}")
 
 
-def _tell_unasked(out: Path, found: list[Ticket]) -> None:
+def _warn_of_ignored_runs(out: Path, found: list[LotteryRun]) -> None:
     """Runs that are there and not in these results: fewer levels, controls or seeds were named."""
     asked = {ticket.run.out for ticket in found}
     there = {file.parent for file in out.glob(f"seed-*/*/{checkpoint.RESULT}")} - asked
@@ -201,38 +212,39 @@ def _tell_unasked(out: Path, found: list[Ticket]) -> None:
         )
 
 
-def _time(runs: list[Planned], updates: int) -> str:
+def _time(runs: list[RunSpec], updates: int) -> str:
     """How many updates are left, without the teachers', and how long they will take, as far as runs
     that are finished tell. updates: of an epoch."""
     left = sum(
-        one.config.optim.epochs * updates - max(one.config.start.update, _made(one))
+        one.config.optim.epochs * updates - max(one.config.init.start_step, _num_steps_done(one))
         for one in unfinished(runs)
     )
-    ended = [result for one in runs if (result := checkpoint.result_of(one.out)) is not None]
+    ended = [result for one in runs if (result := checkpoint.read_result(one.out)) is not None]
     made = sum(result["samples_seen"] for result in ended) / runs[0].config.optim.batch_size
     if not left or not made:
         later = "; how long they take is told once a run is finished"
         return f"{left:,} updates, teachers' aside{later if left else ''}"
     each = sum(result["seconds"] for result in ended) / made
     return (
-        f"{left:,} updates, teachers' aside; {clock(left * each)} one run after another, if each "
+        f"{left:,} updates, teachers' aside; {format_duration(left * each)} one run after another, "
+        "if each "
         f"takes {each:.3g} s as in the runs that are finished"
     )
 
 
-def _made(run: Planned) -> int:
+def _num_steps_done(run: RunSpec) -> int:
     """The updates of which a run has a checkpoint."""
-    return max((step for step, _ in checkpoint.found(run.out)), default=0)
+    return max((step for step, _ in checkpoint.list_checkpoints(run.out)), default=0)
 
 
-def _list(plan: Plan, below: list[Planned], found: list[Ticket]) -> None:
+def _list(plan: LotteryPlan, below: list[RunSpec], found: list[LotteryRun]) -> None:
     rows = [("teacher or start", "", one.name, str(one.out)) for one in below]
     rows += [(one.kind, _sparsity(one, plan), str(one.seed), str(one.run.out)) for one in found]
     title = "dry run: nothing is trained or written"
     table(title, ("", "sparsity %", "seed", "folder"), rows, text=True)
 
 
-def _sparsity(ticket: Ticket, plan: Plan) -> str:
+def _sparsity(ticket: LotteryRun, plan: LotteryPlan) -> str:
     """In %, with as many digits as tell the levels apart."""
     for digits in range(1, 9):
         told = [f"{100 * (1 - density):.{digits}f}" for density in (1.0, *plan.densities)]
@@ -241,46 +253,48 @@ def _sparsity(ticket: Ticket, plan: Plan) -> str:
     return told[ticket.level]
 
 
-def _point(ticket: Ticket, plan: Plan) -> Point:
+def _point(ticket: LotteryRun, plan: LotteryPlan) -> Point:
     """A run as a point of a sweep over its kind and sparsity."""
     sparsity = _sparsity(ticket, plan)
     name = DENSE if ticket.kind == DENSE else f"{ticket.kind}, {sparsity} %"
     return Point(name, {"run": ticket.kind, "sparsity %": sparsity}, ticket.run.config)
 
 
-def _train(plan: Plan, work: Work, found: list[Ticket], *, at_once: int, retries: int) -> Mishaps:
+def _train(
+    plan: LotteryPlan, work: SweepPlan, found: list[LotteryRun], *, parallel: int, retries: int
+) -> SweepFailures:
     """Train level by level, of all seeds together, each with its controls; a level that fails bars
     those behind it, of its seed."""
-    finished, mishaps = Finished(), Mishaps([], {})
-    finished.check([*work.below, *work.runs])
+    finished, mishaps = FinishedRunChecker(), SweepFailures([], {})
+    finished.check([*work.base_runs, *work.runs])
     taught = {run.out: run for run in work.runs}
-    progress = Progress(len(unfinished(work.below)) + len(unfinished(work.runs)))
+    progress = RunProgress(len(unfinished(work.base_runs)) + len(unfinished(work.runs)))
     told: set[str] = set()  # the stores that are complete
     for level in range(len(plan.densities) + 1):
         ready = []
         for ticket in (one for one in found if one.level == level):
-            reason = _lacking(ticket, mishaps)
+            reason = _missing_input(ticket, mishaps)
             if reason is None:
-                reason = _masked(ticket, plan, mishaps)
+                reason = _write_masks_or_reason(ticket, plan, mishaps)
             if reason is None:
                 ready.append(taught[ticket.run.out])
             else:
                 progress.total -= 1
         stores = [store for store in work.stores if str(store.path) not in told]
-        told |= {target for run in unfinished(ready) for target in run.config.teacher.targets}
+        told |= {target for run in unfinished(ready) for target in run.config.teacher.target_stores}
         now = train_all(
             work._replace(runs=ready, stores=stores),
             finished=finished,
-            at_once=at_once,
+            parallel=parallel,
             retries=retries,
             progress=progress,
         )
         mishaps.failed.extend(now.failed)
-        mishaps.barred.update(now.barred)
+        mishaps.blocked.update(now.blocked)
     return mishaps
 
 
-def _lacking(ticket: Ticket, mishaps: Mishaps) -> str | None:
+def _missing_input(ticket: LotteryRun, mishaps: SweepFailures) -> str | None:
     """What a run needs and does not have; noted. None where nothing is lacking. Of a control that
     is the ticket's masks, too."""
     if ticket.level == 0:
@@ -291,28 +305,30 @@ def _lacking(ticket: Ticket, mishaps: Mishaps) -> str | None:
         needed = own
     if needed not in mishaps.reasons():
         return None
-    mishaps.barred[ticket.run.out] = f"needs {needed}, which is not there"
-    return mishaps.barred[ticket.run.out]
+    mishaps.blocked[ticket.run.out] = f"needs {needed}, which is not there"
+    return mishaps.blocked[ticket.run.out]
 
 
-def _masked(ticket: Ticket, plan: Plan, mishaps: Mishaps) -> str | None:
+def _write_masks_or_reason(
+    ticket: LotteryRun, plan: LotteryPlan, mishaps: SweepFailures
+) -> str | None:
     """Write the masks of a run; the reason where they cannot be, noted."""
     try:
         write_masks(ticket, plan)
     except DeitError as error:
         log = ticket.run.out.with_name(f"{ticket.run.out.name}.log")
-        mishaps.failed.append(Failed(ticket.run, error.exit_code, str(error), log))
+        mishaps.failed.append(FailedRun(ticket.run, error.exit_code, str(error), log))
         return str(error)
     return None
 
 
 def _result(
-    asked: Asked,
-    plan: Plan,
+    asked: LotteryOptions,
+    plan: LotteryPlan,
     run: RunArguments,
-    work: Work,
-    mishaps: Mishaps,
-    found: list[Ticket],
+    work: SweepPlan,
+    mishaps: SweepFailures,
+    found: list[LotteryRun],
     arguments: list[str],
 ) -> dict[str, Any]:
     """What results.json holds: that of a sweep over kind and sparsity, with the facts of the masks
@@ -321,11 +337,11 @@ def _result(
     for one in found:
         rows[_point(one, plan).name]["level"] = one.level
     masks = {
-        _point(one, plan).name: facts_of_masks(one)
+        _point(one, plan).name: mask_report(one)
         for one in found
         if one.seed == found[0].seed
         and one.kind in (DENSE, TICKET)
-        and checkpoint.result_of(one.run.out) is not None
+        and checkpoint.read_result(one.run.out) is not None
     }
     return {
         "sweep": NAME,
@@ -347,7 +363,7 @@ def _result(
             "matching": matching(rows, asked.tolerance),
             "masks": masks,
         },
-        "command": f"deit tickets {shlex.join(arguments)}",
+        "command": f"deit lottery {shlex.join(arguments)}",
         "environment": environment_of(rows),
     }
 
@@ -355,4 +371,4 @@ def _result(
 def _print(result: dict[str, Any]) -> None:
     print_rows(result)
     table(f"what is left, seed {result['seeds'][0]}", mask_columns(), mask_cells(result))
-    say(matching_line(result))
+    info(matching_line(result))

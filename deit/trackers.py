@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 
 from deit.config import Config, to_dict
-from deit.console import say, warn
-from deit.disk import put_first
-from deit.errors import EnvironmentFault, reason_of
+from deit.console import info, warn
+from deit.disk import write_once
+from deit.errors import SystemFault, first_line
 from deit.inputs import read_text
 
 PROJECT = "deit"
@@ -28,7 +28,7 @@ def check_trackers(config: Config) -> None:
     without a word. Raises EnvironmentFault."""
     for name in config.run.trackers:
         if find_spec(name) is None:
-            raise EnvironmentFault(
+            raise SystemFault(
                 f"run.trackers {name}: the package is missing; pip install {name}, or leave it out "
                 "(metrics.jsonl in the run folder has everything)"
             )
@@ -55,11 +55,11 @@ def tracked(accelerator: Accelerator, config: Config, out: Path) -> Iterator[Non
         try:
             accelerator.init_trackers(PROJECT, told, settings)
         except Exception as error:  # each library raises its own, for keys, servers and disks
-            raise EnvironmentFault(f"run.trackers {', '.join(names)}: {reason_of(error)}") from None
+            raise SystemFault(f"run.trackers {', '.join(names)}: {first_line(error)}") from None
         for tracker in accelerator.trackers:
             if tracker.name == "mlflow" and accelerator.is_main_process:
                 (folder / _MLFLOW).write_text(tracker.tracker.info.run_id, encoding="utf-8")
-        say(f"trackers  {', '.join(_where(name, folder) for name in names)}")
+        info(f"trackers  {', '.join(_where(name, folder) for name in names)}")
     try:
         yield
     finally:
@@ -67,7 +67,7 @@ def tracked(accelerator: Accelerator, config: Config, out: Path) -> Iterator[Non
             try:
                 tracker.finish()
             except Exception as error:
-                warn(f"the tracker {tracker.name} did not end well: {reason_of(error)}")
+                warn(f"the tracker {tracker.name} did not end well: {first_line(error)}")
         accelerator.trackers = []
 
 
@@ -87,7 +87,7 @@ def track(accelerator: Accelerator, row: dict[str, Any]) -> None:
         try:
             tracker.log(values, step=row["step"])
         except Exception as error:
-            warn(f"the tracker {tracker.name} failed and is left alone now: {reason_of(error)}")
+            warn(f"the tracker {tracker.name} failed and is left alone now: {first_line(error)}")
             accelerator.trackers.remove(tracker)
 
 
@@ -108,7 +108,7 @@ def _settings(out: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """What trackers take at their start: a run is called by its folder, and a resumed one goes on
     as the same run."""
     name = out.resolve().name
-    put_first(folder / _OURS, uuid.uuid4().hex.encode())
+    write_once(folder / _OURS, uuid.uuid4().hex.encode())
     known = read_text(folder / _OURS)
     return {
         "wandb": {"name": name, "dir": str(folder), "id": known, "resume": "allow"},

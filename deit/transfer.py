@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def sent(values: Tensor, device: torch.device) -> Tensor:
+def to_device_async(values: Tensor, device: torch.device) -> Tensor:
     """Values of the CPU on a device. To a GPU by pinned memory, behind what is queued there: an
     ordinary copy would wait until all of that is done."""
     if device.type != "cuda" or values.device.type != "cpu":
@@ -15,7 +15,9 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
 
 
 @cache
-def constant(values: tuple, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def device_constant(
+    values: tuple, device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
     """Numbers (a tuple of them, or of such tuples) on a device, sent there once; not to be written
     to."""
     with torch.inference_mode(False):  # whoever asks first: it may be needed for a gradient

@@ -8,19 +8,27 @@ from deit.config import (
     Config,
     OptimConfig,
     StudentConfig,
-    heads_in,
     is_transformer,
+    num_heads,
     peak_lr,
     width_of,
 )
 from deit.hyper_rule import hyper_rule
-from deit.presets import AUGMENTATIONS, OBJECTIVES
+from deit.presets import AUGMENTATIONS, LOSS_PRESETS
 
-_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "block_heads", "block_hidden", "share")
-_ADAPTERS = ("adapters", "adapter_width", "adapter_scale")
+_SHAPE = (
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "heads_per_block",
+    "mlp_hidden_per_block",
+    "shared_block_size",
+)
+_ADAPTERS = ("adapters", "adapter_dim", "adapter_scale")
 
 
-def begin_from(
+def with_init(
     config: Config, source: str, student: StudentConfig | None, *, heads_known: bool = True
 ) -> Config:
     """The configuration with a start, and its network.
@@ -37,13 +45,13 @@ def begin_from(
         taken = _SHAPE if student.adapters == "none" else (*_SHAPE, *_ADAPTERS)
         shape = {name: getattr(student, name) for name in taken}
         if not heads_known and width_of(own) == width_of(student):
-            shape["num_heads"] = heads_in(own)
+            shape["num_heads"] = num_heads(own)
         own = replace(own, name=f"{kind}_{size}", **shape)
     elif student is not None:
         kept = {name: getattr(own, name) for name in ("image_size", "drop_path", "dropout")}
         own = replace(student, **kept)
-    start = {"source": source, "masks": "keep", "update": 0}
-    return config.replace(student=own, start=start, run={"keep_updates": ()})
+    init = {"weights": source, "pruning_masks": "keep", "start_step": 0}
+    return config.replace(student=own, init=init, run={"keep_steps": ()})
 
 
 def at_resolution(config: Config, side: int) -> Config:
@@ -70,7 +78,9 @@ def deit(config: Config) -> Config:
 def deit3(config: Config) -> Config:
     """DeiT III's schedule at a higher resolution (its README): 20 epochs at a constant 1e-5 for a
     batch of 512, RandAugment, no repeats."""
-    config = config.replace(views={"policy": "randaugment", "color_jitter": 0.3, "repeats": 1})
+    config = config.replace(
+        views={"auto_augment": "randaugment", "color_jitter": 0.3, "aug_repeats": 1}
+    )
     return _constant(config, lr=1e-5, epochs=20, batch_size=512, weight_decay=0.1)
 
 
@@ -78,25 +88,25 @@ def short(config: Config) -> Config:
     """A third of the epochs by the run's own schedule, for small runs of one's own: DeiT's learning
     rate would move nothing there, and a constant tenth leaves 16 px digits three points behind
     (docs/log.md)."""
-    config = _lasting(config, max(round(config.optim.epochs / 3), 1))
+    config = _with_epochs_and_horizons(config, max(round(config.optim.epochs / 3), 1))
     warmup = min(config.optim.warmup_epochs, config.optim.epochs / 6)
     return config.replace(optim={"warmup_epochs": warmup})
 
 
-def in_epochs(config: Config, epochs: int | None) -> Config:
+def with_epochs(config: Config, epochs: int | None) -> Config:
     """A configuration by a schedule in another number of epochs: its warm-up in proportion, the
     average's horizon and the growth of the teacher's term half of them at most. None, or a number
     that can be none: as it is."""
     if epochs is None or epochs < 1:
         return config
     warmup = config.optim.warmup_epochs * epochs / config.optim.epochs
-    return _lasting(config, epochs).replace(optim={"warmup_epochs": warmup})
+    return _with_epochs_and_horizons(config, epochs).replace(optim={"warmup_epochs": warmup})
 
 
 def linear_probe(config: Config) -> Config:
     """The heads alone, on frozen features, by labels, with neither policy nor mixing."""
-    labels = OBJECTIVES["none"]
-    config = config.replace(views=AUGMENTATIONS["none"], optim={"trained": "heads"}, loss=labels)
+    labels = LOSS_PRESETS["none"]
+    config = config.replace(views=AUGMENTATIONS["none"], optim={"trainable": "heads"}, loss=labels)
     return config.replace(optim={"weight_decay": 0.0})
 
 
@@ -108,9 +118,9 @@ def convpass(config: Config) -> Config:
     if config.student.adapters == "none":
         config = config.replace(student={"adapters": "convpass"})
     config = short(config)
-    return _anew(
+    return _fresh_optimizer(
         config,
-        trained="adapters",
+        trainable="adapters",
         batch_size=config.optim.batch_size,
         lr=1e-3,
         min_lr=1e-5,
@@ -124,35 +134,37 @@ def int8(config: Config) -> Config:
     """Layers that round as the int8 file of `deit quantize` does, all of them trained; a third of
     the epochs, at less than a third of the run's own learning rate, which falls to a tenth of that
     by a cosine, whatever the run's own does."""
-    config = short(config.replace(student={"rounding": "int8"}))
-    config = config.replace(optim={"trained": "all", "lr": 0.3 * config.optim.lr, "decay_at": ()})
+    config = short(config.replace(student={"qat": "int8"}))
+    config = config.replace(
+        optim={"trainable": "all", "lr": 0.3 * config.optim.lr, "lr_milestones": ()}
+    )
     end = peak_lr(config.optim) / 10
     return config.replace(optim={"min_lr": end, "warmup_lr": end})
 
 
-def _lasting(config: Config, epochs: int) -> Config:
+def _with_epochs_and_horizons(config: Config, epochs: int) -> Config:
     """The configuration with so many epochs, of which the average's horizon and the growth of the
     teacher's term take half at most."""
-    growth = min(config.loss.distillation_warmup, epochs / 2)
+    growth = min(config.loss.distillation_warmup_epochs, epochs / 2)
     horizon = min(config.optim.ema_epochs, epochs / 2)
     optim = {"epochs": epochs, "ema_epochs": horizon}
-    return config.replace(loss={"distillation_warmup": growth}, optim=optim)
+    return config.replace(loss={"distillation_warmup_epochs": growth}, optim=optim)
 
 
-def _anew(config: Config, **fields: Any) -> Config:
+def _fresh_optimizer(config: Config, **fields: Any) -> Config:
     """The configuration with AdamW and a schedule of these fields, in as many epochs: of another
     optimizer, a staircase or decays by layer nothing stays. lr is taken as it stands."""
-    kept = ("trained", "accumulate", "clip_norm", "epochs", "ema_epochs")
+    kept = ("trainable", "grad_accum_steps", "clip_grad_norm", "epochs", "ema_epochs")
     own = {name: getattr(config.optim, name) for name in kept}
-    return config.replace(optim=OptimConfig(**{"lr_reference_batch": None, **own, **fields}))
+    return config.replace(optim=OptimConfig(**{"lr_base_batch_size": None, **own, **fields}))
 
 
 def _constant(
     config: Config, *, lr: float, epochs: int, batch_size: int, weight_decay: float
 ) -> Config:
     """A learning rate that stays, after at most five epochs (a sixth of them) of warm-up."""
-    return _anew(
-        _lasting(config, epochs),
+    return _fresh_optimizer(
+        _with_epochs_and_horizons(config, epochs),
         lr=lr,
         min_lr=lr,
         warmup_lr=lr / 5,
@@ -162,7 +174,7 @@ def _constant(
     )
 
 
-TUNING: dict[str, Callable[[Config], Config]] = {
+FINETUNE_SCHEDULES: dict[str, Callable[[Config], Config]] = {
     "deit": deit,
     "deit3": deit3,
     "short": short,
@@ -171,5 +183,5 @@ TUNING: dict[str, Callable[[Config], Config]] = {
     "int8": int8,
 }
 """Schedules of fine-tuning by name: configuration -> configuration."""
-SIZED: dict[str, Callable[..., Config]] = {"bit": hyper_rule}
+DATA_SIZED_SCHEDULES: dict[str, Callable[..., Config]] = {"bit": hyper_rule}
 """Those that depend on the number of training images, which they are told as `images`."""

@@ -12,13 +12,13 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from deit.disk import write_json
-from deit.errors import CheckpointError, NotReadableError, reason_of
+from deit.errors import CheckpointError, NotReadableError, first_line
 from deit.inputs import read_bytes
 
-Kind = TypeVar("Kind")
+T = TypeVar("Kind")
 
 
-def strict_json(text: str | bytes) -> Any:
+def parse_strict_json(text: str | bytes) -> Any:
     """JSON, and not what Python's reader takes for it: no key twice, neither NaN nor Infinity.
 
     Raises ValueError, also where it is nested too deep.
@@ -41,7 +41,7 @@ def strict_json(text: str | bytes) -> Any:
 
 
 @functools.cache
-def _adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
     """What checks the types of such a dataclass; slow to make."""
     return TypeAdapter(kind)
 
@@ -54,12 +54,12 @@ def values_of(path: Path) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: not as it was written ({type(error).__name__}: {reason_of(error)}; "
+            f"{path}: not as it was written ({type(error).__name__}: {first_line(error)}; "
             "--debug shows where)"
         ) from error
 
 
-def read_typed(path: Path, kind: type[Kind]) -> Kind:
+def load_json_as(path: Path, kind: type[T]) -> T:
     """The file as an instance of a dataclass: every field of its type, none missing or unknown.
 
     Raises CheckpointError naming the file and the field, NotReadableError among them;
@@ -75,7 +75,7 @@ def read_typed(path: Path, kind: type[Kind]) -> Kind:
         raise CheckpointError(f"{path}: {_first_of(error)}") from None
 
 
-def as_typed(path: Path, value: Any, kind: type[Kind]) -> Kind:
+def as_typed(path: Path, value: Any, kind: type[T]) -> T:
     """The same of a value that was read from a file already. Raises CheckpointError."""
     try:
         return _adapter(kind).validate_json(json.dumps(value), strict=True)
@@ -96,14 +96,14 @@ def write_sealed(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def read_sealed(path: Path, kind: type[Kind]) -> Kind | None:
+def read_sealed(path: Path, kind: type[T]) -> T | None:
     """What `write_sealed` wrote, as an instance of a dataclass or type; None where the file is not
     there, damaged, edited or of another release: whoever asks makes it again. Raises
     NotReadableError and EnvironmentFault."""
     if not path.is_file():
         return None
     try:
-        found = read_typed(path, _Sealed)
+        found = load_json_as(path, _Sealed)
         if digest_of_value(found.value) == found.sha256:
             return as_typed(path, found.value, kind)
     except NotReadableError:

@@ -10,13 +10,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from deit.checks import CHECKS, ONLINE_CHECKS
+from deit.checks import CHECKS, LIVE_TEACHER_CHECKS
 from deit.config import Config, to_dict
 from deit.disk import ENVIRONMENT, RESUMED
 from deit.errors import NO_VALUE, ConfigError, ConfigProblem, NotReadableError
 from deit.inputs import read_bytes, read_text
 from deit.text import in_line, name_trouble, nearest
-from deit.typed_json import strict_json
+from deit.typed_json import parse_strict_json
 
 
 def field_names() -> list[str]:
@@ -28,8 +28,8 @@ def field_names() -> list[str]:
     ]
 
 
-def build(
-    values: dict[str, Any], extra: typing.Iterable[ConfigProblem] = (), *, online: bool = True
+def config_from_dict(
+    values: dict[str, Any], extra: typing.Iterable[ConfigProblem] = (), *, live_teacher: bool = True
 ) -> Config:
     """A checked configuration from nested values (text from a command line is converted).
 
@@ -66,7 +66,7 @@ def build(
                 if isinstance(one, int) and abs(one) >= LIMIT:
                     problems.append(ConfigProblem(f"{section}.{leaf}", one, "should be below 2^63"))
                     broken.add(section)
-    for check, sections in {**CHECKS, **(ONLINE_CHECKS if online else {})}.items():
+    for check, sections in {**CHECKS, **(LIVE_TEACHER_CHECKS if live_teacher else {})}.items():
         if not sections & broken:
             problems += check(config)
     if problems:
@@ -84,23 +84,23 @@ def _adapter() -> TypeAdapter[Config]:
     return TypeAdapter(Config)
 
 
-def validate(config: Config, *, online: bool = True) -> Config:
+def validate(config: Config, *, live_teacher: bool = True) -> Config:
     """The same configuration, checked as `build` does. Raises ConfigError naming every problem."""
-    return build(to_dict(config), online=online)
+    return config_from_dict(to_dict(config), live_teacher=live_teacher)
 
 
-def load(path: Path) -> Config:
+def load_config(path: Path) -> Config:
     """A configuration from the config.json of a run. Relative paths in it that lead nowhere from
     here are taken from where the run was started. Raises ConfigError."""
     try:
-        values = strict_json(read_text(path))
+        values = parse_strict_json(read_text(path))
     except PermissionError as error:
         raise NotReadableError(f"{path}: {error.strerror}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable configuration ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a JSON object of sections")
-    return _from_here(build(values), path.parent)
+    return _from_here(config_from_dict(values), path.parent)
 
 
 def started_in(run: Path, record: str) -> Path | None:
@@ -108,7 +108,7 @@ def started_in(run: Path, record: str) -> Path | None:
     of a resumed run, which holds the path from the run's folder, so that both may be moved
     together. None where it does not say."""
     try:
-        found = strict_json(read_bytes(run / record))["directory"]
+        found = parse_strict_json(read_bytes(run / record))["directory"]
         return (run.resolve() / found).resolve()
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -136,15 +136,15 @@ def _from_here(config: Config, run: Path) -> Config:
         if isinstance(value, str):
             sections.setdefault(section, {})[leaf] = found(value)
         elif isinstance(value, tuple):
-            lists = field in ("data.classes", "data.held_out")  # where only @FILE is a path
+            lists = field in ("data.classes", "data.unseen_classes")  # where only @FILE is a path
             kept = tuple(one if lists and one[:1] != "@" else found(one) for one in value)
             sections.setdefault(section, {})[leaf] = kept
     return config.replace(**sections)
 
 
 _PATHS = (
-    *("data.root", "data.quarantine", "data.classes", "data.held_out"),
-    *("start.source", "start.masks", "teacher.source", "teacher.targets"),
+    *("data.root", "data.exclude_list", "data.classes", "data.unseen_classes"),
+    *("init.weights", "init.pruning_masks", "teacher.source", "teacher.target_stores"),
 )
 """Fields that may hold paths."""
 

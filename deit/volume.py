@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deit.console import Watch
+from deit.console import ProgressFn
 from deit.errors import ConfigError
 from deit.keys import Keys, normal
 
 
 @dataclass(frozen=True)
-class Volume:
+class BasinVolume:
     """How large the region around a point is where a function stays below a threshold.
 
     The region is what can be seen from the point: on each ray up to the first crossing. Compare
@@ -54,8 +54,8 @@ def basin_volume(
     seed: int = 0,
     scales: Tensor | None = None,
     tolerance: float = 0.01,
-    watch: Watch = iter,
-) -> Volume:
+    watch: ProgressFn = iter,
+) -> BasinVolume:
     """Volume of the region around a point where value < value(point) + rise, by random rays.
 
     V = omega_n mean(r^n) over directions uniform on the sphere, omega_n the volume of the unit ball
@@ -91,7 +91,7 @@ def basin_volume(
     logs = torch.tensor(log_radii, dtype=torch.float64)
     jacobian = scales[scales != 0].double().log().sum().item()
     log_volume, effective = log_mean_volume(logs, size)
-    return Volume(
+    return BasinVolume(
         size=size,
         value=here,
         threshold=threshold,

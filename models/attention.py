@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deit.errors import ConfigError
 
 
-class Looks(NamedTuple):
+class AttentionMaps(NamedTuple):
     """Attention rolled out from the last block to the image.
 
     maps: float32 [batch, tokens, side, side]: how much each prefix token (the class token, then the
@@ -26,7 +26,7 @@ class Looks(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(network: nn.Module, images: Tensor) -> Looks:
+def rollout(network: nn.Module, images: Tensor) -> AttentionMaps:
     """Attention rollout (Abnar and Zuidema 2020, section 3): the product over the blocks of half
     the attention, mean over its heads, and half the identity for the residual path.
 
@@ -45,7 +45,7 @@ def rollout(network: nn.Module, images: Tensor) -> Looks:
     patches = rolled[:, :prefix, prefix:]
     side = round(patches.shape[-1] ** 0.5)
     maps = rearrange(patches, "b t (h w) -> b t h w", h=side)
-    return Looks(maps.float().cpu(), _token_names(network))
+    return AttentionMaps(maps.float().cpu(), _token_names(network))
 
 
 def _token_names(network: nn.Module) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ def check_attention(network: nn.Module) -> None:
     ):
         raise ConfigError(
             f"{type(network).__name__} has no tokens whose attention could be shown; it takes a "
-            "deit_* or vit_*, whose heads are not mixed (student.share 1)"
+            "deit_* or vit_*, whose heads are not mixed (student.shared_block_size 1)"
         )
 
 

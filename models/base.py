@@ -10,10 +10,10 @@ from typing import Protocol, TypeVar
 from pydantic import ConfigDict
 from torch import Tensor
 
-from deit.config import Kernel
+from deit.config import PosEmbedKernel
 from deit.errors import CheckpointError
 from deit.models.weights import digest_of
-from deit.typed_json import read_typed
+from deit.typed_json import load_json_as
 
 BASE = "base.json"
 
@@ -26,44 +26,44 @@ Found = TypeVar("Found", bound=_Weights)
 
 
 @dataclass(frozen=True)
-class Base:
+class AdapterBase:
     """What a student with adapters started from.
 
-    source: as start.source, a path in full. beside: the same path from the run's folder; None for a
+    source: as init.weights, a path in full. beside: the same path from the run's folder; None for a
     name of timm's. weights: SHA-256 of the tensors (deit.models.weights.digest_of). kernel: how
     their position embedding is resized.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     source: str
-    beside: str | None
+    relative_path: str | None
     weights: str
-    kernel: Kernel
+    kernel: PosEmbedKernel
 
 
-def base_of(source: str, weights: str, kernel: Kernel, *, out: Path) -> Base:
+def base_of(source: str, weights: str, kernel: PosEmbedKernel, *, out: Path) -> AdapterBase:
     """The base of a run in the folder `out`."""
     path = Path(source).expanduser()
     if not path.exists():
-        return Base(source, None, weights, kernel)
+        return AdapterBase(source, None, weights, kernel)
     beside = os.path.relpath(path.resolve(), out.resolve())
-    return Base(str(path.absolute()), beside, weights, kernel)
+    return AdapterBase(str(path.absolute()), beside, weights, kernel)
 
 
-def save_base(folder: Path, base: Base) -> None:
+def save_base(folder: Path, base: AdapterBase) -> None:
     """Write what saved adapters belong to, into the folder of their weights."""
     (folder / BASE).write_text(json.dumps(asdict(base), indent=1) + "\n", encoding="utf-8")
 
 
-def read_base(folder: Path) -> Base | None:
+def read_base(folder: Path) -> AdapterBase | None:
     """What the saved adapters in a folder belong to; None where the weights are whole.
 
     Raises CheckpointError.
     """
-    return read_typed(folder / BASE, Base) if (folder / BASE).is_file() else None
+    return load_json_as(folder / BASE, AdapterBase) if (folder / BASE).is_file() else None
 
 
-def find_base(folder: Path, base: Base, find: Callable[[str], Found]) -> Found:
+def find_base(folder: Path, base: AdapterBase, find: Callable[[str], Found]) -> Found:
     """The weights of a base: beside the run as when it was trained, else where they were.
 
     folder: of a checkpoint. find: reads a source. Raises CheckpointError where they are gone,
@@ -86,10 +86,10 @@ def find_base(folder: Path, base: Base, find: Callable[[str], Found]) -> Found:
     )
 
 
-def _places(folder: Path, base: Base) -> list[str]:
+def _places(folder: Path, base: AdapterBase) -> list[str]:
     """Where a base may lie."""
-    if base.beside is None:
+    if base.relative_path is None:
         return [base.source]
     run = folder.resolve().parent
-    paths = (Path(os.path.normpath(run / base.beside)), Path(base.source))
+    paths = (Path(os.path.normpath(run / base.relative_path)), Path(base.source))
     return [str(path) for path in dict.fromkeys(paths) if path.exists()]

@@ -87,7 +87,7 @@ class ConvpassBlock(Block):
         return x if self.adapter2 is None else x + self.adapter2(normed)
 
 
-def adapt(
+def add_adapters(
     network: VisionTransformer, *, mlp: bool, hidden: int, scale: float, drop_path: float
 ) -> None:
     """Give every block of a ViT an adapter beside its attention, and with `mlp` one beside its MLP.

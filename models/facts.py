@@ -12,7 +12,7 @@ FACTS = "model.json"
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelInfo:
     """What a network needs beside its weights.
 
     mean, std: its normalisation, per channel in [0, 1].
@@ -27,7 +27,7 @@ class Facts:
     evaluation_crop: float
 
 
-def find_saved(folder: Path) -> Path | None:
+def find_saved_model(folder: Path) -> Path | None:
     """The folder itself where it holds a saved student, or the best of a run; None if neither."""
     for candidate in (folder, folder / "best"):
         if (candidate / FACTS).is_file() and (candidate / WEIGHTS).is_file():

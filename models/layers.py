@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from timm.models import group_parameters
 from torch import nn
 
-from deit.config import Trained
+from deit.config import TrainableSet
 from deit.errors import ConfigError
 from deit.models.convpass import adapters_of
 
 
-def heads_of(network: nn.Module) -> tuple[str, ...]:
+def classifier_names(network: nn.Module) -> tuple[str, ...]:
     """The names of the layers that answer with classes, the class head first: linear ones, or as
     in BiT's networks a convolution of one pixel.
 
@@ -28,7 +28,7 @@ def heads_of(network: nn.Module) -> tuple[str, ...]:
     )
 
 
-def trained_in(network: nn.Module, trained: Trained) -> set[str]:
+def trainable_parameters(network: nn.Module, trained: TrainableSet) -> set[str]:
     """The names of the parameters that are trained.
 
     heads: the class layers. attention: these and every attention (Touvron et al. 2022, "Three
@@ -38,16 +38,18 @@ def trained_in(network: nn.Module, trained: Trained) -> set[str]:
     names = [name for name, _ in network.named_parameters()]
     if trained == "all":
         return set(names)
-    heads = _prefixes(heads_of(network))
+    heads = _prefixes(classifier_names(network))
     if not heads:
-        raise ConfigError(f"optim.trained = {trained!r}: this network's head is not known by name")
+        raise ConfigError(
+            f"optim.trainable = {trained!r}: this network's head is not known by name"
+        )
     found = set()
     if trained == "attention":
         found = {name for name in names if ".attn." in name}
     elif trained == "adapters":
         found = {name for name in names if name.startswith(_prefixes(adapters_of(network)))}
     if trained != "heads" and not found:
-        raise ConfigError(f"optim.trained = {trained!r}: this network has none; use all or heads")
+        raise ConfigError(f"optim.trainable = {trained!r}: this network has none; use all or heads")
     return found | {name for name in names if name.startswith(heads)}
 
 
@@ -55,17 +57,17 @@ def _prefixes(modules: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"{name}." for name in modules)
 
 
-def hold_still(network: nn.Module, trained: Trained) -> None:
+def freeze_except(network: nn.Module, trained: TrainableSet) -> None:
     """Train a part of the network only, as `trained_in` says; the other parameters take no
     gradient. Raises ConfigError where a network has no such part."""
     if trained == "all":
         return  # and what a network itself holds still stays so
-    names = trained_in(network, trained)
+    names = trainable_parameters(network, trained)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in names)
 
 
-def depths_of(network: nn.Module) -> dict[str, int]:
+def layer_depths(network: nn.Module) -> dict[str, int]:
     """For each parameter the number of its layer, 0 the nearest to the image: tokens, patch and
     position embedding first, then block by block, the last norm with the last block, and heads.
 

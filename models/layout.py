@@ -18,18 +18,18 @@ _LONGEST_S = 2.0
 _PIXELS, _PIXELS_OF_A_CPU = 2**23, 2**19  # of the images shown, at most
 
 
-def lay(network: nn.Module, layout: MemoryFormat) -> None:
+def set_memory_format(network: nn.Module, layout: MemoryFormat) -> None:
     """Have the weights of a network's convolutions lie so; its images should lie likewise."""
     network.to(memory_format=LAYOUTS[layout])
 
 
-def laid(images: Tensor, layout: MemoryFormat) -> Tensor:
+def to_memory_format(images: Tensor, layout: MemoryFormat) -> Tensor:
     """Images [batch, channels, height, width] in this layout; the same values."""
     return images.contiguous(memory_format=LAYOUTS[layout])
 
 
 @torch.inference_mode()
-def faster_layout(network: nn.Module, images: Tensor) -> MemoryFormat:
+def fastest_memory_format(network: nn.Module, images: Tensor) -> MemoryFormat:
     """In which layout a network answers such images clearly faster, here and now; left in that one.
 
     Neither always is: with channels last a RegNetY takes from 0.7 to 2.5 times as long, by device,
@@ -45,7 +45,7 @@ def faster_layout(network: nn.Module, images: Tensor) -> MemoryFormat:
         best["channels_last"] = float("inf")
     faster = best["contiguous"] > max(_FASTER * best["channels_last"], _WORTH_S)
     chosen: MemoryFormat = "channels_last" if faster else "contiguous"
-    lay(network, chosen)
+    set_memory_format(network, chosen)
     return chosen
 
 
@@ -56,8 +56,8 @@ def _measure(network: nn.Module, images: Tensor, best: dict[MemoryFormat, float]
         if attempt > 2 and time.perf_counter() - begun > _LONGEST_S:
             return
         for layout in LAYOUTS:
-            lay(network, layout)
-            took = _seconds(network, laid(images, layout))
+            set_memory_format(network, layout)
+            took = _seconds(network, to_memory_format(images, layout))
             if attempt:  # the first of each plans and allocates
                 best[layout] = min(best[layout], took)
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from deit.errors import CheckpointError, ConfigError
-from deit.models.layers import heads_of
+from deit.models.layers import classifier_names
 from deit.models.weights import read_weights
 from deit.scopes import SCOPES, groups_of
-from deit.sharding import divided_like, own_part
+from deit.sharding import local_tensor, shard_like
 
 MASKS = "masks.safetensors"
 
@@ -32,7 +32,12 @@ def prunable(network: nn.Module) -> Weights:
     the heads. One that several layers share is there once. Tokens, positions, norms and biases are
     dense, and so are filters that are standardised before they are used: their zeros would be none.
     """
-    first_seen, heads, found, known = False, heads_of(network), dict[str, Tensor](), set[int]()
+    first_seen, heads, found, known = (
+        False,
+        classifier_names(network),
+        dict[str, Tensor](),
+        set[int](),
+    )
     for name, module in network.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d) or name in heads:
             continue
@@ -44,12 +49,12 @@ def prunable(network: nn.Module) -> Weights:
     return found
 
 
-def dense(weights: Weights) -> Masks:
+def all_ones(weights: Weights) -> Masks:
     """Masks that keep every weight."""
     return {name: torch.ones_like(one, dtype=torch.bool) for name, one in weights.items()}
 
 
-def kept_in(masks: Masks) -> int:
+def num_kept(masks: Masks) -> int:
     """How many weights are kept."""
     return sum(int(mask.sum()) for mask in masks.values())
 
@@ -57,8 +62,8 @@ def kept_in(masks: Masks) -> int:
 def keep_largest(scores: Weights, masks: Masks, number: int) -> Masks:
     """Of all kept weights together exactly `number`, those of the largest scores; of equal ones
     those that come first in the order of the masks. Raises ValueError where fewer are there."""
-    if not 0 <= number <= kept_in(masks):
-        raise ValueError(f"{number} of {kept_in(masks)} weights")
+    if not 0 <= number <= num_kept(masks):
+        raise ValueError(f"{number} of {num_kept(masks)} weights")
     ranked = torch.cat(
         [scores[name].masked_fill(~mask, -torch.inf).flatten() for name, mask in masks.items()]
     )
@@ -122,9 +127,9 @@ def random_like(masks: Masks, scope: str, *, seed: int) -> Masks:
         # float64: of float32 many would be equal.
         scores = {name: torch.rand(mask.shape, generator=drawn, dtype=torch.float64)}
         if groups_of(scope) is None:
-            found |= keep_largest(scores, dense(scores), int(mask.sum()))
+            found |= keep_largest(scores, all_ones(scores), int(mask.sum()))
         else:
-            found |= prune_in(scope)(scores, dense(scores), int(mask.sum()) / mask.numel())
+            found |= prune_in(scope)(scores, all_ones(scores), int(mask.sum()) / mask.numel())
     return found
 
 
@@ -156,14 +161,14 @@ def apply(masks: Masks, network: nn.Module) -> None:
         parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
 
 
-def holds(masks: Masks, weights: Weights) -> bool:
+def is_masked(masks: Masks, weights: Weights) -> bool:
     """Whether every weight that is not kept is zero."""
     return not any(
         weights[name][~mask.to(weights[name].device)].any() for name, mask in masks.items()
     )
 
 
-class Held:
+class PruningMasks:
     """Masks that hold while a network is trained.
 
     Where a gradient is zero from the first update on, so are AdamW's moments and momentum, decay
@@ -178,7 +183,7 @@ class Held:
         self._pairs = [
             (
                 parameters[name],
-                own_part(divided_like(mask.to(parameters[name].device), parameters[name])),
+                local_tensor(shard_like(mask.to(parameters[name].device), parameters[name])),
             )
             for name, mask in masks.items()
         ]
@@ -189,10 +194,10 @@ class Held:
         are."""
         for parameter, mask in self._pairs:
             if parameter.grad is not None:
-                own_part(parameter.grad).mul_(mask)
+                local_tensor(parameter.grad).mul_(mask)
 
 
-def told_of(masks: Masks) -> dict[str, Any]:
+def mask_summary(masks: Masks) -> dict[str, Any]:
     """What there is to know of masks, ready for JSON: `kept` and `total` weights, `layers` with the
     same of each, its `dead_rows`: outputs without any weight; of a joint layer of queries, keys and
     values the three apart."""
@@ -206,4 +211,4 @@ def told_of(masks: Masks) -> dict[str, Any]:
                 "dead_rows": int((~rows.flatten(1).any(dim=1)).sum()),
             }
     total = sum(mask.numel() for mask in masks.values())
-    return {"kept": kept_in(masks), "total": total, "layers": layers}
+    return {"kept": num_kept(masks), "total": total, "layers": layers}

@@ -39,24 +39,28 @@ def check_merging(network: nn.Module, numbers: int | Sequence[int]) -> None:
     """Raises ConfigError where tokens cannot be merged so: another network, or too many."""
     if adapters_of(network):
         raise ConfigError(
-            "--merge: student.adapters convolve the grid of all patches, which merging "
+            "--merge-tokens: student.adapters convolve the grid of all patches, which merging "
             "takes apart; merge the run that they belong to"
         )
     if any(isinstance(module, MixedAttention) for module in network.modules()):
         raise ConfigError(
-            "--merge: attention that mixes its heads (student.share) is not among what can "
+            "--merge-tokens: attention that mixes its heads (student.shared_block_size) is not "
+            "among what "
+            "can "
             "weigh merged tokens"
         )
     if not isinstance(network, VisionTransformer) or not all(
         type(block) is Block and type(block.attn) is Attention for block in network.blocks
     ):
         raise ConfigError(
-            f"--merge: {type(network).__name__} has no tokens that could be merged; it takes a "
+            f"--merge-tokens: {type(network).__name__} has no tokens that could be merged; it "
+            "takes a "
             "deit_* or vit_*, or a ViT of timm with its plain attention and blocks"
         )
     if network.global_pool != "token":
         raise ConfigError(
-            f"--merge: this network answers by a pool of all patches ({network.global_pool}), "
+            f"--merge-tokens: this network answers by a pool of all patches "
+            f"({network.global_pool}), "
             "which merging would weigh otherwise; it takes one that answers by its class token"
         )
     each = _each(network, numbers)
@@ -68,7 +72,8 @@ def check_merging(network: nn.Module, numbers: int | Sequence[int]) -> None:
     for number in each:
         if not 0 <= number <= patches // 2:
             raise ConfigError(
-                f"--merge {number}: should be from 0 to {patches // 2} tokens a block, half of the "
+                f"--merge-tokens {number}: should be from 0 to {patches // 2} tokens a block, half "
+                "of the "
                 f"{patches} patches of an image"
             )
 

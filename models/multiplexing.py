@@ -55,7 +55,7 @@ class SharedMlp(nn.Module):
         return self._first[0](tokens)
 
 
-def multiplex(network: nn.Module, share: int) -> None:
+def share_weights(network: nn.Module, share: int) -> None:
     """Let each `share` blocks in a row use the attention and MLP of their first, in place: norms,
     drop path and the mixing of the heads stay each block's own. The network's arithmetic stays what
     it was (a little more, for the mixing), its parameters become fewer."""

@@ -12,16 +12,16 @@ from deit.config import (
     SIZES,
     StudentConfig,
     has_distillation_token,
-    heads_in,
     heads_of_blocks,
     hidden_of_blocks,
+    num_heads,
 )
 from deit.errors import ConfigError
-from deit.models.convpass import adapt
+from deit.models.convpass import add_adapters
 from deit.models.dense import Dense
-from deit.models.multiplexing import multiplex
+from deit.models.multiplexing import share_weights
 from deit.models.rednet import DEPTHS, RedNet
-from deit.models.rounding import round_layers
+from deit.models.rounding import enable_fake_quant
 from deit.models.small_convnet import SmallConvNet
 from deit.text import nearest
 
@@ -50,31 +50,31 @@ def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
         proj_drop_rate=student.dropout,
         **shape,
     )
-    if student.block_heads or student.block_hidden:
+    if student.heads_per_block or student.mlp_hidden_per_block:
         _resize_blocks(network, student)
-    if student.share > 1:
-        multiplex(network, student.share)
-    if student.distillation_tokens > 1:
-        _add_tokens(network, student.distillation_tokens)
-    if student.initialisation == "scaled":
+    if student.shared_block_size > 1:
+        share_weights(network, student.shared_block_size)
+    if student.num_distillation_tokens > 1:
+        _add_tokens(network, student.num_distillation_tokens)
+    if student.weight_init == "scaled":
         _scale_initial_weights(network)
     if student.adapters != "none":
-        adapt(
+        add_adapters(
             network,
             mlp=student.adapters == "convpass",
-            hidden=student.adapter_width,
+            hidden=student.adapter_dim,
             scale=student.adapter_scale,
             drop_path=student.drop_path,
         )
-    if student.rounding != "none":
-        round_layers(network)
+    if student.qat != "none":
+        enable_fake_quant(network)
     return network
 
 
 def _resize_blocks(network: nn.Module, student: StudentConfig) -> None:
     """Give each block its own number of heads, as wide as before, and of hidden units."""
     width = network.embed_dim
-    wide = width // heads_in(student)
+    wide = width // num_heads(student)
     shapes = zip(network.blocks, heads_of_blocks(student), hidden_of_blocks(student), strict=True)
     for block, heads, hidden in shapes:
         drop = {"proj_drop": student.dropout}
@@ -85,14 +85,16 @@ def _resize_blocks(network: nn.Module, student: StudentConfig) -> None:
 
 def check_blocks_alike(student: StudentConfig) -> None:
     """Refuse a student whose blocks other libraries cannot build. Raises ConfigError."""
-    if student.block_heads or student.block_hidden:
+    if student.heads_per_block or student.mlp_hidden_per_block:
         raise ConfigError(
-            "student.block_heads, student.block_hidden: timm and transformers build all blocks "
+            "student.heads_per_block, student.mlp_hidden_per_block: timm and transformers build "
+            "all blocks "
             "alike and whole; --format onnx or pt2 takes a pruned network"
         )
-    if student.share > 1:
+    if student.shared_block_size > 1:
         raise ConfigError(
-            f"student.share = {student.share}: timm and transformers know no blocks that share "
+            f"student.shared_block_size = {student.shared_block_size}: timm and transformers know "
+            "no blocks that share "
             "their weights; --format onnx or pt2 takes them"
         )
     if student.adapters != "none":

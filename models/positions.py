@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from deit.config import Kernel
+from deit.config import PosEmbedKernel
 from deit.errors import CheckpointError
 
 
@@ -24,7 +24,9 @@ class Resized(NamedTuple):
     norms: tuple[float, float]
 
 
-def resize_positions(positions: Tensor, *, prefix: int, side: int, kernel: Kernel) -> Resized:
+def resize_positions(
+    positions: Tensor, *, prefix: int, side: int, kernel: PosEmbedKernel
+) -> Resized:
     """The rows of the patches resampled on a grid of `side` x `side`; of the same side as they are.
 
     positions: [1, prefix + n**2, width], those of the class and distillation tokens first.

@@ -26,7 +26,7 @@ _BIAS = 2**31 - 1
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class RoundedLinear(nn.Linear):
+class FakeQuantLinear(nn.Linear):
     """A linear layer of rounded weights that hears its input rounded.
 
     range: float32 [2], the lowest and the highest value of an input, 0 between them; a buffer that
@@ -35,36 +35,36 @@ class RoundedLinear(nn.Linear):
     """
 
     range: Tensor
-    seen: Tensor
+    observed: Tensor
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         """input: float [..., in_features]."""
-        values, scale = _heard(self, input)
-        weight, scales = rounded_weight(self.weight)
+        values, scale = _quantize_input(self, input)
+        weight, scales = fake_quant_weight(self.weight)
         # Of a matrix ONNX adds it to the products, of more dimensions to what they came to.
-        bias = rounded_bias(self.bias, scale * scales) if input.ndim == 2 else self.bias
+        bias = fake_quant_bias(self.bias, scale * scales) if input.ndim == 2 else self.bias
         return self.product(values, weight, bias)
 
 
-class RoundedConv2d(nn.Conv2d):
+class FakeQuantConv2d(nn.Conv2d):
     """A convolution of rounded weights that hears its input rounded, likewise."""
 
     range: Tensor
-    seen: Tensor
+    observed: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         """input: float [batch, in_channels, height, width]."""
-        values, scale = _heard(self, input)
-        weight, scales = rounded_weight(self.weight)
-        return self._conv_forward(values, weight, rounded_bias(self.bias, scale * scales))
+        values, scale = _quantize_input(self, input)
+        weight, scales = fake_quant_weight(self.weight)
+        return self._conv_forward(values, weight, fake_quant_bias(self.bias, scale * scales))
 
 
-Rounded = RoundedLinear | RoundedConv2d
-_KINDS = {nn.Linear: RoundedLinear, nn.Conv2d: RoundedConv2d}
+Rounded = FakeQuantLinear | FakeQuantConv2d
+_KINDS = {nn.Linear: FakeQuantLinear, nn.Conv2d: FakeQuantConv2d}
 
 
-def rounded_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def fake_quant_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight [out, ...] as int8 from -127 to 127, the largest of each output channel at an end,
     multiplied back; and the scales [out]. A channel of zeros stays zeros."""
     weight = weight.float()  # under autocast too: in bfloat16 most steps would be lost
@@ -73,7 +73,7 @@ def rounded_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return _by_channel(weight, scale, _WEIGHT), scale
 
 
-def rounded_bias(bias: Tensor | None, scale: Tensor) -> Tensor | None:
+def fake_quant_bias(bias: Tensor | None, scale: Tensor) -> Tensor | None:
     """A bias [out] as int32 with these scales [out], multiplied back; None stays None."""
     return None if bias is None else _by_channel(bias.float(), scale, _BIAS)
 
@@ -93,7 +93,7 @@ def scale_of(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return scale.float(), torch.where(flat, 0.0, (-low / scale).round()).int()
 
 
-def _heard(layer: Rounded, values: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_input(layer: Rounded, values: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's input, rounded, and its scale; in training what it spans is noted."""
     values = values.float()
     with torch.no_grad():
@@ -101,7 +101,7 @@ def _heard(layer: Rounded, values: Tensor) -> tuple[Tensor, Tensor]:
         spans = torch.stack([-low, high]).clamp(min=0)
         if layer.training:
             # The larger one, so that it may be computed again, in any number of parts or uses.
-            layer.seen.copy_(torch.maximum(layer.seen, spans))
+            layer.observed.copy_(torch.maximum(layer.observed, spans))
         unknown = layer.range[0] == layer.range[1]
         low = torch.where(unknown, -spans[0], layer.range[0])
         high = torch.where(unknown, spans[1], layer.range[1])
@@ -111,7 +111,7 @@ def _heard(layer: Rounded, values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, _INPUT), scale
 
 
-def round_layers(network: nn.Module) -> None:
+def enable_fake_quant(network: nn.Module) -> None:
     """Let all linear layers and convolutions of a network round, in place; names and weights stay
     as they are. Ranges begin as unknown: the first update sets them."""
     for layer in network.modules():
@@ -121,20 +121,22 @@ def round_layers(network: nn.Module) -> None:
         layer.__class__ = kind
         device = layer.weight.device
         layer.register_buffer("range", torch.zeros(2, device=device))
-        layer.register_buffer("seen", torch.full((2,), -torch.inf, device=device), persistent=False)
-        if kind is RoundedLinear:
+        layer.register_buffer(
+            "observed", torch.full((2,), -torch.inf, device=device), persistent=False
+        )
+        if kind is FakeQuantLinear:
             layer.product = linear
 
 
-def without_rounding(network: nn.Module) -> None:
+def disable_fake_quant(network: nn.Module) -> None:
     """Let all layers of a network compute in float again, in place."""
-    for layer in rounded_layers(network).values():
-        del layer.range, layer.seen
+    for layer in fake_quant_layers(network).values():
+        del layer.range, layer.observed
         vars(layer).pop("product", None)
         layer.__class__ = next(kind for kind, ours in _KINDS.items() if type(layer) is ours)
 
 
-def rounded_layers(network: nn.Module) -> dict[str, Rounded]:
+def fake_quant_layers(network: nn.Module) -> dict[str, Rounded]:
     """The layers of a network that round, by name."""
     return {name: one for name, one in network.named_modules() if isinstance(one, Rounded)}
 
@@ -144,19 +146,19 @@ def ranges_in(weights: dict[str, Tensor]) -> set[str]:
     return {name for name in weights if name.endswith(".range")}
 
 
-class Ranges:
+class ActivationRanges:
     """The ranges of a network's layers while it is trained, moved once an update."""
 
     def __init__(self, network: nn.Module) -> None:
         """network: with layers that round, or without any."""
-        layers = rounded_layers(network).values()
+        layers = fake_quant_layers(network).values()
         self._ranges, self._seen = (
-            [getattr(one, key) for one in layers] for key in ("range", "seen")
+            [getattr(one, key) for one in layers] for key in ("range", "observed")
         )
         self._forget()
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def update(self) -> None:
         """Move all ranges towards what was heard since the last time, in all processes together.
 
         That is the range of the whole batch, however it was divided among processes and parts; the

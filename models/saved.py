@@ -8,21 +8,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deit import manifest
-from deit.models.facts import FACTS, WEIGHTS, Facts
+from deit.models.facts import FACTS, WEIGHTS, ModelInfo
 from deit.models.networks import create_network
 from deit.models.start import saved_weights
 from deit.models.student import Student
 from deit.models.weights import load_weights
-from deit.typed_json import read_typed
+from deit.typed_json import load_json_as
 
 
-def build_student(facts: Facts) -> Student:
+def build_student(facts: ModelInfo) -> Student:
     """The student of these facts, with random weights from torch's generator."""
     network = create_network(facts.student, len(facts.class_names))
     return Student(network, mean=facts.mean, std=facts.std)
 
 
-def save_student(folder: Path, weights: dict[str, Tensor], facts: Facts) -> None:
+def save_student(folder: Path, weights: dict[str, Tensor], facts: ModelInfo) -> None:
     """Write the weights (named as in `student.network`) and facts into an existing folder."""
     save_weights(folder / WEIGHTS, weights)
     (folder / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
@@ -31,22 +31,22 @@ def save_student(folder: Path, weights: dict[str, Tensor], facts: Facts) -> None
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write tensors by name as safetensors that other libraries read."""
     # Not save_file: its files are nobody else's to read, whatever the umask says.
-    path.write_bytes(serialised(weights))
+    path.write_bytes(to_safetensors_bytes(weights))
 
 
-def serialised(weights: dict[str, Tensor]) -> bytes:
+def to_safetensors_bytes(weights: dict[str, Tensor]) -> bytes:
     """Tensors by name as the content of a safetensors file."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     return save(tensors, metadata={"format": "pt"})
 
 
-def load_student(folder: Path) -> tuple[Student, Facts]:
+def load_student(folder: Path) -> tuple[Student, ModelInfo]:
     """Rebuild a saved student; where adapters and heads alone were saved, on the weights they
     belong to. Raises CheckpointError, also where the folder has a manifest and is not as it was
     written."""
     if (folder / manifest.MANIFEST).is_file():
-        manifest.check(folder)
-    facts = read_typed(folder / FACTS, Facts)
+        manifest.verify_dir(folder)
+    facts = load_json_as(folder / FACTS, ModelInfo)
     student = build_student(facts)
     load_weights(student.network, saved_weights(folder, facts), origin=str(folder / WEIGHTS))
     return student, facts

@@ -13,9 +13,9 @@ from deit.config import (
     StudentConfig,
     depth_of,
     has_distillation_token,
-    heads_in,
     heads_of_blocks,
     hidden_of_blocks,
+    num_heads,
     width_of,
 )
 
@@ -31,14 +31,14 @@ class Scores(NamedTuple):
     hidden: PerBlock
 
 
-class Kept(NamedTuple):
+class KeptUnits(NamedTuple):
     """Which parts stay: of each block the places of its heads and hidden units, in order."""
 
     heads: tuple[tuple[int, ...], ...]
     hidden: tuple[tuple[int, ...], ...]
 
 
-class Watch:
+class TaylorScorer:
     """What parts of a ViT are worth to a loss: the sum over images of the square of what it would
     change, to first order, if a head or hidden unit were taken away.
 
@@ -106,7 +106,7 @@ def magnitudes(network: nn.Module) -> Scores:
     return Scores(tuple(heads), tuple(hidden))
 
 
-def largest(scores: PerBlock, number: int, *, scope: str) -> tuple[tuple[int, ...], ...]:
+def select_top(scores: PerBlock, number: int, *, scope: str) -> tuple[tuple[int, ...], ...]:
     """The places of the `number` largest of all blocks together, of equal ones the first, and at
     least one in each block; scope layerwise: the same share of each block, rounded down.
 
@@ -135,7 +135,7 @@ def _top(scores: Tensor, number: int) -> tuple[int, ...]:
     return tuple(sorted(order.tolist()))
 
 
-def cut(weights: Weights, kept: Kept, *, head_width: int) -> Weights:
+def slice_weights(weights: Weights, kept: KeptUnits, *, head_width: int) -> Weights:
     """The weights of the parts that stay: rows of queries, keys and values and columns of the
     projection, rows of the MLP's first layer and columns of its second."""
     found = dict(weights)
@@ -154,11 +154,11 @@ def cut(weights: Weights, kept: Kept, *, head_width: int) -> Weights:
     return found
 
 
-def slim(student: StudentConfig, kept: Kept) -> StudentConfig:
+def pruned_config(student: StudentConfig, kept: KeptUnits) -> StudentConfig:
     """The student section of what stays."""
     counts = {
-        "block_heads": tuple(map(len, kept.heads)),
-        "block_hidden": tuple(map(len, kept.hidden)),
+        "heads_per_block": tuple(map(len, kept.heads)),
+        "mlp_hidden_per_block": tuple(map(len, kept.hidden)),
     }
     return replace(student, **counts)
 
@@ -168,14 +168,14 @@ def macs_of(student: StudentConfig, heads: int, hidden: int) -> int:
     and hidden units in all, wherever they are: projections and products of queries, keys and
     values, and the two layers of the MLPs."""
     width, tokens = width_of(student), tokens_of(student)
-    wide = width // heads_in(student)
+    wide = width // num_heads(student)
     return tokens * (heads * wide * (4 * width + 2 * tokens) + 2 * width * hidden)
 
 
 def tokens_of(student: StudentConfig) -> int:
     """The tokens of an image in a ViT of ours, class and distillation tokens among them."""
     patches = (student.image_size // student.patch_size) ** 2
-    return patches + 1 + student.distillation_tokens * has_distillation_token(student)
+    return patches + 1 + student.num_distillation_tokens * has_distillation_token(student)
 
 
 def numbers_for_macs(student: StudentConfig, share: float) -> tuple[int, int]:

@@ -10,15 +10,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from deit.config import SIZES, Kernel, StartConfig, StudentConfig
-from deit.console import say
-from deit.errors import CheckpointError, raise_transient, reason_of
+from deit.config import SIZES, InitConfig, PosEmbedKernel, StudentConfig
+from deit.console import info
+from deit.errors import CheckpointError, first_line, raise_transient
 from deit.files import HUB, about_address
 from deit.inputs import no_file, read_text
 from deit.models.base import find_base, read_base
 from deit.models.convpass import adapters_of
-from deit.models.facts import FACTS, WEIGHTS, Facts, find_saved
-from deit.models.layers import heads_of, trained_in
+from deit.models.facts import FACTS, WEIGHTS, ModelInfo, find_saved_model
+from deit.models.layers import classifier_names, trainable_parameters
 from deit.models.masks import MASKS, Masks, read_masks
 from deit.models.networks import create_network
 from deit.models.positions import grid_side, resize_positions
@@ -26,12 +26,12 @@ from deit.models.rounding import ranges_in
 from deit.models.transformers_format import from_transformers
 from deit.models.weights import read_weights
 from deit.text import nearest
-from deit.typed_json import read_typed
+from deit.typed_json import load_json_as
 
 Weights = dict[str, Tensor]
 
 
-class Found(NamedTuple):
+class LoadedWeights(NamedTuple):
     """Weights as they were found, with what is known of them.
 
     student: their network, as a student section; None where it is not one of ours.
@@ -54,8 +54,8 @@ _FOREIGN = (TypeError, ValueError, KeyError, IndexError, AttributeError, Runtime
 """What reading a file of unknown make may stumble over."""
 
 
-def find_start(source: str) -> Found:
-    """The weights a start.source names: a run folder of ours, a timm or transformers folder, a
+def load_weights_from(source: str) -> LoadedWeights:
+    """The weights a init.weights names: a run folder of ours, a timm or transformers folder, a
     weight file, a timm name with its published weights.
 
     Raises CheckpointError where there is nothing, it cannot be read without running code, or its
@@ -64,85 +64,91 @@ def find_start(source: str) -> Found:
     try:
         found = _found(source)
     except _FOREIGN as error:
-        raise_transient(error, f"start.source {source}")
+        raise_transient(error, f"init.weights {source}")
         raise CheckpointError(
-            f"start.source {source}: not what its names say ({type(error).__name__}: "
-            f"{reason_of(error)})"
+            f"init.weights {source}: not what its names say ({type(error).__name__}: "
+            f"{first_line(error)})"
         ) from None
     for name, value in found.weights.items():
         if value.is_floating_point() and value.numel() and not value.isfinite().all():
             raise CheckpointError(
-                f"start.source {source}: {name} holds numbers that are not finite"
+                f"init.weights {source}: {name} holds numbers that are not finite"
             )
     return found
 
 
-def _found(source: str) -> Found:
+def _found(source: str) -> LoadedWeights:
     path = Path(source).expanduser()
     if path.is_dir():
-        saved = find_saved(path)
+        saved = find_saved_model(path)
         if saved is not None:
             return _from_run(saved, source)
         if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
             return _from_folder(path, source)
         raise CheckpointError(
-            f"start.source {source}: holds no trained network (no best/model.safetensors of ours, "
+            f"init.weights {source}: holds no trained network (no best/model.safetensors of ours, "
             "no config.json of timm or transformers); let the run finish first"
         )
     if path.is_file() and path.name == WEIGHTS and (path.parent / FACTS).is_file():
         return _from_run(path.parent, source)  # what it is stands beside it
     if path.is_file():
         weights = read_weights(path)
-        return Found(weights, f"{path}", student_of(weights), None, None, None, heads_known=False)
+        return LoadedWeights(
+            weights, f"{path}", infer_student_config(weights), None, None, None, heads_known=False
+        )
     if timm.is_model(source) or source.startswith(HUB):
         return _from_timm(source)
     if path.exists():
-        raise CheckpointError(f"start.source {source}: {no_file(path)}")
+        raise CheckpointError(f"init.weights {source}: {no_file(path)}")
     if (advice := about_address(source)) is not None:
-        raise CheckpointError(f"start.source {source}: {advice}")
+        raise CheckpointError(f"init.weights {source}: {advice}")
     known = "" if "/" in source or path.suffix else nearest(source, timm.list_models())
-    raise CheckpointError(f"start.source {source}: no such file, folder or timm model{known}")
+    raise CheckpointError(f"init.weights {source}: no such file, folder or timm model{known}")
 
 
-def _from_run(folder: Path, source: str) -> Found:
-    facts = read_typed(folder / FACTS, Facts)
+def _from_run(folder: Path, source: str) -> LoadedWeights:
+    facts = load_json_as(folder / FACTS, ModelInfo)
     names, mean, std = facts.class_names, facts.mean, facts.std
     told = f"{facts.student.name} from {source}"
     masks = read_masks(folder / MASKS) if (folder / MASKS).is_file() else None
     weights, base = read_weights(folder / WEIGHTS), read_base(folder)
     if base is not None:
-        below = find_base(folder, base, find_start)
+        below = find_base(folder, base, load_weights_from)
         weights, masks = _on_base(weights, below, base.kernel, facts), below.masks
-    return Found(weights, told, facts.student, names, mean, std, masks=masks)
+    return LoadedWeights(weights, told, facts.student, names, mean, std, masks=masks)
 
 
-def saved_weights(folder: Path, facts: Facts) -> Weights:
+def saved_weights(folder: Path, facts: ModelInfo) -> Weights:
     """All weights of a saved student; where adapters and heads alone were saved, the others are
     those of its base, fitted as they were then. Raises CheckpointError."""
     return reader_of(folder, facts)(WEIGHTS)
 
 
-def reader_of(folder: Path, facts: Facts) -> Callable[[str], Weights]:
+def reader_of(folder: Path, facts: ModelInfo) -> Callable[[str], Weights]:
     """What reads all weights of a saved student from model.safetensors, or from another file beside
     it that holds the same tensors: their base is looked for, and its digest taken, once for all.
     Both raise CheckpointError."""
     base = read_base(folder)
     if base is None:
         return lambda file: read_weights(folder / file)
-    below = find_base(folder, base, find_start)
+    below = find_base(folder, base, load_weights_from)
     return lambda file: _on_base(read_weights(folder / file), below, base.kernel, facts)
 
 
-def _on_base(saved: Weights, below: Found, kernel: Kernel, facts: Facts) -> Weights:
+def _on_base(
+    saved: Weights, below: LoadedWeights, kernel: PosEmbedKernel, facts: ModelInfo
+) -> Weights:
     """Saved adapters and heads, and all other weights of the student from its base."""
     with torch.device("meta"):
         network = create_network(facts.student, len(facts.class_names))
-    fitted = fit(below, network, facts.class_names, StartConfig(heads="new", kernel=kernel))
-    own = trained_in(network, "adapters")  # no numbers yet, or the base's
+    fitted = adapt_weights(
+        below, network, facts.class_names, InitConfig(head="new", pos_embed_resize=kernel)
+    )
+    own = trainable_parameters(network, "adapters")  # no numbers yet, or the base's
     return {name: value for name, value in fitted.weights.items() if name not in own} | saved
 
 
-def _from_folder(folder: Path, source: str) -> Found:
+def _from_folder(folder: Path, source: str) -> LoadedWeights:
     """A folder as timm or transformers writes it."""
     try:
         about = json.loads(read_text(folder / "config.json"))
@@ -152,20 +158,20 @@ def _from_folder(folder: Path, source: str) -> Found:
         known = about.get("pretrained_cfg", {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"start.source {folder / 'config.json'}: neither timm's nor transformers' of a DeiT or "
+            f"init.weights {folder / 'config.json'}: neither timm's nor transformers' of a DeiT or "
             f"ViT ({type(error).__name__}: {error})"
         ) from None
     weights = read_weights(_weights_in(folder, source))
     settings = about.get("model_args") or {}
     heads = _attention_heads(architecture, settings)
-    student = student_of(weights, heads=heads)
+    student = infer_student_config(weights, heads=heads)
     strange = sorted(set(settings) - _SETTINGS)
     if student is not None and strange:
         raise CheckpointError(
-            f"start.source {source}: its model_args set {', '.join(strange)}, which a deit_* or "
+            f"init.weights {source}: its model_args set {', '.join(strange)}, which a deit_* or "
             "vit_* does not have"
         )
-    return Found(
+    return LoadedWeights(
         weights,
         f"{architecture} from {source}",
         student,
@@ -199,61 +205,61 @@ def _weights_in(folder: Path, source: str) -> Path:
     files = [folder / WEIGHTS, *sorted(folder.glob("*.safetensors")), folder / "pytorch_model.bin"]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise CheckpointError(f"start.source {source}: no {WEIGHTS} in it")
+        raise CheckpointError(f"init.weights {source}: no {WEIGHTS} in it")
     if "-of-" in file.name:
-        raise CheckpointError(f"start.source {source}: its weights lie in several files; join them")
+        raise CheckpointError(f"init.weights {source}: its weights lie in several files; join them")
     return file
 
 
-def _from_transformers(folder: Path, about: dict[str, Any], source: str) -> Found:
+def _from_transformers(folder: Path, about: dict[str, Any], source: str) -> LoadedWeights:
     """A DeiT or ViT as transformers writes it, with its preprocessing where that is beside it."""
     file = _weights_in(folder, source)
     if about.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(
-            f"start.source {source}: its activation is {about['hidden_act']}, that of a deit_* or "
+            f"init.weights {source}: its activation is {about['hidden_act']}, that of a deit_* or "
             "vit_* gelu"
         )
     if not 0 < about.get("layer_norm_eps", 1e-12) <= 1e-5:
         raise CheckpointError(
-            f"start.source {source}: its layer_norm_eps is {about['layer_norm_eps']}, that of a "
+            f"init.weights {source}: its layer_norm_eps is {about['layer_norm_eps']}, that of a "
             "deit_* or vit_* 1e-6"
         )
     try:
         weights = from_transformers(read_weights(file))
     except CheckpointError as error:
-        raise CheckpointError(f"start.source {file}: {error}") from None
+        raise CheckpointError(f"init.weights {file}: {error}") from None
     names = about.get("id2label") or {}
     labels = tuple(names[key] for key in sorted(names, key=int))
     prepared = folder / "preprocessor_config.json"
     colours = json.loads(read_text(prepared)) if prepared.is_file() else {}
-    return Found(
+    return LoadedWeights(
         weights,
         f"transformers' {about['model_type']} from {source}",
-        student_of(weights, heads=about.get("num_attention_heads")),
+        infer_student_config(weights, heads=about.get("num_attention_heads")),
         None if not labels or labels[0] == "LABEL_0" else _names(list(labels)),
         _colour(colours.get("image_mean")),
         _colour(colours.get("image_std")),
     )
 
 
-def _from_timm(name: str) -> Found:
-    say(f"start     fetching timm's {name}")
+def _from_timm(name: str) -> LoadedWeights:
+    info(f"start     fetching timm's {name}")
     try:
         network = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network, parsing and shape errors of many types
-        raise_transient(error, f"start.source {name}")
+        raise_transient(error, f"init.weights {name}")
         advice = "give a local folder or file instead"
         if name.startswith(HUB):
             advice = f"it {about_address(name)}"
         raise CheckpointError(
-            f"start.source {name}: its weights could not be loaded ({reason_of(error)}); {advice}"
+            f"init.weights {name}: its weights could not be loaded ({first_line(error)}); {advice}"
         ) from None
     weights, known = network.state_dict(), network.pretrained_cfg
     names = known.get("label_names")
-    return Found(
+    return LoadedWeights(
         weights,
         f"timm {name}",
-        student_of(weights, heads=_heads_within(network)),
+        infer_student_config(weights, heads=_heads_within(network)),
         None if names is None else tuple(names),
         _colour(known.get("mean")),
         _colour(known.get("std")),
@@ -290,7 +296,7 @@ _PLAIN_VIT = re.compile(
 )
 
 
-def student_of(weights: Weights, heads: int | None = None) -> StudentConfig | None:
+def infer_student_config(weights: Weights, heads: int | None = None) -> StudentConfig | None:
     """The deit_* or vit_* that has weights of these names and shapes; None if it is no plain ViT.
 
     heads: attention heads, which leave no trace in the shapes. None: those of the named size of
@@ -320,7 +326,7 @@ def student_of(weights: Weights, heads: int | None = None) -> StudentConfig | No
         name=f"{'deit' if tokens else 'vit'}_{size}",
         image_size=side * patch,
         patch_size=patch,
-        distillation_tokens=max(tokens, 1),
+        num_distillation_tokens=max(tokens, 1),
         **{name: None if SIZES[size][name] == value else value for name, value in shape.items()},
     )
 
@@ -330,16 +336,16 @@ def _tokens_of(weights: Weights) -> int:
     return weights["dist_token"].shape[1] if "dist_token" in weights else 0
 
 
-class Fitted(NamedTuple):
+class AdaptedWeights(NamedTuple):
     """Weights that fit a network by name and shape, and what was done to them, for a person."""
 
     weights: Weights
     notes: tuple[str, ...]
 
 
-def fit(
-    found: Found, network: nn.Module, class_names: tuple[str, ...], start: StartConfig
-) -> Fitted:
+def adapt_weights(
+    found: LoadedWeights, network: nn.Module, class_names: tuple[str, ...], start: InitConfig
+) -> AdaptedWeights:
     """Weights fitted to a network with random weights: positions resized, distillation tokens put
     in or left out, class rows matched by name, other heads left random where that was asked for;
     adapters as they begin where the weights have none; ranges of rounded layers likewise.
@@ -355,12 +361,12 @@ def fit(
     notes: list[str] = []
     if "pos_embed" in weights and "pos_embed" in own:
         weights = _fit_tokens(weights, own, notes)
-        weights = _fit_positions(weights, network, start.kernel, notes)
+        weights = _fit_positions(weights, network, start.pos_embed_resize, notes)
     weights = _fit_heads(weights, network, found.class_names, class_names, start, notes)
     weights = _fit_shared(weights, own, notes)
     weights = _fit_adapters(weights, network, notes)
     weights = _fit_ranges(weights, own, notes)
-    return Fitted(weights, tuple(notes))
+    return AdaptedWeights(weights, tuple(notes))
 
 
 def _fit_shared(weights: Weights, own: Weights, notes: list[str]) -> Weights:
@@ -392,7 +398,7 @@ def _fit_tokens(weights: Weights, own: Weights, notes: list[str]) -> Weights:
         return weights
     weights = dict(weights)
     positions = weights.pop("pos_embed")
-    heads = {kind: _taught_heads(weights, kind) for kind in ("weight", "bias")}
+    heads = {kind: _pop_distillation_heads(weights, kind) for kind in ("weight", "bias")}
     tokens = weights.pop("dist_token", weights["cls_token"][:, :0])
     kept = min(before, after)
     copies = [1] * (after - kept)
@@ -437,14 +443,14 @@ def _fit_ranges(weights: Weights, own: Weights, notes: list[str]) -> Weights:
     return {**kept, **{name: own[name] for name in new}}
 
 
-def _taught_heads(weights: Weights, kind: str) -> list[Tensor]:
+def _pop_distillation_heads(weights: Weights, kind: str) -> list[Tensor]:
     """Takes the distillation heads' weights or biases out, in the order of their tokens."""
     names = [name for name in weights if re.fullmatch(rf"head_dist(\.\d+)?\.{kind}", name)]
     return [weights.pop(name) for name in sorted(names, key=lambda n: (len(n), n))]
 
 
 def _fit_positions(
-    weights: Weights, network: nn.Module, kernel: Kernel, notes: list[str]
+    weights: Weights, network: nn.Module, kernel: PosEmbedKernel, notes: list[str]
 ) -> Weights:
     theirs, ours = weights["pos_embed"], network.state_dict()["pos_embed"]
     if theirs.shape[-1] != ours.shape[-1]:
@@ -469,15 +475,15 @@ def _fit_heads(
     network: nn.Module,
     known: tuple[str, ...] | None,
     wanted: tuple[str, ...],
-    start: StartConfig,
+    start: InitConfig,
     notes: list[str],
 ) -> Weights:
     """The rows of the heads for the data's classes, or none of them."""
-    own, where = network.state_dict(), f"start.source {start.source}:"
-    names = [f"{head}.{kind}" for head in heads_of(network) for kind in ("weight", "bias")]
+    own, where = network.state_dict(), f"init.weights {start.weights}:"
+    names = [f"{head}.{kind}" for head in classifier_names(network) for kind in ("weight", "bias")]
     names = [name for name in names if name in own]
-    if start.heads != "keep":
-        zero = start.heads == "zero"
+    if start.head != "keep":
+        zero = start.head == "zero"
         said = "the start had" if known is None else f"the start knew {len(known)}, and had"
         had = sum(name in weights for name in names if name.endswith("weight"))
         kind = "zeros" if zero else "random"
@@ -486,7 +492,7 @@ def _fit_heads(
         return {**weights, **new}
     present = [name for name in names if name in weights]
     if not present:
-        raise CheckpointError(f"{where} has no head; --start.heads new begins with random ones")
+        raise CheckpointError(f"{where} has no head; --init.head new begins with random ones")
     if known is not None and any(len(weights[name]) != len(known) for name in present):
         raise CheckpointError(f"{where} names {len(known)} classes, its heads have others")
     if known is None:
@@ -494,7 +500,7 @@ def _fit_heads(
         if counts:
             raise CheckpointError(
                 f"{where} its heads answer with {counts.pop()} classes, the data has "
-                f"{len(wanted)}, and no names say which is which; --start.heads new begins with "
+                f"{len(wanted)}, and no names say which is which; --init.head new begins with "
                 "random heads"
             )
         notes.append(f"{len(wanted)} classes, taken to be in the data's order: it names none")
@@ -507,7 +513,7 @@ def _fit_heads(
         raise CheckpointError(
             f"{where} knows {len(known)} classes, but of the data's {len(wanted)} it lacks "
             f"{len(missing)}: {', '.join(map(repr, missing[:5]))}{nearest(missing[0], rows)}; "
-            "--start.heads new begins with random heads"
+            "--init.head new begins with random heads"
         )
     picked = torch.tensor([rows[name] for name in wanted])
     notes.append(f"{len(wanted)} classes: their rows of its {len(known)}, by name")

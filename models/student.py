@@ -5,10 +5,10 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from deit.models.convpass import adapters_of
-from deit.models.rounding import rounded_layers
-from deit.records import Outputs
+from deit.models.rounding import fake_quant_layers
+from deit.records import StudentOutput
 
-_OF_RANGES = ("range", "seen")
+_OF_RANGES = ("range", "observed")
 
 
 class Student(nn.Module):
@@ -23,12 +23,12 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self.still = False
+        self.frozen_backbone = False
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
         # Else several processes send them around before every forward pass. Ranges are alike, and
         # what each process sees is its own.
-        ranges = [f"network.{n}.{kind}" for n in rounded_layers(network) for kind in _OF_RANGES]
+        ranges = [f"network.{n}.{kind}" for n in fake_quant_layers(network) for kind in _OF_RANGES]
         self._ddp_params_and_buffers_to_ignore = ["mean", "std", *ranges]
 
     def train(self, mode: bool = True) -> "Student":
@@ -36,18 +36,18 @@ class Student(nn.Module):
         are trained: where these or heads alone are, statistics and drop path of the rest are part
         of what is fixed."""
         super().train(mode)
-        if self.still:
+        if self.frozen_backbone:
             self.network.eval()
             for adapter in adapters_of(self.network).values():
                 adapter.train(mode and adapter.up.weight.requires_grad)
         return self
 
-    def forward(self, images: Tensor) -> Outputs:
+    def forward(self, images: Tensor) -> StudentOutput:
         """images: float [batch, 3, height, width] in [0, 1]."""
         normalised = (images - self.mean) / self.std
         network = self.network
         if not isinstance(network, VisionTransformerDistilled):
-            return Outputs(network(normalised))
+            return StudentOutput(network(normalised))
         tokens = network.forward_features(normalised)  # class, distillation token(s), patches
         several = isinstance(network.head_dist, nn.ModuleList)
         heads = network.head_dist if several else [network.head_dist]
@@ -56,13 +56,13 @@ class Student(nn.Module):
         ]
         # Stacked even if it is one: torch warns where a divided network returns a view.
         taught = torch.stack(taught, dim=1)
-        return Outputs(network.head(network.head_drop(tokens[:, 0])), taught)
+        return StudentOutput(network.head(network.head_drop(tokens[:, 0])), taught)
 
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
 
 
-def has_two_heads(network: nn.Module) -> bool:
+def has_distillation_head(network: nn.Module) -> bool:
     """Whether the network answers with a distillation head beside the class head."""
     return isinstance(network, VisionTransformerDistilled)

@@ -15,23 +15,23 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from deit.config import CLASS_ORDERS, STUDENTS, StudentConfig
-from deit.errors import ConfigError, DataError, NotThereError, raise_transient, reason_of
+from deit.errors import ConfigError, DataError, NotFoundError, first_line, raise_transient
 from deit.files import HUB, about_address, import_file, read_names
 from deit.inputs import no_file
-from deit.models.facts import find_saved
-from deit.models.layers import heads_of
-from deit.models.layout import MemoryFormat, laid, lay
+from deit.models.facts import find_saved_model
+from deit.models.layers import classifier_names
+from deit.models.layout import MemoryFormat, set_memory_format, to_memory_format
 from deit.models.networks import create_network
 from deit.models.saved import load_student
 from deit.models.student import Student
 from deit.models.weights import as_named, digest_of, load_weights, read_weights
-from deit.records import head_logits
-from deit.seats import Member
+from deit.records import logits_by_head
+from deit.seats import TeacherSpec
 from deit.text import nearest
-from deit.transfer import constant
+from deit.transfer import device_constant
 
 
-class Origin(NamedTuple):
+class LoadedNetwork(NamedTuple):
     """A network as it was found, with what is known of its training.
 
     class_names is None where the origin does not say.
@@ -58,7 +58,7 @@ class Teacher(nn.Module):
 
     def __init__(
         self,
-        origin: Origin,
+        origin: LoadedNetwork,
         columns: tuple[int, ...] | None = None,
         trained_size: int | None = None,
         class_order: str = BY_NAME,
@@ -72,20 +72,20 @@ class Teacher(nn.Module):
         self.network = origin.network
         self.description = origin.description
         self.image_size = origin.image_size
-        self.columns = None if columns is None else list(columns)
+        self.class_indices = None if columns is None else list(columns)
         self.normalisation = (origin.mean, origin.std)
         for name, values in (("mean", origin.mean), ("std", origin.std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
         self.requires_grad_(False)
         self.eval()
-        self.layout: MemoryFormat = "contiguous"
+        self.memory_format: MemoryFormat = "contiguous"
 
-    def lay(self, layout: MemoryFormat) -> None:
+    def set_memory_format(self, layout: MemoryFormat) -> None:
         """Have its convolutions compute in this layout: the same answers but for the last bits."""
-        self.layout = layout
-        lay(self.network, layout)
+        self.memory_format = layout
+        set_memory_format(self.network, layout)
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What its answers depend on, as plain values: SHA-256 of the weights by name and of the
         layers (strides and the like have no weights), input size, normalisation, and which of its
         classes are the data's. What a network of one's own computes besides is not in it."""
@@ -96,7 +96,7 @@ class Teacher(nn.Module):
             "image_size": self.image_size,
             "mean": list(mean),
             "std": list(std),
-            "classes": self.columns,
+            "classes": self.class_indices,
         }
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -117,11 +117,11 @@ class Teacher(nn.Module):
         if self.image_size is not None and images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        answer = self.network(laid((images - self.mean) / self.std, self.layout))
+        answer = self.network(to_memory_format((images - self.mean) / self.std, self.memory_format))
         logits = answer.float()
-        if self.columns is None:
+        if self.class_indices is None:
             return logits
-        return logits[:, constant(tuple(self.columns), logits.device)]
+        return logits[:, device_constant(tuple(self.class_indices), logits.device)]
 
 
 _SETTINGS = (
@@ -147,7 +147,7 @@ def _digest_of_layers(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_teacher(config: Member, class_names: tuple[str, ...], *, image_size: int) -> Teacher:
+def load_teacher(config: TeacherSpec, class_names: tuple[str, ...], *, image_size: int) -> Teacher:
     """A teacher of a configuration, checked against the classes of the data.
 
     image_size: side [px] of the images it will be given if it does not say its own.
@@ -171,12 +171,12 @@ def load_teacher(config: Member, class_names: tuple[str, ...], *, image_size: in
         origin = origin._replace(class_names=_known_names(count, class_names))
         order = ASSUMED if origin.class_names is None else f"{count} synsets of ImageNet"
     teacher = Teacher(origin, _match_classes(origin, class_names, count), trained, order)
-    if config.layout == "channels_last":
-        teacher.lay("channels_last")
+    if config.memory_format == "channels_last":
+        teacher.set_memory_format("channels_last")
     return teacher
 
 
-def locate(source: str) -> str:
+def resolve_source(source: str) -> str:
     """What a teacher.source is: callable, run, timm or file; cheap, before any data is read.
 
     Raises NotThereError where there is nothing.
@@ -185,14 +185,14 @@ def locate(source: str) -> str:
     if ".py:" in source:
         file = Path(source.rsplit(":", 1)[0]).expanduser()
         if not file.is_file():
-            raise NotThereError(f"teacher.source {source}: {no_file(file)}")
+            raise NotFoundError(f"teacher.source {source}: {no_file(file)}")
         return "callable"
     if path.is_dir():
-        if find_saved(path):
+        if find_saved_model(path):
             return "run"
         if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
             return "timm"
-        raise NotThereError(
+        raise NotFoundError(
             f"teacher.source {source}: holds no trained network (no best/model.safetensors of "
             "ours, no config.json of timm); let the run finish, or train it with train_deit.py"
         )
@@ -201,31 +201,31 @@ def locate(source: str) -> str:
     if timm.is_model(source) or source.startswith(HUB):
         return "timm"
     if path.exists():
-        raise NotThereError(f"teacher.source {source}: {no_file(path)}")
+        raise NotFoundError(f"teacher.source {source}: {no_file(path)}")
     if (advice := about_address(source)) is not None:
-        raise NotThereError(f"teacher.source {source}: {advice}")
+        raise NotFoundError(f"teacher.source {source}: {advice}")
     if "/" in source or path.suffix:
         recipe = path.name if path.name.endswith("-teacher") else "RECIPE"
         place = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise NotThereError(
+        raise NotFoundError(
             f"teacher.source {source}: no such file or folder{place}; train a teacher first "
             f"(python train_deit.py {recipe} --out {source}, with the same --data options), or say "
             "where it is now (--teacher.source DIR)"
         )
-    raise NotThereError(
+    raise NotFoundError(
         f"teacher.source {source}: no such file, folder or timm model"
         + nearest(source, timm.list_models())
     )
 
 
-def _find(config: Member, class_names: tuple[str, ...]) -> Origin:
+def _find(config: TeacherSpec, class_names: tuple[str, ...]) -> LoadedNetwork:
     source = config.source or ""
     path = Path(source).expanduser()
-    kind = locate(source)
+    kind = resolve_source(source)
     if kind == "callable":
         return _from_callable(source)
     if kind == "run":
-        return _from_run(find_saved(path), source)
+        return _from_run(find_saved_model(path), source)
     if kind == "file":
         return _from_file(path, config, class_names)
     return _from_timm(f"local-dir:{path}" if path.is_dir() else source, source)
@@ -239,17 +239,17 @@ class _FusedLogits(nn.Module):
         self.student = student
 
     def forward(self, images: Tensor) -> Tensor:
-        heads = head_logits(self.student(images))
+        heads = logits_by_head(self.student(images))
         return heads.get("fused", heads["class"])
 
 
-def _from_run(folder: Path, source: str) -> Origin:
+def _from_run(folder: Path, source: str) -> LoadedNetwork:
     student, facts = load_student(folder)
     mean, std = facts.mean, facts.std
     # The Teacher normalises; the student inside must not do it again.
     student.mean.zero_()
     student.std.fill_(1)
-    return Origin(
+    return LoadedNetwork(
         _FusedLogits(student),
         f"{facts.student.name} from {source}",
         facts.student.image_size,
@@ -259,14 +259,14 @@ def _from_run(folder: Path, source: str) -> Origin:
     )
 
 
-def _from_timm(name: str, source: str) -> Origin:
+def _from_timm(name: str, source: str) -> LoadedNetwork:
     try:
         network = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network, parsing and shape errors of many types
         raise_transient(error, f"teacher.source {source}")
         reason = str(error).strip().split("\n")[0]
         # A folder that is there is broken; a name is one of the hub's, which is not reached.
-        kind = DataError if name.startswith("local-dir:") else NotThereError
+        kind = DataError if name.startswith("local-dir:") else NotFoundError
         raise kind(
             f"teacher.source {source}: its weights could not be loaded ({reason}); "
             + _instead(source)
@@ -278,7 +278,7 @@ def _from_timm(name: str, source: str) -> Origin:
     subset = infer_imagenet_subset(network)
     if names is None and subset is not None and not name.startswith("local-dir:"):
         names = ImageNetInfo(subset).label_names()  # what timm publishes is of ImageNet
-    return Origin(
+    return LoadedNetwork(
         network,
         f"timm {name}",
         known["input_size"][-1],
@@ -295,7 +295,7 @@ def _instead(source: str) -> str:
     return "give a local folder or checkpoint file instead"
 
 
-def _from_file(path: Path, config: Member, class_names: tuple[str, ...]) -> Origin:
+def _from_file(path: Path, config: TeacherSpec, class_names: tuple[str, ...]) -> LoadedNetwork:
     name = config.architecture
     if name is None:
         raise ConfigError(
@@ -321,7 +321,7 @@ def _from_file(path: Path, config: Member, class_names: tuple[str, ...]) -> Orig
     student = StudentConfig(name=name, image_size=size)
     network = create_network(student, _classes_in(weights, student, len(class_names)))
     load_weights(network, weights, origin=f"teacher.source {path}")
-    return Origin(network, f"{name} from {path}", size, tuple(mean), tuple(std), None)
+    return LoadedNetwork(network, f"{name} from {path}", size, tuple(mean), tuple(std), None)
 
 
 def _classes_in(weights: dict[str, Tensor], student: StudentConfig, otherwise: int) -> int:
@@ -330,7 +330,7 @@ def _classes_in(weights: dict[str, Tensor], student: StudentConfig, otherwise: i
     with torch.device("meta"):
         network = create_network(student, otherwise)
     named = as_named(weights, network.state_dict())
-    for head in heads_of(network):
+    for head in classifier_names(network):
         if (found := named.get(f"{head}.weight")) is not None and found.ndim:
             return len(found)
     return otherwise
@@ -375,7 +375,7 @@ def _given_names(words: tuple[str, ...], class_names: tuple[str, ...]) -> tuple[
     return names
 
 
-def _from_callable(source: str) -> Origin:
+def _from_callable(source: str) -> LoadedNetwork:
     file, function = source.rsplit(":", 1)
     path = Path(file).expanduser()
     try:
@@ -389,7 +389,7 @@ def _from_callable(source: str) -> Origin:
             f"returned {type(network).__name__}"
         )
     names = getattr(network, "class_names", None)
-    return Origin(
+    return LoadedNetwork(
         network,
         f"{function} from {path}",
         None,
@@ -400,7 +400,7 @@ def _from_callable(source: str) -> Origin:
 
 
 def _match_classes(
-    origin: Origin, class_names: tuple[str, ...], count: int
+    origin: LoadedNetwork, class_names: tuple[str, ...], count: int
 ) -> tuple[int, ...] | None:
     """Columns of the teacher's logits for the data's classes; None if they agree as they are.
 
@@ -433,7 +433,7 @@ def _match_classes(
     return tuple(column[name] for name in class_names)
 
 
-def _count_outputs(origin: Origin, image_size: int) -> int:
+def _count_outputs(origin: LoadedNetwork, image_size: int) -> int:
     side = origin.image_size or image_size
     origin.network.eval()
     try:
@@ -443,7 +443,7 @@ def _count_outputs(origin: Origin, image_size: int) -> int:
         raise_transient(error, f"teacher {origin.description}")
         raise DataError(
             f"teacher {origin.description}: cannot answer images of {side} px "
-            f"({type(error).__name__}: {reason_of(error)}); teacher.image_size sets it"
+            f"({type(error).__name__}: {first_line(error)}); teacher.image_size sets it"
         ) from error
     if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != 2:
         raise DataError(

@@ -9,12 +9,12 @@ from torch import nn
 
 from deit.config import SIZES, StudentConfig, has_distillation_token, is_transformer
 from deit.errors import ConfigError
-from deit.models.facts import Facts
-from deit.models.layers import heads_of
+from deit.models.facts import ModelInfo
+from deit.models.layers import classifier_names
 from deit.models.networks import check_blocks_alike
 
 
-def timm_config(facts: Facts, network: nn.Module) -> dict[str, Any]:
+def timm_config(facts: ModelInfo, network: nn.Module) -> dict[str, Any]:
     """What timm's `local-dir:` and transformers' TimmWrapper read beside model.safetensors.
 
     The number of classes stands outside `model_args`: transformers hands it over itself and would
@@ -22,7 +22,7 @@ def timm_config(facts: Facts, network: nn.Module) -> dict[str, Any]:
     """
     architecture, settings = timm_name(facts.student)
     known = timm.get_pretrained_cfg(architecture).to_dict()
-    heads = heads_of(network)
+    heads = classifier_names(network)
     side = facts.student.image_size
     return {
         "architecture": architecture,
@@ -65,9 +65,10 @@ def timm_name(student: StudentConfig) -> tuple[str, dict[str, Any]]:
             f"student.name = {student.name!r}: timm has no such network, so neither timm nor "
             "transformers could load it; --format onnx or pt2 takes any"
         )
-    if student.distillation_tokens > 1:
+    if student.num_distillation_tokens > 1:
         raise ConfigError(
-            f"student.distillation_tokens = {student.distillation_tokens}: timm and transformers "
+            f"student.num_distillation_tokens = {student.num_distillation_tokens}: timm and "
+            "transformers "
             "know one such token; --format onnx or pt2 takes any number"
         )
     check_blocks_alike(student)

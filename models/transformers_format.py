@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deit.config import SIZES, has_distillation_token, is_transformer
 from deit.errors import CheckpointError, ConfigError
-from deit.models.facts import Facts
+from deit.models.facts import ModelInfo
 from deit.models.networks import check_blocks_alike
 
 Weights = dict[str, Tensor]
@@ -100,7 +100,7 @@ def from_transformers(weights: Weights) -> Weights:
     return found
 
 
-def transformers_config(facts: Facts) -> dict[str, Any]:
+def transformers_config(facts: ModelInfo) -> dict[str, Any]:
     """The config.json of DeiTForImageClassificationWithTeacher, or of ViTForImageClassification.
 
     Raises ConfigError where transformers has no such network.
@@ -111,9 +111,10 @@ def transformers_config(facts: Facts) -> dict[str, Any]:
             f"student.name = {student.name!r}: transformers has no such network of its own; "
             "--format timm goes through its TimmWrapper where timm has it, onnx and pt2 take any"
         )
-    if student.distillation_tokens > 1:
+    if student.num_distillation_tokens > 1:
         raise ConfigError(
-            f"student.distillation_tokens = {student.distillation_tokens}: transformers knows one "
+            f"student.num_distillation_tokens = {student.num_distillation_tokens}: transformers "
+            "knows one "
             "such token; --format onnx or pt2 takes any number"
         )
     check_blocks_alike(student)
@@ -142,7 +143,7 @@ def transformers_config(facts: Facts) -> dict[str, Any]:
     }
 
 
-def preprocessor_config(facts: Facts) -> dict[str, Any]:
+def preprocessor_config(facts: ModelInfo) -> dict[str, Any]:
     """The preprocessor_config.json: the shorter side resized, the centre cut, values normalised.
 
     CLIP's processor: DeiT's takes a shorter side from transformers 5 on only, and with the height

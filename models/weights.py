@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deit.errors import CheckpointError, NotReadableError, raise_transient
 from deit.inputs import check_readable, open_file
-from deit.sharding import divided_like
+from deit.sharding import shard_like
 from deit.text import in_line
 
 _CONTAINERS = (
@@ -365,7 +365,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], *, origin: str)
         hint = _on_gray(weights, expected) or _on_names(weights, expected)
         raise CheckpointError(f"{origin}: made for another network:{shown}{more}{hint}")
     network.load_state_dict(
-        {name: divided_like(value, expected[name]) for name, value in weights.items()}
+        {name: shard_like(value, expected[name]) for name, value in weights.items()}
     )
 
 

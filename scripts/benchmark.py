@@ -10,10 +10,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deit.config import RunConfig
-from deit.console import say, table
+from deit.console import info, table
 from deit.disk import check_file
-from deit.environment import create_accelerator, describe, keep_freed_memory
-from deit.errors import EnvironmentFault
+from deit.environment import create_accelerator, environment_info, raise_malloc_threshold
+from deit.errors import SystemFault
 from deit.processor import cores
 from scripts.benchmark_data import BATCH, data
 from scripts.benchmark_picture import draw_benchmark
@@ -48,13 +48,13 @@ def main() -> None:
     try:
         for name in ("json", "plot"):
             check_file(getattr(options, name), option=f"--{name}", replace=options.force)
-    except EnvironmentFault as error:
+    except SystemFault as error:
         parser.error(str(error))
     if options.plot is not None and options.plot.suffix != ".png":
         parser.error(f"--plot {options.plot}: should end in .png")
     torch.set_num_threads(options.threads or (cores() if options.what == "train" else 1))
     threads = torch.get_num_threads()
-    keep_freed_memory()  # for both sides
+    raise_malloc_threshold()  # for both sides
     rows = WHAT[options.what](options.rounds, options.seconds, options.rows)
     if not rows:
         parser.error(f"--rows {options.rows!r}: no row's name holds it")
@@ -82,14 +82,14 @@ def main() -> None:
         "threads": threads,
         "batch_size": rows[0].get("batch_size", BATCH),
         "rows": rows,
-        "environment": describe(create_accelerator(RunConfig(device=device)), []),
+        "environment": environment_info(create_accelerator(RunConfig(device=device)), []),
     }
     if options.json is not None:
         options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        say(f"wrote {options.json}")
+        info(f"wrote {options.json}")
     if options.plot is not None:
         draw_benchmark(facts, options.plot)
-        say(f"drew {options.plot}")
+        info(f"drew {options.plot}")
 
 
 if __name__ == "__main__":

@@ -11,25 +11,27 @@ from PIL import Image
 from torch import Tensor
 
 from deit.config import OptimConfig, StudentConfig, ViewsConfig
-from deit.datasets.images import Encoded, Images
+from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.stores import FolderStore
-from deit.datasets.views import Colours
-from deit.models.saved import Facts, build_student
+from deit.datasets.views import ChannelStats
+from deit.models.saved import ModelInfo, build_student
 from scripts.sides import timm_loader
 from scripts.turns import Case, photographs, run_cases
 
 BATCH = 128
-COLOURS = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+COLOURS = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CROP_AND_FLIP = ViewsConfig(crop="random_resized", flip=0.5)
-RANDAUGMENT = ViewsConfig(crop="random_resized", flip=0.5, policy="randaugment")
-DEIT = ViewsConfig(crop="random_resized", flip=0.5, policy="randaugment", erasing=0.25)
+RANDAUGMENT = ViewsConfig(crop="random_resized", flip=0.5, auto_augment="randaugment")
+DEIT = ViewsConfig(crop="random_resized", flip=0.5, auto_augment="randaugment", erasing_prob=0.25)
 _FILES_BATCH = 32
 _PREFETCH = 2  # batches a worker is ahead, on both sides
 _NUMBER = 2048  # images in memory
 
 
-def our_loader(images: Images | Encoded, views: ViewsConfig, side: int, workers: int) -> Any:
+def our_loader(
+    images: InMemoryImages | EncodedImages, views: ViewsConfig, side: int, workers: int
+) -> Any:
     """Our loader as a run would build it."""
     return TrainLoader(
         images,
@@ -44,7 +46,7 @@ def our_loader(images: Images | Encoded, views: ViewsConfig, side: int, workers:
 
 
 def ours(
-    images: Images | Encoded, views: ViewsConfig, side: int, workers: int = 0
+    images: InMemoryImages | EncodedImages, views: ViewsConfig, side: int, workers: int = 0
 ) -> Iterator[int]:
     """Our loader and the normalisation a network of ours does, batch after batch."""
     loader = our_loader(images, views, side, workers)
@@ -78,7 +80,7 @@ def memory_case(name: str, views: ViewsConfig, side: int, source: int) -> Case:
     """Images in memory, one thread each."""
     arrays = photographs(_NUMBER, source)
     labels = torch.arange(_NUMBER) % 10
-    images = Images(torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous(), labels)
+    images = InMemoryImages(torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous(), labels)
     return Case(
         name,
         lambda: ours(images, views, side),
@@ -94,7 +96,7 @@ def file_case(name: str, views: ViewsConfig, side: int, folder: Path) -> Case:
         paths.append(folder / f"{index}.jpg")
         Image.fromarray(array).save(paths[-1], quality=90)
     store = FolderStore(folder, tuple(path.name for path in paths))
-    images = Encoded(torch.arange(len(paths)) % 10, store, torch.arange(len(paths)))
+    images = EncodedImages(torch.arange(len(paths)) % 10, store, torch.arange(len(paths)))
     return Case(
         name,
         lambda: ours(images, views, side, workers=1),
@@ -107,12 +109,12 @@ def file_case(name: str, views: ViewsConfig, side: int, folder: Path) -> Case:
 def step_case(name: str, network: str, patch: int, side: int) -> Case:
     """A training step fed by our loader, beside the same step on a batch that is there already."""
     array = photographs(_NUMBER, side)
-    images = Images(
+    images = InMemoryImages(
         torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), torch.arange(_NUMBER) % 10
     )
     classes = tuple(str(label) for label in range(10))
     config = StudentConfig(name=network, image_size=side, patch_size=patch)
-    student = build_student(Facts(config, classes, *COLOURS, 1.0))
+    student = build_student(ModelInfo(config, classes, *COLOURS, 1.0))
     optimizer = torch.optim.AdamW(student.parameters())
 
     def step(pictures: Tensor, targets: Tensor) -> int:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from deit.errors import EnvironmentFault
+from deit.errors import SystemFault
 
 _OURS, _PEER = "#0072b2", "#b0b0b0"
 
@@ -14,7 +14,7 @@ def draw_benchmark(result: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise EnvironmentFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
+        raise SystemFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
     rows = result["rows"]
     figure = Figure(figsize=(11, 1.3 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()

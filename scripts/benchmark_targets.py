@@ -13,12 +13,12 @@ from deit.config import Config, StudentConfig
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
 from deit.models.networks import create_network
-from deit.preparation import chorus, loader_of, teachers_of
-from deit.presets import OBJECTIVES
+from deit.preparation import build_online_ensemble, build_teachers, build_train_loader
+from deit.presets import LOSS_PRESETS
 from deit.recipes import cifar10_micro
-from deit.stored import answer_to
-from deit.target_writer import recorded, write_targets
-from deit.targets import Layout
+from deit.stored import teacher_query
+from deit.target_writer import encode_block, write_targets
+from deit.targets import RecordFormat
 from scripts.sides import ours
 from scripts.turns import Case, photographs, run_cases
 
@@ -36,7 +36,7 @@ def target_config(folder: Path, student: str) -> Config:
     return cifar10_micro().replace(
         data={"source": "folder", "root": str(root), "test_fraction": 0.05},
         student={"name": student},
-        teacher={"source": (f"{Path(__file__)}:regnet",), "allow_weak": True},
+        teacher={"source": (f"{Path(__file__)}:regnet",), "allow_near_chance": True},
         optim={"epochs": 4},
         run={"device": "cpu"},
     )
@@ -53,8 +53,8 @@ def stored_case(name: str, student: str, folder: Path) -> Case:
     config = target_config(folder, student)
     store = folder / f"store-{student}"
     write_targets(config, store)
-    taught = config.replace(teacher={"source": (), "targets": (str(store),)})
-    alone = dataclasses.replace(config, loss=OBJECTIVES["none"])
+    taught = config.replace(teacher={"source": (), "target_stores": (str(store),)})
+    alone = dataclasses.replace(config, loss=LOSS_PRESETS["none"])
     return Case(name, lambda: ours(taught), lambda: ours(alone), "no teacher at all")
 
 
@@ -63,22 +63,24 @@ def writing_case(name: str, folder: Path) -> Case:
     config = target_config(folder, "deit_micro")
     splits = load_splits(config.data)
     accelerator = create_accelerator(config.run)
-    (teacher,) = teachers_of(config, splits, accelerator)
-    loader = loader_of(config, splits, accelerator, teacher_size=None, alone=True)
+    (teacher,) = build_teachers(config, splits, accelerator)
+    loader = build_train_loader(config, splits, accelerator, teacher_size=None, all_ranks=True)
 
     def written() -> Iterator[int]:
-        answer = answer_to(config, loader, chorus(config, splits, [teacher], accelerator))
-        layout = Layout("hard", 10, config.optim.epochs, loader.places, False)
+        answer = teacher_query(
+            config, loader, build_online_ensemble(config, splits, [teacher], accelerator)
+        )
+        layout = RecordFormat("hard", 10, config.optim.epochs, loader.rows_per_epoch, False)
         for unit in range(10**9):
-            for epoch, first, last in layout.stretches(unit % layout.units):
+            for epoch, first, last in layout.epoch_ranges(unit % layout.num_shards):
                 places = torch.arange(first, last)
-                for shown in loader.shown(epoch, places, block=config.run.evaluation_batch):
-                    recorded(layout, shown, answer(shown))
-                    yield len(shown.places)
+                for shown in loader.teacher_inputs(epoch, places, block=config.run.eval_batch_size):
+                    encode_block(layout, shown, answer(shown))
+                    yield len(shown.target_rows)
 
     def bare() -> Iterator[int]:
-        block = config.run.evaluation_batch
-        shown = next(loader.shown(0, torch.arange(block), block=block))
+        block = config.run.eval_batch_size
+        shown = next(loader.teacher_inputs(0, torch.arange(block), block=block))
         while True:
             teacher(shown.images)
             yield block

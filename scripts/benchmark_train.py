@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from deit.config import Config
-from deit.console import say
+from deit.console import info
 from deit.models.cost import cost_of
 from deit.models.linear import available, product
 from deit.models.student import Student
-from deit.presets import OBJECTIVES
+from deit.presets import LOSS_PRESETS
 from deit.target_writer import write_targets
 from scripts.memory import memory_of
 from scripts.sides import our_batches, ours
@@ -90,11 +90,11 @@ def _rows(
     mine, other = first_losses(config)
     if abs(mine - other) > _SAME_LOSS:
         raise SystemExit(f"the sides do not compute the same: {mine:.5f}, {other:.5f}")
-    say(f"loss of the first step: ours {mine:.5f}, timm's {other:.5f}")
-    configs = {_NONE: dataclasses.replace(config, loss=OBJECTIVES["none"]), _ONLINE: config}
+    info(f"loss of the first step: ours {mine:.5f}, timm's {other:.5f}")
+    configs = {_NONE: dataclasses.replace(config, loss=LOSS_PRESETS["none"]), _ONLINE: config}
     if any(row.taught == _STORED for row in rows.values()):
         write_targets(config, folder / "store")
-        stored = {"source": (), "targets": (str(folder / "store"),)}
+        stored = {"source": (), "target_stores": (str(folder / "store"),)}
         configs[_STORED] = config.replace(teacher=stored)
     side, batch = config.student.image_size, config.optim.batch_size
     student, device = our_student(config), config.run.device
@@ -118,7 +118,7 @@ def _rows(
             for whose, memory in zip(("ours", "peer"), map(memory_of, sides)):
                 said[f"{whose}_memory_mb"] = memory
         found.append(said)
-        say(
+        info(
             f"{number}/{len(rows)} {name}: {said['ours_images_per_s']:.0f} images/s, timm "
             f"{said['peer_images_per_s']:.0f}, ratio {said['ratio']:.2f}"
         )

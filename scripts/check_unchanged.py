@@ -29,16 +29,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from deit.console import say  # noqa: E402
+from deit.console import info  # noqa: E402
 from deit.datasets.splits import load_splits  # noqa: E402
-from deit.evaluation import config_of  # noqa: E402
-from deit.export import bare_of  # noqa: E402
+from deit.evaluation import load_run_config  # noqa: E402
+from deit.export import split_normalization  # noqa: E402
 from deit.formats import FORMATS  # noqa: E402
 from deit.models.saved import load_student  # noqa: E402
 
-_EXACT = ("--run.device", "cpu", "--run.linear", "torch")
+_EXACT = ("--run.device", "cpu", "--run.linear_backend", "torch")
 _TWO_EPOCHS = ("--optim.epochs", "2", "--optim.warmup_epochs", "1", *_EXACT)
-_TAUGHT = ("--teacher.source", "teacher", "--teacher.layout", "contiguous", "--teacher.allow_weak")
+_TAUGHT = (
+    "--teacher.source",
+    "teacher",
+    "--teacher.memory_format",
+    "contiguous",
+    "--teacher.allow_near_chance",
+)
 
 
 def main() -> None:
@@ -57,7 +63,7 @@ def main() -> None:
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, digest in found["digests"].items():
-        say(f"{digest[:16]}  {name}")
+        info(f"{digest[:16]}  {name}")
     if before is not None:
         compare(before["digests"], found["digests"])
 
@@ -65,17 +71,17 @@ def main() -> None:
 def record(place: Path) -> dict[str, Any]:
     """Compute all there is to record, in a folder."""
     deit(place, "train", "digits-teacher", *_TWO_EPOCHS, "--out", "teacher")
-    train = ("train", "digits", *_TWO_EPOCHS, *_TAUGHT, "--run.save_every", "2")
+    train = ("train", "digits", *_TWO_EPOCHS, *_TAUGHT, "--run.save_every_steps", "2")
     deit(place, *train, "--out", "straight")
     deit(place, *train, "--out", "killed", fault="update:5:kill")
     deit(place, *train, "--out", "killed", "--resume")
-    words = ("targets", "write", "digits", *_TWO_EPOCHS, *_TAUGHT, "--objective", "deit-hard")
-    deit(place, *words, "--records", "hard", "--out", "store")
+    words = ("targets", "write", "digits", *_TWO_EPOCHS, *_TAUGHT, "--loss", "deit-hard")
+    deit(place, *words, "--content", "hard", "--out", "store")
     found: dict[str, str] = {}
     for run in ("straight", "killed"):
         for weights in sorted((place / run).rglob("*.safetensors")):
             found[f"{run}: {weights.relative_to(place / run)}"] = digest_of(weights)
-        found[f"{run}: hash chain"] = digest_of(place / run / "chain.jsonl")
+        found[f"{run}: hash chain"] = digest_of(place / run / "state_hashes.jsonl")
     for file in sorted((place / "store").rglob("*.bin")):
         found[f"store: {file.relative_to(place / 'store')}"] = digest_of(file)
     found |= exports(place)
@@ -100,8 +106,8 @@ def exports(place: Path) -> dict[str, str]:
     """The digests of what the straight run's exports compute, by format, package and output."""
     found = {}
     student, _ = load_student(place / "straight" / "best")
-    _, normalize = bare_of(student)
-    images = load_splits(config_of(place / "straight").data).test.pixels
+    _, normalize = split_normalization(student)
+    images = load_splits(load_run_config(place / "straight").data).test.pixels
     inputs = normalize(images.float() / 255)
     for name, form in FORMATS.items():
         folder = place / f"export-{name}"
@@ -116,7 +122,7 @@ def exports(place: Path) -> dict[str, str]:
 
 def deit(place: Path, *words: str, fault: str | None = None) -> None:
     """Run a command in a folder; killed by itself at a fault."""
-    say(f"$ deit {' '.join(words)}")
+    info(f"$ deit {' '.join(words)}")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if fault is not None:
         environment["DEIT_FAULT"] = fault
@@ -136,7 +142,7 @@ def compare(before: dict[str, str], after: dict[str, str]) -> None:
     differing = [name for name in names if before.get(name) != after.get(name)]
     if differing:
         raise SystemExit("\n".join(["different:", *differing]))
-    say(f"unchanged: all {len(names)}")
+    info(f"unchanged: all {len(names)}")
 
 
 if __name__ == "__main__":

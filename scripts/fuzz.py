@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from deit.console import progress, say  # noqa: E402
+from deit.console import info, progress  # noqa: E402
 from tests.helpers.command_server import Zygote  # noqa: E402
 from tests.helpers.odd_input import make_things, run_try, try_of  # noqa: E402
 
@@ -68,8 +68,8 @@ def main() -> int:
     result = _result(found, time.monotonic() - started)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    say(json.dumps(result["codes"]))
-    say(f"{len(found)} tries, {len(result['wrong'])} wrong, {result['seconds']:.0f} s")
+    info(json.dumps(result["codes"]))
+    info(f"{len(found)} tries, {len(result['wrong'])} wrong, {result['seconds']:.0f} s")
     return 1 if result["wrong"] else 0
 
 
@@ -81,17 +81,17 @@ def _read(rows: Path | None) -> dict[int, dict[str, Any]]:
 
 
 def _show(one: Any, row: dict[str, Any]) -> None:
-    say(
+    info(
         f"seed {one.seed}: {row['wrong'] or 'as it should'} "
         f"(code {row['code']}, {row['seconds']} s)"
     )
-    say(f"  {one.command}")
-    say(f"  streams {', '.join(one.streams)}; {one.encoding}; {one.columns} columns")
+    info(f"  {one.command}")
+    info(f"  streams {', '.join(one.streams)}; {one.encoding}; {one.info} columns")
     for line in row["damage"]:
-        say(f"  {_printable(line)}")
+        info(f"  {_printable(line)}")
     for line in row["said"].splitlines()[-30:]:
-        say(f"  | {_printable(line)}")
-    say(f"  again: python scripts/fuzz.py --seed {one.seed}")
+        info(f"  | {_printable(line)}")
+    info(f"  again: python scripts/fuzz.py --seed {one.seed}")
 
 
 def _printable(line: str) -> str:

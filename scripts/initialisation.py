@@ -18,9 +18,9 @@ from deit.datasets.splits import load_splits  # noqa: E402
 from deit.metrics import topk_accuracy  # noqa: E402
 from deit.models.saved import load_student  # noqa: E402
 from deit.models.student import Student  # noqa: E402
-from deit.presets import OBJECTIVES  # noqa: E402
+from deit.presets import LOSS_PRESETS  # noqa: E402
 from deit.recipes import digits  # noqa: E402
-from deit.records import head_logits  # noqa: E402
+from deit.records import logits_by_head  # noqa: E402
 from deit.run import train  # noqa: E402
 
 
@@ -41,7 +41,7 @@ def measure(config: Config, student: Student) -> str:
     found = []
     with torch.no_grad():
         for view in (whole, shuffled_patches(whole, config.student.patch_size)):
-            found.append(topk_accuracy(head_logits(student.eval()(view))["fused"], labels))
+            found.append(topk_accuracy(logits_by_head(student.eval()(view))["fused"], labels))
         patches = student.network.patch_embed((whole - student.mean) / student.std).std()
         positions = student.network.pos_embed.std()
     return (
@@ -60,15 +60,15 @@ def main() -> None:
         for seed in options.seeds:
             for epochs in options.epochs:
                 config = digits().replace(
-                    student={"initialisation": initialisation},
+                    student={"weight_init": initialisation},
                     views={"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
-                    loss=OBJECTIVES["none"],
+                    loss=LOSS_PRESETS["none"],
                     optim={"epochs": epochs, "warmup_epochs": 2},
-                    run={"seed": seed, "evaluate_every": epochs},
+                    run={"seed": seed, "eval_every_epochs": epochs},
                 )
                 with tempfile.TemporaryDirectory() as folder:
                     train(config, Path(folder))
-                    student, _ = load_student(checkpoint.newest(Path(folder)))
+                    student, _ = load_student(checkpoint.latest_checkpoint(Path(folder)))
                 print(f"{initialisation}, seed {seed}, {epochs} epochs: {measure(config, student)}")
 
 

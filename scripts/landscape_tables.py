@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.charts import SERIES
-from deit.drawing import markdown_table, save_figure, summary
+from deit.drawing import markdown_table, mean_std, save_figure
 from deit.landscape_charts import eigenvalues_chart, lines_chart, path_chart
 from deit.landscape_page import LINES, cells, columns, line_cells
 
@@ -55,7 +55,7 @@ def seeds_tables(results: Sequence[_Result]) -> str:
             [
                 name,
                 *(
-                    summary([told(result[part][name]) for result in results], digits=digits)
+                    mean_std([told(result[part][name]) for result in results], digits=digits)
                     for told, digits in ((told, _DIGITS.get(of, 1)) for of, told in read.items())
                 ),
             ]
@@ -77,7 +77,7 @@ def _pairs(results: Sequence[_Result]) -> list[list[str]]:
                 of: [told(one["places"][name]) - told(one["places"][ticket]) for one in results]
                 for of, told in _PLACES.items()
             }
-            cells = (summary(of, digits=_DIGITS.get(key, 1)) for key, of in more.items())
+            cells = (mean_std(of, digits=_DIGITS.get(key, 1)) for key, of in more.items())
             rows.append([name, *cells])
     return rows
 

@@ -184,7 +184,7 @@ def sweep_section(name: str, result: dict) -> str:
 
 def smaller_section(name: str, result: dict) -> str:
     """A run and all that was made smaller of it as Markdown."""
-    ladder = next(iter(result["seeds"].values()))["ladder"]
+    ladder = next(iter(result["seeds"].values()))["variants"]
     environment = ladder["environment"]
     threads = environment["threads"]
     return (
@@ -216,7 +216,7 @@ def seeds_section(name: str) -> str:
     results = load(files)
     links = ", ".join(f"[{file}.json](results/{file}.json)" for file in files)
     first, *others = [result["asked"] for result in results.values()]
-    words = [f"`--run_seed {one['run_seed']} --only {','.join(one['parts'])}`" for one in others]
+    words = [f"`--run-seed {one['run_seed']} --measure {','.join(one['parts'])}`" for one in others]
     return (
         f"**{title}** ({links})\n\n{seeds_tables(list(results.values()))}\n\nMean +- standard "
         f"deviation over the seeds; {first['images']} {first['split']} images. The command is that "

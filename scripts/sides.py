@@ -9,33 +9,33 @@ import torch
 from PIL import Image
 
 from deit.config import Config, ViewsConfig
-from deit.engine import Tally, train_epoch
-from deit.parts import Parts
+from deit.engine import MetricAccumulator, train_epoch
+from deit.parts import TrainingRun
 from deit.records import Batch
-from deit.run import job_of, parts_of
+from deit.run import build_run, step_context
 
 
 def ours(config: Config, *, resident: bool = False) -> Iterator[int]:
     """Updates of ours, the images of each. resident: always on the same batch."""
-    parts = parts_of(config)
-    batches = _endless(parts)
+    run = build_run(config)
+    batches = _endless(run)
     if resident:
         batch = next(batches)
         batches = (batch for _ in range(10**9))
-    tally = Tally(parts.accelerator, {})
-    for _ in train_epoch(job_of(parts), batches, tally, step=0, steps=10**6):
+    tally = MetricAccumulator(run.accelerator, {})
+    for _ in train_epoch(step_context(run), batches, tally, step=0, steps=10**6):
         yield config.optim.batch_size
 
 
 def our_batches(config: Config) -> Iterator[int]:
     """Batches of ours, the images of each; nothing is trained."""
-    for batch in _endless(parts_of(config)):
+    for batch in _endless(build_run(config)):
         yield len(batch.images)
 
 
-def _endless(parts: Parts) -> Iterator[Batch]:
+def _endless(run: TrainingRun) -> Iterator[Batch]:
     for epoch in range(10**9):
-        yield from parts.loader.epoch(epoch % parts.config.optim.epochs)
+        yield from run.loader.epoch(epoch % run.config.optim.epochs)
 
 
 class _Pictures(torch.utils.data.Dataset):
@@ -70,13 +70,13 @@ def timm_loader(
         input_size=(3, side, side),
         is_training=True,
         use_prefetcher=True,
-        re_prob=views.erasing,
+        re_prob=views.erasing_prob,
         re_mode="pixel",
         scale=views.crop_scale,
         ratio=views.crop_ratio,
         hflip=views.flip,
         color_jitter=None,
-        auto_augment="rand-m9-mstd0.5-inc1" if views.policy == "randaugment" else None,
+        auto_augment="rand-m9-mstd0.5-inc1" if views.auto_augment == "randaugment" else None,
         interpolation=views.interpolation,
         num_workers=workers,
         persistent_workers=workers > 0,

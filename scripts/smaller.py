@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deit.console import say
+from deit.console import info
 from deit.disk import write_json
 from deit.prune_options import RECOVERED
 from deit.quantization_layers import METHODS
@@ -21,7 +21,7 @@ TEACHER, RUN, PRUNED, SHARED, ROUNDED = "teacher", "run", "pruned", "shared", "r
 
 def deit(*words: str) -> None:
     """A command, in a process of its own. Raises CalledProcessError where it fails."""
-    say(f"deit {' '.join(words)}")
+    info(f"deit {' '.join(words)}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-m", "deit", *words], check=True, env=environment)
 
@@ -56,13 +56,13 @@ def study(recipe: str, seed: int, place: Path, rest: list[str], asked: argparse.
     deit("prune", str(run), "--ratio=0.5", "--controls=short,long", f"--out={pruned}")
     found["prune"] = json.loads((pruned / "results.json").read_text(encoding="utf-8"))
     quantized(pruned / RECOVERED)
-    train(recipe, shared, *words, *whole, "--student.share=2")
-    begun = ("--from", str(run), "--tuning=int8")
+    train(recipe, shared, *words, *whole, "--student.shared_block_size=2")
+    begun = ("--from", str(run), "--schedule=int8")
     deit("finetune", *begun, *words, "--out", str(rounded), "--resume")
     quantized(rounded, ["static"])
-    merge = [] if asked.merge is None else [f"--merge={asked.merge}"]
-    deit("ladder", str(run), str(shared), str(rounded), *merge, "--force")
-    found["ladder"] = json.loads((run / "ladder" / "ladder.json").read_text(encoding="utf-8"))
+    merge = [] if asked.merge is None else [f"--merge-tokens={asked.merge}"]
+    deit("variants", str(run), str(shared), str(rounded), *merge, "--force")
+    found["variants"] = json.loads((run / "variants" / "variants.json").read_text(encoding="utf-8"))
     return found
 
 
@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("recipe", help="of students; its teacher's is RECIPE-teacher")
     parser.add_argument("--seeds", default="0", help="of students, with commas (0)")
     parser.add_argument("--epochs", type=int, help="of students (the recipe's)")
-    parser.add_argument("--merge", help="tokens that are merged in a block, with commas (none)")
+    parser.add_argument(
+        "--merge-tokens", help="tokens that are merged in a block, with commas (none)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
     asked, rest = parser.parse_known_args()
@@ -85,7 +87,7 @@ def main() -> None:
     }
     command = shlex.join(["python", "scripts/smaller.py", *sys.argv[1:]])
     write_json(asked.json, {"recipe": asked.recipe, "command": command, "seeds": found})
-    say(f"wrote {asked.json}")
+    info(f"wrote {asked.json}")
 
 
 if __name__ == "__main__":

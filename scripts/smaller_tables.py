@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deit.drawing import HEADS, final_of, markdown_table, summary
-from deit.ladder_page import draw_ladder
+from deit.drawing import HEADS, final_head_top1, markdown_table, mean_std
+from deit.ladder_page import draw_variants
 from deit.prune_options import CONTROLS, PRUNED, RECOVERED
 
 _COLUMNS = (
@@ -14,7 +14,7 @@ _COLUMNS = (
     "class head",
     "distillation head",
     "fused",
-    "same answers %",
+    "agreement %",
     "parameters",
     "KB",
     "MMACs",
@@ -36,7 +36,7 @@ def smaller_table(result: dict[str, Any]) -> str:
         if name == f"{PRUNED}, {RECOVERED}":
             cut = [seed["prune"]["rows"][PRUNED] for seed in result["seeds"].values()]
             rows.append([f"{PRUNED}, not recovered", *_accuracies(cut), "-", *size, "-", "-"])
-        same = summary([one["same_answers"] for one in of], scale=100)
+        same = mean_std([one["same_answers"] for one in of], scale=100)
         times = [f"{_time(of, batch):.3g}" for batch in ("1", "64")]
         rows.append([name, *_accuracies(of), same, *size, *times])
     return markdown_table(_COLUMNS, rows)
@@ -44,7 +44,7 @@ def smaller_table(result: dict[str, Any]) -> str:
 
 def _versions(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Of each version of the first seed the rows of all; one that some seed left out is none."""
-    ladders = [seed["ladder"]["rows"] for seed in result["seeds"].values()]
+    ladders = [seed["variants"]["rows"] for seed in result["seeds"].values()]
     return {
         name: [rows[name] for rows in ladders]
         for name in ladders[0]
@@ -53,7 +53,7 @@ def _versions(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _accuracies(rows: list[dict[str, Any]]) -> list[str]:
-    return [summary([row["top1"][head] for row in rows], scale=100) for head in HEADS]
+    return [mean_std([row["top1"][head] for row in rows], scale=100) for head in HEADS]
 
 
 def _middle(values: Iterable[float]) -> float:
@@ -73,7 +73,7 @@ def goals(result: dict[str, Any]) -> str:
         of = [seed["quantize"][method] for seed in seeds]
         drops = ", ".join(f"{one['drop_points']:.2f}" for one in of)
         share = statistics.mean(one["int8"]["bytes"] / one["float"]["bytes"] for one in of)
-        noise = summary([one["sqnr_db"].get("fused", one["sqnr_db"]["class"]) for one in of])
+        noise = mean_std([one["sqnr_db"].get("fused", one["sqnr_db"]["class"]) for one in of])
         told.append(f"{method} {drops} points, {share:.2f} of the float file's bytes, {noise} dB")
     rows = seeds[0]["prune"]["rows"]
     taught = (RECOVERED, *CONTROLS.values())
@@ -86,7 +86,7 @@ def draw_smaller(result: dict[str, Any], path: Path) -> None:
     rows = {
         name: {
             "top1": {
-                "class": statistics.mean(final_of(one["top1"]) for one in of),
+                "class": statistics.mean(final_head_top1(one["top1"]) for one in of),
                 "fused": None,
             },
             "bytes": _middle(one["bytes"] for one in of),
@@ -94,5 +94,5 @@ def draw_smaller(result: dict[str, Any], path: Path) -> None:
         }
         for name, of in _versions(result).items()
     }
-    ladder = next(iter(result["seeds"].values()))["ladder"]
-    draw_ladder(ladder | {"run": result["recipe"], "rows": rows}, path)
+    ladder = next(iter(result["seeds"].values()))["variants"]
+    draw_variants(ladder | {"run": result["recipe"], "rows": rows}, path)

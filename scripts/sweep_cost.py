@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from deit.config import RunConfig
-from deit.console import say
+from deit.console import info
 from deit.disk import write_json
-from deit.environment import create_accelerator, describe
+from deit.environment import create_accelerator, environment_info
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = {"loss.temperature": [1, 3, 10], "loss.distillation_weight": [0.3, 0.5, 0.7, 0.9]}
@@ -48,7 +48,7 @@ def together(name: str, common: list[str], folder: Path) -> float:
     (folder / f"{name}.json").write_text(
         json.dumps({"recipe": "digits", "grid": GRID}), encoding="utf-8"
     )
-    return deit("sweep", f"{name}.json", *common, "--at_once=2", f"--out={name}", folder=folder)
+    return deit("sweep", f"{name}.json", *common, "--parallel=2", f"--out={name}", folder=folder)
 
 
 def main() -> None:
@@ -63,24 +63,24 @@ def main() -> None:
         folder = Path(place)
         deit("train", "digits-teacher", "--out=teacher", folder=folder)
         common = ["--teacher.source=teacher", f"--optim.epochs={options.epochs}"]
-        common.append("--run.linear=torch")  # not chosen anew by each
+        common.append("--run.linear_backend=torch")  # not chosen anew by each
         for turn in range(options.rounds):
             sides = {"runs": alone, "sweep": together}
             order = list(sides) if turn % 2 else list(reversed(sides))
             took = {side: sides[side](f"{side}-{turn}", common, folder) for side in order}
             pairs.append((took["sweep"], took["runs"]))
-            say(
+            info(
                 f"turn {turn + 1}: sweep {took['sweep']:.1f} s, runs {took['runs']:.1f} s, ratio "
                 f"{took['sweep'] / took['runs']:.2f}"
             )
     ratios = [sweep / runs for sweep, runs in pairs]
     found: dict[str, Any] = {"pairs_s": pairs, "ratio": statistics.median(ratios), "n": len(pairs)}
-    say(f"ratio {found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(pairs)})")
+    info(f"ratio {found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(pairs)})")
     if options.json is not None:
         found["command"] = " ".join(["python", "scripts/sweep_cost.py", *sys.argv[1:]])
-        found["environment"] = describe(create_accelerator(RunConfig(device="cpu")), [])
+        found["environment"] = environment_info(create_accelerator(RunConfig(device="cpu")), [])
         write_json(options.json, found)
-        say(f"wrote {options.json}")
+        info(f"wrote {options.json}")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from deit.config import Config, ViewsConfig
-from deit.losses import objective
-from deit.models.saved import Facts, build_student
+from deit.losses import distillation_loss
+from deit.models.saved import ModelInfo, build_student
 from deit.models.student import Student
-from deit.presets import OBJECTIVES
+from deit.presets import LOSS_PRESETS
 from deit.recipes import cifar10_micro
-from deit.run import job_of, parts_of
+from deit.run import build_run, step_context
 from scripts.sides import timm_loader
 from scripts.turns import photographs
 
@@ -32,8 +32,8 @@ VIEWS = ViewsConfig(
     crop="random_resized",
     crop_scale=(0.8, 1.0),
     flip=0.5,
-    policy="randaugment",
-    erasing=0.25,
+    auto_augment="randaugment",
+    erasing_prob=0.25,
     mixup_alpha=0.8,
     cutmix_alpha=1.0,
     mean=MEAN,
@@ -76,15 +76,15 @@ def configuration(folder: Path, *, student: str, batch: int, device: str, side: 
             "image_size": side,
             "patch_size": 4 if side < 64 else 16,
             "drop_path": 0.1,
-            "initialisation": "timm",
+            "weight_init": "timm",
         },
         teacher={
             "source": (f"{Path(__file__)}:teacher",),
-            "allow_weak": True,
+            "allow_near_chance": True,
             "mean": MEAN,
             "std": STD,
         },
-        loss=OBJECTIVES["deit-hard"],
+        loss=LOSS_PRESETS["deit-hard"],
         optim={"epochs": 2, "batch_size": batch, "weight_decay": 0.05, "ema_epochs": 0.0},
         run={"device": device, **(_ON_GPU if device == "cuda" else {})},
     )
@@ -94,7 +94,7 @@ def our_student(config: Config) -> Student:
     """The student that both sides start from."""
     names = tuple(f"class {label}" for label in range(10))
     torch.manual_seed(0)
-    return build_student(Facts(config.student, names, MEAN, STD, 1.0))
+    return build_student(ModelInfo(config.student, names, MEAN, STD, 1.0))
 
 
 def timm_batches(config: Config, *, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -201,10 +201,12 @@ def theirs(
 def first_losses(config: Config) -> tuple[float, float]:
     """The loss of the first step of either side, on one batch of ours, without drop path."""
     config = config.replace(student={"drop_path": 0.0})
-    parts = parts_of(config)
-    batch, job = next(parts.loader.epoch(0)), job_of(parts)
+    run = build_run(config)
+    batch, job = next(run.loader.epoch(0)), step_context(run)
     job.student.train()
-    losses = objective(job.student(batch.images), batch.targets, job.teach(batch), job.loss)
+    losses = distillation_loss(
+        job.student(batch.images), batch.targets, job.teacher(batch), job.loss
+    )
     task = timm_side(config, best=False).task.train()
     mean, std = (torch.tensor(v, device=batch.images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     smoothed = batch.targets * (1 - job.loss.label_smoothing) + job.loss.label_smoothing / 10

@@ -13,47 +13,47 @@ from typing import Any
 import torch
 
 from deit.config import RunConfig, StudentConfig
-from deit.console import say
+from deit.console import info
 from deit.datasets.splits import load_splits
-from deit.disk import size
-from deit.engine import Job, Tally, seed_torch, train_epoch
-from deit.environment import create_accelerator, describe, keep_freed_memory
-from deit.interruption import Interruption
-from deit.losses import objective
+from deit.disk import format_bytes
+from deit.engine import MetricAccumulator, StepContext, seed_torch, train_epoch
+from deit.environment import create_accelerator, environment_info, raise_malloc_threshold
+from deit.interruption import GracefulStop
+from deit.losses import distillation_loss
 from deit.models.saved import build_student
-from deit.optim import WeightAverage, build_optimizer, lr_at, set_lr
-from deit.parts import Parts, State
-from deit.preparation import facts_of, loader_of
-from deit.presets import OBJECTIVES
+from deit.optim import EMA, build_optimizer, lr_at, set_lr
+from deit.parts import TrainingRun, TrainState
+from deit.preparation import build_train_loader, model_info_from
+from deit.presets import LOSS_PRESETS
 from deit.recipes import digits
 from deit.records import Batch
-from deit.saving import save
+from deit.saving import save_checkpoint
 
 
-def job_of(name: str, side: int, batch: int) -> tuple[Job, list[Batch], Parts]:
+def job_of(name: str, side: int, batch: int) -> tuple[StepContext, list[Batch], TrainingRun]:
     """A student of CIFAR's or ImageNet's size, without a teacher, and batches of noise for it."""
     config = digits().replace(
         student=StudentConfig(name=name, image_size=side, patch_size=16 if side > 64 else 4),
-        loss=OBJECTIVES["none"],
+        loss=LOSS_PRESETS["none"],
         optim={"batch_size": batch, "ema_epochs": 1.0},
         run={"device": "cpu"},
     )
     accelerator = create_accelerator(config.run)
     splits = load_splits(config.data)
-    facts = facts_of(config, splits)
+    facts = model_info_from(config, splits)
     student = build_student(facts)
-    average = WeightAverage(student, horizon=100)
+    average = EMA(student, horizon=100)
     optimizer = build_optimizer(student, config.optim)
     student, optimizer = accelerator.prepare(student, optimizer)
     loss, optim = config.loss, config.optim
-    job = Job(accelerator, student, None, optimizer, average, loss, optim, 0)
+    job = StepContext(accelerator, student, None, optimizer, average, loss, optim, 0)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch, 3, side, side, generator=generator)
     targets = torch.eye(10)[torch.arange(batch) % 10]
     places = torch.arange(batch)
     batches = [Batch(images, None, targets, places, 0, places)]
-    loader = loader_of(config, splits, accelerator, teacher_size=None, for_teacher=False)
-    parts = Parts(
+    loader = build_train_loader(config, splits, accelerator, teacher_size=None, for_teacher=False)
+    run = TrainingRun(
         config=config,
         out=Path(),
         accelerator=accelerator,
@@ -64,31 +64,31 @@ def job_of(name: str, side: int, batch: int) -> tuple[Job, list[Batch], Parts]:
         student=student,
         optimizer=optimizer,
         average=average,
-        state=State(),
+        state=TrainState(),
     )
-    return job, batches, parts
+    return job, batches, run
 
 
-def guarded(job: Job, batches: list[Batch], interruption: Interruption) -> Iterator[None]:
+def guarded(job: StepContext, batches: list[Batch], interruption: GracefulStop) -> Iterator[None]:
     """Updates as a run makes them: noticed where they are not finite, stopped by signals."""
     endless = (batches[0] for _ in range(10**9))
-    for _ in train_epoch(job, endless, Tally(job.accelerator, {}), step=0, steps=10**6):
-        interruption.asked()
+    for _ in train_epoch(job, endless, MetricAccumulator(job.accelerator, {}), step=0, steps=10**6):
+        interruption.pending_signal()
         yield
 
 
-def bare(job: Job, batches: list[Batch]) -> Iterator[None]:
+def bare(job: StepContext, batches: list[Batch]) -> Iterator[None]:
     """The same updates and the same sums, believed to be finite."""
-    tally, student, optimizer = Tally(job.accelerator, {}), job.student, job.optimizer
+    tally, student, optimizer = MetricAccumulator(job.accelerator, {}), job.student, job.optimizer
     student.train()
     for step in range(10**9):
         seed_torch(job, step, 0)
         with job.accelerator.accumulate(student):
             outputs = student(batches[0].images)
-            losses = objective(outputs, batches[0].targets, None, job.loss, epoch=0.0)
+            losses = distillation_loss(outputs, batches[0].targets, None, job.loss, epoch=0.0)
             job.accelerator.backward(losses["total"])
         tally.add(losses, outputs, batches[0], None)
-        tally.settle(torch.tensor(True))
+        tally.commit(torch.tensor(True))
         set_lr(optimizer, lr_at(step, optim=job.optim, steps_per_epoch=10**6))
         optimizer.step()
         optimizer.zero_grad()
@@ -128,14 +128,14 @@ def checkpoint_cost(rounds: int) -> dict[str, Any]:
     """Seconds of a whole checkpoint of DeiT-S at 224 px (weights, AdamW, average): written, synced,
     read back, verified, the one before the last removed."""
     job, batches, parts = job_of("deit_small", 224, 2)
-    next(guarded(job, batches, Interruption(job.accelerator)))
+    next(guarded(job, batches, GracefulStop(job.accelerator)))
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         parts.out = Path(folder)
         took = []
         for step in range(1, rounds + 3):
             parts.state.step = step
             started = time.perf_counter()
-            save(parts, Tally(job.accelerator, {}), regular=True)
+            save_checkpoint(parts, MetricAccumulator(job.accelerator, {}), in_hash_chain=True)
             took.append(time.perf_counter() - started)
         newest = max(parts.out.glob("checkpoint-*"))
         number = sum(path.stat().st_size for path in newest.iterdir())
@@ -151,33 +151,33 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn (4)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()
+    raise_malloc_threshold()
     found: dict[str, Any] = {"steps": {}}
     for name, batch in (("deit_micro", 128), ("deit_tiny", 64)):
-        sides: list[Callable[[Job, list[Batch]], Iterator[None]]] = []
+        sides: list[Callable[[StepContext, list[Batch]], Iterator[None]]] = []
         job, batches, _ = job_of(name, 32, batch)
         other, same, _ = job_of(name, 32, batch)
-        sides = [guarded(job, batches, Interruption(job.accelerator)), bare(other, same)]
+        sides = [guarded(job, batches, GracefulStop(job.accelerator)), bare(other, same)]
         row = in_turns(*sides, rounds=options.rounds, seconds=options.seconds)
         found["steps"][name] = row
         low, high = row["cost_range"]
-        say(
+        info(
             f"{name}, batch {batch}: an update takes {1000 * row['guarded_s']:.1f} ms, unguarded "
             f"{1000 * row['bare_s']:.1f} ms: {100 * row['cost']:+.1f} % "
             f"({100 * low:+.1f} to {100 * high:+.1f}, n = {options.rounds})"
         )
     row = found["checkpoint"] = checkpoint_cost(options.rounds)
     low, high = row["range"]
-    say(
-        f"checkpoint of DeiT-S with AdamW and average, {size(row['bytes'])}: "
+    info(
+        f"checkpoint of DeiT-S with AdamW and average, {format_bytes(row['bytes'])}: "
         f"{row['seconds']:.2f} s ({low:.2f} to {high:.2f}, n = {options.rounds})"
     )
     if options.json is not None:
         found["command"] = " ".join(["python", "scripts/trust_cost.py", *sys.argv[1:]])
         found["rounds"] = options.rounds
-        found["environment"] = describe(create_accelerator(RunConfig(device="cpu")), [])
+        found["environment"] = environment_info(create_accelerator(RunConfig(device="cpu")), [])
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        say(f"wrote {options.json}")
+        info(f"wrote {options.json}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit.console import say
+from deit.console import info
 
 
 class Case(NamedTuple):
@@ -99,7 +99,7 @@ def run_cases(
     for number, (name, case) in enumerate(cases.items(), start=1):
         row = measured(case(name), rounds=rounds, seconds=seconds)
         rows.append(row)
-        say(
+        info(
             f"{number}/{len(cases)} {row['name']}: {row['ours_images_per_s']:.0f} images/s, "
             f"{row['peer']} {row['peer_images_per_s']:.0f}, ratio {row['ratio']:.2f}"
         )

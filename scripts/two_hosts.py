@@ -21,10 +21,18 @@ CABLE = ("deit-a", "deit-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 TIMEOUT_S = 10
 RUN = (
-    *("digits", "--objective", "none", "--teacher.source", "none", "--views.policy", "randaugment"),
+    *(
+        "digits",
+        "--loss",
+        "none",
+        "--teacher.source",
+        "none",
+        "--views.auto_augment",
+        "randaugment",
+    ),
     *("--student.depth", "4", "--optim.batch_size", "64", "--optim.epochs", "6"),
-    *("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--run.evaluate_every", "1"),
-    *("--run.save_every", "5", "--run.timeout", str(TIMEOUT_S), "--resume"),
+    *("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--run.eval_every_epochs", "1"),
+    *("--run.save_every_steps", "5", "--run.timeout_s", str(TIMEOUT_S), "--resume"),
 )
 
 
@@ -104,9 +112,9 @@ def main() -> int:
                 if code:
                     sys.exit(f"the run that nothing happens to failed ({code}):\n{said[-2000:]}")
             processes = start(cut)
-            while len(checkpoint.found(cut)) < 2:
+            while len(checkpoint.list_checkpoints(cut)) < 2:
                 time.sleep(0.02)
-            step = max(step for step, _ in checkpoint.found(cut))
+            step = max(step for step, _ in checkpoint.list_checkpoints(cut))
             ip("-n", HOSTS[1], "link", "set", CABLE[1], "down")
             moment = time.monotonic()
             stopped = ended(processes, within=TIMEOUT_S + 60)
@@ -122,7 +130,7 @@ def main() -> int:
                 sys.exit(f"resuming failed: {resumed}")
         finally:
             disconnect()
-        chains = [(out / journal.CHAIN).read_bytes() for out in (straight, cut)]
+        chains = [(out / journal.HASH_CHAIN).read_bytes() for out in (straight, cut)]
         equal = chains[0] == chains[1]
         print(
             f"resumed on both: {len(chains[0].splitlines())} links of the chain of hashes, ", end=""

@@ -62,7 +62,7 @@ def zygote():
 
 
 @pytest.fixture
-def copied(zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+def fork_server(zygote, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs beside each other that the test's own process starts come without these seconds too."""
     if sys.platform == "linux":
         assert zygote.run("--version").code == 0  # it is there

@@ -4,10 +4,10 @@ import pytest
 
 from deit.cli import run_command
 from deit.config import Config
-from deit.errors import CheckpointError, ConfigError, ConfigProblem, NotThereError
+from deit.errors import CheckpointError, ConfigError, ConfigProblem, NotFoundError
 from deit.files import about_address
-from deit.models.start import find_start
-from deit.models.teachers import locate
+from deit.models.start import load_weights_from
+from deit.models.teachers import resolve_source
 from deit.validation import validate
 from tests.helpers.errors import raises
 
@@ -60,7 +60,7 @@ COMMANDS = {
     "predict": ["run", "https://host/cat.png"],
     "export": ["https://host/run", "--format", "onnx"],
     "report": ["https://host/run"],
-    "scan": ["s3://bucket/images"],
+    "check-data": ["s3://bucket/images"],
     "targets": ["verify", "s3://bucket/store"],
 }
 
@@ -77,7 +77,7 @@ def test_every_command_refuses_them_at_once(command, capsys):
 
 
 @pytest.mark.parametrize(
-    "field", ["data.root", "data.quarantine", "start.masks", "teacher.targets"]
+    "field", ["data.root", "data.exclude_list", "init.pruning_masks", "teacher.target_stores"]
 )
 def test_a_configuration_that_holds_them_is_refused(field):
     section, leaf = field.split(".")
@@ -91,9 +91,9 @@ def test_a_configuration_that_holds_them_is_refused(field):
 def test_a_repository_of_the_hub_is_for_timm_to_load(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     source = "hf-hub:timm/test_vit.r160_in1k"
-    validate(Config().replace(teacher={"source": (source,)}, start={"source": source}))
-    assert locate(source) == "timm"
+    validate(Config().replace(teacher={"source": (source,)}, init={"weights": source}))
+    assert resolve_source(source) == "timm"
     with raises(CheckpointError, source, "hf download timm/test_vit.r160_in1k "):
-        find_start(source)
-    with raises(NotThereError, "teacher.source", "curl -LO https://host/teacher.pth"):
-        locate("https://host/teacher.pth")
+        load_weights_from(source)
+    with raises(NotFoundError, "teacher.source", "curl -LO https://host/teacher.pth"):
+        resolve_source("https://host/teacher.pth")

@@ -13,16 +13,16 @@ import psutil
 import pytest
 
 from deit import at_once, checkpoint, journal, processes
-from deit.at_once import Planned, Progress, check_number, train_at_once
+from deit.at_once import RunProgress, RunSpec, check_num_parallel, run_parallel_or_raise
 from deit.cli import run_command
 from deit.comparison import compare
-from deit.disk import hold
-from deit.errors import ConfigError, DeitError, EnvironmentFault, Stopped
-from deit.presets import OBJECTIVES
+from deit.disk import lock_dir
+from deit.errors import ConfigError, DeitError, StoppedBySignal, SystemFault
+from deit.presets import LOSS_PRESETS
 from deit.prune import prune
 from deit.recipes import digits_teacher
 from deit.sweep import sweep
-from deit.tickets import tickets
+from deit.tickets import lottery
 from tests.helpers.command_server import until
 from tests.helpers.errors import raises
 from tests.helpers.progress import runs_over
@@ -32,23 +32,23 @@ from tests.helpers.trained import trained
 pytest.importorskip("sklearn")
 SMALL = (
     *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
-    *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.evaluate_every", "2"),
+    *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.eval_every_epochs", "2"),
     *("--data.train_fraction", "0.2"),
 )
 
 
 def chain(out):
-    return (out / journal.CHAIN).read_bytes()
+    return (out / journal.HASH_CHAIN).read_bytes()
 
 
 @pytest.mark.slow
 def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, tmp_path):
     # What runs choose by measuring, each for itself, is named.
     words = ("compare", "digits", *SMALL, "--seeds", "0,1")
-    words += ("--run.linear", "torch", "--teacher.layout", "contiguous")
+    words += ("--run.linear_backend", "torch", "--teacher.memory_format", "contiguous")
     outs = [tmp_path / "after", tmp_path / "once"]
     for out, number in zip(outs, ("1", "2")):
-        more = ("--at_once", number, "--out", out, "--json", f"{out}.json")
+        more = ("--parallel", number, "--out", out, "--json", f"{out}.json")
         done = zygote.run(*words, *more)
         assert done.code == 0, done.err
     # Two teachers and four students.
@@ -60,7 +60,7 @@ def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, 
         for name in ("teacher", "distilled", "undistilled"):
             one, other = (out / f"seed-{seed}" / name for out in outs)
             assert chain(one) == chain(other)
-            epochs = checkpoint.result_of(other)["epochs"]
+            epochs = checkpoint.read_result(other)["epochs"]
             assert f"epoch {epochs}/{epochs}" in (other.parent / f"{name}.log").read_text()
     one, other = (json.loads(Path(f"{out}.json").read_text()) for out in outs)
     for name, row in one["rows"].items():
@@ -69,7 +69,7 @@ def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, 
 
 
 def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(
-    copied, tmp_path, capsys
+    fork_server, tmp_path, capsys
 ):
     code = tmp_path / "mine.py"
     code.write_text(
@@ -77,17 +77,17 @@ def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(
         "def teacher():\n"
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))\n"
     )
-    teacher = {"source": (f"{code}:teacher",), "allow_weak": True}
+    teacher = {"source": (f"{code}:teacher",), "allow_near_chance": True}
     configs = {
         "lost": two_epochs(data={"source": "folder", "root": str(tmp_path / "nowhere")}),
         "wrong": two_epochs(optim={"epochs": 1, "warmup_epochs": 2.0}, student={"patch_size": 7}),
         "coarse": two_epochs(),
         # Its file alone may not name code; who planned the run did.
-        "taught": two_epochs(teacher=teacher, loss=OBJECTIVES["deit-hard"]),
+        "taught": two_epochs(teacher=teacher, loss=LOSS_PRESETS["deit-hard"]),
     }
-    runs = [Planned(name, one, tmp_path / name) for name, one in configs.items()]
+    runs = [RunSpec(name, one, tmp_path / name) for name, one in configs.items()]
     with pytest.raises(DeitError) as failure:
-        train_at_once(runs, number=2, progress=Progress(len(runs)))
+        run_parallel_or_raise(runs, number=2, progress=RunProgress(len(runs)))
     said = capsys.readouterr()
     assert failure.value.exit_code in (2, 3)  # of the one that failed first
     lines = str(failure.value).splitlines()
@@ -104,7 +104,7 @@ def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(
     assert "taught: epoch 2/2" in said.out
     assert re.search(rf"^deit: warning: taught: .*{re.escape(str(code))}", said.err, re.MULTILINE)
     for name in configs:
-        trained = checkpoint.result_of(tmp_path / name) is not None
+        trained = checkpoint.read_result(tmp_path / name) is not None
         assert trained == (name in ("coarse", "taught"))
 
 
@@ -116,11 +116,18 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
 ):
     # The teacher first: it is trained before the two students that run beside each other.
     trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
-    words = ("compare", "digits", *SMALL, "--optim.epochs", "40", "--run.evaluate_every", "40")
-    words += ("--teacher.source", tmp_path / "teacher", "--at_once", "2", "--out", tmp_path / "out")
+    words = ("compare", "digits", *SMALL, "--optim.epochs", "40", "--run.eval_every_epochs", "40")
+    words += (
+        "--teacher.source",
+        tmp_path / "teacher",
+        "--parallel",
+        "2",
+        "--out",
+        tmp_path / "out",
+    )
     running = zygote.start(*words)
     names = ("distilled", "undistilled")
-    until(lambda: all(checkpoint.found(tmp_path / "out" / name) for name in names))
+    until(lambda: all(checkpoint.list_checkpoints(tmp_path / "out" / name) for name in names))
     running.signal(number)
     done = running.wait()
     assert done.code == 128 + number
@@ -129,7 +136,7 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
     logs = [(tmp_path / "out" / f"{name}.log").read_text() for name in names]
     assert all(signal.Signals(signal.SIGTERM).name in log for log in logs)
     before = chain(tmp_path / "out" / "undistilled")
-    short = [*words, "--only", "undistilled"]
+    short = [*words, "--arms", "undistilled"]
     assert zygote.run(*short).code == 0
     after = chain(tmp_path / "out" / "undistilled")
     assert after.startswith(before)
@@ -137,38 +144,53 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
 
 
 def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_path):
-    words = ("compare", "digits", *SMALL, "--optim.epochs", "3000", "--run.evaluate_every", "3000")
+    words = (
+        "compare",
+        "digits",
+        *SMALL,
+        "--optim.epochs",
+        "3000",
+        "--run.eval_every_epochs",
+        "3000",
+    )
     trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
-    words += ("--teacher.source", tmp_path / "teacher", "--at_once", "2", "--out", tmp_path / "out")
+    words += (
+        "--teacher.source",
+        tmp_path / "teacher",
+        "--parallel",
+        "2",
+        "--out",
+        tmp_path / "out",
+    )
     running = zygote.start(*words)
     names = ("distilled", "undistilled")
-    until(lambda: all(checkpoint.found(tmp_path / "out" / name) for name in names))
+    until(lambda: all(checkpoint.list_checkpoints(tmp_path / "out" / name) for name in names))
     running.signal(signal.SIGKILL)
     running.wait()
     # They hold their folders until they have ended.
     for name in names:
         out = tmp_path / "out" / name
-        number = len(checkpoint.found(out))
+        number = len(checkpoint.list_checkpoints(out))
         assert number
         until(lambda out=out: not _held(out))
 
 
 def _held(out):
     try:
-        with hold(out, option="--out"):
+        with lock_dir(out, option="--out"):
             return False
-    except EnvironmentFault:
+    except SystemFault:
         return True
 
 
 def test_a_number_that_cannot_be_is_refused(monkeypatch):
-    check_number(1, option="--at_once")
-    with raises(ConfigError, "--at_once 0"):
-        check_number(0, option="--at_once")
+    check_num_parallel(1, option="--parallel")
+    with raises(ConfigError, "--parallel 0"):
+        check_num_parallel(0, option="--parallel")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_number(1, option="--at_once")
-    with raises(ConfigError, "--at_once 2", "torchrun"):
-        check_number(2, option="--at_once")
+    check_num_parallel(1, option="--parallel")
+    with raises(ConfigError, "--parallel 2", "torchrun"):
+        check_num_parallel(2, option="--parallel")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +202,7 @@ def test_each_gets_its_share_of_the_cores(monkeypatch, tmp_path, cores, asked, n
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert at_once._Here(number, tmp_path).threads == threads
+    assert at_once._LocalPool(number, tmp_path).threads == threads
 
 
 @pytest.mark.parametrize(
@@ -201,12 +223,12 @@ def test_each_run_gets_the_gpu_that_has_the_fewest(monkeypatch, tmp_path, visibl
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(at_once.torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(at_once, "source", lambda *, gpu: Started())
-    here = at_once._Here(3, tmp_path)
+    here = at_once._LocalPool(3, tmp_path)
     for seed in range(3):
-        here.start(Planned(f"run {seed}", two_epochs(), tmp_path / str(seed)))
+        here.start(RunSpec(f"run {seed}", two_epochs(), tmp_path / str(seed)))
     assert given == expected
     del here.children[1]  # it ends first
-    here.start(Planned("another", two_epochs(), tmp_path / "another"))
+    here.start(RunSpec("another", two_epochs(), tmp_path / "another"))
     assert given[3] == expected[1]
 
 
@@ -238,16 +260,16 @@ def test_what_runs_are_copied_from_ends_after_them(monkeypatch, tmp_path):
     monkeypatch.setattr(at_once, "source", lambda *, gpu: Slow(happened))
 
     def stopped():
-        with at_once._Here(1, tmp_path) as here:
-            here.start(Planned("run", two_epochs(), tmp_path / "run"))
-            raise Stopped(signal.SIGTERM)
+        with at_once._LocalPool(1, tmp_path) as here:
+            here.start(RunSpec("run", two_epochs(), tmp_path / "run"))
+            raise StoppedBySignal(signal.SIGTERM)
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedBySignal):
         stopped()
     assert happened == ["asked", "ended", "closed"]
 
 
-@pytest.mark.parametrize("function", [compare, sweep, tickets, prune])
+@pytest.mark.parametrize("function", [compare, sweep, lottery, prune])
 def test_what_runs_were_copied_from_is_let_go_of_however_a_call_ends(function, monkeypatch):
     closed = []
     gone = SimpleNamespace(close_idle=lambda: closed.append(function))
@@ -257,13 +279,13 @@ def test_what_runs_were_copied_from_is_let_go_of_however_a_call_ends(function, m
     assert closed == [function]
 
 
-def test_a_program_keeps_no_process_after_its_runs(copied, tmp_path):
-    words = [*SMALL, "--only", "undistilled", "--teacher.source", tmp_path / "teacher"]
+def test_a_program_keeps_no_process_after_its_runs(fork_server, tmp_path):
+    words = [*SMALL, "--arms", "undistilled", "--teacher.source", tmp_path / "teacher"]
     trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
     before = psutil.Process().children()
-    words += ["--at_once", "2", "--out", tmp_path / "out"]
+    words += ["--parallel", "2", "--out", tmp_path / "out"]
     assert run_command("compare", ["digits", *map(str, words)], "deit compare") == 0
-    assert checkpoint.result_of(tmp_path / "out" / "undistilled") is not None
+    assert checkpoint.read_result(tmp_path / "out" / "undistilled") is not None
     assert "epoch 2/2" in (tmp_path / "out" / "undistilled.log").read_text()
     assert not processes.source(gpu=False)._servers
     assert set(psutil.Process().children()) <= set(before)
@@ -275,27 +297,27 @@ class Impatient:
     def __init__(self):
         self.asked, self.ends = [], {}
 
-    def hopeless(self, run):
+    def should_stop(self, run):
         self.asked.append(run.name)
         return run.name == "hopeless"
 
-    def ended(self, run, code, reason):
+    def on_end(self, run, code, reason):
         self.ends[run.name] = code
 
 
-def test_a_run_that_is_given_up_stops_saved_and_is_no_failure(copied, tmp_path):
+def test_a_run_that_is_given_up_stops_saved_and_is_no_failure(fork_server, tmp_path):
     watch = Impatient()
-    long = two_epochs(optim={"epochs": 200}, run={"evaluate_every": 1})
+    long = two_epochs(optim={"epochs": 200}, run={"eval_every_epochs": 1})
     asked = []
 
     def runs():
         for name, one in {"hopeless": long, "good": two_epochs()}.items():
             asked.append(name)
-            yield Planned(name, one, tmp_path / name)
+            yield RunSpec(name, one, tmp_path / name)
 
-    assert at_once.train_beside(runs(), number=1, progress=Progress(2), watch=watch) == []
+    assert at_once.run_parallel(runs(), number=1, progress=RunProgress(2), watch=watch) == []
     assert asked == ["hopeless", "good"]
     assert watch.ends == {"hopeless": 143, "good": 0}
     assert watch.asked.count("hopeless") == 1  # not asked again
-    assert checkpoint.result_of(tmp_path / "hopeless") is None
-    assert checkpoint.found(tmp_path / "hopeless")
+    assert checkpoint.read_result(tmp_path / "hopeless") is None
+    assert checkpoint.list_checkpoints(tmp_path / "hopeless")

@@ -9,7 +9,11 @@ from deit.models.attention import rollout, token_cosines
 from deit.models.networks import create_network
 from tests.helpers.errors import raises
 
-KINDS = {"deit_micro": {}, "vit_micro": {}, "two": {"name": "deit_micro", "distillation_tokens": 2}}
+KINDS = {
+    "deit_micro": {},
+    "vit_micro": {},
+    "two": {"name": "deit_micro", "num_distillation_tokens": 2},
+}
 
 
 def network(kind="deit_micro", depth=3, **fields):
@@ -119,7 +123,7 @@ def test_equal_tokens_stay_equal():
 
 
 def test_networks_without_attention_or_with_one_token_are_refused():
-    with raises(ConfigError, "SmallConvNet", "student.share"):
+    with raises(ConfigError, "SmallConvNet", "student.shared_block_size"):
         rollout(create_network(StudentConfig(name="small_convnet"), 5), torch.zeros(1, 3, 8, 8))
     built = network("vit_micro")
     with raises(ConfigError, type(built).__name__, "deit_*"):

@@ -5,15 +5,15 @@ import re
 
 import pytest
 
-from deit.begun import check_begun
-from deit.errors import ConfigError, EnvironmentFault
+from deit.begun import check_same_request
+from deit.errors import ConfigError, SystemFault
 from tests.helpers.errors import raises
 
 ASKED = {"grid": 3, "rays": 5, "seed": 0}
 
 
 def check(folder, **other):
-    check_begun(folder, "of.json", {**ASKED, **other}, what="landscape")
+    check_same_request(folder, "of.json", {**ASKED, **other}, what="landscape")
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_everything_that_differs_is_named_in_one_line(begun):
         check(begun, span=2)
     assert re.search(r"\bspan\b\D+\bdefault\b\D+\b2\b", str(refused.value))
     with raises(ConfigError, f"--out {begun}") as refused:
-        check_begun(begun, "of.json", {"grid": 3, "rays": 5}, what="landscape")
+        check_same_request(begun, "of.json", {"grid": 3, "rays": 5}, what="landscape")
     assert re.search(r"\bseed\b\D+\b0\b\D+\bdefault\b", str(refused.value))
 
 
@@ -54,7 +54,7 @@ def test_of_many_differences_the_first_are_named_and_the_others_counted(begun):
 
 def test_what_holds_something_else_is_refused(begun, tmp_path):
     with raises(ConfigError, f"--out {begun}", "search.json"):
-        check_begun(begun, "search.json", {}, what="search")
+        check_same_request(begun, "search.json", {}, what="search")
     (tmp_path / "file").touch()
-    with raises(EnvironmentFault, f"--out {tmp_path / 'file'}"):
+    with raises(SystemFault, f"--out {tmp_path / 'file'}"):
         check(tmp_path / "file")

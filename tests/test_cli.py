@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 import deit
 from deit import checkpoint
 from deit.config import StudentConfig
-from deit.grammar import SHARED
-from deit.models.saved import Facts, build_student
+from deit.grammar import SHARED, option_of
+from deit.models.saved import ModelInfo, build_student
 from deit.recipes import RECIPES
 from deit.studies import STUDIES
 from deit.validation import field_names
@@ -77,7 +77,7 @@ BAD_ARGUMENTS = {
     "wrong word": ([TRAIN, "digits", "--run.device=cdua"], "run.device = 'cdua'", "cuda?"),
     "no value": ([TRAIN, "digits", "--optim.epochs"], "optim.epochs"),
     "no output named": ([TRAIN, "digits", "--out"], "--out"),
-    "objective": ([TRAIN, "digits", "--objective=deit-hrad"], "'deit-hrad'", "deit-hard?"),
+    "objective": ([TRAIN, "digits", "--loss=deit-hrad"], "'deit-hrad'", "deit-hard?"),
     "student": ([TRAIN, "digits", "--student.name=deit_tniy"], "'deit_tniy'", "deit_tiny?"),
     "no token": (
         [TRAIN, "digits", "--student.name=vit_micro"],
@@ -85,19 +85,19 @@ BAD_ARGUMENTS = {
         "student.name deit_micro",
     ),
     "untrained head": (
-        [TRAIN, "digits", "--objective=class-hard"],
-        "loss.through = 'class'",
+        [TRAIN, "digits", "--loss=class-hard"],
+        "loss.head = 'class'",
         "student.name vit_micro",
     ),
-    "no teacher": ([TRAIN, "digits", "--teacher.source=none"], "teacher.source", "objective none"),
+    "no teacher": ([TRAIN, "digits", "--teacher.source=none"], "teacher.source", "loss none"),
     "odd micro-batch": (
         [TRAIN, "digits", "--views.mixup_alpha=0.8", "--optim.batch_size=63"],
         "optim.batch_size = 63",
-        "optim.accumulate",
+        "optim.grad_accum_steps",
     ),
     "accumulation": (
-        [TRAIN, "digits", "--optim.accumulate=5"],
-        "optim.accumulate = 5",
+        [TRAIN, "digits", "--optim.grad_accum_steps=5"],
+        "optim.grad_accum_steps = 5",
         "optim.batch_size (32)",
     ),
     "patch": (
@@ -110,8 +110,8 @@ BAD_ARGUMENTS = {
     "fine-tuning": ([FINETUNE, "digits"], "finetune_deit.py: ", "--from"),
     "evaluate nothing": ([EVALUATE], "RUN", "--help"),
     "compare no value": (
-        ["deit", "compare", "digits", "--at-once=--"],
-        "--at_once",
+        ["deit", "compare", "digits", "--parallel=--"],
+        "--parallel",
         "deit compare --help",
     ),
     "evaluate no value": (
@@ -119,42 +119,45 @@ BAD_ARGUMENTS = {
         "--json",
         "evaluate_deit.py --help",
     ),
-    "for ever": ([TRAIN, "digits", f"--run.timeout={2**63 - 1}"], "run.timeout", "1000000000"),
+    "for ever": ([TRAIN, "digits", f"--run.timeout_s={2**63 - 1}"], "run.timeout_s", "1000000000"),
     "evaluate split": ([EVALUATE, "run", "--split=train"], "'train'", "validation"),
     "evaluate option": ([EVALUATE, "run", "--jsno=x"], "--jsno=x", "--help"),
     "command": (["deit", "trian"], "'trian'", "train?"),
     "recipes option": (["deit", "recipes", "--long"], "--long", "--help"),
     "seeds": (["deit", "compare", "digits", "--seeds=a"], "--seeds a"),
     "study": (
-        ["deit", "compare", "digits", "--study=patiance"],
-        "--study patiance",
-        "patience?",
+        ["deit", "compare", "digits", "--study=epoch"],
+        "--study epoch",
+        "epochs?",
     ),
-    "arm": (["deit", "compare", "digits", "--study=teaching", "--only=same/cc"], "--only same/cc"),
-    "no arm": (["deit", "compare", "digits", "--only=same/rc"], "--only same/rc", "undistilled"),
-    "teaching": ([TRAIN, "digits", "--teaching=same"], "--teaching = 'same'", "same/rc"),
+    "arm": (
+        ["deit", "compare", "digits", "--study=view-modes", "--arms=same/cc"],
+        "--arms same/cc",
+    ),
+    "no arm": (["deit", "compare", "digits", "--arms=same/rc"], "--arms same/rc", "undistilled"),
+    "teaching": ([TRAIN, "digits", "--view-mode=same"], "--view-mode = 'same'", "same/rc"),
     "crops online": (
-        [TRAIN, "digits", "--teaching=fix/ic_ens"],
+        [TRAIN, "digits", "--view-mode=fix/ic_ens"],
         "views.teacher_view = 'crops'",
         "deit targets write",
     ),
     "two views of a pair": (
         [TRAIN, "digits", "--views.teacher_view=independent"],
         "views.teacher_view = 'independent'",
-        "--teaching",
+        "--view-mode",
     ),
     "two classes": (
-        [TRAIN, "digits", "--objective=dkd"],
+        [TRAIN, "digits", "--loss=dkd"],
         "loss.kind = 'dkd'",
         "--augmentation none",
     ),
     "targets": (["deit", "targets"], "deit targets: ", "write", "verify"),
     "targets action": (["deit", "targets", "wriet", "digits"], "'wriet'", "write?"),
     "no store": (["deit", "targets", "write", "digits"], "--out STORE"),
-    "shard": (["deit", "targets", "write", "digits", "--out=s", "--shard=4/4"], "--shard 4/4"),
+    "shard": (["deit", "targets", "write", "digits", "--out=s", "--part=4/4"], "--part 4/4"),
     "records": (
-        ["deit", "targets", "write", "digits", "--out=s", "--records=soft"],
-        "--records soft",
+        ["deit", "targets", "write", "digits", "--out=s", "--content=soft"],
+        "--content soft",
         "top-10",
     ),
     "no epochs": (["deit", "targets", "write", "digits", "--out=s", "--epochs=0"], "--epochs 0"),
@@ -163,17 +166,21 @@ BAD_ARGUMENTS = {
         "loss.kind = 'none'",
     ),
     "dry writing": (
-        ["deit", "targets", "write", "digits", "--out=s", "--dry_run"],
+        ["deit", "targets", "write", "digits", "--out=s", "--dry-run"],
         "deit targets write: ",
-        "--dry_run",
+        "--dry-run",
     ),
-    "resumed views": (["deit", "views", "digits", "--resume"], "deit views: ", "--resume"),
+    "resumed views": (
+        ["deit", "show-views", "digits", "--resume"],
+        "deit show-views: ",
+        "--resume",
+    ),
     "lone ensemble": (
         ["deit", "compare", "digits", "--study=ensemble"],
         "--study ensemble",
         "--teacher.source",
     ),
-    "rows": (["deit", "targets", "verify", "s", "--rows=0"], "--rows 0"),
+    "rows": (["deit", "targets", "verify", "s", "--num-queries=0"], "--num-queries 0"),
 }
 
 
@@ -212,8 +219,8 @@ OF_A_RUN = {
     "export": ["deit", "export", "RUN", "--format=timm"],
     "quantize": ["deit", "quantize", "RUN"],
     "prune": ["deit", "prune", "RUN"],
-    "landscape": ["deit", "landscape", "RUN"],
-    "ladder": ["deit", "ladder", "RUN"],
+    "loss-landscape": ["deit", "loss-landscape", "RUN"],
+    "variants": ["deit", "variants", "RUN"],
     "report": ["deit", "report", "RUN"],
 }
 
@@ -243,32 +250,34 @@ def test_debug_shows_where(run):
 def test_help_shows_every_field_and_its_default(run, command):
     done = run(*command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    _, *options = re.split(r"\n\S --", done.stdout)  # a border, then no indentation
-    for name in ("out", "resume", "objective", "dry_run", "print_config", *field_names()):
+    _, *options = re.split(r"\n  --", done.stdout)
+    switches = ("resume", "dry-run", "print-config")
+    for name in ("out", "loss", "augmentation", "view-mode", *switches, *field_names()):
         texts = [text for text in options if re.match(rf"{re.escape(name)}[,\s]", text)]
         assert len(texts) == 1, name
-        assert "(default:" in texts[0], name
+        assert name in switches or re.search(r"default[:,]\s+\S", texts[0], re.IGNORECASE), name
 
 
 # Each command that takes a configuration: its own options, and shared ones it has no use for.
 _OF_RUNS = {
     "train": ("", ""),
-    "finetune": ("from resolution tuning", ""),
-    "compare": ("study only seeds at_once json", "resume dry_run"),
-    "sweep": ("recipe seeds at_once retries best", "resume"),
+    "finetune": ("from resolution schedule", ""),
+    "compare": ("study arms seeds parallel json", "resume dry-run"),
+    "sweep": ("recipe seeds parallel retries top", "resume"),
     "prune": (
-        "ratio heads hidden macs scope score images checkpoint tuning controls at_once",
+        "ratio heads hidden macs scope criterion images checkpoint schedule controls parallel",
         "resume",
     ),
-    "tickets": (
-        "levels rate scope rewind controls controls_at tolerance seeds at_once retries",
+    "lottery": (
+        "rounds prune-rate scope rewind-epoch controls control-rounds tolerance seeds parallel "
+        "retries",
         "resume",
     ),
-    "views": ("out force epoch number", "resume dry_run print_config"),
-    "targets write": ("out epochs records shard only", "resume dry_run"),
-    "profile": ("updates trace json force", "out resume dry_run print_config"),
+    "show-views": ("out force epoch num-views", "resume dry-run print-config"),
+    "targets write": ("out epochs content part teacher-index", "resume dry-run"),
+    "profile": ("updates trace json force", "out resume dry-run print-config"),
 }
-_NAMED_FIRST = {"sweep": "worth"}
+_NAMED_FIRST = {"sweep": "teacher"}
 
 
 @pytest.mark.parametrize("command", _OF_RUNS)
@@ -277,10 +286,11 @@ def test_help_tells_a_commands_own_options_first_and_none_it_refuses(run, comman
     done = run("deit", *command.split(), "--help")
     assert (done.returncode, done.stderr) == (0, "")
     first = done.stdout.partition("data options")[0]
-    listed = re.findall(r"^\S --([\w.]+)", first, re.MULTILINE)
-    shared = [name for name in SHARED if name not in own and name not in refused]
+    listed = re.findall(r"^  --([\w.-]+)", first, re.MULTILINE)
+    shared = [option_of(name)[2:] for name in SHARED]
+    shared = [name for name in shared if name not in own and name not in refused]
     assert listed == [*own, *shared]
-    for option in re.split(r"\n\S --", first)[1:]:
+    for option in re.split(r"\n  --", first)[1:]:
         assert len(option.split()) > 4, f"says nothing: {option}"
     assert "RECIPE" in first.partition("[OPTIONS]")[0] or command == "prune"
 
@@ -305,30 +315,30 @@ def test_an_option_that_a_command_has_no_use_for_says_what_to_do(command, option
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("tickets", "digits", "--controls-at=9"), "--controls_at 9: "),
-        (("tickets", "digits", "--at-once", "0", "--dry-run"), "--at_once 0: "),
-        (("targets", "write", "digits", "--re-cords", "x"), "re_cords: "),
-        (("quantize", "run", "--quantize-attention", "--max-drop=-1"), "--max-drop -1: "),
-        (("views", "digits", "--dry-run"), "--dry_run"),
+        (("lottery", "digits", "--control_rounds=9"), "--control-rounds 9: "),
+        (("lottery", "digits", "--parallel", "0", "--dry-run"), "--parallel 0: "),
+        (("targets", "write", "digits", "--con-tent", "x"), "con_tent: "),
+        (("quantize", "run", "--quantize_attention", "--max_drop=-1"), "--max-drop -1: "),
+        (("show-views", "digits", "--dry-run"), "--dry-run"),
     ],
 )
 def test_hyphens_within_options_are_underscores(run, words, named):
-    """As tyro has it for the fields of a run: `--run-seed` would not be refused either."""
+    """Fields are spelled with underscores, the options of commands with hyphens; both are read."""
     done = run("deit", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert named in done.stderr
 
 
 def test_help_names_every_study(run):
-    told = run("deit", "compare", "--help").stdout.partition("--only")[0]
-    told = " ".join(told.replace("│", " ").split())
+    told = run("deit", "compare", "--help").stdout.partition("--arms")[0]
+    told = " ".join(told.split())
     assert [name for name in STUDIES if f" {name} (" not in told] == []
 
 
 def test_a_mistyped_option_of_the_command_itself_is_recognised(run):
-    done = run("deit", "tickets", "digits", "--levls", "3")
+    done = run("deit", "lottery", "digits", "--rouds", "3")
     assert done.returncode == 2
-    assert re.search(r" levls: .*\blevels\?", done.stderr)
+    assert re.search(r" rouds: .*\brounds\?", done.stderr)
 
 
 @pytest.mark.parametrize("words", [(EVALUATE, "--help"), ("deit", "--help"), ("deit", "help")])
@@ -339,12 +349,12 @@ def test_help_of_the_other_programs(run, words):
 
 
 def test_help_names_a_command(run):
-    assert run("deit", "help", "views").stdout == run("deit", "views", "--help").stdout
+    assert run("deit", "help", "show-views").stdout == run("deit", "show-views", "--help").stdout
     for word in ("help", "--version"):
         assert run("deit", "help", word).stdout == run("deit", "--help").stdout
-    unknown = run("deit", "help", "viws")
+    unknown = run("deit", "help", "shw-views")
     assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert re.search(r"'viws'.*\bviews\?", unknown.stderr)
+    assert re.search(r"'shw-views'.*\bshow-views\?", unknown.stderr)
 
 
 def test_no_command_is_an_error_that_shows_them_all(run):
@@ -365,8 +375,8 @@ def test_deit_lists_recipes_and_version(run, tmp_path):
 @pytest.mark.parametrize("recipe", ["digits", "imagenet-subset"])
 def test_printed_configuration_is_a_recipe(run, recipe, tmp_path):
     options = ("--optim.lr=0.00123", "--data.classes=1,2", "--views.mean=0.1,0.2,0.3")
-    options += ("--views.std=1,2,3", "--optim.clip_norm=none", "--objective=deit-soft")
-    first = run(TRAIN, recipe, *options, "--print_config")
+    options += ("--views.std=1,2,3", "--optim.clip_grad_norm=none", "--loss=deit-soft")
+    first = run(TRAIN, recipe, *options, "--print-config")
     assert (first.returncode, first.stderr) == (0, "")
     values = json.loads(first.stdout)
     assert values["optim"]["lr"] == 0.00123
@@ -374,7 +384,7 @@ def test_printed_configuration_is_a_recipe(run, recipe, tmp_path):
     assert values["loss"]["temperature"] == 3
     assert tree(tmp_path) == {}
     (tmp_path / "config.json").write_text(first.stdout)
-    again = run(TRAIN, "config.json", "--print_config")
+    again = run(TRAIN, "config.json", "--print-config")
     assert (again.returncode, again.stdout) == (0, first.stdout)
 
 
@@ -383,7 +393,7 @@ def test_a_file_of_the_user_is_a_recipe(run, tmp_path):
         "from deit.recipes import digits\n\n"
         "def short():\n    return digits().replace(optim={'epochs': 7, 'warmup_epochs': 1})\n"
     )
-    done = run(TRAIN, "mine.py:short", "--run.seed=3", "--print_config")
+    done = run(TRAIN, "mine.py:short", "--run.seed=3", "--print-config")
     assert (done.returncode, done.stderr) == (0, "")
     values = json.loads(done.stdout)
     assert (values["optim"]["epochs"], values["run"]["seed"]) == (7, 3)
@@ -450,7 +460,7 @@ def test_teacher_near_chance_is_refused_unless_allowed(run, tmp_path):
     done = run(*command)
     assert_refused(done, 3, "from teacher", "10.5 %", "--teacher.allow")  # that is chance
     assert tree(tmp_path) == before, "something was written"
-    allowed = run(*command, "--dry_run", re.search(r"--teacher\.allow.weak", done.stderr)[0])
+    allowed = run(*command, "--dry-run", re.search(r"--teacher\.allow_near_chance", done.stderr)[0])
     assert allowed.returncode == 0, allowed.stderr
     assert re.search(r"deit: warning: .*from teacher\b.*10\.5 %", allowed.stderr)
     assert tree(tmp_path) == before, "the dry run wrote something"
@@ -494,7 +504,7 @@ def plain_pickle(folder: Path) -> Path:
 
 def other_network(folder: Path) -> Path:
     path = folder / "teacher.safetensors"
-    facts = Facts(StudentConfig(name="small_convnet"), TEN[1:], (0.5,) * 3, (0.5,) * 3, 1.0)
+    facts = ModelInfo(StudentConfig(name="small_convnet"), TEN[1:], (0.5,) * 3, (0.5,) * 3, 1.0)
     weights = build_student(facts).network.state_dict()
     save_file({**weights, "stranger": torch.zeros(1)}, path)
     return path
@@ -572,9 +582,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("name", "epochs"), [("teacher", 2), ("student", 1)])
 def test_run_folder_holds_json_and_safetensors_only(runs, name, epochs):
     files = {name for name, content in tree(runs / name).items() if content is not None}
-    facts = {"config.json", "environment.json", "metrics.jsonl", "chain.jsonl", "result.json"}
+    facts = {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "state_hashes.jsonl",
+        "result.json",
+    }
     facts |= {"summary.json"}
-    places = [folder.name for _, folder in checkpoint.found(runs / name)]
+    places = [folder.name for _, folder in checkpoint.list_checkpoints(runs / name)]
     assert len(places) == min(epochs, 2)
     saved = {f"{place}/{file}" for place in ("best", *places) for file in SAVED}
     saved |= {f"{place}/optimizer.safetensors" for place in places}
@@ -619,7 +635,7 @@ def test_resuming_another_configuration_is_refused(runs):
 
 
 def test_dry_run_writes_nothing(run, tmp_path):
-    done = run(TRAIN, "digits-teacher", *QUICK, "--dry_run", "--out=run")
+    done = run(TRAIN, "digits-teacher", *QUICK, "--dry-run", "--out=run")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"\bloss \d", done.stdout)  # of one update
     assert tree(tmp_path) == {}

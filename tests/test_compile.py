@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from deit import environment, faults, journal
-from deit.environment import compiled, records_graphs
-from deit.errors import EnvironmentFault, Stopped
+from deit.environment import compile_module, uses_cuda_graphs
+from deit.errors import StoppedBySignal, SystemFault
 from deit.recipes import digits, digits_teacher
 from deit.run import train
 from tests.helpers.errors import raises
@@ -28,7 +28,7 @@ def graphs_alone(monkeypatch):
         seen.append((type(network).__name__, mode))
         network.compile(backend="eager")
 
-    for place in ("deit.run.compiled", "deit.panel.compiled"):
+    for place in ("deit.run.compile_module", "deit.panel.compile_module"):
         monkeypatch.setattr(place, traced)
     yield seen
     torch._dynamo.reset()
@@ -44,7 +44,7 @@ def config(tmp_path_factory):
         student={"depth": 2, "embed_dim": 16, "num_heads": 2, "drop_path": 0.3},
         teacher={"source": (str(out),)},
         optim={"epochs": 2, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 1.0},
-        run={"evaluate_every": 1, "linear": "torch", "device": "cpu"},
+        run={"eval_every_epochs": 1, "linear_backend": "torch", "device": "cpu"},
     )
 
 
@@ -64,7 +64,7 @@ def test_student_and_teacher_are_traced_and_the_run_is_the_same(config, graphs_a
 def test_a_copy_of_a_compiled_network_is_a_network(config):
     layer = torch.nn.Linear(3, 2)
     names = list(layer.state_dict())
-    compiled(layer, "default")
+    compile_module(layer, "default")
     assert list(layer.state_dict()) == names
     assert copy.deepcopy(layer)(torch.zeros(1, 3)).shape == (1, 2)
 
@@ -74,33 +74,33 @@ def test_a_copy_of_a_compiled_network_is_a_network(config):
     [("none", False), ("default", False), ("reduce-overhead", True), ("max-autotune", True)],
 )
 def test_which_modes_record_graphs(mode, graphs, config):
-    assert records_graphs(config.replace(run={"compile": mode}).run) is graphs
+    assert uses_cuda_graphs(config.replace(run={"compile": mode}).run) is graphs
 
 
 def test_a_compiled_student_computes_its_linear_layers_itself(config, tmp_path, monkeypatch):
-    for place in ("deit.run.compiled", "deit.panel.compiled"):
+    for place in ("deit.run.compile_module", "deit.panel.compile_module"):
         monkeypatch.setattr(place, lambda network, mode: None)  # nothing is computed with it here
-    monkeypatch.setattr(environment.linear, "pays", lambda: True)
+    monkeypatch.setattr(environment.linear, "is_faster", lambda: True)
     made = []
     monkeypatch.setattr("deit.run.use_onednn", lambda student: made.append(student))
-    faults.arm("update:1:term")
+    faults.install_faults("update:1:term")
     for mode in ("default", "none"):
-        wanted = config.replace(run={"linear": "auto", "compile": mode})
-        with pytest.raises(Stopped):
+        wanted = config.replace(run={"linear_backend": "auto", "compile": mode})
+        with pytest.raises(StoppedBySignal):
             train(wanted, tmp_path / mode)
         assert len(made) == (mode == "none")
-        faults.arm("update:1:term")
-    faults.arm(None)
+        faults.install_faults("update:1:term")
+    faults.install_faults(None)
 
 
 def test_a_machine_that_cannot_compile_is_named(config, tmp_path, monkeypatch):
     def lacking(graph, examples):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "g++")
 
-    for place in ("deit.run.compiled", "deit.panel.compiled"):
+    for place in ("deit.run.compile_module", "deit.panel.compile_module"):
         monkeypatch.setattr(place, lambda network, mode: network.compile(backend=lacking))
     try:
-        with raises(EnvironmentFault, "torch.compile", "'g++'", "--run.compile", "--resume"):
+        with raises(SystemFault, "torch.compile", "'g++'", "--run.compile", "--resume"):
             train(config.replace(run={"compile": "default"}), tmp_path / "run")
     finally:
         torch._dynamo.reset()

@@ -7,7 +7,7 @@ from rich.cells import cell_len
 
 from deit import console
 from deit.cli import run_command
-from deit.errors import EnvironmentFault
+from deit.errors import SystemFault
 from deit.recipes import RECIPES
 from tests.helpers.errors import raises
 
@@ -17,7 +17,7 @@ from tests.helpers.errors import raises
     [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
 )
 def test_durations(seconds, text):
-    assert console.clock(seconds) == text
+    assert console.format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -38,7 +38,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then_with_an_eta(monkeypa
 
 def test_only_the_main_process_speaks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    console.say("hello")
+    console.info("hello")
     console.warn("careful")
     console.table("t", ("a",), [("b",)])
     assert list(console.progress([1], total=1, title="x")) == [1]
@@ -137,7 +137,7 @@ def test_a_row_that_is_too_wide_is_a_record(terminal, capsys):
 
 def test_names_in_a_table_and_a_message_are_not_interpreted(capsys):
     console.table("t\x1b[2J", ("a\nb", "c"), [("x\ny", "[red]z[/red]\x1b[31m")])
-    console.say("\x1b]0;owned\x07 two\nlines")
+    console.info("\x1b]0;owned\x07 two\nlines")
     console.warn("caf\udce9")
     said = capsys.readouterr()
     lines = said.out.splitlines()
@@ -165,8 +165,8 @@ def test_a_full_disk_behind_standard_output_is_told(monkeypatch):
         flush = isatty = lambda self: False
 
     monkeypatch.setattr("sys.stdout", Full())
-    with raises(EnvironmentFault, "standard output", "No space left on device"):
-        console.say("hello")
+    with raises(SystemFault, "standard output", "No space left on device"):
+        console.info("hello")
 
 
 def test_what_recipes_are_is_said_in_whole_sentences(monkeypatch, capsys):

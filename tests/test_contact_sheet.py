@@ -1,4 +1,4 @@
-"""The sheet of `deit views`: its cells, its texts, what it refuses."""
+"""The sheet of `deit show-views`: its cells, its texts, what it refuses."""
 
 import re
 
@@ -18,9 +18,9 @@ from deit.config import (
     StudentConfig,
     ViewsConfig,
 )
-from deit.contact_sheet import draw_views
+from deit.contact_sheet import draw_view_sheet
 from deit.datasets.splits import load_splits
-from deit.preparation import loader_of
+from deit.preparation import build_train_loader
 from tests.helpers.commands import TEN, assert_refused, fake_teacher, run_in, tree
 from tests.helpers.images import write_pictures
 
@@ -40,7 +40,7 @@ def configuration(root, storage="memory", **views):
         views=ViewsConfig(**{"crop": "random_resized", "mixup_alpha": 0.8, **views}),
         student=StudentConfig(name="deit_micro", image_size=16),
         loss=LossConfig(kind="none"),
-        optim=OptimConfig(batch_size=4, epochs=3, warmup_epochs=0, lr_reference_batch=None),
+        optim=OptimConfig(batch_size=4, epochs=3, warmup_epochs=0, lr_base_batch_size=None),
         run=RunConfig(device="cpu", seed=11),
     )
 
@@ -57,7 +57,7 @@ def tile(sheet, number, across, pictures=2, lines=2):
 
 def test_a_sheet_without_paper_has_the_same_tiles_and_letters_for_light_and_dark(root, tmp_path):
     for clear in (False, True):
-        draw_views(configuration(root), tmp_path / f"{clear}.png", number=3, clear=clear)
+        draw_view_sheet(configuration(root), tmp_path / f"{clear}.png", number=3, clear=clear)
     white, clear = (Image.open(tmp_path / f"{one}.png") for one in (False, True))
     assert (white.mode, clear.mode) == ("RGB", "RGBA")
     assert np.array_equal(tile(clear, 2, 1)[..., :3], tile(white, 2, 1))
@@ -82,15 +82,16 @@ def contrast(one, other):
 @pytest.mark.parametrize("storage", ["memory", "files"])
 def test_tiles_are_the_image_and_the_view_of_the_batch(storage, root, tmp_path, capsys):
     config = configuration(root, storage)
-    draw_views(config, tmp_path / "sheet.png", epoch=2, number=7)
+    draw_view_sheet(config, tmp_path / "sheet.png", epoch=2, number=7)
     told = rf"\w+ {re.escape(str(tmp_path / 'sheet.png'))}\b\D*\b7\b\D*\n"
     assert re.fullmatch(told, capsys.readouterr().out)
     sheet = Image.open(tmp_path / "sheet.png")
     splits = load_splits(config.data)
-    batches = loader_of(config, splits, Accelerator(cpu=True), teacher_size=None).epoch(2)
+    batches = build_train_loader(config, splits, Accelerator(cpu=True), teacher_size=None).epoch(2)
     pair = next(batches), next(batches)
     images, samples = (
-        torch.cat([getattr(batch, field) for batch in pair])[:7] for field in ("images", "samples")
+        torch.cat([getattr(batch, field) for batch in pair])[:7]
+        for field in ("images", "sample_ids")
     )
     enlarged = np.ones((TILE // 16, TILE // 16), dtype=int)
     for number, (image, sample) in enumerate(zip(images, samples.tolist())):
@@ -114,7 +115,7 @@ def test_tiles_are_the_image_and_the_view_of_the_batch(storage, root, tmp_path, 
 
 @pytest.mark.parametrize("wanted", [1, 4, 6, 99])
 def test_as_many_cells_as_wanted_and_no_more_than_an_epoch_has(wanted, root, tmp_path, capsys):
-    draw_views(configuration(root), tmp_path / "sheet.png", number=wanted)
+    draw_view_sheet(configuration(root), tmp_path / "sheet.png", number=wanted)
     views = min(wanted, 12)  # three batches of 4 of 15 images
     assert re.search(rf"sheet\.png\b\D*\b{views}\b", capsys.readouterr().out)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
@@ -152,7 +153,7 @@ def test_long_class_names_and_titles_stay_within_their_cells(tmp_path):
     names = ("a" * 90, "b" * 90)
     root = write_pictures(tmp_path / "images", classes=names, number=8)
     config = configuration(root, mixup_alpha=0.0)
-    draw_views(config, tmp_path / "long.png", number=4)
+    draw_view_sheet(config, tmp_path / "long.png", number=4)
     sheet = np.asarray(Image.open(tmp_path / "long.png"))
     width, height = 2 * (TILE + 2) + GAP, TILE + 2 * LINE + 2 * GAP
     for number in range(4):
@@ -162,14 +163,14 @@ def test_long_class_names_and_titles_stay_within_their_cells(tmp_path):
 
 
 def test_views_of_digits_are_drawn_without_and_with_their_teacher(tmp_path):
-    alone = run_in(tmp_path, "deit", "views", "digits", "--out", "alone.png", "--epoch", "3")
+    alone = run_in(tmp_path, "deit", "show-views", "digits", "--out", "alone.png", "--epoch", "3")
     assert alone.returncode == 0, alone.stderr
     assert re.fullmatch(r"\w+ alone\.png\b\D*\b12\b\D*\n", alone.stdout)
     [warning] = alone.stderr.splitlines()
     assert warning.startswith("deit: warning: ")
     assert "teacher.source checkpoints/digits-teacher" in warning
     fake_teacher(tmp_path / "teacher", TEN)
-    command = ("views", "digits", "--teacher.source=teacher", "--number=33")
+    command = ("show-views", "digits", "--teacher.source=teacher", "--num-views=33")
     taught = run_in(tmp_path, "deit", *command, "--out", "taught.webp")
     assert (taught.returncode, taught.stderr) == (0, "")
     # More than the batch of 32.
@@ -190,8 +191,8 @@ def test_views_of_digits_are_drawn_without_and_with_their_teacher(tmp_path):
         (5, ("--out folder.png",), ["--out=folder.png", "--force"]),
         (5, ("--out gone/x.png", "/gone"), ["--out=gone/x.png"]),
         (2, ("--out sheet.txt", ".png"), ["--out=sheet.txt"]),
-        (2, ("--number 0",), ["--number=0"]),
-        (2, ("--number", "'many'", "deit views --help"), ["--number=many"]),
+        (2, ("--num-views 0",), ["--num-views=0"]),
+        (2, ("--num-views", "'many'", "deit show-views --help"), ["--num-views=many"]),
         (2, ("optim.epcohs", "optim.epochs"), ["--optim.epcohs=3"]),
     ],
     ids=["exists", "folder", "missing folder", "suffix", "number", "no number", "field"],
@@ -200,15 +201,21 @@ def test_refused_before_any_work(code, words, arguments, tmp_path):
     (tmp_path / "precious.png").write_text("precious")
     (tmp_path / "folder.png").mkdir()
     before = tree(tmp_path)
-    assert_refused(run_in(tmp_path, "deit", "views", "digits", *arguments), code, *words)
+    assert_refused(run_in(tmp_path, "deit", "show-views", "digits", *arguments), code, *words)
     assert tree(tmp_path) == before
 
 
 def test_force_replaces_a_picture(root, tmp_path):
     (tmp_path / "sheet.png").write_text("old")
-    command = ("deit", "views", "folder-teacher", f"--data.root={root}", "--data.storage=files")
+    command = (
+        "deit",
+        "show-views",
+        "folder-teacher",
+        f"--data.root={root}",
+        "--data.storage=files",
+    )
     done = run_in(
-        tmp_path, *command, "--optim.batch_size=2", "--out=sheet.png", "--force", "--number=3"
+        tmp_path, *command, "--optim.batch_size=2", "--out=sheet.png", "--force", "--num-views=3"
     )
     assert (done.returncode, done.stderr) == (0, "")
     with Image.open(tmp_path / "sheet.png") as sheet:

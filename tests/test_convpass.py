@@ -12,12 +12,12 @@ from deit.config import StudentConfig
 from deit.errors import ConfigError
 from deit.models.attention import rollout, token_cosines
 from deit.models.convpass import Convpass, ConvpassBlock, adapters_of
-from deit.models.layers import depths_of, hold_still, trained_in
+from deit.models.layers import freeze_except, layer_depths, trainable_parameters
 from deit.models.linear import available, use_onednn
 from deit.models.networks import create_network
 from deit.models.student import Student
 from deit.recipes import digits
-from deit.tuning import TUNING, begin_from
+from deit.tuning import FINETUNE_SCHEDULES, with_init
 from deit.validation import validate
 from tests.helpers.errors import raises
 from tests.helpers.images import random_batch
@@ -31,9 +31,9 @@ TINY = StudentConfig(
 STUDENTS = {
     "distilled": TINY,
     "plain": replace(TINY, name="vit_micro"),
-    "two distillation tokens": replace(TINY, distillation_tokens=2),
-    "pruned": replace(TINY, block_heads=(1, 2), block_hidden=(5, 9)),
-    "scaled": replace(TINY, initialisation="scaled"),
+    "two distillation tokens": replace(TINY, num_distillation_tokens=2),
+    "pruned": replace(TINY, heads_per_block=(1, 2), mlp_hidden_per_block=(5, 9)),
+    "scaled": replace(TINY, weight_init="scaled"),
 }
 
 
@@ -137,7 +137,7 @@ def test_untrained_they_change_no_bit(name, adapters, training):
 
 @pytest.mark.parametrize("adapters", PLACES)
 def test_where_they_are_and_how_they_begin(adapters):
-    network = network_of(TINY, adapters=adapters, adapter_width=5, adapter_scale=4.0)
+    network = network_of(TINY, adapters=adapters, adapter_dim=5, adapter_scale=4.0)
     places = [f"blocks.{block}.{one}" for block in range(2) for one in PLACES[adapters]]
     assert list(adapters_of(network)) == places
     for adapter in adapters_of(network).values():
@@ -160,7 +160,7 @@ def test_where_they_are_and_how_they_begin(adapters):
 def test_the_number_of_their_parameters(adapters, depth, width, hidden):
     student = StudentConfig(name="vit_base", image_size=32, embed_dim=width, depth=depth)
     with torch.device("meta"):
-        network = create_network(replace(student, adapters=adapters, adapter_width=hidden), 10)
+        network = create_network(replace(student, adapters=adapters, adapter_dim=hidden), 10)
     found = sum(one.numel() for part in adapters_of(network).values() for one in part.parameters())
     of_block = len(PLACES[adapters])
     assert found == of_block * depth * ((2 * hidden + 1) * width + 9 * hidden**2 + 2 * hidden)
@@ -173,9 +173,9 @@ def test_the_number_of_their_parameters(adapters, depth, width, hidden):
 
 def test_gradients_reach_adapters_and_heads_alone():
     network = network_of(TINY, adapters="convpass")
-    hold_still(network, "adapters")
+    freeze_except(network, "adapters")
     student = Student(randomised(network), mean=(0.5,) * 3, std=(0.5,) * 3)
-    student.still = True
+    student.frozen_backbone = True
     outputs = student.train()(random_batch())
     (outputs.class_logits.sum() + outputs.distillation_logits.square().sum()).backward()
     for name, parameter in network.named_parameters():
@@ -186,15 +186,15 @@ def test_gradients_reach_adapters_and_heads_alone():
 def test_what_is_held_still_is_in_evaluation_mode_and_adapters_are_not():
     network = network_of(TINY, adapters="convpass", drop_path=0.3, dropout=0.2)
     student = Student(network, mean=(0.5,) * 3, std=(0.5,) * 3)
-    student.still = True
+    student.frozen_backbone = True
     for trained in ("adapters", "heads"):
-        hold_still(network, trained)
+        freeze_except(network, trained)
         student.train()
         for name, module in network.named_modules():
             assert module.training == (trained == "adapters" and ".adapter" in name), name
         student.eval()
         assert not any(module.training for module in student.modules())
-    assert trained_in(network, "heads") == {
+    assert trainable_parameters(network, "heads") == {
         f"{head}.{leaf}" for head in ("head", "head_dist") for leaf in ("weight", "bias")
     }
 
@@ -202,7 +202,7 @@ def test_what_is_held_still_is_in_evaluation_mode_and_adapters_are_not():
 def test_with_all_trained_a_network_holds_still_what_it_does():
     network = network_of(TINY, adapters="convpass")
     network.pos_embed.requires_grad_(False)
-    hold_still(network, "all")
+    freeze_except(network, "all")
     frozen = [name for name, one in network.named_parameters() if not one.requires_grad]
     assert frozen == ["pos_embed"]
 
@@ -210,8 +210,8 @@ def test_with_all_trained_a_network_holds_still_what_it_does():
 @pytest.mark.parametrize("trained", ["adapters", "attention"])
 def test_a_network_without_such_a_part(trained):
     convnet = create_network(StudentConfig(name="small_convnet", image_size=8), 5)
-    with raises(ConfigError, "optim.trained", f"'{trained}'"):
-        hold_still(convnet, trained)
+    with raises(ConfigError, "optim.trainable", f"'{trained}'"):
+        freeze_except(convnet, trained)
 
 
 def test_each_branch_is_dropped_for_itself():
@@ -244,7 +244,7 @@ def test_a_copy_and_a_compiled_graph_answer_the_same():
 
 def test_blocks_computed_again_give_the_same_gradients():
     network = randomised(network_of(TINY, adapters="convpass", drop_path=0.3)).train()
-    hold_still(network, "adapters")
+    freeze_except(network, "adapters")
     found = []
     for again in (False, True):
         network.set_grad_checkpointing(again)
@@ -271,7 +271,7 @@ def test_what_looks_into_blocks_still_does():
     assert all(isinstance(block, ConvpassBlock) for block in adapted.blocks)
     assert torch.equal(rollout(plain, random_batch()).maps, rollout(adapted, random_batch()).maps)
     assert torch.equal(token_cosines(plain, random_batch()), token_cosines(adapted, random_batch()))
-    depths = depths_of(adapted)
+    depths = layer_depths(adapted)
     assert depths["blocks.1.adapter2.up.weight"] == depths["blocks.1.attn.qkv.weight"]
 
 
@@ -283,40 +283,40 @@ REFUSED = {
         ("student.adapters = 'convpass'", "deit_*", "'small_convnet'"),
     ),
     "width without adapters": (
-        {"student": {"adapter_width": 4}},
-        ("student.adapter_width = 4", "student.adapters is 'none'"),
+        {"student": {"adapter_dim": 4}},
+        ("student.adapter_dim = 4", "student.adapters is 'none'"),
     ),
     "scale without adapters": (
         {"student": {"adapter_scale": 1.0}},
         ("student.adapter_scale = 1.0", "student.adapters is 'none'"),
     ),
     "nothing to train": (
-        {"optim": {"trained": "adapters"}, "start": {"source": "x"}},
-        ("optim.trained = 'adapters'", "student.adapters convpass"),
+        {"optim": {"trainable": "adapters"}, "init": {"weights": "x"}},
+        ("optim.trainable = 'adapters'", "student.adapters convpass"),
     ),
     "on random weights": (
-        {"optim": {"trained": "adapters"}, "student": {"adapters": "convpass"}},
-        ("optim.trained = 'adapters'", "start.source"),
+        {"optim": {"trainable": "adapters"}, "student": {"adapters": "convpass"}},
+        ("optim.trainable = 'adapters'", "init.weights"),
     ),
     "masks of a file": (
         {
-            "optim": {"trained": "adapters"},
+            "optim": {"trainable": "adapters"},
             "student": {"adapters": "convpass"},
-            "start": {"source": "x", "masks": "m.safetensors"},
+            "init": {"weights": "x", "pruning_masks": "m.safetensors"},
         },
-        ("start.masks = 'm.safetensors'", "optim.trained 'adapters'"),
+        ("init.pruning_masks = 'm.safetensors'", "optim.trainable 'adapters'"),
     ),
     "no masks": (
         {
-            "optim": {"trained": "adapters"},
+            "optim": {"trainable": "adapters"},
             "student": {"adapters": "convpass"},
-            "start": {"source": "x", "masks": "none"},
+            "init": {"weights": "x", "pruning_masks": "none"},
         },
-        ("start.masks = 'none'", "optim.trained 'adapters'", " keep"),
+        ("init.pruning_masks = 'none'", "optim.trainable 'adapters'", " keep"),
     ),
     "blocks that share": (
-        {"student": {"adapters": "convpass", "share": 2}},
-        ("student.adapters = 'convpass'", "student.share 2"),
+        {"student": {"adapters": "convpass", "shared_block_size": 2}},
+        ("student.adapters = 'convpass'", "student.shared_block_size 2"),
     ),
 }
 
@@ -329,7 +329,7 @@ def test_what_makes_no_sense_is_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("leaf", "value"), [("adapter_width", 0), ("adapter_scale", 0), ("adapters", "lora")]
+    ("leaf", "value"), [("adapter_dim", 0), ("adapter_scale", 0), ("adapters", "lora")]
 )
 def test_impossible_values(leaf, value):
     with raises(ConfigError, f"student.{leaf}"):
@@ -337,26 +337,26 @@ def test_impossible_values(leaf, value):
 
 
 def test_the_papers_schedule():
-    own = {"algorithm": "sgd", "momentum": 0.5, "accumulate": 2, "clip_norm": 1.0}
-    before = digits().replace(start={"source": "x"}, optim=own)
-    tuned = validate(TUNING["convpass"](before))
+    own = {"name": "sgd", "momentum": 0.5, "grad_accum_steps": 2, "clip_grad_norm": 1.0}
+    before = digits().replace(init={"weights": "x"}, optim=own)
+    tuned = validate(FINETUNE_SCHEDULES["convpass"](before))
     optim, student = tuned.optim, tuned.student
-    assert (student.adapters, student.adapter_width, student.adapter_scale) == ("convpass", 8, 0.1)
-    assert (optim.trained, optim.algorithm) == ("adapters", "adamw")
-    assert (optim.lr, optim.lr_reference_batch, optim.min_lr) == (1e-3, None, 1e-5)
+    assert (student.adapters, student.adapter_dim, student.adapter_scale) == ("convpass", 8, 0.1)
+    assert (optim.trainable, optim.name) == ("adapters", "adamw")
+    assert (optim.lr, optim.lr_base_batch_size, optim.min_lr) == (1e-3, None, 1e-5)
     assert optim.weight_decay == 1e-4
-    assert (optim.batch_size, optim.accumulate, optim.clip_norm) == (32, 2, 1.0)
+    assert (optim.batch_size, optim.grad_accum_steps, optim.clip_grad_norm) == (32, 2, 1.0)
     assert optim.epochs == round(before.optim.epochs / 3)
     assert optim.warmup_epochs == pytest.approx(optim.epochs / 10)
     assert (tuned.loss, tuned.views, tuned.teacher) == (before.loss, before.views, before.teacher)
-    one = before.replace(student={"adapters": "convpass_attention", "adapter_width": 3})
-    assert TUNING["convpass"](one).student == one.student
+    one = before.replace(student={"adapters": "convpass_attention", "adapter_dim": 3})
+    assert FINETUNE_SCHEDULES["convpass"](one).student == one.student
 
 
 def test_adapters_of_the_start_are_taken_over_and_others_stay():
-    theirs = replace(TINY, adapters="convpass_attention", adapter_width=3, adapter_scale=10.0)
+    theirs = replace(TINY, adapters="convpass_attention", adapter_dim=3, adapter_scale=10.0)
     own = digits().replace(student={"adapters": "convpass"})
-    found = begin_from(own, "x", theirs).student
-    fields = (found.adapters, found.adapter_width, found.adapter_scale)
+    found = with_init(own, "x", theirs).student
+    fields = (found.adapters, found.adapter_dim, found.adapter_scale)
     assert fields == ("convpass_attention", 3, 10.0)
-    assert begin_from(own, "x", TINY).student.adapters == "convpass"
+    assert with_init(own, "x", TINY).student.adapters == "convpass"

@@ -13,25 +13,25 @@ from deit import checkpoint
 from deit.cli import run_command
 from deit.config import Config
 from deit.errors import CheckpointError, ConfigError
-from deit.evaluation import evaluate, student_at
+from deit.evaluation import evaluate, student_at_resolution
 from deit.export import export
-from deit.landscape_options import Asked
+from deit.landscape_options import LandscapeOptions
 from deit.landscape_places import places_of, surface_of, view_of
 from deit.models import start
-from deit.models.base import BASE, Base, base_of, read_base
-from deit.models.layers import trained_in
+from deit.models.base import BASE, AdapterBase, base_of, read_base
+from deit.models.layers import trainable_parameters
 from deit.models.masks import MASKS, read_masks
 from deit.models.saved import load_student, save_weights
-from deit.models.start import find_start, saved_weights
+from deit.models.start import load_weights_from, saved_weights
 from deit.models.teachers import load_teacher
 from deit.models.weights import digest_of
-from deit.presets import OBJECTIVES
+from deit.presets import LOSS_PRESETS
 from deit.recipes import digits, digits_teacher
-from deit.run import parts_of, train
-from deit.seats import members
-from deit.tuning import TUNING, begin_from
-from deit.typed_json import read_typed
-from deit.validation import load
+from deit.run import build_run, train
+from deit.seats import teacher_specs
+from deit.tuning import FINETUNE_SCHEDULES, with_init
+from deit.typed_json import load_json_as
+from deit.validation import load_config
 from tests.helpers.commands import tree
 from tests.helpers.errors import raises
 from tests.helpers.images import random_batch
@@ -60,25 +60,27 @@ def base_config(folder: Path) -> Config:
     return digits().replace(
         data={"train_fraction": 0.2},
         student=SMALL,
-        teacher={"source": (str(folder / "teacher"),), "allow_weak": True},
+        teacher={"source": (str(folder / "teacher"),), "allow_near_chance": True},
         optim=QUICK,
-        run={"linear": "torch"},
+        run={"linear_backend": "torch"},
     )
 
 
 def config_of(folder: Path, **more: dict) -> Config:
     """Adapters on the student of the folder, taught."""
-    config = TUNING["convpass"](base_config(folder).replace(start={"source": str(folder / "base")}))
+    config = FINETUNE_SCHEDULES["convpass"](
+        base_config(folder).replace(init={"weights": str(folder / "base")})
+    )
     return config.replace(**{**more, "optim": {**QUICK, "lr": 5e-3, **more.get("optim", {})}})
 
 
 def folders_of(run: Path) -> list[Path]:
-    return [run / "best", *(path for _, path in checkpoint.found(run))]
+    return [run / "best", *(path for _, path in checkpoint.list_checkpoints(run))]
 
 
 def test_checkpoints_hold_adapters_and_heads_alone(place):
     network = load_student(place / "adapted" / "best")[0].network
-    own = trained_in(network, "adapters")
+    own = trainable_parameters(network, "adapters")
     assert len(own) == 2 * 2 * 6 + 4
     whole = (place / "base" / "best" / "model.safetensors").stat().st_size
     for folder in folders_of(place / "adapted"):
@@ -96,11 +98,11 @@ def test_checkpoints_hold_adapters_and_heads_alone(place):
 
 def test_what_they_belong_to_is_told(place):
     weights = load_file(place / "base" / "best" / "model.safetensors")
-    expected = Base(str(place / "base"), "../base", digest_of(weights), "deit")
+    expected = AdapterBase(str(place / "base"), "../base", digest_of(weights), "deit")
     assert all(read_base(folder) == expected for folder in folders_of(place / "adapted"))
     assert read_base(place / "base" / "best") is None
     assert not (place / "base" / "best" / BASE).exists()
-    notes = json.loads((place / "adapted" / "start.json").read_text())
+    notes = json.loads((place / "adapted" / "init.json").read_text())
     assert notes["weights"] == expected.weights
     assert notes["notes"] == ["4 new adapters, which add nothing until they are trained"]
 
@@ -117,7 +119,9 @@ def test_a_saved_student_is_base_and_adapters_together(place):
     best = load_student(place / "adapted" / "best")[0]
     hits = evaluate(place / "adapted")["heads"]["fused"]["top1"]
     assert hits > evaluate(place / "base")["heads"]["fused"]["top1"] - 0.1
-    (member,) = members(digits().replace(teacher={"source": (str(place / "adapted"),)}).teacher)
+    (member,) = teacher_specs(
+        digits().replace(teacher={"source": (str(place / "adapted"),)}).teacher
+    )
     names = tuple(map(str, range(10)))
     teacher = load_teacher(member, names, image_size=8)
     views = torch.rand(4, 3, 8, 8)
@@ -127,13 +131,13 @@ def test_a_saved_student_is_base_and_adapters_together(place):
 
 
 def test_a_run_trains_adapters_on_a_base_in_evaluation_mode(place):
-    network = parts_of(config_of(place)).student.train().network
+    network = build_run(config_of(place)).student.train().network
     training = {name for name, module in network.named_modules() if module.training}
     assert training == {name for name, _ in network.named_modules() if ".adapter" in name}
 
 
 def test_a_run_begins_with_the_answers_of_its_base(place):
-    began = parts_of(config_of(place)).student.eval()(random_batch(8))
+    began = build_run(config_of(place)).student.eval()(random_batch(8))
     before = load_student(place / "base" / "best")[0].eval()(random_batch(8))
     assert torch.equal(began.class_logits, before.class_logits)
     assert torch.equal(began.distillation_logits, before.distillation_logits)
@@ -144,7 +148,7 @@ def test_old_facts_still_load(place, tmp_path):
     (tmp_path / "best" / "manifest.json").unlink()
     path = tmp_path / "best" / "model.json"
     facts = json.loads(path.read_text())
-    for name in ("adapters", "adapter_width", "adapter_scale"):
+    for name in ("adapters", "adapter_dim", "adapter_scale"):
         del facts["student"][name]
     path.write_text(json.dumps(facts))
     assert load_student(tmp_path / "best")[1] == load_student(place / "base" / "best")[1]
@@ -159,7 +163,7 @@ def test_it_resumes_to_the_bit(place, tmp_path, fault, monkeypatch):
     assert len(looked_for) == 1  # of all files of the checkpoint: it is read and its digest taken
     same_end(tmp_path / "run", place / "adapted")
     assert (tmp_path / "run" / "best" / BASE).is_file()
-    weights = load_file(checkpoint.newest(tmp_path / "run") / "model.safetensors")
+    weights = load_file(checkpoint.latest_checkpoint(tmp_path / "run") / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
 
 
@@ -178,7 +182,7 @@ def test_a_base_that_is_gone_or_another_is_refused(place, tmp_path):
     save_weights(before / "model.safetensors", weights)
     names = (run / "best", place / "base", read_base(run / "best").weights[:12])
     other = digest_of(weights)[:12]
-    for asked in (lambda: load_student(run / "best"), lambda: find_start(str(run))):
+    for asked in (lambda: load_student(run / "best"), lambda: load_weights_from(str(run))):
         with raises(CheckpointError, *names, other) as told:
             asked()
         assert "\n" not in str(told.value)
@@ -234,9 +238,9 @@ def test_beside_it_another_one_may_lie(place, tmp_path, damaged):
 def test_where_a_base_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
-    expected = Base(str(tmp_path / "base"), "../../base", "ab", "timm")
+    expected = AdapterBase(str(tmp_path / "base"), "../../base", "ab", "timm")
     assert base_of("base", "ab", "timm", out=Path("runs/one")) == expected
-    named = Base("deit_tiny", None, "ab", "deit")
+    named = AdapterBase("deit_tiny", None, "ab", "deit")
     assert base_of("deit_tiny", "ab", "deit", out=Path("x")) == named
 
 
@@ -255,20 +259,20 @@ def test_at_another_resolution_with_other_classes_and_tokens(place, tmp_path):
         place,
         data={"classes": ("1", "3", "7"), "image_size": 16},
         student={"image_size": 16},
-        start={"heads": "new", "kernel": "timm"},
+        init={"head": "new", "pos_embed_resize": "timm"},
         teacher={"source": ()},
-        loss=OBJECTIVES["none"],
+        loss=LOSS_PRESETS["none"],
     )
     train(config, tmp_path / "run")
     student, facts = load_student(tmp_path / "run" / "best")
-    parts = parts_of(config)
-    began = parts.student.network.state_dict()
+    run = build_run(config)
+    began = run.student.network.state_dict()
     for name, value in student.network.state_dict().items():
-        own = name in trained_in(student.network, "adapters")
+        own = name in trainable_parameters(student.network, "adapters")
         assert torch.equal(value, began[name]) != own, name
     assert facts.class_names == ("1", "3", "7")
     assert read_base(tmp_path / "run" / "best").kernel == "timm"
-    larger, _ = student_at(place / "adapted" / "best", 16)
+    larger, _ = student_at_resolution(place / "adapted" / "best", 16)
     assert larger.eval()(random_batch(16)).class_logits.shape == (3, 10)
 
 
@@ -276,7 +280,7 @@ def test_adapters_upon_adapters(place, tmp_path):
     """Trained on, they begin as they were; what they belong to then is the run before."""
     start = str(place / "adapted")
     still = {"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0}
-    config = begin_from(config_of(place), start, find_start(start).student)
+    config = with_init(config_of(place), start, load_weights_from(start).student)
     train(config.replace(optim=still), tmp_path / "on")
     assert read_base(tmp_path / "on" / "best").source == start
     ours, theirs = (load_student(run / "best")[0] for run in (tmp_path / "on", place / "adapted"))
@@ -286,18 +290,18 @@ def test_adapters_upon_adapters(place, tmp_path):
 
 def test_trained_adapters_keep_their_scale(place):
     """It leaves no trace in their shapes; before they are trained, any will do."""
-    start = {"source": str(place / "adapted")}
+    start = {"weights": str(place / "adapted")}
     for which in ("adapters", "all"):
-        other = {"student": {"adapter_scale": 0.01}, "optim": {"trained": which}}
-        with raises(CheckpointError, start["source"], "0.01", "--student.adapter_scale 0.1"):
-            parts_of(config_of(place, start=start, **other))
-    parts_of(config_of(place, start=start))
-    parts_of(config_of(place, student={"adapter_scale": 0.01}))
+        other = {"student": {"adapter_scale": 0.01}, "optim": {"trainable": which}}
+        with raises(CheckpointError, start["weights"], "0.01", "--student.adapter_scale 0.1"):
+            build_run(config_of(place, init=start, **other))
+    build_run(config_of(place, init=start))
+    build_run(config_of(place, student={"adapter_scale": 0.01}))
 
 
 def test_trained_with_all_the_rest_everything_is_saved(place, tmp_path):
-    config = begin_from(config_of(place), str(place / "adapted"), None)
-    config = config.replace(optim={"trained": "all", "epochs": 1, "warmup_epochs": 0})
+    config = with_init(config_of(place), str(place / "adapted"), None)
+    config = config.replace(optim={"trainable": "all", "epochs": 1, "warmup_epochs": 0})
     train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "best" / BASE).exists()
     weights = load_file(tmp_path / "run" / "best" / "model.safetensors")
@@ -310,38 +314,41 @@ def test_a_pruned_base_stays_pruned(place, tmp_path):
     name = "blocks.0.mlp.fc1.weight"
     masks = {name: torch.rand(weights[name].shape) > 0.5}
     save_weights(tmp_path / "m.safetensors", masks)
-    start = {"source": str(place / "base"), "masks": str(tmp_path / "m.safetensors")}
-    train(base_config(place).replace(start=start), tmp_path / "pruned")
-    config = config_of(place, start={"source": str(tmp_path / "pruned")})
+    start = {"weights": str(place / "base"), "pruning_masks": str(tmp_path / "m.safetensors")}
+    train(base_config(place).replace(init=start), tmp_path / "pruned")
+    config = config_of(place, init={"weights": str(tmp_path / "pruned")})
     train(config, tmp_path / "run")
-    found = find_start(str(tmp_path / "run"))
+    found = load_weights_from(str(tmp_path / "run"))
     assert not found.weights[name][~masks[name]].any()
     assert torch.equal(found.masks[name], read_masks(tmp_path / "m.safetensors")[name])
     for kind in ("best", "last"):  # a landscape moves along what is kept alone
-        (one,) = places_of([tmp_path / "run"], Asked(checkpoint=kind))
+        (one,) = places_of([tmp_path / "run"], LandscapeOptions(checkpoint=kind))
         assert torch.equal(one.masks()[name], masks[name])
-    view = view_of([one], Asked(images=8), root=None, device=torch.device("cpu"))
+    view = view_of([one], LandscapeOptions(images=8), root=None, device=torch.device("cpu"))
     sizes = [surface_of(one, view, masked=masked).size for masked in (False, True)]
     assert sizes[0] - sizes[1] == (~masks[name]).sum()
-    (plain,) = places_of([place / "adapted"], Asked())
+    (plain,) = places_of([place / "adapted"], LandscapeOptions())
     assert plain.masks() == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", ["none", "full"])
+@pytest.mark.parametrize("shard", ["none", "fsdp"])
 def test_two_processes_train_and_save_the_same_part(place, zygote, tmp_path, shard):
     """Divided or not; and go on, where only the base can say what the rest was."""
-    words = ["finetune", "--from", place / "base", "--tuning", "convpass", "--objective", "none"]
-    words += ["--optim.epochs", "2", "--optim.ema_epochs", "1", "--run.shard", shard]
-    words += ["--run.timeout", "30", "--out", tmp_path / "run"]
+    words = ["finetune", "--from", place / "base", "--schedule", "convpass", "--loss", "none"]
+    words += ["--optim.epochs", "2", "--optim.ema_epochs", "1", "--run.sharding", shard]
+    words += ["--run.timeout_s", "30", "--out", tmp_path / "run"]
     two = {"processes": 2, "of_node": 2, "cwd": tmp_path}
     done = zygote.together(*words, DEIT_FAULT="metrics:1:term", **two)
     assert [one.code for one in done] == [143, 143], done[0].err + done[1].err
     done = zygote.together(*words, "--resume", **two)
     assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
-    folder, before = checkpoint.newest(tmp_path / "run"), find_start(str(place / "base")).weights
+    folder, before = (
+        checkpoint.latest_checkpoint(tmp_path / "run"),
+        load_weights_from(str(place / "base")).weights,
+    )
     network = load_student(folder)[0].network
-    own = trained_in(network, "adapters")
+    own = trainable_parameters(network, "adapters")
     for file in ("model", "average"):
         assert set(load_file(folder / f"{file}.safetensors")) == own
     for name, value in network.state_dict().items():
@@ -372,16 +379,16 @@ def test_graphs_take_them_along(place, tmp_path, form):
 @pytest.mark.parametrize("objective", ["none", "deit-hard"])
 def test_the_command(place, tmp_path, objective, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["--from", str(place / "base"), "--tuning", "convpass", "--objective", objective]
+    words = ["--from", str(place / "base"), "--schedule", "convpass", "--loss", objective]
     words += ["--student.adapters", "convpass_attention", "--optim.epochs", "1", "--out", "run"]
     assert run_command("finetune", words, "finetune_deit.py") == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert re.search(r"\badapters\b.* 6,388 ", said)  # so many parameters are trained
-    (note,) = json.loads((tmp_path / "run" / "start.json").read_text())["notes"]
+    (note,) = json.loads((tmp_path / "run" / "init.json").read_text())["notes"]
     assert re.search(r"\b2\b.*\badapters\b", note)
-    config = load(tmp_path / "run" / "config.json")
-    assert (config.optim.trained, config.student.adapters) == ("adapters", "convpass_attention")
-    assert read_typed(tmp_path / "run" / "best" / BASE, Base).weights
+    config = load_config(tmp_path / "run" / "config.json")
+    assert (config.optim.trainable, config.student.adapters) == ("adapters", "convpass_attention")
+    assert load_json_as(tmp_path / "run" / "best" / BASE, AdapterBase).weights
     weights = saved_weights(tmp_path / "run" / "best", load_student(tmp_path / "run" / "best")[1])
     assert len(weights) > len(load_file(tmp_path / "run" / "best" / "model.safetensors"))
     finished = tree(tmp_path / "run")

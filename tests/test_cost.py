@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from deit.config import StudentConfig
 from deit.models import cost as cost_module
 from deit.models.cost import cost_of, macs_of_image
-from deit.models.layout import lay
+from deit.models.layout import set_memory_format
 from deit.models.linear import available, use_onednn
-from deit.models.masks import apply, dense, prunable
+from deit.models.masks import all_ones, apply, prunable
 from deit.models.merging import with_merging
 from deit.models.networks import create_network
 from deit.models.rednet import DEPTHS, RedNet
@@ -81,13 +81,13 @@ SMALL = StudentConfig(name="deit_micro", image_size=16, patch_size=4, embed_dim=
 STUDENTS = {
     "deit": SMALL,
     "vit": replace(SMALL, name="vit_micro"),
-    "tokens": replace(SMALL, distillation_tokens=3),
-    "slim": replace(SMALL, block_heads=(2, 1), block_hidden=(32, 3)),
-    "share": replace(SMALL, share=2),
+    "tokens": replace(SMALL, num_distillation_tokens=3),
+    "slim": replace(SMALL, heads_per_block=(2, 1), mlp_hidden_per_block=(32, 3)),
+    "share": replace(SMALL, shared_block_size=2),
     "convpass": replace(SMALL, adapters="convpass"),
-    "rounding": replace(SMALL, rounding="int8"),
+    "rounding": replace(SMALL, qat="int8"),
     "share, convpass and rounding": replace(
-        SMALL, share=2, adapters="convpass_attention", rounding="int8"
+        SMALL, shared_block_size=2, adapters="convpass_attention", qat="int8"
     ),
     "dense": StudentConfig(name="dense", image_size=16),
     "convnet": StudentConfig(name="small_convnet", image_size=16),
@@ -97,13 +97,13 @@ STUDENTS = {
 
 
 def _masked(network: nn.Module) -> None:
-    apply({name: ~mask for name, mask in dense(prunable(network)).items()}, network)
+    apply({name: ~mask for name, mask in all_ones(prunable(network)).items()}, network)
 
 
 WAYS = {
     "as it is": lambda network: None,
     "masked": _masked,
-    "channels last": lambda network: lay(network, "channels_last"),
+    "channels last": lambda network: set_memory_format(network, "channels_last"),
     "attention by products": lambda network: [
         setattr(one, "fused_attn", False) for one in network.modules()
     ],

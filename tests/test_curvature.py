@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from deit.curvature import extreme_eigenvalues, spectral_density, trace
 from deit.errors import ConfigError, NumericsError
 from deit.krylov import Krylov
-from deit.surface import Surface
+from deit.surface import LossSurface
 from tests.helpers.errors import raises
 from tests.helpers.loss_surfaces import student, surface
 
@@ -137,7 +137,7 @@ def test_the_basis_stays_orthonormal_where_plain_lanczos_loses_it():
     matrix = symmetric([1e3, *torch.linspace(0, 1, 299).tolist()])
     krylov = Krylov(lambda v: matrix @ v, torch.ones(300, dtype=torch.float64), room=120)
     for _ in range(120):
-        krylov.grow()
+        krylov.step()
     basis = krylov._vectors
     torch.testing.assert_close(
         basis @ basis.T, torch.eye(120, dtype=torch.float64), atol=1e-13, rtol=0
@@ -358,7 +358,7 @@ def small():
     def loss(network, batch):
         return cross_entropy(network(batch[0]), batch[1])
 
-    land = Surface(network, [(inputs, labels)], loss, sizes=[40])
+    land = LossSurface(network, [(inputs, labels)], loss, sizes=[40])
 
     def of_point(point):
         pieces = point.split([parameter.numel() for parameter in network.parameters()])
@@ -372,7 +372,7 @@ def small():
 def test_products_with_unit_vectors_are_the_dense_hessian(small):
     land, hessian = small
     assert land.size == 200
-    rows = [land.hessian_vector(unit) for unit in torch.eye(200, dtype=torch.float64)]
+    rows = [land.hvp(unit) for unit in torch.eye(200, dtype=torch.float64)]
     torch.testing.assert_close(torch.stack(rows), hessian, atol=1e-12, rtol=1e-9)
 
 
@@ -380,16 +380,14 @@ def test_eigenvalues_trace_and_moments_of_a_hessian(small):
     land, hessian = small
     exact = torch.linalg.eigvalsh(hessian)
     assert exact[0] < -1e-3 < 1e-1 < exact[-1]
-    found = extreme_eigenvalues(
-        land.hessian_vector, land.point, largest=5, smallest=3, tolerance=1e-6
-    )
+    found = extreme_eigenvalues(land.hvp, land.point, largest=5, smallest=3, tolerance=1e-6)
     assert found.converged
     assert found.largest == pytest.approx(exact.flip(0)[:5].tolist(), rel=1e-5)
     assert found.smallest == pytest.approx(exact[:3].tolist(), rel=1e-4)
-    estimate = trace(land.hessian_vector, land.point, probes=1000)
+    estimate = trace(land.hvp, land.point, probes=1000)
     assert estimate.standard_error < 0.1 * hessian.trace().item()
     assert abs(estimate.value - hessian.trace().item()) < 3 * estimate.standard_error
-    density = spectral_density(land.hessian_vector, land.point, probes=32, steps=20)
+    density = spectral_density(land.hvp, land.point, probes=32, steps=20)
     nodes, weights = torch.tensor(density.ritz_values), torch.tensor(density.weights)
     for power in (1, 2):
         each = (weights * nodes**power).sum(dim=1)
@@ -405,7 +403,7 @@ def test_a_vision_transformer_in_single_precision():
         land = surface(student(dtype=dtype), (5, 7))
         found.append(
             extreme_eigenvalues(
-                land.hessian_vector, land.point, largest=2, smallest=1, tolerance=1e-4, steps=200
+                land.hvp, land.point, largest=2, smallest=1, tolerance=1e-4, steps=200
             )
         )
     narrow, wide = found

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from deit.directions import (
-    Line,
-    Plane,
+    LossLine,
+    WeightPlane,
     _scaled,
     filter_scales,
     grid,
@@ -21,7 +21,7 @@ from deit.directions import (
     random_plane,
 )
 from deit.errors import ConfigError, NumericsError
-from deit.surface import Surface
+from deit.surface import LossSurface
 from deit.volume import basin_volume
 from tests.helpers.errors import raises
 from tests.helpers.loss_surfaces import (
@@ -158,7 +158,7 @@ class Bowl(nn.Module):
 
 
 def bowl(*weights, loss=lambda network, batch: (network.weight**2).sum() / 2):
-    return Surface(Bowl(*weights), [None], loss, sizes=[1])
+    return LossSurface(Bowl(*weights), [None], loss, sizes=[1])
 
 
 def values(**functions):
@@ -190,14 +190,14 @@ def test_the_barrier_between_two_points_of_a_hill():
 
 
 def test_barrier_and_instability_by_hand():
-    found = Line((0.0, 0.25, 0.5, 1.0), {"error": (0.1, 0.4, 0.35, 0.3)})
+    found = LossLine((0.0, 0.25, 0.5, 1.0), {"error": (0.1, 0.4, 0.35, 0.3)})
     assert found.barrier("error") == pytest.approx(0.4 - 0.15)
     assert found.instability("error") == pytest.approx(0.4 - 0.2)
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3])
 def test_equal_values_have_a_barrier_of_zero_to_the_bit(value):
-    flat = Line(tuple(k / 30 for k in range(31)), {"loss": (value,) * 31})
+    flat = LossLine(tuple(k / 30 for k in range(31)), {"loss": (value,) * 31})
     assert flat.barrier("loss") == flat.instability("loss") == 0
 
 
@@ -216,14 +216,14 @@ def test_the_ends_of_a_line_are_the_two_networks():
             nn.init.normal_(parameter, std=0.4)
     before = remembered(network), remembered(other)
     land = surface(network)
-    end = land.weights.point_of(other)
+    end = land.weights.vector_of(other)
     found = line(land, land.point, end, measure, points=3)
     for place, one in ((0, network), (-1, other)):
         expected = measure(one.eval(), images_and_labels(torch.float32))
         assert found.values["loss"][place] == pytest.approx(expected["loss"].item(), rel=1e-6)
         assert found.values["error"][place] == expected["error"].item()
         one.train()
-    middle = land.means((land.point + end) / 2, measure)
+    middle = land.evaluate((land.point + end) / 2, measure)
     assert found.values["loss"][1] == pytest.approx(middle["loss"], rel=1e-6)
     assert found.barrier("loss") >= 0
     assert_as_before(network, before[0])
@@ -245,7 +245,7 @@ def test_progress_can_be_watched():
         return iter(steps)
 
     line(bowl(0.0), vector(0), vector(1), values(x=lambda w: w[0]), points=5, watch=watch)
-    plane = Plane(vector(0), vector(1), vector(2))
+    plane = WeightPlane(vector(0), vector(1), vector(2))
     grid(bowl(0.0), plane, values(x=lambda w: w[0]), xs=[0, 1], ys=[0, 1, 2], watch=watch)
     assert seen == [5, 6]
 
@@ -254,7 +254,7 @@ def test_progress_can_be_watched():
 
 
 def test_a_grid_has_a_row_for_each_y():
-    plane = Plane(vector(0, 0, 5), vector(1, 0, 0), vector(0, 1, 0))
+    plane = WeightPlane(vector(0, 0, 5), vector(1, 0, 0), vector(0, 1, 0))
     found = grid(
         bowl(0.0, 0.0, 0.0),
         plane,
@@ -286,7 +286,7 @@ def test_the_plane_through_three_points():
 
 def test_points_beside_a_plane_are_projected_onto_it():
     """By axes that are neither of length 1 nor orthogonal as well."""
-    plane = Plane(vector(1, 1, 1, 1), vector(2, 0, 0, 0), vector(1, 3, 0, 0))
+    plane = WeightPlane(vector(1, 1, 1, 1), vector(2, 0, 0, 0), vector(1, 3, 0, 0))
     point = plane.at(0.5, -2.0) + vector(0, 0, 3, 4)
     assert plane.project(point) == pytest.approx((0.5, -2.0, 5.0))
     assert plane.cosine() == pytest.approx(1 / math.sqrt(10))
@@ -328,7 +328,7 @@ def test_a_random_plane_of_a_network():
     assert torch.equal(plane.second, random_direction(land, seed=3, number=1))
     assert abs(plane.cosine()) < 0.2
     found = grid(land, plane, measure, xs=[-0.5, 0, 0.5], ys=[0, 0.5])
-    centre = land.means(land.point, measure)
+    centre = land.evaluate(land.point, measure)
     assert found.values["loss"][0][1] == pytest.approx(centre["loss"], rel=1e-12)
     assert len(set(found.values["loss"][0] + found.values["loss"][1])) == 6
     assert_as_before(network, before)

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 from deit import checkpoint, journal, manifest, prune_options
-from deit.disk import check_file, check_writable, put_file, put_first, put_folder, sync_folder
-from deit.errors import EnvironmentFault
+from deit.disk import (
+    atomic_write,
+    atomic_write_dir,
+    check_file,
+    check_writable,
+    sync_folder,
+    write_once,
+)
+from deit.errors import SystemFault
 from deit.models.base import BASE
 from tests.helpers.errors import raises
 
@@ -20,7 +27,7 @@ def filled(text: str, meanwhile: Path | None = None):
     def write(folder: Path) -> None:
         (folder / "model.onnx").write_text(text)
         if meanwhile is not None:
-            put_folder(meanwhile, filled("theirs"), replace=False)
+            atomic_write_dir(meanwhile, filled("theirs"), replace=False)
 
     return write
 
@@ -28,15 +35,15 @@ def filled(text: str, meanwhile: Path | None = None):
 def test_of_two_commands_that_make_a_folder_the_first_one_stays(tmp_path, monkeypatch):
     numbers = iter((1, 2))  # the processes of the two
     monkeypatch.setattr("deit.disk.os.getpid", lambda: next(numbers))
-    with raises(EnvironmentFault, "--force"):
-        put_folder(tmp_path / "out", filled("ours", tmp_path / "out"), replace=False)
+    with raises(SystemFault, "--force"):
+        atomic_write_dir(tmp_path / "out", filled("ours", tmp_path / "out"), replace=False)
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "model.onnx"]
     assert (tmp_path / "out" / "model.onnx").read_text() == "theirs"
 
 
 def test_what_may_be_replaced_is(tmp_path):
     for text in ("first", "second"):
-        put_folder(tmp_path / "out", filled(text), replace=True)
+        atomic_write_dir(tmp_path / "out", filled(text), replace=True)
         assert (tmp_path / "out" / "model.onnx").read_text() == text
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "model.onnx"]
 
@@ -55,10 +62,10 @@ def test_a_disk_that_syncs_no_folders_is_a_disk(call, number, tmp_path, monkeypa
 
     monkeypatch.setattr(os, call, refusing)
     monkeypatch.setattr(os, "close", lambda handle: (closed.append(handle), close(handle)))
-    put_file(tmp_path / "file", b"content")
+    atomic_write(tmp_path / "file", b"content")
     assert (tmp_path / "file").read_bytes() == b"content"
     assert len(closed) == (call == "fsync")
-    put_folder(tmp_path / "out", filled("text"), replace=True)
+    atomic_write_dir(tmp_path / "out", filled("text"), replace=True)
     assert (tmp_path / "out" / "model.onnx").read_text() == "text"
 
 
@@ -84,12 +91,12 @@ def test_the_first_writer_stays_on_any_disk(number, tmp_path, monkeypatch):
 
     if number is not None:
         monkeypatch.setattr(os, "link", refusing)
-    assert put_first(tmp_path / "file", b"first")
-    assert not put_first(tmp_path / "file", b"second")
+    assert write_once(tmp_path / "file", b"first")
+    assert not write_once(tmp_path / "file", b"second")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"first"
-    with raises(EnvironmentFault, tmp_path / "missing" / "file", os.strerror(errno.ENOENT)):
-        put_first(tmp_path / "missing" / "file", b"first")
+    with raises(SystemFault, tmp_path / "missing" / "file", os.strerror(errno.ENOENT)):
+        write_once(tmp_path / "missing" / "file", b"first")
 
 
 def test_a_first_file_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path, monkeypatch):
@@ -102,15 +109,15 @@ def test_a_first_file_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path, m
     monkeypatch.setattr(os, "link", refusing)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", full)
-        with raises(EnvironmentFault, tmp_path / "file", os.strerror(errno.ENOSPC)):
-            put_first(tmp_path / "file", b"first")
+        with raises(SystemFault, tmp_path / "file", os.strerror(errno.ENOSPC)):
+            write_once(tmp_path / "file", b"first")
     assert list(tmp_path.iterdir()) == []
-    assert put_first(tmp_path / "file", b"first")
+    assert write_once(tmp_path / "file", b"first")
 
 
 def test_the_names_of_a_runs_own_files_are_those_it_writes(tmp_path):
     names = {checkpoint.CONFIG, checkpoint.ENVIRONMENT, checkpoint.RESUMED, checkpoint.RESULT}
-    names |= {checkpoint.STATE, journal.METRICS, journal.CHAIN, journal.ANOMALIES, BASE}
+    names |= {checkpoint.STATE, journal.METRICS, journal.HASH_CHAIN, journal.NONFINITE_LOG, BASE}
     names |= {manifest.MANIFEST, prune_options.MANIFEST, prune_options.KEPT}
     marks = {checkpoint.CONFIG, manifest.MANIFEST, prune_options.MANIFEST}
     for there in names:
@@ -119,7 +126,7 @@ def test_the_names_of_a_runs_own_files_are_those_it_writes(tmp_path):
         (folder / there).touch()
         for name in names:
             if there in marks:
-                with raises(EnvironmentFault, f"--json {folder / name}"):
+                with raises(SystemFault, f"--json {folder / name}"):
                     check_file(folder / name, option="--json", replace=True)
             else:
                 check_file(folder / name, option="--json", replace=True)
@@ -129,7 +136,7 @@ def test_the_names_of_a_runs_own_files_are_those_it_writes(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl", "manifest.json"])
 def test_a_runs_own_files_are_never_replaced(tmp_path, mark, name):
     (tmp_path / mark).touch()
-    with raises(EnvironmentFault, "--json", name):
+    with raises(SystemFault, "--json", name):
         check_file(tmp_path / name, option="--json", replace=True)
     check_file(tmp_path / "numbers.json", option="--json", replace=True)
     (tmp_path / "elsewhere").mkdir()
@@ -139,7 +146,7 @@ def test_a_runs_own_files_are_never_replaced(tmp_path, mark, name):
 def test_a_device_or_pipe_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path(os.devnull)):
-        with raises(EnvironmentFault, f"--json {path}"):
+        with raises(SystemFault, f"--json {path}"):
             check_file(path, option="--json", replace=True)
 
 
@@ -147,7 +154,7 @@ def test_a_device_or_pipe_is_not_replaced(tmp_path):
 def test_a_link_to_nothing_is_no_place_to_write(name, tmp_path):
     """No folder can be made in its place."""
     (tmp_path / "link").symlink_to("nothing")
-    with raises(EnvironmentFault, "--out"):
+    with raises(SystemFault, "--out"):
         check_writable(tmp_path / name, option="--out")
     (tmp_path / "nothing").mkdir()
     check_writable(tmp_path / name, option="--out")

@@ -90,7 +90,7 @@ def test_a_command_leaves_the_process_group_before_the_interpreter_ends(zygote, 
         "import torch.distributed as d\n"
         "from pathlib import Path\n"
         "from deit.cli import run_command\n"
-        f"arguments = ['digits', '--objective=none', '--out=run', *{SETTINGS}]\n"
+        f"arguments = ['digits', '--loss=none', '--out=run', *{SETTINGS}]\n"
         "arguments += ['--run.gradient_compression=bf16']  # runs Python in threads of Gloo\n"
         "assert run_command('train', arguments, 'deit train') == 0\n"
         "assert not d.is_initialized()\n"
@@ -124,13 +124,13 @@ def test_accelerate_launch_runs_the_same_script(runs):
 def test_images_in_files_train_the_same_on_two_processes(zygote, tmp_path):
     write_pictures(tmp_path / "images", number=16)
     command = (
-        *("train_deit.py", "folder", "--data.root", "images", "--objective", "none"),
+        *("train_deit.py", "folder", "--data.root", "images", "--loss", "none"),
         *("--student.name", "vit_micro", "--student.depth", "1", "--student.embed_dim", "16"),
         *("--student.num_heads", "2", "--student.image_size", "16", "--data.image_size", "18"),
         *("--optim.batch_size", "16", "--optim.epochs", "1", "--optim.warmup_epochs", "0"),
-        *("--run.evaluation_batch", "2"),
+        *("--run.eval_batch_size", "2"),
     )
-    files = ("--data.storage", "files", "--data.workers", "1")
+    files = ("--data.storage", "files", "--data.num_workers", "1")
     said = {
         number: said_by(zygote, number, *command, *files, "--out", f"of-{number}", cwd=tmp_path)
         for number in (1, 2)
@@ -150,11 +150,11 @@ def test_a_file_that_a_worker_cannot_read_is_one_line(zygote, tmp_path):
     broken = tmp_path / "images" / "val" / "bee" / "03.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     done = zygote.run(
-        *("folder", "--data.root=images", "--objective=none", "--out=run"),
+        *("folder", "--data.root=images", "--loss=none", "--out=run"),
         *("--student.name=vit_micro", "--student.depth=1", "--student.image_size=16"),
         "--student.patch_size=4",
         *("--data.image_size=18", "--optim.batch_size=8", "--optim.epochs=1"),
-        *("--optim.warmup_epochs=0", "--data.storage=files", "--data.workers=2"),
+        *("--optim.warmup_epochs=0", "--data.storage=files", "--data.num_workers=2"),
         script="train_deit.py",
         cwd=tmp_path,
     )
@@ -169,8 +169,8 @@ import json, sys
 import torch
 from safetensors.torch import save_file
 from deit.config import OptimConfig, RunConfig, StudentConfig
-from deit.environment import create_accelerator, leave_processes
-from deit.models.saved import Facts, build_student
+from deit.environment import create_accelerator, destroy_process_group
+from deit.models.saved import ModelInfo, build_student
 from deit.optim import build_optimizer
 
 sent = []
@@ -184,7 +184,7 @@ def exchange():
     accelerator = create_accelerator(RunConfig(device="cpu", gradient_compression=sys.argv[1]))
     torch.manual_seed(0)
     config = StudentConfig(name="deit_tiny", image_size=32, patch_size=4)
-    student = build_student(Facts(config, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3, 1.0))
+    student = build_student(ModelInfo(config, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3, 1.0))
     number = sum(parameter.numel() for parameter in student.parameters())
     student, optimizer = accelerator.prepare(student, build_optimizer(student, OptimConfig()))
     torch.manual_seed(accelerator.process_index)
@@ -204,7 +204,7 @@ def exchange():
         print(json.dumps({"parameters": number, "pieces": pieces, "sent": sent}))
 
 exchange()
-leave_processes()
+destroy_process_group()
 """
 
 

@@ -27,11 +27,11 @@ from deit import interruption as interruption_module
 from deit.cli import run_command
 from deit.datasets.reading import Reader
 from deit.datasets.stores import FolderStore
-from deit.errors import DataError, EnvironmentFault, Stopped
-from deit.interruption import Interruption
+from deit.errors import DataError, StoppedBySignal, SystemFault
+from deit.interruption import GracefulStop
 from deit.recipes import RECIPES
 from deit.run import train
-from tests.helpers.command_server import ROOT, Done, Running, Zygote, fresh, until
+from tests.helpers.command_server import ROOT, Completed, Running, Zygote, fresh, until
 from tests.helpers.images import write_pictures
 from tests.helpers.leftovers import left
 from tests.helpers.processes import STUCK_TEACHER
@@ -49,7 +49,7 @@ def pictures(tmp_path_factory) -> Path:
 def words(pictures: Path, out: Path, workers: int) -> tuple[str, ...]:
     """A short training on pictures that worker processes read."""
     return (
-        *("train", "folder", "--data.root", str(pictures), "--data.workers", str(workers)),
+        *("train", "folder", "--data.root", str(pictures), "--data.num_workers", str(workers)),
         *ON_PICTURES,
         *("--out", str(out), "--resume"),
     )
@@ -59,7 +59,7 @@ def ends_with_all_it_started(session: int) -> None:
     until(lambda: not left(session))
 
 
-def ended(running: Running, code: int) -> Done:
+def ended(running: Running, code: int) -> Completed:
     """The end of a process, which has this exit code and leaves nothing behind."""
     done = running.wait(timeout=300)
     assert done.code == code, done.err
@@ -91,9 +91,9 @@ def test_a_training_ends_with_its_code_and_leaves_nothing(
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("point", sorted(set(faults.POINTS) - {"answers", "targets", "fit"}))
 def test_a_training_ends_at_every_fault_point(point, workers, zygote, pictures, tmp_path):
-    """Those of stored targets and of run.fit_memory have their own tests."""
+    """Those of stored targets and of run.auto_micro_batch have their own tests."""
     given = words(pictures, tmp_path / "run", workers)
-    more = ("--optim.ema_epochs", "1", "--run.save_every", "2")
+    more = ("--optim.ema_epochs", "1", "--run.save_every_steps", "2")
     fault = f"{point}:1:term" + (",loss:2:nan" if point == "anomalies" else "")
     ended(zygote.start(*given, *more, whole=True, DEIT_FAULT=fault), 143)
     assert zygote.run(*given, *more).code == 0
@@ -134,7 +134,7 @@ def test_a_run_that_waits_for_images_for_ever_stops_with_a_checkpoint(
     assert signal.Signals(number).name in done.err
     assert "--resume" in done.err
     rows = journal.read(metrics)
-    assert checkpoint.step_of(checkpoint.newest(out)) >= rows[-1]["step"]
+    assert checkpoint.checkpoint_step(checkpoint.latest_checkpoint(out)) >= rows[-1]["step"]
 
 
 def waits(pid: int) -> bool:
@@ -174,13 +174,13 @@ def runs(zygote, pictures, tmp_path_factory) -> dict[int, Path]:
     return found
 
 
-@pytest.mark.parametrize("command", ["evaluate", "scan"])
+@pytest.mark.parametrize("command", ["evaluate", "check-data"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_command_that_waits_for_images_for_ever_stops(
     command, workers, runs, pictures, never_read, capfd
 ):
     before = children()
-    given = {"evaluate": runs[workers], "scan": pictures}
+    given = {"evaluate": runs[workers], "check-data": pictures}
     assert run_command(command, [str(given[command])], f"deit {command}") == 130
     assert "SIGINT" in capfd.readouterr().err
     until(lambda: children() == before)
@@ -197,8 +197,14 @@ def test_targets_stop_between_and_within_blocks(workers, zygote, pictures, tmp_p
     teacher = tmp_path / "teacher"
     given = words(pictures, teacher, 0)
     assert zygote.run(*given, "--optim.epochs", "1").code == 0
-    write = ("targets", "write", *given[1:-3], "--data.workers", workers)
-    write += ("--objective", "deit-hard", "--teacher.source", teacher, "--teacher.allow_weak")
+    write = ("targets", "write", *given[1:-3], "--data.num_workers", workers)
+    write += (
+        "--loss",
+        "deit-hard",
+        "--teacher.source",
+        teacher,
+        "--teacher.allow_near_chance",
+    )
     write += ("--student.name", "deit_micro", "--out", tmp_path / "store")
     ended(zygote.start(*write, whole=True, DEIT_FAULT="answers:2:int"), 130)
     ended(zygote.start(*write, whole=True), 0)
@@ -207,7 +213,7 @@ def test_targets_stop_between_and_within_blocks(workers, zygote, pictures, tmp_p
 def test_two_processes_with_workers_stop_together(zygote, pictures, tmp_path):
     given = (*words(pictures, tmp_path / "run", 2), "--optim.epochs", "100000")
     both = zygote.start_together(*given, whole=True)
-    until(lambda: checkpoint.found(tmp_path / "run"))
+    until(lambda: checkpoint.list_checkpoints(tmp_path / "run"))
     for one in both:
         one.signal(signal.SIGTERM)
     for one in both:
@@ -218,7 +224,7 @@ def test_of_two_processes_neither_waits_for_images_for_ever(zygote, tmp_path):
     pictures, out = write_pictures(tmp_path / "pictures", number=8), tmp_path / "run"
     given = (*words(pictures, out, 1), "--optim.epochs", "100000")
     both = zygote.start_together(*given, whole=True)
-    until(lambda: checkpoint.found(out))
+    until(lambda: checkpoint.list_checkpoints(out))
     for path in pictures.rglob("*.*"):
         nobody_writes(path)
     until(lambda: all(waits(one.pid) for one in both))
@@ -231,7 +237,7 @@ def test_of_two_processes_neither_waits_for_images_for_ever(zygote, tmp_path):
 def test_workers_end_when_their_process_is_killed(zygote, pictures, tmp_path):
     given = (*words(pictures, tmp_path / "run", 2), "--optim.epochs", "100000")
     running = zygote.start(*given, whole=True)
-    until(lambda: checkpoint.found(tmp_path / "run"))
+    until(lambda: checkpoint.list_checkpoints(tmp_path / "run"))
     running.signal(signal.SIGKILL)
     ended(running, -signal.SIGKILL)
 
@@ -240,7 +246,7 @@ def test_a_second_signal_ends_what_is_stuck_in_a_library(zygote, pictures, tmp_p
     """Python obeys a signal when the library returns, which this one does not."""
     (tmp_path / "stuck.py").write_text(STUCK_TEACHER)
     given = words(pictures, tmp_path / "run", 2)
-    given += ("--objective", "deit-hard", "--teacher.source", f"{tmp_path / 'stuck.py'}:teacher")
+    given += ("--loss", "deit-hard", "--teacher.source", f"{tmp_path / 'stuck.py'}:teacher")
     running = zygote.start(*given, "--student.name", "deit_micro", whole=True)
     until(lambda: "stuck" in running.out.read_text())
     running.signal(signal.SIGINT)
@@ -385,8 +391,8 @@ def test_a_stop_during_an_import_is_for_whoever_handles_signals_next(
 
     def work():
         import_module("asks_to_stop")
-        with Interruption(Accelerator(cpu=True)) as interruption:
-            interruption.check()
+        with GracefulStop(Accelerator(cpu=True)) as interruption:
+            interruption.raise_if_stopped()
 
     assert code_of(work) == 143
     assert launcher.stop_remembered() == 0
@@ -394,8 +400,8 @@ def test_a_stop_during_an_import_is_for_whoever_handles_signals_next(
 
 def test_a_stop_after_the_last_question_is_for_whoever_handles_signals_next(code_of):
     def work():
-        with Interruption(Accelerator(cpu=True)) as interruption:
-            interruption.check()
+        with GracefulStop(Accelerator(cpu=True)) as interruption:
+            interruption.raise_if_stopped()
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
 
@@ -476,7 +482,7 @@ def test_a_signal_while_an_error_is_said_changes_nothing(monkeypatch, capsys):
     """As torchrun's, which ends all processes when the first fails."""
 
     def command(arguments, program):
-        raise EnvironmentFault("the disk is full")
+        raise SystemFault("the disk is full")
 
     def complain(message):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -509,9 +515,9 @@ def test_a_request_to_save_does_not_kill_a_process_that_is_done():
 def test_a_shell_with_accelerates_variables_is_no_launcher(monkeypatch):
     """Where it ends, what it started under nohup goes on."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    for name in ("TORCHELASTIC_RUN_ID", launcher.FOLLOWED):
+    for name in ("TORCHELASTIC_RUN_ID", launcher.PARALLEL_RUNS_ENV):
         monkeypatch.delenv(name, raising=False)
-    done = fresh("from deit import launcher; print(launcher.launched())")
+    done = fresh("from deit import launcher; print(launcher.has_launcher())")
     assert (done.code, done.out) == (0, "False\n"), done.err
 
 
@@ -533,7 +539,7 @@ def test_a_thread_of_a_library_does_not_keep_a_process_that_is_done():
 @pytest.fixture
 def interruption():
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # what is not obeyed comes again
-    with Interruption(Accelerator(cpu=True)) as entered:
+    with GracefulStop(Accelerator(cpu=True)) as entered:
         yield entered
     launcher.forget_stop()
     signal.signal(signal.SIGTERM, before)
@@ -571,7 +577,7 @@ def test_an_update_whose_images_never_come_is_given_up(interruption):
             seen.append(number)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedBySignal):
         learn()
     assert seen == [0]
 
@@ -584,9 +590,9 @@ def test_a_stop_that_comes_while_processes_agree_to_save_is_kept(interruption, m
     monkeypatch.setattr(interruption, "_several", True)
     monkeypatch.setattr("torch.distributed.all_reduce", agree)
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert interruption.asked(now=True) == signal.SIGUSR1
+    assert interruption.pending_signal(now=True) == signal.SIGUSR1
     assert interruption.noted == signal.SIGTERM
-    assert interruption.asked(now=True) == signal.SIGTERM
+    assert interruption.pending_signal(now=True) == signal.SIGTERM
 
 
 TWICE = """
@@ -644,7 +650,7 @@ def test_code_of_the_users_that_exits_does_not_look_finished(
 
 def small(pictures: Path, workers: int):
     """The configuration of a short training."""
-    data = {"root": str(pictures), "storage": "files", "workers": workers, "image_size": 18}
+    data = {"root": str(pictures), "storage": "files", "num_workers": workers, "image_size": 18}
     student = {"name": "vit_micro", "depth": 1, "embed_dim": 16, "num_heads": 2, "image_size": 16}
     return RECIPES["folder"]().replace(
         data=data,
@@ -682,13 +688,13 @@ def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(pictures):
 
     import torch
 
-    from deit.datasets.reading import Wanted
+    from deit.datasets.reading import ReadRequest
 
     images = load_splits(small(pictures, 1).data).train
     one = torch.zeros(1, dtype=torch.int64)
     before = children()
     with Reader(images, (Slow(),), workers=2, pin=False) as reader:
-        batches = reader.read([Wanted(0, one, one)] * 50)
+        batches = reader.read([ReadRequest(0, one, one)] * 50)
 
         def ask():
             try:
@@ -697,10 +703,12 @@ def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(pictures):
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
 
         asking = threading.Thread(target=ask)
-        previous = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(Stopped(15)))
+        previous = signal.signal(
+            signal.SIGALRM, lambda *_: (_ for _ in ()).throw(StoppedBySignal(15))
+        )
         asking.start()
         try:
-            with pytest.raises(Stopped):
+            with pytest.raises(StoppedBySignal):
                 next(batches)
         finally:
             asking.join()
@@ -721,7 +729,7 @@ MOMENTS = 100  # of each seed
 
 def of_kind(kind: int, pictures: Path, out: Path) -> tuple[str, ...]:
     """A training on pictures, with so many workers, or on digits, which are imported late."""
-    more = ("--optim.epochs", "30", "--run.save_every", "2")
+    more = ("--optim.epochs", "30", "--run.save_every_steps", "2")
     if kind < 3:
         return (*words(pictures, out, kind), *more)
     given = (
@@ -733,7 +741,14 @@ def of_kind(kind: int, pictures: Path, out: Path) -> tuple[str, ...]:
         "--data.image_size",
         "8",
     )
-    few = ("--student.patch_size", "2", "--data.train_fraction", "0.1", "--run.linear", "torch")
+    few = (
+        "--student.patch_size",
+        "2",
+        "--data.train_fraction",
+        "0.1",
+        "--run.linear_backend",
+        "torch",
+    )
     return (*given, *few, *more, "--out", str(out), "--resume")
 
 
@@ -795,9 +810,9 @@ def test_two_hundred_stops_at_random_moments(seed, zygote: Zygote, pictures, tmp
     assert not wrong, "\n\n".join(wrong)
 
 
-def same_as(straight: Path, out: Path, resumed: Done) -> bool:
+def same_as(straight: Path, out: Path, resumed: Completed) -> bool:
     """Whether a resumed run is to the bit the one that was not stopped."""
-    files = (journal.CHAIN, "best/model.safetensors")
+    files = (journal.HASH_CHAIN, "best/model.safetensors")
     return resumed.code == 0 and all(
         (out / name).read_bytes() == (straight / name).read_bytes() for name in files
     )

@@ -19,14 +19,14 @@ from tests.helpers.leftovers import left
 from tests.helpers.processes import STUCK_TEACHER
 from tests.helpers.small_runs import ON_PICTURES
 
-DATA = ("--data.workers", "2", "--run.save_every", "1")
+DATA = ("--data.num_workers", "2", "--run.save_every_steps", "1")
 TEACHER = """
 import torch
 
 def teacher():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
 """
-TAUGHT = ("--objective", "deit-hard", "--student.name", "deit_micro", "--teacher.allow_weak")
+TAUGHT = ("--loss", "deit-hard", "--student.name", "deit_micro", "--teacher.allow_near_chance")
 GRID = '{"recipe": "folder", "grid": {"optim.lr": [0.001, 0.002]}}'
 
 
@@ -84,11 +84,11 @@ def stopped(
 
 def learning(out: Path) -> int:
     """How many runs in a folder have a checkpoint."""
-    return sum(bool(checkpoint.found(one.parent)) for one in out.rglob("config.json"))
+    return sum(bool(checkpoint.list_checkpoints(one.parent)) for one in out.rglob("config.json"))
 
 
-AT_ONCE = ("sweep", "rates.json", "--at_once", "2")
-COMPARED = ("compare", "folder", "--at_once", "2")
+AT_ONCE = ("sweep", "rates.json", "--parallel", "2")
+COMPARED = ("compare", "folder", "--parallel", "2")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_run_that_is_stuck_ends_with_the_second_signal_to_its_command(place, t
     (tmp_path / "stuck.py").write_text(STUCK_TEACHER)
     out = tmp_path / "out"
     words = (*COMPARED, *ON_PICTURES, *DATA, *TAUGHT, "--data.root", place / "pictures")
-    words += ("--teacher.source", f"{tmp_path / 'stuck.py'}:teacher", "--run.save_every", "1")
+    words += ("--teacher.source", f"{tmp_path / 'stuck.py'}:teacher", "--run.save_every_steps", "1")
     words += ("--optim.epochs", "100000", "--out", out)
     process = subprocess.Popen(
         [sys.executable, "-m", "deit", *map(str, words)],

@@ -13,22 +13,22 @@ from torch import nn
 
 from deit import journal
 from deit.config import LossConfig, OptimConfig, StudentConfig, ViewsConfig
-from deit.datasets.images import Images
+from deit.datasets.images import InMemoryImages
 from deit.datasets.loader import Sizes, TrainLoader
-from deit.datasets.views import Colours
-from deit.engine import Job, Tally, Update, predict, train_epoch
+from deit.datasets.views import ChannelStats
+from deit.engine import MetricAccumulator, StepContext, StepResult, predict, train_epoch
 from deit.errors import NumericsError
 from deit.losses import needs_logits
-from deit.models.saved import Facts, build_student
-from deit.models.teachers import Origin, Teacher
-from deit.optim import WeightAverage, build_optimizer, lr_at
-from deit.panel import NetworkVoice, Panel
-from deit.presets import OBJECTIVES
-from deit.records import Outputs
+from deit.models.saved import ModelInfo, build_student
+from deit.models.teachers import LoadedNetwork, Teacher
+from deit.optim import EMA, build_optimizer, lr_at
+from deit.panel import OnlineTeacher, TeacherEnsemble
+from deit.presets import LOSS_PRESETS
+from deit.records import StudentOutput
 from tests.helpers.errors import raises
 
 CLASSES = 4
-IMAGES = Images(
+IMAGES = InMemoryImages(
     torch.randint(
         256, (32, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
     ),
@@ -53,8 +53,8 @@ class Shown(nn.Module):
 
 
 def panel_of(teacher, accelerator, loss):
-    return Panel(
-        [NetworkVoice(teacher, accelerator)],
+    return TeacherEnsemble(
+        [OnlineTeacher(teacher, accelerator)],
         weights=(1.0,),
         how="probabilities",
         temperature=loss.temperature,
@@ -64,11 +64,11 @@ def panel_of(teacher, accelerator, loss):
 
 
 def teacher_of(job):
-    return job.teach.voices[0].teacher
+    return job.teacher.teachers[0].teacher
 
 
 def make_job(
-    loss=OBJECTIVES["deit-hard"],
+    loss=LOSS_PRESETS["deit-hard"],
     *,
     optim=None,
     name="deit_micro",
@@ -79,22 +79,22 @@ def make_job(
 ):
     torch.manual_seed(0)
     optim = optim or OptimConfig(
-        epochs=40, batch_size=16, lr=3e-3, lr_reference_batch=None, warmup_epochs=1
+        epochs=40, batch_size=16, lr=3e-3, lr_base_batch_size=None, warmup_epochs=1
     )
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=optim.accumulate)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=optim.grad_accum_steps)
     student_config = StudentConfig(
         name=name,
         image_size=16,
         embed_dim=24,
         depth=2,
         drop_path=drop_path,
-        distillation_tokens=tokens,
+        num_distillation_tokens=tokens,
     )
-    facts = Facts(student_config, tuple("abcd"), (0.5,) * 3, (0.25,) * 3, 1.0)
+    facts = ModelInfo(student_config, tuple("abcd"), (0.5,) * 3, (0.25,) * 3, 1.0)
     student = build_student(facts)
-    teacher = Teacher(Origin(Shown(), "shown", None, (0.0,) * 3, (1.0,) * 3, None))
+    teacher = Teacher(LoadedNetwork(Shown(), "shown", None, (0.0,) * 3, (1.0,) * 3, None))
     panel = None if loss.kind == "none" else panel_of(teacher, accelerator, loss)
-    weights = None if average is None else WeightAverage(student, horizon=average)
+    weights = None if average is None else EMA(student, horizon=average)
     optimizer = build_optimizer(student, optim)
     prepared, optimizer = accelerator.prepare(student, optimizer)
     data = TrainLoader(
@@ -103,21 +103,21 @@ def make_job(
         views=loader.get("views", ViewsConfig(flip=0)),
         optim=optim,
         sizes=Sizes(16, 16, 16),
-        colours=Colours((0.5,) * 3, (0.25,) * 3),
+        colours=ChannelStats((0.5,) * 3, (0.25,) * 3),
         seed=0,
     )
-    job = Job(accelerator, prepared, panel, optimizer, weights, loss, optim, 0)
+    job = StepContext(accelerator, prepared, panel, optimizer, weights, loss, optim, 0)
     return job, data
 
 
 def train(job, data, epochs):
     step, steps = 0, data.steps_per_epoch
     for epoch in range(epochs):
-        tally = Tally(job.accelerator, {})
+        tally = MetricAccumulator(job.accelerator, {})
         updates = list(train_epoch(job, data.epoch(epoch), tally, step=step, steps=steps))
         assert [bool(update.applied) for update in updates] == [True] * steps
         step += steps
-    return tally.means()
+    return tally.compute()
 
 
 def test_it_learns_32_images_by_heart_and_imitates_the_teacher():
@@ -152,16 +152,16 @@ def test_the_teacher_is_in_neither_optimizer_nor_prepared_models():
 
 
 def test_without_a_teacher_there_is_no_agreement():
-    job, data = make_job(OBJECTIVES["none"])
-    means = train(job._replace(teach=None), data, 1)
+    job, data = make_job(LOSS_PRESETS["none"])
+    means = train(job._replace(teacher=None), data, 1)
     assert "agreement" not in means
     assert {"loss", "class_top1", "distillation_top1", "fused_top1"} <= means.keys()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", LOSS_PRESETS)
 def test_every_parameter_of_the_student_learns(name):
-    single = OBJECTIVES[name].through == "class"
-    job, data = make_job(OBJECTIVES[name], name="vit_micro" if single else "deit_micro")
+    single = LOSS_PRESETS[name].head == "class"
+    job, data = make_job(LOSS_PRESETS[name], name="vit_micro" if single else "deit_micro")
     before = copy.deepcopy(dict(job.student.named_parameters()))
     train(job, data, 2)
     for parameter_name, parameter in job.student.named_parameters():
@@ -172,7 +172,12 @@ def test_accumulation_is_the_large_batch():
     weights = []
     for accumulate in (1, 4):
         optim = OptimConfig(
-            epochs=3, batch_size=16, accumulate=accumulate, lr=1e-3, warmup_epochs=1, clip_norm=0.5
+            epochs=3,
+            batch_size=16,
+            grad_accum_steps=accumulate,
+            lr=1e-3,
+            warmup_epochs=1,
+            clip_grad_norm=0.5,
         )
         views = ViewsConfig(flip=0.5, mixup_alpha=0.8, cutmix_alpha=1.0)
         job, data = make_job(optim=optim, views=views)
@@ -184,7 +189,7 @@ def test_accumulation_is_the_large_batch():
 
 def test_the_loop_writes_the_learning_rate_of_its_step():
     job, data = make_job()
-    tally = Tally(job.accelerator, {})
+    tally = MetricAccumulator(job.accelerator, {})
     updates = train_epoch(job, data.epoch(5), tally, step=10, steps=data.steps_per_epoch)
     for step, _ in enumerate(updates, start=10):
         expected = lr_at(step, optim=job.optim, steps_per_epoch=2)
@@ -203,7 +208,7 @@ def test_drop_path_is_a_function_of_seed_and_step():
 
 
 def test_clipping_bounds_the_first_step():
-    optim = OptimConfig(epochs=2, batch_size=16, lr=1e-3, warmup_epochs=0, clip_norm=1e-3)
+    optim = OptimConfig(epochs=2, batch_size=16, lr=1e-3, warmup_epochs=0, clip_grad_norm=1e-3)
     job, data = make_job(optim=optim)
     norms = []
     job.optimizer.optimizer.register_step_pre_hook(
@@ -242,13 +247,13 @@ def test_a_prediction_keeps_the_order_of_the_split_and_both_heads():
 
 
 def test_a_token_for_each_teacher_learns_from_it_alone():
-    loss = OBJECTIVES["deit-hard"]
+    loss = LOSS_PRESETS["deit-hard"]
     job, data = make_job(loss, tokens=2)
-    panel = job.teach
-    panel.voices = [
+    panel = job.teacher
+    panel.teachers = [
         lambda batch, answer=answer: (torch.full((16,), answer), None) for answer in (1, 2)
     ]
-    panel.how, panel.weights = "tokens", (0.5, 0.5)
+    panel.mode, panel.weights = "tokens", (0.5, 0.5)
     means = train(job, data, 10)
     assert {"loss_teacher_1", "loss_teacher_2", "distillation_1_top1"} <= means.keys()
     outputs = predict(job.accelerator, job.student, iter([IMAGES.pixels.float() / 255]), 32)
@@ -276,19 +281,19 @@ def test_an_update_that_is_not_finite_moves_nothing(value, accumulate, clip_norm
     optim = OptimConfig(
         epochs=3,
         batch_size=16,
-        accumulate=accumulate,
+        grad_accum_steps=accumulate,
         lr=1e-3,
         warmup_epochs=1,
-        clip_norm=clip_norm,
+        clip_grad_norm=clip_norm,
     )
     job, data = make_job(optim=optim, average=10)
-    tally = Tally(job.accelerator, {})
+    tally = MetricAccumulator(job.accelerator, {})
     bad = iter([False] * accumulate + [True] + [False] * 9)
 
     def spoiled(point, loss):
         return loss * float(value) if next(bad) else loss
 
-    monkeypatch.setattr("deit.engine.spoil", spoiled)
+    monkeypatch.setattr("deit.engine.inject_nan", spoiled)
     updates = train_epoch(job, data.epoch(0), tally, step=0, steps=data.steps_per_epoch)
     assert next(updates).applied
 
@@ -300,7 +305,7 @@ def test_an_update_that_is_not_finite_moves_nothing(value, accumulate, clip_norm
     before = everything()
     found = next(updates)
     assert not found.applied
-    assert len(found.suspects()) == 16
+    assert len(found.nonfinite_samples()) == 16
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
     assert all(one.grad is None for one in job.student.parameters())
     assert next(iter(train_epoch(job, data.epoch(1), tally, step=2, steps=2))).applied
@@ -309,44 +314,48 @@ def test_an_update_that_is_not_finite_moves_nothing(value, accumulate, clip_norm
 
 def test_the_images_with_an_answer_that_is_not_finite_are_told_apart():
     job, data = make_job()
-    tally = Tally(job.accelerator, {})
+    tally = MetricAccumulator(job.accelerator, {})
     batch = next(data.epoch(0))
     logits = torch.zeros(16, CLASSES)
     logits[3, 1], logits[7] = float("nan"), float("inf")
-    tally.add({"total": logits.sum()}, Outputs(logits), batch, None)
+    tally.add({"total": logits.sum()}, StudentOutput(logits), batch, None)
     no = torch.tensor(False)
-    assert torch.equal(Update(no, tally.settle(no)).suspects(), batch.samples[[3, 7]])
-    assert tally.means()["loss"] != tally.means()["loss"]  # nothing was counted
+    assert torch.equal(
+        StepResult(no, tally.commit(no)).nonfinite_samples(), batch.sample_ids[[3, 7]]
+    )
+    assert tally.compute()["loss"] != tally.compute()["loss"]  # nothing was counted
 
 
 def test_sums_go_on_where_they_were_and_to_other_processes():
     job, data = make_job()
-    whole, first = Tally(job.accelerator, {}), Tally(job.accelerator, {})
+    whole, first = MetricAccumulator(job.accelerator, {}), MetricAccumulator(job.accelerator, {})
     logits = torch.randn(16, CLASSES)
     for index, batch in enumerate(data.epoch(0)):
         for tally in (whole, first):
-            tally.add({"total": logits.sum() / 3}, Outputs(logits), batch, None)
-            tally.settle(torch.tensor(True))
+            tally.add({"total": logits.sum() / 3}, StudentOutput(logits), batch, None)
+            tally.commit(torch.tensor(True))
         if index == 0:
-            first = Tally(job.accelerator, json.loads(json.dumps(first.dump())))
-    assert first.means() == whole.means()
+            first = MetricAccumulator(job.accelerator, json.loads(json.dumps(first.state())))
+    assert first.compute() == whole.compute()
     of_two = {"loss": [1.0, 2.5], "number": [2.0, 2.0]}
-    assert Tally(job.accelerator, of_two).means() == {"loss": 3.5 / 4}
+    assert MetricAccumulator(job.accelerator, of_two).compute() == {"loss": 3.5 / 4}
 
 
 def test_fp16_without_a_scale_left_stops():
     """After endless infinities the scale is 0, and good gradients would become NaN."""
     from types import SimpleNamespace
 
-    from deit.mishaps import NumberWatch
-    from deit.parts import State
+    from deit.mishaps import NonFiniteMonitor
+    from deit.parts import TrainState
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     scaler.scale(torch.ones(()))
     accelerator = SimpleNamespace(scaler=scaler, device=torch.device("cpu"))
-    run = SimpleNamespace(max_skipped=10)
-    parts = SimpleNamespace(state=State(), accelerator=accelerator, config=SimpleNamespace(run=run))
-    skipped, watch = Update(torch.tensor(False), []), NumberWatch(parts)
+    run = SimpleNamespace(max_nonfinite_steps=10)
+    parts = SimpleNamespace(
+        state=TrainState(), accelerator=accelerator, config=SimpleNamespace(run=run)
+    )
+    skipped, watch = StepResult(torch.tensor(False), []), NonFiniteMonitor(parts)
     watch(1, skipped)  # a scale of 2: it is still looking for one
     scaler.update(0.5)
     with raises(NumericsError, "fp16", "--run.precision bf16", "optim.lr"):
@@ -358,22 +367,22 @@ def test_what_the_device_decides_is_looked_at_some_updates_later():
     """Always the same number of them, so that several processes stop at the same update."""
     from types import SimpleNamespace
 
-    from deit.mishaps import NumberWatch
-    from deit.parts import State
+    from deit.mishaps import NonFiniteMonitor
+    from deit.parts import TrainState
 
     parts = SimpleNamespace(
-        state=State(),
+        state=TrainState(),
         accelerator=SimpleNamespace(scaler=None, device=torch.device("cpu"), process_index=0),
         config=SimpleNamespace(
-            run=SimpleNamespace(max_skipped=2), optim=SimpleNamespace(clip_norm=None)
+            run=SimpleNamespace(max_nonfinite_steps=2), optim=SimpleNamespace(clip_grad_norm=None)
         ),
         splits=SimpleNamespace(train=SimpleNamespace(name="image {}".format)),
         out=Path("nowhere"),
     )
-    watch = NumberWatch(parts)
-    watch.behind = 3
+    watch = NonFiniteMonitor(parts)
+    watch.lag = 3
     heard = [(torch.tensor([4, 9]), torch.zeros(2, 3))]
-    good, bad = Update(torch.tensor(True), heard), Update(torch.tensor(False), heard)
+    good, bad = StepResult(torch.tensor(True), heard), StepResult(torch.tensor(False), heard)
     for step, update in enumerate((good, bad, bad, good, good), start=1):
         if step < 5:
             watch(step, update)
@@ -381,42 +390,44 @@ def test_what_the_device_decides_is_looked_at_some_updates_later():
         else:
             watch(step, update)
             assert parts.state.skipped == 1
-    anomalies = parts.out / journal.ANOMALIES
+    anomalies = parts.out / journal.NONFINITE_LOG
     with raises(NumericsError, "image 4", "image 9", anomalies, "optim.lr") as raised:
-        watch.settle()
+        watch.flush()
     assert parts.state.skipped == 2
     assert re.search(r"\b3\b.*\b2\b", str(raised.value))  # the update, and the first in a row
 
 
 # Without an average an update is the same, less a part: one objective stands for all.
 @pytest.mark.parametrize(
-    ("name", "average"), [*((name, 10.0) for name in OBJECTIVES), ("deit-hard", None)]
+    ("name", "average"), [*((name, 10.0) for name in LOSS_PRESETS), ("deit-hard", None)]
 )
 def test_an_update_asks_the_device_for_nothing(name, average):
     """No number is read back: on a GPU the loop would wait for it. (The teacher's answers are
     looked at from time to time, on a CPU always.)"""
     from torch.profiler import ProfilerActivity, profile
 
-    single = OBJECTIVES[name].through == "class"
-    optim = OptimConfig(epochs=9, batch_size=16, accumulate=2, warmup_epochs=1, clip_norm=1.0)
+    single = LOSS_PRESETS[name].head == "class"
+    optim = OptimConfig(
+        epochs=9, batch_size=16, grad_accum_steps=2, warmup_epochs=1, clip_grad_norm=1.0
+    )
     views = ViewsConfig(
         crop="random_resized",
-        policy="none" if name == "dkd" else "randaugment",
-        erasing=0.5,
+        auto_augment="none" if name == "dkd" else "randaugment",
+        erasing_prob=0.5,
         mixup_alpha=0 if name == "dkd" else 0.8,
         cutmix_alpha=0 if name == "dkd" else 1.0,
     )
     job, data = make_job(
-        OBJECTIVES[name],
+        LOSS_PRESETS[name],
         optim=optim,
         name="vit_micro" if single else "deit_micro",
         average=average,
         drop_path=0.2,
         views=views,
     )
-    if job.teach is not None:
-        job.teach._watch = lambda samples, logits: None
-    tally = Tally(job.accelerator, {})
+    if job.teacher is not None:
+        job.teacher._track_nonfinite = lambda samples, logits: None
+    tally = MetricAccumulator(job.accelerator, {})
     batches = list(data.epoch(0))
     list(train_epoch(job, iter(batches), tally, step=0, steps=2))
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
@@ -434,11 +445,13 @@ def test_an_update_asks_the_device_for_nothing(name, average):
 def test_nothing_is_copied_in_a_way_that_a_gpu_waits_for(policy, fill, monkeypatch):
     """Once views are drawn and an update was made: an ordinary copy to a GPU waits until all that
     is queued there is done; what comes by deit/transfer.py does not."""
-    erasing = {"erasing": 0.9, "erasing_fill": fill, "rotation": 10.0, "color_jitter": 0.3}
-    views = ViewsConfig(crop="random_resized", policy=policy, mixup_alpha=0.8, **erasing)
+    erasing = {"erasing_prob": 0.9, "erasing_mode": fill, "rotation": 10.0, "color_jitter": 0.3}
+    views = ViewsConfig(crop="random_resized", auto_augment=policy, mixup_alpha=0.8, **erasing)
     optim = OptimConfig(epochs=9, batch_size=16, warmup_epochs=1)
-    job, data = make_job(OBJECTIVES["deit-soft"], optim=optim, views=views)
-    updates = train_epoch(job, data.epoch(0), Tally(job.accelerator, {}), step=0, steps=4)
+    job, data = make_job(LOSS_PRESETS["deit-soft"], optim=optim, views=views)
+    updates = train_epoch(
+        job, data.epoch(0), MetricAccumulator(job.accelerator, {}), step=0, steps=4
+    )
     next(updates)
     found, tensor, to = [], torch.tensor, torch.Tensor.to
 

@@ -11,8 +11,8 @@ from deit.errors import (
     ConfigError,
     DataError,
     DeitError,
-    EnvironmentFault,
     NotReadableError,
+    SystemFault,
 )
 
 
@@ -43,7 +43,7 @@ def test_all_get_what_the_main_process_finds(number):
     "error",
     [
         *(ConfigError("a"), DataError("a"), CheckpointError("a"), NotReadableError("a")),
-        *(EnvironmentFault("a"), OSError(5, "Input/output error", "a")),
+        *(SystemFault("a"), OSError(5, "Input/output error", "a")),
     ],
     ids=repr,
 )

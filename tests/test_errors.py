@@ -18,16 +18,16 @@ from deit.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    EnvironmentFault,
+    SystemFault,
     compiler_failure,
-    out_of_memory,
+    is_out_of_memory,
     raise_transient,
 )
 from deit.formats import FORMATS
 from deit.models import start, teachers, weights
-from deit.models.saved import Facts, build_student
+from deit.models.saved import ModelInfo, build_student
 from deit.quantization_layers import by_onnxruntime
-from deit.seats import members
+from deit.seats import teacher_specs
 from tests.helpers.errors import raises
 
 NO_MEMORY = (
@@ -42,7 +42,7 @@ NO_MEMORY = (
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: f"{type(error).__name__} {error}")
 def test_want_of_memory_is_known_by_kind_or_words(error):
-    assert out_of_memory(error)
+    assert is_out_of_memory(error)
     with pytest.raises(type(error)) as raised:
         raise_transient(error, "a place")
     assert raised.value is error
@@ -66,7 +66,7 @@ def test_why_a_network_is_not_compiled_is_known_by_who_says_it():
 
 @pytest.mark.parametrize("number", TRANSIENT)
 def test_what_may_pass_is_a_fault_of_the_machine(number):
-    with raises(EnvironmentFault, "a place", "said by the system"):
+    with raises(SystemFault, "a place", "said by the system"):
         raise_transient(OSError(number, "said by the system"), "a place")
 
 
@@ -82,7 +82,7 @@ def test_what_may_pass_is_a_fault_of_the_machine(number):
     ],
 )
 def test_all_else_is_left_to_who_asks(error):
-    assert not out_of_memory(error)
+    assert not is_out_of_memory(error)
     raise_transient(error, "a place")
 
 
@@ -108,7 +108,7 @@ class Fails(nn.Module):
 def check_student(error, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(run, "build_student", lambda facts: Fails(error))
-    run.parts_of(recipes.digits_teacher())
+    run.build_run(recipes.digits_teacher())
 
 
 def read_weights(error, monkeypatch):
@@ -123,7 +123,7 @@ def read_safetensors(error, monkeypatch):
 
 
 def load_teacher(source):
-    (member,) = members(TeacherConfig(source=(source,)))
+    (member,) = teacher_specs(TeacherConfig(source=(source,)))
     teachers.load_teacher(member, ("a", "b"), image_size=8)
 
 
@@ -150,24 +150,26 @@ def own_recipe(error, monkeypatch):
 
 def start_of_timm(error, monkeypatch):
     monkeypatch.setattr(start.timm, "create_model", raising(error))
-    start.find_start("resnet10t")
+    start.load_weights_from("resnet10t")
 
 
 def start_of_file(error, monkeypatch):
     monkeypatch.setattr(start, "read_weights", raising(error))
-    start.find_start(__file__)
+    start.load_weights_from(__file__)
 
 
 def fit_start(error, monkeypatch):
-    monkeypatch.setattr(preparation, "fit", raising(error))
-    preparation.begin(nn.Linear(1, 1), None, Config(), SimpleNamespace(class_names=()))
+    monkeypatch.setattr(preparation, "adapt_weights", raising(error))
+    preparation.init_student(nn.Linear(1, 1), None, Config(), SimpleNamespace(class_names=()))
 
 
 def export(error, monkeypatch):
     def steps(*arguments, **options):
         raise ValueError("step 2 of the exporter failed") from error
 
-    facts = Facts(StudentConfig(name="small_convnet", image_size=8), ("a",), (0,) * 3, (1,) * 3, 1)
+    facts = ModelInfo(
+        StudentConfig(name="small_convnet", image_size=8), ("a",), (0,) * 3, (1,) * 3, 1
+    )
     monkeypatch.setattr(torch.export, "export", steps)
     FORMATS["pt2"].write(Path("nowhere"), build_student(facts), facts)
 

@@ -14,23 +14,23 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
 
 from deit import memory
-from deit.checkpoint import newest
+from deit.checkpoint import latest_checkpoint
 from deit.cli import run_command
 from deit.commands.measuring import TEST_SETS
-from deit.console import percent
+from deit.console import format_percent
 from deit.datasets.splits import load_splits
 from deit.datasets.variants import VARIANTS, load_variant
 from deit.errors import CheckpointError, DataError
-from deit.evaluation import evaluate, student_at
+from deit.evaluation import evaluate, student_at_resolution
 from deit.metrics import calibration_error, topk_accuracy
 from deit.models.positions import resize_positions
 from deit.models.saved import load_student
-from deit.prediction import shown
-from deit.presets import OBJECTIVES
+from deit.prediction import evaluation_batches
+from deit.presets import LOSS_PRESETS
 from deit.recipes import digits, digits_teacher
-from deit.records import head_logits
+from deit.records import logits_by_head
 from deit.run import train
-from deit.validation import load
+from deit.validation import load_config
 from tests.helpers.errors import raises
 from tests.helpers.trained import trained
 
@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
         optim={"epochs": 4, "batch_size": 64, "warmup_epochs": 1, "lr": 3e-3},
     )
     train(config, folder / "student")
-    train(config.replace(loss=OBJECTIVES["none"]), folder / "labels")
+    train(config.replace(loss=LOSS_PRESETS["none"]), folder / "labels")
     return folder
 
 
@@ -57,28 +57,28 @@ def runs(tmp_path_factory):
 def test_another_resolution_by_hand(crop, runs):
     found = evaluate(runs / "student", resolution=16, crop=crop)
     student, facts = load_student(runs / "student" / "best")
-    larger, at = student_at(runs / "student" / "best", 16)
+    larger, at = student_at_resolution(runs / "student" / "best", 16)
     assert (facts.student.image_size, at.student.image_size) == (8, 16)
     expected = resize_positions(student.network.pos_embed, prefix=2, side=8, kernel="deit")
     assert torch.equal(larger.network.pos_embed, expected.positions)
-    config = load(runs / "student" / "config.json")
+    config = load_config(runs / "student" / "config.json")
     stored = round(16 / (crop or 1))
     config = config.replace(
         data={"image_size": stored},
         student={"image_size": 16},
-        views={"evaluation_crop": crop or 1.0},
+        views={"eval_crop_pct": crop or 1.0},
     )
     test = load_splits(config.data).test
     chunks = torch.arange(len(test.labels)).split(100)
-    views = torch.cat(list(shown(test, chunks, config, device=torch.device("cpu"))))
+    views = torch.cat(list(evaluation_batches(test, chunks, config, device=torch.device("cpu"))))
     assert views.shape[-1] == 16
     with torch.no_grad():
-        heads = head_logits(larger.eval()(views))
+        heads = logits_by_head(larger.eval()(views))
     for name in ("class", "distillation", "fused"):
         assert found["heads"][name]["top1"] == pytest.approx(
             topk_accuracy(heads[name], test.labels)
         )
-    assert (found["image_size"], found["evaluation_crop"]) == (16, crop or 1.0)
+    assert (found["image_size"], found["eval_crop_pct"]) == (16, crop or 1.0)
     with raises(CheckpointError, "--resolution 15", "2 px"):
         evaluate(runs / "student", resolution=15)
 
@@ -95,7 +95,7 @@ def test_the_tokens_over_depth_are_told(runs, capsys):
     everyone = ("truth", "teacher", "class", "distillation", "fused")
     (row,) = re.findall(r"^│ truth +│(.+)│$", said, re.MULTILINE)
     assert row.replace(" ", "").split("│") == [
-        percent(1 - shares["truth"][name]) for name in everyone
+        format_percent(1 - shares["truth"][name]) for name in everyone
     ]
     assert re.search(r"\d GMACs\b.* images/s .*\d+ to \d+.*\b1 thread\b.*torch \d", said)
 
@@ -143,20 +143,20 @@ def test_runs_of_other_images_are_not_held_against_each_other(runs, tmp_path):
         (("--resolution", "8,x"), 2, ["--resolution 8,x"]),
         (("--resolution", "0"), 2, ["--resolution 0"]),
         (("--crop", "1.5"), 2, ["--crop 1.5"]),
-        (("--variant", "b", "--data.root", "x"), 2, ["--variant b", *TEST_SETS]),
-        (("--variant", "a"), 2, ["--variant a", "--data.root"]),
-        (("--variant", "a", "--data.root", "none"), 3, ["data.root none"]),
+        (("--test-set", "b", "--data.root", "x"), 2, ["--test-set b", *TEST_SETS]),
+        (("--test-set", "a"), 2, ["--test-set a", "--data.root"]),
+        (("--test-set", "a", "--data.root", "none"), 3, ["data.root none"]),
         (
-            ("--variant", "a", "--data.root", "x", "--split", "validation"),
+            ("--test-set", "a", "--data.root", "x", "--split", "validation"),
             2,
-            ["--variant", "--split"],
+            ["--test-set", "--split"],
         ),
         (("--crop", "0.875,0.8750001"), 2, ["--crop 0.875,0.8750001"]),
         (("--plot", "x.txt"), 2, ["--plot x.txt", ".png"]),
         (("--resolution", "15"), 4, ["--resolution 15", "2 px"]),
         (("--resolution", "8,15"), 4, ["--resolution 15", "2 px"]),
         (("--crop", "nan"), 2, ["--crop nan"]),
-        (("--run.evaluation_batch", "0"), 2, ["--run.evaluation_batch 0"]),
+        (("--run.eval_batch_size", "0"), 2, ["--run.eval_batch_size 0"]),
     ],
 )
 def test_bad_options_are_one_line(words, code, named, runs, capsys):
@@ -171,8 +171,8 @@ def test_so_many_images_as_have_room_are_evaluated_at_once(runs, monkeypatch, ca
     command = [str(runs / "student"), "--resolution", "16"]
     assert run_command("evaluate", command, "evaluate") == 5
     said = capsys.readouterr().err
-    assert re.search(r"run\.evaluation_batch = 256\b.* 16 px\b", said)
-    _, option, advice = said.partition("--run.evaluation_batch ")
+    assert re.search(r"run\.eval_batch_size = 256\b.* 16 px\b", said)
+    _, option, advice = said.partition("--run.eval_batch_size ")
     number = advice.split()[0]
     assert 1 <= int(number) < 256
     assert run_command("evaluate", [*command, option.strip(), number], "evaluate") == 0
@@ -286,7 +286,7 @@ def test_a_variant_is_evaluated_from_the_command_line(tmp_path, capsys):
     )
     train(config, tmp_path / "run")
     root = pictures(tmp_path / "a", expected, ("x.png", "y.png"))
-    arguments = [str(tmp_path / "run"), "--variant", "a", "--data.root", str(root)]
+    arguments = [str(tmp_path / "run"), "--test-set", "a", "--data.root", str(root)]
     code = run_command("evaluate", [*arguments, "--json", str(tmp_path / "f.json")], "evaluate")
     assert code == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "f.json").read_text())
@@ -341,7 +341,7 @@ def test_other_images_of_the_same_labels_are_not_held_against_each_other(tmp_pat
         data = {"source": "folder", "root": str(tmp_path / f"pictures-{name}"), "image_size": 8}
         train(digits_teacher().replace(data=data, optim=quick), tmp_path / name)
     runs = [tmp_path / name for name in ("one", "other")]
-    labels = [load_splits(load(run / "config.json").data).test.labels for run in runs]
+    labels = [load_splits(load_config(run / "config.json").data).test.labels for run in runs]
     assert torch.equal(*labels)
     words = [*map(str, runs), "--json", str(tmp_path / "f.json")]
     assert run_command("evaluate", words, "evaluate") == 0
@@ -349,21 +349,21 @@ def test_other_images_of_the_same_labels_are_not_held_against_each_other(tmp_pat
 
 
 def test_the_checkpoint_that_was_measured_is_named(runs):
-    newest_one = newest(runs / "student")
+    newest_one = latest_checkpoint(runs / "student")
     assert evaluate(newest_one)["checkpoint"] == newest_one.name
     assert evaluate(runs / "student", checkpoint="last")["checkpoint"] == newest_one.name
     assert evaluate(runs / "student" / "best", checkpoint="last")["checkpoint"] == "best"
 
 
 def test_a_survey_of_a_variant_begins_with_its_mistakes(runs, tmp_path, capsys):
-    words = [str(runs / "labels"), str(runs / "student"), "--variant", "a"]
+    words = [str(runs / "labels"), str(runs / "student"), "--test-set", "a"]
     assert run_command("evaluate", [*words, "--data.root", str(tmp_path)], "evaluate") == 3
     said = capsys.readouterr()
     assert re.search(r"\bvariant a\b.*'0'", said.err)
     assert said.out == ""
 
 
-STORAGE = {"memory": {"storage": "memory"}, "files": {"storage": "files", "workers": 0}}
+STORAGE = {"memory": {"storage": "memory"}, "files": {"storage": "files", "num_workers": 0}}
 
 
 @pytest.fixture(scope="module")

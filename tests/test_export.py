@@ -23,22 +23,22 @@ from deit.config import StudentConfig
 from deit.datasets.decoding import decode_square
 from deit.datasets.splits import load_splits
 from deit.datasets.views import evaluation_views
-from deit.errors import CheckpointError, ConfigError, EnvironmentFault
+from deit.errors import CheckpointError, ConfigError, SystemFault
 from deit.export import export, verify
 from deit.formats import FORMATS
 from deit.model_card import write_card
 from deit.models.networks import create_network
-from deit.models.saved import Facts, build_student, load_student
-from deit.models.start import find_start, fit
+from deit.models.saved import ModelInfo, build_student, load_student
+from deit.models.start import adapt_weights, load_weights_from
 from deit.models.timm_format import timm_config
 from deit.models.transformers_format import from_transformers, to_transformers, transformers_config
 from deit.models.weights import load_weights
-from deit.prediction import shown
-from deit.presets import OBJECTIVES
+from deit.prediction import evaluation_batches
+from deit.presets import LOSS_PRESETS
 from deit.recipes import digits, digits_teacher
-from deit.records import head_logits
+from deit.records import logits_by_head
 from deit.run import train
-from deit.validation import load
+from deit.validation import load_config
 from tests.helpers.errors import raises
 from tests.helpers.trained import trained
 
@@ -49,13 +49,13 @@ NAMES = tuple("abc")
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 4}
 BRIEF = {"epochs": 2, "batch_size": 32, "warmup_epochs": 1, "lr": 3e-3}
 FEW = {"train_fraction": 0.3}
-ALONE = {"loss": OBJECTIVES["none"], "teacher": {"source": ()}}
+ALONE = {"loss": LOSS_PRESETS["none"], "teacher": {"source": ()}}
 ONE = {**SMALL, "depth": 1}  # where it is not of blocks: a second one takes a third of an export
 STUDENTS = {
     "distilled": {"student": SMALL, **ALONE},
     "plain": {"student": {**SMALL, "name": "vit_micro"}, **ALONE},
-    "cropped": {"student": ONE, "views": {"evaluation_crop": 0.8}, **ALONE},
-    "two tokens": {"student": {**ONE, "distillation_tokens": 2}},
+    "cropped": {"student": ONE, "views": {"eval_crop_pct": 0.8}, **ALONE},
+    "two tokens": {"student": {**ONE, "num_distillation_tokens": 2}},
 }
 
 
@@ -88,12 +88,12 @@ def exports(runs):
 @torch.no_grad()
 def whole_test_set(run):
     """All test images as an exported network takes them, and the run's logits by head."""
-    config = load(run / "config.json")
+    config = load_config(run / "config.json")
     student, _ = load_student(run / "best")
     test = load_splits(config.data).test
     chunks = torch.arange(len(test.labels)).split(100)
-    views = torch.cat(list(shown(test, chunks, config, device=torch.device("cpu"))))
-    return (views - student.mean) / student.std, head_logits(student.eval()(views))
+    views = torch.cat(list(evaluation_batches(test, chunks, config, device=torch.device("cpu"))))
+    return (views - student.mean) / student.std, logits_by_head(student.eval()(views))
 
 
 def test_formats_are_those_of_the_command_line():
@@ -196,7 +196,7 @@ def test_torch_export_answers_the_same(name, runs, exports):
 def test_the_pipeline_of_transformers_answers_on_pictures(runs, exports, tmp_path):
     from transformers import pipeline
 
-    config = load(runs / "distilled" / "config.json")
+    config = load_config(runs / "distilled" / "config.json")
     pixels = load_splits(config.data).test.pixels[:5]
     _, heads = whole_test_set(runs / "distilled")
     expected = heads["fused"][:5].softmax(1)
@@ -234,7 +234,9 @@ def test_timm_and_transformers_prepare_a_picture_alike(exports, tmp_path):
 @pytest.mark.parametrize("side", [8, 16, 32, 48, 64, 224, 384])
 @pytest.mark.parametrize("crop", [1.0, 0.95, 0.9, 0.875, 0.8, 64 / 72])
 def test_timm_resizes_to_the_edge_that_we_round_to(side, crop):
-    facts = Facts(StudentConfig(image_size=side, patch_size=4), NAMES, (0.5,) * 3, (0.5,) * 3, crop)
+    facts = ModelInfo(
+        StudentConfig(image_size=side, patch_size=4), NAMES, (0.5,) * 3, (0.5,) * 3, crop
+    )
     share = timm_config(facts, build_student(facts).network)["pretrained_cfg"]["crop_pct"]
     assert math.floor(side / share) == round(side / crop)
     if crop == 1:
@@ -266,14 +268,14 @@ def test_names_of_another_network_are_refused():
 @pytest.mark.parametrize("form", ["timm", "transformers"])
 @pytest.mark.parametrize("name", ["distilled", "plain"])
 def test_an_export_is_a_start_again(name, form, runs, exports):
-    found = find_start(str(exports[name, form]))
+    found = load_weights_from(str(exports[name, form]))
     student, facts = load_student(runs / name / "best")
-    renamed = {"name": found.student.name, "embed_dim": 48, "depth": 2, "initialisation": "timm"}
+    renamed = {"name": found.student.name, "embed_dim": 48, "depth": 2, "weight_init": "timm"}
     assert found.student == replace(facts.student, **renamed)
     assert found.class_names == facts.class_names
     assert found.mean == pytest.approx(facts.mean)
     again = create_network(facts.student, 10)
-    fitted = fit(found, again, facts.class_names, digits().start)
+    fitted = adapt_weights(found, again, facts.class_names, digits().init)
     assert fitted.notes == ()
     load_weights(again, fitted.weights, origin="here")
     for key, value in student.network.state_dict().items():
@@ -287,7 +289,7 @@ def test_what_transformers_saves_is_a_start_too(runs, exports, tmp_path):
         exports["distilled", "transformers"]
     )
     network.save_pretrained(tmp_path)
-    found = find_start(str(tmp_path))
+    found = load_weights_from(str(tmp_path))
     assert found.student.num_heads == 4
     student, _ = load_student(runs / "distilled" / "best")
     for key, value in student.network.state_dict().items():
@@ -368,25 +370,25 @@ def test_another_answer_within_the_tolerance_is_a_difference():
     [
         StudentConfig(name="small_convnet"),
         StudentConfig(name="rednet_micro"),
-        StudentConfig(name="deit_micro", distillation_tokens=2),
+        StudentConfig(name="deit_micro", num_distillation_tokens=2),
         StudentConfig(name="regnety_002_small_stem"),
     ],
     ids=lambda student: student.name,
 )
 def test_what_a_format_cannot_hold_is_refused_with_the_reason(check, student):
-    facts = Facts(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 1.0)
+    facts = ModelInfo(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 1.0)
     network = build_student(facts).network
     arguments = (facts, network) if check is timm_config else (facts,)
     field = f"student.name = {student.name!r}"
-    if student.distillation_tokens > 1:
-        field = f"student.distillation_tokens = {student.distillation_tokens}"
+    if student.num_distillation_tokens > 1:
+        field = f"student.num_distillation_tokens = {student.num_distillation_tokens}"
     with raises(ConfigError, field, "--format", "onnx", "pt2"):
         check(*arguments)
 
 
 def test_a_timm_network_is_exported_under_its_name(tmp_path):
     student = StudentConfig(name="timm:vit_tiny_patch16_224", image_size=32)
-    facts = Facts(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 0.9)
+    facts = ModelInfo(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 0.9)
     built = build_student(facts).eval()
     save_file(built.network.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(timm_config(facts, built.network)))
@@ -442,7 +444,7 @@ def test_a_missing_package_is_named(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(deit.export, "find_spec", lambda name: None)
     packages = ("onnx, ", "onnxscript", "onnxruntime")
-    with raises(EnvironmentFault, "--format onnx", *packages, "pip install 'deit[export]'"):
+    with raises(SystemFault, "--format onnx", *packages, "pip install 'deit[export]'"):
         export(runs / "distilled", tmp_path / "out", name="onnx")
 
 
@@ -467,7 +469,7 @@ def snippets_of(folder):
 def said(runs, exports, tmp_path_factory):
     """What the snippets of the cards print, by format and place in the card: in a process that
     knows nothing of us, one for all, since each would import the same libraries."""
-    picture = load_splits(load(runs / "distilled" / "config.json").data).test.pixels[0]
+    picture = load_splits(load_config(runs / "distilled" / "config.json").data).test.pixels[0]
     asked = []
     for form in FORMATS:
         place = tmp_path_factory.mktemp(form) / "export"
@@ -512,10 +514,10 @@ def test_a_card_names_nobodys_folders_and_shows_class_names_as_they_are(tmp_path
     config = digits().replace(
         data={"source": "folder", "root": f"{home}/data/pets"},
         teacher={"source": (f"{home}/runs/convnet", "checkpoints/other")},
-        start={"source": f"{home}/weights.pth"},
+        init={"weights": f"{home}/weights.pth"},
     )
     names = ("a|b", "<script>", "snow_leopard_", "two\nlines")
-    facts = Facts(config.student, names, (0.5,) * 3, (0.5,) * 3, 1.0)
+    facts = ModelInfo(config.student, names, (0.5,) * 3, (0.5,) * 3, 1.0)
     command = ["train_deit.py", "digits", f"--data.root={home}/data/pets", "--out", "~/runs/pets"]
     about = {
         "arguments": command,

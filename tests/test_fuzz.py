@@ -49,5 +49,5 @@ def test_a_try_is_a_function_of_its_seed():
 
 
 def test_every_option_of_a_command_is_tried_without_being_named():
-    assert {"json", "variant", "data.root"} <= {one.name for one in options_of("evaluate")}
-    assert {"out", "objective", "optim.lr"} <= {one.name for one in options_of("targets write")}
+    assert {"json", "test-set", "data.root"} <= {one.name for one in options_of("evaluate")}
+    assert {"out", "loss", "optim.lr"} <= {one.name for one in options_of("targets write")}

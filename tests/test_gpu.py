@@ -8,29 +8,29 @@ from safetensors.torch import load_file
 
 from deit import checkpoint, faults
 from deit.config import Compile, Crop, OptimConfig, StudentConfig, ViewsConfig
-from deit.datasets.images import Images
+from deit.datasets.images import InMemoryImages
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.mixing import sample_mix
-from deit.datasets.operations import CODES, Canvas, apply_operations
+from deit.datasets.operations import CODES, FillOptions, apply_operations
 from deit.datasets.resizing import resize_boxes
-from deit.datasets.views import Colours, apply_views, sample_views
-from deit.engine import Tally, train_epoch
+from deit.datasets.views import ChannelStats, apply_views, sample_views
+from deit.engine import MetricAccumulator, train_epoch
 from deit.evaluation import evaluate
-from deit.keys import Keys, beta, words
+from deit.keys import Keys, beta, random_words
 from deit.models.attention import rollout, token_cosines
 from deit.models.cost import cost_of
 from deit.models.networks import create_network
 from deit.models.rednet import involve
-from deit.presets import AUGMENTATIONS, OBJECTIVES, TEACHING
+from deit.presets import AUGMENTATIONS, LOSS_PRESETS, VIEW_MODES
 from deit.recipes import digits, digits_teacher
-from deit.run import job_of, parts_of, train
+from deit.run import build_run, step_context, train
 from deit.target_writer import write_targets
 from deit.targets import canary
 from deit.tuning import at_resolution
 from tests.helpers.images import pixels_of, real_images
 from tests.helpers.resume_helpers import same_end, stop_and_go_on
 
-COLOURS = Colours((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
+COLOURS = ChannelStats((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,7 +41,7 @@ pytestmark = [
 def test_keys_give_the_same_words_on_the_gpu():
     samples = torch.arange(100_000)
     here, there = Keys(3, 1, samples), Keys(3, 1, samples.cuda())
-    assert torch.equal(words(here, "crop", 9), words(there, "crop", 9).cpu())
+    assert torch.equal(random_words(here, "crop", 9), random_words(there, "crop", 9).cpu())
     assert torch.allclose(beta(here, "mix", 0.8), beta(there, "mix", 0.8).cpu(), atol=1e-12)
 
 
@@ -90,7 +90,7 @@ def test_operations_are_equal_on_the_gpu(name):
     codes = torch.full((len(pixels),), CODES[name])
     arguments = torch.linspace(0.1, 1.9, len(pixels))
     for interpolation in ("bilinear", "bicubic"):
-        canvas = Canvas(torch.tensor([9, 8, 7], dtype=torch.uint8), interpolation)
+        canvas = FillOptions(torch.tensor([9, 8, 7], dtype=torch.uint8), interpolation)
         here = apply_operations(pixels, codes, arguments, canvas)
         there = apply_operations(pixels.cuda(), codes, arguments.cuda(), canvas).cpu()
         assert torch.equal(here, there), interpolation
@@ -106,7 +106,9 @@ def test_pairs_are_mixed_alike_on_the_gpu():
 
 
 def test_a_loader_gives_the_same_batches_from_the_gpu():
-    images = Images(torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 4)
+    images = InMemoryImages(
+        torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 4
+    )
 
     def batches(device):
         loader = TrainLoader(
@@ -129,11 +131,13 @@ def test_a_loader_gives_the_same_batches_from_the_gpu():
             assert torch.allclose(ours.double(), theirs.double(), atol=1.01 / 255)
 
 
-@pytest.mark.parametrize("mode", TEACHING)
+@pytest.mark.parametrize("mode", VIEW_MODES)
 def test_canaries_of_a_store_are_the_same_on_the_gpu(mode):
-    images = Images(torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 4)
+    images = InMemoryImages(
+        torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 4
+    )
     views = views_of("deit", "random_resized")
-    views = dataclasses.replace(views, **TEACHING[mode].fields(dataclasses.asdict(views)))
+    views = dataclasses.replace(views, **VIEW_MODES[mode].fields(dataclasses.asdict(views)))
 
     def canaries(device):
         loader = TrainLoader(
@@ -146,7 +150,7 @@ def test_canaries_of_a_store_are_the_same_on_the_gpu(mode):
             seed=1,
             device=device,
         )
-        shown = loader.shown(0, torch.arange(64), block=16)
+        shown = loader.teacher_inputs(0, torch.arange(64), block=16)
         return [canary(part, row) for part in shown for row in range(0, 16, 2)]
 
     assert canaries("cpu") == canaries("cuda")
@@ -168,12 +172,14 @@ def test_a_store_written_on_a_cpu_teaches_on_the_gpu(tmp_path):
     config = digits().replace(
         student={"depth": 1},
         teacher={"source": (str(tmp_path / "teacher"),)},
-        loss=OBJECTIVES["deit-hard"],
+        loss=LOSS_PRESETS["deit-hard"],
         optim={"epochs": 2, "warmup_epochs": 1},
         run={"device": "cpu"},
     )
     write_targets(config, tmp_path / "store")
-    stored = config.replace(teacher={"targets": (str(tmp_path / "store"),)}, run={"device": "cuda"})
+    stored = config.replace(
+        teacher={"target_stores": (str(tmp_path / "store"),)}, run={"device": "cuda"}
+    )
     train(stored, tmp_path / "run")  # its canaries and answers are held against the GPU's
 
 
@@ -209,16 +215,16 @@ def test_a_fine_tuning_on_the_device(tmp_path):
     quick = {"epochs": 1, "warmup_epochs": 0}
     train(digits_teacher().replace(optim=quick), tmp_path / "teacher")
     config = digits_teacher().replace(optim=quick, run={"device": "cuda"})
-    finer = at_resolution(config, 16).replace(start={"source": str(tmp_path / "teacher")})
-    train(finer.replace(optim={"trained": "heads"}), tmp_path / "finer")
+    finer = at_resolution(config, 16).replace(init={"weights": str(tmp_path / "teacher")})
+    train(finer.replace(optim={"trainable": "heads"}), tmp_path / "finer")
     assert evaluate(tmp_path / "finer", cost=True)["cost"]["images_per_s"] > 0
 
 
 def speedy(**run):
     """A student without a teacher on the GPU."""
-    config = digits().replace(teacher={"source": ()}, loss=OBJECTIVES["none"])
+    config = digits().replace(teacher={"source": ()}, loss=LOSS_PRESETS["none"])
     return config.replace(
-        views={"policy": "randaugment", "erasing": 0.5},
+        views={"auto_augment": "randaugment", "erasing_prob": 0.5},
         optim={"epochs": 2, "warmup_epochs": 1, "ema_epochs": 1},
         run={"device": "cuda", **run},
     )
@@ -228,9 +234,9 @@ def speedy(**run):
 @pytest.mark.parametrize("compile", ["none", "default"])
 def test_the_loop_waits_for_nothing(precision, compile):
     """Once the views of a stretch are drawn."""
-    parts = parts_of(speedy(precision=precision, compile=compile))
-    batches, tally = parts.loader.epoch(0), Tally(parts.accelerator, {})
-    updates = train_epoch(job_of(parts), batches, tally, step=0, steps=100)
+    run = build_run(speedy(precision=precision, compile=compile))
+    batches, tally = run.loader.epoch(0), MetricAccumulator(run.accelerator, {})
+    updates = train_epoch(step_context(run), batches, tally, step=0, steps=100)
     next(updates)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -242,10 +248,10 @@ def test_the_loop_waits_for_nothing(precision, compile):
 
 @pytest.mark.parametrize("compile", Compile.__args__)
 def test_an_update_that_is_not_finite_is_left_out_behind_the_loop(tmp_path, compile):
-    faults.arm("loss:3:nan")
+    faults.install_faults("loss:3:nan")
     result = train(speedy(compile=compile), tmp_path / "run")
     assert result["skipped"] == 1
-    weights = load_file(checkpoint.newest(tmp_path / "run") / "average.safetensors")
+    weights = load_file(checkpoint.latest_checkpoint(tmp_path / "run") / "average.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
 
 

@@ -13,8 +13,8 @@ from deit.datasets.splits import load_splits
 from deit.errors import DataError
 from deit.evaluation import evaluate
 from deit.evaluation_tables import print_evaluation
-from deit.ground import Ground
-from deit.presets import OBJECTIVES
+from deit.ground import BaseRuns
+from deit.presets import LOSS_PRESETS
 from deit.recipes import digits, digits_teacher
 from deit.run import train
 from tests.helpers.errors import raises
@@ -26,7 +26,7 @@ UNSEEN = ("6", "7", "8", "9")
 
 def test_nothing_of_them_is_left_to_train_and_select_by_and_no_other_image_moves():
     whole = load_splits(DataConfig(source="digits", image_size=8))
-    part = load_splits(DataConfig(source="digits", image_size=8, held_out=UNSEEN))
+    part = load_splits(DataConfig(source="digits", image_size=8, unseen_classes=UNSEEN))
     assert part.class_names == whole.class_names
     for name in ("train", "validation"):
         before, now = getattr(whole, name), getattr(part, name)
@@ -46,7 +46,7 @@ def test_they_are_left_out_of_folders_too(tmp_path, storage):
     root = write_class_folders(tmp_path, number=8)
     listed = tmp_path / "names.txt"
     listed.write_text("bee\n")
-    splits = load_splits(folder_data(root, storage=storage, held_out=(f"@{listed}",)))
+    splits = load_splits(folder_data(root, storage=storage, unseen_classes=(f"@{listed}",)))
     assert set(splits.train.labels.tolist()) == set(splits.validation.labels.tolist()) == {0, 2}
     assert set(splits.test.labels.tolist()) == {0, 1, 2}
 
@@ -54,33 +54,33 @@ def test_they_are_left_out_of_folders_too(tmp_path, storage):
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        (("six",), ("data.held_out", "'six'")),
-        (tuple("123456789"), ("data.held_out", "10 classes")),
-        (("@nowhere.txt",), ("data.held_out", "@nowhere.txt")),
+        (("six",), ("data.unseen_classes", "'six'")),
+        (tuple("123456789"), ("data.unseen_classes", "10 classes")),
+        (("@nowhere.txt",), ("data.unseen_classes", "@nowhere.txt")),
     ],
 )
 def test_what_cannot_be_held_out_is_refused(names, told):
     with raises(DataError, *told):
-        load_splits(DataConfig(source="digits", image_size=8, held_out=names))
+        load_splits(DataConfig(source="digits", image_size=8, unseen_classes=names))
 
 
 def test_a_teacher_that_is_trained_for_it_knows_them():
-    config = digits().replace(data={"held_out": UNSEEN, "train_fraction": 0.5})
+    config = digits().replace(data={"unseen_classes": UNSEEN, "train_fraction": 0.5})
     run = RunArguments("digits", config, None, False, False, False)
-    ground = Ground(run, config, Path("out"))
-    ground.laid(config)
+    ground = BaseRuns(run, config, Path("out"))
+    ground.with_local_paths(config)
     (teacher,) = ground.runs.values()
-    assert teacher.data.held_out == ()
+    assert teacher.data.unseen_classes == ()
     assert teacher.data.train_fraction == 0.5
 
 
 def test_the_data_of_a_recipe_of_ones_own_are_those_of_its_teachers():
     """A recipe of a file: whatever it says of the images, its teacher should have learned from."""
-    own = digits().replace(data={"train_fraction": 0.5, "image_size": 16, "held_out": UNSEEN})
+    own = digits().replace(data={"train_fraction": 0.5, "image_size": 16, "unseen_classes": UNSEEN})
     typed = own.replace(data={"split_seed": 3})
     run = RunArguments("mine.py:recipe", typed, None, False, False, False)
-    ground = Ground(run, typed, Path("out"), asked=own)
-    ground.laid(typed)
+    ground = BaseRuns(run, typed, Path("out"), recipe_config=own)
+    ground.with_local_paths(typed)
     (teacher,) = ground.runs.values()
     changed = {"train_fraction": 0.5, "split_seed": 3}
     assert teacher.data == digits_teacher().replace(data=changed).data
@@ -88,8 +88,8 @@ def test_the_data_of_a_recipe_of_ones_own_are_those_of_its_teachers():
 
 def test_evaluation_tells_seen_and_unseen_apart(tmp_path, capsys):
     small = digits_teacher().replace(
-        data={"held_out": UNSEEN},
-        loss=OBJECTIVES["none"],
+        data={"unseen_classes": UNSEEN},
+        loss=LOSS_PRESETS["none"],
         optim={"epochs": 3, "warmup_epochs": 0},
     )
     train(small, tmp_path / "run")

@@ -12,13 +12,13 @@ from deit.config import peak_lr
 from deit.errors import ConfigError
 from deit.finetune_arguments import parse_finetune
 from deit.hyper_rule import RULES, hyper_rule
-from deit.models.layers import heads_of, hold_still
+from deit.models.layers import classifier_names, freeze_except
 from deit.models.masks import prunable
 from deit.models.networks import create_network
 from deit.models.saved import save_weights
-from deit.models.start import find_start, fit
+from deit.models.start import adapt_weights, load_weights_from
 from deit.recipes import RECIPES, cifar10_teacher, digits
-from deit.tuning import SIZED, TUNING
+from deit.tuning import DATA_SIZED_SCHEDULES, FINETUNE_SCHEDULES
 from deit.validation import validate
 from tests.helpers.errors import raises
 
@@ -41,9 +41,9 @@ def test_the_papers_schedule(images, updates, warmup, falls, mixup):
     optim, an_epoch = config.optim, images // 512
     assert optim.epochs * an_epoch == pytest.approx(updates, abs=an_epoch / 2)
     assert optim.warmup_epochs * an_epoch == pytest.approx(warmup)
-    assert [share * updates for share in optim.decay_at] == pytest.approx(falls)
+    assert [share * updates for share in optim.lr_milestones] == pytest.approx(falls)
     assert (config.views.mixup_alpha, config.views.cutmix_alpha) == (mixup, 0)
-    assert (optim.algorithm, optim.momentum, optim.weight_decay) == ("sgd", 0.9, 0)
+    assert (optim.name, optim.momentum, optim.weight_decay) == ("sgd", 0.9, 0)
     assert (peak_lr(optim), optim.batch_size) == (pytest.approx(0.003), 512)
 
 
@@ -60,10 +60,10 @@ def test_a_batch_is_halved_until_there_are_images_for_it(images, batch):
 
 AGAINST = {
     "moments of AdamW": {"optim": {"beta1": 0.8, "beta2": 0.95}},
-    "decay of its own": {"optim": {"layer_decay": 0.5, "independent_decay": True}},
-    "parts that divide another batch": {"optim": {"batch_size": 999, "accumulate": 3}},
+    "decay of its own": {"optim": {"layer_decay": 0.5, "independent_weight_decay": True}},
+    "parts that divide another batch": {"optim": {"batch_size": 999, "grad_accum_steps": 3}},
     "a teacher that grows louder": {
-        "loss": {"kind": "soft", "through": "class", "distillation_warmup": 50.0},
+        "loss": {"kind": "soft", "head": "class", "distillation_warmup_epochs": 50.0},
         "teacher": {"source": ("x",)},
     },
 }
@@ -76,7 +76,7 @@ def test_what_stands_against_it_is_cleared(name, images):
     before = CIFAR.replace(student={"name": "vit_tiny"}, **AGAINST[name])
     config = validate(hyper_rule(before, images=images))
     assert config.optim == hyper_rule(CIFAR, images=images).optim
-    assert 2 * config.loss.distillation_warmup <= max(config.optim.epochs, 2)
+    assert 2 * config.loss.distillation_warmup_epochs <= max(config.optim.epochs, 2)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_what_stands_against_it_is_cleared(name, images):
 def test_resolution_follows_the_size_of_the_images(side, shown, share, kept):
     config = hyper_rule(CIFAR.replace(data={"image_size": side}), images=1000)
     assert (config.student.image_size, config.data.image_size) == (shown, kept)
-    assert (config.views.crop, config.views.crop_side) == ("random", pytest.approx(share))
-    assert (config.views.flip, config.views.policy, config.views.evaluation_crop) == (
+    assert (config.views.crop, config.views.crop_pct) == ("random", pytest.approx(share))
+    assert (config.views.flip, config.views.auto_augment, config.views.eval_crop_pct) == (
         0.5,
         "none",
         1,
@@ -100,24 +100,24 @@ def test_resolution_follows_the_size_of_the_images(side, shown, share, kept):
 
 
 def test_heads_begin_at_zero_only_where_there_is_a_start():
-    assert hyper_rule(CIFAR, images=9).start.heads == "keep"
-    begun = CIFAR.replace(start={"source": "x"})
-    assert hyper_rule(begun, images=9).start.heads == "zero"
+    assert hyper_rule(CIFAR, images=9).init.head == "keep"
+    begun = CIFAR.replace(init={"weights": "x"})
+    assert hyper_rule(begun, images=9).init.head == "zero"
 
 
-@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("name", DATA_SIZED_SCHEDULES)
 @pytest.mark.parametrize("recipe", ["digits", "digits-teacher", "cifar10", "tiny-imagenet"])
 def test_every_sized_schedule_suits_every_recipe(name, recipe):
-    config = RECIPES[recipe]().replace(start={"source": "somewhere"})
-    assert validate(SIZED[name](config, images=1000)).start.source == "somewhere"
-    assert name not in TUNING
+    config = RECIPES[recipe]().replace(init={"weights": "somewhere"})
+    assert validate(DATA_SIZED_SCHEDULES[name](config, images=1000)).init.weights == "somewhere"
+    assert name not in FINETUNE_SCHEDULES
 
 
 def test_the_recipe_is_bits_network_by_the_rule():
     config = validate(RECIPES["cifar10-bit-teacher"]())
     assert config.student.name == "timm:resnetv2_50x1_bit"
     assert config.optim.epochs == round(10_000 / (45_000 // 512)) == 115
-    assert config.start.heads == "zero"
+    assert config.init.head == "zero"
 
 
 # timm's BiT
@@ -140,25 +140,25 @@ def folder(tmp_path_factory):
 
 
 def heads_of_network(network: nn.Module) -> list[nn.Module]:
-    return [network.get_submodule(name) for name in heads_of(network)]
+    return [network.get_submodule(name) for name in classifier_names(network)]
 
 
 def test_bits_head_is_known_though_it_is_a_convolution(folder):
     network = create_network(RECIPES["cifar10-bit-teacher"]().student, 10)
-    assert heads_of(network) == ("head.fc",)
+    assert classifier_names(network) == ("head.fc",)
     assert "head.fc.weight" not in prunable(network)
-    hold_still(network, "heads")
+    freeze_except(network, "heads")
     moving = [name for name, one in network.named_parameters() if one.requires_grad]
     assert moving == ["head.fc.weight", "head.fc.bias"]
 
 
 @pytest.mark.parametrize("heads", ["zero", "new"])
 def test_transfer_brings_everything_but_the_heads(folder, heads):
-    config = RECIPES["cifar10-bit-teacher"]().replace(start={"source": str(folder), "heads": heads})
+    config = RECIPES["cifar10-bit-teacher"]().replace(init={"weights": str(folder), "head": heads})
     network = create_network(config.student, 10)
-    found = find_start(str(folder))
+    found = load_weights_from(str(folder))
     assert found.mean == (0.5, 0.5, 0.5)
-    fitted = fit(found, network, tuple(map(str, range(10))), config.start)
+    fitted = adapt_weights(found, network, tuple(map(str, range(10))), config.init)
     for name, value in fitted.weights.items():
         if name.startswith("head.fc"):
             assert value.shape[0] == 10
@@ -172,7 +172,7 @@ def test_transfer_brings_everything_but_the_heads(folder, heads):
 
 
 def test_fine_tuning_counts_the_images(folder):
-    words = ["--from", str(folder), "digits-teacher", "--tuning", "bit"]
+    words = ["--from", str(folder), "digits-teacher", "--schedule", "bit"]
     words += ["--student.name", "timm:resnetv2_50x1_bit"]
     config = parse_finetune(words, "deit finetune").config
     assert config.student.image_size == 128
@@ -183,13 +183,13 @@ def test_fine_tuning_counts_the_images(folder):
 
 
 def test_what_is_typed_of_the_data_counts_before_the_rule(folder):
-    words = ["--from", str(folder), "digits-teacher", "--tuning", "bit"]
+    words = ["--from", str(folder), "digits-teacher", "--schedule", "bit"]
     words += ["--student.name", "timm:resnetv2_50x1_bit", "--data.train_fraction", "0.2"]
     config = parse_finetune(words, "deit finetune").config
     assert config.data.train_fraction == 0.2
     assert config.optim.batch_size == 256  # of 259 images
     assert config.optim.epochs == 500
-    with raises(ConfigError, "--tuning"):
+    with raises(ConfigError, "--schedule"):
         parse_finetune([*words, "--resolution", "32"], "deit finetune")
 
 
@@ -201,7 +201,7 @@ def test_a_least_learning_rate_has_no_effect_on_a_staircase():
 
 TYPED = {
     "momentum": (("--optim.momentum", "0.5"), ("optim", "momentum", 0.5)),
-    "side of the crop": (("--views.crop_side", "0.9"), ("views", "crop_side", 0.9)),
+    "side of the crop": (("--views.crop_pct", "0.9"), ("views", "crop_pct", 0.9)),
     "warm-up": (("--optim.warmup_epochs", "30"), ("optim", "warmup_epochs", 30.0)),
     "data with =": (("--data.train_fraction=0.2",), ("optim", "batch_size", 256)),
 }
@@ -210,11 +210,11 @@ TYPED = {
 @pytest.mark.parametrize("name", TYPED)
 def test_fields_refine_the_rule(name, folder):
     typed, (section, leaf, value) = TYPED[name]
-    words = ["--from", str(folder), "digits-teacher", "--tuning", "bit"]
+    words = ["--from", str(folder), "digits-teacher", "--schedule", "bit"]
     words += ["--student.name", "timm:resnetv2_50x1_bit", *typed]
     config = parse_finetune(words, "deit finetune").config
     assert getattr(getattr(config, section), leaf) == value
-    assert (config.optim.algorithm, config.views.crop) == ("sgd", "random")
+    assert (config.optim.name, config.views.crop) == ("sgd", "random")
 
 
 @pytest.mark.parametrize(
@@ -224,12 +224,12 @@ def test_fields_refine_the_rule(name, folder):
         (("--data.reader", "tar"), ["data.reader = 'tar'", "data.source"]),
         (("--data.source", "digit"), ["data.source = 'digit'", "digits?"]),
         (("--optim.lr", "-1"), ["optim.lr = '-1'"]),
-        (("--optim.beta2", "0.5"), ["optim.beta2 = 0.5", "optim.algorithm"]),
+        (("--optim.beta2", "0.5"), ["optim.beta2 = 0.5", "optim.name"]),
         (("--opt.lr", "1"), ["opt.lr"]),
     ],
 )
 def test_what_is_wrong_beside_the_rule_is_told(typed, names, folder):
-    words = ["--from", str(folder), "digits-teacher", "--tuning", "bit", *typed]
+    words = ["--from", str(folder), "digits-teacher", "--schedule", "bit", *typed]
     with raises(ConfigError, *names) as error:
         parse_finetune(words, "deit finetune")
     (problem,) = error.value.problems

@@ -17,7 +17,7 @@ from deit.cli import run_command
 from deit.config import DataConfig
 from deit.datasets import decoding, readers
 from deit.datasets.listing import PassedOver, ending_of, is_hidden
-from deit.datasets.sources import LISTINGS, quarantine_line
+from deit.datasets.sources import LISTINGS, exclude_list_line
 from deit.datasets.splits import load_splits
 from deit.errors import DataError
 from tests.helpers.errors import raises
@@ -187,7 +187,7 @@ def test_a_scan_names_what_is_beside_the_splits(tmp_path, monkeypatch, capsys):
         put(tmp_path / "data" / name)
     put(tmp_path / "data" / "train" / "labels.csv", b"a,b\n")
     monkeypatch.chdir(tmp_path)
-    assert run_command("scan", ["data", "--json", "found.json"], "deit scan") == 0
+    assert run_command("check-data", ["data", "--json", "found.json"], "deit check-data") == 0
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     folder, beside, outside = found["not_read"]
@@ -202,9 +202,9 @@ def test_a_run_says_at_its_start_what_it_does_not_read(tmp_path, monkeypatch, ca
     lay_out("folder", tmp_path / "data", {"train": "Train", "validation": "fold2", "test": "Test"})
     put(tmp_path / "data" / "Train" / "ant" / "photo.heic", b"x")
     monkeypatch.chdir(tmp_path)
-    options = "--teacher.source none --objective none --optim.epochs 1 --optim.warmup_epochs 0"
+    options = "--teacher.source none --loss none --optim.epochs 1 --optim.warmup_epochs 0"
     options += " --optim.batch_size 2 --data.image_size 8 --student.image_size 8 --student.depth 1"
-    words = ["folder", "--data.root", "data", *options.split(), "--dry_run"]
+    words = ["folder", "--data.root", "data", *options.split(), "--dry-run"]
     assert run_command("train", words, "deit train") == 0
     said = capsys.readouterr().out.splitlines()
     (at,) = [index for index, line in enumerate(said) if re.match(r"data +folder\b", line)]
@@ -287,7 +287,7 @@ def test_an_image_that_is_a_link_to_nothing_can_be_left_out(tmp_path):
     with raises(DataError, "gone.png"):
         load_splits(found)
     bad = put(tmp_path / "bad.txt", b"train/ant/gone.png\n")
-    load_splits(config("folder", tmp_path, quarantine=str(bad)))
+    load_splits(config("folder", tmp_path, exclude_list=str(bad)))
 
 
 def test_another_file_that_is_a_link_to_nothing_is_passed_over(tmp_path):
@@ -394,7 +394,7 @@ def test_what_cannot_be_read_is_counted_by_ending(way, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     options = ["data", "--source", found.source]
     options += ["--reader", found.reader] if found.reader else []
-    assert run_command("scan", options, "deit scan") == 0
+    assert run_command("check-data", options, "deit check-data") == 0
     assert f"{note}\n" in capsys.readouterr().out
 
 
@@ -492,7 +492,9 @@ ODD += (b"#first.png", b' "quoted" .png', b"tab\there.png", "\u2028line.png".enc
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_name_goes_through_listing_scan_and_quarantine(name, tmp_path, monkeypatch, capsys):
+def test_an_odd_name_goes_through_listing_scan_and_exclude_list(
+    name, tmp_path, monkeypatch, capsys
+):
     root = tmp_path / "data"
     found = lay_out("folder", root, {"train": "train"})
     odd = os.fsencode(root / "train" / "ant") + b"/" + name
@@ -502,16 +504,19 @@ def test_an_odd_name_goes_through_listing_scan_and_quarantine(name, tmp_path, mo
         pytest.skip("a file system without such names")
     assert split_sizes(found) == {"train": 9}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("deit.scan.say", lambda *line: None)
-    assert run_command("scan", ["data", "--write", "bad.txt"], "deit scan") == 3
+    monkeypatch.setattr("deit.scan.info", lambda *line: None)
+    assert (
+        run_command("check-data", ["data", "--write-exclude-list", "bad.txt"], "deit check-data")
+        == 3
+    )
     capsys.readouterr()
-    splits = load_splits(config("folder", root, quarantine="bad.txt"))
-    assert any(re.search(r"quarantine.* 1 .*bad\.txt", note) for note in splits.notes)
+    splits = load_splits(config("folder", root, exclude_list="bad.txt"))
+    assert any(re.search(r"exclude list.* 1 .*bad\.txt", note) for note in splits.notes)
 
 
 def test_a_plain_name_is_listed_as_it_is():
-    assert quarantine_line("train/a b/ü.png") == "train/a b/ü.png"
-    assert quarantine_line("train/a\nb.png") == '"train/a\\nb.png"'
+    assert exclude_list_line("train/a b/ü.png") == "train/a b/ü.png"
+    assert exclude_list_line("train/a\nb.png") == '"train/a\\nb.png"'
 
 
 # Classes.
@@ -580,7 +585,7 @@ def test_bad_pictures_of_every_kind_are_listed_by_one_scan(tmp_path, monkeypatch
     Image.new("1", (15000, 15000)).save(folder / "bomb.png")
     Image.fromarray(np.random.default_rng(0).random((9, 9), "float32")).save(folder / "float.tif")
     monkeypatch.chdir(tmp_path)
-    assert run_command("scan", ["data"], "deit scan") == 3
+    assert run_command("check-data", ["data"], "deit check-data") == 3
     said = capsys.readouterr()
     listed = re.findall(r" train/ant/(\S+): ", said.out)
     assert sorted(listed) == sorted([*bad, "film.gif", "bomb.png", "float.tif"])

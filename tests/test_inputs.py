@@ -11,32 +11,32 @@ import torch
 from safetensors.torch import save_file
 
 from deit import journal, manifest, optimizer_state, predict, validation
-from deit.checkpoint import check_folder
+from deit.checkpoint import check_run_dir
 from deit.config import Config, to_dict
-from deit.disk import ENVIRONMENT, LOCK, hold
-from deit.errors import CheckpointError, ConfigError, DataError, EnvironmentFault, NotReadableError
+from deit.disk import ENVIRONMENT, LOCK, lock_dir
+from deit.errors import CheckpointError, ConfigError, DataError, NotReadableError, SystemFault
 from deit.files import read_names
 from deit.inputs import NOT_PLAIN, read_bytes
-from deit.journal import CHAIN, METRICS
+from deit.journal import HASH_CHAIN, METRICS
 from deit.models import weights
-from deit.models.start import find_start
+from deit.models.start import load_weights_from
 from deit.models.weights import read_weights
 from deit.optimizer_state import read_tensors
 from deit.sweep_file import read_sweep
 from deit.targets import read_manifest
-from deit.typed_json import read_typed
+from deit.typed_json import load_json_as
 from tests.helpers.errors import raises
 
 READERS = {
-    "configuration": ("config.json", validation.load, ConfigError),
+    "configuration": ("config.json", validation.load_config, ConfigError),
     "names": ("names.txt", lambda path: read_names("data.classes", (f"@{path}",)), DataError),
     "sweep": ("sweep.yaml", read_sweep, ConfigError),
     "picture": ("picture.png", lambda path: predict._squares(path, (8,)), DataError),
     "store": ("store.json", lambda path: read_manifest(path.parent), CheckpointError),
-    "record": ("record.json", lambda path: read_typed(path, Config), CheckpointError),
+    "record": ("record.json", lambda path: load_json_as(path, Config), CheckpointError),
     "digest": ("a", lambda path: manifest.digests(path.parent, ["a"]), CheckpointError),
     "weights": ("weights.pth", read_weights, CheckpointError),
-    "start": ("config.json", lambda path: find_start(str(path.parent)), CheckpointError),
+    "start": ("config.json", lambda path: load_weights_from(str(path.parent)), CheckpointError),
 }
 
 
@@ -62,7 +62,7 @@ def test_what_cannot_be_read_now_is_no_mistake_of_the_file(number, kind, tmp_pat
     with nullcontext() if kind == "digest" else pytest.raises(mistake):
         read(path)
     fail(path, number, monkeypatch)
-    with raises(EnvironmentFault, name, os.strerror(number)):
+    with raises(SystemFault, name, os.strerror(number)):
         read(path)
 
 
@@ -94,22 +94,22 @@ def test_json_nested_too_deep_is_no_content(kind, tmp_path):
         read(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", [METRICS, CHAIN, "config.json", LOCK])
+@pytest.mark.parametrize("name", [METRICS, HASH_CHAIN, "config.json", LOCK])
 def test_a_pipe_in_the_place_of_a_file_of_a_run_is_refused(name, tmp_path):
     """Whoever opens it to write waits for a reader, without end."""
     (tmp_path / "config.json").write_text("{}")
-    check_folder(tmp_path, resume=True)
+    check_run_dir(tmp_path, resume=True)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     with raises(CheckpointError, name):
-        check_folder(tmp_path, resume=True)
-    with raises(EnvironmentFault, tmp_path / name, NOT_PLAIN):
+        check_run_dir(tmp_path, resume=True)
+    with raises(SystemFault, tmp_path / name, NOT_PLAIN):
         journal.append(tmp_path / name, {})
 
 
 def test_a_pipe_in_the_place_of_a_lock_is_refused(tmp_path):
     os.mkfifo(tmp_path / LOCK)
-    with raises(EnvironmentFault, f"--out {tmp_path}", NOT_PLAIN), hold(tmp_path, option="--out"):
+    with raises(SystemFault, f"--out {tmp_path}", NOT_PLAIN), lock_dir(tmp_path, option="--out"):
         pass
 
 
@@ -129,24 +129,24 @@ def test_safetensors_gives_no_reason(error, read, tmp_path, monkeypatch):
 
     for module in (weights, optimizer_state):
         monkeypatch.setattr(module, "load_file", failing)
-    with raises(EnvironmentFault, path, "Too many open files"):
+    with raises(SystemFault, path, "Too many open files"):
         read(path)
 
 
 def test_records_beside_a_configuration_may_be_anything(tmp_path, monkeypatch):
-    config = validation.build({"loss": {"kind": "none"}})
+    config = validation.config_from_dict({"loss": {"kind": "none"}})
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     os.mkfifo(tmp_path / ENVIRONMENT)
-    assert validation.load(tmp_path / "config.json") == config
+    assert validation.load_config(tmp_path / "config.json") == config
     (tmp_path / ENVIRONMENT).unlink()
     (tmp_path / ENVIRONMENT).write_text("[" * 200_000)
-    assert validation.load(tmp_path / "config.json") == config
+    assert validation.load_config(tmp_path / "config.json") == config
     (tmp_path / METRICS).write_text('{"epoch": 1}\n' + "[" * 200_000)
     assert journal.read(tmp_path / METRICS) == [{"epoch": 1}]
     (tmp_path / ENVIRONMENT).unlink()
     (tmp_path / ENVIRONMENT).write_text('{"directory": "there"}')
     fail(tmp_path / ENVIRONMENT, errno.EACCES, monkeypatch)
-    assert validation.load(tmp_path / "config.json") == config
+    assert validation.load_config(tmp_path / "config.json") == config
 
 
 def test_only_files_are_read(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deit.keys import Keys, beta, normal, permutation, philox, step_seed, uniform, words
+from deit.keys import Keys, beta, normal, permutation, philox, random_words, step_seed, uniform
 
 # Known-answer tests of Philox4x32-10 from the Random123 distribution (kat_vectors).
 VECTORS = [
@@ -32,7 +32,7 @@ def test_philox_gives_the_published_words(counter, key, expected):
 
 
 def test_words_are_philox_of_sample_epoch_stream_and_block():
-    drawn = words(Keys(7, 3, torch.tensor([11])), "flip", 6)[0].tolist()
+    drawn = random_words(Keys(7, 3, torch.tensor([11])), "flip", 6)[0].tolist()
     stream = zlib.crc32(b"flip")
     by_hand = []
     for block in range(2):
@@ -43,11 +43,13 @@ def test_words_are_philox_of_sample_epoch_stream_and_block():
 
 def test_repeats_are_views_of_their_own_and_the_first_is_the_plain_one():
     samples = torch.arange(50)
-    plain = words(Keys(7, 3, samples), "crop", 9)
-    first, second = (words(Keys(7, 3, samples, torch.full((50,), r)), "crop", 9) for r in (0, 1))
+    plain = random_words(Keys(7, 3, samples), "crop", 9)
+    first, second = (
+        random_words(Keys(7, 3, samples, torch.full((50,), r)), "crop", 9) for r in (0, 1)
+    )
     assert torch.equal(plain, first)
     assert len(set(plain.flatten().tolist()) & set(second.flatten().tolist())) == 0
-    mixed = words(Keys(7, 3, samples, samples % 2), "crop", 9)
+    mixed = random_words(Keys(7, 3, samples, samples % 2), "crop", 9)
     assert torch.equal(mixed[::2], first[::2])
     assert torch.equal(mixed[1::2], second[1::2])
 
@@ -70,12 +72,12 @@ def test_numbers_depend_on_the_sample_not_on_its_place_in_the_batch():
 
 @pytest.mark.parametrize("change", ["seed", "epoch", "stream", "sample"])
 def test_any_part_of_the_key_changes_the_numbers(change):
-    before = words(Keys(1, 1, torch.arange(100)), "a", 4)
+    before = random_words(Keys(1, 1, torch.arange(100)), "a", 4)
     after = {
-        "seed": lambda: words(Keys(2, 1, torch.arange(100)), "a", 4),
-        "epoch": lambda: words(Keys(1, 2, torch.arange(100)), "a", 4),
-        "stream": lambda: words(Keys(1, 1, torch.arange(100)), "b", 4),
-        "sample": lambda: words(Keys(1, 1, torch.arange(100, 200)), "a", 4),
+        "seed": lambda: random_words(Keys(2, 1, torch.arange(100)), "a", 4),
+        "epoch": lambda: random_words(Keys(1, 2, torch.arange(100)), "a", 4),
+        "stream": lambda: random_words(Keys(1, 1, torch.arange(100)), "b", 4),
+        "sample": lambda: random_words(Keys(1, 1, torch.arange(100, 200)), "a", 4),
     }[change]()
     assert (before == after).float().mean() < 0.01
 

@@ -54,7 +54,9 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bits(
     killed = run(zygote, out, f"{fault}:kill")
     assert killed.code == -signal.SIGKILL
     if fault == "renamed:1":
-        assert checkpoint.step_of(checkpoint.newest(out)) == STEPS  # it counts already
+        assert (
+            checkpoint.checkpoint_step(checkpoint.latest_checkpoint(out)) == STEPS
+        )  # it counts already
     done = run(zygote, out)
     assert done.code == 0, done.err
     same(out, straight)
@@ -63,7 +65,7 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bits(
 @pytest.mark.slow
 def test_a_hundred_kills_at_random_moments_change_nothing(zygote, tmp_path):
     """Until a hundred have hit, in as many runs as that takes; each run must end with its bits."""
-    long = ("--optim.epochs", "60", "--run.save_every", "3", "--views.mixup_alpha", "0.8")
+    long = ("--optim.epochs", "60", "--run.save_every_steps", "3", "--views.mixup_alpha", "0.8")
     moments, kills, runs = random.Random(0), 0, 0
     straight = tmp_path / "straight"
     assert run(zygote, straight, "", *long).code == 0
@@ -78,16 +80,16 @@ def test_a_hundred_kills_at_random_moments_change_nothing(zygote, tmp_path):
             done = running.wait()
             assert done.code in (0, -signal.SIGKILL), done.err
             kills += done.code == -signal.SIGKILL
-        for name in (journal.CHAIN, "best/model.safetensors"):
+        for name in (journal.HASH_CHAIN, "best/model.safetensors"):
             assert (out / name).read_bytes() == (straight / name).read_bytes()
     print(f"{kills} kills over {runs} runs")
 
 
 def test_killed_while_old_checkpoints_are_removed(zygote, straight, tmp_path):
-    out, every = tmp_path / "run", ("--run.save_every", "2")
+    out, every = tmp_path / "run", ("--run.save_every_steps", "2")
     assert run(zygote, out, "rotate:2:kill", *every).code == -signal.SIGKILL
     assert run(zygote, out, "", *every).code == 0
-    assert [step for step, _ in checkpoint.found(out)] == [10, 8]
+    assert [step for step, _ in checkpoint.list_checkpoints(out)] == [10, 8]
     assert not list(out.glob(".deit-*"))
     assert (out / "best" / "model.safetensors").read_bytes() == (
         straight / "best" / "model.safetensors"
@@ -141,12 +143,12 @@ def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(zygote, straight,
 def test_a_hangup_that_nohup_ignores_stays_ignored(straight, tmp_path):
     out = tmp_path / "run"
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    faults.arm("update:3:hup")
+    faults.install_faults("update:3:hup")
     try:
         assert run_command("train", [*SMALL, "--out", str(out)], "deit train") == 0
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
-        faults.arm(None)
+        faults.install_faults(None)
         signal.signal(signal.SIGHUP, before)
     same(out, straight)
 
@@ -170,10 +172,10 @@ def test_a_full_disk_leaves_what_was_saved_before(zygote, straight, tmp_path):
         out = tmp_path / fault.replace(":", "-")
         full = run(zygote, out, fault)
         assert full.code == 5
-        assert str(checkpoint.folder_of(out, 2 * STEPS)) in full.err
+        assert str(checkpoint.checkpoint_path(out, 2 * STEPS)) in full.err
         # What is free, and what is needed.
         assert re.search(r"No space left on device\b.* [kMGT]?B\b.* [kMGT]?B\b", full.err)
-        assert [step for step, _ in checkpoint.found(out)] == [5]
+        assert [step for step, _ in checkpoint.list_checkpoints(out)] == [5]
         assert not list(out.glob(".deit-*"))
         assert run(zygote, out).code == 0
         same(out, straight)
@@ -182,16 +184,16 @@ def test_a_full_disk_leaves_what_was_saved_before(zygote, straight, tmp_path):
 def test_out_of_memory_names_the_batch_that_fits(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "update:3:memory")
     assert done.code == 5
-    assert re.search(r"\b64 images\b.*\b32\b.*--optim\.accumulate 2\b.*\b64\b", done.err)
-    assert run(zygote, tmp_path / "run", "", "--optim.accumulate", "2").code == 0
+    assert re.search(r"\b64 images\b.*\b32\b.*--optim\.grad_accum_steps 2\b.*\b64\b", done.err)
+    assert run(zygote, tmp_path / "run", "", "--optim.grad_accum_steps", "2").code == 0
 
 
 def test_losses_that_are_not_finite_stop_the_run_and_name_their_images(zygote, tmp_path):
     out = tmp_path / "run"
-    done = run(zygote, out, "loss:0:nan", "--run.max_skipped", "3")
+    done = run(zygote, out, "loss:0:nan", "--run.max_nonfinite_steps", "3")
     assert done.code == 6
-    assert str(out / journal.ANOMALIES) in done.err.splitlines()[-1]
-    rows = journal.read(out / journal.ANOMALIES)
+    assert str(out / journal.NONFINITE_LOG) in done.err.splitlines()[-1]
+    rows = journal.read(out / journal.NONFINITE_LOG)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(len(row["images"]) == len(row["names"]) == 64 for row in rows)
 
@@ -201,7 +203,7 @@ def test_a_skipped_update_leaves_the_weights_and_is_counted(zygote, straight, tm
     done = run(zygote, out, "loss:2:nan")
     assert done.code == 0
     assert re.search(r"\bupdate 2\b.*\b1\b.*\b10\b", done.err)
-    (left_out,) = journal.read(out / journal.ANOMALIES)
+    (left_out,) = journal.read(out / journal.NONFINITE_LOG)
     assert left_out["step"] == 2
     assert left_out["names"][0] in done.err
     assert json.loads((out / "result.json").read_text())["skipped"] == 1
@@ -214,16 +216,16 @@ def test_a_skipped_update_leaves_the_weights_and_is_counted(zygote, straight, tm
 )
 def test_a_fault_that_is_none_is_refused(text, zygote, tmp_path):
     with raises(ConfigError, f"DEIT_FAULT={text}"):
-        faults.arm(text)
+        faults.install_faults(text)
     done = zygote.run("recipes", DEIT_FAULT=text)
     assert done.code == 2
 
 
 def test_a_disk_without_room_is_refused_before_the_first_step(zygote, tmp_path, monkeypatch):
     from deit.disk import check_space
-    from deit.errors import EnvironmentFault
+    from deit.errors import SystemFault
 
-    with raises(EnvironmentFault, f"--out {tmp_path / 'a' / 'b'}", "1e+03 TB"):
+    with raises(SystemFault, f"--out {tmp_path / 'a' / 'b'}", "1e+03 TB"):
         check_space(tmp_path / "a" / "b", 10**15, option="--out")
     check_space(tmp_path / "a" / "b", 1000, option="--out")
 
@@ -259,18 +261,18 @@ def test_a_hung_process_says_where_before_it_is_killed(capfd, monkeypatch):
     from deit import interruption
 
     monkeypatch.setattr(interruption, "_STUCK_S", 0.2)
-    with interruption.Interruption(Accelerator(cpu=True)) as asked:
+    with interruption.GracefulStop(Accelerator(cpu=True)) as asked:
         os.kill(os.getpid(), signal.SIGTERM)
         until(lambda: "test_a_hung_process_says_where" in capfd.readouterr().err)
-        assert asked.asked() == signal.SIGTERM
+        assert asked.pending_signal() == signal.SIGTERM
 
 
 PICTURES = (
-    *("folder", "--objective", "none", "--student.name", "vit_micro", "--student.depth", "1"),
+    *("folder", "--loss", "none", "--student.name", "vit_micro", "--student.depth", "1"),
     *("--student.embed_dim", "16", "--student.num_heads", "2", "--student.image_size", "16"),
     *("--student.patch_size", "4", "--data.image_size", "18", "--optim.batch_size", "8"),
     *("--optim.epochs", "40", "--optim.warmup_epochs", "0", "--data.storage", "files"),
-    *("--data.workers", "2"),
+    *("--data.num_workers", "2"),
 )
 
 
@@ -296,9 +298,9 @@ def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(with_workers,
     os.kill(workers_of(running.pid)[0], signal.SIGKILL)
     done = running.wait(timeout=300)
     assert done.code == 5
-    assert "data.workers" in done.err
+    assert "data.num_workers" in done.err
     assert "--resume" in done.err
-    assert checkpoint.newest(tmp_path / "run") is not None
+    assert checkpoint.latest_checkpoint(tmp_path / "run") is not None
 
 
 def test_killed_with_workers_alive_the_folder_is_free_at_once(zygote, tmp_path):
@@ -397,29 +399,29 @@ def test_the_users_home_is_found(zygote, tmp_path):
 def test_micro_batches_are_halved_until_one_fits(zygote, tmp_path):
     """Only what fits changes: the run is that of the smaller micro-batches, to the bit."""
     fitted, given = tmp_path / "fitted", tmp_path / "given"
-    done = run(zygote, fitted, "fit:1:memory,fit:2:memory", "--run.fit_memory")
+    done = run(zygote, fitted, "fit:1:memory,fit:2:memory", "--run.auto_micro_batch")
     assert done.code == 0, done.err
     first, second = re.findall(r"^memory .*", done.out, re.MULTILINE)
-    assert re.search(r"\b64 images\b.*\boptim\.accumulate 2\b.*\b32 images\b", first)
-    assert re.search(r"\b32 images\b.*\boptim\.accumulate 4\b.*\b16 images\b", second)
-    assert run(zygote, given, "", "--optim.accumulate", "4").code == 0
+    assert re.search(r"\b64 images\b.*\boptim\.grad_accum_steps 2\b.*\b32 images\b", first)
+    assert re.search(r"\b32 images\b.*\boptim\.grad_accum_steps 4\b.*\b16 images\b", second)
+    assert run(zygote, given, "", "--optim.grad_accum_steps", "4").code == 0
     same(fitted, given)
     plain = tmp_path / "plain"
-    assert run(zygote, plain, "", "--run.fit_memory").code == 0
-    assert json.loads((plain / "config.json").read_text())["optim"]["accumulate"] == 1
+    assert run(zygote, plain, "", "--run.auto_micro_batch").code == 0
+    assert json.loads((plain / "config.json").read_text())["optim"]["grad_accum_steps"] == 1
 
 
 def test_where_no_micro_batch_fits_nothing_is_begun(zygote, tmp_path):
-    done = run(zygote, tmp_path / "run", "fit:0:memory", "--run.fit_memory")
+    done = run(zygote, tmp_path / "run", "fit:0:memory", "--run.auto_micro_batch")
     assert done.code == 5
-    assert re.search(r"\brun\.fit_memory\b.*\b2 images\b", done.err)
+    assert re.search(r"\brun\.auto_micro_batch\b.*\b2 images\b", done.err)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_of_what_is_not_finite_says_so_and_writes_nothing(zygote, tmp_path):
     (tmp_path / "run").mkdir()
     done = zygote.run(
-        "train", *SMALL, "--out", tmp_path / "run", "--dry_run", DEIT_FAULT="loss:1:nan"
+        "train", *SMALL, "--out", tmp_path / "run", "--dry-run", DEIT_FAULT="loss:1:nan"
     )
     assert done.code == 6
     assert len(done.err.splitlines()) == 1
@@ -431,7 +433,9 @@ def test_of_two_that_start_together_one_has_the_folder(zygote, straight, tmp_pat
     out = tmp_path / "run"
     words = ("train", *SMALL, "--out", out)
     gate = Gate(tmp_path / "gate")
-    slower = zygote.start(*words, "--run.fit_memory", DEIT_FAULT="fit:1:slow", **gate.environment)
+    slower = zygote.start(
+        *words, "--run.auto_micro_batch", DEIT_FAULT="fit:1:slow", **gate.environment
+    )
     gate.wait()
     assert zygote.run(*words).code == 0
     gate.open()
@@ -461,7 +465,7 @@ def test_the_statistics_of_batch_norms_do_not_keep_what_was_left_out(zygote, tmp
         student.Student, "forward", lambda self, images: original(self, overflowing(images))
     )
     assert train(config, tmp_path / "run")["skipped"] == 1
-    folders = (tmp_path / "run" / "best", checkpoint.newest(tmp_path / "run"))
+    folders = (tmp_path / "run" / "best", checkpoint.latest_checkpoint(tmp_path / "run"))
     files = [file for folder in folders for file in folder.glob("*.safetensors")]
     assert len(files) == 4  # the average among them
     for file in files:
@@ -485,10 +489,10 @@ def test_the_best_so_far_that_is_lost_is_told(how, zygote, straight, tmp_path):
 
 def test_checkpoints_that_are_gone_within_the_first_epoch_are_missed(zygote, tmp_path):
     out = tmp_path / "run"
-    assert run(zygote, out, "update:4:kill", "--run.save_every", "1").code == -signal.SIGKILL
-    for _, folder in checkpoint.found(out):
+    assert run(zygote, out, "update:4:kill", "--run.save_every_steps", "1").code == -signal.SIGKILL
+    for _, folder in checkpoint.list_checkpoints(out):
         shutil.rmtree(folder)
-    done = run(zygote, out, "", "--run.save_every", "1")
+    done = run(zygote, out, "", "--run.save_every_steps", "1")
     assert done.code == 4
     assert str(out) in done.err
     assert "--out" in done.err
@@ -496,7 +500,7 @@ def test_checkpoints_that_are_gone_within_the_first_epoch_are_missed(zygote, tmp
 
 def test_a_comparison_that_is_asked_to_stop_stops(zygote, tmp_path):
     """Also where the signal comes when a run of it has just come to its end."""
-    words = ("compare", "digits", "--only", "distilled", "--out", tmp_path / "compare")
+    words = ("compare", "digits", "--arms", "distilled", "--out", tmp_path / "compare")
     words += ("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--optim.batch_size", "64")
     words += ("--data.train_fraction", "0.25", "--student.depth", "1", "--student.embed_dim", "16")
     done = zygote.run(*words, DEIT_FAULT="finish:1:term")

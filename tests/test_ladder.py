@@ -1,4 +1,4 @@
-"""deit ladder: which versions stand on it, and that their numbers are their own commands'."""
+"""deit variants: which versions stand on it, and that their numbers are their own commands'."""
 
 import copy
 import json
@@ -8,10 +8,10 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from deit.ladder import Version, _rung, versions_of
-from deit.ladder_page import draw_ladder, markdown, print_ladder
+from deit.ladder import Variant, _rung, versions_of
+from deit.ladder_page import draw_variants, markdown, print_variants
 from deit.models.saved import load_student, save_weights
-from deit.validation import load
+from deit.validation import load_config
 from tests.helpers.small_runs import QUICK_PRUNING, THREE_EPOCHS
 
 pytest.importorskip("sklearn")
@@ -21,8 +21,8 @@ pytest.importorskip("onnxruntime")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, zygote):
     """A run, its ONNX and int8 files, and what pruning left of it."""
-    place = tmp_path_factory.mktemp("ladder")
-    words = ("--objective", "none", *THREE_EPOCHS, "--student.depth", "1", "--out", "run")
+    place = tmp_path_factory.mktemp("variants")
+    words = ("--loss", "none", *THREE_EPOCHS, "--student.depth", "1", "--out", "run")
     commands = [
         ("train", "digits", *words),
         ("export", "run", "--format", "onnx", "--images", "64"),
@@ -38,9 +38,11 @@ def place(tmp_path_factory, zygote):
 
 @pytest.fixture(scope="module")
 def measured(place, zygote):
-    done = zygote.run("ladder", "run", "--merge", "2", "other", "--json", "ladder.json", cwd=place)
+    done = zygote.run(
+        "variants", "run", "--merge-tokens", "2", "other", "--json", "variants.json", cwd=place
+    )
     assert done.code == 0, done.err
-    return json.loads((place / "ladder.json").read_text()), done
+    return json.loads((place / "variants.json").read_text()), done
 
 
 NAMES = ["run", "run, ONNX", "run, int8 static", "run, merging 2", "small, recovered", "other"]
@@ -60,7 +62,7 @@ def test_accuracy_is_that_of_the_own_command(place, measured, zygote):
         assert done.code == 0, done.err
         heads = json.loads((place / "e.json").read_text())["heads"]
         assert rows[name]["top1"] == {head: heads[head]["top1"] for head in rows[name]["top1"]}
-    words = ("evaluate", "run", "--merge", "2", "--json", place / "e.json", "--force")
+    words = ("evaluate", "run", "--merge-tokens", "2", "--json", place / "e.json", "--force")
     done = zygote.run(*words, cwd=place)
     assert done.code == 0, done.err
     heads = json.loads((place / "e.json").read_text())["heads"]
@@ -101,15 +103,19 @@ def test_every_version_is_timed_as_often(measured):
 
 def test_numbers_table_and_picture_lie_in_the_runs_folder(place, measured, tmp_path):
     found, _ = measured
-    folder = place / "run" / "ladder"
-    assert {path.name for path in folder.iterdir()} == {"ladder.json", "ladder.md", "ladder.png"}
-    assert json.loads((folder / "ladder.json").read_text()) == found
-    text = (folder / "ladder.md").read_text()
+    folder = place / "run" / "variants"
+    assert {path.name for path in folder.iterdir()} == {
+        "variants.json",
+        "variants.md",
+        "variants.png",
+    }
+    assert json.loads((folder / "variants.json").read_text()) == found
+    text = (folder / "variants.md").read_text()
     assert text == markdown(found)
     assert all(f"| {name} |" in text for name in NAMES)
-    assert "deit ladder run --merge 2 other" in text
-    assert found["environment"]["arguments"][:3] == ["run", "--merge", "2"]
-    draw_ladder(found, tmp_path / "again.png")
+    assert "deit variants run --merge-tokens 2 other" in text
+    assert found["environment"]["arguments"][:3] == ["run", "--merge-tokens", "2"]
+    draw_variants(found, tmp_path / "again.png")
     assert (tmp_path / "again.png").stat().st_size > 20_000
 
 
@@ -118,7 +124,7 @@ def test_the_table_on_a_terminal_is_no_wider_than_it_must_be(measured, capsys):
     found = copy.deepcopy(measured[0])
     for zeros in (0, 5):
         found["rows"]["run"]["nonzero"] = found["rows"]["run"]["parameters"] - zeros
-        print_ladder(found)
+        print_variants(found)
         lines = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "┃│"]
         assert max(map(len, lines)) <= 120
         (row,) = [line for line in lines if line.startswith("│ run  ")]
@@ -141,7 +147,7 @@ def test_masked_weights_are_not_counted(place, tmp_path):
     save_weights(file, weights)
     (run / "best" / "manifest.json").unlink()
     _, facts = load_student(run / "best")
-    about = _rung(Version("x", run), load(run / "config.json"), facts).about
+    about = _rung(Variant("x", run), load_config(run / "config.json"), facts).about
     assert about["nonzero"] == before - zeros
     assert about["parameters"] == sum(one.numel() for one in weights.values())
 
@@ -173,51 +179,54 @@ def test_two_runs_of_one_name_keep_apart(place, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "names"),
     [
-        ((), 2, ("RUN", "deit ladder --help")),
+        ((), 2, ("RUN", "deit variants --help")),
         (("ohter",), 4, ("ohter", "other")),
         (("elsewhere",), 4, ("elsewhere",)),
         (("run", "elsewhere"), 4, ("elsewhere",)),
         (("run", "run"), 2, ("error: run: ",)),
         (("run", "other", "other"), 2, ("error: other: ",)),
-        (("other", "--merge", "9"), 2, ("--merge 9", "8", "16")),
-        (("run", "--merge", "two"), 2, ("--merge two",)),
-        (("run", "--merge", "0"), 2, ("--merge 0",)),
+        (("other", "--merge-tokens", "9"), 2, ("--merge-tokens 9", "8", "16")),
+        (("run", "--merge-tokens", "two"), 2, ("--merge-tokens two",)),
+        (("run", "--merge-tokens", "0"), 2, ("--merge-tokens 0",)),
         (("run", "--json", "e.json"), 5, ("--json e.json", "--force")),
     ],
 )
 def test_a_mistake_is_told_before_the_work(place, zygote, words, code, names):
     (place / "e.json").touch()
-    done = zygote.run("ladder", *words, cwd=place)
+    done = zygote.run("variants", *words, cwd=place)
     assert done.code == code, done.err
     for name in names:
         assert name in done.err
 
 
 def test_a_ladder_that_is_there_is_replaced_only_when_asked(place, measured, zygote, tmp_path):
-    folder = place / "run" / "ladder"
-    before = (folder / "ladder.json").read_bytes()
-    done = zygote.run("ladder", "run", cwd=place)
+    folder = place / "run" / "variants"
+    before = (folder / "variants.json").read_bytes()
+    done = zygote.run("variants", "run", cwd=place)
     assert (done.code, done.out) == (5, "")
-    assert done.err.startswith("deit: error: run/ladder: ")
+    assert done.err.startswith("deit: error: run/variants: ")
     assert "--force" in done.err
-    assert (folder / "ladder.json").read_bytes() == before
+    assert (folder / "variants.json").read_bytes() == before
     shutil.copytree(place / "other", tmp_path / "other")
-    (tmp_path / "other" / "ladder").mkdir()
-    (tmp_path / "other" / "ladder" / "notes.md").touch()
-    done = zygote.run("ladder", "other", "--force", cwd=tmp_path)
+    (tmp_path / "other" / "variants").mkdir()
+    (tmp_path / "other" / "variants" / "notes.md").touch()
+    done = zygote.run("variants", "other", "--force", cwd=tmp_path)
     assert done.code == 5
-    for name in ("other/ladder", "notes.md"):
+    for name in ("other/variants", "notes.md"):
         assert name in done.err
-    (tmp_path / "other" / "ladder" / "notes.md").rename(tmp_path / "other/ladder/ladder.md")
-    done = zygote.run("ladder", "other", "--force", cwd=tmp_path)
+    (tmp_path / "other" / "variants" / "notes.md").rename(tmp_path / "other/variants/variants.md")
+    done = zygote.run("variants", "other", "--force", cwd=tmp_path)
     assert done.code == 0, done.err
-    assert "deit ladder other --force" in (tmp_path / "other" / "ladder" / "ladder.md").read_text()
+    assert (
+        "deit variants other --force"
+        in (tmp_path / "other" / "variants" / "variants.md").read_text()
+    )
 
 
 @pytest.mark.slow
 def test_a_run_of_another_size_is_refused(place, zygote, tmp_path):
     words = (
-        "--objective",
+        "--loss",
         "none",
         *THREE_EPOCHS,
         "--optim.epochs",
@@ -227,7 +236,7 @@ def test_a_run_of_another_size_is_refused(place, zygote, tmp_path):
     )
     words = (*words, "--student.patch_size", "4", "--out", tmp_path / "large")
     assert zygote.run("train", "digits", *words, cwd=place).code == 0
-    done = zygote.run("ladder", "run", tmp_path / "large", "--force", cwd=place)
+    done = zygote.run("variants", "run", tmp_path / "large", "--force", cwd=place)
     assert done.code == 2
     assert re.search(rf"{tmp_path / 'large'}\b.*\bimage_size\b.*\b16\b.*\b8\b", done.err)
 
@@ -237,7 +246,7 @@ def test_a_run_of_other_splits_is_refused(place, zygote, tmp_path):
     config = json.loads((tmp_path / "seen" / "config.json").read_text())
     config["data"]["split_seed"] = 1
     (tmp_path / "seen" / "config.json").write_text(json.dumps(config))
-    done = zygote.run("ladder", "run", tmp_path / "seen", "--force", cwd=place)
+    done = zygote.run("variants", "run", tmp_path / "seen", "--force", cwd=place)
     assert done.code == 3
     for name in (str(tmp_path / "seen"), "data.split_seed"):
         assert name in done.err
@@ -246,11 +255,11 @@ def test_a_run_of_other_splits_is_refused(place, zygote, tmp_path):
 @pytest.mark.slow
 def test_files_of_other_weights_are_left_out(place, zygote, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("ladder"))
+    shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("variants"))
     shutil.rmtree(run / "best")
     shutil.copytree(place / "other" / "best", run / "best")
-    done = zygote.run("ladder", run, cwd=place)
+    done = zygote.run("variants", run, cwd=place)
     assert done.code == 0, done.err
     assert "export-onnx/model.onnx" in done.err
-    assert next(iter(json.loads((run / "ladder" / "ladder.json").read_text())["rows"])) == "run"
-    assert "run, ONNX" not in json.loads((run / "ladder" / "ladder.json").read_text())["rows"]
+    assert next(iter(json.loads((run / "variants" / "variants.json").read_text())["rows"])) == "run"
+    assert "run, ONNX" not in json.loads((run / "variants" / "variants.json").read_text())["rows"]

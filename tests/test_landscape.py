@@ -1,4 +1,5 @@
-"""deit landscape: which places, the loss around and between them by hand, what is told of it."""
+"""deit loss-landscape: which places, the loss around and between them by hand, what is told of
+it."""
 
 import csv
 import json
@@ -12,18 +13,18 @@ from torch.nn.functional import cross_entropy
 
 from deit import checkpoint, landscape_parts
 from deit.datasets.splits import load_split
-from deit.datasets.spread import spread_rows
+from deit.datasets.spread import stratified_indices
 from deit.errors import CheckpointError
 from deit.landscape import _Kept
-from deit.landscape_options import KINDS, PARTS, Asked
+from deit.landscape_options import KINDS, PARTS, LandscapeOptions
 from deit.landscape_page import cells, line_cells, write_page
-from deit.landscape_parts import chain_of, neighbours
-from deit.landscape_places import Place, View, places_of, surface_of, view_of
+from deit.landscape_parts import segments, ticket_path
+from deit.landscape_places import LandscapeData, LandscapePoint, places_of, surface_of, view_of
 from deit.models.masks import MASKS, apply, read_masks
 from deit.models.saved import load_student
-from deit.records import head_logits
+from deit.records import logits_by_head
 from deit.sweep_results import MANIFEST
-from deit.validation import load
+from deit.validation import load_config
 from tests.helpers.errors import raises
 from tests.helpers.json_edits import edits, error_of
 from tests.helpers.small_runs import WITH_AVERAGE
@@ -32,7 +33,7 @@ pytest.importorskip("sklearn")
 LEVEL = "search/seed-0/level-1"
 FEW = (
     *("--images", "40", "--points", "5", "--grid", "3", "--rays", "3", "--steps", "8"),
-    *("--top", "2", "--probes", "2"),
+    *("--num-eigenvalues", "2", "--probes", "2"),
 )
 CPU = torch.device("cpu")
 
@@ -41,16 +42,25 @@ CPU = torch.device("cpu")
 def place(tmp_path_factory, zygote):
     """A search of two levels with a random control."""
     place = tmp_path_factory.mktemp("landscape")
-    words = ("--levels", "2", "--rate", "0.5", "--controls", "random", "--controls_at", "2")
-    words = ("tickets", "digits", *WITH_AVERAGE, *words, "--objective", "none", "--out", "search")
-    done = zygote.run(*words, "--at_once", "2", cwd=place)
+    words = (
+        "--rounds",
+        "2",
+        "--prune-rate",
+        "0.5",
+        "--controls",
+        "random",
+        "--control-rounds",
+        "2",
+    )
+    words = ("lottery", "digits", *WITH_AVERAGE, *words, "--loss", "none", "--out", "search")
+    done = zygote.run(*words, "--parallel", "2", cwd=place)
     assert done.code == 0, done.err
     return place
 
 
 @pytest.fixture(scope="module")
 def looked(place, zygote):
-    words = ("landscape", "search", *FEW, "--out", "out")
+    words = ("loss-landscape", "search", *FEW, "--out", "out")
     done = zygote.run(*words, cwd=place, FORKS_FIRST=f"{__name__}:few_products")
     assert done.code == 0, done.err
     return place / "out", done
@@ -70,13 +80,13 @@ NAMES = ["dense", "ticket, 50.0 %", "ticket, 75.0 %"]
 
 def answers_at(run, masks=None):
     """Loss and error of a run's end on the images the landscape looks at, by hand."""
-    student, _ = load_student(checkpoint.newest(run))
+    student, _ = load_student(checkpoint.latest_checkpoint(run))
     if masks is not None:
         apply(masks, student.network)
-    _names, images = load_split(load(run / "config.json").data, "train")
-    rows = spread_rows(images.labels, 40, seed=0, stream="landscape")
+    _names, images = load_split(load_config(run / "config.json").data, "train")
+    rows = stratified_indices(images.labels, 40, seed=0, stream="landscape")
     with torch.no_grad():
-        logits = head_logits(student.eval()(images.pixels[rows].float() / 255))["fused"]
+        logits = logits_by_head(student.eval()(images.pixels[rows].float() / 255))["fused"]
     labels = images.labels[rows]
     wrong = (logits.argmax(dim=1) != labels).float().mean().item()
     return cross_entropy(logits, labels).item(), wrong
@@ -87,25 +97,25 @@ def answers_at(run, masks=None):
 
 def test_the_places_of_a_search_are_its_levels(place):
     search = [place / "search"]
-    assert [one.name for one in places_of(search, Asked())] == NAMES
-    some = places_of(search, Asked(levels=(2,), kinds=("ticket", "random")))
+    assert [one.name for one in places_of(search, LandscapeOptions())] == NAMES
+    some = places_of(search, LandscapeOptions(levels=(2,), kinds=("ticket", "random")))
     assert [one.name for one in some] == ["dense", "ticket, 75.0 %", "random, 75.0 %"]
-    assert some[2].saved == checkpoint.newest(place / "search/seed-0/random-2")
-    best = places_of(search, Asked(checkpoint="best"))
+    assert some[2].saved == checkpoint.latest_checkpoint(place / "search/seed-0/random-2")
+    best = places_of(search, LandscapeOptions(checkpoint="best"))
     assert best[0].saved == place / "search/seed-0/level-0/best"
 
 
 def test_images_of_some_classes_alone_are_said_to_be(place, capsys):
-    places = places_of([place / "search"], Asked())
-    view_of(places, Asked(images=5), root=None, device=CPU)
+    places = places_of([place / "search"], LandscapeOptions())
+    view_of(places, LandscapeOptions(images=5), root=None, device=CPU)
     assert re.search(r"--images 5\b.*\b10\b", capsys.readouterr().err)  # of 10 classes
-    view_of(places, Asked(images=10), root=None, device=CPU)
+    view_of(places, LandscapeOptions(images=10), root=None, device=CPU)
     assert capsys.readouterr().err == ""
 
 
 def test_around_a_level_only_what_it_keeps_moves(place):
-    places = places_of([place / "search"], Asked())
-    view = view_of(places, Asked(images=8), root=None, device=CPU)
+    places = places_of([place / "search"], LandscapeOptions())
+    view = view_of(places, LandscapeOptions(images=8), root=None, device=CPU)
     sizes = [surface_of(one, view).size for one in places]
     whole = surface_of(places[2], view, masked=False).size
     assert [sizes[0] - size for size in sizes] == [0, 1536, 2304]
@@ -193,7 +203,7 @@ def test_page_pictures_tables(looked):
     assert [line[0] for line in lines[1:]] == list(result(out)["lines"])
     text = (out / "landscape.md").read_text()
     assert all(f"| {name} |" in text for name in result(out)["lines"])
-    assert "deit landscape search" in text
+    assert "deit loss-landscape search" in text
     assert re.search(r"^loss .*\b40 train\b.*\bfused\b", done.out, re.MULTILINE)
 
 
@@ -242,7 +252,7 @@ def test_what_was_measured_is_not_measured_again(looked, place, zygote, tmp_path
     (lost,) = kept.glob("dense-volume-*.json")
     same = lost.read_bytes()
     lost.unlink()
-    words = ("landscape", "search", *FEW, "--out", tmp_path / "out")
+    words = ("loss-landscape", "search", *FEW, "--out", tmp_path / "out")
     done = zygote.run(*words, cwd=place)
     assert done.code == 0, done.err
     after = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
@@ -259,8 +269,10 @@ def test_the_same_weights_under_other_masks_are_measured_apart(place, tmp_path):
     shutil.copytree(run, tmp_path / "bare")
     for name in (MASKS, "manifest.json"):
         (tmp_path / "bare" / "best" / name).unlink()
-    kept = _Kept(tmp_path / "kept", View([], [], 0, "of the images"), {})
-    masked, bare = (Place("level-2", one, one / "best") for one in (run, tmp_path / "bare"))
+    kept = _Kept(tmp_path / "kept", LandscapeData([], [], 0, "of the images"), {})
+    masked, bare = (
+        LandscapePoint("level-2", one, one / "best") for one in (run, tmp_path / "bare")
+    )
     assert kept("here", [masked], lambda: {"loss": 1}) == {"loss": 1}
     assert kept("here", [bare], lambda: {"loss": 2}) == {"loss": 2}
     assert kept("here", [masked, bare], lambda: {"loss": 3}) == {"loss": 3}
@@ -269,8 +281,8 @@ def test_the_same_weights_under_other_masks_are_measured_apart(place, tmp_path):
 
 def test_more_places_go_on_from_what_there_is(looked, place, zygote, tmp_path):
     shutil.copytree(looked[0], tmp_path / "out")
-    words = ("--kinds", "ticket,random", "--only", "volume", "--out", tmp_path / "out")
-    done = zygote.run("landscape", "search", *FEW, *words, cwd=place)
+    words = ("--kinds", "ticket,random", "--measure", "volume", "--out", tmp_path / "out")
+    done = zygote.run("loss-landscape", "search", *FEW, *words, cwd=place)
     assert done.code == 0, done.err
     assert list(result(tmp_path / "out")["places"]) == [*NAMES, "random, 75.0 %"]
 
@@ -279,10 +291,10 @@ def test_more_places_go_on_from_what_there_is(looked, place, zygote, tmp_path):
 def test_of_other_weights_everything_is_measured_anew(place, zygote, tmp_path):
     for level in (0, 1):
         shutil.copytree(place / f"search/seed-0/level-{level}", tmp_path / f"run-{level}")
-    words = ("--only", "volume", *FEW, "--checkpoint", "best", "--out", "out")
+    words = ("--measure", "volume", *FEW, "--checkpoint", "best", "--out", "out")
     before, after = ({}, {})
     for found in (before, after):
-        done = zygote.run("landscape", "run-0", "run-1", *words, cwd=tmp_path)
+        done = zygote.run("loss-landscape", "run-0", "run-1", *words, cwd=tmp_path)
         assert done.code == 0, done.err
         found |= result(tmp_path / "out")["places"]
         shutil.rmtree(tmp_path / "run-1" / "best")
@@ -293,27 +305,27 @@ def test_of_other_weights_everything_is_measured_anew(place, zygote, tmp_path):
 
 
 def test_controls_stand_beside_the_ticket_of_their_level(place):
-    places = places_of([place / "search"], Asked(kinds=("ticket", "random")))
-    names = [one.name for one in neighbours(places)]
+    places = places_of([place / "search"], LandscapeOptions(kinds=("ticket", "random")))
+    names = [one.name for one in segments(places)]
     assert names == [
         *("dense to ticket, 50.0 %", "dense cut to ticket, 50.0 %"),
         *("ticket, 50.0 % to ticket, 75.0 %", "ticket, 50.0 % cut to ticket, 75.0 %"),
         "ticket, 75.0 % to random, 75.0 %",
     ]
-    assert [one.name for one in chain_of(places)] == NAMES
+    assert [one.name for one in ticket_path(places)] == NAMES
 
 
 @pytest.mark.slow
 def test_networks_of_other_shapes_have_no_line_between_them(place, zygote, tmp_path):
-    words = ("train", "digits", *WITH_AVERAGE, "--objective", "none", "--student.embed_dim", "32")
+    words = ("train", "digits", *WITH_AVERAGE, "--loss", "none", "--student.embed_dim", "32")
     done = zygote.run(*words, "--out", tmp_path / "wide", cwd=place)
     assert done.code == 0, done.err
     words = (
-        "landscape",
+        "loss-landscape",
         "search/seed-0/level-0",
         tmp_path / "wide",
         *FEW,
-        "--only",
+        "--measure",
         "lines,volume",
     )
     done = zygote.run(*words, "--out", tmp_path / "o", cwd=place)
@@ -325,8 +337,17 @@ def test_networks_of_other_shapes_have_no_line_between_them(place, zygote, tmp_p
 
 def test_runs_stand_beside_each_other(place, zygote, tmp_path):
     runs = ("search/seed-0/level-0", "search/seed-0/level-2")
-    words = ("--only", "lines", "--split", "test", "--checkpoint", "best", "--out", tmp_path / "o")
-    done = zygote.run("landscape", *runs, *FEW, *words, cwd=place)
+    words = (
+        "--measure",
+        "lines",
+        "--split",
+        "test",
+        "--checkpoint",
+        "best",
+        "--out",
+        tmp_path / "o",
+    )
+    done = zygote.run("loss-landscape", *runs, *FEW, *words, cwd=place)
     assert done.code == 0, done.err
     found = result(tmp_path / "o")
     assert list(found["places"]) == ["level-0", "level-2"]
@@ -340,27 +361,27 @@ def test_runs_stand_beside_each_other(place, zygote, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "names"),
     [
-        (("search", "--only", "line"), 2, ("--only line", *PARTS)),
+        (("search", "--measure", "line"), 2, ("--measure line", *PARTS)),
         (("search", "--kinds", "randm"), 2, ("--kinds randm", *KINDS)),
         (("search", "--kinds", "one-shot"), 2, ("--kinds one-shot", "search")),
-        ((LEVEL, "--levels", "1"), 2, ("--levels", LEVEL)),
+        ((LEVEL, "--rounds", "1"), 2, ("--rounds", LEVEL)),
         ((LEVEL, "--kinds", "random"), 2, ("--kinds", LEVEL)),
-        ((LEVEL, "--only", "lines"), 2, ("--only lines", "level-1")),
-        (("search", "--levels", "7"), 2, ("--levels 7", "search", "0, 1, 2")),
-        (("search", "--levels", "x"), 2, ("--levels x",)),
-        (("search", "--run_seed", "4"), 2, ("--run_seed 4", "search")),
+        ((LEVEL, "--measure", "lines"), 2, ("--measure lines", "level-1")),
+        (("search", "--rounds", "7"), 2, ("--rounds 7", "search", "0, 1, 2")),
+        (("search", "--rounds", "x"), 2, ("--rounds x",)),
+        (("search", "--run-seed", "4"), 2, ("--run-seed 4", "search")),
         (("search", "--rays", "0"), 2, ("--rays 0",)),
-        (("search", "--rise", "-1"), 2, ("--rise -1",)),
-        (("search", "--span", "inf"), 2, ("--span inf",)),
-        (("search", "--top", "60"), 2, ("--top 60", "--steps")),
+        (("search", "--loss-rise", "-1"), 2, ("--loss-rise -1",)),
+        (("search", "--plane-extent", "inf"), 2, ("--plane-extent inf",)),
+        (("search", "--num-eigenvalues", "60"), 2, ("--num-eigenvalues 60", "--steps")),
         (("elsewhere",), 4, ("elsewhere",)),
         (("search", "search/seed-0/level-0"), 2, ("error: search: ",)),
-        (("search", "--out", "search"), 2, ("--out search", "landscape-of.json")),
+        (("search", "--out", "search"), 2, ("--out search", "landscape.request.json")),
     ],
 )
 def test_a_mistake_is_told_before_the_work(place, zygote, words, code, names):
     out = () if "--out" in words else ("--out", "new")
-    done = zygote.run("landscape", *words, *out, cwd=place)
+    done = zygote.run("loss-landscape", *words, *out, cwd=place)
     assert done.code == code, done.err
     for name in names:
         assert name in done.err
@@ -373,7 +394,7 @@ def test_runs_of_other_images_do_not_stand_beside_each_other(place, zygote, tmp_
     config["data"]["train_fraction"] = 0.5
     (tmp_path / "fewer" / "config.json").write_text(json.dumps(config))
     runs = ("search/seed-0/level-0", tmp_path / "fewer")
-    done = zygote.run("landscape", *runs, "--out", tmp_path / "o", cwd=place)
+    done = zygote.run("loss-landscape", *runs, "--out", tmp_path / "o", cwd=place)
     assert done.code == 2
     for name in ("fewer", "data.train_fraction", "level-0"):
         assert name in done.err
@@ -385,8 +406,8 @@ def test_results_that_name_no_levels_are_refused(place, tmp_path):
         row.pop("level", None)
     (tmp_path / "results.json").write_text(json.dumps(told))
     shutil.copy(place / "search" / MANIFEST, tmp_path)
-    with raises(CheckpointError, tmp_path / "results.json", "deit tickets"):
-        places_of([tmp_path], Asked(levels=(1,)))
+    with raises(CheckpointError, tmp_path / "results.json", "deit lottery"):
+        places_of([tmp_path], LandscapeOptions(levels=(1,)))
 
 
 def test_results_that_no_search_writes_are_named(place, tmp_path):
@@ -397,10 +418,10 @@ def test_results_that_no_search_writes_are_named(place, tmp_path):
     for one in wrong:
         (tmp_path / "results.json").write_text(json.dumps(good | one))
         with raises(CheckpointError, "results.json"):
-            places_of([tmp_path], Asked(run_seed=0))
+            places_of([tmp_path], LandscapeOptions(run_seed=0))
     for what, content in edits(good, depth=4):
         (tmp_path / "results.json").write_text(json.dumps(content))
-        errors[what] = error_of(places_of, [tmp_path], Asked())
+        errors[what] = error_of(places_of, [tmp_path], LandscapeOptions())
     assert all(str(tmp_path) in str(error) for error in errors.values() if error is not None)
     damaged = [error for error in errors.values() if isinstance(error, CheckpointError)]
     assert sum("results.json" in str(error) for error in damaged) > 10

@@ -57,7 +57,7 @@ def test_accelerate_launch_understands_every_configuration(name, monkeypatch):
 def test_a_run_starts_by_the_configuration_of_one_gpu(zygote, tmp_path):
     """On the processor: there is no other here. (tests/test_peers.py starts a run by accelerate
     launch itself.)"""
-    words = ("digits-teacher", "--dry_run", "--out", str(tmp_path / "run"))
+    words = ("digits-teacher", "--dry-run", "--out", str(tmp_path / "run"))
     arguments = understood("one_gpu.yaml", "--cpu", script=(str(ROOT / "train_deit.py"), *words))
     (python, *command), environment = prepare_simple_launcher_cmd_env(arguments)
     assert Path(python).name.startswith("python")
@@ -99,7 +99,7 @@ def test_the_script_for_slurm_begins_a_run_and_goes_on_with_it(tmp_path):
         "SLURM_GPUS_ON_NODE": "2",
         "DEIT_PORT": str(free_port()),
     }
-    words = ("digits", "--objective", "none", "--teacher.source", "none", *SETTINGS)
+    words = ("digits", "--loss", "none", "--teacher.source", "none", *SETTINGS)
     out = tmp_path / "run"
 
     def submit(**more):
@@ -115,7 +115,7 @@ def test_the_script_for_slurm_begins_a_run_and_goes_on_with_it(tmp_path):
     done = submit(DEIT_FAULT="update:7:kill")  # of ten
     assert done.returncode != 0
     assert not (out / "result.json").exists()
-    saved = checkpoint.step_of(checkpoint.newest(out))
+    saved = checkpoint.checkpoint_step(checkpoint.latest_checkpoint(out))
     done = submit()
     assert done.returncode == 0, done.stderr
     assert re.search(rf"^{re.escape(str(out))}: .*\b{saved}\b.*\b10\b", done.stdout, re.MULTILINE)
@@ -127,9 +127,9 @@ def test_the_script_for_slurm_begins_a_run_and_goes_on_with_it(tmp_path):
     ("variable", "named", "option"),
     [
         ("ACCELERATE_DYNAMO_BACKEND", "torch.compile", "--run.compile"),
-        ("ACCELERATE_USE_FSDP", "FSDP", "--run.shard"),
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", "--run.shard"),
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM", "--run.shard"),
+        ("ACCELERATE_USE_FSDP", "FSDP", "--run.sharding"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", "--run.sharding"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM", "--run.sharding"),
     ],
 )
 def test_what_cannot_be_trained_with_is_refused_before_the_work(

@@ -9,19 +9,19 @@ import torch
 from torch import nn
 
 from deit import preparation
-from deit.checkpoint import CONFIG, newest
+from deit.checkpoint import CONFIG, latest_checkpoint
 from deit.config import LossConfig, StudentConfig
 from deit.environment import create_accelerator
-from deit.errors import CheckpointError, ConfigError, DataError, Stopped
-from deit.losses import objective
+from deit.errors import CheckpointError, ConfigError, DataError, StoppedBySignal
+from deit.losses import distillation_loss
 from deit.models import layout
-from deit.models.layout import LAYOUTS, faster_layout
+from deit.models.layout import LAYOUTS, fastest_memory_format
 from deit.models.networks import create_network
-from deit.models.teachers import Origin, Teacher
-from deit.panel import NetworkVoice
-from deit.presets import OBJECTIVES
+from deit.models.teachers import LoadedNetwork, Teacher
+from deit.panel import OnlineTeacher
+from deit.presets import LOSS_PRESETS
 from deit.recipes import digits, digits_teacher
-from deit.records import Answers, Batch, Outputs
+from deit.records import Batch, StudentOutput, TeacherOutput
 from deit.run import train
 from deit.target_verifier import verify_targets
 from deit.target_writer import write_targets
@@ -47,7 +47,7 @@ class Noting(nn.Module):
 
 def teacher_of(network):
     size, channels = 8, (0.5, 0.5, 0.5)
-    return Teacher(Origin(network, "noting", size, channels, channels, None))
+    return Teacher(LoadedNetwork(network, "noting", size, channels, channels, None))
 
 
 @pytest.mark.usefixtures("measured")
@@ -74,7 +74,7 @@ def test_the_layout_that_measures_clearly_faster_is_taken(monkeypatch, took, exp
 
     monkeypatch.setattr(network, "forward", forward)
     monkeypatch.setattr(layout.time, "perf_counter", lambda: now[0])
-    assert faster_layout(network, torch.rand(4, 3, 8, 8)) == expected
+    assert fastest_memory_format(network, torch.rand(4, 3, 8, 8)) == expected
     last = network.convolution.weight.is_contiguous(memory_format=LAST)
     assert last == (expected == "channels_last")
 
@@ -86,7 +86,7 @@ def test_a_network_that_takes_one_layout_only_keeps_it():
             return super().forward(images.view(-1).view(images.shape))
 
     network = Flat()
-    assert faster_layout(network, torch.rand(4, 3, 8, 8)) == "contiguous"
+    assert fastest_memory_format(network, torch.rand(4, 3, 8, 8)) == "contiguous"
     assert network.convolution.weight.is_contiguous()
 
 
@@ -98,7 +98,7 @@ def test_measuring_shows_no_more_pixels_than_it_must(measured):
             shown.append(len(images))
             return super().forward(images)
 
-    faster_layout(Counting(), torch.rand(64, 3, 256, 256))
+    fastest_memory_format(Counting(), torch.rand(64, 3, 256, 256))
     assert set(shown) == {8}  # of 2**16 pixels each, 2**19 in all
 
 
@@ -106,18 +106,18 @@ def test_measuring_shows_no_more_pixels_than_it_must(measured):
 def test_a_teacher_answers_the_same_in_every_layout(name):
     network = create_network(StudentConfig(name=name, image_size=16), 10)
     teacher, images = teacher_of(network), torch.rand(4, 3, 16, 16)
-    before, known = teacher(images), teacher.identity()
+    before, known = teacher(images), teacher.fingerprint()
     for one in LAYOUTS:
-        teacher.lay(one)
+        teacher.set_memory_format(one)
         assert torch.allclose(teacher(images), before, atol=1e-4), one
-        assert teacher.identity() == known
+        assert teacher.fingerprint() == known
 
 
 def test_a_voice_asks_in_inference_mode_and_what_it_says_can_be_learnt_from():
     network = Noting()
     teacher = teacher_of(network)
-    teacher.lay("channels_last")
-    voice = NetworkVoice(teacher, create_accelerator(digits().run))
+    teacher.set_memory_format("channels_last")
+    voice = OnlineTeacher(teacher, create_accelerator(digits().run))
     images = torch.rand(4, 3, 8, 8)
     batch = Batch(images, images, torch.eye(4), torch.arange(4), 0, torch.arange(4))
     labels, logits = voice(batch)
@@ -125,9 +125,9 @@ def test_a_voice_asks_in_inference_mode_and_what_it_says_can_be_learnt_from():
     assert not logits.is_inference()
     assert not labels.is_inference()
     student = torch.randn(4, 4, requires_grad=True)
-    answers = Answers(labels[:, None], logits[:, None])
-    soft = LossConfig(kind="soft", through="class")
-    loss = objective(Outputs(student), batch.targets, answers, soft, epoch=0.0)
+    answers = TeacherOutput(labels[:, None], logits[:, None])
+    soft = LossConfig(kind="soft", head="class")
+    loss = distillation_loss(StudentOutput(student), batch.targets, answers, soft, epoch=0.0)
     loss["total"].backward()
     assert student.grad.isfinite().all()
 
@@ -143,76 +143,78 @@ def configuration(teacher, **sections):
         data={"train_fraction": 0.3},  # two blocks of a store
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
         optim={"epochs": 2, "warmup_epochs": 1},
-        run={"evaluate_every": 2},
+        run={"eval_every_epochs": 2},
         teacher={"source": (teacher,)},
-        loss=OBJECTIVES["deit-hard"],
+        loss=LOSS_PRESETS["deit-hard"],
     )
     return config.replace(**sections)
 
 
 def stop(*arguments):
-    raise Stopped(15)
+    raise StoppedBySignal(15)
 
 
 def settled(out):
-    return json.loads((out / CONFIG).read_text())["teacher"]["layout"]
+    return json.loads((out / CONFIG).read_text())["teacher"]["memory_format"]
 
 
 def test_a_run_measures_once_and_keeps_to_it(teacher, tmp_path, monkeypatch, capsys):
     config = configuration(teacher)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    monkeypatch.setattr(preparation, "faster_layout", lambda *arguments: "channels_last")
+    monkeypatch.setattr(preparation, "fastest_memory_format", lambda *arguments: "channels_last")
     train(config, whole)
     assert settled(whole) == ["channels_last"]
     assert "channels_last" in capsys.readouterr().out
 
     with monkeypatch.context() as patch:
-        patch.setattr("deit.run.close_epoch", stop)
-        with pytest.raises(Stopped):
+        patch.setattr("deit.run.finish_epoch", stop)
+        with pytest.raises(StoppedBySignal):
             train(config, cut)
 
     def asked(*arguments):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(preparation, "faster_layout", asked)
+    monkeypatch.setattr(preparation, "fastest_memory_format", asked)
     train(config, cut, resume=True)
     assert settled(cut) == ["channels_last"]
-    weights = [newest(out) / "model.safetensors" for out in (whole, cut)]
+    weights = [latest_checkpoint(out) / "model.safetensors" for out in (whole, cut)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_a_run_in_another_layout_goes_on_and_says_so(teacher, tmp_path, monkeypatch, capsys):
-    config = configuration(teacher).replace(teacher={"layout": ("contiguous",)})
+    config = configuration(teacher).replace(teacher={"memory_format": ("contiguous",)})
     with monkeypatch.context() as patch:
-        patch.setattr("deit.run.close_epoch", stop)
-        with pytest.raises(Stopped):
+        patch.setattr("deit.run.finish_epoch", stop)
+        with pytest.raises(StoppedBySignal):
             train(config, tmp_path / "run")
-    other = config.replace(teacher={"layout": ("channels_last",)})
+    other = config.replace(teacher={"memory_format": ("channels_last",)})
     train(other, tmp_path / "run", resume=True)
     said = capsys.readouterr().err
-    assert re.search(r"teacher\.layout\b.*\bcontiguous\b.*\bchannels_last\b", said)
+    assert re.search(r"teacher\.memory_format\b.*\bcontiguous\b.*\bchannels_last\b", said)
 
 
 def test_a_store_says_how_it_was_asked_and_later_parts_follow(teacher, tmp_path, monkeypatch):
     config, out = configuration(teacher), tmp_path / "store"
-    monkeypatch.setattr(preparation, "faster_layout", lambda *arguments: "channels_last")
-    write_targets(config, out, shard=(0, 2))
-    monkeypatch.setattr(preparation, "faster_layout", lambda *arguments: "contiguous")
+    monkeypatch.setattr(preparation, "fastest_memory_format", lambda *arguments: "channels_last")
+    write_targets(config, out, part=(0, 2))
+    monkeypatch.setattr(preparation, "fastest_memory_format", lambda *arguments: "contiguous")
     with raises(ConfigError, "--out", out, "asked.layouts"):
-        write_targets(config.replace(teacher={"layout": ("contiguous",)}), out, shard=(1, 2))
-    write_targets(config, out, shard=(1, 2))
+        write_targets(config.replace(teacher={"memory_format": ("contiguous",)}), out, part=(1, 2))
+    write_targets(config, out, part=(1, 2))
     assert open_store(out).layouts == ("channels_last",)
 
     layouts = []
-    real = Teacher.lay
+    real = Teacher.set_memory_format
     monkeypatch.setattr(
-        Teacher, "lay", lambda self, layout: (layouts.append(layout), real(self, layout))
+        Teacher,
+        "set_memory_format",
+        lambda self, layout: (layouts.append(layout), real(self, layout)),
     )
-    verify_targets(out, root=None, teacher=None, rows=8)
+    verify_targets(out, root=None, teacher=None, num_queries=8)
     assert layouts == ["channels_last"]
     layouts.clear()
     trained = tmp_path / "run"
-    train(config.replace(teacher={"targets": (str(out),)}), trained)
+    train(config.replace(teacher={"target_stores": (str(out),)}), trained)
     assert layouts == ["channels_last"]  # for the check, as it was asked
     assert settled(trained) == ["contiguous"]
 
@@ -220,7 +222,7 @@ def test_a_store_says_how_it_was_asked_and_later_parts_follow(teacher, tmp_path,
 def test_a_store_of_contiguous_teachers_does_not_say_so(teacher, tmp_path, monkeypatch):
     """So that it is the same, to the byte, as of releases that knew no other."""
     out = tmp_path / "store"
-    monkeypatch.setattr(preparation, "faster_layout", lambda *arguments: "contiguous")
+    monkeypatch.setattr(preparation, "fastest_memory_format", lambda *arguments: "contiguous")
     write_targets(configuration(teacher), out)
     assert json.loads((out / MANIFEST).read_text())["asked"] == {"precision": "fp32", "block": 256}
     assert open_store(out).layouts == ("contiguous",)
@@ -239,5 +241,5 @@ def test_a_manifest_with_an_unknown_layout_is_refused(teacher, tmp_path):
 def test_a_store_of_another_number_of_teachers_is_refused_by_name(teacher, tmp_path):
     out = tmp_path / "store"
     write_targets(configuration(teacher), out)
-    with raises(DataError, "teacher.targets", out, "teacher.2.weights"):
-        verify_targets(out, root=None, teacher=f"{teacher},{teacher}", rows=8)
+    with raises(DataError, "teacher.target_stores", out, "teacher.2.weights"):
+        verify_targets(out, root=None, teacher=f"{teacher},{teacher}", num_queries=8)

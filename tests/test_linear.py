@@ -126,31 +126,31 @@ def test_it_pays_where_it_is_much_faster(monkeypatch):
     monkeypatch.setattr(linear.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(linear, "linear", way("torch"))
     monkeypatch.setattr(linear, "product", way("onednn"))
-    assert linear.pays()
+    assert linear.is_faster()
     took["torch"] = 1.2
-    assert not linear.pays()
+    assert not linear.is_faster()
     monkeypatch.setattr(linear, "available", lambda: False)
     took["torch"] = 9.0
-    assert not linear.pays()
+    assert not linear.is_faster()
 
 
 def test_a_run_learns_by_it_goes_on_by_it_and_is_evaluated_by_it(tmp_path, capsys):
     """Beside the same run by torch: losses equal to rounding, and what it goes on to as well."""
-    small = two_epochs(run={"save_every": 1, "keep_checkpoints": 50, "device": "cpu"})
+    small = two_epochs(run={"save_every_steps": 1, "num_checkpoints": 50, "device": "cpu"})
     for way in ("torch", "onednn"):
-        train(small.replace(run={"linear": way}), tmp_path / way)
+        train(small.replace(run={"linear_backend": way}), tmp_path / way)
         assert ("oneDNN" in capsys.readouterr().out) == (way == "onednn")
     ours, theirs = (journal.read(tmp_path / way / journal.METRICS) for way in ("onednn", "torch"))
     for one, other in zip(ours, theirs, strict=True):
         assert one["train"]["loss"] == pytest.approx(other["train"]["loss"], abs=1e-4)
-    chain = (tmp_path / "onednn" / journal.CHAIN).read_bytes()
+    chain = (tmp_path / "onednn" / journal.HASH_CHAIN).read_bytes()
     stopped = tmp_path / "stopped"
     shutil.copytree(tmp_path / "onednn", stopped)
     (stopped / checkpoint.RESULT).unlink()
-    for _, later in checkpoint.found(stopped)[:-3]:
+    for _, later in checkpoint.list_checkpoints(stopped)[:-3]:
         shutil.rmtree(later)
-    train(small.replace(run={"linear": "auto"}), stopped, resume=True)  # as it was chosen
-    assert (stopped / journal.CHAIN).read_bytes() == chain
+    train(small.replace(run={"linear_backend": "auto"}), stopped, resume=True)  # as it was chosen
+    assert (stopped / journal.HASH_CHAIN).read_bytes() == chain
     found = [evaluate(tmp_path / way)["heads"]["class"]["top1"] for way in ("torch", "onednn")]
     assert found[0] == pytest.approx(found[1], abs=0.01)
 

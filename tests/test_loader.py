@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from deit.config import OptimConfig, ViewsConfig
-from deit.datasets.images import Images
+from deit.datasets.images import InMemoryImages
 from deit.datasets.loader import Sizes, TrainLoader, view_sizes
-from deit.datasets.views import Colours
+from deit.datasets.views import ChannelStats
 from deit.errors import ConfigError, DataError
 from deit.presets import AUGMENTATIONS
 from tests.helpers.errors import raises
 
 SIZES = Sizes(8, 8, 8)
-IMAGES = Images(torch.randint(256, (53, 3, 8, 8), dtype=torch.uint8), torch.arange(53) % 4)
+IMAGES = InMemoryImages(torch.randint(256, (53, 3, 8, 8), dtype=torch.uint8), torch.arange(53) % 4)
 MIXED = ViewsConfig(crop="padded", crop_padding=1, mixup_alpha=0.8, cutmix_alpha=1.0)
 FULL = dataclasses.replace(MIXED, crop="random_resized", **AUGMENTATIONS["deit"])
 
@@ -35,9 +35,9 @@ def loader(
         images,
         4,
         views=views,
-        optim=OptimConfig(batch_size=batch_size, accumulate=accumulate),
+        optim=OptimConfig(batch_size=batch_size, grad_accum_steps=accumulate),
         sizes=sizes,
-        colours=Colours((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        colours=ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
         seed=seed,
         process=process,
         num_processes=num_processes,
@@ -47,7 +47,7 @@ def loader(
 
 def joined(blocks):
     """What several batches hold, each field as one tensor."""
-    fields = ("images", "teacher_images", "targets", "samples", "places")
+    fields = ("images", "teacher_images", "targets", "sample_ids", "target_rows")
     return [torch.cat([getattr(block, field) for block in blocks]) for field in fields]
 
 
@@ -83,8 +83,10 @@ def test_any_layout_sees_the_same_global_batches_to_the_bit(num_processes, accum
 @pytest.mark.parametrize("batch_size", [2, 14, 16])
 @pytest.mark.parametrize("number", [7, 16, 53, 255])
 def test_repeats_show_so_many_different_views_of_so_many_fewer_images(number, batch_size, repeats):
-    images = Images(torch.randint(256, (number, 3, 8, 8), dtype=torch.uint8), torch.arange(number))
-    views = ViewsConfig(crop="padded", crop_padding=3, repeats=repeats)
+    images = InMemoryImages(
+        torch.randint(256, (number, 3, 8, 8), dtype=torch.uint8), torch.arange(number)
+    )
+    views = ViewsConfig(crop="padded", crop_padding=3, aug_repeats=repeats)
     unique = -(-batch_size // repeats)
     if unique > number:
         with raises(DataError, f"optim.batch_size = {batch_size}", unique, number):
@@ -96,36 +98,36 @@ def test_repeats_show_so_many_different_views_of_so_many_fewer_images(number, ba
         views=views,
         optim=OptimConfig(batch_size=batch_size),
         sizes=Sizes(8, 8, 8),
-        colours=Colours((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        colours=ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
         seed=1,
     )
     batches = list(made.epoch(0))
     assert len(batches) == made.steps_per_epoch == max(number // batch_size, 1)
     everyone = []
     for batch in batches:
-        assert len(batch.samples) == batch_size
-        counts = batch.samples.unique(return_counts=True)[1]
+        assert len(batch.sample_ids) == batch_size
+        counts = batch.sample_ids.unique(return_counts=True)[1]
         assert len(counts) == unique
         assert counts.max() <= repeats
         assert counts.max() - counts.min() <= 1 or batch_size % unique
         if unique > 1:  # neighbours are mixed with each other
-            assert (batch.samples[::2] != batch.samples[1::2]).all()
-        everyone += batch.samples.unique().tolist()
+            assert (batch.sample_ids[::2] != batch.sample_ids[1::2]).all()
+        everyone += batch.sample_ids.unique().tolist()
     # No image comes back in another batch of the epoch.
     assert len(everyone) == len(set(everyone)) == made.images_per_epoch
 
 
 def test_an_image_is_never_mixed_with_itself():
-    with raises(ConfigError, "views.repeats"):
-        loader(views=dataclasses.replace(MIXED, repeats=16))
-    loader(views=ViewsConfig(repeats=16))
+    with raises(ConfigError, "views.aug_repeats"):
+        loader(views=dataclasses.replace(MIXED, aug_repeats=16))
+    loader(views=ViewsConfig(aug_repeats=16))
 
 
 def test_the_views_of_an_image_in_a_batch_differ_and_the_first_is_the_plain_one():
-    views = ViewsConfig(crop="padded", crop_padding=3, repeats=2)
-    plain = dataclasses.replace(views, repeats=1)
+    views = ViewsConfig(crop="padded", crop_padding=3, aug_repeats=2)
+    plain = dataclasses.replace(views, aug_repeats=1)
     twice = next(loader(views=views).epoch(0))
-    assert torch.equal(twice.samples[:8], twice.samples[8:])
+    assert torch.equal(twice.sample_ids[:8], twice.sample_ids[8:])
     assert not torch.equal(twice.images[:8], twice.images[8:])
     once = next(loader(views=plain).epoch(0))
     assert torch.equal(once.images[:8], twice.images[:8])
@@ -135,8 +137,8 @@ def test_the_teacher_sees_the_same_views_at_its_size():
     sizes = view_sizes(student=8, teacher=16, source=16)
     assert sizes == Sizes(view=16, student=8, teacher=16)
     pixels = torch.randint(256, (53, 3, 16, 16), dtype=torch.uint8)
-    views = dataclasses.replace(FULL, erasing=0.0, policy="none")
-    large = Images(pixels, IMAGES.labels)
+    views = dataclasses.replace(FULL, erasing_prob=0.0, auto_augment="none")
+    large = InMemoryImages(pixels, IMAGES.labels)
     both = next(loader(images=large, sizes=sizes, views=views).epoch(0))
     assert both.images.shape[-1] == 8
     assert both.teacher_images.shape[-1] == 16
@@ -193,19 +195,19 @@ def test_the_time_of_the_views_is_measured():
 
 
 def test_an_epoch_sees_each_image_at_most_once_and_the_order_changes():
-    first, second = (torch.cat([b.samples for b in loader().epoch(e)]) for e in (0, 1))
+    first, second = (torch.cat([b.sample_ids for b in loader().epoch(e)]) for e in (0, 1))
     assert len(first) == 48
     assert len(first.unique()) == 48
     assert not torch.equal(first, second)
-    again = torch.cat([b.samples for b in loader().epoch(0)])
+    again = torch.cat([b.sample_ids for b in loader().epoch(0)])
     assert torch.equal(first, again)
-    other = torch.cat([b.samples for b in loader(seed=6).epoch(0)])
+    other = torch.cat([b.sample_ids for b in loader(seed=6).epoch(0)])
     assert not torch.equal(first, other)
 
 
 def test_targets_are_the_labels_where_nothing_is_mixed():
     for batch in loader(views=ViewsConfig()).epoch(0):
-        assert torch.equal(batch.targets.argmax(dim=1), IMAGES.labels[batch.samples])
+        assert torch.equal(batch.targets.argmax(dim=1), IMAGES.labels[batch.sample_ids])
         assert torch.equal(batch.targets.sum(dim=1), torch.ones(16))
         assert batch.targets.max(dim=1).values.eq(1).all()
 
@@ -213,7 +215,7 @@ def test_targets_are_the_labels_where_nothing_is_mixed():
 def test_mixed_targets_are_distributions_over_the_labels_of_the_pair():
     for batch in loader().epoch(0):
         assert torch.allclose(batch.targets.sum(dim=1), torch.ones(16))
-        labels = IMAGES.labels[batch.samples]
+        labels = IMAGES.labels[batch.sample_ids]
         for row, target in enumerate(batch.targets):
             assert set(target.nonzero().squeeze(1).tolist()) <= {
                 labels[row].item(),
@@ -223,7 +225,7 @@ def test_mixed_targets_are_distributions_over_the_labels_of_the_pair():
 
 def test_a_batch_that_cannot_be_cut_is_refused():
     for processes, accumulate in ((3, 1), (8, 2)):
-        with raises(ConfigError, "optim.batch_size", "optim.accumulate") as refused:
+        with raises(ConfigError, "optim.batch_size", "optim.grad_accum_steps") as refused:
             loader(num_processes=processes, accumulate=accumulate)
         numbers = map(int, re.findall(r"\b\d+\b", str(refused.value)))
         assert sorted(numbers) == sorted([16, processes, accumulate])

@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from deit.config import DataConfig, OptimConfig, ViewsConfig, mixes
+from deit.config import DataConfig, OptimConfig, ViewsConfig, uses_mixing
 from deit.datasets.decoding import open_image, square_of
-from deit.datasets.images import Encoded, Images
+from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.resizing import resize
 from deit.datasets.splits import load_splits
-from deit.datasets.views import Colours, evaluation_squares, sample_random_crop, unit
+from deit.datasets.views import ChannelStats, evaluation_squares, sample_random_crop, to_unit_float
 from deit.keys import Keys
-from deit.presets import AUGMENTATIONS, TEACHING
+from deit.presets import AUGMENTATIONS, VIEW_MODES
 from tests.helpers.images import joined, write_pictures
 
-MEMORY = Images(
+MEMORY = InMemoryImages(
     torch.randint(
         256, (40, 3, 20, 20), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
     ),
     torch.arange(40) % 3,
 )
-RECIPE = ViewsConfig(**AUGMENTATIONS["deit"] | {"repeats": 1}, evaluation_crop=0.8)
+RECIPE = ViewsConfig(**AUGMENTATIONS["deit"] | {"aug_repeats": 1}, eval_crop_pct=0.8)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def files(tmp_path_factory):
 
 def views_of(mode, **changes):
     """The recipe's views under a teaching mode (its policy and erasing stay)."""
-    fields = TEACHING[mode].fields(asdict(RECIPE))
+    fields = VIEW_MODES[mode].fields(asdict(RECIPE))
     return dataclasses.replace(RECIPE, **fields, **changes)
 
 
@@ -47,7 +47,7 @@ def loader(images, views, process=0, num_processes=1, **settings):
         views=views,
         optim=OptimConfig(batch_size=12),
         sizes=Sizes(16, 12, 16),
-        colours=Colours((0.5,) * 3, (0.2,) * 3),
+        colours=ChannelStats((0.5,) * 3, (0.2,) * 3),
         seed=5,
         process=process,
         num_processes=num_processes,
@@ -60,7 +60,7 @@ def chosen(storage, files):
     return MEMORY if storage == "memory" else files
 
 
-ONLINE = [mode for mode in TEACHING if mode != "fix/ic_ens"]
+ONLINE = [mode for mode in VIEW_MODES if mode != "fix/ic_ens"]
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
@@ -68,20 +68,20 @@ ONLINE = [mode for mode in TEACHING if mode != "fix/ic_ens"]
 @pytest.mark.parametrize("mode", ONLINE)
 def test_a_store_is_shown_what_the_teacher_sees_beside_the_student(mode, storage, repeats, files):
     images = chosen(storage, files)
-    made = loader(images, views_of(mode, repeats=repeats))
+    made = loader(images, views_of(mode, aug_repeats=repeats))
     for epoch in (0, 3):
         batches = list(made.epoch(epoch))
         images_seen = torch.cat([batch.teacher_images for batch in batches])
-        places = torch.cat([batch.places for batch in batches])
-        samples = torch.cat([batch.samples for batch in batches])
+        places = torch.cat([batch.target_rows for batch in batches])
+        samples = torch.cat([batch.sample_ids for batch in batches])
         assert {batch.epoch for batch in batches} == {epoch}
-        assert places.max() < made.places
+        assert places.max() < made.rows_per_epoch
         # In blocks of another size, on other places; as a lone process.
-        alone = loader(images, views_of(mode, repeats=repeats), num_processes=3, process=1)
-        shown = list(alone.shown(epoch, places, block=10))
+        alone = loader(images, views_of(mode, aug_repeats=repeats), num_processes=3, process=1)
+        shown = list(alone.teacher_inputs(epoch, places, block=10))
         assert torch.equal(torch.cat([part.images for part in shown]), images_seen)
-        assert torch.equal(torch.cat([part.samples for part in shown]), samples)
-        assert torch.equal(torch.cat([part.places for part in shown]), places)
+        assert torch.equal(torch.cat([part.sample_ids for part in shown]), samples)
+        assert torch.equal(torch.cat([part.target_rows for part in shown]), places)
 
 
 @pytest.mark.parametrize("mode", ONLINE)
@@ -100,12 +100,12 @@ def student_of(mode, **changes):
 def test_modes_differ_in_what_they_should(mode):
     batch = student_of(mode)
     resized = resize((batch.teacher_images * 255).round().to(torch.uint8), 12, 12, "bicubic")
-    same = (unit(resized) - batch.images).abs().flatten(1).mean(dim=1)
-    if TEACHING[mode].teacher_view == "same":
+    same = (to_unit_float(resized) - batch.images).abs().flatten(1).mean(dim=1)
+    if VIEW_MODES[mode].teacher_view == "same":
         assert same.max() < 0.02  # two resizes of one view, mixed alike
     else:
         assert same.median() > 0.05
-    assert mixes(views_of(mode)) is (mode == "function-matching")
+    assert uses_mixing(views_of(mode)) is (mode == "function-matching")
 
 
 def test_the_student_of_independent_noise_is_the_student_of_the_same_view():
@@ -119,7 +119,7 @@ def test_independent_views_are_drawn_anew_each_epoch_and_unlike_the_students():
     first, second = ({}, {})
     for epoch, found in ((0, first), (1, second)):
         for batch in made.epoch(epoch):
-            found |= dict(zip(batch.samples.tolist(), batch.teacher_images))
+            found |= dict(zip(batch.sample_ids.tolist(), batch.teacher_images))
     both = set(first) & set(second)
     assert sum(torch.equal(first[i], second[i]) for i in both) < len(both) / 4
 
@@ -129,14 +129,14 @@ def test_independent_views_are_drawn_anew_each_epoch_and_unlike_the_students():
 def test_a_fixed_teacher_sees_an_image_the_same_way_in_every_epoch(mode, storage, files):
     images = chosen(storage, files)
     seen = {}
-    made = loader(images, views_of(mode, erasing_fill="mean"))
+    made = loader(images, views_of(mode, erasing_mode="mean"))
     for epoch in (0, 1, 7):
         for batch in made.epoch(epoch):
-            assert torch.equal(batch.places, batch.samples)
-            for sample, view in zip(batch.samples.tolist(), batch.teacher_images):
+            assert torch.equal(batch.target_rows, batch.sample_ids)
+            for sample, view in zip(batch.sample_ids.tolist(), batch.teacher_images):
                 assert torch.equal(seen.setdefault(sample, view), view)
     for sample, view in seen.items():
-        if isinstance(images, Encoded):
+        if isinstance(images, EncodedImages):
             picture = open_image(images.read(sample), images.name(sample))
             if mode == "fix/cc":
                 expected = square_of(picture, 20)[:, 2:18, 2:18]
@@ -156,8 +156,8 @@ def test_crops_of_an_image_are_many_and_the_same_for_ever(storage, files):
     places = torch.tensor([3, 4, 30])
 
     def crop(number):
-        (shown,) = made.shown(0, places, block=3, repeat=number)
-        assert torch.equal(shown.samples, places)
+        (shown,) = made.teacher_inputs(0, places, block=3, repeat=number)
+        assert torch.equal(shown.sample_ids, places)
         return shown.images
 
     assert torch.equal(crop(5), crop(5))
@@ -166,14 +166,14 @@ def test_crops_of_an_image_are_many_and_the_same_for_ever(storage, files):
     # Crops and flips alone: no policy, no erased box.
     plain = loader(
         chosen(storage, files),
-        views_of("fix/ic_ens", policy="none", erasing=0.0, magnitude=9.0),
+        views_of("fix/ic_ens", auto_augment="none", erasing_prob=0.0, randaugment_magnitude=9.0),
     )
-    (shown,) = plain.shown(0, places, block=3, repeat=5)
+    (shown,) = plain.teacher_inputs(0, places, block=3, repeat=5)
     assert torch.equal(shown.images, crop(5))
 
 
 def test_places_do_not_depend_on_the_batch_unless_views_repeat():
-    odd = Images(MEMORY.pixels[:39], MEMORY.labels[:39])
+    odd = InMemoryImages(MEMORY.pixels[:39], MEMORY.labels[:39])
 
     def places(views, batch_size=12):
         return TrainLoader(
@@ -182,15 +182,15 @@ def test_places_do_not_depend_on_the_batch_unless_views_repeat():
             views=views,
             optim=OptimConfig(batch_size=batch_size),
             sizes=Sizes(16, 12, 16),
-            colours=Colours((0.5,) * 3, (0.2,) * 3),
+            colours=ChannelStats((0.5,) * 3, (0.2,) * 3),
             seed=5,
-        ).places
+        ).rows_per_epoch
 
     assert places(ViewsConfig()) == places(ViewsConfig(), 8) == 39
     assert places(ViewsConfig(mixup_alpha=1.0)) == 38
-    assert places(ViewsConfig(repeats=3)) == 36
-    assert places(ViewsConfig(repeats=3), 8) == 32
-    assert places(ViewsConfig(repeats=3, teacher_view="center")) == 39
+    assert places(ViewsConfig(aug_repeats=3)) == 36
+    assert places(ViewsConfig(aug_repeats=3), 8) == 32
+    assert places(ViewsConfig(aug_repeats=3, teacher_view="center")) == 39
 
 
 def test_without_a_teacher_to_look_nothing_is_made_for_it():

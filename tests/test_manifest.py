@@ -12,8 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from deit import checkpoint, manifest
-from deit.checkpoint import check, newest, seal_folder, write
-from deit.errors import CheckpointError, EnvironmentFault
+from deit.checkpoint import (
+    latest_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+    write_with_manifest,
+)
+from deit.errors import CheckpointError, SystemFault
 from tests.helpers.errors import raises
 from tests.helpers.images import mutate
 
@@ -27,12 +32,12 @@ def fill(folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    seal_folder(tmp_path / "checkpoint-00000003", fill, step=3)
+    write_with_manifest(tmp_path / "checkpoint-00000003", fill, step=3)
     return tmp_path / "checkpoint-00000003"
 
 
 def test_what_was_written_is_what_is_found(folder):
-    found = manifest.check(folder)
+    found = manifest.verify_dir(folder)
     assert (found.step, sorted(found.files)) == (3, ["model.safetensors", "state.json"])
     for name, content in found.files.items():
         assert (folder / name).stat().st_size == content.bytes
@@ -46,16 +51,16 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_looked_at_again(folder, m
         if self == old and folder.stat().st_ino == first:
             if replaced:
                 folder.rename(folder.with_name(f"gone-{first}"))
-                seal_folder(folder, fill, step=3)
+                write_with_manifest(folder, fill, step=3)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
         return opens(self, *arguments, **options)
 
     first, replaced = folder.stat().st_ino, True
     monkeypatch.setattr(Path, "open", failing)
-    assert manifest.check(folder).step == 3
+    assert manifest.verify_dir(folder).step == 3
     first, replaced = folder.stat().st_ino, False
-    with raises(EnvironmentFault, old, os.strerror(errno.ESTALE)):
-        manifest.check(folder)
+    with raises(SystemFault, old, os.strerror(errno.ESTALE)):
+        manifest.verify_dir(folder)
 
 
 def test_no_mutation_of_any_file_goes_unnoticed(folder):
@@ -67,9 +72,9 @@ def test_no_mutation_of_any_file_goes_unnoticed(folder):
         if path.is_file() and path.read_bytes() == whole[path]:
             continue  # a stretch of the same bytes
         with pytest.raises(CheckpointError):
-            check(folder, 3)
+            verify_checkpoint(folder, 3)
         path.write_bytes(whole[path])
-    check(folder, 3)
+    verify_checkpoint(folder, 3)
 
 
 @pytest.mark.parametrize(
@@ -79,32 +84,32 @@ def test_no_mutation_of_any_file_goes_unnoticed(folder):
         ("[" * 100_000, ["Invalid JSON"]),
         ("{}", ["format_version"]),
         ('{"format_version": NaN, "step": 3, "files": {}, "sha256": ""}', ["format_version"]),
-        ('{"format_version": 2, "step": "3", "files": {}, "sha256": ""}', ["step"]),
-        ('{"format_version": 2, "step": 3, "files": [], "sha256": ""}', ["files"]),
+        ('{"format_version": 3, "step": "3", "files": {}, "sha256": ""}', ["step"]),
+        ('{"format_version": 3, "step": 3, "files": [], "sha256": ""}', ["files"]),
         ('{"format_version": 98765, "step": 3, "files": {}, "sha256": ""}', ["98765"]),
-        ('{"format_version": 2, "step": 3, "files": {}, "sha256": "", "more": 1}', ["more"]),
-        ('{"format_version": 2, "step": 3, "files": {}, "sha256": ""}', ["sha256"]),
-        ('{"format_version": 2, "step": 1, "step": 3, "files": {}, "sha256": ""}', ["sha256"]),
+        ('{"format_version": 3, "step": 3, "files": {}, "sha256": "", "more": 1}', ["more"]),
+        ('{"format_version": 3, "step": 3, "files": {}, "sha256": ""}', ["sha256"]),
+        ('{"format_version": 3, "step": 1, "step": 3, "files": {}, "sha256": ""}', ["sha256"]),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(text, names, folder):
     (folder / "manifest.json").write_text(text)
     with raises(CheckpointError, folder / "manifest.json", *names):
-        manifest.check(folder)
+        manifest.verify_dir(folder)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", ".hidden", "A.bin", "a/b", ""])
 def test_a_name_that_leads_elsewhere_is_refused(name, folder):
     (folder.parent / "secret").write_text("secret")
-    manifest.seal(folder, {name: manifest.Content(6, "0" * 64)}, step=3)
+    manifest.write_manifest(folder, {name: manifest.FileDigest(6, "0" * 64)}, step=3)
     with raises(CheckpointError, folder / "manifest.json", repr(name)):
-        manifest.check(folder)
+        manifest.verify_dir(folder)
 
 
 def test_a_folder_under_another_steps_name_is_not_that_step(folder):
     moved = folder.rename(folder.with_name("checkpoint-00000009"))
     with raises(CheckpointError, moved, "step 3"):
-        check(moved, 9)
+        verify_checkpoint(moved, 9)
 
 
 def test_strays_are_left_alone_and_count_for_nothing(folder, tmp_path):
@@ -112,9 +117,9 @@ def test_strays_are_left_alone_and_count_for_nothing(folder, tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-00000099").write_text("a file")
     (folder / "pytorch_model.bin").write_bytes(b"a stray pickle")
-    assert newest(tmp_path) == folder
+    assert latest_checkpoint(tmp_path) == folder
     for step in (5, 6, 7):
-        write(tmp_path, step, fill, keep=2)
+        save_checkpoint(tmp_path, step, fill, keep=2)
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert [name for name in kept if name[-1].isdigit()] == [
         *("checkpoint-00000006", "checkpoint-00000007", "checkpoint-00000099"),
@@ -126,9 +131,9 @@ def test_the_times_of_files_mean_nothing(tmp_path):
     import os
 
     for step, when in ((3, 2e9), (4, 1e9), (5, 0)):
-        write(tmp_path, step, fill, keep=3)
-        os.utime(checkpoint.folder_of(tmp_path, step), (when, when))
-    assert newest(tmp_path) == tmp_path / "checkpoint-00000005"
+        save_checkpoint(tmp_path, step, fill, keep=3)
+        os.utime(checkpoint.checkpoint_path(tmp_path, step), (when, when))
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-00000005"
 
 
 def test_files_reach_the_disk_before_the_name_and_the_name_before_anything_goes(
@@ -152,12 +157,12 @@ def test_files_reach_the_disk_before_the_name_and_the_name_before_anything_goes(
         calls.append(f"remove {Path(path).name}")
         real_rmtree(path, **settings)
 
-    write(tmp_path, 3, fill, keep=2)
-    write(tmp_path, 4, fill, keep=2)
+    save_checkpoint(tmp_path, 3, fill, keep=2)
+    save_checkpoint(tmp_path, 4, fill, keep=2)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "rename", rename)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    write(tmp_path, 5, fill, keep=2)
+    save_checkpoint(tmp_path, 5, fill, keep=2)
     named = calls.index("rename to checkpoint-00000005")
     before, after = calls[:named], calls[named + 1 :]
     first = {name: before.index(f"fsync {name}") for name in ("model.safetensors", "state.json")}
@@ -180,9 +185,9 @@ def test_a_planted_pickle_is_never_opened(folder, tmp_path):
         whole = (folder / name).read_bytes() if (folder / name).exists() else None
         (folder / name).write_bytes(payload)
         if whole is None:
-            check(folder, 3)
+            verify_checkpoint(folder, 3)
             continue
         with pytest.raises(CheckpointError):
-            check(folder, 3)
+            verify_checkpoint(folder, 3)
         (folder / name).write_bytes(whole)
     assert not (tmp_path / "canary").exists()

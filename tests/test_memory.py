@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from deit import memory, mishaps
-from deit.errors import EnvironmentFault
+from deit.errors import SystemFault
 from deit.memory import allowed, bytes_per_image, check_answers, free_memory
 from deit.recipes import digits
 from deit.run import train
@@ -102,33 +102,33 @@ SMALL = {"name": "deit_micro", "embed_dim": 24, "depth": 1, "image_size": 16}
 
 def small(**run):
     config = digits().replace(student=SMALL, teacher={"source": ()}, loss={"kind": "none"})
-    config = config.replace(optim={"batch_size": 512, "accumulate": 1}, run=run)
+    config = config.replace(optim={"batch_size": 512, "grad_accum_steps": 1}, run=run)
     return config.replace(loss=type(config.loss)(kind="none"))
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_fits(tmp_path, monkeypatch):
     monkeypatch.setattr(mishaps, "free_memory", lambda device: 20 * 2**20)
-    with raises(EnvironmentFault, "512 images", "0.0 GiB", "--run.fit_memory") as refused:
+    with raises(SystemFault, "512 images", "0.0 GiB", "--run.auto_micro_batch") as refused:
         train(small(), tmp_path / "run", dry_run=True)
-    accumulate = int(re.search(r"--optim\.accumulate (\d+)", str(refused.value))[1])
+    accumulate = int(re.search(r"--optim\.grad_accum_steps (\d+)", str(refused.value))[1])
     assert accumulate > 1
-    fits = small().replace(optim={"accumulate": accumulate})
+    fits = small().replace(optim={"grad_accum_steps": accumulate})
     train(fits, tmp_path / "run", dry_run=True)
     assert not (tmp_path / "run").exists()
 
 
 def test_fit_memory_begins_with_what_may_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mishaps, "free_memory", lambda device: 20 * 2**20)
-    train(small(fit_memory=True), tmp_path / "run", dry_run=True)
+    train(small(auto_micro_batch=True), tmp_path / "run", dry_run=True)
     said = capsys.readouterr().out
-    assert re.search(r"^memory .*\b512 images\b.*\boptim\.accumulate \d+", said, re.MULTILINE)
+    assert re.search(r"^memory .*\b512 images\b.*\boptim\.grad_accum_steps \d+", said, re.MULTILINE)
 
 
 def test_where_nothing_fits_that_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(mishaps, "free_memory", lambda device: 2**10)
-    with raises(EnvironmentFault, "512 images", "--run.recompute") as refused:
+    with raises(SystemFault, "512 images", "--run.activation_checkpointing") as refused:
         train(small(), tmp_path / "run", dry_run=True)
-    assert "--optim.accumulate" not in str(refused.value)
+    assert "--optim.grad_accum_steps" not in str(refused.value)
 
 
 def test_answers_of_too_many_images_are_refused(monkeypatch):
@@ -136,7 +136,7 @@ def test_answers_of_too_many_images_are_refused(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 4 * 48 * 1000)
     accelerator = Accelerator(cpu=True)
     check_answers(network, network, 4, accelerator, 100)
-    with raises(EnvironmentFault, "run.evaluation_batch"):
+    with raises(SystemFault, "run.eval_batch_size"):
         check_answers(network, network, 4, accelerator, 4000)
 
 
@@ -155,5 +155,5 @@ def test_all_processes_refuse_what_one_cannot_hold():
     """Else the others would wait for it."""
     network = Counted()
     check_answers(network, network, 4, Beside(192, 2**20), 4000)
-    with raises(EnvironmentFault, "run.evaluation_batch"):
+    with raises(SystemFault, "run.eval_batch_size"):
         check_answers(network, network, 4, Beside(384, 2**20), 4000)

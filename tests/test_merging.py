@@ -28,8 +28,12 @@ SHAPE = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_head
 OURS = {
     "distilled": {"name": "deit_micro"},
     "class token": {"name": "vit_micro", "drop_path": 0.3, "dropout": 0.2},
-    "two teachers": {"name": "deit_micro", "distillation_tokens": 2},
-    "pruned": {"name": "deit_micro", "block_heads": (1, 3, 2), "block_hidden": (5, 40, 17)},
+    "two teachers": {"name": "deit_micro", "num_distillation_tokens": 2},
+    "pruned": {
+        "name": "deit_micro",
+        "heads_per_block": (1, 3, 2),
+        "mlp_hidden_per_block": (5, 40, 17),
+    },
 }
 TIMM = {
     "layer scale": {"init_values": 0.5},
@@ -391,21 +395,25 @@ REFUSED = {
     "a convnet": (
         lambda: create_network(StudentConfig(name="small_convnet"), 4),
         1,
-        ("--merge", "SmallConvNet"),
+        ("--merge-tokens", "SmallConvNet"),
     ),
-    "a pool": (pooled, 1, ("--merge", "avg")),
-    "other blocks": (parallel, 1, ("--merge", "VisionTransformer ", "deit_*")),
-    "other attention": (differential, 1, ("--merge", "VisionTransformer ", "deit_*")),
+    "a pool": (pooled, 1, ("--merge-tokens", "avg")),
+    "other blocks": (parallel, 1, ("--merge-tokens", "VisionTransformer ", "deit_*")),
+    "other attention": (differential, 1, ("--merge-tokens", "VisionTransformer ", "deit_*")),
     "merged before": (
         lambda: with_merging(network(), 1),
         1,
-        ("--merge", "VisionTransformerDistilled", "deit_*"),
+        ("--merge-tokens", "VisionTransformerDistilled", "deit_*"),
     ),
-    "adapters": (lambda: ours(adapters="convpass"), 1, ("--merge", "student.adapters")),
-    "shared blocks": (lambda: ours(share=3), 1, ("--merge", "student.share")),
-    "negative": (network, -1, ("--merge -1", "8", "16")),
-    "too many": (network, 9, ("--merge 9", "8", "16")),
-    "one too many": (network, [0, 9, 0], ("--merge 9", "8", "16")),
+    "adapters": (lambda: ours(adapters="convpass"), 1, ("--merge-tokens", "student.adapters")),
+    "shared blocks": (
+        lambda: ours(shared_block_size=3),
+        1,
+        ("--merge-tokens", "student.shared_block_size"),
+    ),
+    "negative": (network, -1, ("--merge-tokens -1", "8", "16")),
+    "too many": (network, 9, ("--merge-tokens 9", "8", "16")),
+    "one too many": (network, [0, 9, 0], ("--merge-tokens 9", "8", "16")),
     "too few numbers": (network, [1, 2], ((1, 2), "3")),
 }
 """What cannot be merged, by how many, and what the error names."""
@@ -454,7 +462,7 @@ def runs(tmp_path_factory):
 
 
 def test_several_numbers_make_one_table(runs, tmp_path, capsys):
-    words = [str(runs / "student"), "--merge", "0,2,8", "--teacher", "none"]
+    words = [str(runs / "student"), "--merge-tokens", "0,2,8", "--teacher", "none"]
     words += ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "f.json")]
     assert run_command("evaluate", words, "evaluate") == 0
     said = capsys.readouterr().out
@@ -470,13 +478,13 @@ def test_several_numbers_make_one_table(runs, tmp_path, capsys):
     assert none["cost"]["gmacs"] == pytest.approx(plain["cost"]["gmacs"], rel=1e-9)
     assert eight["cost"]["gmacs"] < two["cost"]["gmacs"] < none["cost"]["gmacs"]
     assert eight["heads"] != none["heads"]
-    assert two["heads"] == evaluate(runs / "student", merge=2, teacher="none")["heads"]
+    assert two["heads"] == evaluate(runs / "student", merge_tokens=2, teacher="none")["heads"]
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.width > 500
 
 
 def test_a_single_number_is_said_in_the_title(zygote, runs, tmp_path):
-    words = (runs / "student", "--merge", "4", "--json", tmp_path / "f.json")
+    words = (runs / "student", "--merge-tokens", "4", "--json", tmp_path / "f.json")
     done = zygote.run(*words, script="evaluate_deit.py")
     assert done.code == 0, done.err
     assert re.search(r"\b8 px\b.*\b4 tokens\b", " ".join(done.out.split()))
@@ -487,7 +495,15 @@ def test_a_single_number_is_said_in_the_title(zygote, runs, tmp_path):
 
 
 def test_more_patches_at_another_resolution_let_more_merge(runs, tmp_path):
-    words = [str(runs / "student"), "--resolution", "16", "--merge", "9,32", "--teacher", "none"]
+    words = [
+        str(runs / "student"),
+        "--resolution",
+        "16",
+        "--merge-tokens",
+        "9,32",
+        "--teacher",
+        "none",
+    ]
     assert run_command("evaluate", [*words, "--json", str(tmp_path / "f.json")], "evaluate") == 0
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert [row["tokens"] for row in rows.values()] == [[57, 48], [34, 18]]
@@ -497,12 +513,12 @@ def test_more_patches_at_another_resolution_let_more_merge(runs, tmp_path):
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        (("--merge", "-1"), ["--merge -1"]),
-        (("--merge", "2,x"), ["--merge 2,x"]),
-        (("--merge", "2,2"), ["--merge 2,2"]),
-        (("--merge", "9"), ["--merge 9", "8", "16"]),
-        (("--merge", "0,9"), ["--merge 9", "8", "16"]),
-        (("--merge", "9", "--resolution", "16,8"), ["--merge 9", "8", "16"]),
+        (("--merge-tokens", "-1"), ["--merge-tokens -1"]),
+        (("--merge-tokens", "2,x"), ["--merge-tokens 2,x"]),
+        (("--merge-tokens", "2,2"), ["--merge-tokens 2,2"]),
+        (("--merge-tokens", "9"), ["--merge-tokens 9", "8", "16"]),
+        (("--merge-tokens", "0,9"), ["--merge-tokens 9", "8", "16"]),
+        (("--merge-tokens", "9", "--resolution", "16,8"), ["--merge-tokens 9", "8", "16"]),
     ],
 )
 def test_bad_numbers_are_one_line_before_the_work(words, names, runs, capsys):
@@ -517,9 +533,9 @@ def test_bad_numbers_are_one_line_before_the_work(words, names, runs, capsys):
 
 @pytest.mark.parametrize("numbers", ["0", "0,1"])
 def test_a_run_that_is_no_vit_is_refused_at_once(numbers, runs, capsys):
-    words = [str(runs / "student"), str(runs / "teacher"), "--merge", numbers]
+    words = [str(runs / "student"), str(runs / "teacher"), "--merge-tokens", numbers]
     for asked in (words, words[1:]):
         assert run_command("evaluate", asked, "evaluate") == 2
         said = capsys.readouterr()
-        assert "--merge: SmallConvNet" in said.err
+        assert "--merge-tokens: SmallConvNet" in said.err
         assert said.out == ""

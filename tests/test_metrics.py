@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from deit.drawing import summary
+from deit.drawing import mean_std
 from deit.metrics import (
     agreement,
     at_chance,
     binomial_tail,
     calibration_error,
-    chance,
     confusion,
     could_be_chance,
+    majority_accuracy,
     topk_accuracy,
 )
-from deit.records import Outputs, head_logits
+from deit.records import StudentOutput, logits_by_head
 
 LOGITS = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [1, 3, 2, 0], [2, 0, 1, 3]])
 
@@ -46,7 +46,7 @@ def test_calibration_error_by_hand():
 
 
 def test_chance_is_the_share_of_the_commonest_class():
-    assert chance(torch.tensor([0, 0, 0, 1]), 3) == 0.75
+    assert majority_accuracy(torch.tensor([0, 0, 0, 1]), 3) == 0.75
 
 
 @pytest.mark.parametrize(
@@ -81,16 +81,16 @@ def test_binomial_tail_is_scipys(least, number, share):
 
 def test_fused_heads_are_mean_of_logits_and_mean_of_softmax():
     one, other = torch.tensor([[2.0, 0.0, 1.9]]), torch.tensor([[0.0, 4.0, 2.2]])
-    heads = head_logits(Outputs(one, other[:, None]))
+    heads = logits_by_head(StudentOutput(one, other[:, None]))
     assert torch.allclose(heads["fused"], (one + other) / 2)
     assert torch.allclose(heads["fused_softmax"].exp(), (one.softmax(1) + other.softmax(1)) / 2)
     # The two rules are not the same rule: here they differ.
     assert heads["fused"].argmax() == 2
     assert heads["fused_softmax"].argmax() == 1
-    assert list(head_logits(Outputs(one))) == ["class"]
+    assert list(logits_by_head(StudentOutput(one))) == ["class"]
 
 
 def test_summary_of_several_seeds_is_mean_and_sample_deviation():
-    assert summary([0.97], scale=100) == "97.0"
-    assert summary([0.96, 0.98], scale=100) == "97.0 +- 1.4"
-    assert summary([None, None]) == "-"
+    assert mean_std([0.97], scale=100) == "97.0"
+    assert mean_std([0.96, 0.98], scale=100) == "97.0 +- 1.4"
+    assert mean_std([None, None]) == "-"

@@ -78,7 +78,7 @@ def test_the_label_has_the_share_of_the_pixels():
 
 def test_mixing_can_be_rarer_and_of_one_kind():
     pairs = Keys(0, 0, torch.arange(4000))
-    rare = ViewsConfig(mixup_alpha=0.8, mix_probability=0.25)
+    rare = ViewsConfig(mixup_alpha=0.8, mixup_prob=0.25)
     found = sample_mix(pairs, views=rare, size=8)
     assert (found.own_weight < 1).double().mean() == pytest.approx(0.25, abs=0.03)
     assert not found.cut.any()

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from deit import checkpoint
 from deit.config import Config, StudentConfig
 from deit.errors import CheckpointError, ConfigError
-from deit.export import bare_of
+from deit.export import split_normalization
 from deit.formats import FORMATS
 from deit.models.attention import check_attention, token_cosines
 from deit.models.cost import cost_of
 from deit.models.masks import prunable
 from deit.models.multiplexing import MixedAttention
 from deit.models.networks import create_network
-from deit.models.saved import Facts, build_student, load_student, save_student
-from deit.models.start import find_start, fit
+from deit.models.saved import ModelInfo, build_student, load_student, save_student
+from deit.models.start import adapt_weights, load_weights_from
 from deit.models.weights import load_weights
 from deit.optim import parameter_groups
 from deit.recipes import digits
@@ -36,7 +36,7 @@ SMALL = StudentConfig(
 
 
 def sharing(share: int) -> StudentConfig:
-    return dataclasses.replace(SMALL, share=share)
+    return dataclasses.replace(SMALL, shared_block_size=share)
 
 
 def network_of(share: int) -> torch.nn.Module:
@@ -44,8 +44,8 @@ def network_of(share: int) -> torch.nn.Module:
     return create_network(sharing(share), 5)
 
 
-def facts_of(share: int) -> Facts:
-    return Facts(sharing(share), tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
+def facts_of(share: int) -> ModelInfo:
+    return ModelInfo(sharing(share), tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
 
 
 def test_shared_weights_are_there_once():
@@ -59,7 +59,7 @@ def test_shared_weights_are_there_once():
         *("blocks.1.norm1.weight", "blocks.1.norm1.bias", "blocks.1.attn.before"),
         *("blocks.1.attn.after", "blocks.1.norm2.weight", "blocks.1.norm2.bias"),
     ]
-    tiny = StudentConfig(name="deit_tiny", image_size=224, patch_size=16, share=2)
+    tiny = StudentConfig(name="deit_tiny", image_size=224, patch_size=16, shared_block_size=2)
     number = sum(one.numel() for one in create_network(tiny, 1000).parameters())
     assert 3.2e6 < number < 3.3e6  # Mini-DeiT-Ti, 3 M, with a second token and head
 
@@ -170,7 +170,7 @@ def test_recomputing_gives_the_same_gradients():
 
 def test_what_cannot_be_shown_is_refused_and_tokens_are_compared():
     network = network_of(2).eval()
-    with raises(ConfigError, type(network).__name__, "student.share"):
+    with raises(ConfigError, type(network).__name__, "student.shared_block_size"):
         check_attention(network)
     assert token_cosines(network, torch.randn(2, 3, 16, 16)).shape == (2, 5)
 
@@ -178,9 +178,15 @@ def test_what_cannot_be_shown_is_refused_and_tokens_are_compared():
 @pytest.mark.parametrize(
     ("student", "names"),
     [
-        ({"share": 4}, ("student.share = 4", "6")),
-        ({"share": 2, "block_heads": (2,)}, ("student.share = 2", "student.block_heads")),
-        ({"name": "small_convnet", "share": 2}, ("student.share = 2", "'small_convnet'")),
+        ({"shared_block_size": 4}, ("student.shared_block_size = 4", "6")),
+        (
+            {"shared_block_size": 2, "heads_per_block": (2,)},
+            ("student.shared_block_size = 2", "student.heads_per_block"),
+        ),
+        (
+            {"name": "small_convnet", "shared_block_size": 2},
+            ("student.shared_block_size = 2", "'small_convnet'"),
+        ),
     ],
 )
 def test_sharing_that_cannot_be(student, names):
@@ -190,8 +196,8 @@ def test_sharing_that_cannot_be(student, names):
 
 
 def test_sharing_and_dividing_among_processes_do_not_go_together():
-    config = digits().replace(student={"share": 2}, run={"shard": "full"})
-    with raises(ConfigError, "student.share = 2", "run.shard"):
+    config = digits().replace(student={"shared_block_size": 2}, run={"sharding": "fsdp"})
+    with raises(ConfigError, "student.shared_block_size = 2", "run.sharding"):
         validate(config)
 
 
@@ -201,7 +207,7 @@ def test_sharing_and_dividing_among_processes_do_not_go_together():
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_other_libraries_know_no_shared_blocks(name):
     facts = facts_of(2)
-    with raises(ConfigError, "student.share = 2", "--format"):
+    with raises(ConfigError, "student.shared_block_size = 2", "--format"):
         FORMATS[name].check(build_student(facts), facts)
 
 
@@ -214,7 +220,7 @@ def test_saved_and_exported_once(tmp_path):
         folder.mkdir()
         save_student(folder, student.network.state_dict(), facts_of(share))
         there, _ = load_student(folder)
-        bare, normalise = bare_of(student)
+        bare, normalise = split_normalization(student)
         FORMATS["onnx"].write(folder, bare, facts_of(share))
         found = FORMATS["onnx"].load["onnxruntime"](folder)(normalise(images))
         with torch.no_grad():
@@ -233,7 +239,9 @@ def test_a_whole_student_becomes_one_that_shares(tmp_path):
     torch.manual_seed(1)
     save_student(tmp_path, build_student(facts).network.state_dict(), facts)
     network = network_of(2)
-    fitted = fit(find_start(str(tmp_path)), network, facts.class_names, Config().start)
+    fitted = adapt_weights(
+        load_weights_from(str(tmp_path)), network, facts.class_names, Config().init
+    )
     assert fitted.weights.keys() == network.state_dict().keys()
     before = load_file(tmp_path / "model.safetensors")
     for name, value in fitted.weights.items():
@@ -254,16 +262,22 @@ def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, zygote
     assert zygote.run("train", "digits-teacher", *words, cwd=tmp_path).code == 0
     config = digits().replace(
         data={"train_fraction": 0.2},
-        student={"depth": 4, "embed_dim": 32, "num_heads": 2, "share": 2, "drop_path": 0.1},
-        teacher={"source": (str(teacher),), "allow_weak": True},
+        student={
+            "depth": 4,
+            "embed_dim": 32,
+            "num_heads": 2,
+            "shared_block_size": 2,
+            "drop_path": 0.1,
+        },
+        teacher={"source": (str(teacher),), "allow_near_chance": True},
         optim={"epochs": 2, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 0.5},
-        run={"linear": "torch"},
+        run={"linear_backend": "torch"},
     )
     torch.set_num_threads(1)
     train(config, tmp_path / "straight")
     stop_and_go_on(config, tmp_path / "run", "update:3:term")
     same_end(tmp_path / "run", tmp_path / "straight")
-    weights = load_file(checkpoint.newest(tmp_path / "straight") / "model.safetensors")
+    weights = load_file(checkpoint.latest_checkpoint(tmp_path / "straight") / "model.safetensors")
     moved = [
         name
         for name, one in weights.items()
@@ -282,17 +296,19 @@ def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, zygote
 
 
 def test_pruning_blocks_that_share_is_refused(tmp_path, zygote):
-    words = ("--objective", "none", "--student.share", "2", "--optim.epochs", "2")
+    words = ("--loss", "none", "--student.shared_block_size", "2", "--optim.epochs", "2")
     words = (*words, "--optim.warmup_epochs", "1", "--data.train_fraction", "0.2", "--out", "run")
     assert zygote.run("train", "digits", *words, cwd=tmp_path).code == 0
     done = zygote.run("prune", "run", "--out", "out", cwd=tmp_path)
     assert done.code == 2
-    assert "run: student.share = 2" in done.err
+    assert "run: student.shared_block_size = 2" in done.err
 
 
 def test_weights_of_another_sharing_are_refused_by_name(tmp_path):
     facts = facts_of(2)
     save_student(tmp_path, build_student(facts).network.state_dict(), facts)
-    fitted = fit(find_start(str(tmp_path)), network_of(1), facts.class_names, Config().start)
+    fitted = adapt_weights(
+        load_weights_from(str(tmp_path)), network_of(1), facts.class_names, Config().init
+    )
     with raises(CheckpointError, "x:", "blocks.1.attn.qkv.weight"):
         load_weights(network_of(1), fitted.weights, origin="x")

@@ -77,11 +77,11 @@ def test_pictures_of_one_pixel_or_one_line_are_trained_on(tmp_path, zygote):
         place.mkdir(parents=True)
         for index, size in enumerate(((1, 1), (1, 60), (60, 1), (2, 3), (9, 9), (30, 20)) * 2):
             Image.new("RGB", size, (200 * (label == "a"), index, 90)).save(place / f"{index}.png")
-    words = ("--objective", "none", "--student.name", "vit_micro", "--student.depth", "1")
+    words = ("--loss", "none", "--student.name", "vit_micro", "--student.depth", "1")
     words += ("--student.image_size", "16", "--student.patch_size", "4", "--optim.batch_size", "8")
     words += ("--optim.epochs", "1", "--optim.warmup_epochs", "0", "--data.image_size", "18")
     for storage in ("memory", "files"):
-        more = ("--data.storage", storage, "--augmentation", "deit", "--views.repeats", "1")
+        more = ("--data.storage", storage, "--augmentation", "deit", "--views.aug_repeats", "1")
         done = zygote.run(
             *("train", "folder", "--data.root", tmp_path / "pictures", *words, *more),
             *("--out", tmp_path / storage),

@@ -17,7 +17,7 @@ from deit.drawing import legend, markdown_table, save_figure
 from deit.errors import ConfigError
 from deit.recipes import digits
 from deit.text import in_line, name_trouble, printable
-from deit.validation import build
+from deit.validation import config_from_dict
 from tests.helpers.errors import raises
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def test_a_configuration_refuses_names_that_its_file_could_not_hold():
     values = to_dict(digits())
     values["data"]["root"], values["teacher"]["source"] = "caf\udce9", ("a", "b\nc")
     with raises(ConfigError, "data.root = 'caf\\udce9'", "teacher.source = 'b\\nc'") as refused:
-        build(values)
+        config_from_dict(values)
     assert ["UTF-8" in problem.hint for problem in refused.value.problems] == [True, False]
 
 
@@ -109,7 +109,14 @@ def trained(zygote, place) -> Path:
     teacher = ("folder-teacher", *words, "--student.name", "small_convnet", "--out", "t [b] é")
     done = zygote.run("train", *teacher, cwd=place)
     assert done.code == 0, done.err
-    words = (*words, "--student.depth", "1", "--teacher.source", "t [b] é", "--teacher.allow_weak")
+    words = (
+        *words,
+        "--student.depth",
+        "1",
+        "--teacher.source",
+        "t [b] é",
+        "--teacher.allow_near_chance",
+    )
     done = zygote.run("train", "folder", *words, "--out", RUN, cwd=place)
     assert done.code == 0, done.err
     return place / RUN
@@ -122,11 +129,11 @@ def test_every_command_reads_a_run_of_odd_names(trained, place, zygote):
     commands: list[tuple[object, ...]] = [
         ("evaluate", RUN),
         ("predict", RUN, *images, "--json", "said.json", "--attention", "seen.png"),
-        ("scan", "odd é", "--json", "scan.json", "--write", "bad.txt"),
+        ("check-data", "odd é", "--json", "scan.json", "--write-exclude-list", "bad.txt"),
         ("report", RUN, "--out", "page"),
         ("export", RUN, "--format", "pt2"),
-        ("views", f"{RUN}/config.json", "--out", "views.png"),
-        ("finetune", "--from", RUN, *QUICK[:2], "--print_config"),
+        ("show-views", f"{RUN}/config.json", "--out", "views.png"),
+        ("finetune", "--from", RUN, *QUICK[:2], "--print-config"),
     ]
     said = {}
     for words in commands:
@@ -153,7 +160,7 @@ def test_classes_that_no_file_could_hold_are_refused_before_any_work(kind, zygot
         pytest.skip("this file system takes UTF-8 alone")
     named = {"latin": ("'caf\\xe9'", "UTF-8"), "newline": ("'bee\\nsting'",)}
     words = ("folder-teacher", "--data.root", "set", *QUICK, "--out", "run")
-    for command in (("train", *words), ("scan", "set")):
+    for command in (("train", *words), ("check-data", "set")):
         done = zygote.run(*command, cwd=tmp_path)
         assert done.code == 3
         assert done.err.startswith("deit: error: set/train: ")
@@ -187,7 +194,7 @@ def started(words: list[str], cwd: Path, *, closed: str = "", **environment: str
 
 def test_a_console_that_lacks_a_sign_shows_its_escape(place):
     words = "from deit.text import open_streams; from deit.console import *; open_streams();"
-    words += f"say({'中 é'!a}); table({'ü'!a}, ('a',), [({'🍎'!a},)]); warn('\\xdf')"
+    words += f"info({'中 é'!a}); table({'ü'!a}, ('a',), [({'🍎'!a},)]); warn('\\xdf')"
     done = started(["-c", words], place, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
     assert done.returncode == 0, done.stderr
     assert b"\\u4e2d \\xe9" in done.stdout

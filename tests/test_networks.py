@@ -11,13 +11,13 @@ from torch import nn
 
 from deit.config import SIZES, STUDENTS, StudentConfig, has_distillation_token
 from deit.errors import CheckpointError, ConfigError
-from deit.models.facts import Facts, find_saved
+from deit.models.facts import ModelInfo, find_saved_model
 from deit.models.networks import NETWORKS, create_network
 from deit.models.networks import SIZES as SHAPES
 from deit.models.saved import build_student, load_student, save_student
-from deit.models.student import Student, has_two_heads
+from deit.models.student import Student, has_distillation_head
 from deit.models.weights import load_weights, read_weights
-from deit.records import head_logits
+from deit.records import logits_by_head
 from tests.helpers.errors import raises
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -25,7 +25,7 @@ MICRO = StudentConfig(name="deit_micro", image_size=16, patch_size=4, embed_dim=
 
 
 def facts(student=MICRO, classes=("a", "b", "c")):
-    return Facts(student, classes, MEAN, STD, 1.0)
+    return ModelInfo(student, classes, MEAN, STD, 1.0)
 
 
 def test_names_of_configuration_and_rooms_agree():
@@ -39,7 +39,7 @@ def test_every_network_answers_with_its_heads(name):
     network = create_network(student, 7)
     outputs = Student(network, mean=MEAN, std=STD)(torch.rand(2, 3, 32, 32))
     assert outputs.class_logits.shape == (2, 7)
-    assert has_two_heads(network) is has_distillation_token(student)
+    assert has_distillation_head(network) is has_distillation_token(student)
     assert (outputs.distillation_logits is not None) is has_distillation_token(student)
 
 
@@ -63,7 +63,7 @@ def test_both_heads_average_to_timms_own_answer():
         reference.train()
         reference.set_distilled_training(True)
         class_logits, distillation_logits = reference((images - mean) / std)
-    assert torch.allclose(head_logits(outputs)["fused"], expected, atol=1e-6)
+    assert torch.allclose(logits_by_head(outputs)["fused"], expected, atol=1e-6)
     assert torch.allclose(outputs.class_logits, class_logits, atol=1e-6)
     assert torch.allclose(outputs.distillation_logits[:, 0], distillation_logits, atol=1e-6)
 
@@ -93,13 +93,13 @@ def test_no_parameter_keeps_what_it_held_before_initialisation(name, initialisat
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    network = create_network(StudentConfig(name=name, initialisation=initialisation), 5)
+    network = create_network(StudentConfig(name=name, weight_init=initialisation), 5)
     monkeypatch.undo()
     assert all(parameter.isfinite().all() for parameter in network.parameters())
 
 
 def test_scaled_initialisation_keeps_the_variance_of_narrow_layers():
-    network = create_network(StudentConfig(name="deit_micro", initialisation="scaled"), 10)
+    network = create_network(StudentConfig(name="deit_micro", weight_init="scaled"), 10)
     tokens = torch.randn(4096, 96)
     projected = network.blocks[0].mlp.fc1(tokens)
     assert 0.6 < projected.var() < 1.1  # a normal cut at two deviations keeps 0.77
@@ -137,13 +137,13 @@ def test_a_saved_student_comes_back_bit_equal(tmp_path):
     folder = tmp_path / "best"
     folder.mkdir()
     save_student(folder, student.network.state_dict(), facts())
-    assert find_saved(tmp_path) == folder
-    assert find_saved(folder) == folder
+    assert find_saved_model(tmp_path) == folder
+    assert find_saved_model(folder) == folder
     again, facts_again = load_student(folder)
     assert facts_again == facts()
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(student.eval()(images)[0], again.eval()(images)[0])
-    assert find_saved(tmp_path / "elsewhere") is None
+    assert find_saved_model(tmp_path / "elsewhere") is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "not json", "other field", "no file"])
@@ -223,7 +223,7 @@ def test_differences_are_listed_before_anything_is_copied(tmp_path):
 
 @pytest.mark.parametrize("tokens", [2, 3])
 def test_several_tokens_each_have_position_and_head_and_take_part(tokens):
-    student = dataclasses.replace(MICRO, distillation_tokens=tokens)
+    student = dataclasses.replace(MICRO, num_distillation_tokens=tokens)
     one, many = create_network(MICRO, 3), create_network(student, 3)
     assert many.pos_embed.shape == (1, 16 + 1 + tokens, 24)
     more = sum(p.numel() for p in many.parameters()) - sum(p.numel() for p in one.parameters())
@@ -231,7 +231,7 @@ def test_several_tokens_each_have_position_and_head_and_take_part(tokens):
     wrapped = Student(many, mean=MEAN, std=STD)
     outputs = wrapped(torch.rand(5, 3, 16, 16))
     assert outputs.distillation_logits.shape == (5, tokens, 3)
-    heads = head_logits(outputs)
+    heads = logits_by_head(outputs)
     everyone = [outputs.class_logits, *outputs.distillation_logits.unbind(dim=1)]
     assert torch.allclose(heads["fused"], sum(everyone) / (1 + tokens), atol=1e-6)
     assert torch.equal(heads["distillation_2"], outputs.distillation_logits[:, 1])
@@ -244,7 +244,7 @@ def test_several_tokens_each_have_position_and_head_and_take_part(tokens):
 
 
 def test_several_tokens_survive_saving(tmp_path):
-    student = dataclasses.replace(MICRO, distillation_tokens=2, initialisation="scaled")
+    student = dataclasses.replace(MICRO, num_distillation_tokens=2, weight_init="scaled")
     made = build_student(facts(student)).eval()
     save_student(tmp_path, made.network.state_dict(), facts(student))
     again, _ = load_student(tmp_path)

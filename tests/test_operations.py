@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from deit.datasets.operations import CODES, LEVELS, MOVES, Canvas, apply_operations
+from deit.datasets.operations import CODES, LEVELS, MOVES, FillOptions, apply_operations
 from tests.helpers.images import PILLOW, pixels_of, real_images
 
 FILL = (124, 116, 104)
-CANVASES = {name: Canvas(torch.tensor(FILL, dtype=torch.uint8), name) for name in PILLOW}
+CANVASES = {name: FillOptions(torch.tensor(FILL, dtype=torch.uint8), name) for name in PILLOW}
 
 
 def moved(matrix):

@@ -10,13 +10,13 @@ from torch import nn
 
 from deit.config import OptimConfig, StudentConfig
 from deit.errors import ConfigError
-from deit.models.layers import depths_of
+from deit.models.layers import layer_depths
 from deit.models.networks import create_network
 from deit.optim import (
-    WeightAverage,
-    average_decay,
+    EMA,
     build_optimizer,
-    layer_scales,
+    ema_decay,
+    layer_lr_scales,
     lr_at,
     parameter_groups,
     set_lr,
@@ -24,7 +24,7 @@ from deit.optim import (
 from tests.helpers.errors import raises
 
 OPTIM = OptimConfig(
-    epochs=10, batch_size=256, lr=1e-3, lr_reference_batch=512, warmup_epochs=2, warmup_lr=1e-6
+    epochs=10, batch_size=256, lr=1e-3, lr_base_batch_size=512, warmup_epochs=2, warmup_lr=1e-6
 )
 
 
@@ -49,7 +49,12 @@ def test_a_staircase_by_hand():
     """BiT's for small data sets, told in shares: 500 updates, 100 of warm-up, falls at 200, 300
     and 400."""
     optim = OptimConfig(
-        epochs=50, batch_size=512, lr=0.003, warmup_epochs=10, warmup_lr=0, decay_at=(0.4, 0.6, 0.8)
+        epochs=50,
+        batch_size=512,
+        lr=0.003,
+        warmup_epochs=10,
+        warmup_lr=0,
+        lr_milestones=(0.4, 0.6, 0.8),
     )
     curve = lrs(optim, 10)
     assert len(curve) == 500
@@ -103,13 +108,13 @@ def test_optimizer_updates_as_the_adamw_formula():
 
 def test_average_decay_warms_up_to_its_horizon():
     for updates, decay in ((0, 0.1), (90, 0.91), (10**6, math.exp(-1 / 1000))):
-        found = average_decay(torch.tensor(float(updates)), horizon=1000)
+        found = ema_decay(torch.tensor(float(updates)), horizon=1000)
         assert found.item() == pytest.approx(decay)
 
 
 def test_weight_average_by_hand_and_buffers_follow():
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
-    average = WeightAverage(model, horizon=1e9)
+    average = EMA(model, horizon=1e9)
     start = model[0].weight.item()
     model[0].weight.data.fill_(5.0)
     model[1].num_batches_tracked.fill_(7)
@@ -131,7 +136,11 @@ def test_independent_decay_is_the_schedules_share_of_the_weight():
     """big_vision's rule: a weight loses schedule * weight_decay of itself, at any learning rate."""
     for lr in (1e-3, 1e-2):
         optim = OptimConfig(
-            epochs=2, lr=lr, lr_reference_batch=None, weight_decay=1e-3, independent_decay=True
+            epochs=2,
+            lr=lr,
+            lr_base_batch_size=None,
+            weight_decay=1e-3,
+            independent_weight_decay=True,
         )
         layer = nn.Linear(4, 4, bias=False)
         before = layer.weight.detach().clone()
@@ -146,7 +155,7 @@ def test_independent_decay_is_the_schedules_share_of_the_weight():
 @pytest.mark.parametrize("name", ["deit_micro", "vit_micro", "regnety_002_small_stem"])
 def test_layer_decay_scales_as_in_timm(name):
     network = create_network(StudentConfig(name=name), 10)
-    scales = layer_scales(depths_of(network), 0.75)
+    scales = layer_lr_scales(layer_depths(network), 0.75)
     free = network.no_weight_decay() if hasattr(network, "no_weight_decay") else set()
     reference = timm.optim.param_groups_layer_decay(
         network, 0.05, no_weight_decay_list=free, layer_decay=0.75
@@ -162,7 +171,7 @@ def test_layer_decay_scales_as_in_timm(name):
 
 def test_the_learning_rate_of_a_layer_is_the_schedules_times_its_factor():
     network = create_network(StudentConfig(name="deit_micro", depth=2), 10)
-    scales = layer_scales(depths_of(network), 0.5)
+    scales = layer_lr_scales(layer_depths(network), 0.5)
     assert scales["head.weight"] == scales["head_dist.bias"] == 1
     assert scales["blocks.1.attn.qkv.weight"] == scales["norm.weight"] == 0.5
     assert scales["blocks.0.attn.qkv.weight"] == 0.25
@@ -173,14 +182,14 @@ def test_the_learning_rate_of_a_layer_is_the_schedules_times_its_factor():
     for name, parameter in network.named_parameters():
         assert rates[id(parameter)] == pytest.approx(0.8 * scales[name])
     with raises(ConfigError, "optim.layer_decay", "SmallConvNet"):
-        depths_of(create_network(StudentConfig(name="small_convnet"), 10))
+        layer_depths(create_network(StudentConfig(name="small_convnet"), 10))
 
 
 def test_sgd_with_momentum_by_hand():
     """v1 = g1 + w d, w1 = w - lr v1; v2 = m v1 + g2 + w1 d: torch's, the decay in the gradient."""
     layer = nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(2.0)
-    optim = OptimConfig(algorithm="sgd", momentum=0.5, weight_decay=0.1)
+    optim = OptimConfig(name="sgd", momentum=0.5, weight_decay=0.1)
     optimizer = build_optimizer(layer, optim)
     weight, way = 2.0, 0.0
     for gradient in (3.0, -1.0, 2.0):
@@ -199,7 +208,7 @@ def test_sgd_leaves_everything_alone_where_the_loop_says_so(momentum, left_alone
     gradients = [torch.randn(3, 3) for _ in range(3)]
     layers = [nn.Linear(3, 3, bias=False) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
-    optim = OptimConfig(algorithm="sgd", momentum=momentum)
+    optim = OptimConfig(name="sgd", momentum=momentum)
     whole, gappy = (build_optimizer(layer, optim) for layer in layers)
     for place, gradient in enumerate(gradients):
         if place != left_alone:

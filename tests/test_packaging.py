@@ -21,7 +21,6 @@ import deit
 ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {
     "PIL": "pillow",
-    "docstring_parser": "docstring-parser",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }

@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from deit.errors import NumericsError
-from deit.models.teachers import Origin, Teacher
-from deit.panel import NetworkVoice, Panel
+from deit.models.teachers import LoadedNetwork, Teacher
+from deit.panel import OnlineTeacher, TeacherEnsemble
 from deit.records import Batch
 from tests.helpers.errors import raises
 
@@ -21,18 +21,18 @@ class Mean(nn.Module):
 
 
 def voice():
-    teacher = Teacher(Origin(Mean(), "mean", None, (0.0,) * 3, (1.0,) * 3, None))
-    return NetworkVoice(teacher, Accelerator(cpu=True))
+    teacher = Teacher(LoadedNetwork(Mean(), "mean", None, (0.0,) * 3, (1.0,) * 3, None))
+    return OnlineTeacher(teacher, Accelerator(cpu=True))
 
 
 def stored(labels):
-    return lambda batch: (labels[batch.places], None)
+    return lambda batch: (labels[batch.target_rows], None)
 
 
 def panel(*voices, how="probabilities", wants_logits=False):
     weights = (1 / len(voices),) * len(voices)
     settings = {"how": how, "temperature": 1.0, "wants_logits": wants_logits}
-    return Panel(list(voices), weights=weights, name="picture {}".format, **settings)
+    return TeacherEnsemble(list(voices), weights=weights, name="picture {}".format, **settings)
 
 
 def batch(images, samples=None):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from deit import checkpoint, journal
 from deit.recipes import digits_teacher
-from tests.helpers.command_server import ROOT, Done, Running, Zygote, until
+from tests.helpers.command_server import ROOT, Completed, Running, Zygote, until
 from tests.helpers.processes import stand_in
 from tests.helpers.small_runs import SMALL, STEPS, same
 from tests.helpers.trained import trained
@@ -31,11 +31,11 @@ def both(zygote: Zygote, *words: object, fault: str = "") -> list[Running]:
 
 
 def start(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Running]:
-    words = ("train", *SMALL, "--out", out, "--resume", "--run.timeout", "20", *more)
+    words = ("train", *SMALL, "--out", out, "--resume", "--run.timeout_s", "20", *more)
     return both(zygote, *words, fault=fault)
 
 
-def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Done]:
+def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Completed]:
     return [process.wait() for process in start(zygote, out, fault, *more)]
 
 
@@ -63,7 +63,7 @@ def test_a_signal_to_one_stops_both_at_the_same_update(rank, zygote, straight, t
     assert "SIGTERM" in line
     assert "--resume" in line
     assert ours(done[1].err) == []
-    assert 2 <= checkpoint.step_of(checkpoint.newest(out)) < 2 * STEPS
+    assert 2 <= checkpoint.checkpoint_step(checkpoint.latest_checkpoint(out)) < 2 * STEPS
     assert [one.code for one in run(zygote, out)] == [0, 0]
     same(out, straight)
 
@@ -73,7 +73,7 @@ def teacher(tmp_path_factory) -> tuple[str, ...]:
     """Options that name a teacher."""
     out = tmp_path_factory.mktemp("teacher") / "teacher"
     trained(digits_teacher().replace(optim={"epochs": 3}), out)
-    return ("--objective", "deit-hard", "--teacher.source", str(out))
+    return ("--loss", "deit-hard", "--teacher.source", str(out))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def store(zygote, teacher, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def taught(teacher, store) -> tuple[str, ...]:
     """Options by which the student learns from stored targets."""
-    return (*teacher, "--teacher.targets", str(store), "--run.save_every", "1")
+    return (*teacher, "--teacher.target_stores", str(store), "--run.save_every_steps", "1")
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_killed_after_any_update_both_go_on_to_the_same_bits(
 def three_units(teacher) -> tuple[str, ...]:
     """The command that writes targets that fill three units."""
     more = ("--data.train_fraction", "1", "--optim.batch_size", "256", "--epochs", "9")
-    return ("targets", "write", *SMALL, *teacher, *more, "--run.evaluation_batch", "256")
+    return ("targets", "write", *SMALL, *teacher, *more, "--run.eval_batch_size", "256")
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_a_signal_to_one_stops_both_that_write_targets(
 def test_a_signal_to_one_stops_both_that_evaluate(rank, zygote, straight, tmp_path):
     out = shutil.copytree(straight, tmp_path / "run")
     config = json.loads((out / "config.json").read_text())
-    config["run"]["evaluation_batch"] = 16
+    config["run"]["eval_batch_size"] = 16
     (out / "config.json").write_text(json.dumps(config))
     running = both(zygote, "evaluate", out, fault=f"evaluation@{rank}:4:term")
     done = [one.wait() for one in running]
@@ -164,14 +164,15 @@ def test_a_signal_to_one_stops_both_that_evaluate(rank, zygote, straight, tmp_pa
 def test_it_goes_on_with_another_number_of_processes(zygote, straight, tmp_path):
     out = tmp_path / "run"
     run(zygote, out, "update:6:term")
-    stopped = checkpoint.step_of(checkpoint.newest(out))
+    stopped = checkpoint.checkpoint_step(checkpoint.latest_checkpoint(out))
     assert 6 <= stopped <= 2 * STEPS
-    alone = ("train", *SMALL, "--out", out, "--resume", "--optim.accumulate", "2")
+    alone = ("train", *SMALL, "--out", out, "--resume", "--optim.grad_accum_steps", "2")
     done = zygote.run(*alone)
     assert done.code == 0, done.err
     assert re.search(r"\bprocesses\b[^;]*\b2\b[^;]*\b1\b", done.err)
     ours, theirs = (
-        load_file(checkpoint.newest(one) / "model.safetensors") for one in (out, straight)
+        load_file(checkpoint.latest_checkpoint(one) / "model.safetensors")
+        for one in (out, straight)
     )
     for name, value in theirs.items():
         assert (ours[name] - value).abs().max() < 1e-4, name
@@ -186,24 +187,24 @@ def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(zygote, straight, t
     done = run(zygote, out, "loss@1:3:nan")
     assert [one.code for one in done] == [0, 0]
     assert json.loads((out / "result.json").read_text())["skipped"] == 1
-    for value in load_file(checkpoint.newest(out) / "model.safetensors").values():
+    for value in load_file(checkpoint.latest_checkpoint(out) / "model.safetensors").values():
         assert value.isfinite().all()
-    chains = [journal.read(one / journal.CHAIN)[0]["model"] for one in (out, straight)]
+    chains = [journal.read(one / journal.HASH_CHAIN)[0]["model"] for one in (out, straight)]
     assert chains[0] != chains[1]  # an update is missing
-    found = journal.read(out / journal.ANOMALIES)
+    found = journal.read(out / journal.NONFINITE_LOG)
     assert sorted(row["process"] for row in found) == [0, 1]
     assert {row["step"] for row in found} == {3}
 
 
 def test_too_many_in_a_row_stop_both_with_the_same_code(zygote, tmp_path):
-    done = run(zygote, tmp_path / "run", "loss@1:0:nan", "--run.max_skipped", "2")
+    done = run(zygote, tmp_path / "run", "loss@1:0:nan", "--run.max_nonfinite_steps", "2")
     assert [one.code for one in done] == [6, 6]
 
 
 def test_of_two_the_one_that_is_left_ends_with_7(zygote, straight, tmp_path):
     out = tmp_path / "run"
     # It does not wait: after these 600 s the test itself would have failed.
-    first, second = run(zygote, out, "update@1:7:kill", "--run.timeout", "600")
+    first, second = run(zygote, out, "update@1:7:kill", "--run.timeout_s", "600")
     assert second.code == -signal.SIGKILL
     assert first.code == 7, first.err
     (line,) = ours(first.err)
@@ -213,7 +214,7 @@ def test_of_two_the_one_that_is_left_ends_with_7(zygote, straight, tmp_path):
 
 
 def test_one_that_hangs_is_not_waited_for_for_ever(zygote, tmp_path):
-    first, second = start(zygote, tmp_path / "run", "update@1:2:hang", "--run.timeout", "4")
+    first, second = start(zygote, tmp_path / "run", "update@1:2:hang", "--run.timeout_s", "4")
     done = first.wait(timeout=300)
     assert done.code == 7, done.err
     (line,) = ours(done.err)
@@ -227,11 +228,11 @@ def test_a_mistake_that_one_finds_is_the_end_of_both(zygote, straight, tmp_path)
     """All checkpoints are damaged, which the first process alone looks at."""
     out = tmp_path / "run"
     run(zygote, out, "update:7:term")
-    for _, folder in checkpoint.found(out):
+    for _, folder in checkpoint.list_checkpoints(out):
         (folder / "state.json").write_text("{}")
     done = run(zygote, out)
     assert [one.code for one in done] == [4, 4]
-    for _, folder in checkpoint.found(out):
+    for _, folder in checkpoint.list_checkpoints(out):
         assert str(folder / "state.json") in done[0].err
         assert str(folder) not in done[1].err
     assert re.search(r"\bprocess 0\b", done[1].err)
@@ -248,13 +249,15 @@ def test_where_one_fails_alone_the_other_does_not_wait(fault, zygote, tmp_path):
 
 def test_from_one_process_to_two(zygote, tmp_path):
     out, other = tmp_path / "run", tmp_path / "alone"
-    split = ("--optim.accumulate", "2")
+    split = ("--optim.grad_accum_steps", "2")
     alone = ("train", *SMALL, *split, "--resume")
     assert zygote.run(*alone, "--out", other).code == 0
     assert zygote.run(*alone, "--out", out, DEIT_FAULT="update:4:term").code == 143
     done = run(zygote, out)
     assert [one.code for one in done] == [0, 0], done[0].err
-    ours, theirs = (load_file(checkpoint.newest(one) / "model.safetensors") for one in (out, other))
+    ours, theirs = (
+        load_file(checkpoint.latest_checkpoint(one) / "model.safetensors") for one in (out, other)
+    )
     for name, value in theirs.items():
         assert (ours[name] - value).abs().max() < 1e-4, name
 
@@ -291,16 +294,16 @@ def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_termina
         launcher.terminate()
         _, said = launcher.communicate(timeout=300)  # until the training process closes it too
     assert any("SIGTERM" in line for line in ours(said))
-    assert checkpoint.newest(out) is not None
+    assert checkpoint.latest_checkpoint(out) is not None
     environment = json.loads((out / "environment.json").read_text())
     assert environment["precision"] == "bf16"  # what the launcher said
     assert environment["arguments"][0] == "train_deit.py"
 
 
 def test_where_one_has_less_memory_both_halve(zygote, tmp_path):
-    done = run(zygote, tmp_path / "run", "fit@1:1:memory", "--run.fit_memory")
+    done = run(zygote, tmp_path / "run", "fit@1:1:memory", "--run.auto_micro_batch")
     assert [one.code for one in done] == [0, 0], done[0].err
-    assert re.search(r"\boptim\.accumulate 2\b.*\b16 images\b", done[0].out)
+    assert re.search(r"\boptim\.grad_accum_steps 2\b.*\b16 images\b", done[0].out)
 
 
 def test_ctrl_c_under_torchrun_saves_once(tmp_path):
@@ -330,6 +333,6 @@ def test_ctrl_c_under_torchrun_saves_once(tmp_path):
     (line,) = ours(said)
     assert "SIGINT" in line
     assert "--resume" in line
-    step = checkpoint.step_of(checkpoint.newest(out))
+    step = checkpoint.checkpoint_step(checkpoint.latest_checkpoint(out))
     assert step > len(journal.read(out / journal.METRICS)) * STEPS  # of its very update
     assert re.search(r"\b64 = 2\b\D+\b1\b\D+\b32\b", printed.read_text())

@@ -65,7 +65,7 @@ def test_magnitudes_mean_what_they_mean_in_timm(name, magnitude, monkeypatch):
 
 
 def test_randaugment_takes_each_operation_as_often_and_half_of_the_images():
-    codes, arguments = sample_randaugment(KEYS, ViewsConfig(policy="randaugment"))
+    codes, arguments = sample_randaugment(KEYS, ViewsConfig(auto_augment="randaugment"))
     assert codes.shape == arguments.shape == (30_000, 2)
     for layer in range(2):
         counts = torch.bincount(codes[:, layer], minlength=len(CODES))
@@ -79,21 +79,26 @@ def test_randaugment_takes_each_operation_as_often_and_half_of_the_images():
 
 
 def test_randaugments_magnitudes_are_normal_and_kept_within_the_scale():
-    codes, arguments = sample_randaugment(KEYS, ViewsConfig(policy="randaugment"))
+    codes, arguments = sample_randaugment(KEYS, ViewsConfig(auto_augment="randaugment"))
     angles = arguments[codes == CODES["rotate"]]
     assert angles.abs().max() <= 30
     assert (angles > 0).double().mean() == pytest.approx(0.5, abs=0.06)
     inner = angles.abs()[angles.abs() < 29.9]  # of N(27, 1.5), less what is cut off at 30
     assert inner.mean() == pytest.approx(26.9, abs=0.2)
     assert (angles.abs() > 29.999).double().mean() == pytest.approx(0.023, abs=0.012)
-    fixed = ViewsConfig(policy="randaugment", magnitude=4, magnitude_std=0, layer_probability=1)
+    fixed = ViewsConfig(
+        auto_augment="randaugment",
+        randaugment_magnitude=4,
+        randaugment_magnitude_std=0,
+        randaugment_prob=1,
+    )
     codes, arguments = sample_randaugment(KEYS, fixed)
     assert (codes > 0).all()
     assert arguments[codes == CODES["rotate"]].abs().unique().tolist() == [12]
 
 
 def test_three_augment_takes_one_of_three():
-    codes, arguments = sample_three_augment(KEYS, ViewsConfig(policy="three_augment"))
+    codes, arguments = sample_three_augment(KEYS, ViewsConfig(auto_augment="three_augment"))
     for name in ("grayscale", "solarize", "gaussian_blur"):
         assert (codes == CODES[name]).double().mean() == pytest.approx(1 / 3, abs=0.015)
     assert (arguments[codes == CODES["solarize"]] == 128).all()
@@ -125,8 +130,10 @@ def test_rotation_fills_its_range():
 
 
 def test_adding_an_augmentation_does_not_shift_the_others():
-    alone = sample_policy(KEYS, ViewsConfig(policy="randaugment"))
-    beside = sample_policy(KEYS, ViewsConfig(policy="randaugment", rotation=5, color_jitter=0.2))
+    alone = sample_policy(KEYS, ViewsConfig(auto_augment="randaugment"))
+    beside = sample_policy(
+        KEYS, ViewsConfig(auto_augment="randaugment", rotation=5, color_jitter=0.2)
+    )
     assert torch.equal(beside[0][:, 1:3], alone[0])
     assert torch.equal(beside[1][:, 1:3], alone[1])
     nothing = sample_policy(KEYS, ViewsConfig())
@@ -156,7 +163,7 @@ def test_the_sub_policies_of_autoaugment_are_torchvisions():
 
 
 def test_autoaugment_draws_each_sub_policy_as_often_with_torchvisions_magnitudes():
-    codes, arguments = sample_autoaugment(KEYS, ViewsConfig(policy="autoaugment"))
+    codes, arguments = sample_autoaugment(KEYS, ViewsConfig(auto_augment="autoaugment"))
     reference = AutoAugment(AutoAugmentPolicy.IMAGENET)
     space = reference._augmentation_space(10, (32, 32))
     expected: dict[tuple[int, float], float] = {}

@@ -11,12 +11,12 @@ from deit.cli import run_command
 from deit.datasets.splits import load_splits
 from deit.models.saved import load_student
 from deit.models.teachers import BY_NAME, load_teacher
-from deit.presets import OBJECTIVES
+from deit.presets import LOSS_PRESETS
 from deit.recipes import digits, digits_teacher
-from deit.records import head_logits
+from deit.records import logits_by_head
 from deit.run import train
-from deit.seats import members
-from deit.validation import load
+from deit.seats import teacher_specs
+from deit.validation import load_config
 
 pytest.importorskip("sklearn")
 
@@ -30,7 +30,7 @@ def place(tmp_path_factory):
     config = digits().replace(
         student=student,
         teacher={"source": (str(folder / "teacher"),)},
-        loss=OBJECTIVES["deit-hard"],
+        loss=LOSS_PRESETS["deit-hard"],
         optim={"epochs": 2, "batch_size": 64, "warmup_epochs": 1},
     )
     train(config, folder / "run")
@@ -59,13 +59,13 @@ def test_the_answers_are_the_runs_head_by_head_and_the_teachers(place, predict, 
     )
     assert code == 0, said.err
     found = json.loads((tmp_path / "found.json").read_text())
-    config = load(place / "run" / "config.json")
+    config = load_config(place / "run" / "config.json")
     student, facts = load_student(place / "run" / "best")
-    (member,) = members(config.teacher)
+    (member,) = teacher_specs(config.teacher)
     teacher = load_teacher(member, facts.class_names, image_size=8)
     images = load_splits(config.data).test.pixels[:3].float() / 255
     with torch.no_grad():
-        heads = {**head_logits(student.eval()(images)), "teacher": teacher(images)}
+        heads = {**logits_by_head(student.eval()(images)), "teacher": teacher(images)}
     names = [row["file"].rpartition("/")[2] for row in found["pictures"]]
     assert names == ["0.png", "1.png", "2.png"]
     for row, one in enumerate(found["pictures"]):
@@ -107,7 +107,7 @@ def test_a_name_is_no_formula(place, predict, tmp_path):
 
 def test_top_more_than_there_are_classes_shows_all(place, predict, tmp_path):
     code, _ = predict(
-        place / "teacher", place / "pictures" / "0.png", "--top", "99", "--json", "f.json"
+        place / "teacher", place / "pictures" / "0.png", "--top-k", "99", "--json", "f.json"
     )
     assert code == 0
     (row,) = json.loads((tmp_path / "f.json").read_text())["pictures"]
@@ -125,7 +125,7 @@ def test_the_others_are_answered_and_all_bad_ones_are_listed(place, predict, tmp
     (tmp_path / "none").mkdir()
     bad = {"empty.png": "empty", "page.jpg": "6 bytes", "gone.png": "", "none": ".webp"}
     first, *rest = bad
-    options = ("--json", "found.json", "--attention", "look.png", "--top", "1")
+    options = ("--json", "found.json", "--attention", "look.png", "--top-k", "1")
     code, said = predict(place / "run", first, sound[0], *rest, *sound[1:], *options)
     assert code == 3
     found = json.loads((tmp_path / "found.json").read_text())
@@ -193,7 +193,7 @@ BAD = {
     "no picture": (("RUN", "gone.png"), 3, ("gone.png",)),
     "empty folder": (("RUN", "EMPTY"), 3, ("EMPTY", ".webp")),
     "no image": (("RUN", "TEXT"), 3, ("TEXT", "10 bytes")),
-    "top": (("RUN", "PICTURE", "--top", "0"), 2, ("--top 0",)),
+    "top": (("RUN", "PICTURE", "--top-k", "0"), 2, ("--top-k 0",)),
     "no attention": (
         ("TEACHER", "PICTURE", "--attention", "a.png"),
         2,

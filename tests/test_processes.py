@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from deit import checkpoint, processes
-from deit.launcher import FOLLOWED
+from deit.launcher import PARALLEL_RUNS_ENV
 from deit.processes import Copies, Fresh
 from tests.helpers.command_server import until
 from tests.helpers.images import write_pictures
@@ -15,16 +15,25 @@ from tests.helpers.leftovers import is_gone
 
 pytest.importorskip("sklearn")
 LONG = (
-    *("train", "digits", "--objective", "none", "--run.linear", "torch", "--run.save_every", "1"),
+    *(
+        "train",
+        "digits",
+        "--loss",
+        "none",
+        "--run.linear_backend",
+        "torch",
+        "--run.save_every_steps",
+        "1",
+    ),
     *("--data.train_fraction", "0.25"),
     *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
-    *("--optim.epochs", "3000", "--run.evaluate_every", "3000"),
+    *("--optim.epochs", "3000", "--run.eval_every_epochs", "3000"),
 )
 
 
 @pytest.fixture(scope="module")
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", FOLLOWED: "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", PARALLEL_RUNS_ENV: "1"}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +81,7 @@ def test_it_is_the_command(kind, copies, environment, tmp_path, monkeypatch):
     assert "digits?" in text
 
 
-def test_copies_are_of_one_process_as_long_as_they_want_one_environment(environment, copied):
+def test_copies_are_of_one_process_as_long_as_they_want_one_environment(environment, fork_server):
     source = Copies()
     said_by(source, ("recipes",), environment)
     first = server_of(source)._process.pid
@@ -89,14 +98,14 @@ def test_copies_are_of_one_process_as_long_as_they_want_one_environment(environm
     until(lambda: is_gone(last))
 
 
-def test_what_is_copied_stays_as_long_as_a_copy_is_under_way(environment, copied, tmp_path):
+def test_what_is_copied_stays_as_long_as_a_copy_is_under_way(environment, fork_server, tmp_path):
     source = Copies()
     process, said = begun(source, (*LONG, "--out", tmp_path / "run"), environment)
     needed = server_of(source)
     assert said_by(source, ("recipes",), {**environment, "OTHER": "1"})[1] == 0
     source.close_idle()
     assert list(source._servers.values()) == [needed]
-    until(lambda: checkpoint.found(tmp_path / "run"))
+    until(lambda: checkpoint.list_checkpoints(tmp_path / "run"))
     process.terminate()
     with said:
         text = said.read()
@@ -117,11 +126,11 @@ def test_what_asks_to_stop_does_not_end_the_one_that_is_copied(copies, environme
 
 @pytest.mark.parametrize("how", ["asked", "killed", "closed"])
 def test_a_copy_saves_when_it_is_asked_and_when_its_server_is_gone(
-    how, environment, copied, tmp_path
+    how, environment, fork_server, tmp_path
 ):
     source = Copies()
     process, said = begun(source, (*LONG, "--out", tmp_path / "run"), environment)
-    until(lambda: checkpoint.found(tmp_path / "run"))
+    until(lambda: checkpoint.list_checkpoints(tmp_path / "run"))
     if how == "asked":
         process.terminate()
     elif how == "killed":
@@ -151,12 +160,12 @@ def test_workers_of_a_copy_end_with_it(end, copies, environment, tmp_path):
     for split in ("train", "val", "test"):
         write_pictures(tmp_path / "images" / split, number=16)
     words = (
-        *("train", "folder", "--objective", "none", "--data.root", tmp_path / "images"),
-        *("--data.storage", "files", "--data.workers", "2", "--data.image_size", "16"),
+        *("train", "folder", "--loss", "none", "--data.root", tmp_path / "images"),
+        *("--data.storage", "files", "--data.num_workers", "2", "--data.image_size", "16"),
         *("--student.name", "vit_micro", "--student.depth", "1", "--student.image_size", "16"),
-        *("--student.patch_size", "4", "--optim.batch_size", "16", "--run.linear", "torch"),
+        *("--student.patch_size", "4", "--optim.batch_size", "16", "--run.linear_backend", "torch"),
         *("--optim.epochs", "15" if end == "finished" else "3000"),
-        *("--optim.warmup_epochs", "0", "--run.save_every", "1", "--out", tmp_path / "run"),
+        *("--optim.warmup_epochs", "0", "--run.save_every_steps", "1", "--out", tmp_path / "run"),
     )
     process, said = begun(copies, words, environment)
     until(lambda: len(children_of(process.pid)) >= 2)
@@ -177,7 +186,7 @@ def test_what_is_copied_has_one_thread_and_a_copy_as_many_as_it_should(environme
     """Pools that libraries begin as they are imported would not come along."""
     source = Copies()
     two = {**environment, "OMP_NUM_THREADS": "2"}
-    words = ("--optim.epochs", "1", "--optim.warmup_epochs", "0", "--run.evaluate_every", "1")
+    words = ("--optim.epochs", "1", "--optim.warmup_epochs", "0", "--run.eval_every_epochs", "1")
     text, code = said_by(source, (*LONG[:-4], *words, "--out", tmp_path / "run"), two)
     assert (code, " 2 threads" in text) == (0, True), text
     assert psutil.Process(server_of(source)._process.pid).num_threads() == 1

@@ -43,7 +43,7 @@ def test_every_part_of_an_update_is_told(teacher, zygote, tmp_path):
 
 
 def test_without_teacher_and_average_they_are_no_parts(zygote, tmp_path):
-    words = ("profile", "digits", "--objective", "none", "--teacher.source", "none", *SMALL[:6])
+    words = ("profile", "digits", "--loss", "none", "--teacher.source", "none", *SMALL[:6])
     done = zygote.run(*words, "--updates", "2", "--json", "n.json", cwd=tmp_path)
     assert done.code == 0, done.err
     parts = json.loads((tmp_path / "n.json").read_text())["parts"]
@@ -60,7 +60,7 @@ def test_without_teacher_and_average_they_are_no_parts(zygote, tmp_path):
 )
 def test_mistakes_are_told_before_any_work(words, code, named, zygote, tmp_path):
     (tmp_path / "there.json").write_text("mine")
-    alone = ("--objective", "none", "--teacher.source", "none")
+    alone = ("--loss", "none", "--teacher.source", "none")
     done = zygote.run("profile", "digits", *alone, *words, cwd=tmp_path)
     assert done.code == code
     assert [one for one in named if one not in done.err] == []
@@ -69,6 +69,6 @@ def test_mistakes_are_told_before_any_work(words, code, named, zygote, tmp_path)
 
 def test_the_profiler_says_nothing_of_its_own(zygote):
     """Not even of a GPU that is not there."""
-    alone = ("--teacher.source", "none", "--objective", "none", "--student.depth", "1")
+    alone = ("--teacher.source", "none", "--loss", "none", "--student.depth", "1")
     done = zygote.run("profile", "digits", *alone, "--updates", "2")
     assert (done.code, done.err) == (0, "")

@@ -12,12 +12,12 @@ from deit import checkpoint
 from deit.announce import schedule_of
 from deit.errors import ConfigError
 from deit.models.saved import load_student
-from deit.models.slimming import largest, magnitudes
-from deit.prune_options import SCORES, Asked, asked_of
+from deit.models.slimming import magnitudes, select_top
+from deit.prune_options import CRITERIA, PruneOptions, prune_options
 from deit.recipes import digits_teacher
 from deit.scopes import SCOPES
 from deit.tuning import short
-from deit.validation import load
+from deit.validation import load_config
 from tests.helpers.errors import raises
 from tests.helpers.progress import runs_over
 from tests.helpers.small_runs import QUICK_PRUNING, THREE_EPOCHS
@@ -34,7 +34,14 @@ def place(tmp_path_factory, zygote):
     """A folder with a small distilled student and its teacher."""
     place = tmp_path_factory.mktemp("prune")
     trained(digits_teacher().replace(optim={"epochs": 3}), place / "teacher")
-    words = ("--teacher.source", "teacher", "--teacher.allow_weak", *THREE_EPOCHS, "--out", "run")
+    words = (
+        "--teacher.source",
+        "teacher",
+        "--teacher.allow_near_chance",
+        *THREE_EPOCHS,
+        "--out",
+        "run",
+    )
     done = zygote.run("train", "digits", *words, cwd=place)
     assert done.code == 0, done.err
     return place
@@ -43,7 +50,7 @@ def place(tmp_path_factory, zygote):
 @pytest.fixture(scope="module")
 def pruned(place, zygote):
     done = zygote.run(
-        *WORDS, "--controls", "long,short", "--at_once", "2", "--out", "out", cwd=place
+        *WORDS, "--controls", "long,short", "--parallel", "2", "--out", "out", cwd=place
     )
     assert done.code == 0, done.err
     return place / "out", done
@@ -66,8 +73,8 @@ def test_half_of_the_heads_and_hidden_units_go(place, pruned):
     assert [sum(map(len, found["kept"][part])) for part in ("heads", "hidden")] == [3, 96]
     _, facts = load_student(out / "pruned" / "best")
     for part, shape in (
-        ("heads", facts.student.block_heads),
-        ("hidden", facts.student.block_hidden),
+        ("heads", facts.student.heads_per_block),
+        ("hidden", facts.student.mlp_hidden_per_block),
     ):
         assert tuple(map(len, found["kept"][part])) == shape
     before = load_file(place / "run" / "best" / "model.safetensors")
@@ -89,21 +96,21 @@ def test_what_is_left_is_taught_and_its_control_begins_at_random(place, pruned, 
     monkeypatch.chdir(place)  # where its relative paths lead somewhere as they are
     out, _ = pruned
     shape = load_student(out / "pruned" / "best")[1].student
-    own = load(place / "run" / "config.json")
+    own = load_config(place / "run" / "config.json")
     sources = {"recovered": "out/pruned", "short-control": None, "long-control": None}
     for name, source in sources.items():
-        config = load(out / name / "config.json")
-        assert config.start.source == source
+        config = load_config(out / name / "config.json")
+        assert config.init.weights == source
         assert config.student == shape
         assert config.teacher.source == ("teacher",)
         epochs = 3 + 2 if name == "long-control" else 2  # the run's and the recovery's
         assert config.optim.epochs == epochs
-        assert checkpoint.result_of(out / name)["epochs"] == epochs
+        assert checkpoint.read_result(out / name)["epochs"] == epochs
         schedule = own if name == "long-control" else short(own).replace(optim=BRIEF)
         assert dataclasses.replace(schedule.optim, epochs=epochs) == config.optim
-    notes = json.loads((out / "recovered" / "start.json").read_text())
+    notes = json.loads((out / "recovered" / "init.json").read_text())
     assert notes["source"] == "out/pruned"
-    colours = [load(out / name / "config.json").views.mean for name in sources]
+    colours = [load_config(out / name / "config.json").views.mean for name in sources]
     assert colours[0] == colours[1] == colours[2] == load_student(place / "run" / "best")[1].mean
 
 
@@ -111,7 +118,7 @@ def test_schedules_are_told_before_anything_is_trained(place, pruned):
     """And are those of the runs."""
     out, done = pruned
     told = done.out.splitlines()[:3]
-    schedules = {name: schedule_of(load(out / name / "config.json").optim) for name in RUNS}
+    schedules = {name: schedule_of(load_config(out / name / "config.json").optim) for name in RUNS}
     assert [schedule in line for schedule, line in zip(schedules.values(), told)] == [True] * 3
     assert "teacher" in told[0].replace(schedules["recovered"], "")
     assert [name in line for name, line in zip(RUNS[1:], told[1:])] == [True] * 2
@@ -121,7 +128,7 @@ def test_schedules_are_told_before_anything_is_trained(place, pruned):
 
 
 def test_a_recovery_without_teacher_names_none(place, zygote):
-    done = zygote.run("prune", "run", "--objective", "none", "--dry_run", cwd=place)
+    done = zygote.run("prune", "run", "--loss", "none", "--dry-run", cwd=place)
     assert done.code == 0, done.err
     assert done.out.startswith("recovery ")
     assert "teacher" not in done.out.splitlines()[0]
@@ -131,9 +138,9 @@ def test_help_shows_the_schedule_that_the_run_would_have(place, zygote):
     """And the schedules by name that train all."""
     told = zygote.run("prune", "run", "--help", cwd=place).out.replace("│", " ")
     told = " ".join(told.split())
-    epochs = short(load(place / "run" / "config.json")).optim.epochs
+    epochs = short(load_config(place / "run" / "config.json")).optim.epochs
     assert re.search(rf"--optim\.epochs INT [^(]*\(default: {epochs}\)", told)
-    assert re.search(r"--tuning NAME [^(]*\bdeit, deit3, short, int8\b", told)
+    assert re.search(r"--schedule NAME [^(]*\bdeit, deit3, short, int8\b", told)
 
 
 def test_every_step_is_told_with_what_it_costs(pruned):
@@ -188,16 +195,16 @@ def test_the_same_command_trains_nothing_again_and_another_is_refused(pruned, zy
 @pytest.mark.slow
 def test_interrupted_it_goes_on(place, zygote, tmp_path):
     """Killed while what is left is taught: the choice stays, the training goes on."""
-    words = (*WORDS, "--run.save_every", "1", "--out", tmp_path / "out")
+    words = (*WORDS, "--run.save_every_steps", "1", "--out", tmp_path / "out")
     done = zygote.run(*words, cwd=place, DEIT_FAULT="update:3:kill")  # the second try as well
     assert done.code == 1
     ends = [line for line in done.out.splitlines() if runs_over(line)]
     assert [line.split(":")[0] for line in ends] == ["recovered"] * 2
-    chosen = (tmp_path / "out" / "pruned" / "kept.json").read_bytes()
-    assert checkpoint.found(tmp_path / "out" / "recovered")
+    chosen = (tmp_path / "out" / "pruned" / "kept_units.json").read_bytes()
+    assert checkpoint.list_checkpoints(tmp_path / "out" / "recovered")
     done = zygote.run(*words, cwd=place)
     assert done.code == 0, done.err
-    assert (tmp_path / "out" / "pruned" / "kept.json").read_bytes() == chosen
+    assert (tmp_path / "out" / "pruned" / "kept_units.json").read_bytes() == chosen
     assert stays(done) == []
     assert list(result(tmp_path / "out")["rows"]) == ["run", "pruned", "recovered"]
 
@@ -229,7 +236,7 @@ def test_from_elsewhere_it_goes_on_where_nothing_was_saved_yet(place, zygote, tm
     there = [word.format(run=tmp_path / "run", out=tmp_path / "o") for word in words]
     done = zygote.run(*there, cwd=place)
     assert done.code == 0, done.err
-    assert checkpoint.result_of(recovered)["epochs"] == 1
+    assert checkpoint.read_result(recovered)["epochs"] == 1
 
 
 def test_of_a_run_that_began_with_weights_nothing_is_trained_as_long(pruned, zygote):
@@ -237,7 +244,7 @@ def test_of_a_run_that_began_with_weights_nothing_is_trained_as_long(pruned, zyg
     words = ("prune", out / "recovered", *QUICK_PRUNING, "--heads", "0.1", "--out", "again")
     done = zygote.run(*words, "--controls", "long", cwd=out.parent)
     assert done.code == 2
-    for name in ("--controls long", "start.source out/pruned"):
+    for name in ("--controls long", "init.weights out/pruned"):
         assert name in done.err
     assert not (out.parent / "again").exists()
 
@@ -246,13 +253,13 @@ def test_a_run_that_trained_a_part_is_not_recovered_by_that_part(place, zygote, 
     shutil.copytree(place / "run", tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     config = json.loads(file.read_text())
-    config["optim"]["trained"], config["start"]["source"] = "attention", str(place / "run")
+    config["optim"]["trainable"], config["init"]["weights"] = "attention", str(place / "run")
     file.write_text(json.dumps(config))
     done = zygote.run("prune", tmp_path / "run", *QUICK_PRUNING, "--out", tmp_path / "o", cwd=place)
     assert done.code == 2
-    for name in ("attention", "optim.trained"):
+    for name in ("attention", "optim.trainable"):
         assert name in done.err
-    assert "--tuning" not in done.err  # as a schedule that trains a part is named
+    assert "--schedule" not in done.err  # as a schedule that trains a part is named
 
 
 def test_a_run_that_is_not_finished_is_not_cut(place, zygote, tmp_path):
@@ -274,9 +281,9 @@ def test_what_was_cut_is_quantized_after_its_recovery(pruned, zygote):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", CRITERIA)
 def test_a_dry_run_chooses_by_every_score_in_every_scope(place, zygote, tmp_path, scope, score):
-    words = (*WORDS, "--scope", scope, "--score", score, "--out", tmp_path / "out", "--dry_run")
+    words = (*WORDS, "--scope", scope, "--criterion", score, "--out", tmp_path / "out", "--dry-run")
     done = zygote.run(*words, cwd=place)
     assert done.code == 0, done.err
     assert not (tmp_path / "out").exists()
@@ -286,12 +293,12 @@ def test_a_dry_run_chooses_by_every_score_in_every_scope(place, zygote, tmp_path
         assert units == [48, 48]
     elif score == "magnitude":
         student, _ = load_student(place / "run" / "best")
-        kept = largest(magnitudes(student.network).hidden, 96, scope="global")
+        kept = select_top(magnitudes(student.network).hidden, 96, scope="global")
         assert units == list(map(len, kept))
 
 
 def test_a_share_of_the_arithmetic_is_not_exceeded_layer_by_layer(place, zygote, tmp_path):
-    words = ("prune", "run", *QUICK_PRUNING, "--macs", "0.6", "--scope", "layerwise", "--dry_run")
+    words = ("prune", "run", *QUICK_PRUNING, "--macs", "0.6", "--scope", "layerwise", "--dry-run")
     done = zygote.run(*words, "--out", tmp_path / "out", cwd=place)
     assert done.code == 0, done.err
     told = re.search(r"\b192\b[^\d\n]*([\d.]+) %", done.out)  # behind the hidden units
@@ -300,12 +307,12 @@ def test_a_share_of_the_arithmetic_is_not_exceeded_layer_by_layer(place, zygote,
 
 @pytest.mark.slow
 def test_frozen_weights_are_cut_as_well(place, zygote, tmp_path):
-    words = ("finetune", "--from", "run", "--optim.trained", "heads", "--optim.epochs", "1")
-    words = (*words, "--optim.warmup_epochs", "0", "--run.evaluate_every", "1", "--out")
+    words = ("finetune", "--from", "run", "--optim.trainable", "heads", "--optim.epochs", "1")
+    words = (*words, "--optim.warmup_epochs", "0", "--run.eval_every_epochs", "1", "--out")
     done = zygote.run(*words, tmp_path / "probe", cwd=place)
     assert done.code == 0, done.err
-    words = ("prune", tmp_path / "probe", *QUICK_PRUNING, "--dry_run", "--out", tmp_path / "out")
-    done = zygote.run(*words, "--tuning", "int8", cwd=place)  # which trains all
+    words = ("prune", tmp_path / "probe", *QUICK_PRUNING, "--dry-run", "--out", tmp_path / "out")
+    done = zygote.run(*words, "--schedule", "int8", cwd=place)  # which trains all
     assert done.code == 0, done.err
 
 
@@ -318,7 +325,7 @@ def test_arithmetic_can_be_asked_for(place, zygote, tmp_path):
         "0.6",
         "--out",
         tmp_path / "out",
-        "--dry_run",
+        "--dry-run",
     )
     done = zygote.run(*words, cwd=place)
     assert done.code == 0, done.err
@@ -327,15 +334,17 @@ def test_arithmetic_can_be_asked_for(place, zygote, tmp_path):
 
 def asked(**options):
     nothing = dict.fromkeys(("ratio", "heads", "hidden", "macs"))
-    return asked_of(**{**nothing, "scope": "global", "score": "taylor", "images": 9, **options})
+    return prune_options(
+        **{**nothing, "scope": "global", "criterion": "taylor", "images": 9, **options}
+    )
 
 
 def test_what_the_options_come_to():
-    assert asked() == Asked(0.5, 0.5, None, "global", "taylor", 9)
-    assert asked(ratio=0.3) == Asked(0.3, 0.3, None, "global", "taylor", 9)
-    assert asked(heads=0.3) == Asked(0.3, 0.0, None, "global", "taylor", 9)
-    assert asked(heads=0.3, hidden=0.0) == Asked(0.3, 0.0, None, "global", "taylor", 9)
-    assert asked(macs=0.3) == Asked(0.0, 0.0, 0.3, "global", "taylor", 9)
+    assert asked() == PruneOptions(0.5, 0.5, None, "global", "taylor", 9)
+    assert asked(ratio=0.3) == PruneOptions(0.3, 0.3, None, "global", "taylor", 9)
+    assert asked(heads=0.3) == PruneOptions(0.3, 0.0, None, "global", "taylor", 9)
+    assert asked(heads=0.3, hidden=0.0) == PruneOptions(0.3, 0.0, None, "global", "taylor", 9)
+    assert asked(macs=0.3) == PruneOptions(0.0, 0.0, 0.3, "global", "taylor", 9)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +353,7 @@ def test_what_the_options_come_to():
         *({"ratio": 1.0}, {"ratio": 0.0}, {"ratio": -0.1}, {"ratio": float("nan")}),
         *({"heads": 1.0}, {"hidden": -1.0}, {"macs": 0.0}, {"macs": 1.5}),
         *({"ratio": 0.5, "macs": 0.5}, {"ratio": 0.5, "heads": 0.5}, {"macs": 0.1, "hidden": 0.1}),
-        *({"scope": "2:4"}, {"score": "tailor"}, {"images": 0}),
+        *({"scope": "2:4"}, {"criterion": "tailor"}, {"images": 0}),
     ],
 )
 def test_options_that_cannot_be(wrong):
@@ -356,20 +365,23 @@ def test_options_that_cannot_be(wrong):
     ("words", "names"),
     [
         (("prune",), ("deit prune RUN",)),
-        (("prune", "run", "--score", "tailor"), ("--score tailor", *SCORES)),
-        (("prune", "run", "--tuning", "long"), ("--tuning long", "deit3", "short", "int8")),
+        (("prune", "run", "--criterion", "tailor"), ("--criterion tailor", *CRITERIA)),
+        (("prune", "run", "--schedule", "long"), ("--schedule long", "deit3", "short", "int8")),
         (("prune", "run", "--heads", "0.9"), ("--heads 0.9",)),
         (("prune", "run", "--macs", "0.01"), ("--macs 0.01",)),
         (("prune", "run", "--controls", "lnog"), ("--controls lnog", "short", "long")),
         (
-            ("prune", "run", "--tuning", "linear-probe"),
-            ("--tuning linear-probe", "heads", "optim.trained"),
+            ("prune", "run", "--schedule", "linear-probe"),
+            ("--schedule linear-probe", "heads", "optim.trainable"),
         ),
-        (("prune", "run", "--student.share", "2"), ("student.share = 2", "(1)")),
+        (
+            ("prune", "run", "--student.shared_block_size", "2"),
+            ("student.shared_block_size = 2", "(1)"),
+        ),
         (("prune", "run", "--resume"), ("deit prune", "--resume")),
         (("prune", "run", "--force"), ("deit prune", "--force", "--out")),
         (("prune", "teacher"), ("teacher", "student.name = 'small_convnet'", "deit_*", "vit_*")),
-        (("prune", "run", "--start.source", "teacher"), ("start.*",)),
+        (("prune", "run", "--init.weights", "teacher"), ("start.*",)),
         (("prune", "run", "--out", "run"), ("--out run", "prune.json")),
     ],
 )

@@ -18,28 +18,28 @@ from deit.commands.smaller import CALIBRATIONS as CALIBRATIONS_BY_NAME
 from deit.commands.smaller import QUANTIZATIONS
 from deit.config import StudentConfig
 from deit.datasets.splits import load_splits
-from deit.datasets.spread import spread_rows
+from deit.datasets.spread import stratified_indices
 from deit.errors import CheckpointError, ConfigError
-from deit.export import BATCHES, bare_of
-from deit.formats import answer_of, write_noted_onnx
-from deit.models.saved import Facts, build_student, load_student
-from deit.prediction import shown
-from deit.presets import OBJECTIVES
-from deit.quantization import CALIBRATIONS, calibrated, signal_to_noise, write_int8
+from deit.export import BATCHES, split_normalization
+from deit.formats import onnx_inference_fn, write_onnx_with_metadata
+from deit.models.saved import ModelInfo, build_student, load_student
+from deit.prediction import evaluation_batches
+from deit.presets import LOSS_PRESETS
+from deit.quantization import CALIBRATIONS, calibrate, signal_to_noise, write_int8
 from deit.quantization_layers import (
     METHODS,
-    Layers,
+    QuantizableLayers,
     attentions,
     choose,
+    covers_enough,
     layers_of,
     prepare,
-    serves,
 )
-from deit.quantize import Plan
+from deit.quantize import QuantizeOptions
 from deit.recipes import digits, digits_teacher
-from deit.records import head_logits
+from deit.records import logits_by_head
 from deit.run import train
-from deit.validation import load
+from deit.validation import load_config
 from tests.helpers.errors import raises
 from tests.helpers.trained import trained
 
@@ -50,7 +50,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 4}
 HALF = {"train_fraction": 0.5}
 BRIEF = {"epochs": 5, "batch_size": 32, "warmup_epochs": 1, "lr": 3e-3}
-ALONE = {"loss": OBJECTIVES["none"], "teacher": {"source": ()}}
+ALONE = {"loss": LOSS_PRESETS["none"], "teacher": {"source": ()}}
 PLAIN = {**SMALL, "name": "vit_micro", "depth": 1}
 RUNS = {"distilled": {"student": SMALL}, "plain": {"student": PLAIN}}
 ABLE = [("distilled", "static"), ("distilled", "dynamic"), ("plain", "static")]
@@ -66,14 +66,14 @@ def write_once(folder, student, facts):
     held = student.state_dict().values()
     key = (repr(facts), tuple(value.double().sum().item() for value in held))
     if key not in WRITTEN:
-        write_noted_onnx(folder, student, facts)
+        write_onnx_with_metadata(folder, student, facts)
         WRITTEN[key] = (folder / "model.onnx").read_bytes()
     (folder / "model.onnx").write_bytes(WRITTEN[key])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _brief():
-    with mock.patch.object(float_file, "write_noted_onnx", write_once):
+    with mock.patch.object(float_file, "write_onnx_with_metadata", write_once):
         yield
 
 
@@ -92,7 +92,11 @@ def folders(runs):
     """Every run by every method that serves it, as (run, method) -> folder."""
     return {
         (name, method): quantize.quantize(
-            runs / name, None, Plan(method=method), max_drop=5, arguments=[name, "--method", method]
+            runs / name,
+            None,
+            QuantizeOptions(method=method),
+            max_drop=5,
+            arguments=[name, "--method", method],
         )
         for name, method in ABLE
     }
@@ -105,13 +109,13 @@ def told(folder):
 @torch.no_grad()
 def split_of(run, name):
     """Normalised evaluation views of a whole split, their labels, and the run's own logits."""
-    config = load(run / "config.json")
+    config = load_config(run / "config.json")
     student, _ = load_student(run / "best")
     images = getattr(load_splits(config.data), name)
     chunks = torch.arange(len(images.labels)).split(100)
-    views = torch.cat(list(shown(images, chunks, config, device=torch.device("cpu"))))
-    heads = head_logits(student.eval()(views))
-    _, normalise = bare_of(student)
+    views = torch.cat(list(evaluation_batches(images, chunks, config, device=torch.device("cpu"))))
+    heads = logits_by_head(student.eval()(views))
+    _, normalise = split_normalization(student)
     return normalise(views), images.labels, heads
 
 
@@ -150,10 +154,10 @@ class Graph:
 def prepared_of(folder, name, *, size=8, classes=3, **settings):
     """A random network as float ONNX, prepared: its path, its layers, itself."""
     student = StudentConfig(name=name, image_size=size, **settings)
-    facts = Facts(student, tuple(map(str, range(classes))), (0.5,) * 3, (0.5,) * 3, 1.0)
+    facts = ModelInfo(student, tuple(map(str, range(classes))), (0.5,) * 3, (0.5,) * 3, 1.0)
     torch.manual_seed(0)
     network = build_student(facts)
-    bare, _ = bare_of(network)
+    bare, _ = split_normalization(network)
     write_once(folder, bare, facts)
     layers = prepare(folder / "model.onnx", folder / "prepared.onnx")
     return folder / "prepared.onnx", layers, network.network
@@ -188,7 +192,11 @@ def test_signal_to_noise_by_hand():
     [
         ("deit_micro", 8, {"patch_size": 2, **SMALL}),
         ("vit_micro", 8, {"patch_size": 2, **SMALL, "depth": 1}),
-        ("deit_micro", 8, {"patch_size": 2, **SMALL, "distillation_tokens": 2, "share": 2}),
+        (
+            "deit_micro",
+            8,
+            {"patch_size": 2, **SMALL, "num_distillation_tokens": 2, "shared_block_size": 2},
+        ),
         ("small_convnet", 8, {}),
         ("dense", 8, {}),
         pytest.param("rednet_micro", 8, {}, marks=pytest.mark.slow),
@@ -204,7 +212,7 @@ def test_layers_have_the_names_of_the_network_and_none_is_missing(name, size, se
     assert set(known.products) == set(layers.products)
     assert known.weights == layers.weights
     for method in METHODS:
-        assert serves(known, method) == serves(layers, method)
+        assert covers_enough(known, method) == covers_enough(layers, method)
     assert not attentions(network) or len(layers.products) == 2 * len(attentions(network))
     weights = {key: network.get_submodule(key).weight.numel() for key in expected}
     assert {key: layers.weights[key] for key in expected} == weights
@@ -215,11 +223,15 @@ def test_layers_have_the_names_of_the_network_and_none_is_missing(name, size, se
         for product in ("query_key", "attention_value")
     )
     inputs = torch.randn(6, 3, size, size)
-    before = answer_of(path)(inputs)["logits"]
+    before = onnx_inference_fn(path)(inputs)["logits"]
     able = choose(layers, method="static", attention=False, exclude=None)
-    ranges = calibrated(path, inputs.split(3), how="minmax")
+    ranges = calibrate(path, inputs.split(3), how="minmax")
     write_int8(path, tmp_path / "int8.onnx", layers, able, ranges=ranges, reduce_range=False)
-    assert 15 < signal_to_noise(before, answer_of(tmp_path / "int8.onnx")(inputs)["logits"]) < 90
+    assert (
+        15
+        < signal_to_noise(before, onnx_inference_fn(tmp_path / "int8.onnx")(inputs)["logits"])
+        < 90
+    )
     graph = Graph(tmp_path / "int8.onnx")
     assert graph.integer_layers(layers) == expected
     convolutions = [node for node in graph.model.graph.node if node.op_type == "Conv"]
@@ -247,7 +259,7 @@ def test_attention_is_float_unless_asked(method, attention, micro, tmp_path):
     path, layers, _, images = micro
     assert len(layers.products) == 4
     chosen = choose(layers, method=method, attention=attention, exclude=None)
-    ranges = calibrated(path, [images], how="minmax") if method == "static" else None
+    ranges = calibrate(path, [images], how="minmax") if method == "static" else None
     target = tmp_path / "int8.onnx"
     write_int8(path, target, layers, chosen, ranges=ranges, reduce_range=False)
     graph = Graph(target)
@@ -266,15 +278,15 @@ def test_blocks_of_a_deit_ti_take_a_third_of_the_bytes_at_most(tmp_path):
     settings = {"patch_size": 16, "depth": 4}
     path, layers, _ = prepared_of(tmp_path, "deit_tiny", size=32, classes=1000, **settings)
     images = torch.randn(4, 3, 32, 32)
-    before = answer_of(path)(images)["logits"]
+    before = onnx_inference_fn(path)(images)["logits"]
     for method in METHODS:
         chosen = choose(layers, method=method, attention=False, exclude=None)
-        ranges = calibrated(path, images.split(2), how="minmax") if method == "static" else None
+        ranges = calibrate(path, images.split(2), how="minmax") if method == "static" else None
         target = tmp_path / "int8.onnx"
         write_int8(path, target, layers, chosen, ranges=ranges, reduce_range=False)
         share = target.stat().st_size / (tmp_path / "model.onnx").stat().st_size
         assert 0.25 < share <= 0.35
-        assert signal_to_noise(before, answer_of(target)(images)["logits"]) > 25
+        assert signal_to_noise(before, onnx_inference_fn(target)(images)["logits"]) > 25
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -283,7 +295,7 @@ def test_weights_are_int8_by_channel_and_of_7_bits_if_asked(
     method, reduce_range, largest, micro, tmp_path
 ):
     path, layers, network, images = micro
-    ranges = calibrated(path, [images], how="minmax") if method == "static" else None
+    ranges = calibrate(path, [images], how="minmax") if method == "static" else None
     target = tmp_path / "int8.onnx"
     chosen = ["blocks.1.mlp.fc1"]
     write_int8(path, target, layers, chosen, ranges=ranges, reduce_range=reduce_range)
@@ -320,7 +332,7 @@ def convnet(tmp_path_factory):
 def test_ranges_are_of_what_was_seen(how, convnet, micro):
     path, images = convnet, micro[3]
     level = 98.0 if how == "percentile" else None
-    ranges = calibrated(path, images.split(8), how=how, percentile=level)
+    ranges = calibrate(path, images.split(8), how=how, percentile=level)
     low, high = (one.item() for one in ranges[seen_first(path)].range_value)
     values = images.flatten()
     if how == "minmax":
@@ -337,14 +349,14 @@ def test_entropy_has_something_to_choose_from(convnet, micro):
     path, images = convnet, micro[3]
     outlier = images.clone()
     outlier[0, 0, 0, 0] = 100.0
-    ranges = calibrated(path, [outlier], how="entropy")
+    ranges = calibrate(path, [outlier], how="entropy")
     assert float(ranges[seen_first(path)].range_value[1]) < 100
 
 
 def test_the_same_images_make_the_same_file(micro, tmp_path):
     path, layers, _, images = micro
     for name in ("one.onnx", "two.onnx"):
-        ranges = calibrated(path, images.split(8), how="percentile", percentile=99.9)
+        ranges = calibrate(path, images.split(8), how="percentile", percentile=99.9)
         chosen = choose(layers, method="static", attention=False, exclude=None)
         write_int8(path, tmp_path / name, layers, chosen, ranges=ranges, reduce_range=False)
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
@@ -379,10 +391,10 @@ def test_heads_of_equal_weights_keep_their_names(tmp_path):
     """As after a fine-tuning that put the token in, a copy of the class token."""
     shape = {**SMALL, "depth": 1}
     student = StudentConfig(name="deit_micro", image_size=8, patch_size=2, **shape)
-    network = build_student(Facts(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 1.0))
+    network = build_student(ModelInfo(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 1.0))
     network.network.head_dist.load_state_dict(network.network.head.state_dict())
-    facts = Facts(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 1.0)
-    write_noted_onnx(tmp_path, bare_of(network)[0], facts)
+    facts = ModelInfo(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 1.0)
+    write_onnx_with_metadata(tmp_path, split_normalization(network)[0], facts)
     layers = prepare(tmp_path / "model.onnx", tmp_path / "prepared.onnx")
     assert {"head", "head_dist"} <= set(layers.nodes)
 
@@ -390,7 +402,7 @@ def test_heads_of_equal_weights_keep_their_names(tmp_path):
 def test_dynamic_refuses_what_is_mostly_convolutions():
     nodes = {"stem": ("a",), "head": ("b",)}
     kinds = {"stem": "Conv", "head": "Gemm"}
-    heavy = Layers(nodes, (), {"stem": 60, "head": 40}, kinds, 100)
+    heavy = QuantizableLayers(nodes, (), {"stem": 60, "head": 40}, kinds, 100)
     with raises(ConfigError, "--method dynamic", "--method static"):
         choose(heavy, method="dynamic", attention=False, exclude=None)
     assert choose(heavy, method="static", attention=False, exclude=None) == ["stem", "head"]
@@ -407,13 +419,15 @@ def test_calibration_sees_training_images_in_their_evaluation_view(runs, tmp_pat
     def watched(path, batches, **how):
         batches = list(batches)
         seen.extend(torch.cat(batches))
-        return calibrated(path, batches, **how)
+        return calibrate(path, batches, **how)
 
-    monkeypatch.setattr(quantize, "calibrated", watched)
-    folder = quantize.quantize(runs / "distilled", tmp_path / "q", Plan(images=40), max_drop=5)
+    monkeypatch.setattr(quantize, "calibrate", watched)
+    folder = quantize.quantize(
+        runs / "distilled", tmp_path / "q", QuantizeOptions(images=40), max_drop=5
+    )
     images, labels, _ = split_of(runs / "distilled", "train")
     others = torch.cat([split_of(runs / "distilled", name)[0] for name in ("validation", "test")])
-    rows = spread_rows(labels, 40, seed=0, stream="calibration")
+    rows = stratified_indices(labels, 40, seed=0, stream="calibration")
     assert torch.equal(torch.stack(seen), images[rows])
     assert not any((one == others).flatten(1).all(1).any() for one in seen)
     assert told(folder)["calibration"] == {
@@ -469,7 +483,7 @@ def test_what_is_told_is_what_the_file_answers(name, method, runs, folders):
 def test_only_dynamic_depends_on_who_else_is_in_the_batch(name, method, runs, folders):
     found = told(folders[name, method])["batches"]
     inputs, _, _ = split_of(runs / name, "test")
-    answer = answer_of(folders[name, method] / "model.onnx")
+    answer = onnx_inference_fn(folders[name, method] / "model.onnx")
     rows = torch.linspace(0, len(inputs) - 1, 64).round().long()
     alone = torch.cat([answer(one)["logits"] for one in inputs[rows].split(1)])
     difference = (alone - answer(inputs[rows])["logits"]).abs().max().item()
@@ -511,17 +525,17 @@ def test_each_layer_alone_is_measured_on_validation_images(runs, tmp_path, capsy
     top1 = (heads["fused"].argmax(1) == labels).double().mean().item()
     assert found["sensitivity"]["top1"] == pytest.approx(top1)
     # The noises of the layers add up to that of the whole file, but for what they have in common.
-    whole = answer_of(place / "model.onnx")(inputs)["logits"]
+    whole = onnx_inference_fn(place / "model.onnx")(inputs)["logits"]
     assert -10 * math.log10(sum(powers)) == pytest.approx(
         signal_to_noise(heads["fused"], whole), abs=2
     )
     # One layer, by another way: all others excluded.
     worst = rows[0]["layer"]
     others = f"(?!{re.escape(worst)}$).*"
-    plan = Plan(exclude=others)
+    plan = QuantizeOptions(exclude=others)
     alone = quantize.quantize(runs / "distilled", tmp_path / "alone", plan, max_drop=5)
     assert told(alone)["int8_layers"] == [worst]
-    logits = answer_of(alone / "model.onnx")(inputs)["logits"]
+    logits = onnx_inference_fn(alone / "model.onnx")(inputs)["logits"]
     assert signal_to_noise(heads["fused"], logits) == pytest.approx(ratios[0], abs=0.01)
 
 
@@ -537,11 +551,11 @@ def test_the_card_tells_it_and_its_snippet_runs(runs, folders, tmp_path, monkeyp
     )
     place = tmp_path / "alone"
     shutil.copytree(folder, place)
-    config = load(runs / "distilled" / "config.json")
+    config = load_config(runs / "distilled" / "config.json")
     pixels = load_splits(config.data).test.pixels[0]
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / "picture.png")
     inputs, _, _ = split_of(runs / "distilled", "test")
-    answer = answer_of(place / "model.onnx")(inputs[:1])["logits"].argmax().item()
+    answer = onnx_inference_fn(place / "model.onnx")(inputs[:1])["logits"].argmax().item()
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     (tmp_path / "snippet.py").write_text(snippet)
     monkeypatch.chdir(place)
@@ -584,18 +598,18 @@ def test_the_drop_that_is_allowed_is_allowed(right, most, refused):
     found["sensitivity"] = {"layers": [worst, {"layer": "head"}]}
     if refused:
         with raises(CheckpointError, "--max-drop 1", "--exclude 'blocks.0.attn.qkv'"):
-            quantize._drop(found, most, ["static"], trainable=False)
+            quantize.check_accuracy_drop(found, most, ["static"], trainable=False)
     else:
-        drop = quantize._drop(found, most, ["static"], trainable=True)
+        drop = quantize.check_accuracy_drop(found, most, ["static"], trainable=True)
         assert drop["drop_points"] == pytest.approx(100 - right)
 
 
 @pytest.mark.parametrize(
     ("how", "number", "ways"),
     [
-        ("minmax", 128, ["--calibrate percentile"]),
-        ("entropy", 128, ["--calibrate minmax", "--calibrate percentile"]),
-        ("percentile", 3, ["--calibrate minmax", "--calibration 128"]),
+        ("minmax", 128, ["--calibration-method percentile"]),
+        ("entropy", 128, ["--calibration-method minmax", "--calibration-method percentile"]),
+        ("percentile", 3, ["--calibration-method minmax", "--calibration-images 128"]),
         ("learnt", 0, []),
     ],
 )
@@ -603,15 +617,15 @@ def test_ways_that_were_not_gone_are_named(how, number, ways):
     found = {name: {"heads": {"class": {"top1": one}}} for name, one in (("float", 1), ("int8", 0))}
     found |= {"calibration": {"how": how, "num_samples": number}, "run": "runs/x"}
     with raises(CheckpointError, "runs/x", "--max-drop 1", "--exclude") as refused:
-        quantize._drop(found, 1.0, [], trainable=False)
-    assert re.findall(r"--calibrat\w+ \w+", str(refused.value)) == ways
+        quantize.check_accuracy_drop(found, 1.0, [], trainable=False)
+    assert re.findall(r"--calibration-\w+ \w+", str(refused.value)) == ways
 
 
 def test_refusals_come_before_the_work_and_leave_nothing(runs, tmp_path, capsys, monkeypatch):
     def exported(*nothing):
         pytest.fail("a network was exported, which takes the most")
 
-    monkeypatch.setattr(float_file, "write_noted_onnx", exported)
+    monkeypatch.setattr(float_file, "write_onnx_with_metadata", exported)
 
     def refused(code, names, *arguments):
         before = listing(runs)
@@ -626,16 +640,16 @@ def test_refusals_come_before_the_work_and_leave_nothing(runs, tmp_path, capsys,
     there = tmp_path / "there"
     there.mkdir()
     out = ("--out", there / "x")
-    refused(2, ["--calibration 0"], run, "--calibration", 0)
-    refused(2, ["--calibration -3"], run, "--calibration", -3)
+    refused(2, ["--calibration-images 0"], run, "--calibration-images", 0)
+    refused(2, ["--calibration-images -3"], run, "--calibration-images", -3)
     refused(2, ["--max-drop -1"], run, "--max-drop", -1)
     refused(2, ["--max-drop nan"], run, "--max-drop", "nan")
     refused(2, ["--percentile 101"], run, "--percentile", 101)
     refused(2, ["--percentile nan"], run, "--percentile", "nan")
-    both = ["--percentile", "--calibrate", "minmax"]
-    refused(2, both, run, "--percentile", 99, "--calibrate", "minmax")
-    both = ["--calibration", "--method dynamic"]
-    refused(2, both, run, "--method", "dynamic", "--calibration", 5)
+    both = ["--percentile", "--calibration-method", "minmax"]
+    refused(2, both, run, "--percentile", 99, "--calibration-method", "minmax")
+    both = ["--calibration-images", "--method dynamic"]
+    refused(2, both, run, "--method", "dynamic", "--calibration-images", 5)
     refused(2, ["--exclude blocks["], run, "--exclude", "blocks[")
     layers = "patch_embed.proj, blocks.0"
     refused(2, ["--exclude block.0.*", layers], run, "--exclude", "block.0.*", *out)
@@ -643,7 +657,14 @@ def test_refusals_come_before_the_work_and_leave_nothing(runs, tmp_path, capsys,
     refused(2, ["--exclude .*query_key", layers], run, "--exclude", ".*query_key", *out)
     both = ["--method dynamic", "--method static"]
     refused(2, both, runs / "convnet", "--method", "dynamic", *out)
-    refused(3, ["--calibration 5000", "--method dynamic"], run, "--calibration", 5000, *out)
+    refused(
+        3,
+        ["--calibration-images 5000", "--method dynamic"],
+        run,
+        "--calibration-images",
+        5000,
+        *out,
+    )
     refused(4, [f"{runs / 'none'}"], runs / "none")
     refused(5, [f"--out {there}", "--force"], run, "--out", there)
     refused(5, [f"--out {run}", "best"], run, "--out", run, "--force")
@@ -655,7 +676,7 @@ def test_a_run_that_is_not_finished_is_refused(runs, tmp_path):
     shutil.copytree(runs / "plain", tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     with raises(CheckpointError, tmp_path / "run", "--resume"):
-        quantize.quantize(tmp_path / "run", tmp_path / "out", Plan())
+        quantize.quantize(tmp_path / "run", tmp_path / "out", QuantizeOptions())
     assert not (tmp_path / "out").exists()
 
 
@@ -670,7 +691,7 @@ def test_a_missing_package_is_named(runs, monkeypatch, capsys):
 
 def test_a_file_that_fails_in_small_batches_is_not_kept(runs, tmp_path, monkeypatch):
     def broken(path, **options):
-        answer = answer_of(path, **options)
+        answer = onnx_inference_fn(path, **options)
         if (
             "int8" not in str(path)
             and path.name == "model.onnx"
@@ -681,9 +702,9 @@ def test_a_file_that_fails_in_small_batches_is_not_kept(runs, tmp_path, monkeypa
             }
         return answer
 
-    monkeypatch.setattr(side_by_side, "answer_of", broken)
+    monkeypatch.setattr(side_by_side, "onnx_inference_fn", broken)
     with raises(CheckpointError, "int8", "dB") as refused:
-        quantize.quantize(runs / "plain", tmp_path / "out", Plan(), max_drop=100)
+        quantize.quantize(runs / "plain", tmp_path / "out", QuantizeOptions(), max_drop=100)
     assert re.search(rf"\b{min(BATCHES)}\b.* dB\b.*\b{max(BATCHES)}\b", str(refused.value))
     assert not any(tmp_path.iterdir())
 
@@ -697,7 +718,7 @@ def test_attention_that_was_not_found_is_told(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(float_file, "prepare", lacking)
     with raises(CheckpointError, "PyTorch", "ONNX Runtime") as refused:
-        quantize.quantize(runs / "plain", tmp_path / "out", Plan())
+        quantize.quantize(runs / "plain", tmp_path / "out", QuantizeOptions())
     assert re.findall(r"\d+", str(refused.value)) == ["1", "1", "2"]  # products, attention
 
 
@@ -752,7 +773,7 @@ def test_a_timed_session_has_its_threads_and_lets_them_rest(micro, monkeypatch):
         return session(path, options, **others)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
-    answer_of(micro[0], threads=2)
+    onnx_inference_fn(micro[0], threads=2)
     assert asked[0].intra_op_num_threads == 2
     assert asked[0].get_session_config_entry("session.force_spinning_stop") == "1"
 

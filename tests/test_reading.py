@@ -28,22 +28,22 @@ from deit.config import (
 )
 from deit.datasets import reading
 from deit.datasets.decoding import decode_square, open_image
-from deit.datasets.images import Encoded, Images
+from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.loader import Sizes, TrainLoader
-from deit.datasets.reading import Reader, Squares, Wanted, worker_count
+from deit.datasets.reading import CenterSquare, Reader, ReadRequest, worker_count
 from deit.datasets.splits import load_splits
-from deit.datasets.views import Colours, sample_resized_crop
-from deit.errors import DataError, EnvironmentFault, WorkerLost
+from deit.datasets.views import ChannelStats, sample_resized_crop
+from deit.errors import DataError, SystemFault, WorkerLost
 from deit.keys import Keys
-from deit.prediction import answers_of
+from deit.prediction import predict_split
 from deit.presets import AUGMENTATIONS
 from tests.helpers.command_server import fresh
 from tests.helpers.errors import raises
 from tests.helpers.images import SIDE, images_at, joined, write_pictures
 
-COLOURS = Colours((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+COLOURS = ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 PLAIN = ViewsConfig(crop="random_resized", crop_scale=(0.2, 1.0), flip=0.0)
-FULL = dataclasses.replace(PLAIN, flip=0.5, **{**AUGMENTATIONS["deit"], "repeats": 2})
+FULL = dataclasses.replace(PLAIN, flip=0.5, **{**AUGMENTATIONS["deit"], "aug_repeats": 2})
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(root):
     found = images_at(root)
-    assert isinstance(found, Encoded)
+    assert isinstance(found, EncodedImages)
     assert len(found.labels) == 39
     return found
 
@@ -64,7 +64,7 @@ def loader(images, process=0, num_processes=1, accumulate=1, batch_size=16, view
         images,
         3,
         views=views,
-        optim=OptimConfig(batch_size=batch_size, accumulate=accumulate),
+        optim=OptimConfig(batch_size=batch_size, grad_accum_steps=accumulate),
         sizes=Sizes(16, SIDE, 16),
         colours=COLOURS,
         seed=5,
@@ -145,7 +145,7 @@ def test_a_batch_that_finds_no_room_comes_in_a_file(said, images, expected, monk
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refusing)
     assert same(joined(loader(images, workers=2).epoch(1)), expected[1])
-    work = reading._Work(images, (Squares(4), Squares(5)))
+    work = reading._Work(images, (CenterSquare(4), CenterSquare(5)))
     monkeypatch.setattr(reading, "_work", work, raising=False)
     words = (0, np.arange(3), np.zeros(3, np.int64))
     with TemporaryDirectory() as folder:
@@ -161,7 +161,7 @@ def test_shared_memory_that_cannot_be_handed_over_is_a_lost_worker(said):
     """And no want of memory, though some of it is said in its words."""
     future = Future()
     future.set_exception(RuntimeError(said))
-    with raises(WorkerLost, "data.workers"):
+    with raises(WorkerLost, "data.num_workers"):
         reading._answer(future)
     other = Future()
     other.set_exception(RuntimeError("a mistake in our own code"))
@@ -188,13 +188,13 @@ def test_where_no_socket_has_room_batches_come_in_files(
 def test_a_worker_that_is_killed_is_noticed(shared, images, monkeypatch):
     """Also while its batch is under way."""
     monkeypatch.setattr(reading, "fits_shared", lambda needed: shared)
-    wanted = Wanted(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
-    with Reader(images, (Squares(256),), workers=2, pin=False) as reader:
+    wanted = ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
+    with Reader(images, (CenterSquare(256),), workers=2, pin=False) as reader:
         batches = reader.read([wanted] * 100_000)
         next(batches)
         folder = Path(reader._workers._folder)
         reader._workers.processes[0].kill()
-        with raises(WorkerLost, "data.workers"):
+        with raises(WorkerLost, "data.num_workers"):
             list(batches)
         assert folder.is_dir()
     assert not folder.exists()
@@ -207,8 +207,8 @@ from deit.datasets import reading
 from tests.helpers.images import images_at
 
 reading.fits_shared = lambda needed: False
-wanted = reading.Wanted(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
-reader = reading.Reader(images_at(sys.argv[1]), (reading.Squares(512),), workers=2, pin=False)
+wanted = reading.ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
+reader = reading.Reader(images_at(sys.argv[1]), (reading.CenterSquare(512),), workers=2, pin=False)
 batches = reader.read([wanted] * 1000)
 for _ in range(4):
     next(batches)
@@ -246,7 +246,7 @@ def test_the_shared_memory_that_batches_need_is_counted(images, monkeypatch):
     needed = (2 * 2 + 1) * 6 * 3 * (4**2 + 5**2)  # read ahead and in use, of 6 images, two squares
     for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
         monkeypatch.setattr(reading.shutil, "disk_usage", lambda path, free=free: Usage(free))
-        reader = Reader(images, (Squares(4), Squares(5)), workers=2, pin=False)
+        reader = Reader(images, (CenterSquare(4), CenterSquare(5)), workers=2, pin=False)
         assert reader._has_room(6) == fits
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not reading.fits_shared(needed)
@@ -271,7 +271,7 @@ def test_any_layout_sees_the_same_global_batches(
 
 def test_the_view_of_a_sample_is_the_box_of_its_key_cut_by_pillow(images):
     sizes = Sizes(SIDE, SIDE, SIDE)
-    views = dataclasses.replace(PLAIN, repeats=2)
+    views = dataclasses.replace(PLAIN, aug_repeats=2)
     made = TrainLoader(
         images,
         3,
@@ -284,9 +284,9 @@ def test_the_view_of_a_sample_is_the_box_of_its_key_cut_by_pillow(images):
     )
     seen = set()
     for batch in made.epoch(4):
-        assert torch.equal(batch.samples[:8], batch.samples[8:])
+        assert torch.equal(batch.sample_ids[:8], batch.sample_ids[8:])
         assert (batch.images[:8] != batch.images[8:]).flatten(1).any(dim=1).all()
-        for row, sample in enumerate(batch.samples.tolist()):
+        for row, sample in enumerate(batch.sample_ids.tolist()):
             picture = open_image(images.read(sample), images.name(sample))
             keys = Keys(9, 4, torch.tensor([sample]), torch.tensor([row // 8]))
             box = sample_resized_crop(
@@ -304,7 +304,7 @@ def test_the_view_of_a_sample_is_the_box_of_its_key_cut_by_pillow(images):
 @pytest.mark.parametrize("crop", ["none", "padded"])
 def test_other_crops_are_cut_from_the_square_of_the_whole_image(crop, images):
     views = ViewsConfig(crop=crop, crop_padding=2, mixup_alpha=0.8)
-    squares = Images(
+    squares = InMemoryImages(
         torch.stack(
             [decode_square(images.read(i), images.name(i), 16) for i in range(len(images.labels))]
         ),
@@ -334,9 +334,9 @@ def test_no_random_state_is_read_or_moved(images):
 
 def test_reading_ahead_opens_no_more_files_the_longer_the_epoch(images):
     # Tensors that wait in a queue are shared memory, and each holds a file open.
-    reader = Reader(images, (Squares(4),), workers=1, pin=False)
+    reader = Reader(images, (CenterSquare(4),), workers=1, pin=False)
     one = torch.zeros(1, dtype=torch.int64)
-    batches = reader.read([Wanted(0, one.clone(), one.clone()) for _ in range(120)])
+    batches = reader.read([ReadRequest(0, one.clone(), one.clone()) for _ in range(120)])
     opened = [len(os.listdir("/proc/self/fd")) for _ in batches]
     assert len(opened) == 120
     # Those that wait are a few, how many by the moment; kept open they would be one a batch.
@@ -371,10 +371,10 @@ def test_a_fault_of_the_machine_is_no_broken_file(workers, images, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Path, "read_bytes", failing)
-    wanted = [Wanted(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
+    wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
     with (
-        Reader(images, (Squares(4),), workers=workers, pin=False) as reader,
-        raises(EnvironmentFault, "Input/output error") as raised,
+        Reader(images, (CenterSquare(4),), workers=workers, pin=False) as reader,
+        raises(SystemFault, "Input/output error") as raised,
     ):
         list(reader.read(wanted))
     assert re.fullmatch(r".*\.(jpg|png): .*", str(raised.value))
@@ -383,24 +383,24 @@ def test_a_fault_of_the_machine_is_no_broken_file(workers, images, monkeypatch):
 def answers(images, config):
     """What a network that only flattens makes of a split: every pixel of every view, in order."""
     accelerator = Accelerator(cpu=True)
-    return answers_of(accelerator, torch.nn.Flatten(), images, config, "reading").class_logits
+    return predict_split(accelerator, torch.nn.Flatten(), images, config, "reading").class_logits
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_answers_the_same_from_memory_and_from_files(workers, root):
-    data = DataConfig(source="folder", root=str(root), image_size=SIDE, workers=workers)
+    data = DataConfig(source="folder", root=str(root), image_size=SIDE, num_workers=workers)
     found = {}
     for storage in ("memory", "files"):
         config = Config(
             data=dataclasses.replace(data, storage=storage),
-            views=ViewsConfig(evaluation_crop=10 / SIDE),
-            run=RunConfig(evaluation_batch=4, device="cpu"),
+            views=ViewsConfig(eval_crop_pct=10 / SIDE),
+            run=RunConfig(eval_batch_size=4, device="cpu"),
         )
         config = dataclasses.replace(
             config, student=dataclasses.replace(config.student, image_size=10)
         )
         splits = load_splits(config.data)
-        assert isinstance(splits.train, Images) == (storage == "memory")
+        assert isinstance(splits.train, InMemoryImages) == (storage == "memory")
         found[storage] = answers(splits.test, config)
         assert len(found[storage]) == len(splits.test.labels) == 12
     # Whole images, in order and once each: no two of these pictures are alike.
@@ -412,11 +412,11 @@ def test_worker_count_is_a_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert worker_count(DataConfig()) == 8
-    assert worker_count(DataConfig(workers=0)) == 0
-    assert worker_count(DataConfig(workers=20)) == 20
+    assert worker_count(DataConfig(num_workers=0)) == 0
+    assert worker_count(DataConfig(num_workers=20)) == 20
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert worker_count(DataConfig()) == 3
-    assert worker_count(DataConfig(workers=5)) == 5
+    assert worker_count(DataConfig(num_workers=5)) == 5
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert worker_count(DataConfig()) == 1
 
@@ -437,8 +437,8 @@ def test_a_worker_that_was_killed_is_a_clear_fault(number, images):
         def cut(self, pictures, wanted):
             os.kill(os.getpid(), number)
 
-    wanted = [Wanted(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
-    with raises(EnvironmentFault, "data.workers"):
+    wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
+    with raises(SystemFault, "data.num_workers"):
         list(Reader(images, (Deadly(),), workers=1, pin=False).read(wanted))
 
 
@@ -455,7 +455,7 @@ def test_where_one_worker_is_lost_another_that_is_busy_is_not_waited_for(images,
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(10000)
 
-    wanted = [Wanted(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))] * 2
+    wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))] * 2
     with Reader(images, (Busy(),), workers=2, pin=False) as reader:
         for _ in range(2):
             with pytest.raises(WorkerLost):

@@ -15,12 +15,12 @@ from deit.recipes import RECIPES
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-QUICK = shlex.split("--optim.epochs 1 --optim.warmup_epochs 0 --run.evaluate_every 1")
+QUICK = shlex.split("--optim.epochs 1 --optim.warmup_epochs 0 --run.eval_every_epochs 1")
 PICTURES = shlex.split("--data.image_size 8 --student.image_size 8 --optim.batch_size 8")
 FEW = shlex.split("--data.train_fraction 0.1")  # 129 digits
 NARROW = shlex.split("--student.depth 1 --student.embed_dim 16 --student.num_heads 2")
-CROPS = ["--views.teacher_crops", "3"]
-STUDENT = [*QUICK, *NARROW, "--teacher.allow_weak"]
+CROPS = ["--views.teacher_num_crops", "3"]
+STUDENT = [*QUICK, *NARROW, "--teacher.allow_near_chance"]
 SMALL = {
     "digits-teacher": [*QUICK, *FEW],
     "digits": [*STUDENT, *FEW],
@@ -29,13 +29,13 @@ SMALL = {
         *(*STUDENT, *FEW, "--teacher.source", "checkpoints/digits-teacher,checkpoints/hard"),
     ],
     "digits-finetune": [
-        *(*STUDENT, *FEW, "--start.source", "checkpoints/digits/best"),
+        *(*STUDENT, *FEW, "--init.weights", "checkpoints/digits/best"),
         *("--teacher.source", "checkpoints/teacher-16"),
     ],
     "cifar10-micro": [
         *(*STUDENT, "--optim.batch_size", "32", "--teacher.source", "checkpoints/folder-teacher"),
     ],
-    "mine.py:narrow": [*QUICK, *FEW, "--student.depth", "1", "--teacher.allow_weak"],
+    "mine.py:narrow": [*QUICK, *FEW, "--student.depth", "1", "--teacher.allow_near_chance"],
     "folder-teacher": [
         *(*QUICK, *PICTURES),
         *("--student.name", "small_convnet", "--student.drop_path", "0"),
@@ -107,27 +107,30 @@ def shortened(name, arguments, taught):
     if name == "compare":
         few = [*SMALL[arguments[0]], "--seeds", "0"]
         few += taught if arguments[0] == "digits" else []
-        if "teaching" in arguments:
-            some = () if "--only" in arguments else ("--only", "same/rc,fix/ic_ens,none")
+        if "view-modes" in arguments:
+            some = () if "--arms" in arguments else ("--arms", "same/rc,fix/ic_ens,none")
             few += [*CROPS, *some]  # all of them: test_target_store.py
         return [*arguments, *few]
     if name == "train":
         return [*arguments, *SMALL[arguments[0]]]
     if name == "sweep":
         return [*arguments, *SMALL["digits"], *taught, "--seeds", "0"]
-    if name == "tickets":
+    if name == "lottery":
         return [*arguments, *SMALL["digits"], *taught]
     if name == "prune":
-        return [*arguments, *QUICK, *FEW, "--images", "64", "--teacher.allow_weak"]
-    if name == "landscape":
-        few = "--images 16 --grid 3 --points 3 --rays 2 --top 1 --steps 2 --probes 2 --levels 1"
+        return [*arguments, *QUICK, *FEW, "--images", "64", "--teacher.allow_near_chance"]
+    if name == "loss-landscape":
+        few = (
+            "--images 16 --grid 3 --points 3 --rays 2 --num-eigenvalues 1 --steps 2 --probes 2 "
+            "--rounds 1"
+        )
         return [*arguments, *few.split()]
     if name == "finetune":
-        return [*arguments, *QUICK, *FEW, "--teacher.allow_weak"]
+        return [*arguments, *QUICK, *FEW, "--teacher.allow_near_chance"]
     if name == "export":
         return [*arguments, "--images", "64"]
     if name == "profile":
-        return [*arguments, *NARROW, "--teacher.allow_weak"]
+        return [*arguments, *NARROW, "--teacher.allow_near_chance"]
     if name == "targets" and arguments[0] == "write":
         return [*arguments, *SMALL[arguments[1]]]
     return arguments
@@ -189,8 +192,8 @@ def dry_run(words, place, zygote):
         assert asked.training_script_args[0] in RECIPES
         environment = {"ACCELERATE_MIXED_PRECISION": asked.mixed_precision}
     done = zygote.together(
-        *(*recipe, "--teacher.source", "taught", "--teacher.allow_weak"),
-        *("--dry_run", "--out", "dry"),
+        *(*recipe, "--teacher.source", "taught", "--teacher.allow_near_chance"),
+        *("--dry-run", "--out", "dry"),
         processes=number,
         script=asked.training_script,
         cwd=place,

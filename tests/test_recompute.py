@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from deit.checkpoint import newest
+from deit.checkpoint import latest_checkpoint
 from deit.errors import ConfigError
-from deit.presets import OBJECTIVES
+from deit.presets import LOSS_PRESETS
 from deit.recipes import digits, digits_teacher
-from deit.run import parts_of, train
+from deit.run import build_run, train
 from tests.helpers.errors import raises
 
 pytest.importorskip("sklearn")
@@ -18,7 +18,7 @@ def config(**sections):
     small = digits().replace(
         student={"depth": 4, "embed_dim": 24, "num_heads": 2, "drop_path": 0.3, "dropout": 0.1},
         teacher={"source": ()},
-        loss=OBJECTIVES["none"],
+        loss=LOSS_PRESETS["none"],
         optim={"epochs": 1, "warmup_epochs": 0},
     )
     return small.replace(**sections)
@@ -26,7 +26,7 @@ def config(**sections):
 
 def kept_bytes(config):
     """What a forward pass keeps for the backward pass, beside the weights [bytes]."""
-    student, kept = parts_of(config).student.train(), {}
+    student, kept = build_run(config).student.train(), {}
     weights = {one.untyped_storage().data_ptr() for one in student.parameters()}
 
     def keep(tensor):
@@ -42,7 +42,9 @@ def kept_bytes(config):
 
 
 def test_a_fraction_of_the_memory_is_kept():
-    often, once = (kept_bytes(config(run={"recompute": again})) for again in (False, True))
+    often, once = (
+        kept_bytes(config(run={"activation_checkpointing": again})) for again in (False, True)
+    )
     assert once < 0.15 * often
 
 
@@ -52,12 +54,12 @@ def test_a_run_ends_with_the_same_bits(tmp_path, linear):
     weights = []
     for again in (False, True):
         out = tmp_path / str(again)
-        train(config(run={"recompute": again, "linear": linear}), out)
-        weights.append((newest(out) / "model.safetensors").read_bytes())
+        train(config(run={"activation_checkpointing": again, "linear_backend": linear}), out)
+        weights.append((latest_checkpoint(out) / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 
 
 def test_a_network_without_blocks_is_refused():
-    wanted = digits_teacher().replace(run={"recompute": True})
-    with raises(ConfigError, "run.recompute"):
-        parts_of(wanted)
+    wanted = digits_teacher().replace(run={"activation_checkpointing": True})
+    with raises(ConfigError, "run.activation_checkpointing"):
+        build_run(wanted)

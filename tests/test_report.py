@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from deit import charts, page, report
-from deit.errors import CheckpointError, EnvironmentFault
-from deit.measured import Evaluations, Measured
+from deit.errors import CheckpointError, SystemFault
+from deit.measured import CachedEvaluation, EvaluationCache
 from deit.recipes import digits
 from deit.run_pictures import Pictures, hardest_of
-from deit.run_sections import View, confusion, reliability_bins, schedules_of
-from deit.validation import load
+from deit.run_sections import RunReport, confusion, reliability_bins, schedules_of
+from deit.validation import load_config
 from tests.helpers.errors import raises
 from tests.helpers.json_edits import edits, error_of
 
@@ -27,7 +27,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SMALL = ("--student.embed_dim", "16", "--student.depth", "2", "--student.num_heads", "2")
-QUICK = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--run.evaluate_every", "1")
+QUICK = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--run.eval_every_epochs", "1")
 CHARTS = ("accuracy", "loss", "schedules", "speed", "classes", "calibration", "tokens")
 GRID = "loss-temperature-loss-distillation_weight"
 # What goes wrong while the page loads, and whatever it asks of the outside.
@@ -109,7 +109,7 @@ def place(tmp_path_factory, zygote):
     (place / "heat.json").write_text(json.dumps({"recipe": "digits-held-out", "grid": grid}))
     words = ("heat.json", *QUICK, *SMALL, *fewer, "--teacher.source", "teacher", "--out", "heat")
     commands += [
-        ("sweep", *words, "--at_once", "2"),
+        ("sweep", *words, "--parallel", "2"),
         ("report", "run", "--out", "one"),
         ("report", "run", "teacher", "heat", "--out", "all"),
     ]
@@ -254,12 +254,16 @@ def test_runs_of_a_sweep_have_their_cost_too(place):
 
 def test_a_kept_evaluation_that_was_edited_is_made_again(place, tmp_path):
     kept = tmp_path / "kept.json"
-    made = Evaluations().of(place / "run", elsewhere=kept)
+    made = EvaluationCache().get(place / "run", cache_path=kept)
     content = json.loads(kept.read_text())
     for change in ({"labels": content["value"]["labels"][1:]}, {"found": {}}, {"of": {}}):
         kept.write_text(json.dumps(content | {"value": content["value"] | change}))
-        again = Evaluations().of(place / "run", elsewhere=kept)
-        assert (again.of, again.answers, again.labels) == (made.of, made.answers, made.labels)
+        again = EvaluationCache().get(place / "run", cache_path=kept)
+        assert (again.provenance, again.answers, again.labels) == (
+            made.provenance,
+            made.answers,
+            made.labels,
+        )
         assert again.found["heads"] == made.found["heads"]
 
 
@@ -270,7 +274,7 @@ def test_metrics_that_no_run_writes_are_named(place, tmp_path, monkeypatch):
     monkeypatch.setattr(charts, "chart", lambda draw, *_, **__: (draw(axes) and "") or "")
     monkeypatch.setattr(report, "draw_run", lambda *_, **__: Pictures(None, None, []))
     shutil.copytree(place / "run", tmp_path / "run")
-    Evaluations().of(tmp_path / "run", cost=True)
+    EvaluationCache().get(tmp_path / "run", cost=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     first, *_, last = map(json.loads, metrics.read_text().splitlines())
     errors = {}
@@ -349,7 +353,7 @@ def test_without_its_images_or_its_epochs_the_rest_is_told(place, zygote, tmp_pa
                 pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
                 picture = Image.fromarray(pixels)
                 picture.save(tmp_path / "images" / split / label / f"{number}.png")
-    words = ("--data.source", "folder", "--data.root", "images", "--objective", "none")
+    words = ("--data.source", "folder", "--data.root", "images", "--loss", "none")
     words += ("--teacher.source", "none", "--optim.batch_size", "4", "--optim.epochs", "2")
     words += ("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--data.image_size", "8")
     done = zygote.run("train", "digits", *words, *SMALL, "--out", "run", cwd=tmp_path)
@@ -363,7 +367,9 @@ def test_without_its_images_or_its_epochs_the_rest_is_told(place, zygote, tmp_pa
     text = (tmp_path / "page" / "index.html").read_text()
     assert "<img" in text
     rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    view = View("run", "run", load(tmp_path / "run" / "config.json"), {}, list(rows), {}, None)
+    view = RunReport(
+        "run", "run", load_config(tmp_path / "run" / "config.json"), {}, list(rows), {}, None
+    )
     applied = schedules_of(view)
     assert len(applied) == 2  # of the learning rate and of the weights' average
     for curve in (*(f">{name}<" for name in applied), 'id="run-accuracy-figure_1"'):
@@ -379,11 +385,13 @@ def test_without_its_images_or_its_epochs_the_rest_is_told(place, zygote, tmp_pa
     assert 'id="run-accuracy-figure_1"' not in text
     assert "metrics.jsonl" in text  # whose numbers are not there
     # Other images in that place: what was kept is of others.
-    kept = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"]["of"]
+    kept = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"][
+        "provenance"
+    ]
     next((tmp_path / "moved" / "test" / "a").iterdir()).unlink()
     done = zygote.run(*moved, "--out", "page", "--force", cwd=tmp_path)
     assert done.code == 0, done.err
-    now = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"]["of"]
+    now = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"]["provenance"]
     assert [name for name in now if now[name] != kept[name]] == ["images"]
 
 
@@ -392,13 +400,13 @@ def test_schedules_are_those_that_were_applied():
     update n is (1 + n) / (10 + n)."""
     config = digits().replace(
         optim={"ema_epochs": 1.0},
-        loss={"distillation_warmup": 2.0, "distillation_weight": 0.5},
+        loss={"distillation_warmup_epochs": 2.0, "distillation_weight": 0.5},
     )
     rows = [
         {"epoch": epoch, "step": 10 * epoch, "train": {"lr": lr}}
         for epoch, lr in ((1, 1e-3), (2, 2e-3), (3, 5e-4))
     ]
-    view = View("run", "run", config, {}, rows, {}, None)
+    view = RunReport("run", "run", config, {}, rows, {}, None)
     found = schedules_of(view)
     peaks = [re.fullmatch(r"\D+ \(([\d.]+)\)", name)[1] for name in found]
     assert peaks == ["0.002", "0.5", "0.769"]
@@ -435,10 +443,10 @@ def test_confusion_counts_truth_by_answer():
 def test_the_hardest_are_those_a_teacher_gets_right_the_surest_first():
     answers = {"class": [0, 1, 1, 1, 0], "teacher": [0, 0, 1, 0, 1]}
     confidence = {"class": [0.9, 0.6, 0.8, 0.7, 0.5], "teacher": [1.0] * 5}
-    said = Measured("", {}, answers, confidence, [0, 0, 0, 0, 1])
+    said = CachedEvaluation("", {}, answers, confidence, [0, 0, 0, 0, 1])
     assert hardest_of(said, 9) == [3, 1, 4, 2]
     assert hardest_of(said, 2) == [3, 1]
-    alone = Measured("", {}, {"class": [0, 1]}, {"class": [0.9, 0.6]}, [1, 0])
+    alone = CachedEvaluation("", {}, {"class": [0, 1]}, {"class": [0.9, 0.6]}, [1, 0])
     assert hardest_of(alone, 9) == [0, 1]
 
 
@@ -446,13 +454,13 @@ def test_nothing_in_a_page_is_taken_for_html():
     nasty = '<script>alert("1")</script>'
     drawn = [
         page.paragraph(nasty),
-        page.card({nasty: nasty}),
-        page.tiles({nasty: nasty}),
+        page.key_values({nasty: nasty}),
+        page.stat_tiles({nasty: nasty}),
         page.table([nasty], [[nasty]], caption=nasty),
         page.heat_table([nasty], [nasty], [[1.0]], caption=nasty, corner=nasty),
         page.figure("", nasty),
         page.section(nasty, [], anchor=nasty),
-        page.folded(nasty, [], opened=True),
+        page.details(nasty, [], opened=True),
         page.links({nasty: nasty}),
     ]
     whole = page.page(nasty, nasty, drawn, foot=nasty)
@@ -467,7 +475,7 @@ def test_the_name_of_a_chart_is_no_html_either(tmp_path):
 
 def test_without_matplotlib_it_is_said_before_the_work(place, zygote, monkeypatch, tmp_path):
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
-    with raises(EnvironmentFault, "'deit[plot]'"):
+    with raises(SystemFault, "'deit[plot]'"):
         report.report([place / "run"], tmp_path / "page")
     assert not (tmp_path / "page").exists()
 
@@ -495,7 +503,7 @@ DRAWN = {
     "over_epochs": charts.over_epochs({"loss": [(1, 2.0), (2, 1.0)], "b": [(1, 1.0)]}, "loss"),
     "per_class": charts.per_class(["$a$", "b" * 60], {"student": [0.5, 1], "teacher": [1, 1]}),
     "reliability": charts.reliability({"student": [(0.5, 0.4, 10), (0.9, 0.9, 5)]}),
-    "over_depth": charts.over_depth([0.1, 0.5, 0.9]),
+    "over_depth": charts.token_cosine_chart([0.1, 0.5, 0.9]),
     "scatter": charts.scatter({"$x": (1.0, 50.0), "y": (100.0, 60.0)}, "s", "%"),
 }
 

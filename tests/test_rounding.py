@@ -12,33 +12,33 @@ from torch import nn
 
 from deit.config import StudentConfig, peak_lr
 from deit.errors import ConfigError
-from deit.export import bare_of
-from deit.formats import Graph, answer_of, outputs_of, write_noted_onnx
+from deit.export import split_normalization
+from deit.formats import Graph, onnx_inference_fn, outputs_of, write_onnx_with_metadata
 from deit.models import rounding
 from deit.models.linear import available, use_onednn
 from deit.models.merging import with_merging
 from deit.models.networks import create_network
 from deit.models.rounding import (
     RATE,
-    Ranges,
-    RoundedConv2d,
-    RoundedLinear,
+    ActivationRanges,
+    FakeQuantConv2d,
+    FakeQuantLinear,
+    disable_fake_quant,
+    enable_fake_quant,
+    fake_quant_layers,
+    fake_quant_weight,
     ranges_in,
-    round_layers,
-    rounded_layers,
-    rounded_weight,
     scale_of,
-    without_rounding,
 )
-from deit.models.saved import Facts, build_student
-from deit.models.slimming import Kept, cut, largest, magnitudes, slim
+from deit.models.saved import ModelInfo, build_student
+from deit.models.slimming import KeptUnits, magnitudes, pruned_config, select_top, slice_weights
 from deit.models.student import Student
 from deit.models.weights import load_weights
 from deit.optim import parameter_groups
-from deit.quantization import learnt, signal_to_noise, write_int8
+from deit.quantization import ranges_from_training, signal_to_noise, write_int8
 from deit.quantization_layers import choose, prepare
 from deit.recipes import digits
-from deit.tuning import TUNING, begin_from
+from deit.tuning import FINETUNE_SCHEDULES, with_init
 from deit.validation import validate
 from tests.helpers.errors import raises
 from tests.helpers.images import random_batch
@@ -51,14 +51,14 @@ TINY = StudentConfig(
     embed_dim=16,
     depth=2,
     num_heads=2,
-    rounding="int8",
+    qat="int8",
 )
 STUDENTS = {
     "distilled": TINY,
     "plain": replace(TINY, name="vit_micro", depth=1),
-    "two distillation tokens": replace(TINY, distillation_tokens=2, depth=1),
-    "pruned": replace(TINY, block_heads=(1, 2), block_hidden=(5, 9)),
-    "scaled": replace(TINY, initialisation="scaled"),
+    "two distillation tokens": replace(TINY, num_distillation_tokens=2, depth=1),
+    "pruned": replace(TINY, heads_per_block=(1, 2), mlp_hidden_per_block=(5, 9)),
+    "scaled": replace(TINY, weight_init="scaled"),
 }
 
 
@@ -75,10 +75,10 @@ def asked(network: nn.Module, given: torch.Tensor) -> torch.Tensor:
 
 def taught(network: nn.Module, given: torch.Tensor | None = None) -> nn.Module:
     """With ranges, of one update."""
-    ranges = Ranges(network)
+    ranges = ActivationRanges(network)
     with torch.no_grad():
         asked(network.train(), random_batch(8, 64) if given is None else given)
-    ranges.settle()
+    ranges.update()
     return network.eval()
 
 
@@ -87,7 +87,7 @@ def taught(network: nn.Module, given: torch.Tensor | None = None) -> nn.Module:
 
 def test_weights_by_hand():
     weight = torch.tensor([[1.27, -0.014, 0.016], [-2.54, 0.03, 0.0], [0.0, 0.0, 0.0]])
-    found, scale = rounded_weight(weight)
+    found, scale = fake_quant_weight(weight)
     torch.testing.assert_close(scale, torch.tensor([0.01, 0.02, 1.0]))
     expected = [[1.27, -0.01, 0.02], [-2.54, 0.04, 0.0], [0.0, 0.0, 0.0]]
     torch.testing.assert_close(found, torch.tensor(expected))
@@ -96,17 +96,17 @@ def test_weights_by_hand():
 def test_a_weight_that_is_zero_stays_zero_and_its_row_has_its_own_scale():
     weight = torch.randn(6, 40)
     weight[torch.rand(6, 40) < 0.5] = 0
-    found, _ = rounded_weight(weight)
+    found, _ = fake_quant_weight(weight)
     assert not found[weight == 0].any()
     for place in range(6):
-        assert torch.equal(rounded_weight(weight[place : place + 1])[0][0], found[place])
+        assert torch.equal(fake_quant_weight(weight[place : place + 1])[0][0], found[place])
     assert (found - weight).abs().max() <= weight.abs().max() / 254 + 1e-7
 
 
 def test_gradients_of_weights_go_through():
     weight = torch.randn(4, 9, requires_grad=True)
     upstream = torch.randn(4, 9)
-    (rounded_weight(weight)[0] * upstream).sum().backward()
+    (fake_quant_weight(weight)[0] * upstream).sum().backward()
     assert torch.equal(weight.grad, upstream)
 
 
@@ -124,9 +124,9 @@ def test_scales_are_those_of_the_file(low, high):
     assert (found[0].item(), found[1].item()) == (scale.item(), zero.item())
 
 
-def layer_of(low: float, high: float, *, of: int = 4) -> RoundedLinear:
+def layer_of(low: float, high: float, *, of: int = 4) -> FakeQuantLinear:
     holder = nn.Sequential(nn.Linear(of, 3))
-    round_layers(holder)
+    enable_fake_quant(holder)
     holder[0].range.copy_(torch.tensor([low, high]))
     return holder.eval()[0]
 
@@ -162,13 +162,13 @@ def test_gradients_of_inputs_end_where_they_are_cut_off():
 
 def test_a_convolution_likewise():
     holder = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2))
-    round_layers(holder)
+    enable_fake_quant(holder)
     given = random_batch(8)
-    ranges = Ranges(holder)
+    ranges = ActivationRanges(holder)
     holder.train()(given)
-    ranges.settle()
+    ranges.update()
     layer = holder.eval()[0]
-    assert type(layer) is RoundedConv2d
+    assert type(layer) is FakeQuantConv2d
     low, high = given.min(), given.max()
     torch.testing.assert_close(layer.range, torch.stack([low, high]))
     steps, zero = scale_of(low, high)
@@ -211,38 +211,38 @@ def test_under_autocast_steps_are_those_of_float32(precision):
 
 def test_the_first_update_sets_ranges_and_later_ones_move_them():
     holder = nn.Sequential(nn.Linear(2, 1)).train()
-    round_layers(holder)
-    layer, ranges = holder[0], Ranges(holder)
+    enable_fake_quant(holder)
+    layer, ranges = holder[0], ActivationRanges(holder)
     assert layer.range.tolist() == [0, 0]
     holder(torch.tensor([[-1.0, 3.0]]))
     assert layer.range.tolist() == [0, 0]
-    ranges.settle()
+    ranges.update()
     assert layer.range.tolist() == [-1, 3]
     holder(torch.tensor([[2.0, 5.0]]))  # 0 is always inside
-    ranges.settle()
+    ranges.update()
     torch.testing.assert_close(layer.range, torch.tensor([-1 + RATE, 3 + 2 * RATE]))
     before = layer.range.clone()
     holder.eval()(torch.tensor([[-9.0, 9.0]]))
     assert torch.equal(layer.range, before)
-    assert layer.seen.tolist() == [-math.inf, -math.inf]
+    assert layer.observed.tolist() == [-math.inf, -math.inf]
     holder.train()(torch.tensor([[-9.0, 9.0]]))
-    Ranges(holder)  # what was heard before a training begins is forgotten
-    assert layer.seen.tolist() == [-math.inf, -math.inf]
+    ActivationRanges(holder)  # what was heard before a training begins is forgotten
+    assert layer.observed.tolist() == [-math.inf, -math.inf]
 
 
 def test_ranges_do_not_depend_on_the_parts_of_a_batch_nor_on_repeats():
     found, given = [], random_batch(8, 12)
     for sizes in ([12], [4, 8], [12, 12]):
         network = taught(network_of())  # so that roundings are the same
-        ranges = Ranges(network)
+        ranges = ActivationRanges(network)
         network.train()
         for part in given.split(sizes) if sum(sizes) == 12 else (given, given):
             asked(network, part)
-        ranges.settle()
-        found.append(torch.stack([one.range for one in rounded_layers(network).values()]))
+        ranges.update()
+        found.append(torch.stack([one.range for one in fake_quant_layers(network).values()]))
     assert torch.equal(found[0], found[2])
     torch.testing.assert_close(found[0], found[1])
-    moved = torch.stack([one.range for one in rounded_layers(taught(network_of())).values()])
+    moved = torch.stack([one.range for one in fake_quant_layers(taught(network_of())).values()])
     assert (moved != found[0]).any(dim=1).all()
 
 
@@ -262,10 +262,10 @@ def test_without_ranges_each_batch_has_its_own():
 @pytest.mark.parametrize("name", STUDENTS)
 def test_names_weights_and_decay_stay(name):
     student = STUDENTS[name]
-    rounded, plain = network_of(student), network_of(student, rounding="none")
+    rounded, plain = network_of(student), network_of(student, qat="none")
     kinds = (nn.Linear, nn.Conv2d)
     layers = [key for key, one in plain.named_modules() if isinstance(one, kinds)]
-    assert list(rounded_layers(rounded)) == layers
+    assert list(fake_quant_layers(rounded)) == layers
     ours, theirs = rounded.state_dict(), plain.state_dict()
     assert ranges_in(ours) == {f"{key}.range" for key in layers} == set(ours) - set(theirs)
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
@@ -276,7 +276,7 @@ def test_names_weights_and_decay_stay(name):
     taught(rounded)
     before, found = asked(plain.eval(), random_batch(8)), asked(rounded, random_batch(8))
     assert 20 < signal_to_noise(before, found) < 60
-    without_rounding(rounded)
+    disable_fake_quant(rounded)
     assert str(rounded) == str(plain)
     assert set(vars(rounded.head)) == set(vars(plain.head))
     assert list(rounded.state_dict()) == list(theirs)
@@ -288,7 +288,7 @@ def test_a_copy_has_ranges_of_its_own():
     other = copy.deepcopy(network)
     expected = network(random_batch(8))
     assert torch.equal(other(random_batch(8)), expected)
-    for layer in rounded_layers(other).values():
+    for layer in fake_quant_layers(other).values():
         layer.range.fill_(0)
     taught(other, 5 * random_batch(8))
     assert not torch.equal(other(random_batch(8)), expected)
@@ -315,7 +315,7 @@ def compiled_alike():
         (torch.compile(one, fullgraph=True, backend="eager") if one is twin else one)(
             random_batch(8)
         )
-        seen.append(torch.stack([layer.seen for layer in rounded_layers(one).values()]))
+        seen.append(torch.stack([layer.observed for layer in fake_quant_layers(one).values()]))
     torch.testing.assert_close(seen[0], seen[1])
 
 
@@ -324,10 +324,10 @@ def test_blocks_computed_again_give_the_same_gradients_and_ranges():
     for again in (False, True):
         network = taught(network_of(drop_path=0.3)).train()
         network.set_grad_checkpointing(again)
-        ranges = Ranges(network)
+        ranges = ActivationRanges(network)
         torch.manual_seed(9)
         asked(network, random_batch(8)).square().sum().backward()
-        ranges.settle()
+        ranges.update()
         kept = {name: one.grad for name, one in network.named_parameters()}
         found.append(kept | dict(network.named_buffers()))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -340,7 +340,7 @@ def test_linear_layers_by_onednn_answer_the_same():
     use_onednn(other)
     with mock.patch("deit.models.linear.product", wraps=rounding.linear) as product:
         found = other(random_batch(8))
-    assert product.call_count == len(rounded_layers(other)) - 1
+    assert product.call_count == len(fake_quant_layers(other)) - 1
     torch.testing.assert_close(found, network(random_batch(8)), rtol=1e-4, atol=1e-5)
 
 
@@ -352,7 +352,7 @@ def test_processes_do_not_send_ranges_around():
 def test_tokens_merge_under_roundings():
     network = taught(network_of())
     merging = with_merging(network, 2)
-    assert len(rounded_layers(merging)) == len(rounded_layers(network))
+    assert len(fake_quant_layers(merging)) == len(fake_quant_layers(network))
     assert merging(random_batch(8)).isfinite().all()
     assert torch.equal(with_merging(network, 0)(random_batch(8)), network(random_batch(8)))
 
@@ -360,13 +360,13 @@ def test_tokens_merge_under_roundings():
 def test_heads_and_units_are_cut_with_the_ranges():
     network = taught(network_of(depth=2, num_heads=4))
     scores = magnitudes(network)
-    kept = Kept(
-        largest(scores.heads, 4, scope="global"), largest(scores.hidden, 32, scope="global")
+    kept = KeptUnits(
+        select_top(scores.heads, 4, scope="global"), select_top(scores.hidden, 32, scope="global")
     )
-    student = slim(replace(TINY, num_heads=4), kept)
+    student = pruned_config(replace(TINY, num_heads=4), kept)
     smaller = create_network(student, 5)
-    load_weights(smaller, cut(network.state_dict(), kept, head_width=4), origin="cut")
-    assert student.rounding == "int8"
+    load_weights(smaller, slice_weights(network.state_dict(), kept, head_width=4), origin="cut")
+    assert student.qat == "int8"
     assert smaller.eval()(random_batch(8)).isfinite().all()
     assert torch.equal(smaller.blocks[0].mlp.fc2.range, network.blocks[0].mlp.fc2.range)
 
@@ -379,23 +379,26 @@ def test_the_file_answers_as_the_network(name, tmp_path):
     """But where a value lies on the edge between two steps: there the last bits of a float, which
     sums in another order differ in, decide."""
     pytest.importorskip("onnxruntime")
-    facts = Facts(STUDENTS[name], tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
+    facts = ModelInfo(STUDENTS[name], tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
     torch.manual_seed(3)
-    bare, _ = bare_of(build_student(facts))
+    bare, _ = split_normalization(build_student(facts))
     taught(bare.network, random_batch(8, 128))
     given = random_batch(8, 128, seed=6)
     with torch.no_grad():
         ours = dict(zip(outputs_of(bare), Graph(bare)(given)))
-    ranges = {key: layer.range for key, layer in rounded_layers(bare.network).items()}
-    without_rounding(bare.network)
-    write_noted_onnx(tmp_path, bare, facts)
+    ranges = {key: layer.range for key, layer in fake_quant_layers(bare.network).items()}
+    disable_fake_quant(bare.network)
+    write_onnx_with_metadata(tmp_path, bare, facts)
     layers = prepare(tmp_path / "model.onnx", tmp_path / "prepared.onnx")
     chosen = choose(layers, method="static", attention=False, exclude=None)
     assert set(chosen) == set(ranges)
-    told = learnt(tmp_path / "prepared.onnx", layers, ranges)
+    told = ranges_from_training(tmp_path / "prepared.onnx", layers, ranges)
     target = tmp_path / "int8.onnx"
     write_int8(tmp_path / "prepared.onnx", target, layers, chosen, ranges=told, reduce_range=False)
-    theirs, floats = answer_of(target)(given), answer_of(tmp_path / "model.onnx")(given)
+    theirs, floats = (
+        onnx_inference_fn(target)(given),
+        onnx_inference_fn(tmp_path / "model.onnx")(given),
+    )
     for head, logits in theirs.items():
         near = (ours[head] - logits).abs().amax(dim=1) < 1e-5 * logits.abs().max()
         assert near.double().mean() > 0.9, head
@@ -408,34 +411,37 @@ def test_the_file_answers_as_the_network(name, tmp_path):
 REFUSED = {
     "a ConvNet": (
         {"student": {"name": "small_convnet"}},
-        ("student.rounding = 'int8'", "'small_convnet'"),
+        ("student.qat = 'int8'", "'small_convnet'"),
     ),
-    "shared blocks": ({"student": {"share": 2}}, ("student.share = 2", "student.rounding")),
+    "shared blocks": (
+        {"student": {"shared_block_size": 2}},
+        ("student.shared_block_size = 2", "student.qat"),
+    ),
     "adapters": (
         {"student": {"adapters": "convpass"}},
-        ("student.adapters = 'convpass'", "student.rounding"),
+        ("student.adapters = 'convpass'", "student.qat"),
     ),
     "heads alone": (
-        {"optim": {"trained": "heads"}, "start": {"source": "x"}},
-        ("optim.trained = 'heads'", "int8"),
+        {"optim": {"trainable": "heads"}, "init": {"weights": "x"}},
+        ("optim.trainable = 'heads'", "int8"),
     ),
     "adapters alone": (
         {
-            "optim": {"trained": "adapters"},
+            "optim": {"trainable": "adapters"},
             "student": {"adapters": "convpass"},
-            "start": {"source": "x"},
+            "init": {"weights": "x"},
         },
-        ("optim.trained = 'adapters'", "int8"),
+        ("optim.trainable = 'adapters'", "int8"),
     ),
-    "divided": ({"run": {"shard": "full"}}, ("run.shard = 'full'", "student.rounding")),
-    "another number": ({"student": {"rounding": "int9"}}, ("student.rounding = 'int9'", "'int8'")),
+    "divided": ({"run": {"sharding": "fsdp"}}, ("run.sharding = 'fsdp'", "student.qat")),
+    "another number": ({"student": {"qat": "int9"}}, ("student.qat = 'int9'", "'int8'")),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_makes_no_sense_is_refused(name):
     sections, names = REFUSED[name]
-    config = digits().replace(student={"rounding": "int8"})
+    config = digits().replace(student={"qat": "int8"})
     with raises(ConfigError, *names) as error:
         validate(config.replace(**sections))
     assert all(line.count(": ") < 4 for line in str(error.value).splitlines())
@@ -443,9 +449,9 @@ def test_what_makes_no_sense_is_refused(name):
 
 @pytest.mark.parametrize("reference", [None, 512])
 def test_the_schedule(reference):
-    before = digits().replace(start={"source": "x"}, optim={"lr_reference_batch": reference})
-    tuned = validate(TUNING["int8"](before))
-    assert tuned.student == replace(before.student, rounding="int8")
+    before = digits().replace(init={"weights": "x"}, optim={"lr_base_batch_size": reference})
+    tuned = validate(FINETUNE_SCHEDULES["int8"](before))
+    assert tuned.student == replace(before.student, qat="int8")
     assert tuned.optim.epochs == round(before.optim.epochs / 3)
     assert (tuned.loss, tuned.views, tuned.teacher) == (before.loss, before.views, before.teacher)
     assert tuned.optim.lr == pytest.approx(0.3 * before.optim.lr)
@@ -455,6 +461,6 @@ def test_the_schedule(reference):
 
 def test_a_start_says_nothing_of_rounding():
     """As of drop path: the configuration does."""
-    assert begin_from(digits(), "x", TINY).student.rounding == "none"
-    own = digits().replace(student={"rounding": "int8"})
-    assert begin_from(own, "x", replace(TINY, rounding="none")).student.rounding == "int8"
+    assert with_init(digits(), "x", TINY).student.qat == "none"
+    own = digits().replace(student={"qat": "int8"})
+    assert with_init(own, "x", replace(TINY, qat="none")).student.qat == "int8"

@@ -17,24 +17,24 @@ from deit.errors import CheckpointError, ConfigError
 from deit.evaluation import evaluate
 from deit.export import export
 from deit.formats import FORMATS
-from deit.landscape_options import Asked
-from deit.landscape_places import Place, view_of
+from deit.landscape_options import LandscapeOptions
+from deit.landscape_places import LandscapePoint, view_of
 from deit.models.masks import MASKS
 from deit.models.rounding import (
+    fake_quant_layers,
+    fake_quant_weight,
     ranges_in,
-    rounded_layers,
-    rounded_weight,
 )
 from deit.models.saved import load_student, save_student, save_weights
-from deit.models.start import find_start, student_of
+from deit.models.start import infer_student_config, load_weights_from
 from deit.models.teachers import load_teacher
-from deit.presets import OBJECTIVES
+from deit.presets import LOSS_PRESETS
 from deit.quantization import signal_to_noise
-from deit.quantize import Plan, _drop, quantize
+from deit.quantize import QuantizeOptions, check_accuracy_drop, quantize
 from deit.recipes import digits
-from deit.run import parts_of, train
-from deit.seats import members
-from deit.tuning import TUNING, begin_from
+from deit.run import build_run, train
+from deit.seats import teacher_specs
+from deit.tuning import FINETUNE_SCHEDULES, with_init
 from tests.helpers.errors import raises
 from tests.helpers.images import random_batch
 from tests.helpers.resume_helpers import same_end, stop_and_go_on, stop_at
@@ -59,14 +59,16 @@ def base_config() -> Config:
         data={"train_fraction": 0.3},
         student=SMALL,
         teacher={"source": ()},
-        loss=OBJECTIVES["none"],
+        loss=LOSS_PRESETS["none"],
         optim={**QUICK, "epochs": 6},
-        run={"linear": "torch", "evaluate_every": 1},
+        run={"linear_backend": "torch", "eval_every_epochs": 1},
     )
 
 
 def config_of(folder: Path, **more: dict) -> Config:
-    config = TUNING["int8"](base_config().replace(start={"source": str(folder / "base")}))
+    config = FINETUNE_SCHEDULES["int8"](
+        base_config().replace(init={"weights": str(folder / "base")})
+    )
     return config.replace(**{**more, "optim": {**QUICK, "min_lr": 1e-5, **more.get("optim", {})}})
 
 
@@ -76,7 +78,7 @@ def ranges_of(file: Path) -> torch.Tensor:
 
 
 def test_ranges_lie_in_every_file_and_hold_zero(place):
-    newest = checkpoint.newest(place / "int8")
+    newest = checkpoint.latest_checkpoint(place / "int8")
     files = [place / "int8" / "best" / "model.safetensors"]
     files += [newest / f"{name}.safetensors" for name in ("model", "average")]
     for file in files:
@@ -84,15 +86,15 @@ def test_ranges_lie_in_every_file_and_hold_zero(place):
         assert found.shape == (11, 2)
         assert (found[:, 0] <= 0).all()
         assert (found[:, 1] > 0).all()
-        assert not any(name.endswith(".seen") for name in load_file(file))
+        assert not any(name.endswith(".observed") for name in load_file(file))
     model, average = map(ranges_of, files[1:])
     torch.testing.assert_close(model, average, rtol=0.1, atol=0.02)
-    notes = json.loads((place / "int8" / "start.json").read_text())["notes"]
+    notes = json.loads((place / "int8" / "init.json").read_text())["notes"]
     assert [re.findall(r"\d+", note) for note in notes] == [["11"]]
 
 
 def test_a_run_begins_with_the_answers_of_its_start(place):
-    began = parts_of(config_of(place)).student.eval()(random_batch(8, 8)).class_logits
+    began = build_run(config_of(place)).student.eval()(random_batch(8, 8)).class_logits
     before = load_student(place / "base" / "best")[0].eval()(random_batch(8, 8)).class_logits
     assert 20 < signal_to_noise(before, began) < 60
 
@@ -107,9 +109,9 @@ def test_an_update_that_is_left_out_moves_no_range(place, tmp_path):
     found = []
     for name, fault in (("one", "update:3:term"), ("two", "loss:3:nan,update:3:term")):
         stop_at(config_of(place), tmp_path / name, fault)
-        found.append(ranges_of(checkpoint.newest(tmp_path / name) / "model.safetensors"))
+        found.append(ranges_of(checkpoint.latest_checkpoint(tmp_path / name) / "model.safetensors"))
     stop_at(config_of(place), tmp_path / "before", "update:2:term")
-    before = ranges_of(checkpoint.newest(tmp_path / "before") / "model.safetensors")
+    before = ranges_of(checkpoint.latest_checkpoint(tmp_path / "before") / "model.safetensors")
     assert torch.equal(found[1], before)
     assert not torch.equal(found[0], before)
 
@@ -119,19 +121,19 @@ def test_masks_hold_under_roundings(place, tmp_path):
     name = "blocks.0.mlp.fc1.weight"
     masks = {name: torch.rand(weights[name].shape) > 0.5}
     save_weights(tmp_path / "m.safetensors", masks)
-    config = config_of(place, start={"masks": str(tmp_path / "m.safetensors")})
+    config = config_of(place, init={"pruning_masks": str(tmp_path / "m.safetensors")})
     train(config.replace(optim={"epochs": 1, "warmup_epochs": 0}), tmp_path / "run")
     best = tmp_path / "run" / "best"
     assert (best / MASKS).is_file()
     layer = load_student(best)[0].network.blocks[0].mlp.fc1
     assert not layer.weight[~masks[name]].any()
-    rounded = rounded_weight(layer.weight)[0]
+    rounded = fake_quant_weight(layer.weight)[0]
     assert not rounded[~masks[name]].any()
     assert rounded[masks[name]].count_nonzero() > 0.9 * masks[name].sum()
 
 
 def test_attention_alone_learns_ranges_too(place, tmp_path):
-    config = config_of(place, optim={"trained": "attention", "epochs": 1, "warmup_epochs": 0})
+    config = config_of(place, optim={"trainable": "attention", "epochs": 1, "warmup_epochs": 0})
     train(config, tmp_path / "run")
     found = ranges_of(tmp_path / "run" / "best" / "model.safetensors")
     assert (found[:, 1] > 0).all()
@@ -139,23 +141,23 @@ def test_attention_alone_learns_ranges_too(place, tmp_path):
 
 def test_ranges_go_on_or_are_left_out(place, tmp_path):
     start = str(place / "int8")
-    config = begin_from(config_of(place), start, find_start(start).student)
-    on = parts_of(config)
-    assert on.start_notes["notes"] == []
+    config = with_init(config_of(place), start, load_weights_from(start).student)
+    on = build_run(config)
+    assert on.init_report["notes"] == []
     own = load_file(place / "int8" / "best" / "model.safetensors")
     for name in ranges_in(own):
         assert torch.equal(on.student.network.state_dict()[name], own[name])
-    config = config.replace(student={"rounding": "none"})
-    off = parts_of(config)
-    assert [re.findall(r"\d+", note) for note in off.start_notes["notes"]] == [["11"]]
+    config = config.replace(student={"qat": "none"})
+    off = build_run(config)
+    assert [re.findall(r"\d+", note) for note in off.init_report["notes"]] == [["11"]]
     assert not ranges_in(off.student.network.state_dict())
-    wider = config_of(place, start={"source": start, "heads": "new"}).replace(
-        student={"distillation_tokens": 1, "image_size": 16, "name": "vit_micro"},
+    wider = config_of(place, init={"weights": start, "head": "new"}).replace(
+        student={"num_distillation_tokens": 1, "image_size": 16, "name": "vit_micro"},
         data={"image_size": 16, "classes": ("1", "3", "7")},
     )
-    fitted = parts_of(wider).student.network
+    fitted = build_run(wider).student.network
     assert torch.equal(fitted.head.range, own["head.range"])
-    assert student_of(own).name == "deit_micro"
+    assert infer_student_config(own).name == "deit_micro"
 
 
 def test_old_facts_still_load(place, tmp_path):
@@ -163,47 +165,47 @@ def test_old_facts_still_load(place, tmp_path):
     (tmp_path / "best" / "manifest.json").unlink()
     path = tmp_path / "best" / "model.json"
     facts = json.loads(path.read_text())
-    del facts["student"]["rounding"]
+    del facts["student"]["qat"]
     path.write_text(json.dumps(facts))
     assert load_student(tmp_path / "best")[1] == load_student(place / "base" / "best")[1]
 
 
 def test_it_teaches_and_is_evaluated_as_its_file(place):
     student = load_student(place / "int8" / "best")[0].eval()
-    assert rounded_layers(student.network)
-    (member,) = members(digits().replace(teacher={"source": (str(place / "int8"),)}).teacher)
+    assert fake_quant_layers(student.network)
+    (member,) = teacher_specs(digits().replace(teacher={"source": (str(place / "int8"),)}).teacher)
     teacher = load_teacher(member, tuple(map(str, range(10))), image_size=8)
-    assert rounded_layers(teacher.network)
+    assert fake_quant_layers(teacher.network)
     found = evaluate(place / "int8")["heads"]["fused"]["top1"]
     assert found > evaluate(place / "base")["heads"]["fused"]["top1"] - 0.1
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_formats_of_floats_are_refused(place, tmp_path, form):
-    with raises(ConfigError, place / "int8", "student.rounding", "'int8'", "quantize") as error:
+    with raises(ConfigError, place / "int8", "student.qat", "'int8'", "quantize") as error:
         export(place / "int8", tmp_path / "out", name=form)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_its_landscape_is_refused(place):
-    one = Place("one", place / "int8", place / "int8" / "best")
-    with raises(ConfigError, "one:", "student.rounding", "'int8'"):
-        view_of([one], Asked(), root=None, device=torch.device("cpu"))
+    one = LandscapePoint("one", place / "int8", place / "int8" / "best")
+    with raises(ConfigError, "one:", "student.qat", "'int8'"):
+        view_of([one], LandscapeOptions(), root=None, device=torch.device("cpu"))
 
 
 OTHERWISE = {
-    "--method dynamic": Plan(method="dynamic"),
-    "--calibration": Plan(images=64),
-    "--calibrate": Plan(how="percentile", percentile=99.9),
-    "--quantize_attention": Plan(attention=True),
+    "--method dynamic": QuantizeOptions(method="dynamic"),
+    "--calibration-images": QuantizeOptions(images=64),
+    "--calibration-method": QuantizeOptions(range_method="percentile", percentile=99.9),
+    "--quantize-attention": QuantizeOptions(attention=True),
 }
 
 
 @pytest.mark.parametrize("option", OTHERWISE)
 def test_another_file_than_it_was_trained_for_is_refused(place, tmp_path, option):
     pytest.importorskip("onnxruntime")
-    with raises(ConfigError, option, place / "int8", "student.rounding") as error:
+    with raises(ConfigError, option, place / "int8", "student.qat") as error:
         quantize(place / "int8", tmp_path / "out", OTHERWISE[option])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -220,10 +222,10 @@ def test_ranges_that_were_never_set_make_no_file(place, tmp_path):
     )
     (best / "manifest.json").unlink()
     with (
-        mock.patch("deit.quantize.write_float_file", side_effect=AssertionError("exported first")),
-        raises(CheckpointError, tmp_path / "run", "student.rounding", "'int8'"),
+        mock.patch("deit.quantize.export_float_onnx", side_effect=AssertionError("exported first")),
+        raises(CheckpointError, tmp_path / "run", "student.qat", "'int8'"),
     ):
-        quantize(tmp_path / "run", tmp_path / "out", Plan())
+        quantize(tmp_path / "run", tmp_path / "out", QuantizeOptions())
     assert not (tmp_path / "out").exists()
 
 
@@ -231,34 +233,34 @@ def test_the_message_of_a_drop_names_it(place, tmp_path):
     """Of a student without fake quantization; the other message is tested below."""
     pytest.importorskip("onnxruntime")
     with (
-        mock.patch("deit.quantize.final", lambda heads, tops=[0.5, 0.9]: {"top1": tops.pop()}),
+        mock.patch("deit.quantize.final_head", lambda heads, tops=[0.5, 0.9]: {"top1": tops.pop()}),
         pytest.raises(CheckpointError) as error,
     ):
-        quantize(place / "base", tmp_path / "out", Plan())
+        quantize(place / "base", tmp_path / "out", QuantizeOptions())
     told = str(error.value)
     run = place / "base"
-    assert f"deit finetune --from {run} --tuning int8 --out {run}-int8" in told
-    assert "--calibrate percentile" in told
+    assert f"deit finetune --from {run} --schedule int8 --out {run}-int8" in told
+    assert "--calibration-method percentile" in told
 
 
 def test_from_a_run_to_its_file(place, zygote, tmp_path, capsys, monkeypatch):
     """The commands; the file answers as the run does, its weights without roundings otherwise."""
     pytest.importorskip("onnxruntime")
-    words = ["finetune", "--from", place / "base", "--tuning", "int8", "--optim.epochs", "1"]
+    words = ["finetune", "--from", place / "base", "--schedule", "int8", "--optim.epochs", "1"]
     done = zygote.run(*words, "--optim.warmup_epochs", "0", "--out", "run", cwd=tmp_path)
     assert done.code == 0, done.err
     assert re.search(r"rounded\s+11\b", done.out)
     assert "deit quantize run" in done.out
     assert "deit export" not in done.out
     monkeypatch.chdir(tmp_path)
-    with mock.patch("deit.quantize._drop", wraps=_drop) as drop:
+    with mock.patch("deit.quantize.check_accuracy_drop", wraps=check_accuracy_drop) as drop:
         assert run_command("quantize", ["run", "--max-drop", "100"], "deit quantize") == 0
     (known, _, *others), how = drop.call_args
     with pytest.raises(CheckpointError) as refused:
-        _drop(known, -100, *others, **how)
+        check_accuracy_drop(known, -100, *others, **how)
     told = str(refused.value)
     assert "--exclude" in told
-    assert not any(word in told for word in ("finetune", "--calibrate", "dynamic"))
+    assert not any(word in told for word in ("finetune", "--calibration-method", "dynamic"))
     said = " ".join(capsys.readouterr().out.split())
     assert "learnt" in said
     found = json.loads(Path("run/quantized-static/quantization.json").read_text())
@@ -274,12 +276,14 @@ def test_from_a_run_to_its_file(place, zygote, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_learn_the_ranges_of_one(place, zygote, tmp_path):
-    words = ["finetune", "--from", place / "base", "--tuning", "int8", "--student.drop_path", "0"]
-    words += ["--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.linear", "torch"]
+    words = ["finetune", "--from", place / "base", "--schedule", "int8", "--student.drop_path", "0"]
+    words += ["--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.linear_backend", "torch"]
     for number in (1, 2):
         done = zygote.together(*words, "--out", str(number), processes=number, cwd=tmp_path)
         assert [one.code for one in done] == [0] * number, done[0].err + done[-1].err
     for file in ("model", "average"):
         names = [tmp_path / str(number) for number in (1, 2)]
-        one, two = (ranges_of(checkpoint.newest(out) / f"{file}.safetensors") for out in names)
+        one, two = (
+            ranges_of(checkpoint.latest_checkpoint(out) / f"{file}.safetensors") for out in names
+        )
         torch.testing.assert_close(one, two, rtol=0.02, atol=0.02)

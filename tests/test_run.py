@@ -8,18 +8,18 @@ import torch
 from safetensors.torch import load_file
 
 from deit import checkpoint, faults, journal, saving
-from deit.disk import finish_replacing, replace_folder
+from deit.disk import clean_leftovers, replace_dir
 from deit.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    EnvironmentFault,
     NumericsError,
+    SystemFault,
 )
 from deit.evaluation import evaluate
 from deit.models.saved import load_student
-from deit.presets import OBJECTIVES
-from deit.recipes import RECIPES, digits, digits_teacher, recipe_of
+from deit.presets import LOSS_PRESETS
+from deit.recipes import RECIPES, digits, digits_teacher, recipe_of_path
 from deit.restoring import read_state
 from deit.run import train
 from deit.validation import validate
@@ -45,7 +45,7 @@ def small(teacher, **optim):
         views={"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
         teacher={"source": str(teacher)},
         optim={"epochs": 4, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 1, **optim},
-        run={"evaluate_every": 1},
+        run={"eval_every_epochs": 1},
     )
 
 
@@ -61,17 +61,17 @@ def tensors(folder):
 def test_a_run_folder_holds_json_and_safetensors_only(teacher, tmp_path, monkeypatch):
     out = tmp_path / "run"
     # Every epoch ties, and a tie goes to the later one: best is the last epoch.
-    monkeypatch.setattr(saving, "selected_top1", lambda validation: 0.5)
+    monkeypatch.setattr(saving, "selection_metric", lambda validation: 0.5)
     train(small(teacher), out, arguments=["train_deit.py", "digits"])
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     state = {"model.json", "model.safetensors", "state.json", "manifest.json"}
-    saved = [folder.name for _, folder in checkpoint.found(out)]
+    saved = [folder.name for _, folder in checkpoint.list_checkpoints(out)]
     assert len(saved) == 2
     assert found == {
         "config.json",
         "environment.json",
         "metrics.jsonl",
-        "chain.jsonl",
+        "state_hashes.jsonl",
         "result.json",
         "summary.json",
         ".lock",
@@ -90,7 +90,7 @@ def test_a_run_folder_holds_json_and_safetensors_only(teacher, tmp_path, monkeyp
     assert environment["arguments"] == ["train_deit.py", "digits"]
     # With an average, best holds the average of its epoch (here the last), last holds both.
     assert read_state(out / "best").epoch == 4
-    best, last = tensors(out / "best"), tensors(checkpoint.newest(out))
+    best, last = tensors(out / "best"), tensors(checkpoint.latest_checkpoint(out))
     name = "head.weight"
     assert torch.equal(best[f"model.safetensors/{name}"], last[f"average.safetensors/{name}"])
     assert not torch.equal(best[f"model.safetensors/{name}"], last[f"model.safetensors/{name}"])
@@ -168,13 +168,15 @@ def test_too_few_tokens_are_warned_about(teacher, tmp_path, capsys):
 
 
 def test_the_arithmetic_is_printed_before_the_first_step(teacher, tmp_path, capsys):
-    config = small(teacher).replace(data=ALL, optim={"accumulate": 2, "lr_reference_batch": 512})
-    faults.arm("loss:1:nan")  # of the first step, which says nothing then
+    config = small(teacher).replace(
+        data=ALL, optim={"grad_accum_steps": 2, "lr_base_batch_size": 512}
+    )
+    faults.install_faults("loss:1:nan")  # of the first step, which says nothing then
     try:
         with pytest.raises(NumericsError):
             train(config, tmp_path / "run", dry_run=True)
     finally:
-        faults.arm(None)
+        faults.install_faults(None)
     shown = capsys.readouterr().out
     assert re.search(r"\b64 = 1\b\D+\b2\b\D+\b32\b", shown)
     # Updates, views, different images and all images of an epoch.
@@ -184,7 +186,7 @@ def test_the_arithmetic_is_printed_before_the_first_step(teacher, tmp_path, caps
 
 
 def test_repeated_augmentation_says_how_many_images_an_epoch_sees(teacher, tmp_path, capsys):
-    config = small(teacher).replace(data=ALL, views={"repeats": 3})
+    config = small(teacher).replace(data=ALL, views={"aug_repeats": 3})
     train(config, tmp_path / "run", dry_run=True)
     shown = capsys.readouterr().out
     assert re.search(r"\b20\b\D+\b1280\b\D+\b440\b\D+\b1295\b", shown)
@@ -200,26 +202,26 @@ def test_a_teacher_near_chance_stops_the_run_unless_allowed(tmp_path):
         tmp_path / "weak",
     )
     config = small(tmp_path / "weak", epochs=2)
-    with raises(DataError, tmp_path / "weak", "--teacher.allow_weak"):
+    with raises(DataError, tmp_path / "weak", "--teacher.allow_near_chance"):
         train(config, tmp_path / "run")
-    state = train(config.replace(teacher={"allow_weak": True}), tmp_path / "other")
+    state = train(config.replace(teacher={"allow_near_chance": True}), tmp_path / "other")
     assert state["epochs"] == 2
 
 
 def test_an_interrupted_save_leaves_a_complete_checkpoint(tmp_path):
     target = tmp_path / "best"
-    replace_folder(target, lambda folder: (folder / "a").write_text("old"))
+    replace_dir(target, lambda folder: (folder / "a").write_text("old"))
 
     def fails(folder):
         (folder / "a").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with raises(EnvironmentFault, target, "No space left on device"):
-        replace_folder(target, fails)
+    with raises(SystemFault, target, "No space left on device"):
+        replace_dir(target, fails)
     assert (target / "a").read_text() == "old"
     # Killed between the two renames: the old folder is put back when the run is opened again.
     target.rename(tmp_path / ".deit-old-best")
-    finish_replacing(tmp_path)
+    clean_leftovers(tmp_path)
     assert (target / "a").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
 
@@ -238,7 +240,7 @@ def test_evaluation_counts_each_test_image_once(teacher):
 
 def test_evaluation_is_the_saved_students_own_accuracy(teacher, tmp_path):
     from deit.datasets.splits import load_splits
-    from deit.records import head_logits
+    from deit.records import logits_by_head
 
     out = tmp_path / "run"
     config = small(teacher, epochs=2)
@@ -247,7 +249,7 @@ def test_evaluation_is_the_saved_students_own_accuracy(teacher, tmp_path):
     student, _ = load_student(out / "best")
     test = load_splits(config.data).test
     with torch.no_grad():
-        heads = head_logits(student.eval()(test.pixels.float() / 255))
+        heads = logits_by_head(student.eval()(test.pixels.float() / 255))
     for name, logits in heads.items():
         expected = (logits.argmax(dim=1) == test.labels).double().mean().item()
         assert found["heads"][name]["top1"] == pytest.approx(expected)
@@ -261,18 +263,18 @@ def test_evaluation_is_the_saved_students_own_accuracy(teacher, tmp_path):
 def test_every_recipe_is_valid(name):
     student = RECIPES[name]()
     if name.startswith("transfer"):
-        with raises(ConfigError, "start.source"):
+        with raises(ConfigError, "init.weights"):
             validate(student)
-        student = student.replace(start={"source": "weights.pth"})
+        student = student.replace(init={"weights": "weights.pth"})
     assert validate(student)
     assert RECIPES[name].__doc__
     for source in student.teacher.source:
         if source.startswith("checkpoints/"):
-            teacher = RECIPES[recipe_of(source)]()
-            assert teacher.loss == OBJECTIVES["none"]
+            teacher = RECIPES[recipe_of_path(source)]()
+            assert teacher.loss == LOSS_PRESETS["none"]
             assert teacher.data.source == student.data.source
-    if recipe_of(student.start.source) is not None:
-        start = RECIPES[recipe_of(student.start.source)]()
+    if recipe_of_path(student.init.weights) is not None:
+        start = RECIPES[recipe_of_path(student.init.weights)]()
         assert start.student.name == student.student.name
         assert start.data.source == student.data.source
 
@@ -294,13 +296,13 @@ def test_every_recipe_takes_a_step(name, tmp_path):
         "    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())\n"
     )
     sources = (f"{stub}:teacher",) * len(config.teacher.source)
-    changes = {"teacher": {"source": sources, "allow_weak": True}}
-    unseen = ("bee",) if config.data.held_out else ()
+    changes = {"teacher": {"source": sources, "allow_near_chance": True}}
+    unseen = ("bee",) if config.data.unseen_classes else ()
     config = config.replace(
-        data={"source": "folder", "root": str(tmp_path / "data"), "held_out": unseen},
-        optim={"batch_size": 4, "lr": 1e-3, "lr_reference_batch": None},
+        data={"source": "folder", "root": str(tmp_path / "data"), "unseen_classes": unseen},
+        optim={"batch_size": 4, "lr": 1e-3, "lr_base_batch_size": None},
         # Random weights: the run it would start from is not here.
-        start={"source": None, "heads": "keep"},
+        init={"weights": None, "head": "keep"},
         **(changes if config.loss.kind != "none" else {}),
     )
     train(config, tmp_path / "run", dry_run=True)
@@ -310,19 +312,19 @@ def test_best_is_the_latest_of_the_epochs_with_the_highest_validation(
     teacher, tmp_path, monkeypatch
 ):
     shares = iter([0.5, 0.9, 0.9, 0.7])
-    monkeypatch.setattr(saving, "selected_top1", lambda validation: next(shares))
+    monkeypatch.setattr(saving, "selection_metric", lambda validation: next(shares))
     state = train(small(teacher, ema_epochs=0), tmp_path / "run")
     assert state["best"]["epoch"] == 3
     assert read_state(tmp_path / "run" / "best").epoch == 3
     steps = state["step"] // 4
-    assert [one // steps for one, _ in checkpoint.found(tmp_path / "run")] == [4, 3]
+    assert [one // steps for one, _ in checkpoint.list_checkpoints(tmp_path / "run")] == [4, 3]
 
 
 def test_an_ensemble_is_measured_teacher_by_teacher_and_together(teacher, tmp_path, capsys):
     other = tmp_path / "other"
     train(digits_teacher().replace(optim={"epochs": 1, "warmup_epochs": 0}, run={"seed": 1}), other)
     config = small(teacher, epochs=2, ema_epochs=0).replace(
-        teacher={"source": (str(teacher), str(other)), "weight": (0.6, 0.4)},
+        teacher={"source": (str(teacher), str(other)), "weights": (0.6, 0.4)},
     )
     capsys.readouterr()
     train(config, tmp_path / "run")
@@ -349,7 +351,7 @@ def test_an_ensemble_is_measured_teacher_by_teacher_and_together(teacher, tmp_pa
 WITHOUT_TOKEN = {
     "small_convnet": {"image_size": 8},
     "timm:mixer_s16_224": {"image_size": 16},
-    "vit_micro": {"image_size": 8, "patch_size": 2, "depth": 2, "initialisation": "scaled"},
+    "vit_micro": {"image_size": 8, "patch_size": 2, "depth": 2, "weight_init": "scaled"},
 }
 
 
@@ -360,7 +362,7 @@ def test_any_backbone_without_a_token_learns_by_usi(name, teacher, tmp_path):
         student={"name": name, **WITHOUT_TOKEN[name]},
         views={"mixup_alpha": 0.8},
         teacher={"source": (str(teacher),)},
-        loss=OBJECTIVES["usi"],
+        loss=LOSS_PRESETS["usi"],
         optim={"epochs": 4, "warmup_epochs": 1, "lr": 1e-3},
     )
     if name == "small_convnet":  # it needs fewer images

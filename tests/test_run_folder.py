@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from deit import checkpoint, disk, journal, manifest
-from deit.errors import CheckpointError, EnvironmentFault
+from deit.errors import CheckpointError, SystemFault
 from tests.helpers import small_runs
-from tests.helpers.command_server import Done, Zygote
+from tests.helpers.command_server import Completed, Zygote
 from tests.helpers.commands import assert_refused, run_in
 from tests.helpers.errors import raises
 from tests.helpers.gates import Gate
@@ -23,7 +23,7 @@ FEW = ("--data.train_fraction", "0.2", "--optim.batch_size", "48")
 SMALL = (*small_runs.SMALL, *FEW)
 
 
-def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> Done:
+def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> Completed:
     return small_runs.run(zygote, out, fault, *FEW, *more)
 
 
@@ -39,7 +39,7 @@ def straight(zygote, tmp_path_factory) -> Path:
 def stopped(zygote, tmp_path_factory) -> Path:
     """A run that was killed in its second epoch."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    assert run(zygote, out, "update:7:kill", "--run.save_every", "2").code == -signal.SIGKILL
+    assert run(zygote, out, "update:7:kill", "--run.save_every_steps", "2").code == -signal.SIGKILL
     return out
 
 
@@ -48,12 +48,12 @@ def out(stopped, tmp_path) -> Path:
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-def again(zygote: Zygote, out: Path) -> Done:
-    return run(zygote, out, "", "--run.save_every", "2")
+def again(zygote: Zygote, out: Path) -> Completed:
+    return run(zygote, out, "", "--run.save_every_steps", "2")
 
 
 @pytest.mark.parametrize(
-    "name", [".lock", "metrics.jsonl", "chain.jsonl", "anomalies.jsonl", "config.json"]
+    "name", [".lock", "metrics.jsonl", "state_hashes.jsonl", "nonfinite_steps.jsonl", "config.json"]
 )
 def test_a_link_in_the_place_of_a_file_of_ours_is_refused(name, out, zygote, tmp_path):
     """It was followed: a resume cut the file it led to, or wrote into it."""
@@ -71,7 +71,7 @@ def test_a_link_in_the_place_of_a_file_of_ours_is_refused(name, out, zygote, tmp
 
 @pytest.mark.parametrize("name", ["best", "newest"])
 def test_a_link_in_the_place_of_a_folder_of_ours_is_refused(name, out, zygote, tmp_path):
-    folder = checkpoint.newest(out) if name == "newest" else out / name
+    folder = checkpoint.latest_checkpoint(out) if name == "newest" else out / name
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
     done = again(zygote, out)
@@ -88,14 +88,14 @@ def test_links_of_other_names_are_none_of_ours(out, zygote, tmp_path):
 
 def test_the_best_of_a_branch_that_was_given_up_is_not_the_best(zygote, tmp_path):
     """The newest checkpoint is damaged, the one before it serves: `best` holds what came later."""
-    out, more = tmp_path / "run", ("--optim.epochs", "3", "--run.keep_checkpoints", "3")
+    out, more = tmp_path / "run", ("--optim.epochs", "3", "--run.num_checkpoints", "3")
     assert run(zygote, out, "finish:1:kill", *more).code == -signal.SIGKILL
-    late = manifest.check(out / "best").step
+    late = manifest.verify_dir(out / "best").step
     assert late > 2 * STEPS  # else this shows nothing
     state = out / "best" / "state.json"
     wanted = json.loads(state.read_text())["best"]
-    (checkpoint.newest(out) / "model.safetensors").write_bytes(b"")
-    done = run(zygote, out, "loss:0:nan", *more, "--run.max_skipped", "100")
+    (checkpoint.latest_checkpoint(out) / "model.safetensors").write_bytes(b"")
+    done = run(zygote, out, "loss:0:nan", *more, "--run.max_nonfinite_steps", "100")
     assert done.code == 0, done.err
     best = re.escape(str(out / "best"))
     assert re.search(rf"{best}\W.*\b{wanted['epoch']}\b", done.err)
@@ -139,7 +139,7 @@ def test_a_finished_run_with_other_settings_names_the_ways_that_there_are(straig
     assert "--out" in done.err
     assert way in done.err
     assert re.search(r"optim\.epochs\b.*\b2\b.*\b9\b", done.err)
-    told = zygote.run("finetune", *way.split()[2:], "--optim.epochs", "9", "--print_config")
+    told = zygote.run("finetune", *way.split()[2:], "--optim.epochs", "9", "--print-config")
     assert (told.code, json.loads(told.out)["optim"]["epochs"]) == (0, 9)
 
 
@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_no_probe_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(disk.os, "fsync", full)
-    with raises(EnvironmentFault, f"--out {tmp_path}", "No space left on device"):
+    with raises(SystemFault, f"--out {tmp_path}", "No space left on device"):
         disk.check_writable(tmp_path, option="--out")
     assert not list(tmp_path.iterdir())
 
@@ -167,7 +167,7 @@ def test_what_a_kill_leaves_of_the_first_file_is_no_run(resume, zygote, tmp_path
 
 
 def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(out, monkeypatch, capsys):
-    newest = checkpoint.newest(out)
+    newest = checkpoint.latest_checkpoint(out)
     digest = manifest.hashlib.file_digest
 
     def broken(file, kind):
@@ -176,7 +176,7 @@ def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(out, monkeypatch,
         return digest(file, kind)
 
     monkeypatch.setattr(manifest.hashlib, "file_digest", broken)
-    found = checkpoint.newest(out)
+    found = checkpoint.latest_checkpoint(out)
     assert found is not None
     assert found != newest
     said = capsys.readouterr().err
@@ -186,7 +186,7 @@ def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(out, monkeypatch,
 
 def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(out, monkeypatch):
     """By the run that works in it: not damage."""
-    best, read = out / "best", manifest.read_typed
+    best, read = out / "best", manifest.load_json_as
     shutil.copytree(best, out / "later")
     looks = []
 
@@ -198,8 +198,8 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(out, monkeypat
             raise CheckpointError("half of one, half of the other")
         return read(path, kind)
 
-    monkeypatch.setattr(manifest, "read_typed", replaced)
-    manifest.check(best)
+    monkeypatch.setattr(manifest, "load_json_as", replaced)
+    manifest.verify_dir(best)
     assert len(looks) == 2
 
 
@@ -208,9 +208,9 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(out, monkeypat
     [
         ("environment.json", b""),
         ("environment.json", b'{"packages": []}'),
-        ("anomalies.jsonl", b"5\n"),
-        ("anomalies.jsonl", b'{"a": 1}\n'),
-        ("anomalies.jsonl", b"\xff\xfe\x00"),
+        ("nonfinite_steps.jsonl", b"5\n"),
+        ("nonfinite_steps.jsonl", b'{"a": 1}\n'),
+        ("nonfinite_steps.jsonl", b"\xff\xfe\x00"),
         ("metrics.jsonl", b"\xff\xfe\x00"),
     ],
 )
@@ -246,7 +246,7 @@ def test_cut_keeps_whole_rows_of_a_log_that_was_edited(tmp_path, capsys):
         ([], []),
     ]:
         log.write_bytes(b"".join(lines))
-        journal.cut(log, length)
+        journal.truncate(log, length)
         assert (str(log) in capsys.readouterr().err) == (left != [0, 1, 2])
         journal.append(log, {"step": 9})
         assert [row["step"] for row in journal.read(log)] == [*left, 9]
@@ -305,7 +305,7 @@ def teachers(zygote, tmp_path_factory) -> Path:
 def test_a_teacher_that_was_moved_is_the_same_teacher(teachers, zygote, tmp_path):
     """Its weights tell; others under a new name do not pass, in a finished run either."""
     moved, out = shutil.copytree(teachers / "0", tmp_path / "moved"), tmp_path / "run"
-    taught = ("--objective", "deit-hard", "--teacher.allow_weak", "--teacher.source")
+    taught = ("--loss", "deit-hard", "--teacher.allow_near_chance", "--teacher.source")
     assert run(zygote, out, "update:7:term", *taught, teachers / "0").code == 143
     other = run(zygote, out, "", *taught, teachers / "1")
     assert other.code == 3
@@ -321,12 +321,12 @@ LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
 @pytest.mark.parametrize(
     ("words", "block", "named"),
     [
-        (("digits-teacher",), 63, {"--optim.accumulate 3"}),
+        (("digits-teacher",), 63, {"--optim.grad_accum_steps 3"}),
         (("digits-teacher",), 1, {"student"}),
-        (LEARNER, 2, {"--run.recompute", "student"}),
-        ((*LEARNER, "--run.recompute"), 2, {"student"}),
+        (LEARNER, 2, {"--run.activation_checkpointing", "student"}),
+        ((*LEARNER, "--run.activation_checkpointing"), 2, {"student"}),
     ],
-    ids=["less fits", "nothing to recompute", "recompute", "recomputes already"],
+    ids=["less fits", "nothing to recompute", "activation_checkpointing", "recomputes already"],
 )
 def test_out_of_memory_advises_only_what_helps(words, block, named, zygote, tmp_path):
     words = (*words, *FEW, "--optim.epochs", "3", "--optim.batch_size", block)
@@ -335,12 +335,12 @@ def test_out_of_memory_advises_only_what_helps(words, block, named, zygote, tmp_
     assert re.search(rf"\b{block} images\b", done.err)
     assert "--resume" in done.err
     assert str(tmp_path / "run") in done.err
-    ways = {"--optim.accumulate 3", "--run.recompute", "student"}
+    ways = {"--optim.grad_accum_steps 3", "--run.activation_checkpointing", "student"}
     assert {way for way in ways if way in done.err} == named
     if block == 63:
         assert re.search(r"\b21\b", done.err)  # so many fit
     else:
-        assert "--optim.accumulate" not in done.err
+        assert "--optim.grad_accum_steps" not in done.err
         assert "teacher" not in done.err  # the run has none that could be smaller
 
 

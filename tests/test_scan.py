@@ -1,4 +1,5 @@
-"""`deit scan` as a user runs it: everything bad in one pass, and a list that training accepts."""
+"""`deit check-data` as a user runs it: everything bad in one pass, and a list that training
+accepts."""
 
 import errno
 import json
@@ -14,10 +15,10 @@ from deit import scan
 from deit.cli import run_command
 from deit.config import DataConfig
 from deit.datasets import stores
-from deit.datasets.images import Store
+from deit.datasets.images import ImageStore
 from deit.datasets.splits import load_splits
 from deit.datasets.stores import FolderStore, ReaderStore, ShardStore
-from deit.errors import TRANSIENT, DataError, EnvironmentFault, NotAllowedError
+from deit.errors import TRANSIENT, DataError, NotAllowedError, SystemFault
 from tests.helpers.commands import assert_refused, run_in
 from tests.helpers.errors import raises
 
@@ -60,7 +61,7 @@ def test_a_sound_data_set_is_described(tmp_path):
     root = sound(tmp_path / "data")
     picture(50).convert("L").save(root / "train" / "ant" / "grey.png")
     picture(51, (40, 30)).convert("CMYK").save(root / "train" / "ant" / "print.jpg")
-    done = run_in(tmp_path, "deit", "scan", "data", "--json", "found.json")
+    done = run_in(tmp_path, "deit", "check-data", "data", "--json", "found.json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     (shown,) = [line for line in done.stdout.splitlines() if "PNG 19" in line]
@@ -81,8 +82,17 @@ def test_a_sound_data_set_is_described(tmp_path):
 def test_every_bad_image_is_listed_and_the_list_is_accepted(tmp_path, monkeypatch, capsys):
     root = sound(tmp_path / "data")
     bad = spoil(root)
-    done = run_in(tmp_path, "deit", "scan", "data", "--write", "bad.txt", "--json", "found.json")
-    assert_refused(done, 3, "data: 4 ", "--data.quarantine bad.txt")
+    done = run_in(
+        tmp_path,
+        "deit",
+        "check-data",
+        "data",
+        "--write-exclude-list",
+        "bad.txt",
+        "--json",
+        "found.json",
+    )
+    assert_refused(done, 3, "data: 4 ", "--data.exclude_list bad.txt")
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found["unreadable"]) == list(bad)
     for key, reason in found["unreadable"].items():
@@ -92,24 +102,32 @@ def test_every_bad_image_is_listed_and_the_list_is_accepted(tmp_path, monkeypatc
     assert [line for line in listed if not line.startswith("#")] == list(bad)
 
     monkeypatch.chdir(tmp_path)
-    assert run_command("scan", ["data", "--write", "bad.txt"], "deit scan") == 5
+    assert (
+        run_command("check-data", ["data", "--write-exclude-list", "bad.txt"], "deit check-data")
+        == 5
+    )
     said = capsys.readouterr().err
-    assert "--write bad.txt: " in said
+    assert "--write-exclude-list bad.txt: " in said
     assert "--force" in said
-    assert run_command("scan", ["data", "--write", "bad.txt", "--force"], "deit scan") == 3
-    assert "quarantine" not in capsys.readouterr().out
-    options = ["--quarantine", "bad.txt", "--json", "found.json", "--force"]
-    assert run_command("scan", ["data", *options], "deit scan") == 0
-    (told,) = [line for line in capsys.readouterr().out.splitlines() if "quarantine" in line]
+    assert (
+        run_command(
+            "check-data", ["data", "--write-exclude-list", "bad.txt", "--force"], "deit check-data"
+        )
+        == 3
+    )
+    assert "exclude" not in capsys.readouterr().out
+    options = ["--exclude-list", "bad.txt", "--json", "found.json", "--force"]
+    assert run_command("check-data", ["data", *options], "deit check-data") == 0
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "exclude" in line]
     assert re.search(r"\b4\b", told)
-    assert json.loads((tmp_path / "found.json").read_text())["quarantined"] == 4
+    assert json.loads((tmp_path / "found.json").read_text())["excluded"] == 4
 
     config = DataConfig(
-        source="folder", root=str(root), image_size=8, quarantine=str(tmp_path / "bad.txt")
+        source="folder", root=str(root), image_size=8, exclude_list=str(tmp_path / "bad.txt")
     )
     splits = load_splits(config)
     assert sum(len(split.labels) for split in splits[1:4]) == 24 - 4
-    assert any(re.search(r"quarantine.* 4 .*bad\.txt", note) for note in splits.notes)
+    assert any(re.search(r"exclude list.* 4 .*bad\.txt", note) for note in splits.notes)
 
 
 def at(ending: str, error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +148,10 @@ def test_a_fault_of_the_machine_ends_it_and_lists_no_image(number, tmp_path, mon
     spoil(sound(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     at("train/cat/3.png", OSError(number, "said by the system"), monkeypatch)
-    assert run_command("scan", ["data", "--write", "bad.txt"], "deit scan") == 5
+    assert (
+        run_command("check-data", ["data", "--write-exclude-list", "bad.txt"], "deit check-data")
+        == 5
+    )
     said = capsys.readouterr().err
     assert re.search(r"data/train/cat/3\.png: .*said by the system", said)
     assert not (tmp_path / "bad.txt").exists()
@@ -142,10 +163,13 @@ def test_a_file_that_may_not_be_read_is_told_and_not_listed(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     closed = PermissionError(errno.EACCES, "Permission denied")
     at("train/cat/3.png", closed, monkeypatch)
-    assert run_command("scan", ["data", "--write", "bad.txt"], "deit scan") == 3
+    assert (
+        run_command("check-data", ["data", "--write-exclude-list", "bad.txt"], "deit check-data")
+        == 3
+    )
     said = capsys.readouterr()
     assert re.search(r"data/train/cat/3\.png: .*Permission denied", said.out)
-    assert re.search(r"data: 4 .* 1 .*--data\.quarantine bad\.txt", said.err)
+    assert re.search(r"data: 4 .* 1 .*--data\.exclude_list bad\.txt", said.err)
     listed = (tmp_path / "bad.txt").read_text().splitlines()
     assert [line for line in listed if not line.startswith("#")] == list(bad)
 
@@ -166,7 +190,7 @@ class Torn:
 @pytest.mark.parametrize("number", TRANSIENT)
 @pytest.mark.parametrize("kind", ["folder", "shards", "reader"])
 def test_no_store_takes_a_fault_of_the_machine_for_one_of_the_image(kind, number, monkeypatch):
-    def failing(error: Exception) -> Store:
+    def failing(error: Exception) -> ImageStore:
         def instead(*arguments: object, **options: object) -> None:
             raise error
 
@@ -179,7 +203,7 @@ def test_no_store_takes_a_fault_of_the_machine_for_one_of_the_image(kind, number
         }[kind]
 
     image = "torch/own: train/0" if kind == "reader" else "a.png"
-    with raises(EnvironmentFault, image, "said by the system"):
+    with raises(SystemFault, image, "said by the system"):
         failing(OSError(number, "said by the system")).read(0)
     with pytest.raises(MemoryError):
         failing(MemoryError()).read(0)
@@ -214,7 +238,7 @@ def test_nor_is_it_a_problem_of_the_layout(source, tmp_path, monkeypatch):
         monkeypatch.setattr(tarfile, "open", failing)
     else:
         monkeypatch.setattr("deit.datasets.listing.os.scandir", failing)
-    with raises(EnvironmentFault, tmp_path / "data", "Too many open files in system"):
+    with raises(SystemFault, tmp_path / "data", "Too many open files in system"):
         scan.scan(DataConfig(source=source, root=str(tmp_path / "data")))
 
 
@@ -224,7 +248,7 @@ def test_bad_class_folders_are_listed_together(tmp_path, monkeypatch, capsys):
     (root / "train" / "empty").mkdir()
     (root / "val" / "zebra").mkdir()
     picture(70).save(root / "val" / "zebra" / "0.png")
-    assert run_command("scan", ["data"], "deit scan") == 3
+    assert run_command("check-data", ["data"], "deit check-data") == 3
     said = capsys.readouterr()
     places = re.findall(r" (data/\S+): (.+)", said.out)
     assert [place for place, _ in places] == ["data/train/empty", "data/val", "data/val/zebra"]
@@ -239,7 +263,7 @@ def test_duplicates_are_warned_of_by_where_they_lie(tmp_path):
         image.save(ant / "again.png", compress_level=1)  # other bytes, the same picture
         image.save(root / "val" / "ant" / "leak.png")
         image.save(root / "val" / "cat" / "mislabelled.png")
-    done = run_in(tmp_path, "deit", "scan", "data", "--json", "found.json")
+    done = run_in(tmp_path, "deit", "check-data", "data", "--json", "found.json")
     assert done.returncode == 0
     found = json.loads((tmp_path / "found.json").read_text())
     copies = [found[where] for where in ("within_split", "across_splits", "across_classes")]
@@ -264,15 +288,23 @@ def test_shards_and_readers_are_scanned_too(tmp_path, monkeypatch, capsys):
                 label.write_text(name.parts[0])
                 archive.add(label, name.with_suffix(".cls"))
     from_shards = ["shards", "--source", "shards"]
-    assert run_command("scan", [*from_shards, "--write", "bad.txt"], "deit scan") == 3
+    assert (
+        run_command(
+            "check-data", [*from_shards, "--write-exclude-list", "bad.txt"], "deit check-data"
+        )
+        == 3
+    )
     lines = (tmp_path / "bad.txt").read_text().splitlines()
     expected = [key.replace("train/", "train/0.tar/").replace("val/", "val/0.tar/") for key in bad]
     assert [line for line in lines if not line.startswith("#")] == expected
-    assert run_command("scan", [*from_shards, "--quarantine", "bad.txt"], "deit scan") == 0
+    assert (
+        run_command("check-data", [*from_shards, "--exclude-list", "bad.txt"], "deit check-data")
+        == 0
+    )
     capsys.readouterr()
     options = ["data", "--source", "reader", "--reader", "folder"]
-    assert run_command("scan", options, "deit scan") == 3
-    assert re.search(r"data: 4 .*--data\.quarantine", capsys.readouterr().err)
+    assert run_command("check-data", options, "deit check-data") == 3
+    assert re.search(r"data: 4 .*--data\.exclude_list", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -283,15 +315,19 @@ def test_shards_and_readers_are_scanned_too(tmp_path, monkeypatch, capsys):
         (("data", "--source", "reader"), 2, ["--source reader", "--reader NAME"]),
         (("data", "--reader", "folder"), 2, ["--source reader", "--reader NAME"]),
         (("data", "--source", "cifar10"), 2, ["--source", "'cifar10'"]),
-        (("data", "--write", "missing/bad.txt"), 5, ["--write missing/bad.txt"]),
+        (
+            ("data", "--write-exclude-list", "missing/bad.txt"),
+            5,
+            ["--write-exclude-list missing/bad.txt"],
+        ),
         (("data", "--json", "missing/x.json"), 5, ["--json missing/x.json"]),
-        (("data", "--quarantine", "missing.txt"), 3, ["data.quarantine missing.txt"]),
+        (("data", "--exclude-list", "missing.txt"), 3, ["data.exclude_list missing.txt"]),
     ],
 )
 def test_mistakes_have_their_exit_codes(options, code, named, tmp_path, monkeypatch, capsys):
     sound(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    assert run_command("scan", list(options), "deit scan") == code
+    assert run_command("check-data", list(options), "deit check-data") == code
     said = capsys.readouterr().err
     assert [one for one in named if one not in said] == []
     assert len(said.strip().splitlines()) == 1

@@ -9,9 +9,9 @@ from contextlib import closing
 import pytest
 
 from deit import search
-from deit.at_once import Planned
-from deit.errors import CheckpointError, ConfigError, EnvironmentFault
-from deit.sweep_file import Span
+from deit.at_once import RunSpec
+from deit.errors import CheckpointError, ConfigError, SystemFault
+from deit.sweep_file import SearchRange
 from tests.helpers.command_server import fresh
 from tests.helpers.errors import raises
 from tests.helpers.searches import finish, opened, reach
@@ -30,7 +30,7 @@ def test_it_learns_where_the_good_points_are(tmp_path):
         lr = run.config.optim.lr
         found.append(abs(math.log10(lr) + 2))
         finish(run, 1 - found[-1] / 4)
-        one.ended(run, 0, "why")
+        one.on_end(run, 0, "why")
     assert len(found) == 40
     assert sum(found[-10:]) < 0.7 * sum(found[:10])
     best = one.finished()[0]
@@ -45,20 +45,20 @@ def test_what_stays_below_the_median_is_stopped_not_before_a_quarter(tmp_path):
         run = next(runs)
         for epoch in (1, 2, 4, 8):
             reach(run, epoch, 0.8)
-            assert not one.hopeless(run)
+            assert not one.should_stop(run)
         finish(run, 0.8)
-        one.ended(run, 0, "why")
+        one.on_end(run, 0, "why")
     bad = next(runs)
-    assert not one.hopeless(bad)  # nothing is known of it yet
+    assert not one.should_stop(bad)  # nothing is known of it yet
     reach(bad, 1, 0.1)
-    assert not one.hopeless(bad)
+    assert not one.should_stop(bad)
     reach(bad, 4, 0.1)
-    assert one.hopeless(bad)
-    one.ended(bad, 143, "why")
+    assert one.should_stop(bad)
+    one.on_end(bad, 143, "why")
     good = next(runs)
     reach(good, 4, 0.9)
-    assert not one.hopeless(good)
-    one.ended(good, 3, "why")
+    assert not one.should_stop(good)
+    one.on_end(good, 3, "why")
     assert next(runs, None) is None
     assert one.progress.total == 1  # nothing was counted as over by hand, and nothing is left
     assert one.counts() == {"trials": 7, "finished": 5, "stopped": 1, "failed": 1}
@@ -75,18 +75,18 @@ def test_a_run_at_its_end_is_not_stopped_and_counts_however_it_ended(tmp_path):
     for _ in range(5):
         run = next(runs)
         reach(run, 4, 0.9)
-        one.hopeless(run)
+        one.should_stop(run)
         finish(run, 0.9)
-        one.ended(run, 0, "")
+        one.on_end(run, 0, "")
     late, last = next(runs), next(runs)
     reach(late, 4, 0.1)
-    assert one.hopeless(late)
+    assert one.should_stop(late)
     finish(late, 0.3)
-    one.ended(late, 143, "")
+    one.on_end(late, 143, "")
     reach(last, 8, 0.1)
-    assert not one.hopeless(last)
+    assert not one.should_stop(last)
     finish(last, 0.1)
-    one.ended(last, 0, "")
+    one.on_end(last, 0, "")
     assert one.counts() == {"trials": 7, "finished": 7, "stopped": 0, "failed": 0}
 
 
@@ -96,9 +96,9 @@ def test_without_pruning_nothing_is_stopped(tmp_path):
     for top1 in (*[0.8] * 6, 0.1):
         run = next(runs)
         reach(run, 4, top1)
-        assert not one.hopeless(run)
+        assert not one.should_stop(run)
         finish(run, top1)
-        one.ended(run, 0, "why")
+        one.on_end(run, 0, "why")
 
 
 def test_trials_that_a_kill_left_open_are_proposed_again_and_count_once(tmp_path):
@@ -106,14 +106,14 @@ def test_trials_that_a_kill_left_open_are_proposed_again_and_count_once(tmp_path
     runs = one.runs()
     first, second = next(runs), next(runs)
     finish(first, 0.5)
-    one.ended(first, 0, "why")
+    one.on_end(first, 0, "why")
     again = opened(tmp_path, trials=3)
     assert again.done() == 1
     left = []
     for run in again.runs():
         left.append(run.config.optim.lr)
         finish(run, 0.6)
-        again.ended(run, 0, "why")
+        again.on_end(run, 0, "why")
     assert len(left) == 2
     assert left[0] == second.config.optim.lr
     assert again.counts() == {"trials": 3, "finished": 3, "stopped": 0, "failed": 0}
@@ -125,17 +125,17 @@ def test_trials_that_a_kill_left_open_are_proposed_again_and_count_once(tmp_path
 
 def test_where_no_point_is_left_the_search_ends(tmp_path, capsys):
     """Four points, and eight trials asked for."""
-    fields = {"loss.temperature": (1, 3), "views.policy": ("none", "randaugment")}
+    fields = {"loss.temperature": (1, 3), "views.auto_augment": ("none", "randaugment")}
 
     def plan(point):  # as in a sweep: the folder is known by what is in it
-        name = f"{point.config.loss.temperature}-{point.config.views.policy}"
-        return Planned(point.name, point.config, tmp_path / name)
+        name = f"{point.config.loss.temperature}-{point.config.views.auto_augment}"
+        return RunSpec(point.name, point.config, tmp_path / name)
 
     one, seen = opened(tmp_path, trials=8, fields=fields, plan=plan), set()
     for run in one.runs():
-        seen.add((run.config.loss.temperature, run.config.views.policy))
+        seen.add((run.config.loss.temperature, run.config.views.auto_augment))
         finish(run, 0.5)
-        one.ended(run, 0, "")
+        one.on_end(run, 0, "")
     assert len(seen) == 4
     assert (one.left(), one.counts()["trials"], len(one.finished())) == (0, 4, 4)
     assert re.search(r"\b30\b", capsys.readouterr().out)  # proposals in a row that were not new
@@ -147,8 +147,8 @@ def test_an_epoch_without_an_evaluation_is_reported_once(tmp_path):
     reach(run, 1, 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not one.hopeless(run)
-        assert not one.hopeless(run)
+        assert not one.should_stop(run)
+        assert not one.should_stop(run)
 
 
 def test_a_trial_that_failed_is_tried_again_so_often_and_once_more_by_the_next_call(tmp_path):
@@ -159,7 +159,7 @@ def test_a_trial_that_failed_is_tried_again_so_often_and_once_more_by_the_next_c
         names.append((run.name, run.config.optim.lr))
         if code == 0:
             finish(run, 0.5)
-        one.ended(run, code, "no memory\nleft")
+        one.on_end(run, code, "no memory\nleft")
     assert names[0] == names[1] != names[2]
     assert list(one.runs()) == []
     assert one.counts() == {"trials": 2, "finished": 1, "stopped": 0, "failed": 1}
@@ -170,7 +170,7 @@ def test_a_trial_that_failed_is_tried_again_so_often_and_once_more_by_the_next_c
     run = next(again.runs())
     assert (run.name, run.config.optim.lr) == names[0]
     finish(run, 0.6)
-    again.ended(run, 0, "")
+    again.on_end(run, 0, "")
     assert again.counts() == {"trials": 2, "finished": 2, "stopped": 0, "failed": 0}
     assert [point.name for point in again.finished()] == [names[0][0], names[2][0]]
 
@@ -178,15 +178,15 @@ def test_a_trial_that_failed_is_tried_again_so_often_and_once_more_by_the_next_c
 @pytest.mark.parametrize("code", [2, 3, 4, 6])
 def test_a_trial_that_would_fail_the_same_way_is_not_tried_again_at_once(code, tmp_path):
     one = opened(tmp_path, trials=1, retries=3)
-    one.ended(next(one.runs()), code, "why")
+    one.on_end(next(one.runs()), code, "why")
     assert list(one.runs()) == []
     assert len(one.failed()) == 1
 
 
 def test_whole_numbers_and_names_are_proposed_as_such(tmp_path):
     fields = {
-        "student.depth": Span(2, 4, whole=True),
-        "objective": ("deit-soft", "deit-hard"),
+        "student.depth": SearchRange(2, 4, whole=True),
+        "loss": ("deit-soft", "deit-hard"),
         "views.crop": ("none", "padded"),
     }
     one = opened(tmp_path, trials=12, fields=fields)
@@ -194,19 +194,19 @@ def test_whole_numbers_and_names_are_proposed_as_such(tmp_path):
     for run in one.runs():
         assert run.config.student.depth in (2, 3, 4)
         seen.add((run.config.loss.kind, run.config.views.crop))
-        one.ended(run, 1, "why")
+        one.on_end(run, 1, "why")
     assert {kind for kind, _ in seen} == {"soft", "hard"}
     assert {crop for _, crop in seen} == {"none", "padded"}
 
 
 def test_a_trial_that_cannot_be_ends_nothing(tmp_path, capsys):
     """Hard labels know no temperature: about half of these are no configurations."""
-    fields = {"loss.kind": ("soft", "hard"), "loss.temperature": Span(2.0, 5.0)}
+    fields = {"loss.kind": ("soft", "hard"), "loss.temperature": SearchRange(2.0, 5.0)}
     one = opened(tmp_path, trials=12, fields=fields)
     for run in one.runs():
         assert run.config.loss.kind == "soft"
         finish(run, 0.5)
-        one.ended(run, 0, "why")
+        one.on_end(run, 0, "why")
     counts = one.counts()
     assert counts["trials"] == 12 == counts["finished"] + counts["failed"]
     assert counts["failed"] > 0
@@ -219,13 +219,13 @@ def test_a_trial_that_is_under_way_already_is_not_begun_twice(tmp_path):
     one = opened(
         tmp_path,
         trials=4,
-        plan=lambda point: Planned(point.name, point.config, tmp_path / "same"),
+        plan=lambda point: RunSpec(point.name, point.config, tmp_path / "same"),
     )
     runs = one.runs()
     first = next(runs)
     assert next(runs, None) is None  # the others would be the same run
     finish(first, 0.5)
-    one.ended(first, 0, "why")
+    one.on_end(first, 0, "why")
     assert one.counts() == {"trials": 1, "finished": 1, "stopped": 0, "failed": 0}
     assert list(one.runs()) == []
     assert one.left() == 0
@@ -250,13 +250,13 @@ import sys
 from pathlib import Path
 
 from deit import checkpoint
-from deit.errors import EnvironmentFault
+from deit.errors import SystemFault
 from tests.helpers.searches import finish, opened
 
 def told(call):
     try:
         call()
-    except EnvironmentFault as error:
+    except SystemFault as error:
         print(f"{call.__name__}: {error}")
 
 new, old = Path(sys.argv[1]), Path(sys.argv[2])
@@ -270,11 +270,11 @@ def allow(size):
 
 def ended():
     allow((old / "optuna.db").stat().st_size)
-    one.ended(run, 1, "x" * 100_000)
+    one.on_end(run, 1, "x" * 100_000)
 
 def again():
     for other in runs:
-        one.ended(other, 1, "x" * 100_000)
+        one.on_end(other, 1, "x" * 100_000)
 
 def begun():
     allow(4096)
@@ -304,8 +304,8 @@ def test_a_full_disk_is_a_fault_of_the_machine(tmp_path):
 
 CALLS = {
     "runs": lambda one, run: next(one.runs()),
-    "hopeless": lambda one, run: one.hopeless(run),
-    "ended": lambda one, run: one.ended(run, 1, "why"),
+    "hopeless": lambda one, run: one.should_stop(run),
+    "ended": lambda one, run: one.on_end(run, 1, "why"),
     "done": lambda one, run: one.done(),
     "left": lambda one, run: one.left(),
     "counts": lambda one, run: one.counts(),
@@ -324,7 +324,7 @@ def test_a_database_that_fails_later_is_one_too(call, tmp_path):
         for table in ("trials", "trial_intermediate_values"):
             database.execute(f"drop table {table}")
         database.commit()
-    with raises(EnvironmentFault, tmp_path / search.DATABASE, "no such table"):
+    with raises(SystemFault, tmp_path / search.DATABASE, "no such table"):
         call(one, run)
 
 
@@ -332,7 +332,7 @@ def test_the_database_is_sqlite_that_optunas_tools_read(tmp_path):
     one = opened(tmp_path, trials=1)
     for run in one.runs():
         finish(run, 0.5)
-        one.ended(run, 0, "why")
+        one.on_end(run, 0, "why")
     storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / search.DATABASE}")
     study = optuna.load_study(study_name="s", storage=storage)
     assert study.best_value == 0.5
@@ -343,7 +343,7 @@ def test_the_database_is_sqlite_that_optunas_tools_read(tmp_path):
 
 def test_without_optuna_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setattr(search, "find_spec", lambda name: None)
-    with raises(EnvironmentFault, "'deit[search]'"):
+    with raises(SystemFault, "'deit[search]'"):
         search.check_optuna()
 
 
@@ -355,14 +355,14 @@ def test_a_search_is_a_sweep(zygote, tmp_path):
         "set": {
             "student": small,
             "optim": {"epochs": 2, "warmup_epochs": 1},
-            "run.evaluate_every": 1,
+            "run.eval_every_epochs": 1,
             "data.train_fraction": 0.1,
         },
         "search": {"trials": 3, "fields": fields},
         "seeds": [0, 1],
     }
     (tmp_path / "s.json").write_text(json.dumps(file))
-    words = ("sweep", "s.json", "--out", "out", "--at_once", "2", "--best", "1")
+    words = ("sweep", "s.json", "--out", "out", "--parallel", "2", "--top", "1")
     done = zygote.run(*words, cwd=tmp_path)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -374,7 +374,7 @@ def test_a_search_is_a_sweep(zygote, tmp_path):
     assert f"1. {best}: lr " in done.out
     assert (tmp_path / "out" / "search.png").stat().st_size > 5000
     stores = {
-        tuple(json.loads(path.read_text())["teacher"]["targets"])
+        tuple(json.loads(path.read_text())["teacher"]["target_stores"])
         for path in (tmp_path / "out" / "runs").glob("*-seed-0-*/config.json")
     }
     assert len(stores) == 1

@@ -19,7 +19,7 @@ import torch
 from deit import checkpoint
 from deit.cli import run_command
 from deit.targets import manifest_bytes, read_manifest
-from tests.helpers.command_server import ROOT, Done
+from tests.helpers.command_server import ROOT, Completed
 from tests.helpers.small_runs import SMALL
 
 pytest.importorskip("sklearn")
@@ -111,7 +111,7 @@ def started(zygote, capsys):
     """Runs commands: the first in a process of its own, the others in this one, in less time."""
     first = True
 
-    def start(*words: object) -> Done:
+    def start(*words: object) -> Completed:
         nonlocal first
         if first:
             first = False
@@ -119,7 +119,7 @@ def started(zygote, capsys):
         capsys.readouterr()
         name, *arguments = map(str, words)
         code = run_command(name, arguments, f"deit {name}")
-        return Done(code, *capsys.readouterr())
+        return Completed(code, *capsys.readouterr())
 
     return start
 
@@ -133,7 +133,7 @@ def test_no_weight_file_runs_code(payload, started, tmp_path):
     digits = ("digits", "--out", tmp_path / "out")
     for file in files:
         commands = (
-            ("finetune", "--from", file, *digits, "--objective", "none"),
+            ("finetune", "--from", file, *digits, "--loss", "none"),
             ("train", *digits, "--teacher.source", file, *ARCHITECTURE),
         )
         for words in commands:
@@ -160,7 +160,7 @@ def test_no_folder_of_others_runs_code(payload, started, tmp_path):
             (folder / name).write_bytes(PAYLOADS[payload](Canary(canary)))
             digits = ("digits", "--out", tmp_path / "out")
             for words in (
-                ("finetune", "--from", folder, *digits, "--objective", "none"),
+                ("finetune", "--from", folder, *digits, "--loss", "none"),
                 ("train", *digits, "--teacher.source", folder),
             ):
                 done = started(*words)
@@ -184,7 +184,7 @@ def test_code_named_in_a_run_is_not_run(run, zygote, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["teacher"]["source"] = [f"{code}:teacher"]
     config["loss"]["kind"] = "soft"
-    config["loss"]["through"] = "distillation"
+    config["loss"]["head"] = "distillation"
     (folder / "config.json").write_text(json.dumps(config))
     done = zygote.run("evaluate", folder, "--json", tmp_path / "found.json")
     assert done.code == 0, done.err
@@ -195,7 +195,7 @@ def test_code_named_in_a_run_is_not_run(run, zygote, tmp_path):
         ("train", folder / "config.json", "--out", tmp_path / "out"),
         ("finetune", "--from", folder, "--out", tmp_path / "out"),
         ("targets", "write", folder / "config.json", "--out", tmp_path / "out"),
-        ("views", folder / "config.json", "--out", tmp_path / "views.png"),
+        ("show-views", folder / "config.json", "--out", tmp_path / "views.png"),
         ("compare", folder / "config.json", "--out", tmp_path / "out"),
         ("predict", folder, tmp_path / "p.png", "--teacher", "run"),
     ):
@@ -220,7 +220,7 @@ def test_code_named_in_a_store_of_targets_is_not_run(zygote, tmp_path):
     teacher = ("digits-teacher", "--optim.epochs", "1", "--optim.warmup_epochs", "0", *FEW)
     assert zygote.run("train", *teacher, "--out", tmp_path / "teacher").code == 0
     store = tmp_path / "store"
-    words = ("--teacher.source", tmp_path / "teacher", "--teacher.allow_weak")
+    words = ("--teacher.source", tmp_path / "teacher", "--teacher.allow_near_chance")
     words += ("--optim.epochs", "1", "--optim.warmup_epochs", "0", *FEW)
     done = zygote.run("targets", "write", "digits", "--out", store, *words)
     assert done.code == 0, done.err
@@ -235,7 +235,7 @@ def test_code_named_in_a_store_of_targets_is_not_run(zygote, tmp_path):
         whole = (store / name).read_bytes()
         (store / name).write_bytes(payload)
         assert zygote.run("targets", "verify", store).code == 4
-        stored = ("--teacher.targets", store, "--out", tmp_path / "o")
+        stored = ("--teacher.target_stores", store, "--out", tmp_path / "o")
         done = zygote.run("train", "digits", *FEW, *stored)
         assert done.code == 4
         (store / name).write_bytes(whole)
@@ -256,7 +256,7 @@ def test_no_archive_of_pictures_runs_code(source, zygote, tmp_path):
     for name in names:
         (folder / name).write_bytes(payload)
     words = ("train", f"{source}-teacher" if source == "cifar10" else source)
-    done = zygote.run(*words, "--data.root", tmp_path, "--out", tmp_path / "o", "--objective=none")
+    done = zygote.run(*words, "--data.root", tmp_path, "--out", tmp_path / "o", "--loss=none")
     assert done.code == 3, done.err
     assert not canary.exists()
 
@@ -282,8 +282,8 @@ def test_a_tar_of_pictures_writes_nothing_and_leads_nowhere(zygote, tmp_path):
             device.type = kind
             archive.addfile(device)
     before = sorted(tmp_path.rglob("*"))
-    shards = ("--data.source", "shards", "--data.root", root, "--objective", "none")
-    done = zygote.run("train", "folder", *shards, "--out", tmp_path / "out", "--dry_run")
+    shards = ("--data.source", "shards", "--data.root", root, "--loss", "none")
+    done = zygote.run("train", "folder", *shards, "--out", tmp_path / "out", "--dry-run")
     assert done.code == 3, done.err
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -296,7 +296,7 @@ def test_files_of_a_run_that_are_pickles_are_refused(name, run, zygote, tmp_path
     (folder / name).write_bytes(PAYLOADS["a pickle"](Canary(canary)))
     done = zygote.run("train", *BRIEF, "--out", folder, "--resume")
     assert done.code in (0, 2, 4), done.err
-    for saved_one in (folder / "best", checkpoint.newest(folder)):
+    for saved_one in (folder / "best", checkpoint.latest_checkpoint(folder)):
         (saved_one / "extra.pkl").write_bytes(PAYLOADS["a pickle"](Canary(canary)))
     zygote.run("evaluate", folder)
     assert not canary.exists()
@@ -362,7 +362,7 @@ def test_nothing_asks_the_network(run, tmp_path):
     assert "timm" in done.stdout
     environment = json.loads((tmp_path / "new" / "environment.json").read_text())
     assert environment["arguments"][0] == "train_deit.py"
-    assert checkpoint.result_of(tmp_path / "new") is not None
+    assert checkpoint.read_result(tmp_path / "new") is not None
 
 
 def test_libraries_are_told_to_count_nobody(tmp_path):

@@ -14,16 +14,16 @@ from deit.errors import ConfigError
 from deit.formats import FORMATS
 from deit.models.cost import macs_of_image
 from deit.models.networks import create_network
-from deit.models.saved import Facts, build_student, load_student, save_student
+from deit.models.saved import ModelInfo, build_student, load_student, save_student
 from deit.models.slimming import (
-    Kept,
-    Watch,
-    cut,
-    largest,
+    KeptUnits,
+    TaylorScorer,
     macs_of,
     magnitudes,
     numbers_for_macs,
-    slim,
+    pruned_config,
+    select_top,
+    slice_weights,
 )
 from deit.models.weights import load_weights
 from deit.validation import validate
@@ -32,7 +32,7 @@ from tests.helpers.errors import raises
 SMALL = StudentConfig(
     name="deit_micro", image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3
 )
-KEPT = Kept(((0, 2), (1,)), (tuple(range(0, 96, 3)), (5, 6, 90)))
+KEPT = KeptUnits(((0, 2), (1,)), (tuple(range(0, 96, 3)), (5, 6, 90)))
 
 
 def network_of(student: StudentConfig) -> torch.nn.Module:
@@ -48,8 +48,8 @@ def network_of(student: StudentConfig) -> torch.nn.Module:
 
 
 def test_each_block_has_its_own_heads_and_units():
-    student = slim(SMALL, KEPT)
-    assert (student.block_heads, student.block_hidden) == ((2, 1), (32, 3))
+    student = pruned_config(SMALL, KEPT)
+    assert (student.heads_per_block, student.mlp_hidden_per_block) == ((2, 1), (32, 3))
     network = create_network(student, 5)
     for block, heads, hidden in zip(network.blocks, (2, 1), (32, 3)):
         attention = block.attn
@@ -66,7 +66,7 @@ def test_each_block_has_its_own_heads_and_units():
 
 
 def test_one_value_is_of_all_blocks():
-    student = Config(student=SMALL).replace(student={"block_heads": (2,)}).student
+    student = Config(student=SMALL).replace(student={"heads_per_block": (2,)}).student
     assert heads_of_blocks(student) == (2, 2)
     assert hidden_of_blocks(student) == (96, 96)
     assert heads_of_blocks(SMALL) == (3, 3)
@@ -83,11 +83,14 @@ def test_shapes_left_alone_change_no_initial_weight():
 @pytest.mark.parametrize(
     ("student", "names"),
     [
-        ({"block_heads": (1, 2, 3)}, ("student.block_heads = (1, 2, 3)", "6 blocks")),
-        ({"block_hidden": (8,) * 5}, ("student.block_hidden = (8, 8, 8, 8, 8)", "6 blocks")),
+        ({"heads_per_block": (1, 2, 3)}, ("student.heads_per_block = (1, 2, 3)", "6 blocks")),
         (
-            {"name": "small_convnet", "block_heads": (1,)},
-            ("student.block_heads = (1,)", "student.name", "'small_convnet'"),
+            {"mlp_hidden_per_block": (8,) * 5},
+            ("student.mlp_hidden_per_block = (8, 8, 8, 8, 8)", "6 blocks"),
+        ),
+        (
+            {"name": "small_convnet", "heads_per_block": (1,)},
+            ("student.heads_per_block = (1,)", "student.name", "'small_convnet'"),
         ),
     ],
 )
@@ -99,8 +102,8 @@ def test_shapes_that_cannot_be(student, names):
 
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_other_libraries_build_no_pruned_network(name):
-    facts = Facts(slim(SMALL, KEPT), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
-    with raises(ConfigError, "student.block_heads", "student.block_hidden", "--format"):
+    facts = ModelInfo(pruned_config(SMALL, KEPT), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
+    with raises(ConfigError, "student.heads_per_block", "student.mlp_hidden_per_block", "--format"):
         FORMATS[name].check(build_student(facts), facts)
 
 
@@ -111,8 +114,8 @@ def test_other_libraries_build_no_pruned_network(name):
 def test_cut_is_what_zeros_would_be(fused):
     """A head whose values never reach the projection, a unit whose output is not heard."""
     network, images = network_of(SMALL), torch.randn(3, 3, 16, 16)
-    slimmed = create_network(slim(SMALL, KEPT), 5).eval()
-    weights = cut(network.state_dict(), KEPT, head_width=8)
+    slimmed = create_network(pruned_config(SMALL, KEPT), 5).eval()
+    weights = slice_weights(network.state_dict(), KEPT, head_width=8)
     load_weights(slimmed, weights, origin="here")
     with torch.no_grad():
         for block, heads, hidden in zip(network.blocks, KEPT.heads, KEPT.hidden):
@@ -131,14 +134,14 @@ def test_cut_is_what_zeros_would_be(fused):
 
 
 def test_nothing_is_cut_where_everything_stays():
-    every = Kept(((0, 1, 2),) * 2, (tuple(range(96)),) * 2)
+    every = KeptUnits(((0, 1, 2),) * 2, (tuple(range(96)),) * 2)
     weights = network_of(SMALL).state_dict()
-    found = cut(weights, every, head_width=8)
+    found = slice_weights(weights, every, head_width=8)
     assert all(torch.equal(found[name], one) for name, one in weights.items())
 
 
 def test_a_pruned_student_comes_back_from_its_folder(tmp_path):
-    facts = Facts(slim(SMALL, KEPT), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
+    facts = ModelInfo(pruned_config(SMALL, KEPT), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
     student = build_student(facts)
     save_student(tmp_path, student.network.state_dict(), facts)
     there, known = load_student(tmp_path)
@@ -158,7 +161,7 @@ def test_scores_are_the_squared_change_when_a_part_goes():
     network = network_of(SMALL).double()
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 3])
-    watch = Watch(network)
+    watch = TaylorScorer(network)
     for part in (slice(0, 3), slice(3, 4)):  # however they are cut into batches
         with watch.on(network):
             logits = network(images[part])
@@ -187,7 +190,7 @@ def test_scores_are_the_squared_change_when_a_part_goes():
 
 def test_scores_leave_no_hook_behind():
     network = network_of(SMALL)
-    watch = Watch(network)
+    watch = TaylorScorer(network)
     with pytest.raises(ZeroDivisionError), watch.on(network):
         _ = 1 / 0
     assert not any(module._forward_pre_hooks for module in network.modules())
@@ -207,32 +210,32 @@ def test_magnitudes_by_hand():
 
 def test_the_largest_of_all_blocks_and_one_of_each():
     scores = (torch.tensor([5.0, 9.0, 7.0]), torch.tensor([0.1, 0.3, 0.2]))
-    assert largest(scores, 2, scope="global") == ((1,), (1,))
-    assert largest(scores, 3, scope="global") == ((1, 2), (1,))
-    assert largest(scores, 4, scope="global") == ((0, 1, 2), (1,))
-    assert largest(scores, 6, scope="global") == ((0, 1, 2), (0, 1, 2))
-    assert largest(scores, 4, scope="layerwise") == ((1, 2), (1, 2))
+    assert select_top(scores, 2, scope="global") == ((1,), (1,))
+    assert select_top(scores, 3, scope="global") == ((1, 2), (1,))
+    assert select_top(scores, 4, scope="global") == ((0, 1, 2), (1,))
+    assert select_top(scores, 6, scope="global") == ((0, 1, 2), (0, 1, 2))
+    assert select_top(scores, 4, scope="layerwise") == ((1, 2), (1, 2))
 
 
 @pytest.mark.parametrize("number", range(2, 8))
 def test_of_equal_ones_exactly_as_many(number):
     scores = (torch.ones(4), torch.ones(3))
-    assert sum(map(len, largest(scores, number, scope="global"))) == number
+    assert sum(map(len, select_top(scores, number, scope="global"))) == number
 
 
 @pytest.mark.parametrize("number", [1, 7])
 def test_more_than_there_are_or_fewer_than_blocks(number):
     with pytest.raises(ValueError, match=rf"\b{number}\b.*\b6\b.*\b2\b"):
-        largest((torch.ones(3), torch.ones(3)), number, scope="global")
+        select_top((torch.ones(3), torch.ones(3)), number, scope="global")
 
 
 # Arithmetic
 
 
 @pytest.mark.parametrize("name", ["deit_micro", "vit_micro"])
-@pytest.mark.parametrize("kept", [KEPT, Kept(((0,), (0,)), ((0,), (0,)))])
+@pytest.mark.parametrize("kept", [KEPT, KeptUnits(((0,), (0,)), ((0,), (0,)))])
 def test_arithmetic_is_what_a_counter_counts(name, kept):
-    student = slim(Config(student=SMALL).replace(student={"name": name}).student, kept)
+    student = pruned_config(Config(student=SMALL).replace(student={"name": name}).student, kept)
     blocks = create_network(student, 5).eval().blocks
     tokens = torch.randn(1, 17 + (name == "deit_micro"), 24)
     heads, hidden = (sum(map(len, one)) for one in kept)

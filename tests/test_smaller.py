@@ -29,7 +29,7 @@ def seed(top1, **more):
         "sqnr_db": {"class": 40.0},
     }
     return {
-        "ladder": {
+        "variants": {
             "run": "run",
             "split": "test",
             "rows": {
@@ -69,5 +69,5 @@ def test_the_goals_of_a_student_with_one_head():
 
 def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    draw_smaller(result(seed(0.9), seed(0.8)), tmp_path / "ladder.png")
-    assert (tmp_path / "ladder.png").stat().st_size > 20_000
+    draw_smaller(result(seed(0.9), seed(0.8)), tmp_path / "variants.png")
+    assert (tmp_path / "variants.png").stat().st_size > 20_000

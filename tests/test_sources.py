@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from deit.config import DataConfig, Source
-from deit.datasets.images import Encoded, Images
+from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.sources import SOURCES
-from deit.datasets.splits import channel_statistics, choose, load_splits
-from deit.errors import DataError, EnvironmentFault
+from deit.datasets.splits import channel_statistics, load_splits, select_fraction
+from deit.errors import DataError, SystemFault
 from tests.helpers.errors import raises
 from tests.helpers.images import folder_data, write_class_folders
 
@@ -43,19 +43,21 @@ def test_digits_are_the_real_ones_in_a_fixed_stratified_split():
 
 def test_setting_aside_takes_a_share_of_every_class():
     labels, identities = torch.arange(103) % 5, torch.arange(103)
-    taken = choose(labels, identities, 0.2, 0, "validation")
+    taken = select_fraction(labels, identities, 0.2, 0, "validation")
     assert torch.bincount(labels[taken]).tolist() == [4] * 5
-    assert not torch.equal(taken, choose(labels, identities, 0.2, 0, "test"))
-    assert not torch.equal(taken, choose(labels, identities, 0.2, 1, "validation"))
+    assert not torch.equal(taken, select_fraction(labels, identities, 0.2, 0, "test"))
+    assert not torch.equal(taken, select_fraction(labels, identities, 0.2, 1, "validation"))
 
 
 def test_what_is_set_aside_depends_on_neither_order_nor_the_other_classes():
     labels, identities = torch.arange(100) % 5, torch.arange(100) * 977
-    taken = choose(labels, identities, 0.3, 0, "test")
+    taken = select_fraction(labels, identities, 0.3, 0, "test")
     order = torch.randperm(100)
-    assert torch.equal(choose(labels[order], identities[order], 0.3, 0, "test"), taken[order])
+    assert torch.equal(
+        select_fraction(labels[order], identities[order], 0.3, 0, "test"), taken[order]
+    )
     some = labels < 2
-    assert torch.equal(choose(labels[some], identities[some], 0.3, 0, "test"), taken[some])
+    assert torch.equal(select_fraction(labels[some], identities[some], 0.3, 0, "test"), taken[some])
 
 
 def test_the_test_images_of_some_classes_are_test_images_of_all():
@@ -68,7 +70,7 @@ def test_the_test_images_of_some_classes_are_test_images_of_all():
 def test_setting_aside_leaves_at_least_one_image_on_either_side():
     labels = torch.tensor([0, 0, 1, 1, 1, 1])
     for fraction in (0.01, 0.99):
-        taken = choose(labels, torch.arange(6), fraction, 0, "x")
+        taken = select_fraction(labels, torch.arange(6), fraction, 0, "x")
         assert set(labels[taken].tolist()) == set(labels[~taken].tolist()) == {0, 1}
 
 
@@ -186,7 +188,7 @@ def test_a_damaged_folder_is_named(tmp_path, damage, names):
 
 def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_resized(tmp_path):
     write_class_folders(tmp_path)
-    with raises(EnvironmentFault, "data.image_size"):
+    with raises(SystemFault, "data.image_size"):
         load_splits(folder_data(tmp_path, memory_fraction=1e-12))
 
 
@@ -209,7 +211,7 @@ def test_splits_and_classes_without_training_images_are_refused(tmp_path):
 
 def key(splits, split, index):
     encoded = getattr(splits, split)
-    return encoded.store.key(int(encoded.rows[index]))
+    return encoded.store.key(int(encoded.positions[index]))
 
 
 def keys(splits):
@@ -222,21 +224,21 @@ def keys(splits):
 
 def test_storage_decides_what_a_split_holds(tmp_path, monkeypatch):
     write_class_folders(tmp_path, number=6)
-    assert isinstance(load_splits(folder_data(tmp_path)).train, Images)
-    assert isinstance(load_splits(folder_data(tmp_path, storage="memory")).train, Images)
-    assert isinstance(load_splits(folder_data(tmp_path, storage="files")).train, Encoded)
+    assert isinstance(load_splits(folder_data(tmp_path)).train, InMemoryImages)
+    assert isinstance(load_splits(folder_data(tmp_path, storage="memory")).train, InMemoryImages)
+    assert isinstance(load_splits(folder_data(tmp_path, storage="files")).train, EncodedImages)
     monkeypatch.setattr("deit.datasets.splits.AUTO_BYTES", 36 * 3 * 8 * 8 - 1)
-    assert isinstance(load_splits(folder_data(tmp_path)).train, Encoded)
-    assert isinstance(load_splits(folder_data(tmp_path, storage="memory")).train, Images)
+    assert isinstance(load_splits(folder_data(tmp_path)).train, EncodedImages)
+    assert isinstance(load_splits(folder_data(tmp_path, storage="memory")).train, InMemoryImages)
     monkeypatch.setattr("deit.datasets.splits.AUTO_BYTES", 36 * 3 * 8 * 8)
-    assert isinstance(load_splits(folder_data(tmp_path)).train, Images)
+    assert isinstance(load_splits(folder_data(tmp_path)).train, InMemoryImages)
 
 
 @pytest.mark.parametrize("storage", ["auto", "memory"])
 def test_the_free_memory_of_the_moment_never_changes_the_storage(tmp_path, storage):
     """Processes and resumptions of one run would disagree: it is refused, with the way out."""
     write_class_folders(tmp_path)
-    with raises(EnvironmentFault, "data.storage", "data.image_size"):
+    with raises(SystemFault, "data.storage", "data.image_size"):
         load_splits(folder_data(tmp_path, storage=storage, memory_fraction=1e-12))
     assert load_splits(folder_data(tmp_path, storage="files", memory_fraction=1e-12)).notes
 
@@ -252,7 +254,7 @@ def test_mean_and_deviation_of_many_files_are_those_of_a_sample(tmp_path, monkey
     assert files.mean == load_splits(folder_data(tmp_path, storage="files")).mean
 
 
-def test_a_quarantined_image_is_left_out_and_moves_no_other(tmp_path):
+def test_an_excluded_image_is_left_out_and_moves_no_other(tmp_path):
     write_class_folders(tmp_path / "data", number=20, splits=("train",))
     files = {"storage": "files", "train_fraction": 0.5}
     before = load_splits(folder_data(tmp_path / "data", **files))
@@ -261,27 +263,27 @@ def test_a_quarantined_image_is_left_out_and_moves_no_other(tmp_path):
         (tmp_path / "data" / name).write_bytes(b"")
     listed = tmp_path / "bad.txt"
     listed.write_text("# why\n\n" + "\n".join(bad) + "\n")
-    after = load_splits(folder_data(tmp_path / "data", **files, quarantine=str(listed)))
+    after = load_splits(folder_data(tmp_path / "data", **files, exclude_list=str(listed)))
     assert keys(after) == {split: names - bad for split, names in keys(before).items()}
-    assert any(re.search(rf"quarantine.* 3 .*{re.escape(str(listed))}", x) for x in after.notes)
+    assert any(re.search(rf"exclude list.* 3 .*{re.escape(str(listed))}", x) for x in after.notes)
     assert after.fingerprint != before.fingerprint
-    memory = load_splits(folder_data(tmp_path / "data", quarantine=str(listed)))
+    memory = load_splits(folder_data(tmp_path / "data", exclude_list=str(listed)))
     assert sum(len(split.labels) for split in memory[1:4]) == 60 - 3
 
 
-def test_a_quarantine_list_for_other_data_is_refused(tmp_path):
+def test_an_exclude_list_for_other_data_is_refused(tmp_path):
     write_class_folders(tmp_path / "data")
     listed = tmp_path / "bad.txt"
     listed.write_text("train/ant/77.png\n")
     with raises(DataError, "'train/ant/77.png'"):
-        load_splits(folder_data(tmp_path / "data", quarantine=str(listed)))
+        load_splits(folder_data(tmp_path / "data", exclude_list=str(listed)))
     with raises(DataError, "nothing.txt"):
-        load_splits(folder_data(tmp_path / "data", quarantine=str(tmp_path / "nothing.txt")))
+        load_splits(folder_data(tmp_path / "data", exclude_list=str(tmp_path / "nothing.txt")))
     listed.write_text("".join(f"train/ant/{index}.png\n" for index in range(4)))
-    with raises(DataError, "'ant'", "data.quarantine"):
-        load_splits(folder_data(tmp_path / "data", quarantine=str(listed)))
+    with raises(DataError, "'ant'", "data.exclude_list"):
+        load_splits(folder_data(tmp_path / "data", exclude_list=str(listed)))
     # Of a class that is not kept, a name is still a name of the data.
-    load_splits(folder_data(tmp_path / "data", quarantine=str(listed), classes=("bee", "cat")))
+    load_splits(folder_data(tmp_path / "data", exclude_list=str(listed), classes=("bee", "cat")))
 
 
 def test_what_systems_leave_behind_is_no_image_and_no_class(tmp_path):
@@ -312,13 +314,13 @@ def test_images_below_a_class_folder_belong_to_it(tmp_path):
 def test_images_fit_into_what_a_container_allows(tmp_path, monkeypatch):
     write_class_folders(tmp_path)
     monkeypatch.setattr("deit.memory.allowed", lambda: [1000])
-    with raises(EnvironmentFault, "data.image_size 8", "data.memory_fraction"):
+    with raises(SystemFault, "data.image_size 8", "data.memory_fraction"):
         load_splits(folder_data(tmp_path))
 
 
 def test_enlarging_beyond_the_memory_is_refused_for_every_source():
     config = DataConfig(source="digits", image_size=64, memory_fraction=1e-12)
-    with raises(EnvironmentFault, "data.image_size"):
+    with raises(SystemFault, "data.image_size"):
         load_splits(config)
 
 

@@ -2,11 +2,11 @@
 
 import torch
 
-from deit.datasets.spread import spread_rows
+from deit.datasets.spread import stratified_indices
 
 
 def rows_of(labels, number, *, seed=0, stream="x"):
-    return spread_rows(labels, number, seed=seed, stream=stream)
+    return stratified_indices(labels, number, seed=seed, stream=stream)
 
 
 def test_of_each_class_as_many_as_of_every_other():

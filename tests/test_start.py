@@ -11,21 +11,21 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from deit.config import SIZES, StartConfig, StudentConfig
+from deit.config import SIZES, InitConfig, StudentConfig
 from deit.errors import CheckpointError, ConfigError
-from deit.models.layers import heads_of, hold_still
+from deit.models.layers import classifier_names, freeze_except
 from deit.models.networks import create_network
 from deit.models.positions import resize_positions
-from deit.models.saved import Facts, build_student, save_student
-from deit.models.start import Found, find_start, fit, student_of
+from deit.models.saved import ModelInfo, build_student, save_student
+from deit.models.start import LoadedWeights, adapt_weights, infer_student_config, load_weights_from
 from deit.models.weights import load_weights
 from deit.optimizer_state import read_tensors
-from deit.preparation import begin
+from deit.preparation import init_student
 from deit.recipes import digits
-from deit.records import head_logits
+from deit.records import logits_by_head
 from tests.helpers.errors import raises
 
-KEEP = StartConfig(source="here")
+KEEP = InitConfig(weights="here")
 NAMES = tuple("abcde")
 
 
@@ -42,11 +42,11 @@ def network(name="deit_micro", classes=5, seed=0, **fields):
 
 
 def found_in(built, names=NAMES):
-    return Found(built.state_dict(), "a network", None, names, None, None)
+    return LoadedWeights(built.state_dict(), "a network", None, names, None, None)
 
 
 def fitted(found, built, start=KEEP, names=NAMES):
-    result = fit(found, built, names, start)
+    result = adapt_weights(found, built, names, start)
     load_weights(built, result.weights, origin="here")
     return result.notes
 
@@ -128,7 +128,7 @@ def test_the_same_network_is_taken_over_to_the_bit():
 @pytest.mark.parametrize("kernel", ["deit", "timm"])
 def test_another_resolution_resizes_the_positions_and_nothing_else(kernel):
     before, after = network(seed=0), network(seed=1, image_size=24)
-    notes = fitted(found_in(before), after, StartConfig(source="here", kernel=kernel))
+    notes = fitted(found_in(before), after, InitConfig(weights="here", pos_embed_resize=kernel))
     assert len(notes) == 1
     assert re.search(rf"4 x 4\D+6 x 6.*{kernel}", notes[0])
     theirs = after.state_dict()
@@ -162,8 +162,8 @@ def test_a_plain_vit_becomes_a_distilled_student_and_back():
 
 @pytest.mark.parametrize(("tokens", "into"), [(1, 3), (3, 1), (2, 3), (3, 2)])
 def test_distillation_tokens_of_another_number(tokens, into):
-    before = network(distillation_tokens=tokens)
-    after = network(distillation_tokens=into, seed=1)
+    before = network(num_distillation_tokens=tokens)
+    after = network(num_distillation_tokens=into, seed=1)
     fitted(found_in(before), after)
     kept = min(tokens, into)
     assert torch.equal(after.dist_token[:, :kept], before.dist_token[:, :kept])
@@ -173,7 +173,7 @@ def test_distillation_tokens_of_another_number(tokens, into):
         assert torch.equal(after.dist_token[:, added], before.cls_token[:, 0])
 
     def heads(built):
-        return [built.state_dict()[f"{name}.weight"] for name in heads_of(built)]
+        return [built.state_dict()[f"{name}.weight"] for name in classifier_names(built)]
 
     for ours, theirs in zip(heads(after)[: 1 + kept], heads(before)):
         assert torch.equal(ours, theirs)
@@ -193,13 +193,15 @@ def test_class_rows_are_found_by_name(name):
 
 def test_other_classes_are_refused_unless_new_heads_are_asked_for():
     before, after = network(classes=5), network(classes=3, seed=1)
-    with raises(CheckpointError, "'x'", "--start.heads"):
+    with raises(CheckpointError, "'x'", "--init.head"):
         fitted(found_in(before), after, names=("a", "b", "x"))
-    with raises(CheckpointError, "--start.heads") as refused:
+    with raises(CheckpointError, "--init.head") as refused:
         fitted(found_in(before, names=None), after, names=("a", "b", "c"))
     assert re.findall(r"\d+", str(refused.value)) == ["5", "3"]
-    random = {name: after.state_dict()[f"{name}.weight"].clone() for name in heads_of(after)}
-    new = StartConfig(source="here", heads="new")
+    random = {
+        name: after.state_dict()[f"{name}.weight"].clone() for name in classifier_names(after)
+    }
+    new = InitConfig(weights="here", head="new")
     (note,) = fitted(found_in(before), after, new, names=("a", "b", "x"))
     assert re.findall(r"\d+", note) == ["3", "5", "2"]
     for name, value in random.items():
@@ -253,23 +255,23 @@ def test_timms_networks_without_positions_for_their_tokens():
 @pytest.mark.parametrize("kind", ["deit", "vit"])
 def test_the_network_is_read_from_the_shapes(kind, size):
     wanted = StudentConfig(name=f"{kind}_{size}", image_size=32, patch_size=8)
-    found = student_of(create_network(wanted, 5).state_dict())
+    found = infer_student_config(create_network(wanted, 5).state_dict())
     assert found == wanted
 
 
 def test_other_shapes_are_told_apart():
-    odd = section(embed_dim=80, num_heads=5, distillation_tokens=2, patch_size=8)
+    odd = section(embed_dim=80, num_heads=5, num_distillation_tokens=2, patch_size=8)
     built = create_network(odd, 5)
-    found = student_of(built.state_dict(), heads=5)
+    found = infer_student_config(built.state_dict(), heads=5)
     assert create_network(found, 5).state_dict().keys() == built.state_dict().keys()
     assert (found.embed_dim, found.num_heads, found.patch_size) == (80, 5, 8)
-    assert student_of(network("small_convnet", depth=None).state_dict()) is None
+    assert infer_student_config(network("small_convnet", depth=None).state_dict()) is None
     deit3 = timm.create_model("deit3_small_patch16_224", depth=1)
-    assert student_of(deit3.state_dict()) is None
+    assert infer_student_config(deit3.state_dict()) is None
 
 
 def saved(folder, seed=0, **fields):
-    facts = Facts(section(**fields), NAMES, (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), 1.0)
+    facts = ModelInfo(section(**fields), NAMES, (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), 1.0)
     torch.manual_seed(seed)
     student = build_student(facts)
     folder.mkdir(parents=True)
@@ -279,7 +281,7 @@ def saved(folder, seed=0, **fields):
 
 def answers(student, images):
     with torch.no_grad():
-        return head_logits(student(images))
+        return logits_by_head(student(images))
 
 
 FORMS = {
@@ -296,7 +298,7 @@ FORMS = {
 def test_weight_files_of_every_form(name, tmp_path):
     student = saved(tmp_path / "run" / "best")
     torch.save(FORMS[name](student.network.state_dict()), tmp_path / name)
-    found = find_start(str(tmp_path / name))
+    found = load_weights_from(str(tmp_path / name))
     assert found.student == section()
     assert found.class_names is None
     after = network(seed=1)
@@ -308,10 +310,10 @@ def test_weight_files_of_every_form(name, tmp_path):
 def test_a_run_a_checkpoint_and_a_safetensors_file(tmp_path):
     student = saved(tmp_path / "run" / "best")
     for source in ("run", "run/best"):
-        found = find_start(str(tmp_path / source))
+        found = load_weights_from(str(tmp_path / source))
         assert (found.student, found.class_names) == (section(), NAMES)
         assert (found.mean, found.std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
-    found = find_start(str(tmp_path / "run" / "best" / "model.safetensors"))
+    found = load_weights_from(str(tmp_path / "run" / "best" / "model.safetensors"))
     assert found.student == section()
     assert torch.equal(found.weights["cls_token"], student.network.cls_token)
 
@@ -329,7 +331,7 @@ def test_a_timm_folder(tmp_path):
         "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "num_classes": 5},
     }
     (tmp_path / "config.json").write_text(json.dumps(about))
-    found = find_start(str(tmp_path))
+    found = load_weights_from(str(tmp_path))
     assert found.class_names == NAMES
     assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (found.student.num_heads, found.student.embed_dim, found.student.depth) == (5, 60, 2)
@@ -342,17 +344,17 @@ def test_a_timm_folder(tmp_path):
 
 def test_the_numbers_beside_a_file_are_believed(tmp_path):
     student = saved(tmp_path / "run" / "best", embed_dim=48, num_heads=4)
-    found = find_start(str(tmp_path / "run" / "best" / "model.safetensors"))
+    found = load_weights_from(str(tmp_path / "run" / "best" / "model.safetensors"))
     assert (found.student.num_heads, found.heads_known) == (4, True)
     save_file(student.network.state_dict(), tmp_path / "alone.safetensors")
-    assert not find_start(str(tmp_path / "alone.safetensors")).heads_known
+    assert not load_weights_from(str(tmp_path / "alone.safetensors")).heads_known
 
 
 def test_what_training_scripts_save_beside_the_weights_does_no_harm(tmp_path):
     student = saved(tmp_path / "run" / "best")
     content = {"model": student.network.state_dict(), "args": Namespace(lr=1.0), "epoch": 3}
     torch.save(content, tmp_path / "official.pth")
-    found = find_start(str(tmp_path / "official.pth"))
+    found = load_weights_from(str(tmp_path / "official.pth"))
     assert found.student == section()
 
 
@@ -361,16 +363,16 @@ def test_prefixes_in_any_order(tmp_path):
     for prefix in ("_orig_mod.module.", "module._orig_mod.", "module.module."):
         weights = {f"{prefix}{name}": value for name, value in student.network.state_dict().items()}
         torch.save(weights, tmp_path / "wrapped.pth")
-        assert find_start(str(tmp_path / "wrapped.pth")).student == section()
+        assert load_weights_from(str(tmp_path / "wrapped.pth")).student == section()
 
 
 def test_a_backbone_without_heads_gets_new_ones_if_asked():
     weights = {n: v for n, v in network("vit_micro").state_dict().items() if "head" not in n}
-    found = Found(weights, "a backbone", None, None, None, None)
+    found = LoadedWeights(weights, "a backbone", None, None, None, None)
     after = network(seed=1)
-    with raises(CheckpointError, "--start.heads"):
+    with raises(CheckpointError, "--init.head"):
         fitted(found, after)
-    notes = fitted(found, after, StartConfig(source="here", heads="new"))
+    notes = fitted(found, after, InitConfig(weights="here", head="new"))
     assert re.findall(r"\d+", notes[-1]) == ["5", "0"]
     assert torch.equal(after.dist_token, weights["cls_token"])
 
@@ -400,7 +402,7 @@ def test_a_foreign_folder_is_refused_not_believed(name, tmp_path):
     torch.save(Runs(), tmp_path / "evil.pth")
     source = timm_folder(tmp_path / "folder", network().state_dict(), **BAD_FOLDERS[name])
     with raises(CheckpointError, source) as refused:
-        find_start(source)
+        load_weights_from(source)
     assert "\n" not in str(refused.value)
 
 
@@ -415,12 +417,12 @@ def test_a_foreign_folder_is_refused_not_believed(name, tmp_path):
 )
 def test_damaged_tensors_are_refused(name, value, tmp_path):
     save_file({**network().state_dict(), name: value}, tmp_path / "w.safetensors")
-    config = digits().replace(student=section(), start={"source": "here"})
-    facts = Facts(section(), NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
+    config = digits().replace(student=section(), init={"weights": "here"})
+    facts = ModelInfo(section(), NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
 
     def whole():
-        found = find_start(str(tmp_path / "w.safetensors"))
-        begin(network(seed=1), found, config, facts)
+        found = load_weights_from(str(tmp_path / "w.safetensors"))
+        init_student(network(seed=1), found, config, facts)
 
     with pytest.raises(CheckpointError):
         whole()
@@ -455,7 +457,7 @@ def test_bad_starts_are_refused_in_one_line(tmp_path, capsys):
     }
     for name, names in expected.items():
         with raises(CheckpointError, tmp_path / name, *names) as refused:
-            find_start(str(tmp_path / name))
+            load_weights_from(str(tmp_path / name))
         assert "\n" not in str(refused.value)
         assert refused.value.exit_code == 4
     assert "code ran" not in capsys.readouterr().out
@@ -466,20 +468,20 @@ def test_bad_starts_are_refused_in_one_line(tmp_path, capsys):
 
 def test_holding_still_all_but_the_heads():
     built = network()
-    hold_still(built, "heads")
+    freeze_except(built, "heads")
     free = {name for name, one in built.named_parameters() if one.requires_grad}
     assert free == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
 
 
 def test_holding_still_all_but_attention_and_heads():
     built = network()
-    hold_still(built, "attention")
+    freeze_except(built, "attention")
     free = {name for name, one in built.named_parameters() if one.requires_grad}
     attention = {f"blocks.0.attn.{p}.{k}" for p in ("qkv", "proj") for k in ("weight", "bias")}
     heads = {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
     assert free == attention | heads
-    with raises(ConfigError, "optim.trained", "'attention'", "heads"):
-        hold_still(network("small_convnet", depth=None), "attention")
+    with raises(ConfigError, "optim.trainable", "'attention'", "heads"):
+        freeze_except(network("small_convnet", depth=None), "attention")
 
 
 @pytest.mark.parametrize(
@@ -495,19 +497,23 @@ def test_holding_still_all_but_attention_and_heads():
 )
 def test_heads_by_name(name, heads):
     built = create_network(StudentConfig(name=name, image_size=32), 7)
-    assert heads_of(built) == heads
+    assert classifier_names(built) == heads
     assert all(built.get_submodule(head).out_features == 7 for head in heads)
 
 
 def test_several_distillation_heads_by_name():
-    assert heads_of(network(distillation_tokens=2)) == ("head", "head_dist.0", "head_dist.1")
+    assert classifier_names(network(num_distillation_tokens=2)) == (
+        "head",
+        "head_dist.0",
+        "head_dist.1",
+    )
 
 
 def test_a_still_student_stays_in_evaluation_mode():
-    facts = Facts(section(drop_path=0.5), NAMES, (0.5,) * 3, (0.2,) * 3, 1.0)
+    facts = ModelInfo(section(drop_path=0.5), NAMES, (0.5,) * 3, (0.2,) * 3, 1.0)
     student = build_student(facts)
     assert student.train().network.training
-    student.still = True
+    student.frozen_backbone = True
     assert not student.train().network.training
     images = torch.rand(8, 3, 16, 16)
     one, other = student(images), student(images)  # no drop path
@@ -519,7 +525,7 @@ def test_a_block_far_beyond_the_others_is_refused_at_once(tmp_path):
     weights["blocks.99999999.norm1.weight"] = weights["blocks.0.norm1.weight"].clone()
     save_file(weights, tmp_path / "w.safetensors")
     with raises(CheckpointError, tmp_path / "w.safetensors", 99999999):
-        find_start(str(tmp_path / "w.safetensors"))
+        load_weights_from(str(tmp_path / "w.safetensors"))
 
 
 def test_a_name_that_is_there_twice_is_refused(tmp_path):
@@ -527,7 +533,7 @@ def test_a_name_that_is_there_twice_is_refused(tmp_path):
     weights["module.head.weight"] = torch.zeros_like(weights["head.weight"])
     save_file(weights, tmp_path / "w.safetensors")
     with raises(CheckpointError, tmp_path / "w.safetensors", " head.weight", "module.head.weight"):
-        find_start(str(tmp_path / "w.safetensors"))
+        load_weights_from(str(tmp_path / "w.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["sparse", "meta"])
@@ -537,32 +543,32 @@ def test_tensors_without_plain_numbers_are_refused(kind, tmp_path):
     weights["head.weight"] = value.to_sparse() if kind == "sparse" else value.to("meta")
     torch.save(weights, tmp_path / "w.pth")
     with raises(CheckpointError, tmp_path / "w.pth", "head.weight"):
-        find_start(str(tmp_path / "w.pth"))
+        load_weights_from(str(tmp_path / "w.pth"))
 
 
 def test_an_empty_file_is_called_so(tmp_path):
     (tmp_path / "w.pth").write_bytes(b"")
     with raises(CheckpointError, tmp_path / "w.pth") as refused:
-        find_start(str(tmp_path / "w.pth"))
+        load_weights_from(str(tmp_path / "w.pth"))
     assert "empty" in str(refused.value).replace(str(tmp_path), "")
 
 
 def test_another_number_of_attention_heads_is_refused():
     own = section(embed_dim=48, num_heads=4)
     built = network(embed_dim=48, num_heads=4)
-    found = Found(built.state_dict(), "a run", own, NAMES, (0.5,) * 3, (0.5,) * 3)
-    config = digits().replace(student={"image_size": 16}, start={"source": "a run"})
+    found = LoadedWeights(built.state_dict(), "a run", own, NAMES, (0.5,) * 3, (0.5,) * 3)
+    config = digits().replace(student={"image_size": 16}, init={"weights": "a run"})
     config = config.replace(student=section(embed_dim=48, num_heads=2))
-    facts = Facts(config.student, NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
+    facts = ModelInfo(config.student, NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
     with raises(CheckpointError, "a run", "--student.num_heads 4"):
-        begin(network(embed_dim=48, num_heads=2), found, config, facts)
+        init_student(network(embed_dim=48, num_heads=2), found, config, facts)
 
 
 def test_a_normalisation_that_is_not_told_is_named():
     built = network()
-    config = digits().replace(student=section(), start={"source": "w.pth"})
-    facts = Facts(config.student, NAMES, (0.1, 0.2, 0.3), (0.4,) * 3, 1.0)
-    notes = begin(built, found_in(built), config, facts)["notes"]
+    config = digits().replace(student=section(), init={"weights": "w.pth"})
+    facts = ModelInfo(config.student, NAMES, (0.1, 0.2, 0.3), (0.4,) * 3, 1.0)
+    notes = init_student(built, found_in(built), config, facts)["notes"]
     assert any("--views.mean" in note and "0.1,0.2,0.3" in note for note in notes)
 
 
@@ -597,6 +603,6 @@ def test_hostile_headers_of_safetensors_are_refused(name, tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(HOSTILE[name])
     with raises(CheckpointError, path):
-        find_start(str(path))
+        load_weights_from(str(path))
     with raises(CheckpointError, path):
         read_tensors(path)

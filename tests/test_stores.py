@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from deit.config import DataConfig
-from deit.datasets.images import Encoded
+from deit.datasets.images import EncodedImages
 from deit.datasets.listing import PassedOver
 from deit.datasets.shards import read_index
 from deit.datasets.sources import SOURCES
 from deit.datasets.splits import Splits, load_splits
-from deit.datasets.stores import ReaderStore, Texts
-from deit.errors import ConfigError, DataError, EnvironmentFault
+from deit.datasets.stores import ReaderStore, StringTable
+from deit.errors import ConfigError, DataError, SystemFault
 from tests.helpers.errors import raises
 
 CLASSES = ("10", "2", "Dog", "cat")  # in code point order; timm would have 2 before 10
@@ -113,7 +113,7 @@ def replace(config: DataConfig, **changes: object) -> DataConfig:
 def test_every_way_has_the_same_classes_images_labels_and_test_images(way, tmp_path):
     config = lay_out(way, tmp_path / "data")
     splits = load_splits(replace(config, storage="files"))
-    assert isinstance(splits.train, Encoded)
+    assert isinstance(splits.train, EncodedImages)
     assert splits.class_names == CLASSES
     train, validation, test = contents(splits)
     assert test == {(name.split("/")[0], content) for name, content in images("val").items()}
@@ -190,7 +190,7 @@ def test_names_lead_to_the_image(tmp_path):
 
 def test_many_texts_are_kept_as_they_are():
     texts = ["", "a", "ä/ö.png", "with\nline", b"\xff.png".decode(errors="surrogateescape"), ""]
-    packed = Texts(texts)
+    packed = StringTable(texts)
     assert [packed[index] for index in range(len(packed))] == texts
 
 
@@ -374,7 +374,7 @@ def test_what_a_reader_cannot_find_is_said(tmp_path):
     with raises(DataError, tmp_path, "1 .txt"):
         read("folder")
     if not _has_hugging_face():
-        with raises(EnvironmentFault, "data.reader hfds/mnist", "pip install datasets"):
+        with raises(SystemFault, "data.reader hfds/mnist", "pip install datasets"):
             read("hfds/mnist", download=True)
 
 

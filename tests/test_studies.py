@@ -10,7 +10,7 @@ from torch import nn
 from deit.arguments import RunArguments, parse_run
 from deit.config import TeacherConfig, peak_lr, to_dict
 from deit.errors import ConfigError
-from deit.ground import Ground
+from deit.ground import BaseRuns
 from deit.optim import build_optimizer, set_lr
 from deit.recipes import (
     RECIPES,
@@ -18,9 +18,9 @@ from deit.recipes import (
     digits,
     digits_ensemble,
     digits_finetune,
-    recipe_of,
+    recipe_of_path,
 )
-from deit.seats import members
+from deit.seats import teacher_specs
 from deit.studies import STUDIES
 from deit.validation import validate
 from tests.helpers.errors import raises
@@ -32,13 +32,13 @@ TAUGHT = [name for name, recipe in RECIPES.items() if recipe().loss.kind != "non
 @pytest.mark.parametrize("name", TAUGHT)
 def test_every_arm_is_valid_and_has_the_same_budget(name, study):
     config = RECIPES[name]()
-    taught_by = recipe_of(config.teacher.source[0])
+    taught_by = recipe_of_path(config.teacher.source[0])
     impossible = {
         "table-2": (taught_by is None, "teacher.source"),
         "table-3": (not config.student.name.startswith("deit_"), "student.name"),
         "table-4": (not config.student.name.startswith("deit_"), "student.name"),
         "ensemble": (len(config.teacher.source) < 2, "teacher.source"),
-        "resolution": (config.start.source is None, "start.source"),
+        "resolution": (config.init.weights is None, "init.weights"),
     }
     cannot, field = impossible.get(study, (False, ""))
     if cannot:
@@ -48,15 +48,15 @@ def test_every_arm_is_valid_and_has_the_same_budget(name, study):
     arms = STUDIES[study](config)
     assert len(arms) > 1
     for arm in arms.values():
-        assert validate(arm, online=False)
+        assert validate(arm, live_teacher=False)
         assert arm.data == config.data
         assert arm.run == config.run
-        if study not in ("patience", "table-8"):
+        if study not in ("epochs", "table-8"):
             assert arm.optim == config.optim
 
 
 def test_the_arms_of_a_study_can_be_named_on_a_command_line():
-    config = digits_ensemble().replace(start={"source": "checkpoints/digits"})
+    config = digits_ensemble().replace(init={"weights": "checkpoints/digits"})
     for study in STUDIES.values():
         for name in study(config):
             assert "," not in name
@@ -76,25 +76,25 @@ def test_a_teacher_fitted_to_the_resolution_is_compared_with_itself_before():
 
 
 def test_patience_scales_what_is_counted_in_epochs():
-    config = digits().replace(loss={"distillation_warmup": 30.0}, optim={"ema_epochs": 40.0})
-    arms = STUDIES["patience"](config)
+    config = digits().replace(loss={"distillation_warmup_epochs": 30.0}, optim={"ema_epochs": 40.0})
+    arms = STUDIES["epochs"](config)
     assert [arm.optim.epochs for arm in arms.values()] == [15, 15, 30, 30, 60, 60, 120, 120]
-    assert arms["distilled-15"].loss.distillation_warmup == 3.75
+    assert arms["distilled-15"].loss.distillation_warmup_epochs == 3.75
     assert arms["distilled-15"].optim.ema_epochs == 7.5
     assert all(validate(arm) for arm in arms.values())
 
 
 def test_a_teacher_alone_keeps_what_was_said_of_it():
     config = digits_ensemble().replace(
-        student={"distillation_tokens": 1},
+        student={"num_distillation_tokens": 1},
         teacher={
             "source": ("runs/x/best", "runs/y/best"),
             "architecture": ("timm:resnet18",),
             "image_size": (8, 16),
             "mean": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
             "std": (1.0, 1.0, 1.0),
-            "weight": (1.0, 2.0),
-            "targets": ("none", "store"),
+            "weights": (1.0, 2.0),
+            "target_stores": ("none", "store"),
             "combine": "logits",
         },
     )
@@ -102,34 +102,34 @@ def test_a_teacher_alone_keeps_what_was_said_of_it():
     one, two = arms["only runs/x/best"], arms["only runs/y/best"]
     for place, arm in enumerate((one, two)):
         assert validate(arm)
-        (member,) = members(arm.teacher)
-        assert member == members(config.teacher)[place]._replace(weight=1.0)
-    assert (one.teacher.targets, two.teacher.targets) == ((), ("store",))
+        (member,) = teacher_specs(arm.teacher)
+        assert member == teacher_specs(config.teacher)[place]._replace(weight=1.0)
+    assert (one.teacher.target_stores, two.teacher.target_stores) == ((), ("store",))
     assert isinstance(one.teacher, TeacherConfig)
 
 
 def ground(arguments, folder, seed=3):
     run = parse_run(arguments, program="compare", about="")
-    return Ground(run, run.config.replace(run={"seed": seed}), folder), run.config
+    return BaseRuns(run, run.config.replace(run={"seed": seed}), folder), run.config
 
 
 def test_a_recipe_of_ones_own_brings_its_teacher_to_a_comparison(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from deit.recipes import digits\n\n\ndef recipe():\n    return digits()\n")
     prepared, config = ground([str(file)], tmp_path)
-    assert prepared.laid(config) == config
+    assert prepared.with_local_paths(config) == config
     assert prepared.runs == {}
 
 
 def test_a_teacher_that_was_named_is_not_trained(tmp_path):
     prepared, config = ground(["digits", "--teacher.source", "mine"], tmp_path)
-    assert prepared.laid(config).teacher.source == ("mine",)
+    assert prepared.with_local_paths(config).teacher.source == ("mine",)
     assert prepared.runs == {}
 
 
 def test_the_one_teacher_of_a_recipe_is_called_so(tmp_path):
     prepared, config = ground(["digits", "--data.train_fraction", "0.5"], tmp_path)
-    assert prepared.laid(config).teacher.source == (str(tmp_path / "teacher"),)
+    assert prepared.with_local_paths(config).teacher.source == (str(tmp_path / "teacher"),)
     (teacher,) = prepared.runs.values()
     assert teacher.data.train_fraction == 0.5
     assert teacher.run.seed == 3
@@ -138,13 +138,13 @@ def test_the_one_teacher_of_a_recipe_is_called_so(tmp_path):
 
 def test_a_fine_tuning_builds_on_runs_that_build_on_others(tmp_path):
     prepared, config = ground(["digits-finetune", "--data.train_fraction", "0.5"], tmp_path)
-    arms = [prepared.laid(arm) for arm in STUDIES["resolution"](config).values()]
+    arms = [prepared.with_local_paths(arm) for arm in STUDIES["resolution"](config).values()]
     assert list(prepared.runs) == ["digits-teacher", "digits-finetune-teacher", "digits"]
     folders = {name: str(tmp_path / name) for name in prepared.runs}
     fitted = prepared.runs["digits-finetune-teacher"]
-    assert fitted.start.source == folders["digits-teacher"]
+    assert fitted.init.weights == folders["digits-teacher"]
     assert prepared.runs["digits"].teacher.source == (folders["digits-teacher"],)
-    assert {arm.start.source for arm in arms} == {folders["digits"]}
+    assert {arm.init.weights for arm in arms} == {folders["digits"]}
     assert arms[0].teacher.source == (folders["digits-finetune-teacher"],)
     assert arms[1].teacher.source == (folders["digits-teacher"],)
     assert prepared.teachers == {"digits-teacher", "digits-finetune-teacher"}
@@ -159,7 +159,7 @@ def test_table_3_is_the_papers():
     config = digits().replace(student={"name": "deit_tiny"})
     arms = STUDIES["table-3"](config)
     told = {
-        name: (arm.student.name, arm.loss.kind, arm.loss.through if arm.loss.kind != "none" else "")
+        name: (arm.student.name, arm.loss.kind, arm.loss.head if arm.loss.kind != "none" else "")
         for name, arm in arms.items()
     }
     assert told == {
@@ -189,7 +189,7 @@ def test_table_2_has_the_teachers_that_there_are():
 def test_table_8_changes_one_thing_at_a_time():
     arms = STUDIES["table-8"](digits())
     whole = to_dict(arms["DeiT"])
-    assert arms["DeiT"].views.policy == "randaugment"
+    assert arms["DeiT"].views.auto_augment == "randaugment"
     changed = {
         name: {
             f"{section}.{leaf}"
@@ -201,15 +201,15 @@ def test_table_8_changes_one_thing_at_a_time():
     }
     assert changed == {
         "DeiT": set(),
-        "SGD": {f"optim.{leaf}" for leaf in ("algorithm", "lr", "weight_decay", "clip_norm")},
-        "no RandAugment": {"views.policy"},
-        "AutoAugment": {"views.policy"},
+        "SGD": {f"optim.{leaf}" for leaf in ("name", "lr", "weight_decay", "clip_grad_norm")},
+        "no RandAugment": {"views.auto_augment"},
+        "AutoAugment": {"views.auto_augment"},
         "no mixup": {"views.mixup_alpha"},
         "no cutmix": {"views.cutmix_alpha"},
         "neither mixup nor cutmix": {"views.mixup_alpha", "views.cutmix_alpha"},
-        "no erasing": {"views.erasing"},
+        "no erasing": {"views.erasing_prob"},
         "no stochastic depth": {"student.drop_path"},
-        "no repeated augmentation": {"views.repeats"},
+        "no repeated augmentation": {"views.aug_repeats"},
         "dropout": {"student.dropout"},
         "weight average": {"optim.ema_epochs"},
     }
@@ -218,7 +218,9 @@ def test_table_8_changes_one_thing_at_a_time():
 @pytest.mark.parametrize(("independent", "decay"), [(False, 0.05), (True, 1e-3)])
 def test_its_sgd_decays_as_its_adamw_does(independent, decay):
     """Without gradients, once momentum has gathered: the same share of the weights an update."""
-    config = digits().replace(optim={"independent_decay": independent, "weight_decay": decay})
+    config = digits().replace(
+        optim={"independent_weight_decay": independent, "weight_decay": decay}
+    )
     arms = STUDIES["table-8"](config)
     shares = []
     for arm in ("DeiT", "SGD"):
@@ -240,10 +242,13 @@ def test_a_comparison_trains_the_teachers_that_a_study_names(name):
     config = RECIPES[name]()
     run = RunArguments(name, config, None, False, False, False)
     arms = STUDIES["table-2"](config)
-    ground = Ground(run, config, Path("out"), arms=arms.values())
-    sources = {arm: ground.laid(one).teacher.source for arm, one in arms.items()}
+    ground = BaseRuns(run, config, Path("out"), arms=arms.values())
+    sources = {arm: ground.with_local_paths(one).teacher.source for arm, one in arms.items()}
     assert sources["transformer"] == (f"out/{name}-transformer-teacher",)
     assert ground.teachers == set(ground.runs) >= {f"{name}-teacher"}
     typed = config.replace(teacher={"source": ("mine",)})
-    ground = Ground(run, typed, Path("out"), arms=arms.values())
-    assert ground.laid(arms["transformer"]).teacher.source == arms["transformer"].teacher.source
+    ground = BaseRuns(run, typed, Path("out"), arms=arms.values())
+    assert (
+        ground.with_local_paths(arms["transformer"]).teacher.source
+        == arms["transformer"].teacher.source
+    )

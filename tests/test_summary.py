@@ -26,7 +26,7 @@ def test_a_run_ends_with_its_numbers_and_what_could_be_next(tmp_path, capsys):
     config = digits_teacher().replace(optim={"epochs": 4, "warmup_epochs": 1})
     train(config, tmp_path / "my run")
     said = capsys.readouterr().out
-    result = checkpoint.result_of(tmp_path / "my run")
+    result = checkpoint.read_result(tmp_path / "my run")
     told = summary_of(config, tmp_path / "my run", result)
     print_summary(told)
     end = capsys.readouterr().out
@@ -84,13 +84,13 @@ def test_everything_that_is_known_is_told(capsys):
     ("student", "use"),
     [
         ({}, "export {} --format timm"),
-        ({"block_heads": (1, 2, 3, 4)}, "export {} --format onnx"),
-        ({"block_hidden": (8, 8, 8, 8)}, "export {} --format onnx"),
-        ({"share": 2}, "export {} --format onnx"),
+        ({"heads_per_block": (1, 2, 3, 4)}, "export {} --format onnx"),
+        ({"mlp_hidden_per_block": (8, 8, 8, 8)}, "export {} --format onnx"),
+        ({"shared_block_size": 2}, "export {} --format onnx"),
         ({"adapters": "convpass"}, "export {} --format onnx"),
-        ({"distillation_tokens": 2}, "export {} --format onnx"),
+        ({"num_distillation_tokens": 2}, "export {} --format onnx"),
         ({"name": "small_convnet"}, "export {} --format onnx"),
-        ({"rounding": "int8"}, "quantize {}"),
+        ({"qat": "int8"}, "quantize {}"),
         ({"name": "timm:resnet18"}, "export {} --format timm"),
     ],
 )

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from deit.errors import ConfigError
-from deit.free_weights import FreeWeights
+from deit.free_weights import ParameterVector
 from deit.models import linear
-from deit.surface import Surface
+from deit.surface import LossSurface
 from tests.helpers.errors import raises
 from tests.helpers.loss_surfaces import (
     NETWORKS,
@@ -48,7 +48,7 @@ def test_second_derivatives_are_those_of_differences_of_the_gradient(kind):
     land = surface(NETWORKS[kind](), (5, 7))
     direction, step = vectors(1, land.point)[0], 1e-6
     ahead, behind = (land.gradient(land.point + way * step * direction) for way in (1, -1))
-    expected, found = (ahead - behind) / (2 * step), land.hessian_vector(direction)
+    expected, found = (ahead - behind) / (2 * step), land.hvp(direction)
     assert expected.norm() > 1e-2
     for name, stretch in land.weights.stretches.items():
         error = (found[stretch] - expected[stretch]).norm()
@@ -70,7 +70,7 @@ def test_attention_is_fused_where_second_derivatives_are_asked_for():
 def test_the_hessian_is_symmetric(kind):
     land = surface(NETWORKS[kind]())
     first, second = vectors(2, land.point)
-    there, back = first @ land.hessian_vector(second), second @ land.hessian_vector(first)
+    there, back = first @ land.hvp(second), second @ land.hvp(first)
     assert abs(there) > 1e-5
     assert there.item() == pytest.approx(back.item(), rel=1e-8)
 
@@ -78,11 +78,11 @@ def test_the_hessian_is_symmetric(kind):
 def test_the_hessian_is_linear_and_that_of_the_point():
     land = surface(student())
     first, second = vectors(2, land.point)
-    both = land.hessian_vector(2 * first - second)
-    apart = 2 * land.hessian_vector(first) - land.hessian_vector(second)
+    both = land.hvp(2 * first - second)
+    apart = 2 * land.hvp(first) - land.hvp(second)
     torch.testing.assert_close(both, apart)
     land.value(land.point + 1)  # the surface was elsewhere in between
-    torch.testing.assert_close(land.hessian_vector(2 * first - second), both, rtol=0, atol=0)
+    torch.testing.assert_close(land.hvp(2 * first - second), both, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -94,7 +94,7 @@ def test_how_images_are_cut_into_batches_does_not_matter(kind, sizes):
     assert cut.images == whole.images == NUMBER
     assert cut.value(cut.point) == pytest.approx(whole.value(whole.point), rel=1e-12)
     torch.testing.assert_close(cut.gradient(cut.point), whole.gradient(whole.point))
-    torch.testing.assert_close(cut.hessian_vector(direction), whole.hessian_vector(direction))
+    torch.testing.assert_close(cut.hvp(direction), whole.hvp(direction))
 
 
 def test_the_value_is_that_of_the_network_in_evaluation_mode():
@@ -120,7 +120,7 @@ def test_means_have_names():
     images, labels = images_and_labels()
     with torch.no_grad():
         wrong = (network(images).class_logits.argmax(1) != labels).double().mean().item()
-    found = land.means(land.point, measure)
+    found = land.evaluate(land.point, measure)
     assert found == pytest.approx({"loss": land.value(land.point), "error": wrong})
 
 
@@ -128,7 +128,7 @@ def everything(land):
     direction = vectors(1, land.point)[0]
     land.value(land.point + direction)
     land.gradient(land.point + direction)
-    land.hessian_vector(direction)
+    land.hvp(direction)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -151,7 +151,7 @@ def test_the_network_stays_as_it_was(kind):
         raise Broken
 
     land = surface(network, loss=breaks)
-    for call in (land.gradient, land.hessian_vector):
+    for call in (land.gradient, land.hvp):
         with pytest.raises(Broken):
             call(land.point)
     assert_as_before(network, before)
@@ -169,14 +169,14 @@ def test_a_loss_that_fails_once_leaves_the_surface_usable():
         return loss(network, batch)
 
     land = surface(student(), loss=sometimes)
-    expected = land.value(land.point), land.hessian_vector(land.point)
+    expected = land.value(land.point), land.hvp(land.point)
     failing[0] = True
-    for call in (land.value, land.gradient, land.hessian_vector):
+    for call in (land.value, land.gradient, land.hvp):
         with pytest.raises(Broken):
             call(land.point + 1)
     failing[0] = False
     assert land.value(land.point) == expected[0]
-    assert torch.equal(land.hessian_vector(land.point), expected[1])
+    assert torch.equal(land.hvp(land.point), expected[1])
 
 
 def test_a_surface_is_of_the_network_at_that_moment():
@@ -214,7 +214,7 @@ def test_a_mask_projects_the_derivatives(kind):
     assert masked.value(masked.point + direction) == pytest.approx(whole.value(point), rel=1e-12)
     for found, full in (
         (masked.gradient(masked.point + direction), whole.gradient(point)),
-        (masked.hessian_vector(direction), whole.hessian_vector(embedded)),
+        (masked.hvp(direction), whole.hvp(embedded)),
     ):
         projected = masked.weights.flatten(whole.weights.unflatten(full))
         torch.testing.assert_close(found, projected)
@@ -223,7 +223,7 @@ def test_a_mask_projects_the_derivatives(kind):
 def test_vectors_and_tensors_are_the_same():
     network = student()
     masks = half_masks(network)
-    weights = FreeWeights(network, masks)
+    weights = ParameterVector(network, masks)
     vector = vectors(1, torch.zeros(weights.size, dtype=torch.float64))[0]
     for name in masks:  # what is there, masked or not, is not looked at
         nn.init.ones_(network.get_parameter(name))
@@ -243,9 +243,9 @@ def test_the_point_of_another_network():
         for parameter in other.parameters():
             parameter.mul_(0.5)
     expected = surface(other)
-    assert torch.equal(land.weights.point_of(other), expected.point)
-    assert land.value(land.weights.point_of(other)) == expected.value(expected.point)
-    narrow = land.weights.point_of(copy.deepcopy(other).float())
+    assert torch.equal(land.weights.vector_of(other), expected.point)
+    assert land.value(land.weights.vector_of(other)) == expected.value(expected.point)
+    narrow = land.weights.vector_of(copy.deepcopy(other).float())
     assert narrow.dtype == torch.float64
     torch.testing.assert_close(narrow, expected.point, rtol=1e-6, atol=1e-6)
 
@@ -273,14 +273,14 @@ def changed(kind="distilled", **changes):
 )
 def test_a_network_of_another_make_is_no_point(kind, other, name):
     with pytest.raises(ConfigError) as raised:
-        surface(student(kind)).weights.point_of(other())
+        surface(student(kind)).weights.vector_of(other())
     assert raised.value.problems[0].field == name
 
 
 def test_a_counter_of_batches_does_not_matter():
     land = surface(student("convnet"))
     other = changed("convnet", network__stem__1__num_batches_tracked=5)
-    assert torch.equal(land.weights.point_of(other), land.point)
+    assert torch.equal(land.weights.vector_of(other), land.point)
 
 
 HEAD = "network.head.weight"
@@ -304,7 +304,7 @@ def test_impossible_surfaces_are_refused():
     network = student()
     for batches, sizes in (([], []), ([1], [1, 2]), ([1], [0])):
         with raises(ConfigError, "sizes", sizes):
-            Surface(network, batches, loss, sizes=sizes)
+            LossSurface(network, batches, loss, sizes=sizes)
     with raises(ConfigError, torch.bfloat16):
         surface(student().bfloat16())
     mixed = student()
@@ -328,7 +328,7 @@ def test_layers_of_one_derivative_are_refused_a_second_and_given_a_first():
         land.gradient(land.point), plain.gradient(plain.point), atol=1e-5, rtol=1e-4
     )
     with raises(ConfigError, "oneDNN") as caught:
-        land.hessian_vector(land.point)
+        land.hvp(land.point)
     assert "\n" not in str(caught.value)
 
 
@@ -398,11 +398,11 @@ def test_functions_of_ones_own_are_right_or_refused(kind, power):
     direction = vectors(1, land.point)[0]
     torch.testing.assert_close(land.gradient(land.point), plain.gradient(plain.point))
     if "once" not in kind:
-        found, expected = land.hessian_vector(direction), plain.hessian_vector(direction)
+        found, expected = land.hvp(direction), plain.hvp(direction)
         torch.testing.assert_close(found, expected)
     elif not (kind == "once, hidden" and power == 1):  # nothing is left to see this one by
         with raises(ConfigError, "oneDNN"):
-            land.hessian_vector(direction)
+            land.hvp(direction)
 
 
 def test_a_loss_without_curvature_has_none():
@@ -411,7 +411,7 @@ def test_a_loss_without_curvature_has_none():
 
     land = surface(student(), loss=flat)
     assert torch.equal(land.gradient(land.point), torch.full_like(land.point, 2))
-    assert land.hessian_vector(land.point).count_nonzero() == 0
+    assert land.hvp(land.point).count_nonzero() == 0
 
 
 def test_precision_is_that_of_the_weights_whatever_is_allowed_elsewhere():
@@ -428,14 +428,14 @@ def test_precision_is_that_of_the_weights_whatever_is_allowed_elsewhere():
         return loss(network, batch)
 
     land = surface(student(dtype=torch.float32), loss=spied)
-    expected = land.value(land.point), land.gradient(land.point), land.hessian_vector(land.point)
+    expected = land.value(land.point), land.gradient(land.point), land.hvp(land.point)
     torch.set_float32_matmul_precision("medium")
     before = torch.backends.cudnn.conv.fp32_precision
     try:
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             assert land.value(land.point) == expected[0]
             assert torch.equal(land.gradient(land.point), expected[1])
-            assert torch.equal(land.hessian_vector(land.point), expected[2])
+            assert torch.equal(land.hvp(land.point), expected[2])
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.backends.cudnn.conv.fp32_precision == before
         assert torch.backends.cudnn.allow_tf32  # can still be read

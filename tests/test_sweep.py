@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 
 from deit import charts, checkpoint, journal, shared_targets, sweep_training
-from deit.at_once import Failed, Planned
+from deit.at_once import FailedRun, RunSpec
 from deit.environment import create_accelerator
-from deit.errors import CheckpointError, EnvironmentFault
-from deit.finished import Finished
-from deit.presets import OBJECTIVES
+from deit.errors import CheckpointError, SystemFault
+from deit.finished import FinishedRunChecker
+from deit.presets import LOSS_PRESETS
 from deit.recipes import digits
 from deit.report import report
-from deit.shared_targets import Store
-from deit.sweep_runs import Work
+from deit.shared_targets import TargetStorePlan
+from deit.sweep_runs import SweepPlan
 from deit.sweep_training import train_all
 from deit.sweeps import SWEEPS
 from tests.helpers.json_edits import edits, error_of
@@ -30,7 +30,7 @@ pytest.importorskip("sklearn")
 SMALL = {
     "student": {"embed_dim": 16, "depth": 1, "num_heads": 2},
     "optim": {"epochs": 2, "warmup_epochs": 1, "batch_size": 64},
-    "run.evaluate_every": 2,
+    "run.eval_every_epochs": 2,
     "data.train_fraction": 0.2,
 }
 
@@ -58,7 +58,7 @@ def swept(tmp_path_factory, zygote):
     """A folder with a sweep of two temperatures and two seeds."""
     place = tmp_path_factory.mktemp("sweep")
     write(place / "heat.json", grid={"loss.temperature": [1, 3]}, seeds=[0, 1])
-    done = zygote.run("sweep", "heat.json", "--out", "out", "--at_once", "2", cwd=place)
+    done = zygote.run("sweep", "heat.json", "--out", "out", "--parallel", "2", cwd=place)
     assert done.code == 0, done.err
     return place, done
 
@@ -93,7 +93,7 @@ def test_every_point_and_seed_is_trained_and_told(swept):
 
 
 def result_of(folder, place):
-    return checkpoint.result_of(place / folder)
+    return checkpoint.read_result(place / folder)
 
 
 def test_results_that_no_sweep_writes_are_named(swept, tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_runs_of_one_seed_share_their_answers(swept):
     stores = {}
     for path in (place / "out" / "runs").glob("*/config.json"):
         config = json.loads(path.read_text())
-        (store,) = config["teacher"]["targets"]
+        (store,) = config["teacher"]["target_stores"]
         stores.setdefault(config["run"]["seed"], set()).add(store)
     assert [len(found) for found in stores.values()] == [1, 1]
     assert stores[0] != stores[1]
@@ -134,8 +134,8 @@ def test_a_run_of_a_sweep_is_the_run_alone(swept, zygote):
     inside = next((place / "out" / "runs").glob("temperature-3-seed-1-*/config.json"))
     done = zygote.run("train", inside, "--out", place / "alone", cwd=place)
     assert done.code == 0, done.err
-    ours = (inside.parent / journal.CHAIN).read_bytes()
-    assert (place / "alone" / journal.CHAIN).read_bytes() == ours
+    ours = (inside.parent / journal.HASH_CHAIN).read_bytes()
+    assert (place / "alone" / journal.HASH_CHAIN).read_bytes() == ours
 
 
 def test_what_is_finished_is_kept_whatever_it_is_called(swept, zygote, tmp_path):
@@ -149,7 +149,7 @@ def test_what_is_finished_is_kept_whatever_it_is_called(swept, zygote, tmp_path)
     changed = {"loss.distillation_weight": [0.5, 0.7], "loss.temperature": [3]}
     file = (place / "heat.json").read_text()
     write(place / "heat.json", grid=changed, seeds=[1])
-    listed = zygote.run("sweep", "heat.json", "--out", "out", "--dry_run", cwd=place)
+    listed = zygote.run("sweep", "heat.json", "--out", "out", "--dry-run", cwd=place)
     assert re.search(r"^2[^\d\n]+1\b", listed.out, re.MULTILINE)  # is finished
     assert states(place / "out") == before
     done = zygote.run("sweep", "heat.json", "--out", "out", cwd=place)
@@ -211,7 +211,7 @@ def test_a_teacher_that_is_code_is_asked_in_evaluation_too(zygote, tmp_path):
         "def teacher():\n    return Ink()\n"
     )
     write(tmp_path / "s.json", grid={"loss.temperature": [1]})
-    words = ("--teacher.source", "mine.py:teacher", "--teacher.allow_weak", "--out", "out")
+    words = ("--teacher.source", "mine.py:teacher", "--teacher.allow_near_chance", "--out", "out")
     done = zygote.run("sweep", "s.json", *words, cwd=tmp_path)
     assert done.code == 0, done.err
     (agreement,) = result(tmp_path / "out")["rows"]["temperature 1"]["agreement"]
@@ -229,7 +229,7 @@ def test_an_evaluation_that_fails_is_told_beside_the_others(swept, zygote, tmp_p
     assert done.code == 4
     row = result(tmp_path / "out")["rows"]["temperature 3"]
     assert row["seeds"] == [0]
-    assert checkpoint.result_of(run) is not None
+    assert checkpoint.read_result(run) is not None
     for told in (row["failed"]["1"], done.err):
         assert f"{run.name}/best/model.safetensors" in told
 
@@ -240,29 +240,33 @@ def test_a_moved_sweep_goes_on_with_the_stores_it_has(swept, zygote, tmp_path):
     shutil.copytree(place, tmp_path / "there", dirs_exist_ok=True)
     out = tmp_path / "there" / "out"
     (run,) = (out / "runs").glob("temperature-3-seed-1-????????????")
-    chain = (run / journal.CHAIN).read_bytes()
+    chain = (run / journal.HASH_CHAIN).read_bytes()
     for name in ("result.json", "summary.json"):
         (run / name).unlink()
     shutil.rmtree(run / "best")
-    shutil.rmtree(max((path for _, path in checkpoint.found(run)), key=lambda path: path.name))
+    shutil.rmtree(
+        max((path for _, path in checkpoint.list_checkpoints(run)), key=lambda path: path.name)
+    )
     config = json.loads((run / "config.json").read_text())
-    config["teacher"]["targets"] = [f"/gone/{one}" for one in config["teacher"]["targets"]]
+    config["teacher"]["target_stores"] = [
+        f"/gone/{one}" for one in config["teacher"]["target_stores"]
+    ]
     (run / "config.json").write_text(json.dumps(config))
     done = zygote.run("sweep", "heat.json", "--out", "out", cwd=tmp_path / "there")
     assert done.code == 0, done.err
-    assert (run / journal.CHAIN).read_bytes() == chain
-    (store,) = json.loads((run / "config.json").read_text())["teacher"]["targets"]
+    assert (run / journal.HASH_CHAIN).read_bytes() == chain
+    (store,) = json.loads((run / "config.json").read_text())["teacher"]["target_stores"]
     assert (tmp_path / "there" / store).is_dir()
 
 
 def test_records_that_an_objective_cannot_do_with_are_refused_before_the_work(zygote, tmp_path):
     grid = {"loss.temperature": [1, 3]}
     student = {**SMALL["student"], "name": "vit_micro"}
-    soft = {**SMALL, "student": student, "objective": "class-soft"}
-    file = write(tmp_path / "s.json", grid=grid, records="hard", set=soft)
+    soft = {**SMALL, "student": student, "loss": "class-soft"}
+    file = write(tmp_path / "s.json", grid=grid, content="hard", set=soft)
     done = zygote.run("sweep", file, "--out", tmp_path / "out")
     assert done.code == 2, done.err
-    for name in ("loss.kind 'soft'", "--records full"):
+    for name in ("loss.kind 'soft'", "--content full"):
         assert name in done.err
     assert not (tmp_path / "out").exists()
 
@@ -285,7 +289,7 @@ def test_another_sweep_or_something_else_in_the_folder_is_refused(swept, zygote,
 
 def test_a_run_that_fails_stops_no_other_and_is_tried_again(zygote, tmp_path):
     runs = {"good": {}, "lost": {"data.source": "folder", "data.root": str(tmp_path / "images")}}
-    more = {"objective": "none", "data.train_fraction": 1.0}
+    more = {"loss": "none", "data.train_fraction": 1.0}
     (tmp_path / "images").mkdir()  # and nothing in it
     write(tmp_path / "s.json", set={**SMALL, **more}, runs=runs)
     words = ("sweep", tmp_path / "s.json", "--out", tmp_path / "out", "--teacher.source", "none")
@@ -313,8 +317,8 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(zygote, tmp_path):
 )
 def test_what_may_pass_is_tried_again_so_often(code, times, tmp_path, monkeypatch):
     asked = trained_by(monkeypatch, tmp_path, {"bad": code})
-    runs = [Planned(name, digits(), tmp_path / name) for name in ("bad", "good")]
-    mishaps = train_all(work([], [], runs), finished=Finished(), at_once=1, retries=2)
+    runs = [RunSpec(name, digits(), tmp_path / name) for name in ("bad", "good")]
+    mishaps = train_all(work([], [], runs), finished=FinishedRunChecker(), parallel=1, retries=2)
     assert [one.run.name for one in mishaps.failed] == ["bad"]
     assert asked == [["bad", "good"], *[["bad"]] * (times - 1)]
     number = len(runs) + times - 1  # a run that is tried again counts again
@@ -322,7 +326,7 @@ def test_what_may_pass_is_tried_again_so_often(code, times, tmp_path, monkeypatc
 
 
 def work(below, stores, runs):
-    return Work(None, below, [], stores, runs)
+    return SweepPlan(None, below, [], stores, runs)
 
 
 class Asked(list):
@@ -339,9 +343,9 @@ def trained_by(monkeypatch, tmp_path, codes):
         asked.append([run.name for run in runs])
         asked.told = [progress.ended() for _ in runs]
         failing = [run for run in runs if run.name in codes]
-        return [Failed(run, codes[run.name], "why", tmp_path) for run in failing]
+        return [FailedRun(run, codes[run.name], "why", tmp_path) for run in failing]
 
-    monkeypatch.setattr(sweep_training, "train_beside", beside)
+    monkeypatch.setattr(sweep_training, "run_parallel", beside)
     return asked
 
 
@@ -352,28 +356,32 @@ def test_what_fails_stops_only_the_runs_that_need_it(tmp_path, monkeypatch):
     monkeypatch.setattr(shared_targets, "write", written.append)
 
     def one(name, **sections):
-        return Planned(name, digits().replace(**sections), tmp_path / name)
+        return RunSpec(name, digits().replace(**sections), tmp_path / name)
 
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     below = [
         one("first", teacher={"source": ()}),
         one("second", teacher={"source": ()}),
-        one("larger", start={"source": first}, teacher={"source": ()}),
+        one("larger", init={"weights": first}, teacher={"source": ()}),
     ]
     stores = [
-        Store(tmp_path / name, digits().replace(teacher={"source": (teacher,)}), 1, "full", None)
+        TargetStorePlan(
+            tmp_path / name, digits().replace(teacher={"source": (teacher,)}), 1, "full", None
+        )
         for name, teacher in (("of-first", first), ("of-second", second))
     ]
-    labels = dataclasses.replace(digits(), loss=OBJECTIVES["none"])
+    labels = dataclasses.replace(digits(), loss=LOSS_PRESETS["none"])
     runs = [
-        one("a", teacher={"source": (first,), "targets": (str(tmp_path / "of-first"),)}),
-        one("b", teacher={"source": (second,), "targets": (str(tmp_path / "of-second"),)}),
+        one("a", teacher={"source": (first,), "target_stores": (str(tmp_path / "of-first"),)}),
+        one("b", teacher={"source": (second,), "target_stores": (str(tmp_path / "of-second"),)}),
         one("c", teacher={"source": (first,)}),
         one("d", teacher={"source": (second,)}),
-        one("e", start={"source": str(tmp_path / "larger")}, teacher={"source": (second,)}),
-        Planned("f", labels.replace(teacher={"source": (first,)}), tmp_path / "f"),
+        one("e", init={"weights": str(tmp_path / "larger")}, teacher={"source": (second,)}),
+        RunSpec("f", labels.replace(teacher={"source": (first,)}), tmp_path / "f"),
     ]
-    mishaps = train_all(work(below, stores, runs), finished=Finished(), at_once=1, retries=1)
+    mishaps = train_all(
+        work(below, stores, runs), finished=FinishedRunChecker(), parallel=1, retries=1
+    )
     assert asked == [["first"], ["second"], ["b", "d", "f"]]
     # Two of three teachers and three of six runs: the others cannot begin.
     assert [runs_over(told) for told in asked.told] == [[(number, 5)] for number in (3, 4, 5)]
@@ -389,17 +397,19 @@ def test_a_store_that_cannot_be_written_stops_only_its_runs(tmp_path, monkeypatc
     asked = trained_by(monkeypatch, tmp_path, {})
 
     def fails(store):
-        raise EnvironmentFault("no space left")
+        raise SystemFault("no space left")
 
     monkeypatch.setattr(shared_targets, "write", fails)
-    taught = digits().replace(teacher={"targets": (str(tmp_path / "store"),)})
-    runs = [Planned("a", taught, tmp_path / "a"), Planned("b", digits(), tmp_path / "b")]
-    store = Store(tmp_path / "store", digits(), 1, "full", None)
-    mishaps = train_all(work([], [store], runs), finished=Finished(), at_once=1, retries=1)
+    taught = digits().replace(teacher={"target_stores": (str(tmp_path / "store"),)})
+    runs = [RunSpec("a", taught, tmp_path / "a"), RunSpec("b", digits(), tmp_path / "b")]
+    store = TargetStorePlan(tmp_path / "store", digits(), 1, "full", None)
+    mishaps = train_all(
+        work([], [store], runs), finished=FinishedRunChecker(), parallel=1, retries=1
+    )
     assert asked == [["b"]]
     (failed,) = mishaps.failed
     assert (failed.code, failed.reason) == (5, "no space left")
-    assert "no space left" in mishaps.barred[tmp_path / "a"]
+    assert "no space left" in mishaps.blocked[tmp_path / "a"]
 
 
 def test_one_process_evaluates_runs_of_several_precisions():
@@ -410,9 +420,9 @@ def test_one_process_evaluates_runs_of_several_precisions():
 
 
 CODE = {
-    "set": {"set": {**SMALL, "teacher.source": "mine.py:teacher"}, "study": "worth"},
+    "set": {"set": {**SMALL, "teacher.source": "mine.py:teacher"}, "study": "teacher"},
     "grid": {"grid": {"teacher.source": ["mine.py:teacher", "checkpoints/digits-teacher"]}},
-    "runs": {"runs": {"a": {"teacher.source": "mine.py:teacher"}, "b": {"objective": "none"}}},
+    "runs": {"runs": {"a": {"teacher.source": "mine.py:teacher"}, "b": {"loss": "none"}}},
     "search": {"search": {"fields": {"teacher.source": ["mine.py:teacher", "x.py:y"]}}},
 }
 
@@ -421,7 +431,7 @@ CODE = {
 def test_code_that_only_the_file_names_is_not_run(asked, zygote, tmp_path):
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     write(tmp_path / "s.json", **asked)
-    for words in ((), ("--dry_run",)):
+    for words in ((), ("--dry-run",)):
         done = zygote.run("sweep", "s.json", "--out", "out", *words, cwd=tmp_path)
         assert done.code == 2, done.err
         assert "--teacher.source mine.py:teacher" in done.err
@@ -436,7 +446,7 @@ def test_images_that_move_between_two_calls_are_found_by_the_command_line(zygote
                 pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
                 file = tmp_path / "pictures" / split / label / f"{place}.png"
                 Image.fromarray(pixels).save(file)
-    more = {"objective": "none", "data.source": "folder", "optim.batch_size": 4}
+    more = {"loss": "none", "data.source": "folder", "optim.batch_size": 4}
     small = {**SMALL, "optim": {"epochs": 1, "warmup_epochs": 0}, **more}
     write(tmp_path / "s.json", set=small, grid={"student.depth": [1, 2]})
     words = ("sweep", "s.json", "--teacher.source", "none", "--data.train_fraction", "1")
@@ -455,7 +465,8 @@ def test_images_that_move_between_two_calls_are_found_by_the_command_line(zygote
         name: row["top1"] for name, row in first.items()
     }
     linear = {
-        json.loads(p.read_text())["run"]["linear"] for p in tmp_path.glob("out/runs/*/config.json")
+        json.loads(p.read_text())["run"]["linear_backend"]
+        for p in tmp_path.glob("out/runs/*/config.json")
     }
     assert linear == {json.loads((tmp_path / "out" / "sweep.json").read_text())["linear"]}
 
@@ -463,23 +474,23 @@ def test_images_that_move_between_two_calls_are_found_by_the_command_line(zygote
 def test_a_teacher_that_is_not_there_is_told_before_the_work(zygote, tmp_path):
     runs = {"a": {}, "b": {"teacher.source": "checkpoints/nothing"}}
     file = write(tmp_path / "s.json", runs=runs)
-    done = zygote.run("sweep", file, "--out", tmp_path / "out", "--dry_run")
+    done = zygote.run("sweep", file, "--out", tmp_path / "out", "--dry-run")
     assert (done.code, "teacher.source checkpoints/nothing" in done.err) == (3, True), done.err
 
 
 MISTAKES = {
-    "no seed": (("worth", "--seeds", "-1"), ("--seeds -1",)),
+    "no seed": (("teacher", "--seeds", "-1"), ("--seeds -1",)),
     "nothing": ((), SWEEPS),
     "no file": (("nowhere.yaml",), ("nowhere.yaml", *SWEEPS)),
-    "recipe": (("worth", "--recipe", "digitz"), ("'digitz'", "digits")),
-    "seeds": (("worth", "--seeds", "1,x"), ("--seeds 1,x",)),
-    "at once": (("worth", "--at_once", "0"), ("--at_once 0",)),
-    "retries": (("worth", "--retries", "-1"), ("--retries -1",)),
-    "best": (("worth", "--best", "0"), ("--best 0",)),
-    "resume": (("worth", "--resume"), ("deit sweep", "--resume")),
-    "value": (("worth", "--optim.lr", "-1"), ("optim.lr = '-1'",)),
+    "recipe": (("teacher", "--recipe", "digitz"), ("'digitz'", "digits")),
+    "seeds": (("teacher", "--seeds", "1,x"), ("--seeds 1,x",)),
+    "at once": (("teacher", "--parallel", "0"), ("--parallel 0",)),
+    "retries": (("teacher", "--retries", "-1"), ("--retries -1",)),
+    "best": (("teacher", "--top", "0"), ("--top 0",)),
+    "resume": (("teacher", "--resume"), ("deit sweep", "--resume")),
+    "value": (("teacher", "--optim.lr", "-1"), ("optim.lr = '-1'",)),
     "study": (("ensemble", "--recipe", "digits"), ("--study ensemble", "--teacher.source")),
-    "seed": (("worth", "--run.seed", "3"), ("--run.seed 3", "--seeds")),
+    "seed": (("teacher", "--run.seed", "3"), ("--run.seed 3", "--seeds")),
 }
 
 
@@ -487,8 +498,8 @@ APART = {
     "the same run": ({"runs": {"a": {"run.compile": "default"}, "b": {}}}, ("run.compile",)),
     "splits": ({"grid": {"data.split_seed": [0, 1]}}, ("split seed 1", "data.split_seed")),
     "unanswered": (
-        {"study": "teaching", "share_targets": False},
-        ("fix/ic_ens", "--teacher.targets"),
+        {"study": "view-modes", "share_targets": False},
+        ("fix/ic_ens", "--teacher.target_stores"),
     ),
     "searched splits": (
         {"search": {"fields": {"data.test_fraction": {"low": 0.1, "high": 0.3}}}},
@@ -499,16 +510,16 @@ APART = {
         ("lr 1e-06", "optim.min_lr"),
     ),
     "searched word": (
-        {"search": {"fields": {"views.policy": ["none", "rand"]}}},
-        ("policy rand", "views.policy = 'rand'"),
+        {"search": {"fields": {"views.auto_augment": ["none", "rand"]}}},
+        ("auto augment rand", "views.auto_augment = 'rand'"),
     ),
     "searched crops": (
-        {"search": {"fields": {"teaching": ["same/rc", "fix/ic_ens"]}}},
-        ("fix/ic_ens", "--teacher.targets"),
+        {"search": {"fields": {"view_mode": ["same/rc", "fix/ic_ens"]}}},
+        ("fix/ic_ens", "--teacher.target_stores"),
     ),
     "searched records": (
-        {"search": {"fields": {"loss.temperature": [1, 3]}}, "records": "hard"},
-        ("records: hard", "loss.kind 'soft'"),
+        {"search": {"fields": {"loss.temperature": [1, 3]}}, "content": "hard"},
+        ("content: hard", "loss.kind 'soft'"),
     ),
     "called a teacher": (
         {"runs": {"teacher": {}, "b": {"optim.lr": 1}}},
@@ -527,7 +538,7 @@ def test_runs_that_would_be_mixed_up_are_refused(asked, names, zygote, tmp_path)
 
 
 def test_processes_of_a_launcher_are_refused(zygote, tmp_path):
-    done = zygote.run("sweep", "worth", "--out", tmp_path / "out", WORLD_SIZE="2", RANK="0")
+    done = zygote.run("sweep", "teacher", "--out", tmp_path / "out", WORLD_SIZE="2", RANK="0")
     assert (done.code, "torchrun" in done.err) == (2, True), done.err
     assert not (tmp_path / "out").exists()
 
@@ -536,7 +547,7 @@ def test_a_teacher_that_no_run_asks_is_not_trained(zygote, tmp_path):
     file = write(
         tmp_path / "t.json", grid={"teacher.source": ["checkpoints/digits-involution-teacher"]}
     )
-    done = zygote.run("sweep", file, "--out", tmp_path / "out", "--dry_run")
+    done = zygote.run("sweep", file, "--out", tmp_path / "out", "--dry-run")
     assert done.code == 0, done.err
     listed = [line.split("│")[1].strip() for line in done.out.splitlines() if line[:1] == "│"]
     own = "digits-involution-teacher"

@@ -13,15 +13,15 @@ from deit.recipes import RECIPES, digits, digits_ensemble
 from deit.studies import STUDIES
 from deit.sweep_file import (
     Point,
-    Span,
-    corners_of,
+    SearchRange,
+    boundary_points,
     points_of,
     read_sweep,
     text_of,
-    under_command_line,
+    with_command_line,
     with_fields,
 )
-from deit.sweep_runs import alike, trials_of
+from deit.sweep_runs import duplicate_points, trials_of
 from deit.sweeps import SWEEPS, find_sweep
 from deit.validation import validate
 from tests.helpers.errors import raises
@@ -52,8 +52,8 @@ def test_runs_are_trained_for_each_combination(tmp_path):
     text = """
     grid: {data.split_seed: [3, 4]}
     runs:
-      none: {objective: none}
-      hard: {objective: deit-hard, optim.epochs: 7}
+      none: {loss: none}
+      hard: {loss: deit-hard, optim.epochs: 7}
       as it is:
     """
     points = points_of(read(tmp_path, text), digits())
@@ -67,8 +67,8 @@ def test_runs_are_trained_for_each_combination(tmp_path):
 
 
 def test_a_list_of_runs_is_called_by_what_they_change(tmp_path):
-    sweep = read(tmp_path, {"runs": [{"optim.lr": 0.01}, {}, {"objective": "none"}]}, "s.json")
-    assert list(sweep.runs) == ["lr 0.01", "as it is", "objective none"]
+    sweep = read(tmp_path, {"runs": [{"optim.lr": 0.01}, {}, {"loss": "none"}]}, "s.json")
+    assert list(sweep.runs) == ["lr 0.01", "as it is", "loss none"]
 
 
 def test_fields_that_end_alike_are_told_in_full(tmp_path):
@@ -78,14 +78,14 @@ def test_fields_that_end_alike_are_told_in_full(tmp_path):
 
 
 def test_presets_come_before_the_fields_beside_them():
-    fields = {"loss.temperature": 7, "objective": "deit-soft", "teaching": "same/ic"}
+    fields = {"loss.temperature": 7, "loss": "deit-soft", "view_mode": "same/ic"}
     config = with_fields(digits(), fields, where="here")
     assert (config.loss.temperature, config.loss.distillation_weight) == (7, 0.1)
     assert config.views.crop == "random_resized"
 
 
 def test_the_arms_of_a_study_for_each_combination(tmp_path):
-    sweep = read(tmp_path, "{study: worth, grid: {loss.temperature: [1, 5]}, seeds: [0, 4]}")
+    sweep = read(tmp_path, "{study: teacher, grid: {loss.temperature: [1, 5]}, seeds: [0, 4]}")
     points = points_of(sweep, digits())
     assert [point.values for point in points] == [
         {"run": "distilled", "loss.temperature": "1"},
@@ -131,11 +131,15 @@ def test_the_grid_of_aditmehs_distillation_is_read_as_it_is(tmp_path):
     warm, alone, numbered = points_of(sweep, digits())
     assert [warm.name, alone.name, numbered.name] == list(runs)
     loss, optim = warm.config.loss, warm.config.optim
-    assert (loss.kind, loss.temperature, loss.through) == ("cross_entropy", 10.0, "all")
+    assert (loss.kind, loss.temperature, loss.head) == ("cross_entropy", 10.0, "all")
     assert (label_weight(loss), loss.distillation_weight, loss.label_smoothing) == (0.9, 0.1, 0)
     assert (optim.lr, optim.epochs) == (0.01, 7)
-    assert warm.config.data.held_out == numbered.config.data.held_out == ("6", "7", "8", "9")
-    assert alone.config.data.held_out == ()
+    assert (
+        warm.config.data.unseen_classes
+        == numbered.config.data.unseen_classes
+        == ("6", "7", "8", "9")
+    )
+    assert alone.config.data.unseen_classes == ()
     assert (alone.config.loss.kind, alone.config.loss.label_smoothing) == ("none", 0)
 
 
@@ -145,20 +149,20 @@ BAD = {
     "nothing": ("recipe: digits", ("grid", "runs", "study", "search")),
     "unknown key": ("gird: {optim.lr: [1]}", ("gird", "grid")),
     "unknown field": ("grid: {optim.ler: [1]}", ("grid", "optim.ler", "optim.lr")),
-    "unknown section": ("grid: {optin: {lr: [1]}}", ("grid", "optin", "optim.lr")),
+    "unknown section": ("grid: {optin: {lr: [1]}}", ("grid", "optin", "optim.")),
     "twice": ("grid: {optim.lr: [1], optim.lr: [2]}", ("YAML", "'optim.lr'")),
     "nested twice": ("set: {optim.lr: 1, optim: {lr: 2}}", ("set", "optim.lr")),
     "no list": ("grid: {optim.lr: 1.5}", ("grid", "optim.lr", "1.5")),
     "empty list": ("grid: {optim.lr: []}", ("grid", "optim.lr", "[]")),
     "same value": ("grid: {optim.lr: [0.1, 0.1]}", ("grid", "optim.lr", "0.1")),
     "no name": ("grid: {[1]: [2]}", ("YAML", "[1]")),
-    "both": ("{study: worth, runs: {a: {}}}", ("runs", "study")),
-    "unknown study": ("study: wroth", ("study", "wroth", "worth")),
-    "seeds": ("{study: worth, seeds: [0, 0]}", ("seeds", "[0, 0]")),
-    "seed": ("{study: worth, seeds: [-1]}", ("seeds", "[-1]")),
-    "a number of seeds": ("{study: worth, seeds: 3}", ("seeds", "[3]", "[0, 1, 2]")),
-    "words": ("{study: worth, share_targets: maybe}", ("share_targets", "'maybe'")),
-    "recipe": ("{study: worth, recipe: 3.5}", ("recipe", "3.5")),
+    "both": ("{study: teacher, runs: {a: {}}}", ("runs", "study")),
+    "unknown study": ("study: techer", ("study", "techer", "teacher")),
+    "seeds": ("{study: teacher, seeds: [0, 0]}", ("seeds", "[0, 0]")),
+    "seed": ("{study: teacher, seeds: [-1]}", ("seeds", "[-1]")),
+    "a number of seeds": ("{study: teacher, seeds: 3}", ("seeds", "[3]", "[0, 1, 2]")),
+    "words": ("{study: teacher, share_targets: maybe}", ("share_targets", "'maybe'")),
+    "recipe": ("{study: teacher, recipe: 3.5}", ("recipe", "3.5")),
     "run": ("runs: {slow: {optim.ler: 1}}", ("runs", "slow", "optim.ler", "optim.lr")),
     "its seed": ("grid: {run.seed: [0, 1]}", ("grid", "run.seed", "seeds")),
     "same run": ("runs: [{optim.lr: 1}, {optim.lr: 1}]", ("runs", "'lr 1'")),
@@ -174,8 +178,11 @@ BAD = {
     ),
     "ends": ("search: {fields: {optim.lr: {low: a, high: 1}}}", ("optim.lr", "low", "'a'")),
     "low alone": ("search: {fields: {optim.lr: {low: 1}}}", ("optim.lr", "high", "log: true")),
-    "text span": ("search: {fields: {views.policy: {low: 1, high: 2}}}", ("views.policy", "low")),
-    "preset span": ("search: {fields: {objective: {low: 1, high: 2}}}", ("objective",)),
+    "text span": (
+        "search: {fields: {views.auto_augment: {low: 1, high: 2}}}",
+        ("views.auto_augment", "low"),
+    ),
+    "preset span": ("search: {fields: {loss: {low: 1, high: 2}}}", ("loss",)),
     "trials": ("search: {trials: 0.5, fields: {optim.lr: [1, 2]}}", ("trials", "0.5")),
     "no trials": ("search: {trials: 0, fields: {optim.lr: [1, 2]}}", ("trials",)),
     "search key": ("search: {tirals: 3, fields: {optim.lr: [1, 2]}}", ("tirals", "trials")),
@@ -189,9 +196,9 @@ BAD = {
         ),
         ("100,000",),
     ),
-    "large": (f"{{study: worth, seeds: [0x{'f' * 5000}]}}", ("2^63",)),
+    "large": (f"{{study: teacher, seeds: [0x{'f' * 5000}]}}", ("2^63",)),
     "high": (f"search: {{fields: {{optim.epochs: {{low: 1, high: 1{'0' * 400}}}}}}}", ("2^63",)),
-    "with a grid": ("{search: {fields: {optim.lr: [1, 2]}}, study: worth}", ("search", "study")),
+    "with a grid": ("{search: {fields: {optim.lr: [1, 2]}}, study: teacher}", ("search", "study")),
 }
 
 
@@ -230,8 +237,8 @@ IMPOSSIBLE = {
         "grid: {student.patch_size: [2, 3]}",
         ("patch size 3", "student.patch_size", "student.image_size"),
     ),
-    "preset": ("runs: {slow: {objective: deit-hart}}", ("slow", "objective", "deit-hart")),
-    "preset list": ("grid: {objective: [[deit-hard]]}", ("objective", "['deit-hard']")),
+    "preset": ("runs: {slow: {loss: deit-hart}}", ("slow", "loss", "deit-hart")),
+    "preset list": ("grid: {loss: [[deit-hard]]}", ("loss", "['deit-hard']")),
     "twice over": (
         "{grid: {optim.lr: [1, 2]}, runs: {slow: {optim.lr: 3}}}",
         ("slow", "optim.lr", "grid"),
@@ -258,12 +265,12 @@ def test_the_command_line_goes_over_runs_and_not_over_what_varies(tmp_path):
     asked = digits()
     typed = asked.replace(optim={"epochs": 3, "warmup_epochs": 1})
     sweep = read(tmp_path, "runs: {a: {optim.epochs: 70, optim.lr: 1.0e-2}, b: {}}")
-    points = points_of(under_command_line(sweep, asked, typed), typed)
+    points = points_of(with_command_line(sweep, asked, typed), typed)
     assert [point.config.optim.epochs for point in points] == [3, 3]
     assert points[0].config.optim.lr == 1e-2
     for text in ("grid: {optim.epochs: [5, 6]}", "search: {fields: {optim.epochs: [5, 6]}}"):
         with raises(ConfigError, "--optim.epochs"):
-            under_command_line(read(tmp_path, text), asked, typed)
+            with_command_line(read(tmp_path, text), asked, typed)
 
 
 def test_the_corners_of_a_search_go_together_with_what_they_need(tmp_path):
@@ -274,7 +281,7 @@ def test_the_corners_of_a_search_go_together_with_what_they_need(tmp_path):
     )
     sweep = read(tmp_path, f"search: {{fields: {{{fields}}}}}")
     wide = digits().replace(student={"embed_dim": 96, "num_heads": 4})
-    found = corners_of(sweep, wide)
+    found = boundary_points(sweep, wide)
     assert [point.name for point in found] == [
         *("the first", "embed dim 96", "embed dim 100", "num heads 4", "num heads 5"),
         *("lr 0.001", "lr 1"),
@@ -283,13 +290,13 @@ def test_the_corners_of_a_search_go_together_with_what_they_need(tmp_path):
     assert sides == [(96, 4), (96, 4), (100, 4), (96, 4), (100, 5), (96, 4), (96, 4)]
     bad = read(tmp_path, "search: {fields: {student.num_heads: [4, 7]}}")
     with raises(ConfigError, "num heads 7", "student.num_heads"):
-        corners_of(bad, wide)
+        boundary_points(bad, wide)
 
 
 def test_a_name_that_is_no_file_is_told_what_there_is():
-    with raises(ConfigError, "patienc", *SWEEPS) as raised:
-        find_sweep("patienc")
-    assert str(raised.value).count("patience") == 2  # in the list, and as the nearest
+    with raises(ConfigError, "view-mode", *SWEEPS) as raised:
+        find_sweep("view-mode")
+    assert str(raised.value).count("view-modes") == 2  # in the list, and as the nearest
 
 
 def test_a_recipe_in_the_place_of_a_sweep_is_told_apart():
@@ -298,16 +305,16 @@ def test_a_recipe_in_the_place_of_a_sweep_is_told_apart():
 
 
 def test_classes_called_by_numbers_need_no_quotes(tmp_path):
-    sweep = read(tmp_path, "grid: {data.held_out: [[6, 7], [8]]}")
+    sweep = read(tmp_path, "grid: {data.unseen_classes: [[6, 7], [8]]}")
     found = points_of(sweep, digits())
-    assert [point.config.data.held_out for point in found] == [("6", "7"), ("8",)]
+    assert [point.config.data.unseen_classes for point in found] == [("6", "7"), ("8",)]
 
 
 def test_what_a_point_changes_is_told_by_field(tmp_path):
     sweep = read(tmp_path, "runs: {plain: {}, other: {loss.temperature: 4, optim.lr: 0.5}}")
     plain, other = points_of(sweep, digits())
     assert (plain.own, other.own) == ({}, {"loss.temperature": "4", "optim.lr": "0.5"})
-    text = "{grid: {objective: [none, deit-hard]}, runs: {a: {}, b: {loss.kind: none}}}"
+    text = "{grid: {loss: [none, deit-hard]}, runs: {a: {}, b: {loss.kind: none}}}"
     own = [point.own for point in points_of(read(tmp_path, text), digits())]
     assert own == [{}, {"loss.kind": "none"}] * 2
     (alone,) = points_of(read(tmp_path, "grid: {optim.lr: [0.5]}"), digits())
@@ -316,7 +323,7 @@ def test_what_a_point_changes_is_told_by_field(tmp_path):
 
 def test_points_are_configurations_that_can_be_written_down(tmp_path):
     sweep = read(
-        tmp_path, 'grid: {views.crop_scale: ["0.3,1", [0.5, 1]], data.held_out: ["7", []]}'
+        tmp_path, 'grid: {views.crop_scale: ["0.3,1", [0.5, 1]], data.unseen_classes: ["7", []]}'
     )
     for point in points_of(sweep, digits()):
         assert validate(point.config) == point.config
@@ -349,9 +356,9 @@ def test_a_searched_field_is_whole_where_the_configuration_says_so(tmp_path):
     space = read(tmp_path, text).search
     assert (space.trials, space.prune) == (7, True)
     assert space.fields == {
-        "student.depth": Span(2, 6, whole=True),
-        "student.embed_dim": Span(16, 64, log=True, whole=True),
-        "loss.temperature": Span(1.0, 20.0),
+        "student.depth": SearchRange(2, 6, whole=True),
+        "student.embed_dim": SearchRange(16, 64, log=True, whole=True),
+        "loss.temperature": SearchRange(1.0, 20.0),
         "loss.kind": ("soft", "hard"),
     }
 
@@ -359,7 +366,7 @@ def test_a_searched_field_is_whole_where_the_configuration_says_so(tmp_path):
 def test_points_that_are_the_same_run_are_told(tmp_path):
     sweep = read(tmp_path, "runs: {quick: {optim.lr: 0.5}, fast: {optim.lr: 0.5}, other: {}}")
     trials = trials_of(points_of(sweep, digits()), (0, 1), tmp_path, lambda config: config)
-    (told,) = alike(trials)
+    (told,) = duplicate_points(trials)
     assert told.startswith("fast: ")
     assert "quick" in told
 
@@ -375,7 +382,7 @@ def test_a_warm_up_that_fits_few_epochs_may_still_vary(tmp_path):
     typed = run_of("digits", "--optim.epochs", "4")
     assert typed.optim.warmup_epochs == 2
     sweep = read(tmp_path, "grid: {optim.warmup_epochs: [0, 1]}")
-    points = points_of(under_command_line(sweep, digits(), typed), typed)
+    points = points_of(with_command_line(sweep, digits(), typed), typed)
     assert [point.config.optim.warmup_epochs for point in points] == [0, 1]
     points = points_of(read(tmp_path, "grid: {optim.epochs: [2, 60]}"), digits())
     assert [point.config.optim.warmup_epochs for point in points] == [1, 5]

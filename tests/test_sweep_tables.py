@@ -12,15 +12,15 @@ from matplotlib.figure import Figure
 
 from deit import charts, page
 from deit.drawing import HEADS
-from deit.measured import Measured, disagreement
+from deit.measured import CachedEvaluation, disagreement_matrix
 from deit.sweep_pictures import dots, draw_sweep, heat_map
 from deit.sweep_results import (
     best_of,
+    best_summary,
     cells,
     changes,
     columns,
     markdown,
-    told_of_best,
     write_results,
 )
 from deit.sweep_rows import environment_of
@@ -119,7 +119,7 @@ def test_where_points_held_out_different_classes_none_is_best_and_each_has_its_m
     assert "|  | a | b | c |" in lines
     assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0* | - |" in lines
     assert "| b | 90.0 +- 0.0* | 20.0 +- 0.0* | - |" in lines
-    assert any(told_of_best(told).capitalize() in line for line in lines)
+    assert any(best_summary(told).capitalize() in line for line in lines)
     assert not any(re.match(r"\d\. ", line) for line in lines)
     one["per_class"] = {"a": 0.9, "d": 0.5}  # not all of them have the same classes
     told["rows"]["b"]["classes"] = [one, one]
@@ -148,7 +148,7 @@ def test_a_page_marks_what_each_point_did_not_see(told, tmp_path):
     assert ">20*</td>" in whole
     assert ">90*</td>" in whole
     assert "*: " in whole  # what the mark says
-    assert told_of_best(told).capitalize() in whole
+    assert best_summary(told).capitalize() in whole
 
 
 def test_points_that_held_nothing_out_stand_beside_those_that_did(told, tmp_path):
@@ -173,9 +173,9 @@ def test_the_best_are_those_of_the_validation_split(told):
 
 
 def test_points_that_nothing_tells_apart_are_told(told):
-    assert not re.search(r"\d", told_of_best(told))
+    assert not re.search(r"\d", best_summary(told))
     told["rows"]["a"]["validation"] = [0.3 + 0.1 + 0.1, 0.8999999999999999]
-    assert re.findall(r"\d+", told_of_best(told)) == ["2"]
+    assert re.findall(r"\d+", best_summary(told)) == ["2"]
 
 
 def test_trials_that_were_stopped_are_in_every_file(told, tmp_path):
@@ -288,7 +288,7 @@ def test_markdown_and_csv_keep_their_columns(told, tmp_path):
 
 
 def said(labels, **answers):
-    return Measured({}, {}, {k: list(v) for k, v in answers.items()}, {}, list(labels))
+    return CachedEvaluation({}, {}, {k: list(v) for k, v in answers.items()}, {}, list(labels))
 
 
 def test_who_answers_otherwise_than_whom_by_hand(told):
@@ -297,16 +297,16 @@ def test_who_answers_otherwise_than_whom_by_hand(told):
         "0120", teacher="0121", **{"class": "0120"}, distillation="0111", fused="0110"
     )
     alone = said("0120", teacher="0121", **{"class": "1120"})
-    shares = disagreement({"distilled": with_token, "undistilled": alone})
+    shares = disagreement_matrix({"distilled": with_token, "undistilled": alone})
     heads = ["distilled, class", "distilled, distillation", "distilled, fused"]
     assert list(shares) == ["truth", "teacher", *heads, "undistilled"]
     assert shares["truth"] == dict(zip(shares, (0, 0.25, 0, 0.5, 0.25, 0.25)))
     assert shares["teacher"]["undistilled"] == 0.5 == shares["undistilled"]["teacher"]
-    many = disagreement({str(place): with_token for place in range(4)})
+    many = disagreement_matrix({str(place): with_token for place in range(4)})
     assert list(many) == ["truth", "teacher", "0", "1", "2", "3"]
     assert many["truth"]["0"] == 0.25
     other = said("0121", **{"class": "0121"})
-    assert disagreement({"a": with_token, "b": other}) == {} == disagreement({})
+    assert disagreement_matrix({"a": with_token, "b": other}) == {} == disagreement_matrix({})
     text = markdown({**told, "disagreement": shares})
     assert "| undistilled | 25.0 | 50.0 | 25.0 | 75.0 | 50.0 | 0.0 |" in text.splitlines()
 

@@ -21,20 +21,28 @@ import torch
 from torch import nn
 
 from deit import targets
-from deit.checkpoint import newest
+from deit.checkpoint import latest_checkpoint
 from deit.cli import run_command
 from deit.config import StudentConfig, to_dict
 from deit.errors import CheckpointError, ConfigError, DataError, NumericsError
 from deit.keys import permutation
 from deit.models.teachers import Teacher
-from deit.presets import OBJECTIVES, TEACHING
+from deit.presets import LOSS_PRESETS, VIEW_MODES
 from deit.recipes import digits
 from deit.run import train
 from deit.stored import open_stores
-from deit.target_units import Units
+from deit.target_units import ShardedTargetWriter
 from deit.target_verifier import verify_targets
 from deit.target_writer import write_targets
-from deit.targets import CHECKS, MANIFEST, TARGETS, UNITS, manifest_bytes, open_store, read_manifest
+from deit.targets import (
+    CHECKS,
+    MANIFEST,
+    SHARDS,
+    TARGETS,
+    manifest_bytes,
+    open_store,
+    read_manifest,
+)
 from tests.helpers import target_stores
 from tests.helpers.errors import raises
 from tests.helpers.target_stores import (
@@ -100,7 +108,7 @@ def test_a_store_is_three_files(store):
 def test_parts_written_apart_make_the_same_bytes(order, teachers, store, tmp_path, capsys):
     out = tmp_path / "parts"
     for done, part in enumerate(order, start=1):
-        complete = write_targets(configuration(teachers[0]), out, shard=(part, 3))
+        complete = write_targets(configuration(teachers[0]), out, part=(part, 3))
         assert complete is (done == 3)
         said = capsys.readouterr().out
         assert "images/s" in said  # the teacher was asked
@@ -118,10 +126,10 @@ def test_parts_written_apart_make_the_same_bytes(order, teachers, store, tmp_pat
 
 def command(teacher, out, *more):
     recipe = (
-        *("digits", "--objective", "deit-hard", "--teacher.source", teacher, "--out", str(out)),
+        *("digits", "--loss", "deit-hard", "--teacher.source", teacher, "--out", str(out)),
         *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
         *("--optim.epochs", str(EPOCHS), "--optim.warmup_epochs", "1"),
-        *("--run.evaluate_every", str(EPOCHS), "--teacher.layout", "contiguous"),
+        *("--run.eval_every_epochs", str(EPOCHS), "--teacher.memory_format", "contiguous"),
         *("--data.train_fraction", "0.25"),
     )
     return [*recipe, *more]
@@ -132,7 +140,7 @@ def alone(teachers, zygote, tmp_path_factory):
     """The store that `command` writes in one process."""
     out = tmp_path_factory.mktemp("alone") / "store"
     assert zygote.run("targets", "write", *command(teachers[0], out), **SMALL_UNITS).code == 0
-    assert open_store(out).layout.units == 3
+    assert open_store(out).layout.num_shards == 3
     return out
 
 
@@ -141,14 +149,14 @@ def test_two_processes_write_the_same_bytes(alone, teachers, zygote, tmp_path):
     again = zygote.run("targets", "write", *command(teachers[0], alone), **SMALL_UNITS)
     assert again.code == 0
     assert "images/s" not in again.out  # the teacher is not asked
-    assert again.out.count(f"--teacher.targets {alone}") == 1
+    assert again.out.count(f"--teacher.target_stores {alone}") == 1
     _, following = again.out.split("next: deit ")
-    used = zygote.run(*shlex.split(following), "--dry_run", **SMALL_UNITS)
+    used = zygote.run(*shlex.split(following), "--dry-run", **SMALL_UNITS)
     assert used.code == 0, used.err
     done = zygote.together("targets", "write", *command(teachers[0], together), **SMALL_UNITS)
     assert [one.code for one in done] == [0, 0], done
     assert any("images/s" in one.out for one in done)
-    assert sum(one.out.count(f"--teacher.targets {together}") for one in done) == 1
+    assert sum(one.out.count(f"--teacher.target_stores {together}") for one in done) == 1
     assert content(together) == content(alone)
 
 
@@ -163,19 +171,19 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
 
     moments = random.Random(7)
     for attempt in range(4):
-        writers = [write(killed, "--shard", f"{part}/2") for part in (0, 1)]
+        writers = [write(killed, "--part", f"{part}/2") for part in (0, 1)]
         started = time.monotonic()
         # At first from the beginning, then ever later: into reading, asking, committing.
-        while time.monotonic() - started < 20 and not (killed / UNITS).is_dir():
+        while time.monotonic() - started < 20 and not (killed / SHARDS).is_dir():
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.15) * attempt)
         for writer in writers:
             writer.signal(signal.SIGKILL)
             writer.wait()
-    first, last = (write(killed, "--shard", f"{part}/2").wait() for part in (0, 1))
+    first, last = (write(killed, "--part", f"{part}/2").wait() for part in (0, 1))
     assert (first.code, last.code) == (0, 0)
     # Whoever completes the store says how it is used.
-    advice = f"--teacher.targets {killed}"
+    advice = f"--teacher.target_stores {killed}"
     assert (advice in first.out, advice in last.out) == (False, True)
     finished, expected = content(killed), content(alone)
     assert {name: finished[name] for name in expected} == expected
@@ -193,7 +201,7 @@ def test_sigterm_in_the_middle_keeps_what_is_written(alone, teachers, tmp_path, 
     (line,) = done.err.splitlines()
     assert line.startswith("deit: error: ")
     assert "SIGTERM" in line
-    assert len(list((stopped / UNITS).glob("0*.bin"))) == 2  # the one under way too
+    assert len(list((stopped / SHARDS).glob("0*.bin"))) == 2  # the one under way too
     again = write("targets:1:term,targets:1:int")
     assert again.code == 143  # two at once are one
     assert again.err == done.err
@@ -214,7 +222,7 @@ def one_epoch(teachers, tmp_path_factory):
             patch.setattr(targets, "_LEAST_ROWS", 32)
             few = configuration(teachers[0], data={"train_fraction": 0.07})
             write_targets(few, out, epochs=1)
-            assert open_store(out).layout.units == 3
+            assert open_store(out).layout.num_shards == 3
 
     whole = tmp_path_factory.mktemp("one-epoch") / "store"
     write(whole)
@@ -244,7 +252,7 @@ def test_an_end_at_any_file_operation_leaves_no_partial_unit(
         patched.setattr(os, "fsync", counted(fsync))
         with pytest.raises(_KilledError):
             write(out)
-    with raises(DataError, f"teacher.targets {out}"):
+    with raises(DataError, f"teacher.target_stores {out}"):
         open_store(out)
     write(out)
     finished = content(out)
@@ -253,29 +261,31 @@ def test_an_end_at_any_file_operation_leaves_no_partial_unit(
 
 def test_a_damaged_unit_is_named_and_nothing_is_finished(teachers, tmp_path):
     out = tmp_path / "store"
-    write_targets(configuration(teachers[0]), out, shard=(0, 3))
-    unit = next((out / UNITS).glob("[0-9]*.bin"))
+    write_targets(configuration(teachers[0]), out, part=(0, 3))
+    unit = next((out / SHARDS).glob("[0-9]*.bin"))
     damaged = bytearray(unit.read_bytes())
     damaged[500] ^= 1
     unit.write_bytes(damaged)
     for part in (1, 2):
         if part == 2:
             with raises(CheckpointError, unit):
-                write_targets(configuration(teachers[0]), out, shard=(part, 3))
+                write_targets(configuration(teachers[0]), out, part=(part, 3))
         else:
-            write_targets(configuration(teachers[0]), out, shard=(part, 3))
+            write_targets(configuration(teachers[0]), out, part=(part, 3))
     unit.unlink()
     write_targets(configuration(teachers[0]), out)
-    assert open_store(out).layout.units == 3
+    assert open_store(out).layout.num_shards == 3
 
 
 def test_a_unit_of_another_store_does_not_slip_in(teachers, tmp_path):
     for number, seed in enumerate((0, 3)):
         config = configuration(teachers[0], views={"seed": seed})
-        write_targets(config, tmp_path / str(number), shard=(0, 3))
-    first, second = (tmp_path / str(n) / UNITS / "000000.bin" for n in (0, 1))
+        write_targets(config, tmp_path / str(number), part=(0, 3))
+    first, second = (tmp_path / str(n) / SHARDS / "000000.bin" for n in (0, 1))
     shutil.copy(first, second)
-    own, other = (Units(tmp_path / n, read_manifest(tmp_path / n)) for n in ("0", "1"))
+    own, other = (
+        ShardedTargetWriter(tmp_path / n, read_manifest(tmp_path / n)) for n in ("0", "1")
+    )
     own.read(0)  # the same bytes
     with raises(CheckpointError, second, own.digest.hex()[:12], other.digest.hex()[:12]):
         other.read(0)
@@ -300,7 +310,7 @@ def test_one_flipped_byte_is_found(place, store, tmp_path):
     copy = copied(store, tmp_path)
     flipped(copy / TARGETS, place)
     with raises(CheckpointError, copy / TARGETS) as refused:
-        verify_targets(copy, root=None, teacher="none", rows=16)
+        verify_targets(copy, root=None, teacher="none", num_queries=16)
     assert_names_unit(refused, place // LEAST_ROWS, copy)
 
 
@@ -320,12 +330,12 @@ FOREIGN = {
     ),
     "rotation": ({"views": {"rotation": 3.0}}, "views.rotation", "7.5", "3.0"),
     "mixing": ({"views": {"mixup_alpha": 0.2}}, "views.mixup_alpha", "0.8", "0.2"),
-    "repeats": ({"views": {"repeats": 2}}, "batch_size", "None", "32"),
+    "repeats": ({"views": {"aug_repeats": 2}}, "batch_size", "None", "32"),
     "data": ({"data": {"train_fraction": 0.5}}, "images", "324", "649"),
     "classes": ({"data": {"classes": ("0", "1", "2")}}, "classes", "", ""),
     "size": ({"student": {"image_size": 4}}, "student_size", "8", "4"),
     "teacher's view": (
-        {"views": {"teacher_view": "center", **TEACHING["fix/cc"].fields(
+        {"views": {"teacher_view": "center", **VIEW_MODES["fix/cc"].fields(
             to_dict(digits())["views"])}},
         *("views.teacher_view", "'same'", "'center'"),
     ),
@@ -336,7 +346,7 @@ FOREIGN = {
 def test_a_store_of_something_else_is_refused_with_what_differs(name, store, teachers):
     sections, *differing = FOREIGN[name]
     config = with_targets(configuration(teachers[0], **sections), store)
-    with raises(DataError, f"teacher.targets {store}") as refused:
+    with raises(DataError, f"teacher.target_stores {store}") as refused:
         check(config)
     assert_differs(refused, *differing)
 
@@ -344,14 +354,16 @@ def test_a_store_of_something_else_is_refused_with_what_differs(name, store, tea
 def test_another_teacher_is_refused(store, teachers):
     config = with_targets(configuration(teachers[1]), store)
     stored = read_manifest(store)["fingerprint"]["teacher"]["1"]["weights"]
-    with raises(DataError, f"teacher.targets {store}", "teacher.1.weights", stored[:12]) as refused:
+    with raises(
+        DataError, f"teacher.target_stores {store}", "teacher.1.weights", stored[:12]
+    ) as refused:
         check(config)
     assert len(set(re.findall(r"\b[0-9a-f]{12}\b", str(refused.value)))) == 2  # and the one here
 
 
 def test_another_normalisation_is_refused(store, teachers):
     config = configuration(teachers[0]).replace(teacher={"mean": (0.5,) * 3, "std": (0.5,) * 3})
-    with raises(DataError, f"teacher.targets {store}", "teacher.1.mean"):
+    with raises(DataError, f"teacher.target_stores {store}", "teacher.1.mean"):
         check(with_targets(config, store))
 
 
@@ -362,25 +374,25 @@ def forged(store, change):
     records = np.fromfile(store / TARGETS, layout.dtype)
     records, canaries = change(records.reshape(layout.epochs, -1), opened.canaries.copy())
     records.tofile(store / TARGETS)
-    size = layout.unit_rows * layout.dtype.itemsize
+    size = layout.rows_per_shard * layout.dtype.itemsize
     whole = records.tobytes()
-    sums = [zlib.crc32(whole[unit * size : (unit + 1) * size]) for unit in range(layout.units)]
+    sums = [zlib.crc32(whole[unit * size : (unit + 1) * size]) for unit in range(layout.num_shards)]
     checks = np.fromfile(store / CHECKS, "<u4")
-    checks[: layout.units] = sums
-    checks[layout.units : -2 * layout.units] = canaries.ravel()
+    checks[: layout.num_shards] = sums
+    checks[layout.num_shards : -2 * layout.num_shards] = canaries.ravel()
     checks.tofile(store / CHECKS)
 
 
 def test_a_shifted_epoch_is_noticed(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     forged(copy, lambda records, canaries: (np.roll(records, 1, 0), np.roll(canaries, 1, 0)))
-    with raises(DataError, f"teacher.targets {copy}", *VIEWS) as refused:
+    with raises(DataError, f"teacher.target_stores {copy}", *VIEWS) as refused:
         check(with_targets(configuration(teachers[0]), copy))
     numbers = numbers_in(str(refused.value).partition("pillow")[0], copy)
     image = permutation(0, 0, PLACES)[0].item()
     assert sorted(numbers) == ["0", "0", str(image)]  # epoch and place
-    with raises(DataError, f"teacher.targets {copy}", *VIEWS):
-        verify_targets(copy, root=None, teacher="none", rows=64)
+    with raises(DataError, f"teacher.target_stores {copy}", *VIEWS):
+        verify_targets(copy, root=None, teacher="none", num_queries=64)
 
 
 def test_a_forged_interpolation_is_noticed_by_its_pixels(store, teachers, tmp_path):
@@ -389,7 +401,7 @@ def test_a_forged_interpolation_is_noticed_by_its_pixels(store, teachers, tmp_pa
     manifest["fingerprint"]["views"]["interpolation"] = "bilinear"
     (copy / MANIFEST).write_bytes(manifest_bytes(manifest))
     config = configuration(teachers[0], views={"interpolation": "bilinear"})
-    with raises(DataError, f"teacher.targets {copy}", *VIEWS):
+    with raises(DataError, f"teacher.target_stores {copy}", *VIEWS):
         check(with_targets(config, copy))
 
 
@@ -401,14 +413,18 @@ def test_answers_that_are_not_the_teachers_are_noticed(store, teachers, tmp_path
         return records, canaries
 
     forged(copy, other_answers)
-    with raises(DataError, f"teacher.targets {copy}", 428, open_store(copy).asked["precision"]):
+    with raises(
+        DataError, f"teacher.target_stores {copy}", 428, open_store(copy).query["precision"]
+    ):
         check(with_targets(configuration(teachers[0]), copy))
 
 
 def test_answers_in_another_order_are_noticed(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     forged(copy, lambda records, canaries: (np.roll(records, 2, 1), canaries))
-    with raises(DataError, f"teacher.targets {copy}", 428, open_store(copy).asked["precision"]):
+    with raises(
+        DataError, f"teacher.target_stores {copy}", 428, open_store(copy).query["precision"]
+    ):
         check(with_targets(configuration(teachers[0]), copy))
 
 
@@ -418,23 +434,23 @@ def test_what_is_wrong_within_an_epoch_is_noticed_while_it_is_trained(store, tea
     for _ in loader.epoch(2):
         pass
     loader.student_look.seed += 1
-    with raises(DataError, f"teacher.targets {store}", "epoch 3", *VIEWS):
+    with raises(DataError, f"teacher.target_stores {store}", "epoch 3", *VIEWS):
         for _ in loader.epoch(3):
             pass
 
 
 def test_an_incomplete_store_is_refused_with_how_much_is_missing(teachers, tmp_path):
-    write_targets(configuration(teachers[0]), tmp_path / "part", shard=(1, 3))
+    write_targets(configuration(teachers[0]), tmp_path / "part", part=(1, 3))
     config = with_targets(configuration(teachers[0]), tmp_path / "part")
-    with raises(DataError, f"teacher.targets {tmp_path / 'part'}") as refused:
+    with raises(DataError, f"teacher.target_stores {tmp_path / 'part'}") as refused:
         open_stores(config)
     assert numbers_in(str(refused.value), tmp_path) == ["1", "3"]
-    with raises(DataError, f"teacher.targets {tmp_path / 'none'}", MANIFEST):
+    with raises(DataError, f"teacher.target_stores {tmp_path / 'none'}", MANIFEST):
         open_stores(with_targets(config, tmp_path / "none"))
 
 
 def test_a_store_that_verifies_says_so(store, capsys):
-    verify_targets(store, root=None, teacher=None, rows=128)
+    verify_targets(store, root=None, teacher=None, num_queries=128)
     sums, views, answers = capsys.readouterr().out.splitlines()
     assert (numbers_in(sums), "hard" in sums) == (["3", "2268"], True)
     assert numbers_in(views) == ["4", str(EPOCHS)]
@@ -451,7 +467,7 @@ def last_rows(out):
 
 
 def weights(out):
-    return (newest(out) / "model.safetensors").read_bytes()
+    return (latest_checkpoint(out) / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -481,19 +497,19 @@ def test_hard_targets_train_to_the_same_bits_as_the_teacher_itself(
     assert ours == theirs
 
 
-@pytest.mark.parametrize("mode", TEACHING)
+@pytest.mark.parametrize("mode", VIEW_MODES)
 def test_every_mode_trains_from_a_store_as_online(mode, teachers, tmp_path):
     few = {"train_fraction": 0.1}
-    base = configuration(teachers[0], loss=OBJECTIVES["function-matching"], data=few)
-    views = {**TEACHING[mode].fields(to_dict(base)["views"]), "crop_scale": (0.5, 1.0)}
+    base = configuration(teachers[0], loss=LOSS_PRESETS["function-matching"], data=few)
+    views = {**VIEW_MODES[mode].fields(to_dict(base)["views"]), "crop_scale": (0.5, 1.0)}
     if mode == "fix/ic_ens":
-        views["teacher_crops"] = 5
+        views["teacher_num_crops"] = 5
     config = quick(base, views=views)
     write_targets(config, tmp_path / "store")
     train(with_targets(config, tmp_path / "store"), tmp_path / "stored")
     stored = last_rows(tmp_path / "stored")
     layout = open_store(tmp_path / "store").layout
-    assert layout.records == "full"
+    assert layout.content == "full"
     assert layout.epochs == (1 if mode.startswith("fix/") else 2)
     if mode != "fix/ic_ens":
         train(config, tmp_path / "online")
@@ -507,7 +523,7 @@ def test_fewer_stored_epochs_come_round_again_and_the_run_says_so(
 ):
     config = with_targets(configuration(teachers[0], optim={"epochs": 9}), store)
     *_, faculty = check(config)
-    assert faculty.stored_epochs == EPOCHS
+    assert faculty.num_stored_epochs == EPOCHS
     said = map(numbers_in, capsys.readouterr().out.splitlines())
     assert {"9", str(EPOCHS)} in map(set, said)
     train(config, tmp_path / "cycled")
@@ -523,36 +539,38 @@ def test_a_seed_of_the_views_lets_other_seeds_share_a_store(store, teachers, tmp
 
 
 def test_hard_records_refuse_what_they_cannot_give(store, teachers):
-    config = with_targets(configuration(teachers[0], loss=OBJECTIVES["deit-soft"]), store)
-    with raises(ConfigError, f"teacher.targets {store}", "loss.kind", "'soft'", "--records full"):
+    config = with_targets(configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"]), store)
+    with raises(
+        ConfigError, f"teacher.target_stores {store}", "loss.kind", "'soft'", "--content full"
+    ):
         open_stores(config)
     both = configuration(teachers[0]).replace(
-        teacher={"source": tuple(teachers), "targets": (str(store), str(store))},
+        teacher={"source": tuple(teachers), "target_stores": (str(store), str(store))},
     )
-    with raises(ConfigError, f"teacher.targets {store}", "teacher.combine", "--records full"):
+    with raises(ConfigError, f"teacher.target_stores {store}", "teacher.combine", "--content full"):
         open_stores(both)
 
 
 def test_top_k_refuses_a_temperature(teachers, tmp_path):
-    config = configuration(teachers[0], loss=OBJECTIVES["deit-soft"])
+    config = configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"])
     plain = config.replace(loss={"temperature": 1.0})
-    write_targets(plain, tmp_path / "top", epochs=1, records="top-3")
-    where = f"teacher.targets {tmp_path / 'top'}"
-    with raises(ConfigError, where, "loss.temperature", "--records full"):
+    write_targets(plain, tmp_path / "top", epochs=1, content="top-3")
+    where = f"teacher.target_stores {tmp_path / 'top'}"
+    with raises(ConfigError, where, "loss.temperature", "--content full"):
         open_stores(with_targets(config, tmp_path / "top"))
     assert open_stores(with_targets(plain, tmp_path / "top"))
 
 
 def test_a_store_of_a_mean_of_probabilities_refuses_another_temperature(teachers, tmp_path):
-    config = configuration(teachers[0], loss=OBJECTIVES["deit-soft"]).replace(
+    config = configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"]).replace(
         teacher={"source": tuple(teachers)},
     )
     temperature = f"{config.loss.temperature:g}"
     with raises(ConfigError, f"loss.temperature = {temperature}", "--teacher.combine logits"):
         write_targets(config, tmp_path / "mean", epochs=1)
     write_targets(config.replace(loss={"temperature": 1.0}), tmp_path / "mean", epochs=1)
-    alone = config.replace(teacher={"source": (), "targets": (str(tmp_path / "mean"),)})
-    where = f"teacher.targets {tmp_path / 'mean'}"
+    alone = config.replace(teacher={"source": (), "target_stores": (str(tmp_path / "mean"),)})
+    where = f"teacher.target_stores {tmp_path / 'mean'}"
     with raises(ConfigError, where, f"loss.temperature {temperature}", "--teacher.combine logits"):
         open_stores(alone)
     assert check(alone.replace(loss={"temperature": 1.0}, optim={"epochs": 1, "warmup_epochs": 0}))
@@ -560,16 +578,16 @@ def test_a_store_of_a_mean_of_probabilities_refuses_another_temperature(teachers
 
 @pytest.mark.parametrize("combine", ["probabilities", "logits", "tokens"])
 def test_an_ensemble_from_stores_is_the_ensemble_online(combine, teachers, tmp_path):
-    soft = dataclasses.replace(OBJECTIVES["deit-soft"], temperature=2.0)
+    soft = dataclasses.replace(LOSS_PRESETS["deit-soft"], temperature=2.0)
     config = quick(configuration(teachers[0], loss=soft)).replace(
-        student={"distillation_tokens": 2 if combine == "tokens" else 1},
-        teacher={"source": tuple(teachers), "weight": (0.7, 0.3), "combine": combine},
+        student={"num_distillation_tokens": 2 if combine == "tokens" else 1},
+        teacher={"source": tuple(teachers), "weights": (0.7, 0.3), "combine": combine},
     )
     stores = []
     for number, teacher in enumerate(teachers):
         alone = config.replace(
-            teacher={"source": (teacher,), "weight": (), "combine": "probabilities"},
-            student={"distillation_tokens": 1},
+            teacher={"source": (teacher,), "weights": (), "combine": "probabilities"},
+            student={"num_distillation_tokens": 1},
         )
         write_targets(alone, tmp_path / str(number))
         stores.append(tmp_path / str(number))
@@ -585,8 +603,8 @@ def test_an_ensemble_from_stores_is_the_ensemble_online(combine, teachers, tmp_p
 
 
 def test_one_store_of_what_several_say_together_is_the_ensemble_online(teachers, tmp_path, capsys):
-    config = quick(configuration(teachers[0], loss=OBJECTIVES["deit-soft"])).replace(
-        teacher={"source": tuple(teachers), "weight": (2.0, 1.0), "combine": "logits"},
+    config = quick(configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"])).replace(
+        teacher={"source": tuple(teachers), "weights": (2.0, 1.0), "combine": "logits"},
     )
     write_targets(config, tmp_path / "together")
     train(config, tmp_path / "online")
@@ -597,10 +615,10 @@ def test_one_store_of_what_several_say_together_is_the_ensemble_online(teachers,
     assert re.search(r"(?m)^teachers\b.*\b143\b", said)
     for ours, theirs in zip(last_rows(tmp_path / "stored"), last_rows(tmp_path / "online")):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
-    other = config.replace(teacher={"weight": (1.0, 1.0)})
-    with raises(DataError, f"teacher.targets {tmp_path / 'together'}") as refused:
+    other = config.replace(teacher={"weights": (1.0, 1.0)})
+    with raises(DataError, f"teacher.target_stores {tmp_path / 'together'}") as refused:
         check(with_targets(other, tmp_path / "together"))
-    assert_differs(refused, "weight", "[0.666666667, 0.333333333]", "[0.5, 0.5]")
+    assert_differs(refused, "weights", "[0.666666667, 0.333333333]", "[0.5, 0.5]")
     turned = config.replace(teacher={"source": tuple(reversed(teachers))})
     with raises(DataError, "teacher.1.weights", "teacher.2.weights"):
         check(with_targets(turned, tmp_path / "together"))
@@ -608,11 +626,11 @@ def test_one_store_of_what_several_say_together_is_the_ensemble_online(teachers,
 
 def test_probabilities_that_are_not_the_teachers_are_noticed(teachers, tmp_path):
     """Its labels are right, what it holds of the other classes is not."""
-    config = quick(configuration(teachers[0], loss=OBJECTIVES["deit-soft"]))
+    config = quick(configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"]))
     for records in ("full", "top-3"):
         store = tmp_path / records
         plain = config.replace(loss={"temperature": 1.0})
-        write_targets(plain, store, records=records)
+        write_targets(plain, store, content=records)
         assert check(with_targets(plain, store))
 
         def flatter(records, canaries):
@@ -620,7 +638,9 @@ def test_probabilities_that_are_not_the_teachers_are_noticed(teachers, tmp_path)
             return records, canaries
 
         forged(store, flatter)
-        with raises(DataError, f"teacher.targets {store}", open_store(store).asked["precision"]):
+        with raises(
+            DataError, f"teacher.target_stores {store}", open_store(store).query["precision"]
+        ):
             check(with_targets(plain, store))
 
 
@@ -638,12 +658,12 @@ def test_training_reads_the_checksums_before_its_first_step(place, store, teache
 def test_the_same_weights_in_another_network_are_another_teacher():
     """Strides have no weights."""
     from deit.models.networks import create_network
-    from deit.models.teachers import Origin
+    from deit.models.teachers import LoadedNetwork
 
     def identity(name):
         torch.manual_seed(0)
         network = create_network(StudentConfig(name=name, image_size=32), 10)
-        return Teacher(Origin(network, name, 32, (0.0,) * 3, (1.0,) * 3, None)).identity()
+        return Teacher(LoadedNetwork(network, name, 32, (0.0,) * 3, (1.0,) * 3, None)).fingerprint()
 
     one, two = identity("regnety_002_small_stem"), identity("timm:regnety_002")
     assert one["weights"] == two["weights"]
@@ -654,10 +674,10 @@ def test_the_same_weights_in_another_network_are_another_teacher():
 def test_a_teacher_is_the_same_to_libraries_that_print_it_otherwise(monkeypatch):
     """Another version of PyTorch shows more of a layer, another one of timm has one more that does
     nothing."""
-    from deit.models.teachers import Origin
+    from deit.models.teachers import LoadedNetwork
 
     def identity(network):
-        return Teacher(Origin(network, "", 32, (0.0,) * 3, (1.0,) * 3, None)).identity()
+        return Teacher(LoadedNetwork(network, "", 32, (0.0,) * 3, (1.0,) * 3, None)).fingerprint()
 
     def network(**settings):
         torch.manual_seed(0)
@@ -676,10 +696,10 @@ def test_a_teacher_is_the_same_to_libraries_that_print_it_otherwise(monkeypatch)
 
 def test_parts_that_were_asked_otherwise_do_not_mix(teachers, tmp_path):
     """Blocks of another size, like another precision, may change the last bits of an answer."""
-    write_targets(configuration(teachers[0]), tmp_path / "s", shard=(0, 3))
-    other = configuration(teachers[0], run={"evaluation_batch": 64})
+    write_targets(configuration(teachers[0]), tmp_path / "s", part=(0, 3))
+    other = configuration(teachers[0], run={"eval_batch_size": 64})
     with raises(ConfigError, f"--out {tmp_path / 's'}") as refused:
-        write_targets(other, tmp_path / "s", shard=(1, 3))
+        write_targets(other, tmp_path / "s", part=(1, 3))
     assert_differs(refused, "asked.block", "256", "64")
 
 
@@ -689,15 +709,15 @@ def test_of_two_writers_of_different_things_the_first_has_the_folder(
     """The second comes between the first's look at the folder and its manifest."""
     from deit import target_units
 
-    put_first, other = target_units.put_first, []
+    put_first, other = target_units.write_once, []
 
     def slow(path, content):
         if not other:
             other.append(True)
-            write_targets(configuration(teachers[0], run={"seed": 1}), tmp_path / "s", shard=(0, 3))
+            write_targets(configuration(teachers[0], run={"seed": 1}), tmp_path / "s", part=(0, 3))
         return put_first(path, content)
 
-    monkeypatch.setattr(target_units, "put_first", slow)
+    monkeypatch.setattr(target_units, "write_once", slow)
     with raises(ConfigError, f"--out {tmp_path / 's'}") as refused:
         write_targets(configuration(teachers[0]), tmp_path / "s")
     assert_differs(refused, "fingerprint.seed", "1", "0")
@@ -715,7 +735,7 @@ def test_a_way_round_through_a_missing_folder_overwrites_nothing(teachers, store
 
 def test_what_a_killed_writer_left_is_cleared_away(teachers, store, tmp_path):
     out = tmp_path / "store"
-    write_targets(configuration(teachers[0]), out, shard=(0, 2))
+    write_targets(configuration(teachers[0]), out, part=(0, 2))
     (out / f".{TARGETS}.0123").write_bytes(b"x" * 100)
     (out / ".probe-77").write_text("probe")
     write_targets(configuration(teachers[0]), out)
@@ -738,7 +758,7 @@ def test_a_resumed_run_wants_the_store_it_started_with(teachers, store, tmp_path
     )
     train(config, tmp_path / "run", resume=True)  # the same answers: complete already
     forged(copy, lambda records, canaries: (_turned(records), canaries))
-    with raises(DataError, tmp_path / "run", "teacher.targets"):
+    with raises(DataError, tmp_path / "run", "teacher.target_stores"):
         train(config, tmp_path / "run", resume=True)
 
 
@@ -769,23 +789,25 @@ def test_an_answer_that_is_not_finite_is_not_written(teachers, tmp_path, monkeyp
     with raises(NumericsError, "--run.precision fp32") as stopped:
         write_targets(configuration(teachers[0]), tmp_path / "store")
     assert numbers_in(str(stopped.value)) == [str(permutation(0, 0, PLACES)[3].item())]
-    assert not list((tmp_path / "store" / UNITS).glob("[0-9]*.bin"))
+    assert not list((tmp_path / "store" / SHARDS).glob("[0-9]*.bin"))
 
 
 def test_what_cannot_be_written_is_refused(teachers, tmp_path):
     config = configuration(teachers[0])
     with raises(ConfigError, "loss.kind", "'none'"):
-        write_targets(dataclasses.replace(config, loss=OBJECTIVES["none"]), tmp_path / "s")
+        write_targets(dataclasses.replace(config, loss=LOSS_PRESETS["none"]), tmp_path / "s")
     several = config.replace(
         teacher={"source": tuple(teachers), "combine": "tokens"},
-        student={"distillation_tokens": 2},
+        student={"num_distillation_tokens": 2},
     )
-    with raises(ConfigError, "teacher.combine", "'tokens'", "--only 1", "--only 2"):
+    with raises(
+        ConfigError, "teacher.combine", "'tokens'", "--teacher-index 1", "--teacher-index 2"
+    ):
         write_targets(several, tmp_path / "s")
-    with raises(ConfigError, "--records top-10") as refused:
-        write_targets(config, tmp_path / "s", records="top-10")
+    with raises(ConfigError, "--content top-10") as refused:
+        write_targets(config, tmp_path / "s", content="top-10")
     assert numbers_in(str(refused.value)) == ["10", "10"]  # answers, of as many classes
-    views = TEACHING["fix/cc"].fields(to_dict(config)["views"])
+    views = VIEW_MODES["fix/cc"].fields(to_dict(config)["views"])
     with raises(ConfigError, "--epochs 4", "views.teacher_view center"):
         write_targets(config.replace(views=views), tmp_path / "s", epochs=4)
     assert not (tmp_path / "s").exists()
@@ -794,7 +816,7 @@ def test_what_cannot_be_written_is_refused(teachers, tmp_path):
 def test_memory_of_a_reader_does_not_grow_with_the_store(store, teachers):
     """One epoch is mapped at a time, whatever the number of epochs."""
     _, panel, _ = check(with_targets(configuration(teachers[0]), store))
-    (reader,) = panel.voices
+    (reader,) = panel.teachers
     whole = (store / TARGETS).read_bytes()
     for epoch in (0, 6, 2):
         records = reader.records(epoch)
@@ -819,6 +841,6 @@ def test_a_disk_without_room_for_the_store_is_refused_before_anything_is_asked(
         **SMALL_UNITS,
     )
     assert done.code == 5
-    assert str(tmp_path / "s" / UNITS) in done.err
+    assert str(tmp_path / "s" / SHARDS) in done.err
     assert os.strerror(errno.ENOSPC) in done.err
     assert re.search(r"\d [kMGT]B\b", done.err)  # how much room there is

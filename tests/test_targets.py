@@ -4,22 +4,22 @@ import numpy as np
 import pytest
 import torch
 
-from deit.datasets.loader import Shown
+from deit.datasets.loader import TeacherInput
 from deit.datasets.mixing import Mix
-from deit.targets import Layout, canary, decode, differences, encode
+from deit.targets import RecordFormat, canary, decode, differences, encode
 
-HARD = Layout("hard", 10, 300, 50_000, False)
+HARD = RecordFormat("hard", 10, 300, 50_000, False)
 
 
 def size(layout):
     """Bytes of targets.bin and checks.bin."""
-    canaries = layout.epochs * len(layout.canary_places)
-    return layout.rows * layout.dtype.itemsize, 4 * (3 * layout.units + canaries)
+    canaries = layout.epochs * len(layout.canary_rows)
+    return layout.rows * layout.dtype.itemsize, 4 * (3 * layout.num_shards + canaries)
 
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_cifar10_for_300_epochs_is_15_mb_and_at_most_one_percent(paired):
-    targets, checks = size(HARD._replace(paired=paired))
+    targets, checks = size(HARD._replace(mixed_pairs=paired))
     assert targets == 15_000_000
     manifest = 6_000
     assert checks + manifest < 0.01 * targets
@@ -40,26 +40,26 @@ def test_cifar10_for_300_epochs_is_15_mb_and_at_most_one_percent(paired):
     ],
 )
 def test_bytes_of_a_record(records, num_classes, expected):
-    assert Layout(records, num_classes, 1, 1, False).dtype.itemsize == expected
+    assert RecordFormat(records, num_classes, 1, 1, False).dtype.itemsize == expected
 
 
 @pytest.mark.parametrize(
-    "layout", [HARD, Layout("full", 10, 7, 1294, True), Layout("hard", 3, 1, 5, False)]
+    "layout", [HARD, RecordFormat("full", 10, 7, 1294, True), RecordFormat("hard", 3, 1, 5, False)]
 )
 def test_units_cover_every_place_once(layout):
-    assert layout.unit_rows % 2 == 0
+    assert layout.rows_per_shard % 2 == 0
     seen = np.zeros(layout.rows if layout.rows < 10**6 else 0, dtype=int)
     last = 0
-    for unit in range(layout.units):
-        for epoch, first, stop in layout.stretches(unit):
-            start = epoch * layout.places + first
+    for unit in range(layout.num_shards):
+        for epoch, first, stop in layout.epoch_ranges(unit):
+            start = epoch * layout.rows_per_epoch + first
             assert start == last
-            last = epoch * layout.places + stop
-            assert 0 <= first < stop <= layout.places
+            last = epoch * layout.rows_per_epoch + stop
+            assert 0 <= first < stop <= layout.rows_per_epoch
             seen[start:last] += 1
     assert last == layout.rows
     assert (seen == 1).all()
-    assert layout.units <= 2048
+    assert layout.num_shards <= 2048
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,10 @@ def test_units_cover_every_place_once(layout):
 def test_canaries_are_sparse_in_large_epochs_and_at_least_eight_in_small_ones(
     places, paired, step, number
 ):
-    layout = Layout("hard", 10, 2, places, paired)
+    layout = RecordFormat("hard", 10, 2, places, paired)
     assert layout.canary_step == step
-    assert len(layout.canary_places) == number
-    assert all(place + paired < places for place in layout.canary_places)
+    assert len(layout.canary_rows) == number
+    assert all(place + paired < places for place in layout.canary_rows)
 
 
 LOGITS = 3 * torch.randn(500, 10, generator=torch.Generator().manual_seed(2))
@@ -86,7 +86,7 @@ LOGITS = 3 * torch.randn(500, 10, generator=torch.Generator().manual_seed(2))
 
 @pytest.mark.parametrize("records", ["hard", "full", "top-3", "top-9"])
 def test_the_label_is_exact_in_every_record(records):
-    layout = Layout(records, 10, 1, 500, False)
+    layout = RecordFormat(records, 10, 1, 500, False)
     labels, _ = decode(layout, encode(layout, LOGITS))
     assert torch.equal(labels, LOGITS.argmax(dim=1))
     nearly = torch.tensor([[1.0, 1.0 + 1e-6, 0.5] + [0.0] * 7])  # equal once rounded to fp16
@@ -95,7 +95,7 @@ def test_the_label_is_exact_in_every_record(records):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 10.0])
 def test_full_records_serve_any_temperature(temperature):
-    layout = Layout("full", 10, 1, 500, False)
+    layout = RecordFormat("full", 10, 1, 500, False)
     _, scores = decode(layout, encode(layout, LOGITS))
     assert scores.dtype == torch.float32
     found, expected = ((z / temperature).softmax(dim=1) for z in (scores, LOGITS))
@@ -105,7 +105,7 @@ def test_full_records_serve_any_temperature(temperature):
 
 
 def test_what_top_k_leaves_out_shares_the_rest():
-    layout = Layout("top-3", 10, 1, 500, False)
+    layout = RecordFormat("top-3", 10, 1, 500, False)
     _, scores = decode(layout, encode(layout, LOGITS))
     found, exact = scores.softmax(dim=1), LOGITS.softmax(dim=1)
     top, places = exact.topk(3, dim=1)
@@ -116,12 +116,12 @@ def test_what_top_k_leaves_out_shares_the_rest():
 
 
 def test_extreme_answers_stay_finite():
-    layout = Layout("full", 3, 1, 1, False)
+    layout = RecordFormat("full", 3, 1, 1, False)
     records = encode(layout, torch.tensor([[1e6, 0.0, -1e6]]))
     labels, scores = decode(layout, records)
     assert labels.tolist() == [0]
     assert scores.isfinite().all()
-    kept = Layout("top-2", 3, 1, 1, False)
+    kept = RecordFormat("top-2", 3, 1, 1, False)
     assert decode(kept, encode(kept, torch.tensor([[1e6, 0.0, -1e6]])))[1].isfinite().all()
 
 
@@ -135,7 +135,7 @@ def shown(**changes):
         torch.tensor([[0, 0, 0, 0], [1, 2, 4, 5]]),
         6,
     )
-    base = Shown(views / 255, views, mix, torch.arange(4), 0, torch.arange(4))
+    base = TeacherInput(views / 255, views, mix, torch.arange(4), 0, torch.arange(4))
     return base._replace(**changes)
 
 
@@ -183,19 +183,19 @@ from pathlib import Path
 import psutil
 import torch
 from deit.records import Batch
-from deit.targets import Layout, Store
+from deit.targets import RecordFormat, TargetStore
 import numpy as np
 
 place, epochs = Path(sys.argv[1]), int(sys.argv[2])
-layout = Layout("full", 10, epochs, 10_000, False)
+layout = RecordFormat("full", 10, epochs, 10_000, False)
 with (place / "targets.bin").open("wb") as file:
     for _ in range(epochs):
-        file.write(bytes(layout.places * layout.dtype.itemsize))
-checks = 3 * layout.units + layout.epochs * len(layout.canary_places)
+        file.write(bytes(layout.rows_per_epoch * layout.dtype.itemsize))
+checks = 3 * layout.num_shards + layout.epochs * len(layout.canary_rows)
 np.zeros(checks, "<u4").tofile(place / "checks.bin")
 manifest = dict.fromkeys(("fingerprint", "about", "asked", "teacher_top1"), {})
 manifest["layout"] = layout._asdict()
-store = Store(place, manifest)
+store = TargetStore(place, manifest)
 images = torch.zeros(10_000, 0)
 
 def resident():

@@ -11,13 +11,13 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from deit.config import Config, StudentConfig, TeacherConfig
-from deit.errors import ConfigError, DataError, NotThereError
-from deit.models.saved import Facts, build_student, save_student
-from deit.models.teachers import ASSUMED, Origin, Teacher, locate
+from deit.errors import ConfigError, DataError, NotFoundError
+from deit.models.saved import ModelInfo, build_student, save_student
+from deit.models.teachers import ASSUMED, LoadedNetwork, Teacher, resolve_source
 from deit.models.teachers import load_teacher as load_teacher_at
-from deit.preflight import announce_order, better_order, judge, refuse_order
-from deit.records import head_logits
-from deit.seats import alone, members
+from deit.preflight import announce_order, better_order, check_accuracy, refuse_order
+from deit.records import logits_by_head
+from deit.seats import single_teacher, teacher_specs
 from deit.validation import validate
 from tests.helpers.errors import raises
 
@@ -26,7 +26,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 def load_teacher(config, class_names, image_size=16):
-    (member,) = members(validate(Config().replace(teacher=asdict(config))).teacher)
+    (member,) = teacher_specs(validate(Config().replace(teacher=asdict(config))).teacher)
     return load_teacher_at(member, class_names, image_size=image_size)
 
 
@@ -44,7 +44,7 @@ class Recorder(nn.Module):
 
 
 def recorder_teacher(**changes):
-    origin = Origin(Recorder(), "recorder", None, MEAN, STD, NAMES)._replace(**changes)
+    origin = LoadedNetwork(Recorder(), "recorder", None, MEAN, STD, NAMES)._replace(**changes)
     return Teacher(origin)
 
 
@@ -80,7 +80,7 @@ def test_it_resizes_to_its_own_input():
 @pytest.fixture
 def run(tmp_path):
     student = StudentConfig(name="deit_micro", image_size=16, embed_dim=24, depth=1)
-    facts = Facts(student, NAMES, MEAN, STD, 1.0)
+    facts = ModelInfo(student, NAMES, MEAN, STD, 1.0)
     folder = tmp_path / "run" / "best"
     folder.mkdir(parents=True)
     built = build_student(facts)
@@ -93,7 +93,7 @@ def test_one_of_our_runs_answers_as_its_fused_student(run):
     teacher = load_teacher(TeacherConfig(source=str(folder)), NAMES)
     images = torch.rand(4, 3, 16, 16)
     with torch.no_grad():
-        expected = head_logits(student(images))["fused"]
+        expected = logits_by_head(student(images))["fused"]
     assert torch.allclose(teacher(images), expected, atol=1e-6)
     assert teacher.image_size == 16
 
@@ -262,27 +262,27 @@ def test_a_python_file_may_hold_dataclasses_and_import_its_neighbours(tmp_path):
     ],
 )
 def test_a_missing_teacher_is_explained(source, names):
-    with raises(NotThereError, f"teacher.source {source}", *names):
+    with raises(NotFoundError, f"teacher.source {source}", *names):
         load_teacher(TeacherConfig(source=source), NAMES)
 
 
 def test_an_unfinished_run_is_no_teacher(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text("")
-    with raises(NotThereError, tmp_path, "best/model.safetensors", "config.json"):
+    with raises(NotFoundError, tmp_path, "best/model.safetensors", "config.json"):
         load_teacher(TeacherConfig(source=str(tmp_path)), NAMES)
 
 
 def test_weights_that_cannot_be_fetched_are_an_error_not_a_random_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert locate("resnet10t.c3_in1k") == "timm"
-    with raises(NotThereError, "resnet10t.c3_in1k"):
+    assert resolve_source("resnet10t.c3_in1k") == "timm"
+    with raises(NotFoundError, "resnet10t.c3_in1k"):
         load_teacher(TeacherConfig(source="resnet10t.c3_in1k"), NAMES)
 
 
 def test_a_timm_name_without_weights_is_an_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert locate("darknet17") == "timm"
+    assert resolve_source("darknet17") == "timm"
     with raises(DataError, "darknet17"):
         load_teacher(TeacherConfig(source="darknet17"), NAMES)
 
@@ -324,7 +324,7 @@ def test_a_thousand_classes_of_ones_own_are_not_taken_for_synsets(tmp_path):
     _, config = weight_file(tmp_path / "w.pth", 1000)
     names = tuple(f"class {number:04}" for number in range(1000))
     teacher = load_teacher(config, names)
-    assert (teacher.columns, teacher.class_order) == (None, ASSUMED)
+    assert (teacher.class_indices, teacher.class_order) == (None, ASSUMED)
     with raises(DataError, 1000, "--teacher.classes"):
         load_teacher(config, NAMES)
 
@@ -346,7 +346,7 @@ def test_the_order_of_a_teachers_classes_can_be_said(classes, columns, tmp_path,
     (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfroom2\troom\r\nroom1\r\n\r\nroom10\r\n")
     _, config = weight_file(tmp_path / "w.pth")
     teacher = load_teacher(replace(config, classes=classes), ROOMS)
-    assert teacher.columns == columns
+    assert teacher.class_indices == columns
     assert teacher.class_order == f"teacher.classes {','.join(classes)}"
 
 
@@ -372,10 +372,10 @@ def test_classes_that_are_said_may_be_more_than_the_datas(tmp_path):
 
 def test_of_several_teachers_each_has_its_classes():
     several = TeacherConfig(source=("one", "other"), classes=("none", "natural"))
-    assert [one.classes for one in members(several)] == [None, ("natural",)]
-    assert [alone(several, place).classes for place in range(2)] == [(), ("natural",)]
+    assert [one.classes for one in teacher_specs(several)] == [None, ("natural",)]
+    assert [single_teacher(several, place).classes for place in range(2)] == [(), ("natural",)]
     both = TeacherConfig(source=("one", "other"), classes=("natural",))
-    assert [one.classes for one in members(both)] == [("natural",)] * 2
+    assert [one.classes for one in teacher_specs(both)] == [("natural",)] * 2
     for source, classes, wrong in (
         (("x", "y"), ("natual",), "natual"),
         (("x", "y"), ("a", "b", "c"), ("a", "b", "c")),
@@ -416,7 +416,7 @@ def test_no_order_is_found_by_chance():
 
 def test_a_teacher_that_always_answers_the_same_fits_no_order_better():
     labels = torch.tensor([0] * 400 + [1] * 600)
-    teacher = Teacher(Origin(Recorder(), "same", None, MEAN, STD, None), class_order=ASSUMED)
+    teacher = Teacher(LoadedNetwork(Recorder(), "same", None, MEAN, STD, None), class_order=ASSUMED)
     refuse_order(
         teacher, torch.zeros(1000, dtype=torch.long), labels, ("ant", "bee")
     )  # reversed, it is right more often
@@ -426,7 +426,7 @@ def test_a_teacher_that_always_answers_the_same_fits_no_order_better():
 def test_a_teacher_in_another_order_is_refused_unless_it_was_said(order, capsys):
     labels = torch.arange(3).repeat(10)
     answers = torch.tensor([0, 2, 1])[labels]
-    teacher = Teacher(Origin(Recorder(), "mine", None, MEAN, STD, None), class_order=order)
+    teacher = Teacher(LoadedNetwork(Recorder(), "mine", None, MEAN, STD, None), class_order=order)
     announce_order(teacher, ROOMS)
     said = capsys.readouterr().out
     assert order in said
@@ -443,11 +443,11 @@ def judged(right):
     labels = torch.arange(6) % 3
     answers = torch.where(torch.arange(6) < right, labels, (labels + 1) % 3)
     logits = nn.functional.one_hot(answers, 3).float()
-    judge(Config(), recorder_teacher(), logits, labels, 1 / 3)
+    check_accuracy(Config(), recorder_teacher(), logits, labels, 1 / 3)
 
 
 def test_a_teacher_at_chance_is_refused_and_where_few_images_cannot_tell_that_is_said(capsys):
-    with raises(DataError, "recorder", "33.3 %", "--teacher.allow_weak"):
+    with raises(DataError, "recorder", "33.3 %", "--teacher.allow_near_chance"):
         judged(2)
     judged(4)
     said = capsys.readouterr().err

@@ -15,7 +15,7 @@ from deit.inputs import read_lines, read_text
 from deit.recipes import digits
 from deit.sweep_file import read_sweep
 from deit.text import counted
-from deit.validation import load
+from deit.validation import load_config
 from tests.helpers.errors import raises
 
 WRITTEN = {
@@ -75,7 +75,7 @@ def test_classes_are_read_however_the_list_was_written(written, root, tmp_path):
     file.write_bytes(written("\u00e4nt\tan insect\ncat\n"))
     assert load_splits(config(root, classes=(f"@{file}",))).class_names == ("cat", "\u00e4nt")
     file.write_bytes(written("\u00e4nt\n"))
-    splits = load_splits(config(root, held_out=(f"@{file}",)))
+    splits = load_splits(config(root, unseen_classes=(f"@{file}",)))
     assert any("\u00e4nt" in note for note in splits.notes)
     seen, tested = (set(part.labels.tolist()) for part in (splits.train, splits.test))
     assert tested - seen == {splits.class_names.index("\u00e4nt")}
@@ -89,10 +89,10 @@ def test_a_class_list_that_is_no_text_is_named(kind, root, tmp_path):
         load_splits(config(root, classes=(f"@{file}",)))
 
 
-def test_a_quarantine_list_is_read_however_it_was_written(written, root, tmp_path):
+def test_an_exclude_list_is_read_however_it_was_written(written, root, tmp_path):
     file = tmp_path / "bad.txt"
     file.write_bytes(written("# bad\ntrain/\u00e4nt/0.png\n"))
-    splits = load_splits(config(root, quarantine=str(file)))
+    splits = load_splits(config(root, exclude_list=str(file)))
     assert any(str(file) in note for note in splits.notes)
     read = [part.name(row) for part in splits[1:4] for row in range(len(part.labels))]
     assert (len(read), str(root / "train/\u00e4nt/0.png") in read) == (11, False)
@@ -129,10 +129,10 @@ def test_a_sweep_is_read_however_it_was_written(written, tmp_path):
 def test_a_configuration_is_read_however_it_was_written(written, tmp_path):
     file = tmp_path / "config.json"
     file.write_bytes(written(json.dumps(to_dict(digits()), indent=1)))
-    assert load(file) == digits()
+    assert load_config(file) == digits()
     file.write_bytes(NO_TEXT["Latin-1"])
     with raises(ConfigError, file, "UTF-8"):
-        load(file)
+        load_config(file)
 
 
 def test_many_numbers_are_cut_short():

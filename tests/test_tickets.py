@@ -13,33 +13,43 @@ from safetensors.torch import load_file
 
 from deit import checkpoint, journal, manifest, tickets
 from deit.arguments import RunArguments
-from deit.at_once import Failed
+from deit.at_once import FailedRun
 from deit.cli import run_command
-from deit.console import clock
+from deit.console import format_duration
 from deit.errors import CheckpointError
-from deit.ground import Ground
-from deit.models.masks import MASKS, holds, kept_in, read_masks
+from deit.ground import BaseRuns
+from deit.models.masks import MASKS, is_masked, num_kept, read_masks
 from deit.models.saved import build_student, load_student, save_weights
 from deit.recipes import digits
 from deit.scopes import SCOPES
-from deit.shared_targets import question_of
+from deit.shared_targets import teacher_query_key
 from deit.sweep_pictures import draw_sweep
-from deit.sweep_runs import Work
-from deit.sweep_training import Mishaps
-from deit.ticket_masks import ends_of
-from deit.ticket_options import ANEW, CONTROLS, ONE_SHOT, RANDOM, Asked
+from deit.sweep_runs import SweepPlan
+from deit.sweep_training import SweepFailures
+from deit.ticket_masks import final_weights
+from deit.ticket_options import CONTROLS, ONE_SHOT, RANDOM, REINITIALIZED, LotteryOptions
 from deit.ticket_pictures import ticket_curve
-from deit.ticket_plan import plan_of, tickets_of
+from deit.ticket_plan import lottery_runs, plan_of
 from deit.ticket_results import matching, matching_line, sparsest
-from deit.validation import load
-from tests.helpers.command_server import Done
+from deit.validation import load_config
+from tests.helpers.command_server import Completed
 from tests.helpers.errors import raises
 from tests.helpers.progress import runs_over
 from tests.helpers.small_runs import WITH_AVERAGE
 
 pytest.importorskip("sklearn")
-WORDS = ("tickets", "digits", *WITH_AVERAGE, "--levels", "2", "--rate", "0.5", "--rewind", "0.5")
-WORDS = (*WORDS, "--controls_at", "2")
+WORDS = (
+    "lottery",
+    "digits",
+    *WITH_AVERAGE,
+    "--rounds",
+    "2",
+    "--prune-rate",
+    "0.5",
+    "--rewind-epoch",
+    "0.5",
+)
+WORDS = (*WORDS, "--control-rounds", "2")
 TRAINED = ("model", "average", "optimizer", "masks")
 
 
@@ -48,8 +58,8 @@ TRAINED = ("model", "average", "optimizer", "masks")
 
 def planned(tmp_path, config=None, **asked):
     config = config or digits().replace(optim={"epochs": 10, "warmup_epochs": 2})
-    plan = plan_of(Asked(**asked), config, updates=4)
-    return plan, tickets_of(plan, config, 3, tmp_path)
+    plan = plan_of(LotteryOptions(**asked), config, updates=4)
+    return plan, lottery_runs(plan, config, 3, tmp_path)
 
 
 def test_a_level_goes_back_to_the_dense_runs_weights_and_update(tmp_path):
@@ -58,19 +68,21 @@ def test_a_level_goes_back_to_the_dense_runs_weights_and_update(tmp_path):
     names = ["level-0", "level-1", "random-1", "re-initialised-1"]
     names += ["level-2", "random-2", "re-initialised-2", "one-shot-2"]
     assert [one.run.out.name for one in found] == names
-    assert found[0].run.config.run.keep_updates == (6,)
-    assert found[0].run.config.start == digits().start
+    assert found[0].run.config.run.keep_steps == (6,)
+    assert found[0].run.config.init == digits().init
     for one in found[1:]:
-        start, seed = one.run.config.start, one.run.config.run.seed
-        kind = "level" if one.kind in ("ticket", ANEW) else one.kind
-        assert start.masks == str(tmp_path / "seed-3" / "masks" / f"{kind}-{one.level}.safetensors")
-        if one.kind == ANEW:
-            assert (start.source, start.update) == (None, 0)
+        start, seed = one.run.config.init, one.run.config.run.seed
+        kind = "level" if one.kind in ("ticket", REINITIALIZED) else one.kind
+        assert start.pruning_masks == str(
+            tmp_path / "seed-3" / "masks" / f"{kind}-{one.level}.safetensors"
+        )
+        if one.kind == REINITIALIZED:
+            assert (start.weights, start.start_step) == (None, 0)
             assert seed != 3
             assert one.run.config.views.seed == 3
         else:
-            assert start.source == str(tmp_path / "seed-3" / "level-0" / "checkpoint-00000006")
-            assert (start.update, seed, one.run.config.views.seed) == (6, 3, None)
+            assert start.weights == str(tmp_path / "seed-3" / "level-0" / "checkpoint-00000006")
+            assert (start.start_step, seed, one.run.config.views.seed) == (6, 3, None)
 
 
 def test_by_itself_it_goes_back_to_where_warm_up_ends(tmp_path):
@@ -81,9 +93,9 @@ def test_by_itself_it_goes_back_to_where_warm_up_ends(tmp_path):
 
 def test_the_initial_weights_come_from_the_seed(tmp_path):
     _, found = planned(tmp_path, levels=1, rewind=0)
-    assert found[0].run.config.run.keep_updates == ()
-    start = found[1].run.config.start
-    assert (start.source, start.update) == (None, 0)
+    assert found[0].run.config.run.keep_steps == ()
+    start = found[1].run.config.init
+    assert (start.weights, start.start_step) == (None, 0)
     assert found[1].run.config.run == found[0].run.config.run
 
 
@@ -97,21 +109,25 @@ def test_controls_only_where_they_are_asked_for(tmp_path):
 
 
 def test_fine_tuned_tickets_start_where_their_dense_run_does(tmp_path):
-    start = {"source": "weights.pth", "heads": "new", "kernel": "timm"}
-    config = digits().replace(start=start)
+    start = {"weights": "weights.pth", "head": "new", "pos_embed_resize": "timm"}
+    config = digits().replace(init=start)
     _, found = planned(tmp_path, config, levels=1, rewind=0)
-    starts = {one.kind: one.run.config.start for one in found}
-    assert starts["dense"] == config.start
-    assert (starts["ticket"].source, starts["ticket"].heads) == ("weights.pth", "new")
-    assert (starts[ANEW].source, starts[ANEW].heads, starts[ANEW].kernel) == (None, "keep", "deit")
+    starts = {one.kind: one.run.config.init for one in found}
+    assert starts["dense"] == config.init
+    assert (starts["ticket"].weights, starts["ticket"].head) == ("weights.pth", "new")
+    assert (
+        starts[REINITIALIZED].weights,
+        starts[REINITIALIZED].head,
+        starts[REINITIALIZED].pos_embed_resize,
+    ) == (None, "keep", "deit")
     _, found = planned(tmp_path, config, levels=1, rewind=1)
-    assert found[1].run.config.start.heads == "keep"  # the dense run has heads by then
+    assert found[1].run.config.init.head == "keep"  # the dense run has heads by then
 
 
 def test_all_runs_of_a_seed_ask_their_teacher_the_same(tmp_path):
     config = digits().replace(views={"mean": (0.1,) * 3, "std": (0.3,) * 3})
     _, found = planned(tmp_path, config, levels=2)
-    assert len({json.dumps(question_of(one.run.config)) for one in found}) == 1
+    assert len({json.dumps(teacher_query_key(one.run.config)) for one in found}) == 1
 
 
 # A whole search
@@ -121,7 +137,7 @@ def test_all_runs_of_a_seed_ask_their_teacher_the_same(tmp_path):
 def searched(tmp_path_factory, zygote):
     """A folder with a search of two levels and two seeds, every control."""
     place = tmp_path_factory.mktemp("tickets")
-    done = zygote.run(*WORDS, "--seeds", "0,1", "--at_once", "2", "--out", "out", cwd=place)
+    done = zygote.run(*WORDS, "--seeds", "0,1", "--parallel", "2", "--out", "out", cwd=place)
     assert done.code == 0, done.err
     return place, done
 
@@ -130,14 +146,14 @@ def result(out: Path) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
-def runs_listed(done: Done) -> tuple[int, ...]:
+def runs_listed(done: Completed) -> tuple[int, ...]:
     """How many runs a command begins with, of how many epochs, and how many are finished."""
     (line,) = [line for line in done.out.splitlines() if re.match(r"runs\b", line)]
     return tuple(map(int, re.findall(r"\d+", line)))
 
 
 def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.newest(run) / f"{name}.safetensors")
+    return load_file(checkpoint.latest_checkpoint(run) / f"{name}.safetensors")
 
 
 def test_every_run_is_told_with_its_sparsity(searched):
@@ -167,10 +183,10 @@ def test_masks_are_nested_exact_and_of_the_end_before(searched):
     for seed in (0, 1):
         folder = place / "out" / f"seed-{seed}"
         masks = {path.stem: read_masks(path) for path in (folder / "masks").iterdir()}
-        kept = {name: kept_in(one) for name, one in masks.items()}
+        kept = {name: num_kept(one) for name, one in masks.items()}
         assert kept == {"level-1": 1536, "level-2": 768, "random-2": 768, "one-shot-2": 768}
         # By hand: the largest of all, and the largest of what level 1 kept.
-        ends = ends_of(folder / "level-0")
+        ends = final_weights(folder / "level-0")
         ranked = torch.cat([one.abs().flatten() for one in ends.values()])
         least = {number: ranked.topk(number).values[-1] for number in (1536, 768)}
         for name, one in ends.items():
@@ -180,7 +196,7 @@ def test_masks_are_nested_exact_and_of_the_end_before(searched):
             mine, theirs = masks["random-2"][name], masks["level-2"][name]
             assert mine.sum() == theirs.sum()
             assert not torch.equal(mine, theirs)
-        ends = ends_of(folder / "level-1")
+        ends = final_weights(folder / "level-1")
         kept_before = torch.cat([ends[name][masks["level-1"][name]].abs() for name in ends])
         least_kept = kept_before.topk(768).values[-1]
         for name, one in ends.items():
@@ -199,8 +215,8 @@ def test_every_file_of_every_run_holds_its_masks(searched):
         masks = read_masks(run.parent / "masks" / f"{name}.safetensors")
         assert all(torch.equal(masks[name], one) for name, one in weights(run, "masks").items())
         for file in ("model", "average"):
-            assert holds(masks, weights(run, file))
-        assert holds(masks, load_file(run / "best" / "model.safetensors"))
+            assert is_masked(masks, weights(run, file))
+        assert is_masked(masks, load_file(run / "best" / "model.safetensors"))
 
 
 def test_a_re_initialised_control_has_other_weights_from_the_first_update(searched, tmp_path):
@@ -210,7 +226,7 @@ def test_a_re_initialised_control_has_other_weights_from_the_first_update(search
     _, facts = load_student(folder / "level-0" / "best")
     drawn = {}
     for run in ("level-0", "re-initialised-2"):
-        torch.manual_seed(load(folder / run / "config.json").run.seed)
+        torch.manual_seed(load_config(folder / run / "config.json").run.seed)
         drawn[run] = dict(build_student(facts).network.named_parameters())
     for name, mask in read_masks(folder / "masks" / "level-2.safetensors").items():
         same = drawn["level-0"][name] == drawn["re-initialised-2"][name]
@@ -222,7 +238,7 @@ def test_the_runs_of_a_seed_share_one_store(searched):
     assert len(list((place / "out" / "targets").iterdir())) == 2
     for seed in (0, 1):
         runs = place.glob(f"out/seed-{seed}/*/config.json")
-        taught = {json.loads(path.read_text())["teacher"]["targets"][0] for path in runs}
+        taught = {json.loads(path.read_text())["teacher"]["target_stores"][0] for path in runs}
         assert len(taught) == 1
 
 
@@ -245,7 +261,7 @@ def test_the_same_command_trains_nothing_again(searched, zygote):
 
 def test_runs_that_are_there_and_not_asked_for_are_named(searched, zygote):
     place, _ = searched
-    done = zygote.run(*WORDS, "--seeds", "1", "--out", "out", "--dry_run", cwd=place)
+    done = zygote.run(*WORDS, "--seeds", "1", "--out", "out", "--dry-run", cwd=place)
     assert done.code == 0, done.err
     assert re.search(r"\b6\b.*\bout/seed-0/level-0\b", done.err)
 
@@ -257,8 +273,8 @@ def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, zygote, tm
     shutil.copytree(place / "out", tmp_path / "out")
     level = tmp_path / "out" / "seed-1" / "level-2"
     files = [f"{name}.safetensors" for name in TRAINED]
-    kept = {file: (checkpoint.newest(level) / file).read_bytes() for file in files}
-    chain = journal.read(level / journal.CHAIN)
+    kept = {file: (checkpoint.latest_checkpoint(level) / file).read_bytes() for file in files}
+    chain = journal.read(level / journal.HASH_CHAIN)
     for run in ("level-2", "random-2"):
         shutil.rmtree(level.with_name(run))
         level.with_name(f"{run}.evaluation.json").unlink(missing_ok=True)
@@ -268,14 +284,19 @@ def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, zygote, tm
     assert done.code == 1
     assert [name in done.err for name in ("level-2.log", "random-2.log")] == [True] * 2
     assert done.err.count(".log") == 2
-    assert journal.read(level / journal.CHAIN) == chain[: len(journal.read(level / journal.CHAIN))]
-    assert checkpoint.result_of(level) is None
+    assert (
+        journal.read(level / journal.HASH_CHAIN)
+        == chain[: len(journal.read(level / journal.HASH_CHAIN))]
+    )
+    assert checkpoint.read_result(level) is None
     told = result(tmp_path / "out")["rows"]["ticket, 75.0 %"]
     assert (told["seeds"], list(told["failed"])) == ([0], ["1"])
     done = zygote.run(*words, cwd=tmp_path)
     assert done.code == 0, done.err
-    assert journal.read(level / journal.CHAIN) == chain
-    assert {file: (checkpoint.newest(level) / file).read_bytes() for file in files} == kept
+    assert journal.read(level / journal.HASH_CHAIN) == chain
+    assert {
+        file: (checkpoint.latest_checkpoint(level) / file).read_bytes() for file in files
+    } == kept
 
 
 @pytest.mark.slow
@@ -283,7 +304,7 @@ def test_more_levels_and_seeds_go_on_from_what_there_is(searched, zygote, tmp_pa
     place, _ = searched
     shutil.copytree(place / "out", tmp_path / "out")
     more = [*WORDS, "--seeds", "0,1", "--controls", "none", "--out", "out"]
-    more[more.index("--levels") + 1] = "3"
+    more[more.index("--rounds") + 1] = "3"
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/result.json")}
     done = zygote.run(*more, cwd=tmp_path)
     assert done.code == 0, done.err
@@ -291,7 +312,7 @@ def test_more_levels_and_seeds_go_on_from_what_there_is(searched, zygote, tmp_pa
     assert {path.parent.name for path in after.keys() - before.keys()} == {"level-3"}
     assert before.items() <= after.items()
     masks = [read_masks(tmp_path / f"out/seed-0/masks/level-{at}.safetensors") for at in (2, 3)]
-    assert [kept_in(one) for one in masks] == [768, 384]
+    assert [num_kept(one) for one in masks] == [768, 384]
 
 
 def test_a_level_that_fails_bars_those_behind_it_of_its_seed(monkeypatch, tmp_path):
@@ -300,25 +321,25 @@ def test_a_level_that_fails_bars_those_behind_it_of_its_seed(monkeypatch, tmp_pa
     def train_all(work, **_):
         asked.extend(run.name for run in work.runs)
         failed = [
-            Failed(run, 1, "a reason", tmp_path / "log")
+            FailedRun(run, 1, "a reason", tmp_path / "log")
             for run in work.runs
             if run.name == "ticket of level 1, seed 0"
         ]
-        return Mishaps(failed, {})
+        return SweepFailures(failed, {})
 
     monkeypatch.setattr(tickets, "train_all", train_all)
     monkeypatch.setattr(tickets, "write_masks", lambda ticket, plan: None)
     config = digits().replace(optim={"epochs": 10, "warmup_epochs": 2})
-    plan = plan_of(Asked(levels=3, controls=(RANDOM,)), config, updates=4)
-    found = [one for seed in (0, 1) for one in tickets_of(plan, config, seed, tmp_path)]
+    plan = plan_of(LotteryOptions(levels=3, controls=(RANDOM,)), config, updates=4)
+    found = [one for seed in (0, 1) for one in lottery_runs(plan, config, seed, tmp_path)]
     runs = [one.run for one in found]
-    work = Work(Ground(arguments_of(config), config, tmp_path), [], [], [], runs)
-    mishaps = tickets._train(plan, work, found, at_once=1, retries=0)
+    work = SweepPlan(BaseRuns(arguments_of(config), config, tmp_path), [], [], [], runs)
+    mishaps = tickets._train(plan, work, found, parallel=1, retries=0)
     missing = {run.name for run in runs} - set(asked)
     assert missing == {
         f"{kind} of level {level}, seed 0" for kind in ("ticket", RANDOM) for level in (2, 3)
     }
-    barred = {out.name: reason for out, reason in mishaps.barred.items()}
+    barred = {out.name: reason for out, reason in mishaps.blocked.items()}
     assert set(barred) == {"level-2", "random-2", "level-3", "random-3"}
     assert str(tmp_path / "seed-0" / "level-1") in barred["level-2"]
     assert [one.reason for one in mishaps.failed] == ["a reason"]
@@ -331,10 +352,12 @@ def arguments_of(config):
 def test_weights_that_say_other_masks_than_a_run_was_trained_under(searched, zygote, tmp_path):
     place, _ = searched
     shutil.copytree(place / "out", tmp_path / "out")
-    folder = checkpoint.newest(tmp_path / "out/seed-0/level-1")
+    folder = checkpoint.latest_checkpoint(tmp_path / "out/seed-0/level-1")
     save_weights(folder / MASKS, {n: one.flip(0) for n, one in read_masks(folder / MASKS).items()})
     names = {path.name for path in folder.iterdir()} - {manifest.MANIFEST}
-    manifest.seal(folder, manifest.digests(folder, names), step=checkpoint.step_of(folder))
+    manifest.write_manifest(
+        folder, manifest.digests(folder, names), step=checkpoint.checkpoint_step(folder)
+    )
     for _ in range(2):  # it stays refused
         done = zygote.run(*WORDS, "--out", "out", cwd=tmp_path)
         assert done.code == 4
@@ -350,10 +373,10 @@ def test_a_run_whose_end_is_damaged_is_not_pruned_further(searched, tmp_path):
     place, _ = searched
     run = tmp_path / "level-1"
     shutil.copytree(place / "out/seed-0/level-1", run)
-    assert ends_of(run)
-    (checkpoint.newest(run) / "model.safetensors").write_bytes(b"cut off")
+    assert final_weights(run)
+    (checkpoint.latest_checkpoint(run) / "model.safetensors").write_bytes(b"cut off")
     with raises(CheckpointError, run):
-        ends_of(run)
+        final_weights(run)
 
 
 # What is told
@@ -456,7 +479,7 @@ def command(monkeypatch, capsys):
         monkeypatch.chdir(cwd)
         capsys.readouterr()
         code = run_command(name, [str(word) for word in words], f"deit {name}")
-        return Done(code, *capsys.readouterr())
+        return Completed(code, *capsys.readouterr())
 
     return run
 
@@ -465,24 +488,24 @@ def command(monkeypatch, capsys):
     ("words", "names"),
     [
         (("--scope", "some"), ("scope some", *SCOPES, "2:4")),
-        (("--scope", "2:4"), ("--scope 2:4", "--levels", "--rate")),
-        (("--levels", "0"), ("--levels 0", "100")),
-        (("--rate", "1"), ("--rate 1",)),
-        (("--rate", "nan"), ("--rate nan",)),
-        (("--rewind", "3"), ("--rewind 3", "optim.epochs")),
-        (("--rewind", "-1"), ("--rewind -1", "optim.epochs")),
-        (("--rewind", "2.999"), ("--rewind", "12")),
+        (("--scope", "2:4"), ("--scope 2:4", "--rounds", "--prune-rate")),
+        (("--rounds", "0"), ("--rounds 0", "100")),
+        (("--prune-rate", "1"), ("--prune-rate 1",)),
+        (("--prune-rate", "nan"), ("--prune-rate nan",)),
+        (("--rewind-epoch", "3"), ("--rewind-epoch 3", "optim.epochs")),
+        (("--rewind-epoch", "-1"), ("--rewind-epoch -1", "optim.epochs")),
+        (("--rewind-epoch", "2.999"), ("--rewind-epoch", "12")),
         (("--controls", "randm"), ("--controls randm", *CONTROLS)),
-        (("--controls_at", "3"), ("--controls_at 3",)),
-        (("--controls_at", "1,1"), ("--controls_at 1,1",)),
+        (("--control-rounds", "3"), ("--control-rounds 3",)),
+        (("--control-rounds", "1,1"), ("--control-rounds 1,1",)),
         (("--tolerance", "-1"), ("--tolerance -1",)),
         (("--retries", "-1"), ("--retries -1",)),
-        (("--at_once", "0"), ("--at_once 0",)),
+        (("--parallel", "0"), ("--parallel 0",)),
         (("--seeds", "0,0"), ("--seeds 0,0",)),
         (("--run.seed", "4"), ("--run.seed 4", "--seeds")),
-        (("--start.masks", "x"), ("start.masks",)),
-        (("--start.update", "3"), ("start.update",)),
-        (("--resume",), ("deit tickets", "--resume")),
+        (("--init.pruning_masks", "x"), ("init.pruning_masks",)),
+        (("--init.start_step", "3"), ("init.start_step",)),
+        (("--resume",), ("deit lottery", "--resume")),
     ],
 )
 def test_a_mistake_is_told_before_the_work(command, tmp_path, words, names):
@@ -496,20 +519,20 @@ def test_a_mistake_is_told_before_the_work(command, tmp_path, words, names):
 
 def test_what_is_not_trained_whole_has_no_tickets(command, tmp_path, searched):
     place, _ = searched
-    start = ("--start.source", place / "out/seed-0/level-0", "--optim.trained", "heads")
+    start = ("--init.weights", place / "out/seed-0/level-0", "--optim.trainable", "heads")
     done = command(*WORDS, *start, "--out", "out", cwd=tmp_path)
-    assert (done.code, "optim.trained = 'heads'" in done.err) == (2, True), done.err
+    assert (done.code, "optim.trainable = 'heads'" in done.err) == (2, True), done.err
 
 
 @pytest.mark.parametrize(
     ("words", "differs"),
     [
         (("--scope", "layerwise"), r"scope\b.*\bglobal\b.*\blayerwise"),
-        (("--rate", "0.4"), r"rate\b.*\b0\.5\b.*\b0\.4"),
-        (("--rewind", "1"), r"rewind\b.*\b0\.5\b.*\b1"),
+        (("--prune-rate", "0.4"), r"rate\b.*\b0\.5\b.*\b0\.4"),
+        (("--rewind-epoch", "1"), r"rewind\b.*\b0\.5\b.*\b1"),
         (("--optim.lr", "0.5"), r"optim\.lr\b.*\b0\.001\b.*\b0\.5"),
         (("--student.depth", "2"), r"student\.depth\b.*\b1\b.*\b2"),
-        (("--objective", "none"), r"loss\.kind\b.*\bsoft\b.*\bnone"),
+        (("--loss", "none"), r"loss\.kind\b.*\bsoft\b.*\bnone"),
     ],
 )
 def test_another_search_in_the_folder_is_refused(searched, command, words, differs):
@@ -520,7 +543,7 @@ def test_another_search_in_the_folder_is_refused(searched, command, words, diffe
 
 
 def test_groups_that_do_not_fit_are_told_before_the_work(command, tmp_path):
-    words = ("tickets", "digits", *WITH_AVERAGE, "--scope", "3:5", "--out", "out")
+    words = ("lottery", "digits", *WITH_AVERAGE, "--scope", "3:5", "--out", "out")
     done = command(*words, cwd=tmp_path)
     assert done.code == 2
     for name in ("scope", "blocks.0.attn.qkv.weight", "16", "5"):
@@ -545,7 +568,7 @@ def test_updates_that_are_left_and_their_time_by_hand(tmp_path):
     each = 120 / 74
     told = tickets._time(runs, 4)
     assert numbers_in(told)[0] == 8 * 40 - 5 * 6 - 74
-    assert clock(216 * each) in told
+    assert format_duration(216 * each) in told
     assert "1.62 s" in told  # an update of the runs that are finished
     assert numbers_in(tickets._time(runs[:2], 4)) == [0]
 
@@ -556,7 +579,7 @@ def numbers_in(text: str) -> list[float]:
 
 def test_weights_that_are_standardised_have_no_tickets(command, tmp_path):
     words = ("--student.name", "timm:resnetv2_50x1_bit", "--student.patch_size", "4")
-    words = ("tickets", "digits-teacher", *words, "--out", "out", "--dry_run")
+    words = ("lottery", "digits-teacher", *words, "--out", "out", "--dry-run")
     done = command(*words, cwd=tmp_path)
     assert done.code == 2
     assert "student.name = 'timm:resnetv2_50x1_bit'" in done.err
@@ -565,17 +588,17 @@ def test_weights_that_are_standardised_have_no_tickets(command, tmp_path):
 
 def test_levels_of_nearly_the_same_sparsity_keep_apart(command, tmp_path):
     words = (
-        "tickets",
+        "lottery",
         "digits",
         *WITH_AVERAGE,
-        "--rate",
+        "--prune-rate",
         "0.5",
-        "--levels",
+        "--rounds",
         "12",
         "--controls",
         "none",
     )
-    done = command(*words, "--out", "out", "--dry_run", cwd=tmp_path)
+    done = command(*words, "--out", "out", "--dry-run", cwd=tmp_path)
     assert done.code == 0, done.err
     told = [line.split()[3] for line in done.out.splitlines() if " ticket " in line]
     assert len(told) == len(set(told)) == 12
@@ -593,8 +616,8 @@ def test_a_folder_that_holds_something_else_is_refused(command, tmp_path):
 @pytest.mark.parametrize("scope", [*SCOPES, "2:4"])
 def test_a_dry_run_lists_every_scopes_runs(command, tmp_path, scope):
     own = () if scope in SCOPES else ("--scope", "2:4")
-    words = ("tickets", "digits", *WITH_AVERAGE, *(own or ("--scope", scope, "--levels", "2")))
-    done = command(*words, "--out", "out", "--dry_run", cwd=tmp_path)
+    words = ("lottery", "digits", *WITH_AVERAGE, *(own or ("--scope", scope, "--rounds", "2")))
+    done = command(*words, "--out", "out", "--dry-run", cwd=tmp_path)
     assert done.code == 0, done.err
     sparse = "25.0, 50.0 %" if own else "20.0, 36.0 %"
     assert re.search(rf"^levels\b.*\b{sparse}.*\b{scope}\b", done.out, re.MULTILINE)

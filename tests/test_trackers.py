@@ -9,8 +9,8 @@ import pytest
 
 from deit import journal, trackers
 from deit.config import Trackers
-from deit.console import say
-from deit.errors import EnvironmentFault, Stopped
+from deit.console import info
+from deit.errors import StoppedBySignal, SystemFault
 from deit.recipes import digits_teacher
 from deit.run import train
 from tests.helpers.errors import raises
@@ -23,7 +23,7 @@ def config(*names, **sections):
     small = digits_teacher().replace(
         data={"train_fraction": 0.2},
         optim={"epochs": 3, "warmup_epochs": 1},
-        run={"trackers": names, "evaluate_every": 1},
+        run={"trackers": names, "eval_every_epochs": 1},
     )
     return small.replace(**sections)
 
@@ -48,10 +48,10 @@ def test_tensorboard_has_the_numbers_of_the_run_folder_also_after_a_stop(tmp_pat
     from deit import faults
 
     out = tmp_path / "run"
-    faults.arm("update:9:term")
-    with pytest.raises(Stopped):
+    faults.install_faults("update:9:term")
+    with pytest.raises(StoppedBySignal):
         train(config("tensorboard"), out)
-    faults.arm(None)
+    faults.install_faults(None)
     train(config("tensorboard"), out, resume=True)
     found = scalars(out / trackers.FOLDER)
     rows = journal.read(out / journal.METRICS)
@@ -71,7 +71,7 @@ def test_nothing_is_tracked_unless_asked(tmp_path):
 def test_a_missing_package_is_said_before_the_work(name, tmp_path, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(trackers, "find_spec", lambda one: None if one == name else real(one))
-    with raises(EnvironmentFault, f"run.trackers {name}", f"pip install {name}"):
+    with raises(SystemFault, f"run.trackers {name}", f"pip install {name}"):
         train(config(name), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -100,7 +100,7 @@ def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsy
     def init(self, project, flat, settings):
         begin(self, project, flat, settings)
         self.trackers = [one]
-        say(str(sorted(flat)[:1]))
+        info(str(sorted(flat)[:1]))
 
     monkeypatch.setattr(trackers, "find_spec", lambda name: True)
     monkeypatch.setattr(trackers, "filter_trackers", lambda names, folder: [])
@@ -121,7 +121,7 @@ def test_a_tracker_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trackers, "find_spec", lambda name: True)
     monkeypatch.setattr(trackers.Accelerator, "init_trackers", refuse)
-    with raises(EnvironmentFault, "run.trackers wandb", "no key") as raised:
+    with raises(SystemFault, "run.trackers wandb", "no key") as raised:
         train(config("wandb"), tmp_path / "run")
     assert "\n" not in str(raised.value)
 
@@ -145,7 +145,7 @@ def handed_on(monkeypatch):
 def test_a_configuration_is_handed_on_in_types_that_all_take(handed_on, tmp_path):
     flat, _ = handed_on(tmp_path / "run", "tensorboard")
     assert flat["optim.lr"] == 3e-3
-    assert (flat["optim.clip_norm"], flat["run.trackers"]) == ("none", "tensorboard")
+    assert (flat["optim.clip_grad_norm"], flat["run.trackers"]) == ("none", "tensorboard")
     assert all(isinstance(value, bool | int | float | str) for value in flat.values())
 
 
@@ -206,11 +206,11 @@ def test_each_has_the_numbers_of_the_run_folder_as_one_run_also_after_a_stop(
     pytest.importorskip(name)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     out = tmp_path / "run"
-    faults.arm("update:9:term")
-    with pytest.raises(Stopped):
+    faults.install_faults("update:9:term")
+    with pytest.raises(StoppedBySignal):
         train(config(name), out)
-    faults.arm(None)
-    train(config(name, run={"keep_checkpoints": 3}), out, resume=True)
+    faults.install_faults(None)
+    train(config(name, run={"num_checkpoints": 3}), out, resume=True)
     rows = journal.read(out / journal.METRICS)
     told = [(row["step"], pytest.approx(row["train"]["loss"], rel=1e-6)) for row in rows]
     assert len(told) == 3

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torchvision.transforms import functional
 
-from deit.config import Crop, Fill, ViewsConfig
+from deit.config import Crop, ErasingFill, ViewsConfig
 from deit.datasets.views import (
-    Colours,
+    ChannelStats,
     apply_erasing,
     apply_flip,
     apply_padded_crop,
@@ -22,7 +22,7 @@ from deit.datasets.views import (
     sample_padded_crop,
     sample_resized_crop,
     sample_views,
-    unit,
+    to_unit_float,
 )
 from deit.keys import Keys
 from deit.presets import AUGMENTATIONS
@@ -31,7 +31,7 @@ from tests.helpers.images import pixels_of, real_images
 
 KEYS = Keys(0, 0, torch.arange(4000))
 IMAGES = torch.randint(256, (12, 3, 24, 20), dtype=torch.uint8)
-COLOURS = Colours((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
+COLOURS = ChannelStats((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
 
 
 def everything(**changes):
@@ -103,7 +103,7 @@ def test_flip_is_torchvisions_and_has_its_probability():
 
 
 def test_erased_boxes_have_their_probability_area_and_shape():
-    boxes, _ = sample_erasing(KEYS, ViewsConfig(erasing=0.25), 64)
+    boxes, _ = sample_erasing(KEYS, ViewsConfig(erasing_prob=0.25), 64)
     top, left, height, width = boxes.double().unbind(dim=1)
     erased = height > 0
     assert erased.double().mean() == pytest.approx(0.25, abs=0.03)
@@ -119,10 +119,10 @@ def test_erased_boxes_have_their_probability_area_and_shape():
     assert (width < 64).all()
 
 
-@pytest.mark.parametrize("fill", Fill.__args__)
+@pytest.mark.parametrize("fill", ErasingFill.__args__)
 def test_erasing_fills_the_box_and_nothing_else(fill):
     images = torch.full((400, 3, 32, 32), 9, dtype=torch.uint8)
-    keys, views = Keys(0, 0, torch.arange(400)), ViewsConfig(erasing=0.5, erasing_fill=fill)
+    keys, views = Keys(0, 0, torch.arange(400)), ViewsConfig(erasing_prob=0.5, erasing_mode=fill)
     boxes, noise = sample_erasing(keys, views, 32)
     found = apply_erasing(images, boxes, noise, views, COLOURS)
     inside = inside_boxes(boxes, 32, 32) == 255
@@ -144,8 +144,10 @@ def test_erasing_fills_the_box_and_nothing_else(fill):
 
 def test_evaluation_view_is_resize_and_centre_crop():
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(evaluation_views(pixels, size=32, crop=1.0), unit(pixels))
-    assert torch.equal(evaluation_views(pixels, size=24, crop=0.75), unit(pixels[..., 4:28, 4:28]))
+    assert torch.equal(evaluation_views(pixels, size=32, crop=1.0), to_unit_float(pixels))
+    assert torch.equal(
+        evaluation_views(pixels, size=24, crop=0.75), to_unit_float(pixels[..., 4:28, 4:28])
+    )
     half = evaluation_views(pixels, size=16, crop=1.0)
     expected = functional.resize(pixels, [16, 16], functional.InterpolationMode.BICUBIC)
     assert (half * 255 - expected).abs().max() < 3
@@ -153,9 +155,9 @@ def test_evaluation_view_is_resize_and_centre_crop():
 
 def test_unit_is_the_level_over_255():
     levels = torch.arange(256, dtype=torch.uint8)
-    assert unit(levels).max() == 1
-    assert unit(levels).min() == 0
-    assert (unit(levels).double() - levels.double() / 255).abs().max() < 2**-23
+    assert to_unit_float(levels).max() == 1
+    assert to_unit_float(levels).min() == 0
+    assert (to_unit_float(levels).double() - levels.double() / 255).abs().max() < 2**-23
 
 
 @pytest.mark.parametrize("crop", Crop.__args__)

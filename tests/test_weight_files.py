@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deit.config import StartConfig
+from deit.config import InitConfig
 from deit.errors import CheckpointError
-from deit.models.start import find_start, fit
+from deit.models.start import adapt_weights, load_weights_from
 from deit.models.weights import load_weights, read_weights
 from tests.helpers.errors import raises
 
@@ -138,7 +138,7 @@ def test_a_shape_that_no_tensor_has_is_a_mistake_of_the_file(shape, tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
     with pytest.raises(CheckpointError):
-        fit(find_start(str(path)), Small(), ("0", "1"), StartConfig())
+        adapt_weights(load_weights_from(str(path)), Small(), ("0", "1"), InitConfig())
 
 
 def test_safetensors_are_known_by_their_content(weights, tmp_path):

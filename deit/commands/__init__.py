@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from deit.commands.data import scan, targets, views
-from deit.commands.lottery import landscape, tickets
+from deit.commands.data import check_data, show_views, targets
+from deit.commands.lottery import loss_landscape, lottery
 from deit.commands.measuring import evaluate, export, predict
-from deit.commands.smaller import ladder, prune, quantize
+from deit.commands.smaller import prune, quantize, variants
 from deit.commands.studies import compare, report, sweep
 from deit.commands.training import finetune, profile, recipes, train
 
@@ -22,12 +22,12 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "sweep": sweep,
     "quantize": quantize,
     "prune": prune,
-    "tickets": tickets,
-    "landscape": landscape,
-    "ladder": ladder,
+    "lottery": lottery,
+    "loss-landscape": loss_landscape,
+    "variants": variants,
     "report": report,
-    "scan": scan,
-    "views": views,
+    "check-data": check_data,
+    "show-views": show_views,
     "targets": targets,
     "profile": profile,
     "recipes": recipes,

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from deit import checkpoint, landscape_options, ticket_options
-from deit.arguments import GOES_ON, parse_run, printed, run_name
+from deit.arguments import GOES_ON, parse_run, print_config_if_asked, run_name
 from deit.errors import ConfigError
-from deit.options import Parser, parse_controls, parse_seeds, read_numbers
+from deit.options import Parser, parse_controls, parse_numbers, parse_seeds
 
 
-def tickets(arguments: list[str], program: str) -> None:
+def lottery(arguments: list[str], program: str) -> None:
     """Lottery tickets: prune a recipe level by level with rewinding, beside controls."""
     parser = _ticket_parser(program)
     options, rest = parser.parse_known_args(arguments)
@@ -19,38 +19,38 @@ def tickets(arguments: list[str], program: str) -> None:
         "goes back to the weights, schedule, order and views of an early update of the dense run, "
         "and is trained from there. Into --out: results.csv, results.json, results.md, tickets.png "
         "and the runs. The same command goes on, also with more levels, controls or seeds.",
-        own=parser,
-        told={
+        command_parser=parser,
+        help_overrides={
             "out": "Folder of the search. None: checkpoints/RECIPE-tickets below the working "
             "directory.",
             "dry_run": "List the runs; nothing is trained or written.",
         },
-        without={**GOES_ON, "force": "what is there is kept; give another --out"},
+        excluded={**GOES_ON, "force": "what is there is kept; give another --out"},
         online=False,
         out=_tickets_of(rest),
     )
     if any(word.partition("=")[0] == "--run.seed" for word in rest):
         raise ConfigError(f"--run.seed {run.config.run.seed}: this command takes --seeds A,B")
-    if printed(run):
+    if print_config_if_asked(run):
         return
-    asked = ticket_options.Asked(
+    asked = ticket_options.LotteryOptions(
         scope=options.scope,
-        levels=options.levels,
-        rate=options.rate,
-        rewind=options.rewind,
+        levels=options.rounds,
+        rate=options.prune_rate,
+        rewind=options.rewind_epoch,
         controls=parse_controls(options.controls, ticket_options.CONTROLS),
-        at=read_numbers(options.controls_at, "--controls_at", whole=True) or None,
+        at=parse_numbers(options.control_rounds, "--control-rounds", whole=True) or None,
         tolerance=options.tolerance,
     )
     ticket_options.check_asked(asked, run.config)
     seeds = parse_seeds(options.seeds)
-    from deit.tickets import tickets
+    from deit.tickets import lottery
 
-    tickets(
+    lottery(
         asked,
         run,
         seeds=seeds,
-        at_once=options.at_once,
+        parallel=options.parallel,
         retries=options.retries,
         arguments=arguments,
     )
@@ -59,13 +59,13 @@ def tickets(arguments: list[str], program: str) -> None:
 def _ticket_parser(program: str) -> Parser:
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
-        "--levels",
+        "--rounds",
         type=int,
         metavar="N",
         help="How often weights are pruned; not with --scope N:M. (default: 7)",
     )
     parser.add_argument(
-        "--rate",
+        "--prune-rate",
         type=float,
         metavar="SHARE",
         help="Share of the weights left that each level takes, likewise. (default: 0.2)",
@@ -77,7 +77,7 @@ def _ticket_parser(program: str) -> Parser:
         "same share) or N:M (N of each M neighbours stay).",
     )
     parser.add_argument(
-        "--rewind",
+        "--rewind-epoch",
         type=float,
         metavar="EPOCHS",
         help="Where levels go back to; 0: the initial weights. (default: where warm-up ends)",
@@ -90,7 +90,7 @@ def _ticket_parser(program: str) -> Parser:
         "masks over other initial weights; one-shot: pruned once instead of level by level.",
     )
     parser.add_argument(
-        "--controls_at",
+        "--control-rounds",
         metavar="A,B,...",
         help="The levels that have controls. (default: all)",
     )
@@ -101,7 +101,7 @@ def _ticket_parser(program: str) -> Parser:
         metavar="POINTS",
         help="How far below the dense run a ticket still matches it.",
     )
-    parser.add_search()
+    parser.add_multi_run_options()
     return parser
 
 
@@ -112,7 +112,7 @@ def _tickets_of(words: list[str]) -> Path | None:
     return Path(f"checkpoints/{run_name(words[0])}-tickets")
 
 
-def landscape(arguments: list[str], program: str) -> None:
+def loss_landscape(arguments: list[str], program: str) -> None:
     """The loss around trained weights: lines, planes, curvature, volume; over levels of pruning."""
     parser = Parser(
         prog=program,
@@ -120,16 +120,18 @@ def landscape(arguments: list[str], program: str) -> None:
         "of a search for tickets: lines and their barriers, planes, eigenvalues, trace and "
         "spectrum of the Hessian, volumes of basins. One page, with every chart and number.",
     )
-    usual = landscape_options.Asked()
+    usual = landscape_options.LandscapeOptions()
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs, or a search")
-    parser.add_argument("--out", type=Path, default=Path("landscape"), help="folder (landscape)")
     parser.add_argument(
-        "--only", default=",".join(usual.parts), help=f"of {', '.join(usual.parts)}"
+        "--out", type=Path, default=Path("loss-landscape"), help="folder (loss-landscape)"
+    )
+    parser.add_argument(
+        "--measure", default=",".join(usual.parts), help=f"of {', '.join(usual.parts)}"
     )
     kinds = ", ".join(landscape_options.KINDS)
     parser.add_argument("--kinds", default=",".join(usual.kinds), help=f"of a search: of {kinds}")
-    parser.add_argument("--levels", metavar="A,B", help="of a search (all); the dense run always")
-    parser.add_argument("--run_seed", type=int, metavar="S", help="of a search (the first)")
+    parser.add_argument("--rounds", metavar="A,B", help="of a search (all); the dense run always")
+    parser.add_argument("--run-seed", type=int, metavar="S", help="of a search (the first)")
     parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default=usual.checkpoint)
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
     parser.add_argument("--split", choices=landscape_options.SPLITS, default=usual.split)
@@ -137,26 +139,28 @@ def landscape(arguments: list[str], program: str) -> None:
         ("images", "whose loss it is, spread over the classes"),
         ("points", "of a line"),
         ("grid", "points along each axis of a plane"),
-        ("top", "largest eigenvalues"),
+        ("num_eigenvalues", "largest eigenvalues"),
         ("steps", "of Lanczos at most, for these"),
         ("probes", "random vectors for the trace"),
         ("rays", "of a volume"),
         ("seed", "of everything that is drawn"),
     ):
         value = getattr(usual, name)
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{told} ({value})")
-    told = f"of a plane, in lengths of the filters ({usual.span:g})"
-    parser.add_argument("--span", type=float, default=usual.span, help=told)
-    told = f"of the loss [nats] up to the rim of a basin ({usual.rise:g})"
-    parser.add_argument("--rise", type=float, default=usual.rise, help=told)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=value, help=f"{told} ({value})"
+        )
+    told = f"of a plane, in lengths of the filters ({usual.plane_extent:g})"
+    parser.add_argument("--plane-extent", type=float, default=usual.plane_extent, help=told)
+    told = f"of the loss [nats] up to the rim of a basin ({usual.loss_rise:g})"
+    parser.add_argument("--loss-rise", type=float, default=usual.loss_rise, help=told)
     options = vars(parser.parse_args(arguments))
     runs, out, root = (options.pop(name) for name in ("runs", "out", "root"))
-    asked = landscape_options.Asked(
+    asked = landscape_options.LandscapeOptions(
         **options
         | {
-            "parts": _words(options.pop("only")),
+            "parts": _words(options.pop("measure")),
             "kinds": _words(options["kinds"]),
-            "levels": _levels(options["levels"]),
+            "levels": _levels(options.pop("rounds")),
         }
     )
     landscape_options.check_asked(asked)
@@ -175,5 +179,5 @@ def _levels(text: str | None) -> tuple[int, ...] | None:
         return None
     words = _words(text)
     if not words or not all(word.isdecimal() for word in words):
-        raise ConfigError(f"--levels {text}: should be whole numbers from 0, with commas")
+        raise ConfigError(f"--rounds {text}: should be whole numbers from 0, with commas")
     return tuple(map(int, words))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deit import checkpoint
 from deit.errors import ConfigError
-from deit.options import Parser, read_numbers
+from deit.options import Parser, parse_numbers
 from deit.text import nearest
 
 # Names that options take, without importing what they name; tests hold them to that.
@@ -28,7 +28,7 @@ def evaluate(arguments: list[str], program: str) -> None:
     parser.add_argument("--teacher", metavar="SOURCE", help="teacher to agree with; none: without")
     parser.add_argument("--run.device", dest="device", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
-        "--run.evaluation_batch",
+        "--run.eval_batch_size",
         dest="batch",
         type=int,
         metavar="N",
@@ -37,40 +37,42 @@ def evaluate(arguments: list[str], program: str) -> None:
     parser.add_argument(
         "--resolution", metavar="A,B", help="sides of the input [px]; positions are resized"
     )
-    parser.add_argument("--crop", metavar="A,B", help="evaluation crops, as views.evaluation_crop")
+    parser.add_argument("--crop", metavar="A,B", help="evaluation crops, as views.eval_crop_pct")
     parser.add_argument(
-        "--merge", metavar="A,B", help="tokens of a ViT that each block merges; none is retrained"
+        "--merge-tokens",
+        metavar="A,B",
+        help="tokens of a ViT that each block merges; none is retrained",
     )
     parser.add_argument(
-        "--variant", metavar="NAME", help=f"ImageNet's {', '.join(TEST_SETS)}, from --data.root"
+        "--test-set", metavar="NAME", help=f"ImageNet's {', '.join(TEST_SETS)}, from --data.root"
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw throughput against accuracy"
     )
     parser.add_argument("--force", action="store_true", help="let --json and --plot replace files")
     options = parser.parse_args(arguments)
-    sides = read_numbers(options.resolution, "--resolution", whole=True)
-    crops = read_numbers(options.crop, "--crop", whole=False)
-    merges = read_numbers(options.merge, "--merge", whole=True, least=0)
+    sides = parse_numbers(options.resolution, "--resolution", whole=True)
+    crops = parse_numbers(options.crop, "--crop", whole=False)
+    merges = parse_numbers(options.merge_tokens, "--merge-tokens", whole=True, least=0)
     if options.batch is not None and options.batch < 1:
-        raise ConfigError(f"--run.evaluation_batch {options.batch}: should be at least 1")
-    if options.variant is not None and options.variant not in TEST_SETS:
-        advice = f"should be one of {', '.join(TEST_SETS)}{nearest(options.variant, TEST_SETS)}"
-        raise ConfigError(f"--variant {options.variant}: {advice}")
-    if options.variant is not None and (options.teacher or options.split != "test"):
+        raise ConfigError(f"--run.eval_batch_size {options.batch}: should be at least 1")
+    if options.test_set is not None and options.test_set not in TEST_SETS:
+        advice = f"should be one of {', '.join(TEST_SETS)}{nearest(options.test_set, TEST_SETS)}"
+        raise ConfigError(f"--test-set {options.test_set}: {advice}")
+    if options.test_set is not None and (options.teacher or options.split != "test"):
         raise ConfigError(
-            "--variant is a test set of its own: neither --teacher nor --split go with it"
+            "--test-set is a test set of its own: neither --teacher nor --split go with it"
         )
-    if options.variant is not None and options.root is None:
-        raise ConfigError(f"--variant {options.variant}: needs --data.root, where its images lie")
-    from deit.contact_sheet import check_picture
+    if options.test_set is not None and options.root is None:
+        raise ConfigError(f"--test-set {options.test_set}: needs --data.root, where its images lie")
+    from deit.contact_sheet import check_image_path
     from deit.disk import check_file
     from deit.evaluation import evaluate
     from deit.evaluation_tables import print_evaluation, write_evaluation
 
     check_file(options.json, option="--json", replace=options.force)
     if options.plot is not None:
-        check_picture(options.plot, option="--plot")
+        check_image_path(options.plot, option="--plot")
         check_file(options.plot, option="--plot", replace=options.force)
     asked = {
         "checkpoint": options.checkpoint,
@@ -79,13 +81,13 @@ def evaluate(arguments: list[str], program: str) -> None:
         "teacher": options.teacher,
         "device": options.device,
         "batch": options.batch,
-        "variant": options.variant,
+        "test_set": options.test_set,
     }
     command = f"deit evaluate {shlex.join(arguments)}"
     if max(map(len, (options.runs, sides, crops, merges))) > 1 or options.plot is not None:
-        from deit.survey import survey
+        from deit.survey import compare_evaluations
 
-        survey(
+        compare_evaluations(
             options.runs,
             resolutions=sides,
             crops=crops,
@@ -100,7 +102,7 @@ def evaluate(arguments: list[str], program: str) -> None:
         options.runs[0],
         resolution=sides[0] if sides else None,
         crop=crops[0] if crops else None,
-        merge=merges[0] if merges else None,
+        merge_tokens=merges[0] if merges else None,
         cost=True,
         **asked,
     )
@@ -124,7 +126,7 @@ def predict(arguments: list[str], program: str) -> None:
         metavar="IMAGE",
         help="pictures, or folders of them at any depth",
     )
-    parser.add_argument("--top", type=int, default=5, help="classes to show (5)")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to show (5)")
     parser.add_argument(
         "--teacher", metavar="SOURCE", help="ask a teacher as well; run: the run's own"
     )
@@ -137,22 +139,22 @@ def predict(arguments: list[str], program: str) -> None:
     )
     parser.add_argument("--checkpoint", choices=checkpoint.NAMES, default="best")
     options = parser.parse_args(arguments)
-    if options.top < 1:
-        raise ConfigError(f"--top {options.top}: should be at least 1")
-    from deit.contact_sheet import check_picture
+    if options.top_k < 1:
+        raise ConfigError(f"--top-k {options.top_k}: should be at least 1")
+    from deit.contact_sheet import check_image_path
     from deit.disk import check_file
     from deit.predict import predict
 
     check_file(options.json, option="--json", replace=options.force)
     if options.attention is not None:
-        check_picture(options.attention, option="--attention")
+        check_image_path(options.attention, option="--attention")
         check_file(options.attention, option="--attention", replace=options.force)
     predict(
         options.run,
         options.pictures,
         name=options.checkpoint,
         teacher=options.teacher,
-        top=options.top,
+        top_k=options.top_k,
         attention=options.attention,
         json_file=options.json,
     )

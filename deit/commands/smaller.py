@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 from deit import checkpoint, prune_options
-from deit.arguments import GOES_ON, parse_run, printed, typed_epochs
+from deit.arguments import GOES_ON, parse_run, print_config_if_asked, typed_epochs
 from deit.config import Config
 from deit.errors import ConfigError
-from deit.options import Parser, parse_controls, read_numbers
+from deit.options import Parser, parse_controls, parse_numbers
 from deit.text import nearest
-from deit.tuning import TUNING, in_epochs
+from deit.tuning import FINETUNE_SCHEDULES, with_epochs
 
 # Names that options take, without importing what they name; tests hold them to that.
 QUANTIZATIONS = ("static", "dynamic")
@@ -33,21 +33,24 @@ def quantize(arguments: list[str], program: str) -> None:
         help="static (ranges of activations from training images) or dynamic (from every batch)",
     )
     parser.add_argument(
-        "--calibration", type=int, metavar="N", help="static: training images to look at (128)"
+        "--calibration-images",
+        type=int,
+        metavar="N",
+        help="static: number of training images (128)",
     )
-    parser.add_argument("--calibrate", choices=CALIBRATIONS, help="static: which ranges (minmax)")
     parser.add_argument(
-        "--percentile", type=float, metavar="P", help="of --calibrate percentile (99.99)"
+        "--calibration-method", choices=CALIBRATIONS, help="static: how ranges are chosen (minmax)"
     )
     parser.add_argument(
-        "--quantize_attention", action="store_true", help="the products within attention as well"
+        "--percentile", type=float, metavar="P", help="of --calibration-method percentile (99.99)"
+    )
+    parser.add_argument(
+        "--quantize-attention", action="store_true", help="the products within attention as well"
     )
     parser.add_argument("--exclude", metavar="REGEX", help="layers that stay float, by whole name")
     parser.add_argument("--sensitivity", action="store_true", help="measure each layer alone, too")
     parser.add_argument(
         "--max-drop",
-        "--max_drop",
-        dest="max_drop",
         type=float,
         default=1.0,
         metavar="POINTS",
@@ -60,15 +63,15 @@ def quantize(arguments: list[str], program: str) -> None:
     parser.add_argument("--force", action="store_true", help="let --out and --json be replaced")
     options = parser.parse_args(arguments)
     how = _check_quantize(options)
-    from deit.quantize import Plan, quantize
+    from deit.quantize import QuantizeOptions, quantize
 
     quantize(
         options.run,
         options.out,
-        Plan(
+        QuantizeOptions(
             method=options.method,
-            images=options.calibration,
-            how=how,
+            images=options.calibration_images,
+            range_method=how,
             percentile=(options.percentile or 99.99) if how == "percentile" else None,
             attention=options.quantize_attention,
             exclude=options.exclude,
@@ -87,23 +90,27 @@ def _check_quantize(options: argparse.Namespace) -> str | None:
     """The way of calibrating, given or meant; None: neither. Raises ConfigError where options are
     wrong, or do not go together."""
     given = {
-        "--calibration": options.calibration,
-        "--calibrate": options.calibrate,
+        "--calibration-images": options.calibration_images,
+        "--calibration-method": options.calibration_method,
         "--percentile": options.percentile,
     }
     named = [name for name, value in given.items() if value is not None]
     if options.method == "dynamic" and named:
         raise ConfigError(f"{named[0]}: --method dynamic looks at no training images")
-    if options.calibration is not None and options.calibration < 1:
-        raise ConfigError(f"--calibration {options.calibration}: should be at least 1")
+    if options.calibration_images is not None and options.calibration_images < 1:
+        raise ConfigError(
+            f"--calibration-images {options.calibration_images}: should be at least 1"
+        )
     if options.percentile is not None and not 50 < options.percentile <= 100:
         raise ConfigError(f"--percentile {options.percentile:g}: should be above 50, at most 100")
     if not 0 <= options.max_drop <= 100:
         raise ConfigError(f"--max-drop {options.max_drop:g}: should be in 0 ... 100")
     meant = None if options.percentile is None else "percentile"
-    how = options.calibrate or meant
+    how = options.calibration_method or meant
     if options.percentile is not None and how != "percentile":
-        raise ConfigError(f"--percentile: goes with --calibrate percentile, not with {how}")
+        raise ConfigError(
+            f"--percentile: goes with --calibration-method percentile, not with {how}"
+        )
     try:
         re.compile(options.exclude or "")
     except re.error as error:
@@ -115,45 +122,49 @@ def prune(arguments: list[str], program: str) -> None:
     """Cut attention heads and hidden units out of a run, and teach what is left once more."""
     parser = _prune_parser(program)
     options, rest = parser.parse_known_args(arguments)
-    asked = prune_options.asked_of(
+    asked = prune_options.prune_options(
         ratio=options.ratio,
         heads=options.heads,
         hidden=options.hidden,
         macs=options.macs,
         scope=options.scope,
-        score=options.score,
+        criterion=options.criterion,
         images=options.images,
     )
     controls = parse_controls(options.controls, tuple(prune_options.CONTROLS))
-    if options.tuning not in TUNING:
-        known = ", ".join(TUNING)
+    if options.schedule not in FINETUNE_SCHEDULES:
+        known = ", ".join(FINETUNE_SCHEDULES)
         raise ConfigError(
-            f"--tuning {options.tuning}: should be one of {known}{nearest(options.tuning, TUNING)}"
+            f"--schedule {options.schedule}: should be one of "
+            f"{known}{nearest(options.schedule, FINETUNE_SCHEDULES)}"
         )
     run = Path(rest[0]).expanduser() if rest and not rest[0].startswith("-") else None
     helps = bool({"-h", "--help"} & set(rest))
     if run is None and not helps:
         raise ConfigError(f"name a finished run first: {program} RUN --ratio 0.5 --out DIR")
     if run is not None:
-        checkpoint.check_run(run)
+        checkpoint.require_run(run)
     recovery = parse_run(
         rest if run is None else [str(run / checkpoint.CONFIG), *rest[1:]],
         program=program,
         usage="RUN",
         about="Cut the attention heads and hidden units that are worth least to a run's own "
-        "objective, and train what is left by its own data and teacher, by a schedule (--tuning), "
+        "objective, and train what is left by its own data and teacher, by a schedule "
+        "(--schedule), "
         "any field of which may be named. Into --out: pruned, recovered, the controls, "
         "results.json, results.md. The same command goes on.",
-        own=parser,
-        told={
+        command_parser=parser,
+        help_overrides={
             "out": "Folder. None: checkpoints/RUN-pruned below the working directory.",
             "dry_run": "Tell what would stay, and how it would be trained; nothing is written.",
         },
-        without={**GOES_ON, "force": "what is there is kept; give another --out"},
-        adapt=lambda config: config if run is None else _of_the_whole(config, options.tuning, rest),
+        excluded={**GOES_ON, "force": "what is there is kept; give another --out"},
+        adapt=lambda config: (
+            config if run is None else _of_the_whole(config, options.schedule, rest)
+        ),
         out=None if run is None else Path(f"checkpoints/{run.resolve().name}-pruned"),
     )
-    if run is None or printed(recovery):
+    if run is None or print_config_if_asked(recovery):
         return
     from deit.prune import prune
 
@@ -163,7 +174,7 @@ def prune(arguments: list[str], program: str) -> None:
         recovery,
         name=options.checkpoint,
         controls=controls,
-        at_once=options.at_once,
+        parallel=options.parallel,
         arguments=arguments,
     )
 
@@ -183,19 +194,23 @@ def _prune_parser(program: str) -> Parser:
         help="global (all blocks ranked together) or layerwise (the same share of each).",
     )
     parser.add_argument(
-        "--score",
+        "--criterion",
         default="taylor",
         help="What a part is worth: taylor (to the loss of training views) or magnitude (of its "
         "weights).",
     )
     parser.add_argument(
-        "--images", type=int, default=1024, metavar="N", help="Training views for --score taylor."
+        "--images",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="Training views for --criterion taylor.",
     )
     parser.add_argument(
         "--checkpoint", choices=checkpoint.NAMES, default="best", help="Whose weights are cut."
     )
     parser.add_argument(
-        "--tuning",
+        "--schedule",
         default="short",
         metavar="NAME",
         help=f"Schedule of the recovery: {', '.join(_of_all())}. short: a third of the epochs.",
@@ -208,53 +223,60 @@ def _prune_parser(program: str) -> Parser:
         "recovery; long: as long as run and recovery together.",
     )
     parser.add_argument(
-        "--at_once", type=int, default=1, metavar="N", help="Runs that share the machine."
+        "--parallel", type=int, default=1, metavar="N", help="Runs that share the machine."
     )
     return parser
 
 
 def _of_all() -> list[str]:
     """The schedules that train all of a student."""
-    return [name for name, tuned in TUNING.items() if tuned(Config()).optim.trained == "all"]
+    return [
+        name
+        for name, tuned in FINETUNE_SCHEDULES.items()
+        if tuned(Config()).optim.trainable == "all"
+    ]
 
 
 def _of_the_whole(config: Config, tuning: str, words: list[str]) -> Config:
     """A configuration by a schedule, in as many epochs as the words of a command line say. Raises
     ConfigError where that trains only a part."""
-    tuned = in_epochs(TUNING[tuning](config), typed_epochs(words))
-    if tuned.optim.trained != "all":
-        which = f"--tuning {tuning}" if config.optim.trained == "all" else "the run"
+    tuned = with_epochs(FINETUNE_SCHEDULES[tuning](config), typed_epochs(words))
+    if tuned.optim.trainable != "all":
+        which = f"--schedule {tuning}" if config.optim.trainable == "all" else "the run"
         raise ConfigError(
-            f"{which}: trains {tuned.optim.trained} alone (optim.trained), and what is left of a "
+            f"{which}: trains {tuned.optim.trainable} alone (optim.trainable), and what is left of "
+            "a "
             "cut student has to learn as a whole; prune a run, by a schedule, that trains all"
         )
     return tuned
 
 
-def ladder(arguments: list[str], program: str) -> None:
+def variants(arguments: list[str], program: str) -> None:
     """A run beside everything smaller that was made of it: accuracy, bytes, arithmetic, time."""
     parser = Parser(
         prog=program,
         description="Measure a run, the ONNX and int8 files in its folder, what deit prune made of "
         "it, and other runs, on the same test images; times in turns on this machine. Into the "
-        "run's folder ladder: ladder.json, ladder.md, ladder.png.",
+        "folder RUN/variants: variants.json, variants.md, variants.png.",
     )
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="a run, then others to stand beside it"
     )
     parser.add_argument(
-        "--merge", metavar="A,B", help="also the run with so many tokens merged in each block"
+        "--merge-tokens",
+        metavar="A,B",
+        help="also the run with so many tokens merged in each block",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
     parser.add_argument(
-        "--force", action="store_true", help="let RUN/ladder and --json be replaced"
+        "--force", action="store_true", help="replace RUN/variants and --json be replaced"
     )
     options = parser.parse_intermixed_args(arguments)
-    merges = read_numbers(options.merge, "--merge", whole=True, least=1)
-    from deit.ladder import ladder
+    merges = parse_numbers(options.merge_tokens, "--merge-tokens", whole=True, least=1)
+    from deit.ladder import variants
 
-    ladder(
+    variants(
         options.runs[0],
         options.runs[1:],
         merges=merges,

@@ -3,11 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-from deit.arguments import GOES_ON, TRAINS, parse_run, printed
-from deit.config import Config, code_of
+from deit.arguments import GOES_ON, TRAINS, parse_run, print_config_if_asked
+from deit.config import Config, code_sources
 from deit.errors import ConfigError
-from deit.options import Parser, check_records, parse_seeds
-from deit.sweep_file import Sweep, corners_of, points_of, under_command_line, with_fields
+from deit.options import Parser, check_content, parse_seeds
+from deit.sweep_file import Sweep, boundary_points, points_of, with_command_line, with_fields
 from deit.sweeps import SWEEPS, find_sweep
 
 
@@ -16,17 +16,18 @@ def compare(arguments: list[str], program: str) -> None:
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
         "--study",
-        default="worth",
+        default="teacher",
         metavar="NAME",
-        help="worth (the student with and without teacher), teaching (every teaching mode), "
-        "patience (epochs), ensemble (teachers together and alone), resolution (a fine-tuning by "
+        help="teacher (the student with and without teacher), view-modes (every view mode), "
+        "epochs (shorter and longer training), ensemble (teachers together and alone), resolution "
+        "(a fine-tuning by "
         "its teachers and none), or of the DeiT paper table-2 (teachers of other kinds), table-3 "
         "(ways of distilling), table-4 (who decides like whom), table-8 (parts of the training).",
     )
     parser.add_argument(
-        "--only", default="", metavar="A,B", help="Some students of the study; none named: all."
+        "--arms", default="", metavar="A,B", help="Some students of the study; none named: all."
     )
-    parser.add_search(retries=False)
+    parser.add_multi_run_options(retries=False)
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the numbers here.")
     options, rest = parser.parse_known_args(arguments)
     seeds = parse_seeds(options.seeds)
@@ -36,23 +37,23 @@ def compare(arguments: list[str], program: str) -> None:
         about="Train a recipe's teachers and several students beside each other, and evaluate all "
         "on the test split. data.* and run.* apply to the teachers too. The same command goes on: "
         "a finished run is not trained again.",
-        own=parser,
-        told={
+        command_parser=parser,
+        help_overrides={
             "out": "Folder of all runs. None: checkpoints/compare-RECIPE in the working directory."
         },
-        without={**GOES_ON, "dry_run": TRAINS},
+        excluded={**GOES_ON, "dry_run": TRAINS},
         prefix="compare-",
     )
-    if printed(run):
+    if print_config_if_asked(run):
         return
     from deit.comparison import compare
 
     compare(
         run,
         study=options.study,
-        only=tuple(name.strip() for name in options.only.split(",") if name.strip()),
+        arm_names=tuple(name.strip() for name in options.arms.split(",") if name.strip()),
         seeds=seeds,
-        at_once=options.at_once,
+        parallel=options.parallel,
         json_file=options.json,
         arguments=arguments,
     )
@@ -73,19 +74,21 @@ def sweep(arguments: list[str], program: str) -> None:
     parser.add_argument(
         "--recipe", default=plan.recipe, metavar="RECIPE", help="Instead of the file's."
     )
-    parser.add_search(seeds=",".join(map(str, plan.seeds)))
+    parser.add_multi_run_options(seeds=",".join(map(str, plan.seeds)))
     parser.add_argument(
-        "--best", type=int, default=5, metavar="N", help="How many are named in the end."
+        "--top", type=int, default=5, metavar="N", help="How many are named in the end."
     )
     options, rest = parser.parse_known_args(rest)
     plan = dataclasses.replace(plan, recipe=options.recipe, seeds=parse_seeds(options.seeds))
-    check_records(plan.records)
+    check_content(plan.content)
     asked: list[Config] = []
     trusted: set[str] = set()
 
     def adapt(config: Config) -> Config:
         if not plan.recipe.endswith(".json"):
-            trusted.update(code_of(config.teacher))  # a recipe that is code itself may name more
+            trusted.update(
+                code_sources(config.teacher)
+            )  # a recipe that is code itself may name more
         asked.append(with_fields(config, plan.set, where=f"sweep {plan.name}, set"))
         return asked[0]
 
@@ -97,25 +100,25 @@ def sweep(arguments: list[str], program: str) -> None:
         f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}. Into --out: results.csv, results.json, "
         "results.md, pictures and the runs. The same command goes on; what is finished is kept, "
         "also when the file changes.",
-        own=parser,
-        told={
+        command_parser=parser,
+        help_overrides={
             "out": "Folder of the sweep. None: checkpoints/SWEEP below the working directory.",
             "dry_run": "List the runs; nothing is trained or written.",
         },
-        without=GOES_ON,
+        excluded=GOES_ON,
         adapt=adapt,
         out=Path("checkpoints") / plan.name,
         online=False,
     )
-    if printed(run):
+    if print_config_if_asked(run):
         return
-    plan = under_command_line(plan, asked[0], run.config)
+    plan = with_command_line(plan, asked[0], run.config)
     # Every mistake in the file, before torch is there.
-    points = corners_of(plan, run.config) if plan.search else points_of(plan, run.config)
-    if run.names_teachers:
-        trusted.update(code_of(run.config.teacher))
+    points = boundary_points(plan, run.config) if plan.search else points_of(plan, run.config)
+    if run.trusts_teacher_code:
+        trusted.update(code_sources(run.config.teacher))
     for point in points:
-        if named := sorted({*code_of(point.config.teacher)} - trusted):
+        if named := sorted({*code_sources(point.config.teacher)} - trusted):
             raise ConfigError(
                 f"sweep {plan.name}, {point.name}: its teacher {named[0]} is code, which no file "
                 f"but the command line may have run; add --teacher.source {named[0]} if you trust "
@@ -127,9 +130,9 @@ def sweep(arguments: list[str], program: str) -> None:
         plan,
         run,
         asked=asked[0],
-        at_once=options.at_once,
+        parallel=options.parallel,
         retries=options.retries,
-        best=options.best,
+        top=options.top,
         arguments=arguments,
     )
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from deit.arguments import TRAINS_NOT, RunArguments, parse_run, printed
-from deit.console import is_main_process, say, table
+from deit.arguments import TRAINS_NOT, RunArguments, parse_run, print_config_if_asked
+from deit.console import info, is_main_process, table
 from deit.errors import ConfigError
 from deit.finetune_arguments import parse_finetune
 from deit.options import Parser
@@ -18,7 +18,7 @@ def train(arguments: list[str], program: str) -> None:
 
 def _train(run: RunArguments, arguments: list[str]) -> None:
     """Train as a command line says, or print its configuration. arguments: for the record."""
-    if printed(run):
+    if print_config_if_asked(run):
         return
     from deit.run import train
 
@@ -48,8 +48,8 @@ def profile(arguments: list[str], program: str) -> None:
         about="Train some updates of a recipe and print where their time went: views, teacher, "
         "student, backward pass, optimizer, average, and the operations by their own time. Nothing "
         "is written but what is named.",
-        own=parser,
-        without={**TRAINS_NOT, "out": "it writes no run; --trace and --json name files"},
+        command_parser=parser,
+        excluded={**TRAINS_NOT, "out": "it writes no run; --trace and --json name files"},
     )
     if options.updates < 1:
         raise ConfigError(f"--updates {options.updates}: should be at least 1")
@@ -61,7 +61,7 @@ def profile(arguments: list[str], program: str) -> None:
     found = profile_run(run.config, updates=options.updates, trace=options.trace)
     if options.json is not None and is_main_process():
         write_json(options.json, found)
-        say(f"wrote {options.json}")
+        info(f"wrote {options.json}")
 
 
 def recipes(arguments: list[str], program: str) -> None:

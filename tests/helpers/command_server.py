@@ -33,7 +33,7 @@ def until(condition: Callable[[], object], *, timeout: float = 300) -> None:
         time.sleep(0.02)
 
 
-class Done(NamedTuple):
+class Completed(NamedTuple):
     """How a command ended: its exit code, or minus the signal that killed it."""
 
     code: int
@@ -46,7 +46,7 @@ def last_json(text: str) -> Any:
     return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
 
 
-def fresh(source: str, *arguments: object, path: Path | None = None) -> Done:
+def fresh(source: str, *arguments: object, path: Path | None = None) -> Completed:
     """Run a program in an interpreter that has imported nothing. path: a folder it imports from,
     besides this project."""
     done = subprocess.run(
@@ -61,7 +61,7 @@ def fresh(source: str, *arguments: object, path: Path | None = None) -> Done:
         timeout=300,
         check=False,
     )
-    return Done(done.returncode, done.stdout, done.stderr)
+    return Completed(done.returncode, done.stdout, done.stderr)
 
 
 class Running:
@@ -75,10 +75,10 @@ class Running:
         """Send it a signal."""
         os.kill(self.pid, number)
 
-    def wait(self, *, timeout: float = 600) -> Done:
+    def wait(self, *, timeout: float = 600) -> Completed:
         """Wait for its end; where that takes too long it is aborted, and says where it was."""
         code = self.zygote.ask({"wait": self.pid, "timeout": timeout})["code"]
-        return Done(code, self.out.read_text(), self.err.read_text())
+        return Completed(code, self.out.read_text(), self.err.read_text())
 
 
 def places(processes: int, of_node: int) -> tuple[Any, list[dict[str, str]]]:
@@ -165,7 +165,7 @@ class Zygote:
         cwd: Path | None = None,
         script: str | None = None,
         **environment: str,
-    ) -> Done:
+    ) -> Completed:
         """Run `deit ARGUMENTS`, or a root script of that name, to its end."""
         return self.start(*arguments, cwd=cwd, script=script, **environment).wait()
 
@@ -192,7 +192,7 @@ class Zygote:
         cwd: Path | None = None,
         script: str | None = None,
         **environment: str,
-    ) -> list[Done]:
+    ) -> list[Completed]:
         """The same, to their end."""
         started = self.start_together(
             *arguments, processes=processes, of_node=of_node, cwd=cwd, script=script, **environment

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from deit.config import StudentConfig
-from deit.models.saved import Facts, build_student, save_student
+from deit.models.saved import ModelInfo, build_student, save_student
 from tests.helpers.command_server import shared
 
 TEN = tuple("0123456789")
@@ -45,7 +45,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: st
 def fake_teacher(folder: Path, class_names: tuple[str, ...]) -> Path:
     """Save a small_convnet that predicts the first class for every image."""
     student = StudentConfig(name="small_convnet", image_size=8)
-    facts = Facts(student, class_names, (0.5,) * 3, (0.5,) * 3, 1.0)
+    facts = ModelInfo(student, class_names, (0.5,) * 3, (0.5,) * 3, 1.0)
     weights = build_student(facts).network.state_dict()
     folder.mkdir(parents=True)
     save_student(folder, {name: torch.zeros_like(value) for name, value in weights.items()}, facts)

@@ -56,7 +56,7 @@ def images_at(root):
 
 def joined(blocks):
     """What several batches hold, each field as one tensor."""
-    fields = ("images", "teacher_images", "targets", "samples", "places")
+    fields = ("images", "teacher_images", "targets", "sample_ids", "target_rows")
     blocks = list(blocks)
     return [torch.cat([getattr(block, field) for block in blocks]) for field in fields]
 

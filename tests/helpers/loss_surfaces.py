@@ -7,8 +7,8 @@ from torch.nn.functional import cross_entropy
 from deit.config import StudentConfig
 from deit.models.networks import create_network
 from deit.models.student import Student
-from deit.records import Outputs
-from deit.surface import Surface
+from deit.records import StudentOutput
+from deit.surface import LossSurface
 
 NUMBER, CLASSES = 12, 3
 SMALL = {"image_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
@@ -16,7 +16,7 @@ SMALL = {"image_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_hea
 
 SECTIONS = {
     "distilled": {"name": "deit_micro", **SMALL},
-    "two tokens": {"name": "deit_micro", "distillation_tokens": 2, **SMALL},
+    "two tokens": {"name": "deit_micro", "num_distillation_tokens": 2, **SMALL},
     "plain": {"name": "vit_micro", **SMALL},
     "convnet": {"name": "small_convnet", "image_size": 8},
     "dense": {"name": "dense", "image_size": 8},
@@ -48,7 +48,7 @@ class Tied(nn.Module):
 
     def forward(self, images):
         features = images.mean(dim=(2, 3))
-        return Outputs(self.other(self.again(self.first(features).tanh()).tanh()))
+        return StudentOutput(self.other(self.again(self.first(features).tanh()).tanh()))
 
 
 NETWORKS = {**{kind: lambda kind=kind: student(kind) for kind in SECTIONS}, "tied": Tied}
@@ -73,7 +73,7 @@ def images_and_labels(dtype=torch.float64):
 def surface(network, sizes=(NUMBER,), *, masks=None, loss=loss):
     images, labels = images_and_labels(next(network.parameters()).dtype)
     batches = list(zip(images.split(list(sizes)), labels.split(list(sizes))))
-    return Surface(network, batches, loss, sizes=sizes, masks=masks)
+    return LossSurface(network, batches, loss, sizes=sizes, masks=masks)
 
 
 def remembered(network):

@@ -59,25 +59,26 @@ _LARGEST = 64 << 20  # bytes of a file
 _DATA = "--data.root pics --data.image_size 8"
 _TINY = (
     f"{_DATA} --student.image_size 8 --optim.epochs 1 --optim.warmup_epochs 0 "
-    "--optim.batch_size 8 --run.linear torch"
+    "--optim.batch_size 8 --run.linear_backend torch"
 )
 _STUDENT = (
     "--student.name deit_micro --student.patch_size 4 --student.embed_dim 16 --student.depth 1 "
-    "--student.num_heads 2 --student.drop_path 0 --teacher.source teacher --teacher.allow_weak"
+    "--student.num_heads 2 --student.drop_path 0 --teacher.source teacher "
+    "--teacher.allow_near_chance"
 )
 _RUN = f"folder {_TINY} {_STUDENT}"
 _FILES = {
     "classes.txt": "ant\nbee\n",
-    "quarantine.txt": "train/ant/0.png\ntrain/bee/1.png\n",
+    "exclude.txt": "train/ant/0.png\ntrain/bee/1.png\n",
     "recipe.py": "from deit.recipes import digits\n\n\ndef mine():\n    return digits()\n",
     "sweep.yaml": "recipe: folder\nset:\n  data: {root: pics, image_size: 8}\n  student: "
     "{image_size: 8, name: deit_micro, patch_size: 4, embed_dim: 16, num_heads: 2, depth: 1, "
     "drop_path: 0}\n"
-    "  optim: {epochs: 1, warmup_epochs: 0, batch_size: 8}\n  run.linear: torch\n"
-    "  teacher: {source: teacher, allow_weak: true}\n"
+    "  optim: {epochs: 1, warmup_epochs: 0, batch_size: 8}\n  run.linear_backend: torch\n"
+    "  teacher: {source: teacher, allow_near_chance: true}\n"
     "grid:\n  optim.lr: [0.001, 0.002]\nseeds: [0]\n",
     "search.yaml": "recipe: folder\nset:\n  data: {root: pics, image_size: 8}\n  student: "
-    "{image_size: 8, name: small_convnet, drop_path: 0}\n  objective: none\n  optim: {epochs: 1, "
+    "{image_size: 8, name: small_convnet, drop_path: 0}\n  loss: none\n  optim: {epochs: 1, "
     "warmup_epochs: 0, batch_size: 8}\nsearch:\n  fields:\n    optim.lr: {low: 0.001, high: 0.01, "
     "log: true}\n    optim.epochs: [1, 2]\n  trials: 2\n",
     "empty.txt": "",
@@ -86,11 +87,11 @@ _FILES = {
 _MADE = {
     "teacher": f"train folder-teacher {_TINY} --student.name small_convnet --student.drop_path 0",
     "run": f"train {_RUN}",
-    "begun": f"train {_RUN} --optim.epochs 3 --run.save_every 1",
+    "begun": f"train {_RUN} --optim.epochs 3 --run.save_every_steps 1",
     "store": f"targets write {_RUN}",
-    "swept": "sweep sweep.yaml --at_once 2",
-    "ticketed": f"tickets {_RUN} --objective none --student.name vit_micro --teacher.source none "
-    "--levels 1 --controls none --rewind 0 --at_once 2",
+    "swept": "sweep sweep.yaml --parallel 2",
+    "ticketed": f"lottery {_RUN} --loss none --student.name vit_micro --teacher.source none "
+    "--rounds 1 --controls none --rewind-epoch 0 --parallel 2",
 }
 """Folders that commands make, each from those before it."""
 _FAULTS = {"begun": "update:5:term"}
@@ -145,35 +146,34 @@ def things() -> list[str]:
 _BASES = {
     "train": (
         f"{_RUN} --out new",
-        f"{_RUN} --dry_run",
-        f"{_RUN} --optim.epochs 3 --run.save_every 1 --out begun --resume",
+        f"{_RUN} --dry-run",
+        f"{_RUN} --optim.epochs 3 --run.save_every_steps 1 --out begun --resume",
         "config.json --out new",
-        "run/config.json --print_config",
-        "recipe.py:mine --print_config",
-        f"{_RUN} --out new --data.quarantine quarantine.txt --data.classes @classes.txt",
-        f"{_RUN} --out new --teacher.targets store",
+        "run/config.json --print-config",
+        "recipe.py:mine --print-config",
+        f"{_RUN} --out new --data.exclude_list exclude.txt --data.classes @classes.txt",
+        f"{_RUN} --out new --teacher.target_stores store",
         f"{_RUN} --out new --data.source shards --data.root shards",
         f"{_RUN} --out new --data.source reader --data.reader folder --data.storage files",
     ),
     "finetune": (
         f"--from run {_DATA} --optim.batch_size 8 --out new",
-        f"folder {_TINY} --from weights.safetensors --objective none --teacher.source none "
-        "--out new",
-        f"folder {_TINY} --from weights.pth --dry_run",
-        f"--from run {_DATA} --resolution 12 --dry_run",
-        f"folder --tuning bit {_TINY} --from run --dry_run",
+        f"folder {_TINY} --from weights.safetensors --loss none --teacher.source none --out new",
+        f"folder {_TINY} --from weights.pth --dry-run",
+        f"--from run {_DATA} --resolution 12 --dry-run",
+        f"folder --schedule bit {_TINY} --from run --dry-run",
     ),
     "evaluate": (
         "run",
         "run --json out.json --teacher none",
         "run teacher --resolution 8,12 --plot out.png",
-        "run --merge 0,1 --json out.json",
+        "run --merge-tokens 0,1 --json out.json",
         "run --split validation --checkpoint last --teacher teacher",
     ),
     "predict": (
         "run pics/test/ant/0.png",
         "run pics/test --attention out.png --json out.json --teacher run",
-        "teacher pics/test/bee pics/test/cat/1.png --top 2",
+        "teacher pics/test/bee pics/test/cat/1.png --top-k 2",
     ),
     "export": (
         "run --format timm --images 4",
@@ -181,34 +181,38 @@ _BASES = {
         "run --format onnx --images 4",
         "run --format transformers --images 4 --out new",
     ),
-    "compare": (f"{_RUN} --out new --print_config", f"{_RUN} --only undistilled --out new"),
-    "sweep": ("sweep.yaml --dry_run", "search.yaml --dry_run", "sweep.yaml --out swept"),
-    "quantize": ("run --calibration 4", "run --method dynamic --out new --json out.json"),
-    "prune": ("run --ratio 0.5 --images 8 --dry_run", "run --ratio 0.5 --images 8 --out new"),
-    "tickets": (
-        f"{_MADE['ticketed'].removeprefix('tickets ')} --out ticketed",
-        f"{_RUN} --levels 1 --dry_run",
+    "compare": (f"{_RUN} --out new --print-config", f"{_RUN} --arms undistilled --out new"),
+    "sweep": ("sweep.yaml --dry-run", "search.yaml --dry-run", "sweep.yaml --out swept"),
+    "quantize": ("run --calibration-images 4", "run --method dynamic --out new --json out.json"),
+    "prune": ("run --ratio 0.5 --images 8 --dry-run", "run --ratio 0.5 --images 8 --out new"),
+    "lottery": (
+        f"{_MADE['ticketed'].removeprefix('lottery ')} --out ticketed",
+        f"{_RUN} --rounds 1 --dry-run",
     ),
-    "landscape": (
-        "run --only lines --images 4 --points 3 --out new",
-        "run teacher --images 4 --points 3 --grid 3 --top 1 --steps 2 --probes 1 --rays 1 "
+    "loss-landscape": (
+        "run --measure lines --images 4 --points 3 --out new",
+        "run teacher --images 4 --points 3 --grid 3 --num-eigenvalues 1 --steps 2 --probes 1 "
+        "--rays 1 "
         "--out new",
-        "ticketed --only lines --images 4 --points 3 --out new",
+        "ticketed --measure lines --images 4 --points 3 --out new",
     ),
-    "ladder": ("run", "run teacher --merge 1 --json out.json"),
+    "variants": ("run", "run teacher --merge-tokens 1 --json out.json"),
     "report": ("run --out new", "run --out new --force", "swept --out new"),
-    "scan": (
+    "check-data": (
         "pics",
-        "pics --write out.txt --json out.json --quarantine quarantine.txt",
+        "pics --write-exclude-list out.txt --json out.json --exclude-list exclude.txt",
         "shards --source shards --json out.json",
     ),
-    "views": (f"{_RUN} --number 2 --out out.png", f"{_RUN} --epoch 3 --number 2 --out out.png"),
+    "show-views": (
+        f"{_RUN} --num-views 2 --out out.png",
+        f"{_RUN} --epoch 3 --num-views 2 --out out.png",
+    ),
     "targets write": (
         f"{_RUN} --out new",
-        f"{_RUN} --out new --epochs 1 --records top-2 --shard 0/2",
+        f"{_RUN} --out new --epochs 1 --content top-2 --part 0/2",
         f"{_RUN} --out store",
     ),
-    "targets verify": ("store", "store --root pics --teacher teacher --rows 4"),
+    "targets verify": ("store", "store --root pics --teacher teacher --num-queries 4"),
     "profile": (f"{_RUN} --updates 1", f"{_RUN} --updates 2 --trace out.json --json out2.json"),
     "recipes": ("",),
     "": ("", "--help", "--version"),
@@ -249,7 +253,7 @@ def options_of(command: str) -> tuple[Option, ...]:
         mock.patch("deit.commands.training.parse_run", side_effect=_Seen),
         contextlib.suppress(_Seen),
     ):
-        COMMANDS[first]([*rest, *(["worth"] if first == "sweep" else [])], first)
+        COMMANDS[first]([*rest, *(["teacher"] if first == "sweep" else [])], first)
     found = [_own(action) for parser in seen for action in parser._actions]
     own = [option for option in found if option is not None]
     if seen and seen[0].add_help:  # it takes no fields
@@ -396,7 +400,7 @@ _TEXTS = (
         "all",
         "run",
     ),
-    *("folder", "digits", "worth", "__class__", "__init__", "os.system", "nul", "con", "a" * 255),
+    *("folder", "digits", "teacher", "__class__", "__init__", "os.system", "nul", "con", "a" * 255),
 )
 _PLACES = (
     *("missing", "missing/x", "classes.txt/x", "run/config.json", "run/best", "pics", "pics/train"),
@@ -427,7 +431,7 @@ _PLACES = (
     *("out.png", "out.json", "out.txt", "out", "new", "out.html", "out.PNG", "out.pdf"),
 )
 _PATHLIKE = re.compile(
-    r"root|source|targets|quarantine|masks|reader|out|teacher|from|classes|held_out|recipe"
+    r"root|source|targets|exclude_list|exclude-list|masks|reader|out|teacher|from|classes|held_out|recipe"
 )
 _NAMES = (*STUDENTS, *RECIPES, *SWEEPS)
 
@@ -602,7 +606,7 @@ def _seal_again(folder: Path) -> None:
     with contextlib.suppress(Exception):
         before = json.loads((folder / manifest.MANIFEST).read_text())
         names = [name for name in before["files"] if (folder / name).is_file()]
-        manifest.seal(folder, manifest.digests(folder, names), step=before["step"])
+        manifest.write_manifest(folder, manifest.digests(folder, names), step=before["step"])
 
 
 # A try

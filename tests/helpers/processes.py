@@ -5,12 +5,12 @@ from pathlib import Path
 SETTINGS = (
     *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
     *("--views.mixup_alpha", "0.8", "--views.cutmix_alpha", "1", "--optim.batch_size", "64"),
-    *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.evaluate_every", "1"),
+    *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.eval_every_epochs", "1"),
     *("--data.train_fraction", "0.25"),  # 324 images, five batches
     # 143 validation images: two chunks in the first of two processes, one in the second.
-    *("--run.evaluation_batch", "71"),
+    *("--run.eval_batch_size", "71"),
     # Not what a busy moment measures, in one of them and not the other.
-    *("--run.linear", "torch", "--teacher.layout", "contiguous"),
+    *("--run.linear_backend", "torch", "--teacher.memory_format", "contiguous"),
 )
 
 

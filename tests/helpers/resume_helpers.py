@@ -6,18 +6,18 @@ import pytest
 
 from deit import checkpoint, faults, journal
 from deit.config import Config
-from deit.errors import Stopped
+from deit.errors import StoppedBySignal
 from deit.run import train
 
 
 def stop_at(config: Config, out: Path, fault: str, **options: object) -> None:
     """Begin a run that a fault of deit.faults stops."""
-    faults.arm(fault)
+    faults.install_faults(fault)
     try:
-        with pytest.raises(Stopped) as stop:
+        with pytest.raises(StoppedBySignal) as stop:
             train(config, out, **options)
     finally:
-        faults.arm(None)
+        faults.install_faults(None)
     assert stop.value.exit_code == 143
 
 
@@ -30,9 +30,11 @@ def stop_and_go_on(config: Config, out: Path, fault: str) -> None:
 def same_end(out: Path, straight: Path) -> None:
     """Two runs ended with the same bits in every file of tensors, and were the same at every
     checkpoint before."""
-    ours, theirs = (sorted(checkpoint.newest(one).glob("*.safetensors")) for one in (out, straight))
+    ours, theirs = (
+        sorted(checkpoint.latest_checkpoint(one).glob("*.safetensors")) for one in (out, straight)
+    )
     assert [file.name for file in ours] == [file.name for file in theirs]
     for one, other in zip(ours, theirs):
         assert one.read_bytes() == other.read_bytes(), one.name
-    chains = [(one / journal.CHAIN).read_bytes() for one in (out, straight)]
+    chains = [(one / journal.HASH_CHAIN).read_bytes() for one in (out, straight)]
     assert chains[0] == chains[1]

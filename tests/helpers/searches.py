@@ -4,21 +4,21 @@ import json
 from dataclasses import asdict
 
 from deit import checkpoint, journal
-from deit.at_once import Planned
+from deit.at_once import RunSpec
 from deit.recipes import digits
 from deit.search import Search
-from deit.sweep_file import Space, Span
+from deit.sweep_file import SearchRange, SearchSpace
 
-LR = {"optim.lr": Span(1e-4, 1e-1, log=True)}
+LR = {"optim.lr": SearchRange(1e-4, 1e-1, log=True)}
 
 
 def opened(out, *, trials=8, fields=LR, prune=True, epochs=8, of="this", retries=0, plan=None):
     """plan: which run a point is; None: one in a folder of the point's name."""
     base = digits().replace(optim={"epochs": epochs, "warmup_epochs": 1})
-    space = Space(fields, trials, prune)
+    space = SearchSpace(fields, trials, prune)
 
     def by_name(point):
-        return Planned(point.name, point.config, out / point.name.replace(" ", "-"))
+        return RunSpec(point.name, point.config, out / point.name.replace(" ", "-"))
 
     return Search(space, base, out, name="s", seed=0, of=of, plan=plan or by_name, retries=retries)
 

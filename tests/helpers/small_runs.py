@@ -3,42 +3,50 @@
 from pathlib import Path
 
 from deit import journal
-from deit.presets import OBJECTIVES
+from deit.presets import LOSS_PRESETS
 from deit.recipes import digits
-from tests.helpers.command_server import Done, Zygote
+from tests.helpers.command_server import Completed, Zygote
 
 STEPS = 5
 
 
 SMALL = (
-    *("digits", "--objective", "none", "--teacher.source", "none", "--views.policy", "randaugment"),
+    *(
+        "digits",
+        "--loss",
+        "none",
+        "--teacher.source",
+        "none",
+        "--views.auto_augment",
+        "randaugment",
+    ),
     *("--views.mixup_alpha", "0.8", "--views.cutmix_alpha", "1"),
     *("--student.depth", "2", "--student.embed_dim", "24", "--student.num_heads", "2"),
     # A quarter of the images: 324, which are five batches.
     *("--data.train_fraction", "0.25", "--optim.batch_size", "64", "--optim.epochs", "2"),
     *("--student.drop_path", "0.2"),
-    *("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--run.evaluate_every", "1"),
-    *("--run.linear", "torch"),  # not what a busy moment measures
+    *("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--run.eval_every_epochs", "1"),
+    *("--run.linear_backend", "torch"),  # not what a busy moment measures
 )
 
 
 def same(out: Path, straight: Path) -> None:
     """The two runs left the same: every link of the chain, and the best weights."""
-    for name in (journal.CHAIN, "best/model.safetensors"):
+    for name in (journal.HASH_CHAIN, "best/model.safetensors"):
         assert (out / name).read_bytes() == (straight / name).read_bytes()
     steps = [row["step"] for row in journal.read(out / journal.METRICS)]
     assert steps == [STEPS, 2 * STEPS]
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 
-def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> Done:
+def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> Completed:
     return zygote.run("train", *SMALL, "--out", out, "--resume", *more, DEIT_FAULT=fault)
 
 
 THREE_EPOCHS = (
     *("--student.embed_dim", "24", "--student.depth", "2", "--student.num_heads", "3"),
     *("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--optim.batch_size", "64"),
-    *("--run.evaluate_every", "3", "--data.train_fraction", "0.3"),
+    *("--run.eval_every_epochs", "3", "--data.train_fraction", "0.3"),
 )
 
 
@@ -48,12 +56,12 @@ QUICK_PRUNING = ("--optim.epochs", "2", "--optim.warmup_epochs", "0.5", "--image
 WITH_AVERAGE = (
     *("--student.embed_dim", "16", "--student.depth", "1", "--student.num_heads", "2"),
     *("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--optim.batch_size", "64"),
-    *("--run.evaluate_every", "2", "--data.train_fraction", "0.2", "--optim.ema_epochs", "1"),
+    *("--run.eval_every_epochs", "2", "--data.train_fraction", "0.2", "--optim.ema_epochs", "1"),
 )
 
 
 ON_PICTURES = (
-    *("--objective", "none", "--teacher.source", "none"),
+    *("--loss", "none", "--teacher.source", "none"),
     *("--student.name", "vit_micro", "--student.depth", "1", "--student.embed_dim", "16"),
     *("--student.num_heads", "2", "--student.image_size", "16", "--student.patch_size", "4"),
     *("--data.image_size", "18", "--optim.batch_size", "8", "--optim.epochs", "3"),
@@ -66,7 +74,7 @@ def two_epochs(**sections):
         data={"train_fraction": 0.2},
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
         teacher={"source": ()},
-        loss=OBJECTIVES["none"],
+        loss=LOSS_PRESETS["none"],
         optim={"epochs": 2, "warmup_epochs": 1},
     )
     return small.replace(**sections)

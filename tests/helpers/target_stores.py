@@ -8,10 +8,10 @@ import pytest
 from deit import targets
 from deit.datasets.splits import load_splits
 from deit.environment import create_accelerator
-from deit.presets import OBJECTIVES
+from deit.presets import LOSS_PRESETS
 from deit.recipes import digits, digits_teacher
 from deit.target_writer import write_targets
-from deit.teaching import Faculty
+from deit.teaching import RunTeachers
 from tests.helpers.trained import trained
 from tests.helpers.units import LEAST_ROWS
 
@@ -42,9 +42,9 @@ def configuration(teacher, **sections):
         data={"train_fraction": 0.25},
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
         optim={"epochs": EPOCHS, "warmup_epochs": 1},
-        run={"evaluate_every": EPOCHS},
+        run={"eval_every_epochs": EPOCHS},
         teacher={"source": (teacher,)},
-        loss=OBJECTIVES["deit-hard"],
+        loss=LOSS_PRESETS["deit-hard"],
     )
     return config.replace(**sections)
 
@@ -67,12 +67,12 @@ def copied(store, tmp_path):
 
 
 def with_targets(config, *stores):
-    return config.replace(teacher={"targets": tuple(map(str, stores))})
+    return config.replace(teacher={"target_stores": tuple(map(str, stores))})
 
 
 def check(config):
     """Everything a run does before its first step."""
-    faculty = Faculty(config)
+    faculty = RunTeachers(config)
     accelerator = create_accelerator(config.run)
     splits = load_splits(config.data)
     loader, panel = faculty.load(splits, accelerator)
