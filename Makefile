@@ -83,6 +83,7 @@ test-newest: VERSION := 3.13
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/lint_imports.py
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .

@@ -26,10 +26,10 @@ from PIL import (
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
-from deit.console import progress
+from deit.core.console import progress
+from deit.core.errors import DataError
+from deit.core.hardware import threads
 from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.errors import DataError
-from deit.threads import threads
 
 try:
     from PIL import AvifImagePlugin

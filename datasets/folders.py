@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from deit.config import DataConfig
+from deit.config.data_section import DataConfig
+from deit.core.errors import DataError
 from deit.datasets.listing import (
     Folder,
     Listing,
@@ -22,7 +23,6 @@ from deit.datasets.listing import (
     split_folders,
 )
 from deit.datasets.stores import FolderStore
-from deit.errors import DataError
 
 
 def list_folder(config: DataConfig, keep: tuple[str, ...], complain: OnProblem = refuse) -> Listing:

@@ -12,10 +12,18 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from deit.core.errors import (
+    DataError,
+    NotFoundError,
+    bytes_of,
+    counted,
+    did_you_mean,
+    in_line,
+    name_trouble,
+    raise_transient,
+)
 from deit.datasets.decoding import EXTENSIONS
 from deit.datasets.images import ImageStore
-from deit.errors import DataError, NotFoundError, raise_transient
-from deit.text import bytes_of, counted, in_line, name_trouble, nearest
 
 Part = TypeVar("Part")
 OnProblem = Callable[[str], None]
@@ -278,7 +286,7 @@ def resolve_classes(
     """The wanted classes; raises DataError, with the field, for one the data does not have."""
     for name in keep:
         if name not in names:
-            raise DataError(f"{field}: no class {name!r} in the data{nearest(name, names)}")
+            raise DataError(f"{field}: no class {name!r} in the data{did_you_mean(name, names)}")
     return set(keep)
 
 

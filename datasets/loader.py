@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from deit.config import OptimConfig, ViewsConfig, has_fixed_teacher_view, uses_mixing
+from deit.config.data_section import ViewsConfig
+from deit.config.schema import OptimConfig
+from deit.core.errors import ConfigError, DataError
+from deit.core.rng import Keys, permutation
+from deit.core.tensors import to_device_async
+from deit.core.types import Batch
+from deit.datasets.decode_workers import Decoder, Reader, ReadRequest, ReadResult
 from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.datasets.looks import RandomView, ViewSampler, teacher_view_sampler
 from deit.datasets.mixing import Mix, mix_images, mix_targets, sample_mix
-from deit.datasets.reading import Decoder, Reader, ReadRequest, ReadResult
 from deit.datasets.resizing import resize
-from deit.datasets.stages import StageTimer
+from deit.datasets.stage_timer import StageTimer
+from deit.datasets.view_samplers import RandomView, ViewSampler, teacher_view_sampler
 from deit.datasets.views import ChannelStats, ViewParameters, to_unit_float
-from deit.errors import ConfigError, DataError
-from deit.keys import Keys, permutation
-from deit.records import Batch
-from deit.transfer import to_device_async
 
 _DRAWN_AT_ONCE = 4096  # views; they are small numbers, and drawing few costs as much as many
 _SHOWN_AT_ONCE = 2 * 2**20  # bytes of views; smaller micro-batches are made together, likewise
@@ -135,7 +136,7 @@ class TrainLoader:
                 f"optim.batch_size = {optim.batch_size}: takes {self.images_per_batch} images at "
                 f"once, there are {self.number} for training; give a smaller batch or more data"
             )
-        if uses_mixing(views) and self.images_per_batch < 2:
+        if views.uses_mixing and self.images_per_batch < 2:
             raise ConfigError(
                 f"views.aug_repeats = {views.aug_repeats}: a batch of {optim.batch_size} would "
                 "hold one "
@@ -167,8 +168,8 @@ class TrainLoader:
         equal (for mixing: even)."""
         blocks = self.num_processes * optim.grad_accum_steps
         block = optim.batch_size // blocks
-        if optim.batch_size % blocks or (uses_mixing(self.views) and block % 2):
-            kind = "equal, even" if uses_mixing(self.views) else "equal"
+        if optim.batch_size % blocks or (self.views.uses_mixing and block % 2):
+            kind = "equal, even" if self.views.uses_mixing else "equal"
             raise ConfigError(
                 f"optim.batch_size = {optim.batch_size}: cannot be cut into {kind} micro-batches "
                 f"for {self.num_processes} processes and optim.grad_accum_steps "
@@ -183,11 +184,11 @@ class TrainLoader:
         Without repeats they are all images (less one if that makes a pair), so that they do not
         depend on the batch; where the teacher's view is fixed, always all images.
         """
-        if has_fixed_teacher_view(self.views):
+        if self.views.has_fixed_teacher_view:
             return self.number
         if self.views.aug_repeats > 1:
             return self.steps_per_epoch * self.optim.batch_size
-        return self.number - self.number % 2 if uses_mixing(self.views) else self.number
+        return self.number - self.number % 2 if self.views.uses_mixing else self.number
 
     def order(self, epoch: int) -> Tensor:
         """The images of an epoch in the order they are taken, int64 [number], on the CPU."""
@@ -226,7 +227,7 @@ class TrainLoader:
         further ones may be read while the first is.
         """
         look = self.teacher_look or self.student_look
-        order = None if has_fixed_teacher_view(self.views) else self.order(epoch)
+        order = None if self.views.has_fixed_teacher_view else self.order(epoch)
         located = self._locate(order, places, repeat)
         blocks = zip(*(part.split(block) for part in located))
         wanted = (ReadRequest(epoch, *part) for part in blocks)
@@ -278,14 +279,14 @@ class TrainLoader:
         )
         return _SampledViews(
             samples,
-            found if has_fixed_teacher_view(self.views) else rows,
+            found if self.views.has_fixed_teacher_view else rows,
             self.student_look.sample(epoch, samples, repeats),
             None if own is None else own.sample(epoch, samples, repeats),
             self._draw_mix(epoch, rows),
         )
 
     def _draw_mix(self, epoch: int, rows: Tensor) -> Mix | None:
-        if not uses_mixing(self.views):
+        if not self.views.uses_mixing:
             return None
         pairs = Keys(self.seed, epoch, to_device_async(rows[::2] // 2, self.device))
         return sample_mix(pairs, views=self.views, size=self.sizes.student)

@@ -10,8 +10,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from deit.config import ViewsConfig
-from deit.keys import Keys, beta, uniform
+from deit.config.data_section import ViewsConfig
+from deit.core.rng import Keys, beta, uniform
 
 
 class Mix(NamedTuple):

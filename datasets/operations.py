@@ -14,10 +14,9 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deit.config import Interpolation
-from deit.datasets.pieces import chunked
-from deit.datasets.resizing import blur
-from deit.transfer import to_device_async
+from deit.config.fields import Interpolation
+from deit.core.tensors import to_device_async
+from deit.datasets.resizing import blur, chunked
 
 
 class FillOptions(NamedTuple):

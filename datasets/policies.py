@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from deit.config import ViewsConfig
+from deit.config.data_section import ViewsConfig
+from deit.core.rng import Keys, normal, uniform
+from deit.core.tensors import device_constant
 from deit.datasets.operations import CODES
 from deit.datasets.resizing import MAX_SIGMA
-from deit.keys import Keys, normal, uniform
-from deit.transfer import device_constant
 
 Layers = tuple[Tensor, Tensor]
 """codes int64 [batch, layers], arguments float32 [batch, layers]."""

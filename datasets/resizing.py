@@ -5,7 +5,7 @@ by grey levels, so that every partial sum of a matrix product is a multiple of 2
 held exactly: the order of summation, which differs between devices and batch sizes, cannot matter.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -13,8 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from deit.config import Interpolation
-from deit.datasets.pieces import chunked
+from deit.config.fields import Interpolation
 
 _ONE = 2.0**15  # 255 * 1.3 (the absolute weights of a bicubic filter) is below 2**9
 MAX_SIGMA = 2.0  # of a blur [px]; its filter is cut off at four sigmas
@@ -175,3 +174,18 @@ def _rounded(weights: Tensor) -> Tensor:
     """The nearest multiples of 2**-15, float32; a hair more, so that halves do not hang on the last
     bit."""
     return (torch.round(weights * _ONE + 2.0**-20) * (1 / _ONE)).float()
+
+
+_BYTES = 2**18  # of uint8; the same in single precision is a megabyte
+
+
+def chunked(work: Callable[..., Tensor], images: Tensor, *others: Tensor) -> Tensor:
+    """work(images, *others) on a GPU; on a processor the same, put together from pieces.
+
+    images: uint8 [batch, ...]. others: [batch, ...] each. work must treat each image alone.
+    """
+    number = max(_BYTES // max(images[:1].numel(), 1), 1)
+    if images.is_cuda or len(images) <= number:
+        return work(images, *others)
+    parts = zip(*(values.split(number) for values in (images, *others)))
+    return torch.cat([work(*part) for part in parts])

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from deit.config import DataConfig
-from deit.console import progress
+from deit.config.data_section import DataConfig
+from deit.core.console import progress
+from deit.core.errors import DataError, first_line, raise_transient
+from deit.core.file_reading import read_lines
 from deit.datasets.decoding import EXTENSIONS
 from deit.datasets.listing import (
     SPLIT_NAMES,
@@ -26,8 +28,6 @@ from deit.datasets.listing import (
     split_folders,
 )
 from deit.datasets.stores import ShardStore
-from deit.errors import DataError, first_line, raise_transient
-from deit.inputs import read_lines
 
 IMAGE_FIELDS = frozenset(ending.removeprefix(".") for ending in EXTENSIONS)
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$")

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, VisionDataset
 
-from deit.config import DataConfig
+from deit.config.data_section import DataConfig
+from deit.core.errors import DataError, SystemFault, first_line, raise_transient
+from deit.core.file_reading import read_lines
 from deit.datasets.folders import list_folder
 from deit.datasets.images import EncodedImages, ImageStore, InMemoryImages
 from deit.datasets.listing import Listing, resolve_classes
-from deit.datasets.readers import list_reader
 from deit.datasets.shards import list_shards
-from deit.errors import DataError, SystemFault, first_line, raise_transient
-from deit.inputs import read_lines
+from deit.datasets.timm_readers import list_reader
 
 
 class Loaded(NamedTuple):

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from deit.config import DataConfig
+from deit.config.data_section import DataConfig
+from deit.core.errors import DataError, SystemFault
+from deit.core.host_memory import free_memory
+from deit.core.rng import Keys, random_words
+from deit.core.user_code import read_names
 from deit.datasets.decoding import decode_all, in_threads
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.listing import resolve_classes
 from deit.datasets.sources import SOURCES, Loaded
-from deit.errors import DataError, SystemFault
-from deit.files import read_names
-from deit.keys import Keys, random_words
-from deit.memory import free_memory
 
 
 class Splits(NamedTuple):
@@ -299,3 +299,19 @@ def _digest_names(digest: "hashlib._Hash", split: EncodedImages) -> None:
 
     for line in in_threads(fact, split.positions.tolist(), "looking at the files"):
         digest.update(line.encode(errors="surrogateescape"))
+
+
+def stratified_indices(labels: Tensor, number: int, *, seed: int, stream: str) -> Tensor:
+    """The rows of so many images, or of all where there are fewer: int64, rising, the same for a
+    seed and stream.
+
+    labels: int64 [images]. Of each class as many as of every other, or one more, as far as it has
+    them; which ones is drawn.
+    """
+    drawn = random_words(Keys(seed, 0, torch.arange(len(labels))), stream, 1).squeeze(1)
+    order = drawn.argsort(stable=True)
+    turn = torch.empty_like(labels)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        turn[members] = torch.arange(len(members))
+    return order[turn[order].argsort(stable=True)][:number].sort().values

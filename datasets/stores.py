@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deit.errors import DataError, NotAllowedError, first_line, raise_transient
-from deit.text import bytes_of
+from deit.core.errors import DataError, NotAllowedError, bytes_of, first_line, raise_transient
 
 
 class StringTable:

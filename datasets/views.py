@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deit.config import ViewsConfig
+from deit.config.data_section import ViewsConfig
+from deit.core.rng import Keys, random_words, uniform
+from deit.core.tensors import device_constant, to_device_async
 from deit.datasets.operations import FillOptions, apply_operations
-from deit.datasets.pieces import chunked
 from deit.datasets.policies import sample_policy
-from deit.datasets.resizing import resize, resize_boxes
-from deit.keys import Keys, random_words, uniform
-from deit.transfer import device_constant, to_device_async
+from deit.datasets.resizing import chunked, resize, resize_boxes
 
 VERSION = 1
 """Of the pixels: raised with every change that makes a view of the same key look otherwise, so that

@@ -10,7 +10,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from deit.errors import ConfigError
+from deit.core.errors import ConfigError
 
 
 class AttentionMaps(NamedTuple):

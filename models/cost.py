@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deit.console import warn
+from deit.core.console import warn
+from deit.models.parameters import count_parameters
 
 _ROUNDS = 5
 _ROUND_S = 0.4
@@ -41,7 +42,7 @@ def cost_of(network: nn.Module, *, side: int, batch: int = 64) -> Cost:
     weights = sum(value.nbytes for value in network.state_dict().values())
     rates = _rates(network, images)
     return Cost(
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        parameters=count_parameters(network),
         gmacs=macs_of_image(network, images[:1]) / 1e9,
         memory_mb=(weights + _activations(network, images)) / 1e6,
         images_per_s=statistics.median(rates),

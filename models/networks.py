@@ -8,22 +8,13 @@ from timm.layers import Attention, Mlp
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from deit.config import (
-    SIZES,
-    StudentConfig,
-    has_distillation_token,
-    heads_of_blocks,
-    hidden_of_blocks,
-    num_heads,
-)
-from deit.errors import ConfigError
-from deit.models.convpass import add_adapters
-from deit.models.dense import Dense
-from deit.models.multiplexing import share_weights
+from deit.config.student_section import SIZES, StudentConfig
+from deit.core.errors import ConfigError, did_you_mean
 from deit.models.rednet import DEPTHS, RedNet
-from deit.models.rounding import enable_fake_quant
-from deit.models.small_convnet import SmallConvNet
-from deit.text import nearest
+from deit.models.small_networks import Dense, SmallConvNet
+from deit.models.surgery.convpass import add_adapters
+from deit.models.surgery.fake_quant import enable_fake_quant
+from deit.models.surgery.weight_sharing import share_weights
 
 
 def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
@@ -31,7 +22,7 @@ def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
 
     Parameter names are timm's own, so its weights load in both directions.
     """
-    distilled = has_distillation_token(student)
+    distilled = student.has_distillation_token
     shape = dict(SIZES[student.name.split("_")[1]])
     for name in shape:
         shape[name] = getattr(student, name) or shape[name]
@@ -74,8 +65,8 @@ def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
 def _resize_blocks(network: nn.Module, student: StudentConfig) -> None:
     """Give each block its own number of heads, as wide as before, and of hidden units."""
     width = network.embed_dim
-    wide = width // num_heads(student)
-    shapes = zip(network.blocks, heads_of_blocks(student), hidden_of_blocks(student), strict=True)
+    wide = width // student.heads
+    shapes = zip(network.blocks, student.block_heads, student.block_hidden, strict=True)
     for block, heads, hidden in shapes:
         drop = {"proj_drop": student.dropout}
         block.attn = Attention(width, heads, attn_head_dim=wide, qkv_bias=True, **drop)
@@ -168,7 +159,7 @@ def create_timm(student: StudentConfig, num_classes: int) -> nn.Module:
     if not timm.is_model(name):
         raise ConfigError(
             f"student.name = {student.name!r}: timm has no model {name!r}"
-            + nearest(name, timm.list_models())
+            + did_you_mean(name, timm.list_models())
         )
     settings = {"drop_path_rate": student.drop_path} if student.drop_path else {}
     # Models with a position embedding are built for one size; the others refuse the argument.

@@ -7,13 +7,13 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from deit import manifest
-from deit.models.facts import FACTS, WEIGHTS, ModelInfo
+from deit.core import manifest
+from deit.core.json_io import load_json_as
+from deit.models.load_weights import saved_weights
+from deit.models.metadata import FACTS, WEIGHTS, ModelInfo
 from deit.models.networks import create_network
-from deit.models.start import saved_weights
 from deit.models.student import Student
-from deit.models.weights import load_weights
-from deit.typed_json import load_json_as
+from deit.models.weight_files import load_weights
 
 
 def build_student(facts: ModelInfo) -> Student:

@@ -4,9 +4,9 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from deit.models.convpass import adapters_of
-from deit.models.rounding import fake_quant_layers
-from deit.records import StudentOutput
+from deit.core.types import StudentOutput
+from deit.models.surgery.convpass import adapters_of
+from deit.models.surgery.fake_quant import fake_quant_layers
 
 _OF_RANGES = ("range", "observed")
 

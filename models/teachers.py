@@ -14,21 +14,28 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from deit.config import CLASS_ORDERS, STUDENTS, StudentConfig
-from deit.errors import ConfigError, DataError, NotFoundError, first_line, raise_transient
-from deit.files import HUB, about_address, import_file, read_names
-from deit.inputs import no_file
-from deit.models.facts import find_saved_model
-from deit.models.layers import classifier_names
-from deit.models.layout import MemoryFormat, set_memory_format, to_memory_format
+from deit.config.schema import CLASS_ORDERS
+from deit.config.student_section import STUDENTS, StudentConfig
+from deit.config.teachers import TeacherSpec
+from deit.core.errors import (
+    ConfigError,
+    DataError,
+    NotFoundError,
+    did_you_mean,
+    first_line,
+    raise_transient,
+)
+from deit.core.file_reading import no_file
+from deit.core.tensors import device_constant
+from deit.core.types import logits_by_head
+from deit.core.user_code import HUB, about_address, import_file, read_names
+from deit.models.memory_format import MemoryFormat, set_memory_format, to_memory_format
+from deit.models.metadata import find_saved_model
 from deit.models.networks import create_network
+from deit.models.parameters import classifier_names
 from deit.models.saved import load_student
 from deit.models.student import Student
-from deit.models.weights import as_named, digest_of, load_weights, read_weights
-from deit.records import logits_by_head
-from deit.seats import TeacherSpec
-from deit.text import nearest
-from deit.transfer import device_constant
+from deit.models.weight_files import as_named, digest_of, load_weights, read_weights
 
 
 class LoadedNetwork(NamedTuple):
@@ -214,7 +221,7 @@ def resolve_source(source: str) -> str:
         )
     raise NotFoundError(
         f"teacher.source {source}: no such file, folder or timm model"
-        + nearest(source, timm.list_models())
+        + did_you_mean(source, timm.list_models())
     )
 
 
@@ -305,7 +312,7 @@ def _from_file(path: Path, config: TeacherSpec, class_names: tuple[str, ...]) ->
     if name not in STUDENTS and not name.startswith("timm:"):
         raise ConfigError(
             f"teacher.architecture = {name!r}: should be timm:NAME or one of "
-            f"{', '.join(STUDENTS)}{nearest(name, STUDENTS)}"
+            f"{', '.join(STUDENTS)}{did_you_mean(name, STUDENTS)}"
         )
     weights = read_weights(path)
     known: dict = {}
@@ -428,7 +435,7 @@ def _match_classes(
         raise DataError(
             f"teacher {origin.description}: knows {len(column)} classes, but of the data's "
             f"{len(class_names)} it lacks {len(missing)}: {shown}"
-            f"{nearest(missing[0], column)}"
+            f"{did_you_mean(missing[0], column)}"
         )
     return tuple(column[name] for name in class_names)
 

@@ -7,11 +7,11 @@ from typing import Any
 import timm
 from torch import nn
 
-from deit.config import SIZES, StudentConfig, has_distillation_token, is_transformer
-from deit.errors import ConfigError
-from deit.models.facts import ModelInfo
-from deit.models.layers import classifier_names
+from deit.config.student_section import SIZES, StudentConfig
+from deit.core.errors import ConfigError
+from deit.models.metadata import ModelInfo
 from deit.models.networks import check_blocks_alike
+from deit.models.parameters import classifier_names
 
 
 def timm_config(facts: ModelInfo, network: nn.Module) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def timm_name(student: StudentConfig) -> tuple[str, dict[str, Any]]:
         name = student.name.removeprefix("timm:")
         sized = timm.get_pretrained_cfg(name).fixed_input_size
         return name, {"img_size": student.image_size} if sized else {}
-    if not is_transformer(student):
+    if not student.is_transformer:
         raise ConfigError(
             f"student.name = {student.name!r}: timm has no such network, so neither timm nor "
             "transformers could load it; --format onnx or pt2 takes any"
@@ -76,7 +76,7 @@ def timm_name(student: StudentConfig) -> tuple[str, dict[str, Any]]:
         name: getattr(student, name) or usual
         for name, usual in SIZES[student.name.split("_")[1]].items()
     }
-    distilled = has_distillation_token(student)
+    distilled = student.has_distillation_token
     name = "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"
     return name, {"img_size": student.image_size, "patch_size": student.patch_size, **shape}
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit.config import SIZES, has_distillation_token, is_transformer
-from deit.errors import CheckpointError, ConfigError
-from deit.models.facts import ModelInfo
+from deit.config.student_section import SIZES
+from deit.core.errors import CheckpointError, ConfigError
+from deit.models.metadata import ModelInfo
 from deit.models.networks import check_blocks_alike
 
 Weights = dict[str, Tensor]
@@ -106,7 +106,7 @@ def transformers_config(facts: ModelInfo) -> dict[str, Any]:
     Raises ConfigError where transformers has no such network.
     """
     student = facts.student
-    if not is_transformer(student):
+    if not student.is_transformer:
         raise ConfigError(
             f"student.name = {student.name!r}: transformers has no such network of its own; "
             "--format timm goes through its TimmWrapper where timm has it, onnx and pt2 take any"
@@ -120,7 +120,7 @@ def transformers_config(facts: ModelInfo) -> dict[str, Any]:
     check_blocks_alike(student)
     usual = SIZES[student.name.split("_")[1]]
     shape = {name: getattr(student, name) or value for name, value in usual.items()}
-    distilled = has_distillation_token(student)
+    distilled = student.has_distillation_token
     kind = "DeiTForImageClassificationWithTeacher" if distilled else "ViTForImageClassification"
     return {
         "architectures": [kind],

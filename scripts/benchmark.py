@@ -9,12 +9,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deit.config import RunConfig
-from deit.console import info, table
-from deit.disk import check_file
-from deit.environment import create_accelerator, environment_info, raise_malloc_threshold
-from deit.errors import SystemFault
-from deit.processor import cores
+from deit.config.schema import RunConfig
+from deit.core.accelerator import environment_info, raise_malloc_threshold
+from deit.core.console import info, table
+from deit.core.errors import SystemFault
+from deit.core.filesystem import check_file
+from deit.core.hardware import cores
+from deit.distill.build import build_accelerator
 from scripts.benchmark_data import BATCH, data
 from scripts.benchmark_picture import draw_benchmark
 from scripts.benchmark_targets import targets
@@ -82,7 +83,7 @@ def main() -> None:
         "threads": threads,
         "batch_size": rows[0].get("batch_size", BATCH),
         "rows": rows,
-        "environment": environment_info(create_accelerator(RunConfig(device=device)), []),
+        "environment": environment_info(build_accelerator(RunConfig(device=device)), []),
     }
     if options.json is not None:
         options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deit.config import OptimConfig, StudentConfig, ViewsConfig
+from deit.config.data_section import ViewsConfig
+from deit.config.schema import OptimConfig
+from deit.config.student_section import StudentConfig
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.stores import FolderStore

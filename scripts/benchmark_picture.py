@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from deit.errors import SystemFault
+from deit.core.errors import SystemFault
 
 _OURS, _PEER = "#0072b2", "#b0b0b0"
 

@@ -9,16 +9,21 @@ from typing import Any
 import torch
 from PIL import Image
 
-from deit.config import Config, StudentConfig
+from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes.cifar import cifar10_micro
+from deit.config.schema import Config
+from deit.config.student_section import StudentConfig
 from deit.datasets.splits import load_splits
-from deit.environment import create_accelerator
+from deit.distill.build import (
+    build_accelerator,
+    build_online_ensemble,
+    build_teachers,
+    build_train_loader,
+)
+from deit.distill.target_checks import teacher_query
+from deit.distill.target_store import RecordFormat
+from deit.distill.write_targets import encode_block, write_targets
 from deit.models.networks import create_network
-from deit.preparation import build_online_ensemble, build_teachers, build_train_loader
-from deit.presets import LOSS_PRESETS
-from deit.recipes import cifar10_micro
-from deit.stored import teacher_query
-from deit.target_writer import encode_block, write_targets
-from deit.targets import RecordFormat
 from scripts.sides import ours
 from scripts.turns import Case, photographs, run_cases
 
@@ -62,7 +67,7 @@ def writing_case(name: str, folder: Path) -> Case:
     """Writing targets beside the teacher's bare forward pass on a batch that is there already."""
     config = target_config(folder, "deit_micro")
     splits = load_splits(config.data)
-    accelerator = create_accelerator(config.run)
+    accelerator = build_accelerator(config.run)
     (teacher,) = build_teachers(config, splits, accelerator)
     loader = build_train_loader(config, splits, accelerator, teacher_size=None, all_ranks=True)
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deit.config import Config
-from deit.console import info
+from deit.config.presets import LOSS_PRESETS
+from deit.config.schema import Config
+from deit.core.console import info
+from deit.distill.write_targets import write_targets
 from deit.models.cost import cost_of
-from deit.models.linear import available, product
+from deit.models.onednn_linear import available, product
 from deit.models.student import Student
-from deit.presets import LOSS_PRESETS
-from deit.target_writer import write_targets
 from scripts.memory import memory_of
 from scripts.sides import our_batches, ours
 from scripts.training_sides import (

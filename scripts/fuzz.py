@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from deit.console import info, progress  # noqa: E402
+from deit.core.console import info, progress  # noqa: E402
 from tests.helpers.command_server import Zygote  # noqa: E402
 from tests.helpers.odd_input import make_things, run_try, try_of  # noqa: E402
 

@@ -12,16 +12,16 @@ import torch  # noqa: E402
 from einops import rearrange  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from deit import checkpoint  # noqa: E402
-from deit.config import Config  # noqa: E402
+from deit.config.presets import LOSS_PRESETS  # noqa: E402
+from deit.config.recipes.handwriting import digits  # noqa: E402
+from deit.config.schema import Config  # noqa: E402
+from deit.core import run_folder  # noqa: E402
+from deit.core.metrics import topk_accuracy  # noqa: E402
+from deit.core.types import logits_by_head  # noqa: E402
 from deit.datasets.splits import load_splits  # noqa: E402
-from deit.metrics import topk_accuracy  # noqa: E402
 from deit.models.saved import load_student  # noqa: E402
 from deit.models.student import Student  # noqa: E402
-from deit.presets import LOSS_PRESETS  # noqa: E402
-from deit.recipes import digits  # noqa: E402
-from deit.records import logits_by_head  # noqa: E402
-from deit.run import train  # noqa: E402
+from deit.training.train import train  # noqa: E402
 
 
 def shuffled_patches(images: Tensor, patch: int) -> Tensor:
@@ -68,7 +68,7 @@ def main() -> None:
                 )
                 with tempfile.TemporaryDirectory() as folder:
                     train(config, Path(folder))
-                    student, _ = load_student(checkpoint.latest_checkpoint(Path(folder)))
+                    student, _ = load_student(run_folder.latest_checkpoint(Path(folder)))
                 print(f"{initialisation}, seed {seed}, {epochs} epochs: {measure(config, student)}")
 
 

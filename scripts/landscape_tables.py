@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deit.charts import SERIES
-from deit.drawing import markdown_table, mean_std, save_figure
-from deit.landscape_charts import eigenvalues_chart, lines_chart, path_chart
-from deit.landscape_page import LINES, cells, columns, line_cells
+from deit.analysis.landscape_plots import eigenvalues_chart, lines_chart, path_chart
+from deit.analysis.landscape_tables import LINES, cells, columns, line_cells
+from deit.viz.charts import SERIES
+from deit.viz.plots import markdown_table, mean_std, save_figure
 
 
 def landscape_tables(result: dict[str, Any]) -> str:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deit.charts import chart
-from deit.drawing import COLUMNS, comparison_cells, draw_comparison, markdown_table
-from deit.sweep_pictures import finished_rows
-from deit.sweep_results import cells, class_by_class, columns, disagreement_table
-from deit.ticket_pictures import ticket_curve
-from deit.ticket_results import tickets_table
+from deit.experiments.lottery_tables import tickets_table
+from deit.experiments.sweep_plots import finished_rows, ticket_curve
+from deit.experiments.sweep_tables import cells, class_by_class, columns, disagreement_table
+from deit.viz.charts import chart
+from deit.viz.plots import COLUMNS, comparison_cells, draw_comparison, markdown_table
 from scripts.benchmark_picture import draw_benchmark
 from scripts.landscape_tables import draw_landscape, draw_seeds, landscape_tables, seeds_tables
 from scripts.smaller_tables import draw_smaller, goals, smaller_table

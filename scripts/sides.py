@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit.config import Config, ViewsConfig
-from deit.engine import MetricAccumulator, train_epoch
-from deit.parts import TrainingRun
-from deit.records import Batch
-from deit.run import build_run, step_context
+from deit.config.data_section import ViewsConfig
+from deit.config.schema import Config
+from deit.core.types import Batch
+from deit.training.loop import MetricAccumulator, train_epoch
+from deit.training.state import TrainingRun
+from deit.training.train import build_run, step_context
 
 
 def ours(config: Config, *, resident: bool = False) -> Iterator[int]:

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deit.console import info
-from deit.disk import write_json
-from deit.prune_options import RECOVERED
-from deit.quantization_layers import METHODS
+from deit.core.console import info
+from deit.core.filesystem import write_json
+from deit.deploy.int8_layers import METHODS
+from deit.deploy.prune_options import RECOVERED
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER, RUN, PRUNED, SHARED, ROUNDED = "teacher", "run", "pruned", "shared", "rounded"

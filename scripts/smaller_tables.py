@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deit.drawing import HEADS, final_head_top1, markdown_table, mean_std
-from deit.ladder_page import draw_variants
-from deit.prune_options import CONTROLS, PRUNED, RECOVERED
+from deit.deploy.prune_options import CONTROLS, PRUNED, RECOVERED
+from deit.deploy.variants_tables import draw_variants
+from deit.viz.plots import HEADS, final_head_top1, markdown_table, mean_std
 
 _COLUMNS = (
     "",

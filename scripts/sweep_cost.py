@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deit.config import RunConfig
-from deit.console import info
-from deit.disk import write_json
-from deit.environment import create_accelerator, environment_info
+from deit.config.schema import RunConfig
+from deit.core.accelerator import environment_info
+from deit.core.console import info
+from deit.core.filesystem import write_json
+from deit.distill.build import build_accelerator
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = {"loss.temperature": [1, 3, 10], "loss.distillation_weight": [0.3, 0.5, 0.7, 0.9]}
@@ -78,7 +79,7 @@ def main() -> None:
     info(f"ratio {found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(pairs)})")
     if options.json is not None:
         found["command"] = " ".join(["python", "scripts/sweep_cost.py", *sys.argv[1:]])
-        found["environment"] = environment_info(create_accelerator(RunConfig(device="cpu")), [])
+        found["environment"] = environment_info(build_accelerator(RunConfig(device="cpu")), [])
         write_json(options.json, found)
         info(f"wrote {options.json}")
 

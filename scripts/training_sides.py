@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deit.config import Config, ViewsConfig
-from deit.losses import distillation_loss
+from deit.config.data_section import ViewsConfig
+from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes.cifar import cifar10_micro
+from deit.config.schema import Config
+from deit.distill.losses import distillation_loss
 from deit.models.saved import ModelInfo, build_student
 from deit.models.student import Student
-from deit.presets import LOSS_PRESETS
-from deit.recipes import cifar10_micro
-from deit.run import build_run, step_context
+from deit.training.train import build_run, step_context
 from scripts.sides import timm_loader
 from scripts.turns import photographs
 

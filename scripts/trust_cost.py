@@ -12,22 +12,23 @@ from typing import Any
 
 import torch
 
-from deit.config import RunConfig, StudentConfig
-from deit.console import info
+from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes.handwriting import digits
+from deit.config.schema import RunConfig
+from deit.config.student_section import StudentConfig
+from deit.core.accelerator import environment_info, raise_malloc_threshold
+from deit.core.console import info
+from deit.core.filesystem import format_bytes
+from deit.core.signals import GracefulStop
+from deit.core.types import Batch
 from deit.datasets.splits import load_splits
-from deit.disk import format_bytes
-from deit.engine import MetricAccumulator, StepContext, seed_torch, train_epoch
-from deit.environment import create_accelerator, environment_info, raise_malloc_threshold
-from deit.interruption import GracefulStop
-from deit.losses import distillation_loss
+from deit.distill.build import build_accelerator, build_train_loader, model_info_from
+from deit.distill.losses import distillation_loss
 from deit.models.saved import build_student
-from deit.optim import EMA, build_optimizer, lr_at, set_lr
-from deit.parts import TrainingRun, TrainState
-from deit.preparation import build_train_loader, model_info_from
-from deit.presets import LOSS_PRESETS
-from deit.recipes import digits
-from deit.records import Batch
-from deit.saving import save_checkpoint
+from deit.training.loop import MetricAccumulator, StepContext, seed_torch, train_epoch
+from deit.training.optimizer import EMA, build_optimizer, lr_at, set_lr
+from deit.training.save import save_checkpoint
+from deit.training.state import TrainingRun, TrainState
 
 
 def job_of(name: str, side: int, batch: int) -> tuple[StepContext, list[Batch], TrainingRun]:
@@ -38,7 +39,7 @@ def job_of(name: str, side: int, batch: int) -> tuple[StepContext, list[Batch], 
         optim={"batch_size": batch, "ema_epochs": 1.0},
         run={"device": "cpu"},
     )
-    accelerator = create_accelerator(config.run)
+    accelerator = build_accelerator(config.run)
     splits = load_splits(config.data)
     facts = model_info_from(config, splits)
     student = build_student(facts)
@@ -175,7 +176,7 @@ def main() -> None:
     if options.json is not None:
         found["command"] = " ".join(["python", "scripts/trust_cost.py", *sys.argv[1:]])
         found["rounds"] = options.rounds
-        found["environment"] = environment_info(create_accelerator(RunConfig(device="cpu")), [])
+        found["environment"] = environment_info(build_accelerator(RunConfig(device="cpu")), [])
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         info(f"wrote {options.json}")
 

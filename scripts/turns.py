@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit.console import info
+from deit.core.console import info
 
 
 class Case(NamedTuple):

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from deit import checkpoint, journal  # noqa: E402
+from deit.core import run_folder, run_log  # noqa: E402
 
 HOSTS = ("deit-host-a", "deit-host-b")
 CABLE = ("deit-a", "deit-b")
@@ -112,9 +112,9 @@ def main() -> int:
                 if code:
                     sys.exit(f"the run that nothing happens to failed ({code}):\n{said[-2000:]}")
             processes = start(cut)
-            while len(checkpoint.list_checkpoints(cut)) < 2:
+            while len(run_folder.list_checkpoints(cut)) < 2:
                 time.sleep(0.02)
-            step = max(step for step, _ in checkpoint.list_checkpoints(cut))
+            step = max(step for step, _ in run_folder.list_checkpoints(cut))
             ip("-n", HOSTS[1], "link", "set", CABLE[1], "down")
             moment = time.monotonic()
             stopped = ended(processes, within=TIMEOUT_S + 60)
@@ -130,7 +130,7 @@ def main() -> int:
                 sys.exit(f"resuming failed: {resumed}")
         finally:
             disconnect()
-        chains = [(out / journal.HASH_CHAIN).read_bytes() for out in (straight, cut)]
+        chains = [(out / run_log.HASH_CHAIN).read_bytes() for out in (straight, cut)]
         equal = chains[0] == chains[1]
         print(
             f"resumed on both: {len(chains[0].splitlines())} links of the chain of hashes, ", end=""

@@ -10,7 +10,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from deit.processor import processor
+from deit.core.hardware import processor
 from tests.helpers.command_server import copying, measuring, shared
 
 _NAMED = ("torch", "torchvision", "timm", "accelerate", "transformers", "numpy", "pillow")
@@ -66,4 +66,4 @@ def fork_server(zygote, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs beside each other that the test's own process starts come without these seconds too."""
     if sys.platform == "linux":
         assert zygote.run("--version").code == 0  # it is there
-        monkeypatch.setattr("deit.processes.subprocess", copying(zygote.spare))
+        monkeypatch.setattr("deit.experiments.processes.subprocess", copying(zygote.spare))

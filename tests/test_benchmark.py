@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from deit.processor import cores
+from deit.core.hardware import cores
 from scripts import sweep_cost, training_sides
 from tests.helpers.command_server import shared
 

@@ -117,7 +117,7 @@ def copy_checkout(target: Path) -> Path:
 
 
 def python_files(folder: str) -> set[str]:
-    return {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+    return {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +135,10 @@ def test_wheel_holds_exactly_the_library(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {name for name in names if name.endswith(".py")}
     inside = {f"deit/{name}" for name in python_files("models") | python_files("datasets")}
-    assert modules == python_files("deit") | python_files("deit/commands") | inside
+    assert modules == python_files("deit") | inside
     facts = f"deit-{deit.__version__}.dist-info"
     assert f"{facts}/licenses/LICENSE" in names
-    beside = {"deit/page.css", "deit/page.js"}
+    beside = {"deit/viz/page.css", "deit/viz/page.js"}
     assert names >= beside
     assert all(name in modules | beside or name.startswith(f"{facts}/") for name in names)
 

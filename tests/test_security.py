@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from deit import checkpoint
 from deit.cli import run_command
-from deit.targets import manifest_bytes, read_manifest
+from deit.core import run_folder
+from deit.distill.target_store import manifest_bytes, read_manifest
 from tests.helpers.command_server import ROOT, Completed
 from tests.helpers.small_runs import SMALL
 
@@ -296,7 +296,7 @@ def test_files_of_a_run_that_are_pickles_are_refused(name, run, zygote, tmp_path
     (folder / name).write_bytes(PAYLOADS["a pickle"](Canary(canary)))
     done = zygote.run("train", *BRIEF, "--out", folder, "--resume")
     assert done.code in (0, 2, 4), done.err
-    for saved_one in (folder / "best", checkpoint.latest_checkpoint(folder)):
+    for saved_one in (folder / "best", run_folder.latest_checkpoint(folder)):
         (saved_one / "extra.pkl").write_bytes(PAYLOADS["a pickle"](Canary(canary)))
     zygote.run("evaluate", folder)
     assert not canary.exists()
@@ -314,7 +314,7 @@ socket.socket.connect = connect
 socket.socket.connect_ex = refuse
 socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
 from deit.cli import main
-from deit.targets import manifest_bytes, read_manifest
+from deit.distill.target_store import manifest_bytes, read_manifest
 def ended(program):
     if program == "deit":
         return main()
@@ -362,7 +362,7 @@ def test_nothing_asks_the_network(run, tmp_path):
     assert "timm" in done.stdout
     environment = json.loads((tmp_path / "new" / "environment.json").read_text())
     assert environment["arguments"][0] == "train_deit.py"
-    assert checkpoint.read_result(tmp_path / "new") is not None
+    assert run_folder.read_result(tmp_path / "new") is not None
 
 
 def test_libraries_are_told_to_count_nobody(tmp_path):

@@ -235,7 +235,7 @@ def _become(question: dict[str, Any]) -> None:
     if other := os.environ.get("FORKS_MAIN"):
         _leave(_named(other)())
     from deit.cli import main, program
-    from deit.launcher import mark_standalone
+    from deit.core.parent_process import mark_standalone
 
     mark_standalone()
     sys.argv = [question["script"] or "deit", *question["arguments"]]
@@ -289,8 +289,8 @@ class _Copied(NamedTuple):
 
 
 def copying(spare: Path) -> SimpleNamespace:
-    """`subprocess` as deit.processes uses it: the process that runs are copies of is copied itself,
-    from the spare one, and need not import for five seconds what is there."""
+    """`subprocess` as deit.experiments.processes uses it: the process that runs are copies of is
+    copied itself, from the spare one, and need not import for five seconds what is there."""
 
     def start(words: list[str], *, env: dict[str, str], pass_fds: tuple[int, ...] = (), **how: Any):
         if not pass_fds or env["OMP_NUM_THREADS"] != "1":  # no copies; it has read another number
@@ -306,7 +306,7 @@ def copying(spare: Path) -> SimpleNamespace:
 def _keep_spare(path: Path) -> None:
     """In the process that forks: a copy of it that does nothing but to be copied, as long as this
     one lives; commands find it at a path."""
-    from deit import processes
+    from deit.experiments import processes
 
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(path))
@@ -330,8 +330,8 @@ def _keep_spare(path: Path) -> None:
 
 
 def _be_copied(connection: socket.socket) -> None:
-    """In a copy of the spare process: what deit.processes starts."""
-    from deit.processes import _serve
+    """In a copy of the spare process: what deit.experiments.processes starts."""
+    from deit.experiments.processes import _serve
 
     words, descriptors, *_ = socket.recv_fds(connection, 1 << 17, 1)
     connection.send(str(os.getpid()).encode())
@@ -358,11 +358,11 @@ def _end_of(pid: int, timeout: float) -> int:
 
 
 _MEASURED = {
-    "deit.models.layout": {"_FASTER": float("inf"), "_TRIES": 0, "_PIXELS_OF_A_CPU": 1},
-    "deit.models.linear": {"_FASTER": float("inf"), "_TRIES": 0},
+    "deit.models.memory_format": {"_FASTER": float("inf"), "_TRIES": 0, "_PIXELS_OF_A_CPU": 1},
+    "deit.models.onednn_linear": {"_FASTER": float("inf"), "_TRIES": 0},
     "deit.models.cost": {"_ROUND_S": 0.01},
-    "deit.ladder": {"_TIMED_S": 0.0},
-    "deit.side_by_side": {"_TIMED_S": 0.0},
+    "deit.deploy.variants": {"_TIMED_S": 0.0},
+    "deit.deploy.int8_compare": {"_TIMED_S": 0.0},
 }
 _ORIGINAL: dict[tuple[str, str], Any] = {}  # as the modules have them
 # What commands import when they come to it, so that no copy has to.
@@ -388,19 +388,18 @@ def measuring(*, really: bool) -> Iterator[None]:
 
 def _ours() -> list[str]:
     """The modules of this project, by their files."""
-    folders = {"deit": "deit", "models": "deit.models", "datasets": "deit.datasets"}
-    folders["deit/commands"] = "deit.commands"
-    return [
-        f"{package}.{file.stem}"
-        for folder, package in folders.items()
-        for file in sorted((ROOT / folder).glob("*.py"))
+    files = [
+        file.relative_to(ROOT / "deit" if folder == "deit" else ROOT).with_suffix("")
+        for folder in ("deit", "models", "datasets")
+        for file in sorted((ROOT / folder).rglob("*.py"))
         if not file.stem.startswith("__")
     ]
+    return [".".join(("deit", *file.parts)) for file in files]
 
 
 def _parse() -> None:
     """Read the command line of a run once, for what its libraries do the first time only."""
-    from deit.arguments import parse_run
+    from deit.cli.run_args import parse_run
 
     parse_run(["digits"], program="deit", about="")
 

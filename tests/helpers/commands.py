@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from deit.config import StudentConfig
+from deit.config.student_section import StudentConfig
 from deit.models.saved import ModelInfo, build_student, save_student
 from tests.helpers.command_server import shared
 

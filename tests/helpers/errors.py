@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from deit.errors import DeitError
+from deit.core.errors import DeitError
 
 
 @contextmanager

@@ -4,7 +4,7 @@
 import os
 from pathlib import Path
 
-from deit import faults
+from deit.core import fault_injection
 from tests.helpers.command_server import until
 
 
@@ -27,7 +27,7 @@ class Gate:
 
 def put_up() -> None:
     """In the process."""
-    faults.ACTIONS["slow"] = _stay
+    fault_injection.ACTIONS["slow"] = _stay
 
 
 def _stay() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deit.config import DataConfig
+from deit.config.data_section import DataConfig
 from deit.datasets.splits import load_splits
 
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

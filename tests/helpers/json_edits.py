@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from deit.errors import DeitError
+from deit.core.errors import DeitError
 
 WRONG = (7.5, {}, None)
 

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from deit.config import StudentConfig
+from deit.analysis.loss_surface import LossSurface
+from deit.config.student_section import StudentConfig
+from deit.core.types import StudentOutput
 from deit.models.networks import create_network
 from deit.models.student import Student
-from deit.records import StudentOutput
-from deit.surface import LossSurface
 
 NUMBER, CLASSES = 12, 3
 SMALL = {"image_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}

@@ -32,14 +32,15 @@ from unittest import mock
 
 import yaml
 
-from deit import manifest
-from deit.commands import COMMANDS
-from deit.config import STUDENTS, Config
-from deit.grammar import FLAGS, SHARED
-from deit.options import Parser
-from deit.presets import PRESETS
-from deit.recipes import RECIPES
-from deit.sweeps import SWEEPS
+from deit.cli.commands import COMMANDS
+from deit.cli.grammar import FLAGS, SHARED
+from deit.cli.parser import Parser
+from deit.config.presets import PRESETS
+from deit.config.recipes import RECIPES
+from deit.config.schema import Config
+from deit.config.student_section import STUDENTS
+from deit.core import manifest
+from deit.experiments.sweeps import SWEEPS
 from tests.helpers.command_server import Zygote
 from tests.helpers.leftovers import left
 
@@ -70,7 +71,7 @@ _RUN = f"folder {_TINY} {_STUDENT}"
 _FILES = {
     "classes.txt": "ant\nbee\n",
     "exclude.txt": "train/ant/0.png\ntrain/bee/1.png\n",
-    "recipe.py": "from deit.recipes import digits\n\n\ndef mine():\n    return digits()\n",
+    "recipe.py": "from deit.config.recipes import find_recipe\n\n\ndef mine():\n    return find_recipe('digits')\n",
     "sweep.yaml": "recipe: folder\nset:\n  data: {root: pics, image_size: 8}\n  student: "
     "{image_size: 8, name: deit_micro, patch_size: 4, embed_dim: 16, num_heads: 2, depth: 1, "
     "drop_path: 0}\n"
@@ -250,7 +251,7 @@ def options_of(command: str) -> tuple[Option, ...]:
 
     with (
         mock.patch.object(Parser, "parse_known_args", see),
-        mock.patch("deit.commands.training.parse_run", side_effect=_Seen),
+        mock.patch("deit.cli.commands.train.parse_run", side_effect=_Seen),
         contextlib.suppress(_Seen),
     ):
         COMMANDS[first]([*rest, *(["teacher"] if first == "sweep" else [])], first)

@@ -4,20 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from deit import checkpoint, faults, journal
-from deit.config import Config
-from deit.errors import StoppedBySignal
-from deit.run import train
+from deit.config.schema import Config
+from deit.core import fault_injection, run_folder, run_log
+from deit.core.errors import StoppedBySignal
+from deit.training.train import train
 
 
 def stop_at(config: Config, out: Path, fault: str, **options: object) -> None:
-    """Begin a run that a fault of deit.faults stops."""
-    faults.install_faults(fault)
+    """Begin a run that a fault of deit.core.fault_injection stops."""
+    fault_injection.install_faults(fault)
     try:
         with pytest.raises(StoppedBySignal) as stop:
             train(config, out, **options)
     finally:
-        faults.install_faults(None)
+        fault_injection.install_faults(None)
     assert stop.value.exit_code == 143
 
 
@@ -31,10 +31,10 @@ def same_end(out: Path, straight: Path) -> None:
     """Two runs ended with the same bits in every file of tensors, and were the same at every
     checkpoint before."""
     ours, theirs = (
-        sorted(checkpoint.latest_checkpoint(one).glob("*.safetensors")) for one in (out, straight)
+        sorted(run_folder.latest_checkpoint(one).glob("*.safetensors")) for one in (out, straight)
     )
     assert [file.name for file in ours] == [file.name for file in theirs]
     for one, other in zip(ours, theirs):
         assert one.read_bytes() == other.read_bytes(), one.name
-    chains = [(one / journal.HASH_CHAIN).read_bytes() for one in (out, straight)]
+    chains = [(one / run_log.HASH_CHAIN).read_bytes() for one in (out, straight)]
     assert chains[0] == chains[1]

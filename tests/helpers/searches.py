@@ -3,11 +3,11 @@
 import json
 from dataclasses import asdict
 
-from deit import checkpoint, journal
-from deit.at_once import RunSpec
-from deit.recipes import digits
-from deit.search import Search
-from deit.sweep_file import SearchRange, SearchSpace
+from deit.config.recipes.handwriting import digits
+from deit.core import run_folder, run_log
+from deit.experiments.runner import RunSpec
+from deit.experiments.search import Search
+from deit.experiments.sweep_spec import SearchRange, SearchSpace
 
 LR = {"optim.lr": SearchRange(1e-4, 1e-1, log=True)}
 
@@ -27,11 +27,11 @@ def reach(run, epoch, top1):
     """The run as it is after an epoch."""
     run.out.mkdir(exist_ok=True)
     row = {"epoch": epoch, "step": epoch, "train": {"lr": 0.1}, "seconds": 1.0}
-    journal.append(run.out / journal.METRICS, {**row, "validation": {"class_top1": top1}})
+    run_log.append(run.out / run_log.METRICS, {**row, "validation": {"class_top1": top1}})
 
 
 def finish(run, top1):
     run.out.mkdir(exist_ok=True)
     best = {"epoch": 8, "top1": top1, "class_top1": top1}
-    result = checkpoint.Result(8, 8, 8, 1.0, 0, None, best, "", "", [], [])
-    (run.out / checkpoint.RESULT).write_text(json.dumps(asdict(result)))
+    result = run_folder.Result(8, 8, 8, 1.0, 0, None, best, "", "", [], [])
+    (run.out / run_folder.RESULT).write_text(json.dumps(asdict(result)))

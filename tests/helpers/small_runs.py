@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from deit import journal
-from deit.presets import LOSS_PRESETS
-from deit.recipes import digits
+from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes.handwriting import digits
+from deit.core import run_log
 from tests.helpers.command_server import Completed, Zygote
 
 STEPS = 5
@@ -32,9 +32,9 @@ SMALL = (
 
 def same(out: Path, straight: Path) -> None:
     """The two runs left the same: every link of the chain, and the best weights."""
-    for name in (journal.HASH_CHAIN, "best/model.safetensors"):
+    for name in (run_log.HASH_CHAIN, "best/model.safetensors"):
         assert (out / name).read_bytes() == (straight / name).read_bytes()
-    steps = [row["step"] for row in journal.read(out / journal.METRICS)]
+    steps = [row["step"] for row in run_log.read(out / run_log.METRICS)]
     assert steps == [STEPS, 2 * STEPS]
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from deit import targets
+from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes.handwriting import digits, digits_teacher
 from deit.datasets.splits import load_splits
-from deit.environment import create_accelerator
-from deit.presets import LOSS_PRESETS
-from deit.recipes import digits, digits_teacher
-from deit.target_writer import write_targets
-from deit.teaching import RunTeachers
+from deit.distill import target_store
+from deit.distill.build import build_accelerator
+from deit.distill.run_teachers import RunTeachers
+from deit.distill.write_targets import write_targets
 from tests.helpers.trained import trained
 from tests.helpers.units import LEAST_ROWS
 
@@ -23,7 +23,7 @@ SMALL_UNITS = {"FORKS_FIRST": "tests.helpers.units:make_small"}  # in processes 
 def small_units():
     """Units of a quarter of the rows, for a quarter of the images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(targets, "_LEAST_ROWS", LEAST_ROWS)
+        patch.setattr(target_store, "_LEAST_ROWS", LEAST_ROWS)
         yield
 
 
@@ -73,7 +73,7 @@ def with_targets(config, *stores):
 def check(config):
     """Everything a run does before its first step."""
     faculty = RunTeachers(config)
-    accelerator = create_accelerator(config.run)
+    accelerator = build_accelerator(config.run)
     splits = load_splits(config.data)
     loader, panel = faculty.load(splits, accelerator)
     faculty.check(splits, accelerator, loader)

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from deit.config import Config, to_dict
-from deit.run import train
+from deit.config.schema import Config, to_dict
+from deit.training.train import train
 
 _RUNS: dict[str, Path] = {}
 

@@ -1,0 +1,1 @@
+"""Reports, loss landscapes, dataset checks and view sheets."""

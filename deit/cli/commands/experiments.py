@@ -1,0 +1,164 @@
+"""The commands that train many runs beside each other, and the page about runs."""
+
+import dataclasses
+from pathlib import Path
+
+from deit.cli.parser import Parser, check_content, parse_seeds
+from deit.cli.run_args import GOES_ON, TRAINS, parse_run, print_config_if_asked
+from deit.config.schema import Config
+from deit.core.errors import ConfigError
+from deit.experiments.sweep_spec import (
+    Sweep,
+    boundary_points,
+    points_of,
+    with_command_line,
+    with_fields,
+)
+from deit.experiments.sweeps import SWEEPS, find_sweep
+
+
+def compare(arguments: list[str], program: str) -> None:
+    """What the teacher is worth, or another study of a recipe, in one table."""
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument(
+        "--study",
+        default="teacher",
+        metavar="NAME",
+        help="teacher (the student with and without teacher), view-modes (every view mode), "
+        "epochs (shorter and longer training), ensemble (teachers together and alone), resolution "
+        "(a fine-tuning by "
+        "its teachers and none), or of the DeiT paper table-2 (teachers of other kinds), table-3 "
+        "(ways of distilling), table-4 (who decides like whom), table-8 (parts of the training).",
+    )
+    parser.add_argument(
+        "--arms", default="", metavar="A,B", help="Some students of the study; none named: all."
+    )
+    parser.add_multi_run_options(retries=False)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the numbers here.")
+    options, rest = parser.parse_known_args(arguments)
+    seeds = parse_seeds(options.seeds)
+    run = parse_run(
+        rest,
+        program=program,
+        about="Train a recipe's teachers and several students beside each other, and evaluate all "
+        "on the test split. data.* and run.* apply to the teachers too. The same command goes on: "
+        "a finished run is not trained again.",
+        command_parser=parser,
+        help_overrides={
+            "out": "Folder of all runs. None: checkpoints/compare-RECIPE in the working directory."
+        },
+        excluded={**GOES_ON, "dry_run": TRAINS},
+        prefix="compare-",
+    )
+    if print_config_if_asked(run):
+        return
+    from deit.experiments.compare import compare
+
+    compare(
+        run.config,
+        run.out,
+        recipe=run.recipe,
+        study=options.study,
+        arm_names=tuple(name.strip() for name in options.arms.split(",") if name.strip()),
+        seeds=seeds,
+        parallel=options.parallel,
+        json_file=options.json,
+        arguments=arguments,
+    )
+
+
+def sweep(arguments: list[str], program: str) -> None:
+    """Every combination of a grid, or the runs of a file or study: one table, mean and std."""
+    helps = bool({"-h", "--help"} & set(arguments))
+    if arguments and not arguments[0].startswith("-"):
+        plan, rest = find_sweep(arguments[0]), arguments[1:]
+    elif helps:
+        plan, rest = Sweep("sweep"), arguments
+    else:
+        raise ConfigError(
+            f"name a sweep first: {program} FILE.yaml --out DIR, or one of {', '.join(SWEEPS)}"
+        )
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument(
+        "--recipe", default=plan.recipe, metavar="RECIPE", help="Instead of the file's."
+    )
+    parser.add_multi_run_options(seeds=",".join(map(str, plan.seeds)))
+    parser.add_argument(
+        "--top", type=int, default=5, metavar="N", help="How many are named in the end."
+    )
+    options, rest = parser.parse_known_args(rest)
+    plan = dataclasses.replace(plan, recipe=options.recipe, seeds=parse_seeds(options.seeds))
+    check_content(plan.content)
+    asked: list[Config] = []
+    trusted: set[str] = set()
+
+    def adapt(config: Config) -> Config:
+        if not plan.recipe.endswith(".json"):
+            trusted.update(
+                config.teacher.code_sources
+            )  # a recipe that is code itself may name more
+        asked.append(with_fields(config, plan.set, where=f"sweep {plan.name}, set"))
+        return asked[0]
+
+    run = parse_run(
+        [plan.recipe, *rest],
+        program=program,
+        usage="SWEEP [--recipe RECIPE]",
+        about="Train and evaluate every run of a sweep for each seed. SWEEP: a YAML or JSON file "
+        f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}. Into --out: results.csv, results.json, "
+        "results.md, pictures and the runs. The same command goes on; what is finished is kept, "
+        "also when the file changes.",
+        command_parser=parser,
+        help_overrides={
+            "out": "Folder of the sweep. None: checkpoints/SWEEP below the working directory.",
+            "dry_run": "List the runs; nothing is trained or written.",
+        },
+        excluded=GOES_ON,
+        adapt=adapt,
+        out=Path("checkpoints") / plan.name,
+        online=False,
+    )
+    if print_config_if_asked(run):
+        return
+    plan = with_command_line(plan, asked[0], run.config)
+    # Every mistake in the file, before torch is there.
+    points = boundary_points(plan, run.config) if plan.search else points_of(plan, run.config)
+    if run.trusts_teacher_code:
+        trusted.update(run.config.teacher.code_sources)
+    for point in points:
+        if named := sorted({*point.config.teacher.code_sources} - trusted):
+            raise ConfigError(
+                f"sweep {plan.name}, {point.name}: its teacher {named[0]} is code, which no file "
+                f"but the command line may have run; add --teacher.source {named[0]} if you trust "
+                "it"
+            )
+    from deit.experiments.sweep import sweep
+
+    sweep(
+        plan,
+        run.config,
+        run.out,
+        asked=asked[0],
+        dry_run=run.dry_run,
+        parallel=options.parallel,
+        retries=options.retries,
+        top=options.top,
+        arguments=arguments,
+    )
+
+
+def report(arguments: list[str], program: str) -> None:
+    """One page about runs and sweeps: curves, classes, calibration, attention, views; PNG, CSV."""
+    parser = Parser(
+        prog=program,
+        description="Write one self-contained HTML page about finished runs and sweeps, with every "
+        "chart as PNG and every table as CSV beside it.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run or sweep folder")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder (report)")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--force", action="store_true", help="let --out replace a report")
+    options = parser.parse_args(arguments)
+    from deit.analysis.report import report
+
+    report(options.runs, options.out, root=options.root, force=options.force)

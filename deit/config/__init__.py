@@ -1,0 +1,1 @@
+"""What a run is asked to do: typed sections, presets, checks, recipes; no torch."""

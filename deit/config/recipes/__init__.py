@@ -1,0 +1,58 @@
+"""The named recipes: functions that return a whole configuration."""
+
+from pathlib import Path
+
+# In this order they register their recipes.
+from deit.config.recipes import handwriting  # noqa: F401  # isort: skip
+from deit.config.recipes import cifar  # noqa: F401  # isort: skip
+from deit.config.recipes import imagenet  # noqa: F401  # isort: skip
+from deit.config.recipes.registry import RECIPES
+from deit.config.schema import Config
+from deit.config.validation import load_config
+from deit.core.errors import ConfigError, did_you_mean, raise_transient
+from deit.core.file_reading import no_file
+from deit.core.user_code import import_file
+
+
+def recipe_of_path(source: str | None) -> str | None:
+    """The recipe whose run lies at `source` where nobody said another --out; None: none of ours."""
+    folder, _, name = (source or "").rpartition("/")
+    return name if folder == "checkpoints" and name in RECIPES else None
+
+
+def find_recipe(name: str) -> Config:
+    """The configuration of a named recipe, of FILE.py:FUNCTION (or FILE.py with a function named
+    `recipe`), or of a run's config.json. Raises ConfigError.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    if name.endswith(".json"):
+        return load_config(Path(name))
+    if name.endswith(".py") or ".py:" in name:
+        return _from_file(name)
+    if (Path(name) / "config.json").is_file():
+        raise ConfigError(
+            f"{name}: is a run, not a recipe; its configuration is {Path(name) / 'config.json'}"
+        )
+    raise ConfigError(
+        f"no recipe {name!r}{did_you_mean(name, RECIPES)}; recipes are {', '.join(RECIPES)}, "
+        "FILE.py:FUNCTION, or a run's config.json"
+    )
+
+
+def _from_file(name: str) -> Config:
+    file, _, function = name.partition(".py:")
+    path = Path(file if file.endswith(".py") else f"{file}.py")
+    function = function or "recipe"
+    if not path.is_file():
+        raise ConfigError(f"recipe {name}: {no_file(path)}")
+    try:
+        config = getattr(import_file(path), function)()
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        raise_transient(error, f"recipe {name}")
+        raise ConfigError(f"recipe {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"recipe {name}: should return a Config, returned {type(config).__name__}"
+        )
+    return config

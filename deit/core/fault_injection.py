@@ -1,0 +1,127 @@
+"""Faults on purpose: DEIT_FAULT=point[@process]:nth:action; without it nothing happens here."""
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from deit.core.errors import ConfigError
+
+POINTS = {
+    "update": "after an update of the weights",
+    "loss": "the loss of a micro-batch (action nan)",
+    "fit": "before a micro-batch is tried (run.auto_micro_batch)",
+    "evaluation": "before a batch of an evaluation",
+    "answers": "before teachers are asked for a block of stored targets",
+    "targets": "before a unit of stored targets is committed",
+    "model": "a checkpoint's weights are written",
+    "optimizer": "a checkpoint's optimizer state is written",
+    "average": "a checkpoint's weight average is written",
+    "state": "a checkpoint's state is written",
+    "manifest": "a checkpoint's manifest is written",
+    "rename": "before a finished folder takes its name",
+    "renamed": "after a finished folder took its name, before the disk knows",
+    "rotate": "an old checkpoint was set aside to be removed",
+    "metrics": "a row of metrics was written",
+    "chain": "a link of the chain was written",
+    "anomalies": "an update that was left out was noted",
+    "finish": "before a run is marked as finished",
+}
+"""Where a fault can be placed, and what has just happened or is about to there."""
+
+
+def _signal(name: str) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), getattr(signal, name))
+
+
+def _full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _memory() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("a fault on purpose: out of memory")
+
+
+ACTIONS: dict[str, Callable[[], None]] = {
+    "kill": _signal("SIGKILL"),
+    "term": _signal("SIGTERM"),
+    "int": _signal("SIGINT"),
+    "hup": _signal("SIGHUP"),
+    "usr1": _signal("SIGUSR1"),
+    "full": _full,
+    "memory": _memory,
+    "slow": lambda: time.sleep(3),
+    "hang": lambda: time.sleep(3600),
+    "nan": lambda: None,
+}
+"""What happens at a point: a signal to this process, a full disk, no memory, a pause of 3 s or an
+hour, or a number that is not one."""
+
+
+class _Fault(NamedTuple):
+    """nth: 1 is the first time the point is reached; 0: every time."""
+
+    point: str
+    process: int | None
+    nth: int
+    action: str
+
+
+_armed: list[_Fault] = []
+_reached: dict[str, int] = {}
+
+
+def install_faults(text: str | None) -> None:
+    """Place faults, with commas between; None or nothing: none. Raises ConfigError."""
+    _armed.clear()
+    _reached.clear()
+    for one in (text or "").split(","):
+        if one:
+            _armed.append(_parse(one))
+
+
+def _parse(text: str) -> _Fault:
+    where, _, rest = text.partition(":")
+    nth, _, action = rest.partition(":")
+    point, _, process = where.partition("@")
+    if point not in POINTS or action not in ACTIONS or not nth.isdecimal():
+        raise ConfigError(
+            f"DEIT_FAULT={text}: should be POINT[@PROCESS]:NTH:ACTION, with a point of "
+            f"{', '.join(POINTS)} and an action of {', '.join(ACTIONS)}"
+        )
+    if process and not process.isdecimal():
+        raise ConfigError(f"DEIT_FAULT={text}: {process!r} is no number of a process")
+    return _Fault(point, int(process) if process else None, int(nth), action)
+
+
+def fault_point(point: str) -> None:
+    """Let the faults placed here happen."""
+    if _armed:
+        _happen(point)
+
+
+def inject_nan(point: str, value: Any) -> Any:
+    """A number or tensor, or NaN in its place."""
+    if not _armed or "nan" not in _happen(point):
+        return value
+    return value * float("nan")
+
+
+def _happen(point: str) -> list[str]:
+    """Count the visit; the actions that were due."""
+    _reached[point] = _reached.get(point, 0) + 1
+    own = int(os.environ.get("RANK", "0"))
+    due = [
+        fault.action
+        for fault in _armed
+        if fault.point == point
+        and fault.process in (None, own)
+        and fault.nth in (0, _reached[point])
+    ]
+    for action in due:
+        ACTIONS[action]()
+    return due

@@ -1,0 +1,24 @@
+"""Small tensors moved to a device without waiting for its queue."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def to_device_async(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the CPU on a device. To a GPU by pinned memory, behind what is queued there: an
+    ordinary copy would wait until all of that is done."""
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+@cache
+def device_constant(
+    values: tuple, device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Numbers (a tuple of them, or of such tuples) on a device, sent there once; not to be written
+    to."""
+    with torch.inference_mode(False):  # whoever asks first: it may be needed for a gradient
+        return torch.tensor(values, device=device, dtype=dtype)

@@ -1,0 +1,1 @@
+"""A finished student made smaller or exported."""

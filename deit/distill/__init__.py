@@ -1,0 +1,1 @@
+"""Losses, teachers, and teacher outputs stored and verified."""

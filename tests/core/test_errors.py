@@ -1,0 +1,235 @@
+"""What is a fault of the machine, and what of a file, a setting or a network: no library says."""
+
+import errno
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from deit.config import recipes
+from deit.config.recipes import handwriting
+from deit.config.schema import Config, TeacherConfig
+from deit.config.student_section import StudentConfig
+from deit.config.teachers import teacher_specs
+from deit.core.errors import (
+    TRANSIENT,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    SystemFault,
+    compiler_failure,
+    is_out_of_memory,
+    raise_transient,
+)
+from deit.datasets import decoding, sources, timm_readers
+from deit.deploy.formats import FORMATS
+from deit.deploy.int8_layers import by_onnxruntime
+from deit.distill import build
+from deit.models import load_weights, teachers, weight_files
+from deit.models.saved import ModelInfo, build_student
+from deit.training import optimizer, train
+from tests.helpers.errors import raises
+
+NO_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("Failed to allocate memory for requested buffer of size 9"),
+    RuntimeError("std::bad_alloc"),
+)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: f"{type(error).__name__} {error}")
+def test_want_of_memory_is_known_by_kind_or_words(error):
+    assert is_out_of_memory(error)
+    with pytest.raises(type(error)) as raised:
+        raise_transient(error, "a place")
+    assert raised.value is error
+
+
+def test_why_a_network_is_not_compiled_is_known_by_who_says_it():
+    error = type("CppCompileError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    said = "C++ compile error\n\nCommand:\ng++ x.cpp\n\nOutput:\nx.h:1: fatal error: no Python.h\n"
+    found = compiler_failure(error(said))
+    for name in ("torch.compile", "C++ compile error", "x.h:1: fatal error: no Python.h"):
+        assert name in found
+    assert "x.cpp" not in found
+    folder = FileExistsError(errno.EEXIST, "File exists", "/cache")
+    assert compiler_failure(folder) is None
+    with pytest.raises(FileExistsError) as raised:
+        exec(
+            "raise error", {"error": folder, "__name__": "torch._inductor.runtime.cache_dir_utils"}
+        )
+    assert "/cache" in compiler_failure(raised.value)
+
+
+@pytest.mark.parametrize("number", TRANSIENT)
+def test_what_may_pass_is_a_fault_of_the_machine(number):
+    with raises(SystemFault, "a place", "said by the system"):
+        raise_transient(OSError(number, "said by the system"), "a place")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("The size of tensor a must match the size of tensor b"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        IsADirectoryError(errno.EISDIR, "Is a directory"),
+        OSError(errno.ENAMETOOLONG, "File name too long"),
+        OSError("image file is truncated"),
+    ],
+)
+def test_all_else_is_left_to_who_asks(error):
+    assert not is_out_of_memory(error)
+    raise_transient(error, "a place")
+
+
+def raising(error):
+    def instead(*arguments, **options):
+        raise error
+
+    return instead
+
+
+class Fails(nn.Module):
+    """A network that answers with an error."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.network = nn.Linear(1, 1)
+        self.error = error
+
+    def forward(self, images):
+        raise self.error
+
+
+def check_student(error, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(train, "build_student", lambda facts: Fails(error))
+    train.build_run(handwriting.digits_teacher())
+
+
+def read_weights(error, monkeypatch):
+    monkeypatch.setattr(weight_files, "open_file", lambda path: BytesIO(b"PK"))
+    monkeypatch.setattr(weight_files.torch, "load", raising(error))
+    weight_files.read_weights(Path("weights.pth"))
+
+
+def read_safetensors(error, monkeypatch):
+    monkeypatch.setattr(optimizer, "load_file", raising(error))
+    optimizer.read_tensors(Path("optimizer.safetensors"))
+
+
+def load_teacher(source):
+    (member,) = teacher_specs(TeacherConfig(source=(source,)))
+    teachers.load_teacher(member, ("a", "b"), image_size=8)
+
+
+def teacher_answers(error, monkeypatch):
+    own = SimpleNamespace(own=lambda: Fails(error))
+    monkeypatch.setattr(teachers, "import_file", lambda path: own)
+    load_teacher(f"{__file__}:own")
+
+
+def teacher_of_timm(error, monkeypatch):
+    monkeypatch.setattr(teachers.timm, "create_model", raising(error))
+    load_teacher("resnet10t")
+
+
+def own_code(error, monkeypatch):
+    monkeypatch.setattr(teachers, "import_file", lambda path: SimpleNamespace(own=raising(error)))
+    load_teacher(f"{__file__}:own")
+
+
+def own_recipe(error, monkeypatch):
+    monkeypatch.setattr(recipes, "import_file", lambda path: SimpleNamespace(own=raising(error)))
+    recipes.find_recipe(f"{__file__}:own")
+
+
+def start_of_timm(error, monkeypatch):
+    monkeypatch.setattr(load_weights.timm, "create_model", raising(error))
+    load_weights.load_weights_from("resnet10t")
+
+
+def start_of_file(error, monkeypatch):
+    monkeypatch.setattr(load_weights, "read_weights", raising(error))
+    load_weights.load_weights_from(__file__)
+
+
+def fit_start(error, monkeypatch):
+    monkeypatch.setattr(build, "adapt_weights", raising(error))
+    build.init_student(nn.Linear(1, 1), None, Config(), SimpleNamespace(class_names=()))
+
+
+def export(error, monkeypatch):
+    def steps(*arguments, **options):
+        raise ValueError("step 2 of the exporter failed") from error
+
+    facts = ModelInfo(
+        StudentConfig(name="small_convnet", image_size=8), ("a",), (0,) * 3, (1,) * 3, 1
+    )
+    monkeypatch.setattr(torch.export, "export", steps)
+    FORMATS["pt2"].write(Path("nowhere"), build_student(facts), facts)
+
+
+def onnxruntime(error, monkeypatch):
+    with by_onnxruntime("calibrate"):
+        raise error
+
+
+def torchvision(error, monkeypatch):
+    monkeypatch.setattr(sources, "MNIST", raising(error))
+    sources.load_mnist(Config().replace(data={"source": "mnist", "root": "."}).data, ())
+
+
+def reader(error, monkeypatch):
+    monkeypatch.setattr(timm_readers, "split_folders", raising(error))
+    config = Config().replace(data={"source": "reader", "reader": "folder", "root": "."}).data
+    timm_readers.list_reader(config, ())
+
+
+CALLS = {
+    call.__name__: call
+    for call in (
+        *(check_student, read_weights, read_safetensors, teacher_answers, teacher_of_timm),
+        *(
+            own_code,
+            own_recipe,
+            start_of_timm,
+            start_of_file,
+            fit_start,
+            export,
+            onnxruntime,
+            torchvision,
+            reader,
+        ),
+    )
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_want_of_memory_is_no_other_mistake(call, monkeypatch):
+    """Wherever what a library raises becomes a wrong setting, a bad file or another network."""
+    for error in (NO_MEMORY[0], NO_MEMORY[2]):
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError) as raised:
+            call(error, patched)
+        assert raised.value is error
+    with monkeypatch.context() as patched, pytest.raises((ConfigError, DataError, CheckpointError)):
+        call(RuntimeError("anything else"), patched)
+
+
+def test_no_memory_for_its_exif_turns_no_picture(monkeypatch):
+    """It would be shown as it lies, and nobody would know."""
+    file = BytesIO()
+    Image.new("RGB", (3, 2), "red").save(file, "PNG")
+    monkeypatch.setattr(Image.Image, "getexif", raising(MemoryError()))
+    with pytest.raises(MemoryError):
+        decoding.open_image(file.getvalue(), "red.png")
+    monkeypatch.setattr(Image.Image, "getexif", raising(SyntaxError("broken")))
+    assert decoding.open_image(file.getvalue(), "red.png").size == (3, 2)

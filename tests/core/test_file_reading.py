@@ -1,0 +1,163 @@
+"""Files that are read: what is no file is refused, what cannot be read now is no mistake of it."""
+
+import errno
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deit.config import validation
+from deit.config.schema import Config, to_dict
+from deit.core import manifest, run_log
+from deit.core.errors import CheckpointError, ConfigError, DataError, NotReadableError, SystemFault
+from deit.core.file_reading import NOT_PLAIN, read_bytes
+from deit.core.filesystem import ENVIRONMENT, LOCK, lock_dir
+from deit.core.json_io import load_json_as
+from deit.core.run_folder import check_run_dir
+from deit.core.run_log import HASH_CHAIN, METRICS
+from deit.core.user_code import read_names
+from deit.distill.target_store import read_manifest
+from deit.evaluation import predict
+from deit.experiments.sweep_spec import read_sweep
+from deit.models import weight_files
+from deit.models.load_weights import load_weights_from
+from deit.models.weight_files import read_weights
+from deit.training import optimizer
+from deit.training.optimizer import read_tensors
+from tests.helpers.errors import raises
+
+READERS = {
+    "configuration": ("config.json", validation.load_config, ConfigError),
+    "names": ("names.txt", lambda path: read_names("data.classes", (f"@{path}",)), DataError),
+    "sweep": ("sweep.yaml", read_sweep, ConfigError),
+    "picture": ("picture.png", lambda path: predict._squares(path, (8,)), DataError),
+    "store": ("store.json", lambda path: read_manifest(path.parent), CheckpointError),
+    "record": ("record.json", lambda path: load_json_as(path, Config), CheckpointError),
+    "digest": ("a", lambda path: manifest.digests(path.parent, ["a"]), CheckpointError),
+    "weights": ("weights.pth", read_weights, CheckpointError),
+    "start": ("config.json", lambda path: load_weights_from(str(path.parent)), CheckpointError),
+}
+
+
+def fail(path, number, monkeypatch):
+    """Have a system refuse to open a file, by an error number."""
+    opens = Path.open
+
+    def failing(self, *arguments, **options):
+        if self == path:
+            raise OSError(number, os.strerror(number), str(path))
+        return opens(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_what_cannot_be_read_now_is_no_mistake_of_the_file(number, kind, tmp_path, monkeypatch):
+    """It is neither set aside nor taken for another; the command can be run again."""
+    name, read, mistake = READERS[kind]
+    path = tmp_path / name
+    path.write_bytes(b"\xff no content of any kind")
+    with nullcontext() if kind == "digest" else pytest.raises(mistake):
+        read(path)
+    fail(path, number, monkeypatch)
+    with raises(SystemFault, name, os.strerror(number)):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_what_may_not_be_read_is_named(kind, tmp_path, monkeypatch):
+    name, read, mistake = READERS[kind]
+    path = tmp_path / name
+    path.touch()
+    fail(path, errno.EACCES, monkeypatch)
+    own = kind in ("record", "digest", "configuration", "weights")
+    mistake = NotReadableError if own else mistake
+    with raises(mistake, path, "Permission denied"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_pipe_is_refused_and_never_waited_for(kind, tmp_path):
+    name, read, mistake = READERS[kind]
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(mistake):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_json_nested_too_deep_is_no_content(kind, tmp_path):
+    name, read, mistake = READERS[kind]
+    (tmp_path / name).write_text("[" * 200_000)
+    with nullcontext() if kind in ("digest", "names") else pytest.raises(mistake):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", [METRICS, HASH_CHAIN, "config.json", LOCK])
+def test_a_pipe_in_the_place_of_a_file_of_a_run_is_refused(name, tmp_path):
+    """Whoever opens it to write waits for a reader, without end."""
+    (tmp_path / "config.json").write_text("{}")
+    check_run_dir(tmp_path, resume=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with raises(CheckpointError, name):
+        check_run_dir(tmp_path, resume=True)
+    with raises(SystemFault, tmp_path / name, NOT_PLAIN):
+        run_log.append(tmp_path / name, {})
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_refused(tmp_path):
+    os.mkfifo(tmp_path / LOCK)
+    with raises(SystemFault, f"--out {tmp_path}", NOT_PLAIN), lock_dir(tmp_path, option="--out"):
+        pass
+
+
+@pytest.mark.parametrize("read", [read_weights, read_tensors])
+@pytest.mark.parametrize("error", [FileNotFoundError("No such file"), "Too many open files"])
+def test_safetensors_gives_no_reason(error, read, tmp_path, monkeypatch):
+    """It says of every file that it cannot open that there is none, or it says it in words."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    read(path)
+
+    def failing(_):
+        if isinstance(error, str):
+            raise RuntimeError(error)
+        fail(path, errno.EMFILE, monkeypatch)
+        raise error
+
+    for module in (weight_files, optimizer):
+        monkeypatch.setattr(module, "load_file", failing)
+    with raises(SystemFault, path, "Too many open files"):
+        read(path)
+
+
+def test_records_beside_a_configuration_may_be_anything(tmp_path, monkeypatch):
+    config = validation.config_from_dict({"loss": {"kind": "none"}})
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    os.mkfifo(tmp_path / ENVIRONMENT)
+    assert validation.load_config(tmp_path / "config.json") == config
+    (tmp_path / ENVIRONMENT).unlink()
+    (tmp_path / ENVIRONMENT).write_text("[" * 200_000)
+    assert validation.load_config(tmp_path / "config.json") == config
+    (tmp_path / METRICS).write_text('{"epoch": 1}\n' + "[" * 200_000)
+    assert run_log.read(tmp_path / METRICS) == [{"epoch": 1}]
+    (tmp_path / ENVIRONMENT).unlink()
+    (tmp_path / ENVIRONMENT).write_text('{"directory": "there"}')
+    fail(tmp_path / ENVIRONMENT, errno.EACCES, monkeypatch)
+    assert validation.load_config(tmp_path / "config.json") == config
+
+
+def test_only_files_are_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to("file")
+    assert read_bytes(tmp_path / "link") == b"abc"
+    for path, error in (("none", FileNotFoundError), (".", IsADirectoryError)):
+        with pytest.raises(error):
+            read_bytes(tmp_path / path)
+    with pytest.raises(OSError, match=NOT_PLAIN):
+        read_bytes(Path(os.devnull))

@@ -1,0 +1,161 @@
+"""What replaces what on disk: folders that several commands make at once, and a run's own files."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from deit.core import manifest, run_folder, run_log
+from deit.core.errors import SystemFault
+from deit.core.filesystem import (
+    atomic_write,
+    atomic_write_dir,
+    check_file,
+    check_writable,
+    sync_folder,
+    write_once,
+)
+from deit.deploy import prune_options
+from deit.models.metadata import BASE
+from tests.helpers.errors import raises
+
+
+def filled(text: str, meanwhile: Path | None = None):
+    """Write a file; meanwhile another command makes the folder."""
+
+    def write(folder: Path) -> None:
+        (folder / "model.onnx").write_text(text)
+        if meanwhile is not None:
+            atomic_write_dir(meanwhile, filled("theirs"), replace=False)
+
+    return write
+
+
+def test_of_two_commands_that_make_a_folder_the_first_one_stays(tmp_path, monkeypatch):
+    numbers = iter((1, 2))  # the processes of the two
+    monkeypatch.setattr("deit.core.filesystem.os.getpid", lambda: next(numbers))
+    with raises(SystemFault, "--force"):
+        atomic_write_dir(tmp_path / "out", filled("ours", tmp_path / "out"), replace=False)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "model.onnx"]
+    assert (tmp_path / "out" / "model.onnx").read_text() == "theirs"
+
+
+def test_what_may_be_replaced_is(tmp_path):
+    for text in ("first", "second"):
+        atomic_write_dir(tmp_path / "out", filled(text), replace=True)
+        assert (tmp_path / "out" / "model.onnx").read_text() == text
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "model.onnx"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES, errno.EBADF, errno.ENOTSUP])
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_a_disk_that_syncs_no_folders_is_a_disk(call, number, tmp_path, monkeypatch):
+    """SMB and some FUSE disks refuse it; their files are written as on any other."""
+    closed, real, close = [], getattr(os, call), os.close
+
+    def refusing(what, *arguments):
+        about = os.stat(what) if isinstance(what, int) or os.path.exists(what) else None
+        if about is not None and stat.S_ISDIR(about.st_mode):
+            raise OSError(number, "refused")
+        return real(what, *arguments)
+
+    monkeypatch.setattr(os, call, refusing)
+    monkeypatch.setattr(os, "close", lambda handle: (closed.append(handle), close(handle)))
+    atomic_write(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert len(closed) == (call == "fsync")
+    atomic_write_dir(tmp_path / "out", filled("text"), replace=True)
+    assert (tmp_path / "out" / "model.onnx").read_text() == "text"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_disk_that_fails_at_it_is_told(number, tmp_path, monkeypatch):
+    def failing(handle):
+        raise OSError(number, "failed")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="failed") as raised:
+        sync_folder(tmp_path)
+    assert raised.value.errno == number
+
+
+@pytest.mark.parametrize(
+    "number", [None, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES]
+)
+def test_the_first_writer_stays_on_any_disk(number, tmp_path, monkeypatch):
+    """exFAT, SMB and mounts of object stores have no hard links."""
+
+    def refusing(*paths):
+        raise OSError(number, "refused")
+
+    if number is not None:
+        monkeypatch.setattr(os, "link", refusing)
+    assert write_once(tmp_path / "file", b"first")
+    assert not write_once(tmp_path / "file", b"second")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"first"
+    with raises(SystemFault, tmp_path / "missing" / "file", os.strerror(errno.ENOENT)):
+        write_once(tmp_path / "missing" / "file", b"first")
+
+
+def test_a_first_file_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path, monkeypatch):
+    def refusing(*paths):
+        raise OSError(errno.EPERM, "refused")
+
+    def full(*paths):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", refusing)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", full)
+        with raises(SystemFault, tmp_path / "file", os.strerror(errno.ENOSPC)):
+            write_once(tmp_path / "file", b"first")
+    assert list(tmp_path.iterdir()) == []
+    assert write_once(tmp_path / "file", b"first")
+
+
+def test_the_names_of_a_runs_own_files_are_those_it_writes(tmp_path):
+    names = {run_folder.CONFIG, run_folder.ENVIRONMENT, run_folder.RESUMED, run_folder.RESULT}
+    names |= {run_folder.STATE, run_log.METRICS, run_log.HASH_CHAIN, run_log.NONFINITE_LOG, BASE}
+    names |= {manifest.MANIFEST, prune_options.MANIFEST, prune_options.KEPT}
+    marks = {run_folder.CONFIG, manifest.MANIFEST, prune_options.MANIFEST}
+    for there in names:
+        folder = tmp_path / there
+        folder.mkdir()
+        (folder / there).touch()
+        for name in names:
+            if there in marks:
+                with raises(SystemFault, f"--json {folder / name}"):
+                    check_file(folder / name, option="--json", replace=True)
+            else:
+                check_file(folder / name, option="--json", replace=True)
+
+
+@pytest.mark.parametrize("mark", ["config.json", "manifest.json", "prune.json"])
+@pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl", "manifest.json"])
+def test_a_runs_own_files_are_never_replaced(tmp_path, mark, name):
+    (tmp_path / mark).touch()
+    with raises(SystemFault, "--json", name):
+        check_file(tmp_path / name, option="--json", replace=True)
+    check_file(tmp_path / "numbers.json", option="--json", replace=True)
+    (tmp_path / "elsewhere").mkdir()
+    check_file(tmp_path / "elsewhere" / name, option="--json", replace=False)
+
+
+def test_a_device_or_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull)):
+        with raises(SystemFault, f"--json {path}"):
+            check_file(path, option="--json", replace=True)
+
+
+@pytest.mark.parametrize("name", ["link", "link/below"])
+def test_a_link_to_nothing_is_no_place_to_write(name, tmp_path):
+    """No folder can be made in its place."""
+    (tmp_path / "link").symlink_to("nothing")
+    with raises(SystemFault, "--out"):
+        check_writable(tmp_path / name, option="--out")
+    (tmp_path / "nothing").mkdir()
+    check_writable(tmp_path / name, option="--out")

@@ -1,0 +1,160 @@
+"""Memory: what control groups leave, what an image costs, and runs that cannot fit."""
+
+import re
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from deit.config.recipes.handwriting import digits
+from deit.core import host_memory
+from deit.core.errors import SystemFault
+from deit.core.host_memory import allowed, bytes_per_image, check_answers, free_memory
+from deit.training import nonfinite
+from deit.training.train import train
+from tests.helpers.errors import raises
+
+CPU = torch.device("cpu")
+
+
+class Counted(nn.Module):
+    """Of each image of 4 px it keeps for the backward pass: the pixels, which were there before, 8
+    hidden numbers after the ReLU (its input is let go), and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(48)
+        self.one = nn.Linear(48, 8)
+        self.other = nn.Linear(8, 5)
+        self.plain = False
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        return self.other(self.one(flat if self.plain else self.norm(flat)).relu())
+
+
+def test_what_an_image_costs_is_counted_to_the_byte():
+    network = Counted()
+    network.plain = True
+    # the ReLU's answer, and the network's
+    assert bytes_per_image(network, network, 4, CPU, learns=True) == 4 * (8 + 5)
+    # the first layer's answer is let go when the ReLU is done
+    assert bytes_per_image(network, network, 4, CPU, learns=False) == 4 * (8 + 8)
+
+
+def test_the_network_is_left_as_it_was():
+    network = Counted().eval()
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    generator = torch.get_rng_state()
+    assert bytes_per_image(network, network, 4, CPU, learns=True) > 0  # one image, and a batch norm
+    assert not network.training
+    assert not network.norm.training
+    assert torch.equal(torch.get_rng_state(), generator)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, state[name])
+    assert all(one.grad is None for one in network.parameters())
+
+
+def test_what_cannot_be_measured_is_not_refused():
+    network = nn.Linear(3, 2)  # takes no images
+    assert bytes_per_image(network, network, 4, CPU, learns=True) is None
+    check_answers(network, network, 4, Accelerator(cpu=True), 2**40)
+
+
+def group(folder, names, values):
+    folder.mkdir(parents=True)
+    for name, value in zip(names, values):
+        (folder / name).write_text(f"{value}\n")
+
+
+def test_control_groups_bound_the_memory(tmp_path):
+    v2 = ("memory.max", "memory.current", "memory.stat")
+    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    root, process = tmp_path / "cgroup", tmp_path / "self"
+    group(root / "job" / "step", v2, ("max", 10, "inactive_file 5"))
+    for name, value in zip(v2, (1000, 300, "anon 1\ninactive_file 50")):
+        (root / "job" / name).write_text(f"{value}\n")
+    process.mkdir()
+    (process / "cgroup").write_text("0::/job/step\n")
+    assert allowed(root, process) == [750]
+    group(root / "memory" / "docker", v1, (2**63 - 4096, 10, ""))
+    (process / "cgroup").write_text("12:cpu,cpuacct:/docker\n9:memory:/docker\n0::/\n")
+    assert allowed(root, process) == []  # no limit
+    (root / "memory" / "docker" / v1[0]).write_text("500")
+    (root / "memory" / "docker" / "memory.stat").write_text("total_inactive_file 7\n")
+    assert allowed(root, process) == [497]
+    (process / "cgroup").write_text("0::/../../elsewhere\n")
+    assert allowed(root, process) == []
+    assert allowed(root, tmp_path / "nowhere") == []
+
+
+def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
+    monkeypatch.setattr(host_memory, "allowed", lambda: [1000])
+    assert free_memory(CPU) == 1000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(CPU) == 250
+    monkeypatch.setattr(host_memory, "allowed", list)
+    assert 0 < free_memory(CPU) <= psutil.virtual_memory().total + psutil.swap_memory().total
+
+
+SMALL = {"name": "deit_micro", "embed_dim": 24, "depth": 1, "image_size": 16}
+
+
+def small(**run):
+    config = digits().replace(student=SMALL, teacher={"source": ()}, loss={"kind": "none"})
+    config = config.replace(optim={"batch_size": 512, "grad_accum_steps": 1}, run=run)
+    return config.replace(loss=type(config.loss)(kind="none"))
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_fits(tmp_path, monkeypatch):
+    monkeypatch.setattr(nonfinite, "free_memory", lambda device: 20 * 2**20)
+    with raises(SystemFault, "512 images", "0.0 GiB", "--run.auto_micro_batch") as refused:
+        train(small(), tmp_path / "run", dry_run=True)
+    accumulate = int(re.search(r"--optim\.grad_accum_steps (\d+)", str(refused.value))[1])
+    assert accumulate > 1
+    fits = small().replace(optim={"grad_accum_steps": accumulate})
+    train(fits, tmp_path / "run", dry_run=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fit_memory_begins_with_what_may_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(nonfinite, "free_memory", lambda device: 20 * 2**20)
+    train(small(auto_micro_batch=True), tmp_path / "run", dry_run=True)
+    said = capsys.readouterr().out
+    assert re.search(r"^memory .*\b512 images\b.*\boptim\.grad_accum_steps \d+", said, re.MULTILINE)
+
+
+def test_where_nothing_fits_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(nonfinite, "free_memory", lambda device: 2**10)
+    with raises(SystemFault, "512 images", "--run.activation_checkpointing") as refused:
+        train(small(), tmp_path / "run", dry_run=True)
+    assert "--optim.grad_accum_steps" not in str(refused.value)
+
+
+def test_answers_of_too_many_images_are_refused(monkeypatch):
+    network = Counted()
+    monkeypatch.setattr(host_memory, "free_memory", lambda device: 4 * 48 * 1000)
+    accelerator = Accelerator(cpu=True)
+    check_answers(network, network, 4, accelerator, 100)
+    with raises(SystemFault, "run.eval_batch_size"):
+        check_answers(network, network, 4, accelerator, 4000)
+
+
+class Beside(Accelerator):
+    """One of two processes, of which the other has less memory."""
+
+    def __init__(self, *other: float) -> None:
+        super().__init__(cpu=True)
+        self.other = other
+
+    def gather(self, tensor):
+        return torch.cat([tensor, torch.tensor([self.other])])
+
+
+def test_all_processes_refuse_what_one_cannot_hold():
+    """Else the others would wait for it."""
+    network = Counted()
+    check_answers(network, network, 4, Beside(192, 2**20), 4000)
+    with raises(SystemFault, "run.eval_batch_size"):
+        check_answers(network, network, 4, Beside(384, 2**20), 4000)

@@ -1,0 +1,193 @@
+"""Manifests: every byte of a folder is covered, and nothing of a damaged one is believed."""
+
+import errno
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deit.core import manifest, run_folder
+from deit.core.errors import CheckpointError, SystemFault
+from deit.core.run_folder import (
+    latest_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+    write_with_manifest,
+)
+from tests.helpers.errors import raises
+from tests.helpers.images import mutate
+
+MUTATIONS = 2000
+
+
+def fill(folder: Path) -> None:
+    save_file({"a": torch.arange(50.0), "b": torch.zeros(3, 3)}, folder / "model.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": 3, "best": [0.25, None]}, indent=1))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_with_manifest(tmp_path / "checkpoint-00000003", fill, step=3)
+    return tmp_path / "checkpoint-00000003"
+
+
+def test_what_was_written_is_what_is_found(folder):
+    found = manifest.verify_dir(folder)
+    assert (found.step, sorted(found.files)) == (3, ["model.safetensors", "state.json"])
+    for name, content in found.files.items():
+        assert (folder / name).stat().st_size == content.bytes
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_looked_at_again(folder, monkeypatch):
+    """A file server says that what was opened is not there any more."""
+    opens, old = Path.open, folder / "model.safetensors"
+
+    def failing(self, *arguments, **options):
+        if self == old and folder.stat().st_ino == first:
+            if replaced:
+                folder.rename(folder.with_name(f"gone-{first}"))
+                write_with_manifest(folder, fill, step=3)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+        return opens(self, *arguments, **options)
+
+    first, replaced = folder.stat().st_ino, True
+    monkeypatch.setattr(Path, "open", failing)
+    assert manifest.verify_dir(folder).step == 3
+    first, replaced = folder.stat().st_ino, False
+    with raises(SystemFault, old, os.strerror(errno.ESTALE)):
+        manifest.verify_dir(folder)
+
+
+def test_no_mutation_of_any_file_goes_unnoticed(folder):
+    how = random.Random(0)
+    whole = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    for _ in range(MUTATIONS):
+        path = how.choice(list(whole))
+        mutate(path, how)
+        if path.is_file() and path.read_bytes() == whole[path]:
+            continue  # a stretch of the same bytes
+        with pytest.raises(CheckpointError):
+            verify_checkpoint(folder, 3)
+        path.write_bytes(whole[path])
+    verify_checkpoint(folder, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", ["Invalid JSON"]),  # in the words of pydantic
+        ("[" * 100_000, ["Invalid JSON"]),
+        ("{}", ["format_version"]),
+        ('{"format_version": NaN, "step": 3, "files": {}, "sha256": ""}', ["format_version"]),
+        ('{"format_version": 3, "step": "3", "files": {}, "sha256": ""}', ["step"]),
+        ('{"format_version": 3, "step": 3, "files": [], "sha256": ""}', ["files"]),
+        ('{"format_version": 98765, "step": 3, "files": {}, "sha256": ""}', ["98765"]),
+        ('{"format_version": 3, "step": 3, "files": {}, "sha256": "", "more": 1}', ["more"]),
+        ('{"format_version": 3, "step": 3, "files": {}, "sha256": ""}', ["sha256"]),
+        ('{"format_version": 3, "step": 1, "step": 3, "files": {}, "sha256": ""}', ["sha256"]),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(text, names, folder):
+    (folder / "manifest.json").write_text(text)
+    with raises(CheckpointError, folder / "manifest.json", *names):
+        manifest.verify_dir(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", ".hidden", "A.bin", "a/b", ""])
+def test_a_name_that_leads_elsewhere_is_refused(name, folder):
+    (folder.parent / "secret").write_text("secret")
+    manifest.write_manifest(folder, {name: manifest.FileDigest(6, "0" * 64)}, step=3)
+    with raises(CheckpointError, folder / "manifest.json", repr(name)):
+        manifest.verify_dir(folder)
+
+
+def test_a_folder_under_another_steps_name_is_not_that_step(folder):
+    moved = folder.rename(folder.with_name("checkpoint-00000009"))
+    with raises(CheckpointError, moved, "step 3"):
+        verify_checkpoint(moved, 9)
+
+
+def test_strays_are_left_alone_and_count_for_nothing(folder, tmp_path):
+    for name in ("checkpoint-", "checkpoint-x", "checkpoint-00000004.bak", "checkpoint", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-00000099").write_text("a file")
+    (folder / "pytorch_model.bin").write_bytes(b"a stray pickle")
+    assert latest_checkpoint(tmp_path) == folder
+    for step in (5, 6, 7):
+        save_checkpoint(tmp_path, step, fill, keep=2)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert [name for name in kept if name[-1].isdigit()] == [
+        *("checkpoint-00000006", "checkpoint-00000007", "checkpoint-00000099"),
+    ]
+    assert {"checkpoint-", "checkpoint-x", "checkpoint-00000004.bak", "notes"} < set(kept)
+
+
+def test_the_times_of_files_mean_nothing(tmp_path):
+    import os
+
+    for step, when in ((3, 2e9), (4, 1e9), (5, 0)):
+        save_checkpoint(tmp_path, step, fill, keep=3)
+        os.utime(run_folder.checkpoint_path(tmp_path, step), (when, when))
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-00000005"
+
+
+def test_files_reach_the_disk_before_the_name_and_the_name_before_anything_goes(
+    tmp_path, monkeypatch
+):
+    """What a power cut leaves is the order of fsync and rename."""
+    import os
+
+    calls: list[str] = []
+    real_fsync, real_rename, real_rmtree = os.fsync, Path.rename, shutil.rmtree
+
+    def fsync(handle: int) -> None:
+        calls.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        real_fsync(handle)
+
+    def rename(self: Path, target: Path) -> Path:
+        calls.append(f"rename to {Path(target).name}")
+        return real_rename(self, target)
+
+    def rmtree(path: Path, **settings: object) -> None:
+        calls.append(f"remove {Path(path).name}")
+        real_rmtree(path, **settings)
+
+    save_checkpoint(tmp_path, 3, fill, keep=2)
+    save_checkpoint(tmp_path, 4, fill, keep=2)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    save_checkpoint(tmp_path, 5, fill, keep=2)
+    named = calls.index("rename to checkpoint-00000005")
+    before, after = calls[:named], calls[named + 1 :]
+    first = {name: before.index(f"fsync {name}") for name in ("model.safetensors", "state.json")}
+    assert all(place < before.index("fsync manifest.json") for place in first.values())
+    assert before[-1] == "fsync .deit-new-checkpoint-00000005"
+    assert after[0] == f"fsync {tmp_path.name}"
+    assert after[-1] == "remove .deit-gone-checkpoint-00000003"
+
+
+def test_a_planted_pickle_is_never_opened(folder, tmp_path):
+    """Under every name of a checkpoint's files, and beside them."""
+    import pickle  # noqa: TID251
+
+    class Canary:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "canary",))
+
+    payload = pickle.dumps(Canary())
+    for name in ("model.safetensors", "state.json", "manifest.json", "random_states_0.pkl"):
+        whole = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).write_bytes(payload)
+        if whole is None:
+            verify_checkpoint(folder, 3)
+            continue
+        with pytest.raises(CheckpointError):
+            verify_checkpoint(folder, 3)
+        (folder / name).write_bytes(whole)
+    assert not (tmp_path / "canary").exists()

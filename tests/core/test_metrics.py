@@ -1,0 +1,96 @@
+"""Metrics against hand arithmetic and scikit-learn."""
+
+import pytest
+import torch
+
+from deit.core.metrics import (
+    agreement,
+    at_chance,
+    binomial_tail,
+    calibration_error,
+    confusion,
+    could_be_chance,
+    majority_accuracy,
+    topk_accuracy,
+)
+from deit.core.types import StudentOutput, logits_by_head
+from deit.viz.plots import mean_std
+
+LOGITS = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [1, 3, 2, 0], [2, 0, 1, 3]])
+
+
+def test_topk_by_hand():
+    labels = torch.tensor([0, 2, 2, 1])
+    assert topk_accuracy(LOGITS, labels) == 0.25
+    assert topk_accuracy(LOGITS, labels, k=2) == 0.75
+    assert topk_accuracy(LOGITS, labels, k=99) == 1.0
+
+
+def test_confusion_is_scikit_learns():
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    answers, labels = torch.randint(5, (200,)), torch.randint(5, (200,))
+    expected = sklearn_metrics.confusion_matrix(labels, answers, labels=range(5))
+    assert confusion(answers, labels, 5).tolist() == expected.tolist()
+
+
+def test_agreement_by_hand():
+    assert agreement(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 0, 3, 0])) == 0.5
+
+
+def test_calibration_error_by_hand():
+    # Two samples of confidence 0.8 (one right), two of 0.6 (both right): in their bins the gaps
+    # are |0.8 - 0.5| and |0.6 - 1|, each for half of the samples.
+    logits = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.6, 0.4], [0.6, 0.4]]).log()
+    labels = torch.tensor([0, 1, 0, 0])
+    assert calibration_error(logits, labels) == pytest.approx(0.5 * 0.3 + 0.5 * 0.4, abs=1e-6)
+
+
+def test_chance_is_the_share_of_the_commonest_class():
+    assert majority_accuracy(torch.tensor([0, 0, 0, 1]), 3) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "guess", "number", "at", "could"),
+    [
+        (0.12, 0.1, 1000, True, True),
+        (0.30, 0.1, 1000, False, False),
+        (0.25, 0.1, 20, False, True),
+        (0.6, 0.5, 40, False, True),
+        (4 / 6, 1 / 3, 6, False, True),
+        (1.0, 1 / 3, 6, False, False),
+        (1.0, 0.5, 9, False, False),  # 1 in 512 by guessing
+        (1.0, 0.5, 2, False, True),  # 1 in 4 by guessing
+        (0.75, 1 / 3, 4, False, True),
+        (0.5, 0.5, 2, True, True),
+        (0.001, 0.001, 50_000, True, True),
+    ],
+)
+def test_chance(accuracy, guess, number, at, could):
+    assert at_chance(accuracy, guess) is at
+    assert could_be_chance(accuracy, guess, number) is could
+
+
+@pytest.mark.parametrize(
+    ("least", "number", "share"), [(3, 10, 0.2), (0, 5, 0.5), (700, 1000, 0.65)]
+)
+def test_binomial_tail_is_scipys(least, number, share):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binom.sf(least - 1, number, share)
+    assert binomial_tail(least, number, share) == pytest.approx(expected, rel=1e-9)
+
+
+def test_fused_heads_are_mean_of_logits_and_mean_of_softmax():
+    one, other = torch.tensor([[2.0, 0.0, 1.9]]), torch.tensor([[0.0, 4.0, 2.2]])
+    heads = logits_by_head(StudentOutput(one, other[:, None]))
+    assert torch.allclose(heads["fused"], (one + other) / 2)
+    assert torch.allclose(heads["fused_softmax"].exp(), (one.softmax(1) + other.softmax(1)) / 2)
+    # The two rules are not the same rule: here they differ.
+    assert heads["fused"].argmax() == 2
+    assert heads["fused_softmax"].argmax() == 1
+    assert list(logits_by_head(StudentOutput(one))) == ["class"]
+
+
+def test_summary_of_several_seeds_is_mean_and_sample_deviation():
+    assert mean_std([0.97], scale=100) == "97.0"
+    assert mean_std([0.96, 0.98], scale=100) == "97.0 +- 1.4"
+    assert mean_std([None, None]) == "-"

@@ -1,0 +1,263 @@
+"""Names as people have them: every one works everywhere, or is refused before any work."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deit.config.recipes.handwriting import digits
+from deit.config.schema import to_dict
+from deit.config.validation import config_from_dict
+from deit.core import run_folder
+from deit.core.errors import ConfigError, in_line, name_trouble, printable
+from deit.viz.plots import legend, markdown_table, save_figure
+from tests.helpers.errors import raises
+
+ROOT = Path(__file__).parents[2]
+RUN = "r [b] é"
+ODD = ("Äpfel rot", "中文", "a$b$ [bold]x[red] | & 50%", "_emoji 🍎")
+QUICK = (
+    *("--optim.epochs", "1", "--optim.batch_size", "8", "--data.image_size", "18"),
+    *(
+        "--student.image_size",
+        "16",
+        "--student.drop_path",
+        "0",
+        "--data.validation_fraction",
+        "0.3",
+    ),
+)
+
+
+def pictures(root: Path, classes: tuple[str | bytes, ...], names: tuple[str | bytes, ...]) -> Path:
+    """Class folders of a train and a test split; a name of bytes may be no UTF-8."""
+    for split in ("train", "test"):
+        for number, kind in enumerate(classes):
+            place = os.path.join(os.fsencode(root), split.encode(), os.fsencode(kind))
+            os.makedirs(place)
+            for name in names:
+                pixels = np.full((20, 20, 3), 40 * number + 30, np.uint8)
+                with open(os.path.join(place, os.fsencode(name)), "wb") as file:
+                    Image.fromarray(pixels).save(file, "png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("Äpfel 中文 🍎 a\u0308", "Äpfel 中文 🍎 a\u0308"),
+        ("caf\udce9", "caf\\xe9"),
+        ("\ud83c", "\\ud83c"),
+        ("a\x1b[31mred\r\x07\x9b", "a\\x1b[31mred\\r\\x07\\x9b"),
+        ("left\u202egnp.exe\u2028", "left\\u202egnp.exe\\u2028"),
+        ("two\nlines\tand a tab", "two\\nlines\\tand a tab"),
+    ],
+)
+def test_text_for_one_line_interprets_nothing(text, line):
+    assert in_line(text) == line
+    assert printable(text) == line.replace("\\n", "\n").replace("\\t", "\t")
+    assert in_line(text).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "because_of_utf_8"),
+    [("caf\udce9", True), ("bee\nsting", False), ("\x1b]0;title\x07", False)],
+)
+def test_names_that_no_file_could_hold_are_told(name, because_of_utf_8):
+    assert name_trouble("Äpfel [b] 中 🏳️‍🌈 $") is None
+    trouble = name_trouble(name)
+    assert trouble
+    assert ("UTF-8" in trouble) == because_of_utf_8
+
+
+def test_in_another_encoding_than_utf_8_only_ascii_is_read(monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
+    assert name_trouble("plain") is None
+    assert "PYTHONUTF8=1" in name_trouble("CafÃ©")
+
+
+def test_a_configuration_refuses_names_that_its_file_could_not_hold():
+    values = to_dict(digits())
+    values["data"]["root"], values["teacher"]["source"] = "caf\udce9", ("a", "b\nc")
+    with raises(ConfigError, "data.root = 'caf\\udce9'", "teacher.source = 'b\\nc'") as refused:
+        config_from_dict(values)
+    assert ["UTF-8" in problem.hint for problem in refused.value.problems] == [True, False]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("names")
+    names = (*(f"bild {number} ü.PNG" for number in range(6)), b"caf\xe9.png")
+    try:
+        pictures(folder / "odd é", ODD, names)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(zygote, place) -> Path:
+    """A teacher and a student of odd classes, in folders of odd names."""
+    words = ("--data.root", "odd é", *QUICK)
+    teacher = ("folder-teacher", *words, "--student.name", "small_convnet", "--out", "t [b] é")
+    done = zygote.run("train", *teacher, cwd=place)
+    assert done.code == 0, done.err
+    words = (
+        *words,
+        "--student.depth",
+        "1",
+        "--teacher.source",
+        "t [b] é",
+        "--teacher.allow_near_chance",
+    )
+    done = zygote.run("train", "folder", *words, "--out", RUN, cwd=place)
+    assert done.code == 0, done.err
+    return place / RUN
+
+
+def test_every_command_reads_a_run_of_odd_names(trained, place, zygote):
+    found = sorted((place / "odd é" / "test").rglob("*.[pP]*"))
+    images = [path for path in found if "caf" in path.name or "0" in path.name]
+    assert len(images) == 2 * len(ODD)
+    commands: list[tuple[object, ...]] = [
+        ("evaluate", RUN),
+        ("predict", RUN, *images, "--json", "said.json", "--attention", "seen.png"),
+        ("check-data", "odd é", "--json", "scan.json", "--write-exclude-list", "bad.txt"),
+        ("report", RUN, "--out", "page"),
+        ("export", RUN, "--format", "pt2"),
+        ("show-views", f"{RUN}/config.json", "--out", "views.png"),
+        ("finetune", "--from", RUN, *QUICK[:2], "--print-config"),
+    ]
+    said = {}
+    for words in commands:
+        done = zygote.run(*words, cwd=place)
+        assert done.code == 0, (words[0], done.err)
+        said[words[0]] = done.out
+    for name in ODD:
+        assert all(name in said[one] for one in ("evaluate", "predict"))
+    assert "caf\\xe9.png" in said["predict"]
+    files = [row["file"] for row in json.loads((place / "said.json").read_text())["pictures"]]
+    assert sorted(files) == sorted(map(str, images))
+    page = (place / "page" / "index.html").read_text(encoding="utf-8")
+    assert "[bold]x[red] | &amp; 50%" in page
+    card = (place / RUN / "export-pt2" / "README.md").read_text(encoding="utf-8")
+    assert "中文" in card
+
+
+@pytest.mark.parametrize("kind", ["latin", "newline"])
+def test_classes_that_no_file_could_hold_are_refused_before_any_work(kind, zygote, tmp_path):
+    classes = {"latin": ("ant", b"caf\xe9"), "newline": ("ant", "bee\nsting")}[kind]
+    try:
+        pictures(tmp_path / "set", classes, ("0.png", "1.png"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    named = {"latin": ("'caf\\xe9'", "UTF-8"), "newline": ("'bee\\nsting'",)}
+    words = ("folder-teacher", "--data.root", "set", *QUICK, "--out", "run")
+    for command in (("train", *words), ("check-data", "set")):
+        done = zygote.run(*command, cwd=tmp_path)
+        assert done.code == 3
+        assert done.err.startswith("deit: error: set/train: ")
+        assert all(word in done.err for word in named[kind])
+        assert done.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_arguments_that_no_file_could_hold_are_refused(zygote, tmp_path):
+    for name in ("caf\udce9", "two\nlines"):
+        for words in (("train", "digits", "--out", name), ("evaluate", name)):
+            done = zygote.run(*words, cwd=tmp_path)
+            assert done.code == 2
+            assert done.err.startswith(f"deit: error: {in_line(name)}: ")
+            assert done.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def started(words: list[str], cwd: Path, *, closed: str = "", **environment: str):
+    """A process of its own with other streams. closed: streams, by a shell's words."""
+    shell = ["bash", "-c", f'"$@" {closed}', "sh"] if closed else []
+    return subprocess.run(
+        [*shell, sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_console_that_lacks_a_sign_shows_its_escape(place):
+    words = (
+        "from deit.core.errors import open_streams; from deit.core.console import *; "
+        "open_streams();"
+    )
+    words += f"info({'中 é'!a}); table({'ü'!a}, ('a',), [({'🍎'!a},)]); warn('\\xdf')"
+    done = started(["-c", words], place, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    assert done.returncode == 0, done.stderr
+    assert b"\\u4e2d \\xe9" in done.stdout
+    assert b"\\U0001f34e" in done.stdout
+    assert b"deit: warning: \\xdf" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs a shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_ends_nothing_and_no_file_takes_its_place(closed, tmp_path):
+    words = "import sys; from deit.cli import main; sys.argv[1:] = ['recipes']; code = main();"
+    words += (
+        "file = open('file', 'w'); print('said'); print('too', file=sys.stderr); sys.exit(code)"
+    )
+    done = started(["-c", words], tmp_path, closed=closed)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_names_are_no_formulas_in_pictures_and_stand_in_every_legend(tmp_path):
+    figure_of = pytest.importorskip("matplotlib.figure").Figure
+    figure = figure_of(layout="constrained")
+    axes = figure.subplots()
+    for name in ("a$b$", "$\\frac$", "_x", "中文 caf\udce9"):
+        axes.plot([1, 10], [1, 100], label=name)
+    axes.set_yscale("log")
+    axes.set_xticks([1, 10], ["$x", "y_{$"])
+    axes.set_title("$\\bad{$ 🍎")
+    legend(axes)
+    save_figure(figure, tmp_path / "drawn.svg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("matplotlib").rcParams, "svg.fonttype", "none")
+        save_figure(figure, tmp_path / "text.svg")
+    drawn = (tmp_path / "text.svg").read_text(encoding="utf-8")
+    for name in ("a$b$", "$\\frac$", "_x", "中文 caf\\xe9", "$x", "y_{$", "$\\bad{$ 🍎"):
+        assert f">{name}<" in drawn or f"> {name}<" in drawn, name
+    assert ">$\\mathdefault" not in drawn  # the powers of ten are still formulas
+
+
+def test_a_name_ends_no_row_of_a_markdown_table():
+    assert markdown_table(("a\nb",), [("c\rd",)]).splitlines() == [
+        "| a\\nb |",
+        "| :-- |",
+        "| c\\rd |",
+    ]
+
+
+def test_a_run_is_looked_for_where_it_was_started(trained, place, zygote, tmp_path):
+    """From another folder, and after a move of all of it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    moved = tmp_path / "moved"
+    shutil.copytree(place, moved)
+    for run in (trained, moved / RUN):
+        words = (os.path.relpath(run, elsewhere), "--json", "found.json", "--force")
+        done = zygote.run("evaluate", *words, cwd=elsewhere)
+        assert done.code == 0, done.err
+        assert json.loads((elsewhere / "found.json").read_text())["teacher"] is not None
+    shutil.rmtree(moved / "odd é")
+    done = zygote.run("evaluate", moved / RUN, cwd=elsewhere)
+    assert done.code == 3
+    assert all(word in done.err for word in ("data.root odd é", "--data.root"))
+    config = json.loads((trained / run_folder.CONFIG).read_text())
+    assert config["data"]["root"] == "odd é"

@@ -1,0 +1,374 @@
+"""What others may do to a run folder, or leave in it: links, garbage, another run, a moved one."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from deit.core import filesystem, manifest, run_folder, run_log
+from deit.core.errors import CheckpointError, SystemFault
+from tests.helpers import small_runs
+from tests.helpers.command_server import Completed, Zygote
+from tests.helpers.commands import assert_refused, run_in
+from tests.helpers.errors import raises
+from tests.helpers.gates import Gate
+from tests.helpers.small_runs import STEPS, same
+
+pytest.importorskip("sklearn")
+# As many updates of fewer images.
+FEW = ("--data.train_fraction", "0.2", "--optim.batch_size", "48")
+SMALL = (*small_runs.SMALL, *FEW)
+
+
+def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> Completed:
+    return small_runs.run(zygote, out, fault, *FEW, *more)
+
+
+@pytest.fixture(scope="module")
+def straight(zygote, tmp_path_factory) -> Path:
+    """The run that nothing happens to."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert run(zygote, out).code == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def stopped(zygote, tmp_path_factory) -> Path:
+    """A run that was killed in its second epoch."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    assert run(zygote, out, "update:7:kill", "--run.save_every_steps", "2").code == -signal.SIGKILL
+    return out
+
+
+@pytest.fixture
+def out(stopped, tmp_path) -> Path:
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+def again(zygote: Zygote, out: Path) -> Completed:
+    return run(zygote, out, "", "--run.save_every_steps", "2")
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "metrics.jsonl", "state_hashes.jsonl", "nonfinite_steps.jsonl", "config.json"]
+)
+def test_a_link_in_the_place_of_a_file_of_ours_is_refused(name, out, zygote, tmp_path):
+    """It was followed: a resume cut the file it led to, or wrote into it."""
+    victim = tmp_path / "victim"
+    victim.write_bytes((out / name).read_bytes() if name == "config.json" else b"precious\n" * 900)
+    before = victim.read_bytes()
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(victim)
+    done = again(zygote, out)
+    assert done.code == 4
+    assert str(out / name) in done.err
+    assert str(victim) in done.err
+    assert victim.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["best", "newest"])
+def test_a_link_in_the_place_of_a_folder_of_ours_is_refused(name, out, zygote, tmp_path):
+    folder = run_folder.latest_checkpoint(out) if name == "newest" else out / name
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    done = again(zygote, out)
+    assert done.code == 4
+    assert str(folder) in done.err
+    assert str(tmp_path / "elsewhere") in done.err
+
+
+def test_links_of_other_names_are_none_of_ours(out, zygote, tmp_path):
+    (out / "latest").symlink_to(tmp_path)
+    assert again(zygote, out).code == 0
+    assert (out / "latest").is_symlink()
+
+
+def test_the_best_of_a_branch_that_was_given_up_is_not_the_best(zygote, tmp_path):
+    """The newest checkpoint is damaged, the one before it serves: `best` holds what came later."""
+    out, more = tmp_path / "run", ("--optim.epochs", "3", "--run.num_checkpoints", "3")
+    assert run(zygote, out, "finish:1:kill", *more).code == -signal.SIGKILL
+    late = manifest.verify_dir(out / "best").step
+    assert late > 2 * STEPS  # else this shows nothing
+    state = out / "best" / "state.json"
+    wanted = json.loads(state.read_text())["best"]
+    (run_folder.latest_checkpoint(out) / "model.safetensors").write_bytes(b"")
+    done = run(zygote, out, "loss:0:nan", *more, "--run.max_nonfinite_steps", "100")
+    assert done.code == 0, done.err
+    best = re.escape(str(out / "best"))
+    assert re.search(rf"{best}\W.*\b{wanted['epoch']}\b", done.err)
+    best = json.loads((out / "result.json").read_text())["best"]
+    assert json.loads(state.read_text())["best"] == best != wanted
+
+
+def test_a_kill_after_the_best_was_written_says_nothing_of_it(zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    run(zygote, out, "metrics:1:kill")
+    done = run(zygote, out)
+    assert (done.code, done.err) == (0, "")
+    same(out, straight)
+
+
+@pytest.mark.parametrize("how", ["moved", "replaced"])
+def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, zygote, tmp_path):
+    """It was moved away, or removed and taken by another run: what lies there now stays so."""
+    out = tmp_path / "run"
+    gate, words = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
+    first = zygote.start(*words, DEIT_FAULT="update:7:slow", **gate.environment)
+    gate.wait()
+    if how == "moved":
+        out.rename(tmp_path / "elsewhere")
+        out.mkdir()
+    else:
+        shutil.rmtree(out)
+        assert zygote.run("train", *SMALL, "--run.seed", "5", "--out", out).code == 0
+    content = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    gate.open()
+    done = first.wait()
+    assert done.code == 5, done.err
+    assert f"--out {out}" in done.err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == content
+
+
+def test_a_finished_run_with_other_settings_names_the_ways_that_there_are(straight, zygote):
+    done = run(zygote, straight, "", "--optim.epochs", "9")
+    assert done.code == 2
+    way = f"deit finetune --from {straight}"
+    assert "--out" in done.err
+    assert way in done.err
+    assert re.search(r"optim\.epochs\b.*\b2\b.*\b9\b", done.err)
+    told = zygote.run("finetune", *way.split()[2:], "--optim.epochs", "9", "--print-config")
+    assert (told.code, json.loads(told.out)["optim"]["epochs"]) == (0, 9)
+
+
+def test_a_full_disk_leaves_no_probe_behind(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(filesystem.os, "fsync", full)
+    with raises(SystemFault, f"--out {tmp_path}", "No space left on device"):
+        filesystem.check_writable(tmp_path, option="--out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_a_kill_leaves_of_the_first_file_is_no_run(resume, zygote, tmp_path):
+    """The process died between writing config.json and its rename: the same command goes on."""
+    out = tmp_path / "run"
+    out.mkdir()
+    left = out / f".config.json.{'0' * 32}"
+    left.write_text("{")
+    words = ("train", *SMALL, "--out", out, *(["--resume"] if resume else []))
+    done = zygote.run(*words, DEIT_FAULT="update:1:term")
+    assert done.code == 143, done.err
+    assert not left.exists()
+
+
+def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(out, monkeypatch, capsys):
+    newest = run_folder.latest_checkpoint(out)
+    digest = manifest.hashlib.file_digest
+
+    def broken(file, kind):
+        if file.name == str(newest / "model.safetensors"):
+            raise OSError(5, "Input/output error")
+        return digest(file, kind)
+
+    monkeypatch.setattr(manifest.hashlib, "file_digest", broken)
+    found = run_folder.latest_checkpoint(out)
+    assert found is not None
+    assert found != newest
+    said = capsys.readouterr().err
+    assert str(newest / "model.safetensors") in said
+    assert "Input/output error" in said
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(out, monkeypatch):
+    """By the run that works in it: not damage."""
+    best, read = out / "best", manifest.load_json_as
+    shutil.copytree(best, out / "later")
+    looks = []
+
+    def replaced(path, kind):
+        looks.append(path)
+        if len(looks) == 1:
+            shutil.rmtree(best)
+            (out / "later").rename(best)
+            raise CheckpointError("half of one, half of the other")
+        return read(path, kind)
+
+    monkeypatch.setattr(manifest, "load_json_as", replaced)
+    manifest.verify_dir(best)
+    assert len(looks) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("environment.json", b""),
+        ("environment.json", b'{"packages": []}'),
+        ("nonfinite_steps.jsonl", b"5\n"),
+        ("nonfinite_steps.jsonl", b'{"a": 1}\n'),
+        ("nonfinite_steps.jsonl", b"\xff\xfe\x00"),
+        ("metrics.jsonl", b"\xff\xfe\x00"),
+    ],
+)
+def test_files_that_only_inform_do_not_stop_a_run(name, content, out, zygote):
+    (out / name).write_bytes(content)
+    done = again(zygote, out)
+    assert done.code == 0, done.err
+    assert str(out / name) in done.err
+
+
+def test_a_folder_of_a_strange_name_does_no_harm(out, zygote):
+    (out / ".deit-old-").mkdir()
+    assert again(zygote, out).code == 0
+
+
+def test_after_a_line_that_was_cut_off_the_next_rows_are_whole(out, zygote):
+    rows = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(rows[: len(rows) - 20])
+    assert again(zygote, out).code == 0
+    assert [row["epoch"] for row in run_log.read(out / "metrics.jsonl")] == [2]
+
+
+def test_cut_keeps_whole_rows_of_a_log_that_was_edited(tmp_path, capsys):
+    log = tmp_path / "metrics.jsonl"
+    length = [run_log.append(log, {"step": step}) for step in range(4)][2]
+    written = log.read_bytes().splitlines(keepends=True)
+    longer, broken = b'{"step": 0, "note": "mine"}\n', b"{step: 1}\n"
+    for lines, left in [
+        (written, [0, 1, 2]),
+        ([longer, *written[1:]], [0]),
+        ([written[0], broken, *written[2:]], [0, 2]),
+        ([written[0], broken], [0]),
+        ([], []),
+    ]:
+        log.write_bytes(b"".join(lines))
+        run_log.truncate(log, length)
+        assert (str(log) in capsys.readouterr().err) == (left != [0, 1, 2])
+        run_log.append(log, {"step": 9})
+        assert [row["step"] for row in run_log.read(log)] == [*left, 9]
+
+
+def test_a_broken_line_of_the_metrics_is_named(straight, tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    first, second = (straight / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:2]
+    for content in (first + second, first + second[:-9]):  # a kill leaves half a row
+        log.write_bytes(content)
+        assert [row["epoch"] for row in run_log.read_metrics(tmp_path)][:1] == [1]
+    for content in (b"{epoch: 1}\n" + second, first + b"{}}\n", first + second[:-9] + b"\n"):
+        log.write_bytes(content)
+        with raises(CheckpointError, log, "line"):
+            run_log.read_metrics(tmp_path)
+
+
+def test_a_finished_run_whose_best_is_damaged_says_so(zygote, straight, tmp_path):
+    out = shutil.copytree(straight, tmp_path / "run")
+    (out / "best" / "model.safetensors").write_bytes(b"")
+    done = run(zygote, out)
+    assert done.code == 0
+    assert re.search(r"best/model\.safetensors\b.*\b0 bytes\b", done.err)
+    assert "--checkpoint last" in done.err
+    assert zygote.run("evaluate", out, "--checkpoint", "last").code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", None), ("fingerprint", 3), ("targets", "a")]
+)
+def test_a_result_that_is_none_is_named(name, value, zygote, straight, tmp_path):
+    out = shutil.copytree(straight, tmp_path / "run")
+    result = json.loads((out / "result.json").read_text())
+    (out / "result.json").write_text(json.dumps({**result, name: value}))
+    done = run(zygote, out)
+    assert done.code == 4
+    assert re.search(rf"result\.json\W+{name}\b", done.err)
+
+
+def test_a_full_disk_at_a_log_is_a_full_disk(zygote, tmp_path):
+    done = run(zygote, tmp_path / "run", "metrics:1:full")
+    assert done.code == 5
+    assert str(tmp_path / "run" / "metrics.jsonl") in done.err
+    assert "No space left on device" in done.err
+
+
+@pytest.fixture(scope="module")
+def teachers(zygote, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teachers")
+    for seed in (0, 1):
+        words = (*FEW, "--optim.epochs", "3", "--run.seed", seed, "--out", folder / str(seed))
+        assert zygote.run("train", "digits-teacher", *words).code == 0
+    return folder
+
+
+def test_a_teacher_that_was_moved_is_the_same_teacher(teachers, zygote, tmp_path):
+    """Its weights tell; others under a new name do not pass, in a finished run either."""
+    moved, out = shutil.copytree(teachers / "0", tmp_path / "moved"), tmp_path / "run"
+    taught = ("--loss", "deit-hard", "--teacher.allow_near_chance", "--teacher.source")
+    assert run(zygote, out, "update:7:term", *taught, teachers / "0").code == 143
+    other = run(zygote, out, "", *taught, teachers / "1")
+    assert other.code == 3
+    assert "teacher.source" in other.err
+    assert run(zygote, out, "", *taught, moved).code == 0
+    assert run(zygote, out, "", *taught, teachers / "0").code == 0
+    assert run(zygote, out, "", *taught, teachers / "1").code == 3
+
+
+LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
+
+
+@pytest.mark.parametrize(
+    ("words", "block", "named"),
+    [
+        (("digits-teacher",), 63, {"--optim.grad_accum_steps 3"}),
+        (("digits-teacher",), 1, {"student"}),
+        (LEARNER, 2, {"--run.activation_checkpointing", "student"}),
+        ((*LEARNER, "--run.activation_checkpointing"), 2, {"student"}),
+    ],
+    ids=["less fits", "nothing to recompute", "activation_checkpointing", "recomputes already"],
+)
+def test_out_of_memory_advises_only_what_helps(words, block, named, zygote, tmp_path):
+    words = (*words, *FEW, "--optim.epochs", "3", "--optim.batch_size", block)
+    done = zygote.run("train", *words, "--out", tmp_path / "run", DEIT_FAULT="update:3:memory")
+    assert done.code == 5
+    assert re.search(rf"\b{block} images\b", done.err)
+    assert "--resume" in done.err
+    assert str(tmp_path / "run") in done.err
+    ways = {"--optim.grad_accum_steps 3", "--run.activation_checkpointing", "student"}
+    assert {way for way in ways if way in done.err} == named
+    if block == 63:
+        assert re.search(r"\b21\b", done.err)  # so many fit
+    else:
+        assert "--optim.grad_accum_steps" not in done.err
+        assert "teacher" not in done.err  # the run has none that could be smaller
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("arguments", ["train", 3]), ("packages", {"torch": "2"}), ("threads", None), ("commit", 4)],
+)
+def test_an_environment_of_other_types_is_named(name, value, straight, tmp_path):
+    """A report showed its bare TypeError or KeyError, the card of an export likewise."""
+    found = json.loads((straight / run_folder.ENVIRONMENT).read_text())
+    assert run_folder.recorded(straight).device_name == found["device_name"]
+    (tmp_path / run_folder.ENVIRONMENT).write_text(json.dumps({**found, name: value}))
+    with raises(CheckpointError, "environment.json", name):
+        run_folder.recorded(tmp_path)
+
+
+@pytest.mark.parametrize("more", [(), ("--resume",)])
+def test_a_folder_that_holds_no_run_is_not_to_be_resumed(more, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.png").write_bytes(b"")
+    done = run_in(tmp_path, "train_deit.py", "digits-teacher", "--out", "pictures", *more)
+    assert_refused(done, 2, "--out pictures", "config.json")
+    assert "--resume" not in done.stderr
+
+
+def test_teacher_and_images_that_are_missing_are_named_together(tmp_path):
+    done = run_in(tmp_path, "train_deit.py", "folder", "--data.root", "nothere", "--out", "out")
+    assert_refused(done, 3, "data.root nothere", "teacher.source checkpoints/folder-teacher")
+    assert "train_deit.py folder-teacher" in done.stderr
+    assert str(tmp_path) in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,99 @@
+"""An address in the place of a file or folder is called one, with what to do."""
+
+import pytest
+
+from deit.cli import run_command
+from deit.config.schema import Config
+from deit.config.validation import validate
+from deit.core.errors import CheckpointError, ConfigError, ConfigProblem, NotFoundError
+from deit.core.user_code import about_address
+from deit.models.load_weights import load_weights_from
+from deit.models.teachers import resolve_source
+from tests.helpers.errors import raises
+
+
+@pytest.mark.parametrize(
+    ("value", "instead"),
+    [
+        ("https://host/teacher.pth", "curl -LO https://host/teacher.pth"),
+        ("s3://bucket/images", ""),
+        ("gs://bucket/images", ""),
+        ("file:///data/images", " /data/images"),
+        ("hf-hub:timm/resnet18.a1_in1k", "hf download timm/resnet18.a1_in1k --local-dir DIR"),
+        ("hf_hub:timm/resnet18", "hf download timm/resnet18 "),
+        ("hf://timm/resnet18@main", "hf download timm/resnet18 "),
+        ("https://huggingface.co/timm/resnet18", "hf download timm/resnet18 "),
+        ("https://huggingface.co/timm/resnet18/resolve/main/w.bin", "curl -LO https://hugg"),
+        ("local-dir:checkpoints/mine", " checkpoints/mine"),
+    ],
+)
+def test_addresses_are_known(value, instead):
+    advice = about_address(value)
+    assert advice
+    assert instead in advice
+    assert ("curl" in advice) == ("curl" in instead)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "digits",
+        "mine.py:teacher",
+        "/data/x.py:f",
+        "C:\\data",
+        "C:/data",
+        "a/b:c/d",
+        "timm:resnet18",
+    ],
+)
+def test_paths_and_names_are_no_addresses(value):
+    assert about_address(value) is None
+
+
+COMMANDS = {
+    "train": ["digits", "--teacher.source", "https://host/t.pth"],
+    "train ": ["digits", "--data.root=s3://bucket/images"],
+    "train  ": ["digits", "--out", "gs://bucket/run"],
+    "finetune": ["digits", "--from", "file:///data/w.pth"],
+    "evaluate": ["s3://bucket/run"],
+    "evaluate ": ["run", "--data.root", "s3://bucket/images"],
+    "predict": ["run", "https://host/cat.png"],
+    "export": ["https://host/run", "--format", "onnx"],
+    "report": ["https://host/run"],
+    "check-data": ["s3://bucket/images"],
+    "targets": ["verify", "s3://bucket/store"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_them_at_once(command, capsys):
+    name, arguments = command.strip(), COMMANDS[command]
+    assert run_command(name, arguments, f"deit {name}") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("deit: error: ")
+    address = next(word.rpartition("=")[2] for word in arguments if ":/" in word)
+    assert f"{address}: {about_address(address)}" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "field", ["data.root", "data.exclude_list", "init.pruning_masks", "teacher.target_stores"]
+)
+def test_a_configuration_that_holds_them_is_refused(field):
+    section, leaf = field.split(".")
+    address = "s3://bucket/x"
+    value = (address,) if leaf == "targets" else address
+    with raises(ConfigError, field, f"'{address}'") as refused:
+        validate(Config().replace(**{section: {leaf: value}}))
+    assert ConfigProblem(field, address, about_address(address)) in refused.value.problems
+
+
+def test_a_repository_of_the_hub_is_for_timm_to_load(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    source = "hf-hub:timm/test_vit.r160_in1k"
+    validate(Config().replace(teacher={"source": (source,)}, init={"weights": source}))
+    assert resolve_source(source) == "timm"
+    with raises(CheckpointError, source, "hf download timm/test_vit.r160_in1k "):
+        load_weights_from(source)
+    with raises(NotFoundError, "teacher.source", "curl -LO https://host/teacher.pth"):
+        resolve_source("https://host/teacher.pth")

@@ -1,0 +1,235 @@
+"""The order of an epoch and the batches of any number of processes."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from deit.config.data_section import ViewsConfig
+from deit.config.presets import AUGMENTATIONS
+from deit.config.schema import OptimConfig
+from deit.core.errors import ConfigError, DataError
+from deit.datasets.images import InMemoryImages
+from deit.datasets.loader import Sizes, TrainLoader, view_sizes
+from deit.datasets.views import ChannelStats
+from tests.helpers.errors import raises
+
+SIZES = Sizes(8, 8, 8)
+IMAGES = InMemoryImages(torch.randint(256, (53, 3, 8, 8), dtype=torch.uint8), torch.arange(53) % 4)
+MIXED = ViewsConfig(crop="padded", crop_padding=1, mixup_alpha=0.8, cutmix_alpha=1.0)
+FULL = dataclasses.replace(MIXED, crop="random_resized", **AUGMENTATIONS["deit"])
+
+
+def loader(
+    process=0,
+    num_processes=1,
+    accumulate=1,
+    batch_size=16,
+    views=MIXED,
+    seed=5,
+    images=IMAGES,
+    sizes=SIZES,
+    **settings,
+):
+    return TrainLoader(
+        images,
+        4,
+        views=views,
+        optim=OptimConfig(batch_size=batch_size, grad_accum_steps=accumulate),
+        sizes=sizes,
+        colours=ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        seed=seed,
+        process=process,
+        num_processes=num_processes,
+        **settings,
+    )
+
+
+def joined(blocks):
+    """What several batches hold, each field as one tensor."""
+    fields = ("images", "teacher_images", "targets", "sample_ids", "target_rows")
+    return [torch.cat([getattr(block, field) for block in blocks]) for field in fields]
+
+
+def global_batches(num_processes, accumulate, views, epoch=3):
+    """All micro-batches of an epoch, put together to global batches."""
+    parts = [
+        list(loader(process, num_processes, accumulate, views=views).epoch(epoch))
+        for process in range(num_processes)
+    ]
+    together = []
+    for step in range(len(parts[0]) // accumulate):
+        blocks = [
+            parts[process][step * accumulate + part]
+            for part in range(accumulate)
+            for process in range(num_processes)
+        ]
+        together.append(joined(blocks))
+    return together
+
+
+@pytest.mark.parametrize("views", [MIXED, FULL], ids=["mixed", "full"])
+@pytest.mark.parametrize(("num_processes", "accumulate"), [(1, 2), (2, 1), (2, 2), (4, 1), (8, 1)])
+def test_any_layout_sees_the_same_global_batches_to_the_bit(num_processes, accumulate, views):
+    expected = global_batches(1, 1, views)
+    found = global_batches(num_processes, accumulate, views)
+    assert len(found) == len(expected) == 3
+    for ours, theirs in zip(found, expected):
+        # Images, the teacher's images, targets (same partner and weight), samples.
+        assert all(torch.equal(*parts) for parts in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [2, 14, 16])
+@pytest.mark.parametrize("number", [7, 16, 53, 255])
+def test_repeats_show_so_many_different_views_of_so_many_fewer_images(number, batch_size, repeats):
+    images = InMemoryImages(
+        torch.randint(256, (number, 3, 8, 8), dtype=torch.uint8), torch.arange(number)
+    )
+    views = ViewsConfig(crop="padded", crop_padding=3, aug_repeats=repeats)
+    unique = -(-batch_size // repeats)
+    if unique > number:
+        with raises(DataError, f"optim.batch_size = {batch_size}", unique, number):
+            loader(images=images, views=views, batch_size=batch_size)
+        return
+    made = TrainLoader(
+        images,
+        number,
+        views=views,
+        optim=OptimConfig(batch_size=batch_size),
+        sizes=Sizes(8, 8, 8),
+        colours=ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        seed=1,
+    )
+    batches = list(made.epoch(0))
+    assert len(batches) == made.steps_per_epoch == max(number // batch_size, 1)
+    everyone = []
+    for batch in batches:
+        assert len(batch.sample_ids) == batch_size
+        counts = batch.sample_ids.unique(return_counts=True)[1]
+        assert len(counts) == unique
+        assert counts.max() <= repeats
+        assert counts.max() - counts.min() <= 1 or batch_size % unique
+        if unique > 1:  # neighbours are mixed with each other
+            assert (batch.sample_ids[::2] != batch.sample_ids[1::2]).all()
+        everyone += batch.sample_ids.unique().tolist()
+    # No image comes back in another batch of the epoch.
+    assert len(everyone) == len(set(everyone)) == made.images_per_epoch
+
+
+def test_an_image_is_never_mixed_with_itself():
+    with raises(ConfigError, "views.aug_repeats"):
+        loader(views=dataclasses.replace(MIXED, aug_repeats=16))
+    loader(views=ViewsConfig(aug_repeats=16))
+
+
+def test_the_views_of_an_image_in_a_batch_differ_and_the_first_is_the_plain_one():
+    views = ViewsConfig(crop="padded", crop_padding=3, aug_repeats=2)
+    plain = dataclasses.replace(views, aug_repeats=1)
+    twice = next(loader(views=views).epoch(0))
+    assert torch.equal(twice.sample_ids[:8], twice.sample_ids[8:])
+    assert not torch.equal(twice.images[:8], twice.images[8:])
+    once = next(loader(views=plain).epoch(0))
+    assert torch.equal(once.images[:8], twice.images[:8])
+
+
+def test_the_teacher_sees_the_same_views_at_its_size():
+    sizes = view_sizes(student=8, teacher=16, source=16)
+    assert sizes == Sizes(view=16, student=8, teacher=16)
+    pixels = torch.randint(256, (53, 3, 16, 16), dtype=torch.uint8)
+    views = dataclasses.replace(FULL, erasing_prob=0.0, auto_augment="none")
+    large = InMemoryImages(pixels, IMAGES.labels)
+    both = next(loader(images=large, sizes=sizes, views=views).epoch(0))
+    assert both.images.shape[-1] == 8
+    assert both.teacher_images.shape[-1] == 16
+    smaller = torch.nn.functional.avg_pool2d(both.teacher_images, 2)
+    # The same crops, flips, weights and regions: what differs is the filter.
+    assert (smaller - both.images).abs().mean() < 0.06
+    shuffled = (smaller.roll(2, dims=0) - both.images).abs().mean()
+    assert shuffled > 3 * (smaller - both.images).abs().mean()
+    same = next(loader(images=large, sizes=Sizes(16, 16, 16), views=views).epoch(0))
+    assert torch.equal(same.teacher_images, same.images)
+    assert torch.equal(same.targets[:, 0] > 0, both.targets[:, 0] > 0)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "source", "expected"),
+    [
+        (32, None, 32, (32, 32, 32)),
+        (32, 32, 40, (32, 32, 32)),
+        (64, 72, 72, (72, 64, 72)),
+        (64, 32, 64, (64, 64, 32)),
+        (32, 224, 32, (32, 32, 32)),  # nothing to gain from enlarging: the teacher does it itself
+        (224, 384, None, (384, 224, 384)),
+        (64, 32, 32, (64, 64, 32)),
+    ],
+)
+def test_sizes(student, teacher, source, expected):
+    assert view_sizes(student, teacher, source) == Sizes(*expected)
+
+
+def test_nothing_grows_with_the_epochs():
+    import gc
+
+    made = loader(views=FULL)
+
+    def after(epoch):
+        for _ in made.epoch(epoch):
+            pass
+        gc.collect()
+        return sum(
+            tensor.numel() for tensor in gc.get_objects() if issubclass(type(tensor), torch.Tensor)
+        )
+
+    assert after(0) == after(1) == after(7)
+
+
+def test_the_time_of_the_views_is_measured():
+    made = loader()
+    assert made.stages.rates() == {}
+    list(made.epoch(0))
+    assert made.stages.images["views"] == 48
+    assert made.stages.rates()["views"] > 0
+    list(made.epoch(1))
+    assert made.stages.images["views"] == 48  # of this epoch
+
+
+def test_an_epoch_sees_each_image_at_most_once_and_the_order_changes():
+    first, second = (torch.cat([b.sample_ids for b in loader().epoch(e)]) for e in (0, 1))
+    assert len(first) == 48
+    assert len(first.unique()) == 48
+    assert not torch.equal(first, second)
+    again = torch.cat([b.sample_ids for b in loader().epoch(0)])
+    assert torch.equal(first, again)
+    other = torch.cat([b.sample_ids for b in loader(seed=6).epoch(0)])
+    assert not torch.equal(first, other)
+
+
+def test_targets_are_the_labels_where_nothing_is_mixed():
+    for batch in loader(views=ViewsConfig()).epoch(0):
+        assert torch.equal(batch.targets.argmax(dim=1), IMAGES.labels[batch.sample_ids])
+        assert torch.equal(batch.targets.sum(dim=1), torch.ones(16))
+        assert batch.targets.max(dim=1).values.eq(1).all()
+
+
+def test_mixed_targets_are_distributions_over_the_labels_of_the_pair():
+    for batch in loader().epoch(0):
+        assert torch.allclose(batch.targets.sum(dim=1), torch.ones(16))
+        labels = IMAGES.labels[batch.sample_ids]
+        for row, target in enumerate(batch.targets):
+            assert set(target.nonzero().squeeze(1).tolist()) <= {
+                labels[row].item(),
+                labels[row ^ 1].item(),
+            }
+
+
+def test_a_batch_that_cannot_be_cut_is_refused():
+    for processes, accumulate in ((3, 1), (8, 2)):
+        with raises(ConfigError, "optim.batch_size", "optim.grad_accum_steps") as refused:
+            loader(num_processes=processes, accumulate=accumulate)
+        numbers = map(int, re.findall(r"\b\d+\b", str(refused.value)))
+        assert sorted(numbers) == sorted([16, processes, accumulate])
+    loader(num_processes=8, accumulate=2, views=ViewsConfig())  # micro-batches of one, not mixed
+    with raises(DataError, "optim.batch_size = 64", len(IMAGES.labels)):
+        loader(batch_size=64)

@@ -1,0 +1,100 @@
+"""Mixup and cutmix by hand: pixels, labels, corrected weights, and the same region at two sizes."""
+
+import pytest
+import torch
+
+from deit.config.data_section import ViewsConfig
+from deit.core.rng import Keys
+from deit.datasets.mixing import Mix, mix_images, mix_targets, sample_mix
+
+BOTH = ViewsConfig(mixup_alpha=0.8, cutmix_alpha=1.0)
+
+
+def mix(own_weight, cut, box):
+    return Mix(torch.tensor([own_weight]).double(), torch.tensor([cut]), torch.tensor([box]), 4)
+
+
+def test_mixup_by_hand_and_in_place_of_nothing():
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    originals = images.clone(), targets.clone()
+    how = mix(0.7, False, [0, 0, 0, 0])
+    mixed, labels = mix_images(images, how), mix_targets(targets, how)
+    assert torch.allclose(mixed[0], torch.full((3, 4, 4), 0.3))
+    assert torch.allclose(mixed[1], torch.full((3, 4, 4), 0.7))
+    assert torch.allclose(labels, torch.tensor([[0.7, 0.3], [0.3, 0.7]]))
+    assert torch.equal(images, originals[0])
+    assert torch.equal(targets, originals[1])
+
+
+def test_cutmix_by_hand():
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    how = mix(14 / 16, True, [1, 0, 2, 2])
+    mixed = mix_images(images, how)
+    expected = torch.zeros(4, 4)
+    expected[1, :2] = 1
+    assert torch.equal(mixed[0, 0], expected)
+    assert torch.equal(mixed[1, 0], 1 - expected)
+    assert torch.allclose(mix_targets(targets, how)[0], torch.tensor([14 / 16, 2 / 16]))
+
+
+def test_the_pasted_region_is_the_same_at_the_teachers_size():
+    small = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    large = torch.stack([torch.zeros(3, 12, 12), torch.ones(3, 12, 12)])
+    how = mix(14 / 16, True, [1, 0, 2, 2])
+    enlarged = mix_images(small, how).repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)
+    assert torch.equal(mix_images(large, how), enlarged)
+
+
+def test_an_unmixed_pair_stays_as_it_is():
+    images, targets = torch.rand(2, 3, 4, 4), torch.eye(2)
+    for cut in (True, False):
+        how = mix(1.0, cut, [0, 0, 4, 4])
+        assert torch.equal(mix_images(images, how), images)
+        assert torch.equal(mix_targets(targets, how), targets)
+
+
+def test_mixing_weights_have_their_distributions_and_match_the_area_kept():
+    found = sample_mix(Keys(0, 0, torch.arange(20_000)), views=BOTH, size=16)
+    assert found.cut.double().mean() == pytest.approx(0.5, abs=0.02)
+    top, left, bottom, right = found.boxes.unbind(dim=1)
+    kept = 1 - ((bottom - top) * (right - left)).double() / 256
+    assert torch.equal(found.own_weight[found.cut], kept[found.cut])
+    stats = pytest.importorskip("scipy.stats")
+    blended = found.own_weight[~found.cut].numpy()
+    assert stats.kstest(blended, stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
+
+
+def test_the_label_has_the_share_of_the_pixels():
+    number = 64
+    how = sample_mix(Keys(4, 0, torch.arange(number)), views=ViewsConfig(cutmix_alpha=1.0), size=16)
+    images = torch.zeros(2 * number, 3, 16, 16)
+    images[1::2] = 1
+    shown = mix_images(images, how).mean(dim=(1, 2, 3))
+    targets = mix_targets(torch.eye(2).repeat(number, 1), how)
+    assert torch.allclose(shown, targets[:, 1], atol=1e-6)
+
+
+def test_mixing_can_be_rarer_and_of_one_kind():
+    pairs = Keys(0, 0, torch.arange(4000))
+    rare = ViewsConfig(mixup_alpha=0.8, mixup_prob=0.25)
+    found = sample_mix(pairs, views=rare, size=8)
+    assert (found.own_weight < 1).double().mean() == pytest.approx(0.25, abs=0.03)
+    assert not found.cut.any()
+    only_cut = ViewsConfig(cutmix_alpha=1.0)
+    assert sample_mix(pairs, views=only_cut, size=8).cut.all()
+
+
+def test_a_pair_is_mixed_alike_in_any_batch():
+    images = torch.rand(32, 3, 8, 8)
+    how = sample_mix(Keys(0, 0, torch.arange(16)), views=BOTH, size=8)
+    together = mix_images(images, how)
+    for size in (1, 3):
+        parts = [
+            mix_images(
+                images[2 * first : 2 * (first + size)], how.select(slice(first, first + size))
+            )
+            for first in range(0, 16, size)
+        ]
+        assert torch.equal(torch.cat(parts), together)

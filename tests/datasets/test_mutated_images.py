@@ -1,0 +1,89 @@
+"""Thousands of damaged pictures: each gives pixels of the right shape or is refused by its name."""
+
+import random
+import time
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deit.core.errors import DataError
+from deit.datasets.decoding import decode_square
+from tests.helpers.images import mutate
+
+MUTATIONS = 5000
+KINDS = {
+    "jpeg": ("RGB", {"format": "JPEG", "quality": 80}),
+    "progressive jpeg": ("RGB", {"format": "JPEG", "progressive": True}),
+    "cmyk jpeg": ("CMYK", {"format": "JPEG"}),
+    "png": ("RGB", {"format": "PNG"}),
+    "palette png": ("P", {"format": "PNG"}),
+    "16 bit png": ("I;16", {"format": "PNG"}),
+    "png with alpha": ("RGBA", {"format": "PNG"}),
+    "gif": ("P", {"format": "GIF"}),
+    "webp": ("RGB", {"format": "WEBP"}),
+    "bmp": ("RGB", {"format": "BMP"}),
+    "ppm": ("RGB", {"format": "PPM"}),
+    "tiff": ("RGB", {"format": "TIFF", "compression": "tiff_lzw"}),
+}
+
+
+def picture(kind: str) -> bytes:
+    mode, settings = KINDS[kind]
+    noise = np.random.default_rng(0).integers(0, 256, (21, 30, 3), dtype=np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(noise).convert(mode)
+    file = BytesIO()
+    image.save(file, **settings)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_picture_is_pixels_or_a_refusal_and_never_takes_long(kind, tmp_path):
+    how, whole = random.Random(kind), picture(kind)
+    assert decode_square(whole, "whole", 16).shape == (3, 16, 16)
+    file, refused, slowest = tmp_path / "picture", 0, 0.0
+    number = -(-MUTATIONS // len(KINDS))
+    for index in range(number):
+        file.write_bytes(whole)
+        for _ in range(how.choice((1, 1, 1, 5, 40))):
+            if file.is_file() and file.stat().st_size:
+                mutate(file, how)
+        content = file.read_bytes() if file.is_file() else b""
+        started = time.process_time()  # of this process: what else is busy does not count
+        said = ""
+        try:
+            pixels = decode_square(content, f"picture {index}", 16)
+        except DataError as error:
+            said = str(error)
+        if said:
+            assert said.startswith(f"picture {index}: ")
+            assert "\n" not in said
+            refused += 1
+        else:
+            assert (pixels.shape, pixels.dtype) == ((3, 16, 16), torch.uint8)
+        slowest = max(slowest, time.process_time() - started)
+    assert 0 < refused < number
+    assert slowest < 5
+
+
+def test_pictures_of_one_pixel_or_one_line_are_trained_on(tmp_path, zygote):
+    for label in "ab":
+        place = tmp_path / "pictures" / label
+        place.mkdir(parents=True)
+        for index, size in enumerate(((1, 1), (1, 60), (60, 1), (2, 3), (9, 9), (30, 20)) * 2):
+            Image.new("RGB", size, (200 * (label == "a"), index, 90)).save(place / f"{index}.png")
+    words = ("--loss", "none", "--student.name", "vit_micro", "--student.depth", "1")
+    words += ("--student.image_size", "16", "--student.patch_size", "4", "--optim.batch_size", "8")
+    words += ("--optim.epochs", "1", "--optim.warmup_epochs", "0", "--data.image_size", "18")
+    for storage in ("memory", "files"):
+        more = ("--data.storage", storage, "--augmentation", "deit", "--views.aug_repeats", "1")
+        done = zygote.run(
+            *("train", "folder", "--data.root", tmp_path / "pictures", *words, *more),
+            *("--out", tmp_path / storage),
+        )
+        assert done.code == 0, done.err

@@ -1,0 +1,34 @@
+"""Rows spread over the classes: counts by hand, the same for a seed and stream."""
+
+import torch
+
+from deit.datasets.splits import stratified_indices
+
+
+def rows_of(labels, number, *, seed=0, stream="x"):
+    return stratified_indices(labels, number, seed=seed, stream=stream)
+
+
+def test_of_each_class_as_many_as_of_every_other():
+    labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 40)
+    rows = rows_of(labels, 20)
+    assert torch.equal(rows, rows.unique())
+    assert torch.bincount(labels[rows]).tolist() in ([9, 3, 8], [8, 3, 9])
+    many = torch.arange(1000).repeat(2)
+    counts = torch.bincount(many[rows_of(many, 128)], minlength=1000)
+    assert (counts.max().item(), counts.sum().item()) == (1, 128)
+
+
+def test_more_than_there_are_is_all():
+    labels = torch.tensor([2, 0, 1, 1])
+    assert torch.equal(rows_of(labels, 4), torch.arange(4))
+    assert torch.equal(rows_of(labels, 99), torch.arange(4))
+
+
+def test_rows_follow_from_seed_and_stream_and_fewer_are_among_more():
+    labels = torch.arange(3).repeat(40)
+    rows = rows_of(labels, 20)
+    assert torch.equal(rows, rows_of(labels, 20))
+    assert not torch.equal(rows, rows_of(labels, 20, seed=1))
+    assert not torch.equal(rows, rows_of(labels, 20, stream="y"))
+    assert set(rows_of(labels, 7).tolist()) < set(rows.tolist())

@@ -1,0 +1,215 @@
+"""What the teacher sees in every teaching mode: beside the student, and for a store alike."""
+
+import dataclasses
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+from deit.config.data_section import DataConfig, ViewsConfig
+from deit.config.presets import AUGMENTATIONS, VIEW_MODES
+from deit.config.schema import OptimConfig
+from deit.core.rng import Keys
+from deit.datasets.decoding import open_image, square_of
+from deit.datasets.images import EncodedImages, InMemoryImages
+from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.resizing import resize
+from deit.datasets.splits import load_splits
+from deit.datasets.views import ChannelStats, evaluation_squares, sample_random_crop, to_unit_float
+from tests.helpers.images import joined, write_pictures
+
+MEMORY = InMemoryImages(
+    torch.randint(
+        256, (40, 3, 20, 20), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    ),
+    torch.arange(40) % 3,
+)
+RECIPE = ViewsConfig(**AUGMENTATIONS["deit"] | {"aug_repeats": 1}, eval_crop_pct=0.8)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = write_pictures(tmp_path_factory.mktemp("looks") / "images")
+    data = DataConfig(source="folder", root=str(root), storage="files", image_size=16)
+    return load_splits(data).train
+
+
+def views_of(mode, **changes):
+    """The recipe's views under a teaching mode (its policy and erasing stay)."""
+    fields = VIEW_MODES[mode].fields(asdict(RECIPE))
+    return dataclasses.replace(RECIPE, **fields, **changes)
+
+
+def loader(images, views, process=0, num_processes=1, **settings):
+    return TrainLoader(
+        images,
+        3,
+        views=views,
+        optim=OptimConfig(batch_size=12),
+        sizes=Sizes(16, 12, 16),
+        colours=ChannelStats((0.5,) * 3, (0.2,) * 3),
+        seed=5,
+        process=process,
+        num_processes=num_processes,
+        square=16,
+        **settings,
+    )
+
+
+def chosen(storage, files):
+    return MEMORY if storage == "memory" else files
+
+
+ONLINE = [mode for mode in VIEW_MODES if mode != "fix/ic_ens"]
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("storage", ["memory", "files"])
+@pytest.mark.parametrize("mode", ONLINE)
+def test_a_store_is_shown_what_the_teacher_sees_beside_the_student(mode, storage, repeats, files):
+    images = chosen(storage, files)
+    made = loader(images, views_of(mode, aug_repeats=repeats))
+    for epoch in (0, 3):
+        batches = list(made.epoch(epoch))
+        images_seen = torch.cat([batch.teacher_images for batch in batches])
+        places = torch.cat([batch.target_rows for batch in batches])
+        samples = torch.cat([batch.sample_ids for batch in batches])
+        assert {batch.epoch for batch in batches} == {epoch}
+        assert places.max() < made.rows_per_epoch
+        # In blocks of another size, on other places; as a lone process.
+        alone = loader(images, views_of(mode, aug_repeats=repeats), num_processes=3, process=1)
+        shown = list(alone.teacher_inputs(epoch, places, block=10))
+        assert torch.equal(torch.cat([part.images for part in shown]), images_seen)
+        assert torch.equal(torch.cat([part.sample_ids for part in shown]), samples)
+        assert torch.equal(torch.cat([part.target_rows for part in shown]), places)
+
+
+@pytest.mark.parametrize("mode", ONLINE)
+def test_every_mode_is_the_same_on_any_number_of_processes(mode):
+    expected = joined(loader(MEMORY, views_of(mode)).epoch(1))
+    parts = [list(loader(MEMORY, views_of(mode), process, 3).epoch(1)) for process in range(3)]
+    found = joined(block for blocks in zip(*parts) for block in blocks)
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+
+
+def student_of(mode, **changes):
+    return next(loader(MEMORY, views_of(mode, **changes)).epoch(0))
+
+
+@pytest.mark.parametrize("mode", ONLINE)
+def test_modes_differ_in_what_they_should(mode):
+    batch = student_of(mode)
+    resized = resize((batch.teacher_images * 255).round().to(torch.uint8), 12, 12, "bicubic")
+    same = (to_unit_float(resized) - batch.images).abs().flatten(1).mean(dim=1)
+    if VIEW_MODES[mode].teacher_view == "same":
+        assert same.max() < 0.02  # two resizes of one view, mixed alike
+    else:
+        assert same.median() > 0.05
+    assert views_of(mode).uses_mixing is (mode == "function-matching")
+
+
+def test_the_student_of_independent_noise_is_the_student_of_the_same_view():
+    ours, theirs = student_of("ind/ic"), student_of("same/ic")
+    assert torch.equal(ours.images, theirs.images)
+    assert not torch.equal(ours.teacher_images, theirs.teacher_images)
+
+
+def test_independent_views_are_drawn_anew_each_epoch_and_unlike_the_students():
+    made = loader(MEMORY, ViewsConfig(crop="padded", teacher_view="independent", flip=0.0))
+    first, second = ({}, {})
+    for epoch, found in ((0, first), (1, second)):
+        for batch in made.epoch(epoch):
+            found |= dict(zip(batch.sample_ids.tolist(), batch.teacher_images))
+    both = set(first) & set(second)
+    assert sum(torch.equal(first[i], second[i]) for i in both) < len(both) / 4
+
+
+@pytest.mark.parametrize("storage", ["memory", "files"])
+@pytest.mark.parametrize("mode", ["fix/rs", "fix/cc"])
+def test_a_fixed_teacher_sees_an_image_the_same_way_in_every_epoch(mode, storage, files):
+    images = chosen(storage, files)
+    seen = {}
+    made = loader(images, views_of(mode, erasing_mode="mean"))
+    for epoch in (0, 1, 7):
+        for batch in made.epoch(epoch):
+            assert torch.equal(batch.target_rows, batch.sample_ids)
+            for sample, view in zip(batch.sample_ids.tolist(), batch.teacher_images):
+                assert torch.equal(seen.setdefault(sample, view), view)
+    for sample, view in seen.items():
+        if isinstance(images, EncodedImages):
+            picture = open_image(images.read(sample), images.name(sample))
+            if mode == "fix/cc":
+                expected = square_of(picture, 20)[:, 2:18, 2:18]
+            else:
+                whole = np.array(picture.resize((16, 16), 3))
+                expected = torch.from_numpy(whole).permute(2, 0, 1)
+        elif mode == "fix/cc":
+            expected = evaluation_squares(images.pixels[sample][None], size=16, crop=0.8)[0]
+        else:
+            expected = resize(images.pixels[sample][None], 16, 16, "bicubic")[0]
+        assert torch.equal((view * 255).round().to(torch.uint8), expected)
+
+
+@pytest.mark.parametrize("storage", ["memory", "files"])
+def test_crops_of_an_image_are_many_and_the_same_for_ever(storage, files):
+    made = loader(chosen(storage, files), views_of("fix/ic_ens"))
+    places = torch.tensor([3, 4, 30])
+
+    def crop(number):
+        (shown,) = made.teacher_inputs(0, places, block=3, repeat=number)
+        assert torch.equal(shown.sample_ids, places)
+        return shown.images
+
+    assert torch.equal(crop(5), crop(5))
+    different = [crop(number)[0] for number in range(12)]
+    assert len({view.numpy().tobytes() for view in different}) == 12
+    # Crops and flips alone: no policy, no erased box.
+    plain = loader(
+        chosen(storage, files),
+        views_of("fix/ic_ens", auto_augment="none", erasing_prob=0.0, randaugment_magnitude=9.0),
+    )
+    (shown,) = plain.teacher_inputs(0, places, block=3, repeat=5)
+    assert torch.equal(shown.images, crop(5))
+
+
+def test_places_do_not_depend_on_the_batch_unless_views_repeat():
+    odd = InMemoryImages(MEMORY.pixels[:39], MEMORY.labels[:39])
+
+    def places(views, batch_size=12):
+        return TrainLoader(
+            odd,
+            3,
+            views=views,
+            optim=OptimConfig(batch_size=batch_size),
+            sizes=Sizes(16, 12, 16),
+            colours=ChannelStats((0.5,) * 3, (0.2,) * 3),
+            seed=5,
+        ).rows_per_epoch
+
+    assert places(ViewsConfig()) == places(ViewsConfig(), 8) == 39
+    assert places(ViewsConfig(mixup_alpha=1.0)) == 38
+    assert places(ViewsConfig(aug_repeats=3)) == 36
+    assert places(ViewsConfig(aug_repeats=3), 8) == 32
+    assert places(ViewsConfig(aug_repeats=3, teacher_view="center")) == 39
+
+
+def test_without_a_teacher_to_look_nothing_is_made_for_it():
+    made = loader(MEMORY, views_of("same/ic"), for_teacher=False)
+    expected = student_of("same/ic")
+    batch = next(made.epoch(0))
+    assert batch.teacher_images is None
+    assert torch.equal(batch.images, expected.images)
+
+
+def test_a_random_crop_is_a_square_of_the_given_side_anywhere():
+    keys = Keys(3, 0, torch.arange(4000))
+    boxes = sample_random_crop(keys, 20, 30, side=0.8)
+    assert (boxes[:, 2:] == 16).all()
+    tops, lefts = boxes[:, 0], boxes[:, 1]
+    assert sorted(tops.unique().tolist()) == list(range(5))
+    assert sorted(lefts.unique().tolist()) == list(range(15))
+    counts = torch.bincount(tops).double()
+    assert ((counts / 800 - 1).abs() < 0.15).all()
+    whole = sample_random_crop(keys, 20, 20, side=1.0)
+    assert whole.unique(dim=0).tolist() == [[0, 0, 20, 20]]

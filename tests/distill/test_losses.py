@@ -1,0 +1,337 @@
+"""Objectives against hand arithmetic, and where their gradients go."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+
+from deit.config.fields import LossKind
+from deit.config.presets import LOSS_PRESETS
+from deit.config.schema import LossConfig
+from deit.core.types import StudentOutput, TeacherOutput
+from deit.distill.losses import (
+    DISTILLATION_LOSSES,
+    distillation_loss,
+    dkd_losses,
+    hard_distillation_loss,
+    label_loss,
+    smooth_labels,
+    soft_cross_entropy,
+    soft_distillation_loss,
+    standardize_logits,
+)
+
+LN2, LN3 = math.log(2), math.log(3)
+
+
+def softmax(values):
+    exponentials = [math.exp(value) for value in values]
+    return [value / sum(exponentials) for value in exponentials]
+
+
+def test_smoothing_by_hand():
+    target = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    assert torch.allclose(smooth_labels(target, 0.1), torch.tensor([[0.925, 0.025, 0.025, 0.025]]))
+
+
+def test_label_loss_by_hand():
+    logits = torch.tensor([[LN3, 0.0]])  # softmax: 3/4, 1/4
+    mixed = torch.tensor([[0.7, 0.3]])
+    by_hand = -(0.7 * math.log(0.75) + 0.3 * math.log(0.25))
+    assert label_loss(logits, mixed, 0.0).item() == pytest.approx(by_hand, rel=1e-6)
+    # Smoothing 0.2 with two classes: 0.66 and 0.34. It is applied once, to the mixed target.
+    by_hand = -(0.66 * math.log(0.75) + 0.34 * math.log(0.25))
+    assert label_loss(logits, mixed, 0.2).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_label_loss_is_torchs_smoothed_cross_entropy_on_plain_labels():
+    logits, labels = torch.randn(8, 5), torch.randint(5, (8,))
+    targets = torch.nn.functional.one_hot(labels, 5).float()
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert torch.allclose(label_loss(logits, targets, 0.1), expected)
+
+
+def test_hard_teacher_loss_by_hand_takes_the_argmax_unsmoothed():
+    logits = torch.tensor([[LN3, 0.0], [0.0, LN3]])
+    labels = torch.tensor([0, 0])
+    by_hand = -(math.log(0.75) + math.log(0.25)) / 2
+    assert hard_distillation_loss(logits, labels).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_soft_teacher_loss_by_hand_is_batchmean_times_temperature_squared(temperature):
+    student, teacher = [[LN3, 0.0, 1.0], [0.5, -1.0, 0.0]], [[0.0, 2.0, 1.0], [1.0, 1.0, -2.0]]
+    total = 0.0
+    for s_row, t_row in zip(student, teacher):
+        s = softmax([value / temperature for value in s_row])
+        t = softmax([value / temperature for value in t_row])
+        total += sum(p * math.log(p / q) for p, q in zip(t, s))
+    by_hand = temperature**2 * total / 2
+    found = soft_distillation_loss(torch.tensor(student), torch.tensor(teacher), temperature)
+    assert found.item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_soft_gradient_keeps_its_size_as_the_temperature_grows():
+    student, teacher = torch.randn(16, 10, requires_grad=True), torch.randn(16, 10)
+    sizes = []
+    for temperature in (50.0, 100.0):
+        (gradient,) = torch.autograd.grad(
+            soft_distillation_loss(student, teacher, temperature), student
+        )
+        sizes.append(gradient.norm().item())
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+
+
+def test_soft_loss_is_zero_only_for_equal_answers_and_ignores_the_order_of_classes():
+    student, teacher = torch.randn(6, 7), torch.randn(6, 7)
+    assert soft_distillation_loss(teacher, teacher, 2.0).abs() < 1e-6
+    loss = soft_distillation_loss(student, teacher, 2.0)
+    assert loss > 0
+    order = torch.randperm(7)
+    assert torch.allclose(soft_distillation_loss(student[:, order], teacher[:, order], 2.0), loss)
+
+
+def entropy(logits, temperature):
+    probabilities = (logits / temperature).softmax(dim=1)
+    return -(probabilities * probabilities.log()).sum(dim=1).mean()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_soft_cross_entropy_is_kl_plus_the_teachers_entropy_with_its_gradient(temperature):
+    student, teacher = torch.randn(6, 7, requires_grad=True), torch.randn(6, 7)
+    crossed = soft_cross_entropy(student, teacher, temperature)
+    divergence = soft_distillation_loss(student, teacher, temperature)
+    expected = divergence + temperature**2 * entropy(teacher, temperature)
+    assert crossed.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (crossed, divergence)]
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_the_grid_of_soft_labels_weighs_its_hard_term():
+    """(1 - w) T^2 CE(student / T, softmax(teacher / T)) + w CE(student, label): the formula of the
+    grids in AditMeh/Distillation, where w is the weight of the label."""
+    w, temperature = 0.9, 10.0
+    outputs, labels = StudentOutput(torch.randn(5, 4)), torch.tensor([0, 1, 2, 3, 0])
+    loss = LossConfig(
+        kind="cross_entropy",
+        head="class",
+        distillation_weight=1 - w,
+        temperature=temperature,
+        label_smoothing=0.0,
+    )
+    teacher = torch.randn(5, 4)
+    targets = torch.nn.functional.one_hot(labels, 4).float()
+    soft = -(
+        (teacher / temperature).softmax(1) * (outputs.class_logits / temperature).log_softmax(1)
+    )
+    by_hand = (1 - w) * temperature**2 * soft.sum(1).mean()
+    by_hand += w * torch.nn.functional.cross_entropy(outputs.class_logits, labels)
+    found = distillation_loss(outputs, targets, one_voice(teacher), loss)["total"]
+    assert found.item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_decoupled_losses_by_hand():
+    student, teacher = [1.0, 0.0, -1.0], [2.0, 1.0, 0.0]
+    temperature, true = 2.0, 1
+    s = softmax([value / temperature for value in student])
+    t = softmax([value / temperature for value in teacher])
+    target = t[1] * math.log(t[1] / s[1]) + (1 - t[1]) * math.log((1 - t[1]) / (1 - s[1]))
+    s_others, t_others = ([p[0] / (1 - p[1]), p[2] / (1 - p[1])] for p in (s, t))
+    others = sum(p * math.log(p / q) for p, q in zip(t_others, s_others))
+    found = dkd_losses(
+        torch.tensor([student]), torch.tensor([teacher]), torch.tensor([true]), temperature
+    )
+    assert found[0].item() == pytest.approx(temperature**2 * target, rel=1e-5)
+    assert found[1].item() == pytest.approx(temperature**2 * others, abs=1e-6)
+
+
+def test_the_decoupled_losses_put_together_are_the_divergence():
+    """KL = target + (1 - p_true) * others, for each sample (Zhao et al. 2022, equation 5)."""
+    student, teacher, labels = torch.randn(8, 6), torch.randn(8, 6), torch.arange(8) % 6
+    for row in range(8):
+        one = slice(row, row + 1)
+        target, others = dkd_losses(student[one], teacher[one], labels[one], 1.0)
+        rest = 1 - teacher[row].softmax(0)[labels[row]]
+        whole = soft_distillation_loss(student[one], teacher[one], 1.0)
+        assert (target + rest * others).item() == pytest.approx(whole.item(), abs=1e-5)
+
+
+def test_decoupled_losses_stay_finite_where_everyone_is_sure():
+    sure = torch.tensor([[1000.0, 0.0, -1000.0]])
+    for labels in (torch.tensor([0]), torch.tensor([2])):
+        student = (-sure).requires_grad_()
+        total = sum(dkd_losses(student, sure, labels, 1.0))
+        total.backward()
+        assert total.isfinite()
+        assert student.grad.isfinite().all()
+
+
+def test_standardised_logits_have_mean_0_and_deviation_1_and_forget_shift_and_scale():
+    logits = torch.randn(5, 9)
+    found = standardize_logits(logits)
+    assert torch.allclose(found.mean(dim=1), torch.zeros(5), atol=1e-6)
+    assert torch.allclose(found.std(dim=1, unbiased=False), torch.ones(5), atol=1e-5)
+    assert torch.allclose(standardize_logits(7 * logits - 3), found, atol=1e-4)
+    assert standardize_logits(torch.ones(2, 4)).isfinite().all()
+    # Log-probabilities, as a store holds them, serve as well as logits.
+    assert torch.allclose(standardize_logits(logits.log_softmax(1)), found, atol=1e-5)
+
+
+def test_standardising_reaches_both_sides_before_the_temperature():
+    loss = LossConfig(
+        kind="soft", temperature=2.0, standardize_logits=True, distillation_weight=1.0
+    )
+    outputs = two_heads()
+    found = distillation_loss(outputs, TARGETS, TEACHER, loss)["teacher"]
+    logits = outputs.distillation_logits[:, 0]
+    expected = soft_distillation_loss(
+        standardize_logits(logits), standardize_logits(TEACHER.logits[:, 0]), 2.0
+    )
+    assert torch.allclose(found, expected)
+
+
+def two_heads(requires_grad=True, tokens=1):
+    return StudentOutput(
+        torch.randn(4, 3, requires_grad=requires_grad),
+        torch.randn(4, tokens, 3, requires_grad=requires_grad),
+    )
+
+
+def one_voice(logits):
+    return TeacherOutput(logits.argmax(dim=1)[:, None], logits[:, None])
+
+
+TARGETS = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.4, 0.6, 0], [0, 0, 1]])
+TEACHER = one_voice(torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 2], [0, 0, 2]]))
+
+
+def test_deit_hard_is_half_labels_half_teacher():
+    outputs = two_heads()
+    losses = distillation_loss(outputs, TARGETS, TEACHER, LOSS_PRESETS["deit-hard"])
+    label = label_loss(outputs.class_logits, TARGETS, 0.1)
+    teacher = hard_distillation_loss(outputs.distillation_logits[:, 0], TEACHER.labels[:, 0])
+    assert torch.allclose(losses["total"], (label + teacher) / 2)
+
+
+def test_labels_alone_are_enough_for_hard_distillation():
+    outputs, loss = two_heads(), LOSS_PRESETS["deit-hard"]
+    full = distillation_loss(outputs, TARGETS, TEACHER, loss)
+    stored = distillation_loss(outputs, TARGETS, TEACHER._replace(logits=None), loss)
+    assert torch.equal(full["total"], stored["total"])
+
+
+def test_deit_soft_is_the_papers_lambda_and_tau():
+    outputs = two_heads()
+    losses = distillation_loss(outputs, TARGETS, TEACHER, LOSS_PRESETS["deit-soft"])
+    label = label_loss(outputs.class_logits, TARGETS, 0.1)
+    teacher = soft_distillation_loss(outputs.distillation_logits[:, 0], TEACHER.logits[:, 0], 3.0)
+    assert torch.allclose(losses["total"], 0.9 * label + 0.1 * teacher)
+
+
+def test_function_matching_is_the_divergence_of_every_head_and_no_label():
+    outputs, loss = two_heads(), LOSS_PRESETS["function-matching"]
+    total = distillation_loss(outputs, TARGETS, TEACHER, loss)["total"]
+    heads = [outputs.class_logits, outputs.distillation_logits[:, 0]]
+    each = [soft_distillation_loss(head, TEACHER.logits[:, 0], 1.0) for head in heads]
+    assert torch.allclose(total, (each[0] + each[1]) / 2)
+    other = distillation_loss(outputs, TARGETS.flip(0), TEACHER, loss)["total"]
+    assert torch.equal(total, other)
+
+
+def test_usi_is_the_label_plus_five_divergences_on_any_backbone():
+    outputs = StudentOutput(torch.randn(4, 3))
+    total = distillation_loss(outputs, TARGETS, TEACHER, LOSS_PRESETS["usi"])["total"]
+    label = label_loss(outputs.class_logits, TARGETS, 0.0)
+    divergence = soft_distillation_loss(outputs.class_logits, TEACHER.logits[:, 0], 1.0)
+    assert torch.allclose(total, label + 5 * divergence)
+
+
+def test_the_teachers_term_warms_up():
+    outputs, loss = (
+        two_heads(),
+        LossConfig(kind="hard", distillation_warmup_epochs=4.0, label_weight=1.0),
+    )
+    full = distillation_loss(outputs, TARGETS, TEACHER, loss)
+    for epoch, share in ((0.0, 0.0), (1.0, 0.25), (4.0, 1.0), (9.0, 1.0)):
+        found = distillation_loss(outputs, TARGETS, TEACHER, loss, epoch=epoch)["total"]
+        assert torch.allclose(found, full["class"] + 0.5 * share * full["teacher"])
+
+
+def test_each_token_hears_its_own_teacher():
+    outputs = two_heads(tokens=2)
+    voices = TeacherOutput(torch.tensor([[0, 1], [1, 1], [2, 0], [0, 2]]), None, (0.75, 0.25))
+    losses = distillation_loss(outputs, TARGETS, voices, LOSS_PRESETS["deit-hard"])
+    each = [
+        hard_distillation_loss(outputs.distillation_logits[:, voice], voices.labels[:, voice])
+        for voice in (0, 1)
+    ]
+    assert torch.allclose(losses["teacher_1"], each[0])
+    assert torch.allclose(losses["teacher_2"], each[1])
+    assert torch.allclose(losses["teacher"], 0.75 * each[0] + 0.25 * each[1])
+
+
+@pytest.mark.parametrize("name", LOSS_PRESETS)
+def test_each_head_learns_only_from_its_own_source(name):
+    loss = LOSS_PRESETS[name]
+    single = loss.head == "class"
+    outputs = two_heads() if not single else StudentOutput(torch.randn(4, 3, requires_grad=True))
+    logits = TEACHER.logits.clone().requires_grad_()
+    voice = None if loss.kind == "none" else TEACHER._replace(logits=logits)
+    losses = distillation_loss(outputs, TARGETS, voice, loss)
+    losses["total"].backward()
+    assert logits.grad is None
+    assert outputs.class_logits.grad.abs().sum() > 0
+    if not single:
+        assert outputs.distillation_logits.grad.abs().sum() > 0
+    if loss.kind != "none" and loss.head == "distillation":
+        # The label term alone reaches the class head, the teacher term the distillation head.
+        (of_label,) = torch.autograd.grad(
+            distillation_loss(two := two_heads(), TARGETS, TEACHER, loss)["class"],
+            two.distillation_logits,
+            allow_unused=True,
+        )
+        assert of_label is None
+        (of_teacher,) = torch.autograd.grad(
+            distillation_loss(two := two_heads(), TARGETS, TEACHER, loss)["teacher"],
+            two.class_logits,
+            allow_unused=True,
+        )
+        assert of_teacher is None
+
+
+def test_every_kind_of_loss_has_a_term():
+    assert set(get_args(LossKind)) == {*DISTILLATION_LOSSES, "none"}
+
+
+@pytest.mark.parametrize("kind", DISTILLATION_LOSSES)
+def test_weight_zero_is_labels_and_weight_one_is_the_teacher(kind):
+    outputs = two_heads()
+    for weight, name in ((0.0, "class"), (1.0, "teacher")):
+        loss = LossConfig(kind=kind, distillation_weight=weight)
+        losses = distillation_loss(outputs, TARGETS, TEACHER, loss)
+        assert torch.equal(losses["total"], losses[name])
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+@pytest.mark.parametrize("kind", [*DISTILLATION_LOSSES, "none"])
+def test_losses_are_float32_and_finite_for_extreme_half_precision_logits(kind, standardise):
+    outputs = StudentOutput(*(logits.detach() * 1000 for logits in two_heads(False)))
+    outputs = StudentOutput(*(logits.to(torch.bfloat16) for logits in outputs))
+    voice = None if kind == "none" else TEACHER._replace(logits=TEACHER.logits.bfloat16() * 1000)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = distillation_loss(
+            outputs, TARGETS, voice, LossConfig(kind=kind, standardize_logits=standardise)
+        )
+    for loss in losses.values():
+        assert loss.dtype == torch.float32
+        assert loss.isfinite()
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_without_a_teacher_all_heads_learn_the_label_with_an_equal_share(tokens):
+    outputs = two_heads(tokens=tokens)
+    losses = distillation_loss(outputs, TARGETS, None, LOSS_PRESETS["none"])
+    each = [outputs.class_logits, *outputs.distillation_logits.unbind(dim=1)]
+    heads = [label_loss(logits, TARGETS, 0.1) for logits in each]
+    assert torch.allclose(losses["total"], sum(heads) / (1 + tokens))

@@ -1,0 +1,347 @@
+"""Stores of targets at their edges: workers, sizes, moved folders, broken manifests."""
+
+import dataclasses
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit.config.presets import LOSS_PRESETS, VIEW_MODES
+from deit.config.recipes.handwriting import digits, digits_ensemble, digits_teacher
+from deit.config.schema import LossConfig
+from deit.config.validation import validate
+from deit.core.errors import CheckpointError, ConfigError, DataError
+from deit.core.run_folder import latest_checkpoint
+from deit.datasets.splits import load_splits
+from deit.distill.build import build_accelerator
+from deit.distill.losses import standardize_logits
+from deit.distill.run_teachers import RunTeachers
+from deit.distill.target_store import (
+    MANIFEST,
+    SHARDS,
+    TARGETS,
+    manifest_bytes,
+    open_store,
+    read_manifest,
+)
+from deit.distill.verify_targets import verify_targets
+from deit.distill.write_targets import _layout, write_targets
+from deit.experiments.studies import STUDIES
+from deit.training.progress_log import log_epoch
+from deit.training.train import train
+from tests.helpers import target_stores
+from tests.helpers.errors import raises
+from tests.helpers.images import write_class_folders
+from tests.helpers.json_edits import edits
+from tests.helpers.target_stores import (
+    check,
+    configuration,
+    content,
+    copied,
+    flipped,
+    quick,
+    with_targets,
+)
+from tests.helpers.trained import trained
+
+small_units, store = target_stores.small_units, target_stores.store
+teachers = target_stores.teachers
+
+
+@pytest.fixture
+def constant(tmp_path):
+    """A teacher of any classes that always answers the same."""
+    file = tmp_path / "constant.py"
+    file.write_text(
+        "import torch\n"
+        "class Constant(torch.nn.Module):\n"
+        "    def forward(self, images):\n"
+        "        return torch.zeros(len(images), {classes}) + torch.arange({classes})\n"
+        "def teacher():\n"
+        "    return Constant()\n"
+    )
+
+    def of(classes):
+        text = file.read_text().replace("{classes}", str(classes))
+        (tmp_path / f"of{classes}.py").write_text(text)
+        return f"{tmp_path / f'of{classes}.py'}:teacher"
+
+    return of
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_crops_of_images_that_workers_read(workers, constant, tmp_path):
+    """Several blocks: while one is read, its further crops are read as well."""
+    images = write_class_folders(tmp_path / "data", number=24, size=(12, 12))
+    config = digits().replace(
+        data={"source": "folder", "root": str(images), "storage": "files", "num_workers": workers},
+        views=VIEW_MODES["fix/ic_ens"].fields(dataclasses.asdict(digits().views)),
+        teacher={"source": (constant(3),), "allow_near_chance": True},
+        loss=LOSS_PRESETS["function-matching"],
+        optim={"epochs": 1, "warmup_epochs": 0, "batch_size": 4},
+        run={"eval_batch_size": 4},
+    )
+    config = config.replace(views={"teacher_num_crops": 3})
+    write_targets(config, tmp_path / "store")
+    opened = open_store(tmp_path / "store")
+    assert opened.layout.rows_per_epoch > 8
+    verify_targets(
+        tmp_path / "store", root=None, teacher=str(config.teacher.source[0]), num_queries=8
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ({"temperature": 1.0}, "top-10"),
+        ({"temperature": 3.0}, "full"),
+        ({"temperature": 1.0, "standardize_logits": True}, "full"),
+        ({"kind": "dkd"}, "full"),
+        ({"kind": "hard"}, "hard"),
+    ],
+)
+def test_what_is_written_by_default_can_be_trained_from(loss, expected):
+    config = configuration("a").replace(loss={"kind": "soft", **loss})
+    loader = SimpleNamespace(rows_per_epoch=500)
+    assert _layout(config, loader, 101, None, None).content == expected
+    several = config.replace(teacher={"source": ("a", "b"), "combine": "logits"})
+    assert _layout(several, loader, 101, None, None).content in ("full", "hard")
+
+
+@pytest.mark.parametrize("records", ["hard", "top-3"])
+def test_records_that_the_objective_cannot_use_are_not_written(records, teachers, tmp_path):
+    config = configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"])
+    with raises(ConfigError, "--content", records):
+        write_targets(config, tmp_path / "out", content=records)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def sizes(teachers, tmp_path_factory):
+    """Two teachers of digits at 8 and at 16 px."""
+    larger = digits_teacher().replace(
+        student={"image_size": 16},
+        data={"image_size": 16, "train_fraction": 0.3},
+        optim={"epochs": 3},
+    )
+    return teachers[0], str(trained(larger, tmp_path_factory.mktemp("sizes") / "16"))
+
+
+@pytest.mark.parametrize("combine", ["tokens", "probabilities"])
+def test_stores_of_teachers_of_two_sizes_are_used_together(combine, sizes, tmp_path, capsys):
+    config = digits_ensemble().replace(
+        data={"image_size": 16, "train_fraction": 0.2},
+        student={"depth": 1, "embed_dim": 16, "num_heads": 2},
+        teacher={"source": sizes, "combine": combine},
+        optim={"epochs": 1, "warmup_epochs": 0},
+        loss=LOSS_PRESETS["deit-hard" if combine == "tokens" else "deit-soft"],
+    )
+    if combine != "tokens":
+        config = config.replace(student={"num_distillation_tokens": 1})
+    stores = []
+    for number in (1, 2):
+        stores.append(str(tmp_path / f"store{number}"))
+        write_targets(config, tmp_path / f"store{number}", teacher_index=number)
+        verify_targets(tmp_path / f"store{number}", root=None, teacher=None, num_queries=32)
+    assert re.search(r"100\.0 %\D*\b32\b", capsys.readouterr().out)
+    train(config, tmp_path / "online")
+    expected = load_file(latest_checkpoint(tmp_path / "online") / "model.safetensors")
+    for name, targets in {"stored": tuple(stores), "half": ("none", stores[1])}.items():
+        train(config.replace(teacher={"target_stores": targets}), tmp_path / name)
+        for key, value in load_file(
+            latest_checkpoint(tmp_path / name) / "model.safetensors"
+        ).items():
+            if combine == "tokens":  # hard labels: the very same training
+                assert torch.equal(value, expected[key])
+            else:
+                torch.testing.assert_close(value, expected[key], atol=2e-3, rtol=0)
+    for wrong in (0, 3):
+        with raises(ConfigError, f"--teacher-index {wrong}"):
+            write_targets(config, tmp_path / "x", teacher_index=wrong)
+
+
+def test_equal_logits_have_a_gradient_when_standardised():
+    logits = torch.zeros(3, 5, requires_grad=True)
+    (standardize_logits(logits) * torch.randn(3, 5)).sum().backward()
+    assert logits.grad.isfinite().all()
+    assert torch.equal(standardize_logits(logits), torch.zeros(3, 5))
+
+
+def test_a_teacher_that_will_not_do_leaves_no_folder(constant, teachers, tmp_path):
+    with raises(DataError, "of10.py", "--teacher.allow_near_chance"):
+        write_targets(configuration(constant(10)), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    write_targets(configuration(teachers[0]), tmp_path / "store", epochs=1)
+
+
+def test_a_store_without_answers_may_be_deleted(teachers, tmp_path):
+    out = tmp_path / "store"
+    write_targets(configuration(teachers[0]), out, part=(8, 9))
+
+    def places_asked_for():
+        with raises(ConfigError, f"--out {out}", "teacher.1.weights") as refused:
+            write_targets(configuration(teachers[1]), out)
+        return str(refused.value).count("--out") - 1
+
+    assert places_asked_for() == 0
+    write_targets(configuration(teachers[0]), out, part=(0, 3))
+    assert places_asked_for() == 1
+
+
+def test_a_part_without_units_says_so(teachers, tmp_path, capsys):
+    assert not write_targets(configuration(teachers[0]), tmp_path / "store", part=(6, 7))
+    said = capsys.readouterr().out.splitlines()
+    assert {"3", "7"} in [set(re.findall(r"\d+", line)) for line in said]
+    assert not list((tmp_path / "store" / SHARDS).iterdir())
+
+
+def test_a_finished_store_is_tidied(store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+    (copy / SHARDS).mkdir()
+    (copy / SHARDS / "000000.bin").write_bytes(b"left")
+    (copy / f".{TARGETS}.abc").write_bytes(b"left")
+    write_targets(configuration(teachers[0]), copy)
+    assert content(copy) == content(store)
+
+
+def test_a_teacher_that_is_there_but_another_is_not_passed_over(
+    constant,
+    store,
+    teachers,
+    tmp_path,
+    capsys,
+):
+    of_three = configuration(constant(3)).replace(teacher={"target_stores": (str(store),)})
+    with raises(DataError, "of3.py", "--teacher.classes"):
+        check(of_three)
+    broken = tmp_path / "broken"
+    shutil.copytree(teachers[0], broken)
+    weights = broken / "best" / "model.safetensors"
+    size = weights.stat().st_size
+    weights.write_bytes(b"rubb")
+    with raises(CheckpointError, weights, f"{size}"):
+        check(configuration(str(broken)).replace(teacher={"target_stores": (str(store),)}))
+    gone = configuration("gone/teacher").replace(teacher={"target_stores": (str(store),)})
+    capsys.readouterr()
+    check(gone)
+    assert "gone/teacher" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_store_elsewhere(store, teachers, tmp_path):
+    config = configuration(teachers[0], optim={"epochs": 2, "warmup_epochs": 1})
+    copy = copied(store, tmp_path)
+    train(with_targets(config, store), tmp_path / "run")
+    train(with_targets(config, copy), tmp_path / "run", resume=True)
+    with raises(DataError, tmp_path / "run", "teacher.target_stores"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_only_the_proportion_of_the_weights_counts(teachers, tmp_path):
+    config = quick(configuration(teachers[0])).replace(
+        teacher={"source": tuple(teachers), "weights": (3.0, 1.0), "combine": "logits"},
+    )
+    write_targets(config, tmp_path / "store")
+    other = config.replace(teacher={"weights": (0.3, 0.1)})
+    assert check(with_targets(other, tmp_path / "store"))
+
+
+def test_every_process_stops_at_a_damaged_store(store, tmp_path):
+    copy = copied(store, tmp_path)
+    flipped(copy / TARGETS, 500)
+    config = with_targets(configuration("none"), copy).replace(teacher={"source": ()})
+    faculty, splits = RunTeachers(config), load_splits(config.data)
+    loader, _ = faculty.load(splits, build_accelerator(config.run))
+
+    def process(main, others):
+        return SimpleNamespace(
+            is_main_process=main,
+            device=torch.device("cpu"),
+            reduce=lambda value, reduction: value + others,
+        )
+
+    with raises(CheckpointError, copy / TARGETS):
+        faculty.check(splits, process(main=True, others=0), loader)
+    with raises(CheckpointError, f"teacher.target_stores {copy}") as refused:
+        faculty.check(splits, process(main=False, others=-CheckpointError.exit_code), loader)
+    assert TARGETS not in str(refused.value)  # what is wrong with it the main process says
+
+
+BROKEN = {
+    "no fingerprint": lambda manifest: manifest.pop("fingerprint"),
+    "text as fingerprint": lambda manifest: manifest.update(fingerprint="x"),
+    "no layout": lambda manifest: manifest.update(layout={}),
+    "no places": lambda manifest: manifest["layout"].update(rows_per_epoch=0, epochs=0),
+    "text as places": lambda manifest: manifest["layout"].update(rows_per_epoch="many"),
+    "unknown records": lambda manifest: manifest["layout"].update(content="soft"),
+    "no teacher": lambda manifest: manifest["fingerprint"].update(teacher=None),
+    "no format": lambda manifest: [manifest.pop(key) for key in list(manifest) if key != "format"],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_manifest_is_one_line(name, store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+    manifest = read_manifest(copy)
+    BROKEN[name](manifest)
+    (copy / MANIFEST).write_bytes(manifest_bytes(manifest))
+    for attempt in (
+        lambda: open_store(copy),
+        lambda: write_targets(configuration(teachers[0]), copy),
+        lambda: verify_targets(copy, root=None, teacher=None, num_queries=1),
+    ):
+        with raises(CheckpointError, "store.json") as refused:
+            attempt()
+        assert "\n" not in str(refused.value)
+
+
+def test_an_edited_manifest_is_refused(store, tmp_path):
+    copy = copied(store, tmp_path)
+    good = json.loads((copy / MANIFEST).read_text())
+    open_store(copy)
+    changes = [edited for _, edited in edits(good, depth=4)]
+    assert len(changes) > 200
+    for edited in changes:
+        (copy / MANIFEST).write_text(json.dumps(edited))
+        with pytest.raises(CheckpointError):
+            open_store(copy)
+
+
+def test_a_missing_file_of_a_store_is_named(store, tmp_path):
+    copy = copied(store, tmp_path)
+    (copy / TARGETS).unlink()
+    with raises(CheckpointError, copy / TARGETS):
+        open_store(copy)
+
+
+def test_an_ensemble_study_needs_a_store_for_each():
+    config = digits_ensemble().replace(teacher={"target_stores": ("both",), "combine": "logits"})
+    with raises(ConfigError, "--study ensemble", "--teacher-index 1"):
+        STUDIES["ensemble"](config.replace(student={"num_distillation_tokens": 1}))
+
+
+def test_standardised_logits_have_no_mean_of_probabilities():
+    soft = dataclasses.replace(LOSS_PRESETS["deit-soft"], standardize_logits=True)
+    config = digits_ensemble().replace(loss=soft)
+    assert validate(config)  # a token each
+    one = config.replace(student={"num_distillation_tokens": 1})
+    assert validate(one.replace(teacher={"combine": "logits"}))
+    with raises(ConfigError, "loss.standardize_logits", "teacher.combine"):
+        validate(one.replace(teacher={"combine": "probabilities"}))
+
+
+def test_a_term_without_weight_is_not_shown(capsys):
+    row = {
+        "epoch": 1,
+        "seconds": 1.0,
+        "images_per_s": 1.0,
+        "loader": {"share": 0.0},
+        "train": {"loss": 1.75, "loss_class": 2.3, "loss_teacher": 1.75},
+    }
+    log_epoch(row, 1, LOSS_PRESETS["function-matching"])
+    assert "2.3" not in capsys.readouterr().out
+    log_epoch(row, 1, LossConfig(kind="soft"))
+    assert re.search(r"class\D*2\.300\D*teacher\D*1\.750\b", capsys.readouterr().out)

@@ -1,0 +1,220 @@
+"""The layout of a store, its records and canaries, by arithmetic."""
+
+import numpy as np
+import pytest
+import torch
+
+from deit.datasets.loader import TeacherInput
+from deit.datasets.mixing import Mix
+from deit.distill.target_store import RecordFormat, canary, decode, differences, encode
+
+HARD = RecordFormat("hard", 10, 300, 50_000, False)
+
+
+def size(layout):
+    """Bytes of targets.bin and checks.bin."""
+    canaries = layout.epochs * len(layout.canary_rows)
+    return layout.rows * layout.dtype.itemsize, 4 * (3 * layout.num_shards + canaries)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_cifar10_for_300_epochs_is_15_mb_and_at_most_one_percent(paired):
+    targets, checks = size(HARD._replace(mixed_pairs=paired))
+    assert targets == 15_000_000
+    manifest = 6_000
+    assert checks + manifest < 0.01 * targets
+
+
+@pytest.mark.parametrize(
+    ("records", "num_classes", "expected"),
+    [
+        ("hard", 10, 1),
+        ("hard", 256, 1),
+        ("hard", 257, 2),
+        ("hard", 1000, 2),
+        ("full", 10, 21),
+        ("full", 100, 201),
+        ("full", 1000, 2002),
+        ("top-5", 1000, 20),
+        ("top-10", 100, 30),
+    ],
+)
+def test_bytes_of_a_record(records, num_classes, expected):
+    assert RecordFormat(records, num_classes, 1, 1, False).dtype.itemsize == expected
+
+
+@pytest.mark.parametrize(
+    "layout", [HARD, RecordFormat("full", 10, 7, 1294, True), RecordFormat("hard", 3, 1, 5, False)]
+)
+def test_units_cover_every_place_once(layout):
+    assert layout.rows_per_shard % 2 == 0
+    seen = np.zeros(layout.rows if layout.rows < 10**6 else 0, dtype=int)
+    last = 0
+    for unit in range(layout.num_shards):
+        for epoch, first, stop in layout.epoch_ranges(unit):
+            start = epoch * layout.rows_per_epoch + first
+            assert start == last
+            last = epoch * layout.rows_per_epoch + stop
+            assert 0 <= first < stop <= layout.rows_per_epoch
+            seen[start:last] += 1
+    assert last == layout.rows
+    assert (seen == 1).all()
+    assert layout.num_shards <= 2048
+
+
+@pytest.mark.parametrize(
+    ("places", "paired", "step", "number"),
+    [
+        (50_000, False, 1024, 49),
+        (1294, True, 160, 9),
+        (16, True, 2, 8),
+        (5, False, 2, 3),
+        (1, False, 2, 1),
+    ],
+)
+def test_canaries_are_sparse_in_large_epochs_and_at_least_eight_in_small_ones(
+    places, paired, step, number
+):
+    layout = RecordFormat("hard", 10, 2, places, paired)
+    assert layout.canary_step == step
+    assert len(layout.canary_rows) == number
+    assert all(place + paired < places for place in layout.canary_rows)
+
+
+LOGITS = 3 * torch.randn(500, 10, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("records", ["hard", "full", "top-3", "top-9"])
+def test_the_label_is_exact_in_every_record(records):
+    layout = RecordFormat(records, 10, 1, 500, False)
+    labels, _ = decode(layout, encode(layout, LOGITS))
+    assert torch.equal(labels, LOGITS.argmax(dim=1))
+    nearly = torch.tensor([[1.0, 1.0 + 1e-6, 0.5] + [0.0] * 7])  # equal once rounded to fp16
+    assert decode(layout, encode(layout, nearly))[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 10.0])
+def test_full_records_serve_any_temperature(temperature):
+    layout = RecordFormat("full", 10, 1, 500, False)
+    _, scores = decode(layout, encode(layout, LOGITS))
+    assert scores.dtype == torch.float32
+    found, expected = ((z / temperature).softmax(dim=1) for z in (scores, LOGITS))
+    variation = (found - expected).abs().sum(dim=1) / 2
+    assert variation.mean() < 1e-3
+    assert variation.max() < 2e-3
+
+
+def test_what_top_k_leaves_out_shares_the_rest():
+    layout = RecordFormat("top-3", 10, 1, 500, False)
+    _, scores = decode(layout, encode(layout, LOGITS))
+    found, exact = scores.softmax(dim=1), LOGITS.softmax(dim=1)
+    top, places = exact.topk(3, dim=1)
+    assert torch.allclose(found.gather(1, places), top, atol=2e-3)
+    rest = (1 - top.sum(dim=1, keepdim=True)) / 7
+    others = found.scatter(1, places, 0.0).sum(dim=1, keepdim=True) / 7
+    assert torch.allclose(others, rest, atol=1e-3)
+
+
+def test_extreme_answers_stay_finite():
+    layout = RecordFormat("full", 3, 1, 1, False)
+    records = encode(layout, torch.tensor([[1e6, 0.0, -1e6]]))
+    labels, scores = decode(layout, records)
+    assert labels.tolist() == [0]
+    assert scores.isfinite().all()
+    kept = RecordFormat("top-2", 3, 1, 1, False)
+    assert decode(kept, encode(kept, torch.tensor([[1e6, 0.0, -1e6]])))[1].isfinite().all()
+
+
+def shown(**changes):
+    views = torch.randint(
+        256, (4, 3, 6, 6), generator=torch.Generator().manual_seed(4), dtype=torch.uint8
+    )
+    mix = Mix(
+        torch.tensor([0.3, 0.6], dtype=torch.float64),
+        torch.tensor([False, True]),
+        torch.tensor([[0, 0, 0, 0], [1, 2, 4, 5]]),
+        6,
+    )
+    base = TeacherInput(views / 255, views, mix, torch.arange(4), 0, torch.arange(4))
+    return base._replace(**changes)
+
+
+def changed(value, place, amount):
+    value = value.clone()
+    value[place] += amount
+    return value
+
+
+def test_a_canary_notices_every_grey_level_the_partner_the_weight_and_the_box():
+    base = shown()
+    expected = canary(base, 2)
+    mix = base.mix
+    noticed = {
+        "own pixel": shown(views=changed(base.views, (2, 1, 3, 3), 1)),
+        "partner's pixel": shown(views=changed(base.views, (3, 0, 0, 5), 1)),
+        "weight": shown(mix=mix._replace(own_weight=changed(mix.own_weight, 1, 1e-4))),
+        "kind": shown(mix=mix._replace(cut=torch.tensor([False, False]))),
+        "box": shown(mix=mix._replace(boxes=changed(mix.boxes, (1, 3), 1))),
+        "unmixed": shown(mix=None),
+    }
+    for name, other in noticed.items():
+        assert canary(other, 2) != expected, name
+    # The other pair, and the last bits of the weight, do not matter.
+    assert canary(shown(views=changed(base.views, (1, 0, 0, 0), 1)), 2) == expected
+    close = mix._replace(own_weight=changed(mix.own_weight, 1, 1e-12))
+    assert canary(shown(mix=close), 2) == expected
+
+
+def test_differences_are_named_by_their_path():
+    one = {"views": {"crop": "padded", "flip": 0.5}, "seed": 0, "dataset": "a" * 64}
+    two = {"views": {"crop": "none", "flip": 0.5}, "seed": 1, "dataset": "b" * 64, "new": 3}
+    assert differences(one, two) == [
+        "views.crop: 'padded' in the store, 'none' here",
+        "seed: 0 in the store, 1 here",
+        "dataset: aaaaaaaaaaaa... in the store, bbbbbbbbbbbb... here",
+        "new: None in the store, 3 here",
+    ]
+    assert differences(one, one) == []
+
+
+GROWTH = """
+import sys
+from pathlib import Path
+import psutil
+import torch
+from deit.core.types import Batch
+from deit.distill.target_store import RecordFormat, TargetStore
+import numpy as np
+
+place, epochs = Path(sys.argv[1]), int(sys.argv[2])
+layout = RecordFormat("full", 10, epochs, 10_000, False)
+with (place / "targets.bin").open("wb") as file:
+    for _ in range(epochs):
+        file.write(bytes(layout.rows_per_epoch * layout.dtype.itemsize))
+checks = 3 * layout.num_shards + layout.epochs * len(layout.canary_rows)
+np.zeros(checks, "<u4").tofile(place / "checks.bin")
+manifest = dict.fromkeys(("fingerprint", "about", "asked", "teacher_top1"), {})
+manifest["layout"] = layout._asdict()
+store = TargetStore(place, manifest)
+images = torch.zeros(10_000, 0)
+
+def resident():
+    return psutil.Process().memory_info().rss // 1024
+
+def read(epoch):
+    store(Batch(images, None, images, images, epoch, torch.arange(10_000)))
+
+read(0)
+before = resident()
+for epoch in range(epochs):
+    read(epoch)
+print(resident() - before)
+"""
+
+
+def test_the_memory_of_a_reader_does_not_grow_with_the_store(zygote, tmp_path):
+    script = tmp_path / "growth.py"
+    script.write_text(GROWTH)
+    done = zygote.run(tmp_path, "150", script=str(script))  # 150 epochs: 31 MB
+    assert done.code == 0, done.err
+    assert int(done.out) < 4_000  # KiB

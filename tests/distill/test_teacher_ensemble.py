@@ -1,0 +1,80 @@
+"""The panel: what it hears, in which form, and that no answer passes that is not finite."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from deit.core.errors import NumericsError
+from deit.core.types import Batch
+from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble
+from deit.models.teachers import LoadedNetwork, Teacher
+from tests.helpers.errors import raises
+
+
+class Mean(nn.Module):
+    """Answers with the mean of each channel; divided by nothing where the picture is black."""
+
+    def forward(self, images):
+        mean = images.mean(dim=(2, 3))
+        return mean / mean.sum(dim=1, keepdim=True)
+
+
+def voice():
+    teacher = Teacher(LoadedNetwork(Mean(), "mean", None, (0.0,) * 3, (1.0,) * 3, None))
+    return OnlineTeacher(teacher, Accelerator(cpu=True))
+
+
+def stored(labels):
+    return lambda batch: (labels[batch.target_rows], None)
+
+
+def panel(*voices, how="probabilities", wants_logits=False):
+    weights = (1 / len(voices),) * len(voices)
+    settings = {"how": how, "temperature": 1.0, "wants_logits": wants_logits}
+    return TeacherEnsemble(list(voices), weights=weights, name="picture {}".format, **settings)
+
+
+def batch(images, samples=None):
+    samples = torch.arange(len(images)) + 40 if samples is None else samples
+    return Batch(images, images, torch.zeros(0), samples, 0, torch.arange(len(images)))
+
+
+IMAGES = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("wants_logits", [False, True])
+def test_one_network_gives_one_voice(wants_logits):
+    answers = panel(voice(), wants_logits=wants_logits)(batch(IMAGES))
+    assert answers.labels.tolist() == IMAGES.mean(dim=(2, 3)).argmax(dim=1)[:, None].tolist()
+    assert (answers.logits is not None) is wants_logits
+
+
+def test_networks_and_stored_labels_sit_side_by_side_where_each_has_its_token():
+    answers = panel(voice(), stored(torch.tensor([2, 1, 0, 2])), how="tokens")(batch(IMAGES))
+    assert answers.labels.shape == (4, 2)
+    assert answers.labels[:, 1].tolist() == [2, 1, 0, 2]
+
+
+@pytest.mark.parametrize("wants_logits", [False, True])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_an_answer_that_is_not_finite_stops_with_the_names_of_the_images(value, wants_logits):
+    images = IMAGES.clone()
+    images[[1, 3]] = value
+    with raises(NumericsError, "picture 41", "picture 43") as stopped:
+        panel(voice(), wants_logits=wants_logits)(batch(images))
+    assert str(stopped.value).count("picture 4") == 2
+
+
+def test_where_checks_are_rare_nothing_is_forgotten(monkeypatch):
+    asked = panel(voice())
+    monkeypatch.setattr(asked, "check", lambda: None)  # as on a GPU between two checks
+    images = IMAGES.clone()
+    images[2] = 0.0
+    asked(batch(images))
+    for _ in range(3):
+        asked(batch(IMAGES))
+    monkeypatch.undo()
+    with raises(NumericsError, "picture 42"):
+        asked.check()
+    asked.check()  # said once

@@ -1,0 +1,324 @@
+"""Several runs at once: the bits of each alone, failures that stop no other, signals that reach
+all."""
+
+import json
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from deit.cli import run_command
+from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes.handwriting import digits_teacher
+from deit.core import run_folder, run_log
+from deit.core.errors import ConfigError, DeitError, StoppedBySignal, SystemFault
+from deit.core.filesystem import lock_dir
+from deit.deploy.prune import prune
+from deit.experiments import processes, runner
+from deit.experiments.compare import compare
+from deit.experiments.lottery import lottery
+from deit.experiments.runner import RunProgress, RunSpec, check_num_parallel, run_parallel_or_raise
+from deit.experiments.sweep import sweep
+from tests.helpers.command_server import until
+from tests.helpers.errors import raises
+from tests.helpers.progress import runs_over
+from tests.helpers.small_runs import two_epochs
+from tests.helpers.trained import trained
+
+pytest.importorskip("sklearn")
+SMALL = (
+    *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
+    *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.eval_every_epochs", "2"),
+    *("--data.train_fraction", "0.2"),
+)
+
+
+def chain(out):
+    return (out / run_log.HASH_CHAIN).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, tmp_path):
+    # What runs choose by measuring, each for itself, is named.
+    words = ("compare", "digits", *SMALL, "--seeds", "0,1")
+    words += ("--run.linear_backend", "torch", "--teacher.memory_format", "contiguous")
+    outs = [tmp_path / "after", tmp_path / "once"]
+    for out, number in zip(outs, ("1", "2")):
+        more = ("--parallel", number, "--out", out, "--json", f"{out}.json")
+        done = zygote.run(*words, *more)
+        assert done.code == 0, done.err
+    # Two teachers and four students.
+    assert runs_over(done.out) == [(number, 6) for number in range(1, 7)]
+    lines = [line for line in done.out.splitlines() if runs_over(line)]
+    assert lines[-1].endswith("ETA 0 s")
+    assert "distilled, seed 1: epoch 2/2" in done.out
+    for seed in (0, 1):
+        for name in ("teacher", "distilled", "undistilled"):
+            one, other = (out / f"seed-{seed}" / name for out in outs)
+            assert chain(one) == chain(other)
+            epochs = run_folder.read_result(other)["epochs"]
+            assert f"epoch {epochs}/{epochs}" in (other.parent / f"{name}.log").read_text()
+    one, other = (json.loads(Path(f"{out}.json").read_text()) for out in outs)
+    for name, row in one["rows"].items():
+        for key in ("top1", "agreement", "curves", "epochs", "teacher"):
+            assert row[key] == other["rows"][name][key]
+
+
+def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(
+    fork_server, tmp_path, capsys
+):
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "import torch\n"
+        "def teacher():\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))\n"
+    )
+    teacher = {"source": (f"{code}:teacher",), "allow_near_chance": True}
+    configs = {
+        "lost": two_epochs(data={"source": "folder", "root": str(tmp_path / "nowhere")}),
+        "wrong": two_epochs(optim={"epochs": 1, "warmup_epochs": 2.0}, student={"patch_size": 7}),
+        "coarse": two_epochs(),
+        # Its file alone may not name code; who planned the run did.
+        "taught": two_epochs(teacher=teacher, loss=LOSS_PRESETS["deit-hard"]),
+    }
+    runs = [RunSpec(name, one, tmp_path / name) for name, one in configs.items()]
+    with pytest.raises(DeitError) as failure:
+        run_parallel_or_raise(runs, number=2, progress=RunProgress(len(runs)))
+    said = capsys.readouterr()
+    assert failure.value.exit_code in (2, 3)  # of the one that failed first
+    lines = str(failure.value).splitlines()
+    told = {line.split(":")[0]: line for line in lines if re.match(r"  \S", line)}
+    lost = f"  lost ({tmp_path / 'lost.log'})"
+    assert set(told) == {lost, f"  wrong ({tmp_path / 'wrong.log'})"}
+    assert "nowhere" in told[lost]
+    assert any("student.patch_size" in line for line in lines)
+    assert any("optim.warmup_epochs" in line for line in lines)
+    ends = [line for line in said.out.splitlines() if runs_over(line)]
+    codes = {line.split(":")[0]: re.findall(r"\d+", line.split(";")[0]) for line in ends}
+    assert codes == {"lost": ["3"], "wrong": ["2"], "coarse": [], "taught": []}
+    assert runs_over(said.out) == [(number, 4) for number in range(1, 5)]
+    assert "taught: epoch 2/2" in said.out
+    assert re.search(rf"^deit: warning: taught: .*{re.escape(str(code))}", said.err, re.MULTILINE)
+    for name in configs:
+        trained = run_folder.read_result(tmp_path / name) is not None
+        assert trained == (name in ("coarse", "taught"))
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes_on(
+    zygote, tmp_path, number
+):
+    # The teacher first: it is trained before the two students that run beside each other.
+    trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
+    words = ("compare", "digits", *SMALL, "--optim.epochs", "40", "--run.eval_every_epochs", "40")
+    words += (
+        "--teacher.source",
+        tmp_path / "teacher",
+        "--parallel",
+        "2",
+        "--out",
+        tmp_path / "out",
+    )
+    running = zygote.start(*words)
+    names = ("distilled", "undistilled")
+    until(lambda: all(run_folder.list_checkpoints(tmp_path / "out" / name) for name in names))
+    running.signal(number)
+    done = running.wait()
+    assert done.code == 128 + number
+    stopped_by = signal.Signals(number).name
+    assert stopped_by in done.err
+    logs = [(tmp_path / "out" / f"{name}.log").read_text() for name in names]
+    assert all(signal.Signals(signal.SIGTERM).name in log for log in logs)
+    before = chain(tmp_path / "out" / "undistilled")
+    short = [*words, "--arms", "undistilled"]
+    assert zygote.run(*short).code == 0
+    after = chain(tmp_path / "out" / "undistilled")
+    assert after.startswith(before)
+    assert len(after) > len(before)
+
+
+def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_path):
+    words = (
+        "compare",
+        "digits",
+        *SMALL,
+        "--optim.epochs",
+        "3000",
+        "--run.eval_every_epochs",
+        "3000",
+    )
+    trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
+    words += (
+        "--teacher.source",
+        tmp_path / "teacher",
+        "--parallel",
+        "2",
+        "--out",
+        tmp_path / "out",
+    )
+    running = zygote.start(*words)
+    names = ("distilled", "undistilled")
+    until(lambda: all(run_folder.list_checkpoints(tmp_path / "out" / name) for name in names))
+    running.signal(signal.SIGKILL)
+    running.wait()
+    # They hold their folders until they have ended.
+    for name in names:
+        out = tmp_path / "out" / name
+        number = len(run_folder.list_checkpoints(out))
+        assert number
+        until(lambda out=out: not _held(out))
+
+
+def _held(out):
+    try:
+        with lock_dir(out, option="--out"):
+            return False
+    except SystemFault:
+        return True
+
+
+def test_a_number_that_cannot_be_is_refused(monkeypatch):
+    check_num_parallel(1, option="--parallel")
+    with raises(ConfigError, "--parallel 0"):
+        check_num_parallel(0, option="--parallel")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_num_parallel(1, option="--parallel")
+    with raises(ConfigError, "--parallel 2", "torchrun"):
+        check_num_parallel(2, option="--parallel")
+
+
+@pytest.mark.parametrize(
+    ("cores", "asked", "number", "threads"),
+    [(8, None, 2, 4), (8, None, 3, 2), (2, None, 4, 1), (8, "1", 2, 1), (8, "16", 2, 4)],
+)
+def test_each_gets_its_share_of_the_cores(monkeypatch, tmp_path, cores, asked, number, threads):
+    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert runner._LocalPool(number, tmp_path).threads == threads
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [(None, 1, ["-"] * 3), (None, 2, ["0", "1", "0"]), ("3,5", 2, ["3", "5", "3"])],
+)
+def test_each_run_gets_the_gpu_that_has_the_fewest(monkeypatch, tmp_path, visible, count, expected):
+    given = []
+
+    class Started:
+        """Processes that say nothing and end."""
+
+        def start(self, arguments, environment, says):
+            given.append(environment.get("CUDA_VISIBLE_DEVICES", "-"))
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(runner, "source", lambda *, gpu: Started())
+    here = runner._LocalPool(3, tmp_path)
+    for seed in range(3):
+        here.start(RunSpec(f"run {seed}", two_epochs(), tmp_path / str(seed)))
+    assert given == expected
+    del here.children[1]  # it ends first
+    here.start(RunSpec("another", two_epochs(), tmp_path / "another"))
+    assert given[3] == expected[1]
+
+
+class Slow:
+    """A source of processes that take a while to stop."""
+
+    def __init__(self, happened):
+        self.happened = happened
+
+    def start(self, arguments, environment, says):
+        self.says = os.dup(says)
+        return self
+
+    def terminate(self):
+        self.happened.append("asked")
+        threading.Timer(0.1, self.end).start()
+
+    def end(self):
+        self.happened.append("ended")
+        os.close(self.says)
+
+    def close(self):
+        self.happened.append("closed")
+
+
+def test_what_runs_are_copied_from_ends_after_them(monkeypatch, tmp_path):
+    """Its end is the last that asks them to stop: one that is stuck ends with the second."""
+    happened = []
+    monkeypatch.setattr(runner, "source", lambda *, gpu: Slow(happened))
+
+    def stopped():
+        with runner._LocalPool(1, tmp_path) as here:
+            here.start(RunSpec("run", two_epochs(), tmp_path / "run"))
+            raise StoppedBySignal(signal.SIGTERM)
+
+    with pytest.raises(StoppedBySignal):
+        stopped()
+    assert happened == ["asked", "ended", "closed"]
+
+
+@pytest.mark.parametrize("function", [compare, sweep, lottery, prune])
+def test_what_runs_were_copied_from_is_let_go_of_however_a_call_ends(function, monkeypatch):
+    closed = []
+    gone = SimpleNamespace(close_idle=lambda: closed.append(function))
+    monkeypatch.setattr(runner, "source", lambda *, gpu: gone)
+    with pytest.raises(TypeError):  # it lacks its arguments
+        function()
+    assert closed == [function]
+
+
+def test_a_program_keeps_no_process_after_its_runs(fork_server, tmp_path):
+    words = [*SMALL, "--arms", "undistilled", "--teacher.source", tmp_path / "teacher"]
+    trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
+    before = psutil.Process().children()
+    words += ["--parallel", "2", "--out", tmp_path / "out"]
+    assert run_command("compare", ["digits", *map(str, words)], "deit compare") == 0
+    assert run_folder.read_result(tmp_path / "out" / "undistilled") is not None
+    assert "epoch 2/2" in (tmp_path / "out" / "undistilled.log").read_text()
+    assert not processes.source(gpu=False)._servers
+    assert set(psutil.Process().children()) <= set(before)
+
+
+class Impatient:
+    """Gives up the first run at its first epoch."""
+
+    def __init__(self):
+        self.asked, self.ends = [], {}
+
+    def should_stop(self, run):
+        self.asked.append(run.name)
+        return run.name == "hopeless"
+
+    def on_end(self, run, code, reason):
+        self.ends[run.name] = code
+
+
+def test_a_run_that_is_given_up_stops_saved_and_is_no_failure(fork_server, tmp_path):
+    watch = Impatient()
+    long = two_epochs(optim={"epochs": 200}, run={"eval_every_epochs": 1})
+    asked = []
+
+    def runs():
+        for name, one in {"hopeless": long, "good": two_epochs()}.items():
+            asked.append(name)
+            yield RunSpec(name, one, tmp_path / name)
+
+    assert runner.run_parallel(runs(), number=1, progress=RunProgress(2), watch=watch) == []
+    assert asked == ["hopeless", "good"]
+    assert watch.ends == {"hopeless": 143, "good": 0}
+    assert watch.asked.count("hopeless") == 1  # not asked again
+    assert run_folder.read_result(tmp_path / "hopeless") is None
+    assert run_folder.list_checkpoints(tmp_path / "hopeless")

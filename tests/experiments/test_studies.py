@@ -1,0 +1,251 @@
+"""Every study of every recipe with a teacher consists of valid configurations at equal budget."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from deit.cli.run_args import parse_run
+from deit.config.recipes import RECIPES, recipe_of_path
+from deit.config.recipes.cifar import cifar10_finetune
+from deit.config.recipes.handwriting import digits, digits_ensemble, digits_finetune
+from deit.config.schema import TeacherConfig, to_dict
+from deit.config.teachers import teacher_specs
+from deit.config.validation import validate
+from deit.core.errors import ConfigError
+from deit.experiments.base_runs import BaseRuns, Experiment
+from deit.experiments.studies import STUDIES
+from deit.training.optimizer import build_optimizer, set_lr
+from tests.helpers.errors import raises
+
+TAUGHT = [name for name, recipe in RECIPES.items() if recipe().loss.kind != "none"]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("name", TAUGHT)
+def test_every_arm_is_valid_and_has_the_same_budget(name, study):
+    config = RECIPES[name]()
+    taught_by = recipe_of_path(config.teacher.source[0])
+    impossible = {
+        "table-2": (taught_by is None, "teacher.source"),
+        "table-3": (not config.student.name.startswith("deit_"), "student.name"),
+        "table-4": (not config.student.name.startswith("deit_"), "student.name"),
+        "ensemble": (len(config.teacher.source) < 2, "teacher.source"),
+        "resolution": (config.init.weights is None, "init.weights"),
+    }
+    cannot, field = impossible.get(study, (False, ""))
+    if cannot:
+        with raises(ConfigError, f"--study {study}", field):
+            STUDIES[study](config)
+        return
+    arms = STUDIES[study](config)
+    assert len(arms) > 1
+    for arm in arms.values():
+        assert validate(arm, live_teacher=False)
+        assert arm.data == config.data
+        assert arm.run == config.run
+        if study not in ("epochs", "table-8"):
+            assert arm.optim == config.optim
+
+
+def test_the_arms_of_a_study_can_be_named_on_a_command_line():
+    config = digits_ensemble().replace(init={"weights": "checkpoints/digits"})
+    for study in STUDIES.values():
+        for name in study(config):
+            assert "," not in name
+
+
+def test_a_teacher_fitted_to_the_resolution_is_compared_with_itself_before():
+    arms = STUDIES["resolution"](digits_finetune())
+    seen = {name: (arm.teacher.source, arm.teacher.image_size) for name, arm in arms.items()}
+    assert seen == {
+        "teacher fitted": (("checkpoints/digits-finetune-teacher",), (16,)),
+        "teacher resized": (("checkpoints/digits-teacher",), (16,)),
+        "teacher as trained": (("checkpoints/digits-teacher",), ()),
+        "none": (("checkpoints/digits-finetune-teacher",), (16,)),
+    }
+    assert arms["none"].loss.kind == "none"
+    assert "teacher fitted" not in STUDIES["resolution"](cifar10_finetune())
+
+
+def test_patience_scales_what_is_counted_in_epochs():
+    config = digits().replace(loss={"distillation_warmup_epochs": 30.0}, optim={"ema_epochs": 40.0})
+    arms = STUDIES["epochs"](config)
+    assert [arm.optim.epochs for arm in arms.values()] == [15, 15, 30, 30, 60, 60, 120, 120]
+    assert arms["distilled-15"].loss.distillation_warmup_epochs == 3.75
+    assert arms["distilled-15"].optim.ema_epochs == 7.5
+    assert all(validate(arm) for arm in arms.values())
+
+
+def test_a_teacher_alone_keeps_what_was_said_of_it():
+    config = digits_ensemble().replace(
+        student={"num_distillation_tokens": 1},
+        teacher={
+            "source": ("runs/x/best", "runs/y/best"),
+            "architecture": ("timm:resnet18",),
+            "image_size": (8, 16),
+            "mean": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
+            "std": (1.0, 1.0, 1.0),
+            "weights": (1.0, 2.0),
+            "target_stores": ("none", "store"),
+            "combine": "logits",
+        },
+    )
+    arms = STUDIES["ensemble"](validate(config))
+    one, two = arms["only runs/x/best"], arms["only runs/y/best"]
+    for place, arm in enumerate((one, two)):
+        assert validate(arm)
+        (member,) = teacher_specs(arm.teacher)
+        assert member == teacher_specs(config.teacher)[place]._replace(weight=1.0)
+    assert (one.teacher.target_stores, two.teacher.target_stores) == ((), ("store",))
+    assert isinstance(one.teacher, TeacherConfig)
+
+
+def ground(arguments, folder, seed=3):
+    run = parse_run(arguments, program="compare", about="")
+    return BaseRuns(run, run.config.replace(run={"seed": seed}), folder), run.config
+
+
+def test_a_recipe_of_ones_own_brings_its_teacher_to_a_comparison(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from deit.config.recipes import find_recipe\n\n\ndef recipe():\n    return find_recipe('digits')\n"
+    )
+    prepared, config = ground([str(file)], tmp_path)
+    assert prepared.with_local_paths(config) == config
+    assert prepared.runs == {}
+
+
+def test_a_teacher_that_was_named_is_not_trained(tmp_path):
+    prepared, config = ground(["digits", "--teacher.source", "mine"], tmp_path)
+    assert prepared.with_local_paths(config).teacher.source == ("mine",)
+    assert prepared.runs == {}
+
+
+def test_the_one_teacher_of_a_recipe_is_called_so(tmp_path):
+    prepared, config = ground(["digits", "--data.train_fraction", "0.5"], tmp_path)
+    assert prepared.with_local_paths(config).teacher.source == (str(tmp_path / "teacher"),)
+    (teacher,) = prepared.runs.values()
+    assert teacher.data.train_fraction == 0.5
+    assert teacher.run.seed == 3
+    assert prepared.teachers == {"teacher"}
+
+
+def test_a_fine_tuning_builds_on_runs_that_build_on_others(tmp_path):
+    prepared, config = ground(["digits-finetune", "--data.train_fraction", "0.5"], tmp_path)
+    arms = [prepared.with_local_paths(arm) for arm in STUDIES["resolution"](config).values()]
+    assert list(prepared.runs) == ["digits-teacher", "digits-finetune-teacher", "digits"]
+    folders = {name: str(tmp_path / name) for name in prepared.runs}
+    fitted = prepared.runs["digits-finetune-teacher"]
+    assert fitted.init.weights == folders["digits-teacher"]
+    assert prepared.runs["digits"].teacher.source == (folders["digits-teacher"],)
+    assert {arm.init.weights for arm in arms} == {folders["digits"]}
+    assert arms[0].teacher.source == (folders["digits-finetune-teacher"],)
+    assert arms[1].teacher.source == (folders["digits-teacher"],)
+    assert prepared.teachers == {"digits-teacher", "digits-finetune-teacher"}
+    sizes = {name: run.data.image_size for name, run in prepared.runs.items()}
+    assert sizes == {"digits-teacher": 8, "digits-finetune-teacher": 16, "digits": 8}
+    assert all(run.data.train_fraction == 0.5 for run in prepared.runs.values())
+    assert all(run.run.seed == 3 for run in prepared.runs.values())
+
+
+def test_table_3_is_the_papers():
+    """Rows of the DeiT paper's Table 3: the first three have no distillation token."""
+    config = digits().replace(student={"name": "deit_tiny"})
+    arms = STUDIES["table-3"](config)
+    told = {
+        name: (arm.student.name, arm.loss.kind, arm.loss.head if arm.loss.kind != "none" else "")
+        for name, arm in arms.items()
+    }
+    assert told == {
+        "none": ("vit_tiny", "none", ""),
+        "soft": ("vit_tiny", "soft", "class"),
+        "hard": ("vit_tiny", "hard", "class"),
+        "token": ("deit_tiny", "hard", "distillation"),
+    }
+    assert (arms["soft"].loss.temperature, arms["soft"].loss.distillation_weight) == (3, 0.1)
+    assert arms["hard"].loss.distillation_weight == 0.5
+    assert STUDIES["table-4"](config) == {"undistilled": arms["none"], "distilled": arms["token"]}
+
+
+def test_table_2_has_the_teachers_that_there_are():
+    arms = STUDIES["table-2"](digits())
+    assert {name: arm.teacher.source for name, arm in arms.items()} == {
+        "ConvNet": ("checkpoints/digits-teacher",),
+        "involution": ("checkpoints/digits-involution-teacher",),
+        "transformer": ("checkpoints/digits-transformer-teacher",),
+        "none": ("checkpoints/digits-teacher",),
+    }
+    for arm in arms.values():
+        assert arm.loss.kind == ("none" if arm == arms["none"] else "soft")
+    assert "transformer" not in STUDIES["table-2"](RECIPES["tiny-imagenet"]())
+
+
+def test_table_8_changes_one_thing_at_a_time():
+    arms = STUDIES["table-8"](digits())
+    whole = to_dict(arms["DeiT"])
+    assert arms["DeiT"].views.auto_augment == "randaugment"
+    changed = {
+        name: {
+            f"{section}.{leaf}"
+            for section, values in to_dict(arm).items()
+            for leaf, value in values.items()
+            if value != whole[section][leaf]
+        }
+        for name, arm in arms.items()
+    }
+    assert changed == {
+        "DeiT": set(),
+        "SGD": {f"optim.{leaf}" for leaf in ("name", "lr", "weight_decay", "clip_grad_norm")},
+        "no RandAugment": {"views.auto_augment"},
+        "AutoAugment": {"views.auto_augment"},
+        "no mixup": {"views.mixup_alpha"},
+        "no cutmix": {"views.cutmix_alpha"},
+        "neither mixup nor cutmix": {"views.mixup_alpha", "views.cutmix_alpha"},
+        "no erasing": {"views.erasing_prob"},
+        "no stochastic depth": {"student.drop_path"},
+        "no repeated augmentation": {"views.aug_repeats"},
+        "dropout": {"student.dropout"},
+        "weight average": {"optim.ema_epochs"},
+    }
+
+
+@pytest.mark.parametrize(("independent", "decay"), [(False, 0.05), (True, 1e-3)])
+def test_its_sgd_decays_as_its_adamw_does(independent, decay):
+    """Without gradients, once momentum has gathered: the same share of the weights an update."""
+    config = digits().replace(
+        optim={"independent_weight_decay": independent, "weight_decay": decay}
+    )
+    arms = STUDIES["table-8"](config)
+    shares = []
+    for arm in ("DeiT", "SGD"):
+        layer = nn.Linear(4, 4, bias=False)
+        optimizer = build_optimizer(layer, arms[arm].optim)
+        sizes = []
+        for _ in range(300):
+            set_lr(optimizer, arms[arm].optim.peak_lr)
+            layer.weight.grad = torch.zeros_like(layer.weight)
+            optimizer.step()
+            sizes.append(layer.weight.norm().item())
+        shares.append(math.log(sizes[100] / sizes[299]) / 199)
+    assert shares[0] == pytest.approx(shares[1], rel=0.02)
+    assert shares[0] > 1e-6
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10-micro"])
+def test_a_comparison_trains_the_teachers_that_a_study_names(name):
+    config = RECIPES[name]()
+    run = Experiment(name, config, None)
+    arms = STUDIES["table-2"](config)
+    ground = BaseRuns(run, config, Path("out"), arms=arms.values())
+    sources = {arm: ground.with_local_paths(one).teacher.source for arm, one in arms.items()}
+    assert sources["transformer"] == (f"out/{name}-transformer-teacher",)
+    assert ground.teachers == set(ground.runs) >= {f"{name}-teacher"}
+    typed = config.replace(teacher={"source": ("mine",)})
+    ground = BaseRuns(run, typed, Path("out"), arms=arms.values())
+    assert (
+        ground.with_local_paths(arms["transformer"]).teacher.source
+        == arms["transformer"].teacher.source
+    )

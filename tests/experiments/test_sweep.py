@@ -1,0 +1,567 @@
+"""A sweep trains what its file says, once; shares what can be shared; and tells what came of it."""
+
+import csv
+import dataclasses
+import json
+import re
+import shutil
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from PIL import Image
+
+from deit.analysis.report import report
+from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes.handwriting import digits
+from deit.core import run_folder, run_log
+from deit.core.errors import CheckpointError, SystemFault
+from deit.distill.build import build_accelerator
+from deit.experiments import shared_targets, sweep_execute
+from deit.experiments.finished_runs import FinishedRunChecker
+from deit.experiments.runner import FailedRun, RunSpec
+from deit.experiments.shared_targets import TargetStorePlan
+from deit.experiments.sweep_execute import train_all
+from deit.experiments.sweep_plan import SweepPlan
+from deit.experiments.sweeps import SWEEPS
+from deit.viz import charts
+from tests.helpers.json_edits import edits, error_of
+from tests.helpers.progress import runs_over
+
+pytest.importorskip("sklearn")
+SMALL = {
+    "student": {"embed_dim": 16, "depth": 1, "num_heads": 2},
+    "optim": {"epochs": 2, "warmup_epochs": 1, "batch_size": 64},
+    "run.eval_every_epochs": 2,
+    "data.train_fraction": 0.2,
+}
+
+
+def write(path, **values):
+    path.write_text(json.dumps({"recipe": "digits", "set": SMALL, **values}))
+    return path
+
+
+def states(out):
+    """When each run of a sweep was last written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
+
+
+def lines_of(out):
+    return list(csv.DictReader((out / "results.csv").read_text().splitlines(keepends=True)))
+
+
+def result(out):
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, zygote):
+    """A folder with a sweep of two temperatures and two seeds."""
+    place = tmp_path_factory.mktemp("sweep")
+    write(place / "heat.json", grid={"loss.temperature": [1, 3]}, seeds=[0, 1])
+    done = zygote.run("sweep", "heat.json", "--out", "out", "--parallel", "2", cwd=place)
+    assert done.code == 0, done.err
+    return place, done
+
+
+def test_every_point_and_seed_is_trained_and_told(swept):
+    place, done = swept
+    found = result(place / "out")
+    assert list(found["rows"]) == ["teacher", "temperature 1", "temperature 3"]
+    assert found["fields"] == ["loss.temperature"]
+    assert found["rows"]["teacher"]["teacher"]
+    assert not found["rows"]["teacher"]["values"]
+    row = found["rows"]["temperature 3"]
+    assert (row["seeds"], row["failed"], row["values"]) == ([0, 1], {}, {"loss.temperature": "3"})
+    lines = lines_of(place / "out")
+    assert len(lines) == 4
+    for line in lines:
+        there = result_of(line["folder"], place)
+        assert float(line["validation_top1"]) == there["best"]["top1"]
+        assert float(line["seconds"]) == pytest.approx(there["seconds"], abs=1e-3)
+        own = found["rows"][line["point"]]
+        at = own["seeds"].index(int(line["seed"]))
+        assert float(line["fused_top1"]) == own["top1"][at]["fused"]
+    first = next((place / "out" / "runs").glob("*/environment.json"))
+    assert found["environment"]["packages"] == json.loads(first.read_text())["packages"]
+    text = (place / "out" / "results.md").read_text()
+    assert "| 3 |" in text
+    assert found["command"] in text
+    assert (place / "out" / "loss.temperature.png").read_bytes()[:4] == b"\x89PNG"
+    assert runs_over(done.out)[-1] == (5, 5)  # the teacher is one
+    for place, name in enumerate(found["best"], start=1):
+        assert f"{place}. {name}" in done.out
+
+
+def result_of(folder, place):
+    return run_folder.read_result(place / folder)
+
+
+def test_results_that_no_sweep_writes_are_named(swept, tmp_path, monkeypatch):
+    """They make a page where it needs nothing of what was changed; else the file is named."""
+    axes = MagicMock()
+    axes.get_legend_handles_labels.return_value = ([], [])
+    monkeypatch.setattr(charts, "chart", lambda draw, *_, **__: (draw(axes) and "") or "")
+    good = result(swept[0] / "out")
+    errors = {}
+    for number, (what, content) in enumerate([("nothing", good), *edits(good, depth=3)]):
+        sweep = tmp_path / str(number)
+        sweep.mkdir()
+        (sweep / "sweep.json").write_text("{}")
+        (sweep / "results.json").write_text(json.dumps(content))
+        errors[what] = error_of(report, [sweep], sweep / "report")
+    assert errors["nothing"] is None
+    named = {what: error for what, error in errors.items() if error is not None}
+    assert 50 < len(named) < len(errors) - 50
+    for what, error in named.items():
+        assert isinstance(error, CheckpointError), (what, error)
+        assert "results.json" in str(error), what
+
+
+def test_runs_of_one_seed_share_their_answers(swept):
+    place, _ = swept
+    stores = {}
+    for path in (place / "out" / "runs").glob("*/config.json"):
+        config = json.loads(path.read_text())
+        (store,) = config["teacher"]["target_stores"]
+        stores.setdefault(config["run"]["seed"], set()).add(store)
+    assert [len(found) for found in stores.values()] == [1, 1]
+    assert stores[0] != stores[1]
+    assert len(list((place / "out" / "targets").iterdir())) == 2
+
+
+def test_a_run_of_a_sweep_is_the_run_alone(swept, zygote):
+    place, _ = swept
+    inside = next((place / "out" / "runs").glob("temperature-3-seed-1-*/config.json"))
+    done = zygote.run("train", inside, "--out", place / "alone", cwd=place)
+    assert done.code == 0, done.err
+    ours = (inside.parent / run_log.HASH_CHAIN).read_bytes()
+    assert (place / "alone" / run_log.HASH_CHAIN).read_bytes() == ours
+
+
+def test_what_is_finished_is_kept_whatever_it_is_called(swept, zygote, tmp_path):
+    place = shutil.copytree(swept[0], tmp_path / "place")
+    before = states(place / "out")
+    done = zygote.run("sweep", "heat.json", "--out", "out", cwd=place)
+    assert done.code == 0, done.err
+    assert re.search(r"^4[^\d\n]+4\b", done.out, re.MULTILINE)  # are finished
+    assert states(place / "out") == before
+    # Other names, the same configurations; and one more value.
+    changed = {"loss.distillation_weight": [0.5, 0.7], "loss.temperature": [3]}
+    file = (place / "heat.json").read_text()
+    write(place / "heat.json", grid=changed, seeds=[1])
+    listed = zygote.run("sweep", "heat.json", "--out", "out", "--dry-run", cwd=place)
+    assert re.search(r"^2[^\d\n]+1\b", listed.out, re.MULTILINE)  # is finished
+    assert states(place / "out") == before
+    done = zygote.run("sweep", "heat.json", "--out", "out", cwd=place)
+    (place / "heat.json").write_text(file)
+    assert done.code == 0, done.err
+    assert re.search(r"^1[^\d\n]+2\b", done.out, re.MULTILINE)  # are finished
+    now = states(place / "out")
+    assert before.items() < now.items()
+    assert len(now) == 5
+    assert list(result(place / "out")["rows"])[1:] == [
+        *("distillation weight 0.5, temperature 3", "distillation weight 0.7, temperature 3")
+    ]
+
+
+def test_a_teacher_of_other_images_is_not_taken(swept, zygote):
+    place, _ = swept
+    words = ("--data.split_seed", "5")
+    done = zygote.run("sweep", "heat.json", "--out", "out", *words, cwd=place)
+    assert done.code == 2, done.err
+    assert re.search(r"out/teacher\b.*\bdata\.split_seed\b.*\bNone\b.*\b5\b", done.err)
+
+
+def test_a_finished_run_of_other_images_or_another_teacher_is_not_taken(swept, zygote, tmp_path):
+    place, _ = swept
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    heat = ("sweep", "heat.json", "--out", "out")
+    assert zygote.run(*heat, cwd=tmp_path).code == 0
+    first = result(tmp_path / "out")["rows"]["temperature 1"]
+    (run,) = (tmp_path / "out" / "runs").glob("temperature-3-seed-1-????????????/result.json")
+    before = json.loads(run.read_text())
+    run.write_text(json.dumps({**before, "fingerprint": "0" * 64}))
+    done = zygote.run(*heat, cwd=tmp_path)
+    assert done.code == 3, done.err
+    assert run.parent.name in done.err
+    assert "digits" in done.err  # where its images are
+    assert "out/teacher" not in done.err
+    run.write_text(json.dumps({**before, "teachers": ["0" * 64]}))
+    done = zygote.run(*heat, cwd=tmp_path)
+    assert done.code == 3, done.err
+    assert run.parent.name in done.err
+    assert "out/teacher" in done.err
+    run.write_text(json.dumps(before))
+    # A teacher that is gone is not trained for nothing, and its row is: what it said is kept.
+    shutil.rmtree(tmp_path / "out" / "teacher")
+    done = zygote.run(*heat, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert not (tmp_path / "out" / "teacher").exists()
+    assert list(result(tmp_path / "out")["rows"]) == ["temperature 1", "temperature 3"]
+    again = result(tmp_path / "out")["rows"]["temperature 1"]
+    assert (again["top1"], again["agreement"]) == (first["top1"], first["agreement"])
+
+
+def test_a_teacher_that_is_code_is_asked_in_evaluation_too(zygote, tmp_path):
+    """Whoever names it to a sweep has said that it may run; a report of the same runs does not."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\nclass Ink(torch.nn.Module):\n"
+        "    def forward(self, images):\n"
+        "        return torch.nn.functional.one_hot(images.sum((1, 2, 3)).long() % 10, 10) * 9.0\n"
+        "def teacher():\n    return Ink()\n"
+    )
+    write(tmp_path / "s.json", grid={"loss.temperature": [1]})
+    words = ("--teacher.source", "mine.py:teacher", "--teacher.allow_near_chance", "--out", "out")
+    done = zygote.run("sweep", "s.json", *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    (agreement,) = result(tmp_path / "out")["rows"]["temperature 1"]["agreement"]
+    assert 0 <= agreement < 1
+    assert "mine.py:teacher" not in done.err  # as a warning names one that is left out
+
+
+def test_an_evaluation_that_fails_is_told_beside_the_others(swept, zygote, tmp_path):
+    place, _ = swept
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    (run,) = (tmp_path / "out" / "runs").glob("temperature-3-seed-1-????????????")
+    run.with_name(f"{run.name}.evaluation.json").unlink()
+    (run / "best" / "model.safetensors").write_bytes(b"cut")
+    done = zygote.run("sweep", "heat.json", "--out", "out", cwd=tmp_path)
+    assert done.code == 4
+    row = result(tmp_path / "out")["rows"]["temperature 3"]
+    assert row["seeds"] == [0]
+    assert run_folder.read_result(run) is not None
+    for told in (row["failed"]["1"], done.err):
+        assert f"{run.name}/best/model.safetensors" in told
+
+
+def test_a_moved_sweep_goes_on_with_the_stores_it_has(swept, zygote, tmp_path):
+    """Half a run, whose configuration names the store where it was."""
+    place, _ = swept
+    shutil.copytree(place, tmp_path / "there", dirs_exist_ok=True)
+    out = tmp_path / "there" / "out"
+    (run,) = (out / "runs").glob("temperature-3-seed-1-????????????")
+    chain = (run / run_log.HASH_CHAIN).read_bytes()
+    for name in ("result.json", "summary.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "best")
+    shutil.rmtree(
+        max((path for _, path in run_folder.list_checkpoints(run)), key=lambda path: path.name)
+    )
+    config = json.loads((run / "config.json").read_text())
+    config["teacher"]["target_stores"] = [
+        f"/gone/{one}" for one in config["teacher"]["target_stores"]
+    ]
+    (run / "config.json").write_text(json.dumps(config))
+    done = zygote.run("sweep", "heat.json", "--out", "out", cwd=tmp_path / "there")
+    assert done.code == 0, done.err
+    assert (run / run_log.HASH_CHAIN).read_bytes() == chain
+    (store,) = json.loads((run / "config.json").read_text())["teacher"]["target_stores"]
+    assert (tmp_path / "there" / store).is_dir()
+
+
+def test_records_that_an_objective_cannot_do_with_are_refused_before_the_work(zygote, tmp_path):
+    grid = {"loss.temperature": [1, 3]}
+    student = {**SMALL["student"], "name": "vit_micro"}
+    soft = {**SMALL, "student": student, "loss": "class-soft"}
+    file = write(tmp_path / "s.json", grid=grid, content="hard", set=soft)
+    done = zygote.run("sweep", file, "--out", tmp_path / "out")
+    assert done.code == 2, done.err
+    for name in ("loss.kind 'soft'", "--content full"):
+        assert name in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_sweep_or_something_else_in_the_folder_is_refused(swept, zygote, tmp_path):
+    place, _ = swept
+    write(tmp_path / "other.json", grid={"loss.temperature": [1, 3]})
+    done = zygote.run("sweep", tmp_path / "other.json", "--out", place / "out")
+    assert done.code == 2, done.err
+    assert f"--out {place / 'out'}" in done.err
+    assert re.search(r"\bheat\b.*\bother\b", done.err)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    done = zygote.run("sweep", tmp_path / "other.json", "--out", tmp_path / "full")
+    assert done.code == 2, done.err
+    assert f"--out {tmp_path / 'full'}" in done.err
+    assert "sweep.json" in done.err
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_that_fails_stops_no_other_and_is_tried_again(zygote, tmp_path):
+    runs = {"good": {}, "lost": {"data.source": "folder", "data.root": str(tmp_path / "images")}}
+    more = {"loss": "none", "data.train_fraction": 1.0}
+    (tmp_path / "images").mkdir()  # and nothing in it
+    write(tmp_path / "s.json", set={**SMALL, **more}, runs=runs)
+    words = ("sweep", tmp_path / "s.json", "--out", tmp_path / "out", "--teacher.source", "none")
+    done = zygote.run(*words)
+    assert done.code == 3
+    failed = [line for line in done.err.splitlines() if line.startswith("  ")]
+    assert [line.split(",")[0] for line in failed] == ["  lost"]
+    assert f"{tmp_path / 'images'}: " in failed[0]
+    # Once: the images are not there the second time either.
+    ends = [line for line in done.out.splitlines() if line.startswith("lost, ") and "ETA" in line]
+    assert len(ends) == 1
+    rows = result(tmp_path / "out")["rows"]
+    assert rows["good"]["seeds"] == [0]
+    assert rows["lost"]["seeds"] == []
+    assert f"{tmp_path / 'images'}: " in rows["lost"]["failed"]["0"]
+    assert "| lost | failed |" in (tmp_path / "out" / "results.md").read_text()
+    before = states(tmp_path / "out")
+    done = zygote.run(*words)
+    assert done.code == 3
+    assert states(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("code", "times"), [(2, 1), (3, 1), (4, 1), (6, 1), (1, 3), (-9, 3), (7, 3)]
+)
+def test_what_may_pass_is_tried_again_so_often(code, times, tmp_path, monkeypatch):
+    asked = trained_by(monkeypatch, tmp_path, {"bad": code})
+    runs = [RunSpec(name, digits(), tmp_path / name) for name in ("bad", "good")]
+    mishaps = train_all(work([], [], runs), finished=FinishedRunChecker(), parallel=1, retries=2)
+    assert [one.run.name for one in mishaps.failed] == ["bad"]
+    assert asked == [["bad", "good"], *[["bad"]] * (times - 1)]
+    number = len(runs) + times - 1  # a run that is tried again counts again
+    assert runs_over(asked.told[-1]) == [(number, number)]
+
+
+def work(below, stores, runs):
+    return SweepPlan(None, below, [], stores, runs)
+
+
+class Asked(list):
+    """told: of the progress, for each run of the last call."""
+
+    told: list[str]
+
+
+def trained_by(monkeypatch, tmp_path, codes):
+    """Stand in for training: these runs fail with these codes. Returns who was asked, in turn."""
+    asked = Asked()
+
+    def beside(runs, *, number, progress):
+        asked.append([run.name for run in runs])
+        asked.told = [progress.ended() for _ in runs]
+        failing = [run for run in runs if run.name in codes]
+        return [FailedRun(run, codes[run.name], "why", tmp_path) for run in failing]
+
+    monkeypatch.setattr(sweep_execute, "run_parallel", beside)
+    return asked
+
+
+def test_what_fails_stops_only_the_runs_that_need_it(tmp_path, monkeypatch):
+    """Two teachers, the first fails: neither what is fine-tuned from it nor its store is begun."""
+    asked = trained_by(monkeypatch, tmp_path, {"first": 3})
+    written = []
+    monkeypatch.setattr(shared_targets, "write", written.append)
+
+    def one(name, **sections):
+        return RunSpec(name, digits().replace(**sections), tmp_path / name)
+
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    below = [
+        one("first", teacher={"source": ()}),
+        one("second", teacher={"source": ()}),
+        one("larger", init={"weights": first}, teacher={"source": ()}),
+    ]
+    stores = [
+        TargetStorePlan(
+            tmp_path / name, digits().replace(teacher={"source": (teacher,)}), 1, "full", None
+        )
+        for name, teacher in (("of-first", first), ("of-second", second))
+    ]
+    labels = dataclasses.replace(digits(), loss=LOSS_PRESETS["none"])
+    runs = [
+        one("a", teacher={"source": (first,), "target_stores": (str(tmp_path / "of-first"),)}),
+        one("b", teacher={"source": (second,), "target_stores": (str(tmp_path / "of-second"),)}),
+        one("c", teacher={"source": (first,)}),
+        one("d", teacher={"source": (second,)}),
+        one("e", init={"weights": str(tmp_path / "larger")}, teacher={"source": (second,)}),
+        RunSpec("f", labels.replace(teacher={"source": (first,)}), tmp_path / "f"),
+    ]
+    mishaps = train_all(
+        work(below, stores, runs), finished=FinishedRunChecker(), parallel=1, retries=1
+    )
+    assert asked == [["first"], ["second"], ["b", "d", "f"]]
+    # Two of three teachers and three of six runs: the others cannot begin.
+    assert [runs_over(told) for told in asked.told] == [[(number, 5)] for number in (3, 4, 5)]
+    assert [store.path.name for store in written] == ["of-second"]
+    assert [one.run.name for one in mishaps.failed] == ["first"]
+    reasons = {path.name: reason for path, reason in mishaps.reasons().items()}
+    assert {name for name in reasons if len(name) == 1} == {"a", "c", "e"}
+    assert first in reasons["c"]
+    assert "why" in reasons["c"]
+
+
+def test_a_store_that_cannot_be_written_stops_only_its_runs(tmp_path, monkeypatch):
+    asked = trained_by(monkeypatch, tmp_path, {})
+
+    def fails(store):
+        raise SystemFault("no space left")
+
+    monkeypatch.setattr(shared_targets, "write", fails)
+    taught = digits().replace(teacher={"target_stores": (str(tmp_path / "store"),)})
+    runs = [RunSpec("a", taught, tmp_path / "a"), RunSpec("b", digits(), tmp_path / "b")]
+    store = TargetStorePlan(tmp_path / "store", digits(), 1, "full", None)
+    mishaps = train_all(
+        work([], [store], runs), finished=FinishedRunChecker(), parallel=1, retries=1
+    )
+    assert asked == [["b"]]
+    (failed,) = mishaps.failed
+    assert (failed.code, failed.reason) == (5, "no space left")
+    assert "no space left" in mishaps.blocked[tmp_path / "a"]
+
+
+def test_one_process_evaluates_runs_of_several_precisions():
+    """As a sweep over run.precision does; Accelerate by itself knows only the first."""
+    for precision, name in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
+        config = digits().replace(run={"precision": precision, "device": "cpu"})
+        assert build_accelerator(config.run).mixed_precision == name
+
+
+CODE = {
+    "set": {"set": {**SMALL, "teacher.source": "mine.py:teacher"}, "study": "teacher"},
+    "grid": {"grid": {"teacher.source": ["mine.py:teacher", "checkpoints/digits-teacher"]}},
+    "runs": {"runs": {"a": {"teacher.source": "mine.py:teacher"}, "b": {"loss": "none"}}},
+    "search": {"search": {"fields": {"teacher.source": ["mine.py:teacher", "x.py:y"]}}},
+}
+
+
+@pytest.mark.parametrize("asked", CODE.values(), ids=CODE)
+def test_code_that_only_the_file_names_is_not_run(asked, zygote, tmp_path):
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    write(tmp_path / "s.json", **asked)
+    for words in ((), ("--dry-run",)):
+        done = zygote.run("sweep", "s.json", "--out", "out", *words, cwd=tmp_path)
+        assert done.code == 2, done.err
+        assert "--teacher.source mine.py:teacher" in done.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_images_that_move_between_two_calls_are_found_by_the_command_line(zygote, tmp_path):
+    for split, number in (("train", 6), ("test", 2)):
+        for label in "ab":
+            (tmp_path / "pictures" / split / label).mkdir(parents=True)
+            for place in range(number):
+                pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
+                file = tmp_path / "pictures" / split / label / f"{place}.png"
+                Image.fromarray(pixels).save(file)
+    more = {"loss": "none", "data.source": "folder", "optim.batch_size": 4}
+    small = {**SMALL, "optim": {"epochs": 1, "warmup_epochs": 0}, **more}
+    write(tmp_path / "s.json", set=small, grid={"student.depth": [1, 2]})
+    words = ("sweep", "s.json", "--teacher.source", "none", "--data.train_fraction", "1")
+    done = zygote.run(*words, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    first = result(tmp_path / "out")["rows"]
+    for path in (tmp_path / "out" / "runs").glob("*.evaluation.json"):
+        path.unlink()
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    done = zygote.run(*words, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
+    assert (done.code, "data.root pictures" in done.err) == (3, True), done.err
+    done = zygote.run(*words, "--data.root", "moved", "--out", "out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    again = result(tmp_path / "out")["rows"]
+    assert {name: row["top1"] for name, row in again.items()} == {
+        name: row["top1"] for name, row in first.items()
+    }
+    linear = {
+        json.loads(p.read_text())["run"]["linear_backend"]
+        for p in tmp_path.glob("out/runs/*/config.json")
+    }
+    assert linear == {json.loads((tmp_path / "out" / "sweep.json").read_text())["linear"]}
+
+
+def test_a_teacher_that_is_not_there_is_told_before_the_work(zygote, tmp_path):
+    runs = {"a": {}, "b": {"teacher.source": "checkpoints/nothing"}}
+    file = write(tmp_path / "s.json", runs=runs)
+    done = zygote.run("sweep", file, "--out", tmp_path / "out", "--dry-run")
+    assert (done.code, "teacher.source checkpoints/nothing" in done.err) == (3, True), done.err
+
+
+MISTAKES = {
+    "no seed": (("teacher", "--seeds", "-1"), ("--seeds -1",)),
+    "nothing": ((), SWEEPS),
+    "no file": (("nowhere.yaml",), ("nowhere.yaml", *SWEEPS)),
+    "recipe": (("teacher", "--recipe", "digitz"), ("'digitz'", "digits")),
+    "seeds": (("teacher", "--seeds", "1,x"), ("--seeds 1,x",)),
+    "at once": (("teacher", "--parallel", "0"), ("--parallel 0",)),
+    "retries": (("teacher", "--retries", "-1"), ("--retries -1",)),
+    "best": (("teacher", "--top", "0"), ("--top 0",)),
+    "resume": (("teacher", "--resume"), ("deit sweep", "--resume")),
+    "value": (("teacher", "--optim.lr", "-1"), ("optim.lr = '-1'",)),
+    "study": (("ensemble", "--recipe", "digits"), ("--study ensemble", "--teacher.source")),
+    "seed": (("teacher", "--run.seed", "3"), ("--run.seed 3", "--seeds")),
+}
+
+
+APART = {
+    "the same run": ({"runs": {"a": {"run.compile": "default"}, "b": {}}}, ("run.compile",)),
+    "splits": ({"grid": {"data.split_seed": [0, 1]}}, ("split seed 1", "data.split_seed")),
+    "unanswered": (
+        {"study": "view-modes", "share_targets": False},
+        ("fix/ic_ens", "--teacher.target_stores"),
+    ),
+    "searched splits": (
+        {"search": {"fields": {"data.test_fraction": {"low": 0.1, "high": 0.3}}}},
+        ("test fraction 0.1", "data.test_fraction"),
+    ),
+    "searched value": (
+        {"search": {"fields": {"optim.lr": {"low": 1e-6, "high": 1}}}},
+        ("lr 1e-06", "optim.min_lr"),
+    ),
+    "searched word": (
+        {"search": {"fields": {"views.auto_augment": ["none", "rand"]}}},
+        ("auto augment rand", "views.auto_augment = 'rand'"),
+    ),
+    "searched crops": (
+        {"search": {"fields": {"view_mode": ["same/rc", "fix/ic_ens"]}}},
+        ("fix/ic_ens", "--teacher.target_stores"),
+    ),
+    "searched records": (
+        {"search": {"fields": {"loss.temperature": [1, 3]}}, "content": "hard"},
+        ("content: hard", "loss.kind 'soft'"),
+    ),
+    "called a teacher": (
+        {"runs": {"teacher": {}, "b": {"optim.lr": 1}}},
+        ("sweep a, teacher: ",),
+    ),
+}
+
+
+@pytest.mark.parametrize(("asked", "names"), APART.values(), ids=APART)
+def test_runs_that_would_be_mixed_up_are_refused(asked, names, zygote, tmp_path):
+    done = zygote.run("sweep", write(tmp_path / "a.json", **asked), "--out", tmp_path / "out")
+    assert done.code == 2, done.err
+    for name in names:
+        assert name in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_of_a_launcher_are_refused(zygote, tmp_path):
+    done = zygote.run("sweep", "teacher", "--out", tmp_path / "out", WORLD_SIZE="2", RANK="0")
+    assert (done.code, "torchrun" in done.err) == (2, True), done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_no_run_asks_is_not_trained(zygote, tmp_path):
+    file = write(
+        tmp_path / "t.json", grid={"teacher.source": ["checkpoints/digits-involution-teacher"]}
+    )
+    done = zygote.run("sweep", file, "--out", tmp_path / "out", "--dry-run")
+    assert done.code == 0, done.err
+    listed = [line.split("│")[1].strip() for line in done.out.splitlines() if line[:1] == "│"]
+    own = "digits-involution-teacher"
+    assert listed == [own, f"source checkpoints/{own}, seed 0"]
+
+
+@pytest.mark.parametrize(("words", "names"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_before_the_work(words, names, zygote, tmp_path):
+    done = zygote.run("sweep", *words, cwd=tmp_path)
+    assert done.code == 2
+    for name in names:
+        assert name in done.err
+    assert done.err.startswith("deit: error: ")
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,397 @@
+"""A sweep file: what it may say, which configurations follow, and every mistake in one line."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from deit.cli.run_args import parse_run
+from deit.config.recipes import RECIPES
+from deit.config.recipes.handwriting import digits, digits_ensemble
+from deit.config.schema import to_dict
+from deit.config.validation import validate
+from deit.core.errors import ConfigError
+from deit.experiments.studies import STUDIES
+from deit.experiments.sweep_plan import duplicate_points, trials_of
+from deit.experiments.sweep_spec import (
+    Point,
+    SearchRange,
+    boundary_points,
+    points_of,
+    read_sweep,
+    text_of,
+    with_command_line,
+    with_fields,
+)
+from deit.experiments.sweeps import SWEEPS, find_sweep
+from tests.helpers.errors import raises
+
+
+def write(folder, text, name="s.yaml"):
+    path = folder / name
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return path
+
+
+def read(folder, text, name="s.yaml"):
+    return read_sweep(write(folder, text, name))
+
+
+def test_a_grid_is_every_combination_the_last_field_fastest(tmp_path):
+    sweep = read(tmp_path, "grid: {loss.temperature: [1, 3], optim: {lr: [1e-3, 2e-3]}}")
+    points = points_of(sweep, digits())
+    told = [(point.config.loss.temperature, point.config.optim.lr) for point in points]
+    assert told == [(1, 1e-3), (1, 2e-3), (3, 1e-3), (3, 2e-3)]
+    assert points[1].name == "temperature 1, lr 2e-3"
+    assert points[1].values == {"loss.temperature": "1", "optim.lr": "2e-3"}
+    same = digits().replace(loss={"temperature": 1.0}, optim={"lr": 2e-3})
+    assert points[1].config == same
+
+
+def test_runs_are_trained_for_each_combination(tmp_path):
+    text = """
+    grid: {data.split_seed: [3, 4]}
+    runs:
+      none: {loss: none}
+      hard: {loss: deit-hard, optim.epochs: 7}
+      as it is:
+    """
+    points = points_of(read(tmp_path, text), digits())
+    assert [point.name for point in points] == [
+        *("none, split seed 3", "hard, split seed 3", "as it is, split seed 3"),
+        *("none, split seed 4", "hard, split seed 4", "as it is, split seed 4"),
+    ]
+    assert [point.config.loss.kind for point in points[:3]] == ["none", "hard", "soft"]
+    assert points[4].config.optim.epochs == 7
+    assert points[5].config == digits().replace(data={"split_seed": 4})
+
+
+def test_a_list_of_runs_is_called_by_what_they_change(tmp_path):
+    sweep = read(tmp_path, {"runs": [{"optim.lr": 0.01}, {}, {"loss": "none"}]}, "s.json")
+    assert list(sweep.runs) == ["lr 0.01", "as it is", "loss none"]
+
+
+def test_fields_that_end_alike_are_told_in_full(tmp_path):
+    sweep = read(tmp_path, "grid: {student.image_size: [8], data.image_size: [8]}")
+    (point,) = points_of(sweep, digits())
+    assert point.name == "student.image_size 8, data.image_size 8"
+
+
+def test_presets_come_before_the_fields_beside_them():
+    fields = {"loss.temperature": 7, "loss": "deit-soft", "view_mode": "same/ic"}
+    config = with_fields(digits(), fields, where="here")
+    assert (config.loss.temperature, config.loss.distillation_weight) == (7, 0.1)
+    assert config.views.crop == "random_resized"
+
+
+def test_the_arms_of_a_study_for_each_combination(tmp_path):
+    sweep = read(tmp_path, "{study: teacher, grid: {loss.temperature: [1, 5]}, seeds: [0, 4]}")
+    points = points_of(sweep, digits())
+    assert [point.values for point in points] == [
+        {"run": "distilled", "loss.temperature": "1"},
+        {"run": "undistilled", "loss.temperature": "1"},
+        {"run": "distilled", "loss.temperature": "5"},
+        {"run": "undistilled", "loss.temperature": "5"},
+    ]
+    assert sweep.seeds == (0, 4)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_named_sweep_is_one_of_its_recipe(name):
+    sweep = find_sweep(name)
+    base = RECIPES[sweep.recipe]()
+    if name == "ensemble":
+        base = digits_ensemble()
+    if name == "resolution":
+        base = RECIPES["digits-finetune"]()
+    points = points_of(sweep, base)
+    assert len({point.name for point in points}) == len(points) > 1
+    assert all(isinstance(point, Point) and point.values for point in points)
+    assert STUDIES.keys() <= SWEEPS.keys()
+
+
+def grid_search(**changed):
+    return {
+        "lr": 0.01,
+        "classes": [0, 1, 2, 3, 4, 5],
+        "weight": 0.9,
+        "epochs": 7,
+        "T": 10.0,
+    } | changed
+
+
+def test_the_grid_of_aditmehs_distillation_is_read_as_it_is(tmp_path):
+    """L = (1 - w) T^2 CE(teacher at T) + w CE(label), trained without some classes."""
+    runs = {
+        "warm": grid_search(),
+        "no teacher": grid_search(weight=1.0, T=1.0, classes=list(range(10))),
+        "numbered": grid_search(classes=5),
+    }
+    sweep = read(tmp_path, runs, "baseline.json")
+    warm, alone, numbered = points_of(sweep, digits())
+    assert [warm.name, alone.name, numbered.name] == list(runs)
+    loss, optim = warm.config.loss, warm.config.optim
+    assert (loss.kind, loss.temperature, loss.head) == ("cross_entropy", 10.0, "all")
+    assert (loss.effective_label_weight, loss.distillation_weight, loss.label_smoothing) == (
+        0.9,
+        0.1,
+        0,
+    )
+    assert (optim.lr, optim.epochs) == (0.01, 7)
+    assert (
+        warm.config.data.unseen_classes
+        == numbered.config.data.unseen_classes
+        == ("6", "7", "8", "9")
+    )
+    assert alone.config.data.unseen_classes == ()
+    assert (alone.config.loss.kind, alone.config.loss.label_smoothing) == ("none", 0)
+
+
+BAD = {
+    "not yaml": ("grid: [", ("YAML", "line 1")),
+    "no mapping": ("- 1", ("docs/sweeps.md",)),
+    "nothing": ("recipe: digits", ("grid", "runs", "study", "search")),
+    "unknown key": ("gird: {optim.lr: [1]}", ("gird", "grid")),
+    "unknown field": ("grid: {optim.ler: [1]}", ("grid", "optim.ler", "optim.lr")),
+    "unknown section": ("grid: {optin: {lr: [1]}}", ("grid", "optin", "optim.")),
+    "twice": ("grid: {optim.lr: [1], optim.lr: [2]}", ("YAML", "'optim.lr'")),
+    "nested twice": ("set: {optim.lr: 1, optim: {lr: 2}}", ("set", "optim.lr")),
+    "no list": ("grid: {optim.lr: 1.5}", ("grid", "optim.lr", "1.5")),
+    "empty list": ("grid: {optim.lr: []}", ("grid", "optim.lr", "[]")),
+    "same value": ("grid: {optim.lr: [0.1, 0.1]}", ("grid", "optim.lr", "0.1")),
+    "no name": ("grid: {[1]: [2]}", ("YAML", "[1]")),
+    "both": ("{study: teacher, runs: {a: {}}}", ("runs", "study")),
+    "unknown study": ("study: techer", ("study", "techer", "teacher")),
+    "seeds": ("{study: teacher, seeds: [0, 0]}", ("seeds", "[0, 0]")),
+    "seed": ("{study: teacher, seeds: [-1]}", ("seeds", "[-1]")),
+    "a number of seeds": ("{study: teacher, seeds: 3}", ("seeds", "[3]", "[0, 1, 2]")),
+    "words": ("{study: teacher, share_targets: maybe}", ("share_targets", "'maybe'")),
+    "recipe": ("{study: teacher, recipe: 3.5}", ("recipe", "3.5")),
+    "run": ("runs: {slow: {optim.ler: 1}}", ("runs", "slow", "optim.ler", "optim.lr")),
+    "its seed": ("grid: {run.seed: [0, 1]}", ("grid", "run.seed", "seeds")),
+    "same run": ("runs: [{optim.lr: 1}, {optim.lr: 1}]", ("runs", "'lr 1'")),
+    "runs": ("runs: 3.5", ("runs", "3.5")),
+    "fields": ("set: 3.5", ("set", "3.5")),
+    "search": ("search: 3", ("search", "fields", "low", "high")),
+    "searched": ("search: {fields: {optim.ler: [1, 2]}}", ("search", "optim.ler", "optim.lr")),
+    "one value": ("search: {fields: {optim.lr: [1]}}", ("search", "optim.lr", "[1]")),
+    "span": ("search: {fields: {optim.lr: {low: 2.5, high: 1.5}}}", ("optim.lr", "2.5", "1.5")),
+    "log": (
+        "search: {fields: {optim.lr: {low: -0.5, high: 1, log: true}}}",
+        ("optim.lr", "-0.5", "log"),
+    ),
+    "ends": ("search: {fields: {optim.lr: {low: a, high: 1}}}", ("optim.lr", "low", "'a'")),
+    "low alone": ("search: {fields: {optim.lr: {low: 1}}}", ("optim.lr", "high", "log: true")),
+    "text span": (
+        "search: {fields: {views.auto_augment: {low: 1, high: 2}}}",
+        ("views.auto_augment", "low"),
+    ),
+    "preset span": ("search: {fields: {loss: {low: 1, high: 2}}}", ("loss",)),
+    "trials": ("search: {trials: 0.5, fields: {optim.lr: [1, 2]}}", ("trials", "0.5")),
+    "no trials": ("search: {trials: 0, fields: {optim.lr: [1, 2]}}", ("trials",)),
+    "search key": ("search: {tirals: 3, fields: {optim.lr: [1, 2]}}", ("tirals", "trials")),
+    "a tag without a value": ("grid: {optim.lr: [!!float '']}", ("YAML",)),
+    "a tag that is no truth": ("grid: {optim.lr: [!!bool zz]}", ("YAML", "'zz'")),
+    "a tag that is no time": ("grid: {optim.lr: [!!timestamp zz]}", ("YAML",)),
+    "itself": ("grid: {optim.lr: &a [*a]}", ("100,000",)),
+    "endless": (
+        "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)).replace(
+            "*a0", "1"
+        ),
+        ("100,000",),
+    ),
+    "large": (f"{{study: teacher, seeds: [0x{'f' * 5000}]}}", ("2^63",)),
+    "high": (f"search: {{fields: {{optim.epochs: {{low: 1, high: 1{'0' * 400}}}}}}}", ("2^63",)),
+    "with a grid": ("{search: {fields: {optim.lr: [1, 2]}}, study: teacher}", ("search", "study")),
+}
+
+
+@pytest.mark.parametrize(("text", "names"), BAD.values(), ids=BAD)
+def test_a_mistake_in_the_file_is_one_line_with_its_name(text, names, tmp_path):
+    with raises(ConfigError, tmp_path / "s.yaml", *names) as refused:
+        read(tmp_path, text)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_of_the_other_format_that_lacks_something_is_named(tmp_path):
+    lacking = {key: value for key, value in grid_search().items() if key != "weight"}
+    with raises(ConfigError, tmp_path / "grid.json", "second", "weight"):
+        read(tmp_path, {"first": grid_search(), "second": lacking}, "grid.json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "names"),
+    [
+        ({"weight": 2.5}, ("weight", "2.5")),
+        ({"classes": [0, 10]}, ("classes", "[0, 10]")),
+        ({"classes": []}, ("classes", "[]")),
+        ({"classes": [[1]]}, ("classes", "[[1]]")),
+        ({"classes": [1.0, True]}, ("classes", "[1.0, True]")),
+        ({"patience": 3}, ("patience", *grid_search())),
+    ],
+)
+def test_a_mistake_in_the_other_format(changed, names, tmp_path):
+    with raises(ConfigError, tmp_path / "grid.json", "warm", *names):
+        read(tmp_path, {"warm": grid_search(**changed)}, "grid.json")
+
+
+IMPOSSIBLE = {
+    "value": ("grid: {optim.lr: [1e-3, -1]}", ("lr -1", "optim.lr")),
+    "together": (
+        "grid: {student.patch_size: [2, 3]}",
+        ("patch size 3", "student.patch_size", "student.image_size"),
+    ),
+    "preset": ("runs: {slow: {loss: deit-hart}}", ("slow", "loss", "deit-hart")),
+    "preset list": ("grid: {loss: [[deit-hard]]}", ("loss", "['deit-hard']")),
+    "twice over": (
+        "{grid: {optim.lr: [1, 2]}, runs: {slow: {optim.lr: 3}}}",
+        ("slow", "optim.lr", "grid"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "names"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_point_that_cannot_be_is_named(text, names, tmp_path):
+    sweep = read(tmp_path, text)
+    with raises(ConfigError, *names):
+        points_of(sweep, digits())
+
+
+def test_every_point_that_cannot_be_is_named_at_once(tmp_path):
+    grid = "{optim.lr: [1.0e-3, -1], loss.temperature: [1, -3]}"
+    with raises(ConfigError, "lr -1, temperature 1", "lr 0.001, temperature -3") as refused:
+        points_of(read(tmp_path, f"grid: {grid}"), digits())
+    found = [(problem.field, problem.value) for problem in refused.value.problems]
+    assert sorted(found) == [("loss.temperature", -3)] * 2 + [("optim.lr", -1)] * 2
+
+
+def test_the_command_line_goes_over_runs_and_not_over_what_varies(tmp_path):
+    asked = digits()
+    typed = asked.replace(optim={"epochs": 3, "warmup_epochs": 1})
+    sweep = read(tmp_path, "runs: {a: {optim.epochs: 70, optim.lr: 1.0e-2}, b: {}}")
+    points = points_of(with_command_line(sweep, asked, typed), typed)
+    assert [point.config.optim.epochs for point in points] == [3, 3]
+    assert points[0].config.optim.lr == 1e-2
+    for text in ("grid: {optim.epochs: [5, 6]}", "search: {fields: {optim.epochs: [5, 6]}}"):
+        with raises(ConfigError, "--optim.epochs"):
+            with_command_line(read(tmp_path, text), asked, typed)
+
+
+def test_the_corners_of_a_search_go_together_with_what_they_need(tmp_path):
+    """Five heads do not divide a width of 96, so they come with one of 100; what goes
+    with nothing is refused."""
+    fields = (
+        "student.embed_dim: [96, 100], student.num_heads: [4, 5], optim.lr: {low: 1e-3, high: 1}"
+    )
+    sweep = read(tmp_path, f"search: {{fields: {{{fields}}}}}")
+    wide = digits().replace(student={"embed_dim": 96, "num_heads": 4})
+    found = boundary_points(sweep, wide)
+    assert [point.name for point in found] == [
+        *("the first", "embed dim 96", "embed dim 100", "num heads 4", "num heads 5"),
+        *("lr 0.001", "lr 1"),
+    ]
+    sides = [(point.config.student.embed_dim, point.config.student.num_heads) for point in found]
+    assert sides == [(96, 4), (96, 4), (100, 4), (96, 4), (100, 5), (96, 4), (96, 4)]
+    bad = read(tmp_path, "search: {fields: {student.num_heads: [4, 7]}}")
+    with raises(ConfigError, "num heads 7", "student.num_heads"):
+        boundary_points(bad, wide)
+
+
+def test_a_name_that_is_no_file_is_told_what_there_is():
+    with raises(ConfigError, "view-mode", *SWEEPS) as raised:
+        find_sweep("view-mode")
+    assert str(raised.value).count("view-modes") == 2  # in the list, and as the nearest
+
+
+def test_a_recipe_in_the_place_of_a_sweep_is_told_apart():
+    with raises(ConfigError, "--recipe"):
+        find_sweep("cifar10-micro")
+
+
+def test_classes_called_by_numbers_need_no_quotes(tmp_path):
+    sweep = read(tmp_path, "grid: {data.unseen_classes: [[6, 7], [8]]}")
+    found = points_of(sweep, digits())
+    assert [point.config.data.unseen_classes for point in found] == [("6", "7"), ("8",)]
+
+
+def test_what_a_point_changes_is_told_by_field(tmp_path):
+    sweep = read(tmp_path, "runs: {plain: {}, other: {loss.temperature: 4, optim.lr: 0.5}}")
+    plain, other = points_of(sweep, digits())
+    assert (plain.own, other.own) == ({}, {"loss.temperature": "4", "optim.lr": "0.5"})
+    text = "{grid: {loss: [none, deit-hard]}, runs: {a: {}, b: {loss.kind: none}}}"
+    own = [point.own for point in points_of(read(tmp_path, text), digits())]
+    assert own == [{}, {"loss.kind": "none"}] * 2
+    (alone,) = points_of(read(tmp_path, "grid: {optim.lr: [0.5]}"), digits())
+    assert alone.own is None
+
+
+def test_points_are_configurations_that_can_be_written_down(tmp_path):
+    sweep = read(
+        tmp_path, 'grid: {views.crop_scale: ["0.3,1", [0.5, 1]], data.unseen_classes: ["7", []]}'
+    )
+    for point in points_of(sweep, digits()):
+        assert validate(point.config) == point.config
+        assert json.loads(json.dumps(to_dict(point.config)))
+    assert [text_of(value) for value in (None, 0.5, 1e-5, [1, 2], "a", True)] == [
+        *("none", "0.5", "1e-05", "1,2", "a", "True")
+    ]
+
+
+def test_the_file_of_the_documentation_is_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
+    text, searching = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert read(tmp_path, searching).search.trials == 30
+    sweep = read(tmp_path, text)
+    assert len(points_of(sweep, RECIPES[sweep.recipe]())) == 3 * 2 * 2
+    named = set(re.findall(r"`([a-z0-9-]+)`", page.split("## What has a name")[1].split("##")[0]))
+    assert named >= set(SWEEPS)
+
+
+def test_a_searched_field_is_whole_where_the_configuration_says_so(tmp_path):
+    text = """
+    search:
+      trials: 7
+      fields:
+        student.depth: {low: 2, high: 6}
+        student.embed_dim: {low: 16, high: 64, log: true}
+        loss.temperature: {low: 1, high: 20}
+        loss.kind: [soft, hard]
+    """
+    space = read(tmp_path, text).search
+    assert (space.trials, space.prune) == (7, True)
+    assert space.fields == {
+        "student.depth": SearchRange(2, 6, whole=True),
+        "student.embed_dim": SearchRange(16, 64, log=True, whole=True),
+        "loss.temperature": SearchRange(1.0, 20.0),
+        "loss.kind": ("soft", "hard"),
+    }
+
+
+def test_points_that_are_the_same_run_are_told(tmp_path):
+    sweep = read(tmp_path, "runs: {quick: {optim.lr: 0.5}, fast: {optim.lr: 0.5}, other: {}}")
+    trials = trials_of(points_of(sweep, digits()), (0, 1), tmp_path, lambda config: config)
+    (told,) = duplicate_points(trials)
+    assert told.startswith("fast: ")
+    assert "quick" in told
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_few_epochs_fit_every_sweep_that_has_a_name(name):
+    """Their recipes warm up for longer than that."""
+    base = run_of(SWEEPS[name].recipe, "--optim.epochs", "1")
+    assert points_of(SWEEPS[name], base)
+
+
+def test_a_warm_up_that_fits_few_epochs_may_still_vary(tmp_path):
+    typed = run_of("digits", "--optim.epochs", "4")
+    assert typed.optim.warmup_epochs == 2
+    sweep = read(tmp_path, "grid: {optim.warmup_epochs: [0, 1]}")
+    points = points_of(with_command_line(sweep, digits(), typed), typed)
+    assert [point.config.optim.warmup_epochs for point in points] == [0, 1]
+    points = points_of(read(tmp_path, "grid: {optim.epochs: [2, 60]}"), digits())
+    assert [point.config.optim.warmup_epochs for point in points] == [1, 5]
+
+
+def run_of(*words):
+    return parse_run(list(words), program="deit sweep", about="", online=False).config

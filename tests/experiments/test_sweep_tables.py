@@ -1,0 +1,377 @@
+"""What a sweep came to: its tables, files and pictures, from numbers made by hand."""
+
+import csv
+import itertools
+import json
+import random
+import re
+import statistics
+
+import pytest
+from matplotlib.figure import Figure
+
+from deit.analysis.sweep_sections import sections_of_sweep
+from deit.evaluation.cache import CachedEvaluation, disagreement_matrix
+from deit.experiments.sweep_collect import environment_of
+from deit.experiments.sweep_plots import dots, draw_sweep, heat_map
+from deit.experiments.sweep_tables import (
+    best_of,
+    best_summary,
+    cells,
+    changes,
+    columns,
+    markdown,
+    write_results,
+)
+from deit.viz import charts, html
+from deit.viz.plots import HEADS
+
+
+def lines_of(out):
+    return list(csv.DictReader((out / "results.csv").read_text().splitlines(keepends=True)))
+
+
+def row(values, fused, *, validation=(0.5,), failed=None, teacher=False):
+    heads = [dict(zip(HEADS, (one - 0.1, one, one))) for one in fused]
+    return {
+        "values": values,
+        "top1": heads,
+        "agreement": [0.5] * len(fused),
+        "seconds": [10.0] * len(fused),
+        "images_per_s": [1000.0] * len(fused),
+        "curves": [[(1, one)] for one in fused],
+        "validation": list(validation)[: len(fused)],
+        "epochs": 1,
+        "teacher": teacher,
+        "seeds": list(range(len(fused))),
+        "folders": ["x"] * len(fused),
+        "failed": failed or {},
+    }
+
+
+@pytest.fixture
+def told():
+    """A result made by hand: two fields, the second value of one of them without a finished run."""
+    values = [{"loss.temperature": t, "optim.lr": lr} for t in ("1", "3") for lr in ("0.1", "0.2")]
+    rows = {
+        "teacher": row({}, [1.0], teacher=True),
+        "a": row(values[0], [0.5, 0.7], validation=(0.6, 0.6)),
+        "b": row(values[1], [0.8, 0.8], validation=(0.9, 0.5)),
+        "c": row(values[2], [0.4], validation=(0.95,), failed={"1": "no\nmemory | left"}),
+        "d": row(values[3], [], failed={"0": "x", "1": "x"}),
+    }
+    return {
+        "sweep": "mine",
+        "recipe": "digits",
+        "study": None,
+        "fields": ["loss.temperature", "optim.lr"],
+        "split": "test",
+        "num_samples": 10,
+        "seeds": [0, 1],
+        "rows": rows,
+        "best": best_of(rows, 2),
+        "disagreement": {},
+        "search": None,
+        "stopped": {},
+        "command": "deit sweep mine.yaml",
+        "environment": {
+            "device_name": "a processor",
+            "commit": "0123456789abcdef",
+            "packages": {"torch": "2.15.0"},
+        },
+    }
+
+
+def test_the_table_by_hand(told):
+    assert columns(told)[:3] == ["temperature", "lr", "class head"]
+    teacher, a, b, c, d = cells(told)
+    assert teacher[:3] == ["teacher", "", "90.0"]
+    assert teacher[5] == "-"
+    spread = f"{100 * statistics.stdev([0.5, 0.7]):.1f}"
+    assert a[4:6] == [f"60.0 +- {spread}", "+0.0"]
+    assert b[4:7] == ["80.0 +- 0.0", "+20.0", "70.0 +- 28.3"]
+    assert c[5] == "-20.0"
+    assert re.fullmatch(r"10 \(1\b.*\b2\b.*\)", c[-1])  # so many of its seeds failed
+    assert d[2:] == ["failed", "-", "-", "-", "-", "-", "-"]
+
+
+def test_classes_held_out_are_told_apart(told):
+    classes = {"held_out": ["b"], "seen": 0.9, "unseen": 0.2, "per_class": {"a": 0.9, "b": 0.2}}
+    told["rows"]["a"]["classes"] = [classes, {**classes, "unseen": 0.4}]
+    heads, rows = columns(told), cells(told)
+    spread = f"{100 * statistics.stdev([0.2, 0.4]):.1f}"
+    at = heads.index("unseen")
+    assert [row[at] for row in rows] == ["-", f"30.0 +- {spread}", "-", "-", "-"]
+    assert {len(row) for row in rows} == {len(heads)}
+    lines = markdown(told).splitlines()
+    assert "|  | a | b (unseen) |" in lines
+    assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0 |" in lines
+
+
+def test_where_points_held_out_different_classes_none_is_best_and_each_has_its_marks(told):
+    shares = {"a": 0.9, "b": 0.2, "c": None}
+    for name, held in (("a", ["b"]), ("b", ["a", "b"])):
+        one = {"held_out": held, "seen": 0.9, "unseen": 0.2, "per_class": shares}
+        told["rows"][name]["classes"] = [one, one]
+    assert best_of(told["rows"], 2) == []
+    told["best"] = []
+    lines = markdown(told).splitlines()
+    assert "|  | a | b | c |" in lines
+    assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0* | - |" in lines
+    assert "| b | 90.0 +- 0.0* | 20.0 +- 0.0* | - |" in lines
+    assert any(best_summary(told).capitalize() in line for line in lines)
+    assert not any(re.match(r"\d\. ", line) for line in lines)
+    one["per_class"] = {"a": 0.9, "d": 0.5}  # not all of them have the same classes
+    told["rows"]["b"]["classes"] = [one, one]
+    assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0* | - | - |" in markdown(told).splitlines()
+
+
+@pytest.mark.parametrize("field", ["optim.lr", "student.depth"])
+def test_accuracy_is_drawn_against_time_and_of_other_students_against_speed(field, told, tmp_path):
+    told["fields"][1] = field
+    for one in told["rows"].values():
+        if one["values"]:
+            one["values"] = {field if k == "optim.lr" else k: v for k, v in one["values"].items()}
+    whole = "".join(sections_of_sweep(told, tmp_path, "mine"))
+    assert (tmp_path / "mine-time.png").is_file()
+    assert (tmp_path / "mine-throughput.png").is_file() == (field == "student.depth")
+    assert ("images/s" in whole) == (field == "student.depth")
+
+
+def test_a_page_marks_what_each_point_did_not_see(told, tmp_path):
+    shares = {"a": 0.9, "b": 0.2, "c": None}
+    for name, held in (("a", ["b"]), ("b", ["a"])):
+        one = {"held_out": held, "seen": 0.9, "unseen": 0.2, "per_class": shares}
+        told["rows"][name]["classes"] = [one, one]
+    told["best"] = []
+    whole = "".join(sections_of_sweep(told, tmp_path, "mine"))
+    assert ">20*</td>" in whole
+    assert ">90*</td>" in whole
+    assert "*: " in whole  # what the mark says
+    assert best_summary(told).capitalize() in whole
+
+
+def test_points_that_held_nothing_out_stand_beside_those_that_did(told, tmp_path):
+    """Under a class that only some left out, the mark is beside the number."""
+    shares = {"per_class": {"a": 0.9, "b": 0.2}}
+    some = {"held_out": ["b"], "seen": 0.9, "unseen": 0.2, **shares}
+    none = {"held_out": [], "seen": 0.6, "unseen": None, **shares}
+    told["rows"]["a"]["classes"], told["rows"]["b"]["classes"] = [some, some], [none, none]
+    lines = markdown(told).splitlines()
+    assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0* |" in lines
+    assert "| b | 90.0 +- 0.0 | 20.0 +- 0.0 |" in lines
+    at = columns(told).index("unseen")
+    _, a, b, *_ = cells(told)
+    assert (a[at], b[at - 1 : at + 1]) == ("20.0 +- 0.0", ["60.0 +- 0.0", "-"])
+    assert ">20*</td>" in "".join(sections_of_sweep(told, tmp_path, "mine"))
+
+
+def test_the_best_are_those_of_the_validation_split(told):
+    """Of those with the most seeds: the one seed of c that did not fail is the best of all."""
+    assert told["best"] == ["b", "a"]
+    assert best_of(told["rows"], 9) == ["b", "a"]
+
+
+def test_points_that_nothing_tells_apart_are_told(told):
+    assert not re.search(r"\d", best_summary(told))
+    told["rows"]["a"]["validation"] = [0.3 + 0.1 + 0.1, 0.8999999999999999]
+    assert re.findall(r"\d+", best_summary(told)) == ["2"]
+
+
+def test_trials_that_were_stopped_are_in_every_file(told, tmp_path):
+    told["search"] = {"trials": 5, "finished": 3, "stopped": 1, "failed": 1}
+    values = {"loss.temperature": "9", "optim.lr": "0.3"}
+    told["fields"].insert(0, "run")
+    one = {"values": {"run": "trial 7", **values}, "epoch": 4, "top1": 0.25}
+    told["stopped"] = {"trial 7": one}
+    trial = r"^- trial 7: temperature 9, lr 0\.3\b.*\b25\.0\b.*\b4$"
+    assert re.search(trial, markdown(told), re.MULTILINE)
+    write_results(told, tmp_path)
+    *_, line = lines_of(tmp_path)
+    assert (line["point"], line["status"], line["optim.lr"]) == ("trial 7", "stopped", "0.3")
+    assert line["validation_top1"] == "0.25"
+    assert re.search(r"\bmedian\b.*\b4\b", line["reason"])
+    for one in told["rows"].values():
+        if one["values"]:
+            one["values"]["run"] = "a trial"
+    whole = "".join(sections_of_sweep(told, tmp_path, "mine"))
+    assert ">trial 7<" in whole
+    stopped = (tmp_path / "mine-stopped.csv").read_text().splitlines()
+    assert stopped == [",temperature,lr,validation top-1 %,at epoch", "trial 7,9,0.3,25.0,4"]
+    draws = [dots(told, field) for field in values]
+    shown = []
+    for draw in draws:
+        axes = Figure().subplots()
+        draw(axes)
+        ended, rings = axes.get_lines()
+        shown.append([list(line.get_xdata()) for line in (ended, rings)])
+        assert rings.get_fillstyle() == "none"
+        assert list(rings.get_ydata()) == [25.0]
+    assert shown == [[[1, 1, 3], [9]], [[0.1, 0.2, 0.1], [0.3]]]
+
+
+def test_what_each_run_sets_is_told(told, tmp_path):
+    assert changes(told) == {}
+    told["fields"] = ["run", "optim.lr"]
+    for name, own in {"a": {"loss.kind": "none", "optim.epochs": "9"}, "b": {}}.items():
+        told["rows"][name] |= {"values": {"run": f"run {name}", "optim.lr": "2"}, "sets": own}
+    del told["rows"]["c"], told["rows"]["d"]
+    own, nothing = changes(told)["run a"], changes(told)["run b"]
+    assert own == "loss.kind none, optim.epochs 9"
+    assert nothing.isalpha()
+    assert f"| run a | {own} |" in markdown(told).splitlines()
+    whole = "".join(sections_of_sweep(told, tmp_path, "mine"))
+    assert f"<dt>run b</dt><dd>{nothing}</dd>" in whole
+    told["rows"]["c"] = {**told["rows"]["a"], "sets": {"loss.kind": "none", "optim.epochs": "18"}}
+    assert re.fullmatch(r"loss\.kind none, optim\.epochs \D+", changes(told)["run a"])
+    for name in "abc":
+        told["rows"].get(name, {})["sets"] = {}
+    assert changes(told) == {}
+
+
+def test_a_table_as_a_file_has_means_and_deviations_apart(told, tmp_path):
+    sections_of_sweep(told, tmp_path, "mine")
+    with (tmp_path / "mine-results.csv").open() as file:
+        heads, teacher, a, *_ = csv.reader(file)
+    at = heads.index("fused")
+    assert heads[at : at + 2] == ["fused", "fused std"]
+    spread = f"{100 * statistics.stdev([0.5, 0.7]):.1f}"
+    assert (teacher[at : at + 2], a[at : at + 2]) == (["100.0", ""], ["60.0", spread])
+
+
+def test_a_remark_beside_a_number_has_a_column_of_its_own(tmp_path):
+    rows = [["a (b)", "10 +- 0 (1 of 3 seeds failed)", "-"], ["c", "failed", "2"]]
+    html.table(("", "seconds", "x"), rows, file=tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open() as file:
+        found = list(csv.reader(file))
+    assert found == [
+        ["", "seconds", "seconds std", "seconds remark", "x"],
+        ["a (b)", "10", "0", "1 of 3 seeds failed", "-"],
+        ["c", "failed", "", "", "2"],
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_names_of_points_cover_neither_each_other_nor_a_point(seed):
+    generator = random.Random(seed)
+    places = {
+        f"point {number}" + "n" * generator.randrange(20): (
+            generator.uniform(0.12, 0.88),
+            generator.uniform(0.4, 0.6),
+        )
+        for number in range(9)
+    }
+    height = charts._LABEL[1]
+    nears = charts._apart(list(places.items()))
+    boxes = {name: (*near.ends(name), near.height) for name, near in zip(places, nears)}
+    assert all(left >= 0 and right <= 1 and 0 <= at <= 1 for left, right, at in boxes.values())
+    marks = {f"{name}'s mark": (x, x, y) for name, (x, y) in places.items()}
+    for one, other in itertools.combinations({**boxes, **marks}, 2):
+        if one in marks:
+            continue
+        a, b = boxes[one], {**boxes, **marks}[other]
+        assert a[1] <= b[0] or b[1] <= a[0] or abs(a[2] - b[2]) >= height - 1e-9, (one, other)
+
+
+def test_markdown_and_csv_keep_their_columns(told, tmp_path):
+    lines = markdown(told).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    assert "1. b (70.0 +- 28.3)" in lines
+    assert "- c, seed 1: no memory | left" in lines
+    assert "a processor, torch 2.15.0, commit 0123456789abcdef" in lines
+    write_results(told, tmp_path)
+    rows = lines_of(tmp_path)
+    assert [one["status"] for one in rows] == ["finished"] * 5 + ["failed"] * 3
+    assert rows[5]["reason"] == "no\nmemory | left"
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(told))
+
+
+def said(labels, **answers):
+    return CachedEvaluation({}, {}, {k: list(v) for k, v in answers.items()}, {}, list(labels))
+
+
+def test_who_answers_otherwise_than_whom_by_hand(told):
+    """As in the DeiT paper's Table 4: of few runs every head, and the teacher once."""
+    with_token = said(
+        "0120", teacher="0121", **{"class": "0120"}, distillation="0111", fused="0110"
+    )
+    alone = said("0120", teacher="0121", **{"class": "1120"})
+    shares = disagreement_matrix({"distilled": with_token, "undistilled": alone})
+    heads = ["distilled, class", "distilled, distillation", "distilled, fused"]
+    assert list(shares) == ["truth", "teacher", *heads, "undistilled"]
+    assert shares["truth"] == dict(zip(shares, (0, 0.25, 0, 0.5, 0.25, 0.25)))
+    assert shares["teacher"]["undistilled"] == 0.5 == shares["undistilled"]["teacher"]
+    many = disagreement_matrix({str(place): with_token for place in range(4)})
+    assert list(many) == ["truth", "teacher", "0", "1", "2", "3"]
+    assert many["truth"]["0"] == 0.25
+    other = said("0121", **{"class": "0121"})
+    assert disagreement_matrix({"a": with_token, "b": other}) == {} == disagreement_matrix({})
+    text = markdown({**told, "disagreement": shares})
+    assert "| undistilled | 25.0 | 50.0 | 25.0 | 75.0 | 50.0 | 0.0 |" in text.splitlines()
+
+
+def test_a_heat_map_is_the_mean_over_seeds_and_over_what_else_varies(told):
+    down, across, means = heat_map(told, "loss.temperature", "optim.lr")
+    assert (down, across) == (["1", "3"], ["0.1", "0.2"])
+    assert means[0] == pytest.approx([60, 80])
+    assert means[1][0] == pytest.approx(40)
+    assert means[1][1] != means[1][1]
+    told["rows"]["e"] = row({"loss.temperature": "1", "optim.lr": "0.1", "run": "x"}, [0.9, 0.9])
+    assert heat_map(told, "loss.temperature", "optim.lr")[2][0][0] == pytest.approx(75)
+
+
+@pytest.mark.parametrize(
+    ("fields", "drawn"),
+    [
+        (["run"], ["runs.png"]),
+        (["optim.lr"], ["optim.lr.png"]),
+        (["run", "optim.lr"], ["optim.lr.png"]),
+        (["loss.temperature", "optim.lr"], ["loss.temperature-optim.lr.png"]),
+    ],
+)
+def test_pictures_by_what_varies(told, fields, drawn, tmp_path):
+    pytest.importorskip("matplotlib")
+    words = {"run": "abcd", "optim.lr": ["0.1", "1", "0.1", "1"], "loss.temperature": "1122"}
+    for place, name in enumerate("abcd"):
+        told["rows"][name]["values"] = {field: words[field][place] for field in fields}
+    paths = draw_sweep(told | {"fields": fields}, tmp_path)
+    assert [path.name for path in paths] == drawn
+    assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_without_a_finished_run_nothing_is_drawn(told, tmp_path):
+    for one in told["rows"].values():
+        one["seeds"] = []
+    assert draw_sweep(told, tmp_path) == []
+
+
+def test_runs_of_two_machines_are_told_by_both(tmp_path):
+    """A sweep that was begun on one machine and finished on another."""
+    folders = []
+    for name, version in (("a", "2.14.1"), ("b", "2.15.0"), ("c", "2.14.1")):
+        folder = tmp_path / name
+        folder.mkdir()
+        about = {
+            "device_name": f"processor of {version}",
+            "commit": "0123",
+            "threads": 2,
+            "packages": {"torch": version, "timm": "1.0"},
+            "arguments": [],
+            "deit": "0.1.0",
+            "processes": 1,
+            "precision": "fp32",
+        }
+        (folder / "environment.json").write_text(json.dumps(about))
+        folders.append(str(folder))
+    rows = {"x": {"values": {"lr": "1"}, "folders": folders}, "teacher": {"values": {}}}
+    assert environment_of(rows) == {
+        "device_name": "processor of 2.14.1; processor of 2.15.0",
+        "commit": "0123",
+        "threads": 2,
+        "packages": {"torch": "2.14.1; 2.15.0", "timm": "1.0"},
+        "arguments": [],
+        "deit": "0.1.0",
+        "processes": 1,
+        "precision": "fp32",
+    }

@@ -1,0 +1,362 @@
+"""Convpass adapters: what they compute, that they begin as nothing, and are saved alone."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import conv2d
+
+from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_init
+from deit.config.recipes.handwriting import digits
+from deit.config.student_section import StudentConfig
+from deit.config.validation import validate
+from deit.core.errors import ConfigError
+from deit.models.attention import rollout, token_cosines
+from deit.models.networks import create_network
+from deit.models.onednn_linear import available, use_onednn
+from deit.models.parameters import freeze_except, layer_depths, trainable_parameters
+from deit.models.student import Student
+from deit.models.surgery.convpass import Convpass, ConvpassBlock, adapters_of
+from tests.helpers.errors import raises
+from tests.helpers.images import random_batch
+
+pytest.importorskip("sklearn")
+PLACES = {"convpass": ("adapter1", "adapter2"), "convpass_attention": ("adapter1",)}
+"""The adapters of a block by student.adapters."""
+TINY = StudentConfig(
+    name="deit_micro", image_size=12, patch_size=4, embed_dim=16, depth=2, num_heads=2
+)
+STUDENTS = {
+    "distilled": TINY,
+    "plain": replace(TINY, name="vit_micro"),
+    "two distillation tokens": replace(TINY, num_distillation_tokens=2),
+    "pruned": replace(TINY, heads_per_block=(1, 2), mlp_hidden_per_block=(5, 9)),
+    "scaled": replace(TINY, weight_init="scaled"),
+}
+
+
+def network_of(student: StudentConfig, **fields) -> nn.Module:
+    torch.manual_seed(3)
+    return create_network(replace(student, **fields), 5)
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """With adapters as if trained, every tensor of them."""
+    torch.manual_seed(4)
+    for adapter in adapters_of(network).values():
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    return network
+
+
+# The forward pass
+
+
+def by_hand(adapter: Convpass, tokens: torch.Tensor, prefix: int, side: int) -> torch.Tensor:
+    def gelu(x):
+        return x / (1 + torch.exp(-1.702 * x))
+
+    hidden = gelu(tokens @ adapter.down.weight.T + adapter.down.bias).transpose(1, 2)
+    images = [hidden[:, :, place, None, None] for place in range(prefix)]
+    images.append(hidden[:, :, prefix:].reshape(*hidden.shape[:2], side, side))
+    kernel, bias = adapter.convolution.weight, adapter.convolution.bias
+    mixed = [conv2d(image, kernel, bias, padding=1).flatten(2) for image in images]
+    found = gelu(torch.cat(mixed, dim=2)).transpose(1, 2)
+    return adapter.scale * (found @ adapter.up.weight.T + adapter.up.bias)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 4])
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_the_forward_pass_by_hand(prefix, side):
+    adapter = Convpass(7, 3, scale=0.3, prefix=prefix, drop_path=0.0).double().eval()
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    tokens = torch.randn(2, prefix + side**2, 7, dtype=torch.float64)
+    expected = by_hand(adapter, tokens, prefix, side)
+    torch.testing.assert_close(adapter(tokens), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("adapters", PLACES)
+def test_a_block_by_hand(adapters):
+    """Adapters see the normed tokens that attention and MLP see, and are added beside them."""
+    network = randomised(network_of(TINY, adapters=adapters, adapter_scale=0.7)).double().eval()
+    block = network.blocks[1]
+    x = torch.randn(2, 11, 16, dtype=torch.float64)
+    normed = block.norm1(x)
+    after = x + block.attn(normed) + by_hand(block.adapter1, normed, 2, 3)
+    normed = block.norm2(after)
+    expected = after + block.mlp(normed)
+    if adapters == "convpass":
+        expected = expected + by_hand(block.adapter2, normed, 2, 3)
+    torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_tokens_before_the_patches_mix_with_none():
+    adapter = Convpass(6, 4, scale=1.0, prefix=3, drop_path=0.0).eval()
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    tokens = torch.randn(1, 3 + 16, 6)
+    before = adapter(tokens)
+    for place in range(19):
+        moved = tokens.clone()
+        moved[:, place] += 1
+        changed = (adapter(moved) != before).any(dim=2)[0].nonzero().flatten().tolist()
+        row, column = divmod(place - 3, 4)
+        near = [
+            3 + 4 * r + c
+            for r in range(max(row - 1, 0), min(row + 2, 4))
+            for c in range(max(column - 1, 0), min(column + 2, 4))
+        ]
+        assert changed == ([place] if place < 3 else near)
+
+
+def test_patches_that_are_no_square_are_refused():
+    adapter = Convpass(4, 2, scale=1.0, prefix=1, drop_path=0.0)
+    with raises(ConfigError, "student.adapters"):
+        adapter(torch.randn(1, 9, 4))
+
+
+# How they begin
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("adapters", PLACES)
+@pytest.mark.parametrize("training", [False, True])
+def test_untrained_they_change_no_bit(name, adapters, training):
+    plain, adapted = (network_of(STUDENTS[name], adapters=one) for one in ("none", adapters))
+    ours, theirs = adapted.state_dict(), plain.state_dict()
+    assert [one for one in ours if "adapter" not in one] == list(theirs)
+    assert all(torch.equal(ours[one], value) for one, value in theirs.items())
+    answers = [one.train(training).forward_features(random_batch()) for one in (plain, adapted)]
+    assert torch.equal(*answers)
+    randomised(adapted)
+    assert not torch.equal(answers[0], adapted.forward_features(random_batch()))
+
+
+@pytest.mark.parametrize("adapters", PLACES)
+def test_where_they_are_and_how_they_begin(adapters):
+    network = network_of(TINY, adapters=adapters, adapter_dim=5, adapter_scale=4.0)
+    places = [f"blocks.{block}.{one}" for block in range(2) for one in PLACES[adapters]]
+    assert list(adapters_of(network)) == places
+    for adapter in adapters_of(network).values():
+        assert adapter.scale == 4.0
+        assert adapter.dropout.p == 0.1
+        assert adapter.down.weight.abs().max() <= (6 / (16 + 5)) ** 0.5
+        assert adapter.down.weight.std().item() == pytest.approx((2 / (16 + 5)) ** 0.5, rel=0.25)
+        kernel = torch.zeros(5, 5, 3, 3)
+        kernel[range(5), range(5), 1, 1] = 1
+        assert torch.equal(adapter.convolution.weight, kernel)
+        for zero in (adapter.up.weight, adapter.up.bias, adapter.down.bias):
+            assert not zero.any()
+        assert not adapter.convolution.bias.any()
+    one, other = (adapters_of(network)[place].down.weight for place in places[:2])
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("adapters", PLACES)
+@pytest.mark.parametrize(("depth", "width", "hidden"), [(12, 768, 8), (3, 48, 5)])
+def test_the_number_of_their_parameters(adapters, depth, width, hidden):
+    student = StudentConfig(name="vit_base", image_size=32, embed_dim=width, depth=depth)
+    with torch.device("meta"):
+        network = create_network(replace(student, adapters=adapters, adapter_dim=hidden), 10)
+    found = sum(one.numel() for part in adapters_of(network).values() for one in part.parameters())
+    of_block = len(PLACES[adapters])
+    assert found == of_block * depth * ((2 * hidden + 1) * width + 9 * hidden**2 + 2 * hidden)
+    if adapters == "convpass" and depth == 12:
+        assert found == 327_552  # of ViT-B in the paper: 0.33 M
+
+
+# Beside everything else that is done to a ViT
+
+
+def test_gradients_reach_adapters_and_heads_alone():
+    network = network_of(TINY, adapters="convpass")
+    freeze_except(network, "adapters")
+    student = Student(randomised(network), mean=(0.5,) * 3, std=(0.5,) * 3)
+    student.frozen_backbone = True
+    outputs = student.train()(random_batch())
+    (outputs.class_logits.sum() + outputs.distillation_logits.square().sum()).backward()
+    for name, parameter in network.named_parameters():
+        moved = ".adapter" in name or name.startswith("head")
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == moved, name
+
+
+def test_what_is_held_still_is_in_evaluation_mode_and_adapters_are_not():
+    network = network_of(TINY, adapters="convpass", drop_path=0.3, dropout=0.2)
+    student = Student(network, mean=(0.5,) * 3, std=(0.5,) * 3)
+    student.frozen_backbone = True
+    for trained in ("adapters", "heads"):
+        freeze_except(network, trained)
+        student.train()
+        for name, module in network.named_modules():
+            assert module.training == (trained == "adapters" and ".adapter" in name), name
+        student.eval()
+        assert not any(module.training for module in student.modules())
+    assert trainable_parameters(network, "heads") == {
+        f"{head}.{leaf}" for head in ("head", "head_dist") for leaf in ("weight", "bias")
+    }
+
+
+def test_with_all_trained_a_network_holds_still_what_it_does():
+    network = network_of(TINY, adapters="convpass")
+    network.pos_embed.requires_grad_(False)
+    freeze_except(network, "all")
+    frozen = [name for name, one in network.named_parameters() if not one.requires_grad]
+    assert frozen == ["pos_embed"]
+
+
+@pytest.mark.parametrize("trained", ["adapters", "attention"])
+def test_a_network_without_such_a_part(trained):
+    convnet = create_network(StudentConfig(name="small_convnet", image_size=8), 5)
+    with raises(ConfigError, "optim.trainable", f"'{trained}'"):
+        freeze_except(convnet, trained)
+
+
+def test_each_branch_is_dropped_for_itself():
+    network = randomised(network_of(TINY, depth=5, adapters="convpass", drop_path=0.8))
+    rates = [getattr(block.adapter1.drop_path, "drop_prob", 0) for block in network.blocks]
+    assert rates == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    block = network.train().blocks[4]
+    block.adapter2.eval(), block.drop_path2.eval(), block.adapter1.dropout.eval()
+    tokens = torch.randn(1, 11, 16).expand(64, -1, -1)
+    seen = block(tokens)
+    assert len({one.sum().item() for one in seen}) == 4  # of attention and adapter either is there
+
+
+def test_dropout_lies_between_the_last_two_layers():
+    adapter = Convpass(6, 4, scale=1.0, prefix=0, drop_path=0.0).train()
+    nn.init.ones_(adapter.up.weight)
+    tokens = torch.ones(200, 1, 6)
+    values = adapter(tokens)[:, 0]
+    assert torch.equal(values[:, 0], values[:, 5])  # all outputs of a token hear the same channels
+    assert len(values[:, 0].unique()) > 1
+
+
+def test_a_copy_and_a_compiled_graph_answer_the_same():
+    network = randomised(network_of(TINY, adapters="convpass")).eval()
+    expected = network(random_batch())
+    assert torch.equal(copy.deepcopy(network)(random_batch()), expected)
+    whole = torch.compile(network, fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(random_batch()), expected)
+
+
+def test_blocks_computed_again_give_the_same_gradients():
+    network = randomised(network_of(TINY, adapters="convpass", drop_path=0.3)).train()
+    freeze_except(network, "adapters")
+    found = []
+    for again in (False, True):
+        network.set_grad_checkpointing(again)
+        torch.manual_seed(9)
+        network.zero_grad()
+        network.forward_features(random_batch()).square().sum().backward()
+        found.append({name: one.grad for name, one in network.named_parameters()})
+    kept = [name for name, one in found[0].items() if one is not None]
+    assert len(kept) == 4 * 6
+    assert all(torch.equal(found[0][name], found[1][name]) for name in kept)
+
+
+@pytest.mark.skipif(not available(), reason="no oneDNN in this torch")
+def test_linear_layers_by_onednn_answer_the_same():
+    network = randomised(network_of(TINY, adapters="convpass")).eval()
+    other = copy.deepcopy(network)
+    use_onednn(other)
+    assert type(other.blocks[0].adapter1.down) is not nn.Linear
+    torch.testing.assert_close(other(random_batch()), network(random_batch()), rtol=1e-4, atol=1e-5)
+
+
+def test_what_looks_into_blocks_still_does():
+    plain, adapted = (network_of(TINY, adapters=one).eval() for one in ("none", "convpass"))
+    assert all(isinstance(block, ConvpassBlock) for block in adapted.blocks)
+    assert torch.equal(rollout(plain, random_batch()).maps, rollout(adapted, random_batch()).maps)
+    assert torch.equal(token_cosines(plain, random_batch()), token_cosines(adapted, random_batch()))
+    depths = layer_depths(adapted)
+    assert depths["blocks.1.adapter2.up.weight"] == depths["blocks.1.attn.qkv.weight"]
+
+
+# The configuration
+
+REFUSED = {
+    "a ConvNet": (
+        {"student": {"name": "small_convnet", "adapters": "convpass"}},
+        ("student.adapters = 'convpass'", "deit_*", "'small_convnet'"),
+    ),
+    "width without adapters": (
+        {"student": {"adapter_dim": 4}},
+        ("student.adapter_dim = 4", "student.adapters is 'none'"),
+    ),
+    "scale without adapters": (
+        {"student": {"adapter_scale": 1.0}},
+        ("student.adapter_scale = 1.0", "student.adapters is 'none'"),
+    ),
+    "nothing to train": (
+        {"optim": {"trainable": "adapters"}, "init": {"weights": "x"}},
+        ("optim.trainable = 'adapters'", "student.adapters convpass"),
+    ),
+    "on random weights": (
+        {"optim": {"trainable": "adapters"}, "student": {"adapters": "convpass"}},
+        ("optim.trainable = 'adapters'", "init.weights"),
+    ),
+    "masks of a file": (
+        {
+            "optim": {"trainable": "adapters"},
+            "student": {"adapters": "convpass"},
+            "init": {"weights": "x", "pruning_masks": "m.safetensors"},
+        },
+        ("init.pruning_masks = 'm.safetensors'", "optim.trainable 'adapters'"),
+    ),
+    "no masks": (
+        {
+            "optim": {"trainable": "adapters"},
+            "student": {"adapters": "convpass"},
+            "init": {"weights": "x", "pruning_masks": "none"},
+        },
+        ("init.pruning_masks = 'none'", "optim.trainable 'adapters'", " keep"),
+    ),
+    "blocks that share": (
+        {"student": {"adapters": "convpass", "shared_block_size": 2}},
+        ("student.adapters = 'convpass'", "student.shared_block_size 2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_no_sense_is_refused(name):
+    sections, names = REFUSED[name]
+    with raises(ConfigError, *names):
+        validate(digits().replace(**sections))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value"), [("adapter_dim", 0), ("adapter_scale", 0), ("adapters", "lora")]
+)
+def test_impossible_values(leaf, value):
+    with raises(ConfigError, f"student.{leaf}"):
+        validate(digits().replace(student={"adapters": "convpass", leaf: value}))
+
+
+def test_the_papers_schedule():
+    own = {"name": "sgd", "momentum": 0.5, "grad_accum_steps": 2, "clip_grad_norm": 1.0}
+    before = digits().replace(init={"weights": "x"}, optim=own)
+    tuned = validate(FINETUNE_SCHEDULES["convpass"](before))
+    optim, student = tuned.optim, tuned.student
+    assert (student.adapters, student.adapter_dim, student.adapter_scale) == ("convpass", 8, 0.1)
+    assert (optim.trainable, optim.name) == ("adapters", "adamw")
+    assert (optim.lr, optim.lr_base_batch_size, optim.min_lr) == (1e-3, None, 1e-5)
+    assert optim.weight_decay == 1e-4
+    assert (optim.batch_size, optim.grad_accum_steps, optim.clip_grad_norm) == (32, 2, 1.0)
+    assert optim.epochs == round(before.optim.epochs / 3)
+    assert optim.warmup_epochs == pytest.approx(optim.epochs / 10)
+    assert (tuned.loss, tuned.views, tuned.teacher) == (before.loss, before.views, before.teacher)
+    one = before.replace(student={"adapters": "convpass_attention", "adapter_dim": 3})
+    assert FINETUNE_SCHEDULES["convpass"](one).student == one.student
+
+
+def test_adapters_of_the_start_are_taken_over_and_others_stay():
+    theirs = replace(TINY, adapters="convpass_attention", adapter_dim=3, adapter_scale=10.0)
+    own = digits().replace(student={"adapters": "convpass"})
+    found = with_init(own, "x", theirs).student
+    fields = (found.adapters, found.adapter_dim, found.adapter_scale)
+    assert fields == ("convpass_attention", 3, 10.0)
+    assert with_init(own, "x", TINY).student.adapters == "convpass"

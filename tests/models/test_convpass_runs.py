@@ -1,0 +1,396 @@
+"""Runs with Convpass adapters: what is saved of them, and what it belongs to."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit.analysis.landscape_options import LandscapeOptions
+from deit.analysis.landscape_runs import places_of, surface_of, view_of
+from deit.cli import run_command
+from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_init
+from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes.handwriting import digits, digits_teacher
+from deit.config.schema import Config
+from deit.config.teachers import teacher_specs
+from deit.config.validation import load_config
+from deit.core import run_folder
+from deit.core.errors import CheckpointError, ConfigError
+from deit.core.json_io import load_json_as
+from deit.deploy.export import export
+from deit.evaluation.evaluate import evaluate, student_at_resolution
+from deit.models import load_weights
+from deit.models.load_weights import load_weights_from, saved_weights
+from deit.models.metadata import BASE, AdapterBase, base_of, read_base
+from deit.models.parameters import trainable_parameters
+from deit.models.saved import load_student, save_weights
+from deit.models.surgery.pruning_masks import MASKS, read_masks
+from deit.models.teachers import load_teacher
+from deit.models.weight_files import digest_of
+from deit.training.train import build_run, train
+from tests.helpers.commands import tree
+from tests.helpers.errors import raises
+from tests.helpers.images import random_batch
+from tests.helpers.resume_helpers import same_end, stop_at
+from tests.helpers.trained import trained
+
+pytest.importorskip("sklearn")
+SMALL = {"depth": 2, "embed_dim": 96, "num_heads": 3, "drop_path": 0.1}
+EPOCHS = 2
+QUICK = {"epochs": EPOCHS, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 0.5}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A teacher, a student (its start), and adapters trained on it."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("convpass")
+    teacher = digits_teacher().replace(optim={"epochs": 3}, data={"train_fraction": 0.2})
+    trained(teacher, folder / "teacher")
+    train(base_config(folder), folder / "base")
+    train(config_of(folder), folder / "adapted")
+    return folder
+
+
+def base_config(folder: Path) -> Config:
+    return digits().replace(
+        data={"train_fraction": 0.2},
+        student=SMALL,
+        teacher={"source": (str(folder / "teacher"),), "allow_near_chance": True},
+        optim=QUICK,
+        run={"linear_backend": "torch"},
+    )
+
+
+def config_of(folder: Path, **more: dict) -> Config:
+    """Adapters on the student of the folder, taught."""
+    config = FINETUNE_SCHEDULES["convpass"](
+        base_config(folder).replace(init={"weights": str(folder / "base")})
+    )
+    return config.replace(**{**more, "optim": {**QUICK, "lr": 5e-3, **more.get("optim", {})}})
+
+
+def folders_of(run: Path) -> list[Path]:
+    return [run / "best", *(path for _, path in run_folder.list_checkpoints(run))]
+
+
+def test_checkpoints_hold_adapters_and_heads_alone(place):
+    network = load_student(place / "adapted" / "best")[0].network
+    own = trainable_parameters(network, "adapters")
+    assert len(own) == 2 * 2 * 6 + 4
+    whole = (place / "base" / "best" / "model.safetensors").stat().st_size
+    for folder in folders_of(place / "adapted"):
+        assert set(load_file(folder / "model.safetensors")) == own
+        assert (folder / "model.safetensors").stat().st_size < whole / 15
+        assert BASE in json.loads((folder / "manifest.json").read_text())["files"]
+        assert not (folder / MASKS).exists()
+    for folder in folders_of(place / "adapted")[1:]:
+        assert set(load_file(folder / "average.safetensors")) == own
+        moments = load_file(folder / "optimizer.safetensors")
+        assert {name.partition("/")[2] for name in moments} == own
+        for name, value in load_file(folder / "model.safetensors").items():
+            assert value.any(), name  # of what began as zero as well
+
+
+def test_what_they_belong_to_is_told(place):
+    weights = load_file(place / "base" / "best" / "model.safetensors")
+    expected = AdapterBase(str(place / "base"), "../base", digest_of(weights), "deit")
+    assert all(read_base(folder) == expected for folder in folders_of(place / "adapted"))
+    assert read_base(place / "base" / "best") is None
+    assert not (place / "base" / "best" / BASE).exists()
+    notes = json.loads((place / "adapted" / "init.json").read_text())
+    assert notes["weights"] == expected.weights
+    assert notes["notes"] == ["4 new adapters, which add nothing until they are trained"]
+
+
+def test_a_saved_student_is_base_and_adapters_together(place):
+    before = load_file(place / "base" / "best" / "model.safetensors")
+    for name in ("best", *(path.name for path in folders_of(place / "adapted")[1:])):
+        folder = place / "adapted" / name
+        own = load_file(folder / "model.safetensors")
+        found = load_student(folder)[0].network.state_dict()
+        for key, value in found.items():
+            assert torch.equal(value, own[key] if key in own else before[key]), key
+        assert not torch.equal(found["head.weight"], before["head.weight"])
+    best = load_student(place / "adapted" / "best")[0]
+    hits = evaluate(place / "adapted")["heads"]["fused"]["top1"]
+    assert hits > evaluate(place / "base")["heads"]["fused"]["top1"] - 0.1
+    (member,) = teacher_specs(
+        digits().replace(teacher={"source": (str(place / "adapted"),)}).teacher
+    )
+    names = tuple(map(str, range(10)))
+    teacher = load_teacher(member, names, image_size=8)
+    views = torch.rand(4, 3, 8, 8)
+    heads = best.eval()(views)
+    mean = (heads.class_logits.softmax(1) + heads.distillation_logits[:, 0].softmax(1)) / 2
+    assert torch.equal(teacher(views).argmax(1), mean.argmax(1))
+
+
+def test_a_run_trains_adapters_on_a_base_in_evaluation_mode(place):
+    network = build_run(config_of(place)).student.train().network
+    training = {name for name, module in network.named_modules() if module.training}
+    assert training == {name for name, _ in network.named_modules() if ".adapter" in name}
+
+
+def test_a_run_begins_with_the_answers_of_its_base(place):
+    began = build_run(config_of(place)).student.eval()(random_batch(8))
+    before = load_student(place / "base" / "best")[0].eval()(random_batch(8))
+    assert torch.equal(began.class_logits, before.class_logits)
+    assert torch.equal(began.distillation_logits, before.distillation_logits)
+
+
+def test_old_facts_still_load(place, tmp_path):
+    shutil.copytree(place / "base" / "best", tmp_path / "best")
+    (tmp_path / "best" / "manifest.json").unlink()
+    path = tmp_path / "best" / "model.json"
+    facts = json.loads(path.read_text())
+    for name in ("adapters", "adapter_dim", "adapter_scale"):
+        del facts["student"][name]
+    path.write_text(json.dumps(facts))
+    assert load_student(tmp_path / "best")[1] == load_student(place / "base" / "best")[1]
+
+
+@pytest.mark.parametrize("fault", ["update:2:term", "update:5:term", "metrics:1:term"])
+def test_it_resumes_to_the_bit(place, tmp_path, fault, monkeypatch):
+    stop_at(config_of(place), tmp_path / "run", fault)
+    looked_for, find = [], load_weights.find_base
+    monkeypatch.setattr(load_weights, "find_base", lambda *at: looked_for.append(at) or find(*at))
+    train(config_of(place), tmp_path / "run", resume=True)
+    assert len(looked_for) == 1  # of all files of the checkpoint: it is read and its digest taken
+    same_end(tmp_path / "run", place / "adapted")
+    assert (tmp_path / "run" / "best" / BASE).is_file()
+    weights = load_file(run_folder.latest_checkpoint(tmp_path / "run") / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def moved(place: Path, to: Path, *names: str) -> None:
+    for name in names:
+        shutil.copytree(place / name, to / name)
+
+
+def test_a_base_that_is_gone_or_another_is_refused(place, tmp_path):
+    place = _copied(place, tmp_path)
+    run, before = place / "adapted", place / "base" / "best"
+    shutil.copytree(before, tmp_path / "kept")
+    weights = load_file(before / "model.safetensors")
+    weights["norm.bias"][3] += 1e-6
+    (before / "manifest.json").unlink()
+    save_weights(before / "model.safetensors", weights)
+    names = (run / "best", place / "base", read_base(run / "best").weights[:12])
+    other = digest_of(weights)[:12]
+    for asked in (lambda: load_student(run / "best"), lambda: load_weights_from(str(run))):
+        with raises(CheckpointError, *names, other) as told:
+            asked()
+        assert "\n" not in str(told.value)
+    shutil.rmtree(place / "base")
+    with raises(CheckpointError, *names) as told:
+        load_student(run / "best")
+    assert "\n" not in str(told.value)
+    assert other not in str(told.value)
+    with raises(CheckpointError, *names):
+        evaluate(run)
+    shutil.copytree(tmp_path / "kept", place / "base" / "best")
+    load_student(run / "best")
+
+
+def _copied(place: Path, to: Path) -> Path:
+    """Start and adapters in another folder, whose adapters know that place alone."""
+    moved(place, to / "there", "base", "adapted")
+    for folder in folders_of(to / "there" / "adapted"):
+        base = json.loads((folder / BASE).read_text())
+        (folder / BASE).write_text(json.dumps({**base, "source": str(to / "there" / "base")}))
+        (folder / "manifest.json").unlink()
+    return to / "there"
+
+
+def test_moved_together_they_find_each_other(place, tmp_path, monkeypatch):
+    there = _copied(place, tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    there.rename(tmp_path / "elsewhere" / "now")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "elsewhere/now/adapted/best", Path("elsewhere/now/adapted/best")):
+        found = load_student(path)[0].network.state_dict()
+        expected = load_student(place / "adapted" / "best")[0].network.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    monkeypatch.chdir(tmp_path / "elsewhere/now/adapted/best")
+    load_student(Path("."))
+
+
+def test_moved_alone_they_find_where_it_was(place, tmp_path):
+    moved(place, tmp_path / "deep" / "er", "adapted")
+    load_student(tmp_path / "deep" / "er" / "adapted" / "best")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_beside_it_another_one_may_lie(place, tmp_path, damaged):
+    """That is passed over for the one at the path in full."""
+    moved(place, tmp_path, "adapted", "teacher")
+    (tmp_path / "teacher").rename(tmp_path / "base")
+    if damaged:
+        (tmp_path / "base" / "best" / "model.safetensors").write_bytes(b"cut off")
+    load_student(tmp_path / "adapted" / "best")
+
+
+def test_where_a_base_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    expected = AdapterBase(str(tmp_path / "base"), "../../base", "ab", "timm")
+    assert base_of("base", "ab", "timm", out=Path("runs/one")) == expected
+    named = AdapterBase("deit_tiny", None, "ab", "deit")
+    assert base_of("deit_tiny", "ab", "deit", out=Path("x")) == named
+
+
+def test_a_file_without_some_of_the_adapters_is_refused(place, tmp_path):
+    there = _copied(place, tmp_path) / "adapted" / "best"
+    weights = load_file(there / "model.safetensors")
+    del weights["blocks.1.adapter2.up.bias"], weights["head_dist.weight"]
+    save_weights(there / "model.safetensors", weights)
+    with raises(CheckpointError, there, "blocks.1.adapter2.up.bias", "head_dist.weight"):
+        load_student(there)
+
+
+def test_at_another_resolution_with_other_classes_and_tokens(place, tmp_path):
+    """The base is fitted once more as it was when they were trained, and adapters with it."""
+    config = config_of(
+        place,
+        data={"classes": ("1", "3", "7"), "image_size": 16},
+        student={"image_size": 16},
+        init={"head": "new", "pos_embed_resize": "timm"},
+        teacher={"source": ()},
+        loss=LOSS_PRESETS["none"],
+    )
+    train(config, tmp_path / "run")
+    student, facts = load_student(tmp_path / "run" / "best")
+    run = build_run(config)
+    began = run.student.network.state_dict()
+    for name, value in student.network.state_dict().items():
+        own = name in trainable_parameters(student.network, "adapters")
+        assert torch.equal(value, began[name]) != own, name
+    assert facts.class_names == ("1", "3", "7")
+    assert read_base(tmp_path / "run" / "best").kernel == "timm"
+    larger, _ = student_at_resolution(place / "adapted" / "best", 16)
+    assert larger.eval()(random_batch(16)).class_logits.shape == (3, 10)
+
+
+def test_adapters_upon_adapters(place, tmp_path):
+    """Trained on, they begin as they were; what they belong to then is the run before."""
+    start = str(place / "adapted")
+    still = {"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0}
+    config = with_init(config_of(place), start, load_weights_from(start).student)
+    train(config.replace(optim=still), tmp_path / "on")
+    assert read_base(tmp_path / "on" / "best").source == start
+    ours, theirs = (load_student(run / "best")[0] for run in (tmp_path / "on", place / "adapted"))
+    for name, value in theirs.network.state_dict().items():
+        torch.testing.assert_close(ours.network.state_dict()[name], value, atol=1e-8, rtol=0)
+
+
+def test_trained_adapters_keep_their_scale(place):
+    """It leaves no trace in their shapes; before they are trained, any will do."""
+    start = {"weights": str(place / "adapted")}
+    for which in ("adapters", "all"):
+        other = {"student": {"adapter_scale": 0.01}, "optim": {"trainable": which}}
+        with raises(CheckpointError, start["weights"], "0.01", "--student.adapter_scale 0.1"):
+            build_run(config_of(place, init=start, **other))
+    build_run(config_of(place, init=start))
+    build_run(config_of(place, student={"adapter_scale": 0.01}))
+
+
+def test_trained_with_all_the_rest_everything_is_saved(place, tmp_path):
+    config = with_init(config_of(place), str(place / "adapted"), None)
+    config = config.replace(optim={"trainable": "all", "epochs": 1, "warmup_epochs": 0})
+    train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "best" / BASE).exists()
+    weights = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    assert {name for name in weights if "adapter" in name}
+    assert set(weights) == set(load_student(place / "adapted" / "best")[0].network.state_dict())
+
+
+def test_a_pruned_base_stays_pruned(place, tmp_path):
+    weights = load_file(place / "base" / "best" / "model.safetensors")
+    name = "blocks.0.mlp.fc1.weight"
+    masks = {name: torch.rand(weights[name].shape) > 0.5}
+    save_weights(tmp_path / "m.safetensors", masks)
+    start = {"weights": str(place / "base"), "pruning_masks": str(tmp_path / "m.safetensors")}
+    train(base_config(place).replace(init=start), tmp_path / "pruned")
+    config = config_of(place, init={"weights": str(tmp_path / "pruned")})
+    train(config, tmp_path / "run")
+    found = load_weights_from(str(tmp_path / "run"))
+    assert not found.weights[name][~masks[name]].any()
+    assert torch.equal(found.masks[name], read_masks(tmp_path / "m.safetensors")[name])
+    for kind in ("best", "last"):  # a landscape moves along what is kept alone
+        (one,) = places_of([tmp_path / "run"], LandscapeOptions(checkpoint=kind))
+        assert torch.equal(one.masks()[name], masks[name])
+    view = view_of([one], LandscapeOptions(images=8), root=None, device=torch.device("cpu"))
+    sizes = [surface_of(one, view, masked=masked).size for masked in (False, True)]
+    assert sizes[0] - sizes[1] == (~masks[name]).sum()
+    (plain,) = places_of([place / "adapted"], LandscapeOptions())
+    assert plain.masks() == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "fsdp"])
+def test_two_processes_train_and_save_the_same_part(place, zygote, tmp_path, shard):
+    """Divided or not; and go on, where only the base can say what the rest was."""
+    words = ["finetune", "--from", place / "base", "--schedule", "convpass", "--loss", "none"]
+    words += ["--optim.epochs", "2", "--optim.ema_epochs", "1", "--run.sharding", shard]
+    words += ["--run.timeout_s", "30", "--out", tmp_path / "run"]
+    two = {"processes": 2, "of_node": 2, "cwd": tmp_path}
+    done = zygote.together(*words, DEIT_FAULT="metrics:1:term", **two)
+    assert [one.code for one in done] == [143, 143], done[0].err + done[1].err
+    done = zygote.together(*words, "--resume", **two)
+    assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
+    folder, before = (
+        run_folder.latest_checkpoint(tmp_path / "run"),
+        load_weights_from(str(place / "base")).weights,
+    )
+    network = load_student(folder)[0].network
+    own = trainable_parameters(network, "adapters")
+    for file in ("model", "average"):
+        assert set(load_file(folder / f"{file}.safetensors")) == own
+    for name, value in network.state_dict().items():
+        assert name in own or torch.equal(value, before[name]), name
+    moments = load_file(folder / "optimizer.safetensors")
+    assert {name.partition("/")[2] for name in moments} == own
+
+
+@pytest.mark.parametrize("form", ["timm", "transformers"])
+def test_formats_without_adapters_say_so(place, tmp_path, form):
+    pytest.importorskip("transformers")
+    with raises(ConfigError, "student.adapters = 'convpass'", "--format onnx") as error:
+        export(place / "adapted", tmp_path / "out", name=form)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_graphs_take_them_along(place, tmp_path, form):
+    """`export` holds every answer against the original itself."""
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    out = export(place / "adapted", tmp_path / "out", name=form, images=64)
+    assert (out / f"model.{form}").is_file()
+
+
+@pytest.mark.parametrize("objective", ["none", "deit-hard"])
+def test_the_command(place, tmp_path, objective, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--from", str(place / "base"), "--schedule", "convpass", "--loss", objective]
+    words += ["--student.adapters", "convpass_attention", "--optim.epochs", "1", "--out", "run"]
+    assert run_command("finetune", words, "finetune_deit.py") == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert re.search(r"\badapters\b.* 6,388 ", said)  # so many parameters are trained
+    (note,) = json.loads((tmp_path / "run" / "init.json").read_text())["notes"]
+    assert re.search(r"\b2\b.*\badapters\b", note)
+    config = load_config(tmp_path / "run" / "config.json")
+    assert (config.optim.trainable, config.student.adapters) == ("adapters", "convpass_attention")
+    assert load_json_as(tmp_path / "run" / "best" / BASE, AdapterBase).weights
+    weights = saved_weights(tmp_path / "run" / "best", load_student(tmp_path / "run" / "best")[1])
+    assert len(weights) > len(load_file(tmp_path / "run" / "best" / "model.safetensors"))
+    finished = tree(tmp_path / "run")
+    assert run_command("finetune", [*words, "--resume"], "finetune_deit.py") == 0
+    assert tree(tmp_path / "run") == finished

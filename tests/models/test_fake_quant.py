@@ -1,0 +1,472 @@
+"""Roundings in training: their arithmetic, ranges that are learnt, the file that answers alike."""
+
+import copy
+import math
+from dataclasses import replace
+from unittest import mock
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_init
+from deit.config.recipes.handwriting import digits
+from deit.config.student_section import StudentConfig
+from deit.config.validation import validate
+from deit.core.errors import ConfigError
+from deit.deploy.export import split_normalization
+from deit.deploy.formats import Graph, onnx_inference_fn, outputs_of, write_onnx_with_metadata
+from deit.deploy.int8_graph import ranges_from_training, signal_to_noise, write_int8
+from deit.deploy.int8_layers import choose, prepare
+from deit.models.networks import create_network
+from deit.models.onednn_linear import available, use_onednn
+from deit.models.saved import ModelInfo, build_student
+from deit.models.student import Student
+from deit.models.surgery import fake_quant
+from deit.models.surgery.fake_quant import (
+    RATE,
+    ActivationRanges,
+    FakeQuantConv2d,
+    FakeQuantLinear,
+    disable_fake_quant,
+    enable_fake_quant,
+    fake_quant_layers,
+    fake_quant_weight,
+    ranges_in,
+    scale_of,
+)
+from deit.models.surgery.structured_pruning import (
+    KeptUnits,
+    magnitudes,
+    pruned_config,
+    select_top,
+    slice_weights,
+)
+from deit.models.surgery.token_merging import with_merging
+from deit.models.weight_files import load_weights
+from deit.training.optimizer import parameter_groups
+from tests.helpers.errors import raises
+from tests.helpers.images import random_batch
+
+pytest.importorskip("sklearn")
+TINY = StudentConfig(
+    name="deit_micro",
+    image_size=8,
+    patch_size=2,
+    embed_dim=16,
+    depth=2,
+    num_heads=2,
+    qat="int8",
+)
+STUDENTS = {
+    "distilled": TINY,
+    "plain": replace(TINY, name="vit_micro", depth=1),
+    "two distillation tokens": replace(TINY, num_distillation_tokens=2, depth=1),
+    "pruned": replace(TINY, heads_per_block=(1, 2), mlp_hidden_per_block=(5, 9)),
+    "scaled": replace(TINY, weight_init="scaled"),
+}
+
+
+def network_of(student: StudentConfig = TINY, **fields) -> nn.Module:
+    torch.manual_seed(3)
+    return create_network(replace(student, **fields), 5)
+
+
+def asked(network: nn.Module, given: torch.Tensor) -> torch.Tensor:
+    """What all heads of a network answer, [images, heads * classes]."""
+    outputs = Student(network, mean=(0.0,) * 3, std=(1.0,) * 3).forward(given)
+    return torch.cat([one.flatten(1) for one in outputs if one is not None], dim=1)
+
+
+def taught(network: nn.Module, given: torch.Tensor | None = None) -> nn.Module:
+    """With ranges, of one update."""
+    ranges = ActivationRanges(network)
+    with torch.no_grad():
+        asked(network.train(), random_batch(8, 64) if given is None else given)
+    ranges.update()
+    return network.eval()
+
+
+# The arithmetic
+
+
+def test_weights_by_hand():
+    weight = torch.tensor([[1.27, -0.014, 0.016], [-2.54, 0.03, 0.0], [0.0, 0.0, 0.0]])
+    found, scale = fake_quant_weight(weight)
+    torch.testing.assert_close(scale, torch.tensor([0.01, 0.02, 1.0]))
+    expected = [[1.27, -0.01, 0.02], [-2.54, 0.04, 0.0], [0.0, 0.0, 0.0]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_a_weight_that_is_zero_stays_zero_and_its_row_has_its_own_scale():
+    weight = torch.randn(6, 40)
+    weight[torch.rand(6, 40) < 0.5] = 0
+    found, _ = fake_quant_weight(weight)
+    assert not found[weight == 0].any()
+    for place in range(6):
+        assert torch.equal(fake_quant_weight(weight[place : place + 1])[0][0], found[place])
+    assert (found - weight).abs().max() <= weight.abs().max() / 254 + 1e-7
+
+
+def test_gradients_of_weights_go_through():
+    weight = torch.randn(4, 9, requires_grad=True)
+    upstream = torch.randn(4, 9)
+    (fake_quant_weight(weight)[0] * upstream).sum().backward()
+    assert torch.equal(weight.grad, upstream)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(-1.0, 1.0), (0.0, 6.0), (-3.7, 0.0), (-0.3, 11.0), (-1e-3, 2e-5), (-2.117904, 2.64), (0, 0)],
+)
+def test_scales_are_those_of_the_file(low, high):
+    pytest.importorskip("onnxruntime")
+    from onnxruntime.quantization.quant_utils import compute_scale_zp
+
+    ends = numpy.float32(low), numpy.float32(high)
+    zero, scale = compute_scale_zp(*ends, numpy.array(0, "uint8"), numpy.array(255, "uint8"))
+    found = scale_of(*map(torch.tensor, ends))
+    assert (found[0].item(), found[1].item()) == (scale.item(), zero.item())
+
+
+def layer_of(low: float, high: float, *, of: int = 4) -> FakeQuantLinear:
+    holder = nn.Sequential(nn.Linear(of, 3))
+    enable_fake_quant(holder)
+    holder[0].range.copy_(torch.tensor([low, high]))
+    return holder.eval()[0]
+
+
+def test_a_layer_is_a_sum_of_products_of_integers():
+    layer = layer_of(-1.0, 4.1, of=50)
+    nn.init.normal_(layer.weight, std=10)  # so that a bias in whole steps is another one
+    values = 2 * torch.randn(2, 7, 50)
+    steps, zero = 5.1 / 255, 50
+    given = ((values / steps).round() + zero).clamp(0, 255) - zero
+    scales = layer.weight.abs().amax(dim=1) / 127
+    weights = (layer.weight / scales[:, None]).round()
+    sums = given.long() @ weights.long().T
+    expected = sums * steps * scales + layer.bias
+    torch.testing.assert_close(layer(values), expected, rtol=0, atol=2e-4)
+    # Of single rows the bias is an integer too.
+    bias = (layer.bias / (steps * scales)).round()
+    rounded = (sums[:, 0] + bias) * steps * scales
+    torch.testing.assert_close(layer(values[:, 0]), rounded, rtol=0, atol=2e-4)
+    assert (rounded - expected[:, 0]).abs().amax(dim=0).max() > 1e-3
+
+
+def test_gradients_of_inputs_end_where_they_are_cut_off():
+    layer = layer_of(-1.0, 2.0, of=5)
+    nn.init.ones_(layer.weight)
+    values = torch.tensor([[-1.5, -0.9, 0.0, 1.9, 2.5]], requires_grad=True)
+    layer(values).sum().backward()
+    assert values.grad.tolist() == [[0, 3, 3, 3, 0]]
+    assert layer.bias.grad.tolist() == [1, 1, 1]
+    inside = torch.tensor([[-1.0, -0.9, 0.0, 1.9, 2.0]])
+    assert torch.allclose(layer.weight.grad, inside.expand(3, 5), atol=3 / 255)
+
+
+def test_a_convolution_likewise():
+    holder = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2))
+    enable_fake_quant(holder)
+    given = random_batch(8)
+    ranges = ActivationRanges(holder)
+    holder.train()(given)
+    ranges.update()
+    layer = holder.eval()[0]
+    assert type(layer) is FakeQuantConv2d
+    low, high = given.min(), given.max()
+    torch.testing.assert_close(layer.range, torch.stack([low, high]))
+    steps, zero = scale_of(low, high)
+    heard = (((given / steps).round() + zero).clamp(0, 255) - zero) * steps
+    scales = layer.weight.abs().amax(dim=(1, 2, 3)) / 127
+    weights = (layer.weight / scales.view(-1, 1, 1, 1)).round() * scales.view(-1, 1, 1, 1)
+    bias = (layer.bias / (steps * scales)).round() * steps * scales
+    expected = nn.functional.conv2d(heard, weights, bias, stride=2)
+    torch.testing.assert_close(holder(given), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_becomes_no_integer(bad):
+    layer = layer_of(-1.0, 1.0)
+    values = torch.zeros(3, 4)
+    values[1, 2] = bad
+    assert layer(values).isnan().all()
+    with torch.no_grad():
+        layer.weight[0, 0] = bad
+    assert not layer(torch.ones(3, 4))[:, 0].isfinite().any()
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_under_autocast_steps_are_those_of_float32(precision):
+    layer = layer_of(-1.0, 1.0)
+    values = torch.rand(2, 6, 4)
+    with (
+        mock.patch.object(layer, "product", wraps=layer.product) as product,
+        torch.autocast("cpu", dtype=precision),
+    ):
+        found = layer(values.to(precision))
+    assert found.dtype == precision
+    torch.testing.assert_close(found.float(), layer(values), atol=0.02, rtol=0.02)
+    heard, *_ = product.call_args.args
+    assert heard.dtype == torch.float32
+
+
+# Ranges
+
+
+def test_the_first_update_sets_ranges_and_later_ones_move_them():
+    holder = nn.Sequential(nn.Linear(2, 1)).train()
+    enable_fake_quant(holder)
+    layer, ranges = holder[0], ActivationRanges(holder)
+    assert layer.range.tolist() == [0, 0]
+    holder(torch.tensor([[-1.0, 3.0]]))
+    assert layer.range.tolist() == [0, 0]
+    ranges.update()
+    assert layer.range.tolist() == [-1, 3]
+    holder(torch.tensor([[2.0, 5.0]]))  # 0 is always inside
+    ranges.update()
+    torch.testing.assert_close(layer.range, torch.tensor([-1 + RATE, 3 + 2 * RATE]))
+    before = layer.range.clone()
+    holder.eval()(torch.tensor([[-9.0, 9.0]]))
+    assert torch.equal(layer.range, before)
+    assert layer.observed.tolist() == [-math.inf, -math.inf]
+    holder.train()(torch.tensor([[-9.0, 9.0]]))
+    ActivationRanges(holder)  # what was heard before a training begins is forgotten
+    assert layer.observed.tolist() == [-math.inf, -math.inf]
+
+
+def test_ranges_do_not_depend_on_the_parts_of_a_batch_nor_on_repeats():
+    found, given = [], random_batch(8, 12)
+    for sizes in ([12], [4, 8], [12, 12]):
+        network = taught(network_of())  # so that roundings are the same
+        ranges = ActivationRanges(network)
+        network.train()
+        for part in given.split(sizes) if sum(sizes) == 12 else (given, given):
+            asked(network, part)
+        ranges.update()
+        found.append(torch.stack([one.range for one in fake_quant_layers(network).values()]))
+    assert torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[0], found[1])
+    moved = torch.stack([one.range for one in fake_quant_layers(taught(network_of())).values()])
+    assert (moved != found[0]).any(dim=1).all()
+
+
+def test_without_ranges_each_batch_has_its_own():
+    """In evaluation as in training; never zeros."""
+    network = network_of().eval()
+    found = asked(network, random_batch(8))
+    ranged = taught(network_of(), random_batch(8))
+    torch.testing.assert_close(found, asked(ranged, random_batch(8)))
+    assert found.abs().min() > 0
+    assert asked(network, torch.zeros(2, 3, 8, 8)).isfinite().all()
+
+
+# The network
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_names_weights_and_decay_stay(name):
+    student = STUDENTS[name]
+    rounded, plain = network_of(student), network_of(student, qat="none")
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = [key for key, one in plain.named_modules() if isinstance(one, kinds)]
+    assert list(fake_quant_layers(rounded)) == layers
+    ours, theirs = rounded.state_dict(), plain.state_dict()
+    assert ranges_in(ours) == {f"{key}.range" for key in layers} == set(ours) - set(theirs)
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    groups = [
+        [len(group["params"]) for group in parameter_groups(one, 0.1)] for one in (rounded, plain)
+    ]
+    assert groups[0] == groups[1]
+    taught(rounded)
+    before, found = asked(plain.eval(), random_batch(8)), asked(rounded, random_batch(8))
+    assert 20 < signal_to_noise(before, found) < 60
+    disable_fake_quant(rounded)
+    assert str(rounded) == str(plain)
+    assert set(vars(rounded.head)) == set(vars(plain.head))
+    assert list(rounded.state_dict()) == list(theirs)
+    assert torch.equal(asked(rounded, random_batch(8)), before)
+
+
+def test_a_copy_has_ranges_of_its_own():
+    network = taught(network_of(STUDENTS["plain"]))
+    other = copy.deepcopy(network)
+    expected = network(random_batch(8))
+    assert torch.equal(other(random_batch(8)), expected)
+    for layer in fake_quant_layers(other).values():
+        layer.range.fill_(0)
+    taught(other, 5 * random_batch(8))
+    assert not torch.equal(other(random_batch(8)), expected)
+    assert torch.equal(network(random_batch(8)), expected)
+
+
+def test_a_graph_answers_the_same(zygote, tmp_path):
+    """In a process of its own: where something was compiled or exported before, PyTorch 2.15 may
+    find no kernel for shapes alone for its own roundings."""
+    script = tmp_path / "alike.py"
+    script.write_text(f"from {__name__} import compiled_alike\n\ncompiled_alike()\n")
+    done = zygote.run(script=str(script))
+    assert done.code == 0, done.err
+
+
+def compiled_alike():
+    """Assert that a compiled network answers, and notes extremes, as the network itself."""
+    network = taught(network_of(STUDENTS["plain"]))
+    traced = torch.compile(network, fullgraph=True, backend="eager")
+    torch.testing.assert_close(traced(random_batch(8)), network(random_batch(8)))
+    seen, twin = [], copy.deepcopy(network)
+    for one in (network, twin):
+        one.train()
+        (torch.compile(one, fullgraph=True, backend="eager") if one is twin else one)(
+            random_batch(8)
+        )
+        seen.append(torch.stack([layer.observed for layer in fake_quant_layers(one).values()]))
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_blocks_computed_again_give_the_same_gradients_and_ranges():
+    found = []
+    for again in (False, True):
+        network = taught(network_of(drop_path=0.3)).train()
+        network.set_grad_checkpointing(again)
+        ranges = ActivationRanges(network)
+        torch.manual_seed(9)
+        asked(network, random_batch(8)).square().sum().backward()
+        ranges.update()
+        kept = {name: one.grad for name, one in network.named_parameters()}
+        found.append(kept | dict(network.named_buffers()))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.skipif(not available(), reason="no oneDNN in this torch")
+def test_linear_layers_by_onednn_answer_the_same():
+    network = taught(network_of())
+    other = copy.deepcopy(network)
+    use_onednn(other)
+    with mock.patch("deit.models.onednn_linear.product", wraps=fake_quant.linear) as product:
+        found = other(random_batch(8))
+    assert product.call_count == len(fake_quant_layers(other)) - 1
+    torch.testing.assert_close(found, network(random_batch(8)), rtol=1e-4, atol=1e-5)
+
+
+def test_processes_do_not_send_ranges_around():
+    student = Student(network_of(), mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert set(student._ddp_params_and_buffers_to_ignore) == {n for n, _ in student.named_buffers()}
+
+
+def test_tokens_merge_under_roundings():
+    network = taught(network_of())
+    merging = with_merging(network, 2)
+    assert len(fake_quant_layers(merging)) == len(fake_quant_layers(network))
+    assert merging(random_batch(8)).isfinite().all()
+    assert torch.equal(with_merging(network, 0)(random_batch(8)), network(random_batch(8)))
+
+
+def test_heads_and_units_are_cut_with_the_ranges():
+    network = taught(network_of(depth=2, num_heads=4))
+    scores = magnitudes(network)
+    kept = KeptUnits(
+        select_top(scores.heads, 4, scope="global"), select_top(scores.hidden, 32, scope="global")
+    )
+    student = pruned_config(replace(TINY, num_heads=4), kept)
+    smaller = create_network(student, 5)
+    load_weights(smaller, slice_weights(network.state_dict(), kept, head_width=4), origin="cut")
+    assert student.qat == "int8"
+    assert smaller.eval()(random_batch(8)).isfinite().all()
+    assert torch.equal(smaller.blocks[0].mlp.fc2.range, network.blocks[0].mlp.fc2.range)
+
+
+# The file
+
+
+@pytest.mark.parametrize("name", [name for name in STUDENTS if name != "scaled"])
+def test_the_file_answers_as_the_network(name, tmp_path):
+    """But where a value lies on the edge between two steps: there the last bits of a float, which
+    sums in another order differ in, decide."""
+    pytest.importorskip("onnxruntime")
+    facts = ModelInfo(STUDENTS[name], tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
+    torch.manual_seed(3)
+    bare, _ = split_normalization(build_student(facts))
+    taught(bare.network, random_batch(8, 128))
+    given = random_batch(8, 128, seed=6)
+    with torch.no_grad():
+        ours = dict(zip(outputs_of(bare), Graph(bare)(given)))
+    ranges = {key: layer.range for key, layer in fake_quant_layers(bare.network).items()}
+    disable_fake_quant(bare.network)
+    write_onnx_with_metadata(tmp_path, bare, facts)
+    layers = prepare(tmp_path / "model.onnx", tmp_path / "prepared.onnx")
+    chosen = choose(layers, method="static", attention=False, exclude=None)
+    assert set(chosen) == set(ranges)
+    told = ranges_from_training(tmp_path / "prepared.onnx", layers, ranges)
+    target = tmp_path / "int8.onnx"
+    write_int8(tmp_path / "prepared.onnx", target, layers, chosen, ranges=told, reduce_range=False)
+    theirs, floats = (
+        onnx_inference_fn(target)(given),
+        onnx_inference_fn(tmp_path / "model.onnx")(given),
+    )
+    for head, logits in theirs.items():
+        near = (ours[head] - logits).abs().amax(dim=1) < 1e-5 * logits.abs().max()
+        assert near.double().mean() > 0.9, head
+        ratio = signal_to_noise(ours[head], logits)
+        assert ratio > 12 + signal_to_noise(floats[head], logits), head
+
+
+# The configuration
+
+REFUSED = {
+    "a ConvNet": (
+        {"student": {"name": "small_convnet"}},
+        ("student.qat = 'int8'", "'small_convnet'"),
+    ),
+    "shared blocks": (
+        {"student": {"shared_block_size": 2}},
+        ("student.shared_block_size = 2", "student.qat"),
+    ),
+    "adapters": (
+        {"student": {"adapters": "convpass"}},
+        ("student.adapters = 'convpass'", "student.qat"),
+    ),
+    "heads alone": (
+        {"optim": {"trainable": "heads"}, "init": {"weights": "x"}},
+        ("optim.trainable = 'heads'", "int8"),
+    ),
+    "adapters alone": (
+        {
+            "optim": {"trainable": "adapters"},
+            "student": {"adapters": "convpass"},
+            "init": {"weights": "x"},
+        },
+        ("optim.trainable = 'adapters'", "int8"),
+    ),
+    "divided": ({"run": {"sharding": "fsdp"}}, ("run.sharding = 'fsdp'", "student.qat")),
+    "another number": ({"student": {"qat": "int9"}}, ("student.qat = 'int9'", "'int8'")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_no_sense_is_refused(name):
+    sections, names = REFUSED[name]
+    config = digits().replace(student={"qat": "int8"})
+    with raises(ConfigError, *names) as error:
+        validate(config.replace(**sections))
+    assert all(line.count(": ") < 4 for line in str(error.value).splitlines())
+
+
+@pytest.mark.parametrize("reference", [None, 512])
+def test_the_schedule(reference):
+    before = digits().replace(init={"weights": "x"}, optim={"lr_base_batch_size": reference})
+    tuned = validate(FINETUNE_SCHEDULES["int8"](before))
+    assert tuned.student == replace(before.student, qat="int8")
+    assert tuned.optim.epochs == round(before.optim.epochs / 3)
+    assert (tuned.loss, tuned.views, tuned.teacher) == (before.loss, before.views, before.teacher)
+    assert tuned.optim.lr == pytest.approx(0.3 * before.optim.lr)
+    ends = tuned.optim.min_lr, tuned.optim.warmup_lr
+    assert ends == pytest.approx((tuned.optim.peak_lr / 10,) * 2)
+
+
+def test_a_start_says_nothing_of_rounding():
+    """As of drop path: the configuration does."""
+    assert with_init(digits(), "x", TINY).student.qat == "none"
+    own = digits().replace(student={"qat": "int8"})
+    assert with_init(own, "x", replace(TINY, qat="none")).student.qat == "int8"

@@ -1,0 +1,293 @@
+"""Runs whose layers round: ranges in every file, the same bits again, the int8 file."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit.analysis.landscape_options import LandscapeOptions
+from deit.analysis.landscape_runs import LandscapePoint, view_of
+from deit.cli import run_command
+from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_init
+from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes.handwriting import digits
+from deit.config.schema import Config
+from deit.config.teachers import teacher_specs
+from deit.core import run_folder
+from deit.core.errors import CheckpointError, ConfigError
+from deit.deploy.export import export
+from deit.deploy.formats import FORMATS
+from deit.deploy.int8_graph import signal_to_noise
+from deit.deploy.quantize import QuantizeOptions, check_accuracy_drop, quantize
+from deit.evaluation.evaluate import evaluate
+from deit.models.load_weights import infer_student_config, load_weights_from
+from deit.models.saved import load_student, save_student, save_weights
+from deit.models.surgery.fake_quant import (
+    fake_quant_layers,
+    fake_quant_weight,
+    ranges_in,
+)
+from deit.models.surgery.pruning_masks import MASKS
+from deit.models.teachers import load_teacher
+from deit.training.train import build_run, train
+from tests.helpers.errors import raises
+from tests.helpers.images import random_batch
+from tests.helpers.resume_helpers import same_end, stop_and_go_on, stop_at
+
+pytest.importorskip("sklearn")
+SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path": 0.1}
+QUICK = {"epochs": 2, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 0.5, "lr": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A student that does not round, and one that was fine-tuned from it and does."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("rounding")
+    train(base_config(), folder / "base")
+    train(config_of(folder), folder / "int8")
+    return folder
+
+
+def base_config() -> Config:
+    return digits().replace(
+        data={"train_fraction": 0.3},
+        student=SMALL,
+        teacher={"source": ()},
+        loss=LOSS_PRESETS["none"],
+        optim={**QUICK, "epochs": 6},
+        run={"linear_backend": "torch", "eval_every_epochs": 1},
+    )
+
+
+def config_of(folder: Path, **more: dict) -> Config:
+    config = FINETUNE_SCHEDULES["int8"](
+        base_config().replace(init={"weights": str(folder / "base")})
+    )
+    return config.replace(**{**more, "optim": {**QUICK, "min_lr": 1e-5, **more.get("optim", {})}})
+
+
+def ranges_of(file: Path) -> torch.Tensor:
+    weights = load_file(file)
+    return torch.stack([weights[name] for name in sorted(ranges_in(weights))])
+
+
+def test_ranges_lie_in_every_file_and_hold_zero(place):
+    newest = run_folder.latest_checkpoint(place / "int8")
+    files = [place / "int8" / "best" / "model.safetensors"]
+    files += [newest / f"{name}.safetensors" for name in ("model", "average")]
+    for file in files:
+        found = ranges_of(file)
+        assert found.shape == (11, 2)
+        assert (found[:, 0] <= 0).all()
+        assert (found[:, 1] > 0).all()
+        assert not any(name.endswith(".observed") for name in load_file(file))
+    model, average = map(ranges_of, files[1:])
+    torch.testing.assert_close(model, average, rtol=0.1, atol=0.02)
+    notes = json.loads((place / "int8" / "init.json").read_text())["notes"]
+    assert [re.findall(r"\d+", note) for note in notes] == [["11"]]
+
+
+def test_a_run_begins_with_the_answers_of_its_start(place):
+    began = build_run(config_of(place)).student.eval()(random_batch(8, 8)).class_logits
+    before = load_student(place / "base" / "best")[0].eval()(random_batch(8, 8)).class_logits
+    assert 20 < signal_to_noise(before, began) < 60
+
+
+@pytest.mark.parametrize("fault", ["update:2:term", "update:7:term", "metrics:1:term"])
+def test_it_resumes_to_the_bit(place, tmp_path, fault):
+    stop_and_go_on(config_of(place), tmp_path / "run", fault)
+    same_end(tmp_path / "run", place / "int8")
+
+
+def test_an_update_that_is_left_out_moves_no_range(place, tmp_path):
+    found = []
+    for name, fault in (("one", "update:3:term"), ("two", "loss:3:nan,update:3:term")):
+        stop_at(config_of(place), tmp_path / name, fault)
+        found.append(ranges_of(run_folder.latest_checkpoint(tmp_path / name) / "model.safetensors"))
+    stop_at(config_of(place), tmp_path / "before", "update:2:term")
+    before = ranges_of(run_folder.latest_checkpoint(tmp_path / "before") / "model.safetensors")
+    assert torch.equal(found[1], before)
+    assert not torch.equal(found[0], before)
+
+
+def test_masks_hold_under_roundings(place, tmp_path):
+    weights = load_file(place / "base" / "best" / "model.safetensors")
+    name = "blocks.0.mlp.fc1.weight"
+    masks = {name: torch.rand(weights[name].shape) > 0.5}
+    save_weights(tmp_path / "m.safetensors", masks)
+    config = config_of(place, init={"pruning_masks": str(tmp_path / "m.safetensors")})
+    train(config.replace(optim={"epochs": 1, "warmup_epochs": 0}), tmp_path / "run")
+    best = tmp_path / "run" / "best"
+    assert (best / MASKS).is_file()
+    layer = load_student(best)[0].network.blocks[0].mlp.fc1
+    assert not layer.weight[~masks[name]].any()
+    rounded = fake_quant_weight(layer.weight)[0]
+    assert not rounded[~masks[name]].any()
+    assert rounded[masks[name]].count_nonzero() > 0.9 * masks[name].sum()
+
+
+def test_attention_alone_learns_ranges_too(place, tmp_path):
+    config = config_of(place, optim={"trainable": "attention", "epochs": 1, "warmup_epochs": 0})
+    train(config, tmp_path / "run")
+    found = ranges_of(tmp_path / "run" / "best" / "model.safetensors")
+    assert (found[:, 1] > 0).all()
+
+
+def test_ranges_go_on_or_are_left_out(place, tmp_path):
+    start = str(place / "int8")
+    config = with_init(config_of(place), start, load_weights_from(start).student)
+    on = build_run(config)
+    assert on.init_report["notes"] == []
+    own = load_file(place / "int8" / "best" / "model.safetensors")
+    for name in ranges_in(own):
+        assert torch.equal(on.student.network.state_dict()[name], own[name])
+    config = config.replace(student={"qat": "none"})
+    off = build_run(config)
+    assert [re.findall(r"\d+", note) for note in off.init_report["notes"]] == [["11"]]
+    assert not ranges_in(off.student.network.state_dict())
+    wider = config_of(place, init={"weights": start, "head": "new"}).replace(
+        student={"num_distillation_tokens": 1, "image_size": 16, "name": "vit_micro"},
+        data={"image_size": 16, "classes": ("1", "3", "7")},
+    )
+    fitted = build_run(wider).student.network
+    assert torch.equal(fitted.head.range, own["head.range"])
+    assert infer_student_config(own).name == "deit_micro"
+
+
+def test_old_facts_still_load(place, tmp_path):
+    shutil.copytree(place / "base" / "best", tmp_path / "best")
+    (tmp_path / "best" / "manifest.json").unlink()
+    path = tmp_path / "best" / "model.json"
+    facts = json.loads(path.read_text())
+    del facts["student"]["qat"]
+    path.write_text(json.dumps(facts))
+    assert load_student(tmp_path / "best")[1] == load_student(place / "base" / "best")[1]
+
+
+def test_it_teaches_and_is_evaluated_as_its_file(place):
+    student = load_student(place / "int8" / "best")[0].eval()
+    assert fake_quant_layers(student.network)
+    (member,) = teacher_specs(digits().replace(teacher={"source": (str(place / "int8"),)}).teacher)
+    teacher = load_teacher(member, tuple(map(str, range(10))), image_size=8)
+    assert fake_quant_layers(teacher.network)
+    found = evaluate(place / "int8")["heads"]["fused"]["top1"]
+    assert found > evaluate(place / "base")["heads"]["fused"]["top1"] - 0.1
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_formats_of_floats_are_refused(place, tmp_path, form):
+    with raises(ConfigError, place / "int8", "student.qat", "'int8'", "quantize") as error:
+        export(place / "int8", tmp_path / "out", name=form)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_its_landscape_is_refused(place):
+    one = LandscapePoint("one", place / "int8", place / "int8" / "best")
+    with raises(ConfigError, "one:", "student.qat", "'int8'"):
+        view_of([one], LandscapeOptions(), root=None, device=torch.device("cpu"))
+
+
+OTHERWISE = {
+    "--method dynamic": QuantizeOptions(method="dynamic"),
+    "--calibration-images": QuantizeOptions(images=64),
+    "--calibration-method": QuantizeOptions(range_method="percentile", percentile=99.9),
+    "--quantize-attention": QuantizeOptions(attention=True),
+}
+
+
+@pytest.mark.parametrize("option", OTHERWISE)
+def test_another_file_than_it_was_trained_for_is_refused(place, tmp_path, option):
+    pytest.importorskip("onnxruntime")
+    with raises(ConfigError, option, place / "int8", "student.qat") as error:
+        quantize(place / "int8", tmp_path / "out", OTHERWISE[option])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranges_that_were_never_set_make_no_file(place, tmp_path):
+    pytest.importorskip("onnxruntime")
+    shutil.copytree(place / "int8", tmp_path / "run")
+    best = tmp_path / "run" / "best"
+    student, facts = load_student(best)
+    weights = student.network.state_dict()
+    save_student(
+        best, {n: 0 * w if n in ranges_in(weights) else w for n, w in weights.items()}, facts
+    )
+    (best / "manifest.json").unlink()
+    with (
+        mock.patch(
+            "deit.deploy.quantize.export_float_onnx", side_effect=AssertionError("exported first")
+        ),
+        raises(CheckpointError, tmp_path / "run", "student.qat", "'int8'"),
+    ):
+        quantize(tmp_path / "run", tmp_path / "out", QuantizeOptions())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_message_of_a_drop_names_it(place, tmp_path):
+    """Of a student without fake quantization; the other message is tested below."""
+    pytest.importorskip("onnxruntime")
+    with (
+        mock.patch(
+            "deit.deploy.quantize.final_head", lambda heads, tops=[0.5, 0.9]: {"top1": tops.pop()}
+        ),
+        pytest.raises(CheckpointError) as error,
+    ):
+        quantize(place / "base", tmp_path / "out", QuantizeOptions())
+    told = str(error.value)
+    run = place / "base"
+    assert f"deit finetune --from {run} --schedule int8 --out {run}-int8" in told
+    assert "--calibration-method percentile" in told
+
+
+def test_from_a_run_to_its_file(place, zygote, tmp_path, capsys, monkeypatch):
+    """The commands; the file answers as the run does, its weights without roundings otherwise."""
+    pytest.importorskip("onnxruntime")
+    words = ["finetune", "--from", place / "base", "--schedule", "int8", "--optim.epochs", "1"]
+    done = zygote.run(*words, "--optim.warmup_epochs", "0", "--out", "run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert re.search(r"rounded\s+11\b", done.out)
+    assert "deit quantize run" in done.out
+    assert "deit export" not in done.out
+    monkeypatch.chdir(tmp_path)
+    with mock.patch("deit.deploy.quantize.check_accuracy_drop", wraps=check_accuracy_drop) as drop:
+        assert run_command("quantize", ["run", "--max-drop", "100"], "deit quantize") == 0
+    (known, _, *others), how = drop.call_args
+    with pytest.raises(CheckpointError) as refused:
+        check_accuracy_drop(known, -100, *others, **how)
+    told = str(refused.value)
+    assert "--exclude" in told
+    assert not any(word in told for word in ("finetune", "--calibration-method", "dynamic"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "learnt" in said
+    found = json.loads(Path("run/quantized-static/quantization.json").read_text())
+    assert f"{found['as_the_run']['sqnr_db']['fused']:.1f} dB" in said
+    assert found["calibration"]["how"] == "learnt"
+    evaluated = evaluate(Path("run"))["heads"]
+    for head, row in found["int8"]["heads"].items():
+        assert row["top1"] == pytest.approx(evaluated[head]["top1"], abs=0.003)
+        assert found["as_the_run"]["agreement"][head] > 0.995
+        assert found["as_the_run"]["sqnr_db"][head] > 12 + found["sqnr_db"][head]
+    assert "learnt" in Path("run/quantized-static/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_ranges_of_one(place, zygote, tmp_path):
+    words = ["finetune", "--from", place / "base", "--schedule", "int8", "--student.drop_path", "0"]
+    words += ["--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.linear_backend", "torch"]
+    for number in (1, 2):
+        done = zygote.together(*words, "--out", str(number), processes=number, cwd=tmp_path)
+        assert [one.code for one in done] == [0] * number, done[0].err + done[-1].err
+    for file in ("model", "average"):
+        names = [tmp_path / str(number) for number in (1, 2)]
+        one, two = (
+            ranges_of(run_folder.latest_checkpoint(out) / f"{file}.safetensors") for out in names
+        )
+        torch.testing.assert_close(one, two, rtol=0.02, atol=0.02)

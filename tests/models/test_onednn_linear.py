@@ -1,0 +1,163 @@
+"""Linear layers by oneDNN: the same products, gradients and names as PyTorch's own."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from deit.config.student_section import StudentConfig
+from deit.core import run_folder, run_log
+from deit.evaluation.evaluate import evaluate
+from deit.models import onednn_linear
+from deit.models.networks import create_network
+from deit.models.onednn_linear import OneDNNLinear, use_onednn
+from deit.training.train import train
+from tests.helpers.small_runs import two_epochs
+
+pytestmark = pytest.mark.skipif(not onednn_linear.available(), reason="no oneDNN in this PyTorch")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 17), (17, 5), (8, 8), (1, 3)])
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (4, 1, 2)])
+def test_values_and_gradients_are_those_of_torch(shape, inputs, outputs, bias):
+    """In float64 by torch, to the precision of float32."""
+    torch.manual_seed(0)
+    ours = nn.Linear(inputs, outputs, bias=bias)
+    theirs = copy.deepcopy(ours).double()
+    use_onednn(ours)
+    assert type(ours) is OneDNNLinear
+    mine = torch.randn(*shape, inputs, requires_grad=True)
+    other = mine.detach().double().requires_grad_()
+    out, expected = ours(mine), theirs(other)
+    assert torch.allclose(out.double(), expected, atol=1e-5)
+    seed = torch.randn_like(out)
+    out.backward(seed)
+    expected.backward(seed.double())
+    pairs = [(mine, other), *zip(ours.parameters(), theirs.parameters())]
+    for one, reference in pairs:
+        assert torch.allclose(one.grad.double(), reference.grad, atol=1e-4)
+        assert one.grad.is_contiguous()
+
+
+def test_inputs_that_lie_strangely_in_memory():
+    layer, plain = nn.Linear(6, 4), nn.Linear(6, 4)
+    plain.load_state_dict(layer.state_dict())
+    use_onednn(layer)
+    images = torch.randn(6, 5, 3).permute(1, 2, 0)
+    spread = torch.randn(3, 12)[:, ::2]
+    for inputs in (images, spread, torch.randn(1, 6).expand(4, 6), torch.randn(0, 6)):
+        assert torch.allclose(layer(inputs), plain(inputs), atol=1e-6)
+        layer(inputs).sum().backward()
+        plain(inputs).sum().backward()
+    assert torch.allclose(layer.weight.grad, plain.weight.grad, atol=1e-5)
+
+
+def test_only_the_gradients_that_are_asked_for():
+    layer = nn.Linear(3, 2).requires_grad_(False)
+    use_onednn(layer)
+    inputs = torch.randn(4, 3, requires_grad=True)
+    layer(inputs).sum().backward()
+    assert inputs.grad is not None
+    assert layer.weight.grad is None
+    layer.bias.requires_grad_(True)
+    layer(torch.randn(4, 3)).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is not None
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_other_precisions_go_the_way_of_torch(kind):
+    layer = nn.Linear(3, 2).to(kind)
+    use_onednn(layer)
+    inputs = torch.randn(4, 3).to(kind)
+    assert torch.equal(layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias))
+
+
+def test_under_autocast_it_is_autocast():
+    layer = nn.Linear(3, 2)
+    use_onednn(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(4, 3)).dtype == torch.bfloat16
+
+
+def test_a_network_keeps_its_names_and_its_answers():
+    torch.manual_seed(0)
+    plain = create_network(StudentConfig(name="deit_micro", depth=2, embed_dim=24), 10).eval()
+    ours = copy.deepcopy(plain)
+    use_onednn(ours)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    assert sum(type(layer) is OneDNNLinear for layer in ours.modules()) == 2 * 4 + 2
+    images = torch.rand(3, 3, 32, 32)
+    for one, other in zip(ours.forward_features(images), plain.forward_features(images)):
+        assert torch.allclose(one, other, atol=1e-5)
+    copied = copy.deepcopy(ours)
+    assert torch.equal(copied.forward_features(images), ours.forward_features(images))
+
+
+def test_the_same_product_twice_is_the_same_to_the_bit():
+    """Exact resume stands on it."""
+    layer = nn.Linear(96, 288)
+    use_onednn(layer)
+    inputs = torch.randn(128 * 66, 96)
+    found = []
+    for _ in range(2):
+        layer.zero_grad()
+        out = layer(inputs)
+        out.sum().backward()
+        found.append((out.detach(), layer.weight.grad.clone()))
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
+@pytest.mark.usefixtures("measured")
+def test_it_pays_where_it_is_much_faster(monkeypatch):
+    """On a clock of our own."""
+    now = [0.0]
+    took = {"torch": 2.0, "onednn": 1.0}
+
+    def way(name):
+        def run(*arguments):
+            now[0] += took[name]
+
+        return run
+
+    monkeypatch.setattr(onednn_linear.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(onednn_linear, "linear", way("torch"))
+    monkeypatch.setattr(onednn_linear, "product", way("onednn"))
+    assert onednn_linear.is_faster()
+    took["torch"] = 1.2
+    assert not onednn_linear.is_faster()
+    monkeypatch.setattr(onednn_linear, "available", lambda: False)
+    took["torch"] = 9.0
+    assert not onednn_linear.is_faster()
+
+
+def test_a_run_learns_by_it_goes_on_by_it_and_is_evaluated_by_it(tmp_path, capsys):
+    """Beside the same run by torch: losses equal to rounding, and what it goes on to as well."""
+    small = two_epochs(run={"save_every_steps": 1, "num_checkpoints": 50, "device": "cpu"})
+    for way in ("torch", "onednn"):
+        train(small.replace(run={"linear_backend": way}), tmp_path / way)
+        assert ("oneDNN" in capsys.readouterr().out) == (way == "onednn")
+    ours, theirs = (run_log.read(tmp_path / way / run_log.METRICS) for way in ("onednn", "torch"))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["train"]["loss"] == pytest.approx(other["train"]["loss"], abs=1e-4)
+    chain = (tmp_path / "onednn" / run_log.HASH_CHAIN).read_bytes()
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "onednn", stopped)
+    (stopped / run_folder.RESULT).unlink()
+    for _, later in run_folder.list_checkpoints(stopped)[:-3]:
+        shutil.rmtree(later)
+    train(small.replace(run={"linear_backend": "auto"}), stopped, resume=True)  # as it was chosen
+    assert (stopped / run_log.HASH_CHAIN).read_bytes() == chain
+    found = [evaluate(tmp_path / way)["heads"]["class"]["top1"] for way in ("torch", "onednn")]
+    assert found[0] == pytest.approx(found[1], abs=0.01)
+
+
+def test_where_this_pytorch_has_no_onednn_layers_stay_as_they_are(monkeypatch):
+    """A run that was trained by it is evaluated on another machine."""
+    monkeypatch.setattr(onednn_linear, "available", lambda: False)
+    network = nn.Sequential(nn.Linear(4, 4))
+    use_onednn(network)
+    assert type(network[0]) is nn.Linear

@@ -1,0 +1,253 @@
+"""Structured pruning: scores by hand, the cut against masks, shapes that configuration rebuilds."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit.config.schema import Config
+from deit.config.student_section import StudentConfig
+from deit.config.validation import validate
+from deit.core.errors import ConfigError
+from deit.deploy.formats import FORMATS
+from deit.models.cost import macs_of_image
+from deit.models.networks import create_network
+from deit.models.saved import ModelInfo, build_student, load_student, save_student
+from deit.models.surgery.structured_pruning import (
+    KeptUnits,
+    TaylorScorer,
+    macs_of,
+    magnitudes,
+    numbers_for_macs,
+    pruned_config,
+    select_top,
+    slice_weights,
+)
+from deit.models.weight_files import load_weights
+from tests.helpers.errors import raises
+
+SMALL = StudentConfig(
+    name="deit_micro", image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3
+)
+KEPT = KeptUnits(((0, 2), (1,)), (tuple(range(0, 96, 3)), (5, 6, 90)))
+
+
+def network_of(student: StudentConfig) -> torch.nn.Module:
+    torch.manual_seed(0)
+    network = create_network(student, 5)
+    with torch.no_grad():
+        for one in network.parameters():  # biases too
+            one.normal_(std=0.2)
+    return network.eval()
+
+
+# Networks of other shapes
+
+
+def test_each_block_has_its_own_heads_and_units():
+    student = pruned_config(SMALL, KEPT)
+    assert (student.heads_per_block, student.mlp_hidden_per_block) == ((2, 1), (32, 3))
+    network = create_network(student, 5)
+    for block, heads, hidden in zip(network.blocks, (2, 1), (32, 3)):
+        attention = block.attn
+        assert (attention.num_heads, attention.head_dim, attention.attn_dim) == (
+            heads,
+            8,
+            8 * heads,
+        )
+        assert attention.scale == 8**-0.5
+        assert attention.qkv.weight.shape == (3 * 8 * heads, 24)
+        assert block.mlp.fc1.out_features == block.mlp.fc2.in_features == hidden
+    assert network.blocks[0].attn.qkv.bias.abs().max() == 0  # as timm initialises
+    assert network.blocks[1].mlp.fc2.weight.detach().std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_one_value_is_of_all_blocks():
+    student = Config(student=SMALL).replace(student={"heads_per_block": (2,)}).student
+    assert student.block_heads == (2, 2)
+    assert student.block_hidden == (96, 96)
+    assert SMALL.block_heads == (3, 3)
+
+
+def test_shapes_left_alone_change_no_initial_weight():
+    torch.manual_seed(3)
+    one = create_network(SMALL, 5).state_dict()
+    torch.manual_seed(3)
+    other = create_network(SMALL, 5).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("student", "names"),
+    [
+        ({"heads_per_block": (1, 2, 3)}, ("student.heads_per_block = (1, 2, 3)", "6 blocks")),
+        (
+            {"mlp_hidden_per_block": (8,) * 5},
+            ("student.mlp_hidden_per_block = (8, 8, 8, 8, 8)", "6 blocks"),
+        ),
+        (
+            {"name": "small_convnet", "heads_per_block": (1,)},
+            ("student.heads_per_block = (1,)", "student.name", "'small_convnet'"),
+        ),
+    ],
+)
+def test_shapes_that_cannot_be(student, names):
+    config = Config().replace(student={"name": "deit_micro", **student}, loss={"kind": "none"})
+    with raises(ConfigError, *names):
+        validate(config)
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+def test_other_libraries_build_no_pruned_network(name):
+    facts = ModelInfo(pruned_config(SMALL, KEPT), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
+    with raises(ConfigError, "student.heads_per_block", "student.mlp_hidden_per_block", "--format"):
+        FORMATS[name].check(build_student(facts), facts)
+
+
+# The cut
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_cut_is_what_zeros_would_be(fused):
+    """A head whose values never reach the projection, a unit whose output is not heard."""
+    network, images = network_of(SMALL), torch.randn(3, 3, 16, 16)
+    slimmed = create_network(pruned_config(SMALL, KEPT), 5).eval()
+    weights = slice_weights(network.state_dict(), KEPT, head_width=8)
+    load_weights(slimmed, weights, origin="here")
+    with torch.no_grad():
+        for block, heads, hidden in zip(network.blocks, KEPT.heads, KEPT.hidden):
+            for head in set(range(3)) - set(heads):
+                block.attn.proj.weight[:, 8 * head : 8 * head + 8] = 0
+            gone = sorted(set(range(96)) - set(hidden))
+            block.mlp.fc2.weight[:, gone] = 0
+        for one in (network, slimmed):
+            for block in one.blocks:
+                block.attn.fused_attn = fused
+        expected, found = network.forward_features(images), slimmed.forward_features(images)
+    assert (expected - found).abs().max() < 1e-5 * expected.abs().max()
+    assert sum(one.numel() for one in weights.values()) == sum(
+        one.numel() for one in slimmed.parameters()
+    )
+
+
+def test_nothing_is_cut_where_everything_stays():
+    every = KeptUnits(((0, 1, 2),) * 2, (tuple(range(96)),) * 2)
+    weights = network_of(SMALL).state_dict()
+    found = slice_weights(weights, every, head_width=8)
+    assert all(torch.equal(found[name], one) for name, one in weights.items())
+
+
+def test_a_pruned_student_comes_back_from_its_folder(tmp_path):
+    facts = ModelInfo(pruned_config(SMALL, KEPT), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
+    student = build_student(facts)
+    save_student(tmp_path, student.network.state_dict(), facts)
+    there, known = load_student(tmp_path)
+    assert known == facts
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        ours, theirs = student.eval()(images), there.eval()(images)
+    assert torch.equal(ours.class_logits, theirs.class_logits)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(student.network.state_dict())
+
+
+# Scores
+
+
+def test_scores_are_the_squared_change_when_a_part_goes():
+    """Against central differences of the loss of each image, by gates of 1 +- 1e-3, in float64."""
+    network = network_of(SMALL).double()
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3])
+    watch = TaylorScorer(network)
+    for part in (slice(0, 3), slice(3, 4)):  # however they are cut into batches
+        with watch.on(network):
+            logits = network(images[part])
+            watch.add(torch.nn.functional.cross_entropy(logits, labels[part], reduction="sum"))
+    found = watch.scores()
+
+    def losses() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(network(images), labels, reduction="none")
+
+    for place, block in enumerate(network.blocks):
+        for kind, layer, number in (("heads", block.attn.proj, 3), ("hidden", block.mlp.fc2, 96)):
+            wide = layer.in_features // number
+            for part in range(0, number, 1 if kind == "heads" else 17):
+                changed = []
+                for gate in (1.001, 0.999):
+                    column = layer.weight.data[:, part * wide : (part + 1) * wide]
+                    before = column.clone()
+                    column.mul_(gate)
+                    changed.append(losses())
+                    column.copy_(before)
+                slope = (changed[0] - changed[1]) / 0.002
+                score = getattr(found, kind)[place][part]
+                assert score == pytest.approx(slope.square().sum().item(), rel=1e-3)
+
+
+def test_scores_leave_no_hook_behind():
+    network = network_of(SMALL)
+    watch = TaylorScorer(network)
+    with pytest.raises(ZeroDivisionError), watch.on(network):
+        _ = 1 / 0
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_magnitudes_by_hand():
+    network = network_of(SMALL)
+    found = magnitudes(network)
+    block = network.blocks[1]
+    assert found.heads[1][2] == pytest.approx(block.attn.proj.weight[:, 16:].square().sum().item())
+    assert found.hidden[1][7] == pytest.approx(block.mlp.fc2.weight[:, 7].square().sum().item())
+    assert [len(one) for one in (*found.heads, *found.hidden)] == [3, 3, 96, 96]
+
+
+# Which stay
+
+
+def test_the_largest_of_all_blocks_and_one_of_each():
+    scores = (torch.tensor([5.0, 9.0, 7.0]), torch.tensor([0.1, 0.3, 0.2]))
+    assert select_top(scores, 2, scope="global") == ((1,), (1,))
+    assert select_top(scores, 3, scope="global") == ((1, 2), (1,))
+    assert select_top(scores, 4, scope="global") == ((0, 1, 2), (1,))
+    assert select_top(scores, 6, scope="global") == ((0, 1, 2), (0, 1, 2))
+    assert select_top(scores, 4, scope="layerwise") == ((1, 2), (1, 2))
+
+
+@pytest.mark.parametrize("number", range(2, 8))
+def test_of_equal_ones_exactly_as_many(number):
+    scores = (torch.ones(4), torch.ones(3))
+    assert sum(map(len, select_top(scores, number, scope="global"))) == number
+
+
+@pytest.mark.parametrize("number", [1, 7])
+def test_more_than_there_are_or_fewer_than_blocks(number):
+    with pytest.raises(ValueError, match=rf"\b{number}\b.*\b6\b.*\b2\b"):
+        select_top((torch.ones(3), torch.ones(3)), number, scope="global")
+
+
+# Arithmetic
+
+
+@pytest.mark.parametrize("name", ["deit_micro", "vit_micro"])
+@pytest.mark.parametrize("kept", [KEPT, KeptUnits(((0,), (0,)), ((0,), (0,)))])
+def test_arithmetic_is_what_a_counter_counts(name, kept):
+    student = pruned_config(Config(student=SMALL).replace(student={"name": name}).student, kept)
+    blocks = create_network(student, 5).eval().blocks
+    tokens = torch.randn(1, 17 + (name == "deit_micro"), 24)
+    heads, hidden = (sum(map(len, one)) for one in kept)
+    assert macs_of(student, heads, hidden) == macs_of_image(blocks, tokens)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.25])
+def test_so_many_as_the_arithmetic_allows(share):
+    student = StudentConfig(name="deit_tiny", image_size=224, patch_size=16)
+    whole = macs_of(student, 36, 12 * 768)
+    heads, hidden = numbers_for_macs(student, share)
+    assert macs_of(student, heads, hidden) <= share * whole
+    assert macs_of(student, heads, hidden) > (share - 0.03) * whole
+    assert heads == max(round(36 * hidden / (12 * 768)), 12)
+
+
+def test_less_arithmetic_than_one_of_each_takes():
+    with pytest.raises(ValueError, match=r"0\.01"):
+        numbers_for_macs(SMALL, 0.01)

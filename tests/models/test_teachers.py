@@ -1,0 +1,458 @@
+"""Teachers: frozen, in evaluation for ever, their own size and normalisation, matched classes."""
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import timm
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+from deit.config.schema import Config, TeacherConfig
+from deit.config.student_section import StudentConfig
+from deit.config.teachers import single_teacher, teacher_specs
+from deit.config.validation import validate
+from deit.core.errors import ConfigError, DataError, NotFoundError
+from deit.core.types import logits_by_head
+from deit.distill.teacher_check import announce_order, better_order, check_accuracy, refuse_order
+from deit.models.saved import ModelInfo, build_student, save_student
+from deit.models.teachers import ASSUMED, LoadedNetwork, Teacher, resolve_source
+from deit.models.teachers import load_teacher as load_teacher_at
+from tests.helpers.errors import raises
+
+NAMES = ("ant", "bee", "cat")
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def load_teacher(config, class_names, image_size=16):
+    (member,) = teacher_specs(validate(Config().replace(teacher=asdict(config))).teacher)
+    return load_teacher_at(member, class_names, image_size=image_size)
+
+
+class Recorder(nn.Module):
+    """Remembers its input and answers with the mean colour."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.seen = None
+
+    def forward(self, images):
+        self.seen = images
+        return self.norm(images).mean(dim=(2, 3))
+
+
+def recorder_teacher(**changes):
+    origin = LoadedNetwork(Recorder(), "recorder", None, MEAN, STD, NAMES)._replace(**changes)
+    return Teacher(origin)
+
+
+def test_it_is_frozen_and_stays_in_evaluation_mode():
+    teacher = recorder_teacher()
+    container = nn.ModuleList([teacher]).train()
+    assert container.training
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    before = teacher.network.norm.running_mean.clone()
+    logits = teacher(torch.rand(4, 3, 8, 8))
+    assert not logits.requires_grad
+    assert torch.equal(teacher.network.norm.running_mean, before)
+
+
+def test_it_normalises_for_itself():
+    teacher, images = recorder_teacher(), torch.rand(2, 3, 8, 8)
+    teacher(images)
+    restored = teacher.network.seen * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(
+        3, 1, 1
+    )
+    assert torch.allclose(restored, images, atol=1e-6)
+
+
+def test_it_resizes_to_its_own_input():
+    teacher = recorder_teacher(image_size=12, mean=(0.0,) * 3, std=(1.0,) * 3)
+    images = torch.rand(2, 3, 8, 8)
+    teacher(images)
+    expected = torch.nn.functional.interpolate(images, (12, 12), mode="bicubic", antialias=True)
+    assert torch.equal(teacher.network.seen, expected.clamp(0, 1))
+
+
+@pytest.fixture
+def run(tmp_path):
+    student = StudentConfig(name="deit_micro", image_size=16, embed_dim=24, depth=1)
+    facts = ModelInfo(student, NAMES, MEAN, STD, 1.0)
+    folder = tmp_path / "run" / "best"
+    folder.mkdir(parents=True)
+    built = build_student(facts)
+    save_student(folder, built.network.state_dict(), facts)
+    return tmp_path / "run", built.eval()
+
+
+def test_one_of_our_runs_answers_as_its_fused_student(run):
+    folder, student = run
+    teacher = load_teacher(TeacherConfig(source=str(folder)), NAMES)
+    images = torch.rand(4, 3, 16, 16)
+    with torch.no_grad():
+        expected = logits_by_head(student(images))["fused"]
+    assert torch.allclose(teacher(images), expected, atol=1e-6)
+    assert teacher.image_size == 16
+
+
+def test_classes_are_matched_by_name(run):
+    folder, _ = run
+    images = torch.rand(4, 3, 16, 16)
+    straight = load_teacher(TeacherConfig(source=str(folder)), NAMES)(images)
+    turned = load_teacher(TeacherConfig(source=str(folder)), ("cat", "ant"))(images)
+    assert torch.equal(turned, straight[:, [2, 0]])
+    with raises(DataError, "'bees'"):
+        load_teacher(TeacherConfig(source=str(folder)), ("ant", "bees"))
+
+
+def timm_folder(path, **extra):
+    network = timm.create_model("resnet10t", num_classes=3).eval()
+    path.mkdir()
+    torch.save(network.state_dict(), path / "pytorch_model.bin")
+    known = {"mean": list(MEAN), "std": list(STD), "input_size": [3, 48, 48], "num_classes": 3}
+    config = {"architecture": "resnet10t", "num_classes": 3, "pretrained_cfg": known, **extra}
+    (path / "config.json").write_text(json.dumps(config))
+    return network
+
+
+def test_a_timm_folder_brings_its_size_normalisation_and_names(tmp_path):
+    network = timm_folder(tmp_path / "timm", label_names=list(NAMES))
+    teacher = load_teacher(TeacherConfig(source=str(tmp_path / "timm")), NAMES)
+    assert teacher.image_size == 48
+    assert teacher.normalisation == (MEAN, STD)
+    images = torch.rand(2, 3, 48, 48)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        assert torch.allclose(teacher(images), network((images - mean) / std), atol=1e-5)
+
+
+def test_a_timm_folder_of_another_class_count_is_refused(tmp_path):
+    timm_folder(tmp_path / "timm")
+    many = tuple(map(str, range(1234)))
+    with raises(DataError, tmp_path / "timm", 1234, "--teacher.classes"):
+        load_teacher(TeacherConfig(source=str(tmp_path / "timm")), many)
+
+
+def test_a_thousand_class_teacher_gives_the_columns_of_a_subset(tmp_path):
+    network = timm.create_model("resnet10t", num_classes=1000).eval()
+    (tmp_path / "timm").mkdir()
+    torch.save(network.state_dict(), tmp_path / "timm" / "pytorch_model.bin")
+    known = {"mean": [0.0] * 3, "std": [1.0] * 3, "input_size": [3, 32, 32], "num_classes": 1000}
+    config = {"architecture": "resnet10t", "num_classes": 1000, "pretrained_cfg": known}
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
+    subset = ("n01443537", "n01440764")  # goldfish is class 1, tench class 0 of ImageNet-1k
+    teacher = load_teacher(TeacherConfig(source=str(tmp_path / "timm")), subset)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(teacher(images), network(images)[:, [1, 0]], atol=1e-5)
+
+
+def test_a_checkpoint_file_needs_its_architecture_and_answers_like_it(tmp_path):
+    network = timm.create_model("resnet10t", num_classes=3).eval()
+    path = tmp_path / "teacher.pth"
+    torch.save({"state_dict": network.state_dict(), "epoch": 9}, path)
+    with raises(ConfigError, "teacher.architecture", path):
+        load_teacher(TeacherConfig(source=str(path)), NAMES)
+    config = TeacherConfig(
+        source=str(path), architecture="timm:resnet10t", image_size=32, mean=(0,) * 3, std=(1,) * 3
+    )
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(load_teacher(config, NAMES)(images), network(images), atol=1e-6)
+    with raises(DataError, path, 1234, "--teacher.classes"):
+        load_teacher(config, tuple(map(str, range(1234))))
+
+
+def test_a_python_function_gives_the_teacher(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch\n"
+        "class Mean(torch.nn.Module):\n"
+        "    def forward(self, images):\n"
+        "        return images.mean(dim=(2, 3))\n"
+        "def teacher():\n"
+        "    return Mean()\n"
+        "def number():\n"
+        "    return 3\n"
+    )
+    images = torch.rand(2, 3, 8, 8)
+    teacher = load_teacher(TeacherConfig(source=f"{path}:teacher"), NAMES)
+    assert torch.allclose(teacher(images), images.mean(dim=(2, 3)))
+    config = TeacherConfig(source=f"{path}:teacher", mean=(0.5,) * 3, std=(0.5,) * 3)
+    expected = ((images - 0.5) / 0.5).mean(dim=(2, 3))
+    assert torch.allclose(load_teacher(config, NAMES)(images), expected, atol=1e-6)
+    with raises(DataError, "'other'"):
+        load_teacher(TeacherConfig(source=f"{path}:other"), NAMES)
+    with raises(DataError, f"{path}:number", "torch.nn.Module"):
+        load_teacher(TeacherConfig(source=f"{path}:number"), NAMES)
+    with raises(DataError, path, 1234, "--teacher.classes"):
+        load_teacher(TeacherConfig(source=f"{path}:teacher"), tuple(map(str, range(1234))))
+
+
+def test_a_python_file_that_ends_the_program_is_named(tmp_path):
+    (tmp_path / "t.py").write_text("import sys\nsys.exit('install foo')\n")
+    with raises(DataError, tmp_path / "t.py", "SystemExit", "install foo"):
+        load_teacher(TeacherConfig(source=f"{tmp_path / 't.py'}:make"), ("a",), image_size=8)
+
+
+@pytest.mark.parametrize(("calls", "words"), [(0, ""), (0, "0"), (0, "'no GPU'"), (1, "0")])
+def test_a_network_that_ends_the_program_is_named(calls, words, tmp_path):
+    """Also where it has answered before: its code 0 would be that of a command that is done."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import sys, torch\n"
+        "class Leaves(torch.nn.Module):\n"
+        f"    left = {calls}\n"
+        "    def forward(self, images):\n"
+        "        if not self.left:\n"
+        f"            sys.exit({words})\n"
+        "        self.left -= 1\n"
+        "        return images.mean(dim=(2, 3))\n"
+        "def teacher():\n    return Leaves()\n"
+    )
+    with raises(DataError, path, "SystemExit"):
+        load_teacher(TeacherConfig(source=f"{path}:teacher"), NAMES)(torch.rand(2, 3, 8, 8))
+
+
+def test_a_python_function_that_fails_is_named(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch\n"
+        "def fails():\n    raise RuntimeError('boom')\n"
+        "def linear():\n    return torch.nn.Linear(5, 3)\n"
+    )
+    with raises(DataError, f"{path}:fails", "boom"):
+        load_teacher(TeacherConfig(source=f"{path}:fails"), NAMES)
+    with raises(DataError, path, "16 px", "RuntimeError", "teacher.image_size"):
+        load_teacher(TeacherConfig(source=f"{path}:linear"), NAMES)
+
+
+def test_a_python_file_may_hold_dataclasses_and_import_its_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("WIDTH = 3\n")
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "import torch\n"
+        "from neighbour_of_mine import WIDTH\n"
+        "@dataclass\n"
+        "class Settings:\n    width: int = WIDTH\n"
+        "class Sized(torch.nn.Module):\n"
+        "    def forward(self, images):\n"
+        "        assert images.shape[-1] == 24\n"
+        "        return images.mean(dim=(2, 3))\n"
+        "def teacher():\n    return Sized()\n"
+        "def misnamed():\n    teacher = Sized()\n"
+        "    teacher.class_names = ('ant', 'bee')\n    return teacher\n"
+    )
+    assert load_teacher(TeacherConfig(source=f"{path}:teacher"), NAMES, image_size=24)
+    with raises(DataError, "misnamed", path, "--teacher.classes"):
+        load_teacher(TeacherConfig(source=f"{path}:misnamed"), ("ant", "bee"), image_size=24)
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("checkpoints/nobody", ("--out checkpoints/nobody", "--teacher.source")),
+        ("resnet81", ("resnet18",)),
+        ("somewhere/teacher.pth", ("--out somewhere/teacher.pth", "--teacher.source")),
+    ],
+)
+def test_a_missing_teacher_is_explained(source, names):
+    with raises(NotFoundError, f"teacher.source {source}", *names):
+        load_teacher(TeacherConfig(source=source), NAMES)
+
+
+def test_an_unfinished_run_is_no_teacher(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with raises(NotFoundError, tmp_path, "best/model.safetensors", "config.json"):
+        load_teacher(TeacherConfig(source=str(tmp_path)), NAMES)
+
+
+def test_weights_that_cannot_be_fetched_are_an_error_not_a_random_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert resolve_source("resnet10t.c3_in1k") == "timm"
+    with raises(NotFoundError, "resnet10t.c3_in1k"):
+        load_teacher(TeacherConfig(source="resnet10t.c3_in1k"), NAMES)
+
+
+def test_a_timm_name_without_weights_is_an_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert resolve_source("darknet17") == "timm"
+    with raises(DataError, "darknet17"):
+        load_teacher(TeacherConfig(source="darknet17"), NAMES)
+
+
+def weight_file(path, outputs=3, name="test_resnet"):
+    network = timm.create_model(name, num_classes=outputs).eval()
+    torch.save({"state_dict": network.state_dict()}, path)
+    settings = {"architecture": f"timm:{name}", "image_size": 32, "mean": (0,) * 3, "std": (1,) * 3}
+    return network, TeacherConfig(source=str(path), **settings)
+
+
+@pytest.mark.parametrize("kind", ["file", "function"])
+@pytest.mark.parametrize("outputs", [1000, 11821, 21841])
+def test_a_teacher_of_imagenet_is_cut_to_the_synsets_from_any_source(kind, outputs, tmp_path):
+    subset = ("n01443537", "n01440764")
+    network, config = weight_file(tmp_path / "w.pth", outputs)
+    if kind == "function":
+        path = tmp_path / "mine.py"
+        path.write_text(
+            "import timm, torch\n"
+            "def teacher():\n"
+            f"    network = timm.create_model('test_resnet', num_classes={outputs})\n"
+            f"    found = torch.load({str(tmp_path / 'w.pth')!r}, weights_only=True)\n"
+            "    network.load_state_dict(found['state_dict'])\n"
+            "    return network\n"
+        )
+        config = TeacherConfig(source=f"{path}:teacher")
+    teacher = load_teacher(config, subset, image_size=32)
+    known = ImageNetInfo(infer_imagenet_subset({"num_classes": outputs})).label_names()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(images)[:, [known.index(name) for name in subset]]
+    assert torch.allclose(teacher(images), expected, atol=1e-5)
+    assert str(outputs) in teacher.class_order
+    assert "ImageNet" in teacher.class_order
+
+
+def test_a_thousand_classes_of_ones_own_are_not_taken_for_synsets(tmp_path):
+    _, config = weight_file(tmp_path / "w.pth", 1000)
+    names = tuple(f"class {number:04}" for number in range(1000))
+    teacher = load_teacher(config, names)
+    assert (teacher.class_indices, teacher.class_order) == (None, ASSUMED)
+    with raises(DataError, 1000, "--teacher.classes"):
+        load_teacher(config, NAMES)
+
+
+ROOMS = ("room1", "room10", "room2")
+
+
+@pytest.mark.parametrize(
+    ("classes", "columns"),
+    [
+        (("natural",), [0, 2, 1]),
+        (("room2", "room1", "room10"), [1, 2, 0]),
+        (("@names.txt",), [1, 2, 0]),
+        (("data",), None),
+    ],
+)
+def test_the_order_of_a_teachers_classes_can_be_said(classes, columns, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfroom2\troom\r\nroom1\r\n\r\nroom10\r\n")
+    _, config = weight_file(tmp_path / "w.pth")
+    teacher = load_teacher(replace(config, classes=classes), ROOMS)
+    assert teacher.class_indices == columns
+    assert teacher.class_order == f"teacher.classes {','.join(classes)}"
+
+
+def test_a_long_order_of_classes_is_said_by_its_beginning(tmp_path):
+    _, config = weight_file(tmp_path / "w.pth", outputs=5)
+    teacher = load_teacher(replace(config, classes=tuple("edcba")), tuple("abcde"))
+    assert teacher.class_order == "teacher.classes e,d,c,b,..."
+
+
+def test_classes_that_are_said_may_be_more_than_the_datas(tmp_path):
+    network, config = weight_file(tmp_path / "w.pth")
+    teacher = load_teacher(replace(config, classes=("a", "b", "c")), ("c", "a"))
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(teacher(images), network(images)[:, [2, 0]], atol=1e-5)
+    with raises(DataError, tmp_path / "w.pth", "--teacher.classes"):
+        load_teacher(replace(config, classes=("a", "b")), ("a",))
+    with raises(DataError, "teacher.classes", "'a'"):
+        load_teacher(replace(config, classes=("a", "b", "a")), ("a",))
+    with raises(DataError, "teacher.classes", "@nowhere"):
+        load_teacher(replace(config, classes=("@nowhere",)), ("a",))
+
+
+def test_of_several_teachers_each_has_its_classes():
+    several = TeacherConfig(source=("one", "other"), classes=("none", "natural"))
+    assert [one.classes for one in teacher_specs(several)] == [None, ("natural",)]
+    assert [single_teacher(several, place).classes for place in range(2)] == [(), ("natural",)]
+    both = TeacherConfig(source=("one", "other"), classes=("natural",))
+    assert [one.classes for one in teacher_specs(both)] == [("natural",)] * 2
+    for source, classes, wrong in (
+        (("x", "y"), ("natual",), "natual"),
+        (("x", "y"), ("a", "b", "c"), ("a", "b", "c")),
+        (("x", "y"), ("a", "natural"), "a"),
+        (("x",), ("natual",), "natual"),
+    ):
+        with raises(ConfigError, "teacher.classes") as refused:
+            validate(Config().replace(teacher={"source": source, "classes": classes}))
+        problem = refused.value.problems[0]
+        assert (problem.field, problem.value) == ("teacher.classes", wrong)
+        if wrong == "natual":
+            assert problem.hint.endswith("natural?")
+    none = validate(Config().replace(teacher={"source": ("x",), "classes": "none"}))
+    assert none.teacher.classes == ()
+
+
+def test_an_order_that_fits_far_better_is_found():
+    labels = torch.arange(3).repeat(10)
+    taught = torch.tensor([0, 2, 1])  # in natural order: room2 is its class 1
+    better = better_order(taught[labels], labels, ROOMS)
+    assert (better.order, better.images, better.before, better.after) == ("natural", 20, 0.0, 1.0)
+    assert better.luck < 1e-3
+    assert better_order(labels, labels, ROOMS) is None
+
+
+def test_no_order_is_found_by_chance():
+    names = tuple(f"room{number}" for number in range(1, 13))
+    names = tuple(sorted(names))
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(12).repeat(20)
+    for sure in (0.0, 0.2, 0.6):
+        for _ in range(100):
+            known = torch.rand(len(labels), generator=generator) < sure
+            guessed = torch.randint(12, (len(labels),), generator=generator)
+            better = better_order(torch.where(known, labels, guessed), labels, names)
+            assert better is None or better.luck > 1e-3 or better.after - better.before < 0.1
+
+
+def test_a_teacher_that_always_answers_the_same_fits_no_order_better():
+    labels = torch.tensor([0] * 400 + [1] * 600)
+    teacher = Teacher(LoadedNetwork(Recorder(), "same", None, MEAN, STD, None), class_order=ASSUMED)
+    refuse_order(
+        teacher, torch.zeros(1000, dtype=torch.long), labels, ("ant", "bee")
+    )  # reversed, it is right more often
+
+
+@pytest.mark.parametrize("order", [ASSUMED, "teacher.classes data"])
+def test_a_teacher_in_another_order_is_refused_unless_it_was_said(order, capsys):
+    labels = torch.arange(3).repeat(10)
+    answers = torch.tensor([0, 2, 1])[labels]
+    teacher = Teacher(LoadedNetwork(Recorder(), "mine", None, MEAN, STD, None), class_order=order)
+    announce_order(teacher, ROOMS)
+    said = capsys.readouterr().out
+    assert order in said
+    assert ("--teacher.classes" in said) == (order == ASSUMED)
+    if order != ASSUMED:
+        refuse_order(teacher, answers, labels, ROOMS)
+        return
+    with raises(DataError, "mine", "--teacher.classes natural", 20, "100.0 %"):
+        refuse_order(teacher, answers, labels, ROOMS)
+
+
+def judged(right):
+    """Of six images of three classes so many are right; a third is chance."""
+    labels = torch.arange(6) % 3
+    answers = torch.where(torch.arange(6) < right, labels, (labels + 1) % 3)
+    logits = nn.functional.one_hot(answers, 3).float()
+    check_accuracy(Config(), recorder_teacher(), logits, labels, 1 / 3)
+
+
+def test_a_teacher_at_chance_is_refused_and_where_few_images_cannot_tell_that_is_said(capsys):
+    with raises(DataError, "recorder", "33.3 %", "--teacher.allow_near_chance"):
+        judged(2)
+    judged(4)
+    said = capsys.readouterr().err
+    assert all(one in said for one in ("recorder", "66.7 %", "33.3 %"))
+    assert re.search(r"\b6 ", said)
+    judged(6)
+    assert not capsys.readouterr().err

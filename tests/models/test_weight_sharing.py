@@ -1,0 +1,315 @@
+"""Blocks that share their weights: by hand, counted, learnt, saved and exported once."""
+
+import copy
+import dataclasses
+import json
+import re
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit.config.recipes.handwriting import digits
+from deit.config.schema import Config
+from deit.config.student_section import StudentConfig
+from deit.config.validation import validate
+from deit.core import run_folder
+from deit.core.errors import CheckpointError, ConfigError
+from deit.deploy.export import split_normalization
+from deit.deploy.formats import FORMATS
+from deit.models.attention import check_attention, token_cosines
+from deit.models.cost import cost_of
+from deit.models.load_weights import adapt_weights, load_weights_from
+from deit.models.networks import create_network
+from deit.models.saved import ModelInfo, build_student, load_student, save_student
+from deit.models.surgery.pruning_masks import prunable
+from deit.models.surgery.weight_sharing import MixedAttention
+from deit.models.weight_files import load_weights
+from deit.training.optimizer import parameter_groups
+from deit.training.train import train
+from tests.helpers.errors import raises
+from tests.helpers.resume_helpers import same_end, stop_and_go_on
+
+SMALL = StudentConfig(
+    name="deit_micro", image_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=3
+)
+
+
+def sharing(share: int) -> StudentConfig:
+    return dataclasses.replace(SMALL, shared_block_size=share)
+
+
+def network_of(share: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return create_network(sharing(share), 5)
+
+
+def facts_of(share: int) -> ModelInfo:
+    return ModelInfo(sharing(share), tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
+
+
+def test_shared_weights_are_there_once():
+    """By hand: of four blocks two keep 12 d^2 + 9 d weights of attention and MLP... each."""
+    width, heads = 24, 3
+    of_layers = 12 * width**2 + (3 + 1 + 4 + 1) * width
+    whole, shared = (sum(one.numel() for one in network_of(n).parameters()) for n in (1, 2))
+    assert whole - shared == 2 * of_layers - 4 * 2 * heads**2
+    names = [name for name in network_of(2).state_dict() if name.startswith("blocks.1.")]
+    assert names == [
+        *("blocks.1.norm1.weight", "blocks.1.norm1.bias", "blocks.1.attn.before"),
+        *("blocks.1.attn.after", "blocks.1.norm2.weight", "blocks.1.norm2.bias"),
+    ]
+    tiny = StudentConfig(name="deit_tiny", image_size=224, patch_size=16, shared_block_size=2)
+    number = sum(one.numel() for one in create_network(tiny, 1000).parameters())
+    assert 3.2e6 < number < 3.3e6  # Mini-DeiT-Ti, 3 M, with a second token and head
+
+
+def with_copies(shared: torch.nn.Module) -> torch.nn.Module:
+    """Unmixed heads: the network with every second block's attention and MLP copied."""
+    plain, weights = network_of(1).eval(), dict(shared.state_dict())
+    for name in list(plain.state_dict()):
+        if name not in weights:
+            place = int(name.split(".")[1])
+            weights[name] = weights[name.replace(f"blocks.{place}.", f"blocks.{place - 1}.")]
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+    return plain
+
+
+def test_the_first_answers_are_those_of_blocks_with_equal_weights():
+    shared = network_of(2).eval()
+    plain = with_copies(shared)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected, found = plain.forward_features(images), shared.forward_features(images)
+    assert (expected - found).abs().max() < 1e-5
+
+
+def test_heads_are_mixed_before_and_after_the_softmax():
+    """One token's answer by loops, in float64."""
+    network = network_of(2).double().eval()
+    attention = network.blocks[1].attn
+    with torch.no_grad():
+        attention.before.normal_()
+        attention.after.normal_()
+        tokens = torch.randn(1, 6, 24, dtype=torch.float64)
+        found = attention(tokens)
+        core = network.blocks[0].attn
+        queries, keys, values = core.qkv(tokens)[0].view(6, 3, 3, 8).permute(1, 2, 0, 3)
+        logits = torch.stack([queries[h] @ keys[h].T / 8**0.5 for h in range(3)])
+        mixed = torch.stack(
+            [sum(attention.before[g, h] * logits[h] for h in range(3)) for g in range(3)]
+        )
+        maps = mixed.softmax(dim=-1)
+        maps = torch.stack(
+            [sum(attention.after[g, h] * maps[h] for h in range(3)) for g in range(3)]
+        )
+        heard = torch.cat([maps[h] @ values[h] for h in range(3)], dim=-1)
+        expected = core.proj(heard)
+    assert (found[0] - expected).abs().max() < 1e-12
+
+
+def test_a_shared_weights_gradient_is_the_sum_over_its_uses():
+    """Against a network whose blocks have copies of their own."""
+    shared = network_of(2).double().eval()
+    plain = with_copies(shared).double()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    for network in (shared, plain):
+        network(images).square().sum().backward()
+    for place in (0, 2):
+        blocks = shared.blocks[place], plain.blocks[place], plain.blocks[place + 1]
+        for path in ("attn.qkv", "mlp.fc2"):
+            ours, first, second = (one.get_submodule(path).weight.grad for one in blocks)
+            assert (ours - first - second).abs().max() < 1e-10
+
+
+def test_a_copy_shares_with_itself_alone():
+    network = network_of(2)
+    other = copy.deepcopy(network)
+    assert len(list(other.parameters())) == len(list(network.parameters()))
+    tokens = torch.randn(1, 18, 24)
+    for part in ("attn", "mlp"):
+        ours, copied = (one.blocks[1].get_submodule(part) for one in (network, other))
+        with torch.no_grad():
+            before = ours(tokens)
+            assert torch.equal(copied(tokens), before)
+            for parameter in other.blocks[0].get_submodule(part).parameters():
+                parameter.add_(1)
+            assert torch.equal(ours(tokens), before)
+            assert not torch.equal(copied(tokens), before)
+
+
+def test_arithmetic_is_told_as_it_is():
+    """As much as without sharing, and the mixing of the heads."""
+    costs = [cost_of(network_of(share).eval(), side=16, batch=2) for share in (1, 2)]
+    tokens = 18
+    mixing = 4 * 2 * 3 * 3 * tokens**2
+    assert costs[1].gmacs * 1e9 - costs[0].gmacs * 1e9 == pytest.approx(mixing, rel=1e-3)
+    assert costs[1].parameters < 0.6 * costs[0].parameters
+
+
+def test_prunable_weights_and_decay():
+    network = network_of(2)
+    assert len(prunable(network)) == 2 * 4
+    groups = {group["weight_decay"]: group["params"] for group in parameter_groups(network, 0.05)}
+    still = {id(one) for one in groups[0.0]}
+    for block in network.blocks:
+        assert id(block.attn.before) in still
+        assert id(block.attn.after) in still
+
+
+def test_recomputing_gives_the_same_gradients():
+    images = torch.randn(2, 3, 16, 16)
+    found = []
+    for recompute in (False, True):
+        network = network_of(2)
+        network.set_grad_checkpointing(recompute)
+        network.eval()(images).square().sum().backward()
+        found.append([one.grad for one in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_what_cannot_be_shown_is_refused_and_tokens_are_compared():
+    network = network_of(2).eval()
+    with raises(ConfigError, type(network).__name__, "student.shared_block_size"):
+        check_attention(network)
+    assert token_cosines(network, torch.randn(2, 3, 16, 16)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("student", "names"),
+    [
+        ({"shared_block_size": 4}, ("student.shared_block_size = 4", "6")),
+        (
+            {"shared_block_size": 2, "heads_per_block": (2,)},
+            ("student.shared_block_size = 2", "student.heads_per_block"),
+        ),
+        (
+            {"name": "small_convnet", "shared_block_size": 2},
+            ("student.shared_block_size = 2", "'small_convnet'"),
+        ),
+    ],
+)
+def test_sharing_that_cannot_be(student, names):
+    config = Config().replace(student={"name": "deit_micro", **student}, loss={"kind": "none"})
+    with raises(ConfigError, *names):
+        validate(config)
+
+
+def test_sharing_and_dividing_among_processes_do_not_go_together():
+    config = digits().replace(student={"shared_block_size": 2}, run={"sharding": "fsdp"})
+    with raises(ConfigError, "student.shared_block_size = 2", "run.sharding"):
+        validate(config)
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+def test_other_libraries_know_no_shared_blocks(name):
+    facts = facts_of(2)
+    with raises(ConfigError, "student.shared_block_size = 2", "--format"):
+        FORMATS[name].check(build_student(facts), facts)
+
+
+@pytest.mark.slow
+def test_saved_and_exported_once(tmp_path):
+    images, bytes_of, parameters = torch.rand(2, 3, 16, 16), {}, {}
+    for share in (1, 4):
+        torch.manual_seed(0)
+        student, folder = build_student(facts_of(share)).eval(), tmp_path / str(share)
+        folder.mkdir()
+        save_student(folder, student.network.state_dict(), facts_of(share))
+        there, _ = load_student(folder)
+        bare, normalise = split_normalization(student)
+        FORMATS["onnx"].write(folder, bare, facts_of(share))
+        found = FORMATS["onnx"].load["onnxruntime"](folder)(normalise(images))
+        with torch.no_grad():
+            expected = there.eval()(images).class_logits
+        assert (found["class_logits"] - expected).abs().max() < 1e-5
+        weights = onnx.load(folder / "model.onnx").graph.initializer
+        bytes_of[share] = sum(len(one.raw_data) for one in weights)
+        parameters[share] = sum(one.numel() for one in student.parameters())
+    for share, number in parameters.items():
+        assert bytes_of[share] == pytest.approx(4 * number, rel=0.1)
+    assert bytes_of[4] < 0.35 * bytes_of[1]
+
+
+def test_a_whole_student_becomes_one_that_shares(tmp_path):
+    facts = facts_of(1)
+    torch.manual_seed(1)
+    save_student(tmp_path, build_student(facts).network.state_dict(), facts)
+    network = network_of(2)
+    fitted = adapt_weights(
+        load_weights_from(str(tmp_path)), network, facts.class_names, Config().init
+    )
+    assert fitted.weights.keys() == network.state_dict().keys()
+    before = load_file(tmp_path / "model.safetensors")
+    for name, value in fitted.weights.items():
+        if name in before:
+            assert torch.equal(value, before[name])
+        else:
+            assert torch.equal(value, torch.eye(3)), name
+    assert ["2", "4"] in [re.findall(r"\d+", note) for note in fitted.notes]
+
+
+# A run
+
+
+@pytest.mark.slow
+def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, zygote):
+    teacher = tmp_path / "teacher"
+    words = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--out", teacher)
+    assert zygote.run("train", "digits-teacher", *words, cwd=tmp_path).code == 0
+    config = digits().replace(
+        data={"train_fraction": 0.2},
+        student={
+            "depth": 4,
+            "embed_dim": 32,
+            "num_heads": 2,
+            "shared_block_size": 2,
+            "drop_path": 0.1,
+        },
+        teacher={"source": (str(teacher),), "allow_near_chance": True},
+        optim={"epochs": 2, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 0.5},
+        run={"linear_backend": "torch"},
+    )
+    torch.set_num_threads(1)
+    train(config, tmp_path / "straight")
+    stop_and_go_on(config, tmp_path / "run", "update:3:term")
+    same_end(tmp_path / "run", tmp_path / "straight")
+    weights = load_file(run_folder.latest_checkpoint(tmp_path / "straight") / "model.safetensors")
+    moved = [
+        name
+        for name, one in weights.items()
+        if name.endswith((".before", ".after")) and not torch.equal(one, torch.eye(2))
+    ]
+    assert len(moved) == 2 * 4
+    student, _ = load_student(tmp_path / "straight" / "best")
+    assert isinstance(student.network.blocks[3].attn, MixedAttention)
+    done = zygote.run(
+        "evaluate", tmp_path / "straight", "--json", tmp_path / "e.json", cwd=tmp_path
+    )
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "e.json").read_text())["cost"]["parameters"] == sum(
+        one.numel() for one in weights.values()
+    )
+
+
+def test_pruning_blocks_that_share_is_refused(tmp_path, zygote):
+    words = ("--loss", "none", "--student.shared_block_size", "2", "--optim.epochs", "2")
+    words = (*words, "--optim.warmup_epochs", "1", "--data.train_fraction", "0.2", "--out", "run")
+    assert zygote.run("train", "digits", *words, cwd=tmp_path).code == 0
+    done = zygote.run("prune", "run", "--out", "out", cwd=tmp_path)
+    assert done.code == 2
+    assert "run: student.shared_block_size = 2" in done.err
+
+
+def test_weights_of_another_sharing_are_refused_by_name(tmp_path):
+    facts = facts_of(2)
+    save_student(tmp_path, build_student(facts).network.state_dict(), facts)
+    fitted = adapt_weights(
+        load_weights_from(str(tmp_path)), network_of(1), facts.class_names, Config().init
+    )
+    with raises(CheckpointError, "x:", "blocks.1.attn.qkv.weight"):
+        load_weights(network_of(1), fitted.weights, origin="x")

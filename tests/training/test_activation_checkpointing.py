@@ -1,0 +1,65 @@
+"""Blocks that are computed again in the backward pass: the same bits, for less memory."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes.handwriting import digits, digits_teacher
+from deit.core.errors import ConfigError
+from deit.core.run_folder import latest_checkpoint
+from deit.training.train import build_run, train
+from tests.helpers.errors import raises
+
+pytest.importorskip("sklearn")
+
+
+def config(**sections):
+    small = digits().replace(
+        student={"depth": 4, "embed_dim": 24, "num_heads": 2, "drop_path": 0.3, "dropout": 0.1},
+        teacher={"source": ()},
+        loss=LOSS_PRESETS["none"],
+        optim={"epochs": 1, "warmup_epochs": 0},
+    )
+    return small.replace(**sections)
+
+
+def kept_bytes(config):
+    """What a forward pass keeps for the backward pass, beside the weights [bytes]."""
+    student, kept = build_run(config).student.train(), {}
+    weights = {one.untyped_storage().data_ptr() for one in student.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = student(torch.rand(32, 3, 8, 8))
+        assert outputs.class_logits.requires_grad
+    return sum(kept.values())
+
+
+def test_a_fraction_of_the_memory_is_kept():
+    often, once = (
+        kept_bytes(config(run={"activation_checkpointing": again})) for again in (False, True)
+    )
+    assert once < 0.15 * often
+
+
+@pytest.mark.parametrize("linear", ["torch", "onednn"])
+def test_a_run_ends_with_the_same_bits(tmp_path, linear):
+    """With drop path: the second time it drops the same."""
+    weights = []
+    for again in (False, True):
+        out = tmp_path / str(again)
+        train(config(run={"activation_checkpointing": again, "linear_backend": linear}), out)
+        weights.append((latest_checkpoint(out) / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_a_network_without_blocks_is_refused():
+    wanted = digits_teacher().replace(run={"activation_checkpointing": True})
+    with raises(ConfigError, "run.activation_checkpointing"):
+        build_run(wanted)

@@ -1,0 +1,226 @@
+"""Two processes against one: the same learning rate, the same order, losses equal to rounding."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit.config.recipes.handwriting import digits_teacher
+from tests.helpers.command_server import last_json
+from tests.helpers.images import write_pictures
+from tests.helpers.processes import SETTINGS, said_by
+from tests.helpers.trained import trained
+
+pytest.importorskip("sklearn")
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(*arguments, cwd):
+    """What two processes say that torchrun starts."""
+    program = (sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=2")
+    done = subprocess.run(
+        [*program, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, zygote):
+    """A student trained by one process, and by two, against the same teacher."""
+    place = tmp_path_factory.mktemp("runs")
+    script = ROOT / "train_deit.py"
+    trained(digits_teacher().replace(optim={"epochs": 3}), place / "teacher")
+    words = ("digits", "--teacher.source", "teacher", *SETTINGS)
+    alone = said_by(zygote, 1, script, *words, "--out", "of-1", cwd=place)
+    return place, {1: alone, 2: torchrun(script, *words, "--out", "of-2", cwd=place)}
+
+
+def rows(place, number):
+    lines = (place / f"of-{number}" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_two_processes_train_as_one(runs):
+    place, _ = runs
+    one, two = rows(place, 1), rows(place, 2)
+    assert len(one) == len(two) == 2
+    for ours, theirs in zip(two, one):
+        assert ours["step"] == theirs["step"]
+        assert ours["train"]["lr"] == theirs["train"]["lr"]
+        for name, value in theirs["train"].items():
+            assert ours["train"][name] == pytest.approx(value, abs=1e-5), name
+        for name, value in theirs["validation"].items():
+            assert ours["validation"][name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_only_the_main_process_speaks_and_the_batch_is_explained(runs):
+    _, outputs = runs
+    assert len(re.findall(r"^epoch 1/2\b", outputs[2], re.MULTILINE)) == 1
+    assert re.search(r"\b64 = 2\b\D+\b1\b\D+\b32\b", outputs[2])
+    assert re.search(r"\b64 = 1\b\D+\b1\b\D+\b64\b", outputs[1])
+
+
+def test_evaluation_by_two_processes_counts_each_image_once(runs, zygote):
+    place, _ = runs
+    found = {}
+    for number in (1, 2):
+        file = place / f"evaluation-{number}.json"
+        said_by(zygote, number, "evaluate_deit.py", "of-1", "--json", file, cwd=place)
+        found[number] = json.loads(file.read_text())
+    assert found[2]["num_samples"] == found[1]["num_samples"] == 359
+    assert found[2]["heads"] == found[1]["heads"]
+    assert found[2]["per_class"] == found[1]["per_class"]
+    assert found[2]["agreement"] == found[1]["agreement"]
+
+
+def test_a_command_leaves_the_process_group_before_the_interpreter_ends(zygote, tmp_path):
+    code = (
+        "import torch.distributed as d\n"
+        "from pathlib import Path\n"
+        "from deit.cli import run_command\n"
+        f"arguments = ['digits', '--loss=none', '--out=run', *{SETTINGS}]\n"
+        "arguments += ['--run.gradient_compression=bf16']  # runs Python in threads of Gloo\n"
+        "assert run_command('train', arguments, 'deit train') == 0\n"
+        "assert not d.is_initialized()\n"
+        "names = {file.read_text() for file in Path('/proc/self/task').glob('*/comm')}\n"
+        "assert not any('gloo' in name for name in names), names"
+    )
+    (tmp_path / "main.py").write_text(code)
+    said_by(zygote, 2, tmp_path / "main.py", cwd=tmp_path)
+
+
+def test_accelerate_launch_runs_the_same_script(runs):
+    place, _ = runs
+    out = place / "launched"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+            *("--num_machines", "1", "--mixed_precision", "bf16", "--dynamo_backend", "no"),
+            *(str(ROOT / "train_deit.py"), "digits", "--teacher.source", "teacher"),
+            *("--out", str(out), *SETTINGS, "--optim.epochs", "1", "--optim.warmup_epochs", "0"),
+        ],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["precision"] == "bf16"  # what the launcher said
+
+
+def test_images_in_files_train_the_same_on_two_processes(zygote, tmp_path):
+    write_pictures(tmp_path / "images", number=16)
+    command = (
+        *("train_deit.py", "folder", "--data.root", "images", "--loss", "none"),
+        *("--student.name", "vit_micro", "--student.depth", "1", "--student.embed_dim", "16"),
+        *("--student.num_heads", "2", "--student.image_size", "16", "--data.image_size", "18"),
+        *("--optim.batch_size", "16", "--optim.epochs", "1", "--optim.warmup_epochs", "0"),
+        *("--run.eval_batch_size", "2"),
+    )
+    files = ("--data.storage", "files", "--data.num_workers", "1")
+    said = {
+        number: said_by(zygote, number, *command, *files, "--out", f"of-{number}", cwd=tmp_path)
+        for number in (1, 2)
+    }
+    assert re.search(r"\b1 worker\b", said[1])
+    for ours, theirs in zip(rows(tmp_path, 2), rows(tmp_path, 1), strict=True):
+        assert ours["train"] == pytest.approx(theirs["train"], abs=1e-5)
+        assert ours["validation"] == pytest.approx(theirs["validation"], abs=1e-9)
+        assert {"reading", "waiting", "views"} <= ours["loader"]["images_per_s"].keys()
+    said_by(zygote, 1, *command, "--data.storage", "memory", "--out", "of-3", cwd=tmp_path)
+    assert rows(tmp_path, 3)[-1]["train"]["loss"] > 0
+
+
+def test_a_file_that_a_worker_cannot_read_is_one_line(zygote, tmp_path):
+    for split in ("train", "val", "test"):
+        write_pictures(tmp_path / "images" / split, number=8)
+    broken = tmp_path / "images" / "val" / "bee" / "03.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    done = zygote.run(
+        *("folder", "--data.root=images", "--loss=none", "--out=run"),
+        *("--student.name=vit_micro", "--student.depth=1", "--student.image_size=16"),
+        "--student.patch_size=4",
+        *("--data.image_size=18", "--optim.batch_size=8", "--optim.epochs=1"),
+        *("--optim.warmup_epochs=0", "--data.storage=files", "--data.num_workers=2"),
+        script="train_deit.py",
+        cwd=tmp_path,
+    )
+    assert done.code == 3
+    assert done.err.startswith("deit: error: ")
+    assert "images/val/bee/03.jpg" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+EXCHANGE = """
+import json, sys
+import torch
+from safetensors.torch import save_file
+from deit.config.schema import OptimConfig, RunConfig, StudentConfig
+from deit.core.accelerator import destroy_process_group
+from deit.distill.build import build_accelerator
+from deit.models.saved import ModelInfo, build_student
+from deit.training.optimizer import build_optimizer
+
+sent = []
+reduce = torch.distributed.all_reduce
+def counted(tensor, *rest, **more):
+    sent.append(tensor.nbytes)
+    return reduce(tensor, *rest, **more)
+torch.distributed.all_reduce = counted
+
+def exchange():
+    accelerator = build_accelerator(RunConfig(device="cpu", gradient_compression=sys.argv[1]))
+    torch.manual_seed(0)
+    config = StudentConfig(name="deit_tiny", image_size=32, patch_size=4)
+    student = build_student(ModelInfo(config, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3, 1.0))
+    number = sum(parameter.numel() for parameter in student.parameters())
+    student, optimizer = accelerator.prepare(student, build_optimizer(student, OptimConfig()))
+    torch.manual_seed(accelerator.process_index)
+    images = torch.rand(2, 3, 32, 32)
+    for _ in range(3):
+        sent.clear()
+        outputs = student(images)
+        loss = outputs.class_logits.sum() + outputs.distillation_logits.square().sum()
+        accelerator.backward(loss)
+        assert student.modules_buffers == []
+        gradient = torch.cat([one.grad.flatten() for one in student.parameters()])
+        optimizer.zero_grad()
+    if accelerator.is_main_process:
+        facts = student._get_ddp_logging_data()
+        pieces = [int(size) for size in facts["rebuilt_bucket_sizes"].split(", ")]
+        save_file({"gradient": gradient}, sys.argv[2])
+        print(json.dumps({"parameters": number, "pieces": pieces, "sent": sent}))
+
+exchange()
+destroy_process_group()
+"""
+
+
+def test_an_update_exchanges_four_bytes_a_parameter_and_half_of_it_compressed(zygote, tmp_path):
+    """In pieces, so that the exchange may begin before the last gradient is there."""
+    script = tmp_path / "exchange.py"
+    script.write_text(EXCHANGE)
+    found = {}
+    for kind in ("none", "bf16"):
+        said = said_by(zygote, 2, script, kind, f"{kind}.pt", cwd=tmp_path)
+        found[kind] = last_json(said)
+        assert sum(found[kind]["pieces"]) == 4 * found[kind]["parameters"]
+        assert len(found[kind]["pieces"]) >= 5
+    assert found["none"]["sent"] == []  # torch's own exchange, in those pieces
+    assert sum(found["bf16"]["sent"]) == 2 * found["bf16"]["parameters"]
+    exact, rounded = (load_file(tmp_path / f"{kind}.pt")["gradient"] for kind in found)
+    assert torch.allclose(exact, rounded, rtol=2**-6, atol=1e-3 * exact.abs().max().item())
+    assert not torch.equal(exact, rounded)

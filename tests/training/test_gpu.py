@@ -1,0 +1,266 @@
+"""What only a GPU can show: the same keys, half precision, a run like the CPU's."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deit.config.data_section import ViewsConfig
+from deit.config.fields import Compile, Crop
+from deit.config.finetune_schedules import at_resolution
+from deit.config.presets import AUGMENTATIONS, LOSS_PRESETS, VIEW_MODES
+from deit.config.recipes.handwriting import digits, digits_teacher
+from deit.config.schema import OptimConfig
+from deit.config.student_section import StudentConfig
+from deit.core import fault_injection, run_folder
+from deit.core.rng import Keys, beta, random_words
+from deit.datasets.images import InMemoryImages
+from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.mixing import sample_mix
+from deit.datasets.operations import CODES, FillOptions, apply_operations
+from deit.datasets.resizing import resize_boxes
+from deit.datasets.views import ChannelStats, apply_views, sample_views
+from deit.distill.target_store import canary
+from deit.distill.write_targets import write_targets
+from deit.evaluation.evaluate import evaluate
+from deit.models.attention import rollout, token_cosines
+from deit.models.cost import cost_of
+from deit.models.networks import create_network
+from deit.models.rednet import involve
+from deit.training.loop import MetricAccumulator, train_epoch
+from deit.training.train import build_run, step_context, train
+from tests.helpers.images import pixels_of, real_images
+from tests.helpers.resume_helpers import same_end, stop_and_go_on
+
+COLOURS = ChannelStats((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def test_keys_give_the_same_words_on_the_gpu():
+    samples = torch.arange(100_000)
+    here, there = Keys(3, 1, samples), Keys(3, 1, samples.cuda())
+    assert torch.equal(random_words(here, "crop", 9), random_words(there, "crop", 9).cpu())
+    assert torch.allclose(beta(here, "mix", 0.8), beta(there, "mix", 0.8).cpu(), atol=1e-12)
+
+
+def views_of(preset, crop):
+    return ViewsConfig(crop=crop, rotation=10, **AUGMENTATIONS[preset])
+
+
+@pytest.mark.parametrize("crop", Crop.__args__)
+@pytest.mark.parametrize("preset", AUGMENTATIONS)
+def test_parameters_are_equal_and_pixels_within_one_level_on_the_gpu(preset, crop):
+    views = views_of(preset, crop)
+    pixels = pixels_of([image.resize((40, 40)) for image in real_images()]).repeat(20, 1, 1, 1)
+    samples = torch.arange(len(pixels))
+    sizes = {"height": 40, "width": 40, "size": 32}
+    here = sample_views(Keys(3, 1, samples), views, **sizes)
+    there = sample_views(Keys(3, 1, samples.cuda()), views, **sizes)
+    for ours, theirs in zip(here, there):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs.cpu())
+    settings = {"views": views, "size": 32, "colours": COLOURS}
+    difference = (
+        apply_views(pixels, here, **settings).int()
+        - apply_views(pixels.cuda(), there, **settings).cpu().int()
+    ).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("size", [24, 32, 72, 96, 224])
+def test_resizing_is_exact_on_the_gpu_whatever_it_may_round(size):
+    pixels = pixels_of(real_images(64, 64))
+    boxes = torch.tensor([[n, 2 * n, 40 - n, 30 + n] for n in range(12)])
+    here = resize_boxes(pixels, boxes, size, "bicubic")
+    torch.set_float32_matmul_precision("high")  # TF32
+    try:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            there = resize_boxes(pixels.cuda(), boxes.cuda(), size, "bicubic")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_operations_are_equal_on_the_gpu(name):
+    pixels = pixels_of(real_images())
+    codes = torch.full((len(pixels),), CODES[name])
+    arguments = torch.linspace(0.1, 1.9, len(pixels))
+    for interpolation in ("bilinear", "bicubic"):
+        canvas = FillOptions(torch.tensor([9, 8, 7], dtype=torch.uint8), interpolation)
+        here = apply_operations(pixels, codes, arguments, canvas)
+        there = apply_operations(pixels.cuda(), codes, arguments.cuda(), canvas).cpu()
+        assert torch.equal(here, there), interpolation
+
+
+def test_pairs_are_mixed_alike_on_the_gpu():
+    pairs, views = torch.arange(10_000), views_of("deit", "padded")
+    here = sample_mix(Keys(3, 1, pairs), views=views, size=32)
+    there = sample_mix(Keys(3, 1, pairs.cuda()), views=views, size=32)
+    assert torch.equal(here.boxes, there.boxes.cpu())
+    assert torch.equal(here.cut, there.cut.cpu())
+    assert torch.allclose(here.own_weight, there.own_weight.cpu(), atol=1e-12)
+
+
+def test_a_loader_gives_the_same_batches_from_the_gpu():
+    images = InMemoryImages(
+        torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 4
+    )
+
+    def batches(device):
+        loader = TrainLoader(
+            images,
+            4,
+            views=views_of("deit", "random_resized"),
+            optim=OptimConfig(batch_size=16),
+            sizes=Sizes(32, 32, 24),
+            colours=COLOURS,
+            seed=1,
+            device=device,
+        )
+        fields = ("images", "teacher_images", "targets", "samples", "places")
+        found = [[getattr(batch, name).cpu() for name in fields] for batch in loader.epoch(0)]
+        assert loader.stages.rates()["views"] > 0
+        return found
+
+    for here, there in zip(batches("cpu"), batches("cuda")):
+        for ours, theirs in zip(here, there):
+            assert torch.allclose(ours.double(), theirs.double(), atol=1.01 / 255)
+
+
+@pytest.mark.parametrize("mode", VIEW_MODES)
+def test_canaries_of_a_store_are_the_same_on_the_gpu(mode):
+    images = InMemoryImages(
+        torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 4
+    )
+    views = views_of("deit", "random_resized")
+    views = dataclasses.replace(views, **VIEW_MODES[mode].fields(dataclasses.asdict(views)))
+
+    def canaries(device):
+        loader = TrainLoader(
+            images,
+            4,
+            views=views,
+            optim=OptimConfig(batch_size=16),
+            sizes=Sizes(32, 32, 24),
+            colours=COLOURS,
+            seed=1,
+            device=device,
+        )
+        shown = loader.teacher_inputs(0, torch.arange(64), block=16)
+        return [canary(part, row) for part in shown for row in range(0, 16, 2)]
+
+    assert canaries("cpu") == canaries("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_involutions_agree_on_the_gpu(dtype):
+    features = torch.randn(4, 32, 15, 15).to(dtype)
+    kernels = torch.randn(4, 2, 49, 8, 8).to(dtype)
+    here = involve(features.float(), kernels.float(), stride=2)
+    there = involve(features.cuda(), kernels.cuda(), stride=2).cpu()
+    assert there.dtype == dtype
+    assert torch.allclose(here, there.float(), rtol=0.02, atol=0.05)
+
+
+def test_a_store_written_on_a_cpu_teaches_on_the_gpu(tmp_path):
+    teacher = digits_teacher().replace(optim={"epochs": 3}, run={"device": "cpu"})
+    train(teacher, tmp_path / "teacher")
+    config = digits().replace(
+        student={"depth": 1},
+        teacher={"source": (str(tmp_path / "teacher"),)},
+        loss=LOSS_PRESETS["deit-hard"],
+        optim={"epochs": 2, "warmup_epochs": 1},
+        run={"device": "cpu"},
+    )
+    write_targets(config, tmp_path / "store")
+    stored = config.replace(
+        teacher={"target_stores": (str(tmp_path / "store"),)}, run={"device": "cuda"}
+    )
+    train(stored, tmp_path / "run")  # its canaries and answers are held against the GPU's
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_learns_in_every_precision(tmp_path, precision):
+    config = digits_teacher().replace(run={"device": "cuda", "precision": precision})
+    state = train(config, tmp_path / precision)
+    assert state["best"]["top1"] > 0.97
+
+
+def test_the_cost_of_a_network_on_the_device():
+    network = create_network(StudentConfig(name="deit_micro"), 10)
+    here = cost_of(network, side=32, batch=8)
+    there = cost_of(network.to("cuda"), side=32, batch=8)
+    assert (there.parameters, there.gmacs) == (here.parameters, here.gmacs)
+    assert there.memory_mb > 4 * there.parameters / 1e6
+    assert there.images_per_s > 0
+
+
+def test_attention_rolled_out_on_the_device():
+    torch.manual_seed(0)
+    network = create_network(StudentConfig(name="deit_micro", depth=3), 10).eval()
+    images = torch.rand(4, 3, 32, 32)
+    here, cosines = rollout(network, images), token_cosines(network, images)
+    network = network.to("cuda")
+    there = rollout(network, images.cuda())
+    torch.testing.assert_close(there.maps, here.maps, atol=1e-4, rtol=1e-3)
+    again = token_cosines(network, images.cuda())
+    torch.testing.assert_close(again, cosines, atol=1e-4, rtol=1e-3)
+
+
+def test_a_fine_tuning_on_the_device(tmp_path):
+    quick = {"epochs": 1, "warmup_epochs": 0}
+    train(digits_teacher().replace(optim=quick), tmp_path / "teacher")
+    config = digits_teacher().replace(optim=quick, run={"device": "cuda"})
+    finer = at_resolution(config, 16).replace(init={"weights": str(tmp_path / "teacher")})
+    train(finer.replace(optim={"trainable": "heads"}), tmp_path / "finer")
+    assert evaluate(tmp_path / "finer", cost=True)["cost"]["images_per_s"] > 0
+
+
+def speedy(**run):
+    """A student without a teacher on the GPU."""
+    config = digits().replace(teacher={"source": ()}, loss=LOSS_PRESETS["none"])
+    return config.replace(
+        views={"auto_augment": "randaugment", "erasing_prob": 0.5},
+        optim={"epochs": 2, "warmup_epochs": 1, "ema_epochs": 1},
+        run={"device": "cuda", **run},
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compile", ["none", "default"])
+def test_the_loop_waits_for_nothing(precision, compile):
+    """Once the views of a stretch are drawn."""
+    run = build_run(speedy(precision=precision, compile=compile))
+    batches, tally = run.loader.epoch(0), MetricAccumulator(run.accelerator, {})
+    updates = train_epoch(step_context(run), batches, tally, step=0, steps=100)
+    next(updates)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            next(updates)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compile", Compile.__args__)
+def test_an_update_that_is_not_finite_is_left_out_behind_the_loop(tmp_path, compile):
+    fault_injection.install_faults("loss:3:nan")
+    result = train(speedy(compile=compile), tmp_path / "run")
+    assert result["skipped"] == 1
+    weights = load_file(run_folder.latest_checkpoint(tmp_path / "run") / "average.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.parametrize("compile", ["none", "default"])
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path, compile):
+    config = speedy(compile=compile)
+    train(config, tmp_path / "straight")
+    stop_and_go_on(config, tmp_path / "run", "update:20:term")
+    same_end(tmp_path / "run", tmp_path / "straight")

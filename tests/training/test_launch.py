@@ -1,0 +1,143 @@
+"""The ways to start a run on one GPU, on several, on several machines and under SLURM, as far as a
+machine without a GPU can follow them."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+from deit.core import run_folder
+from tests.helpers.processes import SETTINGS
+
+pytest.importorskip("sklearn")
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "scripts" / "launch"
+CONFIGS = sorted(path.name for path in LAUNCH.glob("*.yaml"))
+STARTS = {
+    "eight_gpus.yaml": {"nproc_per_node": "8"},
+    "four_nodes.yaml": {
+        "nproc_per_node": "8",
+        "nnodes": "4",
+        "node_rank": "2",
+        "rdzv_endpoint": "HOST:29500",
+    },
+}
+
+
+def understood(name, *more, script=("train_deit.py", "cifar10")):
+    """What accelerate launch makes of a configuration."""
+    words = ["--config_file", str(LAUNCH / name), *more, *script]
+    return _validate_launch_command(launch_command_parser().parse_args(words))[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_accelerate_launch_understands_every_configuration(name, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    config = load_config_from_file(str(LAUNCH / name))
+    assert config.mixed_precision == "bf16"
+    arguments = understood(name, *(("--machine_rank", "2") if name == "four_nodes.yaml" else ()))
+    if name in STARTS:
+        environment = prepare_multi_gpu_env(arguments)
+        for key, value in STARTS[name].items():
+            assert str(getattr(arguments, key)) == value, key
+    else:
+        command, environment = prepare_simple_launcher_cmd_env(arguments)
+        assert command[-2:] == ["train_deit.py", "cifar10"]
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+def test_a_run_starts_by_the_configuration_of_one_gpu(zygote, tmp_path):
+    """On the processor: there is no other here. (tests/training/test_peers.py starts a run by
+    accelerate launch itself.)"""
+    words = ("digits-teacher", "--dry-run", "--out", str(tmp_path / "run"))
+    arguments = understood("one_gpu.yaml", "--cpu", script=(str(ROOT / "train_deit.py"), *words))
+    (python, *command), environment = prepare_simple_launcher_cmd_env(arguments)
+    assert Path(python).name.startswith("python")
+    assert command == [str(ROOT / "train_deit.py"), *words]
+    added = {name: text for name, text in environment.items() if os.environ.get(name) != text}
+    done = zygote.run(*words, script="train_deit.py", cwd=tmp_path, **added)
+    assert done.code == 0, done.err
+    assert re.search(r"^machine .*\bbf16\b", done.out, re.MULTILINE)
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_the_script_for_slurm_begins_a_run_and_goes_on_with_it(tmp_path):
+    """Under stand-ins for srun and scontrol, with two processes in the place of a node's GPUs."""
+    commands = {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "scontrol": "echo localhost",
+    }
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    torchrun = folder / "torchrun"
+    torchrun.write_text(f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    torchrun.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "DEIT_PORT": str(free_port()),
+    }
+    words = ("digits", "--loss", "none", "--teacher.source", "none", *SETTINGS)
+    out = tmp_path / "run"
+
+    def submit(**more):
+        return subprocess.run(
+            ["bash", str(LAUNCH / "slurm.sh"), *words, "--out", str(out)],
+            cwd=ROOT,
+            env={**environment, **more},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = submit(DEIT_FAULT="update:7:kill")  # of ten
+    assert done.returncode != 0
+    assert not (out / "result.json").exists()
+    saved = run_folder.checkpoint_step(run_folder.latest_checkpoint(out))
+    done = submit()
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"^{re.escape(str(out))}: .*\b{saved}\b.*\b10\b", done.stdout, re.MULTILINE)
+    assert json.loads((out / run_folder.RESUMED).read_text())["processes"] == 2
+    assert json.loads((out / "result.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "named", "option"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "torch.compile", "--run.compile"),
+        ("ACCELERATE_USE_FSDP", "FSDP", "--run.sharding"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", "--run.sharding"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM", "--run.sharding"),
+    ],
+)
+def test_what_cannot_be_trained_with_is_refused_before_the_work(
+    zygote, tmp_path, variable, named, option
+):
+    out = tmp_path / "run"
+    done = zygote.run("train", "digits-teacher", "--out", out, **{variable: "true"})
+    assert done.code == 5
+    for name in (variable, named, option):
+        assert name in done.err
+    assert not out.exists()

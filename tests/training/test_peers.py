@@ -1,0 +1,338 @@
+"""Two processes: they stop together, skip together, and none waits for ever for another."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from deit.config.recipes.handwriting import digits_teacher
+from deit.core import run_folder, run_log
+from tests.helpers.command_server import ROOT, Completed, Running, Zygote, until
+from tests.helpers.processes import stand_in
+from tests.helpers.small_runs import SMALL, STEPS, same
+from tests.helpers.trained import trained
+
+pytest.importorskip("sklearn")
+
+
+def both(zygote: Zygote, *words: object, fault: str = "") -> list[Running]:
+    """Both processes of a command, as torchrun starts them."""
+    return zygote.start_together(*words, DEIT_FAULT=fault)
+
+
+def start(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Running]:
+    words = ("train", *SMALL, "--out", out, "--resume", "--run.timeout_s", "20", *more)
+    return both(zygote, *words, fault=fault)
+
+
+def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Completed]:
+    return [process.wait() for process in start(zygote, out, fault, *more)]
+
+
+def ours(said: str) -> list[str]:
+    """The lines of standard error that are ours: Gloo complains where the machine's name leads to
+    no address, and launchers say something of their own."""
+    return [line for line in said.splitlines() if line.startswith("deit")]
+
+
+@pytest.fixture(scope="module")
+def straight(zygote, tmp_path_factory) -> Path:
+    """The run of two processes that nothing happens to."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    for done in run(zygote, out):
+        assert done.code == 0, done.err
+    return out
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_stops_both_at_the_same_update(rank, zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    done = run(zygote, out, f"update@{rank}:2:term")
+    assert [one.code for one in done] == [143, 143]
+    (line,) = ours(done[0].err)
+    assert "SIGTERM" in line
+    assert "--resume" in line
+    assert ours(done[1].err) == []
+    assert 2 <= run_folder.checkpoint_step(run_folder.latest_checkpoint(out)) < 2 * STEPS
+    assert [one.code for one in run(zygote, out)] == [0, 0]
+    same(out, straight)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> tuple[str, ...]:
+    """Options that name a teacher."""
+    out = tmp_path_factory.mktemp("teacher") / "teacher"
+    trained(digits_teacher().replace(optim={"epochs": 3}), out)
+    return ("--loss", "deit-hard", "--teacher.source", str(out))
+
+
+@pytest.fixture(scope="module")
+def store(zygote, teacher, tmp_path_factory) -> Path:
+    """The targets that one process writes."""
+    out = tmp_path_factory.mktemp("store") / "targets"
+    done = zygote.run("targets", "write", *SMALL, *teacher, "--out", out)
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def taught(teacher, store) -> tuple[str, ...]:
+    """Options by which the student learns from stored targets."""
+    return (*teacher, "--teacher.target_stores", str(store), "--run.save_every_steps", "1")
+
+
+@pytest.fixture(scope="module")
+def taught_straight(zygote, taught, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("taught") / "run"
+    for done in run(zygote, out, "", *taught):
+        assert done.code == 0, done.err
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, 2 * STEPS + 1))
+def test_killed_after_any_update_both_go_on_to_the_same_bits(
+    step, zygote, taught, taught_straight, tmp_path
+):
+    """With RandAugment, mixing, drop path, average and stored targets."""
+    out = tmp_path / "run"
+    for done in run(zygote, out, f"update:{step}:kill", *taught):
+        assert done.code in (-signal.SIGKILL, 7)
+    assert [one.code for one in run(zygote, out, "", *taught)] == [0, 0]
+    same(out, taught_straight)
+
+
+@pytest.fixture(scope="module")
+def three_units(teacher) -> tuple[str, ...]:
+    """The command that writes targets that fill three units."""
+    more = ("--data.train_fraction", "1", "--optim.batch_size", "256", "--epochs", "9")
+    return ("targets", "write", *SMALL, *teacher, *more, "--run.eval_batch_size", "256")
+
+
+@pytest.fixture(scope="module")
+def alone(zygote, three_units, tmp_path_factory) -> Path:
+    """What one process writes."""
+    out = tmp_path_factory.mktemp("alone") / "targets"
+    done = zygote.run(*three_units, "--out", out)
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.mark.parametrize(("rank", "block"), [(0, 1), (1, 2), (0, 24)])
+def test_a_signal_to_one_stops_both_that_write_targets(
+    rank, block, zygote, three_units, alone, tmp_path
+):
+    """There are three units: at the end the second process waits for the first."""
+    out = tmp_path / "targets"
+    words = (*three_units, "--out", out)
+    done = [one.wait() for one in both(zygote, *words, fault=f"answers@{rank}:{block}:term")]
+    assert [one.code for one in done] == [143, 143], done[0].err
+    (line,) = ours(done[0].err)
+    assert "SIGTERM" in line
+    assert ours(done[1].err) == []
+    assert not (out / "targets.bin").exists()
+    again = [one.wait() for one in both(zygote, *words)]
+    assert [one.code for one in again] == [0, 0], again[0].err
+    for name in ("targets.bin", "checks.bin"):
+        assert (out / name).read_bytes() == (alone / name).read_bytes()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_stops_both_that_evaluate(rank, zygote, straight, tmp_path):
+    out = shutil.copytree(straight, tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    config["run"]["eval_batch_size"] = 16
+    (out / "config.json").write_text(json.dumps(config))
+    running = both(zygote, "evaluate", out, fault=f"evaluation@{rank}:4:term")
+    done = [one.wait() for one in running]
+    assert [one.code for one in done] == [143, 143], done[0].err
+    (line,) = ours(done[0].err)
+    assert "SIGTERM" in line
+    assert ours(done[1].err) == []
+
+
+def test_it_goes_on_with_another_number_of_processes(zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    run(zygote, out, "update:6:term")
+    stopped = run_folder.checkpoint_step(run_folder.latest_checkpoint(out))
+    assert 6 <= stopped <= 2 * STEPS
+    alone = ("train", *SMALL, "--out", out, "--resume", "--optim.grad_accum_steps", "2")
+    done = zygote.run(*alone)
+    assert done.code == 0, done.err
+    assert re.search(r"\bprocesses\b[^;]*\b2\b[^;]*\b1\b", done.err)
+    ours, theirs = (
+        load_file(run_folder.latest_checkpoint(one) / "model.safetensors")
+        for one in (out, straight)
+    )
+    for name, value in theirs.items():
+        assert (ours[name] - value).abs().max() < 1e-4, name
+    rows = [run_log.read(one / run_log.METRICS) for one in (out, straight)]
+    for mine, other in zip(*rows, strict=True):
+        assert mine["step"] == other["step"]
+        assert mine["train"] == pytest.approx(other["train"], abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    done = run(zygote, out, "loss@1:3:nan")
+    assert [one.code for one in done] == [0, 0]
+    assert json.loads((out / "result.json").read_text())["skipped"] == 1
+    for value in load_file(run_folder.latest_checkpoint(out) / "model.safetensors").values():
+        assert value.isfinite().all()
+    chains = [run_log.read(one / run_log.HASH_CHAIN)[0]["model"] for one in (out, straight)]
+    assert chains[0] != chains[1]  # an update is missing
+    found = run_log.read(out / run_log.NONFINITE_LOG)
+    assert sorted(row["process"] for row in found) == [0, 1]
+    assert {row["step"] for row in found} == {3}
+
+
+def test_too_many_in_a_row_stop_both_with_the_same_code(zygote, tmp_path):
+    done = run(zygote, tmp_path / "run", "loss@1:0:nan", "--run.max_nonfinite_steps", "2")
+    assert [one.code for one in done] == [6, 6]
+
+
+def test_of_two_the_one_that_is_left_ends_with_7(zygote, straight, tmp_path):
+    out = tmp_path / "run"
+    # It does not wait: after these 600 s the test itself would have failed.
+    first, second = run(zygote, out, "update@1:7:kill", "--run.timeout_s", "600")
+    assert second.code == -signal.SIGKILL
+    assert first.code == 7, first.err
+    (line,) = ours(first.err)
+    assert re.search(r"\b600 s\b.*--resume\b", line)
+    assert [one.code for one in run(zygote, out)] == [0, 0]
+    same(out, straight)
+
+
+def test_one_that_hangs_is_not_waited_for_for_ever(zygote, tmp_path):
+    first, second = start(zygote, tmp_path / "run", "update@1:2:hang", "--run.timeout_s", "4")
+    done = first.wait(timeout=300)
+    assert done.code == 7, done.err
+    (line,) = ours(done.err)
+    assert re.search(r"\b4 s\b.*--resume\b", line)
+    hung = second.wait(timeout=0)
+    assert hung.code == -signal.SIGABRT
+    assert "fault_injection.py" in hung.err  # where it was
+
+
+def test_a_mistake_that_one_finds_is_the_end_of_both(zygote, straight, tmp_path):
+    """All checkpoints are damaged, which the first process alone looks at."""
+    out = tmp_path / "run"
+    run(zygote, out, "update:7:term")
+    for _, folder in run_folder.list_checkpoints(out):
+        (folder / "state.json").write_text("{}")
+    done = run(zygote, out)
+    assert [one.code for one in done] == [4, 4]
+    for _, folder in run_folder.list_checkpoints(out):
+        assert str(folder / "state.json") in done[0].err
+        assert str(folder) not in done[1].err
+    assert re.search(r"\bprocess 0\b", done[1].err)
+
+
+@pytest.mark.parametrize("fault", ["model@0:1:full", "evaluation@1:1:full"])
+def test_where_one_fails_alone_the_other_does_not_wait(fault, zygote, tmp_path):
+    """While a checkpoint is written; and before the first update, while teachers are measured."""
+    done = run(zygote, tmp_path / "run", fault)
+    failed = int(fault.split("@")[1][0])
+    assert done[failed].code in (1, 5)
+    assert done[1 - failed].code == 7, done[1 - failed].err
+
+
+def test_from_one_process_to_two(zygote, tmp_path):
+    out, other = tmp_path / "run", tmp_path / "alone"
+    split = ("--optim.grad_accum_steps", "2")
+    alone = ("train", *SMALL, *split, "--resume")
+    assert zygote.run(*alone, "--out", other).code == 0
+    assert zygote.run(*alone, "--out", out, DEIT_FAULT="update:4:term").code == 143
+    done = run(zygote, out)
+    assert [one.code for one in done] == [0, 0], done[0].err
+    ours, theirs = (
+        load_file(run_folder.latest_checkpoint(one) / "model.safetensors") for one in (out, other)
+    )
+    for name, value in theirs.items():
+        assert (ours[name] - value).abs().max() < 1e-4, name
+
+
+@contextmanager
+def nothing_left(process: subprocess.Popen) -> Iterator[None]:
+    """However the test ends: what a process of a session of its own started ends with it."""
+    try:
+        yield
+    finally:
+        for one in psutil.process_iter():
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(one.pid) == process.pid:
+                    one.kill()
+
+
+def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_terminated(tmp_path):
+    """It does not hand the signal on: the training process would never end."""
+    out = tmp_path / "run"
+    launcher = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+            *("--num_machines", "1", "--mixed_precision", "bf16", "--dynamo_backend", "no"),
+            *(str(ROOT / "train_deit.py"), *SMALL, "--out", str(out), "--optim.epochs", "4000"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with nothing_left(launcher):
+        until(lambda: list(out.glob("checkpoint-*")))
+        launcher.terminate()
+        _, said = launcher.communicate(timeout=300)  # until the training process closes it too
+    assert any("SIGTERM" in line for line in ours(said))
+    assert run_folder.latest_checkpoint(out) is not None
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["precision"] == "bf16"  # what the launcher said
+    assert environment["arguments"][0] == "train_deit.py"
+
+
+def test_where_one_has_less_memory_both_halve(zygote, tmp_path):
+    done = run(zygote, tmp_path / "run", "fit@1:1:memory", "--run.auto_micro_batch")
+    assert [one.code for one in done] == [0, 0], done[0].err
+    assert re.search(r"\boptim\.grad_accum_steps 2\b.*\b16 images\b", done[0].out)
+
+
+def test_ctrl_c_under_torchrun_saves_once(tmp_path):
+    """The terminal sends it to everybody, and torchrun to its processes once more. Hugging Face's
+    datasets are there as well, as in many environments; our folder has that name too."""
+    out, printed = tmp_path / "run", tmp_path / "printed"
+    path = os.pathsep.join((stand_in(tmp_path / "site"), str(ROOT)))
+    with printed.open("w") as file:
+        torchrun = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+                *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+                *(str(ROOT / "train_deit.py"), *SMALL, "--out", str(out), "--optim.epochs", "4000"),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    with nothing_left(torchrun):
+        until(lambda: list(out.glob("checkpoint-*")))
+        os.killpg(torchrun.pid, signal.SIGINT)
+        _, said = torchrun.communicate(timeout=300)
+    (line,) = ours(said)
+    assert "SIGINT" in line
+    assert "--resume" in line
+    step = run_folder.checkpoint_step(run_folder.latest_checkpoint(out))
+    assert step > len(run_log.read(out / run_log.METRICS)) * STEPS  # of its very update
+    assert re.search(r"\b64 = 2\b\D+\b1\b\D+\b32\b", printed.read_text())

@@ -1,0 +1,74 @@
+"""`deit profile`: its parts are those of an update, and its files are real."""
+
+import json
+
+import pytest
+
+from deit.training.profile import PARTS
+
+pytest.importorskip("sklearn")
+SMALL = (
+    *("--student.depth", "2", "--student.embed_dim", "24", "--student.num_heads", "2"),
+    *("--optim.batch_size", "128", "--optim.ema_epochs", "1"),
+)
+
+
+@pytest.fixture(scope="module")
+def teacher(zygote, tmp_path_factory):
+    out = tmp_path_factory.mktemp("teacher") / "teacher"
+    done = zygote.run("train", "digits-teacher", "--optim.epochs", "3", "--out", out)
+    assert done.code == 0, done.err
+    return out
+
+
+def test_every_part_of_an_update_is_told(teacher, zygote, tmp_path):
+    words = ("profile", "digits", *SMALL, "--teacher.source", teacher, "--updates", "5")
+    words += ("--trace", "trace.json", "--json", "numbers.json")
+    done = zygote.run(*words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    assert tuple(found["parts"]) == PARTS
+    assert all(took > 0 for took in found["parts"].values())
+    assert 0 < sum(found["parts"].values()) / found["watched_s"] <= 1
+    assert found["update_s"] > 0
+    names = found["operations"]
+    assert "aten::_fused_adamw_" in names or len(names) == 15
+    assert not set(PARTS) & names.keys()
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"views", "teacher", "student"} <= {event.get("name") for event in events}
+    for part in PARTS:
+        assert part in done.out
+    assert "images/s" in done.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["numbers.json", "trace.json"]
+
+
+def test_without_teacher_and_average_they_are_no_parts(zygote, tmp_path):
+    words = ("profile", "digits", "--loss", "none", "--teacher.source", "none", *SMALL[:6])
+    done = zygote.run(*words, "--updates", "2", "--json", "n.json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    parts = json.loads((tmp_path / "n.json").read_text())["parts"]
+    assert set(parts) == set(PARTS) - {"teacher", "average"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (("--updates", "0"), 2, ["--updates 0: "]),
+        (("--trace", "there.json"), 5, ["--trace there.json: ", "--force"]),
+        (("--resume",), 2, ["deit profile: ", "--resume"]),
+    ],
+)
+def test_mistakes_are_told_before_any_work(words, code, named, zygote, tmp_path):
+    (tmp_path / "there.json").write_text("mine")
+    alone = ("--loss", "none", "--teacher.source", "none")
+    done = zygote.run("profile", "digits", *alone, *words, cwd=tmp_path)
+    assert done.code == code
+    assert [one for one in named if one not in done.err] == []
+    assert (tmp_path / "there.json").read_text() == "mine"
+
+
+def test_the_profiler_says_nothing_of_its_own(zygote):
+    """Not even of a GPU that is not there."""
+    alone = ("--teacher.source", "none", "--loss", "none", "--student.depth", "1")
+    done = zygote.run("profile", "digits", *alone, "--updates", "2")
+    assert (done.code, done.err) == (0, "")

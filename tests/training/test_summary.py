@@ -1,0 +1,115 @@
+"""The end of a run: numbers a person reads in ten seconds, the same as plain values."""
+
+import json
+import re
+
+import pytest
+
+from deit.config.recipes.handwriting import digits, digits_teacher
+from deit.core import run_folder, run_log
+from deit.deploy.formats import FORMATS
+from deit.training.summary import SUMMARY, print_summary, sparkline, summary_of
+from deit.training.train import train
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest():
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([0.3]) == "▁"
+    assert sparkline([0.2, 0.2]) == "▁▁"
+    long = sparkline([place / 99 for place in range(100)], width=8)
+    assert long == "▁▂▃▄▅▆▇█"
+    assert len(sparkline(list(range(41)))) == 40
+
+
+def test_a_run_ends_with_its_numbers_and_what_could_be_next(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    config = digits_teacher().replace(optim={"epochs": 4, "warmup_epochs": 1})
+    train(config, tmp_path / "my run")
+    said = capsys.readouterr().out
+    result = run_folder.read_result(tmp_path / "my run")
+    told = summary_of(config, tmp_path / "my run", result)
+    print_summary(told)
+    end = capsys.readouterr().out
+    assert said.endswith(end)
+    rows = run_log.read(tmp_path / "my run" / run_log.METRICS)
+    assert told["curve"] == [
+        [row["epoch"], row["validation"]["class_top1"]] for row in rows if "validation" in row
+    ]
+    assert told["best"] == {"class": result["best"]["top1"]}
+    assert told["selected"] == result["best"]["top1"]
+    assert told["teacher"] is result["teacher_top1"] is None
+    assert json.loads((tmp_path / "my run" / SUMMARY).read_text()) == told
+    best = f"{100 * told['best']['class']:.1f}"
+    assert re.search(rf"\bclass {best}\b.*\bepoch {told['best_epoch']}\b", end)
+    assert re.search(r"\b4 epochs\b", end)
+    assert told["memory_mb"] == max(row["memory_mb"] for row in rows) > 100  # torch alone
+    assert f", {told['memory_mb']:,.0f} MB" in end
+    assert f"deit evaluate '{tmp_path / 'my run'}'" in end
+    assert len(end.splitlines()) <= 10
+
+
+def test_everything_that_is_known_is_told(capsys):
+    told = {
+        "run": "r",
+        "student": "deit_micro",
+        "use": "timm",
+        "epochs": 300,
+        "seconds": 7000.0,
+        "images_per_s": 12345.6,
+        "loader_share": 0.021,
+        "memory_mb": 1234.5,
+        "skipped": 2,
+        "best_epoch": 290,
+        "best": {"class": 0.9, "distillation": 0.91, "fused": 0.92, "average_fused": 0.93},
+        "agreement": 0.95,
+        "teacher": 0.96,
+        "curve": [[1, 0.1], [300, 0.93]],
+    }
+    print_summary(told)
+    said = capsys.readouterr().out
+    for number in ("1 h 56 min", "300 epochs", "12,346 images/s", "loader 2.1 %", "1,234 MB"):
+        assert number in said
+    assert re.search(r"\b2 updates\b", said)
+    for head in ("class 90.0", "distillation 91.0", "fused 92.0", "average fused 93.0"):
+        assert head in said
+    assert re.search(r"\bteacher\D*\b95\.0\b.*\bteacher\D*\b96\.0\b.*\bepoch 290\b", said)
+    assert re.search(r"▁█ 10\.0\b\D*\b93\.0\b", said)
+    assert "deit export r --format timm" in said
+    nothing = {"images_per_s": None, "memory_mb": None}
+    print_summary(told | nothing | {"agreement": None, "teacher": None, "curve": []})
+    assert "None" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("student", "use"),
+    [
+        ({}, "export {} --format timm"),
+        ({"heads_per_block": (1, 2, 3, 4)}, "export {} --format onnx"),
+        ({"mlp_hidden_per_block": (8, 8, 8, 8)}, "export {} --format onnx"),
+        ({"shared_block_size": 2}, "export {} --format onnx"),
+        ({"adapters": "convpass"}, "export {} --format onnx"),
+        ({"num_distillation_tokens": 2}, "export {} --format onnx"),
+        ({"name": "small_convnet"}, "export {} --format onnx"),
+        ({"qat": "int8"}, "quantize {}"),
+        ({"name": "timm:resnet18"}, "export {} --format timm"),
+    ],
+)
+def test_the_use_that_is_named_takes_the_student(tmp_path, capsys, student, use):
+    """timm is not named for what it cannot build."""
+    result = {"epochs": 1, "seconds": 1.0, "skipped": 0, "best": {"top1": 0.5, "epoch": 1}}
+    (tmp_path / run_log.METRICS).touch()
+    config = digits().replace(student=student)
+    print_summary(summary_of(config, tmp_path, result))
+    assert f"deit {use.format(tmp_path)} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lacks", [None, *FORMATS["onnx"].needs])
+def test_a_use_names_the_packages_it_lacks(lacks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "deit.training.summary.find_spec", lambda name: None if name == lacks else object()
+    )
+    result = {"epochs": 1, "seconds": 1.0, "skipped": 0, "best": {"top1": 0.5, "epoch": 1}}
+    (tmp_path / run_log.METRICS).touch()
+    config = digits().replace(student={"name": "small_convnet"})
+    print_summary(summary_of(config, tmp_path, result))
+    assert ("pip install 'deit[export]'" in capsys.readouterr().out) == (lacks is not None)

@@ -1,0 +1,218 @@
+"""Trackers: the numbers of the run folder once more; never unasked, never in the way."""
+
+import importlib.util
+import json
+import re
+import sqlite3
+
+import pytest
+
+from deit.config.fields import Trackers
+from deit.config.recipes.handwriting import digits_teacher
+from deit.core import run_log
+from deit.core.console import info
+from deit.core.errors import StoppedBySignal, SystemFault
+from deit.training import trackers
+from deit.training.train import train
+from tests.helpers.errors import raises
+
+pytest.importorskip("sklearn")
+NAMES = Trackers.__args__[0].__args__[0].__args__
+
+
+def config(*names, **sections):
+    small = digits_teacher().replace(
+        data={"train_fraction": 0.2},
+        optim={"epochs": 3, "warmup_epochs": 1},
+        run={"trackers": names, "eval_every_epochs": 1},
+    )
+    return small.replace(**sections)
+
+
+def scalars(folder):
+    """What TensorBoard's own reader finds: tag -> [(step, value)]."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {}
+    for path in sorted({file.parent for file in folder.rglob("events.out.tfevents.*")}):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, []).extend((one.step, one.value) for one in events.Scalars(tag))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")  # of TensorBoard's own
+def test_tensorboard_has_the_numbers_of_the_run_folder_also_after_a_stop(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from deit.core import fault_injection
+
+    out = tmp_path / "run"
+    fault_injection.install_faults("update:9:term")
+    with pytest.raises(StoppedBySignal):
+        train(config("tensorboard"), out)
+    fault_injection.install_faults(None)
+    train(config("tensorboard"), out, resume=True)
+    found = scalars(out / trackers.FOLDER)
+    rows = run_log.read(out / run_log.METRICS)
+    assert len(rows) == 3
+    for group, name in (("train", "loss"), ("train", "lr"), ("validation", "class_top1")):
+        told = [(row["step"], pytest.approx(row[group][name], rel=1e-6)) for row in rows]
+        assert sorted(found[f"{group}/{name}"]) == told
+    assert "speed/images_per_s" in found
+
+
+def test_nothing_is_tracked_unless_asked(tmp_path):
+    train(config(), tmp_path / "run")
+    assert not (tmp_path / "run" / trackers.FOLDER).exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_package_is_said_before_the_work(name, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(trackers, "find_spec", lambda one: None if one == name else real(one))
+    with raises(SystemFault, f"run.trackers {name}", f"pip install {name}"):
+        train(config(name), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Failing:
+    """A tracker whose server goes away after the first epoch."""
+
+    name = "failing"
+
+    def __init__(self):
+        self.logged = []
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+        if len(self.logged) > 1:
+            raise ConnectionError("no route to host")
+
+    def finish(self):
+        raise ConnectionError("no route to host")
+
+
+def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
+    one = Failing()
+    begin = trackers.Accelerator.init_trackers
+
+    def init(self, project, flat, settings):
+        begin(self, project, flat, settings)
+        self.trackers = [one]
+        info(str(sorted(flat)[:1]))
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    monkeypatch.setattr(trackers, "filter_trackers", lambda names, folder: [])
+    monkeypatch.setattr(trackers.Accelerator, "init_trackers", init)
+    train(config("wandb"), tmp_path / "run")
+    assert len(one.logged) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"\bfailing\b.*no route to host", said)
+    assert said.count("no route to host") == 1  # it is left alone then
+    step, values = one.logged[0]
+    row = run_log.read(tmp_path / "run" / run_log.METRICS)[0]
+    assert (step, values["validation/class_top1"]) == (row["step"], row["validation"]["class_top1"])
+
+
+def test_a_tracker_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError("no key\nsee there")
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    monkeypatch.setattr(trackers.Accelerator, "init_trackers", refuse)
+    with raises(SystemFault, "run.trackers wandb", "no key") as raised:
+        train(config("wandb"), tmp_path / "run")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def handed_on(monkeypatch):
+    """What trackers are given for a run: its configuration, and settings of theirs."""
+    taken = []
+    monkeypatch.setattr(trackers, "filter_trackers", lambda names, folder: [])
+    monkeypatch.setattr(
+        trackers.Accelerator, "init_trackers", lambda self, project, *given: taken.append(given)
+    )
+
+    def of(out, name="wandb"):
+        with trackers.tracked(trackers.Accelerator(cpu=True), config(name), out):
+            return taken[-1]
+
+    return of
+
+
+def test_a_configuration_is_handed_on_in_types_that_all_take(handed_on, tmp_path):
+    flat, _ = handed_on(tmp_path / "run", "tensorboard")
+    assert flat["optim.lr"] == 3e-3
+    assert (flat["optim.clip_grad_norm"], flat["run.trackers"]) == ("none", "tensorboard")
+    assert all(isinstance(value, bool | int | float | str) for value in flat.values())
+
+
+def test_a_resumed_run_keeps_its_names_and_two_of_one_name_do_not_share_them(handed_on, tmp_path):
+    _, first = handed_on(tmp_path / "a" / "run")
+    assert handed_on(tmp_path / "a" / "run")[1] == first
+    assert (first["wandb"]["name"], first["wandb"]["resume"]) == ("run", "allow")
+    _, other = handed_on(tmp_path / "b" / "run")
+    assert other["wandb"]["id"] != first["wandb"]["id"]
+    assert other["trackio"]["name"] != first["trackio"]["name"]
+
+
+def kept_by_mlflow(place):
+    import mlflow
+
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    found = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
+    assert run.data.params["optim.epochs"] == "3"
+    assert run.info.status == "FINISHED"
+    return [(one.step, one.value) for one in found]
+
+
+def kept_by_trackio(place):
+    found = sqlite3.connect(place / "trackio" / "deit.db").execute(
+        "SELECT run_id, step, metrics FROM metrics ORDER BY step"
+    )
+    rows = found.fetchall()
+    assert len({row[0] for row in rows}) == 1
+    return [(step, json.loads(told)["train/loss"]) for _, step, told in rows]
+
+
+def kept_by_wandb(place):
+    """Offline each part has a file of its own; `wandb sync` joins those of one identifier."""
+    parts = sorted((place / "run" / trackers.FOLDER / "wandb").glob("offline-run-*-*"))
+    assert len(parts) == 2
+    assert len({part.name.rpartition("-")[2] for part in parts}) == 1
+    # Protocol buffers: a key, the tag of its value in JSON, the length, the value.
+    told = b"".join(next(part.glob("*.wandb")).read_bytes() for part in parts)
+    steps = re.findall(rb"_step\x82\x01.([0-9]+)", told, re.DOTALL)
+    losses = re.findall(rb"train/loss\x82\x01.([0-9.e-]+)", told, re.DOTALL)
+    return sorted(set(zip(map(int, steps), map(float, losses), strict=True)))  # and a summary
+
+
+OTHERS = {"mlflow": kept_by_mlflow, "trackio": kept_by_trackio, "wandb": kept_by_wandb}
+
+
+@pytest.mark.filterwarnings("ignore")  # of their own
+@pytest.mark.parametrize("name", OTHERS)
+def test_each_has_the_numbers_of_the_run_folder_as_one_run_also_after_a_stop(
+    name, tmp_path, monkeypatch
+):
+    """Without a network: wandb offline, mlflow and trackio in files."""
+    from deit.core import fault_injection
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip(name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    out = tmp_path / "run"
+    fault_injection.install_faults("update:9:term")
+    with pytest.raises(StoppedBySignal):
+        train(config(name), out)
+    fault_injection.install_faults(None)
+    train(config(name, run={"num_checkpoints": 3}), out, resume=True)
+    rows = run_log.read(out / run_log.METRICS)
+    told = [(row["step"], pytest.approx(row["train"]["loss"], rel=1e-6)) for row in rows]
+    assert len(told) == 3
+    assert OTHERS[name](tmp_path) == told
