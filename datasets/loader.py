@@ -14,7 +14,8 @@ from deit.core.errors import ConfigError, DataError
 from deit.core.rng import Keys, permutation
 from deit.core.tensors import to_device_async
 from deit.core.types import Batch
-from deit.datasets.decode_workers import Decoder, Reader, ReadRequest, ReadResult
+from deit.datasets.decode_workers import Reader, ReadResult
+from deit.datasets.decoders import Decoder, ReadRequest
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.mixing import Mix, mix_images, mix_targets, sample_mix
 from deit.datasets.resizing import resize

@@ -24,8 +24,7 @@ from scripts.benchmark_train import train
 WHAT = {"data": data, "targets": targets, "train": train}
 
 
-def main() -> None:
-    """Print a table; with --json also write it, with command, machine and commit; --plot draws."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "what",
@@ -42,6 +41,12 @@ def main() -> None:
     )
     parser.add_argument("--rows", default="", metavar="TEXT", help="only those whose name holds it")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
+    return parser
+
+
+def main() -> None:
+    """Print a table; with --json also write it, with command, machine and commit; --plot draws."""
+    parser = _parser()
     options = parser.parse_args()
     if options.rounds < 1 or options.seconds <= 0 or (options.threads or 1) < 1:
         given = f"{options.rounds}, {options.seconds:g}, {options.threads}"

@@ -8,7 +8,8 @@ from typing import Any
 from deit.analysis.landscape_plots import eigenvalues_chart, lines_chart, path_chart
 from deit.analysis.landscape_tables import LINES, cells, columns, line_cells
 from deit.viz.charts import SERIES
-from deit.viz.plots import markdown_table, mean_std, save_figure
+from deit.viz.plots import save_figure
+from deit.viz.tables import markdown_table, mean_std
 
 
 def landscape_tables(result: dict[str, Any]) -> str:

@@ -14,7 +14,8 @@ from deit.experiments.lottery_tables import tickets_table
 from deit.experiments.sweep_plots import finished_rows, ticket_curve
 from deit.experiments.sweep_tables import cells, class_by_class, columns, disagreement_table
 from deit.viz.charts import chart
-from deit.viz.plots import COLUMNS, comparison_cells, draw_comparison, markdown_table
+from deit.viz.plots import draw_comparison
+from deit.viz.tables import COLUMNS, comparison_cells, markdown_table
 from scripts.benchmark_picture import draw_benchmark
 from scripts.landscape_tables import draw_landscape, draw_seeds, landscape_tables, seeds_tables
 from scripts.smaller_tables import draw_smaller, goals, smaller_table

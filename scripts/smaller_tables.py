@@ -7,7 +7,7 @@ from typing import Any
 
 from deit.deploy.prune_options import CONTROLS, PRUNED, RECOVERED
 from deit.deploy.variants_tables import draw_variants
-from deit.viz.plots import HEADS, final_head_top1, markdown_table, mean_std
+from deit.viz.tables import HEADS, final_head_top1, markdown_table, mean_std
 
 _COLUMNS = (
     "",

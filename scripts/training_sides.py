@@ -21,7 +21,8 @@ from deit.config.schema import Config
 from deit.distill.losses import distillation_loss
 from deit.models.saved import ModelInfo, build_student
 from deit.models.student import Student
-from deit.training.train import build_run, step_context
+from deit.training.build import build_run
+from deit.training.train import step_context
 from scripts.sides import timm_loader
 from scripts.turns import photographs
 

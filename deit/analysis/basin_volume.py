@@ -56,20 +56,17 @@ def basin_volume(
     tolerance: float = 0.01,
     watch: ProgressFn = iter,
 ) -> BasinVolume:
-    """Volume of the region around a point where value < value(point) + rise, by random rays.
+    """Estimate the volume of the region around a point where value < value(point) + rise.
 
     V = omega_n mean(r^n) over directions uniform on the sphere, omega_n the volume of the unit ball
     (Huang et al. 2020, "Understanding generalization through visualizations"). On an ellipsoid of
     condition 1e4 the estimate is a nat per weight too low, however many rays one can afford.
 
-    value: a loss on fixed images, or a divergence from what the network answers at the point.
-    point: vector [size]. Ray k is the same for any number of rays.
-    largest_radius: where a ray is given up as censored; in units of the scales.
-    scales: how far one step goes along each weight, [size], 0 for weights that stay (they are no
-    dimensions then). Near to 1 / sqrt(curvature) they make the region rounder and the estimate
-    better (Scherlis and Belrose 2025); `filter_scales` of deit/analysis/directions.py make a radius
-    one of filters. The volume stays in units of the weights.
-    tolerance: of a radius, relative. Raises ConfigError.
+    value: a loss on fixed images, or a divergence from the outputs at the point. point: [size].
+    rays: random directions; ray k is the same for any number of them. largest_radius: where a ray
+    is censored, in units of the scales. scales: length of a step along each weight, [size], 0 for
+    weights that stay. Near 1 / sqrt(curvature) they make the estimate better (Scherlis and Belrose
+    2025). tolerance: of a radius, relative. Raises ConfigError.
     """
     scales = torch.ones_like(point) if scales is None else scales
     size = int(scales.count_nonzero())

@@ -24,7 +24,7 @@ from deit.core.errors import ConfigError
 from deit.core.filesystem import check_writable, lock_dir, write_json
 from deit.core.json_io import check_same_request, read_sealed, write_sealed
 from deit.distill.build import build_accelerator
-from deit.evaluation.evaluate import resolve_run
+from deit.evaluation.load_run import resolve_run
 from deit.experiments.base_runs import slugify
 from deit.experiments.shared_targets import content_hash
 from deit.models.saved import load_student

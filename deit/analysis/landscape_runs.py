@@ -18,7 +18,7 @@ from deit.core.json_io import values_of
 from deit.core.types import logits_by_head
 from deit.datasets.splits import load_split, stratified_indices
 from deit.distill.inference import evaluation_batches
-from deit.evaluation.evaluate import evaluation_config, resolve_run, warn_unfinished
+from deit.evaluation.load_run import evaluation_config, resolve_run, warn_unfinished
 from deit.experiments.lottery_options import DENSE, TICKET
 from deit.experiments.lottery_plan import folder_of
 from deit.experiments.sweep_tables import MANIFEST, RESULTS, read_results

@@ -16,7 +16,7 @@ from deit.analysis.landscape_plots import (
 from deit.core.errors import SystemFault
 from deit.core.filesystem import atomic_write
 from deit.viz import charts, html
-from deit.viz.plots import markdown_table
+from deit.viz.tables import markdown_table
 
 MANIFEST = "landscape.request.json"
 PAGE = "index.html"

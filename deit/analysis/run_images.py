@@ -18,7 +18,7 @@ from deit.datasets.sources import LISTINGS
 from deit.datasets.splits import load_split, load_splits
 from deit.distill.inference import evaluation_batches
 from deit.evaluation.cache import CachedEvaluation
-from deit.evaluation.evaluate import evaluation_config, resolve_run, student_at_resolution
+from deit.evaluation.load_run import evaluation_config, resolve_run, student_at_resolution
 from deit.models.attention import check_attention, rollout
 from deit.models.saved import ModelInfo
 from deit.viz.attention_plot import draw_attention

@@ -35,7 +35,8 @@ from deit.experiments.sweep_tables import (
     unseen_marks,
 )
 from deit.viz import charts, html
-from deit.viz.plots import draw_arms, draw_epoch_scaling, final_top1
+from deit.viz.plots import draw_arms, draw_epoch_scaling
+from deit.viz.tables import final_top1
 
 _MOST_POINTS = 24
 

@@ -27,7 +27,8 @@ from deit.distill.build import (
     teacher_input_size,
     with_init_normalization,
 )
-from deit.models.teachers import Teacher, resolve_source
+from deit.models.teacher_sources import resolve_source
+from deit.models.teachers import Teacher
 from deit.viz.attention_plot import GREY
 
 _TILE = 128  # side of a picture on the sheet [px]

@@ -65,14 +65,7 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
     """
     parser = _start_parser(program)
     options, rest = parser.parse_known_args(arguments)
-    if options.schedule is not None and options.schedule not in _SCHEDULES:
-        known = ", ".join(_SCHEDULES)
-        raise ConfigError(
-            f"--schedule {options.schedule}: should be one of {known}"
-            f"{did_you_mean(options.schedule, _SCHEDULES)}"
-        )
-    if options.resolution is not None and options.resolution < 1:
-        raise ConfigError(f"--resolution {options.resolution}: should be at least 1")
+    _check_options(options)
     if "--resume" in rest and (folder := _resumable_dir(rest, options.source)) is not None:
         return _resume(rest, folder, options, program)
     out, tuning = None, options.schedule
@@ -120,6 +113,17 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
         adapt=adapt,
         out=out,
     )
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if options.schedule is not None and options.schedule not in _SCHEDULES:
+        known = ", ".join(_SCHEDULES)
+        raise ConfigError(
+            f"--schedule {options.schedule}: should be one of {known}"
+            f"{did_you_mean(options.schedule, _SCHEDULES)}"
+        )
+    if options.resolution is not None and options.resolution < 1:
+        raise ConfigError(f"--resolution {options.resolution}: should be at least 1")
 
 
 def _sized(config: Config, tuning: str, data: DataConfig) -> Config:

@@ -51,28 +51,17 @@ def parse_run(
     out: Path | None = None,
     prefix: str = "",
 ) -> RunArguments:
-    """The checked arguments of a run: RECIPE first, options after it.
+    """Parse and check the command line of a run: RECIPE first, options after it.
 
-    usage: what is named before the options; the recipes are listed if RECIPE is of it.
-    own, told: as `deit.cli.grammar.read` takes them. without: shared options that this command has
-    no use for, each with what to do instead.
-    online: whether its teachers will answer in training, as `deit.config.validation.build` takes
-    it.
-    adapt: what is done to the recipe before the fields of the command line are put over it.
-    out: the folder where none is named; None: checkpoints/RECIPE, with the prefix before RECIPE.
+    usage: what is named before the options. command_parser, help_overrides: as `parse_options`
+    takes them. excluded: shared options that the command does not take, with what to do instead.
+    online: whether teachers run in training, as live_teacher of `config_from_dict`. adapt: changes
+    the recipe before the command line's fields are applied. out: the default folder; None:
+    checkpoints/RECIPE, with `prefix` before RECIPE.
     Raises ConfigError naming every problem; `--help` prints and raises SystemExit(0).
     """
     excluded = excluded or {}
-    helps = {"-h", "--help"} & set(arguments)
-    if arguments and not arguments[0].startswith("-"):
-        recipe, rest = arguments[0], arguments[1:]
-    elif helps:
-        recipe, rest = "digits", arguments
-    else:
-        raise ConfigError(
-            f"name a recipe first: {program} RECIPE [options]; recipes are "
-            f"{', '.join(RECIPES)}, FILE.py:FUNCTION, or a run's config.json"
-        )
+    recipe, rest = _split_recipe(arguments, program)
     for name, instead in excluded.items():
         if any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in rest):
             raise ConfigError(f"{program}: takes no {option_of(name)}; {instead}")
@@ -89,24 +78,14 @@ def parse_run(
         excluded=excluded,
     )
     problems = _unknown(unknown, command_parser)
-    values = to_dict(base)
-    named = {flag: plain(getattr(options, flag)) for flag in PRESETS}
-    for flag, advice in apply_presets(values, named).items():
-        problems.append(ConfigProblem(option_of(flag), named[flag], advice))
-    problems += _merge(values, base, options.config)
-    presets = [flag for flag, name in named.items() if name is not None]
-    fit_epochs(values, [*_typed(options.config), *presets])
+    values = _with_options(base, options, problems)
     folder = plain(options.out)
     if folder == "":
         problems.append(ConfigProblem("--out", folder, "needs a folder"))
     config = config_from_dict(values, problems, live_teacher=online)
     typed = isinstance(options.config.teacher.source, RawValue)
-    if recipe.endswith(".json") and not typed and config.teacher.code_sources:
-        named = ",".join(config.teacher.source)
-        raise ConfigError(
-            f"{recipe}: its teacher {named} is code, which no file but the command line may have "
-            f"run; add --teacher.source {named} if you trust it"
-        )
+    if recipe.endswith(".json") and not typed:
+        _refuse_teacher_code(recipe, config)
     return RunArguments(
         recipe=recipe,
         config=config,
@@ -118,6 +97,43 @@ def parse_run(
         print_config=options.print_config,
         trusts_teacher_code=typed,
     )
+
+
+def _refuse_teacher_code(recipe: str, config: Config) -> None:
+    """Refuse teachers that are code and that only a file names. Raises ConfigError."""
+    if config.teacher.code_sources:
+        named = ",".join(config.teacher.source)
+        raise ConfigError(
+            f"{recipe}: its teacher {named} is code, which no file but the command line may have "
+            f"run; add --teacher.source {named} if you trust it"
+        )
+
+
+def _split_recipe(arguments: list[str], program: str) -> tuple[str, list[str]]:
+    """Return the recipe and the words after it; `digits` for --help alone. Raises ConfigError."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    if {"-h", "--help"} & set(arguments):
+        return "digits", arguments
+    raise ConfigError(
+        f"name a recipe first: {program} RECIPE [options]; recipes are "
+        f"{', '.join(RECIPES)}, FILE.py:FUNCTION, or a run's config.json"
+    )
+
+
+def _with_options(
+    base: Config, options: Any, problems: list[ConfigProblem]
+) -> dict[str, dict[str, Any]]:
+    """Return the values of a recipe with presets and fields of a command line applied; add what is
+    wrong to `problems`."""
+    values = to_dict(base)
+    named = {flag: plain(getattr(options, flag)) for flag in PRESETS}
+    for flag, advice in apply_presets(values, named).items():
+        problems.append(ConfigProblem(option_of(flag), named[flag], advice))
+    problems += _merge(values, base, options.config)
+    presets = [flag for flag, name in named.items() if name is not None]
+    fit_epochs(values, [*_typed(options.config), *presets])
+    return values
 
 
 def print_config_if_asked(run: RunArguments) -> bool:

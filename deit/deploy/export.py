@@ -14,10 +14,12 @@ from deit.core.console import info
 from deit.core.errors import CheckpointError, ConfigError, SystemFault
 from deit.core.filesystem import atomic_write_dir, check_writable
 from deit.datasets.splits import load_splits
-from deit.deploy.formats import FORMATS, Graph, Heads, InferenceFn, outputs_of
+from deit.deploy.formats import FORMATS, ExportFormat, Graph, Heads, InferenceFn, outputs_of
 from deit.deploy.model_card import write_card
 from deit.distill.inference import evaluation_batches
-from deit.evaluation.evaluate import evaluate, resolve_run
+from deit.evaluation.evaluate import evaluate
+from deit.evaluation.load_run import resolve_run
+from deit.models.metadata import ModelInfo
 from deit.models.saved import load_student
 from deit.models.student import Student
 
@@ -59,12 +61,7 @@ def export(
     form = FORMATS[name]
     config, saved = resolve_run(run, checkpoint)
     student, facts = load_student(saved)
-    if facts.student.qat != "none":
-        raise ConfigError(
-            f"{run}: student.qat = {facts.student.qat!r}: a file of floats would answer "
-            "otherwise than the run; deit quantize writes the integers it was trained for"
-        )
-    form.check(student, facts)
+    _check(form, student, facts, run)
     require_packages(form.needs, f"--format {name}")
     folder = out or saved.parent / f"export-{name}"
     check_output_dir(folder, force=force)
@@ -78,18 +75,7 @@ def export(
 
     def write(place: Path) -> None:
         form.write(place, bare, facts)
-        for loader, load in form.load.items():
-            if find_spec(loader) is None:
-                info(f"          not tried with {loader}: it is not installed")
-                continue
-            one = verify(loader, load(place), inputs, expected, tolerance=form.tolerance)
-            one = one._replace(images=number)
-            info(
-                f"verified  {one.loader}: {one.images} test images in batches of "
-                f"{', '.join(map(str, BATCHES))}; logits differ by {one.difference:.1e} at most "
-                f"({one.allowed:.1e} is allowed), no answer differs"
-            )
-            verified.append(one)
+        verified.extend(_verify_all(form, place, inputs, expected, number))
         write_card(
             place / "README.md",
             run=saved.parent,
@@ -107,6 +93,37 @@ def export(
     size = sum(file.stat().st_size for file in files) / 1e6
     info(f"exported  {folder}: {', '.join(file.name for file in files)} ({size:.1f} MB)")
     return folder
+
+
+def _check(form: ExportFormat, student: Student, facts: ModelInfo, run: Path) -> None:
+    """Refuse a network that the format cannot hold. Raises ConfigError."""
+    if facts.student.qat != "none":
+        raise ConfigError(
+            f"{run}: student.qat = {facts.student.qat!r}: a file of floats would answer "
+            "otherwise than the run; deit quantize writes the integers it was trained for"
+        )
+    form.check(student, facts)
+
+
+def _verify_all(
+    form: ExportFormat, folder: Path, inputs: Tensor, expected: dict[str, Tensor], images: int
+) -> list[Verification]:
+    """Compare an export with the original by every installed package that loads it. images: how
+    many different ones the inputs are."""
+    found = []
+    for loader, load in form.load.items():
+        if find_spec(loader) is None:
+            info(f"          not tried with {loader}: it is not installed")
+            continue
+        one = verify(loader, load(folder), inputs, expected, tolerance=form.tolerance)
+        one = one._replace(images=images)
+        info(
+            f"verified  {one.loader}: {one.images} test images in batches of "
+            f"{', '.join(map(str, BATCHES))}; logits differ by {one.difference:.1e} at most "
+            f"({one.allowed:.1e} is allowed), no answer differs"
+        )
+        found.append(one)
+    return found
 
 
 def require_packages(packages: tuple[str, ...], what: str) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from deit.core.console import format_percent, info, table
 from deit.core.filesystem import format_bytes
-from deit.viz.plots import markdown_table
+from deit.viz.tables import markdown_table
 
 _HEADS = ("head", "float top-1 %", "int8 top-1 %", "agreement %", "signal to noise dB")
 _FILES = ("", "float", "int8", "int8 / float")

@@ -12,7 +12,7 @@ from deit.config.teachers import teacher_specs
 from deit.core.console import format_percent
 from deit.core.run_folder import ENVIRONMENT, recorded
 from deit.models.saved import ModelInfo
-from deit.viz.plots import markdown_table
+from deit.viz.tables import markdown_table
 
 _LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "pt2": "pytorch"}
 

@@ -23,7 +23,7 @@ from deit.deploy.formats import (
 )
 from deit.deploy.int8_layers import QuantizableLayers, attentions, prepare
 from deit.distill.inference import evaluation_batches
-from deit.evaluation.evaluate import evaluation_images
+from deit.evaluation.load_run import evaluation_images
 from deit.models.saved import ModelInfo
 from deit.models.student import Student
 from deit.models.surgery.fake_quant import disable_fake_quant

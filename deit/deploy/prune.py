@@ -16,7 +16,7 @@ from deit.core.json_io import check_same_request
 from deit.deploy.prune_options import CONTROLS, KEPT, MANIFEST, PRUNED, RECOVERED, PruneOptions
 from deit.deploy.prune_selection import print_selection, scoring_config, select_units, units_to_keep
 from deit.deploy.prune_tables import print_pruning, prune_page, prune_result
-from deit.evaluation.evaluate import resolve_run
+from deit.evaluation.load_run import resolve_run
 from deit.experiments import shared_targets
 from deit.experiments.finished_runs import FinishedRunChecker
 from deit.experiments.runner import (
@@ -59,10 +59,6 @@ def prune(
     """
     check_num_parallel(parallel, option="--parallel")
     config, saved = resolve_run(run, name)
-    if saved.parent.name != PRUNED and run_folder.read_result(saved.parent) is None:
-        raise CheckpointError(
-            f"{run}: is not finished; go on with it first (its own command with --resume)"
-        )
     _check(config, saved, run)
     _check_asked(config, recovery, controls)
     numbers = units_to_keep(config, asked)
@@ -98,16 +94,24 @@ def prune(
         if failed:
             raise combined_error(failed)
         result = prune_result(run, name, out, runs, arguments)
-        write_json(out / "results.json", result)
-        (out / "results.md").write_text(prune_page(result), encoding="utf-8")
-        info(f"wrote {out / 'results.json'}")
-        info(f"wrote {out / 'results.md'}")
+        _write_results(out, result)
     print_pruning(result)
     return result
 
 
+def _write_results(out: Path, result: dict[str, Any]) -> None:
+    write_json(out / "results.json", result)
+    (out / "results.md").write_text(prune_page(result), encoding="utf-8")
+    info(f"wrote {out / 'results.json'}")
+    info(f"wrote {out / 'results.md'}")
+
+
 def _check(config: Config, saved: Path, run: Path) -> None:
     """Refuse what has no heads to cut. Raises ConfigError."""
+    if saved.parent.name != PRUNED and run_folder.read_result(saved.parent) is None:
+        raise CheckpointError(
+            f"{run}: is not finished; resume it first (its own command with --resume)"
+        )
     if not config.student.is_transformer:
         raise ConfigError(
             f"{run}: student.name = {config.student.name!r}: heads and hidden units are cut from "

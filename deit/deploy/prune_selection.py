@@ -23,8 +23,8 @@ from deit.models.surgery.structured_pruning import (
     numbers_for_macs,
     select_top,
 )
+from deit.training.build import build_run
 from deit.training.state import TrainingRun
-from deit.training.train import build_run
 
 
 def select_units(

@@ -9,11 +9,12 @@ from deit.core.console import format_percent, table
 from deit.core.json_io import load_json_as, values_of
 from deit.deploy.prune_options import CONTROLS, KEPT, MANIFEST, PRUNED, RECOVERED
 from deit.evaluation.cache import EvaluationCache
-from deit.evaluation.evaluate import evaluate, resolve_run
+from deit.evaluation.evaluate import evaluate
+from deit.evaluation.load_run import resolve_run
 from deit.evaluation.result_rows import top1_by_head
 from deit.experiments.runner import RunSpec
 from deit.models.saved import WEIGHTS
-from deit.viz.plots import HEADS, markdown_table
+from deit.viz.tables import HEADS, markdown_table
 
 
 def prune_result(

@@ -39,7 +39,7 @@ from deit.deploy.model_card import write_card
 from deit.deploy.onnx_student import OnnxStudent, export_float_onnx, split_images
 from deit.deploy.prune_options import MANIFEST, PRUNED, RECOVERED
 from deit.distill.build import build_accelerator
-from deit.evaluation.evaluate import evaluation_config, resolve_run
+from deit.evaluation.load_run import evaluation_config, resolve_run
 from deit.models.saved import ModelInfo, load_student
 from deit.models.student import Student
 from deit.models.surgery.fake_quant import fake_quant_layers
@@ -81,26 +81,17 @@ def quantize(
 ) -> Path:
     """Write a run's student as int8, with a card and what was measured; the folder.
 
-    out: None: quantized-METHOD in the run's folder. max_drop: by so many percentage points top-1 on
-    the test images may fall, of the student's own answer. sensitivity: whether each layer is
-    measured alone. root: where the images lie now. json_file: for the numbers as well. force:
-    replaces folder and file. arguments: of the command line, to be written down.
+    out: default: quantized-METHOD in the run's folder. max_drop: percentage points of top-1 on the
+    test images that may be lost. sensitivity: also measure each layer alone. root: where the images
+    are now. json_file: also write the numbers here. force: replace folder and file.
 
-    Raises EnvironmentFault where a package is missing or a place cannot be written, ConfigError
-    where nothing can be quantized, DataError where training images are too few, CheckpointError
-    where the run is not finished or the int8 file falls short; nothing is left behind then.
+    Raises SystemFault where a package is missing or a file cannot be written, ConfigError where
+    nothing can be quantized, DataError with too few training images, CheckpointError where the run
+    is not finished or too much accuracy is lost; nothing is written then.
     """
     require_packages(FORMATS["onnx"].needs, "deit quantize")
     config, saved = resolve_run(run, checkpoint)
-    out_of_prune = saved.parent.parent
-    if saved.parent.name == PRUNED and (out_of_prune / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{saved.parent}: was cut and is not trained; quantize {out_of_prune / RECOVERED}"
-        )
-    if read_result(saved.parent) is None:
-        raise CheckpointError(
-            f"{saved.parent}: is not finished; go on with it first (its own command with --resume)"
-        )
+    _check_finished(saved.parent)
     _check_learnt(config, plan, run)
     folder = out or saved.parent / f"quantized-{plan.method}"
     check_output_dir(folder, force=force)
@@ -108,12 +99,7 @@ def quantize(
     config = evaluation_config(config, root=root, device="cpu")
     student, facts = load_student(saved)
     _check_early(plan, config, student, facts, saved.parent)
-    found: dict[str, Any] = {
-        "run": str(run),
-        "checkpoint": saved.name,
-        "command": f"deit quantize {shlex.join(arguments or [])}".rstrip(),
-        "environment": _environment(config, arguments or []),
-    }
+    found = {"run": str(run), "checkpoint": saved.name, **_about(config, arguments or [])}
     with tempfile.TemporaryDirectory(prefix="deit-") as scratch:
         file = export_float_onnx(config, student, facts, run=saved.parent, place=Path(scratch))
         target = Path(scratch) / "int8.onnx"
@@ -121,10 +107,7 @@ def quantize(
         found |= compare_on_test(file, target)
         if file.rounding is not None:
             found["as_the_run"] = compare_to_run(file, target)
-        others = [
-            name for name in METHODS if name != plan.method and covers_enough(file.layers, name)
-        ]
-        others = others if file.rounding is None else []
+        others = _other_methods(file, plan)
         found |= check_accuracy_drop(found, max_drop, others, trainable=_trainable(config.student))
 
         def write(place: Path) -> None:
@@ -142,6 +125,31 @@ def quantize(
         info(f"wrote {json_file}")
     info(f"quantized {folder}: {', '.join(sorted(one.name for one in folder.iterdir()))}")
     return folder
+
+
+def _about(config: Config, arguments: list[str]) -> dict[str, Any]:
+    command = f"deit quantize {shlex.join(arguments)}".rstrip()
+    return {"command": command, "environment": _environment(config, arguments)}
+
+
+def _check_finished(run: Path) -> None:
+    """Refuse a run that is not trained to its end. Raises CheckpointError."""
+    out_of_prune = run.parent
+    if run.name == PRUNED and (out_of_prune / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{run}: was pruned and is not trained; quantize {out_of_prune / RECOVERED}"
+        )
+    if read_result(run) is None:
+        raise CheckpointError(
+            f"{run}: is not finished; resume it first (its own command with --resume)"
+        )
+
+
+def _other_methods(file: OnnxStudent, plan: QuantizeOptions) -> list[str]:
+    """The methods that may lose less accuracy; none for a run trained for its own."""
+    if file.rounding is not None:
+        return []
+    return [name for name in METHODS if name != plan.method and covers_enough(file.layers, name)]
 
 
 def _check_learnt(config: Config, plan: QuantizeOptions, run: Path) -> None:

@@ -31,7 +31,7 @@ from deit.deploy.prune_options import CONTROLS, MANIFEST, RECOVERED
 from deit.deploy.variants_tables import draw_variants, markdown, print_variants
 from deit.distill.build import build_accelerator
 from deit.distill.inference import evaluation_batches
-from deit.evaluation.evaluate import (
+from deit.evaluation.load_run import (
     evaluation_config,
     evaluation_images,
     resolve_run,

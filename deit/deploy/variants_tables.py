@@ -5,7 +5,8 @@ from typing import Any
 
 from deit.core.console import format_percent, info, table
 from deit.viz import charts
-from deit.viz.plots import HEADS, final_head_top1, markdown_table, save_figure
+from deit.viz.plots import save_figure
+from deit.viz.tables import HEADS, final_head_top1, markdown_table
 
 _COLUMNS = (
     "",

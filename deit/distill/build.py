@@ -18,11 +18,13 @@ from deit.datasets.splits import Splits
 from deit.datasets.views import ChannelStats
 from deit.distill.losses import needs_logits
 from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble, TeacherFn
-from deit.models.load_weights import LoadedWeights, adapt_weights, load_weights_from
+from deit.models.adapt_weights import LoadedWeights, adapt_weights
+from deit.models.load_weights import load_weights_from
 from deit.models.memory_format import fastest_memory_format
 from deit.models.saved import ModelInfo
 from deit.models.surgery.pruning_masks import Masks, apply, check_fits, read_masks
-from deit.models.teachers import Teacher, load_teacher
+from deit.models.teacher_sources import load_teacher
+from deit.models.teachers import Teacher
 from deit.models.weight_files import digest_of, load_weights
 
 _ANY_SIDE = 32  # px: of what a teacher that takes any is measured with

@@ -34,7 +34,8 @@ from deit.distill.target_checks import (
 from deit.distill.target_store import TargetStore
 from deit.distill.teacher_check import check_teachers
 from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble, TeacherFn
-from deit.models.teachers import Teacher, resolve_source
+from deit.models.teacher_sources import resolve_source
+from deit.models.teachers import Teacher
 from deit.models.weight_files import digest_of
 
 

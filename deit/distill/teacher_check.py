@@ -22,7 +22,8 @@ from deit.datasets.splits import Splits
 from deit.distill.inference import predict_split
 from deit.distill.teacher_ensemble import combine_teachers, error_overlap
 from deit.models.parameters import count_parameters
-from deit.models.teachers import ASSUMED, BY_NAME, Teacher, arranged
+from deit.models.teacher_sources import arranged
+from deit.models.teachers import ASSUMED, BY_NAME, Teacher
 
 _MORE = 512  # training images that decide about an order where too few validation images can
 _BY_CHANCE = 1e-3  # how likely any order may seem better by luck alone, and the run still stops

@@ -16,7 +16,8 @@ from deit.distill.build import (
 )
 from deit.distill.target_checks import teacher_query, verify_store
 from deit.distill.target_store import open_store
-from deit.models.teachers import Teacher, resolve_source
+from deit.models.teacher_sources import resolve_source
+from deit.models.teachers import Teacher
 
 
 def verify_targets(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from deit.core.host_memory import check_answers
 from deit.core.signals import GracefulStop
 from deit.core.types import TeacherOutput
 from deit.datasets.loader import TeacherInput, TrainLoader
-from deit.datasets.splits import load_splits
+from deit.datasets.splits import Splits, load_splits
 from deit.distill.build import (
     build_accelerator,
     build_online_ensemble,
@@ -49,7 +50,8 @@ from deit.distill.target_store import (
 )
 from deit.distill.teacher_check import check_teachers
 from deit.distill.teacher_ensemble import TeacherEnsemble
-from deit.models.teachers import Teacher, resolve_source
+from deit.models.teacher_sources import resolve_source
+from deit.models.teachers import Teacher
 
 _ALMOST_ONE = 0.9  # a mixed view counts as one image from this weight on
 _MOST_CLASSES = 2**16
@@ -64,24 +66,19 @@ def write_targets(
     part: tuple[int, int] = (0, 1),
     teacher_index: int | None = None,
 ) -> bool:
-    """Write the answers of a configuration's teachers to its training views, and finish the store
-    when no unit of it is missing any more; whether it is complete, as the first process knows.
-    What is there already is not written again.
+    """Write the teachers' outputs for all training views of a configuration into a store.
 
-    epochs: to write; None: all that are trained. content: hard, full or top-K; None: what the
-    objective needs. part: (number from 0, of how many): which part of the units is written here.
-    only: number, from 1, of the one of several teachers whose answers are written, to the views
-    that all of them see together; None: what all say.
-    Raises the errors of deit.core.errors.
+    Shards that exist are kept. epochs: how many to write; None: all of the run. content: hard, full
+    or top-K; None: what the loss needs. part: (number from 0, of how many) of the shards to write
+    here. teacher_index: write the outputs of this teacher alone (from 1), for the views that all
+    teachers see; None: of all teachers.
+    Returns whether the store is complete, as the first process knows it. Raises the errors of
+    deit.core.errors.
     """
     config = _for_writing(config, teacher_index)
     config = with_init_normalization(config, load_init_weights(config))
-    for member in teacher_specs(config.teacher):
-        resolve_source(member.source)  # before the images are read
     out = out.resolve()
-    if out.exists() and not out.is_dir():
-        raise SystemFault(f"--out {out}: is a file, not a folder")
-    check_writable(out, option="--out")
+    _check_places(config, out)
     accelerator = build_accelerator(config.run)
     splits = load_splits(config.data)
     teachers = build_teachers(config, splits, accelerator)
@@ -92,37 +89,20 @@ def write_targets(
         config = _with_one_teacher(config, teacher_index)
     layout = _layout(config, loader, len(splits.class_names), epochs, content)
     block = max(config.run.eval_batch_size // 2 * 2, 2)
-    environment = environment_info(accelerator, [])
-    manifest = {
-        "format": FORMAT,
-        "complete": False,
-        # The last bits of an answer depend on these, so all writers of a store share them.
-        "asked": {"precision": environment["precision"], "block": block},
-        "fingerprint": fingerprint_of(config, splits, loader, teachers),
-        "layout": layout._asdict(),
-        "teacher_top1": None,
-        "about": _about(config, teachers, environment),
-    }
+    manifest = _manifest(config, splits, loader, teachers, layout, accelerator, block)
     wanted = tuple(member.memory_format for member in teacher_specs(config.teacher))
     layouts = _layouts(out, wanted, wanted)
     layouts = set_memory_formats(teachers, layouts, accelerator, images=block)
     units = _units(out, manifest, layouts)
-    complete = torch.tensor(float(units.is_complete()), device=accelerator.device)
-    # Together: what follows measures the teachers with all processes.
-    if accelerator.reduce(complete, reduction="sum").item() > 0:
-        if accelerator.is_main_process:
-            units.clean_up()
+    if _is_complete(units, accelerator):
         info(f"{out}: complete already")
         return True
+    size = loader.sizes.teacher
     for teacher in teachers:
         with accelerator.autocast():
-            side = loader.sizes.teacher
-            check_answers(teacher, teacher.forward, side, accelerator, block)
-    # The units, and beside them the file that they are put together in.
-    written = sum(file.stat().st_size for file in (out / SHARDS).glob("*.bin"))
-    check_space(out, 2 * layout.rows * layout.dtype.itemsize - written, option="--out")
+            check_answers(teacher, teacher.forward, size, accelerator, block)
+    _check_room(out, layout)
     weights = tuple(member.weight for member in teacher_specs(config.teacher))
-    size = loader.sizes.teacher
     check_teachers(config, splits, accelerator, teachers, weights=weights, size=size)
     # Who writes another part of this store may have settled it meanwhile.
     layouts = set_memory_formats(
@@ -130,23 +110,81 @@ def write_targets(
     )
     units = _units(out, manifest, layouts)
     units.create_or_match()  # not before: teachers that will not do leave no folder behind
-    panel = build_online_ensemble(config, splits, teachers, accelerator)
-    number, parts = part
+    ensemble = build_online_ensemble(config, splits, teachers, accelerator)
+    shards = _shards_of(part, layout.num_shards, accelerator)
+    writer = TargetWriter(units, shards, loader, ensemble, config, splits.train.labels, block)
+    _write_all(writer, accelerator)
+    return accelerator.is_main_process and units.merge_if_complete()
+
+
+def _is_complete(units: ShardedTargetWriter, accelerator: Accelerator) -> bool:
+    """Whether any process finds the store complete: what follows needs all processes together."""
+    complete = torch.tensor(float(units.is_complete()), device=accelerator.device)
+    if accelerator.reduce(complete, reduction="sum").item() == 0:
+        return False
+    if accelerator.is_main_process:
+        units.clean_up()
+    return True
+
+
+def _check_places(config: Config, out: Path) -> None:
+    """Check teachers and folder before the images are read."""
+    for member in teacher_specs(config.teacher):
+        resolve_source(member.source)
+    if out.exists() and not out.is_dir():
+        raise SystemFault(f"--out {out}: is a file, not a folder")
+    check_writable(out, option="--out")
+
+
+def _check_room(out: Path, layout: RecordFormat) -> None:
+    """Check that the disk has room for the shards and for the file that they are merged into."""
+    written = sum(file.stat().st_size for file in (out / SHARDS).glob("*.bin"))
+    check_space(out, 2 * layout.rows * layout.dtype.itemsize - written, option="--out")
+
+
+def _manifest(
+    config: Config,
+    splits: Splits,
+    loader: TrainLoader,
+    teachers: list[Teacher],
+    layout: RecordFormat,
+    accelerator: Accelerator,
+    block: int,
+) -> dict[str, Any]:
+    """Return the manifest of a store that is not complete yet."""
+    environment = environment_info(accelerator, [])
+    return {
+        "format": FORMAT,
+        "complete": False,
+        # The last bits of an output depend on these, so all writers of a store share them.
+        "asked": {"precision": environment["precision"], "block": block},
+        "fingerprint": fingerprint_of(config, splits, loader, teachers),
+        "layout": layout._asdict(),
+        "teacher_top1": None,
+        "about": _about(config, teachers, environment),
+    }
+
+
+def _shards_of(part: tuple[int, int], num_shards: int, accelerator: Accelerator) -> list[int]:
+    """The shards that this process writes of a part (number from 0, of how many)."""
     processes = accelerator.num_processes
-    number, parts = number * processes + accelerator.process_index, parts * processes
-    own_shards = [shard for shard in range(layout.num_shards) if shard % parts == number]
-    if not own_shards:
-        info(f"this part is empty: there are {layout.num_shards} units for {parts} parts")
-    writer = TargetWriter(units, own_shards, loader, panel, config, splits.train.labels, block)
+    number, parts = part[0] * processes + accelerator.process_index, part[1] * processes
+    shards = [shard for shard in range(num_shards) if shard % parts == number]
+    if not shards:
+        info(f"this part is empty: there are {num_shards} shards for {parts} parts")
+    return shards
+
+
+def _write_all(writer: "TargetWriter", accelerator: Accelerator) -> None:
+    """Write a process's shards; a signal stops all processes together."""
     blocks = torch.tensor([writer.blocks], device=accelerator.device)
     longest = int(accelerator.gather(blocks).max())
     with GracefulStop(accelerator) as interruption:
         writer.write(interruption)
-        # The others may have more to ask for: what stops them stops this process as well.
+        # The others may have more to write: what stops them stops this process as well.
         for _ in range(longest - writer.blocks):
             interruption.raise_if_stopped()
         interruption.raise_if_stopped(now=True)
-    return accelerator.is_main_process and units.merge_if_complete()
 
 
 def _layouts(out: Path, wanted: tuple[str, ...], otherwise: tuple[str, ...]) -> tuple[str, ...]:

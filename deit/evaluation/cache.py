@@ -12,13 +12,8 @@ from deit.core.errors import CheckpointError, DataError
 from deit.core.file_reading import read_bytes
 from deit.core.json_io import read_sealed, write_sealed
 from deit.datasets.splits import digest_of_images, load_split
-from deit.evaluation.evaluate import (
-    EvaluationResult,
-    cost_of_run,
-    evaluate_run,
-    evaluation_config,
-    load_run_config,
-)
+from deit.evaluation.evaluate import EvaluationResult, cost_of_run, evaluate_run
+from deit.evaluation.load_run import evaluation_config, load_run_config
 from deit.models.metadata import find_saved_model
 
 

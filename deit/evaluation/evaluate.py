@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from deit.config.data_section import DataConfig
-from deit.config.finetune_schedules import at_resolution
 from deit.config.schema import Config, TeacherConfig
-from deit.config.student_section import InitConfig
 from deit.config.teachers import teacher_specs
-from deit.config.validation import load_config
-from deit.core import run_folder, run_log
 from deit.core.accelerator import environment_info, place_of_speed
 from deit.core.console import warn
 from deit.core.errors import CheckpointError, ConfigError, DataError
@@ -22,23 +19,26 @@ from deit.core.host_memory import check_answers
 from deit.core.metrics import agreement, calibration_error, confusion, topk_accuracy
 from deit.core.signals import GracefulStop
 from deit.core.types import logits_by_head
-from deit.datasets.imagenet_variants import load_variant
 from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.datasets.splits import digest_of_images, held_out, load_split
+from deit.datasets.splits import digest_of_images, held_out
 from deit.distill.build import build_accelerator, image_sizes, teacher_input_size
 from deit.distill.inference import evaluation_batches, predict_split
 from deit.distill.teacher_check import announce_order, refuse_order
 from deit.distill.teacher_ensemble import combine_teachers
+from deit.evaluation.load_run import (
+    EvaluationSet,
+    evaluation_config,
+    evaluation_images,
+    resolve_run,
+    student_at_resolution,
+)
 from deit.models.attention import token_cosines
 from deit.models.cost import cost_of
-from deit.models.load_weights import LoadedWeights, adapt_weights
-from deit.models.metadata import ModelInfo, find_saved_model
+from deit.models.metadata import ModelInfo
 from deit.models.onednn_linear import use_onednn
-from deit.models.saved import build_student, load_student
 from deit.models.student import Student, has_distillation_head
 from deit.models.surgery.token_merging import token_numbers, with_merging
-from deit.models.teachers import load_teacher
-from deit.models.weight_files import load_weights
+from deit.models.teacher_sources import load_teacher
 
 HEADS = ("class", "distillation", "fused", "fused_softmax")
 
@@ -81,12 +81,11 @@ def evaluate_run(
 ) -> EvaluationResult:
     """Measure a run's student on a split.
 
-    checkpoint: `best` or `last`. root: where the images lie now, if not where the run found them.
-    teacher: whom to agree with; None: the run's own teacher, "none": nobody. batch: images at once,
-    if not as many as in the run. resolution: side [px] of its input, if not what it was trained at;
-    its position embedding is resized. crop: as views.eval_crop_pct. merge: how many tokens each
-    block merges. variant: one of ImageNet's other test sets, from `root`; without a teacher. cost:
-    whether parameters, arithmetic, memory and speed are measured.
+    checkpoint: `best` or `last`. root: where the images are now. teacher: source of the teacher to
+    compare with; None: the run's own, "none": no teacher. batch: images per step. resolution: side
+    [px] of the input; the position embedding is resized. crop: as views.eval_crop_pct.
+    merge_tokens: tokens merged in each block. test_set: another test set of ImageNet, from `root`;
+    without a teacher. cost: also measure parameters, arithmetic, memory and speed.
 
     `heads` holds class, distillation, fused (mean of logits) and fused_softmax (mean of softmax):
     top1, top5, calibration_error in [0, 1]. A student with one head has that head as `fused` too,
@@ -108,7 +107,61 @@ def evaluate_run(
     student = student.to(accelerator.device)
     side = config.student.image_size
     check_answers(student, student.forward, side, accelerator, _at_once(config, asked.images))
-    few = asked.images.select(slice(config.run.eval_batch_size))
+    teacher = teacher if test_set is None else "none"
+    measured = _measure(accelerator, config, student, teacher, facts.class_names, asked)
+    found: dict[str, Any] = {
+        "run": str(run),
+        "checkpoint": saved.name,
+        **_of_images(config, facts, asked),
+        "heads": _named_heads(measured.heads, asked.labels),
+        "teacher": None,
+        "token_cosine": _token_cosine(student, _few(config, asked), config),
+        "throughput_img_s": len(asked.images.labels) / measured.seconds,
+        "environment": environment_info(accelerator, []),
+    }
+    if merge_tokens is not None:
+        found |= {"merge": merge_tokens, "tokens": token_numbers(student.network)}
+    if cost:
+        found["cost"] = _cost(student, config)
+    return _result(config, facts, asked, measured, found)
+
+
+def _of_images(config: Config, facts: ModelInfo, asked: EvaluationSet) -> dict[str, Any]:
+    note = {"note": asked.note} if asked.note else {}
+    return {
+        **note,
+        "split": asked.name,
+        "image_size": config.student.image_size,
+        "eval_crop_pct": config.views.eval_crop_pct,
+        "num_samples": len(asked.images.labels),
+        "class_names": [facts.class_names[column] for column in asked.columns],
+    }
+
+
+class _Measured(NamedTuple):
+    """Logits of the student by head and of each teacher by name, float32 [images, classes]; and the
+    seconds that the student's took."""
+
+    heads: dict[str, Tensor]
+    teachers: dict[str, Tensor]
+    seconds: float
+
+
+def _few(config: Config, asked: EvaluationSet) -> InMemoryImages | EncodedImages:
+    """The images of the first batch."""
+    return asked.images.select(slice(config.run.eval_batch_size))
+
+
+def _measure(
+    accelerator: Accelerator,
+    config: Config,
+    student: Student,
+    teacher: str | None,
+    class_names: tuple[str, ...],
+    asked: EvaluationSet,
+) -> _Measured:
+    """Run student and teachers on all images, after a first batch that is not timed."""
+    few = _few(config, asked)
     with GracefulStop(accelerator) as interruption, interruption.parallel():
         if len(few.labels) >= accelerator.num_processes:
             predict_split(accelerator, student, few, config, "warming up")
@@ -117,50 +170,44 @@ def evaluate_run(
         outputs = predict_split(
             accelerator, student, asked.images, config, title, interruption=interruption
         )
-        elapsed_s = time.perf_counter() - started
-        teacher_logits = {}
-        if test_set is None:
-            teacher_logits = _teacher_logits(
-                accelerator, config, teacher, facts.class_names, asked.images, interruption
-            )
+        seconds = time.perf_counter() - started
+        teachers = _teacher_logits(
+            accelerator, config, teacher, class_names, asked.images, interruption
+        )
         interruption.raise_if_stopped(now=True)
     heads = {name: logits[:, asked.columns] for name, logits in logits_by_head(outputs).items()}
-    answers = {name: logits.argmax(dim=1) for name, logits in heads.items()}
-    confidence = {name: _confidence(logits) for name, logits in heads.items()}
-    named_heads = {name: head_metrics(heads.get(name), asked.labels) for name in HEADS}
+    return _Measured(heads, teachers, seconds)
+
+
+def _named_heads(heads: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
+    """The metrics of every head; of a student with one head, that one is fused as well."""
+    named = {name: head_metrics(heads.get(name), labels) for name in HEADS}
     tokens = [name for name in heads if name.startswith("distillation_")]
-    named_heads |= {name: head_metrics(heads[name], asked.labels) for name in tokens}
+    named |= {name: head_metrics(heads[name], labels) for name in tokens}
     if "fused" not in heads:
-        named_heads["fused"] = named_heads["class"]
-    found: dict[str, Any] = {
-        "run": str(run),
-        "checkpoint": saved.name,
-        "split": asked.name,
-        "image_size": config.student.image_size,
-        "eval_crop_pct": config.views.eval_crop_pct,
-        "num_samples": len(asked.images.labels),
-        "class_names": [facts.class_names[column] for column in asked.columns],
-        "heads": named_heads,
-        "teacher": None,
-        "token_cosine": _token_cosine(student, few, config),
-        "throughput_img_s": len(asked.images.labels) / elapsed_s,
-        "environment": environment_info(accelerator, []),
-    }
-    if merge_tokens is not None:
-        found |= {"merge": merge_tokens, "tokens": token_numbers(student.network)}
-    if asked.note:
-        found["note"] = asked.note
-    if cost:
-        found["cost"] = _cost(student, config)
-    if teacher_logits:
-        together = torch.stack(list(teacher_logits.values()), dim=1)
-        combined = _combined(config, together)
+        named["fused"] = named["class"]
+    return named
+
+
+def _result(
+    config: Config,
+    facts: ModelInfo,
+    asked: EvaluationSet,
+    measured: _Measured,
+    found: dict[str, Any],
+) -> EvaluationResult:
+    """Add what follows from the logits to `found`: teachers, agreement, classes, confusion."""
+    answers = {name: logits.argmax(dim=1) for name, logits in measured.heads.items()}
+    confidence = {name: _confidence(logits) for name, logits in measured.heads.items()}
+    if measured.teachers:
+        combined = _combined(config, torch.stack(list(measured.teachers.values()), dim=1))
         found["teacher"] = head_metrics(combined, asked.labels)
         answers["teacher"] = combined.argmax(dim=1)
         confidence["teacher"] = _confidence(combined)
-        if len(teacher_logits) > 1:
+        if len(measured.teachers) > 1:
             found["teachers"] = {
-                name: head_metrics(logits, asked.labels) for name, logits in teacher_logits.items()
+                name: head_metrics(logits, asked.labels)
+                for name, logits in measured.teachers.items()
             }
     if asked.labels.dtype == torch.bool:
         return EvaluationResult(found, answers, confidence, None, ())
@@ -210,95 +257,6 @@ def _picks(data: DataConfig, split: str, found: dict[str, Any]) -> tuple[Any, ..
     return (data.source, root, data.reader, *fractions, *chosen, split, *found["class_names"])
 
 
-class EvaluationSet(NamedTuple):
-    """What is evaluated: images, which classes may be answered, and what is right: int64 [images]
-    of these, or bool [images, classes]; what it is called, and what was left out."""
-
-    images: InMemoryImages | EncodedImages
-    columns: list[int]
-    labels: Tensor
-    name: str
-    note: str = ""
-
-
-def evaluation_images(
-    config: Config, facts: ModelInfo, run: Path, split: str, test_set: str | None, root: str | None
-) -> EvaluationSet:
-    """The images of a split, or of one of ImageNet's variants. Raises DataError."""
-    if test_set is not None:
-        loaded = load_variant(test_set, root or config.data.root, facts.class_names)
-        single = bool((loaded.accepted.sum(dim=1) == 1).all()) and test_set != "real"
-        labels = loaded.accepted.long().argmax(dim=1) if single else loaded.accepted
-        name = f"ImageNet {test_set}"
-        return EvaluationSet(loaded.images, list(loaded.columns), labels, name, loaded.note)
-    class_names, images = load_split(config.data, split)
-    if class_names != facts.class_names:
-        raise DataError(
-            f"{run}: was trained on other classes than the data has: "
-            f"{_first_difference(facts.class_names, class_names)}"
-        )
-    return EvaluationSet(images, list(range(len(facts.class_names))), images.labels, split)
-
-
-def warn_unfinished(run: Path) -> None:
-    """Say of a run folder that its training has not ended, where it has not."""
-    if (run / run_log.METRICS).is_file() and run_folder.read_result(run) is None:
-        warn(f"{run}: is not finished; these are the weights that it has so far")
-
-
-def evaluation_config(
-    config: Config,
-    *,
-    root: str | None = None,
-    device: str | None = None,
-    resolution: int | None = None,
-    crop: float | None = None,
-) -> Config:
-    """A run's configuration for evaluating it, with what was asked to be otherwise."""
-    teacher = config.teacher
-    if resolution is not None:
-        config = replace(at_resolution(config, resolution), teacher=teacher)
-    if crop is not None:
-        config = config.replace(views={"eval_crop_pct": crop})
-    # The size from which the view is cut: resized once, as `deit predict` and an export do it.
-    side = round(config.student.image_size / config.views.eval_crop_pct)
-    config = config.replace(data={"image_size": side})
-    if root is not None:
-        config = config.replace(data={"root": root})
-    if device is not None:
-        config = config.replace(run={"device": device})
-    return config
-
-
-def student_at_resolution(saved: Path, side: int | None) -> tuple[Student, ModelInfo]:
-    """A saved student, for images of another side [px] with its position embedding resized; None:
-    of its own. Raises CheckpointError where its patches do not divide the side."""
-    student, facts = load_student(saved)
-    own = facts.student
-    if side is None or side == own.image_size:
-        return student, facts
-    _check_side(student, facts, side)
-    facts = replace(facts, student=replace(own, image_size=side))
-    larger, names = build_student(facts), facts.class_names
-    weights = LoadedWeights(
-        student.network.state_dict(), own.name, own, names, facts.mean, facts.std
-    )
-    fitted = adapt_weights(weights, larger.network, names, InitConfig(weights=str(saved)))
-    load_weights(larger.network, fitted.weights, origin=str(saved))
-    return larger, facts
-
-
-def _check_side(student: Student, facts: ModelInfo, side: int) -> None:
-    """Refuse a side [px] that a network's patches do not divide. Raises CheckpointError."""
-    embedding = getattr(student.network, "patch_embed", None)
-    patch = getattr(embedding, "patch_size", (1,))[0]
-    if side % patch:
-        name = facts.student.name
-        raise CheckpointError(
-            f"--resolution {side}: the patches of {name} ({patch} px) do not divide it"
-        )
-
-
 def _token_cosine(
     student: Student, images: InMemoryImages | EncodedImages, config: Config
 ) -> list[float] | None:
@@ -313,44 +271,6 @@ def _token_cosine(
         for views in evaluation_batches(images, chunks, config, device=device)
     ]
     return torch.cat(cosines).mean(dim=0).tolist()
-
-
-def resolve_run(run: Path, name: str) -> tuple[Config, Path]:
-    """The configuration and the checkpoint folder of a run; also where `run` is that folder.
-
-    name: best or last. Teachers that lay beside the run, as in a comparison or a sweep, are found
-    there, wherever both are now. Raises CheckpointError and ConfigError.
-    """
-    saved = None
-    if not (run / run_folder.CONFIG).is_file() and run_folder.is_checkpoint_dir(run):
-        run, saved = run.parent, run
-    run_folder.require_run(run)
-    saved = saved or run_folder.find_checkpoint(run, name)
-    if saved is None or find_saved_model(saved) != saved:
-        raise CheckpointError(f"{run}: has no finished checkpoint {name!r} yet")
-    return load_run_config(run), saved
-
-
-def load_run_config(run: Path) -> Config:
-    """The configuration of a run; teachers that are not where it found them are taken from the
-    folders around it, if a run of that name is there. Raises CheckpointError and ConfigError."""
-    config = load_config(run / run_folder.CONFIG)
-    around = (run.resolve().parent, run.resolve().parent.parent)
-
-    def lies(source: str) -> str:
-        path = Path(source).expanduser()
-        if path.exists() or ".py:" in source or "/" not in source:
-            return source
-        there = (folder / path.name for folder in around)
-        return next((str(one) for one in there if find_saved_model(one)), source)
-
-    return config.replace(teacher={"source": tuple(map(lies, config.teacher.source))})
-
-
-def _first_difference(trained: tuple[str, ...], found: tuple[str, ...]) -> str:
-    if len(trained) != len(found):
-        return f"{len(trained)} against {len(found)}"
-    return next(f"{a!r} against {b!r}" for a, b in zip(trained, found) if a != b)
 
 
 def _teacher_logits(

@@ -24,7 +24,8 @@ from deit.models.attention import AttentionMaps, check_attention, rollout
 from deit.models.metadata import ModelInfo, find_saved_model
 from deit.models.saved import load_student
 from deit.models.student import Student
-from deit.models.teachers import Teacher, load_teacher
+from deit.models.teacher_sources import load_teacher
+from deit.models.teachers import Teacher
 from deit.viz.attention_plot import draw_attention
 
 _BLOCK = 32

@@ -5,7 +5,7 @@ from typing import Any
 
 from deit.core import run_folder, run_log
 from deit.training.save import selection_metric
-from deit.viz.plots import HEADS
+from deit.viz.tables import HEADS
 
 Row = dict[str, Any]
 

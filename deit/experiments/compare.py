@@ -25,7 +25,8 @@ from deit.experiments.runner import (
 )
 from deit.experiments.studies import STUDIES
 from deit.training.train import train
-from deit.viz.plots import COLUMNS, comparison_cells, draw_comparison
+from deit.viz.plots import draw_comparison
+from deit.viz.tables import COLUMNS, comparison_cells
 
 MANIFEST = "comparison.json"
 
@@ -46,33 +47,17 @@ def compare(
     """Train and evaluate a recipe's teachers and the arms of a study for each seed; print the table
     and write the numbers.
 
-    study: a name in STUDIES. only: the arms to train, empty for all. A finished run in the folder
-    is not trained again, an interrupted one goes on. at_once: how many runs share the machine.
-    Returns, for each teacher and arm, `top1` by head, `agreement` with the teacher, `seconds` of
-    training and `curves` of validation top-1 by epoch, each a list over the seeds; and `epochs`.
-    Raises ConfigError for a recipe whose objective has no teacher.
+    study: a name in STUDIES. arm_names: the arms to train, empty for all. parallel: how many runs
+    train at a time. Finished runs in the folder are kept, interrupted ones are resumed.
+    Returns the content of the file of results. Raises ConfigError where the loss has no teacher.
     """
     run = Experiment(recipe, config, out)
     if config.loss.kind == "none":
         raise ConfigError(f"compare {run.recipe}: its objective has no teacher to measure")
     check_num_parallel(parallel, option="--parallel")
-    for name, arm in _arms(run.config, study, arm_names).items():
-        try:
-            validate(arm, live_teacher=False)  # before the teachers are trained
-        except ConfigError as error:
-            raise ConfigError(f"--study {study}, {name}: {error}") from None
-    check_file(json_file, option="--json", replace=True)
-    if json_file is not None and json_file.exists() and not _is_result(json_file):
-        raise SystemFault(
-            f"--json {json_file}: exists already and is no result of a comparison; give another"
-        )
+    _check(config, study, arm_names, json_file)
     plans = [_Plan(run, seed, study, arm_names, alone=len(seeds) == 1) for seed in seeds]
-    begun = {"recipe": run.recipe}
-    check_same_request(run.out, MANIFEST, begun, what="comparison")
-    check_writable(run.out, option="--out")
-    if is_main_process():
-        run.out.mkdir(parents=True, exist_ok=True)
-        write_json(run.out / MANIFEST, begun)
+    _open_folder(run)
     progress = RunProgress(sum(len(plan.ground) + len(plan.arms) for plan in plans))
     # What runs build on before them; of all seeds, those that come first in theirs.
     for stage in itertools.zip_longest(*(plan.ground.values() for plan in plans)):
@@ -103,6 +88,30 @@ def compare(
     if study == "teacher":
         _say_next(run.recipe, next(iter(plans[-1].arms.values())))
     return result
+
+
+def _open_folder(run: Experiment) -> None:
+    """Create the folder; refuse one of another comparison."""
+    request = {"recipe": run.recipe}
+    check_same_request(run.out, MANIFEST, request, what="comparison")
+    check_writable(run.out, option="--out")
+    if is_main_process():
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_json(run.out / MANIFEST, request)
+
+
+def _check(config: Config, study: str, arm_names: tuple[str, ...], json_file: Path | None) -> None:
+    """Check every arm, and the file for the numbers, before the teachers are trained."""
+    for name, arm in _arms(config, study, arm_names).items():
+        try:
+            validate(arm, live_teacher=False)
+        except ConfigError as error:
+            raise ConfigError(f"--study {study}, {name}: {error}") from None
+    check_file(json_file, option="--json", replace=True)
+    if json_file is not None and json_file.exists() and not _is_result(json_file):
+        raise SystemFault(
+            f"--json {json_file}: exists already and is no result of a comparison; give another"
+        )
 
 
 def _is_result(path: Path) -> bool:

@@ -14,7 +14,7 @@ from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.datasets.splits import load_splits
 from deit.distill.run_teachers import digest_of_teachers
 from deit.experiments.runner import RunSpec
-from deit.models.teachers import load_teacher
+from deit.models.teacher_sources import load_teacher
 
 _AN_OTHER = "give back what it was, or another --out"
 

@@ -32,8 +32,8 @@ from deit.experiments.runner import (
 )
 from deit.experiments.sweep_collect import environment_of, print_rows, rows_of, write_plots
 from deit.experiments.sweep_execute import SweepFailures, train_all, unfinished
+from deit.experiments.sweep_grid import Point
 from deit.experiments.sweep_plan import SweepPlan, SweepRun, check_base_run, check_inputs_exist
-from deit.experiments.sweep_spec import Point
 from deit.experiments.sweep_tables import MANIFEST, write_results
 from deit.models.networks import create_network
 from deit.models.onednn_linear import resolve_linear_backend

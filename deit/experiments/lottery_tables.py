@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from deit.viz.plots import final_top1, markdown_table
+from deit.viz.tables import final_top1, markdown_table
 
 
 def matching(rows: dict[str, dict[str, Any]], tolerance: float) -> list[str]:

@@ -14,7 +14,8 @@ from deit.core import run_folder, run_log
 from deit.core.console import format_percent, info
 from deit.core.errors import CheckpointError, ConfigError, SystemFault, first_line, raise_transient
 from deit.experiments.runner import RunProgress, RunSpec, is_retryable
-from deit.experiments.sweep_spec import Point, SearchSpace, text_of, with_fields
+from deit.experiments.sweep_grid import Point, with_fields
+from deit.experiments.sweep_spec import SearchSpace, text_of
 from deit.training.save import selection_metric
 
 DATABASE = "optuna.db"
@@ -96,7 +97,6 @@ class Search:
         where it holds another search."""
         check_optuna()
         import optuna
-        from sqlalchemy.pool import NullPool
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._space, self._base, self._name = optuna, space, base, name
@@ -109,19 +109,8 @@ class Search:
         self._database = out / DATABASE
         self._running: dict[Path, Any] = {}
         self._stopped: dict[Path, str] = {}
-        warmup = max(base.optim.epochs // 4, 1)
-        pruner = optuna.pruners.MedianPruner(_NEVER_STOPPED, n_warmup_steps=warmup)
         try:
-            self._study = optuna.create_study(
-                # Without a pool each connection is closed after its use, and none is left open.
-                storage=optuna.storages.RDBStorage(
-                    f"sqlite:///{self._database}", engine_kwargs={"poolclass": NullPool}
-                ),
-                study_name=name,
-                pruner=pruner if space.prune else optuna.pruners.NopPruner(),
-                direction="maximize",
-                load_if_exists=True,
-            )
+            self._study = self._open_study(name, space, base)
             # Another stream of proposals each time: the same one would propose the same again.
             self._study.sampler = optuna.samplers.TPESampler(
                 seed=seed + len(self._study.get_trials()), n_startup_trials=_RANDOM_FIRST
@@ -143,6 +132,24 @@ class Search:
                 f"{self._database}: holds a search of other fields, or with other settings or "
                 "another first seed (only `trials` and later seeds may change); give another --out"
             )
+
+    def _open_study(self, name: str, space: SearchSpace, base: Config) -> Any:
+        """Open the study in the database, or create it."""
+        from sqlalchemy.pool import NullPool
+
+        optuna = self._optuna
+        warmup = max(base.optim.epochs // 4, 1)
+        pruner = optuna.pruners.MedianPruner(_NEVER_STOPPED, n_warmup_steps=warmup)
+        return optuna.create_study(
+            # Without a pool each connection is closed after its use, and none is left open.
+            storage=optuna.storages.RDBStorage(
+                f"sqlite:///{self._database}", engine_kwargs={"poolclass": NullPool}
+            ),
+            study_name=name,
+            pruner=pruner if space.prune else optuna.pruners.NopPruner(),
+            direction="maximize",
+            load_if_exists=True,
+        )
 
     @contextmanager
     def _storing(self) -> Iterator[None]:

@@ -20,8 +20,9 @@ from deit.experiments.runner import (
     run_parallel,
 )
 from deit.experiments.search import PrunedTrial, Search
+from deit.experiments.sweep_grid import Point
 from deit.experiments.sweep_plan import SweepPlan, trials_of
-from deit.experiments.sweep_spec import Point, Sweep
+from deit.experiments.sweep_spec import Sweep
 
 
 class SweepFailures(NamedTuple):
@@ -163,8 +164,7 @@ def search_all(
     """Run the search of a sweep to its end, from wherever it is.
 
     config: the recipe with what is set for all. Raises DeitError where a teacher or start fails, or
-    no trial finished; DataError where trials that are over had other
-    images or teachers.
+    no trial finished; DataError where finished trials had other images or teachers.
     """
     ground, out, seed = work.ground, work.ground.folder, plan.seeds[0]
     first = config.replace(run={"seed": seed})

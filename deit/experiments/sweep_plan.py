@@ -13,7 +13,8 @@ from deit.distill.target_checks import check_records
 from deit.experiments import shared_targets
 from deit.experiments.base_runs import BaseRuns, Experiment, slugify
 from deit.experiments.runner import RunSpec
-from deit.experiments.sweep_spec import Point, Sweep, boundary_points, differing, points_of
+from deit.experiments.sweep_grid import Point, boundary_points, differing, points_of
+from deit.experiments.sweep_spec import Sweep
 
 
 class SweepRun(NamedTuple):

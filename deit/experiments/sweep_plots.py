@@ -11,7 +11,8 @@ from deit.core.errors import SystemFault
 from deit.experiments.sweep_spec import short_names
 from deit.experiments.sweep_tables import points
 from deit.viz.charts import SERIES, TEACHER, Draw
-from deit.viz.plots import draw_comparison, final_top1, legend, save_figure
+from deit.viz.plots import draw_comparison, legend, save_figure
+from deit.viz.tables import final_top1
 
 
 def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from deit.core.filesystem import atomic_write, write_json
 from deit.core.json_io import load_json_as
 from deit.experiments.lottery_tables import tickets_table
 from deit.experiments.sweep_spec import short_names
-from deit.viz.plots import HEADS, final_top1, markdown_table, mean_std
+from deit.viz.tables import HEADS, final_top1, markdown_table, mean_std
 
 MANIFEST = "sweep.json"
 RESULTS = "results.json"

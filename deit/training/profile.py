@@ -16,10 +16,11 @@ from deit.config.validation import validate
 from deit.core.accelerator import environment_info
 from deit.core.console import info, is_main_process, table
 from deit.core.types import Batch
+from deit.training.build import build_run
 from deit.training.loop import MetricAccumulator, StepContext, train_epoch
 from deit.training.progress_log import log_setup
 from deit.training.state import TrainingRun
-from deit.training.train import build_run, step_context
+from deit.training.train import step_context
 
 PARTS = ("views", "teacher", "student", "backward", "optimizer", "average")
 """What an update is made of; the rest is loss, sums and the loop itself."""

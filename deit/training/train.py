@@ -2,67 +2,49 @@
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
-from accelerate import Accelerator
-from torch import nn
+from typing import Any, NamedTuple
 
 from deit.config.schema import Config, to_dict
 from deit.config.validation import validate
 from deit.core import run_folder
 from deit.core.accelerator import (
-    compile_module,
     environment_info,
     peak_memory_mb,
     uses_cuda_graphs,
 )
 from deit.core.console import info, is_main_process, progress
 from deit.core.errors import (
-    ConfigError,
-    DataError,
     NumericsError,
     StoppedBySignal,
-    is_out_of_memory,
 )
 from deit.core.fault_injection import fault_point
 from deit.core.filesystem import check_space, check_writable, clean_leftovers, lock_dir, write_json
 from deit.core.metrics import agreement, topk_accuracy
 from deit.core.parent_process import STOPPING
-from deit.core.sharding import device_mesh, shard_degree, shard_model
 from deit.core.signals import GracefulStop
 from deit.core.types import logits_by_head
 from deit.datasets.loader import TrainLoader
-from deit.datasets.splits import load_splits
 from deit.distill.build import (
     build_accelerator,
-    init_masks,
-    init_student,
     load_init_weights,
-    model_info_from,
     with_init_normalization,
 )
 from deit.distill.inference import predict_split
 from deit.distill.run_teachers import RunTeachers
-from deit.models.load_weights import LoadedWeights
-from deit.models.metadata import AdapterBase, base_of
-from deit.models.onednn_linear import resolve_linear_backend, use_onednn
-from deit.models.parameters import freeze_except, layer_depths
-from deit.models.saved import build_student
-from deit.models.student import has_distillation_head
-from deit.models.surgery.pruning_masks import PruningMasks
+from deit.models.onednn_linear import resolve_linear_backend
+from deit.training.build import build, check_run_teachers
 from deit.training.loop import MetricAccumulator, StepContext, train_epoch
 from deit.training.nonfinite import (
     NonFiniteMonitor,
     check_memory,
     find_micro_batch,
-    recomputes,
     translate_errors,
 )
-from deit.training.optimizer import EMA, build_optimizer, layer_lr_scales, lr_at
+from deit.training.optimizer import lr_at
 from deit.training.progress_log import log_epoch, log_setup
 from deit.training.resume import (
     check_best,
@@ -72,117 +54,145 @@ from deit.training.resume import (
     with_resolved_choices,
 )
 from deit.training.save import finish_epoch, required_bytes, save_checkpoint, write_result
-from deit.training.state import TrainingRun, TrainState
+from deit.training.state import TrainingRun
 from deit.training.summary import SUMMARY, print_summary, summary_of
 from deit.training.trackers import check_trackers, track, tracked
 
 
+class _Beginning(NamedTuple):
+    """How a call of `train` begins: with a new run, one to resume, or a finished one.
+
+    finished: the content of its result.json, None where it is not finished.
+    """
+
+    resuming: bool
+    finished: dict[str, Any] | None
+
+
 def train(
     config: Config,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
     dry_run: bool = False,
     arguments: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Train the student of a configuration and leave a run folder. Returns what its result.json
-    holds.
+    """Train the student of a configuration and write a run folder.
 
-    dry_run: one training and one evaluation step, nothing written.
+    resume: continue the run in the folder from its latest valid checkpoint. dry_run: one training
+    and one evaluation step; nothing is written. arguments: the command, for environment.json.
+    Returns the content of result.json; of a dry run, the state after its step.
     Raises the errors of deit.core.errors; everything a check can find is found before the first
-    step."""
-    config = validate(config)
+    step.
+    """
+    config, out = validate(config), Path(out)
+    beginning = _beginning(config, out, resume=resume, dry_run=dry_run)
+    with ExitStack() as stack:
+        waits = beginning.resuming and beginning.finished is None and not dry_run
+        lock = _lock(stack, out) if waits else None  # what follows takes a while
+        run, teachers, environment = _build(config, out, beginning, arguments or [])
+        stack.callback(run.loader.close)
+        if beginning.finished is not None and not dry_run:
+            return _check_finished(run, beginning.finished)
+        _check_before_training(run, teachers, dry_run=dry_run)
+        if dry_run:
+            _dry_run(run)
+            return asdict(run.state)
+        _open_folder(run, stack, lock, beginning, resume=resume)
+        interruption = stack.enter_context(GracefulStop(run.accelerator))
+        stack.enter_context(translate_errors(run, lambda: interruption.noted))
+        _restore_and_record(run, environment, resume=resume)
+        with tracked(run.accelerator, run.config, out):
+            _train_epochs(run, interruption)
+        result = _finish(run)
+        interruption.raise_if_stopped(now=True)  # the caller may have more to do, and should not
+    return result
+
+
+def _beginning(config: Config, out: Path, *, resume: bool, dry_run: bool) -> _Beginning:
+    """Check what needs nothing built. Raises the errors of deit.core.errors."""
     check_trackers(config)
     if not dry_run:
         run_folder.check_run_dir(out, resume=resume)
     finished = run_folder.read_result(out) if resume else None
     if not dry_run and finished is None:
         check_writable(out, option="--out")
-    # A run that goes on has weights of its own: what it started from may be gone by now.
-    resuming = resume and bool(run_folder.list_checkpoints(out))
-    with ExitStack() as stack:
-        guard = None
-        if resuming and finished is None and not dry_run and is_main_process():
-            guard = stack.enter_context(
-                lock_dir(out, option="--out")
-            )  # the work below takes a while
-        found = None if resuming else load_init_weights(config)
-        config = (
-            with_resolved_choices(config, out)
-            if resuming
-            else with_init_normalization(config, found)
-        )
-        accelerator = build_accelerator(config.run, grad_accum_steps=config.optim.grad_accum_steps)
-        config = config.replace(
-            run={"linear_backend": resolve_linear_backend(config.run, accelerator)}
-        )
-        faculty = RunTeachers(config)
-        run = _build(config, out, accelerator, faculty, found, resumed=resuming)
-        stack.callback(run.loader.close)
-        environment = environment_info(accelerator, arguments or [])
-        environment["teachers"] = faculty.class_orders
-        log_setup(run, environment)
-        if finished is not None and not dry_run:
-            check_same_run(run, finished)
-            check_best(run)
-            info(f"{out}: already complete after {finished['epochs']} epochs")
-            return finished
-        if not dry_run:
-            check_space(out, required_bytes(run), option="--out")
-        check_memory(run, faculty.answering)
-        _check_teachers(run, faculty)
-        if config.run.auto_micro_batch:
-            find_micro_batch(run)
-        if dry_run:
-            _dry_run(run)
-            return asdict(run.state)
-        # Nothing was written so far; and every process has checked the folder before one fills it.
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            run_folder.create_run_dir(out)
-            if not resuming:
-                guard = stack.enter_context(lock_dir(out, option="--out"))
-                run_folder.check_run_dir(out, resume=resume)  # another may have been quicker
-            clean_leftovers(out)
-            run.check_lock = guard
-        accelerator.wait_for_everyone()
-        interruption = stack.enter_context(GracefulStop(accelerator))
-        stack.enter_context(translate_errors(run, lambda: interruption.noted))
-        _restore_and_record(run, environment, resume=resume)
-        with tracked(accelerator, config, out):
-            _train_epochs(run, interruption)
-        result = write_result(run)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            told = summary_of(config, out, result)
-            write_json(out / SUMMARY, told)
-            print_summary(told)
-        interruption.raise_if_stopped(now=True)  # who called may have more to do, and should not
-    return result
+    return _Beginning(resume and bool(run_folder.list_checkpoints(out)), finished)
 
 
-def build_run(config: Config) -> TrainingRun:
-    """The parts of a run that is only to be looked at: as `train` builds them, teachers and stores
-    checked, networks compiled if that is asked for; nothing is written, `out` is no folder.
+def _lock(stack: ExitStack, out: Path) -> Callable[[], None] | None:
+    """Lock the folder until the end, in the main process only. Return what checks the lock."""
+    return stack.enter_context(lock_dir(out, option="--out")) if is_main_process() else None
 
-    Raises the errors of deit.core.errors.
-    """
-    found = load_init_weights(config)
-    config = with_init_normalization(config, found)
+
+def _build(
+    config: Config, out: Path, beginning: _Beginning, arguments: list[str]
+) -> tuple[TrainingRun, RunTeachers, dict[str, Any]]:
+    """Resolve every choice of the configuration, build the run, and log both."""
+    # A resumed run has weights of its own: the ones it was initialized with may be gone.
+    init_weights = None if beginning.resuming else load_init_weights(config)
+    if beginning.resuming:
+        config = with_resolved_choices(config, out)
+    else:
+        config = with_init_normalization(config, init_weights)
     accelerator = build_accelerator(config.run, grad_accum_steps=config.optim.grad_accum_steps)
     config = config.replace(run={"linear_backend": resolve_linear_backend(config.run, accelerator)})
-    faculty = RunTeachers(config)
-    run = _build(config, Path("nowhere"), accelerator, faculty, found)
-    _check_teachers(run, faculty)
-    return run
+    teachers = RunTeachers(config)
+    run = build(config, out, accelerator, teachers, init_weights, resumed=beginning.resuming)
+    environment = environment_info(accelerator, arguments)
+    environment["teachers"] = teachers.class_orders
+    log_setup(run, environment)
+    return run, teachers, environment
 
 
-def _check_teachers(run: TrainingRun, faculty: RunTeachers) -> None:
-    """Check teachers and stores, and have the networks compiled that stay."""
-    run.teacher_predictions = faculty.check(run.splits, run.accelerator, run.loader)
-    run.num_view_epochs = faculty.num_stored_epochs
-    if run.config.run.compile != "none" and run.panel is not None:
-        run.panel.compile(run.config.run.compile)  # not before: it was shown other batches
+def _check_finished(run: TrainingRun, finished: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of a finished run. Raises where data, teachers or best weights changed."""
+    check_same_run(run, finished)
+    check_best(run)
+    info(f"{run.out}: already complete after {finished['epochs']} epochs")
+    return finished
+
+
+def _check_before_training(run: TrainingRun, teachers: RunTeachers, *, dry_run: bool) -> None:
+    """Check disk, memory and teachers; find a micro-batch that fits where that is asked for."""
+    if not dry_run:
+        check_space(run.out, required_bytes(run), option="--out")
+    check_memory(run, teachers.answering)
+    check_run_teachers(run, teachers)
+    if run.config.run.auto_micro_batch:
+        find_micro_batch(run)
+
+
+def _open_folder(
+    run: TrainingRun,
+    stack: ExitStack,
+    lock: Callable[[], None] | None,
+    beginning: _Beginning,
+    *,
+    resume: bool,
+) -> None:
+    """Create the folder and lock it. lock: that of a run to resume, which is locked already."""
+    # Nothing was written so far; and every process has checked the folder before one fills it.
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        run_folder.create_run_dir(run.out)
+        if not beginning.resuming:
+            lock = _lock(stack, run.out)
+            run_folder.check_run_dir(run.out, resume=resume)  # another may have been quicker
+        clean_leftovers(run.out)
+        run.check_lock = lock
+    run.accelerator.wait_for_everyone()
+
+
+def _finish(run: TrainingRun) -> dict[str, Any]:
+    """Write result and summary; return the result."""
+    result = write_result(run)
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        summary = summary_of(run.config, run.out, result)
+        write_json(run.out / SUMMARY, summary)
+        print_summary(summary)
+    return result
 
 
 def _restore_and_record(run: TrainingRun, environment: dict[str, Any], *, resume: bool) -> None:
@@ -201,137 +211,6 @@ def _restore_and_record(run: TrainingRun, environment: dict[str, Any], *, resume
         write_json(out / name, {**environment, "directory": directory if above else None})
         if run.init_report is not None:
             write_json(out / "init.json", run.init_report)
-
-
-def _build(
-    config: Config,
-    out: Path,
-    accelerator: Accelerator,
-    faculty: RunTeachers,
-    init_weights: LoadedWeights | None,
-    *,
-    resumed: bool = False,
-) -> TrainingRun:
-    """Build every part of a run. found: what the student starts from; None: random weights.
-    resumed: whether a checkpoint will bring weights and masks."""
-    splits = load_splits(config.data)
-    if len(splits.validation.labels) < accelerator.num_processes:
-        raise DataError("data.validation_fraction: fewer validation images than processes")
-    facts = model_info_from(config, splits)
-    loader, panel = faculty.load(splits, accelerator)
-    _check_update(config, loader)
-    config = config.replace(teacher={"memory_format": faculty.layouts})
-    with torch.random.fork_rng():
-        torch.manual_seed(config.run.seed)
-        student = build_student(facts)
-    notes = (
-        None if init_weights is None else init_student(student.network, init_weights, config, facts)
-    )
-    masks = None if resumed else init_masks(config, init_weights, student.network)
-    freeze_except(student.network, config.optim.trainable)
-    student.frozen_backbone = config.optim.trainable in ("heads", "adapters")
-    if config.run.linear_backend == "onednn":
-        use_onednn(student)
-    if config.run.activation_checkpointing:
-        _recompute(config, student.network)
-    pieces = shard_degree(config.run.sharding, accelerator.num_processes)
-    if pieces == 1:  # else no device is asked to hold it whole, not even for a moment
-        student = student.to(accelerator.device)
-    _check_student(config, student)
-    average = None
-    if config.optim.ema_epochs > 0:
-        # Copied before Accelerate binds its own forward to the student.
-        horizon = config.optim.ema_epochs * loader.steps_per_epoch
-        average = EMA(student, horizon=horizon, device=accelerator.device)
-    if pieces > 1:
-        mesh = device_mesh(
-            pieces, accelerator.num_processes, accelerator.device, config.run.timeout_s
-        )
-        for model in (student, average.model) if average is not None else (student,):
-            shard_model(model, mesh, compressed=config.run.gradient_compression == "bf16")
-    held = None if masks is None else PruningMasks(masks, student.network)
-    optimizer = build_optimizer(student, config.optim, _scales(config, student))
-    if config.run.compile != "none":
-        compile_module(student, config.run.compile)
-    student = accelerator.prepare_model(student, evaluation_mode=pieces > 1)  # then not in DDP too
-    optimizer = accelerator.prepare_optimizer(optimizer)
-    return TrainingRun(
-        config=config,
-        out=out,
-        accelerator=accelerator,
-        splits=splits,
-        facts=facts,
-        panel=panel,
-        loader=loader,
-        student=student,
-        optimizer=optimizer,
-        average=average,
-        state=TrainState(
-            epoch=config.init.start_step // loader.steps_per_epoch,
-            step=config.init.start_step,
-            fingerprint=splits.fingerprint,
-            targets=faculty.digests,
-            teachers=faculty.weight_digests,
-        ),
-        masks=held,
-        adapter_base=None if notes is None else _base_of(config, out, notes),
-        init_report=notes,
-    )
-
-
-def _base_of(config: Config, out: Path, notes: dict[str, Any]) -> AdapterBase | None:
-    """What adapters that are trained alone belong to. notes: what `begin` gave."""
-    if config.optim.trainable != "adapters":
-        return None
-    return base_of(notes["source"], notes["weights"], config.init.pos_embed_resize, out=out)
-
-
-def _check_update(config: Config, loader: TrainLoader) -> None:
-    """Refuse to begin behind the end. Raises ConfigError."""
-    updates = config.optim.epochs * loader.steps_per_epoch
-    if config.init.start_step >= updates:
-        raise ConfigError(
-            f"init.start_step = {config.init.start_step}: the run has {updates} updates"
-        )
-    if late := [one for one in config.run.keep_steps if one > updates]:
-        raise ConfigError(f"run.keep_steps = {late[0]}: the run has {updates} updates")
-
-
-def _recompute(config: Config, network: nn.Module) -> None:
-    """Have a network compute its blocks again in the backward pass. Raises ConfigError."""
-    if not recomputes(network):
-        raise ConfigError(
-            f"run.activation_checkpointing = True: {config.student.name} has no blocks that it "
-            "could compute "
-            "again; --optim.grad_accum_steps saves memory too"
-        )
-
-
-def _scales(config: Config, student: nn.Module) -> dict[str, float] | None:
-    """The factor of the learning rate of each of the student's parameters; None: 1 for all."""
-    if config.optim.layer_decay == 1:
-        return None
-    scales = layer_lr_scales(layer_depths(student.network), config.optim.layer_decay)
-    return {f"network.{name}": scale for name, scale in scales.items()}
-
-
-def _check_student(config: Config, student: nn.Module) -> None:
-    """What the name of a timm model cannot promise, the built network must show."""
-    name, side = config.student.name, config.student.image_size
-    taught = config.loss.kind != "none" and config.loss.head == "distillation"
-    if taught and not has_distillation_head(student.network):
-        raise ConfigError(f"student.name = {name!r}: has no distillation head to distil through")
-    images = torch.zeros(2, 3, side, side, device=next(student.parameters()).device)
-    try:
-        with torch.no_grad():
-            student.eval()(images)
-    except RuntimeError as error:
-        if is_out_of_memory(error):  # which says nothing of the size
-            raise
-        raise ConfigError(
-            f"student.image_size = {side}: {name} cannot take images of this size "
-            f"({str(error).splitlines()[0]})"
-        ) from None
 
 
 def _dry_run(run: TrainingRun) -> None:

@@ -4,45 +4,15 @@ import io
 import re
 import statistics
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from deit.core.errors import SystemFault, in_line, printable
+from deit.core.errors import SystemFault, printable
 from deit.core.filesystem import atomic_write
+from deit.viz.tables import HEADS, _final
 
-HEADS = ("class", "distillation", "fused")
 _LEGEND_SIGNS = 84  # in a line of a legend
 _COLOURS = {"teacher": "#6b7280", "distilled": "#0f766e", "undistilled": "#c2410c"}
-
-
-def mean_std(values: list[float | None], *, scale: float = 1, digits: int = 1) -> str:
-    """`97.2`, or for several values `97.2 +- 0.3` (sample standard deviation); `-` for none."""
-    if any(value is None for value in values):
-        return "-"
-    scaled = [scale * value for value in values]
-    mean = f"{statistics.mean(scaled):.{digits}f}"
-    return f"{mean} +- {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else mean
-
-
-def comparison_cells(name: str, row: dict[str, Any]) -> list[str]:
-    """A row of the comparison table: name, top-1 % by head, agreement with the teacher, seconds."""
-    shares = [[top1[head] for top1 in row["top1"]] for head in HEADS] + [row["agreement"]]
-    return [
-        name,
-        *(mean_std(values, scale=100) for values in shares),
-        mean_std(row["seconds"], digits=0),
-    ]
-
-
-COLUMNS = ("", "class head", "distillation head", "fused", "agrees with teacher %", "seconds")
-
-
-def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table, first column to the left, the others to the right."""
-    columns = list(columns)
-    lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(in_line, line)) + " |" for line in lines)
 
 
 def save_figure(figure: Any, file: Path | IO[str], **settings: Any) -> None:
@@ -110,21 +80,6 @@ _TITLES = {
     "table-8": "what each part is worth",
     "sweep": "its runs",
 }
-
-
-def final_top1(row: dict[str, Any]) -> list[float]:
-    """Test top-1 in [0, 1], a value a seed, of the fused answer or the only head."""
-    return [final_head_top1(top1) for top1 in row["top1"]]
-
-
-def final_head_top1(top1: dict[str, float | None]) -> float:
-    """Of top-1 by head that of the fused answer, or of the only head."""
-    return top1["class"] if top1["fused"] is None else top1["fused"]
-
-
-def _final(row: dict[str, Any]) -> list[float]:
-    """The same in %."""
-    return [100 * one for one in final_top1(row)]
 
 
 def name_all(axes: Any) -> None:

@@ -391,7 +391,8 @@ def test_printed_configuration_is_a_recipe(run, recipe, tmp_path):
 def test_a_file_of_the_user_is_a_recipe(run, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from deit.config.recipes import find_recipe\n\n"
-        "def short():\n    return find_recipe('digits').replace(optim={'epochs': 7, 'warmup_epochs': 1})\n"
+        "def short():\n    short = {'epochs': 7, 'warmup_epochs': 1}\n"
+        "    return find_recipe('digits').replace(optim=short)\n"
     )
     done = run(TRAIN, "mine.py:short", "--run.seed=3", "--print-config")
     assert (done.returncode, done.stderr) == (0, "")

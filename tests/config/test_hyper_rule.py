@@ -20,7 +20,8 @@ from deit.config.recipes.cifar import cifar10_teacher
 from deit.config.recipes.handwriting import digits
 from deit.config.validation import validate
 from deit.core.errors import ConfigError
-from deit.models.load_weights import adapt_weights, load_weights_from
+from deit.models.adapt_weights import adapt_weights
+from deit.models.load_weights import load_weights_from
 from deit.models.networks import create_network
 from deit.models.parameters import classifier_names, freeze_except
 from deit.models.saved import save_weights

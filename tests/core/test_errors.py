@@ -28,10 +28,10 @@ from deit.core.errors import (
 from deit.datasets import decoding, sources, timm_readers
 from deit.deploy.formats import FORMATS
 from deit.deploy.int8_layers import by_onnxruntime
-from deit.distill import build
-from deit.models import load_weights, teachers, weight_files
+from deit.distill import build as distill_build
+from deit.models import load_weights, teacher_sources, weight_files
 from deit.models.saved import ModelInfo, build_student
-from deit.training import optimizer, train
+from deit.training import build, optimizer, train
 from tests.helpers.errors import raises
 
 NO_MEMORY = (
@@ -112,7 +112,7 @@ class Fails(nn.Module):
 def check_student(error, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(train, "build_student", lambda facts: Fails(error))
-    train.build_run(handwriting.digits_teacher())
+    build.build_run(handwriting.digits_teacher())
 
 
 def read_weights(error, monkeypatch):
@@ -128,22 +128,24 @@ def read_safetensors(error, monkeypatch):
 
 def load_teacher(source):
     (member,) = teacher_specs(TeacherConfig(source=(source,)))
-    teachers.load_teacher(member, ("a", "b"), image_size=8)
+    teacher_sources.load_teacher(member, ("a", "b"), image_size=8)
 
 
 def teacher_answers(error, monkeypatch):
     own = SimpleNamespace(own=lambda: Fails(error))
-    monkeypatch.setattr(teachers, "import_file", lambda path: own)
+    monkeypatch.setattr(teacher_sources, "import_file", lambda path: own)
     load_teacher(f"{__file__}:own")
 
 
 def teacher_of_timm(error, monkeypatch):
-    monkeypatch.setattr(teachers.timm, "create_model", raising(error))
+    monkeypatch.setattr(teacher_sources.timm, "create_model", raising(error))
     load_teacher("resnet10t")
 
 
 def own_code(error, monkeypatch):
-    monkeypatch.setattr(teachers, "import_file", lambda path: SimpleNamespace(own=raising(error)))
+    monkeypatch.setattr(
+        teacher_sources, "import_file", lambda path: SimpleNamespace(own=raising(error))
+    )
     load_teacher(f"{__file__}:own")
 
 
@@ -163,7 +165,7 @@ def start_of_file(error, monkeypatch):
 
 
 def fit_start(error, monkeypatch):
-    monkeypatch.setattr(build, "adapt_weights", raising(error))
+    monkeypatch.setattr(distill_build, "adapt_weights", raising(error))
     build.init_student(nn.Linear(1, 1), None, Config(), SimpleNamespace(class_names=()))
 
 

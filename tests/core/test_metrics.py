@@ -14,7 +14,7 @@ from deit.core.metrics import (
     topk_accuracy,
 )
 from deit.core.types import StudentOutput, logits_by_head
-from deit.viz.plots import mean_std
+from deit.viz.tables import mean_std
 
 LOGITS = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [1, 3, 2, 0], [2, 0, 1, 3]])
 

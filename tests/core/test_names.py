@@ -16,7 +16,8 @@ from deit.config.schema import to_dict
 from deit.config.validation import config_from_dict
 from deit.core import run_folder
 from deit.core.errors import ConfigError, in_line, name_trouble, printable
-from deit.viz.plots import legend, markdown_table, save_figure
+from deit.viz.plots import legend, save_figure
+from deit.viz.tables import markdown_table
 from tests.helpers.errors import raises
 
 ROOT = Path(__file__).parents[2]

@@ -233,9 +233,10 @@ MEMORY = """
 import json, sys
 from pathlib import Path
 from deit.core.accelerator import destroy_process_group
-from deit.config.recipes import digits
+from deit.config.recipes.handwriting import digits
 from deit.config.presets import LOSS_PRESETS
-from deit.training.train import step_context, build_run
+from deit.training.build import build_run
+from deit.training.train import step_context
 from deit.training.loop import MetricAccumulator, train_epoch
 from deit.core.sharding import local_tensor
 

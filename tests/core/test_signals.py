@@ -22,8 +22,7 @@ import psutil
 import pytest
 from accelerate import Accelerator
 
-from deit import cli
-from deit.cli import commands, run_command
+from deit.cli import commands, run_command, stop_signals
 from deit.config.recipes import RECIPES
 from deit.core import fault_injection, parent_process, run_folder, run_log
 from deit.core import signals as interruption_module
@@ -253,7 +252,7 @@ def test_a_second_signal_ends_what_is_stuck_in_a_library(zygote, pictures, tmp_p
     running = zygote.start(*given, "--student.name", "deit_micro", whole=True)
     until(lambda: "stuck" in running.out.read_text())
     running.signal(signal.SIGINT)
-    time.sleep(cli.SAME_SIGNAL_S + 2)
+    time.sleep(stop_signals.SAME_SIGNAL_S + 2)
     running.signal(signal.SIGINT)
     done = running.wait(timeout=300)
     assert done.code == 130
@@ -444,7 +443,7 @@ def command(arguments, program):
     for _ in range(2):
         system.pthread_mutex_lock(lock)
 
-cli.SAME_SIGNAL_S = 0.1
+stop_signals.SAME_SIGNAL_S = 0.1
 commands.COMMANDS["recipes"] = command
 sys.argv = ["deit", "recipes"]
 sys.exit(cli.program())
@@ -615,7 +614,7 @@ def command(arguments, program):
     finally:
         asked.wait()
 
-cli.SAME_SIGNAL_S = 0.1
+stop_signals.SAME_SIGNAL_S = 0.1
 commands.COMMANDS["recipes"] = command
 print(cli.run_command("recipes", [], "deit recipes"), "and the notebook is there")
 """
@@ -691,7 +690,7 @@ def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(pictures):
 
     import torch
 
-    from deit.datasets.decode_workers import ReadRequest
+    from deit.datasets.decoders import ReadRequest
 
     images = load_splits(small(pictures, 1).data).train
     one = torch.zeros(1, dtype=torch.int64)

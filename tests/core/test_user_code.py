@@ -8,7 +8,7 @@ from deit.config.validation import validate
 from deit.core.errors import CheckpointError, ConfigError, ConfigProblem, NotFoundError
 from deit.core.user_code import about_address
 from deit.models.load_weights import load_weights_from
-from deit.models.teachers import resolve_source
+from deit.models.teacher_sources import resolve_source
 from tests.helpers.errors import raises
 
 

@@ -25,7 +25,8 @@ from deit.config.schema import Config, OptimConfig, RunConfig
 from deit.core.errors import DataError, SystemFault, WorkerLost
 from deit.core.rng import Keys
 from deit.datasets import decode_workers
-from deit.datasets.decode_workers import CenterSquare, Reader, ReadRequest, worker_count
+from deit.datasets.decode_workers import Reader, worker_count
+from deit.datasets.decoders import CenterSquare, ReadRequest
 from deit.datasets.decoding import decode_square, open_image
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.loader import Sizes, TrainLoader

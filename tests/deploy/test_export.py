@@ -32,7 +32,8 @@ from deit.deploy.export import export, verify
 from deit.deploy.formats import FORMATS
 from deit.deploy.model_card import write_card
 from deit.distill.inference import evaluation_batches
-from deit.models.load_weights import adapt_weights, load_weights_from
+from deit.models.adapt_weights import adapt_weights
+from deit.models.load_weights import load_weights_from
 from deit.models.networks import create_network
 from deit.models.saved import ModelInfo, build_student, load_student
 from deit.models.timm_format import timm_config

@@ -27,7 +27,8 @@ from deit.core.types import logits_by_head
 from deit.datasets.imagenet_variants import VARIANTS, load_variant
 from deit.datasets.splits import load_splits
 from deit.distill.inference import evaluation_batches
-from deit.evaluation.evaluate import evaluate, student_at_resolution
+from deit.evaluation.evaluate import evaluate
+from deit.evaluation.load_run import student_at_resolution
 from deit.models.pos_embed import resize_positions
 from deit.models.saved import load_student
 from deit.training.train import train

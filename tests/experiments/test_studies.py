@@ -111,7 +111,8 @@ def ground(arguments, folder, seed=3):
 def test_a_recipe_of_ones_own_brings_its_teacher_to_a_comparison(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from deit.config.recipes import find_recipe\n\n\ndef recipe():\n    return find_recipe('digits')\n"
+        "from deit.config.recipes import find_recipe\n\n\n"
+        "def recipe():\n    return find_recipe('digits')\n"
     )
     prepared, config = ground([str(file)], tmp_path)
     assert prepared.with_local_paths(config) == config

@@ -22,8 +22,8 @@ from deit.experiments.finished_runs import FinishedRunChecker
 from deit.experiments.runner import FailedRun, RunSpec
 from deit.experiments.shared_targets import TargetStorePlan
 from deit.experiments.sweep_execute import train_all
+from deit.experiments.sweep_grid import SWEEPS
 from deit.experiments.sweep_plan import SweepPlan
-from deit.experiments.sweeps import SWEEPS
 from deit.viz import charts
 from tests.helpers.json_edits import edits, error_of
 from tests.helpers.progress import runs_over

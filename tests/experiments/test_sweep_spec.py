@@ -13,18 +13,17 @@ from deit.config.schema import to_dict
 from deit.config.validation import validate
 from deit.core.errors import ConfigError
 from deit.experiments.studies import STUDIES
-from deit.experiments.sweep_plan import duplicate_points, trials_of
-from deit.experiments.sweep_spec import (
+from deit.experiments.sweep_grid import (
+    SWEEPS,
     Point,
-    SearchRange,
     boundary_points,
+    find_sweep,
     points_of,
-    read_sweep,
-    text_of,
     with_command_line,
     with_fields,
 )
-from deit.experiments.sweeps import SWEEPS, find_sweep
+from deit.experiments.sweep_plan import duplicate_points, trials_of
+from deit.experiments.sweep_spec import SearchRange, read_sweep, text_of
 from tests.helpers.errors import raises
 
 

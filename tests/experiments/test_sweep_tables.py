@@ -24,7 +24,7 @@ from deit.experiments.sweep_tables import (
     write_results,
 )
 from deit.viz import charts, html
-from deit.viz.plots import HEADS
+from deit.viz.tables import HEADS
 
 
 def lines_of(out):

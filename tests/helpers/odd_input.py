@@ -40,7 +40,7 @@ from deit.config.recipes import RECIPES
 from deit.config.schema import Config
 from deit.config.student_section import STUDENTS
 from deit.core import manifest
-from deit.experiments.sweeps import SWEEPS
+from deit.experiments.sweep_grid import SWEEPS
 from tests.helpers.command_server import Zygote
 from tests.helpers.leftovers import left
 
@@ -71,7 +71,8 @@ _RUN = f"folder {_TINY} {_STUDENT}"
 _FILES = {
     "classes.txt": "ant\nbee\n",
     "exclude.txt": "train/ant/0.png\ntrain/bee/1.png\n",
-    "recipe.py": "from deit.config.recipes import find_recipe\n\n\ndef mine():\n    return find_recipe('digits')\n",
+    "recipe.py": "from deit.config.recipes import find_recipe\n\n\n"
+    "def mine():\n    return find_recipe('digits')\n",
     "sweep.yaml": "recipe: folder\nset:\n  data: {root: pics, image_size: 8}\n  student: "
     "{image_size: 8, name: deit_micro, patch_size: 4, embed_dim: 16, num_heads: 2, depth: 1, "
     "drop_path: 0}\n"

@@ -22,16 +22,18 @@ from deit.core import run_folder
 from deit.core.errors import CheckpointError, ConfigError
 from deit.core.json_io import load_json_as
 from deit.deploy.export import export
-from deit.evaluation.evaluate import evaluate, student_at_resolution
+from deit.evaluation.evaluate import evaluate
+from deit.evaluation.load_run import student_at_resolution
 from deit.models import load_weights
 from deit.models.load_weights import load_weights_from, saved_weights
 from deit.models.metadata import BASE, AdapterBase, base_of, read_base
 from deit.models.parameters import trainable_parameters
 from deit.models.saved import load_student, save_weights
 from deit.models.surgery.pruning_masks import MASKS, read_masks
-from deit.models.teachers import load_teacher
+from deit.models.teacher_sources import load_teacher
 from deit.models.weight_files import digest_of
-from deit.training.train import build_run, train
+from deit.training.build import build_run
+from deit.training.train import train
 from tests.helpers.commands import tree
 from tests.helpers.errors import raises
 from tests.helpers.images import random_batch

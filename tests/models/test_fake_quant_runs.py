@@ -33,8 +33,9 @@ from deit.models.surgery.fake_quant import (
     ranges_in,
 )
 from deit.models.surgery.pruning_masks import MASKS
-from deit.models.teachers import load_teacher
-from deit.training.train import build_run, train
+from deit.models.teacher_sources import load_teacher
+from deit.training.build import build_run
+from deit.training.train import train
 from tests.helpers.errors import raises
 from tests.helpers.images import random_batch
 from tests.helpers.resume_helpers import same_end, stop_and_go_on, stop_at

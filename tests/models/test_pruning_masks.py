@@ -31,8 +31,9 @@ from deit.models.surgery.pruning_masks import (
     random_like,
     read_masks,
 )
+from deit.training.build import build_run
 from deit.training.optimizer import lr_at
-from deit.training.train import build_run, train
+from deit.training.train import train
 from tests.helpers.errors import raises
 from tests.helpers.resume_helpers import same_end, stop_at
 from tests.helpers.small_runs import SMALL

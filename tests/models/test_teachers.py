@@ -18,8 +18,9 @@ from deit.core.errors import ConfigError, DataError, NotFoundError
 from deit.core.types import logits_by_head
 from deit.distill.teacher_check import announce_order, better_order, check_accuracy, refuse_order
 from deit.models.saved import ModelInfo, build_student, save_student
-from deit.models.teachers import ASSUMED, LoadedNetwork, Teacher, resolve_source
-from deit.models.teachers import load_teacher as load_teacher_at
+from deit.models.teacher_sources import load_teacher as load_teacher_at
+from deit.models.teacher_sources import resolve_source
+from deit.models.teachers import ASSUMED, LoadedNetwork, Teacher
 from tests.helpers.errors import raises
 
 NAMES = ("ant", "bee", "cat")

@@ -18,7 +18,8 @@ from torch import nn
 
 from deit.config.student_section import InitConfig
 from deit.core.errors import CheckpointError
-from deit.models.load_weights import adapt_weights, load_weights_from
+from deit.models.adapt_weights import adapt_weights
+from deit.models.load_weights import load_weights_from
 from deit.models.weight_files import load_weights, read_weights
 from tests.helpers.errors import raises
 

@@ -18,9 +18,10 @@ from deit.core import run_folder
 from deit.core.errors import CheckpointError, ConfigError
 from deit.deploy.export import split_normalization
 from deit.deploy.formats import FORMATS
+from deit.models.adapt_weights import adapt_weights
 from deit.models.attention import check_attention, token_cosines
 from deit.models.cost import cost_of
-from deit.models.load_weights import adapt_weights, load_weights_from
+from deit.models.load_weights import load_weights_from
 from deit.models.networks import create_network
 from deit.models.saved import ModelInfo, build_student, load_student, save_student
 from deit.models.surgery.pruning_masks import prunable

@@ -8,7 +8,8 @@ from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.handwriting import digits, digits_teacher
 from deit.core.errors import ConfigError
 from deit.core.run_folder import latest_checkpoint
-from deit.training.train import build_run, train
+from deit.training.build import build_run
+from deit.training.train import train
 from tests.helpers.errors import raises
 
 pytest.importorskip("sklearn")

@@ -19,6 +19,32 @@ CALIBRATIONS = ("minmax", "entropy", "percentile")
 
 def quantize(arguments: list[str], program: str) -> None:
     """Write a run as int8 for ONNX Runtime on a CPU; kept only if it answers nearly as well."""
+    options = _quantize_parser(program).parse_args(arguments)
+    how = _check_quantize(options)
+    from deit.deploy.quantize import QuantizeOptions, quantize
+
+    quantize(
+        options.run,
+        options.out,
+        QuantizeOptions(
+            method=options.method,
+            images=options.calibration_images,
+            range_method=how,
+            percentile=(options.percentile or 99.99) if how == "percentile" else None,
+            attention=options.quantize_attention,
+            exclude=options.exclude,
+        ),
+        max_drop=options.max_drop,
+        sensitivity=options.sensitivity,
+        checkpoint=options.checkpoint,
+        root=options.root,
+        json_file=options.json,
+        force=options.force,
+        arguments=arguments,
+    )
+
+
+def _quantize_parser(program: str) -> Parser:
     parser = Parser(
         prog=program,
         description="Write a finished run's student with weights and activations of 8 bits, for "
@@ -61,29 +87,7 @@ def quantize(arguments: list[str], program: str) -> None:
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
     parser.add_argument("--checkpoint", choices=run_folder.NAMES, default="best")
     parser.add_argument("--force", action="store_true", help="let --out and --json be replaced")
-    options = parser.parse_args(arguments)
-    how = _check_quantize(options)
-    from deit.deploy.quantize import QuantizeOptions, quantize
-
-    quantize(
-        options.run,
-        options.out,
-        QuantizeOptions(
-            method=options.method,
-            images=options.calibration_images,
-            range_method=how,
-            percentile=(options.percentile or 99.99) if how == "percentile" else None,
-            attention=options.quantize_attention,
-            exclude=options.exclude,
-        ),
-        max_drop=options.max_drop,
-        sensitivity=options.sensitivity,
-        checkpoint=options.checkpoint,
-        root=options.root,
-        json_file=options.json,
-        force=options.force,
-        arguments=arguments,
-    )
+    return parser
 
 
 def _check_quantize(options: argparse.Namespace) -> str | None:
@@ -132,12 +136,7 @@ def prune(arguments: list[str], program: str) -> None:
         images=options.images,
     )
     controls = parse_controls(options.controls, tuple(prune_options.CONTROLS))
-    if options.schedule not in FINETUNE_SCHEDULES:
-        known = ", ".join(FINETUNE_SCHEDULES)
-        raise ConfigError(
-            f"--schedule {options.schedule}: should be one of "
-            f"{known}{did_you_mean(options.schedule, FINETUNE_SCHEDULES)}"
-        )
+    _check_schedule(options.schedule)
     run = Path(rest[0]).expanduser() if rest and not rest[0].startswith("-") else None
     helps = bool({"-h", "--help"} & set(rest))
     if run is None and not helps:
@@ -179,6 +178,14 @@ def prune(arguments: list[str], program: str) -> None:
         parallel=options.parallel,
         arguments=arguments,
     )
+
+
+def _check_schedule(name: str) -> None:
+    if name not in FINETUNE_SCHEDULES:
+        known = ", ".join(FINETUNE_SCHEDULES)
+        raise ConfigError(
+            f"--schedule {name}: should be one of {known}{did_you_mean(name, FINETUNE_SCHEDULES)}"
+        )
 
 
 def _prune_parser(program: str) -> Parser:

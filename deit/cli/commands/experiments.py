@@ -7,14 +7,16 @@ from deit.cli.parser import Parser, check_content, parse_seeds
 from deit.cli.run_args import GOES_ON, TRAINS, parse_run, print_config_if_asked
 from deit.config.schema import Config
 from deit.core.errors import ConfigError
-from deit.experiments.sweep_spec import (
-    Sweep,
+from deit.experiments.sweep_grid import (
+    SWEEPS,
+    Point,
     boundary_points,
+    find_sweep,
     points_of,
     with_command_line,
     with_fields,
 )
-from deit.experiments.sweeps import SWEEPS, find_sweep
+from deit.experiments.sweep_spec import Sweep
 
 
 def compare(arguments: list[str], program: str) -> None:
@@ -69,23 +71,8 @@ def compare(arguments: list[str], program: str) -> None:
 
 def sweep(arguments: list[str], program: str) -> None:
     """Every combination of a grid, or the runs of a file or study: one table, mean and std."""
-    helps = bool({"-h", "--help"} & set(arguments))
-    if arguments and not arguments[0].startswith("-"):
-        plan, rest = find_sweep(arguments[0]), arguments[1:]
-    elif helps:
-        plan, rest = Sweep("sweep"), arguments
-    else:
-        raise ConfigError(
-            f"name a sweep first: {program} FILE.yaml --out DIR, or one of {', '.join(SWEEPS)}"
-        )
-    parser = Parser(prog=program, add_help=False)
-    parser.add_argument(
-        "--recipe", default=plan.recipe, metavar="RECIPE", help="Instead of the file's."
-    )
-    parser.add_multi_run_options(seeds=",".join(map(str, plan.seeds)))
-    parser.add_argument(
-        "--top", type=int, default=5, metavar="N", help="How many are named in the end."
-    )
+    plan, rest = _split_sweep(arguments, program)
+    parser = _sweep_parser(program, plan)
     options, rest = parser.parse_known_args(rest)
     plan = dataclasses.replace(plan, recipe=options.recipe, seeds=parse_seeds(options.seeds))
     check_content(plan.content)
@@ -125,13 +112,7 @@ def sweep(arguments: list[str], program: str) -> None:
     points = boundary_points(plan, run.config) if plan.search else points_of(plan, run.config)
     if run.trusts_teacher_code:
         trusted.update(run.config.teacher.code_sources)
-    for point in points:
-        if named := sorted({*point.config.teacher.code_sources} - trusted):
-            raise ConfigError(
-                f"sweep {plan.name}, {point.name}: its teacher {named[0]} is code, which no file "
-                f"but the command line may have run; add --teacher.source {named[0]} if you trust "
-                "it"
-            )
+    _check_trusted(plan, points, trusted)
     from deit.experiments.sweep import sweep
 
     sweep(
@@ -145,6 +126,40 @@ def sweep(arguments: list[str], program: str) -> None:
         top=options.top,
         arguments=arguments,
     )
+
+
+def _split_sweep(arguments: list[str], program: str) -> tuple[Sweep, list[str]]:
+    """Return the sweep and the words after it; an empty one for --help alone."""
+    if arguments and not arguments[0].startswith("-"):
+        return find_sweep(arguments[0]), arguments[1:]
+    if {"-h", "--help"} & set(arguments):
+        return Sweep("sweep"), arguments
+    raise ConfigError(
+        f"name a sweep first: {program} FILE.yaml --out DIR, or one of {', '.join(SWEEPS)}"
+    )
+
+
+def _sweep_parser(program: str, plan: Sweep) -> Parser:
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument(
+        "--recipe", default=plan.recipe, metavar="RECIPE", help="Recipe instead of the file's."
+    )
+    parser.add_multi_run_options(seeds=",".join(map(str, plan.seeds)))
+    parser.add_argument(
+        "--top", type=int, default=5, metavar="N", help="How many of the best points to print."
+    )
+    return parser
+
+
+def _check_trusted(plan: Sweep, points: list[Point], trusted: set[str]) -> None:
+    """Refuse teachers that are code and that only the sweep's file names. Raises ConfigError."""
+    for point in points:
+        if named := sorted({*point.config.teacher.code_sources} - trusted):
+            raise ConfigError(
+                f"sweep {plan.name}, {point.name}: its teacher {named[0]} is code, which no file "
+                f"but the command line may have run; add --teacher.source {named[0]} if you trust "
+                "it"
+            )
 
 
 def report(arguments: list[str], program: str) -> None:

@@ -1,5 +1,6 @@
 """The commands that ask a finished run for answers, or write it for others to ask."""
 
+import argparse
 import shlex
 from pathlib import Path
 
@@ -14,58 +15,13 @@ EXPORTS = ("timm", "transformers", "onnx", "pt2")
 
 def evaluate(arguments: list[str], program: str) -> None:
     """Measure a finished run, head by head."""
-    parser = Parser(
-        prog=program,
-        description="Measure a run on its test split, head by head; or several runs, resolutions, "
-        "crops and numbers of merged tokens in one table.",
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    parser.add_argument("--split", choices=("test", "validation"), default="test")
-    parser.add_argument("--checkpoint", choices=run_folder.NAMES, default="best")
-    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
-    parser.add_argument("--teacher", metavar="SOURCE", help="teacher to agree with; none: without")
-    parser.add_argument("--run.device", dest="device", choices=("auto", "cpu", "cuda"))
-    parser.add_argument(
-        "--run.eval_batch_size",
-        dest="batch",
-        type=int,
-        metavar="N",
-        help="images at once; the run's own number otherwise",
-    )
-    parser.add_argument(
-        "--resolution", metavar="A,B", help="sides of the input [px]; positions are resized"
-    )
-    parser.add_argument("--crop", metavar="A,B", help="evaluation crops, as views.eval_crop_pct")
-    parser.add_argument(
-        "--merge-tokens",
-        metavar="A,B",
-        help="tokens of a ViT that each block merges; none is retrained",
-    )
-    parser.add_argument(
-        "--test-set", metavar="NAME", help=f"ImageNet's {', '.join(TEST_SETS)}, from --data.root"
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw throughput against accuracy"
-    )
-    parser.add_argument("--force", action="store_true", help="let --json and --plot replace files")
-    options = parser.parse_args(arguments)
+    options = _evaluate_parser(program).parse_args(arguments)
     sides = parse_numbers(options.resolution, "--resolution", whole=True)
     crops = parse_numbers(options.crop, "--crop", whole=False)
     merges = parse_numbers(options.merge_tokens, "--merge-tokens", whole=True, least=0)
     if options.batch is not None and options.batch < 1:
         raise ConfigError(f"--run.eval_batch_size {options.batch}: should be at least 1")
-    if options.test_set is not None and options.test_set not in TEST_SETS:
-        advice = (
-            f"should be one of {', '.join(TEST_SETS)}{did_you_mean(options.test_set, TEST_SETS)}"
-        )
-        raise ConfigError(f"--test-set {options.test_set}: {advice}")
-    if options.test_set is not None and (options.teacher or options.split != "test"):
-        raise ConfigError(
-            "--test-set is a test set of its own: neither --teacher nor --split go with it"
-        )
-    if options.test_set is not None and options.root is None:
-        raise ConfigError(f"--test-set {options.test_set}: needs --data.root, where its images lie")
+    _check_test_set(options)
     from deit.analysis.view_sheet import check_image_path
     from deit.core.filesystem import check_file
     from deit.evaluation.evaluate import evaluate
@@ -112,8 +68,86 @@ def evaluate(arguments: list[str], program: str) -> None:
         write_evaluation(options.json, found | {"command": command})
 
 
+def _check_test_set(options: argparse.Namespace) -> None:
+    """Refuse a test set that does not exist, or options that do not apply to it."""
+    name = options.test_set
+    if name is None:
+        return
+    if name not in TEST_SETS:
+        advice = f"should be one of {', '.join(TEST_SETS)}{did_you_mean(name, TEST_SETS)}"
+        raise ConfigError(f"--test-set {name}: {advice}")
+    if options.teacher or options.split != "test":
+        raise ConfigError(
+            "--test-set is a test set of its own: neither --teacher nor --split go with it"
+        )
+    if options.root is None:
+        raise ConfigError(f"--test-set {name}: needs --data.root, where its images lie")
+
+
+def _evaluate_parser(program: str) -> Parser:
+    parser = Parser(
+        prog=program,
+        description="Measure a run on its test split, head by head; or several runs, resolutions, "
+        "crops and numbers of merged tokens in one table.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--checkpoint", choices=run_folder.NAMES, default="best")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--teacher", metavar="SOURCE", help="teacher to agree with; none: without")
+    parser.add_argument("--run.device", dest="device", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--run.eval_batch_size",
+        dest="batch",
+        type=int,
+        metavar="N",
+        help="images at once; the run's own number otherwise",
+    )
+    parser.add_argument(
+        "--resolution", metavar="A,B", help="sides of the input [px]; positions are resized"
+    )
+    parser.add_argument("--crop", metavar="A,B", help="evaluation crops, as views.eval_crop_pct")
+    parser.add_argument(
+        "--merge-tokens",
+        metavar="A,B",
+        help="tokens of a ViT that each block merges; none is retrained",
+    )
+    parser.add_argument(
+        "--test-set", metavar="NAME", help=f"ImageNet's {', '.join(TEST_SETS)}, from --data.root"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw throughput against accuracy"
+    )
+    parser.add_argument("--force", action="store_true", help="let --json and --plot replace files")
+    return parser
+
+
 def predict(arguments: list[str], program: str) -> None:
     """A run's answers to pictures of your own, head by head, and what its tokens look at."""
+    options = _predict_parser(program).parse_args(arguments)
+    if options.top_k < 1:
+        raise ConfigError(f"--top-k {options.top_k}: should be at least 1")
+    from deit.analysis.view_sheet import check_image_path
+    from deit.core.filesystem import check_file
+    from deit.evaluation.predict import predict
+
+    check_file(options.json, option="--json", replace=options.force)
+    if options.attention is not None:
+        check_image_path(options.attention, option="--attention")
+        check_file(options.attention, option="--attention", replace=options.force)
+    predict(
+        options.run,
+        options.pictures,
+        name=options.checkpoint,
+        teacher=options.teacher,
+        top_k=options.top_k,
+        attention=options.attention,
+        json_file=options.json,
+    )
+
+
+def _predict_parser(program: str) -> Parser:
     parser = Parser(
         prog=program,
         description="The likeliest classes of pictures by each head of a finished run. Pictures "
@@ -139,44 +173,12 @@ def predict(arguments: list[str], program: str) -> None:
         "--force", action="store_true", help="let --json and --attention replace files"
     )
     parser.add_argument("--checkpoint", choices=run_folder.NAMES, default="best")
-    options = parser.parse_args(arguments)
-    if options.top_k < 1:
-        raise ConfigError(f"--top-k {options.top_k}: should be at least 1")
-    from deit.analysis.view_sheet import check_image_path
-    from deit.core.filesystem import check_file
-    from deit.evaluation.predict import predict
-
-    check_file(options.json, option="--json", replace=options.force)
-    if options.attention is not None:
-        check_image_path(options.attention, option="--attention")
-        check_file(options.attention, option="--attention", replace=options.force)
-    predict(
-        options.run,
-        options.pictures,
-        name=options.checkpoint,
-        teacher=options.teacher,
-        top_k=options.top_k,
-        attention=options.attention,
-        json_file=options.json,
-    )
+    return parser
 
 
 def export(arguments: list[str], program: str) -> None:
     """Write a run for timm, transformers, ONNX Runtime or torch.export; verified, with a card."""
-    parser = Parser(
-        prog=program,
-        description="Write a finished run in another format, load it without our code, hold its "
-        "answers against the run's on test images, and keep it only if they are the same.",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--format", required=True, metavar="NAME", help=f"{', '.join(EXPORTS)}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (RUN/export-FORMAT)")
-    parser.add_argument("--force", action="store_true", help="let --out replace a folder")
-    parser.add_argument("--checkpoint", choices=run_folder.NAMES, default="best")
-    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
-    parser.add_argument("--images", type=int, default=512, help="test images to verify on (512)")
-    parser.add_argument("--license", dest="licence", metavar="NAME", help="of the weights")
-    options = parser.parse_args(arguments)
+    options = _export_parser(program).parse_args(arguments)
     if options.format not in EXPORTS:
         advice = f"should be one of {', '.join(EXPORTS)}{did_you_mean(options.format, EXPORTS)}"
         raise ConfigError(f"--format {options.format}: {advice}")
@@ -194,3 +196,20 @@ def export(arguments: list[str], program: str) -> None:
         licence=options.licence,
         force=options.force,
     )
+
+
+def _export_parser(program: str) -> Parser:
+    parser = Parser(
+        prog=program,
+        description="Write a finished run in another format, load it without our code, hold its "
+        "answers against the run's on test images, and keep it only if they are the same.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--format", required=True, metavar="NAME", help=f"{', '.join(EXPORTS)}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (RUN/export-FORMAT)")
+    parser.add_argument("--force", action="store_true", help="let --out replace a folder")
+    parser.add_argument("--checkpoint", choices=run_folder.NAMES, default="best")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
+    parser.add_argument("--images", type=int, default=512, help="test images to verify on (512)")
+    parser.add_argument("--license", dest="licence", metavar="NAME", help="of the weights")
+    return parser
