@@ -294,7 +294,7 @@ class Reader:
         self._largest, self._shared = 0, True  # batch so far [images], and how it comes
 
     def read(self, batches: Iterable[ReadRequest]) -> Iterator[ReadResult]:
-        """The batches, in their order. Raises DataError at an unreadable image, EnvironmentFault
+        """The batches, in their order. Raises DataError at an unreadable image, SystemFault
         where one cannot be read now, WorkerLost where a worker was killed."""
         for answer in self._answers(iter(batches)):
             if isinstance(answer, DeitError):

@@ -109,7 +109,7 @@ def _ignore(problem: str) -> None:
 
 def check_root(root: Path, layout: str = "CLASS/IMAGE") -> None:
     """Refuse a root folder that is not there. layout: of what is below its splits. Raises
-    NotThereError."""
+    NotFoundError."""
     if not root.is_dir():
         raise NotFoundError(
             f"data.root {root}: no such folder; expected {root}/train/{layout} (--data.root says "

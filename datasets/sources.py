@@ -42,7 +42,7 @@ def load_digits(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels of 17 grey levels, without splits.
 
     Source: the test half of UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak,
-    1998). Raises EnvironmentFault without scikit-learn.
+    1998). Raises SystemFault without scikit-learn.
     """
     try:
         from sklearn.datasets import load_digits as read

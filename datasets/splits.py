@@ -160,7 +160,7 @@ memory of the moment: every process and every resumption of a run must come to t
 
 
 def _in_memory(splits: tuple[EncodedImages, ...], config: DataConfig) -> bool:
-    """Whether the squares of encoded images are to be held in memory. Raises EnvironmentFault where
+    """Whether the squares of encoded images are to be held in memory. Raises SystemFault where
     they should and do not fit."""
     number = sum(len(split.labels) for split in splits)
     fits = number * 3 * config.image_size**2 <= AUTO_BYTES
@@ -172,7 +172,7 @@ def _in_memory(splits: tuple[EncodedImages, ...], config: DataConfig) -> bool:
 
 def check_images_fit(number: int, config: DataConfig) -> None:
     """Refuse images that do not fit into memory before they are decoded or enlarged. Raises
-    EnvironmentFault.
+    SystemFault.
 
     number: of images.
     """

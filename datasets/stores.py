@@ -40,7 +40,7 @@ class FolderStore:
         return len(self.paths)
 
     def read(self, position: int) -> bytes:
-        """The bytes of the file. Raises DataError if it cannot be read, EnvironmentFault where that
+        """The bytes of the file. Raises DataError if it cannot be read, SystemFault where that
         may pass."""
         try:
             return (self.root / self.paths[position]).read_bytes()
@@ -88,7 +88,7 @@ class ShardStore:
         return len(self.members)
 
     def read(self, position: int) -> bytes:
-        """The bytes of the member. Raises DataError if they cannot be read, EnvironmentFault where
+        """The bytes of the member. Raises DataError if they cannot be read, SystemFault where
         that may pass."""
         shard, offset, size = self.ranges[position].tolist()
         try:
@@ -135,7 +135,7 @@ class ReaderStore:
         return tuple(self.splits)[split], int(position - self.starts[split])
 
     def read(self, position: int) -> bytes:
-        """The encoded image; a picture is encoded without loss. Raises DataError, EnvironmentFault
+        """The encoded image; a picture is encoded without loss. Raises DataError, SystemFault
         where what keeps it from being read may pass."""
         split, row = self._find(position)
         try:

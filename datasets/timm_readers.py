@@ -42,7 +42,7 @@ def list_reader(config: DataConfig, keep: tuple[str, ...], complain: OnProblem =
     Labels follow the class names, in code point order, and not the order of the reader. The classes
     of folders and tars follow timm's rule; what is an image, hidden, linked or a split is decided
     as for the other sources. Raises ConfigError for an unknown reader or one that only streams,
-    DataError where it fails, EnvironmentFault where its library is missing.
+    DataError where it fails, SystemFault where its library is missing.
     """
     kind, _, name = (config.reader or "").partition("/")
     if kind in _STREAMS:

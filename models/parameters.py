@@ -58,8 +58,8 @@ def _prefixes(modules: Iterable[str]) -> tuple[str, ...]:
 
 
 def freeze_except(network: nn.Module, trained: TrainableSet) -> None:
-    """Train a part of the network only, as `trained_in` says; the other parameters take no
-    gradient. Raises ConfigError where a network has no such part."""
+    """Train a part of the network only, as `trainable_parameters` says; the other parameters take
+    no gradient. Raises ConfigError where a network has no such part."""
     if trained == "all":
         return  # and what a network itself holds still stays so
     names = trainable_parameters(network, trained)

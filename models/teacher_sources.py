@@ -66,7 +66,7 @@ def load_teacher(config: TeacherSpec, class_names: tuple[str, ...], *, image_siz
 def resolve_source(source: str) -> str:
     """What a teacher.source is: callable, run, timm or file; cheap, before any data is read.
 
-    Raises NotThereError where there is nothing.
+    Raises NotFoundError where there is nothing.
     """
     path = Path(source).expanduser()
     if ".py:" in source:

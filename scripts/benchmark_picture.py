@@ -10,7 +10,7 @@ _OURS, _PEER = "#0072b2", "#b0b0b0"
 
 def draw_benchmark(result: dict[str, Any], path: Path) -> None:
     """The median ratio of each row of a benchmark's file as a bar, with the range of its turns and
-    both sides' images/s, as a PNG. Raises EnvironmentFault without matplotlib."""
+    both sides' images/s, as a PNG. Raises SystemFault without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

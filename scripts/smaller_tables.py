@@ -82,7 +82,7 @@ def goals(result: dict[str, Any]) -> str:
 
 
 def draw_smaller(result: dict[str, Any], path: Path) -> None:
-    """The ladder of the mean over seeds, as a PNG. Raises EnvironmentFault without matplotlib."""
+    """The ladder of the mean over seeds, as a PNG. Raises SystemFault without matplotlib."""
     rows = {
         name: {
             "top1": {

@@ -107,7 +107,7 @@ def scan(config: DataConfig) -> ScanReport:
     """Decode every image of every split of a folder, shards or reader source.
 
     Goes on after what is bad; raises DataError only where there is nothing to look at, and
-    EnvironmentFault where an image cannot be read now and may be sound: what is listed as bad is
+    SystemFault where an image cannot be read now and may be sound: what is listed as bad is
     left out of every later run.
     """
     problems: list[str] = []
@@ -236,7 +236,7 @@ def _counts(numbers: dict[str, int]) -> str:
 
 def write_exclude_list(path: Path, found: ScanReport) -> None:
     """The unreadable images as a list for data.exclude_list, each under its reason. Raises
-    EnvironmentFault where the disk refuses."""
+    SystemFault where the disk refuses."""
     lines = [f"# images of {found.root} to leave out: --data.exclude_list takes this list"]
     for key, reason in found.unreadable.items():
         lines += [f"# {reason}", exclude_list_line(key)]

@@ -130,7 +130,7 @@ def _check_run(run: Path) -> None:
 
 def _check_folder(out: Path, force: bool) -> None:
     """Refuse a folder that holds something else than a report, or one that is to stay. Raises
-    ConfigError and EnvironmentFault."""
+    ConfigError and SystemFault."""
     if out.exists() and not out.is_dir():
         raise SystemFault(f"--out {out}: is a file, not a folder")
     check_writable(out, option="--out")

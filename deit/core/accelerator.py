@@ -35,7 +35,7 @@ _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 def resolve_precision(precision: str, device_type: str) -> str:
     """fp32, bf16 or fp16: the configured one, or what the launcher asked for.
 
-    Raises EnvironmentFault where the device cannot compute in it.
+    Raises SystemFault where the device cannot compute in it.
     """
     if precision == "auto":
         asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -51,7 +51,7 @@ def resolve_precision(precision: str, device_type: str) -> str:
 
 
 def resolve_device(device: str) -> str:
-    """`cuda` or `cpu`. Raises EnvironmentFault if cuda is asked for and not there."""
+    """`cuda` or `cpu`. Raises SystemFault if cuda is asked for and not there."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise SystemFault("run.device = 'cuda': no CUDA device here; use --run.device cpu")
@@ -68,7 +68,7 @@ _SHARDING = {
 
 
 def _check_launcher() -> None:
-    """Refuse what would train something else than it says. Raises EnvironmentFault."""
+    """Refuse what would train something else than it says. Raises SystemFault."""
     for variable, name in _SHARDING.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise SystemFault(
@@ -139,7 +139,7 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], int], what: obj
     all processes.
 
     what: is read or tried, for the message. Raises the function's DeitError in the main process, an
-    OSError as EnvironmentFault, and an error of the same exit code in the other processes.
+    OSError as SystemFault, and an error of the same exit code in the other processes.
     """
     number, trouble = 0, None
     if accelerator.is_main_process:

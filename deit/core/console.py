@@ -43,7 +43,7 @@ def info(message: str = "") -> None:
 
 @contextmanager
 def _written() -> Iterator[None]:
-    """Raises EnvironmentFault where standard output takes nothing, as on a full disk."""
+    """Raises SystemFault where standard output takes nothing, as on a full disk."""
     try:
         yield
     except BrokenPipeError:

@@ -170,7 +170,7 @@ def compiler_failure(error: BaseException) -> str | None:
 
 
 def raise_transient(error: BaseException, place: object) -> None:
-    """Raise an out-of-memory error as it is, and a transient I/O error as EnvironmentFault; return
+    """Raise an out-of-memory error as it is, and a transient I/O error as SystemFault; return
     for any other error. Call it before an error is translated into one about a file or a setting.
 
     place: what was read or tried, for the message.

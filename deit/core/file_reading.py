@@ -24,7 +24,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file to read its bytes.
 
     Raises OSError where there is none, or a pipe or a device, which might be waited for without
-    end, or it may not be read; EnvironmentFault where it cannot be read now. That holds for what is
+    end, or it may not be read; SystemFault where it cannot be read now. That holds for what is
     read in the `with` block as well.
     """
     try:
@@ -56,7 +56,7 @@ def no_file(path: Path) -> str:
 
 
 def check_readable(path: Path) -> None:
-    """Raise EnvironmentFault where a file cannot be read now. Call it where a library failed to
+    """Raise SystemFault where a file cannot be read now. Call it where a library failed to
     open one without giving the reason, as safetensors does."""
     with suppress(OSError), open_file(path):
         pass

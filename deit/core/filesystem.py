@@ -50,7 +50,7 @@ _NEW, _OLD, REMOVED_PREFIX = ".deit-new-", ".deit-old-", ".deit-gone-"
 def check_writable(out: Path, *, option: str) -> None:
     """Prove that a file can be written, synced and renamed where `out` is or will be.
 
-    Leaves nothing behind. option: the flag that named it. Raises EnvironmentFault.
+    Leaves nothing behind. option: the flag that named it. Raises SystemFault.
     """
     for one in (out, *out.absolute().parents):
         if one.is_symlink() and not one.exists():  # no folder can be made in its place
@@ -80,7 +80,7 @@ def _standing(path: Path) -> Path:
 
 def check_space(out: Path, needed: int, *, option: str) -> None:
     """Refuse a disk with less than `needed` bytes free where `out` is or will be. Raises
-    EnvironmentFault."""
+    SystemFault."""
     free = shutil.disk_usage(_standing(out)).free
     if free < needed:
         raise SystemFault(
@@ -101,7 +101,7 @@ def format_bytes(number: float) -> str:
 
 def check_file(path: Path | None, *, option: str, replace: bool) -> None:
     """Refuse, before the long work, a file that could not be written or (unless it may be replaced)
-    is there already. Raises EnvironmentFault."""
+    is there already. Raises SystemFault."""
     if path is None:
         return
     if path.is_dir():
@@ -121,8 +121,8 @@ def replace_dir(target: Path, write: Callable[[Path], None], *, bytes_needed: in
     """Fill a new folder by `write` and put it in the place of `target`.
 
     The files are synced before the rename, and the old folder is removed only after it, so that
-    at every moment a complete one exists. What a kill leaves behind, `finish_replacing` clears.
-    needs: about how many bytes that takes, for the message. Raises EnvironmentFault if the disk
+    at every moment a complete one exists. What a kill leaves behind, `clean_leftovers` clears.
+    needs: about how many bytes that takes, for the message. Raises SystemFault if the disk
     refuses.
     """
     _put(
@@ -136,7 +136,7 @@ def replace_dir(target: Path, write: Callable[[Path], None], *, bytes_needed: in
 
 def atomic_write_dir(target: Path, write: Callable[[Path], None], *, replace: bool) -> None:
     """The same where other commands may write the folder at the same time: each fills its own, and
-    unless it may `replace` what is there, the first one stays. Raises EnvironmentFault."""
+    unless it may `replace` what is there, the first one stays. Raises SystemFault."""
     new = target.with_name(f"{_NEW}{target.name}.{os.getpid()}")
     _put(target, write, new, replace=replace, bytes_needed=0)
 
@@ -210,7 +210,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def atomic_write(path: Path, content: bytes) -> None:
     """Write a file to the disk under another name and rename it: it is there whole or not at all.
 
-    Raises FileNotFoundError where its folder is gone, EnvironmentFault where the disk refuses.
+    Raises FileNotFoundError where its folder is gone, SystemFault where the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -229,11 +229,11 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 def write_once(path: Path, content: bytes) -> bool:
-    """Write a file as `put_file` does, unless there is one; whether there was none.
+    """Write a file as `atomic_write` does, unless there is one; whether there was none.
 
     Of several processes one is the first, also where a disk has no hard links, as exFAT, SMB and
     mounts of object stores: there the others may find the file empty for a moment, and a kill in
-    it leaves it so. Raises EnvironmentFault where the disk refuses.
+    it leaves it so. Raises SystemFault where the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -302,7 +302,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON as `put_file` does. Raises EnvironmentFault, also where the folder is gone."""
+    """Write JSON as `atomic_write` does. Raises SystemFault, also where the folder is gone."""
     try:
         atomic_write(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
     except FileNotFoundError as error:
@@ -313,9 +313,9 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def lock_dir(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
-    """Keep other processes from working in a folder. Raises EnvironmentFault where one does.
+    """Keep other processes from working in a folder. Raises SystemFault where one does.
 
-    Gives a function that raises EnvironmentFault where the folder is no longer the one that is
+    Gives a function that raises SystemFault where the folder is no longer the one that is
     held, because it was moved away, or removed and made anew.
 
     A POSIX lock: it ends with its process, however that ends, and forked workers do not inherit it

@@ -186,7 +186,7 @@ def check_answers(
 ) -> None:
     """Refuse to have a network answer so many images of `side` px at once where the memory that is
     free is certainly too little in one of the processes. answer: as in `bytes_per_image`. Raises
-    EnvironmentFault, in all processes or in none."""
+    SystemFault, in all processes or in none."""
     device = accelerator.device
     free = free_memory(device)
     each = bytes_per_image(

@@ -63,7 +63,7 @@ def load_json_as(path: Path, kind: type[T]) -> T:
     """The file as an instance of a dataclass: every field of its type, none missing or unknown.
 
     Raises CheckpointError naming the file and the field, NotReadableError among them;
-    EnvironmentFault where it cannot be read now.
+    SystemFault where it cannot be read now.
     """
     try:
         return _adapter(kind).validate_json(read_bytes(path), strict=True)
@@ -90,7 +90,7 @@ def _first_of(error: ValidationError) -> str:
 
 def write_sealed(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     """Write a value with a digest of it, so that `read_sealed` takes nothing else; the value as it
-    will be read. Raises EnvironmentFault."""
+    will be read. Raises SystemFault."""
     value = json.loads(json.dumps(value))  # tuples are lists then, and all keys strings
     write_json(path, asdict(_Sealed(digest_of_value(value), value)))
     return value
@@ -99,7 +99,7 @@ def write_sealed(path: Path, value: dict[str, Any]) -> dict[str, Any]:
 def read_sealed(path: Path, kind: type[T]) -> T | None:
     """What `write_sealed` wrote, as an instance of a dataclass or type; None where the file is not
     there, damaged, edited or of another release: whoever asks makes it again. Raises
-    NotReadableError and EnvironmentFault."""
+    NotReadableError and SystemFault."""
     if not path.is_file():
         return None
     try:
@@ -131,7 +131,7 @@ def check_same_request(out: Path, file: str, asked: dict[str, Any], *, what: str
     """Refuse a folder in which something else was begun, or that holds anything else.
 
     file: in the folder, what was asked there when it was begun. asked: the same now, by name, ready
-    for JSON; what only one of them has counts as well. what: it is called. Raises EnvironmentFault,
+    for JSON; what only one of them has counts as well. what: it is called. Raises SystemFault,
     and ConfigError that names all that differs.
     """
     if out.exists() and not out.is_dir():

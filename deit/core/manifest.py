@@ -84,7 +84,7 @@ def verify_dir(folder: Path) -> Manifest:
 
     A folder that is replaced by another meanwhile is looked at again.
     Raises CheckpointError that says what is missing, cut off or changed, or may not be read;
-    EnvironmentFault where it cannot be read now.
+    SystemFault where it cannot be read now.
     """
     for _ in range(_RETRIES):
         before = _identity(folder)

@@ -131,7 +131,7 @@ def _check_entries(out: Path, names: list[str]) -> None:
 
 
 def create_run_dir(out: Path) -> None:
-    """Create the folder of a run. Raises EnvironmentFault."""
+    """Create the folder of a run. Raises SystemFault."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -195,7 +195,7 @@ def save_checkpoint(
 
     needs: about how many bytes, for the message of a full disk.
     Nothing is removed before the new one is
-    held against its manifest. Raises EnvironmentFault where the disk refuses; the checkpoints
+    held against its manifest. Raises SystemFault where the disk refuses; the checkpoints
     before are left then.
     """
     target = checkpoint_path(out, step)
@@ -207,7 +207,7 @@ def save_checkpoint(
 def write_with_manifest(target: Path, fill: Fill, *, step: int, needs: int = 0) -> None:
     """Fill a new folder, with a manifest, and put it in the place of `target`.
 
-    Raises EnvironmentFault where the disk refuses.
+    Raises SystemFault where the disk refuses.
     """
 
     def write(folder: Path) -> None:
@@ -235,7 +235,7 @@ def latest_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint that is as it was written; None where there is none at all.
 
     Damaged ones are named and passed over. Raises CheckpointError where all are damaged, or one may
-    not be read; EnvironmentFault where one cannot be read now.
+    not be read; SystemFault where one cannot be read now.
     """
     damages = []
     for step, path in list_checkpoints(out):
@@ -282,7 +282,7 @@ def is_checkpoint_dir(folder: Path) -> bool:
 
 
 def damaged_checkpoints(out: Path) -> list[Path]:
-    """The checkpoints that `set_aside` has put away."""
+    """The checkpoints that `rename_damaged` has put away."""
     return sorted(out.glob(f"{_ASIDE}{_PREFIX}*"))
 
 

@@ -23,7 +23,7 @@ NONFINITE_LOG = "nonfinite_steps.jsonl"
 
 def append(path: Path, row: dict[str, Any]) -> int:
     """Add a row and bring it to the disk; what is not finite becomes null. The length of the file
-    then [bytes]. Raises EnvironmentFault."""
+    then [bytes]. Raises SystemFault."""
     try:
         with open_to_append(path, "ab") as file:
             file.write(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")

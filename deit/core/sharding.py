@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def shard_degree(among: str, processes: int) -> int:
     """Into how many parts run.sharding divides a student: 1 for none, and for one process.
 
-    Raises EnvironmentFault where nodes are asked for and the launcher does not say what they are.
+    Raises SystemFault where nodes are asked for and the launcher does not say what they are.
     """
     if among == "none" or processes == 1:
         return 1

@@ -54,7 +54,7 @@ def export(
     images: of the test split, on which the export has to answer as the original does.
     licence: of the weights, for the card. force: replaces a folder.
 
-    Raises ConfigError where the format cannot hold the network, EnvironmentFault where a package
+    Raises ConfigError where the format cannot hold the network, SystemFault where a package
     is missing or the folder cannot be written, CheckpointError where the export answers otherwise;
     nothing is left behind then.
     """
@@ -128,7 +128,7 @@ def _verify_all(
 
 def require_packages(packages: tuple[str, ...], what: str) -> None:
     """Refuse, before the long work, what packages that are not there would have to do. what: the
-    option or command. Raises EnvironmentFault."""
+    option or command. Raises SystemFault."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise SystemFault(f"{what} needs {', '.join(missing)}; pip install 'deit[export]'")
@@ -142,7 +142,7 @@ _OURS = {
 
 def check_output_dir(folder: Path, *, force: bool) -> None:
     """Refuse, before the long work, a folder that cannot be written, or is there and may not be
-    replaced, or is no export: a run, or anything else of somebody's. Raises EnvironmentFault."""
+    replaced, or is no export: a run, or anything else of somebody's. Raises SystemFault."""
     if folder.exists():
         names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
         if names and not ("README.md" in names and names <= _OURS):

@@ -125,7 +125,7 @@ def variants(
 
 def _check_place(folder: Path, *, force: bool) -> None:
     """Refuse, before the long work, a ladder that is there and may not be replaced, and what is
-    none. Raises EnvironmentFault."""
+    none. Raises SystemFault."""
     if folder.exists():
         others = sorted(path.name for path in folder.glob("*") if path.name not in _FILES)
         if others or not folder.is_dir():

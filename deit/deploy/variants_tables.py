@@ -79,7 +79,7 @@ def markdown(result: dict[str, Any]) -> str:
 def draw_variants(result: dict[str, Any], path: Path) -> None:
     """Accuracy against bytes and against the time of a batch of 64, a dot a version, as a PNG.
 
-    Raises EnvironmentFault without matplotlib.
+    Raises SystemFault without matplotlib.
     """
     charts.check()
     from matplotlib.figure import Figure

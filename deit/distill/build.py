@@ -219,7 +219,7 @@ def image_sizes(
 ) -> Sizes:
     """What the networks are shown of these images, in training as in evaluation.
 
-    teacher_size: what `teacher_input` says; None also without a teacher.
+    teacher_size: what `teacher_input_size` says; None also without a teacher.
     """
     on_disk = isinstance(images, EncodedImages) and config.views.crop in (
         "random_resized",
@@ -240,7 +240,7 @@ def build_train_loader(
 ) -> TrainLoader:
     """This process's training views; `alone`: those of all processes.
 
-    teacher_size: as in `sizes_of`. for_teacher: whether batches carry what the teacher sees.
+    teacher_size: as in `image_sizes`. for_teacher: whether batches carry what the teacher sees.
     Raises ConfigError and DataError as TrainLoader does.
     """
     facts, images = model_info_from(config, splits), splits.train

@@ -66,7 +66,7 @@ def evaluation_batches(
 ) -> Iterator[Tensor]:
     """The evaluation views of the images of each chunk, float32 [images, 3, size, size] in [0, 1].
 
-    chunks: int64, the places of images in their split. size: as in `answers_of`.
+    chunks: int64, the places of images in their split. size: as in `predict_split`.
     """
     size = size or config.student.image_size
     crop = config.views.eval_crop_pct
@@ -99,9 +99,8 @@ def predict(
     """The model's answers for a whole split, in its order, on the CPU of every process.
 
     batches: this process's images, in [0, 1]: samples process, process + processes, ... of the
-    split, so that each is answered exactly once. number: samples in the split.
-    A model that returns logits instead of Outputs gives Outputs with class_logits alone.
-    """
+    split, so that each is answered exactly once. number: samples in the split. A model that returns
+    logits instead of StudentOutput gives StudentOutput with class_logits alone. """
     # Unwrapped: DDP exchanges buffers at every forward, and processes may differ in their number.
     model = accelerator.unwrap_model(model).eval()
     parts: list[StudentOutput] = []

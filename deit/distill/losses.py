@@ -48,7 +48,7 @@ def soft_distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: 
 def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """temperature**2 * cross-entropy with the teacher's distribution at that temperature.
 
-    `soft_teacher_loss` plus the teacher's entropy: another number, the same gradient.
+    `soft_distillation_loss` plus the teacher's entropy: another number, the same gradient.
     """
     teacher = (teacher_logits.detach().float() / temperature).softmax(dim=1)
     return temperature**2 * cross_entropy(logits.float() / temperature, teacher)

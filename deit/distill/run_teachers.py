@@ -40,7 +40,7 @@ from deit.models.weight_files import digest_of
 
 
 def check_inputs(teachers: Iterable[str], config: Config) -> None:
-    """Refuse teachers and images that are not there, all in one message. Raises NotThereError."""
+    """Refuse teachers and images that are not there, all in one message. Raises NotFoundError."""
     checks = [partial(resolve_source, source) for source in teachers]
     if (layout := _LAYOUTS.get(config.data.source)) is not None:
         checks.append(partial(check_root, Path(config.data.root), layout))

@@ -50,7 +50,7 @@ class TeacherEnsemble:
         wants_logits: bool,
         name: Callable[[int], str],
     ) -> None:
-        """weights, how, temperature: as `combine` takes them. wants_logits: whether labels alone
+        """weights, how, temperature: as `combine` takes them. needs_logits: whether labels alone
         would not do. name: what messages call a training image."""
         self.teachers = voices
         self.weights = weights

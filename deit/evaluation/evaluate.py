@@ -60,7 +60,8 @@ class EvaluationResult(NamedTuple):
 
 
 def evaluate(run: Path, **asked: Any) -> dict[str, Any]:
-    """Measure a run's student, as plain values ready for JSON. asked: as `examine` takes it."""
+    """Measure a run's student, as plain values ready for JSON. asked: as `evaluate_run` takes
+    it."""
     return evaluate_run(run, **asked).found
 
 
@@ -229,7 +230,7 @@ def _at_once(config: Config, images: InMemoryImages | EncodedImages) -> int:
 
 
 def cost_of_run(run: Path) -> dict[str, Any]:
-    """What `examine` puts under `cost`, without an evaluation. Raises the errors of
+    """What `evaluate_run` puts under `cost`, without an evaluation. Raises the errors of
     deit.core.errors."""
     config, saved = resolve_run(run, "best")
     student, _ = student_at_resolution(saved, None)

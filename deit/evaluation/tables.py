@@ -10,7 +10,7 @@ HEADS = ("class", "distillation", "fused")
 
 
 def write_evaluation(path: Path, found: dict[str, Any]) -> None:
-    """Write the numbers as JSON, from the main process. Raises EnvironmentFault."""
+    """Write the numbers as JSON, from the main process. Raises SystemFault."""
     if is_main_process():
         write_json(path, found)
         info(f"wrote {path}")

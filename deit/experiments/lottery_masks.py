@@ -116,10 +116,10 @@ MASK_BUILDERS: dict[str, Callable[[LotteryRun, LotteryPlan], Masks]] = {
 
 
 def mask_report(ticket: LotteryRun) -> dict[str, Any]:
-    """What there is to know of a finished run's masks: as deit.models.surgery.pruning_masks.told_of
-    says it, the number of all `parameters`, and the `bytes` of its weights: as the `file` holds
-    them, zeros and all; `packed` by zlib; `sparse`, with a bit that says of each prunable one
-    whether it is there."""
+    """What there is to know of a finished run's masks: as
+    deit.models.surgery.pruning_masks.mask_summary says it, the number of all `parameters`, and the
+    `bytes` of its weights: as the `file` holds them, zeros and all; `packed` by zlib; `sparse`,
+    with a bit that says of each prunable one whether it is there."""
     file = run_folder.latest_checkpoint(ticket.run.out) / WEIGHTS
     weights = read_weights(file)
     masks = (

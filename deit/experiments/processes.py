@@ -165,7 +165,7 @@ class _Server:
         return None
 
     def copied(self, arguments: list[str], says: int) -> "_Copy | None":
-        """A copy that is `deit ARGUMENTS`; None where the server is gone. Raises EnvironmentFault
+        """A copy that is `deit ARGUMENTS`; None where the server is gone. Raises SystemFault
         where the system lets it start no process."""
         pid = self.ask({"start": arguments, "folder": os.getcwd()}, says)
         if pid is not None and pid < 0:

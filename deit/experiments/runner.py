@@ -142,7 +142,7 @@ def run_parallel(
 
 
 def run_parallel_or_raise(runs: list[RunSpec], *, number: int, progress: RunProgress) -> None:
-    """As `train_beside`; raises DeitError with the exit code of the first that failed when all
+    """As `run_parallel`; raises DeitError with the exit code of the first that failed when all
     have ended."""
     if failed := run_parallel(runs, number=number, progress=progress):
         raise combined_error(failed)

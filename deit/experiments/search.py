@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 
 def check_optuna() -> None:
-    """Raises EnvironmentFault where optuna is not installed."""
+    """Raises SystemFault where optuna is not installed."""
     if find_spec("optuna") is None:
         raise SystemFault("a search needs optuna; pip install 'deit[search]'")
 
@@ -59,7 +59,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _guarded(method: Callable[..., Result]) -> Callable[..., Result]:
-    """A method of a search that raises EnvironmentFault where its database cannot be read or
+    """A method of a search that raises SystemFault where its database cannot be read or
     written."""
 
     @functools.wraps(method)
@@ -93,7 +93,7 @@ class Search:
         plan: Callable[[Point], RunSpec],
         retries: int = 0,
     ) -> None:
-        """Open the database, or begin it. Raises EnvironmentFault, CheckpointError, and ConfigError
+        """Open the database, or begin it. Raises SystemFault, CheckpointError, and ConfigError
         where it holds another search."""
         check_optuna()
         import optuna
@@ -153,7 +153,7 @@ class Search:
 
     @contextmanager
     def _storing(self) -> Iterator[None]:
-        """Raises EnvironmentFault where the database cannot be read or written."""
+        """Raises SystemFault where the database cannot be read or written."""
         from sqlalchemy.exc import SQLAlchemyError
 
         try:

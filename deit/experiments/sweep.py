@@ -98,7 +98,7 @@ def sweep(
 def _check(
     plan: Sweep, run: Experiment, *, asked: Config, parallel: int, retries: int, top: int
 ) -> None:
-    """Refuse what cannot be, before anything is planned. Raises ConfigError, EnvironmentFault."""
+    """Refuse what cannot be, before anything is planned. Raises ConfigError, SystemFault."""
     check_num_parallel(parallel, option="--parallel")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -131,7 +131,7 @@ def _with_resolved_choices(plan: Sweep, run: Experiment) -> Experiment:
 
 
 def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
-    """Refuse a folder that holds something else. Raises ConfigError and EnvironmentFault."""
+    """Refuse a folder that holds something else. Raises ConfigError and SystemFault."""
     if out.exists() and not out.is_dir():
         raise SystemFault(f"--out {out}: is a file, not a folder")
     before = out / MANIFEST

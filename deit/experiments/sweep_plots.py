@@ -19,7 +19,7 @@ def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:
     """Test accuracy over what varies, as PNGs: of runs alone the picture of a comparison; of one
     field a curve for each run; of several a heat map of each two, averaged over the others.
 
-    Returns their paths. Raises EnvironmentFault without matplotlib.
+    Returns their paths. Raises SystemFault without matplotlib.
     """
     if not any(row["seeds"] for row in points(result).values()):
         return []
@@ -64,7 +64,7 @@ def finished_rows(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _figure(width: float, height: float, across: int = 1) -> tuple[Any, list[Any]]:
-    """A figure with axes beside each other. Raises EnvironmentFault without matplotlib."""
+    """A figure with axes beside each other. Raises SystemFault without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -157,7 +157,7 @@ def _measured(row: dict[str, Any], first: list[float], groups: list[str]) -> lis
 
 def write_results(result: dict[str, Any], out: Path) -> list[Path]:
     """results.json, results.csv (a line a run) and results.md. Returns their paths. Raises
-    EnvironmentFault."""
+    SystemFault."""
     paths = [out / f"results.{kind}" for kind in ("json", "csv", "md")]
     write_json(paths[0], result)
     atomic_write(paths[1], _csv(result).encode())

@@ -236,7 +236,7 @@ def check_memory(run: TrainingRun, teachers: list[Teacher]) -> None:
     """Refuse a run whose updates or evaluations certainly need more memory than is free, before
     the first of them; where run.auto_micro_batch is on, cut micro-batches that may fit.
 
-    teachers: those that answer in training. Raises EnvironmentFault, in all processes or in none.
+    teachers: those that answer in training. Raises SystemFault, in all processes or in none.
     """
     config, accelerator, loader = run.config, run.accelerator, run.loader
     student, device = accelerator.unwrap_model(run.student), accelerator.device
@@ -288,7 +288,7 @@ def _kept_bytes(student: nn.Module, algorithm: str) -> int:
 
 def _cut_or_refuse(run: TrainingRun, fitting: int, needed: float, free: float) -> None:
     """Cut micro-batches to `fitting` images, 0 for none, where run.auto_micro_batch is on. Raises
-    EnvironmentFault where it is off, or none fits."""
+    SystemFault where it is off, or none fits."""
     optim, block = run.config.optim, run.loader.block
     found = (
         f"an update needs at least {gib(needed)} with {block} images at once, and {gib(free)} of "
@@ -328,7 +328,7 @@ def find_micro_batch(run: TrainingRun) -> None:
     """Cut micro-batches, to half where that is whole, until all processes can take one with their
     teachers; the batch stays.
 
-    Changes the configuration's optim.grad_accum_steps. Raises EnvironmentFault where none fits.
+    Changes the configuration's optim.grad_accum_steps. Raises SystemFault where none fits.
     """
     student, loader = run.accelerator.unwrap_model(run.student), run.loader
     while True:

@@ -171,7 +171,7 @@ def _cut(run: TrainingRun, state: TrainState) -> None:
 def _select_checkpoint(out: Path, accelerator: Accelerator) -> Path | None:
     """The checkpoint to go on from, the same in all processes; damaged later ones are set aside.
 
-    Raises CheckpointError where none is sound, EnvironmentFault where one cannot be read now.
+    Raises CheckpointError where none is sound, SystemFault where one cannot be read now.
     """
 
     def find() -> int:

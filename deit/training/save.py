@@ -38,7 +38,7 @@ def save_checkpoint(parts: TrainingRun, tally: MetricAccumulator, *, in_hash_cha
     """Write the checkpoint of this update.
 
     regular: whether every run of this configuration saves here; the hashes of its state then go
-    into the chain, by which two runs can be held beside each other. Raises EnvironmentFault.
+    into the chain, by which two runs can be held beside each other. Raises SystemFault.
     """
     state, accelerator = parts.state, parts.accelerator
     state.metric_sums = tally.state()  # of all processes

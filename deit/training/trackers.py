@@ -25,7 +25,7 @@ _OURS, _MLFLOW = "run-id", "mlflow-run-id"
 
 def check_trackers(config: Config) -> None:
     """Refuse trackers whose package is not there, before the work: Accelerate would drop them
-    without a word. Raises EnvironmentFault."""
+    without a word. Raises SystemFault."""
     for name in config.run.trackers:
         if find_spec(name) is None:
             raise SystemFault(
@@ -38,7 +38,7 @@ def check_trackers(config: Config) -> None:
 def tracked(accelerator: Accelerator, config: Config, out: Path) -> Iterator[None]:
     """While it is entered, `track` reaches the trackers of a configuration.
 
-    Raises EnvironmentFault where one of them cannot begin.
+    Raises SystemFault where one of them cannot begin.
     """
     names = list(config.run.trackers)
     if names:

@@ -26,7 +26,7 @@ def draw_attention(
     from its own least to its own most. names: of the tokens. answers: by head, of each image.
     captions: a line for each image. clear: whether whatever lies below shows through instead of
     white paper, under letters that can be read on white and on black.
-    Raises EnvironmentFault without matplotlib.
+    Raises SystemFault without matplotlib.
     """
     try:
         from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ Draw = Callable[[Any], None]
 
 
 def check() -> None:
-    """Raises EnvironmentFault without matplotlib."""
+    """Raises SystemFault without matplotlib."""
     if find_spec("matplotlib") is None:
         raise SystemFault("a report needs matplotlib; pip install 'deit[plot]'")
 
@@ -30,7 +30,7 @@ def check() -> None:
 def chart(draw: Draw, path: Path, *, width: float = 6.0, height: float = 3.4) -> str:
     """A chart as a PNG at `path`, and as an SVG for a page, which it returns.
 
-    width, height: [inch]. Raises EnvironmentFault without matplotlib.
+    width, height: [inch]. Raises SystemFault without matplotlib.
     """
     check()
     import matplotlib

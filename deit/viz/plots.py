@@ -36,7 +36,7 @@ def save_figure(figure: Any, file: Path | IO[str], **settings: Any) -> None:
         if not isinstance(file, Path):
             figure.savefig(file, **settings)
             return
-        content = io.BytesIO()  # put_file renames a finished file: none is ever half written
+        content = io.BytesIO()  # atomic_write renames a finished file: none is ever half written
         figure.savefig(content, **{"format": file.suffix[1:] or "png", **settings})
         atomic_write(file, content.getvalue())
 
@@ -45,7 +45,7 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
     """Validation accuracy over the epochs, and final test accuracy by head, as a PNG.
 
     Of other studies than `teacher` one accuracy of each arm. result: what
-    deit.experiments.compare.compare returns. Raises EnvironmentFault without matplotlib."""
+    deit.experiments.compare.compare returns. Raises SystemFault without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -169,7 +169,7 @@ def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """Accuracy against images/s, a point a row (the figure of the DeiT paper), as a PNG.
 
     rows: by name, what deit.evaluation.evaluate.evaluate returns, with `cost`; bars go from the
-    slowest to the fastest round. Raises EnvironmentFault without matplotlib."""
+    slowest to the fastest round. Raises SystemFault without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

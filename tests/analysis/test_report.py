@@ -507,7 +507,7 @@ DRAWN = {
     "over_epochs": charts.over_epochs({"loss": [(1, 2.0), (2, 1.0)], "b": [(1, 1.0)]}, "loss"),
     "per_class": charts.per_class(["$a$", "b" * 60], {"student": [0.5, 1], "teacher": [1, 1]}),
     "reliability": charts.reliability({"student": [(0.5, 0.4, 10), (0.9, 0.9, 5)]}),
-    "over_depth": charts.token_cosine_chart([0.1, 0.5, 0.9]),
+    "token_cosine_chart": charts.token_cosine_chart([0.1, 0.5, 0.9]),
     "scatter": charts.scatter({"$x": (1.0, 50.0), "y": (100.0, 60.0)}, "s", "%"),
 }
 

@@ -31,7 +31,7 @@ def stored(labels):
 
 def panel(*voices, how="probabilities", wants_logits=False):
     weights = (1 / len(voices),) * len(voices)
-    settings = {"how": how, "temperature": 1.0, "wants_logits": wants_logits}
+    settings = {"how": how, "temperature": 1.0, "needs_logits": wants_logits}
     return TeacherEnsemble(list(voices), weights=weights, name="picture {}".format, **settings)
 
 
@@ -43,7 +43,7 @@ def batch(images, samples=None):
 IMAGES = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("wants_logits", [False, True])
+@pytest.mark.parametrize("needs_logits", [False, True])
 def test_one_network_gives_one_voice(wants_logits):
     answers = panel(voice(), wants_logits=wants_logits)(batch(IMAGES))
     assert answers.labels.tolist() == IMAGES.mean(dim=(2, 3)).argmax(dim=1)[:, None].tolist()
@@ -56,7 +56,7 @@ def test_networks_and_stored_labels_sit_side_by_side_where_each_has_its_token():
     assert answers.labels[:, 1].tolist() == [2, 1, 0, 2]
 
 
-@pytest.mark.parametrize("wants_logits", [False, True])
+@pytest.mark.parametrize("needs_logits", [False, True])
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_an_answer_that_is_not_finite_stops_with_the_names_of_the_images(value, wants_logits):
     images = IMAGES.clone()
