@@ -88,7 +88,7 @@ def main() -> None:
         "threads": threads,
         "batch_size": rows[0].get("batch_size", BATCH),
         "rows": rows,
-        "environment": environment_info(build_accelerator(RunConfig(device=device)), []),
+        "environment": environment_info(build_accelerator(RunConfig(device=device))),
     }
     if options.json is not None:
         options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

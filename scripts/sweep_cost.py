@@ -79,7 +79,7 @@ def main() -> None:
     info(f"ratio {found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(pairs)})")
     if options.json is not None:
         found["command"] = " ".join(["python", "scripts/sweep_cost.py", *sys.argv[1:]])
-        found["environment"] = environment_info(build_accelerator(RunConfig(device="cpu")), [])
+        found["environment"] = environment_info(build_accelerator(RunConfig(device="cpu")))
         write_json(options.json, found)
         info(f"wrote {options.json}")
 

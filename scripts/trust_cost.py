@@ -176,7 +176,7 @@ def main() -> None:
     if options.json is not None:
         found["command"] = " ".join(["python", "scripts/trust_cost.py", *sys.argv[1:]])
         found["rounds"] = options.rounds
-        found["environment"] = environment_info(build_accelerator(RunConfig(device="cpu")), [])
+        found["environment"] = environment_info(build_accelerator(RunConfig(device="cpu")))
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         info(f"wrote {options.json}")
 

@@ -361,7 +361,7 @@ def test_nothing_asks_the_network(run, tmp_path):
     assert trained == evaluated == ""
     assert "timm" in done.stdout
     environment = json.loads((tmp_path / "new" / "environment.json").read_text())
-    assert environment["arguments"][0] == "train_deit.py"
+    assert environment["command"].startswith("train_deit.py ")
     assert run_folder.read_result(tmp_path / "new") is not None
 
 

@@ -2,7 +2,6 @@
 run."""
 
 import dataclasses
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +33,7 @@ _KEPT = "measured"  # a file for each thing that was measured
 
 
 def landscape(
-    runs: list[Path], out: Path, asked: LandscapeOptions, *, root: str | None, arguments: list[str]
+    runs: list[Path], out: Path, asked: LandscapeOptions, *, root: str | None, command: str = ""
 ) -> dict[str, Any]:
     """Look at the loss around finished runs, or around the levels of a search for tickets, and
     between them; write landscape.json, landscape.md, a page and its pictures into a folder.
@@ -70,8 +69,8 @@ def landscape(
             "images": view.number,
             "places": {place.name: _around(place, view, asked, kept) for place in places},
             **_between(places, view, asked, kept),
-            "command": f"deit loss-landscape {shlex.join(arguments)}",
-            "environment": environment_info(accelerator, arguments),
+            "command": command,
+            "environment": environment_info(accelerator, command),
         }
         write_json(out / "landscape.json", result)
         for written in write_page(result, out):

@@ -45,7 +45,7 @@ class LossSurface:
         """batches: whatever the loss takes, on the network's device; sizes: how many images each
         has. The means of batches are weighted by them, so that cutting the images into other
         batches changes nothing but rounding. network, masks: as in `ParameterVector`; masked
-        weights are 0 already. Raises ConfigError. """
+        weights are 0 already. Raises ConfigError."""
         if not batches or len(batches) != len(sizes) or min(sizes) < 1:
             raise ConfigError(
                 f"sizes {shortened(str(list(sizes)))}: each of {len(batches)} batches needs its "

@@ -101,7 +101,7 @@ def card_of(view: RunReport) -> str:
         "time": f"{format_duration(told['seconds'])}, best weights of epoch {told['best_epoch']}",
         "memory": "" if told["memory_mb"] is None else f"{told['memory_mb']:,.0f} MB at most",
         "loading": loader,
-        "command": _command(environment.arguments, told["run"]),
+        "command": _command(environment.command, told["run"]),
     }
     if "cost" in found:
         cost = found["cost"]
@@ -113,13 +113,14 @@ def card_of(view: RunReport) -> str:
     return html.key_values({name: value for name, value in values.items() if value})
 
 
-def _command(arguments: list[str], run: str) -> str:
+def _command(command: str, run: str) -> str:
     """The words of a run; of one that another command started, from a file that is gone, those that
     repeat it."""
-    file = next((word for word in arguments[1:2] if word.endswith(".json")), None)
+    words = shlex.split(command)
+    file = next((word for word in words[1:3] if word.endswith(".json")), None)
     if file is not None and not Path(file).exists():
         return shlex.join(["deit", "train", f"{run}/config.json"])
-    return shlex.join(arguments)
+    return command
 
 
 def _heads(view: RunReport, folder: Path) -> str:

@@ -1,6 +1,7 @@
 """The command line of fine-tuning: what is started from, and whose configuration goes on."""
 
 import argparse
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,11 +184,13 @@ def _check_same_command(folder: Path, recipe: str | None, tuning: str | None) ->
     configuration says neither. Raises ConfigError."""
     environment = folder / run_folder.ENVIRONMENT
     told = load_json_as(environment, dict[str, Any]) if environment.is_file() else {}
-    words = told.get("arguments") or []
+    command = told.get("command") or ""
     with values_of(environment):
-        if not isinstance(words, list):
-            raise TypeError(f"arguments are {words!r}")
-        before, rest = _start_parser().parse_known_args(words[1:])
+        if not isinstance(command, str):
+            raise TypeError(f"command is {command!r}")
+        words = shlex.split(command)
+        words = words[2:] if words[:1] == ["deit"] else words[1:]
+        before, rest = _start_parser().parse_known_args(words)
     named = rest[0] if rest and not rest[0].startswith("-") else None
     for option, was, now in (("RECIPE", named, recipe), ("--schedule", before.schedule, tuning)):
         if words and was != now:

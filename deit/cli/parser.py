@@ -1,6 +1,7 @@
 """Options that are no field of a configuration: their parser, and values of several parts."""
 
 import argparse
+import shlex
 import sys
 import typing
 from typing import Any
@@ -66,6 +67,11 @@ def parse_controls(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
                 f"none{did_you_mean(name, known)}"
             )
     return tuple(name for name in known if name in named)
+
+
+def command_of(program: str, arguments: list[str]) -> str:
+    """Return a command as one line for the record: `deit sweep heat.yaml --out heat`."""
+    return f"{program} {shlex.join(arguments)}".rstrip()
 
 
 class Parser(argparse.ArgumentParser):

@@ -215,11 +215,11 @@ def peak_memory_mb(device: torch.device) -> float:
     return held / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else kilobytes
 
 
-def environment_info(accelerator: Accelerator, arguments: list[str]) -> dict[str, Any]:
-    """Versions, commit, device and arguments of a run; no environment variables, no user names."""
+def environment_info(accelerator: Accelerator, command: str = "") -> dict[str, Any]:
+    """Return versions, commit, device and command; no environment variables, no user names."""
     device = accelerator.device
     return {
-        "arguments": arguments,
+        "command": command,
         "deit": deit.__version__,
         "commit": git_commit(),
         "python": platform.python_version(),

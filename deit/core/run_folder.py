@@ -45,7 +45,7 @@ class Packages:
 class Recorded:
     """What a run has recorded of its environment, as far as others read it."""
 
-    arguments: list[str]
+    command: str
     deit: str
     commit: str | None
     packages: Packages

@@ -142,8 +142,9 @@ def _training(run: Path, config: Config) -> str:
     if (run / ENVIRONMENT).is_file():
         about = recorded(run)
         lines.append(f"on {about.device_name}, torch {about.packages.torch}, commit {about.commit}")
-        if about.arguments:
-            lines.append(f"command: `{shlex.join(map(_public, about.arguments))}`")
+        if about.command:
+            words = map(_public, shlex.split(about.command))
+            lines.append(f"command: `{shlex.join(words)}`")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -47,7 +47,7 @@ def prune(
     name: str,
     controls: tuple[str, ...],
     parallel: int,
-    arguments: list[str],
+    command: str = "",
 ) -> dict[str, Any]:
     """Cut heads and hidden units out of a run's student, train what is left by a schedule with the
     run's own teacher, and tell what each step did to accuracy, size and arithmetic.
@@ -93,7 +93,7 @@ def prune(
         )
         if failed:
             raise combined_error(failed)
-        result = prune_result(run, name, out, runs, arguments)
+        result = prune_result(run, name, out, runs, command)
         _write_results(out, result)
     print_pruning(result)
     return result

@@ -1,6 +1,5 @@
 """What a structured pruning came to: its steps as numbers, a table and a page."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from deit.viz.tables import HEADS, markdown_table
 
 
 def prune_result(
-    run: Path, name: str, out: Path, runs: list[RunSpec], arguments: list[str]
+    run: Path, name: str, out: Path, runs: list[RunSpec], command: str
 ) -> dict[str, Any]:
     """What results.json holds: of each step top-1 by head, agreement, arithmetic and bytes. No
     speeds: each was evaluated at a time of its own, and `deit variants` measures in turns."""
@@ -42,8 +41,8 @@ def prune_result(
         "rows": rows,
         "kept": kept,
         "asked": load_json_as(out / MANIFEST, dict[str, Any]),
-        "command": f"deit prune {shlex.join(arguments)}",
-        "environment": found["environment"] | {"arguments": arguments},
+        "command": command,
+        "environment": found["environment"] | {"command": command},
     }
 
 

@@ -1,7 +1,6 @@
 """A finished run's student as an int8 file for ONNX Runtime, measured beside its float one."""
 
 import math
-import shlex
 import shutil
 import tempfile
 from importlib import metadata
@@ -77,7 +76,7 @@ def quantize(
     root: str | None = None,
     json_file: Path | None = None,
     force: bool = False,
-    arguments: list[str] | None = None,
+    command: str = "",
 ) -> Path:
     """Write a run's student as int8, with a card and what was measured; the folder.
 
@@ -99,7 +98,7 @@ def quantize(
     config = evaluation_config(config, root=root, device="cpu")
     student, facts = load_student(saved)
     _check_early(plan, config, student, facts, saved.parent)
-    found = {"run": str(run), "checkpoint": saved.name, **_about(config, arguments or [])}
+    found = {"run": str(run), "checkpoint": saved.name, **_about(config, command)}
     with tempfile.TemporaryDirectory(prefix="deit-") as scratch:
         file = export_float_onnx(config, student, facts, run=saved.parent, place=Path(scratch))
         target = Path(scratch) / "int8.onnx"
@@ -127,9 +126,8 @@ def quantize(
     return folder
 
 
-def _about(config: Config, arguments: list[str]) -> dict[str, Any]:
-    command = f"deit quantize {shlex.join(arguments)}".rstrip()
-    return {"command": command, "environment": _environment(config, arguments)}
+def _about(config: Config, command: str) -> dict[str, Any]:
+    return {"command": command, "environment": _environment(config, command)}
 
 
 def _check_finished(run: Path) -> None:
@@ -239,8 +237,8 @@ def _written(
     return found
 
 
-def _environment(config: Config, arguments: list[str]) -> dict[str, Any]:
-    about = environment_info(build_accelerator(config.run), arguments)
+def _environment(config: Config, command: str) -> dict[str, Any]:
+    about = environment_info(build_accelerator(config.run), command)
     for package in FORMATS["onnx"].needs:
         about["packages"][package] = metadata.version(package)
     return {**about, "int8_flags": list(int8_flags())}

@@ -1,6 +1,5 @@
 """`deit variants`: every smaller version of a run beside it, in one table and one picture."""
 
-import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +72,7 @@ def variants(
     root: str | None,
     json_file: Path | None,
     force: bool,
-    arguments: list[str],
+    command: str = "",
 ) -> dict[str, Any]:
     """Measure a run and what was made smaller of it on the same test images, and its time on this
     machine in turns; write variants.json, variants.md and variants.png into the run's folder
@@ -115,8 +114,8 @@ def variants(
         "num_samples": len(labels),
         "image_size": config.student.image_size,
         "rows": rows,
-        "command": f"deit variants {shlex.join(arguments)}",
-        "environment": environment_info(build_accelerator(_AS_MEASURED), arguments),
+        "command": command,
+        "environment": environment_info(build_accelerator(_AS_MEASURED), command),
     }
     print_variants(result)
     _write(result, run, json_file, force=force)

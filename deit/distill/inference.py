@@ -100,7 +100,7 @@ def predict(
 
     batches: this process's images, in [0, 1]: samples process, process + processes, ... of the
     split, so that each is answered exactly once. number: samples in the split. A model that returns
-    logits instead of StudentOutput gives StudentOutput with class_logits alone. """
+    logits instead of StudentOutput gives StudentOutput with class_logits alone."""
     # Unwrapped: DDP exchanges buffers at every forward, and processes may differ in their number.
     model = accelerator.unwrap_model(model).eval()
     parts: list[StudentOutput] = []

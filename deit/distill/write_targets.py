@@ -152,7 +152,7 @@ def _manifest(
     block: int,
 ) -> dict[str, Any]:
     """Return the manifest of a store that is not complete yet."""
-    environment = environment_info(accelerator, [])
+    environment = environment_info(accelerator)
     return {
         "format": FORMAT,
         "complete": False,

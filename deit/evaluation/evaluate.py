@@ -118,7 +118,7 @@ def evaluate_run(
         "teacher": None,
         "token_cosine": _token_cosine(student, _few(config, asked), config),
         "throughput_img_s": len(asked.images.labels) / measured.seconds,
-        "environment": environment_info(accelerator, []),
+        "environment": environment_info(accelerator),
     }
     if merge_tokens is not None:
         found |= {"merge": merge_tokens, "tokens": token_numbers(student.network)}

@@ -42,7 +42,7 @@ def compare(
     seeds: tuple[int, ...],
     parallel: int,
     json_file: Path | None,
-    arguments: list[str],
+    command: str = "",
 ) -> dict[str, Any]:
     """Train and evaluate a recipe's teachers and the arms of a study for each seed; print the table
     and write the numbers.
@@ -79,7 +79,7 @@ def compare(
         "num_samples": found["num_samples"],
         "seeds": list(seeds),
         "rows": rows,
-        "command": f"deit compare {shlex.join(arguments)}",
+        "command": command,
         "environment": found["environment"],
     }
     _print(result)

@@ -1,7 +1,6 @@
 """`deit lottery`: iterative magnitude pruning with rewinding, beside its controls."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def lottery(
     seeds: tuple[int, ...],
     parallel: int,
     retries: int,
-    arguments: list[str],
+    command: str = "",
 ) -> dict[str, Any]:
     """Train a recipe, prune it level by level with rewinding, train its controls; write
     results.json, results.csv, results.md and a picture into the folder, and print the table.
@@ -95,7 +94,7 @@ def lottery(
         )
         work = SweepPlan(ground, below, trials, stores, runs)
         mishaps = _train(plan, work, found, parallel=parallel, retries=retries)
-        result = _result(asked, plan, run, work, mishaps, found, arguments)
+        result = _result(asked, plan, run, work, mishaps, found, command)
         for path in write_results(result, run.out) + write_plots(result, run.out):
             info(f"wrote {path}")
     _print(result)
@@ -332,7 +331,7 @@ def _result(
     work: SweepPlan,
     mishaps: SweepFailures,
     found: list[LotteryRun],
-    arguments: list[str],
+    command: str,
 ) -> dict[str, Any]:
     """What results.json holds: that of a sweep over kind and sparsity, with the facts of the masks
     of the first seed."""
@@ -366,7 +365,7 @@ def _result(
             "matching": matching(rows, asked.tolerance),
             "masks": masks,
         },
-        "command": f"deit lottery {shlex.join(arguments)}",
+        "command": command,
         "environment": environment_of(rows),
     }
 

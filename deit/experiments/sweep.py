@@ -1,7 +1,6 @@
 """Every run of a sweep trained, evaluated and put into one table: resumable run by run."""
 
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def sweep(
     parallel: int,
     retries: int,
     top: int,
-    arguments: list[str],
+    command: str = "",
 ) -> dict[str, Any]:
     """Train and evaluate every point of a sweep for each of its seeds; write results.json,
     results.csv, results.md and pictures into the folder, and print the table.
@@ -86,7 +85,7 @@ def sweep(
         for point, failed in searched.failed if searched else []:
             work.trials.append(SweepRun(point, plan.seeds[0], failed.run))
             mishaps.failed.append(failed)
-        result = _result(plan, run, work, mishaps, searched=searched, top=top, arguments=arguments)
+        result = _result(plan, run, work, mishaps, searched=searched, top=top, command=command)
         for path in write_results(result, out) + write_plots(result, out):
             info(f"wrote {path}")
     _print(result)
@@ -178,7 +177,7 @@ def _result(
     *,
     searched: SearchResult | None,
     top: int,
-    arguments: list[str],
+    command: str,
 ) -> dict[str, Any]:
     """What results.json holds."""
     rows, found, first = rows_of(work, mishaps)
@@ -199,7 +198,7 @@ def _result(
             one.point.name: {"values": one.point.values, "epoch": one.epoch, "top1": one.top1}
             for one in (searched.stopped if searched else [])
         },
-        "command": f"deit sweep {shlex.join(arguments)}",
+        "command": command,
         "environment": environment_of(rows),
     }
 

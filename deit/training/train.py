@@ -75,12 +75,12 @@ def train(
     *,
     resume: bool = False,
     dry_run: bool = False,
-    arguments: list[str] | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Train the student of a configuration and write a run folder.
 
     resume: continue the run in the folder from its latest valid checkpoint. dry_run: one training
-    and one evaluation step; nothing is written. arguments: the command, for environment.json.
+    and one evaluation step; nothing is written. command: for environment.json.
     Returns the content of result.json; of a dry run, the state after its step.
     Raises the errors of deit.core.errors; everything a check can find is found before the first
     step.
@@ -90,7 +90,7 @@ def train(
     with ExitStack() as stack:
         waits = beginning.resuming and beginning.finished is None and not dry_run
         lock = _lock(stack, out) if waits else None  # what follows takes a while
-        run, teachers, environment = _build(config, out, beginning, arguments or [])
+        run, teachers, environment = _build(config, out, beginning, command)
         stack.callback(run.loader.close)
         if beginning.finished is not None and not dry_run:
             return _check_finished(run, beginning.finished)
@@ -126,7 +126,7 @@ def _lock(stack: ExitStack, out: Path) -> Callable[[], None] | None:
 
 
 def _build(
-    config: Config, out: Path, beginning: _Beginning, arguments: list[str]
+    config: Config, out: Path, beginning: _Beginning, command: str
 ) -> tuple[TrainingRun, RunTeachers, dict[str, Any]]:
     """Resolve every choice of the configuration, build the run, and log both."""
     # A resumed run has weights of its own: the ones it was initialized with may be gone.
@@ -139,7 +139,7 @@ def _build(
     config = config.replace(run={"linear_backend": resolve_linear_backend(config.run, accelerator)})
     teachers = RunTeachers(config)
     run = build(config, out, accelerator, teachers, init_weights, resumed=beginning.resuming)
-    environment = environment_info(accelerator, arguments)
+    environment = environment_info(accelerator, command)
     environment["teachers"] = teachers.class_orders
     log_setup(run, environment)
     return run, teachers, environment

@@ -599,7 +599,7 @@ def test_run_folder_holds_json_and_safetensors_only(runs, name, epochs):
     rows = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, epochs + 1))
     environment = json.loads((runs / name / "environment.json").read_text())
-    assert environment["arguments"][0] == TRAIN
+    assert environment["command"].startswith(f"{TRAIN} ")
     assert environment["deit"] == deit.__version__
 
 

@@ -31,7 +31,7 @@ from deit.deploy.int8_layers import by_onnxruntime
 from deit.distill import build as distill_build
 from deit.models import load_weights, teacher_sources, weight_files
 from deit.models.saved import ModelInfo, build_student
-from deit.training import build, optimizer, train
+from deit.training import build, optimizer
 from tests.helpers.errors import raises
 
 NO_MEMORY = (
@@ -111,7 +111,7 @@ class Fails(nn.Module):
 
 def check_student(error, monkeypatch):
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(train, "build_student", lambda facts: Fails(error))
+    monkeypatch.setattr(build, "build_student", lambda facts: Fails(error))
     build.build_run(handwriting.digits_teacher())
 
 

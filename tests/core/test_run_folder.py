@@ -346,7 +346,7 @@ def test_out_of_memory_advises_only_what_helps(words, block, named, zygote, tmp_
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("arguments", ["train", 3]), ("packages", {"torch": "2"}), ("threads", None), ("commit", 4)],
+    [("command", ["train", 3]), ("packages", {"torch": "2"}), ("threads", None), ("commit", 4)],
 )
 def test_an_environment_of_other_types_is_named(name, value, straight, tmp_path):
     """A report showed its bare TypeError or KeyError, the card of an export likewise."""

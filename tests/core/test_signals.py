@@ -412,7 +412,7 @@ def test_a_stop_after_the_last_question_is_for_whoever_handles_signals_next(code
 
 IMPORTS = """
 import sys
-from deit import cli; from deit.cli import commands
+from deit import cli; from deit.cli import commands, stop_signals
 
 def command(arguments, program):
     import asks_to_stop
@@ -434,7 +434,7 @@ def test_a_command_that_still_imports_leaves_at_once(tmp_path):
 
 UNREAD = """
 import ctypes, os, sys
-from deit import cli; from deit.cli import commands
+from deit import cli; from deit.cli import commands, stop_signals
 
 def command(arguments, program):
     lock = ctypes.create_string_buffer(256)
@@ -499,7 +499,7 @@ def test_a_signal_while_an_error_is_said_changes_nothing(monkeypatch, capsys):
 
 WARNED = """
 import os, signal, sys
-from deit import cli; from deit.cli import commands
+from deit import cli; from deit.cli import commands, stop_signals
 
 commands.COMMANDS["recipes"] = lambda arguments, program: None
 sys.argv = ["deit", "recipes"]
@@ -599,7 +599,7 @@ def test_a_stop_that_comes_while_processes_agree_to_save_is_kept(interruption, m
 
 TWICE = """
 import os, signal, threading, time
-from deit import cli; from deit.cli import commands
+from deit import cli; from deit.cli import commands, stop_signals
 
 def command(arguments, program):
     asked = threading.Event()

@@ -68,7 +68,7 @@ def runs(tmp_path_factory):
     two = {"source": (str(folder / "convnet"),) * 2, "combine": "tokens"}
     for name, sections in STUDENTS.items():
         config = digits().replace(optim=BRIEF, data=FEW, **{"teacher": two, **sections})
-        train(config, folder / name, arguments=["train_deit.py", name])
+        train(config, folder / name, command=f"train_deit.py {name}")
     return folder
 
 
@@ -519,9 +519,9 @@ def test_a_card_names_nobodys_folders_and_shows_class_names_as_they_are(tmp_path
     )
     names = ("a|b", "<script>", "snow_leopard_", "two\nlines")
     facts = ModelInfo(config.student, names, (0.5,) * 3, (0.5,) * 3, 1.0)
-    command = ["train_deit.py", "digits", f"--data.root={home}/data/pets", "--out", "~/runs/pets"]
+    command = f"train_deit.py digits --data.root={home}/data/pets --out '~/runs/pets'"
     about = {
-        "arguments": command,
+        "command": command,
         "deit": "0",
         "commit": "c",
         "packages": {"torch": "2", "timm": "1"},

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import runpy
+import shlex
 import shutil
 from unittest import mock
 
@@ -96,7 +97,7 @@ def folders(runs):
             None,
             QuantizeOptions(method=method),
             max_drop=5,
-            arguments=[name, "--method", method],
+            command=f"deit quantize {name} --method {method}",
         )
         for name, method in ABLE
     }
@@ -474,7 +475,7 @@ def test_what_is_told_is_what_the_file_answers(name, method, runs, folders):
         assert list(found[kind]["latency"]) == ["1", "64"]
         assert all(one["p10_ms"] <= one["median_ms"] for one in found[kind]["latency"].values())
     assert found["command"] == f"deit quantize {name} --method {method}"
-    assert found["environment"]["arguments"] == [name, "--method", method]
+    assert found["environment"]["command"] == found["command"]
     assert found["environment"]["threads"] == 1
     assert found["environment"]["packages"]["onnxruntime"] == onnxruntime.__version__
 
@@ -509,7 +510,7 @@ def test_each_layer_alone_is_measured_on_validation_images(runs, tmp_path, capsy
     said = capsys.readouterr().out
     found = told(place)
     assert found == json.loads((tmp_path / "all.json").read_text())
-    assert found["environment"]["arguments"] == given
+    assert found["environment"]["command"] == f"deit quantize {shlex.join(given)}"
     rows = found["sensitivity"]["layers"]
     assert {row["layer"] for row in rows} == set(found["int8_layers"])
     for row in rows:

@@ -114,7 +114,7 @@ def test_numbers_table_and_picture_lie_in_the_runs_folder(place, measured, tmp_p
     assert text == markdown(found)
     assert all(f"| {name} |" in text for name in NAMES)
     assert "deit variants run --merge-tokens 2 other" in text
-    assert found["environment"]["arguments"][:3] == ["run", "--merge-tokens", "2"]
+    assert found["environment"]["command"].startswith("deit variants run --merge-tokens 2")
     draw_variants(found, tmp_path / "again.png")
     assert (tmp_path / "again.png").stat().st_size > 20_000
 

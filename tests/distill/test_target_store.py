@@ -769,7 +769,7 @@ def test_a_store_speaks_for_a_teacher_that_cannot_be_reached(store, capsys, monk
     def unreachable(name, **settings):
         raise OSError(f"no hub for {name}")
 
-    monkeypatch.setattr("deit.models.teachers.timm.create_model", unreachable)
+    monkeypatch.setattr("deit.models.teacher_sources.timm.create_model", unreachable)
     config = configuration("resnet18", optim={"epochs": 1, "warmup_epochs": 0})
     assert check(with_targets(config, store))
     said = capsys.readouterr()

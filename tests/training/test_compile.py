@@ -30,7 +30,7 @@ def graphs_alone(monkeypatch):
         network.compile(backend="eager")
 
     for place in (
-        "deit.training.train.compile_module",
+        "deit.training.build.compile_module",
         "deit.distill.teacher_ensemble.compile_module",
     ):
         monkeypatch.setattr(place, traced)
@@ -83,13 +83,13 @@ def test_which_modes_record_graphs(mode, graphs, config):
 
 def test_a_compiled_student_computes_its_linear_layers_itself(config, tmp_path, monkeypatch):
     for place in (
-        "deit.training.train.compile_module",
+        "deit.training.build.compile_module",
         "deit.distill.teacher_ensemble.compile_module",
     ):
         monkeypatch.setattr(place, lambda network, mode: None)  # nothing is computed with it here
     monkeypatch.setattr(onednn_linear, "is_faster", lambda: True)
     made = []
-    monkeypatch.setattr("deit.training.train.use_onednn", lambda student: made.append(student))
+    monkeypatch.setattr("deit.training.build.use_onednn", lambda student: made.append(student))
     fault_injection.install_faults("update:1:term")
     for mode in ("default", "none"):
         wanted = config.replace(run={"linear_backend": "auto", "compile": mode})
@@ -105,7 +105,7 @@ def test_a_machine_that_cannot_compile_is_named(config, tmp_path, monkeypatch):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "g++")
 
     for place in (
-        "deit.training.train.compile_module",
+        "deit.training.build.compile_module",
         "deit.distill.teacher_ensemble.compile_module",
     ):
         monkeypatch.setattr(place, lambda network, mode: network.compile(backend=lacking))

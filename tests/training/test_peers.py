@@ -297,7 +297,7 @@ def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_termina
     assert run_folder.latest_checkpoint(out) is not None
     environment = json.loads((out / "environment.json").read_text())
     assert environment["precision"] == "bf16"  # what the launcher said
-    assert environment["arguments"][0] == "train_deit.py"
+    assert environment["command"].startswith("train_deit.py ")
 
 
 def test_where_one_has_less_memory_both_halve(zygote, tmp_path):

@@ -64,7 +64,7 @@ def test_a_run_folder_holds_json_and_safetensors_only(teacher, tmp_path, monkeyp
     out = tmp_path / "run"
     # Every epoch ties, and a tie goes to the later one: best is the last epoch.
     monkeypatch.setattr(save, "selection_metric", lambda validation: 0.5)
-    train(small(teacher), out, arguments=["train_deit.py", "digits"])
+    train(small(teacher), out, command="train_deit.py digits")
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     state = {"model.json", "model.safetensors", "state.json", "manifest.json"}
     saved = [folder.name for _, folder in run_folder.list_checkpoints(out)]
@@ -89,7 +89,7 @@ def test_a_run_folder_holds_json_and_safetensors_only(teacher, tmp_path, monkeyp
     ].keys()
     environment = json.loads((out / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
-    assert environment["arguments"] == ["train_deit.py", "digits"]
+    assert environment["command"] == "train_deit.py digits"
     # With an average, best holds the average of its epoch (here the last), last holds both.
     assert read_state(out / "best").epoch == 4
     best, last = tensors(out / "best"), tensors(run_folder.latest_checkpoint(out))

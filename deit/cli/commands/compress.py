@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from deit.cli.parser import Parser, parse_controls, parse_numbers
+from deit.cli.parser import Parser, command_of, parse_controls, parse_numbers
 from deit.cli.run_args import GOES_ON, parse_run, print_config_if_asked, typed_epochs
 from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_epochs
 from deit.config.schema import Config
@@ -40,7 +40,7 @@ def quantize(arguments: list[str], program: str) -> None:
         root=options.root,
         json_file=options.json,
         force=options.force,
-        arguments=arguments,
+        command=command_of(program, arguments),
     )
 
 
@@ -176,7 +176,7 @@ def prune(arguments: list[str], program: str) -> None:
         name=options.checkpoint,
         controls=controls,
         parallel=options.parallel,
-        arguments=arguments,
+        command=command_of(program, arguments),
     )
 
 
@@ -292,5 +292,5 @@ def variants(arguments: list[str], program: str) -> None:
         root=options.root,
         json_file=options.json,
         force=options.force,
-        arguments=arguments,
+        command=command_of(program, arguments),
     )

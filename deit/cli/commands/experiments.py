@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from deit.cli.parser import Parser, check_content, parse_seeds
+from deit.cli.parser import Parser, check_content, command_of, parse_seeds
 from deit.cli.run_args import GOES_ON, TRAINS, parse_run, print_config_if_asked
 from deit.config.schema import Config
 from deit.core.errors import ConfigError
@@ -65,7 +65,7 @@ def compare(arguments: list[str], program: str) -> None:
         seeds=seeds,
         parallel=options.parallel,
         json_file=options.json,
-        arguments=arguments,
+        command=command_of(program, arguments),
     )
 
 
@@ -124,7 +124,7 @@ def sweep(arguments: list[str], program: str) -> None:
         parallel=options.parallel,
         retries=options.retries,
         top=options.top,
-        arguments=arguments,
+        command=command_of(program, arguments),
     )
 
 

@@ -1,10 +1,9 @@
 """The commands that ask a finished run for answers, or write it for others to ask."""
 
 import argparse
-import shlex
 from pathlib import Path
 
-from deit.cli.parser import Parser, parse_numbers
+from deit.cli.parser import Parser, command_of, parse_numbers
 from deit.core import run_folder
 from deit.core.errors import ConfigError, did_you_mean
 
@@ -40,7 +39,7 @@ def evaluate(arguments: list[str], program: str) -> None:
         "batch": options.batch,
         "test_set": options.test_set,
     }
-    command = f"deit evaluate {shlex.join(arguments)}"
+    command = command_of(program, arguments)
     if max(map(len, (options.runs, sides, crops, merges))) > 1 or options.plot is not None:
         from deit.evaluation.compare_runs import compare_evaluations
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from deit.analysis import landscape_options
-from deit.cli.parser import Parser, parse_controls, parse_numbers, parse_seeds
+from deit.cli.parser import Parser, command_of, parse_controls, parse_numbers, parse_seeds
 from deit.cli.run_args import GOES_ON, parse_run, print_config_if_asked, run_name
 from deit.core import run_folder
 from deit.core.errors import ConfigError
@@ -57,7 +57,7 @@ def lottery(arguments: list[str], program: str) -> None:
         seeds=seeds,
         parallel=options.parallel,
         retries=options.retries,
-        arguments=arguments,
+        command=command_of(program, arguments),
     )
 
 
@@ -171,7 +171,7 @@ def loss_landscape(arguments: list[str], program: str) -> None:
     landscape_options.check_asked(asked)
     from deit.analysis.landscape import landscape
 
-    landscape(runs, out, asked, root=root, arguments=arguments)
+    landscape(runs, out, asked, root=root, command=command_of(program, arguments))
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from deit.cli.finetune_args import parse_finetune
-from deit.cli.parser import Parser
+from deit.cli.parser import Parser, command_of
 from deit.cli.run_args import TRAINS_NOT, RunArguments, parse_run, print_config_if_asked
 from deit.config.recipes import RECIPES
 from deit.core.console import info, is_main_process, table
@@ -13,21 +13,21 @@ from deit.core.errors import ConfigError
 def train(arguments: list[str], program: str) -> None:
     """Train a student (or a teacher) by a recipe."""
     run = parse_run(arguments, program=program, about="Train by a recipe, with or without teacher.")
-    _train(run, [program, *arguments])
+    _train(run, command_of(program, arguments))
 
 
-def _train(run: RunArguments, arguments: list[str]) -> None:
-    """Train as a command line says, or print its configuration. arguments: for the record."""
+def _train(run: RunArguments, command: str) -> None:
+    """Train as a command line says, or print its configuration. command: for the record."""
     if print_config_if_asked(run):
         return
     from deit.training.train import train
 
-    train(run.config, run.out, resume=run.resume, dry_run=run.dry_run, arguments=arguments)
+    train(run.config, run.out, resume=run.resume, dry_run=run.dry_run, command=command)
 
 
 def finetune(arguments: list[str], program: str) -> None:
     """Fine-tune a run or a checkpoint: at a higher resolution, or on other images."""
-    _train(parse_finetune(arguments, program), [program, *arguments])
+    _train(parse_finetune(arguments, program), command_of(program, arguments))
 
 
 def profile(arguments: list[str], program: str) -> None:
