@@ -24,6 +24,7 @@ from deit.core.errors import (
 from deit.core.file_reading import read_bytes, read_text
 from deit.core.filesystem import ENVIRONMENT, RESUMED
 from deit.core.json_io import parse_strict_json
+from deit.core.manifest import check_format_version
 
 
 def field_names() -> list[str]:
@@ -107,6 +108,7 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: not a readable configuration ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a JSON object of sections")
+    check_format_version(path.parent)  # rather than a list of all fields that it names otherwise
     return _from_here(config_from_dict(values), path.parent)
 
 

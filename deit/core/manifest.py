@@ -1,5 +1,6 @@
 """What a folder holds, by size and digest: damage is found before anything of it is used."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -14,9 +15,9 @@ from pathlib import Path
 from pydantic import ConfigDict
 
 from deit.core.errors import CheckpointError, NotReadableError, SystemFault, raise_transient
-from deit.core.file_reading import open_file, read_bytes
+from deit.core.file_reading import open_file, read_bytes, read_text
 from deit.core.hardware import threads
-from deit.core.json_io import load_json_as
+from deit.core.json_io import load_json_as, parse_strict_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
@@ -116,6 +117,22 @@ def _stat(path: Path) -> os.stat_result | None:
     except OSError as error:
         raise_transient(error, path)
         raise NotReadableError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def check_format_version(folder: Path) -> None:
+    """Refuse a run whose checkpoints are of another format version, in one line.
+
+    folder: of the run. A manifest that cannot be read is left to whoever reads its checkpoint.
+    Raises CheckpointError.
+    """
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = parse_strict_json(read_text(path))["format_version"]
+            if type(found) is int and found != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{folder}: was written by another release of deit, in format version {found}; "
+                    f"this one reads {FORMAT_VERSION}"
+                )
 
 
 def _checked(folder: Path) -> Manifest:

@@ -25,7 +25,7 @@ from deit.core.types import Batch
 from deit.datasets.loader import TeacherInput
 from deit.models.memory_format import LAYOUTS
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "store.json"
 TARGETS = "targets.bin"
 CHECKS = "checks.bin"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from deit.config.validation import load_config
 from deit.core import manifest, run_folder
 from deit.core.errors import CheckpointError, SystemFault
 from deit.core.run_folder import (
@@ -191,3 +192,20 @@ def test_a_planted_pickle_is_never_opened(folder, tmp_path):
             verify_checkpoint(folder, 3)
         (folder / name).write_bytes(whole)
     assert not (tmp_path / "canary").exists()
+
+
+def test_a_run_of_another_format_version_is_one_line(tmp_path):
+    """Its configuration may name other fields, which would be a line each."""
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "manifest.json").write_text('{"format_version": 2}')
+    (tmp_path / "config.json").write_text('{"start": {"source": null}, "run": {"shard": "none"}}')
+    with raises(CheckpointError, tmp_path, "version 2", str(manifest.FORMAT_VERSION)) as refused:
+        load_config(tmp_path / "config.json")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"format_version": "2"}'])
+def test_a_manifest_that_says_no_version_is_left_to_its_checkpoint(text, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "manifest.json").write_text(text)
+    manifest.check_format_version(tmp_path)
