@@ -23,10 +23,9 @@ from deit.distill.build import (
     build_online_ensemble,
     build_teachers,
     build_train_loader,
-    load_init_weights,
     teacher_input_size,
-    with_init_normalization,
 )
+from deit.distill.student_init import load_init_weights, with_init_normalization
 from deit.models.teacher_sources import resolve_source
 from deit.models.teachers import Teacher
 from deit.viz.attention_plot import GREY

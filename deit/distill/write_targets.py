@@ -30,12 +30,11 @@ from deit.distill.build import (
     build_online_ensemble,
     build_teachers,
     build_train_loader,
-    load_init_weights,
     set_memory_formats,
     teacher_input_size,
-    with_init_normalization,
 )
 from deit.distill.losses import needs_logits
+from deit.distill.student_init import load_init_weights, with_init_normalization
 from deit.distill.target_checks import check_records, teacher_query
 from deit.distill.target_fingerprint import fingerprint_of
 from deit.distill.target_shards import ShardedTargetWriter, TargetShard

@@ -13,7 +13,8 @@ from deit.core.filesystem import check_writable, lock_dir, write_json
 from deit.core.json_io import check_same_request, load_json_as, values_of
 from deit.datasets.loader import updates_of_epoch
 from deit.datasets.splits import load_splits
-from deit.distill.build import build_accelerator, load_init_weights, with_init_normalization
+from deit.distill.build import build_accelerator
+from deit.distill.student_init import load_init_weights, with_init_normalization
 from deit.experiments import shared_targets
 from deit.experiments.base_runs import BaseRuns, Experiment, slugify
 from deit.experiments.finished_runs import FinishedRunChecker

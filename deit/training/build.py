@@ -13,15 +13,14 @@ from deit.core.errors import ConfigError, DataError, is_out_of_memory
 from deit.core.sharding import device_mesh, shard_degree, shard_model
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
-from deit.distill.build import (
-    build_accelerator,
+from deit.distill.build import build_accelerator, model_info_from
+from deit.distill.run_teachers import RunTeachers
+from deit.distill.student_init import (
     init_masks,
     init_student,
     load_init_weights,
-    model_info_from,
     with_init_normalization,
 )
-from deit.distill.run_teachers import RunTeachers
 from deit.models.adapt_weights import LoadedWeights
 from deit.models.metadata import AdapterBase, base_of
 from deit.models.onednn_linear import resolve_linear_backend, use_onednn
@@ -29,7 +28,7 @@ from deit.models.parameters import freeze_except, layer_depths
 from deit.models.saved import ModelInfo, build_student
 from deit.models.student import Student, has_distillation_head
 from deit.models.surgery.pruning_masks import PruningMasks
-from deit.training.nonfinite import recomputes
+from deit.training.memory import recomputes
 from deit.training.optimizer import EMA, build_optimizer, layer_lr_scales
 from deit.training.state import TrainingRun, TrainState
 

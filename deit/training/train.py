@@ -28,22 +28,15 @@ from deit.core.parent_process import STOPPING
 from deit.core.signals import GracefulStop
 from deit.core.types import logits_by_head
 from deit.datasets.loader import TrainLoader
-from deit.distill.build import (
-    build_accelerator,
-    load_init_weights,
-    with_init_normalization,
-)
+from deit.distill.build import build_accelerator
 from deit.distill.inference import predict_split
 from deit.distill.run_teachers import RunTeachers
+from deit.distill.student_init import load_init_weights, with_init_normalization
 from deit.models.onednn_linear import resolve_linear_backend
 from deit.training.build import build, check_run_teachers
 from deit.training.loop import MetricAccumulator, StepContext, train_epoch
-from deit.training.nonfinite import (
-    NonFiniteMonitor,
-    check_memory,
-    find_micro_batch,
-    translate_errors,
-)
+from deit.training.memory import check_memory, find_micro_batch
+from deit.training.nonfinite import NonFiniteMonitor
 from deit.training.optimizer import lr_at
 from deit.training.progress_log import log_epoch, log_setup
 from deit.training.resume import (
@@ -57,6 +50,7 @@ from deit.training.save import finish_epoch, required_bytes, save_checkpoint, wr
 from deit.training.state import TrainingRun
 from deit.training.summary import SUMMARY, print_summary, summary_of
 from deit.training.trackers import check_trackers, track, tracked
+from deit.training.translate_errors import translate_errors
 
 
 class _Beginning(NamedTuple):

@@ -11,7 +11,7 @@ from deit.config.recipes.handwriting import digits
 from deit.core import host_memory
 from deit.core.errors import SystemFault
 from deit.core.host_memory import allowed, bytes_per_image, check_answers, free_memory
-from deit.training import nonfinite
+from deit.training import memory
 from deit.training.train import train
 from tests.helpers.errors import raises
 
@@ -108,7 +108,7 @@ def small(**run):
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_fits(tmp_path, monkeypatch):
-    monkeypatch.setattr(nonfinite, "free_memory", lambda device: 20 * 2**20)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 20 * 2**20)
     with raises(SystemFault, "512 images", "0.0 GiB", "--run.auto_micro_batch") as refused:
         train(small(), tmp_path / "run", dry_run=True)
     accumulate = int(re.search(r"--optim\.grad_accum_steps (\d+)", str(refused.value))[1])
@@ -119,14 +119,14 @@ def test_a_run_that_cannot_fit_is_refused_with_what_fits(tmp_path, monkeypatch):
 
 
 def test_fit_memory_begins_with_what_may_fit(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(nonfinite, "free_memory", lambda device: 20 * 2**20)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 20 * 2**20)
     train(small(auto_micro_batch=True), tmp_path / "run", dry_run=True)
     said = capsys.readouterr().out
     assert re.search(r"^memory .*\b512 images\b.*\boptim\.grad_accum_steps \d+", said, re.MULTILINE)
 
 
 def test_where_nothing_fits_that_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(nonfinite, "free_memory", lambda device: 2**10)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**10)
     with raises(SystemFault, "512 images", "--run.activation_checkpointing") as refused:
         train(small(), tmp_path / "run", dry_run=True)
     assert "--optim.grad_accum_steps" not in str(refused.value)

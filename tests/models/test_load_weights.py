@@ -15,7 +15,7 @@ from deit.config.recipes.handwriting import digits
 from deit.config.student_section import SIZES, InitConfig, StudentConfig
 from deit.core.errors import CheckpointError, ConfigError
 from deit.core.types import logits_by_head
-from deit.distill.build import init_student
+from deit.distill.student_init import init_student
 from deit.models.adapt_weights import LoadedWeights, adapt_weights
 from deit.models.load_weights import infer_student_config, load_weights_from
 from deit.models.networks import create_network
