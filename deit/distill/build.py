@@ -161,8 +161,8 @@ def build_teacher_ensemble(
     return TeacherEnsemble(
         voices,
         weights=weights,
-        how=config.teacher.combine,
+        mode=config.teacher.combine,
         temperature=1.0 if full_logits else config.loss.temperature,
-        wants_logits=full_logits or needs_logits(config.loss),
+        needs_logits=full_logits or needs_logits(config.loss),
         name=splits.train.name,
     )

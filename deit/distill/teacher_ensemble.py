@@ -42,21 +42,21 @@ class TeacherEnsemble:
 
     def __init__(
         self,
-        voices: list[TeacherFn],
+        teachers: list[TeacherFn],
         *,
         weights: tuple[float, ...],
-        how: EnsembleMode,
+        mode: EnsembleMode,
         temperature: float,
-        wants_logits: bool,
+        needs_logits: bool,
         name: Callable[[int], str],
     ) -> None:
-        """weights, how, temperature: as `combine` takes them. needs_logits: whether labels alone
-        would not do. name: what messages call a training image."""
-        self.teachers = voices
+        """weights, mode, temperature: as `combine_teachers` takes them. needs_logits: whether
+        labels alone would not do. name: what messages call a training image."""
+        self.teachers = teachers
         self.weights = weights
-        self.mode = how
+        self.mode = mode
         self.temperature = temperature
-        self.needs_logits = wants_logits or (len(voices) > 1 and how != "tokens")
+        self.needs_logits = needs_logits or (len(teachers) > 1 and mode != "tokens")
         self.name = name
         self._nonfinite_ids: Tensor | None = None
         self._num_batches = 0

@@ -28,7 +28,7 @@ from deit.core.errors import (
 from deit.datasets import decoding, sources, timm_readers
 from deit.deploy.formats import FORMATS
 from deit.deploy.int8_layers import by_onnxruntime
-from deit.distill import build as distill_build
+from deit.distill import student_init
 from deit.models import load_weights, teacher_sources, weight_files
 from deit.models.saved import ModelInfo, build_student
 from deit.training import build, optimizer
@@ -165,7 +165,7 @@ def start_of_file(error, monkeypatch):
 
 
 def fit_start(error, monkeypatch):
-    monkeypatch.setattr(distill_build, "adapt_weights", raising(error))
+    monkeypatch.setattr(student_init, "adapt_weights", raising(error))
     build.init_student(nn.Linear(1, 1), None, Config(), SimpleNamespace(class_names=()))
 
 

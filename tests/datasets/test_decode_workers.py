@@ -199,12 +199,12 @@ def test_a_worker_that_is_killed_is_noticed(shared, images, monkeypatch):
 PROGRAM = """
 import sys
 import torch
-from deit.datasets import decode_workers as reading
+from deit.datasets import decode_workers as reading, decoders
 from tests.helpers.images import images_at
 
 reading.fits_shared = lambda needed: False
-wanted = reading.ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
-reader = reading.Reader(images_at(sys.argv[1]), (reading.CenterSquare(512),), workers=2, pin=False)
+wanted = decoders.ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
+reader = reading.Reader(images_at(sys.argv[1]), (decoders.CenterSquare(512),), workers=2, pin=False)
 batches = reader.read([wanted] * 1000)
 for _ in range(4):
     next(batches)

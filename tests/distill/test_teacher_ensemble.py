@@ -29,9 +29,9 @@ def stored(labels):
     return lambda batch: (labels[batch.target_rows], None)
 
 
-def panel(*voices, how="probabilities", wants_logits=False):
+def panel(*voices, how="probabilities", needs_logits=False):
     weights = (1 / len(voices),) * len(voices)
-    settings = {"how": how, "temperature": 1.0, "needs_logits": wants_logits}
+    settings = {"mode": how, "temperature": 1.0, "needs_logits": needs_logits}
     return TeacherEnsemble(list(voices), weights=weights, name="picture {}".format, **settings)
 
 
@@ -44,10 +44,10 @@ IMAGES = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("needs_logits", [False, True])
-def test_one_network_gives_one_voice(wants_logits):
-    answers = panel(voice(), wants_logits=wants_logits)(batch(IMAGES))
+def test_one_network_gives_one_voice(needs_logits):
+    answers = panel(voice(), needs_logits=needs_logits)(batch(IMAGES))
     assert answers.labels.tolist() == IMAGES.mean(dim=(2, 3)).argmax(dim=1)[:, None].tolist()
-    assert (answers.logits is not None) is wants_logits
+    assert (answers.logits is not None) is needs_logits
 
 
 def test_networks_and_stored_labels_sit_side_by_side_where_each_has_its_token():
@@ -58,11 +58,11 @@ def test_networks_and_stored_labels_sit_side_by_side_where_each_has_its_token():
 
 @pytest.mark.parametrize("needs_logits", [False, True])
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_an_answer_that_is_not_finite_stops_with_the_names_of_the_images(value, wants_logits):
+def test_an_answer_that_is_not_finite_stops_with_the_names_of_the_images(value, needs_logits):
     images = IMAGES.clone()
     images[[1, 3]] = value
     with raises(NumericsError, "picture 41", "picture 43") as stopped:
-        panel(voice(), wants_logits=wants_logits)(batch(images))
+        panel(voice(), needs_logits=needs_logits)(batch(images))
     assert str(stopped.value).count("picture 4") == 2
 
 

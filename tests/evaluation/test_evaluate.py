@@ -89,7 +89,7 @@ def test_the_tokens_over_depth_are_told(runs, capsys):
     assert len(found["token_cosine"]) == 3
     assert all(-1 <= value <= 1 for value in found["token_cosine"])
     assert evaluate(runs / "teacher")["token_cosine"] is None
-    assert run_command("evaluate", [str(runs / "student")], "evaluate") == 0
+    assert run_command("evaluate", [str(runs / "student")], "deit evaluate") == 0
     said = capsys.readouterr().out
     assert " ".join(f"{value:.2f}" for value in found["token_cosine"]) in said
     shares = found["agreement"]
@@ -105,7 +105,7 @@ def test_several_runs_and_resolutions_in_one_table(runs, tmp_path, capsys):
     names = ("student", "labels")
     arguments = [*(str(runs / name) for name in names), "--resolution", "8,16"]
     arguments += ["--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "found.json")]
-    assert run_command("evaluate", arguments, "evaluate") == 0
+    assert run_command("evaluate", arguments, "deit evaluate") == 0
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     rows = found["rows"]
@@ -124,7 +124,7 @@ def test_several_runs_and_resolutions_in_one_table(runs, tmp_path, capsys):
         assert name in said
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.width > 500
-    assert run_command("evaluate", arguments, "evaluate") == 5
+    assert run_command("evaluate", arguments, "deit evaluate") == 5
     said = capsys.readouterr().err
     assert f"--json {tmp_path / 'found.json'}" in said
     assert "--force" in said
@@ -134,7 +134,7 @@ def test_runs_of_other_images_are_not_held_against_each_other(runs, tmp_path):
     few = digits_teacher().replace(data={"classes": ("1", "2")}, optim={"epochs": 1})
     train(few.replace(optim={"warmup_epochs": 0}), tmp_path / "few")
     arguments = [str(runs / "labels"), str(tmp_path / "few"), "--json", str(tmp_path / "f.json")]
-    assert run_command("evaluate", arguments, "evaluate") == 0
+    assert run_command("evaluate", arguments, "deit evaluate") == 0
     assert "agreement" not in json.loads((tmp_path / "f.json").read_text())
 
 
@@ -161,7 +161,7 @@ def test_runs_of_other_images_are_not_held_against_each_other(runs, tmp_path):
     ],
 )
 def test_bad_options_are_one_line(words, code, named, runs, capsys):
-    assert run_command("evaluate", [str(runs / "student"), *words], "evaluate") == code
+    assert run_command("evaluate", [str(runs / "student"), *words], "deit evaluate") == code
     said = capsys.readouterr().err
     assert [one for one in named if one not in said] == []
     assert len(said.strip().splitlines()) == 1
@@ -170,13 +170,13 @@ def test_bad_options_are_one_line(words, code, named, runs, capsys):
 def test_so_many_images_as_have_room_are_evaluated_at_once(runs, monkeypatch, capsys):
     monkeypatch.setattr(host_memory, "free_memory", lambda device: 2**17)
     command = [str(runs / "student"), "--resolution", "16"]
-    assert run_command("evaluate", command, "evaluate") == 5
+    assert run_command("evaluate", command, "deit evaluate") == 5
     said = capsys.readouterr().err
     assert re.search(r"run\.eval_batch_size = 256\b.* 16 px\b", said)
     _, option, advice = said.partition("--run.eval_batch_size ")
     number = advice.split()[0]
     assert 1 <= int(number) < 256
-    assert run_command("evaluate", [*command, option.strip(), number], "evaluate") == 0
+    assert run_command("evaluate", [*command, option.strip(), number], "deit evaluate") == 0
 
 
 def test_the_number_of_images_at_once_changes_no_answer(runs):
@@ -288,7 +288,9 @@ def test_a_variant_is_evaluated_from_the_command_line(tmp_path, capsys):
     train(config, tmp_path / "run")
     root = pictures(tmp_path / "a", expected, ("x.png", "y.png"))
     arguments = [str(tmp_path / "run"), "--test-set", "a", "--data.root", str(root)]
-    code = run_command("evaluate", [*arguments, "--json", str(tmp_path / "f.json")], "evaluate")
+    code = run_command(
+        "evaluate", [*arguments, "--json", str(tmp_path / "f.json")], "deit evaluate"
+    )
     assert code == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "f.json").read_text())
     assert (found["split"], found["num_samples"]) == ("ImageNet a", 6)
@@ -345,7 +347,7 @@ def test_other_images_of_the_same_labels_are_not_held_against_each_other(tmp_pat
     labels = [load_splits(load_config(run / "config.json").data).test.labels for run in runs]
     assert torch.equal(*labels)
     words = [*map(str, runs), "--json", str(tmp_path / "f.json")]
-    assert run_command("evaluate", words, "evaluate") == 0
+    assert run_command("evaluate", words, "deit evaluate") == 0
     assert "agreement" not in json.loads((tmp_path / "f.json").read_text())
 
 
@@ -358,7 +360,7 @@ def test_the_checkpoint_that_was_measured_is_named(runs):
 
 def test_a_survey_of_a_variant_begins_with_its_mistakes(runs, tmp_path, capsys):
     words = [str(runs / "labels"), str(runs / "student"), "--test-set", "a"]
-    assert run_command("evaluate", [*words, "--data.root", str(tmp_path)], "evaluate") == 3
+    assert run_command("evaluate", [*words, "--data.root", str(tmp_path)], "deit evaluate") == 3
     said = capsys.readouterr()
     assert re.search(r"\bvariant a\b.*'0'", said.err)
     assert said.out == ""

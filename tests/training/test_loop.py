@@ -59,9 +59,9 @@ def panel_of(teacher, accelerator, loss):
     return TeacherEnsemble(
         [OnlineTeacher(teacher, accelerator)],
         weights=(1.0,),
-        how="probabilities",
+        mode="probabilities",
         temperature=loss.temperature,
-        wants_logits=needs_logits(loss),
+        needs_logits=needs_logits(loss),
         name="image {}".format,
     )
 
