@@ -51,7 +51,7 @@ class QuantizeOptions(NamedTuple):
     """What is asked of a quantization.
 
     method: of deit.deploy.int8_layers.METHODS. images: training images that static calibrates on,
-    None: 128; how: of deit.deploy.int8_graph.CALIBRATIONS, None: minmax; percentile: of
+    None: 128; range_method: of deit.deploy.int8_graph.CALIBRATIONS, None: minmax; percentile: of
     `percentile`.
     attention: whether products of two activations become integers. exclude: a regular expression,
     the layers that stay float.

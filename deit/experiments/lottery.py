@@ -60,7 +60,7 @@ def lottery(
     """Train a recipe, prune it level by level with rewinding, train its controls; write
     results.json, results.csv, results.md and a picture into the folder, and print the table.
 
-    at_once: how many runs share the machine. retries: how often a run that failed is tried again.
+    parallel: how many runs share the machine. retries: how often a run that failed is tried again.
     The same command goes on with what is not finished, and with more levels, controls or seeds.
     Returns what results.json holds. Raises the errors of deit.core.errors; one for all runs that
     failed, once everything else is written.

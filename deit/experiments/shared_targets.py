@@ -57,8 +57,11 @@ def teacher_query_key(config: Config) -> dict[str, Any]:
 
 
 class TargetStorePlan(NamedTuple):
-    """A store that is to be written. config: a run that asks; the others ask the same. records:
-    hard, full or top-K. only: which one of several teachers, from 1; None: the only one."""
+    """A store that is to be written.
+
+    config: a run that asks; the others ask the same. content: hard, full or top-K.
+    teacher_index: which one of several teachers, from 1; None: the only one.
+    """
 
     path: Path
     config: Config
@@ -73,7 +76,7 @@ def plan_shared_stores(
     """The stores that two or more of the runs can share, or that one cannot do without; and the
     same runs, taught by them. A run that has begun keeps to how it was taught.
 
-    records: of every store; None: what the objectives need. Raises ConfigError where an objective
+    content: of every store; None: what the objectives need. Raises ConfigError where an objective
     cannot be had from them.
     """
     asking: dict[str, list[RunSpec]] = {}

@@ -53,8 +53,8 @@ def sweep(
     """Train and evaluate every point of a sweep for each of its seeds; write results.json,
     results.csv, results.md and pictures into the folder, and print the table.
 
-    asked: the recipe with what the file sets for all, before the command line. at_once: how many
-    runs share the machine. retries: how often a run that failed is tried again. best: how many
+    asked: the recipe with what the file sets for all, before the command line. parallel: how many
+    runs share the machine. retries: how often a run that failed is tried again. top: how many
     points are named in the end. A run finished before is kept, whatever it is called: it is known
     by a hash of its configuration. Returns what results.json holds. Raises the errors of
     deit.core.errors; one for all runs that failed, once everything else is written.

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from deit.cli import run_command
-from deit.cli.commands.inspect import EXPORTS
+from deit.config.choices import EXPORT_PACKAGES
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.handwriting import digits, digits_teacher
 from deit.config.student_section import StudentConfig
@@ -98,7 +98,7 @@ def whole_test_set(run):
 
 
 def test_formats_are_those_of_the_command_line():
-    assert tuple(FORMATS) == EXPORTS
+    assert tuple(FORMATS) == tuple(EXPORT_PACKAGES)
 
 
 def test_what_can_be_exported_is(exports):

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from deit.cli import run_command
-from deit.cli.commands.compress import CALIBRATIONS as CALIBRATIONS_BY_NAME
-from deit.cli.commands.compress import QUANTIZATIONS
+from deit.config.choices import CALIBRATION_METHODS, QUANTIZATION_METHODS
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.handwriting import digits, digits_teacher
 from deit.config.student_section import StudentConfig
@@ -173,8 +172,8 @@ def micro(tmp_path_factory):
 
 
 def test_names_on_the_command_line_are_those_that_there_are():
-    assert tuple(METHODS) == QUANTIZATIONS
-    assert tuple(CALIBRATIONS) == CALIBRATIONS_BY_NAME
+    assert tuple(METHODS) == QUANTIZATION_METHODS
+    assert tuple(CALIBRATIONS) == CALIBRATION_METHODS
 
 
 # noise, ranges, layers

@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
 
 from deit.cli import run_command
-from deit.cli.commands.inspect import TEST_SETS
+from deit.config.choices import TEST_SETS
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.handwriting import digits, digits_teacher
 from deit.config.validation import load_config

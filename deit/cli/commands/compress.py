@@ -6,15 +6,12 @@ from pathlib import Path
 
 from deit.cli.parser import Parser, command_of, parse_controls, parse_numbers
 from deit.cli.run_args import GOES_ON, parse_run, print_config_if_asked, typed_epochs
+from deit.config.choices import CALIBRATION_METHODS, QUANTIZATION_METHODS
 from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_epochs
 from deit.config.schema import Config
 from deit.core import run_folder
 from deit.core.errors import ConfigError, did_you_mean
 from deit.deploy import prune_options
-
-# Names that options take, without importing what they name; tests hold them to that.
-QUANTIZATIONS = ("static", "dynamic")
-CALIBRATIONS = ("minmax", "entropy", "percentile")
 
 
 def quantize(arguments: list[str], program: str) -> None:
@@ -54,7 +51,7 @@ def _quantize_parser(program: str) -> Parser:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
         "--method",
-        choices=QUANTIZATIONS,
+        choices=QUANTIZATION_METHODS,
         default="static",
         help="static (ranges of activations from training images) or dynamic (from every batch)",
     )
@@ -65,7 +62,9 @@ def _quantize_parser(program: str) -> Parser:
         help="static: number of training images (128)",
     )
     parser.add_argument(
-        "--calibration-method", choices=CALIBRATIONS, help="static: how ranges are chosen (minmax)"
+        "--calibration-method",
+        choices=CALIBRATION_METHODS,
+        help="static: how ranges are chosen (minmax)",
     )
     parser.add_argument(
         "--percentile", type=float, metavar="P", help="of --calibration-method percentile (99.99)"

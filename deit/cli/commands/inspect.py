@@ -4,12 +4,9 @@ import argparse
 from pathlib import Path
 
 from deit.cli.parser import Parser, command_of, parse_numbers
+from deit.config.choices import EXPORT_PACKAGES, TEST_SETS
 from deit.core import run_folder
 from deit.core.errors import ConfigError, did_you_mean
-
-# Names that options take, without importing what they name; tests hold them to that.
-TEST_SETS = ("real", "v2", "a", "r", "sketch")
-EXPORTS = ("timm", "transformers", "onnx", "pt2")
 
 
 def evaluate(arguments: list[str], program: str) -> None:
@@ -178,8 +175,9 @@ def _predict_parser(program: str) -> Parser:
 def export(arguments: list[str], program: str) -> None:
     """Write a run for timm, transformers, ONNX Runtime or torch.export; verified, with a card."""
     options = _export_parser(program).parse_args(arguments)
-    if options.format not in EXPORTS:
-        advice = f"should be one of {', '.join(EXPORTS)}{did_you_mean(options.format, EXPORTS)}"
+    if options.format not in EXPORT_PACKAGES:
+        near = did_you_mean(options.format, EXPORT_PACKAGES)
+        advice = f"should be one of {', '.join(EXPORT_PACKAGES)}{near}"
         raise ConfigError(f"--format {options.format}: {advice}")
     if options.images < 1:
         raise ConfigError(f"--images {options.images}: should be at least 1")
@@ -204,7 +202,9 @@ def _export_parser(program: str) -> Parser:
         "answers against the run's on test images, and keep it only if they are the same.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--format", required=True, metavar="NAME", help=f"{', '.join(EXPORTS)}")
+    parser.add_argument(
+        "--format", required=True, metavar="NAME", help=f"{', '.join(EXPORT_PACKAGES)}"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder (RUN/export-FORMAT)")
     parser.add_argument("--force", action="store_true", help="let --out replace a folder")
     parser.add_argument("--checkpoint", choices=run_folder.NAMES, default="best")
