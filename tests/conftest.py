@@ -3,7 +3,6 @@
 import platform
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from deit.core.hardware import processor
-from tests.helpers.command_server import copying, measuring, shared
+from tests.helpers.command_server import forked_runs, measuring, shared
 
 _NAMED = ("torch", "torchvision", "timm", "accelerate", "transformers", "numpy", "pillow")
 
@@ -62,8 +61,6 @@ def zygote():
 
 
 @pytest.fixture
-def fork_server(zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+def fork_runs(zygote, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs beside each other that the test's own process starts come without these seconds too."""
-    if sys.platform == "linux":
-        assert zygote.run("--version").code == 0  # it is there
-        monkeypatch.setattr("deit.experiments.processes.subprocess", copying(zygote.spare))
+    monkeypatch.setattr("deit.experiments.runner.subprocess", forked_runs(zygote.socket))

@@ -113,16 +113,6 @@ def exit_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def set_parent(parent: int) -> None:
-    """In a process that another one of ours has made a copy of itself: that one is the launcher,
-    also where it is gone by now. parent: its number."""
-    global _PARENT
-    _PARENT = parent
-    exit_with_parent()
-    if parent_exited():
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def parent_exited() -> bool:
     """Whether the launcher that was there at first is no more."""
     return has_launcher() and os.getppid() != _PARENT

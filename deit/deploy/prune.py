@@ -23,7 +23,6 @@ from deit.experiments.runner import (
     RunProgress,
     RunSpec,
     check_num_parallel,
-    closing_idle,
     combined_error,
 )
 from deit.experiments.sweep_execute import train_with_retries, unfinished
@@ -36,7 +35,6 @@ from deit.training.progress_log import schedule_of
 _MAY_DIFFER = ("drop_path", "dropout", "qat")
 
 
-@closing_idle()
 def prune(
     run: Path,
     asked: PruneOptions,

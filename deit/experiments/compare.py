@@ -20,7 +20,6 @@ from deit.experiments.runner import (
     RunProgress,
     RunSpec,
     check_num_parallel,
-    closing_idle,
     run_parallel_or_raise,
 )
 from deit.experiments.studies import STUDIES
@@ -31,7 +30,6 @@ from deit.viz.tables import COLUMNS, comparison_cells
 MANIFEST = "comparison.json"
 
 
-@closing_idle()
 def compare(
     config: Config,
     out: Path,

@@ -27,7 +27,6 @@ from deit.experiments.runner import (
     RunProgress,
     RunSpec,
     check_num_parallel,
-    closing_idle,
     combined_error,
 )
 from deit.experiments.sweep_collect import environment_of, print_rows, rows_of, write_plots
@@ -44,7 +43,6 @@ NAME = "lottery"
 _SETTLED = "settled.json"
 
 
-@closing_idle()
 def lottery(
     asked: LotteryOptions,
     config: Config,

@@ -3,9 +3,11 @@
 import contextlib
 import os
 import queue
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, Protocol, TypeAlias
@@ -19,7 +21,6 @@ from deit.core.errors import CheckpointError, ConfigError, DataError, DeitError,
 from deit.core.filesystem import open_to_append, write_json
 from deit.core.hardware import cores
 from deit.core.parent_process import PARALLEL_RUNS_ENV
-from deit.experiments.processes import Process, Source, source
 
 _Heard: TypeAlias = "queue.Queue[tuple[_RunProcess, str | None]]"
 """Lines of runs as they come; None at a run's end."""
@@ -43,16 +44,6 @@ def check_num_parallel(number: int, *, option: str) -> None:
             f"{option} {number}: each run is a process of its own then, so start it without "
             f"torchrun (there are {processes} processes)"
         )
-
-
-@contextlib.contextmanager
-def closing_idle() -> Iterator[None]:
-    """Decorate a function that trains runs at once: when it ends, end the idle processes that runs
-    were copied from. Each holds about half a gigabyte, and a notebook may stay open for days."""
-    try:
-        yield
-    finally:
-        source(gpu=torch.cuda.device_count() > 0).close_idle()
 
 
 class FailedRun(NamedTuple):
@@ -158,24 +149,29 @@ def combined_error(failed: list[FailedRun]) -> DeitError:
 
 
 class _RunProcess:
-    """A run under way. error: what it last complained of. gpu: the one it has, of several.
-    given_up: whether it was stopped because it would come to nothing."""
+    """A run under way. error: its last error message. gpu: the one it has, of several.
+    stopped_early: whether it was stopped because its results promised nothing."""
 
     def __init__(
-        self, run: RunSpec, log: Path, process: Process, said: int, heard: _Heard, gpu: str | None
+        self,
+        run: RunSpec,
+        log: Path,
+        process: "subprocess.Popen[str]",
+        heard: _Heard,
+        gpu: str | None,
     ) -> None:
-        """said: the file descriptor out of which comes all it says."""
         self.run, self.log, self.process, self.gpu = run, log, process, gpu
         self.error, self._complaining = "it gave no reason", False
         self.stopped_early = False
-        self.listener = threading.Thread(target=self._listen, args=(said, heard), daemon=True)
+        self.listener = threading.Thread(target=self._listen, args=(heard,), daemon=True)
         self.listener.start()
 
-    def _listen(self, said: int, heard: _Heard) -> None:
+    def _listen(self, heard: _Heard) -> None:
         """Keep every line in the log, as long as the disk has room, and hand it on; None at the
         end."""
         with contextlib.ExitStack() as stack:
-            lines, log = stack.enter_context(open(said, errors="replace")), None
+            assert self.process.stdout is not None
+            lines, log = stack.enter_context(self.process.stdout), None
             try:
                 log = stack.enter_context(
                     open_to_append(self.log, "a", encoding="utf-8", errors="backslashreplace")
@@ -217,7 +213,6 @@ class _LocalPool:
         places = visible.split(",") if visible else [str(place) for place in range(count)]
         self.gpus = places if count else []
         self.folder = folder
-        self._source: Source = source(gpu=count > 0)
         self.heard: _Heard = queue.Queue()
         self.children: list[_RunProcess] = []
         self._begun = 0
@@ -231,7 +226,8 @@ class _LocalPool:
         if run.config.teacher.code_sources:  # who named it to us has said that it may run
             arguments += ["--teacher.source", ",".join(run.config.teacher.source)]
         environment = {
-            **os.environ,
+            **_find_package(os.environ),
+            "PYTHONUNBUFFERED": "1",
             PARALLEL_RUNS_ENV: str(self.number),
             "OMP_NUM_THREADS": str(self.threads),
         }
@@ -241,26 +237,34 @@ class _LocalPool:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         self._begun += 1
         log = run.out.with_name(f"{run.out.name}.log")
-        said, says = os.pipe()
-        try:
-            process = self._source.start(arguments, environment, says)
-        finally:
-            os.close(says)  # the pipe ends with the last process that has its other end
-        self.children.append(_RunProcess(run, log, process, said, self.heard, gpu))
+        process = subprocess.Popen(
+            # -P: a folder `deit` in the working directory is not taken for this package.
+            [sys.executable, "-P", "-m", "deit", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            errors="replace",
+        )
+        self.children.append(_RunProcess(run, log, process, self.heard, gpu))
         info(f"{run.name}: {run.out}, all it says in {log}")
 
     def __enter__(self) -> "_LocalPool":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Ask those still under way to save and stop, and wait until they have."""
+    def __exit__(self, *error: object) -> None:
+        """Ask those still under way to save and stop, and wait until they have. A second signal to
+        this process ends it at once, and the system then sends one to each that is stuck."""
         for child in self.children:
             child.process.terminate()
-        try:
-            for child in self.children:
-                child.listener.join()
-        finally:
-            # Closing it sends SIGTERM to its copies. After `terminate` that is the second signal,
-            # which ends a run that is stuck; so it must come after the wait, not at once.
-            if kind is not None:  # also one that was being started
-                self._source.close()
+        for child in self.children:
+            child.listener.join()
+
+
+def _find_package(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which Python finds this package where this process found it."""
+    root = Path(__file__).resolve().parents[2]
+    if root.name == "site-packages":  # found in any case
+        return dict(environment)
+    path = filter(None, (str(root), environment.get("PYTHONPATH")))
+    return {**environment, "PYTHONPATH": os.pathsep.join(path)}

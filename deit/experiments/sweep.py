@@ -14,7 +14,7 @@ from deit.distill.build import build_accelerator
 from deit.evaluation.cache import disagreement_matrix
 from deit.experiments.base_runs import Experiment
 from deit.experiments.finished_runs import FinishedRunChecker
-from deit.experiments.runner import RunSpec, check_num_parallel, closing_idle, combined_error
+from deit.experiments.runner import RunSpec, check_num_parallel, combined_error
 from deit.experiments.search import DATABASE, check_optuna
 from deit.experiments.sweep_collect import environment_of, print_rows, rows_of, write_plots
 from deit.experiments.sweep_execute import (
@@ -37,7 +37,6 @@ from deit.models.onednn_linear import resolve_linear_backend
 from deit.training.trackers import check_trackers
 
 
-@closing_idle()
 def sweep(
     plan: Sweep,
     config: Config,

@@ -1,11 +1,10 @@
 """Several runs at once: the bits of each alone, failures that stop no other, signals that reach
 all."""
 
+import io
 import json
-import os
 import re
 import signal
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +15,10 @@ from deit.cli import run_command
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.handwriting import digits_teacher
 from deit.core import run_folder, run_log
-from deit.core.errors import ConfigError, DeitError, StoppedBySignal, SystemFault
+from deit.core.errors import ConfigError, DeitError, SystemFault
 from deit.core.filesystem import lock_dir
-from deit.deploy.prune import prune
-from deit.experiments import processes, runner
-from deit.experiments.compare import compare
-from deit.experiments.lottery import lottery
+from deit.experiments import runner
 from deit.experiments.runner import RunProgress, RunSpec, check_num_parallel, run_parallel_or_raise
-from deit.experiments.sweep import sweep
 from tests.helpers.command_server import until
 from tests.helpers.errors import raises
 from tests.helpers.progress import runs_over
@@ -36,6 +31,7 @@ SMALL = (
     *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.eval_every_epochs", "2"),
     *("--data.train_fraction", "0.2"),
 )
+ENDLESS = ("--optim.epochs", "3000", "--run.eval_every_epochs", "3000")
 
 
 def chain(out):
@@ -69,9 +65,7 @@ def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, 
             assert row[key] == other["rows"][name][key]
 
 
-def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(
-    fork_server, tmp_path, capsys
-):
+def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(tmp_path, capsys):
     code = tmp_path / "mine.py"
     code.write_text(
         "import torch\n"
@@ -119,15 +113,17 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
 ):
     # The teacher first: it is trained before the two students that run beside each other.
     trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
-    words = ("compare", "digits", *SMALL, "--optim.epochs", "40", "--run.eval_every_epochs", "40")
-    words += (
-        "--teacher.source",
-        tmp_path / "teacher",
-        "--parallel",
-        "2",
-        "--out",
-        tmp_path / "out",
+    words = (
+        "compare",
+        "digits",
+        *SMALL,
+        "--optim.epochs",
+        "3000",
+        "--run.eval_every_epochs",
+        "3000",
     )
+    words += ("--teacher.source", tmp_path / "teacher")
+    words += ("--parallel", "2", "--out", tmp_path / "out")
     running = zygote.start(*words)
     names = ("distilled", "undistilled")
     until(lambda: all(run_folder.list_checkpoints(tmp_path / "out" / name) for name in names))
@@ -139,11 +135,11 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
     logs = [(tmp_path / "out" / f"{name}.log").read_text() for name in names]
     assert all(signal.Signals(signal.SIGTERM).name in log for log in logs)
     before = chain(tmp_path / "out" / "undistilled")
-    short = [*words, "--arms", "undistilled"]
-    assert zygote.run(*short).code == 0
-    after = chain(tmp_path / "out" / "undistilled")
-    assert after.startswith(before)
-    assert len(after) > len(before)
+    running = zygote.start(*words, "--arms", "undistilled")
+    until(lambda: len(chain(tmp_path / "out" / "undistilled")) > len(before))
+    running.signal(number)
+    assert running.wait().code == 128 + number
+    assert chain(tmp_path / "out" / "undistilled").startswith(before)
 
 
 def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_path):
@@ -157,15 +153,9 @@ def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_pat
         "3000",
     )
     trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
-    words += (
-        "--teacher.source",
-        tmp_path / "teacher",
-        "--parallel",
-        "2",
-        "--out",
-        tmp_path / "out",
-    )
-    running = zygote.start(*words)
+    words += ("--teacher.source", tmp_path / "teacher")
+    words += ("--parallel", "2", "--out", tmp_path / "out")
+    running = zygote.start(*words, whole=True)
     names = ("distilled", "undistilled")
     until(lambda: all(run_folder.list_checkpoints(tmp_path / "out" / name) for name in names))
     running.signal(signal.SIGKILL)
@@ -176,6 +166,16 @@ def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_pat
         number = len(run_folder.list_checkpoints(out))
         assert number
         until(lambda out=out: not _held(out))
+
+
+def test_a_run_is_our_command_from_any_folder(tmp_path, monkeypatch):
+    """A folder of our name in the working directory is not taken for us."""
+    (tmp_path / "deit").mkdir()
+    (tmp_path / "deit" / "__init__.py").write_text("raise SystemExit(77)\n")
+    monkeypatch.chdir(tmp_path)
+    runs = [RunSpec("run", two_epochs(), tmp_path / "run")]
+    run_parallel_or_raise(runs, number=1, progress=RunProgress(1))
+    assert run_folder.read_result(tmp_path / "run") is not None
 
 
 def _held(out):
@@ -215,17 +215,15 @@ def test_each_gets_its_share_of_the_cores(monkeypatch, tmp_path, cores, asked, n
 def test_each_run_gets_the_gpu_that_has_the_fewest(monkeypatch, tmp_path, visible, count, expected):
     given = []
 
-    class Started:
-        """Processes that say nothing and end."""
-
-        def start(self, arguments, environment, says):
-            given.append(environment.get("CUDA_VISIBLE_DEVICES", "-"))
+    def popen(words, *, env, **how):
+        given.append(env.get("CUDA_VISIBLE_DEVICES", "-"))
+        return SimpleNamespace(stdout=io.StringIO())
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(runner, "source", lambda *, gpu: Started())
+    monkeypatch.setattr(runner.subprocess, "Popen", popen)
     here = runner._LocalPool(3, tmp_path)
     for seed in range(3):
         here.start(RunSpec(f"run {seed}", two_epochs(), tmp_path / str(seed)))
@@ -235,54 +233,7 @@ def test_each_run_gets_the_gpu_that_has_the_fewest(monkeypatch, tmp_path, visibl
     assert given[3] == expected[1]
 
 
-class Slow:
-    """A source of processes that take a while to stop."""
-
-    def __init__(self, happened):
-        self.happened = happened
-
-    def start(self, arguments, environment, says):
-        self.says = os.dup(says)
-        return self
-
-    def terminate(self):
-        self.happened.append("asked")
-        threading.Timer(0.1, self.end).start()
-
-    def end(self):
-        self.happened.append("ended")
-        os.close(self.says)
-
-    def close(self):
-        self.happened.append("closed")
-
-
-def test_what_runs_are_copied_from_ends_after_them(monkeypatch, tmp_path):
-    """Its end is the last that asks them to stop: one that is stuck ends with the second."""
-    happened = []
-    monkeypatch.setattr(runner, "source", lambda *, gpu: Slow(happened))
-
-    def stopped():
-        with runner._LocalPool(1, tmp_path) as here:
-            here.start(RunSpec("run", two_epochs(), tmp_path / "run"))
-            raise StoppedBySignal(signal.SIGTERM)
-
-    with pytest.raises(StoppedBySignal):
-        stopped()
-    assert happened == ["asked", "ended", "closed"]
-
-
-@pytest.mark.parametrize("function", [compare, sweep, lottery, prune])
-def test_what_runs_were_copied_from_is_let_go_of_however_a_call_ends(function, monkeypatch):
-    closed = []
-    gone = SimpleNamespace(close_idle=lambda: closed.append(function))
-    monkeypatch.setattr(runner, "source", lambda *, gpu: gone)
-    with pytest.raises(TypeError):  # it lacks its arguments
-        function()
-    assert closed == [function]
-
-
-def test_a_program_keeps_no_process_after_its_runs(fork_server, tmp_path):
+def test_a_program_keeps_no_process_after_its_runs(tmp_path):
     words = [*SMALL, "--arms", "undistilled", "--teacher.source", tmp_path / "teacher"]
     trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
     before = psutil.Process().children()
@@ -290,7 +241,6 @@ def test_a_program_keeps_no_process_after_its_runs(fork_server, tmp_path):
     assert run_command("compare", ["digits", *map(str, words)], "deit compare") == 0
     assert run_folder.read_result(tmp_path / "out" / "undistilled") is not None
     assert "epoch 2/2" in (tmp_path / "out" / "undistilled.log").read_text()
-    assert not processes.source(gpu=False)._servers
     assert set(psutil.Process().children()) <= set(before)
 
 
@@ -308,7 +258,7 @@ class Impatient:
         self.ends[run.name] = code
 
 
-def test_a_run_that_is_given_up_stops_saved_and_is_no_failure(fork_server, tmp_path):
+def test_a_run_that_is_given_up_stops_saved_and_is_no_failure(fork_runs, tmp_path):
     watch = Impatient()
     long = two_epochs(optim={"epochs": 200}, run={"eval_every_epochs": 1})
     asked = []

@@ -1,7 +1,6 @@
 """Commands in processes of their own, forked from one that has imported everything already."""
 
 import atexit
-import ctypes
 import faulthandler
 import functools
 import gc
@@ -13,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
@@ -67,8 +67,8 @@ def fresh(source: str, *arguments: object, path: Path | None = None) -> Complete
 class Running:
     """A command under way."""
 
-    def __init__(self, zygote: "Zygote", pid: int, out: Path, err: Path) -> None:
-        self.zygote, self.pid, self.out, self.err = zygote, pid, out, err
+    def __init__(self, server: "Zygote", pid: int, out: Path, err: Path) -> None:
+        self.server, self.pid, self.out, self.err = server, pid, out, err
         self.store: Any = None  # in which it meets others
 
     def signal(self, number: int) -> None:
@@ -77,8 +77,27 @@ class Running:
 
     def wait(self, *, timeout: float = 600) -> Completed:
         """Wait for its end; where that takes too long it is aborted, and says where it was."""
-        code = self.zygote.ask({"wait": self.pid, "timeout": timeout})["code"]
+        code = wait_for(self.server.socket, self.pid, timeout=timeout)
         return Completed(code, self.out.read_text(), self.err.read_text())
+
+
+def ask(path: Path, question: dict[str, Any]) -> Any:
+    """One question to the server that listens at a path, one answer."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        connection.sendall(json.dumps(question).encode() + b"\n")
+        return _receive(connection)
+
+
+def wait_for(path: Path, pid: int, *, timeout: float) -> int:
+    """The exit code of a process that the server at a path started."""
+    end, left = time.monotonic() + timeout, [signal.SIGABRT, signal.SIGKILL]
+    while (code := ask(path, {"wait": pid})) is None:
+        if time.monotonic() > end and left:
+            os.kill(pid, left.pop(0))
+            end = time.monotonic() + 10
+        time.sleep(0.005)
+    return code
 
 
 def places(processes: int, of_node: int) -> tuple[Any, list[dict[str, str]]]:
@@ -112,7 +131,7 @@ class Zygote:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.spare = folder / "spare"
+        self.socket = folder / "socket"
         self.number = 0
         self.held: Any = None  # what is there as long as this is
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -121,18 +140,12 @@ class Zygote:
         folder.chmod(0o1777)  # also for commands that gave up what root may
         environment.pop("DEIT_FAULT", None)
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(self.spare)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, __file__, str(self.socket), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
             env=environment,
         )
-
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """One question, one answer."""
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        until(lambda: self.process.poll() is not None or self.socket.exists())
+        assert self.socket.exists(), "the process that forks ended at its start"
 
     def start(
         self,
@@ -157,7 +170,7 @@ class Zygote:
         }
         out.touch()
         err.touch()
-        return Running(self, self.ask(question)["pid"], out, err)
+        return Running(self, ask(self.socket, question), out, err)
 
     def run(
         self,
@@ -201,8 +214,7 @@ class Zygote:
 
     def close(self) -> None:
         """End the process that forks."""
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.process.kill()
         self.process.wait()
 
 
@@ -225,7 +237,8 @@ def shared() -> Zygote:
 def _become(question: dict[str, Any]) -> None:
     """In the child: run the command and leave."""
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(question[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        path = question[name]
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if path else 1, number)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # whatever the tests themselves were started with
     faulthandler.enable()  # a crash, or the end of waiting for it, says where it was
@@ -235,9 +248,10 @@ def _become(question: dict[str, Any]) -> None:
     if other := os.environ.get("FORKS_MAIN"):
         _leave(_named(other)())
     from deit.cli import main, program
-    from deit.core.parent_process import mark_standalone
+    from deit.core import parent_process
 
-    mark_standalone()
+    parent_process._PARENT = os.getppid()  # not that of the process that imported it
+    parent_process.mark_standalone()
     sys.argv = [question["script"] or "deit", *question["arguments"]]
     if question["whole"]:
         os.setsid()
@@ -273,88 +287,48 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-class _Copied(NamedTuple):
-    """A process that the spare one made, as whoever asked for it sees it."""
+class ForkedRun:
+    """The part of `subprocess.Popen` that `deit.experiments.runner` uses, for a run that the server
+    forks: it need not import for four seconds what is there."""
 
-    connection: socket.socket
-    pid: int
+    def __init__(self, path: Path, words: list[str], env: dict[str, str]) -> None:
+        self._path = path
+        pipe = path.with_name(f"{uuid.uuid4().hex}.pipe")
+        os.mkfifo(pipe)
+        pipe.chmod(0o666)
+        question = {
+            "script": None,
+            "whole": False,
+            "arguments": words[words.index("deit") + 1 :],
+            "environment": env,
+            "cwd": os.getcwd(),
+            "out": str(pipe),
+            "err": None,  # the same
+        }
+        self.pid = ask(path, question)
+        self.stdout = pipe.open(errors="replace")  # waits until the run has opened its end
+        pipe.unlink()
 
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):  # it was killed already
-            os.kill(self.pid, signal.SIGKILL)
+    def terminate(self) -> None:
+        """Ask it to stop; nothing where it has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
 
-    def wait(self) -> None:
-        with self.connection:
-            self.connection.recv(1)  # nothing, once it is gone
-
-
-def copying(spare: Path) -> SimpleNamespace:
-    """`subprocess` as deit.experiments.processes uses it: the process that runs are copies of is
-    copied itself, from the spare one, and need not import for five seconds what is there."""
-
-    def start(words: list[str], *, env: dict[str, str], pass_fds: tuple[int, ...] = (), **how: Any):
-        if not pass_fds or env["OMP_NUM_THREADS"] != "1":  # no copies; it has read another number
-            return subprocess.Popen(words, env=env, pass_fds=pass_fds, **how)
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.connect(str(spare))
-        socket.send_fds(connection, [json.dumps(env).encode()], pass_fds)
-        return _Copied(connection, int(connection.recv(32)))
-
-    return SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
-
-
-def _keep_spare(path: Path) -> None:
-    """In the process that forks: a copy of it that does nothing but to be copied, as long as this
-    one lives; commands find it at a path."""
-    from deit.experiments import processes
-
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(path))
-    path.chmod(0o777)  # for commands that gave up what root may
-    listener.listen()
-    processes.subprocess = copying(path)
-    if os.fork():
-        listener.close()
-        return
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # when its parent ends
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for number in range(3):
-        os.dup2(nothing, number)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for its copies
-    while True:
-        connection = listener.accept()[0]
-        if os.fork() == 0:
-            listener.close()
-            _be_copied(connection)
-        connection.close()
+    def wait(self) -> int:
+        """Its exit code, or minus the signal that killed it."""
+        return wait_for(self._path, self.pid, timeout=600)
 
 
-def _be_copied(connection: socket.socket) -> None:
-    """In a copy of the spare process: what deit.experiments.processes starts."""
-    from deit.experiments.processes import _serve
+def forked_runs(path: Path) -> SimpleNamespace:
+    """A stand-in for `subprocess` in `deit.experiments.runner`, with the server at a path."""
 
-    words, descriptors, *_ = socket.recv_fds(connection, 1 << 17, 1)
-    connection.send(str(os.getpid()).encode())
-    os.register_at_fork(after_in_child=connection.close)  # it ends with this process's end alone
-    os.environ.clear()
-    os.environ.update(json.loads(words))
-    _first()
-    try:
-        _serve(socket.socket(fileno=descriptors[0]))
-    except SystemExit as leaving:  # in a copy, from being the command
-        _leave(leaving.code)
+    def popen(words: list[str], *, env: dict[str, str], **how: Any) -> Any:
+        if env["OMP_NUM_THREADS"] != "1":  # the server has read another number
+            return subprocess.Popen(words, env=env, **how)
+        return ForkedRun(path, words, env)
 
-
-def _end_of(pid: int, timeout: float) -> int:
-    end, left = time.monotonic() + timeout, [signal.SIGABRT, signal.SIGKILL]
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end and left:
-            os.kill(pid, left.pop(0))
-            end = time.monotonic() + 10
-        time.sleep(0.005)
+    names = ("DEVNULL", "PIPE", "STDOUT")
+    return SimpleNamespace(Popen=popen, **{name: getattr(subprocess, name) for name in names})
 
 
 _MEASURED = {
@@ -404,7 +378,7 @@ def _parse() -> None:
     parse_run(["digits"], program="deit", about="")
 
 
-def _serve() -> None:
+def _serve(path: Path, parent: int) -> None:
     stack = ExitStack()
     stack.enter_context(measuring(really=False))
     for name in (*_ours(), *_IMPORTED):
@@ -413,23 +387,40 @@ def _serve() -> None:
     _parse()
     import_module("torch").set_num_threads(1)
     gc.freeze()  # a copy that collects garbage need not look through all that was imported
-    if sys.platform == "linux":  # elsewhere no run is a copy
-        _keep_spare(Path(sys.argv[1]))
-    answers = os.fdopen(os.dup(1), "w")
-    for line in sys.stdin:
-        question = json.loads(line)
-        if "wait" in question:
-            answer = {"code": _end_of(question["wait"], question["timeout"])}
-        else:
-            pid = os.fork()
-            if pid == 0:
-                sys.stdin.close()
-                _become(question)
-            answer = {"pid": pid}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-    _leave(0)
+    runner = import_module("deit.experiments.runner")
+    runner.subprocess = forked_runs(path)
+    unfinished = path.with_suffix(".begun")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(unfinished))
+    unfinished.chmod(0o777)  # for commands that gave up what root may
+    listener.listen(64)
+    unfinished.rename(path)  # whoever finds it can connect
+    import_module("deit.core.parent_process").end_with(parent)
+    while True:
+        connection = listener.accept()[0]
+        with connection:
+            question = _receive(connection)
+            if "wait" in question:
+                ended, status = os.waitpid(question["wait"], os.WNOHANG)
+                answer = os.waitstatus_to_exitcode(status) if ended else None
+            else:
+                answer = os.fork()
+                if answer == 0:
+                    listener.close()
+                    connection.close()
+                    if question["whole"]:  # so are the runs that it starts
+                        runner.subprocess = subprocess
+                    _become(question)
+            connection.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _receive(connection: socket.socket) -> Any:
+    """A line of JSON."""
+    line = b""
+    while not line.endswith(b"\n"):
+        line += connection.recv(1 << 16)
+    return json.loads(line)
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(Path(sys.argv[1]), int(sys.argv[2]))
