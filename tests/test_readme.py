@@ -167,9 +167,6 @@ def test_the_other_commands_are_real(place, zygote):
             script, *options = words[1:]
             done = zygote.run(*options, "--rows", "no such row", script=script, cwd=ROOT)
             assert "no such row" in done.err
-        elif words[:2] == ["python", "scripts/faults.py"]:
-            # It runs tests of this suite: here its other half, the page.
-            assert zygote.run("--page", script=words[1], cwd=ROOT).code == 0
         else:
             assert words[0] == "source" or words[:2] in (
                 ["pip", "install"],

@@ -124,6 +124,7 @@ def started(zygote, capsys):
     return start
 
 
+@pytest.mark.fault("B12")
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_no_weight_file_runs_code(payload, started, tmp_path):
     canary = tmp_path / "canary"
@@ -144,6 +145,7 @@ def test_no_weight_file_runs_code(payload, started, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.fault("B12")
 @pytest.mark.parametrize("payload", ["a pickle", "among tensors", "torchscript"])
 def test_no_folder_of_others_runs_code(payload, started, tmp_path):
     """timm's and transformers' folders, with every name that weights have there."""
@@ -242,6 +244,7 @@ def test_code_named_in_a_store_of_targets_is_not_run(zygote, tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.fault("C22")
 @pytest.mark.parametrize("source", ["cifar10", "cifar100"])
 def test_no_archive_of_pictures_runs_code(source, zygote, tmp_path):
     """CIFAR's own files are pickles: of another checksum they are not opened."""
@@ -261,6 +264,7 @@ def test_no_archive_of_pictures_runs_code(source, zygote, tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.fault("C20")
 def test_a_tar_of_pictures_writes_nothing_and_leads_nowhere(zygote, tmp_path):
     """Shards are read where they lie: no member becomes a file, no link is followed."""
     root = tmp_path / "shards"
@@ -288,6 +292,7 @@ def test_a_tar_of_pictures_writes_nothing_and_leads_nowhere(zygote, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.fault("B12", "B13")
 @pytest.mark.parametrize("name", ["config.json", "environment.json", "result.json"])
 def test_files_of_a_run_that_are_pickles_are_refused(name, run, zygote, tmp_path):
     folder = tmp_path / "run"
@@ -346,6 +351,7 @@ def offline(*commands: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.fault("E12")
 def test_nothing_asks_the_network(run, tmp_path):
     """Of the commands in a process that has imported nothing before."""
     shutil.copytree(run, tmp_path / "run")
@@ -365,6 +371,7 @@ def test_nothing_asks_the_network(run, tmp_path):
     assert run_folder.read_result(tmp_path / "new") is not None
 
 
+@pytest.mark.fault("E12")
 def test_libraries_are_told_to_count_nobody(tmp_path):
     code = "import deit.cli, os; print(os.environ['HF_HUB_DISABLE_TELEMETRY'])"
     done = subprocess.run(

@@ -79,6 +79,7 @@ def test_a_sound_data_set_is_described(tmp_path):
     assert found["unreadable"] == {}
 
 
+@pytest.mark.fault("C2")
 def test_every_bad_image_is_listed_and_the_list_is_accepted(tmp_path, monkeypatch, capsys):
     root = sound(tmp_path / "data")
     bad = spoil(root)
@@ -256,6 +257,7 @@ def test_bad_class_folders_are_listed_together(tmp_path, monkeypatch, capsys):
     assert re.search(r"data: 3\b", said.err)
 
 
+@pytest.mark.fault("C23")
 def test_duplicates_are_warned_of_by_where_they_lie(tmp_path):
     root = sound(tmp_path / "data")
     ant = root / "train" / "ant"

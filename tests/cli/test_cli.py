@@ -184,6 +184,7 @@ BAD_ARGUMENTS = {
 }
 
 
+@pytest.mark.fault("D16")
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_bad_argument_is_refused(case, refused):
     command, *words = BAD_ARGUMENTS[case]
@@ -205,6 +206,7 @@ def test_bad_recipe_file_is_refused(source, words, refused, tmp_path):
     refused(2, words, TRAIN, "mine.py:mine")
 
 
+@pytest.mark.fault("E10")
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"optim": {"epochs": -1}, "nonsense": {}}'])
 def test_bad_configuration_file_is_refused(text, refused, tmp_path):
     (tmp_path / "config.json").write_text(text)
@@ -412,6 +414,7 @@ def folders(root: Path, *names: str, number: int = 6) -> Path:
 FOLDER = ("folder-teacher", "--data.root=images", "--out=run", "--optim.batch_size=2")
 
 
+@pytest.mark.fault("C12")
 def test_missing_folder_is_named(refused):
     refused(3, ("data.root images", "train/CLASS/IMAGE"), TRAIN, *FOLDER)
 
@@ -421,23 +424,27 @@ def test_missing_cifar_says_how_to_get_it(refused):
     refused(3, words, TRAIN, "cifar10-micro-teacher", "--out=run")
 
 
+@pytest.mark.fault("C12")
 def test_empty_folder_is_named(refused, tmp_path):
     (tmp_path / "images").mkdir()
     refused(3, ("images: ", "images/CLASS/IMAGE"), TRAIN, *FOLDER)
 
 
+@pytest.mark.fault("C13")
 def test_empty_class_is_named(refused, tmp_path):
     folders(tmp_path / "images", "ant", "bee")
     (tmp_path / "images" / "cat").mkdir()
     refused(3, ("images/cat: ",), TRAIN, *FOLDER)
 
 
+@pytest.mark.fault("C2")
 def test_corrupt_image_is_named(refused, tmp_path):
     folders(tmp_path / "images", "ant", "bee")
     (tmp_path / "images" / "bee" / "3.png").write_bytes(b"no image at all")
     refused(3, ("images/bee/3.png: ", "15 bytes"), TRAIN, *FOLDER)
 
 
+@pytest.mark.fault("C19")
 def test_batch_larger_than_the_data_is_refused(refused):
     command = (TRAIN, "digits-teacher", "--out=run", "--optim.batch_size=5000")
     refused(3, ("optim.batch_size = 5000", "1295"), *command)
@@ -448,12 +455,14 @@ def test_missing_teacher_says_how_to_train_one(refused):
     refused(3, words, TRAIN, "digits", "--out=run")
 
 
+@pytest.mark.fault("D1")
 def test_teacher_of_other_classes_is_refused(refused, tmp_path):
     fake_teacher(tmp_path / "teacher", ("zero", *TEN[1:]))
     words = ("from teacher", " 1: '0'")  # so many it lacks
     refused(3, words, TRAIN, "digits", "--out=run", "--teacher.source=teacher")
 
 
+@pytest.mark.fault("D2")
 def test_teacher_near_chance_is_refused_unless_allowed(run, tmp_path):
     fake_teacher(tmp_path / "teacher", TEN)
     before = tree(tmp_path)
@@ -511,6 +520,7 @@ def other_network(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.fault("B6", "B14")
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -528,22 +538,26 @@ def test_unusable_teacher_file_is_refused(spoil, words, refused, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.fault("E2")
 def test_half_precision_on_a_processor_is_refused(refused):
     command = (TRAIN, "digits-teacher", "--run.precision=fp16", "--out=run")
     refused(5, ("run.precision = 'fp16'", "fp32"), *command)
 
 
+@pytest.mark.fault("E1")
 def test_missing_gpu_is_refused(refused):
     command = (TRAIN, "digits-teacher", "--run.device=cuda", "--out=run")
     refused(5, ("run.device = 'cuda'", "--run.device cpu"), *command)
 
 
+@pytest.mark.fault("B20")
 @pytest.mark.parametrize("out", ["file", "file/run"])
 def test_output_that_is_no_folder_is_refused(out, refused, tmp_path):
     (tmp_path / "file").write_text("precious")
     refused(5, (f"--out {out}",), TRAIN, "digits-teacher", f"--out={out}")
 
 
+@pytest.mark.fault("B20")
 def test_output_that_nobody_may_write_is_refused(refused):
     out = "/proc/deit-run"  # not even root
     words = (f"--out {out}: ", "No such file or directory")
@@ -624,6 +638,7 @@ def test_evaluation_measures_every_head(runs, tmp_path):
     assert re.search(r"\bstudent\b.* 359 ", done.stdout)
 
 
+@pytest.mark.fault("A21")
 def test_resuming_another_configuration_is_refused(runs):
     before = tree(runs)
     done = run_in(

@@ -29,6 +29,7 @@ def problems(**sections):
     return caught.value
 
 
+@pytest.mark.fault("E10")
 def test_every_problem_stands_in_one_message_with_field_value_and_advice():
     error = problems(
         optim={"lr": "fast", "epochz": 3},
@@ -105,6 +106,7 @@ def test_a_long_value_is_shortened():
     assert len(str(raised.value)) < 1000
 
 
+@pytest.mark.fault("D16", "D17", "E16")
 @pytest.mark.parametrize(
     ("sections", "field", "names"),
     [
@@ -268,6 +270,7 @@ def test_a_configuration_survives_json(name, tmp_path):
     assert find_recipe(str(tmp_path / "config.json")) == config
 
 
+@pytest.mark.fault("E10")
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"optim": {"lr": -1}}', '{"optim": 3}'])
 def test_a_broken_file_is_a_configuration_error(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
@@ -449,6 +452,7 @@ def test_the_peak_learning_rate_follows_the_global_batch():
     assert len(field_names()) == len(set(field_names())) > 50
 
 
+@pytest.mark.fault("E10")
 @pytest.mark.parametrize(
     ("text", "name"),
     [
@@ -468,6 +472,7 @@ def test_json_that_means_nothing_is_refused(text, name, tmp_path):
         load_config(path)
 
 
+@pytest.mark.fault("D16")
 @pytest.mark.parametrize(
     ("section", "field", "value"),
     [

@@ -3,6 +3,7 @@
 import re
 
 import psutil
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -107,6 +108,7 @@ def small(**run):
     return config.replace(loss=type(config.loss)(kind="none"))
 
 
+@pytest.mark.fault("E3")
 def test_a_run_that_cannot_fit_is_refused_with_what_fits(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 20 * 2**20)
     with raises(SystemFault, "512 images", "0.0 GiB", "--run.auto_micro_batch") as refused:

@@ -64,6 +64,7 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_looked_at_again(folder, m
         manifest.verify_dir(folder)
 
 
+@pytest.mark.fault("B1", "B2", "B3")
 def test_no_mutation_of_any_file_goes_unnoticed(folder):
     how = random.Random(0)
     whole = {path: path.read_bytes() for path in sorted(folder.iterdir())}
@@ -78,6 +79,7 @@ def test_no_mutation_of_any_file_goes_unnoticed(folder):
     verify_checkpoint(folder, 3)
 
 
+@pytest.mark.fault("B4", "B16", "B17")
 @pytest.mark.parametrize(
     ("text", "names"),
     [
@@ -99,6 +101,7 @@ def test_a_manifest_that_is_none_is_refused(text, names, folder):
         manifest.verify_dir(folder)
 
 
+@pytest.mark.fault("B15")
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", ".hidden", "A.bin", "a/b", ""])
 def test_a_name_that_leads_elsewhere_is_refused(name, folder):
     (folder.parent / "secret").write_text("secret")
@@ -107,12 +110,14 @@ def test_a_name_that_leads_elsewhere_is_refused(name, folder):
         manifest.verify_dir(folder)
 
 
+@pytest.mark.fault("B4")
 def test_a_folder_under_another_steps_name_is_not_that_step(folder):
     moved = folder.rename(folder.with_name("checkpoint-00000009"))
     with raises(CheckpointError, moved, "step 3"):
         verify_checkpoint(moved, 9)
 
 
+@pytest.mark.fault("B3", "B23")
 def test_strays_are_left_alone_and_count_for_nothing(folder, tmp_path):
     for name in ("checkpoint-", "checkpoint-x", "checkpoint-00000004.bak", "checkpoint", "notes"):
         (tmp_path / name).mkdir()
@@ -128,6 +133,7 @@ def test_strays_are_left_alone_and_count_for_nothing(folder, tmp_path):
     assert {"checkpoint-", "checkpoint-x", "checkpoint-00000004.bak", "notes"} < set(kept)
 
 
+@pytest.mark.fault("E8")
 def test_the_times_of_files_mean_nothing(tmp_path):
     import os
 
@@ -137,6 +143,7 @@ def test_the_times_of_files_mean_nothing(tmp_path):
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-00000005"
 
 
+@pytest.mark.fault("A27")
 def test_files_reach_the_disk_before_the_name_and_the_name_before_anything_goes(
     tmp_path, monkeypatch
 ):
@@ -173,6 +180,7 @@ def test_files_reach_the_disk_before_the_name_and_the_name_before_anything_goes(
     assert after[-1] == "remove .deit-gone-checkpoint-00000003"
 
 
+@pytest.mark.fault("B13")
 def test_a_planted_pickle_is_never_opened(folder, tmp_path):
     """Under every name of a checkpoint's files, and beside them."""
     import pickle  # noqa: TID251

@@ -49,6 +49,7 @@ def test_chance_is_the_share_of_the_commonest_class():
     assert majority_accuracy(torch.tensor([0, 0, 0, 1]), 3) == 0.75
 
 
+@pytest.mark.fault("D2")
 @pytest.mark.parametrize(
     ("accuracy", "guess", "number", "at", "could"),
     [

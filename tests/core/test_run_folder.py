@@ -52,6 +52,7 @@ def again(zygote: Zygote, out: Path) -> Completed:
     return run(zygote, out, "", "--run.save_every_steps", "2")
 
 
+@pytest.mark.fault("B15")
 @pytest.mark.parametrize(
     "name", [".lock", "metrics.jsonl", "state_hashes.jsonl", "nonfinite_steps.jsonl", "config.json"]
 )
@@ -69,6 +70,7 @@ def test_a_link_in_the_place_of_a_file_of_ours_is_refused(name, out, zygote, tmp
     assert victim.read_bytes() == before
 
 
+@pytest.mark.fault("B15")
 @pytest.mark.parametrize("name", ["best", "newest"])
 def test_a_link_in_the_place_of_a_folder_of_ours_is_refused(name, out, zygote, tmp_path):
     folder = run_folder.latest_checkpoint(out) if name == "newest" else out / name
@@ -80,12 +82,14 @@ def test_a_link_in_the_place_of_a_folder_of_ours_is_refused(name, out, zygote, t
     assert str(tmp_path / "elsewhere") in done.err
 
 
+@pytest.mark.fault("B23")
 def test_links_of_other_names_are_none_of_ours(out, zygote, tmp_path):
     (out / "latest").symlink_to(tmp_path)
     assert again(zygote, out).code == 0
     assert (out / "latest").is_symlink()
 
 
+@pytest.mark.fault("B18")
 def test_the_best_of_a_branch_that_was_given_up_is_not_the_best(zygote, tmp_path):
     """The newest checkpoint is damaged, the one before it serves: `best` holds what came later."""
     out, more = tmp_path / "run", ("--optim.epochs", "3", "--run.num_checkpoints", "3")
@@ -111,6 +115,7 @@ def test_a_kill_after_the_best_was_written_says_nothing_of_it(zygote, straight, 
     same(out, straight)
 
 
+@pytest.mark.fault("B21", "E7")
 @pytest.mark.parametrize("how", ["moved", "replaced"])
 def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, zygote, tmp_path):
     """It was moved away, or removed and taken by another run: what lies there now stays so."""
@@ -143,6 +148,7 @@ def test_a_finished_run_with_other_settings_names_the_ways_that_there_are(straig
     assert (told.code, json.loads(told.out)["optim"]["epochs"]) == (0, 9)
 
 
+@pytest.mark.fault("B19")
 def test_a_full_disk_leaves_no_probe_behind(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
@@ -153,6 +159,7 @@ def test_a_full_disk_leaves_no_probe_behind(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault("A1")
 @pytest.mark.parametrize("resume", [True, False])
 def test_what_a_kill_leaves_of_the_first_file_is_no_run(resume, zygote, tmp_path):
     """The process died between writing config.json and its rename: the same command goes on."""
@@ -166,6 +173,7 @@ def test_what_a_kill_leaves_of_the_first_file_is_no_run(resume, zygote, tmp_path
     assert not left.exists()
 
 
+@pytest.mark.fault("B1")
 def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(out, monkeypatch, capsys):
     newest = run_folder.latest_checkpoint(out)
     digest = manifest.hashlib.file_digest
@@ -203,6 +211,7 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(out, monkeypat
     assert len(looks) == 2
 
 
+@pytest.mark.fault("A24")
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -221,11 +230,13 @@ def test_files_that_only_inform_do_not_stop_a_run(name, content, out, zygote):
     assert str(out / name) in done.err
 
 
+@pytest.mark.fault("B23")
 def test_a_folder_of_a_strange_name_does_no_harm(out, zygote):
     (out / ".deit-old-").mkdir()
     assert again(zygote, out).code == 0
 
 
+@pytest.mark.fault("A24")
 def test_after_a_line_that_was_cut_off_the_next_rows_are_whole(out, zygote):
     rows = (out / "metrics.jsonl").read_bytes()
     (out / "metrics.jsonl").write_bytes(rows[: len(rows) - 20])
@@ -233,6 +244,7 @@ def test_after_a_line_that_was_cut_off_the_next_rows_are_whole(out, zygote):
     assert [row["epoch"] for row in run_log.read(out / "metrics.jsonl")] == [2]
 
 
+@pytest.mark.fault("A24")
 def test_cut_keeps_whole_rows_of_a_log_that_was_edited(tmp_path, capsys):
     log = tmp_path / "metrics.jsonl"
     length = [run_log.append(log, {"step": step}) for step in range(4)][2]
@@ -252,6 +264,7 @@ def test_cut_keeps_whole_rows_of_a_log_that_was_edited(tmp_path, capsys):
         assert [row["step"] for row in run_log.read(log)] == [*left, 9]
 
 
+@pytest.mark.fault("A24")
 def test_a_broken_line_of_the_metrics_is_named(straight, tmp_path):
     log = tmp_path / "metrics.jsonl"
     first, second = (straight / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:2]
@@ -264,6 +277,7 @@ def test_a_broken_line_of_the_metrics_is_named(straight, tmp_path):
             run_log.read_metrics(tmp_path)
 
 
+@pytest.mark.fault("A9")
 def test_a_finished_run_whose_best_is_damaged_says_so(zygote, straight, tmp_path):
     out = shutil.copytree(straight, tmp_path / "run")
     (out / "best" / "model.safetensors").write_bytes(b"")
@@ -274,6 +288,7 @@ def test_a_finished_run_whose_best_is_damaged_says_so(zygote, straight, tmp_path
     assert zygote.run("evaluate", out, "--checkpoint", "last").code == 0
 
 
+@pytest.mark.fault("A9")
 @pytest.mark.parametrize(
     ("name", "value"), [("epochs", None), ("fingerprint", 3), ("targets", "a")]
 )
@@ -286,6 +301,7 @@ def test_a_result_that_is_none_is_named(name, value, zygote, straight, tmp_path)
     assert re.search(rf"result\.json\W+{name}\b", done.err)
 
 
+@pytest.mark.fault("B19")
 def test_a_full_disk_at_a_log_is_a_full_disk(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "metrics:1:full")
     assert done.code == 5
@@ -302,6 +318,7 @@ def teachers(zygote, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.fault("A21")
 def test_a_teacher_that_was_moved_is_the_same_teacher(teachers, zygote, tmp_path):
     """Its weights tell; others under a new name do not pass, in a finished run either."""
     moved, out = shutil.copytree(teachers / "0", tmp_path / "moved"), tmp_path / "run"
@@ -318,6 +335,7 @@ def test_a_teacher_that_was_moved_is_the_same_teacher(teachers, zygote, tmp_path
 LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
 
 
+@pytest.mark.fault("E3")
 @pytest.mark.parametrize(
     ("words", "block", "named"),
     [

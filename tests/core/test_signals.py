@@ -71,6 +71,7 @@ def ended(running: Running, code: int) -> Completed:
 CODES = {"int": 130, "term": 143, "hup": 129, "memory": 5, "kill": -signal.SIGKILL, "nan": 6}
 
 
+@pytest.mark.fault("A15")
 @pytest.mark.parametrize(
     ("workers", "fault"),
     [
@@ -118,6 +119,7 @@ def nobody_writes(path: Path) -> None:
     os.mkfifo(path)
 
 
+@pytest.mark.fault("A11")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_waits_for_images_for_ever_stops_with_a_checkpoint(
@@ -176,6 +178,7 @@ def runs(zygote, pictures, tmp_path_factory) -> dict[int, Path]:
     return found
 
 
+@pytest.mark.fault("A11")
 @pytest.mark.parametrize("command", ["evaluate", "check-data"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_command_that_waits_for_images_for_ever_stops(
@@ -194,6 +197,7 @@ def test_a_decoding_that_waits_for_ever_stops(pictures, never_read, tmp_path, ca
     assert code == 130, capfd.readouterr().err
 
 
+@pytest.mark.fault("A11")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_targets_stop_between_and_within_blocks(workers, zygote, pictures, tmp_path):
     teacher = tmp_path / "teacher"
@@ -222,6 +226,7 @@ def test_two_processes_with_workers_stop_together(zygote, pictures, tmp_path):
         ended(one, 143)
 
 
+@pytest.mark.fault("E5")
 def test_of_two_processes_neither_waits_for_images_for_ever(zygote, tmp_path):
     pictures, out = write_pictures(tmp_path / "pictures", number=8), tmp_path / "run"
     given = (*words(pictures, out, 1), "--optim.epochs", "100000")
@@ -236,6 +241,7 @@ def test_of_two_processes_neither_waits_for_images_for_ever(zygote, tmp_path):
         ended(one, 143)
 
 
+@pytest.mark.fault("A15")
 def test_workers_end_when_their_process_is_killed(zygote, pictures, tmp_path):
     given = (*words(pictures, tmp_path / "run", 2), "--optim.epochs", "100000")
     running = zygote.start(*given, whole=True)
@@ -244,6 +250,7 @@ def test_workers_end_when_their_process_is_killed(zygote, pictures, tmp_path):
     ended(running, -signal.SIGKILL)
 
 
+@pytest.mark.fault("A12")
 def test_a_second_signal_ends_what_is_stuck_in_a_library(zygote, pictures, tmp_path):
     """Python obeys a signal when the library returns, which this one does not."""
     (tmp_path / "stuck.py").write_text(STUCK_TEACHER)
@@ -272,6 +279,7 @@ def code_of(monkeypatch):
     return command
 
 
+@pytest.mark.fault("E18")
 def test_a_stop_that_python_drops_comes_again(code_of, monkeypatch):
     """What a handler raises while an object is freed is printed, and the program goes on."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's keeps what it is given
@@ -288,6 +296,7 @@ def test_a_stop_that_python_drops_comes_again(code_of, monkeypatch):
     assert code_of(work) == 130
 
 
+@pytest.mark.fault("E18")
 def test_a_stop_in_a_library_that_makes_another_error_of_it_is_a_stop(monkeypatch, capsys):
     def command(arguments, program):
         try:
@@ -532,6 +541,7 @@ sys.exit(program())
 """
 
 
+@pytest.mark.fault("E18")
 def test_a_thread_of_a_library_does_not_keep_a_process_that_is_done():
     done = fresh(HELD)
     assert (done.code, done.err) == (0, "")
@@ -667,6 +677,7 @@ def children() -> set[multiprocessing.Process]:
     return set(multiprocessing.active_children())
 
 
+@pytest.mark.fault("E19")
 def test_a_call_from_python_leaves_no_worker(pictures, tmp_path):
     """However it ends: a notebook goes on after it."""
     config, before = small(pictures, 2), children()
@@ -679,6 +690,7 @@ def test_a_call_from_python_leaves_no_worker(pictures, tmp_path):
     until(lambda: children() == before)
 
 
+@pytest.mark.fault("E19")
 def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(pictures):
     from deit.datasets.splits import load_splits
 
@@ -754,6 +766,7 @@ def of_kind(kind: int, pictures: Path, out: Path) -> tuple[str, ...]:
     return (*given, *few, *more, "--out", str(out), "--resume")
 
 
+@pytest.mark.fault("A15")
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_two_hundred_stops_at_random_moments(seed, zygote: Zygote, pictures, tmp_path):

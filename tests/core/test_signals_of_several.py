@@ -117,6 +117,7 @@ def test_runs_of_one_command_end_with_it(
     until(lambda: not those_of(out))
 
 
+@pytest.mark.fault("A12")
 def test_a_run_that_is_stuck_ends_with_the_second_signal_to_its_command(place, tmp_path):
     """The other one ends with the first signal, saved."""
     (tmp_path / "stuck.py").write_text(STUCK_TEACHER)

@@ -70,6 +70,7 @@ def test_what_is_no_text_is_refused_in_one_line(kind, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("C28")
 def test_classes_are_read_however_the_list_was_written(written, root, tmp_path):
     file = tmp_path / "names.txt"
     file.write_bytes(written("\u00e4nt\tan insect\ncat\n"))
@@ -81,6 +82,7 @@ def test_classes_are_read_however_the_list_was_written(written, root, tmp_path):
     assert tested - seen == {splits.class_names.index("\u00e4nt")}
 
 
+@pytest.mark.fault("C28")
 @pytest.mark.parametrize("kind", NO_TEXT)
 def test_a_class_list_that_is_no_text_is_named(kind, root, tmp_path):
     file = tmp_path / "names.txt"
@@ -89,6 +91,7 @@ def test_a_class_list_that_is_no_text_is_named(kind, root, tmp_path):
         load_splits(config(root, classes=(f"@{file}",)))
 
 
+@pytest.mark.fault("C28")
 def test_an_exclude_list_is_read_however_it_was_written(written, root, tmp_path):
     file = tmp_path / "bad.txt"
     file.write_bytes(written("# bad\ntrain/\u00e4nt/0.png\n"))
@@ -112,6 +115,7 @@ def test_the_class_names_of_shards_are_read_however_they_were_written(written, r
     assert load_splits(found).class_names == ("bee", "cat", "\u00e4nt")
 
 
+@pytest.mark.fault("C28")
 def test_a_sweep_is_read_however_it_was_written(written, tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_bytes(written("recipe: digits\ngrid:\n  optim: {lr: [0.001, 0.002]}\n"))
@@ -126,6 +130,7 @@ def test_a_sweep_is_read_however_it_was_written(written, tmp_path):
         read_sweep(file)
 
 
+@pytest.mark.fault("C28")
 def test_a_configuration_is_read_however_it_was_written(written, tmp_path):
     file = tmp_path / "config.json"
     file.write_bytes(written(json.dumps(to_dict(digits()), indent=1)))

@@ -341,6 +341,7 @@ def test_reading_ahead_opens_no_more_files_the_longer_the_epoch(images):
     assert max(opened) - opened[0] < 60
 
 
+@pytest.mark.fault("C24")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("views", [PLAIN, ViewsConfig()], ids=["cropped", "whole"])
 def test_a_broken_file_is_named_in_one_line(workers, views, tmp_path):
@@ -427,6 +428,7 @@ def test_every_stage_is_measured(images):
     assert min(made.stages.rates().values()) > 0
 
 
+@pytest.mark.fault("A26")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])  # no memory; a full /dev/shm
 def test_a_worker_that_was_killed_is_a_clear_fault(number, images):
     class Deadly:

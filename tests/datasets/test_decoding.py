@@ -86,6 +86,7 @@ READ = {
 }
 
 
+@pytest.mark.fault("C5", "C6", "C7", "C9", "C11")
 @pytest.mark.parametrize("name", READ)
 def test_an_odd_image_has_its_documented_colour(name):
     encoded, colour = READ[name]
@@ -95,6 +96,7 @@ def test_an_odd_image_has_its_documented_colour(name):
     assert (square.float() - torch.tensor(colour)[:, None, None]).abs().max() <= 1
 
 
+@pytest.mark.fault("C5")
 def test_an_adobe_cmyk_jpeg_is_stored_inverted():
     """So that the table above tests the inversion and not twice the same mistake."""
     encoded, _ = READ["white CMYK jpeg"]
@@ -137,6 +139,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.fault("C2", "C7", "C9", "C10")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_right_reading_is_refused_by_name(name):
     encoded, *names = REFUSED[name]
@@ -155,6 +158,7 @@ def noise(size: tuple[int, int] = (40, 24)) -> Image.Image:
     return Image.fromarray(generator.integers(256, size=(size[1], size[0], 3), dtype=np.uint8))
 
 
+@pytest.mark.fault("C1")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF"])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.95])
 def test_a_truncated_image_is_refused(kind, share):
@@ -163,6 +167,7 @@ def test_a_truncated_image_is_refused(kind, share):
         open_image(encoded[: int(len(encoded) * share)], "place/cut")
 
 
+@pytest.mark.fault("C4")
 def test_a_bit_flipped_png_is_refused():
     encoded = encode(noise())
     for position in range(45, len(encoded) - 20, 97):
@@ -185,6 +190,7 @@ STORED = {
 }
 
 
+@pytest.mark.fault("C8")
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG"])
 @pytest.mark.parametrize("orientation", STORED)
 def test_every_exif_orientation_gives_the_upright_picture(kind, orientation):

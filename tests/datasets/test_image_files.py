@@ -106,6 +106,7 @@ WAYS = ("folder", "shards", "folder reader", "tar reader")
 # Splits.
 
 
+@pytest.mark.fault("C25")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "called",
@@ -123,6 +124,7 @@ def test_a_split_has_any_usual_name(way, called, tmp_path):
     assert notes(found) == ()
 
 
+@pytest.mark.fault("C25")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("called", ["val", "valid", "Validation", "dev", "eval"])
 def test_one_labelled_split_beside_the_training_images_is_the_test(way, called, tmp_path):
@@ -130,6 +132,7 @@ def test_one_labelled_split_beside_the_training_images_is_the_test(way, called, 
     assert split_sizes(found) == {"train": 8, "test": 6}
 
 
+@pytest.mark.fault("C25")
 @pytest.mark.parametrize("way", WAYS)
 def test_two_names_of_one_split_are_refused(way, tmp_path):
     found = lay_out(way, tmp_path, {"train": "train", "validation": "val", "test": "valid"})
@@ -144,6 +147,7 @@ def test_splits_without_one_to_train_on_are_no_classes(way, tmp_path):
         split_sizes(found)
 
 
+@pytest.mark.fault("C25")
 @pytest.mark.parametrize("way", WAYS)
 def test_images_beside_the_splits_are_named(way, tmp_path):
     found = lay_out(way, tmp_path, {"train": "train", "validation": "val", "test": "fold2"})
@@ -170,6 +174,7 @@ class FakeHub:
         return self.number
 
 
+@pytest.mark.fault("C25")
 def test_the_splits_of_a_hub_are_found_by_the_same_names(tmp_path, monkeypatch):
     monkeypatch.setattr("timm.data.readers.create_reader", FakeHub)
     there = SimpleNamespace(origin="there")
@@ -225,6 +230,7 @@ def test_images_without_classes_are_refused_with_advice(tmp_path):
 # Links.
 
 
+@pytest.mark.fault("C26")
 @pytest.mark.parametrize("way", ["folder", "folder reader"])
 def test_images_behind_links_are_read(way, tmp_path):
     root = tmp_path / "data"
@@ -244,6 +250,7 @@ def test_images_behind_links_are_read(way, tmp_path):
     assert all(listing.store.read(row) == PNG for row in range(len(listing.store)))
 
 
+@pytest.mark.fault("C26")
 def test_shards_behind_links_are_read(tmp_path):
     (tmp_path / "data").mkdir()
     shard(tmp_path / "lake" / "0.tar", names_of(4))
@@ -251,6 +258,7 @@ def test_shards_behind_links_are_read(tmp_path):
     assert split_sizes(config("shards", tmp_path / "data")) == {"train": 8}
 
 
+@pytest.mark.fault("C26")
 @pytest.mark.parametrize("way", ["folder", "folder reader"])
 @pytest.mark.parametrize("target", [".", "..", "../..", "../../.."])
 def test_a_link_that_leads_back_is_named_and_not_followed(way, target, tmp_path):
@@ -263,6 +271,7 @@ def test_a_link_that_leads_back_is_named_and_not_followed(way, target, tmp_path)
     assert " link " in note
 
 
+@pytest.mark.fault("C26")
 def test_links_that_lead_to_each_other_end(tmp_path):
     found = lay_out("folder", tmp_path / "data", {"train": "train"})
     for here, there in (("x", "y"), ("y", "x")):
@@ -273,6 +282,7 @@ def test_links_that_lead_to_each_other_end(tmp_path):
     assert re.search(r"\bx/y/x\b.* link\b", notes(found)[0])
 
 
+@pytest.mark.fault("C26")
 @pytest.mark.parametrize("place", ["train/ant/more", "train/cow", "val"])
 def test_a_link_to_nothing_is_refused_by_name(place, tmp_path):
     found = lay_out("folder", tmp_path, {"train": "train"})
@@ -297,6 +307,7 @@ def test_another_file_that_is_a_link_to_nothing_is_passed_over(tmp_path):
     assert note.endswith(" 1 .csv")
 
 
+@pytest.mark.fault("C26")
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_pipe_is_refused_and_never_waited_for(linked, tmp_path):
     found = lay_out("folder", tmp_path / "data", {"train": "train"})
@@ -332,6 +343,7 @@ def test_the_endings_are_pillows_for_the_formats_that_are_read():
     assert not {".pdf", ".eps", ".heic", ".svg", ".ico"} & decoding.EXTENSIONS
 
 
+@pytest.mark.fault("C27")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("ending", "kind"),
@@ -371,6 +383,7 @@ def test_an_avif_is_decoded_upright_and_a_film_is_refused():
         decoding.read_picture(buffer.getvalue()[:200], "place/x")
 
 
+@pytest.mark.fault("C27")
 @pytest.mark.parametrize("way", WAYS)
 def test_what_cannot_be_read_is_counted_by_ending(way, tmp_path, monkeypatch, capsys):
     others = {
@@ -398,6 +411,7 @@ def test_what_cannot_be_read_is_counted_by_ending(way, tmp_path, monkeypatch, ca
     assert f"{note}\n" in capsys.readouterr().out
 
 
+@pytest.mark.fault("C27")
 def test_a_class_of_what_cannot_be_read_says_so(tmp_path):
     found = lay_out("folder", tmp_path, {"train": "train"})
     for index in range(3):
@@ -455,6 +469,7 @@ def test_what_a_user_named_is_not(name):
     assert not is_hidden(name)
 
 
+@pytest.mark.fault("C14")
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_hidden_is_neither_read_nor_counted(way, tmp_path):
     junk = {f"ant/{name}": b"x" for name in ("._0.png", "Thumbs.db", "desktop.ini")}
@@ -491,6 +506,7 @@ ODD = (b"caf\xe9.png", b"[red]x[[]].png", "smile \U0001f600.png".encode(), b"a\n
 ODD += (b"#first.png", b' "quoted" .png', b"tab\there.png", "\u2028line.png".encode(), b"%s{}.png")
 
 
+@pytest.mark.fault("C30")
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_name_goes_through_listing_scan_and_exclude_list(
     name, tmp_path, monkeypatch, capsys

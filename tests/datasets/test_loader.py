@@ -69,6 +69,7 @@ def global_batches(num_processes, accumulate, views, epoch=3):
     return together
 
 
+@pytest.mark.fault("A20")
 @pytest.mark.parametrize("views", [MIXED, FULL], ids=["mixed", "full"])
 @pytest.mark.parametrize(("num_processes", "accumulate"), [(1, 2), (2, 1), (2, 2), (4, 1), (8, 1)])
 def test_any_layout_sees_the_same_global_batches_to_the_bit(num_processes, accumulate, views):
@@ -224,6 +225,7 @@ def test_mixed_targets_are_distributions_over_the_labels_of_the_pair():
             }
 
 
+@pytest.mark.fault("C19")
 def test_a_batch_that_cannot_be_cut_is_refused():
     for processes, accumulate in ((3, 1), (8, 2)):
         with raises(ConfigError, "optim.batch_size", "optim.grad_accum_steps") as refused:

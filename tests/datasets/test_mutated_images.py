@@ -71,6 +71,7 @@ def test_a_damaged_picture_is_pixels_or_a_refusal_and_never_takes_long(kind, tmp
     assert slowest < 5
 
 
+@pytest.mark.fault("C11")
 def test_pictures_of_one_pixel_or_one_line_are_trained_on(tmp_path, zygote):
     for label in "ab":
         place = tmp_path / "pictures" / label

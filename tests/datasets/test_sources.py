@@ -153,6 +153,7 @@ def test_fewer_training_images_leave_the_other_splits_alone(tmp_path):
     assert torch.equal(whole.test.pixels, scarce.test.pixels)
 
 
+@pytest.mark.fault("C13", "C15", "C16")
 @pytest.mark.parametrize(
     ("damage", "names"),
     [
@@ -255,6 +256,7 @@ def test_mean_and_deviation_of_many_files_are_those_of_a_sample(tmp_path, monkey
     assert files.mean == load_splits(folder_data(tmp_path, storage="files")).mean
 
 
+@pytest.mark.fault("C1")
 def test_an_excluded_image_is_left_out_and_moves_no_other(tmp_path):
     write_class_folders(tmp_path / "data", number=20, splits=("train",))
     files = {"storage": "files", "train_fraction": 0.5}
@@ -287,6 +289,7 @@ def test_an_exclude_list_for_other_data_is_refused(tmp_path):
     load_splits(folder_data(tmp_path / "data", exclude_list=str(listed), classes=("bee", "cat")))
 
 
+@pytest.mark.fault("C14")
 def test_what_systems_leave_behind_is_no_image_and_no_class(tmp_path):
     write_class_folders(tmp_path / "data")
     train = tmp_path / "data" / "train"

@@ -109,6 +109,7 @@ def replace(config: DataConfig, **changes: object) -> DataConfig:
     return DataConfig(**{**vars(config), **changes})
 
 
+@pytest.mark.fault("C15")
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_has_the_same_classes_images_labels_and_test_images(way, tmp_path):
     config = lay_out(way, tmp_path / "data")
@@ -188,6 +189,7 @@ def test_names_lead_to_the_image(tmp_path):
         assert train.name(0) == f"{root}/{name}"
 
 
+@pytest.mark.fault("E9")
 def test_many_texts_are_kept_as_they_are():
     texts = ["", "a", "ä/ö.png", "with\nline", b"\xff.png".decode(errors="surrogateescape"), ""]
     packed = StringTable(texts)
@@ -233,6 +235,7 @@ def test_keys_that_come_again_in_every_shard_are_told_apart(tmp_path):
     assert len(set(SOURCES["shards"](config, ()).identities.tolist())) == 40
 
 
+@pytest.mark.fault("C20")
 def test_hostile_members_are_neither_read_nor_extracted(tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(IMAGE)
@@ -278,6 +281,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.fault("C21")
 @pytest.mark.parametrize("damage", BROKEN)
 def test_a_damaged_shard_is_refused_by_name(damage, tmp_path):
     path = shard(tmp_path / "0.tar", GOOD)
@@ -288,6 +292,7 @@ def test_a_damaged_shard_is_refused_by_name(damage, tmp_path):
     assert ".cls" not in str(refused.value)  # as below, where members are missing in a sound one
 
 
+@pytest.mark.fault("C17")
 @pytest.mark.parametrize(
     ("members", "names"),
     [
@@ -305,6 +310,7 @@ def test_a_sample_that_is_not_whole_is_refused(members, names, tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.fault("C17")
 def test_class_numbers_are_checked_against_the_list(tmp_path):
     shard(tmp_path / "0.tar", {"a.png": IMAGE, "a.cls": b"0", "b.png": IMAGE, "b.cls": b"7"})
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
@@ -315,6 +321,7 @@ def test_class_numbers_are_checked_against_the_list(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.fault("C21")
 def test_compressed_and_misplaced_shards_are_refused_with_advice(tmp_path):
     path = shard(tmp_path / "a" / "0.tar", GOOD)
     (tmp_path / "a" / "1.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -331,6 +338,7 @@ def test_compressed_and_misplaced_shards_are_refused_with_advice(tmp_path):
         load_splits(DataConfig(source="folder", root=str(tmp_path / "a")))
 
 
+@pytest.mark.fault("C24")
 def test_a_shard_that_shrinks_later_is_named(tmp_path):
     path = shard(tmp_path / "0.tar", GOOD)
     train = SOURCES["shards"](DataConfig(source="shards", root=str(tmp_path)), ()).train
@@ -400,6 +408,7 @@ def test_a_tar_in_a_tar_is_read_by_its_offsets(tmp_path):
     assert not list(tmp_path.glob("*.pickle"))
 
 
+@pytest.mark.fault("C14")
 def test_timms_readers_skip_what_hides_too(tmp_path):
     write_folder(tmp_path)
     for name in (".ipynb_checkpoints", "__MACOSX"):
@@ -477,6 +486,7 @@ def test_a_reader_that_ends_the_program_is_named(monkeypatch):
         ReaderStore("torch/x", {"train": rows}).read(0)
 
 
+@pytest.mark.fault("C17")
 @pytest.mark.parametrize("label", [-100, -1, 2])
 def test_a_label_without_a_class_is_named(label, monkeypatch):
     digits = FakeDigits()

@@ -52,6 +52,7 @@ def test_label_loss_is_torchs_smoothed_cross_entropy_on_plain_labels():
     assert torch.allclose(label_loss(logits, targets, 0.1), expected)
 
 
+@pytest.mark.fault("D17")
 def test_hard_teacher_loss_by_hand_takes_the_argmax_unsmoothed():
     logits = torch.tensor([[LN3, 0.0], [0.0, LN3]])
     labels = torch.tensor([0, 0])

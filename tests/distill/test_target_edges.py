@@ -249,6 +249,7 @@ def test_only_the_proportion_of_the_weights_counts(teachers, tmp_path):
     assert check(with_targets(other, tmp_path / "store"))
 
 
+@pytest.mark.fault("E6")
 def test_every_process_stops_at_a_damaged_store(store, tmp_path):
     copy = copied(store, tmp_path)
     flipped(copy / TARGETS, 500)

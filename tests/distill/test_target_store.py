@@ -105,6 +105,7 @@ def test_a_store_is_three_files(store):
 # ---- written by several processes, killed, gone on with
 
 
+@pytest.mark.fault("D9")
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_parts_written_apart_make_the_same_bytes(order, teachers, store, tmp_path, capsys):
     out = tmp_path / "parts"
@@ -145,6 +146,7 @@ def alone(teachers, zygote, tmp_path_factory):
     return out
 
 
+@pytest.mark.fault("D9")
 def test_two_processes_write_the_same_bytes(alone, teachers, zygote, tmp_path):
     together = tmp_path / "together"
     again = zygote.run("targets", "write", *command(teachers[0], alone), **SMALL_UNITS)
@@ -161,6 +163,7 @@ def test_two_processes_write_the_same_bytes(alone, teachers, zygote, tmp_path):
     assert content(together) == content(alone)
 
 
+@pytest.mark.fault("A7")
 def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
     alone, teachers, tmp_path, zygote
 ):
@@ -190,6 +193,7 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
     assert {name: finished[name] for name in expected} == expected
 
 
+@pytest.mark.fault("A7", "A11")
 def test_sigterm_in_the_middle_keeps_what_is_written(alone, teachers, tmp_path, zygote):
     stopped = tmp_path / "stopped"
 
@@ -230,6 +234,7 @@ def one_epoch(teachers, tmp_path_factory):
     return write, content(whole)
 
 
+@pytest.mark.fault("A7")
 @pytest.mark.parametrize("moment", range(12))
 def test_an_end_at_any_file_operation_leaves_no_partial_unit(
     moment, one_epoch, tmp_path, monkeypatch
@@ -260,6 +265,7 @@ def test_an_end_at_any_file_operation_leaves_no_partial_unit(
     assert {name: finished[name] for name in expected} == expected
 
 
+@pytest.mark.fault("D7")
 def test_a_damaged_unit_is_named_and_nothing_is_finished(teachers, tmp_path):
     out = tmp_path / "store"
     write_targets(configuration(teachers[0]), out, part=(0, 3))
@@ -306,6 +312,7 @@ def test_a_folder_with_other_things_or_another_store_is_refused(teachers, store,
 # ---- refused where it is not the run's
 
 
+@pytest.mark.fault("D7")
 @pytest.mark.parametrize("place", [0, 1024, 2267])
 def test_one_flipped_byte_is_found(place, store, tmp_path):
     copy = copied(store, tmp_path)
@@ -315,6 +322,7 @@ def test_one_flipped_byte_is_found(place, store, tmp_path):
     assert_names_unit(refused, place // LEAST_ROWS, copy)
 
 
+@pytest.mark.fault("D7")
 @pytest.mark.parametrize("name", [TARGETS, CHECKS])
 def test_a_file_that_was_cut_off_is_found_at_once(name, store, tmp_path):
     copy = copied(store, tmp_path)
@@ -343,6 +351,7 @@ FOREIGN = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("C15", "D6", "D17")
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_store_of_something_else_is_refused_with_what_differs(name, store, teachers):
     sections, *differing = FOREIGN[name]
@@ -352,6 +361,7 @@ def test_a_store_of_something_else_is_refused_with_what_differs(name, store, tea
     assert_differs(refused, *differing)
 
 
+@pytest.mark.fault("D6")
 def test_another_teacher_is_refused(store, teachers):
     config = with_targets(configuration(teachers[1]), store)
     stored = read_manifest(store)["fingerprint"]["teacher"]["1"]["weights"]
@@ -362,6 +372,7 @@ def test_another_teacher_is_refused(store, teachers):
     assert len(set(re.findall(r"\b[0-9a-f]{12}\b", str(refused.value)))) == 2  # and the one here
 
 
+@pytest.mark.fault("D5", "D6")
 def test_another_normalisation_is_refused(store, teachers):
     config = configuration(teachers[0]).replace(teacher={"mean": (0.5,) * 3, "std": (0.5,) * 3})
     with raises(DataError, f"teacher.target_stores {store}", "teacher.1.mean"):
@@ -396,6 +407,7 @@ def test_a_shifted_epoch_is_noticed(store, teachers, tmp_path):
         verify_targets(copy, root=None, teacher="none", num_queries=64)
 
 
+@pytest.mark.fault("D5")
 def test_a_forged_interpolation_is_noticed_by_its_pixels(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     manifest = read_manifest(copy)
@@ -440,6 +452,7 @@ def test_what_is_wrong_within_an_epoch_is_noticed_while_it_is_trained(store, tea
             pass
 
 
+@pytest.mark.fault("D7")
 def test_an_incomplete_store_is_refused_with_how_much_is_missing(teachers, tmp_path):
     write_targets(configuration(teachers[0]), tmp_path / "part", part=(1, 3))
     config = with_targets(configuration(teachers[0]), tmp_path / "part")
@@ -498,6 +511,7 @@ def test_hard_targets_train_to_the_same_bits_as_the_teacher_itself(
     assert ours == theirs
 
 
+@pytest.mark.fault("D17")
 @pytest.mark.parametrize("mode", VIEW_MODES)
 def test_every_mode_trains_from_a_store_as_online(mode, teachers, tmp_path):
     few = {"train_fraction": 0.1}
@@ -645,6 +659,7 @@ def test_probabilities_that_are_not_the_teachers_are_noticed(teachers, tmp_path)
             check(with_targets(plain, store))
 
 
+@pytest.mark.fault("D7")
 @pytest.mark.parametrize("place", [3, 2250])
 def test_training_reads_the_checksums_before_its_first_step(place, store, teachers, tmp_path):
     copy = copied(store, tmp_path)
@@ -704,6 +719,7 @@ def test_parts_that_were_asked_otherwise_do_not_mix(teachers, tmp_path):
     assert_differs(refused, "asked.block", "256", "64")
 
 
+@pytest.mark.fault("D9")
 def test_of_two_writers_of_different_things_the_first_has_the_folder(
     teachers, tmp_path, monkeypatch
 ):
@@ -777,6 +793,7 @@ def test_a_store_speaks_for_a_teacher_that_cannot_be_reached(store, capsys, monk
     assert "%" not in line_about(said.out, store)  # no answer of it is asked anew
 
 
+@pytest.mark.fault("D4")
 def test_an_answer_that_is_not_finite_is_not_written(teachers, tmp_path, monkeypatch):
     answer = Teacher.forward
 

@@ -119,6 +119,7 @@ def test_top_more_than_there_are_classes_shows_all(place, predict, tmp_path):
     assert shares == sorted(shares, reverse=True)
 
 
+@pytest.mark.fault("C29")
 def test_the_others_are_answered_and_all_bad_ones_are_listed(place, predict, tmp_path):
     sound = [place / "pictures" / name for name in ("0.png", "1.png", "more/2.png")]
     (tmp_path / "empty.png").write_bytes(b"")
@@ -146,6 +147,7 @@ def test_the_others_are_answered_and_all_bad_ones_are_listed(place, predict, tmp
     assert not list(tmp_path.glob("none.*"))
 
 
+@pytest.mark.fault("C29")
 def test_a_teacher_of_larger_pictures_sees_the_same_ones(place, predict, tmp_path, monkeypatch):
     (tmp_path / "empty.png").write_bytes(b"")
     seen = []
@@ -171,6 +173,7 @@ def test_a_teacher_of_larger_pictures_sees_the_same_ones(place, predict, tmp_pat
     ] * 3
 
 
+@pytest.mark.fault("C14")
 def test_a_folder_is_read_as_training_reads_it(place, predict, tmp_path):
     content = (place / "pictures" / "0.png").read_bytes()
     for name in ("a.png", "._a.png", ".ipynb_checkpoints/a.png", "Thumbs.db", "b.heic", "c.jfif"):

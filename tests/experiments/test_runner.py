@@ -142,6 +142,7 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
     assert chain(tmp_path / "out" / "undistilled").startswith(before)
 
 
+@pytest.mark.fault("A14")
 def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_path):
     words = (
         "compare",

@@ -206,6 +206,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault("E11")
 @pytest.mark.parametrize(("text", "names"), BAD.values(), ids=BAD)
 def test_a_mistake_in_the_file_is_one_line_with_its_name(text, names, tmp_path):
     with raises(ConfigError, tmp_path / "s.yaml", *names) as refused:
@@ -257,6 +258,7 @@ def test_a_point_that_cannot_be_is_named(text, names, tmp_path):
         points_of(sweep, digits())
 
 
+@pytest.mark.fault("E11")
 def test_every_point_that_cannot_be_is_named_at_once(tmp_path):
     grid = "{optim.lr: [1.0e-3, -1], loss.temperature: [1, -3]}"
     with raises(ConfigError, "lr -1, temperature 1", "lr 0.001, temperature -3") as refused:
@@ -367,6 +369,7 @@ def test_a_searched_field_is_whole_where_the_configuration_says_so(tmp_path):
     }
 
 
+@pytest.mark.fault("E11")
 def test_points_that_are_the_same_run_are_told(tmp_path):
     sweep = read(tmp_path, "runs: {quick: {optim.lr: 0.5}, fast: {optim.lr: 0.5}, other: {}}")
     trials = trials_of(points_of(sweep, digits()), (0, 1), tmp_path, lambda config: config)

@@ -192,6 +192,7 @@ def test_class_rows_are_found_by_name(name):
         torch.testing.assert_close(after(images), before(images)[:, [4, 0, 2]])
 
 
+@pytest.mark.fault("B7")
 def test_other_classes_are_refused_unless_new_heads_are_asked_for():
     before, after = network(classes=5), network(classes=3, seed=1)
     with raises(CheckpointError, "'x'", "--init.head"):
@@ -215,6 +216,7 @@ def test_nameless_classes_of_the_same_number_are_taken_and_told():
     assert re.findall(r"\d+", note) == ["5"]
 
 
+@pytest.mark.fault("B6")
 def test_what_does_not_fit_is_listed_before_anything_is_copied():
     after = network(seed=1, embed_dim=48, num_heads=3)
     before = {name: value.clone() for name, value in after.state_dict().items()}
@@ -224,6 +226,7 @@ def test_what_does_not_fit_is_listed_before_anything_is_copied():
     assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.items())
 
 
+@pytest.mark.fault("B6")
 @pytest.mark.parametrize("other", ["small_convnet", "rednet_micro"])
 def test_another_kind_of_network_is_refused(other):
     after = network(other, depth=None, seed=1)
@@ -359,6 +362,7 @@ def test_what_training_scripts_save_beside_the_weights_does_no_harm(tmp_path):
     assert found.student == section()
 
 
+@pytest.mark.fault("B9")
 def test_prefixes_in_any_order(tmp_path):
     student = saved(tmp_path / "run" / "best")
     for prefix in ("_orig_mod.module.", "module._orig_mod.", "module.module."):
@@ -407,6 +411,7 @@ def test_a_foreign_folder_is_refused_not_believed(name, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.fault("B11")
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -599,6 +604,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.fault("B14")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_headers_of_safetensors_are_refused(name, tmp_path):
     path = tmp_path / "w.safetensors"

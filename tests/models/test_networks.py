@@ -162,6 +162,7 @@ def test_a_damaged_saved_student_is_named(tmp_path, damage):
         load_student(tmp_path)
 
 
+@pytest.mark.fault("B9")
 @pytest.mark.parametrize("container", [None, "model", "state_dict", "state_dict_ema"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_weight_files_of_other_trainers_are_unwrapped(tmp_path, container, prefix):
@@ -194,6 +195,7 @@ def test_a_weight_file_cannot_run_code(tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.fault("B14")
 def test_unreadable_weight_files_are_named(tmp_path):
     for name in ("empty.pth", "empty.safetensors"):
         (tmp_path / name).touch()
@@ -206,6 +208,7 @@ def test_unreadable_weight_files_are_named(tmp_path):
         read_weights(tmp_path / "missing.safetensors")
 
 
+@pytest.mark.fault("B6")
 def test_differences_are_listed_before_anything_is_copied(tmp_path):
     network = build_student(facts()).network
     before = network.state_dict()["head.bias"].clone()

@@ -50,6 +50,7 @@ def recorder_teacher(**changes):
     return Teacher(origin)
 
 
+@pytest.mark.fault("D3")
 def test_it_is_frozen_and_stays_in_evaluation_mode():
     teacher = recorder_teacher()
     container = nn.ModuleList([teacher]).train()
@@ -62,6 +63,7 @@ def test_it_is_frozen_and_stays_in_evaluation_mode():
     assert torch.equal(teacher.network.norm.running_mean, before)
 
 
+@pytest.mark.fault("D5")
 def test_it_normalises_for_itself():
     teacher, images = recorder_teacher(), torch.rand(2, 3, 8, 8)
     teacher(images)
@@ -71,6 +73,7 @@ def test_it_normalises_for_itself():
     assert torch.allclose(restored, images, atol=1e-6)
 
 
+@pytest.mark.fault("D5")
 def test_it_resizes_to_its_own_input():
     teacher = recorder_teacher(image_size=12, mean=(0.0,) * 3, std=(1.0,) * 3)
     images = torch.rand(2, 3, 8, 8)
@@ -100,6 +103,7 @@ def test_one_of_our_runs_answers_as_its_fused_student(run):
     assert teacher.image_size == 16
 
 
+@pytest.mark.fault("C15", "D2")
 def test_classes_are_matched_by_name(run):
     folder, _ = run
     images = torch.rand(4, 3, 16, 16)
@@ -131,6 +135,7 @@ def test_a_timm_folder_brings_its_size_normalisation_and_names(tmp_path):
         assert torch.allclose(teacher(images), network((images - mean) / std), atol=1e-5)
 
 
+@pytest.mark.fault("D1")
 def test_a_timm_folder_of_another_class_count_is_refused(tmp_path):
     timm_folder(tmp_path / "timm")
     many = tuple(map(str, range(1234)))
@@ -168,6 +173,7 @@ def test_a_checkpoint_file_needs_its_architecture_and_answers_like_it(tmp_path):
         load_teacher(config, tuple(map(str, range(1234))))
 
 
+@pytest.mark.fault("D1")
 def test_a_python_function_gives_the_teacher(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
@@ -403,6 +409,7 @@ def test_an_order_that_fits_far_better_is_found():
     assert better_order(labels, labels, ROOMS) is None
 
 
+@pytest.mark.fault("D2")
 def test_no_order_is_found_by_chance():
     names = tuple(f"room{number}" for number in range(1, 13))
     names = tuple(sorted(names))
@@ -424,6 +431,7 @@ def test_a_teacher_that_always_answers_the_same_fits_no_order_better():
     )  # reversed, it is right more often
 
 
+@pytest.mark.fault("D2")
 @pytest.mark.parametrize("order", [ASSUMED, "teacher.classes data"])
 def test_a_teacher_in_another_order_is_refused_unless_it_was_said(order, capsys):
     labels = torch.arange(3).repeat(10)

@@ -144,6 +144,7 @@ def test_images_in_files_train_the_same_on_two_processes(zygote, tmp_path):
     assert rows(tmp_path, 3)[-1]["train"]["loss"] > 0
 
 
+@pytest.mark.fault("C1")
 def test_a_file_that_a_worker_cannot_read_is_one_line(zygote, tmp_path):
     for split in ("train", "val", "test"):
         write_pictures(tmp_path / "images" / split, number=8)

@@ -70,6 +70,7 @@ def weights(run, name="last"):
     return load_file(run_folder.find_checkpoint(run, name) / "model.safetensors")
 
 
+@pytest.mark.fault("B8")
 def test_a_run_goes_on_at_twice_its_resolution(runs, tmp_path, capsys):
     out = tmp_path / "run"
     train(finer(runs), out)
@@ -87,6 +88,7 @@ def test_a_run_goes_on_at_twice_its_resolution(runs, tmp_path, capsys):
     assert run_log.read(out / run_log.METRICS)[0]["train"]["loss_teacher"] > 0
 
 
+@pytest.mark.fault("A25")
 def test_it_begins_where_the_other_run_ended(runs, tmp_path):
     """With a learning rate of next to nothing, the weights are those it started from."""
     train(finer(runs, optim=STILL), tmp_path / "run")
@@ -436,6 +438,7 @@ def test_a_bare_file_keeps_the_recipes_attention_heads(runs, tmp_path, command):
     assert told in said.out
 
 
+@pytest.mark.fault("A9", "A25", "B8")
 def test_the_command_goes_on_without_its_start(runs, tmp_path, command):
     start = tmp_path / "start"
     shutil.copytree(runs / "student", start)
@@ -464,6 +467,7 @@ def test_the_command_goes_on_without_its_start(runs, tmp_path, command):
     assert all(word in said.err for word in (f"--from {start}", str(runs / "student")))
 
 
+@pytest.mark.fault("B7")
 def test_class_counts_that_differ_are_refused(runs, tmp_path, command):
     file = tmp_path / "weights.safetensors"
     shutil.copy(runs / "student" / "best" / "model.safetensors", file)

@@ -38,6 +38,7 @@ def straight(zygote, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.fault("A1", "A3", "A4", "A6", "A8", "A24")
 @pytest.mark.parametrize(
     "fault",
     [
@@ -62,6 +63,7 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bits(
     same(out, straight)
 
 
+@pytest.mark.fault("A2")
 @pytest.mark.slow
 def test_a_hundred_kills_at_random_moments_change_nothing(zygote, tmp_path):
     """Until a hundred have hit, in as many runs as that takes; each run must end with its bits."""
@@ -85,6 +87,7 @@ def test_a_hundred_kills_at_random_moments_change_nothing(zygote, tmp_path):
     print(f"{kills} kills over {runs} runs")
 
 
+@pytest.mark.fault("A5")
 def test_killed_while_old_checkpoints_are_removed(zygote, straight, tmp_path):
     out, every = tmp_path / "run", ("--run.save_every_steps", "2")
     assert run(zygote, out, "rotate:2:kill", *every).code == -signal.SIGKILL
@@ -96,6 +99,7 @@ def test_killed_while_old_checkpoints_are_removed(zygote, straight, tmp_path):
     ).read_bytes()
 
 
+@pytest.mark.fault("A10")
 def test_sigterm_from_outside_is_a_checkpoint_and_143(zygote, straight, tmp_path):
     out = tmp_path / "run"
     gate = Gate(tmp_path / "gate")
@@ -122,6 +126,7 @@ def test_before_the_first_update_there_is_nothing_to_save(zygote, tmp_path):
     assert running.wait().code == 143
 
 
+@pytest.mark.fault("A12")
 def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(zygote, straight, tmp_path):
     out = tmp_path / "run"
     running = zygote.start("train", *SMALL, "--out", out, DEIT_FAULT="update:7:hang")
@@ -140,6 +145,7 @@ def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(zygote, straight,
     same(out, straight)
 
 
+@pytest.mark.fault("A17")
 def test_a_hangup_that_nohup_ignores_stays_ignored(straight, tmp_path):
     out = tmp_path / "run"
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -153,6 +159,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(straight, tmp_path):
     same(out, straight)
 
 
+@pytest.mark.fault("D10", "E7")
 def test_one_run_a_folder_at_a_time_and_no_lock_is_left_behind(zygote, straight, tmp_path):
     out = tmp_path / "run"
     running = zygote.start("train", *SMALL, "--out", out, DEIT_FAULT="update:2:hang")
@@ -167,6 +174,7 @@ def test_one_run_a_folder_at_a_time_and_no_lock_is_left_behind(zygote, straight,
     same(out, straight)
 
 
+@pytest.mark.fault("B19")
 def test_a_full_disk_leaves_what_was_saved_before(zygote, straight, tmp_path):
     for fault in ("optimizer:2:full", "manifest:3:full", "rename:3:full"):
         out = tmp_path / fault.replace(":", "-")
@@ -181,6 +189,7 @@ def test_a_full_disk_leaves_what_was_saved_before(zygote, straight, tmp_path):
         same(out, straight)
 
 
+@pytest.mark.fault("E3")
 def test_out_of_memory_names_the_batch_that_fits(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "update:3:memory")
     assert done.code == 5
@@ -188,6 +197,7 @@ def test_out_of_memory_names_the_batch_that_fits(zygote, tmp_path):
     assert run(zygote, tmp_path / "run", "", "--optim.grad_accum_steps", "2").code == 0
 
 
+@pytest.mark.fault("D12")
 def test_losses_that_are_not_finite_stop_the_run_and_name_their_images(zygote, tmp_path):
     out = tmp_path / "run"
     done = run(zygote, out, "loss:0:nan", "--run.max_nonfinite_steps", "3")
@@ -198,6 +208,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_their_images(zygote, t
     assert all(len(row["images"]) == len(row["names"]) == 64 for row in rows)
 
 
+@pytest.mark.fault("D11")
 def test_a_skipped_update_leaves_the_weights_and_is_counted(zygote, straight, tmp_path):
     out = tmp_path / "run"
     done = run(zygote, out, "loss:2:nan")
@@ -230,6 +241,7 @@ def test_a_disk_without_room_is_refused_before_the_first_step(zygote, tmp_path, 
     check_space(tmp_path / "a" / "b", 1000, option="--out")
 
 
+@pytest.mark.fault("B24", "B25", "E9", "E14")
 def test_a_run_is_moved_as_it_is(zygote, straight, tmp_path):
     """No path of the folder is inside it; and read-only checkpoints are read."""
     out = tmp_path / "run"
@@ -254,6 +266,7 @@ def test_the_faults_are_documented():
     assert all(f"`{name}`" in actions.split("\n\n")[0] for name in fault_injection.ACTIONS)
 
 
+@pytest.mark.fault("E5")
 def test_a_hung_process_says_where_before_it_is_killed(capfd, monkeypatch):
     """After a signal that it does not come round to obey."""
     from accelerate import Accelerator
@@ -293,6 +306,7 @@ def with_workers(zygote, tmp_path):
     return running
 
 
+@pytest.mark.fault("A26")
 def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(with_workers, zygote, tmp_path):
     running = with_workers
     os.kill(workers_of(running.pid)[0], signal.SIGKILL)
@@ -303,6 +317,7 @@ def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(with_workers,
     assert run_folder.latest_checkpoint(tmp_path / "run") is not None
 
 
+@pytest.mark.fault("D10")
 def test_killed_with_workers_alive_the_folder_is_free_at_once(zygote, tmp_path):
     out = tmp_path / "run"
     pictures = write_pictures(tmp_path / "pictures", number=16)
@@ -316,6 +331,7 @@ def test_killed_with_workers_alive_the_folder_is_free_at_once(zygote, tmp_path):
     assert done.code == 0, done.err
 
 
+@pytest.mark.fault("A11")
 def test_a_stopped_run_leaves_no_worker_behind(with_workers, tmp_path):
     running = with_workers
     workers = workers_of(running.pid)
@@ -328,6 +344,7 @@ def test_a_stopped_run_leaves_no_worker_behind(with_workers, tmp_path):
     until(lambda: all(map(is_gone, workers)))
 
 
+@pytest.mark.fault("B21")
 def test_a_folder_that_is_deleted_in_training_is_one_line(zygote, tmp_path):
     out = tmp_path / "run"
     gate, words = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
@@ -341,6 +358,7 @@ def test_a_folder_that_is_deleted_in_training_is_one_line(zygote, tmp_path):
     assert str(out) in done.err
 
 
+@pytest.mark.fault("E14")
 def test_nothing_of_the_environment_is_written_down(zygote, tmp_path):
     out = tmp_path / "run"
     marks = {"HF_TOKEN": "secret-of-mine", "USER": "ann-the-user", "WANDB_API_KEY": "another-one"}
@@ -350,6 +368,7 @@ def test_nothing_of_the_environment_is_written_down(zygote, tmp_path):
         assert not any(mark.encode() in content for mark in marks.values()), path
 
 
+@pytest.mark.fault("E17")
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_files_are_for_whom_the_umask_says(mask, tmp_path):
     """Also the weights: whoever shares a folder wants to read them."""
@@ -366,6 +385,7 @@ def test_files_are_for_whom_the_umask_says(mask, tmp_path):
         assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
 
 
+@pytest.mark.fault("E15")
 def test_without_home_and_room_for_temporary_files(zygote, tmp_path):
     """What is temporary lies beside what it becomes."""
     out = tmp_path / "run"
@@ -374,6 +394,7 @@ def test_without_home_and_room_for_temporary_files(zygote, tmp_path):
     assert done.code == 0, done.err
 
 
+@pytest.mark.fault("E9")
 def test_a_name_too_long_for_any_disk_is_one_line(zygote, tmp_path):
     for name in ("x" * 300, "a/" + "y" * 300):
         done = zygote.run("train", *SMALL, "--out", tmp_path / name)
@@ -381,6 +402,7 @@ def test_a_name_too_long_for_any_disk_is_one_line(zygote, tmp_path):
         assert len(done.err.splitlines()) == 1
 
 
+@pytest.mark.fault("E9")
 @pytest.mark.parametrize("name", ["with space", "ünïcödé", "-dash", "a.b", "x" * 200])
 def test_any_name_of_a_folder_will_do(name, zygote, straight, tmp_path):
     out = tmp_path / name
@@ -390,12 +412,14 @@ def test_any_name_of_a_folder_will_do(name, zygote, straight, tmp_path):
     same(out, straight)
 
 
+@pytest.mark.fault("E9")
 def test_the_users_home_is_found(zygote, tmp_path):
     done = zygote.run("train", *SMALL, "--out=~/run", HOME=str(tmp_path))
     assert done.code == 0, done.err
     assert (tmp_path / "run" / "result.json").is_file()
 
 
+@pytest.mark.fault("E3")
 def test_micro_batches_are_halved_until_one_fits(zygote, tmp_path):
     """Only what fits changes: the run is that of the smaller micro-batches, to the bit."""
     fitted, given = tmp_path / "fitted", tmp_path / "given"
@@ -428,6 +452,7 @@ def test_a_dry_run_of_what_is_not_finite_says_so_and_writes_nothing(zygote, tmp_
     assert not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.fault("E7")
 def test_of_two_that_start_together_one_has_the_folder(zygote, straight, tmp_path):
     """Both see it empty; the slower one comes when the other is done, and leaves that alone."""
     out = tmp_path / "run"
@@ -446,6 +471,7 @@ def test_of_two_that_start_together_one_has_the_folder(zygote, straight, tmp_pat
     same(out, straight)
 
 
+@pytest.mark.fault("D11")
 def test_the_statistics_of_batch_norms_do_not_keep_what_was_left_out(zygote, tmp_path, monkeypatch):
     """A forward pass that overflows has moved them before anybody notices."""
     from deit.config.recipes.handwriting import digits_teacher
@@ -473,6 +499,7 @@ def test_the_statistics_of_batch_norms_do_not_keep_what_was_left_out(zygote, tmp
             assert value.isfinite().all(), name
 
 
+@pytest.mark.fault("B3")
 @pytest.mark.parametrize("how", ["gone", "damaged"])
 def test_the_best_so_far_that_is_lost_is_told(how, zygote, straight, tmp_path):
     out = tmp_path / "run"
@@ -487,6 +514,7 @@ def test_the_best_so_far_that_is_lost_is_told(how, zygote, straight, tmp_path):
     assert zygote.run("evaluate", out).code == 0
 
 
+@pytest.mark.fault("B5")
 def test_checkpoints_that_are_gone_within_the_first_epoch_are_missed(zygote, tmp_path):
     out = tmp_path / "run"
     assert run(zygote, out, "update:4:kill", "--run.save_every_steps", "1").code == -signal.SIGKILL
@@ -498,6 +526,7 @@ def test_checkpoints_that_are_gone_within_the_first_epoch_are_missed(zygote, tmp
     assert "--out" in done.err
 
 
+@pytest.mark.fault("A11")
 def test_a_comparison_that_is_asked_to_stop_stops(zygote, tmp_path):
     """Also where the signal comes when a run of it has just come to its end."""
     words = ("compare", "digits", "--arms", "distilled", "--out", tmp_path / "compare")

@@ -131,6 +131,7 @@ def test_it_learns_32_images_by_heart_and_imitates_the_teacher():
     assert means["loss"] == pytest.approx((means["loss_class"] + means["loss_teacher"]) / 2)
 
 
+@pytest.mark.fault("D3")
 def test_the_teacher_sees_the_very_tensor_of_the_student_and_stays_as_it_was():
     views = ViewsConfig(crop="padded", crop_padding=2, mixup_alpha=0.8, cutmix_alpha=1.0)
     job, data = make_job(views=views)
@@ -263,6 +264,7 @@ def test_a_token_for_each_teacher_learns_from_it_alone():
     assert outputs.distillation_logits.argmax(dim=2).unique(dim=0).tolist() == [[1, 2]]
 
 
+@pytest.mark.fault("D4")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_answer_that_is_not_finite_stops_the_run_before_the_update(value):
     job, data = make_job()
@@ -276,6 +278,7 @@ def test_an_answer_that_is_not_finite_stops_the_run_before_the_update(value):
     assert torch.equal(job.student.network.head.weight, before)
 
 
+@pytest.mark.fault("D11", "D14")
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
@@ -344,6 +347,7 @@ def test_sums_go_on_where_they_were_and_to_other_processes():
     assert MetricAccumulator(job.accelerator, of_two).compute() == {"loss": 3.5 / 4}
 
 
+@pytest.mark.fault("D13")
 def test_fp16_without_a_scale_left_stops():
     """After endless infinities the scale is 0, and good gradients would become NaN."""
     from types import SimpleNamespace

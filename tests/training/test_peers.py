@@ -54,6 +54,7 @@ def straight(zygote, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.fault("A13")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_stops_both_at_the_same_update(rank, zygote, straight, tmp_path):
     out = tmp_path / "run"
@@ -99,6 +100,7 @@ def taught_straight(zygote, taught, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.fault("A1")
 @pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, 2 * STEPS + 1))
 def test_killed_after_any_update_both_go_on_to_the_same_bits(
@@ -128,6 +130,7 @@ def alone(zygote, three_units, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.fault("A13")
 @pytest.mark.parametrize(("rank", "block"), [(0, 1), (1, 2), (0, 24)])
 def test_a_signal_to_one_stops_both_that_write_targets(
     rank, block, zygote, three_units, alone, tmp_path
@@ -147,6 +150,7 @@ def test_a_signal_to_one_stops_both_that_write_targets(
         assert (out / name).read_bytes() == (alone / name).read_bytes()
 
 
+@pytest.mark.fault("A13")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_stops_both_that_evaluate(rank, zygote, straight, tmp_path):
     out = shutil.copytree(straight, tmp_path / "run")
@@ -161,6 +165,7 @@ def test_a_signal_to_one_stops_both_that_evaluate(rank, zygote, straight, tmp_pa
     assert ours(done[1].err) == []
 
 
+@pytest.mark.fault("A20", "B9")
 def test_it_goes_on_with_another_number_of_processes(zygote, straight, tmp_path):
     out = tmp_path / "run"
     run(zygote, out, "update:6:term")
@@ -182,6 +187,7 @@ def test_it_goes_on_with_another_number_of_processes(zygote, straight, tmp_path)
         assert mine["train"] == pytest.approx(other["train"], abs=1e-4)
 
 
+@pytest.mark.fault("D11")
 def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(zygote, straight, tmp_path):
     out = tmp_path / "run"
     done = run(zygote, out, "loss@1:3:nan")
@@ -196,11 +202,13 @@ def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(zygote, straight, t
     assert {row["step"] for row in found} == {3}
 
 
+@pytest.mark.fault("D11")
 def test_too_many_in_a_row_stop_both_with_the_same_code(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "loss@1:0:nan", "--run.max_nonfinite_steps", "2")
     assert [one.code for one in done] == [6, 6]
 
 
+@pytest.mark.fault("E4")
 def test_of_two_the_one_that_is_left_ends_with_7(zygote, straight, tmp_path):
     out = tmp_path / "run"
     # It does not wait: after these 600 s the test itself would have failed.
@@ -213,6 +221,7 @@ def test_of_two_the_one_that_is_left_ends_with_7(zygote, straight, tmp_path):
     same(out, straight)
 
 
+@pytest.mark.fault("E5")
 def test_one_that_hangs_is_not_waited_for_for_ever(zygote, tmp_path):
     first, second = start(zygote, tmp_path / "run", "update@1:2:hang", "--run.timeout_s", "4")
     done = first.wait(timeout=300)
@@ -224,6 +233,7 @@ def test_one_that_hangs_is_not_waited_for_for_ever(zygote, tmp_path):
     assert "fault_injection.py" in hung.err  # where it was
 
 
+@pytest.mark.fault("E6")
 def test_a_mistake_that_one_finds_is_the_end_of_both(zygote, straight, tmp_path):
     """All checkpoints are damaged, which the first process alone looks at."""
     out = tmp_path / "run"
@@ -238,6 +248,7 @@ def test_a_mistake_that_one_finds_is_the_end_of_both(zygote, straight, tmp_path)
     assert re.search(r"\bprocess 0\b", done[1].err)
 
 
+@pytest.mark.fault("E6")
 @pytest.mark.parametrize("fault", ["model@0:1:full", "evaluation@1:1:full"])
 def test_where_one_fails_alone_the_other_does_not_wait(fault, zygote, tmp_path):
     """While a checkpoint is written; and before the first update, while teachers are measured."""
@@ -247,6 +258,7 @@ def test_where_one_fails_alone_the_other_does_not_wait(fault, zygote, tmp_path):
     assert done[1 - failed].code == 7, done[1 - failed].err
 
 
+@pytest.mark.fault("A20")
 def test_from_one_process_to_two(zygote, tmp_path):
     out, other = tmp_path / "run", tmp_path / "alone"
     split = ("--optim.grad_accum_steps", "2")
@@ -274,6 +286,7 @@ def nothing_left(process: subprocess.Popen) -> Iterator[None]:
                     one.kill()
 
 
+@pytest.mark.fault("A14")
 def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_terminated(tmp_path):
     """It does not hand the signal on: the training process would never end."""
     out = tmp_path / "run"
@@ -300,12 +313,14 @@ def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_termina
     assert environment["command"].startswith("train_deit.py ")
 
 
+@pytest.mark.fault("E3")
 def test_where_one_has_less_memory_both_halve(zygote, tmp_path):
     done = run(zygote, tmp_path / "run", "fit@1:1:memory", "--run.auto_micro_batch")
     assert [one.code for one in done] == [0, 0], done[0].err
     assert re.search(r"\boptim\.grad_accum_steps 2\b.*\b16 images\b", done[0].out)
 
 
+@pytest.mark.fault("A15")
 def test_ctrl_c_under_torchrun_saves_once(tmp_path):
     """The terminal sends it to everybody, and torchrun to its processes once more. Hugging Face's
     datasets are there as well, as in many environments; our folder has that name too."""

@@ -126,6 +126,7 @@ def goes_on_after(step: int, out: Path, said: str) -> bool:
 
 
 # The first, the last, the end of an epoch, and within one. All of them: test_with_any_number_...
+@pytest.mark.fault("A1", "A10", "A19")
 @pytest.mark.parametrize("step", [1, STEPS, STEPS + 2, STEPS + 3, LAST])
 def test_stopped_at_any_update_and_resumed_is_the_same_run(step, config, straight, tmp_path):
     out = tmp_path / "run"
@@ -146,6 +147,7 @@ def test_sgd_goes_on_with_its_momentum(momentum, alone, tmp_path):
     assert results(tmp_path / "run") == results(tmp_path / "straight")
 
 
+@pytest.mark.fault("A19")
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("step", range(1, LAST + 1))
@@ -215,6 +217,7 @@ def test_an_unchanged_checkpoint_goes_on_to_the_bit(hard, tmp_path, monkeypatch)
 ALONE = {"seconds", "scaler", "skipped_in_a_row", "targets"}
 
 
+@pytest.mark.fault("B18")
 @pytest.mark.parametrize(
     "name", [one.name for one in dataclasses.fields(TrainState) if one.name not in ALONE]
 )
@@ -242,6 +245,7 @@ def test_stores_left_out_of_the_state_are_noticed(config, tmp_path):
         train(config, tmp_path / "run", resume=True)
 
 
+@pytest.mark.fault("B18")
 @pytest.mark.parametrize("file", ["model", "average", "optimizer"])
 def test_tensors_left_as_they_start_are_noticed(file, hard, tmp_path, monkeypatch):
     from safetensors.torch import save_file
@@ -255,6 +259,7 @@ def test_tensors_left_as_they_start_are_noticed(file, hard, tmp_path, monkeypatc
     assert resumed(hard, tmp_path, monkeypatch, reset) != results(hard[1])
 
 
+@pytest.mark.fault("B18")
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"]
 )
@@ -263,6 +268,7 @@ def test_a_file_left_out_is_an_error(file, hard, tmp_path, monkeypatch):
     assert found == "CheckpointError"
 
 
+@pytest.mark.fault("D12")
 def test_skipped_updates_are_counted_over_a_stop(alone, tmp_path):
     """The one field that only shows where a run fails: two in a row, one on each side of a stop."""
     alone = alone.replace(run={"max_nonfinite_steps": 2})
@@ -287,6 +293,7 @@ def test_a_run_that_ended_so_goes_on_where_more_are_allowed(alone, tmp_path):
     assert train(alone, tmp_path / "run", resume=True)["skipped"] == 2
 
 
+@pytest.mark.fault("A22", "A23")
 def test_another_machine_is_told(begun, tmp_path, capsys):
     config, stopped = begun
     shutil.copytree(stopped, tmp_path / "run")
@@ -324,6 +331,7 @@ def test_where_nothing_was_saved_there_is_nothing_to_warn_of(alone, tmp_path, ca
     assert "threads" not in said.err
 
 
+@pytest.mark.fault("B5")
 def test_a_run_whose_checkpoints_are_gone_is_not_started_over(config, straight, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(straight, out)
@@ -334,6 +342,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_over(config, straight, 
         train(config, out, resume=True)
 
 
+@pytest.mark.fault("A9")
 def test_a_finished_run_stays_as_it_is_to_the_very_times_of_its_files(config, straight):
     def times() -> dict[Path, int]:
         everything = (straight, *straight.rglob("*"))
@@ -345,6 +354,7 @@ def test_a_finished_run_stays_as_it_is_to_the_very_times_of_its_files(config, st
     assert result == json.loads((straight / "result.json").read_text())
 
 
+@pytest.mark.fault("B1", "B2", "B4")
 def test_one_damaged_checkpoint_is_passed_over_and_set_aside(config, straight, tmp_path, capsys):
     out = tmp_path / "run"
     stop_at(config, out, "update:6:term")
@@ -389,6 +399,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
     assert results(out) == results(straight)
 
 
+@pytest.mark.fault("B3", "B5")
 def test_where_all_are_damaged_the_run_stops_and_nothing_is_moved(alone, tmp_path):
     out = tmp_path / "run"
     stop_at(alone, out, "update:6:term")
@@ -404,6 +415,7 @@ def test_where_all_are_damaged_the_run_stops_and_nothing_is_moved(alone, tmp_pat
     assert sorted(out.rglob("*")) == before
 
 
+@pytest.mark.fault("A16")
 def test_a_warning_signal_saves_and_the_run_goes_on(config, straight, tmp_path, monkeypatch):
     steps = []
     write = run_folder.save_checkpoint
@@ -429,11 +441,13 @@ def test_checkpoints_within_an_epoch_stay_as_few_as_asked_for(config, straight, 
     assert ours == theirs
 
 
+@pytest.mark.fault("B22")
 def test_with_one_checkpoint_to_keep_a_damaged_one_would_be_all(config, tmp_path):
     with raises(ConfigError, "run.num_checkpoints"):
         train(config.replace(run={"num_checkpoints": 1}), tmp_path / "run")
 
 
+@pytest.mark.fault("C18")
 def test_data_that_changed_since_is_refused(alone, tmp_path):
     out, pictures = tmp_path / "run", tmp_path / "pictures"
     shutil.copytree(alone.data.root, pictures)
@@ -444,6 +458,7 @@ def test_data_that_changed_since_is_refused(alone, tmp_path):
         train(moved, out, resume=True)
 
 
+@pytest.mark.fault("A15", "A17")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_other_signals_stop_as_well_each_with_its_code(number, alone, tmp_path):
     before = signal.signal(number, signal.SIG_DFL)  # where the tests run in the background
@@ -457,6 +472,7 @@ def test_other_signals_stop_as_well_each_with_its_code(number, alone, tmp_path):
     assert "--resume" in str(stop.value)
 
 
+@pytest.mark.fault("A6", "A11")
 def test_a_stop_in_an_evaluation_evaluates_again_and_trains_nothing_again(
     config, straight, tmp_path, capsys
 ):
@@ -498,6 +514,7 @@ def begun(alone, tmp_path_factory) -> tuple[Config, Path]:
     return alone, out
 
 
+@pytest.mark.fault("A21", "B6")
 @pytest.mark.parametrize("field", CHANGED)
 def test_another_setting_is_refused_by_name(field, begun, tmp_path):
     alone, stopped = begun
@@ -509,6 +526,7 @@ def test_another_setting_is_refused_by_name(field, begun, tmp_path):
         assert f"{field}: " in str(error.value)
 
 
+@pytest.mark.fault("A21")
 def test_a_teacher_with_other_weights_under_the_same_name_is_refused(config, tmp_path):
     from safetensors.torch import save_file
 
@@ -528,6 +546,7 @@ def checkpoint_step(folder: Path) -> int:
     return json.loads((folder / "manifest.json").read_text())["step"]
 
 
+@pytest.mark.fault("B11")
 @pytest.mark.parametrize("place", ["model", "average", "optimizer"])
 def test_numbers_that_are_not_finite_are_not_gone_on_from(place, hard, tmp_path, monkeypatch):
     from safetensors.torch import save_file
@@ -541,6 +560,7 @@ def test_numbers_that_are_not_finite_are_not_gone_on_from(place, hard, tmp_path,
     assert resumed(hard, tmp_path, monkeypatch, spoil) == "CheckpointError"
 
 
+@pytest.mark.fault("B10")
 @pytest.mark.parametrize("how", ["missing", "shape", "unknown"])
 def test_the_state_of_another_optimizer_is_refused(how, hard, tmp_path, monkeypatch):
     from safetensors.torch import save_file
@@ -559,6 +579,7 @@ def test_the_state_of_another_optimizer_is_refused(how, hard, tmp_path, monkeypa
     assert resumed(hard, tmp_path, monkeypatch, change) == "CheckpointError"
 
 
+@pytest.mark.fault("B18")
 def test_a_scale_of_fp16_belongs_to_both_or_to_none(hard, tmp_path, monkeypatch):
     def change(folder: Path) -> None:
         content = json.loads((folder / "state.json").read_text())
@@ -567,6 +588,7 @@ def test_a_scale_of_fp16_belongs_to_both_or_to_none(hard, tmp_path, monkeypatch)
     assert resumed(hard, tmp_path, monkeypatch, change) == "CheckpointError"
 
 
+@pytest.mark.fault("B18")
 def test_a_field_that_is_not_there_is_an_error_not_a_default(hard, tmp_path, monkeypatch):
     def change(folder: Path) -> None:
         content = json.loads((folder / "state.json").read_text())
@@ -576,12 +598,14 @@ def test_a_field_that_is_not_there_is_an_error_not_a_default(hard, tmp_path, mon
     assert resumed(hard, tmp_path, monkeypatch, change) == "CheckpointError"
 
 
+@pytest.mark.fault("A18")
 def test_a_slow_checkpoint_is_told(alone, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(save, "_SLOW_S", 0.0)
     stop_at(alone, tmp_path / "run", "update:1:term")
     assert str(run_folder.checkpoint_path(tmp_path / "run", 1)) in capsys.readouterr().err
 
 
+@pytest.mark.fault("B3")
 def test_strangers_in_a_checkpoint_are_told_and_not_read(config, straight, tmp_path, capsys):
     out = tmp_path / "run"
     stop_at(config, out, "update:6:term")
@@ -592,6 +616,7 @@ def test_strangers_in_a_checkpoint_are_told_and_not_read(config, straight, tmp_p
     assert results(out) == results(straight)
 
 
+@pytest.mark.fault("B15")
 def test_a_link_in_a_checkpoint_is_refused(begun, tmp_path):
     config, stopped = begun
     shutil.copytree(stopped, tmp_path / "run")
@@ -602,6 +627,7 @@ def test_a_link_in_a_checkpoint_is_refused(begun, tmp_path):
         train(config, tmp_path / "run", resume=True)
 
 
+@pytest.mark.fault("A25")
 def test_a_checkpoint_is_no_folder_for_a_run(begun, tmp_path):
     config, stopped = begun
     shutil.copytree(stopped, tmp_path / "run")
@@ -610,6 +636,7 @@ def test_a_checkpoint_is_no_folder_for_a_run(begun, tmp_path):
         train(config, folder, resume=True)
 
 
+@pytest.mark.fault("A23")
 def test_the_other_version_of_torch_is_told(begun, tmp_path, capsys):
     config, stopped = begun
     shutil.copytree(stopped, tmp_path / "run")
@@ -623,6 +650,7 @@ def test_the_other_version_of_torch_is_told(begun, tmp_path, capsys):
     assert re.search(r"\btorch\b[^;]*\b1\.0\b", capsys.readouterr().err)
 
 
+@pytest.mark.fault("B11", "D15")
 @pytest.mark.parametrize("top1", [float("nan"), 0.5])
 def test_an_accuracy_that_is_no_number_is_never_the_best(top1, alone, tmp_path, monkeypatch):
     values = iter([0.25, top1, 0.2])
@@ -631,6 +659,7 @@ def test_an_accuracy_that_is_no_number_is_never_the_best(top1, alone, tmp_path, 
     assert best == (2 if top1 == 0.5 else 1)
 
 
+@pytest.mark.fault("A11")
 @pytest.mark.parametrize("fault", ["optimizer:1:term", "manifest:1:term", "metrics:1:term"])
 def test_a_signal_during_a_save_stops_after_it(fault, config, straight, tmp_path):
     out = tmp_path / "run"
@@ -640,6 +669,7 @@ def test_a_signal_during_a_save_stops_after_it(fault, config, straight, tmp_path
     assert results(out) == results(straight)
 
 
+@pytest.mark.fault("C3")
 def test_one_other_pixel_in_memory_is_noticed(config, tmp_path):
     pictures = tmp_path / "pictures"
     shutil.copytree(config.data.root, pictures)

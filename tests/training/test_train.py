@@ -99,6 +99,7 @@ def test_a_run_folder_holds_json_and_safetensors_only(teacher, tmp_path, monkeyp
     assert not any("teacher" in name for name in last)
 
 
+@pytest.mark.fault("A21")
 def test_resuming_with_other_settings_or_data_is_refused(teacher, tmp_path):
     out = tmp_path / "run"
     config = small(teacher, epochs=2)
@@ -117,6 +118,7 @@ def test_resuming_with_other_settings_or_data_is_refused(teacher, tmp_path):
         train(config, out, resume=True)
 
 
+@pytest.mark.fault("A25")
 def test_only_a_run_can_be_resumed_and_nothing_else_is_touched(teacher, tmp_path):
     for name in (".new-x", ".old-y", "y", "z"):
         (tmp_path / name).mkdir()
@@ -129,6 +131,7 @@ def test_only_a_run_can_be_resumed_and_nothing_else_is_touched(teacher, tmp_path
     assert len(list(tmp_path.rglob("mine"))) == 4
 
 
+@pytest.mark.fault("A24", "D15")
 def test_a_line_of_metrics_that_was_cut_off_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     run_log.append(path, {"epoch": 1, "loss": float("nan")})
@@ -210,6 +213,7 @@ def test_a_teacher_near_chance_stops_the_run_unless_allowed(tmp_path):
     assert state["epochs"] == 2
 
 
+@pytest.mark.fault("B19")
 def test_an_interrupted_save_leaves_a_complete_checkpoint(tmp_path):
     target = tmp_path / "best"
     replace_dir(target, lambda folder: (folder / "a").write_text("old"))
