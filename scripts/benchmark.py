@@ -16,10 +16,10 @@ from deit.core.errors import SystemFault
 from deit.core.filesystem import check_file
 from deit.core.hardware import cores
 from deit.distill.build import build_accelerator
-from scripts.benchmark_data import BATCH, data
-from scripts.benchmark_picture import draw_benchmark
-from scripts.benchmark_targets import targets
-from scripts.benchmark_train import train
+from scripts.benchmarks.data import BATCH, data
+from scripts.benchmarks.plot import draw_benchmark
+from scripts.benchmarks.targets import targets
+from scripts.benchmarks.train import train
 
 WHAT = {"data": data, "targets": targets, "train": train}
 

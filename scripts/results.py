@@ -16,9 +16,9 @@ from deit.experiments.sweep_tables import cells, class_by_class, columns, disagr
 from deit.viz.charts import chart
 from deit.viz.plots import draw_comparison
 from deit.viz.tables import COLUMNS, comparison_cells, markdown_table
-from scripts.benchmark_picture import draw_benchmark
+from scripts.benchmarks.plot import draw_benchmark
+from scripts.compression_tables import draw_smaller, goals, smaller_table
 from scripts.landscape_tables import draw_landscape, draw_seeds, landscape_tables, seeds_tables
-from scripts.smaller_tables import draw_smaller, goals, smaller_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TITLES = {

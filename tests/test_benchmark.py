@@ -7,7 +7,8 @@ import subprocess
 import pytest
 
 from deit.core.hardware import cores
-from scripts import sweep_cost, training_sides
+from scripts import sweep_cost
+from scripts.benchmarks import timm_trainer
 from tests.helpers.command_server import shared
 
 pytest.importorskip("sklearn")
@@ -89,9 +90,9 @@ def test_no_row_of_that_name_is_refused(tmp_path):
 def test_both_sides_of_training_begin_with_the_same_loss(tmp_path, monkeypatch):
     """Ours and timm's: the same weights, batch, teacher and objective."""
     pytest.importorskip("timm", "1.0.31", reason="timm's distillation has another objective")
-    monkeypatch.setattr(training_sides, "number_of", lambda side: 640)
-    config = training_sides.configuration(tmp_path, student="deit_micro", batch=64, device="cpu")
-    ours, theirs = training_sides.first_losses(config)
+    monkeypatch.setattr(timm_trainer, "number_of", lambda side: 640)
+    config = timm_trainer.configuration(tmp_path, student="deit_micro", batch=64, device="cpu")
+    ours, theirs = timm_trainer.first_losses(config)
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 

@@ -67,11 +67,7 @@ class Sweep:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The sweep of a YAML or JSON file.
-
-    A JSON object of objects with lr, classes, weight, epochs and T is read as the grid of
-    AditMeh/Distillation. Raises ConfigError.
-    """
+    """Read the sweep of a YAML or JSON file. Raises ConfigError."""
     try:
         text = read_text(path)
         values = parse_strict_json(text) if path.suffix == ".json" else yaml.load(text, _Unique)
@@ -82,9 +78,6 @@ def read_sweep(path: Path) -> Sweep:
         raise ConfigError(f"{path}: not a sweep in readable {kind} ({reason})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a sweep names a recipe, a grid or runs; see docs/sweeps.md")
-    mappings = [one for one in values.values() if isinstance(one, dict)]
-    if len(mappings) == len(values) and any(one.keys() >= _GRID_SEARCH for one in mappings):
-        values = {"runs": {run: _of_grid_search(path, run, one) for run, one in values.items()}}
     return _checked(path, values)
 
 
@@ -129,43 +122,6 @@ class _Unique(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise ValueError(f"{key!r} stands there twice")
         return super().construct_mapping(node, deep)
-
-
-_GRID_SEARCH = {"lr", "classes", "weight", "epochs", "T"}
-
-
-def _of_grid_search(path: Path, run: str, values: dict[str, Any]) -> Fields:
-    """The fields of a run of AditMeh/Distillation's grid: (1 - weight) T^2 CE(teacher) + weight
-    CE(label), every digit not in `classes` unseen; a number n stands for the classes 0 to n."""
-    if missing := sorted(_GRID_SEARCH - values.keys()):
-        raise ConfigError(f"{path}: {run}: has no {missing[0]}")
-    unknown = sorted(values.keys() - _GRID_SEARCH)
-    if unknown:
-        raise ConfigError(
-            f"{path}: {run}: {unknown[0]} is none of {', '.join(sorted(_GRID_SEARCH))}"
-        )
-    seen, weight = values["classes"], values["weight"]
-    digits = set(range(10))
-    seen = list(range(seen + 1)) if isinstance(seen, int) else seen
-    whole = isinstance(seen, list) and all(type(one) is int for one in seen)
-    if not whole or not seen or not digits.issuperset(seen):
-        raise ConfigError(f"{path}: {run}: classes = {values['classes']}: should be of 0 ... 9")
-    if not isinstance(weight, int | float) or not 0 <= weight <= 1:
-        raise ConfigError(f"{path}: {run}: weight = {weight}: should be in 0 ... 1")
-    loss = {
-        "loss.kind": "cross_entropy",
-        "loss.head": "all",
-        "loss.label_weight": weight,
-        "loss.distillation_weight": round(1 - weight, 9),
-        "loss.temperature": values["T"],
-    }
-    return {
-        **({"loss": "none"} if weight == 1 else loss),  # then labels alone
-        "data.unseen_classes": tuple(str(digit) for digit in sorted(digits - set(seen))),
-        "loss.label_smoothing": 0.0,
-        "optim.epochs": values["epochs"],
-        "optim.lr": values["lr"],
-    }
 
 
 def _checked(path: Path, values: dict[str, Any]) -> Sweep:

@@ -110,43 +110,6 @@ def test_every_named_sweep_is_one_of_its_recipe(name):
     assert STUDIES.keys() <= SWEEPS.keys()
 
 
-def grid_search(**changed):
-    return {
-        "lr": 0.01,
-        "classes": [0, 1, 2, 3, 4, 5],
-        "weight": 0.9,
-        "epochs": 7,
-        "T": 10.0,
-    } | changed
-
-
-def test_the_grid_of_aditmehs_distillation_is_read_as_it_is(tmp_path):
-    """L = (1 - w) T^2 CE(teacher at T) + w CE(label), trained without some classes."""
-    runs = {
-        "warm": grid_search(),
-        "no teacher": grid_search(weight=1.0, T=1.0, classes=list(range(10))),
-        "numbered": grid_search(classes=5),
-    }
-    sweep = read(tmp_path, runs, "baseline.json")
-    warm, alone, numbered = points_of(sweep, digits())
-    assert [warm.name, alone.name, numbered.name] == list(runs)
-    loss, optim = warm.config.loss, warm.config.optim
-    assert (loss.kind, loss.temperature, loss.head) == ("cross_entropy", 10.0, "all")
-    assert (loss.effective_label_weight, loss.distillation_weight, loss.label_smoothing) == (
-        0.9,
-        0.1,
-        0,
-    )
-    assert (optim.lr, optim.epochs) == (0.01, 7)
-    assert (
-        warm.config.data.unseen_classes
-        == numbered.config.data.unseen_classes
-        == ("6", "7", "8", "9")
-    )
-    assert alone.config.data.unseen_classes == ()
-    assert (alone.config.loss.kind, alone.config.loss.label_smoothing) == ("none", 0)
-
-
 BAD = {
     "not yaml": ("grid: [", ("YAML", "line 1")),
     "no mapping": ("- 1", ("docs/sweeps.md",)),
@@ -212,28 +175,6 @@ def test_a_mistake_in_the_file_is_one_line_with_its_name(text, names, tmp_path):
     with raises(ConfigError, tmp_path / "s.yaml", *names) as refused:
         read(tmp_path, text)
     assert "\n" not in str(refused.value)
-
-
-def test_a_run_of_the_other_format_that_lacks_something_is_named(tmp_path):
-    lacking = {key: value for key, value in grid_search().items() if key != "weight"}
-    with raises(ConfigError, tmp_path / "grid.json", "second", "weight"):
-        read(tmp_path, {"first": grid_search(), "second": lacking}, "grid.json")
-
-
-@pytest.mark.parametrize(
-    ("changed", "names"),
-    [
-        ({"weight": 2.5}, ("weight", "2.5")),
-        ({"classes": [0, 10]}, ("classes", "[0, 10]")),
-        ({"classes": []}, ("classes", "[]")),
-        ({"classes": [[1]]}, ("classes", "[[1]]")),
-        ({"classes": [1.0, True]}, ("classes", "[1.0, True]")),
-        ({"patience": 3}, ("patience", *grid_search())),
-    ],
-)
-def test_a_mistake_in_the_other_format(changed, names, tmp_path):
-    with raises(ConfigError, tmp_path / "grid.json", "warm", *names):
-        read(tmp_path, {"warm": grid_search(**changed)}, "grid.json")
 
 
 IMPOSSIBLE = {

@@ -24,8 +24,8 @@ from deit.distill.target_checks import teacher_query
 from deit.distill.target_store import RecordFormat
 from deit.distill.write_targets import encode_block, write_targets
 from deit.models.networks import create_network
-from scripts.sides import ours
-from scripts.turns import Case, photographs, run_cases
+from scripts.benchmarks.interleaved import Case, photographs, run_cases
+from scripts.benchmarks.ours import ours
 
 _NUMBER = 2048  # images
 

@@ -18,9 +18,10 @@ from deit.distill.write_targets import write_targets
 from deit.models.cost import cost_of
 from deit.models.onednn_linear import available, product
 from deit.models.student import Student
-from scripts.memory import memory_of
-from scripts.sides import our_batches, ours
-from scripts.training_sides import (
+from scripts.benchmarks.interleaved import Case, measured, rate
+from scripts.benchmarks.memory import memory_of
+from scripts.benchmarks.ours import our_batches, ours
+from scripts.benchmarks.timm_trainer import (
     TIMM_WORKERS,
     configuration,
     first_losses,
@@ -28,7 +29,6 @@ from scripts.training_sides import (
     theirs,
     timm_batches,
 )
-from scripts.turns import Case, measured, rate
 
 _SAME_LOSS = 1e-3
 _AHEAD = 3  # batches that workers made while the other side was measured

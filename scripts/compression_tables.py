@@ -1,4 +1,4 @@
-"""What scripts/smaller.py measured, over seeds: a table, the goals, and a picture."""
+"""What scripts/compression_study.py measured, over seeds: a table, the goals, and a picture."""
 
 import statistics
 from collections.abc import Iterable

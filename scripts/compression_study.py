@@ -85,7 +85,7 @@ def main() -> None:
         str(seed): study(asked.recipe, seed, asked.out / f"seed-{seed}", rest, asked)
         for seed in seeds
     }
-    command = shlex.join(["python", "scripts/smaller.py", *sys.argv[1:]])
+    command = shlex.join(["python", "scripts/compression_study.py", *sys.argv[1:]])
     write_json(asked.json, {"recipe": asked.recipe, "command": command, "seeds": found})
     info(f"wrote {asked.json}")
 

@@ -18,8 +18,8 @@ from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.stores import FolderStore
 from deit.datasets.views import ChannelStats
 from deit.models.saved import ModelInfo, build_student
-from scripts.sides import timm_loader
-from scripts.turns import Case, photographs, run_cases
+from scripts.benchmarks.interleaved import Case, photographs, run_cases
+from scripts.benchmarks.ours import timm_loader
 
 BATCH = 128
 COLOURS = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -1,10 +1,10 @@
-"""The tables of scripts/smaller.py, by hand."""
+"""The tables of scripts/compression_study.py, by hand."""
 
 import re
 
 import pytest
 
-from scripts.smaller_tables import draw_smaller, goals, smaller_table
+from scripts.compression_tables import draw_smaller, goals, smaller_table
 
 
 def version(top1, *, size=1000, milliseconds=2.0, heads=True):

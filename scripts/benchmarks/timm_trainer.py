@@ -23,8 +23,8 @@ from deit.models.saved import ModelInfo, build_student
 from deit.models.student import Student
 from deit.training.build import build_run
 from deit.training.train import step_context
-from scripts.sides import timm_loader
-from scripts.turns import photographs
+from scripts.benchmarks.interleaved import photographs
+from scripts.benchmarks.ours import timm_loader
 
 TIMM_WORKERS = 4
 """Of the loader, as timm's train script comes."""
@@ -126,7 +126,7 @@ def timm_batches(config: Config, *, workers: int) -> Iterator[tuple[Tensor, Tens
         yield from loader
 
 
-class Theirs(NamedTuple):
+class TimmTrainer(NamedTuple):
     """What timm's train script trains with. autocast: whether forward passes are in bf16."""
 
     task: nn.Module
@@ -135,7 +135,7 @@ class Theirs(NamedTuple):
     autocast: bool
 
 
-def timm_side(config: Config, *, best: bool) -> Theirs:
+def timm_side(config: Config, *, best: bool) -> TimmTrainer:
     """timm's parts, with the weights our student starts from. best: with the settings that are
     fastest for it on this kind of machine, else as they come."""
     from timm.loss import SoftTargetCrossEntropy
@@ -172,7 +172,7 @@ def timm_side(config: Config, *, best: bool) -> Theirs:
     )
     if best and device.type == "cuda":
         task.compile()
-    return Theirs(task, optimizer, device, device.type == "cuda")
+    return TimmTrainer(task, optimizer, device, device.type == "cuda")
 
 
 def theirs(

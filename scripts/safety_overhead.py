@@ -174,7 +174,7 @@ def main() -> None:
         f"{row['seconds']:.2f} s ({low:.2f} to {high:.2f}, n = {options.rounds})"
     )
     if options.json is not None:
-        found["command"] = " ".join(["python", "scripts/trust_cost.py", *sys.argv[1:]])
+        found["command"] = " ".join(["python", "scripts/safety_overhead.py", *sys.argv[1:]])
         found["rounds"] = options.rounds
         found["environment"] = environment_info(build_accelerator(RunConfig(device="cpu")))
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
