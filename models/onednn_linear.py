@@ -1,18 +1,17 @@
 """Linear layers by oneDNN, for processors on which PyTorch's own matrix products are slow."""
 
-import time
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from deit.config.schema import RunConfig
+from deit.core.accelerator import any_process
 from deit.core.errors import SystemFault
+from deit.core.hardware import cpu_vendor
 from deit.models.surgery.fake_quant import FakeQuantLinear
 
-_FASTER = 1.3  # from this ratio on: far from what a busy moment makes of equal ones
-_TRIES = 7
+_SLOW_WITH_MKL = ("AuthenticAMD", "HygonGenuine")  # Hygon's are AMD's design
 
 
 def available() -> bool:
@@ -20,30 +19,12 @@ def available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def is_faster(width: int = 96) -> bool:
-    """Whether a layer of this width is clearly faster so, here and now: some 20 ms of measuring.
-
-    MKL, which PyTorch's own products come from, does not use the wide registers of processors that
-    are not Intel's: there oneDNN's take less than half the time. Elsewhere both take the same.
-    """
-    if not available():
-        return False
-    inputs, weight, bias = torch.randn(4096, width), torch.randn(3 * width, width), torch.zeros(1)
-    bias = bias.expand(3 * width).contiguous()
-    best = dict.fromkeys((linear, product), float("inf"))
-    for _ in range(_TRIES):
-        for way in best:
-            started = time.perf_counter()
-            way(inputs, weight, bias)
-            # The shortest: what else the machine does only ever makes it longer.
-            best[way] = min(best[way], time.perf_counter() - started)
-    return best[linear] > _FASTER * best[product]
-
-
 def resolve_linear_backend(run: RunConfig, accelerator: Accelerator) -> str:
-    """torch or onednn: the configured one, or what measures faster in the main process.
+    """Return torch or onednn: the configured backend; for auto, by the main process's processor.
 
-    Raises SystemFault where oneDNN is asked for and not there.
+    Auto is onednn in float32 on AMD processors. MKL, which PyTorch's own products come from, does
+    not use their wide registers: a training step of DeiT-Ti takes 1.6 times as long (docs/log.md).
+    Raises SystemFault where oneDNN is configured and not there.
     """
     if run.linear_backend == "onednn" and not available():
         raise SystemFault("run.linear_backend = 'onednn': this PyTorch has no oneDNN; use torch")
@@ -52,9 +33,9 @@ def resolve_linear_backend(run: RunConfig, accelerator: Accelerator) -> str:
     fp32_on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
     if not fp32_on_cpu or run.compile != "none":
         return "torch"
-    measured = accelerator.is_main_process and is_faster()
-    faster = accelerator.reduce(torch.tensor(float(measured)), reduction="sum").item() > 0
-    return "onednn" if faster else "torch"
+    # One choice for all processes: those of a cluster may be of different makers.
+    main = accelerator.is_main_process and available() and cpu_vendor() in _SLOW_WITH_MKL
+    return "onednn" if any_process(accelerator, main) else "torch"
 
 
 def use_onednn(network: nn.Module) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deit.core.hardware import processor
-from tests.helpers.command_server import forked_runs, measuring, shared
+from tests.helpers.command_server import forked_runs, shared, short_timings
 
 _NAMED = ("torch", "torchvision", "timm", "accelerate", "transformers", "numpy", "pillow")
 
@@ -27,15 +27,8 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _alike() -> Iterator[None]:
-    with measuring(really=False):
-        yield
-
-
-@pytest.fixture
-def measured() -> Iterator[None]:
-    """What is chosen by measuring is measured, as outside of tests."""
-    with measuring(really=True):
+def _short_timings() -> Iterator[None]:
+    with short_timings():
         yield
 
 

@@ -71,8 +71,7 @@ class TeacherConfig:
     or tokens: not combined, each teacher has its own distillation token."""
     memory_format: MemoryFormats = ()
     """Memory format of a teacher's images: contiguous or channels_last; which one is faster depends
-    on the network. Default, auto: the faster one by a measurement at the start of the run; a
-    resumed run keeps it."""
+    on the network. Default, auto: channels_last for ConvNets on a CPU or in mixed precision."""
     target_stores: StrTuple = ()
     """Stored teacher outputs (`deit targets write`) that replace the networks; with several
     teachers one per teacher, `none` for a live one, or one store of their combined outputs."""
@@ -189,7 +188,7 @@ class RunConfig:
     """auto: the value of `accelerate launch --mixed_precision`, else fp32."""
     linear_backend: LinearBackend = "auto"
     """Implementation of the student's linear layers on a CPU in fp32: torch, or oneDNN called
-    directly. auto: oneDNN if it is much faster at the start of the run; a resumed run keeps it."""
+    directly. auto: oneDNN on AMD processors, where PyTorch's own matrix products are slow."""
     compile: Compile = "none"
     """Mode of torch.compile for student and teachers: default fuses; reduce-overhead also records
     CUDA graphs, for small batches; max-autotune benchmarks kernels first. none: eager."""

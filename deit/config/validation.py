@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deit.config.checks import CHECKS, LIVE_TEACHER_CHECKS
 from deit.config.schema import Config, to_dict
+from deit.core.console import count_noun
 from deit.core.errors import (
     NO_VALUE,
     ConfigError,
@@ -159,7 +160,7 @@ _PATHS = (
 
 
 def _config_error(problems: list[ConfigProblem]) -> ConfigError:
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    count = count_noun(len(problems), "problem")
     lines = "".join(f"\n  {problem}" for problem in problems)
     return ConfigError(f"{count} in the configuration:{lines}", problems)
 

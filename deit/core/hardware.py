@@ -18,6 +18,14 @@ def processor() -> str:
     return f"{told}, {os.cpu_count()} cores"
 
 
+def cpu_vendor() -> str:
+    """The processor's maker as x86 names it (GenuineIntel, AuthenticAMD); empty where the system
+    does not tell."""
+    if vendor := _from_cpuinfo("vendor_id"):
+        return vendor
+    return platform.processor().rpartition(", ")[2]  # Windows: `AMD64 Family 25 ..., AuthenticAMD`
+
+
 def cores() -> int:
     """Those this process may run on: in a container or a job often a few of many."""
     if hasattr(os, "sched_getaffinity"):

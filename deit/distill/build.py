@@ -1,6 +1,5 @@
 """From a configuration and its images to the teachers and the loader of training views."""
 
-import torch
 from accelerate import Accelerator
 
 from deit.config.schema import Config, RunConfig
@@ -13,12 +12,10 @@ from deit.datasets.splits import Splits
 from deit.datasets.views import ChannelStats
 from deit.distill.losses import needs_logits
 from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble, TeacherFn
-from deit.models.memory_format import fastest_memory_format
+from deit.models.memory_format import default_memory_format
 from deit.models.saved import ModelInfo
 from deit.models.teacher_sources import load_teacher
 from deit.models.teachers import Teacher
-
-_ANY_SIDE = 32  # px: of what a teacher that takes any is measured with
 
 
 def build_accelerator(run: RunConfig, *, grad_accum_steps: int = 1) -> Accelerator:
@@ -47,9 +44,15 @@ def model_info_from(config: Config, splits: Splits) -> ModelInfo:
 def build_teacher(
     member: TeacherSpec, config: Config, splits: Splits, accelerator: Accelerator
 ) -> Teacher:
-    """A teacher on its device. Raises as load_teacher does."""
+    """Return a teacher on its device, in its memory format. Raises as load_teacher does."""
     size = config.student.image_size
-    return load_teacher(member, splits.class_names, image_size=size).to(accelerator.device)
+    teacher = load_teacher(member, splits.class_names, image_size=size).to(accelerator.device)
+    if member.memory_format == "auto":
+        mixed = accelerator.mixed_precision != "no"
+        device = accelerator.device.type
+        best = default_memory_format(teacher.network, device, mixed_precision=mixed)
+        teacher.set_memory_format(best)
+    return teacher
 
 
 def build_teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:
@@ -59,27 +62,6 @@ def build_teachers(config: Config, splits: Splits, accelerator: Accelerator) -> 
     return [
         build_teacher(one, config, splits, accelerator) for one in teacher_specs(config.teacher)
     ]
-
-
-def set_memory_formats(
-    teachers: list[Teacher], layouts: tuple[str, ...], accelerator: Accelerator, *, images: int
-) -> tuple[str, ...]:
-    """Have teachers compute in these layouts; for auto in what measures faster in the main process
-    with so many images at once. What it came to, one a teacher. (The layouts of a store may be of
-    another number of teachers: its fingerprint tells, a little later.)"""
-    for teacher, layout in zip(teachers, layouts):
-        if layout == "auto":
-            faster = False
-            if accelerator.is_main_process:
-                side = teacher.image_size or teacher.trained_size or _ANY_SIDE
-                shown = torch.rand(images, 3, side, side, device=accelerator.device)
-                with accelerator.autocast():
-                    faster = fastest_memory_format(teacher.network, shown) == "channels_last"
-            told = torch.tensor(float(faster), device=accelerator.device)
-            last = accelerator.reduce(told, reduction="sum").item() > 0
-            layout = "channels_last" if last else "contiguous"
-        teacher.set_memory_format(layout)
-    return tuple(teacher.memory_format for teacher in teachers)
 
 
 def build_online_ensemble(

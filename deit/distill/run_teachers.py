@@ -11,7 +11,7 @@ from torch import Tensor
 from deit.config.schema import Config, TeacherConfig
 from deit.config.teachers import TeacherSlot, teacher_slots
 from deit.core.accelerator import in_main_process
-from deit.core.console import format_percent, info, warn
+from deit.core.console import count_noun, format_percent, info, warn
 from deit.core.errors import NotFoundError
 from deit.datasets.listing import check_root
 from deit.datasets.loader import TeacherInput, TrainLoader
@@ -21,7 +21,6 @@ from deit.distill.build import (
     build_teacher,
     build_teacher_ensemble,
     build_train_loader,
-    set_memory_formats,
     teacher_input_size,
 )
 from deit.distill.target_checks import (
@@ -78,18 +77,6 @@ class RunTeachers:
     def num_stored_epochs(self) -> int | None:
         """How many epochs of views have answers; None where that sets no limit."""
         return stored_epochs(self.config, self.stores)
-
-    @property
-    def layouts(self) -> tuple[str, ...]:
-        """teacher.memory_format as it is settled, one a teacher; of those whose stored answers
-        speak it makes no difference."""
-        if not self.seats:
-            return self.config.teacher.memory_format
-        found: list[str] = []
-        for seat, store, teachers in zip(self.seats, self.stores, self.teachers):
-            said = [one.memory_format for one in (teachers if store is None else seat.members)]
-            found += ["contiguous" if layout == "auto" else layout for layout in said]
-        return tuple(found)
 
     @property
     def digests(self) -> list[str]:
@@ -150,11 +137,6 @@ class RunTeachers:
                 raise
             warn(f"beside its stored targets, the teacher is left out: {error}")
             return []
-        optim = self.config.optim
-        images = optim.batch_size // (optim.grad_accum_steps * accelerator.num_processes)
-        asked = tuple(one.memory_format for one in seat.members)
-        layouts = asked if store is None else store.layouts
-        set_memory_formats(teachers, layouts, accelerator, images=images)
         return teachers
 
     def check(self, splits: Splits, accelerator: Accelerator, loader: TrainLoader) -> Tensor | None:
@@ -220,7 +202,7 @@ class RunTeachers:
 
     def _announce(self, store: TargetStore, checked: StoreCheck, accelerator: Accelerator) -> None:
         layout = store.layout
-        epochs = f"{layout.epochs} epoch{'s' * (layout.epochs > 1)}"
+        epochs = count_noun(layout.epochs, "epoch")
         said = [f"{layout.content} answers of {epochs}", *store.provenance["teachers"]]
         if checked.num_queried:
             share = format_percent(checked.num_agreed / checked.num_queried)

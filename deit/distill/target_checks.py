@@ -11,6 +11,7 @@ from torch import Tensor
 from deit.config.schema import Config
 from deit.config.teachers import teacher_slots
 from deit.core.errors import ConfigError, DataError
+from deit.core.tensors import evenly_spaced
 from deit.core.types import Batch, TeacherOutput
 from deit.datasets.loader import TeacherInput, TrainLoader
 from deit.datasets.splits import Splits
@@ -187,7 +188,7 @@ def _sample_canaries(store: TargetStore, number: int) -> list[tuple[int, int]]:
     """(epoch, place) of so many canaries, the first and the last among them."""
     layout = store.layout
     total = layout.epochs * len(layout.canary_rows)
-    chosen = torch.linspace(0, total - 1, min(number, total)).round().long().tolist()
+    chosen = evenly_spaced(total, number).tolist()
     return [
         (
             index // len(layout.canary_rows),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deit.core.console import format_percent, info, progress, warn
+from deit.core.console import count_noun, format_percent, info, progress, warn
 from deit.core.errors import CheckpointError, ConfigError, SystemFault
 from deit.core.fault_injection import fault_point
 from deit.core.file_reading import read_bytes
@@ -206,7 +206,7 @@ class ShardedTargetWriter:
         self._warn_of_outliers(trace)
         size = sum((self.store / name).stat().st_size for name in (TARGETS, CHECKS, MANIFEST))
         layout = self.layout
-        epochs = f"{layout.epochs} epoch{'s' * (layout.epochs > 1)}"
+        epochs = count_noun(layout.epochs, "epoch")
         info(
             f"{self.store}: complete, {layout.rows} answers ({layout.content}, {epochs} of "
             f"{layout.rows_per_epoch}) in {size / 1e6:.2f} MB; the teacher names "

@@ -23,7 +23,6 @@ from deit.core.file_reading import read_bytes
 from deit.core.json_io import digest_of_value, parse_strict_json
 from deit.core.types import Batch
 from deit.datasets.loader import TeacherInput
-from deit.models.memory_format import LAYOUTS
 
 FORMAT = 2
 MANIFEST = "store.json"
@@ -205,11 +204,6 @@ class TargetStore:
         return [one["image_size"] for one in self.fingerprint["teacher"].values()]
 
     @property
-    def layouts(self) -> tuple[str, ...]:
-        """In which layout each of its teachers computed."""
-        return memory_formats_of(self.query, len(self.input_sizes))
-
-    @property
     def digest(self) -> str:
         """SHA-256 of what it answers and of its checksums: of every answer, by way of them. The
         same for a store that was moved, or written again to the same bytes."""
@@ -290,12 +284,6 @@ class TargetStore:
                     )
 
 
-def memory_formats_of(asked: dict[str, Any], number: int) -> tuple[str, ...]:
-    """The layouts of so many teachers in the `asked` of a manifest; stores that do not say are of
-    contiguous ones."""
-    return tuple(asked.get("layouts") or ("contiguous",) * number)
-
-
 _DIGEST = "sha256"
 
 
@@ -342,8 +330,6 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     manifest["teacher_top1"]
     for teacher in manifest["fingerprint"]["teacher"].values():
         teacher["image_size"]
-    if not set(memory_formats_of(manifest["asked"], 0)) <= LAYOUTS.keys():
-        raise ValueError(f"asked.layouts {manifest['asked']['layouts']!r}")
     layout = RecordFormat(**manifest["layout"])
     counts = (layout.num_classes, layout.epochs, layout.rows_per_epoch)
     if not all(isinstance(count, int) and count > 0 for count in counts):

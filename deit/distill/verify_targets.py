@@ -4,7 +4,7 @@ from pathlib import Path
 
 from deit.config.teachers import teacher_specs
 from deit.config.validation import config_from_dict, validate
-from deit.core.console import format_percent, info
+from deit.core.console import count_noun, format_percent, info
 from deit.core.errors import CheckpointError, ConfigError
 from deit.datasets.splits import load_splits
 from deit.distill.build import (
@@ -12,7 +12,6 @@ from deit.distill.build import (
     build_online_ensemble,
     build_teachers,
     build_train_loader,
-    set_memory_formats,
 )
 from deit.distill.target_checks import teacher_query, verify_store
 from deit.distill.target_store import open_store
@@ -59,7 +58,6 @@ def verify_targets(
     splits = load_splits(config.data)
     if teacher != "none":
         teachers = build_teachers(config, splits, accelerator)
-        set_memory_formats(teachers, store.layouts, accelerator, images=0)
     # Not the teachers' own: several may have been shown one view, and each be smaller than it.
     size = store.fingerprint["teacher_size"]
     loader = build_train_loader(config, splits, accelerator, teacher_size=size, all_ranks=True)
@@ -71,7 +69,7 @@ def verify_targets(
     checked = verify_store(
         store, config, splits, loader, teachers=teachers, answer=answer, number=num_queries
     )
-    epochs = f"{layout.epochs} epoch{'s' * (layout.epochs > 1)}"
+    epochs = count_noun(layout.epochs, "epoch")
     made = f"{checked.views} views of {epochs} made anew: the same pixels"
     info(f"data      fingerprint as stored; {made}")
     if checked.num_queried:

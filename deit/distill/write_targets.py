@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from deit.config.schema import Config, to_dict
 from deit.config.teachers import single_teacher, teacher_specs
 from deit.config.validation import validate
-from deit.core.accelerator import environment_info
+from deit.core.accelerator import any_process, environment_info
 from deit.core.console import format_duration, info, progress
 from deit.core.errors import ConfigError, SystemFault
 from deit.core.fault_injection import fault_point
@@ -30,7 +29,6 @@ from deit.distill.build import (
     build_online_ensemble,
     build_teachers,
     build_train_loader,
-    set_memory_formats,
     teacher_input_size,
 )
 from deit.distill.losses import needs_logits
@@ -44,8 +42,6 @@ from deit.distill.target_store import (
     RecordFormat,
     canary,
     encode,
-    memory_formats_of,
-    read_manifest,
 )
 from deit.distill.teacher_check import check_teachers
 from deit.distill.teacher_ensemble import TeacherEnsemble
@@ -89,10 +85,7 @@ def write_targets(
     layout = _layout(config, loader, len(splits.class_names), epochs, content)
     block = max(config.run.eval_batch_size // 2 * 2, 2)
     manifest = _manifest(config, splits, loader, teachers, layout, accelerator, block)
-    wanted = tuple(member.memory_format for member in teacher_specs(config.teacher))
-    layouts = _layouts(out, wanted, wanted)
-    layouts = set_memory_formats(teachers, layouts, accelerator, images=block)
-    units = _units(out, manifest, layouts)
+    units = ShardedTargetWriter(out, manifest)
     if _is_complete(units, accelerator):
         info(f"{out}: complete already")
         return True
@@ -103,11 +96,6 @@ def write_targets(
     _check_room(out, layout)
     weights = tuple(member.weight for member in teacher_specs(config.teacher))
     check_teachers(config, splits, accelerator, teachers, weights=weights, size=size)
-    # Who writes another part of this store may have settled it meanwhile.
-    layouts = set_memory_formats(
-        teachers, _layouts(out, wanted, layouts), accelerator, images=block
-    )
-    units = _units(out, manifest, layouts)
     units.create_or_match()  # not before: teachers that will not do leave no folder behind
     ensemble = build_online_ensemble(config, splits, teachers, accelerator)
     shards = _shards_of(part, layout.num_shards, accelerator)
@@ -118,8 +106,7 @@ def write_targets(
 
 def _is_complete(units: ShardedTargetWriter, accelerator: Accelerator) -> bool:
     """Whether any process finds the store complete: what follows needs all processes together."""
-    complete = torch.tensor(float(units.is_complete()), device=accelerator.device)
-    if accelerator.reduce(complete, reduction="sum").item() == 0:
+    if not any_process(accelerator, units.is_complete()):
         return False
     if accelerator.is_main_process:
         units.clean_up()
@@ -184,26 +171,6 @@ def _write_all(writer: "TargetWriter", accelerator: Accelerator) -> None:
         for _ in range(longest - writer.blocks):
             interruption.raise_if_stopped()
         interruption.raise_if_stopped(now=True)
-
-
-def _layouts(out: Path, wanted: tuple[str, ...], otherwise: tuple[str, ...]) -> tuple[str, ...]:
-    """The wanted layouts, those left open as in what is written of this store; where nothing is, as
-    in `otherwise`. The same in all processes."""
-    try:
-        written = read_manifest(out)["asked"]
-    except FileNotFoundError:
-        written = None
-    known = otherwise if written is None else memory_formats_of(written, len(wanted))
-    layouts = tuple(known if want == "auto" else want for want, known in zip(wanted, known))
-    return broadcast_object_list([layouts])[0]
-
-
-def _units(out: Path, manifest: dict[str, Any], layouts: tuple[str, ...]) -> ShardedTargetWriter:
-    """The store that is to be written. Stores of contiguous teachers do not say so."""
-    asked = manifest["asked"]
-    if set(layouts) != {"contiguous"}:
-        asked = {**asked, "layouts": list(layouts)}
-    return ShardedTargetWriter(out, {**manifest, "asked": asked})
 
 
 def _with_one_teacher(config: Config, teacher_index: int) -> Config:

@@ -10,10 +10,9 @@ from deit.core import run_folder
 from deit.core.console import format_duration, info, table, warn
 from deit.core.errors import ConfigError, DeitError
 from deit.core.filesystem import check_writable, lock_dir, write_json
-from deit.core.json_io import check_same_request, load_json_as, values_of
+from deit.core.json_io import check_same_request
 from deit.datasets.loader import updates_of_epoch
 from deit.datasets.splits import load_splits
-from deit.distill.build import build_accelerator
 from deit.distill.student_init import load_init_weights, with_init_normalization
 from deit.experiments import shared_targets
 from deit.experiments.base_runs import BaseRuns, Experiment, slugify
@@ -35,12 +34,10 @@ from deit.experiments.sweep_grid import Point
 from deit.experiments.sweep_plan import SweepPlan, SweepRun, check_base_run, check_inputs_exist
 from deit.experiments.sweep_tables import MANIFEST, write_results
 from deit.models.networks import create_network
-from deit.models.onednn_linear import resolve_linear_backend
 from deit.models.surgery.pruning_masks import all_ones, prunable, prune_in
 from deit.training.trackers import check_trackers
 
 NAME = "lottery"
-_SETTLED = "settled.json"
 
 
 def lottery(
@@ -76,7 +73,7 @@ def lottery(
     check_same_request(run.out, MANIFEST, manifest, what="search")
     if not run.dry_run:
         check_writable(run.out, option="--out")
-    base, plan, updates = _with_resolved_choices(run, asked)
+    base, plan, updates = _with_normalization(run, asked)
     ground, below, found = _runs(plan, run, base, seeds)
     _announce(plan, base, found, updates)
     _warn_of_ignored_runs(run.out, found)
@@ -86,7 +83,6 @@ def lottery(
     run.out.mkdir(parents=True, exist_ok=True)
     with lock_dir(run.out, option="--out"):
         write_json(run.out / MANIFEST, manifest)
-        write_json(run.out / _SETTLED, {"linear": base.run.linear_backend})
         trials = [SweepRun(_point(one, plan), one.seed, one.run) for one in found]
         stores, runs = shared_targets.plan_shared_stores(
             [one.run for one in found], run.out / "targets", content=None
@@ -109,39 +105,21 @@ def _asked_in_all(asked: LotteryOptions, run: Experiment) -> dict[str, str]:
     rate = f"{RATE if asked.rate is None else asked.rate:g}"
     fields = shared_targets.result_fields(run.config)
     fields.pop("run.seed", None)
-    fields.pop("run.linear_backend", None)
     told = {"sweep": NAME, "recipe": run.recipe, "scope": asked.scope, "rate": rate}
     return {**told, "rewind": rewind, **{name: json.dumps(one) for name, one in fields.items()}}
 
 
-def _known_linear(out: Path) -> str | None:
-    """Who computes linear layers in the runs of a folder; None where none was begun."""
-    file = out / _SETTLED
-    if not file.is_file():
-        return None
-    with values_of(file):
-        return load_json_as(file, dict[str, str])["linear"]
-
-
-def _with_resolved_choices(
-    run: Experiment, asked: LotteryOptions
-) -> tuple[Config, LotteryPlan, int]:
+def _with_normalization(run: Experiment, asked: LotteryOptions) -> tuple[Config, LotteryPlan, int]:
     """The configuration with what all runs must have in common, the plan, and the updates of an
     epoch.
 
-    In common is the normalisation, for a run that goes back has another start than the dense one,
-    and who computes linear layers, which each would measure for itself. Raises ConfigError where
-    nothing can be pruned, or not so.
+    In common is the normalization, which follows from the initial weights: a rewound run has others
+    than the dense one. Raises ConfigError where nothing can be pruned, or not so.
     """
     config = with_init_normalization(run.config, load_init_weights(run.config))
     splits = load_splits(config.data)
     mean, std = config.views.mean or splits.mean, config.views.std or splits.std
     config = config.replace(views={"mean": mean, "std": std})
-    if config.run.linear_backend == "auto":
-        linear = _known_linear(run.out) or resolve_linear_backend(
-            config.run, build_accelerator(config.run)
-        )
-        config = config.replace(run={"linear_backend": linear})
     updates = updates_of_epoch(len(splits.train.labels), config.optim.batch_size)
     plan = plan_of(asked, config, updates=updates)
     if plan.rewind >= config.optim.epochs * updates:

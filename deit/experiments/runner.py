@@ -16,7 +16,7 @@ import torch
 
 from deit.config.schema import Config, to_dict
 from deit.core import run_folder
-from deit.core.console import format_duration, info, warn
+from deit.core.console import count_noun, format_duration, info, warn
 from deit.core.errors import CheckpointError, ConfigError, DataError, DeitError, NumericsError
 from deit.core.filesystem import open_to_append, write_json
 from deit.core.hardware import cores
@@ -142,7 +142,7 @@ def run_parallel_or_raise(runs: list[RunSpec], *, number: int, progress: RunProg
 def combined_error(failed: list[FailedRun]) -> DeitError:
     """What is told of runs that failed, with the exit code of the first."""
     told = "".join(f"\n  {one.run.name} ({one.log}): {one.reason}" for one in failed)
-    runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+    runs = count_noun(len(failed), "run")
     error = DeitError(f"{runs} failed; the same command goes on with the others:{told}")
     error.exit_code = failed[0].code if failed[0].code > 0 else 1
     return error

@@ -10,7 +10,6 @@ from deit.core.console import format_percent, info, table
 from deit.core.errors import ConfigError, SystemFault
 from deit.core.filesystem import check_writable, lock_dir, write_json
 from deit.core.json_io import load_json_as
-from deit.distill.build import build_accelerator
 from deit.evaluation.cache import disagreement_matrix
 from deit.experiments.base_runs import Experiment
 from deit.experiments.finished_runs import FinishedRunChecker
@@ -33,7 +32,6 @@ from deit.experiments.sweep_tables import (
     best_summary,
     write_results,
 )
-from deit.models.onednn_linear import resolve_linear_backend
 from deit.training.trackers import check_trackers
 
 
@@ -62,7 +60,6 @@ def sweep(
     _check(plan, run, asked=asked, parallel=parallel, retries=retries, top=top)
     if not run.dry_run:
         check_writable(out, option="--out")
-        run = _with_resolved_choices(plan, run)
     work = work_of(plan, run, asked=asked)
     for told in duplicate_points(work.trials):
         info(told)
@@ -71,8 +68,7 @@ def sweep(
         return {}
     out.mkdir(parents=True, exist_ok=True)
     with lock_dir(out, option="--out"):
-        linear = run.config.run.linear_backend
-        write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe, "linear": linear})
+        write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe})
         finished, searched = FinishedRunChecker(), None
         finished.check([*work.base_runs, *(trial.run for trial in work.trials)])
         if plan.search:
@@ -112,20 +108,6 @@ def _check(
     _check_folder(run.out, plan, run.recipe)
     if plan.search:
         check_optuna()
-
-
-def _with_resolved_choices(plan: Sweep, run: Experiment) -> Experiment:
-    """The same with one choice of who computes linear layers, for all runs and whenever they begin:
-    each would choose what measures faster at its moment, and differ from the others by it."""
-    named = {*plan.grid, *(plan.search.fields if plan.search else ())}
-    named |= {field for own in plan.runs.values() for field in own}
-    apart = {f"run.{leaf}" for leaf in ("linear_backend", "precision", "device", "compile")}
-    if run.config.run.linear_backend != "auto" or named & apart:
-        return run
-    before = run.out / MANIFEST
-    known = load_json_as(before, dict[str, str]).get("linear") if before.is_file() else None
-    linear = known or resolve_linear_backend(run.config.run, build_accelerator(run.config.run))
-    return run._replace(config=run.config.replace(run={"linear_backend": linear}))
 
 
 def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:

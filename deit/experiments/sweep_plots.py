@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deit.core.console import count_noun
 from deit.core.errors import SystemFault
 from deit.experiments.sweep_spec import short_names
 from deit.experiments.sweep_tables import points
@@ -77,7 +78,7 @@ def _title(result: dict[str, Any]) -> str:
     number, of = len(result["seeds"]), "seed"
     if result.get("search"):
         number, of = result["search"]["trials"], "trial"
-    return f"{result['sweep']}, {result['recipe']} ({number} {of}{'s' * (number > 1)})"
+    return f"{result['sweep']}, {result['recipe']} ({count_noun(number, of)})"
 
 
 def _values(result: dict[str, Any], field: str) -> list[str]:

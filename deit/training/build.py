@@ -66,7 +66,6 @@ def build(
     facts = model_info_from(config, splits)
     loader, panel = faculty.load(splits, accelerator)
     _check_update(config, loader)
-    config = config.replace(teacher={"memory_format": faculty.layouts})
     student, notes = _student(config, facts, init_weights)
     masks = None if resumed else init_masks(config, init_weights, student.network)
     pieces = shard_degree(config.run.sharding, accelerator.num_processes)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from deit.core.accelerator import uses_cuda_graphs
+from deit.core.accelerator import any_process, uses_cuda_graphs
 from deit.core.console import info
 from deit.core.errors import SystemFault, is_out_of_memory
 from deit.core.fault_injection import fault_point
@@ -179,8 +179,7 @@ def find_micro_batch(run: TrainingRun) -> None:
                 run.panel(batch)
             return student(batch.images)
 
-        failed = torch.tensor(float(not _try_backward(run, answer)), device=run.accelerator.device)
-        if run.accelerator.reduce(failed, reduction="sum").item() == 0:
+        if not any_process(run.accelerator, not _try_backward(run, answer)):
             return
         before, smaller = loader.block, micro_batch_sizes(run)
         if not smaller:

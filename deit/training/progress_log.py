@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from deit.config.schema import LossConfig, OptimConfig
-from deit.core.console import format_count, format_duration, format_percent, info, warn
+from deit.core.console import count_noun, format_count, format_duration, format_percent, info, warn
 from deit.core.hardware import cores
 from deit.core.sharding import shard_degree
 from deit.datasets.decode_workers import worker_count
@@ -25,7 +25,7 @@ def log_setup(run: TrainingRun, environment: dict[str, Any]) -> None:
     network = accelerator.unwrap_model(run.student).network
     views = loader.steps_per_epoch * optim.batch_size
     number = accelerator.num_processes
-    processes = "1 process" if number == 1 else f"{number} processes"
+    processes = count_noun(number, "process")
     info(
         f"student   {config.student.name}: {format_count(count_parameters(network))} parameters, "
         f"input {config.student.image_size} px"
@@ -52,7 +52,7 @@ def log_setup(run: TrainingRun, environment: dict[str, Any]) -> None:
     threads = environment["threads"]
     info(
         f"machine   {environment['device_name']}, {environment['precision']}, "
-        f"{threads} thread{'s' * (threads > 1)}"
+        f"{count_noun(threads, 'thread')}"
         f"{', linear layers by oneDNN' * (config.run.linear_backend == 'onednn')}; seed "
         f"{config.run.seed}"
     )

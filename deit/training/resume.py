@@ -42,23 +42,13 @@ def read_state(folder: Path) -> TrainState:
     return state
 
 
-def with_resolved_choices(config: Config, out: Path) -> Config:
-    """The configuration with what the run in `out` settled when it began: the normalisation of its
-    start, who computes linear layers (torch in runs that do not say), and the teachers' layouts
-    (contiguous)."""
-    if not (out / run_folder.CONFIG).is_file():
+def with_normalization_of(config: Config, out: Path) -> Config:
+    """The configuration with the normalization that the run in `out` took from its initial
+    weights, which may be gone by now."""
+    if config.init.weights is None or config.views.mean is not None:
         return config
     before = load_config(out / run_folder.CONFIG)
-    if config.init.weights is not None and config.views.mean is None:
-        config = config.replace(views={"mean": before.views.mean, "std": before.views.std})
-    if config.run.linear_backend == "auto" and config.run.compile == "none":
-        known = "torch" if before.run.linear_backend == "auto" else before.run.linear_backend
-        config = config.replace(run={"linear_backend": known})
-    if set(config.teacher.memory_format) <= {"auto"}:
-        number = max(len(before.teacher.source), len(before.teacher.target_stores))
-        known = before.teacher.memory_format or ("contiguous",) * number
-        config = config.replace(teacher={"memory_format": known})
-    return config
+    return config.replace(views={"mean": before.views.mean, "std": before.views.std})
 
 
 def resume_run(run: TrainingRun) -> bool:
@@ -276,7 +266,7 @@ def warn_if_not_reproducible(out: Path, now: dict[str, Any], config: Config) -> 
     except CheckpointError as error:
         warn(f"{error}; so whether it goes on to the bit is not known")
         return
-    begun = with_resolved_choices(load_config(out / run_folder.CONFIG), out)
+    begun = load_config(out / run_folder.CONFIG)
     settings = {
         "optim.grad_accum_steps": (begun.optim.grad_accum_steps, config.optim.grad_accum_steps),
         "run.linear_backend": (begun.run.linear_backend, config.run.linear_backend),

@@ -44,7 +44,7 @@ from deit.training.resume import (
     check_same_run,
     resume_run,
     warn_if_not_reproducible,
-    with_resolved_choices,
+    with_normalization_of,
 )
 from deit.training.save import finish_epoch, required_bytes, save_checkpoint, write_result
 from deit.training.state import TrainingRun
@@ -126,7 +126,7 @@ def _build(
     # A resumed run has weights of its own: the ones it was initialized with may be gone.
     init_weights = None if beginning.resuming else load_init_weights(config)
     if beginning.resuming:
-        config = with_resolved_choices(config, out)
+        config = with_normalization_of(config, out)
     else:
         config = with_init_normalization(config, init_weights)
     accelerator = build_accelerator(config.run, grad_accum_steps=config.optim.grad_accum_steps)

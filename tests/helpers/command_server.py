@@ -331,14 +331,11 @@ def forked_runs(path: Path) -> SimpleNamespace:
     return SimpleNamespace(Popen=popen, **{name: getattr(subprocess, name) for name in names})
 
 
-_MEASURED = {
-    "deit.models.memory_format": {"_FASTER": float("inf"), "_TRIES": 0, "_PIXELS_OF_A_CPU": 1},
-    "deit.models.onednn_linear": {"_FASTER": float("inf"), "_TRIES": 0},
-    "deit.models.cost": {"_ROUND_S": 0.01},
-    "deit.deploy.variants": {"_TIMED_S": 0.0},
-    "deit.deploy.int8_compare": {"_TIMED_S": 0.0},
+_TIMING_S = {  # constants that say for how long something is timed [s]
+    "deit.models.cost._ROUND_S": 0.01,
+    "deit.deploy.variants._TIMED_S": 0.0,
+    "deit.deploy.int8_compare._TIMED_S": 0.0,
 }
-_ORIGINAL: dict[tuple[str, str], Any] = {}  # as the modules have them
 # What commands import when they come to it, so that no copy has to.
 _IMPORTED = (
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "sklearn.datasets"),
@@ -347,16 +344,11 @@ _IMPORTED = (
 
 
 @contextmanager
-def measuring(*, really: bool) -> Iterator[None]:
-    """What a run chooses by measuring depends on how busy the machine is: a test that compares the
-    bits of two runs must not, so nothing is ever faster enough, and hardly tried. And the seconds
-    for which a table's times are measured are moments: no test asks how exact they are."""
+def short_timings() -> Iterator[None]:
+    """Time for moments instead of seconds: no test asks how exact the times of a table are."""
     with ExitStack() as stack:
-        for place, values in _MEASURED.items():
-            module = import_module(place)
-            for name, value in values.items():
-                original = _ORIGINAL.setdefault((place, name), getattr(module, name))
-                stack.enter_context(mock.patch.object(module, name, original if really else value))
+        for place, seconds in _TIMING_S.items():
+            stack.enter_context(mock.patch(place, seconds))
         yield
 
 
@@ -380,7 +372,7 @@ def _parse() -> None:
 
 def _serve(path: Path, parent: int) -> None:
     stack = ExitStack()
-    stack.enter_context(measuring(really=False))
+    stack.enter_context(short_timings())
     for name in (*_ours(), *_IMPORTED):
         with suppress(ImportError):  # it is optional
             import_module(name)

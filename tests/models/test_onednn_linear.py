@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from deit.config.schema import RunConfig
 from deit.config.student_section import StudentConfig
-from deit.core import run_folder, run_log
+from deit.core import hardware, run_folder, run_log
+from deit.core.errors import SystemFault
+from deit.distill.build import build_accelerator
 from deit.evaluation.evaluate import evaluate
 from deit.models import onednn_linear
 from deit.models.networks import create_network
-from deit.models.onednn_linear import OneDNNLinear, use_onednn
+from deit.models.onednn_linear import OneDNNLinear, resolve_linear_backend, use_onednn
 from deit.training.train import train
+from tests.helpers.errors import raises
 from tests.helpers.small_runs import two_epochs
 
 pytestmark = pytest.mark.skipif(not onednn_linear.available(), reason="no oneDNN in this PyTorch")
@@ -111,27 +115,47 @@ def test_the_same_product_twice_is_the_same_to_the_bit():
     assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
-@pytest.mark.usefixtures("measured")
-def test_it_pays_where_it_is_much_faster(monkeypatch):
-    """On a clock of our own."""
-    now = [0.0]
-    took = {"torch": 2.0, "onednn": 1.0}
+@pytest.mark.parametrize(
+    ("vendor", "run", "expected"),
+    [
+        ("AuthenticAMD", {}, "onednn"),
+        ("GenuineIntel", {}, "torch"),
+        ("", {}, "torch"),
+        ("AuthenticAMD", {"precision": "bf16"}, "torch"),
+        ("AuthenticAMD", {"compile": "default"}, "torch"),
+        ("AuthenticAMD", {"linear_backend": "torch"}, "torch"),
+        ("GenuineIntel", {"linear_backend": "onednn"}, "onednn"),
+    ],
+)
+def test_auto_is_onednn_in_fp32_on_amd(vendor, run, expected, monkeypatch):
+    monkeypatch.setattr(onednn_linear, "cpu_vendor", lambda: vendor)
+    config = RunConfig(device="cpu", **run)
+    assert resolve_linear_backend(config, build_accelerator(config)) == expected
+    if expected == "onednn":
+        monkeypatch.setattr(onednn_linear, "available", lambda: False)
+        if config.linear_backend == "auto":
+            assert resolve_linear_backend(config, build_accelerator(config)) == "torch"
+        else:
+            with raises(SystemFault, "run.linear_backend"):
+                resolve_linear_backend(config, build_accelerator(config))
 
-    def way(name):
-        def run(*arguments):
-            now[0] += took[name]
 
-        return run
-
-    monkeypatch.setattr(onednn_linear.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(onednn_linear, "linear", way("torch"))
-    monkeypatch.setattr(onednn_linear, "product", way("onednn"))
-    assert onednn_linear.is_faster()
-    took["torch"] = 1.2
-    assert not onednn_linear.is_faster()
-    monkeypatch.setattr(onednn_linear, "available", lambda: False)
-    took["torch"] = 9.0
-    assert not onednn_linear.is_faster()
+@pytest.mark.parametrize(
+    ("cpuinfo", "processor", "expected"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\n", "x86_64", "AuthenticAMD"),
+        ("processor\t: 0\nBogoMIPS\t: 50\n", "", ""),
+        (None, "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD", "AuthenticAMD"),
+        (None, "arm", "arm"),
+    ],
+)
+def test_the_maker_of_a_processor(cpuinfo, processor, expected, tmp_path, monkeypatch):
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(cpuinfo)
+    monkeypatch.setattr(hardware, "_CPUINFO", file)
+    monkeypatch.setattr(hardware.platform, "processor", lambda: processor)
+    assert hardware.cpu_vendor() == expected
 
 
 def test_a_run_learns_by_it_goes_on_by_it_and_is_evaluated_by_it(tmp_path, capsys):
@@ -149,7 +173,7 @@ def test_a_run_learns_by_it_goes_on_by_it_and_is_evaluated_by_it(tmp_path, capsy
     (stopped / run_folder.RESULT).unlink()
     for _, later in run_folder.list_checkpoints(stopped)[:-3]:
         shutil.rmtree(later)
-    train(small.replace(run={"linear_backend": "auto"}), stopped, resume=True)  # as it was chosen
+    train(small.replace(run={"linear_backend": "onednn"}), stopped, resume=True)
     assert (stopped / run_log.HASH_CHAIN).read_bytes() == chain
     found = [evaluate(tmp_path / way)["heads"]["class"]["top1"] for way in ("torch", "onednn")]
     assert found[0] == pytest.approx(found[1], abs=0.01)
