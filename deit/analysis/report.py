@@ -11,7 +11,7 @@ from deit.analysis.sweep_sections import sections_of_sweep
 from deit.config.schema import Config
 from deit.config.validation import load_config
 from deit.core import run_folder, run_log
-from deit.core.console import format_duration, format_percent, info, warn
+from deit.core.console import count_noun, format_duration, format_percent, info, warn
 from deit.core.errors import CheckpointError, ConfigError, DataError, SystemFault
 from deit.core.filesystem import atomic_write, check_writable, format_bytes, write_json
 from deit.core.json_io import values_of
@@ -68,8 +68,8 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
         alone = len(paths) == 1  # its name is the title of the page
         body += parts if alone else [html.section(names[path], parts, anchor=anchor)]
     title = names[paths[0]] if len(paths) == 1 else f"{len(paths)} reports"
-    kinds = [f"{len(runs)} run{'s' * (len(runs) != 1)}"] * bool(runs)
-    kinds += [f"{len(sweeps)} sweep{'s' * (len(sweeps) != 1)}"] * bool(sweeps)
+    kinds = [count_noun(len(runs), "run")] * bool(runs)
+    kinds += [count_noun(len(sweeps), "sweep")] * bool(sweeps)
     whole = html.page(
         title,
         f"{' and '.join(kinds)}: {', '.join(map(str, paths))}",

@@ -25,6 +25,7 @@ from accelerate.utils import (
 from torch import nn
 
 import deit
+from deit.core.console import count_noun
 from deit.core.errors import CheckpointError, ConfigError, DataError, DeitError, SystemFault
 from deit.core.hardware import processor
 
@@ -161,6 +162,12 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], int], what: obj
     return number
 
 
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Return whether the flag is true in any process. Every process has to call it."""
+    told = torch.tensor(float(flag), device=accelerator.device)
+    return accelerator.reduce(told, reduction="sum").item() > 0
+
+
 def compile_module(network: nn.Module, mode: str) -> None:
     """Let torch compile a network's forward and backward pass at its first call, in a mode of
     run.compile. In its place: names, weights and copies of it stay as they are."""
@@ -239,7 +246,7 @@ def environment_info(accelerator: Accelerator, command: str = "") -> dict[str, A
 def place_of_speed(device: torch.device) -> str:
     """What a speed or a peak of memory that is measured here and now depends on, in a line."""
     threads = torch.get_num_threads()
-    by = "" if device.type == "cuda" else f", {threads} thread{'s' * (threads > 1)}"
+    by = "" if device.type == "cuda" else f", {count_noun(threads, 'thread')}"
     return f"{_name_of(device)}{by}, torch {torch.__version__}"
 
 

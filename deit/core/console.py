@@ -78,6 +78,13 @@ def format_count(number: int) -> str:
     return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number / 1e3:.1f} k"
 
 
+def count_noun(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 epoch`, `3 epochs`, `2 processes`."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def progress(items: Iterable[Item], *, total: int, title: str, done: int = 0) -> Iterator[Item]:
     """The same items, with a progress bar on a terminal and a line now and then elsewhere.
 

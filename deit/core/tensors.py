@@ -1,4 +1,4 @@
-"""Small tensors moved to a device without waiting for its queue."""
+"""Small tensors: moved to a device without waiting for its queue, or made."""
 
 from functools import cache
 
@@ -12,6 +12,16 @@ def to_device_async(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def evenly_spaced(total: int, number: int) -> Tensor:
+    """Return int64 [min(number, total)]: so many of the places 0 to total - 1, the first and the
+    last among them.
+
+    >>> evenly_spaced(9, 3).tolist()
+    [0, 4, 8]
+    """
+    return torch.linspace(0, total - 1, min(number, total)).round().long()
 
 
 @cache

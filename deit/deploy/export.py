@@ -13,6 +13,7 @@ from deit.config.schema import Config
 from deit.core.console import info
 from deit.core.errors import CheckpointError, ConfigError, SystemFault
 from deit.core.filesystem import atomic_write_dir, check_writable
+from deit.core.tensors import evenly_spaced
 from deit.datasets.splits import load_splits
 from deit.deploy.formats import FORMATS, ExportFormat, Graph, Heads, InferenceFn, outputs_of
 from deit.deploy.model_card import write_card
@@ -159,8 +160,7 @@ def _views(config: Config, root: str | None, number: int) -> Tensor:
     """The evaluation views of so many images, spread over the test split, float32 in [0, 1]."""
     data = config.data if root is None else dataclasses.replace(config.data, root=root)
     test = load_splits(data).test
-    last = len(test.labels) - 1
-    chunks = torch.linspace(0, last, min(number, last + 1)).round().long().split(64)
+    chunks = evenly_spaced(len(test.labels), number).split(64)
     return torch.cat(list(evaluation_batches(test, chunks, config, device=torch.device("cpu"))))
 
 

@@ -11,14 +11,15 @@ from torch import Tensor
 from deit.core.console import progress
 from deit.core.errors import CheckpointError
 from deit.core.metrics import agreement, topk_accuracy
+from deit.core.tensors import evenly_spaced
 from deit.deploy.export import BATCHES, run_graph
 from deit.deploy.formats import OUTPUTS, Graph, Heads, InferenceFn, onnx_inference_fn, outputs_of
 from deit.deploy.int8_graph import signal_to_noise
 from deit.deploy.latency import latencies
-from deit.deploy.onnx_student import CHUNK, OnnxStudent, evenly_spaced, split_images
+from deit.deploy.onnx_student import CHUNK, OnnxStudent, split_images
 from deit.evaluation.evaluate import head_metrics
+from deit.viz.tables import HEADS
 
-_HEADS = ("class", "distillation", "fused")
 _SENSITIVE_ON = 512
 _TIMED = (1, 64)
 _TIMED_S = 3.0
@@ -81,7 +82,7 @@ def layer_sensitivity(
     images. write: the file of some layers in integers. place: where files are written and removed.
     """
     images = split_images(file.config, file.facts, file.run, "validation")
-    rows = evenly_spaced(images, _SENSITIVE_ON)
+    rows = evenly_spaced(len(images.labels), _SENSITIVE_ON)
     inputs, labels = list(file.inputs(images, rows)), images.labels[rows]
     before = final_head(_ask({"float": onnx_inference_fn(file.original)}, inputs)["float"])
     target = place / "one-layer.onnx"
@@ -111,7 +112,9 @@ def interleaved_latency(
     """The latency of `float` and `int8` by size of the batch, as deit.deploy.latency tells it."""
     paths = {"float": file.original, "int8": target}
     answers = {name: onnx_inference_fn(path, threads=threads) for name, path in paths.items()}
-    inputs = torch.cat(list(file.inputs(file.test, evenly_spaced(file.test, max(_TIMED)))))
+    inputs = torch.cat(
+        list(file.inputs(file.test, evenly_spaced(len(file.test.labels), max(_TIMED))))
+    )
     inputs = inputs[torch.arange(max(_TIMED)) % len(inputs)]
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in paths}
     for batch in progress(_TIMED, total=len(_TIMED), title="timing in turns"):
@@ -128,7 +131,9 @@ def check_batch_invariance(file: OnnxStudent, target: Path) -> dict[str, Any]:
     where batches of some size are far noisier.
     """
     answer = onnx_inference_fn(target)
-    inputs = torch.cat(list(file.inputs(file.test, evenly_spaced(file.test, max(BATCHES)))))
+    inputs = torch.cat(
+        list(file.inputs(file.test, evenly_spaced(len(file.test.labels), max(BATCHES))))
+    )
     before = onnx_inference_fn(file.original)(inputs)["logits"]
     logits = [torch.cat([answer(part)["logits"] for part in inputs.split(n)]) for n in BATCHES]
     ratios = {number: signal_to_noise(before, one) for number, one in zip(BATCHES, logits)}
@@ -162,9 +167,15 @@ def _ask(files: dict[str, InferenceFn], batches: Iterable[Tensor]) -> dict[str, 
     }
 
 
+def _test_inputs(file: OnnxStudent, number: int) -> Tensor:
+    """Inputs of so many images spread over the test split."""
+    rows = evenly_spaced(len(file.test.labels), number)
+    return torch.cat(list(file.inputs(file.test, rows)))
+
+
 def _by_head(outputs: Heads) -> Heads:
     heads = {OUTPUTS[name] if len(outputs) > 1 else "class": one for name, one in outputs.items()}
-    return {head: heads[head] for head in _HEADS if head in heads}
+    return {head: heads[head] for head in HEADS if head in heads}
 
 
 def _finite(decibels: float) -> float | None:

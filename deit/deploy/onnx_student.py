@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deit.config.schema import Config
 from deit.core.console import info
 from deit.core.errors import CheckpointError
+from deit.core.tensors import evenly_spaced
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.deploy.export import BATCHES, run_graph, split_normalization, verify
 from deit.deploy.formats import (
@@ -93,7 +94,7 @@ def export_float_onnx(
     _check_products(layers, bare.network)
     known = (config, facts, run, normalise, original, prepared, layers, test)
     file = OnnxStudent(*known, {}, rounding)
-    inputs = torch.cat(list(file.inputs(test, evenly_spaced(test, _VERIFIED))))
+    inputs = torch.cat(list(file.inputs(test, evenly_spaced(len(test.labels), _VERIFIED))))
     number = len(inputs)
     inputs = inputs[torch.arange(max(number, sum(BATCHES))) % number]
     expected = run_graph(Graph(bare), outputs_of(bare), inputs)
@@ -114,9 +115,3 @@ def _check_products(layers: QuantizableLayers, network: nn.Module) -> None:
             f"{number} layers of attention {2 * number} were expected: this release of "
             "PyTorch or ONNX Runtime writes attention otherwise than quantizing knows"
         )
-
-
-def evenly_spaced(images: InMemoryImages | EncodedImages, number: int) -> Tensor:
-    """The places of so many images (or all, if there are fewer), spread over a split."""
-    last = len(images.labels) - 1
-    return torch.linspace(0, last, min(number, last + 1)).round().long()

@@ -42,10 +42,10 @@ from deit.models.saved import WEIGHTS, ModelInfo, load_student, to_safetensors_b
 from deit.models.student import Student
 from deit.models.surgery.token_merging import with_merging
 from deit.models.weight_files import digest_of, read_weights
+from deit.viz.tables import HEADS
 
 _TIMED = (1, 64)
 _TIMED_S = 1.5  # for each version and size of the batch
-_HEADS = ("class", "distillation", "fused")
 _FILES = ("variants.json", "variants.md", "variants.png")
 _SAME = 0.999  # of a float file: the last bits may decide between two classes
 _ALIKE = 0.8  # the share of equal answers below which an int8 file is of another network
@@ -100,7 +100,7 @@ def variants(
     for name, own in answers.items():
         rows[name] = {
             **rungs[name].about,
-            "top1": {head: _share(own.get(head), labels) for head in _HEADS},
+            "top1": {head: _share(own.get(head), labels) for head in HEADS},
             "same_answers": _share(final_head(own), first),
         }
     rungs = {name: rungs[name] for name in rows}
@@ -251,7 +251,7 @@ def _rung(version: Variant, config: Config, facts: ModelInfo) -> VariantEntry:
 @torch.inference_mode()
 def _ask(student: Student, views: Tensor) -> dict[str, Tensor]:
     heads = logits_by_head(student(views))
-    return {head: heads[head] for head in _HEADS if head in heads}
+    return {head: heads[head] for head in HEADS if head in heads}
 
 
 def _by_torch(student: Student) -> InferenceFn:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from deit.core.console import format_percent, info, table
+from deit.core.console import count_noun, format_percent, info, table
 from deit.viz import charts
 from deit.viz.plots import save_figure
 from deit.viz.tables import HEADS, final_head_top1, markdown_table
@@ -66,7 +66,7 @@ def markdown(result: dict[str, Any]) -> str:
     environment = result["environment"]
     threads = environment["threads"]
     where = (
-        f"{environment['device_name']}, {threads} thread{'s' * (threads > 1)}, torch "
+        f"{environment['device_name']}, {count_noun(threads, 'thread')}, torch "
         f"{environment['packages']['torch']}, commit {environment['commit']}"
     )
     return (

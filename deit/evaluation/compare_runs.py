@@ -15,9 +15,10 @@ from deit.core.run_folder import is_checkpoint_dir
 from deit.datasets.imagenet_variants import check_known
 from deit.evaluation.evaluate import EvaluationResult, evaluate_run
 from deit.evaluation.load_run import resolve_run, student_at_resolution
-from deit.evaluation.tables import HEADS, print_disagreement
+from deit.evaluation.tables import print_disagreement
 from deit.models.surgery.token_merging import check_merging
 from deit.viz.plots import draw_throughput
+from deit.viz.tables import HEADS
 
 
 def compare_evaluations(

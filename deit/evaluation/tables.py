@@ -5,8 +5,7 @@ from typing import Any
 
 from deit.core.console import format_percent, info, is_main_process, table
 from deit.core.filesystem import write_json
-
-HEADS = ("class", "distillation", "fused")
+from deit.viz.tables import HEADS
 
 
 def write_evaluation(path: Path, found: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import IO, Any
 
+from deit.core.console import count_noun
 from deit.core.errors import SystemFault, printable
 from deit.core.filesystem import atomic_write
 from deit.viz.tables import HEADS, _final
@@ -52,7 +53,7 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
         raise SystemFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
     seeds = len(result["seeds"])
     study = result.get("study", "teacher")
-    title = f"{result['recipe']}: {_TITLES[study]} ({seeds} seed{'s' * (seeds > 1)})"
+    title = f"{result['recipe']}: {_TITLES[study]} ({count_noun(seeds, 'seed')})"
     if study == "teacher" and set(result["rows"]) <= set(_COLOURS):
         figure = Figure(figsize=(10, 4), layout="constrained")
         curves, heads = figure.subplots(1, 2, width_ratios=(3, 2))
