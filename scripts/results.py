@@ -7,15 +7,17 @@ import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from deit.core.console import count_noun
 from deit.experiments.lottery_tables import tickets_table
 from deit.experiments.sweep_plots import finished_rows, ticket_curve
 from deit.experiments.sweep_tables import cells, class_by_class, columns, disagreement_table
 from deit.viz.charts import chart
 from deit.viz.plots import draw_comparison
-from deit.viz.tables import COLUMNS, comparison_cells, markdown_table
+from deit.viz.tables import HEADS, markdown_table, mean_std
 from scripts.benchmarks.plot import draw_benchmark
 from scripts.compression_tables import draw_smaller, goals, smaller_table
 from scripts.landscape_tables import draw_landscape, draw_seeds, landscape_tables, seeds_tables
@@ -62,6 +64,19 @@ SEEDS = {
 BENCHMARKS = ("benchmark-data", "benchmark-targets", "benchmark-train")
 
 
+def _cells(name: str, row: dict[str, Any]) -> list[str]:
+    """A row of the comparison table: name, top-1 % by head, agreement with the teacher, seconds."""
+    shares = [[top1[head] for top1 in row["top1"]] for head in HEADS] + [row["agreement"]]
+    return [
+        name,
+        *(mean_std(values, scale=100) for values in shares),
+        mean_std(row["seconds"], digits=0),
+    ]
+
+
+COLUMNS = ("", "class head", "distillation head", "fused", "agrees with teacher %", "seconds")
+
+
 def section(name: str, result: dict) -> str:
     """One comparison as Markdown: title, table, how it was measured."""
     seeds = result["seeds"]
@@ -69,12 +84,12 @@ def section(name: str, result: dict) -> str:
     spread = f"mean +- standard deviation of seeds {', '.join(map(str, seeds))}"
     how = spread if len(seeds) > 1 else f"seed {seeds[0]}"
     threads = environment["threads"]
-    rows = [comparison_cells(row, values) for row, values in result["rows"].items()]
+    rows = [_cells(row, values) for row, values in result["rows"].items()]
     return (
         f"**{TITLES[name]}** ([{name}.json](docs/results/{name}.json))\n\n"
         f"{markdown_table(COLUMNS, rows)}\n\n"
         f"Test top-1 in %, {result['num_samples']} images, {how}; {environment['device_name']}, "
-        f"{environment['precision']}, {threads} thread{'s' * (threads > 1)}, torch "
+        f"{environment['precision']}, {count_noun(threads, 'thread')}, torch "
         f"{environment['packages']['torch']}, commit {environment['commit']}.\n"
         f"{shown_command(name, result['command'])}\n"
     )
@@ -191,7 +206,7 @@ def smaller_section(name: str, result: dict) -> str:
         f"**{SMALLER[name]}** ([{name}.json](results/{name}.json))\n\n"
         f"{smaller_table(result)}\n\n{goals(result)}\n\n"
         f"Test top-1 in %, {ladder['num_samples']} images, seeds {', '.join(result['seeds'])}; "
-        f"times: medians of turns, {threads} thread{'s' * (threads > 1)}, "
+        f"times: medians of turns, {count_noun(threads, 'thread')}, "
         f"{environment['device_name']}, torch {environment['packages']['torch']}, commit "
         f"{environment['commit']}.\n"
         f"{shown_command(name, result['command'], '--json', f'docs/results/{name}.json')}\n"

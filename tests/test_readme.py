@@ -146,7 +146,7 @@ def test_our_commands_run_in_the_readmes_order(place, zygote):
             out = arguments[arguments.index("--out") + 1]
             taught = ["--teacher.source", f"{out}/teacher"]
     assert (place / "digits.json").is_file()
-    assert (place / "checkpoints" / "compare" / "comparison.png").stat().st_size > 10_000
+    assert (place / "checkpoints" / "compare" / "runs.png").stat().st_size > 10_000
 
 
 def test_the_other_commands_are_real(place, zygote):

@@ -26,7 +26,9 @@ def without_teacher(config: Config) -> Config:
 
 
 def with_and_without_teacher(config: Config) -> Arms:
-    """What the teacher is worth: with it and without."""
+    """What the teacher is worth: with it and without. Raises ConfigError where there is none."""
+    if config.loss.kind == "none":
+        raise ConfigError("--study teacher: the objective has no teacher (loss.kind = 'none')")
     return {"distilled": config, "undistilled": without_teacher(config)}
 
 

@@ -149,7 +149,16 @@ def _end(span: SearchRange) -> Callable[[float], float]:
 def _arms(sweep: Sweep, base: Config, fields: Fields) -> Iterator[tuple[str, Config]]:
     """Name and configuration of each run of one combination."""
     if sweep.study is not None:
-        for name, arm in STUDIES[sweep.study](base).items():
+        arms = STUDIES[sweep.study](base)
+        for name in sweep.arms:
+            if name not in arms:
+                known = ", ".join(arms)
+                raise ConfigError(
+                    f"--study {sweep.study}: --arms {name}: should be of {known}"
+                    f"{did_you_mean(name, arms)}"
+                )
+        for name in sweep.arms or arms:
+            arm = arms[name]
             yield name, with_fields(arm, {}, where=f"sweep {sweep.name}, {name}")
         return
     for name, own in sweep.runs.items():
@@ -192,6 +201,21 @@ SWEEPS: dict[str, Sweep] = {
     ),
 }
 """Every sweep by its name on the command line: each study, and grids of ours."""
+
+
+def study_sweep(
+    study: str, *, recipe: str, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = (0,)
+) -> Sweep:
+    """Return the sweep of a study of a recipe. arms: some of the study's; none named: all.
+
+    Raises ConfigError for an unknown study.
+    """
+    if study not in STUDIES:
+        known = ", ".join(STUDIES)
+        raise ConfigError(
+            f"--study {study}: should be one of {known}{did_you_mean(study, STUDIES)}"
+        )
+    return Sweep(study, recipe=recipe, study=study, arms=arms, seeds=seeds)
 
 
 def find_sweep(name: str) -> Sweep:

@@ -48,10 +48,10 @@ class Sweep:
 
     set: fields over the recipe's, for all. grid: the values of each field that varies; every
     combination is trained. runs: fields by the name of a run, for each combination. study: the arms
-    of a named study in their place. search: a space in place of a grid; the first seed searches,
-    the best points are trained with the others. seeds: of each. share_targets: whether runs that
-    ask the teacher the same share one store of its answers. content: of these stores; None: what
-    the objectives need.
+    of a named study in their place; arms: some of these; none named: all. search: a space in place
+    of a grid; the first seed searches, the best points are trained with the others. seeds: of each.
+    share_targets: whether runs that ask the teacher the same share one store of its answers.
+    content: of these stores; None: what the objectives need.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Sweep:
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     runs: dict[str, Fields] = field(default_factory=dict)
     study: str | None = None
+    arms: tuple[str, ...] = ()
     search: SearchSpace | None = None
     seeds: tuple[int, ...] = (0,)
     share_targets: bool = True
@@ -138,6 +139,8 @@ def _checked(path: Path, values: dict[str, Any]) -> Sweep:
             raise ConfigError(f"{path}: {key}: {error}") from None
     if found.get("runs") and found.get("study"):
         raise ConfigError(f"{path}: has runs and a study; a study brings runs of its own")
+    if found.get("arms") and not found.get("study"):
+        raise ConfigError(f"{path}: arms: are those of a study, and none is named")
     if found.get("search") and (found.get("grid") or found.get("runs") or found.get("study")):
         raise ConfigError(f"{path}: has a search and a grid, runs or a study; a search is alone")
     if not any(found.get(key) for key in ("grid", "runs", "study", "search")):
@@ -295,12 +298,19 @@ def _truth(value: Any) -> bool:
     return value
 
 
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"should be a list of names, is {value!r}")
+    return tuple(value)
+
+
 _READ: dict[str, Callable[[Any], Any]] = {
     "recipe": _text,
     "set": _flat,
     "grid": _grid,
     "runs": _runs,
     "study": _study,
+    "arms": _names,
     "search": _space,
     "seeds": _seeds,
     "share_targets": _truth,

@@ -46,7 +46,7 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
     """Validation accuracy over the epochs, and final test accuracy by head, as a PNG.
 
     Of other studies than `teacher` one accuracy of each arm. result: what
-    deit.experiments.compare.compare returns. Raises SystemFault without matplotlib."""
+    deit.experiments.sweep.sweep returns. Raises SystemFault without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -240,7 +240,9 @@ def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
             continue
         for index, curve in enumerate(row["curves"]):
             epochs, values = zip(*((epoch, 100 * top1) for epoch, top1 in curve))
-            axes.plot(epochs, values, color=colour, alpha=0.8, label=None if index else name)
+            marker = "o" if len(epochs) == 1 else None
+            label = None if index else name
+            axes.plot(epochs, values, color=colour, alpha=0.8, label=label, marker=marker)
             shown += values
     axes.set(xlabel="epoch", ylabel="validation top-1 %", ylim=_limits(shown))
     axes.xaxis.get_major_locator().set_params(integer=True)

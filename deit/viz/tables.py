@@ -18,19 +18,6 @@ def mean_std(values: list[float | None], *, scale: float = 1, digits: int = 1) -
     return f"{mean} +- {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else mean
 
 
-def comparison_cells(name: str, row: dict[str, Any]) -> list[str]:
-    """A row of the comparison table: name, top-1 % by head, agreement with the teacher, seconds."""
-    shares = [[top1[head] for top1 in row["top1"]] for head in HEADS] + [row["agreement"]]
-    return [
-        name,
-        *(mean_std(values, scale=100) for values in shares),
-        mean_std(row["seconds"], digits=0),
-    ]
-
-
-COLUMNS = ("", "class head", "distillation head", "fused", "agrees with teacher %", "seconds")
-
-
 def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table, first column to the left, the others to the right."""
     columns = list(columns)

@@ -264,7 +264,7 @@ def test_help_shows_every_field_and_its_default(run, command):
 _OF_RUNS = {
     "train": ("", ""),
     "finetune": ("from resolution schedule", ""),
-    "compare": ("study arms seeds parallel json", "resume dry-run"),
+    "compare": ("study arms seeds parallel retries", "resume"),
     "sweep": ("recipe seeds parallel retries top", "resume"),
     "prune": (
         "ratio heads hidden macs scope criterion images checkpoint schedule controls parallel",

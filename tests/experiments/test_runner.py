@@ -5,7 +5,6 @@ import io
 import json
 import re
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -38,28 +37,42 @@ def chain(out):
     return (out / run_log.HASH_CHAIN).read_bytes()
 
 
+def run_of(out, name, *, seed=0):
+    """The folder of a run of a sweep; None where it is not begun."""
+    found = (path for path in out.glob(f"runs/{name}-seed-{seed}-*") if path.is_dir())
+    return next(found, None)
+
+
+def log_of(run):
+    """What a run printed."""
+    return run.with_name(f"{run.name}.log")
+
+
+def begun(out, name):
+    """Whether a run of a sweep has a checkpoint."""
+    run = run_of(out, name)
+    return run is not None and bool(run_folder.list_checkpoints(run))
+
+
 @pytest.mark.slow
 def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, tmp_path):
-    # What runs choose by measuring, each for itself, is named.
     words = ("compare", "digits", *SMALL, "--seeds", "0,1")
-    words += ("--run.linear_backend", "torch", "--teacher.memory_format", "contiguous")
     outs = [tmp_path / "after", tmp_path / "once"]
     for out, number in zip(outs, ("1", "2")):
-        more = ("--parallel", number, "--out", out, "--json", f"{out}.json")
-        done = zygote.run(*words, *more)
+        done = zygote.run(*words, "--parallel", number, "--out", out)
         assert done.code == 0, done.err
-    # Two teachers and four students.
-    assert runs_over(done.out) == [(number, 6) for number in range(1, 7)]
+    # A teacher and four students.
+    assert runs_over(done.out) == [(number, 5) for number in range(1, 6)]
     lines = [line for line in done.out.splitlines() if runs_over(line)]
     assert lines[-1].endswith("ETA 0 s")
     assert "distilled, seed 1: epoch 2/2" in done.out
     for seed in (0, 1):
-        for name in ("teacher", "distilled", "undistilled"):
-            one, other = (out / f"seed-{seed}" / name for out in outs)
+        for name in ("distilled", "undistilled"):
+            one, other = (run_of(out, name, seed=seed) for out in outs)
             assert chain(one) == chain(other)
             epochs = run_folder.read_result(other)["epochs"]
-            assert f"epoch {epochs}/{epochs}" in (other.parent / f"{name}.log").read_text()
-    one, other = (json.loads(Path(f"{out}.json").read_text()) for out in outs)
+            assert f"epoch {epochs}/{epochs}" in log_of(other).read_text()
+    one, other = (json.loads((out / "results.json").read_text()) for out in outs)
     for name, row in one["rows"].items():
         for key in ("top1", "agreement", "curves", "epochs", "teacher"):
             assert row[key] == other["rows"][name][key]
@@ -126,20 +139,21 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
     words += ("--parallel", "2", "--out", tmp_path / "out")
     running = zygote.start(*words)
     names = ("distilled", "undistilled")
-    until(lambda: all(run_folder.list_checkpoints(tmp_path / "out" / name) for name in names))
+    until(lambda: all(begun(tmp_path / "out", name) for name in names))
     running.signal(number)
     done = running.wait()
     assert done.code == 128 + number
     stopped_by = signal.Signals(number).name
     assert stopped_by in done.err
-    logs = [(tmp_path / "out" / f"{name}.log").read_text() for name in names]
+    logs = [log_of(run_of(tmp_path / "out", name)).read_text() for name in names]
     assert all(signal.Signals(signal.SIGTERM).name in log for log in logs)
-    before = chain(tmp_path / "out" / "undistilled")
+    undistilled = run_of(tmp_path / "out", "undistilled")
+    before = chain(undistilled)
     running = zygote.start(*words, "--arms", "undistilled")
-    until(lambda: len(chain(tmp_path / "out" / "undistilled")) > len(before))
+    until(lambda: len(chain(undistilled)) > len(before))
     running.signal(number)
     assert running.wait().code == 128 + number
-    assert chain(tmp_path / "out" / "undistilled").startswith(before)
+    assert chain(undistilled).startswith(before)
 
 
 @pytest.mark.fault("A14")
@@ -158,12 +172,12 @@ def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_pat
     words += ("--parallel", "2", "--out", tmp_path / "out")
     running = zygote.start(*words, whole=True)
     names = ("distilled", "undistilled")
-    until(lambda: all(run_folder.list_checkpoints(tmp_path / "out" / name) for name in names))
+    until(lambda: all(begun(tmp_path / "out", name) for name in names))
     running.signal(signal.SIGKILL)
     running.wait()
     # They hold their folders until they have ended.
     for name in names:
-        out = tmp_path / "out" / name
+        out = run_of(tmp_path / "out", name)
         number = len(run_folder.list_checkpoints(out))
         assert number
         until(lambda out=out: not _held(out))
@@ -240,8 +254,9 @@ def test_a_program_keeps_no_process_after_its_runs(tmp_path):
     before = psutil.Process().children()
     words += ["--parallel", "2", "--out", tmp_path / "out"]
     assert run_command("compare", ["digits", *map(str, words)], "deit compare") == 0
-    assert run_folder.read_result(tmp_path / "out" / "undistilled") is not None
-    assert "epoch 2/2" in (tmp_path / "out" / "undistilled.log").read_text()
+    undistilled = run_of(tmp_path / "out", "undistilled")
+    assert run_folder.read_result(undistilled) is not None
+    assert "epoch 2/2" in log_of(undistilled).read_text()
     assert set(psutil.Process().children()) <= set(before)
 
 

@@ -110,6 +110,14 @@ def test_every_named_sweep_is_one_of_its_recipe(name):
     assert STUDIES.keys() <= SWEEPS.keys()
 
 
+def test_a_study_may_be_of_some_of_its_arms(tmp_path):
+    sweep = read(tmp_path, "{study: table-3, arms: [token, none]}")
+    assert [point.name for point in points_of(sweep, digits())] == ["token", "none"]
+    sweep = read(tmp_path, "{study: table-3, arms: [tokn]}")
+    with raises(ConfigError, "--arms tokn", "token?"):
+        points_of(sweep, digits())
+
+
 BAD = {
     "not yaml": ("grid: [", ("YAML", "line 1")),
     "no mapping": ("- 1", ("docs/sweeps.md",)),
@@ -124,6 +132,8 @@ BAD = {
     "same value": ("grid: {optim.lr: [0.1, 0.1]}", ("grid", "optim.lr", "0.1")),
     "no name": ("grid: {[1]: [2]}", ("YAML", "[1]")),
     "both": ("{study: teacher, runs: {a: {}}}", ("runs", "study")),
+    "arms alone": ("{grid: {optim.lr: [1]}, arms: [a]}", ("arms", "study")),
+    "arms": ("{study: teacher, arms: [1]}", ("arms", "[1]")),
     "unknown study": ("study: techer", ("study", "techer", "teacher")),
     "seeds": ("{study: teacher, seeds: [0, 0]}", ("seeds", "[0, 0]")),
     "seed": ("{study: teacher, seeds: [-1]}", ("seeds", "[-1]")),

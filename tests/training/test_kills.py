@@ -524,15 +524,3 @@ def test_checkpoints_that_are_gone_within_the_first_epoch_are_missed(zygote, tmp
     assert done.code == 4
     assert str(out) in done.err
     assert "--out" in done.err
-
-
-@pytest.mark.fault("A11")
-def test_a_comparison_that_is_asked_to_stop_stops(zygote, tmp_path):
-    """Also where the signal comes when a run of it has just come to its end."""
-    words = ("compare", "digits", "--arms", "distilled", "--out", tmp_path / "compare")
-    words += ("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--optim.batch_size", "64")
-    words += ("--data.train_fraction", "0.25", "--student.depth", "1", "--student.embed_dim", "16")
-    done = zygote.run(*words, DEIT_FAULT="finish:1:term")
-    assert done.code == 143, done.err
-    assert (tmp_path / "compare" / "teacher" / "result.json").is_file()
-    assert not (tmp_path / "compare" / "distilled").exists()

@@ -1,11 +1,15 @@
 """The commands that train many runs beside each other, and the page about runs."""
 
+import argparse
 import dataclasses
+import shlex
 from pathlib import Path
+from typing import Any
 
 from deit.cli.parser import Parser, check_content, command_of, parse_seeds
-from deit.cli.run_args import GOES_ON, TRAINS, parse_run, print_config_if_asked
+from deit.cli.run_args import GOES_ON, RunArguments, parse_run, print_config_if_asked
 from deit.config.schema import Config
+from deit.core.console import info
 from deit.core.errors import ConfigError
 from deit.experiments.sweep_grid import (
     SWEEPS,
@@ -13,6 +17,7 @@ from deit.experiments.sweep_grid import (
     boundary_points,
     find_sweep,
     points_of,
+    study_sweep,
     with_command_line,
     with_fields,
 )
@@ -35,37 +40,53 @@ def compare(arguments: list[str], program: str) -> None:
     parser.add_argument(
         "--arms", default="", metavar="A,B", help="Some students of the study; none named: all."
     )
-    parser.add_multi_run_options(retries=False)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the numbers here.")
+    parser.add_multi_run_options()
+    parser.set_defaults(top=5)
     options, rest = parser.parse_known_args(arguments)
-    seeds = parse_seeds(options.seeds)
+    names = tuple(name.strip() for name in options.arms.split(",") if name.strip())
+    plan = study_sweep(options.study, recipe="", arms=names, seeds=parse_seeds(options.seeds))
+    asked: list[Config] = []
+
+    def adapt(config: Config) -> Config:
+        asked.append(config)
+        return config
+
     run = parse_run(
         rest,
         program=program,
-        about="Train a recipe's teachers and several students beside each other, and evaluate all "
-        "on the test split. data.* and run.* apply to the teachers too. The same command goes on: "
-        "a finished run is not trained again.",
+        about="Train a recipe's teacher and several students, and evaluate all on the test split: "
+        "the sweep of a study. data.* and run.* apply to the teacher too, which is trained once, "
+        "with the first seed. The same command goes on: a finished run is not trained again.",
         command_parser=parser,
         help_overrides={
-            "out": "Folder of all runs. None: checkpoints/compare-RECIPE in the working directory."
+            "out": "Folder of all runs. None: checkpoints/compare-RECIPE in the working directory.",
+            "dry_run": "List the runs; nothing is trained or written.",
         },
-        excluded={**GOES_ON, "dry_run": TRAINS},
+        excluded=GOES_ON,
+        adapt=adapt,
         prefix="compare-",
+        online=False,
     )
     if print_config_if_asked(run):
         return
-    from deit.experiments.compare import compare
+    plan = dataclasses.replace(plan, recipe=run.recipe)
+    result = _train_points(plan, run, asked[0], options, command_of(program, arguments))
+    if result and options.study == "teacher":
+        _suggest_next(run.recipe, result)
 
-    compare(
-        run.config,
-        run.out,
-        recipe=run.recipe,
-        study=options.study,
-        arm_names=tuple(name.strip() for name in options.arms.split(",") if name.strip()),
-        seeds=seeds,
-        parallel=options.parallel,
-        json_file=options.json,
-        command=command_of(program, arguments),
+
+def _suggest_next(recipe: str, result: dict[str, Any]) -> None:
+    """Print what a newcomer may want to type after a first comparison."""
+    rows = result["rows"].values()
+    student = next(row["folders"][0] for row in rows if not row["teacher"] and row["folders"])
+    teachers = [row["folders"][0] for row in rows if row["teacher"] and row["folders"]]
+    taught = f"--teacher.source {shlex.quote(','.join(teachers))} " if teachers else ""
+    info(
+        "\nNext:\n"
+        f"  deit evaluate {shlex.quote(student)}      every head, class by class\n"
+        f"  python train_deit.py {recipe} --loss deit-hard {taught}--out checkpoints/hard\n"
+        "  python train_deit.py --help      every setting\n"
+        "  deit recipes      the other experiments"
     )
 
 
@@ -77,13 +98,10 @@ def sweep(arguments: list[str], program: str) -> None:
     plan = dataclasses.replace(plan, recipe=options.recipe, seeds=parse_seeds(options.seeds))
     check_content(plan.content)
     asked: list[Config] = []
-    trusted: set[str] = set()
+    recipe: list[Config] = []
 
     def adapt(config: Config) -> Config:
-        if not plan.recipe.endswith(".json"):
-            trusted.update(
-                config.teacher.code_sources
-            )  # a recipe that is code itself may name more
+        recipe.append(config)
         asked.append(with_fields(config, plan.set, where=f"sweep {plan.name}, set"))
         return asked[0]
 
@@ -107,24 +125,42 @@ def sweep(arguments: list[str], program: str) -> None:
     )
     if print_config_if_asked(run):
         return
+    trusted = set() if plan.recipe.endswith(".json") else {*recipe[0].teacher.code_sources}
     plan = with_command_line(plan, asked[0], run.config)
+    command = command_of(program, arguments)
+    _train_points(plan, run, asked[0], options, command, trusted=trusted)
+
+
+def _train_points(
+    plan: Sweep,
+    run: RunArguments,
+    asked: Config,
+    options: argparse.Namespace,
+    command: str,
+    *,
+    trusted: set[str] | None = None,
+) -> dict[str, Any]:
+    """Check every point, then train them all. asked: the recipe with what a file sets for all.
+    trusted: code that may teach, beside what the command line names; None: the recipe's."""
     # Every mistake in the file, before torch is there.
     points = boundary_points(plan, run.config) if plan.search else points_of(plan, run.config)
+    if trusted is None:
+        trusted = set() if plan.recipe.endswith(".json") else {*asked.teacher.code_sources}
     if run.trusts_teacher_code:
-        trusted.update(run.config.teacher.code_sources)
+        trusted = trusted | {*run.config.teacher.code_sources}
     _check_trusted(plan, points, trusted)
     from deit.experiments.sweep import sweep
 
-    sweep(
+    return sweep(
         plan,
         run.config,
         run.out,
-        asked=asked[0],
+        asked=asked,
         dry_run=run.dry_run,
         parallel=options.parallel,
         retries=options.retries,
         top=options.top,
-        command=command_of(program, arguments),
+        command=command,
     )
 
 
