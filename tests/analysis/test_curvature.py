@@ -6,15 +6,10 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from torch import nn
-from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 
 from deit.analysis.curvature import Krylov, extreme_eigenvalues, spectral_density, trace
-from deit.analysis.loss_surface import LossSurface
 from deit.core.errors import ConfigError, NumericsError
 from tests.helpers.errors import raises
-from tests.helpers.loss_surfaces import student, surface
 
 
 def symmetric(eigenvalues, seed=0, dtype=torch.float64):
@@ -327,86 +322,3 @@ def test_a_density_of_one_eigenvalue_is_one_bell(value):
 def test_impossible_densities_are_refused(options):
     with raises(ConfigError, *options):
         of_matrix(spectral_density, symmetric([1.0] * 3), **options)
-
-
-# The Hessian of a network
-
-
-class Small(nn.Module):
-    """200 weights, with a LayerNorm."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(5, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 8)
-        ).double()
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.7)
-
-    def forward(self, inputs):
-        return self.layers(inputs)
-
-
-@pytest.fixture(scope="module")
-def small():
-    """A surface of 200 weights and its dense Hessian, by torch's own way."""
-    torch.manual_seed(4)
-    network = Small()
-    inputs, labels = torch.randn(40, 5).double(), torch.randint(8, (40,))
-
-    def loss(network, batch):
-        return cross_entropy(network(batch[0]), batch[1])
-
-    land = LossSurface(network, [(inputs, labels)], loss, sizes=[40])
-
-    def of_point(point):
-        pieces = point.split([parameter.numel() for parameter in network.parameters()])
-        named = zip(network.named_parameters(), pieces)
-        tensors = {name: piece.view_as(own) for (name, own), piece in named}
-        return cross_entropy(functional_call(network, tensors, (inputs,)), labels)
-
-    return land, torch.autograd.functional.hessian(of_point, land.point)
-
-
-def test_products_with_unit_vectors_are_the_dense_hessian(small):
-    land, hessian = small
-    assert land.size == 200
-    rows = [land.hvp(unit) for unit in torch.eye(200, dtype=torch.float64)]
-    torch.testing.assert_close(torch.stack(rows), hessian, atol=1e-12, rtol=1e-9)
-
-
-def test_eigenvalues_trace_and_moments_of_a_hessian(small):
-    land, hessian = small
-    exact = torch.linalg.eigvalsh(hessian)
-    assert exact[0] < -1e-3 < 1e-1 < exact[-1]
-    found = extreme_eigenvalues(land.hvp, land.point, largest=5, smallest=3, tolerance=1e-6)
-    assert found.converged
-    assert found.largest == pytest.approx(exact.flip(0)[:5].tolist(), rel=1e-5)
-    assert found.smallest == pytest.approx(exact[:3].tolist(), rel=1e-4)
-    estimate = trace(land.hvp, land.point, probes=1000)
-    assert estimate.standard_error < 0.1 * hessian.trace().item()
-    assert abs(estimate.value - hessian.trace().item()) < 3 * estimate.standard_error
-    density = spectral_density(land.hvp, land.point, probes=32, steps=20)
-    nodes, weights = torch.tensor(density.ritz_values), torch.tensor(density.weights)
-    for power in (1, 2):
-        each = (weights * nodes**power).sum(dim=1)
-        expected = (exact**power).mean().item()
-        assert each.mean().item() == pytest.approx(expected, abs=4 * each.std().item() / 32**0.5)
-        assert each.std().item() < 2 * expected
-
-
-def test_a_vision_transformer_in_single_precision():
-    """In float32 as in float64: largest and smallest eigenvalue."""
-    found = []
-    for dtype in (torch.float32, torch.float64):
-        land = surface(student(dtype=dtype), (5, 7))
-        found.append(
-            extreme_eigenvalues(
-                land.hvp, land.point, largest=2, smallest=1, tolerance=1e-4, steps=200
-            )
-        )
-    narrow, wide = found
-    assert narrow.converged
-    assert wide.converged
-    assert narrow.largest == pytest.approx(wide.largest, rel=1e-3)
-    assert narrow.smallest == pytest.approx(wide.smallest, rel=1e-3)

@@ -1,0 +1,269 @@
+"""Runs of a sweep that fail, and sweeps that are refused."""
+
+import dataclasses
+
+import pytest
+import torch
+from PIL import Image
+
+from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes.handwriting import digits
+from deit.core.errors import SystemFault
+from deit.distill.build import build_accelerator
+from deit.experiments import shared_targets, sweep_execute
+from deit.experiments.finished_runs import FinishedRunChecker
+from deit.experiments.runner import FailedRun, RunSpec
+from deit.experiments.shared_targets import TargetStorePlan
+from deit.experiments.sweep_execute import train_all
+from deit.experiments.sweep_grid import SWEEPS
+from deit.experiments.sweep_plan import SweepPlan
+from tests.helpers.progress import runs_over
+from tests.helpers.sweep_files import SMALL, result, write
+
+pytest.importorskip("sklearn")
+
+
+@pytest.mark.parametrize(
+    ("code", "times"), [(2, 1), (3, 1), (4, 1), (6, 1), (1, 3), (-9, 3), (7, 3)]
+)
+def test_what_may_pass_is_tried_again_so_often(code, times, tmp_path, monkeypatch):
+    asked = trained_by(monkeypatch, tmp_path, {"bad": code})
+    runs = [RunSpec(name, digits(), tmp_path / name) for name in ("bad", "good")]
+    mishaps = train_all(work([], [], runs), finished=FinishedRunChecker(), parallel=1, retries=2)
+    assert [one.run.name for one in mishaps.failed] == ["bad"]
+    assert asked == [["bad", "good"], *[["bad"]] * (times - 1)]
+    number = len(runs) + times - 1  # a run that is tried again counts again
+    assert runs_over(asked.told[-1]) == [(number, number)]
+
+
+def work(below, stores, runs):
+    return SweepPlan(None, below, [], stores, runs)
+
+
+class Asked(list):
+    """told: of the progress, for each run of the last call."""
+
+    told: list[str]
+
+
+def trained_by(monkeypatch, tmp_path, codes):
+    """Stand in for training: these runs fail with these codes. Returns who was asked, in turn."""
+    asked = Asked()
+
+    def beside(runs, *, number, progress):
+        asked.append([run.name for run in runs])
+        asked.told = [progress.ended() for _ in runs]
+        failing = [run for run in runs if run.name in codes]
+        return [FailedRun(run, codes[run.name], "why", tmp_path) for run in failing]
+
+    monkeypatch.setattr(sweep_execute, "run_parallel", beside)
+    return asked
+
+
+def test_what_fails_stops_only_the_runs_that_need_it(tmp_path, monkeypatch):
+    """Two teachers, the first fails: neither what is fine-tuned from it nor its store is begun."""
+    asked = trained_by(monkeypatch, tmp_path, {"first": 3})
+    written = []
+    monkeypatch.setattr(shared_targets, "write", written.append)
+
+    def one(name, **sections):
+        return RunSpec(name, digits().replace(**sections), tmp_path / name)
+
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    below = [
+        one("first", teacher={"source": ()}),
+        one("second", teacher={"source": ()}),
+        one("larger", init={"weights": first}, teacher={"source": ()}),
+    ]
+    stores = [
+        TargetStorePlan(
+            tmp_path / name, digits().replace(teacher={"source": (teacher,)}), 1, "full", None
+        )
+        for name, teacher in (("of-first", first), ("of-second", second))
+    ]
+    labels = dataclasses.replace(digits(), loss=LOSS_PRESETS["none"])
+    runs = [
+        one("a", teacher={"source": (first,), "target_stores": (str(tmp_path / "of-first"),)}),
+        one("b", teacher={"source": (second,), "target_stores": (str(tmp_path / "of-second"),)}),
+        one("c", teacher={"source": (first,)}),
+        one("d", teacher={"source": (second,)}),
+        one("e", init={"weights": str(tmp_path / "larger")}, teacher={"source": (second,)}),
+        RunSpec("f", labels.replace(teacher={"source": (first,)}), tmp_path / "f"),
+    ]
+    mishaps = train_all(
+        work(below, stores, runs), finished=FinishedRunChecker(), parallel=1, retries=1
+    )
+    assert asked == [["first"], ["second"], ["b", "d", "f"]]
+    # Two of three teachers and three of six runs: the others cannot begin.
+    assert [runs_over(told) for told in asked.told] == [[(number, 5)] for number in (3, 4, 5)]
+    assert [store.path.name for store in written] == ["of-second"]
+    assert [one.run.name for one in mishaps.failed] == ["first"]
+    reasons = {path.name: reason for path, reason in mishaps.reasons().items()}
+    assert {name for name in reasons if len(name) == 1} == {"a", "c", "e"}
+    assert first in reasons["c"]
+    assert "why" in reasons["c"]
+
+
+def test_a_store_that_cannot_be_written_stops_only_its_runs(tmp_path, monkeypatch):
+    asked = trained_by(monkeypatch, tmp_path, {})
+
+    def fails(store):
+        raise SystemFault("no space left")
+
+    monkeypatch.setattr(shared_targets, "write", fails)
+    taught = digits().replace(teacher={"target_stores": (str(tmp_path / "store"),)})
+    runs = [RunSpec("a", taught, tmp_path / "a"), RunSpec("b", digits(), tmp_path / "b")]
+    store = TargetStorePlan(tmp_path / "store", digits(), 1, "full", None)
+    mishaps = train_all(
+        work([], [store], runs), finished=FinishedRunChecker(), parallel=1, retries=1
+    )
+    assert asked == [["b"]]
+    (failed,) = mishaps.failed
+    assert (failed.code, failed.reason) == (5, "no space left")
+    assert "no space left" in mishaps.blocked[tmp_path / "a"]
+
+
+def test_one_process_evaluates_runs_of_several_precisions():
+    """As a sweep over run.precision does; Accelerate by itself knows only the first."""
+    for precision, name in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
+        config = digits().replace(run={"precision": precision, "device": "cpu"})
+        assert build_accelerator(config.run).mixed_precision == name
+
+
+CODE = {
+    "set": {"set": {**SMALL, "teacher.source": "mine.py:teacher"}, "study": "teacher"},
+    "grid": {"grid": {"teacher.source": ["mine.py:teacher", "checkpoints/digits-teacher"]}},
+    "runs": {"runs": {"a": {"teacher.source": "mine.py:teacher"}, "b": {"loss": "none"}}},
+    "search": {"search": {"fields": {"teacher.source": ["mine.py:teacher", "x.py:y"]}}},
+}
+
+
+@pytest.mark.parametrize("asked", CODE.values(), ids=CODE)
+def test_code_that_only_the_file_names_is_not_run(asked, zygote, tmp_path):
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    write(tmp_path / "s.json", **asked)
+    for words in ((), ("--dry-run",)):
+        done = zygote.run("sweep", "s.json", "--out", "out", *words, cwd=tmp_path)
+        assert done.code == 2, done.err
+        assert "--teacher.source mine.py:teacher" in done.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_images_that_move_between_two_calls_are_found_by_the_command_line(zygote, tmp_path):
+    for split, number in (("train", 6), ("test", 2)):
+        for label in "ab":
+            (tmp_path / "pictures" / split / label).mkdir(parents=True)
+            for place in range(number):
+                pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
+                file = tmp_path / "pictures" / split / label / f"{place}.png"
+                Image.fromarray(pixels).save(file)
+    more = {"loss": "none", "data.source": "folder", "optim.batch_size": 4}
+    small = {**SMALL, "optim": {"epochs": 1, "warmup_epochs": 0}, **more}
+    write(tmp_path / "s.json", set=small, grid={"student.depth": [1, 2]})
+    words = ("sweep", "s.json", "--teacher.source", "none", "--data.train_fraction", "1")
+    done = zygote.run(*words, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    first = result(tmp_path / "out")["rows"]
+    for path in (tmp_path / "out" / "runs").glob("*.evaluation.json"):
+        path.unlink()
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    done = zygote.run(*words, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
+    assert (done.code, "data.root pictures" in done.err) == (3, True), done.err
+    done = zygote.run(*words, "--data.root", "moved", "--out", "out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    again = result(tmp_path / "out")["rows"]
+    assert {name: row["top1"] for name, row in again.items()} == {
+        name: row["top1"] for name, row in first.items()
+    }
+
+
+def test_a_teacher_that_is_not_there_is_told_before_the_work(zygote, tmp_path):
+    runs = {"a": {}, "b": {"teacher.source": "checkpoints/nothing"}}
+    file = write(tmp_path / "s.json", runs=runs)
+    done = zygote.run("sweep", file, "--out", tmp_path / "out", "--dry-run")
+    assert (done.code, "teacher.source checkpoints/nothing" in done.err) == (3, True), done.err
+
+
+MISTAKES = {
+    "no seed": (("teacher", "--seeds", "-1"), ("--seeds -1",)),
+    "nothing": ((), SWEEPS),
+    "no file": (("nowhere.yaml",), ("nowhere.yaml", *SWEEPS)),
+    "recipe": (("teacher", "--recipe", "digitz"), ("'digitz'", "digits")),
+    "seeds": (("teacher", "--seeds", "1,x"), ("--seeds 1,x",)),
+    "at once": (("teacher", "--parallel", "0"), ("--parallel 0",)),
+    "retries": (("teacher", "--retries", "-1"), ("--retries -1",)),
+    "best": (("teacher", "--top", "0"), ("--top 0",)),
+    "resume": (("teacher", "--resume"), ("deit sweep", "--resume")),
+    "value": (("teacher", "--optim.lr", "-1"), ("optim.lr = '-1'",)),
+    "study": (("ensemble", "--recipe", "digits"), ("--study ensemble", "--teacher.source")),
+    "seed": (("teacher", "--run.seed", "3"), ("--run.seed 3", "--seeds")),
+}
+APART = {
+    "the same run": ({"runs": {"a": {"run.compile": "default"}, "b": {}}}, ("run.compile",)),
+    "splits": ({"grid": {"data.split_seed": [0, 1]}}, ("split seed 1", "data.split_seed")),
+    "unanswered": (
+        {"study": "view-modes", "share_targets": False},
+        ("fix/ic_ens", "--teacher.target_stores"),
+    ),
+    "searched splits": (
+        {"search": {"fields": {"data.test_fraction": {"low": 0.1, "high": 0.3}}}},
+        ("test fraction 0.1", "data.test_fraction"),
+    ),
+    "searched value": (
+        {"search": {"fields": {"optim.lr": {"low": 1e-6, "high": 1}}}},
+        ("lr 1e-06", "optim.min_lr"),
+    ),
+    "searched word": (
+        {"search": {"fields": {"views.auto_augment": ["none", "rand"]}}},
+        ("auto augment rand", "views.auto_augment = 'rand'"),
+    ),
+    "searched crops": (
+        {"search": {"fields": {"view_mode": ["same/rc", "fix/ic_ens"]}}},
+        ("fix/ic_ens", "--teacher.target_stores"),
+    ),
+    "searched records": (
+        {"search": {"fields": {"loss.temperature": [1, 3]}}, "content": "hard"},
+        ("content: hard", "loss.kind 'soft'"),
+    ),
+    "called a teacher": (
+        {"runs": {"teacher": {}, "b": {"optim.lr": 1}}},
+        ("sweep a, teacher: ",),
+    ),
+}
+
+
+@pytest.mark.parametrize(("asked", "names"), APART.values(), ids=APART)
+def test_runs_that_would_be_mixed_up_are_refused(asked, names, zygote, tmp_path):
+    done = zygote.run("sweep", write(tmp_path / "a.json", **asked), "--out", tmp_path / "out")
+    assert done.code == 2, done.err
+    for name in names:
+        assert name in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_of_a_launcher_are_refused(zygote, tmp_path):
+    done = zygote.run("sweep", "teacher", "--out", tmp_path / "out", WORLD_SIZE="2", RANK="0")
+    assert (done.code, "torchrun" in done.err) == (2, True), done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_no_run_asks_is_not_trained(zygote, tmp_path):
+    file = write(
+        tmp_path / "t.json", grid={"teacher.source": ["checkpoints/digits-involution-teacher"]}
+    )
+    done = zygote.run("sweep", file, "--out", tmp_path / "out", "--dry-run")
+    assert done.code == 0, done.err
+    listed = [line.split("│")[1].strip() for line in done.out.splitlines() if line[:1] == "│"]
+    own = "digits-involution-teacher"
+    assert listed == [own, f"source checkpoints/{own}, seed 0"]
+
+
+@pytest.mark.parametrize(("words", "names"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_before_the_work(words, names, zygote, tmp_path):
+    done = zygote.run("sweep", *words, cwd=tmp_path)
+    assert done.code == 2
+    for name in names:
+        assert name in done.err
+    assert done.err.startswith("deit: error: ")
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []

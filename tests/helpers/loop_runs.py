@@ -1,0 +1,95 @@
+"""A small training run in memory, for tests of the loop."""
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from deit.config.data_section import ViewsConfig
+from deit.config.presets import LOSS_PRESETS
+from deit.config.schema import OptimConfig
+from deit.config.student_section import StudentConfig
+from deit.datasets.images import InMemoryImages
+from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.views import ChannelStats
+from deit.distill.losses import needs_logits
+from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble
+from deit.models.saved import ModelInfo, build_student
+from deit.models.teachers import LoadedNetwork, Teacher
+from deit.training.loop import StepContext
+from deit.training.optimizer import EMA, build_optimizer
+
+CLASSES = 4
+IMAGES = InMemoryImages(
+    torch.randint(
+        256, (32, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    ),
+    torch.arange(32) % CLASSES,
+)
+
+
+class Shown(nn.Module):
+    """A teacher that keeps what it is shown; it has statistics that training would move."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(3, CLASSES)
+        self.shown = []
+
+    def forward(self, images):
+        self.shown.append(images.clone())
+        return self.head(self.norm(images).mean(dim=(2, 3)))
+
+
+def panel_of(teacher, accelerator, loss):
+    return TeacherEnsemble(
+        [OnlineTeacher(teacher, accelerator)],
+        weights=(1.0,),
+        mode="probabilities",
+        temperature=loss.temperature,
+        needs_logits=needs_logits(loss),
+        name="image {}".format,
+    )
+
+
+def make_job(
+    loss=LOSS_PRESETS["deit-hard"],
+    *,
+    optim=None,
+    name="deit_micro",
+    average=None,
+    drop_path=0.0,
+    tokens=1,
+    **loader,
+):
+    torch.manual_seed(0)
+    optim = optim or OptimConfig(
+        epochs=40, batch_size=16, lr=3e-3, lr_base_batch_size=None, warmup_epochs=1
+    )
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=optim.grad_accum_steps)
+    student_config = StudentConfig(
+        name=name,
+        image_size=16,
+        embed_dim=24,
+        depth=2,
+        drop_path=drop_path,
+        num_distillation_tokens=tokens,
+    )
+    facts = ModelInfo(student_config, tuple("abcd"), (0.5,) * 3, (0.25,) * 3, 1.0)
+    student = build_student(facts)
+    teacher = Teacher(LoadedNetwork(Shown(), "shown", None, (0.0,) * 3, (1.0,) * 3, None))
+    panel = None if loss.kind == "none" else panel_of(teacher, accelerator, loss)
+    weights = None if average is None else EMA(student, horizon=average)
+    optimizer = build_optimizer(student, optim)
+    prepared, optimizer = accelerator.prepare(student, optimizer)
+    data = TrainLoader(
+        IMAGES,
+        CLASSES,
+        views=loader.get("views", ViewsConfig(flip=0)),
+        optim=optim,
+        sizes=Sizes(16, 16, 16),
+        colours=ChannelStats((0.5,) * 3, (0.25,) * 3),
+        seed=0,
+    )
+    job = StepContext(accelerator, prepared, panel, optimizer, weights, loss, optim, 0)
+    return job, data

@@ -1,0 +1,33 @@
+"""Files of weights, and networks that take them."""
+
+import torch
+
+from deit.config.student_section import InitConfig, StudentConfig
+from deit.models.adapt_weights import LoadedWeights, adapt_weights
+from deit.models.networks import create_network
+from deit.models.weight_files import load_weights
+
+KEEP = InitConfig(weights="here")
+NAMES = tuple("abcde")
+
+
+def section(name="deit_micro", **fields):
+    return StudentConfig(name=name, **{"depth": 1, "image_size": 16, **fields})
+
+
+def network(name="deit_micro", classes=5, seed=0, **fields):
+    torch.manual_seed(seed)
+    built = create_network(section(name, **fields), classes)
+    for parameter in built.parameters():  # the heads' biases and more begin at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    return built.eval()
+
+
+def found_in(built, names=NAMES):
+    return LoadedWeights(built.state_dict(), "a network", None, names, None, None)
+
+
+def fitted(found, built, start=KEEP, names=NAMES):
+    result = adapt_weights(found, built, names, start)
+    load_weights(built, result.weights, origin="here")
+    return result.notes

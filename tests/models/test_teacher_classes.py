@@ -1,0 +1,105 @@
+"""The order of a teacher's classes: found, refused, said; and a teacher at chance."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from deit.config.schema import Config, TeacherConfig
+from deit.config.teachers import single_teacher, teacher_specs
+from deit.config.validation import validate
+from deit.core.errors import ConfigError, DataError
+from deit.distill.teacher_check import announce_order, better_order, check_accuracy, refuse_order
+from deit.models.teachers import ASSUMED, LoadedNetwork, Teacher
+from tests.helpers.errors import raises
+from tests.helpers.recorder_teacher import MEAN, ROOMS, STD, Recorder, recorder_teacher
+
+
+def test_of_several_teachers_each_has_its_classes():
+    several = TeacherConfig(source=("one", "other"), classes=("none", "natural"))
+    assert [one.classes for one in teacher_specs(several)] == [None, ("natural",)]
+    assert [single_teacher(several, place).classes for place in range(2)] == [(), ("natural",)]
+    both = TeacherConfig(source=("one", "other"), classes=("natural",))
+    assert [one.classes for one in teacher_specs(both)] == [("natural",)] * 2
+    for source, classes, wrong in (
+        (("x", "y"), ("natual",), "natual"),
+        (("x", "y"), ("a", "b", "c"), ("a", "b", "c")),
+        (("x", "y"), ("a", "natural"), "a"),
+        (("x",), ("natual",), "natual"),
+    ):
+        with raises(ConfigError, "teacher.classes") as refused:
+            validate(Config().replace(teacher={"source": source, "classes": classes}))
+        problem = refused.value.problems[0]
+        assert (problem.field, problem.value) == ("teacher.classes", wrong)
+        if wrong == "natual":
+            assert problem.hint.endswith("natural?")
+    none = validate(Config().replace(teacher={"source": ("x",), "classes": "none"}))
+    assert none.teacher.classes == ()
+
+
+def test_an_order_that_fits_far_better_is_found():
+    labels = torch.arange(3).repeat(10)
+    taught = torch.tensor([0, 2, 1])  # in natural order: room2 is its class 1
+    better = better_order(taught[labels], labels, ROOMS)
+    assert (better.order, better.images, better.before, better.after) == ("natural", 20, 0.0, 1.0)
+    assert better.luck < 1e-3
+    assert better_order(labels, labels, ROOMS) is None
+
+
+@pytest.mark.fault("D2")
+def test_no_order_is_found_by_chance():
+    names = tuple(f"room{number}" for number in range(1, 13))
+    names = tuple(sorted(names))
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(12).repeat(20)
+    for sure in (0.0, 0.2, 0.6):
+        for _ in range(100):
+            known = torch.rand(len(labels), generator=generator) < sure
+            guessed = torch.randint(12, (len(labels),), generator=generator)
+            better = better_order(torch.where(known, labels, guessed), labels, names)
+            assert better is None or better.luck > 1e-3 or better.after - better.before < 0.1
+
+
+def test_a_teacher_that_always_answers_the_same_fits_no_order_better():
+    labels = torch.tensor([0] * 400 + [1] * 600)
+    teacher = Teacher(LoadedNetwork(Recorder(), "same", None, MEAN, STD, None), class_order=ASSUMED)
+    refuse_order(
+        teacher, torch.zeros(1000, dtype=torch.long), labels, ("ant", "bee")
+    )  # reversed, it is right more often
+
+
+@pytest.mark.fault("D2")
+@pytest.mark.parametrize("order", [ASSUMED, "teacher.classes data"])
+def test_a_teacher_in_another_order_is_refused_unless_it_was_said(order, capsys):
+    labels = torch.arange(3).repeat(10)
+    answers = torch.tensor([0, 2, 1])[labels]
+    teacher = Teacher(LoadedNetwork(Recorder(), "mine", None, MEAN, STD, None), class_order=order)
+    announce_order(teacher, ROOMS)
+    said = capsys.readouterr().out
+    assert order in said
+    assert ("--teacher.classes" in said) == (order == ASSUMED)
+    if order != ASSUMED:
+        refuse_order(teacher, answers, labels, ROOMS)
+        return
+    with raises(DataError, "mine", "--teacher.classes natural", 20, "100.0 %"):
+        refuse_order(teacher, answers, labels, ROOMS)
+
+
+def judged(right):
+    """Of six images of three classes so many are right; a third is chance."""
+    labels = torch.arange(6) % 3
+    answers = torch.where(torch.arange(6) < right, labels, (labels + 1) % 3)
+    logits = nn.functional.one_hot(answers, 3).float()
+    check_accuracy(Config(), recorder_teacher(), logits, labels, 1 / 3)
+
+
+def test_a_teacher_at_chance_is_refused_and_where_few_images_cannot_tell_that_is_said(capsys):
+    with raises(DataError, "recorder", "33.3 %", "--teacher.allow_near_chance"):
+        judged(2)
+    judged(4)
+    said = capsys.readouterr().err
+    assert all(one in said for one in ("recorder", "66.7 %", "33.3 %"))
+    assert re.search(r"\b6 ", said)
+    judged(6)
+    assert not capsys.readouterr().err

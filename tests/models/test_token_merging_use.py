@@ -1,0 +1,300 @@
+"""Token merging in use: cost, precision, evaluation, and what is refused."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.layers import Attention
+
+from deit.cli import run_command
+from deit.config.recipes.handwriting import digits, digits_teacher
+from deit.config.student_section import StudentConfig
+from deit.core.errors import ConfigError
+from deit.evaluation.evaluate import evaluate
+from deit.models.attention import token_cosines
+from deit.models.cost import cost_of
+from deit.models.networks import create_network
+from deit.models.onednn_linear import OneDNNLinear, available, use_onednn
+from deit.models.surgery.token_merging import (
+    attend,
+    check_merging,
+    merge,
+    with_merging,
+)
+from deit.training.train import train
+from tests.helpers.errors import raises
+from tests.helpers.merging import SHAPE, images, network
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+# Proportional attention
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_equal_tokens_are_heard_as_one_of_their_number(fused):
+    attention = Attention(12, num_heads=3, qkv_bias=True).eval()
+    attention.fused_attn = fused
+    several = torch.randn(2, 6, 12)
+    several[:, 3:] = several[:, 3:4]
+    expected, keys = attend(attention, several, None)
+    assert torch.equal(expected, attention(several))
+    sizes = torch.tensor([1.0, 1.0, 1.0, 3.0]).expand(2, -1)
+    found, fewer = attend(attention, several[:, :4], sizes)
+    torch.testing.assert_close(found, expected[:, :4])
+    torch.testing.assert_close(fewer, keys[:, :, :4])
+    unweighted, _ = attend(attention, several[:, :4], None)
+    assert not torch.allclose(unweighted, found, atol=1e-4)
+    assert not attention.k_norm._forward_hooks
+
+
+@pytest.mark.parametrize("kind", ["distilled", "class token", "layer scale", "normalised keys"])
+def test_merging_equal_patches_changes_nothing(kind):
+    """An image of one colour, patches without positions: all are the same token in every block."""
+    built = network(kind)
+    built.pos_embed[:, built.num_prefix_tokens :] = 0
+    plain = torch.rand(2, 3, 1, 1).expand(2, 3, 16, 16)
+    for number in (3, 8):
+        found = with_merging(built, number)(plain)
+        torch.testing.assert_close(found, built(plain), rtol=1e-4, atol=1e-4)
+
+
+# Other ways of computing
+
+
+@pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
+def test_layers_of_onednn_merge_the_same():
+    built = network("pruned")
+    expected = with_merging(built, 4)(images())
+    merging = with_merging(built, 4)
+    use_onednn(merging)
+    assert type(merging.blocks[0].attn.qkv) is OneDNNLinear
+    torch.testing.assert_close(merging(images()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_half_the_precision_keeps_sizes_whole_and_the_tokens_their_type():
+    tokens = torch.randn(1, 9, 4).bfloat16()
+    sizes = torch.tensor([[1.0, 300.0, 301.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    keys = torch.ones(1, 1, 9, 2).bfloat16()
+    found, sums = merge(tokens, sizes, keys, number=1, prefix=1)
+    assert found.dtype == torch.bfloat16
+    assert 601 in sums.tolist()[0]
+    built = network()
+    expected = with_merging(built, 2)(images())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert with_merging(built, 0)(images()).equal(built(images()))
+        found = with_merging(built, 2)(images())
+    assert torch.cosine_similarity(found.float(), expected).min() > 0.95
+
+
+def test_in_autocast_pairs_are_ranked_in_full_precision():
+    """Two cosines that are one in bfloat16."""
+    keys = torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [0.0, 1.0]]).view(1, 1, 4, 2)
+    tokens = torch.arange(4.0).view(1, 4, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = merge(tokens, None, keys, number=1, prefix=0)
+    assert found.flatten().tolist() == [0, 1, 2.5]
+
+
+def test_costs_are_those_of_the_tokens_that_are_left():
+    built = network("distilled")
+    width = 48
+    macs = 16 * 3 * 16 * width + 2 * width * 6
+    for before, after in ((18, 14), (14, 10), (10, 6)):
+        macs += 4 * before * width**2 + 2 * before**2 * width + 8 * after * width**2
+        macs += ((before - 2) // 2) ** 2 * width / 3  # cosines
+    cost = cost_of(with_merging(built, 4), side=16, batch=2)
+    assert cost.gmacs * 1e9 == pytest.approx(macs, rel=1e-6)
+    assert cost.parameters == sum(one.numel() for one in built.parameters())
+
+
+def test_tokens_over_depth_are_those_of_the_merged_network():
+    built = network("distilled")
+    merging = with_merging(built, 4)
+    expected, seen = [], []
+    for block in merging.blocks:
+        block.norm1.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    seen.append(merging.forward_features(images()))
+    expected = [torch.cosine_similarity(one[:, 0], one[:, 1]) for one in seen]
+    torch.testing.assert_close(token_cosines(merging, images()), torch.stack(expected, dim=1))
+
+
+# What cannot be
+
+
+def pooled():
+    return timm.create_model("vit_tiny_patch16_224", global_pool="avg", **SHAPE)
+
+
+def parallel():
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        **SHAPE,
+        block_fn=timm.models.vision_transformer.ParallelScalingBlock,
+    )
+
+
+def differential():
+    return timm.create_model("vit_tiny_patch16_224", **SHAPE, attn_layer="diff")
+
+
+def ours(**section):
+    shape = {"image_size": 16, "patch_size": 4, "depth": 3, "embed_dim": 48, "num_heads": 3}
+    return create_network(StudentConfig(name="deit_tiny", **shape, **section), 6)
+
+
+REFUSED = {
+    "a convnet": (
+        lambda: create_network(StudentConfig(name="small_convnet"), 4),
+        1,
+        ("--merge-tokens", "SmallConvNet"),
+    ),
+    "a pool": (pooled, 1, ("--merge-tokens", "avg")),
+    "other blocks": (parallel, 1, ("--merge-tokens", "VisionTransformer ", "deit_*")),
+    "other attention": (differential, 1, ("--merge-tokens", "VisionTransformer ", "deit_*")),
+    "merged before": (
+        lambda: with_merging(network(), 1),
+        1,
+        ("--merge-tokens", "VisionTransformerDistilled", "deit_*"),
+    ),
+    "adapters": (lambda: ours(adapters="convpass"), 1, ("--merge-tokens", "student.adapters")),
+    "shared blocks": (
+        lambda: ours(shared_block_size=3),
+        1,
+        ("--merge-tokens", "student.shared_block_size"),
+    ),
+    "negative": (network, -1, ("--merge-tokens -1", "8", "16")),
+    "too many": (network, 9, ("--merge-tokens 9", "8", "16")),
+    "one too many": (network, [0, 9, 0], ("--merge-tokens 9", "8", "16")),
+    "too few numbers": (network, [1, 2], ((1, 2), "3")),
+}
+"""What cannot be merged, by how many, and what the error names."""
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_merged_is_refused(what):
+    build, numbers, names = REFUSED[what]
+    for refuse in (check_merging, with_merging):
+        with raises(ConfigError, *names) as caught:
+            refuse(build(), numbers)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_network_that_would_be_computed_again_in_training_merges():
+    """timm's blocks are computed again one by one, without what merging hands on."""
+    plain, again = network().eval(), network().eval()
+    again.set_grad_checkpointing(True)
+    expected = with_merging(plain, 2)(images())
+    assert torch.equal(with_merging(again, 2)(images()), expected)
+
+
+def test_training_is_refused():
+    for merging in (with_merging(network().train(), 2), with_merging(network(), 2).train()):
+        with raises(ConfigError, "eval()"):
+            merging(images())
+        assert merging.eval()(images()).shape == (3, 6)
+
+
+# From the command line
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A student of two blocks and its teacher, which is no ViT."""
+    folder = tmp_path_factory.mktemp("runs")
+    with torch.enable_grad():
+        train(digits_teacher().replace(optim={"epochs": 3}), folder / "teacher")
+        config = digits().replace(
+            student={"depth": 2, "embed_dim": 32, "num_heads": 2},
+            teacher={"source": (str(folder / "teacher"),)},
+            optim={"epochs": 3, "batch_size": 64, "warmup_epochs": 1, "lr": 3e-3},
+        )
+        train(config, folder / "student")
+    return folder
+
+
+def test_several_numbers_make_one_table(runs, tmp_path, capsys):
+    words = [str(runs / "student"), "--merge-tokens", "0,2,8", "--teacher", "none"]
+    words += ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "f.json")]
+    assert run_command("evaluate", words, "evaluate") == 0
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert list(rows) == ["student, merge 0", "student, merge 2", "student, merge 8"]
+    assert all(name in said for name in rows)
+    assert [row["merge"] for row in rows.values()] == [0, 2, 8]
+    assert [row["tokens"] for row in rows.values()] == [[18, 18], [16, 14], [10, 6]]
+    plain = evaluate(runs / "student", cost=True, teacher="none")
+    assert "merge" not in plain
+    none, two, eight = rows.values()
+    assert none["heads"] == plain["heads"]
+    assert none["cost"]["gmacs"] == pytest.approx(plain["cost"]["gmacs"], rel=1e-9)
+    assert eight["cost"]["gmacs"] < two["cost"]["gmacs"] < none["cost"]["gmacs"]
+    assert eight["heads"] != none["heads"]
+    assert two["heads"] == evaluate(runs / "student", merge_tokens=2, teacher="none")["heads"]
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.width > 500
+
+
+def test_a_single_number_is_said_in_the_title(zygote, runs, tmp_path):
+    words = (runs / "student", "--merge-tokens", "4", "--json", tmp_path / "f.json")
+    done = zygote.run(*words, script="evaluate_deit.py")
+    assert done.code == 0, done.err
+    assert re.search(r"\b8 px\b.*\b4 tokens\b", " ".join(done.out.split()))
+    assert "14, 10" in done.out
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert (found["merge"], found["tokens"]) == (4, [14, 10])
+    assert len(found["token_cosine"]) == 3
+
+
+def test_more_patches_at_another_resolution_let_more_merge(runs, tmp_path):
+    words = [
+        str(runs / "student"),
+        "--resolution",
+        "16",
+        "--merge-tokens",
+        "9,32",
+        "--teacher",
+        "none",
+    ]
+    assert run_command("evaluate", [*words, "--json", str(tmp_path / "f.json")], "evaluate") == 0
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [row["tokens"] for row in rows.values()] == [[57, 48], [34, 18]]
+    assert list(rows) == ["student, 16 px, merge 9", "student, 16 px, merge 32"]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("--merge-tokens", "-1"), ["--merge-tokens -1"]),
+        (("--merge-tokens", "2,x"), ["--merge-tokens 2,x"]),
+        (("--merge-tokens", "2,2"), ["--merge-tokens 2,2"]),
+        (("--merge-tokens", "9"), ["--merge-tokens 9", "8", "16"]),
+        (("--merge-tokens", "0,9"), ["--merge-tokens 9", "8", "16"]),
+        (("--merge-tokens", "9", "--resolution", "16,8"), ["--merge-tokens 9", "8", "16"]),
+    ],
+)
+def test_bad_numbers_are_one_line_before_the_work(words, names, runs, capsys):
+    first, *rest = words
+    words = [f"{first}={rest[0]}", *rest[1:]]
+    assert run_command("evaluate", [str(runs / "student"), *words], "evaluate") == 2
+    said = capsys.readouterr()
+    assert all(name in said.err for name in names), said.err
+    assert len(said.err.strip().splitlines()) == 1
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("numbers", ["0", "0,1"])
+def test_a_run_that_is_no_vit_is_refused_at_once(numbers, runs, capsys):
+    words = [str(runs / "student"), str(runs / "teacher"), "--merge-tokens", numbers]
+    for asked in (words, words[1:]):
+        assert run_command("evaluate", asked, "evaluate") == 2
+        said = capsys.readouterr()
+        assert "--merge-tokens: SmallConvNet" in said.err
+        assert said.out == ""

@@ -1,0 +1,394 @@
+"""Weights of other projects: read, recognized, refused."""
+
+import json
+import re
+import shutil
+from argparse import Namespace
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from deit.config.recipes.handwriting import digits
+from deit.config.student_section import SIZES, InitConfig, StudentConfig
+from deit.core.errors import CheckpointError, ConfigError
+from deit.distill.student_init import init_student
+from deit.models.adapt_weights import LoadedWeights
+from deit.models.load_weights import infer_student_config, load_weights_from
+from deit.models.networks import create_network
+from deit.models.parameters import classifier_names, freeze_except
+from deit.models.pos_embed import resize_positions
+from deit.models.saved import ModelInfo, build_student, save_student
+from deit.training.optimizer import read_tensors
+from tests.helpers.errors import raises
+from tests.helpers.weight_files import NAMES, fitted, found_in, network, section
+
+
+def test_timms_networks_without_positions_for_their_tokens():
+    settings = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 48, "num_heads": 3}
+    name = "deit3_small_patch16_224"  # no_embed_class
+    before = timm.create_model(name, **settings, num_classes=5)
+    after = timm.create_model(name, **{**settings, "img_size": 64}, num_classes=5)
+    notes = fitted(found_in(before), after)
+    assert re.search(r"4 x 4\D+8 x 8", notes[0])
+    expected = resize_positions(before.pos_embed, prefix=0, side=8, kernel="deit").positions
+    assert torch.equal(after.pos_embed, expected)
+
+
+# origins
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["deit", "vit"])
+def test_the_network_is_read_from_the_shapes(kind, size):
+    wanted = StudentConfig(name=f"{kind}_{size}", image_size=32, patch_size=8)
+    found = infer_student_config(create_network(wanted, 5).state_dict())
+    assert found == wanted
+
+
+def test_other_shapes_are_told_apart():
+    odd = section(embed_dim=80, num_heads=5, num_distillation_tokens=2, patch_size=8)
+    built = create_network(odd, 5)
+    found = infer_student_config(built.state_dict(), heads=5)
+    assert create_network(found, 5).state_dict().keys() == built.state_dict().keys()
+    assert (found.embed_dim, found.num_heads, found.patch_size) == (80, 5, 8)
+    assert infer_student_config(network("small_convnet", depth=None).state_dict()) is None
+    deit3 = timm.create_model("deit3_small_patch16_224", depth=1)
+    assert infer_student_config(deit3.state_dict()) is None
+
+
+def saved(folder, seed=0, **fields):
+    facts = ModelInfo(section(**fields), NAMES, (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), 1.0)
+    torch.manual_seed(seed)
+    student = build_student(facts)
+    folder.mkdir(parents=True)
+    save_student(folder, student.network.state_dict(), facts)
+    return student.eval()
+
+
+FORMS = {
+    "official.pth": lambda weights: {"model": weights},
+    "timm.pth.tar": lambda weights: {"state_dict": weights, "epoch": 3},
+    "average.pth": lambda weights: {"state_dict": {}, "state_dict_ema": weights},
+    "wrapped.pth": lambda weights: {"model": {f"module.{n}": v for n, v in weights.items()}},
+    "compiled.pt": lambda weights: {f"_orig_mod.{n}": v for n, v in weights.items()},
+    "bare.bin": lambda weights: weights,
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_weight_files_of_every_form(name, tmp_path):
+    student = saved(tmp_path / "run" / "best")
+    torch.save(FORMS[name](student.network.state_dict()), tmp_path / name)
+    found = load_weights_from(str(tmp_path / name))
+    assert found.student == section()
+    assert found.class_names is None
+    after = network(seed=1)
+    (note,) = fitted(found, after)  # the classes are taken as they come
+    assert re.findall(r"\d+", note) == ["5"]
+    assert torch.equal(after.head_dist.weight, student.network.head_dist.weight)
+
+
+def test_a_run_a_checkpoint_and_a_safetensors_file(tmp_path):
+    student = saved(tmp_path / "run" / "best")
+    for source in ("run", "run/best"):
+        found = load_weights_from(str(tmp_path / source))
+        assert (found.student, found.class_names) == (section(), NAMES)
+        assert (found.mean, found.std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
+    found = load_weights_from(str(tmp_path / "run" / "best" / "model.safetensors"))
+    assert found.student == section()
+    assert torch.equal(found.weights["cls_token"], student.network.cls_token)
+
+
+def test_a_timm_folder(tmp_path):
+    settings = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 60, "num_heads": 5}
+    name = "deit_tiny_distilled_patch16_224"
+    theirs = timm.create_model(name, num_classes=5, **settings)
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    about = {
+        "architecture": name,
+        "num_classes": 5,
+        "model_args": settings,
+        "label_names": list(NAMES),
+        "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "num_classes": 5},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    found = load_weights_from(str(tmp_path))
+    assert found.class_names == NAMES
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (found.student.num_heads, found.student.embed_dim, found.student.depth) == (5, 60, 2)
+    after = create_network(found.student, 5)
+    assert fitted(found, after) == ()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(after.eval()(images), theirs.eval()(images))
+
+
+def test_the_numbers_beside_a_file_are_believed(tmp_path):
+    student = saved(tmp_path / "run" / "best", embed_dim=48, num_heads=4)
+    found = load_weights_from(str(tmp_path / "run" / "best" / "model.safetensors"))
+    assert (found.student.num_heads, found.heads_known) == (4, True)
+    save_file(student.network.state_dict(), tmp_path / "alone.safetensors")
+    assert not load_weights_from(str(tmp_path / "alone.safetensors")).heads_known
+
+
+def test_what_training_scripts_save_beside_the_weights_does_no_harm(tmp_path):
+    student = saved(tmp_path / "run" / "best")
+    content = {"model": student.network.state_dict(), "args": Namespace(lr=1.0), "epoch": 3}
+    torch.save(content, tmp_path / "official.pth")
+    found = load_weights_from(str(tmp_path / "official.pth"))
+    assert found.student == section()
+
+
+@pytest.mark.fault("B9")
+def test_prefixes_in_any_order(tmp_path):
+    student = saved(tmp_path / "run" / "best")
+    for prefix in ("_orig_mod.module.", "module._orig_mod.", "module.module."):
+        weights = {f"{prefix}{name}": value for name, value in student.network.state_dict().items()}
+        torch.save(weights, tmp_path / "wrapped.pth")
+        assert load_weights_from(str(tmp_path / "wrapped.pth")).student == section()
+
+
+def test_a_backbone_without_heads_gets_new_ones_if_asked():
+    weights = {n: v for n, v in network("vit_micro").state_dict().items() if "head" not in n}
+    found = LoadedWeights(weights, "a backbone", None, None, None, None)
+    after = network(seed=1)
+    with raises(CheckpointError, "--init.head"):
+        fitted(found, after)
+    notes = fitted(found, after, InitConfig(weights="here", head="new"))
+    assert re.findall(r"\d+", notes[-1]) == ["5", "0"]
+    assert torch.equal(after.dist_token, weights["cls_token"])
+
+
+def timm_folder(folder, weights, **about):
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    name = "deit_tiny_distilled_patch16_224"
+    (folder / "config.json").write_text(json.dumps({"architecture": name, **about}))
+    return str(folder)
+
+
+BAD_FOLDERS = {
+    "a file to load": {"model_args": {"checkpoint_path": "evil.pth"}},
+    "another function": {"model_args": {"act_layer": "relu"}},
+    "no settings": {"model_args": [1, 2]},
+    "a text of classes": {"label_names": "abcde"},
+    "one class twice": {"label_names": list("aabcd")},
+    "a colour of text": {"pretrained_cfg": {"mean": "abc"}},
+    "no configuration": {"pretrained_cfg": "x"},
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_a_foreign_folder_is_refused_not_believed(name, tmp_path):
+    """What it names is neither loaded nor run; torch.load of the file would fail loudly."""
+    torch.save(Runs(), tmp_path / "evil.pth")
+    source = timm_folder(tmp_path / "folder", network().state_dict(), **BAD_FOLDERS[name])
+    with raises(CheckpointError, source) as refused:
+        load_weights_from(source)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.fault("B11")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cls_token", torch.tensor(1.0)),
+        ("pos_embed", torch.zeros(3)),
+        ("head.weight", torch.tensor(1.0)),
+        ("norm.weight", torch.full((96,), float("nan"))),
+    ],
+)
+def test_damaged_tensors_are_refused(name, value, tmp_path):
+    save_file({**network().state_dict(), name: value}, tmp_path / "w.safetensors")
+    config = digits().replace(student=section(), init={"weights": "here"})
+    facts = ModelInfo(section(), NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
+
+    def whole():
+        found = load_weights_from(str(tmp_path / "w.safetensors"))
+        init_student(network(seed=1), found, config, facts)
+
+    with pytest.raises(CheckpointError):
+        whole()
+
+
+class Runs:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_bad_starts_are_refused_in_one_line(tmp_path, capsys):
+    saved(tmp_path / "run" / "best")
+    torch.save({"model": Runs()}, tmp_path / "code.pth")
+    whole = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    torch.save({"x": torch.zeros(4000)}, tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "run", broken)
+    (broken / "best" / "model.json").write_text("{")
+    expected = {
+        "code.pth": ("print",),
+        "cut.safetensors": ("header",),
+        "cut.pth": (),
+        "empty": ("best/model.safetensors", "config.json"),
+        "other": ("other/config.json", "architecture"),
+        "broken": ("broken/best/model.json",),
+        "nowhere": ("timm",),
+    }
+    for name, names in expected.items():
+        with raises(CheckpointError, tmp_path / name, *names) as refused:
+            load_weights_from(str(tmp_path / name))
+        assert "\n" not in str(refused.value)
+        assert refused.value.exit_code == 4
+    assert "code ran" not in capsys.readouterr().out
+
+
+# what is trained
+
+
+def test_holding_still_all_but_the_heads():
+    built = network()
+    freeze_except(built, "heads")
+    free = {name for name, one in built.named_parameters() if one.requires_grad}
+    assert free == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
+def test_holding_still_all_but_attention_and_heads():
+    built = network()
+    freeze_except(built, "attention")
+    free = {name for name, one in built.named_parameters() if one.requires_grad}
+    attention = {f"blocks.0.attn.{p}.{k}" for p in ("qkv", "proj") for k in ("weight", "bias")}
+    heads = {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    assert free == attention | heads
+    with raises(ConfigError, "optim.trainable", "'attention'", "heads"):
+        freeze_except(network("small_convnet", depth=None), "attention")
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("deit_micro", ("head", "head_dist")),
+        ("vit_micro", ("head",)),
+        ("small_convnet", ("head",)),
+        ("rednet_micro", ("head",)),
+        ("regnety_002_small_stem", ("head.fc",)),
+        ("timm:resnet10t", ("fc",)),
+    ],
+)
+def test_heads_by_name(name, heads):
+    built = create_network(StudentConfig(name=name, image_size=32), 7)
+    assert classifier_names(built) == heads
+    assert all(built.get_submodule(head).out_features == 7 for head in heads)
+
+
+def test_several_distillation_heads_by_name():
+    assert classifier_names(network(num_distillation_tokens=2)) == (
+        "head",
+        "head_dist.0",
+        "head_dist.1",
+    )
+
+
+def test_a_still_student_stays_in_evaluation_mode():
+    facts = ModelInfo(section(drop_path=0.5), NAMES, (0.5,) * 3, (0.2,) * 3, 1.0)
+    student = build_student(facts)
+    assert student.train().network.training
+    student.frozen_backbone = True
+    assert not student.train().network.training
+    images = torch.rand(8, 3, 16, 16)
+    one, other = student(images), student(images)  # no drop path
+    assert torch.equal(one.class_logits, other.class_logits)
+
+
+def test_a_block_far_beyond_the_others_is_refused_at_once(tmp_path):
+    weights = network("deit_micro").state_dict()
+    weights["blocks.99999999.norm1.weight"] = weights["blocks.0.norm1.weight"].clone()
+    save_file(weights, tmp_path / "w.safetensors")
+    with raises(CheckpointError, tmp_path / "w.safetensors", 99999999):
+        load_weights_from(str(tmp_path / "w.safetensors"))
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path):
+    weights = network("deit_micro").state_dict()
+    weights["module.head.weight"] = torch.zeros_like(weights["head.weight"])
+    save_file(weights, tmp_path / "w.safetensors")
+    with raises(CheckpointError, tmp_path / "w.safetensors", " head.weight", "module.head.weight"):
+        load_weights_from(str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_without_plain_numbers_are_refused(kind, tmp_path):
+    weights = network("deit_micro").state_dict()
+    value = weights["head.weight"]
+    weights["head.weight"] = value.to_sparse() if kind == "sparse" else value.to("meta")
+    torch.save(weights, tmp_path / "w.pth")
+    with raises(CheckpointError, tmp_path / "w.pth", "head.weight"):
+        load_weights_from(str(tmp_path / "w.pth"))
+
+
+def test_an_empty_file_is_called_so(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"")
+    with raises(CheckpointError, tmp_path / "w.pth") as refused:
+        load_weights_from(str(tmp_path / "w.pth"))
+    assert "empty" in str(refused.value).replace(str(tmp_path), "")
+
+
+def test_another_number_of_attention_heads_is_refused():
+    own = section(embed_dim=48, num_heads=4)
+    built = network(embed_dim=48, num_heads=4)
+    found = LoadedWeights(built.state_dict(), "a run", own, NAMES, (0.5,) * 3, (0.5,) * 3)
+    config = digits().replace(student={"image_size": 16}, init={"weights": "a run"})
+    config = config.replace(student=section(embed_dim=48, num_heads=2))
+    facts = ModelInfo(config.student, NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
+    with raises(CheckpointError, "a run", "--student.num_heads 4"):
+        init_student(network(embed_dim=48, num_heads=2), found, config, facts)
+
+
+def test_a_normalisation_that_is_not_told_is_named():
+    built = network()
+    config = digits().replace(student=section(), init={"weights": "w.pth"})
+    facts = ModelInfo(config.student, NAMES, (0.1, 0.2, 0.3), (0.4,) * 3, 1.0)
+    notes = init_student(built, found_in(built), config, facts)["notes"]
+    assert any("--views.mean" in note and "0.1,0.2,0.3" in note for note in notes)
+
+
+def header(text: bytes, size: int | None = None) -> bytes:
+    return (len(text) if size is None else size).to_bytes(8, "little") + text
+
+
+HOSTILE = {
+    "a header of 2**63 bytes": header(b"{}", 2**63),
+    "a header beyond the file": header(b"{}", 10**6),
+    "no JSON": header(b"{[}"),
+    "overlapping": header(
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
+    )
+    + bytes(12),
+    "with a hole": header(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"b":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}'
+    )
+    + bytes(12),
+    "a shape too large": header(
+        b'{"a":{"dtype":"F32","shape":[1099511627776,1099511627776],"data_offsets":[0,4]}}'
+    )
+    + bytes(4),
+    "nothing": b"",
+}
+
+
+@pytest.mark.fault("B14")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_of_safetensors_are_refused(name, tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(HOSTILE[name])
+    with raises(CheckpointError, path):
+        load_weights_from(str(path))
+    with raises(CheckpointError, path):
+        read_tensors(path)
