@@ -18,7 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 from deit.core.console import info, progress  # noqa: E402
 from tests.helpers.command_server import Zygote  # noqa: E402
-from tests.helpers.odd_input import make_things, run_try, try_of  # noqa: E402
+from tests.helpers.odd_input.run import run_try  # noqa: E402
+from tests.helpers.odd_input.things import make_things  # noqa: E402
+from tests.helpers.odd_input.tries import try_of  # noqa: E402
 
 
 def main() -> int:

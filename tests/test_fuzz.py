@@ -7,7 +7,10 @@ from tempfile import mkdtemp
 
 import pytest
 
-from tests.helpers.odd_input import make_things, options_of, run_try, try_of
+from tests.helpers.odd_input.options import options_of
+from tests.helpers.odd_input.run import run_try
+from tests.helpers.odd_input.things import make_things
+from tests.helpers.odd_input.tries import try_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are watched by /proc")
 QUICK = 12  # seeds of every commit; scripts/fuzz.py goes through thousands

@@ -19,7 +19,7 @@ import torch
 from deit.cli import run_command
 from deit.core import run_folder
 from deit.distill.target_store import manifest_bytes, read_manifest
-from tests.helpers.command_server import ROOT, Completed
+from tests.helpers.processes import ROOT, Completed
 from tests.helpers.small_runs import SMALL
 
 pytest.importorskip("sklearn")

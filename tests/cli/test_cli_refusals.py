@@ -17,7 +17,8 @@ from deit.core import run_folder
 from deit.experiments.studies import STUDIES
 from deit.models.saved import ModelInfo, build_student
 from tests.helpers.commands import TEN, assert_refused, fake_teacher, run_in, tree
-from tests.helpers.odd_input import Try, run_try
+from tests.helpers.odd_input.run import run_try
+from tests.helpers.odd_input.tries import Try
 
 TRAIN, EVALUATE, FINETUNE = "train_deit.py", "evaluate_deit.py", "finetune_deit.py"
 # A run of seconds: a fifth of the training digits in two updates.

@@ -11,10 +11,11 @@ import pytest
 from deit.core import filesystem, manifest, run_folder, run_log
 from deit.core.errors import CheckpointError, SystemFault
 from tests.helpers import small_runs
-from tests.helpers.command_server import Completed, Zygote
+from tests.helpers.command_server import Zygote
 from tests.helpers.commands import assert_refused, run_in
 from tests.helpers.errors import raises
-from tests.helpers.gates import Gate
+from tests.helpers.process_setup import Gate
+from tests.helpers.processes import Completed
 from tests.helpers.small_runs import STEPS, same
 
 pytest.importorskip("sklearn")

@@ -17,9 +17,9 @@ from deit.core.errors import ConfigError, SystemFault
 from deit.core.sharding import shard_degree
 from deit.distill.build import build_accelerator
 from deit.models.saved import load_student
-from tests.helpers.command_server import Completed, Zygote, last_json
+from tests.helpers.command_server import Zygote
 from tests.helpers.errors import raises
-from tests.helpers.processes import said_by
+from tests.helpers.processes import Completed, last_json, said_by
 from tests.helpers.small_runs import SMALL, STEPS, same
 
 ROOT = Path(__file__).parents[2]

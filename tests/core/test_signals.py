@@ -31,10 +31,10 @@ from deit.core.signals import GracefulStop
 from deit.datasets.decode_workers import Reader
 from deit.datasets.stores import FolderStore
 from deit.training.train import train
-from tests.helpers.command_server import ROOT, Completed, Running, Zygote, fresh, until
+from tests.helpers.command_server import Running, Zygote
 from tests.helpers.images import write_pictures
 from tests.helpers.leftovers import left
-from tests.helpers.processes import STUCK_TEACHER
+from tests.helpers.processes import ROOT, STUCK_TEACHER, Completed, fresh, until
 from tests.helpers.resume_helpers import stop_at
 from tests.helpers.small_runs import ON_PICTURES
 

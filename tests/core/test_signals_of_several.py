@@ -13,10 +13,9 @@ import pytest
 
 from deit.core import run_folder
 from deit.core.parent_process import SAME_SIGNAL_S
-from tests.helpers.command_server import ROOT, until
 from tests.helpers.images import write_pictures
 from tests.helpers.leftovers import left
-from tests.helpers.processes import STUCK_TEACHER
+from tests.helpers.processes import ROOT, STUCK_TEACHER, until
 from tests.helpers.small_runs import ON_PICTURES
 
 DATA = ("--data.num_workers", "2", "--run.save_every_steps", "1")

@@ -33,9 +33,9 @@ from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.splits import load_splits
 from deit.datasets.views import ChannelStats, sample_resized_crop
 from deit.distill.inference import predict_split
-from tests.helpers.command_server import fresh
 from tests.helpers.errors import raises
 from tests.helpers.images import SIDE, images_at, joined, write_pictures
+from tests.helpers.processes import fresh
 
 COLOURS = ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 PLAIN = ViewsConfig(crop="random_resized", crop_scale=(0.2, 1.0), flip=0.0)

@@ -18,8 +18,8 @@ from deit.deploy.prune_options import CRITERIA, PruneOptions, prune_options
 from deit.models.saved import load_student
 from deit.models.surgery.structured_pruning import magnitudes, select_top
 from deit.training.progress_log import schedule_of
+from tests.helpers.commands import runs_over
 from tests.helpers.errors import raises
-from tests.helpers.progress import runs_over
 from tests.helpers.small_runs import QUICK_PRUNING, THREE_EPOCHS
 from tests.helpers.trained import trained
 

@@ -46,6 +46,7 @@ from deit.models.teachers import Teacher
 from deit.training.train import train
 from tests.helpers import target_stores
 from tests.helpers.errors import raises
+from tests.helpers.process_setup import LEAST_ROWS
 from tests.helpers.target_stores import (
     EPOCHS,
     PLACES,
@@ -58,7 +59,6 @@ from tests.helpers.target_stores import (
     quick,
     with_targets,
 )
-from tests.helpers.units import LEAST_ROWS
 
 pytest.importorskip("sklearn")
 small_units, store, teachers = (

@@ -4,71 +4,44 @@ import csv
 import json
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from deit.cli import run_command
 from deit.config.recipes.handwriting import digits
-from deit.config.sparsity import SCOPES
 from deit.config.validation import load_config
 from deit.core import manifest, run_folder, run_log
-from deit.core.console import format_duration
 from deit.core.errors import CheckpointError
 from deit.experiments import lottery
 from deit.experiments.base_runs import BaseRuns, Experiment
 from deit.experiments.lottery_masks import final_weights
 from deit.experiments.lottery_options import (
-    CONTROLS,
     ONE_SHOT,
     RANDOM,
     REINITIALIZED,
     LotteryOptions,
 )
 from deit.experiments.lottery_plan import lottery_runs, plan_of
-from deit.experiments.lottery_tables import matching, matching_line, sparsest
+from deit.experiments.lottery_tables import matching_line
 from deit.experiments.runner import FailedRun
 from deit.experiments.shared_targets import teacher_query_key
 from deit.experiments.sweep_execute import SweepFailures
 from deit.experiments.sweep_plan import SweepPlan
-from deit.experiments.sweep_plots import draw_sweep, ticket_curve
 from deit.models.saved import build_student, load_student, save_weights
 from deit.models.surgery.pruning_masks import MASKS, is_masked, num_kept, read_masks
-from tests.helpers.command_server import Completed
+from tests.helpers.commands import runs_over
 from tests.helpers.errors import raises
-from tests.helpers.progress import runs_over
-from tests.helpers.small_runs import WITH_AVERAGE
+from tests.helpers.processes import Completed
+from tests.helpers.sweeps import LOTTERY, planned_lottery, result
 
 pytest.importorskip("sklearn")
-WORDS = (
-    "lottery",
-    "digits",
-    *WITH_AVERAGE,
-    "--rounds",
-    "2",
-    "--prune-rate",
-    "0.5",
-    "--rewind-epoch",
-    "0.5",
-)
-WORDS = (*WORDS, "--control-rounds", "2")
 TRAINED = ("model", "average", "optimizer", "masks")
 
 
-# The runs
-
-
-def planned(tmp_path, config=None, **asked):
-    config = config or digits().replace(optim={"epochs": 10, "warmup_epochs": 2})
-    plan = plan_of(LotteryOptions(**asked), config, updates=4)
-    return plan, lottery_runs(plan, config, 3, tmp_path)
-
-
 def test_a_level_goes_back_to_the_dense_runs_weights_and_update(tmp_path):
-    plan, found = planned(tmp_path, levels=2, rate=0.5, rewind=1.5)
+    plan, found = planned_lottery(tmp_path, levels=2, rate=0.5, rewind=1.5)
     assert (plan.rewind, plan.densities) == (6, (0.5, 0.25))
     names = ["level-0", "level-1", "random-1", "re-initialised-1"]
     names += ["level-2", "random-2", "re-initialised-2", "one-shot-2"]
@@ -91,13 +64,13 @@ def test_a_level_goes_back_to_the_dense_runs_weights_and_update(tmp_path):
 
 
 def test_by_itself_it_goes_back_to_where_warm_up_ends(tmp_path):
-    plan, _ = planned(tmp_path)
+    plan, _ = planned_lottery(tmp_path)
     assert plan.rewind == 2 * 4
     assert plan.densities == pytest.approx((0.8, 0.64, 0.512, 0.4096, 0.32768, 0.262144, 0.2097152))
 
 
 def test_the_initial_weights_come_from_the_seed(tmp_path):
-    _, found = planned(tmp_path, levels=1, rewind=0)
+    _, found = planned_lottery(tmp_path, levels=1, rewind=0)
     assert found[0].run.config.run.keep_steps == ()
     start = found[1].run.config.init
     assert (start.weights, start.start_step) == (None, 0)
@@ -105,7 +78,7 @@ def test_the_initial_weights_come_from_the_seed(tmp_path):
 
 
 def test_controls_only_where_they_are_asked_for(tmp_path):
-    _, found = planned(tmp_path, levels=3, controls=(RANDOM, ONE_SHOT), at=(1, 3))
+    _, found = planned_lottery(tmp_path, levels=3, controls=(RANDOM, ONE_SHOT), at=(1, 3))
     told = [(one.kind, one.level) for one in found]
     assert told == [
         *(("dense", 0), ("ticket", 1), (RANDOM, 1), ("ticket", 2)),
@@ -116,7 +89,7 @@ def test_controls_only_where_they_are_asked_for(tmp_path):
 def test_fine_tuned_tickets_start_where_their_dense_run_does(tmp_path):
     start = {"weights": "weights.pth", "head": "new", "pos_embed_resize": "timm"}
     config = digits().replace(init=start)
-    _, found = planned(tmp_path, config, levels=1, rewind=0)
+    _, found = planned_lottery(tmp_path, config, levels=1, rewind=0)
     starts = {one.kind: one.run.config.init for one in found}
     assert starts["dense"] == config.init
     assert (starts["ticket"].weights, starts["ticket"].head) == ("weights.pth", "new")
@@ -125,30 +98,14 @@ def test_fine_tuned_tickets_start_where_their_dense_run_does(tmp_path):
         starts[REINITIALIZED].head,
         starts[REINITIALIZED].pos_embed_resize,
     ) == (None, "keep", "deit")
-    _, found = planned(tmp_path, config, levels=1, rewind=1)
+    _, found = planned_lottery(tmp_path, config, levels=1, rewind=1)
     assert found[1].run.config.init.head == "keep"  # the dense run has heads by then
 
 
 def test_all_runs_of_a_seed_ask_their_teacher_the_same(tmp_path):
     config = digits().replace(views={"mean": (0.1,) * 3, "std": (0.3,) * 3})
-    _, found = planned(tmp_path, config, levels=2)
+    _, found = planned_lottery(tmp_path, config, levels=2)
     assert len({json.dumps(teacher_query_key(one.run.config)) for one in found}) == 1
-
-
-# A whole search
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory, zygote):
-    """A folder with a search of two levels and two seeds, every control."""
-    place = tmp_path_factory.mktemp("tickets")
-    done = zygote.run(*WORDS, "--seeds", "0,1", "--parallel", "2", "--out", "out", cwd=place)
-    assert done.code == 0, done.err
-    return place, done
-
-
-def result(out: Path) -> dict:
-    return json.loads((out / "results.json").read_text())
 
 
 def runs_listed(done: Completed) -> tuple[int, ...]:
@@ -251,7 +208,7 @@ def test_the_same_command_trains_nothing_again(searched, zygote):
     place, _ = searched
     before = {path: path.stat().st_mtime_ns for path in place.glob("out/**/model.safetensors")}
     told = result(place / "out")["rows"]
-    done = zygote.run(*WORDS, "--seeds", "0,1", "--out", "out", cwd=place)
+    done = zygote.run(*LOTTERY, "--seeds", "0,1", "--out", "out", cwd=place)
     assert done.code == 0, done.err
     assert runs_listed(done) == (12, 3, 12)
     assert {path: path.stat().st_mtime_ns for path in place.glob("out/**/model.safetensors")} == (
@@ -266,7 +223,7 @@ def test_the_same_command_trains_nothing_again(searched, zygote):
 
 def test_runs_that_are_there_and_not_asked_for_are_named(searched, zygote):
     place, _ = searched
-    done = zygote.run(*WORDS, "--seeds", "1", "--out", "out", "--dry-run", cwd=place)
+    done = zygote.run(*LOTTERY, "--seeds", "1", "--out", "out", "--dry-run", cwd=place)
     assert done.code == 0, done.err
     assert re.search(r"\b6\b.*\bout/seed-0/level-0\b", done.err)
 
@@ -284,7 +241,7 @@ def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, zygote, tm
         shutil.rmtree(level.with_name(run))
         level.with_name(f"{run}.evaluation.json").unlink(missing_ok=True)
     (level.parent / "masks" / "level-2.safetensors").unlink()
-    words = (*WORDS, "--seeds", "0,1", "--out", "out", "--retries", "0")
+    words = (*LOTTERY, "--seeds", "0,1", "--out", "out", "--retries", "0")
     done = zygote.run(*words, cwd=tmp_path, DEIT_FAULT="update:5:kill")
     assert done.code == 1
     assert [name in done.err for name in ("level-2.log", "random-2.log")] == [True] * 2
@@ -308,7 +265,7 @@ def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, zygote, tm
 def test_more_levels_and_seeds_go_on_from_what_there_is(searched, zygote, tmp_path):
     place, _ = searched
     shutil.copytree(place / "out", tmp_path / "out")
-    more = [*WORDS, "--seeds", "0,1", "--controls", "none", "--out", "out"]
+    more = [*LOTTERY, "--seeds", "0,1", "--controls", "none", "--out", "out"]
     more[more.index("--rounds") + 1] = "3"
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/result.json")}
     done = zygote.run(*more, cwd=tmp_path)
@@ -364,7 +321,7 @@ def test_weights_that_say_other_masks_than_a_run_was_trained_under(searched, zyg
         folder, manifest.digests(folder, names), step=run_folder.checkpoint_step(folder)
     )
     for _ in range(2):  # it stays refused
-        done = zygote.run(*WORDS, "--out", "out", cwd=tmp_path)
+        done = zygote.run(*LOTTERY, "--out", "out", cwd=tmp_path)
         assert done.code == 4
         assert re.search(rf"\bout/seed-0/level-1: .*\b{MASKS}\b", done.err)
         # Its level 2 followed from it, and is not told.
@@ -382,251 +339,3 @@ def test_a_run_whose_end_is_damaged_is_not_pruned_further(searched, tmp_path):
     (run_folder.latest_checkpoint(run) / "model.safetensors").write_bytes(b"cut off")
     with raises(CheckpointError, run):
         final_weights(run)
-
-
-# What is told
-
-
-def row(kind: str, *shares: float, sparsity: str = "50.0") -> dict:
-    values = {"run": kind, "sparsity %": sparsity}
-    top1 = [{"class": share, "distillation": None, "fused": None} for share in shares]
-    return {"values": values, "seeds": list(range(len(shares))), "top1": top1, "failed": {}}
-
-
-def test_what_matches_the_dense_run_by_hand():
-    rows = {
-        "teacher": {**row("", 0.9, 0.9), "values": {}},
-        "dense": row("dense", 0.80, 0.90, sparsity="0.0"),  # 85 %
-        "just": row("ticket", 0.80, 0.88),  # 84 %
-        "below": row("ticket", 0.80, 0.8798),
-        "above": row("random", 0.99, 0.99),
-        "one seed": row("ticket", 0.99),
-        "none": row("ticket"),
-    }
-    assert matching(rows, 1.0) == ["just", "above"]
-    assert matching(rows, 0.0) == ["above"]
-    rows["sparser"] = row("ticket", 0.80, 0.90, sparsity="75.0")
-    assert sparsest({"rows": rows, "tickets": {"matching": matching(rows, 1.0)}}) == "75.0 %"
-    assert sparsest({"rows": rows, "tickets": {"matching": ["above"]}}) == "none"
-    assert matching({"ticket": row("ticket", 1.0)}, 1.0) == []
-
-
-def test_the_curve_has_a_line_a_kind_and_the_level_of_the_dense_run(searched):
-    from matplotlib.figure import Figure
-
-    place, _ = searched
-    found = result(place / "out")
-    axes = Figure().subplots()
-    ticket_curve(found)(axes)
-    names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert names[1:] == ["ticket", *CONTROLS]
-    assert names[0].startswith("dense, ")
-    drawn = {bars.get_label(): bars.lines[0].get_xydata() for bars in axes.containers}
-    assert {kind: len(line) for kind, line in drawn.items()} == {"ticket": 2} | dict.fromkeys(
-        CONTROLS, 1
-    )
-    for kind in ("ticket", *CONTROLS):
-        for x, y in drawn[kind]:
-            sparsity = min((50.0, 75.0), key=lambda one, x=x: abs(one - x))
-            top1 = [one["fused"] for one in found["rows"][f"{kind}, {sparsity} %"]["top1"]]
-            assert abs(sparsity - x) < 1
-            assert y == pytest.approx(100 * sum(top1) / 2)
-
-
-@pytest.mark.parametrize(("kinds", "moved"), [(("ticket",), False), (("ticket", RANDOM), True)])
-def test_a_picture_says_where_points_stand_beside_their_sparsity(kinds, moved):
-    """And only there."""
-    figure = pytest.importorskip("matplotlib.figure").Figure
-
-    def drawn(*kinds):
-        axes = figure().subplots()
-        rows = {kind: row(kind, 0.5) for kind in kinds}
-        ticket_curve({"rows": rows, "split": "test", "tickets": {"tolerance": 1}})(axes)
-        return axes
-
-    axes = drawn(*kinds)
-    places = [bars.lines[0].get_xydata()[0][0] for bars in axes.containers]
-    assert (places != [50.0] * len(kinds)) == moved
-    assert (axes.get_xlabel() != drawn("ticket").get_xlabel()) == moved
-
-
-def test_a_picture_without_a_finished_dense_run(searched, tmp_path):
-    place, _ = searched
-    found = result(place / "out")
-    del found["rows"]["dense"]
-    assert [path.name for path in draw_sweep(found, tmp_path)] == ["tickets.png"]
-
-
-def test_the_report_shows_curve_masks_and_layers(searched, zygote, tmp_path):
-    place, _ = searched
-    done = zygote.run("report", "out", "--out", tmp_path / "page", cwd=place)
-    assert done.code == 0, done.err
-    text = (tmp_path / "page" / "index.html").read_text()
-    for told in ("re-initialised", "attn.qkv.q", f"<b>{sparsest(result(place / 'out'))}</b>"):
-        assert told in text
-    names = {path.name for path in (tmp_path / "page").iterdir()}
-    assert {"out-tickets.png", "out-masks.csv", "out-layers.csv", "out-results.csv"} <= names
-    layers = list(csv.reader((tmp_path / "page" / "out-layers.csv").read_text().splitlines()))
-    assert [line[0] for line in layers[1:]] == [
-        *(f"blocks.0.attn.qkv.{part}" for part in "qkv"),
-        *("blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"),
-    ]
-
-
-# Refusals
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs a command in this process, from a folder: none of these trains anything."""
-
-    def run(name, *words, cwd):
-        monkeypatch.chdir(cwd)
-        capsys.readouterr()
-        code = run_command(name, [str(word) for word in words], f"deit {name}")
-        return Completed(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("words", "names"),
-    [
-        (("--scope", "some"), ("scope some", *SCOPES, "2:4")),
-        (("--scope", "2:4"), ("--scope 2:4", "--rounds", "--prune-rate")),
-        (("--rounds", "0"), ("--rounds 0", "100")),
-        (("--prune-rate", "1"), ("--prune-rate 1",)),
-        (("--prune-rate", "nan"), ("--prune-rate nan",)),
-        (("--rewind-epoch", "3"), ("--rewind-epoch 3", "optim.epochs")),
-        (("--rewind-epoch", "-1"), ("--rewind-epoch -1", "optim.epochs")),
-        (("--rewind-epoch", "2.999"), ("--rewind-epoch", "12")),
-        (("--controls", "randm"), ("--controls randm", *CONTROLS)),
-        (("--control-rounds", "3"), ("--control-rounds 3",)),
-        (("--control-rounds", "1,1"), ("--control-rounds 1,1",)),
-        (("--tolerance", "-1"), ("--tolerance -1",)),
-        (("--retries", "-1"), ("--retries -1",)),
-        (("--parallel", "0"), ("--parallel 0",)),
-        (("--seeds", "0,0"), ("--seeds 0,0",)),
-        (("--run.seed", "4"), ("--run.seed 4", "--seeds")),
-        (("--init.pruning_masks", "x"), ("init.pruning_masks",)),
-        (("--init.start_step", "3"), ("init.start_step",)),
-        (("--resume",), ("deit lottery", "--resume")),
-    ],
-)
-def test_a_mistake_is_told_before_the_work(command, tmp_path, words, names):
-    done = command(*WORDS, *words, "--out", "out", cwd=tmp_path)
-    assert done.code == 2
-    for name in names:
-        assert name in done.err
-    assert len(done.err.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_is_not_trained_whole_has_no_tickets(command, tmp_path, searched):
-    place, _ = searched
-    start = ("--init.weights", place / "out/seed-0/level-0", "--optim.trainable", "heads")
-    done = command(*WORDS, *start, "--out", "out", cwd=tmp_path)
-    assert (done.code, "optim.trainable = 'heads'" in done.err) == (2, True), done.err
-
-
-@pytest.mark.parametrize(
-    ("words", "differs"),
-    [
-        (("--scope", "layerwise"), r"scope\b.*\bglobal\b.*\blayerwise"),
-        (("--prune-rate", "0.4"), r"rate\b.*\b0\.5\b.*\b0\.4"),
-        (("--rewind-epoch", "1"), r"rewind\b.*\b0\.5\b.*\b1"),
-        (("--optim.lr", "0.5"), r"optim\.lr\b.*\b0\.001\b.*\b0\.5"),
-        (("--student.depth", "2"), r"student\.depth\b.*\b1\b.*\b2"),
-        (("--loss", "none"), r"loss\.kind\b.*\bsoft\b.*\bnone"),
-    ],
-)
-def test_another_search_in_the_folder_is_refused(searched, command, words, differs):
-    place, _ = searched
-    done = command(*WORDS, *words, "--out", "out", cwd=place)
-    assert done.code == 2, done.err
-    assert re.search(rf"--out out\b.*\b{differs}\b", done.err), done.err
-
-
-def test_groups_that_do_not_fit_are_told_before_the_work(command, tmp_path):
-    words = ("lottery", "digits", *WITH_AVERAGE, "--scope", "3:5", "--out", "out")
-    done = command(*words, cwd=tmp_path)
-    assert done.code == 2
-    for name in ("scope", "blocks.0.attn.qkv.weight", "16", "5"):
-        assert name in done.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_updates_that_are_left_and_their_time_by_hand(tmp_path):
-    _, found = planned(tmp_path, levels=2, rate=0.5, rewind=1.5)
-    runs = [one.run for one in found]
-    # Eight runs of 10 epochs of 4 updates; all but the dense one and two re-initialised ones begin
-    # at update 6.
-    assert numbers_in(lottery._time(runs, 4)) == [8 * 40 - 5 * 6]  # and nothing of their time
-    (runs[7].out / "checkpoint-00000020").mkdir(parents=True)
-    assert numbers_in(lottery._time(runs, 4)) == [8 * 40 - 4 * 6 - 20]
-    shutil.rmtree(runs[7].out)
-    best = {"epoch": 10, "top1": 0.5, "class_top1": 0.5}
-    result = asdict(run_folder.Result(10, 0, 0, 60.0, 0, None, best, "", "", [], []))
-    for one, samples in ((runs[0], 40 * 32), (runs[1], 34 * 32)):
-        one.out.mkdir(parents=True)
-        (one.out / run_folder.RESULT).write_text(json.dumps({**result, "samples_seen": samples}))
-    each = 120 / 74
-    told = lottery._time(runs, 4)
-    assert numbers_in(told)[0] == 8 * 40 - 5 * 6 - 74
-    assert format_duration(216 * each) in told
-    assert "1.62 s" in told  # an update of the runs that are finished
-    assert numbers_in(lottery._time(runs[:2], 4)) == [0]
-
-
-def numbers_in(text: str) -> list[float]:
-    return [float(one.replace(",", "")) for one in re.findall(r"\d[\d,.]*", text)]
-
-
-def test_weights_that_are_standardised_have_no_tickets(command, tmp_path):
-    words = ("--student.name", "timm:resnetv2_50x1_bit", "--student.patch_size", "4")
-    words = ("lottery", "digits-teacher", *words, "--out", "out", "--dry-run")
-    done = command(*words, cwd=tmp_path)
-    assert done.code == 2
-    assert "student.name = 'timm:resnetv2_50x1_bit'" in done.err
-    assert len(done.err.splitlines()) == 1  # no problem of the configuration, which has two
-
-
-def test_levels_of_nearly_the_same_sparsity_keep_apart(command, tmp_path):
-    words = (
-        "lottery",
-        "digits",
-        *WITH_AVERAGE,
-        "--prune-rate",
-        "0.5",
-        "--rounds",
-        "12",
-        "--controls",
-        "none",
-    )
-    done = command(*words, "--out", "out", "--dry-run", cwd=tmp_path)
-    assert done.code == 0, done.err
-    told = [line.split()[3] for line in done.out.splitlines() if " ticket " in line]
-    assert len(told) == len(set(told)) == 12
-
-
-def test_a_folder_that_holds_something_else_is_refused(command, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("x")
-    done = command(*WORDS, "--out", "out", cwd=tmp_path)
-    assert done.code == 2
-    for name in ("--out out", "sweep.json"):
-        assert name in done.err
-
-
-@pytest.mark.parametrize("scope", [*SCOPES, "2:4"])
-def test_a_dry_run_lists_every_scopes_runs(command, tmp_path, scope):
-    own = () if scope in SCOPES else ("--scope", "2:4")
-    words = ("lottery", "digits", *WITH_AVERAGE, *(own or ("--scope", scope, "--rounds", "2")))
-    done = command(*words, "--out", "out", "--dry-run", cwd=tmp_path)
-    assert done.code == 0, done.err
-    sparse = "25.0, 50.0 %" if own else "20.0, 36.0 %"
-    assert re.search(rf"^levels\b.*\b{sparse}.*\b{scope}\b", done.out, re.MULTILINE)
-    assert "seed-0/level-2" in done.out
-    # 8 runs of 12 updates, all but two from update 4 on.
-    assert re.search(r"^time\b[^\d\n]*\b76\b[^\d\n]*$", done.out, re.MULTILINE)
-    assert not (tmp_path / "out").exists()

@@ -18,9 +18,9 @@ from deit.core.errors import ConfigError, DeitError, SystemFault
 from deit.core.filesystem import lock_dir
 from deit.experiments import runner
 from deit.experiments.runner import RunProgress, RunSpec, check_num_parallel, run_parallel_or_raise
-from tests.helpers.command_server import until
+from tests.helpers.commands import runs_over
 from tests.helpers.errors import raises
-from tests.helpers.progress import runs_over
+from tests.helpers.processes import until
 from tests.helpers.small_runs import two_epochs
 from tests.helpers.trained import trained
 

@@ -12,9 +12,9 @@ from deit.core.errors import CheckpointError, ConfigError, SystemFault
 from deit.experiments import search
 from deit.experiments.runner import RunSpec
 from deit.experiments.sweep_spec import SearchRange
-from tests.helpers.command_server import fresh
 from tests.helpers.errors import raises
-from tests.helpers.searches import finish, opened, reach
+from tests.helpers.processes import fresh
+from tests.helpers.sweeps import finish, opened, reach
 
 optuna = pytest.importorskip("optuna")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of SQLAlchemy and optuna
@@ -251,7 +251,7 @@ from pathlib import Path
 
 from deit.core import run_folder as checkpoint
 from deit.core.errors import SystemFault
-from tests.helpers.searches import finish, opened
+from tests.helpers.sweeps import finish, opened
 
 def told(call):
     try:

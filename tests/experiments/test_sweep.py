@@ -12,9 +12,9 @@ from deit.analysis.report import report
 from deit.core import run_folder, run_log
 from deit.core.errors import CheckpointError
 from deit.viz import charts
+from tests.helpers.commands import runs_over
 from tests.helpers.json_edits import edits, error_of
-from tests.helpers.progress import runs_over
-from tests.helpers.sweep_files import SMALL, result, write
+from tests.helpers.sweeps import SMALL, result, write
 
 pytest.importorskip("sklearn")
 

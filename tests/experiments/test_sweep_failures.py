@@ -17,8 +17,8 @@ from deit.experiments.shared_targets import TargetStorePlan
 from deit.experiments.sweep_execute import train_all
 from deit.experiments.sweep_grid import SWEEPS
 from deit.experiments.sweep_plan import SweepPlan
-from tests.helpers.progress import runs_over
-from tests.helpers.sweep_files import SMALL, result, write
+from tests.helpers.commands import runs_over
+from tests.helpers.sweeps import SMALL, result, write
 
 pytest.importorskip("sklearn")
 

@@ -19,49 +19,10 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).parents[2]
-
-
-def until(condition: Callable[[], object], *, timeout: float = 300) -> None:
-    """Wait for something that another process does; not for ever."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.02)
-
-
-class Completed(NamedTuple):
-    """How a command ended: its exit code, or minus the signal that killed it."""
-
-    code: int
-    out: str
-    err: str
-
-
-def last_json(text: str) -> Any:
-    """The last line that is an object of JSON: libraries say something at any time."""
-    return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
-
-
-def fresh(source: str, *arguments: object, path: Path | None = None) -> Completed:
-    """Run a program in an interpreter that has imported nothing. path: a folder it imports from,
-    besides this project."""
-    done = subprocess.run(
-        [sys.executable, "-c", source, *map(str, arguments)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *([path] if path else ())))),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return Completed(done.returncode, done.stdout, done.stderr)
+from tests.helpers.processes import ROOT, Completed, until
 
 
 class Running:

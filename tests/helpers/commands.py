@@ -1,5 +1,6 @@
 """Commands as a user gives them, and what they must not do."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -50,3 +51,9 @@ def fake_teacher(folder: Path, class_names: tuple[str, ...]) -> Path:
     folder.mkdir(parents=True)
     save_student(folder, {name: torch.zeros_like(value) for name, value in weights.items()}, facts)
     return folder
+
+
+def runs_over(text: str) -> list[tuple[int, int]]:
+    """Return (finished runs, all runs) for each line that reports them with an ETA."""
+    counts = re.findall(r"(\d+)[^\d\n|]+(\d+)[^\d\n|]+ETA", text)
+    return [(int(finished), int(total)) for finished, total in counts]

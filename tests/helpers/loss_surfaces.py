@@ -108,3 +108,10 @@ def half_masks(network):
             if name in masks:
                 parameter.mul_(masks[name])
     return masks
+
+
+def vectors(number, like, seed=7):
+    """Of length 1."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(number, len(like), generator=generator, dtype=torch.float64)
+    return (drawn / drawn.norm(dim=1, keepdim=True)).to(like)

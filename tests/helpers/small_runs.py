@@ -5,7 +5,8 @@ from pathlib import Path
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.handwriting import digits
 from deit.core import run_log
-from tests.helpers.command_server import Completed, Zygote
+from tests.helpers.command_server import Zygote
+from tests.helpers.processes import Completed
 
 STEPS = 5
 

@@ -12,11 +12,12 @@ from deit.distill import target_store
 from deit.distill.build import build_accelerator
 from deit.distill.run_teachers import RunTeachers
 from deit.distill.write_targets import write_targets
+from tests.helpers.process_setup import LEAST_ROWS
 from tests.helpers.trained import trained
-from tests.helpers.units import LEAST_ROWS
 
 EPOCHS, PLACES = 7, 324  # with small units: three of them
-SMALL_UNITS = {"FORKS_FIRST": "tests.helpers.units:make_small"}  # in processes of their own
+SMALL_UNITS = {"FORKS_FIRST": "tests.helpers.process_setup:make_small_units"}
+"""The environment in which a process makes them."""
 
 
 @pytest.fixture(autouse=True, scope="module")

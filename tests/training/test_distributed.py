@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from deit.config.recipes.handwriting import digits_teacher
-from tests.helpers.command_server import last_json
 from tests.helpers.images import write_pictures
-from tests.helpers.processes import SETTINGS, said_by
+from tests.helpers.processes import SETTINGS, last_json, said_by
 from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from deit.cli import run_command
 from deit.core import fault_injection, run_folder, run_log
 from deit.core.errors import ConfigError
-from tests.helpers.command_server import until
 from tests.helpers.errors import raises
-from tests.helpers.gates import Gate
 from tests.helpers.images import write_pictures
 from tests.helpers.leftovers import is_gone
+from tests.helpers.process_setup import Gate
+from tests.helpers.processes import until
 from tests.helpers.small_runs import SMALL, STEPS, run, same
 
 pytest.importorskip("sklearn")

@@ -9,8 +9,8 @@ import pytest
 from deit.cli import run_command
 from deit.core import fault_injection, run_folder, run_log
 from deit.core.parent_process import SAME_SIGNAL_S
-from tests.helpers.command_server import until
-from tests.helpers.gates import Gate
+from tests.helpers.process_setup import Gate
+from tests.helpers.processes import until
 from tests.helpers.small_runs import SMALL, STEPS, run, same
 
 pytest.importorskip("sklearn")

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from deit.config.recipes.handwriting import digits_teacher
 from deit.core import run_folder, run_log
-from tests.helpers.command_server import ROOT, Completed, Running, Zygote, until
-from tests.helpers.processes import stand_in
+from tests.helpers.command_server import Running, Zygote
+from tests.helpers.processes import ROOT, Completed, stand_in, until
 from tests.helpers.small_runs import SMALL, STEPS, same
 from tests.helpers.trained import trained
 

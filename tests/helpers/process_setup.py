@@ -1,15 +1,20 @@
-"""A pause on purpose that lasts until the test ends it, however busy the machine is: a process with
-`Gate.environment` stops at its fault `slow`."""
+"""What a process of a test sets up first, named by FORKS_FIRST of tests/helpers/command_server.py:
+a pause on purpose, or stores of small units."""
 
 import os
 from pathlib import Path
 
 from deit.core import fault_injection
+from deit.distill import target_store
 from tests.helpers.command_server import until
+
+LEAST_ROWS = 1024
+"""Of a small unit: a few hundred images fill several."""
 
 
 class Gate:
-    """Where a process waits. place: a folder, which is made."""
+    """Where a process with `Gate.environment` waits, at its fault `slow`, until the test lets it go
+    on, however busy the machine is. place: a folder, which is made."""
 
     def __init__(self, place: Path) -> None:
         place.mkdir()
@@ -34,3 +39,8 @@ def _stay() -> None:
     place = Path(os.environ["GATE"])
     (place / "reached").touch()
     until((place / "open").exists)
+
+
+def make_small_units() -> None:
+    """In the process."""
+    target_store._LEAST_ROWS = LEAST_ROWS

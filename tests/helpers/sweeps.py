@@ -1,13 +1,16 @@
-"""Searches over a learning rate, and the runs they wait for."""
+"""Sweeps, searches and lotteries of small runs, and their results."""
 
 import json
 from dataclasses import asdict
 
 from deit.config.recipes.handwriting import digits
 from deit.core import run_folder, run_log
+from deit.experiments.lottery_options import LotteryOptions
+from deit.experiments.lottery_plan import lottery_runs, plan_of
 from deit.experiments.runner import RunSpec
 from deit.experiments.search import Search
 from deit.experiments.sweep_spec import SearchRange, SearchSpace
+from tests.helpers.small_runs import WITH_AVERAGE
 
 LR = {"optim.lr": SearchRange(1e-4, 1e-1, log=True)}
 
@@ -35,3 +38,34 @@ def finish(run, top1):
     best = {"epoch": 8, "top1": top1, "class_top1": top1}
     result = run_folder.Result(8, 8, 8, 1.0, 0, None, best, "", "", [], [])
     (run.out / run_folder.RESULT).write_text(json.dumps(asdict(result)))
+
+
+SMALL = {
+    "student": {"embed_dim": 16, "depth": 1, "num_heads": 2},
+    "optim": {"epochs": 2, "warmup_epochs": 1, "batch_size": 64},
+    "run.eval_every_epochs": 2,
+    "data.train_fraction": 0.2,
+}
+
+
+def write(path, **values):
+    path.write_text(json.dumps({"recipe": "digits", "set": SMALL, **values}))
+    return path
+
+
+def result(out):
+    return json.loads((out / "results.json").read_text())
+
+
+LOTTERY = (
+    *("lottery", "digits", *WITH_AVERAGE, "--rounds", "2", "--prune-rate", "0.5"),
+    *("--rewind-epoch", "0.5", "--control-rounds", "2"),
+)
+"""A lottery of two levels, but for its seeds and its folder."""
+
+
+def planned_lottery(tmp_path, config=None, **asked):
+    """The plan of a lottery and its runs with seed 3."""
+    config = config or digits().replace(optim={"epochs": 10, "warmup_epochs": 2})
+    plan = plan_of(LotteryOptions(**asked), config, updates=4)
+    return plan, lottery_runs(plan, config, 3, tmp_path)

@@ -1,0 +1,271 @@
+"""Lottery tickets: which sparsity matches the dense run; picture, report, and what is refused."""
+
+import csv
+import json
+import re
+import shutil
+from dataclasses import asdict
+
+import pytest
+
+from deit.cli import run_command
+from deit.config.sparsity import SCOPES
+from deit.core import run_folder
+from deit.core.console import format_duration
+from deit.experiments import lottery
+from deit.experiments.lottery_options import (
+    CONTROLS,
+    RANDOM,
+)
+from deit.experiments.lottery_tables import matching, sparsest
+from deit.experiments.sweep_plots import draw_sweep, ticket_curve
+from tests.helpers.processes import Completed
+from tests.helpers.small_runs import WITH_AVERAGE
+from tests.helpers.sweeps import LOTTERY, planned_lottery, result
+
+pytest.importorskip("sklearn")
+
+
+def row(kind: str, *shares: float, sparsity: str = "50.0") -> dict:
+    values = {"run": kind, "sparsity %": sparsity}
+    top1 = [{"class": share, "distillation": None, "fused": None} for share in shares]
+    return {"values": values, "seeds": list(range(len(shares))), "top1": top1, "failed": {}}
+
+
+def test_what_matches_the_dense_run_by_hand():
+    rows = {
+        "teacher": {**row("", 0.9, 0.9), "values": {}},
+        "dense": row("dense", 0.80, 0.90, sparsity="0.0"),  # 85 %
+        "just": row("ticket", 0.80, 0.88),  # 84 %
+        "below": row("ticket", 0.80, 0.8798),
+        "above": row("random", 0.99, 0.99),
+        "one seed": row("ticket", 0.99),
+        "none": row("ticket"),
+    }
+    assert matching(rows, 1.0) == ["just", "above"]
+    assert matching(rows, 0.0) == ["above"]
+    rows["sparser"] = row("ticket", 0.80, 0.90, sparsity="75.0")
+    assert sparsest({"rows": rows, "tickets": {"matching": matching(rows, 1.0)}}) == "75.0 %"
+    assert sparsest({"rows": rows, "tickets": {"matching": ["above"]}}) == "none"
+    assert matching({"ticket": row("ticket", 1.0)}, 1.0) == []
+
+
+def test_the_curve_has_a_line_a_kind_and_the_level_of_the_dense_run(searched):
+    from matplotlib.figure import Figure
+
+    place, _ = searched
+    found = result(place / "out")
+    axes = Figure().subplots()
+    ticket_curve(found)(axes)
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names[1:] == ["ticket", *CONTROLS]
+    assert names[0].startswith("dense, ")
+    drawn = {bars.get_label(): bars.lines[0].get_xydata() for bars in axes.containers}
+    assert {kind: len(line) for kind, line in drawn.items()} == {"ticket": 2} | dict.fromkeys(
+        CONTROLS, 1
+    )
+    for kind in ("ticket", *CONTROLS):
+        for x, y in drawn[kind]:
+            sparsity = min((50.0, 75.0), key=lambda one, x=x: abs(one - x))
+            top1 = [one["fused"] for one in found["rows"][f"{kind}, {sparsity} %"]["top1"]]
+            assert abs(sparsity - x) < 1
+            assert y == pytest.approx(100 * sum(top1) / 2)
+
+
+@pytest.mark.parametrize(("kinds", "moved"), [(("ticket",), False), (("ticket", RANDOM), True)])
+def test_a_picture_says_where_points_stand_beside_their_sparsity(kinds, moved):
+    """And only there."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+
+    def drawn(*kinds):
+        axes = figure().subplots()
+        rows = {kind: row(kind, 0.5) for kind in kinds}
+        ticket_curve({"rows": rows, "split": "test", "tickets": {"tolerance": 1}})(axes)
+        return axes
+
+    axes = drawn(*kinds)
+    places = [bars.lines[0].get_xydata()[0][0] for bars in axes.containers]
+    assert (places != [50.0] * len(kinds)) == moved
+    assert (axes.get_xlabel() != drawn("ticket").get_xlabel()) == moved
+
+
+def test_a_picture_without_a_finished_dense_run(searched, tmp_path):
+    place, _ = searched
+    found = result(place / "out")
+    del found["rows"]["dense"]
+    assert [path.name for path in draw_sweep(found, tmp_path)] == ["tickets.png"]
+
+
+def test_the_report_shows_curve_masks_and_layers(searched, zygote, tmp_path):
+    place, _ = searched
+    done = zygote.run("report", "out", "--out", tmp_path / "page", cwd=place)
+    assert done.code == 0, done.err
+    text = (tmp_path / "page" / "index.html").read_text()
+    for told in ("re-initialised", "attn.qkv.q", f"<b>{sparsest(result(place / 'out'))}</b>"):
+        assert told in text
+    names = {path.name for path in (tmp_path / "page").iterdir()}
+    assert {"out-tickets.png", "out-masks.csv", "out-layers.csv", "out-results.csv"} <= names
+    layers = list(csv.reader((tmp_path / "page" / "out-layers.csv").read_text().splitlines()))
+    assert [line[0] for line in layers[1:]] == [
+        *(f"blocks.0.attn.qkv.{part}" for part in "qkv"),
+        *("blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"),
+    ]
+
+
+# Refusals
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command in this process, from a folder: none of these trains anything."""
+
+    def run(name, *words, cwd):
+        monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        code = run_command(name, [str(word) for word in words], f"deit {name}")
+        return Completed(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("--scope", "some"), ("scope some", *SCOPES, "2:4")),
+        (("--scope", "2:4"), ("--scope 2:4", "--rounds", "--prune-rate")),
+        (("--rounds", "0"), ("--rounds 0", "100")),
+        (("--prune-rate", "1"), ("--prune-rate 1",)),
+        (("--prune-rate", "nan"), ("--prune-rate nan",)),
+        (("--rewind-epoch", "3"), ("--rewind-epoch 3", "optim.epochs")),
+        (("--rewind-epoch", "-1"), ("--rewind-epoch -1", "optim.epochs")),
+        (("--rewind-epoch", "2.999"), ("--rewind-epoch", "12")),
+        (("--controls", "randm"), ("--controls randm", *CONTROLS)),
+        (("--control-rounds", "3"), ("--control-rounds 3",)),
+        (("--control-rounds", "1,1"), ("--control-rounds 1,1",)),
+        (("--tolerance", "-1"), ("--tolerance -1",)),
+        (("--retries", "-1"), ("--retries -1",)),
+        (("--parallel", "0"), ("--parallel 0",)),
+        (("--seeds", "0,0"), ("--seeds 0,0",)),
+        (("--run.seed", "4"), ("--run.seed 4", "--seeds")),
+        (("--init.pruning_masks", "x"), ("init.pruning_masks",)),
+        (("--init.start_step", "3"), ("init.start_step",)),
+        (("--resume",), ("deit lottery", "--resume")),
+    ],
+)
+def test_a_mistake_is_told_before_the_work(command, tmp_path, words, names):
+    done = command(*LOTTERY, *words, "--out", "out", cwd=tmp_path)
+    assert done.code == 2
+    for name in names:
+        assert name in done.err
+    assert len(done.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_trained_whole_has_no_tickets(command, tmp_path, searched):
+    place, _ = searched
+    start = ("--init.weights", place / "out/seed-0/level-0", "--optim.trainable", "heads")
+    done = command(*LOTTERY, *start, "--out", "out", cwd=tmp_path)
+    assert (done.code, "optim.trainable = 'heads'" in done.err) == (2, True), done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "differs"),
+    [
+        (("--scope", "layerwise"), r"scope\b.*\bglobal\b.*\blayerwise"),
+        (("--prune-rate", "0.4"), r"rate\b.*\b0\.5\b.*\b0\.4"),
+        (("--rewind-epoch", "1"), r"rewind\b.*\b0\.5\b.*\b1"),
+        (("--optim.lr", "0.5"), r"optim\.lr\b.*\b0\.001\b.*\b0\.5"),
+        (("--student.depth", "2"), r"student\.depth\b.*\b1\b.*\b2"),
+        (("--loss", "none"), r"loss\.kind\b.*\bsoft\b.*\bnone"),
+    ],
+)
+def test_another_search_in_the_folder_is_refused(searched, command, words, differs):
+    place, _ = searched
+    done = command(*LOTTERY, *words, "--out", "out", cwd=place)
+    assert done.code == 2, done.err
+    assert re.search(rf"--out out\b.*\b{differs}\b", done.err), done.err
+
+
+def test_groups_that_do_not_fit_are_told_before_the_work(command, tmp_path):
+    words = ("lottery", "digits", *WITH_AVERAGE, "--scope", "3:5", "--out", "out")
+    done = command(*words, cwd=tmp_path)
+    assert done.code == 2
+    for name in ("scope", "blocks.0.attn.qkv.weight", "16", "5"):
+        assert name in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_updates_that_are_left_and_their_time_by_hand(tmp_path):
+    _, found = planned_lottery(tmp_path, levels=2, rate=0.5, rewind=1.5)
+    runs = [one.run for one in found]
+    # Eight runs of 10 epochs of 4 updates; all but the dense one and two re-initialised ones begin
+    # at update 6.
+    assert numbers_in(lottery._time(runs, 4)) == [8 * 40 - 5 * 6]  # and nothing of their time
+    (runs[7].out / "checkpoint-00000020").mkdir(parents=True)
+    assert numbers_in(lottery._time(runs, 4)) == [8 * 40 - 4 * 6 - 20]
+    shutil.rmtree(runs[7].out)
+    best = {"epoch": 10, "top1": 0.5, "class_top1": 0.5}
+    result = asdict(run_folder.Result(10, 0, 0, 60.0, 0, None, best, "", "", [], []))
+    for one, samples in ((runs[0], 40 * 32), (runs[1], 34 * 32)):
+        one.out.mkdir(parents=True)
+        (one.out / run_folder.RESULT).write_text(json.dumps({**result, "samples_seen": samples}))
+    each = 120 / 74
+    told = lottery._time(runs, 4)
+    assert numbers_in(told)[0] == 8 * 40 - 5 * 6 - 74
+    assert format_duration(216 * each) in told
+    assert "1.62 s" in told  # an update of the runs that are finished
+    assert numbers_in(lottery._time(runs[:2], 4)) == [0]
+
+
+def numbers_in(text: str) -> list[float]:
+    return [float(one.replace(",", "")) for one in re.findall(r"\d[\d,.]*", text)]
+
+
+def test_weights_that_are_standardised_have_no_tickets(command, tmp_path):
+    words = ("--student.name", "timm:resnetv2_50x1_bit", "--student.patch_size", "4")
+    words = ("lottery", "digits-teacher", *words, "--out", "out", "--dry-run")
+    done = command(*words, cwd=tmp_path)
+    assert done.code == 2
+    assert "student.name = 'timm:resnetv2_50x1_bit'" in done.err
+    assert len(done.err.splitlines()) == 1  # no problem of the configuration, which has two
+
+
+def test_levels_of_nearly_the_same_sparsity_keep_apart(command, tmp_path):
+    words = (
+        "lottery",
+        "digits",
+        *WITH_AVERAGE,
+        "--prune-rate",
+        "0.5",
+        "--rounds",
+        "12",
+        "--controls",
+        "none",
+    )
+    done = command(*words, "--out", "out", "--dry-run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    told = [line.split()[3] for line in done.out.splitlines() if " ticket " in line]
+    assert len(told) == len(set(told)) == 12
+
+
+def test_a_folder_that_holds_something_else_is_refused(command, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    done = command(*LOTTERY, "--out", "out", cwd=tmp_path)
+    assert done.code == 2
+    for name in ("--out out", "sweep.json"):
+        assert name in done.err
+
+
+@pytest.mark.parametrize("scope", [*SCOPES, "2:4"])
+def test_a_dry_run_lists_every_scopes_runs(command, tmp_path, scope):
+    own = () if scope in SCOPES else ("--scope", "2:4")
+    words = ("lottery", "digits", *WITH_AVERAGE, *(own or ("--scope", scope, "--rounds", "2")))
+    done = command(*words, "--out", "out", "--dry-run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    sparse = "25.0, 50.0 %" if own else "20.0, 36.0 %"
+    assert re.search(rf"^levels\b.*\b{sparse}.*\b{scope}\b", done.out, re.MULTILINE)
+    assert "seed-0/level-2" in done.out
+    # 8 runs of 12 updates, all but two from update 4 on.
+    assert re.search(r"^time\b[^\d\n]*\b76\b[^\d\n]*$", done.out, re.MULTILINE)
+    assert not (tmp_path / "out").exists()
