@@ -13,14 +13,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deit.core.console import info, progress  # noqa: E402
-from tests.helpers.command_server import Zygote  # noqa: E402
-from tests.helpers.odd_input.run import run_try  # noqa: E402
-from tests.helpers.odd_input.things import make_things  # noqa: E402
-from tests.helpers.odd_input.tries import try_of  # noqa: E402
+from deit.core.console import info, progress
+from tests.helpers.command_server import Zygote
+from tests.helpers.odd_input.run import run_try
+from tests.helpers.odd_input.things import make_things
+from tests.helpers.odd_input.tries import try_of
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:

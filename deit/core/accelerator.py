@@ -164,8 +164,8 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], int], what: obj
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Return whether the flag is true in any process. Every process has to call it."""
-    told = torch.tensor(float(flag), device=accelerator.device)
-    return accelerator.reduce(told, reduction="sum").item() > 0
+    flags = torch.tensor(float(flag), device=accelerator.device)
+    return accelerator.reduce(flags, reduction="sum").item() > 0
 
 
 def compile_module(network: nn.Module, mode: str) -> None:

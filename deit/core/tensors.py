@@ -15,8 +15,7 @@ def to_device_async(values: Tensor, device: torch.device) -> Tensor:
 
 
 def evenly_spaced(total: int, number: int) -> Tensor:
-    """Return int64 [min(number, total)]: so many of the places 0 to total - 1, the first and the
-    last among them.
+    """Return int64 [min(number, total)]: evenly spaced indices from 0 to total - 1, both included.
 
     >>> evenly_spaced(9, 3).tolist()
     [0, 4, 8]

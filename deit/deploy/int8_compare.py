@@ -168,7 +168,7 @@ def _ask(files: dict[str, InferenceFn], batches: Iterable[Tensor]) -> dict[str, 
 
 
 def _test_inputs(file: OnnxStudent, number: int) -> Tensor:
-    """Inputs of so many images spread over the test split."""
+    """Return the inputs of `number` images, evenly spaced over the test split."""
     rows = evenly_spaced(len(file.test.labels), number)
     return torch.cat(list(file.inputs(file.test, rows)))
 

@@ -22,7 +22,7 @@ from deit.core.filesystem import open_to_append, write_json
 from deit.core.hardware import cores
 from deit.core.parent_process import PARALLEL_RUNS_ENV
 
-_Heard: TypeAlias = "queue.Queue[tuple[_RunProcess, str | None]]"
+_OutputQueue: TypeAlias = "queue.Queue[tuple[_RunProcess, str | None]]"
 """Lines of runs as they come; None at a run's end."""
 
 
@@ -111,7 +111,7 @@ def run_parallel(
                 here.start(run)
             if not here.children:
                 return failed
-            child, line = here.heard.get()
+            child, line = here.output.get()
             if line is not None:
                 child.handle_line(line)
                 if line.startswith("epoch ") and watch is not None and not child.stopped_early:
@@ -157,16 +157,16 @@ class _RunProcess:
         run: RunSpec,
         log: Path,
         process: "subprocess.Popen[str]",
-        heard: _Heard,
+        output: _OutputQueue,
         gpu: str | None,
     ) -> None:
         self.run, self.log, self.process, self.gpu = run, log, process, gpu
         self.error, self._complaining = "it gave no reason", False
         self.stopped_early = False
-        self.listener = threading.Thread(target=self._listen, args=(heard,), daemon=True)
-        self.listener.start()
+        self.reader = threading.Thread(target=self._read_output, args=(output,), daemon=True)
+        self.reader.start()
 
-    def _listen(self, heard: _Heard) -> None:
+    def _read_output(self, output: _OutputQueue) -> None:
         """Keep every line in the log, as long as the disk has room, and hand it on; None at the
         end."""
         with contextlib.ExitStack() as stack:
@@ -177,14 +177,14 @@ class _RunProcess:
                     open_to_append(self.log, "a", encoding="utf-8", errors="backslashreplace")
                 )
             except OSError as error:
-                heard.put((self, f"deit: warning: {self.log}: not written ({error.strerror})"))
+                output.put((self, f"deit: warning: {self.log}: not written ({error.strerror})"))
             for line in lines:
-                heard.put((self, line.rstrip("\n")))
+                output.put((self, line.rstrip("\n")))
                 if log is not None:
                     with contextlib.suppress(OSError):  # a full disk: the run itself tells of it
                         log.write(line)
                         log.flush()
-        heard.put((self, None))
+        output.put((self, None))
 
     def handle_line(self, line: str) -> None:
         """Tell what is worth telling."""
@@ -213,7 +213,7 @@ class _LocalPool:
         places = visible.split(",") if visible else [str(place) for place in range(count)]
         self.gpus = places if count else []
         self.folder = folder
-        self.heard: _Heard = queue.Queue()
+        self.output: _OutputQueue = queue.Queue()
         self.children: list[_RunProcess] = []
         self._begun = 0
 
@@ -246,7 +246,7 @@ class _LocalPool:
             env=environment,
             errors="replace",
         )
-        self.children.append(_RunProcess(run, log, process, self.heard, gpu))
+        self.children.append(_RunProcess(run, log, process, self.output, gpu))
         info(f"{run.name}: {run.out}, all it says in {log}")
 
     def __enter__(self) -> "_LocalPool":
@@ -258,7 +258,7 @@ class _LocalPool:
         for child in self.children:
             child.process.terminate()
         for child in self.children:
-            child.listener.join()
+            child.reader.join()
 
 
 def _find_package(environment: Mapping[str, str]) -> dict[str, str]:

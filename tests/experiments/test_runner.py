@@ -30,7 +30,6 @@ SMALL = (
     *("--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.eval_every_epochs", "2"),
     *("--data.train_fraction", "0.2"),
 )
-ENDLESS = ("--optim.epochs", "3000", "--run.eval_every_epochs", "3000")
 
 
 def chain(out):
@@ -52,6 +51,17 @@ def begun(out, name):
     """Whether a run of a sweep has a checkpoint."""
     run = run_of(out, name)
     return run is not None and bool(run_folder.list_checkpoints(run))
+
+
+def endless_comparison(place):
+    """A command that trains two students in parallel for hours, into `place`/out; their teacher is
+    trained already."""
+    trained(digits_teacher().replace(optim={"epochs": 3}), place / "teacher")
+    return (
+        *("compare", "digits", *SMALL, "--teacher.source", place / "teacher"),
+        *("--optim.epochs", "3000", "--run.eval_every_epochs", "3000"),
+        *("--parallel", "2", "--out", place / "out"),
+    )
 
 
 @pytest.mark.slow
@@ -124,19 +134,7 @@ def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(
 def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes_on(
     zygote, tmp_path, number
 ):
-    # The teacher first: it is trained before the two students that run beside each other.
-    trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
-    words = (
-        "compare",
-        "digits",
-        *SMALL,
-        "--optim.epochs",
-        "3000",
-        "--run.eval_every_epochs",
-        "3000",
-    )
-    words += ("--teacher.source", tmp_path / "teacher")
-    words += ("--parallel", "2", "--out", tmp_path / "out")
+    words = endless_comparison(tmp_path)
     running = zygote.start(*words)
     names = ("distilled", "undistilled")
     until(lambda: all(begun(tmp_path / "out", name) for name in names))
@@ -158,18 +156,7 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
 
 @pytest.mark.fault("A14")
 def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_path):
-    words = (
-        "compare",
-        "digits",
-        *SMALL,
-        "--optim.epochs",
-        "3000",
-        "--run.eval_every_epochs",
-        "3000",
-    )
-    trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
-    words += ("--teacher.source", tmp_path / "teacher")
-    words += ("--parallel", "2", "--out", tmp_path / "out")
+    words = endless_comparison(tmp_path)
     running = zygote.start(*words, whole=True)
     names = ("distilled", "undistilled")
     until(lambda: all(begun(tmp_path / "out", name) for name in names))

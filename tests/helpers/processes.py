@@ -16,7 +16,7 @@ SETTINGS = (
     *("--data.train_fraction", "0.25"),  # 324 images, five batches
     # 143 validation images: two chunks in the first of two processes, one in the second.
     *("--run.eval_batch_size", "71"),
-    # Not what a busy moment measures, in one of them and not the other.
+    # The same kernels on every processor.
     *("--run.linear_backend", "torch", "--teacher.memory_format", "contiguous"),
 )
 

@@ -73,7 +73,7 @@ def config(tmp_path_factory) -> Config:
         | {"dropout": 0.1},
         teacher={"source": (str(folder / "teacher"),)},
         optim={"epochs": EPOCHS, "batch_size": 8, "warmup_epochs": 1, "ema_epochs": 1.0},
-        run={"eval_every_epochs": 1, "linear_backend": "torch"},  # not what a busy moment measures
+        run={"eval_every_epochs": 1, "linear_backend": "torch"},  # the same on every processor
     )
     write_targets(config, folder / "targets")
     return config.replace(teacher={"target_stores": (str(folder / "targets"),)})

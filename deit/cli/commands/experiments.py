@@ -56,7 +56,7 @@ def compare(arguments: list[str], program: str) -> None:
         program=program,
         about="Train a recipe's teacher and several students, and evaluate all on the test split: "
         "the sweep of a study. data.* and run.* apply to the teacher too, which is trained once, "
-        "with the first seed. The same command goes on: a finished run is not trained again.",
+        "with the first seed. The same command resumes: a finished run is not trained again.",
         command_parser=parser,
         help_overrides={
             "out": "Folder of all runs. None: checkpoints/compare-RECIPE in the working directory.",
@@ -70,7 +70,8 @@ def compare(arguments: list[str], program: str) -> None:
     if print_config_if_asked(run):
         return
     plan = dataclasses.replace(plan, recipe=run.recipe)
-    result = _train_points(plan, run, asked[0], options, command_of(program, arguments))
+    command = command_of(program, arguments)
+    result = _train_points(plan, run, options, command, recipe=asked[0], asked=asked[0])
     if result and options.study == "teacher":
         _suggest_next(run.recipe, result)
 
@@ -125,29 +126,27 @@ def sweep(arguments: list[str], program: str) -> None:
     )
     if print_config_if_asked(run):
         return
-    trusted = set() if plan.recipe.endswith(".json") else {*recipe[0].teacher.code_sources}
     plan = with_command_line(plan, asked[0], run.config)
     command = command_of(program, arguments)
-    _train_points(plan, run, asked[0], options, command, trusted=trusted)
+    _train_points(plan, run, options, command, recipe=recipe[0], asked=asked[0])
 
 
 def _train_points(
     plan: Sweep,
     run: RunArguments,
-    asked: Config,
     options: argparse.Namespace,
     command: str,
     *,
-    trusted: set[str] | None = None,
+    recipe: Config,
+    asked: Config,
 ) -> dict[str, Any]:
-    """Check every point, then train them all. asked: the recipe with what a file sets for all.
-    trusted: code that may teach, beside what the command line names; None: the recipe's."""
-    # Every mistake in the file, before torch is there.
+    """Check every point, then train them all. asked: the recipe with what a sweep's file sets."""
+    # Every mistake in the file, before torch is imported.
     points = boundary_points(plan, run.config) if plan.search else points_of(plan, run.config)
-    if trusted is None:
-        trusted = set() if plan.recipe.endswith(".json") else {*asked.teacher.code_sources}
+    # Code that may teach: the command line's, and that of a recipe that is no file of JSON.
+    trusted = set() if plan.recipe.endswith(".json") else {*recipe.teacher.code_sources}
     if run.trusts_teacher_code:
-        trusted = trusted | {*run.config.teacher.code_sources}
+        trusted |= {*run.config.teacher.code_sources}
     _check_trusted(plan, points, trusted)
     from deit.experiments.sweep import sweep
 
