@@ -78,7 +78,7 @@ def goals(result: dict[str, Any]) -> str:
     rows = seeds[0]["prune"]["rows"]
     taught = (RECOVERED, *CONTROLS.values())
     epochs = ", ".join(f"{name} {rows[name]['epochs']}" for name in taught)
-    return f"Lost by int8, seed by seed: {'; '.join(told)}. Epochs: {epochs}."
+    return f"Top-1 lost by int8, by seed: {'; '.join(told)}. Epochs: {epochs}."
 
 
 def draw_smaller(result: dict[str, Any], path: Path) -> None:

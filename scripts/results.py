@@ -27,36 +27,36 @@ TITLES = {
     "digits": "Digits: mixup and cutmix, soft distillation (the quickstart)",
     "digits-strong-views": "Digits: strong views (15 degrees, quarter-width shifts), soft labels",
     "digits-deit": "Digits: DeiT's whole augmentation (RandAugment, erasing, mixing, 3 repeats)",
-    "digits-teaching": "Digits: teaching modes (divergence alone, temperature 3) beside labels",
-    "digits-ensemble": "Digits: a ConvNet and an involution network, together and alone",
-    "digits-finetune": "Digits: fine-tuning from 8 to 16 px, 20 epochs, by three teachers and none",
-    "cifar10-teaching": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: teaching modes",
+    "digits-teaching": "Digits: view modes (KL divergence only, temperature 3) and other losses",
+    "digits-ensemble": "Digits: a ConvNet and an involution network as teachers, both and single",
+    "digits-finetune": "Digits: fine-tuning from 8 to 16 px, 20 epochs, three teachers and none",
+    "cifar10-teaching": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: view modes",
     "cifar10-ensemble": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: two teachers",
     "cifar10-finetune": "CIFAR-10 (JPEG 75), a tenth of the images: from 32 to 48 px in 6 epochs",
-    "tiny-imagenet-micro": "Tiny-ImageNet, 50 classes: the whole recipe, 8 epochs on a CPU",
+    "tiny-imagenet-micro": "Tiny-ImageNet, 50 classes: the full recipe, 8 epochs on a CPU",
     "cifar10-micro": "CIFAR-10 (JPEG 75): RegNetY-200MF (12 epochs) into a micro DeiT (8 epochs)",
 }
 SWEEPS = {
     "digits-table-3": "Digits: ways of distilling (Table 3)",
-    "digits-table-2": "Digits: which teacher (Table 2)",
-    "digits-table-4": "Digits: who decides like whom (Table 4)",
-    "digits-table-8": "Digits: what each part of DeiT's training is worth (Table 8)",
-    "digits-patience": "Digits: patience, 15 to 120 epochs with the teacher and without",
-    "digits-teaching-sweep": "Digits: every way of showing views to teacher and student",
+    "digits-table-2": "Digits: different teachers (Table 2)",
+    "digits-table-4": "Digits: disagreement between models (Table 4)",
+    "digits-table-8": "Digits: ablation of DeiT's training (Table 8)",
+    "digits-patience": "Digits: 15 to 120 epochs, with the teacher and without",
+    "digits-teaching-sweep": "Digits: every view mode of teacher and student",
     "cifar10-table-3": "CIFAR-10 (JPEG 75), a fifth of the images, 8 epochs: ways of distilling",
     "tiny-imagenet-table-3": "Tiny-ImageNet, 20 classes, 8 epochs: ways of distilling (Table 3)",
-    "digits-held-out": "Digits: 6, 7, 8 and 9 never seen (temperature, weight, learning rate)",
+    "digits-held-out": "Digits: classes 6, 7, 8 and 9 unseen (temperature, weight, learning rate)",
 }
 DRAWN = ("digits-patience",)  # of the sweeps
-TICKETS = {"digits-tickets": "Digits: lottery tickets beside their controls"}
+TICKETS = {"digits-tickets": "Digits: lottery tickets and their controls"}
 SMALLER = {
-    "digits-smaller": "Digits: one student and what was made smaller of it",
+    "digits-smaller": "Digits: one student and its smaller variants",
     "cifar10-smaller": "CIFAR-10 (JPEG 75), three tenths of the images, 10 epochs: the same",
 }
-LANDSCAPES = {"digits-landscape": "Digits: the loss around the levels of a search, seed 0"}
+LANDSCAPES = {"digits-landscape": "Digits: the loss around the levels of a lottery search, seed 0"}
 SEEDS = {
     "digits-landscape-seeds": (
-        "Digits: the loss around the levels of searches, seeds 0, 1, 2",
+        "Digits: the loss around the levels of lottery searches, seeds 0, 1, 2",
         ("digits-landscape", "digits-landscape-1", "digits-landscape-2"),
     )
 }
@@ -100,7 +100,7 @@ def shown_command(name: str, command: str, *more: str) -> str:
     its images and lists lay. One that names a teacher of its own is left to the file. more: words
     that it needs besides."""
     if "--teacher.source" in command:
-        return f"(Its command names a teacher of its own: see {name}.json.)"
+        return f"(The command uses a separately trained teacher: see {name}.json.)"
     words = shlex.split(command)
     for option in ("--out", "--json"):
         if option in words:
@@ -121,7 +121,7 @@ def benchmark_section(name: str, result: dict) -> str:
         raise ValueError(f"{name}.json: a claim needs 5 rounds and a committed state")
     rows = [
         (
-            row["name"].partition(", beside ")[0],
+            row["name"].partition(", compared with ")[0],
             f"{row['ours_images_per_s']:,.0f}",
             f"{row['peer_images_per_s']:,.0f}",
             f"**{row['ratio']:.2f}** ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",
@@ -130,12 +130,12 @@ def benchmark_section(name: str, result: dict) -> str:
         for row in result["rows"]
     ]
     threads = {1: "one thread", 2: "two threads"}[result.get("threads", 1)]
-    columns = (f"images/s, {threads} a side", "ours", "beside", "ratio (range)", "beside whom")
+    columns = (f"images/s, {threads} each", "deit", "baseline", "ratio (range)", "baseline is")
     return (
         f"{markdown_table(columns, rows)}\n\n{_besides(result['rows'])}"
-        f"Medians, of the ratios too, of {result['rounds']} turns of {result['seconds']:g} s in "
-        f"alternation, batches of "
-        f"{result['batch_size']}, views normalised on both sides; {environment['device_name']}, "
+        f"Medians (also of the ratios) of {result['rounds']} alternating turns of "
+        f"{result['seconds']:g} s, batches of {result['batch_size']}, views normalized on both "
+        f"sides; {environment['device_name']}, "
         f"torch {environment['packages']['torch']}, commit {environment['commit']}. "
         f"[{name}.json](docs/results/{name}.json):\n`{_written_here(name, result['command'])}`\n"
     )
@@ -146,7 +146,7 @@ def _besides(rows: list[dict]) -> str:
     whole = [row for row in rows if "ours_memory_mb" in row]
     if not whole:
         return ""
-    columns = ["besides (ours, beside)", "s to the first update", "memory [MB]", "share of peak"]
+    columns = ["deit, baseline", "s to the first update", "memory [MB]", "share of peak"]
     keys = [("first_update_s", ".1f"), ("memory_mb", ",.0f")]
     cells = [
         (
@@ -161,14 +161,16 @@ def _besides(rows: list[dict]) -> str:
     floor = ""
     if "floor_images_per_s" in row:
         floor = (
-            f"With its traffic ({1e3 * row['gb_of_an_image']:.0f} MB an image, "
-            f"{row['copy_gb_s']:.0f} GB/s) the floor is {row['floor_images_per_s']:,.0f} images/s. "
+            f"Arithmetic and memory traffic ({1e3 * row['gb_of_an_image']:.0f} MB an image, "
+            f"{row['copy_gb_s']:.0f} GB/s) limit this machine to "
+            f"{row['floor_images_per_s']:,.0f} images/s. "
         )
     return (
         f"{markdown_table(columns, cells)}\n\n"
-        f"Loss of the first step {ours:.5f} and {theirs:.5f}. Share of peak: the student's "
-        f"arithmetic ({row['gflop_of_an_image']:.2f} GFLOP an image, forward and backward) at our "
-        f"speed, of what matrix products reach here ({row['peak_gflop_s']:,.0f} GFLOP/s). {floor}"
+        f"Loss of the first step: {ours:.5f} and {theirs:.5f}. Share of peak: the student's "
+        f"arithmetic ({row['gflop_of_an_image']:.2f} GFLOP an image, forward and backward) at the "
+        f"speed of deit, as a share of the speed of matrix products on this machine "
+        f"({row['peak_gflop_s']:,.0f} GFLOP/s). {floor}"
     )
 
 
@@ -219,7 +221,7 @@ def landscape_section(name: str, result: dict) -> str:
     return (
         f"**{LANDSCAPES[name]}** ([{name}.json](results/{name}.json))\n\n"
         f"{landscape_tables(result)}\n\n"
-        f"Cross-entropy of the fused answer, {result['images']} {result['asked']['split']} images; "
+        f"Cross-entropy of the fused logits, {result['images']} {result['asked']['split']} images; "
         f"{environment['device_name']}, torch {environment['packages']['torch']}, commit "
         f"{environment['commit']}.\n{shown_command(name, result['command'])}\n"
     )
@@ -266,8 +268,9 @@ def _classes(result: dict) -> str:
         ["-"] * 6 + ["98.6", "96.0", "97.3", "97.2"]
     )
     return (
-        f"{table}\n{theirs} |\n\nOf each weight the point that is best on the unseen classes: what "
-        "is possible, for no validation split without them finds it.\n\n"
+        f"{table}\n{theirs} |\n\nFor each weight, the point that is best on the unseen classes of "
+        "the test split: an upper bound, because a validation split without these classes cannot "
+        "select it.\n\n"
     )
 
 

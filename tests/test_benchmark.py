@@ -98,7 +98,7 @@ def test_both_sides_of_training_begin_with_the_same_loss(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_training_is_measured_beside_timms_parts_with_the_same_loss(tmp_path):
-    row = "end to end, ResNet-18 online, beside timm, best"
+    row = "end to end, ResNet-18 online, compared with timm, best"
     done = benchmark(tmp_path, "--rows", row, "--json", "train.json", what="train")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "train.json").read_text())

@@ -73,15 +73,16 @@ def tickets_table(result: dict[str, Any]) -> str:
         return ""
     told = result["tickets"]
     return (
-        f"Scope {told['scope']}, back to update {told['rewind']}. {NOTE}\n\n"
-        f"{markdown_table(mask_columns(), mask_cells(result))}\n\n{matching_line(result)}.\n\n"
+        f"Scope {told['scope']}, rewound to update {told['rewind']}. {NOTE}\n\n"
+        f"{markdown_table(mask_columns(), mask_cells(result))}\n\n"
+        f"Matching runs are {matching_line(result)}.\n\n"
     )
 
 
 NOTE = (
-    "Sparsity is of the prunable weights (not tokens, positions, patches, norms, biases, heads). A "
-    "dead row is an output without any weight. The file holds its zeros; packed by zlib; sparse: "
-    "the weights that are there, and a bit for each that may be."
+    "Sparsity counts the prunable weights (not tokens, positions, patches, norms, biases, heads). "
+    "A dead row is an output without any weight. Sizes: the file with its zeros; the file packed "
+    "by zlib; sparse: the weights that are kept, plus one bit for each prunable weight."
 )
 
 

@@ -251,7 +251,7 @@ def class_by_class(result: dict[str, Any], shown: list[str] | None = None) -> st
         ]
         for point, row in rows.items()
     ]
-    title = "Right answers in % of each class, by the fused answer or the only head"
+    title = "Accuracy in % of each class, by the fused logits or the only head"
     title += "; *: not seen by this point" if any(map(never, rows, names)) else ""
     return f"{title}:\n\n{markdown_table(map(_escaped, ['', *heads]), table)}\n\n"
 
@@ -322,7 +322,7 @@ def disagreement_table(result: dict[str, Any]) -> str:
         [_escaped(one), *(f"{100 * share:.1f}" for share in row.values())]
         for one, row in shares.items()
     ]
-    title = f"Different answers in % of the images, seed {result['seeds'][0]}:"
+    title = f"Disagreement in % of the images, seed {result['seeds'][0]}:"
     return f"{title}\n\n{markdown_table(['', *map(_escaped, shares)], table)}\n\n"
 
 

@@ -42,4 +42,4 @@ def draw_benchmark(result: dict[str, Any], path: Path) -> None:
 
 def _label(row: dict[str, Any]) -> str:
     """The row's name on two lines: what, and beside whom."""
-    return f"{row['name'].partition(', beside ')[0]}\nbeside {row['peer']}"
+    return f"{row['name'].partition(', compared with ')[0]}\ncompared with {row['peer']}"

@@ -53,8 +53,8 @@ class Row(NamedTuple):
 
 
 _STEP, _WHOLE, _DATA = "step on one batch", "end to end", "data alone"
-_NONE, _ONLINE, _STORED = "no teacher", "ResNet-18 online", "its answers stored"
-_BEST, _PLAIN = "timm, best settings", "timm, as it comes"
+_NONE, _ONLINE, _STORED = "no teacher", "ResNet-18 online", "stored teacher outputs"
+_BEST, _PLAIN = "timm, best settings", "timm, default settings"
 _KINDS = {
     _BEST: ((_DATA, _NONE), (_STEP, _NONE), (_STEP, _ONLINE), (_WHOLE, _ONLINE), (_WHOLE, _STORED)),
     _PLAIN: ((_STEP, _NONE), (_STEP, _ONLINE), (_WHOLE, _ONLINE), (_WHOLE, _STORED)),
@@ -67,7 +67,7 @@ def train(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for student, side, batch in _ON_GPU if device == "cuda" else _ON_CPU:
         rows = {
-            f"{student} {side} px, batch {batch}: {what}, {taught}, beside {peer}": Row(
+            f"{student} {side} px, batch {batch}: {what}, {taught}, compared with {peer}": Row(
                 what, taught, peer
             )
             for peer, kinds in _KINDS.items()
