@@ -1,10 +1,14 @@
 """What is left of processes. One that has ended is gone, also where nobody has waited for it: in a
 container whose first process does not, it stays a zombie."""
 
+import multiprocessing
 import os
 from collections.abc import Callable
 
 import psutil
+
+from tests.helpers.command_server import Running
+from tests.helpers.processes import Completed, until
 
 
 def is_gone(pid: int) -> bool:
@@ -26,3 +30,20 @@ def _is(pid: int, of: Callable[[int], int], session: int) -> bool:
         return of(pid) == session and not is_gone(pid)
     except (ProcessLookupError, PermissionError):
         return False
+
+
+def assert_no_leftovers(session: int) -> None:
+    until(lambda: not left(session))
+
+
+def assert_ends(running: Running, code: int) -> Completed:
+    """The end of a process, which has this exit code and leaves nothing behind."""
+    done = running.wait(timeout=300)
+    assert done.code == code, done.err
+    assert "Traceback" not in done.err
+    assert_no_leftovers(running.pid)
+    return done
+
+
+def child_processes() -> set[multiprocessing.Process]:
+    return set(multiprocessing.active_children())

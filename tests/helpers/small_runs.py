@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes import RECIPES
 from deit.config.recipes.handwriting import digits
 from deit.core import run_log
 from tests.helpers.command_server import Zygote
@@ -79,3 +80,25 @@ def two_epochs(**sections):
         optim={"epochs": 2, "warmup_epochs": 1},
     )
     return small.replace(**sections)
+
+
+def image_run_arguments(image_folder: Path, out: Path, workers: int) -> tuple[str, ...]:
+    """A short training on pictures that worker processes read."""
+    return (
+        *("train", "folder", "--data.root", str(image_folder), "--data.num_workers", str(workers)),
+        *ON_PICTURES,
+        *("--out", str(out), "--resume"),
+    )
+
+
+def image_run_config(image_folder: Path, workers: int):
+    """The configuration of a short training."""
+    data = {"root": str(image_folder), "storage": "files", "num_workers": workers, "image_size": 18}
+    student = {"name": "vit_micro", "depth": 1, "embed_dim": 16, "num_heads": 2, "image_size": 16}
+    return RECIPES["folder"]().replace(
+        data=data,
+        student={**student, "patch_size": 4},
+        teacher={"source": ()},
+        loss={"kind": "none"},
+        optim={"batch_size": 8, "epochs": 1, "warmup_epochs": 0},
+    )

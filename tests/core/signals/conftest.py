@@ -1,0 +1,12 @@
+"""Images that the tests of signals train on."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.images import write_pictures
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures", number=16)

@@ -1,0 +1,81 @@
+"""A call from Python leaves no worker process and no temporary folder, however it ends."""
+
+import errno
+import os
+import signal
+import tempfile
+import threading
+import time
+
+import pytest
+
+from deit.core.errors import StoppedBySignal
+from deit.datasets.decode_workers import Reader
+from deit.training.train import train
+from tests.helpers.leftovers import child_processes
+from tests.helpers.processes import until
+from tests.helpers.resume_helpers import stop_at
+from tests.helpers.small_runs import image_run_config
+
+pytest.importorskip("sklearn")
+
+
+@pytest.mark.fault("E19")
+def test_a_call_from_python_leaves_no_worker(image_folder, tmp_path):
+    """However it ends: a notebook goes on after it."""
+    config, before = image_run_config(image_folder, 2), child_processes()
+    stop_at(config, tmp_path / "stopped", "update:2:term")
+    until(lambda: child_processes() == before)
+    train(config, tmp_path / "done")
+    until(lambda: child_processes() == before)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        stop_at(config, tmp_path / "full", "update:2:full")
+    until(lambda: child_processes() == before)
+
+
+@pytest.mark.fault("E19")
+def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(image_folder):
+    from deit.datasets.splits import load_splits
+
+    class Slow:
+        size = 4
+
+        def cut(self, image_folder, wanted):
+            time.sleep(1000)
+
+    import torch
+
+    from deit.datasets.decoders import ReadRequest
+
+    images = load_splits(image_run_config(image_folder, 1).data).train
+    one = torch.zeros(1, dtype=torch.int64)
+    before = child_processes()
+    with Reader(images, (Slow(),), workers=2, pin=False) as reader:
+        batches = reader.read([ReadRequest(0, one, one)] * 50)
+
+        def ask():
+            try:
+                until(lambda: reader._workers and len(reader._workers.processes) == 2)
+            finally:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
+        asking = threading.Thread(target=ask)
+        previous = signal.signal(
+            signal.SIGALRM, lambda *_: (_ for _ in ()).throw(StoppedBySignal(15))
+        )
+        asking.start()
+        try:
+            with pytest.raises(StoppedBySignal):
+                next(batches)
+        finally:
+            asking.join()
+            signal.signal(signal.SIGALRM, previous)
+        assert len(child_processes() - before) == 2
+    until(lambda: child_processes() == before)
+
+
+def test_killed_workers_leave_no_temporary_folders(image_folder, monkeypatch, tmp_path):
+    """At most this process's own, which it removes at its end."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    train(image_run_config(image_folder, 2), tmp_path / "run")
+    assert len(list(tmp_path.glob("pymp-*"))) <= 1
