@@ -233,7 +233,7 @@ def _side_by_side(views: list[RunReport], out: Path) -> list[str]:
     )
     rows, lines = [], []
     for view in views:
-        heads, told = view.evaluation.found["heads"], view.summary
+        heads, told = view.evaluation.metrics["heads"], view.summary
         two = heads["distillation"] is not None
         shares = [heads["class"], heads["distillation"], heads["fused"] if two else None]
         speed = told["images_per_s"]
@@ -254,13 +254,13 @@ def _side_by_side(views: list[RunReport], out: Path) -> list[str]:
     drawn = charts.chart(charts.curves(curves, {}), out / "runs.png")
     told = "Test top-1 % by head; in bold the best on the validation split."
     figures = [html.figure(drawn, "Validation accuracy of the answer that selects the weights.")]
-    if all("cost" in view.evaluation.found for view in views):
-        speeds = [view.evaluation.found["cost"]["images_per_s"] for view in views]
+    if all("cost" in view.evaluation.metrics for view in views):
+        speeds = [view.evaluation.metrics["cost"]["images_per_s"] for view in views]
         shares = [100 * final_top1(view.evaluation) for view in views]
         dots = dict(zip((view.name for view in views), zip(speeds, shares)))
         dots = charts.scatter(dots, "images/s (inference)", "test top-1 %")
         drawn = charts.chart(dots, out / "throughput.png")
-        places = {view.evaluation.found["cost"]["measured_on"] for view in views}
+        places = {view.evaluation.metrics["cost"]["measured_on"] for view in views}
         speed = (
             "Accuracy against speed, each measured when it was evaluated (deit variants: in "
             "turns), "

@@ -103,9 +103,9 @@ _CPU = torch.device("cpu")
 def hardest_of(said: CachedEvaluation, number: int) -> list[int]:
     """The images that the final answer gets wrong, those first that the teacher gets right, and
     among these the most confident; places in the split."""
-    final = said.answers.get("fused", said.answers["class"])
+    final = said.predictions.get("fused", said.predictions["class"])
     sure = said.confidence.get("fused", said.confidence["class"])
-    teacher = said.answers.get("teacher", final)
+    teacher = said.predictions.get("teacher", final)
     wrong = [place for place, label in enumerate(said.labels) if final[place] != label]
     wrong.sort(key=lambda place: (teacher[place] != said.labels[place], -sure[place]))
     return wrong[:number]
@@ -113,7 +113,7 @@ def hardest_of(said: CachedEvaluation, number: int) -> list[int]:
 
 def _of_each_class(said: CachedEvaluation, number: int) -> list[int]:
     """The first image that is answered rightly, of the first classes."""
-    final = said.answers.get("fused", said.answers["class"])
+    final = said.predictions.get("fused", said.predictions["class"])
     found: dict[int, int] = {}
     for place, label in enumerate(said.labels):
         if final[place] == label:
@@ -122,16 +122,16 @@ def _of_each_class(said: CachedEvaluation, number: int) -> list[int]:
 
 
 def _answers(said: CachedEvaluation, place: int) -> dict[str, str]:
-    names = said.found["class_names"]
+    names = said.metrics["class_names"]
     return {
         voice: f"{names[answers[place]]} ({100 * said.confidence[voice][place]:.0f} %)"
-        for voice, answers in said.answers.items()
+        for voice, answers in said.predictions.items()
         if voice != "fused_softmax"
     }
 
 
 def _lines(said: CachedEvaluation, place: int) -> tuple[str, ...]:
-    names = said.found["class_names"]
+    names = said.metrics["class_names"]
     answers = _answers(said, place)
     final = answers.get("fused", answers["class"])
     told = [f"truth: {names[said.labels[place]]}", f"student: {final}"]

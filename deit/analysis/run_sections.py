@@ -39,12 +39,12 @@ class RunReport:
 
 def final_top1(evaluation: CachedEvaluation) -> float:
     """Test top-1 in [0, 1] of the fused answer or the only head."""
-    return evaluation.found["heads"]["fused"]["top1"]
+    return evaluation.metrics["heads"]["fused"]["top1"]
 
 
 def headline(view: RunReport) -> str:
     """The few numbers that matter, large."""
-    found, told = view.evaluation.found, view.summary
+    found, told = view.evaluation.metrics, view.summary
     values = {f"{found['split']} top-1": f"{format_percent(final_top1(view.evaluation))} %"}
     if found["teacher"]:
         values["the teacher's"] = f"{format_percent(found['teacher']['top1'])} %"
@@ -73,7 +73,7 @@ def sections_of(view: RunReport, folder: Path) -> list[str]:
 
 def card_of(view: RunReport) -> str:
     """What the run was: settings, hardware, time."""
-    config, environment, found = view.config, view.environment, view.evaluation.found
+    config, environment, found = view.config, view.environment, view.evaluation.metrics
     optim, loss = config.optim, config.loss
     told = view.summary
     loader = ""
@@ -124,7 +124,7 @@ def _command(command: str, run: str) -> str:
 
 
 def _heads(view: RunReport, folder: Path) -> str:
-    found = view.evaluation.found
+    found = view.evaluation.metrics
     rows = {name: one for name, one in found["heads"].items() if one}
     if found["heads"]["distillation"] is None:
         rows.pop("fused")  # the only head once more
@@ -245,11 +245,11 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]
 
 def _classes(view: RunReport, folder: Path) -> list[str]:
     said = view.evaluation
-    found, names = said.found, said.found["class_names"]
-    final = "fused" if "fused" in said.answers else "class"
+    found, names = said.metrics, said.metrics["class_names"]
+    final = "fused" if "fused" in said.predictions else "class"
     unseen = set(found.get("held_out", ()))
     shares = {name: found["per_class"][name] for name in names}
-    voices = [name for name in _HEADS if name in said.answers]
+    voices = [name for name in _HEADS if name in said.predictions]
     columns = ["class", "unseen", "num_samples", *(f"{voice}_top1" for voice in voices)]
     lines = []
     for name, row in shares.items():
@@ -258,7 +258,7 @@ def _classes(view: RunReport, folder: Path) -> list[str]:
     write_csv(folder / f"{view.slug}-classes.csv", columns, lines)
     shown = sorted(names, key=lambda name: shares[name][final] or 0.0)[: 2 * _FEW_CLASSES]
     bars = {"student": [shares[name][final] or 0.0 for name in shown]}
-    if "teacher" in said.answers:
+    if "teacher" in said.predictions:
         bars["teacher"] = [shares[name]["teacher"] or 0.0 for name in shown]
     called = [f"{name} (unseen)" if name in unseen else name for name in shown]
     height = 1.1 + 0.24 * len(shown)
@@ -271,7 +271,7 @@ def _classes(view: RunReport, folder: Path) -> list[str]:
         else (f"Right answers in the {len(shown)} weakest of {len(names)} classes")
     )
     beside = [html.figure(drawn, f"{told}, the weakest on top.")]
-    counts = confusion(said.answers[final], said.labels, len(names))
+    counts = confusion(said.predictions[final], said.labels, len(names))
     pairs = _confused(counts, names)
     if pairs:
         columns = ("truth", "taken for", "images", "of the class %")
@@ -282,8 +282,8 @@ def _classes(view: RunReport, folder: Path) -> list[str]:
     if len(names) <= _FEW_CLASSES:
         file = folder / f"{view.slug}-confusion.csv"
         maps = [_map(counts, names, "Answers in % of each class (a row): the student.", file)]
-        if "teacher" in said.answers:
-            theirs = confusion(said.answers["teacher"], said.labels, len(names))
+        if "teacher" in said.predictions:
+            theirs = confusion(said.predictions["teacher"], said.labels, len(names))
             both = [
                 [mine - other for mine, other in zip(own, others)]
                 for own, others in zip(_percent(counts), _percent(theirs))
@@ -359,10 +359,10 @@ def reliability_bins(
 
 def _calibration(view: RunReport, folder: Path) -> str:
     said = view.evaluation
-    final = "fused" if "fused" in said.answers else "class"
-    voices = {"student": final} | ({"teacher": "teacher"} if "teacher" in said.answers else {})
+    final = "fused" if "fused" in said.predictions else "class"
+    voices = {"student": final} | ({"teacher": "teacher"} if "teacher" in said.predictions else {})
     bins = {
-        name: reliability_bins(said.answers[voice], said.confidence[voice], said.labels)
+        name: reliability_bins(said.predictions[voice], said.confidence[voice], said.labels)
         for name, voice in voices.items()
     }
     drawn = charts.chart(
@@ -370,7 +370,7 @@ def _calibration(view: RunReport, folder: Path) -> str:
     )
     told = "On the grey line confidence is deserved; below it, too high. Larger: more images."
     figures = [html.figure(drawn, told)]
-    cosines = said.found["token_cosine"]
+    cosines = said.metrics["token_cosine"]
     if cosines:
         deep = charts.chart(
             charts.token_cosine_chart(cosines),
@@ -384,7 +384,7 @@ def _calibration(view: RunReport, folder: Path) -> str:
 
 
 def _disagreement(view: RunReport, folder: Path) -> str:
-    agreement = view.evaluation.found["agreement"]
+    agreement = view.evaluation.metrics["agreement"]
     names = [
         "truth",
         *(name for name in ("teacher", "class", "distillation", "fused") if name in agreement),

@@ -29,7 +29,7 @@ def prune_result(
     rows[PRUNED] = _row(found, out / PRUNED / run_folder.BEST, 0)
     evaluations = EvaluationCache()
     for one in runs:
-        found = evaluations.get(one.out, root=root, cost=True).found
+        found = evaluations.get(one.out, root=root, cost=True).metrics
         rows[one.name] = _row(found, one.out / run_folder.BEST, one.config.optim.epochs)
     with values_of(out / PRUNED / KEPT):
         kept = load_json_as(out / PRUNED / KEPT, dict[str, list[list[int]]])

@@ -1,4 +1,4 @@
-"""What evaluation says of a finished run: asked once, kept beside it."""
+"""Evaluations of finished runs, kept in a file next to each run and reused."""
 
 import hashlib
 from dataclasses import asdict, dataclass
@@ -19,105 +19,117 @@ from deit.models.metadata import find_saved_model
 
 @dataclass(frozen=True)
 class CachedEvaluation:
-    """An evaluation on the test split. found: as deit.evaluation.evaluate.evaluate returns it.
-    answers: the class of each image by head and `teacher`, confidence: the probability it was given
-    with;
-    labels: the true ones. of: what it was made of, by name: `run`, the last link of the run's chain
-    of hashes; digests of the `images` and of the files of the `teacher`, "" without one."""
+    """An evaluation on the test split, as it is stored on disk.
+
+    provenance: what it was computed from: `run`, the last link of the run's hash chain; `images`
+    and `teacher`, SHA-256 digests of the test images and of the teacher's files ("" without a
+    teacher). metrics: as deit.evaluation.evaluate.evaluate returns them. predictions: the predicted
+    class of each image, by head and `teacher`. confidence: the probability of each prediction.
+    labels: the true classes.
+    """
 
     provenance: dict[str, str]
-    found: dict[str, Any]
-    answers: dict[str, list[int]]
+    metrics: dict[str, Any]
+    predictions: dict[str, list[int]]
     confidence: dict[str, list[float]]
     labels: list[int]
 
 
 class EvaluationCache:
-    """Evaluations of finished runs, each made once and kept; the images of a data set are looked at
-    once for all runs."""
+    """Evaluations of finished runs: each is computed once and stored on disk.
+
+    The test images of a data set are read once to compute their digest, for all runs.
+    """
 
     def __init__(self) -> None:
         self._digests: dict[DataConfig, str] = {}
 
     def get(
         self,
-        out: Path,
+        run: str | Path,
         *,
-        cache_path: Path | None = None,
+        cache_path: str | Path | None = None,
         root: str | None = None,
         teacher: str | None = None,
         cost: bool = False,
     ) -> CachedEvaluation:
-        """The evaluation of a finished run: from the file beside its folder if that is of this run,
-        these images and this teacher; where images or teacher are gone, of those there were.
+        """Return the evaluation of a finished run, from the cache or by evaluating the run.
 
-        elsewhere: where it is written if there is none; None: beside the folder. root, teacher,
-        cost: as deit.evaluation.evaluate.examine takes them. Raises the errors of deit.core.errors.
+        A stored evaluation is reused if it is of this run, these images and this teacher. Images
+        and teachers that are missing now are not checked.
+
+        cache_path: the file to read and write; default: RUN.evaluation.json next to the run
+        folder, which is also read where `cache_path` holds no match. root, teacher, cost: as in
+        deit.evaluation.evaluate.evaluate_run. Raises the errors of deit.core.errors.
         """
-        result = run_folder.read_result(out)
+        run = Path(run)
+        result = run_folder.read_result(run)
         if result is None:
-            raise CheckpointError(f"{out}: is not finished; its own command goes on with it")
-        beside = out.with_name(f"{out.name}.evaluation.json")
-        for path in (cache_path, beside):
-            before = None if path is None else read_sealed(path, CachedEvaluation)
-            if before is None:
+            raise CheckpointError(
+                f"{run}: is not finished; resume it first (its own command with --resume)"
+            )
+        default_path = run.with_name(f"{run.name}.evaluation.json")
+        target = default_path if cache_path is None else Path(cache_path)
+        for path in dict.fromkeys((target, default_path)):
+            cached = read_sealed(path, CachedEvaluation)
+            if cached is None or cached.provenance["run"] != result["chain"]:
                 continue
-            if before.provenance["run"] == result["chain"] and self._holds(
-                before, out, root, teacher
-            ):
-                if cost and "cost" not in before.found:
-                    before.found["cost"] = cost_of_run(out)
-                    write_sealed(cache_path or beside, asdict(before))
-                return before
-        examined = evaluate_run(out, root=root, teacher=teacher, cost=cost)
-        now = _measured(examined, {"run": result["chain"], "teacher": ""})
-        if examined.found["teacher"] is not None:
-            now.provenance["teacher"] = _digest_of_files(_sources(out, teacher))
-        write_sealed(cache_path or beside, asdict(now))
-        return now
+            if self._is_current(cached, run, root, teacher):
+                if cost and "cost" not in cached.metrics:
+                    cached.metrics["cost"] = cost_of_run(run)
+                    write_sealed(target, asdict(cached))
+                return cached
+        evaluated = evaluate_run(run, root=root, teacher=teacher, cost=cost)
+        cached = _to_cached(evaluated, {"run": result["chain"], "teacher": ""})
+        if evaluated.metrics["teacher"] is not None:
+            cached.provenance["teacher"] = _digest_of_files(_teacher_sources(run, teacher))
+        write_sealed(target, asdict(cached))
+        return cached
 
-    def _holds(
-        self, before: CachedEvaluation, out: Path, root: str | None, teacher: str | None
+    def _is_current(
+        self, cached: CachedEvaluation, run: Path, root: str | None, teacher: str | None
     ) -> bool:
-        """Whether a kept evaluation is of the images and the teacher that are there now."""
-        data = evaluation_config(load_run_config(out), root=root).data
+        """Return whether an evaluation is of the images and the teacher that are on disk now."""
+        data = evaluation_config(load_run_config(run), root=root).data
         if data not in self._digests:
             try:
                 names, images = load_split(data, "test")
                 self._digests[data] = digest_of_images(names, (images,))
             except DataError as error:
-                warn(f"evaluations are told as they were made: {error} (--data.root DIR: moved?)")
+                warn(
+                    f"cannot check whether stored evaluations are of the same images: {error} "
+                    "(if the images were moved, give --data.root DIR)"
+                )
                 self._digests[data] = ""
-        images = self._digests[data] in ("", before.provenance["images"])
-        return images and _digest_of_files(_sources(out, teacher)) in (
-            "",
-            before.provenance["teacher"],
-        )
+        if self._digests[data] not in ("", cached.provenance["images"]):
+            return False
+        digest = _digest_of_files(_teacher_sources(run, teacher))
+        return digest in ("", cached.provenance["teacher"])
 
 
-def _measured(examined: EvaluationResult, of: dict[str, str]) -> CachedEvaluation:
+def _to_cached(evaluated: EvaluationResult, provenance: dict[str, str]) -> CachedEvaluation:
     return CachedEvaluation(
-        {**of, "images": examined.digest},
-        examined.found,
-        {name: answer.tolist() for name, answer in examined.answers.items()},
+        {**provenance, "images": evaluated.digest},
+        evaluated.metrics,
+        {name: classes.tolist() for name, classes in evaluated.predictions.items()},
         {
-            name: [round(one, 5) for one in shares.tolist()]
-            for name, shares in examined.confidence.items()
+            name: [round(probability, 5) for probability in probabilities.tolist()]
+            for name, probabilities in evaluated.confidence.items()
         },
-        examined.labels.tolist(),
+        evaluated.labels.tolist(),
     )
 
 
-def _sources(out: Path, teacher: str | None) -> list[str]:
-    """Whom an evaluation asks beside the student: code in a run's configuration is not run."""
+def _teacher_sources(run: Path, teacher: str | None) -> list[str]:
+    """Return the sources of the teachers; none where the run's own teacher is code."""
     if teacher is not None:
         return teacher.split(",")
-    own = load_run_config(out).teacher
-    return [] if own.code_sources else list(own.source)
+    config = load_run_config(run).teacher
+    return [] if config.code_sources else list(config.source)
 
 
 def _digest_of_files(sources: list[str]) -> str:
-    """SHA-256 over the files of teachers; "" where one of them is no file or folder here."""
+    """Return the SHA-256 of all teachers' files; "" where a source is not on disk."""
     digest = hashlib.sha256()
     for source in sources:
         path = Path(source.rsplit(":", 1)[0] if ".py:" in source else source).expanduser()
@@ -131,36 +143,38 @@ def _digest_of_files(sources: list[str]) -> str:
     return digest.hexdigest() if sources else ""
 
 
-_FEW, _MOST = 3, 12
+_MAX_RUNS_BY_HEAD, _MAX_RUNS = 3, 12
 
 
 def disagreement_matrix(runs: dict[str, CachedEvaluation]) -> dict[str, dict[str, float]]:
-    """The share of images on which two answer differently (the DeiT paper's Table 4), for each two:
-    the truth, the teacher, and the runs; of up to three runs every head, of more the fused answer.
+    """Return the share of images on which two predictions differ, for each pair (Table 4 of DeiT).
 
-    runs: by name. Empty where they are of different images, or more than twelve.
+    The pairs are of the truth, the teacher and the runs. Up to three runs are listed by head, more
+    by their final prediction only. The result is empty for runs on different images and for more
+    than twelve runs.
+
+    runs: by name.
     """
-    labels = [one.labels for one in runs.values()]
-    if not labels or len(labels) > _MOST or any(one != labels[0] for one in labels):
+    labels = [run.labels for run in runs.values()]
+    if not labels or len(labels) > _MAX_RUNS or any(truth != labels[0] for truth in labels):
         return {}
-    voices = {"truth": labels[0]}
-    for name, one in runs.items():
-        said = one.answers.get("teacher")
-        taught = [answers for voice, answers in voices.items() if voice.startswith("teacher")]
-        if said is not None and said not in taught:
-            voices[f"teacher of {name}" if taught else "teacher"] = said
-    for name, one in runs.items():
-        final = "fused" if "fused" in one.answers else "class"
-        heads = [head for head in ("class", "distillation", "fused") if head in one.answers]
-        for head in heads if len(runs) <= _FEW else [final]:
-            voices[name if len(heads) == 1 or len(runs) > _FEW else f"{name}, {head}"] = (
-                one.answers[head]
-            )
+    predictions = {"truth": labels[0]}
+    for name, run in runs.items():
+        of_teacher = run.predictions.get("teacher")
+        teachers = [classes for key, classes in predictions.items() if key.startswith("teacher")]
+        if of_teacher is not None and of_teacher not in teachers:
+            predictions[f"teacher of {name}" if teachers else "teacher"] = of_teacher
+    for name, run in runs.items():
+        heads = [head for head in ("class", "distillation", "fused") if head in run.predictions]
+        if len(runs) > _MAX_RUNS_BY_HEAD:
+            heads = ["fused" if "fused" in run.predictions else "class"]
+        for head in heads:
+            predictions[name if len(heads) == 1 else f"{name}, {head}"] = run.predictions[head]
     return {
-        one: {other: _differing(mine, theirs) for other, theirs in voices.items()}
-        for one, mine in voices.items()
+        a: {b: _disagreement(predictions[a], predictions[b]) for b in predictions}
+        for a in predictions
     }
 
 
-def _differing(first: list[int], second: list[int]) -> float:
+def _disagreement(first: list[int], second: list[int]) -> float:
     return sum(a != b for a, b in zip(first, second, strict=True)) / len(first)

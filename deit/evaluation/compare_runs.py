@@ -1,5 +1,6 @@
-"""Several evaluations beside each other: one table, throughput against accuracy, who disagrees."""
+"""Evaluate several runs: one table, a plot of throughput against accuracy, and disagreement."""
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,55 +23,63 @@ from deit.viz.tables import HEADS
 
 
 def compare_evaluations(
-    runs: list[Path],
+    runs: Sequence[str | Path],
     *,
     resolutions: tuple[int, ...],
     crops: tuple[float, ...],
     merges: tuple[int, ...],
-    plot: Path | None,
-    json_file: Path | None,
+    plot: str | Path | None,
+    json_file: str | Path | None,
     command: str,
     checkpoint: str = "best",
-    **asked: Any,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate runs at resolutions, crops and numbers of merged tokens, each with each; print one
-    table, and of several runs on the same images who disagrees with whom.
+    """Evaluate each run at each resolution, crop and number of merged tokens; print one table.
 
-    resolutions, crops: empty: each run's own. merges: numbers of tokens a block; empty: no
-    merging. plot: a PNG of throughput against accuracy. command: as it was typed, for the file. The
-    others: as deit.evaluation.evaluate.examine takes them. Returns `rows`, what evaluation found,
-    `agreement`, shares of equal answers by name, and `command`. Raises the errors of
-    deit.core.errors."""
-    _check(runs, checkpoint, resolutions, merges, asked.get("test_set"))
-    examined: dict[str, EvaluationResult] = {}
-    changes = (values or (None,) for values in (resolutions, crops, merges))
-    for run, side, crop, merge_tokens in product(runs, *changes):
-        name = _name(run, runs, side, crop, merge_tokens)
+    If all were evaluated on the same images, also print the disagreement of each pair.
+
+    resolutions [px], crops: empty: each run's own. merges: numbers of tokens merged in each block;
+    empty: no merging. plot: a PNG file to write, throughput against accuracy. json_file: a file to
+    write the result to. command: the command line, for that file. options: as for
+    deit.evaluation.evaluate.evaluate_run.
+
+    Returns `rows`, the metrics by name; `agreement`, the share of equal predictions by name and by
+    name, if the images are the same; and `command`. Raises the errors of deit.core.errors.
+    """
+    runs = [Path(run) for run in runs]
+    _check(runs, checkpoint, resolutions, merges, options.get("test_set"))
+    results: dict[str, EvaluationResult] = {}
+    settings = (values or (None,) for values in (resolutions, crops, merges))
+    for run, side, crop, merge_tokens in product(runs, *settings):
+        name = _row_name(run, runs, side, crop, merge_tokens)
         info(f"{name}")
-        examined[name] = evaluate_run(
+        results[name] = evaluate_run(
             run,
             checkpoint=checkpoint,
             resolution=side,
             crop=crop,
             merge_tokens=merge_tokens,
             cost=True,
-            **asked,
+            **options,
         )
-    rows = {name: one.found for name, one in examined.items()}
-    _print(rows)
-    result: dict[str, Any] = {"rows": rows, "command": command}
-    voices = _voices(examined)
-    if len(voices) > 1:
-        shares = {a: {b: agreement(x, y) for b, y in voices.items()} for a, x in voices.items()}
-        print_disagreement(shares, [name for name in voices if name != "truth"])
-        result["agreement"] = shares
+    rows = {name: result.metrics for name, result in results.items()}
+    _print_rows(rows)
+    report: dict[str, Any] = {"rows": rows, "command": command}
+    predictions = _comparable_predictions(results)
+    if len(predictions) > 1:
+        shares = {
+            a: {b: agreement(predictions[a], predictions[b]) for b in predictions}
+            for a in predictions
+        }
+        print_disagreement(shares, [name for name in predictions if name != "truth"])
+        report["agreement"] = shares
     if is_main_process() and plot is not None:
-        draw_throughput(rows, plot)
-        info(f"drew {plot}")
+        draw_throughput(rows, Path(plot))
+        info(f"wrote {Path(plot)}")
     if is_main_process() and json_file is not None:
-        write_json(json_file, result)
-        info(f"wrote {json_file}")
-    return result
+        write_json(Path(json_file), report)
+        info(f"wrote {Path(json_file)}")
+    return report
 
 
 def _check(
@@ -80,78 +89,80 @@ def _check(
     merges: tuple[int, ...],
     test_set: str | None,
 ) -> None:
-    """What can be wrong with the runs, before the first is evaluated."""
+    """Check all runs and settings before the first run is evaluated."""
     if len({run.resolve() for run in runs}) < len(runs):
-        raise ConfigError("a run is named twice; once is enough")
+        raise ConfigError("a run is given twice; give each run once")
     for run in runs:
         _, saved = resolve_run(run, checkpoint)
         for side in resolutions or (None,):
-            student, facts = student_at_resolution(saved, side)
+            student, model_info = student_at_resolution(saved, side)
             for merge_tokens in merges:
                 check_merging(student.network, merge_tokens)
         if test_set is not None:
-            check_known(test_set, facts.class_names)
+            check_known(test_set, model_info.class_names)
 
 
-def _name(
+def _row_name(
     run: Path, runs: list[Path], side: int | None, crop: float | None, merge_tokens: int | None
 ) -> str:
-    """A row's name: the run's folder, in full where two are called the same; what was changed."""
-    short = [_folder(one).name for one in runs]
-    own = _folder(run).name
-    # "truth" and "teacher" are others' names in the table of disagreement.
-    clear = short.count(own) == 1 and not own.startswith(("truth", "teacher"))
-    told = [own if clear else str(run)]
-    told += [f"{side} px"] if side is not None else []
-    told += [f"crop {crop:g}"] if crop is not None else []
-    told += [f"merge {merge_tokens}"] if merge_tokens is not None else []
-    return ", ".join(told)
+    """Return the name of the run's folder (its path if that is ambiguous) and the settings."""
+    folder_names = [_run_dir(path).name for path in runs]
+    name = _run_dir(run).name
+    # The table of disagreement has rows "truth" and "teacher of RUN".
+    unique = folder_names.count(name) == 1 and not name.startswith(("truth", "teacher"))
+    parts = [name if unique else str(run)]
+    parts += [f"{side} px"] if side is not None else []
+    parts += [f"crop {crop:g}"] if crop is not None else []
+    parts += [f"merge {merge_tokens}"] if merge_tokens is not None else []
+    return ", ".join(parts)
 
 
-def _folder(run: Path) -> Path:
+def _run_dir(run: Path) -> Path:
     return run.resolve().parent if is_checkpoint_dir(run) else run.resolve()
 
 
-def _voices(examined: dict[str, EvaluationResult]) -> dict[str, Tensor]:
-    """Final answers by name, with the truth and the teacher, where all are of the same images."""
-    first, *others = examined.values()
-    same = all(one.labels is not None for one in examined.values()) and all(
-        one.images == first.images and torch.equal(one.labels, first.labels) for one in others
+def _comparable_predictions(results: dict[str, EvaluationResult]) -> dict[str, Tensor]:
+    """Return truth, teachers and final predictions by name; empty if the images differ."""
+    first, *rest = results.values()
+    same_images = all(result.labels is not None for result in results.values()) and all(
+        result.split_key == first.split_key and torch.equal(result.labels, first.labels)
+        for result in rest
     )
-    if not same:
+    if not same_images:
         return {}
-    voices = {"truth": first.labels}
-    for name, one in examined.items():
-        said = one.answers.get("teacher")
-        if said is not None and not any(torch.equal(said, other) for other in voices.values()):
-            voices[f"teacher of {name}"] = said
-    for name, one in examined.items():
-        voices[name] = one.answers.get("fused", one.answers["class"])
-    return voices
+    predictions = {"truth": first.labels}
+    for name, result in results.items():
+        of_teacher = result.predictions.get("teacher")
+        if of_teacher is None or any(torch.equal(of_teacher, p) for p in predictions.values()):
+            continue
+        predictions[f"teacher of {name}"] = of_teacher
+    for name, result in results.items():
+        predictions[name] = result.predictions.get("fused", result.predictions["class"])
+    return predictions
 
 
-def _print(rows: dict[str, dict[str, Any]]) -> None:
+def _print_rows(rows: dict[str, dict[str, Any]]) -> None:
     cells = []
-    for name, found in rows.items():
-        cost, heads = found["cost"], found["heads"]
-        two = heads["distillation"] is not None
-        shares = [heads[head] if two or head == "class" else None for head in HEADS]
+    for name, metrics in rows.items():
+        cost, heads = metrics["cost"], metrics["heads"]
+        two_heads = heads["distillation"] is not None
+        by_head = [heads[head] if two_heads or head == "class" else None for head in HEADS]
         cells.append(
             (
                 name,
-                f"{found['image_size']}",
-                *("-" if share is None else format_percent(share["top1"]) for share in shares),
+                f"{metrics['image_size']}",
+                *("-" if head is None else format_percent(head["top1"]) for head in by_head),
                 f"{cost['parameters'] / 1e6:.2f}",
                 f"{cost['gmacs']:.3g}",
                 f"{cost['memory_mb']:.0f}",
                 f"{cost['images_per_s']:.0f}",
             )
         )
-    number = {found["num_samples"] for found in rows.values()}
-    images = f"{number.pop()} images" if len(number) == 1 else "images of each"
+    num_samples = {metrics["num_samples"] for metrics in rows.values()}
+    images = f"{num_samples.pop()} images" if len(num_samples) == 1 else "images of each run"
     split = next(iter(rows.values()))["split"]
     table(
-        f"top-1 % on the {images} of {split}",
+        f"top-1 % ({split}, {images})",
         ("", "px", *HEADS, "M parameters", "GMACs", "MB", "images/s"),
         cells,
     )

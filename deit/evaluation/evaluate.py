@@ -1,4 +1,4 @@
-"""Evaluation of a finished run: every head, the teacher beside it, each sample counted once."""
+"""Evaluation of a finished run: metrics of every head and of the teacher on the same images."""
 
 import time
 from dataclasses import replace
@@ -44,29 +44,32 @@ HEADS = ("class", "distillation", "fused", "fused_softmax")
 
 
 class EvaluationResult(NamedTuple):
-    """What evaluation found, and the answers it counted, int64 [images], by head and `teacher`.
+    """The metrics of a run, and the predictions behind them.
 
-    confidence: the probability that each gave its answer, float32 [images]. labels: int64 [images];
-    None where several answers are right. images: what picks the images and numbers the classes, the
-    same for the same ones. digest: of the images, as they were shown.
+    metrics: plain values, as `evaluate` returns them. predictions: int64 [images] by head and
+    `teacher`. confidence: the probability of each prediction, float32 [images]. labels: int64
+    [images]; None where an image has several correct classes. split_key: identifies the images and
+    the order of the classes; equal for equal ones. digest: of the images as they were evaluated.
     """
 
-    found: dict[str, Any]
-    answers: dict[str, Tensor]
+    metrics: dict[str, Any]
+    predictions: dict[str, Tensor]
     confidence: dict[str, Tensor]
     labels: Tensor | None
-    images: tuple[Any, ...]
+    split_key: tuple[Any, ...]
     digest: str = ""
 
 
-def evaluate(run: Path, **asked: Any) -> dict[str, Any]:
-    """Measure a run's student, as plain values ready for JSON. asked: as `evaluate_run` takes
-    it."""
-    return evaluate_run(run, **asked).found
+def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
+    """Return the metrics of a run's student as plain values, ready for JSON.
+
+    options: as for `evaluate_run`.
+    """
+    return evaluate_run(run, **options).metrics
 
 
 def evaluate_run(
-    run: Path,
+    run: str | Path,
     *,
     checkpoint: str = "best",
     split: str = "test",
@@ -80,158 +83,165 @@ def evaluate_run(
     test_set: str | None = None,
     cost: bool = False,
 ) -> EvaluationResult:
-    """Measure a run's student on a split.
+    """Evaluate a run's student on a split.
 
-    checkpoint: `best` or `last`. root: where the images are now. teacher: source of the teacher to
-    compare with; None: the run's own, "none": no teacher. batch: images per step. resolution: side
-    [px] of the input; the position embedding is resized. crop: as views.eval_crop_pct.
-    merge_tokens: tokens merged in each block. test_set: another test set of ImageNet, from `root`;
-    without a teacher. cost: also measure parameters, arithmetic, memory and speed.
+    run: a run folder, or a checkpoint folder in it. checkpoint: `best` or `last`. root: the folder
+    of the images, if they were moved. teacher: source of the teacher to compare with; default: the
+    run's own; "none": no teacher. batch: images per step. resolution: side [px] of the input; the
+    position embedding is resized. crop: as views.eval_crop_pct. merge_tokens: tokens merged in each
+    block. test_set: another test set of ImageNet, read from `root` and evaluated without a teacher.
+    cost: also measure parameters, arithmetic, memory and speed.
 
-    `heads` holds class, distillation, fused (mean of logits) and fused_softmax (mean of softmax):
-    top1, top5, calibration_error in [0, 1]. A student with one head has that head as `fused` too,
-    and None for the others. Raises the errors of deit.core.errors.
+    `heads` of the metrics holds class, distillation, fused (mean of logits) and fused_softmax (mean
+    of softmax) with top1, top5 and calibration_error in [0, 1]. With one head, `fused` equals
+    `class`, and the others are None. Raises the errors of deit.core.errors.
     """
     config, saved = resolve_run(run, checkpoint)
-    student, facts = student_at_resolution(saved, resolution)
+    student, model_info = student_at_resolution(saved, resolution)
     if merge_tokens is not None:
         student.network = with_merging(student.network, merge_tokens)
     config = evaluation_config(config, root=root, device=device, resolution=resolution, crop=crop)
     if batch is not None:
         config = config.replace(run={"eval_batch_size": batch})
     accelerator = build_accelerator(config.run)
-    asked = evaluation_images(config, facts, run, split, test_set, root)
-    if len(asked.images.labels) < accelerator.num_processes:
+    eval_set = evaluation_images(config, model_info, run, split, test_set, root)
+    if len(eval_set.images.labels) < accelerator.num_processes:
         raise DataError(f"the {split} split has fewer images than processes")
     if config.run.linear_backend == "onednn":
         use_onednn(student)
     student = student.to(accelerator.device)
     side = config.student.image_size
-    check_answers(student, student.forward, side, accelerator, _at_once(config, asked.images))
+    check_answers(student, student.forward, side, accelerator, _largest_batch(config, eval_set))
     teacher = teacher if test_set is None else "none"
-    measured = _measure(accelerator, config, student, teacher, facts.class_names, asked)
-    found: dict[str, Any] = {
-        "run": str(run),
+    outputs = _run_networks(accelerator, config, student, teacher, model_info.class_names, eval_set)
+    metrics: dict[str, Any] = {
+        "run": str(Path(run)),
         "checkpoint": saved.name,
-        **_of_images(config, facts, asked),
-        "heads": _named_heads(measured.heads, asked.labels),
+        **_describe_images(config, model_info, eval_set),
+        "heads": _metrics_by_head(outputs.heads, eval_set.labels),
         "teacher": None,
-        "token_cosine": _token_cosine(student, _few(config, asked), config),
-        "throughput_img_s": len(asked.images.labels) / measured.seconds,
+        "token_cosine": _token_cosine(student, _first_batch(config, eval_set), config),
+        "throughput_img_s": len(eval_set.images.labels) / outputs.seconds,
         "environment": environment_info(accelerator),
     }
     if merge_tokens is not None:
-        found |= {"merge": merge_tokens, "tokens": token_numbers(student.network)}
+        metrics |= {"merge": merge_tokens, "tokens": token_numbers(student.network)}
     if cost:
-        found["cost"] = _cost(student, config)
-    return _result(config, facts, asked, measured, found)
+        metrics["cost"] = _cost(student, config)
+    return _result(config, model_info, eval_set, outputs, metrics)
 
 
-def _of_images(config: Config, facts: ModelInfo, asked: EvaluationSet) -> dict[str, Any]:
-    note = {"note": asked.note} if asked.note else {}
+def _describe_images(
+    config: Config, model_info: ModelInfo, eval_set: EvaluationSet
+) -> dict[str, Any]:
+    note = {"note": eval_set.note} if eval_set.note else {}
     return {
         **note,
-        "split": asked.name,
+        "split": eval_set.name,
         "image_size": config.student.image_size,
         "eval_crop_pct": config.views.eval_crop_pct,
-        "num_samples": len(asked.images.labels),
-        "class_names": [facts.class_names[column] for column in asked.columns],
+        "num_samples": len(eval_set.images.labels),
+        "class_names": [model_info.class_names[column] for column in eval_set.columns],
     }
 
 
-class _Measured(NamedTuple):
-    """Logits of the student by head and of each teacher by name, float32 [images, classes]; and the
-    seconds that the student's took."""
+class _Outputs(NamedTuple):
+    """Logits, float32 [images, classes], of the student by head and of the teachers by name.
+
+    seconds: the time of the student.
+    """
 
     heads: dict[str, Tensor]
     teachers: dict[str, Tensor]
     seconds: float
 
 
-def _few(config: Config, asked: EvaluationSet) -> InMemoryImages | EncodedImages:
-    """The images of the first batch."""
-    return asked.images.select(slice(config.run.eval_batch_size))
+def _first_batch(config: Config, eval_set: EvaluationSet) -> InMemoryImages | EncodedImages:
+    return eval_set.images.select(slice(config.run.eval_batch_size))
 
 
-def _measure(
+def _run_networks(
     accelerator: Accelerator,
     config: Config,
     student: Student,
     teacher: str | None,
     class_names: tuple[str, ...],
-    asked: EvaluationSet,
-) -> _Measured:
-    """Run student and teachers on all images, after a first batch that is not timed."""
-    few = _few(config, asked)
+    eval_set: EvaluationSet,
+) -> _Outputs:
+    """Run student and teachers on all images; a first batch of the student is not timed."""
+    warm_up = _first_batch(config, eval_set)
     with GracefulStop(accelerator) as interruption, interruption.parallel():
-        if len(few.labels) >= accelerator.num_processes:
-            predict_split(accelerator, student, few, config, "warming up")
+        if len(warm_up.labels) >= accelerator.num_processes:
+            predict_split(accelerator, student, warm_up, config, "warming up")
         started = time.perf_counter()
-        title = f"evaluating {asked.name}"
+        title = f"evaluating {eval_set.name}"
         outputs = predict_split(
-            accelerator, student, asked.images, config, title, interruption=interruption
+            accelerator, student, eval_set.images, config, title, interruption=interruption
         )
         seconds = time.perf_counter() - started
         teachers = _teacher_logits(
-            accelerator, config, teacher, class_names, asked.images, interruption
+            accelerator, config, teacher, class_names, eval_set, interruption
         )
         interruption.raise_if_stopped(now=True)
-    heads = {name: logits[:, asked.columns] for name, logits in logits_by_head(outputs).items()}
-    return _Measured(heads, teachers, seconds)
+    heads = {name: logits[:, eval_set.columns] for name, logits in logits_by_head(outputs).items()}
+    return _Outputs(heads, teachers, seconds)
 
 
-def _named_heads(heads: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
-    """The metrics of every head; of a student with one head, that one is fused as well."""
-    named = {name: head_metrics(heads.get(name), labels) for name in HEADS}
+def _metrics_by_head(heads: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
+    """Return the metrics of every head; with one head, `fused` is that head."""
+    metrics = {name: head_metrics(heads.get(name), labels) for name in HEADS}
     tokens = [name for name in heads if name.startswith("distillation_")]
-    named |= {name: head_metrics(heads[name], labels) for name in tokens}
+    metrics |= {name: head_metrics(heads[name], labels) for name in tokens}
     if "fused" not in heads:
-        named["fused"] = named["class"]
-    return named
+        metrics["fused"] = metrics["class"]
+    return metrics
 
 
 def _result(
     config: Config,
-    facts: ModelInfo,
-    asked: EvaluationSet,
-    measured: _Measured,
-    found: dict[str, Any],
+    model_info: ModelInfo,
+    eval_set: EvaluationSet,
+    outputs: _Outputs,
+    metrics: dict[str, Any],
 ) -> EvaluationResult:
-    """Add what follows from the logits to `found`: teachers, agreement, classes, confusion."""
-    answers = {name: logits.argmax(dim=1) for name, logits in measured.heads.items()}
-    confidence = {name: _confidence(logits) for name, logits in measured.heads.items()}
-    if measured.teachers:
-        combined = _combined(config, torch.stack(list(measured.teachers.values()), dim=1))
-        found["teacher"] = head_metrics(combined, asked.labels)
-        answers["teacher"] = combined.argmax(dim=1)
+    """Add to `metrics` the teachers, agreement, accuracy by class and confusion matrix."""
+    predictions = {name: logits.argmax(dim=1) for name, logits in outputs.heads.items()}
+    confidence = {name: _confidence(logits) for name, logits in outputs.heads.items()}
+    if outputs.teachers:
+        combined = _combine(config, torch.stack(list(outputs.teachers.values()), dim=1))
+        metrics["teacher"] = head_metrics(combined, eval_set.labels)
+        predictions["teacher"] = combined.argmax(dim=1)
         confidence["teacher"] = _confidence(combined)
-        if len(measured.teachers) > 1:
-            found["teachers"] = {
-                name: head_metrics(logits, asked.labels)
-                for name, logits in measured.teachers.items()
+        if len(outputs.teachers) > 1:
+            metrics["teachers"] = {
+                name: head_metrics(logits, eval_set.labels)
+                for name, logits in outputs.teachers.items()
             }
-    if asked.labels.dtype == torch.bool:
-        return EvaluationResult(found, answers, confidence, None, ())
-    found["agreement"] = _agreements(answers, asked.labels)
-    final = answers.get("fused", answers["class"])
-    held = {facts.class_names[label] for label in held_out(config.data, facts.class_names)}
-    if held & set(found["class_names"]):
-        found |= _seen_and_unseen(answers, asked.labels, held, found["class_names"])
-    found["per_class"] = _per_class(answers, asked.labels, tuple(found["class_names"]))
-    found["confusion"] = confusion(final, asked.labels, len(asked.columns)).tolist()
-    picks = _picks(config.data, asked.name, found)
-    digest = digest_of_images(facts.class_names, (asked.images,))
-    return EvaluationResult(found, answers, confidence, asked.labels, picks, digest)
+    if eval_set.labels.dtype == torch.bool:
+        return EvaluationResult(metrics, predictions, confidence, None, ())
+    metrics["agreement"] = _agreements(predictions, eval_set.labels)
+    final = predictions.get("fused", predictions["class"])
+    labels = held_out(config.data, model_info.class_names)
+    unseen = {model_info.class_names[label] for label in labels}
+    class_names = metrics["class_names"]
+    if unseen & set(class_names):
+        metrics |= _seen_and_unseen(predictions, eval_set.labels, unseen, class_names)
+    metrics["per_class"] = _per_class(predictions, eval_set.labels, tuple(class_names))
+    metrics["confusion"] = confusion(final, eval_set.labels, len(eval_set.columns)).tolist()
+    split_key = _split_key(config.data, eval_set.name, class_names)
+    digest = digest_of_images(model_info.class_names, (eval_set.images,))
+    return EvaluationResult(metrics, predictions, confidence, eval_set.labels, split_key, digest)
 
 
-def _at_once(config: Config, images: InMemoryImages | EncodedImages) -> int:
-    """How many images a network answers at once, at most."""
-    return min(config.run.eval_batch_size, len(images.labels))
+def _largest_batch(config: Config, eval_set: EvaluationSet) -> int:
+    return min(config.run.eval_batch_size, len(eval_set.images.labels))
 
 
-def cost_of_run(run: Path) -> dict[str, Any]:
-    """What `evaluate_run` puts under `cost`, without an evaluation. Raises the errors of
-    deit.core.errors."""
+def cost_of_run(run: str | Path) -> dict[str, Any]:
+    """Return what `evaluate_run` puts under `cost`, without evaluating the run.
+
+    Raises the errors of deit.core.errors.
+    """
     config, saved = resolve_run(run, "best")
     student, _ = student_at_resolution(saved, None)
     accelerator = build_accelerator(config.run)
@@ -251,18 +261,20 @@ def _confidence(logits: Tensor) -> Tensor:
     return logits.float().softmax(dim=1).amax(dim=1)
 
 
-def _picks(data: DataConfig, split: str, found: dict[str, Any]) -> tuple[Any, ...]:
+def _split_key(data: DataConfig, split: str, class_names: list[str]) -> tuple[Any, ...]:
     root = None if data.source == "digits" else Path(data.root).resolve()
     fractions = (data.validation_fraction, data.test_fraction, data.split_seed)
-    chosen = (data.classes, data.exclude_list)
-    return (data.source, root, data.reader, *fractions, *chosen, split, *found["class_names"])
+    selection = (data.classes, data.exclude_list)
+    return (data.source, root, data.reader, *fractions, *selection, split, *class_names)
 
 
 def _token_cosine(
     student: Student, images: InMemoryImages | EncodedImages, config: Config
 ) -> list[float] | None:
-    """Mean cosine of class and distillation token before the first block and after each, over the
-    images of one evaluation step; None for a student without both."""
+    """Return the mean cosine of class and distillation token, before and after each block.
+
+    The mean is over `images`. None for a student without both tokens.
+    """
     if not has_distillation_head(student.network):
         return None
     device = next(student.parameters()).device
@@ -279,69 +291,85 @@ def _teacher_logits(
     config: Config,
     source: str | None,
     class_names: tuple[str, ...],
-    images: InMemoryImages | EncodedImages,
+    eval_set: EvaluationSet,
     interruption: GracefulStop,
 ) -> dict[str, Tensor]:
-    """The teachers' logits by description, none without one; the run's own may be gone, which only
-    warns, and of one without a say in the training not even that."""
-    own, quiet = source is None, config.loss.kind == "none"
-    asked = config.teacher
-    if not own:
+    """Return the logits of each teacher by its description; empty without a teacher.
+
+    The run's own teacher (source None) may be missing: that only warns, and is silent for a run
+    that was trained without its teacher.
+    """
+    is_own_teacher, is_quiet = source is None, config.loss.kind == "none"
+    spec = config.teacher
+    if not is_own_teacher:
         sources = () if source == "none" else tuple(source.split(","))
-        same = len(sources) == len(asked.source)  # moved: what the run says of it still holds
-        asked = replace(asked, source=sources) if same else TeacherConfig(source=sources)
-    if not asked.source:
+        same = len(sources) == len(spec.source)  # moved teachers keep the settings of the run
+        spec = replace(spec, source=sources) if same else TeacherConfig(source=sources)
+    if not spec.source:
         return {}
-    if own and asked.code_sources:
-        if not quiet:
+    if is_own_teacher and spec.code_sources:
+        if not is_quiet:
             warn(
-                f"the run's teacher is left out: {', '.join(asked.code_sources)} is code; "
-                "--teacher "
-                "names it if you trust it"
+                f"the run's teacher is skipped: {', '.join(spec.code_sources)} is code; give it "
+                "with --teacher if you trust it"
             )
         return {}
     side = config.student.image_size
     try:
-        teachers = [load_teacher(one, class_names, image_size=side) for one in teacher_specs(asked)]
+        teachers = [
+            load_teacher(teacher, class_names, image_size=side) for teacher in teacher_specs(spec)
+        ]
     except (DataError, CheckpointError, ConfigError) as error:
-        if not own:
+        if not is_own_teacher:
             raise
-        if not quiet:
-            warn(f"the run's teacher is left out: {error}")
+        if not is_quiet:
+            warn(f"the run's teacher is skipped: {error}")
         return {}
-    wanted = teacher_input_size([teacher.image_size for teacher in teachers])
-    size = image_sizes(config, images, wanted).teacher
-    found: dict[str, Tensor] = {}
+    teacher_size = teacher_input_size([teacher.image_size for teacher in teachers])
+    size = image_sizes(config, eval_set.images, teacher_size).teacher
+    logits: dict[str, Tensor] = {}
     for teacher in teachers:
         network = teacher.to(accelerator.device)
-        check_answers(network, network.forward, size, accelerator, _at_once(config, images))
+        batch = _largest_batch(config, eval_set)
+        check_answers(network, network.forward, size, accelerator, batch)
         outputs = predict_split(
-            accelerator, network, images, config, "teacher", size=size, interruption=interruption
+            accelerator,
+            network,
+            eval_set.images,
+            config,
+            "teacher",
+            size=size,
+            interruption=interruption,
         )
         announce_order(teacher, class_names)
         try:
-            refuse_order(teacher, outputs.class_logits.argmax(dim=1), images.labels, class_names)
+            predictions = outputs.class_logits.argmax(dim=1)
+            refuse_order(teacher, predictions, eval_set.images.labels, class_names)
         except DataError as error:
-            if not own:
+            if not is_own_teacher:
                 raise
-            warn(str(error))  # what the run was taught is so
+            warn(str(error))  # the run was trained with this class order
         name = teacher.description
-        found[f"{name} ({len(found) + 1})" if name in found else name] = outputs.class_logits
-    return found
+        logits[f"{name} ({len(logits) + 1})" if name in logits else name] = outputs.class_logits
+    return logits
 
 
-def _combined(config: Config, logits: Tensor) -> Tensor:
-    """What teachers [number, teachers, classes] say together, [number, classes]."""
-    teachers = logits.shape[1]
-    weights = tuple(member.weight for member in teacher_specs(config.teacher))
-    if len(weights) != teachers:
-        weights = (1 / teachers,) * teachers
-    how = "logits" if config.teacher.combine == "logits" else "probabilities"
-    return combine_teachers(logits, weights, how, temperature=1.0).logits[:, 0]
+def _combine(config: Config, logits: Tensor) -> Tensor:
+    """Return the ensemble's logits [images, classes] of teachers [images, teachers, classes]."""
+    num_teachers = logits.shape[1]
+    weights = tuple(teacher.weight for teacher in teacher_specs(config.teacher))
+    if len(weights) != num_teachers:
+        weights = (1 / num_teachers,) * num_teachers
+    mode = "logits" if config.teacher.combine == "logits" else "probabilities"
+    return combine_teachers(logits, weights, mode, temperature=1.0).logits[:, 0]
 
 
 def head_metrics(logits: Tensor | None, labels: Tensor) -> dict[str, float] | None:
-    """top1, top5 and calibration_error in [0, 1] of logits [images, classes]; None for None."""
+    """Return top1, top5 and calibration_error in [0, 1] of logits [images, classes].
+
+    labels: int64 [images], or bool [images, classes] where an image has several correct classes.
+    None for logits None.
+    """
     if logits is None:
         return None
     return {
@@ -351,40 +379,41 @@ def head_metrics(logits: Tensor | None, labels: Tensor) -> dict[str, float] | No
     }
 
 
-def _agreements(answers: dict[str, Tensor], labels: Tensor) -> dict[str, dict[str, float]]:
-    """Share of equal answers for each pair of the heads, the teacher and the truth."""
-    everyone = {**answers, "truth": labels}
-    return {
-        one: {other: agreement(theirs, everyone[other]) for other in everyone}
-        for one, theirs in everyone.items()
-    }
+def _agreements(predictions: dict[str, Tensor], labels: Tensor) -> dict[str, dict[str, float]]:
+    """Return the share of equal predictions for each pair of heads, teacher and truth."""
+    classes = {**predictions, "truth": labels}
+    return {a: {b: agreement(classes[a], classes[b]) for b in classes} for a in classes}
 
 
 def _seen_and_unseen(
-    answers: dict[str, Tensor], labels: Tensor, held: set[str], class_names: list[str]
+    predictions: dict[str, Tensor], labels: Tensor, unseen: set[str], class_names: list[str]
 ) -> dict[str, Any]:
-    """`held_out`, the classes that training did not see, and the share of right answers of each
-    head and the teacher on the images of those, and of the others."""
-    names = [name for name in class_names if name in held]
-    never = torch.isin(labels, torch.tensor([class_names.index(name) for name in names]))
-    groups = {"seen": ~never, "unseen": never}
-    shares = {
-        group: {name: agreement(answer[rows], labels[rows]) for name, answer in answers.items()}
+    """Return the unseen classes (`held_out`), and accuracy on `seen` and `unseen` classes by head.
+
+    Unseen classes are those without training images.
+    """
+    names = [name for name in class_names if name in unseen]
+    is_unseen = torch.isin(labels, torch.tensor([class_names.index(name) for name in names]))
+    groups = {"seen": ~is_unseen, "unseen": is_unseen}
+    accuracy = {
+        group: {
+            name: agreement(classes[rows], labels[rows]) for name, classes in predictions.items()
+        }
         for group, rows in groups.items()
     }
-    return {"held_out": names, **shares}
+    return {"held_out": names, **accuracy}
 
 
 def _per_class(
-    answers: dict[str, Tensor], labels: Tensor, class_names: tuple[str, ...]
+    predictions: dict[str, Tensor], labels: Tensor, class_names: tuple[str, ...]
 ) -> dict[str, dict[str, float]]:
-    """For each class its number of samples and the top-1 of each head on them."""
-    found = {}
+    """Return for each class its number of samples and the accuracy of each head on them."""
+    per_class = {}
     for label, name in enumerate(class_names):
-        members = labels == label
-        number = int(members.sum())
-        found[name] = {"num_samples": number}
-        for head, answer in answers.items():
-            correct = int((answer[members] == label).sum())
-            found[name][head] = correct / number if number else None
-    return found
+        rows = labels == label
+        num_samples = int(rows.sum())
+        per_class[name] = {"num_samples": num_samples}
+        for head, classes in predictions.items():
+            correct = int((classes[rows] == label).sum())
+            per_class[name][head] = correct / num_samples if num_samples else None
+    return per_class

@@ -1,4 +1,4 @@
-"""Finished runs on disk: their checkpoints, configurations, students and images."""
+"""Load a finished run from disk: its checkpoint, configuration, student and images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +24,12 @@ from deit.models.weight_files import load_weights
 
 
 class EvaluationSet(NamedTuple):
-    """What is evaluated: images, which classes may be answered, and what is right: int64 [images]
-    of these, or bool [images, classes]; what it is called, and what was left out."""
+    """The images to evaluate on.
+
+    columns: the classes of the network that count, by index. labels: int64 [images], positions in
+    `columns`; or bool [images, columns] where an image has several correct classes. name: of the
+    split or test set. note: images and classes that were skipped.
+    """
 
     images: InMemoryImages | EncodedImages
     columns: list[int]
@@ -35,28 +39,34 @@ class EvaluationSet(NamedTuple):
 
 
 def evaluation_images(
-    config: Config, facts: ModelInfo, run: Path, split: str, test_set: str | None, root: str | None
+    config: Config,
+    model_info: ModelInfo,
+    run: str | Path,
+    split: str,
+    test_set: str | None,
+    root: str | None,
 ) -> EvaluationSet:
-    """The images of a split, or of one of ImageNet's variants. Raises DataError."""
+    """Return the images of a split, or of a variant of ImageNet. Raises DataError."""
     if test_set is not None:
-        loaded = load_variant(test_set, root or config.data.root, facts.class_names)
+        loaded = load_variant(test_set, root or config.data.root, model_info.class_names)
         single = bool((loaded.accepted.sum(dim=1) == 1).all()) and test_set != "real"
         labels = loaded.accepted.long().argmax(dim=1) if single else loaded.accepted
         name = f"ImageNet {test_set}"
         return EvaluationSet(loaded.images, list(loaded.columns), labels, name, loaded.note)
     class_names, images = load_split(config.data, split)
-    if class_names != facts.class_names:
+    if class_names != model_info.class_names:
         raise DataError(
             f"{run}: was trained on other classes than the data has: "
-            f"{_first_difference(facts.class_names, class_names)}"
+            f"{_first_difference(model_info.class_names, class_names)}"
         )
-    return EvaluationSet(images, list(range(len(facts.class_names))), images.labels, split)
+    return EvaluationSet(images, list(range(len(class_names))), images.labels, split)
 
 
-def warn_unfinished(run: Path) -> None:
-    """Say of a run folder that its training has not ended, where it has not."""
+def warn_unfinished(run: str | Path) -> None:
+    """Warn if the run in this folder is not finished."""
+    run = Path(run)
     if (run / run_log.METRICS).is_file() and run_folder.read_result(run) is None:
-        warn(f"{run}: is not finished; these are the weights that it has so far")
+        warn(f"{run}: is not finished; using its weights so far")
 
 
 def evaluation_config(
@@ -67,13 +77,17 @@ def evaluation_config(
     resolution: int | None = None,
     crop: float | None = None,
 ) -> Config:
-    """A run's configuration for evaluating it, with what was asked to be otherwise."""
+    """Return the configuration of a run for evaluating it.
+
+    Each option overrides a setting of the run: data.root, run.device, student.image_size [px] and
+    views.eval_crop_pct.
+    """
     teacher = config.teacher
     if resolution is not None:
         config = replace(at_resolution(config, resolution), teacher=teacher)
     if crop is not None:
         config = config.replace(views={"eval_crop_pct": crop})
-    # The size from which the view is cut: resized once, as `deit predict` and an export do it.
+    # Images are resized once, to the size that is cropped, as `deit predict` and exports do.
     side = round(config.student.image_size / config.views.eval_crop_pct)
     config = config.replace(data={"image_size": side})
     if root is not None:
@@ -83,42 +97,46 @@ def evaluation_config(
     return config
 
 
-def student_at_resolution(saved: Path, side: int | None) -> tuple[Student, ModelInfo]:
-    """A saved student, for images of another side [px] with its position embedding resized; None:
-    of its own. Raises CheckpointError where its patches do not divide the side."""
-    student, facts = load_student(saved)
-    own = facts.student
-    if side is None or side == own.image_size:
-        return student, facts
-    _check_side(student, facts, side)
-    facts = replace(facts, student=replace(own, image_size=side))
-    larger, names = build_student(facts), facts.class_names
+def student_at_resolution(saved: str | Path, side: int | None) -> tuple[Student, ModelInfo]:
+    """Load a saved student for images of side `side` [px], with its position embedding resized.
+
+    saved: the folder of a checkpoint. side: default: the student's own. Raises CheckpointError if
+    the patch size does not divide the side.
+    """
+    student, model_info = load_student(Path(saved))
+    config = model_info.student
+    if side is None or side == config.image_size:
+        return student, model_info
+    _check_side(student, model_info, side)
+    model_info = replace(model_info, student=replace(config, image_size=side))
+    resized, names = build_student(model_info), model_info.class_names
     weights = LoadedWeights(
-        student.network.state_dict(), own.name, own, names, facts.mean, facts.std
+        student.network.state_dict(), config.name, config, names, model_info.mean, model_info.std
     )
-    fitted = adapt_weights(weights, larger.network, names, InitConfig(weights=str(saved)))
-    load_weights(larger.network, fitted.weights, origin=str(saved))
-    return larger, facts
+    adapted = adapt_weights(weights, resized.network, names, InitConfig(weights=str(saved)))
+    load_weights(resized.network, adapted.weights, origin=str(saved))
+    return resized, model_info
 
 
-def _check_side(student: Student, facts: ModelInfo, side: int) -> None:
-    """Refuse a side [px] that a network's patches do not divide. Raises CheckpointError."""
+def _check_side(student: Student, model_info: ModelInfo, side: int) -> None:
+    """Raise CheckpointError if the network's patch size does not divide a side [px]."""
     embedding = getattr(student.network, "patch_embed", None)
     patch = getattr(embedding, "patch_size", (1,))[0]
     if side % patch:
-        name = facts.student.name
         raise CheckpointError(
-            f"--resolution {side}: the patches of {name} ({patch} px) do not divide it"
+            f"--resolution {side}: is not a multiple of the patch size of "
+            f"{model_info.student.name} ({patch} px)"
         )
 
 
-def resolve_run(run: Path, name: str) -> tuple[Config, Path]:
-    """The configuration and the checkpoint folder of a run; also where `run` is that folder.
+def resolve_run(run: str | Path, name: str) -> tuple[Config, Path]:
+    """Return the configuration and the checkpoint folder of a run.
 
-    name: best or last. Teachers that lay beside the run, as in a comparison or a sweep, are found
-    there, wherever both are now. Raises CheckpointError and ConfigError.
+    run: a run folder, or a checkpoint folder in it. name: best or last. Teachers that were moved
+    together with the run are looked up next to it (see `load_run_config`). Raises CheckpointError
+    and ConfigError.
     """
-    saved = None
+    run, saved = Path(run), None
     if not (run / run_folder.CONFIG).is_file() and run_folder.is_checkpoint_dir(run):
         run, saved = run.parent, run
     run_folder.require_run(run)
@@ -128,23 +146,28 @@ def resolve_run(run: Path, name: str) -> tuple[Config, Path]:
     return load_run_config(run), saved
 
 
-def load_run_config(run: Path) -> Config:
-    """The configuration of a run; teachers that are not where it found them are taken from the
-    folders around it, if a run of that name is there. Raises CheckpointError and ConfigError."""
-    config = load_config(run / run_folder.CONFIG)
-    around = (run.resolve().parent, run.resolve().parent.parent)
+def load_run_config(run: str | Path) -> Config:
+    """Return the configuration of a run, with the teachers' sources where they are now.
 
-    def lies(source: str) -> str:
+    A teacher that is missing at its source is replaced by a saved model of the same folder name
+    next to the run or one folder above, as in a comparison or a sweep that was moved. Raises
+    CheckpointError and ConfigError.
+    """
+    run = Path(run)
+    config = load_config(run / run_folder.CONFIG)
+    nearby = (run.resolve().parent, run.resolve().parent.parent)
+
+    def locate(source: str) -> str:
         path = Path(source).expanduser()
         if path.exists() or ".py:" in source or "/" not in source:
             return source
-        there = (folder / path.name for folder in around)
-        return next((str(one) for one in there if find_saved_model(one)), source)
+        candidates = (folder / path.name for folder in nearby)
+        return next((str(folder) for folder in candidates if find_saved_model(folder)), source)
 
-    return config.replace(teacher={"source": tuple(map(lies, config.teacher.source))})
+    return config.replace(teacher={"source": tuple(map(locate, config.teacher.source))})
 
 
-def _first_difference(trained: tuple[str, ...], found: tuple[str, ...]) -> str:
-    if len(trained) != len(found):
-        return f"{len(trained)} against {len(found)}"
-    return next(f"{a!r} against {b!r}" for a, b in zip(trained, found) if a != b)
+def _first_difference(trained: tuple[str, ...], current: tuple[str, ...]) -> str:
+    if len(trained) != len(current):
+        return f"{len(trained)} classes, now {len(current)}"
+    return next(f"{a!r}, now {b!r}" for a, b in zip(trained, current) if a != b)

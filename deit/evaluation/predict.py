@@ -1,6 +1,6 @@
-"""A finished run's answers to pictures of one's own: top classes by head, and what it looked at."""
+"""Predict the classes of image files with a finished run; draw the attention of its tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,16 +28,16 @@ from deit.models.teacher_sources import load_teacher
 from deit.models.teachers import Teacher
 from deit.viz.attention_plot import draw_attention
 
-_BLOCK = 32
-_MOST_DRAWN = 16
+_BATCH = 32
+_MAX_DRAWN = 16
 
 
 class Prediction(NamedTuple):
-    """A picture and what was answered to it.
+    """An image file and the logits of each head.
 
-    views: float32 [3, side, side] in [0, 1], as the student sees it. heads: logits [classes] by
-    head, the teacher's as `teacher`. looks: float32 [tokens, side, side]. Views and looks are None
-    unless they will be drawn.
+    views: float32 [3, side, side] in [0, 1], the student's input. heads: logits [classes] by head,
+    the teacher's as `teacher`. attention: float32 [tokens, side, side]. Views and attention are
+    None for images that are not drawn.
     """
 
     path: Path
@@ -47,198 +47,216 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    run: Path,
-    paths: list[Path],
+    run: str | Path,
+    paths: Sequence[str | Path],
     *,
-    name: str = "best",
+    checkpoint: str = "best",
     teacher: str | None = None,
     top_k: int = 5,
-    attention: Path | None = None,
-    json_file: Path | None = None,
+    attention: str | Path | None = None,
+    json_file: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Answer pictures, print the answers, and write what was asked for; plain values as in JSON.
+    """Predict image files, print the top classes, and return them as plain values, ready for JSON.
 
-    paths: pictures, or folders of them. name: best or last. teacher: whom to ask as well; "run":
-    the run's own. top_k: classes to show. attention: a PNG to draw.
-    Raises the errors of deit.core.errors. Pictures that cannot be read are named by a DataError
-    after all others are answered, printed and written."""
-    saved = _saved(run, name)
-    bad: dict[str, str] = {}
-    files = _files(paths, bad)
+    run: a run folder, or a folder with a saved student. paths: image files, or folders of them.
+    checkpoint: best or last. teacher: source of a teacher to predict with as well; "run": the run's
+    own. top_k: number of classes per head. attention: a PNG file to draw the attention to.
+    json_file: a file to write the result to.
+
+    Raises the errors of deit.core.errors. Unreadable images raise one DataError that lists them,
+    after all others are predicted, printed and written.
+    """
+    run, paths = Path(run), [Path(path) for path in paths]
+    saved = _find_checkpoint(run, checkpoint)
+    unreadable: dict[str, str] = {}
+    files = _find_files(paths, unreadable)
     if not files:
-        _refuse(bad, 0)
-    student, facts = load_student(saved)
+        _raise_unreadable(unreadable, 0)
+    student, model_info = load_student(saved)
     if attention is not None:
         check_attention(student.network)
-    other = _teacher(run, teacher, facts)
-    pictures, names = [], ()
-    for part in progress(_blocks(files), total=-(-len(files) // _BLOCK), title="predicting"):
-        look = attention is not None and len(pictures) < _MOST_DRAWN
-        found, looked = _answer(part, student.eval(), facts, other, look, bad)
-        names = names or looked
-        pictures += found
-    if not pictures:
-        _refuse(bad, 0)
-    rows = [_plain(picture, facts, top_k) for picture in pictures]
-    result = {"run": str(run), "checkpoint": saved.name, "pictures": rows, "unreadable": bad}
+    loaded_teacher = _load_teacher(run, teacher, model_info)
+    predictions: list[Prediction] = []
+    token_names: tuple[str, ...] = ()
+    num_batches = -(-len(files) // _BATCH)
+    for batch in progress(_batches(files), total=num_batches, title="predicting"):
+        draw = attention is not None and len(predictions) < _MAX_DRAWN
+        predicted, names = _predict_batch(
+            batch, student.eval(), model_info, loaded_teacher, draw, unreadable
+        )
+        token_names = token_names or names
+        predictions += predicted
+    if not predictions:
+        _raise_unreadable(unreadable, 0)
+    rows = [_to_row(prediction, model_info, top_k) for prediction in predictions]
+    result = {
+        "run": str(run),
+        "checkpoint": saved.name,
+        "pictures": rows,
+        "unreadable": unreadable,
+    }
     for row in rows:
-        _print(row)
+        _print_row(row)
     if json_file is not None:
+        json_file = Path(json_file)
         write_json(json_file, result)
         info(f"wrote {json_file}")
     if attention is not None:
-        _draw(pictures, rows, names, attention)
-    if bad:
-        _refuse(bad, len(pictures))
+        _draw(predictions, rows, token_names, Path(attention))
+    if unreadable:
+        _raise_unreadable(unreadable, len(predictions))
     return result
 
 
-def _refuse(bad: dict[str, str], answered: int) -> NoReturn:
-    """Raise DataError with every picture that has no answer, and why."""
-    lines = [f"{name}: {reason}" for name, reason in bad.items()]
-    if len(lines) == 1 and not answered:
+def _raise_unreadable(unreadable: dict[str, str], num_predicted: int) -> NoReturn:
+    """Raise DataError with every file that could not be read, and why."""
+    lines = [f"{name}: {reason}" for name, reason in unreadable.items()]
+    if len(lines) == 1 and not num_predicted:
         raise DataError(lines[0])
-    number = f"{len(lines)} of {len(lines) + answered} pictures have no answer"
-    raise DataError("\n  ".join([f"{number}:", *lines]))
+    title = f"{len(lines)} of {len(lines) + num_predicted} images could not be read"
+    raise DataError("\n  ".join([f"{title}:", *lines]))
 
 
-def _saved(run: Path, name: str) -> Path:
-    """The folder with the student. Raises CheckpointError."""
+def _find_checkpoint(run: Path, name: str) -> Path:
+    """Return the folder of the saved student. Raises CheckpointError."""
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run folder")
     saved = run_folder.find_checkpoint(run, name) or run
     if find_saved_model(saved) != saved:
-        raise CheckpointError(f"{run}: holds no finished checkpoint {name!r} of ours")
+        raise CheckpointError(f"{run}: has no finished checkpoint {name!r}")
     return saved
 
 
-def _files(paths: list[Path], bad: dict[str, str]) -> list[Path]:
-    """The pictures, those in folders in the order of their names, by the rules of `folder` data.
+def _find_files(paths: list[Path], unreadable: dict[str, str]) -> list[Path]:
+    """Return the image files; folders are listed in the order and by the rules of `folder` data.
 
-    bad: takes each path without one, and why.
+    unreadable: takes each path without an image, and why.
     """
-    found: list[Path] = []
-    passed = PassedOver()
+    files: list[Path] = []
+    passed_over = PassedOver()
 
-    def complain(problem: str) -> None:
+    def on_problem(problem: str) -> None:
         name, _, reason = problem.partition(": ")
-        bad[name] = reason
+        unreadable[name] = reason
 
     for path in paths:
         if path.is_dir():
-            inside = find_images(opened(path), passed, complain)
-            found += [path / name for name in inside]
-            if not inside:
-                bad.setdefault(str(path), f"holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+            names = find_images(opened(path), passed_over, on_problem)
+            files += [path / name for name in names]
+            if not names:
+                formats = ", ".join(sorted(EXTENSIONS))
+                unreadable.setdefault(str(path), f"has no images ({formats})")
         elif path.is_file():
-            found.append(path)
+            files.append(path)
         else:
-            bad[str(path)] = "no such picture" if not path.exists() else no_file(path)
-    for note in passed.notes():
+            unreadable[str(path)] = "no such file" if not path.exists() else no_file(path)
+    for note in passed_over.notes():
         info(note)
-    return found
+    return files
 
 
-def _blocks(files: list[Path]) -> Iterator[list[Path]]:
-    for start in range(0, len(files), _BLOCK):
-        yield files[start : start + _BLOCK]
+def _batches(files: list[Path]) -> Iterator[list[Path]]:
+    for start in range(0, len(files), _BATCH):
+        yield files[start : start + _BATCH]
 
 
-def _teacher(run: Path, source: str | None, facts: ModelInfo) -> Teacher | None:
+def _load_teacher(run: Path, source: str | None, model_info: ModelInfo) -> Teacher | None:
     if source is None:
         return None
-    asked = TeacherConfig(source=(source,))
+    config = TeacherConfig(source=(source,))
     if source == "run":
-        file = (run.parent if run_folder.is_checkpoint_dir(run) else run) / run_folder.CONFIG
-        asked = load_config(file).teacher
-        if len(asked.source) != 1:
+        folder = run.parent if run_folder.is_checkpoint_dir(run) else run
+        config = load_config(folder / run_folder.CONFIG).teacher
+        if len(config.source) != 1:
             raise ConfigError(
-                f"--teacher run: the run has {len(asked.source)} teachers; name one to ask"
+                f"--teacher run: the run has {len(config.source)} teachers; give the source of one"
             )
-        if asked.code_sources:
+        if config.code_sources:
             raise ConfigError(
-                f"--teacher run: the run's teacher {asked.source[0]} is code; name it yourself if "
-                "you trust it"
+                f"--teacher run: the run's teacher {config.source[0]} is code; give it with "
+                "--teacher if you trust it"
             )
-    (member,) = teacher_specs(asked)
-    teacher = load_teacher(member, facts.class_names, image_size=facts.student.image_size)
-    announce_order(teacher, facts.class_names)
+    (spec,) = teacher_specs(config)
+    teacher = load_teacher(spec, model_info.class_names, image_size=model_info.student.image_size)
+    announce_order(teacher, model_info.class_names)
     return teacher
 
 
 @torch.no_grad()
-def _answer(
+def _predict_batch(
     files: list[Path],
     student: Student,
-    facts: ModelInfo,
+    model_info: ModelInfo,
     teacher: Teacher | None,
-    look: bool,
-    bad: dict[str, str],
+    draw: bool,
+    unreadable: dict[str, str],
 ) -> tuple[list[Prediction], tuple[str, ...]]:
-    """The answers to a block of pictures, and the names of the tokens that looked. bad: takes each
-    picture that cannot be read, and why."""
-    side, crop = facts.student.image_size, facts.evaluation_crop
-    larger = 0 if teacher is None or teacher.image_size is None else teacher.image_size
-    sides = (side, larger) if larger > side else (side,)
-    read: dict[Path, tuple[Tensor, ...]] = {}
+    """Return the predictions for a batch of files, and the names of the tokens that attend.
+
+    draw: whether to keep views and attention. unreadable: takes each file that cannot be read, and
+    why.
+    """
+    side, crop = model_info.student.image_size, model_info.evaluation_crop
+    teacher_side = 0 if teacher is None or teacher.image_size is None else teacher.image_size
+    sides = (side, teacher_side) if teacher_side > side else (side,)
+    squares_by_file: dict[Path, tuple[Tensor, ...]] = {}
     for file in files:
         try:
-            read[file] = _squares(file, tuple(round(one / crop) for one in sides))
+            squares_by_file[file] = _read_squares(file, tuple(round(s / crop) for s in sides))
         except DataError as error:
-            bad[str(file)] = str(error).removeprefix(f"{file}: ")
-    files = [file for file in files if file in read]
+            unreadable[str(file)] = str(error).removeprefix(f"{file}: ")
+    files = [file for file in files if file in squares_by_file]
     if not files:
         return [], ()
-    squares = [torch.stack(cuts) for cuts in zip(*(read[file] for file in files))]
+    squares = [torch.stack(images) for images in zip(*(squares_by_file[file] for file in files))]
     views = evaluation_views(squares[0], size=side, crop=crop)
-    heads = {
-        k: v.float() for k, v in logits_by_head(student(views)).items() if k != "fused_softmax"
-    }
+    logits = logits_by_head(student(views))
+    heads = {name: values.float() for name, values in logits.items() if name != "fused_softmax"}
     if teacher is not None:
-        shown = views
-        if larger > side:
-            shown = evaluation_views(squares[1], size=larger, crop=crop)
-        heads["teacher"] = teacher(shown)
-    looks: AttentionMaps | None = None
-    if look:
-        looks = rollout(student.network, (views - student.mean) / student.std)
-    pictures = [
+        teacher_views = views
+        if teacher_side > side:
+            teacher_views = evaluation_views(squares[1], size=teacher_side, crop=crop)
+        heads["teacher"] = teacher(teacher_views)
+    attention: AttentionMaps | None = None
+    if draw:
+        attention = rollout(student.network, (views - student.mean) / student.std)
+    predictions = [
         Prediction(
             file,
-            views[row] if look else None,
-            {name: logits[row] for name, logits in heads.items()},
-            None if looks is None else looks.maps[row],
+            views[row] if draw else None,
+            {name: values[row] for name, values in heads.items()},
+            None if attention is None else attention.maps[row],
         )
         for row, file in enumerate(files)
     ]
-    return pictures, () if looks is None else looks.names
+    return predictions, () if attention is None else attention.names
 
 
-def _squares(file: Path, sides: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """A picture as uint8 [3, side, side] for each side. Raises DataError."""
+def _read_squares(file: Path, sides: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Read an image as uint8 [3, side, side] for each side. Raises DataError."""
     try:
-        picture = open_image(read_bytes(file), str(file))
+        image = open_image(read_bytes(file), str(file))
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or first_line(error)}") from None
-    return tuple(square_of(picture, side) for side in sides)
+    return tuple(square_of(image, side) for side in sides)
 
 
-def _plain(picture: Prediction, facts: ModelInfo, top_k: int) -> dict[str, Any]:
-    """A picture's answers as plain values: for each head its classes, the likeliest first."""
+def _to_row(prediction: Prediction, model_info: ModelInfo, top_k: int) -> dict[str, Any]:
+    """Return the top classes of each head with their probabilities, as plain values."""
     heads = {}
-    for name, logits in picture.heads.items():
+    for name, logits in prediction.heads.items():
         shares, classes = logits.softmax(dim=0).topk(min(top_k, len(logits)))
         heads[name] = [
-            {"class": facts.class_names[label], "probability": share}
+            {"class": model_info.class_names[label], "probability": share}
             for share, label in zip(shares.tolist(), classes.tolist())
         ]
-    return {"file": str(picture.path), "heads": heads}
+    return {"file": str(prediction.path), "heads": heads}
 
 
-def _print(row: dict[str, Any]) -> None:
+def _print_row(row: dict[str, Any]) -> None:
     heads = row["heads"]
     cells = [
-        [f"{one['class']}  {format_percent(one['probability'])} %" for one in ranked]
+        [f"{top['class']}  {format_percent(top['probability'])} %" for top in ranked]
         for ranked in zip(*heads.values())
     ]
     rows = [(str(rank), *line) for rank, line in enumerate(cells, start=1)]
@@ -246,21 +264,26 @@ def _print(row: dict[str, Any]) -> None:
 
 
 def _draw(
-    pictures: list[Prediction], rows: list[dict[str, Any]], names: tuple[str, ...], path: Path
+    predictions: list[Prediction],
+    rows: list[dict[str, Any]],
+    token_names: tuple[str, ...],
+    path: Path,
 ) -> None:
-    said = []
-    for row in rows[:_MOST_DRAWN]:
-        best = {head: ranked[0] for head, ranked in row["heads"].items()}
-        said.append(
-            {h: f"{b['class']} {format_percent(b['probability'])} %" for h, b in best.items()}
+    drawn = predictions[:_MAX_DRAWN]
+    top_classes = []
+    for row in rows[:_MAX_DRAWN]:
+        top = {head: ranked[0] for head, ranked in row["heads"].items()}
+        top_classes.append(
+            {h: f"{t['class']} {format_percent(t['probability'])} %" for h, t in top.items()}
         )
     draw_attention(
-        [picture.views.permute(1, 2, 0).numpy() for picture in pictures[:_MOST_DRAWN]],
-        [picture.attention.numpy() for picture in pictures[:_MOST_DRAWN]],
-        names,
-        said,
-        [picture.path.name for picture in pictures[:_MOST_DRAWN]],
+        [prediction.views.permute(1, 2, 0).numpy() for prediction in drawn],
+        [prediction.attention.numpy() for prediction in drawn],
+        token_names,
+        top_classes,
+        [prediction.path.name for prediction in drawn],
         path,
     )
-    more = len(pictures) - _MOST_DRAWN
-    info(f"drew {path}" + (f": the first {_MOST_DRAWN} of {len(pictures)}" if more > 0 else ""))
+    is_partial = len(predictions) > _MAX_DRAWN
+    suffix = f" with the first {_MAX_DRAWN} of {len(predictions)} images" if is_partial else ""
+    info(f"wrote {path}{suffix}")

@@ -56,7 +56,7 @@ def rows_of(
         if (evaluated := said(one)) is None:
             rows[one.name]["failed"][str(seed)] = reasons[one.out]
         else:
-            found = evaluated.found
+            found = evaluated.metrics
             _note(rows[one.name], seed, one.out, found, classes)
     for trial in work.trials:
         epochs = trial.run.config.optim.epochs
@@ -69,7 +69,7 @@ def rows_of(
             continue
         if trial.seed == work.trials[0].seed:
             first[trial.point.name] = evaluated
-        found = evaluated.found
+        found = evaluated.metrics
         _note(row, trial.seed, trial.run.out, found, classes)
     if not any(row["values"] and row["seeds"] for row in rows.values()):
         raise combined_error(mishaps.failed)

@@ -172,7 +172,7 @@ def test_charts_and_tables_lie_beside_the_page(place):
     for table in ("heads", "confusions", "confusion", "minus-teacher", "disagreement"):
         assert f"run-{table}.csv" in names
     heads = list(csv.DictReader((place / "one" / "run-heads.csv").read_text().splitlines()))
-    found = json.loads((place / "one" / "run.evaluation.json").read_text())["value"]["found"][
+    found = json.loads((place / "one" / "run.evaluation.json").read_text())["value"]["metrics"][
         "heads"
     ]
     assert {row["head"]: row["top-1 %"] for row in heads if row["head"] != "teacher"} == {
@@ -245,28 +245,28 @@ def test_runs_of_a_sweep_are_called_without_their_hash_where_that_tells_them_apa
 def test_runs_of_a_sweep_have_their_cost_too(place):
     """Evaluated before, without it."""
     (kept,) = (place / "all").glob("heat-best.evaluation.json")
-    cost = json.loads(kept.read_text())["value"]["found"]["cost"]
+    cost = json.loads(kept.read_text())["value"]["metrics"]["cost"]
     assert cost["parameters"] > 0
     text = (place / "all" / "index.html").read_text()
     assert html.escape(cost["measured_on"]) in text
     assert 'id="throughput-figure_1"' in text
     (first,) = place.glob("heat/runs/temperature-1-*-weight-0-5-*.evaluation.json")
-    assert "cost" not in json.loads(first.read_text())["value"]["found"]
+    assert "cost" not in json.loads(first.read_text())["value"]["metrics"]
 
 
 def test_a_kept_evaluation_that_was_edited_is_made_again(place, tmp_path):
     kept = tmp_path / "kept.json"
     made = EvaluationCache().get(place / "run", cache_path=kept)
     content = json.loads(kept.read_text())
-    for change in ({"labels": content["value"]["labels"][1:]}, {"found": {}}, {"of": {}}):
+    for change in ({"labels": content["value"]["labels"][1:]}, {"metrics": {}}, {"provenance": {}}):
         kept.write_text(json.dumps(content | {"value": content["value"] | change}))
         again = EvaluationCache().get(place / "run", cache_path=kept)
-        assert (again.provenance, again.answers, again.labels) == (
+        assert (again.provenance, again.predictions, again.labels) == (
             made.provenance,
-            made.answers,
+            made.predictions,
             made.labels,
         )
-        assert again.found["heads"] == made.found["heads"]
+        assert again.metrics["heads"] == made.metrics["heads"]
 
 
 def test_metrics_that_no_run_writes_are_named(place, tmp_path, monkeypatch):

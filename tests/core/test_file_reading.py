@@ -34,7 +34,7 @@ READERS = {
     "configuration": ("config.json", validation.load_config, ConfigError),
     "names": ("names.txt", lambda path: read_names("data.classes", (f"@{path}",)), DataError),
     "sweep": ("sweep.yaml", read_sweep, ConfigError),
-    "picture": ("picture.png", lambda path: predict._squares(path, (8,)), DataError),
+    "picture": ("picture.png", lambda path: predict._read_squares(path, (8,)), DataError),
     "store": ("store.json", lambda path: read_manifest(path.parent), CheckpointError),
     "record": ("record.json", lambda path: load_json_as(path, Config), CheckpointError),
     "digest": ("a", lambda path: manifest.digests(path.parent, ["a"]), CheckpointError),

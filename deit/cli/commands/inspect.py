@@ -135,7 +135,7 @@ def predict(arguments: list[str], program: str) -> None:
     predict(
         options.run,
         options.pictures,
-        name=options.checkpoint,
+        checkpoint=options.checkpoint,
         teacher=options.teacher,
         top_k=options.top_k,
         attention=options.attention,
