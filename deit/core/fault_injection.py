@@ -11,25 +11,25 @@ from deit.core.errors import ConfigError
 
 POINTS = {
     "update": "after an update of the weights",
-    "loss": "the loss of a micro-batch (action nan)",
-    "fit": "before a micro-batch is tried (run.auto_micro_batch)",
+    "loss": "at the loss of a micro-batch (action nan)",
+    "fit": "before a micro-batch size is tried (run.auto_micro_batch)",
     "evaluation": "before a batch of an evaluation",
-    "answers": "before teachers are asked for a block of stored targets",
+    "answers": "before the teachers run on a block of stored targets",
     "targets": "before a unit of stored targets is committed",
-    "model": "a checkpoint's weights are written",
-    "optimizer": "a checkpoint's optimizer state is written",
-    "average": "a checkpoint's weight average is written",
-    "state": "a checkpoint's state is written",
-    "manifest": "a checkpoint's manifest is written",
-    "rename": "before a finished folder takes its name",
-    "renamed": "after a finished folder took its name, before the disk knows",
-    "rotate": "an old checkpoint was set aside to be removed",
-    "metrics": "a row of metrics was written",
-    "chain": "a link of the chain was written",
-    "anomalies": "an update that was left out was noted",
+    "model": "after a checkpoint's weights are written",
+    "optimizer": "after a checkpoint's optimizer state is written",
+    "average": "after a checkpoint's weight average is written",
+    "state": "after a checkpoint's state is written",
+    "manifest": "after a checkpoint's manifest is written",
+    "rename": "before a finished folder is renamed into place",
+    "renamed": "after that rename, before it is synced to disk",
+    "rotate": "after an old checkpoint is renamed for removal",
+    "metrics": "after a row of metrics.jsonl is written",
+    "chain": "after a row of state_hashes.jsonl is written",
+    "anomalies": "after a row of nonfinite_steps.jsonl is written",
     "finish": "before a run is marked as finished",
 }
-"""Where a fault can be placed, and what has just happened or is about to there."""
+"""Where a fault can be injected, and when that point is reached."""
 
 
 def _signal(name: str) -> Callable[[], None]:
