@@ -5,8 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# Two at a time, one thread each: threads that wait for each other's cores cost most of the time.
-# Where one of the two crashes that is the end: with another in its place xdist waits for ever.
+# Two workers, one thread each: threads that wait for each other's cores cost most of the time.
+# The run ends if a worker crashes: xdist hangs if it replaces a crashed worker.
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: help quickstart test test-busy test-lowest test-newest lint format clean
@@ -14,17 +14,17 @@ PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ma
 help:
 	@echo "make quickstart   train teacher, distilled and undistilled student on digits; one table"
 	@echo "make test         lint, then the whole test suite"
-	@echo "make test-busy    the suite three times in random order, on one core beside two busy processes"
+	@echo "make test-busy    the suite three times in random order, on one core with two busy processes"
 	@echo "make test-lowest  the suite with the lowest versions setup.cfg allows, on Python 3.11"
-	@echo "make test-newest  the suite with the newest versions there are, on Python 3.13"
+	@echo "make test-newest  the suite with the newest versions, on Python 3.13"
 	@echo "make format       format the code"
-	@echo "make clean        remove the environments (runs in checkpoints/ stay)"
+	@echo "make clean        remove the environments (runs in checkpoints/ are kept)"
 	@echo
 	@echo "PYTHON=...        the interpreter to use (default: $(PYTHON); 3.11 and 3.13 as above)"
 	@echo "VENV=...          the folder of the environment (default: .venv)"
-	@echo "SEEDS='1 2 3'     of the random orders; CORE=0: the core"
+	@echo "SEEDS='1 2 3'     seeds of the random orders; CORE=0: the core of test-busy"
 
-# One stamp for each set of packages: nothing is installed again while setup.cfg stays as it is.
+# One stamp for each set of packages: they are installed again only if setup.cfg or pyproject.toml changed.
 $(VENV)/quickstart.stamp: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and \
 	  f"deit needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}; try: make PYTHON=python3.12 ...")'
@@ -38,14 +38,14 @@ $(VENV)/test.stamp: $(VENV)/quickstart.stamp
 	@touch $@
 
 quickstart: $(VENV)/quickstart.stamp
-	@echo "training a teacher and two students: about 4 minutes on 2 cores that have nothing else to do"
+	@echo "training a teacher and two students: about 4 minutes on 2 idle cores"
 	$(BIN)/deit compare digits --out checkpoints/quickstart
-	@echo; echo "To type these as they stand: source $(BIN)/activate"
+	@echo; echo "To run deit and python from this environment: source $(BIN)/activate"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
-# What depends on an order or on time fails here sooner or later. Linux only (taskset).
+# Tests that depend on their order or on time fail here sooner or later. Linux only (taskset).
 SEEDS ?= 1 2 3
 CORE ?= 0
 
@@ -57,12 +57,12 @@ test-busy: $(VENV)/test.stamp
 	    --random-order --random-order-seed=$$seed || exit; \
 	done
 
-# The versions that are promised: each in an environment of its own, built from nothing every time,
-# since a kept one would not be the newest. uv comes from PyPI, whatever the machine has.
-# The interpreter is PYTHON, where given; else that version on the path or of pyenv; else uv's.
+# The supported versions: each in a separate environment, built from nothing every time, since an
+# existing one would not have the newest versions. uv is installed from PyPI.
+# The interpreter is PYTHON if set; otherwise that version on the path or of pyenv; otherwise uv's.
 interpreter = $(if $(filter file,$(origin PYTHON)),$(shell \
-  for one in python$(1) $$HOME/.pyenv/versions/$(1).*/bin/python; do \
-    "$$one" -c 'import sys; print(sys.executable)' 2> /dev/null && exit; done; echo $(1)),$(PYTHON))
+  for python in python$(1) $$HOME/.pyenv/versions/$(1).*/bin/python; do \
+    "$$python" -c 'import sys; print(sys.executable)' 2> /dev/null && exit; done; echo $(1)),$(PYTHON))
 
 .venv-uv/bin/uv:
 	$(PYTHON) -m venv .venv-uv
