@@ -28,8 +28,8 @@ from torch import Tensor
 from deit.config.data_section import DataConfig
 from deit.core.console import warn
 from deit.core.errors import DeitError, WorkerLost
-from deit.core.hardware import cores
-from deit.core.parent_process import SIGNALS, end_with, processes_on_host
+from deit.core.hardware import num_cores
+from deit.core.parent_process import SIGNALS, kill_with_parent, processes_on_host
 from deit.datasets.decoders import Decoder, ReadRequest
 from deit.datasets.decoding import open_image
 from deit.datasets.images import EncodedImages
@@ -92,7 +92,7 @@ def worker_count(config: DataConfig) -> int:
     most."""
     if config.num_workers is not None:
         return config.num_workers
-    return max(1, min(8, cores() // processes_on_host()))
+    return max(1, min(8, num_cores() // processes_on_host()))
 
 
 class ReadResult(NamedTuple):
@@ -153,7 +153,7 @@ def _begin_worker(work: _Work, parent: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    end_with(parent)
+    kill_with_parent(parent)
 
 
 def _in_worker(

@@ -28,7 +28,7 @@ from torchvision.transforms import functional as transforms
 
 from deit.core.console import progress
 from deit.core.errors import DataError
-from deit.core.hardware import threads
+from deit.core.hardware import thread_pool
 from deit.datasets.images import EncodedImages, InMemoryImages
 
 try:
@@ -239,7 +239,7 @@ def in_threads(
     work: Callable[[Item], Result], items: Sequence[Item], title: str
 ) -> Iterator[Result]:
     """The results of the work in the order of the items, with progress; raises what it raises."""
-    with threads() as pool:
+    with thread_pool() as pool:
 
         def results() -> Iterator[Result]:
             for first in range(0, len(items), _WINDOW):  # a million waiting futures are gigabytes

@@ -19,7 +19,7 @@ from deit.core.errors import (
     counted,
     did_you_mean,
     in_line,
-    name_trouble,
+    name_problem,
     raise_transient,
 )
 from deit.datasets.decoding import EXTENSIONS
@@ -347,6 +347,6 @@ def listed(
 def _check_names(found: dict[str, SplitListing], class_names: tuple[str, ...]) -> None:
     """Refuse names of classes that a configuration or a table could not hold."""
     for name in class_names:
-        if trouble := name_trouble(name):
+        if trouble := name_problem(name):
             place = found["train"].place
             raise DataError(f"{place}: the class '{in_line(name)}': its name {trouble}; rename it")

@@ -14,9 +14,9 @@ from deit.config.fields import PosEmbedKernel
 from deit.config.student_section import SIZES, InitConfig, StudentConfig
 from deit.core.console import info
 from deit.core.errors import CheckpointError, did_you_mean, first_line, raise_transient
-from deit.core.file_reading import no_file, read_text
+from deit.core.file_reading import missing_file_reason, read_text
 from deit.core.json_io import load_json_as
-from deit.core.user_code import HUB, about_address
+from deit.core.user_code import HUB_PREFIXES, address_hint
 from deit.models.adapt_weights import LoadedWeights, Weights, adapt_weights, tokens_of
 from deit.models.metadata import FACTS, WEIGHTS, ModelInfo, find_base, find_saved_model, read_base
 from deit.models.networks import create_network
@@ -72,11 +72,11 @@ def _found(source: str) -> LoadedWeights:
         return LoadedWeights(
             weights, f"{path}", infer_student_config(weights), None, None, None, heads_known=False
         )
-    if timm.is_model(source) or source.startswith(HUB):
+    if timm.is_model(source) or source.startswith(HUB_PREFIXES):
         return _from_timm(source)
     if path.exists():
-        raise CheckpointError(f"init.weights {source}: {no_file(path)}")
-    if (advice := about_address(source)) is not None:
+        raise CheckpointError(f"init.weights {source}: {missing_file_reason(path)}")
+    if (advice := address_hint(source)) is not None:
         raise CheckpointError(f"init.weights {source}: {advice}")
     known = "" if "/" in source or path.suffix else did_you_mean(source, timm.list_models())
     raise CheckpointError(f"init.weights {source}: no such file, folder or timm model{known}")
@@ -225,8 +225,8 @@ def _from_timm(name: str) -> LoadedWeights:
     except Exception as error:  # hub, network, parsing and shape errors of many types
         raise_transient(error, f"init.weights {name}")
         advice = "give a local folder or file instead"
-        if name.startswith(HUB):
-            advice = f"it {about_address(name)}"
+        if name.startswith(HUB_PREFIXES):
+            advice = f"it {address_hint(name)}"
         raise CheckpointError(
             f"init.weights {name}: its weights could not be loaded ({first_line(error)}); {advice}"
         ) from None

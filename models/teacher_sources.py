@@ -22,9 +22,9 @@ from deit.core.errors import (
     first_line,
     raise_transient,
 )
-from deit.core.file_reading import no_file
+from deit.core.file_reading import missing_file_reason
 from deit.core.types import logits_by_head
-from deit.core.user_code import HUB, about_address, import_file, read_names
+from deit.core.user_code import HUB_PREFIXES, address_hint, import_file, read_names
 from deit.models.metadata import find_saved_model
 from deit.models.networks import create_network
 from deit.models.parameters import classifier_names
@@ -72,7 +72,7 @@ def resolve_source(source: str) -> str:
     if ".py:" in source:
         file = Path(source.rsplit(":", 1)[0]).expanduser()
         if not file.is_file():
-            raise NotFoundError(f"teacher.source {source}: {no_file(file)}")
+            raise NotFoundError(f"teacher.source {source}: {missing_file_reason(file)}")
         return "callable"
     if path.is_dir():
         if find_saved_model(path):
@@ -85,11 +85,11 @@ def resolve_source(source: str) -> str:
         )
     if path.is_file():
         return "file"
-    if timm.is_model(source) or source.startswith(HUB):
+    if timm.is_model(source) or source.startswith(HUB_PREFIXES):
         return "timm"
     if path.exists():
-        raise NotFoundError(f"teacher.source {source}: {no_file(path)}")
-    if (advice := about_address(source)) is not None:
+        raise NotFoundError(f"teacher.source {source}: {missing_file_reason(path)}")
+    if (advice := address_hint(source)) is not None:
         raise NotFoundError(f"teacher.source {source}: {advice}")
     if "/" in source or path.suffix:
         recipe = path.name if path.name.endswith("-teacher") else "RECIPE"
@@ -177,8 +177,8 @@ def _from_timm(name: str, source: str) -> LoadedNetwork:
 
 def _instead(source: str) -> str:
     """What to do where the hub is not reached."""
-    if source.startswith(HUB):
-        return f"it {about_address(source)}"
+    if source.startswith(HUB_PREFIXES):
+        return f"it {address_hint(source)}"
     return "give a local folder or checkpoint file instead"
 
 

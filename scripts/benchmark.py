@@ -14,7 +14,7 @@ from deit.core.accelerator import environment_info, raise_malloc_threshold
 from deit.core.console import info, table
 from deit.core.errors import SystemFault
 from deit.core.filesystem import check_file
-from deit.core.hardware import cores
+from deit.core.hardware import num_cores
 from deit.distill.build import build_accelerator
 from scripts.benchmarks.data import BATCH, data
 from scripts.benchmarks.plot import draw_benchmark
@@ -58,7 +58,7 @@ def main() -> None:
         parser.error(str(error))
     if options.plot is not None and options.plot.suffix != ".png":
         parser.error(f"--plot {options.plot}: should end in .png")
-    torch.set_num_threads(options.threads or (cores() if options.what == "train" else 1))
+    torch.set_num_threads(options.threads or (num_cores() if options.what == "train" else 1))
     threads = torch.get_num_threads()
     raise_malloc_threshold()  # for both sides
     rows = WHAT[options.what](options.rounds, options.seconds, options.rows)

@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from deit.core.hardware import processor
+from deit.core.hardware import cpu_name
 from tests.helpers.command_server import forked_runs, shared, short_timings
 
 _NAMED = ("torch", "torchvision", "timm", "accelerate", "transformers", "numpy", "pillow")
@@ -23,7 +23,7 @@ def pytest_report_header() -> str:
     """The versions and the machine, as docs/versions.md records them."""
     versions = {one.metadata["Name"].lower(): one.version for one in metadata.distributions()}
     named = [f"{name} {versions[name]}" for name in _NAMED if name in versions]
-    return ", ".join([f"Python {platform.python_version()}", *named, processor()])
+    return ", ".join([f"Python {platform.python_version()}", *named, cpu_name()])
 
 
 @pytest.fixture(autouse=True, scope="session")

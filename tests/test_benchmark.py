@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from deit.core.hardware import cores
+from deit.core.hardware import num_cores
 from scripts import sweep_cost
 from scripts.benchmarks import timm_trainer
 from tests.helpers.command_server import shared
@@ -113,7 +113,7 @@ def test_training_is_measured_beside_timms_parts_with_the_same_loss(tmp_path):
         assert row[f"ours_{name}"] > 0
         assert row[f"peer_{name}"] > 0
     assert row["peer_workers"] in (0, 1, 2)
-    assert found["threads"] == cores()
+    assert found["threads"] == num_cores()
 
 
 def test_what_a_sweep_saves_is_the_median_of_the_turns(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from deit.config.schema import differing_split_field
 from deit.core import run_folder
 from deit.core.console import warn
 from deit.core.errors import CheckpointError, ConfigError, DataError
-from deit.core.json_io import values_of
+from deit.core.json_io import translate_value_errors
 from deit.core.types import logits_by_head
 from deit.datasets.splits import load_split, stratified_indices
 from deit.distill.inference import evaluation_batches
@@ -88,7 +88,7 @@ def _of_search(out: Path, asked: LandscapeOptions) -> list[LandscapePoint]:
     result = read_results(out)
     if "tickets" not in result:
         raise ConfigError(f"{out}: is a sweep; name some of its runs (OUT/runs/...)")
-    with values_of(out / RESULTS):
+    with translate_value_errors(out / RESULTS):
         seeds = [_whole(seed) for seed in result["seeds"]]
         first = seeds[0]
         sparsity = {

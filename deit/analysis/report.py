@@ -14,7 +14,7 @@ from deit.core import run_folder, run_log
 from deit.core.console import count_noun, format_duration, format_percent, info, warn
 from deit.core.errors import CheckpointError, ConfigError, DataError, SystemFault
 from deit.core.filesystem import atomic_write, check_writable, format_bytes, write_json
-from deit.core.json_io import values_of
+from deit.core.json_io import translate_value_errors
 from deit.evaluation.cache import EvaluationCache, disagreement_matrix
 from deit.experiments.base_runs import slugify
 from deit.experiments.shared_targets import DIGITS
@@ -38,7 +38,7 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
     started = time.monotonic()
     sweeps = {path: read_results(path) for path in paths if (path / MANIFEST).is_file()}
     for path, result in sweeps.items():
-        with values_of(path / RESULTS):  # before anything is written
+        with translate_value_errors(path / RESULTS):  # before anything is written
             columns(result)
             cells(result)
     runs = [path for path in paths if path not in sweeps]
@@ -60,7 +60,7 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
     for path in paths:
         anchor = slugs[path]
         if path in sweeps:
-            with values_of(path / RESULTS):
+            with translate_value_errors(path / RESULTS):
                 parts = sections_of_sweep(sweeps[path], out, anchor)
             parts += _best_of(path, sweeps[path], anchor, out, evaluations, root)
         else:
@@ -148,13 +148,13 @@ def _view(
 ) -> RunReport:
     config: Config = load_config(run / run_folder.CONFIG)
     kept = out / f"{called}.evaluation.json"
-    with values_of(run / run_folder.RESULT):
+    with translate_value_errors(run / run_folder.RESULT):
         summary = summary_of(config, run, run_folder.read_result(run))
     return RunReport(
         name,
         called,
         config,
-        run_folder.recorded(run),
+        run_folder.read_environment(run),
         run_log.read_metrics(run),
         summary,
         evaluations.get(run, cache_path=kept, root=root, cost=True),
@@ -204,7 +204,7 @@ def _best_of(
     """The best point's first run, folded."""
     if not result["best"]:
         return []
-    with values_of(sweep / RESULTS):
+    with translate_value_errors(sweep / RESULTS):
         name = result["best"][0]
         row = result["rows"][name]
         run, seed = Path(row["folders"][0]), row["seeds"][0]

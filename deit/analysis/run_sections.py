@@ -12,7 +12,7 @@ import torch
 
 from deit.config.schema import Config
 from deit.core.console import format_duration, format_percent
-from deit.core.run_folder import Recorded
+from deit.core.run_folder import RecordedEnvironment
 from deit.distill.losses import teacher_weight_ramp
 from deit.evaluation.cache import CachedEvaluation
 from deit.training.optimizer import ema_decay
@@ -31,7 +31,7 @@ class RunReport:
     name: str
     slug: str
     config: Config
-    environment: Recorded
+    environment: RecordedEnvironment
     rows: list[dict[str, Any]]
     summary: dict[str, Any]
     evaluation: CachedEvaluation

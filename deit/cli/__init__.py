@@ -25,7 +25,7 @@ from deit.core.errors import (
     first_line,
     in_line,
     is_out_of_memory,
-    name_trouble,
+    name_problem,
     open_streams,
 )
 from deit.core.fault_injection import install_faults
@@ -33,7 +33,7 @@ from deit.core.parent_process import (
     exit_with_parent,
     mark_standalone,
 )
-from deit.core.user_code import HUB, about_address
+from deit.core.user_code import HUB_PREFIXES, address_hint
 
 # The commands are imported inside the functions, when signals are obeyed already.
 
@@ -176,14 +176,14 @@ def _refuse_addresses(arguments: list[str]) -> None:
         else:
             value = word
         for part in value.split(","):
-            hub = part.startswith(HUB) and option in _TIMM_LOADS
-            if not hub and (advice := about_address(part.strip().removeprefix("@"))) is not None:
+            hub = part.startswith(HUB_PREFIXES) and option in _TIMM_LOADS
+            if not hub and (advice := address_hint(part.strip().removeprefix("@"))) is not None:
                 raise ConfigError(f"{option} {part}".strip() + f": {advice}")
         option = ""
 
 
 def _stopped(name: str, stop: StoppedBySignal, debug: bool) -> int:
-    word = f"stopped by {signal.Signals(stop.number).name}; the same command goes on"
+    word = f"stopped by {signal.Signals(stop.signum).name}; the same command goes on"
     _print_error(word if name in AUTO_RESUMING else str(stop), debug)
     return stop.exit_code
 
@@ -195,10 +195,10 @@ def _check_names(command: str, arguments: list[str]) -> None:
     Pictures to be predicted may be called anything: nothing refers to them later.
     """
     for word in arguments if command != "predict" else ():
-        if trouble := name_trouble(word):
+        if trouble := name_problem(word):
             raise ConfigError(f"{in_line(word)}: {trouble}; rename it, or give another")
     with contextlib.suppress(OSError):  # it is gone, which who needs it reports
-        if trouble := name_trouble(os.getcwd()):
+        if trouble := name_problem(os.getcwd()):
             raise ConfigError(
                 f"the working directory {in_line(os.getcwd())}: {trouble}; rename it, or work in "
                 "another"

@@ -21,9 +21,9 @@ from deit.config.schema import Config
 from deit.config.student_section import StudentConfig
 from deit.core import run_folder
 from deit.core.errors import CheckpointError, ConfigError, did_you_mean
-from deit.core.json_io import load_json_as, values_of
+from deit.core.json_io import load_json_as, translate_value_errors
 from deit.core.run_folder import CONFIG
-from deit.core.user_code import HUB
+from deit.core.user_code import HUB_PREFIXES
 
 _SCHEDULES = (*FINETUNE_SCHEDULES, *DATA_SIZED_SCHEDULES)
 _ABOUT = (
@@ -185,7 +185,7 @@ def _check_same_command(folder: Path, recipe: str | None, tuning: str | None) ->
     environment = folder / run_folder.ENVIRONMENT
     told = load_json_as(environment, dict[str, Any]) if environment.is_file() else {}
     command = told.get("command") or ""
-    with values_of(environment):
+    with translate_value_errors(environment):
         if not isinstance(command, str):
             raise TypeError(f"command is {command!r}")
         words = shlex.split(command)
@@ -230,7 +230,9 @@ def _config_of(source: str | None, program: str, rest: list[str]) -> Path:
     if source is None:
         raise ConfigError(_NO_START.format(program))
     folder = Path(source).expanduser()
-    if not (folder.exists() or source.startswith(HUB)) and ("/" in source or folder.suffix):
+    if not (folder.exists() or source.startswith(HUB_PREFIXES)) and (
+        "/" in source or folder.suffix
+    ):
         raise CheckpointError(f"--from {source}: no such file or folder")
     folder = _folder_of(source)
     if not (folder / CONFIG).is_file() or not (folder / "best").is_dir():

@@ -15,11 +15,11 @@ from deit.core.parent_process import (
     SAVING,
     SIGNALS,
     STOPPING,
-    forget_stop,
-    importing,
+    clear_pending_stop,
+    exit_now,
+    frame_before_import,
     is_standalone,
-    leave_at_once,
-    remember_stop,
+    set_pending_stop,
 )
 
 _REPEAT_S = 0.5
@@ -46,7 +46,7 @@ class SignalsAsErrors(contextlib.AbstractContextManager):
         self._woken = -1  # who was woken by signals before, as an event loop is
 
     def __enter__(self) -> "SignalsAsErrors":
-        forget_stop()
+        clear_pending_stop()
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
                 if signal.getsignal(number) != signal.SIG_IGN:
@@ -70,13 +70,13 @@ class SignalsAsErrors(contextlib.AbstractContextManager):
             # All that is left of a command's own process is its end, whose code is known.
             ended = is_standalone() and number in SIGNALS
             signal.signal(number, signal.SIG_IGN if ended else handler)
-        forget_stop()
+        clear_pending_stop()
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
         if self.arrived:
             return
         self.asked = self.asked or number
-        remember_stop(self.asked)
+        set_pending_stop(self.asked)
         signal.setitimer(signal.ITIMER_REAL, _REPEAT_S, _REPEAT_S)
         self._again(number, frame)
 
@@ -87,13 +87,13 @@ class SignalsAsErrors(contextlib.AbstractContextManager):
     def _obey(self, frame: FrameType | None) -> None:
         """Raise Stopped, but not in the middle of an import, where that may be the end of the
         process: where nothing else has begun leave at once, else ask again after a while."""
-        began = importing(frame)
+        began = frame_before_import(frame)
         if began is None:
             self._raise()
         elif is_standalone() and _nothing_begun(began):
             word = signal.Signals(self.asked).name
             text = f"deit: error: stopped by {word}"
-            leave_at_once(text if os.environ.get("RANK", "0") == "0" else "", 128 + self.asked)
+            exit_now(text if os.environ.get("RANK", "0") == "0" else "", 128 + self.asked)
 
     def _raise(self) -> None:
         stop = StoppedBySignal(self.asked)
@@ -131,4 +131,4 @@ def _end_at_second(pipe: int) -> None:
                 now = time.monotonic()
                 first = now if first is None else first
                 if now - first >= SAME_SIGNAL_S:
-                    leave_at_once("deit: a second signal: leaving at once", 128 + number[0])
+                    exit_now("deit: a second signal: leaving at once", 128 + number[0])

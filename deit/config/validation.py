@@ -20,7 +20,7 @@ from deit.core.errors import (
     NotReadableError,
     did_you_mean,
     in_line,
-    name_trouble,
+    name_problem,
 )
 from deit.core.file_reading import read_bytes, read_text
 from deit.core.filesystem import ENVIRONMENT, RESUMED
@@ -47,11 +47,11 @@ def config_from_dict(
     Raises ConfigError naming every problem.
     """
     problems, broken = list(extra), set()
-    for name in [name for name in values if name_trouble(name)]:
+    for name in [name for name in values if name_problem(name)]:
         problems.append(unknown_field(name))
         values = {other: fields for other, fields in values.items() if other != name}
     for name, fields in values.items():
-        if isinstance(fields, dict) and (odd := [leaf for leaf in fields if name_trouble(leaf)]):
+        if isinstance(fields, dict) and (odd := [leaf for leaf in fields if name_problem(leaf)]):
             problems += [unknown_field(f"{name}.{leaf}") for leaf in odd]
             kept = {leaf: value for leaf, value in fields.items() if leaf not in odd}
             values = values | {name: kept}
@@ -68,7 +68,7 @@ def config_from_dict(
     for section, fields in to_dict(config).items():
         for leaf, value in fields.items():
             for one in value if isinstance(value, tuple) else (value,):
-                if isinstance(one, str) and (trouble := name_trouble(one)):
+                if isinstance(one, str) and (trouble := name_problem(one)):
                     problems.append(
                         ConfigProblem(f"{section}.{leaf}", one, f"{trouble}; rename it")
                     )

@@ -1,2 +1,1 @@
-"""Plumbing that knows neither the configuration nor a network: errors, files, processes,
-devices."""
+"""Helpers independent of configuration and networks: errors, files, processes, devices."""

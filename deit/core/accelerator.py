@@ -27,7 +27,7 @@ from torch import nn
 import deit
 from deit.core.console import count_noun
 from deit.core.errors import CheckpointError, ConfigError, DataError, DeitError, SystemFault
-from deit.core.hardware import processor
+from deit.core.hardware import cpu_name
 
 _PACKAGES = ("torchvision", "timm", "accelerate", "safetensors", "numpy", "pillow")
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -243,7 +243,7 @@ def environment_info(accelerator: Accelerator, command: str = "") -> dict[str, A
     }
 
 
-def place_of_speed(device: torch.device) -> str:
+def hardware_summary(device: torch.device) -> str:
     """What a speed or a peak of memory that is measured here and now depends on, in a line."""
     threads = torch.get_num_threads()
     by = "" if device.type == "cuda" else f", {count_noun(threads, 'thread')}"
@@ -251,7 +251,7 @@ def place_of_speed(device: torch.device) -> str:
 
 
 def _name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 @functools.cache

@@ -1,5 +1,5 @@
-"""The errors a user can cause, each with the exit code a script can rely on; and functions that
-recognize errors of the machine: no memory, transient I/O errors."""
+"""Error classes, each with its exit code; recognition of out-of-memory and transient I/O errors;
+and escapes that make any text safe to print."""
 
 import difflib
 import errno
@@ -14,21 +14,22 @@ from typing import Any, NamedTuple
 
 
 class DeitError(Exception):
-    """A mistake or mishap outside the code: shown as one message, without a traceback."""
+    """An error caused by input or environment; printed as one message without a traceback."""
 
     exit_code = 1
 
 
 NO_VALUE = object()
-"""In the place of a value: there is none to show."""
+"""Marks a `ConfigProblem` without a value."""
 
 
 class ConfigProblem(NamedTuple):
-    """One thing that is wrong with a configuration or a command line.
+    """One problem of a configuration or a command line.
 
-    field: a field (`loss.kind`), an option (`--out`), a file or a command. value: what it was
-    given, or NO_VALUE. hint: what is wrong with it, and what to do. allowed: the words that a field
-    takes; empty for fields that take others.
+    field: a field (`loss.kind`), an option (`--out`), a file or a command.
+    value: the value given, or NO_VALUE.
+    hint: what is wrong with it, and what to do.
+    allowed: the choices of the field; empty if it has none.
     """
 
     field: str
@@ -37,15 +38,15 @@ class ConfigProblem(NamedTuple):
     allowed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        shown = "" if self.value is NO_VALUE else f" = {shortened(repr(self.value))}"
-        return f"{self.field}{shown}: {self.hint}"
+        value = "" if self.value is NO_VALUE else f" = {shortened(repr(self.value))}"
+        return f"{self.field}{value}: {self.hint}"
 
 
 class ConfigError(DeitError):
-    """A setting, recipe or option is wrong.
+    """A setting, recipe or option is invalid.
 
-    problems: everything that is wrong. Where none are given there is one, which the message names:
-    `FIELD VALUE: hint` or `FIELD = VALUE: hint`.
+    problems: all problems found. By default there is one, parsed from the message, which then has
+    the form `FIELD VALUE: hint` or `FIELD = VALUE: hint`.
     """
 
     exit_code = 2
@@ -64,17 +65,17 @@ def _problem_in(message: str) -> ConfigProblem:
 
 
 class DataError(DeitError):
-    """The images or the teacher do not keep the contract of the run."""
+    """The images or the teacher do not fit the run."""
 
     exit_code = 3
 
 
 class NotFoundError(DataError):
-    """What was named is not there, or cannot be reached."""
+    """A file, folder or address does not exist or cannot be reached."""
 
 
 class NotAllowedError(DataError):
-    """What was named is there, and may not be read: it is not damaged."""
+    """A file or folder exists, but its permissions forbid reading it."""
 
 
 class CheckpointError(DeitError):
@@ -84,19 +85,19 @@ class CheckpointError(DeitError):
 
 
 class NotReadableError(CheckpointError):
-    """A file of a run may not be read: it is not damaged."""
+    """The permissions of a file of a run forbid reading it; the file may be intact."""
 
     exit_code = 5
 
 
 class SystemFault(DeitError):
-    """Device, precision, disk or permission cannot do what was asked."""
+    """The device, precision, disk or permissions do not allow the operation."""
 
     exit_code = 5
 
 
 class WorkerLost(SystemFault):
-    """The system ended a process that reads images."""
+    """The operating system killed a worker process that decodes images."""
 
 
 class NumericsError(DeitError):
@@ -106,24 +107,27 @@ class NumericsError(DeitError):
 
 
 class PeerError(DeitError):
-    """Another process of the run is gone, or did not answer in time."""
+    """Another process of the run has exited or timed out."""
 
     exit_code = 7
 
 
 class StoppedBySignal(BaseException):
-    """A signal asked to stop. Like KeyboardInterrupt no Exception: it may come at any line, and
-    whoever handles mishaps there must not take it for one."""
+    """A signal requested a stop.
 
-    def __init__(self, number: int, message: str = "") -> None:
-        super().__init__(message or f"stopped by {Signals(number).name}")
-        self.number = number
-        self.exit_code = 128 + number
+    Not an Exception, like KeyboardInterrupt: it can be raised at any line, and an `except
+    Exception` there must not handle it.
+    """
+
+    def __init__(self, signum: int, message: str = "") -> None:
+        super().__init__(message or f"stopped by {Signals(signum).name}")
+        self.signum = signum
+        self.exit_code = 128 + signum
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library says, with the next where it ends in a colon; or the
-    name of its error."""
+    """Return the first line of an error's message, joined with the second if it ends in a colon;
+    the name of the error class if the message is empty."""
     first, *rest = str(error).strip().split("\n")
     if first.endswith(":") and rest:
         first += f" {rest[0].strip()}"
@@ -135,105 +139,112 @@ TRANSIENT = (
     *(errno.EBUSY, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNABORTED),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH),
 )
-"""Error numbers that say nothing of the file that was read, and may not come again: limits, no
-memory, a disk or file server that fails or does not answer."""
+"""Error numbers that can be transient and do not mean that the file is bad: limits, no memory, a
+disk or file server that fails or does not respond."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the processor had no memory left.
+    """Return whether an error means that a device or the host ran out of memory.
 
-    PyTorch, CUDA and ONNX Runtime each say so in words of their own, mostly by a RuntimeError.
+    PyTorch, CUDA and ONNX Runtime use different messages, mostly in a RuntimeError.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
-    return not isinstance(error, OSError) and any(word in str(error) for word in words)
+    phrases = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+    return not isinstance(error, OSError) and any(phrase in str(error) for phrase in phrases)
 
 
 def compiler_failure(error: BaseException) -> str | None:
-    """Why torch.compile could not compile a network, where an error says so: no C++ compiler or
-    Triton, a cache folder that cannot be written, code that it cannot trace. None for any other
-    error.
+    """Return why torch.compile failed; None for an error that torch.compile did not cause.
 
-    By the modules that define the errors, or that raise an OSError: importing them takes seconds,
-    and their base classes differ.
+    Typical causes: no C++ compiler or Triton, a cache folder that is not writable, code that cannot
+    be traced.
     """
-    modules = [one.__module__ for one in type(error).__mro__]
+    # Compared by module name: importing the error classes takes seconds, and their bases differ.
+    modules = [kind.__module__ for kind in type(error).__mro__]
     if isinstance(error, OSError):
         frames = traceback.walk_tb(error.__traceback__)
         modules = [frame.f_globals.get("__name__", "") for frame, _ in frames]
-    if not any(one.startswith(("torch._dynamo", "torch._inductor", "triton")) for one in modules):
+    if not any(name.startswith(("torch._dynamo", "torch._inductor", "triton")) for name in modules):
         return None
     reason, *rest = first_line(error), *str(error).splitlines()[1:]
     cause = next((line.strip() for line in rest if "error:" in line), None)  # a C++ compiler's
     return f"torch.compile failed ({reason if cause is None else f'{reason}: {cause}'})"
 
 
-def raise_transient(error: BaseException, place: object) -> None:
+def raise_transient(error: BaseException, subject: object) -> None:
     """Raise an out-of-memory error as it is, and a transient I/O error as SystemFault; return
     for any other error. Call it before an error is translated into one about a file or a setting.
 
-    place: what was read or tried, for the message.
+    subject: what was read or tried, for the message.
     """
     if is_out_of_memory(error):
         raise error
     if isinstance(error, OSError):
-        words = error.strerror if error.errno in TRANSIENT else None
-    else:  # libraries give the words alone
-        known = map(os.strerror, TRANSIENT)
-        words = next((one for one in known if one in str(error)), None)
-    if words is not None:
-        raise SystemFault(f"{place}: cannot be read now ({words})") from error
+        reason = error.strerror if error.errno in TRANSIENT else None
+    else:  # other libraries give the message without the error number
+        messages = map(os.strerror, TRANSIENT)
+        reason = next((message for message in messages if message in str(error)), None)
+    if reason is not None:
+        raise SystemFault(f"{subject}: cannot be read now ({reason})") from error
 
 
 _CONTROL = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
-"""Control characters, line and paragraph separators, and what turns the direction of writing."""
+"""Control characters, line and paragraph separators, and bidirectional controls."""
 _SURROGATES = "\ud800-\udfff"
 _UNSAFE = re.compile(f"[{_CONTROL}{_SURROGATES}]")
 _CONTROLS = re.compile(f"[{_CONTROL}]")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the closest known name, or an empty string."""
+    """Return `; did you mean X?` for the closest known name, or an empty string.
+
+    >>> did_you_mean("digit", ["digits", "cifar10"])
+    '; did you mean digits?'
+    """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {in_line(close[0])}?" if close else ""
 
 
 def in_line(text: str) -> str:
-    """Text for one line of a terminal or a file: control characters, line breaks among them, and
-    bytes that are no UTF-8 (surrogate escapes) as backslash escapes."""
-    return _UNSAFE.sub(lambda found: _escape(found[0]), text)
+    """Return text that is safe on one line of a terminal or a file.
+
+    Control characters, line breaks and bytes that are not UTF-8 (surrogate escapes) become
+    backslash escapes.
+    """
+    return _UNSAFE.sub(lambda match: _escape(match[0]), text)
 
 
 def printable(text: str) -> str:
-    """As `in_line`, for several lines: line breaks and tabs stay."""
-    return _UNSAFE.sub(lambda found: found[0] if found[0] in "\n\t" else _escape(found[0]), text)
+    """Return text as `in_line` does, but keep line breaks and tabs."""
+    return _UNSAFE.sub(lambda match: match[0] if match[0] in "\n\t" else _escape(match[0]), text)
 
 
-def shortened(text: str, most: int = 200) -> str:
-    """A long text with its middle left out."""
-    half = most // 2
-    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+def shortened(text: str, max_length: int = 200) -> str:
+    """Return the text, with its middle left out if it is longer than `max_length`."""
+    half = max_length // 2
+    return text if len(text) <= max_length else f"{text[:half]} ... {text[-half:]}"
 
 
 def _escape(character: str) -> str:
-    number = ord(character)
-    if 0xDC80 <= number <= 0xDCFF:
-        return f"\\x{number - 0xDC00:02x}"  # the byte that surrogateescape stands for
+    code_point = ord(character)
+    if 0xDC80 <= code_point <= 0xDCFF:
+        return f"\\x{code_point - 0xDC00:02x}"  # the byte that surrogateescape encoded
     return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def open_streams() -> None:
-    """Make standard output and error take every character and never be missing.
+    """Make standard output and error accept every character, even if they were closed.
 
-    What their encoding lacks is printed as a backslash escape. A stream that was closed (`>&-`)
-    leads nowhere: else the next file that is opened would take its place and its text.
+    Characters that their encoding lacks are printed as backslash escapes. A closed stream (`>&-`)
+    is opened on the null device: otherwise the next opened file would get its descriptor, and the
+    text printed to it.
     """
-    for number in range(3):
+    for descriptor in range(3):
         try:
-            os.fstat(number)
+            os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -244,22 +255,22 @@ def open_streams() -> None:
 
 
 def breaks_line(name: str) -> bool:
-    """Whether a name holds control characters, line breaks among them."""
+    """Return whether a name contains line breaks or other control characters."""
     return _CONTROLS.search(name) is not None
 
 
 def bytes_of(name: str) -> bytes:
-    """The bytes of a file's name as they are on the disk."""
+    """Return the bytes of a file name as they are on the disk."""
     try:
         return os.fsencode(name)
-    except UnicodeEncodeError:  # not a file's: a name in an archive, which is UTF-8
+    except UnicodeEncodeError:  # a name in an archive, which is UTF-8
         return name.encode(errors="surrogateescape")
 
 
-def name_trouble(name: str) -> str | None:
-    """Why a name cannot be written into every file and on every line; None where it can."""
+def name_problem(name: str) -> str | None:
+    """Return why a name cannot be written to text files and logs; None if it can."""
     if breaks_line(name):
-        return "holds a line break or another control character"
+        return "contains a line break or another control character"
     if name.isascii():
         return None
     if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
@@ -267,9 +278,13 @@ def name_trouble(name: str) -> str | None:
     return "is not valid UTF-8" if _UNSAFE.search(name) else None
 
 
-def counted(numbers: Mapping[str, int], *, most: int = 8) -> str:
-    """`40 .heic, 2 .csv`, the largest first; of many kinds the rest in one number."""
-    ranked = sorted(numbers.items(), key=lambda one: (-one[1], one[0]))
-    words = [f"{number} {name}" for name, number in ranked[:most]]
-    rest = sum(number for _, number in ranked[most:])
-    return ", ".join([*words, f"{rest} others"] if rest else words)
+def counted(counts: Mapping[str, int], *, max_items: int = 8) -> str:
+    """Return counts as text, the largest first; all beyond the first `max_items` are added up.
+
+    >>> counted({".csv": 2, ".heic": 40})
+    '40 .heic, 2 .csv'
+    """
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count} {name}" for name, count in ranked[:max_items]]
+    rest = sum(count for _, count in ranked[max_items:])
+    return ", ".join([*parts, f"{rest} others"] if rest else parts)

@@ -1,4 +1,4 @@
-"""Faults on purpose: DEIT_FAULT=point[@process]:nth:action; without it nothing happens here."""
+"""Fault injection for tests: DEIT_FAULT=point[@process]:nth:action; off without the variable."""
 
 import errno
 import os
@@ -43,7 +43,7 @@ def _full() -> None:
 def _memory() -> None:
     import torch
 
-    raise torch.OutOfMemoryError("a fault on purpose: out of memory")
+    raise torch.OutOfMemoryError("injected fault: out of memory")
 
 
 ACTIONS: dict[str, Callable[[], None]] = {
@@ -58,12 +58,13 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "hang": lambda: time.sleep(3600),
     "nan": lambda: None,
 }
-"""What happens at a point: a signal to this process, a full disk, no memory, a pause of 3 s or an
-hour, or a number that is not one."""
+"""The faults: a signal to this process, a full disk, no memory, a pause of 3 s or an hour, or a NaN
+(see `inject_nan`)."""
 
 
 class _Fault(NamedTuple):
-    """nth: 1 is the first time the point is reached; 0: every time."""
+    """One fault. process: its rank, None for all. nth: 1 is the first time that the point is
+    reached, 0 is every time."""
 
     point: str
     process: int | None
@@ -71,17 +72,17 @@ class _Fault(NamedTuple):
     action: str
 
 
-_armed: list[_Fault] = []
-_reached: dict[str, int] = {}
+_faults: list[_Fault] = []
+_times_reached: dict[str, int] = {}
 
 
 def install_faults(text: str | None) -> None:
-    """Place faults, with commas between; None or nothing: none. Raises ConfigError."""
-    _armed.clear()
-    _reached.clear()
-    for one in (text or "").split(","):
-        if one:
-            _armed.append(_parse(one))
+    """Install the faults of a comma-separated list, and remove earlier ones. Raises ConfigError."""
+    _faults.clear()
+    _times_reached.clear()
+    for fault in (text or "").split(","):
+        if fault:
+            _faults.append(_parse(fault))
 
 
 def _parse(text: str) -> _Fault:
@@ -94,33 +95,33 @@ def _parse(text: str) -> _Fault:
             f"{', '.join(POINTS)} and an action of {', '.join(ACTIONS)}"
         )
     if process and not process.isdecimal():
-        raise ConfigError(f"DEIT_FAULT={text}: {process!r} is no number of a process")
+        raise ConfigError(f"DEIT_FAULT={text}: {process!r} is not a process number")
     return _Fault(point, int(process) if process else None, int(nth), action)
 
 
 def fault_point(point: str) -> None:
-    """Let the faults placed here happen."""
-    if _armed:
-        _happen(point)
+    """Trigger the faults installed at this point."""
+    if _faults:
+        _trigger(point)
 
 
 def inject_nan(point: str, value: Any) -> Any:
-    """A number or tensor, or NaN in its place."""
-    if not _armed or "nan" not in _happen(point):
+    """Return a number or tensor unchanged, or all NaN if such a fault is due at this point."""
+    if not _faults or "nan" not in _trigger(point):
         return value
     return value * float("nan")
 
 
-def _happen(point: str) -> list[str]:
-    """Count the visit; the actions that were due."""
-    _reached[point] = _reached.get(point, 0) + 1
-    own = int(os.environ.get("RANK", "0"))
+def _trigger(point: str) -> list[str]:
+    """Count the visit, run the actions that are due, and return them."""
+    _times_reached[point] = _times_reached.get(point, 0) + 1
+    rank = int(os.environ.get("RANK", "0"))
     due = [
         fault.action
-        for fault in _armed
+        for fault in _faults
         if fault.point == point
-        and fault.process in (None, own)
-        and fault.nth in (0, _reached[point])
+        and fault.process in (None, rank)
+        and fault.nth in (0, _times_reached[point])
     ]
     for action in due:
         ACTIONS[action]()

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all; what a disk allows is proven before the work."""
+"""Atomic writes of files and folders, locks on folders, and checks of output paths."""
 
 import errno
 import fcntl
@@ -21,42 +21,30 @@ from deit.core.file_reading import NOT_PLAIN, is_plain
 
 LOCK = ".lock"
 ENVIRONMENT, RESUMED = "environment.json", "environment-resumed.json"
-"""Where a run folder says how and where it was started, and resumed the last time."""
+"""Records in a run folder: environment and working directory of the first and the last start."""
 RUN_FILES = {
     *("config.json", ENVIRONMENT, RESUMED, "init.json", "base.json"),
-    *(
-        "metrics.jsonl",
-        "state_hashes.jsonl",
-        "nonfinite_steps.jsonl",
-        "result.json",
-        "summary.json",
-    ),
-    *(
-        "model.json",
-        "model.safetensors",
-        "state.json",
-        "manifest.json",
-        "kept_units.json",
-        "prune.json",
-    ),
+    *("metrics.jsonl", "state_hashes.jsonl", "nonfinite_steps.jsonl"),
+    *("result.json", "summary.json", "model.json", "model.safetensors", "state.json"),
+    *("manifest.json", "kept_units.json", "prune.json"),
 }
-"""What no option may overwrite where a mark lies beside it, not even one that replaces files."""
+"""Files that no option may overwrite in a folder with one of RUN_MARKERS, not even with --force."""
 RUN_MARKERS = ("config.json", "manifest.json", "prune.json")
-"""What tells a run, a checkpoint and a pruning."""
+"""Files that mark a folder as a run, a checkpoint or a pruning."""
 _NEW, _OLD, REMOVED_PREFIX = ".deit-new-", ".deit-old-", ".deit-gone-"
-"""What folders are called while they are written, replaced and removed."""
+"""Prefixes of folders while they are written, replaced and removed."""
 
 
 def check_writable(out: Path, *, option: str) -> None:
-    """Prove that a file can be written, synced and renamed where `out` is or will be.
+    """Check that a file can be written, synced and renamed at `out`, which may not exist yet.
 
-    Leaves nothing behind. option: the flag that named it. Raises SystemFault.
+    Leaves no file behind. option: the option that `out` was given for. Raises SystemFault.
     """
-    for one in (out, *out.absolute().parents):
-        if one.is_symlink() and not one.exists():  # no folder can be made in its place
-            name = "" if one == out else f"{one} "
-            raise SystemFault(f"{option} {out}: {name}is a link to what is not there")
-    probe = _standing(out) / f".probe-{uuid.uuid4().hex}"
+    for path in (out, *out.absolute().parents):
+        if path.is_symlink() and not path.exists():  # no folder can be created at its path
+            name = "" if path == out else f"{path} "
+            raise SystemFault(f"{option} {out}: {name}is a broken link")
+    probe = _nearest_existing(out) / f".probe-{uuid.uuid4().hex}"
     try:
         with probe.open("w", encoding="utf-8") as file:
             file.write("probe")
@@ -69,39 +57,44 @@ def check_writable(out: Path, *, option: str) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is there for a moment only, unless a kill leaves it behind."""
+    """Return whether a name is that of a temporary file, which only a killed process leaves."""
     return re.fullmatch(r"\..+\.[0-9a-f]{32}|\.probe-.*", name) is not None
 
 
-def _standing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that is there."""
+def _nearest_existing(path: Path) -> Path:
+    """Return the path itself or its nearest existing parent."""
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 def check_space(out: Path, needed: int, *, option: str) -> None:
-    """Refuse a disk with less than `needed` bytes free where `out` is or will be. Raises
-    SystemFault."""
-    free = shutil.disk_usage(_standing(out)).free
+    """Raise SystemFault if the disk of `out` has less than `needed` bytes free."""
+    free = shutil.disk_usage(_nearest_existing(out)).free
     if free < needed:
         raise SystemFault(
             f"{option} {out}: {format_bytes(free)} are free there, {format_bytes(needed)} are "
-            "needed; make "
-            "room, or give another place"
+            "needed; free some space, or give another path"
         )
 
 
-def format_bytes(number: float) -> str:
-    """Bytes as a person reads them: `12.3 MB`."""
+def format_bytes(num_bytes: float) -> str:
+    """Return bytes with a decimal unit.
+
+    >>> format_bytes(12_345_678)
+    '12.3 MB'
+    """
+    value = num_bytes
     for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
+        if value < 1000:
             break
-        number, unit = number / 1000, "TB"
-    return f"{number:.3g} {unit}"
+        value, unit = value / 1000, "TB"
+    return f"{value:.3g} {unit}"
 
 
 def check_file(path: Path | None, *, option: str, replace: bool) -> None:
-    """Refuse, before the long work, a file that could not be written or (unless it may be replaced)
-    is there already. Raises SystemFault."""
+    """Check before long work that an output file can be written.
+
+    Raises SystemFault if it cannot, or if it exists and `replace` is false.
+    """
     if path is None:
         return
     if path.is_dir():
@@ -111,39 +104,39 @@ def check_file(path: Path | None, *, option: str, replace: bool) -> None:
     if path.exists() and not replace:
         raise SystemFault(f"{option} {path}: exists already; --force replaces it")
     if path.name in RUN_FILES and any(path.with_name(mark).exists() for mark in RUN_MARKERS):
-        raise SystemFault(f"{option} {path}: is a run's own file; give another")
+        raise SystemFault(f"{option} {path}: is a file of a run; give another")
     if not path.absolute().parent.is_dir():
         raise SystemFault(f"{option} {path}: no folder {path.absolute().parent}")
     check_writable(path.absolute().parent, option=option)
 
 
 def replace_dir(target: Path, write: Callable[[Path], None], *, bytes_needed: int = 0) -> None:
-    """Fill a new folder by `write` and put it in the place of `target`.
+    """Write a folder next to `target` by calling `write`, then replace `target` with it.
 
-    The files are synced before the rename, and the old folder is removed only after it, so that
-    at every moment a complete one exists. What a kill leaves behind, `clean_leftovers` clears.
-    needs: about how many bytes that takes, for the message. Raises SystemFault if the disk
-    refuses.
+    The files are synced before the rename, and the old folder is removed after it, so that a
+    complete folder exists at any time. `clean_leftovers` removes what a killed process leaves.
+
+    bytes_needed: approximate size, for the message if the disk is full.
+    Raises SystemFault if writing fails.
     """
-    _put(
-        target,
-        write,
-        target.with_name(f"{_NEW}{target.name}"),
-        replace=True,
-        bytes_needed=bytes_needed,
-    )
+    new = target.with_name(f"{_NEW}{target.name}")
+    _write_dir(target, write, new, replace=True, bytes_needed=bytes_needed)
 
 
 def atomic_write_dir(target: Path, write: Callable[[Path], None], *, replace: bool) -> None:
-    """The same where other commands may write the folder at the same time: each fills its own, and
-    unless it may `replace` what is there, the first one stays. Raises SystemFault."""
+    """Write a folder as `replace_dir` does, if other commands may write it at the same time.
+
+    Each process writes its own temporary folder. Without `replace` the first one to finish wins.
+    Raises SystemFault if writing fails, or if `target` exists and `replace` is false.
+    """
     new = target.with_name(f"{_NEW}{target.name}.{os.getpid()}")
-    _put(target, write, new, replace=replace, bytes_needed=0)
+    _write_dir(target, write, new, replace=replace, bytes_needed=0)
 
 
-def _put(
+def _write_dir(
     target: Path, write: Callable[[Path], None], new: Path, *, replace: bool, bytes_needed: int
 ) -> None:
+    """Write the folder `new` and rename it to `target`."""
     old = target.with_name(f"{_OLD}{target.name}")
     try:
         if new.exists():
@@ -166,13 +159,13 @@ def _put(
         shutil.rmtree(new, ignore_errors=True)
         if not replace and target.exists():
             raise SystemFault(
-                f"{target}: another command made it meanwhile; --force replaces it"
+                f"{target}: another command has created it; --force replaces it"
             ) from None
         if old.exists() and not target.exists():
             old.rename(target)
         raise SystemFault(
             f"{target}: could not be saved ({describe_os_error(error, target, bytes_needed)}); "
-            "what was there is intact"
+            "the previous content is intact"
         ) from None
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -180,8 +173,10 @@ def _put(
 
 
 def clean_leftovers(folder: Path) -> None:
-    """Clear what kills left in a folder that nobody else works in: what was being written or
-    removed goes, an old folder whose place is empty goes back there."""
+    """Remove what killed processes left in a folder, which no other process may use now.
+
+    Removes unfinished folders and files. Restores an old folder if its replacement is missing.
+    """
     for unfinished in (*folder.glob(f"{_NEW}*"), *folder.glob(f"{REMOVED_PREFIX}*")):
         shutil.rmtree(unfinished, ignore_errors=True)
     for file in folder.iterdir():
@@ -194,23 +189,24 @@ def clean_leftovers(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def describe_os_error(error: Exception, place: Path, bytes_needed: int = 0) -> str:
-    """What a failed write says, with the room that is left where that is the reason."""
+def describe_os_error(error: Exception, path: Path, bytes_needed: int = 0) -> str:
+    """Return why a write to `path` failed; for a full disk also the free space."""
     reason = str(getattr(error, "strerror", None) or error)
     full = getattr(error, "errno", None) in _FULL or "No space left" in reason
     if not full:
         return reason
     needed = f", about {format_bytes(bytes_needed)} are needed" if bytes_needed else ""
-    return f"{reason}; {format_bytes(shutil.disk_usage(_standing(place)).free)} are free{needed}"
+    free = shutil.disk_usage(_nearest_existing(path)).free
+    return f"{reason}; {format_bytes(free)} are free{needed}"
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file to the disk under another name and rename it: it is there whole or not at all.
+    """Write a file under a temporary name, sync it and rename it, so that it is never incomplete.
 
-    Raises FileNotFoundError where its folder is gone, SystemFault where the disk refuses.
+    Raises FileNotFoundError if its folder does not exist, SystemFault if writing fails.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -229,11 +225,12 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 def write_once(path: Path, content: bytes) -> bool:
-    """Write a file as `atomic_write` does, unless there is one; whether there was none.
+    """Write a file as `atomic_write` does, unless it exists. Return whether this call wrote it.
 
-    Of several processes one is the first, also where a disk has no hard links, as exFAT, SMB and
-    mounts of object stores: there the others may find the file empty for a moment, and a kill in
-    it leaves it so. Raises SystemFault where the disk refuses.
+    If several processes call it at once, exactly one writes the file. That also holds on disks
+    without hard links (exFAT, SMB, mounted object stores), but there the file is empty for a
+    moment, and stays empty if the process is killed in that moment.
+    Raises SystemFault if writing fails.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -244,8 +241,8 @@ def write_once(path: Path, content: bytes) -> bool:
             os.link(temporary, path)
         except FileExistsError:
             raise
-        except OSError:  # no hard links here, which has many error numbers
-            _replace_none(temporary, path)
+        except OSError:  # no hard links: the error number depends on the disk
+            _rename_to_new(temporary, path)
     except FileExistsError:
         return False
     except OSError as error:
@@ -258,8 +255,8 @@ def write_once(path: Path, content: bytes) -> bool:
     return True
 
 
-def _replace_none(temporary: Path, path: Path) -> None:
-    """Rename a file to a path that is free. Raises FileExistsError where it is not."""
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    """Rename a file to a path that does not exist. Raises FileExistsError if it does."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     try:
         temporary.replace(path)
@@ -269,8 +266,10 @@ def _replace_none(temporary: Path, path: Path) -> None:
 
 
 def open_to_append(path: Path, mode: str, **settings: Any) -> Any:
-    """Open a file to write at its end. mode, settings: as `open` takes them. Raises OSError, also
-    for a pipe or a device, which might be waited for without end."""
+    """Open a file to append to it. mode, settings: as for `open`.
+
+    Raises OSError, also for a pipe or a device, which could block forever.
+    """
     try:
         plain = is_plain(path)
     except FileNotFoundError:
@@ -281,15 +280,17 @@ def open_to_append(path: Path, mode: str, **settings: Any) -> Any:
 
 
 def sync(file: BinaryIO) -> None:
-    """Bring what was written to the disk itself."""
+    """Flush a file and wait until the disk has its content."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring new names to the disk itself, where it can do that: SMB and some others refuse to open
-    a folder, or to sync it, and bring names there in their own time. Raises OSError where a disk
-    that can do it fails."""
+    """Wait until the disk has the names of a folder's files.
+
+    SMB and some other file systems cannot open or sync a folder; their errors are ignored.
+    Raises OSError for an I/O error or a full disk.
+    """
     try:
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -302,7 +303,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON as `atomic_write` does. Raises SystemFault, also where the folder is gone."""
+    """Write JSON as `atomic_write` does. Raises SystemFault, also if the folder does not exist."""
     try:
         atomic_write(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
     except FileNotFoundError as error:
@@ -313,13 +314,13 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def lock_dir(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
-    """Keep other processes from working in a folder. Raises SystemFault where one does.
+    """Lock a folder for this process. Raises SystemFault if another process has locked it.
 
-    Gives a function that raises SystemFault where the folder is no longer the one that is
-    held, because it was moved away, or removed and made anew.
+    Yields a function that raises SystemFault if the folder has since been moved, or removed and
+    created again.
 
-    A POSIX lock: it ends with its process, however that ends, and forked workers do not inherit it
-    (they would hold a lock of flock's for some seconds longer than a killed parent).
+    A POSIX lock (fcntl): it ends with its process, and forked workers do not inherit it. With
+    flock, workers would hold the lock for some seconds after their parent is killed.
     """
     try:
         file = open_to_append(folder / LOCK, "a+", encoding="utf-8", errors="replace")
@@ -335,23 +336,23 @@ def lock_dir(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
                 ) from None
             file.seek(0)
             raise SystemFault(
-                f"{option} {folder}: another run works in it ({file.read().strip() or 'unknown'}); "
-                "wait for its end, or give another folder"
+                f"{option} {folder}: in use by another run ({file.read().strip() or 'unknown'}); "
+                "wait until it ends, or give another folder"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
-        held = os.fstat(file.fileno())
+        locked = os.fstat(file.fileno())
 
         def check() -> None:
             try:
-                same = os.path.samestat(held, (folder / LOCK).stat())
+                same = os.path.samestat(locked, (folder / LOCK).stat())
             except OSError:
                 same = False
             if not same:
                 raise SystemFault(
-                    f"{option} {folder}: was moved, removed or replaced while this run worked in "
-                    "it; nothing more is written there"
+                    f"{option} {folder}: was moved, removed or replaced during this run; nothing "
+                    "more is written there"
                 )
 
         yield check

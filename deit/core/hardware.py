@@ -1,4 +1,4 @@
-"""The processor of this machine: its name, and what it can do in 8 bits."""
+"""The CPU of this machine: its name, cores and 8-bit instructions; a thread pool."""
 
 import os
 import platform
@@ -8,48 +8,57 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
-_EXACT = ("avx512_vnni", "avx_vnni", "amx_int8")
-_SHOWN = ("avx2", "avx512f", *_EXACT, "asimddp", "i8mm", "sve")
+_INT32_SUMS = ("avx512_vnni", "avx_vnni", "amx_int8")
+"""x86 extensions that sum products of 8-bit integers in 32 bits."""
+_INT8_FLAGS = ("avx2", "avx512f", *_INT32_SUMS, "asimddp", "i8mm", "sve")
 
 
-def processor() -> str:
-    """Its name and the number of its cores, for a person."""
-    told = _from_cpuinfo("model name") or platform.processor() or platform.machine()
-    return f"{told}, {os.cpu_count()} cores"
+def cpu_name() -> str:
+    """Return the name of the CPU and the number of its cores, for logs."""
+    name = _from_cpuinfo("model name") or platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def cpu_vendor() -> str:
-    """The processor's maker as x86 names it (GenuineIntel, AuthenticAMD); empty where the system
-    does not tell."""
+    """Return the x86 vendor string (GenuineIntel, AuthenticAMD); empty if it is unknown."""
     if vendor := _from_cpuinfo("vendor_id"):
         return vendor
     return platform.processor().rpartition(", ")[2]  # Windows: `AMD64 Family 25 ..., AuthenticAMD`
 
 
-def cores() -> int:
-    """Those this process may run on: in a container or a job often a few of many."""
+def num_cores() -> int:
+    """Return the number of cores that this process may use.
+
+    In a container or a cluster job these are often fewer than the machine has.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def int8_flags() -> tuple[str, ...]:
-    """Those of its extensions that decide how products of 8-bit integers are computed; none where
-    the system does not tell."""
-    told = (_from_cpuinfo("flags") or _from_cpuinfo("Features")).split()
-    return tuple(flag for flag in _SHOWN if flag in told)
+    """Return the CPU's instruction-set extensions that affect 8-bit arithmetic; empty if unknown.
+
+    ONNX Runtime chooses its int8 kernels by them.
+    """
+    flags = (_from_cpuinfo("flags") or _from_cpuinfo("Features")).split()
+    return tuple(flag for flag in _INT8_FLAGS if flag in flags)
 
 
-def saturates(flags: tuple[str, ...], machine: str | None = None) -> bool:
-    """Whether sums of products of 8-bit integers may be cut off: on x86 without VNNI or AMX, where
-    two products of unsigned by signed bytes are added in 16 bits (Intel's VPMADDUBSW). Weights of 7
-    bits cannot reach that. machine: as platform.machine says it; None: this one."""
+def int8_sums_saturate(flags: tuple[str, ...], machine: str | None = None) -> bool:
+    """Return whether sums of 8-bit products can saturate on a CPU with these flags.
+
+    That is so on x86 without VNNI or AMX: VPMADDUBSW adds two products of an unsigned and a signed
+    byte in 16 bits. Weights of 7 bits cannot saturate it.
+
+    machine: as `platform.machine()` returns it. Default: this machine.
+    """
     x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64", "i386", "i686")
-    return x86 and not any(flag in flags for flag in _EXACT)
+    return x86 and not any(flag in flags for flag in _INT32_SUMS)
 
 
 def _from_cpuinfo(key: str) -> str:
-    """What Linux says of the first core, empty where it says nothing."""
+    """Return a field of the first core in Linux's /proc/cpuinfo; empty if there is none."""
     if not _CPUINFO.is_file():
         return ""
     for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
@@ -59,10 +68,13 @@ def _from_cpuinfo(key: str) -> str:
 
 
 @contextmanager
-def threads(number: int | None = None) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads that is waited for at its end, but not where an error or a signal ends it:
-    what has not begun by then is dropped. number: of threads; None: as Python chooses."""
-    pool = ThreadPoolExecutor(number)
+def thread_pool(num_threads: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Yield a thread pool. Wait for its tasks at the end, but not after an error or a signal: then
+    tasks that have not started are canceled.
+
+    num_threads: Python's default if None.
+    """
+    pool = ThreadPoolExecutor(num_threads)
     try:
         yield pool
     except BaseException:

@@ -1,4 +1,4 @@
-"""What a folder holds, by size and digest: damage is found before anything of it is used."""
+"""The manifest of a folder: size and SHA-256 of each file, verified before a file is used."""
 
 import contextlib
 import errno
@@ -16,13 +16,13 @@ from pydantic import ConfigDict
 
 from deit.core.errors import CheckpointError, NotReadableError, SystemFault, raise_transient
 from deit.core.file_reading import open_file, read_bytes, read_text
-from deit.core.hardware import threads
+from deit.core.hardware import thread_pool
 from deit.core.json_io import load_json_as, parse_strict_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
-_RETRIES, _MOMENT_S = 5, 0.02
-_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")  # of a file right here: no path, nothing hidden
+_RETRIES, _RETRY_PAUSE_S = 5, 0.02
+_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")  # a file in the folder itself, not a hidden one
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """step: updates before the folder was written. sha256: of all the rest of the manifest."""
+    """The content of manifest.json.
+
+    step: optimizer steps before the folder was written.
+    sha256: of the manifest without this field.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     format_version: int
@@ -45,9 +49,9 @@ class Manifest:
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, FileDigest]:
-    """Size and digest of files in a folder, by name in order."""
+    """Return size and digest of files in a folder, sorted by name."""
     names = sorted(names)
-    with threads(4) as pool:  # hashing leaves the interpreter to others
+    with thread_pool(4) as pool:  # hashing releases the GIL
         return dict(zip(names, pool.map(_digest, (folder / name for name in names))))
 
 
@@ -63,9 +67,10 @@ def _digest(path: Path) -> FileDigest:
 
 
 def write_manifest(folder: Path, files: dict[str, FileDigest], *, step: int) -> None:
-    """Write the manifest of a folder, its last file. Syncing is left to who renames the folder."""
+    """Write the manifest of a folder, as its last file. It is synced by the code that renames the
+    folder."""
     content = {"format_version": FORMAT_VERSION, "step": step}
-    content["files"] = {name: asdict(one) for name, one in files.items()}
+    content["files"] = {name: asdict(digest) for name, digest in files.items()}
     content["sha256"] = hashlib.sha256(_text(content)).hexdigest()
     (folder / MANIFEST).write_bytes(_text(content))
 
@@ -75,41 +80,43 @@ def _text(content: dict) -> bytes:
 
 
 def unlisted_files(folder: Path) -> set[str]:
-    """Names in a folder that its manifest does not know."""
+    """Return the names in a folder that its manifest does not list."""
     known = load_json_as(folder / MANIFEST, Manifest).files.keys()
     return {path.name for path in folder.iterdir()} - known - {MANIFEST}
 
 
 def verify_dir(folder: Path) -> Manifest:
-    """Hold a folder against its manifest, every byte of it.
+    """Verify every byte of a folder against its manifest. Return the manifest.
 
-    A folder that is replaced by another meanwhile is looked at again.
-    Raises CheckpointError that says what is missing, cut off or changed, or may not be read;
-    SystemFault where it cannot be read now.
+    Verifies again if another process replaces the folder meanwhile.
+    Raises CheckpointError naming the file that is missing, truncated, changed or unreadable, and
+    SystemFault for a transient error.
     """
     for _ in range(_RETRIES):
-        before = _identity(folder)
+        before = _inode(folder)
         try:
-            return _checked(folder)
+            return _verify_once(folder)
         except CheckpointError as error:
-            damage = error
+            failure = error
         except SystemFault as error:
-            # A block that a disk cannot read stays so, whatever else fails comes back.
-            lost = getattr(error.__cause__, "errno", None) == errno.EIO
-            damage = CheckpointError(str(error)) if lost else error
-        if _identity(folder) == before:
+            # An unreadable block of a disk (EIO) is damage; other such errors are transient.
+            is_damage = getattr(error.__cause__, "errno", None) == errno.EIO
+            failure = CheckpointError(str(error)) if is_damage else error
+        if _inode(folder) == before:
             break
-        time.sleep(_MOMENT_S)
-    raise damage
+        time.sleep(_RETRY_PAUSE_S)
+    raise failure
 
 
-def _identity(folder: Path) -> int | None:
+def _inode(folder: Path) -> int | None:
     return folder.stat().st_ino if folder.is_dir() else None
 
 
-def _stat(path: Path) -> os.stat_result | None:
-    """What a path is, a link as such; None where there is nothing. (`is_file` takes a disk that
-    fails for a file that is missing, from Python 3.14 on.)"""
+def _lstat(path: Path) -> os.stat_result | None:
+    """Return the status of a path without following links; None if it does not exist.
+
+    From Python 3.14 on, `Path.is_file` returns False also if the disk fails.
+    """
     try:
         return path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -120,24 +127,23 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def check_format_version(folder: Path) -> None:
-    """Refuse a run whose checkpoints are of another format version, in one line.
+    """Raise CheckpointError if the checkpoints of a run folder have another format version.
 
-    folder: of the run. A manifest that cannot be read is left to whoever reads its checkpoint.
-    Raises CheckpointError.
+    Unreadable manifests are ignored here: loading their checkpoint reports them.
     """
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = parse_strict_json(read_text(path))["format_version"]
-            if type(found) is int and found != FORMAT_VERSION:
+            version = parse_strict_json(read_text(path))["format_version"]
+            if type(version) is int and version != FORMAT_VERSION:
                 raise CheckpointError(
-                    f"{folder}: was written by another release of deit, in format version {found}; "
-                    f"this one reads {FORMAT_VERSION}"
+                    f"{folder}: was written by another release of deit, in format version "
+                    f"{version}; this one reads {FORMAT_VERSION}"
                 )
 
 
-def _checked(folder: Path) -> Manifest:
+def _verify_once(folder: Path) -> Manifest:
     path = folder / MANIFEST
-    if _stat(path) is None:
+    if _lstat(path) is None:
         raise CheckpointError(f"{folder}: no {MANIFEST}, so it was not finished")
     manifest = load_json_as(path, Manifest)
     if manifest.format_version != FORMAT_VERSION:
@@ -145,24 +151,24 @@ def _checked(folder: Path) -> Manifest:
             f"{path}: format version {manifest.format_version}, this release reads {FORMAT_VERSION}"
         )
     content = asdict(manifest)
-    said = content.pop("sha256")
-    own = hashlib.sha256(_text(content)).hexdigest()
-    if said != own or read_bytes(path) != _text(content | {"sha256": own}):
+    recorded = content.pop("sha256")
+    computed = hashlib.sha256(_text(content)).hexdigest()
+    if recorded != computed or read_bytes(path) != _text(content | {"sha256": computed}):
         raise CheckpointError(f"{path}: damaged (its own digest, sha256, differs)")
     for name, expected in manifest.files.items():
         file = folder / name
         if not _NAME.fullmatch(name):
-            raise CheckpointError(f"{path}: {name!r} is no name of a file of ours")
-        there = _stat(file)
-        if there is not None and stat.S_ISLNK(there.st_mode):
+            raise CheckpointError(f"{path}: {name!r} is not a valid file name of a checkpoint")
+        status = _lstat(file)
+        if status is not None and stat.S_ISLNK(status.st_mode):
             raise CheckpointError(
-                f"{file}: is a link (to {os.path.realpath(file)}), and may lead anywhere"
+                f"{file}: is a link (to {os.path.realpath(file)}); put the file itself there"
             )
-        if there is None or not stat.S_ISREG(there.st_mode):
+        if status is None or not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{file}: missing")
-        if there.st_size != expected.bytes:
-            raise CheckpointError(f"{file}: {there.st_size} bytes, {expected.bytes} were written")
-    for name, found in digests(folder, manifest.files).items():
-        if found != manifest.files[name]:
+        if status.st_size != expected.bytes:
+            raise CheckpointError(f"{file}: {status.st_size} bytes, {expected.bytes} were written")
+    for name, digest in digests(folder, manifest.files).items():
+        if digest != manifest.files[name]:
             raise CheckpointError(f"{folder / name}: damaged (its digest differs)")
     return manifest

@@ -47,7 +47,7 @@ def majority_accuracy(labels: Tensor, num_classes: int) -> float:
     return torch.bincount(labels, minlength=num_classes).max().item() / len(labels)
 
 
-def at_chance(accuracy: float, guess: float) -> bool:
+def is_near_chance(accuracy: float, guess: float) -> bool:
     """Whether an accuracy is at most a tenth of the way from chance to perfection."""
     return accuracy <= guess + 0.1 * (1 - guess)
 

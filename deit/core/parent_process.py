@@ -42,25 +42,25 @@ def is_standalone() -> bool:
     return _standalone
 
 
-def remember_stop(number: int) -> None:
-    """Keep the number of a signal that asks to stop until `forget_stop`: whoever handles signals
-    next may be another one than who was asked."""
+def set_pending_stop(number: int) -> None:
+    """Record a stop signal until `clear_pending_stop`: another handler than the one that received
+    it may have to obey it."""
     global _unobeyed
     _unobeyed = _unobeyed or number
 
 
-def stop_remembered() -> int:
+def pending_stop() -> int:
     """The signal that asked to stop and was not obeyed yet; 0 for none."""
     return _unobeyed
 
 
-def forget_stop() -> None:
+def clear_pending_stop() -> None:
     """Say that the signal that asked to stop is obeyed."""
     global _unobeyed
     _unobeyed = 0
 
 
-def leave_at_once(text: str, code: int) -> None:
+def exit_now(text: str, code: int) -> None:
     """End this process in its middle, with a last line on standard error if that takes one: it may
     be closed, its disk full, or a pipe that nobody reads."""
     with suppress(OSError, ValueError):
@@ -69,7 +69,7 @@ def leave_at_once(text: str, code: int) -> None:
     os._exit(code)
 
 
-def importing(frame: FrameType | None) -> FrameType | None:
+def frame_before_import(frame: FrameType | None) -> FrameType | None:
     """The frame that began the import in whose middle the program is; None where it is in none.
 
     An exception there may end the process by SIGABRT: parts of libraries written in C++ call Python
@@ -118,7 +118,7 @@ def parent_exited() -> bool:
     return has_launcher() and os.getppid() != _PARENT
 
 
-def end_with(parent: int) -> None:
+def kill_with_parent(parent: int) -> None:
     """Have this process killed as soon as the one that started it is gone. parent: its number."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -42,7 +42,7 @@ class Packages:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedEnvironment:
     """What a run has recorded of its environment, as far as others read it."""
 
     command: str
@@ -72,9 +72,9 @@ class Result:
     teachers: list[str]
 
 
-def recorded(run: Path) -> Recorded:
-    """The environment of a run. Raises CheckpointError naming the file and the field."""
-    return load_json_as(run / ENVIRONMENT, Recorded)
+def read_environment(run: Path) -> RecordedEnvironment:
+    """Return the recorded environment of a run. Raises CheckpointError."""
+    return load_json_as(run / ENVIRONMENT, RecordedEnvironment)
 
 
 def check_run_dir(out: Path, *, resume: bool) -> None:

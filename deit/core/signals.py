@@ -19,13 +19,13 @@ from deit.core.parent_process import (
     SAME_SIGNAL_S,
     SAVING,
     STOPPING,
-    forget_stop,
-    importing,
+    clear_pending_stop,
+    exit_now,
+    frame_before_import,
     is_standalone,
-    leave_at_once,
     parent_exited,
-    remember_stop,
-    stop_remembered,
+    pending_stop,
+    set_pending_stop,
 )
 
 Item = TypeVar("Item")
@@ -72,7 +72,7 @@ class GracefulStop(AbstractContextManager):
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._late)
-            if number := stop_remembered():  # it came in the middle of an import, perhaps
+            if number := pending_stop():  # it came in the middle of an import, perhaps
                 self._note(number, None)
         return self
 
@@ -85,8 +85,8 @@ class GracefulStop(AbstractContextManager):
         if self._noted:
             faulthandler.cancel_dump_traceback_later()
         if kind is not None and issubclass(kind, StoppedBySignal):
-            forget_stop()
-        elif kind is None and self._first is not None and stop_remembered():
+            clear_pending_stop()
+        elif kind is None and self._first is not None and pending_stop():
             # It came after the last question.
             os.kill(os.getpid(), self._noted)
 
@@ -99,22 +99,22 @@ class GracefulStop(AbstractContextManager):
             if now - self._first < SAME_SIGNAL_S:
                 return
             if is_standalone():
-                leave_at_once("deit: a second signal: leaving at once", 128 + number)
-            if importing(frame):
+                exit_now("deit: a second signal: leaving at once", 128 + number)
+            if frame_before_import(frame):
                 return
             raise StoppedBySignal(number)
         self._noted, self._first = number, now
-        remember_stop(number)
+        set_pending_stop(number)
         # Where this process hangs and will be killed, say where.
         faulthandler.dump_traceback_later(_STUCK_S, file=sys.__stderr__)
-        if self._open and not self._several and not importing(frame):
+        if self._open and not self._several and not frame_before_import(frame):
             raise StoppedBySignal(number)
         signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, 0.1)
 
     def _late(self, number: int, frame: FrameType | None) -> None:
         """Leave where this process waits for data all the time: nothing else would end that. What
         takes shorter is waited for, so that an update in its middle is finished and saved."""
-        if self._waiting_since is None or self._first is None or importing(frame):
+        if self._waiting_since is None or self._first is None or frame_before_import(frame):
             return
         if time.monotonic() - max(self._waiting_since, self._first) >= _PATIENCE_S:
             raise StoppedBySignal(self._noted)
@@ -125,7 +125,7 @@ class GracefulStop(AbstractContextManager):
         return self._noted
 
     @contextmanager
-    def parallel(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """While it is entered nothing is begun that would be lost: a single process obeys a signal
         in its middle. Raises Stopped. Several processes obey together, when they next ask."""
         if self.noted and not self._several:
@@ -136,7 +136,7 @@ class GracefulStop(AbstractContextManager):
         finally:
             self._open = before
 
-    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+    def iterate(self, items: Iterable[Item]) -> Iterator[Item]:
         """The same items, for which no process waits that was asked to stop. Raises Stopped: in a
         single process at once; of several, which should stop together, some seconds later."""
         yield from self._over(items, each=1)
@@ -156,11 +156,11 @@ class GracefulStop(AbstractContextManager):
             between = number % each == 0
             self._waiting_since = time.monotonic()
             try:
-                with self.parallel() if between else nullcontext():
+                with self.interruptible() if between else nullcontext():
                     item = next(iterator, _END)
             except StoppedBySignal as stop:
                 if between and not self._several:
-                    raise _BetweenUpdates(stop.number) from None
+                    raise _BetweenUpdates(stop.signum) from None
                 raise
             finally:
                 self._waiting_since = None
@@ -182,7 +182,7 @@ class GracefulStop(AbstractContextManager):
         if number == SAVING:
             self._save_asked = False
         elif number:
-            forget_stop()  # who asked obeys it
+            clear_pending_stop()  # who asked obeys it
         return number
 
     def reset_timing(self) -> None:

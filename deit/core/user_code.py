@@ -44,13 +44,13 @@ def read_names(field: str, words: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
-HUB = ("hf-hub:", "hf_hub:")
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 """What timm calls a repository on the Hugging Face hub by."""
 _ADDRESS = re.compile(r"(?i)(?:([a-z][a-z0-9+.-]+):/|(hf[-_]hub|local-dir):)")
 _WEB = ("http", "https", "ftp", "ftps")
 
 
-def about_address(value: str) -> str | None:
+def address_hint(value: str) -> str | None:
     """What to do instead where a value is the address of something and no path; else None."""
     found = _ADDRESS.match(value)
     if found is None:

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from deit.config.schema import Config
 from deit.config.teachers import teacher_specs
 from deit.core.console import format_percent
-from deit.core.run_folder import ENVIRONMENT, recorded
+from deit.core.run_folder import ENVIRONMENT, read_environment
 from deit.models.saved import ModelInfo
 from deit.viz.tables import markdown_table
 
@@ -140,7 +140,7 @@ def _training(run: Path, config: Config) -> str:
     if config.init.weights is not None:
         lines.insert(0, f"from the weights of {_public(config.init.weights)}")
     if (run / ENVIRONMENT).is_file():
-        about = recorded(run)
+        about = read_environment(run)
         lines.append(f"on {about.device_name}, torch {about.packages.torch}, commit {about.commit}")
         if about.command:
             words = map(_public, shlex.split(about.command))

@@ -5,7 +5,7 @@ from typing import Any
 
 from deit.core import run_folder
 from deit.core.console import format_percent, table
-from deit.core.json_io import load_json_as, values_of
+from deit.core.json_io import load_json_as, translate_value_errors
 from deit.deploy.prune_options import CONTROLS, KEPT, MANIFEST, PRUNED, RECOVERED
 from deit.evaluation.cache import EvaluationCache
 from deit.evaluation.evaluate import evaluate
@@ -31,7 +31,7 @@ def prune_result(
     for one in runs:
         found = evaluations.get(one.out, root=root, cost=True).metrics
         rows[one.name] = _row(found, one.out / run_folder.BEST, one.config.optim.epochs)
-    with values_of(out / PRUNED / KEPT):
+    with translate_value_errors(out / PRUNED / KEPT):
         kept = load_json_as(out / PRUNED / KEPT, dict[str, list[list[int]]])
         kept = {name: kept[name] for name in ("heads", "hidden")}
     return {

@@ -13,7 +13,7 @@ from deit.core.accelerator import environment_info
 from deit.core.console import info, progress
 from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.filesystem import atomic_write_dir, check_file, write_json
-from deit.core.hardware import int8_flags, saturates
+from deit.core.hardware import int8_flags, int8_sums_saturate
 from deit.core.run_folder import read_result
 from deit.datasets.splits import stratified_indices
 from deit.deploy.export import check_output_dir, require_packages
@@ -208,7 +208,7 @@ def _written(
     """Write the int8 file; what is known, with what was done, and each layer alone if asked."""
     layers = file.layers
     chosen = choose(layers, method=plan.method, attention=plan.attention, exclude=plan.exclude)
-    reduce_range = saturates(int8_flags())
+    reduce_range = int8_sums_saturate(int8_flags())
     found = {
         **known,
         "method": plan.method,

@@ -43,7 +43,7 @@ def predict_split(
     chunks = mine.split(config.run.eval_batch_size)
     views = evaluation_batches(images, chunks, config, device=accelerator.device, size=size)
     if interruption is not None:
-        views = interruption.over(views)
+        views = interruption.iterate(views)
     common = number // accelerator.num_processes // config.run.eval_batch_size
 
     def watched() -> Iterator[Tensor]:

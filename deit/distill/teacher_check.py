@@ -12,9 +12,9 @@ from deit.core.console import format_count, format_percent, info, table, warn
 from deit.core.errors import DataError
 from deit.core.metrics import (
     agreement,
-    at_chance,
     binomial_tail,
     could_be_chance,
+    is_near_chance,
     majority_accuracy,
     topk_accuracy,
 )
@@ -104,7 +104,7 @@ def check_accuracy(
     the accuracy of guessing, in [0, 1].
     """
     accuracy, number = topk_accuracy(logits, labels), len(labels)
-    if at_chance(accuracy, chance):
+    if is_near_chance(accuracy, chance):
         message = (
             f"teacher {teacher.description}: {format_percent(accuracy)} % top-1 on the validation "
             "split "

@@ -19,7 +19,7 @@ from deit.core.console import format_duration, info, progress
 from deit.core.errors import ConfigError, SystemFault
 from deit.core.fault_injection import fault_point
 from deit.core.filesystem import check_space, check_writable
-from deit.core.host_memory import check_answers
+from deit.core.host_memory import check_inference_memory
 from deit.core.signals import GracefulStop
 from deit.core.types import TeacherOutput
 from deit.datasets.loader import TeacherInput, TrainLoader
@@ -92,7 +92,7 @@ def write_targets(
     size = loader.sizes.teacher
     for teacher in teachers:
         with accelerator.autocast():
-            check_answers(teacher, teacher.forward, size, accelerator, block)
+            check_inference_memory(teacher, teacher.forward, size, accelerator, block)
     _check_room(out, layout)
     weights = tuple(member.weight for member in teacher_specs(config.teacher))
     check_teachers(config, splits, accelerator, teachers, weights=weights, size=size)
@@ -308,7 +308,7 @@ class TargetWriter:
         ticks = watched()
         started = time.monotonic()
         for unit in self.missing:
-            with interruption.parallel():
+            with interruption.interruptible():
                 made = self._ask(unit, ticks, interruption)
             self.units.commit(unit, made)
         next(ticks, None)  # lets the bar go
@@ -324,7 +324,7 @@ class TargetWriter:
         records, canaries, right, counted = [], [], 0, 0
         for epoch, first, last in self.layout.epoch_ranges(unit):
             blocks = self.loader.teacher_inputs(epoch, torch.arange(first, last), block=self.block)
-            for shown in interruption.over(blocks):
+            for shown in interruption.iterate(blocks):
                 next(ticks, None)
                 answers = self.answer(shown)
                 encoded, marks = encode_block(self.layout, shown, answers)

@@ -12,10 +12,10 @@ from torch import Tensor
 from deit.config.data_section import DataConfig
 from deit.config.schema import Config, TeacherConfig
 from deit.config.teachers import teacher_specs
-from deit.core.accelerator import environment_info, place_of_speed
+from deit.core.accelerator import environment_info, hardware_summary
 from deit.core.console import warn
 from deit.core.errors import CheckpointError, ConfigError, DataError
-from deit.core.host_memory import check_answers
+from deit.core.host_memory import check_inference_memory
 from deit.core.metrics import agreement, calibration_error, confusion, topk_accuracy
 from deit.core.signals import GracefulStop
 from deit.core.types import logits_by_head
@@ -111,7 +111,9 @@ def evaluate_run(
         use_onednn(student)
     student = student.to(accelerator.device)
     side = config.student.image_size
-    check_answers(student, student.forward, side, accelerator, _largest_batch(config, eval_set))
+    check_inference_memory(
+        student, student.forward, side, accelerator, _largest_batch(config, eval_set)
+    )
     teacher = teacher if test_set is None else "none"
     outputs = _run_networks(accelerator, config, student, teacher, model_info.class_names, eval_set)
     metrics: dict[str, Any] = {
@@ -170,7 +172,7 @@ def _run_networks(
 ) -> _Outputs:
     """Run student and teachers on all images; a first batch of the student is not timed."""
     warm_up = _first_batch(config, eval_set)
-    with GracefulStop(accelerator) as interruption, interruption.parallel():
+    with GracefulStop(accelerator) as interruption, interruption.interruptible():
         if len(warm_up.labels) >= accelerator.num_processes:
             predict_split(accelerator, student, warm_up, config, "warming up")
         started = time.perf_counter()
@@ -254,7 +256,7 @@ def _cost(student: Student, config: Config) -> dict[str, Any]:
     side, batch = config.student.image_size, min(config.run.eval_batch_size, 64)
     cost = cost_of(student, side=side, batch=batch)._asdict()
     device = next(student.parameters()).device
-    return cost | {"measured_on": place_of_speed(device)}
+    return cost | {"measured_on": hardware_summary(device)}
 
 
 def _confidence(logits: Tensor) -> Tensor:
@@ -331,7 +333,7 @@ def _teacher_logits(
     for teacher in teachers:
         network = teacher.to(accelerator.device)
         batch = _largest_batch(config, eval_set)
-        check_answers(network, network.forward, size, accelerator, batch)
+        check_inference_memory(network, network.forward, size, accelerator, batch)
         outputs = predict_split(
             accelerator,
             network,

@@ -13,7 +13,7 @@ from deit.config.validation import load_config
 from deit.core import run_folder
 from deit.core.console import format_percent, info, progress, table
 from deit.core.errors import CheckpointError, ConfigError, DataError, first_line
-from deit.core.file_reading import no_file, read_bytes
+from deit.core.file_reading import missing_file_reason, read_bytes
 from deit.core.filesystem import write_json
 from deit.core.types import logits_by_head
 from deit.datasets.decoding import EXTENSIONS, open_image, square_of
@@ -149,7 +149,9 @@ def _find_files(paths: list[Path], unreadable: dict[str, str]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            unreadable[str(path)] = "no such file" if not path.exists() else no_file(path)
+            unreadable[str(path)] = (
+                "no such file" if not path.exists() else missing_file_reason(path)
+            )
     for note in passed_over.notes():
         info(note)
     return files

@@ -19,7 +19,7 @@ from deit.core import run_folder
 from deit.core.console import count_noun, format_duration, info, warn
 from deit.core.errors import CheckpointError, ConfigError, DataError, DeitError, NumericsError
 from deit.core.filesystem import open_to_append, write_json
-from deit.core.hardware import cores
+from deit.core.hardware import num_cores
 from deit.core.parent_process import PARALLEL_RUNS_ENV
 
 _OutputQueue: TypeAlias = "queue.Queue[tuple[_RunProcess, str | None]]"
@@ -204,7 +204,7 @@ class _LocalPool:
     """This machine and the runs under way on it. folder: for their configurations."""
 
     def __init__(self, number: int, folder: Path) -> None:
-        here = cores()
+        here = num_cores()
         allowed = int(os.environ.get("OMP_NUM_THREADS") or here)
         self.number = number
         self.threads = max(min(allowed, here // number), 1)

@@ -82,7 +82,7 @@ def environment_of(rows: dict[str, result_rows.Row]) -> dict[str, Any]:
     folders = [Path(folder) for row in rows.values() if row["values"] for folder in row["folders"]]
     found = []
     for folder in folders:
-        run_folder.recorded(folder)  # raises where a field that is read below is missing
+        run_folder.read_environment(folder)  # raises where a field that is read below is missing
         found.append(load_json_as(folder / run_folder.ENVIRONMENT, dict[str, Any]))
     every = {name: _each(one[name] for one in found) for name in ("device_name", "commit")}
     packages = {

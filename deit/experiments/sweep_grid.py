@@ -11,7 +11,7 @@ from deit.config.recipes import RECIPES
 from deit.config.schema import Config, to_dict
 from deit.config.validation import config_from_dict
 from deit.core.errors import ConfigError, did_you_mean
-from deit.core.file_reading import no_file
+from deit.core.file_reading import missing_file_reason
 from deit.experiments.studies import STUDIES
 from deit.experiments.sweep_spec import Fields, SearchRange, Sweep, read_sweep, texts_of, title_of
 
@@ -229,8 +229,7 @@ def find_sweep(name: str) -> Sweep:
         )
     if not Path(name).is_file():
         raise ConfigError(
-            f"{name}: {no_file(Path(name))}{did_you_mean(name, SWEEPS)}; give a sweep in YAML or "
-            "JSON "
-            f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}"
+            f"{name}: {missing_file_reason(Path(name))}{did_you_mean(name, SWEEPS)}; give a sweep "
+            f"in YAML or JSON (docs/sweeps.md), or one of {', '.join(SWEEPS)}"
         )
     return read_sweep(Path(name))

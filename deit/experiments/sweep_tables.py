@@ -30,7 +30,7 @@ _GROUPS = ("seen", "unseen")
 
 def read_results(sweep: Path) -> dict[str, Any]:
     """Return the results of a sweep, from its folder. Raises CheckpointError where there are none
-    yet. Their fields are not checked: read them within `values_of`."""
+    yet. Their fields are not checked: read them within `translate_value_errors`."""
     path = sweep / RESULTS
     if not path.is_file():
         raise CheckpointError(f"{sweep}: no results yet; run the command of this sweep to continue")

@@ -11,7 +11,7 @@ from deit.core.accelerator import any_process, uses_cuda_graphs
 from deit.core.console import info
 from deit.core.errors import SystemFault, is_out_of_memory
 from deit.core.fault_injection import fault_point
-from deit.core.host_memory import bytes_per_image, check_answers, free_memory, gib
+from deit.core.host_memory import bytes_per_image, check_inference_memory, format_gib, free_memory
 from deit.core.sharding import is_sharded
 from deit.core.types import Batch, StudentOutput
 from deit.models.teachers import Teacher
@@ -91,13 +91,15 @@ def check_memory(run: TrainingRun, teachers: list[Teacher]) -> None:
         with accelerator.autocast():
             return student.forward(images)  # not what compiles it for these few images
 
-    each = bytes_per_image(student, ask, side, device, learns=True, enough=enough)
+    each = bytes_per_image(student, ask, side, device, training=True, is_enough=enough)
     shown = loader.sizes.teacher
     for teacher in teachers:
         with accelerator.autocast():
-            check_answers(teacher, teacher.forward, shown, accelerator, config.run.eval_batch_size)
+            check_inference_memory(
+                teacher, teacher.forward, shown, accelerator, config.run.eval_batch_size
+            )
             more = bytes_per_image(
-                teacher, teacher.forward, shown, device, learns=False, enough=enough
+                teacher, teacher.forward, shown, device, training=False, is_enough=enough
             )
         each = None if each is None or more is None else each + more
     fitting = block
@@ -130,8 +132,8 @@ def _cut_or_refuse(run: TrainingRun, fitting: int, needed: float, free: float) -
     SystemFault where it is off, or none fits."""
     optim, block = run.config.optim, run.loader.block
     found = (
-        f"an update needs at least {gib(needed)} with {block} images at once, and {gib(free)} of "
-        "memory are free"
+        f"an update needs at least {format_gib(needed)} with {block} images at once, and "
+        f"{format_gib(free)} of memory are free"
     )
     if fitting == 0:
         raise SystemFault(

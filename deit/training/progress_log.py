@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from deit.config.schema import LossConfig, OptimConfig
 from deit.core.console import count_noun, format_count, format_duration, format_percent, info, warn
-from deit.core.hardware import cores
+from deit.core.hardware import num_cores
 from deit.core.sharding import shard_degree
 from deit.datasets.decode_workers import worker_count
 from deit.datasets.images import InMemoryImages
@@ -120,8 +120,8 @@ def _of_views(run: TrainingRun) -> str:
     if run.panel is not None and views.teacher_view != "same":
         words[0] += f", the teacher's {_TEACHER_VIEWS[views.teacher_view]}"
     if isinstance(images, InMemoryImages):
-        gib = images.pixels.numel() / 2**30
-        words.append(f"from {images.pixels.shape[-1]} px in memory ({gib:.2f} GiB)")
+        format_gib = images.pixels.numel() / 2**30
+        words.append(f"from {images.pixels.shape[-1]} px in memory ({format_gib:.2f} GiB)")
         if run.config.data.num_workers:
             words.append("data.num_workers are not used")
     else:
@@ -153,7 +153,7 @@ _TEACHER_VIEWS = {
 
 def _warn_of_idle_cores(accelerator: Accelerator) -> None:
     """`accelerate launch` sets OMP_NUM_THREADS=1 unasked: a lone process then idles the others."""
-    number = cores()
+    number = num_cores()
     alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
     if (
         alone

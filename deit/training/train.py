@@ -334,7 +334,7 @@ def _validate(run: TrainingRun, interruption: GracefulStop) -> dict[str, float]:
     found: dict[str, float] = {}
     for prefix, model in models.items():
         interruption.reset_timing()
-        with interruption.parallel():
+        with interruption.interruptible():
             outputs = predict_split(
                 run.accelerator,
                 model,

@@ -36,7 +36,7 @@ def translate_errors(run: TrainingRun, asked: Callable[[], int]) -> Iterator[Non
     try:
         yield
     except StoppedBySignal as stop:
-        raise StoppedBySignal(stop.number, f"{stop}; {_kept(run)}") from None
+        raise StoppedBySignal(stop.signum, f"{stop}; {_kept(run)}") from None
     except WorkerLost as error:
         raise SystemFault(f"{error}; {_kept(run)}") from None
     except DeitError:

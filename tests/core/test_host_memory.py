@@ -11,7 +11,12 @@ from torch import nn
 from deit.config.recipes.handwriting import digits
 from deit.core import host_memory
 from deit.core.errors import SystemFault
-from deit.core.host_memory import allowed, bytes_per_image, check_answers, free_memory
+from deit.core.host_memory import (
+    bytes_per_image,
+    cgroup_headroom,
+    check_inference_memory,
+    free_memory,
+)
 from deit.training import memory
 from deit.training.train import train
 from tests.helpers.errors import raises
@@ -39,16 +44,18 @@ def test_what_an_image_costs_is_counted_to_the_byte():
     network = Counted()
     network.plain = True
     # the ReLU's answer, and the network's
-    assert bytes_per_image(network, network, 4, CPU, learns=True) == 4 * (8 + 5)
+    assert bytes_per_image(network, network, 4, CPU, training=True) == 4 * (8 + 5)
     # the first layer's answer is let go when the ReLU is done
-    assert bytes_per_image(network, network, 4, CPU, learns=False) == 4 * (8 + 8)
+    assert bytes_per_image(network, network, 4, CPU, training=False) == 4 * (8 + 8)
 
 
 def test_the_network_is_left_as_it_was():
     network = Counted().eval()
     state = {name: value.clone() for name, value in network.state_dict().items()}
     generator = torch.get_rng_state()
-    assert bytes_per_image(network, network, 4, CPU, learns=True) > 0  # one image, and a batch norm
+    assert (
+        bytes_per_image(network, network, 4, CPU, training=True) > 0
+    )  # one image, and a batch norm
     assert not network.training
     assert not network.norm.training
     assert torch.equal(torch.get_rng_state(), generator)
@@ -59,8 +66,8 @@ def test_the_network_is_left_as_it_was():
 
 def test_what_cannot_be_measured_is_not_refused():
     network = nn.Linear(3, 2)  # takes no images
-    assert bytes_per_image(network, network, 4, CPU, learns=True) is None
-    check_answers(network, network, 4, Accelerator(cpu=True), 2**40)
+    assert bytes_per_image(network, network, 4, CPU, training=True) is None
+    check_inference_memory(network, network, 4, Accelerator(cpu=True), 2**40)
 
 
 def group(folder, names, values):
@@ -78,24 +85,24 @@ def test_control_groups_bound_the_memory(tmp_path):
         (root / "job" / name).write_text(f"{value}\n")
     process.mkdir()
     (process / "cgroup").write_text("0::/job/step\n")
-    assert allowed(root, process) == [750]
+    assert cgroup_headroom(root, process) == [750]
     group(root / "memory" / "docker", v1, (2**63 - 4096, 10, ""))
     (process / "cgroup").write_text("12:cpu,cpuacct:/docker\n9:memory:/docker\n0::/\n")
-    assert allowed(root, process) == []  # no limit
+    assert cgroup_headroom(root, process) == []  # no limit
     (root / "memory" / "docker" / v1[0]).write_text("500")
     (root / "memory" / "docker" / "memory.stat").write_text("total_inactive_file 7\n")
-    assert allowed(root, process) == [497]
+    assert cgroup_headroom(root, process) == [497]
     (process / "cgroup").write_text("0::/../../elsewhere\n")
-    assert allowed(root, process) == []
-    assert allowed(root, tmp_path / "nowhere") == []
+    assert cgroup_headroom(root, process) == []
+    assert cgroup_headroom(root, tmp_path / "nowhere") == []
 
 
 def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
-    monkeypatch.setattr(host_memory, "allowed", lambda: [1000])
+    monkeypatch.setattr(host_memory, "cgroup_headroom", lambda: [1000])
     assert free_memory(CPU) == 1000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_memory(CPU) == 250
-    monkeypatch.setattr(host_memory, "allowed", list)
+    monkeypatch.setattr(host_memory, "cgroup_headroom", list)
     assert 0 < free_memory(CPU) <= psutil.virtual_memory().total + psutil.swap_memory().total
 
 
@@ -138,9 +145,9 @@ def test_answers_of_too_many_images_are_refused(monkeypatch):
     network = Counted()
     monkeypatch.setattr(host_memory, "free_memory", lambda device: 4 * 48 * 1000)
     accelerator = Accelerator(cpu=True)
-    check_answers(network, network, 4, accelerator, 100)
+    check_inference_memory(network, network, 4, accelerator, 100)
     with raises(SystemFault, "run.eval_batch_size"):
-        check_answers(network, network, 4, accelerator, 4000)
+        check_inference_memory(network, network, 4, accelerator, 4000)
 
 
 class Beside(Accelerator):
@@ -157,6 +164,6 @@ class Beside(Accelerator):
 def test_all_processes_refuse_what_one_cannot_hold():
     """Else the others would wait for it."""
     network = Counted()
-    check_answers(network, network, 4, Beside(192, 2**20), 4000)
+    check_inference_memory(network, network, 4, Beside(192, 2**20), 4000)
     with raises(SystemFault, "run.eval_batch_size"):
-        check_answers(network, network, 4, Beside(384, 2**20), 4000)
+        check_inference_memory(network, network, 4, Beside(384, 2**20), 4000)

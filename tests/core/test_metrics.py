@@ -5,11 +5,11 @@ import torch
 
 from deit.core.metrics import (
     agreement,
-    at_chance,
     binomial_tail,
     calibration_error,
     confusion,
     could_be_chance,
+    is_near_chance,
     majority_accuracy,
     topk_accuracy,
 )
@@ -67,7 +67,7 @@ def test_chance_is_the_share_of_the_commonest_class():
     ],
 )
 def test_chance(accuracy, guess, number, at, could):
-    assert at_chance(accuracy, guess) is at
+    assert is_near_chance(accuracy, guess) is at
     assert could_be_chance(accuracy, guess, number) is could
 
 

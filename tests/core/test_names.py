@@ -15,7 +15,7 @@ from deit.config.recipes.handwriting import digits
 from deit.config.schema import to_dict
 from deit.config.validation import config_from_dict
 from deit.core import run_folder
-from deit.core.errors import ConfigError, in_line, name_trouble, printable
+from deit.core.errors import ConfigError, in_line, name_problem, printable
 from deit.viz.plots import legend, save_figure
 from deit.viz.tables import markdown_table
 from tests.helpers.errors import raises
@@ -71,16 +71,16 @@ def test_text_for_one_line_interprets_nothing(text, line):
     [("caf\udce9", True), ("bee\nsting", False), ("\x1b]0;title\x07", False)],
 )
 def test_names_that_no_file_could_hold_are_told(name, because_of_utf_8):
-    assert name_trouble("Äpfel [b] 中 🏳️‍🌈 $") is None
-    trouble = name_trouble(name)
+    assert name_problem("Äpfel [b] 中 🏳️‍🌈 $") is None
+    trouble = name_problem(name)
     assert trouble
     assert ("UTF-8" in trouble) == because_of_utf_8
 
 
 def test_in_another_encoding_than_utf_8_only_ascii_is_read(monkeypatch):
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
-    assert name_trouble("plain") is None
-    assert "PYTHONUTF8=1" in name_trouble("CafÃ©")
+    assert name_problem("plain") is None
+    assert "PYTHONUTF8=1" in name_problem("CafÃ©")
 
 
 def test_a_configuration_refuses_names_that_its_file_could_not_hold():

@@ -370,10 +370,10 @@ def test_out_of_memory_advises_only_what_helps(words, block, named, zygote, tmp_
 def test_an_environment_of_other_types_is_named(name, value, straight, tmp_path):
     """A report showed its bare TypeError or KeyError, the card of an export likewise."""
     found = json.loads((straight / run_folder.ENVIRONMENT).read_text())
-    assert run_folder.recorded(straight).device_name == found["device_name"]
+    assert run_folder.read_environment(straight).device_name == found["device_name"]
     (tmp_path / run_folder.ENVIRONMENT).write_text(json.dumps({**found, name: value}))
     with raises(CheckpointError, "environment.json", name):
-        run_folder.recorded(tmp_path)
+        run_folder.read_environment(tmp_path)
 
 
 @pytest.mark.parametrize("more", [(), ("--resume",)])

@@ -142,5 +142,5 @@ def test_a_configuration_is_read_however_it_was_written(written, tmp_path):
 
 def test_many_numbers_are_cut_short():
     assert counted({"a": 1, "b": 3, "c": 3}) == "3 b, 3 c, 1 a"
-    assert counted({"a": 1, "b": 3, "c": 3}, most=1).startswith("3 b, 4 ")
+    assert counted({"a": 1, "b": 3, "c": 3}, max_items=1).startswith("3 b, 4 ")
     assert counted({}) == ""

@@ -6,7 +6,7 @@ from deit.cli import run_command
 from deit.config.schema import Config
 from deit.config.validation import validate
 from deit.core.errors import CheckpointError, ConfigError, ConfigProblem, NotFoundError
-from deit.core.user_code import about_address
+from deit.core.user_code import address_hint
 from deit.models.load_weights import load_weights_from
 from deit.models.teacher_sources import resolve_source
 from tests.helpers.errors import raises
@@ -28,7 +28,7 @@ from tests.helpers.errors import raises
     ],
 )
 def test_addresses_are_known(value, instead):
-    advice = about_address(value)
+    advice = address_hint(value)
     assert advice
     assert instead in advice
     assert ("curl" in advice) == ("curl" in instead)
@@ -47,7 +47,7 @@ def test_addresses_are_known(value, instead):
     ],
 )
 def test_paths_and_names_are_no_addresses(value):
-    assert about_address(value) is None
+    assert address_hint(value) is None
 
 
 COMMANDS = {
@@ -72,7 +72,7 @@ def test_every_command_refuses_them_at_once(command, capsys):
     said = capsys.readouterr().err
     assert said.startswith("deit: error: ")
     address = next(word.rpartition("=")[2] for word in arguments if ":/" in word)
-    assert f"{address}: {about_address(address)}" in said
+    assert f"{address}: {address_hint(address)}" in said
     assert said.count("\n") == 1
 
 
@@ -85,7 +85,7 @@ def test_a_configuration_that_holds_them_is_refused(field):
     value = (address,) if leaf == "targets" else address
     with raises(ConfigError, field, f"'{address}'") as refused:
         validate(Config().replace(**{section: {leaf: value}}))
-    assert ConfigProblem(field, address, about_address(address)) in refused.value.problems
+    assert ConfigProblem(field, address, address_hint(address)) in refused.value.problems
 
 
 def test_a_repository_of_the_hub_is_for_timm_to_load(monkeypatch):

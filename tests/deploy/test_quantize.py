@@ -751,7 +751,7 @@ def test_the_command_from_elsewhere(runs, zygote, tmp_path):
     ],
 )
 def test_sums_are_cut_off_on_x86_without_vnni(flags, machine, expected):
-    assert hardware.saturates(tuple(flags.split()), machine) == expected
+    assert hardware.int8_sums_saturate(tuple(flags.split()), machine) == expected
 
 
 def test_flags_are_read_where_linux_tells_them(tmp_path, monkeypatch):
@@ -760,7 +760,7 @@ def test_flags_are_read_where_linux_tells_them(tmp_path, monkeypatch):
     assert hardware.int8_flags() == ()
     told.write_text("model name\t: A CPU\nflags\t\t: fpu avx2 avx512_vnni_x avx_vnni\n")
     assert hardware.int8_flags() == ("avx2", "avx_vnni")
-    assert hardware.processor().startswith("A CPU, ")
+    assert hardware.cpu_name().startswith("A CPU, ")
     told.write_text("BogoMIPS\t: 50\nFeatures\t: fp asimd asimddp i8mm\n")
     assert hardware.int8_flags() == ("asimddp", "i8mm")
 

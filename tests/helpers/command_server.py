@@ -348,7 +348,7 @@ def _serve(path: Path, parent: int) -> None:
     unfinished.chmod(0o777)  # for commands that gave up what root may
     listener.listen(64)
     unfinished.rename(path)  # whoever finds it can connect
-    import_module("deit.core.parent_process").end_with(parent)
+    import_module("deit.core.parent_process").kill_with_parent(parent)
     while True:
         connection = listener.accept()[0]
         with connection:

@@ -6,7 +6,7 @@ from deit.config.checks.effects import without_effect
 from deit.config.data_section import ViewsConfig
 from deit.config.schema import Config
 from deit.core.errors import ConfigProblem
-from deit.core.user_code import HUB, about_address
+from deit.core.user_code import HUB_PREFIXES, address_hint
 
 
 def check_addresses(config: Config) -> list[ConfigProblem]:
@@ -17,9 +17,11 @@ def check_addresses(config: Config) -> list[ConfigProblem]:
             name, value = f"{section.name}.{leaf.name}", getattr(config, section.name)
             value = getattr(value, leaf.name)
             for word in value if isinstance(value, tuple) else (value,):
-                if not isinstance(word, str) or (name in TIMM_LOADS and word.startswith(HUB)):
+                if not isinstance(word, str) or (
+                    name in TIMM_LOADS and word.startswith(HUB_PREFIXES)
+                ):
                     continue
-                if (advice := about_address(word.removeprefix("@"))) is not None:
+                if (advice := address_hint(word.removeprefix("@"))) is not None:
                     found.append(ConfigProblem(name, word, advice))
     return found
 

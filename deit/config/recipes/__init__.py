@@ -10,7 +10,7 @@ from deit.config.recipes.registry import RECIPES
 from deit.config.schema import Config
 from deit.config.validation import load_config
 from deit.core.errors import ConfigError, did_you_mean, raise_transient
-from deit.core.file_reading import no_file
+from deit.core.file_reading import missing_file_reason
 from deit.core.user_code import import_file
 
 
@@ -45,7 +45,7 @@ def _from_file(name: str) -> Config:
     path = Path(file if file.endswith(".py") else f"{file}.py")
     function = function or "recipe"
     if not path.is_file():
-        raise ConfigError(f"recipe {name}: {no_file(path)}")
+        raise ConfigError(f"recipe {name}: {missing_file_reason(path)}")
     try:
         config = getattr(import_file(path), function)()
     except (Exception, SystemExit) as error:  # the user's own code may raise anything

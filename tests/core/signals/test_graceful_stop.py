@@ -21,7 +21,7 @@ def interruption():
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # what is not obeyed comes again
     with GracefulStop(Accelerator(cpu=True)) as entered:
         yield entered
-    parent_process.forget_stop()
+    parent_process.clear_pending_stop()
     signal.signal(signal.SIGTERM, before)
 
 

@@ -121,7 +121,7 @@ def test_a_stop_during_an_import_is_for_whoever_handles_signals_next(
             interruption.raise_if_stopped()
 
     assert code_of(work) == 143
-    assert parent_process.stop_remembered() == 0
+    assert parent_process.pending_stop() == 0
 
 
 def test_a_stop_after_the_last_question_is_for_whoever_handles_signals_next(code_of):
