@@ -1,41 +1,29 @@
 """Stores of targets, and runs that are trained with them."""
 
+import json
+import re
 import shutil
+import zlib
 from pathlib import Path
 
-import pytest
+import numpy as np
 
 from deit.config.presets import LOSS_PRESETS
-from deit.config.recipes.handwriting import digits, digits_teacher
+from deit.config.recipes.handwriting import digits
+from deit.core.run_folder import latest_checkpoint
 from deit.datasets.splits import load_splits
-from deit.distill import target_store
 from deit.distill.build import build_accelerator
 from deit.distill.run_teachers import RunTeachers
-from deit.distill.write_targets import write_targets
+from deit.distill.target_store import (
+    CHECKS,
+    TARGETS,
+    open_store,
+)
 from tests.helpers.process_setup import LEAST_ROWS
-from tests.helpers.trained import trained
 
 EPOCHS, PLACES = 7, 324  # with small units: three of them
 SMALL_UNITS = {"FORKS_FIRST": "tests.helpers.process_setup:make_small_units"}
 """The environment in which a process makes them."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_units():
-    """Units of a quarter of the rows, for a quarter of the images."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target_store, "_LEAST_ROWS", LEAST_ROWS)
-        yield
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    """Two teachers of digits, of two seeds."""
-    place = tmp_path_factory.mktemp("teachers")
-    for seed in (0, 1):
-        config = digits_teacher().replace(optim={"epochs": 3}, run={"seed": seed})
-        trained(config, place / str(seed))
-    return [str(place / str(seed)) for seed in (0, 1)]
 
 
 def configuration(teacher, **sections):
@@ -48,14 +36,6 @@ def configuration(teacher, **sections):
         loss=LOSS_PRESETS["deit-hard"],
     )
     return config.replace(**sections)
-
-
-@pytest.fixture(scope="module")
-def store(teachers, tmp_path_factory):
-    """A hard store of seven epochs, written by one process."""
-    out = tmp_path_factory.mktemp("stores") / "hard"
-    write_targets(configuration(teachers[0]), out)
-    return out
 
 
 def content(store):
@@ -89,3 +69,68 @@ def flipped(path, place):
 
 def quick(config, **sections):
     return config.replace(optim={"epochs": 2}, **sections)
+
+
+VIEWS = ("pillow", "torchvision")  # named where a view is not what the teacher saw
+
+
+def numbers_in(text, place=""):
+    """The numbers of a text in their order, but for those in a path."""
+    return re.findall(r"\b\d+(?:\.\d+)?\b", text.replace(str(place), ""))
+
+
+def assert_differs(refused, field, stored, here):
+    """A line about a field, with its value in the store and behind that the one here."""
+    values = ".*".join(rf"(?<!\w){re.escape(value)}(?!\w)" for value in (stored, here))
+    assert re.search(rf"(?m)^\W*{re.escape(field)}\b.*{values}", str(refused.value)), refused.value
+
+
+def assert_names_shard(refused, unit, store):
+    """A unit, with the epoch and the place that it begins at."""
+    begins = divmod(unit * LEAST_ROWS, PLACES)
+    assert sorted(numbers_in(str(refused.value), store)) == sorted(map(str, (unit, *begins)))
+
+
+def line_about(said, path):
+    """The line of an output that names a path."""
+    (line,) = [line for line in said.splitlines() if str(path) in line]
+    return line
+
+
+def write_arguments(teacher, out, *more):
+    recipe = (
+        *("digits", "--loss", "deit-hard", "--teacher.source", teacher, "--out", str(out)),
+        *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
+        *("--optim.epochs", str(EPOCHS), "--optim.warmup_epochs", "1"),
+        *("--run.eval_every_epochs", str(EPOCHS), "--teacher.memory_format", "contiguous"),
+        *("--data.train_fraction", "0.25"),
+    )
+    return [*recipe, *more]
+
+
+def forged_copy(store, change):
+    """Change a store so that its manifest and checksums still fit: what only views can show."""
+    opened = open_store(store)
+    layout = opened.layout
+    records = np.fromfile(store / TARGETS, layout.dtype)
+    records, canaries = change(records.reshape(layout.epochs, -1), opened.canaries.copy())
+    records.tofile(store / TARGETS)
+    size = layout.rows_per_shard * layout.dtype.itemsize
+    whole = records.tobytes()
+    sums = [zlib.crc32(whole[unit * size : (unit + 1) * size]) for unit in range(layout.num_shards)]
+    checks = np.fromfile(store / CHECKS, "<u4")
+    checks[: layout.num_shards] = sums
+    checks[layout.num_shards : -2 * layout.num_shards] = canaries.ravel()
+    checks.tofile(store / CHECKS)
+
+
+# ---- trained from as if the teacher were there
+
+
+def metric_rows(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train"] for line in lines]
+
+
+def latest_weights(out):
+    return (latest_checkpoint(out) / "model.safetensors").read_bytes()

@@ -1,1 +1,1 @@
-"""Tests of deit/core."""
+"""Tests of deit/core/signals.py and of all that ends by a signal."""

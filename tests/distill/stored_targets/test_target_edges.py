@@ -33,7 +33,6 @@ from deit.distill.write_targets import _layout, write_targets
 from deit.experiments.studies import STUDIES
 from deit.training.progress_log import log_epoch
 from deit.training.train import train
-from tests.helpers import target_stores
 from tests.helpers.errors import raises
 from tests.helpers.images import write_class_folders
 from tests.helpers.json_edits import edits
@@ -47,9 +46,6 @@ from tests.helpers.target_stores import (
     with_targets,
 )
 from tests.helpers.trained import trained
-
-small_units, store = target_stores.small_units, target_stores.store
-teachers = target_stores.teachers
 
 
 @pytest.fixture

@@ -1,0 +1,54 @@
+"""Target stores and runs that several test files share."""
+
+import pytest
+
+from deit.config.recipes.handwriting import digits_teacher
+from deit.distill import target_store
+from deit.distill.target_store import (
+    open_store,
+)
+from deit.distill.write_targets import write_targets
+from tests.helpers.process_setup import LEAST_ROWS
+from tests.helpers.target_stores import (
+    SMALL_UNITS,
+    configuration,
+    write_arguments,
+)
+from tests.helpers.trained import trained
+
+
+@pytest.fixture(autouse=True, scope="package")
+def small_units():
+    """Units of a quarter of the rows, for a quarter of the images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target_store, "_LEAST_ROWS", LEAST_ROWS)
+        yield
+
+
+@pytest.fixture(scope="package")
+def teachers(tmp_path_factory):
+    """Two teachers of digits, of two seeds."""
+    place = tmp_path_factory.mktemp("teachers")
+    for seed in (0, 1):
+        config = digits_teacher().replace(optim={"epochs": 3}, run={"seed": seed})
+        trained(config, place / str(seed))
+    return [str(place / str(seed)) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="package")
+def store(teachers, tmp_path_factory):
+    """A hard store of seven epochs, written by one process."""
+    out = tmp_path_factory.mktemp("stores") / "hard"
+    write_targets(configuration(teachers[0]), out)
+    return out
+
+
+@pytest.fixture(scope="package")
+def single_process_store(teachers, zygote, tmp_path_factory):
+    """A store written by one process."""
+    out = tmp_path_factory.mktemp("alone") / "store"
+    assert (
+        zygote.run("targets", "write", *write_arguments(teachers[0], out), **SMALL_UNITS).code == 0
+    )
+    assert open_store(out).layout.num_shards == 3
+    return out

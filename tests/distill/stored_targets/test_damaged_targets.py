@@ -1,0 +1,134 @@
+"""Target stores with damaged, foreign or missing shards are refused by name."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from deit.core.errors import CheckpointError, DataError
+from deit.distill.target_checks import open_stores
+from deit.distill.target_shards import ShardedTargetWriter
+from deit.distill.target_store import (
+    CHECKS,
+    MANIFEST,
+    SHARDS,
+    TARGETS,
+    open_store,
+    read_manifest,
+)
+from deit.distill.verify_targets import verify_targets
+from deit.distill.write_targets import write_targets
+from deit.training.train import train
+from tests.helpers.errors import raises
+from tests.helpers.process_setup import LEAST_ROWS
+from tests.helpers.target_stores import (
+    EPOCHS,
+    PLACES,
+    assert_names_shard,
+    check,
+    configuration,
+    copied,
+    flipped,
+    numbers_in,
+    with_targets,
+)
+
+pytest.importorskip("sklearn")
+
+
+@pytest.mark.fault("D7")
+def test_a_damaged_unit_is_named_and_nothing_is_finished(teachers, tmp_path):
+    out = tmp_path / "store"
+    write_targets(configuration(teachers[0]), out, part=(0, 3))
+    unit = next((out / SHARDS).glob("[0-9]*.bin"))
+    damaged = bytearray(unit.read_bytes())
+    damaged[500] ^= 1
+    unit.write_bytes(damaged)
+    for part in (1, 2):
+        if part == 2:
+            with raises(CheckpointError, unit):
+                write_targets(configuration(teachers[0]), out, part=(part, 3))
+        else:
+            write_targets(configuration(teachers[0]), out, part=(part, 3))
+    unit.unlink()
+    write_targets(configuration(teachers[0]), out)
+    assert open_store(out).layout.num_shards == 3
+
+
+def test_a_unit_of_another_store_does_not_slip_in(teachers, tmp_path):
+    for number, seed in enumerate((0, 3)):
+        config = configuration(teachers[0], views={"seed": seed})
+        write_targets(config, tmp_path / str(number), part=(0, 3))
+    first, second = (tmp_path / str(n) / SHARDS / "000000.bin" for n in (0, 1))
+    shutil.copy(first, second)
+    own, other = (
+        ShardedTargetWriter(tmp_path / n, read_manifest(tmp_path / n)) for n in ("0", "1")
+    )
+    own.read(0)  # the same bytes
+    with raises(CheckpointError, second, own.digest.hex()[:12], other.digest.hex()[:12]):
+        other.read(0)
+
+
+# ---- refused where it is not the run's
+
+
+@pytest.mark.fault("D7")
+@pytest.mark.parametrize("place", [0, 1024, 2267])
+def test_one_flipped_byte_is_found(place, store, tmp_path):
+    copy = copied(store, tmp_path)
+    flipped(copy / TARGETS, place)
+    with raises(CheckpointError, copy / TARGETS) as refused:
+        verify_targets(copy, root=None, teacher="none", num_queries=16)
+    assert_names_shard(refused, place // LEAST_ROWS, copy)
+
+
+@pytest.mark.fault("D7")
+@pytest.mark.parametrize("name", [TARGETS, CHECKS])
+def test_a_file_that_was_cut_off_is_found_at_once(name, store, tmp_path):
+    copy = copied(store, tmp_path)
+    (copy / name).write_bytes((copy / name).read_bytes()[:-1])
+    with raises(CheckpointError, name):
+        open_store(copy)
+
+
+@pytest.mark.fault("D7")
+def test_an_incomplete_store_is_refused_with_how_much_is_missing(teachers, tmp_path):
+    write_targets(configuration(teachers[0]), tmp_path / "part", part=(1, 3))
+    config = with_targets(configuration(teachers[0]), tmp_path / "part")
+    with raises(DataError, f"teacher.target_stores {tmp_path / 'part'}") as refused:
+        open_stores(config)
+    assert numbers_in(str(refused.value), tmp_path) == ["1", "3"]
+    with raises(DataError, f"teacher.target_stores {tmp_path / 'none'}", MANIFEST):
+        open_stores(with_targets(config, tmp_path / "none"))
+
+
+def test_a_store_that_verifies_says_so(store, capsys):
+    verify_targets(store, root=None, teacher=None, num_queries=128)
+    sums, views, answers = capsys.readouterr().out.splitlines()
+    assert (numbers_in(sums), "hard" in sums) == (["3", "2268"], True)
+    assert numbers_in(views) == ["4", str(EPOCHS)]
+    # 3 spots of 32 answers, and the last canary stands 4 places before the end.
+    assert numbers_in(answers) == ["100.0", "100"]
+
+
+@pytest.mark.fault("D7")
+@pytest.mark.parametrize("place", [3, 2250])
+def test_training_reads_the_checksums_before_its_first_step(place, store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+    flipped(copy / TARGETS, place)
+    config = configuration(teachers[0]).replace(teacher={"source": ()})
+    with raises(CheckpointError, copy / TARGETS) as refused:
+        train(with_targets(config, copy), tmp_path / "run")
+    assert_names_shard(refused, place // LEAST_ROWS, copy)
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_of_a_reader_does_not_grow_with_the_store(store, teachers):
+    """One epoch is mapped at a time, whatever the number of epochs."""
+    _, panel, _ = check(with_targets(configuration(teachers[0]), store))
+    (reader,) = panel.teachers
+    whole = (store / TARGETS).read_bytes()
+    for epoch in (0, 6, 2):
+        records = reader.records(epoch)
+        assert isinstance(records, np.memmap)
+        assert records.tobytes() == whole[epoch * PLACES : (epoch + 1) * PLACES]

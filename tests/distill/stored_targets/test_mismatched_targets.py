@@ -1,0 +1,238 @@
+"""Target stores of another configuration, teacher or view are refused with what differs."""
+
+import re
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from deit.config.presets import LOSS_PRESETS, VIEW_MODES
+from deit.config.recipes.handwriting import digits
+from deit.config.schema import to_dict
+from deit.config.student_section import StudentConfig
+from deit.core.errors import DataError
+from deit.core.rng import permutation
+from deit.distill.target_store import (
+    MANIFEST,
+    manifest_bytes,
+    open_store,
+    read_manifest,
+)
+from deit.distill.verify_targets import verify_targets
+from deit.distill.write_targets import write_targets
+from deit.models.teachers import Teacher
+from deit.training.train import train
+from tests.helpers.errors import raises
+from tests.helpers.target_stores import (
+    PLACES,
+    VIEWS,
+    assert_differs,
+    check,
+    configuration,
+    copied,
+    forged_copy,
+    line_about,
+    numbers_in,
+    quick,
+    with_targets,
+)
+
+pytest.importorskip("sklearn")
+
+FOREIGN = {
+    "seed": ({"run": {"seed": 4}}, "seed", "0", "4"),
+    "interpolation": (
+        {"views": {"interpolation": "bilinear"}},
+        *("views.interpolation", "'bicubic'", "'bilinear'"),
+    ),
+    "rotation": ({"views": {"rotation": 3.0}}, "views.rotation", "7.5", "3.0"),
+    "mixing": ({"views": {"mixup_alpha": 0.2}}, "views.mixup_alpha", "0.8", "0.2"),
+    "repeats": ({"views": {"aug_repeats": 2}}, "batch_size", "None", "32"),
+    "data": ({"data": {"train_fraction": 0.5}}, "images", "324", "649"),
+    "classes": ({"data": {"classes": ("0", "1", "2")}}, "classes", "", ""),
+    "size": ({"student": {"image_size": 4}}, "student_size", "8", "4"),
+    "teacher's view": (
+        {"views": {"teacher_view": "center", **VIEW_MODES["fix/cc"].fields(
+            to_dict(digits())["views"])}},
+        *("views.teacher_view", "'same'", "'center'"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.fault("C15", "D6", "D17")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_store_of_something_else_is_refused_with_what_differs(name, store, teachers):
+    sections, *differing = FOREIGN[name]
+    config = with_targets(configuration(teachers[0], **sections), store)
+    with raises(DataError, f"teacher.target_stores {store}") as refused:
+        check(config)
+    assert_differs(refused, *differing)
+
+
+@pytest.mark.fault("D6")
+def test_another_teacher_is_refused(store, teachers):
+    config = with_targets(configuration(teachers[1]), store)
+    stored = read_manifest(store)["fingerprint"]["teacher"]["1"]["weights"]
+    with raises(
+        DataError, f"teacher.target_stores {store}", "teacher.1.weights", stored[:12]
+    ) as refused:
+        check(config)
+    assert len(set(re.findall(r"\b[0-9a-f]{12}\b", str(refused.value)))) == 2  # and the one here
+
+
+@pytest.mark.fault("D5", "D6")
+def test_another_normalisation_is_refused(store, teachers):
+    config = configuration(teachers[0]).replace(teacher={"mean": (0.5,) * 3, "std": (0.5,) * 3})
+    with raises(DataError, f"teacher.target_stores {store}", "teacher.1.mean"):
+        check(with_targets(config, store))
+
+
+def test_a_shifted_epoch_is_noticed(store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+    forged_copy(copy, lambda records, canaries: (np.roll(records, 1, 0), np.roll(canaries, 1, 0)))
+    with raises(DataError, f"teacher.target_stores {copy}", *VIEWS) as refused:
+        check(with_targets(configuration(teachers[0]), copy))
+    numbers = numbers_in(str(refused.value).partition("pillow")[0], copy)
+    image = permutation(0, 0, PLACES)[0].item()
+    assert sorted(numbers) == ["0", "0", str(image)]  # epoch and place
+    with raises(DataError, f"teacher.target_stores {copy}", *VIEWS):
+        verify_targets(copy, root=None, teacher="none", num_queries=64)
+
+
+@pytest.mark.fault("D5")
+def test_a_forged_interpolation_is_noticed_by_its_pixels(store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+    manifest = read_manifest(copy)
+    manifest["fingerprint"]["views"]["interpolation"] = "bilinear"
+    (copy / MANIFEST).write_bytes(manifest_bytes(manifest))
+    config = configuration(teachers[0], views={"interpolation": "bilinear"})
+    with raises(DataError, f"teacher.target_stores {copy}", *VIEWS):
+        check(with_targets(config, copy))
+
+
+def test_answers_that_are_not_the_teachers_are_noticed(store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+
+    def other_answers(records, canaries):
+        records["label"] = (records["label"] + 1) % 10
+        return records, canaries
+
+    forged_copy(copy, other_answers)
+    with raises(
+        DataError, f"teacher.target_stores {copy}", 428, open_store(copy).query["precision"]
+    ):
+        check(with_targets(configuration(teachers[0]), copy))
+
+
+def test_answers_in_another_order_are_noticed(store, teachers, tmp_path):
+    copy = copied(store, tmp_path)
+    forged_copy(copy, lambda records, canaries: (np.roll(records, 2, 1), canaries))
+    with raises(
+        DataError, f"teacher.target_stores {copy}", 428, open_store(copy).query["precision"]
+    ):
+        check(with_targets(configuration(teachers[0]), copy))
+
+
+def test_what_is_wrong_within_an_epoch_is_noticed_while_it_is_trained(store, teachers):
+    """A loader whose views came out otherwise than when they were checked."""
+    loader, _, _ = check(with_targets(configuration(teachers[0]), store))
+    for _ in loader.epoch(2):
+        pass
+    loader.student_look.seed += 1
+    with raises(DataError, f"teacher.target_stores {store}", "epoch 3", *VIEWS):
+        for _ in loader.epoch(3):
+            pass
+
+
+def test_probabilities_that_are_not_the_teachers_are_noticed(teachers, tmp_path):
+    """Its labels are right, what it holds of the other classes is not."""
+    config = quick(configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"]))
+    for records in ("full", "top-3"):
+        store = tmp_path / records
+        plain = config.replace(loss={"temperature": 1.0})
+        write_targets(plain, store, content=records)
+        assert check(with_targets(plain, store))
+
+        def flatter(records, canaries):
+            records["scores"] = np.float16(0.5) * records["scores"]
+            return records, canaries
+
+        forged_copy(store, flatter)
+        with raises(
+            DataError, f"teacher.target_stores {store}", open_store(store).query["precision"]
+        ):
+            check(with_targets(plain, store))
+
+
+def test_the_same_weights_in_another_network_are_another_teacher():
+    """Strides have no weights."""
+    from deit.models.networks import create_network
+    from deit.models.teachers import LoadedNetwork
+
+    def identity(name):
+        torch.manual_seed(0)
+        network = create_network(StudentConfig(name=name, image_size=32), 10)
+        return Teacher(LoadedNetwork(network, name, 32, (0.0,) * 3, (1.0,) * 3, None)).fingerprint()
+
+    one, two = identity("regnety_002_small_stem"), identity("timm:regnety_002")
+    assert one["weights"] == two["weights"]
+    assert one["layers"] != two["layers"]
+    assert identity("timm:regnety_002") == two
+
+
+def test_a_teacher_is_the_same_to_libraries_that_print_it_otherwise(monkeypatch):
+    """Another version of PyTorch shows more of a layer, another one of timm has one more that does
+    nothing."""
+    from deit.models.teachers import LoadedNetwork
+
+    def identity(network):
+        return Teacher(LoadedNetwork(network, "", 32, (0.0,) * 3, (1.0,) * 3, None)).fingerprint()
+
+    def network(**settings):
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 3, 3, **settings), act=nn.GELU()))
+
+    before = identity(network())
+    assert identity(network(padding=1)) != before
+    other = network()
+    other.act = nn.GELU(approximate="tanh")
+    assert identity(other) != before
+    monkeypatch.setattr(nn.Conv2d, "extra_repr", lambda self: "words of a later version")
+    later = network()
+    later.drop = nn.Dropout(0.1)
+    assert identity(later) == before
+
+
+def _turned(records):
+    """One answer of 2,268 is another: too few for the answers asked anew to notice."""
+    records["label"][4, 200] = 9 - records["label"][4, 200]
+    return records
+
+
+def test_a_resumed_run_wants_the_store_it_started_with(teachers, store, tmp_path):
+    copy = copied(store, tmp_path)
+    config = with_targets(configuration(teachers[0], optim={"epochs": 2}), copy)
+    train(config, tmp_path / "run")
+    forged_copy(
+        copy, lambda records, canaries: (np.where(records == records, records, records), canaries)
+    )
+    train(config, tmp_path / "run", resume=True)  # the same answers: complete already
+    forged_copy(copy, lambda records, canaries: (_turned(records), canaries))
+    with raises(DataError, tmp_path / "run", "teacher.target_stores"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_a_store_speaks_for_a_teacher_that_cannot_be_reached(store, capsys, monkeypatch):
+    """A timm name without network: its weights are not here, but its answers are."""
+
+    def unreachable(name, **settings):
+        raise OSError(f"no hub for {name}")
+
+    monkeypatch.setattr("deit.models.teacher_sources.timm.create_model", unreachable)
+    config = configuration("resnet18", optim={"epochs": 1, "warmup_epochs": 0})
+    assert check(with_targets(config, store))
+    said = capsys.readouterr()
+    assert "resnet18" in said.err
+    assert "%" not in line_about(said.out, store)  # no answer of it is asked anew

@@ -1,0 +1,143 @@
+"""A writer of targets that is killed or stopped resumes to the same bytes."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from deit.core.errors import DataError
+from deit.distill import target_store
+from deit.distill.target_store import (
+    SHARDS,
+    TARGETS,
+    open_store,
+)
+from deit.distill.write_targets import write_targets
+from tests.helpers.errors import raises
+from tests.helpers.target_stores import (
+    SMALL_UNITS,
+    configuration,
+    content,
+    write_arguments,
+)
+
+pytest.importorskip("sklearn")
+
+
+@pytest.mark.fault("A7")
+def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
+    single_process_store, teachers, tmp_path, zygote
+):
+    """kill -9 at random moments until a writer is left to finish; two shards at once."""
+    killed = tmp_path / "killed"
+
+    def write(out, *more):
+        return zygote.start(
+            "targets", "write", *write_arguments(teachers[0], out, *more), **SMALL_UNITS
+        )
+
+    moments = random.Random(7)
+    for attempt in range(4):
+        writers = [write(killed, "--part", f"{part}/2") for part in (0, 1)]
+        started = time.monotonic()
+        # At first from the beginning, then ever later: into reading, asking, committing.
+        while time.monotonic() - started < 20 and not (killed / SHARDS).is_dir():
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.15) * attempt)
+        for writer in writers:
+            writer.signal(signal.SIGKILL)
+            writer.wait()
+    first, last = (write(killed, "--part", f"{part}/2").wait() for part in (0, 1))
+    assert (first.code, last.code) == (0, 0)
+    # Whoever completes the store says how it is used.
+    advice = f"--teacher.target_stores {killed}"
+    assert (advice in first.out, advice in last.out) == (False, True)
+    finished, expected = content(killed), content(single_process_store)
+    assert {name: finished[name] for name in expected} == expected
+
+
+@pytest.mark.fault("A7", "A11")
+def test_sigterm_in_the_middle_keeps_what_is_written(
+    single_process_store, teachers, tmp_path, zygote
+):
+    stopped = tmp_path / "stopped"
+
+    def write(fault=""):
+        words = write_arguments(teachers[0], stopped)
+        return zygote.run("targets", "write", *words, DEIT_FAULT=fault, **SMALL_UNITS)
+
+    done = write("targets:2:term")
+    assert done.code == 143
+    (line,) = done.err.splitlines()
+    assert line.startswith("deit: error: ")
+    assert "SIGTERM" in line
+    assert len(list((stopped / SHARDS).glob("0*.bin"))) == 2  # the one under way too
+    again = write("targets:1:term,targets:1:int")
+    assert again.code == 143  # two at once are one
+    assert again.err == done.err
+    assert write().code == 0
+    assert content(stopped) == content(single_process_store)
+
+
+class _KilledError(BaseException):
+    """A stand-in for the end of a process."""
+
+
+@pytest.fixture(scope="module")
+def one_epoch(teachers, tmp_path_factory):
+    """Writes a store of one epoch in three small units; and what it holds."""
+
+    def write(out):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(target_store, "_LEAST_ROWS", 32)
+            few = configuration(teachers[0], data={"train_fraction": 0.07})
+            write_targets(few, out, epochs=1)
+            assert open_store(out).layout.num_shards == 3
+
+    whole = tmp_path_factory.mktemp("one-epoch") / "store"
+    write(whole)
+    return write, content(whole)
+
+
+@pytest.mark.fault("A7")
+@pytest.mark.parametrize("moment", range(12))
+def test_an_end_at_any_file_operation_leaves_no_partial_unit(
+    moment, one_epoch, tmp_path, monkeypatch
+):
+    """The process ends at the moment-th fsync or rename; the next one finishes the store."""
+    write, expected = one_epoch
+    out, left = tmp_path / "store", [moment]
+    replace, fsync = Path.replace, os.fsync
+
+    def counted(do):
+        def instead(*arguments):
+            if left[0] == 0:
+                raise _KilledError
+            left[0] -= 1
+            return do(*arguments)
+
+        return instead
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", counted(replace))
+        patched.setattr(os, "fsync", counted(fsync))
+        with pytest.raises(_KilledError):
+            write(out)
+    with raises(DataError, f"teacher.target_stores {out}"):
+        open_store(out)
+    write(out)
+    finished = content(out)
+    assert {name: finished[name] for name in expected} == expected
+
+
+def test_what_a_killed_writer_left_is_cleared_away(teachers, store, tmp_path):
+    out = tmp_path / "store"
+    write_targets(configuration(teachers[0]), out, part=(0, 2))
+    (out / f".{TARGETS}.0123").write_bytes(b"x" * 100)
+    (out / ".probe-77").write_text("probe")
+    write_targets(configuration(teachers[0]), out)
+    assert not list(out.glob(f".{TARGETS}*"))
+    assert (out / TARGETS).read_bytes() == (store / TARGETS).read_bytes()

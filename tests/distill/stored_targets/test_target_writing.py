@@ -1,0 +1,205 @@
+"""Write a target store: its files, parts and processes, and what the writer refuses."""
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shlex
+
+import pytest
+
+from deit.cli import run_command
+from deit.config.presets import LOSS_PRESETS, VIEW_MODES
+from deit.config.schema import to_dict
+from deit.core.errors import ConfigError, NumericsError
+from deit.core.rng import permutation
+from deit.distill.target_store import (
+    CHECKS,
+    MANIFEST,
+    SHARDS,
+    TARGETS,
+)
+from deit.distill.write_targets import write_targets
+from deit.models.teachers import Teacher
+from tests.helpers.errors import raises
+from tests.helpers.target_stores import (
+    EPOCHS,
+    PLACES,
+    SMALL_UNITS,
+    assert_differs,
+    configuration,
+    content,
+    copied,
+    numbers_in,
+    write_arguments,
+)
+
+pytest.importorskip("sklearn")
+
+
+def test_a_store_is_three_files(store):
+    assert sorted(content(store)) == [CHECKS, MANIFEST, TARGETS]
+    assert (store / TARGETS).stat().st_size == EPOCHS * PLACES
+    manifest = json.loads((store / MANIFEST).read_text())
+    assert manifest["complete"]
+    assert 0.5 < manifest["teacher_top1"] <= 1
+
+
+# ---- written by several processes, killed, gone on with
+
+
+@pytest.mark.fault("D9")
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_parts_written_apart_make_the_same_bytes(order, teachers, store, tmp_path, capsys):
+    out = tmp_path / "parts"
+    for done, part in enumerate(order, start=1):
+        complete = write_targets(configuration(teachers[0]), out, part=(part, 3))
+        assert complete is (done == 3)
+        said = capsys.readouterr().out
+        assert "images/s" in said  # the teacher was asked
+        last = said.splitlines()[-1]
+        assert str(out) in last
+        told = [str(EPOCHS * PLACES)] if complete else [str(done), "3", str(3 - done)]
+        assert set(told) <= set(numbers_in(last, out))
+    assert content(out) == content(store)
+    assert write_targets(configuration(teachers[0]), out)
+    said = capsys.readouterr().out
+    assert str(out) in said
+    assert "images/s" not in said
+    assert content(out) == content(store)
+
+
+@pytest.mark.fault("D9")
+def test_two_processes_write_the_same_bytes(single_process_store, teachers, zygote, tmp_path):
+    together = tmp_path / "together"
+    again = zygote.run(
+        "targets", "write", *write_arguments(teachers[0], single_process_store), **SMALL_UNITS
+    )
+    assert again.code == 0
+    assert "images/s" not in again.out  # the teacher is not asked
+    assert again.out.count(f"--teacher.target_stores {single_process_store}") == 1
+    _, following = again.out.split("next: deit ")
+    used = zygote.run(*shlex.split(following), "--dry-run", **SMALL_UNITS)
+    assert used.code == 0, used.err
+    done = zygote.together(
+        "targets", "write", *write_arguments(teachers[0], together), **SMALL_UNITS
+    )
+    assert [one.code for one in done] == [0, 0], done
+    assert any("images/s" in one.out for one in done)
+    assert sum(one.out.count(f"--teacher.target_stores {together}") for one in done) == 1
+    assert content(together) == content(single_process_store)
+
+
+def test_a_folder_with_other_things_or_another_store_is_refused(teachers, store, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("all of it")
+    with raises(ConfigError, f"--out {tmp_path / 'full'}", "thesis.txt"):
+        write_targets(configuration(teachers[0]), tmp_path / "full")
+    before = content(store)
+    with raises(ConfigError, f"--out {store}", "views.crop_padding"):
+        write_targets(configuration(teachers[0], views={"crop_padding": 2}), store)
+    assert content(store) == before
+
+
+def test_parts_that_were_asked_otherwise_do_not_mix(teachers, tmp_path):
+    """Blocks of another size, like another precision, may change the last bits of an answer."""
+    write_targets(configuration(teachers[0]), tmp_path / "s", part=(0, 3))
+    other = configuration(teachers[0], run={"eval_batch_size": 64})
+    with raises(ConfigError, f"--out {tmp_path / 's'}") as refused:
+        write_targets(other, tmp_path / "s", part=(1, 3))
+    assert_differs(refused, "asked.block", "256", "64")
+
+
+@pytest.mark.fault("D9")
+def test_of_two_writers_of_different_things_the_first_has_the_folder(
+    teachers, tmp_path, monkeypatch
+):
+    """The second comes between the first's look at the folder and its manifest."""
+    from deit.distill import target_shards
+
+    put_first, other = target_shards.write_once, []
+
+    def slow(path, content):
+        if not other:
+            other.append(True)
+            write_targets(configuration(teachers[0], run={"seed": 1}), tmp_path / "s", part=(0, 3))
+        return put_first(path, content)
+
+    monkeypatch.setattr(target_shards, "write_once", slow)
+    with raises(ConfigError, f"--out {tmp_path / 's'}") as refused:
+        write_targets(configuration(teachers[0]), tmp_path / "s")
+    assert_differs(refused, "fingerprint.seed", "1", "0")
+    assert json.loads((tmp_path / "s" / MANIFEST).read_text())["fingerprint"]["seed"] == 1
+
+
+def test_a_way_round_through_a_missing_folder_overwrites_nothing(teachers, store, tmp_path):
+    copy = copied(store, tmp_path)
+    before = content(copy)
+    with raises(ConfigError, f"--out {copy}") as refused:
+        write_targets(configuration(teachers[0], run={"seed": 5}), tmp_path / "no" / ".." / "store")
+    assert_differs(refused, "fingerprint.seed", "0", "5")
+    assert content(copy) == before
+
+
+@pytest.mark.fault("D4")
+def test_an_answer_that_is_not_finite_is_not_written(teachers, tmp_path, monkeypatch):
+    answer = Teacher.forward
+
+    def broken(self, images):
+        logits = answer(self, images)
+        if len(logits) == 256:  # a whole block of training views
+            logits[3] = float("nan")
+        return logits
+
+    monkeypatch.setattr(Teacher, "forward", broken)
+    with raises(NumericsError, "--run.precision fp32") as stopped:
+        write_targets(configuration(teachers[0]), tmp_path / "store")
+    assert numbers_in(str(stopped.value)) == [str(permutation(0, 0, PLACES)[3].item())]
+    assert not list((tmp_path / "store" / SHARDS).glob("[0-9]*.bin"))
+
+
+def test_what_cannot_be_written_is_refused(teachers, tmp_path):
+    config = configuration(teachers[0])
+    with raises(ConfigError, "loss.kind", "'none'"):
+        write_targets(dataclasses.replace(config, loss=LOSS_PRESETS["none"]), tmp_path / "s")
+    several = config.replace(
+        teacher={"source": tuple(teachers), "combine": "tokens"},
+        student={"num_distillation_tokens": 2},
+    )
+    with raises(
+        ConfigError, "teacher.combine", "'tokens'", "--teacher-index 1", "--teacher-index 2"
+    ):
+        write_targets(several, tmp_path / "s")
+    with raises(ConfigError, "--content top-10") as refused:
+        write_targets(config, tmp_path / "s", content="top-10")
+    assert numbers_in(str(refused.value)) == ["10", "10"]  # answers, of as many classes
+    views = VIEW_MODES["fix/cc"].fields(to_dict(config)["views"])
+    with raises(ConfigError, "--epochs 4", "views.teacher_view center"):
+        write_targets(config.replace(views=views), tmp_path / "s", epochs=4)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_disk_without_room_for_the_store_is_refused_before_anything_is_asked(
+    teachers, tmp_path, zygote, monkeypatch
+):
+    import shutil as system
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 100, 100)
+    monkeypatch.setattr(system, "disk_usage", lambda place: usage)
+    assert (
+        run_command("targets", ["write", *write_arguments(teachers[0], tmp_path / "s")], "deit")
+        == 5
+    )
+    assert not (tmp_path / "s").exists()
+    monkeypatch.undo()
+    done = zygote.run(
+        *("targets", "write", *write_arguments(teachers[0], tmp_path / "s")),
+        DEIT_FAULT="targets:2:full",
+        **SMALL_UNITS,
+    )
+    assert done.code == 5
+    assert str(tmp_path / "s" / SHARDS) in done.err
+    assert os.strerror(errno.ENOSPC) in done.err
+    assert re.search(r"\d [kMGT]B\b", done.err)  # how much room there is

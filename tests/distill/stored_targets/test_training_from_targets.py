@@ -1,0 +1,192 @@
+"""Training from stored targets gives the same bits as training with the teacher itself."""
+
+import dataclasses
+import re
+
+import pytest
+
+from deit.config.presets import LOSS_PRESETS, VIEW_MODES
+from deit.config.schema import to_dict
+from deit.core.errors import ConfigError, DataError
+from deit.distill.target_checks import open_stores
+from deit.distill.target_store import (
+    open_store,
+)
+from deit.distill.write_targets import write_targets
+from deit.training.train import train
+from tests.helpers.errors import raises
+from tests.helpers.target_stores import (
+    EPOCHS,
+    assert_differs,
+    check,
+    configuration,
+    latest_weights,
+    line_about,
+    metric_rows,
+    numbers_in,
+    quick,
+    with_targets,
+)
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def online(teachers, tmp_path_factory):
+    """A run that asks its teacher."""
+    out = tmp_path_factory.mktemp("online") / "run"
+    train(quick(configuration(teachers[0])), out)
+    return out
+
+
+@pytest.mark.parametrize("source", ["with its teacher", "without"])
+def test_hard_targets_train_to_the_same_bits_as_the_teacher_itself(
+    source, online, store, teachers, tmp_path, capsys
+):
+    stored = with_targets(quick(configuration(teachers[0])), store)
+    if source == "without":
+        stored = stored.replace(teacher={"source": ()})
+    capsys.readouterr()
+    train(stored, tmp_path / "stored")
+    said = capsys.readouterr().out
+    line = line_about(said, store)
+    assert "hard" in line
+    assert numbers_in(line, store)[0] == str(EPOCHS)
+    assert ("100.0 %" in line) is (source == "with its teacher")  # of the answers asked anew
+    assert latest_weights(tmp_path / "stored") == latest_weights(online)
+    ours, theirs = metric_rows(tmp_path / "stored"), metric_rows(online)
+    assert ours == theirs
+
+
+@pytest.mark.fault("D17")
+@pytest.mark.parametrize("mode", VIEW_MODES)
+def test_every_mode_trains_from_a_store_as_online(mode, teachers, tmp_path):
+    few = {"train_fraction": 0.1}
+    base = configuration(teachers[0], loss=LOSS_PRESETS["function-matching"], data=few)
+    views = {**VIEW_MODES[mode].fields(to_dict(base)["views"]), "crop_scale": (0.5, 1.0)}
+    if mode == "fix/ic_ens":
+        views["teacher_num_crops"] = 5
+    config = quick(base, views=views)
+    write_targets(config, tmp_path / "store")
+    train(with_targets(config, tmp_path / "store"), tmp_path / "stored")
+    stored = metric_rows(tmp_path / "stored")
+    layout = open_store(tmp_path / "store").layout
+    assert layout.content == "full"
+    assert layout.epochs == (1 if mode.startswith("fix/") else 2)
+    if mode != "fix/ic_ens":
+        train(config, tmp_path / "online")
+        for ours, theirs in zip(stored, metric_rows(tmp_path / "online"), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
+            assert ours["teacher_top1"] == theirs["teacher_top1"]
+
+
+def test_fewer_stored_epochs_come_round_again_and_the_run_says_so(
+    store, teachers, tmp_path, capsys
+):
+    config = with_targets(configuration(teachers[0], optim={"epochs": 9}), store)
+    *_, faculty = check(config)
+    assert faculty.num_stored_epochs == EPOCHS
+    said = map(numbers_in, capsys.readouterr().out.splitlines())
+    assert {"9", str(EPOCHS)} in map(set, said)
+    train(config, tmp_path / "cycled")
+    rows = metric_rows(tmp_path / "cycled")
+    assert rows[7]["teacher_top1"] == rows[0]["teacher_top1"]
+    assert rows[8]["teacher_top1"] == rows[1]["teacher_top1"]
+
+
+def test_a_seed_of_the_views_lets_other_seeds_share_a_store(store, teachers, tmp_path):
+    config = with_targets(configuration(teachers[0], run={"seed": 4}, views={"seed": 0}), store)
+    train(quick(config), tmp_path / "run")
+    assert metric_rows(tmp_path / "run")
+
+
+def test_hard_records_refuse_what_they_cannot_give(store, teachers):
+    config = with_targets(configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"]), store)
+    with raises(
+        ConfigError, f"teacher.target_stores {store}", "loss.kind", "'soft'", "--content full"
+    ):
+        open_stores(config)
+    both = configuration(teachers[0]).replace(
+        teacher={"source": tuple(teachers), "target_stores": (str(store), str(store))},
+    )
+    with raises(ConfigError, f"teacher.target_stores {store}", "teacher.combine", "--content full"):
+        open_stores(both)
+
+
+def test_top_k_refuses_a_temperature(teachers, tmp_path):
+    config = configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"])
+    plain = config.replace(loss={"temperature": 1.0})
+    write_targets(plain, tmp_path / "top", epochs=1, content="top-3")
+    where = f"teacher.target_stores {tmp_path / 'top'}"
+    with raises(ConfigError, where, "loss.temperature", "--content full"):
+        open_stores(with_targets(config, tmp_path / "top"))
+    assert open_stores(with_targets(plain, tmp_path / "top"))
+
+
+def test_a_store_of_a_mean_of_probabilities_refuses_another_temperature(teachers, tmp_path):
+    config = configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"]).replace(
+        teacher={"source": tuple(teachers)},
+    )
+    temperature = f"{config.loss.temperature:g}"
+    with raises(ConfigError, f"loss.temperature = {temperature}", "--teacher.combine logits"):
+        write_targets(config, tmp_path / "mean", epochs=1)
+    write_targets(config.replace(loss={"temperature": 1.0}), tmp_path / "mean", epochs=1)
+    single_process_store = config.replace(
+        teacher={"source": (), "target_stores": (str(tmp_path / "mean"),)}
+    )
+    where = f"teacher.target_stores {tmp_path / 'mean'}"
+    with raises(ConfigError, where, f"loss.temperature {temperature}", "--teacher.combine logits"):
+        open_stores(single_process_store)
+    assert check(
+        single_process_store.replace(
+            loss={"temperature": 1.0}, optim={"epochs": 1, "warmup_epochs": 0}
+        )
+    )
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "logits", "tokens"])
+def test_an_ensemble_from_stores_is_the_ensemble_online(combine, teachers, tmp_path):
+    soft = dataclasses.replace(LOSS_PRESETS["deit-soft"], temperature=2.0)
+    config = quick(configuration(teachers[0], loss=soft)).replace(
+        student={"num_distillation_tokens": 2 if combine == "tokens" else 1},
+        teacher={"source": tuple(teachers), "weights": (0.7, 0.3), "combine": combine},
+    )
+    stores = []
+    for number, teacher in enumerate(teachers):
+        single_process_store = config.replace(
+            teacher={"source": (teacher,), "weights": (), "combine": "probabilities"},
+            student={"num_distillation_tokens": 1},
+        )
+        write_targets(single_process_store, tmp_path / str(number))
+        stores.append(tmp_path / str(number))
+    train(config, tmp_path / "online")
+    train(with_targets(config, *stores), tmp_path / "stored")
+    train(with_targets(config, stores[0], "none"), tmp_path / "half")
+    expected = metric_rows(tmp_path / "online")
+    for name in ("stored", "half"):
+        for ours, theirs in zip(metric_rows(tmp_path / name), expected, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
+    if combine == "tokens":
+        assert {"loss_teacher_1", "loss_teacher_2"} <= expected[0].keys()
+
+
+def test_one_store_of_what_several_say_together_is_the_ensemble_online(teachers, tmp_path, capsys):
+    config = quick(configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"])).replace(
+        teacher={"source": tuple(teachers), "weights": (2.0, 1.0), "combine": "logits"},
+    )
+    write_targets(config, tmp_path / "together")
+    train(config, tmp_path / "online")
+    capsys.readouterr()
+    train(with_targets(config, tmp_path / "together"), tmp_path / "stored")
+    said = capsys.readouterr().out
+    assert re.search(r"100\.0 %\D*\b\d{3}\b", line_about(said, tmp_path / "together"))
+    assert re.search(r"(?m)^teachers\b.*\b143\b", said)
+    for ours, theirs in zip(metric_rows(tmp_path / "stored"), metric_rows(tmp_path / "online")):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
+    other = config.replace(teacher={"weights": (1.0, 1.0)})
+    with raises(DataError, f"teacher.target_stores {tmp_path / 'together'}") as refused:
+        check(with_targets(other, tmp_path / "together"))
+    assert_differs(refused, "weights", "[0.666666667, 0.333333333]", "[0.5, 0.5]")
+    turned = config.replace(teacher={"source": tuple(reversed(teachers))})
+    with raises(DataError, "teacher.1.weights", "teacher.2.weights"):
+        check(with_targets(turned, tmp_path / "together"))
