@@ -1,0 +1,39 @@
+"""Runs of each kind and their exports, made once."""
+
+import pytest
+
+from deit.config.recipes.handwriting import digits, digits_teacher
+from deit.core.errors import ConfigError
+from deit.deploy.export import export
+from deit.deploy.formats import FORMATS
+from deit.training.train import train
+from tests.helpers.exports import STUDENTS
+from tests.helpers.trained import trained
+
+BRIEF = {"epochs": 2, "batch_size": 32, "warmup_epochs": 1, "lr": 3e-3}
+FEW = {"train_fraction": 0.3}
+
+
+@pytest.fixture(scope="package")
+def runs(tmp_path_factory):
+    """Students of each kind, trained for long enough that their answers differ, and a ConvNet."""
+    folder = tmp_path_factory.mktemp("runs")
+    trained(digits_teacher().replace(optim={"epochs": 3}), folder / "convnet")
+    two = {"source": (str(folder / "convnet"),) * 2, "combine": "tokens"}
+    for name, sections in STUDENTS.items():
+        config = digits().replace(optim=BRIEF, data=FEW, **{"teacher": two, **sections})
+        train(config, folder / name, command=f"train_deit.py {name}")
+    return folder
+
+
+@pytest.fixture(scope="package")
+def exports(runs):
+    """Every run in every format that can hold it, as (run, format) -> folder."""
+    found = {}
+    for name in (*STUDENTS, "convnet"):
+        for form in FORMATS:
+            try:
+                found[name, form] = export(runs / name, None, name=form, images=64)
+            except ConfigError:
+                continue
+    return found
