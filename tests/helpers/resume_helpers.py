@@ -1,12 +1,16 @@
-"""A run stopped on purpose in this process, and whether it went on to the same end."""
+"""Stop a run on purpose in this process, and compare what it leaves behind."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from deit.config.schema import Config
 from deit.core import fault_injection, run_folder, run_log
-from deit.core.errors import StoppedBySignal
+from deit.core.errors import (
+    StoppedBySignal,
+)
 from deit.training.train import train
 
 
@@ -38,3 +42,42 @@ def same_end(out: Path, straight: Path) -> None:
         assert one.read_bytes() == other.read_bytes(), one.name
     chains = [(one / run_log.HASH_CHAIN).read_bytes() for one in (out, straight)]
     assert chains[0] == chains[1]
+
+
+EPOCHS, STEPS = 3, 4
+LAST = EPOCHS * STEPS
+TIMING = ("seconds", "images_per_s", "memory_mb", "loader")
+
+
+def results(out: Path) -> dict:
+    """What a run leaves behind, without times."""
+    rows = [
+        {name: value for name, value in row.items() if name not in TIMING}
+        for row in run_log.read(out / run_log.METRICS)
+    ]
+    result = json.loads((out / run_folder.RESULT).read_text())
+    return {
+        "rows": rows,
+        "chain": (out / run_log.HASH_CHAIN).read_bytes(),
+        "result": {name: value for name, value in result.items() if name not in TIMING},
+        "best": (out / "best" / "model.safetensors").read_bytes(),
+        "last": {
+            path.name: path.read_bytes()
+            for path in run_folder.latest_checkpoint(out).glob("*.safetensors")
+        },
+    }
+
+
+def resumes_after(step: int, out: Path, said: str) -> bool:
+    """Whether a run says that it goes on after this update of all of them."""
+    begins = re.escape(str(out))
+    return re.search(rf"^{begins}: .*\b{step}\b.*\b{LAST}\b", said, re.MULTILINE) is not None
+
+
+def rewrite_manifest(folder: Path, step: int | None = None) -> None:
+    """A manifest for files that were changed."""
+    from deit.core import manifest
+
+    step = run_folder.checkpoint_step(folder) if step is None else step
+    names = [path.name for path in folder.iterdir() if path.name != manifest.MANIFEST]
+    manifest.write_manifest(folder, manifest.digests(folder, names), step=step)

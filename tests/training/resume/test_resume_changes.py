@@ -1,0 +1,147 @@
+"""A run resumed with other settings, data, teachers, packages or hardware is refused or warned."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from deit.core import fault_injection, run_log
+from deit.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    StoppedBySignal,
+    SystemFault,
+)
+from deit.training.train import train
+from tests.helpers.errors import raises
+from tests.helpers.resume_helpers import LAST, rewrite_manifest, stop_at
+
+
+@pytest.mark.fault("A22", "A23")
+def test_another_machine_is_told(stopped_run, tmp_path, capsys):
+    config, stopped = stopped_run
+    shutil.copytree(stopped, tmp_path / "run")
+    path = tmp_path / "run" / "environment.json"
+    before = json.loads(path.read_text())
+    packages = {**before["packages"], "pillow": "1.1.7"}
+    other = {"threads": 7, "device_name": "an abacus", "packages": packages}
+    path.write_text(json.dumps({**before, **other}))
+    fault_injection.install_faults("update:1:term")
+    with pytest.raises(StoppedBySignal):
+        train(config, tmp_path / "run", resume=True)
+    said = capsys.readouterr().err
+    assert re.search(r"\bdevice_name\b[^;]*\ban abacus\b", said)
+    assert re.search(r"\bthreads\b[^;]*\b7\b[^;]*\b1\b", said)
+    pillow = re.escape(before["packages"]["pillow"])
+    assert re.search(rf"\bpillow\b[^;]*\b1\.1\.7\b[^;]*\b{pillow}\b", said)
+    assert "precision" not in said
+    assert "torch" not in said
+
+
+def test_where_nothing_was_saved_there_is_nothing_to_warn_of(live_config, tmp_path, capsys):
+    fault_injection.install_faults("model:1:full")
+    with pytest.raises(SystemFault):
+        train(live_config, tmp_path / "run")
+    path = tmp_path / "run" / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "threads": 7}))
+    train(live_config, tmp_path / "run", resume=True)
+    said = capsys.readouterr()
+    assert any(line.startswith(f"{tmp_path / 'run'}: ") for line in said.out.splitlines())
+    assert [row["step"] for row in run_log.read(tmp_path / "run" / run_log.HASH_CHAIN)] == [
+        4,
+        8,
+        LAST,
+    ]
+    assert "threads" not in said.err
+
+
+@pytest.mark.fault("C18")
+def test_data_that_changed_since_is_refused(live_config, tmp_path):
+    out, pictures = tmp_path / "run", tmp_path / "pictures"
+    shutil.copytree(live_config.data.root, pictures)
+    moved = live_config.replace(data={"root": str(pictures)})
+    stop_at(moved, out, "update:6:term")
+    (pictures / "train" / "class1" / "3.png").unlink()
+    with raises(DataError, out, "data.source"):
+        train(moved, out, resume=True)
+
+
+CHANGED = {
+    "optim.lr": {"optim": {"lr": 0.5}},
+    "optim.batch_size": {"optim": {"batch_size": 4}},
+    "optim.epochs": {"optim": {"epochs": 5}},
+    "optim.ema_epochs": {"optim": {"ema_epochs": 0.0}},
+    "run.seed": {"run": {"seed": 1}},
+    "student.depth": {"student": {"depth": 1}},
+    "student.embed_dim": {"student": {"embed_dim": 48}},
+    "student.image_size": {"student": {"image_size": 24}},
+    "views.auto_augment": {"views": {"auto_augment": "none"}},
+    "loss.temperature": {"loss": {"temperature": 2.0}},
+    "data.classes": {"data": {"classes": ("class0", "class1")}},
+}
+
+
+@pytest.mark.fault("A21", "B6")
+@pytest.mark.parametrize("field", CHANGED)
+def test_another_setting_is_refused_by_name(field, stopped_run, tmp_path):
+    config, stopped = stopped_run
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    with pytest.raises((ConfigError, CheckpointError, DataError)) as error:
+        train(config.replace(**CHANGED[field]), out, resume=True)
+    if isinstance(error.value, ConfigError):
+        assert f"{field}: " in str(error.value)
+
+
+@pytest.mark.fault("A21")
+def test_a_teacher_with_other_weights_under_the_same_name_is_refused(config, tmp_path):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "teacher"
+    shutil.copytree(config.teacher.source[0], folder)
+    live = config.replace(teacher={"target_stores": (), "source": (str(folder),)})
+    stop_at(live, tmp_path / "run", "update:1:term")
+    weights = folder / "best" / "model.safetensors"
+    content = {name: value * 1.001 for name, value in load_file(weights).items()}
+    save_file(content, weights)
+    rewrite_manifest(folder / "best", step=checkpoint_step(folder / "best"))
+    with raises(DataError, tmp_path / "run", "teacher.source"):
+        train(live, tmp_path / "run", resume=True)
+
+
+def checkpoint_step(folder: Path) -> int:
+    return json.loads((folder / "manifest.json").read_text())["step"]
+
+
+@pytest.mark.fault("A23")
+def test_the_other_version_of_torch_is_told(stopped_run, tmp_path, capsys):
+    config, stopped = stopped_run
+    shutil.copytree(stopped, tmp_path / "run")
+    path = tmp_path / "run" / "environment.json"
+    before = json.loads(path.read_text())
+    before["packages"]["torch"] = "1.0"
+    path.write_text(json.dumps(before))
+    fault_injection.install_faults("update:1:term")
+    with pytest.raises(StoppedBySignal):
+        train(config, tmp_path / "run", resume=True)
+    assert re.search(r"\btorch\b[^;]*\b1\.0\b", capsys.readouterr().err)
+
+
+@pytest.mark.fault("C3")
+def test_one_other_pixel_in_memory_is_noticed(config, tmp_path):
+    pictures = tmp_path / "pictures"
+    shutil.copytree(config.data.root, pictures)
+    data = {"root": str(pictures), "storage": "memory", "num_workers": None}
+    moved = config.replace(data=data, teacher={"target_stores": ()})
+    stop_at(moved, tmp_path / "run", "update:6:term")
+    path = pictures / "train" / "class1" / "3.png"
+    with Image.open(path) as image:
+        image.putpixel((5, 5), (1, 2, 3))
+        image.save(path)
+    with raises(DataError, tmp_path / "run", "data.source"):
+        train(moved, tmp_path / "run", resume=True)
