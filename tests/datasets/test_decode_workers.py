@@ -1,7 +1,6 @@
 """Images that stay encoded: the same views from any number of workers, processes and epochs."""
 
 import dataclasses
-import errno
 import multiprocessing
 import os
 import re
@@ -16,58 +15,29 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
-from deit.config.data_section import DataConfig, ViewsConfig
-from deit.config.presets import AUGMENTATIONS
-from deit.config.schema import Config, OptimConfig, RunConfig
-from deit.core.errors import DataError, SystemFault, WorkerLost
+from deit.config.data_section import ViewsConfig
+from deit.config.schema import OptimConfig
+from deit.core.errors import WorkerLost
 from deit.core.rng import Keys
 from deit.datasets import decode_workers
-from deit.datasets.decode_workers import Reader, worker_count
+from deit.datasets.decode_workers import Reader
 from deit.datasets.decoders import CenterSquare, ReadRequest
 from deit.datasets.decoding import decode_square, open_image
-from deit.datasets.images import EncodedImages, InMemoryImages
+from deit.datasets.images import InMemoryImages
 from deit.datasets.loader import Sizes, TrainLoader
-from deit.datasets.splits import load_splits
-from deit.datasets.views import ChannelStats, sample_resized_crop
-from deit.distill.inference import predict_split
+from deit.datasets.views import sample_resized_crop
 from tests.helpers.errors import raises
-from tests.helpers.images import SIDE, images_at, joined, write_pictures
+from tests.helpers.images import (
+    CHANNEL_STATS,
+    PLAIN,
+    SIDE,
+    joined,
+    loader,
+    write_pictures,
+)
 from tests.helpers.processes import fresh
-
-COLOURS = ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
-PLAIN = ViewsConfig(crop="random_resized", crop_scale=(0.2, 1.0), flip=0.0)
-FULL = dataclasses.replace(PLAIN, flip=0.5, **{**AUGMENTATIONS["deit"], "aug_repeats": 2})
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture(scope="module")
-def images(root):
-    found = images_at(root)
-    assert isinstance(found, EncodedImages)
-    assert len(found.labels) == 39
-    return found
-
-
-def loader(images, process=0, num_processes=1, accumulate=1, batch_size=16, views=FULL, workers=0):
-    return TrainLoader(
-        images,
-        3,
-        views=views,
-        optim=OptimConfig(batch_size=batch_size, grad_accum_steps=accumulate),
-        sizes=Sizes(16, SIDE, 16),
-        colours=COLOURS,
-        seed=5,
-        process=process,
-        num_processes=num_processes,
-        workers=workers,
-    )
 
 
 def global_epoch(images, num_processes=1, accumulate=1, epoch=3, **settings):
@@ -86,16 +56,16 @@ def same(ours, theirs):
 
 
 @pytest.fixture(scope="module")
-def expected(images):
+def expected(file_images):
     """Two epochs read by the training process itself."""
-    return {epoch: global_epoch(images, epoch=epoch) for epoch in (0, 1)}
+    return {epoch: global_epoch(file_images, epoch=epoch) for epoch in (0, 1)}
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_that_outlive_an_epoch_read_what_the_process_itself_would(
-    workers, images, expected
+    workers, file_images, expected
 ):
-    made = loader(images, workers=workers)
+    made = loader(file_images, workers=workers)
     for epoch in (0, 1, 0):
         found = joined(made.epoch(epoch))
         assert found[0].shape == (32, 3, SIDE, SIDE)
@@ -109,7 +79,9 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_with_little_shared_memory_batches_come_in_files(images, expected, monkeypatch, capsys):
+def test_with_little_shared_memory_batches_come_in_files(
+    file_images, expected, monkeypatch, capsys
+):
     decode_workers._warn_of_files.cache_clear()
     asked = []
 
@@ -119,7 +91,7 @@ def test_with_little_shared_memory_batches_come_in_files(images, expected, monke
 
     monkeypatch.setattr(decode_workers.shutil, "disk_usage", usage)
     monkeypatch.setattr(decode_workers, "has_sockets", lambda folder: True)
-    made = loader(images, workers=2)
+    made = loader(file_images, workers=2)
     assert same(joined(made.epoch(1)), expected[1])
     assert set(asked) == {"/dev/shm"}
     assert len(re.findall(r"/dev/shm\b.* 0 MiB", capsys.readouterr().err)) == 1
@@ -133,15 +105,15 @@ REFUSALS = (
 
 
 @pytest.mark.parametrize("said", REFUSALS)
-def test_a_batch_that_finds_no_room_comes_in_a_file(said, images, expected, monkeypatch):
+def test_a_batch_that_finds_no_room_comes_in_a_file(said, file_images, expected, monkeypatch):
     """Another process may fill the shared memory at any time."""
 
     def refusing(tensor):
         raise RuntimeError(said)
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refusing)
-    assert same(joined(loader(images, workers=2).epoch(1)), expected[1])
-    work = decode_workers._Work(images, (CenterSquare(4), CenterSquare(5)))
+    assert same(joined(loader(file_images, workers=2).epoch(1)), expected[1])
+    work = decode_workers._Work(file_images, (CenterSquare(4), CenterSquare(5)))
     monkeypatch.setattr(decode_workers, "_work", work, raising=False)
     words = (0, np.arange(3), np.zeros(3, np.int64))
     with TemporaryDirectory() as folder:
@@ -166,14 +138,14 @@ def test_shared_memory_that_cannot_be_handed_over_is_a_lost_worker(said):
 
 
 def test_where_no_socket_has_room_batches_come_in_files(
-    images, expected, tmp_path, monkeypatch, capsys
+    file_images, expected, tmp_path, monkeypatch, capsys
 ):
     """The path of a socket has 107 bytes, and workers hand over shared memory by one."""
     decode_workers._warn_of_files.cache_clear()
     folder = tmp_path / ("x" * 100)
     folder.mkdir()
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
-    assert same(joined(loader(images, workers=2).epoch(1)), expected[1])
+    assert same(joined(loader(file_images, workers=2).epoch(1)), expected[1])
     assert capsys.readouterr().err.count("TMPDIR") == 1
     with TemporaryDirectory(dir="/tmp") as short:
         assert decode_workers.has_sockets(short)
@@ -181,11 +153,11 @@ def test_where_no_socket_has_room_batches_come_in_files(
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_worker_that_is_killed_is_noticed(shared, images, monkeypatch):
+def test_a_worker_that_is_killed_is_noticed(shared, file_images, monkeypatch):
     """Also while its batch is under way."""
     monkeypatch.setattr(decode_workers, "fits_shared", lambda needed: shared)
     wanted = ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
-    with Reader(images, (CenterSquare(256),), workers=2, pin=False) as reader:
+    with Reader(file_images, (CenterSquare(256),), workers=2, pin=False) as reader:
         batches = reader.read([wanted] * 100_000)
         next(batches)
         folder = Path(reader._workers._folder)
@@ -237,14 +209,14 @@ def test_signals_wait_for_the_start_of_the_workers():
         other.set()
 
 
-def test_the_shared_memory_that_batches_need_is_counted(images, monkeypatch):
+def test_the_shared_memory_that_batches_need_is_counted(file_images, monkeypatch):
     monkeypatch.setattr(decode_workers, "has_sockets", lambda folder: True)
     needed = (2 * 2 + 1) * 6 * 3 * (4**2 + 5**2)  # read ahead and in use, of 6 images, two squares
     for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
         monkeypatch.setattr(
             decode_workers.shutil, "disk_usage", lambda path, free=free: Usage(free)
         )
-        reader = Reader(images, (CenterSquare(4), CenterSquare(5)), workers=2, pin=False)
+        reader = Reader(file_images, (CenterSquare(4), CenterSquare(5)), workers=2, pin=False)
         assert reader._has_room(6) == fits
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not decode_workers.fits_shared(needed)
@@ -261,22 +233,22 @@ def test_the_shared_memory_that_batches_need_is_counted(images, monkeypatch):
     [(1, 2, 1), (2, 1, 0), (2, 1, 1), (2, 4, 0), (4, 1, 0), (4, 2, 1)],
 )
 def test_any_layout_sees_the_same_global_batches(
-    num_processes, accumulate, workers, images, expected
+    num_processes, accumulate, workers, file_images, expected
 ):
-    found = global_epoch(images, num_processes, accumulate, epoch=1, workers=workers)
+    found = global_epoch(file_images, num_processes, accumulate, epoch=1, workers=workers)
     assert same(found, expected[1])
 
 
-def test_the_view_of_a_sample_is_the_box_of_its_key_cut_by_pillow(images):
+def test_the_view_of_a_sample_is_the_box_of_its_key_cut_by_pillow(file_images):
     sizes = Sizes(SIDE, SIDE, SIDE)
     views = dataclasses.replace(PLAIN, aug_repeats=2)
     made = TrainLoader(
-        images,
+        file_images,
         3,
         views=views,
         optim=OptimConfig(batch_size=16),
         sizes=sizes,
-        colours=COLOURS,
+        colours=CHANNEL_STATS,
         seed=9,
         workers=1,
     )
@@ -285,7 +257,7 @@ def test_the_view_of_a_sample_is_the_box_of_its_key_cut_by_pillow(images):
         assert torch.equal(batch.sample_ids[:8], batch.sample_ids[8:])
         assert (batch.images[:8] != batch.images[8:]).flatten(1).any(dim=1).all()
         for row, sample in enumerate(batch.sample_ids.tolist()):
-            picture = open_image(images.read(sample), images.name(sample))
+            picture = open_image(file_images.read(sample), file_images.name(sample))
             keys = Keys(9, 4, torch.tensor([sample]), torch.tensor([row // 8]))
             box = sample_resized_crop(
                 keys, picture.height, picture.width, scale=(0.2, 1.0), ratio=views.crop_ratio
@@ -300,20 +272,23 @@ def test_the_view_of_a_sample_is_the_box_of_its_key_cut_by_pillow(images):
 
 
 @pytest.mark.parametrize("crop", ["none", "padded"])
-def test_other_crops_are_cut_from_the_square_of_the_whole_image(crop, images):
+def test_other_crops_are_cut_from_the_square_of_the_whole_image(crop, file_images):
     views = ViewsConfig(crop=crop, crop_padding=2, mixup_alpha=0.8)
     squares = InMemoryImages(
         torch.stack(
-            [decode_square(images.read(i), images.name(i), 16) for i in range(len(images.labels))]
+            [
+                decode_square(file_images.read(i), file_images.name(i), 16)
+                for i in range(len(file_images.labels))
+            ]
         ),
-        images.labels,
+        file_images.labels,
     )
     theirs = global_epoch(squares, views=views)
-    assert same(global_epoch(images, views=views, workers=1), theirs)
+    assert same(global_epoch(file_images, views=views, workers=1), theirs)
 
 
-def test_a_dropped_epoch_leaves_nothing_behind(images, expected):
-    made = loader(images, accumulate=2, workers=2)
+def test_a_dropped_epoch_leaves_nothing_behind(file_images, expected):
+    made = loader(file_images, accumulate=2, workers=2)
     for _ in range(2):
         epoch = made.epoch(0)
         next(epoch)
@@ -322,141 +297,9 @@ def test_a_dropped_epoch_leaves_nothing_behind(images, expected):
         assert same(found, expected[1])
 
 
-def test_no_random_state_is_read_or_moved(images):
+def test_no_random_state_is_read_or_moved(file_images):
     before = torch.random.get_rng_state()
-    first = global_epoch(images, workers=1)
+    first = global_epoch(file_images, workers=1)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(77)
-    assert same(global_epoch(images, workers=1), first)
-
-
-def test_reading_ahead_opens_no_more_files_the_longer_the_epoch(images):
-    # Tensors that wait in a queue are shared memory, and each holds a file open.
-    reader = Reader(images, (CenterSquare(4),), workers=1, pin=False)
-    one = torch.zeros(1, dtype=torch.int64)
-    batches = reader.read([ReadRequest(0, one.clone(), one.clone()) for _ in range(120)])
-    opened = [len(os.listdir("/proc/self/fd")) for _ in batches]
-    assert len(opened) == 120
-    # Those that wait are a few, how many by the moment; kept open they would be one a batch.
-    assert max(opened) - opened[0] < 60
-
-
-@pytest.mark.fault("C24")
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("views", [PLAIN, ViewsConfig()], ids=["cropped", "whole"])
-def test_a_broken_file_is_named_in_one_line(workers, views, tmp_path):
-    root = write_pictures(tmp_path / "images", number=8)
-    data = DataConfig(source="folder", root=str(root), storage="files", image_size=SIDE)
-    train = load_splits(data).train
-    broken, number = Path(train.name(7)), len(train.labels)
-    made = loader(train, batch_size=number, views=views, workers=workers)
-    content = broken.read_bytes()
-    broken.write_bytes(content[: len(content) // 2])
-    # One line; and nothing here holds the error, whose traceback would keep the workers.
-    with raises(DataError, str(broken)):
-        list(made.epoch(0))
-    broken.unlink()
-    with raises(DataError, str(broken)):
-        list(made.epoch(0))
-    broken.write_bytes(content)
-    assert len(next(made.epoch(1)).images) == number  # and the workers go on
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_fault_of_the_machine_is_no_broken_file(workers, images, monkeypatch):
-    """It may pass: a run that ends by it may be tried again."""
-
-    def failing(path):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(Path, "read_bytes", failing)
-    wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
-    with (
-        Reader(images, (CenterSquare(4),), workers=workers, pin=False) as reader,
-        raises(SystemFault, "Input/output error") as raised,
-    ):
-        list(reader.read(wanted))
-    assert re.fullmatch(r".*\.(jpg|png): .*", str(raised.value))
-
-
-def answers(images, config):
-    """What a network that only flattens makes of a split: every pixel of every view, in order."""
-    accelerator = Accelerator(cpu=True)
-    return predict_split(accelerator, torch.nn.Flatten(), images, config, "reading").class_logits
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_answers_the_same_from_memory_and_from_files(workers, root):
-    data = DataConfig(source="folder", root=str(root), image_size=SIDE, num_workers=workers)
-    found = {}
-    for storage in ("memory", "files"):
-        config = Config(
-            data=dataclasses.replace(data, storage=storage),
-            views=ViewsConfig(eval_crop_pct=10 / SIDE),
-            run=RunConfig(eval_batch_size=4, device="cpu"),
-        )
-        config = dataclasses.replace(
-            config, student=dataclasses.replace(config.student, image_size=10)
-        )
-        splits = load_splits(config.data)
-        assert isinstance(splits.train, InMemoryImages) == (storage == "memory")
-        found[storage] = answers(splits.test, config)
-        assert len(found[storage]) == len(splits.test.labels) == 12
-    # Whole images, in order and once each: no two of these pictures are alike.
-    assert torch.equal(found["files"], found["memory"])
-    assert len(found["files"].unique(dim=0)) == 12
-
-
-def test_worker_count_is_a_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert worker_count(DataConfig()) == 8
-    assert worker_count(DataConfig(num_workers=0)) == 0
-    assert worker_count(DataConfig(num_workers=20)) == 20
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert worker_count(DataConfig()) == 3
-    assert worker_count(DataConfig(num_workers=5)) == 5
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert worker_count(DataConfig()) == 1
-
-
-def test_every_stage_is_measured(images):
-    made = loader(images, accumulate=2, workers=1)
-    list(made.epoch(0))
-    assert made.stages.images == {"views": 32, "reading": 32, "waiting": 32}
-    assert made.stages.rates().keys() == {"views", "reading", "waiting"}
-    assert min(made.stages.rates().values()) > 0
-
-
-@pytest.mark.fault("A26")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])  # no memory; a full /dev/shm
-def test_a_worker_that_was_killed_is_a_clear_fault(number, images):
-    class Deadly:
-        size = 4
-
-        def cut(self, pictures, wanted):
-            os.kill(os.getpid(), number)
-
-    wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
-    with raises(SystemFault, "data.num_workers"):
-        list(Reader(images, (Deadly(),), workers=1, pin=False).read(wanted))
-
-
-def test_where_one_worker_is_lost_another_that_is_busy_is_not_waited_for(images, tmp_path):
-    """Python's pool holds a lock until the others have ended, which the next batch waits for."""
-
-    class Busy:
-        size = 4
-
-        def cut(self, pictures, wanted):
-            try:
-                (tmp_path / "first").touch(exist_ok=False)
-            except FileExistsError:
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(10000)
-
-    wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))] * 2
-    with Reader(images, (Busy(),), workers=2, pin=False) as reader:
-        for _ in range(2):
-            with pytest.raises(WorkerLost):
-                next(reader.read(wanted))
+    assert same(global_epoch(file_images, workers=1), first)

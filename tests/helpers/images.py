@@ -1,5 +1,6 @@
 """Images that tests read, and what they are read into."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -8,8 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from deit.config.data_section import DataConfig
+from deit.config.data_section import DataConfig, ViewsConfig
+from deit.config.presets import AUGMENTATIONS
+from deit.config.schema import OptimConfig
+from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.splits import load_splits
+from deit.datasets.views import ChannelStats
 
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -108,3 +113,23 @@ def random_batch(side: int = 12, number: int = 3, seed: int = 5) -> torch.Tensor
 
 def folder_data(root, **changes):
     return DataConfig(source="folder", root=str(root), image_size=8, **changes)
+
+
+CHANNEL_STATS = ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+PLAIN = ViewsConfig(crop="random_resized", crop_scale=(0.2, 1.0), flip=0.0)
+FULL = dataclasses.replace(PLAIN, flip=0.5, **{**AUGMENTATIONS["deit"], "aug_repeats": 2})
+
+
+def loader(images, process=0, num_processes=1, accumulate=1, batch_size=16, views=FULL, workers=0):
+    return TrainLoader(
+        images,
+        3,
+        views=views,
+        optim=OptimConfig(batch_size=batch_size, grad_accum_steps=accumulate),
+        sizes=Sizes(16, SIDE, 16),
+        colours=CHANNEL_STATS,
+        seed=5,
+        process=process,
+        num_processes=num_processes,
+        workers=workers,
+    )

@@ -1,0 +1,127 @@
+"""Links, pipes and unreadable folders among the images."""
+
+import os
+import re
+
+import pytest
+
+from deit.core.errors import DataError
+from deit.datasets.sources import LISTINGS
+from deit.datasets.splits import load_splits
+from tests.helpers.errors import raises
+from tests.helpers.image_sources.layouts import (
+    PNG,
+    names_of,
+    skipped_notes,
+    source_config,
+    split_sizes,
+    write_file,
+    write_images,
+    write_shard,
+)
+
+# Links.
+
+
+@pytest.mark.fault("C26")
+@pytest.mark.parametrize("way", ["folder", "folder reader"])
+def test_images_behind_links_are_read(way, tmp_path):
+    root = tmp_path / "data"
+    found = write_images(way, root, {"train": "train"})
+    for index in range(3):
+        write_file(tmp_path / "lake" / "ant" / f"more{index}.png")
+    # timm's class is the innermost folder.
+    (root / "train" / "ant" / "ant").symlink_to(tmp_path / "lake" / "ant")
+    (root / "train" / "bee" / "link.png").symlink_to(tmp_path / "lake" / "ant" / "more0.png")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "lake")
+    (root / "val").symlink_to(tmp_path / "other" / "val")
+    for name in names_of(2):
+        write_file(tmp_path / "other" / "val" / name)
+    assert split_sizes(found) == {"train": 8 + 3 + 1, "test": 4}
+    listing = LISTINGS[found.source](found, ())
+    assert "train/ant/ant/more2.png" in map(listing.store.key, range(len(listing.store)))
+    assert all(listing.store.read(row) == PNG for row in range(len(listing.store)))
+
+
+@pytest.mark.fault("C26")
+def test_shards_behind_links_are_read(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_shard(tmp_path / "lake" / "0.tar", names_of(4))
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "lake")
+    assert split_sizes(source_config("shards", tmp_path / "data")) == {"train": 8}
+
+
+@pytest.mark.fault("C26")
+@pytest.mark.parametrize("way", ["folder", "folder reader"])
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../.."])
+def test_a_link_that_leads_back_is_named_and_not_followed(way, target, tmp_path):
+    root = tmp_path / "data"
+    found = write_images(way, root, {"train": "train"})
+    (root / "train" / "ant" / "again").symlink_to(target)
+    assert split_sizes(found) == {"train": 8}
+    (note,) = skipped_notes(found)
+    assert f"{root}/train/ant/again " in note
+    assert " link " in note
+
+
+@pytest.mark.fault("C26")
+def test_links_that_lead_to_each_other_end(tmp_path):
+    found = write_images("folder", tmp_path / "data", {"train": "train"})
+    for here, there in (("x", "y"), ("y", "x")):
+        write_file(tmp_path / here / f"{here}.png")
+        (tmp_path / here / there).symlink_to(tmp_path / there)
+    (tmp_path / "data" / "train" / "ant" / "x").symlink_to(tmp_path / "x")
+    assert split_sizes(found) == {"train": 8 + 2}
+    assert re.search(r"\bx/y/x\b.* link\b", skipped_notes(found)[0])
+
+
+@pytest.mark.fault("C26")
+@pytest.mark.parametrize("place", ["train/ant/more", "train/cow", "val"])
+def test_a_link_to_nothing_is_refused_by_name(place, tmp_path):
+    found = write_images("folder", tmp_path, {"train": "train"})
+    (tmp_path / place).symlink_to("/unmounted/lake")
+    with raises(DataError, place):
+        split_sizes(found)
+
+
+def test_an_image_that_is_a_link_to_nothing_can_be_left_out(tmp_path):
+    found = write_images("folder", tmp_path, {"train": "train"})
+    (tmp_path / "train" / "ant" / "gone.png").symlink_to("/unmounted/x.png")
+    with raises(DataError, "gone.png"):
+        load_splits(found)
+    bad = write_file(tmp_path / "bad.txt", b"train/ant/gone.png\n")
+    load_splits(source_config("folder", tmp_path, exclude_list=str(bad)))
+
+
+def test_another_file_that_is_a_link_to_nothing_is_passed_over(tmp_path):
+    found = write_images("folder", tmp_path, {"train": "train"})
+    (tmp_path / "train" / "ant" / "labels.csv").symlink_to("/unmounted/labels.csv")
+    (note,) = skipped_notes(found)
+    assert note.endswith(" 1 .csv")
+
+
+@pytest.mark.fault("C26")
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_is_refused_and_never_waited_for(linked, tmp_path):
+    found = write_images("folder", tmp_path / "data", {"train": "train"})
+    place = tmp_path / "data" / "train" / "ant" / "pipe.png"
+    os.mkfifo(tmp_path / "pipe" if linked else place)
+    if linked:
+        place.symlink_to(tmp_path / "pipe")
+    with raises(DataError, "pipe.png"):
+        split_sizes(found)
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    found = write_images("folder", tmp_path, {"train": "train"})
+    (tmp_path / "train" / "ant" / "closed").mkdir()
+    scan = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with raises(DataError, "ant/closed: ", "Permission denied"):
+        split_sizes(found)

@@ -1,0 +1,164 @@
+"""Splits of image folders, shards and tars: their names, and the images outside of them."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deit.cli import run_command
+from deit.config.data_section import DataConfig
+from deit.core.errors import DataError
+from deit.datasets import timm_readers
+from deit.datasets.splits import load_splits
+from tests.helpers.errors import raises
+from tests.helpers.image_sources.layouts import (
+    LAYOUTS,
+    SPLIT_SIZES,
+    skipped_notes,
+    split_sizes,
+    write_file,
+    write_images,
+)
+
+# Splits.
+
+
+@pytest.mark.fault("C25")
+@pytest.mark.parametrize("way", LAYOUTS)
+@pytest.mark.parametrize(
+    "called",
+    [
+        ("train", "valid", "test"),
+        ("Train", "Valid", "Test"),
+        ("training", "dev", "evaluation"),
+        ("TRAIN", "Validation", "testing"),
+    ],
+    ids=" ".join,
+)
+def test_a_split_has_any_usual_name(way, called, tmp_path):
+    found = write_images(way, tmp_path, dict(zip(SPLIT_SIZES, called)))
+    assert split_sizes(found) == {split: 2 * number for split, number in SPLIT_SIZES.items()}
+    assert skipped_notes(found) == ()
+
+
+@pytest.mark.fault("C25")
+@pytest.mark.parametrize("way", LAYOUTS)
+@pytest.mark.parametrize("called", ["val", "valid", "Validation", "dev", "eval"])
+def test_one_labelled_split_beside_the_training_images_is_the_test(way, called, tmp_path):
+    found = write_images(way, tmp_path, {"train": "train", "validation": called})
+    assert split_sizes(found) == {"train": 8, "test": 6}
+
+
+@pytest.mark.fault("C25")
+@pytest.mark.parametrize("way", LAYOUTS)
+def test_two_names_of_one_split_are_refused(way, tmp_path):
+    found = write_images(way, tmp_path, {"train": "train", "validation": "val", "test": "valid"})
+    with raises(DataError, "'val'", "'valid'"):
+        split_sizes(found)
+
+
+@pytest.mark.parametrize("way", ["folder", "shards", "folder reader"])
+def test_splits_without_one_to_train_on_are_no_classes(way, tmp_path):
+    found = write_images(way, tmp_path, {"validation": "Valid", "test": "test"})
+    with raises(DataError, "'Valid'"):
+        split_sizes(found)
+
+
+@pytest.mark.fault("C25")
+@pytest.mark.parametrize("way", LAYOUTS)
+def test_images_beside_the_splits_are_named(way, tmp_path):
+    found = write_images(way, tmp_path, {"train": "train", "validation": "val", "test": "fold2"})
+    write_file(tmp_path / "notes" / "readme.txt", b"no images here")
+    (note,) = skipped_notes(found)
+    assert str(tmp_path / "fold2") in note
+    assert load_splits(found).passed == (note,)
+
+
+class FakeHub:
+    """A data set of Hugging Face's in miniature, with the splits of one that is there."""
+
+    class_to_idx = {"ant": 0, "bee": 1}
+    image_key, label_key = "image", "label"
+    info = SimpleNamespace(splits={"train": None, "valid": None, "unsupervised": None})
+
+    def __init__(self, name: str, root: Path, split: str = "train") -> None:
+        self.dataset, self.number = self, {"train": 8, "valid": 6}[split]
+
+    def remove_columns(self, key: str) -> dict[str, list[int]]:
+        return {"label": [row % 2 for row in range(self.number)]}
+
+    def __len__(self) -> int:
+        return self.number
+
+
+@pytest.mark.fault("C25")
+def test_the_splits_of_a_hub_are_found_by_the_same_names(tmp_path, monkeypatch):
+    monkeypatch.setattr("timm.data.readers.create_reader", FakeHub)
+    there = SimpleNamespace(origin="there")
+    monkeypatch.setattr(timm_readers.importlib.util, "find_spec", lambda name: there)
+    fields = {"source": "reader", "reader": "hfds/x", "download": True}
+    found = DataConfig(root=str(tmp_path), **fields)
+    assert split_sizes(found) == {"train": 8, "test": 6}
+    (note,) = skipped_notes(found)
+    assert "hfds/x unsupervised" in note
+
+
+def test_a_scan_names_what_is_beside_the_splits(tmp_path, monkeypatch, capsys):
+    write_images(
+        "folder", tmp_path / "data", {"train": "train", "validation": "val", "test": "fold2"}
+    )
+    for name in ("cover.png", "back.png", "train/stray.png"):
+        write_file(tmp_path / "data" / name)
+    write_file(tmp_path / "data" / "train" / "labels.csv", b"a,b\n")
+    monkeypatch.chdir(tmp_path)
+    assert run_command("check-data", ["data", "--json", "found.json"], "deit check-data") == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    folder, beside, outside = found["not_read"]
+    assert folder.startswith("data/fold2 ")
+    assert beside.startswith("2 ")
+    assert outside.startswith("1 ")
+    assert all(f" {one}\n" in said for one in found["not_read"])
+    assert found["passed_over"] == {".csv": 1}
+
+
+def test_a_run_says_at_its_start_what_it_does_not_read(tmp_path, monkeypatch, capsys):
+    write_images(
+        "folder", tmp_path / "data", {"train": "Train", "validation": "fold2", "test": "Test"}
+    )
+    write_file(tmp_path / "data" / "Train" / "ant" / "photo.heic", b"x")
+    monkeypatch.chdir(tmp_path)
+    options = "--teacher.source none --loss none --optim.epochs 1 --optim.warmup_epochs 0"
+    options += " --optim.batch_size 2 --data.image_size 8 --student.image_size 8 --student.depth 1"
+    words = ["folder", "--data.root", "data", *options.split(), "--dry-run"]
+    assert run_command("train", words, "deit train") == 0
+    said = capsys.readouterr().out.splitlines()
+    (at,) = [index for index, line in enumerate(said) if re.match(r"data +folder\b", line)]
+    numbers = re.findall(r"(\d+) (classes|train|validation|test)\b", said[at])
+    assert numbers == [("2", "classes"), ("6", "train"), ("2", "validation"), ("4", "test")]
+    assert re.match(r" .*\b1 \.heic$", said[at + 1])
+    assert re.match(r" .*\bdata/fold2\b", said[at + 2])
+
+
+def test_images_without_classes_are_refused_with_advice(tmp_path):
+    """A test split without labels, as contests have it, or a class that is called train."""
+    found = write_images("folder", tmp_path, {"train": "train"})
+    write_file(tmp_path / "test" / "1.png")
+    with raises(DataError, tmp_path / "test", "deit predict"):
+        split_sizes(found)
+
+
+# Classes.
+
+
+def test_a_class_without_images_in_one_split_is_named(tmp_path):
+    found = write_images("folder", tmp_path, {"train": "train", "validation": "val"})
+    for path in (tmp_path / "val" / "bee").iterdir():
+        path.unlink()
+    with raises(DataError, "val/bee: "):
+        split_sizes(found)
+    (tmp_path / "val" / "bee").rmdir()
+    with raises(DataError, "'bee'"):
+        split_sizes(found)

@@ -1,0 +1,112 @@
+"""The same images from folders, shards and timm's readers: same pixels, labels, names, splits."""
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from deit.config.data_section import DataConfig
+from deit.core.errors import DataError
+from deit.datasets.images import EncodedImages
+from deit.datasets.sources import SOURCES
+from deit.datasets.splits import load_splits
+from deit.datasets.stores import StringTable
+from tests.helpers.errors import raises
+from tests.helpers.image_sources.stores import (
+    CLASSES,
+    LAYOUTS,
+    images,
+    split_contents,
+    write_splits,
+)
+
+
+def replace(config: DataConfig, **changes: object) -> DataConfig:
+    return DataConfig(**{**vars(config), **changes})
+
+
+@pytest.mark.fault("C15")
+@pytest.mark.parametrize("way", LAYOUTS)
+def test_every_way_has_the_same_classes_images_labels_and_test_images(way, tmp_path):
+    config = write_splits(way, tmp_path / "data")
+    splits = load_splits(replace(config, storage="files"))
+    assert isinstance(splits.train, EncodedImages)
+    assert splits.class_names == CLASSES
+    train, validation, test = split_contents(splits)
+    assert test == {(name.split("/")[0], content) for name, content in images("val").items()}
+    assert train | validation == {
+        (name.split("/")[0], content) for name, content in images("train").items()
+    }
+    assert len(validation) == 4
+
+
+@pytest.mark.parametrize("way", ["shards", "numbered shards", "folder reader"])
+def test_the_same_images_are_set_aside_however_they_lie(way, tmp_path):
+    """By the name of the image, which folder and shards share."""
+    expected = write_splits("folder", tmp_path / "folder")
+    other = write_splits(way, tmp_path / "other")
+    found = [split_contents(load_splits(replace(c, storage="files"))) for c in (expected, other)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("way", LAYOUTS)
+def test_in_memory_and_as_files_are_the_same_images(way, tmp_path):
+    config = write_splits(way, tmp_path / "data")
+    memory = load_splits(replace(config, storage="memory"))
+    files = load_splits(replace(config, storage="files"))
+    assert memory.train.labels.tolist() == files.train.labels.tolist()
+    assert memory.mean == files.mean
+    assert memory.std == files.std
+    assert memory.fingerprint != files.fingerprint
+    told = [any("data.storage" in note for note in splits.notes) for splits in (memory, files)]
+    assert told == [False, True]
+
+
+@pytest.mark.parametrize("way", LAYOUTS)
+def test_a_moved_data_set_has_the_same_fingerprint_and_a_changed_one_another(way, tmp_path):
+    config = replace(write_splits(way, tmp_path / "here"), storage="files")
+    before = load_splits(config).fingerprint
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = replace(config, root=str(tmp_path / "there"))
+    assert load_splits(moved).fingerprint == before
+    assert load_splits(replace(moved, split_seed=1)).fingerprint != before
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_read_the_same_bytes(method, tmp_path):
+    with ProcessPoolExecutor(2, mp_context=get_context(method)) as pool:
+        for way in LAYOUTS:
+            config = write_splits(way, tmp_path / way, ("train",))
+            store = SOURCES[config.source](config, ()).train.store
+            rows = list(range(len(store)))
+            assert list(pool.map(store.read, rows, chunksize=5)) == list(map(store.read, rows))
+            assert list(pool.map(store.name, rows, chunksize=5)) == list(map(store.name, rows))
+
+
+@pytest.mark.parametrize("way", LAYOUTS)
+def test_classes_can_be_chosen_everywhere(way, tmp_path):
+    config = write_splits(way, tmp_path / "data")
+    splits = load_splits(replace(config, classes=("cat", "10")))
+    assert splits.class_names == ("10", "cat")
+    assert len(splits.test.labels) == 20
+    with raises(DataError, "'dog'"):
+        load_splits(replace(config, classes=("dog",)))
+
+
+def test_names_lead_to_the_image(tmp_path):
+    for way, name in (
+        ("folder", "train/10/0.png"),
+        ("shards", "train/000.tar/10/0.png"),
+        ("folder reader", "train/10/0.png"),
+        ("tar reader", "train.tar/10/0.png"),
+    ):
+        root = tmp_path / way
+        train = SOURCES[LAYOUTS[way][1]["source"]](write_splits(way, root, ("train",)), ()).train
+        assert train.name(0) == f"{root}/{name}"
+
+
+@pytest.mark.fault("E9")
+def test_many_texts_are_kept_as_they_are():
+    texts = ["", "a", "ä/ö.png", "with\nline", b"\xff.png".decode(errors="surrogateescape"), ""]
+    packed = StringTable(texts)
+    assert [packed[index] for index in range(len(packed))] == texts

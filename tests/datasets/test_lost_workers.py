@@ -1,0 +1,158 @@
+"""Workers that decode images: open files, broken images, lost workers, and their number."""
+
+import dataclasses
+import errno
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from deit.config.data_section import DataConfig, ViewsConfig
+from deit.config.schema import Config, RunConfig
+from deit.core.errors import DataError, SystemFault, WorkerLost
+from deit.datasets.decode_workers import Reader, worker_count
+from deit.datasets.decoders import CenterSquare, ReadRequest
+from deit.datasets.images import InMemoryImages
+from deit.datasets.splits import load_splits
+from deit.distill.inference import predict_split
+from tests.helpers.errors import raises
+from tests.helpers.images import PLAIN, SIDE, loader, write_pictures
+
+
+def test_reading_ahead_opens_no_more_files_the_longer_the_epoch(file_images):
+    # Tensors that wait in a queue are shared memory, and each holds a file open.
+    reader = Reader(file_images, (CenterSquare(4),), workers=1, pin=False)
+    one = torch.zeros(1, dtype=torch.int64)
+    batches = reader.read([ReadRequest(0, one.clone(), one.clone()) for _ in range(120)])
+    opened = [len(os.listdir("/proc/self/fd")) for _ in batches]
+    assert len(opened) == 120
+    # Those that wait are a few, how many by the moment; kept open they would be one a batch.
+    assert max(opened) - opened[0] < 60
+
+
+@pytest.mark.fault("C24")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("views", [PLAIN, ViewsConfig()], ids=["cropped", "whole"])
+def test_a_broken_file_is_named_in_one_line(workers, views, tmp_path):
+    files_root = write_pictures(tmp_path / "images", number=8)
+    data = DataConfig(source="folder", files_root=str(files_root), storage="files", image_size=SIDE)
+    train = load_splits(data).train
+    broken, number = Path(train.name(7)), len(train.labels)
+    made = loader(train, batch_size=number, views=views, workers=workers)
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2])
+    # One line; and nothing here holds the error, whose traceback would keep the workers.
+    with raises(DataError, str(broken)):
+        list(made.epoch(0))
+    broken.unlink()
+    with raises(DataError, str(broken)):
+        list(made.epoch(0))
+    broken.write_bytes(content)
+    assert len(next(made.epoch(1)).images) == number  # and the workers go on
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_of_the_machine_is_no_broken_file(workers, file_images, monkeypatch):
+    """It may pass: a run that ends by it may be tried again."""
+
+    def failing(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
+    with (
+        Reader(file_images, (CenterSquare(4),), workers=workers, pin=False) as reader,
+        raises(SystemFault, "Input/output error") as raised,
+    ):
+        list(reader.read(wanted))
+    assert re.fullmatch(r".*\.(jpg|png): .*", str(raised.value))
+
+
+def answers(images, config):
+    """What a network that only flattens makes of a split: every pixel of every view, in order."""
+    accelerator = Accelerator(cpu=True)
+    return predict_split(accelerator, torch.nn.Flatten(), images, config, "reading").class_logits
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_answers_the_same_from_memory_and_from_files(workers, files_root):
+    data = DataConfig(
+        source="folder", files_root=str(files_root), image_size=SIDE, num_workers=workers
+    )
+    found = {}
+    for storage in ("memory", "files"):
+        config = Config(
+            data=dataclasses.replace(data, storage=storage),
+            views=ViewsConfig(eval_crop_pct=10 / SIDE),
+            run=RunConfig(eval_batch_size=4, device="cpu"),
+        )
+        config = dataclasses.replace(
+            config, student=dataclasses.replace(config.student, image_size=10)
+        )
+        splits = load_splits(config.data)
+        assert isinstance(splits.train, InMemoryImages) == (storage == "memory")
+        found[storage] = answers(splits.test, config)
+        assert len(found[storage]) == len(splits.test.labels) == 12
+    # Whole images, in order and once each: no two of these pictures are alike.
+    assert torch.equal(found["files"], found["memory"])
+    assert len(found["files"].unique(dim=0)) == 12
+
+
+def test_worker_count_is_a_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert worker_count(DataConfig()) == 8
+    assert worker_count(DataConfig(num_workers=0)) == 0
+    assert worker_count(DataConfig(num_workers=20)) == 20
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert worker_count(DataConfig()) == 3
+    assert worker_count(DataConfig(num_workers=5)) == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert worker_count(DataConfig()) == 1
+
+
+def test_every_stage_is_measured(file_images):
+    made = loader(file_images, accumulate=2, workers=1)
+    list(made.epoch(0))
+    assert made.stages.images == {"views": 32, "reading": 32, "waiting": 32}
+    assert made.stages.rates().keys() == {"views", "reading", "waiting"}
+    assert min(made.stages.rates().values()) > 0
+
+
+@pytest.mark.fault("A26")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])  # no memory; a full /dev/shm
+def test_a_worker_that_was_killed_is_a_clear_fault(number, file_images):
+    class Deadly:
+        size = 4
+
+        def cut(self, pictures, wanted):
+            os.kill(os.getpid(), number)
+
+    wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
+    with raises(SystemFault, "data.num_workers"):
+        list(Reader(file_images, (Deadly(),), workers=1, pin=False).read(wanted))
+
+
+def test_where_one_worker_is_lost_another_that_is_busy_is_not_waited_for(file_images, tmp_path):
+    """Python's pool holds a lock until the others have ended, which the next batch waits for."""
+
+    class Busy:
+        size = 4
+
+        def cut(self, pictures, wanted):
+            try:
+                (tmp_path / "first").touch(exist_ok=False)
+            except FileExistsError:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(10000)
+
+    wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))] * 2
+    with Reader(file_images, (Busy(),), workers=2, pin=False) as reader:
+        for _ in range(2):
+            with pytest.raises(WorkerLost):
+                next(reader.read(wanted))
