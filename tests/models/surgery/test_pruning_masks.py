@@ -1,22 +1,14 @@
-"""Masks of pruned students: exact counts, and zeros that hold in training, averages and files."""
-
-import json
-from pathlib import Path
+"""Pruning masks: which weights may be pruned, exact counts, nested levels, random controls."""
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deit.config.recipes.handwriting import digits, digits_teacher
 from deit.config.schema import Config
 from deit.config.sparsity import SCOPES, densities_of, groups_of
-from deit.core import run_folder, run_log
 from deit.core.errors import CheckpointError, ConfigError
 from deit.models.networks import create_network
-from deit.models.saved import save_weights
 from deit.models.surgery.pruning_masks import (
-    MASKS,
     PRUNE,
     PruningMasks,
     all_ones,
@@ -31,12 +23,7 @@ from deit.models.surgery.pruning_masks import (
     random_like,
     read_masks,
 )
-from deit.training.build import build_run
-from deit.training.optimizer import lr_at
-from deit.training.train import train
 from tests.helpers.errors import raises
-from tests.helpers.resume_helpers import same_end, stop_at
-from tests.helpers.small_runs import SMALL
 
 EVERY_SCOPE = (*SCOPES, "2:4", "1:3")
 
@@ -254,180 +241,3 @@ def test_masks_of_something_else(tmp_path):
             check_fits(masks, network, origin="x")
     with raises(CheckpointError, tmp_path / "nothing.safetensors"):
         read_masks(tmp_path / "nothing.safetensors")
-
-
-# A run under masks
-
-EPOCHS = 3
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A teacher, a dense run that kept its updates 0, 5 and 7, and masks of its end."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("masks")
-    teacher = digits_teacher().replace(optim={"epochs": 3}, data={"train_fraction": 0.2})
-    train(teacher, folder / "teacher")
-    config = config_of(folder)
-    assert train(config.replace(run={"keep_steps": (5, 7)}), folder / "dense")["step"] == 12
-    ends = load_file(run_folder.latest_checkpoint(folder / "dense") / "model.safetensors")
-    kept = [name for name in ends if name.endswith(("qkv.weight", "proj.weight", "fc1.weight"))]
-    scores = {name: ends[name].abs() for name in kept if name.startswith("blocks")}
-    masks = prune_in("global")(scores, all_ones(scores), 0.4)
-    save_weights(folder / "masks.safetensors", masks)
-    return folder
-
-
-def config_of(folder: Path, **more: dict) -> Config:
-    config = digits().replace(
-        data={"train_fraction": 0.2},
-        student={"depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path": 0.1},
-        teacher={"source": (str(folder / "teacher"),), "allow_near_chance": True},
-        optim={"epochs": EPOCHS, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 0.5}
-        | {"clip_grad_norm": 0.5},
-        run={"linear_backend": "torch"},
-    )
-    return config.replace(**more)
-
-
-def ticket(folder: Path, **more: dict) -> Config:
-    start = {"weights": str(folder / "dense" / "checkpoint-00000005"), "start_step": 5}
-    start |= {"pruning_masks": str(folder / "masks.safetensors")}
-    return config_of(folder, init=start, **more)
-
-
-def test_kept_updates_stay_beside_the_newest(place):
-    steps = [step for step, _ in run_folder.list_checkpoints(place / "dense")]
-    assert steps == [12, 8, 7, 5]
-
-
-def test_a_level_begins_where_the_dense_run_was(place):
-    """The weights of that update to the bit, but for the masks; its learning rate, its views; no
-    moments."""
-    run = build_run(ticket(place))
-    masks = read_masks(place / "masks.safetensors")
-    before = load_file(place / "dense" / "checkpoint-00000005" / "model.safetensors")
-    assert (run.state.step, run.state.epoch) == (5, 1)
-    for name, value in run.student.network.state_dict().items():
-        expected = before[name] * masks[name] if name in masks else before[name]
-        assert torch.equal(value, expected), name
-        assert torch.equal(run.average.model.network.state_dict()[name], expected), name
-    assert not run.optimizer.state
-    assert run.state.average_updates == 0
-
-
-@pytest.fixture(scope="module")
-def pruned(place) -> Path:
-    train(ticket(place), place / "pruned")
-    return place / "pruned"
-
-
-def test_zeros_hold_in_every_file(place, pruned):
-    masks = read_masks(place / "masks.safetensors")
-    folders = [pruned / "best", *(path for _, path in run_folder.list_checkpoints(pruned))]
-    files = [file for folder in folders for file in folder.glob("*.safetensors")]
-    assert {file.name for file in files} == {
-        *("model.safetensors", "average.safetensors", "optimizer.safetensors", MASKS)
-    }
-    for folder in folders:
-        assert all(
-            torch.equal(masks[name], one) for name, one in read_masks(folder / MASKS).items()
-        )
-        assert is_masked(masks, load_file(folder / "model.safetensors"))
-    for folder in folders[1:]:
-        assert is_masked(masks, load_file(folder / "average.safetensors"))
-        moments = load_file(folder / "optimizer.safetensors")
-        for kind in ("exp_avg", "exp_avg_sq"):
-            assert is_masked(masks, {name: moments[f"{kind}/{name}"] for name in masks})
-    # And the others have moved.
-    dense_start = load_file(place / "dense" / "checkpoint-00000005" / "model.safetensors")
-    after = load_file(folders[1] / "model.safetensors")
-    for name, mask in masks.items():
-        assert (after[name] != dense_start[name])[mask].float().mean() > 0.99
-
-
-def test_schedule_order_and_views_are_those_of_the_dense_run(place, pruned):
-    ours, theirs = (run_log.read(out / run_log.METRICS) for out in (pruned, place / "dense"))
-    config = ticket(place)
-    assert [row["step"] for row in ours] == [8, 12]
-    for mine, dense_row in zip(ours, theirs[1:]):
-        assert mine["step"] == dense_row["step"]
-        assert mine["epoch"] == dense_row["epoch"]
-        assert mine["train"]["lr"] == dense_row["train"]["lr"]
-        assert mine["train"]["lr"] == lr_at(mine["step"] - 1, optim=config.optim, steps_per_epoch=4)
-    # The teacher, who does not change, said the same of the whole third epoch's views.
-    assert ours[1]["train"]["teacher_top1"] == theirs[2]["train"]["teacher_top1"]
-    result = run_folder.read_result(pruned)
-    assert result["step"] == 12
-    assert result["samples_seen"] == 7 * 64
-
-
-def test_masks_that_keep_everything_change_no_bit(place, tmp_path):
-    every = {name: torch.ones_like(mask) for name, mask in read_masks(place / MASKS).items()}
-    save_weights(tmp_path / MASKS, every)
-    start = {"weights": str(place / "dense" / "checkpoint-00000007"), "start_step": 7}
-    for name, masks in (("masked", str(tmp_path / MASKS)), ("plain", "keep")):
-        train(config_of(place, init={**start, "pruning_masks": masks}), tmp_path / name)
-    ends = [
-        run_folder.latest_checkpoint(tmp_path / name) / "model.safetensors"
-        for name in ("masked", "plain")
-    ]
-    assert ends[0].read_bytes() == ends[1].read_bytes()
-
-
-@pytest.mark.parametrize("step", [6, 8, 11])
-def test_a_pruned_run_resumes_to_the_bit(place, pruned, tmp_path, step):
-    out = tmp_path / "run"
-    stop_at(ticket(place), out, f"update:{step - 5}:term")
-    # The file it began with may be gone.
-    lost = ticket(place, run={"device": "cpu"})
-    (place / "masks.safetensors").rename(place / "gone")
-    try:
-        train(lost, out, resume=True)
-    finally:
-        (place / "gone").rename(place / "masks.safetensors")
-    same_end(out, pruned)
-
-
-def test_what_was_pruned_stays_so_in_fine_tuning_unless_one_says_otherwise(place, pruned):
-    start = {"weights": str(pruned), "pruning_masks": "keep", "start_step": 0}
-    run = build_run(config_of(place, init=start))
-    masks = read_masks(pruned / "best" / MASKS)
-    assert run.masks is not None
-    assert all(torch.equal(masks[name], mask) for name, mask in run.masks.masks.items())
-    assert build_run(config_of(place, init={**start, "pruning_masks": "none"})).masks is None
-
-
-def test_masks_that_do_not_fit_stop_before_anything_is_written(place, tmp_path):
-    save_file({"blocks.9.mlp.fc1.weight": torch.ones(2, 2).bool()}, tmp_path / "m.safetensors")
-    config = ticket(place).replace(init={"pruning_masks": str(tmp_path / "m.safetensors")})
-    with raises(CheckpointError, "init.pruning_masks", "m.safetensors", "blocks.9.mlp.fc1.weight"):
-        train(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_no_run_begins_behind_its_end(place, tmp_path):
-    with raises(ConfigError, "init.start_step = 12"):
-        train(config_of(place, init={"start_step": 12}), tmp_path / "run")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shard", ["none", "fsdp"])
-def test_zeros_hold_in_two_processes(zygote, tmp_path, shard):
-    """Divided or not, both write what one mask says."""
-    words = ("train", *SMALL, "--run.sharding", shard, "--run.timeout_s", "30", "--out")
-    alone = zygote.run(*words, tmp_path / "dense", "--run.sharding", "none", cwd=tmp_path)
-    assert alone.code == 0, alone.err
-    ends = load_file(run_folder.latest_checkpoint(tmp_path / "dense") / "model.safetensors")
-    scores = {name: one.abs() for name, one in ends.items() if ".mlp.fc" in name and one.ndim == 2}
-    masks = prune_in("global")(scores, all_ones(scores), 0.3)
-    save_weights(tmp_path / MASKS, masks)
-    pruned = ("--init.pruning_masks", tmp_path / MASKS, "--init.weights", tmp_path / "dense")
-    done = zygote.together(*words, tmp_path / "two", *pruned, processes=2, of_node=2, cwd=tmp_path)
-    assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
-    folder = run_folder.latest_checkpoint(tmp_path / "two")
-    assert is_masked(masks, load_file(folder / "model.safetensors"))
-    moments = load_file(folder / "optimizer.safetensors")
-    assert is_masked(masks, {name: moments[f"exp_avg/{name}"] for name in masks})
-    result = json.loads((tmp_path / "two" / "result.json").read_text())
-    assert result["step"] > 0
