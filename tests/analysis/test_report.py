@@ -1,4 +1,4 @@
-"""Reports: numbers by hand, pages that stand alone, opened in a real browser."""
+"""deit report: the page and its files, opened in a real browser, and what is refused."""
 
 import csv
 import html
@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -14,19 +13,18 @@ import torch
 from PIL import Image
 
 from deit.analysis import report
-from deit.analysis.run_images import Pictures, hardest_of
-from deit.analysis.run_sections import RunReport, confusion, reliability_bins, schedules_of
-from deit.config.recipes.handwriting import digits
+from deit.analysis.run_images import Pictures
+from deit.analysis.run_sections import RunReport, schedules_of
 from deit.config.validation import load_config
 from deit.core.errors import CheckpointError, SystemFault
-from deit.evaluation.cache import CachedEvaluation, EvaluationCache
+from deit.evaluation.cache import EvaluationCache
 from deit.viz import charts
-from deit.viz import html as page_html
 from tests.helpers.errors import raises
 from tests.helpers.json_edits import edits, error_of
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SMALL = ("--student.embed_dim", "16", "--student.depth", "2", "--student.num_heads", "2")
 QUICK = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--run.eval_every_epochs", "1")
@@ -215,33 +213,6 @@ def test_a_page_that_was_not_finished_is_gone_on_with_and_a_foreign_one_is_not(p
     shutil.rmtree(site)
 
 
-def test_names_that_differ_in_signs_alone_have_files_of_their_own(tmp_path):
-    paths = {tmp_path / name: name for name in ("lr-0.1", "lr-0-1", "Run", "run", "模", "型")}
-    found = report._slugs(paths)
-    assert list(found.values()) == ["lr-0-1", "lr-0-1-2", "run", "run-2", "run-3", "run-4"]
-
-
-def test_runs_of_a_sweep_are_called_without_their_hash_where_that_tells_them_apart(tmp_path):
-    first, again, other = (
-        tmp_path / place / "runs" / name
-        for place, name in (
-            ("x", "a-seed-0-0123456789ab"),
-            ("y", "a-seed-0-ba9876543210"),
-            ("x", "b-seed-0-0123456789ab"),
-        )
-    )
-    for place in ("x", "y"):
-        (tmp_path / place).mkdir()
-        (tmp_path / place / "sweep.json").write_text("{}")
-    assert report._names([first, other]) == {first: "a-seed-0", other: "b-seed-0"}
-    whole = report._names([first, again, other])
-    assert list(whole.values()) == [first.name, again.name, "b-seed-0"]
-    elsewhere = tmp_path / "y" / "runs" / first.name
-    assert report._names([first, elsewhere]) == {first: str(first), elsewhere: str(elsewhere)}
-    mine = tmp_path / "runs" / "exp-202405171530"  # no run of a sweep
-    assert report._names([mine]) == {mine: mine.name}
-
-
 def test_runs_of_a_sweep_have_their_cost_too(place):
     """Evaluated before, without it."""
     (kept,) = (place / "all").glob("heat-best.evaluation.json")
@@ -397,131 +368,8 @@ def test_without_its_images_or_its_epochs_the_rest_is_told(place, zygote, tmp_pa
     assert [name for name in now if now[name] != kept[name]] == ["images"]
 
 
-def test_schedules_are_those_that_were_applied():
-    """By hand: the peak is 100 %; the teacher's term grows for two epochs; the average's decay at
-    update n is (1 + n) / (10 + n)."""
-    config = digits().replace(
-        optim={"ema_epochs": 1.0},
-        loss={"distillation_warmup_epochs": 2.0, "distillation_weight": 0.5},
-    )
-    rows = [
-        {"epoch": epoch, "step": 10 * epoch, "train": {"lr": lr}}
-        for epoch, lr in ((1, 1e-3), (2, 2e-3), (3, 5e-4))
-    ]
-    view = RunReport("run", "run", config, {}, rows, {}, None)
-    found = schedules_of(view)
-    peaks = [re.fullmatch(r"\D+ \(([\d.]+)\)", name)[1] for name in found]
-    assert peaks == ["0.002", "0.5", "0.769"]
-    rate, weight, decay = ([share for _, share in line] for line in found.values())
-    assert rate == pytest.approx([50, 100, 25])
-    assert weight == pytest.approx([50, 100, 100])
-    assert decay == pytest.approx([100 * (10 / 19) / (30 / 39), 100 * (20 / 29) / (30 / 39), 100])
-
-
-def test_bins_of_confidence_by_hand():
-    """Guo et al. 2017: bins (0, 0.5] and (0.5, 1] of two."""
-    bins = reliability_bins([0, 1, 1, 0], [0.5, 0.4, 0.9, 1.0], [0, 0, 1, 0], bins=2)
-    assert bins == [(pytest.approx(0.45), 0.5, 2), (pytest.approx(0.95), 1.0, 2)]
-    assert reliability_bins([0], [0.0], [1]) == [(0.0, 0.0, 1)]
-
-
-def test_bins_give_the_calibration_error_of_evaluation():
-    import torch
-
-    from deit.core.metrics import calibration_error
-
-    torch.manual_seed(0)
-    logits, labels = 3 * torch.randn(500, 7), torch.randint(0, 7, (500,))
-    sure, answers = logits.double().softmax(dim=1).max(dim=1)
-    bins = reliability_bins(answers.tolist(), sure.tolist(), labels.tolist())
-    error = sum(abs(confidence - right) * number for confidence, right, number in bins) / 500
-    assert error == pytest.approx(calibration_error(logits, labels))
-
-
-def test_confusion_counts_truth_by_answer():
-    assert confusion([0, 1, 1, 2], [0, 0, 1, 1], 3) == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
-
-
-def test_the_hardest_are_those_a_teacher_gets_right_the_surest_first():
-    answers = {"class": [0, 1, 1, 1, 0], "teacher": [0, 0, 1, 0, 1]}
-    confidence = {"class": [0.9, 0.6, 0.8, 0.7, 0.5], "teacher": [1.0] * 5}
-    said = CachedEvaluation("", {}, answers, confidence, [0, 0, 0, 0, 1])
-    assert hardest_of(said, 9) == [3, 1, 4, 2]
-    assert hardest_of(said, 2) == [3, 1]
-    alone = CachedEvaluation("", {}, {"class": [0, 1]}, {"class": [0.9, 0.6]}, [1, 0])
-    assert hardest_of(alone, 9) == [0, 1]
-
-
-def test_nothing_in_a_page_is_taken_for_html():
-    nasty = '<script>alert("1")</script>'
-    drawn = [
-        page_html.paragraph(nasty),
-        page_html.key_values({nasty: nasty}),
-        page_html.stat_tiles({nasty: nasty}),
-        page_html.table([nasty], [[nasty]], caption=nasty),
-        page_html.heat_table([nasty], [nasty], [[1.0]], caption=nasty, corner=nasty),
-        page_html.figure("", nasty),
-        page_html.section(nasty, [], anchor=nasty),
-        page_html.details(nasty, [], opened=True),
-        page_html.links({nasty: nasty}),
-    ]
-    whole = page_html.page(nasty, nasty, drawn, foot=nasty)
-    assert whole.count("<script>") == 1  # our own
-
-
-def test_the_name_of_a_chart_is_no_html_either(tmp_path):
-    svg = charts.chart(DRAWN["curves"], tmp_path / 'x"><img src=q onerror=alert(1)>.png')
-    assert "<img" not in svg
-    assert 'id="x---img' in svg
-
-
 def test_without_matplotlib_it_is_said_before_the_work(place, zygote, monkeypatch, tmp_path):
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
     with raises(SystemFault, "'deit[plot]'"):
         report.report([place / "run"], tmp_path / "page")
     assert not (tmp_path / "page").exists()
-
-
-def test_cells_are_the_deeper_the_larger_and_signed_ones_have_two_colours():
-    table = page_html.heat_table(["a"], ["x", "y", "z"], [[1.0, None, 3.0]])
-    assert re.findall(r"--v:([\d.]+)", table) == ["0.000", "1.000"]
-    assert "<td></td>" in table
-    signed = page_html.heat_table(["a"], ["x", "y"], [[-4.0, 2.0]], signed=True, shown="{:+.0f}")
-    assert re.findall(r'--v:([\d.]+)(;--tone)?[^"]*">([^<]+)', signed) == [
-        ("1.000", ";--tone", "-4"),
-        ("0.500", "", "+2"),
-    ]
-
-
-def test_gains_and_losses_are_coloured():
-    table = page_html.table(
-        ["", "gain"], [["+1", "+1.0"], ["b", "-0.5"], ["c", "+0.0"], ["d", "-"]]
-    )
-    assert '<td>+1</td><td class="gain">+1.0</td>' in table
-    assert '<td class="loss">-0.5</td>' in table
-    assert "<td>+0.0</td>" in table
-
-
-DRAWN = {
-    "curves": charts.curves({"class": [(1, 0.5), (2, 0.6)]}, {"teacher": 0.9}),
-    "over_epochs": charts.over_epochs({"loss": [(1, 2.0), (2, 1.0)], "b": [(1, 1.0)]}, "loss"),
-    "per_class": charts.per_class(["$a$", "b" * 60], {"student": [0.5, 1], "teacher": [1, 1]}),
-    "reliability": charts.reliability({"student": [(0.5, 0.4, 10), (0.9, 0.9, 5)]}),
-    "token_cosine_chart": charts.token_cosine_chart([0.1, 0.5, 0.9]),
-    "scatter": charts.scatter({"$x": (1.0, 50.0), "y": (100.0, 60.0)}, "s", "%"),
-}
-
-
-@pytest.mark.parametrize("name", DRAWN)
-def test_a_chart_has_the_colours_of_the_page_and_is_a_file_too(name, tmp_path):
-    svg = charts.chart(DRAWN[name], tmp_path / f"{name}.png")
-    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert svg.startswith("<svg")
-    assert "<metadata>" not in svg
-    assert "var(--c1)" in svg
-    assert "var(--faint)" in svg
-    assert not any(colour in svg for colour in (charts.INK, charts.FAINT, *charts.SERIES))
-    assert charts.chart(DRAWN[name], tmp_path / f"{name}.png") == svg
-    style = (Path(page_html.__file__).with_name("page.css")).read_text()
-    for variable in set(re.findall(r"var\(--([\w-]+)\)", svg)):
-        assert f"--{variable}:" in style

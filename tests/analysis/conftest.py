@@ -1,0 +1,25 @@
+"""A lottery that the tests of loss landscapes share."""
+
+import pytest
+
+from tests.helpers.small_runs import WITH_AVERAGE
+
+
+@pytest.fixture(scope="package")
+def lottery_folder(tmp_path_factory, zygote):
+    """A search of two levels with a random control."""
+    lottery_folder = tmp_path_factory.mktemp("landscape")
+    words = (
+        "--rounds",
+        "2",
+        "--prune-rate",
+        "0.5",
+        "--controls",
+        "random",
+        "--control-rounds",
+        "2",
+    )
+    words = ("lottery", "digits", *WITH_AVERAGE, *words, "--loss", "none", "--out", "search")
+    done = zygote.run(*words, "--parallel", "2", cwd=lottery_folder)
+    assert done.code == 0, done.err
+    return lottery_folder
