@@ -84,6 +84,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/lint_imports.py
+	$(BIN)/python scripts/lint_sizes.py
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .
