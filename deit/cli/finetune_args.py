@@ -1,4 +1,4 @@
-"""The command line of fine-tuning: what is started from, and whose configuration goes on."""
+"""Parse the command line of fine-tuning: initial weights, schedule and configuration."""
 
 import argparse
 import shlex
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.cli.parser import Parser
-from deit.cli.run_args import RunArguments, parse_data, parse_run, run_name, typed_epochs
+from deit.cli.run_args import RunArguments, given_epochs, parse_data, parse_run, run_name
 from deit.config.data_section import DataConfig
 from deit.config.finetune_schedules import (
     DATA_SIZED_SCHEDULES,
@@ -27,80 +27,83 @@ from deit.core.user_code import HUB_PREFIXES
 
 _SCHEDULES = (*FINETUNE_SCHEDULES, *DATA_SIZED_SCHEDULES)
 _ABOUT = (
-    "Train on from given weights, whose network and normalisation are taken over. Without RECIPE: "
-    "by the configuration of the run at SOURCE."
+    "Train from given weights. The network and its input normalization are those of SOURCE. "
+    "Without RECIPE, the configuration is that of the run at SOURCE."
 )
-_NO_START = "{}: needs --from, what to start from (a run, a folder or a weight file)"
+_NO_SOURCE = "{}: needs --from SOURCE, the initial weights (a run, a folder or a weight file)"
 
 
-def _start_parser(program: str = "") -> Parser:
-    """The options of fine-tuning that are none of the configuration."""
+def _finetune_parser(program: str = "") -> Parser:
+    """Return the parser of the options that are not fields of the configuration."""
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
         "--from",
         dest="source",
         metavar="SOURCE",
-        help="What to start from: a run folder of ours, a timm folder, a weight file "
-        "(.safetensors, .pth) or a timm name.",
+        help="Initial weights: a run folder, a timm folder, a weight file (.safetensors, .pth) or "
+        "a timm name.",
     )
     parser.add_argument(
         "--resolution",
         type=int,
         metavar="PX",
-        help="The student's; images, borders and the teachers' input follow.",
+        help="Side [px] of the student's input. Stored images, crop padding and the teachers' "
+        "input are scaled with it. (default: that of the configuration)",
     )
     parser.add_argument(
         "--schedule",
         metavar="NAME",
-        help=f"A schedule: {', '.join(_SCHEDULES)}; none named: short without RECIPE, else the "
-        "recipe's own.",
+        help=f"Training schedule: {', '.join(_SCHEDULES)}. (default: short without RECIPE, else "
+        "the recipe's)",
     )
     return parser
 
 
 def parse_finetune(arguments: list[str], program: str) -> RunArguments:
-    """What a command line of fine-tuning says: without a recipe, the configuration of the run that
-    is started from; with --resume, that of the run that goes on.
+    """Parse the command line of fine-tuning.
 
-    Raises ConfigError, and CheckpointError where there is nothing to start from.
+    The configuration is that of RECIPE; without RECIPE that of the run at --from; with --resume
+    that of the run that is resumed. Raises ConfigError, and CheckpointError if --from does not
+    exist or does not fit.
     """
-    parser = _start_parser(program)
+    parser = _finetune_parser(program)
     options, rest = parser.parse_known_args(arguments)
     _check_options(options)
     if "--resume" in rest and (folder := _resumable_dir(rest, options.source)) is not None:
         return _resume(rest, folder, options, program)
-    out, tuning = None, options.schedule
-    helps = {"-h", "--help"} & set(arguments)
-    config_from_run = not helps and (not rest or rest[0].startswith("-"))
+    out, schedule = None, options.schedule
+    is_help = bool({"-h", "--help"} & set(arguments))
+    config_from_run = not is_help and (not rest or rest[0].startswith("-"))
     if config_from_run:
-        own = _config_of(options.source, program, rest)
-        rest, out = [str(own), *rest], Path(f"checkpoints/{own.resolve().parent.name}-finetuned")
-        tuning = tuning or "short"
+        saved = _source_config(options.source, program, rest)
+        rest = [str(saved), *rest]
+        out = Path(f"checkpoints/{saved.resolve().parent.name}-finetuned")
+        schedule = schedule or "short"
 
-    if tuning in DATA_SIZED_SCHEDULES and options.resolution is not None:
-        raise ConfigError(f"--resolution: is what --schedule {tuning} itself decides; leave it out")
-    data = parse_data(rest) if tuning in DATA_SIZED_SCHEDULES and not helps else None
+    if schedule in DATA_SIZED_SCHEDULES and options.resolution is not None:
+        raise ConfigError(f"--resolution: --schedule {schedule} sets the resolution; leave it out")
+    data = parse_data(rest) if schedule in DATA_SIZED_SCHEDULES and not is_help else None
 
-    def adapt(config: Config) -> Config:
+    def transform(config: Config) -> Config:
         source = options.source or config.init.weights
-        if helps:
+        if is_help:
             return config
         if source is None:
-            raise ConfigError(_NO_START.format(program))
+            raise ConfigError(_NO_SOURCE.format(program))
         from deit.models.load_weights import load_weights_from
 
-        if config_from_run:  # what it did with the heads it began with is done
+        if config_from_run:  # init.head was for the weights which that run started from
             config = config.replace(init={"head": "keep"})
-        found = load_weights_from(source)
-        config = with_init(config, source, found.student, heads_known=found.heads_known)
+        loaded = load_weights_from(source)
+        config = with_init(config, source, loaded.student, heads_known=loaded.heads_known)
         if options.resolution is not None:
             _check_patches(options.resolution, config.student)
             config = at_resolution(config, options.resolution)
         if data is not None:
-            return _sized(config, tuning, data)
-        if tuning is None:
+            return _with_data_sized_schedule(config, schedule, data)
+        if schedule is None:
             return config
-        return with_epochs(FINETUNE_SCHEDULES[tuning](config), typed_epochs(rest))
+        return with_epochs(FINETUNE_SCHEDULES[schedule](config), given_epochs(rest))
 
     return parse_run(
         rest,
@@ -109,9 +112,10 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
         about=_ABOUT,
         command_parser=parser,
         help_overrides={
-            "out": "Run folder. None: checkpoints/RECIPE, or SOURCE-finetuned without RECIPE."
+            "out": "Run folder. (default: checkpoints/RECIPE, or checkpoints/SOURCE-finetuned "
+            "without RECIPE)"
         },
-        adapt=adapt,
+        transform=transform,
         out=out,
     )
 
@@ -127,76 +131,78 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"--resolution {options.resolution}: should be at least 1")
 
 
-def _sized(config: Config, tuning: str, data: DataConfig) -> Config:
-    """The configuration by a schedule that depends on the number of training images. data: which
-    images the command line asks for."""
+def _with_data_sized_schedule(config: Config, schedule: str, data: DataConfig) -> Config:
+    """Return the configuration with a schedule that depends on the number of training images."""
     from deit.datasets.splits import load_split
 
     config = replace(config, data=data)
-    return DATA_SIZED_SCHEDULES[tuning](config, images=len(load_split(data, "train")[1].labels))
+    num_images = len(load_split(data, "train")[1].labels)
+    return DATA_SIZED_SCHEDULES[schedule](config, images=num_images)
 
 
 def _resumable_dir(rest: list[str], source: str | None) -> Path | None:
-    """The folder of the run that a command line would resume; None where there is none yet."""
-    named = [rest[place + 1] for place, word in enumerate(rest[:-1]) if word == "--out"]
-    named += [word.partition("=")[2] for word in rest if word.startswith("--out=")]
-    if named:
-        folder = Path(named[-1])
+    """Return the folder of the run to resume; None if it has no checkpoint."""
+    given = [rest[index + 1] for index, word in enumerate(rest[:-1]) if word == "--out"]
+    given += [word.partition("=")[2] for word in rest if word.startswith("--out=")]
+    if given:
+        folder = Path(given[-1])
     elif rest and not rest[0].startswith("-"):
         folder = Path("checkpoints") / run_name(rest[0])
     else:
-        folder = Path(f"checkpoints/{_folder_of(source or '').resolve().name}-finetuned")
+        folder = Path(f"checkpoints/{_run_dir_of(source or '').resolve().name}-finetuned")
     return folder if (folder / CONFIG).is_file() and run_folder.list_checkpoints(folder) else None
 
 
 def _resume(
     rest: list[str], folder: Path, options: argparse.Namespace, program: str
 ) -> RunArguments:
-    """Resume a fine-tuning by its own configuration: what it started from may be gone."""
+    """Return the command line of a run to resume, by its own configuration: the weights that it
+    started from may no longer exist."""
     recipe = None if rest[0].startswith("-") else rest[0]
     rest = rest if recipe is None else rest[1:]
     saved = folder / "config.json"
     run = parse_run([str(saved), *rest], program=program, about="", out=folder)
-    side, start = run.config.student.image_size, run.config.init.weights
-    if options.source is not None and not _same_source(options.source, start):
+    image_size, weights = run.config.student.image_size, run.config.init.weights
+    if options.source is not None and not _is_same_source(options.source, weights):
         raise ConfigError(
-            f"--resume: the run in {folder} started from {start}, not from {options.source}; "
-            f"give --from {start}, or another --out"
+            f"--resume: the run in {folder} started from {weights}, not from {options.source}; "
+            f"use --from {weights}, or another --out"
         )
     _check_same_command(folder, recipe, options.schedule)
-    if options.resolution not in (None, side):
+    if options.resolution not in (None, image_size):
         raise ConfigError(
-            f"--resume: the run in {folder} is at {side} px, not {options.resolution}; leave out "
-            "--resolution, or give another --out"
+            f"--resume: the run in {folder} has a resolution of {image_size} px, not "
+            f"{options.resolution}; leave out --resolution, or use another --out"
         )
     return run
 
 
-def _same_source(one: str, other: str | None) -> bool:
-    if other is None:
+def _is_same_source(a: str, b: str | None) -> bool:
+    if b is None:
         return False
-    paths = [Path(source).expanduser() for source in (one, other)]
-    return one == other or (paths[0].exists() and paths[0].resolve() == paths[1].resolve())
+    path_a, path_b = Path(a).expanduser(), Path(b).expanduser()
+    return a == b or (path_a.exists() and path_a.resolve() == path_b.resolve())
 
 
-def _check_same_command(folder: Path, recipe: str | None, tuning: str | None) -> None:
-    """Refuse a recipe or a schedule other than the command named that began the run: its
-    configuration says neither. Raises ConfigError."""
+def _check_same_command(folder: Path, recipe: str | None, schedule: str | None) -> None:
+    """Raise ConfigError if recipe or schedule differ from the command that started the run. The
+    configuration of a run contains neither."""
     environment = folder / run_folder.ENVIRONMENT
-    told = load_json_as(environment, dict[str, Any]) if environment.is_file() else {}
-    command = told.get("command") or ""
+    record = load_json_as(environment, dict[str, Any]) if environment.is_file() else {}
+    command = record.get("command") or ""
     with translate_value_errors(environment):
         if not isinstance(command, str):
             raise TypeError(f"command is {command!r}")
-        words = shlex.split(command)
-        words = words[2:] if words[:1] == ["deit"] else words[1:]
-        before, rest = _start_parser().parse_known_args(words)
-    named = rest[0] if rest and not rest[0].startswith("-") else None
-    for option, was, now in (("RECIPE", named, recipe), ("--schedule", before.schedule, tuning)):
-        if words and was != now:
+        arguments = shlex.split(command)
+        arguments = arguments[2:] if arguments[:1] == ["deit"] else arguments[1:]
+        before, rest = _finetune_parser().parse_known_args(arguments)
+    old_recipe = rest[0] if rest and not rest[0].startswith("-") else None
+    options = (("RECIPE", old_recipe, recipe), ("--schedule", before.schedule, schedule))
+    for option, old, new in options:
+        if arguments and old != new:
             raise ConfigError(
-                f"--resume: the run in {folder} was begun {_with(option, was)}, not "
-                f"{_with(option, now)}; give the same, or another --out"
+                f"--resume: the run in {folder} was started {_with(option, old)}, not "
+                f"{_with(option, new)}; use the same, or another --out"
             )
 
 
@@ -204,40 +210,42 @@ def _with(option: str, value: str | None) -> str:
     return f"without {option}" if value is None else f"with {option} {value}"
 
 
-def _folder_of(source: str) -> Path:
+def _run_dir_of(source: str) -> Path:
+    """Return the folder of the run for a run folder or one of its checkpoints."""
     folder = Path(source).expanduser()
     return folder.parent if run_folder.is_checkpoint_dir(folder) else folder
 
 
-def _check_patches(side: int, student: StudentConfig) -> None:
-    """Refuse a resolution that the patches of the weights do not divide. Raises CheckpointError."""
+def _check_patches(resolution: int, student: StudentConfig) -> None:
+    """Raise CheckpointError if the patches of the weights do not divide the resolution."""
     patch = student.patch_size
-    if student.is_transformer and side % patch:
-        below = side // patch * patch
-        fitting = f"{below} or {below + patch}" if below else f"{patch}"
+    if student.is_transformer and resolution % patch:
+        below = resolution // patch * patch
+        multiples = f"{below} or {below + patch}" if below else f"{patch}"
         raise CheckpointError(
-            f"--resolution {side}: the weights have patches of {patch} px, which do not divide it; "
-            f"try {fitting}"
+            f"--resolution {resolution}: is not a multiple of the patch size of the weights "
+            f"({patch} px); try {multiples}"
         )
 
 
-def _config_of(source: str | None, program: str, rest: list[str]) -> Path:
-    """The config.json of the run to start from, which stands for a recipe. Raises ConfigError."""
-    # A data source may be called as a recipe is: what follows an option is its value.
-    takes = [word.startswith("--") and "=" not in word for word in ["", *rest]]
-    if late := [word for before, word in zip(takes, rest) if word in RECIPES and not before]:
-        raise ConfigError(f"{program}: RECIPE comes before its options; move {late[0]} there")
+def _source_config(source: str | None, program: str, rest: list[str]) -> Path:
+    """Return the config.json of the run at --from, to use instead of a recipe. Raises
+    ConfigError."""
+    # The value of an option may have the same name as a recipe, as `--data.source digits`.
+    is_option = [word.startswith("--") and "=" not in word for word in ["", *rest]]
+    if late := [word for before, word in zip(is_option, rest) if word in RECIPES and not before]:
+        raise ConfigError(f"{program}: RECIPE comes before the options; move {late[0]} there")
     if source is None:
-        raise ConfigError(_NO_START.format(program))
+        raise ConfigError(_NO_SOURCE.format(program))
     folder = Path(source).expanduser()
     if not (folder.exists() or source.startswith(HUB_PREFIXES)) and (
         "/" in source or folder.suffix
     ):
         raise CheckpointError(f"--from {source}: no such file or folder")
-    folder = _folder_of(source)
+    folder = _run_dir_of(source)
     if not (folder / CONFIG).is_file() or not (folder / "best").is_dir():
         raise ConfigError(
-            f"{program} --from {source}: is no run of ours, so name a recipe for data and "
-            f"schedule: {program} --from {source} RECIPE"
+            f"{program} --from {source}: is not a run folder, so data and schedule need a recipe: "
+            f"{program} --from {source} RECIPE"
         )
     return folder / "config.json"

@@ -1,16 +1,21 @@
-"""Options that are no field of a configuration: their parser, and values of several parts."""
+"""The parser of a command's own options, the options that commands share, and option values that
+are lists or pairs."""
 
 import argparse
 import shlex
 import sys
+import textwrap
 import typing
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from deit.core import run_folder
 from deit.core.errors import ConfigError, did_you_mean
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """`2/8` as (2, 8): part 2, counted from 0, of 8. Raises ConfigError."""
+    """Return `2/8` as (2, 8): part 2, counted from 0, of 8. Raises ConfigError."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         raise ConfigError(f"--part {text}: should be I/N with I in 0 ... N - 1, as in 0/4")
@@ -18,76 +23,150 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def check_content(text: str | None) -> str | None:
-    """hard, full or top-K. Raises ConfigError."""
-    kept = (text or "").removeprefix("top-")
-    if text in (None, "hard", "full") or (kept != text and kept.isdecimal() and int(kept) > 0):
+    """Return the text if it is None, hard, full or top-K. Raises ConfigError."""
+    count = (text or "").removeprefix("top-")
+    if text in (None, "hard", "full") or (count != text and count.isdecimal() and int(count) > 0):
         return text
     raise ConfigError(f"--content {text}: should be hard, full or top-K, as in top-10")
 
 
 def parse_numbers(text: str | None, option: str, *, whole: bool, least: int = 1) -> tuple[Any, ...]:
-    """`8,16` as numbers: counts from `least`, or shares in (0, 1]. Raises ConfigError."""
-    found = []
-    for word in (text or "").split(","):
-        if not word:
+    """Return `8,16` as numbers; an empty tuple for None.
+
+    whole: integers of at least `least`; otherwise fractions in (0, 1]. Raises ConfigError for any
+    other value and for duplicates.
+    """
+    numbers = []
+    for part in (text or "").split(","):
+        if not part:
             continue
         try:
-            value = int(word) if whole else float(word)
+            value = int(part) if whole else float(part)
         except ValueError:
             value = -1
-        if not (value >= least if whole else 0 < value <= 1):  # nor a NaN
-            kind = f"whole numbers from {least}" if whole else "shares in (0, 1]"
-            raise ConfigError(f"{option} {text}: should be {kind}, with commas")
-        found.append(value)
-    if len({f"{value:g}" for value in found}) < len(found):
-        raise ConfigError(f"{option} {text}: names one of them twice")
-    return tuple(found)
+        if not (value >= least if whole else 0 < value <= 1):  # false for NaN
+            kind = f"integers of at least {least}" if whole else "fractions in (0, 1]"
+            raise ConfigError(f"{option} {text}: should be {kind}, separated by commas")
+        numbers.append(value)
+    if len({f"{value:g}" for value in numbers}) < len(numbers):
+        raise ConfigError(f"{option} {text}: contains a duplicate")
+    return tuple(numbers)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """`0,1,2` as seeds, each once. Raises ConfigError."""
+    """Return `0,1,2` as seeds. Raises ConfigError for other values and for duplicates."""
     try:
         seeds = tuple(int(seed) for seed in text.split(","))
     except ValueError:
         seeds = (-1,)
     if min(seeds) < 0:
-        raise ConfigError(f"--seeds {text}: should be whole numbers from 0, with commas")
+        raise ConfigError(f"--seeds {text}: should be integers of at least 0, separated by commas")
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds {text}: names one of them twice")
+        raise ConfigError(f"--seeds {text}: contains a duplicate")
     return seeds
 
 
-def parse_controls(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The named ones of the known controls, in their own order. Raises ConfigError."""
-    named = [] if text == "none" else [name.strip() for name in text.split(",") if name.strip()]
-    for name in named:
+def parse_controls(text: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Return the given controls, in the order of `known`; none for `none`. Raises ConfigError."""
+    known = tuple(known)
+    given = () if text == "none" else parse_names(text)
+    for name in given:
         if name not in known:
             raise ConfigError(
-                f"--controls {name}: should be of {', '.join(known)}, or "
-                f"none{did_you_mean(name, known)}"
+                f"--controls {name}: should be {', '.join(known)} or none"
+                f"{did_you_mean(name, known)}"
             )
-    return tuple(name for name in known if name in named)
+    return tuple(name for name in known if name in given)
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Return `a,b` as names, without the spaces around them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def command_of(program: str, arguments: list[str]) -> str:
-    """Return a command as one line for the record: `deit sweep heat.yaml --out heat`."""
+    """Return a command as one line, for result files: `deit sweep heat.yaml --out heat`."""
     return f"{program} {shlex.join(arguments)}".rstrip()
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's formatter with the default value of each option, the paragraphs of the
+    description, and one metavar per option of any number of values."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = ["\n".join(self._split_lines(part, width)) for part in text.split("\n\n")]
+        return textwrap.indent("\n\n".join(lines), indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        default = action.default
+        no_default = default in (None, "", argparse.SUPPRESS) or default is False
+        if no_default or "(default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == "*":
+            return str(action.metavar or default_metavar)
+        return super()._format_args(action, default_metavar)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse for the options of commands: errors become ours, nothing is guessed."""
+    """argparse for the commands: errors are ConfigError, and options cannot be abbreviated."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **settings)
+        if self.add_help:
+            self._option_string_actions["--help"].help = "Print this help and exit."
 
-    def add_multi_run_options(self, *, seeds: str = "0", retries: bool = True) -> None:
-        """The options of every command that trains many runs."""
+    def add_run(self, *, many: bool = False, text: str | None = None) -> None:
+        """Add RUN as `run`; with `many`, one or more of them as `runs`."""
+        if many:
+            text = text or "Run folders."
+            self.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=text)
+        else:
+            self.add_argument("run", type=Path, metavar="RUN", help=text or "Run folder.")
+
+    def add_checkpoint(self, *, default: str = "best") -> None:
+        """Add --checkpoint as `checkpoint`."""
         self.add_argument(
-            "--seeds",
-            default=seeds,
-            metavar="A,B,...",
-            help="Seeds to train with; several give mean and standard deviation.",
+            "--checkpoint",
+            choices=run_folder.NAMES,
+            default=default,
+            help="Checkpoint of the run to load.",
         )
+
+    def add_data_root(self) -> None:
+        """Add --data.root as `root`."""
+        self.add_argument(
+            "--data.root",
+            dest="root",
+            metavar="DIR",
+            help="Folder of the images, if it has moved since training.",
+        )
+
+    def add_json(self) -> None:
+        """Add --json as `json`."""
+        self.add_argument(
+            "--json", type=Path, metavar="FILE", help="Also write the results to this JSON file."
+        )
+
+    def add_force(self, *outputs: str) -> None:
+        """Add --force as `force`. outputs: the options and folders that it lets be overwritten."""
+        self.add_argument(
+            "--force",
+            action="store_true",
+            help=f"Overwrite existing output ({', '.join(outputs)}).",
+        )
+
+    def add_parallel(self) -> None:
+        """Add --parallel as `parallel`."""
         self.add_argument(
             "--parallel",
             type=int,
@@ -96,36 +175,47 @@ class Parser(argparse.ArgumentParser):
             help="Number of runs to train in parallel, for students too small to use the whole "
             "machine.",
         )
-        if retries:
-            self.add_argument(
-                "--retries",
-                type=int,
-                default=1,
-                metavar="N",
-                help="Number of retries of a run after a transient failure (killed, out of memory, "
-                "disk full).",
-            )
+
+    def add_multi_run_options(self, *, seeds: str = "0") -> None:
+        """Add --seeds, --parallel and --retries, for commands that train many runs."""
+        self.add_argument(
+            "--seeds",
+            default=seeds,
+            metavar="A,B,...",
+            help="Seeds to train with; several give mean and standard deviation.",
+        )
+        self.add_parallel()
+        self.add_argument(
+            "--retries",
+            type=int,
+            default=1,
+            metavar="N",
+            help="Number of retries of a run after a transient failure (killed, out of memory, "
+            "disk full).",
+        )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does; hyphens and underscores within options are the same."""
-        words = list(map(self._spelled, sys.argv[1:] if args is None else args))
-        for word in words:
-            name, _, value = word.partition("=")
+        """Parse as argparse does, with hyphens and underscores in options exchangeable."""
+        arguments = list(map(self._with_known_spelling, sys.argv[1:] if args is None else args))
+        for argument in arguments:
+            name, _, value = argument.partition("=")
             if value == "--" and name in self._option_string_actions:
-                self.error(f"{name} takes no --")  # argparse would make an empty list of it
-        return super().parse_known_args(words, namespace)
+                self.error(f"{name} takes no --")  # argparse would return an empty list
+        return super().parse_known_args(arguments, namespace)
 
-    def _spelled(self, word: str) -> str:
-        """Return a word with its option as this parser spells it."""
-        name, equals, value = word.partition("=")
-        for ours in (name, "--" + name[2:].replace("_", "-"), "--" + name[2:].replace("-", "_")):
-            if word.startswith("--") and ours in self._option_string_actions:
-                return f"{ours}{equals}{value}"
-        return word
+    def _with_known_spelling(self, argument: str) -> str:
+        """Return an argument with its option spelled as it was added to this parser."""
+        name, equals, value = argument.partition("=")
+        hyphens, underscores = name[2:].replace("_", "-"), name[2:].replace("-", "_")
+        for option in (name, f"--{hyphens}", f"--{underscores}"):
+            if argument.startswith("--") and option in self._option_string_actions:
+                return f"{option}{equals}{value}"
+        return argument
 
     def print_help(self, file: Any = None) -> None:
-        """Print the help; unlike argparse, report a standard output that cannot be written."""
+        """Print the help; unlike argparse, raise if standard output cannot be written."""
         print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> typing.NoReturn:
+        """Raise ConfigError instead of exiting."""
         raise ConfigError(f"{message}; see {self.prog} --help")

@@ -1,4 +1,4 @@
-"""What a command line says of a run: a recipe, then any field of its configuration; checked."""
+"""Parse the command line of a run: a recipe, options, and fields of its configuration."""
 
 import argparse
 import dataclasses
@@ -17,15 +17,15 @@ from deit.config.validation import config_from_dict, unknown_field
 from deit.core.console import info
 from deit.core.errors import ConfigError, ConfigProblem
 
-TRAINS = "give it to deit train"
-TRAINS_NOT = dict.fromkeys(("resume", "dry_run", "print_config"), TRAINS)
-GOES_ON = {"resume": "the same command always goes on"}
-"""What to do instead of options that not every command takes."""
+USE_TRAIN = "use it with deit train"
+NOT_TRAINING = dict.fromkeys(("resume", "dry_run", "print_config"), USE_TRAIN)
+ALWAYS_RESUMES = {"resume": "run the same command again to resume"}
+"""Shared options that a command does not take, each with what to do instead."""
 
 
 @dataclass(frozen=True)
 class RunArguments:
-    """What a command line says of a run."""
+    """The parsed command line of a run."""
 
     recipe: str
     config: Config
@@ -34,7 +34,7 @@ class RunArguments:
     dry_run: bool
     print_config: bool
     trusts_teacher_code: bool = False
-    """Whether the command line itself says who teaches: then they may be code."""
+    """Whether teachers may be Python files: only if --teacher.source is given as an option."""
 
 
 def parse_run(
@@ -46,46 +46,49 @@ def parse_run(
     command_parser: argparse.ArgumentParser | None = None,
     help_overrides: Mapping[str, str] | None = None,
     excluded: Mapping[str, str] | None = None,
-    online: bool = True,
-    adapt: Callable[[Config], Config] | None = None,
+    live_teacher: bool = True,
+    transform: Callable[[Config], Config] | None = None,
     out: Path | None = None,
     prefix: str = "",
 ) -> RunArguments:
-    """Parse and check the command line of a run: RECIPE first, options after it.
+    """Parse and check the command line of a run: RECIPE first, then options.
 
-    usage: what is named before the options. command_parser, help_overrides: as `parse_options`
-    takes them. excluded: shared options that the command does not take, with what to do instead.
-    online: whether teachers run in training, as live_teacher of `config_from_dict`. adapt: changes
-    the recipe before the command line's fields are applied. out: the default folder; None:
-    checkpoints/RECIPE, with `prefix` before RECIPE.
-    Raises ConfigError naming every problem; `--help` prints and raises SystemExit(0).
+    usage: the positional arguments, for `--help`. about: the description in `--help`.
+    command_parser, help_overrides: see `parse_options`. excluded: shared options that the command
+    does not take, each with what to do instead. live_teacher: whether the teachers run during
+    training; see `config_from_dict`. transform: applied to the recipe before the fields of the
+    command line. out: the default folder; by default checkpoints/RECIPE, with `prefix` before
+    RECIPE.
+
+    Raises ConfigError with all problems. `--help` prints and raises SystemExit(0).
     """
     excluded = excluded or {}
     recipe, rest = _split_recipe(arguments, program)
+    given = {argument.partition("=")[0].replace("-", "_") for argument in rest}
     for name, instead in excluded.items():
-        if any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in rest):
-            raise ConfigError(f"{program}: takes no {option_of(name)}; {instead}")
+        if f"__{name}" in given:
+            raise ConfigError(f"{program}: does not take {option_of(name)}; {instead}")
     base = find_recipe(recipe)
-    if adapt is not None:
-        base = adapt(base)
+    if transform is not None:
+        base = transform(base)
     options, unknown = parse_options(
         rest,
         base,
         usage=f"{program} {usage}",
-        about=f"{about}\n\n{_defaults(recipe, usage)}",
+        about=f"{about}\n\n{_about_recipe(recipe, usage)}",
         command_parser=command_parser,
         help_overrides=help_overrides,
         excluded=excluded,
     )
-    problems = _unknown(unknown, command_parser)
+    problems = _unknown_arguments(unknown, command_parser)
     values = _with_options(base, options, problems)
     folder = plain(options.out)
     if folder == "":
         problems.append(ConfigProblem("--out", folder, "needs a folder"))
-    config = config_from_dict(values, problems, live_teacher=online)
-    typed = isinstance(options.config.teacher.source, RawValue)
-    if recipe.endswith(".json") and not typed:
-        _refuse_teacher_code(recipe, config)
+    config = config_from_dict(values, problems, live_teacher=live_teacher)
+    source_given = isinstance(options.config.teacher.source, RawValue)
+    if recipe.endswith(".json") and not source_given:
+        _check_teacher_code(recipe, config)
     return RunArguments(
         recipe=recipe,
         config=config,
@@ -95,22 +98,22 @@ def parse_run(
         resume=options.resume,
         dry_run=options.dry_run,
         print_config=options.print_config,
-        trusts_teacher_code=typed,
+        trusts_teacher_code=source_given,
     )
 
 
-def _refuse_teacher_code(recipe: str, config: Config) -> None:
-    """Refuse teachers that are code and that only a file names. Raises ConfigError."""
+def _check_teacher_code(recipe: str, config: Config) -> None:
+    """Raise ConfigError if a configuration file names Python code as a teacher."""
     if config.teacher.code_sources:
-        named = ",".join(config.teacher.source)
+        sources = ",".join(config.teacher.source)
         raise ConfigError(
-            f"{recipe}: its teacher {named} is code, which no file but the command line may have "
-            f"run; add --teacher.source {named} if you trust it"
+            f"{recipe}: its teacher {sources} is Python code, and code is run only if the command "
+            f"line names it; add --teacher.source {sources} if you trust it"
         )
 
 
 def _split_recipe(arguments: list[str], program: str) -> tuple[str, list[str]]:
-    """Return the recipe and the words after it; `digits` for --help alone. Raises ConfigError."""
+    """Return the recipe and the arguments after it; `digits` for --help alone."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], arguments[1:]
     if {"-h", "--help"} & set(arguments):
@@ -124,109 +127,107 @@ def _split_recipe(arguments: list[str], program: str) -> tuple[str, list[str]]:
 def _with_options(
     base: Config, options: Any, problems: list[ConfigProblem]
 ) -> dict[str, dict[str, Any]]:
-    """Return the values of a recipe with presets and fields of a command line applied; add what is
-    wrong to `problems`."""
+    """Return the values of a recipe with the presets and fields of a command line applied. Add
+    what is invalid to `problems`."""
     values = to_dict(base)
-    named = {flag: plain(getattr(options, flag)) for flag in PRESETS}
-    for flag, advice in apply_presets(values, named).items():
-        problems.append(ConfigProblem(option_of(flag), named[flag], advice))
+    presets = {name: plain(getattr(options, name)) for name in PRESETS}
+    for name, advice in apply_presets(values, presets).items():
+        problems.append(ConfigProblem(option_of(name), presets[name], advice))
     problems += _merge(values, base, options.config)
-    presets = [flag for flag, name in named.items() if name is not None]
-    fit_epochs(values, [*_typed(options.config), *presets])
+    given_presets = [name for name, preset in presets.items() if preset is not None]
+    fit_epochs(values, [*_given_fields(options.config), *given_presets])
     return values
 
 
-def print_config_if_asked(run: RunArguments) -> bool:
-    """Whether a configuration is all that was asked for; it is printed then."""
+def print_config_if_requested(run: RunArguments) -> bool:
+    """Print the configuration if --print-config was given; return whether it was."""
     if run.print_config:
         info(json.dumps(to_dict(run.config), indent=1))
     return run.print_config
 
 
 def parse_data(arguments: list[str]) -> DataConfig:
-    """The data that a command line of a run asks for, RECIPE first, whatever else it says.
+    """Return the data section of the command line of a run, RECIPE first.
 
-    Raises ConfigError naming every problem of the data.
+    Raises ConfigError with all problems of the data section, and ignores those of other sections.
     """
     recipe, rest = arguments[0], arguments[1:]
     base = find_recipe(recipe)
     options, _ = parse_options(rest, base, usage="", about="")
     values = to_dict(base)
     _merge(values, base, options.config)
-    sound = to_dict(Config(loss=LossConfig(kind="none")))  # nothing else to be wrong
-    return config_from_dict({**sound, "data": values["data"]}).data
+    valid = to_dict(Config(loss=LossConfig(kind="none")))
+    return config_from_dict({**valid, "data": values["data"]}).data
 
 
-def _defaults(recipe: str, usage: str) -> str:
-    """Return the paragraph of --help about recipes, and about whose defaults it shows."""
-    of = f"The defaults of fields are those of {recipe!r}."
+def _about_recipe(recipe: str, usage: str) -> str:
+    """Return the paragraph of --help about RECIPE and the defaults of fields."""
+    defaults = f"Defaults of fields are those of {recipe!r}."
     if "RECIPE" in usage:
-        named = "a name listed by `deit recipes`, FILE.py:FUNCTION, or a run's config.json"
-        return f"RECIPE: {named}. {of}"
-    return of if recipe.endswith(".json") else f"{of} Name {usage} to see its own."
+        kinds = "a name listed by `deit recipes`, FILE.py:FUNCTION, or the config.json of a run"
+        return f"RECIPE: {kinds}. {defaults}"
+    return defaults if recipe.endswith(".json") else f"{defaults} Give {usage} to see its own."
 
 
 def _merge(values: dict[str, dict[str, Any]], base: Config, parsed: Config) -> list[ConfigProblem]:
-    """Put what was typed over the recipe's values; the rest of a section may be a preset's.
+    """Write the given fields into `values`. Other fields keep their value, which may be a preset's.
 
-    Returns a problem for each flag without a value.
+    Returns a problem for each field with no value or too many.
     """
     problems = []
     for section in dataclasses.fields(Config):
         before, after = getattr(base, section.name), getattr(parsed, section.name)
-        for leaf in dataclasses.fields(section.type):
-            typed = getattr(after, leaf.name)
-            if isinstance(typed, RawValue) and not typed.words:
-                problems.append(ConfigProblem(f"--{section.name}.{leaf.name}", "", "needs a value"))
-            elif isinstance(typed, RawValue) and len(typed.words) > 1 and not typed.many:
-                words = " ".join(typed.words)
+        for field in dataclasses.fields(section.type):
+            name, value = f"{section.name}.{field.name}", getattr(after, field.name)
+            if isinstance(value, RawValue) and not value.arguments:
+                problems.append(ConfigProblem(f"--{name}", "", "needs a value"))
+            elif isinstance(value, RawValue) and len(value.arguments) > 1 and not value.many:
                 advice = "takes one value; a value with spaces needs quotes"
-                problems.append(ConfigProblem(f"{section.name}.{leaf.name}", words, advice))
-            elif isinstance(typed, RawValue) or typed != getattr(before, leaf.name):
-                values[section.name][leaf.name] = plain(typed)
+                problems.append(ConfigProblem(name, " ".join(value.arguments), advice))
+            elif isinstance(value, RawValue) or value != getattr(before, field.name):
+                values[section.name][field.name] = plain(value)
     return problems
 
 
-def _typed(parsed: Config) -> list[str]:
-    """The fields that were typed, but for those that are switches."""
+def _given_fields(parsed: Config) -> list[str]:
+    """Return the names of the fields that were given, without switches."""
     return [
-        f"{section.name}.{leaf.name}"
+        f"{section.name}.{field.name}"
         for section in dataclasses.fields(Config)
-        for leaf in dataclasses.fields(section.type)
-        if isinstance(getattr(getattr(parsed, section.name), leaf.name), RawValue)
+        for field in dataclasses.fields(section.type)
+        if isinstance(getattr(getattr(parsed, section.name), field.name), RawValue)
     ]
 
 
-def _unknown(
+def _unknown_arguments(
     arguments: list[str], command_parser: argparse.ArgumentParser | None
 ) -> list[ConfigProblem]:
-    """A problem for each flag that does not exist, and for each word that belongs to none. own:
-    the command's own options, any of which may have been meant."""
+    """Return a problem for each unknown option and each argument that belongs to none."""
     known = (
         {action.option_strings[0][2:] for action in command_parser._actions}
         if command_parser is not None
         else ()
     )
-    problems, after_flag = [], False
+    problems, after_option = [], False
     for argument in arguments:
         if argument.startswith("--"):
             name = argument[2:].split("=")[0].replace("-", "_")
             problems.append(unknown_field(name, known))
-        elif not after_flag:
-            problems.append(ConfigProblem("arguments", argument, "belongs to no option"))
-        after_flag = argument.startswith("--") and "=" not in argument
+        elif not after_option:
+            problems.append(ConfigProblem("arguments", argument, "unexpected argument"))
+        after_option = argument.startswith("--") and "=" not in argument
     return problems
 
 
-def typed_epochs(words: list[str]) -> int | None:
-    """What a command line says of optim.epochs; None where it says nothing, or no number."""
-    option, found = "--optim.epochs", None
-    for word, following in zip(words, [*words[1:], ""]):
-        if word == option or word.startswith(f"{option}="):
-            found = following if word == option else word.partition("=")[2]
-    return int(found) if found is not None and found.isdecimal() else None
+def given_epochs(arguments: list[str]) -> int | None:
+    """Return the --optim.epochs of a command line; None if it is missing or no integer."""
+    option, value = "--optim.epochs", None
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if argument == option or argument.startswith(f"{option}="):
+            value = following if argument == option else argument.partition("=")[2]
+    return int(value) if value is not None and value.isdecimal() else None
 
 
 def run_name(recipe: str) -> str:
-    """`digits` for the recipe digits, `mine` for mine.py:mine or mine.py."""
+    """Return the name for a recipe's folder: `digits` for digits, `mine` for mine.py:mine."""
     return recipe.rsplit(":", 1)[-1] if ".py:" in recipe else Path(recipe).stem

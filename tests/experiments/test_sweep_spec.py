@@ -347,4 +347,4 @@ def test_a_warm_up_that_fits_few_epochs_may_still_vary(tmp_path):
 
 
 def run_of(*words):
-    return parse_run(list(words), program="deit sweep", about="", online=False).config
+    return parse_run(list(words), program="deit sweep", about="", live_teacher=False).config

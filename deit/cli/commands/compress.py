@@ -1,11 +1,16 @@
-"""The commands that make a run smaller: int8, fewer parts, and the ladder of what there is."""
+"""Commands that quantize or prune a run, and compare its variants."""
 
 import argparse
 import re
 from pathlib import Path
 
 from deit.cli.parser import Parser, command_of, parse_controls, parse_numbers
-from deit.cli.run_args import GOES_ON, parse_run, print_config_if_asked, typed_epochs
+from deit.cli.run_args import (
+    ALWAYS_RESUMES,
+    given_epochs,
+    parse_run,
+    print_config_if_requested,
+)
 from deit.config.choices import CALIBRATION_METHODS, QUANTIZATION_METHODS
 from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_epochs
 from deit.config.schema import Config
@@ -13,11 +18,14 @@ from deit.core import run_folder
 from deit.core.errors import ConfigError, did_you_mean
 from deit.deploy import prune_options
 
+_PERCENTILE = 99.99
+
 
 def quantize(arguments: list[str], program: str) -> None:
-    """Write a run as int8 for ONNX Runtime on a CPU; kept only if it answers nearly as well."""
+    """Quantize a run to int8 for ONNX Runtime on a CPU; keep it only if it stays accurate."""
     options = _quantize_parser(program).parse_args(arguments)
-    how = _check_quantize(options)
+    range_method = _calibration_method(options)
+    percentile = options.percentile or _PERCENTILE
     from deit.deploy.quantize import QuantizeOptions, quantize
 
     quantize(
@@ -26,8 +34,8 @@ def quantize(arguments: list[str], program: str) -> None:
         QuantizeOptions(
             method=options.method,
             images=options.calibration_images,
-            range_method=how,
-            percentile=(options.percentile or 99.99) if how == "percentile" else None,
+            range_method=range_method,
+            percentile=percentile if range_method == "percentile" else None,
             attention=options.quantize_attention,
             exclude=options.exclude,
         ),
@@ -44,62 +52,81 @@ def quantize(arguments: list[str], program: str) -> None:
 def _quantize_parser(program: str) -> Parser:
     parser = Parser(
         prog=program,
-        description="Write a finished run's student with weights and activations of 8 bits, for "
-        "ONNX Runtime on a CPU; measure it beside the float one on the test images, and keep it "
-        "only if it answers nearly as well.",
+        usage="%(prog)s RUN [OPTIONS]",
+        description="Write the student of a finished run with weights and activations of 8 bits, "
+        "for ONNX Runtime on a CPU. It is compared with the float student on the test images, and "
+        "kept only if top-1 accuracy drops by at most --max-drop.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_run()
+    parser.add_checkpoint()
+    parser.add_data_root()
     parser.add_argument(
         "--method",
         choices=QUANTIZATION_METHODS,
         default="static",
-        help="static (ranges of activations from training images) or dynamic (from every batch)",
+        help="static: activation ranges are calibrated on training images; dynamic: they are "
+        "computed for each batch.",
     )
     parser.add_argument(
         "--calibration-images",
         type=int,
         metavar="N",
-        help="static: number of training images (128)",
+        help="static: number of training images to calibrate on. (default: 128)",
     )
     parser.add_argument(
         "--calibration-method",
         choices=CALIBRATION_METHODS,
-        help="static: how ranges are chosen (minmax)",
+        help="static: how activation ranges are chosen. (default: minmax)",
     )
     parser.add_argument(
-        "--percentile", type=float, metavar="P", help="of --calibration-method percentile (99.99)"
+        "--percentile",
+        type=float,
+        metavar="P",
+        help="Percentile of activations within the range, for --calibration-method percentile. "
+        f"(default: {_PERCENTILE})",
     )
     parser.add_argument(
-        "--quantize-attention", action="store_true", help="the products within attention as well"
+        "--quantize-attention",
+        action="store_true",
+        help="Also quantize the matrix products of attention (queries with keys, weights with "
+        "values).",
     )
-    parser.add_argument("--exclude", metavar="REGEX", help="layers that stay float, by whole name")
-    parser.add_argument("--sensitivity", action="store_true", help="measure each layer alone, too")
+    parser.add_argument(
+        "--exclude",
+        metavar="REGEX",
+        help="Layers to keep in float; the expression has to match the whole name.",
+    )
+    parser.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="Also measure accuracy with each layer quantized alone.",
+    )
     parser.add_argument(
         "--max-drop",
         type=float,
         default=1.0,
         metavar="POINTS",
-        help="points of top-1 that may be lost (1.0)",
+        help="Largest drop of top-1 accuracy on the test images [percentage points].",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (RUN/quantized-METHOD)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
-    parser.add_argument("--checkpoint", choices=run_folder.NAMES, default="best")
-    parser.add_argument("--force", action="store_true", help="let --out and --json be replaced")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="Folder to write. (default: RUN/quantized-METHOD)"
+    )
+    parser.add_json()
+    parser.add_force("--out", "--json")
     return parser
 
 
-def _check_quantize(options: argparse.Namespace) -> str | None:
-    """The way of calibrating, given or meant; None: neither. Raises ConfigError where options are
-    wrong, or do not go together."""
-    given = {
+def _calibration_method(options: argparse.Namespace) -> str | None:
+    """Check the options of quantize and return the calibration method: the given one, or percentile
+    if --percentile is given, or None. Raises ConfigError."""
+    calibration = {
         "--calibration-images": options.calibration_images,
         "--calibration-method": options.calibration_method,
         "--percentile": options.percentile,
     }
-    named = [name for name, value in given.items() if value is not None]
-    if options.method == "dynamic" and named:
-        raise ConfigError(f"{named[0]}: --method dynamic looks at no training images")
+    given = [name for name, value in calibration.items() if value is not None]
+    if options.method == "dynamic" and given:
+        raise ConfigError(f"{given[0]}: --method dynamic does not calibrate; leave it out")
     if options.calibration_images is not None and options.calibration_images < 1:
         raise ConfigError(
             f"--calibration-images {options.calibration_images}: should be at least 1"
@@ -108,24 +135,24 @@ def _check_quantize(options: argparse.Namespace) -> str | None:
         raise ConfigError(f"--percentile {options.percentile:g}: should be above 50, at most 100")
     if not 0 <= options.max_drop <= 100:
         raise ConfigError(f"--max-drop {options.max_drop:g}: should be in 0 ... 100")
-    meant = None if options.percentile is None else "percentile"
-    how = options.calibration_method or meant
-    if options.percentile is not None and how != "percentile":
-        raise ConfigError(
-            f"--percentile: goes with --calibration-method percentile, not with {how}"
-        )
+    default = None if options.percentile is None else "percentile"
+    method = options.calibration_method or default
+    if options.percentile is not None and method != "percentile":
+        raise ConfigError(f"--percentile: needs --calibration-method percentile, not {method}")
     try:
         re.compile(options.exclude or "")
     except re.error as error:
-        raise ConfigError(f"--exclude {options.exclude}: no regular expression ({error})") from None
-    return how
+        raise ConfigError(
+            f"--exclude {options.exclude}: is not a regular expression ({error})"
+        ) from None
+    return method
 
 
 def prune(arguments: list[str], program: str) -> None:
-    """Cut attention heads and hidden units out of a run, and teach what is left once more."""
+    """Remove attention heads and MLP hidden units from a run, and train the rest again."""
     parser = _prune_parser(program)
     options, rest = parser.parse_known_args(arguments)
-    asked = prune_options.prune_options(
+    pruning = prune_options.prune_options(
         ratio=options.ratio,
         heads=options.heads,
         hidden=options.hidden,
@@ -134,11 +161,11 @@ def prune(arguments: list[str], program: str) -> None:
         criterion=options.criterion,
         images=options.images,
     )
-    controls = parse_controls(options.controls, tuple(prune_options.CONTROLS))
+    controls = parse_controls(options.controls, prune_options.CONTROLS)
     _check_schedule(options.schedule)
     run = Path(rest[0]).expanduser() if rest and not rest[0].startswith("-") else None
-    helps = bool({"-h", "--help"} & set(rest))
-    if run is None and not helps:
+    is_help = bool({"-h", "--help"} & set(rest))
+    if run is None and not is_help:
         raise ConfigError(f"name a finished run first: {program} RUN --ratio 0.5 --out DIR")
     if run is not None:
         run_folder.require_run(run)
@@ -146,29 +173,29 @@ def prune(arguments: list[str], program: str) -> None:
         rest if run is None else [str(run / run_folder.CONFIG), *rest[1:]],
         program=program,
         usage="RUN",
-        about="Cut the attention heads and hidden units that are worth least to a run's own "
-        "objective, and train what is left by its own data and teacher, by a schedule "
-        "(--schedule), "
-        "any field of which may be named. Into --out: pruned, recovered, the controls, "
-        "results.json, results.md. The same command goes on.",
+        about="Remove the least important attention heads and MLP hidden units of a run, and train "
+        "the rest again on the run's data with its teacher. Fields of the configuration apply to "
+        "that training. Writes the runs `pruned`, `recovered` and the controls, results.json and "
+        "results.md to --out. Run the same command again to resume.",
         command_parser=parser,
         help_overrides={
-            "out": "Folder. None: checkpoints/RUN-pruned below the working directory.",
-            "dry_run": "Tell what would stay, and how it would be trained; nothing is written.",
+            "out": "Folder of all results. (default: checkpoints/RUN-pruned in the working "
+            "directory)",
+            "dry_run": "Print what would be kept and how it would be trained; write nothing.",
         },
-        excluded={**GOES_ON, "force": "what is there is kept; give another --out"},
-        adapt=lambda config: (
-            config if run is None else _of_the_whole(config, options.schedule, rest)
+        excluded={**ALWAYS_RESUMES, "force": "existing results are kept; use another --out"},
+        transform=lambda config: (
+            config if run is None else _recovery_config(config, options.schedule, rest)
         ),
         out=None if run is None else Path(f"checkpoints/{run.resolve().name}-pruned"),
     )
-    if run is None or print_config_if_asked(recovery):
+    if run is None or print_config_if_requested(recovery):
         return
     from deit.deploy.prune import prune
 
     prune(
         run,
-        asked,
+        pruning,
         recovery.config,
         recovery.out,
         dry_run=recovery.dry_run,
@@ -189,97 +216,92 @@ def _check_schedule(name: str) -> None:
 
 def _prune_parser(program: str) -> Parser:
     parser = Parser(prog=program, add_help=False)
-    for option, told in (
-        ("--ratio", "Share of all heads and hidden units that goes. (default: 0.5)"),
-        ("--heads", "Share of the heads that goes, apart from that of the hidden units."),
-        ("--hidden", "Share of the hidden units that goes, apart from that of the heads."),
-        ("--macs", "Instead: share of the blocks' arithmetic that stays."),
+    for option, text in (
+        ("--ratio", "Fraction of all heads and hidden units to remove. (default: 0.5)"),
+        ("--heads", "Fraction of the heads to remove, instead of --ratio."),
+        ("--hidden", "Fraction of the hidden units to remove, instead of --ratio or with --heads."),
+        ("--macs", "Fraction of the blocks' MACs to keep, instead of --ratio."),
     ):
-        parser.add_argument(option, type=float, metavar="SHARE", help=told)
+        parser.add_argument(option, type=float, metavar="FRACTION", help=text)
     parser.add_argument(
         "--scope",
         default="global",
-        help="global (all blocks ranked together) or layerwise (the same share of each).",
+        metavar="NAME",
+        help="global: rank heads and hidden units of all blocks together; layerwise: remove the "
+        "same fraction of each block.",
     )
     parser.add_argument(
         "--criterion",
         default="taylor",
-        help="What a part is worth: taylor (to the loss of training views) or magnitude (of its "
-        "weights).",
+        metavar="NAME",
+        help="Importance of a head or hidden unit. taylor: its effect on the loss of training "
+        "views; magnitude: the size of its weights.",
     )
     parser.add_argument(
         "--images",
         type=int,
         default=1024,
         metavar="N",
-        help="Training views for --criterion taylor.",
+        help="Number of training views for --criterion taylor.",
     )
-    parser.add_argument(
-        "--checkpoint", choices=run_folder.NAMES, default="best", help="Whose weights are cut."
-    )
+    parser.add_checkpoint()
     parser.add_argument(
         "--schedule",
         default="short",
         metavar="NAME",
-        help=f"Schedule of the recovery: {', '.join(_of_all())}. short: a third of the epochs.",
+        help=f"Schedule of the recovery training: {', '.join(_full_schedules())}.",
     )
     parser.add_argument(
         "--controls",
         default="none",
         metavar="A,B",
-        help="Students of the same shape from random weights. short: trained as long as the "
-        "recovery; long: as long as run and recovery together.",
+        help="Also train students of the same shape from random weights. short: as long as the "
+        "recovery; long: as long as the run and the recovery together.",
     )
-    parser.add_argument(
-        "--parallel", type=int, default=1, metavar="N", help="Runs that share the machine."
-    )
+    parser.add_parallel()
     return parser
 
 
-def _of_all() -> list[str]:
-    """The schedules that train all of a student."""
+def _full_schedules() -> list[str]:
+    """Return the names of the schedules that train all weights."""
     return [
         name
-        for name, tuned in FINETUNE_SCHEDULES.items()
-        if tuned(Config()).optim.trainable == "all"
+        for name, schedule in FINETUNE_SCHEDULES.items()
+        if schedule(Config()).optim.trainable == "all"
     ]
 
 
-def _of_the_whole(config: Config, tuning: str, words: list[str]) -> Config:
-    """A configuration by a schedule, in as many epochs as the words of a command line say. Raises
-    ConfigError where that trains only a part."""
-    tuned = with_epochs(FINETUNE_SCHEDULES[tuning](config), typed_epochs(words))
-    if tuned.optim.trainable != "all":
-        which = f"--schedule {tuning}" if config.optim.trainable == "all" else "the run"
+def _recovery_config(config: Config, schedule: str, arguments: list[str]) -> Config:
+    """Return a configuration with a schedule and the epochs of a command line. Raises ConfigError
+    if it would not train all weights."""
+    recovery = with_epochs(FINETUNE_SCHEDULES[schedule](config), given_epochs(arguments))
+    if recovery.optim.trainable != "all":
+        cause = f"--schedule {schedule}" if config.optim.trainable == "all" else "the run"
         raise ConfigError(
-            f"{which}: trains {tuned.optim.trainable} alone (optim.trainable), and what is left of "
-            "a "
-            "cut student has to learn as a whole; prune a run, by a schedule, that trains all"
+            f"{cause}: trains only {recovery.optim.trainable} (optim.trainable), but a pruned "
+            "student needs all its weights trained; use a run and a schedule that train all"
         )
-    return tuned
+    return recovery
 
 
 def variants(arguments: list[str], program: str) -> None:
-    """A run beside everything smaller that was made of it: accuracy, bytes, arithmetic, time."""
+    """Compare a run with its exported, quantized and pruned variants."""
     parser = Parser(
         prog=program,
-        description="Measure a run, the ONNX and int8 files in its folder, what deit prune made of "
-        "it, and other runs, on the same test images; times in turns on this machine. Into the "
-        "folder RUN/variants: variants.json, variants.md, variants.png.",
+        usage="%(prog)s RUN [RUN ...] [OPTIONS]",
+        description="Compare a run with the ONNX and int8 files in its folder, its pruned students "
+        "and other runs, on the same test images: accuracy, size, MACs and latency on this "
+        "machine. Writes variants.json, variants.md and variants.png to RUN/variants.",
     )
-    parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="a run, then others to stand beside it"
-    )
+    parser.add_run(many=True, text="The run, then other runs to compare it with.")
     parser.add_argument(
         "--merge-tokens",
         metavar="A,B",
-        help="also the run with so many tokens merged in each block",
+        help="Numbers of tokens that each block merges; one more variant of the run for each.",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
-    parser.add_argument(
-        "--force", action="store_true", help="replace RUN/variants and --json be replaced"
-    )
+    parser.add_data_root()
+    parser.add_json()
+    parser.add_force("RUN/variants", "--json")
     options = parser.parse_intermixed_args(arguments)
     merges = parse_numbers(options.merge_tokens, "--merge-tokens", whole=True, least=1)
     from deit.deploy.variants import variants

@@ -1,43 +1,33 @@
-"""The commands about images, their views and a teacher's answers to them."""
+"""Commands about images, their views, and stored teacher outputs."""
 
 import dataclasses
 import shlex
 from pathlib import Path
 
 from deit.cli.parser import Parser, check_content, parse_part
-from deit.cli.run_args import GOES_ON, TRAINS, TRAINS_NOT, parse_run, print_config_if_asked
+from deit.cli.run_args import (
+    ALWAYS_RESUMES,
+    NOT_TRAINING,
+    USE_TRAIN,
+    parse_run,
+    print_config_if_requested,
+)
 from deit.config.data_section import DataConfig
 from deit.core.console import info
 from deit.core.errors import ConfigError, did_you_mean
 
 
 def check_data(arguments: list[str], program: str) -> None:
-    """Decode every image of a dataset: list unreadable files, duplicates, sizes and formats."""
-    parser = Parser(
-        prog=program,
-        description="Decode every image of every split and list the files that are not read. Exit "
-        "code "
-        "3 if any image is unusable.",
-    )
-    parser.add_argument("root", metavar="DATA", help="as data.root: the folder of the images")
-    parser.add_argument("--source", choices=("folder", "shards", "reader"), default="folder")
-    parser.add_argument("--reader", metavar="NAME", help="as data.reader")
-    parser.add_argument("--download", action="store_true", help="as data.download")
-    parser.add_argument("--exclude-list", metavar="FILE", help="as data.exclude_list")
-    parser.add_argument(
-        "--write-exclude-list", type=Path, metavar="FILE", help="write the unusable images here"
-    )
-    parser.add_argument("--force", action="store_true", help="replace existing files")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all findings here")
-    options = parser.parse_args(arguments)
+    """Decode every image of a dataset; list unreadable files, duplicates, sizes and formats."""
+    options = _check_data_parser(program).parse_args(arguments)
     if (options.source == "reader") != (options.reader is not None):
-        raise ConfigError("--source reader and --reader NAME go together")
+        raise ConfigError("--source reader and --reader NAME need each other")
     from deit.analysis.dataset_scan import print_scan, raise_if_unreadable, scan, write_exclude_list
     from deit.core.filesystem import check_file, write_json
 
     check_file(options.json, option="--json", replace=options.force)
     check_file(options.write_exclude_list, option="--write-exclude-list", replace=options.force)
-    found = scan(
+    report = scan(
         DataConfig(
             source=options.source,
             root=options.root,
@@ -46,33 +36,73 @@ def check_data(arguments: list[str], program: str) -> None:
             exclude_list=options.exclude_list,
         )
     )
-    print_scan(found)
+    print_scan(report)
     if options.write_exclude_list is not None:
-        write_exclude_list(options.write_exclude_list, found)
+        write_exclude_list(options.write_exclude_list, report)
     if options.json is not None:
-        write_json(options.json, dataclasses.asdict(found))
+        write_json(options.json, dataclasses.asdict(report))
         info(f"wrote {options.json}")
-    raise_if_unreadable(found, options.write_exclude_list)
+    raise_if_unreadable(report, options.write_exclude_list)
+
+
+def _check_data_parser(program: str) -> Parser:
+    parser = Parser(
+        prog=program,
+        usage="%(prog)s DATA [OPTIONS]",
+        description="Decode every image of every split. List unreadable files, duplicates, sizes "
+        "and formats. Exit code 3 if any image is unreadable.",
+    )
+    parser.add_argument("root", metavar="DATA", help="Folder of the images (data.root).")
+    parser.add_argument(
+        "--source",
+        choices=("folder", "shards", "reader"),
+        default="folder",
+        help="How the images are stored (data.source).",
+    )
+    parser.add_argument(
+        "--reader", metavar="NAME", help="timm reader for --source reader (data.reader)."
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="Allow the reader to download (data.download)."
+    )
+    parser.add_argument(
+        "--exclude-list",
+        metavar="FILE",
+        help="Text file of images to exclude (data.exclude_list).",
+    )
+    parser.add_argument(
+        "--write-exclude-list",
+        type=Path,
+        metavar="FILE",
+        help="Write the unreadable images to this file, for data.exclude_list.",
+    )
+    parser.add_json()
+    parser.add_force("--write-exclude-list", "--json")
+    return parser
 
 
 def show_views(arguments: list[str], program: str) -> None:
-    """Draw what student and teacher see of the first views of an epoch."""
+    """Draw the first training views of an epoch as student and teacher see them."""
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
-        "--out", type=Path, default=Path("views.png"), metavar="FILE.png", help="The picture."
+        "--out", type=Path, default=Path("views.png"), metavar="FILE.png", help="Image to write."
     )
-    parser.add_argument("--force", action="store_true", help="Let --out replace a file.")
-    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="Of which epoch.")
-    parser.add_argument("--num-views", type=int, default=12, metavar="VIEWS", help="How many.")
+    parser.add_force("--out")
+    parser.add_argument(
+        "--epoch", type=int, default=0, metavar="N", help="Epoch of the views, from 0."
+    )
+    parser.add_argument(
+        "--num-views", type=int, default=12, metavar="N", help="Number of views to draw."
+    )
     options, rest = parser.parse_known_args(arguments)
     run = parse_run(
         rest,
         program=program,
-        about="Draw what student and teacher see of the first training views of an epoch, with "
-        "labels, mixing weights and the teacher's answers.",
+        about="Draw the first training views of an epoch as student and teacher see them, with "
+        "labels, mixing weights and the teacher's predictions.",
         command_parser=parser,
-        excluded=TRAINS_NOT,
-        online=False,
+        excluded=NOT_TRAINING,
+        live_teacher=False,
     )
     if not 0 <= options.epoch < 2**32:
         raise ConfigError(f"--epoch {options.epoch}: should be in 0 ... 4294967295")
@@ -87,55 +117,40 @@ def show_views(arguments: list[str], program: str) -> None:
 
 
 def targets(arguments: list[str], program: str) -> None:
-    """Store a teacher's answers to every view, or verify a store of them."""
+    """Store a teacher's outputs for every training view, or verify such a store."""
     actions = {"write": _write_targets, "verify": _verify_targets}
     if arguments and arguments[0] in actions:
         actions[arguments[0]](arguments[1:], f"{program} {arguments[0]}")
         return
     if {"-h", "--help"} & set(arguments[:1]):
-        info(f"usage: {program} write RECIPE --out STORE [options]\n       {program} verify STORE")
-        info("(each with --help tells more)")
+        info(
+            f"usage: {program} write RECIPE --out STORE [OPTIONS]\n"
+            f"       {program} verify STORE [OPTIONS]\n\n"
+            "write   Store the outputs of a recipe's teachers for its training views.\n"
+            "verify  Check a store against its checksums, the data and the teachers.\n\n"
+            f"{program} write --help and {program} verify --help list their options."
+        )
         return
-    found = f"{arguments[0]!r}{did_you_mean(arguments[0], actions)}" if arguments else "nothing"
-    raise ConfigError(f"{program}: should be followed by write or verify, not by {found}")
+    action = f"{arguments[0]!r}{did_you_mean(arguments[0], actions)}" if arguments else "nothing"
+    raise ConfigError(f"{program}: should be followed by write or verify, not by {action}")
 
 
 def _write_targets(arguments: list[str], program: str) -> None:
-    parser = Parser(prog=program, add_help=False)
-    parser.add_argument("--out", type=Path, metavar="STORE", help="The folder to write.")
-    parser.add_argument(
-        "--epochs", type=int, metavar="N", help="Epochs to write. (default: all epochs of the run)"
-    )
-    parser.add_argument(
-        "--content",
-        metavar="KIND",
-        help="hard, full or top-K. (default: what the loss needs)",
-    )
-    parser.add_argument(
-        "--part",
-        default="0/1",
-        metavar="I/N",
-        help="Part I (from 0) of N; each part is written by its own command.",
-    )
-    parser.add_argument(
-        "--teacher-index",
-        type=int,
-        metavar="N",
-        help="Write the outputs of the Nth teacher only (1-based).",
-    )
+    parser = _write_targets_parser(program)
     options, rest = parser.parse_known_args(arguments)
     run = parse_run(
         rest,
         program=program,
-        about="Write the answers of a recipe's teachers to its training views into a store, for "
-        "--teacher.target_stores. Interrupted, the same command goes on.",
+        about="Store the outputs of a recipe's teachers for its training views. Runs can then use "
+        "the store instead of the teachers (--teacher.target_stores). Run the same command again "
+        "to resume.",
         command_parser=parser,
-        excluded={**GOES_ON, "dry_run": TRAINS},
-        online=False,
+        excluded={**ALWAYS_RESUMES, "dry_run": USE_TRAIN},
+        live_teacher=False,
     )
-    if print_config_if_asked(run):
+    if print_config_if_requested(run):
         return
-    records, part = check_content(options.content), parse_part(options.part)
+    content, part = check_content(options.content), parse_part(options.part)
     if options.out is None:
         raise ConfigError(f"{program} {run.recipe}: needs --out STORE, the folder to write")
     if options.epochs is not None and not 0 < options.epochs < 2**32:
@@ -146,7 +161,7 @@ def _write_targets(arguments: list[str], program: str) -> None:
         run.config,
         options.out,
         epochs=options.epochs,
-        content=records,
+        content=content,
         part=part,
         teacher_index=options.teacher_index,
     )
@@ -155,17 +170,61 @@ def _write_targets(arguments: list[str], program: str) -> None:
         info(f"next: deit train {shlex.join(rest)} --teacher.target_stores {store}")
 
 
+def _write_targets_parser(program: str) -> Parser:
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument(
+        "--out", type=Path, metavar="STORE", help="Folder of the store to write (required)."
+    )
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="Epochs to write. (default: all epochs of the run)"
+    )
+    parser.add_argument(
+        "--content",
+        metavar="KIND",
+        help="Outputs to store for each view. hard: the predicted label; full: also the "
+        "log-probabilities of all classes; top-K: of the K most probable. (default: what the loss "
+        "needs)",
+    )
+    parser.add_argument(
+        "--part",
+        default="0/1",
+        metavar="I/N",
+        help="Write part I (from 0) of N; run one command for each part.",
+    )
+    parser.add_argument(
+        "--teacher-index",
+        type=int,
+        metavar="N",
+        help="Write the outputs of the Nth teacher only (from 1). (default: all teachers)",
+    )
+    return parser
+
+
 def _verify_targets(arguments: list[str], program: str) -> None:
     parser = Parser(
         prog=program,
-        description="Read a store whole: its checksums, then a sample of its views, made anew from "
-        "the data, and of its answers, asked of the teacher anew. Exit code 3 or 4 if one differs.",
+        usage="%(prog)s STORE [OPTIONS]",
+        description="Read a store and verify its checksums, then recompute a sample of its views "
+        "from the data and a sample of its outputs with the teachers. Exit code 3 if data, views "
+        "or teachers differ; exit code 4 if files are damaged.",
     )
-    parser.add_argument("store", type=Path, metavar="STORE", help="folder of the store")
-    parser.add_argument("--root", metavar="DIR", help="where the images lie now")
-    parser.add_argument("--teacher", metavar="A,B", help="where the teachers lie now; or none")
+    parser.add_argument("store", type=Path, metavar="STORE", help="Folder of the store.")
     parser.add_argument(
-        "--num-queries", type=int, default=2048, help="teacher outputs to recompute (2048)"
+        "--root",
+        metavar="DIR",
+        help="Folder of the images, if it has moved since the store was written.",
+    )
+    parser.add_argument(
+        "--teacher",
+        metavar="A,B",
+        help="Teachers, if they have moved since the store was written; none: skip their check.",
+    )
+    parser.add_argument(
+        "--num-queries",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="Number of teacher outputs to recompute.",
     )
     options = parser.parse_args(arguments)
     if options.num_queries < 1:

@@ -1,4 +1,4 @@
-"""The commands that train many runs beside each other, and the page about runs."""
+"""Commands that train and compare many runs, and the report of runs."""
 
 import argparse
 import dataclasses
@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from deit.cli.parser import Parser, check_content, command_of, parse_seeds
-from deit.cli.run_args import GOES_ON, RunArguments, parse_run, print_config_if_asked
+from deit.cli.parser import Parser, check_content, command_of, parse_names, parse_seeds
+from deit.cli.run_args import ALWAYS_RESUMES, RunArguments, parse_run, print_config_if_requested
 from deit.config.schema import Config
 from deit.core.console import info
 from deit.core.errors import ConfigError
@@ -25,110 +25,118 @@ from deit.experiments.sweep_spec import Sweep
 
 
 def compare(arguments: list[str], program: str) -> None:
-    """What the teacher is worth, or another study of a recipe, in one table."""
-    parser = Parser(prog=program, add_help=False)
-    parser.add_argument(
-        "--study",
-        default="teacher",
-        metavar="NAME",
-        help="teacher (the student with and without teacher), view-modes (every view mode), "
-        "epochs (shorter and longer training), ensemble (teachers together and alone), resolution "
-        "(a fine-tuning by "
-        "its teachers and none), or of the DeiT paper table-2 (teachers of other kinds), table-3 "
-        "(ways of distilling), table-4 (who decides like whom), table-8 (parts of the training).",
-    )
-    parser.add_argument(
-        "--arms", default="", metavar="A,B", help="Some students of the study; none named: all."
-    )
-    parser.add_multi_run_options()
-    parser.set_defaults(top=5)
+    """Train a recipe with and without its teacher, or another study, and compare."""
+    parser = _compare_parser(program)
     options, rest = parser.parse_known_args(arguments)
-    names = tuple(name.strip() for name in options.arms.split(",") if name.strip())
-    plan = study_sweep(options.study, recipe="", arms=names, seeds=parse_seeds(options.seeds))
-    asked: list[Config] = []
+    arms, seeds = parse_names(options.arms), parse_seeds(options.seeds)
+    plan = study_sweep(options.study, recipe="", arms=arms, seeds=seeds)
+    recipe_configs: list[Config] = []
 
-    def adapt(config: Config) -> Config:
-        asked.append(config)
+    def transform(config: Config) -> Config:
+        recipe_configs.append(config)
         return config
 
     run = parse_run(
         rest,
         program=program,
-        about="Train a recipe's teacher and several students, and evaluate all on the test split: "
-        "the sweep of a study. data.* and run.* apply to the teacher too, which is trained once, "
-        "with the first seed. The same command resumes: a finished run is not trained again.",
+        about="Train a recipe's teacher and several students, and evaluate all of them on the test "
+        "split. data.* and run.* also apply to the teacher, which is trained once, with the first "
+        "seed. Run the same command again to resume; finished runs are not trained again.",
         command_parser=parser,
         help_overrides={
-            "out": "Folder of all runs. None: checkpoints/compare-RECIPE in the working directory.",
-            "dry_run": "List the runs; nothing is trained or written.",
+            "out": "Folder of all runs. (default: checkpoints/compare-RECIPE in the working "
+            "directory)",
+            "dry_run": "List the runs; train and write nothing.",
         },
-        excluded=GOES_ON,
-        adapt=adapt,
+        excluded=ALWAYS_RESUMES,
+        transform=transform,
         prefix="compare-",
-        online=False,
+        live_teacher=False,
     )
-    if print_config_if_asked(run):
+    if print_config_if_requested(run):
         return
     plan = dataclasses.replace(plan, recipe=run.recipe)
     command = command_of(program, arguments)
-    result = _train_points(plan, run, options, command, recipe=asked[0], asked=asked[0])
+    (config,) = recipe_configs
+    result = _train_points(plan, run, options, command, recipe=config, base=config)
     if result and options.study == "teacher":
         _suggest_next(run.recipe, result)
 
 
+def _compare_parser(program: str) -> Parser:
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument(
+        "--study",
+        default="teacher",
+        metavar="NAME",
+        help="The students to compare: teacher (with and without the teacher), view-modes (every "
+        "view mode), epochs (shorter and longer training), ensemble (several teachers combined and "
+        "each alone), resolution (fine-tuning at a higher resolution, by teacher and without), or "
+        "a table of the DeiT paper: table-2 (ConvNet and transformer teachers), table-3 (hard and "
+        "soft distillation, class and distillation token), table-4 (disagreement between teacher "
+        "and students), table-8 (ablation of the training).",
+    )
+    parser.add_argument(
+        "--arms", default="", metavar="A,B", help="Students of the study to train. (default: all)"
+    )
+    parser.add_multi_run_options()
+    parser.set_defaults(top=5)
+    return parser
+
+
 def _suggest_next(recipe: str, result: dict[str, Any]) -> None:
-    """Print what a newcomer may want to type after a first comparison."""
+    """Print commands to run after a first comparison."""
     rows = result["rows"].values()
     student = next(row["folders"][0] for row in rows if not row["teacher"] and row["folders"])
     teachers = [row["folders"][0] for row in rows if row["teacher"] and row["folders"]]
-    taught = f"--teacher.source {shlex.quote(','.join(teachers))} " if teachers else ""
+    source = f"--teacher.source {shlex.quote(','.join(teachers))} " if teachers else ""
     info(
         "\nNext:\n"
-        f"  deit evaluate {shlex.quote(student)}      every head, class by class\n"
-        f"  python train_deit.py {recipe} --loss deit-hard {taught}--out checkpoints/hard\n"
-        "  python train_deit.py --help      every setting\n"
-        "  deit recipes      the other experiments"
+        f"  deit evaluate {shlex.quote(student)}      metrics of every head and class\n"
+        f"  python train_deit.py {recipe} --loss deit-hard {source}--out checkpoints/hard\n"
+        "  python train_deit.py --help      all options\n"
+        "  deit recipes      all recipes"
     )
 
 
 def sweep(arguments: list[str], program: str) -> None:
-    """Every combination of a grid, or the runs of a file or study: one table, mean and std."""
+    """Train every run of a grid, a search or a study; report mean and standard deviation."""
     plan, rest = _split_sweep(arguments, program)
     parser = _sweep_parser(program, plan)
     options, rest = parser.parse_known_args(rest)
     plan = dataclasses.replace(plan, recipe=options.recipe, seeds=parse_seeds(options.seeds))
     check_content(plan.content)
-    asked: list[Config] = []
-    recipe: list[Config] = []
+    recipe_configs: list[Config] = []
+    base_configs: list[Config] = []
 
-    def adapt(config: Config) -> Config:
-        recipe.append(config)
-        asked.append(with_fields(config, plan.set, where=f"sweep {plan.name}, set"))
-        return asked[0]
+    def transform(config: Config) -> Config:
+        recipe_configs.append(config)
+        base_configs.append(with_fields(config, plan.set, where=f"sweep {plan.name}, set"))
+        return base_configs[0]
 
     run = parse_run(
         [plan.recipe, *rest],
         program=program,
         usage="SWEEP [--recipe RECIPE]",
         about="Train and evaluate every run of a sweep for each seed. SWEEP: a YAML or JSON file "
-        f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}. Into --out: results.csv, results.json, "
-        "results.md, pictures and the runs. The same command goes on; what is finished is kept, "
-        "also when the file changes.",
+        f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}. Writes results.csv, results.json, "
+        "results.md, plots and the runs to --out. Run the same command again to resume; finished "
+        "runs are reused, even if the file has changed.",
         command_parser=parser,
         help_overrides={
-            "out": "Folder of the sweep. None: checkpoints/SWEEP below the working directory.",
-            "dry_run": "List the runs; nothing is trained or written.",
+            "out": "Folder of the sweep. (default: checkpoints/SWEEP in the working directory)",
+            "dry_run": "List the runs; train and write nothing.",
         },
-        excluded=GOES_ON,
-        adapt=adapt,
+        excluded=ALWAYS_RESUMES,
+        transform=transform,
         out=Path("checkpoints") / plan.name,
-        online=False,
+        live_teacher=False,
     )
-    if print_config_if_asked(run):
+    if print_config_if_requested(run):
         return
-    plan = with_command_line(plan, asked[0], run.config)
-    command = command_of(program, arguments)
-    _train_points(plan, run, options, command, recipe=recipe[0], asked=asked[0])
+    (recipe,), (base,) = recipe_configs, base_configs
+    plan = with_command_line(plan, base, run.config)
+    _train_points(plan, run, options, command_of(program, arguments), recipe=recipe, base=base)
 
 
 def _train_points(
@@ -138,12 +146,13 @@ def _train_points(
     command: str,
     *,
     recipe: Config,
-    asked: Config,
+    base: Config,
 ) -> dict[str, Any]:
-    """Check every point, then train them all. asked: the recipe with what a sweep's file sets."""
-    # Every mistake in the file, before torch is imported.
+    """Check all points of a sweep, then train them. base: the recipe with the fields that the
+    sweep's file sets for all points."""
+    # Report every error of the file before torch is imported.
     points = boundary_points(plan, run.config) if plan.search else points_of(plan, run.config)
-    # Code that may teach: the command line's, and that of a recipe that is no file of JSON.
+    # Teachers that are Python code must come from the command line or from a recipe in Python.
     trusted = set() if plan.recipe.endswith(".json") else {*recipe.teacher.code_sources}
     if run.trusts_teacher_code:
         trusted |= {*run.config.teacher.code_sources}
@@ -154,7 +163,7 @@ def _train_points(
         plan,
         run.config,
         run.out,
-        asked=asked,
+        asked=base,
         dry_run=run.dry_run,
         parallel=options.parallel,
         retries=options.retries,
@@ -164,7 +173,7 @@ def _train_points(
 
 
 def _split_sweep(arguments: list[str], program: str) -> tuple[Sweep, list[str]]:
-    """Return the sweep and the words after it; an empty one for --help alone."""
+    """Return the sweep and the arguments after it; an empty sweep for --help alone."""
     if arguments and not arguments[0].startswith("-"):
         return find_sweep(arguments[0]), arguments[1:]
     if {"-h", "--help"} & set(arguments):
@@ -177,37 +186,41 @@ def _split_sweep(arguments: list[str], program: str) -> tuple[Sweep, list[str]]:
 def _sweep_parser(program: str, plan: Sweep) -> Parser:
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
-        "--recipe", default=plan.recipe, metavar="RECIPE", help="Recipe instead of the file's."
+        "--recipe", default=plan.recipe, metavar="RECIPE", help="Recipe to use instead of SWEEP's."
     )
     parser.add_multi_run_options(seeds=",".join(map(str, plan.seeds)))
     parser.add_argument(
-        "--top", type=int, default=5, metavar="N", help="How many of the best points to print."
+        "--top", type=int, default=5, metavar="N", help="Number of best points to print."
     )
     return parser
 
 
 def _check_trusted(plan: Sweep, points: list[Point], trusted: set[str]) -> None:
-    """Refuse teachers that are code and that only the sweep's file names. Raises ConfigError."""
+    """Raise ConfigError if only the sweep's file names Python code as a teacher."""
     for point in points:
-        if named := sorted({*point.config.teacher.code_sources} - trusted):
+        if untrusted := sorted({*point.config.teacher.code_sources} - trusted):
             raise ConfigError(
-                f"sweep {plan.name}, {point.name}: its teacher {named[0]} is code, which no file "
-                f"but the command line may have run; add --teacher.source {named[0]} if you trust "
-                "it"
+                f"sweep {plan.name}, {point.name}: its teacher {untrusted[0]} is Python code, and "
+                "code is run only if the command line names it; add --teacher.source "
+                f"{untrusted[0]} if you trust it"
             )
 
 
 def report(arguments: list[str], program: str) -> None:
-    """One page about runs and sweeps: curves, classes, calibration, attention, views; PNG, CSV."""
+    """Write an HTML report of runs and sweeps, with charts (PNG) and tables (CSV)."""
     parser = Parser(
         prog=program,
-        description="Write one self-contained HTML page about finished runs and sweeps, with every "
-        "chart as PNG and every table as CSV beside it.",
+        usage="%(prog)s RUN [RUN ...] [OPTIONS]",
+        description="Write a self-contained HTML report of finished runs and sweeps: training "
+        "curves, metrics per class, calibration, attention maps and views. Every chart is also "
+        "written as PNG and every table as CSV.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run or sweep folder")
-    parser.add_argument("--out", type=Path, default=Path("report"), help="folder (report)")
-    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
-    parser.add_argument("--force", action="store_true", help="let --out replace a report")
+    parser.add_run(many=True, text="Folders of runs and sweeps.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report"), metavar="DIR", help="Folder of the report."
+    )
+    parser.add_data_root()
+    parser.add_force("--out")
     options = parser.parse_args(arguments)
     from deit.analysis.report import report
 

@@ -1,18 +1,17 @@
-"""The commands that ask a finished run for answers, or write it for others to ask."""
+"""Commands that evaluate a finished run, predict with it, or export it."""
 
 import argparse
 from pathlib import Path
 
 from deit.cli.parser import Parser, command_of, parse_numbers
 from deit.config.choices import EXPORT_PACKAGES, TEST_SETS
-from deit.core import run_folder
 from deit.core.errors import ConfigError, did_you_mean
 
 
 def evaluate(arguments: list[str], program: str) -> None:
-    """Measure a finished run, head by head."""
+    """Evaluate finished runs on a test set: metrics of every head, cost and speed."""
     options = _evaluate_parser(program).parse_args(arguments)
-    sides = parse_numbers(options.resolution, "--resolution", whole=True)
+    resolutions = parse_numbers(options.resolution, "--resolution", whole=True)
     crops = parse_numbers(options.crop, "--crop", whole=False)
     merges = parse_numbers(options.merge_tokens, "--merge-tokens", whole=True, least=0)
     if options.batch is not None and options.batch < 1:
@@ -27,7 +26,7 @@ def evaluate(arguments: list[str], program: str) -> None:
     if options.plot is not None:
         check_image_path(options.plot, option="--plot")
         check_file(options.plot, option="--plot", replace=options.force)
-    asked = {
+    settings = {
         "checkpoint": options.checkpoint,
         "split": options.split,
         "root": options.root,
@@ -37,35 +36,35 @@ def evaluate(arguments: list[str], program: str) -> None:
         "test_set": options.test_set,
     }
     command = command_of(program, arguments)
-    if max(map(len, (options.runs, sides, crops, merges))) > 1 or options.plot is not None:
+    if max(map(len, (options.runs, resolutions, crops, merges))) > 1 or options.plot is not None:
         from deit.evaluation.compare_runs import compare_evaluations
 
         compare_evaluations(
             options.runs,
-            resolutions=sides,
+            resolutions=resolutions,
             crops=crops,
             merges=merges,
             plot=options.plot,
             json_file=options.json,
             command=command,
-            **asked,
+            **settings,
         )
         return
-    found = evaluate(
+    result = evaluate(
         options.runs[0],
-        resolution=sides[0] if sides else None,
+        resolution=resolutions[0] if resolutions else None,
         crop=crops[0] if crops else None,
         merge_tokens=merges[0] if merges else None,
         cost=True,
-        **asked,
+        **settings,
     )
-    print_evaluation(found)
+    print_evaluation(result)
     if options.json is not None:
-        write_evaluation(options.json, found | {"command": command})
+        write_evaluation(options.json, result | {"command": command})
 
 
 def _check_test_set(options: argparse.Namespace) -> None:
-    """Refuse a test set that does not exist, or options that do not apply to it."""
+    """Raise ConfigError if the test set does not exist or does not go with other options."""
     name = options.test_set
     if name is None:
         return
@@ -73,54 +72,79 @@ def _check_test_set(options: argparse.Namespace) -> None:
         advice = f"should be one of {', '.join(TEST_SETS)}{did_you_mean(name, TEST_SETS)}"
         raise ConfigError(f"--test-set {name}: {advice}")
     if options.teacher or options.split != "test":
-        raise ConfigError(
-            "--test-set is a test set of its own: neither --teacher nor --split go with it"
-        )
+        raise ConfigError(f"--test-set {name}: cannot be combined with --teacher or --split")
     if options.root is None:
-        raise ConfigError(f"--test-set {name}: needs --data.root, where its images lie")
+        raise ConfigError(f"--test-set {name}: needs --data.root, the folder of its images")
 
 
 def _evaluate_parser(program: str) -> Parser:
     parser = Parser(
         prog=program,
-        description="Measure a run on its test split, head by head; or several runs, resolutions, "
-        "crops and numbers of merged tokens in one table.",
+        usage="%(prog)s RUN [RUN ...] [OPTIONS]",
+        description="Evaluate a run on its test split: accuracy and calibration of every head, "
+        "agreement with the teacher, cost and speed. Several runs, resolutions, crops or numbers "
+        "of merged tokens are compared in one table.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    parser.add_argument("--split", choices=("test", "validation"), default="test")
-    parser.add_argument("--checkpoint", choices=run_folder.NAMES, default="best")
-    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
-    parser.add_argument("--teacher", metavar="SOURCE", help="teacher to agree with; none: without")
-    parser.add_argument("--run.device", dest="device", choices=("auto", "cpu", "cuda"))
+    parser.add_run(many=True)
+    parser.add_checkpoint()
+    parser.add_argument(
+        "--split", choices=("test", "validation"), default="test", help="Split to evaluate."
+    )
+    parser.add_data_root()
+    parser.add_argument(
+        "--test-set",
+        metavar="NAME",
+        help="Evaluate another test set of ImageNet, stored in --data.root, instead of the split: "
+        f"{', '.join(TEST_SETS)}.",
+    )
+    parser.add_argument(
+        "--teacher",
+        metavar="SOURCE",
+        help="Teacher to compare with; none: no teacher. (default: the run's)",
+    )
+    parser.add_argument(
+        "--resolution",
+        metavar="A,B",
+        help="Sides [px] of the student's input; the position embedding is resized. (default: the "
+        "run's)",
+    )
+    parser.add_argument(
+        "--crop",
+        metavar="A,B",
+        help="Evaluation crops, as views.eval_crop_pct. (default: the run's)",
+    )
+    parser.add_argument(
+        "--merge-tokens",
+        metavar="A,B",
+        help="Numbers of tokens that each block of a ViT merges; without training. (default: no "
+        "merging)",
+    )
+    parser.add_argument(
+        "--run.device",
+        dest="device",
+        choices=("auto", "cpu", "cuda"),
+        help="Device to evaluate on. (default: the run's)",
+    )
     parser.add_argument(
         "--run.eval_batch_size",
         dest="batch",
         type=int,
         metavar="N",
-        help="images at once; the run's own number otherwise",
+        help="Images per evaluation step. (default: the run's)",
     )
     parser.add_argument(
-        "--resolution", metavar="A,B", help="sides of the input [px]; positions are resized"
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="Plot accuracy against throughput to this file.",
     )
-    parser.add_argument("--crop", metavar="A,B", help="evaluation crops, as views.eval_crop_pct")
-    parser.add_argument(
-        "--merge-tokens",
-        metavar="A,B",
-        help="tokens of a ViT that each block merges; none is retrained",
-    )
-    parser.add_argument(
-        "--test-set", metavar="NAME", help=f"ImageNet's {', '.join(TEST_SETS)}, from --data.root"
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw throughput against accuracy"
-    )
-    parser.add_argument("--force", action="store_true", help="let --json and --plot replace files")
+    parser.add_json()
+    parser.add_force("--plot", "--json")
     return parser
 
 
 def predict(arguments: list[str], program: str) -> None:
-    """A run's answers to pictures of your own, head by head, and what its tokens look at."""
+    """Classify images with a finished run; with --attention, also draw attention maps."""
     options = _predict_parser(program).parse_args(arguments)
     if options.top_k < 1:
         raise ConfigError(f"--top-k {options.top_k}: should be at least 1")
@@ -134,7 +158,7 @@ def predict(arguments: list[str], program: str) -> None:
         check_file(options.attention, option="--attention", replace=options.force)
     predict(
         options.run,
-        options.pictures,
+        options.images,
         checkpoint=options.checkpoint,
         teacher=options.teacher,
         top_k=options.top_k,
@@ -146,38 +170,45 @@ def predict(arguments: list[str], program: str) -> None:
 def _predict_parser(program: str) -> Parser:
     parser = Parser(
         prog=program,
-        description="The likeliest classes of pictures by each head of a finished run. Pictures "
-        "that cannot be read are listed after the answers to all others, with exit code 3.",
+        usage="%(prog)s RUN IMAGE [IMAGE ...] [OPTIONS]",
+        description="Print the most probable classes of images by every head of a finished run. "
+        "Unreadable images are listed at the end, with exit code 3.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_run()
     parser.add_argument(
-        "pictures",
+        "images",
         type=Path,
         nargs="+",
         metavar="IMAGE",
-        help="pictures, or folders of them at any depth",
+        help="Image files, or folders that are searched recursively.",
     )
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to show (5)")
+    parser.add_checkpoint()
     parser.add_argument(
-        "--teacher", metavar="SOURCE", help="ask a teacher as well; run: the run's own"
+        "--top-k", type=int, default=5, metavar="K", help="Number of classes to print."
     )
     parser.add_argument(
-        "--attention", type=Path, metavar="FILE.png", help="draw what each token looks at"
+        "--teacher",
+        metavar="SOURCE",
+        help="Also print the predictions of this teacher; run: the run's teacher. (default: no "
+        "teacher)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the answers here")
     parser.add_argument(
-        "--force", action="store_true", help="let --json and --attention replace files"
+        "--attention",
+        type=Path,
+        metavar="FILE.png",
+        help="Draw the attention map of each token to this file.",
     )
-    parser.add_argument("--checkpoint", choices=run_folder.NAMES, default="best")
+    parser.add_json()
+    parser.add_force("--attention", "--json")
     return parser
 
 
 def export(arguments: list[str], program: str) -> None:
-    """Write a run for timm, transformers, ONNX Runtime or torch.export; verified, with a card."""
+    """Export a run to timm, transformers, ONNX Runtime or torch.export, and verify it."""
     options = _export_parser(program).parse_args(arguments)
     if options.format not in EXPORT_PACKAGES:
-        near = did_you_mean(options.format, EXPORT_PACKAGES)
-        advice = f"should be one of {', '.join(EXPORT_PACKAGES)}{near}"
+        hint = did_you_mean(options.format, EXPORT_PACKAGES)
+        advice = f"should be one of {', '.join(EXPORT_PACKAGES)}{hint}"
         raise ConfigError(f"--format {options.format}: {advice}")
     if options.images < 1:
         raise ConfigError(f"--images {options.images}: should be at least 1")
@@ -190,7 +221,7 @@ def export(arguments: list[str], program: str) -> None:
         checkpoint=options.checkpoint,
         root=options.root,
         images=options.images,
-        licence=options.licence,
+        licence=options.license,
         force=options.force,
     )
 
@@ -198,17 +229,32 @@ def export(arguments: list[str], program: str) -> None:
 def _export_parser(program: str) -> Parser:
     parser = Parser(
         prog=program,
-        description="Write a finished run in another format, load it without our code, hold its "
-        "answers against the run's on test images, and keep it only if they are the same.",
+        usage="%(prog)s RUN --format NAME [OPTIONS]",
+        description="Write a finished run in another format, with a model card. The export is "
+        "loaded without deit, and its outputs are compared with the run's on test images; it is "
+        "kept only if they agree.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_run()
     parser.add_argument(
-        "--format", required=True, metavar="NAME", help=f"{', '.join(EXPORT_PACKAGES)}"
+        "--format",
+        required=True,
+        metavar="NAME",
+        help=f"Format of the export (required): {', '.join(EXPORT_PACKAGES)}.",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (RUN/export-FORMAT)")
-    parser.add_argument("--force", action="store_true", help="let --out replace a folder")
-    parser.add_argument("--checkpoint", choices=run_folder.NAMES, default="best")
-    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
-    parser.add_argument("--images", type=int, default=512, help="test images to verify on (512)")
-    parser.add_argument("--license", dest="licence", metavar="NAME", help="of the weights")
+    parser.add_checkpoint()
+    parser.add_data_root()
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=512,
+        metavar="N",
+        help="Number of test images to verify the export on.",
+    )
+    parser.add_argument(
+        "--license", metavar="NAME", help="License of the weights, for the model card."
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="Folder of the export. (default: RUN/export-FORMAT)"
+    )
+    parser.add_force("--out")
     return parser

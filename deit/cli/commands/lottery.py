@@ -1,41 +1,49 @@
-"""The commands that look for lottery tickets, and at the loss around what was found."""
+"""Commands that find lottery tickets and measure the loss landscape of runs."""
 
+import argparse
 from pathlib import Path
 
 from deit.analysis import landscape_options
-from deit.cli.parser import Parser, command_of, parse_controls, parse_numbers, parse_seeds
-from deit.cli.run_args import GOES_ON, parse_run, print_config_if_asked, run_name
-from deit.core import run_folder
+from deit.cli.grammar import option_of
+from deit.cli.parser import (
+    Parser,
+    command_of,
+    parse_controls,
+    parse_names,
+    parse_numbers,
+    parse_seeds,
+)
+from deit.cli.run_args import ALWAYS_RESUMES, parse_run, print_config_if_requested, run_name
 from deit.core.errors import ConfigError
 from deit.experiments import lottery_options
 
 
 def lottery(arguments: list[str], program: str) -> None:
-    """Lottery tickets: prune a recipe level by level with rewinding, beside controls."""
-    parser = _ticket_parser(program)
+    """Find lottery tickets: iterative magnitude pruning with rewinding, and controls."""
+    parser = _lottery_parser(program)
     options, rest = parser.parse_known_args(arguments)
     run = parse_run(
         rest,
         program=program,
-        about="Train a recipe dense, then prune its smallest weights level by level: each level "
-        "goes back to the weights, schedule, order and views of an early update of the dense run, "
-        "and is trained from there. Into --out: results.csv, results.json, results.md, tickets.png "
-        "and the runs. The same command goes on, also with more levels, controls or seeds.",
+        about="Train a recipe dense, then prune its smallest weights in rounds. Each round rewinds "
+        "weights, schedule, order and views to an early step of the dense run and trains from "
+        "there. Writes results.csv, results.json, results.md, tickets.png and the runs to --out. "
+        "Run the same command again to resume, also with more rounds, controls or seeds.",
         command_parser=parser,
         help_overrides={
-            "out": "Folder of the search. None: checkpoints/RECIPE-tickets below the working "
-            "directory.",
-            "dry_run": "List the runs; nothing is trained or written.",
+            "out": "Folder of all runs. (default: checkpoints/RECIPE-tickets in the working "
+            "directory)",
+            "dry_run": "List the runs; train and write nothing.",
         },
-        excluded={**GOES_ON, "force": "what is there is kept; give another --out"},
-        online=False,
-        out=_tickets_of(rest),
+        excluded={**ALWAYS_RESUMES, "force": "existing results are kept; use another --out"},
+        live_teacher=False,
+        out=_default_out(rest),
     )
-    if any(word.partition("=")[0] == "--run.seed" for word in rest):
-        raise ConfigError(f"--run.seed {run.config.run.seed}: this command takes --seeds A,B")
-    if print_config_if_asked(run):
+    if any(argument.partition("=")[0] == "--run.seed" for argument in rest):
+        raise ConfigError(f"--run.seed {run.config.run.seed}: use --seeds A,B instead")
+    if print_config_if_requested(run):
         return
-    asked = lottery_options.LotteryOptions(
+    search = lottery_options.LotteryOptions(
         scope=options.scope,
         levels=options.rounds,
         rate=options.prune_rate,
@@ -44,12 +52,12 @@ def lottery(arguments: list[str], program: str) -> None:
         at=parse_numbers(options.control_rounds, "--control-rounds", whole=True) or None,
         tolerance=options.tolerance,
     )
-    lottery_options.check_asked(asked, run.config)
+    lottery_options.check_asked(search, run.config)
     seeds = parse_seeds(options.seeds)
     from deit.experiments.lottery import lottery
 
     lottery(
-        asked,
+        search,
         run.config,
         run.out,
         recipe=run.recipe,
@@ -61,128 +69,158 @@ def lottery(arguments: list[str], program: str) -> None:
     )
 
 
-def _ticket_parser(program: str) -> Parser:
+def _lottery_parser(program: str) -> Parser:
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
         "--rounds",
         type=int,
         metavar="N",
-        help="How often weights are pruned; not with --scope N:M. (default: 7)",
+        help=f"Number of pruning rounds; not with --scope N:M. (default: {lottery_options.LEVELS})",
     )
     parser.add_argument(
         "--prune-rate",
         type=float,
-        metavar="SHARE",
-        help="Share of the weights left that each level takes, likewise. (default: 0.2)",
+        metavar="FRACTION",
+        help="Fraction of the remaining weights that each round prunes; not with --scope N:M. "
+        f"(default: {lottery_options.RATE})",
     )
     parser.add_argument(
         "--scope",
         default="global",
-        help="Which weights are ranked together: global (all), layerwise (each layer gives the "
-        "same share) or N:M (N of each M neighbours stay).",
+        metavar="NAME",
+        help="Weights that are ranked together. global: those of all layers; layerwise: those of "
+        "each layer; N:M: keep N of every M neighboring weights.",
     )
     parser.add_argument(
         "--rewind-epoch",
         type=float,
         metavar="EPOCHS",
-        help="Where levels go back to; 0: the initial weights. (default: where warm-up ends)",
+        help="Epoch of the dense run to rewind to; 0: the initial weights. (default: the end of "
+        "the warm-up)",
     )
     parser.add_argument(
         "--controls",
         default=",".join(lottery_options.CONTROLS),
         metavar="A,B,...",
-        help="Or none. random: as many weights of each layer, drawn; re-initialised: the ticket's "
-        "masks over other initial weights; one-shot: pruned once instead of level by level.",
+        help="Controls to train, or none. random: a random mask with the same density in each "
+        "layer; re-initialised: the ticket's mask with new initial weights; one-shot: pruned once "
+        "instead of in rounds.",
     )
     parser.add_argument(
         "--control-rounds",
         metavar="A,B,...",
-        help="The levels that have controls. (default: all)",
+        help="Rounds to train the controls for. (default: all)",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=1.0,
         metavar="POINTS",
-        help="How far below the dense run a ticket still matches it.",
+        help="Largest drop of top-1 below the dense run at which a ticket counts as matching "
+        "[percentage points].",
     )
     parser.add_multi_run_options()
     return parser
 
 
-def _tickets_of(words: list[str]) -> Path | None:
-    """Where a search of a recipe lies if none is named: not where the recipe's own run does."""
-    if not words or words[0].startswith("-"):
+def _default_out(arguments: list[str]) -> Path | None:
+    """Return the default folder for a recipe's tickets; None without a recipe."""
+    if not arguments or arguments[0].startswith("-"):
         return None
-    return Path(f"checkpoints/{run_name(words[0])}-tickets")
+    return Path(f"checkpoints/{run_name(arguments[0])}-tickets")
 
 
 def loss_landscape(arguments: list[str], program: str) -> None:
-    """The loss around trained weights: lines, planes, curvature, volume; over levels of pruning."""
-    parser = Parser(
-        prog=program,
-        description="Look at the loss around finished runs and between them, or around the levels "
-        "of a search for tickets: lines and their barriers, planes, eigenvalues, trace and "
-        "spectrum of the Hessian, volumes of basins. One page, with every chart and number.",
-    )
-    usual = landscape_options.LandscapeOptions()
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs, or a search")
-    parser.add_argument(
-        "--out", type=Path, default=Path("loss-landscape"), help="folder (loss-landscape)"
-    )
-    parser.add_argument(
-        "--measure", default=",".join(usual.parts), help=f"of {', '.join(usual.parts)}"
-    )
-    kinds = ", ".join(landscape_options.KINDS)
-    parser.add_argument("--kinds", default=",".join(usual.kinds), help=f"of a search: of {kinds}")
-    parser.add_argument("--rounds", metavar="A,B", help="of a search (all); the dense run always")
-    parser.add_argument("--run-seed", type=int, metavar="S", help="of a search (the first)")
-    parser.add_argument("--checkpoint", choices=run_folder.NAMES, default=usual.checkpoint)
-    parser.add_argument("--data.root", dest="root", metavar="DIR", help="images lie here now")
-    parser.add_argument("--split", choices=landscape_options.SPLITS, default=usual.split)
-    for name, told in (
-        ("images", "whose loss it is, spread over the classes"),
-        ("points", "of a line"),
-        ("grid", "points along each axis of a plane"),
-        ("num_eigenvalues", "largest eigenvalues"),
-        ("steps", "of Lanczos at most, for these"),
-        ("probes", "random vectors for the trace"),
-        ("rays", "of a volume"),
-        ("seed", "of everything that is drawn"),
-    ):
-        value = getattr(usual, name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=value, help=f"{told} ({value})"
-        )
-    told = f"of a plane, in lengths of the filters ({usual.plane_extent:g})"
-    parser.add_argument("--plane-extent", type=float, default=usual.plane_extent, help=told)
-    told = f"of the loss [nats] up to the rim of a basin ({usual.loss_rise:g})"
-    parser.add_argument("--loss-rise", type=float, default=usual.loss_rise, help=told)
-    options = vars(parser.parse_args(arguments))
+    """Measure the loss around trained weights: lines, planes, curvature, basin volume."""
+    options = vars(_landscape_parser(program).parse_args(arguments))
     runs, out, root = (options.pop(name) for name in ("runs", "out", "root"))
-    asked = landscape_options.LandscapeOptions(
-        **options
-        | {
-            "parts": _words(options.pop("measure")),
-            "kinds": _words(options["kinds"]),
-            "levels": _levels(options.pop("rounds")),
-        }
-    )
-    landscape_options.check_asked(asked)
+    options["parts"] = parse_names(options.pop("measure"))
+    options["kinds"] = parse_names(options["kinds"])
+    options["levels"] = _parse_rounds(options.pop("rounds"))
+    request = landscape_options.LandscapeOptions(**options)
+    landscape_options.check_asked(request)
     from deit.analysis.landscape import landscape
 
-    landscape(runs, out, asked, root=root, command=command_of(program, arguments))
+    landscape(runs, out, request, root=root, command=command_of(program, arguments))
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+def _landscape_parser(program: str) -> Parser:
+    parser = Parser(
+        prog=program,
+        usage="%(prog)s RUN [RUN ...] [OPTIONS]",
+        description="Measure the loss around and between the weights of finished runs, or of the "
+        "rounds of a lottery ticket search: along lines with their barriers, on planes; the "
+        "eigenvalues, trace and spectral density of the Hessian; and basin volumes. Writes an HTML "
+        "page with all charts and numbers to --out. Run the same command again to resume.",
+    )
+    defaults = landscape_options.LandscapeOptions()
+    parser.add_run(many=True, text="Run folders, or one folder of `deit lottery`.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("loss-landscape"), metavar="DIR", help="Folder to write."
+    )
+    parser.add_argument(
+        "--measure",
+        default=",".join(defaults.parts),
+        metavar="A,B,...",
+        help="Measurements to make.",
+    )
+    parser.add_checkpoint(default=defaults.checkpoint)
+    parser.add_data_root()
+    parser.add_argument(
+        "--split",
+        choices=landscape_options.SPLITS,
+        default=defaults.split,
+        help="Split of the images.",
+    )
+
+    def add_number(group: argparse._ActionsContainer, name: str, text: str) -> None:
+        default = getattr(defaults, name)
+        metavar = "N" if isinstance(default, int) else "X"
+        group.add_argument(
+            option_of(name), type=type(default), default=default, metavar=metavar, help=text
+        )
+
+    add_number(parser, "images", "Number of images to compute the loss on, stratified by class.")
+    add_number(parser, "seed", "Seed of all random choices: images, directions, probes.")
+    group = parser.add_argument_group("lines and planes")
+    add_number(group, "points", "Points of a line.")
+    add_number(group, "grid", "Points along each axis of a plane.")
+    add_number(
+        group, "plane_extent", "Extent of a plane from its center, relative to the filter norms."
+    )
+    group = parser.add_argument_group("curvature")
+    add_number(group, "num_eigenvalues", "Number of largest eigenvalues of the Hessian.")
+    add_number(group, "steps", "Largest number of Lanczos steps for the eigenvalues.")
+    add_number(group, "probes", "Number of random vectors for the trace.")
+    group = parser.add_argument_group("basin volume")
+    add_number(group, "rays", "Number of random directions.")
+    add_number(group, "loss_rise", "Rise of the loss [nats] at which a basin ends.")
+    group = parser.add_argument_group("for a folder of deit lottery")
+    group.add_argument(
+        "--kinds",
+        default=",".join(defaults.kinds),
+        metavar="A,B,...",
+        help=f"Kinds of runs to measure in each round: {', '.join(landscape_options.KINDS)}.",
+    )
+    group.add_argument(
+        "--rounds",
+        metavar="A,B,...",
+        help="Rounds to measure in addition to the dense run. (default: all)",
+    )
+    group.add_argument(
+        "--run-seed",
+        type=int,
+        metavar="N",
+        help="Seed of the runs to measure. (default: the first)",
+    )
+    return parser
 
 
-def _levels(text: str | None) -> tuple[int, ...] | None:
-    """`0,3,7` as levels; None for all. Raises ConfigError."""
+def _parse_rounds(text: str | None) -> tuple[int, ...] | None:
+    """Return `0,3,7` as rounds; None for all. Raises ConfigError."""
     if text is None:
         return None
-    words = _words(text)
-    if not words or not all(word.isdecimal() for word in words):
-        raise ConfigError(f"--rounds {text}: should be whole numbers from 0, with commas")
-    return tuple(map(int, words))
+    rounds = parse_names(text)
+    if not rounds or not all(part.isdecimal() for part in rounds):
+        raise ConfigError(f"--rounds {text}: should be integers of at least 0, separated by commas")
+    return tuple(map(int, rounds))
