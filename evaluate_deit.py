@@ -1,4 +1,4 @@
-"""Measure a finished run, head by head: evaluate_deit.py RUN [--json FILE]."""
+"""Evaluate a finished run: evaluate_deit.py RUN [OPTIONS]."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Fine-tune a run or a checkpoint: finetune_deit.py --from RUN [RECIPE] [options]."""
+"""Fine-tune a run or pretrained weights: finetune_deit.py [RECIPE] --from SOURCE [OPTIONS]."""
 
 import sys
 

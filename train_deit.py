@@ -1,4 +1,4 @@
-"""Train a student by distillation, or a teacher: train_deit.py RECIPE [options]."""
+"""Train a student by distillation, or a teacher: train_deit.py RECIPE [OPTIONS]."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m deit`: the same program as the console script `deit`."""
+"""Run `python -m deit`, the same program as the console script `deit`."""
 
 import sys
 

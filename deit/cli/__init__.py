@@ -1,4 +1,4 @@
-"""The command line: one grammar behind `deit` and the root scripts; errors become exit codes."""
+"""Entry points of `deit` and of the root scripts; errors become one message and an exit code."""
 
 import contextlib
 import errno
@@ -35,208 +35,217 @@ from deit.core.parent_process import (
 )
 from deit.core.user_code import HUB_PREFIXES, address_hint
 
-# The commands are imported inside the functions, when signals are obeyed already.
+# Commands are imported inside functions, so that signal handlers are installed before.
 
-_ENDING_S = 1.0  # for the end of Python itself
+_EXIT_TIMEOUT_S = 1.0
 
-# Before any library is imported that would otherwise count its users.
+# Set before a library is imported that would send usage statistics.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def run_command(name: str, arguments: list[str], program: str) -> int:
-    """Run one command; the exit code. Errors are one message, with a traceback only for --debug."""
+    """Run one command and return its exit code. program: its name in messages.
+
+    An error is printed as one message; --debug also prints its traceback.
+    """
     open_streams()
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    with SignalsAsErrors() as leaving:
+    with SignalsAsErrors() as signals:
         try:
             exit_with_parent()
-            return _written(_exit_code_of(name, arguments, program, debug, leaving))
-        except StoppedBySignal as stop:  # in the moment between an error and what is said of it
+            return _flush_streams(_execute(name, arguments, program, debug, signals))
+        except StoppedBySignal as stop:  # between an error and its message
             return stop.exit_code
 
 
 AUTO_RESUMING = ("targets", "compare", "sweep", "lottery", "prune", "loss-landscape")
+"""Commands that resume without an option when they are run again."""
 
 
-def _exit_code_of(
-    name: str, arguments: list[str], program: str, debug: bool, leaving: "SignalsAsErrors"
+def _execute(
+    name: str, arguments: list[str], program: str, debug: bool, signals: "SignalsAsErrors"
 ) -> int:
-    """Run a command; the exit code, also of an error, which is said."""
+    """Run a command and return its exit code; print its error."""
     try:
         _check_names(name, arguments)
         from deit.cli.commands import COMMANDS
 
         install_faults(os.environ.get("DEIT_FAULT"))
-        _refuse_addresses(arguments)
+        _check_no_addresses(arguments)
         COMMANDS[name](arguments, program)
-        _leave_processes()
-        leaving.arrived = True
+        _leave_process_group()
+        signals.handled = True
         return 0
     except BaseException as error:
-        leaving.arrived = True  # a signal changes nothing any more
-        if leaving.asked and isinstance(error, Exception) and not isinstance(error, DeitError):
-            # A library that was interrupted may make another error of it.
-            error = StoppedBySignal(leaving.asked)
-        return _code_of(error, name, debug)
+        signals.handled = True
+        interrupted = isinstance(error, Exception) and not isinstance(error, DeitError)
+        if signals.first_signal and interrupted:
+            # A library may turn the interruption into an error of its own.
+            error = StoppedBySignal(signals.first_signal)
+        return _report(error, name, debug)
 
 
-def _code_of(error: BaseException, name: str, debug: bool) -> int:
-    """The exit code of an error, which is said in one message."""
+def _report(error: BaseException, name: str, debug: bool) -> int:
+    """Print an error as one message and return its exit code."""
     if isinstance(error, StoppedBySignal):
-        return _stopped(name, error, debug)
+        return _report_stop(name, error, debug)
     if isinstance(error, DeitError):
-        _print_error(str(error), debug, everywhere=not isinstance(error, ConfigError))
+        _print_error(str(error), debug, all_ranks=not isinstance(error, ConfigError))
         return error.exit_code
     if isinstance(error, SystemExit):
-        return _left(error, debug)
+        return _report_exit(error, debug)
     if not isinstance(error, Exception):
         raise error
-    if isinstance(error, OSError) and error.filename is None and _unwritten():
-        return 0  # of a standard stream, which `_written` reports
-    if isinstance(error, BrokenPipeError):  # of one that Python has given up already
+    if isinstance(error, OSError) and error.filename is None and _broken_streams():
+        return 0  # `_flush_streams` reports it
+    if isinstance(error, BrokenPipeError):  # of a stream that Python has already closed
         return BROKEN_PIPE
-    if _lost_peer(error):
-        message = "another process is gone or did not answer; see what it said"
-        _print_error(message, debug, everywhere=True)
+    if _is_peer_failure(error):
+        message = "another process of this run exited or does not respond; see its output"
+        _print_error(message, debug, all_ranks=True)
         return PeerError.exit_code
-    if (reason := _of_the_machine(error)) is not None:
-        _print_error(f"{reason} (--debug shows where)", debug, everywhere=True)
+    if (reason := _system_failure(error)) is not None:
+        _print_error(f"{reason} (--debug prints the traceback)", debug, all_ranks=True)
         return SystemFault.exit_code
     reason = str(error).strip().split("\n")[0]
-    message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
-    _print_error(message, debug, everywhere=True)
+    message = f"unexpected {type(error).__name__}: {reason} (--debug prints the traceback)"
+    _print_error(message, debug, all_ranks=True)
     return 1
 
 
-def _left(error: SystemExit, debug: bool) -> int:
-    """The exit code of a command that was left: for --help and wrong options, which is explained,
-    or by code of the user's, in whose middle nothing is finished."""
+def _report_exit(error: SystemExit, debug: bool) -> int:
+    """Return the exit code of a SystemExit.
+
+    argparse raises it for --help. User code that calls sys.exit() ends the command unfinished,
+    which is an error even with exit code 0.
+    """
     if isinstance(error.code, str):
-        _print_error(error.code, debug, everywhere=True)
-    elif not error.code and (where := _place_of(error)).partition(".")[0] not in _LEAVE:
-        _print_error(f"left by sys.exit() in {where}", debug, everywhere=True)
+        _print_error(error.code, debug, all_ranks=True)
+    elif not error.code and (module := _raising_module(error)).partition(".")[0] != "argparse":
+        _print_error(
+            f"{module} called sys.exit() before the command finished", debug, all_ranks=True
+        )
         return 1
     return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
-_LEAVE = ("argparse",)
-
-
-def _place_of(error: BaseException) -> str:
-    """The module that raised an error."""
+def _raising_module(error: BaseException) -> str:
+    """Return the name of the module that raised an error."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals.get("__name__", "")
 
 
-_MACHINE = (
+_SYSTEM_ERRNOS = (
     *TRANSIENT,
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
 )
-"""What a system may answer at any path and time: permissions, a full or broken disk, limits, a
-file in the place of a folder."""
+"""Errors that any path can raise at any time: permissions, a full or broken disk, limits, a file
+where a folder should be."""
 
 
-def _of_the_machine(error: Exception) -> str | None:
-    """What the machine lacks, where an error says so; None for any other error."""
+def _system_failure(error: Exception) -> str | None:
+    """Return what the system lacks according to an error; None for any other error."""
     if is_out_of_memory(error):
         return f"not enough memory ({first_line(error)})"
     if isinstance(error, RuntimeError) and "Storage size calculation overflowed" in str(error):
-        return f"more memory than any machine has ({first_line(error)})"
+        return f"needs more memory than any machine has ({first_line(error)})"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return in_line(str(error))  # an OSError from Python 3.13 on
     if (failure := compiler_failure(error)) is not None:
-        return f"{failure}; leave --run.compile out"
+        return f"{failure}; remove --run.compile"
     if not isinstance(error, OSError):
         return None
-    if error.errno in _MACHINE:
+    if error.errno in _SYSTEM_ERRNOS:
         where = "" if error.filename is None else f"{error.filename}: "
         return in_line(f"{where}{error.strerror}")
-    # tempfile says so, and names the folders that it has tried.
+    # From tempfile; the message lists the folders that it tried.
     if error.errno == errno.ENOENT and "temporary directory" in str(error.strerror):
-        return f"{error.strerror}; set TMPDIR to a folder that can be written"
+        return f"{error.strerror}; set TMPDIR to a writable folder"
     return None
 
 
-_TIMM_LOADS = ("--teacher.source", "--init.weights", "--from", "--teacher")
-"""Options that take a repository of the Hugging Face hub, as timm names it."""
+_HUB_OPTIONS = ("--teacher.source", "--init.weights", "--from", "--teacher")
+"""Options that accept a repository of the Hugging Face hub, in timm's notation."""
 
 
-def _refuse_addresses(arguments: list[str]) -> None:
-    """Refuse an address in the place of a path, in any option of any command. Raises
-    ConfigError."""
+def _check_no_addresses(arguments: list[str]) -> None:
+    """Raise ConfigError if any option is given a web address instead of a path."""
     option = ""
-    for word in arguments:
-        name, equals, value = word.partition("=")
-        if word.startswith("--"):
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
             option = name
             if not equals:
                 continue
         else:
-            value = word
+            value = argument
         for part in value.split(","):
-            hub = part.startswith(HUB_PREFIXES) and option in _TIMM_LOADS
+            hub = part.startswith(HUB_PREFIXES) and option in _HUB_OPTIONS
             if not hub and (advice := address_hint(part.strip().removeprefix("@"))) is not None:
                 raise ConfigError(f"{option} {part}".strip() + f": {advice}")
         option = ""
 
 
-def _stopped(name: str, stop: StoppedBySignal, debug: bool) -> int:
-    word = f"stopped by {signal.Signals(stop.signum).name}; the same command goes on"
-    _print_error(word if name in AUTO_RESUMING else str(stop), debug)
+def _report_stop(name: str, stop: StoppedBySignal, debug: bool) -> int:
+    message = str(stop)
+    if name in AUTO_RESUMING:
+        signal_name = signal.Signals(stop.signum).name
+        message = f"stopped by {signal_name}; run the same command again to resume"
+    _print_error(message, debug)
     return stop.exit_code
 
 
 def _check_names(command: str, arguments: list[str]) -> None:
-    """Refuse arguments, and a working directory, whose names no file of a run could hold. Raises
-    ConfigError.
+    """Raise ConfigError if an argument or the working directory has a name that the files of a run
+    cannot contain.
 
-    Pictures to be predicted may be called anything: nothing refers to them later.
+    Arguments of predict may have any name: no file refers to them later.
     """
-    for word in arguments if command != "predict" else ():
-        if trouble := name_problem(word):
-            raise ConfigError(f"{in_line(word)}: {trouble}; rename it, or give another")
-    with contextlib.suppress(OSError):  # it is gone, which who needs it reports
-        if trouble := name_problem(os.getcwd()):
+    for argument in arguments if command != "predict" else ():
+        if problem := name_problem(argument):
+            raise ConfigError(f"{in_line(argument)}: {problem}; rename it, or use another")
+    with contextlib.suppress(OSError):  # a deleted directory is reported where it is needed
+        if problem := name_problem(os.getcwd()):
             raise ConfigError(
-                f"the working directory {in_line(os.getcwd())}: {trouble}; rename it, or work in "
+                f"the working directory {in_line(os.getcwd())}: {problem}; rename it, or work in "
                 "another"
             )
 
 
 BROKEN_PIPE = 128 + 13
-"""The exit code where nobody reads standard output any more, as shells give it for SIGPIPE."""
+"""The exit code if the reader of standard output has gone, as shells return it for SIGPIPE."""
 
 
-def _unwritten() -> dict[str, OSError]:
-    """The standard streams that do not take what was said, each with the reason."""
-    found = {}
+def _broken_streams() -> dict[str, OSError]:
+    """Return the standard streams that cannot be flushed, each with its error."""
+    broken = {}
     for name in ("stdout", "stderr"):
         try:
-            getattr(sys, name).flush()  # never missing: see open_streams
+            getattr(sys, name).flush()  # never None: see open_streams
         except OSError as error:
-            found[name] = error
-    return found
+            broken[name] = error
+    return broken
 
 
-def _written(code: int) -> int:
-    """The exit code of a command, once all that it said is out."""
-    found = _unwritten()
-    for name in found:  # what Python writes as it ends goes nowhere
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, getattr(sys, name).fileno())
-        os.close(nothing)
-    if code or not found:
+def _flush_streams(code: int) -> int:
+    """Flush the standard streams; return `code`, or that of a stream that cannot be written."""
+    broken = _broken_streams()
+    for name in broken:  # discard what Python writes to it at exit
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, getattr(sys, name).fileno())
+        os.close(devnull)
+    if code or not broken:
         return code
-    name, error = next(iter(found.items()))
+    name, error = next(iter(broken.items()))
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE
-    _print_error(f"{name}: cannot be written ({error.strerror})", False, everywhere=True)
+    _print_error(f"{name}: cannot be written ({error.strerror})", False, all_ranks=True)
     return SystemFault.exit_code
 
 
-def _lost_peer(error: Exception) -> bool:
+def _is_peer_failure(error: Exception) -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "deit.core.accelerator" not in sys.modules:
         return False
     from deit.core.accelerator import is_peer_failure
@@ -244,21 +253,22 @@ def _lost_peer(error: Exception) -> bool:
     return is_peer_failure(error)
 
 
-def _leave_processes() -> None:
-    """After success only: after an error, the others may be waiting for this process."""
+def _leave_process_group() -> None:
+    """Only after success: after an error, other processes may still wait for this one."""
     if "deit.core.accelerator" in sys.modules:
         from deit.core.accelerator import destroy_process_group
 
         destroy_process_group()
 
 
-def _print_error(message: str, debug: bool, *, everywhere: bool = False) -> None:
-    """One message; of an error that may be this process's alone also from the other processes."""
+def _print_error(message: str, debug: bool, *, all_ranks: bool = False) -> None:
+    """Print one message on the main process. all_ranks: also on the others, for an error that may
+    have happened on one process only."""
     from deit.core.console import complain, is_main_process
 
     if is_main_process():
         prefix = "deit: error"
-    elif everywhere:
+    elif all_ranks:
         prefix = f"deit: error in process {os.environ['RANK']}"
     else:
         return
@@ -266,40 +276,41 @@ def _print_error(message: str, debug: bool, *, everywhere: bool = False) -> None
         if debug:
             traceback.print_exc()
         complain(f"{prefix}: {message}")
-    except OSError:  # nobody reads it, or its disk is full: the exit code alone says it
-        _written(SystemFault.exit_code)
+    except OSError:  # standard error cannot be written; the exit code has to do
+        _flush_streams(SystemFault.exit_code)
 
 
 def program() -> int:
-    """The console script `deit COMMAND ...`, a process of its own; returns the exit code."""
+    """Run the console script `deit COMMAND ...` as its own process; return the exit code."""
     mark_standalone()
-    return _ending(main())
+    return _end_process(main())
 
 
 def script(name: str) -> int:
-    """A root script, which is one command and a process of its own; returns the exit code."""
+    """Run a root script, which is one command, as its own process; return the exit code."""
     mark_standalone()
-    return _ending(run_command(name, sys.argv[1:], Path(sys.argv[0]).name))
+    return _end_process(run_command(name, sys.argv[1:], Path(sys.argv[0]).name))
 
 
 def main() -> int:
-    """`deit COMMAND ...` as sys.argv has it; returns the exit code."""
+    """Run `deit COMMAND ...` with the arguments of sys.argv; return the exit code."""
     from deit.cli.commands import COMMANDS
 
     open_streams()
     arguments = sys.argv[1:]
     if arguments[:1] == ["help"]:
-        named = [word for word in arguments[1:2] if word != "help" and not word.startswith("-")]
-        arguments = [*named, "--help"]
+        topic = [name for name in arguments[1:2] if name != "help" and not name.startswith("-")]
+        arguments = [*topic, "--help"]
     if arguments and arguments[0] in COMMANDS:
         return run_command(arguments[0], arguments[1:], f"deit {arguments[0]}")
     try:
-        return _written(_without_command(arguments))
+        return _flush_streams(_without_command(arguments))
     except (OSError, SystemFault):  # of a standard stream
-        return _written(0 if arguments else 2)
+        return _flush_streams(0 if arguments else 2)
 
 
 def _without_command(arguments: list[str]) -> int:
+    """Print the version, the help, or an error; return the exit code."""
     from deit.cli.commands import COMMANDS
     from deit.core.console import complain, info
 
@@ -307,10 +318,8 @@ def _without_command(arguments: list[str]) -> int:
         info(f"deit {deit.__version__}")
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
-        write = info if arguments else complain  # without a command it is an error
-        write("usage: deit COMMAND [options]     (deit COMMAND --help tells more)\n")
-        for name, command in COMMANDS.items():
-            write(f"  {name:<10} {(command.__doc__ or '').strip()}")
+        write = info if arguments else complain  # a missing command is an error
+        write(_help())
         return 0 if arguments else 2
     _print_error(
         f"no command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; see deit --help", False
@@ -318,15 +327,34 @@ def _without_command(arguments: list[str]) -> int:
     return 2
 
 
-def _ending(code: int) -> int:
-    """End the processes that this one started, and see to it that it ends itself: Python waits for
-    the threads of libraries, which may wait for something that never comes."""
+def _help() -> str:
+    """Return the text of `deit --help`: every command with the first line of its docstring."""
+    from deit.cli.commands import COMMAND_GROUPS, COMMANDS
+
+    width = max(map(len, COMMANDS))
+    lines = ["usage: deit COMMAND [OPTIONS]"]
+    for title, commands in COMMAND_GROUPS.items():
+        lines += ["", f"{title}:"]
+        for name, command in commands.items():
+            summary = (command.__doc__ or "").strip().partition("\n")[0]
+            lines.append(f"  {name:<{width}}  {summary}")
+    lines += [
+        "",
+        "deit COMMAND --help lists the options of a command. Every command also takes --debug, to",
+        "print the traceback of an error.",
+    ]
+    return "\n".join(lines)
+
+
+def _end_process(code: int) -> int:
+    """Kill the child processes, and make sure that this process exits: at exit Python waits for the
+    threads of libraries, which may wait forever."""
     for child in multiprocessing.active_children():
         child.kill()
-    threading.Thread(target=_end, args=(code,), daemon=True).start()
+    threading.Thread(target=_exit_later, args=(code,), daemon=True).start()
     return code
 
 
-def _end(code: int) -> None:
-    time.sleep(_ENDING_S)
+def _exit_later(code: int) -> None:
+    time.sleep(_EXIT_TIMEOUT_S)
     os._exit(code)

@@ -1,4 +1,5 @@
-"""Signals while a command runs: each becomes an error of ours; a second one ends the process."""
+"""Stop signals while a command runs: the first one raises StoppedBySignal, a second one exits at
+once."""
 
 import contextlib
 import os
@@ -26,86 +27,92 @@ _REPEAT_S = 0.5
 
 
 class SignalsAsErrors(contextlib.AbstractContextManager):
-    """While it is entered, a signal that asks to stop is raised as Stopped: what is open is closed,
-    what is unfinished removed. Another within two seconds is the same one again (torchrun hands on
-    what the terminal has sent already), a later one ends the process at once, also where it is in
-    the middle of a library's function.
+    """Raise StoppedBySignal for stop signals within the context, so that open files are closed and
+    unfinished ones removed.
 
-    Python drops what a signal raises while it frees an object: then it is raised again. SIGUSR1,
-    which SLURM sends as a warning and which would end the process, is for training alone. Signals
-    that are ignored, by nohup for instance, stay so.
+    The same signal within SAME_SIGNAL_S seconds counts as one, because torchrun forwards what the
+    terminal has already sent. A later one exits at once, even inside a library call.
 
-    asked: the signal that came first, 0 for none. arrived: whether Stopped was handled.
+    Python drops an exception that a signal handler raises while an object is freed; then it is
+    raised again after _REPEAT_S seconds. SIGUSR1, SLURM's warning, is ignored: only training
+    handles it, and by default it would end the process. Signals that were ignored before, by nohup
+    for example, stay ignored.
+
+    first_signal: the first stop signal, 0 if there was none. handled: whether StoppedBySignal or
+    another end of the command was handled; later signals change nothing.
     """
 
     def __init__(self) -> None:
-        self.asked, self.arrived = 0, False
+        self.first_signal, self.handled = 0, False
         self._raised: weakref.ref[StoppedBySignal] | None = None
-        self._before: dict[int, Any] = {}
+        self._handlers_before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
-        self._woken = -1  # who was woken by signals before, as an event loop is
+        self._wakeup_fd_before = -1  # an event loop may have set one
 
     def __enter__(self) -> "SignalsAsErrors":
         clear_pending_stop()
         if threading.current_thread() is threading.main_thread():
-            for number in STOPPING:
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._leave)
-            self._before[SAVING] = signal.signal(SAVING, signal.SIG_IGN)
-            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._again)
+            before = self._handlers_before
+            for signum in STOPPING:
+                if signal.getsignal(signum) != signal.SIG_IGN:
+                    before[signum] = signal.signal(signum, self._handle_stop)
+            before[SAVING] = signal.signal(SAVING, signal.SIG_IGN)
+            before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._retry)
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
-            self._woken = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            # A program that calls a command, as a notebook does, is not ended with it.
-            target = _end_at_second if is_standalone() else _read_to_the_end
+            self._wakeup_fd_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            # A program that calls a command, such as a notebook, must not exit with it.
+            target = _exit_at_second if is_standalone() else _drain
             threading.Thread(target=target, args=(self._pipe[0],), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._pipe is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.set_wakeup_fd(self._woken)
-            os.close(self._pipe[1])  # the thread ends
-        for number, handler in self._before.items():
-            # All that is left of a command's own process is its end, whose code is known.
-            ended = is_standalone() and number in SIGNALS
-            signal.signal(number, signal.SIG_IGN if ended else handler)
+            signal.set_wakeup_fd(self._wakeup_fd_before)
+            os.close(self._pipe[1])  # ends the thread
+        for signum, handler in self._handlers_before.items():
+            # A process of a command only has to exit now, and its exit code is known.
+            ignore = is_standalone() and signum in SIGNALS
+            signal.signal(signum, signal.SIG_IGN if ignore else handler)
         clear_pending_stop()
 
-    def _leave(self, number: int, frame: FrameType | None) -> None:
-        if self.arrived:
+    def _handle_stop(self, signum: int, frame: FrameType | None) -> None:
+        if self.handled:
             return
-        self.asked = self.asked or number
-        set_pending_stop(self.asked)
+        self.first_signal = self.first_signal or signum
+        set_pending_stop(self.first_signal)
         signal.setitimer(signal.ITIMER_REAL, _REPEAT_S, _REPEAT_S)
-        self._again(number, frame)
+        self._retry(signum, frame)
 
-    def _again(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and not self.arrived and (self._raised is None or not self._raised()):
-            self._obey(frame)
+    def _retry(self, signum: int, frame: FrameType | None) -> None:
+        pending = self.first_signal and not self.handled
+        if pending and (self._raised is None or not self._raised()):
+            self._stop(frame)
 
-    def _obey(self, frame: FrameType | None) -> None:
-        """Raise Stopped, but not in the middle of an import, where that may be the end of the
-        process: where nothing else has begun leave at once, else ask again after a while."""
-        began = frame_before_import(frame)
-        if began is None:
+    def _stop(self, frame: FrameType | None) -> None:
+        """Raise StoppedBySignal, unless an import is running: an exception there may abort the
+        process. Then exit at once if no work has started, otherwise wait for the next alarm."""
+        import_frame = frame_before_import(frame)
+        if import_frame is None:
             self._raise()
-        elif is_standalone() and _nothing_begun(began):
-            word = signal.Signals(self.asked).name
-            text = f"deit: error: stopped by {word}"
-            exit_now(text if os.environ.get("RANK", "0") == "0" else "", 128 + self.asked)
+        elif is_standalone() and _only_loads_command(import_frame):
+            name = signal.Signals(self.first_signal).name
+            text = f"deit: error: stopped by {name}"
+            is_main = os.environ.get("RANK", "0") == "0"
+            exit_now(text if is_main else "", 128 + self.first_signal)
 
     def _raise(self) -> None:
-        stop = StoppedBySignal(self.asked)
+        stop = StoppedBySignal(self.first_signal)
         self._raised = weakref.ref(stop)
         try:
             raise stop
         finally:
-            del stop  # this frame is part of its traceback, which should not keep it
+            del stop  # its traceback holds this frame, which would keep it alive
 
 
-def _nothing_begun(frame: FrameType | None) -> bool:
-    """Whether this frame and those around it only choose and load a command."""
+def _only_loads_command(frame: FrameType | None) -> bool:
+    """Return whether this frame and its callers only select and import a command."""
     while frame is not None:
         package, *rest = frame.f_globals.get("__name__", "").split(".")
         if package == "deit" and rest[:1] not in (["cli"], ["commands"], ["__main__"]):
@@ -114,21 +121,20 @@ def _nothing_begun(frame: FrameType | None) -> bool:
     return True
 
 
-def _read_to_the_end(pipe: int) -> None:
-    """Read the numbers of signals, which nobody asks for, so that the pipe never fills."""
-    with open(pipe, "rb", buffering=0) as numbers:
-        while numbers.read(64):
+def _drain(pipe: int) -> None:
+    """Read and ignore the signal numbers, so that the pipe never fills."""
+    with open(pipe, "rb", buffering=0) as signals:
+        while signals.read(64):
             pass
 
 
-def _end_at_second(pipe: int) -> None:
-    """Read the numbers of signals as they come, in a thread of its own, and leave with the second
-    one that asks to stop."""
+def _exit_at_second(pipe: int) -> None:
+    """Read the signal numbers and exit the process at the second stop signal."""
     first = None
-    with open(pipe, "rb", buffering=0) as numbers:
-        while number := numbers.read(1):
-            if number[0] in STOPPING:
+    with open(pipe, "rb", buffering=0) as signals:
+        while byte := signals.read(1):
+            if byte[0] in STOPPING:
                 now = time.monotonic()
                 first = now if first is None else first
                 if now - first >= SAME_SIGNAL_S:
-                    exit_now("deit: a second signal: leaving at once", 128 + number[0])
+                    exit_now("deit: second stop signal, exiting now", 128 + byte[0])
