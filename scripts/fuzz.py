@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deit.core.console import info, progress
-from tests.helpers.command_server import Zygote
+from tests.helpers.command_server import CommandServer
 from tests.helpers.odd_input.run import run_try
 from tests.helpers.odd_input.things import make_things
 from tests.helpers.odd_input.tries import try_of
@@ -50,13 +50,13 @@ def main() -> int:
         folder.chmod(0o777)
         (folder / "forks").mkdir()
         (folder / "things").mkdir()
-        zygote = Zygote(folder / "forks")
-        make_things(zygote, folder / "things")
+        command_server = CommandServer(folder / "forks")
+        make_things(command_server, folder / "things")
         left = [seed for seed in seeds if seed not in done]
         said = progress(left, total=len(seeds), title="tries", done=len(seeds) - len(left))
         for seed in said:
             one, place = try_of(seed), folder / str(seed)
-            outcome = run_try(one, zygote, folder / "things", place)
+            outcome = run_try(one, command_server, folder / "things", place)
             done[seed] = {"seed": seed, **outcome._asdict()}
             if outcome.wrong or alone:
                 _show(one, done[seed])
@@ -66,7 +66,7 @@ def main() -> int:
             if rows is not None:
                 with rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**done[seed], "said": ""}) + "\n")
-        zygote.close()
+        command_server.close()
     found = [done[seed] for seed in seeds]
     result = _result(found, time.monotonic() - started)
     if options.out is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deit.core.hardware import cpu_name
-from tests.helpers.command_server import forked_runs, shared, short_timings
+from tests.helpers.command_server import forked_runs, shared_server, short_timings
 
 _NAMED = ("torch", "torchvision", "timm", "accelerate", "transformers", "numpy", "pillow")
 
@@ -48,12 +48,12 @@ def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def zygote():
+def command_server():
     """Starts commands without the seconds of their imports."""
-    return shared()
+    return shared_server()
 
 
 @pytest.fixture
-def fork_runs(zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+def fork_runs(command_server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs beside each other that the test's own process starts come without these seconds too."""
-    monkeypatch.setattr("deit.experiments.runner.subprocess", forked_runs(zygote.socket))
+    monkeypatch.setattr("deit.experiments.runner.subprocess", forked_runs(command_server.socket))

@@ -9,7 +9,7 @@ import pytest
 from deit.core.hardware import num_cores
 from scripts import sweep_cost
 from scripts.benchmarks import timm_trainer
-from tests.helpers.command_server import shared
+from tests.helpers.command_server import shared_server
 
 pytest.importorskip("sklearn")
 SCRIPT = "scripts/benchmark.py"
@@ -17,7 +17,7 @@ SCRIPT = "scripts/benchmark.py"
 
 def benchmark(folder, *arguments, what="data"):
     words = (what, "--rounds", "1", "--seconds", "0.05", *arguments)
-    done = shared().run(*words, cwd=folder, script=SCRIPT, CUDA_VISIBLE_DEVICES="")
+    done = shared_server().run(*words, cwd=folder, script=SCRIPT, CUDA_VISIBLE_DEVICES="")
     return subprocess.CompletedProcess(words, done.code, done.out, done.err)
 
 

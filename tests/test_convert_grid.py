@@ -11,20 +11,20 @@ from deit.experiments.sweep_spec import read_sweep
 RUN = {"lr": 0.01, "classes": [0, 1, 2, 3, 4, 5], "weight": 0.9, "epochs": 7, "T": 10.0}
 
 
-def convert(zygote, tmp_path, grid):
+def convert(command_server, tmp_path, grid):
     file = tmp_path / "grid.json"
     file.write_text(json.dumps(grid))
-    return zygote.run(file, script="scripts/convert_grid.py", cwd=tmp_path)
+    return command_server.run(file, script="scripts/convert_grid.py", cwd=tmp_path)
 
 
-def test_every_run_becomes_a_run_of_the_sweep(zygote, tmp_path):
+def test_every_run_becomes_a_run_of_the_sweep(command_server, tmp_path):
     """L = (1 - w) T^2 CE(teacher at T) + w CE(label), trained without some classes."""
     grid = {
         "warm": RUN,
         "no teacher": {**RUN, "weight": 1.0, "T": 1.0, "classes": list(range(10))},
         "numbered": {**RUN, "classes": 5},
     }
-    done = convert(zygote, tmp_path, grid)
+    done = convert(command_server, tmp_path, grid)
     assert done.code == 0, done.err
     sweep = tmp_path / "sweep.json"
     sweep.write_text(done.out)
@@ -53,8 +53,8 @@ def test_every_run_becomes_a_run_of_the_sweep(zygote, tmp_path):
         {"patience": 3},
     ],
 )
-def test_a_mistake_names_its_run(changed, zygote, tmp_path):
-    done = convert(zygote, tmp_path, {"good": RUN, "bad": {**RUN, **changed}})
+def test_a_mistake_names_its_run(changed, command_server, tmp_path):
+    done = convert(command_server, tmp_path, {"good": RUN, "bad": {**RUN, **changed}})
     assert (done.code, done.out) == (2, "")
     assert "grid.json: bad: " in done.err
     assert len(done.err.splitlines()) == 1

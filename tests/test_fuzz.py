@@ -17,11 +17,11 @@ QUICK = 12  # seeds of every commit; scripts/fuzz.py goes through thousands
 
 
 @pytest.fixture(scope="module")
-def place(zygote):
+def place(command_server):
     folder = Path(mkdtemp(prefix="deit-tries-"))  # below pytest's own only its user may write
     folder.chmod(0o777)
     (folder / "things").mkdir()
-    make_things(zygote, folder / "things")
+    make_things(command_server, folder / "things")
     yield folder
     for path in folder.rglob("*"):
         if path.is_dir() and not path.is_symlink():
@@ -29,21 +29,21 @@ def place(zygote):
     shutil.rmtree(folder)
 
 
-def wrong(seed: int, zygote, place: Path) -> str:
+def wrong(seed: int, command_server, place: Path) -> str:
     one = try_of(seed)
-    outcome = run_try(one, zygote, place / "things", place / str(seed))
+    outcome = run_try(one, command_server, place / "things", place / str(seed))
     said = f"{outcome.said}\nagain: python scripts/fuzz.py --seed {seed}"
     return outcome.wrong and f"{one.command}: {outcome.wrong}\n{said}"
 
 
 @pytest.mark.parametrize("seed", range(QUICK))
-def test_a_try_ends_as_documented(seed, zygote, place):
-    assert not wrong(seed, zygote, place)
+def test_a_try_ends_as_documented(seed, command_server, place):
+    assert not wrong(seed, command_server, place)
 
 
 @pytest.mark.slow
-def test_two_thousand_tries_end_as_documented(zygote, place):
-    found = [said for seed in range(2000) if (said := wrong(seed, zygote, place))]
+def test_two_thousand_tries_end_as_documented(command_server, place):
+    found = [said for seed in range(2000) if (said := wrong(seed, command_server, place))]
     assert not found, "\n\n".join(found)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import stand_in
+from tests.helpers.processes import fake_datasets_package
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("deit", "models", "datasets", "scripts")
@@ -187,7 +187,7 @@ def test_hugging_face_datasets_is_not_shadowed_and_accelerate_finds_it_from_our_
         "import datasets, deit.datasets.views\n"
         "print(datasets.__file__, deit.datasets.views.__file__, sep='\\n')"
     )
-    site = stand_in(tmp_path / "site")
+    site = fake_datasets_package(tmp_path / "site")
     done = python("-c", code, PYTHONPATH=site)
     assert done.returncode == 0, done.stderr
     said, theirs, ours = done.stdout.splitlines()

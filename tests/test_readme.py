@@ -136,11 +136,11 @@ def shortened(name, arguments, taught):
     return arguments
 
 
-def test_our_commands_run_in_the_readmes_order(place, zygote):
+def test_our_commands_run_in_the_readmes_order(place, command_server):
     taught = []
     for command in OURS:
         name, arguments = as_ours(command)
-        done = zygote.run(name, *shortened(name, arguments, taught), cwd=place)
+        done = command_server.run(name, *shortened(name, arguments, taught), cwd=place)
         assert done.code == 0, (command, done.err)
         if name == "compare" and not taught:
             out = arguments[arguments.index("--out") + 1]
@@ -149,9 +149,9 @@ def test_our_commands_run_in_the_readmes_order(place, zygote):
     assert (place / "checkpoints" / "compare" / "runs.png").stat().st_size > 10_000
 
 
-def test_the_other_commands_are_real(place, zygote):
+def test_the_other_commands_are_real(place, command_server):
     words = ("digits-teacher", *SMALL["digits-teacher"], "--out", "taught")
-    teacher = zygote.run("train", *words, cwd=place)
+    teacher = command_server.run("train", *words, cwd=place)
     assert teacher.code == 0, teacher.err
     for command in OTHERS:
         words = shlex.split(command)
@@ -161,11 +161,11 @@ def test_the_other_commands_are_real(place, zygote):
             ).stdout
             assert {"quickstart": "deit compare digits", "test": "-m pytest"}[words[1]] in planned
         elif words[0] in ("torchrun", "accelerate"):
-            dry_run(words, place, zygote)
+            dry_run(words, place, command_server)
         elif words[:2] == ["python", "scripts/benchmark.py"]:
             # It takes minutes: here its options, in test_benchmark.py what it does.
             script, *options = words[1:]
-            done = zygote.run(*options, "--rows", "no such row", script=script, cwd=ROOT)
+            done = command_server.run(*options, "--rows", "no such row", script=script, cwd=ROOT)
             assert "no such row" in done.err
         else:
             assert words[0] == "source" or words[:2] in (
@@ -174,7 +174,7 @@ def test_the_other_commands_are_real(place, zygote):
             )
 
 
-def dry_run(words, place, zygote):
+def dry_run(words, place, command_server):
     """Run what a launcher's line starts for one step, on the CPU; the launcher's own parser reads
     the line. (test_peers.py runs the script by both launchers themselves.)"""
     if words[0] == "torchrun":
@@ -188,7 +188,7 @@ def dry_run(words, place, zygote):
         number, recipe = 1, ["digits"]
         assert asked.training_script_args[0] in RECIPES
         environment = {"ACCELERATE_MIXED_PRECISION": asked.mixed_precision}
-    done = zygote.together(
+    done = command_server.run_processes(
         *(*recipe, "--teacher.source", "taught", "--teacher.allow_near_chance"),
         *("--dry-run", "--out", "dry"),
         processes=number,
@@ -223,8 +223,8 @@ def test_tests_that_documents_name_exist():
         assert f"\ndef {name}(" in text, (file, name)
 
 
-def test_the_results_are_those_of_the_files(zygote):
-    done = zygote.run("--check", script="scripts/results.py", cwd=ROOT)
+def test_the_results_are_those_of_the_files(command_server):
+    done = command_server.run("--check", script="scripts/results.py", cwd=ROOT)
     assert done.code == 0, "run: python scripts/results.py"
 
 

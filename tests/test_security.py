@@ -92,10 +92,10 @@ PAYLOADS = {
 
 
 @pytest.fixture(scope="module")
-def run(zygote, tmp_path_factory) -> Path:
+def run(command_server, tmp_path_factory) -> Path:
     """A small finished run."""
     out = tmp_path_factory.mktemp("secure") / "run"
-    done = zygote.run("train", *BRIEF, "--out", out)
+    done = command_server.run("train", *BRIEF, "--out", out)
     assert done.code == 0, done.err
     return out
 
@@ -107,7 +107,7 @@ ARCHITECTURE = (
 
 
 @pytest.fixture
-def started(zygote, capsys):
+def started(command_server, capsys):
     """Runs commands: the first in a process of its own, the others in this one, in less time."""
     first = True
 
@@ -115,7 +115,7 @@ def started(zygote, capsys):
         nonlocal first
         if first:
             first = False
-            return zygote.run(*words)
+            return command_server.run(*words)
         capsys.readouterr()
         name, *arguments = map(str, words)
         code = run_command(name, arguments, f"deit {name}")
@@ -178,7 +178,7 @@ def evil(folder: Path) -> tuple[Path, Path]:
     return code, canary
 
 
-def test_code_named_in_a_run_is_not_run(run, zygote, tmp_path):
+def test_code_named_in_a_run_is_not_run(run, command_server, tmp_path):
     """Somebody else's run folder says that its teacher is a function in a file beside it."""
     folder = tmp_path / "theirs"
     shutil.copytree(run, folder)
@@ -188,7 +188,7 @@ def test_code_named_in_a_run_is_not_run(run, zygote, tmp_path):
     config["loss"]["kind"] = "soft"
     config["loss"]["head"] = "distillation"
     (folder / "config.json").write_text(json.dumps(config))
-    done = zygote.run("evaluate", folder, "--json", tmp_path / "found.json")
+    done = command_server.run("evaluate", folder, "--json", tmp_path / "found.json")
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "found.json").read_text())["teacher"] is None
     assert f"{code}:teacher" in done.err
@@ -201,14 +201,16 @@ def test_code_named_in_a_run_is_not_run(run, zygote, tmp_path):
         ("compare", folder / "config.json", "--out", tmp_path / "out"),
         ("predict", folder, tmp_path / "p.png", "--teacher", "run"),
     ):
-        done = zygote.run(*words)
+        done = command_server.run(*words)
         assert done.code == 2, (words, done.err)
         option = f"--teacher.source {code}:teacher" if words[0] != "predict" else "--teacher run"
         assert option in done.err
         assert f"{code}:teacher" in done.err
     assert not canary.exists()
     # Named by the person at the keyboard it is run: the test would notice.
-    zygote.run("train", "digits", "--teacher.source", f"{code}:teacher", "--out", tmp_path / "out")
+    command_server.run(
+        "train", "digits", "--teacher.source", f"{code}:teacher", "--out", tmp_path / "out"
+    )
     assert canary.exists()
 
 
@@ -218,27 +220,27 @@ PNG = bytes.fromhex(
 )
 
 
-def test_code_named_in_a_store_of_targets_is_not_run(zygote, tmp_path):
+def test_code_named_in_a_store_of_targets_is_not_run(command_server, tmp_path):
     teacher = ("digits-teacher", "--optim.epochs", "1", "--optim.warmup_epochs", "0", *FEW)
-    assert zygote.run("train", *teacher, "--out", tmp_path / "teacher").code == 0
+    assert command_server.run("train", *teacher, "--out", tmp_path / "teacher").code == 0
     store = tmp_path / "store"
     words = ("--teacher.source", tmp_path / "teacher", "--teacher.allow_near_chance")
     words += ("--optim.epochs", "1", "--optim.warmup_epochs", "0", *FEW)
-    done = zygote.run("targets", "write", "digits", "--out", store, *words)
+    done = command_server.run("targets", "write", "digits", "--out", store, *words)
     assert done.code == 0, done.err
     code, canary = evil(store)
     manifest = read_manifest(store)
     manifest["about"]["config"]["teacher"]["source"] = [f"{code}:teacher"]
     (store / "store.json").write_bytes(manifest_bytes(manifest))
-    done = zygote.run("targets", "verify", store)
+    done = command_server.run("targets", "verify", store)
     assert done.code in (2, 4), done.err
     payload = PAYLOADS["a pickle"](Canary(canary))
     for name in ("store.json", "targets.bin", "checks.bin"):
         whole = (store / name).read_bytes()
         (store / name).write_bytes(payload)
-        assert zygote.run("targets", "verify", store).code == 4
+        assert command_server.run("targets", "verify", store).code == 4
         stored = ("--teacher.target_stores", store, "--out", tmp_path / "o")
-        done = zygote.run("train", "digits", *FEW, *stored)
+        done = command_server.run("train", "digits", *FEW, *stored)
         assert done.code == 4
         (store / name).write_bytes(whole)
     assert not canary.exists()
@@ -246,7 +248,7 @@ def test_code_named_in_a_store_of_targets_is_not_run(zygote, tmp_path):
 
 @pytest.mark.fault("C22")
 @pytest.mark.parametrize("source", ["cifar10", "cifar100"])
-def test_no_archive_of_pictures_runs_code(source, zygote, tmp_path):
+def test_no_archive_of_pictures_runs_code(source, command_server, tmp_path):
     """CIFAR's own files are pickles: of another checksum they are not opened."""
     canary = tmp_path / "canary"
     payload = PAYLOADS["a pickle"](Canary(canary))
@@ -259,13 +261,15 @@ def test_no_archive_of_pictures_runs_code(source, zygote, tmp_path):
     for name in names:
         (folder / name).write_bytes(payload)
     words = ("train", f"{source}-teacher" if source == "cifar10" else source)
-    done = zygote.run(*words, "--data.root", tmp_path, "--out", tmp_path / "o", "--loss=none")
+    done = command_server.run(
+        *words, "--data.root", tmp_path, "--out", tmp_path / "o", "--loss=none"
+    )
     assert done.code == 3, done.err
     assert not canary.exists()
 
 
 @pytest.mark.fault("C20")
-def test_a_tar_of_pictures_writes_nothing_and_leads_nowhere(zygote, tmp_path):
+def test_a_tar_of_pictures_writes_nothing_and_leads_nowhere(command_server, tmp_path):
     """Shards are read where they lie: no member becomes a file, no link is followed."""
     root = tmp_path / "shards"
     root.mkdir()
@@ -287,23 +291,23 @@ def test_a_tar_of_pictures_writes_nothing_and_leads_nowhere(zygote, tmp_path):
             archive.addfile(device)
     before = sorted(tmp_path.rglob("*"))
     shards = ("--data.source", "shards", "--data.root", root, "--loss", "none")
-    done = zygote.run("train", "folder", *shards, "--out", tmp_path / "out", "--dry-run")
+    done = command_server.run("train", "folder", *shards, "--out", tmp_path / "out", "--dry-run")
     assert done.code == 3, done.err
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.fault("B12", "B13")
 @pytest.mark.parametrize("name", ["config.json", "environment.json", "result.json"])
-def test_files_of_a_run_that_are_pickles_are_refused(name, run, zygote, tmp_path):
+def test_files_of_a_run_that_are_pickles_are_refused(name, run, command_server, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     canary = tmp_path / "canary"
     (folder / name).write_bytes(PAYLOADS["a pickle"](Canary(canary)))
-    done = zygote.run("train", *BRIEF, "--out", folder, "--resume")
+    done = command_server.run("train", *BRIEF, "--out", folder, "--resume")
     assert done.code in (0, 2, 4), done.err
     for saved_one in (folder / "best", run_folder.latest_checkpoint(folder)):
         (saved_one / "extra.pkl").write_bytes(PAYLOADS["a pickle"](Canary(canary)))
-    zygote.run("evaluate", folder)
+    command_server.run("evaluate", folder)
     assert not canary.exists()
 
 

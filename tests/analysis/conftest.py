@@ -6,7 +6,7 @@ from tests.helpers.small_runs import WITH_AVERAGE
 
 
 @pytest.fixture(scope="package")
-def lottery_folder(tmp_path_factory, zygote):
+def lottery_folder(tmp_path_factory, command_server):
     """A search of two levels with a random control."""
     lottery_folder = tmp_path_factory.mktemp("landscape")
     words = (
@@ -20,6 +20,6 @@ def lottery_folder(tmp_path_factory, zygote):
         "2",
     )
     words = ("lottery", "digits", *WITH_AVERAGE, *words, "--loss", "none", "--out", "search")
-    done = zygote.run(*words, "--parallel", "2", cwd=lottery_folder)
+    done = command_server.run(*words, "--parallel", "2", cwd=lottery_folder)
     assert done.code == 0, done.err
     return lottery_folder

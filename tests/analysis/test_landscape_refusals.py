@@ -43,22 +43,24 @@ LEVEL = "search/seed-0/level-1"
         (("search", "--out", "search"), 2, ("--out search", "landscape.request.json")),
     ],
 )
-def test_a_mistake_is_told_before_the_work(lottery_folder, zygote, words, code, names):
+def test_a_mistake_is_told_before_the_work(lottery_folder, command_server, words, code, names):
     out = () if "--out" in words else ("--out", "new")
-    done = zygote.run("loss-landscape", *words, *out, cwd=lottery_folder)
+    done = command_server.run("loss-landscape", *words, *out, cwd=lottery_folder)
     assert done.code == code, done.err
     for name in names:
         assert name in done.err
     assert not (lottery_folder / "new").exists()
 
 
-def test_runs_of_other_images_do_not_stand_beside_each_other(lottery_folder, zygote, tmp_path):
+def test_runs_of_other_images_do_not_stand_beside_each_other(
+    lottery_folder, command_server, tmp_path
+):
     config = json.loads((lottery_folder / "search/seed-0/level-0/config.json").read_text())
     shutil.copytree(lottery_folder / "search/seed-0/level-0", tmp_path / "fewer")
     config["data"]["train_fraction"] = 0.5
     (tmp_path / "fewer" / "config.json").write_text(json.dumps(config))
     runs = ("search/seed-0/level-0", tmp_path / "fewer")
-    done = zygote.run("loss-landscape", *runs, "--out", tmp_path / "o", cwd=lottery_folder)
+    done = command_server.run("loss-landscape", *runs, "--out", tmp_path / "o", cwd=lottery_folder)
     assert done.code == 2
     for name in ("fewer", "data.train_fraction", "level-0"):
         assert name in done.err

@@ -97,7 +97,7 @@ def opened(path, *, width=1280):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, zygote):
+def place(tmp_path_factory, command_server):
     """A teacher, a student taught by it, and a sweep of four runs; a report of all of them."""
     place = tmp_path_factory.mktemp("report")
     fewer = ("--data.train_fraction", "0.3")
@@ -114,7 +114,7 @@ def place(tmp_path_factory, zygote):
         ("report", "run", "teacher", "heat", "--out", "all"),
     ]
     for command in commands:
-        done = zygote.run(*command, cwd=place)
+        done = command_server.run(*command, cwd=place)
         assert done.code == 0, done.out + done.err
     return place
 
@@ -184,8 +184,8 @@ def test_charts_and_tables_lie_beside_the_page(place):
     assert sum(int(row["num_samples"]) for row in classes) == 359
 
 
-def test_the_numbers_are_those_of_the_evaluation(place, zygote):
-    done = zygote.run("evaluate", "run", "--json", "found.json", "--force", cwd=place)
+def test_the_numbers_are_those_of_the_evaluation(place, command_server):
+    done = command_server.run("evaluate", "run", "--json", "found.json", "--force", cwd=place)
     assert done.code == 0, done.err
     found = json.loads((place / "found.json").read_text())
     text = (place / "one" / "index.html").read_text()
@@ -195,9 +195,11 @@ def test_the_numbers_are_those_of_the_evaluation(place, zygote):
             assert "".join(f"<td>{cell}</td>" for cell in cells) in text
 
 
-def test_a_page_that_was_not_finished_is_gone_on_with_and_a_foreign_one_is_not(place, zygote):
+def test_a_page_that_was_not_finished_is_gone_on_with_and_a_foreign_one_is_not(
+    place, command_server
+):
     (place / "one" / "index.html").rename(place / "kept.html")
-    done = zygote.run("report", "run", "--out", "one", cwd=place)
+    done = command_server.run("report", "run", "--out", "one", cwd=place)
     assert done.code == 0, done.err
     # The same run, the same page.
     assert (place / "one" / "index.html").read_bytes() == (place / "kept.html").read_bytes()
@@ -205,7 +207,7 @@ def test_a_page_that_was_not_finished_is_gone_on_with_and_a_foreign_one_is_not(p
     site = place / "site"
     site.mkdir()
     (site / "index.html").write_text("my own")
-    done = zygote.run("report", "run", "--out", "site", "--force", cwd=place)
+    done = command_server.run("report", "run", "--out", "site", "--force", cwd=place)
     assert done.code == 2, done.err
     for name in ("--out site", "report.json"):
         assert name in done.err
@@ -276,9 +278,9 @@ def test_a_result_that_was_edited_is_named(wrong, place, tmp_path):
         report.report([tmp_path / "run"], tmp_path / "out")
 
 
-def test_what_is_written_is_replaced_only_when_asked(place, zygote):
+def test_what_is_written_is_replaced_only_when_asked(place, command_server):
     before = (place / "one" / "index.html").read_bytes()
-    done = zygote.run("report", "run", "--out", "one", cwd=place)
+    done = command_server.run("report", "run", "--out", "one", cwd=place)
     assert done.code == 5, done.err
     for name in ("--out one", "--force"):
         assert name in done.err
@@ -296,20 +298,20 @@ def test_what_is_written_is_replaced_only_when_asked(place, zygote):
         (("run", "--out", "found.txt"), 5, ("--out found.txt",)),
     ],
 )
-def test_a_mistake_is_told_before_the_work(place, zygote, words, code, names):
+def test_a_mistake_is_told_before_the_work(place, command_server, words, code, names):
     (place / "found.txt").touch()
     before = sorted(place.rglob("*"))
-    done = zygote.run("report", *words, cwd=place)
+    done = command_server.run("report", *words, cwd=place)
     assert done.code == code, done.err
     for name in names:
         assert name in done.err
     assert sorted(place.rglob("*")) == before
 
 
-def test_an_unfinished_run_says_how_it_goes_on(place, zygote):
+def test_an_unfinished_run_says_how_it_goes_on(place, command_server):
     shutil.copytree(place / "run", place / "half", dirs_exist_ok=True)
     (place / "half" / "result.json").unlink()
-    done = zygote.run("report", "half", "--out", "of-half", cwd=place)
+    done = command_server.run("report", "half", "--out", "of-half", cwd=place)
     shutil.rmtree(place / "half")
     assert done.code == 4, done.err
     for name in ("half", "--resume"):
@@ -317,7 +319,7 @@ def test_an_unfinished_run_says_how_it_goes_on(place, zygote):
     assert not (place / "of-half").exists()
 
 
-def test_without_its_images_or_its_epochs_the_rest_is_told(place, zygote, tmp_path):
+def test_without_its_images_or_its_epochs_the_rest_is_told(place, command_server, tmp_path):
     """Images in a folder that moves away: what was evaluated is kept, the pictures are left out."""
     for split in ("train", "test"):
         for label in "ab":
@@ -329,13 +331,13 @@ def test_without_its_images_or_its_epochs_the_rest_is_told(place, zygote, tmp_pa
     words = ("--data.source", "folder", "--data.root", "images", "--loss", "none")
     words += ("--teacher.source", "none", "--optim.batch_size", "4", "--optim.epochs", "2")
     words += ("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--data.image_size", "8")
-    done = zygote.run("train", "digits", *words, *SMALL, "--out", "run", cwd=tmp_path)
+    done = command_server.run("train", "digits", *words, *SMALL, "--out", "run", cwd=tmp_path)
     assert done.code == 0, done.err
     (tmp_path / "images").rename(tmp_path / "moved")
-    done = zygote.run("report", "run", "--out", "none", cwd=tmp_path)
+    done = command_server.run("report", "run", "--out", "none", cwd=tmp_path)
     assert (done.code, "data.root images" in done.err) == (3, True), done.err
     moved = ("report", "run", "--data.root", "moved")
-    done = zygote.run(*moved, "--out", "page", cwd=tmp_path)
+    done = command_server.run(*moved, "--out", "page", cwd=tmp_path)
     assert done.code == 0, done.err
     text = (tmp_path / "page" / "index.html").read_text()
     assert "<img" in text
@@ -348,7 +350,7 @@ def test_without_its_images_or_its_epochs_the_rest_is_told(place, zygote, tmp_pa
     for curve in (*(f">{name}<" for name in applied), 'id="run-accuracy-figure_1"'):
         assert curve in text
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    done = zygote.run("report", "run", "--out", "page", "--force", cwd=tmp_path)
+    done = command_server.run("report", "run", "--out", "page", "--force", cwd=tmp_path)
     assert done.code == 0, done.err
     assert "deit: warning: run: " in done.err
     assert "data.root images" in done.err
@@ -362,13 +364,15 @@ def test_without_its_images_or_its_epochs_the_rest_is_told(place, zygote, tmp_pa
         "provenance"
     ]
     next((tmp_path / "moved" / "test" / "a").iterdir()).unlink()
-    done = zygote.run(*moved, "--out", "page", "--force", cwd=tmp_path)
+    done = command_server.run(*moved, "--out", "page", "--force", cwd=tmp_path)
     assert done.code == 0, done.err
     now = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"]["provenance"]
     assert [name for name in now if now[name] != kept[name]] == ["images"]
 
 
-def test_without_matplotlib_it_is_said_before_the_work(place, zygote, monkeypatch, tmp_path):
+def test_without_matplotlib_it_is_said_before_the_work(
+    place, command_server, monkeypatch, tmp_path
+):
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
     with raises(SystemFault, "'deit[plot]'"):
         report.report([place / "run"], tmp_path / "page")

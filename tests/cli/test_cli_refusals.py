@@ -355,26 +355,26 @@ def test_dry_run_writes_nothing(run, tmp_path):
     assert tree(tmp_path) == {}
 
 
-def tried(words, streams, zygote, folder):
+def tried(words, streams, command_server, folder):
     folder.chmod(0o777)
     things = folder / "things"
     things.mkdir()
     for name in ("classes.txt", "empty.txt", "notes.txt"):
         (things / name).touch()
-    return run_try(Try(0, words, (), streams, "utf-8", 80), zygote, things, folder / "try")
+    return run_try(Try(0, words, (), streams, "utf-8", 80), command_server, things, folder / "try")
 
 
 @pytest.mark.parametrize("words", [(), ("nope",), ("train",)])
-def test_an_error_is_one_where_nobody_can_read_it(words, zygote, tmp_path):
-    outcome = tried(words, ("null", "file", "full"), zygote, tmp_path)
+def test_an_error_is_one_where_nobody_can_read_it(words, command_server, tmp_path):
+    outcome = tried(words, ("null", "file", "full"), command_server, tmp_path)
     assert (outcome.code, outcome.wrong) == (2, "")
 
 
 @pytest.mark.parametrize("words", [("--version",), ("recipes",), ("train", "--help")])
 @pytest.mark.parametrize(("stream", "code"), [("broken", 141), ("full", 5), ("closed", 0)])
 def test_a_standard_output_that_takes_nothing_has_a_code_and_no_traceback(
-    stream, code, words, zygote, tmp_path
+    stream, code, words, command_server, tmp_path
 ):
-    outcome = tried(words, ("null", stream, "file"), zygote, tmp_path)
+    outcome = tried(words, ("null", stream, "file"), command_server, tmp_path)
     assert (outcome.code, outcome.wrong) == (code, "")
     assert ("No space left on device" in outcome.said) == (code == 5)

@@ -103,11 +103,11 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(zygote, place) -> Path:
+def trained(command_server, place) -> Path:
     """A teacher and a student of odd classes, in folders of odd names."""
     words = ("--data.root", "odd é", *QUICK)
     teacher = ("folder-teacher", *words, "--student.name", "small_convnet", "--out", "t [b] é")
-    done = zygote.run("train", *teacher, cwd=place)
+    done = command_server.run("train", *teacher, cwd=place)
     assert done.code == 0, done.err
     words = (
         *words,
@@ -117,12 +117,12 @@ def trained(zygote, place) -> Path:
         "t [b] é",
         "--teacher.allow_near_chance",
     )
-    done = zygote.run("train", "folder", *words, "--out", RUN, cwd=place)
+    done = command_server.run("train", "folder", *words, "--out", RUN, cwd=place)
     assert done.code == 0, done.err
     return place / RUN
 
 
-def test_every_command_reads_a_run_of_odd_names(trained, place, zygote):
+def test_every_command_reads_a_run_of_odd_names(trained, place, command_server):
     found = sorted((place / "odd é" / "test").rglob("*.[pP]*"))
     images = [path for path in found if "caf" in path.name or "0" in path.name]
     assert len(images) == 2 * len(ODD)
@@ -137,7 +137,7 @@ def test_every_command_reads_a_run_of_odd_names(trained, place, zygote):
     ]
     said = {}
     for words in commands:
-        done = zygote.run(*words, cwd=place)
+        done = command_server.run(*words, cwd=place)
         assert done.code == 0, (words[0], done.err)
         said[words[0]] = done.out
     for name in ODD:
@@ -152,7 +152,9 @@ def test_every_command_reads_a_run_of_odd_names(trained, place, zygote):
 
 
 @pytest.mark.parametrize("kind", ["latin", "newline"])
-def test_classes_that_no_file_could_hold_are_refused_before_any_work(kind, zygote, tmp_path):
+def test_classes_that_no_file_could_hold_are_refused_before_any_work(
+    kind, command_server, tmp_path
+):
     classes = {"latin": ("ant", b"caf\xe9"), "newline": ("ant", "bee\nsting")}[kind]
     try:
         pictures(tmp_path / "set", classes, ("0.png", "1.png"))
@@ -161,7 +163,7 @@ def test_classes_that_no_file_could_hold_are_refused_before_any_work(kind, zygot
     named = {"latin": ("'caf\\xe9'", "UTF-8"), "newline": ("'bee\\nsting'",)}
     words = ("folder-teacher", "--data.root", "set", *QUICK, "--out", "run")
     for command in (("train", *words), ("check-data", "set")):
-        done = zygote.run(*command, cwd=tmp_path)
+        done = command_server.run(*command, cwd=tmp_path)
         assert done.code == 3
         assert done.err.startswith("deit: error: set/train: ")
         assert all(word in done.err for word in named[kind])
@@ -169,10 +171,10 @@ def test_classes_that_no_file_could_hold_are_refused_before_any_work(kind, zygot
     assert not (tmp_path / "run").exists()
 
 
-def test_arguments_that_no_file_could_hold_are_refused(zygote, tmp_path):
+def test_arguments_that_no_file_could_hold_are_refused(command_server, tmp_path):
     for name in ("caf\udce9", "two\nlines"):
         for words in (("train", "digits", "--out", name), ("evaluate", name)):
-            done = zygote.run(*words, cwd=tmp_path)
+            done = command_server.run(*words, cwd=tmp_path)
             assert done.code == 2
             assert done.err.startswith(f"deit: error: {in_line(name)}: ")
             assert done.err.count("\n") == 1
@@ -245,7 +247,7 @@ def test_a_name_ends_no_row_of_a_markdown_table():
     ]
 
 
-def test_a_run_is_looked_for_where_it_was_started(trained, place, zygote, tmp_path):
+def test_a_run_is_looked_for_where_it_was_started(trained, place, command_server, tmp_path):
     """From another folder, and after a move of all of it."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -253,11 +255,11 @@ def test_a_run_is_looked_for_where_it_was_started(trained, place, zygote, tmp_pa
     shutil.copytree(place, moved)
     for run in (trained, moved / RUN):
         words = (os.path.relpath(run, elsewhere), "--json", "found.json", "--force")
-        done = zygote.run("evaluate", *words, cwd=elsewhere)
+        done = command_server.run("evaluate", *words, cwd=elsewhere)
         assert done.code == 0, done.err
         assert json.loads((elsewhere / "found.json").read_text())["teacher"] is not None
     shutil.rmtree(moved / "odd é")
-    done = zygote.run("evaluate", moved / RUN, cwd=elsewhere)
+    done = command_server.run("evaluate", moved / RUN, cwd=elsewhere)
     assert done.code == 3
     assert all(word in done.err for word in ("data.root odd é", "--data.root"))
     config = json.loads((trained / run_folder.CONFIG).read_text())

@@ -11,7 +11,7 @@ import pytest
 from deit.core import filesystem, manifest, run_folder, run_log
 from deit.core.errors import CheckpointError, SystemFault
 from tests.helpers import small_runs
-from tests.helpers.command_server import Zygote
+from tests.helpers.command_server import CommandServer
 from tests.helpers.commands import assert_refused, run_in
 from tests.helpers.errors import raises
 from tests.helpers.process_setup import Gate
@@ -24,23 +24,26 @@ FEW = ("--data.train_fraction", "0.2", "--optim.batch_size", "48")
 SMALL = (*small_runs.SMALL, *FEW)
 
 
-def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> Completed:
-    return small_runs.run(zygote, out, fault, *FEW, *more)
+def run(command_server: CommandServer, out: Path, fault: str = "", *more: object) -> Completed:
+    return small_runs.run(command_server, out, fault, *FEW, *more)
 
 
 @pytest.fixture(scope="module")
-def straight(zygote, tmp_path_factory) -> Path:
+def straight(command_server, tmp_path_factory) -> Path:
     """The run that nothing happens to."""
     out = tmp_path_factory.mktemp("straight") / "run"
-    assert run(zygote, out).code == 0
+    assert run(command_server, out).code == 0
     return out
 
 
 @pytest.fixture(scope="module")
-def stopped(zygote, tmp_path_factory) -> Path:
+def stopped(command_server, tmp_path_factory) -> Path:
     """A run that was killed in its second epoch."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    assert run(zygote, out, "update:7:kill", "--run.save_every_steps", "2").code == -signal.SIGKILL
+    assert (
+        run(command_server, out, "update:7:kill", "--run.save_every_steps", "2").code
+        == -signal.SIGKILL
+    )
     return out
 
 
@@ -49,22 +52,22 @@ def out(stopped, tmp_path) -> Path:
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-def again(zygote: Zygote, out: Path) -> Completed:
-    return run(zygote, out, "", "--run.save_every_steps", "2")
+def again(command_server: CommandServer, out: Path) -> Completed:
+    return run(command_server, out, "", "--run.save_every_steps", "2")
 
 
 @pytest.mark.fault("B15")
 @pytest.mark.parametrize(
     "name", [".lock", "metrics.jsonl", "state_hashes.jsonl", "nonfinite_steps.jsonl", "config.json"]
 )
-def test_a_link_in_the_place_of_a_file_of_ours_is_refused(name, out, zygote, tmp_path):
+def test_a_link_in_the_place_of_a_file_of_ours_is_refused(name, out, command_server, tmp_path):
     """It was followed: a resume cut the file it led to, or wrote into it."""
     victim = tmp_path / "victim"
     victim.write_bytes((out / name).read_bytes() if name == "config.json" else b"precious\n" * 900)
     before = victim.read_bytes()
     (out / name).unlink(missing_ok=True)
     (out / name).symlink_to(victim)
-    done = again(zygote, out)
+    done = again(command_server, out)
     assert done.code == 4
     assert str(out / name) in done.err
     assert str(victim) in done.err
@@ -73,34 +76,34 @@ def test_a_link_in_the_place_of_a_file_of_ours_is_refused(name, out, zygote, tmp
 
 @pytest.mark.fault("B15")
 @pytest.mark.parametrize("name", ["best", "newest"])
-def test_a_link_in_the_place_of_a_folder_of_ours_is_refused(name, out, zygote, tmp_path):
+def test_a_link_in_the_place_of_a_folder_of_ours_is_refused(name, out, command_server, tmp_path):
     folder = run_folder.latest_checkpoint(out) if name == "newest" else out / name
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
-    done = again(zygote, out)
+    done = again(command_server, out)
     assert done.code == 4
     assert str(folder) in done.err
     assert str(tmp_path / "elsewhere") in done.err
 
 
 @pytest.mark.fault("B23")
-def test_links_of_other_names_are_none_of_ours(out, zygote, tmp_path):
+def test_links_of_other_names_are_none_of_ours(out, command_server, tmp_path):
     (out / "latest").symlink_to(tmp_path)
-    assert again(zygote, out).code == 0
+    assert again(command_server, out).code == 0
     assert (out / "latest").is_symlink()
 
 
 @pytest.mark.fault("B18")
-def test_the_best_of_a_branch_that_was_given_up_is_not_the_best(zygote, tmp_path):
+def test_the_best_of_a_branch_that_was_given_up_is_not_the_best(command_server, tmp_path):
     """The newest checkpoint is damaged, the one before it serves: `best` holds what came later."""
     out, more = tmp_path / "run", ("--optim.epochs", "3", "--run.num_checkpoints", "3")
-    assert run(zygote, out, "finish:1:kill", *more).code == -signal.SIGKILL
+    assert run(command_server, out, "finish:1:kill", *more).code == -signal.SIGKILL
     late = manifest.verify_dir(out / "best").step
     assert late > 2 * STEPS  # else this shows nothing
     state = out / "best" / "state.json"
     wanted = json.loads(state.read_text())["best"]
     (run_folder.latest_checkpoint(out) / "model.safetensors").write_bytes(b"")
-    done = run(zygote, out, "loss:0:nan", *more, "--run.max_nonfinite_steps", "100")
+    done = run(command_server, out, "loss:0:nan", *more, "--run.max_nonfinite_steps", "100")
     assert done.code == 0, done.err
     best = re.escape(str(out / "best"))
     assert re.search(rf"{best}\W.*\b{wanted['epoch']}\b", done.err)
@@ -108,28 +111,28 @@ def test_the_best_of_a_branch_that_was_given_up_is_not_the_best(zygote, tmp_path
     assert json.loads(state.read_text())["best"] == best != wanted
 
 
-def test_a_kill_after_the_best_was_written_says_nothing_of_it(zygote, straight, tmp_path):
+def test_a_kill_after_the_best_was_written_says_nothing_of_it(command_server, straight, tmp_path):
     out = tmp_path / "run"
-    run(zygote, out, "metrics:1:kill")
-    done = run(zygote, out)
+    run(command_server, out, "metrics:1:kill")
+    done = run(command_server, out)
     assert (done.code, done.err) == (0, "")
     same(out, straight)
 
 
 @pytest.mark.fault("B21", "E7")
 @pytest.mark.parametrize("how", ["moved", "replaced"])
-def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, zygote, tmp_path):
+def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, command_server, tmp_path):
     """It was moved away, or removed and taken by another run: what lies there now stays so."""
     out = tmp_path / "run"
     gate, words = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
-    first = zygote.start(*words, DEIT_FAULT="update:7:slow", **gate.environment)
+    first = command_server.start(*words, DEIT_FAULT="update:7:slow", **gate.environment)
     gate.wait()
     if how == "moved":
         out.rename(tmp_path / "elsewhere")
         out.mkdir()
     else:
         shutil.rmtree(out)
-        assert zygote.run("train", *SMALL, "--run.seed", "5", "--out", out).code == 0
+        assert command_server.run("train", *SMALL, "--run.seed", "5", "--out", out).code == 0
     content = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     gate.open()
     done = first.wait()
@@ -138,14 +141,14 @@ def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, zygote, tmp_pat
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == content
 
 
-def test_a_finished_run_with_other_settings_names_the_ways_that_there_are(straight, zygote):
-    done = run(zygote, straight, "", "--optim.epochs", "9")
+def test_a_finished_run_with_other_settings_names_the_ways_that_there_are(straight, command_server):
+    done = run(command_server, straight, "", "--optim.epochs", "9")
     assert done.code == 2
     way = f"deit finetune --from {straight}"
     assert "--out" in done.err
     assert way in done.err
     assert re.search(r"optim\.epochs\b.*\b2\b.*\b9\b", done.err)
-    told = zygote.run("finetune", *way.split()[2:], "--optim.epochs", "9", "--print-config")
+    told = command_server.run("finetune", *way.split()[2:], "--optim.epochs", "9", "--print-config")
     assert (told.code, json.loads(told.out)["optim"]["epochs"]) == (0, 9)
 
 
@@ -162,14 +165,14 @@ def test_a_full_disk_leaves_no_probe_behind(tmp_path, monkeypatch):
 
 @pytest.mark.fault("A1")
 @pytest.mark.parametrize("resume", [True, False])
-def test_what_a_kill_leaves_of_the_first_file_is_no_run(resume, zygote, tmp_path):
+def test_what_a_kill_leaves_of_the_first_file_is_no_run(resume, command_server, tmp_path):
     """The process died between writing config.json and its rename: the same command goes on."""
     out = tmp_path / "run"
     out.mkdir()
     left = out / f".config.json.{'0' * 32}"
     left.write_text("{")
     words = ("train", *SMALL, "--out", out, *(["--resume"] if resume else []))
-    done = zygote.run(*words, DEIT_FAULT="update:1:term")
+    done = command_server.run(*words, DEIT_FAULT="update:1:term")
     assert done.code == 143, done.err
     assert not left.exists()
 
@@ -224,24 +227,24 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(out, monkeypat
         ("metrics.jsonl", b"\xff\xfe\x00"),
     ],
 )
-def test_files_that_only_inform_do_not_stop_a_run(name, content, out, zygote):
+def test_files_that_only_inform_do_not_stop_a_run(name, content, out, command_server):
     (out / name).write_bytes(content)
-    done = again(zygote, out)
+    done = again(command_server, out)
     assert done.code == 0, done.err
     assert str(out / name) in done.err
 
 
 @pytest.mark.fault("B23")
-def test_a_folder_of_a_strange_name_does_no_harm(out, zygote):
+def test_a_folder_of_a_strange_name_does_no_harm(out, command_server):
     (out / ".deit-old-").mkdir()
-    assert again(zygote, out).code == 0
+    assert again(command_server, out).code == 0
 
 
 @pytest.mark.fault("A24")
-def test_after_a_line_that_was_cut_off_the_next_rows_are_whole(out, zygote):
+def test_after_a_line_that_was_cut_off_the_next_rows_are_whole(out, command_server):
     rows = (out / "metrics.jsonl").read_bytes()
     (out / "metrics.jsonl").write_bytes(rows[: len(rows) - 20])
-    assert again(zygote, out).code == 0
+    assert again(command_server, out).code == 0
     assert [row["epoch"] for row in run_log.read(out / "metrics.jsonl")] == [2]
 
 
@@ -279,58 +282,58 @@ def test_a_broken_line_of_the_metrics_is_named(straight, tmp_path):
 
 
 @pytest.mark.fault("A9")
-def test_a_finished_run_whose_best_is_damaged_says_so(zygote, straight, tmp_path):
+def test_a_finished_run_whose_best_is_damaged_says_so(command_server, straight, tmp_path):
     out = shutil.copytree(straight, tmp_path / "run")
     (out / "best" / "model.safetensors").write_bytes(b"")
-    done = run(zygote, out)
+    done = run(command_server, out)
     assert done.code == 0
     assert re.search(r"best/model\.safetensors\b.*\b0 bytes\b", done.err)
     assert "--checkpoint last" in done.err
-    assert zygote.run("evaluate", out, "--checkpoint", "last").code == 0
+    assert command_server.run("evaluate", out, "--checkpoint", "last").code == 0
 
 
 @pytest.mark.fault("A9")
 @pytest.mark.parametrize(
     ("name", "value"), [("epochs", None), ("fingerprint", 3), ("targets", "a")]
 )
-def test_a_result_that_is_none_is_named(name, value, zygote, straight, tmp_path):
+def test_a_result_that_is_none_is_named(name, value, command_server, straight, tmp_path):
     out = shutil.copytree(straight, tmp_path / "run")
     result = json.loads((out / "result.json").read_text())
     (out / "result.json").write_text(json.dumps({**result, name: value}))
-    done = run(zygote, out)
+    done = run(command_server, out)
     assert done.code == 4
     assert re.search(rf"result\.json\W+{name}\b", done.err)
 
 
 @pytest.mark.fault("B19")
-def test_a_full_disk_at_a_log_is_a_full_disk(zygote, tmp_path):
-    done = run(zygote, tmp_path / "run", "metrics:1:full")
+def test_a_full_disk_at_a_log_is_a_full_disk(command_server, tmp_path):
+    done = run(command_server, tmp_path / "run", "metrics:1:full")
     assert done.code == 5
     assert str(tmp_path / "run" / "metrics.jsonl") in done.err
     assert "No space left on device" in done.err
 
 
 @pytest.fixture(scope="module")
-def teachers(zygote, tmp_path_factory) -> Path:
+def teachers(command_server, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teachers")
     for seed in (0, 1):
         words = (*FEW, "--optim.epochs", "3", "--run.seed", seed, "--out", folder / str(seed))
-        assert zygote.run("train", "digits-teacher", *words).code == 0
+        assert command_server.run("train", "digits-teacher", *words).code == 0
     return folder
 
 
 @pytest.mark.fault("A21")
-def test_a_teacher_that_was_moved_is_the_same_teacher(teachers, zygote, tmp_path):
+def test_a_teacher_that_was_moved_is_the_same_teacher(teachers, command_server, tmp_path):
     """Its weights tell; others under a new name do not pass, in a finished run either."""
     moved, out = shutil.copytree(teachers / "0", tmp_path / "moved"), tmp_path / "run"
     taught = ("--loss", "deit-hard", "--teacher.allow_near_chance", "--teacher.source")
-    assert run(zygote, out, "update:7:term", *taught, teachers / "0").code == 143
-    other = run(zygote, out, "", *taught, teachers / "1")
+    assert run(command_server, out, "update:7:term", *taught, teachers / "0").code == 143
+    other = run(command_server, out, "", *taught, teachers / "1")
     assert other.code == 3
     assert "teacher.source" in other.err
-    assert run(zygote, out, "", *taught, moved).code == 0
-    assert run(zygote, out, "", *taught, teachers / "0").code == 0
-    assert run(zygote, out, "", *taught, teachers / "1").code == 3
+    assert run(command_server, out, "", *taught, moved).code == 0
+    assert run(command_server, out, "", *taught, teachers / "0").code == 0
+    assert run(command_server, out, "", *taught, teachers / "1").code == 3
 
 
 LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
@@ -347,9 +350,11 @@ LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
     ],
     ids=["less fits", "nothing to recompute", "activation_checkpointing", "recomputes already"],
 )
-def test_out_of_memory_advises_only_what_helps(words, block, named, zygote, tmp_path):
+def test_out_of_memory_advises_only_what_helps(words, block, named, command_server, tmp_path):
     words = (*words, *FEW, "--optim.epochs", "3", "--optim.batch_size", block)
-    done = zygote.run("train", *words, "--out", tmp_path / "run", DEIT_FAULT="update:3:memory")
+    done = command_server.run(
+        "train", *words, "--out", tmp_path / "run", DEIT_FAULT="update:3:memory"
+    )
     assert done.code == 5
     assert re.search(rf"\b{block} images\b", done.err)
     assert "--resume" in done.err

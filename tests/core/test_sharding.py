@@ -17,9 +17,9 @@ from deit.core.errors import ConfigError, SystemFault
 from deit.core.sharding import shard_degree
 from deit.distill.build import build_accelerator
 from deit.models.saved import load_student
-from tests.helpers.command_server import Zygote
+from tests.helpers.command_server import CommandServer
 from tests.helpers.errors import raises
-from tests.helpers.processes import Completed, last_json, said_by
+from tests.helpers.processes import Completed, last_json, output_of
 from tests.helpers.small_runs import SMALL, STEPS, same
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ WORDS = (
 
 
 def run(
-    zygote: Zygote,
+    command_server: CommandServer,
     out: Path,
     *more: object,
     recipe: tuple[str, ...] = WORDS,
@@ -44,7 +44,9 @@ def run(
 ) -> list[Completed]:
     """The processes of a run, as torchrun would start them on nodes of so many."""
     words = ("train", *recipe, "--out", out, "--resume", *more)
-    return zygote.together(*words, processes=processes, of_node=of_node, DEIT_FAULT=fault)
+    return command_server.run_processes(
+        *words, processes=processes, of_node=of_node, DEIT_FAULT=fault
+    )
 
 
 def done(*arguments, **options) -> None:
@@ -52,18 +54,18 @@ def done(*arguments, **options) -> None:
         assert one.code == 0, one.err
 
 
-def stopped(zygote: Zygote, out: Path, kind: str, fault: str) -> None:
+def stopped(command_server: CommandServer, out: Path, kind: str, fault: str) -> None:
     """Begin a run that a signal stops."""
-    ended = run(zygote, out, "--run.sharding", kind, fault=fault)
+    ended = run(command_server, out, "--run.sharding", kind, fault=fault)
     assert [one.code for one in ended] == [143, 143], [one.err for one in ended]
 
 
 @pytest.fixture(scope="module")
-def runs(zygote, tmp_path_factory) -> dict[str, Path]:
+def runs(command_server, tmp_path_factory) -> dict[str, Path]:
     """The same run of two processes, by value of run.sharding."""
     place = tmp_path_factory.mktemp("sharded")
     for kind in ("none", "fsdp"):
-        first, other = run(zygote, place / kind, "--run.sharding", kind)
+        first, other = run(command_server, place / kind, "--run.sharding", kind)
         assert first.code == other.code == 0, first.err + other.err
         told = re.search(r"\b2\b.*run\.sharding fsdp\b", first.out)  # into how many parts
         assert (told is not None) == (kind == "fsdp")
@@ -72,11 +74,11 @@ def runs(zygote, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def begun(zygote, tmp_path_factory) -> dict[str, Path]:
+def begun(command_server, tmp_path_factory) -> dict[str, Path]:
     """The same, stopped in their second epoch."""
     place = tmp_path_factory.mktemp("begun")
     for kind in ("none", "fsdp"):
-        stopped(zygote, place / kind, kind, f"update@0:{STEPS + 1}:term")
+        stopped(command_server, place / kind, kind, f"update@0:{STEPS + 1}:term")
     return {kind: place / kind for kind in ("none", "fsdp")}
 
 
@@ -126,29 +128,29 @@ def test_its_files_are_whole_and_load_alone(runs):
         assert answer.class_logits.shape == (3, 10)
 
 
-def test_stopped_in_the_middle_it_ends_with_the_same_bits(zygote, runs, tmp_path):
+def test_stopped_in_the_middle_it_ends_with_the_same_bits(command_server, runs, tmp_path):
     out = tmp_path / "run"
-    stopped(zygote, out, "fsdp", "update@1:3:term")
+    stopped(command_server, out, "fsdp", "update@1:3:term")
     assert 3 <= run_folder.checkpoint_step(run_folder.latest_checkpoint(out)) < 2 * STEPS
-    done(zygote, out, "--run.sharding", "fsdp")
+    done(command_server, out, "--run.sharding", "fsdp")
     same(out, runs["fsdp"])
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_divided_run_goes_on_whole_and_the_other_way_round(
-    processes, zygote, runs, begun, tmp_path
+    processes, command_server, runs, begun, tmp_path
 ):
     for first, then in (("fsdp", "none"), ("none", "fsdp")):
         out = Path(shutil.copytree(begun[first], tmp_path / first))
-        ended = run(zygote, out, "--run.sharding", then, processes=processes)
+        ended = run(command_server, out, "--run.sharding", then, processes=processes)
         assert [one.code for one in ended] == [0] * processes, ended[0].err
         assert re.search(rf"run\.sharding\b.*\b{first}\b.*\b{then}\b", ended[0].err)
         assert_close(runs["none"], out)
 
 
-def test_an_update_that_is_not_finite_is_left_out_in_every_part(zygote, runs, tmp_path):
+def test_an_update_that_is_not_finite_is_left_out_in_every_part(command_server, runs, tmp_path):
     for kind in runs:
-        done(zygote, tmp_path / kind, "--run.sharding", kind, fault="loss@1:4:nan")
+        done(command_server, tmp_path / kind, "--run.sharding", kind, fault="loss@1:4:nan")
         assert run_folder.read_result(tmp_path / kind)["skipped"] == 1
     assert_close(tmp_path / "none", tmp_path / "fsdp")
     before, after = tensors(tmp_path / "fsdp", 1), tensors(tmp_path / "fsdp", 2)
@@ -166,16 +168,16 @@ def test_an_update_that_is_not_finite_is_left_out_in_every_part(zygote, runs, tm
     ],
     ids=lambda more: more[0].rpartition(".")[2],
 )
-def test_with_what_else_changes_a_student(more, zygote, runs, tmp_path):
+def test_with_what_else_changes_a_student(more, command_server, runs, tmp_path):
     """Blocks computed again, other layers, frozen weights."""
     best = runs["none"] / "best"
     more = [str(best) if word == "best" else word for word in more]
     for kind in runs:
-        done(zygote, tmp_path / kind, "--run.sharding", kind, *more)
+        done(command_server, tmp_path / kind, "--run.sharding", kind, *more)
     assert_close(tmp_path / "none", tmp_path / "fsdp")
 
 
-def test_a_network_without_blocks_and_with_statistics(zygote, tmp_path):
+def test_a_network_without_blocks_and_with_statistics(command_server, tmp_path):
     """Batch norm: those of the first process count, as they do in DDP."""
     network = (
         *("digits-teacher", "--optim.batch_size", "48", "--optim.epochs", "2"),
@@ -184,11 +186,11 @@ def test_a_network_without_blocks_and_with_statistics(zygote, tmp_path):
         *("--run.save_every_steps", "1", "--run.num_checkpoints", "30"),
     )
     for kind in ("none", "fsdp"):
-        done(zygote, tmp_path / kind, "--run.sharding", kind, recipe=network)
+        done(command_server, tmp_path / kind, "--run.sharding", kind, recipe=network)
     assert_close(tmp_path / "none", tmp_path / "fsdp")
 
 
-def test_without_its_best_weights_all_processes_gather_alike(zygote, begun, tmp_path):
+def test_without_its_best_weights_all_processes_gather_alike(command_server, begun, tmp_path):
     """The main process alone looks for them, and all take part where better ones are written."""
     out = Path(shutil.copytree(begun["fsdp"], tmp_path / "run"))
     shutil.rmtree(out / "best")
@@ -198,13 +200,13 @@ def test_without_its_best_weights_all_processes_gather_alike(zygote, begun, tmp_
     (newest / run_folder.STATE).write_text(json.dumps(state))
     names = [file.name for file in newest.iterdir() if file.name != manifest.MANIFEST]
     manifest.write_manifest(newest, manifest.digests(newest, names), step=state["step"])
-    done(zygote, out, "--run.sharding", "fsdp")
+    done(command_server, out, "--run.sharding", "fsdp")
     assert load_student(out / "best")
 
 
-def test_gradients_travel_in_half_the_bytes(zygote, runs, tmp_path):
+def test_gradients_travel_in_half_the_bytes(command_server, runs, tmp_path):
     out = tmp_path / "run"
-    done(zygote, out, "--run.sharding", "fsdp", "--run.gradient_compression", "bf16")
+    done(command_server, out, "--run.sharding", "fsdp", "--run.gradient_compression", "bf16")
     exact, rounded = tensors(runs["fsdp"], 1), tensors(out, 1)
     moments = [name for name in exact if "/exp_avg/" in name]
     assert moments
@@ -217,15 +219,15 @@ def test_gradients_travel_in_half_the_bytes(zygote, runs, tmp_path):
         assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], abs=0.02)
 
 
-def test_divided_among_the_processes_of_each_node(zygote, runs, tmp_path):
+def test_divided_among_the_processes_of_each_node(command_server, runs, tmp_path):
     out = tmp_path / "run"
-    done(zygote, out, "--run.sharding", "hsdp", processes=4, of_node=2)
+    done(command_server, out, "--run.sharding", "hsdp", processes=4, of_node=2)
     assert_close(runs["none"], out)
 
 
-def test_one_process_has_the_whole_student(zygote, tmp_path):
+def test_one_process_has_the_whole_student(command_server, tmp_path):
     for kind in ("none", "fsdp"):
-        done(zygote, tmp_path / kind, "--run.sharding", kind, processes=1)
+        done(command_server, tmp_path / kind, "--run.sharding", kind, processes=1)
     same(tmp_path / "fsdp", tmp_path / "none")
 
 
@@ -260,11 +262,11 @@ destroy_process_group()
 """
 
 
-def test_each_process_holds_its_part_alone(zygote, tmp_path):
+def test_each_process_holds_its_part_alone(command_server, tmp_path):
     """Weights, average and both moments: half of all, but for what does not divide."""
     script = tmp_path / "memory.py"
     script.write_text(MEMORY)
-    said = said_by(zygote, 2, script, cwd=tmp_path)
+    said = output_of(command_server, 2, script, cwd=tmp_path)
     found = last_json(said)
     assert found["fsdp"] / found["none"] == pytest.approx(0.5, abs=0.01)
 

@@ -37,7 +37,7 @@ from tests.helpers.images import (
     loader,
     write_pictures,
 )
-from tests.helpers.processes import fresh
+from tests.helpers.processes import run_python
 
 
 def global_epoch(images, num_processes=1, accumulate=1, epoch=3, **settings):
@@ -188,7 +188,7 @@ print("done")
 def test_a_program_ends_after_its_reader_is_closed(tmp_path):
     """A notebook has no command line that would end it."""
     write_pictures(tmp_path / "pictures", number=16)
-    done = fresh(PROGRAM, tmp_path / "pictures")
+    done = run_python(PROGRAM, tmp_path / "pictures")
     assert (done.code, done.out.splitlines()[-1:]) == (0, ["done"]), done.err
 
 

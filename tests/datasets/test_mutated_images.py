@@ -72,7 +72,7 @@ def test_a_damaged_picture_is_pixels_or_a_refusal_and_never_takes_long(kind, tmp
 
 
 @pytest.mark.fault("C11")
-def test_pictures_of_one_pixel_or_one_line_are_trained_on(tmp_path, zygote):
+def test_pictures_of_one_pixel_or_one_line_are_trained_on(tmp_path, command_server):
     for label in "ab":
         place = tmp_path / "pictures" / label
         place.mkdir(parents=True)
@@ -83,7 +83,7 @@ def test_pictures_of_one_pixel_or_one_line_are_trained_on(tmp_path, zygote):
     words += ("--optim.epochs", "1", "--optim.warmup_epochs", "0", "--data.image_size", "18")
     for storage in ("memory", "files"):
         more = ("--data.storage", storage, "--augmentation", "deit", "--views.aug_repeats", "1")
-        done = zygote.run(
+        done = command_server.run(
             *("train", "folder", "--data.root", tmp_path / "pictures", *words, *more),
             *("--out", tmp_path / storage),
         )

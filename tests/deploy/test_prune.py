@@ -30,7 +30,7 @@ WORDS = ("prune", "run", *QUICK_PRUNING, "--ratio", "0.5")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, zygote):
+def place(tmp_path_factory, command_server):
     """A folder with a small distilled student and its teacher."""
     place = tmp_path_factory.mktemp("prune")
     trained(digits_teacher().replace(optim={"epochs": 3}), place / "teacher")
@@ -42,14 +42,14 @@ def place(tmp_path_factory, zygote):
         "--out",
         "run",
     )
-    done = zygote.run("train", "digits", *words, cwd=place)
+    done = command_server.run("train", "digits", *words, cwd=place)
     assert done.code == 0, done.err
     return place
 
 
 @pytest.fixture(scope="module")
-def pruned(place, zygote):
-    done = zygote.run(
+def pruned(place, command_server):
+    done = command_server.run(
         *WORDS, "--controls", "long,short", "--parallel", "2", "--out", "out", cwd=place
     )
     assert done.code == 0, done.err
@@ -127,16 +127,16 @@ def test_schedules_are_told_before_anything_is_trained(place, pruned):
     assert numbers["long-control"][0] == "5"
 
 
-def test_a_recovery_without_teacher_names_none(place, zygote):
-    done = zygote.run("prune", "run", "--loss", "none", "--dry-run", cwd=place)
+def test_a_recovery_without_teacher_names_none(place, command_server):
+    done = command_server.run("prune", "run", "--loss", "none", "--dry-run", cwd=place)
     assert done.code == 0, done.err
     assert done.out.startswith("recovery ")
     assert "teacher" not in done.out.splitlines()[0]
 
 
-def test_help_shows_the_schedule_that_the_run_would_have(place, zygote):
+def test_help_shows_the_schedule_that_the_run_would_have(place, command_server):
     """And the schedules by name that train all."""
-    told = zygote.run("prune", "run", "--help", cwd=place).out.replace("│", " ")
+    told = command_server.run("prune", "run", "--help", cwd=place).out.replace("│", " ")
     told = " ".join(told.split())
     epochs = short(load_config(place / "run" / "config.json")).optim.epochs
     assert re.search(rf"--optim\.epochs INT [^(]*\(default: {epochs}\)", told)
@@ -160,49 +160,53 @@ def test_every_step_is_told_with_what_it_costs(pruned):
 
 
 @pytest.mark.slow
-def test_what_is_left_is_evaluated_and_exported_like_a_run(pruned, zygote, tmp_path):
+def test_what_is_left_is_evaluated_and_exported_like_a_run(pruned, command_server, tmp_path):
     out, _ = pruned
-    done = zygote.run("evaluate", out / "pruned", "--json", tmp_path / "e.json", cwd=out.parent)
+    done = command_server.run(
+        "evaluate", out / "pruned", "--json", tmp_path / "e.json", cwd=out.parent
+    )
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "e.json").read_text())
     assert found["heads"]["fused"]["top1"] == result(out)["rows"]["pruned"]["top1"]["fused"]
     words = ("--format", "onnx", "--images", "32", "--out", tmp_path / "onnx")
-    done = zygote.run("export", out / "recovered", *words, cwd=out.parent)
+    done = command_server.run("export", out / "recovered", *words, cwd=out.parent)
     assert done.code == 0, done.err
-    done = zygote.run("export", out / "recovered", "--format", "timm", cwd=out.parent)
+    done = command_server.run("export", out / "recovered", "--format", "timm", cwd=out.parent)
     assert done.code == 2
     for name in ("--format", "onnx", "pt2"):
         assert name in done.err
 
 
-def test_the_same_command_trains_nothing_again_and_another_is_refused(pruned, zygote):
+def test_the_same_command_trains_nothing_again_and_another_is_refused(pruned, command_server):
     out, _ = pruned
     before = {path: path.stat().st_mtime_ns for path in out.glob("**/*.safetensors")}
     told = json.loads((out / "results.json").read_text())["rows"]
     words = (*WORDS, "--out", "out")
-    done = zygote.run(*words, cwd=out.parent)
+    done = command_server.run(*words, cwd=out.parent)
     assert done.code == 0, done.err
     assert json.loads((out / "results.json").read_text())["rows"] == told  # with its controls
     assert {path: path.stat().st_mtime_ns for path in out.glob("**/*.safetensors")} == before
-    done = zygote.run(*words, "--scope", "layerwise", cwd=out.parent)
+    done = command_server.run(*words, "--scope", "layerwise", cwd=out.parent)
     assert done.code == 2
     assert re.search(r"--out out\b.*\bscope\b.*\bglobal\b.*\blayerwise\b", done.err)
-    done = zygote.run(*words, "--optim.epochs", "3", cwd=out.parent)
+    done = command_server.run(*words, "--optim.epochs", "3", cwd=out.parent)
     assert done.code == 2
     assert re.search(r"--out out\b.*\boptim\.epochs\b.*\b2\b.*\b3\b", done.err)
 
 
 @pytest.mark.slow
-def test_interrupted_it_goes_on(place, zygote, tmp_path):
+def test_interrupted_it_goes_on(place, command_server, tmp_path):
     """Killed while what is left is taught: the choice stays, the training goes on."""
     words = (*WORDS, "--run.save_every_steps", "1", "--out", tmp_path / "out")
-    done = zygote.run(*words, cwd=place, DEIT_FAULT="update:3:kill")  # the second try as well
+    done = command_server.run(
+        *words, cwd=place, DEIT_FAULT="update:3:kill"
+    )  # the second try as well
     assert done.code == 1
     ends = [line for line in done.out.splitlines() if runs_over(line)]
     assert [line.split(":")[0] for line in ends] == ["recovered"] * 2
     chosen = (tmp_path / "out" / "pruned" / "kept_units.json").read_bytes()
     assert run_folder.list_checkpoints(tmp_path / "out" / "recovered")
-    done = zygote.run(*words, cwd=place)
+    done = command_server.run(*words, cwd=place)
     assert done.code == 0, done.err
     assert (tmp_path / "out" / "pruned" / "kept_units.json").read_bytes() == chosen
     assert stays(done) == []
@@ -210,71 +214,75 @@ def test_interrupted_it_goes_on(place, zygote, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_before_all_of_it_is_written_it_chooses_again(place, zygote, tmp_path):
+def test_killed_before_all_of_it_is_written_it_chooses_again(place, command_server, tmp_path):
     words = (*WORDS, "--out", tmp_path / "out")
-    done = zygote.run(*words, cwd=place, DEIT_FAULT="renamed:1:kill")
+    done = command_server.run(*words, cwd=place, DEIT_FAULT="renamed:1:kill")
     assert done.code != 0
     assert not (tmp_path / "out" / "pruned" / "config.json").exists()
-    done = zygote.run(*words, cwd=place)
+    done = command_server.run(*words, cwd=place)
     assert done.code == 0, done.err
     assert len(stays(done)) == 2
 
 
 @pytest.mark.slow
-def test_from_elsewhere_it_goes_on_where_nothing_was_saved_yet(place, zygote, tmp_path):
+def test_from_elsewhere_it_goes_on_where_nothing_was_saved_yet(place, command_server, tmp_path):
     """What is left was spelled from the first directory; its training ended before it saved."""
     words = (*WORDS[:1], "{run}", *WORDS[2:], "--optim.epochs", "1", "--out", "{out}")
     words = (*words, "--teacher.source", str(place / "teacher"))
     here = [word.format(run="run", out="o") for word in words]
     shutil.copytree(place / "run", tmp_path / "run")
-    done = zygote.run(*here, cwd=tmp_path)
+    done = command_server.run(*here, cwd=tmp_path)
     assert done.code == 0, done.err
     recovered = tmp_path / "o" / "recovered"
     for path in recovered.iterdir():
         if path.name != "config.json":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     there = [word.format(run=tmp_path / "run", out=tmp_path / "o") for word in words]
-    done = zygote.run(*there, cwd=place)
+    done = command_server.run(*there, cwd=place)
     assert done.code == 0, done.err
     assert run_folder.read_result(recovered)["epochs"] == 1
 
 
-def test_of_a_run_that_began_with_weights_nothing_is_trained_as_long(pruned, zygote):
+def test_of_a_run_that_began_with_weights_nothing_is_trained_as_long(pruned, command_server):
     out, _ = pruned
     words = ("prune", out / "recovered", *QUICK_PRUNING, "--heads", "0.1", "--out", "again")
-    done = zygote.run(*words, "--controls", "long", cwd=out.parent)
+    done = command_server.run(*words, "--controls", "long", cwd=out.parent)
     assert done.code == 2
     for name in ("--controls long", "init.weights out/pruned"):
         assert name in done.err
     assert not (out.parent / "again").exists()
 
 
-def test_a_run_that_trained_a_part_is_not_recovered_by_that_part(place, zygote, tmp_path):
+def test_a_run_that_trained_a_part_is_not_recovered_by_that_part(place, command_server, tmp_path):
     shutil.copytree(place / "run", tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     config = json.loads(file.read_text())
     config["optim"]["trainable"], config["init"]["weights"] = "attention", str(place / "run")
     file.write_text(json.dumps(config))
-    done = zygote.run("prune", tmp_path / "run", *QUICK_PRUNING, "--out", tmp_path / "o", cwd=place)
+    done = command_server.run(
+        "prune", tmp_path / "run", *QUICK_PRUNING, "--out", tmp_path / "o", cwd=place
+    )
     assert done.code == 2
     for name in ("attention", "optim.trainable"):
         assert name in done.err
     assert "--schedule" not in done.err  # as a schedule that trains a part is named
 
 
-def test_a_run_that_is_not_finished_is_not_cut(place, zygote, tmp_path):
+def test_a_run_that_is_not_finished_is_not_cut(place, command_server, tmp_path):
     shutil.copytree(place / "run", tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    done = zygote.run("prune", tmp_path / "run", *QUICK_PRUNING, "--out", tmp_path / "o", cwd=place)
+    done = command_server.run(
+        "prune", tmp_path / "run", *QUICK_PRUNING, "--out", tmp_path / "o", cwd=place
+    )
     assert done.code == 4
     for name in (str(tmp_path / "run"), "--resume"):
         assert name in done.err
 
 
-def test_what_was_cut_is_quantized_after_its_recovery(pruned, zygote):
+def test_what_was_cut_is_quantized_after_its_recovery(pruned, command_server):
     pytest.importorskip("onnxruntime")
     out, _ = pruned
-    done = zygote.run("quantize", out / "pruned", cwd=out.parent)
+    done = command_server.run("quantize", out / "pruned", cwd=out.parent)
     assert done.code != 0
     for name in (f"{out / 'pruned'}: ", str(out / "recovered")):
         assert name in done.err
@@ -282,9 +290,11 @@ def test_what_was_cut_is_quantized_after_its_recovery(pruned, zygote):
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("score", CRITERIA)
-def test_a_dry_run_chooses_by_every_score_in_every_scope(place, zygote, tmp_path, scope, score):
+def test_a_dry_run_chooses_by_every_score_in_every_scope(
+    place, command_server, tmp_path, scope, score
+):
     words = (*WORDS, "--scope", scope, "--criterion", score, "--out", tmp_path / "out", "--dry-run")
-    done = zygote.run(*words, cwd=place)
+    done = command_server.run(*words, cwd=place)
     assert done.code == 0, done.err
     assert not (tmp_path / "out").exists()
     units = [units for _, units in stays(done)]
@@ -297,26 +307,26 @@ def test_a_dry_run_chooses_by_every_score_in_every_scope(place, zygote, tmp_path
         assert units == list(map(len, kept))
 
 
-def test_a_share_of_the_arithmetic_is_not_exceeded_layer_by_layer(place, zygote, tmp_path):
+def test_a_share_of_the_arithmetic_is_not_exceeded_layer_by_layer(place, command_server, tmp_path):
     words = ("prune", "run", *QUICK_PRUNING, "--macs", "0.6", "--scope", "layerwise", "--dry-run")
-    done = zygote.run(*words, "--out", tmp_path / "out", cwd=place)
+    done = command_server.run(*words, "--out", tmp_path / "out", cwd=place)
     assert done.code == 0, done.err
     told = re.search(r"\b192\b[^\d\n]*([\d.]+) %", done.out)  # behind the hidden units
     assert 0 < float(told[1]) <= 60
 
 
 @pytest.mark.slow
-def test_frozen_weights_are_cut_as_well(place, zygote, tmp_path):
+def test_frozen_weights_are_cut_as_well(place, command_server, tmp_path):
     words = ("finetune", "--from", "run", "--optim.trainable", "heads", "--optim.epochs", "1")
     words = (*words, "--optim.warmup_epochs", "0", "--run.eval_every_epochs", "1", "--out")
-    done = zygote.run(*words, tmp_path / "probe", cwd=place)
+    done = command_server.run(*words, tmp_path / "probe", cwd=place)
     assert done.code == 0, done.err
     words = ("prune", tmp_path / "probe", *QUICK_PRUNING, "--dry-run", "--out", tmp_path / "out")
-    done = zygote.run(*words, "--schedule", "int8", cwd=place)  # which trains all
+    done = command_server.run(*words, "--schedule", "int8", cwd=place)  # which trains all
     assert done.code == 0, done.err
 
 
-def test_arithmetic_can_be_asked_for(place, zygote, tmp_path):
+def test_arithmetic_can_be_asked_for(place, command_server, tmp_path):
     words = (
         "prune",
         "run",
@@ -327,7 +337,7 @@ def test_arithmetic_can_be_asked_for(place, zygote, tmp_path):
         tmp_path / "out",
         "--dry-run",
     )
-    done = zygote.run(*words, cwd=place)
+    done = command_server.run(*words, cwd=place)
     assert done.code == 0, done.err
     assert sum(heads for heads, _ in stays(done)) in (3, 4)
 
@@ -385,8 +395,8 @@ def test_options_that_cannot_be(wrong):
         (("prune", "run", "--out", "run"), ("--out run", "prune.json")),
     ],
 )
-def test_a_mistake_is_told_before_the_work(place, zygote, words, names):
-    done = zygote.run(*words, *(() if "--out" in words else ("--out", "new")), cwd=place)
+def test_a_mistake_is_told_before_the_work(place, command_server, words, names):
+    done = command_server.run(*words, *(() if "--out" in words else ("--out", "new")), cwd=place)
     assert done.code == 2, done.err
     for name in names:
         assert name in done.err

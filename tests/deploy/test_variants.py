@@ -19,7 +19,7 @@ pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, zygote):
+def place(tmp_path_factory, command_server):
     """A run, its ONNX and int8 files, and what pruning left of it."""
     place = tmp_path_factory.mktemp("variants")
     words = ("--loss", "none", *THREE_EPOCHS, "--student.depth", "1", "--out", "run")
@@ -31,14 +31,14 @@ def place(tmp_path_factory, zygote):
         ("train", "digits", *words[:-1], "other", "--run.seed", "1"),
     ]
     for command in commands:
-        done = zygote.run(*command, cwd=place)
+        done = command_server.run(*command, cwd=place)
         assert done.code == 0, done.err
     return place
 
 
 @pytest.fixture(scope="module")
-def measured(place, zygote):
-    done = zygote.run(
+def measured(place, command_server):
+    done = command_server.run(
         "variants", "run", "--merge-tokens", "2", "other", "--json", "variants.json", cwd=place
     )
     assert done.code == 0, done.err
@@ -55,15 +55,15 @@ def test_everything_made_of_the_run_is_found(measured):
 
 
 @pytest.mark.slow
-def test_accuracy_is_that_of_the_own_command(place, measured, zygote):
+def test_accuracy_is_that_of_the_own_command(place, measured, command_server):
     rows = measured[0]["rows"]
     for name, run in (("run", "run"), ("small, recovered", "small/recovered"), ("other", "other")):
-        done = zygote.run("evaluate", run, "--json", place / "e.json", "--force", cwd=place)
+        done = command_server.run("evaluate", run, "--json", place / "e.json", "--force", cwd=place)
         assert done.code == 0, done.err
         heads = json.loads((place / "e.json").read_text())["heads"]
         assert rows[name]["top1"] == {head: heads[head]["top1"] for head in rows[name]["top1"]}
     words = ("evaluate", "run", "--merge-tokens", "2", "--json", place / "e.json", "--force")
-    done = zygote.run(*words, cwd=place)
+    done = command_server.run(*words, cwd=place)
     assert done.code == 0, done.err
     heads = json.loads((place / "e.json").read_text())["heads"]
     merging = rows["run, merging 2"]
@@ -191,18 +191,20 @@ def test_two_runs_of_one_name_keep_apart(place, tmp_path):
         (("run", "--json", "e.json"), 5, ("--json e.json", "--force")),
     ],
 )
-def test_a_mistake_is_told_before_the_work(place, zygote, words, code, names):
+def test_a_mistake_is_told_before_the_work(place, command_server, words, code, names):
     (place / "e.json").touch()
-    done = zygote.run("variants", *words, cwd=place)
+    done = command_server.run("variants", *words, cwd=place)
     assert done.code == code, done.err
     for name in names:
         assert name in done.err
 
 
-def test_a_ladder_that_is_there_is_replaced_only_when_asked(place, measured, zygote, tmp_path):
+def test_a_ladder_that_is_there_is_replaced_only_when_asked(
+    place, measured, command_server, tmp_path
+):
     folder = place / "run" / "variants"
     before = (folder / "variants.json").read_bytes()
-    done = zygote.run("variants", "run", cwd=place)
+    done = command_server.run("variants", "run", cwd=place)
     assert (done.code, done.out) == (5, "")
     assert done.err.startswith("deit: error: run/variants: ")
     assert "--force" in done.err
@@ -210,12 +212,12 @@ def test_a_ladder_that_is_there_is_replaced_only_when_asked(place, measured, zyg
     shutil.copytree(place / "other", tmp_path / "other")
     (tmp_path / "other" / "variants").mkdir()
     (tmp_path / "other" / "variants" / "notes.md").touch()
-    done = zygote.run("variants", "other", "--force", cwd=tmp_path)
+    done = command_server.run("variants", "other", "--force", cwd=tmp_path)
     assert done.code == 5
     for name in ("other/variants", "notes.md"):
         assert name in done.err
     (tmp_path / "other" / "variants" / "notes.md").rename(tmp_path / "other/variants/variants.md")
-    done = zygote.run("variants", "other", "--force", cwd=tmp_path)
+    done = command_server.run("variants", "other", "--force", cwd=tmp_path)
     assert done.code == 0, done.err
     assert (
         "deit variants other --force"
@@ -224,7 +226,7 @@ def test_a_ladder_that_is_there_is_replaced_only_when_asked(place, measured, zyg
 
 
 @pytest.mark.slow
-def test_a_run_of_another_size_is_refused(place, zygote, tmp_path):
+def test_a_run_of_another_size_is_refused(place, command_server, tmp_path):
     words = (
         "--loss",
         "none",
@@ -235,30 +237,30 @@ def test_a_run_of_another_size_is_refused(place, zygote, tmp_path):
         "16",
     )
     words = (*words, "--student.patch_size", "4", "--out", tmp_path / "large")
-    assert zygote.run("train", "digits", *words, cwd=place).code == 0
-    done = zygote.run("variants", "run", tmp_path / "large", "--force", cwd=place)
+    assert command_server.run("train", "digits", *words, cwd=place).code == 0
+    done = command_server.run("variants", "run", tmp_path / "large", "--force", cwd=place)
     assert done.code == 2
     assert re.search(rf"{tmp_path / 'large'}\b.*\bimage_size\b.*\b16\b.*\b8\b", done.err)
 
 
-def test_a_run_of_other_splits_is_refused(place, zygote, tmp_path):
+def test_a_run_of_other_splits_is_refused(place, command_server, tmp_path):
     shutil.copytree(place / "other", tmp_path / "seen")
     config = json.loads((tmp_path / "seen" / "config.json").read_text())
     config["data"]["split_seed"] = 1
     (tmp_path / "seen" / "config.json").write_text(json.dumps(config))
-    done = zygote.run("variants", "run", tmp_path / "seen", "--force", cwd=place)
+    done = command_server.run("variants", "run", tmp_path / "seen", "--force", cwd=place)
     assert done.code == 3
     for name in (str(tmp_path / "seen"), "data.split_seed"):
         assert name in done.err
 
 
 @pytest.mark.slow
-def test_files_of_other_weights_are_left_out(place, zygote, tmp_path):
+def test_files_of_other_weights_are_left_out(place, command_server, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("variants"))
     shutil.rmtree(run / "best")
     shutil.copytree(place / "other" / "best", run / "best")
-    done = zygote.run("variants", run, cwd=place)
+    done = command_server.run("variants", run, cwd=place)
     assert done.code == 0, done.err
     assert "export-onnx/model.onnx" in done.err
     assert next(iter(json.loads((run / "variants" / "variants.json").read_text())["rows"])) == "run"

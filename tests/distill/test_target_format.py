@@ -215,9 +215,9 @@ print(resident() - before)
 """
 
 
-def test_the_memory_of_a_reader_does_not_grow_with_the_store(zygote, tmp_path):
+def test_the_memory_of_a_reader_does_not_grow_with_the_store(command_server, tmp_path):
     script = tmp_path / "growth.py"
     script.write_text(GROWTH)
-    done = zygote.run(tmp_path, "150", script=str(script))  # 150 epochs: 31 MB
+    done = command_server.run(tmp_path, "150", script=str(script))  # 150 epochs: 31 MB
     assert done.code == 0, done.err
     assert int(done.out) < 4_000  # KiB

@@ -25,20 +25,20 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(file, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_the_sweep_of_the_study_goes_on_with_its_runs(zygote, tmp_path):
+def test_the_sweep_of_the_study_goes_on_with_its_runs(command_server, tmp_path):
     """Either command finds what the other has trained, for arms and seeds that are the same."""
     pytest.importorskip("sklearn")
     trained(two_epochs(loss={"kind": "none"}), tmp_path / "teacher")
     taught = ("--teacher.source", tmp_path / "teacher", "--teacher.allow_near_chance")
     words = ("compare", "digits", *SMALL, *taught, "--out", tmp_path / "out")
-    done = zygote.run(*words, "--arms", "undistilled")
+    done = command_server.run(*words, "--arms", "undistilled")
     assert done.code == 0, done.err
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(result["rows"]) == ["undistilled"]
     (folder,) = result["rows"]["undistilled"]["folders"]
     assert f"deit evaluate {folder}" in done.out
     again = ("sweep", "teacher", "--recipe", "digits", "--seeds", "0", *words[2:])
-    done = zygote.run(*again)
+    done = command_server.run(*again)
     assert done.code == 0, done.err
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert list(rows) == ["distilled", "undistilled"]
@@ -46,13 +46,13 @@ def test_the_sweep_of_the_study_goes_on_with_its_runs(zygote, tmp_path):
     assert "1 of 2 runs are finished already" in done.out
 
 
-def test_a_dry_run_lists_the_runs_and_writes_nothing(zygote, tmp_path):
-    done = zygote.run("compare", "digits", "--dry-run", "--out", tmp_path / "out")
+def test_a_dry_run_lists_the_runs_and_writes_nothing(command_server, tmp_path):
+    done = command_server.run("compare", "digits", "--dry-run", "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert all(name in done.out for name in ("teacher", "distilled", "undistilled"))
     assert not (tmp_path / "out").exists()
 
 
-def test_an_objective_without_a_teacher_has_nothing_to_compare(zygote, tmp_path):
-    done = zygote.run("compare", "digits-teacher", "--out", tmp_path / "out")
+def test_an_objective_without_a_teacher_has_nothing_to_compare(command_server, tmp_path):
+    done = command_server.run("compare", "digits-teacher", "--out", tmp_path / "out")
     assert (done.code, "loss.kind" in done.err) == (2, True), done.err

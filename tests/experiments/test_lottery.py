@@ -204,11 +204,11 @@ def test_the_runs_of_a_seed_share_one_store(searched):
         assert len(taught) == 1
 
 
-def test_the_same_command_trains_nothing_again(searched, zygote):
+def test_the_same_command_trains_nothing_again(searched, command_server):
     place, _ = searched
     before = {path: path.stat().st_mtime_ns for path in place.glob("out/**/model.safetensors")}
     told = result(place / "out")["rows"]
-    done = zygote.run(*LOTTERY, "--seeds", "0,1", "--out", "out", cwd=place)
+    done = command_server.run(*LOTTERY, "--seeds", "0,1", "--out", "out", cwd=place)
     assert done.code == 0, done.err
     assert runs_listed(done) == (12, 3, 12)
     assert {path: path.stat().st_mtime_ns for path in place.glob("out/**/model.safetensors")} == (
@@ -221,15 +221,15 @@ def test_the_same_command_trains_nothing_again(searched, zygote):
     }
 
 
-def test_runs_that_are_there_and_not_asked_for_are_named(searched, zygote):
+def test_runs_that_are_there_and_not_asked_for_are_named(searched, command_server):
     place, _ = searched
-    done = zygote.run(*LOTTERY, "--seeds", "1", "--out", "out", "--dry-run", cwd=place)
+    done = command_server.run(*LOTTERY, "--seeds", "1", "--out", "out", "--dry-run", cwd=place)
     assert done.code == 0, done.err
     assert re.search(r"\b6\b.*\bout/seed-0/level-0\b", done.err)
 
 
 @pytest.mark.slow
-def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, zygote, tmp_path):
+def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, command_server, tmp_path):
     """Killed in the second level of the second seed, which then goes on from its checkpoint."""
     place, _ = searched
     shutil.copytree(place / "out", tmp_path / "out")
@@ -242,7 +242,7 @@ def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, zygote, tm
         level.with_name(f"{run}.evaluation.json").unlink(missing_ok=True)
     (level.parent / "masks" / "level-2.safetensors").unlink()
     words = (*LOTTERY, "--seeds", "0,1", "--out", "out", "--retries", "0")
-    done = zygote.run(*words, cwd=tmp_path, DEIT_FAULT="update:5:kill")
+    done = command_server.run(*words, cwd=tmp_path, DEIT_FAULT="update:5:kill")
     assert done.code == 1
     assert [name in done.err for name in ("level-2.log", "random-2.log")] == [True] * 2
     assert done.err.count(".log") == 2
@@ -253,7 +253,7 @@ def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, zygote, tm
     assert run_folder.read_result(level) is None
     told = result(tmp_path / "out")["rows"]["ticket, 75.0 %"]
     assert (told["seeds"], list(told["failed"])) == ([0], ["1"])
-    done = zygote.run(*words, cwd=tmp_path)
+    done = command_server.run(*words, cwd=tmp_path)
     assert done.code == 0, done.err
     assert run_log.read(level / run_log.HASH_CHAIN) == chain
     assert {
@@ -262,13 +262,13 @@ def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, zygote, tm
 
 
 @pytest.mark.slow
-def test_more_levels_and_seeds_go_on_from_what_there_is(searched, zygote, tmp_path):
+def test_more_levels_and_seeds_go_on_from_what_there_is(searched, command_server, tmp_path):
     place, _ = searched
     shutil.copytree(place / "out", tmp_path / "out")
     more = [*LOTTERY, "--seeds", "0,1", "--controls", "none", "--out", "out"]
     more[more.index("--rounds") + 1] = "3"
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/result.json")}
-    done = zygote.run(*more, cwd=tmp_path)
+    done = command_server.run(*more, cwd=tmp_path)
     assert done.code == 0, done.err
     after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/result.json")}
     assert {path.parent.name for path in after.keys() - before.keys()} == {"level-3"}
@@ -311,7 +311,9 @@ def arguments_of(config):
     return Experiment("digits", config, Path("out"))
 
 
-def test_weights_that_say_other_masks_than_a_run_was_trained_under(searched, zygote, tmp_path):
+def test_weights_that_say_other_masks_than_a_run_was_trained_under(
+    searched, command_server, tmp_path
+):
     place, _ = searched
     shutil.copytree(place / "out", tmp_path / "out")
     folder = run_folder.latest_checkpoint(tmp_path / "out/seed-0/level-1")
@@ -321,7 +323,7 @@ def test_weights_that_say_other_masks_than_a_run_was_trained_under(searched, zyg
         folder, manifest.digests(folder, names), step=run_folder.checkpoint_step(folder)
     )
     for _ in range(2):  # it stays refused
-        done = zygote.run(*LOTTERY, "--out", "out", cwd=tmp_path)
+        done = command_server.run(*LOTTERY, "--out", "out", cwd=tmp_path)
         assert done.code == 4
         assert re.search(rf"\bout/seed-0/level-1: .*\b{MASKS}\b", done.err)
         # Its level 2 followed from it, and is not told.

@@ -96,9 +96,9 @@ def test_a_picture_without_a_finished_dense_run(searched, tmp_path):
     assert [path.name for path in draw_sweep(found, tmp_path)] == ["tickets.png"]
 
 
-def test_the_report_shows_curve_masks_and_layers(searched, zygote, tmp_path):
+def test_the_report_shows_curve_masks_and_layers(searched, command_server, tmp_path):
     place, _ = searched
-    done = zygote.run("report", "out", "--out", tmp_path / "page", cwd=place)
+    done = command_server.run("report", "out", "--out", tmp_path / "page", cwd=place)
     assert done.code == 0, done.err
     text = (tmp_path / "page" / "index.html").read_text()
     for told in ("re-initialised", "attn.qkv.q", f"<b>{sparsest(result(place / 'out'))}</b>"):

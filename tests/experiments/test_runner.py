@@ -20,7 +20,7 @@ from deit.experiments import runner
 from deit.experiments.runner import RunProgress, RunSpec, check_num_parallel, run_parallel_or_raise
 from tests.helpers.commands import runs_over
 from tests.helpers.errors import raises
-from tests.helpers.processes import until
+from tests.helpers.processes import wait_until
 from tests.helpers.small_runs import two_epochs
 from tests.helpers.trained import trained
 
@@ -65,11 +65,11 @@ def endless_comparison(place):
 
 
 @pytest.mark.slow
-def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(zygote, tmp_path):
+def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(command_server, tmp_path):
     words = ("compare", "digits", *SMALL, "--seeds", "0,1")
     outs = [tmp_path / "after", tmp_path / "once"]
     for out, number in zip(outs, ("1", "2")):
-        done = zygote.run(*words, "--parallel", number, "--out", out)
+        done = command_server.run(*words, "--parallel", number, "--out", out)
         assert done.code == 0, done.err
     # A teacher and four students.
     assert runs_over(done.out) == [(number, 5) for number in range(1, 6)]
@@ -132,12 +132,12 @@ def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
 def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes_on(
-    zygote, tmp_path, number
+    command_server, tmp_path, number
 ):
     words = endless_comparison(tmp_path)
-    running = zygote.start(*words)
+    running = command_server.start(*words)
     names = ("distilled", "undistilled")
-    until(lambda: all(begun(tmp_path / "out", name) for name in names))
+    wait_until(lambda: all(begun(tmp_path / "out", name) for name in names))
     running.signal(number)
     done = running.wait()
     assert done.code == 128 + number
@@ -147,19 +147,19 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
     assert all(signal.Signals(signal.SIGTERM).name in log for log in logs)
     undistilled = run_of(tmp_path / "out", "undistilled")
     before = chain(undistilled)
-    running = zygote.start(*words, "--arms", "undistilled")
-    until(lambda: len(chain(undistilled)) > len(before))
+    running = command_server.start(*words, "--arms", "undistilled")
+    wait_until(lambda: len(chain(undistilled)) > len(before))
     running.signal(number)
     assert running.wait().code == 128 + number
     assert chain(undistilled).startswith(before)
 
 
 @pytest.mark.fault("A14")
-def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_path):
+def test_without_the_command_that_started_them_they_stop_as_well(command_server, tmp_path):
     words = endless_comparison(tmp_path)
-    running = zygote.start(*words, whole=True)
+    running = command_server.start(*words, as_program=True)
     names = ("distilled", "undistilled")
-    until(lambda: all(begun(tmp_path / "out", name) for name in names))
+    wait_until(lambda: all(begun(tmp_path / "out", name) for name in names))
     running.signal(signal.SIGKILL)
     running.wait()
     # They hold their folders until they have ended.
@@ -167,7 +167,7 @@ def test_without_the_command_that_started_them_they_stop_as_well(zygote, tmp_pat
         out = run_of(tmp_path / "out", name)
         number = len(run_folder.list_checkpoints(out))
         assert number
-        until(lambda out=out: not _held(out))
+        wait_until(lambda out=out: not _held(out))
 
 
 def test_a_run_is_our_command_from_any_folder(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from deit.experiments import search
 from deit.experiments.runner import RunSpec
 from deit.experiments.sweep_spec import SearchRange
 from tests.helpers.errors import raises
-from tests.helpers.processes import fresh
+from tests.helpers.processes import run_python
 from tests.helpers.sweeps import finish, opened, reach
 
 optuna = pytest.importorskip("optuna")
@@ -293,7 +293,7 @@ def test_a_full_disk_is_a_fault_of_the_machine(tmp_path):
     """And the search goes on once there is room."""
     for name in ("new", "old"):
         (tmp_path / name).mkdir()
-    done = fresh(PROGRAM, tmp_path / "new", tmp_path / "old")
+    done = run_python(PROGRAM, tmp_path / "new", tmp_path / "old")
     lines = done.out.splitlines()
     assert len(lines) == 5, done.err
     for line, call, folder in zip(lines, ("ended", "again", "begun"), ("old", "old", "new")):
@@ -347,7 +347,7 @@ def test_without_optuna_it_is_said_what_to_install(monkeypatch):
         search.check_optuna()
 
 
-def test_a_search_is_a_sweep(zygote, tmp_path):
+def test_a_search_is_a_sweep(command_server, tmp_path):
     small = {"embed_dim": 16, "depth": 1, "num_heads": 2}
     fields = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "loss.temperature": [1, 3]}
     file = {
@@ -363,7 +363,7 @@ def test_a_search_is_a_sweep(zygote, tmp_path):
     }
     (tmp_path / "s.json").write_text(json.dumps(file))
     words = ("sweep", "s.json", "--out", "out", "--parallel", "2", "--top", "1")
-    done = zygote.run(*words, cwd=tmp_path)
+    done = command_server.run(*words, cwd=tmp_path)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["search"] == {"trials": 3, "finished": 3, "stopped": 0, "failed": 0}
@@ -378,9 +378,9 @@ def test_a_search_is_a_sweep(zygote, tmp_path):
         for path in (tmp_path / "out" / "runs").glob("*-seed-0-*/config.json")
     }
     assert len(stores) == 1
-    again = zygote.run(*words, cwd=tmp_path)
+    again = command_server.run(*words, cwd=tmp_path)
     assert again.code == 0, again.err
     for number in (3, 4):  # trials that are over, runs that are finished
         assert re.search(rf"^{number}[^\d\n]+{number}\b", again.out, re.MULTILINE)
-    done = zygote.run("report", "out", "--out", "page", cwd=tmp_path)
+    done = command_server.run("report", "out", "--out", "page", cwd=tmp_path)
     assert done.code == 0, done.err

@@ -29,11 +29,11 @@ def lines_of(out):
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory, zygote):
+def swept(tmp_path_factory, command_server):
     """A folder with a sweep of two temperatures and two seeds."""
     place = tmp_path_factory.mktemp("sweep")
     write(place / "heat.json", grid={"loss.temperature": [1, 3]}, seeds=[0, 1])
-    done = zygote.run("sweep", "heat.json", "--out", "out", "--parallel", "2", cwd=place)
+    done = command_server.run("sweep", "heat.json", "--out", "out", "--parallel", "2", cwd=place)
     assert done.code == 0, done.err
     return place, done
 
@@ -104,19 +104,19 @@ def test_runs_of_one_seed_share_their_answers(swept):
     assert len(list((place / "out" / "targets").iterdir())) == 2
 
 
-def test_a_run_of_a_sweep_is_the_run_alone(swept, zygote):
+def test_a_run_of_a_sweep_is_the_run_alone(swept, command_server):
     place, _ = swept
     inside = next((place / "out" / "runs").glob("temperature-3-seed-1-*/config.json"))
-    done = zygote.run("train", inside, "--out", place / "alone", cwd=place)
+    done = command_server.run("train", inside, "--out", place / "alone", cwd=place)
     assert done.code == 0, done.err
     ours = (inside.parent / run_log.HASH_CHAIN).read_bytes()
     assert (place / "alone" / run_log.HASH_CHAIN).read_bytes() == ours
 
 
-def test_what_is_finished_is_kept_whatever_it_is_called(swept, zygote, tmp_path):
+def test_what_is_finished_is_kept_whatever_it_is_called(swept, command_server, tmp_path):
     place = shutil.copytree(swept[0], tmp_path / "place")
     before = states(place / "out")
-    done = zygote.run("sweep", "heat.json", "--out", "out", cwd=place)
+    done = command_server.run("sweep", "heat.json", "--out", "out", cwd=place)
     assert done.code == 0, done.err
     assert re.search(r"^4[^\d\n]+4\b", done.out, re.MULTILINE)  # are finished
     assert states(place / "out") == before
@@ -124,10 +124,10 @@ def test_what_is_finished_is_kept_whatever_it_is_called(swept, zygote, tmp_path)
     changed = {"loss.distillation_weight": [0.5, 0.7], "loss.temperature": [3]}
     file = (place / "heat.json").read_text()
     write(place / "heat.json", grid=changed, seeds=[1])
-    listed = zygote.run("sweep", "heat.json", "--out", "out", "--dry-run", cwd=place)
+    listed = command_server.run("sweep", "heat.json", "--out", "out", "--dry-run", cwd=place)
     assert re.search(r"^2[^\d\n]+1\b", listed.out, re.MULTILINE)  # is finished
     assert states(place / "out") == before
-    done = zygote.run("sweep", "heat.json", "--out", "out", cwd=place)
+    done = command_server.run("sweep", "heat.json", "--out", "out", cwd=place)
     (place / "heat.json").write_text(file)
     assert done.code == 0, done.err
     assert re.search(r"^1[^\d\n]+2\b", done.out, re.MULTILINE)  # are finished
@@ -139,37 +139,39 @@ def test_what_is_finished_is_kept_whatever_it_is_called(swept, zygote, tmp_path)
     ]
 
 
-def test_a_teacher_of_other_images_is_not_taken(swept, zygote):
+def test_a_teacher_of_other_images_is_not_taken(swept, command_server):
     place, _ = swept
     words = ("--data.split_seed", "5")
-    done = zygote.run("sweep", "heat.json", "--out", "out", *words, cwd=place)
+    done = command_server.run("sweep", "heat.json", "--out", "out", *words, cwd=place)
     assert done.code == 2, done.err
     assert re.search(r"out/teacher\b.*\bdata\.split_seed\b.*\bNone\b.*\b5\b", done.err)
 
 
-def test_a_finished_run_of_other_images_or_another_teacher_is_not_taken(swept, zygote, tmp_path):
+def test_a_finished_run_of_other_images_or_another_teacher_is_not_taken(
+    swept, command_server, tmp_path
+):
     place, _ = swept
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     heat = ("sweep", "heat.json", "--out", "out")
-    assert zygote.run(*heat, cwd=tmp_path).code == 0
+    assert command_server.run(*heat, cwd=tmp_path).code == 0
     first = result(tmp_path / "out")["rows"]["temperature 1"]
     (run,) = (tmp_path / "out" / "runs").glob("temperature-3-seed-1-????????????/result.json")
     before = json.loads(run.read_text())
     run.write_text(json.dumps({**before, "fingerprint": "0" * 64}))
-    done = zygote.run(*heat, cwd=tmp_path)
+    done = command_server.run(*heat, cwd=tmp_path)
     assert done.code == 3, done.err
     assert run.parent.name in done.err
     assert "digits" in done.err  # where its images are
     assert "out/teacher" not in done.err
     run.write_text(json.dumps({**before, "teachers": ["0" * 64]}))
-    done = zygote.run(*heat, cwd=tmp_path)
+    done = command_server.run(*heat, cwd=tmp_path)
     assert done.code == 3, done.err
     assert run.parent.name in done.err
     assert "out/teacher" in done.err
     run.write_text(json.dumps(before))
     # A teacher that is gone is not trained for nothing, and its row is: what it said is kept.
     shutil.rmtree(tmp_path / "out" / "teacher")
-    done = zygote.run(*heat, cwd=tmp_path)
+    done = command_server.run(*heat, cwd=tmp_path)
     assert done.code == 0, done.err
     assert not (tmp_path / "out" / "teacher").exists()
     assert list(result(tmp_path / "out")["rows"]) == ["temperature 1", "temperature 3"]
@@ -177,7 +179,7 @@ def test_a_finished_run_of_other_images_or_another_teacher_is_not_taken(swept, z
     assert (again["top1"], again["agreement"]) == (first["top1"], first["agreement"])
 
 
-def test_a_teacher_that_is_code_is_asked_in_evaluation_too(zygote, tmp_path):
+def test_a_teacher_that_is_code_is_asked_in_evaluation_too(command_server, tmp_path):
     """Whoever names it to a sweep has said that it may run; a report of the same runs does not."""
     (tmp_path / "mine.py").write_text(
         "import torch\nclass Ink(torch.nn.Module):\n"
@@ -187,20 +189,20 @@ def test_a_teacher_that_is_code_is_asked_in_evaluation_too(zygote, tmp_path):
     )
     write(tmp_path / "s.json", grid={"loss.temperature": [1]})
     words = ("--teacher.source", "mine.py:teacher", "--teacher.allow_near_chance", "--out", "out")
-    done = zygote.run("sweep", "s.json", *words, cwd=tmp_path)
+    done = command_server.run("sweep", "s.json", *words, cwd=tmp_path)
     assert done.code == 0, done.err
     (agreement,) = result(tmp_path / "out")["rows"]["temperature 1"]["agreement"]
     assert 0 <= agreement < 1
     assert "mine.py:teacher" not in done.err  # as a warning names one that is left out
 
 
-def test_an_evaluation_that_fails_is_told_beside_the_others(swept, zygote, tmp_path):
+def test_an_evaluation_that_fails_is_told_beside_the_others(swept, command_server, tmp_path):
     place, _ = swept
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     (run,) = (tmp_path / "out" / "runs").glob("temperature-3-seed-1-????????????")
     run.with_name(f"{run.name}.evaluation.json").unlink()
     (run / "best" / "model.safetensors").write_bytes(b"cut")
-    done = zygote.run("sweep", "heat.json", "--out", "out", cwd=tmp_path)
+    done = command_server.run("sweep", "heat.json", "--out", "out", cwd=tmp_path)
     assert done.code == 4
     row = result(tmp_path / "out")["rows"]["temperature 3"]
     assert row["seeds"] == [0]
@@ -209,7 +211,7 @@ def test_an_evaluation_that_fails_is_told_beside_the_others(swept, zygote, tmp_p
         assert f"{run.name}/best/model.safetensors" in told
 
 
-def test_a_moved_sweep_goes_on_with_the_stores_it_has(swept, zygote, tmp_path):
+def test_a_moved_sweep_goes_on_with_the_stores_it_has(swept, command_server, tmp_path):
     """Half a run, whose configuration names the store where it was."""
     place, _ = swept
     shutil.copytree(place, tmp_path / "there", dirs_exist_ok=True)
@@ -227,48 +229,50 @@ def test_a_moved_sweep_goes_on_with_the_stores_it_has(swept, zygote, tmp_path):
         f"/gone/{one}" for one in config["teacher"]["target_stores"]
     ]
     (run / "config.json").write_text(json.dumps(config))
-    done = zygote.run("sweep", "heat.json", "--out", "out", cwd=tmp_path / "there")
+    done = command_server.run("sweep", "heat.json", "--out", "out", cwd=tmp_path / "there")
     assert done.code == 0, done.err
     assert (run / run_log.HASH_CHAIN).read_bytes() == chain
     (store,) = json.loads((run / "config.json").read_text())["teacher"]["target_stores"]
     assert (tmp_path / "there" / store).is_dir()
 
 
-def test_records_that_an_objective_cannot_do_with_are_refused_before_the_work(zygote, tmp_path):
+def test_records_that_an_objective_cannot_do_with_are_refused_before_the_work(
+    command_server, tmp_path
+):
     grid = {"loss.temperature": [1, 3]}
     student = {**SMALL["student"], "name": "vit_micro"}
     soft = {**SMALL, "student": student, "loss": "class-soft"}
     file = write(tmp_path / "s.json", grid=grid, content="hard", set=soft)
-    done = zygote.run("sweep", file, "--out", tmp_path / "out")
+    done = command_server.run("sweep", file, "--out", tmp_path / "out")
     assert done.code == 2, done.err
     for name in ("loss.kind 'soft'", "--content full"):
         assert name in done.err
     assert not (tmp_path / "out").exists()
 
 
-def test_another_sweep_or_something_else_in_the_folder_is_refused(swept, zygote, tmp_path):
+def test_another_sweep_or_something_else_in_the_folder_is_refused(swept, command_server, tmp_path):
     place, _ = swept
     write(tmp_path / "other.json", grid={"loss.temperature": [1, 3]})
-    done = zygote.run("sweep", tmp_path / "other.json", "--out", place / "out")
+    done = command_server.run("sweep", tmp_path / "other.json", "--out", place / "out")
     assert done.code == 2, done.err
     assert f"--out {place / 'out'}" in done.err
     assert re.search(r"\bheat\b.*\bother\b", done.err)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    done = zygote.run("sweep", tmp_path / "other.json", "--out", tmp_path / "full")
+    done = command_server.run("sweep", tmp_path / "other.json", "--out", tmp_path / "full")
     assert done.code == 2, done.err
     assert f"--out {tmp_path / 'full'}" in done.err
     assert "sweep.json" in done.err
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
-def test_a_run_that_fails_stops_no_other_and_is_tried_again(zygote, tmp_path):
+def test_a_run_that_fails_stops_no_other_and_is_tried_again(command_server, tmp_path):
     runs = {"good": {}, "lost": {"data.source": "folder", "data.root": str(tmp_path / "images")}}
     more = {"loss": "none", "data.train_fraction": 1.0}
     (tmp_path / "images").mkdir()  # and nothing in it
     write(tmp_path / "s.json", set={**SMALL, **more}, runs=runs)
     words = ("sweep", tmp_path / "s.json", "--out", tmp_path / "out", "--teacher.source", "none")
-    done = zygote.run(*words)
+    done = command_server.run(*words)
     assert done.code == 3
     failed = [line for line in done.err.splitlines() if line.startswith("  ")]
     assert [line.split(",")[0] for line in failed] == ["  lost"]
@@ -282,6 +286,6 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(zygote, tmp_path):
     assert f"{tmp_path / 'images'}: " in rows["lost"]["failed"]["0"]
     assert "| lost | failed |" in (tmp_path / "out" / "results.md").read_text()
     before = states(tmp_path / "out")
-    done = zygote.run(*words)
+    done = command_server.run(*words)
     assert done.code == 3
     assert states(tmp_path / "out") == before

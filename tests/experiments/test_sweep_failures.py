@@ -139,17 +139,17 @@ CODE = {
 
 
 @pytest.mark.parametrize("asked", CODE.values(), ids=CODE)
-def test_code_that_only_the_file_names_is_not_run(asked, zygote, tmp_path):
+def test_code_that_only_the_file_names_is_not_run(asked, command_server, tmp_path):
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     write(tmp_path / "s.json", **asked)
     for words in ((), ("--dry-run",)):
-        done = zygote.run("sweep", "s.json", "--out", "out", *words, cwd=tmp_path)
+        done = command_server.run("sweep", "s.json", "--out", "out", *words, cwd=tmp_path)
         assert done.code == 2, done.err
         assert "--teacher.source mine.py:teacher" in done.err
     assert not (tmp_path / "ran").exists()
 
 
-def test_images_that_move_between_two_calls_are_found_by_the_command_line(zygote, tmp_path):
+def test_images_that_move_between_two_calls_are_found_by_the_command_line(command_server, tmp_path):
     for split, number in (("train", 6), ("test", 2)):
         for label in "ab":
             (tmp_path / "pictures" / split / label).mkdir(parents=True)
@@ -161,15 +161,15 @@ def test_images_that_move_between_two_calls_are_found_by_the_command_line(zygote
     small = {**SMALL, "optim": {"epochs": 1, "warmup_epochs": 0}, **more}
     write(tmp_path / "s.json", set=small, grid={"student.depth": [1, 2]})
     words = ("sweep", "s.json", "--teacher.source", "none", "--data.train_fraction", "1")
-    done = zygote.run(*words, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
+    done = command_server.run(*words, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
     assert done.code == 0, done.err
     first = result(tmp_path / "out")["rows"]
     for path in (tmp_path / "out" / "runs").glob("*.evaluation.json"):
         path.unlink()
     (tmp_path / "pictures").rename(tmp_path / "moved")
-    done = zygote.run(*words, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
+    done = command_server.run(*words, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
     assert (done.code, "data.root pictures" in done.err) == (3, True), done.err
-    done = zygote.run(*words, "--data.root", "moved", "--out", "out", cwd=tmp_path)
+    done = command_server.run(*words, "--data.root", "moved", "--out", "out", cwd=tmp_path)
     assert done.code == 0, done.err
     again = result(tmp_path / "out")["rows"]
     assert {name: row["top1"] for name, row in again.items()} == {
@@ -177,10 +177,10 @@ def test_images_that_move_between_two_calls_are_found_by_the_command_line(zygote
     }
 
 
-def test_a_teacher_that_is_not_there_is_told_before_the_work(zygote, tmp_path):
+def test_a_teacher_that_is_not_there_is_told_before_the_work(command_server, tmp_path):
     runs = {"a": {}, "b": {"teacher.source": "checkpoints/nothing"}}
     file = write(tmp_path / "s.json", runs=runs)
-    done = zygote.run("sweep", file, "--out", tmp_path / "out", "--dry-run")
+    done = command_server.run("sweep", file, "--out", tmp_path / "out", "--dry-run")
     assert (done.code, "teacher.source checkpoints/nothing" in done.err) == (3, True), done.err
 
 
@@ -233,25 +233,29 @@ APART = {
 
 
 @pytest.mark.parametrize(("asked", "names"), APART.values(), ids=APART)
-def test_runs_that_would_be_mixed_up_are_refused(asked, names, zygote, tmp_path):
-    done = zygote.run("sweep", write(tmp_path / "a.json", **asked), "--out", tmp_path / "out")
+def test_runs_that_would_be_mixed_up_are_refused(asked, names, command_server, tmp_path):
+    done = command_server.run(
+        "sweep", write(tmp_path / "a.json", **asked), "--out", tmp_path / "out"
+    )
     assert done.code == 2, done.err
     for name in names:
         assert name in done.err
     assert not (tmp_path / "out").exists()
 
 
-def test_processes_of_a_launcher_are_refused(zygote, tmp_path):
-    done = zygote.run("sweep", "teacher", "--out", tmp_path / "out", WORLD_SIZE="2", RANK="0")
+def test_processes_of_a_launcher_are_refused(command_server, tmp_path):
+    done = command_server.run(
+        "sweep", "teacher", "--out", tmp_path / "out", WORLD_SIZE="2", RANK="0"
+    )
     assert (done.code, "torchrun" in done.err) == (2, True), done.err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_teacher_that_no_run_asks_is_not_trained(zygote, tmp_path):
+def test_a_teacher_that_no_run_asks_is_not_trained(command_server, tmp_path):
     file = write(
         tmp_path / "t.json", grid={"teacher.source": ["checkpoints/digits-involution-teacher"]}
     )
-    done = zygote.run("sweep", file, "--out", tmp_path / "out", "--dry-run")
+    done = command_server.run("sweep", file, "--out", tmp_path / "out", "--dry-run")
     assert done.code == 0, done.err
     listed = [line.split("│")[1].strip() for line in done.out.splitlines() if line[:1] == "│"]
     own = "digits-involution-teacher"
@@ -259,8 +263,8 @@ def test_a_teacher_that_no_run_asks_is_not_trained(zygote, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "names"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_told_before_the_work(words, names, zygote, tmp_path):
-    done = zygote.run("sweep", *words, cwd=tmp_path)
+def test_a_mistake_is_told_before_the_work(words, names, command_server, tmp_path):
+    done = command_server.run("sweep", *words, cwd=tmp_path)
     assert done.code == 2
     for name in names:
         assert name in done.err

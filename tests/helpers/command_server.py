@@ -22,13 +22,13 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from tests.helpers.processes import ROOT, Completed, until
+from tests.helpers.processes import ROOT, Completed, wait_until
 
 
 class Running:
     """A command under way."""
 
-    def __init__(self, server: "Zygote", pid: int, out: Path, err: Path) -> None:
+    def __init__(self, server: "CommandServer", pid: int, out: Path, err: Path) -> None:
         self.server, self.pid, self.out, self.err = server, pid, out, err
         self.store: Any = None  # in which it meets others
 
@@ -86,7 +86,7 @@ def places(processes: int, of_node: int) -> tuple[Any, list[dict[str, str]]]:
     ]
 
 
-class Zygote:
+class CommandServer:
     """Forks a process for each command. It runs no operation of torch itself, whose threads a
     fork would not take along."""
 
@@ -105,7 +105,7 @@ class Zygote:
             stdin=subprocess.DEVNULL,
             env=environment,
         )
-        until(lambda: self.process.poll() is not None or self.socket.exists())
+        wait_until(lambda: self.process.poll() is not None or self.socket.exists())
         assert self.socket.exists(), "the process that forks ended at its start"
 
     def start(
@@ -113,16 +113,19 @@ class Zygote:
         *arguments: object,
         cwd: Path | None = None,
         script: str | None = None,
-        whole: bool = False,
+        as_program: bool = False,
         **environment: str,
     ) -> Running:
-        """Start `deit ARGUMENTS`, or a root script of that name. whole: also its end is that of a
-        real process, and so slower; and it and all that it starts are a session of their own."""
+        """Start `deit ARGUMENTS`, or the root script of that name.
+
+        as_program: the process exits as a real program does, which is slower, and leads a session
+        of its own.
+        """
         self.number += 1
         out, err = (self.folder / f"{self.number}.{name}" for name in ("out", "err"))
         question = {
             "script": script,
-            "whole": whole,
+            "as_program": as_program,
             "arguments": [str(argument) for argument in arguments],
             "environment": environment,
             "cwd": str(cwd or self.folder),
@@ -143,7 +146,7 @@ class Zygote:
         """Run `deit ARGUMENTS`, or a root script of that name, to its end."""
         return self.start(*arguments, cwd=cwd, script=script, **environment).wait()
 
-    def start_together(
+    def start_processes(
         self,
         *arguments: object,
         processes: int = 2,
@@ -158,7 +161,7 @@ class Zygote:
             one.store = store
         return started
 
-    def together(
+    def run_processes(
         self,
         *arguments: object,
         processes: int = 2,
@@ -168,7 +171,7 @@ class Zygote:
         **environment: str,
     ) -> list[Completed]:
         """The same, to their end."""
-        started = self.start_together(
+        started = self.start_processes(
             *arguments, processes=processes, of_node=of_node, cwd=cwd, script=script, **environment
         )
         return [one.wait() for one in started]
@@ -180,19 +183,19 @@ class Zygote:
 
 
 @functools.cache
-def shared() -> Zygote:
+def shared_server() -> CommandServer:
     """The one of this process, started when it is first needed."""
     # Short, wherever temporary files should lie: the path of a socket has a limit, and commands and
     # their workers make some in it.
     short = "/tmp" if os.path.isdir("/tmp") else None
     folder = TemporaryDirectory(prefix="deit-commands-", dir=short)
-    zygote = Zygote(Path(folder.name))
+    command_server = CommandServer(Path(folder.name))
     # Held by more than its cleaning up, which a fork by multiprocessing forgets from Python 3.13
     # on: the folder would be removed with the last reference.
-    zygote.held = folder
+    command_server.held = folder
     atexit.register(folder.cleanup)
-    atexit.register(zygote.close)
-    return zygote
+    atexit.register(command_server.close)
+    return command_server
 
 
 def _become(question: dict[str, Any]) -> None:
@@ -206,7 +209,7 @@ def _become(question: dict[str, Any]) -> None:
     os.environ.update(question["environment"])
     os.chdir(question["cwd"])
     _first()
-    if other := os.environ.get("FORKS_MAIN"):
+    if other := os.environ.get("MAIN_FUNCTION"):
         _leave(_named(other)())
     from deit.cli import main, program
     from deit.core import parent_process
@@ -214,7 +217,7 @@ def _become(question: dict[str, Any]) -> None:
     parent_process._PARENT = os.getppid()  # not that of the process that imported it
     parent_process.mark_standalone()
     sys.argv = [question["script"] or "deit", *question["arguments"]]
-    if question["whole"]:
+    if question["as_program"]:
         os.setsid()
         sys.exit(program())
     try:
@@ -237,7 +240,7 @@ def _named(place: str) -> Callable[[], Any]:
 
 def _first() -> None:
     """What a process does before it becomes a command, as its environment says."""
-    if place := os.environ.get("FORKS_FIRST"):
+    if place := os.environ.get("SETUP_FUNCTION"):
         _named(place)()
 
 
@@ -259,7 +262,7 @@ class ForkedRun:
         pipe.chmod(0o666)
         question = {
             "script": None,
-            "whole": False,
+            "as_program": False,
             "arguments": words[words.index("deit") + 1 :],
             "environment": env,
             "cwd": os.getcwd(),
@@ -361,7 +364,7 @@ def _serve(path: Path, parent: int) -> None:
                 if answer == 0:
                     listener.close()
                     connection.close()
-                    if question["whole"]:  # so are the runs that it starts
+                    if question["as_program"]:  # so are the runs that it starts
                         runner.subprocess = subprocess
                     _become(question)
             connection.sendall(json.dumps(answer).encode() + b"\n")

@@ -8,7 +8,7 @@ import torch
 
 from deit.config.student_section import StudentConfig
 from deit.models.saved import ModelInfo, build_student, save_student
-from tests.helpers.command_server import shared
+from tests.helpers.command_server import shared_server
 
 TEN = tuple("0123456789")
 
@@ -20,7 +20,7 @@ def run_in(folder: Path, program: str, *arguments: object) -> subprocess.Complet
     """Run a root script or `deit` in a folder, with no GPU visible, in a process that is forked
     from one with all imports done."""
     script = None if program == "deit" else program
-    done = shared().run(*arguments, cwd=folder, script=script, **ENVIRONMENT)
+    done = shared_server().run(*arguments, cwd=folder, script=script, **ENVIRONMENT)
     return subprocess.CompletedProcess([program, *arguments], done.code, done.out, done.err)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import psutil
 
 from tests.helpers.command_server import Running
-from tests.helpers.processes import Completed, until
+from tests.helpers.processes import Completed, wait_until
 
 
 def is_gone(pid: int) -> bool:
@@ -33,7 +33,7 @@ def _is(pid: int, of: Callable[[int], int], session: int) -> bool:
 
 
 def assert_no_leftovers(session: int) -> None:
-    until(lambda: not left(session))
+    wait_until(lambda: not left(session))
 
 
 def assert_ends(running: Running, code: int) -> Completed:

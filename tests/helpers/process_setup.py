@@ -1,12 +1,11 @@
-"""What a process of a test sets up first, named by FORKS_FIRST of tests/helpers/command_server.py:
-a pause on purpose, or stores of small units."""
+"""Set-up of test processes, named by SETUP_FUNCTION: a pause on purpose, or small shards."""
 
 import os
 from pathlib import Path
 
 from deit.core import fault_injection
 from deit.distill import target_store
-from tests.helpers.command_server import until
+from tests.helpers.command_server import wait_until
 
 LEAST_ROWS = 1024
 """Of a small unit: a few hundred images fill several."""
@@ -19,18 +18,18 @@ class Gate:
     def __init__(self, place: Path) -> None:
         place.mkdir()
         self.place = place
-        self.environment = {"FORKS_FIRST": f"{__name__}:put_up", "GATE": str(place)}
+        self.environment = {"SETUP_FUNCTION": f"{__name__}:install_gate", "GATE": str(place)}
 
     def wait(self) -> None:
         """Wait until the process is there."""
-        until((self.place / "reached").exists)
+        wait_until((self.place / "reached").exists)
 
     def open(self) -> None:
         """Let it go on."""
         (self.place / "open").touch()
 
 
-def put_up() -> None:
+def install_gate() -> None:
     """In the process."""
     fault_injection.ACTIONS["slow"] = _stay
 
@@ -38,7 +37,7 @@ def put_up() -> None:
 def _stay() -> None:
     place = Path(os.environ["GATE"])
     (place / "reached").touch()
-    until((place / "open").exists)
+    wait_until((place / "open").exists)
 
 
 def make_small_units() -> None:

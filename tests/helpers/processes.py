@@ -21,14 +21,14 @@ SETTINGS = (
 )
 
 
-def said_by(zygote, number, script, *arguments, cwd):
+def output_of(command_server, number, script, *arguments, cwd):
     """Return the output of a script run in `number` processes with the environment of torchrun."""
-    done = zygote.together(*arguments, processes=number, script=str(script), cwd=cwd)
+    done = command_server.run_processes(*arguments, processes=number, script=str(script), cwd=cwd)
     assert [one.code for one in done] == [0] * number, "".join(one.err for one in done)
     return "".join(one.out for one in done)
 
 
-def stand_in(site: Path) -> str:
+def fake_datasets_package(site: Path) -> str:
     """A stand-in for Hugging Face's distribution, which says when it is imported; the path to put
     it on."""
     package, facts = site / "datasets", site / "datasets-9.9.9.dist-info"
@@ -58,7 +58,7 @@ def teacher():
 """
 
 
-def until(condition: Callable[[], object], *, timeout: float = 300) -> None:
+def wait_until(condition: Callable[[], object], *, timeout: float = 300) -> None:
     """Wait for something that another process does; not for ever."""
     end = time.monotonic() + timeout
     while not condition():
@@ -82,7 +82,7 @@ def last_json(text: str) -> Any:
     return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
 
 
-def fresh(source: str, *arguments: object, path: Path | None = None) -> Completed:
+def run_python(source: str, *arguments: object, path: Path | None = None) -> Completed:
     """Run a program in an interpreter that has imported nothing. path: a folder it imports from,
     besides this project."""
     done = subprocess.run(

@@ -6,7 +6,7 @@ from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes import RECIPES
 from deit.config.recipes.handwriting import digits
 from deit.core import run_log
-from tests.helpers.command_server import Zygote
+from tests.helpers.command_server import CommandServer
 from tests.helpers.processes import Completed
 
 STEPS = 5
@@ -41,8 +41,8 @@ def same(out: Path, straight: Path) -> None:
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 
-def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> Completed:
-    return zygote.run("train", *SMALL, "--out", out, "--resume", *more, DEIT_FAULT=fault)
+def run(command_server: CommandServer, out: Path, fault: str = "", *more: object) -> Completed:
+    return command_server.run("train", *SMALL, "--out", out, "--resume", *more, DEIT_FAULT=fault)
 
 
 THREE_EPOCHS = (

@@ -22,7 +22,7 @@ from deit.distill.target_store import (
 from tests.helpers.process_setup import LEAST_ROWS
 
 EPOCHS, PLACES = 7, 324  # with small units: three of them
-SMALL_UNITS = {"FORKS_FIRST": "tests.helpers.process_setup:make_small_units"}
+SMALL_UNITS = {"SETUP_FUNCTION": "tests.helpers.process_setup:make_small_units"}
 """The environment in which a process makes them."""
 
 

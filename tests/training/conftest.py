@@ -14,10 +14,10 @@ from tests.helpers.trained import trained
 
 
 @pytest.fixture(scope="module")
-def undisturbed_run(zygote, tmp_path_factory) -> Path:
+def undisturbed_run(command_server, tmp_path_factory) -> Path:
     """A small run that nothing interrupts."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = zygote.run("train", *small_runs.SMALL, "--out", out)
+    done = command_server.run("train", *small_runs.SMALL, "--out", out)
     assert done.code == 0, done.err
     best = json.loads((out / "result.json").read_text())["best"]
     assert best["epoch"] == 2  # it is written twice

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from deit.config.recipes.handwriting import digits_teacher
 from tests.helpers.images import write_pictures
-from tests.helpers.processes import SETTINGS, last_json, said_by
+from tests.helpers.processes import SETTINGS, last_json, output_of
 from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
@@ -36,13 +36,13 @@ def torchrun(*arguments, cwd):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, zygote):
+def runs(tmp_path_factory, command_server):
     """A student trained by one process, and by two, against the same teacher."""
     place = tmp_path_factory.mktemp("runs")
     script = ROOT / "train_deit.py"
     trained(digits_teacher().replace(optim={"epochs": 3}), place / "teacher")
     words = ("digits", "--teacher.source", "teacher", *SETTINGS)
-    alone = said_by(zygote, 1, script, *words, "--out", "of-1", cwd=place)
+    alone = output_of(command_server, 1, script, *words, "--out", "of-1", cwd=place)
     return place, {1: alone, 2: torchrun(script, *words, "--out", "of-2", cwd=place)}
 
 
@@ -71,12 +71,12 @@ def test_only_the_main_process_speaks_and_the_batch_is_explained(runs):
     assert re.search(r"\b64 = 1\b\D+\b1\b\D+\b64\b", outputs[1])
 
 
-def test_evaluation_by_two_processes_counts_each_image_once(runs, zygote):
+def test_evaluation_by_two_processes_counts_each_image_once(runs, command_server):
     place, _ = runs
     found = {}
     for number in (1, 2):
         file = place / f"evaluation-{number}.json"
-        said_by(zygote, number, "evaluate_deit.py", "of-1", "--json", file, cwd=place)
+        output_of(command_server, number, "evaluate_deit.py", "of-1", "--json", file, cwd=place)
         found[number] = json.loads(file.read_text())
     assert found[2]["num_samples"] == found[1]["num_samples"] == 359
     assert found[2]["heads"] == found[1]["heads"]
@@ -84,7 +84,7 @@ def test_evaluation_by_two_processes_counts_each_image_once(runs, zygote):
     assert found[2]["agreement"] == found[1]["agreement"]
 
 
-def test_a_command_leaves_the_process_group_before_the_interpreter_ends(zygote, tmp_path):
+def test_a_command_leaves_the_process_group_before_the_interpreter_ends(command_server, tmp_path):
     code = (
         "import torch.distributed as d\n"
         "from pathlib import Path\n"
@@ -97,7 +97,7 @@ def test_a_command_leaves_the_process_group_before_the_interpreter_ends(zygote, 
         "assert not any('gloo' in name for name in names), names"
     )
     (tmp_path / "main.py").write_text(code)
-    said_by(zygote, 2, tmp_path / "main.py", cwd=tmp_path)
+    output_of(command_server, 2, tmp_path / "main.py", cwd=tmp_path)
 
 
 def test_accelerate_launch_runs_the_same_script(runs):
@@ -120,7 +120,7 @@ def test_accelerate_launch_runs_the_same_script(runs):
     assert environment["precision"] == "bf16"  # what the launcher said
 
 
-def test_images_in_files_train_the_same_on_two_processes(zygote, tmp_path):
+def test_images_in_files_train_the_same_on_two_processes(command_server, tmp_path):
     write_pictures(tmp_path / "images", number=16)
     command = (
         *("train_deit.py", "folder", "--data.root", "images", "--loss", "none"),
@@ -131,7 +131,9 @@ def test_images_in_files_train_the_same_on_two_processes(zygote, tmp_path):
     )
     files = ("--data.storage", "files", "--data.num_workers", "1")
     said = {
-        number: said_by(zygote, number, *command, *files, "--out", f"of-{number}", cwd=tmp_path)
+        number: output_of(
+            command_server, number, *command, *files, "--out", f"of-{number}", cwd=tmp_path
+        )
         for number in (1, 2)
     }
     assert re.search(r"\b1 worker\b", said[1])
@@ -139,17 +141,19 @@ def test_images_in_files_train_the_same_on_two_processes(zygote, tmp_path):
         assert ours["train"] == pytest.approx(theirs["train"], abs=1e-5)
         assert ours["validation"] == pytest.approx(theirs["validation"], abs=1e-9)
         assert {"reading", "waiting", "views"} <= ours["loader"]["images_per_s"].keys()
-    said_by(zygote, 1, *command, "--data.storage", "memory", "--out", "of-3", cwd=tmp_path)
+    output_of(
+        command_server, 1, *command, "--data.storage", "memory", "--out", "of-3", cwd=tmp_path
+    )
     assert rows(tmp_path, 3)[-1]["train"]["loss"] > 0
 
 
 @pytest.mark.fault("C1")
-def test_a_file_that_a_worker_cannot_read_is_one_line(zygote, tmp_path):
+def test_a_file_that_a_worker_cannot_read_is_one_line(command_server, tmp_path):
     for split in ("train", "val", "test"):
         write_pictures(tmp_path / "images" / split, number=8)
     broken = tmp_path / "images" / "val" / "bee" / "03.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    done = zygote.run(
+    done = command_server.run(
         *("folder", "--data.root=images", "--loss=none", "--out=run"),
         *("--student.name=vit_micro", "--student.depth=1", "--student.image_size=16"),
         "--student.patch_size=4",
@@ -209,13 +213,15 @@ destroy_process_group()
 """
 
 
-def test_an_update_exchanges_four_bytes_a_parameter_and_half_of_it_compressed(zygote, tmp_path):
+def test_an_update_exchanges_four_bytes_a_parameter_and_half_of_it_compressed(
+    command_server, tmp_path
+):
     """In pieces, so that the exchange may begin before the last gradient is there."""
     script = tmp_path / "exchange.py"
     script.write_text(EXCHANGE)
     found = {}
     for kind in ("none", "bf16"):
-        said = said_by(zygote, 2, script, kind, f"{kind}.pt", cwd=tmp_path)
+        said = output_of(command_server, 2, script, kind, f"{kind}.pt", cwd=tmp_path)
         found[kind] = last_json(said)
         assert sum(found[kind]["pieces"]) == 4 * found[kind]["parameters"]
         assert len(found[kind]["pieces"]) >= 5

@@ -18,54 +18,56 @@ from tests.helpers.errors import raises
 from tests.helpers.images import write_pictures
 from tests.helpers.leftovers import is_gone
 from tests.helpers.process_setup import Gate
-from tests.helpers.processes import until
+from tests.helpers.processes import wait_until
 from tests.helpers.small_runs import SMALL, STEPS, run, same
 
 pytest.importorskip("sklearn")
 
 
 @pytest.mark.fault("D10", "E7")
-def test_one_run_a_folder_at_a_time_and_no_lock_is_left_behind(zygote, undisturbed_run, tmp_path):
+def test_one_run_a_folder_at_a_time_and_no_lock_is_left_behind(
+    command_server, undisturbed_run, tmp_path
+):
     out = tmp_path / "run"
-    running = zygote.start("train", *SMALL, "--out", out, DEIT_FAULT="update:2:hang")
-    until(lambda: (out / "config.json").is_file())
-    second = run(zygote, out)  # the first one hangs for an hour: nobody waits for that
+    running = command_server.start("train", *SMALL, "--out", out, DEIT_FAULT="update:2:hang")
+    wait_until(lambda: (out / "config.json").is_file())
+    second = run(command_server, out)  # the first one hangs for an hour: nobody waits for that
     assert second.code == 5
     assert f"--out {out}" in second.err
     assert re.search(rf"\bprocess {running.pid}\b", second.err)
     running.signal(signal.SIGKILL)
     assert running.wait().code == -signal.SIGKILL
-    assert run(zygote, out).code == 0
+    assert run(command_server, out).code == 0
     same(out, undisturbed_run)
 
 
 @pytest.mark.fault("B19")
-def test_a_full_disk_leaves_what_was_saved_before(zygote, undisturbed_run, tmp_path):
+def test_a_full_disk_leaves_what_was_saved_before(command_server, undisturbed_run, tmp_path):
     for fault in ("optimizer:2:full", "manifest:3:full", "rename:3:full"):
         out = tmp_path / fault.replace(":", "-")
-        full = run(zygote, out, fault)
+        full = run(command_server, out, fault)
         assert full.code == 5
         assert str(run_folder.checkpoint_path(out, 2 * STEPS)) in full.err
         # What is free, and what is needed.
         assert re.search(r"No space left on device\b.* [kMGT]?B\b.* [kMGT]?B\b", full.err)
         assert [step for step, _ in run_folder.list_checkpoints(out)] == [5]
         assert not list(out.glob(".deit-*"))
-        assert run(zygote, out).code == 0
+        assert run(command_server, out).code == 0
         same(out, undisturbed_run)
 
 
 @pytest.mark.fault("E3")
-def test_out_of_memory_names_the_batch_that_fits(zygote, tmp_path):
-    done = run(zygote, tmp_path / "run", "update:3:memory")
+def test_out_of_memory_names_the_batch_that_fits(command_server, tmp_path):
+    done = run(command_server, tmp_path / "run", "update:3:memory")
     assert done.code == 5
     assert re.search(r"\b64 images\b.*\b32\b.*--optim\.grad_accum_steps 2\b.*\b64\b", done.err)
-    assert run(zygote, tmp_path / "run", "", "--optim.grad_accum_steps", "2").code == 0
+    assert run(command_server, tmp_path / "run", "", "--optim.grad_accum_steps", "2").code == 0
 
 
 @pytest.mark.fault("D12")
-def test_losses_that_are_not_finite_stop_the_run_and_name_their_images(zygote, tmp_path):
+def test_losses_that_are_not_finite_stop_the_run_and_name_their_images(command_server, tmp_path):
     out = tmp_path / "run"
-    done = run(zygote, out, "loss:0:nan", "--run.max_nonfinite_steps", "3")
+    done = run(command_server, out, "loss:0:nan", "--run.max_nonfinite_steps", "3")
     assert done.code == 6
     assert str(out / run_log.NONFINITE_LOG) in done.err.splitlines()[-1]
     rows = run_log.read(out / run_log.NONFINITE_LOG)
@@ -74,9 +76,11 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_their_images(zygote, t
 
 
 @pytest.mark.fault("D11")
-def test_a_skipped_update_leaves_the_weights_and_is_counted(zygote, undisturbed_run, tmp_path):
+def test_a_skipped_update_leaves_the_weights_and_is_counted(
+    command_server, undisturbed_run, tmp_path
+):
     out = tmp_path / "run"
-    done = run(zygote, out, "loss:2:nan")
+    done = run(command_server, out, "loss:2:nan")
     assert done.code == 0
     assert re.search(r"\bupdate 2\b.*\b1\b.*\b10\b", done.err)
     (left_out,) = run_log.read(out / run_log.NONFINITE_LOG)
@@ -90,14 +94,16 @@ def test_a_skipped_update_leaves_the_weights_and_is_counted(zygote, undisturbed_
 @pytest.mark.parametrize(
     "text", ["update", "update:1", "nothing:1:kill", "update:x:kill", "update@a:1:kill"]
 )
-def test_a_fault_that_is_none_is_refused(text, zygote, tmp_path):
+def test_a_fault_that_is_none_is_refused(text, command_server, tmp_path):
     with raises(ConfigError, f"DEIT_FAULT={text}"):
         fault_injection.install_faults(text)
-    done = zygote.run("recipes", DEIT_FAULT=text)
+    done = command_server.run("recipes", DEIT_FAULT=text)
     assert done.code == 2
 
 
-def test_a_disk_without_room_is_refused_before_the_first_step(zygote, tmp_path, monkeypatch):
+def test_a_disk_without_room_is_refused_before_the_first_step(
+    command_server, tmp_path, monkeypatch
+):
     from deit.core.errors import SystemFault
     from deit.core.filesystem import check_space
 
@@ -107,16 +113,16 @@ def test_a_disk_without_room_is_refused_before_the_first_step(zygote, tmp_path, 
 
 
 @pytest.mark.fault("B24", "B25", "E9", "E14")
-def test_a_run_is_moved_as_it_is(zygote, undisturbed_run, tmp_path):
+def test_a_run_is_moved_as_it_is(command_server, undisturbed_run, tmp_path):
     """No path of the folder is inside it; and read-only checkpoints are read."""
     out = tmp_path / "run"
-    assert run(zygote, out, "update:7:kill").code == -signal.SIGKILL
+    assert run(command_server, out, "update:7:kill").code == -signal.SIGKILL
     moved = tmp_path / "elsewhere" / "a b"
     moved.parent.mkdir()
     shutil.move(out, moved)
     for path in moved.glob("checkpoint-*/*"):
         path.chmod(0o444)
-    assert run(zygote, moved).code == 0
+    assert run(command_server, moved).code == 0
     same(moved, undisturbed_run)
     assert str(out) not in "".join(
         path.read_text() for path in moved.rglob("*.json") if "environment" not in path.name
@@ -141,7 +147,7 @@ def test_a_hung_process_says_where_before_it_is_killed(capfd, monkeypatch):
     monkeypatch.setattr(signals, "_STUCK_S", 0.2)
     with signals.GracefulStop(Accelerator(cpu=True)) as asked:
         os.kill(os.getpid(), signal.SIGTERM)
-        until(lambda: "test_a_hung_process_says_where" in capfd.readouterr().err)
+        wait_until(lambda: "test_a_hung_process_says_where" in capfd.readouterr().err)
         assert asked.pending_signal() == signal.SIGTERM
 
 
@@ -162,17 +168,19 @@ def workers_of(pid: int) -> list[int]:
 
 
 @pytest.fixture
-def with_workers(zygote, tmp_path):
+def with_workers(command_server, tmp_path):
     """A run under way whose images are read by two workers."""
     write_pictures(tmp_path / "pictures", number=16)
     words = (*PICTURES, "--data.root", tmp_path / "pictures", "--out", tmp_path / "run")
-    running = zygote.start("train", *words)
-    until(lambda: list((tmp_path / "run").glob("checkpoint-*")))
+    running = command_server.start("train", *words)
+    wait_until(lambda: list((tmp_path / "run").glob("checkpoint-*")))
     return running
 
 
 @pytest.mark.fault("A26")
-def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(with_workers, zygote, tmp_path):
+def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(
+    with_workers, command_server, tmp_path
+):
     running = with_workers
     os.kill(workers_of(running.pid)[0], signal.SIGKILL)
     done = running.wait(timeout=300)
@@ -183,16 +191,18 @@ def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(with_workers,
 
 
 @pytest.mark.fault("D10")
-def test_killed_with_workers_alive_the_folder_is_free_at_once(zygote, tmp_path):
+def test_killed_with_workers_alive_the_folder_is_free_at_once(command_server, tmp_path):
     out = tmp_path / "run"
     pictures = write_pictures(tmp_path / "pictures", number=16)
     words = (*PICTURES, "--optim.epochs", "4", "--data.root", pictures, "--out", out)
-    running = zygote.start("train", *words, DEIT_FAULT="update:9:hang")  # of the third epoch
-    until(lambda: list(out.glob("checkpoint-*")))
+    running = command_server.start(
+        "train", *words, DEIT_FAULT="update:9:hang"
+    )  # of the third epoch
+    wait_until(lambda: list(out.glob("checkpoint-*")))
     assert workers_of(running.pid)
     running.signal(signal.SIGKILL)
     running.wait()
-    done = zygote.run("train", *words, "--resume")
+    done = command_server.run("train", *words, "--resume")
     assert done.code == 0, done.err
 
 
@@ -206,14 +216,14 @@ def test_a_stopped_run_leaves_no_worker_behind(with_workers, tmp_path):
         os.kill(pid, signal.SIGINT)
     running.signal(signal.SIGTERM)
     assert running.wait().code == 143
-    until(lambda: all(map(is_gone, workers)))
+    wait_until(lambda: all(map(is_gone, workers)))
 
 
 @pytest.mark.fault("B21")
-def test_a_folder_that_is_deleted_in_training_is_one_line(zygote, tmp_path):
+def test_a_folder_that_is_deleted_in_training_is_one_line(command_server, tmp_path):
     out = tmp_path / "run"
     gate, words = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
-    running = zygote.start(*words, DEIT_FAULT="update:7:slow", **gate.environment)
+    running = command_server.start(*words, DEIT_FAULT="update:7:slow", **gate.environment)
     gate.wait()
     shutil.rmtree(out)
     gate.open()
@@ -224,10 +234,10 @@ def test_a_folder_that_is_deleted_in_training_is_one_line(zygote, tmp_path):
 
 
 @pytest.mark.fault("E14")
-def test_nothing_of_the_environment_is_written_down(zygote, tmp_path):
+def test_nothing_of_the_environment_is_written_down(command_server, tmp_path):
     out = tmp_path / "run"
     marks = {"HF_TOKEN": "secret-of-mine", "USER": "ann-the-user", "WANDB_API_KEY": "another-one"}
-    assert zygote.run("train", *SMALL, "--out", out, **marks).code == 0
+    assert command_server.run("train", *SMALL, "--out", out, **marks).code == 0
     for path in out.rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
         assert not any(mark.encode() in content for mark in marks.values()), path
@@ -251,65 +261,65 @@ def test_files_are_for_whom_the_umask_says(mask, tmp_path):
 
 
 @pytest.mark.fault("E15")
-def test_without_home_and_room_for_temporary_files(zygote, tmp_path):
+def test_without_home_and_room_for_temporary_files(command_server, tmp_path):
     """What is temporary lies beside what it becomes."""
     out = tmp_path / "run"
     environment = {"TMPDIR": "/dev/null/nowhere", "HOME": "/dev/null/nobody"}
-    done = zygote.run("train", *SMALL, "--out", out, **environment)
+    done = command_server.run("train", *SMALL, "--out", out, **environment)
     assert done.code == 0, done.err
 
 
 @pytest.mark.fault("E9")
-def test_a_name_too_long_for_any_disk_is_one_line(zygote, tmp_path):
+def test_a_name_too_long_for_any_disk_is_one_line(command_server, tmp_path):
     for name in ("x" * 300, "a/" + "y" * 300):
-        done = zygote.run("train", *SMALL, "--out", tmp_path / name)
+        done = command_server.run("train", *SMALL, "--out", tmp_path / name)
         assert done.code == 5, done.err
         assert len(done.err.splitlines()) == 1
 
 
 @pytest.mark.fault("E9")
 @pytest.mark.parametrize("name", ["with space", "ünïcödé", "-dash", "a.b", "x" * 200])
-def test_any_name_of_a_folder_will_do(name, zygote, undisturbed_run, tmp_path):
+def test_any_name_of_a_folder_will_do(name, command_server, undisturbed_run, tmp_path):
     out = tmp_path / name
-    assert run(zygote, out, "update:7:kill").code == -signal.SIGKILL
-    done = run(zygote, out)
+    assert run(command_server, out, "update:7:kill").code == -signal.SIGKILL
+    done = run(command_server, out)
     assert done.code == 0, done.err
     same(out, undisturbed_run)
 
 
 @pytest.mark.fault("E9")
-def test_the_users_home_is_found(zygote, tmp_path):
-    done = zygote.run("train", *SMALL, "--out=~/run", HOME=str(tmp_path))
+def test_the_users_home_is_found(command_server, tmp_path):
+    done = command_server.run("train", *SMALL, "--out=~/run", HOME=str(tmp_path))
     assert done.code == 0, done.err
     assert (tmp_path / "run" / "result.json").is_file()
 
 
 @pytest.mark.fault("E3")
-def test_micro_batches_are_halved_until_one_fits(zygote, tmp_path):
+def test_micro_batches_are_halved_until_one_fits(command_server, tmp_path):
     """Only what fits changes: the run is that of the smaller micro-batches, to the bit."""
     fitted, given = tmp_path / "fitted", tmp_path / "given"
-    done = run(zygote, fitted, "fit:1:memory,fit:2:memory", "--run.auto_micro_batch")
+    done = run(command_server, fitted, "fit:1:memory,fit:2:memory", "--run.auto_micro_batch")
     assert done.code == 0, done.err
     first, second = re.findall(r"^memory .*", done.out, re.MULTILINE)
     assert re.search(r"\b64 images\b.*\boptim\.grad_accum_steps 2\b.*\b32 images\b", first)
     assert re.search(r"\b32 images\b.*\boptim\.grad_accum_steps 4\b.*\b16 images\b", second)
-    assert run(zygote, given, "", "--optim.grad_accum_steps", "4").code == 0
+    assert run(command_server, given, "", "--optim.grad_accum_steps", "4").code == 0
     same(fitted, given)
     plain = tmp_path / "plain"
-    assert run(zygote, plain, "", "--run.auto_micro_batch").code == 0
+    assert run(command_server, plain, "", "--run.auto_micro_batch").code == 0
     assert json.loads((plain / "config.json").read_text())["optim"]["grad_accum_steps"] == 1
 
 
-def test_where_no_micro_batch_fits_nothing_is_begun(zygote, tmp_path):
-    done = run(zygote, tmp_path / "run", "fit:0:memory", "--run.auto_micro_batch")
+def test_where_no_micro_batch_fits_nothing_is_begun(command_server, tmp_path):
+    done = run(command_server, tmp_path / "run", "fit:0:memory", "--run.auto_micro_batch")
     assert done.code == 5
     assert re.search(r"\brun\.auto_micro_batch\b.*\b2 images\b", done.err)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_of_what_is_not_finite_says_so_and_writes_nothing(zygote, tmp_path):
+def test_a_dry_run_of_what_is_not_finite_says_so_and_writes_nothing(command_server, tmp_path):
     (tmp_path / "run").mkdir()
-    done = zygote.run(
+    done = command_server.run(
         "train", *SMALL, "--out", tmp_path / "run", "--dry-run", DEIT_FAULT="loss:1:nan"
     )
     assert done.code == 6
@@ -318,16 +328,16 @@ def test_a_dry_run_of_what_is_not_finite_says_so_and_writes_nothing(zygote, tmp_
 
 
 @pytest.mark.fault("E7")
-def test_of_two_that_start_together_one_has_the_folder(zygote, undisturbed_run, tmp_path):
+def test_of_two_that_start_together_one_has_the_folder(command_server, undisturbed_run, tmp_path):
     """Both see it empty; the slower one comes when the other is done, and leaves that alone."""
     out = tmp_path / "run"
     words = ("train", *SMALL, "--out", out)
     gate = Gate(tmp_path / "gate")
-    slower = zygote.start(
+    slower = command_server.start(
         *words, "--run.auto_micro_batch", DEIT_FAULT="fit:1:slow", **gate.environment
     )
     gate.wait()
-    assert zygote.run(*words).code == 0
+    assert command_server.run(*words).code == 0
     gate.open()
     done = slower.wait()
     assert done.code == 2
@@ -337,7 +347,9 @@ def test_of_two_that_start_together_one_has_the_folder(zygote, undisturbed_run, 
 
 
 @pytest.mark.fault("D11")
-def test_the_statistics_of_batch_norms_do_not_keep_what_was_left_out(zygote, tmp_path, monkeypatch):
+def test_the_statistics_of_batch_norms_do_not_keep_what_was_left_out(
+    command_server, tmp_path, monkeypatch
+):
     """A forward pass that overflows has moved them before anybody notices."""
     from deit.config.recipes.handwriting import digits_teacher
     from deit.training.train import train
@@ -366,26 +378,29 @@ def test_the_statistics_of_batch_norms_do_not_keep_what_was_left_out(zygote, tmp
 
 @pytest.mark.fault("B3")
 @pytest.mark.parametrize("how", ["gone", "damaged"])
-def test_the_best_so_far_that_is_lost_is_told(how, zygote, undisturbed_run, tmp_path):
+def test_the_best_so_far_that_is_lost_is_told(how, command_server, undisturbed_run, tmp_path):
     out = tmp_path / "run"
-    assert run(zygote, out, "update:7:term").code == 143
+    assert run(command_server, out, "update:7:term").code == 143
     if how == "gone":
         shutil.rmtree(out / "best")
     else:
         (out / "best" / "model.safetensors").write_bytes(b"")
-    done = run(zygote, out)
+    done = run(command_server, out)
     assert done.code == 0
     assert str(out / "best") in done.err
-    assert zygote.run("evaluate", out).code == 0
+    assert command_server.run("evaluate", out).code == 0
 
 
 @pytest.mark.fault("B5")
-def test_checkpoints_that_are_gone_within_the_first_epoch_are_missed(zygote, tmp_path):
+def test_checkpoints_that_are_gone_within_the_first_epoch_are_missed(command_server, tmp_path):
     out = tmp_path / "run"
-    assert run(zygote, out, "update:4:kill", "--run.save_every_steps", "1").code == -signal.SIGKILL
+    assert (
+        run(command_server, out, "update:4:kill", "--run.save_every_steps", "1").code
+        == -signal.SIGKILL
+    )
     for _, folder in run_folder.list_checkpoints(out):
         shutil.rmtree(folder)
-    done = run(zygote, out, "", "--run.save_every_steps", "1")
+    done = run(command_server, out, "", "--run.save_every_steps", "1")
     assert done.code == 4
     assert str(out) in done.err
     assert "--out" in done.err

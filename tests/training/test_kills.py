@@ -10,7 +10,7 @@ from deit.cli import run_command
 from deit.core import fault_injection, run_folder, run_log
 from deit.core.parent_process import SAME_SIGNAL_S
 from tests.helpers.process_setup import Gate
-from tests.helpers.processes import until
+from tests.helpers.processes import wait_until
 from tests.helpers.small_runs import SMALL, STEPS, run, same
 
 pytest.importorskip("sklearn")
@@ -27,33 +27,33 @@ pytest.importorskip("sklearn")
     ],
 )
 def test_killed_anywhere_the_same_command_ends_with_the_same_bits(
-    fault, zygote, undisturbed_run, tmp_path
+    fault, command_server, undisturbed_run, tmp_path
 ):
     out = tmp_path / "run"
-    killed = run(zygote, out, f"{fault}:kill")
+    killed = run(command_server, out, f"{fault}:kill")
     assert killed.code == -signal.SIGKILL
     if fault == "renamed:1":
         assert (
             run_folder.checkpoint_step(run_folder.latest_checkpoint(out)) == STEPS
         )  # it counts already
-    done = run(zygote, out)
+    done = run(command_server, out)
     assert done.code == 0, done.err
     same(out, undisturbed_run)
 
 
 @pytest.mark.fault("A2")
 @pytest.mark.slow
-def test_a_hundred_kills_at_random_moments_change_nothing(zygote, tmp_path):
+def test_a_hundred_kills_at_random_moments_change_nothing(command_server, tmp_path):
     """Until a hundred have hit, in as many runs as that takes; each run must end with its bits."""
     long = ("--optim.epochs", "60", "--run.save_every_steps", "3", "--views.mixup_alpha", "0.8")
     moments, kills, runs = random.Random(0), 0, 0
     undisturbed_run = tmp_path / "straight"
-    assert run(zygote, undisturbed_run, "", *long).code == 0
+    assert run(command_server, undisturbed_run, "", *long).code == 0
     while kills < 100:
         out, runs = tmp_path / f"run-{runs}", runs + 1
         done = None
         while done is None or done.code != 0:
-            running = zygote.start("train", *SMALL, "--out", out, "--resume", *long)
+            running = command_server.start("train", *SMALL, "--out", out, "--resume", *long)
             if kills < 100:
                 time.sleep(moments.uniform(0.1, 2.5))
                 running.signal(signal.SIGKILL)
@@ -66,10 +66,10 @@ def test_a_hundred_kills_at_random_moments_change_nothing(zygote, tmp_path):
 
 
 @pytest.mark.fault("A5")
-def test_killed_while_old_checkpoints_are_removed(zygote, undisturbed_run, tmp_path):
+def test_killed_while_old_checkpoints_are_removed(command_server, undisturbed_run, tmp_path):
     out, every = tmp_path / "run", ("--run.save_every_steps", "2")
-    assert run(zygote, out, "rotate:2:kill", *every).code == -signal.SIGKILL
-    assert run(zygote, out, "", *every).code == 0
+    assert run(command_server, out, "rotate:2:kill", *every).code == -signal.SIGKILL
+    assert run(command_server, out, "", *every).code == 0
     assert [step for step, _ in run_folder.list_checkpoints(out)] == [10, 8]
     assert not list(out.glob(".deit-*"))
     assert (out / "best" / "model.safetensors").read_bytes() == (
@@ -78,11 +78,11 @@ def test_killed_while_old_checkpoints_are_removed(zygote, undisturbed_run, tmp_p
 
 
 @pytest.mark.fault("A10")
-def test_sigterm_from_outside_is_a_checkpoint_and_143(zygote, undisturbed_run, tmp_path):
+def test_sigterm_from_outside_is_a_checkpoint_and_143(command_server, undisturbed_run, tmp_path):
     out = tmp_path / "run"
     gate = Gate(tmp_path / "gate")
     words = ("train", *SMALL, "--out", out, "--resume")
-    running = zygote.start(*words, DEIT_FAULT="update:2:slow", **gate.environment)
+    running = command_server.start(*words, DEIT_FAULT="update:2:slow", **gate.environment)
     gate.wait()
     running.signal(signal.SIGTERM)
     gate.open()
@@ -91,13 +91,13 @@ def test_sigterm_from_outside_is_a_checkpoint_and_143(zygote, undisturbed_run, t
     assert "SIGTERM" in done.err
     assert "--resume" in done.err
     assert len(done.err.strip().splitlines()) == 1
-    assert run(zygote, out).code == 0
+    assert run(command_server, out).code == 0
     same(out, undisturbed_run)
 
 
-def test_before_the_first_update_there_is_nothing_to_save(zygote, tmp_path):
+def test_before_the_first_update_there_is_nothing_to_save(command_server, tmp_path):
     gate, words = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", tmp_path / "run")
-    running = zygote.start(*words, DEIT_FAULT="evaluation:1:slow", **gate.environment)
+    running = command_server.start(*words, DEIT_FAULT="evaluation:1:slow", **gate.environment)
     gate.wait()
     running.signal(signal.SIGTERM)
     gate.open()
@@ -105,10 +105,12 @@ def test_before_the_first_update_there_is_nothing_to_save(zygote, tmp_path):
 
 
 @pytest.mark.fault("A12")
-def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(zygote, undisturbed_run, tmp_path):
+def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(
+    command_server, undisturbed_run, tmp_path
+):
     out = tmp_path / "run"
-    running = zygote.start("train", *SMALL, "--out", out, DEIT_FAULT="update:7:hang")
-    until(lambda: list(out.glob("checkpoint-*")))
+    running = command_server.start("train", *SMALL, "--out", out, DEIT_FAULT="update:7:hang")
+    wait_until(lambda: list(out.glob("checkpoint-*")))
     time.sleep(1)
     for _ in range(5):  # the same one again, as launchers hand it on
         running.signal(signal.SIGTERM)
@@ -119,7 +121,7 @@ def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(zygote, undisturb
     assert done.code == 130
     assert "signal" in done.err
     assert "--resume" not in done.err  # which is said where the first one was obeyed
-    assert run(zygote, out).code == 0
+    assert run(command_server, out).code == 0
     same(out, undisturbed_run)
 
 

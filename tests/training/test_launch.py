@@ -54,7 +54,7 @@ def test_accelerate_launch_understands_every_configuration(name, monkeypatch):
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
-def test_a_run_starts_by_the_configuration_of_one_gpu(zygote, tmp_path):
+def test_a_run_starts_by_the_configuration_of_one_gpu(command_server, tmp_path):
     """On the processor: there is no other here. (tests/training/test_peers.py starts a run by
     accelerate launch itself.)"""
     words = ("digits-teacher", "--dry-run", "--out", str(tmp_path / "run"))
@@ -63,7 +63,7 @@ def test_a_run_starts_by_the_configuration_of_one_gpu(zygote, tmp_path):
     assert Path(python).name.startswith("python")
     assert command == [str(ROOT / "train_deit.py"), *words]
     added = {name: text for name, text in environment.items() if os.environ.get(name) != text}
-    done = zygote.run(*words, script="train_deit.py", cwd=tmp_path, **added)
+    done = command_server.run(*words, script="train_deit.py", cwd=tmp_path, **added)
     assert done.code == 0, done.err
     assert re.search(r"^machine .*\bbf16\b", done.out, re.MULTILINE)
 
@@ -133,10 +133,10 @@ def test_the_script_for_slurm_begins_a_run_and_goes_on_with_it(tmp_path):
     ],
 )
 def test_what_cannot_be_trained_with_is_refused_before_the_work(
-    zygote, tmp_path, variable, named, option
+    command_server, tmp_path, variable, named, option
 ):
     out = tmp_path / "run"
-    done = zygote.run("train", "digits-teacher", "--out", out, **{variable: "true"})
+    done = command_server.run("train", "digits-teacher", "--out", out, **{variable: "true"})
     assert done.code == 5
     for name in (variable, named, option):
         assert name in done.err

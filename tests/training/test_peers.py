@@ -17,26 +17,30 @@ from safetensors.torch import load_file
 
 from deit.config.recipes.handwriting import digits_teacher
 from deit.core import run_folder, run_log
-from tests.helpers.command_server import Running, Zygote
-from tests.helpers.processes import ROOT, Completed, stand_in, until
+from tests.helpers.command_server import CommandServer, Running
+from tests.helpers.processes import ROOT, Completed, fake_datasets_package, wait_until
 from tests.helpers.small_runs import SMALL, STEPS, same
 from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
 
 
-def both(zygote: Zygote, *words: object, fault: str = "") -> list[Running]:
+def both(command_server: CommandServer, *words: object, fault: str = "") -> list[Running]:
     """Both processes of a command, as torchrun starts them."""
-    return zygote.start_together(*words, DEIT_FAULT=fault)
+    return command_server.start_processes(*words, DEIT_FAULT=fault)
 
 
-def start(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Running]:
+def start(
+    command_server: CommandServer, out: Path, fault: str = "", *more: object
+) -> list[Running]:
     words = ("train", *SMALL, "--out", out, "--resume", "--run.timeout_s", "20", *more)
-    return both(zygote, *words, fault=fault)
+    return both(command_server, *words, fault=fault)
 
 
-def run(zygote: Zygote, out: Path, fault: str = "", *more: object) -> list[Completed]:
-    return [process.wait() for process in start(zygote, out, fault, *more)]
+def run(
+    command_server: CommandServer, out: Path, fault: str = "", *more: object
+) -> list[Completed]:
+    return [process.wait() for process in start(command_server, out, fault, *more)]
 
 
 def ours(said: str) -> list[str]:
@@ -46,26 +50,26 @@ def ours(said: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def straight(zygote, tmp_path_factory) -> Path:
+def straight(command_server, tmp_path_factory) -> Path:
     """The run of two processes that nothing happens to."""
     out = tmp_path_factory.mktemp("straight") / "run"
-    for done in run(zygote, out):
+    for done in run(command_server, out):
         assert done.code == 0, done.err
     return out
 
 
 @pytest.mark.fault("A13")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_stops_both_at_the_same_update(rank, zygote, straight, tmp_path):
+def test_a_signal_to_one_stops_both_at_the_same_update(rank, command_server, straight, tmp_path):
     out = tmp_path / "run"
-    done = run(zygote, out, f"update@{rank}:2:term")
+    done = run(command_server, out, f"update@{rank}:2:term")
     assert [one.code for one in done] == [143, 143]
     (line,) = ours(done[0].err)
     assert "SIGTERM" in line
     assert "--resume" in line
     assert ours(done[1].err) == []
     assert 2 <= run_folder.checkpoint_step(run_folder.latest_checkpoint(out)) < 2 * STEPS
-    assert [one.code for one in run(zygote, out)] == [0, 0]
+    assert [one.code for one in run(command_server, out)] == [0, 0]
     same(out, straight)
 
 
@@ -78,10 +82,10 @@ def teacher(tmp_path_factory) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def store(zygote, teacher, tmp_path_factory) -> Path:
+def store(command_server, teacher, tmp_path_factory) -> Path:
     """The targets that one process writes."""
     out = tmp_path_factory.mktemp("store") / "targets"
-    done = zygote.run("targets", "write", *SMALL, *teacher, "--out", out)
+    done = command_server.run("targets", "write", *SMALL, *teacher, "--out", out)
     assert done.code == 0, done.err
     return out
 
@@ -93,9 +97,9 @@ def taught(teacher, store) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def taught_straight(zygote, taught, tmp_path_factory) -> Path:
+def taught_straight(command_server, taught, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("taught") / "run"
-    for done in run(zygote, out, "", *taught):
+    for done in run(command_server, out, "", *taught):
         assert done.code == 0, done.err
     return out
 
@@ -104,13 +108,13 @@ def taught_straight(zygote, taught, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, 2 * STEPS + 1))
 def test_killed_after_any_update_both_go_on_to_the_same_bits(
-    step, zygote, taught, taught_straight, tmp_path
+    step, command_server, taught, taught_straight, tmp_path
 ):
     """With RandAugment, mixing, drop path, average and stored targets."""
     out = tmp_path / "run"
-    for done in run(zygote, out, f"update:{step}:kill", *taught):
+    for done in run(command_server, out, f"update:{step}:kill", *taught):
         assert done.code in (-signal.SIGKILL, 7)
-    assert [one.code for one in run(zygote, out, "", *taught)] == [0, 0]
+    assert [one.code for one in run(command_server, out, "", *taught)] == [0, 0]
     same(out, taught_straight)
 
 
@@ -122,10 +126,10 @@ def three_units(teacher) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def alone(zygote, three_units, tmp_path_factory) -> Path:
+def alone(command_server, three_units, tmp_path_factory) -> Path:
     """What one process writes."""
     out = tmp_path_factory.mktemp("alone") / "targets"
-    done = zygote.run(*three_units, "--out", out)
+    done = command_server.run(*three_units, "--out", out)
     assert done.code == 0, done.err
     return out
 
@@ -133,18 +137,20 @@ def alone(zygote, three_units, tmp_path_factory) -> Path:
 @pytest.mark.fault("A13")
 @pytest.mark.parametrize(("rank", "block"), [(0, 1), (1, 2), (0, 24)])
 def test_a_signal_to_one_stops_both_that_write_targets(
-    rank, block, zygote, three_units, alone, tmp_path
+    rank, block, command_server, three_units, alone, tmp_path
 ):
     """There are three units: at the end the second process waits for the first."""
     out = tmp_path / "targets"
     words = (*three_units, "--out", out)
-    done = [one.wait() for one in both(zygote, *words, fault=f"answers@{rank}:{block}:term")]
+    done = [
+        one.wait() for one in both(command_server, *words, fault=f"answers@{rank}:{block}:term")
+    ]
     assert [one.code for one in done] == [143, 143], done[0].err
     (line,) = ours(done[0].err)
     assert "SIGTERM" in line
     assert ours(done[1].err) == []
     assert not (out / "targets.bin").exists()
-    again = [one.wait() for one in both(zygote, *words)]
+    again = [one.wait() for one in both(command_server, *words)]
     assert [one.code for one in again] == [0, 0], again[0].err
     for name in ("targets.bin", "checks.bin"):
         assert (out / name).read_bytes() == (alone / name).read_bytes()
@@ -152,12 +158,12 @@ def test_a_signal_to_one_stops_both_that_write_targets(
 
 @pytest.mark.fault("A13")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_stops_both_that_evaluate(rank, zygote, straight, tmp_path):
+def test_a_signal_to_one_stops_both_that_evaluate(rank, command_server, straight, tmp_path):
     out = shutil.copytree(straight, tmp_path / "run")
     config = json.loads((out / "config.json").read_text())
     config["run"]["eval_batch_size"] = 16
     (out / "config.json").write_text(json.dumps(config))
-    running = both(zygote, "evaluate", out, fault=f"evaluation@{rank}:4:term")
+    running = both(command_server, "evaluate", out, fault=f"evaluation@{rank}:4:term")
     done = [one.wait() for one in running]
     assert [one.code for one in done] == [143, 143], done[0].err
     (line,) = ours(done[0].err)
@@ -166,13 +172,13 @@ def test_a_signal_to_one_stops_both_that_evaluate(rank, zygote, straight, tmp_pa
 
 
 @pytest.mark.fault("A20", "B9")
-def test_it_goes_on_with_another_number_of_processes(zygote, straight, tmp_path):
+def test_it_goes_on_with_another_number_of_processes(command_server, straight, tmp_path):
     out = tmp_path / "run"
-    run(zygote, out, "update:6:term")
+    run(command_server, out, "update:6:term")
     stopped = run_folder.checkpoint_step(run_folder.latest_checkpoint(out))
     assert 6 <= stopped <= 2 * STEPS
     alone = ("train", *SMALL, "--out", out, "--resume", "--optim.grad_accum_steps", "2")
-    done = zygote.run(*alone)
+    done = command_server.run(*alone)
     assert done.code == 0, done.err
     assert re.search(r"\bprocesses\b[^;]*\b2\b[^;]*\b1\b", done.err)
     ours, theirs = (
@@ -188,9 +194,9 @@ def test_it_goes_on_with_another_number_of_processes(zygote, straight, tmp_path)
 
 
 @pytest.mark.fault("D11")
-def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(zygote, straight, tmp_path):
+def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(command_server, straight, tmp_path):
     out = tmp_path / "run"
-    done = run(zygote, out, "loss@1:3:nan")
+    done = run(command_server, out, "loss@1:3:nan")
     assert [one.code for one in done] == [0, 0]
     assert json.loads((out / "result.json").read_text())["skipped"] == 1
     for value in load_file(run_folder.latest_checkpoint(out) / "model.safetensors").values():
@@ -203,27 +209,29 @@ def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(zygote, straight, t
 
 
 @pytest.mark.fault("D11")
-def test_too_many_in_a_row_stop_both_with_the_same_code(zygote, tmp_path):
-    done = run(zygote, tmp_path / "run", "loss@1:0:nan", "--run.max_nonfinite_steps", "2")
+def test_too_many_in_a_row_stop_both_with_the_same_code(command_server, tmp_path):
+    done = run(command_server, tmp_path / "run", "loss@1:0:nan", "--run.max_nonfinite_steps", "2")
     assert [one.code for one in done] == [6, 6]
 
 
 @pytest.mark.fault("E4")
-def test_of_two_the_one_that_is_left_ends_with_7(zygote, straight, tmp_path):
+def test_of_two_the_one_that_is_left_ends_with_7(command_server, straight, tmp_path):
     out = tmp_path / "run"
     # It does not wait: after these 600 s the test itself would have failed.
-    first, second = run(zygote, out, "update@1:7:kill", "--run.timeout_s", "600")
+    first, second = run(command_server, out, "update@1:7:kill", "--run.timeout_s", "600")
     assert second.code == -signal.SIGKILL
     assert first.code == 7, first.err
     (line,) = ours(first.err)
     assert re.search(r"\b600 s\b.*--resume\b", line)
-    assert [one.code for one in run(zygote, out)] == [0, 0]
+    assert [one.code for one in run(command_server, out)] == [0, 0]
     same(out, straight)
 
 
 @pytest.mark.fault("E5")
-def test_one_that_hangs_is_not_waited_for_for_ever(zygote, tmp_path):
-    first, second = start(zygote, tmp_path / "run", "update@1:2:hang", "--run.timeout_s", "4")
+def test_one_that_hangs_is_not_waited_for_for_ever(command_server, tmp_path):
+    first, second = start(
+        command_server, tmp_path / "run", "update@1:2:hang", "--run.timeout_s", "4"
+    )
     done = first.wait(timeout=300)
     assert done.code == 7, done.err
     (line,) = ours(done.err)
@@ -234,13 +242,13 @@ def test_one_that_hangs_is_not_waited_for_for_ever(zygote, tmp_path):
 
 
 @pytest.mark.fault("E6")
-def test_a_mistake_that_one_finds_is_the_end_of_both(zygote, straight, tmp_path):
+def test_a_mistake_that_one_finds_is_the_end_of_both(command_server, straight, tmp_path):
     """All checkpoints are damaged, which the first process alone looks at."""
     out = tmp_path / "run"
-    run(zygote, out, "update:7:term")
+    run(command_server, out, "update:7:term")
     for _, folder in run_folder.list_checkpoints(out):
         (folder / "state.json").write_text("{}")
-    done = run(zygote, out)
+    done = run(command_server, out)
     assert [one.code for one in done] == [4, 4]
     for _, folder in run_folder.list_checkpoints(out):
         assert str(folder / "state.json") in done[0].err
@@ -250,22 +258,22 @@ def test_a_mistake_that_one_finds_is_the_end_of_both(zygote, straight, tmp_path)
 
 @pytest.mark.fault("E6")
 @pytest.mark.parametrize("fault", ["model@0:1:full", "evaluation@1:1:full"])
-def test_where_one_fails_alone_the_other_does_not_wait(fault, zygote, tmp_path):
+def test_where_one_fails_alone_the_other_does_not_wait(fault, command_server, tmp_path):
     """While a checkpoint is written; and before the first update, while teachers are measured."""
-    done = run(zygote, tmp_path / "run", fault)
+    done = run(command_server, tmp_path / "run", fault)
     failed = int(fault.split("@")[1][0])
     assert done[failed].code in (1, 5)
     assert done[1 - failed].code == 7, done[1 - failed].err
 
 
 @pytest.mark.fault("A20")
-def test_from_one_process_to_two(zygote, tmp_path):
+def test_from_one_process_to_two(command_server, tmp_path):
     out, other = tmp_path / "run", tmp_path / "alone"
     split = ("--optim.grad_accum_steps", "2")
     alone = ("train", *SMALL, *split, "--resume")
-    assert zygote.run(*alone, "--out", other).code == 0
-    assert zygote.run(*alone, "--out", out, DEIT_FAULT="update:4:term").code == 143
-    done = run(zygote, out)
+    assert command_server.run(*alone, "--out", other).code == 0
+    assert command_server.run(*alone, "--out", out, DEIT_FAULT="update:4:term").code == 143
+    done = run(command_server, out)
     assert [one.code for one in done] == [0, 0], done[0].err
     ours, theirs = (
         load_file(run_folder.latest_checkpoint(one) / "model.safetensors") for one in (out, other)
@@ -303,7 +311,7 @@ def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_termina
         start_new_session=True,
     )
     with nothing_left(launcher):
-        until(lambda: list(out.glob("checkpoint-*")))
+        wait_until(lambda: list(out.glob("checkpoint-*")))
         launcher.terminate()
         _, said = launcher.communicate(timeout=300)  # until the training process closes it too
     assert any("SIGTERM" in line for line in ours(said))
@@ -314,8 +322,8 @@ def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_termina
 
 
 @pytest.mark.fault("E3")
-def test_where_one_has_less_memory_both_halve(zygote, tmp_path):
-    done = run(zygote, tmp_path / "run", "fit@1:1:memory", "--run.auto_micro_batch")
+def test_where_one_has_less_memory_both_halve(command_server, tmp_path):
+    done = run(command_server, tmp_path / "run", "fit@1:1:memory", "--run.auto_micro_batch")
     assert [one.code for one in done] == [0, 0], done[0].err
     assert re.search(r"\boptim\.grad_accum_steps 2\b.*\b16 images\b", done[0].out)
 
@@ -325,7 +333,7 @@ def test_ctrl_c_under_torchrun_saves_once(tmp_path):
     """The terminal sends it to everybody, and torchrun to its processes once more. Hugging Face's
     datasets are there as well, as in many environments; our folder has that name too."""
     out, printed = tmp_path / "run", tmp_path / "printed"
-    path = os.pathsep.join((stand_in(tmp_path / "site"), str(ROOT)))
+    path = os.pathsep.join((fake_datasets_package(tmp_path / "site"), str(ROOT)))
     with printed.open("w") as file:
         torchrun = subprocess.Popen(
             [
@@ -342,7 +350,7 @@ def test_ctrl_c_under_torchrun_saves_once(tmp_path):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     with nothing_left(torchrun):
-        until(lambda: list(out.glob("checkpoint-*")))
+        wait_until(lambda: list(out.glob("checkpoint-*")))
         os.killpg(torchrun.pid, signal.SIGINT)
         _, said = torchrun.communicate(timeout=300)
     (line,) = ours(said)

@@ -14,17 +14,17 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def teacher(zygote, tmp_path_factory):
+def teacher(command_server, tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher") / "teacher"
-    done = zygote.run("train", "digits-teacher", "--optim.epochs", "3", "--out", out)
+    done = command_server.run("train", "digits-teacher", "--optim.epochs", "3", "--out", out)
     assert done.code == 0, done.err
     return out
 
 
-def test_every_part_of_an_update_is_told(teacher, zygote, tmp_path):
+def test_every_part_of_an_update_is_told(teacher, command_server, tmp_path):
     words = ("profile", "digits", *SMALL, "--teacher.source", teacher, "--updates", "5")
     words += ("--trace", "trace.json", "--json", "numbers.json")
-    done = zygote.run(*words, cwd=tmp_path)
+    done = command_server.run(*words, cwd=tmp_path)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert tuple(found["parts"]) == PARTS
@@ -42,9 +42,9 @@ def test_every_part_of_an_update_is_told(teacher, zygote, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["numbers.json", "trace.json"]
 
 
-def test_without_teacher_and_average_they_are_no_parts(zygote, tmp_path):
+def test_without_teacher_and_average_they_are_no_parts(command_server, tmp_path):
     words = ("profile", "digits", "--loss", "none", "--teacher.source", "none", *SMALL[:6])
-    done = zygote.run(*words, "--updates", "2", "--json", "n.json", cwd=tmp_path)
+    done = command_server.run(*words, "--updates", "2", "--json", "n.json", cwd=tmp_path)
     assert done.code == 0, done.err
     parts = json.loads((tmp_path / "n.json").read_text())["parts"]
     assert set(parts) == set(PARTS) - {"teacher", "average"}
@@ -58,17 +58,17 @@ def test_without_teacher_and_average_they_are_no_parts(zygote, tmp_path):
         (("--resume",), 2, ["deit profile: ", "--resume"]),
     ],
 )
-def test_mistakes_are_told_before_any_work(words, code, named, zygote, tmp_path):
+def test_mistakes_are_told_before_any_work(words, code, named, command_server, tmp_path):
     (tmp_path / "there.json").write_text("mine")
     alone = ("--loss", "none", "--teacher.source", "none")
-    done = zygote.run("profile", "digits", *alone, *words, cwd=tmp_path)
+    done = command_server.run("profile", "digits", *alone, *words, cwd=tmp_path)
     assert done.code == code
     assert [one for one in named if one not in done.err] == []
     assert (tmp_path / "there.json").read_text() == "mine"
 
 
-def test_the_profiler_says_nothing_of_its_own(zygote):
+def test_the_profiler_says_nothing_of_its_own(command_server):
     """Not even of a GPU that is not there."""
     alone = ("--teacher.source", "none", "--loss", "none", "--student.depth", "1")
-    done = zygote.run("profile", "digits", *alone, "--updates", "2")
+    done = command_server.run("profile", "digits", *alone, "--updates", "2")
     assert (done.code, done.err) == (0, "")

@@ -15,7 +15,7 @@ from deit.core.errors import DataError
 from deit.datasets.stores import FolderStore
 from tests.helpers.images import write_pictures
 from tests.helpers.leftovers import assert_ends, child_processes
-from tests.helpers.processes import until
+from tests.helpers.processes import wait_until
 from tests.helpers.small_runs import ON_PICTURES, image_run_arguments
 
 pytest.importorskip("sklearn")
@@ -31,16 +31,16 @@ def nobody_writes(path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_waits_for_images_for_ever_stops_with_a_checkpoint(
-    workers, number, zygote, tmp_path
+    workers, number, command_server, tmp_path
 ):
     image_folder, out = write_pictures(tmp_path / "pictures", number=8), tmp_path / "run"
     given = (*image_run_arguments(image_folder, out, workers), "--optim.epochs", "100000")
-    running = zygote.start(*given, whole=True)
+    running = command_server.start(*given, as_program=True)
     metrics = out / run_log.METRICS
-    until(lambda: metrics.is_file() and run_log.read(metrics))
+    wait_until(lambda: metrics.is_file() and run_log.read(metrics))
     for path in sorted(image_folder.rglob("*.*")):
         nobody_writes(path)
-    until(lambda: waits(running.pid))
+    wait_until(lambda: waits(running.pid))
     running.signal(number)
     done = assert_ends(running, 128 + number)
     assert signal.Signals(number).name in done.err
@@ -76,13 +76,15 @@ def never_read(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def runs(zygote, image_folder, tmp_path_factory) -> dict[int, Path]:
+def runs(command_server, image_folder, tmp_path_factory) -> dict[int, Path]:
     """A finished run that is evaluated with this number of workers."""
     found = {}
     for workers in (0, 2):
         out = tmp_path_factory.mktemp("runs") / f"workers-{workers}"
         assert (
-            zygote.run(*image_run_arguments(image_folder, out, workers), "--optim.epochs", "1").code
+            command_server.run(
+                *image_run_arguments(image_folder, out, workers), "--optim.epochs", "1"
+            ).code
             == 0
         )
         found[workers] = out
@@ -99,7 +101,7 @@ def test_a_command_that_waits_for_images_for_ever_stops(
     given = {"evaluate": runs[workers], "check-data": image_folder}
     assert run_command(command, [str(given[command])], f"deit {command}") == 130
     assert "SIGINT" in capfd.readouterr().err
-    until(lambda: child_processes() == before)
+    wait_until(lambda: child_processes() == before)
 
 
 def test_a_decoding_that_waits_for_ever_stops(image_folder, never_read, tmp_path, capfd):
@@ -116,14 +118,14 @@ def test_a_decoding_that_waits_for_ever_stops(image_folder, never_read, tmp_path
 
 
 @pytest.mark.fault("E5")
-def test_of_two_processes_neither_waits_for_images_for_ever(zygote, tmp_path):
+def test_of_two_processes_neither_waits_for_images_for_ever(command_server, tmp_path):
     image_folder, out = write_pictures(tmp_path / "pictures", number=8), tmp_path / "run"
     given = (*image_run_arguments(image_folder, out, 1), "--optim.epochs", "100000")
-    both = zygote.start_together(*given, whole=True)
-    until(lambda: run_folder.list_checkpoints(out))
+    both = command_server.start_processes(*given, as_program=True)
+    wait_until(lambda: run_folder.list_checkpoints(out))
     for path in image_folder.rglob("*.*"):
         nobody_writes(path)
-    until(lambda: all(waits(one.pid) for one in both))
+    wait_until(lambda: all(waits(one.pid) for one in both))
     for one in both:
         one.signal(signal.SIGTERM)
     for one in both:

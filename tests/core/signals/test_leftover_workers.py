@@ -13,7 +13,7 @@ from deit.core.errors import StoppedBySignal
 from deit.datasets.decode_workers import Reader
 from deit.training.train import train
 from tests.helpers.leftovers import child_processes
-from tests.helpers.processes import until
+from tests.helpers.processes import wait_until
 from tests.helpers.resume_helpers import stop_at
 from tests.helpers.small_runs import image_run_config
 
@@ -25,12 +25,12 @@ def test_a_call_from_python_leaves_no_worker(image_folder, tmp_path):
     """However it ends: a notebook goes on after it."""
     config, before = image_run_config(image_folder, 2), child_processes()
     stop_at(config, tmp_path / "stopped", "update:2:term")
-    until(lambda: child_processes() == before)
+    wait_until(lambda: child_processes() == before)
     train(config, tmp_path / "done")
-    until(lambda: child_processes() == before)
+    wait_until(lambda: child_processes() == before)
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         stop_at(config, tmp_path / "full", "update:2:full")
-    until(lambda: child_processes() == before)
+    wait_until(lambda: child_processes() == before)
 
 
 @pytest.mark.fault("E19")
@@ -55,7 +55,7 @@ def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(image_folder
 
         def ask():
             try:
-                until(lambda: reader._workers and len(reader._workers.processes) == 2)
+                wait_until(lambda: reader._workers and len(reader._workers.processes) == 2)
             finally:
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
 
@@ -71,7 +71,7 @@ def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(image_folder
             asking.join()
             signal.signal(signal.SIGALRM, previous)
         assert len(child_processes() - before) == 2
-    until(lambda: child_processes() == before)
+    wait_until(lambda: child_processes() == before)
 
 
 def test_killed_workers_leave_no_temporary_folders(image_folder, monkeypatch, tmp_path):

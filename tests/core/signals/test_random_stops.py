@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deit.core import run_log
-from tests.helpers.command_server import Zygote
+from tests.helpers.command_server import CommandServer
 from tests.helpers.leftovers import assert_no_leftovers
 from tests.helpers.processes import ROOT, Completed
 from tests.helpers.small_runs import ON_PICTURES, image_run_arguments
@@ -51,14 +51,16 @@ def of_kind(kind: int, image_folder: Path, out: Path) -> tuple[str, ...]:
 @pytest.mark.fault("A15")
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_two_hundred_stops_at_random_moments(seed, zygote: Zygote, image_folder, tmp_path):
+def test_two_hundred_stops_at_random_moments(
+    seed, command_server: CommandServer, image_folder, tmp_path
+):
     """Of real processes, from their first moment on: each ends with the code of its signal and
     leaves nothing behind, and what it leaves in its folder is resumed to the same bits. A row for
     each is in stops.jsonl of the test's folder (--basetemp)."""
     moments = random.Random(seed)
     straight = [tmp_path / f"straight-{kind}" for kind in range(4)]
     for kind, out in enumerate(straight):
-        assert zygote.run(*of_kind(kind, image_folder, out)).code == 0
+        assert command_server.run(*of_kind(kind, image_folder, out)).code == 0
     rows, wrong, number = [], [], 0
     while sum(row["code"] != 0 for row in rows) < MOMENTS:  # of others the end came first
         number += 1
@@ -89,7 +91,7 @@ def test_two_hundred_stops_at_random_moments(seed, zygote: Zygote, image_folder,
         # Before our first line runs, Python dies of the signal itself, or says where it was.
         right = code in (128 + sent, -sent, 0) and ("Traceback" not in text or not out.exists())
         begun = out.exists()
-        same = code == 0 or same_as(straight[kind], out, zygote.run(*given))
+        same = code == 0 or same_as(straight[kind], out, command_server.run(*given))
         row = {"kind": kind, "signal": sent.name, "everybody": everybody, "after_s": after}
         row |= {"code": code, "ended_s": took, "begun": begun, "same_bits": same}
         rows.append(row)

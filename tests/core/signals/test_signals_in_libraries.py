@@ -17,20 +17,20 @@ from deit.core import parent_process
 from deit.core.errors import SystemFault
 from deit.core.signals import GracefulStop
 from tests.helpers.leftovers import assert_no_leftovers
-from tests.helpers.processes import ROOT, STUCK_TEACHER, fresh, until
+from tests.helpers.processes import ROOT, STUCK_TEACHER, run_python, wait_until
 from tests.helpers.small_runs import image_run_arguments
 
 pytest.importorskip("sklearn")
 
 
 @pytest.mark.fault("A12")
-def test_a_second_signal_ends_what_is_stuck_in_a_library(zygote, image_folder, tmp_path):
+def test_a_second_signal_ends_what_is_stuck_in_a_library(command_server, image_folder, tmp_path):
     """Python obeys a signal when the library returns, which this one does not."""
     (tmp_path / "stuck.py").write_text(STUCK_TEACHER)
     given = image_run_arguments(image_folder, tmp_path / "run", 2)
     given += ("--loss", "deit-hard", "--teacher.source", f"{tmp_path / 'stuck.py'}:teacher")
-    running = zygote.start(*given, "--student.name", "deit_micro", whole=True)
-    until(lambda: "stuck" in running.out.read_text())
+    running = command_server.start(*given, "--student.name", "deit_micro", as_program=True)
+    wait_until(lambda: "stuck" in running.out.read_text())
     running.signal(signal.SIGINT)
     time.sleep(stop_signals.SAME_SIGNAL_S + 2)
     running.signal(signal.SIGINT)
@@ -149,7 +149,7 @@ sys.exit(cli.program())
 
 def test_a_command_that_still_imports_leaves_at_once(tmp_path):
     asks_to_stop(tmp_path, "time.sleep(1000)")
-    done = fresh(IMPORTS, path=tmp_path)
+    done = run_python(IMPORTS, path=tmp_path)
     assert done.code == 143
     (line,) = done.err.splitlines()
     assert line.startswith("deit: error: ")
@@ -234,7 +234,7 @@ sys.exit(code)
 
 
 def test_a_request_to_save_does_not_kill_a_process_that_is_done():
-    done = fresh(WARNED)
+    done = run_python(WARNED)
     assert (done.code, done.err) == (0, "")
 
 
@@ -243,7 +243,9 @@ def test_a_shell_with_accelerates_variables_is_no_launcher(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for name in ("TORCHELASTIC_RUN_ID", parent_process.PARALLEL_RUNS_ENV):
         monkeypatch.delenv(name, raising=False)
-    done = fresh("from deit.core import parent_process as launcher; print(launcher.has_launcher())")
+    done = run_python(
+        "from deit.core import parent_process as launcher; print(launcher.has_launcher())"
+    )
     assert (done.code, done.out) == (0, "False\n"), done.err
 
 
@@ -258,7 +260,7 @@ sys.exit(program())
 
 @pytest.mark.fault("E18")
 def test_a_thread_of_a_library_does_not_keep_a_process_that_is_done():
-    done = fresh(HELD)
+    done = run_python(HELD)
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("deit ")
 
@@ -287,5 +289,5 @@ print(cli.run_command("recipes", [], "deit recipes"), "and the notebook is there
 
 
 def test_a_program_that_calls_a_command_is_not_ended_by_a_second_signal():
-    done = fresh(TWICE)
+    done = run_python(TWICE)
     assert (done.code, done.out) == (0, "130 and the notebook is there\n"), done.err

@@ -15,7 +15,7 @@ from deit.core import run_folder
 from deit.core.parent_process import SAME_SIGNAL_S
 from tests.helpers.images import write_pictures
 from tests.helpers.leftovers import left
-from tests.helpers.processes import ROOT, STUCK_TEACHER, until
+from tests.helpers.processes import ROOT, STUCK_TEACHER, wait_until
 from tests.helpers.small_runs import ON_PICTURES
 
 DATA = ("--data.num_workers", "2", "--run.save_every_steps", "1")
@@ -68,7 +68,7 @@ def stopped(
             start_new_session=True,
         )
         try:
-            until(lambda: process.poll() is not None or learning(out) == runs)
+            wait_until(lambda: process.poll() is not None or learning(out) == runs)
             assert process.poll() is None, said.seek(0) or said.read()
             assert those_of(out)
             send = os.killpg if everybody else os.kill
@@ -114,7 +114,7 @@ def test_runs_of_one_command_end_with_it(
     assert "Traceback" not in said
     (line,) = [line for line in said.splitlines() if line.startswith("deit: error: ")]
     assert signal.Signals(number).name in line
-    until(lambda: not those_of(out))
+    wait_until(lambda: not those_of(out))
 
 
 @pytest.mark.fault("A12")
@@ -132,18 +132,18 @@ def test_a_run_that_is_stuck_ends_with_the_second_signal_to_its_command(place, t
         start_new_session=True,
     )
     try:
-        until(
+        wait_until(
             lambda: (
                 process.poll() is not None or (says(out, "distilled", "stuck") and learning(out))
             )
         )
         process.send_signal(signal.SIGTERM)
-        until(lambda: process.poll() is not None or says(out, "undistilled", "SIGTERM"))
+        wait_until(lambda: process.poll() is not None or says(out, "undistilled", "SIGTERM"))
         assert process.poll() is None
         time.sleep(SAME_SIGNAL_S + 3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=300) == 128 + signal.SIGTERM
-        until(lambda: not left(process.pid), timeout=60)
+        wait_until(lambda: not left(process.pid), timeout=60)
     finally:
         for one in left(process.pid):
             one.kill()
@@ -169,4 +169,4 @@ def test_processes_of_torchrun_end_with_their_workers(number, everybody, place, 
     (line,) = [line for line in said.splitlines() if line.startswith("deit: error: ")]
     assert signal.Signals(number).name in line
     assert "--resume" in line
-    until(lambda: not those_of(out))
+    wait_until(lambda: not those_of(out))

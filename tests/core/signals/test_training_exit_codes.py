@@ -6,7 +6,7 @@ import pytest
 
 from deit.core import fault_injection, run_folder
 from tests.helpers.leftovers import assert_ends
-from tests.helpers.processes import until
+from tests.helpers.processes import wait_until
 from tests.helpers.small_runs import image_run_arguments
 
 pytest.importorskip("sklearn")
@@ -25,10 +25,12 @@ CODES = {"int": 130, "term": 143, "hup": 129, "memory": 5, "kill": -signal.SIGKI
     ],
 )
 def test_a_training_ends_with_its_code_and_leaves_nothing(
-    workers, fault, zygote, image_folder, tmp_path
+    workers, fault, command_server, image_folder, tmp_path
 ):
     given = image_run_arguments(image_folder, tmp_path / "run", workers)
-    assert_ends(zygote.start(*given, whole=True, DEIT_FAULT=fault), CODES[fault.split(":")[2]])
+    assert_ends(
+        command_server.start(*given, as_program=True, DEIT_FAULT=fault), CODES[fault.split(":")[2]]
+    )
 
 
 @pytest.mark.slow
@@ -36,34 +38,39 @@ def test_a_training_ends_with_its_code_and_leaves_nothing(
 @pytest.mark.parametrize(
     "point", sorted(set(fault_injection.POINTS) - {"answers", "targets", "fit"})
 )
-def test_a_training_ends_at_every_fault_point(point, workers, zygote, image_folder, tmp_path):
+def test_a_training_ends_at_every_fault_point(
+    point, workers, command_server, image_folder, tmp_path
+):
     """Those of stored targets and of run.auto_micro_batch have their own tests."""
     given = image_run_arguments(image_folder, tmp_path / "run", workers)
     more = ("--optim.ema_epochs", "1", "--run.save_every_steps", "2")
     fault = f"{point}:1:term" + (",loss:2:nan" if point == "anomalies" else "")
-    assert_ends(zygote.start(*given, *more, whole=True, DEIT_FAULT=fault), 143)
-    assert zygote.run(*given, *more).code == 0
+    assert_ends(command_server.start(*given, *more, as_program=True, DEIT_FAULT=fault), 143)
+    assert command_server.run(*given, *more).code == 0
 
 
-def test_a_full_disk_ends_it_wherever_that_is_noticed(zygote, image_folder, tmp_path):
+def test_a_full_disk_ends_it_wherever_that_is_noticed(command_server, image_folder, tmp_path):
     given = image_run_arguments(image_folder, tmp_path / "run", 2)
-    done = assert_ends(zygote.start(*given, whole=True, DEIT_FAULT="update:3:full"), 5)
+    done = assert_ends(command_server.start(*given, as_program=True, DEIT_FAULT="update:3:full"), 5)
     assert "No space left on device" in done.err
     assert "--debug" in done.err
 
 
-def test_the_end_of_training_is_the_end(zygote, image_folder, tmp_path):
+def test_the_end_of_training_is_the_end(command_server, image_folder, tmp_path):
     assert_ends(
-        zygote.start(*image_run_arguments(image_folder, tmp_path / "run", 2), whole=True), 0
+        command_server.start(
+            *image_run_arguments(image_folder, tmp_path / "run", 2), as_program=True
+        ),
+        0,
     )
 
 
 @pytest.mark.fault("A11")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_targets_stop_between_and_within_blocks(workers, zygote, image_folder, tmp_path):
+def test_targets_stop_between_and_within_blocks(workers, command_server, image_folder, tmp_path):
     teacher = tmp_path / "teacher"
     given = image_run_arguments(image_folder, teacher, 0)
-    assert zygote.run(*given, "--optim.epochs", "1").code == 0
+    assert command_server.run(*given, "--optim.epochs", "1").code == 0
     write = ("targets", "write", *given[1:-3], "--data.num_workers", workers)
     write += (
         "--loss",
@@ -73,14 +80,14 @@ def test_targets_stop_between_and_within_blocks(workers, zygote, image_folder, t
         "--teacher.allow_near_chance",
     )
     write += ("--student.name", "deit_micro", "--out", tmp_path / "store")
-    assert_ends(zygote.start(*write, whole=True, DEIT_FAULT="answers:2:int"), 130)
-    assert_ends(zygote.start(*write, whole=True), 0)
+    assert_ends(command_server.start(*write, as_program=True, DEIT_FAULT="answers:2:int"), 130)
+    assert_ends(command_server.start(*write, as_program=True), 0)
 
 
-def test_two_processes_with_workers_stop_together(zygote, image_folder, tmp_path):
+def test_two_processes_with_workers_stop_together(command_server, image_folder, tmp_path):
     given = (*image_run_arguments(image_folder, tmp_path / "run", 2), "--optim.epochs", "100000")
-    both = zygote.start_together(*given, whole=True)
-    until(lambda: run_folder.list_checkpoints(tmp_path / "run"))
+    both = command_server.start_processes(*given, as_program=True)
+    wait_until(lambda: run_folder.list_checkpoints(tmp_path / "run"))
     for one in both:
         one.signal(signal.SIGTERM)
     for one in both:
@@ -88,9 +95,9 @@ def test_two_processes_with_workers_stop_together(zygote, image_folder, tmp_path
 
 
 @pytest.mark.fault("A15")
-def test_workers_end_when_their_process_is_killed(zygote, image_folder, tmp_path):
+def test_workers_end_when_their_process_is_killed(command_server, image_folder, tmp_path):
     given = (*image_run_arguments(image_folder, tmp_path / "run", 2), "--optim.epochs", "100000")
-    running = zygote.start(*given, whole=True)
-    until(lambda: run_folder.list_checkpoints(tmp_path / "run"))
+    running = command_server.start(*given, as_program=True)
+    wait_until(lambda: run_folder.list_checkpoints(tmp_path / "run"))
     running.signal(signal.SIGKILL)
     assert_ends(running, -signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 import re
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,9 @@ from deit.datasets.sources import SOURCES
 from deit.datasets.splits import channel_statistics, load_splits, select_fraction
 from tests.helpers.errors import raises
 from tests.helpers.images import folder_data, write_class_folders
+from tests.helpers.processes import ROOT
 
-TINY = Path(__file__).parents[3] / "shared" / "data" / "tiny-imagenet-200.part1of4.tar.xz"
+TINY = ROOT.parent / "shared" / "data" / "tiny-imagenet-200.part1of4.tar.xz"
 
 
 def test_names_of_configuration_and_sources_agree():

@@ -185,8 +185,8 @@ def test_the_card_tells_it_and_its_snippet_runs(runs, folders, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_the_command_from_elsewhere(runs, zygote, tmp_path):
-    done = zygote.run(
+def test_the_command_from_elsewhere(runs, command_server, tmp_path):
+    done = command_server.run(
         *("quantize", runs / "plain", "--method", "dynamic", "--out", "q", "--max-drop", "100"),
         cwd=tmp_path,
     )

@@ -44,11 +44,14 @@ def store(teachers, tmp_path_factory):
 
 
 @pytest.fixture(scope="package")
-def single_process_store(teachers, zygote, tmp_path_factory):
+def single_process_store(teachers, command_server, tmp_path_factory):
     """A store written by one process."""
     out = tmp_path_factory.mktemp("alone") / "store"
     assert (
-        zygote.run("targets", "write", *write_arguments(teachers[0], out), **SMALL_UNITS).code == 0
+        command_server.run(
+            "targets", "write", *write_arguments(teachers[0], out), **SMALL_UNITS
+        ).code
+        == 0
     )
     assert open_store(out).layout.num_shards == 3
     return out

@@ -29,13 +29,13 @@ pytest.importorskip("sklearn")
 
 @pytest.mark.fault("A7")
 def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
-    single_process_store, teachers, tmp_path, zygote
+    single_process_store, teachers, tmp_path, command_server
 ):
     """kill -9 at random moments until a writer is left to finish; two shards at once."""
     killed = tmp_path / "killed"
 
     def write(out, *more):
-        return zygote.start(
+        return command_server.start(
             "targets", "write", *write_arguments(teachers[0], out, *more), **SMALL_UNITS
         )
 
@@ -61,13 +61,13 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
 
 @pytest.mark.fault("A7", "A11")
 def test_sigterm_in_the_middle_keeps_what_is_written(
-    single_process_store, teachers, tmp_path, zygote
+    single_process_store, teachers, tmp_path, command_server
 ):
     stopped = tmp_path / "stopped"
 
     def write(fault=""):
         words = write_arguments(teachers[0], stopped)
-        return zygote.run("targets", "write", *words, DEIT_FAULT=fault, **SMALL_UNITS)
+        return command_server.run("targets", "write", *words, DEIT_FAULT=fault, **SMALL_UNITS)
 
     done = write("targets:2:term")
     assert done.code == 143

@@ -71,18 +71,20 @@ def test_parts_written_apart_make_the_same_bytes(order, teachers, store, tmp_pat
 
 
 @pytest.mark.fault("D9")
-def test_two_processes_write_the_same_bytes(single_process_store, teachers, zygote, tmp_path):
+def test_two_processes_write_the_same_bytes(
+    single_process_store, teachers, command_server, tmp_path
+):
     together = tmp_path / "together"
-    again = zygote.run(
+    again = command_server.run(
         "targets", "write", *write_arguments(teachers[0], single_process_store), **SMALL_UNITS
     )
     assert again.code == 0
     assert "images/s" not in again.out  # the teacher is not asked
     assert again.out.count(f"--teacher.target_stores {single_process_store}") == 1
     _, following = again.out.split("next: deit ")
-    used = zygote.run(*shlex.split(following), "--dry-run", **SMALL_UNITS)
+    used = command_server.run(*shlex.split(following), "--dry-run", **SMALL_UNITS)
     assert used.code == 0, used.err
-    done = zygote.together(
+    done = command_server.run_processes(
         "targets", "write", *write_arguments(teachers[0], together), **SMALL_UNITS
     )
     assert [one.code for one in done] == [0, 0], done
@@ -181,7 +183,7 @@ def test_what_cannot_be_written_is_refused(teachers, tmp_path):
 
 
 def test_a_disk_without_room_for_the_store_is_refused_before_anything_is_asked(
-    teachers, tmp_path, zygote, monkeypatch
+    teachers, tmp_path, command_server, monkeypatch
 ):
     import shutil as system
     from collections import namedtuple
@@ -194,7 +196,7 @@ def test_a_disk_without_room_for_the_store_is_refused_before_anything_is_asked(
     )
     assert not (tmp_path / "s").exists()
     monkeypatch.undo()
-    done = zygote.run(
+    done = command_server.run(
         *("targets", "write", *write_arguments(teachers[0], tmp_path / "s")),
         DEIT_FAULT="targets:2:full",
         **SMALL_UNITS,

@@ -17,7 +17,7 @@ import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.helpers.command_server import Zygote
+from tests.helpers.command_server import CommandServer
 from tests.helpers.leftovers import left
 from tests.helpers.odd_input.tries import Try, prepare
 
@@ -42,16 +42,16 @@ class Outcome(NamedTuple):
     damage: tuple[str, ...] = ()
 
 
-def run_try(one: Try, zygote: Zygote, things_at: Path, folder: Path) -> Outcome:
+def run_try(one: Try, command_server: CommandServer, things_at: Path, folder: Path) -> Outcome:
     """Run a try in a folder that is made for it, and judge it."""
     damage = prepare(one, things_at, folder)
     report = folder.with_name(f"{folder.name}.report")
     question = {**one._asdict(), "report": str(report), "program": "deit"}
     _give(folder)
-    zygote.run(
+    command_server.run(
         cwd=folder,
-        FORKS_FIRST="tests.helpers.odd_input.run:be_nobody",
-        FORKS_MAIN="tests.helpers.odd_input.run:supervise",
+        SETUP_FUNCTION="tests.helpers.odd_input.run:be_nobody",
+        MAIN_FUNCTION="tests.helpers.odd_input.run:supervise",
         FORKS_QUESTION=json.dumps(question),
     )
     found = json.loads(report.read_text())
@@ -94,7 +94,7 @@ def be_nobody() -> None:
 def supervise() -> int:
     """Run a try in a process of its own, end what does not end, and report."""
     question = json.loads(os.environ.pop("FORKS_QUESTION"))
-    for name in ("FORKS_FIRST", "FORKS_MAIN"):
+    for name in ("SETUP_FUNCTION", "MAIN_FUNCTION"):
         os.environ.pop(name)
     terminal, inside = os.openpty()
     out = os.open(f"{question['report']}.out", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)

@@ -6,7 +6,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from tests.helpers.command_server import Zygote
+from tests.helpers.command_server import CommandServer
 
 _DATA = "--data.root pics --data.image_size 8"
 _TINY = (
@@ -50,7 +50,7 @@ _MADE = {
 _FAULTS = {"begun": "update:5:term"}
 
 
-def make_things(zygote: Zygote, folder: Path) -> None:
+def make_things(command_server: CommandServer, folder: Path) -> None:
     """Fill a folder with everything that tries work on: pictures, runs, a store, a sweep, files."""
     import torch  # its tensors only, in whichever process this is
     from PIL import Image
@@ -70,7 +70,7 @@ def make_things(zygote: Zygote, folder: Path) -> None:
         (folder / name).write_text(text)
     for name, words in _MADE.items():
         fault = {"DEIT_FAULT": _FAULTS[name]} if name in _FAULTS else {}
-        done = zygote.run(*words.split(), "--out", name, cwd=folder, **fault)
+        done = command_server.run(*words.split(), "--out", name, cwd=folder, **fault)
         assert done.code == (143 if fault else 0), f"{name}: {done.err}"
     shutil.copy(folder / "run" / "best" / "model.safetensors", folder / "weights.safetensors")
     shutil.copy(folder / "run" / "config.json", folder / "config.json")

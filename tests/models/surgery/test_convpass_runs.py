@@ -335,15 +335,15 @@ def test_a_pruned_base_stays_pruned(place, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
-def test_two_processes_train_and_save_the_same_part(place, zygote, tmp_path, shard):
+def test_two_processes_train_and_save_the_same_part(place, command_server, tmp_path, shard):
     """Divided or not; and go on, where only the base can say what the rest was."""
     words = ["finetune", "--from", place / "base", "--schedule", "convpass", "--loss", "none"]
     words += ["--optim.epochs", "2", "--optim.ema_epochs", "1", "--run.sharding", shard]
     words += ["--run.timeout_s", "30", "--out", tmp_path / "run"]
     two = {"processes": 2, "of_node": 2, "cwd": tmp_path}
-    done = zygote.together(*words, DEIT_FAULT="metrics:1:term", **two)
+    done = command_server.run_processes(*words, DEIT_FAULT="metrics:1:term", **two)
     assert [one.code for one in done] == [143, 143], done[0].err + done[1].err
-    done = zygote.together(*words, "--resume", **two)
+    done = command_server.run_processes(*words, "--resume", **two)
     assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
     folder, before = (
         run_folder.latest_checkpoint(tmp_path / "run"),

@@ -172,12 +172,12 @@ def test_a_copy_has_ranges_of_its_own():
     assert torch.equal(network(random_batch(8)), expected)
 
 
-def test_a_graph_answers_the_same(zygote, tmp_path):
+def test_a_graph_answers_the_same(command_server, tmp_path):
     """In a process of its own: where something was compiled or exported before, PyTorch 2.15 may
     find no kernel for shapes alone for its own roundings."""
     script = tmp_path / "alike.py"
     script.write_text(f"from {__name__} import compiled_alike\n\ncompiled_alike()\n")
-    done = zygote.run(script=str(script))
+    done = command_server.run(script=str(script))
     assert done.code == 0, done.err
 
 

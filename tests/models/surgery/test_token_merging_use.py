@@ -242,9 +242,9 @@ def test_several_numbers_make_one_table(runs, tmp_path, capsys):
         assert picture.width > 500
 
 
-def test_a_single_number_is_said_in_the_title(zygote, runs, tmp_path):
+def test_a_single_number_is_said_in_the_title(command_server, runs, tmp_path):
     words = (runs / "student", "--merge-tokens", "4", "--json", tmp_path / "f.json")
-    done = zygote.run(*words, script="evaluate_deit.py")
+    done = command_server.run(*words, script="evaluate_deit.py")
     assert done.code == 0, done.err
     assert re.search(r"\b8 px\b.*\b4 tokens\b", " ".join(done.out.split()))
     assert "14, 10" in done.out

@@ -258,10 +258,10 @@ def test_a_whole_student_becomes_one_that_shares(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, zygote):
+def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, command_server):
     teacher = tmp_path / "teacher"
     words = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--out", teacher)
-    assert zygote.run("train", "digits-teacher", *words, cwd=tmp_path).code == 0
+    assert command_server.run("train", "digits-teacher", *words, cwd=tmp_path).code == 0
     config = digits().replace(
         data={"train_fraction": 0.2},
         student={
@@ -288,7 +288,7 @@ def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, zygote
     assert len(moved) == 2 * 4
     student, _ = load_student(tmp_path / "straight" / "best")
     assert isinstance(student.network.blocks[3].attn, MixedAttention)
-    done = zygote.run(
+    done = command_server.run(
         "evaluate", tmp_path / "straight", "--json", tmp_path / "e.json", cwd=tmp_path
     )
     assert done.code == 0, done.err
@@ -297,11 +297,11 @@ def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, zygote
     )
 
 
-def test_pruning_blocks_that_share_is_refused(tmp_path, zygote):
+def test_pruning_blocks_that_share_is_refused(tmp_path, command_server):
     words = ("--loss", "none", "--student.shared_block_size", "2", "--optim.epochs", "2")
     words = (*words, "--optim.warmup_epochs", "1", "--data.train_fraction", "0.2", "--out", "run")
-    assert zygote.run("train", "digits", *words, cwd=tmp_path).code == 0
-    done = zygote.run("prune", "run", "--out", "out", cwd=tmp_path)
+    assert command_server.run("train", "digits", *words, cwd=tmp_path).code == 0
+    done = command_server.run("prune", "run", "--out", "out", cwd=tmp_path)
     assert done.code == 2
     assert "run: student.shared_block_size = 2" in done.err
 
