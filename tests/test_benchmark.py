@@ -16,9 +16,9 @@ SCRIPT = "scripts/benchmark.py"
 
 
 def benchmark(folder, *arguments, what="data"):
-    words = (what, "--rounds", "1", "--seconds", "0.05", *arguments)
-    done = shared_server().run(*words, cwd=folder, script=SCRIPT, CUDA_VISIBLE_DEVICES="")
-    return subprocess.CompletedProcess(words, done.code, done.out, done.err)
+    command = (what, "--rounds", "1", "--seconds", "0.05", *arguments)
+    done = shared_server().run(*command, cwd=folder, script=SCRIPT, CUDA_VISIBLE_DEVICES="")
+    return subprocess.CompletedProcess(command, done.code, done.out, done.err)
 
 
 def test_rows_hold_both_sides_and_the_file_says_where_they_were_measured(tmp_path):
@@ -62,7 +62,7 @@ def test_targets_are_measured_beside_no_teacher_and_beside_its_forward_pass(tmp_
 
 
 @pytest.mark.parametrize(
-    ("words", "names"),
+    ("arguments", "names"),
     [
         (("--json", "there.json"), ("--json there.json", "--force")),
         (("--json", "."), ("--json .",)),
@@ -70,9 +70,9 @@ def test_targets_are_measured_beside_no_teacher_and_beside_its_forward_pass(tmp_
         (("--threads", "-1"), ("--threads", "-1")),
     ],
 )
-def test_mistakes_are_told_before_anything_is_measured(words, names, tmp_path):
+def test_mistakes_are_told_before_anything_is_measured(arguments, names, tmp_path):
     (tmp_path / "there.json").write_text("mine")
-    done = benchmark(tmp_path, *words)
+    done = benchmark(tmp_path, *arguments)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]  # behind the usage, which names every option
     for name in names:
@@ -120,20 +120,20 @@ def test_what_a_sweep_saves_is_the_median_of_the_turns(tmp_path, monkeypatch, ca
     """Each run of the grid by itself on one side, the grid on the other, sides by turns."""
     asked = []
 
-    def took(*words, folder):
-        asked.append(words)
-        if words[0] == "sweep":
-            grid = json.loads((folder / words[1]).read_text())["grid"]
+    def took(*arguments, folder):
+        asked.append(arguments)
+        if arguments[0] == "sweep":
+            grid = json.loads((folder / arguments[1]).read_text())["grid"]
             assert grid == sweep_cost.GRID
-        return {"train": 2.0, "sweep": 6.0 + len(asked)}[words[0]]
+        return {"train": 2.0, "sweep": 6.0 + len(asked)}[arguments[0]]
 
     monkeypatch.setattr(sweep_cost, "deit", took)
     monkeypatch.setattr("sys.argv", ["sweep_cost.py", "--json", str(tmp_path / "cost.json")])
     sweep_cost.main()
-    names = [words[0] for words in asked]
+    names = [arguments[0] for arguments in asked]
     turn = ["train"] * 12
     assert names == ["train", "sweep", *turn, *turn, "sweep", "sweep", *turn]
-    assert len({words[1:] for words in asked[2:14]}) == 12
+    assert len({arguments[1:] for arguments in asked[2:14]}) == 12
     found = json.loads((tmp_path / "cost.json").read_text())
     sweeps = [6 + at for at, name in enumerate(names, start=1) if name == "sweep"]
     assert found["pairs_s"] == [[sweep, 24] for sweep in sweeps]

@@ -28,8 +28,8 @@ def test_every_run_becomes_a_run_of_the_sweep(command_server, tmp_path):
     assert done.code == 0, done.err
     sweep = tmp_path / "sweep.json"
     sweep.write_text(done.out)
-    warm, alone, numbered = points_of(read_sweep(sweep), digits())
-    assert [warm.name, alone.name, numbered.name] == list(grid)
+    warm, without_teacher, numbered = points_of(read_sweep(sweep), digits())
+    assert [warm.name, without_teacher.name, numbered.name] == list(grid)
     loss, optim = warm.config.loss, warm.config.optim
     assert (loss.kind, loss.temperature, loss.head) == ("cross_entropy", 10.0, "all")
     weights = (loss.effective_label_weight, loss.distillation_weight, loss.label_smoothing)
@@ -37,8 +37,11 @@ def test_every_run_becomes_a_run_of_the_sweep(command_server, tmp_path):
     assert (optim.lr, optim.epochs) == (0.01, 7)
     unseen = ("6", "7", "8", "9")
     assert warm.config.data.unseen_classes == numbered.config.data.unseen_classes == unseen
-    assert alone.config.data.unseen_classes == ()
-    assert (alone.config.loss.kind, alone.config.loss.label_smoothing) == ("none", 0)
+    assert without_teacher.config.data.unseen_classes == ()
+    assert (without_teacher.config.loss.kind, without_teacher.config.loss.label_smoothing) == (
+        "none",
+        0,
+    )
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,11 @@ def place(tmp_path_factory):
 
 def as_ours(command):
     """(name of our command, its arguments) of a README command line, or None."""
-    words = shlex.split(command)
-    if words[0] == "python" and words[1].endswith("_deit.py"):
-        return words[1].removesuffix("_deit.py"), words[2:]
-    if words[0] == "deit" and words[1] in COMMANDS:
-        return words[1], words[2:]
+    arguments = shlex.split(command)
+    if arguments[0] == "python" and arguments[1].endswith("_deit.py"):
+        return arguments[1].removesuffix("_deit.py"), arguments[2:]
+    if arguments[0] == "deit" and arguments[1] in COMMANDS:
+        return arguments[1], arguments[2:]
     return None
 
 
@@ -150,40 +150,42 @@ def test_our_commands_run_in_the_readmes_order(place, command_server):
 
 
 def test_the_other_commands_are_real(place, command_server):
-    words = ("digits-teacher", *SMALL["digits-teacher"], "--out", "taught")
-    teacher = command_server.run("train", *words, cwd=place)
+    arguments = ("digits-teacher", *SMALL["digits-teacher"], "--out", "taught")
+    teacher = command_server.run("train", *arguments, cwd=place)
     assert teacher.code == 0, teacher.err
     for command in OTHERS:
-        words = shlex.split(command)
-        if words[0] == "make":
+        arguments = shlex.split(command)
+        if arguments[0] == "make":
             planned = subprocess.run(
-                ["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True
+                ["make", "-n", *arguments[1:]], cwd=ROOT, capture_output=True, text=True, check=True
             ).stdout
-            assert {"quickstart": "deit compare digits", "test": "-m pytest"}[words[1]] in planned
-        elif words[0] in ("torchrun", "accelerate"):
-            dry_run(words, place, command_server)
-        elif words[:2] == ["python", "scripts/benchmark.py"]:
+            assert {"quickstart": "deit compare digits", "test": "-m pytest"}[
+                arguments[1]
+            ] in planned
+        elif arguments[0] in ("torchrun", "accelerate"):
+            dry_run(arguments, place, command_server)
+        elif arguments[:2] == ["python", "scripts/benchmark.py"]:
             # It takes minutes: here its options, in test_benchmark.py what it does.
-            script, *options = words[1:]
+            script, *options = arguments[1:]
             done = command_server.run(*options, "--rows", "no such row", script=script, cwd=ROOT)
             assert "no such row" in done.err
         else:
-            assert words[0] == "source" or words[:2] in (
+            assert arguments[0] == "source" or arguments[:2] in (
                 ["pip", "install"],
                 ["python", "scripts/results.py"],
             )
 
 
-def dry_run(words, place, command_server):
+def dry_run(arguments, place, command_server):
     """Run what a launcher's line starts for one step, on the CPU; the launcher's own parser reads
     the line. (test_peers.py runs the script by both launchers themselves.)"""
-    if words[0] == "torchrun":
-        asked = get_args_parser().parse_args(words[1:])
+    if arguments[0] == "torchrun":
+        asked = get_args_parser().parse_args(arguments[1:])
         number, recipe, environment = int(asked.nproc_per_node), asked.training_script_args, {}
         assert number == 2
     else:
-        asked = launch_command_parser().parse_args(words[2:])
-        assert (words[1], asked.multi_gpu, asked.num_processes) == ("launch", True, 8)
+        asked = launch_command_parser().parse_args(arguments[2:])
+        assert (arguments[1], asked.multi_gpu, asked.num_processes) == ("launch", True, 8)
         # No eight GPUs here: one process, and a recipe without data.
         number, recipe = 1, ["digits"]
         assert asked.training_script_args[0] in RECIPES

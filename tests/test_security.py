@@ -111,13 +111,13 @@ def started(command_server, capsys):
     """Runs commands: the first in a process of its own, the others in this one, in less time."""
     first = True
 
-    def start(*words: object) -> Completed:
+    def start(*command: object) -> Completed:
         nonlocal first
         if first:
             first = False
-            return command_server.run(*words)
+            return command_server.run(*command)
         capsys.readouterr()
-        name, *arguments = map(str, words)
+        name, *arguments = map(str, command)
         code = run_command(name, arguments, f"deit {name}")
         return Completed(code, *capsys.readouterr())
 
@@ -137,8 +137,8 @@ def test_no_weight_file_runs_code(payload, started, tmp_path):
             ("finetune", "--from", file, *digits, "--loss", "none"),
             ("train", *digits, "--teacher.source", file, *ARCHITECTURE),
         )
-        for words in commands:
-            done = started(*words)
+        for command in commands:
+            done = started(*command)
             assert done.code == 4, done.err
             assert len(done.err.splitlines()) == 1
     assert not canary.exists()
@@ -161,11 +161,11 @@ def test_no_folder_of_others_runs_code(payload, started, tmp_path):
             (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
             (folder / name).write_bytes(PAYLOADS[payload](Canary(canary)))
             digits = ("digits", "--out", tmp_path / "out")
-            for words in (
+            for command in (
                 ("finetune", "--from", folder, *digits, "--loss", "none"),
                 ("train", *digits, "--teacher.source", folder),
             ):
-                done = started(*words)
+                done = started(*command)
                 assert done.code in (3, 4), done.err
     assert not canary.exists()
 
@@ -193,7 +193,7 @@ def test_code_named_in_a_run_is_not_run(run, command_server, tmp_path):
     assert json.loads((tmp_path / "found.json").read_text())["teacher"] is None
     assert f"{code}:teacher" in done.err
     (tmp_path / "p.png").write_bytes(PNG)
-    for words in (
+    for arguments in (
         ("train", folder / "config.json", "--out", tmp_path / "out"),
         ("finetune", "--from", folder, "--out", tmp_path / "out"),
         ("targets", "write", folder / "config.json", "--out", tmp_path / "out"),
@@ -201,9 +201,11 @@ def test_code_named_in_a_run_is_not_run(run, command_server, tmp_path):
         ("compare", folder / "config.json", "--out", tmp_path / "out"),
         ("predict", folder, tmp_path / "p.png", "--teacher", "run"),
     ):
-        done = command_server.run(*words)
-        assert done.code == 2, (words, done.err)
-        option = f"--teacher.source {code}:teacher" if words[0] != "predict" else "--teacher run"
+        done = command_server.run(*arguments)
+        assert done.code == 2, (arguments, done.err)
+        option = (
+            f"--teacher.source {code}:teacher" if arguments[0] != "predict" else "--teacher run"
+        )
         assert option in done.err
         assert f"{code}:teacher" in done.err
     assert not canary.exists()
@@ -224,9 +226,9 @@ def test_code_named_in_a_store_of_targets_is_not_run(command_server, tmp_path):
     teacher = ("digits-teacher", "--optim.epochs", "1", "--optim.warmup_epochs", "0", *FEW)
     assert command_server.run("train", *teacher, "--out", tmp_path / "teacher").code == 0
     store = tmp_path / "store"
-    words = ("--teacher.source", tmp_path / "teacher", "--teacher.allow_near_chance")
-    words += ("--optim.epochs", "1", "--optim.warmup_epochs", "0", *FEW)
-    done = command_server.run("targets", "write", "digits", "--out", store, *words)
+    arguments = ("--teacher.source", tmp_path / "teacher", "--teacher.allow_near_chance")
+    arguments += ("--optim.epochs", "1", "--optim.warmup_epochs", "0", *FEW)
+    done = command_server.run("targets", "write", "digits", "--out", store, *arguments)
     assert done.code == 0, done.err
     code, canary = evil(store)
     manifest = read_manifest(store)
@@ -260,9 +262,9 @@ def test_no_archive_of_pictures_runs_code(source, command_server, tmp_path):
     folder.mkdir()
     for name in names:
         (folder / name).write_bytes(payload)
-    words = ("train", f"{source}-teacher" if source == "cifar10" else source)
+    arguments = ("train", f"{source}-teacher" if source == "cifar10" else source)
     done = command_server.run(
-        *words, "--data.root", tmp_path, "--out", tmp_path / "o", "--loss=none"
+        *arguments, "--data.root", tmp_path, "--out", tmp_path / "o", "--loss=none"
     )
     assert done.code == 3, done.err
     assert not canary.exists()

@@ -9,7 +9,7 @@ from tests.helpers.small_runs import WITH_AVERAGE
 def lottery_folder(tmp_path_factory, command_server):
     """A search of two levels with a random control."""
     lottery_folder = tmp_path_factory.mktemp("landscape")
-    words = (
+    arguments = (
         "--rounds",
         "2",
         "--prune-rate",
@@ -19,7 +19,16 @@ def lottery_folder(tmp_path_factory, command_server):
         "--control-rounds",
         "2",
     )
-    words = ("lottery", "digits", *WITH_AVERAGE, *words, "--loss", "none", "--out", "search")
-    done = command_server.run(*words, "--parallel", "2", cwd=lottery_folder)
+    arguments = (
+        "lottery",
+        "digits",
+        *WITH_AVERAGE,
+        *arguments,
+        "--loss",
+        "none",
+        "--out",
+        "search",
+    )
+    done = command_server.run(*arguments, "--parallel", "2", cwd=lottery_folder)
     assert done.code == 0, done.err
     return lottery_folder

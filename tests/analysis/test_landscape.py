@@ -41,8 +41,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def looked(lottery_folder, command_server):
-    words = ("loss-landscape", "search", *FEW, "--out", "out")
-    done = command_server.run(*words, cwd=lottery_folder, SETUP_FUNCTION=f"{__name__}:few_products")
+    arguments = ("loss-landscape", "search", *FEW, "--out", "out")
+    done = command_server.run(
+        *arguments, cwd=lottery_folder, SETUP_FUNCTION=f"{__name__}:few_products"
+    )
     assert done.code == 0, done.err
     return lottery_folder / "out", done
 
@@ -233,13 +235,13 @@ def test_what_was_measured_is_not_measured_again(looked, lottery_folder, command
     (lost,) = kept.glob("dense-volume-*.json")
     same = lost.read_bytes()
     lost.unlink()
-    words = ("loss-landscape", "search", *FEW, "--out", tmp_path / "out")
-    done = command_server.run(*words, cwd=lottery_folder)
+    arguments = ("loss-landscape", "search", *FEW, "--out", tmp_path / "out")
+    done = command_server.run(*arguments, cwd=lottery_folder)
     assert done.code == 0, done.err
     after = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
     assert {name for name in after if after[name] != before[name]} == {lost.name}
     assert lost.read_bytes() == same
-    done = command_server.run(*words, "--seed", "1", cwd=lottery_folder)
+    done = command_server.run(*arguments, "--seed", "1", cwd=lottery_folder)
     assert done.code == 2
     assert f"--out {tmp_path / 'out'}" in done.err
     assert re.search(r"\bseed\b.*\b0\b.*\b1\b", done.err)
@@ -262,8 +264,8 @@ def test_the_same_weights_under_other_masks_are_measured_apart(lottery_folder, t
 
 def test_more_places_go_on_from_what_there_is(looked, lottery_folder, command_server, tmp_path):
     shutil.copytree(looked[0], tmp_path / "out")
-    words = ("--kinds", "ticket,random", "--measure", "volume", "--out", tmp_path / "out")
-    done = command_server.run("loss-landscape", "search", *FEW, *words, cwd=lottery_folder)
+    arguments = ("--kinds", "ticket,random", "--measure", "volume", "--out", tmp_path / "out")
+    done = command_server.run("loss-landscape", "search", *FEW, *arguments, cwd=lottery_folder)
     assert done.code == 0, done.err
     assert list(result(tmp_path / "out")["places"]) == [*NAMES, "random, 75.0 %"]
 
@@ -272,10 +274,10 @@ def test_more_places_go_on_from_what_there_is(looked, lottery_folder, command_se
 def test_of_other_weights_everything_is_measured_anew(lottery_folder, command_server, tmp_path):
     for level in (0, 1):
         shutil.copytree(lottery_folder / f"search/seed-0/level-{level}", tmp_path / f"run-{level}")
-    words = ("--measure", "volume", *FEW, "--checkpoint", "best", "--out", "out")
+    arguments = ("--measure", "volume", *FEW, "--checkpoint", "best", "--out", "out")
     before, after = ({}, {})
     for found in (before, after):
-        done = command_server.run("loss-landscape", "run-0", "run-1", *words, cwd=tmp_path)
+        done = command_server.run("loss-landscape", "run-0", "run-1", *arguments, cwd=tmp_path)
         assert done.code == 0, done.err
         found |= result(tmp_path / "out")["places"]
         shutil.rmtree(tmp_path / "run-1" / "best")
@@ -300,10 +302,10 @@ def test_controls_stand_beside_the_ticket_of_their_level(lottery_folder):
 def test_networks_of_other_shapes_have_no_line_between_them(
     lottery_folder, command_server, tmp_path
 ):
-    words = ("train", "digits", *WITH_AVERAGE, "--loss", "none", "--student.embed_dim", "32")
-    done = command_server.run(*words, "--out", tmp_path / "wide", cwd=lottery_folder)
+    arguments = ("train", "digits", *WITH_AVERAGE, "--loss", "none", "--student.embed_dim", "32")
+    done = command_server.run(*arguments, "--out", tmp_path / "wide", cwd=lottery_folder)
     assert done.code == 0, done.err
-    words = (
+    arguments = (
         "loss-landscape",
         "search/seed-0/level-0",
         tmp_path / "wide",
@@ -311,7 +313,7 @@ def test_networks_of_other_shapes_have_no_line_between_them(
         "--measure",
         "lines,volume",
     )
-    done = command_server.run(*words, "--out", tmp_path / "o", cwd=lottery_folder)
+    done = command_server.run(*arguments, "--out", tmp_path / "o", cwd=lottery_folder)
     assert done.code == 0, done.err
     assert any({"lines", "path"} <= set(line.split()) for line in done.out.splitlines())
     found = result(tmp_path / "o")
@@ -320,7 +322,7 @@ def test_networks_of_other_shapes_have_no_line_between_them(
 
 def test_runs_stand_beside_each_other(lottery_folder, command_server, tmp_path):
     runs = ("search/seed-0/level-0", "search/seed-0/level-2")
-    words = (
+    arguments = (
         "--measure",
         "lines",
         "--split",
@@ -330,7 +332,7 @@ def test_runs_stand_beside_each_other(lottery_folder, command_server, tmp_path):
         "--out",
         tmp_path / "o",
     )
-    done = command_server.run("loss-landscape", *runs, *FEW, *words, cwd=lottery_folder)
+    done = command_server.run("loss-landscape", *runs, *FEW, *arguments, cwd=lottery_folder)
     assert done.code == 0, done.err
     found = result(tmp_path / "o")
     assert list(found["places"]) == ["level-0", "level-2"]

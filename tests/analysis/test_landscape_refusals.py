@@ -23,7 +23,7 @@ LEVEL = "search/seed-0/level-1"
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "names"),
+    ("arguments", "code", "names"),
     [
         (("search", "--measure", "line"), 2, ("--measure line", *PARTS)),
         (("search", "--kinds", "randm"), 2, ("--kinds randm", *KINDS)),
@@ -43,9 +43,9 @@ LEVEL = "search/seed-0/level-1"
         (("search", "--out", "search"), 2, ("--out search", "landscape.request.json")),
     ],
 )
-def test_a_mistake_is_told_before_the_work(lottery_folder, command_server, words, code, names):
-    out = () if "--out" in words else ("--out", "new")
-    done = command_server.run("loss-landscape", *words, *out, cwd=lottery_folder)
+def test_a_mistake_is_told_before_the_work(lottery_folder, command_server, arguments, code, names):
+    out = () if "--out" in arguments else ("--out", "new")
+    done = command_server.run("loss-landscape", *arguments, *out, cwd=lottery_folder)
     assert done.code == code, done.err
     for name in names:
         assert name in done.err

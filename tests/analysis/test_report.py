@@ -107,9 +107,18 @@ def place(tmp_path_factory, command_server):
     ]
     grid = {"loss.temperature": [1, 5], "loss.distillation_weight": [0.5, 1]}
     (place / "heat.json").write_text(json.dumps({"recipe": "digits-held-out", "grid": grid}))
-    words = ("heat.json", *QUICK, *SMALL, *fewer, "--teacher.source", "teacher", "--out", "heat")
+    arguments = (
+        "heat.json",
+        *QUICK,
+        *SMALL,
+        *fewer,
+        "--teacher.source",
+        "teacher",
+        "--out",
+        "heat",
+    )
     commands += [
-        ("sweep", *words, "--parallel", "2"),
+        ("sweep", *arguments, "--parallel", "2"),
         ("report", "run", "--out", "one"),
         ("report", "run", "teacher", "heat", "--out", "all"),
     ]
@@ -288,7 +297,7 @@ def test_what_is_written_is_replaced_only_when_asked(place, command_server):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "names"),
+    ("arguments", "code", "names"),
     [
         (("nowhere",), 4, ("nowhere",)),
         ((".",), 4, ("config.json",)),
@@ -298,10 +307,10 @@ def test_what_is_written_is_replaced_only_when_asked(place, command_server):
         (("run", "--out", "found.txt"), 5, ("--out found.txt",)),
     ],
 )
-def test_a_mistake_is_told_before_the_work(place, command_server, words, code, names):
+def test_a_mistake_is_told_before_the_work(place, command_server, arguments, code, names):
     (place / "found.txt").touch()
     before = sorted(place.rglob("*"))
-    done = command_server.run("report", *words, cwd=place)
+    done = command_server.run("report", *arguments, cwd=place)
     assert done.code == code, done.err
     for name in names:
         assert name in done.err
@@ -328,10 +337,10 @@ def test_without_its_images_or_its_epochs_the_rest_is_told(place, command_server
                 pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
                 picture = Image.fromarray(pixels)
                 picture.save(tmp_path / "images" / split / label / f"{number}.png")
-    words = ("--data.source", "folder", "--data.root", "images", "--loss", "none")
-    words += ("--teacher.source", "none", "--optim.batch_size", "4", "--optim.epochs", "2")
-    words += ("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--data.image_size", "8")
-    done = command_server.run("train", "digits", *words, *SMALL, "--out", "run", cwd=tmp_path)
+    arguments = ("--data.source", "folder", "--data.root", "images", "--loss", "none")
+    arguments += ("--teacher.source", "none", "--optim.batch_size", "4", "--optim.epochs", "2")
+    arguments += ("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--data.image_size", "8")
+    done = command_server.run("train", "digits", *arguments, *SMALL, "--out", "run", cwd=tmp_path)
     assert done.code == 0, done.err
     (tmp_path / "images").rename(tmp_path / "moved")
     done = command_server.run("report", "run", "--out", "none", cwd=tmp_path)

@@ -92,5 +92,5 @@ def test_the_hardest_are_those_a_teacher_gets_right_the_surest_first():
     said = CachedEvaluation("", {}, answers, confidence, [0, 0, 0, 0, 1])
     assert hardest_of(said, 9) == [3, 1, 4, 2]
     assert hardest_of(said, 2) == [3, 1]
-    alone = CachedEvaluation("", {}, {"class": [0, 1]}, {"class": [0.9, 0.6]}, [1, 0])
-    assert hardest_of(alone, 9) == [0, 1]
+    without_teacher = CachedEvaluation("", {}, {"class": [0, 1]}, {"class": [0.9, 0.6]}, [1, 0])
+    assert hardest_of(without_teacher, 9) == [0, 1]

@@ -16,7 +16,7 @@ from deit.config.student_section import StudentConfig
 from deit.datasets.splits import load_splits
 from deit.distill.build import build_train_loader
 from tests.helpers.commands import TEN, assert_refused, fake_teacher, run_in, tree
-from tests.helpers.images import write_pictures
+from tests.helpers.images import write_image_folder
 
 TILE, GAP, LINE = view_sheet._TILE, view_sheet._GAP, view_sheet._LINE
 HEADER = LINE + 2 * GAP
@@ -24,7 +24,7 @@ HEADER = LINE + 2 * GAP
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("data") / "images", number=8)
+    return write_image_folder(tmp_path_factory.mktemp("data") / "images", number=8)
 
 
 def configuration(root, storage="memory", **views):
@@ -39,9 +39,9 @@ def configuration(root, storage="memory", **views):
     )
 
 
-def tile(sheet, number, across, pictures=2, lines=2):
+def tile(sheet, number, across, num_images=2, lines=2):
     """A picture of the sheet: of cell `number`, `across` from the left; int64 [side, side, 3]."""
-    width = pictures * (TILE + 2) + GAP
+    width = num_images * (TILE + 2) + GAP
     height = TILE + lines * LINE + 2 * GAP
     columns = (sheet.width - GAP) // width
     left = GAP + number % columns * width + across * (TILE + 2)
@@ -145,7 +145,7 @@ def test_long_lines_are_cut_where_they_would_run_into_the_next_cell(width):
 
 def test_long_class_names_and_titles_stay_within_their_cells(tmp_path):
     names = ("a" * 90, "b" * 90)
-    root = write_pictures(tmp_path / "images", classes=names, number=8)
+    root = write_image_folder(tmp_path / "images", classes=names, number=8)
     config = configuration(root, mixup_alpha=0.0)
     draw_view_sheet(config, tmp_path / "long.png", number=4)
     sheet = np.asarray(Image.open(tmp_path / "long.png"))
@@ -157,10 +157,10 @@ def test_long_class_names_and_titles_stay_within_their_cells(tmp_path):
 
 
 def test_views_of_digits_are_drawn_without_and_with_their_teacher(tmp_path):
-    alone = run_in(tmp_path, "deit", "show-views", "digits", "--out", "alone.png", "--epoch", "3")
-    assert alone.returncode == 0, alone.stderr
-    assert re.fullmatch(r"\w+ alone\.png\b\D*\b12\b\D*\n", alone.stdout)
-    [warning] = alone.stderr.splitlines()
+    done = run_in(tmp_path, "deit", "show-views", "digits", "--out", "alone.png", "--epoch", "3")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\w+ done\.png\b\D*\b12\b\D*\n", done.stdout)
+    [warning] = done.stderr.splitlines()
     assert warning.startswith("deit: warning: ")
     assert "teacher.source checkpoints/digits-teacher" in warning
     fake_teacher(tmp_path / "teacher", TEN)
@@ -179,7 +179,7 @@ def test_views_of_digits_are_drawn_without_and_with_their_teacher(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "words", "arguments"),
+    ("code", "fragments", "arguments"),
     [
         (5, ("--out precious.png", "--force"), ["--out=precious.png"]),
         (5, ("--out folder.png",), ["--out=folder.png", "--force"]),
@@ -191,11 +191,11 @@ def test_views_of_digits_are_drawn_without_and_with_their_teacher(tmp_path):
     ],
     ids=["exists", "folder", "missing folder", "suffix", "number", "no number", "field"],
 )
-def test_refused_before_any_work(code, words, arguments, tmp_path):
+def test_refused_before_any_work(code, fragments, arguments, tmp_path):
     (tmp_path / "precious.png").write_text("precious")
     (tmp_path / "folder.png").mkdir()
     before = tree(tmp_path)
-    assert_refused(run_in(tmp_path, "deit", "show-views", "digits", *arguments), code, *words)
+    assert_refused(run_in(tmp_path, "deit", "show-views", "digits", *arguments), code, *fragments)
     assert tree(tmp_path) == before
 
 

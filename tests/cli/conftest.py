@@ -23,9 +23,9 @@ def run(tmp_path: Path) -> Run:
 def refused(run: Run, tmp_path: Path) -> Callable[..., None]:
     """Asserts that a command is refused with this code and these words, and writes nothing."""
 
-    def check(code: int, words: tuple[str, ...], *command: object) -> None:
+    def check(code: int, fragments: tuple[str, ...], *command: object) -> None:
         before = tree(tmp_path)
-        assert_refused(run(*command), code, *words)
+        assert_refused(run(*command), code, *fragments)
         assert tree(tmp_path) == before, "something was written"
 
     return check

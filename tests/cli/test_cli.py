@@ -143,12 +143,12 @@ BAD_ARGUMENTS = {
 @pytest.mark.fault("D16")
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_bad_argument_is_refused(case, refused):
-    command, *words = BAD_ARGUMENTS[case]
-    refused(2, words, *command)
+    command, *fragments = BAD_ARGUMENTS[case]
+    refused(2, fragments, *command)
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "fragments"),
     [
         ("def mine():\n    return 3", ("mine.py:mine", "Config", " int")),
         ("def other():\n    pass", ("mine.py:mine", "'mine'")),
@@ -157,17 +157,17 @@ def test_bad_argument_is_refused(case, refused):
     ],
     ids=["no configuration", "no function", "broken", "leaves"],
 )
-def test_bad_recipe_file_is_refused(source, words, refused, tmp_path):
+def test_bad_recipe_file_is_refused(source, fragments, refused, tmp_path):
     (tmp_path / "mine.py").write_text(source)
-    refused(2, words, TRAIN, "mine.py:mine")
+    refused(2, fragments, TRAIN, "mine.py:mine")
 
 
 @pytest.mark.fault("E10")
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"optim": {"epochs": -1}, "nonsense": {}}'])
 def test_bad_configuration_file_is_refused(text, refused, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    words = ("optim.epochs", "nonsense") if "nonsense" in text else ("config.json",)
-    refused(2, words, TRAIN, "config.json")
+    fragments = ("optim.epochs", "nonsense") if "nonsense" in text else ("config.json",)
+    refused(2, fragments, TRAIN, "config.json")
 
 
 OF_A_RUN = {
@@ -187,8 +187,8 @@ OF_A_RUN = {
 @pytest.mark.parametrize("command", OF_A_RUN)
 def test_a_run_that_is_not_there_is_refused_alike_by_all(command, place, refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    words = (word.replace("RUN", place) for word in OF_A_RUN[command])
-    refused(4, (f"deit: error: {place}: ",), *words)
+    arguments = (word.replace("RUN", place) for word in OF_A_RUN[command])
+    refused(4, (f"deit: error: {place}: ",), *arguments)
 
 
 def test_a_folder_of_runs_names_one_of_them(refused, tmp_path):
@@ -271,7 +271,7 @@ def test_an_option_that_a_command_has_no_use_for_says_what_to_do(command, option
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("arguments", "named"),
     [
         (("lottery", "digits", "--control_rounds=9"), "--control-rounds 9: "),
         (("lottery", "digits", "--parallel", "0", "--dry-run"), "--parallel 0: "),
@@ -280,8 +280,8 @@ def test_an_option_that_a_command_has_no_use_for_says_what_to_do(command, option
         (("show-views", "digits", "--dry-run"), "--dry-run"),
     ],
 )
-def test_hyphens_within_options_are_underscores(run, words, named):
+def test_hyphens_within_options_are_underscores(run, arguments, named):
     """Fields are spelled with underscores, the options of commands with hyphens; both are read."""
-    done = run("deit", *words)
+    done = run("deit", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert named in done.stderr

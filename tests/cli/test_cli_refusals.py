@@ -41,9 +41,9 @@ def test_a_mistyped_option_of_the_command_itself_is_recognised(run):
     assert re.search(r" rouds: .*\brounds\?", done.stderr)
 
 
-@pytest.mark.parametrize("words", [(EVALUATE, "--help"), ("deit", "--help"), ("deit", "help")])
-def test_help_of_the_other_programs(run, words):
-    done = run(*words)
+@pytest.mark.parametrize("arguments", [(EVALUATE, "--help"), ("deit", "--help"), ("deit", "help")])
+def test_help_of_the_other_programs(run, arguments):
+    done = run(*arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert "usage" in done.stdout
 
@@ -118,8 +118,8 @@ def test_missing_folder_is_named(refused):
 
 
 def test_missing_cifar_says_how_to_get_it(refused):
-    words = ("data.root data", "cifar-10-batches-py", "--data.download")
-    refused(3, words, TRAIN, "cifar10-micro-teacher", "--out=run")
+    fragments = ("data.root data", "cifar-10-batches-py", "--data.download")
+    refused(3, fragments, TRAIN, "cifar10-micro-teacher", "--out=run")
 
 
 @pytest.mark.fault("C12")
@@ -149,15 +149,15 @@ def test_batch_larger_than_the_data_is_refused(refused):
 
 
 def test_missing_teacher_says_how_to_train_one(refused):
-    words = ("teacher.source checkpoints/digits-teacher", "train_deit.py digits-teacher")
-    refused(3, words, TRAIN, "digits", "--out=run")
+    fragments = ("teacher.source checkpoints/digits-teacher", "train_deit.py digits-teacher")
+    refused(3, fragments, TRAIN, "digits", "--out=run")
 
 
 @pytest.mark.fault("D1")
 def test_teacher_of_other_classes_is_refused(refused, tmp_path):
     fake_teacher(tmp_path / "teacher", ("zero", *TEN[1:]))
-    words = ("from teacher", " 1: '0'")  # so many it lacks
-    refused(3, words, TRAIN, "digits", "--out=run", "--teacher.source=teacher")
+    fragments = ("from teacher", " 1: '0'")  # so many it lacks
+    refused(3, fragments, TRAIN, "digits", "--out=run", "--teacher.source=teacher")
 
 
 @pytest.mark.fault("D2")
@@ -220,7 +220,7 @@ def other_network(folder: Path) -> Path:
 
 @pytest.mark.fault("B6", "B14")
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "fragments"),
     [
         (garbage, ()),
         (truncated, ()),
@@ -229,10 +229,10 @@ def other_network(folder: Path) -> Path:
         (other_network, ("stranger",)),
     ],
 )
-def test_unusable_teacher_file_is_refused(spoil, words, refused, tmp_path):
+def test_unusable_teacher_file_is_refused(spoil, fragments, refused, tmp_path):
     path = spoil(tmp_path)
     command = (TRAIN, "digits", "--out=run", f"--teacher.source={path.name}", *FILE_TEACHER)
-    refused(4, (f"{path.name}:", *words), *command)
+    refused(4, (f"{path.name}:", *fragments), *command)
     assert not (tmp_path / "canary").exists()
 
 
@@ -258,8 +258,8 @@ def test_output_that_is_no_folder_is_refused(out, refused, tmp_path):
 @pytest.mark.fault("B20")
 def test_output_that_nobody_may_write_is_refused(refused):
     out = "/proc/deit-run"  # not even root
-    words = (f"--out {out}: ", "No such file or directory")
-    refused(5, words, TRAIN, "digits-teacher", f"--out={out}")
+    fragments = (f"--out {out}: ", "No such file or directory")
+    refused(5, fragments, TRAIN, "digits-teacher", f"--out={out}")
 
 
 def test_filled_output_folder_is_refused(refused, tmp_path):
@@ -355,26 +355,28 @@ def test_dry_run_writes_nothing(run, tmp_path):
     assert tree(tmp_path) == {}
 
 
-def tried(words, streams, command_server, folder):
+def tried(arguments, streams, command_server, folder):
     folder.chmod(0o777)
     things = folder / "things"
     things.mkdir()
     for name in ("classes.txt", "empty.txt", "notes.txt"):
         (things / name).touch()
-    return run_try(Try(0, words, (), streams, "utf-8", 80), command_server, things, folder / "try")
+    return run_try(
+        Try(0, arguments, (), streams, "utf-8", 80), command_server, things, folder / "try"
+    )
 
 
-@pytest.mark.parametrize("words", [(), ("nope",), ("train",)])
-def test_an_error_is_one_where_nobody_can_read_it(words, command_server, tmp_path):
-    outcome = tried(words, ("null", "file", "full"), command_server, tmp_path)
+@pytest.mark.parametrize("arguments", [(), ("nope",), ("train",)])
+def test_an_error_is_one_where_nobody_can_read_it(arguments, command_server, tmp_path):
+    outcome = tried(arguments, ("null", "file", "full"), command_server, tmp_path)
     assert (outcome.code, outcome.wrong) == (2, "")
 
 
-@pytest.mark.parametrize("words", [("--version",), ("recipes",), ("train", "--help")])
+@pytest.mark.parametrize("arguments", [("--version",), ("recipes",), ("train", "--help")])
 @pytest.mark.parametrize(("stream", "code"), [("broken", 141), ("full", 5), ("closed", 0)])
 def test_a_standard_output_that_takes_nothing_has_a_code_and_no_traceback(
-    stream, code, words, command_server, tmp_path
+    stream, code, arguments, command_server, tmp_path
 ):
-    outcome = tried(words, ("null", stream, "file"), command_server, tmp_path)
+    outcome = tried(arguments, ("null", stream, "file"), command_server, tmp_path)
     assert (outcome.code, outcome.wrong) == (code, "")
     assert ("No space left on device" in outcome.said) == (code == 5)

@@ -178,9 +178,9 @@ def test_transfer_brings_everything_but_the_heads(folder, heads):
 
 
 def test_fine_tuning_counts_the_images(folder):
-    words = ["--from", str(folder), "digits-teacher", "--schedule", "bit"]
-    words += ["--student.name", "timm:resnetv2_50x1_bit"]
-    config = parse_finetune(words, "deit finetune").config
+    arguments = ["--from", str(folder), "digits-teacher", "--schedule", "bit"]
+    arguments += ["--student.name", "timm:resnetv2_50x1_bit"]
+    config = parse_finetune(arguments, "deit finetune").config
     assert config.student.image_size == 128
     assert config.optim.batch_size == 512
     # digits has 1,294 training images: two updates an epoch.
@@ -189,14 +189,14 @@ def test_fine_tuning_counts_the_images(folder):
 
 
 def test_what_is_typed_of_the_data_counts_before_the_rule(folder):
-    words = ["--from", str(folder), "digits-teacher", "--schedule", "bit"]
-    words += ["--student.name", "timm:resnetv2_50x1_bit", "--data.train_fraction", "0.2"]
-    config = parse_finetune(words, "deit finetune").config
+    arguments = ["--from", str(folder), "digits-teacher", "--schedule", "bit"]
+    arguments += ["--student.name", "timm:resnetv2_50x1_bit", "--data.train_fraction", "0.2"]
+    config = parse_finetune(arguments, "deit finetune").config
     assert config.data.train_fraction == 0.2
     assert config.optim.batch_size == 256  # of 259 images
     assert config.optim.epochs == 500
     with raises(ConfigError, "--schedule"):
-        parse_finetune([*words, "--resolution", "32"], "deit finetune")
+        parse_finetune([*arguments, "--resolution", "32"], "deit finetune")
 
 
 def test_a_least_learning_rate_has_no_effect_on_a_staircase():
@@ -216,9 +216,9 @@ TYPED = {
 @pytest.mark.parametrize("name", TYPED)
 def test_fields_refine_the_rule(name, folder):
     typed, (section, leaf, value) = TYPED[name]
-    words = ["--from", str(folder), "digits-teacher", "--schedule", "bit"]
-    words += ["--student.name", "timm:resnetv2_50x1_bit", *typed]
-    config = parse_finetune(words, "deit finetune").config
+    arguments = ["--from", str(folder), "digits-teacher", "--schedule", "bit"]
+    arguments += ["--student.name", "timm:resnetv2_50x1_bit", *typed]
+    config = parse_finetune(arguments, "deit finetune").config
     assert getattr(getattr(config, section), leaf) == value
     assert (config.optim.name, config.views.crop) == ("sgd", "random")
 
@@ -235,8 +235,8 @@ def test_fields_refine_the_rule(name, folder):
     ],
 )
 def test_what_is_wrong_beside_the_rule_is_told(typed, names, folder):
-    words = ["--from", str(folder), "digits-teacher", "--schedule", "bit", *typed]
+    arguments = ["--from", str(folder), "digits-teacher", "--schedule", "bit", *typed]
     with raises(ConfigError, *names) as error:
-        parse_finetune(words, "deit finetune")
+        parse_finetune(arguments, "deit finetune")
     (problem,) = error.value.problems
     assert problem.field == typed[0].removeprefix("--")

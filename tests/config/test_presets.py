@@ -286,5 +286,5 @@ def test_few_epochs_shorten_what_was_not_typed_and_nothing_else():
     assert [problem.field for problem in raised.value.problems] == ["optim.epochs"]
 
 
-def run_of(*words):
-    return parse_run(list(words), program="deit train", about="").config
+def run_of(*arguments):
+    return parse_run(list(arguments), program="deit train", about="").config

@@ -86,8 +86,8 @@ def test_a_table_shows_names_as_they_are_and_its_title_whole(capsys):
         [("a[blue]", "1")],
     )
     said = capsys.readouterr().out
-    for words in ("its table: IMG[red].png, :dog: [/b]\n", "a[blue]", "[x]"):
-        assert words in said
+    for text in ("its table: IMG[red].png, :dog: [/b]\n", "a[blue]", "[x]"):
+        assert text in said
 
 
 NAMES = ("cifar10-micro-transformer-teacher", "checkpoints/a folder/tëst 中文", "98.5 +- 0.3")
@@ -117,8 +117,8 @@ def test_no_terminal_is_so_narrow_that_a_name_or_a_number_is_cut(columns, folds,
     assert "…" not in said
     for name in NAMES:
         assert sum(name in line for line in lines) == 2
-    words = [word.strip("│ ") for word in said.split() if word.strip("│ ")]
-    assert all(words.count(word) >= 2 for word in SENTENCE.split())
+    cells = [word.strip("│ ") for word in said.split() if word.strip("│ ")]
+    assert all(cells.count(word) >= 2 for word in SENTENCE.split())
     grid = any(line.startswith("┏") for line in lines)
     assert grid == (columns >= (140 if folds else 200))
     if grid:

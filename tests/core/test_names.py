@@ -36,7 +36,9 @@ QUICK = (
 )
 
 
-def pictures(root: Path, classes: tuple[str | bytes, ...], names: tuple[str | bytes, ...]) -> Path:
+def write_images(
+    root: Path, classes: tuple[str | bytes, ...], names: tuple[str | bytes, ...]
+) -> Path:
     """Class folders of a train and a test split; a name of bytes may be no UTF-8."""
     for split in ("train", "test"):
         for number, kind in enumerate(classes):
@@ -96,7 +98,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("names")
     names = (*(f"bild {number} ü.PNG" for number in range(6)), b"caf\xe9.png")
     try:
-        pictures(folder / "odd é", ODD, names)
+        write_images(folder / "odd é", ODD, names)
     except OSError:
         pytest.skip("this file system takes UTF-8 alone")
     return folder
@@ -105,19 +107,19 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(command_server, place) -> Path:
     """A teacher and a student of odd classes, in folders of odd names."""
-    words = ("--data.root", "odd é", *QUICK)
-    teacher = ("folder-teacher", *words, "--student.name", "small_convnet", "--out", "t [b] é")
+    arguments = ("--data.root", "odd é", *QUICK)
+    teacher = ("folder-teacher", *arguments, "--student.name", "small_convnet", "--out", "t [b] é")
     done = command_server.run("train", *teacher, cwd=place)
     assert done.code == 0, done.err
-    words = (
-        *words,
+    arguments = (
+        *arguments,
         "--student.depth",
         "1",
         "--teacher.source",
         "t [b] é",
         "--teacher.allow_near_chance",
     )
-    done = command_server.run("train", "folder", *words, "--out", RUN, cwd=place)
+    done = command_server.run("train", "folder", *arguments, "--out", RUN, cwd=place)
     assert done.code == 0, done.err
     return place / RUN
 
@@ -136,10 +138,10 @@ def test_every_command_reads_a_run_of_odd_names(trained, place, command_server):
         ("finetune", "--from", RUN, *QUICK[:2], "--print-config"),
     ]
     said = {}
-    for words in commands:
-        done = command_server.run(*words, cwd=place)
-        assert done.code == 0, (words[0], done.err)
-        said[words[0]] = done.out
+    for arguments in commands:
+        done = command_server.run(*arguments, cwd=place)
+        assert done.code == 0, (arguments[0], done.err)
+        said[arguments[0]] = done.out
     for name in ODD:
         assert all(name in said[one] for one in ("evaluate", "predict"))
     assert "caf\\xe9.png" in said["predict"]
@@ -157,12 +159,12 @@ def test_classes_that_no_file_could_hold_are_refused_before_any_work(
 ):
     classes = {"latin": ("ant", b"caf\xe9"), "newline": ("ant", "bee\nsting")}[kind]
     try:
-        pictures(tmp_path / "set", classes, ("0.png", "1.png"))
+        write_images(tmp_path / "set", classes, ("0.png", "1.png"))
     except OSError:
         pytest.skip("this file system takes UTF-8 alone")
     named = {"latin": ("'caf\\xe9'", "UTF-8"), "newline": ("'bee\\nsting'",)}
-    words = ("folder-teacher", "--data.root", "set", *QUICK, "--out", "run")
-    for command in (("train", *words), ("check-data", "set")):
+    arguments = ("folder-teacher", "--data.root", "set", *QUICK, "--out", "run")
+    for command in (("train", *arguments), ("check-data", "set")):
         done = command_server.run(*command, cwd=tmp_path)
         assert done.code == 3
         assert done.err.startswith("deit: error: set/train: ")
@@ -173,19 +175,19 @@ def test_classes_that_no_file_could_hold_are_refused_before_any_work(
 
 def test_arguments_that_no_file_could_hold_are_refused(command_server, tmp_path):
     for name in ("caf\udce9", "two\nlines"):
-        for words in (("train", "digits", "--out", name), ("evaluate", name)):
-            done = command_server.run(*words, cwd=tmp_path)
+        for arguments in (("train", "digits", "--out", name), ("evaluate", name)):
+            done = command_server.run(*arguments, cwd=tmp_path)
             assert done.code == 2
             assert done.err.startswith(f"deit: error: {in_line(name)}: ")
             assert done.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def started(words: list[str], cwd: Path, *, closed: str = "", **environment: str):
+def started(arguments: list[str], cwd: Path, *, closed: str = "", **environment: str):
     """A process of its own with other streams. closed: streams, by a shell's words."""
     shell = ["bash", "-c", f'"$@" {closed}', "sh"] if closed else []
     return subprocess.run(
-        [*shell, sys.executable, *words],
+        [*shell, sys.executable, *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -195,12 +197,12 @@ def started(words: list[str], cwd: Path, *, closed: str = "", **environment: str
 
 
 def test_a_console_that_lacks_a_sign_shows_its_escape(place):
-    words = (
+    program = (
         "from deit.core.errors import open_streams; from deit.core.console import *; "
         "open_streams();"
     )
-    words += f"info({'中 é'!a}); table({'ü'!a}, ('a',), [({'🍎'!a},)]); warn('\\xdf')"
-    done = started(["-c", words], place, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    program += f"info({'中 é'!a}); table({'ü'!a}, ('a',), [({'🍎'!a},)]); warn('\\xdf')"
+    done = started(["-c", program], place, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
     assert done.returncode == 0, done.stderr
     assert b"\\u4e2d \\xe9" in done.stdout
     assert b"\\U0001f34e" in done.stdout
@@ -210,11 +212,11 @@ def test_a_console_that_lacks_a_sign_shows_its_escape(place):
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs a shell")
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_ends_nothing_and_no_file_takes_its_place(closed, tmp_path):
-    words = "import sys; from deit.cli import main; sys.argv[1:] = ['recipes']; code = main();"
-    words += (
+    program = "import sys; from deit.cli import main; sys.argv[1:] = ['recipes']; code = main();"
+    program += (
         "file = open('file', 'w'); print('said'); print('too', file=sys.stderr); sys.exit(code)"
     )
-    done = started(["-c", words], tmp_path, closed=closed)
+    done = started(["-c", program], tmp_path, closed=closed)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "file").read_bytes() == b""
 
@@ -254,8 +256,8 @@ def test_a_run_is_looked_for_where_it_was_started(trained, place, command_server
     moved = tmp_path / "moved"
     shutil.copytree(place, moved)
     for run in (trained, moved / RUN):
-        words = (os.path.relpath(run, elsewhere), "--json", "found.json", "--force")
-        done = command_server.run("evaluate", *words, cwd=elsewhere)
+        arguments = (os.path.relpath(run, elsewhere), "--json", "found.json", "--force")
+        done = command_server.run("evaluate", *arguments, cwd=elsewhere)
         assert done.code == 0, done.err
         assert json.loads((elsewhere / "found.json").read_text())["teacher"] is not None
     shutil.rmtree(moved / "odd é")

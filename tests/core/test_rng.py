@@ -62,12 +62,12 @@ def test_normal_is_normal():
 
 def test_numbers_depend_on_the_sample_not_on_its_place_in_the_batch():
     samples = torch.randperm(1000)
-    together = uniform(Keys(1, 2, samples), "crop", 5)
-    alone = torch.cat(
+    at_once = uniform(Keys(1, 2, samples), "crop", 5)
+    in_parts = torch.cat(
         [uniform(Keys(1, 2, samples[i : i + 7]), "crop", 5) for i in range(0, 1000, 7)]
     )
-    assert torch.equal(together, alone)
-    assert torch.equal(together, uniform(Keys(1, 2, torch.arange(1000)), "crop", 5)[samples])
+    assert torch.equal(at_once, in_parts)
+    assert torch.equal(at_once, uniform(Keys(1, 2, torch.arange(1000)), "crop", 5)[samples])
 
 
 @pytest.mark.parametrize("change", ["seed", "epoch", "stream", "sample"])

@@ -29,9 +29,9 @@ def run(command_server: CommandServer, out: Path, fault: str = "", *more: object
 
 
 @pytest.fixture(scope="module")
-def straight(command_server, tmp_path_factory) -> Path:
+def uninterrupted_run(command_server, tmp_path_factory) -> Path:
     """The run that nothing happens to."""
-    out = tmp_path_factory.mktemp("straight") / "run"
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert run(command_server, out).code == 0
     return out
 
@@ -111,12 +111,14 @@ def test_the_best_of_a_branch_that_was_given_up_is_not_the_best(command_server, 
     assert json.loads(state.read_text())["best"] == best != wanted
 
 
-def test_a_kill_after_the_best_was_written_says_nothing_of_it(command_server, straight, tmp_path):
+def test_a_kill_after_the_best_was_written_says_nothing_of_it(
+    command_server, uninterrupted_run, tmp_path
+):
     out = tmp_path / "run"
     run(command_server, out, "metrics:1:kill")
     done = run(command_server, out)
     assert (done.code, done.err) == (0, "")
-    same(out, straight)
+    same(out, uninterrupted_run)
 
 
 @pytest.mark.fault("B21", "E7")
@@ -124,8 +126,8 @@ def test_a_kill_after_the_best_was_written_says_nothing_of_it(command_server, st
 def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, command_server, tmp_path):
     """It was moved away, or removed and taken by another run: what lies there now stays so."""
     out = tmp_path / "run"
-    gate, words = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
-    first = command_server.start(*words, DEIT_FAULT="update:7:slow", **gate.environment)
+    gate, arguments = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
+    first = command_server.start(*arguments, DEIT_FAULT="update:7:slow", **gate.environment)
     gate.wait()
     if how == "moved":
         out.rename(tmp_path / "elsewhere")
@@ -141,10 +143,12 @@ def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, command_server,
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == content
 
 
-def test_a_finished_run_with_other_settings_names_the_ways_that_there_are(straight, command_server):
-    done = run(command_server, straight, "", "--optim.epochs", "9")
+def test_a_finished_run_with_other_settings_names_the_ways_that_there_are(
+    uninterrupted_run, command_server
+):
+    done = run(command_server, uninterrupted_run, "", "--optim.epochs", "9")
     assert done.code == 2
-    way = f"deit finetune --from {straight}"
+    way = f"deit finetune --from {uninterrupted_run}"
     assert "--out" in done.err
     assert way in done.err
     assert re.search(r"optim\.epochs\b.*\b2\b.*\b9\b", done.err)
@@ -171,8 +175,8 @@ def test_what_a_kill_leaves_of_the_first_file_is_no_run(resume, command_server, 
     out.mkdir()
     left = out / f".config.json.{'0' * 32}"
     left.write_text("{")
-    words = ("train", *SMALL, "--out", out, *(["--resume"] if resume else []))
-    done = command_server.run(*words, DEIT_FAULT="update:1:term")
+    arguments = ("train", *SMALL, "--out", out, *(["--resume"] if resume else []))
+    done = command_server.run(*arguments, DEIT_FAULT="update:1:term")
     assert done.code == 143, done.err
     assert not left.exists()
 
@@ -269,9 +273,9 @@ def test_cut_keeps_whole_rows_of_a_log_that_was_edited(tmp_path, capsys):
 
 
 @pytest.mark.fault("A24")
-def test_a_broken_line_of_the_metrics_is_named(straight, tmp_path):
+def test_a_broken_line_of_the_metrics_is_named(uninterrupted_run, tmp_path):
     log = tmp_path / "metrics.jsonl"
-    first, second = (straight / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:2]
+    first, second = (uninterrupted_run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:2]
     for content in (first + second, first + second[:-9]):  # a kill leaves half a row
         log.write_bytes(content)
         assert [row["epoch"] for row in run_log.read_metrics(tmp_path)][:1] == [1]
@@ -282,8 +286,8 @@ def test_a_broken_line_of_the_metrics_is_named(straight, tmp_path):
 
 
 @pytest.mark.fault("A9")
-def test_a_finished_run_whose_best_is_damaged_says_so(command_server, straight, tmp_path):
-    out = shutil.copytree(straight, tmp_path / "run")
+def test_a_finished_run_whose_best_is_damaged_says_so(command_server, uninterrupted_run, tmp_path):
+    out = shutil.copytree(uninterrupted_run, tmp_path / "run")
     (out / "best" / "model.safetensors").write_bytes(b"")
     done = run(command_server, out)
     assert done.code == 0
@@ -296,8 +300,8 @@ def test_a_finished_run_whose_best_is_damaged_says_so(command_server, straight, 
 @pytest.mark.parametrize(
     ("name", "value"), [("epochs", None), ("fingerprint", 3), ("targets", "a")]
 )
-def test_a_result_that_is_none_is_named(name, value, command_server, straight, tmp_path):
-    out = shutil.copytree(straight, tmp_path / "run")
+def test_a_result_that_is_none_is_named(name, value, command_server, uninterrupted_run, tmp_path):
+    out = shutil.copytree(uninterrupted_run, tmp_path / "run")
     result = json.loads((out / "result.json").read_text())
     (out / "result.json").write_text(json.dumps({**result, name: value}))
     done = run(command_server, out)
@@ -317,8 +321,8 @@ def test_a_full_disk_at_a_log_is_a_full_disk(command_server, tmp_path):
 def teachers(command_server, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teachers")
     for seed in (0, 1):
-        words = (*FEW, "--optim.epochs", "3", "--run.seed", seed, "--out", folder / str(seed))
-        assert command_server.run("train", "digits-teacher", *words).code == 0
+        arguments = (*FEW, "--optim.epochs", "3", "--run.seed", seed, "--out", folder / str(seed))
+        assert command_server.run("train", "digits-teacher", *arguments).code == 0
     return folder
 
 
@@ -341,7 +345,7 @@ LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
 
 @pytest.mark.fault("E3")
 @pytest.mark.parametrize(
-    ("words", "block", "named"),
+    ("arguments", "block", "named"),
     [
         (("digits-teacher",), 63, {"--optim.grad_accum_steps 3"}),
         (("digits-teacher",), 1, {"student"}),
@@ -350,10 +354,10 @@ LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
     ],
     ids=["less fits", "nothing to recompute", "activation_checkpointing", "recomputes already"],
 )
-def test_out_of_memory_advises_only_what_helps(words, block, named, command_server, tmp_path):
-    words = (*words, *FEW, "--optim.epochs", "3", "--optim.batch_size", block)
+def test_out_of_memory_advises_only_what_helps(arguments, block, named, command_server, tmp_path):
+    arguments = (*arguments, *FEW, "--optim.epochs", "3", "--optim.batch_size", block)
     done = command_server.run(
-        "train", *words, "--out", tmp_path / "run", DEIT_FAULT="update:3:memory"
+        "train", *arguments, "--out", tmp_path / "run", DEIT_FAULT="update:3:memory"
     )
     assert done.code == 5
     assert re.search(rf"\b{block} images\b", done.err)
@@ -372,10 +376,10 @@ def test_out_of_memory_advises_only_what_helps(words, block, named, command_serv
     ("name", "value"),
     [("command", ["train", 3]), ("packages", {"torch": "2"}), ("threads", None), ("commit", 4)],
 )
-def test_an_environment_of_other_types_is_named(name, value, straight, tmp_path):
+def test_an_environment_of_other_types_is_named(name, value, uninterrupted_run, tmp_path):
     """A report showed its bare TypeError or KeyError, the card of an export likewise."""
-    found = json.loads((straight / run_folder.ENVIRONMENT).read_text())
-    assert run_folder.read_environment(straight).device_name == found["device_name"]
+    found = json.loads((uninterrupted_run / run_folder.ENVIRONMENT).read_text())
+    assert run_folder.read_environment(uninterrupted_run).device_name == found["device_name"]
     (tmp_path / run_folder.ENVIRONMENT).write_text(json.dumps({**found, name: value}))
     with raises(CheckpointError, "environment.json", name):
         run_folder.read_environment(tmp_path)

@@ -43,9 +43,9 @@ def run(
     fault: str = "",
 ) -> list[Completed]:
     """The processes of a run, as torchrun would start them on nodes of so many."""
-    words = ("train", *recipe, "--out", out, "--resume", *more)
+    arguments = ("train", *recipe, "--out", out, "--resume", *more)
     return command_server.run_processes(
-        *words, processes=processes, of_node=of_node, DEIT_FAULT=fault
+        *arguments, processes=processes, of_node=of_node, DEIT_FAULT=fault
     )
 
 

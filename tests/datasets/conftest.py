@@ -3,12 +3,12 @@
 import pytest
 
 from deit.datasets.images import EncodedImages
-from tests.helpers.images import images_at, write_pictures
+from tests.helpers.images import images_at, write_image_folder
 
 
 @pytest.fixture(scope="module")
 def files_root(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("data") / "images")
+    return write_image_folder(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from tests.helpers.images import (
     SIDE,
     joined,
     loader,
-    write_pictures,
+    write_image_folder,
 )
 from tests.helpers.processes import run_python
 
@@ -115,13 +115,13 @@ def test_a_batch_that_finds_no_room_comes_in_a_file(said, file_images, expected,
     assert same(joined(loader(file_images, workers=2).epoch(1)), expected[1])
     work = decode_workers._Work(file_images, (CenterSquare(4), CenterSquare(5)))
     monkeypatch.setattr(decode_workers, "_work", work, raising=False)
-    words = (0, np.arange(3), np.zeros(3, np.int64))
+    request = (0, np.arange(3), np.zeros(3, np.int64))
     with TemporaryDirectory() as folder:
-        answer = decode_workers._in_worker(*words, folder, True)
+        answer = decode_workers._in_worker(*request, folder, True)
         assert answer.file.startswith(folder)
         found = decode_workers._received(answer)
         assert os.listdir(folder) == []
-    assert all(map(torch.equal, found.pixels, work(*words).pixels))
+    assert all(map(torch.equal, found.pixels, work(*request).pixels))
 
 
 @pytest.mark.parametrize("said", REFUSALS)
@@ -187,7 +187,7 @@ print("done")
 
 def test_a_program_ends_after_its_reader_is_closed(tmp_path):
     """A notebook has no command line that would end it."""
-    write_pictures(tmp_path / "pictures", number=16)
+    write_image_folder(tmp_path / "pictures", number=16)
     done = run_python(PROGRAM, tmp_path / "pictures")
     assert (done.code, done.out.splitlines()[-1:]) == (0, ["done"]), done.err
 

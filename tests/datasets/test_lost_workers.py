@@ -21,7 +21,7 @@ from deit.datasets.images import InMemoryImages
 from deit.datasets.splits import load_splits
 from deit.distill.inference import predict_split
 from tests.helpers.errors import raises
-from tests.helpers.images import PLAIN, SIDE, loader, write_pictures
+from tests.helpers.images import PLAIN, SIDE, loader, write_image_folder
 
 
 def test_reading_ahead_opens_no_more_files_the_longer_the_epoch(file_images):
@@ -39,7 +39,7 @@ def test_reading_ahead_opens_no_more_files_the_longer_the_epoch(file_images):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("views", [PLAIN, ViewsConfig()], ids=["cropped", "whole"])
 def test_a_broken_file_is_named_in_one_line(workers, views, tmp_path):
-    files_root = write_pictures(tmp_path / "images", number=8)
+    files_root = write_image_folder(tmp_path / "images", number=8)
     data = DataConfig(source="folder", files_root=str(files_root), storage="files", image_size=SIDE)
     train = load_splits(data).train
     broken, number = Path(train.name(7)), len(train.labels)
@@ -130,7 +130,7 @@ def test_a_worker_that_was_killed_is_a_clear_fault(number, file_images):
     class Deadly:
         size = 4
 
-        def cut(self, pictures, wanted):
+        def cut(self, images, wanted):
             os.kill(os.getpid(), number)
 
     wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
@@ -144,7 +144,7 @@ def test_where_one_worker_is_lost_another_that_is_busy_is_not_waited_for(file_im
     class Busy:
         size = 4
 
-        def cut(self, pictures, wanted):
+        def cut(self, images, wanted):
             try:
                 (tmp_path / "first").touch(exist_ok=False)
             except FileExistsError:

@@ -78,13 +78,20 @@ def test_pictures_of_one_pixel_or_one_line_are_trained_on(tmp_path, command_serv
         place.mkdir(parents=True)
         for index, size in enumerate(((1, 1), (1, 60), (60, 1), (2, 3), (9, 9), (30, 20)) * 2):
             Image.new("RGB", size, (200 * (label == "a"), index, 90)).save(place / f"{index}.png")
-    words = ("--loss", "none", "--student.name", "vit_micro", "--student.depth", "1")
-    words += ("--student.image_size", "16", "--student.patch_size", "4", "--optim.batch_size", "8")
-    words += ("--optim.epochs", "1", "--optim.warmup_epochs", "0", "--data.image_size", "18")
+    arguments = ("--loss", "none", "--student.name", "vit_micro", "--student.depth", "1")
+    arguments += (
+        "--student.image_size",
+        "16",
+        "--student.patch_size",
+        "4",
+        "--optim.batch_size",
+        "8",
+    )
+    arguments += ("--optim.epochs", "1", "--optim.warmup_epochs", "0", "--data.image_size", "18")
     for storage in ("memory", "files"):
         more = ("--data.storage", storage, "--augmentation", "deit", "--views.aug_repeats", "1")
         done = command_server.run(
-            *("train", "folder", "--data.root", tmp_path / "pictures", *words, *more),
+            *("train", "folder", "--data.root", tmp_path / "pictures", *arguments, *more),
             *("--out", tmp_path / storage),
         )
         assert done.code == 0, done.err

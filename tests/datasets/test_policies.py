@@ -131,12 +131,12 @@ def test_rotation_fills_its_range():
 
 
 def test_adding_an_augmentation_does_not_shift_the_others():
-    alone = sample_policy(KEYS, ViewsConfig(auto_augment="randaugment"))
-    beside = sample_policy(
+    randaugment_only = sample_policy(KEYS, ViewsConfig(auto_augment="randaugment"))
+    with_others = sample_policy(
         KEYS, ViewsConfig(auto_augment="randaugment", rotation=5, color_jitter=0.2)
     )
-    assert torch.equal(beside[0][:, 1:3], alone[0])
-    assert torch.equal(beside[1][:, 1:3], alone[1])
+    assert torch.equal(with_others[0][:, 1:3], randaugment_only[0])
+    assert torch.equal(with_others[1][:, 1:3], randaugment_only[1])
     nothing = sample_policy(KEYS, ViewsConfig())
     assert nothing[0].shape == nothing[1].shape == (30_000, 0)
 

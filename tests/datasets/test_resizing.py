@@ -55,13 +55,13 @@ def test_whole_images_are_pillows_resize(interpolation, height, width):
 @pytest.mark.parametrize("interpolation", PILLOW)
 def test_resizing_is_exact_whatever_the_batch_and_the_threads(interpolation):
     images = pixels_of(real_images())
-    together = resize_boxes(images, BOXES, 40, interpolation)
-    alone = [
+    as_batch = resize_boxes(images, BOXES, 40, interpolation)
+    one_by_one = [
         resize_boxes(image[None], box[None], 40, interpolation) for image, box in zip(images, BOXES)
     ]
-    assert torch.equal(torch.cat(alone), together)
+    assert torch.equal(torch.cat(one_by_one), as_batch)
     torch.set_num_threads(1)
-    assert torch.equal(resize_boxes(images, BOXES, 40, interpolation), together)
+    assert torch.equal(resize_boxes(images, BOXES, 40, interpolation), as_batch)
     wide = resize(images, 50, 44, interpolation)
     assert torch.equal(wide, torch.cat([resize(i[None], 50, 44, interpolation) for i in images]))
 

@@ -17,7 +17,7 @@ from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.resizing import resize
 from deit.datasets.splits import load_splits
 from deit.datasets.views import ChannelStats, evaluation_squares, sample_random_crop, to_unit_float
-from tests.helpers.images import joined, write_pictures
+from tests.helpers.images import joined, write_image_folder
 
 MEMORY = InMemoryImages(
     torch.randint(
@@ -30,7 +30,7 @@ RECIPE = ViewsConfig(**AUGMENTATIONS["deit"] | {"aug_repeats": 1}, eval_crop_pct
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    root = write_pictures(tmp_path_factory.mktemp("looks") / "images")
+    root = write_image_folder(tmp_path_factory.mktemp("looks") / "images")
     data = DataConfig(source="folder", root=str(root), storage="files", image_size=16)
     return load_splits(data).train
 
@@ -78,8 +78,10 @@ def test_a_store_is_shown_what_the_teacher_sees_beside_the_student(mode, storage
         assert {batch.epoch for batch in batches} == {epoch}
         assert places.max() < made.rows_per_epoch
         # In blocks of another size, on other places; as a lone process.
-        alone = loader(images, views_of(mode, aug_repeats=repeats), num_processes=3, process=1)
-        shown = list(alone.teacher_inputs(epoch, places, block=10))
+        single_process = loader(
+            images, views_of(mode, aug_repeats=repeats), num_processes=3, process=1
+        )
+        shown = list(single_process.teacher_inputs(epoch, places, block=10))
         assert torch.equal(torch.cat([part.images for part in shown]), images_seen)
         assert torch.equal(torch.cat([part.sample_ids for part in shown]), samples)
         assert torch.equal(torch.cat([part.target_rows for part in shown]), places)

@@ -87,11 +87,11 @@ def test_images_of_different_sizes_get_the_boxes_they_would_get_alone():
     heights = torch.tensor([50, 400, 33, 224], dtype=torch.float64)
     widths = torch.tensor([70, 300, 330, 224], dtype=torch.float64)
     settings = {"scale": (0.08, 1.0), "ratio": (0.75, 4 / 3)}
-    together = sample_resized_crop(Keys(3, 1, torch.arange(4)), heights, widths, **settings)
+    as_batch = sample_resized_crop(Keys(3, 1, torch.arange(4)), heights, widths, **settings)
     for index in range(4):
         key = Keys(3, 1, torch.tensor([index]))
-        alone = sample_resized_crop(key, int(heights[index]), int(widths[index]), **settings)
-        assert torch.equal(together[index], alone[0])
+        single = sample_resized_crop(key, int(heights[index]), int(widths[index]), **settings)
+        assert torch.equal(as_batch[index], single[0])
 
 
 def test_flip_is_torchvisions_and_has_its_probability():

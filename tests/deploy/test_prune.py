@@ -34,7 +34,7 @@ def place(tmp_path_factory, command_server):
     """A folder with a small distilled student and its teacher."""
     place = tmp_path_factory.mktemp("prune")
     trained(digits_teacher().replace(optim={"epochs": 3}), place / "teacher")
-    words = (
+    arguments = (
         "--teacher.source",
         "teacher",
         "--teacher.allow_near_chance",
@@ -42,7 +42,7 @@ def place(tmp_path_factory, command_server):
         "--out",
         "run",
     )
-    done = command_server.run("train", "digits", *words, cwd=place)
+    done = command_server.run("train", "digits", *arguments, cwd=place)
     assert done.code == 0, done.err
     return place
 
@@ -168,8 +168,8 @@ def test_what_is_left_is_evaluated_and_exported_like_a_run(pruned, command_serve
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "e.json").read_text())
     assert found["heads"]["fused"]["top1"] == result(out)["rows"]["pruned"]["top1"]["fused"]
-    words = ("--format", "onnx", "--images", "32", "--out", tmp_path / "onnx")
-    done = command_server.run("export", out / "recovered", *words, cwd=out.parent)
+    arguments = ("--format", "onnx", "--images", "32", "--out", tmp_path / "onnx")
+    done = command_server.run("export", out / "recovered", *arguments, cwd=out.parent)
     assert done.code == 0, done.err
     done = command_server.run("export", out / "recovered", "--format", "timm", cwd=out.parent)
     assert done.code == 2
@@ -181,15 +181,15 @@ def test_the_same_command_trains_nothing_again_and_another_is_refused(pruned, co
     out, _ = pruned
     before = {path: path.stat().st_mtime_ns for path in out.glob("**/*.safetensors")}
     told = json.loads((out / "results.json").read_text())["rows"]
-    words = (*WORDS, "--out", "out")
-    done = command_server.run(*words, cwd=out.parent)
+    arguments = (*WORDS, "--out", "out")
+    done = command_server.run(*arguments, cwd=out.parent)
     assert done.code == 0, done.err
     assert json.loads((out / "results.json").read_text())["rows"] == told  # with its controls
     assert {path: path.stat().st_mtime_ns for path in out.glob("**/*.safetensors")} == before
-    done = command_server.run(*words, "--scope", "layerwise", cwd=out.parent)
+    done = command_server.run(*arguments, "--scope", "layerwise", cwd=out.parent)
     assert done.code == 2
     assert re.search(r"--out out\b.*\bscope\b.*\bglobal\b.*\blayerwise\b", done.err)
-    done = command_server.run(*words, "--optim.epochs", "3", cwd=out.parent)
+    done = command_server.run(*arguments, "--optim.epochs", "3", cwd=out.parent)
     assert done.code == 2
     assert re.search(r"--out out\b.*\boptim\.epochs\b.*\b2\b.*\b3\b", done.err)
 
@@ -197,16 +197,16 @@ def test_the_same_command_trains_nothing_again_and_another_is_refused(pruned, co
 @pytest.mark.slow
 def test_interrupted_it_goes_on(place, command_server, tmp_path):
     """Killed while what is left is taught: the choice stays, the training goes on."""
-    words = (*WORDS, "--run.save_every_steps", "1", "--out", tmp_path / "out")
+    arguments = (*WORDS, "--run.save_every_steps", "1", "--out", tmp_path / "out")
     done = command_server.run(
-        *words, cwd=place, DEIT_FAULT="update:3:kill"
+        *arguments, cwd=place, DEIT_FAULT="update:3:kill"
     )  # the second try as well
     assert done.code == 1
     ends = [line for line in done.out.splitlines() if runs_over(line)]
     assert [line.split(":")[0] for line in ends] == ["recovered"] * 2
     chosen = (tmp_path / "out" / "pruned" / "kept_units.json").read_bytes()
     assert run_folder.list_checkpoints(tmp_path / "out" / "recovered")
-    done = command_server.run(*words, cwd=place)
+    done = command_server.run(*arguments, cwd=place)
     assert done.code == 0, done.err
     assert (tmp_path / "out" / "pruned" / "kept_units.json").read_bytes() == chosen
     assert stays(done) == []
@@ -215,11 +215,11 @@ def test_interrupted_it_goes_on(place, command_server, tmp_path):
 
 @pytest.mark.slow
 def test_killed_before_all_of_it_is_written_it_chooses_again(place, command_server, tmp_path):
-    words = (*WORDS, "--out", tmp_path / "out")
-    done = command_server.run(*words, cwd=place, DEIT_FAULT="renamed:1:kill")
+    arguments = (*WORDS, "--out", tmp_path / "out")
+    done = command_server.run(*arguments, cwd=place, DEIT_FAULT="renamed:1:kill")
     assert done.code != 0
     assert not (tmp_path / "out" / "pruned" / "config.json").exists()
-    done = command_server.run(*words, cwd=place)
+    done = command_server.run(*arguments, cwd=place)
     assert done.code == 0, done.err
     assert len(stays(done)) == 2
 
@@ -227,9 +227,9 @@ def test_killed_before_all_of_it_is_written_it_chooses_again(place, command_serv
 @pytest.mark.slow
 def test_from_elsewhere_it_goes_on_where_nothing_was_saved_yet(place, command_server, tmp_path):
     """What is left was spelled from the first directory; its training ended before it saved."""
-    words = (*WORDS[:1], "{run}", *WORDS[2:], "--optim.epochs", "1", "--out", "{out}")
-    words = (*words, "--teacher.source", str(place / "teacher"))
-    here = [word.format(run="run", out="o") for word in words]
+    arguments = (*WORDS[:1], "{run}", *WORDS[2:], "--optim.epochs", "1", "--out", "{out}")
+    arguments = (*arguments, "--teacher.source", str(place / "teacher"))
+    here = [word.format(run="run", out="o") for word in arguments]
     shutil.copytree(place / "run", tmp_path / "run")
     done = command_server.run(*here, cwd=tmp_path)
     assert done.code == 0, done.err
@@ -237,7 +237,7 @@ def test_from_elsewhere_it_goes_on_where_nothing_was_saved_yet(place, command_se
     for path in recovered.iterdir():
         if path.name != "config.json":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    there = [word.format(run=tmp_path / "run", out=tmp_path / "o") for word in words]
+    there = [word.format(run=tmp_path / "run", out=tmp_path / "o") for word in arguments]
     done = command_server.run(*there, cwd=place)
     assert done.code == 0, done.err
     assert run_folder.read_result(recovered)["epochs"] == 1
@@ -245,8 +245,8 @@ def test_from_elsewhere_it_goes_on_where_nothing_was_saved_yet(place, command_se
 
 def test_of_a_run_that_began_with_weights_nothing_is_trained_as_long(pruned, command_server):
     out, _ = pruned
-    words = ("prune", out / "recovered", *QUICK_PRUNING, "--heads", "0.1", "--out", "again")
-    done = command_server.run(*words, "--controls", "long", cwd=out.parent)
+    arguments = ("prune", out / "recovered", *QUICK_PRUNING, "--heads", "0.1", "--out", "again")
+    done = command_server.run(*arguments, "--controls", "long", cwd=out.parent)
     assert done.code == 2
     for name in ("--controls long", "init.weights out/pruned"):
         assert name in done.err
@@ -293,8 +293,17 @@ def test_what_was_cut_is_quantized_after_its_recovery(pruned, command_server):
 def test_a_dry_run_chooses_by_every_score_in_every_scope(
     place, command_server, tmp_path, scope, score
 ):
-    words = (*WORDS, "--scope", scope, "--criterion", score, "--out", tmp_path / "out", "--dry-run")
-    done = command_server.run(*words, cwd=place)
+    arguments = (
+        *WORDS,
+        "--scope",
+        scope,
+        "--criterion",
+        score,
+        "--out",
+        tmp_path / "out",
+        "--dry-run",
+    )
+    done = command_server.run(*arguments, cwd=place)
     assert done.code == 0, done.err
     assert not (tmp_path / "out").exists()
     units = [units for _, units in stays(done)]
@@ -308,8 +317,17 @@ def test_a_dry_run_chooses_by_every_score_in_every_scope(
 
 
 def test_a_share_of_the_arithmetic_is_not_exceeded_layer_by_layer(place, command_server, tmp_path):
-    words = ("prune", "run", *QUICK_PRUNING, "--macs", "0.6", "--scope", "layerwise", "--dry-run")
-    done = command_server.run(*words, "--out", tmp_path / "out", cwd=place)
+    arguments = (
+        "prune",
+        "run",
+        *QUICK_PRUNING,
+        "--macs",
+        "0.6",
+        "--scope",
+        "layerwise",
+        "--dry-run",
+    )
+    done = command_server.run(*arguments, "--out", tmp_path / "out", cwd=place)
     assert done.code == 0, done.err
     told = re.search(r"\b192\b[^\d\n]*([\d.]+) %", done.out)  # behind the hidden units
     assert 0 < float(told[1]) <= 60
@@ -317,17 +335,24 @@ def test_a_share_of_the_arithmetic_is_not_exceeded_layer_by_layer(place, command
 
 @pytest.mark.slow
 def test_frozen_weights_are_cut_as_well(place, command_server, tmp_path):
-    words = ("finetune", "--from", "run", "--optim.trainable", "heads", "--optim.epochs", "1")
-    words = (*words, "--optim.warmup_epochs", "0", "--run.eval_every_epochs", "1", "--out")
-    done = command_server.run(*words, tmp_path / "probe", cwd=place)
+    arguments = ("finetune", "--from", "run", "--optim.trainable", "heads", "--optim.epochs", "1")
+    arguments = (*arguments, "--optim.warmup_epochs", "0", "--run.eval_every_epochs", "1", "--out")
+    done = command_server.run(*arguments, tmp_path / "probe", cwd=place)
     assert done.code == 0, done.err
-    words = ("prune", tmp_path / "probe", *QUICK_PRUNING, "--dry-run", "--out", tmp_path / "out")
-    done = command_server.run(*words, "--schedule", "int8", cwd=place)  # which trains all
+    arguments = (
+        "prune",
+        tmp_path / "probe",
+        *QUICK_PRUNING,
+        "--dry-run",
+        "--out",
+        tmp_path / "out",
+    )
+    done = command_server.run(*arguments, "--schedule", "int8", cwd=place)  # which trains all
     assert done.code == 0, done.err
 
 
 def test_arithmetic_can_be_asked_for(place, command_server, tmp_path):
-    words = (
+    arguments = (
         "prune",
         "run",
         *QUICK_PRUNING,
@@ -337,7 +362,7 @@ def test_arithmetic_can_be_asked_for(place, command_server, tmp_path):
         tmp_path / "out",
         "--dry-run",
     )
-    done = command_server.run(*words, cwd=place)
+    done = command_server.run(*arguments, cwd=place)
     assert done.code == 0, done.err
     assert sum(heads for heads, _ in stays(done)) in (3, 4)
 
@@ -372,7 +397,7 @@ def test_options_that_cannot_be(wrong):
 
 
 @pytest.mark.parametrize(
-    ("words", "names"),
+    ("arguments", "names"),
     [
         (("prune",), ("deit prune RUN",)),
         (("prune", "run", "--criterion", "tailor"), ("--criterion tailor", *CRITERIA)),
@@ -395,8 +420,10 @@ def test_options_that_cannot_be(wrong):
         (("prune", "run", "--out", "run"), ("--out run", "prune.json")),
     ],
 )
-def test_a_mistake_is_told_before_the_work(place, command_server, words, names):
-    done = command_server.run(*words, *(() if "--out" in words else ("--out", "new")), cwd=place)
+def test_a_mistake_is_told_before_the_work(place, command_server, arguments, names):
+    done = command_server.run(
+        *arguments, *(() if "--out" in arguments else ("--out", "new")), cwd=place
+    )
     assert done.code == 2, done.err
     for name in names:
         assert name in done.err

@@ -22,13 +22,13 @@ pytest.importorskip("onnxruntime")
 def place(tmp_path_factory, command_server):
     """A run, its ONNX and int8 files, and what pruning left of it."""
     place = tmp_path_factory.mktemp("variants")
-    words = ("--loss", "none", *THREE_EPOCHS, "--student.depth", "1", "--out", "run")
+    arguments = ("--loss", "none", *THREE_EPOCHS, "--student.depth", "1", "--out", "run")
     commands = [
-        ("train", "digits", *words),
+        ("train", "digits", *arguments),
         ("export", "run", "--format", "onnx", "--images", "64"),
         ("quantize", "run", "--max-drop", "5"),
         ("prune", "run", *QUICK_PRUNING, "--ratio", "0.5", "--out", "small"),
-        ("train", "digits", *words[:-1], "other", "--run.seed", "1"),
+        ("train", "digits", *arguments[:-1], "other", "--run.seed", "1"),
     ]
     for command in commands:
         done = command_server.run(*command, cwd=place)
@@ -62,8 +62,8 @@ def test_accuracy_is_that_of_the_own_command(place, measured, command_server):
         assert done.code == 0, done.err
         heads = json.loads((place / "e.json").read_text())["heads"]
         assert rows[name]["top1"] == {head: heads[head]["top1"] for head in rows[name]["top1"]}
-    words = ("evaluate", "run", "--merge-tokens", "2", "--json", place / "e.json", "--force")
-    done = command_server.run(*words, cwd=place)
+    arguments = ("evaluate", "run", "--merge-tokens", "2", "--json", place / "e.json", "--force")
+    done = command_server.run(*arguments, cwd=place)
     assert done.code == 0, done.err
     heads = json.loads((place / "e.json").read_text())["heads"]
     merging = rows["run, merging 2"]
@@ -177,7 +177,7 @@ def test_two_runs_of_one_name_keep_apart(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "names"),
+    ("arguments", "code", "names"),
     [
         ((), 2, ("RUN", "deit variants --help")),
         (("ohter",), 4, ("ohter", "other")),
@@ -191,9 +191,9 @@ def test_two_runs_of_one_name_keep_apart(place, tmp_path):
         (("run", "--json", "e.json"), 5, ("--json e.json", "--force")),
     ],
 )
-def test_a_mistake_is_told_before_the_work(place, command_server, words, code, names):
+def test_a_mistake_is_told_before_the_work(place, command_server, arguments, code, names):
     (place / "e.json").touch()
-    done = command_server.run("variants", *words, cwd=place)
+    done = command_server.run("variants", *arguments, cwd=place)
     assert done.code == code, done.err
     for name in names:
         assert name in done.err
@@ -227,7 +227,7 @@ def test_a_ladder_that_is_there_is_replaced_only_when_asked(
 
 @pytest.mark.slow
 def test_a_run_of_another_size_is_refused(place, command_server, tmp_path):
-    words = (
+    arguments = (
         "--loss",
         "none",
         *THREE_EPOCHS,
@@ -236,8 +236,8 @@ def test_a_run_of_another_size_is_refused(place, command_server, tmp_path):
         "--student.image_size",
         "16",
     )
-    words = (*words, "--student.patch_size", "4", "--out", tmp_path / "large")
-    assert command_server.run("train", "digits", *words, cwd=place).code == 0
+    arguments = (*arguments, "--student.patch_size", "4", "--out", tmp_path / "large")
+    assert command_server.run("train", "digits", *arguments, cwd=place).code == 0
     done = command_server.run("variants", "run", tmp_path / "large", "--force", cwd=place)
     assert done.code == 2
     assert re.search(rf"{tmp_path / 'large'}\b.*\bimage_size\b.*\b16\b.*\b8\b", done.err)

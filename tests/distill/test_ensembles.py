@@ -52,11 +52,11 @@ def test_at_any_temperature_it_is_the_mean_at_that_temperature_and_labels_at_one
 def test_its_divergence_pulls_like_the_mean_of_the_single_ones():
     """Sum of KLs and KL to the mean differ by what the student cannot change (Beyer et al.)."""
     logits, student = torch.randn(6, 2, 5), torch.randn(6, 5, requires_grad=True)
-    together = combine_teachers(logits, HALVES, "probabilities", temperature=2.0).logits[:, 0]
-    alone = sum(soft_distillation_loss(student, logits[:, t], 2.0) for t in (0, 1)) / 2
+    combined = combine_teachers(logits, HALVES, "probabilities", temperature=2.0).logits[:, 0]
+    mean_of_losses = sum(soft_distillation_loss(student, logits[:, t], 2.0) for t in (0, 1)) / 2
     one, two = (
         torch.autograd.grad(loss, student)[0]
-        for loss in (soft_distillation_loss(student, together, 2.0), alone)
+        for loss in (soft_distillation_loss(student, combined, 2.0), mean_of_losses)
     )
     assert torch.allclose(one, two, atol=1e-6)
 

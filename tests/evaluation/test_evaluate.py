@@ -93,8 +93,8 @@ def test_several_runs_and_resolutions_in_one_table(runs, tmp_path, capsys):
     rows = found["rows"]
     assert list(rows) == ["student, 8 px", "student, 16 px", "labels, 8 px", "labels, 16 px"]
     assert found["command"] == f"deit evaluate {shlex.join(arguments)}"
-    alone = evaluate(runs / "labels", resolution=16)
-    assert rows["labels, 16 px"]["heads"] == alone["heads"]
+    single_run = evaluate(runs / "labels", resolution=16)
+    assert rows["labels, 16 px"]["heads"] == single_run["heads"]
     shares = found["agreement"]
     assert {"truth", "teacher of student, 8 px", *rows} <= set(shares)
     for name, row in rows.items():
@@ -121,7 +121,7 @@ def test_runs_of_other_images_are_not_held_against_each_other(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "named"),
+    ("arguments", "code", "named"),
     [
         (("--resolution", "8,x"), 2, ["--resolution 8,x"]),
         (("--resolution", "0"), 2, ["--resolution 0"]),
@@ -142,8 +142,8 @@ def test_runs_of_other_images_are_not_held_against_each_other(runs, tmp_path):
         (("--run.eval_batch_size", "0"), 2, ["--run.eval_batch_size 0"]),
     ],
 )
-def test_bad_options_are_one_line(words, code, named, runs, capsys):
-    assert run_command("evaluate", [str(runs / "student"), *words], "deit evaluate") == code
+def test_bad_options_are_one_line(arguments, code, named, runs, capsys):
+    assert run_command("evaluate", [str(runs / "student"), *arguments], "deit evaluate") == code
     said = capsys.readouterr().err
     assert [one for one in named if one not in said] == []
     assert len(said.strip().splitlines()) == 1
@@ -180,7 +180,7 @@ def classes_of(variant):
     return tuple((resources.files("timm.data") / "_info" / VARIANTS[variant]).read_text().split())
 
 
-def pictures(root, names, files=("a.png",)):
+def write_class_images(root, names, files=("a.png",)):
     for index, name in enumerate(names):
         (root / name).mkdir(parents=True)
         for file in files:
@@ -196,7 +196,7 @@ def test_the_variants_are_those_of_the_command_line():
 def test_a_variant_is_cut_to_its_classes(name, number, tmp_path):
     expected = classes_of(name)
     assert len(expected) == number
-    root = pictures(tmp_path / name, expected)
+    root = write_class_images(tmp_path / name, expected)
     found = load_variant(name, str(root), synsets())
     assert len(found.columns) == number
     assert {synsets()[column] for column in found.columns} == set(expected)
@@ -208,7 +208,7 @@ def test_a_variant_is_cut_to_its_classes(name, number, tmp_path):
 
 
 def test_v2_is_named_by_number(tmp_path):
-    root = pictures(tmp_path / "v2", [str(number) for number in range(1000)])
+    root = write_class_images(tmp_path / "v2", [str(number) for number in range(1000)])
     found = load_variant("v2", str(root), synsets())
     assert found.columns == tuple(range(1000))
     for row in (0, 11, 999):
@@ -218,7 +218,7 @@ def test_v2_is_named_by_number(tmp_path):
 
 def test_a_network_of_some_classes_sees_their_images_alone(tmp_path):
     expected = classes_of("a")
-    root = pictures(tmp_path / "a", expected)
+    root = write_class_images(tmp_path / "a", expected)
     known = (expected[7], "n00000000", expected[3])
     found = load_variant("a", str(root), known)
     assert found.columns == (0, 2)
@@ -232,7 +232,7 @@ def test_real_has_several_right_answers(tmp_path):
     several = next(name for name in names if len(labels[name]) > 1)
     nothing = next(name for name in names if not labels[name])
     single = next(name for name in names if len(labels[name]) == 1)
-    root = pictures(tmp_path / "real", synsets())
+    root = write_class_images(tmp_path / "real", synsets())
     for file in root.rglob("a.png"):
         file.rename(file.with_name(single))
     folder = root / synsets()[0]
@@ -249,10 +249,10 @@ def test_real_has_several_right_answers(tmp_path):
 
 
 def test_another_folder_is_refused(tmp_path):
-    root = pictures(tmp_path / "cats", ["cat", "dog"])
+    root = write_class_images(tmp_path / "cats", ["cat", "dog"])
     with raises(DataError, "'cat'"):
         load_variant("a", str(root), synsets())
-    whole = pictures(tmp_path / "a", classes_of("a"))
+    whole = write_class_images(tmp_path / "a", classes_of("a"))
     with raises(DataError, "variant a", "'ant'"):
         load_variant("a", str(whole), ("ant", "bee"))
 
@@ -262,13 +262,13 @@ def test_a_variant_is_evaluated_from_the_command_line(tmp_path, capsys):
     expected = classes_of("a")
     names = sorted(expected[:3])
     for split in ("train", "test"):
-        pictures(tmp_path / "data" / split, names, [f"{n}.png" for n in range(12)])
+        write_class_images(tmp_path / "data" / split, names, [f"{n}.png" for n in range(12)])
     config = digits_teacher().replace(
         data={"source": "folder", "root": str(tmp_path / "data")},
         optim={"epochs": 1, "warmup_epochs": 0, "batch_size": 8},
     )
     train(config, tmp_path / "run")
-    root = pictures(tmp_path / "a", expected, ("x.png", "y.png"))
+    root = write_class_images(tmp_path / "a", expected, ("x.png", "y.png"))
     arguments = [str(tmp_path / "run"), "--test-set", "a", "--data.root", str(root)]
     code = run_command(
         "evaluate", [*arguments, "--json", str(tmp_path / "f.json")], "deit evaluate"
@@ -302,14 +302,14 @@ def test_files_that_are_there_are_not_replaced_unasked(word, runs, tmp_path, cap
     Image.new("RGB", (8, 8)).save(picture)
     mine = tmp_path / "mine.json"
     mine.write_text("mine")
-    words = [str(runs / "student"), *([str(picture)] if word == "predict" else [])]
-    words += ["--json", str(mine)]
-    assert run_command(word, words, word) == 5
+    arguments = [str(runs / "student"), *([str(picture)] if word == "predict" else [])]
+    arguments += ["--json", str(mine)]
+    assert run_command(word, arguments, word) == 5
     said = capsys.readouterr().err
     assert f"--json {mine}" in said
     assert "--force" in said
     assert mine.read_text() == "mine"
-    assert run_command(word, [*words, "--force"], word) == 0
+    assert run_command(word, [*arguments, "--force"], word) == 0
     assert mine.read_text().startswith("{")
 
 
@@ -328,8 +328,8 @@ def test_other_images_of_the_same_labels_are_not_held_against_each_other(tmp_pat
     runs = [tmp_path / name for name in ("one", "other")]
     labels = [load_splits(load_config(run / "config.json").data).test.labels for run in runs]
     assert torch.equal(*labels)
-    words = [*map(str, runs), "--json", str(tmp_path / "f.json")]
-    assert run_command("evaluate", words, "deit evaluate") == 0
+    arguments = [*map(str, runs), "--json", str(tmp_path / "f.json")]
+    assert run_command("evaluate", arguments, "deit evaluate") == 0
     assert "agreement" not in json.loads((tmp_path / "f.json").read_text())
 
 
@@ -341,8 +341,8 @@ def test_the_checkpoint_that_was_measured_is_named(runs):
 
 
 def test_a_survey_of_a_variant_begins_with_its_mistakes(runs, tmp_path, capsys):
-    words = [str(runs / "labels"), str(runs / "student"), "--test-set", "a"]
-    assert run_command("evaluate", [*words, "--data.root", str(tmp_path)], "deit evaluate") == 3
+    arguments = [str(runs / "labels"), str(runs / "student"), "--test-set", "a"]
+    assert run_command("evaluate", [*arguments, "--data.root", str(tmp_path)], "deit evaluate") == 3
     said = capsys.readouterr()
     assert re.search(r"\bvariant a\b.*'0'", said.err)
     assert said.out == ""

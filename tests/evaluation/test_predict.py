@@ -163,8 +163,8 @@ def test_a_teacher_of_larger_pictures_sees_the_same_ones(place, predict, tmp_pat
     monkeypatch.setattr(
         "deit.evaluation.predict.load_teacher", lambda *arguments, **options: Larger()
     )
-    words = ("--teacher", "run", "--json", "found.json")
-    code, _ = predict(place / "run", "empty.png", place / "pictures", *words)
+    arguments = ("--teacher", "run", "--json", "found.json")
+    code, _ = predict(place / "run", "empty.png", place / "pictures", *arguments)
     assert code == 3
     assert seen == [(3, 3, 24, 24)]
     found = json.loads((tmp_path / "found.json").read_text())
@@ -220,7 +220,7 @@ BAD = {
 def test_bad_input_is_one_line(name, place, predict, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty").mkdir()
-    words = {
+    paths = {
         "RUN": place / "run",
         "TEACHER": place / "teacher",
         "NONE": place / "none",
@@ -229,7 +229,7 @@ def test_bad_input_is_one_line(name, place, predict, tmp_path):
         "PICTURE": place / "pictures" / "0.png",
     }
     arguments, expected, named = BAD[name]
-    code, said = predict(*(words.get(word, word) for word in arguments))
+    code, said = predict(*(paths.get(word, word) for word in arguments))
     assert code == expected, said.err
-    assert [one for one in named if str(words.get(one, one)) not in said.err] == [], said.err
+    assert [one for one in named if str(paths.get(one, one)) not in said.err] == [], said.err
     assert len(said.err.strip().splitlines()) == 1

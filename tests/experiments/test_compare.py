@@ -30,14 +30,14 @@ def test_the_sweep_of_the_study_goes_on_with_its_runs(command_server, tmp_path):
     pytest.importorskip("sklearn")
     trained(two_epochs(loss={"kind": "none"}), tmp_path / "teacher")
     taught = ("--teacher.source", tmp_path / "teacher", "--teacher.allow_near_chance")
-    words = ("compare", "digits", *SMALL, *taught, "--out", tmp_path / "out")
-    done = command_server.run(*words, "--arms", "undistilled")
+    arguments = ("compare", "digits", *SMALL, *taught, "--out", tmp_path / "out")
+    done = command_server.run(*arguments, "--arms", "undistilled")
     assert done.code == 0, done.err
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(result["rows"]) == ["undistilled"]
     (folder,) = result["rows"]["undistilled"]["folders"]
     assert f"deit evaluate {folder}" in done.out
-    again = ("sweep", "teacher", "--recipe", "digits", "--seeds", "0", *words[2:])
+    again = ("sweep", "teacher", "--recipe", "digits", "--seeds", "0", *arguments[2:])
     done = command_server.run(*again)
     assert done.code == 0, done.err
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]

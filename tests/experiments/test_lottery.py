@@ -241,8 +241,8 @@ def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, command_se
         shutil.rmtree(level.with_name(run))
         level.with_name(f"{run}.evaluation.json").unlink(missing_ok=True)
     (level.parent / "masks" / "level-2.safetensors").unlink()
-    words = (*LOTTERY, "--seeds", "0,1", "--out", "out", "--retries", "0")
-    done = command_server.run(*words, cwd=tmp_path, DEIT_FAULT="update:5:kill")
+    arguments = (*LOTTERY, "--seeds", "0,1", "--out", "out", "--retries", "0")
+    done = command_server.run(*arguments, cwd=tmp_path, DEIT_FAULT="update:5:kill")
     assert done.code == 1
     assert [name in done.err for name in ("level-2.log", "random-2.log")] == [True] * 2
     assert done.err.count(".log") == 2
@@ -253,7 +253,7 @@ def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, command_se
     assert run_folder.read_result(level) is None
     told = result(tmp_path / "out")["rows"]["ticket, 75.0 %"]
     assert (told["seeds"], list(told["failed"])) == ([0], ["1"])
-    done = command_server.run(*words, cwd=tmp_path)
+    done = command_server.run(*arguments, cwd=tmp_path)
     assert done.code == 0, done.err
     assert run_log.read(level / run_log.HASH_CHAIN) == chain
     assert {

@@ -119,17 +119,17 @@ def test_the_report_shows_curve_masks_and_layers(searched, command_server, tmp_p
 def command(monkeypatch, capsys):
     """Runs a command in this process, from a folder: none of these trains anything."""
 
-    def run(name, *words, cwd):
+    def run(name, *arguments, cwd):
         monkeypatch.chdir(cwd)
         capsys.readouterr()
-        code = run_command(name, [str(word) for word in words], f"deit {name}")
+        code = run_command(name, [str(word) for word in arguments], f"deit {name}")
         return Completed(code, *capsys.readouterr())
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("words", "names"),
+    ("arguments", "names"),
     [
         (("--scope", "some"), ("scope some", *SCOPES, "2:4")),
         (("--scope", "2:4"), ("--scope 2:4", "--rounds", "--prune-rate")),
@@ -152,8 +152,8 @@ def command(monkeypatch, capsys):
         (("--resume",), ("deit lottery", "--resume")),
     ],
 )
-def test_a_mistake_is_told_before_the_work(command, tmp_path, words, names):
-    done = command(*LOTTERY, *words, "--out", "out", cwd=tmp_path)
+def test_a_mistake_is_told_before_the_work(command, tmp_path, arguments, names):
+    done = command(*LOTTERY, *arguments, "--out", "out", cwd=tmp_path)
     assert done.code == 2
     for name in names:
         assert name in done.err
@@ -169,7 +169,7 @@ def test_what_is_not_trained_whole_has_no_tickets(command, tmp_path, searched):
 
 
 @pytest.mark.parametrize(
-    ("words", "differs"),
+    ("arguments", "differs"),
     [
         (("--scope", "layerwise"), r"scope\b.*\bglobal\b.*\blayerwise"),
         (("--prune-rate", "0.4"), r"rate\b.*\b0\.5\b.*\b0\.4"),
@@ -179,16 +179,16 @@ def test_what_is_not_trained_whole_has_no_tickets(command, tmp_path, searched):
         (("--loss", "none"), r"loss\.kind\b.*\bsoft\b.*\bnone"),
     ],
 )
-def test_another_search_in_the_folder_is_refused(searched, command, words, differs):
+def test_another_search_in_the_folder_is_refused(searched, command, arguments, differs):
     place, _ = searched
-    done = command(*LOTTERY, *words, "--out", "out", cwd=place)
+    done = command(*LOTTERY, *arguments, "--out", "out", cwd=place)
     assert done.code == 2, done.err
     assert re.search(rf"--out out\b.*\b{differs}\b", done.err), done.err
 
 
 def test_groups_that_do_not_fit_are_told_before_the_work(command, tmp_path):
-    words = ("lottery", "digits", *WITH_AVERAGE, "--scope", "3:5", "--out", "out")
-    done = command(*words, cwd=tmp_path)
+    arguments = ("lottery", "digits", *WITH_AVERAGE, "--scope", "3:5", "--out", "out")
+    done = command(*arguments, cwd=tmp_path)
     assert done.code == 2
     for name in ("scope", "blocks.0.attn.qkv.weight", "16", "5"):
         assert name in done.err
@@ -222,16 +222,16 @@ def numbers_in(text: str) -> list[float]:
 
 
 def test_weights_that_are_standardised_have_no_tickets(command, tmp_path):
-    words = ("--student.name", "timm:resnetv2_50x1_bit", "--student.patch_size", "4")
-    words = ("lottery", "digits-teacher", *words, "--out", "out", "--dry-run")
-    done = command(*words, cwd=tmp_path)
+    arguments = ("--student.name", "timm:resnetv2_50x1_bit", "--student.patch_size", "4")
+    arguments = ("lottery", "digits-teacher", *arguments, "--out", "out", "--dry-run")
+    done = command(*arguments, cwd=tmp_path)
     assert done.code == 2
     assert "student.name = 'timm:resnetv2_50x1_bit'" in done.err
     assert len(done.err.splitlines()) == 1  # no problem of the configuration, which has two
 
 
 def test_levels_of_nearly_the_same_sparsity_keep_apart(command, tmp_path):
-    words = (
+    arguments = (
         "lottery",
         "digits",
         *WITH_AVERAGE,
@@ -242,7 +242,7 @@ def test_levels_of_nearly_the_same_sparsity_keep_apart(command, tmp_path):
         "--controls",
         "none",
     )
-    done = command(*words, "--out", "out", "--dry-run", cwd=tmp_path)
+    done = command(*arguments, "--out", "out", "--dry-run", cwd=tmp_path)
     assert done.code == 0, done.err
     told = [line.split()[3] for line in done.out.splitlines() if " ticket " in line]
     assert len(told) == len(set(told)) == 12
@@ -260,8 +260,8 @@ def test_a_folder_that_holds_something_else_is_refused(command, tmp_path):
 @pytest.mark.parametrize("scope", [*SCOPES, "2:4"])
 def test_a_dry_run_lists_every_scopes_runs(command, tmp_path, scope):
     own = () if scope in SCOPES else ("--scope", "2:4")
-    words = ("lottery", "digits", *WITH_AVERAGE, *(own or ("--scope", scope, "--rounds", "2")))
-    done = command(*words, "--out", "out", "--dry-run", cwd=tmp_path)
+    arguments = ("lottery", "digits", *WITH_AVERAGE, *(own or ("--scope", scope, "--rounds", "2")))
+    done = command(*arguments, "--out", "out", "--dry-run", cwd=tmp_path)
     assert done.code == 0, done.err
     sparse = "25.0, 50.0 %" if own else "20.0, 36.0 %"
     assert re.search(rf"^levels\b.*\b{sparse}.*\b{scope}\b", done.out, re.MULTILINE)

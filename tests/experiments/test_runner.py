@@ -66,10 +66,10 @@ def endless_comparison(place):
 
 @pytest.mark.slow
 def test_a_comparison_at_once_is_that_of_one_after_the_other_to_the_bit(command_server, tmp_path):
-    words = ("compare", "digits", *SMALL, "--seeds", "0,1")
+    arguments = ("compare", "digits", *SMALL, "--seeds", "0,1")
     outs = [tmp_path / "after", tmp_path / "once"]
     for out, number in zip(outs, ("1", "2")):
-        done = command_server.run(*words, "--parallel", number, "--out", out)
+        done = command_server.run(*arguments, "--parallel", number, "--out", out)
         assert done.code == 0, done.err
     # A teacher and four students.
     assert runs_over(done.out) == [(number, 5) for number in range(1, 6)]
@@ -134,8 +134,8 @@ def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(
 def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes_on(
     command_server, tmp_path, number
 ):
-    words = endless_comparison(tmp_path)
-    running = command_server.start(*words)
+    arguments = endless_comparison(tmp_path)
+    running = command_server.start(*arguments)
     names = ("distilled", "undistilled")
     wait_until(lambda: all(begun(tmp_path / "out", name) for name in names))
     running.signal(number)
@@ -147,7 +147,7 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
     assert all(signal.Signals(signal.SIGTERM).name in log for log in logs)
     undistilled = run_of(tmp_path / "out", "undistilled")
     before = chain(undistilled)
-    running = command_server.start(*words, "--arms", "undistilled")
+    running = command_server.start(*arguments, "--arms", "undistilled")
     wait_until(lambda: len(chain(undistilled)) > len(before))
     running.signal(number)
     assert running.wait().code == 128 + number
@@ -156,8 +156,8 @@ def test_a_signal_stops_all_of_them_after_a_checkpoint_and_the_same_command_goes
 
 @pytest.mark.fault("A14")
 def test_without_the_command_that_started_them_they_stop_as_well(command_server, tmp_path):
-    words = endless_comparison(tmp_path)
-    running = command_server.start(*words, as_program=True)
+    arguments = endless_comparison(tmp_path)
+    running = command_server.start(*arguments, as_program=True)
     names = ("distilled", "undistilled")
     wait_until(lambda: all(begun(tmp_path / "out", name) for name in names))
     running.signal(signal.SIGKILL)
@@ -217,7 +217,7 @@ def test_each_gets_its_share_of_the_cores(monkeypatch, tmp_path, cores, asked, n
 def test_each_run_gets_the_gpu_that_has_the_fewest(monkeypatch, tmp_path, visible, count, expected):
     given = []
 
-    def popen(words, *, env, **how):
+    def popen(arguments, *, env, **how):
         given.append(env.get("CUDA_VISIBLE_DEVICES", "-"))
         return SimpleNamespace(stdout=io.StringIO())
 
@@ -236,11 +236,11 @@ def test_each_run_gets_the_gpu_that_has_the_fewest(monkeypatch, tmp_path, visibl
 
 
 def test_a_program_keeps_no_process_after_its_runs(tmp_path):
-    words = [*SMALL, "--arms", "undistilled", "--teacher.source", tmp_path / "teacher"]
+    arguments = [*SMALL, "--arms", "undistilled", "--teacher.source", tmp_path / "teacher"]
     trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")
     before = psutil.Process().children()
-    words += ["--parallel", "2", "--out", tmp_path / "out"]
-    assert run_command("compare", ["digits", *map(str, words)], "deit compare") == 0
+    arguments += ["--parallel", "2", "--out", tmp_path / "out"]
+    assert run_command("compare", ["digits", *map(str, arguments)], "deit compare") == 0
     undistilled = run_of(tmp_path / "out", "undistilled")
     assert run_folder.read_result(undistilled) is not None
     assert "epoch 2/2" in log_of(undistilled).read_text()

@@ -362,8 +362,8 @@ def test_a_search_is_a_sweep(command_server, tmp_path):
         "seeds": [0, 1],
     }
     (tmp_path / "s.json").write_text(json.dumps(file))
-    words = ("sweep", "s.json", "--out", "out", "--parallel", "2", "--top", "1")
-    done = command_server.run(*words, cwd=tmp_path)
+    arguments = ("sweep", "s.json", "--out", "out", "--parallel", "2", "--top", "1")
+    done = command_server.run(*arguments, cwd=tmp_path)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["search"] == {"trials": 3, "finished": 3, "stopped": 0, "failed": 0}
@@ -378,7 +378,7 @@ def test_a_search_is_a_sweep(command_server, tmp_path):
         for path in (tmp_path / "out" / "runs").glob("*-seed-0-*/config.json")
     }
     assert len(stores) == 1
-    again = command_server.run(*words, cwd=tmp_path)
+    again = command_server.run(*arguments, cwd=tmp_path)
     assert again.code == 0, again.err
     for number in (3, 4):  # trials that are over, runs that are finished
         assert re.search(rf"^{number}[^\d\n]+{number}\b", again.out, re.MULTILINE)

@@ -141,8 +141,8 @@ def test_what_is_finished_is_kept_whatever_it_is_called(swept, command_server, t
 
 def test_a_teacher_of_other_images_is_not_taken(swept, command_server):
     place, _ = swept
-    words = ("--data.split_seed", "5")
-    done = command_server.run("sweep", "heat.json", "--out", "out", *words, cwd=place)
+    arguments = ("--data.split_seed", "5")
+    done = command_server.run("sweep", "heat.json", "--out", "out", *arguments, cwd=place)
     assert done.code == 2, done.err
     assert re.search(r"out/teacher\b.*\bdata\.split_seed\b.*\bNone\b.*\b5\b", done.err)
 
@@ -188,8 +188,14 @@ def test_a_teacher_that_is_code_is_asked_in_evaluation_too(command_server, tmp_p
         "def teacher():\n    return Ink()\n"
     )
     write(tmp_path / "s.json", grid={"loss.temperature": [1]})
-    words = ("--teacher.source", "mine.py:teacher", "--teacher.allow_near_chance", "--out", "out")
-    done = command_server.run("sweep", "s.json", *words, cwd=tmp_path)
+    arguments = (
+        "--teacher.source",
+        "mine.py:teacher",
+        "--teacher.allow_near_chance",
+        "--out",
+        "out",
+    )
+    done = command_server.run("sweep", "s.json", *arguments, cwd=tmp_path)
     assert done.code == 0, done.err
     (agreement,) = result(tmp_path / "out")["rows"]["temperature 1"]["agreement"]
     assert 0 <= agreement < 1
@@ -271,8 +277,15 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(command_server, tmp_
     more = {"loss": "none", "data.train_fraction": 1.0}
     (tmp_path / "images").mkdir()  # and nothing in it
     write(tmp_path / "s.json", set={**SMALL, **more}, runs=runs)
-    words = ("sweep", tmp_path / "s.json", "--out", tmp_path / "out", "--teacher.source", "none")
-    done = command_server.run(*words)
+    arguments = (
+        "sweep",
+        tmp_path / "s.json",
+        "--out",
+        tmp_path / "out",
+        "--teacher.source",
+        "none",
+    )
+    done = command_server.run(*arguments)
     assert done.code == 3
     failed = [line for line in done.err.splitlines() if line.startswith("  ")]
     assert [line.split(",")[0] for line in failed] == ["  lost"]
@@ -286,6 +299,6 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(command_server, tmp_
     assert f"{tmp_path / 'images'}: " in rows["lost"]["failed"]["0"]
     assert "| lost | failed |" in (tmp_path / "out" / "results.md").read_text()
     before = states(tmp_path / "out")
-    done = command_server.run(*words)
+    done = command_server.run(*arguments)
     assert done.code == 3
     assert states(tmp_path / "out") == before

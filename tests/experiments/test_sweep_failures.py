@@ -142,8 +142,8 @@ CODE = {
 def test_code_that_only_the_file_names_is_not_run(asked, command_server, tmp_path):
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     write(tmp_path / "s.json", **asked)
-    for words in ((), ("--dry-run",)):
-        done = command_server.run("sweep", "s.json", "--out", "out", *words, cwd=tmp_path)
+    for arguments in ((), ("--dry-run",)):
+        done = command_server.run("sweep", "s.json", "--out", "out", *arguments, cwd=tmp_path)
         assert done.code == 2, done.err
         assert "--teacher.source mine.py:teacher" in done.err
     assert not (tmp_path / "ran").exists()
@@ -160,16 +160,16 @@ def test_images_that_move_between_two_calls_are_found_by_the_command_line(comman
     more = {"loss": "none", "data.source": "folder", "optim.batch_size": 4}
     small = {**SMALL, "optim": {"epochs": 1, "warmup_epochs": 0}, **more}
     write(tmp_path / "s.json", set=small, grid={"student.depth": [1, 2]})
-    words = ("sweep", "s.json", "--teacher.source", "none", "--data.train_fraction", "1")
-    done = command_server.run(*words, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
+    arguments = ("sweep", "s.json", "--teacher.source", "none", "--data.train_fraction", "1")
+    done = command_server.run(*arguments, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
     assert done.code == 0, done.err
     first = result(tmp_path / "out")["rows"]
     for path in (tmp_path / "out" / "runs").glob("*.evaluation.json"):
         path.unlink()
     (tmp_path / "pictures").rename(tmp_path / "moved")
-    done = command_server.run(*words, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
+    done = command_server.run(*arguments, "--data.root", "pictures", "--out", "out", cwd=tmp_path)
     assert (done.code, "data.root pictures" in done.err) == (3, True), done.err
-    done = command_server.run(*words, "--data.root", "moved", "--out", "out", cwd=tmp_path)
+    done = command_server.run(*arguments, "--data.root", "moved", "--out", "out", cwd=tmp_path)
     assert done.code == 0, done.err
     again = result(tmp_path / "out")["rows"]
     assert {name: row["top1"] for name, row in again.items()} == {
@@ -262,9 +262,9 @@ def test_a_teacher_that_no_run_asks_is_not_trained(command_server, tmp_path):
     assert listed == [own, f"source checkpoints/{own}, seed 0"]
 
 
-@pytest.mark.parametrize(("words", "names"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_told_before_the_work(words, names, command_server, tmp_path):
-    done = command_server.run("sweep", *words, cwd=tmp_path)
+@pytest.mark.parametrize(("arguments", "names"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_before_the_work(arguments, names, command_server, tmp_path):
+    done = command_server.run("sweep", *arguments, cwd=tmp_path)
     assert done.code == 2
     for name in names:
         assert name in done.err

@@ -274,8 +274,8 @@ def test_what_a_point_changes_is_told_by_field(tmp_path):
     text = "{grid: {loss: [none, deit-hard]}, runs: {a: {}, b: {loss.kind: none}}}"
     own = [point.own for point in points_of(read(tmp_path, text), digits())]
     assert own == [{}, {"loss.kind": "none"}] * 2
-    (alone,) = points_of(read(tmp_path, "grid: {optim.lr: [0.5]}"), digits())
-    assert alone.own is None
+    (point,) = points_of(read(tmp_path, "grid: {optim.lr: [0.5]}"), digits())
+    assert point.own is None
 
 
 def test_points_are_configurations_that_can_be_written_down(tmp_path):
@@ -346,5 +346,5 @@ def test_a_warm_up_that_fits_few_epochs_may_still_vary(tmp_path):
     assert [point.config.optim.warmup_epochs for point in points] == [1, 5]
 
 
-def run_of(*words):
-    return parse_run(list(words), program="deit sweep", about="", live_teacher=False).config
+def run_of(*arguments):
+    return parse_run(list(arguments), program="deit sweep", about="", live_teacher=False).config

@@ -296,8 +296,8 @@ def test_who_answers_otherwise_than_whom_by_hand(told):
     with_token = said(
         "0120", teacher="0121", **{"class": "0120"}, distillation="0111", fused="0110"
     )
-    alone = said("0120", teacher="0121", **{"class": "1120"})
-    shares = disagreement_matrix({"distilled": with_token, "undistilled": alone})
+    class_only = said("0120", teacher="0121", **{"class": "1120"})
+    shares = disagreement_matrix({"distilled": with_token, "undistilled": class_only})
     heads = ["distilled, class", "distilled, distillation", "distilled, fused"]
     assert list(shares) == ["truth", "teacher", *heads, "undistilled"]
     assert shares["truth"] == dict(zip(shares, (0, 0.25, 0, 0.5, 0.25, 0.25)))
@@ -332,9 +332,9 @@ def test_a_heat_map_is_the_mean_over_seeds_and_over_what_else_varies(told):
 )
 def test_pictures_by_what_varies(told, fields, drawn, tmp_path):
     pytest.importorskip("matplotlib")
-    words = {"run": "abcd", "optim.lr": ["0.1", "1", "0.1", "1"], "loss.temperature": "1122"}
+    arguments = {"run": "abcd", "optim.lr": ["0.1", "1", "0.1", "1"], "loss.temperature": "1122"}
     for place, name in enumerate("abcd"):
-        told["rows"][name]["values"] = {field: words[field][place] for field in fields}
+        told["rows"][name]["values"] = {field: arguments[field][place] for field in fields}
     paths = draw_sweep(told | {"fields": fields}, tmp_path)
     assert [path.name for path in paths] == drawn
     assert all(path.stat().st_size > 5000 for path in paths)

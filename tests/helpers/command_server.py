@@ -255,7 +255,7 @@ class ForkedRun:
     """The part of `subprocess.Popen` that `deit.experiments.runner` uses, for a run that the server
     forks: it need not import for four seconds what is there."""
 
-    def __init__(self, path: Path, words: list[str], env: dict[str, str]) -> None:
+    def __init__(self, path: Path, arguments: list[str], env: dict[str, str]) -> None:
         self._path = path
         pipe = path.with_name(f"{uuid.uuid4().hex}.pipe")
         os.mkfifo(pipe)
@@ -263,7 +263,7 @@ class ForkedRun:
         question = {
             "script": None,
             "as_program": False,
-            "arguments": words[words.index("deit") + 1 :],
+            "arguments": arguments[arguments.index("deit") + 1 :],
             "environment": env,
             "cwd": os.getcwd(),
             "out": str(pipe),
@@ -286,10 +286,10 @@ class ForkedRun:
 def forked_runs(path: Path) -> SimpleNamespace:
     """A stand-in for `subprocess` in `deit.experiments.runner`, with the server at a path."""
 
-    def popen(words: list[str], *, env: dict[str, str], **how: Any) -> Any:
+    def popen(arguments: list[str], *, env: dict[str, str], **how: Any) -> Any:
         if env["OMP_NUM_THREADS"] != "1":  # the server has read another number
-            return subprocess.Popen(words, env=env, **how)
-        return ForkedRun(path, words, env)
+            return subprocess.Popen(arguments, env=env, **how)
+        return ForkedRun(path, arguments, env)
 
     names = ("DEVNULL", "PIPE", "STDOUT")
     return SimpleNamespace(Popen=popen, **{name: getattr(subprocess, name) for name in names})

@@ -32,14 +32,14 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+def assert_refused(done: subprocess.CompletedProcess[str], code: int, *fragments: str) -> None:
     """One message on stderr, whatever else of it in indented lines, with the words it must name."""
     assert done.returncode == code, done.stdout + done.stderr
     first, *others = done.stderr.splitlines()
     assert first.startswith("deit: error: "), done.stderr
     assert all(line.startswith("  ") for line in others), done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    for word in words:
+    for word in fragments:
         assert word in done.stderr
 
 

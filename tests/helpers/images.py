@@ -39,7 +39,7 @@ def pixels_of(images):
 SIDE = 12
 
 
-def write_pictures(root, classes=("ant", "bee", "cat"), number=18):
+def write_image_folder(root, classes=("ant", "bee", "cat"), number=18):
     """Class folders of JPEG and PNG files of many sizes, smooth so that sizes matter."""
     generator = np.random.default_rng(3)
     for label, name in enumerate(classes):

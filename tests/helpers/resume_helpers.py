@@ -31,16 +31,17 @@ def stop_and_go_on(config: Config, out: Path, fault: str) -> None:
     train(config, out, resume=True)
 
 
-def same_end(out: Path, straight: Path) -> None:
+def same_end(out: Path, uninterrupted_run: Path) -> None:
     """Two runs ended with the same bits in every file of tensors, and were the same at every
     checkpoint before."""
     ours, theirs = (
-        sorted(run_folder.latest_checkpoint(one).glob("*.safetensors")) for one in (out, straight)
+        sorted(run_folder.latest_checkpoint(one).glob("*.safetensors"))
+        for one in (out, uninterrupted_run)
     )
     assert [file.name for file in ours] == [file.name for file in theirs]
     for one, other in zip(ours, theirs):
         assert one.read_bytes() == other.read_bytes(), one.name
-    chains = [(one / run_log.HASH_CHAIN).read_bytes() for one in (out, straight)]
+    chains = [(one / run_log.HASH_CHAIN).read_bytes() for one in (out, uninterrupted_run)]
     assert chains[0] == chains[1]
 
 

@@ -32,10 +32,10 @@ SMALL = (
 )
 
 
-def same(out: Path, straight: Path) -> None:
+def same(out: Path, uninterrupted_run: Path) -> None:
     """The two runs left the same: every link of the chain, and the best weights."""
     for name in (run_log.HASH_CHAIN, "best/model.safetensors"):
-        assert (out / name).read_bytes() == (straight / name).read_bytes()
+        assert (out / name).read_bytes() == (uninterrupted_run / name).read_bytes()
     steps = [row["step"] for row in run_log.read(out / run_log.METRICS)]
     assert steps == [STEPS, 2 * STEPS]
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
@@ -62,7 +62,7 @@ WITH_AVERAGE = (
 )
 
 
-ON_PICTURES = (
+ON_IMAGES = (
     *("--loss", "none", "--teacher.source", "none"),
     *("--student.name", "vit_micro", "--student.depth", "1", "--student.embed_dim", "16"),
     *("--student.num_heads", "2", "--student.image_size", "16", "--student.patch_size", "4"),
@@ -86,7 +86,7 @@ def image_run_arguments(image_folder: Path, out: Path, workers: int) -> tuple[st
     """A short training on pictures that worker processes read."""
     return (
         *("train", "folder", "--data.root", str(image_folder), "--data.num_workers", str(workers)),
-        *ON_PICTURES,
+        *ON_IMAGES,
         *("--out", str(out), "--resume"),
     )
 

@@ -85,9 +85,9 @@ def test_one_of_our_runs_answers_as_its_fused_student(run):
 def test_classes_are_matched_by_name(run):
     folder, _ = run
     images = torch.rand(4, 3, 16, 16)
-    straight = load_teacher(TeacherConfig(source=str(folder)), NAMES)(images)
-    turned = load_teacher(TeacherConfig(source=str(folder)), ("cat", "ant"))(images)
-    assert torch.equal(turned, straight[:, [2, 0]])
+    in_order = load_teacher(TeacherConfig(source=str(folder)), NAMES)(images)
+    reordered = load_teacher(TeacherConfig(source=str(folder)), ("cat", "ant"))(images)
+    assert torch.equal(reordered, in_order[:, [2, 0]])
     with raises(DataError, "'bees'"):
         load_teacher(TeacherConfig(source=str(folder)), ("ant", "bees"))
 
@@ -184,8 +184,8 @@ def test_a_python_file_that_ends_the_program_is_named(tmp_path):
         load_teacher(TeacherConfig(source=f"{tmp_path / 't.py'}:make"), ("a",), image_size=8)
 
 
-@pytest.mark.parametrize(("calls", "words"), [(0, ""), (0, "0"), (0, "'no GPU'"), (1, "0")])
-def test_a_network_that_ends_the_program_is_named(calls, words, tmp_path):
+@pytest.mark.parametrize(("calls", "exit_code"), [(0, ""), (0, "0"), (0, "'no GPU'"), (1, "0")])
+def test_a_network_that_ends_the_program_is_named(calls, exit_code, tmp_path):
     """Also where it has answered before: its code 0 would be that of a command that is done."""
     path = tmp_path / "mine.py"
     path.write_text(
@@ -194,7 +194,7 @@ def test_a_network_that_ends_the_program_is_named(calls, words, tmp_path):
         f"    left = {calls}\n"
         "    def forward(self, images):\n"
         "        if not self.left:\n"
-        f"            sys.exit({words})\n"
+        f"            sys.exit({exit_code})\n"
         "        self.left -= 1\n"
         "        return images.mean(dim=(2, 3))\n"
         "def teacher():\n    return Leaves()\n"

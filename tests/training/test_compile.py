@@ -122,8 +122,8 @@ def test_a_machine_that_cannot_compile_is_named(config, tmp_path, monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 def test_compiled_stopped_and_resumed_is_the_same_run(config, tmp_path):
     config = config.replace(run={"compile": "default"})
-    train(config, tmp_path / "straight")
+    train(config, tmp_path / "uninterrupted")
     stop_at(config, tmp_path / "run", "update:7:term")
     torch._dynamo.reset()
     train(config, tmp_path / "run", resume=True)
-    same_end(tmp_path / "run", tmp_path / "straight")
+    same_end(tmp_path / "run", tmp_path / "uninterrupted")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from deit.config.recipes.handwriting import digits_teacher
-from tests.helpers.images import write_pictures
+from tests.helpers.images import write_image_folder
 from tests.helpers.processes import SETTINGS, last_json, output_of
 from tests.helpers.trained import trained
 
@@ -41,9 +41,9 @@ def runs(tmp_path_factory, command_server):
     place = tmp_path_factory.mktemp("runs")
     script = ROOT / "train_deit.py"
     trained(digits_teacher().replace(optim={"epochs": 3}), place / "teacher")
-    words = ("digits", "--teacher.source", "teacher", *SETTINGS)
-    alone = output_of(command_server, 1, script, *words, "--out", "of-1", cwd=place)
-    return place, {1: alone, 2: torchrun(script, *words, "--out", "of-2", cwd=place)}
+    arguments = ("digits", "--teacher.source", "teacher", *SETTINGS)
+    single_process = output_of(command_server, 1, script, *arguments, "--out", "of-1", cwd=place)
+    return place, {1: single_process, 2: torchrun(script, *arguments, "--out", "of-2", cwd=place)}
 
 
 def rows(place, number):
@@ -121,7 +121,7 @@ def test_accelerate_launch_runs_the_same_script(runs):
 
 
 def test_images_in_files_train_the_same_on_two_processes(command_server, tmp_path):
-    write_pictures(tmp_path / "images", number=16)
+    write_image_folder(tmp_path / "images", number=16)
     command = (
         *("train_deit.py", "folder", "--data.root", "images", "--loss", "none"),
         *("--student.name", "vit_micro", "--student.depth", "1", "--student.embed_dim", "16"),
@@ -150,7 +150,7 @@ def test_images_in_files_train_the_same_on_two_processes(command_server, tmp_pat
 @pytest.mark.fault("C1")
 def test_a_file_that_a_worker_cannot_read_is_one_line(command_server, tmp_path):
     for split in ("train", "val", "test"):
-        write_pictures(tmp_path / "images" / split, number=8)
+        write_image_folder(tmp_path / "images" / split, number=8)
     broken = tmp_path / "images" / "val" / "bee" / "03.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     done = command_server.run(

@@ -15,7 +15,7 @@ from deit.cli import run_command
 from deit.core import fault_injection, run_folder, run_log
 from deit.core.errors import ConfigError
 from tests.helpers.errors import raises
-from tests.helpers.images import write_pictures
+from tests.helpers.images import write_image_folder
 from tests.helpers.leftovers import is_gone
 from tests.helpers.process_setup import Gate
 from tests.helpers.processes import wait_until
@@ -170,9 +170,9 @@ def workers_of(pid: int) -> list[int]:
 @pytest.fixture
 def with_workers(command_server, tmp_path):
     """A run under way whose images are read by two workers."""
-    write_pictures(tmp_path / "pictures", number=16)
-    words = (*PICTURES, "--data.root", tmp_path / "pictures", "--out", tmp_path / "run")
-    running = command_server.start("train", *words)
+    write_image_folder(tmp_path / "pictures", number=16)
+    arguments = (*PICTURES, "--data.root", tmp_path / "pictures", "--out", tmp_path / "run")
+    running = command_server.start("train", *arguments)
     wait_until(lambda: list((tmp_path / "run").glob("checkpoint-*")))
     return running
 
@@ -193,16 +193,16 @@ def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(
 @pytest.mark.fault("D10")
 def test_killed_with_workers_alive_the_folder_is_free_at_once(command_server, tmp_path):
     out = tmp_path / "run"
-    pictures = write_pictures(tmp_path / "pictures", number=16)
-    words = (*PICTURES, "--optim.epochs", "4", "--data.root", pictures, "--out", out)
+    image_folder = write_image_folder(tmp_path / "pictures", number=16)
+    arguments = (*PICTURES, "--optim.epochs", "4", "--data.root", image_folder, "--out", out)
     running = command_server.start(
-        "train", *words, DEIT_FAULT="update:9:hang"
+        "train", *arguments, DEIT_FAULT="update:9:hang"
     )  # of the third epoch
     wait_until(lambda: list(out.glob("checkpoint-*")))
     assert workers_of(running.pid)
     running.signal(signal.SIGKILL)
     running.wait()
-    done = command_server.run("train", *words, "--resume")
+    done = command_server.run("train", *arguments, "--resume")
     assert done.code == 0, done.err
 
 
@@ -222,8 +222,8 @@ def test_a_stopped_run_leaves_no_worker_behind(with_workers, tmp_path):
 @pytest.mark.fault("B21")
 def test_a_folder_that_is_deleted_in_training_is_one_line(command_server, tmp_path):
     out = tmp_path / "run"
-    gate, words = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
-    running = command_server.start(*words, DEIT_FAULT="update:7:slow", **gate.environment)
+    gate, arguments = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
+    running = command_server.start(*arguments, DEIT_FAULT="update:7:slow", **gate.environment)
     gate.wait()
     shutil.rmtree(out)
     gate.open()
@@ -248,10 +248,10 @@ def test_nothing_of_the_environment_is_written_down(command_server, tmp_path):
 def test_files_are_for_whom_the_umask_says(mask, tmp_path):
     """Also the weights: whoever shares a folder wants to read them."""
     out = tmp_path / "run"
-    words = ("--out", str(out), "--optim.epochs", "1", "--optim.warmup_epochs", "0")
+    arguments = ("--out", str(out), "--optim.epochs", "1", "--optim.warmup_epochs", "0")
     before = os.umask(mask)
     try:
-        assert run_command("train", [*SMALL, *words], "deit train") == 0
+        assert run_command("train", [*SMALL, *arguments], "deit train") == 0
     finally:
         os.umask(before)
     found = (*out.rglob("*.safetensors"), *out.rglob("*.json"), *out.rglob("*.jsonl"))
@@ -331,13 +331,13 @@ def test_a_dry_run_of_what_is_not_finite_says_so_and_writes_nothing(command_serv
 def test_of_two_that_start_together_one_has_the_folder(command_server, undisturbed_run, tmp_path):
     """Both see it empty; the slower one comes when the other is done, and leaves that alone."""
     out = tmp_path / "run"
-    words = ("train", *SMALL, "--out", out)
+    arguments = ("train", *SMALL, "--out", out)
     gate = Gate(tmp_path / "gate")
     slower = command_server.start(
-        *words, "--run.auto_micro_batch", DEIT_FAULT="fit:1:slow", **gate.environment
+        *arguments, "--run.auto_micro_batch", DEIT_FAULT="fit:1:slow", **gate.environment
     )
     gate.wait()
-    assert command_server.run(*words).code == 0
+    assert command_server.run(*arguments).code == 0
     gate.open()
     done = slower.wait()
     assert done.code == 2

@@ -82,10 +82,10 @@ def test_what_is_held_still_stays_to_the_bit(trained, pretrained, tmp_path):
 
 def test_held_still_it_resumes_to_the_bit(pretrained, tmp_path):
     config = finer(pretrained, optim={"trainable": "heads", "layer_decay": 0.5})
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    train(config, straight)
+    uninterrupted, broken = tmp_path / "uninterrupted", tmp_path / "broken"
+    train(config, uninterrupted)
     stop_and_go_on(config, broken, "metrics:1:term")
-    same_end(broken, straight)
+    same_end(broken, uninterrupted)
 
 
 def test_a_resumed_run_needs_its_start_no_more(pretrained, tmp_path):

@@ -119,9 +119,9 @@ def test_every_schedule_is_itself_after_every_other(before, after, twice):
         return
     tuned = validate(SCHEDULES[after](config)).optim
     if after in DECIDES:
-        alone, own = asdict(SCHEDULES[after](recipe).optim), OF_THE_RUN | DECIDES[after]
+        recipe_fields, own = asdict(SCHEDULES[after](recipe).optim), OF_THE_RUN | DECIDES[after]
         assert {k: v for k, v in asdict(tuned).items() if k not in own} == {
-            k: v for k, v in alone.items() if k not in own
+            k: v for k, v in recipe_fields.items() if k not in own
         }
     if after == "convpass":
         assert tuned.warmup_epochs == pytest.approx(tuned.epochs / 10)
@@ -213,13 +213,13 @@ def test_a_file_needs_a_recipe_and_takes_its_network_from_the_weights(
     code, said = command("--from", file)
     assert code == 2
     assert f"--from {file} RECIPE" in said.err
-    words = ("digits", "--from", file, "--loss", "none", "--dry-run")
-    code, said = command(*words)
+    arguments = ("digits", "--from", file, "--loss", "none", "--dry-run")
+    code, said = command(*arguments)
     assert code == 0, said.err
     _, notes = said.out.split(f" {file}\n")
     assert re.match(r" +10 classes\b", notes)  # it names none: those of the data
     shape = "--student.embed_dim", "32", "--student.num_heads", "2"
-    code, said = command(*words, *shape)
+    code, said = command(*arguments, *shape)
     assert code == 4
     assert f"init.weights {file}" in said.err
     assert re.search(r"blocks\.0\.attn\.proj\.bias: \(16,\) .*\(32,\)", said.err)
@@ -253,19 +253,19 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_before_anything_is_written(name, pretrained, tmp_path, command):
-    words, expected, named = BAD[name]
-    code, said = command(*(pretrained / "student" if w == "STUDENT" else w for w in words))
+    arguments, expected, named = BAD[name]
+    code, said = command(*(pretrained / "student" if w == "STUDENT" else w for w in arguments))
     assert (code, [one for one in named if one not in said.err]) == (expected, []), said.err
     assert not any(tmp_path.iterdir())
 
 
 def test_a_bare_file_keeps_the_recipes_attention_heads(pretrained, tmp_path, command):
     """Its width is the recipe's, and how many heads it has only the recipe can know."""
-    alone = tmp_path / "weights.safetensors"
-    shutil.copy(pretrained / "student" / "best" / "model.safetensors", alone)
+    weight_file = tmp_path / "weights.safetensors"
+    shutil.copy(pretrained / "student" / "best" / "model.safetensors", weight_file)
     shape = ("--student.embed_dim", "16", "--student.num_heads", "2")
-    words = ("digits", "--from", alone, "--loss", "none", "--out", "run")
-    code, said = command(*words, *shape, "--optim.epochs", "1", "--optim.warmup_epochs", "0")
+    arguments = ("digits", "--from", weight_file, "--loss", "none", "--out", "run")
+    code, said = command(*arguments, *shape, "--optim.epochs", "1", "--optim.warmup_epochs", "0")
     assert code == 0, said.err
     assert load_config(tmp_path / "run" / "config.json").student.num_heads == 2
     notes = json.loads((tmp_path / "run" / "init.json").read_text())["notes"]
@@ -278,12 +278,12 @@ def test_a_bare_file_keeps_the_recipes_attention_heads(pretrained, tmp_path, com
 def test_the_command_goes_on_without_its_start(pretrained, tmp_path, command):
     start = tmp_path / "start"
     shutil.copytree(pretrained / "student", start)
-    words = ("--from", start, "--resolution", "16", "--loss", "none", "--out", "run")
+    arguments = ("--from", start, "--resolution", "16", "--loss", "none", "--out", "run")
     quick = ("--optim.epochs", "1", "--optim.warmup_epochs", "0")
-    assert command(*words, *quick)[0] == 0
+    assert command(*arguments, *quick)[0] == 0
     shutil.rmtree(start)
     trained = tree(tmp_path / "run")
-    code, said = command(*words, *quick, "--resume")
+    code, said = command(*arguments, *quick, "--resume")
     assert code == 0, said.err
     assert tree(tmp_path / "run") == trained
     other = ("--from", start, "--resolution", "24", "--out", "run", "--resume")
@@ -291,7 +291,7 @@ def test_the_command_goes_on_without_its_start(pretrained, tmp_path, command):
     assert code == 2
     assert re.search(r"--resume: .*\b16 px\b.*\b24\b.*--resolution", said.err)
     differing = {
-        "--schedule deit": (*words, "--schedule", "deit"),
+        "--schedule deit": (*arguments, "--schedule", "deit"),
         "RECIPE digits": ("--from", start, "digits", "--out", "run"),
     }
     for named, more in differing.items():
@@ -307,8 +307,8 @@ def test_the_command_goes_on_without_its_start(pretrained, tmp_path, command):
 def test_class_counts_that_differ_are_refused(pretrained, tmp_path, command):
     file = tmp_path / "weights.safetensors"
     shutil.copy(pretrained / "student" / "best" / "model.safetensors", file)
-    words = ("digits", "--from", file, "--loss", "none", "--data.classes", "1,2,3")
-    code, said = command(*words)
+    arguments = ("digits", "--from", file, "--loss", "none", "--data.classes", "1,2,3")
+    code, said = command(*arguments)
     assert code == 4
     assert re.search(r"\b10\b.*\b3\b.*--init\.head new\b", said.err)
     assert list(tmp_path.iterdir()) == [file]
@@ -322,26 +322,26 @@ def test_heads_of_a_run_that_began_with_others_are_its_own_by_now(pretrained, tm
     config = json.loads(file.read_text())
     config["init"] = {**config["init"], "head": heads, "weights": str(pretrained / "student")}
     file.write_text(json.dumps(config))
-    words = ["--from", str(tmp_path / "run")]
-    assert parse_finetune(words, "deit finetune").config.init.head == "keep"
-    asked = parse_finetune([*words, "--init.head", heads], "deit finetune")
+    arguments = ["--from", str(tmp_path / "run")]
+    assert parse_finetune(arguments, "deit finetune").config.init.head == "keep"
+    asked = parse_finetune([*arguments, "--init.head", heads], "deit finetune")
     assert asked.config.init.head == heads
 
 
 def test_a_value_that_is_called_as_a_recipe_is_no_recipe(pretrained):
-    words = ["--from", str(pretrained / "student"), "--data.source", "digits"]
-    assert parse_finetune(words, "deit finetune").config.data.source == "digits"
+    arguments = ["--from", str(pretrained / "student"), "--data.source", "digits"]
+    assert parse_finetune(arguments, "deit finetune").config.data.source == "digits"
 
 
 @pytest.mark.parametrize(
     "tuning", [name for name in FINETUNE_SCHEDULES if name not in DATA_SIZED_SCHEDULES]
 )
 def test_a_schedule_in_few_epochs_warms_up_in_proportion(pretrained, tuning):
-    words = ["--from", str(pretrained / "student"), "--schedule", tuning]
-    usual = parse_finetune(words, "deit finetune").config.optim
-    few = parse_finetune([*words, "--optim.epochs", "5", "--optim.epochs=1"], "deit finetune")
+    arguments = ["--from", str(pretrained / "student"), "--schedule", tuning]
+    usual = parse_finetune(arguments, "deit finetune").config.optim
+    few = parse_finetune([*arguments, "--optim.epochs", "5", "--optim.epochs=1"], "deit finetune")
     optim = few.config.optim
     assert optim.epochs == 1
     assert optim.warmup_epochs == pytest.approx(usual.warmup_epochs / usual.epochs)
-    words += ["--optim.epochs", "2", "--optim.warmup_epochs", "1.5"]
-    assert parse_finetune(words, "deit finetune").config.optim.warmup_epochs == 1.5
+    arguments += ["--optim.epochs", "2", "--optim.warmup_epochs", "1.5"]
+    assert parse_finetune(arguments, "deit finetune").config.optim.warmup_epochs == 1.5

@@ -262,6 +262,6 @@ def test_an_update_that_is_not_finite_is_left_out_behind_the_loop(tmp_path, comp
 @pytest.mark.parametrize("compile", ["none", "default"])
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, compile):
     config = speedy(compile=compile)
-    train(config, tmp_path / "straight")
+    train(config, tmp_path / "uninterrupted")
     stop_and_go_on(config, tmp_path / "run", "update:20:term")
-    same_end(tmp_path / "run", tmp_path / "straight")
+    same_end(tmp_path / "run", tmp_path / "uninterrupted")

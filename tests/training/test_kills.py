@@ -47,7 +47,7 @@ def test_a_hundred_kills_at_random_moments_change_nothing(command_server, tmp_pa
     """Until a hundred have hit, in as many runs as that takes; each run must end with its bits."""
     long = ("--optim.epochs", "60", "--run.save_every_steps", "3", "--views.mixup_alpha", "0.8")
     moments, kills, runs = random.Random(0), 0, 0
-    undisturbed_run = tmp_path / "straight"
+    undisturbed_run = tmp_path / "uninterrupted"
     assert run(command_server, undisturbed_run, "", *long).code == 0
     while kills < 100:
         out, runs = tmp_path / f"run-{runs}", runs + 1
@@ -81,8 +81,8 @@ def test_killed_while_old_checkpoints_are_removed(command_server, undisturbed_ru
 def test_sigterm_from_outside_is_a_checkpoint_and_143(command_server, undisturbed_run, tmp_path):
     out = tmp_path / "run"
     gate = Gate(tmp_path / "gate")
-    words = ("train", *SMALL, "--out", out, "--resume")
-    running = command_server.start(*words, DEIT_FAULT="update:2:slow", **gate.environment)
+    arguments = ("train", *SMALL, "--out", out, "--resume")
+    running = command_server.start(*arguments, DEIT_FAULT="update:2:slow", **gate.environment)
     gate.wait()
     running.signal(signal.SIGTERM)
     gate.open()
@@ -96,8 +96,8 @@ def test_sigterm_from_outside_is_a_checkpoint_and_143(command_server, undisturbe
 
 
 def test_before_the_first_update_there_is_nothing_to_save(command_server, tmp_path):
-    gate, words = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", tmp_path / "run")
-    running = command_server.start(*words, DEIT_FAULT="evaluation:1:slow", **gate.environment)
+    gate, arguments = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", tmp_path / "run")
+    running = command_server.start(*arguments, DEIT_FAULT="evaluation:1:slow", **gate.environment)
     gate.wait()
     running.signal(signal.SIGTERM)
     gate.open()

@@ -34,8 +34,8 @@ STARTS = {
 
 def understood(name, *more, script=("train_deit.py", "cifar10")):
     """What accelerate launch makes of a configuration."""
-    words = ["--config_file", str(LAUNCH / name), *more, *script]
-    return _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    arguments = ["--config_file", str(LAUNCH / name), *more, *script]
+    return _validate_launch_command(launch_command_parser().parse_args(arguments))[0]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -57,13 +57,15 @@ def test_accelerate_launch_understands_every_configuration(name, monkeypatch):
 def test_a_run_starts_by_the_configuration_of_one_gpu(command_server, tmp_path):
     """On the processor: there is no other here. (tests/training/test_peers.py starts a run by
     accelerate launch itself.)"""
-    words = ("digits-teacher", "--dry-run", "--out", str(tmp_path / "run"))
-    arguments = understood("one_gpu.yaml", "--cpu", script=(str(ROOT / "train_deit.py"), *words))
+    run_arguments = ("digits-teacher", "--dry-run", "--out", str(tmp_path / "run"))
+    arguments = understood(
+        "one_gpu.yaml", "--cpu", script=(str(ROOT / "train_deit.py"), *run_arguments)
+    )
     (python, *command), environment = prepare_simple_launcher_cmd_env(arguments)
     assert Path(python).name.startswith("python")
-    assert command == [str(ROOT / "train_deit.py"), *words]
+    assert command == [str(ROOT / "train_deit.py"), *run_arguments]
     added = {name: text for name, text in environment.items() if os.environ.get(name) != text}
-    done = command_server.run(*words, script="train_deit.py", cwd=tmp_path, **added)
+    done = command_server.run(*run_arguments, script="train_deit.py", cwd=tmp_path, **added)
     assert done.code == 0, done.err
     assert re.search(r"^machine .*\bbf16\b", done.out, re.MULTILINE)
 
@@ -99,12 +101,12 @@ def test_the_script_for_slurm_begins_a_run_and_goes_on_with_it(tmp_path):
         "SLURM_GPUS_ON_NODE": "2",
         "DEIT_PORT": str(free_port()),
     }
-    words = ("digits", "--loss", "none", "--teacher.source", "none", *SETTINGS)
+    arguments = ("digits", "--loss", "none", "--teacher.source", "none", *SETTINGS)
     out = tmp_path / "run"
 
     def submit(**more):
         return subprocess.run(
-            ["bash", str(LAUNCH / "slurm.sh"), *words, "--out", str(out)],
+            ["bash", str(LAUNCH / "slurm.sh"), *arguments, "--out", str(out)],
             cwd=ROOT,
             env={**environment, **more},
             capture_output=True,

@@ -25,16 +25,16 @@ from tests.helpers.trained import trained
 pytest.importorskip("sklearn")
 
 
-def both(command_server: CommandServer, *words: object, fault: str = "") -> list[Running]:
+def both(command_server: CommandServer, *arguments: object, fault: str = "") -> list[Running]:
     """Both processes of a command, as torchrun starts them."""
-    return command_server.start_processes(*words, DEIT_FAULT=fault)
+    return command_server.start_processes(*arguments, DEIT_FAULT=fault)
 
 
 def start(
     command_server: CommandServer, out: Path, fault: str = "", *more: object
 ) -> list[Running]:
-    words = ("train", *SMALL, "--out", out, "--resume", "--run.timeout_s", "20", *more)
-    return both(command_server, *words, fault=fault)
+    arguments = ("train", *SMALL, "--out", out, "--resume", "--run.timeout_s", "20", *more)
+    return both(command_server, *arguments, fault=fault)
 
 
 def run(
@@ -50,9 +50,9 @@ def ours(said: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def straight(command_server, tmp_path_factory) -> Path:
+def uninterrupted_run(command_server, tmp_path_factory) -> Path:
     """The run of two processes that nothing happens to."""
-    out = tmp_path_factory.mktemp("straight") / "run"
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
     for done in run(command_server, out):
         assert done.code == 0, done.err
     return out
@@ -60,7 +60,9 @@ def straight(command_server, tmp_path_factory) -> Path:
 
 @pytest.mark.fault("A13")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_stops_both_at_the_same_update(rank, command_server, straight, tmp_path):
+def test_a_signal_to_one_stops_both_at_the_same_update(
+    rank, command_server, uninterrupted_run, tmp_path
+):
     out = tmp_path / "run"
     done = run(command_server, out, f"update@{rank}:2:term")
     assert [one.code for one in done] == [143, 143]
@@ -70,7 +72,7 @@ def test_a_signal_to_one_stops_both_at_the_same_update(rank, command_server, str
     assert ours(done[1].err) == []
     assert 2 <= run_folder.checkpoint_step(run_folder.latest_checkpoint(out)) < 2 * STEPS
     assert [one.code for one in run(command_server, out)] == [0, 0]
-    same(out, straight)
+    same(out, uninterrupted_run)
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +128,9 @@ def three_units(teacher) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def alone(command_server, three_units, tmp_path_factory) -> Path:
+def single_process_store(command_server, three_units, tmp_path_factory) -> Path:
     """What one process writes."""
-    out = tmp_path_factory.mktemp("alone") / "targets"
+    out = tmp_path_factory.mktemp("single-process") / "targets"
     done = command_server.run(*three_units, "--out", out)
     assert done.code == 0, done.err
     return out
@@ -137,29 +139,31 @@ def alone(command_server, three_units, tmp_path_factory) -> Path:
 @pytest.mark.fault("A13")
 @pytest.mark.parametrize(("rank", "block"), [(0, 1), (1, 2), (0, 24)])
 def test_a_signal_to_one_stops_both_that_write_targets(
-    rank, block, command_server, three_units, alone, tmp_path
+    rank, block, command_server, three_units, single_process_store, tmp_path
 ):
     """There are three units: at the end the second process waits for the first."""
     out = tmp_path / "targets"
-    words = (*three_units, "--out", out)
+    arguments = (*three_units, "--out", out)
     done = [
-        one.wait() for one in both(command_server, *words, fault=f"answers@{rank}:{block}:term")
+        one.wait() for one in both(command_server, *arguments, fault=f"answers@{rank}:{block}:term")
     ]
     assert [one.code for one in done] == [143, 143], done[0].err
     (line,) = ours(done[0].err)
     assert "SIGTERM" in line
     assert ours(done[1].err) == []
     assert not (out / "targets.bin").exists()
-    again = [one.wait() for one in both(command_server, *words)]
+    again = [one.wait() for one in both(command_server, *arguments)]
     assert [one.code for one in again] == [0, 0], again[0].err
     for name in ("targets.bin", "checks.bin"):
-        assert (out / name).read_bytes() == (alone / name).read_bytes()
+        assert (out / name).read_bytes() == (single_process_store / name).read_bytes()
 
 
 @pytest.mark.fault("A13")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_stops_both_that_evaluate(rank, command_server, straight, tmp_path):
-    out = shutil.copytree(straight, tmp_path / "run")
+def test_a_signal_to_one_stops_both_that_evaluate(
+    rank, command_server, uninterrupted_run, tmp_path
+):
+    out = shutil.copytree(uninterrupted_run, tmp_path / "run")
     config = json.loads((out / "config.json").read_text())
     config["run"]["eval_batch_size"] = 16
     (out / "config.json").write_text(json.dumps(config))
@@ -172,36 +176,40 @@ def test_a_signal_to_one_stops_both_that_evaluate(rank, command_server, straight
 
 
 @pytest.mark.fault("A20", "B9")
-def test_it_goes_on_with_another_number_of_processes(command_server, straight, tmp_path):
+def test_it_goes_on_with_another_number_of_processes(command_server, uninterrupted_run, tmp_path):
     out = tmp_path / "run"
     run(command_server, out, "update:6:term")
     stopped = run_folder.checkpoint_step(run_folder.latest_checkpoint(out))
     assert 6 <= stopped <= 2 * STEPS
-    alone = ("train", *SMALL, "--out", out, "--resume", "--optim.grad_accum_steps", "2")
-    done = command_server.run(*alone)
+    single_process = ("train", *SMALL, "--out", out, "--resume", "--optim.grad_accum_steps", "2")
+    done = command_server.run(*single_process)
     assert done.code == 0, done.err
     assert re.search(r"\bprocesses\b[^;]*\b2\b[^;]*\b1\b", done.err)
     ours, theirs = (
         load_file(run_folder.latest_checkpoint(one) / "model.safetensors")
-        for one in (out, straight)
+        for one in (out, uninterrupted_run)
     )
     for name, value in theirs.items():
         assert (ours[name] - value).abs().max() < 1e-4, name
-    rows = [run_log.read(one / run_log.METRICS) for one in (out, straight)]
+    rows = [run_log.read(one / run_log.METRICS) for one in (out, uninterrupted_run)]
     for mine, other in zip(*rows, strict=True):
         assert mine["step"] == other["step"]
         assert mine["train"] == pytest.approx(other["train"], abs=1e-4)
 
 
 @pytest.mark.fault("D11")
-def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(command_server, straight, tmp_path):
+def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(
+    command_server, uninterrupted_run, tmp_path
+):
     out = tmp_path / "run"
     done = run(command_server, out, "loss@1:3:nan")
     assert [one.code for one in done] == [0, 0]
     assert json.loads((out / "result.json").read_text())["skipped"] == 1
     for value in load_file(run_folder.latest_checkpoint(out) / "model.safetensors").values():
         assert value.isfinite().all()
-    chains = [run_log.read(one / run_log.HASH_CHAIN)[0]["model"] for one in (out, straight)]
+    chains = [
+        run_log.read(one / run_log.HASH_CHAIN)[0]["model"] for one in (out, uninterrupted_run)
+    ]
     assert chains[0] != chains[1]  # an update is missing
     found = run_log.read(out / run_log.NONFINITE_LOG)
     assert sorted(row["process"] for row in found) == [0, 1]
@@ -215,7 +223,7 @@ def test_too_many_in_a_row_stop_both_with_the_same_code(command_server, tmp_path
 
 
 @pytest.mark.fault("E4")
-def test_of_two_the_one_that_is_left_ends_with_7(command_server, straight, tmp_path):
+def test_of_two_the_one_that_is_left_ends_with_7(command_server, uninterrupted_run, tmp_path):
     out = tmp_path / "run"
     # It does not wait: after these 600 s the test itself would have failed.
     first, second = run(command_server, out, "update@1:7:kill", "--run.timeout_s", "600")
@@ -224,7 +232,7 @@ def test_of_two_the_one_that_is_left_ends_with_7(command_server, straight, tmp_p
     (line,) = ours(first.err)
     assert re.search(r"\b600 s\b.*--resume\b", line)
     assert [one.code for one in run(command_server, out)] == [0, 0]
-    same(out, straight)
+    same(out, uninterrupted_run)
 
 
 @pytest.mark.fault("E5")
@@ -242,7 +250,7 @@ def test_one_that_hangs_is_not_waited_for_for_ever(command_server, tmp_path):
 
 
 @pytest.mark.fault("E6")
-def test_a_mistake_that_one_finds_is_the_end_of_both(command_server, straight, tmp_path):
+def test_a_mistake_that_one_finds_is_the_end_of_both(command_server, uninterrupted_run, tmp_path):
     """All checkpoints are damaged, which the first process alone looks at."""
     out = tmp_path / "run"
     run(command_server, out, "update:7:term")
@@ -270,9 +278,9 @@ def test_where_one_fails_alone_the_other_does_not_wait(fault, command_server, tm
 def test_from_one_process_to_two(command_server, tmp_path):
     out, other = tmp_path / "run", tmp_path / "alone"
     split = ("--optim.grad_accum_steps", "2")
-    alone = ("train", *SMALL, *split, "--resume")
-    assert command_server.run(*alone, "--out", other).code == 0
-    assert command_server.run(*alone, "--out", out, DEIT_FAULT="update:4:term").code == 143
+    single_process = ("train", *SMALL, *split, "--resume")
+    assert command_server.run(*single_process, "--out", other).code == 0
+    assert command_server.run(*single_process, "--out", out, DEIT_FAULT="update:4:term").code == 143
     done = run(command_server, out)
     assert [one.code for one in done] == [0, 0], done[0].err
     ours, theirs = (

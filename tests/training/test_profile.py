@@ -22,9 +22,9 @@ def teacher(command_server, tmp_path_factory):
 
 
 def test_every_part_of_an_update_is_told(teacher, command_server, tmp_path):
-    words = ("profile", "digits", *SMALL, "--teacher.source", teacher, "--updates", "5")
-    words += ("--trace", "trace.json", "--json", "numbers.json")
-    done = command_server.run(*words, cwd=tmp_path)
+    arguments = ("profile", "digits", *SMALL, "--teacher.source", teacher, "--updates", "5")
+    arguments += ("--trace", "trace.json", "--json", "numbers.json")
+    done = command_server.run(*arguments, cwd=tmp_path)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert tuple(found["parts"]) == PARTS
@@ -43,25 +43,25 @@ def test_every_part_of_an_update_is_told(teacher, command_server, tmp_path):
 
 
 def test_without_teacher_and_average_they_are_no_parts(command_server, tmp_path):
-    words = ("profile", "digits", "--loss", "none", "--teacher.source", "none", *SMALL[:6])
-    done = command_server.run(*words, "--updates", "2", "--json", "n.json", cwd=tmp_path)
+    arguments = ("profile", "digits", "--loss", "none", "--teacher.source", "none", *SMALL[:6])
+    done = command_server.run(*arguments, "--updates", "2", "--json", "n.json", cwd=tmp_path)
     assert done.code == 0, done.err
     parts = json.loads((tmp_path / "n.json").read_text())["parts"]
     assert set(parts) == set(PARTS) - {"teacher", "average"}
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "named"),
+    ("arguments", "code", "named"),
     [
         (("--updates", "0"), 2, ["--updates 0: "]),
         (("--trace", "there.json"), 5, ["--trace there.json: ", "--force"]),
         (("--resume",), 2, ["deit profile: ", "--resume"]),
     ],
 )
-def test_mistakes_are_told_before_any_work(words, code, named, command_server, tmp_path):
+def test_mistakes_are_told_before_any_work(arguments, code, named, command_server, tmp_path):
     (tmp_path / "there.json").write_text("mine")
-    alone = ("--loss", "none", "--teacher.source", "none")
-    done = command_server.run("profile", "digits", *alone, *words, cwd=tmp_path)
+    without_teacher = ("--loss", "none", "--teacher.source", "none")
+    done = command_server.run("profile", "digits", *without_teacher, *arguments, cwd=tmp_path)
     assert done.code == code
     assert [one for one in named if one not in done.err] == []
     assert (tmp_path / "there.json").read_text() == "mine"
@@ -69,6 +69,6 @@ def test_mistakes_are_told_before_any_work(words, code, named, command_server, t
 
 def test_the_profiler_says_nothing_of_its_own(command_server):
     """Not even of a GPU that is not there."""
-    alone = ("--teacher.source", "none", "--loss", "none", "--student.depth", "1")
-    done = command_server.run("profile", "digits", *alone, "--updates", "2")
+    without_teacher = ("--teacher.source", "none", "--loss", "none", "--student.depth", "1")
+    done = command_server.run("profile", "digits", *without_teacher, "--updates", "2")
     assert (done.code, done.err) == (0, "")

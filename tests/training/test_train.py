@@ -348,10 +348,10 @@ def test_an_ensemble_is_measured_teacher_by_teacher_and_together(teacher, tmp_pa
     )
     found = evaluate(tmp_path / "run")
     assert len(found["teachers"]) == 2
-    alone = [evaluate(tmp_path / "run", teacher=str(one))["teacher"] for one in (teacher, other)]
-    assert list(found["teachers"].values()) == alone
+    single = [evaluate(tmp_path / "run", teacher=str(one))["teacher"] for one in (teacher, other)]
+    assert list(found["teachers"].values()) == single
     both = evaluate(tmp_path / "run", teacher=f"{teacher},{other}")["teacher"]
-    assert both["top1"] >= min(one["top1"] for one in alone)
+    assert both["top1"] >= min(one["top1"] for one in single)
 
 
 WITHOUT_TOKEN = {

@@ -13,10 +13,10 @@ from deit.cli import run_command
 from deit.core import run_folder, run_log
 from deit.core.errors import DataError
 from deit.datasets.stores import FolderStore
-from tests.helpers.images import write_pictures
+from tests.helpers.images import write_image_folder
 from tests.helpers.leftovers import assert_ends, child_processes
 from tests.helpers.processes import wait_until
-from tests.helpers.small_runs import ON_PICTURES, image_run_arguments
+from tests.helpers.small_runs import ON_IMAGES, image_run_arguments
 
 pytest.importorskip("sklearn")
 
@@ -33,7 +33,7 @@ def nobody_writes(path: Path) -> None:
 def test_a_run_that_waits_for_images_for_ever_stops_with_a_checkpoint(
     workers, number, command_server, tmp_path
 ):
-    image_folder, out = write_pictures(tmp_path / "pictures", number=8), tmp_path / "run"
+    image_folder, out = write_image_folder(tmp_path / "pictures", number=8), tmp_path / "run"
     given = (*image_run_arguments(image_folder, out, workers), "--optim.epochs", "100000")
     running = command_server.start(*given, as_program=True)
     metrics = out / run_log.METRICS
@@ -111,7 +111,7 @@ def test_a_decoding_that_waits_for_ever_stops(image_folder, never_read, tmp_path
         str(image_folder),
         "--out",
         str(tmp_path / "run"),
-        *ON_PICTURES,
+        *ON_IMAGES,
     ]
     code = run_command("train", [*given, "--data.storage", "memory"], "deit train")
     assert code == 130, capfd.readouterr().err
@@ -119,7 +119,7 @@ def test_a_decoding_that_waits_for_ever_stops(image_folder, never_read, tmp_path
 
 @pytest.mark.fault("E5")
 def test_of_two_processes_neither_waits_for_images_for_ever(command_server, tmp_path):
-    image_folder, out = write_pictures(tmp_path / "pictures", number=8), tmp_path / "run"
+    image_folder, out = write_image_folder(tmp_path / "pictures", number=8), tmp_path / "run"
     given = (*image_run_arguments(image_folder, out, 1), "--optim.epochs", "100000")
     both = command_server.start_processes(*given, as_program=True)
     wait_until(lambda: run_folder.list_checkpoints(out))

@@ -16,7 +16,7 @@ from deit.core import run_log
 from tests.helpers.command_server import CommandServer
 from tests.helpers.leftovers import assert_no_leftovers
 from tests.helpers.processes import ROOT, Completed
-from tests.helpers.small_runs import ON_PICTURES, image_run_arguments
+from tests.helpers.small_runs import ON_IMAGES, image_run_arguments
 
 pytest.importorskip("sklearn")
 
@@ -31,7 +31,7 @@ def of_kind(kind: int, image_folder: Path, out: Path) -> tuple[str, ...]:
     given = (
         "train",
         "digits",
-        *ON_PICTURES[:-2],
+        *ON_IMAGES[:-2],
         "--student.image_size",
         "8",
         "--data.image_size",
@@ -58,8 +58,8 @@ def test_two_hundred_stops_at_random_moments(
     leaves nothing behind, and what it leaves in its folder is resumed to the same bits. A row for
     each is in stops.jsonl of the test's folder (--basetemp)."""
     moments = random.Random(seed)
-    straight = [tmp_path / f"straight-{kind}" for kind in range(4)]
-    for kind, out in enumerate(straight):
+    uninterrupted = [tmp_path / f"straight-{kind}" for kind in range(4)]
+    for kind, out in enumerate(uninterrupted):
         assert command_server.run(*of_kind(kind, image_folder, out)).code == 0
     rows, wrong, number = [], [], 0
     while sum(row["code"] != 0 for row in rows) < MOMENTS:  # of others the end came first
@@ -91,7 +91,7 @@ def test_two_hundred_stops_at_random_moments(
         # Before our first line runs, Python dies of the signal itself, or says where it was.
         right = code in (128 + sent, -sent, 0) and ("Traceback" not in text or not out.exists())
         begun = out.exists()
-        same = code == 0 or same_as(straight[kind], out, command_server.run(*given))
+        same = code == 0 or same_as(uninterrupted[kind], out, command_server.run(*given))
         row = {"kind": kind, "signal": sent.name, "everybody": everybody, "after_s": after}
         row |= {"code": code, "ended_s": took, "begun": begun, "same_bits": same}
         rows.append(row)
@@ -109,9 +109,9 @@ def test_two_hundred_stops_at_random_moments(
     assert not wrong, "\n\n".join(wrong)
 
 
-def same_as(straight: Path, out: Path, resumed: Completed) -> bool:
+def same_as(uninterrupted: Path, out: Path, resumed: Completed) -> bool:
     """Whether a resumed run is to the bit the one that was not stopped."""
     files = (run_log.HASH_CHAIN, "best/model.safetensors")
     return resumed.code == 0 and all(
-        (out / name).read_bytes() == (straight / name).read_bytes() for name in files
+        (out / name).read_bytes() == (uninterrupted / name).read_bytes() for name in files
     )

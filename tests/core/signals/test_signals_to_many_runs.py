@@ -13,10 +13,10 @@ import pytest
 
 from deit.core import run_folder
 from deit.core.parent_process import SAME_SIGNAL_S
-from tests.helpers.images import write_pictures
+from tests.helpers.images import write_image_folder
 from tests.helpers.leftovers import left
 from tests.helpers.processes import ROOT, STUCK_TEACHER, wait_until
-from tests.helpers.small_runs import ON_PICTURES
+from tests.helpers.small_runs import ON_IMAGES
 
 DATA = ("--data.num_workers", "2", "--run.save_every_steps", "1")
 TEACHER = """
@@ -33,7 +33,7 @@ GRID = '{"recipe": "folder", "grid": {"optim.lr": [0.001, 0.002]}}'
 def place(tmp_path_factory) -> Path:
     """A folder with pictures, a sweep of two runs and a teacher."""
     folder = tmp_path_factory.mktemp("several")
-    write_pictures(folder / "pictures", number=16)
+    write_image_folder(folder / "pictures", number=16)
     (folder / "rates.json").write_text(GRID)
     (folder / "mine.py").write_text(TEACHER)
     return folder
@@ -58,10 +58,10 @@ def stopped(
 ) -> tuple[int, str]:
     """The code of a command, and what it wrote to standard error, that is stopped when so many runs
     have learnt something. everybody: the terminal's Ctrl-C, which all get."""
-    words = [str(one) for one in command]
+    arguments = [str(one) for one in command]
     with (out.parent / f"{out.name}.said").open("w+") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", *words],
+            [sys.executable, "-m", *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
             stderr=said,
@@ -105,11 +105,11 @@ def test_runs_of_one_command_end_with_it(
 ):
     monkeypatch.chdir(place)
     out = tmp_path / "out"
-    words = ("deit", *command, *ON_PICTURES, *DATA, "--data.root", place / "pictures")
+    arguments = ("deit", *command, *ON_IMAGES, *DATA, "--data.root", place / "pictures")
     if command is COMPARED:  # which asks what a teacher is worth
-        words += (*TAUGHT, "--teacher.source", f"{place / 'mine.py'}:teacher")
-    words += ("--optim.epochs", "100000", "--out", out)
-    code, said = stopped(words, out, runs, number, everybody=everybody)
+        arguments += (*TAUGHT, "--teacher.source", f"{place / 'mine.py'}:teacher")
+    arguments += ("--optim.epochs", "100000", "--out", out)
+    code, said = stopped(arguments, out, runs, number, everybody=everybody)
     assert code == 128 + number, said
     assert "Traceback" not in said
     (line,) = [line for line in said.splitlines() if line.startswith("deit: error: ")]
@@ -122,11 +122,16 @@ def test_a_run_that_is_stuck_ends_with_the_second_signal_to_its_command(place, t
     """The other one ends with the first signal, saved."""
     (tmp_path / "stuck.py").write_text(STUCK_TEACHER)
     out = tmp_path / "out"
-    words = (*COMPARED, *ON_PICTURES, *DATA, *TAUGHT, "--data.root", place / "pictures")
-    words += ("--teacher.source", f"{tmp_path / 'stuck.py'}:teacher", "--run.save_every_steps", "1")
-    words += ("--optim.epochs", "100000", "--out", out)
+    arguments = (*COMPARED, *ON_IMAGES, *DATA, *TAUGHT, "--data.root", place / "pictures")
+    arguments += (
+        "--teacher.source",
+        f"{tmp_path / 'stuck.py'}:teacher",
+        "--run.save_every_steps",
+        "1",
+    )
+    arguments += ("--optim.epochs", "100000", "--out", out)
     process = subprocess.Popen(
-        [sys.executable, "-m", "deit", *map(str, words)],
+        [sys.executable, "-m", "deit", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         start_new_session=True,
@@ -150,9 +155,9 @@ def test_a_run_that_is_stuck_ends_with_the_second_signal_to_its_command(place, t
         process.wait()
 
 
-def says(out: Path, name: str, words: str) -> bool:
+def says(out: Path, name: str, arguments: str) -> bool:
     """Whether the log of a run of a sweep is there and holds these words."""
-    return any(words in log.read_text() for log in out.glob(f"runs/{name}-seed-0-*.log"))
+    return any(arguments in log.read_text() for log in out.glob(f"runs/{name}-seed-0-*.log"))
 
 
 @pytest.mark.parametrize(
@@ -161,10 +166,15 @@ def says(out: Path, name: str, words: str) -> bool:
 )
 def test_processes_of_torchrun_end_with_their_workers(number, everybody, place, tmp_path):
     out = tmp_path / "run"
-    words = ("torch.distributed.run", "--nnodes=1", "--nproc_per_node=2", ROOT / "train_deit.py")
-    words += ("folder", "--data.root", place / "pictures", *ON_PICTURES, *DATA)
-    words += ("--optim.epochs", "100000", "--out", out)
-    code, said = stopped(words, out, 1, number, everybody=everybody)
+    arguments = (
+        "torch.distributed.run",
+        "--nnodes=1",
+        "--nproc_per_node=2",
+        ROOT / "train_deit.py",
+    )
+    arguments += ("folder", "--data.root", place / "pictures", *ON_IMAGES, *DATA)
+    arguments += ("--optim.epochs", "100000", "--out", out)
+    code, said = stopped(arguments, out, 1, number, everybody=everybody)
     assert code != 0
     (line,) = [line for line in said.splitlines() if line.startswith("deit: error: ")]
     assert signal.Signals(number).name in line

@@ -132,8 +132,8 @@ def test_a_run_says_at_its_start_what_it_does_not_read(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     options = "--teacher.source none --loss none --optim.epochs 1 --optim.warmup_epochs 0"
     options += " --optim.batch_size 2 --data.image_size 8 --student.image_size 8 --student.depth 1"
-    words = ["folder", "--data.root", "data", *options.split(), "--dry-run"]
-    assert run_command("train", words, "deit train") == 0
+    arguments = ["folder", "--data.root", "data", *options.split(), "--dry-run"]
+    assert run_command("train", arguments, "deit train") == 0
     said = capsys.readouterr().out.splitlines()
     (at,) = [index for index, line in enumerate(said) if re.match(r"data +folder\b", line)]
     numbers = re.findall(r"(\d+) (classes|train|validation|test)\b", said[at])

@@ -111,16 +111,16 @@ def test_onnx_answers_the_same_in_any_batch(name, batch, runs, exports):
 def test_the_onnx_file_stands_alone_and_says_what_it_takes(runs, exports, tmp_path):
     import onnxruntime
 
-    alone = tmp_path / "alone.onnx"
-    shutil.copy(exports["cropped", "onnx"] / "model.onnx", alone)
-    session = onnxruntime.InferenceSession(alone)
+    copy = tmp_path / "copy.onnx"
+    shutil.copy(exports["cropped", "onnx"] / "model.onnx", copy)
+    session = onnxruntime.InferenceSession(copy)
     about = session.get_modelmeta().custom_metadata_map
     facts = load_student(runs / "cropped" / "best")[1]
     assert json.loads(about["mean"]) == list(facts.mean)
     assert json.loads(about["class_names"]) == list(facts.class_names)
     assert (about["image_size"], about["resize_shortest_edge"]) == ("8", "10")
     assert list(session.get_inputs()[0].shape) == ["batch", 3, 8, 8]
-    content = alone.read_bytes()
+    content = copy.read_bytes()
     assert str(Path(torch.__file__).parent).encode() not in content  # nobody's own paths
     assert b"pkg.torch" not in content
 

@@ -105,8 +105,8 @@ def test_only_dynamic_depends_on_who_else_is_in_the_batch(name, method, runs, fo
     inputs, _, _ = split_views(runs / name, "test")
     answer = onnx_inference_fn(folders[name, method] / "model.onnx")
     rows = torch.linspace(0, len(inputs) - 1, 64).round().long()
-    alone = torch.cat([answer(one)["logits"] for one in inputs[rows].split(1)])
-    difference = (alone - answer(inputs[rows])["logits"]).abs().max().item()
+    one_by_one = torch.cat([answer(one)["logits"] for one in inputs[rows].split(1)])
+    difference = (one_by_one - answer(inputs[rows])["logits"]).abs().max().item()
     assert difference <= found["difference"] + 1e-5
     assert (found["difference"] > 1e-3) == (method == "dynamic")
     assert found["other_answers"] <= 3
@@ -153,9 +153,11 @@ def test_each_layer_alone_is_measured_on_validation_images(runs, tmp_path, capsy
     worst = rows[0]["layer"]
     others = f"(?!{re.escape(worst)}$).*"
     plan = QuantizeOptions(exclude=others)
-    alone = quantize.quantize(runs / "distilled", tmp_path / "alone", plan, max_drop=5)
-    assert quantization_report(alone)["int8_layers"] == [worst]
-    logits = onnx_inference_fn(alone / "model.onnx")(inputs)["logits"]
+    single_layer = quantize.quantize(
+        runs / "distilled", tmp_path / "single-layer", plan, max_drop=5
+    )
+    assert quantization_report(single_layer)["int8_layers"] == [worst]
+    logits = onnx_inference_fn(single_layer / "model.onnx")(inputs)["logits"]
     assert signal_to_noise(heads["fused"], logits) == pytest.approx(ratios[0], abs=0.01)
 
 
@@ -169,7 +171,7 @@ def test_the_card_tells_it_and_its_snippet_runs(runs, folders, tmp_path, monkeyp
     assert f"metric_value: {found['int8']['heads']['fused']['top1']:.4f}".rstrip("0") in card or (
         "value:" in card
     )
-    place = tmp_path / "alone"
+    place = tmp_path / "copy"
     shutil.copytree(folder, place)
     config = load_config(runs / "distilled" / "config.json")
     pixels = load_splits(config.data).test.pixels[0]

@@ -66,8 +66,8 @@ def test_sigterm_in_the_middle_keeps_what_is_written(
     stopped = tmp_path / "stopped"
 
     def write(fault=""):
-        words = write_arguments(teachers[0], stopped)
-        return command_server.run("targets", "write", *words, DEIT_FAULT=fault, **SMALL_UNITS)
+        arguments = write_arguments(teachers[0], stopped)
+        return command_server.run("targets", "write", *arguments, DEIT_FAULT=fault, **SMALL_UNITS)
 
     done = write("targets:2:term")
     assert done.code == 143

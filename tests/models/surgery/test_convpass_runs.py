@@ -337,13 +337,13 @@ def test_a_pruned_base_stays_pruned(place, tmp_path):
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
 def test_two_processes_train_and_save_the_same_part(place, command_server, tmp_path, shard):
     """Divided or not; and go on, where only the base can say what the rest was."""
-    words = ["finetune", "--from", place / "base", "--schedule", "convpass", "--loss", "none"]
-    words += ["--optim.epochs", "2", "--optim.ema_epochs", "1", "--run.sharding", shard]
-    words += ["--run.timeout_s", "30", "--out", tmp_path / "run"]
+    arguments = ["finetune", "--from", place / "base", "--schedule", "convpass", "--loss", "none"]
+    arguments += ["--optim.epochs", "2", "--optim.ema_epochs", "1", "--run.sharding", shard]
+    arguments += ["--run.timeout_s", "30", "--out", tmp_path / "run"]
     two = {"processes": 2, "of_node": 2, "cwd": tmp_path}
-    done = command_server.run_processes(*words, DEIT_FAULT="metrics:1:term", **two)
+    done = command_server.run_processes(*arguments, DEIT_FAULT="metrics:1:term", **two)
     assert [one.code for one in done] == [143, 143], done[0].err + done[1].err
-    done = command_server.run_processes(*words, "--resume", **two)
+    done = command_server.run_processes(*arguments, "--resume", **two)
     assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
     folder, before = (
         run_folder.latest_checkpoint(tmp_path / "run"),
@@ -381,9 +381,9 @@ def test_graphs_take_them_along(place, tmp_path, form):
 @pytest.mark.parametrize("objective", ["none", "deit-hard"])
 def test_the_command(place, tmp_path, objective, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["--from", str(place / "base"), "--schedule", "convpass", "--loss", objective]
-    words += ["--student.adapters", "convpass_attention", "--optim.epochs", "1", "--out", "run"]
-    assert run_command("finetune", words, "finetune_deit.py") == 0, capsys.readouterr().err
+    arguments = ["--from", str(place / "base"), "--schedule", "convpass", "--loss", objective]
+    arguments += ["--student.adapters", "convpass_attention", "--optim.epochs", "1", "--out", "run"]
+    assert run_command("finetune", arguments, "finetune_deit.py") == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert re.search(r"\badapters\b.* 6,388 ", said)  # so many parameters are trained
     (note,) = json.loads((tmp_path / "run" / "init.json").read_text())["notes"]
@@ -394,5 +394,5 @@ def test_the_command(place, tmp_path, objective, monkeypatch, capsys):
     weights = saved_weights(tmp_path / "run" / "best", load_student(tmp_path / "run" / "best")[1])
     assert len(weights) > len(load_file(tmp_path / "run" / "best" / "model.safetensors"))
     finished = tree(tmp_path / "run")
-    assert run_command("finetune", [*words, "--resume"], "finetune_deit.py") == 0
+    assert run_command("finetune", [*arguments, "--resume"], "finetune_deit.py") == 0
     assert tree(tmp_path / "run") == finished

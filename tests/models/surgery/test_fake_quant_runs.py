@@ -251,8 +251,10 @@ def test_the_message_of_a_drop_names_it(place, tmp_path):
 def test_from_a_run_to_its_file(place, command_server, tmp_path, capsys, monkeypatch):
     """The commands; the file answers as the run does, its weights without roundings otherwise."""
     pytest.importorskip("onnxruntime")
-    words = ["finetune", "--from", place / "base", "--schedule", "int8", "--optim.epochs", "1"]
-    done = command_server.run(*words, "--optim.warmup_epochs", "0", "--out", "run", cwd=tmp_path)
+    arguments = ["finetune", "--from", place / "base", "--schedule", "int8", "--optim.epochs", "1"]
+    done = command_server.run(
+        *arguments, "--optim.warmup_epochs", "0", "--out", "run", cwd=tmp_path
+    )
     assert done.code == 0, done.err
     assert re.search(r"rounded\s+11\b", done.out)
     assert "deit quantize run" in done.out
@@ -281,11 +283,26 @@ def test_from_a_run_to_its_file(place, command_server, tmp_path, capsys, monkeyp
 
 @pytest.mark.slow
 def test_two_processes_learn_the_ranges_of_one(place, command_server, tmp_path):
-    words = ["finetune", "--from", place / "base", "--schedule", "int8", "--student.drop_path", "0"]
-    words += ["--optim.epochs", "2", "--optim.warmup_epochs", "1", "--run.linear_backend", "torch"]
+    arguments = [
+        "finetune",
+        "--from",
+        place / "base",
+        "--schedule",
+        "int8",
+        "--student.drop_path",
+        "0",
+    ]
+    arguments += [
+        "--optim.epochs",
+        "2",
+        "--optim.warmup_epochs",
+        "1",
+        "--run.linear_backend",
+        "torch",
+    ]
     for number in (1, 2):
         done = command_server.run_processes(
-            *words, "--out", str(number), processes=number, cwd=tmp_path
+            *arguments, "--out", str(number), processes=number, cwd=tmp_path
         )
         assert [one.code for one in done] == [0] * number, done[0].err + done[-1].err
     for file in ("model", "average"):

@@ -185,16 +185,18 @@ def test_no_run_begins_behind_its_end(place, tmp_path):
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
 def test_zeros_hold_in_two_processes(command_server, tmp_path, shard):
     """Divided or not, both write what one mask says."""
-    words = ("train", *SMALL, "--run.sharding", shard, "--run.timeout_s", "30", "--out")
-    alone = command_server.run(*words, tmp_path / "dense", "--run.sharding", "none", cwd=tmp_path)
-    assert alone.code == 0, alone.err
+    arguments = ("train", *SMALL, "--run.sharding", shard, "--run.timeout_s", "30", "--out")
+    single_process = command_server.run(
+        *arguments, tmp_path / "dense", "--run.sharding", "none", cwd=tmp_path
+    )
+    assert single_process.code == 0, single_process.err
     ends = load_file(run_folder.latest_checkpoint(tmp_path / "dense") / "model.safetensors")
     scores = {name: one.abs() for name, one in ends.items() if ".mlp.fc" in name and one.ndim == 2}
     masks = prune_in("global")(scores, all_ones(scores), 0.3)
     save_weights(tmp_path / MASKS, masks)
     pruned = ("--init.pruning_masks", tmp_path / MASKS, "--init.weights", tmp_path / "dense")
     done = command_server.run_processes(
-        *words, tmp_path / "two", *pruned, processes=2, of_node=2, cwd=tmp_path
+        *arguments, tmp_path / "two", *pruned, processes=2, of_node=2, cwd=tmp_path
     )
     assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
     folder = run_folder.latest_checkpoint(tmp_path / "two")

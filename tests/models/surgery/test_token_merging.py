@@ -119,9 +119,9 @@ def test_merging_is_what_loops_say(alike, patches, prefix):
             )
             torch.testing.assert_close(found[one], torch.stack(left))
             assert weights[one].tolist() == expected
-        alone = merge(tokens, None, keys, number=number, prefix=prefix)
+        without_sizes = merge(tokens, None, keys, number=number, prefix=prefix)
         ones = merge(tokens, torch.ones_like(sizes), keys, number=number, prefix=prefix)
-        assert all(map(torch.equal, alone, ones))
+        assert all(map(torch.equal, without_sizes, ones))
 
 
 def test_of_equally_similar_pairs_the_first_merge_each_time():
@@ -219,6 +219,6 @@ def test_tokens_of_the_prefix_never_merge_however_alike(prefix):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_is_merged_alike_alone_and_among_others(kind):
     merging = with_merging(network(kind), 4)
-    together = answers(merging, images(5))
-    alone = torch.cat([answers(merging, image[None]) for image in images(5)])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    as_batch = answers(merging, images(5))
+    one_by_one = torch.cat([answers(merging, image[None]) for image in images(5)])
+    torch.testing.assert_close(as_batch, one_by_one, rtol=1e-4, atol=1e-5)

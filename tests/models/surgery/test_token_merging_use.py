@@ -221,9 +221,9 @@ def runs(tmp_path_factory):
 
 
 def test_several_numbers_make_one_table(runs, tmp_path, capsys):
-    words = [str(runs / "student"), "--merge-tokens", "0,2,8", "--teacher", "none"]
-    words += ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "f.json")]
-    assert run_command("evaluate", words, "evaluate") == 0
+    arguments = [str(runs / "student"), "--merge-tokens", "0,2,8", "--teacher", "none"]
+    arguments += ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "f.json")]
+    assert run_command("evaluate", arguments, "evaluate") == 0
     said = capsys.readouterr().out
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert list(rows) == ["student, merge 0", "student, merge 2", "student, merge 8"]
@@ -243,8 +243,8 @@ def test_several_numbers_make_one_table(runs, tmp_path, capsys):
 
 
 def test_a_single_number_is_said_in_the_title(command_server, runs, tmp_path):
-    words = (runs / "student", "--merge-tokens", "4", "--json", tmp_path / "f.json")
-    done = command_server.run(*words, script="evaluate_deit.py")
+    arguments = (runs / "student", "--merge-tokens", "4", "--json", tmp_path / "f.json")
+    done = command_server.run(*arguments, script="evaluate_deit.py")
     assert done.code == 0, done.err
     assert re.search(r"\b8 px\b.*\b4 tokens\b", " ".join(done.out.split()))
     assert "14, 10" in done.out
@@ -254,7 +254,7 @@ def test_a_single_number_is_said_in_the_title(command_server, runs, tmp_path):
 
 
 def test_more_patches_at_another_resolution_let_more_merge(runs, tmp_path):
-    words = [
+    arguments = [
         str(runs / "student"),
         "--resolution",
         "16",
@@ -263,14 +263,16 @@ def test_more_patches_at_another_resolution_let_more_merge(runs, tmp_path):
         "--teacher",
         "none",
     ]
-    assert run_command("evaluate", [*words, "--json", str(tmp_path / "f.json")], "evaluate") == 0
+    assert (
+        run_command("evaluate", [*arguments, "--json", str(tmp_path / "f.json")], "evaluate") == 0
+    )
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert [row["tokens"] for row in rows.values()] == [[57, 48], [34, 18]]
     assert list(rows) == ["student, 16 px, merge 9", "student, 16 px, merge 32"]
 
 
 @pytest.mark.parametrize(
-    ("words", "names"),
+    ("arguments", "names"),
     [
         (("--merge-tokens", "-1"), ["--merge-tokens -1"]),
         (("--merge-tokens", "2,x"), ["--merge-tokens 2,x"]),
@@ -280,10 +282,10 @@ def test_more_patches_at_another_resolution_let_more_merge(runs, tmp_path):
         (("--merge-tokens", "9", "--resolution", "16,8"), ["--merge-tokens 9", "8", "16"]),
     ],
 )
-def test_bad_numbers_are_one_line_before_the_work(words, names, runs, capsys):
-    first, *rest = words
-    words = [f"{first}={rest[0]}", *rest[1:]]
-    assert run_command("evaluate", [str(runs / "student"), *words], "evaluate") == 2
+def test_bad_numbers_are_one_line_before_the_work(arguments, names, runs, capsys):
+    first, *rest = arguments
+    arguments = [f"{first}={rest[0]}", *rest[1:]]
+    assert run_command("evaluate", [str(runs / "student"), *arguments], "evaluate") == 2
     said = capsys.readouterr()
     assert all(name in said.err for name in names), said.err
     assert len(said.err.strip().splitlines()) == 1
@@ -292,8 +294,8 @@ def test_bad_numbers_are_one_line_before_the_work(words, names, runs, capsys):
 
 @pytest.mark.parametrize("numbers", ["0", "0,1"])
 def test_a_run_that_is_no_vit_is_refused_at_once(numbers, runs, capsys):
-    words = [str(runs / "student"), str(runs / "teacher"), "--merge-tokens", numbers]
-    for asked in (words, words[1:]):
+    arguments = [str(runs / "student"), str(runs / "teacher"), "--merge-tokens", numbers]
+    for asked in (arguments, arguments[1:]):
         assert run_command("evaluate", asked, "evaluate") == 2
         said = capsys.readouterr()
         assert "--merge-tokens: SmallConvNet" in said.err

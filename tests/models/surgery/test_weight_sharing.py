@@ -260,8 +260,8 @@ def test_a_whole_student_becomes_one_that_shares(tmp_path):
 @pytest.mark.slow
 def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, command_server):
     teacher = tmp_path / "teacher"
-    words = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--out", teacher)
-    assert command_server.run("train", "digits-teacher", *words, cwd=tmp_path).code == 0
+    arguments = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--out", teacher)
+    assert command_server.run("train", "digits-teacher", *arguments, cwd=tmp_path).code == 0
     config = digits().replace(
         data={"train_fraction": 0.2},
         student={
@@ -276,20 +276,22 @@ def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, comman
         run={"linear_backend": "torch"},
     )
     torch.set_num_threads(1)
-    train(config, tmp_path / "straight")
+    train(config, tmp_path / "uninterrupted")
     stop_and_go_on(config, tmp_path / "run", "update:3:term")
-    same_end(tmp_path / "run", tmp_path / "straight")
-    weights = load_file(run_folder.latest_checkpoint(tmp_path / "straight") / "model.safetensors")
+    same_end(tmp_path / "run", tmp_path / "uninterrupted")
+    weights = load_file(
+        run_folder.latest_checkpoint(tmp_path / "uninterrupted") / "model.safetensors"
+    )
     moved = [
         name
         for name, one in weights.items()
         if name.endswith((".before", ".after")) and not torch.equal(one, torch.eye(2))
     ]
     assert len(moved) == 2 * 4
-    student, _ = load_student(tmp_path / "straight" / "best")
+    student, _ = load_student(tmp_path / "uninterrupted" / "best")
     assert isinstance(student.network.blocks[3].attn, MixedAttention)
     done = command_server.run(
-        "evaluate", tmp_path / "straight", "--json", tmp_path / "e.json", cwd=tmp_path
+        "evaluate", tmp_path / "uninterrupted", "--json", tmp_path / "e.json", cwd=tmp_path
     )
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "e.json").read_text())["cost"]["parameters"] == sum(
@@ -298,9 +300,17 @@ def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, comman
 
 
 def test_pruning_blocks_that_share_is_refused(tmp_path, command_server):
-    words = ("--loss", "none", "--student.shared_block_size", "2", "--optim.epochs", "2")
-    words = (*words, "--optim.warmup_epochs", "1", "--data.train_fraction", "0.2", "--out", "run")
-    assert command_server.run("train", "digits", *words, cwd=tmp_path).code == 0
+    arguments = ("--loss", "none", "--student.shared_block_size", "2", "--optim.epochs", "2")
+    arguments = (
+        *arguments,
+        "--optim.warmup_epochs",
+        "1",
+        "--data.train_fraction",
+        "0.2",
+        "--out",
+        "run",
+    )
+    assert command_server.run("train", "digits", *arguments, cwd=tmp_path).code == 0
     done = command_server.run("prune", "run", "--out", "out", cwd=tmp_path)
     assert done.code == 2
     assert "run: student.shared_block_size = 2" in done.err

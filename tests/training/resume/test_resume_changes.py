@@ -62,11 +62,11 @@ def test_where_nothing_was_saved_there_is_nothing_to_warn_of(live_config, tmp_pa
 
 @pytest.mark.fault("C18")
 def test_data_that_changed_since_is_refused(live_config, tmp_path):
-    out, pictures = tmp_path / "run", tmp_path / "pictures"
-    shutil.copytree(live_config.data.root, pictures)
-    moved = live_config.replace(data={"root": str(pictures)})
+    out, image_folder = tmp_path / "run", tmp_path / "pictures"
+    shutil.copytree(live_config.data.root, image_folder)
+    moved = live_config.replace(data={"root": str(image_folder)})
     stop_at(moved, out, "update:6:term")
-    (pictures / "train" / "class1" / "3.png").unlink()
+    (image_folder / "train" / "class1" / "3.png").unlink()
     with raises(DataError, out, "data.source"):
         train(moved, out, resume=True)
 
@@ -134,12 +134,12 @@ def test_the_other_version_of_torch_is_told(stopped_run, tmp_path, capsys):
 
 @pytest.mark.fault("C3")
 def test_one_other_pixel_in_memory_is_noticed(config, tmp_path):
-    pictures = tmp_path / "pictures"
-    shutil.copytree(config.data.root, pictures)
-    data = {"root": str(pictures), "storage": "memory", "num_workers": None}
+    image_folder = tmp_path / "pictures"
+    shutil.copytree(config.data.root, image_folder)
+    data = {"root": str(image_folder), "storage": "memory", "num_workers": None}
     moved = config.replace(data=data, teacher={"target_stores": ()})
     stop_at(moved, tmp_path / "run", "update:6:term")
-    path = pictures / "train" / "class1" / "3.png"
+    path = image_folder / "train" / "class1" / "3.png"
     with Image.open(path) as image:
         image.putpixel((5, 5), (1, 2, 3))
         image.save(path)
