@@ -20,7 +20,7 @@ from deit.datasets.splits import load_split, stratified_indices
 from deit.distill.inference import evaluation_batches
 from deit.evaluation.load_run import evaluation_config, resolve_run, warn_unfinished
 from deit.experiments.lottery_options import DENSE, TICKET
-from deit.experiments.lottery_plan import folder_of
+from deit.experiments.lottery_plan import run_path
 from deit.experiments.sweep_tables import MANIFEST, RESULTS, read_results
 from deit.models.load_weights import load_weights_from
 from deit.models.saved import load_student
@@ -111,7 +111,7 @@ def _of_search(out: Path, asked: LandscapeOptions) -> list[LandscapePoint]:
     found = []
     for level in wanted:
         for kind in (DENSE,) if level == 0 else asked.kinds:
-            run = folder_of(out, seed, kind, level)
+            run = run_path(out, seed, kind, level)
             if (kind, level) in sparsity and run_folder.read_result(run) is not None:
                 saved = resolve_run(run, asked.checkpoint)[1]
                 found.append(LandscapePoint(sparsity[kind, level], run, saved, kind, level))

@@ -17,7 +17,7 @@ from deit.core.filesystem import atomic_write, check_writable, format_bytes, wri
 from deit.core.json_io import translate_value_errors
 from deit.evaluation.cache import EvaluationCache, disagreement_matrix
 from deit.experiments.base_runs import slugify
-from deit.experiments.shared_targets import DIGITS
+from deit.experiments.shared_targets import HASH_LENGTH
 from deit.experiments.sweep_tables import MANIFEST, RESULTS, cells, columns, read_results
 from deit.training.summary import summary_of
 from deit.viz import charts, html
@@ -25,7 +25,7 @@ from deit.viz import charts, html
 PAGE = "index.html"
 _MARK = "report.json"  # of which runs; by it a folder is known, also one that was not finished
 _LARGE = 2 * 2**20
-_HASH = re.compile(rf"-[0-9a-f]{{{DIGITS}}}$")
+_HASH = re.compile(rf"-[0-9a-f]{{{HASH_LENGTH}}}$")
 
 
 def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool = False) -> Path:

@@ -7,8 +7,8 @@ from typing import Any
 
 from deit.experiments.base_runs import slugify as slugged
 from deit.experiments.lottery_tables import (
-    NOTE,
-    densities,
+    MASKS_NOTE,
+    layer_densities,
     mask_cells,
     mask_columns,
     matching_line,
@@ -16,15 +16,15 @@ from deit.experiments.lottery_tables import (
 )
 from deit.experiments.sweep_plots import (
     curve,
-    dots,
     draw_heat_map,
     finished_rows,
     heat_map,
+    scatter_trials,
     ticket_curve,
 )
 from deit.experiments.sweep_spec import short_names
 from deit.experiments.sweep_tables import (
-    SHOWN_CLASSES,
+    MAX_LISTED_CLASSES,
     best_summary,
     cells,
     changes,
@@ -168,11 +168,11 @@ def _masks(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
     """What the levels of a search for tickets leave, whole and layer by layer."""
     if not result.get("tickets", {}).get("masks"):
         return []
-    told = f"Seed {result['seeds'][0]}. {NOTE}"
+    told = f"Seed {result['seeds'][0]}. {MASKS_NOTE}"
     whole = html.table(
         mask_columns(), mask_cells(result), caption=told, file=folder / f"{slug}-masks.csv"
     )
-    rows, heads, values = densities(result)
+    rows, heads, values = layer_densities(result)
     layers = html.heat_table(
         rows,
         heads,
@@ -193,7 +193,7 @@ def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
         drawn = []
         for field in fields:
             drawing = charts.chart(
-                dots(result, field), folder / f"{slug}-{slugged(field)}.png", width=4.5
+                scatter_trials(result, field), folder / f"{slug}-{slugged(field)}.png", width=4.5
             )
             told = f"{short[field]}: validation accuracy of each trial."
             drawn.append(html.figure(drawing, told))
@@ -220,7 +220,7 @@ def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
         drawn = html.heat_table(rows, heads, values, file=name.with_suffix(".csv"))
         maps.append(html.figure(drawn, told.format("")))
         if any(row.get("classes") for row in points(result).values()):
-            rows, heads, means = heat_map(result, down, across, of=_on_unseen)
+            rows, heads, means = heat_map(result, down, across, metric=_on_unseen)
             values = [[None if one != one else one for one in row] for row in means]
             unseen = name.with_name(f"{name.name}-unseen.csv")
             drawn = html.heat_table(rows, heads, values, file=unseen)
@@ -235,7 +235,7 @@ def _on_unseen(row: dict[str, Any]) -> list[float]:
 def _classes(result: dict[str, Any], file: Path) -> list[str]:
     """Right answers in each class, of each point, where some were held out."""
     names, rows = class_shares(result, list(points(result)))
-    if not 0 < len(names) <= SHOWN_CLASSES:
+    if not 0 < len(names) <= MAX_LISTED_CLASSES:
         return []
     heads, never = unseen_marks(result, names)
     means = [[_mean(share) for share in row] for row in rows.values()]

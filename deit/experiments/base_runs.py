@@ -1,4 +1,5 @@
-"""The runs that a comparison builds on: teachers, starts, and what these build on in their turn."""
+"""The runs that an experiment depends on: its teachers, the runs whose weights it starts from, and
+the dependencies of both."""
 
 import dataclasses
 import re
@@ -11,7 +12,7 @@ from deit.config.schema import Config
 
 
 def slugify(name: str) -> str:
-    """A name as part of a path: `fix/rs` is fix-rs."""
+    """Return a name as part of a path: `fix-rs` for `fix/rs`."""
     return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
 
 
@@ -28,41 +29,50 @@ class Experiment(NamedTuple):
 
 
 class BaseRuns:
-    """The runs that the arms of a recipe of ours build on: its teachers and what it starts from,
-    and whatever these build on.
+    """The runs of built-in recipes that an experiment depends on.
 
-    runs: their configurations by name, in the order in which they are trained. teachers: which of
-    them teach. What a command line names itself is taken as it lies, and is not trained here.
-    asked: what a file says of the recipe, before the command line. arms: what they name beside it
-    is trained here as well, unless the command line names a source.
+    They are the teachers and the runs whose weights are the initial ones, and the dependencies of
+    these. A source that the user names on the command line is used as it is and is not trained.
+
+    runs: configurations by name, in the order of training. teachers: the names of those that are
+    teachers.
     """
 
     def __init__(
         self,
-        run: Experiment,
+        experiment: Experiment,
         student: Config,
-        folder: Path,
+        folder: str | Path,
         *,
         recipe_config: Config | None = None,
         arms: Iterable[Config] = (),
     ) -> None:
+        """Find the dependencies.
+
+        student: the configuration with the options of the command line. folder: where the base runs
+        are trained. recipe_config: the recipe with the fields of a sweep file, before the command
+        line. Default: the recipe. arms: configurations whose teachers and initial weights are
+        trained as well, unless the command line names a source.
+        """
         self.runs: dict[str, Config] = {}
         self.teachers: set[str] = set()
-        self.folder, self.student = folder, student
-        self.recipe = RECIPES[run.recipe]() if run.recipe in RECIPES else None
+        self.folder, self.student = Path(folder), student
+        known = experiment.recipe in RECIPES
+        self.recipe = RECIPES[experiment.recipe]() if known else None
         self.recipes: set[str] = set()
         recipe_config = recipe_config or self.recipe
         if recipe_config is not None and not student.teacher.target_stores:
-            for name, field in (("teacher", "source"), ("init", "weights")):
-                typed = getattr(getattr(student, name), field)
-                if typed != getattr(getattr(recipe_config, name), field):
+            for section, leaf in (("teacher", "source"), ("init", "weights")):
+                source = getattr(getattr(student, section), leaf)
+                if source != getattr(getattr(recipe_config, section), leaf):
                     continue
-                for source in (typed, *(getattr(getattr(arm, name), field) for arm in arms)):
-                    self._collect(source)
-        self.alone = len(self.recipes) == 1 and (self.recipe or student).init.weights is None
+                for sources in (source, *(getattr(getattr(arm, section), leaf) for arm in arms)):
+                    self._collect(sources)
+        initial_weights = (self.recipe or student).init.weights
+        self._has_single_run = len(self.recipes) == 1 and initial_weights is None
 
     def _collect(self, sources: tuple[str, ...] | str | None) -> None:
-        """Note the recipes behind sources, and those behind these."""
+        """Add the recipes of sources and, recursively, of their dependencies."""
         for source in (sources,) if isinstance(sources, str) else sources or ():
             name = recipe_of_path(source)
             if name is not None and name not in self.recipes:
@@ -72,34 +82,36 @@ class BaseRuns:
                 self._collect(config.init.weights)
 
     def with_local_paths(self, config: Config) -> Config:
-        """A configuration whose sources are runs in this folder, where they are of our recipes."""
-        taught = tuple(self._moved(source, teaches=True) for source in config.teacher.source)
-        start = self._moved(config.init.weights, teaches=False)
-        return config.replace(teacher={"source": taught}, init={"weights": start})
+        """Return a configuration whose sources are runs in this folder, where they are runs of
+        built-in recipes. Adds these runs to `runs`."""
+        teachers = tuple(
+            self._local_path(source, is_teacher=True) for source in config.teacher.source
+        )
+        weights = self._local_path(config.init.weights, is_teacher=False)
+        return config.replace(teacher={"source": teachers}, init={"weights": weights})
 
-    def _moved(self, source: str | None, *, teaches: bool) -> str | None:
+    def _local_path(self, source: str | None, *, is_teacher: bool) -> str | None:
         recipe = recipe_of_path(source)
         if recipe is None or recipe not in self.recipes:
             return source
-        name = "teacher" if self.alone else recipe
+        name = "teacher" if self._has_single_run else recipe
         if name not in self.runs:
             config = self.with_local_paths(self._with_data(RECIPES[recipe]()))
             self.runs[name] = config
-        if teaches:
+        if is_teacher:
             self.teachers.add(name)
         return str(self.folder / slugify(name))
 
     def _with_data(self, config: Config) -> Config:
-        """The data and the machine that the command line asked for; images of another size keep
-        theirs."""
+        """Return a base run's configuration with the data and hardware of the command line. Keeps
+        the image size of a run that uses another size than the recipe."""
         changed = dataclasses.asdict(self.student.data)
         if self.recipe is not None:
             default = dataclasses.asdict(self.recipe.data)
             changed = {name: value for name, value in changed.items() if value != default[name]}
-        changed.pop(
-            "unseen_classes", None
-        )  # of the student: what it never saw its teacher may know
-        # A recipe of somebody's own says nothing of the size that its teachers learn from.
+        # Only the student must not see these classes; its teacher may.
+        changed.pop("unseen_classes", None)
+        # The recipe of a user's own file does not define the image size of its teachers.
         if self.recipe is None or config.data.image_size != self.recipe.data.image_size:
             changed.pop("image_size", None)
         run = self.student.run

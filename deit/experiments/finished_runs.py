@@ -1,4 +1,4 @@
-"""Runs that finished before, held against the images and the teachers that are there now."""
+"""Check that finished runs were trained on the current images and by the current teachers."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,28 +16,30 @@ from deit.distill.run_teachers import digest_of_teachers
 from deit.experiments.runner import RunSpec
 from deit.models.teacher_sources import load_teacher
 
-_AN_OTHER = "give back what it was, or another --out"
+_REMEDY = "restore them, or give another --out"
 
 
 class _Images(NamedTuple):
-    """What is there now: names of the classes, the digest of all splits; nothing of images that are
-    gone."""
+    """The current images: class names and digest of all splits. class_names: None if the images
+    cannot be read."""
 
     class_names: tuple[str, ...] | None
     fingerprint: str
 
 
 class FinishedRunChecker:
-    """Looks at each data set and at each teacher once, for however many runs."""
+    """Checks finished runs; reads each data set and each teacher once."""
 
     def __init__(self) -> None:
         self._images: dict[DataConfig, _Images] = {}
         self._teachers: dict[tuple[TeacherConfig, StudentConfig, DataConfig], list[str]] = {}
 
     def check(self, runs: Iterable[RunSpec]) -> None:
-        """Refuse a finished run whose images or teachers are others now: its numbers would stand
-        beside those of other ones. Of what is gone nothing is known, so it is taken as it is.
-        Raises DataError."""
+        """Raise DataError if a finished run had other images or teachers than the current ones.
+
+        Its results could not be compared with those of new runs. Images and teachers that no longer
+        exist are not checked. Skips unfinished runs.
+        """
         for run in runs:
             if (result := run_folder.read_result(run.out)) is not None:
                 self._check(run, result)
@@ -48,17 +50,18 @@ class FinishedRunChecker:
             return
         if images.fingerprint != result["fingerprint"]:
             raise DataError(
-                f"{run.out}: is finished, and its images were others (class names, pixels or "
-                f"labels) than those in {_where(run.config.data)}; {_AN_OTHER}"
+                f"{run.out}: this finished run was trained on other images (class names, pixels or "
+                f"labels) than those now in {_data_path(run.config.data)}; {_REMEDY}"
             )
         if "teachers" not in result or run.config.loss.kind == "none":
             return
-        now = self._teachers_of(run.config, images.class_names)
-        for there, before in zip(now, result["teachers"]):
-            if there and before and there != before:
+        digests = self._teachers_of(run.config, images.class_names)
+        for current, recorded in zip(digests, result["teachers"]):
+            if current and recorded and current != recorded:
+                teachers = ", ".join(source or "a store" for source in run.config.teacher.source)
                 raise DataError(
-                    f"{run.out}: is finished, and was taught by other weights than those in "
-                    f"{', '.join(map(_shown, run.config.teacher.source))}; {_AN_OTHER}"
+                    f"{run.out}: this finished run had a teacher with other weights than those now "
+                    f"in {teachers}; {_REMEDY}"
                 )
 
     def _images_of(self, data: DataConfig) -> _Images:
@@ -67,43 +70,40 @@ class FinishedRunChecker:
                 splits = load_splits(data)
                 self._images[data] = _Images(splits.class_names, splits.fingerprint)
             except DataError as error:
-                warn(f"finished runs are taken as they are: {error}")
+                warn(f"the images of finished runs are not checked: {error}")
                 self._images[data] = _Images(None, "")
         return self._images[data]
 
     def _teachers_of(self, config: Config, class_names: tuple[str, ...]) -> list[str]:
-        """Digests of the teachers, as a run notes them; "" for those that are not here."""
+        """Return the digests of the teachers as a run records them; "" for a missing teacher."""
         key = config.teacher, config.student, config.data
-        now = self._teachers.get(key, [""])
-        if "" in now:  # it may be there by now
-            now = [
-                _digest(seat.members, class_names, config.student.image_size)
-                for seat in teacher_slots(config.teacher)
+        digests = self._teachers.get(key, [""])
+        if "" in digests:  # a missing teacher may have been trained since
+            digests = [
+                _digest(slot.members, class_names, config.student.image_size)
+                for slot in teacher_slots(config.teacher)
             ]
-            self._teachers[key] = now
-        return now
+            self._teachers[key] = digests
+        return digests
 
 
-def _digest(members: Iterable[Any], class_names: tuple[str, ...], side: int) -> str:
-    if any(_is_under_way(one.source) for one in members):
+def _digest(members: Iterable[Any], class_names: tuple[str, ...], image_size: int) -> str:
+    """Return the digest of the teachers of a slot; "" if one is missing or unfinished."""
+    if any(_is_unfinished(member.source) for member in members):
         return ""
     try:
         return digest_of_teachers(
-            [load_teacher(one, class_names, image_size=side) for one in members]
+            [load_teacher(member, class_names, image_size=image_size) for member in members]
         )
     except (DataError, CheckpointError, ConfigError):
         return ""
 
 
-def _is_under_way(source: str | None) -> bool:
-    """Whether a teacher is a run that has not come to its end: it will be another."""
+def _is_unfinished(source: str | None) -> bool:
+    """Return whether a teacher is an unfinished run, whose weights will still change."""
     folder = Path(source or "").expanduser()
     return (folder / run_folder.CONFIG).is_file() and run_folder.read_result(folder) is None
 
 
-def _where(data: DataConfig) -> str:
+def _data_path(data: DataConfig) -> str:
     return "digits" if data.source == "digits" else str(Path(data.root))
-
-
-def _shown(source: str | None) -> str:
-    return source or "a store"

@@ -1,4 +1,4 @@
-"""`deit lottery`: iterative magnitude pruning with rewinding, beside its controls."""
+"""`deit lottery`: iterative magnitude pruning with rewinding, compared with control runs."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,8 @@ from deit.experiments import shared_targets
 from deit.experiments.base_runs import BaseRuns, Experiment, slugify
 from deit.experiments.finished_runs import FinishedRunChecker
 from deit.experiments.lottery_masks import mask_report, write_masks
-from deit.experiments.lottery_options import DENSE, RATE, TICKET, LotteryOptions, check_asked
-from deit.experiments.lottery_plan import LotteryPlan, LotteryRun, lottery_runs, plan_of
+from deit.experiments.lottery_options import DENSE, RATE, TICKET, LotteryOptions, check_options
+from deit.experiments.lottery_plan import LotteryPlan, LotteryRun, lottery_runs, plan_lottery
 from deit.experiments.lottery_tables import mask_cells, mask_columns, matching, matching_line
 from deit.experiments.runner import (
     FailedRun,
@@ -28,7 +28,7 @@ from deit.experiments.runner import (
     check_num_parallel,
     combined_error,
 )
-from deit.experiments.sweep_collect import environment_of, print_rows, rows_of, write_plots
+from deit.experiments.sweep_collect import collect_rows, environment_of, print_rows, write_plots
 from deit.experiments.sweep_execute import SweepFailures, train_all, unfinished
 from deit.experiments.sweep_grid import Point
 from deit.experiments.sweep_plan import SweepPlan, SweepRun, check_base_run, check_inputs_exist
@@ -41,9 +41,9 @@ NAME = "lottery"
 
 
 def lottery(
-    asked: LotteryOptions,
+    options: LotteryOptions,
     config: Config,
-    out: Path,
+    out: str | Path,
     *,
     recipe: str,
     dry_run: bool = False,
@@ -52,284 +52,311 @@ def lottery(
     retries: int,
     command: str = "",
 ) -> dict[str, Any]:
-    """Train a recipe, prune it level by level with rewinding, train its controls; write
-    results.json, results.csv, results.md and a picture into the folder, and print the table.
+    """Train a recipe, prune it level by level with rewinding, and train its controls.
 
-    parallel: how many runs share the machine. retries: how often a run that failed is tried again.
-    The same command goes on with what is not finished, and with more levels, controls or seeds.
-    Returns what results.json holds. Raises the errors of deit.core.errors; one for all runs that
-    failed, once everything else is written.
+    Writes results.json, results.csv, results.md and a plot into `out`, and prints the table. The
+    same command resumes unfinished runs; it may have more levels, controls or seeds.
 
-    Source: Frankle and Carbin 2019, "The Lottery Ticket Hypothesis"; Frankle et al. 2020, "Linear
-    Mode Connectivity and the Lottery Ticket Hypothesis", for going back to an update.
+    recipe: its name, for the results. parallel: number of runs in parallel. retries: number of
+    retries after a transient failure. command: recorded in the results.
+
+    Returns the content of results.json. Raises the errors of deit.core.errors; one error for all
+    failed runs, after the results of the others are written.
+
+    Source: Frankle and Carbin 2019, "The Lottery Ticket Hypothesis"; for rewinding to a later step
+    Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis".
     """
-    run = Experiment(recipe, config, out, dry_run)
-    check_asked(asked, config)
+    experiment = Experiment(recipe, config, Path(out), dry_run)
+    out = experiment.out
+    check_options(options, config)
     check_num_parallel(parallel, option="--parallel")
     if retries < 0:
         raise ConfigError(f"--retries {retries}: should be at least 0")
-    check_trackers(run.config)
-    manifest = _asked_in_all(asked, run)
-    check_same_request(run.out, MANIFEST, manifest, what="search")
-    if not run.dry_run:
-        check_writable(run.out, option="--out")
-    base, plan, updates = _with_normalization(run, asked)
-    ground, below, found = _runs(plan, run, base, seeds)
-    _announce(plan, base, found, updates)
-    _warn_of_ignored_runs(run.out, found)
-    if run.dry_run:
-        _list(plan, below, found)
+    check_trackers(config)
+    request = _request(options, experiment)
+    check_same_request(out, MANIFEST, request, what="search")
+    if not dry_run:
+        check_writable(out, option="--out")
+    base, plan, steps_per_epoch = _plan(options, config)
+    sources, base_runs, runs = _runs(plan, experiment, base, seeds)
+    _log_plan(plan, base, runs, steps_per_epoch)
+    _warn_of_ignored_runs(out, runs)
+    if dry_run:
+        _list(plan, base_runs, runs)
         return {}
-    run.out.mkdir(parents=True, exist_ok=True)
-    with lock_dir(run.out, option="--out"):
-        write_json(run.out / MANIFEST, manifest)
-        trials = [SweepRun(_point(one, plan), one.seed, one.run) for one in found]
-        stores, runs = shared_targets.plan_shared_stores(
-            [one.run for one in found], run.out / "targets", content=None
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_dir(out, option="--out"):
+        write_json(out / MANIFEST, request)
+        trials = [SweepRun(_point(run, plan), run.seed, run.spec) for run in runs]
+        stores, specs = shared_targets.plan_shared_stores(
+            [run.spec for run in runs], out / "targets", content=None
         )
-        work = SweepPlan(ground, below, trials, stores, runs)
-        mishaps = _train(plan, work, found, parallel=parallel, retries=retries)
-        result = _result(asked, plan, run, work, mishaps, found, command)
-        for path in write_results(result, run.out) + write_plots(result, run.out):
+        sweep_plan = SweepPlan(sources, base_runs, trials, stores, specs)
+        failures = _train(plan, sweep_plan, runs, parallel=parallel, retries=retries)
+        result = _result(options, plan, experiment, sweep_plan, failures, runs, command)
+        for path in write_results(result, out) + write_plots(result, out):
             info(f"wrote {path}")
     _print(result)
-    if mishaps.failed:
-        raise combined_error(mishaps.failed)
+    if failures.failed:
+        raise combined_error(failures.failed)
     return result
 
 
-def _asked_in_all(asked: LotteryOptions, run: Experiment) -> dict[str, str]:
-    """What every call in a folder must have in common: what levels follow from, and all that
-    decides the result of a run. As text, as in the folder of any sweep."""
-    rewind = "the end of warm-up" if asked.rewind is None else f"{asked.rewind:g}"
-    rate = f"{RATE if asked.rate is None else asked.rate:g}"
-    fields = shared_targets.result_fields(run.config)
+def _request(options: LotteryOptions, experiment: Experiment) -> dict[str, str]:
+    """Return what all commands in a folder must have in common, as text.
+
+    It is the options that determine the levels, and the fields that determine the result of a run.
+    """
+    rewind = "the end of warm-up" if options.rewind is None else f"{options.rewind:g}"
+    rate = f"{RATE if options.rate is None else options.rate:g}"
+    fields = shared_targets.result_fields(experiment.config)
     fields.pop("run.seed", None)
-    told = {"sweep": NAME, "recipe": run.recipe, "scope": asked.scope, "rate": rate}
-    return {**told, "rewind": rewind, **{name: json.dumps(one) for name, one in fields.items()}}
+    request = {"sweep": NAME, "recipe": experiment.recipe, "scope": options.scope, "rate": rate}
+    texts = {name: json.dumps(value) for name, value in fields.items()}
+    return {**request, "rewind": rewind, **texts}
 
 
-def _with_normalization(run: Experiment, asked: LotteryOptions) -> tuple[Config, LotteryPlan, int]:
-    """The configuration with what all runs must have in common, the plan, and the updates of an
+def _plan(options: LotteryOptions, config: Config) -> tuple[Config, LotteryPlan, int]:
+    """Return the configuration with the normalization of all runs, the plan, and the steps per
     epoch.
 
-    In common is the normalization, which follows from the initial weights: a rewound run has others
-    than the dense one. Raises ConfigError where nothing can be pruned, or not so.
+    The normalization can follow from the initial weights, and those of a rewound run are others
+    than those of the dense run. Raises ConfigError if the weights cannot be pruned in this way.
     """
-    config = with_init_normalization(run.config, load_init_weights(run.config))
+    config = with_init_normalization(config, load_init_weights(config))
     splits = load_splits(config.data)
     mean, std = config.views.mean or splits.mean, config.views.std or splits.std
     config = config.replace(views={"mean": mean, "std": std})
-    updates = updates_of_epoch(len(splits.train.labels), config.optim.batch_size)
-    plan = plan_of(asked, config, updates=updates)
-    if plan.rewind >= config.optim.epochs * updates:
+    steps_per_epoch = updates_of_epoch(len(splits.train.labels), config.optim.batch_size)
+    plan = plan_lottery(options, config, steps_per_epoch=steps_per_epoch)
+    num_steps = config.optim.epochs * steps_per_epoch
+    if plan.rewind >= num_steps:
         raise ConfigError(
-            f"--rewind-epoch: goes back to update {plan.rewind}, and a run has "
-            f"{config.optim.epochs * updates}"
+            f"--rewind-epoch: rewinds to step {plan.rewind}, but a run has {num_steps} steps only"
         )
     weights = prunable(create_network(config.student, len(splits.class_names)))
     if not weights:
-        raise ConfigError(f"student.name = {config.student.name!r}: none of its weights can go")
-    prune_in(plan.scope)(weights, all_ones(weights), plan.densities[0])  # refuses what does not fit
-    return config, plan, updates
+        raise ConfigError(f"student.name = {config.student.name!r}: has no prunable weights")
+    prune_in(plan.scope)(weights, all_ones(weights), plan.densities[0])  # raises if it cannot
+    return config, plan, steps_per_epoch
 
 
 def _runs(
-    plan: LotteryPlan, run: Experiment, base: Config, seeds: tuple[int, ...]
+    plan: LotteryPlan, experiment: Experiment, base: Config, seeds: tuple[int, ...]
 ) -> tuple[BaseRuns, list[RunSpec], list[LotteryRun]]:
-    """The teachers and the runs of all seeds. Raises ConfigError and DataError."""
-    first = run.config.replace(run={"seed": seeds[0]})
-    ground = BaseRuns(run, first, run.out, arms=[first])
-    # What it starts from has to be there: it says how images are normalised in all runs.
-    laid = ground.with_local_paths(base.replace(init={"weights": None}))
-    laid = laid.replace(init={"weights": base.init.weights})
-    below = [RunSpec(name, config, run.out / slugify(name)) for name, config in ground.runs.items()]
-    for one in below:
-        check_base_run(one)
-    check_inputs_exist(laid, {str(one.out) for one in below})
-    found = [one for seed in seeds for one in lottery_runs(plan, laid, seed, run.out)]
-    found = [one._replace(run=_as_begun(one.run)) for one in found]
-    return ground, below, found
+    """Return the base runs and the runs of all seeds. Raises ConfigError and DataError."""
+    out = experiment.out
+    first = experiment.config.replace(run={"seed": seeds[0]})
+    sources = BaseRuns(experiment, first, out, arms=[first])
+    # Initial weights are not trained here: they must exist, since they set the normalization.
+    local = sources.with_local_paths(base.replace(init={"weights": None}))
+    local = local.replace(init={"weights": base.init.weights})
+    base_runs = [
+        RunSpec(name, config, out / slugify(name)) for name, config in sources.runs.items()
+    ]
+    for run in base_runs:
+        check_base_run(run)
+    check_inputs_exist(local, {str(run.out) for run in base_runs})
+    runs = [run for seed in seeds for run in lottery_runs(plan, local, seed, out)]
+    runs = [run._replace(spec=_with_recorded_paths(run.spec)) for run in runs]
+    return sources, base_runs, runs
 
 
-def _as_begun(run: RunSpec) -> RunSpec:
-    """A run with the start and the masks by the paths with which it was begun: from another
-    directory, or after a move, they are spelled otherwise. (A run that goes on reads neither.)"""
+def _with_recorded_paths(run: RunSpec) -> RunSpec:
+    """Return a run with the paths of initial weights and masks that it was started with.
+
+    From another working directory, or after a move, the same files have other paths. A resumed run
+    reads neither.
+    """
     if not run_folder.list_checkpoints(run.out) or not (run.out / run_folder.CONFIG).is_file():
         return run
-    before, now = load_config(run.out / run_folder.CONFIG).init, run.config.init
-    kept = {
-        leaf: getattr(before, leaf)
+    recorded, planned = load_config(run.out / run_folder.CONFIG).init, run.config.init
+    same_files = {
+        leaf: getattr(recorded, leaf)
         for leaf in ("weights", "pruning_masks")
-        if Path(getattr(before, leaf) or "").name == Path(getattr(now, leaf) or "").name
+        if Path(getattr(recorded, leaf) or "").name == Path(getattr(planned, leaf) or "").name
     }
-    return run._replace(config=run.config.replace(init=kept))
+    return run._replace(config=run.config.replace(init=same_files))
 
 
-def _announce(plan: LotteryPlan, base: Config, found: list[LotteryRun], updates: int) -> None:
-    """What it will cost, before anything is trained."""
-    sparse = ", ".join(f"{100 * (1 - density):.1f}" for density in plan.densities)
-    info(f"levels    {sparse} % of the prunable weights gone (scope {plan.scope})")
-    epoch = f" (epoch {plan.rewind / updates:g})" if plan.rewind else ""
-    info(f"rewind    to the weights, schedule, order and views of update {plan.rewind}{epoch}")
-    left = len(unfinished([one.run for one in found]))
+def _log_plan(
+    plan: LotteryPlan, base: Config, runs: list[LotteryRun], steps_per_epoch: int
+) -> None:
+    """Log the levels, the number of runs and their estimated time."""
+    sparsities = ", ".join(f"{100 * (1 - density):.1f}" for density in plan.densities)
+    info(f"levels    sparsity {sparsities} % of the prunable weights (scope {plan.scope})")
+    epoch = f" (epoch {plan.rewind / steps_per_epoch:g})" if plan.rewind else ""
+    info(f"rewind    to the weights, schedule, order and views of step {plan.rewind}{epoch}")
+    specs = [run.spec for run in runs]
+    num_finished = len(runs) - len(unfinished(specs))
     info(
-        f"runs      {len(found)} of {base.optim.epochs} epochs, {len(found) - left} of them "
-        "finished; each level waits for the one before"
+        f"runs      {len(runs)} of {base.optim.epochs} epochs, {num_finished} of them finished; "
+        "each level waits for the level before"
     )
-    info(f"time      {_time([one.run for one in found], updates)}")
+    info(f"time      {_time_left(specs, steps_per_epoch)}")
 
 
-def _warn_of_ignored_runs(out: Path, found: list[LotteryRun]) -> None:
-    """Runs that are there and not in these results: fewer levels, controls or seeds were named."""
-    asked = {ticket.run.out for ticket in found}
-    there = {file.parent for file in out.glob(f"seed-*/*/{run_folder.RESULT}")} - asked
-    if there:
+def _warn_of_ignored_runs(out: Path, runs: list[LotteryRun]) -> None:
+    """Warn of finished runs in the folder whose levels, controls or seeds were not requested."""
+    requested = {run.spec.out for run in runs}
+    ignored = {path.parent for path in out.glob(f"seed-*/*/{run_folder.RESULT}")} - requested
+    if ignored:
         warn(
-            f"{len(there)} finished runs in {out} are left out of these results, as {min(there)}: "
-            "name their levels, controls and seeds to have them in"
+            f"{len(ignored)} finished runs in {out} are not in these results, for example "
+            f"{min(ignored)}; add their levels, controls and seeds to include them"
         )
 
 
-def _time(runs: list[RunSpec], updates: int) -> str:
-    """How many updates are left, without the teachers', and how long they will take, as far as runs
-    that are finished tell. updates: of an epoch."""
-    left = sum(
-        one.config.optim.epochs * updates - max(one.config.init.start_step, _num_steps_done(one))
-        for one in unfinished(runs)
+def _time_left(runs: list[RunSpec], steps_per_epoch: int) -> str:
+    """Return the number of steps left, without those of teachers, and the time that they take,
+    estimated from finished runs."""
+    num_left = sum(
+        run.config.optim.epochs * steps_per_epoch
+        - max(run.config.init.start_step, _num_steps_done(run))
+        for run in unfinished(runs)
     )
-    ended = [result for one in runs if (result := run_folder.read_result(one.out)) is not None]
-    made = sum(result["samples_seen"] for result in ended) / runs[0].config.optim.batch_size
-    if not left or not made:
-        later = "; how long they take is told once a run is finished"
-        return f"{left:,} updates, teachers' aside{later if left else ''}"
-    each = sum(result["seconds"] for result in ended) / made
+    results = [result for run in runs if (result := run_folder.read_result(run.out)) is not None]
+    batch_size = runs[0].config.optim.batch_size
+    num_done = sum(result["samples_seen"] for result in results) / batch_size
+    if not num_left or not num_done:
+        later = "; their time is estimated once a run has finished" if num_left else ""
+        return f"{num_left:,} steps, without those of teachers{later}"
+    step_seconds = sum(result["seconds"] for result in results) / num_done
     return (
-        f"{left:,} updates, teachers' aside; {format_duration(left * each)} one run after another, "
-        "if each "
-        f"takes {each:.3g} s as in the runs that are finished"
+        f"{num_left:,} steps, without those of teachers; {format_duration(num_left * step_seconds)}"
+        f" one run after another, at {step_seconds:.3g} s per step as in the finished runs"
     )
 
 
 def _num_steps_done(run: RunSpec) -> int:
-    """The updates of which a run has a checkpoint."""
+    """Return the step of a run's latest checkpoint; 0 without one."""
     return max((step for step, _ in run_folder.list_checkpoints(run.out)), default=0)
 
 
-def _list(plan: LotteryPlan, below: list[RunSpec], found: list[LotteryRun]) -> None:
-    rows = [("teacher or start", "", one.name, str(one.out)) for one in below]
-    rows += [(one.kind, _sparsity(one, plan), str(one.seed), str(one.run.out)) for one in found]
+def _list(plan: LotteryPlan, base_runs: list[RunSpec], runs: list[LotteryRun]) -> None:
+    """Print the runs."""
+    rows = [("base run", "", run.name, str(run.out)) for run in base_runs]
+    rows += [(run.kind, _sparsity(run, plan), str(run.seed), str(run.spec.out)) for run in runs]
     title = "dry run: nothing is trained or written"
     table(title, ("", "sparsity %", "seed", "folder"), rows, text=True)
 
 
-def _sparsity(ticket: LotteryRun, plan: LotteryPlan) -> str:
-    """In %, with as many digits as tell the levels apart."""
+def _sparsity(run: LotteryRun, plan: LotteryPlan) -> str:
+    """Return the sparsity in %, with as many digits as make those of all levels distinct."""
     for digits in range(1, 9):
-        told = [f"{100 * (1 - density):.{digits}f}" for density in (1.0, *plan.densities)]
-        if len(set(told)) == len(told):
+        texts = [f"{100 * (1 - density):.{digits}f}" for density in (1.0, *plan.densities)]
+        if len(set(texts)) == len(texts):
             break
-    return told[ticket.level]
+    return texts[run.level]
 
 
-def _point(ticket: LotteryRun, plan: LotteryPlan) -> Point:
-    """A run as a point of a sweep over its kind and sparsity."""
-    sparsity = _sparsity(ticket, plan)
-    name = DENSE if ticket.kind == DENSE else f"{ticket.kind}, {sparsity} %"
-    return Point(name, {"run": ticket.kind, "sparsity %": sparsity}, ticket.run.config)
+def _point(run: LotteryRun, plan: LotteryPlan) -> Point:
+    """Return a run as a point of a sweep over its kind and sparsity."""
+    sparsity = _sparsity(run, plan)
+    name = DENSE if run.kind == DENSE else f"{run.kind}, {sparsity} %"
+    return Point(name, {"run": run.kind, "sparsity %": sparsity}, run.spec.config)
 
 
 def _train(
-    plan: LotteryPlan, work: SweepPlan, found: list[LotteryRun], *, parallel: int, retries: int
+    plan: LotteryPlan,
+    sweep_plan: SweepPlan,
+    runs: list[LotteryRun],
+    *,
+    parallel: int,
+    retries: int,
 ) -> SweepFailures:
-    """Train level by level, of all seeds together, each with its controls; a level that fails bars
-    those behind it, of its seed."""
-    finished, mishaps = FinishedRunChecker(), SweepFailures([], {})
-    finished.check([*work.base_runs, *work.runs])
-    taught = {run.out: run for run in work.runs}
-    progress = RunProgress(len(unfinished(work.base_runs)) + len(unfinished(work.runs)))
-    told: set[str] = set()  # the stores that are complete
+    """Train level by level, each level of all seeds with its controls. A failed level blocks the
+    later levels of its seed."""
+    finished, failures = FinishedRunChecker(), SweepFailures([], {})
+    finished.check([*sweep_plan.base_runs, *sweep_plan.runs])
+    spec_at = {spec.out: spec for spec in sweep_plan.runs}
+    progress = RunProgress(len(unfinished(sweep_plan.base_runs)) + len(unfinished(sweep_plan.runs)))
+    written: set[str] = set()  # the stores that are complete
     for level in range(len(plan.densities) + 1):
         ready = []
-        for ticket in (one for one in found if one.level == level):
-            reason = _missing_input(ticket, mishaps)
+        for run in (run for run in runs if run.level == level):
+            reason = _missing_input(run, failures)
             if reason is None:
-                reason = _write_masks_or_reason(ticket, plan, mishaps)
+                reason = _write_masks_or_reason(run, plan, failures)
             if reason is None:
-                ready.append(taught[ticket.run.out])
+                ready.append(spec_at[run.spec.out])
             else:
                 progress.total -= 1
-        stores = [store for store in work.stores if str(store.path) not in told]
-        told |= {target for run in unfinished(ready) for target in run.config.teacher.target_stores}
-        now = train_all(
-            work._replace(runs=ready, stores=stores),
+        stores = [store for store in sweep_plan.stores if str(store.path) not in written]
+        written |= {
+            target for spec in unfinished(ready) for target in spec.config.teacher.target_stores
+        }
+        level_failures = train_all(
+            sweep_plan._replace(runs=ready, stores=stores),
             finished=finished,
             parallel=parallel,
             retries=retries,
             progress=progress,
         )
-        mishaps.failed.extend(now.failed)
-        mishaps.blocked.update(now.blocked)
-    return mishaps
+        failures.failed.extend(level_failures.failed)
+        failures.blocked.update(level_failures.blocked)
+    return failures
 
 
-def _missing_input(ticket: LotteryRun, mishaps: SweepFailures) -> str | None:
-    """What a run needs and does not have; noted. None where nothing is lacking. Of a control that
-    is the ticket's masks, too."""
-    if ticket.level == 0:
+def _missing_input(run: LotteryRun, failures: SweepFailures) -> str | None:
+    """Return why a run cannot start, and add that to the failures; None if it can.
+
+    A run needs the level before it. A control also needs the masks of its ticket.
+    """
+    if run.level == 0:
         return None
-    needed = ticket.run.out.with_name(f"level-{ticket.level - 1}")
-    own = ticket.run.out.with_name(f"level-{ticket.level}")
-    if ticket.kind != TICKET and own in mishaps.reasons():
-        needed = own
-    if needed not in mishaps.reasons():
+    needed = run.spec.out.with_name(f"level-{run.level - 1}")
+    ticket = run.spec.out.with_name(f"level-{run.level}")
+    if run.kind != TICKET and ticket in failures.reasons():
+        needed = ticket
+    if needed not in failures.reasons():
         return None
-    mishaps.blocked[ticket.run.out] = f"needs {needed}, which is not there"
-    return mishaps.blocked[ticket.run.out]
+    failures.blocked[run.spec.out] = f"needs {needed}, which is missing"
+    return failures.blocked[run.spec.out]
 
 
 def _write_masks_or_reason(
-    ticket: LotteryRun, plan: LotteryPlan, mishaps: SweepFailures
+    run: LotteryRun, plan: LotteryPlan, failures: SweepFailures
 ) -> str | None:
-    """Write the masks of a run; the reason where they cannot be, noted."""
+    """Write the masks of a run. Return why they cannot be written, and add that to the failures."""
     try:
-        write_masks(ticket, plan)
+        write_masks(run, plan)
     except DeitError as error:
-        log = ticket.run.out.with_name(f"{ticket.run.out.name}.log")
-        mishaps.failed.append(FailedRun(ticket.run, error.exit_code, str(error), log))
+        log = run.spec.out.with_name(f"{run.spec.out.name}.log")
+        failures.failed.append(FailedRun(run.spec, error.exit_code, str(error), log))
         return str(error)
     return None
 
 
 def _result(
-    asked: LotteryOptions,
+    options: LotteryOptions,
     plan: LotteryPlan,
-    run: Experiment,
-    work: SweepPlan,
-    mishaps: SweepFailures,
-    found: list[LotteryRun],
+    experiment: Experiment,
+    sweep_plan: SweepPlan,
+    failures: SweepFailures,
+    runs: list[LotteryRun],
     command: str,
 ) -> dict[str, Any]:
-    """What results.json holds: that of a sweep over kind and sparsity, with the facts of the masks
-    of the first seed."""
-    rows, last, _ = rows_of(work, mishaps)
-    for one in found:
-        rows[_point(one, plan).name]["level"] = one.level
+    """Return the content of results.json: that of a sweep over kind and sparsity, with a report of
+    the masks of the first seed."""
+    rows, evaluation, _ = collect_rows(sweep_plan, failures)
+    for run in runs:
+        rows[_point(run, plan).name]["level"] = run.level
     masks = {
-        _point(one, plan).name: mask_report(one)
-        for one in found
-        if one.seed == found[0].seed
-        and one.kind in (DENSE, TICKET)
-        and run_folder.read_result(one.run.out) is not None
+        _point(run, plan).name: mask_report(run)
+        for run in runs
+        if run.seed == runs[0].seed
+        and run.kind in (DENSE, TICKET)
+        and run_folder.read_result(run.spec.out) is not None
     }
     return {
         "sweep": NAME,
-        "recipe": run.recipe,
+        "recipe": experiment.recipe,
         "study": NAME,
         "fields": ["run", "sparsity %"],
-        "split": last["split"],
-        "num_samples": last["num_samples"],
-        "seeds": list(dict.fromkeys(one.seed for one in found)),
+        "split": evaluation["split"],
+        "num_samples": evaluation["num_samples"],
+        "seeds": list(dict.fromkeys(run.seed for run in runs)),
         "rows": rows,
         "best": [],
         "disagreement": {},
@@ -338,8 +365,8 @@ def _result(
         "tickets": {
             "scope": plan.scope,
             "rewind": plan.rewind,
-            "tolerance": asked.tolerance,
-            "matching": matching(rows, asked.tolerance),
+            "tolerance": options.tolerance,
+            "matching": matching(rows, options.tolerance),
             "masks": masks,
         },
         "command": command,
@@ -349,5 +376,5 @@ def _result(
 
 def _print(result: dict[str, Any]) -> None:
     print_rows(result)
-    table(f"what is left, seed {result['seeds'][0]}", mask_columns(), mask_cells(result))
-    info(matching_line(result))
+    table(f"pruning masks, seed {result['seeds'][0]}", mask_columns(), mask_cells(result))
+    info(f"matching runs are {matching_line(result)}")

@@ -1,4 +1,4 @@
-"""The masks of a search for tickets: derived from how runs ended, written, held against others."""
+"""Compute, write and verify the pruning masks of a lottery experiment."""
 
 import zlib
 from collections.abc import Callable
@@ -27,113 +27,113 @@ from deit.models.surgery.pruning_masks import (
 from deit.models.weight_files import read_weights
 
 
-def write_masks(ticket: LotteryRun, plan: LotteryPlan) -> None:
-    """Write the masks of a run, which follow from what the runs before it ended with.
+def write_masks(run: LotteryRun, plan: LotteryPlan) -> None:
+    """Compute the masks of a run from the runs that it depends on, and write them.
 
-    The same runs give the same masks, so a run that has begun is held against those it was begun
-    with. Raises CheckpointError where they are others.
+    The masks are deterministic, so those of a run that was started before must be the same. Raises
+    CheckpointError if they are not.
     """
-    if ticket.masks is None:
+    if run.masks is None:
         return
-    masks = MASK_BUILDERS[ticket.kind](ticket, plan)
-    if run_folder.list_checkpoints(ticket.run.out) and not _same(
-        _trained_under(ticket.run.out), masks
-    ):
+    masks = MASK_BUILDERS[run.kind](run, plan)
+    folder = run.spec.out
+    if run_folder.list_checkpoints(folder) and not _same(_masks_of(folder), masks):
         raise CheckpointError(
-            f"{ticket.run.out}: its {MASKS} holds other masks than follow now from the runs before "
-            "it; remove this folder to train it anew"
+            f"{folder}: its {MASKS} differs from the masks that follow from the runs before it; "
+            "remove this folder to train the run again"
         )
-    if not ticket.masks.is_file() or not _same(read_masks(ticket.masks), masks):
-        ticket.masks.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(ticket.masks, to_safetensors_bytes(masks))
+    if not run.masks.is_file() or not _same(read_masks(run.masks), masks):
+        run.masks.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(run.masks, to_safetensors_bytes(masks))
 
 
-def _same(one: Masks, other: Masks) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(mask, other[name]) for name, mask in one.items()
-    )
+def _same(a: Masks, b: Masks) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(mask, b[name]) for name, mask in a.items())
 
 
-def _trained_under(run: Path) -> Masks:
-    """The masks in the newest checkpoint of a run. Raises CheckpointError."""
-    return read_masks(_newest(run) / MASKS)
+def _masks_of(run: Path) -> Masks:
+    """Return the masks in the latest checkpoint of a run. Raises CheckpointError."""
+    return read_masks(_latest_checkpoint(run) / MASKS)
 
 
-def _newest(run: Path) -> Path:
+def _latest_checkpoint(run: Path) -> Path:
     folder = run_folder.latest_checkpoint(run)
     if folder is None:
-        raise CheckpointError(f"{run}: has no checkpoint, so nothing says what to prune")
+        raise CheckpointError(f"{run}: has no checkpoint to compute pruning masks from")
     return folder
 
 
-def final_weights(run: Path) -> Weights:
-    """The prunable weights a finished run ended with (not their average), in the order of the
-    network. Raises CheckpointError where its last checkpoint is not sound."""
-    folder, result = _newest(run), run_folder.read_result(run)
+def final_weights(run: str | Path) -> Weights:
+    """Return the prunable weights at the end of a finished run, in the order of the network.
+
+    They are the trained weights, not their moving average. Raises CheckpointError if the last
+    checkpoint of the run is missing or damaged.
+    """
+    run = Path(run)
+    folder, result = _latest_checkpoint(run), run_folder.read_result(run)
     if result is None or run_folder.checkpoint_step(folder) != result["step"]:
         raise CheckpointError(
-            f"{run}: the checkpoint of its end is not there or not sound; remove this folder to "
-            "train it anew"
+            f"{run}: its last checkpoint is missing or damaged; remove this folder to train the "
+            "run again"
         )
     student, _ = load_student(folder)
     return prunable(student.network)
 
 
-def _of_level(ticket: LotteryRun, plan: LotteryPlan) -> Masks:
-    """The largest at the end of the level before, of those that it kept."""
-    before = f"level-{ticket.level - 1}"
-    weights = final_weights(ticket.run.out.with_name(before))
+def _iterative_masks(run: LotteryRun, plan: LotteryPlan) -> Masks:
+    """Keep the largest of the weights that the level before kept, at its end."""
+    previous = run.spec.out.with_name(f"level-{run.level - 1}")
+    weights = final_weights(previous)
     masks = all_ones(weights)
-    if ticket.level > 1:
-        masks = _trained_under(ticket.run.out.with_name(before))
-    return _largest(weights, masks, plan, ticket.level)
+    if run.level > 1:
+        masks = _masks_of(previous)
+    return _keep_largest(weights, masks, plan, run.level)
 
 
-def _in_one_shot(ticket: LotteryRun, plan: LotteryPlan) -> Masks:
-    """The largest at the end of the dense run."""
-    weights = final_weights(ticket.run.out.with_name("level-0"))
-    return _largest(weights, all_ones(weights), plan, ticket.level)
+def _one_shot_masks(run: LotteryRun, plan: LotteryPlan) -> Masks:
+    """Keep the largest weights at the end of the dense run."""
+    weights = final_weights(run.spec.out.with_name("level-0"))
+    return _keep_largest(weights, all_ones(weights), plan, run.level)
 
 
-def _largest(weights: Weights, masks: Masks, plan: LotteryPlan, level: int) -> Masks:
-    scores = {name: one.abs() for name, one in weights.items()}
-    masks = {name: masks[name] for name in scores}  # ties go by the order of the network
+def _keep_largest(weights: Weights, masks: Masks, plan: LotteryPlan, level: int) -> Masks:
+    scores = {name: weight.abs() for name, weight in weights.items()}
+    masks = {name: masks[name] for name in scores}  # the order of the network breaks ties
     return prune_in(plan.scope)(scores, masks, plan.densities[level - 1])
 
 
-def _at_random(ticket: LotteryRun, plan: LotteryPlan) -> Masks:
-    """Random ones, as many in each layer as the ticket of the level has."""
-    masks = read_masks(ticket.masks.with_name(f"level-{ticket.level}.safetensors"))
-    return random_like(masks, plan.scope, seed=1000 * ticket.seed + ticket.level)
+def _random_masks(run: LotteryRun, plan: LotteryPlan) -> Masks:
+    """Keep random weights, as many in each layer as the ticket of the level."""
+    masks = read_masks(run.masks.with_name(f"level-{run.level}.safetensors"))
+    return random_like(masks, plan.scope, seed=1000 * run.seed + run.level)
 
 
 MASK_BUILDERS: dict[str, Callable[[LotteryRun, LotteryPlan], Masks]] = {
-    TICKET: _of_level,
-    REINITIALIZED: _of_level,
-    RANDOM: _at_random,
-    ONE_SHOT: _in_one_shot,
+    TICKET: _iterative_masks,
+    REINITIALIZED: _iterative_masks,
+    RANDOM: _random_masks,
+    ONE_SHOT: _one_shot_masks,
 }
 
 
-def mask_report(ticket: LotteryRun) -> dict[str, Any]:
-    """What there is to know of a finished run's masks: as
-    deit.models.surgery.pruning_masks.mask_summary says it, the number of all `parameters`, and the
-    `bytes` of its weights: as the `file` holds them, zeros and all; `packed` by zlib; `sparse`,
-    with a bit that says of each prunable one whether it is there."""
-    file = run_folder.latest_checkpoint(ticket.run.out) / WEIGHTS
+def mask_report(run: LotteryRun) -> dict[str, Any]:
+    """Return the summary of a finished run's masks and the size of its weights.
+
+    The summary is that of deit.models.surgery.pruning_masks.mask_summary. `parameters` is the
+    number of all parameters. `bytes` has the size of the weights: of the `file`, with its zeros; of
+    the file `packed` by zlib; and `sparse`, without zeros but with one bit per prunable weight.
+    """
+    folder = run.spec.out
+    file = run_folder.latest_checkpoint(folder) / WEIGHTS
     weights = read_weights(file)
-    masks = (
-        all_ones(final_weights(ticket.run.out))
-        if ticket.masks is None
-        else read_masks(ticket.masks)
-    )
-    told = mask_summary(masks)
-    held, total = sum(one.nbytes for one in weights.values()), told["total"]
-    sparse = held - 4 * (total - told["kept"]) + total // 8
+    masks = all_ones(final_weights(folder)) if run.masks is None else read_masks(run.masks)
+    summary = mask_summary(masks)
+    dense_bytes, total = sum(weight.nbytes for weight in weights.values()), summary["total"]
+    sparse_bytes = dense_bytes - 4 * (total - summary["kept"]) + total // 8
     sizes = {
         "file": file.stat().st_size,
         "packed": len(zlib.compress(file.read_bytes(), 1)),
-        "sparse": min(sparse, held),
+        "sparse": min(sparse_bytes, dense_bytes),
     }
-    parameters = sum(one.numel() for one in weights.values())
-    return {**told, "parameters": parameters, "bytes": sizes}
+    parameters = sum(weight.numel() for weight in weights.values())
+    return {**summary, "parameters": parameters, "bytes": sizes}

@@ -1,4 +1,4 @@
-"""What a search for lottery tickets is asked, and what cannot be; no torch."""
+"""Options of a lottery experiment, and their checks; no torch."""
 
 from dataclasses import dataclass
 
@@ -14,13 +14,14 @@ LEVELS, RATE = 7, 0.2
 
 @dataclass(frozen=True)
 class LotteryOptions:
-    """What a command line says of a search for tickets.
+    """The options of a lottery experiment.
 
-    scope: as deit.config.sparsity names it. levels, rate: so many levels, each of which takes this
-    share of the weights left; None: LEVELS and RATE, or what the scope itself says. rewind: epochs
-    of the dense run after which its weights are those to go back to; None: where its warm-up ends.
-    controls: of CONTROLS. at: the levels that have them; None: all. tolerance: by how much
-    [percentage points] the mean of a matching ticket may lie below the dense run's.
+    scope: which weights are ranked together, as in deit.config.sparsity. levels: number of pruning
+    rounds. Default: LEVELS. rate: share of the remaining weights that each level removes. Default:
+    RATE. A scope N:M defines its own levels and takes neither. rewind: epoch of the dense run whose
+    weights every level is rewound to. Default: the end of its warm-up. controls: some of CONTROLS.
+    control_levels: the levels with controls. Default: all. tolerance: how far the mean of a
+    matching ticket may be below that of the dense run [percentage points].
     """
 
     scope: str = "global"
@@ -28,46 +29,45 @@ class LotteryOptions:
     rate: float | None = None
     rewind: float | None = None
     controls: tuple[str, ...] = CONTROLS
-    at: tuple[int, ...] | None = None
+    control_levels: tuple[int, ...] | None = None
     tolerance: float = 1.0
 
     def densities(self) -> tuple[float, ...]:
-        """The share of the prunable weights that each level keeps, from level 1 on."""
+        """Return the share of the prunable weights that each level keeps, from level 1."""
         levels = LEVELS if self.levels is None else self.levels
         rate = RATE if self.rate is None else self.rate
         return densities_of(self.scope, levels=levels, rate=rate)
 
 
-def check_asked(asked: LotteryOptions, config: Config) -> None:
-    """Refuse what cannot be, before any image is looked at. Raises ConfigError."""
-    own = asked.levels is not None or asked.rate is not None
-    if groups_of(asked.scope) is not None and own:
+def check_options(options: LotteryOptions, config: Config) -> None:
+    """Raise ConfigError for invalid options, before any image is read."""
+    has_levels = options.levels is not None or options.rate is not None
+    if groups_of(options.scope) is not None and has_levels:
         raise ConfigError(
-            f"--scope {asked.scope}: says itself what each level keeps; leave out --rounds, "
-            "--prune-rate"
+            f"--scope {options.scope}: defines the density of each level itself; leave out "
+            "--rounds and --prune-rate"
         )
-    if asked.levels is not None and not 1 <= asked.levels <= 100:
-        raise ConfigError(f"--rounds {asked.levels}: should be in 1 ... 100")
-    if asked.rate is not None and not 0 < asked.rate < 1:
-        raise ConfigError(f"--prune-rate {asked.rate:g}: should be a share between 0 and 1")
-    levels = len(asked.densities())
-    for level in asked.at or ():
+    if options.levels is not None and not 1 <= options.levels <= 100:
+        raise ConfigError(f"--rounds {options.levels}: should be in 1 ... 100")
+    if options.rate is not None and not 0 < options.rate < 1:
+        raise ConfigError(f"--prune-rate {options.rate:g}: should be a share between 0 and 1")
+    levels = len(options.densities())
+    for level in options.control_levels or ():
         if not 1 <= level <= levels:
             raise ConfigError(f"--control-rounds {level}: there are levels 1 to {levels}")
     epochs = config.optim.epochs
-    if asked.rewind is not None and not 0 <= asked.rewind < epochs:
+    if options.rewind is not None and not 0 <= options.rewind < epochs:
         raise ConfigError(
-            f"--rewind-epoch {asked.rewind:g}: should be at least 0 and below optim.epochs "
+            f"--rewind-epoch {options.rewind:g}: should be at least 0 and below optim.epochs "
             f"({epochs})"
         )
-    if not asked.tolerance >= 0:
-        raise ConfigError(f"--tolerance {asked.tolerance:g}: should be at least 0")
+    if not options.tolerance >= 0:
+        raise ConfigError(f"--tolerance {options.tolerance:g}: should be at least 0")
     if config.optim.trainable != "all":
         raise ConfigError(
-            f"optim.trainable = {config.optim.trainable!r}: tickets are looked for among all "
-            "weights, "
-            "so all have to be trained"
+            f"optim.trainable = {config.optim.trainable!r}: a lottery prunes all weights, so all "
+            "have to be trained; use --optim.trainable all"
         )
     for leaf in ("pruning_masks", "start_step"):
         if getattr(config.init, leaf) != getattr(type(config.init)(), leaf):
-            raise ConfigError(f"init.{leaf}: is what this command itself decides; leave it out")
+            raise ConfigError(f"init.{leaf}: is set by this command itself; leave it out")

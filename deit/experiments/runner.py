@@ -1,4 +1,4 @@
-"""Several runs at once on one machine: each a process of its own, with its share of the cores."""
+"""Train runs in parallel on one machine, each in its own process with its share of the cores."""
 
 import contextlib
 import os
@@ -23,32 +23,35 @@ from deit.core.hardware import num_cores
 from deit.core.parent_process import PARALLEL_RUNS_ENV
 
 _OutputQueue: TypeAlias = "queue.Queue[tuple[_RunProcess, str | None]]"
-"""Lines of runs as they come; None at a run's end."""
+"""Output lines of all runs, in the order of arrival; None marks the end of a run."""
 
 
 class RunSpec(NamedTuple):
-    """A run that is to be trained. name: what messages call it."""
+    """A run to train. name: its name in messages. out: its run folder."""
 
     name: str
     config: Config
     out: Path
 
 
-def check_num_parallel(number: int, *, option: str) -> None:
-    """Refuse a number of runs at once that cannot be. Raises ConfigError."""
-    if number < 1:
-        raise ConfigError(f"{option} {number}: should be at least 1")
+def check_num_parallel(num_parallel: int, *, option: str) -> None:
+    """Raise ConfigError for an invalid number of parallel runs. option: its name, for messages."""
+    if num_parallel < 1:
+        raise ConfigError(f"{option} {num_parallel}: should be at least 1")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if number > 1 and processes > 1:
+    if num_parallel > 1 and processes > 1:
         raise ConfigError(
-            f"{option} {number}: each run is a process of its own then, so start it without "
-            f"torchrun (there are {processes} processes)"
+            f"{option} {num_parallel}: starts one process per run, so start the command without "
+            f"torchrun (which started {processes} processes)"
         )
 
 
 class FailedRun(NamedTuple):
-    """A run that ended with an error. code: its exit code, or minus the signal that killed it.
-    reason: what it last complained of. log: all it said."""
+    """A run that ended with an error.
+
+    code: its exit code, or the negative number of the signal that killed it. reason: its last error
+    message. log: the file with its whole output.
+    """
 
     run: RunSpec
     code: int
@@ -56,75 +59,80 @@ class FailedRun(NamedTuple):
     log: Path
 
 
-_AS_BEFORE = {error.exit_code for error in (ConfigError, DataError, CheckpointError, NumericsError)}
+_PERMANENT = {error.exit_code for error in (ConfigError, DataError, CheckpointError, NumericsError)}
 
 
 def is_retryable(code: int) -> bool:
-    """Whether a run that ended so may do better the next time: not where what was asked is wrong.
-    code: as in Failed."""
-    return code not in _AS_BEFORE
+    """Return whether a failure can be transient. code: as in FailedRun."""
+    return code not in _PERMANENT
 
 
 class RunObserver(Protocol):
-    """Who follows runs: asked after each epoch whether one should be stopped, told of each end."""
+    """Follows parallel runs and can stop them early."""
 
     def should_stop(self, run: RunSpec) -> bool:
-        """Whether to stop it."""
+        """Return whether to stop the run. Called after each of its epochs."""
 
     def on_end(self, run: RunSpec, code: int, reason: str) -> None:
-        """How it ended: its exit code, or minus the signal that killed it; its complaint."""
+        """Handle the end of a run. code, reason: as in FailedRun."""
 
 
 class RunProgress:
-    """How many of some runs are over, and when the others will be. total: it may be changed, as
-    where a run is tried again or cannot begin."""
+    """Counts finished runs and estimates the remaining time. total: may be changed, for example if
+    a run is retried or cannot start."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.done, self._begun = total, 0, time.monotonic()
+        self.total, self.done, self._started = total, 0, time.monotonic()
 
     def ended(self) -> str:
-        """Count one that is over; what is told of it: `3 of 12 runs, ETA 2 min 05 s`."""
+        """Count a run that ended; return the progress as `3 of 12 runs, ETA 2 min 05 s`."""
         self.done += 1
-        each = (time.monotonic() - self._begun) / self.done
-        left = each * max(self.total - self.done, 0)
+        seconds_per_run = (time.monotonic() - self._started) / self.done
+        left = seconds_per_run * max(self.total - self.done, 0)
         return f"{self.done} of {self.total} runs, ETA {format_duration(left)}"
 
 
 def run_parallel(
     runs: Iterable[RunSpec],
     *,
-    number: int,
+    num_parallel: int,
     progress: RunProgress,
-    watch: RunObserver | None = None,
+    observer: RunObserver | None = None,
 ) -> list[FailedRun]:
-    """Train runs, so many at a time, each as `deit train --resume` would alone with its share of
-    the cores, on the GPU that has the fewest. What they print is in NAME.log beside each.
+    """Train runs, `num_parallel` at a time, and return the failed ones.
 
-    runs: each is asked for when there is room for it. progress: of these and what else there is.
-    One that fails does not stop the others; returns those that did, without those that `watch`
-    stopped. Raises Stopped, when those under way have saved, where that is asked.
+    Each run is a process of `deit train --resume` with its share of the cores, on the GPU with the
+    fewest runs. Its output is written to NAME.log next to its folder. A failed run does not stop
+    the others.
+
+    runs: an iterator is advanced when a process is free. progress: counts these runs. observer:
+    runs that it stops are not returned as failed. Raises StoppedBySignal after a signal, once the
+    active runs have saved a checkpoint.
     """
     waiting, failed = iter(runs), []
-    with TemporaryDirectory(prefix="deit-") as folder, _LocalPool(number, Path(folder)) as here:
+    with (
+        TemporaryDirectory(prefix="deit-") as folder,
+        _LocalPool(num_parallel, Path(folder)) as pool,
+    ):
         while True:
-            while len(here.children) < number and (run := next(waiting, None)) is not None:
-                here.start(run)
-            if not here.children:
+            while len(pool.children) < num_parallel and (run := next(waiting, None)) is not None:
+                pool.start(run)
+            if not pool.children:
                 return failed
-            child, line = here.output.get()
+            child, line = pool.output.get()
             if line is not None:
                 child.handle_line(line)
-                if line.startswith("epoch ") and watch is not None and not child.stopped_early:
-                    child.stopped_early = watch.should_stop(child.run)
+                if line.startswith("epoch ") and observer is not None and not child.stopped_early:
+                    child.stopped_early = observer.should_stop(child.run)
                     if child.stopped_early:
                         child.process.terminate()
                 continue
-            here.children.remove(child)
+            pool.children.remove(child)
             code = child.process.wait()
             if code < 0 and run_folder.read_result(child.run.out) is not None:
-                code = 0  # what killed it came too late
-            if watch is not None:
-                watch.on_end(child.run, code, child.error)
+                code = 0  # it was killed after it had finished
+            if observer is not None:
+                observer.on_end(child.run, code, child.error)
             if code and not child.stopped_early:
                 failed.append(FailedRun(child.run, code, child.error, child.log))
             end = f"ended with exit code {code}" if code else "finished"
@@ -132,25 +140,25 @@ def run_parallel(
             info(f"{child.run.name}: {end}; {progress.ended()}")
 
 
-def run_parallel_or_raise(runs: list[RunSpec], *, number: int, progress: RunProgress) -> None:
-    """As `run_parallel`; raises DeitError with the exit code of the first that failed when all
-    have ended."""
-    if failed := run_parallel(runs, number=number, progress=progress):
+def run_parallel_or_raise(runs: list[RunSpec], *, num_parallel: int, progress: RunProgress) -> None:
+    """Train runs as `run_parallel` does. Raises DeitError with the exit code of the first failed
+    run, once all runs have ended."""
+    if failed := run_parallel(runs, num_parallel=num_parallel, progress=progress):
         raise combined_error(failed)
 
 
 def combined_error(failed: list[FailedRun]) -> DeitError:
-    """What is told of runs that failed, with the exit code of the first."""
-    told = "".join(f"\n  {one.run.name} ({one.log}): {one.reason}" for one in failed)
+    """Return one error for all failed runs, with the exit code of the first."""
+    lines = "".join(f"\n  {run.run.name} ({run.log}): {run.reason}" for run in failed)
     runs = count_noun(len(failed), "run")
-    error = DeitError(f"{runs} failed; the same command goes on with the others:{told}")
+    error = DeitError(f"{runs} failed; run the same command again to train what is missing:{lines}")
     error.exit_code = failed[0].code if failed[0].code > 0 else 1
     return error
 
 
 class _RunProcess:
-    """A run under way. error: its last error message. gpu: the one it has, of several.
-    stopped_early: whether it was stopped because its results promised nothing."""
+    """An active run. error: its last error message. gpu: its GPU, if there are several.
+    stopped_early: whether the observer stopped it."""
 
     def __init__(
         self,
@@ -161,13 +169,13 @@ class _RunProcess:
         gpu: str | None,
     ) -> None:
         self.run, self.log, self.process, self.gpu = run, log, process, gpu
-        self.error, self._complaining = "it gave no reason", False
+        self.error, self._in_error = "no error message", False
         self.stopped_early = False
         self.reader = threading.Thread(target=self._read_output, args=(output,), daemon=True)
         self.reader.start()
 
     def _read_output(self, output: _OutputQueue) -> None:
-        """Keep every line in the log, as long as the disk has room, and hand it on; None at the
+        """Write every line to the log, while the disk has space, and queue it; queue None at the
         end."""
         with contextlib.ExitStack() as stack:
             assert self.process.stdout is not None
@@ -181,18 +189,18 @@ class _RunProcess:
             for line in lines:
                 output.put((self, line.rstrip("\n")))
                 if log is not None:
-                    with contextlib.suppress(OSError):  # a full disk: the run itself tells of it
+                    with contextlib.suppress(OSError):  # the run itself reports a full disk
                         log.write(line)
                         log.flush()
         output.put((self, None))
 
     def handle_line(self, line: str) -> None:
-        """Tell what is worth telling."""
-        begun = line.startswith("deit: error: ")
-        self._complaining = begun or (self._complaining and line.startswith("  "))
-        if begun:
+        """Print epochs and warnings; keep the last error message."""
+        starts_error = line.startswith("deit: error: ")
+        self._in_error = starts_error or (self._in_error and line.startswith("  "))
+        if starts_error:
             self.error = line.removeprefix("deit: error: ")
-        elif self._complaining:
+        elif self._in_error:
             self.error += f"\n  {line}"
         elif line.startswith("deit: warning: "):
             warn(f"{self.run.name}: {line.removeprefix('deit: warning: ')}")
@@ -201,44 +209,44 @@ class _RunProcess:
 
 
 class _LocalPool:
-    """This machine and the runs under way on it. folder: for their configurations."""
+    """The active runs on this machine. folder: for the files of their configurations."""
 
-    def __init__(self, number: int, folder: Path) -> None:
-        here = num_cores()
-        allowed = int(os.environ.get("OMP_NUM_THREADS") or here)
-        self.number = number
-        self.threads = max(min(allowed, here // number), 1)
+    def __init__(self, num_parallel: int, folder: Path) -> None:
+        available = num_cores()
+        allowed = int(os.environ.get("OMP_NUM_THREADS") or available)
+        self.num_parallel = num_parallel
+        self.threads = max(min(allowed, available // num_parallel), 1)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         count = torch.cuda.device_count()
-        places = visible.split(",") if visible else [str(place) for place in range(count)]
-        self.gpus = places if count else []
+        gpus = visible.split(",") if visible else [str(index) for index in range(count)]
+        self.gpus = gpus if count else []
         self.folder = folder
         self.output: _OutputQueue = queue.Queue()
         self.children: list[_RunProcess] = []
-        self._begun = 0
+        self._num_started = 0
 
     def start(self, run: RunSpec) -> None:
-        """Start a run."""
+        """Start the process of a run."""
         run.out.parent.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{self._begun}.json"
+        file = self.folder / f"{self._num_started}.json"
         write_json(file, to_dict(run.config))
         arguments = ["train", str(file), "--out", str(run.out), "--resume"]
-        if run.config.teacher.code_sources:  # who named it to us has said that it may run
+        if run.config.teacher.code_sources:  # the caller has allowed this code to run
             arguments += ["--teacher.source", ",".join(run.config.teacher.source)]
         environment = {
             **_find_package(os.environ),
             "PYTHONUNBUFFERED": "1",
-            PARALLEL_RUNS_ENV: str(self.number),
+            PARALLEL_RUNS_ENV: str(self.num_parallel),
             "OMP_NUM_THREADS": str(self.threads),
         }
-        taken = [child.gpu for child in self.children]
-        gpu = min(self.gpus, key=taken.count) if len(self.gpus) > 1 else None
+        used = [child.gpu for child in self.children]
+        gpu = min(self.gpus, key=used.count) if len(self.gpus) > 1 else None
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-        self._begun += 1
+        self._num_started += 1
         log = run.out.with_name(f"{run.out.name}.log")
         process = subprocess.Popen(
-            # -P: a folder `deit` in the working directory is not taken for this package.
+            # -P: do not import a folder `deit` in the working directory as this package.
             [sys.executable, "-P", "-m", "deit", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -247,14 +255,17 @@ class _LocalPool:
             errors="replace",
         )
         self.children.append(_RunProcess(run, log, process, self.output, gpu))
-        info(f"{run.name}: {run.out}, all it says in {log}")
+        info(f"{run.name}: {run.out} (log: {log})")
 
     def __enter__(self) -> "_LocalPool":
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Ask those still under way to save and stop, and wait until they have. A second signal to
-        this process ends it at once, and the system then sends one to each that is stuck."""
+        """Signal active runs to save and stop, and wait for them.
+
+        A second signal to this process ends it at once; the operating system then sends a signal to
+        each run that is left.
+        """
         for child in self.children:
             child.process.terminate()
         for child in self.children:
@@ -262,9 +273,9 @@ class _LocalPool:
 
 
 def _find_package(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment in which Python finds this package where this process found it."""
+    """Return environment variables with which Python imports this package from the same path."""
     root = Path(__file__).resolve().parents[2]
-    if root.name == "site-packages":  # found in any case
+    if root.name == "site-packages":  # it is on the path in any case
         return dict(environment)
     path = filter(None, (str(root), environment.get("PYTHONPATH")))
     return {**environment, "PYTHONPATH": os.pathsep.join(path)}

@@ -1,4 +1,4 @@
-"""A search instead of a grid: optuna proposes, runs answer, the hopeless are stopped; on SQLite."""
+"""Search a space of configurations with optuna: trials are stored in SQLite and can be pruned."""
 
 import functools
 import sqlite3
@@ -19,29 +19,33 @@ from deit.experiments.sweep_spec import SearchSpace, text_of
 from deit.training.save import selection_metric
 
 DATABASE = "optuna.db"
-_RANDOM_FIRST = 10  # trials before the search learns from any: optuna's own number
-_NEVER_STOPPED = 5  # trials that run to their end before one is held against them
-# What a trial says: which one it is anew, why it failed, that it was there already.
-_OF, _WHY, _AGAIN = "of", "reason", "again"
-_MAX_DUPLICATES = 30  # proposals in a row that were there already
-_OF_THE_DISK = (
+_NUM_STARTUP_TRIALS = 10  # random trials before the model is used: optuna's default
+_NUM_UNPRUNED_TRIALS = 5  # trials that are never pruned, to estimate the median from
+# Attributes of a trial: the number of the trial that it repeats, the reason of its failure, and
+# whether it is a duplicate of another trial.
+_REPEATS, _REASON, _DUPLICATE = "of", "reason", "again"
+_SEARCH_HASH = "of"  # the attribute of the study
+_MAX_DUPLICATES = 30  # duplicate proposals in a row before the search ends
+_TRANSIENT_ERRORS = (
     *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM),
     *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_NOMEM),
 )
-"""What SQLite answers that says nothing of the database."""
+"""Errors of SQLite that do not mean that the database is damaged."""
 
 Result = TypeVar("Result")
 
 
 def check_optuna() -> None:
-    """Raises SystemFault where optuna is not installed."""
+    """Raise SystemFault if optuna is not installed."""
     if find_spec("optuna") is None:
-        raise SystemFault("a search needs optuna; pip install 'deit[search]'")
+        raise SystemFault("a search needs optuna; install it with pip install 'deit[search]'")
 
 
 class PrunedTrial(NamedTuple):
-    """A trial that was stopped: at which epoch, with what share of right answers on the validation
-    split."""
+    """A trial that was stopped early.
+
+    epoch, top1: its last evaluated epoch, and its validation top-1 in [0, 1] at that epoch.
+    """
 
     point: Point
     epoch: int
@@ -49,36 +53,38 @@ class PrunedTrial(NamedTuple):
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What SQLite itself said: SQLAlchemy and optuna only say in which step."""
+    """Return the error of SQLite behind an error of SQLAlchemy or optuna."""
     while not isinstance(error, sqlite3.Error):
-        below = getattr(error, "orig", None) or error.__cause__ or error.__context__
-        if below is None:
+        cause = getattr(error, "orig", None) or error.__cause__ or error.__context__
+        if cause is None:
             break
-        error = below
+        error = cause
     return error
 
 
-def _guarded(method: Callable[..., Result]) -> Callable[..., Result]:
-    """A method of a search that raises SystemFault where its database cannot be read or
-    written."""
+def _translating_errors(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a method of Search that raises database errors as SystemFault."""
 
     @functools.wraps(method)
     def inner(search: "Search", *arguments: Any) -> Result:
-        with search._storing():
+        with search._translate_errors():
             return method(search, *arguments)
 
     return inner
 
 
 class Search:
-    """The trials of a space: proposed by a tree-structured Parzen estimator (Bergstra et al. 2011),
-    told of validation accuracy after each evaluation, stopped where it lies below the median of the
-    others at that epoch. All of it is in a database beside the runs, from which it goes on.
+    """A resumable search; the RunObserver of its runs.
 
-    plan: makes a run of a point. seed: of the proposals. of: what is searched, and with what:
-    trials of anything else are not to be learned from. retries: how often a trial that failed for a
-    reason that may pass is tried again at once; the next call tries all that failed again.
-    progress: of the trials that are left and what was trained before them.
+    Points are proposed by a tree-structured Parzen estimator (Bergstra et al. 2011). After each
+    evaluation of a run its validation top-1 is reported, and the run is stopped if that is below
+    the median of the other trials at the same epoch. All trials are stored in a database next to
+    the runs.
+
+    seed: of the proposals. search_hash: identifies the space and the base configuration. run_of:
+    returns the run of a point. retries: how often a trial is retried at once after a transient
+    failure; the next command retries all failed trials. progress: counts the remaining trials, and
+    the base runs before them.
     """
 
     def __init__(
@@ -89,48 +95,50 @@ class Search:
         *,
         name: str,
         seed: int,
-        of: str,
-        plan: Callable[[Point], RunSpec],
+        search_hash: str,
+        run_of: Callable[[Point], RunSpec],
         retries: int = 0,
     ) -> None:
-        """Open the database, or begin it. Raises SystemFault, CheckpointError, and ConfigError
-        where it holds another search."""
+        """Open or create the database in `out`. Raises SystemFault if it cannot be read or written,
+        CheckpointError if it is damaged, ConfigError if it has another search hash."""
         check_optuna()
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._space, self._base, self._name = optuna, space, base, name
-        self._plan, self._retries = plan, retries
-        self._tried: Counter[Path] = Counter()
+        self._run_of, self._retries = run_of, retries
+        self._num_retries: Counter[Path] = Counter()
         self._known: set[Path] | None = None
-        self._exhausted = self._ending = False  # _ending: with what is under way
+        # _ending: no new trials; the active ones may still run.
+        self._exhausted = self._ending = False
         self._reported: dict[Path, int] = {}
         self.progress = RunProgress(0)
-        self._database = out / DATABASE
+        self._database = Path(out) / DATABASE
         self._running: dict[Path, Any] = {}
         self._stopped: dict[Path, str] = {}
         try:
             self._study = self._open_study(name, space, base)
-            # Another stream of proposals each time: the same one would propose the same again.
+            # A resumed search needs another random stream, or it would repeat its proposals.
             self._study.sampler = optuna.samplers.TPESampler(
-                seed=seed + len(self._study.get_trials()), n_startup_trials=_RANDOM_FIRST
+                seed=seed + len(self._study.get_trials()), n_startup_trials=_NUM_STARTUP_TRIALS
             )
-            before = self._study.user_attrs.get("of", of)
-            self._study.set_user_attr("of", before)
-            if before == of:
+            stored_hash = self._study.user_attrs.get(_SEARCH_HASH, search_hash)
+            self._study.set_user_attr(_SEARCH_HASH, stored_hash)
+            if stored_hash == search_hash:
                 self._requeue()
-        except Exception as error:  # of optuna, SQLAlchemy and sqlite
+        except Exception as error:  # optuna, SQLAlchemy and sqlite raise many types
             raise_transient(error, self._database)
             cause = _cause(error)
-            if (getattr(cause, "sqlite_errorcode", 0) & 0xFF) in _OF_THE_DISK:  # or a kind of it
+            # The low byte is the primary error code.
+            if (getattr(cause, "sqlite_errorcode", 0) & 0xFF) in _TRANSIENT_ERRORS:
                 raise self._fault(cause) from None
             raise CheckpointError(
                 f"{self._database}: cannot be read ({first_line(error)})"
             ) from None
-        if before != of:
+        if stored_hash != search_hash:
             raise ConfigError(
-                f"{self._database}: holds a search of other fields, or with other settings or "
-                "another first seed (only `trials` and later seeds may change); give another --out"
+                f"{self._database}: holds another search: its fields, settings or first seed "
+                "differ (only `trials` and the later seeds may change); give another --out"
             )
 
     def _open_study(self, name: str, space: SearchSpace, base: Config) -> Any:
@@ -139,9 +147,9 @@ class Search:
 
         optuna = self._optuna
         warmup = max(base.optim.epochs // 4, 1)
-        pruner = optuna.pruners.MedianPruner(_NEVER_STOPPED, n_warmup_steps=warmup)
+        pruner = optuna.pruners.MedianPruner(_NUM_UNPRUNED_TRIALS, n_warmup_steps=warmup)
         return optuna.create_study(
-            # Without a pool each connection is closed after its use, and none is left open.
+            # NullPool: each connection is closed after its use.
             storage=optuna.storages.RDBStorage(
                 f"sqlite:///{self._database}", engine_kwargs={"poolclass": NullPool}
             ),
@@ -152,8 +160,8 @@ class Search:
         )
 
     @contextmanager
-    def _storing(self) -> Iterator[None]:
-        """Raises SystemFault where the database cannot be read or written."""
+    def _translate_errors(self) -> Iterator[None]:
+        """Raise SystemFault if the database cannot be read or written."""
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
@@ -163,137 +171,147 @@ class Search:
 
     def _fault(self, cause: BaseException) -> SystemFault:
         return SystemFault(
-            f"{self._database}: cannot be read or written ({first_line(cause)}); its "
-            "trials are kept: run the same command again to continue"
+            f"{self._database}: cannot be read or written ({first_line(cause)}); its trials are "
+            "kept; run the same command again to continue"
         )
 
     def _requeue(self) -> None:
-        """Trials that a kill left open, or that failed, are proposed anew; their runs go on."""
+        """Propose again the trials that failed, and those that a killed command left open."""
         state = self._optuna.trial.TrialState
         for trial in self._study.get_trials(states=(state.RUNNING,)):
             self._study.tell(trial.number, state=state.FAIL)
-            self._study.enqueue_trial(trial.params, user_attrs={_OF: trial.number})
+            self._study.enqueue_trial(trial.params, user_attrs={_REPEATS: trial.number})
         for trial in self._failed():
-            self._study.enqueue_trial(trial.params, user_attrs={_OF: trial.number})
+            self._study.enqueue_trial(trial.params, user_attrs={_REPEATS: trial.number})
 
     def _failed(self) -> list[Any]:
-        """Trials whose runs failed, and are not proposed anew."""
+        """Return the trials whose runs failed and that were not proposed again."""
         state = self._optuna.trial.TrialState
-        again = self._proposed_anew()
+        repeated = self._repeated()
         failed = self._study.get_trials(states=(state.FAIL,))
-        return [one for one in failed if _WHY in one.user_attrs and one.number not in again]
+        return [
+            trial
+            for trial in failed
+            if _REASON in trial.user_attrs and trial.number not in repeated
+        ]
 
-    def _proposed_anew(self) -> set[int]:
+    def _repeated(self) -> set[int]:
+        """Return the numbers of the trials that were proposed again."""
         trials = self._study.get_trials()
-        return {trial.user_attrs[_OF] for trial in trials if _OF in trial.user_attrs}
+        return {trial.user_attrs[_REPEATS] for trial in trials if _REPEATS in trial.user_attrs}
 
-    @_guarded
-    def done(self) -> int:
-        """How many trials came to an end: finished, stopped or failed of themselves."""
+    @_translating_errors
+    def num_done(self) -> int:
+        """Return the number of trials that finished, were stopped, or failed."""
         state = self._optuna.trial.TrialState
         ended = self._study.get_trials(states=(state.COMPLETE, state.PRUNED, state.FAIL))
-        again = self._proposed_anew()
-        return sum(trial.number not in again and _AGAIN not in trial.user_attrs for trial in ended)
+        repeated = self._repeated()
+        return sum(
+            trial.number not in repeated and _DUPLICATE not in trial.user_attrs for trial in ended
+        )
 
-    def left(self) -> int:
-        """How many trials are still to be brought to an end; 0 where no other point is found."""
-        return 0 if self._exhausted else max(self._space.trials - self.done(), 0)
+    def num_left(self) -> int:
+        """Return the number of trials that have not ended; 0 if the space has no other points."""
+        return 0 if self._exhausted else max(self._space.trials - self.num_done(), 0)
 
-    @_guarded
+    @_translating_errors
     def counts(self) -> dict[str, int]:
-        """How many trials ended how."""
+        """Return the number of trials, in all and by outcome."""
         state = self._optuna.trial.TrialState
         complete, pruned = (
-            len(self._study.get_trials(states=(one,))) for one in (state.COMPLETE, state.PRUNED)
+            len(self._study.get_trials(states=(outcome,)))
+            for outcome in (state.COMPLETE, state.PRUNED)
         )
         return {
-            "trials": self.done(),
+            "trials": self.num_done(),
             "finished": complete,
             "stopped": pruned,
-            "failed": self.done() - complete - pruned,
+            "failed": self.num_done() - complete - pruned,
         }
 
     def runs(self) -> Iterator[RunSpec]:
-        """The runs still to be trained, each proposed when it is asked for; none twice."""
-        with self._storing():
+        """Yield the runs to train, without duplicates. Each is proposed when it is requested."""
+        with self._translate_errors():
             yield from self._proposals()
 
     def _proposals(self) -> Iterator[RunSpec]:
         if self._known is None:
             self._known = set(self._folders())
-        repeated = 0
-        while self.left() > len(self._running):
+        num_duplicates = 0
+        while self.num_left() > len(self._running):
             trial = self._study.ask(self._distributions())
             try:
                 point = self._point(trial)
-            except ConfigError as error:  # two fields that each may be, and not together
-                info(f"trial {trial.number} cannot be: {error}")
+            except ConfigError as error:  # fields that are valid alone, but not together
+                info(f"trial {trial.number} is invalid: {error}")
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
                 continue
-            run = self._plan(point)
-            if run.out in self._running or (run.out in self._known and _OF not in trial.user_attrs):
-                trial.set_user_attr(_AGAIN, value=True)
+            run = self._run_of(point)
+            is_known = run.out in self._known and _REPEATS not in trial.user_attrs
+            if run.out in self._running or is_known:
+                trial.set_user_attr(_DUPLICATE, value=True)
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-                repeated += 1
-                self._exhausted = repeated == _MAX_DUPLICATES and not self._running
-                if repeated >= _MAX_DUPLICATES:
-                    info(f"{repeated} proposals in a row were tried before: no other is begun")
+                num_duplicates += 1
+                self._exhausted = num_duplicates == _MAX_DUPLICATES and not self._running
+                if num_duplicates >= _MAX_DUPLICATES:
+                    info(f"no new trials: the last {num_duplicates} proposals were duplicates")
                     self._ending = True
                     return
                 continue
-            repeated = 0
+            num_duplicates = 0
             self._known.add(run.out)
             self._running[run.out] = trial
             yield run
 
     def _folders(self) -> Iterator[Path]:
-        """Where the runs of all trials so far are."""
+        """Yield the run folders of all trials so far."""
         for trial in self._study.get_trials():
             try:
-                yield self._plan(self._point(trial)).out
+                yield self._run_of(self._point(trial)).out
             except ConfigError:
                 continue
 
     def _distributions(self) -> dict[str, Any]:
-        kinds = self._optuna.distributions
-        found = {}
-        for name, one in self._space.fields.items():
-            if isinstance(one, tuple):
-                found[name] = kinds.CategoricalDistribution([text_of(value) for value in one])
+        types = self._optuna.distributions
+        distributions = {}
+        for name, values in self._space.fields.items():
+            if isinstance(values, tuple):
+                choices = [text_of(value) for value in values]
+                distributions[name] = types.CategoricalDistribution(choices)
             else:
-                kind = kinds.IntDistribution if one.whole else kinds.FloatDistribution
-                found[name] = kind(one.low, one.high, log=one.log)
-        return found
+                range_type = types.IntDistribution if values.whole else types.FloatDistribution
+                distributions[name] = range_type(values.low, values.high, log=values.log)
+        return distributions
 
     def _point(self, trial: Any) -> Point:
         values = {
             name: f"{value:.4g}" if isinstance(value, float) else str(value)
             for name, value in trial.params.items()
         }
-        name = f"trial {self._first(trial)}"
+        name = f"trial {self._original_number(trial)}"
         config = with_fields(self._base, trial.params, where=f"sweep {self._name}, {name}")
         return Point(name, {"run": name, **values}, config)
 
-    def _first(self, trial: Any) -> int:
-        """The number of a trial; of one that is proposed anew, that of the first time."""
-        trials, number = self._study.get_trials(deepcopy=False), trial.number
-        while _OF in trials[number].user_attrs:
-            number = trials[number].user_attrs[_OF]
-        return number
+    def _original_number(self, trial: Any) -> int:
+        """Return the number of a trial; for a repeated trial the number of its first proposal."""
+        trials, original = self._study.get_trials(deepcopy=False), trial.number
+        while _REPEATS in trials[original].user_attrs:
+            original = trials[original].user_attrs[_REPEATS]
+        return original
 
-    @_guarded
+    @_translating_errors
     def should_stop(self, run: RunSpec) -> bool:
-        """Whether a run under way should be stopped, told of what it came to by now."""
+        """Report the last evaluation of an active run; return whether to stop the run."""
         trial = self._running[run.out]
         rows = [row for row in run_log.read_metrics(run.out) if "validation" in row]
         if not rows:
             return False
         last = rows[-1]
         if self._reported.get(run.out) == last["epoch"]:
-            return False  # an epoch without an evaluation
+            return False  # no new evaluation
         self._reported[run.out] = last["epoch"]
         if last["epoch"] >= run.config.optim.epochs:
-            return False  # it is at its end: nothing would be saved
+            return False  # its last epoch: stopping would save no time
         trial.report(selection_metric(last["validation"]), last["epoch"])
         if not trial.should_prune():
             return False
@@ -302,43 +320,42 @@ class Search:
         info(f"{run.name}: {self._stopped[run.out]}, below the median")
         return True
 
-    @_guarded
+    @_translating_errors
     def on_end(self, run: RunSpec, code: int, reason: str) -> None:
-        """Tell how a run ended; propose it anew where it failed for a reason that may pass."""
+        """Store the outcome of a run; propose it again after a transient failure."""
         state, trial = self._optuna.trial.TrialState, self._running.pop(run.out)
-        if (
-            result := run_folder.read_result(run.out)
-        ) is not None:  # also if asked to stop too late
+        # First, since a run that should stop can finish before it does.
+        if (result := run_folder.read_result(run.out)) is not None:
             self._study.tell(trial, result["best"]["top1"])
         elif run.out in self._stopped:
             self._study.tell(trial, state=state.PRUNED)
         else:
-            trial.set_user_attr(_WHY, reason)
+            trial.set_user_attr(_REASON, reason)
             self._study.tell(trial, state=state.FAIL)
-            if is_retryable(code) and self._tried[run.out] < self._retries:
-                self._tried[run.out] += 1
-                self._study.enqueue_trial(trial.params, user_attrs={_OF: trial.number})
-                info(f"{run.name}: once more ({reason.splitlines()[0]})")
-        left = len(self._running) if self._ending else self.left()
-        self.progress.total = self.progress.done + 1 + left
+            if is_retryable(code) and self._num_retries[run.out] < self._retries:
+                self._num_retries[run.out] += 1
+                self._study.enqueue_trial(trial.params, user_attrs={_REPEATS: trial.number})
+                info(f"{run.name}: retrying ({reason.splitlines()[0]})")
+        num_left = len(self._running) if self._ending else self.num_left()
+        self.progress.total = self.progress.done + 1 + num_left
 
-    @_guarded
+    @_translating_errors
     def failed(self) -> list[Point]:
-        """The points of the trials that failed, however often they were tried."""
-        return [self._point(one) for one in self._failed()]
+        """Return the points of the trials that failed."""
+        return [self._point(trial) for trial in self._failed()]
 
-    @_guarded
+    @_translating_errors
     def stopped(self) -> list[PrunedTrial]:
-        """The trials that lay below the median, the best first."""
-        found = []
+        """Return the trials that were stopped early, the best first."""
+        stopped = []
         for trial in self._study.get_trials(states=(self._optuna.trial.TrialState.PRUNED,)):
             epoch = max(trial.intermediate_values)
-            found.append(PrunedTrial(self._point(trial), epoch, trial.intermediate_values[epoch]))
-        return sorted(found, key=lambda one: -one.top1)
+            stopped.append(PrunedTrial(self._point(trial), epoch, trial.intermediate_values[epoch]))
+        return sorted(stopped, key=lambda trial: -trial.top1)
 
-    @_guarded
+    @_translating_errors
     def finished(self) -> list[Point]:
-        """The points of the trials that ran to their end, the best on validation first."""
+        """Return the points of the finished trials, the best on the validation split first."""
         state = self._optuna.trial.TrialState
         trials = self._study.get_trials(states=(state.COMPLETE,))
-        return [self._point(one) for one in sorted(trials, key=lambda one: -one.value)]
+        return [self._point(trial) for trial in sorted(trials, key=lambda trial: -trial.value)]

@@ -1,4 +1,4 @@
-"""Runs that ask their teachers the same share one store of the answers."""
+"""Plan shared target stores: runs that need the same teacher outputs share one store of them."""
 
 import hashlib
 import json
@@ -14,19 +14,22 @@ from deit.distill.target_checks import check_records
 from deit.distill.write_targets import write_targets
 from deit.experiments.runner import RunSpec
 
-DIGITS = 12
+HASH_LENGTH = 12
 
 
 def content_hash(values: dict[str, Any]) -> str:
-    """The first hexadecimal digits of SHA-256 over plain values, the same for the same ones."""
+    """Return the first hexadecimal digits of SHA-256 over plain values; their order does not
+    matter."""
     text = json.dumps(values, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]
 
 
 def result_fields(config: Config) -> dict[str, Any]:
-    """What decides the result of a run, by field: the names of its teachers, and all but what a
-    resumed run may change. Without defaults, so that a field of a later release changes nothing.
-    Ready for JSON."""
+    """Return the fields that determine the result of a run, with their values, ready for JSON.
+
+    They are the names of its teachers and all fields that a resumed run must not change. Fields
+    with default values are left out, so that a field of a later release does not change the hash.
+    """
     defaults = to_dict(Config())
     return {
         f"{section}.{leaf}": value
@@ -38,29 +41,32 @@ def result_fields(config: Config) -> dict[str, Any]:
 
 
 def teacher_query_key(config: Config) -> dict[str, Any]:
-    """What the answers of its teachers may depend on, as far as a configuration tells: where two
-    are equal so are the answers. Ready for JSON."""
-    asked = {
+    """Return what the outputs of the teachers depend on, by field, ready for JSON.
+
+    Configurations with equal keys have equal teacher outputs.
+    """
+    key = {
         name: value
         for name, value in result_fields(config).items()
         if name.startswith(("data.", "views.", "teacher."))
         and name not in ("views.seed", "teacher.allow_near_chance")
     }
-    asked["seed"] = config.views_seed
-    asked["student"] = config.student.image_size
-    asked["precision"] = config.run.precision
+    key["seed"] = config.views_seed
+    key["student"] = config.student.image_size
+    key["precision"] = config.run.precision
     if config.views.mean is None or config.views.std is None:
-        asked["init"] = config.init.weights  # whose mean and deviation those of the views may be
+        # The views may take mean and standard deviation from the initial weights.
+        key["init"] = config.init.weights
     if config.views.aug_repeats > 1:
-        asked["batch"] = config.optim.batch_size
-    return asked
+        key["batch"] = config.optim.batch_size
+    return key
 
 
 class TargetStorePlan(NamedTuple):
-    """A store that is to be written.
+    """A store to write.
 
-    config: a run that asks; the others ask the same. content: hard, full or top-K.
-    teacher_index: which one of several teachers, from 1; None: the only one.
+    config: one of the runs that share it. content: hard, full or top-K. teacher_index: the 1-based
+    index of its teacher; None if there is one teacher only.
     """
 
     path: Path
@@ -71,15 +77,18 @@ class TargetStorePlan(NamedTuple):
 
 
 def plan_shared_stores(
-    runs: list[RunSpec], folder: Path, *, content: str | None
+    runs: list[RunSpec], folder: str | Path, *, content: str | None
 ) -> tuple[list[TargetStorePlan], list[RunSpec]]:
-    """The stores that two or more of the runs can share, or that one cannot do without; and the
-    same runs, taught by them. A run that has begun keeps to how it was taught.
+    """Return the stores to write in `folder`, and the runs, which read them.
 
-    content: of every store; None: what the objectives need. Raises ConfigError where an objective
-    cannot be had from them.
+    Two or more runs with the same teacher outputs share a store. A run whose teacher sees crops
+    needs a store in any case. A run that was started before keeps its stores, or its live teacher.
+
+    content: of every store. Default: what the losses need. Raises ConfigError if a loss cannot be
+    computed from that content.
     """
-    asking: dict[str, list[RunSpec]] = {}
+    folder = Path(folder)
+    runs_by_key: dict[str, list[RunSpec]] = {}
     for run in runs:
         config = run.config
         if (
@@ -87,67 +96,70 @@ def plan_shared_stores(
             and config.teacher.source
             and not config.teacher.target_stores
         ):
-            asking.setdefault(content_hash(teacher_query_key(config)), []).append(run)
-    stores, taught = [], {}
-    for key, together in asking.items():
-        needed = any(run.config.views.teacher_view == "crops" for run in together)
-        if len(together) < 2 and not needed:
+            runs_by_key.setdefault(content_hash(teacher_query_key(config)), []).append(run)
+    stores, with_stores = [], {}
+    for key, sharing in runs_by_key.items():
+        needs_store = any(run.config.views.teacher_view == "crops" for run in sharing)
+        if len(sharing) < 2 and not needs_store:
             continue
-        longest = max((run.config for run in together), key=lambda one: one.optim.epochs)
-        if any(run.config.teacher.allow_near_chance for run in together):
-            longest = longest.replace(
-                teacher={"allow_near_chance": True}
-            )  # the others see for themselves
-        # A view that is always the same is asked once.
+        longest = max((run.config for run in sharing), key=lambda config: config.optim.epochs)
+        if any(run.config.teacher.allow_near_chance for run in sharing):
+            # The other runs check the teacher's accuracy themselves.
+            longest = longest.replace(teacher={"allow_near_chance": True})
+        # The teacher's outputs for a fixed view are the same in every epoch.
         epochs = 1 if longest.views.has_fixed_teacher_view else longest.optim.epochs
-        kept = content or ("full" if any(map(_needs_probabilities, together)) else "hard")
-        for run in together if content else ():
+        stored = content or ("full" if any(map(_needs_probabilities, sharing)) else "hard")
+        for run in sharing if content else ():
             check_records(content, run.config, None, where=f"{run.name}, content: {content}")
-        number = len(longest.teacher.source)
+        num_teachers = len(longest.teacher.source)
         paths = []
-        for teacher_index in range(1, number + 1) if number > 1 else (None,):
+        for teacher_index in range(1, num_teachers + 1) if num_teachers > 1 else (None,):
             name = "-".join(
-                str(part) for part in (key, f"{epochs}-epochs", kept, teacher_index) if part
+                str(part) for part in (key, f"{epochs}-epochs", stored, teacher_index) if part
             )
             paths.append(folder / name)
-            stores.append(TargetStorePlan(folder / name, longest, epochs, kept, teacher_index))
+            stores.append(TargetStorePlan(folder / name, longest, epochs, stored, teacher_index))
         targets = tuple(str(path) for path in paths)
-        taught |= {
-            run.out: run.config.replace(teacher={"target_stores": targets}) for run in together
+        with_stores |= {
+            run.out: run.config.replace(teacher={"target_stores": targets}) for run in sharing
         }
-    told = [
-        run._replace(config=_as_originally_trained(taught.get(run.out, run.config), run, folder))
+    runs = [
+        run._replace(
+            config=_as_originally_trained(with_stores.get(run.out, run.config), run, folder)
+        )
         for run in runs
     ]
-    used = {target for run in told for target in run.config.teacher.target_stores}
-    return [store for store in stores if str(store.path) in used], told
+    used = {target for run in runs for target in run.config.teacher.target_stores}
+    return [store for store in stores if str(store.path) in used], runs
 
 
 def _needs_probabilities(run: RunSpec) -> bool:
-    """Whether an objective needs more than the teacher's first choice."""
-    together = len(teacher_slots(run.config.teacher)) > 1 and run.config.teacher.combine != "tokens"
-    return together or needs_logits(run.config.loss)
+    """Return whether a run's loss needs more than the teacher's top-1 class."""
+    averages = len(teacher_slots(run.config.teacher)) > 1 and run.config.teacher.combine != "tokens"
+    return averages or needs_logits(run.config.loss)
 
 
 def _as_originally_trained(config: Config, run: RunSpec, folder: Path) -> Config:
-    """Taught from a store, or not, as the run was when it began; of a store in `folder` only the
-    name counts, for the sweep may have been moved since."""
+    """Return the configuration with the stores with which a resumed run was started.
+
+    Stores in `folder` are found by name only, since the sweep may have been moved.
+    """
     saved = run.out / run_folder.CONFIG
     if not saved.is_file() or not run_folder.list_checkpoints(run.out):
         return config
     before = load_config(saved).teacher.target_stores
     planned = {Path(target).name for target in config.teacher.target_stores}
-    here = [
+    stores = [
         str(folder / Path(target).name)
         if Path(target).name in planned or (folder / Path(target).name).is_dir()
         else target
         for target in before
     ]
-    return config.replace(teacher={"target_stores": tuple(here)})
+    return config.replace(teacher={"target_stores": tuple(stores)})
 
 
 def write(store: TargetStorePlan) -> None:
-    """Write a store, or what is missing of it. Raises the errors of deit.core.errors."""
+    """Write a store, or complete an incomplete one. Raises the errors of deit.core.errors."""
     write_targets(
         store.config,
         store.path,

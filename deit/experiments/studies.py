@@ -1,4 +1,4 @@
-"""The named studies: which students of a recipe are trained beside each other."""
+"""The named studies: the students of a recipe that each of them compares."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,25 +16,29 @@ from deit.config.validation import load_config
 from deit.core.errors import ConfigError
 
 Arms = dict[str, Config]
+"""The configurations that a study compares, by name."""
 
 
 def without_teacher(config: Config) -> Config:
-    """The same without its teacher. It stays in the configuration: training ignores it, evaluation
-    compares with it."""
+    """Return the configuration trained by labels only.
+
+    The teacher stays in the configuration: training ignores it, evaluation compares with it.
+    """
     labels = dataclasses.replace(LOSS_PRESETS["none"], label_smoothing=config.loss.label_smoothing)
     return dataclasses.replace(config, loss=labels).replace(student={"num_distillation_tokens": 1})
 
 
 def with_and_without_teacher(config: Config) -> Arms:
-    """What the teacher is worth: with it and without. Raises ConfigError where there is none."""
+    """Return the recipe with and without its teacher. Raises ConfigError if it has none."""
     if config.loss.kind == "none":
-        raise ConfigError("--study teacher: the objective has no teacher (loss.kind = 'none')")
+        raise ConfigError("--study teacher: the loss has no teacher (loss.kind = 'none')")
     return {"distilled": config, "undistilled": without_teacher(config)}
 
 
 def view_modes(config: Config) -> Arms:
-    """Every teaching mode (the divergence alone) beside DeiT's hard and soft labels and none."""
-    if config.teacher.combine == "tokens":  # the modes teach every head the same
+    """Return every view mode with the divergence alone, DeiT's hard and soft losses, and no
+    teacher."""
+    if config.teacher.combine == "tokens":  # in all modes the heads share one target
         combined = {"combine": "probabilities"}
         config = config.replace(student={"num_distillation_tokens": 1}, teacher=combined)
     matching = dataclasses.replace(
@@ -52,7 +56,8 @@ def view_modes(config: Config) -> Arms:
 
 
 def _deit_loss(config: Config, kind: str) -> LossConfig:
-    """DeiT's objective through the token or the only head; the recipe's, if it is of the kind."""
+    """Return DeiT's loss of a kind for the distillation token, or for the only head. Returns the
+    recipe's own loss if it is of that kind."""
     if config.loss.kind == kind:
         return config.loss
     head = "deit" if config.student.has_distillation_token else "class"
@@ -60,7 +65,7 @@ def _deit_loss(config: Config, kind: str) -> LossConfig:
 
 
 def epoch_scaling(config: Config) -> Arms:
-    """A quarter, half, all and twice the epochs, with the teacher and without."""
+    """Return a quarter, half, all and twice the epochs, each with and without teacher."""
     arms: Arms = {}
     for factor in (0.25, 0.5, 1, 2):
         epochs = max(round(config.optim.epochs * factor), 1)
@@ -78,101 +83,100 @@ def epoch_scaling(config: Config) -> Arms:
 
 
 def ensemble(config: Config) -> Arms:
-    """Several teachers together, by each way of combining them, beside each alone and none.
+    """Return each way of combining the teachers, each teacher alone, and no teacher.
 
     Raises ConfigError with fewer than two teachers.
     """
-    teacher, one = config.teacher, {"num_distillation_tokens": 1}
+    teacher, one_token = config.teacher, {"num_distillation_tokens": 1}
     if len(teacher.source) < 2:
         raise ConfigError("--study ensemble: needs several teachers (--teacher.source A,B)")
     if len(teacher.target_stores) == 1:
         raise ConfigError(
-            "--study ensemble: one store of what all teachers say together serves neither one "
-            "alone nor another mean; give a store for each (`deit targets write ... "
+            "--study ensemble: a store of the combined teachers has neither the outputs of one "
+            "teacher nor another mean; give one store per teacher (`deit targets write ... "
             "--teacher-index 1`)"
         )
     arms: Arms = {}
     for combine in ("probabilities", "logits"):
-        arms[f"mean of {combine}"] = config.replace(student=one, teacher={"combine": combine})
+        arms[f"mean of {combine}"] = config.replace(student=one_token, teacher={"combine": combine})
     if config.student.has_distillation_token and config.loss.head == "distillation":
         tokens = {"num_distillation_tokens": len(teacher.source)}
         arms["a token each"] = config.replace(student=tokens, teacher={"combine": "tokens"})
     names = [source.rstrip("/").rpartition("/")[2] for source in teacher.source]
     if len(set(names)) < len(names):
         names = list(teacher.source)
-    for place, name in enumerate(names):
-        one_alone = dataclasses.replace(config, teacher=single_teacher(teacher, place))
-        arms[f"only {name}"] = one_alone.replace(student=one)
+    for index, name in enumerate(names):
+        only = dataclasses.replace(config, teacher=single_teacher(teacher, index))
+        arms[f"only {name}"] = only.replace(student=one_token)
     arms["none"] = without_teacher(config)
     return arms
 
 
 def resolution(config: Config) -> Arms:
-    """Fine-tuning taught by teachers fitted to the resolution, by the same merely shown larger
-    images, by them at the size they were trained at; and by labels alone.
+    """Return a fine-tuning at another resolution with different teachers.
 
-    Raises ConfigError without a start.
+    The arms are: teachers fine-tuned at that resolution; the teachers before that fine-tuning, on
+    images of the new size; the same on images of their own size; and no teacher.
+
+    Raises ConfigError if the recipe has no initial weights.
     """
     if config.init.weights is None:
-        raise ConfigError("--study resolution: the recipe starts from nothing (init.weights)")
+        raise ConfigError("--study resolution: the recipe has no initial weights; set init.weights")
     arms: Arms = {}
-    before = tuple(map(_before_fitting, config.teacher.source))
+    original = tuple(map(_before_finetuning, config.teacher.source))
     labels = without_teacher(config)
-    if None not in before:
+    if None not in original:
         arms["teacher fitted"] = config
-        config = config.replace(teacher={"source": before})
-    # Shown images of a size it never saw, a ConvNet may fall to chance: this arm shows it.
+        config = config.replace(teacher={"source": original})
+    # On images of a new size a ConvNet can fall to chance; this arm measures that.
     arms["teacher resized"] = config.replace(teacher={"allow_near_chance": True})
     arms["teacher as trained"] = config.replace(teacher={"image_size": ()})
     arms["none"] = labels
     return arms
 
 
-def _before_fitting(source: str) -> str | None:
-    """What a teacher, a run of ours, was fine-tuned from; None where it was not."""
+def _before_finetuning(source: str) -> str | None:
+    """Return the weights that a teacher's run was fine-tuned from; None if it was not."""
     recipe, saved = recipe_of_path(source), Path(source).expanduser() / "config.json"
     if recipe is None and not saved.is_file():
         return None
     try:
-        before = (load_config(saved) if recipe is None else RECIPES[recipe]()).init.weights
+        weights = (load_config(saved) if recipe is None else RECIPES[recipe]()).init.weights
     except ConfigError:
-        return None  # another's config.json: timm's folders have one as well
-    # A start is never code; as a teacher it would be run.
-    return None if before is None or ".py:" in before else before
-
-
-def _labels_alone(config: Config, student: dict[str, object]) -> Config:
-    """Trained by labels, the student changed; its teacher stays for evaluation to compare with."""
-    return without_teacher(config).replace(student=student)
+        return None  # not our config.json: timm's folders have one as well
+    # Initial weights are never loaded by code; a teacher's source would be.
+    return None if weights is None or ".py:" in weights else weights
 
 
 def _class_token_twin(config: Config, study: str) -> dict[str, object]:
-    """What makes a student its twin with a class token alone. Raises ConfigError."""
+    """Return the student fields of the same network with a class token only. Raises ConfigError."""
     name = config.student.name
     if not name.startswith("deit_"):
         raise ConfigError(
-            f"--study {study}: compares a deit_* student with its twin without a distillation "
-            f"token; student.name is {name!r}"
+            f"--study {study}: compares a deit_* student with the same network without a "
+            f"distillation token; student.name is {name!r}"
         )
     return {"name": name.replace("deit_", "vit_", 1), "num_distillation_tokens": 1}
 
 
 def table_3(config: Config) -> Arms:
-    """Ways of distilling (the DeiT paper's Table 3): none, soft and hard labels through the class
-    token of a network without another, hard labels through a token of their own.
+    """Return the distillation methods of the DeiT paper's Table 3.
+
+    They are: no teacher, soft and hard distillation of the class token in a network without a
+    distillation token, and hard distillation of a distillation token.
 
     Raises ConfigError for a student without a distillation token.
     """
-    return _ways(config, "table-3")
+    return _distillation_methods(config, "table-3")
 
 
-def _ways(config: Config, study: str) -> Arms:
+def _distillation_methods(config: Config, study: str) -> Arms:
     if config.teacher.combine == "tokens":
         config = config.replace(teacher={"combine": "probabilities"})
     twin = _class_token_twin(config, study)
     plain = config.replace(student=twin)
     return {
-        "none": _labels_alone(config, twin),
+        "none": without_teacher(config).replace(student=twin),
         **{name: _with_loss(plain, f"class-{name}") for name in ("soft", "hard")},
         "token": dataclasses.replace(config, loss=_deit_loss(config, "hard")).replace(
             student={"num_distillation_tokens": 1},
@@ -181,7 +185,7 @@ def _ways(config: Config, study: str) -> Arms:
 
 
 def _with_loss(config: Config, name: str) -> Config:
-    """An objective by its name, with the recipe's smoothing of labels."""
+    """Return the configuration with a loss preset and the recipe's label smoothing."""
     smoothing = config.loss.label_smoothing
     return dataclasses.replace(
         config, loss=dataclasses.replace(LOSS_PRESETS[name], label_smoothing=smoothing)
@@ -189,25 +193,26 @@ def _with_loss(config: Config, name: str) -> Config:
 
 
 def table_4(config: Config) -> Arms:
-    """Who decides like whom (the DeiT paper's Table 4): the student with a distillation token and
-    its twin without, beside the teacher. Raises ConfigError as `table_3` does."""
-    arms = _ways(config, "table-4")
+    """Return the students of the DeiT paper's Table 4, which shows their disagreement with each
+    other and with the teacher: with and without a distillation token. Raises ConfigError as
+    `table_3` does."""
+    arms = _distillation_methods(config, "table-4")
     return {"undistilled": arms["none"], "distilled": arms["token"]}
 
 
 def table_2(config: Config) -> Arms:
-    """The same student taught by each teacher of its family (the DeiT paper's Table 2): a ConvNet,
-    a network of involutions, a transformer; and by none.
+    """Return the student with each teacher of its recipe family, as in the DeiT paper's Table 2: a
+    ConvNet, a network of involutions, a transformer; and without teacher.
 
-    Raises ConfigError where the teacher is of no recipe of ours.
+    Raises ConfigError if the teacher is not the run of a built-in recipe.
     """
-    own = recipe_of_path(config.teacher.source[0]) if config.teacher.source else None
-    if own is None or not own.endswith("-teacher"):
+    recipe = recipe_of_path(config.teacher.source[0]) if config.teacher.source else None
+    if recipe is None or not recipe.endswith("-teacher"):
         raise ConfigError(
-            "--study table-2: the teacher should be that of a recipe of ours; of others write a "
-            "sweep with a grid over teacher.source"
+            "--study table-2: teacher.source should be the teacher of a built-in recipe; for other "
+            "teachers write a sweep with a grid over teacher.source"
         )
-    family = own.removesuffix("-teacher")
+    family = recipe.removesuffix("-teacher")
     kinds = {"ConvNet": "teacher"}
     kinds |= {kind: f"{kind}-teacher" for kind in ("involution", "transformer")}
     arms = {}
@@ -220,25 +225,26 @@ def table_2(config: Config) -> Arms:
 
 
 def table_8(config: Config) -> Arms:
-    """What each part of the training is worth (the DeiT paper's Table 8): DeiT's whole recipe, and
-    the same with one part changed. The paper's student had no teacher: `--loss none`."""
-    ours = config.student.is_transformer
+    """Return the ablations of the DeiT paper's Table 8: DeiT's training recipe, and the same with
+    one component changed. The paper's student had no teacher: set `--loss none`."""
+    is_transformer = config.student.is_transformer
     views = {**AUGMENTATIONS["deit"], "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
-    whole = config.replace(
+    drop_path = 0.1 if is_transformer else config.student.drop_path
+    reference = config.replace(
         views=views,
-        student={"drop_path": 0.1 if ours else config.student.drop_path, "dropout": 0.0},
+        student={"drop_path": drop_path, "dropout": 0.0},
         optim={"name": "adamw", "ema_epochs": 0.0, "momentum": OptimConfig.momentum},
     )
     sgd = {"name": "sgd", "beta1": OptimConfig.beta1, "beta2": OptimConfig.beta2}
-    # An SGD that moves as far as this AdamW wants a rate some hundred times as large. Its decay is
-    # part of the gradient, so momentum and rate enlarge it: the same share of the weights at each
-    # update is far less of it.
-    optim, rate = whole.optim, 100 * whole.optim.lr
+    # For steps of about the same size, SGD needs about 100 times the learning rate of this AdamW.
+    # SGD adds weight decay to the gradient, so momentum and learning rate scale it. The decay below
+    # shrinks the weights by the same share at each step as AdamW does.
+    optim, lr = reference.optim, 100 * reference.optim.lr
     share = optim.weight_decay * (1 if optim.independent_weight_decay else optim.peak_lr)
-    decay = share * (1 - optim.momentum) / (rate / optim.lr * optim.peak_lr)
+    decay = share * (1 - optim.momentum) / (lr / optim.lr * optim.peak_lr)
     sgd |= {
         "independent_weight_decay": False,
-        "lr": rate,
+        "lr": lr,
         "weight_decay": decay,
         "clip_grad_norm": 1.0,
     }
@@ -254,10 +260,10 @@ def table_8(config: Config) -> Arms:
         "no stochastic depth": {"student": {"drop_path": 0.0}},
         "no repeated augmentation": {"views": {"aug_repeats": 1}},
         "dropout": {"student": {"dropout": 0.1}},
-        "weight average": {"optim": {"ema_epochs": max(whole.optim.epochs / 20, 1.0)}},
+        "weight average": {"optim": {"ema_epochs": max(reference.optim.epochs / 20, 1.0)}},
     }
-    arms = {name: whole.replace(**sections) for name, sections in changes.items()}
-    if not ours:  # they have no dropout of this kind, and few have stochastic depth
+    arms = {name: reference.replace(**sections) for name, sections in changes.items()}
+    if not is_transformer:  # these have no dropout of this kind, and few have stochastic depth
         del arms["dropout"], arms["no stochastic depth"]
     return arms
 
@@ -273,4 +279,4 @@ STUDIES: dict[str, Callable[[Config], Arms]] = {
     "table-4": table_4,
     "table-8": table_8,
 }
-"""Every study by its name on the command line: recipe -> configurations by name."""
+"""Studies by their names on the command line: functions from a recipe to its arms by name."""

@@ -1,4 +1,4 @@
-"""Every run of a sweep trained, evaluated and put into one table: resumable run by run."""
+"""Train and evaluate all runs of a sweep, and write one table; resumable run by run."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from deit.experiments.base_runs import Experiment
 from deit.experiments.finished_runs import FinishedRunChecker
 from deit.experiments.runner import RunSpec, check_num_parallel, combined_error
 from deit.experiments.search import DATABASE, check_optuna
-from deit.experiments.sweep_collect import environment_of, print_rows, rows_of, write_plots
+from deit.experiments.sweep_collect import collect_rows, environment_of, print_rows, write_plots
 from deit.experiments.sweep_execute import (
     SearchResult,
     SweepFailures,
@@ -23,7 +23,7 @@ from deit.experiments.sweep_execute import (
     train_all,
     unfinished,
 )
-from deit.experiments.sweep_plan import SweepPlan, SweepRun, duplicate_points, work_of
+from deit.experiments.sweep_plan import SweepPlan, SweepRun, duplicate_points, plan_sweep
 from deit.experiments.sweep_spec import Sweep
 from deit.experiments.sweep_tables import (
     MANIFEST,
@@ -36,148 +36,165 @@ from deit.training.trackers import check_trackers
 
 
 def sweep(
-    plan: Sweep,
+    spec: Sweep,
     config: Config,
-    out: Path,
+    out: str | Path,
     *,
-    asked: Config,
+    recipe_config: Config,
     dry_run: bool = False,
     parallel: int,
     retries: int,
     top: int,
     command: str = "",
 ) -> dict[str, Any]:
-    """Train and evaluate every point of a sweep for each of its seeds; write results.json,
-    results.csv, results.md and pictures into the folder, and print the table.
+    """Train and evaluate every point of a sweep for each of its seeds.
 
-    asked: the recipe with what the file sets for all, before the command line. parallel: how many
-    runs share the machine. retries: how often a run that failed is tried again. top: how many
-    points are named in the end. A run finished before is kept, whatever it is called: it is known
-    by a hash of its configuration. Returns what results.json holds. Raises the errors of
-    deit.core.errors; one for all runs that failed, once everything else is written.
+    Writes results.json, results.csv, results.md and plots into `out`, and prints the table. A
+    finished run is not trained again, even if its point has another name now: a hash of the
+    configuration identifies it.
+
+    recipe_config: the recipe with the fields that the sweep file sets in all runs, before the
+    command line. parallel: number of runs in parallel. retries: number of retries after a transient
+    failure. top: number of best points to print. command: recorded in the results.
+
+    Returns the content of results.json. Raises the errors of deit.core.errors; one error for all
+    failed runs, after the results of the others are written.
     """
-    run = Experiment(plan.recipe, config, out, dry_run)
-    _check(plan, run, asked=asked, parallel=parallel, retries=retries, top=top)
-    if not run.dry_run:
+    experiment = Experiment(spec.recipe, config, Path(out), dry_run)
+    out = experiment.out
+    _check(
+        spec, experiment, recipe_config=recipe_config, parallel=parallel, retries=retries, top=top
+    )
+    if not dry_run:
         check_writable(out, option="--out")
-    work = work_of(plan, run, asked=asked)
-    for told in duplicate_points(work.trials):
-        info(told)
-    if run.dry_run:
-        _list(plan, work)
+    plan = plan_sweep(spec, experiment, recipe_config=recipe_config)
+    for message in duplicate_points(plan.trials):
+        info(message)
+    if dry_run:
+        _list(spec, plan)
         return {}
     out.mkdir(parents=True, exist_ok=True)
     with lock_dir(out, option="--out"):
-        write_json(out / MANIFEST, {"sweep": plan.name, "recipe": run.recipe})
-        finished, searched = FinishedRunChecker(), None
-        finished.check([*work.base_runs, *(trial.run for trial in work.trials)])
-        if plan.search:
-            searched = search_all(
-                plan, run.config, work, finished=finished, parallel=parallel, retries=retries
+        write_json(out / MANIFEST, {"sweep": spec.name, "recipe": spec.recipe})
+        finished, search = FinishedRunChecker(), None
+        finished.check([*plan.base_runs, *(trial.run for trial in plan.trials)])
+        if spec.search:
+            search = search_all(
+                spec, config, plan, finished=finished, parallel=parallel, retries=retries
             )
-            work = work.of_search(plan, searched.finished, top)
-        mishaps = train_all(work, finished=finished, parallel=parallel, retries=retries)
-        for point, failed in searched.failed if searched else []:
-            work.trials.append(SweepRun(point, plan.seeds[0], failed.run))
-            mishaps.failed.append(failed)
-        result = _result(plan, run, work, mishaps, searched=searched, top=top, command=command)
+            plan = plan.with_search_results(spec, search.finished, top)
+        failures = train_all(plan, finished=finished, parallel=parallel, retries=retries)
+        for point, failed in search.failed if search else []:
+            plan.trials.append(SweepRun(point, spec.seeds[0], failed.run))
+            failures.failed.append(failed)
+        result = _result(spec, plan, failures, search=search, top=top, command=command)
         for path in write_results(result, out) + write_plots(result, out):
             info(f"wrote {path}")
     _print(result)
-    if mishaps.failed:
-        raise combined_error(mishaps.failed)
+    if failures.failed:
+        raise combined_error(failures.failed)
     return result
 
 
 def _check(
-    plan: Sweep, run: Experiment, *, asked: Config, parallel: int, retries: int, top: int
+    spec: Sweep,
+    experiment: Experiment,
+    *,
+    recipe_config: Config,
+    parallel: int,
+    retries: int,
+    top: int,
 ) -> None:
-    """Refuse what cannot be, before anything is planned. Raises ConfigError, SystemFault."""
+    """Check the options before anything is planned. Raises ConfigError and SystemFault."""
     check_num_parallel(parallel, option="--parallel")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            "a sweep starts a process for each run: start it without torchrun (--parallel N for "
-            "several at a time)"
+            "a sweep starts one process per run: start it without torchrun (use --parallel N for "
+            "runs in parallel)"
         )
-    if run.config.run.seed != asked.run.seed:
-        raise ConfigError(f"--run.seed {run.config.run.seed}: a sweep takes --seeds A,B")
-    for option, number, least in (("--retries", retries, 0), ("--top", top, 1)):
-        if number < least:
-            raise ConfigError(f"{option} {number}: should be at least {least}")
-    check_trackers(run.config)
-    _check_folder(run.out, plan, run.recipe)
-    if plan.search:
+    seed = experiment.config.run.seed
+    if seed != recipe_config.run.seed:
+        raise ConfigError(f"--run.seed {seed}: has no effect on a sweep; use --seeds A,B")
+    for option, value, least in (("--retries", retries, 0), ("--top", top, 1)):
+        if value < least:
+            raise ConfigError(f"{option} {value}: should be at least {least}")
+    check_trackers(experiment.config)
+    _check_folder(experiment.out, spec, experiment.recipe)
+    if spec.search:
         check_optuna()
 
 
-def _check_folder(out: Path, plan: Sweep, recipe: str) -> None:
-    """Refuse a folder that holds something else. Raises ConfigError and SystemFault."""
+def _check_folder(out: Path, spec: Sweep, recipe: str) -> None:
+    """Raise ConfigError or SystemFault if `out` has other content than this sweep."""
     if out.exists() and not out.is_dir():
         raise SystemFault(f"--out {out}: is a file, not a folder")
-    before = out / MANIFEST
-    if before.is_file():
-        there = load_json_as(before, dict[str, str])
-        for key, mine in (("sweep", plan.name), ("recipe", recipe)):
-            if there.get(key) != mine:
+    manifest = out / MANIFEST
+    if manifest.is_file():
+        existing = load_json_as(manifest, dict[str, str])
+        for key, requested in (("sweep", spec.name), ("recipe", recipe)):
+            if existing.get(key) != requested:
                 raise ConfigError(
-                    f"--out {out}: holds a sweep whose {key} is {there.get(key)}, not {mine}; give "
-                    "another --out"
+                    f"--out {out}: holds a sweep whose {key} is {existing.get(key)}, not "
+                    f"{requested}; give another --out"
                 )
     elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ConfigError(
-            f"--out {out}: holds something, but no sweep (no {MANIFEST}); give another --out"
+            f"--out {out}: is not empty and holds no sweep (no {MANIFEST}); give another --out"
         )
 
 
-def _list(plan: Sweep, work: SweepPlan) -> None:
-    """Say what would be done."""
-    rows = [(one.name, "teacher or start", _state(one), str(one.out)) for one in work.base_runs]
-    rows += [(store.path.name, "answers to share", "", str(store.path)) for store in work.stores]
-    rows += [(one.name, "run", _state(one), str(one.out)) for one in work.runs]
+def _list(spec: Sweep, plan: SweepPlan) -> None:
+    """Print the runs and stores of a sweep with their states."""
+    rows = [(run.name, "base run", _state(run), str(run.out)) for run in plan.base_runs]
+    rows += [(store.path.name, "shared targets", "", str(store.path)) for store in plan.stores]
+    rows += [(run.name, "run", _state(run), str(run.out)) for run in plan.runs]
     table(
-        "dry run: nothing is trained or written", ("", "what", "state", "folder"), rows, text=True
+        "dry run: nothing is trained or written", ("", "kind", "state", "folder"), rows, text=True
     )
-    if plan.search:
-        info(f"{plan.search.trials} trials, proposed one after the other; {DATABASE} keeps them")
+    if spec.search:
+        info(f"{spec.search.trials} trials, proposed one after another; stored in {DATABASE}")
         return
-    left = len(unfinished(work.runs))
-    info(f"{len(work.runs)} runs, {len(work.runs) - left} of them finished")
+    num_left = len(unfinished(plan.runs))
+    info(f"{len(plan.runs)} runs, {len(plan.runs) - num_left} of them finished")
 
 
 def _state(run: RunSpec) -> str:
     if run_folder.read_result(run.out) is not None:
         return "finished"
-    return "begun" if run_folder.list_checkpoints(run.out) else "new"
+    return "started" if run_folder.list_checkpoints(run.out) else "new"
 
 
 def _result(
-    plan: Sweep,
-    run: Experiment,
-    work: SweepPlan,
-    mishaps: SweepFailures,
+    spec: Sweep,
+    plan: SweepPlan,
+    failures: SweepFailures,
     *,
-    searched: SearchResult | None,
+    search: SearchResult | None,
     top: int,
     command: str,
 ) -> dict[str, Any]:
-    """What results.json holds."""
-    rows, found, first = rows_of(work, mishaps)
-    fields = (name for trial in work.trials for name in trial.point.values)
+    """Return the content of results.json."""
+    rows, evaluation, first = collect_rows(plan, failures)
+    fields = (name for trial in plan.trials for name in trial.point.values)
     return {
-        "sweep": plan.name,
-        "recipe": run.recipe,
-        "study": plan.study,
+        "sweep": spec.name,
+        "recipe": spec.recipe,
+        "study": spec.study,
         "fields": list(dict.fromkeys(fields)),
-        "split": found["split"],
-        "num_samples": found["num_samples"],
-        "seeds": list(plan.seeds),
+        "split": evaluation["split"],
+        "num_samples": evaluation["num_samples"],
+        "seeds": list(spec.seeds),
         "rows": rows,
         "best": best_of(rows, top),
         "disagreement": disagreement_matrix(first),
-        "search": searched and searched.counts,
+        "search": search and search.counts,
         "stopped": {
-            one.point.name: {"values": one.point.values, "epoch": one.epoch, "top1": one.top1}
-            for one in (searched.stopped if searched else [])
+            trial.point.name: {
+                "values": trial.point.values,
+                "epoch": trial.epoch,
+                "top1": trial.top1,
+            }
+            for trial in (search.stopped if search else [])
         },
         "command": command,
         "environment": environment_of(rows),
@@ -185,16 +202,17 @@ def _result(
 
 
 def _print(result: dict[str, Any]) -> None:
-    """The table, and the best points."""
+    """Print the table and the best points."""
     print_rows(result)
     shares = result["disagreement"]
-    if result["study"] == "table-4" and len(shares) <= 8:  # the files have it in any case
+    if result["study"] == "table-4" and len(shares) <= 8:  # larger ones are in the files only
         rows = [
-            (one, *(format_percent(share) for share in row.values())) for one, row in shares.items()
+            (name, *(format_percent(share) for share in row.values()))
+            for name, row in shares.items()
         ]
         table("disagreement, % of the images, first seed", ("", *shares), rows)
     if result["search"]:
-        info(", ".join(f"{number} {name}" for name, number in result["search"].items()))
+        info(", ".join(f"{count} {name}" for name, count in result["search"].items()))
     info(best_summary(result))
     for line in best_lines(result):
         info(f"  {line}")

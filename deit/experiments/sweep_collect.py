@@ -1,4 +1,4 @@
-"""The rows of a sweep: what its finished runs came to, and why others did not."""
+"""Collect the results of the finished runs of a sweep, and the reasons of missing ones, in rows."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,104 +18,114 @@ from deit.experiments.sweep_plots import draw_sweep
 from deit.experiments.sweep_tables import cells, columns
 
 
-def rows_of(
-    work: SweepPlan, mishaps: SweepFailures
+def collect_rows(
+    plan: SweepPlan, failures: SweepFailures
 ) -> tuple[dict[str, result_rows.Row], dict[str, Any], dict[str, CachedEvaluation]]:
-    """A row for each teacher and point, the last evaluation, and those with the first seed by
-    point. An evaluation that fails is one more mishap. Raises DeitError where none is left."""
+    """Evaluate the finished runs of a sweep.
+
+    Returns a row for each base run and point, by name; the last evaluation; and the evaluations of
+    the first seed by point. A failed evaluation is added to the failures. Raises DeitError if no
+    point was evaluated.
+    """
     evaluations = EvaluationCache()
-    classes = any(trial.run.config.data.unseen_classes for trial in work.trials)
+    classes = any(trial.run.config.data.unseen_classes for trial in plan.trials)
     first: dict[str, CachedEvaluation] = {}
     rows: dict[str, result_rows.Row] = {}
-    found: dict[str, Any] = {}
-    reasons = mishaps.reasons()
+    last: dict[str, Any] = {}
+    reasons = failures.reasons()
 
-    def said(run: RunSpec) -> CachedEvaluation | None:
+    def evaluation_of(run: RunSpec) -> CachedEvaluation | None:
         if run.out in reasons:
             return None
-        # Code that teaches was named to us, not by somebody's saved run.
+        # Run a teacher's code only if this command was allowed to, not because a run names it.
         teacher = ",".join(run.config.teacher.source) if run.config.teacher.code_sources else None
         try:
             return evaluations.get(run.out, root=run.config.data.root, teacher=teacher)
         except DeitError as error:
             reasons[run.out] = f"not evaluated: {error}"
             log = run.out.with_name(f"{run.out.name}.log")
-            mishaps.failed.append(FailedRun(run, error.exit_code, reasons[run.out], log))
+            failures.failed.append(FailedRun(run, error.exit_code, reasons[run.out], log))
             return None
 
-    for one in work.base_runs:
-        if run_folder.read_result(one.out) is None:
-            continue  # gone since, or never trained: its runs have a row of their own
+    for run in plan.base_runs:
+        if run_folder.read_result(run.out) is None:
+            continue  # removed since, or never trained: the runs that need it have their own rows
         row = result_rows.new_row(
-            epochs=one.config.optim.epochs, teacher=one.name in work.ground.teachers
+            epochs=run.config.optim.epochs, teacher=run.name in plan.sources.teachers
         )
-        rows[one.name] = {**row, "values": {}, "seeds": [], "folders": [], "failed": {}}
-        seed = load_config(
-            one.out / run_folder.CONFIG
-        ).run.seed  # it may be of a call with other seeds
-        if (evaluated := said(one)) is None:
-            rows[one.name]["failed"][str(seed)] = reasons[one.out]
+        rows[run.name] = {**row, "values": {}, "seeds": [], "folders": [], "failed": {}}
+        # It can be the run of an earlier command with other seeds.
+        seed = load_config(run.out / run_folder.CONFIG).run.seed
+        if (evaluation := evaluation_of(run)) is None:
+            rows[run.name]["failed"][str(seed)] = reasons[run.out]
         else:
-            found = evaluated.metrics
-            _note(rows[one.name], seed, one.out, found, classes)
-    for trial in work.trials:
+            last = evaluation.metrics
+            _add_run(rows[run.name], seed, run.out, last, classes)
+    for trial in plan.trials:
         epochs = trial.run.config.optim.epochs
         row = result_rows.new_row(epochs=epochs, teacher=False)
         more = {"values": trial.point.values, "seeds": [], "folders": [], "failed": {}}
-        more["sets"] = trial.point.own
+        more["sets"] = trial.point.changes
         row = rows.setdefault(trial.point.name, {**row, **more})
-        if (evaluated := said(trial.run)) is None:
+        if (evaluation := evaluation_of(trial.run)) is None:
             row["failed"][str(trial.seed)] = reasons[trial.run.out]
             continue
-        if trial.seed == work.trials[0].seed:
-            first[trial.point.name] = evaluated
-        found = evaluated.metrics
-        _note(row, trial.seed, trial.run.out, found, classes)
+        if trial.seed == plan.trials[0].seed:
+            first[trial.point.name] = evaluation
+        last = evaluation.metrics
+        _add_run(row, trial.seed, trial.run.out, last, classes)
     if not any(row["values"] and row["seeds"] for row in rows.values()):
-        raise combined_error(mishaps.failed)
-    return rows, found, first
+        raise combined_error(failures.failed)
+    return rows, last, first
 
 
 def environment_of(rows: dict[str, result_rows.Row]) -> dict[str, Any]:
-    """Where the runs were trained: that of the first, with the devices, commits and versions of
-    all, as a sweep may have been begun on one machine and finished on another."""
+    """Return the environment of the first run, with the devices, commits and package versions of
+    all runs, since a sweep can be resumed on another machine."""
     folders = [Path(folder) for row in rows.values() if row["values"] for folder in row["folders"]]
-    found = []
+    environments = []
     for folder in folders:
-        run_folder.read_environment(folder)  # raises where a field that is read below is missing
-        found.append(load_json_as(folder / run_folder.ENVIRONMENT, dict[str, Any]))
-    every = {name: _each(one[name] for one in found) for name in ("device_name", "commit")}
-    packages = {
-        name: _each(one["packages"].get(name) for one in found) for name in found[0]["packages"]
+        run_folder.read_environment(folder)  # raises if a field that is read below is missing
+        environments.append(load_json_as(folder / run_folder.ENVIRONMENT, dict[str, Any]))
+    of_all = {
+        name: _distinct(environment[name] for environment in environments)
+        for name in ("device_name", "commit")
     }
-    first = {name: value for name, value in found[0].items() if name != "directory"}
-    return {**first, **every, "packages": packages}
+    packages = {
+        name: _distinct(environment["packages"].get(name) for environment in environments)
+        for name in environments[0]["packages"]
+    }
+    first = {name: value for name, value in environments[0].items() if name != "directory"}
+    return {**first, **of_all, "packages": packages}
 
 
-def _each(values: Iterable[Any]) -> str:
-    """The different ones, in the order of the runs."""
+def _distinct(values: Iterable[Any]) -> str:
+    """Join the distinct values, in the order of the runs."""
     return "; ".join(dict.fromkeys(map(str, values)))
 
 
-def _note(row: result_rows.Row, seed: int, out: Path, found: dict[str, Any], classes: bool) -> None:
-    result_rows.add_run(row, out, found, classes=classes)
+def _add_run(
+    row: result_rows.Row, seed: int, out: Path, evaluation: dict[str, Any], classes: bool
+) -> None:
+    result_rows.add_run(row, out, evaluation, classes=classes)
     row["seeds"].append(seed)
     row["folders"].append(str(out))
 
 
-def write_plots(result: dict[str, Any], out: Path) -> list[Path]:
-    """The pictures of a sweep; without matplotlib none, and that is told."""
+def write_plots(result: dict[str, Any], out: str | Path) -> list[Path]:
+    """Write the plots of a sweep; return their paths. Without matplotlib, log that and return an
+    empty list."""
     try:
         return draw_sweep(result, out)
     except SystemFault as error:
-        info(f"no picture: {error}")
+        info(f"no plots written: {error}")
         return []
 
 
 def print_rows(result: dict[str, Any]) -> None:
-    """The table of a sweep, for a person."""
-    number = len(result["seeds"])
+    """Print the table of a sweep."""
+    num_seeds = len(result["seeds"])
     title = f"{result['sweep']}: top-1 % on {result['num_samples']} {result['split']} images" + (
-        f", mean and standard deviation of {number} seeds" if number > 1 else ""
+        f", mean and standard deviation of {num_seeds} seeds" if num_seeds > 1 else ""
     )
     table(title, columns(result), cells(result))

@@ -1,4 +1,4 @@
-"""The configurations that a sweep stands for: every combination of its grid with every run."""
+"""Expand a sweep into configurations: every combination of its grid with every run."""
 
 import dataclasses
 import itertools
@@ -17,22 +17,22 @@ from deit.experiments.sweep_spec import Fields, SearchRange, Sweep, read_sweep, 
 
 
 class Point(NamedTuple):
-    """One configuration of a sweep, before its seeds.
+    """A configuration of a sweep, without its seeds.
 
-    values: what varies, as text by the field's name; `run` is the name of a run or arm. own: what
-    that one sets, likewise; None where there is none.
+    values: the fields that vary, as text by name; `run` is the name of a run or arm. changes: the
+    fields that this run or arm sets, as text by name; None without runs.
     """
 
     name: str
     values: dict[str, str]
     config: Config
-    own: dict[str, str] | None = None
+    changes: dict[str, str] | None = None
 
 
 def with_fields(config: Config, fields: Fields, *, where: str) -> Config:
-    """A configuration with presets and fields put over it. where: for the message.
+    """Return a configuration with presets applied and fields set. where: for messages.
 
-    Raises ConfigError naming every problem.
+    Raises ConfigError with all problems.
     """
     values = to_dict(config)
     for name in PRESETS:
@@ -46,20 +46,21 @@ def with_fields(config: Config, fields: Fields, *, where: str) -> Config:
             values[section][leaf] = value
     fit_epochs(values, fields)
     try:
-        # Answers that only a store can give are written before the runs that need them.
+        # A teacher that sees crops needs a target store, which the sweep writes before the runs.
         return config_from_dict(values, live_teacher=values["views"]["teacher_view"] != "crops")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}", error.problems) from None
 
 
 def points_of(sweep: Sweep, config: Config) -> list[Point]:
-    """Every configuration of a sweep: each combination of the grid, last field fastest, with each
-    run or arm. config: the recipe's with what is set for all.
+    """Return every configuration of a sweep: each combination of the grid, the last field varying
+    fastest, with each run or arm.
 
-    Raises ConfigError where one of them cannot be, or two are the same point.
+    config: the recipe with the fields that are set in all runs. Raises ConfigError for invalid
+    configurations, with the problems of all.
     """
-    found: list[Point] = []
-    wrong: list[ConfigError] = []
+    points: list[Point] = []
+    errors: list[ConfigError] = []
     axes = [[(name, value) for value in values] for name, values in sweep.grid.items()]
     for combination in itertools.product(*axes):
         fields = dict(combination)
@@ -68,28 +69,30 @@ def points_of(sweep: Sweep, config: Config) -> list[Point]:
             base = with_fields(config, fields, where=where)
             for name, arm in _arms(sweep, base, fields):
                 values = ({"run": name} if name else {}) | texts_of(fields)
-                own = texts_of(sweep.runs.get(name, differing(base, arm))) if name else None
-                found.append(Point(title_of(values), values, arm, own))
+                changes = texts_of(sweep.runs.get(name, differing(base, arm))) if name else None
+                points.append(Point(title_of(values), values, arm, changes))
         except ConfigError as error:
-            wrong.append(error)
-    if wrong:
-        more = f"\nand {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
-        problems = [problem for error in wrong for problem in error.problems]
-        raise ConfigError("\n".join(map(str, wrong[:_TOLD])) + more, problems)
-    return found
+            errors.append(error)
+    if errors:
+        hidden = len(errors) - _MAX_ERRORS
+        more = f"\nand {hidden} more" if hidden > 0 else ""
+        problems = [problem for error in errors for problem in error.problems]
+        raise ConfigError("\n".join(map(str, errors[:_MAX_ERRORS])) + more, problems)
+    return points
 
 
-_TOLD = 5  # points that cannot be, named at once
+_MAX_ERRORS = 5  # invalid points that a message lists
 
 
-def with_command_line(sweep: Sweep, asked: Config, config: Config) -> Sweep:
-    """The sweep with what its runs say left to the command line where that says it as well.
+def with_command_line(sweep: Sweep, recipe_config: Config, config: Config) -> Sweep:
+    """Return the sweep without those fields of its runs that the command line sets.
 
-    asked: the recipe with what is set for all; config: with the command line over it. Raises
-    ConfigError for a field that varies in the grid or the search.
+    recipe_config: the recipe with the fields that the sweep sets in all runs. config: the same with
+    the options of the command line. Raises ConfigError if the command line sets a field that varies
+    in the grid or the search.
     """
-    typed = differing(asked, config)
-    fitted = to_dict(asked.replace(optim={"epochs": config.optim.epochs}))
+    typed = differing(recipe_config, config)
+    fitted = to_dict(recipe_config.replace(optim={"epochs": config.optim.epochs}))
     fit_epochs(fitted, ["optim.epochs"])
     for name in typed.keys() - {"optim.epochs"}:
         section, leaf = name.split(".")
@@ -98,96 +101,104 @@ def with_command_line(sweep: Sweep, asked: Config, config: Config) -> Sweep:
     varied = {**sweep.grid, **(sweep.search.fields if sweep.search else {})}
     if both := sorted(typed.keys() & varied.keys()):
         raise ConfigError(
-            f"--{both[0]}: varies in the sweep {sweep.name}; leave it out, or change it there"
+            f"--{both[0]}: varies in the sweep {sweep.name}; leave it out, or change the sweep"
         )
     runs = {
-        name: {field: value for field, value in own.items() if field not in typed}
-        for name, own in sweep.runs.items()
+        name: {field: value for field, value in fields.items() if field not in typed}
+        for name, fields in sweep.runs.items()
     }
     return dataclasses.replace(sweep, runs=runs)
 
 
-_COMBINATIONS = 500  # of the values of other fields, tried before one is said to be impossible
+_MAX_COMBINATIONS = 500  # of the other fields, tried before a value is reported as invalid
 
 
 def boundary_points(sweep: Sweep, config: Config) -> list[Point]:
-    """The configuration as it is and, of a search, with each value of each field and both ends of
-    each span: alone or, where that cannot be, with the first values of the others that go with it.
+    """Return the configuration itself and, for a search, the configurations with each value of each
+    field and both ends of each range.
 
-    Raises ConfigError for a value that goes with nothing.
+    Where a value is invalid alone, the other fields take the first combination of their values that
+    makes it valid. Raises ConfigError for a value without such a combination.
     """
     fields = {
-        name: one if isinstance(one, tuple) else tuple(map(_end(one), (one.low, one.high)))
-        for name, one in sweep.search.fields.items()
+        name: values
+        if isinstance(values, tuple)
+        else tuple(map(_number_type(values), (values.low, values.high)))
+        for name, values in sweep.search.fields.items()
     }
-    corners = [Point("the first", {}, config)]
+    points = [Point("the first", {}, config)]
     for name, values in fields.items():
-        others = {other: rest for other, rest in fields.items() if other != name}
+        others = {other: choices for other, choices in fields.items() if other != name}
         for value in values:
             title = title_of(texts_of({name: value}))
             where = f"sweep {sweep.name}, {title}"
-            combined = (dict(zip(others, rest)) for rest in itertools.product(*others.values()))
-            tried = itertools.chain([{}], itertools.islice(combined, _COMBINATIONS))
-            first: ConfigError | None = None
+            combinations = (dict(zip(others, rest)) for rest in itertools.product(*others.values()))
+            tried = itertools.chain([{}], itertools.islice(combinations, _MAX_COMBINATIONS))
+            first_error: ConfigError | None = None
             for rest in tried:
                 try:
-                    found = with_fields(config, {name: value, **rest}, where=where)
+                    changed = with_fields(config, {name: value, **rest}, where=where)
                 except ConfigError as error:
-                    first = first or error
+                    first_error = first_error or error
                     continue
-                corners.append(Point(title, texts_of({name: value}), found))
+                points.append(Point(title, texts_of({name: value}), changed))
                 break
             else:
-                raise first
-    return corners
+                raise first_error
+    return points
 
 
-def _end(span: SearchRange) -> Callable[[float], float]:
-    return int if span.whole else float
+def _number_type(values: SearchRange) -> Callable[[float], float]:
+    return int if values.whole else float
 
 
 def _arms(sweep: Sweep, base: Config, fields: Fields) -> Iterator[tuple[str, Config]]:
-    """Name and configuration of each run of one combination."""
+    """Yield name and configuration of each run of a combination of the grid."""
     if sweep.study is not None:
         arms = STUDIES[sweep.study](base)
         for name in sweep.arms:
             if name not in arms:
                 known = ", ".join(arms)
                 raise ConfigError(
-                    f"--study {sweep.study}: --arms {name}: should be of {known}"
+                    f"--study {sweep.study}: --arms {name}: should be one of {known}"
                     f"{did_you_mean(name, arms)}"
                 )
         for name in sweep.arms or arms:
             arm = arms[name]
             yield name, with_fields(arm, {}, where=f"sweep {sweep.name}, {name}")
         return
-    for name, own in sweep.runs.items():
-        both = sorted(own.keys() & fields.keys())
+    for name, run_fields in sweep.runs.items():
+        both = sorted(run_fields.keys() & fields.keys())
         if both:
-            raise ConfigError(f"sweep {sweep.name}, {name}: {both[0]} varies in the grid as well")
-        yield name, with_fields(base, own, where=f"sweep {sweep.name}, {name}")
+            raise ConfigError(
+                f"sweep {sweep.name}, {name}: sets {both[0]}, which also varies in the grid; give "
+                "it in one of the two"
+            )
+        yield name, with_fields(base, run_fields, where=f"sweep {sweep.name}, {name}")
     if not sweep.runs:
         yield "", base
 
 
-def differing(before: Config, now: Config) -> Fields:
-    """The fields that are not as before, with their values now."""
-    earlier = to_dict(before)
+def differing(before: Config, after: Config) -> Fields:
+    """Return the fields that differ, with their values in `after`."""
+    values_before = to_dict(before)
     return {
         f"{section}.{leaf}": value
-        for section, values in to_dict(now).items()
+        for section, values in to_dict(after).items()
         for leaf, value in values.items()
-        if value != earlier[section][leaf]
+        if value != values_before[section][leaf]
     }
 
 
-_THREE = (0, 1, 2)
-_RECIPES = {"ensemble": "digits-ensemble", "resolution": "digits-finetune"}
+_STUDY_SEEDS = (0, 1, 2)
+_STUDY_RECIPES = {"ensemble": "digits-ensemble", "resolution": "digits-finetune"}
 
 
 SWEEPS: dict[str, Sweep] = {
     **{
-        name: Sweep(name, study=name, seeds=_THREE, recipe=_RECIPES.get(name, Sweep.recipe))
+        name: Sweep(
+            name, study=name, seeds=_STUDY_SEEDS, recipe=_STUDY_RECIPES.get(name, Sweep.recipe)
+        )
         for name in STUDIES
     },
     "held-out": Sweep(
@@ -200,13 +211,13 @@ SWEEPS: dict[str, Sweep] = {
         },
     ),
 }
-"""Every sweep by its name on the command line: each study, and grids of ours."""
+"""Built-in sweeps by their names on the command line: each study, and some grids."""
 
 
 def study_sweep(
     study: str, *, recipe: str, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = (0,)
 ) -> Sweep:
-    """Return the sweep of a study of a recipe. arms: some of the study's; none named: all.
+    """Return the sweep of a study of a recipe. arms: the arms to train. Default: all.
 
     Raises ConfigError for an unknown study.
     """
@@ -218,18 +229,19 @@ def study_sweep(
     return Sweep(study, recipe=recipe, study=study, arms=arms, seeds=seeds)
 
 
-def find_sweep(name: str) -> Sweep:
-    """A named sweep, or that of a file. Raises ConfigError."""
+def find_sweep(name: str | Path) -> Sweep:
+    """Return a built-in sweep by its name, or read a sweep file. Raises ConfigError."""
+    name = str(name)
     if name in SWEEPS:
         return SWEEPS[name]
     if name in RECIPES and not Path(name).is_file():
         raise ConfigError(
-            f"{name}: is a recipe; name what is to vary: deit sweep table-3 --recipe {name} (or "
-            f"another of {', '.join(SWEEPS)}), or a file of your own (docs/sweeps.md)"
+            f"{name}: is a recipe, not a sweep; use deit sweep table-3 --recipe {name} (or another "
+            f"of {', '.join(SWEEPS)}), or write a sweep file (docs/sweeps.md)"
         )
     if not Path(name).is_file():
         raise ConfigError(
             f"{name}: {missing_file_reason(Path(name))}{did_you_mean(name, SWEEPS)}; give a sweep "
-            f"in YAML or JSON (docs/sweeps.md), or one of {', '.join(SWEEPS)}"
+            f"file in YAML or JSON (docs/sweeps.md), or one of {', '.join(SWEEPS)}"
         )
     return read_sweep(Path(name))

@@ -1,4 +1,5 @@
-"""The runs of a sweep: each point with each seed, in a folder known by content; none mixed up."""
+"""Plan the runs of a sweep: each point with each seed, in a folder named by a hash of its
+configuration."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,62 +19,66 @@ from deit.experiments.sweep_spec import Sweep
 
 
 class SweepRun(NamedTuple):
-    """A point with one seed."""
+    """A point with a seed."""
 
     point: Point
     seed: int
     run: RunSpec
 
 
-def trials_of(
+def make_trials(
     points: list[Point],
     seeds: tuple[int, ...],
-    out: Path,
-    laid: Callable[[Config], Config],
+    out: str | Path,
+    with_local_paths: Callable[[Config], Config],
 ) -> list[SweepRun]:
-    """Every point with every seed, each in a folder that ends in the hash of its configuration; in
-    that of an earlier name, where a run of that hash is there. laid: puts the teachers of a
-    configuration where they are trained."""
-    there = {
-        path.name[-shared_targets.DIGITS :]: path
-        for path in (out / "runs").glob("*")
-        if path.is_dir()
+    """Return every point with every seed.
+
+    The name of a run's folder ends in the hash of its configuration. A folder with the same hash
+    and another name is reused. with_local_paths: replaces the sources of a configuration by the
+    folders in which they are trained.
+    """
+    runs = Path(out) / "runs"
+    folders = {
+        path.name[-shared_targets.HASH_LENGTH :]: path for path in runs.glob("*") if path.is_dir()
     }
     trials = []
     for seed in seeds:
         for point in points:
             config = point.config.replace(run={"seed": seed})
             key = shared_targets.content_hash(shared_targets.result_fields(config))
-            folder = there.setdefault(
-                key, out / "runs" / f"{slugify(point.name)[:80]}-seed-{seed}-{key}"
-            )
-            planned = RunSpec(f"{point.name}, seed {seed}", laid(config), folder)
-            trials.append(SweepRun(point, seed, planned))
+            folder = folders.setdefault(key, runs / f"{slugify(point.name)[:80]}-seed-{seed}-{key}")
+            run = RunSpec(f"{point.name}, seed {seed}", with_local_paths(config), folder)
+            trials.append(SweepRun(point, seed, run))
     return trials
 
 
 class SweepPlan(NamedTuple):
-    """What a sweep is to train. ground: knows its teachers and starts; below: these, in the order
-    in which they build on each other. stores: of answers that runs share. runs: those of the
-    trials, each once, taught by them."""
+    """The runs and target stores of a sweep.
 
-    ground: BaseRuns
+    sources: the teachers and initial weights of all runs. base_runs: those of them that are
+    trained, each after the runs that it depends on. trials: every point with every seed. stores:
+    target stores that runs share. runs: the runs of the trials without duplicates, with their
+    target stores.
+    """
+
+    sources: BaseRuns
     base_runs: list[RunSpec]
     trials: list[SweepRun]
     stores: list[shared_targets.TargetStorePlan]
     runs: list[RunSpec]
 
-    def of_search(self, plan: Sweep, points: list[Point], top: int) -> "SweepPlan":
-        """The same for the points that a search came to, the best first: each with the first seed,
-        so many of them with the others too."""
-        out, laid = self.ground.folder, self.ground.with_local_paths
-        trials = trials_of(points, plan.seeds[:1], out, laid)
-        trials += trials_of(points[:top], plan.seeds[1:], out, laid)
-        return SweepPlan(self.ground, self.base_runs, trials, *_shared(plan, trials, out))
+    def with_search_results(self, sweep: Sweep, points: list[Point], top: int) -> "SweepPlan":
+        """Return the plan for the points of a finished search, the best first: all points with the
+        first seed, and the `top` best with the other seeds."""
+        out, with_local_paths = self.sources.folder, self.sources.with_local_paths
+        trials = make_trials(points, sweep.seeds[:1], out, with_local_paths)
+        trials += make_trials(points[:top], sweep.seeds[1:], out, with_local_paths)
+        return SweepPlan(self.sources, self.base_runs, trials, *_shared(sweep, trials, out))
 
 
 def duplicate_points(trials: list[SweepRun]) -> list[str]:
-    """What is told of points that are the same run by another name."""
+    """Return a message for each point that is the same run as a point before it."""
     first: dict[Path, str] = {}
     return [
         f"{trial.point.name}: is the same run as {first[trial.run.out]}, trained once"
@@ -83,119 +88,133 @@ def duplicate_points(trials: list[SweepRun]) -> list[str]:
     ]
 
 
-def work_of(plan: Sweep, run: Experiment, *, asked: Config) -> SweepPlan:
-    """All that a sweep is to train; of a search what is known before its first trial.
+def plan_sweep(sweep: Sweep, experiment: Experiment, *, recipe_config: Config) -> SweepPlan:
+    """Return the plan of a sweep; for a search, the part that is known before its first trial.
 
-    asked: the recipe with what the file sets for all, before the command line. Raises ConfigError
-    for what cannot be, or would be mixed up.
+    recipe_config: the recipe with the fields of the sweep file, before the command line. Raises
+    ConfigError for invalid points and for points that must not share a sweep, DataError for missing
+    teachers and images.
     """
-    points = [] if plan.search else points_of(plan, run.config)
-    known = boundary_points(plan, run.config) if plan.search else points
+    points = [] if sweep.search else points_of(sweep, experiment.config)
+    known = boundary_points(sweep, experiment.config) if sweep.search else points
     _check_distinct(points)
     _check_splits(known)
-    _check_answers(plan, known)
-    first = run.config.replace(run={"seed": plan.seeds[0]})
-    ground = BaseRuns(
-        run, first, run.out, recipe_config=asked, arms=[point.config for point in known]
+    _check_teacher_outputs(sweep, known)
+    first = experiment.config.replace(run={"seed": sweep.seeds[0]})
+    out = experiment.out
+    sources = BaseRuns(
+        experiment,
+        first,
+        out,
+        recipe_config=recipe_config,
+        arms=[point.config for point in known],
     )
     for point in known:
-        ground.with_local_paths(point.config)  # now it knows its teachers
-    below = [RunSpec(name, config, run.out / slugify(name)) for name, config in ground.runs.items()]
-    for one in below:
-        check_base_run(one)
+        sources.with_local_paths(point.config)  # adds the base runs of the point
+    base_runs = [
+        RunSpec(name, config, out / slugify(name)) for name, config in sources.runs.items()
+    ]
+    for run in base_runs:
+        check_base_run(run)
     for point in points:
-        if point.name in ground.runs:
-            raise ConfigError(f"sweep {plan.name}, {point.name}: is what a teacher is called here")
-    trained = {str(one.out) for one in below}
+        if point.name in sources.runs:
+            raise ConfigError(
+                f"sweep {sweep.name}, {point.name}: is the name of a teacher of this sweep; rename "
+                "the run"
+            )
+    trained = {str(run.out) for run in base_runs}
     for point in known:
-        check_inputs_exist(ground.with_local_paths(point.config), trained)
-    trials = trials_of(points, plan.seeds, run.out, ground.with_local_paths)
-    return SweepPlan(ground, below, trials, *_shared(plan, trials, run.out))
+        check_inputs_exist(sources.with_local_paths(point.config), trained)
+    trials = make_trials(points, sweep.seeds, out, sources.with_local_paths)
+    return SweepPlan(sources, base_runs, trials, *_shared(sweep, trials, out))
 
 
 def _shared(
-    plan: Sweep, trials: list[SweepRun], out: Path
+    sweep: Sweep, trials: list[SweepRun], out: Path
 ) -> tuple[list[shared_targets.TargetStorePlan], list[RunSpec]]:
-    """The stores that the runs share, and each run once, taught by them. Raises ConfigError."""
+    """Return the shared stores, and the runs without duplicates, with their stores. Raises
+    ConfigError."""
     unique = list({trial.run.out: trial.run for trial in trials}.values())
-    if not plan.share_targets:
+    if not sweep.share_targets:
         return [], unique
-    return shared_targets.plan_shared_stores(unique, out / "targets", content=plan.content)
+    return shared_targets.plan_shared_stores(unique, out / "targets", content=sweep.content)
 
 
 def check_inputs_exist(config: Config, trained: set[str]) -> None:
-    """Refuse teachers and images that are not there. trained: teachers that will be. Raises
-    DataError."""
-    asked = config.loss.kind != "none" and not config.teacher.target_stores
-    check_inputs([one for one in config.teacher.source if asked and one not in trained], config)
+    """Raise DataError for missing teachers or images. trained: teachers that will be trained."""
+    needs_teachers = config.loss.kind != "none" and not config.teacher.target_stores
+    sources = [s for s in config.teacher.source if needs_teachers and s not in trained]
+    check_inputs(sources, config)
 
 
-def check_base_run(one: RunSpec) -> None:
-    """Refuse a teacher or start that lies here and was trained on other images: it may have seen
-    what others are tested on. Raises ConfigError."""
-    saved = one.out / run_folder.CONFIG
+def check_base_run(run: RunSpec) -> None:
+    """Raise ConfigError if an existing base run was trained on other data.
+
+    Its training images could be test images of the runs that depend on it.
+    """
+    saved = run.out / run_folder.CONFIG
     if not saved.is_file():
         return
     before, now = (
-        shared_targets.result_fields(config) for config in (load_config(saved), one.config)
+        shared_targets.result_fields(config) for config in (load_config(saved), run.config)
     )
     for name in sorted(before.keys() | now.keys()):
         decisive = name.startswith("data.") or name == "run.precision"
         if decisive and before.get(name) != now.get(name):
             raise ConfigError(
-                f"{one.out}: was trained with another {name} ({before.get(name)!r} before, "
+                f"{run.out}: was trained with another {name} ({before.get(name)!r} before, "
                 f"{now.get(name)!r} now); give another --out"
             )
 
 
 def _check_distinct(points: list[Point]) -> None:
-    """Refuse points that would be the same run. Raises ConfigError."""
+    """Raise ConfigError if two different points have the same folder."""
     known: dict[str, Point] = {}
     for point in points:
         key = shared_targets.content_hash(shared_targets.result_fields(point.config))
         other = known.setdefault(key, point)
         if other.config != point.config:
             raise ConfigError(
-                f"{other.name} and {point.name} differ only in "
-                f"{', '.join(differing(other.config, point.config))}, which decides no result, and "
-                "would be the same run; give each a sweep of its own"
+                f"{other.name} and {point.name}: are the same run, since they differ only in "
+                f"{', '.join(differing(other.config, point.config))}, which does not change the "
+                "result; put them in separate sweeps"
             )
 
 
-_OF_SPLITS = ("source", "root", "classes", "exclude_list", "split_seed")
-_OF_SPLITS += ("validation_fraction", "test_fraction")
+_SPLIT_FIELDS = ("source", "root", "classes", "exclude_list", "split_seed")
+_SPLIT_FIELDS += ("validation_fraction", "test_fraction")
 
 
 def _check_splits(points: list[Point]) -> None:
-    """Refuse points that would be taught by one that has seen their test images. Raises
-    ConfigError."""
+    """Raise ConfigError if a shared teacher would be trained on test images of some points."""
     for point in points:
-        for leaf in _OF_SPLITS:
+        for leaf in _SPLIT_FIELDS:
             first = getattr(points[0].config.data, leaf)
             if getattr(point.config.data, leaf) != first and point.config.teacher.source:
                 raise ConfigError(
-                    f"{point.name}: data.{leaf} varies, and one teacher would have seen images "
-                    "that others test on; a sweep for each value trains a teacher for each"
+                    f"{point.name}: data.{leaf} varies, so the shared teacher would be trained on "
+                    "test images of other points; use one sweep per value, each with its own "
+                    "teacher"
                 )
 
 
-def _check_answers(plan: Sweep, points: list[Point]) -> None:
-    """Refuse what no store of this sweep could answer. Raises ConfigError."""
-    first = shared_targets.teacher_query_key(points[0].config) if plan.search else None
+def _check_teacher_outputs(sweep: Sweep, points: list[Point]) -> None:
+    """Raise ConfigError for points whose teacher outputs no store of this sweep provides."""
+    first = shared_targets.teacher_query_key(points[0].config) if sweep.search else None
     for point in points:
         config = point.config
         if config.loss.kind == "none" or config.teacher.target_stores or not config.teacher.source:
             continue
-        asks = plan.share_targets
-        if plan.search:  # one store, of what the recipe asks
-            asks = asks and shared_targets.teacher_query_key(config) == first
-        if config.views.teacher_view == "crops" and not asks:
+        uses_store = sweep.share_targets
+        if sweep.search:  # it has one store, of the recipe's teacher outputs
+            uses_store = uses_store and shared_targets.teacher_query_key(config) == first
+        if config.views.teacher_view == "crops" and not uses_store:
             raise ConfigError(
-                f"sweep {plan.name}, {point.name}: the mean over crops is answered from a store "
-                "alone, and none is shared here; write one and name it (deit targets write, "
-                "--teacher.target_stores)"
+                f"sweep {sweep.name}, {point.name}: the mean over crops needs a target store, and "
+                "this sweep writes none for it; write one (deit targets write) and set "
+                "--teacher.target_stores"
             )
-        if plan.content and asks:
+        if sweep.content and uses_store:
             check_records(
-                plan.content, config, None, where=f"{point.name}, content: {plan.content}"
+                sweep.content, config, None, where=f"{point.name}, content: {sweep.content}"
             )

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: heat maps of two fields, curves of one, dots of runs; no torch."""
+"""Plots of a sweep: heat maps, curves and scatter plots; no torch."""
 
 import itertools
 import math
@@ -16,19 +16,23 @@ from deit.viz.plots import draw_comparison, legend, save_figure
 from deit.viz.tables import final_top1
 
 
-def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:
-    """Test accuracy over what varies, as PNGs: of runs alone the picture of a comparison; of one
-    field a curve for each run; of several a heat map of each two, averaged over the others.
+def draw_sweep(result: dict[str, Any], out: str | Path) -> list[Path]:
+    """Plot test accuracy over the fields that vary, as PNG files in a folder.
 
-    Returns their paths. Raises SystemFault without matplotlib.
+    Named runs without other fields make a comparison plot. One field makes a curve per run. Several
+    fields make a heat map for each pair, averaged over the others. A search makes scatter plots, a
+    lottery a curve over sparsity.
+
+    Returns their paths; none without a finished run. Raises SystemFault without matplotlib.
     """
+    out = Path(out)
     if not any(row["seeds"] for row in points(result).values()):
         return []
     fields = [name for name in result["fields"] if name != "run"]
     if "tickets" in result:
         return [_save(result, out / "tickets.png", [ticket_curve(result)])]
     if result.get("search"):
-        draws = [dots(result, field) for field in fields]
+        draws = [scatter_trials(result, field) for field in fields]
         return [_save(result, out / "search.png", draws, width=3.2 * len(fields), height=3.2)]
     if not fields:
         path = out / "runs.png"
@@ -48,9 +52,9 @@ def draw_sweep(result: dict[str, Any], out: Path) -> list[Path]:
 def _save(
     result: dict[str, Any], path: Path, draws: list[Draw], *, width: float = 6.4, height: float = 4
 ) -> Path:
-    """Charts beside each other under the sweep's title, as a PNG."""
-    figure, places = _figure(width, height, len(draws))
-    for draw, axes in zip(draws, places):
+    """Save charts in a row with the title of the sweep, as a PNG file."""
+    figure, all_axes = _figure(width, height, len(draws))
+    for draw, axes in zip(draws, all_axes):
         draw(axes)
     figure.suptitle(_title(result))
     save_figure(figure, path, dpi=150)
@@ -58,37 +62,37 @@ def _save(
 
 
 def finished_rows(result: dict[str, Any]) -> dict[str, Any]:
-    """The same as a comparison's result, without the points that have no finished run."""
+    """Return the result as `draw_comparison` takes it, without points that have no finished run."""
     rows = {name: row for name, row in result["rows"].items() if row["seeds"]}
     title = {"study": result["study"] or "sweep"}
     return {**result, **title, "rows": rows, "recipe": f"{result['sweep']}, {result['recipe']}"}
 
 
-def _figure(width: float, height: float, across: int = 1) -> tuple[Any, list[Any]]:
-    """A figure with axes beside each other. Raises SystemFault without matplotlib."""
+def _figure(width: float, height: float, num_axes: int = 1) -> tuple[Any, list[Any]]:
+    """Return a figure and its axes in a row. Raises SystemFault without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(1, across, squeeze=False)[0])
+    return figure, list(figure.subplots(1, num_axes, squeeze=False)[0])
 
 
 def _title(result: dict[str, Any]) -> str:
-    number, of = len(result["seeds"]), "seed"
+    count, noun = len(result["seeds"]), "seed"
     if result.get("search"):
-        number, of = result["search"]["trials"], "trial"
-    return f"{result['sweep']}, {result['recipe']} ({count_noun(number, of)})"
+        count, noun = result["search"]["trials"], "trial"
+    return f"{result['sweep']}, {result['recipe']} ({count_noun(count, noun)})"
 
 
 def _values(result: dict[str, Any], field: str) -> list[str]:
-    """The values of a field in the order of the file."""
-    found = (row["values"].get(field) for row in points(result).values())
-    return list(dict.fromkeys(value for value in found if value is not None))
+    """Return the distinct values of a field in the order of the sweep file."""
+    values = (row["values"].get(field) for row in points(result).values())
+    return list(dict.fromkeys(value for value in values if value is not None))
 
 
 def numbers_of(values: list[str]) -> list[float] | None:
-    """Values as numbers; None where they are words."""
+    """Return values as numbers; None if one of them is no finite number."""
     try:
         numbers = [float(value) for value in values]
     except ValueError:
@@ -97,31 +101,31 @@ def numbers_of(values: list[str]) -> list[float] | None:
 
 
 def curve(result: dict[str, Any], field: str) -> Draw:
-    """Test accuracy against one field: a dot a seed, a line through the means, one a run; a level
-    for each teacher."""
+    """Return a chart of test accuracy over one field: a line of means per run, a dot per seed, and
+    a horizontal line per teacher."""
 
     def draw(axes: Any) -> None:
         values = _values(result, field)
         numbers = numbers_of(values)
-        place = dict(zip(values, numbers or range(len(values))))
+        x_of = dict(zip(values, numbers or range(len(values))))
         rows = [row for row in points(result).values() if row["seeds"]]
         runs = dict.fromkeys(row["values"].get("run", "") for row in rows)
-        for run, colour in zip(runs, itertools.cycle(SERIES)):
-            own = {
-                place[row["values"][field]]: [100 * one for one in final_top1(row)]
+        for run, color in zip(runs, itertools.cycle(SERIES)):
+            top1 = {
+                x_of[row["values"][field]]: [100 * share for share in final_top1(row)]
                 for row in rows
                 if row["values"].get("run", "") == run
             }
-            xs = sorted(own)
-            axes.plot(xs, [statistics.mean(own[x]) for x in xs], color=colour, label=run or None)
+            xs = sorted(top1)
+            axes.plot(xs, [statistics.mean(top1[x]) for x in xs], color=color, label=run or None)
             for x in xs:
-                axes.plot([x] * len(own[x]), own[x], ".", color=colour, alpha=0.6)
+                axes.plot([x] * len(top1[x]), top1[x], ".", color=color, alpha=0.6)
         for name, row in result["rows"].items():
             if row["teacher"] and row["seeds"]:
                 level = 100 * statistics.mean(final_top1(row))
                 axes.axhline(level, color=TEACHER, linestyle="--", label=f"{name}, {level:.1f}")
-        _scale(axes, numbers)
-        axes.set_xticks(list(place.values()), list(place))
+        _use_log_scale(axes, numbers)
+        axes.set_xticks(list(x_of.values()), list(x_of))
         axes.set(xlabel=short_names([field])[field], ylabel=f"{result['split']} top-1 %")
         axes.grid(alpha=0.25)
         legend(axes)
@@ -129,9 +133,9 @@ def curve(result: dict[str, Any], field: str) -> Draw:
     return draw
 
 
-def dots(result: dict[str, Any], field: str) -> Draw:
-    """Validation accuracy over a searched field: a dot for each trial that ran to its end, a ring
-    for each that was stopped, with what it had by then."""
+def scatter_trials(result: dict[str, Any], field: str) -> Draw:
+    """Return a chart of validation accuracy over a searched field: a dot per finished trial, and a
+    ring per stopped trial with its last accuracy."""
 
     def draw(axes: Any) -> None:
         from matplotlib.ticker import LogLocator, MaxNLocator
@@ -139,29 +143,29 @@ def dots(result: dict[str, Any], field: str) -> Draw:
         rows = [row for row in points(result).values() if row["seeds"]]
         ended = [(row["values"][field], row["validation"][0]) for row in rows]
         stopped = [
-            (one["values"][field], one["top1"]) for one in result.get("stopped", {}).values()
+            (trial["values"][field], trial["top1"]) for trial in result.get("stopped", {}).values()
         ]
         values = [value for value, _ in ended + stopped]
         known, numbers = sorted(set(values)), numbers_of(values)
-        place = dict(zip(values, numbers or map(known.index, values)))
+        x_of = dict(zip(values, numbers or map(known.index, values)))
         for trials, filled in ((ended, True), (stopped, False)):
             axes.plot(
-                [place[value] for value, _ in trials],
+                [x_of[value] for value, _ in trials],
                 [100 * top1 for _, top1 in trials],
                 "o",
                 color=SERIES[0],
                 alpha=0.7,
                 fillstyle="full" if filled else "none",
-                label="at its end" if filled else "stopped",
+                label="finished" if filled else "stopped",
             )
         if numbers is None:
             axes.set_xticks(range(len(known)), known)
-        elif _scale(axes, numbers):
+        elif _use_log_scale(axes, numbers):
             decades = math.log10(max(numbers) / min(numbers))
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.7 else (1, 3)))
             axes.xaxis.set_major_formatter("{x:g}")
         else:
-            whole = all(number == int(number) for number in numbers)
+            whole = all(x == int(x) for x in numbers)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole, min_n_ticks=1))
         if stopped:
             legend(axes)
@@ -171,8 +175,9 @@ def dots(result: dict[str, Any], field: str) -> Draw:
     return draw
 
 
-def _scale(axes: Any, numbers: list[float] | None) -> bool:
-    """Powers of ten where the values span about one or more; whether they do."""
+def _use_log_scale(axes: Any, numbers: list[float] | None) -> bool:
+    """Set a logarithmic x axis if the values span about a decade or more; return whether they
+    do."""
     wide = bool(numbers) and min(numbers) > 0 and max(numbers) >= 8 * min(numbers)
     if wide:
         axes.set_xscale("log")
@@ -185,36 +190,38 @@ def heat_map(
     down: str,
     across: str,
     *,
-    of: Callable[[dict[str, Any]], list[float]] = final_top1,
+    metric: Callable[[dict[str, Any]], list[float]] = final_top1,
 ) -> tuple[list[str], list[str], list[list[float]]]:
-    """Mean test top-1 in % for each two values of two fields, over all that varies beside them and
-    over the seeds: the values down, those across, and the rows of means, NaN where none is.
+    """Return the mean test top-1 in % by the values of two fields, over the seeds and all other
+    fields.
 
-    of: another share in [0, 1] of a row, a value a seed.
+    Returns the values of the field `down`, those of the field `across`, and the means by row and
+    column, NaN for a missing point. metric: another metric in [0, 1] of a row, one value per seed.
     """
     rows, columns = _values(result, down), _values(result, across)
     shares: dict[tuple[str, str], list[float]] = {}
     for row in points(result).values():
         key = row["values"].get(down), row["values"].get(across)
-        shares.setdefault(key, []).extend(100 * one for one in of(row))
-    nothing = [math.nan]
-    means = [[statistics.mean(shares.get((a, b)) or nothing) for b in columns] for a in rows]
+        shares.setdefault(key, []).extend(100 * share for share in metric(row))
+    missing = [math.nan]
+    means = [[statistics.mean(shares.get((a, b)) or missing) for b in columns] for a in rows]
     return rows, columns, means
 
 
-def draw_heat_map(result: dict[str, Any], down: str, across: str, path: Path) -> None:
-    """The heat map of two fields, each cell with its number."""
+def draw_heat_map(result: dict[str, Any], down: str, across: str, path: str | Path) -> None:
+    """Draw the heat map of two fields with the number in each cell, as a PNG file. Raises
+    SystemFault without matplotlib."""
     rows, columns, means = heat_map(result, down, across)
     figure, (axes,) = _figure(2.2 + 0.9 * len(columns), 1.6 + 0.5 * len(rows))
     image = axes.imshow(means, aspect="auto", cmap="viridis")
     low, high = image.get_clim()
-    for place, line in enumerate(means):
-        for at, mean in enumerate(line):
+    for y, line in enumerate(means):
+        for x, mean in enumerate(line):
             if math.isnan(mean):
                 continue
             bright = high > low and (mean - low) / (high - low) > 0.6
-            colour = "black" if bright else "white"
-            axes.text(at, place, f"{mean:.1f}", ha="center", va="center", color=colour, fontsize=9)
+            color = "black" if bright else "white"
+            axes.text(x, y, f"{mean:.1f}", ha="center", va="center", color=color, fontsize=9)
     short = short_names([down, across])
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(len(columns)), columns)
@@ -222,16 +229,19 @@ def draw_heat_map(result: dict[str, Any], down: str, across: str, path: Path) ->
     bar = figure.colorbar(image, ax=axes)
     bar.set_label(f"{result['split']} top-1 %")
     figure.suptitle(_title(result), fontsize=10)
-    save_figure(figure, path, dpi=150)
+    save_figure(figure, Path(path), dpi=150)
 
 
-_MARKS = "osD^v"
+_MARKERS = "osD^v"
 
 
 def ticket_curve(result: dict[str, Any]) -> Draw:
-    """Test accuracy against sparsity: a line a kind through the means, with the standard deviation
-    of the seeds each way, side by side so that none covers another; across, the dense run's mean,
-    and below it a band of what is still within the tolerance."""
+    """Return a chart of test accuracy over sparsity.
+
+    Each kind of run has a line of means with error bars of one standard deviation. The kinds are
+    shifted sideways so that the bars do not overlap. A horizontal line is the mean of the dense
+    run, with the band of the tolerance below it.
+    """
 
     def draw(axes: Any) -> None:
         rows = [row for row in result["rows"].values() if row["values"] and row["seeds"]]
@@ -244,16 +254,16 @@ def ticket_curve(result: dict[str, Any]) -> Draw:
             axes.axhline(level, color=TEACHER, linestyle="--", label=f"dense, {level:.1f}")
             axes.axhspan(level - tolerance, level, color=TEACHER, alpha=0.12, linewidth=0)
         kinds = list(dict.fromkeys(row["values"]["run"] for row in rows if row is not dense))
-        for place, (kind, colour, mark) in enumerate(zip(kinds, SERIES, _MARKS)):
-            own = [row for row in rows if row["values"]["run"] == kind]
-            shares = [[100 * one for one in final_top1(row)] for row in own]
-            aside = 0.6 * (place - (len(kinds) - 1) / 2)
+        for index, (kind, color, marker) in enumerate(zip(kinds, SERIES, _MARKERS)):
+            kind_rows = [row for row in rows if row["values"]["run"] == kind]
+            top1 = [[100 * share for share in final_top1(row)] for row in kind_rows]
+            shift = 0.6 * (index - (len(kinds) - 1) / 2)
             axes.errorbar(
-                [float(row["values"]["sparsity %"]) + aside for row in own],
-                [statistics.mean(one) for one in shares],
-                [statistics.stdev(one) if len(one) > 1 else 0 for one in shares],
-                color=colour,
-                marker=mark,
+                [float(row["values"]["sparsity %"]) + shift for row in kind_rows],
+                [statistics.mean(seeds) for seeds in top1],
+                [statistics.stdev(seeds) if len(seeds) > 1 else 0 for seeds in top1],
+                color=color,
+                marker=marker,
                 markersize=4.5,
                 capsize=2.5,
                 linewidth=1.5,
@@ -261,7 +271,7 @@ def ticket_curve(result: dict[str, Any]) -> Draw:
             )
         ticks = dict.fromkeys(row["values"]["sparsity %"] for row in rows)
         axes.set_xticks([float(tick) for tick in ticks], [f"{float(tick):.0f}" for tick in ticks])
-        note = "; kinds of one sparsity stand side by side" if len(kinds) > 1 else ""
+        note = "; kinds at the same sparsity are side by side" if len(kinds) > 1 else ""
         axes.set(
             xlabel=f"sparsity % of the prunable weights{note}",
             ylabel=f"{result['split']} top-1 %",

@@ -1,4 +1,4 @@
-"""A sweep as a file says it: a recipe, what varies, and the configurations that follow."""
+"""Read a sweep file: a recipe, and the fields that vary."""
 
 import dataclasses
 import typing
@@ -18,13 +18,15 @@ from deit.core.json_io import parse_strict_json
 from deit.experiments.studies import STUDIES
 
 Fields = dict[str, Any]
-"""Values by `section.field`, or the name of a preset by its flag."""
+"""Values by `section.field`, and names of presets by the name of their option."""
 
 
 @dataclass(frozen=True)
 class SearchRange:
-    """The values of a field that is searched, from low to high; whole numbers or any; log: as many
-    between 1 and 10 as between 10 and 100."""
+    """The range of a searched field, both ends included.
+
+    log: sample uniformly in the logarithm. whole: integers only.
+    """
 
     low: float
     high: float
@@ -34,8 +36,10 @@ class SearchRange:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What is searched: a span of each field, or its values. trials: how many points are tried.
-    prune: whether those that stay below the median are stopped."""
+    """The search space: a range or a list of values for each field.
+
+    trials: number of trials. prune: stop trials whose validation accuracy is below the median.
+    """
 
     fields: dict[str, SearchRange | tuple[Any, ...]]
     trials: int = 20
@@ -44,14 +48,14 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file asks for, nothing of it applied yet.
+    """The content of a sweep file.
 
-    set: fields over the recipe's, for all. grid: the values of each field that varies; every
-    combination is trained. runs: fields by the name of a run, for each combination. study: the arms
-    of a named study in their place; arms: some of these; none named: all. search: a space in place
-    of a grid; the first seed searches, the best points are trained with the others. seeds: of each.
-    share_targets: whether runs that ask the teacher the same share one store of its answers.
-    content: of these stores; None: what the objectives need.
+    set: fields that replace the recipe's in all runs. grid: the values of each field that varies;
+    every combination is trained. runs: named runs with their fields, for each combination. study: a
+    named study, whose arms are the runs. arms: the arms to train. Default: all. search: a search
+    space instead of a grid; the search uses the first seed, and the best points are then trained
+    with the other seeds. seeds: of each point. share_targets: write one target store for runs with
+    the same teacher outputs. content: of these stores. Default: what the losses need.
     """
 
     name: str
@@ -67,19 +71,23 @@ class Sweep:
     content: str | None = None
 
 
-def read_sweep(path: Path) -> Sweep:
+def read_sweep(path: str | Path) -> Sweep:
     """Read the sweep of a YAML or JSON file. Raises ConfigError."""
+    path = Path(path)
     try:
         text = read_text(path)
-        values = parse_strict_json(text) if path.suffix == ".json" else yaml.load(text, _Unique)
-        _check_extent(values)
+        is_json = path.suffix == ".json"
+        values = parse_strict_json(text) if is_json else yaml.load(text, _UniqueKeyLoader)
+        _check_size(values)
     except (*_UNREADABLE, yaml.YAMLError) as error:
         reason = shortened(" ".join(str(error).split())) or type(error).__name__
         kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise ConfigError(f"{path}: not a sweep in readable {kind} ({reason})") from None
+        raise ConfigError(f"{path}: not a readable sweep in {kind} ({reason})") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a sweep names a recipe, a grid or runs; see docs/sweeps.md")
-    return _checked(path, values)
+        raise ConfigError(
+            f"{path}: should be a mapping with a recipe and a grid or runs; see docs/sweeps.md"
+        )
+    return _to_sweep(path, values)
 
 
 _UNREADABLE = (
@@ -91,29 +99,29 @@ _UNREADABLE = (
     TypeError,
     ValueError,
 )
-"""What reading a file raises; PyYAML's constructors of tags raise all but OSError as well."""
-_MOST_VALUES = 100_000
+"""Errors of reading a file; PyYAML's constructors of tags raise all of them but OSError."""
+_MAX_VALUES = 100_000
 
 
-def _check_extent(values: Any) -> None:
-    """Raise ValueError where aliases make a few lines endless, or a number is larger than any that
-    PyTorch takes."""
-    waiting, seen = [values], 0
+def _check_size(values: Any) -> None:
+    """Raise ValueError for too many values, as nested aliases can make, and for integers that
+    PyTorch cannot represent."""
+    waiting, num_values = [values], 0
     while waiting:
-        one = waiting.pop()
-        seen += 1
-        if seen > _MOST_VALUES:
-            raise ValueError(f"more than {_MOST_VALUES:,} values, or an alias that holds itself")
-        if isinstance(one, int) and abs(one) >= LIMIT:
+        value = waiting.pop()
+        num_values += 1
+        if num_values > _MAX_VALUES:
+            raise ValueError(f"more than {_MAX_VALUES:,} values, or an alias that contains itself")
+        if isinstance(value, int) and abs(value) >= LIMIT:
             raise ValueError("a number that is not below 2^63")
-        if isinstance(one, dict):
-            waiting += [*one, *one.values()]
-        elif isinstance(one, list | tuple | set):
-            waiting += one
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += value
 
 
-class _Unique(yaml.SafeLoader):
-    """YAML in which no key stands twice: the first would be lost without a word."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A YAML loader that rejects duplicate keys; PyYAML would silently use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -121,44 +129,46 @@ class _Unique(yaml.SafeLoader):
             if not isinstance(key, str | int | float):
                 raise ValueError(f"{key!r} should be the name of a field")
             if keys.count(key) > 1:
-                raise ValueError(f"{key!r} stands there twice")
+                raise ValueError(f"duplicate key {key!r}")
         return super().construct_mapping(node, deep)
 
 
-def _checked(path: Path, values: dict[str, Any]) -> Sweep:
-    """A sweep from what the file holds. Raises ConfigError."""
-    known = [one.name for one in dataclasses.fields(Sweep) if one.name != "name"]
-    found: dict[str, Any] = {}
+def _to_sweep(path: Path, values: dict[str, Any]) -> Sweep:
+    """Return the sweep of a file's content. Raises ConfigError."""
+    known = [item.name for item in dataclasses.fields(Sweep) if item.name != "name"]
+    parsed: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            advice = f"should be of {', '.join(known)}{did_you_mean(str(key), known)}"
+            advice = f"should be one of {', '.join(known)}{did_you_mean(str(key), known)}"
             raise ConfigError(f"{path}: {key}: {advice}")
         try:
-            found[key] = _READ[key](value)
+            parsed[key] = _PARSERS[key](value)
         except ValueError as error:
             raise ConfigError(f"{path}: {key}: {error}") from None
-    if found.get("runs") and found.get("study"):
-        raise ConfigError(f"{path}: has runs and a study; a study brings runs of its own")
-    if found.get("arms") and not found.get("study"):
-        raise ConfigError(f"{path}: arms: are those of a study, and none is named")
-    if found.get("search") and (found.get("grid") or found.get("runs") or found.get("study")):
-        raise ConfigError(f"{path}: has a search and a grid, runs or a study; a search is alone")
-    if not any(found.get(key) for key in ("grid", "runs", "study", "search")):
+    if parsed.get("runs") and parsed.get("study"):
+        raise ConfigError(f"{path}: has runs and a study; give one of the two")
+    if parsed.get("arms") and not parsed.get("study"):
+        raise ConfigError(f"{path}: arms: only valid with a study; add `study: NAME`")
+    if parsed.get("search") and any(parsed.get(key) for key in ("grid", "runs", "study")):
+        raise ConfigError(
+            f"{path}: has a search together with a grid, runs or a study; give only one"
+        )
+    if not any(parsed.get(key) for key in ("grid", "runs", "study", "search")):
         raise ConfigError(f"{path}: nothing varies; give a grid, runs, a study or a search")
-    return Sweep(path.stem, **found)
+    return Sweep(path.stem, **parsed)
 
 
 def _flat(value: Any) -> Fields:
-    """Fields by name, from `section.field: value` or `section: {field: value}`."""
+    """Return fields by name, from `section.field: value` or `section: {field: value}`."""
     if not isinstance(value, dict):
         raise ValueError(f"should be fields with values, is {value!r}")
-    sections = {one.name for one in dataclasses.fields(Config)}
+    sections = {section.name for section in dataclasses.fields(Config)}
     flat: Fields = {}
     for name, inner in value.items():
         nested = name in sections and isinstance(inner, dict)
-        fields = {f"{name}.{leaf}": one for leaf, one in inner.items()} if nested else {name: inner}
+        fields = {f"{name}.{leaf}": v for leaf, v in inner.items()} if nested else {name: inner}
         if both := flat.keys() & fields.keys():
-            raise ValueError(f"{min(both)}: stands there twice")
+            raise ValueError(f"{min(both)}: is given twice")
         flat |= fields
     names = [*PRESETS, *field_names()]
     for name in flat:
@@ -174,88 +184,89 @@ def _grid(value: Any) -> dict[str, tuple[Any, ...]]:
     for name, values in _flat(value).items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{name}: should be a list of values, is {values!r}")
-        shown = [text_of(one) for one in values]
-        if len(set(shown)) < len(shown):
-            raise ValueError(f"{name}: names {max(shown, key=shown.count)} twice")
+        texts = [text_of(item) for item in values]
+        if len(set(texts)) < len(texts):
+            raise ValueError(f"{name}: has the value {max(texts, key=texts.count)} twice")
         grid[name] = tuple(values)
     return grid
 
 
-def _space(value: Any) -> SearchSpace:
+def _search_space(value: Any) -> SearchSpace:
     known = ("fields", "trials", "prune")
     if not isinstance(value, dict) or not isinstance(value.get("fields"), dict):
         raise ValueError("should have fields, each with low and high or a list of values")
     for key in value:
         if key not in known:
             raise ValueError(
-                f"{key}: should be of {', '.join(known)}{did_you_mean(str(key), known)}"
+                f"{key}: should be one of {', '.join(known)}{did_you_mean(str(key), known)}"
             )
     trials = value.get("trials", SearchSpace.trials)
     if not value["fields"] or "run.seed" in value["fields"]:
-        raise ValueError("fields: at least one, and not run.seed (give `seeds`)")
+        raise ValueError("fields: should be at least one field, and not run.seed (give `seeds`)")
     if type(trials) is not int or trials < 1:
         raise ValueError(f"trials: should be at least 1, is {trials!r}")
     names = [*PRESETS, *field_names()]
     fields: dict[str, SearchRange | tuple[Any, ...]] = {}
-    for name, one in value["fields"].items():
+    for name, values in value["fields"].items():
         if name not in names:
             raise ValueError(f"{name}: unknown field{did_you_mean(str(name), names)}")
-        fields[name] = tuple(_several(name, one)) if isinstance(one, list) else _span(name, one)
-    return SearchSpace(fields, trials, _truth(value.get("prune", True)))
+        is_list = isinstance(values, list)
+        fields[name] = tuple(_choices(name, values)) if is_list else _range(name, values)
+    return SearchSpace(fields, trials, _bool(value.get("prune", True)))
 
 
-def _several(name: str, values: list[Any]) -> list[Any]:
+def _choices(name: str, values: list[Any]) -> list[Any]:
     if len(values) < 2:
         raise ValueError(f"{name}: should be at least two values, is {values!r}")
     return values
 
 
-def _span(name: str, one: Any) -> SearchRange:
+def _range(name: str, value: Any) -> SearchRange:
     known = {"low", "high", "log"}
-    if not isinstance(one, dict) or not {"low", "high"} <= one.keys() <= known:
+    if not isinstance(value, dict) or not {"low", "high"} <= value.keys() <= known:
         raise ValueError(f"{name}: should be a list, or low and high (and log: true)")
     try:
-        low, high = (float(one[end]) for end in ("low", "high"))
+        low, high = (float(value[end]) for end in ("low", "high"))
     except (TypeError, ValueError):
-        ends = f"are {one['low']!r} and {one['high']!r}"
+        ends = f"are {value['low']!r} and {value['high']!r}"
         raise ValueError(f"{name}: low and high should be numbers, {ends}") from None
-    log = _truth(one.get("log", False))
+    log = _bool(value.get("log", False))
     if not low < high or (log and low <= 0):
         ends = f"low {low:g} should be below high {high:g}"
-        raise ValueError(f"{name}: {ends}" + ", and above 0 where log is true" * log)
-    whole = _is_whole(name)
+        raise ValueError(f"{name}: {ends}" + ", and above 0 if log is true" * log)
+    whole = _is_integer_field(name)
     return SearchRange(int(low), int(high), log, True) if whole else SearchRange(low, high, log)
 
 
-def _is_whole(name: str) -> bool:
-    """Whether a field takes whole numbers alone: the fields of a configuration say so. Raises
-    ValueError for one that takes no numbers."""
+def _is_integer_field(name: str) -> bool:
+    """Return whether the type of a field is an integer. Raises ValueError for a field that is no
+    number."""
     if name in PRESETS:
-        raise ValueError(f"{name}: a preset has names, no span")
+        raise ValueError(f"{name}: a preset has no low and high; give a list of names")
     section, leaf = name.split(".")
     sections = typing.get_type_hints(Config)
-    kinds = _kinds_of(typing.get_type_hints(sections[section])[leaf])
-    if not kinds & {"int", "float"}:
-        raise ValueError(f"{name}: takes no numbers, so no low and high; give a list of values")
-    return "int" in kinds
+    types = _type_names(typing.get_type_hints(sections[section])[leaf])
+    if not types & {"int", "float"}:
+        raise ValueError(f"{name}: is no number, so no low and high; give a list of values")
+    return "int" in types
 
 
-def _kinds_of(annotation: Any) -> set[str]:
-    """The plain types in an annotation, by name."""
+def _type_names(annotation: Any) -> set[str]:
+    """Return the names of the plain types in an annotation."""
     inner = typing.get_args(annotation)
     if not inner:
         return {getattr(annotation, "__name__", "")}
-    return set().union(*map(_kinds_of, inner))
+    return set().union(*map(_type_names, inner))
 
 
 def _runs(value: Any) -> dict[str, Fields]:
-    """Runs by name; those of a list are called by what they change."""
+    """Return runs by name; the runs of a list are named after the fields that they change."""
     if isinstance(value, list):
-        listed = [_flat(one) for one in value]
-        titles = [title_of(texts_of(one)) or "as it is" for one in listed]
+        listed = [_flat(fields) for fields in value]
+        titles = [title_of(texts_of(fields)) or "as it is" for fields in listed]
         value = dict(zip(titles, listed))
         if len(value) < len(listed):
-            raise ValueError(f"names the run {max(titles, key=titles.count)!r} twice")
+            raise ValueError(f"has the run {max(titles, key=titles.count)!r} twice")
     if not isinstance(value, dict) or not value:
         raise ValueError(f"should be runs by name, or a list of them, is {value!r}")
     runs = {}
@@ -276,13 +287,13 @@ def _study(value: Any) -> str:
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
-    if type(value) is int:  # one seed, or so many: people mean either
+    if type(value) is int:  # ambiguous: a seed, or a number of seeds
         raise ValueError(f"should be a list: [{value}] for the seed {value}, [0, 1, 2] for three")
-    listed = isinstance(value, list) and value
-    if not listed or not all(type(seed) is int and seed >= 0 for seed in value):
+    is_list = isinstance(value, list) and value
+    if not is_list or not all(type(seed) is int and seed >= 0 for seed in value):
         raise ValueError(f"should be a list of whole numbers from 0, is {value!r}")
     if len(set(value)) < len(value):
-        raise ValueError(f"{value}: names one of them twice")
+        raise ValueError(f"{value}: has a seed twice")
     return tuple(value)
 
 
@@ -292,38 +303,39 @@ def _text(value: Any) -> str:
     return value
 
 
-def _truth(value: Any) -> bool:
+def _bool(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"should be true or false, is {value!r}")
     return value
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"should be a list of names, is {value!r}")
     return tuple(value)
 
 
-_READ: dict[str, Callable[[Any], Any]] = {
+_PARSERS: dict[str, Callable[[Any], Any]] = {
     "recipe": _text,
     "set": _flat,
     "grid": _grid,
     "runs": _runs,
     "study": _study,
     "arms": _names,
-    "search": _space,
+    "search": _search_space,
     "seeds": _seeds,
-    "share_targets": _truth,
+    "share_targets": _bool,
     "content": _text,
 }
 
 
 def texts_of(fields: Fields) -> dict[str, str]:
+    """Return the values of fields as tables show them."""
     return {name: text_of(value) for name, value in fields.items()}
 
 
 def text_of(value: Any) -> str:
-    """A value as a table shows it: `none`, `0.5`, `a,b`."""
+    """Return a value as tables show it: `none`, `0.5`, `a,b`."""
     if value is None:
         return "none"
     if isinstance(value, list | tuple):
@@ -332,7 +344,7 @@ def text_of(value: Any) -> str:
 
 
 def title_of(values: dict[str, str]) -> str:
-    """What a point is called: its run, then what varies by the last part of each name."""
+    """Return the name of a point: its run, then each field that varies with its value."""
     short = short_names(list(values))
     return ", ".join(
         value if name == "run" else f"{short[name]} {value}" for name, value in values.items()
@@ -340,7 +352,7 @@ def title_of(values: dict[str, str]) -> str:
 
 
 def short_names(names: list[str]) -> dict[str, str]:
-    """Fields by the last part of their names, where that tells them apart."""
+    """Return a short name for each field: the last part of its name where that is unique."""
     leaves = [name.rpartition(".")[2] for name in names]
     return {
         name: leaf.replace("_", " ") if leaves.count(leaf) == 1 else name

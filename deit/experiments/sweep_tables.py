@@ -1,4 +1,4 @@
-"""The numbers of a sweep: tables for a person, CSV, JSON and Markdown, read again; no torch."""
+"""Write the results of a sweep as tables, CSV, JSON and Markdown, and read them; no torch."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from deit.viz.tables import HEADS, final_top1, markdown_table, mean_std
 
 MANIFEST = "sweep.json"
 RESULTS = "results.json"
-_MEASURED = (
+_METRICS = (
     "class head",
     "distillation head",
     "fused",
@@ -25,73 +25,80 @@ _MEASURED = (
     "agrees with teacher %",
     "seconds",
 )
-_GROUPS = ("seen", "unseen")
+_CLASS_GROUPS = ("seen", "unseen")
 
 
-def read_results(sweep: Path) -> dict[str, Any]:
-    """Return the results of a sweep, from its folder. Raises CheckpointError where there are none
-    yet. Their fields are not checked: read them within `translate_value_errors`."""
-    path = sweep / RESULTS
+def read_results(sweep: str | Path) -> dict[str, Any]:
+    """Return the results in the folder of a sweep. Raises CheckpointError if there are none yet.
+
+    Their fields are not checked: read them within `translate_value_errors`.
+    """
+    path = Path(sweep) / RESULTS
     if not path.is_file():
         raise CheckpointError(f"{sweep}: no results yet; run the command of this sweep to continue")
     return load_json_as(path, dict[str, Any])
 
 
 def points(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rows of a sweep that are points of it: those of teachers and starts left out."""
+    """Return the rows of points, without those of base runs."""
     return {name: row for name, row in result["rows"].items() if row["values"]}
 
 
-def best_of(rows: dict[str, dict[str, Any]], number: int) -> list[str]:
-    """The points that did best on the validation split, the best first: by the mean over seeds, of
-    those that have the most seeds (one lucky seed is no mean). The test split is for the final
-    number alone. None where points held out different classes: their validation splits are of other
-    classes then."""
+def best_of(rows: dict[str, dict[str, Any]], top: int) -> list[str]:
+    """Return the names of the `top` points with the best validation top-1, the best first.
+
+    Points are ranked by their mean over seeds. Points with fewer seeds than others are left out,
+    since one seed can be lucky. The test split is not used for selection. Returns none if points
+    held out different classes, since their validation splits then have different classes.
+    """
     finished = [name for name, row in rows.items() if row["values"] and row["validation"]]
     most = max((len(rows[name]["validation"]) for name in finished), default=0)
     finished = [name for name in finished if len(rows[name]["validation"]) == most]
     if len({held_out_of(rows[name]) for name in finished}) > 1:
         return []
     ranked = sorted(finished, key=lambda name: -_validation(rows[name]))
-    return ranked[:number]
+    return ranked[:top]
 
 
 def _validation(row: dict[str, Any]) -> float:
-    """The mean over seeds, without the last bits that only the order of summing decides."""
+    """Return the mean over seeds, rounded so that the order of the sum does not matter."""
     return round(statistics.mean(row["validation"]), 9)
 
 
 def held_out_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """The classes that the runs of a row did not see in training."""
+    """Return the classes that the runs of a row did not see in training."""
     return tuple(row["classes"][0]["held_out"]) if row.get("classes") else ()
 
 
 def best_summary(result: dict[str, Any]) -> str:
-    """How the best are told, or why none is; how many there are that nothing tells apart."""
+    """Return the heading of the best points with the number of ties, or why there are none."""
     if result["best"]:
-        own = points(result)
-        first = own[result["best"][0]]
-        same = sum(
+        rows = points(result)
+        first = rows[result["best"][0]]
+        num_tied = sum(
             len(row["validation"]) == len(first["validation"])
             and _validation(row) == _validation(first)
-            for row in own.values()
+            for row in rows.values()
         )
-        tied = f" ({same} points are equal in front, in the order of the table)" * (same > 1)
+        tied = f" ({num_tied} points are tied for first, in table order)" * (num_tied > 1)
         return f"best on the validation split{tied}:"
-    return "none is best: the points held out different classes, so they select by other images"
+    return (
+        "no best points: they held out different classes, so their validation splits are not "
+        "comparable"
+    )
 
 
 def best_lines(result: dict[str, Any]) -> list[str]:
-    """The best points, numbered, each with the validation accuracy that puts it there."""
+    """Return a numbered line for each of the best points, with its validation top-1 in %."""
     return [
-        f"{place}. {label_of(result, name)} "
+        f"{rank}. {label_of(result, name)} "
         f"({mean_std(result['rows'][name]['validation'], scale=100)})"
-        for place, name in enumerate(result["best"], start=1)
+        for rank, name in enumerate(result["best"], start=1)
     ]
 
 
 def label_of(result: dict[str, Any], name: str) -> str:
-    """A point by its name, with what it stands for where that is only a number."""
+    """Return the name of a point, with its values if it is the trial of a search."""
     if not result.get("search"):
         return name
     return f"{name}: {_values_of(result, result['rows'][name]['values'])}"
@@ -99,52 +106,50 @@ def label_of(result: dict[str, Any], name: str) -> str:
 
 def _values_of(result: dict[str, Any], values: dict[str, str]) -> str:
     short = short_names(result["fields"])
-    return ", ".join(f"{short[field]} {one}" for field, one in values.items() if field != "run")
+    return ", ".join(f"{short[field]} {value}" for field, value in values.items() if field != "run")
 
 
 def columns(result: dict[str, Any]) -> list[str]:
-    """The heads of the table's columns: what varies, then what was measured."""
-    varied = [_head(name) for name in short_names(result["fields"]).values()]
-    return [*varied, *_measured_columns(result)]
+    """Return the column names of the table: the fields that vary, then the metrics."""
+    varied = ["" if name == "run" else name for name in short_names(result["fields"]).values()]
+    return [*varied, *_metric_columns(result)]
 
 
-def _measured_columns(result: dict[str, Any]) -> list[str]:
-    """What was measured; where classes were held out, on the others and on these as well."""
-    more = _GROUPS if _some_held_out(result) else ()
-    return [*_MEASURED[:3], *more, *_MEASURED[3:]]
+def _metric_columns(result: dict[str, Any]) -> list[str]:
+    """Return the metrics; if classes were held out, with the accuracy on seen and unseen ones."""
+    groups = _CLASS_GROUPS if _has_unseen_classes(result) else ()
+    return [*_METRICS[:3], *groups, *_METRICS[3:]]
 
 
-def _some_held_out(result: dict[str, Any]) -> bool:
+def _has_unseen_classes(result: dict[str, Any]) -> bool:
     return any(row.get("classes") for row in result["rows"].values())
 
 
-def _head(name: str) -> str:
-    return "" if name == "run" else name
-
-
 def cells(result: dict[str, Any]) -> list[list[str]]:
-    """The table's rows: mean and standard deviation over the seeds; the gain is that of the mean
-    fused (or only) answer over the first point's, in percentage points."""
-    own = points(result)
-    first = next((final_top1(row) for row in own.values()), [])
-    found = []
+    """Return the rows of the table, with mean and standard deviation over the seeds.
+
+    The gain is the difference of the mean final top-1 to that of the first point, in percentage
+    points.
+    """
+    first = next((final_top1(row) for row in points(result).values()), [])
+    lines = []
     for name, row in result["rows"].items():
-        told = [row["values"].get(one, "") for one in result["fields"]]
+        values = [row["values"].get(field, "") for field in result["fields"]]
         if not row["values"]:
-            told[0] = name
-        groups = [_of_group(row, group) for group in _GROUPS if _some_held_out(result)]
-        found.append([*told, *_measured(row, first if row["values"] else [], groups)])
-    return found
+            values[0] = name
+        groups = [_of_group(row, group) for group in _CLASS_GROUPS if _has_unseen_classes(result)]
+        lines.append([*values, *_metric_cells(row, first if row["values"] else [], groups)])
+    return lines
 
 
 def _of_group(row: dict[str, Any], group: str) -> str:
-    return mean_std([one[group] for one in row.get("classes", [])] or [None], scale=100)
+    return mean_std([run[group] for run in row.get("classes", [])] or [None], scale=100)
 
 
-def _measured(row: dict[str, Any], first: list[float], groups: list[str]) -> list[str]:
+def _metric_cells(row: dict[str, Any], first: list[float], groups: list[str]) -> list[str]:
     seeds = len(row["seeds"])
     if not seeds:
-        return ["failed", *["-"] * (len(_MEASURED) + len(groups) - 1)]
+        return ["failed", *["-"] * (len(_METRICS) + len(groups) - 1)]
     final = final_top1(row)
     gain = f"{100 * (statistics.mean(final) - statistics.mean(first)):+.1f}" if first else "-"
     heads = [mean_std([top1[head] for top1 in row["top1"]], scale=100) for head in HEADS]
@@ -155,10 +160,10 @@ def _measured(row: dict[str, Any], first: list[float], groups: list[str]) -> lis
     return [*heads, *groups, gain, *rest, seconds]
 
 
-def write_results(result: dict[str, Any], out: Path) -> list[Path]:
-    """results.json, results.csv (a line a run) and results.md. Returns their paths. Raises
-    SystemFault."""
-    paths = [out / f"results.{kind}" for kind in ("json", "csv", "md")]
+def write_results(result: dict[str, Any], out: str | Path) -> list[Path]:
+    """Write results.json, results.csv (one line per run) and results.md into a folder. Returns
+    their paths. Raises SystemFault."""
+    paths = [Path(out) / f"results.{kind}" for kind in ("json", "csv", "md")]
     write_json(paths[0], result)
     atomic_write(paths[1], _csv(result).encode())
     atomic_write(paths[2], markdown(result).encode())
@@ -166,64 +171,65 @@ def write_results(result: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _csv(result: dict[str, Any]) -> str:
-    """A line for each run: what varies, its seed, what it came to; where it failed or was stopped,
-    the reason."""
+    """Return a line for each run: its values, seed and metrics, or why it failed or was stopped."""
     text = io.StringIO()
-    measured = ("validation_top1", *(f"{head}_top1" for head in HEADS), "agreement", "seconds")
-    groups = tuple(f"{group}_top1" for group in _GROUPS if _some_held_out(result))
-    names = ("point", *result["fields"], "seed", "status", *measured, *groups, "folder", "reason")
+    metrics = ("validation_top1", *(f"{head}_top1" for head in HEADS), "agreement", "seconds")
+    groups = tuple(f"{group}_top1" for group in _CLASS_GROUPS if _has_unseen_classes(result))
+    names = ("point", *result["fields"], "seed", "status", *metrics, *groups, "folder", "reason")
     lines = csv.DictWriter(text, names, lineterminator="\n")
     lines.writeheader()
     for name, row in points(result).items():
-        same = {"point": name, **row["values"]}
-        for place, seed in enumerate(row["seeds"]):
-            heads = {f"{head}_top1": row["top1"][place][head] for head in HEADS}
+        point = {"point": name, **row["values"]}
+        for index, seed in enumerate(row["seeds"]):
+            heads = {f"{head}_top1": row["top1"][index][head] for head in HEADS}
             if row.get("classes"):
-                heads |= {f"{group}_top1": row["classes"][place][group] for group in _GROUPS}
+                heads |= {f"{group}_top1": row["classes"][index][group] for group in _CLASS_GROUPS}
             lines.writerow(
                 {
-                    **same,
+                    **point,
                     **heads,
                     "seed": seed,
                     "status": "finished",
-                    "validation_top1": row["validation"][place],
-                    "agreement": row["agreement"][place],
-                    "seconds": round(row["seconds"][place], 3),
-                    "folder": row["folders"][place],
+                    "validation_top1": row["validation"][index],
+                    "agreement": row["agreement"][index],
+                    "seconds": round(row["seconds"][index], 3),
+                    "folder": row["folders"][index],
                 }
             )
         for seed, reason in row["failed"].items():
-            lines.writerow({**same, "seed": seed, "status": "failed", "reason": reason})
-    for name, one in result.get("stopped", {}).items():
-        told = {"point": name, **one["values"], "seed": result["seeds"][0], "status": "stopped"}
-        why = f"below the median at epoch {one['epoch']}"
-        lines.writerow({**told, "validation_top1": one["top1"], "reason": why})
+            lines.writerow({**point, "seed": seed, "status": "failed", "reason": reason})
+    for name, trial in result.get("stopped", {}).items():
+        point = {"point": name, **trial["values"], "seed": result["seeds"][0], "status": "stopped"}
+        reason = f"below the median at epoch {trial['epoch']}"
+        lines.writerow({**point, "validation_top1": trial["top1"], "reason": reason})
     return text.getvalue()
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, the best points and where the numbers come from."""
+    """Return the page of a sweep: the table, the best points, the failures and the environment."""
     seeds = ", ".join(map(str, result["seeds"]))
     environment = result["environment"]
     torch = environment["packages"]["torch"]
-    where = f"{environment['device_name']}, torch {torch}, commit {environment['commit']}"
+    provenance = f"{environment['device_name']}, torch {torch}, commit {environment['commit']}"
     rows = [[_escaped(cell) for cell in row] for row in cells(result)]
     ranking = f"{best_summary(result).capitalize()}\n\n" + "\n".join(best_lines(result)) + "\n\n"
-    ranking = "" if "tickets" in result else ranking  # of tickets the sparsity is what one asks
+    ranking = "" if "tickets" in result else ranking  # a lottery is not about the best accuracy
     reasons = [
         f"- {name}, seed {seed}: {' '.join(reason.split())}"
         for name, row in result["rows"].items()
         for seed, reason in row["failed"].items()
     ]
     failed = "\n".join(["Failed:\n", *reasons, "\n"]) if reasons else ""
-    below = [
-        f"- {name}: {_values_of(result, one['values'])}; {100 * one['top1']:.1f} at epoch "
-        f"{one['epoch']}"
-        for name, one in result.get("stopped", {}).items()
+    stopped_lines = [
+        f"- {name}: {_values_of(result, trial['values'])}; {100 * trial['top1']:.1f} at epoch "
+        f"{trial['epoch']}"
+        for name, trial in result.get("stopped", {}).items()
     ]
-    stopped = "\n".join(["Stopped, below the median:\n", *below, "\n"]) if below else ""
-    counted = ", ".join(f"{number} {name}" for name, number in (result["search"] or {}).items())
-    searched = f"{counted}; the others with the first seed alone.\n\n" if counted else ""
+    stopped = "Stopped, below the median:\n"
+    stopped = "\n".join([stopped, *stopped_lines, "\n"]) if stopped_lines else ""
+    counts = ", ".join(f"{count} {name}" for name, count in (result["search"] or {}).items())
+    searched = f"{counts}; only the best points have more than the first seed.\n\n"
+    searched = searched if counts else ""
     return (
         f"# {result['sweep']}\n\n"
         f"Recipe `{result['recipe']}`, seeds {seeds}; top-1 % on {result['num_samples']} "
@@ -233,39 +239,42 @@ def markdown(result: dict[str, Any]) -> str:
         f"{changes_table(result)}{disagreement_table(result)}{tickets_table(result)}"
         f"{searched}{ranking}"
         f"{stopped}{failed}"
-        f"`{result['command']}`\n\n{where}\n"
+        f"`{result['command']}`\n\n{provenance}\n"
     )
 
 
-def class_by_class(result: dict[str, Any], shown: list[str] | None = None) -> str:
-    """Right answers in % of each class, those that training did not see marked; "" where it saw
-    all of them, and of more than 20 classes. shown: of which rows; None: of all."""
-    names, rows = class_shares(result, list(result["rows"]) if shown is None else shown)
-    if not 0 < len(names) <= SHOWN_CLASSES:
+def class_by_class(result: dict[str, Any], row_names: list[str] | None = None) -> str:
+    """Return the accuracy of each class in % as Markdown, with unseen classes marked.
+
+    row_names: the rows to list. Default: all. Returns "" if no class was held out, and for more
+    than MAX_LISTED_CLASSES classes.
+    """
+    names, rows = class_shares(result, list(result["rows"]) if row_names is None else row_names)
+    if not 0 < len(names) <= MAX_LISTED_CLASSES:
         return ""
-    heads, never = unseen_marks(result, names)
+    heads, mark = unseen_marks(result, names)
     table = [
         [
             _escaped(point),
-            *(mean_std(share, scale=100) + never(point, name) for name, share in zip(names, row)),
+            *(mean_std(share, scale=100) + mark(point, name) for name, share in zip(names, row)),
         ]
         for point, row in rows.items()
     ]
     title = "Accuracy in % of each class, by the fused logits or the only head"
-    title += "; *: not seen by this point" if any(map(never, rows, names)) else ""
+    title += "; *: not seen by this point" if any(map(mark, rows, names)) else ""
     return f"{title}:\n\n{markdown_table(map(_escaped, ['', *heads]), table)}\n\n"
 
 
 def class_shares(
     result: dict[str, Any], points: list[str]
 ) -> tuple[list[str], dict[str, list[list[float | None]]]]:
-    """The names of the classes, and of those of the points where some were held out, for each class
-    the shares of right answers, a value a seed; None of a class without images."""
+    """Return the class names and, for each point with held-out classes, the accuracy in [0, 1] of
+    each class, one value per seed; None for a class without images."""
     rows = {name: result["rows"][name].get("classes") for name in points}
     rows = {name: classes for name, classes in rows.items() if classes}
     names = list(dict.fromkeys(name for row in rows.values() for name in row[0]["per_class"]))
     return names, {
-        point: [[one["per_class"].get(name) for one in row] for name in names]
+        point: [[run["per_class"].get(name) for run in row] for name in names]
         for point, row in rows.items()
     }
 
@@ -273,9 +282,10 @@ def class_shares(
 def unseen_marks(
     result: dict[str, Any], names: list[str]
 ) -> tuple[list[str], Callable[[str, str], str]]:
-    """How classes are marked that training did not see: in their names where all points left out
-    the same, else beside the numbers of a point. Returns the names, and the mark of a number by
-    point and class."""
+    """Return column names for the classes, and the mark of a cell by point and class.
+
+    If all points held out the same classes, the column names have the marks; otherwise the cells.
+    """
     held = {name: held_out_of(row) for name, row in result["rows"].items() if row.get("classes")}
     if len(set(held.values())) == 1:
         (unseen,) = set(held.values())
@@ -283,44 +293,45 @@ def unseen_marks(
     return names, lambda point, name: "*" if name in held.get(point, ()) else ""
 
 
-SHOWN_CLASSES = 20
+MAX_LISTED_CLASSES = 20
 
 
 def changes(result: dict[str, Any]) -> dict[str, str]:
-    """What each named run or arm sets, by its name, as `field value, field value`; of a grid the
-    columns say it. Nothing where none sets anything."""
-    found: dict[str, dict[str, str]] = {}
+    """Return the fields that each named run or arm sets, as `field value, field value` by its name;
+    {} if no run sets a field. The fields of a grid have columns instead."""
+    fields_of: dict[str, dict[str, str]] = {}
     for row in points(result).values():
         if row.get("sets") is not None:
-            known = found.setdefault(row["values"]["run"], dict(row["sets"]))
-            for field in known.keys() | row["sets"].keys():  # an arm may follow the grid
+            known = fields_of.setdefault(row["values"]["run"], dict(row["sets"]))
+            for field in known.keys() | row["sets"].keys():  # an arm's value can depend on the grid
                 same = known.get(field) == row["sets"].get(field)
                 known[field] = known[field] if same else "by the grid"
-    if not any(found.values()):
+    if not any(fields_of.values()):
         return {}
     return {
-        name: ", ".join(f"{field} {value}" for field, value in own.items()) or "nothing"
-        for name, own in found.items()
+        name: ", ".join(f"{field} {value}" for field, value in fields.items()) or "nothing"
+        for name, fields in fields_of.items()
     }
 
 
 def changes_table(result: dict[str, Any]) -> str:
-    """What each named run sets, in Markdown; "" where there is none."""
-    found = changes(result)
-    if not found:
+    """Return the fields that each named run sets as Markdown; "" if no run sets a field."""
+    fields_of = changes(result)
+    if not fields_of:
         return ""
-    rows = [[_escaped(name), _escaped(told)] for name, told in found.items()]
+    rows = [[_escaped(name), _escaped(fields)] for name, fields in fields_of.items()]
     return f"What each run sets:\n\n{markdown_table(['run', 'sets'], rows)}\n\n"
 
 
 def disagreement_table(result: dict[str, Any]) -> str:
-    """Who answers otherwise than whom, in % of the images."""
+    """Return the pairwise disagreement in % of the images as Markdown; "" for less than three
+    predictors."""
     shares = result["disagreement"]
     if len(shares) < 3:
         return ""
     table = [
-        [_escaped(one), *(f"{100 * share:.1f}" for share in row.values())]
-        for one, row in shares.items()
+        [_escaped(name), *(f"{100 * share:.1f}" for share in row.values())]
+        for name, row in shares.items()
     ]
     title = f"Disagreement in % of the images, seed {result['seeds'][0]}:"
     return f"{title}\n\n{markdown_table(['', *map(_escaped, shares)], table)}\n\n"

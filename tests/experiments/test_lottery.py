@@ -23,7 +23,7 @@ from deit.experiments.lottery_options import (
     REINITIALIZED,
     LotteryOptions,
 )
-from deit.experiments.lottery_plan import lottery_runs, plan_of
+from deit.experiments.lottery_plan import lottery_runs, plan_lottery
 from deit.experiments.lottery_tables import matching_line
 from deit.experiments.runner import FailedRun
 from deit.experiments.shared_targets import teacher_query_key
@@ -45,11 +45,11 @@ def test_a_level_goes_back_to_the_dense_runs_weights_and_update(tmp_path):
     assert (plan.rewind, plan.densities) == (6, (0.5, 0.25))
     names = ["level-0", "level-1", "random-1", "re-initialised-1"]
     names += ["level-2", "random-2", "re-initialised-2", "one-shot-2"]
-    assert [one.run.out.name for one in found] == names
-    assert found[0].run.config.run.keep_steps == (6,)
-    assert found[0].run.config.init == digits().init
+    assert [one.spec.out.name for one in found] == names
+    assert found[0].spec.config.run.keep_steps == (6,)
+    assert found[0].spec.config.init == digits().init
     for one in found[1:]:
-        start, seed = one.run.config.init, one.run.config.run.seed
+        start, seed = one.spec.config.init, one.spec.config.run.seed
         kind = "level" if one.kind in ("ticket", REINITIALIZED) else one.kind
         assert start.pruning_masks == str(
             tmp_path / "seed-3" / "masks" / f"{kind}-{one.level}.safetensors"
@@ -57,10 +57,10 @@ def test_a_level_goes_back_to_the_dense_runs_weights_and_update(tmp_path):
         if one.kind == REINITIALIZED:
             assert (start.weights, start.start_step) == (None, 0)
             assert seed != 3
-            assert one.run.config.views.seed == 3
+            assert one.spec.config.views.seed == 3
         else:
             assert start.weights == str(tmp_path / "seed-3" / "level-0" / "checkpoint-00000006")
-            assert (start.start_step, seed, one.run.config.views.seed) == (6, 3, None)
+            assert (start.start_step, seed, one.spec.config.views.seed) == (6, 3, None)
 
 
 def test_by_itself_it_goes_back_to_where_warm_up_ends(tmp_path):
@@ -71,14 +71,16 @@ def test_by_itself_it_goes_back_to_where_warm_up_ends(tmp_path):
 
 def test_the_initial_weights_come_from_the_seed(tmp_path):
     _, found = planned_lottery(tmp_path, levels=1, rewind=0)
-    assert found[0].run.config.run.keep_steps == ()
-    start = found[1].run.config.init
+    assert found[0].spec.config.run.keep_steps == ()
+    start = found[1].spec.config.init
     assert (start.weights, start.start_step) == (None, 0)
-    assert found[1].run.config.run == found[0].run.config.run
+    assert found[1].spec.config.run == found[0].spec.config.run
 
 
 def test_controls_only_where_they_are_asked_for(tmp_path):
-    _, found = planned_lottery(tmp_path, levels=3, controls=(RANDOM, ONE_SHOT), at=(1, 3))
+    _, found = planned_lottery(
+        tmp_path, levels=3, controls=(RANDOM, ONE_SHOT), control_levels=(1, 3)
+    )
     told = [(one.kind, one.level) for one in found]
     assert told == [
         *(("dense", 0), ("ticket", 1), (RANDOM, 1), ("ticket", 2)),
@@ -90,7 +92,7 @@ def test_fine_tuned_tickets_start_where_their_dense_run_does(tmp_path):
     start = {"weights": "weights.pth", "head": "new", "pos_embed_resize": "timm"}
     config = digits().replace(init=start)
     _, found = planned_lottery(tmp_path, config, levels=1, rewind=0)
-    starts = {one.kind: one.run.config.init for one in found}
+    starts = {one.kind: one.spec.config.init for one in found}
     assert starts["dense"] == config.init
     assert (starts["ticket"].weights, starts["ticket"].head) == ("weights.pth", "new")
     assert (
@@ -99,13 +101,13 @@ def test_fine_tuned_tickets_start_where_their_dense_run_does(tmp_path):
         starts[REINITIALIZED].pos_embed_resize,
     ) == (None, "keep", "deit")
     _, found = planned_lottery(tmp_path, config, levels=1, rewind=1)
-    assert found[1].run.config.init.head == "keep"  # the dense run has heads by then
+    assert found[1].spec.config.init.head == "keep"  # the dense run has heads by then
 
 
 def test_all_runs_of_a_seed_ask_their_teacher_the_same(tmp_path):
     config = digits().replace(views={"mean": (0.1,) * 3, "std": (0.3,) * 3})
     _, found = planned_lottery(tmp_path, config, levels=2)
-    assert len({json.dumps(teacher_query_key(one.run.config)) for one in found}) == 1
+    assert len({json.dumps(teacher_query_key(one.spec.config)) for one in found}) == 1
 
 
 def runs_listed(done: Completed) -> tuple[int, ...]:
@@ -292,9 +294,9 @@ def test_a_level_that_fails_bars_those_behind_it_of_its_seed(monkeypatch, tmp_pa
     monkeypatch.setattr(lottery, "train_all", train_all)
     monkeypatch.setattr(lottery, "write_masks", lambda ticket, plan: None)
     config = digits().replace(optim={"epochs": 10, "warmup_epochs": 2})
-    plan = plan_of(LotteryOptions(levels=3, controls=(RANDOM,)), config, updates=4)
+    plan = plan_lottery(LotteryOptions(levels=3, controls=(RANDOM,)), config, steps_per_epoch=4)
     found = [one for seed in (0, 1) for one in lottery_runs(plan, config, seed, tmp_path)]
-    runs = [one.run for one in found]
+    runs = [one.spec for one in found]
     work = SweepPlan(BaseRuns(arguments_of(config), config, tmp_path), [], [], [], runs)
     mishaps = lottery._train(plan, work, found, parallel=1, retries=0)
     missing = {run.name for run in runs} - set(asked)

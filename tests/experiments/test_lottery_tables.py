@@ -197,12 +197,12 @@ def test_groups_that_do_not_fit_are_told_before_the_work(command, tmp_path):
 
 def test_updates_that_are_left_and_their_time_by_hand(tmp_path):
     _, found = planned_lottery(tmp_path, levels=2, rate=0.5, rewind=1.5)
-    runs = [one.run for one in found]
+    runs = [one.spec for one in found]
     # Eight runs of 10 epochs of 4 updates; all but the dense one and two re-initialised ones begin
     # at update 6.
-    assert numbers_in(lottery._time(runs, 4)) == [8 * 40 - 5 * 6]  # and nothing of their time
+    assert numbers_in(lottery._time_left(runs, 4)) == [8 * 40 - 5 * 6]  # and nothing of their time
     (runs[7].out / "checkpoint-00000020").mkdir(parents=True)
-    assert numbers_in(lottery._time(runs, 4)) == [8 * 40 - 4 * 6 - 20]
+    assert numbers_in(lottery._time_left(runs, 4)) == [8 * 40 - 4 * 6 - 20]
     shutil.rmtree(runs[7].out)
     best = {"epoch": 10, "top1": 0.5, "class_top1": 0.5}
     result = asdict(run_folder.Result(10, 0, 0, 60.0, 0, None, best, "", "", [], []))
@@ -210,11 +210,11 @@ def test_updates_that_are_left_and_their_time_by_hand(tmp_path):
         one.out.mkdir(parents=True)
         (one.out / run_folder.RESULT).write_text(json.dumps({**result, "samples_seen": samples}))
     each = 120 / 74
-    told = lottery._time(runs, 4)
+    told = lottery._time_left(runs, 4)
     assert numbers_in(told)[0] == 8 * 40 - 5 * 6 - 74
     assert format_duration(216 * each) in told
     assert "1.62 s" in told  # an update of the runs that are finished
-    assert numbers_in(lottery._time(runs[:2], 4)) == [0]
+    assert numbers_in(lottery._time_left(runs[:2], 4)) == [0]
 
 
 def numbers_in(text: str) -> list[float]:

@@ -107,7 +107,7 @@ def test_those_that_fail_stop_no_other_and_what_each_says_is_told_with_its_name(
     }
     runs = [RunSpec(name, one, tmp_path / name) for name, one in configs.items()]
     with pytest.raises(DeitError) as failure:
-        run_parallel_or_raise(runs, number=2, progress=RunProgress(len(runs)))
+        run_parallel_or_raise(runs, num_parallel=2, progress=RunProgress(len(runs)))
     said = capsys.readouterr()
     assert failure.value.exit_code in (2, 3)  # of the one that failed first
     lines = str(failure.value).splitlines()
@@ -176,7 +176,7 @@ def test_a_run_is_our_command_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "deit" / "__init__.py").write_text("raise SystemExit(77)\n")
     monkeypatch.chdir(tmp_path)
     runs = [RunSpec("run", two_epochs(), tmp_path / "run")]
-    run_parallel_or_raise(runs, number=1, progress=RunProgress(1))
+    run_parallel_or_raise(runs, num_parallel=1, progress=RunProgress(1))
     assert run_folder.read_result(tmp_path / "run") is not None
 
 
@@ -271,7 +271,9 @@ def test_a_run_that_is_given_up_stops_saved_and_is_no_failure(fork_runs, tmp_pat
             asked.append(name)
             yield RunSpec(name, one, tmp_path / name)
 
-    assert runner.run_parallel(runs(), number=1, progress=RunProgress(2), watch=watch) == []
+    assert (
+        runner.run_parallel(runs(), num_parallel=1, progress=RunProgress(2), observer=watch) == []
+    )
     assert asked == ["hopeless", "good"]
     assert watch.ends == {"hopeless": 143, "good": 0}
     assert watch.asked.count("hopeless") == 1  # not asked again

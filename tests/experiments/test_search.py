@@ -14,7 +14,7 @@ from deit.experiments.runner import RunSpec
 from deit.experiments.sweep_spec import SearchRange
 from tests.helpers.errors import raises
 from tests.helpers.processes import run_python
-from tests.helpers.sweeps import finish, opened, reach
+from tests.helpers.sweeps import finish, open_search, reach
 
 optuna = pytest.importorskip("optuna")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of SQLAlchemy and optuna
@@ -24,7 +24,7 @@ def test_it_learns_where_the_good_points_are(tmp_path):
     """Accuracy falls with the distance from lr 1e-2, in powers of ten."""
     import math
 
-    one = opened(tmp_path, trials=40)
+    one = open_search(tmp_path, trials=40)
     found = []
     for run in one.runs():
         lr = run.config.optim.lr
@@ -39,7 +39,7 @@ def test_it_learns_where_the_good_points_are(tmp_path):
 
 
 def test_what_stays_below_the_median_is_stopped_not_before_a_quarter(tmp_path):
-    one = opened(tmp_path, trials=7)
+    one = open_search(tmp_path, trials=7)
     runs = one.runs()
     for _ in range(5):
         run = next(runs)
@@ -70,7 +70,7 @@ def test_what_stays_below_the_median_is_stopped_not_before_a_quarter(tmp_path):
 def test_a_run_at_its_end_is_not_stopped_and_counts_however_it_ended(tmp_path):
     """The evaluation of the last epoch is below the median; and a run that was finished when it was
     asked to stop."""
-    one = opened(tmp_path, epochs=8)
+    one = open_search(tmp_path, epochs=8)
     runs = one.runs()
     for _ in range(5):
         run = next(runs)
@@ -91,7 +91,7 @@ def test_a_run_at_its_end_is_not_stopped_and_counts_however_it_ended(tmp_path):
 
 
 def test_without_pruning_nothing_is_stopped(tmp_path):
-    one = opened(tmp_path, trials=7, prune=False)
+    one = open_search(tmp_path, trials=7, prune=False)
     runs = one.runs()
     for top1 in (*[0.8] * 6, 0.1):
         run = next(runs)
@@ -102,13 +102,13 @@ def test_without_pruning_nothing_is_stopped(tmp_path):
 
 
 def test_trials_that_a_kill_left_open_are_proposed_again_and_count_once(tmp_path):
-    one = opened(tmp_path, trials=3)
+    one = open_search(tmp_path, trials=3)
     runs = one.runs()
     first, second = next(runs), next(runs)
     finish(first, 0.5)
     one.on_end(first, 0, "why")
-    again = opened(tmp_path, trials=3)
-    assert again.done() == 1
+    again = open_search(tmp_path, trials=3)
+    assert again.num_done() == 1
     left = []
     for run in again.runs():
         left.append(run.config.optim.lr)
@@ -117,8 +117,8 @@ def test_trials_that_a_kill_left_open_are_proposed_again_and_count_once(tmp_path
     assert len(left) == 2
     assert left[0] == second.config.optim.lr
     assert again.counts() == {"trials": 3, "finished": 3, "stopped": 0, "failed": 0}
-    assert list(opened(tmp_path, trials=3).runs()) == []
-    more = [run.config.optim.lr for run in opened(tmp_path, trials=5).runs()]
+    assert list(open_search(tmp_path, trials=3).runs()) == []
+    more = [run.config.optim.lr for run in open_search(tmp_path, trials=5).runs()]
     assert len(more) == 2  # more, when more are asked for
     assert len({first.config.optim.lr, *left, *more}) == 5  # and none that was there
 
@@ -127,22 +127,22 @@ def test_where_no_point_is_left_the_search_ends(tmp_path, capsys):
     """Four points, and eight trials asked for."""
     fields = {"loss.temperature": (1, 3), "views.auto_augment": ("none", "randaugment")}
 
-    def plan(point):  # as in a sweep: the folder is known by what is in it
+    def run_of(point):  # as in a sweep: the folder is known by what is in it
         name = f"{point.config.loss.temperature}-{point.config.views.auto_augment}"
         return RunSpec(point.name, point.config, tmp_path / name)
 
-    one, seen = opened(tmp_path, trials=8, fields=fields, plan=plan), set()
+    one, seen = open_search(tmp_path, trials=8, fields=fields, run_of=run_of), set()
     for run in one.runs():
         seen.add((run.config.loss.temperature, run.config.views.auto_augment))
         finish(run, 0.5)
         one.on_end(run, 0, "")
     assert len(seen) == 4
-    assert (one.left(), one.counts()["trials"], len(one.finished())) == (0, 4, 4)
+    assert (one.num_left(), one.counts()["trials"], len(one.finished())) == (0, 4, 4)
     assert re.search(r"\b30\b", capsys.readouterr().out)  # proposals in a row that were not new
 
 
 def test_an_epoch_without_an_evaluation_is_reported_once(tmp_path):
-    one = opened(tmp_path)
+    one = open_search(tmp_path)
     run = next(one.runs())
     reach(run, 1, 0.5)
     with warnings.catch_warnings():
@@ -152,7 +152,7 @@ def test_an_epoch_without_an_evaluation_is_reported_once(tmp_path):
 
 
 def test_a_trial_that_failed_is_tried_again_so_often_and_once_more_by_the_next_call(tmp_path):
-    one = opened(tmp_path, trials=2, retries=1)
+    one = open_search(tmp_path, trials=2, retries=1)
     names = []
     for code in (-9, 1, 0):  # the first twice: killed, then of itself; the second is sound
         run = next(one.runs())
@@ -165,8 +165,8 @@ def test_a_trial_that_failed_is_tried_again_so_often_and_once_more_by_the_next_c
     assert one.counts() == {"trials": 2, "finished": 1, "stopped": 0, "failed": 1}
     (point,) = one.failed()
     assert (point.name, point.config.optim.lr) == names[0]
-    again = opened(tmp_path, trials=2)
-    assert (again.done(), again.failed()) == (1, [])
+    again = open_search(tmp_path, trials=2)
+    assert (again.num_done(), again.failed()) == (1, [])
     run = next(again.runs())
     assert (run.name, run.config.optim.lr) == names[0]
     finish(run, 0.6)
@@ -177,7 +177,7 @@ def test_a_trial_that_failed_is_tried_again_so_often_and_once_more_by_the_next_c
 
 @pytest.mark.parametrize("code", [2, 3, 4, 6])
 def test_a_trial_that_would_fail_the_same_way_is_not_tried_again_at_once(code, tmp_path):
-    one = opened(tmp_path, trials=1, retries=3)
+    one = open_search(tmp_path, trials=1, retries=3)
     one.on_end(next(one.runs()), code, "why")
     assert list(one.runs()) == []
     assert len(one.failed()) == 1
@@ -189,7 +189,7 @@ def test_whole_numbers_and_names_are_proposed_as_such(tmp_path):
         "loss": ("deit-soft", "deit-hard"),
         "views.crop": ("none", "padded"),
     }
-    one = opened(tmp_path, trials=12, fields=fields)
+    one = open_search(tmp_path, trials=12, fields=fields)
     seen = set()
     for run in one.runs():
         assert run.config.student.depth in (2, 3, 4)
@@ -202,7 +202,7 @@ def test_whole_numbers_and_names_are_proposed_as_such(tmp_path):
 def test_a_trial_that_cannot_be_ends_nothing(tmp_path, capsys):
     """Hard labels know no temperature: about half of these are no configurations."""
     fields = {"loss.kind": ("soft", "hard"), "loss.temperature": SearchRange(2.0, 5.0)}
-    one = opened(tmp_path, trials=12, fields=fields)
+    one = open_search(tmp_path, trials=12, fields=fields)
     for run in one.runs():
         assert run.config.loss.kind == "soft"
         finish(run, 0.5)
@@ -212,14 +212,14 @@ def test_a_trial_that_cannot_be_ends_nothing(tmp_path, capsys):
     assert counts["failed"] > 0
     told = [line for line in capsys.readouterr().out.splitlines() if "loss.temperature" in line]
     assert len(told) == counts["failed"]
-    assert list(opened(tmp_path, trials=12, fields=fields).runs()) == []
+    assert list(open_search(tmp_path, trials=12, fields=fields).runs()) == []
 
 
 def test_a_trial_that_is_under_way_already_is_not_begun_twice(tmp_path):
-    one = opened(
+    one = open_search(
         tmp_path,
         trials=4,
-        plan=lambda point: RunSpec(point.name, point.config, tmp_path / "same"),
+        run_of=lambda point: RunSpec(point.name, point.config, tmp_path / "same"),
     )
     runs = one.runs()
     first = next(runs)
@@ -228,20 +228,20 @@ def test_a_trial_that_is_under_way_already_is_not_begun_twice(tmp_path):
     one.on_end(first, 0, "why")
     assert one.counts() == {"trials": 1, "finished": 1, "stopped": 0, "failed": 0}
     assert list(one.runs()) == []
-    assert one.left() == 0
+    assert one.num_left() == 0
 
 
 def test_another_search_in_the_same_database_is_refused(tmp_path):
-    opened(tmp_path)
+    open_search(tmp_path)
     with raises(ConfigError, tmp_path / search.DATABASE, "trials", "--out"):
-        opened(tmp_path, of="that")
-    opened(tmp_path, trials=99)
+        open_search(tmp_path, search_hash="that")
+    open_search(tmp_path, trials=99)
 
 
 def test_a_database_that_is_none_is_told(tmp_path):
     (tmp_path / search.DATABASE).write_text("no database" * 100)
     with raises(CheckpointError, tmp_path / search.DATABASE, "sqlite3.DatabaseError"):
-        opened(tmp_path)
+        open_search(tmp_path)
 
 
 PROGRAM = """
@@ -260,7 +260,7 @@ def told(call):
         print(f"{call.__name__}: {error}")
 
 new, old = Path(sys.argv[1]), Path(sys.argv[2])
-one = opened(old)
+one = open_search(old)
 runs = one.runs()
 run = next(runs)
 most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -278,13 +278,13 @@ def again():
 
 def begun():
     allow(4096)
-    opened(new)
+    open_search(new)
 
 for call in (ended, again, begun):
     told(call)
 allow(most[0])
 for folder in (old, new):
-    (run,) = opened(folder, trials=1).runs()
+    (run,) = open_search(folder, trials=1).runs()
     print("goes on")
 """
 
@@ -306,8 +306,8 @@ CALLS = {
     "runs": lambda one, run: next(one.runs()),
     "hopeless": lambda one, run: one.should_stop(run),
     "ended": lambda one, run: one.on_end(run, 1, "why"),
-    "done": lambda one, run: one.done(),
-    "left": lambda one, run: one.left(),
+    "done": lambda one, run: one.num_done(),
+    "left": lambda one, run: one.num_left(),
     "counts": lambda one, run: one.counts(),
     "failed": lambda one, run: one.failed(),
     "stopped": lambda one, run: one.stopped(),
@@ -317,7 +317,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_database_that_fails_later_is_one_too(call, tmp_path):
-    one = opened(tmp_path)
+    one = open_search(tmp_path)
     run = next(one.runs())
     reach(run, 4, 0.5)
     with closing(sqlite3.connect(tmp_path / search.DATABASE)) as database:
@@ -329,7 +329,7 @@ def test_a_database_that_fails_later_is_one_too(call, tmp_path):
 
 
 def test_the_database_is_sqlite_that_optunas_tools_read(tmp_path):
-    one = opened(tmp_path, trials=1)
+    one = open_search(tmp_path, trials=1)
     for run in one.runs():
         finish(run, 0.5)
         one.on_end(run, 0, "why")

@@ -50,7 +50,7 @@ def trained_by(monkeypatch, tmp_path, codes):
     """Stand in for training: these runs fail with these codes. Returns who was asked, in turn."""
     asked = Asked()
 
-    def beside(runs, *, number, progress):
+    def beside(runs, *, num_parallel, progress):
         asked.append([run.name for run in runs])
         asked.told = [progress.ended() for _ in runs]
         failing = [run for run in runs if run.name in codes]

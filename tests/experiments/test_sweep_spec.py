@@ -22,7 +22,7 @@ from deit.experiments.sweep_grid import (
     with_command_line,
     with_fields,
 )
-from deit.experiments.sweep_plan import duplicate_points, trials_of
+from deit.experiments.sweep_plan import duplicate_points, make_trials
 from deit.experiments.sweep_spec import SearchRange, read_sweep, text_of
 from tests.helpers.errors import raises
 
@@ -270,12 +270,12 @@ def test_classes_called_by_numbers_need_no_quotes(tmp_path):
 def test_what_a_point_changes_is_told_by_field(tmp_path):
     sweep = read(tmp_path, "runs: {plain: {}, other: {loss.temperature: 4, optim.lr: 0.5}}")
     plain, other = points_of(sweep, digits())
-    assert (plain.own, other.own) == ({}, {"loss.temperature": "4", "optim.lr": "0.5"})
+    assert (plain.changes, other.changes) == ({}, {"loss.temperature": "4", "optim.lr": "0.5"})
     text = "{grid: {loss: [none, deit-hard]}, runs: {a: {}, b: {loss.kind: none}}}"
-    own = [point.own for point in points_of(read(tmp_path, text), digits())]
+    own = [point.changes for point in points_of(read(tmp_path, text), digits())]
     assert own == [{}, {"loss.kind": "none"}] * 2
-    (point,) = points_of(read(tmp_path, "grid: {optim.lr: [0.5]}"), digits())
-    assert point.own is None
+    (alone,) = points_of(read(tmp_path, "grid: {optim.lr: [0.5]}"), digits())
+    assert alone.changes is None
 
 
 def test_points_are_configurations_that_can_be_written_down(tmp_path):
@@ -323,7 +323,7 @@ def test_a_searched_field_is_whole_where_the_configuration_says_so(tmp_path):
 @pytest.mark.fault("E11")
 def test_points_that_are_the_same_run_are_told(tmp_path):
     sweep = read(tmp_path, "runs: {quick: {optim.lr: 0.5}, fast: {optim.lr: 0.5}, other: {}}")
-    trials = trials_of(points_of(sweep, digits()), (0, 1), tmp_path, lambda config: config)
+    trials = make_trials(points_of(sweep, digits()), (0, 1), tmp_path, lambda config: config)
     (told,) = duplicate_points(trials)
     assert told.startswith("fast: ")
     assert "quick" in told

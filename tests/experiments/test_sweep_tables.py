@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from deit.analysis.sweep_sections import sections_of_sweep
 from deit.evaluation.cache import CachedEvaluation, disagreement_matrix
 from deit.experiments.sweep_collect import environment_of
-from deit.experiments.sweep_plots import dots, draw_sweep, heat_map
+from deit.experiments.sweep_plots import draw_sweep, heat_map, scatter_trials
 from deit.experiments.sweep_tables import (
     best_of,
     best_summary,
@@ -198,7 +198,7 @@ def test_trials_that_were_stopped_are_in_every_file(told, tmp_path):
     assert ">trial 7<" in whole
     stopped = (tmp_path / "mine-stopped.csv").read_text().splitlines()
     assert stopped == [",temperature,lr,validation top-1 %,at epoch", "trial 7,9,0.3,25.0,4"]
-    draws = [dots(told, field) for field in values]
+    draws = [scatter_trials(told, field) for field in values]
     shown = []
     for draw in draws:
         axes = Figure().subplots()

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from deit.config.recipes.handwriting import digits
 from deit.core import run_folder, run_log
 from deit.experiments.lottery_options import LotteryOptions
-from deit.experiments.lottery_plan import lottery_runs, plan_of
+from deit.experiments.lottery_plan import lottery_runs, plan_lottery
 from deit.experiments.runner import RunSpec
 from deit.experiments.search import Search
 from deit.experiments.sweep_spec import SearchRange, SearchSpace
@@ -15,15 +15,19 @@ from tests.helpers.small_runs import WITH_AVERAGE
 LR = {"optim.lr": SearchRange(1e-4, 1e-1, log=True)}
 
 
-def opened(out, *, trials=8, fields=LR, prune=True, epochs=8, of="this", retries=0, plan=None):
-    """plan: which run a point is; None: one in a folder of the point's name."""
+def open_search(
+    out, *, trials=8, fields=LR, prune=True, epochs=8, search_hash="this", retries=0, run_of=None
+):
+    """Open a search. run_of: the run of a point; default: a run in a folder of the point's name."""
     base = digits().replace(optim={"epochs": epochs, "warmup_epochs": 1})
     space = SearchSpace(fields, trials, prune)
 
     def by_name(point):
         return RunSpec(point.name, point.config, out / point.name.replace(" ", "-"))
 
-    return Search(space, base, out, name="s", seed=0, of=of, plan=plan or by_name, retries=retries)
+    run_of = run_of or by_name
+    options = {"name": "s", "seed": 0, "search_hash": search_hash, "retries": retries}
+    return Search(space, base, out, **options, run_of=run_of)
 
 
 def reach(run, epoch, top1):
@@ -64,8 +68,8 @@ LOTTERY = (
 """A lottery of two levels, but for its seeds and its folder."""
 
 
-def planned_lottery(tmp_path, config=None, **asked):
+def planned_lottery(tmp_path, config=None, **options):
     """The plan of a lottery and its runs with seed 3."""
     config = config or digits().replace(optim={"epochs": 10, "warmup_epochs": 2})
-    plan = plan_of(LotteryOptions(**asked), config, updates=4)
+    plan = plan_lottery(LotteryOptions(**options), config, steps_per_epoch=4)
     return plan, lottery_runs(plan, config, 3, tmp_path)

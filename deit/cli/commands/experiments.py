@@ -163,7 +163,7 @@ def _train_points(
         plan,
         run.config,
         run.out,
-        asked=base,
+        recipe_config=base,
         dry_run=run.dry_run,
         parallel=options.parallel,
         retries=options.retries,

@@ -43,16 +43,17 @@ def lottery(arguments: list[str], program: str) -> None:
         raise ConfigError(f"--run.seed {run.config.run.seed}: use --seeds A,B instead")
     if print_config_if_requested(run):
         return
+    control_levels = parse_numbers(options.control_rounds, "--control-rounds", whole=True)
     search = lottery_options.LotteryOptions(
         scope=options.scope,
         levels=options.rounds,
         rate=options.prune_rate,
         rewind=options.rewind_epoch,
         controls=parse_controls(options.controls, lottery_options.CONTROLS),
-        at=parse_numbers(options.control_rounds, "--control-rounds", whole=True) or None,
+        control_levels=control_levels or None,
         tolerance=options.tolerance,
     )
-    lottery_options.check_asked(search, run.config)
+    lottery_options.check_options(search, run.config)
     seeds = parse_seeds(options.seeds)
     from deit.experiments.lottery import lottery
 
