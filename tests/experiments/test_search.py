@@ -251,7 +251,7 @@ from pathlib import Path
 
 from deit.core import run_folder as checkpoint
 from deit.core.errors import SystemFault
-from tests.helpers.sweeps import finish, opened
+from tests.helpers.sweeps import finish, open_search
 
 def told(call):
     try:

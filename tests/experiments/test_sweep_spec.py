@@ -296,7 +296,7 @@ def test_the_file_of_the_documentation_is_one(tmp_path):
     assert read(tmp_path, searching).search.trials == 30
     sweep = read(tmp_path, text)
     assert len(points_of(sweep, RECIPES[sweep.recipe]())) == 3 * 2 * 2
-    named = set(re.findall(r"`([a-z0-9-]+)`", page.split("## What has a name")[1].split("##")[0]))
+    named = set(re.findall(r"`([a-z0-9-]+)`", page.split("## Built-in sweeps")[1].split("##")[0]))
     assert named >= set(SWEEPS)
 
 
