@@ -1,4 +1,4 @@
-"""Commands run as subprocesses in an empty folder."""
+"""Fixtures that run a command as a process in an empty folder, and short runs."""
 
 import subprocess
 from collections.abc import Callable
@@ -21,7 +21,8 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def refused(run: Run, tmp_path: Path) -> Callable[..., None]:
-    """Asserts that a command is refused with this code and these words, and writes nothing."""
+    """Assert that a command fails with a code and a message that contains fragments, and writes
+    nothing."""
 
     def check(code: int, fragments: tuple[str, ...], *command: object) -> None:
         before = tree(tmp_path)

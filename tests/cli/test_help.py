@@ -1,0 +1,99 @@
+"""The help of `deit`, its commands and the root scripts; the lists of recipes and commands."""
+
+import re
+
+import pytest
+
+import deit
+from deit.cli.commands import COMMANDS
+from deit.cli.grammar import SHARED, option_of
+from deit.config.recipes import RECIPES
+from deit.config.validation import field_names
+from deit.experiments.studies import STUDIES
+from tests.helpers.cli_cases import COMMANDS_WITH_CONFIG
+from tests.helpers.commands import tree
+
+TRAIN, EVALUATE = "train_deit.py", "evaluate_deit.py"
+
+
+@pytest.mark.parametrize("command", [(TRAIN,), (TRAIN, "cifar10"), ("deit", "train", "folder")])
+def test_help_shows_every_field_and_its_default(run, command):
+    done = run(*command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    _, *options = re.split(r"\n  --", done.stdout)
+    switches = ("resume", "dry-run", "print-config")
+    for name in ("out", "loss", "augmentation", "view-mode", *switches, *field_names()):
+        texts = [text for text in options if re.match(rf"{re.escape(name)}[,\s]", text)]
+        assert len(texts) == 1, name
+        assert name in switches or re.search(r"default[:,]\s+\S", texts[0], re.IGNORECASE), name
+
+
+@pytest.mark.parametrize("command", COMMANDS_WITH_CONFIG)
+def test_help_lists_own_options_first_and_no_excluded_option(run, command, tmp_path):
+    own_options, excluded = (names.split() for names in COMMANDS_WITH_CONFIG[command])
+    done = run("deit", *command.split(), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    first = done.stdout.partition("data options")[0]
+    listed = re.findall(r"^  --([\w.-]+)", first, re.MULTILINE)
+    shared = [option_of(name)[2:] for name in SHARED]
+    shared = [name for name in shared if name not in own_options and name not in excluded]
+    assert listed == [*own_options, *shared]
+    for option in re.split(r"\n  --", first)[1:]:
+        assert len(option.split()) > 4, f"has no help: {option}"
+    assert "RECIPE" in first.partition("[OPTIONS]")[0] or command == "prune"
+
+
+def test_help_names_every_study(run):
+    study_help = run("deit", "compare", "--help").stdout.partition("--arms")[0]
+    study_help = " ".join(study_help.split())
+    assert [name for name in STUDIES if f" {name} (" not in study_help] == []
+
+
+@pytest.mark.parametrize("arguments", [(EVALUATE, "--help"), ("deit", "--help"), ("deit", "help")])
+def test_help_of_other_programs_prints_usage(run, arguments):
+    done = run(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage" in done.stdout
+
+
+def test_help_command_prints_help_of_a_command(run):
+    assert run("deit", "help", "show-views").stdout == run("deit", "show-views", "--help").stdout
+    for word in ("help", "--version"):
+        assert run("deit", "help", word).stdout == run("deit", "--help").stdout
+    unknown = run("deit", "help", "shw-views")
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert re.search(r"'shw-views'.*\bshow-views\?", unknown.stderr)
+
+
+def test_missing_command_is_an_error_that_prints_help(run):
+    """The list of commands then goes to standard error."""
+    without_command, with_help = run("deit"), run("deit", "--help")
+    assert (without_command.returncode, without_command.stdout) == (2, "")
+    assert without_command.stderr == with_help.stdout
+
+
+def test_help_lists_every_command(run):
+    listed = re.findall(r"^  ([\w-]+) +[A-Z].*\.$", run("deit", "--help").stdout, re.MULTILINE)
+    assert listed == list(COMMANDS)
+
+
+def test_help_of_option_is_the_same_in_every_command(run):
+    commands = [name for name in COMMANDS if name not in ("targets", "recipes")]
+    helps: dict[str, set[str]] = {}
+    for command in commands:
+        text = run("deit", command, "--help").stdout.partition("\n\ndata options")[0]
+        for option in re.split(r"\n  --", text)[1:]:
+            name, text = re.match(r"(\S+)(.*?)(?:\n\n|\Z)", option, re.DOTALL).groups()
+            text = re.sub(r"\(default: .*\)", "", " ".join(text.split()))
+            helps.setdefault(name, set()).add(text.strip())
+    for name in ("checkpoint", "data.root", "json", "parallel", "seeds", "retries", "loss"):
+        assert len(helps[name]) == 1, helps[name]
+
+
+def test_recipes_and_version_are_printed(run, tmp_path):
+    recipes = run("deit", "recipes")
+    assert (recipes.returncode, recipes.stderr) == (0, "")
+    assert [name for name in RECIPES if f" {name} " not in recipes.stdout] == []
+    version = run("deit", "--version")
+    assert (version.returncode, version.stdout) == (0, f"deit {deit.__version__}\n")
+    assert tree(tmp_path) == {}
