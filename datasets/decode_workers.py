@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deit.config.data_section import DataConfig
 from deit.core.console import warn
 from deit.core.errors import DeitError, WorkerLost
 from deit.core.hardware import num_cores
@@ -87,11 +86,13 @@ def _warn_of_files(sockets: bool) -> None:
     )
 
 
-def worker_count(config: DataConfig) -> int:
-    """Worker processes of one training process: as configured, else its share of the cores, 8 at
-    most."""
-    if config.num_workers is not None:
-        return config.num_workers
+def worker_count(num_workers: int | None) -> int:
+    """Return the number of worker processes of one training process.
+
+    num_workers: data.num_workers; None: this process's share of the cores, at most 8.
+    """
+    if num_workers is not None:
+        return num_workers
     return max(1, min(8, num_cores() // processes_on_host()))
 
 

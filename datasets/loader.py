@@ -149,6 +149,8 @@ class TrainLoader:
         self.labels = images.labels.to(self.device)
         self.num_classes = num_classes
         self.sizes = sizes
+        self.square = square
+        self.channel_stats = colours
         self.seed = seed
         self.process = process
         self.workers = workers

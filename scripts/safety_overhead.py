@@ -24,6 +24,7 @@ from deit.core.types import Batch
 from deit.datasets.splits import load_splits
 from deit.distill.build import build_accelerator, build_train_loader, model_info_from
 from deit.distill.losses import distillation_loss
+from deit.distill.run_teachers import RunTeachers
 from deit.models.saved import build_student
 from deit.training.loop import MetricAccumulator, StepContext, seed_torch, train_epoch
 from deit.training.optimizer import EMA, build_optimizer, lr_at, set_lr
@@ -41,7 +42,7 @@ def job_of(name: str, side: int, batch: int) -> tuple[StepContext, list[Batch], 
     )
     accelerator = build_accelerator(config.run)
     splits = load_splits(config.data)
-    facts = model_info_from(config, splits)
+    facts = model_info_from(config.student, config.views, splits)
     student = build_student(facts)
     average = EMA(student, horizon=100)
     optimizer = build_optimizer(student, config.optim)
@@ -59,8 +60,9 @@ def job_of(name: str, side: int, batch: int) -> tuple[StepContext, list[Batch], 
         out=Path(),
         accelerator=accelerator,
         splits=splits,
-        facts=facts,
-        panel=None,
+        model_info=facts,
+        teachers=RunTeachers(config.teacher, config.loss),
+        ensemble=None,
         loader=loader,
         student=student,
         optimizer=optimizer,

@@ -170,7 +170,7 @@ def view_of(
             "nothing of the others"
         )
     chunks = rows.split(_AT_ONCE)
-    views = evaluation_batches(images, chunks, first, device=device)
+    views = evaluation_batches(images, chunks, first.evaluation, device=device)
     labels = images.labels.to(device)
     batches = [(one, labels[chunk.to(device)]) for one, chunk in zip(views, chunks)]
     tensors = {

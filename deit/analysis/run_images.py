@@ -73,7 +73,7 @@ def draw_run(
         attention = folder / f"{name}-attention.png"
         views = next(
             evaluation_batches(
-                images, (torch.tensor(chosen),), evaluation_config(config), device=_CPU
+                images, (torch.tensor(chosen),), evaluation_config(config).evaluation, device=_CPU
             )
         )
         looks = rollout(student.network.eval(), (views - student.mean) / student.std)
@@ -143,7 +143,9 @@ def _thumbnail(
 ) -> Path:
     side = min(config.student.image_size, _SIDE)
     view = next(
-        evaluation_batches(images, (torch.tensor([place]),), evaluation_config(config), device=_CPU)
+        evaluation_batches(
+            *(images, (torch.tensor([place]),), evaluation_config(config).evaluation), device=_CPU
+        )
     )[0]
     levels = (view * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     picture = Image.fromarray(np.ascontiguousarray(levels))

@@ -70,7 +70,7 @@ def draw_view_sheet(
     errors of deit.core.errors.
     """
     config = validate(config, live_teacher=False)
-    config = with_init_normalization(config, load_init_weights(config))
+    config = with_init_normalization(config, load_init_weights(config.init))
     accelerator = build_accelerator(config.run)
     splits = splits or load_splits(config.data)
     teachers = _teachers(config, splits, accelerator)
@@ -79,7 +79,7 @@ def draw_view_sheet(
     batch = _first(loader.epoch(epoch), number)
     answers = None
     if teachers:
-        panel = build_online_ensemble(config, splits, teachers, accelerator)
+        panel = build_online_ensemble(teachers, config.teacher, splits, accelerator)
         answers = panel(batch).logits.softmax(dim=2).mean(dim=1).cpu()
     cells = [
         _cell(splits.train, batch, row, splits.class_names, answers)
@@ -102,7 +102,9 @@ def _teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[
     try:
         for source in config.teacher.source:
             resolve_source(source)
-        return build_teachers(config, splits, accelerator)
+        return build_teachers(
+            config.teacher, splits.class_names, config.student.image_size, accelerator
+        )
     except (DataError, CheckpointError) as error:
         warn(f"the teacher is left out: {error}")
         return []

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -223,6 +223,20 @@ class RunConfig:
     """Seconds after which a process that does not answer counts as lost."""
 
 
+class EvalSettings(NamedTuple):
+    """How the images of a split are shown to a network for evaluation.
+
+    image_size: side of the student's images [px]. crop_pct: side of the center crop as a share of
+    the resized image. batch_size: images per process and step. num_workers: decoding processes,
+    None: by the number of cores.
+    """
+
+    image_size: int
+    crop_pct: float
+    batch_size: int
+    num_workers: int | None
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that decides the result of a run."""
@@ -241,6 +255,16 @@ class Config:
     def views_seed(self) -> int:
         """The seed of order and views: views.seed, or run.seed."""
         return self.run.seed if self.views.seed is None else self.views.seed
+
+    @property
+    def evaluation(self) -> EvalSettings:
+        """How validation and test images are shown."""
+        return EvalSettings(
+            image_size=self.student.image_size,
+            crop_pct=self.views.eval_crop_pct,
+            batch_size=self.run.eval_batch_size,
+            num_workers=self.data.num_workers,
+        )
 
     def replace(self, **sections: dict[str, Any] | object) -> "Config":
         """Return a copy with some fields of some sections replaced.

@@ -161,7 +161,9 @@ def _views(config: Config, root: str | None, number: int) -> Tensor:
     data = config.data if root is None else dataclasses.replace(config.data, root=root)
     test = load_splits(data).test
     chunks = evenly_spaced(len(test.labels), number).split(64)
-    return torch.cat(list(evaluation_batches(test, chunks, config, device=torch.device("cpu"))))
+    return torch.cat(
+        list(evaluation_batches(test, chunks, config.evaluation, device=torch.device("cpu")))
+    )
 
 
 def split_normalization(student: Student) -> tuple[Student, Callable[[Tensor], Tensor]]:

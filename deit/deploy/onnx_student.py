@@ -61,7 +61,9 @@ class OnnxStudent(NamedTuple):
         """Images of a split in their evaluation view, normalised, so many at a time. rows: int64,
         their places."""
         device = torch.device("cpu")
-        for views in evaluation_batches(images, rows.split(size), self.config, device=device):
+        for views in evaluation_batches(
+            images, rows.split(size), self.config.evaluation, device=device
+        ):
             yield self.normalise(views)
 
 

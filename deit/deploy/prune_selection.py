@@ -101,7 +101,7 @@ def _losses(run: TrainingRun, student: Student, number: int) -> Iterator[Tensor]
     total = min(-(-number // block), all_of_them)
     batches = itertools.islice(run.loader.epoch(0), total)
     for batch in progress(batches, total=total, title="what parts are worth"):
-        answers = None if run.panel is None else run.panel(batch)
+        answers = None if run.ensemble is None else run.ensemble(batch)
         # As at the end of the training, where a teacher's term has its whole weight.
         losses = distillation_loss(
             student(batch.images), batch.targets, answers, run.config.loss, epoch=epochs

@@ -191,7 +191,7 @@ def _images(
     chunks = torch.arange(len(test.labels)).split(CHUNK)
 
     def views() -> Iterator[Tensor]:
-        return evaluation_batches(test, chunks, config, device=torch.device("cpu"))
+        return evaluation_batches(test, chunks, config.evaluation, device=torch.device("cpu"))
 
     return config, facts, test.labels, views
 

@@ -1,8 +1,13 @@
-"""From a configuration and its images to the teachers and the loader of training views."""
+"""Build teachers, their ensemble and the loader of training views from sections of a configuration.
+
+Only `build_train_loader` takes the whole configuration: it maps five sections onto one object.
+"""
 
 from accelerate import Accelerator
 
-from deit.config.schema import Config, RunConfig
+from deit.config.data_section import ViewsConfig
+from deit.config.schema import Config, RunConfig, TeacherConfig
+from deit.config.student_section import StudentConfig
 from deit.config.teachers import TeacherSpec, teacher_specs
 from deit.core.accelerator import create_accelerator
 from deit.datasets.decode_workers import worker_count
@@ -10,8 +15,7 @@ from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.loader import Sizes, TrainLoader, view_sizes
 from deit.datasets.splits import Splits
 from deit.datasets.views import ChannelStats
-from deit.distill.losses import needs_logits
-from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble, TeacherFn
+from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble
 from deit.models.memory_format import default_memory_format
 from deit.models.saved import ModelInfo
 from deit.models.teacher_sources import load_teacher
@@ -30,24 +34,29 @@ def build_accelerator(run: RunConfig, *, grad_accum_steps: int = 1) -> Accelerat
     )
 
 
-def model_info_from(config: Config, splits: Splits) -> ModelInfo:
-    """What a trained network must remember of its data."""
+def model_info_from(student: StudentConfig, views: ViewsConfig, splits: Splits) -> ModelInfo:
+    """Return what is saved with a student: its options, class names and normalization.
+
+    The normalization is that of `views`, or else the mean and standard deviation of the data.
+    """
     return ModelInfo(
-        student=config.student,
+        student=student,
         class_names=splits.class_names,
-        mean=config.views.mean or splits.mean,
-        std=config.views.std or splits.std,
-        evaluation_crop=config.views.eval_crop_pct,
+        mean=views.mean or splits.mean,
+        std=views.std or splits.std,
+        evaluation_crop=views.eval_crop_pct,
     )
 
 
 def build_teacher(
-    member: TeacherSpec, config: Config, splits: Splits, accelerator: Accelerator
+    spec: TeacherSpec, class_names: tuple[str, ...], image_size: int, accelerator: Accelerator
 ) -> Teacher:
-    """Return a teacher on its device, in its memory format. Raises as load_teacher does."""
-    size = config.student.image_size
-    teacher = load_teacher(member, splits.class_names, image_size=size).to(accelerator.device)
-    if member.memory_format == "auto":
+    """Return a teacher on its device, in its memory format.
+
+    image_size: side of the student's images [px]. Raises the errors of `load_teacher`.
+    """
+    teacher = load_teacher(spec, class_names, image_size=image_size).to(accelerator.device)
+    if spec.memory_format == "auto":
         mixed = accelerator.mixed_precision != "no"
         device = accelerator.device.type
         best = default_memory_format(teacher.network, device, mixed_precision=mixed)
@@ -55,45 +64,57 @@ def build_teacher(
     return teacher
 
 
-def build_teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:
-    """All teachers of a configuration, none if its objective has none. Raises as load_teacher."""
-    if config.loss.kind == "none":
-        return []
+def build_teachers(
+    teacher: TeacherConfig, class_names: tuple[str, ...], image_size: int, accelerator: Accelerator
+) -> list[Teacher]:
+    """Return all teachers of a configuration. Raises the errors of `load_teacher`."""
     return [
-        build_teacher(one, config, splits, accelerator) for one in teacher_specs(config.teacher)
+        build_teacher(spec, class_names, image_size, accelerator) for spec in teacher_specs(teacher)
     ]
 
 
 def build_online_ensemble(
-    config: Config, splits: Splits, teachers: list[Teacher], accelerator: Accelerator
+    teachers: list[Teacher], config: TeacherConfig, splits: Splits, accelerator: Accelerator
 ) -> TeacherEnsemble:
-    """Teachers answering themselves, together, as a store of them keeps it."""
-    voices: list[TeacherFn] = [OnlineTeacher(teacher, accelerator) for teacher in teachers]
-    weights = tuple(member.weight for member in teacher_specs(config.teacher))
-    if len(weights) != len(teachers):  # some of them alone
-        weights = (1 / len(teachers),) * len(teachers)
-    return build_teacher_ensemble(config, splits, voices, weights=weights, full_logits=True)
+    """Return the networks as one call that gives what a target store keeps: logits, at temperature
+    1, whatever the loss needs.
+
+    teachers: all of the configuration, or one of them.
+    """
+    alone = len(teachers) == 1
+    return TeacherEnsemble(
+        [OnlineTeacher(teacher, accelerator) for teacher in teachers],
+        weights=(1.0,) if alone else tuple(spec.weight for spec in teacher_specs(config)),
+        mode=config.combine,
+        temperature=1.0,
+        needs_logits=True,
+        name=splits.train.name,
+    )
 
 
 def teacher_input_size(sizes: list[int | None]) -> int | None:
-    """The side [px] at which teachers are shown the view, of those they want: the largest (each
-    makes it smaller itself), None where none of them minds."""
+    """Return the side [px] of the teachers' images: the largest of `sizes`, None if all are None.
+
+    A teacher with a smaller input resizes the images itself; None means that it takes any size.
+    """
     return max((size for size in sizes if size is not None), default=None)
 
 
 def image_sizes(
-    config: Config, images: InMemoryImages | EncodedImages, teacher_size: int | None
+    images: InMemoryImages | EncodedImages,
+    *,
+    student_size: int,
+    teacher_size: int | None,
+    data_size: int | None,
+    crop: str,
 ) -> Sizes:
-    """What the networks are shown of these images, in training as in evaluation.
+    """Return the sizes [px] of the student's and the teachers' images, in training and evaluation.
 
-    teacher_size: what `teacher_input_size` says; None also without a teacher.
+    teacher_size: from `teacher_input_size`; None also without a teacher. data_size: side to which
+    files are decoded (data.image_size). crop: views.crop.
     """
-    on_disk = isinstance(images, EncodedImages) and config.views.crop in (
-        "random_resized",
-        "random",
-    )
-    source = None if on_disk else config.data.image_size
-    return view_sizes(config.student.image_size, teacher_size, source)
+    cropped = isinstance(images, EncodedImages) and crop in ("random_resized", "random")
+    return view_sizes(student_size, teacher_size, None if cropped else data_size)
 
 
 def build_train_loader(
@@ -105,46 +126,31 @@ def build_train_loader(
     for_teacher: bool = True,
     all_ranks: bool = False,
 ) -> TrainLoader:
-    """This process's training views; `alone`: those of all processes.
+    """Return the loader of this process's training views, or with `all_ranks` of all processes'.
 
-    teacher_size: as in `image_sizes`. for_teacher: whether batches carry what the teacher sees.
+    teacher_size: from `teacher_input_size`. for_teacher: whether batches hold the teachers' images.
     Raises ConfigError and DataError as TrainLoader does.
     """
-    facts, images = model_info_from(config, splits), splits.train
+    views, images = config.views, splits.train
+    sizes = image_sizes(
+        images,
+        student_size=config.student.image_size,
+        teacher_size=teacher_size,
+        data_size=config.data.image_size,
+        crop=views.crop,
+    )
     return TrainLoader(
         images,
         len(splits.class_names),
-        views=config.views,
+        views=views,
         optim=config.optim,
-        sizes=image_sizes(config, images, teacher_size),
-        colours=ChannelStats(facts.mean, facts.std),
+        sizes=sizes,
+        colours=ChannelStats(views.mean or splits.mean, views.std or splits.std),
         seed=config.views_seed,
         process=0 if all_ranks else accelerator.process_index,
         num_processes=1 if all_ranks else accelerator.num_processes,
         device=accelerator.device,
-        workers=worker_count(config.data),
+        workers=worker_count(config.data.num_workers),
         square=config.data.image_size,
         for_teacher=for_teacher,
-    )
-
-
-def build_teacher_ensemble(
-    config: Config,
-    splits: Splits,
-    voices: list[TeacherFn],
-    *,
-    weights: tuple[float, ...],
-    full_logits: bool = False,
-) -> TeacherEnsemble | None:
-    """The teachers as one call; None without any. weights: one a voice. whole: with logits at
-    temperature 1, as a store keeps them, whatever the objective needs."""
-    if not voices:
-        return None
-    return TeacherEnsemble(
-        voices,
-        weights=weights,
-        mode=config.teacher.combine,
-        temperature=1.0 if full_logits else config.loss.temperature,
-        needs_logits=full_logits or needs_logits(config.loss),
-        name=splits.train.name,
     )

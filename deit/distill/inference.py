@@ -1,4 +1,4 @@
-"""A model's answers on a whole split, in its order, whatever the number of processes."""
+"""A model's outputs on a whole split, in its order, for any number of processes."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor, nn
 
-from deit.config.schema import Config
+from deit.config.schema import EvalSettings
 from deit.core.console import progress
 from deit.core.errors import DataError
 from deit.core.fault_injection import fault_point
@@ -24,54 +24,55 @@ def predict_split(
     accelerator: Accelerator,
     model: nn.Module,
     images: InMemoryImages | EncodedImages,
-    config: Config,
+    settings: EvalSettings,
     title: str,
     *,
     size: int | None = None,
     interruption: GracefulStop | None = None,
 ) -> StudentOutput:
-    """A model's answers on the evaluation views of a split, on the CPU, float32.
+    """Return a model's logits for the evaluation views of a split, float32 [N, ..., C] on the CPU.
 
-    Raises DataError with fewer images than processes.
-    title: what the progress bar says. size: side [px] of what it is shown; None: the student's.
-    interruption: asked before each batch that all processes have, equally often in all of them.
+    title: of the progress bar. size: side of the model's images [px]; default: the student's.
+    interruption: checked before each batch that all processes have, equally often in each.
+    Raises DataError if there are fewer images than processes.
     """
-    number = len(images.labels)
-    if number < accelerator.num_processes:
-        raise DataError(f"{title}: {number} images are fewer than the processes")
-    mine = torch.arange(accelerator.process_index, number, accelerator.num_processes)
-    chunks = mine.split(config.run.eval_batch_size)
-    views = evaluation_batches(images, chunks, config, device=accelerator.device, size=size)
+    num_images = len(images.labels)
+    if num_images < accelerator.num_processes:
+        raise DataError(f"{title}: {num_images} images are fewer than the processes")
+    indices = torch.arange(accelerator.process_index, num_images, accelerator.num_processes)
+    chunks = indices.split(settings.batch_size)
+    views = evaluation_batches(images, chunks, settings, device=accelerator.device, size=size)
     if interruption is not None:
         views = interruption.iterate(views)
-    common = number // accelerator.num_processes // config.run.eval_batch_size
+    num_common = num_images // accelerator.num_processes // settings.batch_size
 
-    def watched() -> Iterator[Tensor]:
-        for index, part in enumerate(progress(views, total=len(chunks), title=title)):
+    def with_progress() -> Iterator[Tensor]:
+        for index, batch in enumerate(progress(views, total=len(chunks), title=title)):
             fault_point("evaluation")
-            if interruption is not None and index < common:
+            if interruption is not None and index < num_common:
                 interruption.raise_if_stopped()
-            yield part
+            yield batch
 
-    return predict(accelerator, model, watched(), number)
+    return predict(accelerator, model, with_progress(), num_images)
 
 
 def evaluation_batches(
     images: InMemoryImages | EncodedImages,
     chunks: tuple[Tensor, ...],
-    config: Config,
+    settings: EvalSettings,
     *,
     device: torch.device,
     size: int | None = None,
 ) -> Iterator[Tensor]:
-    """The evaluation views of the images of each chunk, float32 [images, 3, size, size] in [0, 1].
+    """Yield the evaluation views of each chunk, float32 [B, 3, size, size] in [0, 1].
 
-    chunks: int64, the places of images in their split. size: as in `predict_split`.
+    chunks: int64 [B], indices of images in their split. size: side of the views [px]; default: the
+    student's.
     """
-    size = size or config.student.image_size
-    crop = config.views.eval_crop_pct
-    for part in _pixels(images, chunks, round(size / crop), device, config):
-        yield evaluation_views(part, size=size, crop=crop)
+    size = size or settings.image_size
+    resized = round(size / settings.crop_pct)
+    for pixels in _pixels(images, chunks, resized, device, settings.num_workers):
+        yield evaluation_views(pixels, size=size, crop=settings.crop_pct)
 
 
 def _pixels(
@@ -79,28 +80,30 @@ def _pixels(
     chunks: tuple[Tensor, ...],
     size: int,
     device: torch.device,
-    config: Config,
+    num_workers: int | None,
 ) -> Iterator[Tensor]:
-    """The images of each chunk, on the device; encoded ones are read ahead as squares of `size`."""
+    """Yield the images of each chunk on the device; files are decoded ahead as `size` squares."""
     if isinstance(images, InMemoryImages):
         yield from (images.pixels[chunk].to(device) for chunk in chunks)
         return
-    workers = min(worker_count(config.data), len(chunks))
-    wanted = [ReadRequest(0, chunk, torch.zeros_like(chunk)) for chunk in chunks]
+    workers = min(worker_count(num_workers), len(chunks))
+    requests = [ReadRequest(0, chunk, torch.zeros_like(chunk)) for chunk in chunks]
     pin = device.type == "cuda"
     with Reader(images, (CenterSquare(size),), workers=workers, pin=pin) as reader:
-        yield from (read.pixels[0].to(device, non_blocking=True) for read in reader.read(wanted))
+        for result in reader.read(requests):
+            yield result.pixels[0].to(device, non_blocking=True)
 
 
 @torch.no_grad()
 def predict(
-    accelerator: Accelerator, model: nn.Module, batches: Iterator[Tensor], number: int
+    accelerator: Accelerator, model: nn.Module, batches: Iterator[Tensor], num_images: int
 ) -> StudentOutput:
-    """The model's answers for a whole split, in its order, on the CPU of every process.
+    """Return a model's logits for a whole split, in its order, on the CPU of every process.
 
-    batches: this process's images, in [0, 1]: samples process, process + processes, ... of the
-    split, so that each is answered exactly once. number: samples in the split. A model that returns
-    logits instead of StudentOutput gives StudentOutput with class_logits alone."""
+    batches: this process's images in [0, 1]: images rank, rank + processes, ... of the split.
+    num_images: of the split. A model that returns one tensor gives StudentOutput with class_logits
+    only.
+    """
     # Unwrapped: DDP exchanges buffers at every forward, and processes may differ in their number.
     model = accelerator.unwrap_model(model).eval()
     parts: list[StudentOutput] = []
@@ -109,25 +112,25 @@ def predict(
             if model._compiled_call_impl is not None:
                 torch.compiler.cudagraph_mark_step_begin()
             with accelerator.autocast():
-                answer = model(images)
-            heads = answer if isinstance(answer, StudentOutput) else StudentOutput(answer)
-            # Copies: a CUDA graph's answers lie where the next ones will.
+                output = model(images)
+            heads = output if isinstance(output, StudentOutput) else StudentOutput(output)
+            # Copied, because a CUDA graph writes its next outputs into the same memory.
             parts.append(StudentOutput(*(None if head is None else head.clone() for head in heads)))
     if any(part.distillation_logits is not None for part in parts):
         return StudentOutput(
-            *(_gathered(accelerator, list(heads), number) for heads in zip(*parts))
+            *(_gathered(accelerator, list(heads), num_images) for heads in zip(*parts))
         )
-    return StudentOutput(_gathered(accelerator, [part.class_logits for part in parts], number))
+    return StudentOutput(_gathered(accelerator, [part.class_logits for part in parts], num_images))
 
 
-def _gathered(accelerator: Accelerator, parts: list[Tensor], number: int) -> Tensor:
-    """Rows of all processes in the order of the split, float32 [number, ..., classes]."""
+def _gathered(accelerator: Accelerator, parts: list[Tensor], num_images: int) -> Tensor:
+    """Return the rows of all processes in the order of the split, float32 [N, ..., C]."""
     rows = torch.cat(parts).float()
     processes = accelerator.num_processes
-    longest = -(-number // processes)
+    longest = -(-num_images // processes)
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: len(rows)] = rows
-    everyone = accelerator.gather(padded)
-    # Row r of process p is sample r * processes + p; the padding ends up behind the last sample.
-    ordered = rearrange(everyone, "(process row) ... -> (row process) ...", process=processes)
-    return ordered[:number].cpu()
+    gathered = accelerator.gather(padded)
+    # Row r of process p is image r * processes + p; the padding ends up behind the last image.
+    ordered = rearrange(gathered, "(process row) ... -> (row process) ...", process=processes)
+    return ordered[:num_images].cpu()

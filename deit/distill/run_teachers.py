@@ -1,6 +1,5 @@
-"""The teachers of a run: networks and stores, brought together, checked, and heard as one panel."""
+"""The teachers of a run, live or stored: open, load, combine and check them."""
 
-import dataclasses
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config.schema import Config, TeacherConfig
+from deit.config.data_section import DataConfig
+from deit.config.schema import EvalSettings, LossConfig, TeacherConfig
 from deit.config.teachers import TeacherSlot, teacher_slots
 from deit.core.accelerator import in_main_process
 from deit.core.console import count_noun, format_percent, info, warn
@@ -16,20 +16,9 @@ from deit.core.errors import NotFoundError
 from deit.datasets.listing import check_root
 from deit.datasets.loader import TeacherInput, TrainLoader
 from deit.datasets.splits import Splits
-from deit.distill.build import (
-    build_online_ensemble,
-    build_teacher,
-    build_teacher_ensemble,
-    build_train_loader,
-    teacher_input_size,
-)
-from deit.distill.target_checks import (
-    StoreCheck,
-    open_stores,
-    stored_epochs,
-    teacher_query,
-    verify_store,
-)
+from deit.distill.build import build_online_ensemble, build_teacher, teacher_input_size
+from deit.distill.losses import needs_logits
+from deit.distill.target_checks import StoreCheck, open_stores, teacher_query, verify_store
 from deit.distill.target_store import TargetStore
 from deit.distill.teacher_check import check_teachers
 from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble, TeacherFn
@@ -37,12 +26,17 @@ from deit.models.teacher_sources import resolve_source
 from deit.models.teachers import Teacher
 from deit.models.weight_files import digest_of
 
+_LAYOUTS = {"folder": "CLASS/IMAGE", "shards": "*.tar"}
 
-def check_inputs(teachers: Iterable[str], config: Config) -> None:
-    """Refuse teachers and images that are not there, all in one message. Raises NotFoundError."""
-    checks = [partial(resolve_source, source) for source in teachers]
-    if (layout := _LAYOUTS.get(config.data.source)) is not None:
-        checks.append(partial(check_root, Path(config.data.root), layout))
+
+def check_inputs(sources: Iterable[str | None], data: DataConfig) -> None:
+    """Check that teachers and images exist. Raises NotFoundError with all that are missing.
+
+    sources: teacher.source of each teacher to check.
+    """
+    checks = [partial(resolve_source, source) for source in sources if source is not None]
+    if (layout := _LAYOUTS.get(data.source)) is not None:
+        checks.append(partial(check_root, Path(data.root), layout))
     problems = []
     for check in checks:
         try:
@@ -53,190 +47,211 @@ def check_inputs(teachers: Iterable[str], config: Config) -> None:
         raise NotFoundError("\n  ".join(problems))
 
 
-_LAYOUTS = {"folder": "CLASS/IMAGE", "shards": "*.tar"}
-
-
 class RunTeachers:
-    """The teachers of a configuration; empty where its objective has none.
+    """The teachers of a configuration; none if its loss has no teacher term.
 
-    seats, stores and teachers go side by side: a store is None for a teacher that answers itself;
-    teachers are empty where only the store is here.
+    `slots`, `stores` and `teachers` have one entry for each slot. A store is None for a live
+    teacher; the list of teachers is empty if only their store is available.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Open the stores and find the teachers, before any image is read. Raises DataError,
-        CheckpointError and ConfigError where one of them is not what it should be."""
+    def __init__(self, config: TeacherConfig, loss: LossConfig) -> None:
+        """Open the stores. Raises DataError, CheckpointError and ConfigError as `open_stores`."""
         self.config = config
-        self.stores: list[TargetStore | None] = open_stores(config)
-        self.seats: tuple[TeacherSlot, ...] = teacher_slots(config.teacher) if self.stores else ()
+        self.loss = loss
+        self.stores: list[TargetStore | None] = open_stores(config, loss)
+        self.slots: tuple[TeacherSlot, ...] = teacher_slots(config) if self.stores else ()
         self.teachers: list[list[Teacher]] = []
-        pairs = zip(self.seats, self.stores)
-        check_inputs([seat.members[0].source for seat, store in pairs if store is None], config)
+
+    @property
+    def live_sources(self) -> list[str | None]:
+        """The sources of the teachers without a store."""
+        return [
+            slot.members[0].source for slot, store in zip(self.slots, self.stores) if store is None
+        ]
 
     @property
     def num_stored_epochs(self) -> int | None:
-        """How many epochs of views have answers; None where that sets no limit."""
-        return stored_epochs(self.config, self.stores)
+        """The smallest number of epochs in a store; None without stores."""
+        return min((store.layout.epochs for store in self._open), default=None)
 
     @property
     def digests(self) -> list[str]:
-        """Of the stores: a resumed run goes on with the same."""
-        return [store.digest for store in self.stores if store is not None]
+        """Digests of the stores."""
+        return [store.digest for store in self._open]
 
     @property
     def weight_digests(self) -> list[str]:
-        """Digests of the teachers of each seat, "" where none of them is here."""
+        """Digests of the teachers' weights for each slot, "" if they are not available."""
         return [digest_of_teachers(teachers) if teachers else "" for teachers in self.teachers]
 
     @property
-    def answering(self) -> list[Teacher]:
-        """The networks that answer in training: those without a store."""
-        some = zip(self.stores, self.teachers)
-        return [one for store, teachers in some if store is None for one in teachers]
+    def live(self) -> list[Teacher]:
+        """The networks that run in training: those without a store."""
+        pairs = zip(self.stores, self.teachers)
+        return [one for store, teachers in pairs if store is None for one in teachers]
 
     @property
     def class_orders(self) -> list[str]:
-        """How the answers of each teacher that is here were matched to the data's classes."""
+        """How the outputs of each loaded teacher were matched to the data's classes."""
         return [f"{one.description}: {one.class_order}" for some in self.teachers for one in some]
 
-    def load(
-        self, splits: Splits, accelerator: Accelerator
-    ) -> tuple[TrainLoader, TeacherEnsemble | None]:
-        """Load the networks; the views they and the student see, and what they say of them."""
-        self.teachers = [
-            self._load_slot(seat, store, splits, accelerator)
-            for seat, store in zip(self.seats, self.stores)
-        ]
+    @property
+    def input_size(self) -> int | None:
+        """The side [px] at which the teachers see images; None if any will do."""
         sizes: list[int | None] = []
-        voices: list[TeacherFn] = []
         for teachers, store in zip(self.teachers, self.stores):
-            sizes += store.input_sizes if store is not None else [teachers[0].image_size]
-            voices.append(store if store is not None else OnlineTeacher(teachers[0], accelerator))
-        loader = build_train_loader(
-            self.config,
-            splits,
-            accelerator,
-            teacher_size=teacher_input_size(sizes),
-            for_teacher=None in self.stores,
-        )
-        weights = tuple(seat.weight for seat in self.seats)
-        return loader, build_teacher_ensemble(self.config, splits, voices, weights=weights)
+            sizes += [teachers[0].image_size] if store is None else store.input_sizes
+        return teacher_input_size(sizes)
+
+    @property
+    def _open(self) -> list[TargetStore]:
+        return [store for store in self.stores if store is not None]
+
+    def load(self, class_names: tuple[str, ...], image_size: int, accelerator: Accelerator) -> None:
+        """Load the networks; one with a store can be missing. Raises as `load_teacher`.
+
+        image_size: side of the student's images [px].
+        """
+        self.teachers = [
+            self._load_slot(slot, store, class_names, image_size, accelerator)
+            for slot, store in zip(self.slots, self.stores)
+        ]
 
     def _load_slot(
-        self, seat: TeacherSlot, store: TargetStore | None, splits: Splits, accelerator: Accelerator
+        self,
+        slot: TeacherSlot,
+        store: TargetStore | None,
+        class_names: tuple[str, ...],
+        image_size: int,
+        accelerator: Accelerator,
     ) -> list[Teacher]:
-        """The networks of a seat. Beside a store they need not be here: its answers speak."""
         try:
-            if store is not None and None in (one.source for one in seat.members):
+            if store is not None and None in (spec.source for spec in slot.members):
                 return []
-            teachers = [
-                build_teacher(one, self.config, splits, accelerator) for one in seat.members
+            return [
+                build_teacher(spec, class_names, image_size, accelerator) for spec in slot.members
             ]
         except NotFoundError as error:
             if store is None:
                 raise
-            warn(f"beside its stored targets, the teacher is left out: {error}")
+            warn(f"the teacher is not available, only its stored targets are used: {error}")
             return []
-        return teachers
 
-    def check(self, splits: Splits, accelerator: Accelerator, loader: TrainLoader) -> Tensor | None:
-        """Hold every store against data, views and teacher, and measure the teachers; afterwards
-        those with a store are let go, to free their memory.
-
-        Returns what they answer on the validation split together, int64 [number]; None unless all
-        of them are here. Raises DataError and CheckpointError.
-        """
-        for seat, teachers, store in zip(self.seats, self.teachers, self.stores):
-            if store is not None:
-                _check_sums(store, accelerator)
-                self._check_store(seat, teachers, store, splits, accelerator, loader)
-        here = [
-            (teacher, one.weight)
-            for seat, teachers in zip(self.seats, self.teachers)
-            for teacher, one in zip(teachers, seat.members)
+    def ensemble(self, splits: Splits, accelerator: Accelerator) -> TeacherEnsemble | None:
+        """Return networks and stores as one call, None without any."""
+        if not self.slots:
+            return None
+        members: list[TeacherFn] = [
+            OnlineTeacher(teachers[0], accelerator) if store is None else store
+            for teachers, store in zip(self.teachers, self.stores)
         ]
-        answers = None
-        if here:
-            networks, weights = zip(*here)
-            size = loader.sizes.teacher
-            answers = check_teachers(
-                self.config, splits, accelerator, list(networks), weights=weights, size=size
-            )
-        stores = [store for store in self.stores if store is not None]
+        return TeacherEnsemble(
+            members,
+            weights=tuple(slot.weight for slot in self.slots),
+            mode=self.config.combine,
+            temperature=self.loss.temperature,
+            needs_logits=needs_logits(self.loss),
+            name=splits.train.name,
+        )
 
-        def watch(shown: TeacherInput) -> None:
-            for store in stores:
-                store.check_batch(shown)
-
-        loader.on_teacher_input = watch if stores else None
-        everyone = all(self.teachers)
-        self.teachers = [
-            teachers if store is None else [] for teachers, store in zip(self.teachers, self.stores)
-        ]
-        loader.close()  # workers: those that read what only the teachers look at
-        return answers if everyone else None
-
-    def _check_store(
+    def check(
         self,
-        seat: TeacherSlot,
-        teachers: list[Teacher],
-        store: TargetStore,
         splits: Splits,
         accelerator: Accelerator,
         loader: TrainLoader,
-    ) -> None:
-        config = self.config
-        if len(seat.members) < len(config.teacher.source):
-            # One of several: what its store holds is what it says by itself.
-            source = tuple(one.source for one in seat.members if one.source is not None)
-            config = dataclasses.replace(config, teacher=TeacherConfig(source=source))
-        answer = None
-        if teachers:
-            answer = teacher_query(
-                config, loader, build_online_ensemble(config, splits, teachers, accelerator)
-            )
-        checked = verify_store(
-            store, config, splits, loader, teachers=teachers or None, answer=answer
-        )
-        self._announce(store, checked, accelerator)
+        evaluation: EvalSettings,
+    ) -> Tensor | None:
+        """Verify every store and measure the teachers, then free those that have a store.
 
-    def _announce(self, store: TargetStore, checked: StoreCheck, accelerator: Accelerator) -> None:
-        layout = store.layout
-        epochs = count_noun(layout.epochs, "epoch")
-        said = [f"{layout.content} answers of {epochs}", *store.provenance["teachers"]]
-        if checked.num_queried:
-            share = format_percent(checked.num_agreed / checked.num_queried)
-            said.append(f"{share} % of {checked.num_queried} asked anew are as stored")
-        else:
-            said.append("taken on trust, for the teacher itself is not here")
-        precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-        if store.query["precision"] != precision:
-            said.append(f"asked in {store.query['precision']}, this run is in {precision}")
-        info(f"targets   {store.path}: {'; '.join(said)}")
-        trained, limit = self.config.optim.epochs, self.num_stored_epochs
-        if limit is not None and layout.epochs == limit < trained:
-            info(
-                f"targets   {trained} epochs are trained on the views of {limit}, over and over: "
-                "an approximation, for each view comes back"
+        Training checks one view of each epoch against the stores from then on.
+        Returns the classes that the ensemble predicts on the validation split, int64 [N]; None if
+        some teacher is not available. Raises DataError and CheckpointError.
+        """
+        for teachers, store in zip(self.teachers, self.stores):
+            if store is not None:
+                _verify_checksums(store, accelerator)
+                checked = self._verify(store, teachers, splits, accelerator, loader)
+                _log_store(store, checked, accelerator)
+        loaded = [
+            (teacher, spec.weight)
+            for slot, teachers in zip(self.slots, self.teachers)
+            for teacher, spec in zip(teachers, slot.members)
+        ]
+        predictions = None
+        if loaded:
+            networks, weights = zip(*loaded)
+            predictions = check_teachers(
+                list(networks),
+                self.config,
+                splits,
+                accelerator,
+                evaluation,
+                weights=weights,
+                size=loader.sizes.teacher,
             )
+        stores = self._open
+
+        def check_views(block: TeacherInput) -> None:
+            for store in stores:
+                store.check_batch(block)
+
+        loader.on_teacher_input = check_views if stores else None
+        all_loaded = all(self.teachers)
+        self.teachers = [
+            teachers if store is None else [] for teachers, store in zip(self.teachers, self.stores)
+        ]
+        loader.close()  # the workers that decoded the teachers' images only
+        return predictions if all_loaded else None
+
+    def _verify(
+        self,
+        store: TargetStore,
+        teachers: list[Teacher],
+        splits: Splits,
+        accelerator: Accelerator,
+        loader: TrainLoader,
+    ) -> StoreCheck:
+        query = None
+        if teachers:
+            ensemble = build_online_ensemble(teachers, self.config, splits, accelerator)
+            query = teacher_query(loader, ensemble)
+        return verify_store(
+            store, splits, loader, self.config, teachers=teachers or None, query=query
+        )
+
+
+def _log_store(store: TargetStore, checked: StoreCheck, accelerator: Accelerator) -> None:
+    """Log what a store holds and how far it was checked."""
+    layout = store.layout
+    epochs = count_noun(layout.epochs, "epoch")
+    parts = [f"{layout.content} targets of {epochs}", *store.provenance["teachers"]]
+    if checked.num_queried:
+        share = format_percent(checked.num_agreed / checked.num_queried)
+        parts.append(f"{share} % of {checked.num_queried} recomputed outputs agree")
+    else:
+        parts.append("outputs not spot-checked: the teacher is not available")
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    if store.query["precision"] != precision:
+        parts.append(f"written in {store.query['precision']}, this run uses {precision}")
+    info(f"targets   {store.path}: {'; '.join(parts)}")
 
 
 def digest_of_teachers(teachers: list[Teacher]) -> str:
-    """SHA-256 over all their weights, by place and name."""
+    """Return the SHA-256 over all weights of the teachers, by position and name."""
     return digest_of(
         {
-            f"{place}.{name}": value
-            for place, teacher in enumerate(teachers)
+            f"{index}.{name}": value
+            for index, teacher in enumerate(teachers)
             for name, value in teacher.state_dict().items()
         }
     )
 
 
-def _check_sums(store: TargetStore, accelerator: Accelerator) -> None:
-    """Read the store whole, in one process; all go on together, or none. Raises CheckpointError."""
+def _verify_checksums(store: TargetStore, accelerator: Accelerator) -> None:
+    """Read the whole store in the main process. Raises CheckpointError in all processes."""
 
-    def check() -> int:
+    def verify() -> int:
         store.verify_checksums()
         return 0
 
-    in_main_process(accelerator, check, f"teacher.target_stores {store.path}")
+    in_main_process(accelerator, verify, f"teacher.target_stores {store.path}")

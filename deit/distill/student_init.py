@@ -1,4 +1,4 @@
-"""Initial weights of a student: found, fitted to its network, and what they decide."""
+"""Initial weights of a student: load them, adapt them to its network, and apply their masks."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from deit.config.schema import Config
+from deit.config.student_section import InitConfig, StudentConfig
 from deit.core.errors import CheckpointError, first_line, raise_transient
 from deit.models.adapt_weights import LoadedWeights, adapt_weights
 from deit.models.load_weights import load_weights_from
@@ -14,107 +15,116 @@ from deit.models.surgery.pruning_masks import Masks, apply, check_fits, read_mas
 from deit.models.weight_files import digest_of, load_weights
 
 
-def load_init_weights(config: Config) -> LoadedWeights | None:
-    """The weights a configuration starts from; None: random ones. Raises CheckpointError."""
-    return None if config.init.weights is None else load_weights_from(config.init.weights)
+def load_init_weights(init: InitConfig) -> LoadedWeights | None:
+    """Return the initial weights; None if the student starts at random. Raises CheckpointError."""
+    return None if init.weights is None else load_weights_from(init.weights)
 
 
-def with_init_normalization(config: Config, found: LoadedWeights | None) -> Config:
-    """The configuration with the normalisation its start was trained with, unless it says one."""
-    if found is None or config.views.mean is not None or found.mean is None or found.std is None:
+def with_init_normalization(config: Config, loaded: LoadedWeights | None) -> Config:
+    """Return the configuration with the normalization of its initial weights, if it sets none."""
+    if config.views.mean is not None or loaded is None or None in (loaded.mean, loaded.std):
         return config
-    return config.replace(views={"mean": found.mean, "std": found.std})
+    return config.replace(views={"mean": loaded.mean, "std": loaded.std})
 
 
 def init_student(
-    network: nn.Module, found: LoadedWeights, config: Config, facts: ModelInfo
+    network: nn.Module, loaded: LoadedWeights, init: InitConfig, info: ModelInfo
 ) -> dict[str, Any]:
-    """Put the weights a student starts from into its network; what was done to fit them.
+    """Copy initial weights into the student's network; return a report of how they were adapted.
 
-    Raises CheckpointError listing the first ten differences, before any is copied.
+    Raises CheckpointError with the first ten differences, before anything is copied.
     """
     try:
-        fitted = adapt_weights(found, network, facts.class_names, config.init)
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:  # shapes of unknown make
-        raise_transient(error, f"init.weights {config.init.weights}")
+        adapted = adapt_weights(loaded, network, info.class_names, init)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:  # shapes of unknown origin
+        raise_transient(error, f"init.weights {init.weights}")
         raise CheckpointError(
-            f"init.weights {config.init.weights}: made for another network ({first_line(error)})"
+            f"init.weights {init.weights}: made for another network ({first_line(error)})"
         ) from None
-    load_weights(network, fitted.weights, origin=f"init.weights {config.init.weights}")
-    notes = list(fitted.notes)
-    heads = config.student.heads if config.student.is_transformer else None
-    if heads is not None and found.heads_known and found.student is not None:
-        theirs = found.student.heads
-        if theirs != heads:
-            raise CheckpointError(
-                f"init.weights {config.init.weights}: was trained with {theirs} attention heads, "
-                f"the student has {heads}; give --student.num_heads {theirs}"
-            )
-    elif heads is not None:
-        notes.append(
-            f"its attention heads leave no trace in the weights: {heads} are taken "
-            "(--student.num_heads)"
-        )
-    _check_scale(found, config)
-    if found.mean is None or found.std is None:
-        notes.append(
-            f"its normalisation is not told; {_shown(facts.mean)} and {_shown(facts.std)} are "
-            "taken (--views.mean, .std)"
-        )
-    colours = ((found.mean, facts.mean), (found.std, facts.std))
-    if any(theirs is not None and not _close(theirs, ours) for theirs, ours in colours):
-        notes.append(
-            f"it was trained with mean {_shown(found.mean)} and std {_shown(found.std)}, this run "
-            f"normalises with {_shown(facts.mean)} and {_shown(facts.std)} (--views.mean, .std)"
-        )
+    load_weights(network, adapted.weights, origin=f"init.weights {init.weights}")
+    notes = [*adapted.notes, *_check_heads(loaded, init, info.student)]
+    _check_adapter_scale(loaded, init, info.student)
     return {
-        "source": config.init.weights,
-        "found": found.description,
-        "weights": digest_of(found.weights),
-        "notes": notes,
+        "source": init.weights,
+        "found": loaded.description,
+        "weights": digest_of(loaded.weights),
+        "notes": [*notes, *_normalization_notes(loaded, info)],
     }
 
 
-def _check_scale(found: LoadedWeights, config: Config) -> None:
-    """Refuse trained adapters under another scale, which leaves no trace in their shapes either.
-    Raises CheckpointError."""
-    own = config.student
-    if found.student is None or "none" in (found.student.adapters, own.adapters):
-        return
-    theirs = found.student.adapter_scale
-    if theirs != own.adapter_scale:
-        raise CheckpointError(
-            f"init.weights {config.init.weights}: its adapters were trained with scale {theirs}, "
-            f"the student's have {own.adapter_scale}; give --student.adapter_scale {theirs}"
-        )
+def _check_heads(loaded: LoadedWeights, init: InitConfig, student: StudentConfig) -> list[str]:
+    """Compare the numbers of attention heads, which do not show in the shapes of weights.
 
-
-def init_masks(config: Config, found: LoadedWeights | None, network: nn.Module) -> Masks | None:
-    """The masks a student is trained under, its weights masked; None for a dense one, and for a
-    resumed run, whose checkpoint has them. Raises CheckpointError.
-
-    found: what the student starts from, whose masks go on unless the configuration says otherwise.
+    Returns a note if the weights do not state theirs. Raises CheckpointError if they differ.
     """
-    said = config.init.pruning_masks
-    if said == "none" or config.optim.trainable == "adapters":  # what is masked is not trained
-        return None
-    origin = f"init.pruning_masks {said}"
-    if said == "keep":
-        masks, origin = (
-            None if found is None else found.masks,
-            f"init.weights {config.init.weights}",
+    num_heads = student.heads if student.is_transformer else None
+    if num_heads is None:
+        return []
+    if not loaded.heads_known or loaded.student is None:
+        return [
+            "its weights do not state the number of attention heads; using the student's, "
+            f"{num_heads} (--student.num_heads)"
+        ]
+    if loaded.student.heads != num_heads:
+        raise CheckpointError(
+            f"init.weights {init.weights}: was trained with {loaded.student.heads} attention "
+            f"heads, the student has {num_heads}; give --student.num_heads {loaded.student.heads}"
         )
+    return []
+
+
+def _check_adapter_scale(loaded: LoadedWeights, init: InitConfig, student: StudentConfig) -> None:
+    """Raise CheckpointError if adapters were trained at another scale, which no shape shows."""
+    if loaded.student is None or "none" in (loaded.student.adapters, student.adapters):
+        return
+    scale = loaded.student.adapter_scale
+    if scale != student.adapter_scale:
+        raise CheckpointError(
+            f"init.weights {init.weights}: its adapters were trained with scale {scale}, "
+            f"the student's have {student.adapter_scale}; give --student.adapter_scale {scale}"
+        )
+
+
+def _normalization_notes(loaded: LoadedWeights, info: ModelInfo) -> list[str]:
+    """Return notes on the normalization of the weights: unknown, or not this run's."""
+    notes = []
+    if loaded.mean is None or loaded.std is None:
+        notes.append(
+            f"its normalization is unknown; using mean {_format(info.mean)} and std "
+            f"{_format(info.std)} (--views.mean, --views.std)"
+        )
+    pairs = ((loaded.mean, info.mean), (loaded.std, info.std))
+    if any(before is not None and not _is_close(before, now) for before, now in pairs):
+        notes.append(
+            f"it was trained with mean {_format(loaded.mean)} and std {_format(loaded.std)}; this "
+            f"run uses {_format(info.mean)} and {_format(info.std)} (--views.mean, --views.std)"
+        )
+    return notes
+
+
+def init_masks(init: InitConfig, loaded: LoadedWeights | None, network: nn.Module) -> Masks | None:
+    """Return the pruning masks a student trains under and mask its weights; None if it is dense.
+
+    loaded: the initial weights, whose masks are kept unless the configuration says otherwise.
+    Raises CheckpointError.
+    """
+    if init.pruning_masks == "none":
+        return None
+    if init.pruning_masks == "keep":
+        origin = f"init.weights {init.weights}"
+        masks = None if loaded is None else loaded.masks
     else:
-        masks = read_masks(Path(said).expanduser())
+        origin = f"init.pruning_masks {init.pruning_masks}"
+        masks = read_masks(Path(init.pruning_masks).expanduser())
     if masks is not None:
         check_fits(masks, network, origin=origin)
         apply(masks, network)
     return masks
 
 
-def _close(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return all(abs(a - b) < 1e-3 for a, b in zip(one, other))
+def _is_close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return all(abs(x - y) < 1e-3 for x, y in zip(a, b))
 
 
-def _shown(values: tuple[float, ...] | None) -> str:
+def _format(values: tuple[float, ...] | None) -> str:
     return "?" if values is None else ",".join(f"{value:.3g}" for value in values)

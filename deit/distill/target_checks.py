@@ -1,4 +1,4 @@
-"""Stored answers in a run: opened before the work, held against data, views and teacher."""
+"""Target stores of a run: open them, check what they hold, and verify views and teacher outputs."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deit.config.schema import Config
+from deit.config.schema import LossConfig, TeacherConfig
 from deit.config.teachers import teacher_slots
 from deit.core.errors import ConfigError, DataError
 from deit.core.tensors import evenly_spaced
@@ -22,107 +22,99 @@ from deit.distill.teacher_ensemble import TeacherEnsemble
 from deit.models.teachers import Teacher
 
 TeacherQuery = Callable[[TeacherInput], TeacherOutput]
-# Before training: places looked at, spread over all epochs, and answers asked at each of them.
+# Before training: number of canaries, spread over all epochs, and outputs recomputed at each.
 _CHECKS = (16, 32)
-_CHECKS_WITH_CROPS = (4, 2)  # each asks for teacher_crops answers
+_CHECKS_WITH_CROPS = (4, 2)  # each takes teacher_num_crops forward passes
 _AGREEMENT = 0.995
 _VARIATION = 0.01
-_TIE_MARGIN = 0.1  # two answers so close in log-probability may change places by rounding
+_TIE_MARGIN = 0.1  # labels this close in log-probability can change places by rounding
 
 
-def open_stores(config: Config) -> list[TargetStore | None]:
-    """The store of each seat, None for a teacher that answers itself.
+def open_stores(teacher: TeacherConfig, loss: LossConfig) -> list[TargetStore | None]:
+    """Return the store of each teacher slot, None for a live teacher.
 
-    Raises DataError and CheckpointError where a store is not there, not complete or damaged, and
-    ConfigError where its records are not what the objective needs.
+    Raises DataError or CheckpointError if a store is missing, incomplete or damaged, and
+    ConfigError if it does not hold what the loss needs.
     """
-    if config.loss.kind == "none":
+    if loss.kind == "none":
         return []
-    found: list[TargetStore | None] = []
-    for seat in teacher_slots(config.teacher):
-        store = (
-            None if seat.target_store is None else open_store(Path(seat.target_store).expanduser())
-        )
-        if store is not None:
-            where = f"teacher.target_stores {store.path}"
-            check_records(
-                store.layout.content, config, store.fingerprint.get("combine"), where=where
-            )
-        found.append(store)
-    return found
+    stores: list[TargetStore | None] = []
+    for slot in teacher_slots(teacher):
+        if slot.target_store is None:
+            stores.append(None)
+            continue
+        store = open_store(Path(slot.target_store).expanduser())
+        where = f"teacher.target_stores {store.path}"
+        combine = store.fingerprint.get("combine")
+        check_content(store.layout.content, teacher, loss, combine=combine, where=where)
+        stores.append(store)
+    return stores
 
 
-def check_records(records: str, config: Config, combine: str | None, *, where: str) -> None:
-    """Whether the objective can be had from these records. Raises ConfigError.
+def check_content(
+    content: str, teacher: TeacherConfig, loss: LossConfig, *, combine: str | None, where: str
+) -> None:
+    """Raise ConfigError if a loss cannot be computed from what a store holds.
 
-    records: hard, full or top-K. combine: how the answers in the store were combined; None: they
-    are one teacher's.
+    content: hard, full or top-K. combine: how the stored outputs of several teachers were combined;
+    None for those of one teacher. where: how the message begins.
     """
-    loss = config.loss
-    averaged = len(teacher_slots(config.teacher)) > 1 and config.teacher.combine != "tokens"
-    if records == "hard" and (needs_logits(loss) or averaged):
-        wanted = f"loss.kind {loss.kind!r}"
-        instead = "the objective they are for (--loss deit-hard)"
+    averaged = len(teacher_slots(teacher)) > 1 and teacher.combine != "tokens"
+    if content == "hard" and (needs_logits(loss) or averaged):
+        consumer = f"loss.kind {loss.kind!r}"
+        alternative = "use the loss for hard labels (--loss deit-hard)"
         if averaged:
-            wanted = f"a mean of several teachers (teacher.combine {config.teacher.combine!r})"
-            instead = "--teacher.combine tokens, a token for each"
+            consumer = f"a mean of several teachers (teacher.combine {teacher.combine!r})"
+            alternative = "give each teacher a token (--teacher.combine tokens)"
         raise ConfigError(
-            f"{where}: holds hard labels, {wanted} needs probabilities; write a store with "
-            f"--content full, or give {instead}"
+            f"{where}: holds hard labels, but {consumer} needs probabilities; write a store with "
+            f"--content full, or {alternative}"
         )
     inexact = loss.temperature != 1 or loss.standardize_logits or loss.kind == "dkd"
-    inexact |= averaged and config.teacher.combine == "logits"
-    kept = top_k_of(records)
-    if kept is not None and needs_logits(loss) and inexact:
+    inexact |= averaged and teacher.combine == "logits"
+    top_k = top_k_of(content)
+    if top_k is not None and needs_logits(loss) and inexact:
         raise ConfigError(
-            f"{where}: holds the {kept} largest answers alone; the others count at a "
-            "loss.temperature other than 1, with loss.standardize_logits, with loss.kind dkd and "
-            "with "
+            f"{where}: holds only the {top_k} largest probabilities; all of them are needed for a "
+            "loss.temperature other than 1, loss.standardize_logits, loss.kind dkd and "
             "teacher.combine logits; write the store with --content full"
         )
-    mean = combine == "probabilities"
-    if mean and needs_logits(loss) and loss.temperature != 1:
+    if combine == "probabilities" and needs_logits(loss) and loss.temperature != 1:
         raise ConfigError(
-            f"{where}: holds a mean of probabilities, which is another at loss.temperature "
+            f"{where}: holds a mean of probabilities, which differs at loss.temperature "
             f"{loss.temperature:g}; write a store for each teacher (--teacher-index 1, "
-            "--teacher-index 2) and give "
-            "all of them, or write one with --teacher.combine logits"
+            "--teacher-index 2) and give all of them, or write one with --teacher.combine logits"
         )
 
 
-def stored_epochs(config: Config, stores: list[TargetStore | None]) -> int | None:
-    """How many epochs of views have answers; None where that sets no limit."""
-    if config.views.has_fixed_teacher_view:
-        return None
-    return min((store.layout.epochs for store in stores if store is not None), default=None)
+def teacher_query(loader: TrainLoader, ensemble: TeacherEnsemble) -> TeacherQuery:
+    """Return a function from a block of teacher images to the outputs that a store keeps.
 
+    With views.teacher_view crops, these are the mean probabilities over all crops of an image.
+    """
 
-def teacher_query(config: Config, loader: TrainLoader, panel: TeacherEnsemble) -> TeacherQuery:
-    """What the teachers say of what they are shown, as a store keeps it: of the mean over all crops
-    of an image, where that is the teacher's view."""
-
-    def ask(shown: TeacherInput) -> TeacherOutput:
-        nothing = shown.images[:0]
-        batch = Batch(
-            nothing, shown.images, nothing, shown.sample_ids, shown.epoch, shown.target_rows
+    def query(block: TeacherInput) -> TeacherOutput:
+        empty = block.images[:0]
+        return ensemble(
+            Batch(empty, block.images, empty, block.sample_ids, block.epoch, block.target_rows)
         )
-        return panel(batch)
 
-    def ask_for_crops(shown: TeacherInput) -> TeacherOutput:
-        total = ask(shown).logits.log_softmax(dim=2)
-        for crop in range(1, config.views.teacher_num_crops):
+    def query_crops(block: TeacherInput) -> TeacherOutput:
+        num_crops = loader.views.teacher_num_crops
+        total = query(block).logits.log_softmax(dim=2)
+        for crop in range(1, num_crops):
             (other,) = loader.teacher_inputs(
-                0, shown.target_rows, block=len(shown.target_rows), repeat=crop
+                0, block.target_rows, block=len(block.target_rows), repeat=crop
             )
-            total = torch.logaddexp(total, ask(other).logits.log_softmax(dim=2))
-        logits = total - math.log(config.views.teacher_num_crops)
+            total = torch.logaddexp(total, query(other).logits.log_softmax(dim=2))
+        logits = total - math.log(num_crops)
         return TeacherOutput(logits.argmax(dim=2), logits)
 
-    return ask_for_crops if config.views.teacher_view == "crops" else ask
+    return query_crops if loader.views.teacher_view == "crops" else query
 
 
 class StoreCheck(NamedTuple):
-    """What was held against a store: views made anew, answers asked anew, and how many agreed."""
+    """What was recomputed of a store: the number of views, and of outputs, and how many agreed."""
 
     views: int
     num_queried: int
@@ -131,86 +123,93 @@ class StoreCheck(NamedTuple):
 
 def verify_store(
     store: TargetStore,
-    config: Config,
     splits: Splits,
     loader: TrainLoader,
+    config: TeacherConfig,
     *,
     teachers: list[Teacher] | None,
-    answer: TeacherQuery | None,
-    number: int | None = None,
+    query: TeacherQuery | None,
+    num_queries: int | None = None,
 ) -> StoreCheck:
-    """Hold a store against a run: fingerprints, canaries and, where the teacher is there, answers.
+    """Compare a store with a run: its fingerprint, some views and some teacher outputs.
 
-    teachers: those the store should be of, None where they are not there. answer: what they say of
-    what they are shown. number: of answers to ask anew, some at each of so many canaries; None: as
-    many as are soon had. Raises DataError naming what differs.
+    teachers: those that should have written it, None if they are not available. query: from
+    `teacher_query`, None to recompute no output. num_queries: outputs to recompute; default: a
+    number that takes little time. Raises DataError naming what differs.
     """
-    here = fingerprint_of(config, splits, loader, None)
-    there = dict(store.fingerprint)
-    about_teachers = {key: there.pop(key, None) for key in ("teacher", "combine", "weights")}
-    found = differences(there, here)
-    if teachers is not None:
-        stored = {key: value for key, value in about_teachers.items() if value is not None}
-        found += differences(stored, teachers_fingerprint(config, teachers))
-    if found:
-        lines = "".join(f"\n  {line}" for line in found)
-        hint = "\n  (views.seed sets the seed of the views apart from the run's)"
-        raise DataError(
-            f"teacher.target_stores {store.path}: holds answers to something else; "
-            f"write a store for this, or train what it was written for:{lines}"
-            + (hint if any(line.startswith("seed:") for line in found) else "")
-        )
-    crops = config.views.teacher_view == "crops"
-    spots, rows = _CHECKS_WITH_CROPS if crops else _CHECKS
-    if number is not None:
-        spots = -(-number // rows)
-    views = asked = agreed = 0
-    for epoch, place in _sample_canaries(store, spots):
-        last = min(place + rows, store.layout.rows_per_epoch)
-        places = torch.arange(place, last)
-        for shown in loader.teacher_inputs(epoch, places, block=len(places)):
-            store.check_canary(shown, 0)
+    _compare_fingerprints(store, splits, loader, config, teachers)
+    crops = loader.views.teacher_view == "crops"
+    num_canaries, rows = _CHECKS_WITH_CROPS if crops else _CHECKS
+    if num_queries is not None:
+        num_canaries = -(-num_queries // rows)
+    views = num_queried = num_agreed = 0
+    for epoch, first in _sample_canaries(store, num_canaries):
+        target_rows = torch.arange(first, min(first + rows, store.layout.rows_per_epoch))
+        for block in loader.teacher_inputs(epoch, target_rows, block=len(target_rows)):
+            store.check_canary(block, 0)
             views += 1
-            if answer is not None:
-                same = _agreeing(store, epoch, places, answer(shown))
-                agreed, asked = agreed + int(same.sum()), asked + len(same)
-    if agreed < _AGREEMENT * asked:
+            if query is not None:
+                agrees = _agreeing(store, epoch, target_rows, query(block))
+                num_agreed, num_queried = num_agreed + int(agrees.sum()), num_queried + len(agrees)
+    if num_agreed < _AGREEMENT * num_queried:
         raise DataError(
-            f"teacher.target_stores {store.path}: the teacher answers otherwise now: of {asked} "
-            "views, "
-            f"{agreed} have the stored answer. It was asked in {store.query['precision']}; other "
-            "code, another device or library? Write the store anew"
+            f"teacher.target_stores {store.path}: only {num_agreed} of {num_queried} recomputed "
+            f"teacher outputs agree with the store, which was written in "
+            f"{store.query['precision']}; did the teacher's code, the device or a library change? "
+            "Write the store again"
         )
-    return StoreCheck(views, asked, agreed)
+    return StoreCheck(views, num_queried, num_agreed)
 
 
-def _sample_canaries(store: TargetStore, number: int) -> list[tuple[int, int]]:
-    """(epoch, place) of so many canaries, the first and the last among them."""
-    layout = store.layout
-    total = layout.epochs * len(layout.canary_rows)
-    chosen = evenly_spaced(total, number).tolist()
-    return [
-        (
-            index // len(layout.canary_rows),
-            layout.canary_rows[index % len(layout.canary_rows)],
-        )
-        for index in chosen
-    ]
+def _compare_fingerprints(
+    store: TargetStore,
+    splits: Splits,
+    loader: TrainLoader,
+    config: TeacherConfig,
+    teachers: list[Teacher] | None,
+) -> None:
+    """Raise DataError with all differences between a store's fingerprint and that of a run."""
+    stored = dict(store.fingerprint)
+    of_teachers = {key: stored.pop(key, None) for key in ("teacher", "combine", "weights")}
+    lines = differences(stored, fingerprint_of(splits, loader))
+    if teachers is not None:
+        of_teachers = {key: value for key, value in of_teachers.items() if value is not None}
+        lines += differences(of_teachers, teachers_fingerprint(config, teachers))
+    if not lines:
+        return
+    hint = ""
+    if any(line.startswith("seed:") for line in lines):
+        hint = "\n  (views.seed sets the seed of the views independently of run.seed)"
+    raise DataError(
+        f"teacher.target_stores {store.path}: was written for other data, views or teachers; write "
+        "a store for this configuration, or train the one it was written for:"
+        + "".join(f"\n  {line}" for line in lines)
+        + hint
+    )
 
 
-def _agreeing(store: TargetStore, epoch: int, places: Tensor, now: TeacherOutput) -> Tensor:
-    """Which stored answers are the teacher's now, bool [rows].
+def _sample_canaries(store: TargetStore, num_canaries: int) -> list[tuple[int, int]]:
+    """Return (epoch, row) of evenly spaced canaries, the first and the last included."""
+    rows = store.layout.canary_rows
+    chosen = evenly_spaced(store.layout.epochs * len(rows), num_canaries).tolist()
+    return [(index // len(rows), rows[index % len(rows)]) for index in chosen]
 
-    A label that he holds almost as likely as his first counts as the same; probabilities, where
-    they are stored, may differ by a hundredth in total (half the sum of the differences).
+
+def _agreeing(
+    store: TargetStore, epoch: int, target_rows: Tensor, recomputed: TeacherOutput
+) -> Tensor:
+    """Return which stored outputs agree with the recomputed ones, bool [rows].
+
+    A label agrees if the teacher holds it almost as likely as its first. Probabilities agree if
+    they differ by at most 0.01 in total variation.
     """
-    labels, scores = decode(store.layout, store.records(epoch)[places.numpy()])
-    exact = now.logits[:, 0].float().cpu().log_softmax(dim=1)
-    chosen = exact.gather(1, labels[:, None]).squeeze(1)
-    same = exact.max(dim=1).values - chosen <= _TIE_MARGIN
+    labels, scores = decode(store.layout, store.records(epoch)[target_rows.numpy()])
+    log_probs = recomputed.logits[:, 0].float().cpu().log_softmax(dim=1)
+    of_label = log_probs.gather(1, labels[:, None]).squeeze(1)
+    agrees = log_probs.max(dim=1).values - of_label <= _TIE_MARGIN
     if scores is None:
-        return same
-    difference = (scores.exp() - exact.exp()).abs()
-    if store.layout.top_k is not None:  # the others are not his, but what is left in equal parts
-        difference = difference.gather(1, exact.topk(store.layout.top_k, dim=1).indices)
-    return same & (difference.sum(dim=1) / 2 <= _VARIATION)
+        return agrees
+    difference = (scores.exp() - log_probs.exp()).abs()
+    if store.layout.top_k is not None:  # the others share the remaining probability equally
+        difference = difference.gather(1, log_probs.topk(store.layout.top_k, dim=1).indices)
+    return agrees & (difference.sum(dim=1) / 2 <= _VARIATION)

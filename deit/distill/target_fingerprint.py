@@ -1,11 +1,11 @@
-"""What an answer of a teacher depends on, as plain values: data, views, sizes, teachers."""
+"""What stored teacher outputs depend on, as plain values: data, views, sizes, teachers."""
 
 import dataclasses
 import hashlib
 from typing import Any
 
 from deit.config.data_section import ViewsConfig
-from deit.config.schema import Config
+from deit.config.schema import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.datasets import views as view_code
 from deit.datasets.images import InMemoryImages
@@ -13,10 +13,11 @@ from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
 from deit.models.teachers import Teacher
 
-# Of the views section, what the teacher's view does not depend on.
+# Fields of the views section that never change what a teacher sees.
 _NEVER = ("mean", "std", "seed")
-_DRAWN_ALONE = ("eval_crop_pct", "teacher_num_crops")
-# What a view that is always the same does depend on.
+# Fields that matter only if the teacher's view is fixed.
+_ONLY_FIXED = ("eval_crop_pct", "teacher_num_crops")
+# All fields that a fixed teacher view depends on, by views.teacher_view.
 _FIXED = {
     "resized": ("teacher_view", "interpolation"),
     "center": ("teacher_view", "eval_crop_pct"),
@@ -27,61 +28,57 @@ _FIXED = {
 }
 
 
-def fingerprint_of(
-    config: Config, splits: Splits, loader: TrainLoader, teachers: list[Teacher] | None
-) -> dict[str, Any]:
-    """The fingerprint of the answers these teachers give to these views, ready for JSON.
+def fingerprint_of(splits: Splits, loader: TrainLoader) -> dict[str, Any]:
+    """Return the fingerprint of the images that teachers see, ready for JSON.
 
-    Only what can change an answer is in it: a store with a teacher's fixed view serves any
-    augmentation of the student. teachers: None where they are not at hand, and then not in it.
+    It holds only what can change them: with a fixed teacher view, one store serves any augmentation
+    of the student.
     """
-    views, sizes = config.views, loader.sizes
-    memory = isinstance(splits.train, InMemoryImages)
-    found: dict[str, Any] = {
+    views, sizes = loader.views, loader.sizes
+    in_memory = isinstance(splits.train, InMemoryImages)
+    values: dict[str, Any] = {
         "dataset": splits.fingerprint,
         "classes": hashlib.sha256("\n".join(splits.class_names).encode()).hexdigest(),
         "images": len(splits.train.labels),
-        "storage": "memory" if memory else "files",
-        "square": config.data.image_size,
+        "storage": "memory" if in_memory else "files",
+        "square": loader.square,
         "view_code": view_code.VERSION,
-        "views": _of_views(views),
+        "views": _view_fields(views),
         "teacher_size": sizes.teacher,
     }
     if not views.has_fixed_teacher_view or views.teacher_view == "crops":
-        found["seed"] = config.views_seed
+        values["seed"] = loader.seed
     if views.teacher_view == "same":
-        found["view_size"], found["student_size"] = sizes.view, sizes.student
+        values["view_size"], values["student_size"] = sizes.view, sizes.student
     if not views.has_fixed_teacher_view:
         if views.aug_repeats > 1:
-            found["batch_size"] = config.optim.batch_size
+            values["batch_size"] = loader.optim.batch_size
         if views.auto_augment != "none" or views.erasing_prob > 0:
-            # What moves in from outside, and the noise of erased boxes, have these colours.
-            found["mean"] = list(views.mean or splits.mean)
-            found["std"] = list(views.std or splits.std)
-    if teachers is not None:
-        found |= teachers_fingerprint(config, teachers)
-    return found
+            # The fill color of geometric operations and the noise of erased boxes depend on these.
+            values["mean"] = list(loader.channel_stats.mean)
+            values["std"] = list(loader.channel_stats.std)
+    return values
 
 
-def teachers_fingerprint(config: Config, teachers: list[Teacher]) -> dict[str, Any]:
-    """The part of the fingerprint that is about the teachers."""
-    named = {str(number): one.fingerprint() for number, one in enumerate(teachers, start=1)}
-    found: dict[str, Any] = {"teacher": named}
+def teachers_fingerprint(config: TeacherConfig, teachers: list[Teacher]) -> dict[str, Any]:
+    """Return the part of the fingerprint that identifies the teachers and how they are combined."""
+    by_number = {str(number): one.fingerprint() for number, one in enumerate(teachers, start=1)}
+    values: dict[str, Any] = {"teacher": by_number}
     if len(teachers) > 1:
-        found["combine"] = config.teacher.combine
+        values["combine"] = config.combine
         # Rounded: 3,1 and 0.3,0.1 are the same proportion, but not the same last bits.
-        found["weights"] = [round(member.weight, 9) for member in teacher_specs(config.teacher)]
-    return found
+        values["weights"] = [round(spec.weight, 9) for spec in teacher_specs(config)]
+    return values
 
 
-def _of_views(views: ViewsConfig) -> dict[str, Any]:
+def _view_fields(views: ViewsConfig) -> dict[str, Any]:
     values = dataclasses.asdict(views)
     if views.has_fixed_teacher_view:
-        return {name: _plain(values[name]) for name in _FIXED[views.teacher_view]}
-    left_out = (*_NEVER, *_DRAWN_ALONE)
-    return {name: _plain(value) for name, value in values.items() if name not in left_out}
+        return {name: _as_json(values[name]) for name in _FIXED[views.teacher_view]}
+    excluded = (*_NEVER, *_ONLY_FIXED)
+    return {name: _as_json(value) for name, value in values.items() if name not in excluded}
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+def _as_json(value: Any) -> Any:
+    """Return the value that JSON gives back."""
     return list(value) if isinstance(value, tuple) else value

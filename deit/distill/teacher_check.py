@@ -1,4 +1,4 @@
-"""Measures teachers on the validation split before anything is built on their answers."""
+"""Measure teachers on the validation split before training relies on their outputs."""
 
 import itertools
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config.schema import CLASS_ORDERS, Config
+from deit.config.schema import CLASS_ORDERS, EvalSettings, TeacherConfig
 from deit.core.console import format_count, format_percent, info, table, warn
 from deit.core.errors import DataError
 from deit.core.metrics import (
@@ -25,141 +25,152 @@ from deit.models.parameters import count_parameters
 from deit.models.teacher_sources import arranged
 from deit.models.teachers import ASSUMED, BY_NAME, Teacher
 
-_MORE = 512  # training images that decide about an order where too few validation images can
-_BY_CHANCE = 1e-3  # how likely any order may seem better by luck alone, and the run still stops
-_GAIN = 0.1  # of the top-1 over the classes that an order places otherwise
+_NUM_TRAINING_IMAGES = 512  # to judge a class order if the validation images are too few
+_MAX_LUCK = 1e-3  # probability that an order seems better by chance, below which the run stops
+_MIN_GAIN = 0.1  # in accuracy over the classes that an order moves
+_MIN_EVIDENCE = 0.01  # probability below which a better order is reported
 
 
 def check_teachers(
-    config: Config,
+    teachers: list[Teacher],
+    config: TeacherConfig,
     splits: Splits,
     accelerator: Accelerator,
-    teachers: list[Teacher],
+    evaluation: EvalSettings,
     *,
     weights: tuple[float, ...],
     size: int,
 ) -> Tensor:
-    """What the teachers answer on the validation split, int64 [number]: the class that their
-    combination holds most likely. Says how good each is; of several also how their errors overlap.
+    """Measure and log the teachers; return the classes that their ensemble predicts on the
+    validation split, int64 [N].
 
-    weights: one a teacher. size: side [px] at which they are shown the images.
-    Raises DataError where one is near chance, answers with something that is not finite, or names
-    no classes and fits those of the data far better in another order.
+    weights: one for each teacher, of sum 1. size: side of the teachers' images [px].
+    Raises DataError if a teacher is near chance, if its logits are not finite, or if it states no
+    class names and another usual order of the classes fits it far better.
     """
     validation = splits.validation
-    guess = majority_accuracy(validation.labels, len(splits.class_names))
+    chance = majority_accuracy(validation.labels, len(splits.class_names))
     logits = []
     for teacher in teachers:
-        answers = predict_split(accelerator, teacher, validation, config, "teacher", size=size)
-        logits.append(answers.class_logits)
-        _introduce(teacher, answers.class_logits, splits, guess)
-        said, labels = answers.class_logits.argmax(dim=1), validation.labels
-        rows = _undecided(teacher, said, splits)
+        outputs = predict_split(
+            accelerator, teacher, validation, evaluation, "teacher", size=size
+        ).class_logits
+        logits.append(outputs)
+        _log_teacher(teacher, outputs, splits, chance)
+        predictions, labels = outputs.argmax(dim=1), validation.labels
+        rows = _undecided(teacher, predictions, splits)
         if len(rows) >= accelerator.num_processes:
             more = splits.train.select(rows)
-            shown = predict_split(accelerator, teacher, more, config, "class order", size=size)
-            said = torch.cat([said, shown.class_logits.argmax(dim=1)])
+            further = predict_split(
+                accelerator, teacher, more, evaluation, "class order", size=size
+            ).class_logits
+            predictions = torch.cat([predictions, further.argmax(dim=1)])
             labels = torch.cat([labels, more.labels])
-        refuse_order(
-            teacher, said, labels, splits.class_names, allowed=config.teacher.allow_near_chance
+        check_class_order(
+            teacher, predictions, labels, splits.class_names, allowed=config.allow_near_chance
         )
-        check_accuracy(config, teacher, answers.class_logits, validation.labels, guess)
-    together = torch.stack(logits, dim=1)
-    # One token a teacher: the mean of what they say is what the fused heads could learn.
-    how = "probabilities" if config.teacher.combine == "tokens" else config.teacher.combine
-    combined = combine_teachers(together, weights, how, temperature=1.0).labels[:, 0]
+        check_accuracy(
+            teacher, outputs, validation.labels, chance, allowed=config.allow_near_chance
+        )
+    stacked = torch.stack(logits, dim=1)
+    # With a token for each teacher, the fused heads can learn the mean of their probabilities.
+    mode = "probabilities" if config.combine == "tokens" else config.combine
+    combined = combine_teachers(stacked, weights, mode, temperature=1.0).labels[:, 0]
     if len(teachers) > 1:
-        _compare(teachers, together.argmax(dim=2), combined, validation.labels)
+        _log_ensemble(teachers, stacked.argmax(dim=2), combined, validation.labels)
     return combined
 
 
-def _introduce(teacher: Teacher, logits: Tensor, splits: Splits, chance: float) -> None:
-    """Say how good a teacher is, and what it takes its classes for. Raises DataError."""
+def _log_teacher(teacher: Teacher, logits: Tensor, splits: Splits, chance: float) -> None:
+    """Log a teacher's accuracy and class order. Raises DataError if a logit is not finite."""
     if not logits.isfinite().all():
         raise DataError(f"teacher {teacher.description}: its logits are not finite")
     accuracy = topk_accuracy(logits, splits.validation.labels)
     size = "any" if teacher.image_size is None else f"{teacher.image_size} px"
-    if _enlarged(teacher):
+    if _is_resized(teacher):
         size += f" (trained at {teacher.trained_size} px)"
     if teacher.memory_format == "channels_last":
         size += ", channels_last in memory"
     info(
         f"teacher   {teacher.description}: {format_count(count_parameters(teacher))} parameters, "
-        f"input {size}, "
-        f"validation top-1 {format_percent(accuracy)} % (chance {format_percent(chance)} %)"
+        f"input {size}, validation top-1 {format_percent(accuracy)} % "
+        f"(chance {format_percent(chance)} %)"
     )
-    announce_order(teacher, splits.class_names)
+    log_class_order(teacher, splits.class_names)
 
 
-def _enlarged(teacher: Teacher) -> bool:
+def _is_resized(teacher: Teacher) -> bool:
+    """Return whether a teacher runs at another size than it was trained at."""
     return teacher.trained_size not in (None, teacher.image_size)
 
 
 def check_accuracy(
-    config: Config, teacher: Teacher, logits: Tensor, labels: Tensor, chance: float
+    teacher: Teacher, logits: Tensor, labels: Tensor, chance: float, *, allowed: bool = False
 ) -> None:
-    """Refuse a teacher that is near chance; warn where so few images cannot tell. Raises DataError.
+    """Raise DataError if a teacher is near chance; warn if the images are too few to judge.
 
-    logits: [number, classes], of the validation images with these labels, int64 [number]. guess:
-    the accuracy of guessing, in [0, 1].
+    logits: float [N, C]. labels: int64 [N]. chance: the accuracy of guessing, in [0, 1]. allowed:
+    teacher.allow_near_chance, which turns the error into a warning.
     """
-    accuracy, number = topk_accuracy(logits, labels), len(labels)
+    accuracy = topk_accuracy(logits, labels)
     if is_near_chance(accuracy, chance):
         message = (
             f"teacher {teacher.description}: {format_percent(accuracy)} % top-1 on the validation "
-            "split "
-            f"is near chance ({format_percent(chance)} %): wrong weights, normalisation or class "
-            "order?"
+            f"split is near chance ({format_percent(chance)} %): wrong weights, normalization or "
+            "class order?"
         )
-        if _enlarged(teacher):
+        if _is_resized(teacher):
             message += (
-                f" Or the size: it was trained at {teacher.trained_size} px; fit it to "
+                f" Or the size: it was trained at {teacher.trained_size} px; fine-tune it at "
                 f"{teacher.image_size} px first (finetune_deit.py --from TEACHER --resolution "
-                f"{teacher.image_size}), or --teacher.image_size none."
+                f"{teacher.image_size}), or give --teacher.image_size none."
             )
-        if not config.teacher.allow_near_chance:
-            raise DataError(f"{message} --teacher.allow_near_chance goes on all the same")
+        if not allowed:
+            raise DataError(f"{message} --teacher.allow_near_chance trains with it all the same")
         warn(message)
-    elif could_be_chance(accuracy, chance, number):
+    elif could_be_chance(accuracy, chance, len(labels)):
         warn(
-            f"teacher {teacher.description}: {format_percent(accuracy)} % top-1 on {number} "
-            "validation "
-            f"images may be chance ({format_percent(chance)} %): so few cannot tell, more would"
+            f"teacher {teacher.description}: {format_percent(accuracy)} % top-1 on {len(labels)} "
+            f"validation images could be chance ({format_percent(chance)} %); more images would "
+            "decide"
         )
 
 
-def _undecided(teacher: Teacher, answers: Tensor, splits: Splits) -> Tensor:
-    """Training images, int64, that tell whether another order of the classes fits better, where the
-    validation images hint at it and are too few to tell; else none."""
+def _undecided(teacher: Teacher, predictions: Tensor, splits: Splits) -> Tensor:
+    """Return indices of training images, int64, that decide about the order of the classes.
+
+    Empty unless the validation images suggest another order and are too few to decide.
+    """
     none = torch.empty(0, dtype=torch.long)
     if teacher.class_order != ASSUMED:
         return none
     names = splits.class_names
-    better = better_order(answers, splits.validation.labels, names)
-    if better is None or better.luck <= _BY_CHANCE:
+    better = better_order(predictions, splits.validation.labels, names)
+    if better is None or better.luck <= _MAX_LUCK:
         return none
     moved = torch.tensor([a != b for a, b in zip(names, arranged(better.order, names))])
     rows = moved[splits.train.labels].nonzero().flatten()
-    return rows[:: max(len(rows) // _MORE, 1)]
+    return rows[:: max(len(rows) // _NUM_TRAINING_IMAGES, 1)]
 
 
-def announce_order(teacher: Teacher, class_names: tuple[str, ...]) -> None:
-    """Say how a teacher's answers are matched to the classes, where it names none itself."""
+def log_class_order(teacher: Teacher, class_names: tuple[str, ...]) -> None:
+    """Log how a teacher's outputs are matched to the classes, if it states no class names."""
     if teacher.class_order == BY_NAME:
         return
-    said = f"          its classes: {teacher.class_order}"
+    line = f"          its classes: {teacher.class_order}"
     if teacher.class_order == ASSUMED:
-        shown = ", ".join(class_names[:3]) + (", ..." if class_names[3:] else "")
-        said += f" ({shown}), for it names none; --teacher.classes sets another"
-    info(said)
+        first = ", ".join(class_names[:3]) + (", ..." if class_names[3:] else "")
+        line += f" ({first}); it states no names, --teacher.classes sets another order"
+    info(line)
 
 
-class Better(NamedTuple):
-    """An order of the classes that fits a teacher's answers better than the assumed one.
+class BetterOrder(NamedTuple):
+    """An order of the classes that fits a teacher's outputs better than the assumed one.
 
-    images: of the classes that it places otherwise. before, after: mean over these classes of the
-    share of right answers, in [0, 1]. luck: probability of as many images in its favor if both
-    orders were as good, times the number of orders tried.
+    order: its name, one of CLASS_ORDERS. images: number of images of the classes that it moves.
+    before, after: accuracy on these classes by the assumed order and by this one, averaged over
+    classes, in [0, 1]. luck: probability of this evidence if both orders fit equally well, times
+    the number of orders tried.
     """
 
     order: str
@@ -169,87 +180,93 @@ class Better(NamedTuple):
     luck: float
 
 
-def better_order(answers: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Better | None:
-    """The usual order of classes that fits a teacher's answers best; None where none fits better.
+def better_order(
+    predictions: Tensor, labels: Tensor, class_names: tuple[str, ...]
+) -> BetterOrder | None:
+    """Return the usual order of classes that fits a teacher best, None if the assumed one does.
 
-    answers, labels: int64 [number], classes in the assumed order. An order is judged by the images
-    of the classes that it places otherwise: a sign test over those that are right by one order
-    alone (McNemar 1947), and the mean over classes of the share of right answers, which a teacher
-    that answers always the same cannot raise.
+    predictions, labels: int64 [N], classes in the assumed order. An order is judged by the images
+    of the classes that it moves: by a sign test over the images that only one of the orders gets
+    right (McNemar 1947), and by the accuracy averaged over classes, which a teacher that always
+    predicts the same class cannot raise.
     """
     orders: dict[tuple[str, ...], str] = {}
     for name in CLASS_ORDERS:
         orders.setdefault(arranged(name, class_names), name)
     orders.pop(class_names)
-    found = []
+    candidates = []
     for names, order in orders.items():
-        place = {name: index for index, name in enumerate(class_names)}
-        meant = torch.tensor([place[name] for name in names])
-        moved = (meant != torch.arange(len(meant)))[labels]
+        index_of = {name: index for index, name in enumerate(class_names)}
+        permutation = torch.tensor([index_of[name] for name in names])
+        moved = (permutation != torch.arange(len(permutation)))[labels]
         truth = labels[moved]
-        before, after = answers[moved] == truth, meant[answers[moved]] == truth
+        before = predictions[moved] == truth
+        after = permutation[predictions[moved]] == truth
         wins, losses = int((after & ~before).sum()), int((before & ~after).sum())
         if wins <= losses:
             continue
         luck = min(binomial_tail(wins, wins + losses, 0.5) * len(orders), 1.0)
-        shares = [_mean_over_classes(right, truth) for right in (before, after)]
-        found.append(Better(order, len(truth), *shares, luck))
-    return max(found, key=lambda one: one.after - one.before, default=None)
+        accuracies = [_mean_over_classes(correct, truth) for correct in (before, after)]
+        candidates.append(BetterOrder(order, len(truth), *accuracies, luck))
+    return max(candidates, key=lambda one: one.after - one.before, default=None)
 
 
-def _mean_over_classes(right: Tensor, labels: Tensor) -> float:
-    """Mean over the classes that are there of the share of right answers, in [0, 1]."""
-    number = labels.bincount().double()
-    share = labels.bincount(right.double()) / number.clamp(min=1)
-    return share[number > 0].mean().item()
+def _mean_over_classes(correct: Tensor, labels: Tensor) -> float:
+    """Return the accuracy averaged over the classes that occur, in [0, 1]."""
+    counts = labels.bincount().double()
+    accuracy = labels.bincount(correct.double()) / counts.clamp(min=1)
+    return accuracy[counts > 0].mean().item()
 
 
-def refuse_order(
+def check_class_order(
     teacher: Teacher,
-    answers: Tensor,
+    predictions: Tensor,
     labels: Tensor,
     class_names: tuple[str, ...],
     *,
     allowed: bool = False,
 ) -> None:
-    """Stop where another usual order of the classes fits an unnamed teacher's answers far better
-    than the assumed one; warn where it fits better. Raises DataError.
+    """Raise DataError if another usual order of the classes fits a teacher far better; warn if it
+    fits better. Does nothing for a teacher that states its class names.
 
-    answers: its classes for images with known labels, int64 [number] both. allowed: whether a weak
-    teacher is accepted as it is (teacher.allow_near_chance), with a warning alone.
+    predictions, labels: int64 [N], for images with known labels. allowed: whether to warn only
+    (teacher.allow_near_chance).
     """
     if teacher.class_order != ASSUMED:
         return
-    better = better_order(answers, labels, class_names)
-    if better is None or better.luck > 0.01:
+    better = better_order(predictions, labels, class_names)
+    if better is None or better.luck > _MIN_EVIDENCE:
         return
     names = arranged(better.order, class_names)
-    first = next(place for place, name in enumerate(names) if name != class_names[place])
-    shown = ", ".join(names[first : first + 3])
+    first = next(index for index, name in enumerate(names) if name != class_names[index])
     message = (
-        f"teacher {teacher.description}: of the {better.images} images whose classes the order "
-        f"{better.order!r} places otherwise ({shown}, ... from place {first} on) it answers "
-        f"{format_percent(better.after)} % right by that order, {format_percent(better.before)} % "
-        "by the assumed "
-        f"one: --teacher.classes {better.order} (data: the assumed order after all)"
+        f"teacher {teacher.description}: its classes seem to be in the order {better.order!r} "
+        f"({', '.join(names[first : first + 3])}, ... from index {first} on): by it, "
+        f"{format_percent(better.after)} % of the {better.images} images of the classes that move "
+        f"are right, by the assumed order {format_percent(better.before)} %; give "
+        f"--teacher.classes {better.order} (data: keep the assumed order)"
     )
-    if allowed or better.luck > _BY_CHANCE or better.after - better.before < _GAIN:
+    if allowed or better.luck > _MAX_LUCK or better.after - better.before < _MIN_GAIN:
         warn(message)
         return
     raise DataError(message)
 
 
-def _compare(teachers: list[Teacher], answers: Tensor, combined: Tensor, labels: Tensor) -> None:
-    """Each teacher alone and all together; and for each pair how often they agree and err alike."""
-    top1 = [format_percent(agreement(theirs, labels)) for theirs in answers.unbind(dim=1)]
-    described = [f"{place}: {one.description}" for place, one in enumerate(teachers, start=1)]
-    rows = [*zip(described, top1), ("together", format_percent(agreement(combined, labels)))]
+def _log_ensemble(
+    teachers: list[Teacher], predictions: Tensor, combined: Tensor, labels: Tensor
+) -> None:
+    """Log each teacher's accuracy and the ensemble's, and how often each pair agrees and errs
+    together.
+
+    predictions: int64 [N, teachers]. combined, labels: int64 [N].
+    """
+    top1 = [format_percent(agreement(column, labels)) for column in predictions.unbind(dim=1)]
+    names = [f"{number}: {one.description}" for number, one in enumerate(teachers, start=1)]
+    rows = [*zip(names, top1), ("ensemble", format_percent(agreement(combined, labels)))]
     table(f"teachers on {len(labels)} validation images", ("", "top-1 %"), rows)
     pairs = []
-    for one, other in itertools.combinations(range(len(teachers)), 2):
-        first, second = answers[:, one], answers[:, other]
+    for a, b in itertools.combinations(range(len(teachers)), 2):
+        first, second = predictions[:, a], predictions[:, b]
         overlap = format_percent(error_overlap(first, second, labels))
-        pairs.append(
-            (f"{one + 1} and {other + 1}", format_percent(agreement(first, second)), overlap)
-        )
-    table("pairs of teachers", ("", "same answer %", "of all errors, shared %"), pairs)
+        pairs.append((f"{a + 1} and {b + 1}", format_percent(agreement(first, second)), overlap))
+    table("pairs of teachers", ("", "agreement %", "shared errors %"), pairs)

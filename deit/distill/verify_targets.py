@@ -1,43 +1,70 @@
-"""Verifies a store: every checksum, and a sample of its views and answers made anew."""
+"""Verify a target store: every checksum, and a sample of views and teacher outputs recomputed."""
 
 from pathlib import Path
 
+from accelerate import Accelerator
+
+from deit.config.schema import Config
 from deit.config.teachers import teacher_specs
 from deit.config.validation import config_from_dict, validate
 from deit.core.console import count_noun, format_percent, info
 from deit.core.errors import CheckpointError, ConfigError
-from deit.datasets.splits import load_splits
+from deit.datasets.splits import Splits, load_splits
 from deit.distill.build import (
     build_accelerator,
     build_online_ensemble,
     build_teachers,
     build_train_loader,
 )
-from deit.distill.target_checks import teacher_query, verify_store
-from deit.distill.target_store import open_store
+from deit.distill.target_checks import StoreCheck, teacher_query, verify_store
+from deit.distill.target_store import TargetStore, open_store
 from deit.models.teacher_sources import resolve_source
-from deit.models.teachers import Teacher
 
 
 def verify_targets(
-    store_path: Path, *, root: str | None, teacher: str | None, num_queries: int
-) -> None:
-    """Prove a store, or raise what it fails by: DataError for other data, views or teachers,
-    CheckpointError for damaged files.
+    store_path: str | Path,
+    *,
+    root: str | None = None,
+    teacher: str | None = None,
+    num_queries: int = 2048,
+) -> StoreCheck:
+    """Verify a store and log what was compared; return the numbers of views and outputs.
 
-    root, teacher: where images and teachers lie now, if not where the store was written; teacher
-    `none` leaves the answers unasked. num_queries: how many teacher outputs to recompute.
+    root: folder of the images, if they moved since. teacher: sources of the teachers separated by
+    commas, if they moved; "none" recomputes no output. num_queries: outputs to recompute.
+    Raises DataError for other data, views or teachers, and CheckpointError for damaged files.
     """
-    store = open_store(store_path)
+    store = open_store(Path(store_path))
     layout = store.layout
     store.verify_checksums()
-    info(f"checksums {layout.num_shards} units, {layout.rows} {layout.content} answers: whole")
+    info(f"checksums {layout.num_shards} shards, {layout.rows} {layout.content} targets: intact")
+    config = _config_of(store, root=root, teacher=teacher)
+    accelerator = build_accelerator(config.run)
+    with_teachers = teacher != "none"
+    if with_teachers:
+        for spec in teacher_specs(config.teacher):
+            resolve_source(spec.source)
+    splits = load_splits(config.data)
+    checked = _compare(store, config, splits, accelerator, with_teachers, num_queries)
+    epochs = count_noun(layout.epochs, "epoch")
+    info(f"data      same fingerprint; {checked.views} views of {epochs} recomputed: same pixels")
+    if checked.num_queried:
+        share = format_percent(checked.num_agreed / checked.num_queried)
+        info(f"teacher   same weights; {share} % of {checked.num_queried} recomputed outputs agree")
+    else:
+        info("teacher   not checked")
+    return checked
+
+
+def _config_of(store: TargetStore, *, root: str | None, teacher: str | None) -> Config:
+    """Return the configuration a store was written with, with new paths. Raises CheckpointError if
+    it cannot be read, ConfigError if it would run a teacher's code without being told to."""
     try:
         config = config_from_dict(store.provenance["config"], live_teacher=False)
     except (ConfigError, KeyError, TypeError, AttributeError) as error:
-        # Of another release, or edited by hand.
+        # Written by another release, or edited.
         raise CheckpointError(
-            f"{store_path}: its configuration is not readable ({error})"
+            f"{store.path}: its configuration is not readable ({error})"
         ) from None
     if root is not None:
         config = config.replace(data={"root": root})
@@ -46,34 +73,36 @@ def verify_targets(
         config = validate(config, live_teacher=False)
     if teacher is None and config.teacher.code_sources:
         raise ConfigError(
-            f"{store_path}: its teacher {', '.join(config.teacher.code_sources)} is code; name it "
-            "with "
-            "--teacher if you trust it, or leave the answers unasked with --teacher none"
+            f"{store.path}: its teacher {', '.join(config.teacher.code_sources)} is Python code; "
+            "give it as --teacher if you trust it, or skip the teacher check with --teacher none"
         )
-    accelerator = build_accelerator(config.run)
-    teachers: list[Teacher] | None = None
-    if teacher != "none":
-        for member in teacher_specs(config.teacher):
-            resolve_source(member.source)
-    splits = load_splits(config.data)
-    if teacher != "none":
-        teachers = build_teachers(config, splits, accelerator)
-    # Not the teachers' own: several may have been shown one view, and each be smaller than it.
+    return config
+
+
+def _compare(
+    store: TargetStore,
+    config: Config,
+    splits: Splits,
+    accelerator: Accelerator,
+    with_teachers: bool,
+    num_queries: int,
+) -> StoreCheck:
+    """Build teachers and views as they were when the store was written, and compare."""
+    teachers = None
+    if with_teachers:
+        teachers = build_teachers(
+            config.teacher, splits.class_names, config.student.image_size, accelerator
+        )
+    # The size in the store, not the teachers': the view can be larger than some of them need.
     size = store.fingerprint["teacher_size"]
     loader = build_train_loader(config, splits, accelerator, teacher_size=size, all_ranks=True)
-    answer = None
+    query = None
     if teachers is not None:
-        answer = teacher_query(
-            config, loader, build_online_ensemble(config, splits, teachers, accelerator)
-        )
-    checked = verify_store(
-        store, config, splits, loader, teachers=teachers, answer=answer, number=num_queries
+        ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)
+        query = teacher_query(loader, ensemble)
+    return verify_store(
+        *(store, splits, loader, config.teacher),
+        teachers=teachers,
+        query=query,
+        num_queries=num_queries,
     )
-    epochs = count_noun(layout.epochs, "epoch")
-    made = f"{checked.views} views of {epochs} made anew: the same pixels"
-    info(f"data      fingerprint as stored; {made}")
-    if checked.num_queried:
-        share = format_percent(checked.num_agreed / checked.num_queried)
-        info(f"teacher   the same weights; {share} % of {checked.num_queried} answers as stored")
-    else:
-        info("teacher   not asked")

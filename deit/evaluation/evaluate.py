@@ -23,7 +23,7 @@ from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.splits import digest_of_images, held_out
 from deit.distill.build import build_accelerator, image_sizes, teacher_input_size
 from deit.distill.inference import evaluation_batches, predict_split
-from deit.distill.teacher_check import announce_order, refuse_order
+from deit.distill.teacher_check import check_class_order, log_class_order
 from deit.distill.teacher_ensemble import combine_teachers
 from deit.evaluation.load_run import (
     EvaluationSet,
@@ -174,11 +174,12 @@ def _run_networks(
     warm_up = _first_batch(config, eval_set)
     with GracefulStop(accelerator) as interruption, interruption.interruptible():
         if len(warm_up.labels) >= accelerator.num_processes:
-            predict_split(accelerator, student, warm_up, config, "warming up")
+            predict_split(accelerator, student, warm_up, config.evaluation, "warming up")
         started = time.perf_counter()
         title = f"evaluating {eval_set.name}"
         outputs = predict_split(
-            accelerator, student, eval_set.images, config, title, interruption=interruption
+            *(accelerator, student, eval_set.images, config.evaluation, title),
+            interruption=interruption,
         )
         seconds = time.perf_counter() - started
         teachers = _teacher_logits(
@@ -283,7 +284,7 @@ def _token_cosine(
     chunks = torch.arange(len(images.labels)).split(64)
     cosines = [
         token_cosines(student.network, (views - student.mean) / student.std)
-        for views in evaluation_batches(images, chunks, config, device=device)
+        for views in evaluation_batches(images, chunks, config.evaluation, device=device)
     ]
     return torch.cat(cosines).mean(dim=0).tolist()
 
@@ -328,7 +329,13 @@ def _teacher_logits(
             warn(f"the run's teacher is skipped: {error}")
         return {}
     teacher_size = teacher_input_size([teacher.image_size for teacher in teachers])
-    size = image_sizes(config, eval_set.images, teacher_size).teacher
+    size = image_sizes(
+        eval_set.images,
+        student_size=side,
+        teacher_size=teacher_size,
+        data_size=config.data.image_size,
+        crop=config.views.crop,
+    ).teacher
     logits: dict[str, Tensor] = {}
     for teacher in teachers:
         network = teacher.to(accelerator.device)
@@ -338,15 +345,15 @@ def _teacher_logits(
             accelerator,
             network,
             eval_set.images,
-            config,
+            config.evaluation,
             "teacher",
             size=size,
             interruption=interruption,
         )
-        announce_order(teacher, class_names)
+        log_class_order(teacher, class_names)
         try:
             predictions = outputs.class_logits.argmax(dim=1)
-            refuse_order(teacher, predictions, eval_set.images.labels, class_names)
+            check_class_order(teacher, predictions, eval_set.images.labels, class_names)
         except DataError as error:
             if not is_own_teacher:
                 raise

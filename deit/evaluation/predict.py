@@ -19,7 +19,7 @@ from deit.core.types import logits_by_head
 from deit.datasets.decoding import EXTENSIONS, open_image, square_of
 from deit.datasets.listing import PassedOver, find_images, opened
 from deit.datasets.views import evaluation_views
-from deit.distill.teacher_check import announce_order
+from deit.distill.teacher_check import log_class_order
 from deit.models.attention import AttentionMaps, check_attention, rollout
 from deit.models.metadata import ModelInfo, find_saved_model
 from deit.models.saved import load_student
@@ -180,7 +180,7 @@ def _load_teacher(run: Path, source: str | None, model_info: ModelInfo) -> Teach
             )
     (spec,) = teacher_specs(config)
     teacher = load_teacher(spec, model_info.class_names, image_size=model_info.student.image_size)
-    announce_order(teacher, model_info.class_names)
+    log_class_order(teacher, model_info.class_names)
     return teacher
 
 

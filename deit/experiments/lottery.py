@@ -72,7 +72,7 @@ def lottery(
     check_num_parallel(parallel, option="--parallel")
     if retries < 0:
         raise ConfigError(f"--retries {retries}: should be at least 0")
-    check_trackers(config)
+    check_trackers(config.run.trackers)
     request = _request(options, experiment)
     check_same_request(out, MANIFEST, request, what="search")
     if not dry_run:
@@ -123,7 +123,7 @@ def _plan(options: LotteryOptions, config: Config) -> tuple[Config, LotteryPlan,
     The normalization can follow from the initial weights, and those of a rewound run are others
     than those of the dense run. Raises ConfigError if the weights cannot be pruned in this way.
     """
-    config = with_init_normalization(config, load_init_weights(config))
+    config = with_init_normalization(config, load_init_weights(config.init))
     splits = load_splits(config.data)
     mean, std = config.views.mean or splits.mean, config.views.std or splits.std
     config = config.replace(views={"mean": mean, "std": std})

@@ -10,7 +10,7 @@ from deit.config.teachers import teacher_slots
 from deit.config.validation import load_config
 from deit.core import run_folder
 from deit.distill.losses import needs_logits
-from deit.distill.target_checks import check_records
+from deit.distill.target_checks import check_content
 from deit.distill.write_targets import write_targets
 from deit.experiments.runner import RunSpec
 
@@ -110,7 +110,11 @@ def plan_shared_stores(
         epochs = 1 if longest.views.has_fixed_teacher_view else longest.optim.epochs
         stored = content or ("full" if any(map(_needs_probabilities, sharing)) else "hard")
         for run in sharing if content else ():
-            check_records(content, run.config, None, where=f"{run.name}, content: {content}")
+            check_content(
+                *(content, run.config.teacher, run.config.loss),
+                combine=None,
+                where=f"{run.name}, content: {content}",
+            )
         num_teachers = len(longest.teacher.source)
         paths = []
         for teacher_index in range(1, num_teachers + 1) if num_teachers > 1 else (None,):

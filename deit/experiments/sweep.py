@@ -118,7 +118,7 @@ def _check(
     for option, value, least in (("--retries", retries, 0), ("--top", top, 1)):
         if value < least:
             raise ConfigError(f"{option} {value}: should be at least {least}")
-    check_trackers(experiment.config)
+    check_trackers(experiment.config.run.trackers)
     _check_folder(experiment.out, spec, experiment.recipe)
     if spec.search:
         check_optuna()

@@ -10,7 +10,7 @@ from deit.config.validation import load_config
 from deit.core import run_folder
 from deit.core.errors import ConfigError
 from deit.distill.run_teachers import check_inputs
-from deit.distill.target_checks import check_records
+from deit.distill.target_checks import check_content
 from deit.experiments import shared_targets
 from deit.experiments.base_runs import BaseRuns, Experiment, slugify
 from deit.experiments.runner import RunSpec
@@ -144,7 +144,7 @@ def check_inputs_exist(config: Config, trained: set[str]) -> None:
     """Raise DataError for missing teachers or images. trained: teachers that will be trained."""
     needs_teachers = config.loss.kind != "none" and not config.teacher.target_stores
     sources = [s for s in config.teacher.source if needs_teachers and s not in trained]
-    check_inputs(sources, config)
+    check_inputs(sources, config.data)
 
 
 def check_base_run(run: RunSpec) -> None:
@@ -215,6 +215,8 @@ def _check_teacher_outputs(sweep: Sweep, points: list[Point]) -> None:
                 "--teacher.target_stores"
             )
         if sweep.content and uses_store:
-            check_records(
-                sweep.content, config, None, where=f"{point.name}, content: {sweep.content}"
+            check_content(
+                *(sweep.content, config.teacher, config.loss),
+                combine=None,
+                where=f"{point.name}, content: {sweep.content}",
             )

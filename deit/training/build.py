@@ -1,5 +1,6 @@
-"""Build everything that a training run needs from its configuration."""
+"""Build everything that a training run needs from its resolved configuration."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,91 +8,69 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from deit.config.schema import Config
+from deit.config.schema import Config, OptimConfig, RunConfig
 from deit.core.accelerator import compile_module
+from deit.core.console import info
 from deit.core.errors import ConfigError, DataError, is_out_of_memory
 from deit.core.sharding import device_mesh, shard_degree, shard_model
-from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
-from deit.distill.build import build_accelerator, model_info_from
-from deit.distill.run_teachers import RunTeachers
-from deit.distill.student_init import (
-    init_masks,
-    init_student,
-    load_init_weights,
-    with_init_normalization,
-)
-from deit.models.adapt_weights import LoadedWeights
-from deit.models.metadata import AdapterBase, base_of
-from deit.models.onednn_linear import resolve_linear_backend, use_onednn
+from deit.distill.build import build_train_loader, model_info_from
+from deit.distill.student_init import init_masks, init_student
+from deit.models.metadata import base_of
+from deit.models.onednn_linear import use_onednn
 from deit.models.parameters import freeze_except, layer_depths
 from deit.models.saved import ModelInfo, build_student
 from deit.models.student import Student, has_distillation_head
-from deit.models.surgery.pruning_masks import PruningMasks
+from deit.models.surgery.pruning_masks import Masks, PruningMasks
 from deit.training.memory import recomputes
 from deit.training.optimizer import EMA, build_optimizer, layer_lr_scales
+from deit.training.resolve import ResolvedConfig, resolve
 from deit.training.state import TrainingRun, TrainState
+
+_NO_FOLDER = Path(os.devnull)
 
 
 def build_run(config: Config) -> TrainingRun:
-    """The parts of a run that is only to be looked at: as `train` builds them, teachers and stores
-    checked, networks compiled if that is asked for; nothing is written, `out` is no folder.
+    """Build a run that writes no folder, for profiling and benchmarks.
 
+    Teachers and stores are checked, and networks compiled if the configuration says so.
     Raises the errors of deit.core.errors.
     """
-    found = load_init_weights(config)
-    config = with_init_normalization(config, found)
-    accelerator = build_accelerator(config.run, grad_accum_steps=config.optim.grad_accum_steps)
-    config = config.replace(run={"linear_backend": resolve_linear_backend(config.run, accelerator)})
-    faculty = RunTeachers(config)
-    run = build(config, Path("nowhere"), accelerator, faculty, found)
-    check_run_teachers(run, faculty)
+    run = build(resolve(config), _NO_FOLDER)
+    check_run_teachers(run)
     return run
 
 
-def build(
-    config: Config,
-    out: Path,
-    accelerator: Accelerator,
-    faculty: RunTeachers,
-    init_weights: LoadedWeights | None,
-    *,
-    resumed: bool = False,
-) -> TrainingRun:
-    """Build every part of a run. found: what the student starts from; None: random weights.
-    resumed: whether a checkpoint will bring weights and masks."""
+def build(resolved: ResolvedConfig, out: Path) -> TrainingRun:
+    """Build every part of a run. out: its folder, to which nothing is written here."""
+    config, accelerator, teachers = resolved.config, resolved.accelerator, resolved.teachers
     splits = load_splits(config.data)
     if len(splits.validation.labels) < accelerator.num_processes:
         raise DataError("data.validation_fraction: fewer validation images than processes")
-    facts = model_info_from(config, splits)
-    loader, panel = faculty.load(splits, accelerator)
-    _check_update(config, loader)
-    student, notes = _student(config, facts, init_weights)
-    masks = None if resumed else init_masks(config, init_weights, student.network)
-    pieces = shard_degree(config.run.sharding, accelerator.num_processes)
-    if pieces == 1:  # else no device is asked to hold it whole, not even for a moment
-        student = student.to(accelerator.device)
-    _check_student(config, student)
-    average = None
-    if config.optim.ema_epochs > 0:
-        # Copied before Accelerate binds its own forward to the student.
-        horizon = config.optim.ema_epochs * loader.steps_per_epoch
-        average = EMA(student, horizon=horizon, device=accelerator.device)
-    if pieces > 1:
-        _shard(config, accelerator, pieces, [student, *([average.model] if average else [])])
-    held = None if masks is None else PruningMasks(masks, student.network)
-    optimizer = build_optimizer(student, config.optim, _scales(config, student))
-    if config.run.compile != "none":
-        compile_module(student, config.run.compile)
-    student = accelerator.prepare_model(student, evaluation_mode=pieces > 1)  # then not in DDP too
-    optimizer = accelerator.prepare_optimizer(optimizer)
+    model_info = model_info_from(config.student, config.views, splits)
+    teachers.load(splits.class_names, config.student.image_size, accelerator)
+    loader = build_train_loader(
+        *(config, splits, accelerator),
+        teacher_size=teachers.input_size,
+        for_teacher=None in teachers.stores,
+    )
+    _check_steps(config, loader.steps_per_epoch)
+    bare_student, init_report, masks = _build_student(resolved, model_info)
+    student, optimizer, average = _prepare(
+        config, bare_student, accelerator, loader.steps_per_epoch
+    )
+    adapter_base = None
+    if init_report is not None and config.optim.trainable == "adapters":
+        source, weights = init_report["source"], init_report["weights"]
+        adapter_base = base_of(source, weights, config.init.pos_embed_resize, out=out)
     return TrainingRun(
         config=config,
         out=out,
         accelerator=accelerator,
         splits=splits,
-        facts=facts,
-        panel=panel,
+        model_info=model_info,
+        teachers=teachers,
+        ensemble=teachers.ensemble(splits, accelerator),
         loader=loader,
         student=student,
         optimizer=optimizer,
@@ -100,100 +79,127 @@ def build(
             epoch=config.init.start_step // loader.steps_per_epoch,
             step=config.init.start_step,
             fingerprint=splits.fingerprint,
-            targets=faculty.digests,
-            teachers=faculty.weight_digests,
+            targets=teachers.digests,
+            teachers=teachers.weight_digests,
         ),
-        masks=held,
-        adapter_base=None if notes is None else _base_of(config, out, notes),
-        init_report=notes,
+        masks=None if masks is None else PruningMasks(masks, bare_student.network),
+        adapter_base=adapter_base,
+        init_report=init_report,
     )
 
 
-def _shard(config: Config, accelerator: Accelerator, pieces: int, models: list[Student]) -> None:
-    """Shard student and average among `pieces` processes each, in place."""
-    mesh = device_mesh(pieces, accelerator.num_processes, accelerator.device, config.run.timeout_s)
-    for model in models:
-        shard_model(model, mesh, compressed=config.run.gradient_compression == "bf16")
-
-
-def _student(
-    config: Config, facts: ModelInfo, init_weights: LoadedWeights | None
-) -> tuple[Student, dict[str, Any] | None]:
-    """Build the student as its configuration says, on the CPU; return it and what was initialized
-    how."""
+def _build_student(
+    resolved: ResolvedConfig, model_info: ModelInfo
+) -> tuple[Student, dict[str, Any] | None, Masks | None]:
+    """Build the student on the CPU; return it, the report on its initial weights, and its masks."""
+    config, loaded = resolved.config, resolved.init_weights
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
-        student = build_student(facts)
-    notes = None
-    if init_weights is not None:
-        notes = init_student(student.network, init_weights, config, facts)
+        student = build_student(model_info)
+    report = None
+    if loaded is not None:
+        report = init_student(student.network, loaded, config.init, model_info)
     freeze_except(student.network, config.optim.trainable)
     student.frozen_backbone = config.optim.trainable in ("heads", "adapters")
     if config.run.linear_backend == "onednn":
         use_onednn(student)
-    if config.run.activation_checkpointing:
-        _recompute(config, student.network)
-    return student, notes
-
-
-def _base_of(config: Config, out: Path, notes: dict[str, Any]) -> AdapterBase | None:
-    """What adapters that are trained alone belong to. notes: what `begin` gave."""
-    if config.optim.trainable != "adapters":
-        return None
-    return base_of(notes["source"], notes["weights"], config.init.pos_embed_resize, out=out)
-
-
-def _check_update(config: Config, loader: TrainLoader) -> None:
-    """Refuse to begin behind the end. Raises ConfigError."""
-    updates = config.optim.epochs * loader.steps_per_epoch
-    if config.init.start_step >= updates:
+    if config.run.activation_checkpointing and not recomputes(student.network):
         raise ConfigError(
-            f"init.start_step = {config.init.start_step}: the run has {updates} updates"
+            f"run.activation_checkpointing = True: {config.student.name} has no blocks to "
+            "recompute; --optim.grad_accum_steps saves memory too"
         )
-    if late := [one for one in config.run.keep_steps if one > updates]:
-        raise ConfigError(f"run.keep_steps = {late[0]}: the run has {updates} updates")
+    masks = None
+    # A resumed run has its masks in the checkpoint; adapters leave masked weights as they are.
+    if not resolved.resuming and config.optim.trainable != "adapters":
+        masks = init_masks(config.init, loaded, student.network)
+    return student, report, masks
 
 
-def _recompute(config: Config, network: nn.Module) -> None:
-    """Have a network compute its blocks again in the backward pass. Raises ConfigError."""
-    if not recomputes(network):
-        raise ConfigError(
-            f"run.activation_checkpointing = True: {config.student.name} has no blocks that it "
-            "could compute "
-            "again; --optim.grad_accum_steps saves memory too"
-        )
+def _prepare(
+    config: Config, student: Student, accelerator: Accelerator, steps_per_epoch: int
+) -> tuple[nn.Module, torch.optim.Optimizer, EMA | None]:
+    """Move the student to its device or shard it; return it and its optimizer as Accelerate's, and
+    its EMA."""
+    degree = shard_degree(config.run.sharding, accelerator.num_processes)
+    if degree == 1:  # a sharded student never has to fit one device as a whole
+        student = student.to(accelerator.device)
+    _check_student(config, student)
+    average = None
+    if config.optim.ema_epochs > 0:
+        # Copied before Accelerate binds its own forward to the student.
+        horizon = config.optim.ema_epochs * steps_per_epoch
+        average = EMA(student, horizon=horizon, device=accelerator.device)
+    if degree > 1:
+        models = [student] if average is None else [student, average.model]
+        _shard(config.run, accelerator, degree, models)
+    optimizer = build_optimizer(student, config.optim, _lr_scales(config.optim, student))
+    if config.run.compile != "none":
+        compile_module(student, config.run.compile)
+    prepared = accelerator.prepare_model(student, evaluation_mode=degree > 1)  # FSDP excludes DDP
+    return prepared, accelerator.prepare_optimizer(optimizer), average
 
 
-def _scales(config: Config, student: nn.Module) -> dict[str, float] | None:
-    """The factor of the learning rate of each of the student's parameters; None: 1 for all."""
-    if config.optim.layer_decay == 1:
+def _shard(run: RunConfig, accelerator: Accelerator, degree: int, models: list[Student]) -> None:
+    """Shard models over `degree` processes each, in place."""
+    mesh = device_mesh(degree, accelerator.num_processes, accelerator.device, run.timeout_s)
+    for model in models:
+        shard_model(model, mesh, compressed=run.gradient_compression == "bf16")
+
+
+def _lr_scales(optim: OptimConfig, student: Student) -> dict[str, float] | None:
+    """Return the learning rate factor of each parameter; None if all are 1."""
+    if optim.layer_decay == 1:
         return None
-    scales = layer_lr_scales(layer_depths(student.network), config.optim.layer_decay)
+    scales = layer_lr_scales(layer_depths(student.network), optim.layer_decay)
     return {f"network.{name}": scale for name, scale in scales.items()}
 
 
-def _check_student(config: Config, student: nn.Module) -> None:
-    """What the name of a timm model cannot promise, the built network must show."""
-    name, side = config.student.name, config.student.image_size
-    taught = config.loss.kind != "none" and config.loss.head == "distillation"
-    if taught and not has_distillation_head(student.network):
-        raise ConfigError(f"student.name = {name!r}: has no distillation head to distil through")
-    images = torch.zeros(2, 3, side, side, device=next(student.parameters()).device)
+def _check_steps(config: Config, steps_per_epoch: int) -> None:
+    """Raise ConfigError if a step that the configuration names is after the last."""
+    num_steps = config.optim.epochs * steps_per_epoch
+    if config.init.start_step >= num_steps:
+        raise ConfigError(
+            f"init.start_step = {config.init.start_step}: the run has {num_steps} steps"
+        )
+    if late := [step for step in config.run.keep_steps if step > num_steps]:
+        raise ConfigError(f"run.keep_steps = {late[0]}: the run has {num_steps} steps")
+
+
+def _check_student(config: Config, student: Student) -> None:
+    """Check what the name of a timm model does not tell: its heads and image size.
+
+    Raises ConfigError.
+    """
+    name, size = config.student.name, config.student.image_size
+    distilled = config.loss.kind != "none" and config.loss.head == "distillation"
+    if distilled and not has_distillation_head(student.network):
+        raise ConfigError(f"student.name = {name!r}: has no distillation head; use --loss.head all")
+    images = torch.zeros(2, 3, size, size, device=next(student.parameters()).device)
     try:
         with torch.no_grad():
             student.eval()(images)
     except RuntimeError as error:
-        if is_out_of_memory(error):  # which says nothing of the size
+        if is_out_of_memory(error):
             raise
         raise ConfigError(
-            f"student.image_size = {side}: {name} cannot take images of this size "
+            f"student.image_size = {size}: {name} cannot take images of this size "
             f"({str(error).splitlines()[0]})"
         ) from None
 
 
-def check_run_teachers(run: TrainingRun, faculty: RunTeachers) -> None:
-    """Check teachers and stores, and have the networks compiled that stay."""
-    run.teacher_predictions = faculty.check(run.splits, run.accelerator, run.loader)
-    run.num_view_epochs = faculty.num_stored_epochs
-    if run.config.run.compile != "none" and run.panel is not None:
-        run.panel.compile(run.config.run.compile)  # not before: it was shown other batches
+def check_run_teachers(run: TrainingRun) -> None:
+    """Check teachers and stores; then compile the networks that run in training."""
+    teachers, views = run.teachers, run.config.views
+    run.teacher_predictions = teachers.check(
+        run.splits, run.accelerator, run.loader, run.config.evaluation
+    )
+    if not views.has_fixed_teacher_view:
+        run.num_view_epochs = teachers.num_stored_epochs
+    num_epochs = run.config.optim.epochs
+    if run.num_view_epochs is not None and run.num_view_epochs < num_epochs:
+        info(
+            f"targets   only {run.num_view_epochs} of {num_epochs} epochs are stored: their views "
+            "are reused cyclically, an approximation"
+        )
+    if run.config.run.compile != "none" and run.ensemble is not None:
+        run.ensemble.compile(run.config.run.compile)  # last: the checks use other batch sizes

@@ -35,7 +35,7 @@ def less_memory_advice(run: TrainingRun) -> list[str]:
         if not run.config.run.activation_checkpointing and recomputes(network)
         else []
     )
-    return [*found, "a smaller student" + " or teacher" * (run.panel is not None)]
+    return [*found, "a smaller student" + " or teacher" * (run.ensemble is not None)]
 
 
 def joined_by_or(ways: list[str]) -> str:
@@ -177,8 +177,8 @@ def find_micro_batch(run: TrainingRun) -> None:
 
         def answer(batch: Batch = batch) -> StudentOutput:
             fault_point("fit")
-            if run.panel is not None:
-                run.panel(batch)
+            if run.ensemble is not None:
+                run.ensemble(batch)
             return student(batch.images)
 
         if not any_process(run.accelerator, not _try_backward(run, answer)):

@@ -17,10 +17,10 @@ from deit.core.accelerator import environment_info
 from deit.core.console import info, is_main_process, table
 from deit.core.types import Batch
 from deit.training.build import build_run
+from deit.training.epochs import step_context
 from deit.training.loop import MetricAccumulator, StepContext, train_epoch
 from deit.training.progress_log import log_setup
 from deit.training.state import TrainingRun
-from deit.training.train import step_context
 
 PARTS = ("views", "teacher", "student", "backward", "optimizer", "average")
 """What an update is made of; the rest is loss, sums and the loop itself."""
@@ -109,7 +109,7 @@ def _noted(job: StepContext, run: TrainingRun) -> StepContext:
                 update(*arguments, **options)
 
         average.update = noted_update
-    panel = run.panel
+    panel = run.ensemble
     return job if panel is None else job._replace(teacher=_NotedPanel(panel))
 
 

@@ -31,7 +31,7 @@ def log_setup(run: TrainingRun, environment: dict[str, Any]) -> None:
         f"input {config.student.image_size} px"
     )
     _of_start(run)
-    if run.panel is None:
+    if run.ensemble is None:
         info("teacher   none (loss.kind none)")
     info(
         f"data      {config.data.source}: {len(splits.class_names)} classes; "
@@ -115,9 +115,9 @@ def _of_views(run: TrainingRun) -> str:
     words = [f"{sizes.view} px"]
     if sizes.view != sizes.student:
         words[0] += f", student {sizes.student} px"
-    if run.panel is not None and sizes.teacher != sizes.student:
+    if run.ensemble is not None and sizes.teacher != sizes.student:
         words[0] += f", teacher {sizes.teacher} px"
-    if run.panel is not None and views.teacher_view != "same":
+    if run.ensemble is not None and views.teacher_view != "same":
         words[0] += f", the teacher's {_TEACHER_VIEWS[views.teacher_view]}"
     if isinstance(images, InMemoryImages):
         format_gib = images.pixels.numel() / 2**30
@@ -125,7 +125,7 @@ def _of_views(run: TrainingRun) -> str:
         if run.config.data.num_workers:
             words.append("data.num_workers are not used")
     else:
-        number = worker_count(run.config.data)
+        number = worker_count(run.config.data.num_workers)
         workers = {0: "the training process", 1: "1 worker"}.get(number, f"{number} workers")
         words.append(f"decoded by {workers}")
     steps = {

@@ -42,15 +42,6 @@ def read_state(folder: Path) -> TrainState:
     return state
 
 
-def with_normalization_of(config: Config, out: Path) -> Config:
-    """The configuration with the normalization that the run in `out` took from its initial
-    weights, which may be gone by now."""
-    if config.init.weights is None or config.views.mean is not None:
-        return config
-    before = load_config(out / run_folder.CONFIG)
-    return config.replace(views={"mean": before.views.mean, "std": before.views.std})
-
-
 def resume_run(run: TrainingRun) -> bool:
     """Put a run back to its newest sound checkpoint; the configuration and data must be the same.
     Whether there was one.
@@ -81,7 +72,7 @@ def resume_run(run: TrainingRun) -> bool:
         )
     student = run.accelerator.unwrap_model(run.student)
     run.adapter_base = read_base(folder)
-    read = reader_of(folder, run.facts)
+    read = reader_of(folder, run.model_info)
     weights = _finite(read(WEIGHTS), origin=folder / WEIGHTS)
     load_weights(student.network, weights, origin=str(folder / WEIGHTS))
     load_optimizer(folder / run_folder.OPTIMIZER, run.optimizer, student.network)

@@ -58,7 +58,7 @@ def save_checkpoint(parts: TrainingRun, tally: MetricAccumulator, *, in_hash_cha
     state.scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
 
     def fill(folder: Path) -> dict[str, FileDigest]:
-        save_student(folder, weights, parts.facts)
+        save_student(folder, weights, parts.model_info)
         fault_point("model")
         save_optimizer(folder / run_folder.OPTIMIZER, moments)
         fault_point("optimizer")
@@ -133,7 +133,7 @@ def finish_epoch(run: TrainingRun, row: dict[str, Any]) -> None:
     _guard(run)
 
     def fill(folder: Path) -> None:
-        save_student(folder, chosen, run.facts)
+        save_student(folder, chosen, run.model_info)
         _save_extras(run, folder, chosen)
         write_json(folder / run_folder.STATE, asdict(state))
 

@@ -14,6 +14,7 @@ from deit.config.schema import Config
 from deit.core.manifest import FORMAT_VERSION
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
+from deit.distill.run_teachers import RunTeachers
 from deit.distill.teacher_ensemble import TeacherEnsemble
 from deit.models.metadata import AdapterBase
 from deit.models.saved import ModelInfo
@@ -68,8 +69,10 @@ class TrainingRun:
     out: Path
     accelerator: Accelerator
     splits: Splits
-    facts: ModelInfo
-    panel: TeacherEnsemble | None
+    model_info: ModelInfo
+    teachers: RunTeachers
+    ensemble: TeacherEnsemble | None
+    """The teachers as one call; None without any."""
     loader: TrainLoader
     student: nn.Module
     optimizer: torch.optim.Optimizer

@@ -23,10 +23,10 @@ FOLDER = "trackers"
 _OURS, _MLFLOW = "run-id", "mlflow-run-id"
 
 
-def check_trackers(config: Config) -> None:
+def check_trackers(names: tuple[str, ...]) -> None:
     """Refuse trackers whose package is not there, before the work: Accelerate would drop them
     without a word. Raises SystemFault."""
-    for name in config.run.trackers:
+    for name in names:
         if find_spec(name) is None:
             raise SystemFault(
                 f"run.trackers {name}: the package is missing; pip install {name}, or leave it out "

@@ -12,9 +12,9 @@ from deit.config.data_section import ViewsConfig
 from deit.config.schema import Config
 from deit.core.types import Batch
 from deit.training.build import build_run
+from deit.training.epochs import step_context
 from deit.training.loop import MetricAccumulator, train_epoch
 from deit.training.state import TrainingRun
-from deit.training.train import step_context
 
 
 def ours(config: Config, *, resident: bool = False) -> Iterator[int]:

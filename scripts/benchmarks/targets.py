@@ -68,13 +68,14 @@ def writing_case(name: str, folder: Path) -> Case:
     config = target_config(folder, "deit_micro")
     splits = load_splits(config.data)
     accelerator = build_accelerator(config.run)
-    (teacher,) = build_teachers(config, splits, accelerator)
+    (teacher,) = build_teachers(
+        config.teacher, splits.class_names, config.student.image_size, accelerator
+    )
     loader = build_train_loader(config, splits, accelerator, teacher_size=None, all_ranks=True)
 
     def written() -> Iterator[int]:
-        answer = teacher_query(
-            config, loader, build_online_ensemble(config, splits, [teacher], accelerator)
-        )
+        ensemble = build_online_ensemble([teacher], config.teacher, splits, accelerator)
+        answer = teacher_query(loader, ensemble)
         layout = RecordFormat("hard", 10, config.optim.epochs, loader.rows_per_epoch, False)
         for unit in range(10**9):
             for epoch, first, last in layout.epoch_ranges(unit % layout.num_shards):

@@ -22,7 +22,7 @@ from deit.distill.losses import distillation_loss
 from deit.models.saved import ModelInfo, build_student
 from deit.models.student import Student
 from deit.training.build import build_run
-from deit.training.train import step_context
+from deit.training.epochs import step_context
 from scripts.benchmarks.interleaved import photographs
 from scripts.benchmarks.ours import timm_loader
 

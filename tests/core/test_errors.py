@@ -166,7 +166,7 @@ def start_of_file(error, monkeypatch):
 
 def fit_start(error, monkeypatch):
     monkeypatch.setattr(student_init, "adapt_weights", raising(error))
-    build.init_student(nn.Linear(1, 1), None, Config(), SimpleNamespace(class_names=()))
+    build.init_student(nn.Linear(1, 1), None, Config().init, SimpleNamespace(class_names=()))
 
 
 def export(error, monkeypatch):

@@ -238,7 +238,7 @@ from deit.core.accelerator import destroy_process_group
 from deit.config.recipes.handwriting import digits
 from deit.config.presets import LOSS_PRESETS
 from deit.training.build import build_run
-from deit.training.train import step_context
+from deit.training.epochs import step_context
 from deit.training.loop import MetricAccumulator, train_epoch
 from deit.core.sharding import local_tensor
 

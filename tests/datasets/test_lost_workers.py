@@ -76,7 +76,9 @@ def test_a_fault_of_the_machine_is_no_broken_file(workers, file_images, monkeypa
 def answers(images, config):
     """What a network that only flattens makes of a split: every pixel of every view, in order."""
     accelerator = Accelerator(cpu=True)
-    return predict_split(accelerator, torch.nn.Flatten(), images, config, "reading").class_logits
+    return predict_split(
+        accelerator, torch.nn.Flatten(), images, config.evaluation, "reading"
+    ).class_logits
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -106,14 +108,14 @@ def test_evaluation_answers_the_same_from_memory_and_from_files(workers, files_r
 def test_worker_count_is_a_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert worker_count(DataConfig()) == 8
-    assert worker_count(DataConfig(num_workers=0)) == 0
-    assert worker_count(DataConfig(num_workers=20)) == 20
+    assert worker_count(None) == 8
+    assert worker_count(0) == 0
+    assert worker_count(20) == 20
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert worker_count(DataConfig()) == 3
-    assert worker_count(DataConfig(num_workers=5)) == 5
+    assert worker_count(None) == 3
+    assert worker_count(5) == 5
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert worker_count(DataConfig()) == 1
+    assert worker_count(None) == 1
 
 
 def test_every_stage_is_measured(file_images):

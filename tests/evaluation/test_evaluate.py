@@ -53,7 +53,9 @@ def test_another_resolution_by_hand(crop, runs):
     )
     test = load_splits(config.data).test
     chunks = torch.arange(len(test.labels)).split(100)
-    views = torch.cat(list(evaluation_batches(test, chunks, config, device=torch.device("cpu"))))
+    views = torch.cat(
+        list(evaluation_batches(test, chunks, config.evaluation, device=torch.device("cpu")))
+    )
     assert views.shape[-1] == 16
     with torch.no_grad():
         heads = logits_by_head(larger.eval()(views))

@@ -53,7 +53,9 @@ def split_views(run, name):
     student, _ = load_student(run / "best")
     images = getattr(load_splits(config.data), name)
     chunks = torch.arange(len(images.labels)).split(100)
-    views = torch.cat(list(evaluation_batches(images, chunks, config, device=torch.device("cpu"))))
+    views = torch.cat(
+        list(evaluation_batches(images, chunks, config.evaluation, device=torch.device("cpu")))
+    )
     heads = logits_by_head(student.eval()(views))
     _, normalise = split_normalization(student)
     return normalise(views), images.labels, heads
@@ -113,5 +115,7 @@ def views_of_test_set(run):
     student, _ = load_student(run / "best")
     test = load_splits(config.data).test
     chunks = torch.arange(len(test.labels)).split(100)
-    views = torch.cat(list(evaluation_batches(test, chunks, config, device=torch.device("cpu"))))
+    views = torch.cat(
+        list(evaluation_batches(test, chunks, config.evaluation, device=torch.device("cpu")))
+    )
     return (views - student.mean) / student.std, logits_by_head(student.eval()(views))

@@ -11,14 +11,13 @@ import numpy as np
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.handwriting import digits
 from deit.core.run_folder import latest_checkpoint
-from deit.datasets.splits import load_splits
-from deit.distill.build import build_accelerator
-from deit.distill.run_teachers import RunTeachers
+from deit.distill.target_checks import open_stores
 from deit.distill.target_store import (
     CHECKS,
     TARGETS,
     open_store,
 )
+from deit.training.build import build_run
 from tests.helpers.process_setup import LEAST_ROWS
 
 EPOCHS, PLACES = 7, 324  # with small units: three of them
@@ -53,12 +52,8 @@ def with_targets(config, *stores):
 
 def check(config):
     """Everything a run does before its first step."""
-    faculty = RunTeachers(config)
-    accelerator = build_accelerator(config.run)
-    splits = load_splits(config.data)
-    loader, panel = faculty.load(splits, accelerator)
-    faculty.check(splits, accelerator, loader)
-    return loader, panel, faculty
+    run = build_run(config)
+    return run.loader, run.ensemble, run.teachers
 
 
 def flipped(path, place):
@@ -134,3 +129,9 @@ def metric_rows(out):
 
 def latest_weights(out):
     return (latest_checkpoint(out) / "model.safetensors").read_bytes()
+
+
+def stores_with(config, *paths):
+    """Open stores as teachers of a configuration."""
+    stored = with_targets(config, *paths)
+    return open_stores(stored.teacher, stored.loss)

@@ -66,7 +66,12 @@ def test_auto_is_channels_last_for_convnets(name, device_type, mixed_precision, 
 @pytest.mark.parametrize("asked", ["auto", "contiguous", "channels_last"])
 def test_a_teacher_computes_in_the_format_of_its_configuration(asked, teacher):
     config = configuration(teacher).replace(teacher={"memory_format": (asked,)})
-    (built,) = build_teachers(config, load_splits(config.data), build_accelerator(config.run))
+    (built,) = build_teachers(
+        config.teacher,
+        load_splits(config.data).class_names,
+        config.student.image_size,
+        build_accelerator(config.run),
+    )
     expected = "channels_last" if asked == "auto" else asked  # on a CPU
     assert built.memory_format == expected
     weight = next(one for one in built.network.parameters() if one.ndim == 4 and one.shape[1] > 1)

@@ -10,7 +10,12 @@ from deit.config.schema import Config, TeacherConfig
 from deit.config.teachers import single_teacher, teacher_specs
 from deit.config.validation import validate
 from deit.core.errors import ConfigError, DataError
-from deit.distill.teacher_check import announce_order, better_order, check_accuracy, refuse_order
+from deit.distill.teacher_check import (
+    better_order,
+    check_accuracy,
+    check_class_order,
+    log_class_order,
+)
 from deit.models.teachers import ASSUMED, LoadedNetwork, Teacher
 from tests.helpers.errors import raises
 from tests.helpers.recorder_teacher import MEAN, ROOMS, STD, Recorder, recorder_teacher
@@ -64,7 +69,7 @@ def test_no_order_is_found_by_chance():
 def test_a_teacher_that_always_answers_the_same_fits_no_order_better():
     labels = torch.tensor([0] * 400 + [1] * 600)
     teacher = Teacher(LoadedNetwork(Recorder(), "same", None, MEAN, STD, None), class_order=ASSUMED)
-    refuse_order(
+    check_class_order(
         teacher, torch.zeros(1000, dtype=torch.long), labels, ("ant", "bee")
     )  # reversed, it is right more often
 
@@ -75,15 +80,15 @@ def test_a_teacher_in_another_order_is_refused_unless_it_was_said(order, capsys)
     labels = torch.arange(3).repeat(10)
     answers = torch.tensor([0, 2, 1])[labels]
     teacher = Teacher(LoadedNetwork(Recorder(), "mine", None, MEAN, STD, None), class_order=order)
-    announce_order(teacher, ROOMS)
+    log_class_order(teacher, ROOMS)
     said = capsys.readouterr().out
     assert order in said
     assert ("--teacher.classes" in said) == (order == ASSUMED)
     if order != ASSUMED:
-        refuse_order(teacher, answers, labels, ROOMS)
+        check_class_order(teacher, answers, labels, ROOMS)
         return
     with raises(DataError, "mine", "--teacher.classes natural", 20, "100.0 %"):
-        refuse_order(teacher, answers, labels, ROOMS)
+        check_class_order(teacher, answers, labels, ROOMS)
 
 
 def judged(right):
@@ -91,7 +96,7 @@ def judged(right):
     labels = torch.arange(6) % 3
     answers = torch.where(torch.arange(6) < right, labels, (labels + 1) % 3)
     logits = nn.functional.one_hot(answers, 3).float()
-    check_accuracy(Config(), recorder_teacher(), logits, labels, 1 / 3)
+    check_accuracy(recorder_teacher(), logits, labels, 1 / 3)
 
 
 def test_a_teacher_at_chance_is_refused_and_where_few_images_cannot_tell_that_is_said(capsys):

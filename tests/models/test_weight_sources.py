@@ -207,7 +207,7 @@ def test_damaged_tensors_are_refused(name, value, tmp_path):
 
     def whole():
         found = load_weights_from(str(tmp_path / "w.safetensors"))
-        init_student(network(seed=1), found, config, facts)
+        init_student(network(seed=1), found, config.init, facts)
 
     with pytest.raises(CheckpointError):
         whole()
@@ -346,14 +346,14 @@ def test_another_number_of_attention_heads_is_refused():
     config = config.replace(student=section(embed_dim=48, num_heads=2))
     facts = ModelInfo(config.student, NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
     with raises(CheckpointError, "a run", "--student.num_heads 4"):
-        init_student(network(embed_dim=48, num_heads=2), found, config, facts)
+        init_student(network(embed_dim=48, num_heads=2), found, config.init, facts)
 
 
 def test_a_normalisation_that_is_not_told_is_named():
     built = network()
     config = digits().replace(student=section(), init={"weights": "w.pth"})
     facts = ModelInfo(config.student, NAMES, (0.1, 0.2, 0.3), (0.4,) * 3, 1.0)
-    notes = init_student(built, found_in(built), config, facts)["notes"]
+    notes = init_student(built, found_in(built), config.init, facts)["notes"]
     assert any("--views.mean" in note and "0.1,0.2,0.3" in note for note in notes)
 
 

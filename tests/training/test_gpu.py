@@ -29,8 +29,9 @@ from deit.models.cost import cost_of
 from deit.models.networks import create_network
 from deit.models.rednet import involve
 from deit.training.build import build_run
+from deit.training.epochs import step_context
 from deit.training.loop import MetricAccumulator, train_epoch
-from deit.training.train import step_context, train
+from deit.training.train import train
 from tests.helpers.images import pixels_of, real_images
 from tests.helpers.resume_helpers import same_end, stop_and_go_on
 

@@ -30,6 +30,7 @@ from tests.helpers.target_stores import (
     copied,
     flipped,
     numbers_in,
+    stores_with,
     with_targets,
 )
 
@@ -96,10 +97,10 @@ def test_an_incomplete_store_is_refused_with_how_much_is_missing(teachers, tmp_p
     write_targets(configuration(teachers[0]), tmp_path / "part", part=(1, 3))
     config = with_targets(configuration(teachers[0]), tmp_path / "part")
     with raises(DataError, f"teacher.target_stores {tmp_path / 'part'}") as refused:
-        open_stores(config)
+        open_stores(config.teacher, config.loss)
     assert numbers_in(str(refused.value), tmp_path) == ["1", "3"]
     with raises(DataError, f"teacher.target_stores {tmp_path / 'none'}", MANIFEST):
-        open_stores(with_targets(config, tmp_path / "none"))
+        stores_with(config, tmp_path / "none")
 
 
 def test_a_store_that_verifies_says_so(store, capsys):

@@ -17,7 +17,7 @@ from deit.config.validation import validate
 from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.run_folder import latest_checkpoint
 from deit.datasets.splits import load_splits
-from deit.distill.build import build_accelerator
+from deit.distill.build import build_accelerator, build_train_loader
 from deit.distill.losses import standardize_logits
 from deit.distill.run_teachers import RunTeachers
 from deit.distill.target_store import (
@@ -29,7 +29,7 @@ from deit.distill.target_store import (
     read_manifest,
 )
 from deit.distill.verify_targets import verify_targets
-from deit.distill.write_targets import _layout, write_targets
+from deit.distill.write_targets import _record_format, write_targets
 from deit.experiments.studies import STUDIES
 from deit.training.progress_log import log_epoch
 from deit.training.train import train
@@ -103,9 +103,9 @@ def test_crops_of_images_that_workers_read(workers, constant, tmp_path):
 def test_what_is_written_by_default_can_be_trained_from(loss, expected):
     config = configuration("a").replace(loss={"kind": "soft", **loss})
     loader = SimpleNamespace(rows_per_epoch=500)
-    assert _layout(config, loader, 101, None, None).content == expected
+    assert _record_format(config, loader, 101, None, None).content == expected
     several = config.replace(teacher={"source": ("a", "b"), "combine": "logits"})
-    assert _layout(several, loader, 101, None, None).content in ("full", "hard")
+    assert _record_format(several, loader, 101, None, None).content in ("full", "hard")
 
 
 @pytest.mark.parametrize("records", ["hard", "top-3"])
@@ -250,8 +250,11 @@ def test_every_process_stops_at_a_damaged_store(store, tmp_path):
     copy = copied(store, tmp_path)
     flipped(copy / TARGETS, 500)
     config = with_targets(configuration("none"), copy).replace(teacher={"source": ()})
-    faculty, splits = RunTeachers(config), load_splits(config.data)
-    loader, _ = faculty.load(splits, build_accelerator(config.run))
+    teachers, splits = RunTeachers(config.teacher, config.loss), load_splits(config.data)
+    loader = build_train_loader(
+        config, splits, build_accelerator(config.run), teacher_size=teachers.input_size
+    )
+    teachers.load(splits.class_names, config.student.image_size, build_accelerator(config.run))
 
     def process(main, others):
         return SimpleNamespace(
@@ -261,9 +264,14 @@ def test_every_process_stops_at_a_damaged_store(store, tmp_path):
         )
 
     with raises(CheckpointError, copy / TARGETS):
-        faculty.check(splits, process(main=True, others=0), loader)
+        teachers.check(splits, process(main=True, others=0), loader, config.evaluation)
     with raises(CheckpointError, f"teacher.target_stores {copy}") as refused:
-        faculty.check(splits, process(main=False, others=-CheckpointError.exit_code), loader)
+        teachers.check(
+            splits,
+            process(main=False, others=-CheckpointError.exit_code),
+            loader,
+            config.evaluation,
+        )
     assert TARGETS not in str(refused.value)  # what is wrong with it the main process says
 
 

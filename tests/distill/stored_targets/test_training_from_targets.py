@@ -25,6 +25,7 @@ from tests.helpers.target_stores import (
     metric_rows,
     numbers_in,
     quick,
+    stores_with,
     with_targets,
 )
 
@@ -105,12 +106,12 @@ def test_hard_records_refuse_what_they_cannot_give(store, teachers):
     with raises(
         ConfigError, f"teacher.target_stores {store}", "loss.kind", "'soft'", "--content full"
     ):
-        open_stores(config)
+        open_stores(config.teacher, config.loss)
     both = configuration(teachers[0]).replace(
         teacher={"source": tuple(teachers), "target_stores": (str(store), str(store))},
     )
     with raises(ConfigError, f"teacher.target_stores {store}", "teacher.combine", "--content full"):
-        open_stores(both)
+        open_stores(both.teacher, both.loss)
 
 
 def test_top_k_refuses_a_temperature(teachers, tmp_path):
@@ -119,8 +120,8 @@ def test_top_k_refuses_a_temperature(teachers, tmp_path):
     write_targets(plain, tmp_path / "top", epochs=1, content="top-3")
     where = f"teacher.target_stores {tmp_path / 'top'}"
     with raises(ConfigError, where, "loss.temperature", "--content full"):
-        open_stores(with_targets(config, tmp_path / "top"))
-    assert open_stores(with_targets(plain, tmp_path / "top"))
+        stores_with(config, tmp_path / "top")
+    assert stores_with(plain, tmp_path / "top")
 
 
 def test_a_store_of_a_mean_of_probabilities_refuses_another_temperature(teachers, tmp_path):
@@ -136,7 +137,7 @@ def test_a_store_of_a_mean_of_probabilities_refuses_another_temperature(teachers
     )
     where = f"teacher.target_stores {tmp_path / 'mean'}"
     with raises(ConfigError, where, f"loss.temperature {temperature}", "--teacher.combine logits"):
-        open_stores(single_process_store)
+        open_stores(single_process_store.teacher, single_process_store.loss)
     assert check(
         single_process_store.replace(
             loss={"temperature": 1.0}, optim={"epochs": 1, "warmup_epochs": 0}
