@@ -6,6 +6,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TextIO, TypeVar
 
 from rich.console import Console
@@ -21,9 +22,33 @@ _PLAIN_INTERVAL_S = 10.0
 _WIDE = 100  # of a table, in characters
 
 
+_is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Print no messages, tables and progress inside the block; warnings and errors still show.
+
+    Example:
+        >>> with quiet():
+        ...     info("not printed")
+        >>> info("printed")
+        printed
+    """
+    token = _is_quiet.set(True)
+    try:
+        yield
+    finally:
+        _is_quiet.reset(token)
+
+
 def is_main_process() -> bool:
-    """Whether this process may speak (the launchers name the others by RANK)."""
+    """Return whether this is the main process: launchers number the others by RANK."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _prints() -> bool:
+    return is_main_process() and not _is_quiet.get()
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -35,8 +60,8 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def info(message: str = "") -> None:
-    """One message to standard output, as given but for control characters, which are escaped."""
-    if is_main_process():
+    """Print a message to standard output in the main process; control characters are escaped."""
+    if _prints():
         with _written():
             print(printable(message), flush=True)
 
@@ -90,7 +115,7 @@ def progress(items: Iterable[Item], *, total: int, title: str, done: int = 0) ->
 
     done: how many of the total lie behind already.
     """
-    if not is_main_process():
+    if not _prints():
         yield from items
     elif is_terminal(sys.stderr):
         yield from _bar(items, total, title, done)
@@ -148,7 +173,7 @@ def table(
     sentences, take several lines; else each row is printed as a record, a line a cell. A file or a
     pipe has no width.
     """
-    if not is_main_process():
+    if not _prints():
         return
     title, columns = in_line(title), list(map(in_line, columns))
     cells = [tuple(map(in_line, row)) for row in rows]

@@ -177,3 +177,20 @@ def test_what_recipes_are_is_said_in_whole_sentences(monkeypatch, capsys):
     ]
     assert {row[1].strip() for row in rows} == set(RECIPES)
     assert all(row[4].strip().endswith(".") for row in rows)
+
+
+def test_quiet_prints_warnings_only(capsys):
+    with pytest.raises(ValueError), console.quiet():  # noqa: PT011, PT012
+        console.info("hello")
+        console.table("t", ("a",), [("b",)])
+        assert list(console.progress([1, 2], total=2, title="x")) == [1, 2]
+        with console.quiet():
+            console.info("nested")
+        console.info("after nested")
+        console.warn("careful")
+        raise ValueError
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "careful" in err
+    console.info("printed again")
+    assert capsys.readouterr().out == "printed again\n"
