@@ -40,7 +40,7 @@ def test_reading_ahead_opens_no_more_files_the_longer_the_epoch(file_images):
 @pytest.mark.parametrize("views", [PLAIN, ViewsConfig()], ids=["cropped", "whole"])
 def test_a_broken_file_is_named_in_one_line(workers, views, tmp_path):
     files_root = write_image_folder(tmp_path / "images", number=8)
-    data = DataConfig(source="folder", files_root=str(files_root), storage="files", image_size=SIDE)
+    data = DataConfig(source="folder", root=str(files_root), storage="files", image_size=SIDE)
     train = load_splits(data).train
     broken, number = Path(train.name(7)), len(train.labels)
     made = loader(train, batch_size=number, views=views, workers=workers)
@@ -83,9 +83,7 @@ def answers(images, config):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_answers_the_same_from_memory_and_from_files(workers, files_root):
-    data = DataConfig(
-        source="folder", files_root=str(files_root), image_size=SIDE, num_workers=workers
-    )
+    data = DataConfig(source="folder", root=str(files_root), image_size=SIDE, num_workers=workers)
     found = {}
     for storage in ("memory", "files"):
         config = Config(

@@ -11,13 +11,15 @@ import numpy as np
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.handwriting import digits
 from deit.core.run_folder import latest_checkpoint
+from deit.datasets.splits import load_splits
+from deit.distill.build import build_train_loader
 from deit.distill.target_checks import open_stores
 from deit.distill.target_store import (
     CHECKS,
     TARGETS,
     open_store,
 )
-from deit.training.build import build_run
+from deit.training.resolve import resolve
 from tests.helpers.process_setup import LEAST_ROWS
 
 EPOCHS, PLACES = 7, 324  # with small units: three of them
@@ -52,8 +54,20 @@ def with_targets(config, *stores):
 
 def check(config):
     """Everything a run does before its first step."""
-    run = build_run(config)
-    return run.loader, run.ensemble, run.teachers
+    resolved = resolve(config)
+    accelerator, teachers = resolved.accelerator, resolved.teachers
+    splits = load_splits(config.data)
+    teachers.load(splits.class_names, config.student.image_size, accelerator)
+    loader = build_train_loader(
+        config,
+        splits,
+        accelerator,
+        teacher_size=teachers.input_size,
+        for_teacher=None in teachers.stores,
+    )
+    ensemble = teachers.ensemble(splits, accelerator)
+    teachers.check(splits, accelerator, loader, config.evaluation)
+    return loader, ensemble, teachers
 
 
 def flipped(path, place):

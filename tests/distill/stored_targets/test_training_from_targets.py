@@ -85,11 +85,12 @@ def test_fewer_stored_epochs_come_round_again_and_the_run_says_so(
     store, teachers, tmp_path, capsys
 ):
     config = with_targets(configuration(teachers[0], optim={"epochs": 9}), store)
-    *_, faculty = check(config)
-    assert faculty.num_stored_epochs == EPOCHS
-    said = map(numbers_in, capsys.readouterr().out.splitlines())
-    assert {"9", str(EPOCHS)} in map(set, said)
+    *_, run_teachers = check(config)
+    assert run_teachers.num_stored_epochs == EPOCHS
+    capsys.readouterr()
     train(config, tmp_path / "cycled")
+    numbers = map(numbers_in, capsys.readouterr().out.splitlines())
+    assert {"9", str(EPOCHS)} in map(set, numbers)
     rows = metric_rows(tmp_path / "cycled")
     assert rows[7]["teacher_top1"] == rows[0]["teacher_top1"]
     assert rows[8]["teacher_top1"] == rows[1]["teacher_top1"]
