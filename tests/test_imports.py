@@ -1,4 +1,4 @@
-"""Which folders import which, what no file may do, and which `datasets` is found."""
+"""Imports between folders, code that no file may contain, and which `datasets` is imported."""
 
 import ast
 import os
@@ -18,7 +18,7 @@ FOLDERS = ("deit", "models", "datasets", "scripts")
 
 
 def library() -> dict[str, Path]:
-    """Every file of the library and the root scripts by the name it is imported by."""
+    """Return every file of the library and the root scripts by its module name."""
     files = {path.stem: path for path in ROOT.glob("*.py")}
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
@@ -47,27 +47,27 @@ UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"
 
 
 def unsafe_lines(source: str) -> list[str]:
-    """What could run foreign code: pickles, torch.load of more than tensors, shells, eval."""
-    found = []
+    """List what could run untrusted code: pickles, unsafe torch.load, shells, eval."""
+    problems = []
     tree = ast.parse(source)
     for name in imported(tree):
         if name.split(".")[0] in UNSAFE_MODULES:
-            found.append(f"imports {name}")
+            problems.append(f"imports {name}")
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module in ("torch", "os"):
             names = {alias.name for alias in node.names}
-            found += [f"from {node.module} import {name}" for name in names & {"load", "system"}]
+            problems += [f"from {node.module} import {name}" for name in names & {"load", "system"}]
         if not isinstance(node, ast.Call):
             continue
         called, keywords = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
         if called in UNSAFE_CALLS:
-            found.append(f"line {node.lineno}: {called}")
+            problems.append(f"line {node.lineno}: {called}")
         if called.endswith("torch.load") and not _true(keywords.get("weights_only")):
-            found.append(f"line {node.lineno}: torch.load without weights_only=True")
+            problems.append(f"line {node.lineno}: torch.load without weights_only=True")
         for keyword in ("shell", "allow_pickle"):
             if keyword in keywords:
-                found.append(f"line {node.lineno}: {keyword}=")
-    return found
+                problems.append(f"line {node.lineno}: {keyword}=")
+    return problems
 
 
 def _true(value: ast.expr | None) -> bool:
@@ -80,7 +80,7 @@ def bare_imports(source: str) -> list[str]:
     ]
 
 
-def test_folders_import_only_from_those_below_them():
+def test_folders_import_only_from_lower_layers():
     done = python("scripts/lint_imports.py")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -96,7 +96,7 @@ def test_folders_import_only_from_those_below_them():
         ("deit/experiments/sweep.py", "from deit.cli.run_args import RunArguments"),
     ],
 )
-def test_a_planted_import_is_reported(file, source, tmp_path):
+def test_lint_imports_planted_import_is_reported(file, source, tmp_path):
     for folder in ("deit", "models", "datasets"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     for name in (".importlinter", "scripts"):
@@ -110,9 +110,9 @@ def test_a_planted_import_is_reported(file, source, tmp_path):
 
 
 @pytest.mark.fault("B13")
-def test_no_file_can_run_foreign_code():
-    found = {name: unsafe_lines(path.read_text()) for name, path in LIBRARY.items()}
-    assert {name: lines for name, lines in found.items() if lines} == {}
+def test_no_file_can_run_untrusted_code():
+    problems = {name: unsafe_lines(path.read_text()) for name, path in LIBRARY.items()}
+    assert {name: lines for name, lines in problems.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
@@ -130,20 +130,20 @@ def test_no_file_can_run_foreign_code():
         "import numpy\nnumpy.load('x', allow_pickle=True)",
     ],
 )
-def test_a_planted_danger_is_reported(source):
+def test_unsafe_lines_planted_danger_is_reported(source):
     assert len(unsafe_lines(source)) == 1
 
 
-def test_safe_calls_are_not_reported():
+def test_unsafe_lines_safe_calls_are_not_reported():
     assert unsafe_lines("network.eval()\ntorch.load('x', weights_only=True)") == []
 
 
 def test_no_file_imports_models_or_datasets_bare():
-    found = {name: bare_imports(path.read_text()) for name, path in EVERYTHING.items()}
-    assert {name: lines for name, lines in found.items() if lines} == {}
+    imports = {name: bare_imports(path.read_text()) for name, path in EVERYTHING.items()}
+    assert {name: names for name, names in imports.items() if names} == {}
 
 
-def test_a_planted_bare_import_is_reported():
+def test_bare_imports_planted_import_is_reported():
     source = "import datasets\nfrom models import student\nimport models.student"
     assert bare_imports(source) == ["datasets", "models", "models.student"]
 
@@ -154,7 +154,7 @@ def test_models_and_datasets_have_no_init(folder):
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter in the root of the checkout, as a user starts one."""
+    """Run a new interpreter in the root of the checkout, as a user does."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -175,8 +175,8 @@ def test_the_command_line_is_parsed_without_torch():
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-def test_hugging_face_datasets_is_not_shadowed_and_accelerate_finds_it_from_our_root(tmp_path):
-    """(test_peers.py trains beside it.)"""
+def test_hugging_face_datasets_is_not_shadowed_for_accelerate(tmp_path):
+    """(test_peers.py trains with it installed.)"""
     code = (
         "import sys\n"
         "from accelerate.data_loader import prepare_data_loader\n"
@@ -190,14 +190,14 @@ def test_hugging_face_datasets_is_not_shadowed_and_accelerate_finds_it_from_our_
     site = fake_datasets_package(tmp_path / "site")
     done = python("-c", code, PYTHONPATH=site)
     assert done.returncode == 0, done.stderr
-    said, theirs, ours = done.stdout.splitlines()
-    assert said == "stand-in imported"
-    assert Path(theirs) == Path(site) / "datasets" / "__init__.py"
-    assert Path(ours) == ROOT / "datasets" / "views.py"
+    message, hugging_face_file, deit_file = done.stdout.splitlines()
+    assert message == "stand-in imported"
+    assert Path(hugging_face_file) == Path(site) / "datasets" / "__init__.py"
+    assert Path(deit_file) == ROOT / "datasets" / "views.py"
 
 
-def test_no_test_imports_another():
-    """What several need is in tests/helpers: a test file can be renamed, moved or removed alone."""
+def test_no_test_file_imports_another():
+    """Shared code is in tests/helpers, so that a test file can be renamed, moved or removed."""
     importing = re.compile(
         r"^\s*(from tests(\.\w+)*\.test_\w+ import|from tests(\.\w+)* import test_)", re.M
     )

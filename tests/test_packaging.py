@@ -1,4 +1,4 @@
-"""Packaging: metadata in one place, dependencies as imported, wheel and editable install."""
+"""Packaging: metadata in setup.cfg only, declared dependencies, wheel and editable install."""
 
 import ast
 import configparser
@@ -39,28 +39,28 @@ def settings() -> configparser.ConfigParser:
 
 
 def requirements(text: str) -> set[str]:
-    """The distributions of a requirement list, without versions and comments."""
+    """Return the distributions of a requirement list, without versions and comments."""
     lines = (line.split(" #")[0].strip() for line in text.splitlines())
     return {re.match(r"[\w.-]+", line)[0].lower() for line in lines if line}
 
 
 def imported_distributions() -> set[str]:
-    """What the library and the scripts import from elsewhere, by distribution."""
-    found = set()
+    """Return the distributions that the library and the scripts import."""
+    modules = set()
     files = [*ROOT.glob("*.py")]
     for folder in ("deit", "models", "datasets", "scripts"):
         files += (ROOT / folder).rglob("*.py")
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
+                modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                found.add(node.module.split(".")[0])
-    third_party = found - set(sys.stdlib_module_names) - {"deit", "scripts", "tests"}
+                modules.add(node.module.split(".")[0])
+    third_party = modules - set(sys.stdlib_module_names) - {"deit", "scripts", "tests"}
     return {DISTRIBUTIONS.get(name, name) for name in third_party}
 
 
-def test_metadata_lives_in_setup_cfg():
+def test_metadata_is_in_setup_cfg_only():
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert set(pyproject) == {"build-system", "tool"}
     assert set(pyproject["tool"]) == {"ruff"}
@@ -90,7 +90,7 @@ def test_every_requirement_is_imported():
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
-    """The output of a command that must succeed, with no path to the checkout and no network."""
+    """Run a command that must succeed, without PYTHONPATH and network, and return its output."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [str(part) for part in command],
@@ -105,7 +105,7 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 
 
 def copy_checkout(target: Path) -> Path:
-    """The files a build reads, elsewhere, so that the checkout stays clean."""
+    """Copy the files of a build to `target`, so that the checkout stays clean."""
     for folder in ("deit", "models", "datasets"):
         shutil.copytree(
             ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__")
@@ -123,64 +123,66 @@ def python_files(folder: str) -> set[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("setuptools")
-    place = tmp_path_factory.mktemp("wheel")
-    checkout = copy_checkout(place / "checkout")
+    folder = tmp_path_factory.mktemp("wheel")
+    checkout = copy_checkout(folder / "checkout")
     build = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
-    run(*build, "-w", place, checkout, cwd=place)
-    (file,) = place.glob("*.whl")
+    run(*build, "-w", folder, checkout, cwd=folder)
+    (file,) = folder.glob("*.whl")
     return file
 
 
-def test_wheel_holds_exactly_the_library(wheel):
+def test_wheel_contains_exactly_the_library(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {name for name in names if name.endswith(".py")}
-    inside = {f"deit/{name}" for name in python_files("models") | python_files("datasets")}
-    assert modules == python_files("deit") | inside
-    facts = f"deit-{deit.__version__}.dist-info"
-    assert f"{facts}/licenses/LICENSE" in names
-    beside = {"deit/viz/page.css", "deit/viz/page.js"}
-    assert names >= beside
-    assert all(name in modules | beside or name.startswith(f"{facts}/") for name in names)
+    mapped = {f"deit/{name}" for name in python_files("models") | python_files("datasets")}
+    assert modules == python_files("deit") | mapped
+    dist_info = f"deit-{deit.__version__}.dist-info"
+    assert f"{dist_info}/licenses/LICENSE" in names
+    page_files = {"deit/viz/page.css", "deit/viz/page.js"}
+    assert names >= page_files
+    assert all(name in modules | page_files or name.startswith(f"{dist_info}/") for name in names)
 
 
-def test_wheel_says_what_setup_cfg_says(wheel):
-    facts = f"deit-{deit.__version__}.dist-info"
+def test_wheel_metadata_matches_setup_cfg(wheel):
+    dist_info = f"deit-{deit.__version__}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
-        entry_points = archive.read(f"{facts}/entry_points.txt").decode()
-        metadata = Parser().parsestr(archive.read(f"{facts}/METADATA").decode())
+        entry_points = archive.read(f"{dist_info}/entry_points.txt").decode()
+        metadata = Parser().parsestr(archive.read(f"{dist_info}/METADATA").decode())
     assert entry_points.split() == ["[console_scripts]", "deit", "=", "deit.cli:program"]
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
-    needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    wanted = requirements(settings()["options"]["install_requires"])
-    assert requirements("\n".join(needed)) == wanted
+    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    declared = requirements(settings()["options"]["install_requires"])
+    assert requirements("\n".join(required)) == declared
     assert set(metadata.get_all("Provides-Extra")) == set(settings()["options.extras_require"])
 
 
 def import_again():
-    """In a copy of a process that has imported all: import our modules again, from a path without
-    the checkout, and print where they were found. It spares the seconds of torch."""
+    """Import MODULES again without the checkout on the path and print their files.
+
+    Runs in a fork of a process with all imports, which saves the seconds of importing torch.
+    """
     for name in [name for name in sys.modules if name.split(".")[0] == "deit"]:
         del sys.modules[name]
     sys.path[:] = [os.environ["DEIT_TEST_SITE"]] + [
-        one for one in sys.path if Path(one or ".").resolve() != ROOT
+        path for path in sys.path if Path(path or ".").resolve() != ROOT
     ]
     for name in MODULES:
         print(importlib.import_module(name).__file__)
     return 0
 
 
-def test_installed_wheel_works_far_from_the_checkout(wheel, command_server, tmp_path):
+def test_installed_wheel_works_without_the_checkout(wheel, command_server, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     install = (sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel)
     run(*install, cwd=elsewhere)
     main = f"{__name__}:{import_again.__name__}"
-    done = command_server.run(cwd=elsewhere, MAIN_FUNCTION=main, DEIT_TEST_SITE=str(site))
+    done = command_server.run(cwd=elsewhere, FORKS_MAIN=main, DEIT_TEST_SITE=str(site))
     assert done.code == 0, done.err
-    wanted = ["deit/__init__.py", "deit/models/student.py", "deit/datasets/views.py"]
-    assert done.out.split() == [str(site / name) for name in wanted]
-    found = run(sys.executable, "-c", FIND, cwd=elsewhere, PYTHONPATH=str(site))
-    assert found.split() == [str(site / name) for name in wanted]
+    files = ["deit/__init__.py", "deit/models/student.py", "deit/datasets/views.py"]
+    assert done.out.split() == [str(site / name) for name in files]
+    origins = run(sys.executable, "-c", FIND, cwd=elsewhere, PYTHONPATH=str(site))
+    assert origins.split() == [str(site / name) for name in files]
     listed = run(sys.executable, "-m", "deit", "recipes", cwd=elsewhere, PYTHONPATH=str(site))
     assert "digits-teacher" in listed
     version = run(site / "bin" / "deit", "--version", cwd=elsewhere, PYTHONPATH=str(site))
@@ -195,11 +197,11 @@ def test_editable_install_follows_the_checkout(tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    # torch and the others are found in the environment that runs the tests.
+    # torch and other packages are imported from the environment that runs the tests.
     (site / "shared.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     install = (python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", checkout)
     run(*install, cwd=elsewhere)
-    found = run(python, "-c", FIND, cwd=elsewhere)
-    wanted = ["deit/__init__.py", "models/student.py", "datasets/views.py"]
-    assert found.split() == [str(checkout / name) for name in wanted]
+    origins = run(python, "-c", FIND, cwd=elsewhere)
+    files = ["deit/__init__.py", "models/student.py", "datasets/views.py"]
+    assert origins.split() == [str(checkout / name) for name in files]
     assert "digits-teacher" in run(python.with_name("deit"), "recipes", cwd=elsewhere)

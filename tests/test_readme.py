@@ -1,4 +1,4 @@
-"""Every command of the README is executed, shortened; its tables and links are up to date."""
+"""Every command of the README runs, with shorter training; its tables and links are up to date."""
 
 import re
 import shlex
@@ -16,7 +16,7 @@ pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 QUICK = shlex.split("--optim.epochs 1 --optim.warmup_epochs 0 --run.eval_every_epochs 1")
-PICTURES = shlex.split("--data.image_size 8 --student.image_size 8 --optim.batch_size 8")
+SMALL_IMAGES = shlex.split("--data.image_size 8 --student.image_size 8 --optim.batch_size 8")
 FEW = shlex.split("--data.train_fraction 0.1")  # 129 digits
 NARROW = shlex.split("--student.depth 1 --student.embed_dim 16 --student.num_heads 2")
 CROPS = ["--views.teacher_num_crops", "3"]
@@ -24,7 +24,7 @@ STUDENT = [*QUICK, *NARROW, "--teacher.allow_near_chance"]
 SMALL = {
     "digits-teacher": [*QUICK, *FEW],
     "digits": [*STUDENT, *FEW],
-    # Starts and teachers: runs that the commands before them leave.
+    # Their initial weights and teachers are runs of earlier commands.
     "digits-ensemble": [
         *(*STUDENT, *FEW, "--teacher.source", "checkpoints/digits-teacher,checkpoints/hard"),
     ],
@@ -37,86 +37,88 @@ SMALL = {
     ],
     "mine.py:narrow": [*QUICK, *FEW, "--student.depth", "1", "--teacher.allow_near_chance"],
     "folder-teacher": [
-        *(*QUICK, *PICTURES),
+        *(*QUICK, *SMALL_IMAGES),
         *("--student.name", "small_convnet", "--student.drop_path", "0"),
     ],
     "tiny-imagenet-micro": [
         *(*STUDENT, "--optim.batch_size", "32", "--teacher.source", "checkpoints/folder-teacher"),
     ],
-    "folder": [*STUDENT, *PICTURES, "--optim.min_lr", "0", "--student.patch_size", "2"],
+    "folder": [*STUDENT, *SMALL_IMAGES, "--optim.min_lr", "0", "--student.patch_size", "2"],
 }
 PROGRAMS = ("python", "make", "deit", "torchrun", "accelerate", "pip", "source")
 
 
 def readme_commands():
-    """The commands of the README in order: lines of sh blocks and code spans that start as one."""
-    found = []
+    """Return the README's commands in order, from sh blocks and code spans."""
+    commands = []
     for block, span in re.findall(r"```sh\n(.*?)```|`([^`\n]+)`", README, re.DOTALL):
         for line in (block or span).splitlines():
             command = line.split("   #")[0].strip()
-            named_only = re.fullmatch(r"deit (?!recipes)\w+", command)
-            if command.split(" ")[0] in PROGRAMS and " " in command and not named_only:
-                found.append(command)
-    return list(dict.fromkeys(found))
+            is_bare_name = re.fullmatch(r"deit (?!recipes)\w+", command)
+            if command.split(" ")[0] in PROGRAMS and " " in command and not is_bare_name:
+                commands.append(command)
+    return list(dict.fromkeys(commands))
 
 
-def test_the_readme_has_commands_and_the_first_screen_has_picture_and_two_of_them():
-    assert len(OURS) > 10
-    assert len(OTHERS) > 3
+def test_readme_has_commands_and_a_figure_on_the_first_screen():
+    assert len(DEIT_COMMANDS) > 10
+    assert len(OTHER_COMMANDS) > 3
     screen = README.split("## ")[0]
-    assert screen.count("make ") == 3  # two commands, one of them named again
+    assert screen.count("make ") == 3  # two commands, one of them twice
     assert "docs/images/digits.png" in screen
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with what the README's commands expect: pictures, names, a recipe of one's own."""
+def folder(tmp_path_factory):
+    """A folder with the inputs of the README's commands: images, class names, a recipe."""
     from tests.helpers.images import write_class_folders
 
-    place = tmp_path_factory.mktemp("readme")
-    write_class_folders(place / "pictures", number=12)
-    write_class_folders(place / "data" / "cifar10", number=48, size=(32, 32))
+    folder = tmp_path_factory.mktemp("readme")
+    write_class_folders(folder / "pictures", number=12)
+    write_class_folders(folder / "data" / "cifar10", number=48, size=(32, 32))
     write_class_folders(
-        place / "data" / "tiny-imagenet-200", number=48, size=(64, 64), splits=("train", "val")
+        folder / "data" / "tiny-imagenet-200", number=48, size=(64, 64), splits=("train", "val")
     )
-    (place / "names.txt").write_text("ant\nbee\n")
+    (folder / "names.txt").write_text("ant\nbee\n")
     recipe = re.search(r"```python\n(# mine\.py\n.*?)```", README, re.DOTALL).group(1)
-    (place / "mine.py").write_text(recipe)
+    (folder / "mine.py").write_text(recipe)
     sweep = re.search(r"```yaml\n(# heat\.yaml.*?)```", README, re.DOTALL).group(1)
-    (place / "heat.yaml").write_text(sweep)
-    return place
+    (folder / "heat.yaml").write_text(sweep)
+    return folder
 
 
-def as_ours(command):
-    """(name of our command, its arguments) of a README command line, or None."""
-    arguments = shlex.split(command)
-    if arguments[0] == "python" and arguments[1].endswith("_deit.py"):
-        return arguments[1].removesuffix("_deit.py"), arguments[2:]
-    if arguments[0] == "deit" and arguments[1] in COMMANDS:
-        return arguments[1], arguments[2:]
+def as_deit_command(line):
+    """Return (name, arguments) of a command line of deit, or None for other programs."""
+    program, *arguments = shlex.split(line)
+    if program == "python" and arguments[0].endswith("_deit.py"):
+        return arguments[0].removesuffix("_deit.py"), arguments[1:]
+    if program == "deit" and arguments[0] in COMMANDS:
+        return arguments[0], arguments[1:]
     return None
 
 
-OURS = [command for command in readme_commands() if as_ours(command)]
-OTHERS = [command for command in readme_commands() if not as_ours(command)]
+DEIT_COMMANDS = [line for line in readme_commands() if as_deit_command(line)]
+OTHER_COMMANDS = [line for line in readme_commands() if not as_deit_command(line)]
 
 
-def shortened(name, arguments, taught):
-    """The arguments of a command of ours, and those that make it short. taught: the option that
-    names the teacher of digits, once a comparison has trained it."""
+def shortened(name, arguments, teacher):
+    """Return the arguments of a deit command with those that make it short.
+
+    teacher: the option that names the teacher of digits, after a comparison has trained it.
+    """
     if name == "compare":
         few = [*SMALL[arguments[0]], "--seeds", "0"]
-        few += taught if arguments[0] == "digits" else []
+        few += teacher if arguments[0] == "digits" else []
         if "view-modes" in arguments:
-            some = () if "--arms" in arguments else ("--arms", "same/rc,fix/ic_ens,none")
-            few += [*CROPS, *some]  # all of them: test_target_store.py
+            arms = () if "--arms" in arguments else ("--arms", "same/rc,fix/ic_ens,none")
+            few += [*CROPS, *arms]  # test_target_store.py runs all view modes
         return [*arguments, *few]
     if name == "train":
         return [*arguments, *SMALL[arguments[0]]]
     if name == "sweep":
-        return [*arguments, *SMALL["digits"], *taught, "--seeds", "0"]
+        return [*arguments, *SMALL["digits"], *teacher, "--seeds", "0"]
     if name == "lottery":
-        return [*arguments, *SMALL["digits"], *taught]
+        return [*arguments, *SMALL["digits"], *teacher]
     if name == "prune":
         return [*arguments, *QUICK, *FEW, "--images", "64", "--teacher.allow_near_chance"]
     if name == "loss-landscape":
@@ -136,75 +138,78 @@ def shortened(name, arguments, taught):
     return arguments
 
 
-def test_our_commands_run_in_the_readmes_order(place, command_server):
-    taught = []
-    for command in OURS:
-        name, arguments = as_ours(command)
-        done = command_server.run(name, *shortened(name, arguments, taught), cwd=place)
-        assert done.code == 0, (command, done.err)
-        if name == "compare" and not taught:
+def test_deit_commands_run_in_the_order_of_the_readme(folder, command_server):
+    teacher = []
+    for line in DEIT_COMMANDS:
+        name, arguments = as_deit_command(line)
+        done = command_server.run(name, *shortened(name, arguments, teacher), cwd=folder)
+        assert done.code == 0, (line, done.err)
+        if name == "compare" and not teacher:
             out = arguments[arguments.index("--out") + 1]
-            taught = ["--teacher.source", f"{out}/teacher"]
-    assert (place / "digits.json").is_file()
-    assert (place / "checkpoints" / "compare" / "runs.png").stat().st_size > 10_000
+            teacher = ["--teacher.source", f"{out}/teacher"]
+    assert (folder / "digits.json").is_file()
+    assert (folder / "checkpoints" / "compare" / "runs.png").stat().st_size > 10_000
 
 
-def test_the_other_commands_are_real(place, command_server):
-    arguments = ("digits-teacher", *SMALL["digits-teacher"], "--out", "taught")
-    teacher = command_server.run("train", *arguments, cwd=place)
-    assert teacher.code == 0, teacher.err
-    for command in OTHERS:
-        arguments = shlex.split(command)
-        if arguments[0] == "make":
+def test_other_commands_of_the_readme_are_valid(folder, command_server):
+    arguments = ("digits-teacher", *SMALL["digits-teacher"], "--out", "teacher")
+    done = command_server.run("train", *arguments, cwd=folder)
+    assert done.code == 0, done.err
+    for line in OTHER_COMMANDS:
+        program, *arguments = shlex.split(line)
+        if program == "make":
             planned = subprocess.run(
-                ["make", "-n", *arguments[1:]], cwd=ROOT, capture_output=True, text=True, check=True
+                ["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
             ).stdout
             assert {"quickstart": "deit compare digits", "test": "-m pytest"}[
-                arguments[1]
+                arguments[0]
             ] in planned
-        elif arguments[0] in ("torchrun", "accelerate"):
-            dry_run(arguments, place, command_server)
-        elif arguments[:2] == ["python", "scripts/benchmark.py"]:
-            # It takes minutes: here its options, in test_benchmark.py what it does.
-            script, *options = arguments[1:]
+        elif program in ("torchrun", "accelerate"):
+            dry_run(program, arguments, folder, command_server)
+        elif program == "python" and arguments[0] == "scripts/benchmark.py":
+            # It takes minutes: only its options are tested here, the rest in test_benchmark.py.
+            script, *options = arguments
             done = command_server.run(*options, "--rows", "no such row", script=script, cwd=ROOT)
             assert "no such row" in done.err
         else:
-            assert arguments[0] == "source" or arguments[:2] in (
-                ["pip", "install"],
-                ["python", "scripts/results.py"],
+            assert program == "source" or (program, arguments[0]) in (
+                ("pip", "install"),
+                ("python", "scripts/results.py"),
             )
 
 
-def dry_run(arguments, place, command_server):
-    """Run what a launcher's line starts for one step, on the CPU; the launcher's own parser reads
-    the line. (test_peers.py runs the script by both launchers themselves.)"""
-    if arguments[0] == "torchrun":
-        asked = get_args_parser().parse_args(arguments[1:])
-        number, recipe, environment = int(asked.nproc_per_node), asked.training_script_args, {}
-        assert number == 2
+def dry_run(launcher, arguments, folder, command_server):
+    """Run one step of a launcher's command on the CPU, without the launcher itself.
+
+    The launcher's parser reads the arguments. (test_peers.py runs both launchers.)
+    """
+    if launcher == "torchrun":
+        options = get_args_parser().parse_args(arguments)
+        processes, recipe = int(options.nproc_per_node), options.training_script_args
+        environment = {}
+        assert processes == 2
     else:
-        asked = launch_command_parser().parse_args(arguments[2:])
-        assert (arguments[1], asked.multi_gpu, asked.num_processes) == ("launch", True, 8)
-        # No eight GPUs here: one process, and a recipe without data.
-        number, recipe = 1, ["digits"]
-        assert asked.training_script_args[0] in RECIPES
-        environment = {"ACCELERATE_MIXED_PRECISION": asked.mixed_precision}
-    done = command_server.run_processes(
-        *(*recipe, "--teacher.source", "taught", "--teacher.allow_near_chance"),
+        options = launch_command_parser().parse_args(arguments[1:])
+        assert (arguments[0], options.multi_gpu, options.num_processes) == ("launch", True, 8)
+        # There are no eight GPUs: one process, and a recipe that needs no data.
+        processes, recipe = 1, ["digits"]
+        assert options.training_script_args[0] in RECIPES
+        environment = {"ACCELERATE_MIXED_PRECISION": options.mixed_precision}
+    done = command_server.together(
+        *(*recipe, "--teacher.source", "teacher", "--teacher.allow_near_chance"),
         *("--dry-run", "--out", "dry"),
-        processes=number,
-        script=asked.training_script,
-        cwd=place,
+        processes=processes,
+        script=options.training_script,
+        cwd=folder,
         **environment,
     )
-    assert [one.code for one in done] == [0] * number, "".join(one.err for one in done)
-    assert re.search(r"\bloss \d", done[0].out)  # of the one update
-    assert not (place / "dry").exists()
+    assert [rank.code for rank in done] == [0] * processes, "".join(rank.err for rank in done)
+    assert re.search(r"\bloss \d", done[0].out)  # of the single update
+    assert not (folder / "dry").exists()
     assert "bf16" in done[0].out or not environment
 
 
-def test_links_and_pictures_of_the_documents_exist():
+def test_links_and_images_of_the_documents_exist():
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
             if not target.startswith("http"):
@@ -214,9 +219,9 @@ def test_links_and_pictures_of_the_documents_exist():
 def test_tests_that_documents_name_exist():
     """`test_file::test_name` in a document is a test of that name, in that file."""
     named = {
-        found
+        reference
         for path in (ROOT / "docs").glob("*.md")
-        for found in re.findall(r"`(test_\w+)::(test_\w+)`", path.read_text())
+        for reference in re.findall(r"`(test_\w+)::(test_\w+)`", path.read_text())
     }
     assert len(named) > 40
     for file, name in named:
@@ -225,12 +230,12 @@ def test_tests_that_documents_name_exist():
         assert f"\ndef {name}(" in text, (file, name)
 
 
-def test_the_results_are_those_of_the_files(command_server):
+def test_generated_tables_match_the_result_files(command_server):
     done = command_server.run("--check", script="scripts/results.py", cwd=ROOT)
     assert done.code == 0, "run: python scripts/results.py"
 
 
-def test_every_folder_of_the_code_stands_in_the_architecture():
+def test_architecture_lists_every_folder_of_the_code():
     text = (ROOT / "docs" / "architecture.md").read_text()
     packages = [path for path in (ROOT / "deit").iterdir() if (path / "__init__.py").is_file()]
     for folder in (*packages, ROOT / "models", ROOT / "datasets"):

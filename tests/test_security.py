@@ -1,4 +1,4 @@
-"""Nothing is run from a file, nothing asked of the network: a canary is planted everywhere."""
+"""No code is run from files and the network is not used: every kind of file has a canary."""
 
 import io
 import json
@@ -28,13 +28,13 @@ BRIEF = (*SMALL, *FEW)
 
 
 class Canary:
-    """Unpickled, it leaves a file."""
+    """An object that creates a file when it is unpickled."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def __reduce__(self):
-        return (os.system, (f"touch {self.place}",))
+        return (os.system, (f"touch {self.path}",))
 
 
 def plain(canary: Canary) -> bytes:
@@ -48,7 +48,7 @@ def saved(content: object) -> bytes:
 
 
 def old_tar(canary: Canary) -> bytes:
-    """torch's format of 2016."""
+    """Return a file in torch's format of 2016."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
         for name in ("sys_info", "pickle", "storages", "tensors"):
@@ -60,14 +60,14 @@ def old_tar(canary: Canary) -> bytes:
 
 
 def torchscript(canary: Canary) -> bytes:
-    """A zip as torch.jit.save writes one, with a pickle of ours."""
+    """Return a zip as torch.jit.save writes it, with the canary as its pickles."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(canary))
         archive.writestr("archive/constants.pkl", pickle.dumps(canary))
         archive.writestr("archive/version", "3")
         archive.writestr(
-            "archive/code/__torch__.py", f"import os\nos.system('touch {canary.place}')"
+            "archive/code/__torch__.py", f"import os\nos.system('touch {canary.path}')"
         )
     return file.getvalue()
 
@@ -86,7 +86,7 @@ PAYLOADS = {
     "torchscript": torchscript,
     "an array of objects": array,
     "eval": lambda canary: (
-        b"cbuiltins\neval\n(V__import__('os').system('touch %s')\ntR." % str(canary.place).encode()
+        b"cbuiltins\neval\n(V__import__('os').system('touch %s')\ntR." % str(canary.path).encode()
     ),
 }
 
@@ -108,7 +108,7 @@ ARCHITECTURE = (
 
 @pytest.fixture
 def started(command_server, capsys):
-    """Runs commands: the first in a process of its own, the others in this one, in less time."""
+    """Run commands: the first in its own process, the others in this one, which is faster."""
     first = True
 
     def start(*command: object) -> Completed:
@@ -147,8 +147,8 @@ def test_no_weight_file_runs_code(payload, started, tmp_path):
 
 @pytest.mark.fault("B12")
 @pytest.mark.parametrize("payload", ["a pickle", "among tensors", "torchscript"])
-def test_no_folder_of_others_runs_code(payload, started, tmp_path):
-    """timm's and transformers' folders, with every name that weights have there."""
+def test_no_timm_or_transformers_folder_runs_code(payload, started, tmp_path):
+    """With every file name of weights in these folders."""
     canary = tmp_path / "canary"
     for kind in ({"architecture": "resnet10t", "num_classes": 10}, {"model_type": "deit"}):
         for name in ("pytorch_model.bin", "model.safetensors", "open_clip_pytorch_model.bin"):
@@ -171,7 +171,7 @@ def test_no_folder_of_others_runs_code(payload, started, tmp_path):
 
 
 def evil(folder: Path) -> tuple[Path, Path]:
-    """A teacher that is code, and what it leaves when it is run."""
+    """Write a teacher that is code; return it and the file that it creates when it is run."""
     canary = folder / "canary"
     code = folder / "evil.py"
     code.write_text(f"open({str(canary)!r}, 'w')\ndef teacher():\n    raise SystemExit\n")
@@ -179,8 +179,8 @@ def evil(folder: Path) -> tuple[Path, Path]:
 
 
 def test_code_named_in_a_run_is_not_run(run, command_server, tmp_path):
-    """Somebody else's run folder says that its teacher is a function in a file beside it."""
-    folder = tmp_path / "theirs"
+    """A run folder from others names a function in one of its files as the teacher."""
+    folder = tmp_path / "copy"
     shutil.copytree(run, folder)
     code, canary = evil(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -188,12 +188,12 @@ def test_code_named_in_a_run_is_not_run(run, command_server, tmp_path):
     config["loss"]["kind"] = "soft"
     config["loss"]["head"] = "distillation"
     (folder / "config.json").write_text(json.dumps(config))
-    done = command_server.run("evaluate", folder, "--json", tmp_path / "found.json")
+    done = command_server.run("evaluate", folder, "--json", tmp_path / "evaluation.json")
     assert done.code == 0, done.err
-    assert json.loads((tmp_path / "found.json").read_text())["teacher"] is None
+    assert json.loads((tmp_path / "evaluation.json").read_text())["teacher"] is None
     assert f"{code}:teacher" in done.err
     (tmp_path / "p.png").write_bytes(PNG)
-    for arguments in (
+    for command in (
         ("train", folder / "config.json", "--out", tmp_path / "out"),
         ("finetune", "--from", folder, "--out", tmp_path / "out"),
         ("targets", "write", folder / "config.json", "--out", tmp_path / "out"),
@@ -201,15 +201,14 @@ def test_code_named_in_a_run_is_not_run(run, command_server, tmp_path):
         ("compare", folder / "config.json", "--out", tmp_path / "out"),
         ("predict", folder, tmp_path / "p.png", "--teacher", "run"),
     ):
-        done = command_server.run(*arguments)
-        assert done.code == 2, (arguments, done.err)
-        option = (
-            f"--teacher.source {code}:teacher" if arguments[0] != "predict" else "--teacher run"
-        )
+        done = command_server.run(*command)
+        assert done.code == 2, (command, done.err)
+        is_predict = command[0] == "predict"
+        option = "--teacher run" if is_predict else f"--teacher.source {code}:teacher"
         assert option in done.err
         assert f"{code}:teacher" in done.err
     assert not canary.exists()
-    # Named by the person at the keyboard it is run: the test would notice.
+    # On the command line it is run, so the canary works.
     command_server.run(
         "train", "digits", "--teacher.source", f"{code}:teacher", "--out", tmp_path / "out"
     )
@@ -226,9 +225,9 @@ def test_code_named_in_a_store_of_targets_is_not_run(command_server, tmp_path):
     teacher = ("digits-teacher", "--optim.epochs", "1", "--optim.warmup_epochs", "0", *FEW)
     assert command_server.run("train", *teacher, "--out", tmp_path / "teacher").code == 0
     store = tmp_path / "store"
-    arguments = ("--teacher.source", tmp_path / "teacher", "--teacher.allow_near_chance")
-    arguments += ("--optim.epochs", "1", "--optim.warmup_epochs", "0", *FEW)
-    done = command_server.run("targets", "write", "digits", "--out", store, *arguments)
+    options = ("--teacher.source", tmp_path / "teacher", "--teacher.allow_near_chance")
+    options += ("--optim.epochs", "1", "--optim.warmup_epochs", "0", *FEW)
+    done = command_server.run("targets", "write", "digits", "--out", store, *options)
     assert done.code == 0, done.err
     code, canary = evil(store)
     manifest = read_manifest(store)
@@ -238,20 +237,20 @@ def test_code_named_in_a_store_of_targets_is_not_run(command_server, tmp_path):
     assert done.code in (2, 4), done.err
     payload = PAYLOADS["a pickle"](Canary(canary))
     for name in ("store.json", "targets.bin", "checks.bin"):
-        whole = (store / name).read_bytes()
+        content = (store / name).read_bytes()
         (store / name).write_bytes(payload)
         assert command_server.run("targets", "verify", store).code == 4
         stored = ("--teacher.target_stores", store, "--out", tmp_path / "o")
         done = command_server.run("train", "digits", *FEW, *stored)
         assert done.code == 4
-        (store / name).write_bytes(whole)
+        (store / name).write_bytes(content)
     assert not canary.exists()
 
 
 @pytest.mark.fault("C22")
 @pytest.mark.parametrize("source", ["cifar10", "cifar100"])
-def test_no_archive_of_pictures_runs_code(source, command_server, tmp_path):
-    """CIFAR's own files are pickles: of another checksum they are not opened."""
+def test_no_cifar_archive_runs_code(source, command_server, tmp_path):
+    """CIFAR's files are pickles: with another checksum they are not opened."""
     canary = tmp_path / "canary"
     payload = PAYLOADS["a pickle"](Canary(canary))
     names = {
@@ -262,17 +261,17 @@ def test_no_archive_of_pictures_runs_code(source, command_server, tmp_path):
     folder.mkdir()
     for name in names:
         (folder / name).write_bytes(payload)
-    arguments = ("train", f"{source}-teacher" if source == "cifar10" else source)
+    command = ("train", f"{source}-teacher" if source == "cifar10" else source)
     done = command_server.run(
-        *arguments, "--data.root", tmp_path, "--out", tmp_path / "o", "--loss=none"
+        *command, "--data.root", tmp_path, "--out", tmp_path / "o", "--loss=none"
     )
     assert done.code == 3, done.err
     assert not canary.exists()
 
 
 @pytest.mark.fault("C20")
-def test_a_tar_of_pictures_writes_nothing_and_leads_nowhere(command_server, tmp_path):
-    """Shards are read where they lie: no member becomes a file, no link is followed."""
+def test_a_hostile_tar_shard_writes_no_file_and_follows_no_link(command_server, tmp_path):
+    """Shards are read in place: no member becomes a file, no link is followed."""
     root = tmp_path / "shards"
     root.mkdir()
     secret = tmp_path / "secret.png"
@@ -300,23 +299,23 @@ def test_a_tar_of_pictures_writes_nothing_and_leads_nowhere(command_server, tmp_
 
 @pytest.mark.fault("B12", "B13")
 @pytest.mark.parametrize("name", ["config.json", "environment.json", "result.json"])
-def test_files_of_a_run_that_are_pickles_are_refused(name, run, command_server, tmp_path):
+def test_files_of_a_run_that_are_pickles_are_rejected(name, run, command_server, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     canary = tmp_path / "canary"
     (folder / name).write_bytes(PAYLOADS["a pickle"](Canary(canary)))
     done = command_server.run("train", *BRIEF, "--out", folder, "--resume")
     assert done.code in (0, 2, 4), done.err
-    for saved_one in (folder / "best", run_folder.latest_checkpoint(folder)):
-        (saved_one / "extra.pkl").write_bytes(PAYLOADS["a pickle"](Canary(canary)))
+    for checkpoint in (folder / "best", run_folder.latest_checkpoint(folder)):
+        (checkpoint / "extra.pkl").write_bytes(PAYLOADS["a pickle"](Canary(canary)))
     command_server.run("evaluate", folder)
     assert not canary.exists()
 
 
 OFFLINE = """
 import json, runpy, socket, sys
-def refuse(*asked, **more):
-    print("NETWORK", asked, file=sys.stderr)
+def refuse(*arguments, **keywords):
+    print("NETWORK", arguments, file=sys.stderr)
     raise OSError("no network")
 real = socket.socket.connect
 def connect(self, address):
@@ -326,25 +325,27 @@ socket.socket.connect_ex = refuse
 socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
 from deit.cli import main
 from deit.distill.target_store import manifest_bytes, read_manifest
-def ended(program):
+def run(program):
     if program == "deit":
         return main()
     try:
         runpy.run_path(program, run_name="__main__")
     except SystemExit as leaving:
         return leaving.code
-for words in json.loads(sys.argv[1]):
-    sys.argv[:] = words
-    if code := ended(words[0]):
+for command in json.loads(sys.argv[1]):
+    sys.argv[:] = command
+    if code := run(command[0]):
         sys.exit(code)
     print("DONE", file=sys.stderr)
 """
 
 
 def offline(*commands: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Commands with every way to the network closed, and nothing that says so beforehand."""
+    """Run commands with every network call blocked, and no setting that makes them offline."""
     environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("HF_", "TRANSFORMERS_"))
     }
     return subprocess.run(
         [sys.executable, "-c", OFFLINE, json.dumps(commands)],
@@ -358,13 +359,13 @@ def offline(*commands: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.fault("E12")
-def test_nothing_asks_the_network(run, tmp_path):
-    """Of the commands in a process that has imported nothing before."""
+def test_commands_do_not_use_the_network(run, tmp_path):
+    """In a process that has imported nothing before."""
     shutil.copytree(run, tmp_path / "run")
     commands = (
         ("deit", "evaluate", "run"),
         ("deit", "export", "run", "--format", "timm"),
-        # The last: as from a shell, its end is the end of the process.
+        # Must be last: it ends the process, as from a shell.
         (str(ROOT / "train_deit.py"), *map(str, BRIEF), "--out", "new"),
     )
     done = offline(*commands, cwd=tmp_path)
@@ -378,7 +379,7 @@ def test_nothing_asks_the_network(run, tmp_path):
 
 
 @pytest.mark.fault("E12")
-def test_libraries_are_told_to_count_nobody(tmp_path):
+def test_telemetry_of_libraries_is_off(tmp_path):
     code = "import deit.cli, os; print(os.environ['HF_HUB_DISABLE_TELEMETRY'])"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -23,20 +23,20 @@ _TAKES_TEMPLATE = {"TextColumn", "set_major_formatter", "set_minor_formatter", "
 
 
 def unfilled(source: str) -> list[str]:
-    """The plain strings of a file with braces around an expression that no `.format` fills in."""
+    """List plain strings with braces around an expression that no `.format` fills in."""
     tree = ast.parse(source)
     templates = set(map(id, _templates(tree)))
-    return [*_beside_f_strings(source, tree)] + [
-        f"line {node.lineno}: {found[0]}"
+    return [*_joined_with_f_strings(source, tree)] + [
+        f"line {node.lineno}: {match[0]}"
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        if id(node) not in templates and (found := _BRACES.search(node.value))
+        if id(node) not in templates and (match := _BRACES.search(node.value))
     ]
 
 
-def _beside_f_strings(source: str, tree: ast.AST) -> Iterator[str]:
-    """Plain strings that stand in a row with f-strings: the tree has them as one."""
-    places = [
+def _joined_with_f_strings(source: str, tree: ast.AST) -> Iterator[str]:
+    """Yield plain strings that are joined with f-strings; the syntax tree merges them."""
+    spans = [
         ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
         for node in ast.walk(tree)
         if isinstance(node, ast.JoinedStr)
@@ -44,13 +44,13 @@ def _beside_f_strings(source: str, tree: ast.AST) -> Iterator[str]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.STRING or "f" in re.split("['\"]", token.string)[0].lower():
             continue
-        inside = any(start <= token.start and token.end <= end for start, end in places)
-        if inside and (found := _BRACES.search(token.string)):
-            yield f"line {token.start[0]}: {found[0]}"
+        inside = any(start <= token.start and token.end <= end for start, end in spans)
+        if inside and (match := _BRACES.search(token.string)):
+            yield f"line {token.start[0]}: {match[0]}"
 
 
 def _templates(tree: ast.AST) -> Iterator[ast.AST]:
-    """What may hold braces: f-strings, docstrings, and all that reaches `.format` by name."""
+    """Yield nodes with valid braces: f-strings, docstrings, and values that reach `.format`."""
     assigned: dict[str, list[ast.AST]] = {}
     used: list[str] = []
     for node in ast.walk(tree):
@@ -65,7 +65,7 @@ def _templates(tree: ast.AST) -> Iterator[ast.AST]:
             yield node.value
         if isinstance(node, ast.Attribute) and node.attr == "format":
             yield from ast.walk(node.value)
-            used += [one.id for one in ast.walk(node.value) if isinstance(one, ast.Name)]
+            used += [leaf.id for leaf in ast.walk(node.value) if isinstance(leaf, ast.Name)]
         if isinstance(node, ast.Call) and _called(node) in _TAKES_TEMPLATE:
             yield from ast.walk(node)
     known: set[str] = set()
@@ -76,16 +76,16 @@ def _templates(tree: ast.AST) -> Iterator[ast.AST]:
         known.add(name)
         for value in assigned.get(name, ()):
             yield from ast.walk(value)
-            used += [one.id for one in ast.walk(value) if isinstance(one, ast.Name)]
+            used += [leaf.id for leaf in ast.walk(value) if isinstance(leaf, ast.Name)]
 
 
 def _called(call: ast.Call) -> str:
     return getattr(call.func, "attr", getattr(call.func, "id", ""))
 
 
-def test_braces_in_plain_strings_are_filled_in():
-    found = {name: unfilled(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-    assert {name: lines for name, lines in found.items() if lines} == {}
+def test_no_plain_string_has_unfilled_braces():
+    problems = {name: unfilled(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+    assert {name: lines for name, lines in problems.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
@@ -93,47 +93,47 @@ def test_braces_in_plain_strings_are_filled_in():
     [
         'x = f"{a}; " "see {_kept(parts)}"',
         'x = f"{a}; " + "see {_kept(parts)}"',
-        'say("no file {path}")',
-        'say("{options.out!r} is there", "{rate:.2f}"[0], "{rows[0]}")',
+        'info("no file {path}")',
+        'info("{options.out!r} exists", "{rate:.2f}"[0], "{rows[0]}")',
     ],
 )
-def test_planted_braces_are_reported(source):
+def test_unfilled_planted_braces_are_reported(source):
     assert unfilled(source)
 
 
-def test_templates_are_not_reported():
+def test_unfilled_templates_are_not_reported():
     source = '"""Of {name}."""\n_A = "{x}"\n_B = _A + "{y}"\n'
-    source += 'say(_B.format(x=1, y=2), f"{x}", "{z}".format(z=1), "a{2,3}", "{}")\n'
+    source += 'info(_B.format(x=1, y=2), f"{x}", "{z}".format(z=1), "a{2,3}", "{}")\n'
     assert unfilled(source) == []
 
 
 def local_encodings(source: str) -> list[str]:
-    """The lines that read or write text in the encoding of the locale."""
-    found = []
+    """List the lines that read or write text in the encoding of the locale."""
+    problems = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
-        named = {word.arg for word in node.keywords}
+        keywords = {keyword.arg for keyword in node.keywords}
         method = isinstance(node.func, ast.Attribute)
-        modes = [one.value for one in node.args if isinstance(one, ast.Constant)]
+        modes = [value.value for value in node.args if isinstance(value, ast.Constant)]
         opens = any(isinstance(mode, str) and mode in ("w", "a", "a+", "x", "r") for mode in modes)
         if _called(node) in ("read_text", "write_text"):
             opens = method
         elif _called(node) != "open":
             continue
-        if opens and "encoding" not in named:
-            found.append(f"line {node.lineno}: {_called(node)}")
-    return found
+        if opens and "encoding" not in keywords:
+            problems.append(f"line {node.lineno}: {_called(node)}")
+    return problems
 
 
-def test_text_files_are_utf_8_on_every_machine():
-    found = {
+def test_text_files_are_opened_as_utf_8():
+    problems = {
         name: local_encodings(path.read_text(encoding="utf-8")) for name, path in FILES.items()
     }
-    assert {name: lines for name, lines in found.items() if lines} == {}
+    assert {name: lines for name, lines in problems.items() if lines} == {}
 
 
-def test_planted_local_encodings_are_reported():
+def test_local_encodings_planted_lines_are_reported():
     source = "path.read_text()\npath.write_text(x, errors='replace')\nopen(path, 'w')\n"
     source += "path.open('a')\nread_text(path)\npath.open('wb')\nopen(path, encoding='utf-8')\n"
     lines = local_encodings(source)
