@@ -177,7 +177,7 @@ def test_installed_wheel_works_without_the_checkout(wheel, command_server, tmp_p
     install = (sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel)
     run(*install, cwd=elsewhere)
     main = f"{__name__}:{import_again.__name__}"
-    done = command_server.run(cwd=elsewhere, FORKS_MAIN=main, DEIT_TEST_SITE=str(site))
+    done = command_server.run(cwd=elsewhere, MAIN_FUNCTION=main, DEIT_TEST_SITE=str(site))
     assert done.code == 0, done.err
     files = ["deit/__init__.py", "deit/models/student.py", "deit/datasets/views.py"]
     assert done.out.split() == [str(site / name) for name in files]

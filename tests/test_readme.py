@@ -195,7 +195,7 @@ def dry_run(launcher, arguments, folder, command_server):
         processes, recipe = 1, ["digits"]
         assert options.training_script_args[0] in RECIPES
         environment = {"ACCELERATE_MIXED_PRECISION": options.mixed_precision}
-    done = command_server.together(
+    done = command_server.run_processes(
         *(*recipe, "--teacher.source", "teacher", "--teacher.allow_near_chance"),
         *("--dry-run", "--out", "dry"),
         processes=processes,
